@@ -1,0 +1,8 @@
+"""mlx-fd: Online Feedback Distillation on Apple Silicon with MLX."""
+
+from mlx_fd.backend import load_blas
+
+__version__ = "0.1.0"
+
+# Before anything imports MLX, whose BLAS symbols bind once.
+load_blas()

@@ -1,0 +1,107 @@
+"""Which MLX backend this machine has; imported before MLX everywhere in the package.
+
+On Linux's CPU backend the BLAS inside MLX's wheel is the single-threaded reference one. Where the
+machine has OpenBLAS (or Intel's MKL from its wheel) we load it into the global symbol scope first,
+so that MLX's matrix products bind to it: 20 to 30 times faster in float32. Nothing depends on it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_fd.errors import UserError
+
+BLAS_VARIABLE = "MLX_FD_BLAS"
+_SYSTEM_BLAS = ("libopenblas.so.0", "libopenblas.so")
+_INSTALL_HINT = (
+    "MLX has no backend here. Install one of the extras:\n"
+    '  pip install "mlx-fd[cpu]"     on Linux without an NVIDIA GPU\n'
+    '  pip install "mlx-fd[cuda]"    on Linux with an NVIDIA GPU (CUDA 13; mlx-fd[cuda12] for 12)\n'
+    "On Apple Silicon `pip install mlx-fd` brings Metal with it."
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What MLX runs on.
+
+    Attributes:
+        device: ``"metal"``, ``"cuda"`` or ``"cpu"``.
+        blas: the BLAS library put before MLX's own, or ``None``.
+        blas_note: one line for ``doctor``: what was found, or what would help.
+    """
+
+    device: str
+    blas: str | None
+    blas_note: str
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether half precision and quantised products are slow scalar loops here."""
+        return self.device == "cpu"
+
+
+def _blas_candidates() -> list[str]:
+    chosen = os.environ.get(BLAS_VARIABLE, "")
+    if chosen:
+        return [] if chosen == "off" else [chosen]
+    wheels = [str(p) for p in sorted(Path(sys.prefix, "lib").glob("libmkl_rt.so*"))]
+    return [*_SYSTEM_BLAS, *wheels]
+
+
+@functools.cache
+def load_blas() -> tuple[str | None, str]:
+    """Put a fast BLAS in front of MLX's own, once per process.
+
+    Returns:
+        The library's name (``None`` where none is used) and one line that says why.
+    """
+    if sys.platform != "linux":
+        return None, "not needed: MLX uses Accelerate here"
+    if "mlx.core" in sys.modules:
+        return None, "not used: MLX was imported before mlx_fd"
+    for name in _blas_candidates():
+        try:
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return name, f"{name} (float32 products about 20 times faster than MLX's bundled BLAS)"
+    if os.environ.get(BLAS_VARIABLE) == "off":
+        return None, f"switched off by {BLAS_VARIABLE}=off"
+    return None, (
+        "none found: CPU runs are about 20 times slower than they need be; "
+        'install Debian\'s libopenblas0-pthread, or pip install "mlx-fd[mkl]"'
+    )
+
+
+@functools.cache
+def backend() -> Backend:
+    """Load MLX and say what it runs on.
+
+    Returns:
+        The backend of this process.
+
+    Raises:
+        UserError: no MLX backend is installed; the message names the extra to install.
+    """
+    blas, note = load_blas()
+    try:
+        import mlx.core as mx
+
+        mx.default_device()
+    except (ImportError, RuntimeError, OSError) as error:
+        raise UserError(f"{_INSTALL_HINT}\n(MLX said: {error})") from error
+    if mx.metal.is_available():
+        device = "metal"
+    elif mx.default_device() == mx.Device(mx.gpu):
+        device = "cuda"
+    else:
+        device = "cpu"
+        # mx.compile needs a C++ compiler at run time here and gains nothing (docs/log.md).
+        mx.disable_compile()
+    return Backend(device, blas, note)

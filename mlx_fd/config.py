@@ -1,0 +1,155 @@
+"""A run's whole configuration: frozen dataclasses, TOML in and out, one place for every default.
+
+Each field carries its help text and choices, so the command line's options, the TOML keys and the
+reference page are all made from this file and cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mlx_fd.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def _option(default: Any, help: str, **limits: Any) -> Any:
+    """A field with its help text and its limits (``choices``, ``low``, ``high``)."""
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which models, and what of the student trains."""
+
+    expert: str = _option("qwen2.5-7b-4bit", "Expert: an alias, a hub name or an mlx-lm directory.")
+    student: str = _option("", "Student, likewise; NAME:layers=K keeps K of its layers. "
+                               "Empty: the expert's default student.")
+    train: str = _option("lora", "What of the student trains.", choices=("lora", "full"))
+    lora_rank: int = _option(16, "Rank of the LoRA matrices.", low=1)
+    lora_scale: float = _option(2.0, "LoRA scale (alpha / rank).", low=0)
+    lora_layers: int = _option(0, "How many last layers carry LoRA; 0: all.", low=0)
+    dequantize: str = _option("auto", "Run the models as float32: auto does so on the CPU backend "
+                                      "where memory allows.", choices=("auto", "never"))
+
+
+@dataclass(frozen=True)
+class ProblemOptions:
+    """Which problems, how many, in which order."""
+
+    problems: str = _option("gsm8k", "gsm8k, a .jsonl/.csv/.parquet file, or a hub data set.")
+    split: str = _option("train", "Split to run on.")
+    train_on_test: bool = _option(False, "Allow a run on the test split.")
+    episodes: int = _option(200, "Problems to go through.", low=1)
+    skip_bad_rows: bool = _option(False, "Leave out rows that cannot be read.")
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How text is generated. Temperatures of 0 are greedy."""
+
+    batch_size: int = _option(8, "Problems that go through an episode's steps together.", low=1)
+    answer_tokens: int = _option(384, "Most tokens of an answer or a revision.", low=1)
+    feedback_tokens: int = _option(192, "Most tokens of a feedback.", low=1)
+    merge_tokens: int = _option(128, "Most tokens of the merged feedback and of the critique.", low=1)
+    expert_temperature: float = _option(0.0, "Sampling temperature of the expert.", low=0)
+    student_temperature: float = _option(0.0, "Sampling temperature of the student.", low=0)
+    expert_repetition_penalty: float = _option(1.0, "1: none.", low=1)
+    student_repetition_penalty: float = _option(1.0, "1: none.", low=1)
+    sequential: bool = _option(False, "One problem at a time, no cache reuse: the reference.")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The four losses of a distillation step (docs/methods.md)."""
+
+    losses: tuple[str, ...] = _option(("lm", "hidden", "score", "logit"), "Losses in use.",
+                                      choices=("lm", "hidden", "score", "logit"))
+    kl: str = _option("forward", "Divergence of the logit loss: forward is KL(expert || student).",
+                      choices=("forward", "reverse", "jsd"))
+    loss_temperature: float = _option(2.0, "Softmax temperature of the logit loss (times T^2).",
+                                      low=0.01)
+    standardize_logits: bool = _option(False, "Z-score both logit rows first (arXiv 2403.01427).")
+    hidden_layers: str = _option("all", "Layers that are aligned.", choices=("all", "last"))
+    on_policy_fraction: float = _option(0.0, "Share of samples distilled on the student's own "
+                                             "feedback instead of the expert's.", low=0, high=1)
+    scales: tuple[float, ...] = _option((), "Fixed factor of each loss, in the order of `losses`; "
+                                            "empty: 1 / the loss at the start.")
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """When the student is distilled, when that stops, and when it starts again."""
+
+    gate: str = _option("ema", "Which gate decides.", choices=("ema", "published", "always", "never"))
+    ema_decay: float = _option(0.9, "Share of the old value kept by each EMA.", low=0, high=0.9999)
+    stop_threshold: float = _option(0.35, "Freeze once every loss has fallen by this share.",
+                                    low=0, high=1)
+    plateau_steps: int = _option(20, "Observations over which a loss must still improve.", low=2)
+    plateau_gain: float = _option(0.01, "Smallest improvement over them, as a share of the loss "
+                                        "at the start.", low=0)
+    minimum_gain: float = _option(0.1, "A plateau counts only after this mean gain.", low=0, high=1)
+    regression: float = _option(0.2, "Thaw when a loss is this share above its level at the "
+                                     "freeze.", low=0)
+    score_gap: float = _option(0.25, "A score this far from the expert's shows a lag.", low=0)
+    confidence: float = _option(0.5, "After the freeze, the student stands alone where its |score| "
+                                     "reaches this.", low=0, high=1)
+    audit_fraction: float = _option(0.1, "Share of problems whose feedback the expert gives all "
+                                         "the same after the freeze.", low=0, high=1)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The optimiser and one distillation step."""
+
+    lora_rate: float = _option(1e-4, "Learning rate of the student's weights.", low=0)
+    score_rate: float = _option(1e-3, "Learning rate of the score head.", low=0)
+    projection_rate: float = _option(1e-4, "Learning rate of the alignment projection.", low=0)
+    weight_decay: float = _option(0.01, "AdamW's weight decay.", low=0)
+    clip: float = _option(1.0, "Largest gradient norm; 0: no clipping.", low=0)
+    kd_steps: int = _option(2, "Optimiser steps on each batch that lags.", low=1)
+    micro_batch: int = _option(4, "Samples in memory at once; gradients accumulate over them.",
+                               low=1)
+    checkpoint_layers: bool = _option(False, "Recompute activations instead of keeping them.")
+
+
+@dataclass(frozen=True)
+class EpisodeOptions:
+    """The episode and what surrounds it."""
+
+    target_score: float = _option(1.0, "Combined score from which an answer is left as it is.",
+                                  low=-1, high=1)
+    student_weight: float = _option(0.65, "Weight of the student's score against the expert's 1.",
+                                    low=0)
+    probe_size: int = _option(8, "Held-out problems the gate watches; also the headroom check.",
+                              low=1)
+    probe_every: int = _option(2, "Distilled batches between two looks at the probe set.", low=1)
+    checkpoint_every: int = _option(4, "Batches between two checkpoints.", low=1)
+    keep_checkpoints: int = _option(3, "Checkpoints kept beside the best one.", low=2)
+    seed: int = _option(0, "One seed gives one run.", low=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run does; saved with it as ``config.toml``."""
+
+    models: ModelOptions = field(default_factory=ModelOptions)
+    problems: ProblemOptions = field(default_factory=ProblemOptions)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    losses: LossOptions = field(default_factory=LossOptions)
+    gate: GateOptions = field(default_factory=GateOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    episode: EpisodeOptions = field(default_factory=EpisodeOptions)
+
+
