@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
-import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 from mlx_fd.errors import UserError
 
@@ -34,14 +36,20 @@ class ModelOptions:
     """Which models, and what of the student trains."""
 
     expert: str = _option("qwen2.5-7b-4bit", "Expert: an alias, a hub name or an mlx-lm directory.")
-    student: str = _option("", "Student, likewise; NAME:layers=K keeps K of its layers. "
-                               "Empty: the expert's default student.")
+    student: str = _option(
+        "",
+        "Student, likewise; NAME:layers=K keeps K of its layers. "
+        "Empty: the expert's default student.",
+    )
     train: str = _option("lora", "What of the student trains.", choices=("lora", "full"))
     lora_rank: int = _option(16, "Rank of the LoRA matrices.", low=1)
     lora_scale: float = _option(2.0, "LoRA scale (alpha / rank).", low=0)
     lora_layers: int = _option(0, "How many last layers carry LoRA; 0: all.", low=0)
-    dequantize: str = _option("auto", "Run the models as float32: auto does so on the CPU backend "
-                                      "where memory allows.", choices=("auto", "never"))
+    dequantize: str = _option(
+        "auto",
+        "Run the models as float32: auto does so on the CPU backend where memory allows.",
+        choices=("auto", "never"),
+    )
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,9 @@ class GenerationOptions:
     batch_size: int = _option(8, "Problems that go through an episode's steps together.", low=1)
     answer_tokens: int = _option(384, "Most tokens of an answer or a revision.", low=1)
     feedback_tokens: int = _option(192, "Most tokens of a feedback.", low=1)
-    merge_tokens: int = _option(128, "Most tokens of the merged feedback and of the critique.", low=1)
+    merge_tokens: int = _option(
+        128, "Most tokens of the merged feedback and of the critique.", low=1
+    )
     expert_temperature: float = _option(0.0, "Sampling temperature of the expert.", low=0)
     student_temperature: float = _option(0.0, "Sampling temperature of the student.", low=0)
     expert_repetition_penalty: float = _option(1.0, "1: none.", low=1)
@@ -74,39 +84,64 @@ class GenerationOptions:
 class LossOptions:
     """The four losses of a distillation step (docs/methods.md)."""
 
-    losses: tuple[str, ...] = _option(("lm", "hidden", "score", "logit"), "Losses in use.",
-                                      choices=("lm", "hidden", "score", "logit"))
-    kl: str = _option("forward", "Divergence of the logit loss: forward is KL(expert || student).",
-                      choices=("forward", "reverse", "jsd"))
-    loss_temperature: float = _option(2.0, "Softmax temperature of the logit loss (times T^2).",
-                                      low=0.01)
+    losses: tuple[str, ...] = _option(
+        ("lm", "hidden", "score", "logit"),
+        "Losses in use.",
+        choices=("lm", "hidden", "score", "logit"),
+    )
+    kl: str = _option(
+        "forward",
+        "Divergence of the logit loss: forward is KL(expert || student).",
+        choices=("forward", "reverse", "jsd"),
+    )
+    loss_temperature: float = _option(
+        2.0, "Softmax temperature of the logit loss (times T^2).", low=0.01
+    )
     standardize_logits: bool = _option(False, "Z-score both logit rows first (arXiv 2403.01427).")
     hidden_layers: str = _option("all", "Layers that are aligned.", choices=("all", "last"))
-    on_policy_fraction: float = _option(0.0, "Share of samples distilled on the student's own "
-                                             "feedback instead of the expert's.", low=0, high=1)
-    scales: tuple[float, ...] = _option((), "Fixed factor of each loss, in the order of `losses`; "
-                                            "empty: 1 / the loss at the start.")
+    on_policy_fraction: float = _option(
+        0.0,
+        "Share of samples distilled on the student's own feedback instead of the expert's.",
+        low=0,
+        high=1,
+    )
+    scales: tuple[float, ...] = _option(
+        (), "Fixed factor of each loss, in the order of `losses`; empty: 1 / the loss at the start."
+    )
 
 
 @dataclass(frozen=True)
 class GateOptions:
     """When the student is distilled, when that stops, and when it starts again."""
 
-    gate: str = _option("ema", "Which gate decides.", choices=("ema", "published", "always", "never"))
+    gate: str = _option(
+        "ema", "Which gate decides.", choices=("ema", "published", "always", "never")
+    )
     ema_decay: float = _option(0.9, "Share of the old value kept by each EMA.", low=0, high=0.9999)
-    stop_threshold: float = _option(0.35, "Freeze once every loss has fallen by this share.",
-                                    low=0, high=1)
+    stop_threshold: float = _option(
+        0.35, "Freeze once every loss has fallen by this share.", low=0, high=1
+    )
     plateau_steps: int = _option(20, "Observations over which a loss must still improve.", low=2)
-    plateau_gain: float = _option(0.01, "Smallest improvement over them, as a share of the loss "
-                                        "at the start.", low=0)
+    plateau_gain: float = _option(
+        0.01, "Smallest improvement over them, as a share of the loss at the start.", low=0
+    )
     minimum_gain: float = _option(0.1, "A plateau counts only after this mean gain.", low=0, high=1)
-    regression: float = _option(0.2, "Thaw when a loss is this share above its level at the "
-                                     "freeze.", low=0)
+    regression: float = _option(
+        0.2, "Thaw when a loss is this share above its level at the freeze.", low=0
+    )
     score_gap: float = _option(0.25, "A score this far from the expert's shows a lag.", low=0)
-    confidence: float = _option(0.5, "After the freeze, the student stands alone where its |score| "
-                                     "reaches this.", low=0, high=1)
-    audit_fraction: float = _option(0.1, "Share of problems whose feedback the expert gives all "
-                                         "the same after the freeze.", low=0, high=1)
+    confidence: float = _option(
+        0.5,
+        "After the freeze, the student stands alone where its |score| reaches this.",
+        low=0,
+        high=1,
+    )
+    audit_fraction: float = _option(
+        0.1,
+        "Share of problems whose feedback the expert gives all the same after the freeze.",
+        low=0,
+        high=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -114,13 +149,14 @@ class TrainingOptions:
     """The optimiser and one distillation step."""
 
     lora_rate: float = _option(1e-4, "Learning rate of the student's weights.", low=0)
-    score_rate: float = _option(1e-3, "Learning rate of the score head.", low=0)
+    score_rate: float = _option(1e-4, "Learning rate of the score head.", low=0)
     projection_rate: float = _option(1e-4, "Learning rate of the alignment projection.", low=0)
     weight_decay: float = _option(0.01, "AdamW's weight decay.", low=0)
     clip: float = _option(1.0, "Largest gradient norm; 0: no clipping.", low=0)
     kd_steps: int = _option(2, "Optimiser steps on each batch that lags.", low=1)
-    micro_batch: int = _option(4, "Samples in memory at once; gradients accumulate over them.",
-                               low=1)
+    micro_batch: int = _option(
+        4, "Samples in memory at once; gradients accumulate over them.", low=1
+    )
     checkpoint_layers: bool = _option(False, "Recompute activations instead of keeping them.")
 
 
@@ -128,12 +164,15 @@ class TrainingOptions:
 class EpisodeOptions:
     """The episode and what surrounds it."""
 
-    target_score: float = _option(1.0, "Combined score from which an answer is left as it is.",
-                                  low=-1, high=1)
-    student_weight: float = _option(0.65, "Weight of the student's score against the expert's 1.",
-                                    low=0)
-    probe_size: int = _option(8, "Held-out problems the gate watches; also the headroom check.",
-                              low=1)
+    target_score: float = _option(
+        0.9, "Combined score from which an answer is left as it is.", low=-1, high=1
+    )
+    student_weight: float = _option(
+        0.65, "Weight of the student's score against the expert's 1.", low=0
+    )
+    probe_size: int = _option(
+        8, "Held-out problems the gate watches; also the headroom check.", low=1
+    )
     probe_every: int = _option(2, "Distilled batches between two looks at the probe set.", low=1)
     checkpoint_every: int = _option(4, "Batches between two checkpoints.", low=1)
     keep_checkpoints: int = _option(3, "Checkpoints kept beside the best one.", low=2)
@@ -153,3 +192,226 @@ class Config:
     episode: EpisodeOptions = field(default_factory=EpisodeOptions)
 
 
+@dataclass(frozen=True)
+class Option:
+    """One setting, as the command line, TOML files and the reference page see it.
+
+    Attributes:
+        section: TOML table, e.g. ``"gate"``.
+        name: key within it, unique over all sections; ``--name-with-dashes`` on the command line.
+        kind: ``bool``, ``int``, ``float``, ``str`` or ``tuple``.
+        default: the default value.
+        help: one sentence.
+        choices: the allowed words, or empty.
+        low: smallest value, or ``None``.
+        high: largest value, or ``None``.
+    """
+
+    section: str
+    name: str
+    kind: type
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+
+
+def _options() -> dict[str, Option]:
+    found = {}
+    sections = typing.get_type_hints(Config)
+    for section in fields(Config):
+        hints = typing.get_type_hints(sections[section.name])
+        for item in fields(sections[section.name]):
+            kind = typing.get_origin(hints[item.name]) or hints[item.name]
+            found[item.name] = Option(
+                section.name, item.name, kind, item.default, **dict(item.metadata)
+            )
+    return found
+
+
+OPTIONS: dict[str, Option] = _options()
+
+# What each preset changes against the defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "episodes": 8,
+        "batch_size": 4,
+        "answer_tokens": 96,
+        "feedback_tokens": 64,
+        "merge_tokens": 48,
+        "probe_size": 4,
+        "probe_every": 1,
+        "checkpoint_every": 1,
+        "lora_rank": 8,
+        "lora_rate": 5e-4,
+    },
+    # The hyperparameters of the published code (docs/methods.md), with its gate.
+    "published": {
+        "gate": "published",
+        "ema_decay": 0.9,
+        "stop_threshold": 0.9,
+        "train": "lora",
+        "lora_rate": 5e-7,
+        "score_rate": 5e-5,
+        "projection_rate": 1e-6,
+        "weight_decay": 0.01,
+        "kl": "forward",
+        "loss_temperature": 4.0,
+        "standardize_logits": True,
+        "scales": (1.0, 1.0, 1.0, 0.03),
+        "batch_size": 3,
+        "micro_batch": 3,
+        "kd_steps": 2,
+        "answer_tokens": 500,
+        "feedback_tokens": 200,
+        "expert_repetition_penalty": 1.2,
+        "student_repetition_penalty": 1.05,
+        "student_weight": 0.65,
+        "target_score": 1.0,
+        "episodes": 200,
+    },
+    "overnight": {"episodes": 2000, "probe_size": 16, "probe_every": 4, "checkpoint_every": 8},
+    "16gb": {
+        "batch_size": 2,
+        "micro_batch": 1,
+        "answer_tokens": 256,
+        "feedback_tokens": 128,
+        "merge_tokens": 96,
+        "lora_rank": 8,
+        "checkpoint_layers": True,
+    },
+}
+
+
+def _suggest(word: str, words: list[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def _checked(option: Option, value: Any, where: str) -> Any:
+    """``value`` as the option's type, within its limits."""
+
+    def wrong(expected: str) -> UserError:
+        return UserError(f"{where}: {option.name} must be {expected}, not {value!r}.")
+
+    if option.kind is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise wrong("a list")
+        if not option.choices and not all(_is_number(item) and item > 0 for item in value):
+            raise wrong("a list of positive numbers")
+        value = tuple(value) if option.choices else tuple(float(item) for item in value)
+        if option.choices and not value:
+            raise wrong(f"a list with at least one of {', '.join(option.choices)}")
+        if option.choices and len(set(value)) != len(value):
+            raise wrong("a list without repetitions")
+    elif option.kind is float:
+        if not _is_number(value):
+            raise wrong("a finite number")
+        value = float(value)
+    elif type(value) is not option.kind:
+        kind = {bool: "true or false", int: "a whole number", str: "a text"}[option.kind]
+        raise wrong(kind)
+    if option.choices:
+        for word in value if option.kind is tuple else (value,):
+            if word not in option.choices:
+                hint = _suggest(str(word), list(option.choices))
+                raise UserError(
+                    f"{where}: {option.name} takes {', '.join(option.choices)}, not {word!r}{hint}"
+                )
+    if option.low is not None and value < option.low:
+        raise wrong(f"at least {option.low:g}")
+    if option.high is not None and value > option.high:
+        raise wrong(f"at most {option.high:g}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
+    """A configuration with some options changed.
+
+    Args:
+        config: what to start from.
+        changes: option name to value.
+        where: named in errors: a file, a preset, or the command line.
+
+    Returns:
+        The new configuration, checked.
+
+    Raises:
+        UserError: an unknown option (with a suggestion), a wrong type, a value out of range, or
+            options that contradict each other.
+    """
+    by_section: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        if name not in OPTIONS:
+            raise UserError(f"{where}: there is no option {name!r}{_suggest(name, list(OPTIONS))}")
+        option = OPTIONS[name]
+        by_section.setdefault(option.section, {})[name] = _checked(option, value, where)
+    config = dataclasses.replace(
+        config,
+        **{
+            section: dataclasses.replace(getattr(config, section), **values)
+            for section, values in by_section.items()
+        },
+    )
+    losses = config.losses
+    if losses.scales and len(losses.scales) != len(losses.losses):
+        raise UserError(
+            f"{where}: scales has {len(losses.scales)} numbers for {len(losses.losses)} losses "
+            f"({', '.join(losses.losses)}); give one for each, or none."
+        )
+    return config
+
+
+def read(path: Path, config: Config | None = None) -> Config:
+    """The configuration in a TOML file, over ``config`` (default: the defaults).
+
+    Options stand in their table (``[gate]``) or at the top of the file, as one likes.
+
+    Raises:
+        UserError: the file cannot be read or parsed (with the line), or an option is wrong.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from error
+    sections = [item.name for item in fields(Config)]
+    changes: dict[str, Any] = {}
+    for key, value in content.items():
+        if not isinstance(value, dict):
+            changes[key] = value
+        elif key in sections:
+            for name in value:
+                if name in OPTIONS and OPTIONS[name].section != key:
+                    raise UserError(
+                        f"{path}: {name} belongs into [{OPTIONS[name].section}], not [{key}]."
+                    )
+            changes.update(value)
+        else:
+            raise UserError(f"{path}: there is no table [{key}]{_suggest(key, sections)}")
+    return override(config or Config(), changes, str(path))
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML that :func:`read` gives back unchanged."""
+    return tomli_w.dumps(dataclasses.asdict(config))
+
+
+def preset(name: str, config: Config | None = None) -> Config:
+    """The preset ``name`` over ``config``.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise UserError(
+            f"there is no preset {name!r}{_suggest(name, list(PRESETS))} "
+            f"(there are: {', '.join(PRESETS)})"
+        )
+    return override(config or Config(), PRESETS[name], f"preset {name}")

@@ -1,0 +1,411 @@
+"""The command line: parsing, calling, printing.
+
+Heavy imports are made inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_fd import __version__
+from mlx_fd.config import OPTIONS, PRESETS, Config, Option, override, preset, read
+from mlx_fd.errors import UserError
+
+_SECTIONS = {
+    "models": "Models",
+    "problems": "Problems",
+    "generation": "Generation",
+    "losses": "Losses",
+    "gate": "Gate",
+    "training": "Training",
+    "episode": "Episode and run",
+}
+
+
+class _Words(click.ParamType):
+    """A comma-separated list."""
+
+    name = "list"
+
+    def __init__(self, numbers: bool):
+        self._numbers = numbers
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[Any]:
+        words = [word.strip() for word in value.split(",") if word.strip()]
+        if not self._numbers:
+            return words
+        try:
+            return [float(word) for word in words]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 1,1,1,0.03")
+
+
+def _click_option(option: Option) -> click.Option:
+    flag = "--" + option.name.replace("_", "-")
+    text = option.help
+    if option.choices:
+        text += f" One of: {', '.join(option.choices)}."
+    default = option.default
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    if option.kind is bool:
+        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
+    text += f" [default: {shown or 'empty'}]"
+    if option.kind is tuple:
+        kind: Any = _Words(numbers=not option.choices)
+    else:
+        kind = {int: click.INT, float: click.FLOAT, str: click.STRING}[option.kind]
+    return click.Option([flag], type=kind, default=None, help=text)
+
+
+class _Command(click.Command):
+    """A command whose configuration options are shown by section, after its own."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                option = OPTIONS.get(param.name or "")
+                title = _SECTIONS[option.section] if option else "Options"
+                sections.setdefault(title, []).append(record)
+        for title in ["Options", *_SECTIONS.values()]:
+            if title in sections:
+                with formatter.section(title):
+                    formatter.write_dl(sections[title])
+
+
+def _with_configuration(command: click.Command) -> click.Command:
+    command.params.extend(_click_option(option) for option in OPTIONS.values())
+    return command
+
+
+_debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+_quiet = click.option("--quiet", is_flag=True, help="Print warnings and the result only.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Examples:
+  mlx-fd doctor                                   what this machine can do
+  mlx-fd loop --expert qwen2.5-7b-4bit            the main job
+  mlx-fd loop --expert smollm2-135m --preset quick
+  mlx-fd resume runs/20260101-120000              goes on where it stopped
+""",
+)
+@click.version_option(__version__, prog_name="mlx-fd")
+def cli() -> None:
+    """Online Feedback Distillation with MLX.
+
+    A large expert solves problems and criticises its own solutions; a small student learns, while
+    that goes on, to give the same feedback.
+    """
+
+
+def _configuration(preset_name: str | None, file: Path | None, given: dict[str, Any]) -> Config:
+    """Defaults, then the preset, then the file, then what was given on the command line."""
+    config = preset(preset_name) if preset_name else Config()
+    if file is not None:
+        config = read(file, config)
+    changes = {name: value for name, value in given.items() if value is not None}
+    return override(config, changes, "command line")
+
+
+@_with_configuration
+@cli.command(
+    cls=_Command,
+    epilog="""\b
+Examples:
+  mlx-fd loop --expert qwen2.5-7b-4bit
+  mlx-fd loop --expert llama-3.1-8b-4bit --episodes 1000 --preset 16gb
+  mlx-fd loop --expert smollm2-135m --student smollm2-135m:layers=15 --preset quick
+  mlx-fd loop --config runs/mine/config.toml --seed 1 --out runs/seed1
+""",
+)
+@click.option("--preset", "preset_name", metavar="NAME", help=f"One of: {', '.join(PRESETS)}.")
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A TOML file with options, for instance an earlier run's config.toml.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The run directory. [default: runs/DATE-TIME]",
+)
+@_json
+@_quiet
+@_debug
+def loop(
+    preset_name: str | None,
+    config_file: Path | None,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **given: Any,
+) -> None:
+    """Distil the expert's feedback into the student while the expert solves problems.
+
+    Options given here win over --config, which wins over --preset. Ctrl-C ends the run after the
+    batch under way, twice at once; either way `mlx-fd resume` goes on exactly there.
+    """
+    from mlx_fd.backend import backend
+
+    config = _configuration(preset_name, config_file, given)
+    backend()
+    from mlx_fd import runs
+    from mlx_fd.config import to_toml
+    from mlx_fd.session import make_plan
+
+    folder = out or Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    plan = make_plan(config)
+    with runs.locked(folder):
+        with runs.explained(folder):
+            runs.create(folder, to_toml(plan.config), plan.manifest)
+        _run(folder, plan, [], as_json, quiet)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  mlx-fd resume runs/20260101-120000
+""",
+)
+@click.argument("run", type=click.Path(path_type=Path))
+@_json
+@_quiet
+@_debug
+def resume(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Go on with a run exactly where it stopped."""
+    from mlx_fd.backend import backend
+
+    backend()
+    from mlx_fd import runs
+    from mlx_fd.session import check_same, make_plan
+
+    manifest = runs.read_manifest(run)
+    with runs.locked(run):
+        plan = make_plan(read(run / runs.CONFIG))
+        _run(run, plan, check_same(manifest, plan.manifest, run), as_json, quiet)
+
+
+def _run(folder: Path, plan: Any, worries: list[str], as_json: bool, quiet: bool) -> None:
+    from rich.console import Console
+
+    from mlx_fd.backend import backend
+    from mlx_fd.display import Display, summary_table
+    from mlx_fd.events import Note, Warned
+    from mlx_fd.loop import run
+    from mlx_fd.session import open_pair
+
+    # With --json, standard output belongs to the script that reads it.
+    console = Console(stderr=as_json)
+    with Display(console, quiet=quiet) as display:
+        display(Note(f"run directory: {folder}"))
+        models = plan.config.models
+        display(Note(f"expert {models.expert}, student {models.student}, {backend().device}"))
+        for text in (*plan.notes, *worries):
+            display(Warned(text))
+        if backend().device == "metal" and not quiet:
+            display(
+                Note("a sleeping Mac stops the run: `caffeinate -is mlx-fd ...` keeps it awake")
+            )
+        stop = _stop_on_signals(lambda text: display(Note(text)))
+        pair = open_pair(plan)
+        try:
+            summary = run(folder, plan.config, pair, plan.probe, plan.problems, display, stop)
+        except RuntimeError as error:
+            raise _explained_gpu(error, folder) from error
+    if summary is None:
+        console.print(f"stopped; go on with: mlx-fd resume {folder}", highlight=False)
+        return
+    if as_json:
+        click.echo(json.dumps({"run": str(folder), **summary}, indent=2))
+        return
+    console.print(summary_table(summary))
+    console.print(f"everything is in {folder}", highlight=False)
+
+
+def _explained_gpu(error: RuntimeError, folder: Path) -> Exception:
+    text = str(error)
+    if "kIOGPUCommandBuffer" in text or "Command buffer execution failed" in text:
+        return UserError(
+            f"the GPU gave up on a computation ({text.splitlines()[0]}). macOS ends long ones "
+            "while a display is on, or memory ran out: set a smaller micro_batch or batch_size, or "
+            f"checkpoint_layers = true, in {folder}/config.toml, or let the display sleep; then: "
+            f"mlx-fd resume {folder}"
+        )
+    return error
+
+
+def _stop_on_signals(say: Callable[[str], None]) -> Callable[[], bool]:
+    """Let the first Ctrl-C (or SIGTERM) ask for a stop, and the second stop at once."""
+    asked = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        say("stopping after this batch; press Ctrl-C again to stop at once")
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    return lambda: asked
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  mlx-fd feedback runs/20260101-120000 --problem "Tom has 3 apples and buys 5. How many?" \\
+      --answer "3 + 5 = 9. #### 9"
+  mlx-fd feedback qwen2.5-1.5b-4bit --problem @problem.txt --answer - < answer.txt
+""",
+)
+@click.argument("model")
+@click.option("--problem", required=True, help="The problem; @FILE reads a file, - standard input.")
+@click.option("--answer", required=True, help="The answer to judge; likewise.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=192,
+    show_default=True,
+    help="Most tokens of the feedback.",
+)
+@_json
+@_debug
+def feedback(
+    model: str, problem: str, answer: str, tokens: int, as_json: bool, debug: bool
+) -> None:
+    """Score and criticise an answer with a distilled student.
+
+    MODEL is a run directory (its best checkpoint), one of its checkpoints, or any model.
+    """
+    from mlx_fd.backend import backend
+
+    backend()
+    question, text = _text(problem, "--problem"), _text(answer, "--answer")
+    from mlx_fd.feedback import give_feedback
+
+    found = give_feedback(model, question, text, tokens)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    for name in ("score", "written_score"):
+        if name in found:
+            value = "none could be read" if found[name] is None else f"{found[name]:+.2f}"
+            click.echo(f"{name.replace('_', ' ')}: {value}")
+    click.echo(found["feedback"])
+
+
+def _text(value: str, option: str) -> str:
+    """An option's text: itself, a file's after @, or standard input for -."""
+    try:
+        if value == "-":
+            text = sys.stdin.read()
+        elif value.startswith("@"):
+            text = Path(value[1:]).read_text(encoding="utf-8")
+        else:
+            text = value
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option} {value}: cannot be read: {error}") from error
+    if not text.strip():
+        raise UserError(f"{option}: is empty")
+    return text.strip()
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  mlx-fd models
+  mlx-fd models --json
+""",
+)
+@_json
+@_debug
+def models(as_json: bool, debug: bool) -> None:
+    """List the models that can be used here."""
+    from mlx_fd.doctor import model_rows, models_table
+
+    rows = model_rows()
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(models_table(rows))
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  mlx-fd doctor
+  mlx-fd doctor --json
+""",
+)
+@_json
+@_debug
+def doctor(as_json: bool, debug: bool) -> None:
+    """Say what this machine has, and what to install. Exits with 1 where something is amiss."""
+    from mlx_fd.doctor import checks, checks_table
+
+    rows = checks()
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(checks_table(rows))
+    if any(row["state"] == "bad" for row in rows):
+        sys.exit(1)
+
+
+def main() -> None:
+    """Run the command line; a user sees messages, and tracebacks only with ``--debug``."""
+    debug = "--debug" in sys.argv
+    try:
+        cli(standalone_mode=False)
+        status = 0
+    except click.exceptions.Abort:
+        status = 130
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"error: {error}", err=True)
+        status = 2
+    except KeyboardInterrupt:
+        click.echo("stopped; `mlx-fd resume RUN` goes on from the last checkpoint", err=True)
+        status = 130
+    except BrokenPipeError:
+        # The reader went away (`| head`); nothing is left to say, and Python must not try.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        kind = type(error).__name__
+        click.echo(
+            f"error: {kind}: {error}\nThis is a defect of mlx-fd; run it again with --debug and "
+            "report what it prints.",
+            err=True,
+        )
+        status = 1
+    sys.exit(status)

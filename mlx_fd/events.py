@@ -1,0 +1,58 @@
+"""What a run tells whoever watches it. The display is a view of these; a run needs no display."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something to know."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Something to worry about."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """Some tokens of a step were written or learned from."""
+
+    batch: int
+    step: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Probed:
+    """The probe set was looked at before the first batch, or at resuming."""
+
+    first: dict[str, float]
+    last: dict[str, float]
+    headroom: dict[str, int]
+
+
+@dataclass(frozen=True)
+class BatchDone:
+    """A batch is done and on the disk.
+
+    Attributes:
+        done: episodes so far.
+        total: episodes of the run.
+        rows: this batch's rows of ``episodes.jsonl``.
+        metrics: its row of ``metrics.jsonl``.
+    """
+
+    done: int
+    total: int
+    rows: list[dict[str, Any]]
+    metrics: dict[str, Any]
+
+
+Event = Note | Warned | Step | Probed | BatchDone

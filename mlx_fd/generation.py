@@ -1,0 +1,242 @@
+"""Batched generation over growing conversations, on mlx-lm's generator and prompt caches.
+
+A conversation is the tokens so far and the keys and values of exactly those tokens. Each turn adds
+only its own tokens, so nothing is prefilled twice; ``reuse=False`` prefills everything again, the
+naive way that tests and benchmarks compare with.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+from mlx_fd.models import taps
+from mlx_fd.models.loading import Loaded
+
+Cache = list[Any]
+_SENTINEL = "\u241fanswer\u241f"
+# Llama's templates print the day; a run must not change with it.
+_TEMPLATE = {"add_generation_prompt": True, "date_string": "26 Jul 2024"}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Tokens so far, and the prompt cache that holds exactly them (``None``: not kept).
+
+    Conversations are values: generating from one leaves it as it was.
+    """
+
+    tokens: tuple[int, ...] = ()
+    cache: Cache | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One generated turn.
+
+    Attributes:
+        text: what was written, without the end-of-turn token.
+        tokens: the generated tokens, with the end-of-turn token where it came.
+        finished: whether the model ended the turn itself (else the token limit did).
+        conversation: the conversation up to and with this turn.
+        prefilled: prompt tokens that had to be run through the model for it.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finished: bool
+    conversation: Conversation
+    prefilled: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw tokens; temperature 0 is greedy, a repetition penalty of 1 is none."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+def opening(tokenizer: Any, message: str) -> tuple[int, ...]:
+    """Tokens of a conversation's first user message, up to where the assistant begins."""
+    return tuple(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], tokenize=True, **_TEMPLATE
+        )
+    )
+
+
+def next_message(tokenizer: Any, message: str) -> tuple[int, ...]:
+    """Tokens from the end of an assistant's turn, over a user message, to the assistant's next.
+
+    They begin with the end-of-turn token. Text that the assistant wrote is never tokenised again,
+    so the conversation keeps the very tokens that were generated.
+    """
+    text = tokenizer.apply_chat_template(
+        [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": _SENTINEL},
+            {"role": "user", "content": message},
+        ],
+        tokenize=False,
+        **_TEMPLATE,
+    )
+    tail = text.split(_SENTINEL, 1)[1]
+    return tuple(tokenizer.encode(tail, add_special_tokens=False))
+
+
+def reply_to(conversation: Conversation, turn: tuple[int, ...]) -> tuple[int, ...]:
+    """The part of :func:`next_message`'s tokens that the conversation does not end with already."""
+    ended = conversation.tokens and turn and conversation.tokens[-1] == turn[0]
+    return turn[1:] if ended else turn
+
+
+def rewind(conversation: Conversation, length: int) -> Conversation:
+    """The conversation's first ``length`` tokens, with a cache of its own where one can be cut."""
+    cache = conversation.cache
+    if cache is None or not can_trim_prompt_cache(cache):
+        return Conversation(conversation.tokens[:length])
+    cache = copy.deepcopy(cache)
+    trim_prompt_cache(cache, len(conversation.tokens) - length)
+    return Conversation(conversation.tokens[:length], cache)
+
+
+def run_on(loaded: Loaded, conversation: Conversation, tokens: Sequence[int]) -> taps.Forward:
+    """Hidden states [1, len(tokens), d] of ``tokens`` after a conversation, left unchanged."""
+    cache = copy.deepcopy(conversation.cache)
+    if cache is not None or not conversation.tokens:
+        return taps.forward(loaded.model, mx.array(tokens)[None], cache)
+    whole = taps.forward(loaded.model, mx.array([*conversation.tokens, *tokens])[None])
+    begin = len(conversation.tokens)
+    return taps.Forward([layer[:, begin:] for layer in whole.layers], whole.final[:, begin:])
+
+
+def prefill(
+    loaded: Loaded, conversation: Conversation, prompt: Sequence[int], *, reuse: bool = True
+) -> tuple[mx.array, Conversation]:
+    """Run a prompt through the model.
+
+    Returns:
+        The final hidden state [d] of the prompt's last token, and the conversation with the
+        prompt but for that token: what :func:`generate` wants to go on from.
+    """
+    tokens = (*conversation.tokens, *prompt)
+    cache = copy.deepcopy(conversation.cache) if reuse else None
+    start = len(conversation.tokens) if cache is not None else 0
+    if cache is None:
+        cache = make_prompt_cache(loaded.model)
+    final = taps.forward(loaded.model, mx.array(tokens[start:])[None], cache).final[0, -1]
+    mx.eval(final, [layer.state for layer in cache])
+    if not reuse:
+        return final, Conversation(tokens[:-1])
+    return final, rewind(Conversation(tokens, cache), len(tokens) - 1)
+
+
+def generate(
+    loaded: Loaded,
+    conversations: Sequence[Conversation],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    reuse: bool = True,
+    on_token: Callable[[int], None] | None = None,
+) -> list[Turn]:
+    """Let the model write the next turn of each conversation.
+
+    Args:
+        loaded: model and tokenizer.
+        conversations: what was said so far.
+        prompts: the new tokens of each, at least one.
+        sampling: how to draw, and the most tokens to write.
+        reuse: go on from the conversations' caches, all together; ``False`` takes them one by one
+            and prefills everything.
+        on_token: called with the number of tokens written in each step, for progress.
+
+    Returns:
+        One turn for each conversation, in order.
+    """
+    if not conversations:
+        return []
+    mx.random.seed(sampling.seed)
+    if not reuse:
+        return [
+            _generate(loaded, [Conversation(old.tokens)], [prompt], sampling, False, on_token)[0]
+            for old, prompt in zip(conversations, prompts, strict=True)
+        ]
+    return _generate(loaded, conversations, prompts, sampling, True, on_token)
+
+
+def _generate(
+    loaded: Loaded,
+    conversations: Sequence[Conversation],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    keep_cache: bool,
+    on_token: Callable[[int], None] | None,
+) -> list[Turn]:
+    eos = set(loaded.tokenizer.eos_token_ids)
+    starts = [
+        list(prompt) if old.cache is not None else [*old.tokens, *prompt]
+        for old, prompt in zip(conversations, prompts, strict=True)
+    ]
+    cached = [list(old.tokens) if old.cache is not None else [] for old in conversations]
+    caches = [
+        old.cache if old.cache is not None else make_prompt_cache(loaded.model)
+        for old in conversations
+    ]
+    penalty = sampling.repetition_penalty
+    generator = BatchGenerator(
+        loaded.model,
+        stop_tokens=[[token] for token in eos],
+        sampler=make_sampler(temp=sampling.temperature),
+        logits_processors=make_logits_processors(repetition_penalty=penalty)
+        if penalty != 1
+        else None,
+        completion_batch_size=len(conversations),
+        prefill_batch_size=len(conversations),
+    )
+    written: dict[int, list[int]] = {}
+    finished: dict[int, bool] = {}
+    kept: dict[int, Cache] = {}
+    try:
+        # deepcopy: the generator extends the caches it is given, and conversations are values.
+        uids = generator.insert(
+            starts,
+            max_tokens=[sampling.max_tokens] * len(starts),
+            caches=copy.deepcopy(caches),
+            all_tokens=cached,
+        )
+        while responses := generator.next_generated():
+            for response in responses:
+                written.setdefault(response.uid, []).append(response.token)
+                if response.finish_reason is not None:
+                    finished[response.uid] = response.finish_reason == "stop"
+                    if keep_cache:
+                        kept[response.uid] = response.prompt_cache
+            if on_token is not None:
+                on_token(len(responses))
+    finally:
+        generator.close()
+    turns = []
+    for uid, old, prompt, start in zip(uids, conversations, prompts, starts, strict=True):
+        tokens = tuple(written[uid])
+        text = tokens[:-1] if finished[uid] else tokens
+        turns.append(
+            Turn(
+                text=loaded.tokenizer.decode(list(text)).strip(),
+                tokens=tokens,
+                finished=finished[uid],
+                conversation=Conversation((*old.tokens, *prompt, *tokens), kept.get(uid)),
+                prefilled=len(start),
+            )
+        )
+    return turns

@@ -1,0 +1,421 @@
+"""The loop: episodes, the gate, the student's updates, the run directory.
+
+A batch of problems goes through the episode's steps together. Every draw is seeded by the run's
+seed and the batch's number, and everything else a batch depends on is in the checkpoint, so that a
+run that was stopped and resumed is the run that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_unflatten
+
+from mlx_fd import gate, runs
+from mlx_fd.config import Config
+from mlx_fd.distill import (
+    Sample,
+    Update,
+    make_optimizer,
+    make_sample,
+    measure,
+    optimizer_arrays,
+    update,
+)
+from mlx_fd.episode import (
+    Draft,
+    Pair,
+    answer,
+    expert_feedback,
+    finish,
+    seed_of,
+    student_feedback,
+    to_json,
+)
+from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
+from mlx_fd.generation import rewind
+from mlx_fd.models.student import load_student, save_student
+from mlx_fd.probe import Probe, load_probe, make_probe, save_probe
+from mlx_fd.problems import Problem
+from mlx_fd.summary import summarise, warnings_of
+
+OPTIMIZER = "optimizer.safetensors"
+# Episodes that the warnings look back over.
+_WATCHED = 64
+Report = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: all of a checkpoint but the weights.
+
+    Attributes:
+        batch: batches of problems done.
+        gate: the gate's state.
+        scales: the fixed factor of each loss.
+        distilled: batches in which the student learned.
+        probe_first: losses on the probe set before the first update.
+        probe_last: the same, last time they were looked at.
+        best: the least mean of probe losses relative to ``probe_first``.
+        best_batch: the batch after which that was.
+    """
+
+    batch: int
+    gate: gate.GateState
+    scales: dict[str, float]
+    distilled: int
+    probe_first: dict[str, float]
+    probe_last: dict[str, float]
+    best: float
+    best_batch: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``state.json``."""
+        return {**dataclasses.asdict(self), "gate": self.gate.to_json()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Progress:
+        """What :meth:`to_json` gave."""
+        names = [item.name for item in dataclasses.fields(cls)]
+        fields = {name: value[name] for name in names}
+        return cls(**{**fields, "gate": gate.GateState.from_json(value["gate"])})
+
+
+def run(
+    folder: Path,
+    config: Config,
+    pair: Pair,
+    probe_problems: Sequence[Problem],
+    problems: Sequence[Problem],
+    report: Report,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Begin a run or go on with it.
+
+    The caller holds the run directory's lock.
+
+    Args:
+        folder: the run directory, as :func:`mlx_fd.runs.create` made it.
+        config: the run's configuration.
+        pair: the models; the student untrained (a checkpoint's weights are put into it).
+        probe_problems: the held-out problems that the gate watches.
+        problems: the run's problems, in order.
+        report: told of everything worth showing.
+        stop: asked after each batch; when true, a checkpoint is written and the run ends there.
+
+    Returns:
+        The summary, or ``None`` where ``stop`` ended the run early.
+
+    Raises:
+        UserError: the run directory cannot be written, or does not fit the run.
+    """
+    checkpoint, broken = runs.newest_checkpoint(folder)
+    if broken:
+        report(Warned(f"checkpoint {', '.join(broken)} is not whole; going back before it"))
+    with runs.explained(folder):
+        runs.roll_back(folder, checkpoint)
+        probe = load_probe(folder)
+        if probe is None:
+            report(Note(f"looking at {len(probe_problems)} held-out problems first"))
+            probe = make_probe(pair, probe_problems, config, _steps(report, 0))
+            save_probe(probe, folder)
+    optimizer = make_optimizer(pair.student, config.training)
+    if checkpoint is None:
+        progress = _first(pair, probe, config)
+        with runs.explained(folder):
+            _save(folder, progress, pair, optimizer, config)
+    else:
+        progress = Progress.from_json(checkpoint.state)
+        load_student(pair.student, checkpoint.folder)
+        optimizer.state = tree_unflatten(list(mx.load(str(checkpoint.folder / OPTIMIZER)).items()))
+        report(Note(f"going on after batch {progress.batch}"))
+    report(Probed(progress.probe_first, progress.probe_last, vars(probe.headroom)))
+    for concern in probe.headroom.concerns():
+        report(Warned(concern))
+
+    size = config.generation.batch_size
+    warned: set[str] = set()
+    recent: list[dict[str, Any]] = []
+    saved = progress.batch
+    while progress.batch * size < len(problems):
+        chunk = problems[progress.batch * size : (progress.batch + 1) * size]
+        best_before = progress.best_batch
+        progress, rows, metrics = _batch(progress, chunk, probe, pair, optimizer, config, report)
+        with runs.explained(folder):
+            runs.append_lines(folder / runs.EPISODES, rows)
+            runs.append_lines(folder / runs.METRICS, [metrics])
+            stopping = stop()
+            due = progress.batch - saved >= config.episode.checkpoint_every
+            if due or stopping or progress.best_batch != best_before:
+                _save(folder, progress, pair, optimizer, config)
+                saved = progress.batch
+        done = min(progress.batch * size, len(problems))
+        report(BatchDone(done, len(problems), rows, metrics))
+        recent = [*recent, *rows][-_WATCHED:]
+        for kind, text in warnings_of(recent).items():
+            if kind not in warned:
+                warned.add(kind)
+                report(Warned(text))
+        # Buffers of the largest batch so far would otherwise stay with the process.
+        mx.clear_cache()
+        if stopping and done < len(problems):
+            return None
+
+    last = probe.losses(pair, config)
+    progress = _with_probe(progress, last)
+    with runs.explained(folder):
+        _save(folder, progress, pair, optimizer, config)
+        summary = summarise(
+            runs.read_lines(folder / runs.EPISODES),
+            runs.read_lines(folder / runs.METRICS),
+            progress.probe_first,
+            last,
+            vars(probe.headroom),
+        )
+        summary["best_checkpoint"] = f"{progress.best_batch:06d}"
+        summary["peak_memory_bytes"] = mx.get_peak_memory()
+        runs.write_json(folder / runs.SUMMARY, summary)
+    return summary
+
+
+def _steps(report: Report, batch: int) -> Callable[[str, int], None]:
+    return lambda step, tokens: report(Step(batch, step, tokens))
+
+
+def _first(pair: Pair, probe: Probe, config: Config) -> Progress:
+    """The state before the first batch: the probe set's losses make the scales."""
+    names = config.losses.losses
+    losses = probe.losses(pair, config)
+    if config.losses.scales:
+        scales = dict(zip(names, config.losses.scales, strict=True))
+    else:
+        # A loss that is nothing from the start, or that nothing is known of, is left as it is.
+        scales = {name: 1 / losses[name] if losses.get(name, 0) > 1e-6 else 1.0 for name in names}
+    state = gate.initial_state(config.gate, names)
+    state, _ = gate.observe_probe(state, losses, config.gate, cost=0.0)
+    return Progress(0, state, scales, 0, losses, losses, 1.0, 0)
+
+
+def _with_probe(progress: Progress, losses: dict[str, float]) -> Progress:
+    """The state after a look at the probe set."""
+    known = [name for name in losses if progress.probe_first.get(name, 0) > 0]
+    level = sum(losses[name] / progress.probe_first[name] for name in known) / max(len(known), 1)
+    better = math.isfinite(level) and level < progress.best
+    return dataclasses.replace(
+        progress,
+        probe_last=losses,
+        best=level if better else progress.best,
+        best_batch=progress.batch if better else progress.best_batch,
+    )
+
+
+def _save(
+    folder: Path, progress: Progress, pair: Pair, optimizer: optim.Optimizer, config: Config
+) -> None:
+    def write(to: Path) -> None:
+        save_student(pair.student, config.models, pair.reader.path, to)
+        mx.save_safetensors(str(to / OPTIMIZER), optimizer_arrays(optimizer))
+
+    sizes = {
+        name: (folder / name).stat().st_size if (folder / name).exists() else 0
+        for name in (runs.EPISODES, runs.METRICS)
+    }
+    runs.save_checkpoint(
+        folder,
+        progress.batch,
+        write,
+        {**progress.to_json(), "log_bytes": sizes},
+        best=progress.best_batch,
+        keep=config.episode.keep_checkpoints,
+    )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A problem's feedback as the gate sees it."""
+
+    sample: Sample
+    losses: dict[str, float]
+    decision: gate.TriggerDecision
+
+
+def _batch(
+    progress: Progress,
+    problems: Sequence[Problem],
+    probe: Probe,
+    pair: Pair,
+    optimizer: optim.Optimizer,
+    config: Config,
+    report: Report,
+) -> tuple[Progress, list[dict[str, Any]], dict[str, Any]]:
+    """One batch of episodes; the state after it, its episodes' rows and its metrics."""
+    begin = time.perf_counter()
+    number = progress.batch
+    told = _steps(report, number)
+
+    def seeds(step: str) -> int:
+        return seed_of(config.episode.seed, number, step)
+
+    # 1. and 2. Answers, then feedback of both.
+    drafts = answer(pair.expert, problems, config.generation, seeds("answer"), told)
+    drafts = student_feedback(pair, drafts, config.generation, seeds("student_feedback"), told)
+    audits = [gate.audited(d.problem.id, config.episode.seed, config.gate) for d in drafts]
+    asked = [
+        place
+        for place, draft in enumerate(drafts)
+        if not progress.gate.frozen
+        or audits[place]
+        or not gate.stands_alone(draft.student_score, config.gate)
+    ]
+    answered = expert_feedback(
+        pair, [drafts[p] for p in asked], config.generation, seeds("expert_feedback"), told
+    )
+    for place, draft in zip(asked, answered, strict=True):
+        drafts[place] = draft
+
+    # 3. The gate looks at every feedback the expert gave.
+    state = progress.gate
+    readings: dict[int, _Reading] = {}
+    for place in asked:
+        sample = _sample(pair, drafts[place], config)
+        losses = measure(pair.student, pair.expert, [sample], config.losses, pair.vocab, 1)
+        expert_score = sample.expert_score
+        decision = gate.trigger(
+            state, expert_score, drafts[place].student_score, losses, config.gate
+        )
+        readings[place] = _Reading(sample, losses, decision)
+        if not state.frozen or audits[place]:
+            state = gate.observe_sample(state, losses, config.gate)
+
+    # 4. The student learns where it lags.
+    lagging = [reading.sample for reading in readings.values() if reading.decision.distil]
+    weights = gate.weights(state, config.gate)
+    updates = _distil(pair, optimizer, lagging, weights, progress.scales, config, told)
+    after = {
+        place: measure(pair.student, pair.expert, [r.sample], config.losses, pair.vocab, 1)
+        for place, r in readings.items()
+        if updates and r.decision.distil
+    }
+    progress = dataclasses.replace(
+        progress, batch=number + 1, gate=state, distilled=progress.distilled + bool(updates)
+    )
+    stop_decision = None
+    if updates and progress.distilled % config.episode.probe_every == 0:
+        probe_losses = probe.losses(pair, config)
+        state, stop_decision = gate.observe_probe(
+            state, probe_losses, config.gate, cost=float(len(updates))
+        )
+        progress = _with_probe(dataclasses.replace(progress, gate=state), probe_losses)
+
+    # 5. and 6. Merge, revise, criticise, final answer.
+    outcomes = finish(pair, drafts, config.generation, config.episode, seeds, told)
+
+    rows = [
+        to_json(
+            outcome,
+            number * config.generation.batch_size + place,
+            _gate_row(readings.get(place), after.get(place)),
+        )
+        for place, outcome in enumerate(outcomes)
+    ]
+    metrics = {
+        "batch": number,
+        "lagging": len(lagging),
+        "weights": weights,
+        "updates": [_update_row(u) for u in updates],
+        "probe": _finite_all(progress.probe_last) if stop_decision else None,
+        "stop": dataclasses.asdict(stop_decision) if stop_decision else None,
+        "frozen": progress.gate.frozen,
+        "seconds": round(time.perf_counter() - begin, 3),
+    }
+    return progress, rows, metrics
+
+
+def _sample(pair: Pair, draft: Draft, config: Config) -> Sample:
+    """What the student can learn from this problem."""
+    assert draft.expert_feedback is not None and draft.after_feedback is not None
+    own = _share(draft.problem.id, config.episode.seed) < config.losses.on_policy_fraction
+    feedback = draft.student_feedback if own else draft.expert_feedback
+    return make_sample(
+        pair.expert,
+        len(pair.student.model.layers),
+        rewind(draft.after_feedback, len(draft.prompt) - 1),
+        draft.prompt,
+        feedback.tokens,
+        draft.expert_feedback.score,
+        config.losses,
+        on_policy=own,
+    )
+
+
+def _share(problem_id: str, seed: int) -> float:
+    digest = hashlib.sha256(f"on-policy/{seed}/{problem_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _distil(
+    pair: Pair,
+    optimizer: optim.Optimizer,
+    samples: Sequence[Sample],
+    weights: dict[str, float],
+    scales: dict[str, float],
+    config: Config,
+    told: Callable[[str, int], None],
+) -> list[Update]:
+    if not samples:
+        return []
+    scaled = {name: weights[name] * scales[name] for name in config.losses.losses}
+    done = []
+    for _ in range(config.training.kd_steps):
+        done.append(
+            update(
+                pair.student,
+                pair.expert,
+                optimizer,
+                samples,
+                scaled,
+                config.losses,
+                config.training,
+                pair.vocab,
+            )
+        )
+        told("distil", sum(len(sample.target) for sample in samples))
+    return done
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _finite_all(losses: dict[str, float]) -> dict[str, float | None]:
+    return {name: _finite(value) for name, value in losses.items()}
+
+
+def _update_row(update: Update) -> dict[str, Any]:
+    return {
+        "losses": _finite_all(update.losses),
+        "total": _finite(update.total),
+        "gradient_norm": _finite(update.gradient_norm),
+        "skipped": update.skipped,
+    }
+
+
+def _gate_row(reading: _Reading | None, after: dict[str, float] | None) -> dict[str, Any]:
+    if reading is None:
+        return {"distilled": False, "reason": "the student stands alone"}
+    return {
+        "distilled": reading.decision.distil,
+        "reason": reading.decision.reason,
+        "on_policy": reading.sample.on_policy,
+        "losses_before": _finite_all(reading.losses),
+        "losses_after": after and _finite_all(after),
+    }

@@ -1,0 +1,209 @@
+"""The probe set: a few held-out problems that the gate watches, and the headroom check on them.
+
+The expert's side (its answers, its feedback, what its hidden states say about it) is computed once;
+looking at the student again costs one forward pass.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_fd.config import Config
+from mlx_fd.distill import Sample, make_sample, measure
+from mlx_fd.episode import (
+    Pair,
+    Progress,
+    answer,
+    expert_feedback,
+    is_correct,
+    seed_of,
+    student_feedback,
+)
+from mlx_fd.generation import rewind
+from mlx_fd.problems import Problem
+from mlx_fd.runs import write_json
+
+PROBE_ROWS = "probe.json"
+PROBE_ARRAYS = "probe.safetensors"
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """Is there something to distil? Counts on the probe problems, before any update.
+
+    A model judges well where its written score is positive on a right answer of the expert's and
+    not positive on a wrong one.
+
+    Attributes:
+        problems: how many there were.
+        expert_right: problems the expert answers right.
+        student_right: problems the student answers right.
+        expert_judged: answers the expert scored (its score could be read).
+        expert_judged_right: those it judged well.
+        student_judged: answers the student scored in its text.
+        student_judged_right: those it judged well.
+    """
+
+    problems: int
+    expert_right: int
+    student_right: int
+    expert_judged: int
+    expert_judged_right: int
+    student_judged: int
+    student_judged_right: int
+
+    def concerns(self) -> list[str]:
+        """What the user should know before hours are spent; empty where all is well."""
+        found = []
+        if self.expert_right <= self.student_right:
+            found.append(
+                f"the expert answers {self.expert_right} of {self.problems} probe problems right, "
+                f"the student {self.student_right}: there may be nothing to learn at answering"
+            )
+        if self.expert_judged * 2 < self.problems:
+            found.append(
+                f"the expert's score could be read in {self.expert_judged} of {self.problems} "
+                "feedbacks: the score loss has little to learn from"
+            )
+        if self.expert_judged and self.student_judged:
+            expert = self.expert_judged_right / self.expert_judged
+            student = self.student_judged_right / self.student_judged
+            if expert <= student:
+                found.append(
+                    f"the expert judges {self.expert_judged_right} of {self.expert_judged} answers "
+                    f"rightly, the student {self.student_judged_right} of {self.student_judged}: "
+                    "its feedback may be no better than the student's"
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The probe set of a run.
+
+    Attributes:
+        samples: the expert's feedback on its own answers, ready to measure the student with.
+        headroom: the check before the first update.
+    """
+
+    samples: tuple[Sample, ...]
+    headroom: Headroom
+
+    def losses(self, pair: Pair, config: Config) -> dict[str, float]:
+        """The student's mean losses on the probe set, as it is now."""
+        micro_batch = config.training.micro_batch
+        return measure(
+            pair.student, pair.expert, self.samples, config.losses, pair.vocab, micro_batch
+        )
+
+
+def _judged(scores: Sequence[float | None], right: Sequence[bool]) -> tuple[int, int]:
+    read = [(s, ok) for s, ok in zip(scores, right, strict=True) if s is not None]
+    return len(read), sum((score > 0) == ok for score, ok in read)
+
+
+def make_probe(
+    pair: Pair, problems: Sequence[Problem], config: Config, progress: Progress
+) -> Probe:
+    """Run both models over the probe problems, in batches of the run's size.
+
+    Args:
+        pair: the models; the student untrained.
+        problems: held out from the run's.
+        config: token limits, seed, losses.
+        progress: told of every token.
+    """
+    options, size = config.generation, config.generation.batch_size
+    samples: list[Sample] = []
+    counts = [0] * 6
+    for number, begin in enumerate(range(0, len(problems), size)):
+        chunk = problems[begin : begin + size]
+        seeds = _seeds(config.episode.seed, number)
+        drafts = answer(pair.expert, chunk, options, seeds("answer"), progress)
+        drafts = expert_feedback(pair, drafts, options, seeds("expert_feedback"), progress)
+        drafts = student_feedback(pair, drafts, options, seeds("student_feedback"), progress)
+        own = answer(
+            pair.reader,
+            chunk,
+            options,
+            seeds("student_answer"),
+            progress,
+            temperature=options.student_temperature,
+        )
+        right = [is_correct(draft.answer.final, draft.problem) for draft in drafts]
+        expert_scores = [d.expert_feedback and d.expert_feedback.score for d in drafts]
+        student_scores = [draft.student_feedback.score for draft in drafts]
+        found = [
+            sum(right),
+            sum(is_correct(draft.answer.final, draft.problem) for draft in own),
+            *_judged(expert_scores, right),
+            *_judged(student_scores, right),
+        ]
+        counts = [so_far + more for so_far, more in zip(counts, found, strict=True)]
+        for draft in drafts:
+            assert draft.expert_feedback is not None and draft.after_feedback is not None
+            samples.append(
+                make_sample(
+                    pair.expert,
+                    len(pair.student.model.layers),
+                    rewind(draft.after_feedback, len(draft.prompt) - 1),
+                    draft.prompt,
+                    draft.expert_feedback.tokens,
+                    draft.expert_feedback.score,
+                    config.losses,
+                )
+            )
+    return Probe(tuple(samples), Headroom(len(problems), *counts))
+
+
+def _seeds(seed: int, number: int) -> Callable[[str], int]:
+    return lambda step: seed_of(seed, number, f"probe/{step}")
+
+
+def save_probe(probe: Probe, folder: Path) -> None:
+    """Keep the probe set in the run directory; the JSON file is written last."""
+    arrays = {}
+    rows = []
+    for place, sample in enumerate(probe.samples):
+        arrays[f"{place}.final"] = sample.expert_final
+        for layer, pooled in enumerate(sample.expert_pooled):
+            arrays[f"{place}.pooled.{layer}"] = pooled
+        rows.append(
+            {
+                "prompt": sample.prompt,
+                "target": sample.target,
+                "expert_score": sample.expert_score,
+                "layers": len(sample.expert_pooled),
+            }
+        )
+    temporary = folder / f".tmp-{PROBE_ARRAYS}"
+    mx.save_safetensors(str(temporary), arrays)
+    temporary.replace(folder / PROBE_ARRAYS)
+    write_json(folder / PROBE_ROWS, {"headroom": vars(probe.headroom), "samples": rows})
+
+
+def load_probe(folder: Path) -> Probe | None:
+    """The probe set that :func:`save_probe` kept, or ``None`` where it is not whole."""
+    try:
+        content: dict[str, Any] = json.loads((folder / PROBE_ROWS).read_text(encoding="utf-8"))
+        arrays = mx.load(str(folder / PROBE_ARRAYS))
+        samples = tuple(
+            Sample(
+                tuple(row["prompt"]),
+                tuple(row["target"]),
+                arrays[f"{place}.final"],
+                tuple(arrays[f"{place}.pooled.{layer}"] for layer in range(row["layers"])),
+                row["expert_score"],
+            )
+            for place, row in enumerate(content["samples"])
+        )
+        mx.eval([sample.expert_final for sample in samples])
+        return Probe(samples, Headroom(**content["headroom"]))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        return None

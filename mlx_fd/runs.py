@@ -1,0 +1,317 @@
+"""The run directory: what is written, in which order, and how a run finds its way back.
+
+Nothing is ever half there. A file is written under a temporary name, flushed to the disk and then
+renamed; a checkpoint is a folder renamed into place whole, with the digest of each of its files in
+``state.json``. The two logs only grow, and a checkpoint knows how long they were, so a run that was
+killed at any moment goes back to the newest good checkpoint and cuts the logs to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_fd.errors import UserError
+
+CONFIG = "config.toml"
+MANIFEST = "manifest.json"
+EPISODES = "episodes.jsonl"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
+STATE = "state.json"
+_LOCK = ".lock"
+
+_README = """\
+# A run of mlx-fd
+
+| file | what it is |
+|---|---|
+| `config.toml` | every option of the run; `mlx-fd loop --config config.toml` runs it again |
+| `manifest.json` | versions, seed, models and data with their digests |
+| `episodes.jsonl` | one line per problem: answer, both feedbacks, the gate, the final answer |
+| `metrics.jsonl` | one line per batch: losses, weights, the gate's reasons, the probe set |
+| `checkpoints/` | `NNNNNN` by batch; `last` and `best` (on the probe set) point to them |
+| `summary.json` | the run's totals, written at its end |
+
+    mlx-fd resume .                       # goes on where it stopped
+    mlx-fd feedback . --problem TEXT --answer TEXT
+    mlx_lm.generate --model MODEL --adapter-path checkpoints/best --prompt TEXT
+
+MODEL is the student's, named in `manifest.json`.
+"""
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all; it is on the disk when this returns."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Append rows as JSON lines and flush them to the disk.
+
+    Returns:
+        The file's size in bytes afterwards.
+    """
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    with path.open("ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log; a half-written last line is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def create(folder: Path, config_toml: str, manifest: dict[str, Any]) -> None:
+    """Make a run directory.
+
+    Raises:
+        UserError: there is something in it already, or it cannot be written.
+    """
+    if folder.exists() and any(entry.name != _LOCK for entry in folder.iterdir()):
+        hint = f"go on with: mlx-fd resume {folder}" if is_run(folder) else "choose another --out"
+        raise UserError(f"{folder}: there is something in this folder already; {hint}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CHECKPOINTS).mkdir()
+    write_atomic(folder / "README.md", _README)
+    write_atomic(folder / CONFIG, config_toml)
+    # Last: a folder with a manifest is a run.
+    write_json(folder / MANIFEST, manifest)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (folder / MANIFEST).is_file() and (folder / CONFIG).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A run's manifest.
+
+    Raises:
+        UserError: the folder holds no run, or the manifest cannot be read.
+    """
+    if not is_run(folder):
+        raise UserError(
+            f"{folder}: this is no run directory (it has no {MANIFEST}). "
+            "Name the folder that `mlx-fd loop` printed when it began."
+        )
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / MANIFEST}: cannot be read: {error}") from error
+    return manifest
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run directory, so that no other process writes it.
+
+    The lock goes with the process, however that ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: another mlx-fd process is writing this run; wait for it or stop it."
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turn a failed write into a message that says that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        raise _cannot_write(folder, error.strerror or str(error)) from error
+    except RuntimeError as error:
+        # MLX reports a failed write of weights this way, and only this way.
+        if "write" not in str(error).lower() and "open" not in str(error).lower():
+            raise
+        raise _cannot_write(folder, str(error)) from error
+
+
+def _cannot_write(folder: Path, why: str) -> UserError:
+    return UserError(
+        f"{folder}: cannot be written ({why}). What was saved before is whole; "
+        f"free some space, then: mlx-fd resume {folder}"
+    )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its folder, and the ``state.json`` in it."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def batch(self) -> int:
+        """Batches of problems that were done when it was written."""
+        return int(self.state["batch"])
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_checkpoint(
+    folder: Path,
+    batch: int,
+    write: Callable[[Path], None],
+    state: dict[str, Any],
+    *,
+    best: int,
+    keep: int,
+) -> None:
+    """Write a checkpoint, point ``last`` and ``best`` to the right ones, and drop old ones.
+
+    Args:
+        folder: the run directory.
+        batch: batches done; the checkpoint's name.
+        write: writes the weights into the folder it is given.
+        state: everything else that a resumed run needs; the files' digests are added.
+        best: the batch whose checkpoint is the best so far.
+        keep: how many of the newest to keep beside the best.
+    """
+    checkpoints = folder / CHECKPOINTS
+    temporary = checkpoints / f".{batch:06d}.tmp"
+    final = checkpoints / f"{batch:06d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    write(temporary)
+    files = sorted(temporary.iterdir())
+    for path in files:
+        _sync_file(path)
+    digests = {path.name: _digest(path) for path in files}
+    write_json(temporary / STATE, {"batch": batch, **state, "files": digests})
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    _sync_folder(checkpoints)
+    _point(checkpoints / "last", final.name)
+    _point(checkpoints / "best", f"{best:06d}")
+    for old in _numbered(checkpoints)[keep:]:
+        if old.name != f"{best:06d}":
+            shutil.rmtree(old)
+
+
+def _point(link: Path, name: str) -> None:
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    temporary.replace(link)
+
+
+def _numbered(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    return sorted((p for p in checkpoints.iterdir() if p.name.isdigit()), reverse=True)
+
+
+def _read_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint in a folder, or ``None`` where a file is missing or not what was written."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        whole = all(_digest(folder / name) == value for name, value in state["files"].items())
+        return Checkpoint(folder, state) if whole and state["batch"] >= 0 else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest good checkpoint of a run, without changing anything.
+
+    Returns:
+        The checkpoint (``None`` where there is none yet), and the names of newer, broken ones.
+    """
+    broken = []
+    checkpoints = folder / CHECKPOINTS
+    for candidate in _numbered(checkpoints) if checkpoints.is_dir() else []:
+        checkpoint = _read_checkpoint(candidate)
+        if checkpoint is not None:
+            return checkpoint, broken
+        broken.append(candidate.name)
+    return None, broken
+
+
+def roll_back(folder: Path, checkpoint: Checkpoint | None) -> None:
+    """Bring a run directory to where a checkpoint left it.
+
+    Logs are cut to their length then, and everything newer goes.
+
+    Raises:
+        UserError: a log is shorter than the checkpoint knew it.
+    """
+    checkpoints = folder / CHECKPOINTS
+    checkpoints.mkdir(exist_ok=True)
+    sizes = checkpoint.state["log_bytes"] if checkpoint else {}
+    for name in (EPISODES, METRICS):
+        path, size = folder / name, sizes.get(name, 0)
+        length = path.stat().st_size if path.exists() else 0
+        if length < size:
+            raise UserError(
+                f"{path}: is shorter than the checkpoint {checkpoint and checkpoint.folder.name} "
+                f"says ({length} bytes, not {size}). The file was changed by something else; put "
+                "it back, or begin a new run."
+            )
+        if length > size:
+            os.truncate(path, size)
+    batch = checkpoint.batch if checkpoint else -1
+    for path in checkpoints.iterdir():
+        if path.name.startswith(".") or (path.name.isdigit() and int(path.name) > batch):
+            path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+    if checkpoint is not None:
+        _point(checkpoints / "last", checkpoint.folder.name)
+        _point(checkpoints / "best", f"{checkpoint.state['best_batch']:06d}")
+    (folder / SUMMARY).unlink(missing_ok=True)

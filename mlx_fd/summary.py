@@ -1,0 +1,139 @@
+"""What a run's rows add up to, and what in them should worry the user. Rows in, numbers out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+# A share of episodes above this is worth a warning, once there are enough of them.
+_WORRYING_SHARE = 0.2
+_ENOUGH = 8
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share ``right / n`` (Wilson, 1927); (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    z = 1.959963984540054
+    share = right / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _accuracy(rows: Sequence[Row], key: str) -> dict[str, Any]:
+    right = sum(row[key] for row in rows)
+    low, high = wilson(right, len(rows))
+    return {"right": right, "n": len(rows), "interval": [round(low, 4), round(high, 4)]}
+
+
+def _sums(rows: Sequence[Row], key: str) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for row in rows:
+        for step, value in row[key].items():
+            total[step] = total.get(step, 0) + value
+    return total
+
+
+def summarise(
+    episodes: Sequence[Row],
+    metrics: Sequence[Row],
+    probe_before: Mapping[str, float],
+    probe_after: Mapping[str, float],
+    headroom: Mapping[str, int],
+) -> dict[str, Any]:
+    """The totals of a run.
+
+    Args:
+        episodes: rows of ``episodes.jsonl``.
+        metrics: rows of ``metrics.jsonl``.
+        probe_before: losses on the probe set before the first update.
+        probe_after: the same at the end.
+        headroom: counts of the headroom check.
+
+    Returns:
+        What ``summary.json`` holds. Accuracies come with their n and 95 % Wilson interval. Expert
+        feedback tokens saved are estimated as the mean length of those written, times the episodes
+        in which the expert was not asked.
+    """
+    updates = [update for row in metrics for update in row["updates"]]
+    asked = [row for row in episodes if row["expert_feedback"]]
+    alone = [row for row in episodes if not row["expert_feedback"]]
+    written = sum(row["tokens"].get("expert_feedback", 0) for row in asked)
+    gaps = [
+        abs(row["expert_feedback"]["score"] - row["student_feedback"]["score"])
+        for row in asked
+        if row["expert_feedback"]["score"] is not None
+    ]
+    half = len(gaps) // 2
+    return {
+        "episodes": len(episodes),
+        "accuracy": {
+            "first_answers": _accuracy(episodes, "correct_before"),
+            "final_answers": _accuracy(episodes, "correct_after"),
+        },
+        "probe": {"before": dict(probe_before), "after": dict(probe_after)},
+        "headroom": dict(headroom),
+        "score_gap": {
+            "first_half": round(sum(gaps[:half]) / half, 4) if half else None,
+            "second_half": round(sum(gaps[half:]) / len(gaps[half:]), 4) if gaps else None,
+            "n": len(gaps),
+        },
+        "updates": {
+            "batches": sum(bool(row["updates"]) for row in metrics),
+            "steps": len(updates),
+            "skipped": sum(update["skipped"] for update in updates),
+            "frozen_after_batch": next(
+                (row["batch"] + 1 for row in metrics if row["frozen"]), None
+            ),
+        },
+        "expert_feedback": {
+            "asked": len(asked),
+            "not_asked": len(alone),
+            "tokens_written": written,
+            "tokens_saved": round(written / len(asked) * len(alone)) if asked else 0,
+            "accuracy_when_asked": _accuracy(asked, "correct_after"),
+            "accuracy_when_not_asked": _accuracy(alone, "correct_after"),
+        },
+        "unreadable_scores": {
+            "expert": sum(row["expert_feedback"]["score"] is None for row in asked),
+            "student": sum(row["student_feedback"]["written_score"] is None for row in episodes),
+        },
+        "tokens": _sums(episodes, "tokens"),
+        "prefilled": _sums(episodes, "prefilled"),
+        "seconds": {
+            **{step: round(value, 1) for step, value in _sums(episodes, "seconds").items()},
+            "total": round(sum(row["seconds"] for row in metrics), 1),
+        },
+    }
+
+
+def warnings_of(episodes: Sequence[Row]) -> dict[str, str]:
+    """What a user should know of the last episodes, by kind of trouble; mostly empty."""
+    if len(episodes) < _ENOUGH:
+        return {}
+    found = {}
+    asked = [row for row in episodes if row["expert_feedback"]]
+    scores = [row["expert_feedback"]["score"] for row in asked]
+    unread = sum(score is None for score in scores)
+    if asked and unread > _WORRYING_SHARE * len(asked):
+        found["unreadable"] = (
+            f"no score could be read in {unread} of the last {len(asked)} expert feedbacks; "
+            "raise --feedback-tokens, or choose an expert that follows instructions better"
+        )
+    capped = sum(bool({"answer", "final"} & set(row["capped"])) for row in episodes)
+    if capped > _WORRYING_SHARE * len(episodes):
+        found["capped"] = (
+            f"{capped} of the last {len(episodes)} episodes had an answer cut at the token limit; "
+            "raise --answer-tokens"
+        )
+    read = [score for score in scores if score is not None]
+    if len(read) >= _ENOUGH and len(set(read)) == 1:
+        found["alike"] = (
+            f"the expert's last {len(read)} scores are all {read[0]:g}: its scores say nothing, "
+            "and the student's score head can only learn that number"
+        )
+    return found

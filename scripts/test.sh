@@ -1,0 +1,11 @@
+#!/bin/sh
+# The tests. Options are pytest's, for instance: sh scripts/test.sh -k gate
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/install.sh dev
+# One BLAS thread: bit-repeatable, and two test processes do not fight for the cores.
+export OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

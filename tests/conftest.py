@@ -1,0 +1,25 @@
+"""Shared by all tests: one BLAS thread, caches that outlive nothing, and no network."""
+
+import os
+
+# Before MLX is imported anywhere: bit-repeatable sums, and no hub.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from mlx_fd.backend import backend
+
+settings.register_profile(
+    "mlx-fd", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+settings.load_profile("mlx-fd")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _mlx():
+    """MLX as the package sets it up."""
+    return backend()

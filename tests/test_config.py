@@ -1,0 +1,103 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_fd.config import OPTIONS, PRESETS, Config, override, preset, read, to_toml
+from mlx_fd.errors import UserError
+
+
+def test_every_option_has_one_name_in_one_section():
+    sections = dataclasses.fields(Config)
+    names = [f.name for s in sections for f in dataclasses.fields(s.default_factory)]
+    assert len(names) == len(set(names)) == len(OPTIONS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_toml_gives_back_the_configuration(name, tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(preset(name)))
+    assert read(file) == preset(name)
+
+
+def test_published_preset_holds_the_published_numbers():
+    config = preset("published")
+    assert config.losses.loss_temperature == 4.0
+    assert config.losses.standardize_logits
+    assert config.losses.scales == (1.0, 1.0, 1.0, 0.03)
+    assert config.training.score_rate == 5e-5
+    assert config.training.projection_rate == 1e-6
+    assert config.gate.stop_threshold == 0.9
+    assert (config.episode.student_weight, config.episode.target_score) == (0.65, 1.0)
+
+
+def test_options_stand_in_their_table_or_at_the_top(tmp_path):
+    flat, nested = tmp_path / "flat.toml", tmp_path / "nested.toml"
+    flat.write_text("seed = 3\nkl = 'reverse'\n")
+    nested.write_text("[episode]\nseed = 3\n[losses]\nkl = 'reverse'\n")
+    assert read(flat) == read(nested) == override(Config(), {"seed": 3, "kl": "reverse"}, "test")
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("batchsize = 4", 'did you mean "batch_size"'),
+        ("[gates]\ngate = 'ema'", 'did you mean "gate"'),
+        ("[gate]\nseed = 1", "seed belongs into [episode], not [gate]"),
+        ("batch_size = 0", "at least 1"),
+        ("batch_size = 2.5", "whole number"),
+        ("batch_size = true", "whole number"),
+        ("on_policy_fraction = 1.5", "at most 1"),
+        ("clip = nan", "finite"),
+        ("kl = 'foward'", 'did you mean "forward"'),
+        ("losses = ['lm', 'scores']", 'did you mean "score"'),
+        ("losses = []", "at least one"),
+        ("losses = ['lm', 'lm']", "without repetitions"),
+        ("losses = 'lm'", "a list"),
+        ("scales = [1, 2]", "2 numbers for 4 losses"),
+        ("scales = [1, 2, -1, 1]", "positive"),
+        ("sequential = 'yes'", "true or false"),
+        ("seed = \nkl = 'reverse'", "line 1"),
+        ("seed = 1\nseed = 2\nkl = 'reverse'", "line 2"),
+    ],
+)
+def test_wrong_files_say_what_is_wrong_and_where(toml, message, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(toml)
+    with pytest.raises(UserError) as error:
+        read(file)
+    assert message in str(error.value)
+    assert "run.toml" in str(error.value)
+
+
+def test_missing_file_and_binary_file(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read(tmp_path / "none.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a TOML file"):
+        read(tmp_path / "binary.toml")
+
+
+def test_unknown_preset_suggests():
+    with pytest.raises(UserError, match='did you mean "quick"'):
+        preset("quik")
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*OPTIONS, "nothing"]),
+        st.one_of(
+            st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.text() | st.floats())
+        ),
+    )
+)
+def test_any_value_is_taken_or_refused_with_its_name(changes):
+    try:
+        config = override(Config(), changes, "fuzz")
+    except UserError as error:
+        assert str(error).startswith("fuzz: ")
+        return
+    for name, value in changes.items():
+        kept = getattr(getattr(config, OPTIONS[name].section), name)
+        assert kept == (tuple(value) if isinstance(value, list) else value)

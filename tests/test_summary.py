@@ -1,0 +1,80 @@
+import pytest
+
+from mlx_fd.summary import summarise, warnings_of, wilson
+
+
+def row(before, after, expert=0.5, student=0.1, written=None, capped=(), alone=False):
+    return {
+        "correct_before": before,
+        "correct_after": after,
+        "expert_feedback": None if alone else {"text": "t", "score": expert},
+        "student_feedback": {"text": "t", "score": student, "written_score": written},
+        "tokens": {"answer": 10} | ({} if alone else {"expert_feedback": 20}),
+        "prefilled": {"answer": 30},
+        "seconds": {"answer": 0.5},
+        "capped": list(capped),
+    }
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    # Worked from the formula with z = 1.959964 (and the textbook's 15 of 25).
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (15, 25, 0.4074, 0.7660), (0, 0, 0.0, 1.0)],
+)
+def test_wilson(right, n, low, high):
+    found = wilson(right, n)
+    assert found == pytest.approx((low, high), abs=5e-5)
+
+
+def test_summary_adds_up():
+    episodes = [
+        row(True, True, expert=0.5, student=0.0),
+        row(False, True, expert=None),
+        row(False, False, expert=-0.5, student=0.0, written=0.3),
+        row(False, True, alone=True, student=0.9),
+    ]
+    update = {"losses": {}, "total": 1.0, "gradient_norm": 1.0, "skipped": False}
+    metrics = [
+        {
+            "batch": 0,
+            "updates": [update, {**update, "skipped": True}],
+            "frozen": False,
+            "seconds": 2,
+        },
+        {"batch": 1, "updates": [], "frozen": True, "seconds": 1},
+    ]
+    found = summarise(episodes, metrics, {"lm": 2.0}, {"lm": 1.0}, {"problems": 4})
+    assert found["accuracy"]["first_answers"]["right"] == 1
+    assert found["accuracy"]["final_answers"]["right"] == 3
+    assert found["accuracy"]["final_answers"]["n"] == 4
+    assert found["score_gap"] == {"first_half": 0.5, "second_half": 0.5, "n": 2}
+    assert found["updates"] == {"batches": 1, "steps": 2, "skipped": 1, "frozen_after_batch": 2}
+    feedback = found["expert_feedback"]
+    assert (feedback["asked"], feedback["not_asked"]) == (3, 1)
+    assert (feedback["tokens_written"], feedback["tokens_saved"]) == (60, 20)
+    assert feedback["accuracy_when_asked"]["right"] == 2
+    assert feedback["accuracy_when_not_asked"] == {
+        "right": 1,
+        "n": 1,
+        "interval": found["expert_feedback"]["accuracy_when_not_asked"]["interval"],
+    }
+    assert found["unreadable_scores"] == {"expert": 1, "student": 3}
+    assert found["tokens"] == {"answer": 40, "expert_feedback": 60}
+    assert found["seconds"] == {"answer": 2.0, "total": 3}
+
+
+def test_an_empty_run_can_be_summed_up():
+    found = summarise([], [], {}, {}, {})
+    assert found["episodes"] == 0
+    assert found["expert_feedback"]["tokens_saved"] == 0
+
+
+def test_warnings():
+    assert warnings_of([row(True, True, expert=None)] * 7) == {}
+    assert set(warnings_of([row(True, True, expert=None)] * 8)) == {"unreadable"}
+    assert set(warnings_of([row(True, True, expert=0.1 * n) for n in range(8)])) == set()
+    assert set(warnings_of([row(True, True, expert=0.7)] * 8)) == {"alike"}
+    good = [row(True, True, expert=0.1 * n) for n in range(8)]
+    assert set(warnings_of([*good, *[row(1, 1, capped=["answer"])] * 3])) == {"capped"}
+    assert set(warnings_of([*good, *[row(1, 1, capped=["merge"])] * 3])) == set()
+    assert set(warnings_of([row(1, 1, alone=True)] * 8)) == set()
