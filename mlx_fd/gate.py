@@ -43,7 +43,7 @@ NOISE_DECAY = 0.95
 # Standard errors by which a gain must be sure, a plateau must be broken, a regression must show.
 GAIN_ERRORS = 3.0
 PLATEAU_ERRORS = 1.0
-REGRESSION_ERRORS = 2.0
+REGRESSION_ERRORS = 2.5
 # Remaining share of a loss (EMA / first) as it counts in weights and mean gain: one loss that
 # vanishes or explodes must not decide alone.
 LEAST_REMAINING, MOST_REMAINING = 0.05, 2.0
@@ -505,10 +505,12 @@ def _regressed(trackers: Mapping[str, Tracker], options: GateOptions) -> str:
 
 
 def _freeze(state: GateState, reason: str, options: GateOptions) -> GateState:
+    two_time_constants = round(2 / (1 - options.ema_decay))
+
     def settled(tracker: Tracker) -> Tracker:
         if not tracker.count:
             return tracker
-        return replace(tracker, level=tracker.ema, settling=options.plateau_steps)
+        return replace(tracker, level=tracker.ema, settling=two_time_constants)
 
     return replace(
         state,

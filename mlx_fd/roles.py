@@ -196,7 +196,7 @@ _NUMBER = re.compile(
         (?P<whole>\d+)[ ](?P<top>\d+)/(?P<bottom>\d+)(?![\d/])      # 1 1/2
       | (?:
             (?P<continental>\d{1,3}(?:\.\d{3})+,\d{1,2}|\d+,\d{1,2})(?!,?\d)
-          | (?P<number>(?:\d{1,3}(?:[,'\u202f]\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)
+          | (?P<number>(?:\d{1,3}(?:[,'\u202f]\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+)
         )
         (?:[eE](?P<exponent>[-+]?\d+)(?![A-Za-z\d])
           |[ ]?[*x\u00d7][ ]?10[ ]?\^[ ]?(?P<power>[-+]?\d+)
@@ -305,7 +305,10 @@ def number(text: str) -> Fraction | None:
     Returns:
         ``None`` where the text does not begin with a number, or holds a second one.
     """
-    value, rest = _leading_number(text[: 4 * _LONGEST_NUMBER])
+    text = text.strip()
+    if "\n" in text or len(text) > 2 * _LONGEST_NUMBER:
+        return None
+    value, rest = _leading_number(text)
     return None if re.search(r"\d", rest) else value
 
 
@@ -410,8 +413,9 @@ _OTHERS_LABEL = re.compile(
     re.IGNORECASE,
 )
 _AFTER_LABEL = re.compile(
-    r"""[ \t*_`"']*
-    (?:[(\[](?P<note>[^()\[\]\n]{1,40})[)\]]|\s(?P<outof>out\s+of\s+\d{1,3})|(?P<slash>/\d{1,3}))?
+    r"""[*_`"']*
+    (?:[ \t]*[(\[](?P<note>[^()\[\]\n]{1,40})[)\]]|\s+(?P<outof>out\s+of\s+\d{1,3})
+       |(?P<slash>/\d{1,3}))?
     (?:\s+(?:for|given|assigned|to|the|this|your|my|answer|solution|response|work|feedback|that|i
         |would|give|it)\b){0,8}
     [*_`"']*
@@ -447,11 +451,13 @@ _NOTE_SCALE = re.compile(
 _GOES_ON = re.compile(
     r"""[\s*_`"']*[\])]?\s*(?:
         (?:(?:to|and|or|through)\b|\.{2,}|[-+*x/^\u00d7\u00f7\u2026\u2192])\s*[-+$(\[]*[.,]?\d[\d.,]*
+      | (?<=[ \t])[-+]?[.,]?\d
       | [,;|]\s*[-+]?\d*[.,]?\d+\s*(?:[,;|\])}]|$)
     )""",
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
 _RUBRIC = re.compile(r"excellent[^a-z]*\d[^a-z]*(?:to[^a-z]*\d[^a-z]*)?good", re.IGNORECASE)
+_TAIL = re.compile(r"(?:\s*(?:points?|stars?|marks?)\b)?[*_`\"')\]}>|]*[.,;]?", re.IGNORECASE)
 _LINE_END = re.compile(r"[ \t*_`\"')\]}.!|>]*(?:\n|$)")
 _I_GIVE = re.compile(
     r"""(?<![A-Za-z])(?:I|we)(?:'d|'ll|'m|\s+(?:would|will|am|can|must))?\s+
@@ -468,7 +474,8 @@ _SENTENCE_GOES = re.compile(
     re.IGNORECASE,
 )
 _FEEDBACK_LABEL = re.compile(
-    rf"^[{{(\-]?{_MARKUP}(?:feedback|critique|comments?){_MARKUP}(?::|-(?=\s))[ \t*_`\"']*",
+    rf"^(?:[{{(<\-]|\d{{1,2}}[.)])?{_MARKUP}(?:feedback|critique|comments?){_MARKUP}"
+    r"(?:(?::|-(?=\s))(?:[*_`\"']+(?=\s))?[ \t]*\"?|(?<=>))",
     re.IGNORECASE | re.MULTILINE,
 )
 _RUN_ON = re.compile(
@@ -476,7 +483,10 @@ _RUN_ON = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _WORD = re.compile(r"[^\W\d_]{2}|[^\W\d_a-zA-Z]")
-_EMPTY_LINE = re.compile(r"^[ \t]*(?:```\w*|[*_`#>|{}\[\]\"',;:.-]+)[ \t]*$", re.MULTILINE)
+_TAG = re.compile(r"</?(?:feedback|score|critique|comments?)>", re.IGNORECASE)
+_EMPTY_LINE = re.compile(
+    r"^[ \t]*(?:```\w*|\d{1,2}[.)]|[*_`#>|{}\[\]\"',;:.-]+)[ \t]*$", re.MULTILINE
+)
 _ECHO = re.compile(r"\s+".join(re.escape(word) for word in format_feedback(_EXAMPLE).split()))
 _JSON_TEXT = ("feedback", "critique", "comment", "comments", "explanation", "review", "reason")
 
@@ -549,8 +559,9 @@ def _labelled(text: str) -> list[_Found]:
         alone = _LINE_END.match(rest) is not None
         number_text = text[after.end() : stop]
         exact = scaled or "." in number_text or "," in number_text
-        if not strong and (label[0].lower() not in ("score", "rating") or not (exact or alone)):
-            continue
+        sure = label[0].lower() in ("score", "rating")
+        if not (sure and strong) and not ((sure or strong) and (exact or alone)):
+            continue  # "Overall: 1 egg", "they score 1 goal"
         if not own and scaled:
             continue
         if after["sep"].strip() in ("is", "of", "was") and "%" in number_text:
@@ -561,7 +572,7 @@ def _labelled(text: str) -> list[_Found]:
             value = None  # "Score-0.7", "Score:- 0.7": sign or separator?
         lead = own.start() + 1 - len(before) + start if own else start
         last_word = re.search(r"(?:overall|final)[\s_-]+[*_`\"']*\Z", before, re.IGNORECASE)
-        tail = re.match(r"[*_`\"')\]}>|]*[.,;]?", rest)
+        tail = _TAIL.match(rest)
         stop += tail.end() if tail else 0
         scores.append(_Found(value, max(lead, 0), stop, bool(last_word)))
     return scores
@@ -616,14 +627,14 @@ def _from_json(text: str) -> str:
 
 def _prose(text: str, cut: _Found | None) -> str:
     """The paragraph without score and labels, without a second feedback that follows it."""
-    if cut:
+    if cut and cut.start < cut.end:
         text = text[: cut.start] + "\n" + text[cut.end :]
     if label := _FEEDBACK_LABEL.search(text):
         rest = text[label.end() :]
         run_on = _RUN_ON.search(rest)
         paragraph = rest[: run_on.start()] if run_on else rest
         text = paragraph if _WORD.search(paragraph) else text
-    text = _EMPTY_LINE.sub("", text).strip()
+    text = _EMPTY_LINE.sub("", _TAG.sub("", text)).strip()
     if text.count("**") % 2:
         text = text.removeprefix("**").removesuffix("**").strip()
     return text if _WORD.search(text) else ""

@@ -56,7 +56,7 @@ FEEDBACK = [
     (f"**Score: 0.8**\n\n{GOOD}", 0.8, GOOD),
     (f"* **Score:** `0.8`\n* **Feedback:** {GOOD}", 0.8, GOOD),
     ("| Score | 0.5 |", 0.5, None),
-    (f"<score>0.5</score>\n<feedback>{GOOD}</feedback>", 0.5, None),
+    (f"<score>0.5</score>\n<feedback>{GOOD}</feedback>", 0.5, GOOD),
     ("Score: $-0.5$", -0.5, None),
     (r"Score: \boxed{0.75}", 0.75, None),
     ("Score: [0.5]", 0.5, None),
@@ -88,7 +88,9 @@ FEEDBACK = [
     ("I'd give this a 0.8", 0.8, "I'd give this a 0.8"),
     (f"I would rate this answer 7 out of 10. {GOOD}", 0.7, None),
     (f"I\u2019d give it a score of -0.4 because the total is wrong. {GOOD}", -0.4, None),
-    ("This answer deserves a score of 0.9.", 0.9, None),
+    ("This answer deserves a score of 0.9.", 0.9, "This answer deserves a score of 0.9."),
+    (f"1. Score: 0.5\n2. Feedback: {GOOD}", 0.5, GOOD),
+    (f"Score: 0.5 points\n{GOOD}", 0.5, GOOD),
     (f"0.5\n{GOOD}", 0.5, GOOD),
     (f"-1.0\n\nFeedback: {GOOD}", -1.0, GOOD),
     (f"8/10\n{GOOD}", 0.8, GOOD),
@@ -152,6 +154,8 @@ FEEDBACK = [
     ("18", None, None),
     ("1. The first step is right.", None, None),
     ("I give 0.5 dollars to each.", None, None),
+    ("Overall: 1 egg is left.", None, None),
+    ("Score: 1 2 3", None, None),
     ("Score: N/A\nFeedback: " + GOOD, None, GOOD),
     ("Score: zero point five", None, None),
     (GOOD, None, GOOD),
@@ -288,7 +292,8 @@ def test_tables_are_as_large_as_promised():
     ("text", "expected"),
     [("1,234", 1234), ("$18.50", Fraction(37, 2)), ("3/4", Fraction(3, 4)), ("18 eggs", 18),
      (" -5 ", -5), ("50%", 50), ("1 1/2", Fraction(3, 2)), ("2.0", 2), ("", None), ("none", None),
-     ("18 or 20", None), ("about to be 7 of 9", None)],
+     ("18 or 20", None), ("18\n20", None), ("5 " + "eggs " * 99 + "7", None),
+     ("about to be 7 of 9", None)],
 )  # fmt: skip
 def test_number_is_one_number(text, expected):
     assert roles.number(text) == expected
@@ -387,7 +392,8 @@ def test_every_gsm8k_solution_is_read():
 # -------------------------------------------------------------------------------- properties
 
 PIECES = [
-    "Score", "score:", "Rating", "Feedback:", "overall", "final ", "is", "of", "out of", "on a scale",
+    "Score", "score:", "Rating", "Feedback:", "overall", "final ", "is", "of", "out of",
+    "on a scale",
     "####", r"\boxed{", r"\frac{", "}", "{", "[", "]", "(", ")", '"', "'", "*", "**", "`", "|", "<",
     ">", "#", "$", "%", "/", "10", "100", "5", "0", "1", "-1", "0.5", ".", ",", "-", "\u2212", "+",
     "=", "~", "to", "I'd give", "this a", "we rate", "\n", "\n\n", " ", "\t", "\u202f", "\u00bd",

@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +34,7 @@ def test_atomic_write_leaves_the_old_file_when_the_new_one_fails(tmp_path):
     assert path.read_text() == "old"
     runs.write_atomic(path, "new")
     assert path.read_text() == "new"
-    assert os.listdir(tmp_path) == ["file"]
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_run_is_not_made_over_something(tmp_path):
@@ -63,8 +62,8 @@ def test_checkpoints_are_found_pruned_and_pointed_to(tmp_path):
         save(run, batch, best=min(batch, 1), keep=2)
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert names == ["000001", "000004", "000005", "best", "last"]
-    assert os.readlink(run / "checkpoints" / "last") == "000005"
-    assert os.readlink(run / "checkpoints" / "best") == "000001"
+    assert (run / "checkpoints" / "last").readlink() == Path("000005")
+    assert (run / "checkpoints" / "best").readlink() == Path("000001")
     found, broken = runs.newest_checkpoint(run)
     assert found.batch == 5 and not broken
 
@@ -96,7 +95,7 @@ def test_a_broken_checkpoint_is_passed_over(harm, tmp_path):
     assert runs.read_lines(run / runs.EPISODES) == [{"episode": 0}]
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert names == ["000001", "best", "last"]
-    assert os.readlink(run / "checkpoints" / "best") == "000001"
+    assert (run / "checkpoints" / "best").readlink() == Path("000001")
 
 
 def test_no_checkpoint_goes_back_to_the_beginning(tmp_path):
@@ -139,9 +138,11 @@ def test_two_processes_cannot_hold_a_run(tmp_path):
 
 
 def test_a_full_disk_is_explained(tmp_path):
+    def write_to_a_full_disk() -> None:
+        Path("/dev/full").write_text("x" * 100000)
+
     with pytest.raises(UserError, match=r"No space left.*mlx-fd resume"), runs.explained(tmp_path):
-        with Path("/dev/full").open("w") as file:
-            file.write("x" * 100000)
+        write_to_a_full_disk()
 
 
 def test_manifest_of_something_else(tmp_path):

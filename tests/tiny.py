@@ -23,9 +23,12 @@ from mlx_fd.backend import backend
 backend()
 
 import mlx.core as mx  # noqa: E402
+import pytest  # noqa: E402
 from mlx import nn  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 from mlx_lm.models import llama, qwen2  # noqa: E402
+
+from mlx_fd.models.resolve import resolve  # noqa: E402
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -182,3 +185,10 @@ def make_model_dir(
         metadata={"format": "mlx"},
     )
     return path
+
+
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of SmolLM2-135M-Instruct, converted once in a test session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_FD_CACHE", str(tmp_path_factory.getbasetemp() / "mlx-fd"))
+        return resolve("smollm2-135m")

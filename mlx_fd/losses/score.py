@@ -1,0 +1,22 @@
+"""The score head against the expert's score."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+
+def score_loss(predicted: mx.array, target: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+    """Sum of squared errors over the samples with a score.
+
+    Args:
+        predicted: [B], the student's scores in (-1, 1), after tanh.
+        target: [B], the expert's scores in [-1, 1]; where the mask is 0, anything.
+        mask: [B], 1 (true) where the expert's score could be read.
+
+    Returns:
+        The sum and the number of samples with a score, float32.
+    """
+    valid = mask.astype(mx.bool_)
+    ours = mx.where(valid, predicted, 0).astype(mx.float32)
+    theirs = mx.where(valid, target, 0).astype(mx.float32)
+    return mx.square(ours - theirs).sum(), valid.astype(mx.float32).sum()

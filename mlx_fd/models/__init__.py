@@ -1,0 +1,1 @@
+"""Names to models: aliases, resolving, reading GGUF, pruning, pairing checks, loading, memory."""

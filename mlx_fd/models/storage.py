@@ -1,0 +1,60 @@
+"""Where converted models are kept, and directories that appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Directory of this user's converted models.
+
+    Returns:
+        ``$MLX_FD_CACHE``, else ``$XDG_CACHE_HOME/mlx-fd``, else ``~/.cache/mlx-fd``; it need not
+        exist yet.
+    """
+    if own := os.environ.get("MLX_FD_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "mlx-fd"
+
+
+@contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """Yield an empty directory that becomes ``final`` when the block ends without an error.
+
+    Two processes may make the same directory at once: the first to end wins and the other's
+    work is dropped, since both wrote the same thing. After an error nothing is left behind.
+
+    Args:
+        final: the directory to make; its parents are made where missing.
+
+    Yields:
+        A directory beside ``final``, on the same file system.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    working = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    try:
+        yield working
+        for file in working.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        # mkdtemp makes it private to the user; the result is an ordinary directory.
+        working.chmod(0o755)
+        try:
+            working.rename(final)
+        except OSError:
+            if not final.is_dir():
+                raise
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def slug(name: str) -> str:
+    """A name made of letters, digits, dots, dashes and underscores only."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")

@@ -1,0 +1,151 @@
+"""The student: a language model with LoRA, a score head and an alignment projection."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_fd.config import ModelOptions
+from mlx_fd.errors import UserError
+from mlx_fd.models import taps
+
+ADAPTER_WEIGHTS = "adapters.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+HEADS = "heads.safetensors"
+
+
+class Student(nn.Module):
+    """A language model that also scores and aligns.
+
+    Attributes:
+        model: the mlx-lm model, with LoRA layers unless it trains whole.
+        score_head: linear d -> 1; its tanh at the last prompt token is the student's score. It
+            starts at zero: no opinion.
+        projection: linear d -> d_expert of the hidden-alignment loss, without bias. It starts as
+            the identity where the widths are equal.
+    """
+
+    def __init__(self, model: nn.Module, expert_width: int):
+        super().__init__()
+        width = taps.width(model)
+        self.model = model
+        self.score_head = nn.Linear(width, 1)
+        self.score_head.weight = mx.zeros((1, width))
+        self.score_head.bias = mx.zeros((1,))
+        self.projection = nn.Linear(width, expert_width, bias=False)
+        if width == expert_width:
+            self.projection.weight = mx.eye(width)
+
+    def score(self, final: mx.array) -> mx.array:
+        """Scores in (-1, 1) of final hidden states [..., d]: shape [...], float32."""
+        return mx.tanh(self.score_head(final.astype(mx.float32))).squeeze(-1)
+
+
+def lora_layers(model: nn.Module, options: ModelOptions) -> int:
+    """How many of the model's last blocks carry LoRA."""
+    return min(options.lora_layers or len(model.layers), len(model.layers))
+
+
+def make_student(model: nn.Module, expert_width: int, options: ModelOptions, seed: int) -> Student:
+    """Freeze the base and put the trainable parts on it.
+
+    Args:
+        model: the student's language model; it is changed in place.
+        expert_width: size of the expert's hidden states.
+        options: what trains, and LoRA's rank, scale and layers.
+        seed: of the LoRA and projection initialisation.
+
+    Raises:
+        UserError: ``train="full"`` on quantised weights, which cannot be trained.
+    """
+    # Seeded right here: MLX is lazy, and arrays made earlier must not shift this draw.
+    mx.random.seed(seed)
+    if options.train == "full":
+        quantized = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+        if any(isinstance(module, quantized) for module in model.modules()):
+            raise UserError(
+                "--train full needs a student with unquantised weights: choose a bf16 form "
+                "(for instance --student qwen2.5-0.5b-bf16), or train LoRA."
+            )
+        model.unfreeze()
+    else:
+        model.freeze()
+        linear_to_lora_layers(
+            model,
+            lora_layers(model, options),
+            {"rank": options.lora_rank, "scale": options.lora_scale, "dropout": 0.0},
+        )
+    student = Student(model, expert_width)
+    mx.eval(student.parameters())
+    student.train()
+    return student
+
+
+def part_of(name: str) -> str:
+    """Which learning rate a parameter takes, by its path: ``score``, ``projection`` or ``lora``."""
+    head = name.split(".", 1)[0]
+    return {"score_head": "score", "projection": "projection"}.get(head, "lora")
+
+
+def adapter_weights(student: Student) -> dict[str, mx.array]:
+    """The trained weights of the language model, named as mlx-lm names them."""
+    return dict(tree_flatten(student.model.trainable_parameters()))
+
+
+def head_weights(student: Student) -> dict[str, mx.array]:
+    """The score head and the alignment projection."""
+    return {
+        name: value
+        for name, value in tree_flatten(student.trainable_parameters())
+        if not name.startswith("model.")
+    }
+
+
+def adapter_config(student: Student, options: ModelOptions, model_path: Path) -> dict[str, Any]:
+    """What mlx-lm needs to put the adapter back on its model."""
+    return {
+        "model": str(model_path),
+        "fine_tune_type": options.train,
+        "num_layers": lora_layers(student.model, options),
+        "lora_parameters": {
+            "rank": options.lora_rank,
+            "scale": options.lora_scale,
+            "dropout": 0.0,
+        },
+    }
+
+
+def save_student(student: Student, options: ModelOptions, model_path: Path, folder: Path) -> None:
+    """Write adapter, adapter config and heads into an existing folder."""
+    mx.save_safetensors(str(folder / ADAPTER_WEIGHTS), adapter_weights(student))
+    mx.save_safetensors(str(folder / HEADS), head_weights(student))
+    config = adapter_config(student, options, model_path)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_student(student: Student, folder: Path) -> None:
+    """Read what :func:`save_student` wrote, in place.
+
+    Raises:
+        UserError: a file is missing or does not fit this student.
+    """
+    try:
+        adapter = mx.load(str(folder / ADAPTER_WEIGHTS))
+        heads = mx.load(str(folder / HEADS))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{folder}: the student's weights cannot be read: {error}") from error
+    for module, weights, wanted in (
+        (student.model, adapter, adapter_weights(student)),
+        (student, heads, head_weights(student)),
+    ):
+        shapes = {name: value.shape for name, value in weights.items()}
+        if shapes != {name: value.shape for name, value in wanted.items()}:
+            raise UserError(f"{folder}: these weights belong to another student or LoRA rank.")
+        module.load_weights(list(weights.items()), strict=False)
+    mx.eval(student.parameters())

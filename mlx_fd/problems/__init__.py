@@ -1,0 +1,160 @@
+"""Problems and where they come from: GSM8K in the package, files, data sets of the hub."""
+
+from __future__ import annotations
+
+import difflib
+import random
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from mlx_fd.errors import UserError
+
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_ACCEPTED = (
+    "a source is gsm8k, a file ending in .jsonl, .json, .csv or .parquet, or a data set of the "
+    "hub as owner/name (owner/name:config where it has several)"
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem with its reference solution.
+
+    Attributes:
+        id: unique in its set, the same on every load: ``gsm8k-train-00017`` is row 17 from 0.
+        question: the text a model is asked.
+        solution: the reference solution; where the source has none, its answer.
+        answer: the exact number the solution arrives at.
+    """
+
+    id: str
+    question: str
+    solution: str
+    answer: Fraction
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """The problems of one split of one source, in the source's order.
+
+    Attributes:
+        name: the source as it was named.
+        split: the split as it was named.
+        problems: at least one.
+        sha256: of the published bytes (GSM8K), the file's bytes, or the rows of a hub data set
+            written as JSON lines with sorted keys.
+        skipped: rows left out because they could not be read.
+    """
+
+    name: str
+    split: str
+    problems: tuple[Problem, ...]
+    sha256: str
+    skipped: int = 0
+
+
+def load(source: str = "gsm8k", split: str = "train", *, skip_bad_rows: bool = False) -> ProblemSet:
+    """Load the problems of one split.
+
+    Rows have ``question`` (or ``problem``) and ``answer``; the answer is a solution that ends in
+    ``#### <number>``, or a number, then with a ``solution`` beside it or without. An ``id`` column
+    is used where there is one.
+
+    Args:
+        source: ``gsm8k``, a path, or ``owner/name`` of a hub data set.
+        split: the split to read; a file has only one, whatever it is called.
+        skip_bad_rows: count rows that cannot be read instead of refusing the source.
+
+    Raises:
+        UserError: the source is unknown or cannot be read, the split does not exist, or rows are
+            bad; the message names file and line of the first ten.
+    """
+    if source == "gsm8k":
+        from mlx_fd.problems import gsm8k
+
+        return gsm8k.load(split)
+    path = Path(source).expanduser()
+    is_file_name = path.suffix.lower() in FILE_SUFFIXES
+    if not is_file_name and not path.exists():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
+            near = difflib.get_close_matches(source.lower(), ["gsm8k"], cutoff=0.5)
+            hint = "did you mean 'gsm8k'? " if near else ""
+            raise UserError(f"unknown problems {source!r}: {hint}{_ACCEPTED}")
+        from mlx_fd.problems import files
+
+        return files.load_hub(source, split, skip_bad_rows=skip_bad_rows)
+    if not path.exists():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f": did you mean {str(path.parent / near[0])!r}?" if near else ""
+        raise UserError(f"{source}: there is no such file{hint}")
+    if path.is_dir():
+        raise UserError(f"{source} is a directory: name one file in it; {_ACCEPTED}")
+    if not is_file_name:
+        raise UserError(f"{source}: cannot tell what is in it; {_ACCEPTED}")
+    from mlx_fd.problems import files
+
+    return files.load_file(path, source, split, skip_bad_rows=skip_bad_rows)
+
+
+def check_split(split: str, train_on_test: bool) -> None:
+    """Refuse to train on a test split.
+
+    Args:
+        split: as given to :func:`load`; slices and sums (``train+test[:10%]``) are seen through.
+        train_on_test: the user's explicit permission.
+
+    Raises:
+        UserError: the split is or contains a test split, and there is no permission.
+    """
+    tests = [part for part in split.split("+") if part.strip().lower().startswith("test")]
+    if tests and not train_on_test:
+        raise UserError(
+            f"split {split!r} would train on test problems, which makes every later evaluation "
+            "on them worthless: use --split train, or say --train-on-test if you mean it"
+        )
+
+
+def _key(problem: Problem) -> str:
+    """What makes two problems the same: the question, however its whitespace is written."""
+    return " ".join(problem.question.split())
+
+
+def probe_and_train(
+    problems: ProblemSet, probe_size: int, episodes: int, seed: int
+) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+    """Draw a run's probe problems and the problems it goes through.
+
+    The order depends on the seed alone, so more episodes only go further in the same order and
+    the probe stays the same. No probe question comes up again in training, under any id.
+
+    Args:
+        problems: where to draw from.
+        probe_size: probe problems, all with different questions.
+        episodes: training problems.
+        seed: of the shuffle.
+
+    Returns:
+        The probe's problems and the training problems, in order.
+
+    Raises:
+        UserError: there are not enough problems.
+    """
+    order = list(problems.problems)
+    random.Random(seed).shuffle(order)
+    probe: dict[str, Problem] = {}
+    for problem in order:
+        if len(probe) == probe_size:
+            break
+        probe.setdefault(_key(problem), problem)
+    rest = [problem for problem in order if _key(problem) not in probe]
+    if len(probe) < probe_size or len(rest) < episodes:
+        most = f"at most {len(rest)} episodes" if rest else "a smaller probe (--probe-size)"
+        raise UserError(
+            f"{problems.name} ({problems.split}) has {len(order)} problems: after {len(probe)} of "
+            f"the {probe_size} held out as probe {len(rest)} are left, but {episodes} episodes "
+            f"were asked for; ask for {most}"
+        )
+    return tuple(probe.values()), tuple(rest[:episodes])

@@ -1,0 +1,262 @@
+"""Problems from the user's files and from data sets of the hub.
+
+JSON and CSV are read with the standard library, because ``datasets`` reports the first bad row
+only, without file and line, and guesses column types; it reads Parquet and the hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_fd import roles
+from mlx_fd.errors import UserError
+from mlx_fd.problems import Problem, ProblemSet
+
+_SHOWN = 10
+_GAP = re.compile(r"[ \t\r\n,]*")
+_HUB_SECONDS = 5.0
+_COLUMNS = "columns are question (or problem) and answer, and optionally solution and id"
+
+# Where a row is, and what is in it: its columns, or why it could not even be split into columns.
+_Row = tuple[str, "dict[str, Any] | str"]
+
+
+def load_file(path: Path, name: str, split: str, *, skip_bad_rows: bool) -> ProblemSet:
+    """Problems of one ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file.
+
+    Raises:
+        UserError: the file cannot be read, or has bad rows that are not to be skipped.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not content.strip():
+        raise UserError(f"{path} is empty")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        rows: Iterable[_Row] = _parquet(path)
+    else:
+        if b"\0" in content[:65536]:
+            raise UserError(
+                f"{path} is not text but binary data (or UTF-16): save it as UTF-8 {suffix}"
+            )
+        # Bytes that are not UTF-8 become lone surrogates, so that they are found in their row.
+        text = content.decode("utf-8-sig", errors="surrogateescape")
+        rows = _csv(path, text) if suffix == ".csv" else _json(path, text)
+    problems, skipped = _read(rows, str(path), path.stem, skip_bad_rows)
+    return ProblemSet(name, split, problems, hashlib.sha256(content).hexdigest(), skipped)
+
+
+def load_hub(name: str, split: str, *, skip_bad_rows: bool) -> ProblemSet:
+    """Problems of a data set of the Hugging Face hub.
+
+    Args:
+        name: ``owner/name`` or ``owner/name:config``.
+        split: any split expression that ``datasets`` understands.
+        skip_bad_rows: as for :func:`mlx_fd.problems.load`.
+
+    Raises:
+        UserError: no network, no such data set, config or split, or bad rows.
+    """
+    import datasets
+    import huggingface_hub
+
+    repository, _, config = name.partition(":")
+    try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            # datasets tries for 25 seconds where there is no network; one question tells.
+            huggingface_hub.HfApi().dataset_info(repository, timeout=_HUB_SECONDS)
+        with _no_progress_bars(datasets):
+            loaded = datasets.load_dataset(repository, config or None, split=split)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"the data set {repository!r} (split {split!r}) could not be had from the hub: "
+            f"{reason}\nCheck the name and the network; HF_HUB_OFFLINE=1 uses an earlier download. "
+            "A data set with several configurations is named owner/name:config. The package "
+            "itself brings gsm8k."
+        ) from error
+    listed = [dict(row) for row in loaded]
+    digest = hashlib.sha256()
+    for row in listed:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    rows = ((f"{repository}: row {place}", row) for place, row in enumerate(listed))
+    problems, skipped = _read(rows, name, repository.rpartition("/")[2], skip_bad_rows)
+    return ProblemSet(name, split, problems, digest.hexdigest(), skipped)
+
+
+@contextlib.contextmanager
+def _no_progress_bars(datasets: Any) -> Iterator[None]:
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _parquet(path: Path) -> Iterator[_Row]:
+    import datasets
+
+    # A cache of its own: datasets would otherwise return what an older file of this name held.
+    with tempfile.TemporaryDirectory() as cache, _no_progress_bars(datasets):
+        try:
+            loaded = datasets.load_dataset(
+                "parquet", data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+            )
+            listed = [dict(row) for row in loaded]
+        except Exception as error:
+            reason = str(error.__cause__ or error).strip().partition("\n")[0]
+            raise UserError(f"{path}: cannot be read as Parquet ({reason})") from error
+    yield from ((f"{path}: row {place}", row) for place, row in enumerate(listed))
+
+
+def _json(path: Path, text: str) -> Iterator[_Row]:
+    if not text.lstrip().startswith("["):
+        for count, content in enumerate(text.split("\n"), start=1):
+            if content.strip():
+                yield f"{path}:{count}", _object(content)
+        return
+    decoder = json.JSONDecoder()
+    place = text.index("[") + 1
+    line, counted = 1, 0
+    while True:
+        # An array's items one by one, so that each is known by its line.
+        gap = _GAP.match(text, place)
+        place = gap.end() if gap else place
+        line, counted = line + text.count("\n", counted, place), place
+        if text[place : place + 1] == "]":
+            return
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            line = getattr(error, "lineno", line)
+            yield f"{path}:{line}", f"not JSON ({_json_reason(error)}); the rest is not read"
+            return
+        yield f"{path}:{line}", _as_row(value)
+
+
+def _object(line: str) -> dict[str, Any] | str:
+    try:
+        return _as_row(json.loads(line))
+    except (ValueError, RecursionError) as error:
+        return f"not JSON ({_json_reason(error)})"
+
+
+def _as_row(value: Any) -> dict[str, Any] | str:
+    return value if isinstance(value, dict) else f"not an object but {type(value).__name__}"
+
+
+def _json_reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)[:80]
+
+
+def _csv(path: Path, text: str) -> Iterator[_Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    while True:
+        begin = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield f"{path}:{begin}", f"not CSV ({error}); the rest is not read"
+            return
+        if not cells:
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            if "answer" not in header or not {"question", "problem"} & set(header):
+                raise UserError(
+                    f"{path}:{begin}: the first line names the columns "
+                    f"{', '.join(map(repr, header))[:200]}; {_COLUMNS}"
+                )
+        elif len(cells) == len(header):
+            yield f"{path}:{begin}", dict(zip(header, cells, strict=True))
+        else:
+            yield f"{path}:{begin}", f"{len(cells)} cells, but the header has {len(header)}"
+
+
+def _read(
+    rows: Iterable[_Row], name: str, stem: str, skip_bad_rows: bool
+) -> tuple[tuple[Problem, ...], int]:
+    """Turn rows into problems.
+
+    Returns:
+        The problems, and how many rows were left out.
+
+    Raises:
+        UserError: rows are bad and not to be skipped, or there is no good one.
+    """
+    problems: list[Problem] = []
+    bad: list[str] = []
+    seen: dict[str, str] = {}
+    for place, (where, row) in enumerate(rows):
+        try:
+            problem = _problem(row, f"{stem}-{place:05d}")
+            if problem.id in seen:
+                raise ValueError(f"duplicate id {problem.id!r} (first at {seen[problem.id]})")
+        except ValueError as error:
+            bad.append(f"{where}: {error}")
+            continue
+        seen[problem.id] = where
+        problems.append(problem)
+    if problems and (skip_bad_rows or not bad):
+        return tuple(problems), len(bad)
+    listed = "\n  ".join(bad[:_SHOWN])
+    more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    if not problems:
+        raise UserError(f"{name} has no row that can be read:\n  {listed}{more}\n({_COLUMNS})")
+    raise UserError(
+        f"{name}: {len(bad)} of {len(bad) + len(problems)} rows cannot be read:\n"
+        f"  {listed}{more}\nCorrect them, or leave them out with --skip-bad-rows ({_COLUMNS})"
+    )
+
+
+def _problem(row: dict[str, Any] | str, default_id: str) -> Problem:
+    """One row as a problem; ``ValueError`` with the reason where it is not one."""
+    if isinstance(row, str):
+        raise ValueError(row)
+    question = _text(row, "problem" if row.get("question") is None else "question", "question")
+    answer = row.get("answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)  # of a float: the shortest text that is this float
+    answer = _text({"answer": answer}, "answer", "answer")
+    marked = "####" in answer
+    value = roles.final_answer(answer[answer.rindex("####") :]) if marked else roles.number(answer)
+    if value is None:
+        raise ValueError("no final number in 'answer': it is a number, or ends in '#### <number>'")
+    solution = answer if row.get("solution") is None else _text(row, "solution", "solution")
+    name = row.get("id")
+    if isinstance(name, bool | float | list | dict):
+        raise ValueError(f"'id' is not text but {type(name).__name__}")
+    return Problem(default_id if name in (None, "") else str(name), question, solution, value)
+
+
+def _text(row: dict[str, Any], column: str, shown: str) -> str:
+    value = row.get(column)
+    if value is None:
+        raise ValueError(f"no {shown!r}")
+    if not isinstance(value, str):
+        raise ValueError(f"{shown!r} is not text but {type(value).__name__}")
+    if not value.strip():
+        raise ValueError(f"{shown!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{shown!r} is not UTF-8 text (at character {error.start})") from None
+    return value

@@ -1,0 +1,422 @@
+"""GSM8K against its published checksums; files with every kind of damage."""
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from fractions import Fraction
+from importlib import resources
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_fd.errors import UserError
+from mlx_fd.problems import Problem, ProblemSet, check_split, load, probe_and_train
+
+ROWS = [
+    {"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"},
+    {"question": "What is 3/4 of 6?", "answer": "#### 4.5"},
+    {"question": "Wie viel ist 1000 + 234? \u20ac", "answer": "Zusammen 1,234.\n#### 1,234"},
+]
+VALUES = [Fraction(2), Fraction(9, 2), Fraction(1234)]
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def message(source, **options):
+    with pytest.raises(UserError) as caught:
+        load(str(source), **options)
+    return str(caught.value)
+
+
+# --------------------------------------------------------------------------------------- gsm8k
+
+
+@pytest.mark.parametrize(
+    ("split", "size", "sha256"),
+    [
+        ("train", 7473, "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+        ("test", 1319, "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+    ],
+)
+def test_gsm8k(split, size, sha256):
+    got = load("gsm8k", split)
+    assert (got.name, got.split, got.sha256, got.skipped) == ("gsm8k", split, sha256, 0)
+    assert len(got.problems) == len({p.id for p in got.problems}) == size
+    assert got.problems[17].id == f"gsm8k-{split}-00017"
+    assert all(p.question.strip() and p.solution.count("#### ") == 1 for p in got.problems)
+
+
+def test_gsm8k_first_row():
+    first = load().problems[0]
+    assert first.question.startswith("Natalia sold clips to 48 of her friends in April")
+    assert first.solution.endswith("#### 72")
+    assert first.answer == 72
+
+
+def test_gsm8k_brings_its_licence():
+    text = resources.files("mlx_fd.problems").joinpath("data", "LICENSE-gsm8k").read_text()
+    assert "MIT License" in text
+    assert "OpenAI" in text
+
+
+def test_gsm8k_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys, time; begin = time.process_time()\n"
+        "from mlx_fd import problems, roles; problems.load('gsm8k', 'train')\n"
+        "assert time.process_time() - begin < 1.5\n"
+        "heavy = {'datasets', 'mlx', 'numpy', 'pyarrow', 'huggingface_hub', 'transformers'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_gsm8k_unknown_split():
+    assert "did you mean 'train'" in message("gsm8k", split="trian")
+    assert "only 'train' and 'test'" in message("gsm8k", split="validation")
+
+
+@pytest.mark.parametrize("source", ["gms8k", "GSM8K", "gsm-8k"])
+def test_unknown_source_near_gsm8k(source):
+    text = message(source)
+    assert "did you mean 'gsm8k'" in text
+    assert ".parquet" in text
+    assert "owner/name" in text
+
+
+def test_unknown_source_far_from_everything():
+    text = message("no such thing")
+    assert "did you mean" not in text
+    assert "gsm8k" in text
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+def test_jsonl(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    got = load(lines(path, ROWS), "dev")
+    assert [p.answer for p in got.problems] == VALUES
+    assert [p.id for p in got.problems] == ["mine-00000", "mine-00001", "mine-00002"]
+    assert got.problems[2].question == ROWS[2]["question"]
+    assert got.problems[0].solution == ROWS[0]["answer"]
+    assert got.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (got.name, got.split, got.skipped) == (str(path), "dev", 0)
+
+
+def write_csv(path, rows):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def write_json(path, rows):
+    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("p.csv", write_csv),
+        ("p.CSV", write_csv),
+        ("p.parquet", write_parquet),
+        ("p.json", write_json),
+    ],
+)
+def test_formats_say_the_same(tmp_path, name, write):
+    write(tmp_path / name, ROWS)
+    expected = load(lines(tmp_path / "p.jsonl", ROWS))
+    assert load(str(tmp_path / name)).problems == expected.problems
+
+
+def test_json_file_of_lines_and_byte_order_mark(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, ROWS)).encode())
+    assert [p.answer for p in load(str(path)).problems] == VALUES
+
+
+@pytest.mark.parametrize(
+    ("row", "answer", "solution"),
+    [
+        ({"question": "q", "solution": "s", "answer": "18"}, 18, "s"),
+        ({"problem": "q", "solution": "s", "answer": 18}, 18, "s"),
+        ({"problem": "q", "answer": 0.1}, Fraction(1, 10), "0.1"),
+        ({"question": "q", "answer": "$1,234.50"}, Fraction(2469, 2), "$1,234.50"),
+        ({"question": "q", "answer": "3/4", "solution": None}, Fraction(3, 4), "3/4"),
+        ({"question": "q", "answer": "-2 and so\n#### -2"}, -2, "-2 and so\n#### -2"),
+        ({"question": "q", "answer": r"\frac{1}{2}"}, Fraction(1, 2), r"\frac{1}{2}"),
+    ],
+)
+def test_columns(tmp_path, row, answer, solution):
+    (got,) = load(lines(tmp_path / "p.jsonl", [row])).problems
+    assert (got.question, got.answer, got.solution) == ("q", answer, solution)
+
+
+def test_id_column(tmp_path):
+    rows = [{**ROWS[0], "id": "a"}, {**ROWS[1], "id": 7}, {**ROWS[2], "id": ""}]
+    got = load(lines(tmp_path / "p.jsonl", rows))
+    assert [p.id for p in got.problems] == ["a", "7", "p-00002"]
+
+
+BAD = [
+    ('{"question": "q"', "not JSON (Expecting ',' delimiter at column 17)"),
+    ("[1, 2]x", "not JSON"),
+    ("[1, 2]", "not an object but list"),
+    ('{"answer": "#### 2"}', "no 'question'"),
+    ('{"question": "", "answer": "#### 2"}', "'question' is empty"),
+    ('{"question": 5, "answer": "#### 2"}', "'question' is not text but int"),
+    ('{"question": "q"}', "no 'answer'"),
+    ('{"question": "q", "answer": "a dozen"}', "no final number in 'answer'"),
+    ('{"question": "q", "answer": "2 or 3"}', "no final number in 'answer'"),
+    ('{"question": "q", "answer": "12\\n#### none"}', "no final number in 'answer'"),
+    ('{"question": "q", "answer": true}', "'answer' is not text but bool"),
+    ('{"question": "q", "answer": NaN}', "no final number in 'answer'"),
+    ('{"question": "q", "answer": ["2"]}', "'answer' is not text but list"),
+    ('{"question": "q", "answer": "2", "solution": 3}', "'solution' is not text but int"),
+    ('{"question": "q", "answer": "2", "id": 1.5}', "'id' is not text but float"),
+    ('{"question": "\\ud800", "answer": "2"}', "'question' is not UTF-8 text"),
+    ("[" * 100_000, "not JSON"),
+    ('{"question": "q", "answer": ' + "1" * 5000 + "}", ""),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD)
+def test_bad_line_is_named_and_can_be_skipped(tmp_path, line, reason):
+    path = tmp_path / "problems.jsonl"
+    good = [json.dumps(row) for row in ROWS]
+    path.write_text("\n".join([good[0], "", line, good[1], good[2]]) + "\n")
+    text = message(path)
+    assert f"problems.jsonl:3: {reason}" in text
+    assert "1 of 4 rows" in text
+    assert "--skip-bad-rows" in text
+    got = load(str(path), skip_bad_rows=True)
+    assert got.skipped == 1
+    assert [p.answer for p in got.problems] == VALUES
+    # the other rows keep their names whether or not a bad one is left out
+    assert [p.id[-5:] for p in got.problems] == ["00000", "00002", "00003"]
+
+
+def test_latin1_bytes_are_named_by_line(tmp_path):
+    path = tmp_path / "p.jsonl"
+    row = json.dumps({"question": "caf\u00e9?", "answer": "2"}, ensure_ascii=False)
+    path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n" + row.encode("latin-1") + b"\n")
+    assert "p.jsonl:2: 'question' is not UTF-8 text (at character 3)" in message(path)
+    assert load(str(path), skip_bad_rows=True).skipped == 1
+
+
+def test_duplicate_id(tmp_path):
+    rows = [{**ROWS[0], "id": "x"}, ROWS[1], {**ROWS[2], "id": "x"}]
+    path = lines(tmp_path / "p.jsonl", rows)
+    text = message(path)
+    assert "p.jsonl:3: duplicate id 'x'" in text
+    assert "p.jsonl:1)" in text
+    assert len(load(path, skip_bad_rows=True).problems) == 2
+
+
+def test_ten_bad_rows_and_the_number_of_the_others(tmp_path):
+    path = lines(tmp_path / "p.jsonl", [*ROWS, *[{"question": "q", "answer": "?"}] * 25])
+    text = message(path)
+    assert text.count("p.jsonl:") == 1 + 10
+    assert "p.jsonl:13:" in text
+    assert "p.jsonl:14:" not in text
+    assert "and 15 more" in text
+    assert "25 of 28 rows" in text
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_no_good_row(tmp_path, skip):
+    path = lines(tmp_path / "p.jsonl", [{"q": "q", "a": "2"}] * 3)
+    text = message(path, skip_bad_rows=skip)
+    assert "no row that can be read" in text
+    assert "p.jsonl:1: no 'question'" in text
+    assert "--skip-bad-rows" not in text
+
+
+def test_json_array_rows_are_named_by_line(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text('[\n {"question": "q",\n  "answer": "2"},\n {"question": "r"},\n 3\n]\n')
+    text = message(path)
+    assert "p.json:4: no 'answer'" in text
+    assert "p.json:5: not an object but int" in text
+    assert len(load(str(path), skip_bad_rows=True).problems) == 1
+    path.write_text('[\n {"question": "q", "answer": "2"},\n {"question": \n')
+    assert "p.json:4: not JSON" in message(path)
+
+
+def test_csv_lines_with_quoted_line_breaks(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text('question,answer\n"two\nlines?",2\n\nlast,none\nshort\na,b,c\n')
+    text = message(path)
+    assert "p.csv:5: no final number" in text
+    assert "p.csv:6: 1 cells, but the header has 2" in text
+    assert "p.csv:7: 3 cells" in text
+    got = load(str(path), skip_bad_rows=True)
+    assert got.skipped == 3
+    assert got.problems[0].question == "two\nlines?"
+
+
+def test_csv_damage(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("frage,antwort\nq,2\n")
+    text = message(path)
+    assert "p.csv:1:" in text
+    assert "'frage', 'antwort'" in text
+    path.write_text('question,answer\nq,2\n"never closed,2\n')
+    assert "p.csv:3: not CSV" in message(path)
+    path.write_text("question,answer\n")
+    assert "no row that can be read" in message(path)
+
+
+def test_parquet_damage(tmp_path):
+    path = tmp_path / "p.parquet"
+    path.write_bytes(b"PAR1 this is not parquet")
+    assert "cannot be read as Parquet" in message(path)
+    write_parquet(path, [*ROWS, {"question": None, "answer": "2"}])
+    assert "p.parquet: row 3: no 'question'" in message(path)
+    assert load(str(path), skip_bad_rows=True).skipped == 1
+
+
+def test_parquet_is_never_stale(tmp_path):
+    path = tmp_path / "p.parquet"
+    write_parquet(path, [{"question": "a", "answer": 1}])
+    assert load(str(path)).problems[0].answer == 1
+    write_parquet(path, [{"question": "a", "answer": 2}])
+    os.utime(path, (0, 0))
+    assert load(str(path)).problems[0].answer == 2
+
+
+def test_files_that_are_none(tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(" \n\n")
+    assert "is empty" in message(empty)
+    lines(tmp_path / "problems.jsonl", ROWS)
+    text = message(tmp_path / "problem.jsonl")
+    assert "no such file" in text
+    assert f"did you mean '{tmp_path / 'problems.jsonl'}'" in text
+    assert "no such file" in message(tmp_path / "nowhere" / "p.jsonl")
+    assert "is a directory" in message(tmp_path)
+    (tmp_path / "dir.jsonl").mkdir()
+    assert "is a directory" in message(tmp_path / "dir.jsonl")
+    (tmp_path / "p.txt").write_text("hello")
+    assert ".parquet" in message(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv"])
+def test_binary_junk(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(bytes(range(256)) * 40)
+    assert "binary" in message(path)
+    path.write_bytes(json.dumps(ROWS[0]).encode("utf-16"))
+    assert "UTF-16" in message(path)
+
+
+def test_hub_without_network_fails_quickly(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    begin = time.monotonic()
+    text = message("owner/name", split="train")
+    assert time.monotonic() - begin < 15
+    assert "'owner/name'" in text
+    assert "network" in text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200), st.sampled_from([".jsonl", ".json", ".csv"]))
+def test_any_bytes_give_problems_or_a_user_error(tmp_path_factory, content, suffix):
+    path = tmp_path_factory.mktemp("any") / f"p{suffix}"
+    path.write_bytes(content)
+    try:
+        assert load(str(path), skip_bad_rows=True).problems
+    except UserError as error:
+        assert path.name in str(error)
+
+
+# ------------------------------------------------------------------------------------- splits
+
+
+def problem_set(questions):
+    return ProblemSet(
+        "mine",
+        "train",
+        tuple(Problem(f"p{n}", q, "#### 1", Fraction(1)) for n, q in enumerate(questions)),
+        "",
+    )
+
+
+def normal(problem):
+    return " ".join(problem.question.split())
+
+
+def test_probe_and_train_on_gsm8k():
+    got = load()
+    probe, train = probe_and_train(got, 8, 200, 0)
+    assert (len(probe), len(train)) == (8, 200)
+    assert not {p.id for p in probe} & {p.id for p in train}
+    assert probe_and_train(got, 8, 200, 0) == (probe, train)
+    assert probe_and_train(got, 8, 300, 0)[1][:200] == train
+    assert probe_and_train(got, 8, 300, 0)[0] == probe
+    assert probe_and_train(got, 8, 200, 1) != (probe, train)
+    assert [p.id for p in train] != sorted(p.id for p in train)
+    everything = probe_and_train(got, 8, 7465, 0)
+    assert Counter(everything[0] + everything[1]) == Counter(got.problems)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from(["a b", "a  b", " a\nb", "c", "d", "e", "e ", "f"]), max_size=30),
+    st.integers(1, 4),
+    st.integers(1, 10),
+    st.integers(0, 100),
+)
+def test_probe_questions_never_come_up_in_training(questions, probe_size, episodes, seed):
+    got = problem_set(questions)
+    different = len({" ".join(q.split()) for q in questions})
+    try:
+        probe, train = probe_and_train(got, probe_size, episodes, seed)
+    except UserError as error:
+        assert f"has {len(questions)} problems" in str(error)
+        # the largest probe question may take all its duplicates out of training
+        most = max(Counter(" ".join(q.split()) for q in questions).values(), default=0)
+        assert different < probe_size or len(questions) < probe_size * most + episodes
+        return
+    assert (len(probe), len(train)) == (probe_size, episodes)
+    assert len({normal(p) for p in probe}) == probe_size
+    assert not {normal(p) for p in probe} & {normal(p) for p in train}
+    assert len({p.id for p in train}) == episodes
+
+
+def test_too_many_episodes_says_how_many_there_are():
+    with pytest.raises(UserError, match="at most 7465 episodes"):
+        probe_and_train(load(), 8, 7466, 0)
+    with pytest.raises(UserError, match=r"has 3 problems.*at most 1 episodes"):
+        probe_and_train(problem_set(["a", "a ", "b"]), 1, 3, 3)
+    with pytest.raises(UserError, match="--probe-size"):
+        probe_and_train(problem_set(["a", "b"]), 8, 1, 0)
+
+
+@pytest.mark.parametrize("split", ["test", "TEST", " Test", "test[:10%]", "train+test", "testmini"])
+def test_test_split_needs_permission(split):
+    with pytest.raises(UserError, match="--train-on-test"):
+        check_split(split, False)
+    check_split(split, True)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "latest", "train[:10%]", ""])
+def test_other_splits_do_not(split):
+    check_split(split, False)
