@@ -59,7 +59,7 @@ class ProblemOptions:
     problems: str = _option("gsm8k", "gsm8k, a .jsonl/.csv/.parquet file, or a hub data set.")
     split: str = _option("train", "Split to run on.")
     train_on_test: bool = _option(False, "Allow a run on the test split.")
-    episodes: int = _option(200, "Problems to go through.", low=1)
+    episodes: int = _option(400, "Problems to go through.", low=1)
     skip_bad_rows: bool = _option(False, "Leave out rows that cannot be read.")
 
 
@@ -173,7 +173,7 @@ class EpisodeOptions:
     probe_size: int = _option(
         8, "Held-out problems the gate watches; also the headroom check.", low=1
     )
-    probe_every: int = _option(2, "Distilled batches between two looks at the probe set.", low=1)
+    probe_every: int = _option(1, "Distilled batches between two looks at the probe set.", low=1)
     checkpoint_every: int = _option(4, "Batches between two checkpoints.", low=1)
     keep_checkpoints: int = _option(3, "Checkpoints kept beside the best one.", low=2)
     seed: int = _option(0, "One seed gives one run.", low=0)
@@ -241,7 +241,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feedback_tokens": 64,
         "merge_tokens": 48,
         "probe_size": 4,
-        "probe_every": 1,
         "checkpoint_every": 1,
         "lora_rank": 8,
         "lora_rate": 5e-4,
@@ -271,7 +270,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_score": 1.0,
         "episodes": 200,
     },
-    "overnight": {"episodes": 2000, "probe_size": 16, "probe_every": 4, "checkpoint_every": 8},
+    "overnight": {"episodes": 2000, "probe_size": 16, "probe_every": 2, "checkpoint_every": 8},
     "16gb": {
         "batch_size": 2,
         "micro_batch": 1,

@@ -197,7 +197,7 @@ def answer(
         not options.sequential,
         progress,
     )
-    request = next_message(loaded.tokenizer, roles.feedback_prompt())
+    request = feedback_request(loaded.tokenizer)
     return [
         dataclasses.replace(
             draft,
@@ -207,6 +207,17 @@ def answer(
         )
         for draft, turn in zip(drafts, turns, strict=True)
     ]
+
+
+def feedback_request(tokenizer: Any) -> tuple[int, ...]:
+    """Tokens of the request for feedback, up to and with the reply's first word."""
+    begun = tokenizer.encode(roles.FEEDBACK_OPENING, add_special_tokens=False)
+    return (*next_message(tokenizer, roles.feedback_prompt()), *begun)
+
+
+def parsed(turn: Turn) -> roles.Feedback:
+    """What a model wrote after :func:`feedback_request`."""
+    return roles.parse_feedback(f"{roles.FEEDBACK_OPENING} {turn.text}", turn.tokens)
 
 
 def student_feedback(
@@ -251,7 +262,7 @@ def student_feedback(
     return [
         dataclasses.replace(
             draft,
-            student_feedback=roles.parse_feedback(turn.text, turn.tokens),
+            student_feedback=parsed(turn),
             prefilled={**draft.prefilled, "student_feedback": len(draft.prompt)},
         )
         for draft, turn in zip(done, turns, strict=True)
@@ -285,7 +296,7 @@ def expert_feedback(
     return [
         dataclasses.replace(
             draft,
-            expert_feedback=roles.parse_feedback(turn.text, turn.tokens),
+            expert_feedback=parsed(turn),
             after_feedback=turn.conversation,
         )
         for draft, turn in zip(done, turns, strict=True)

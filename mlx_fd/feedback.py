@@ -10,8 +10,9 @@ import mlx.core as mx
 
 from mlx_fd import roles, runs
 from mlx_fd.config import read
+from mlx_fd.episode import feedback_request, parsed
 from mlx_fd.errors import UserError
-from mlx_fd.generation import Conversation, Sampling, generate, next_message, opening, prefill
+from mlx_fd.generation import Conversation, Sampling, generate, opening, prefill
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.models.student import ADAPTER_WEIGHTS, HEADS, Student, load_student, make_student
@@ -73,10 +74,10 @@ def give_feedback(name: str, problem: str, answer: str, max_tokens: int) -> dict
     prompt = (
         *opening(tokenizer, roles.answer_prompt(problem)),
         *tokenizer.encode(answer, add_special_tokens=False),
-        *next_message(tokenizer, roles.feedback_prompt()),
+        *feedback_request(tokenizer),
     )
     hidden, before = prefill(loaded, Conversation(), prompt)
     turn = generate(loaded, [before], [prompt[-1:]], Sampling(max_tokens))[0]
-    written = roles.parse_feedback(turn.text, turn.tokens)
+    written = parsed(turn)
     score = {} if student is None else {"score": round(student.score(hidden).item(), 4)}
     return {**score, "written_score": written.score, "feedback": written.text}

@@ -63,6 +63,7 @@ class Progress:
         gate: the gate's state.
         scales: the fixed factor of each loss.
         distilled: batches in which the student learned.
+        spent: optimiser steps since the last look at the probe set.
         probe_first: losses on the probe set before the first update.
         probe_last: the same, last time they were looked at.
         best: the least mean of probe losses relative to ``probe_first``.
@@ -73,6 +74,7 @@ class Progress:
     gate: gate.GateState
     scales: dict[str, float]
     distilled: int
+    spent: int
     probe_first: dict[str, float]
     probe_last: dict[str, float]
     best: float
@@ -202,7 +204,7 @@ def _first(pair: Pair, probe: Probe, config: Config) -> Progress:
         scales = {name: 1 / losses[name] if losses.get(name, 0) > 1e-6 else 1.0 for name in names}
     state = gate.initial_state(config.gate, names)
     state, _ = gate.observe_probe(state, losses, config.gate, cost=0.0)
-    return Progress(0, state, scales, 0, losses, losses, 1.0, 0)
+    return Progress(0, state, scales, 0, 0, losses, losses, 1.0, 0)
 
 
 def _with_probe(progress: Progress, losses: dict[str, float]) -> Progress:
@@ -306,15 +308,20 @@ def _batch(
         if updates and r.decision.distil
     }
     progress = dataclasses.replace(
-        progress, batch=number + 1, gate=state, distilled=progress.distilled + bool(updates)
+        progress,
+        batch=number + 1,
+        gate=state,
+        distilled=progress.distilled + bool(updates),
+        spent=progress.spent + len(updates),
     )
     stop_decision = None
     if updates and progress.distilled % config.episode.probe_every == 0:
         probe_losses = probe.losses(pair, config)
         state, stop_decision = gate.observe_probe(
-            state, probe_losses, config.gate, cost=float(len(updates))
+            state, probe_losses, config.gate, cost=float(progress.spent)
         )
-        progress = _with_probe(dataclasses.replace(progress, gate=state), probe_losses)
+        progress = dataclasses.replace(progress, gate=state, spent=0)
+        progress = _with_probe(progress, probe_losses)
 
     # 5. and 6. Merge, revise, criticise, final answer.
     outcomes = finish(pair, drafts, config.generation, config.episode, seeds, told)

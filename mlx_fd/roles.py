@@ -49,11 +49,8 @@ class Feedback:
 # --------------------------------------------------------------------------------------- prompts
 
 _END = "End with a line of its own: #### <number>"
-_EXAMPLE = Feedback(
-    "Step 2 adds the 3 broken cups to the 12 bought, but broken cups must be taken away, so "
-    "15 should be 9. Step 1 is sound. Redo step 2 as 12 - 3 and carry 9 into the total.",
-    -0.6,
-)
+_SCALE = "1 is excellent, 0.5 fair, 0 useless, -0.5 mostly wrong, -1 harmful"
+FEEDBACK_OPENING = "Score:"
 
 
 def format_feedback(feedback: Feedback) -> str:
@@ -70,23 +67,21 @@ def format_feedback(feedback: Feedback) -> str:
 
 def answer_prompt(question: str) -> str:
     """Turn 1: solve the problem."""
-    return f"{question.strip()}\n\nName the concept needed, then solve step by step. {_END}"
+    return f"{question.strip()}\n\nSolve step by step. {_END}"
 
 
 def feedback_prompt() -> str:
     """Turn 2, for expert and student alike: score and criticise the answer just given.
 
-    The rubric is that of the published method (expert feedback, scores from -1 to 1).
+    The rubric is that of the published method (expert feedback, scores from -1 to 1). The reply
+    begins with :data:`FEEDBACK_OPENING`, which is put into the model's mouth: even a model of 135M
+    parameters then writes a score that can be read. There is no example, because such a model
+    copies it.
     """
     return (
-        "Judge the answer above. Write only these two lines:\n"
-        "Score: <number from -1 to 1>\n"
-        "Feedback: <one paragraph of about 70 words>\n"
-        "Be specific, constructive and impersonal. Name the first wrong step and how to mend it; "
-        "if no step is wrong, say why.\n"
-        "Scores: 1 excellent, 0.7 to 0.9 good, 0.4 to 0.6 fair, 0.1 to 0.3 weak, 0 useless, "
-        "-0.1 to -0.4 misleading, -0.5 to -0.9 mostly wrong, -1 harmful.\n"
-        f"Example for another answer:\n{format_feedback(_EXAMPLE)}"
+        "Write feedback on the answer above: a score from -1 to 1, then a paragraph.\n"
+        f"{_SCALE}. The paragraph is specific and constructive, about 70 words: it names the "
+        "first wrong step and says how to mend it, or says why every step is right."
     )
 
 
@@ -487,7 +482,8 @@ _TAG = re.compile(r"</?(?:feedback|score|critique|comments?)>", re.IGNORECASE)
 _EMPTY_LINE = re.compile(
     r"^[ \t]*(?:```\w*|\d{1,2}[.)]|[*_`#>|{}\[\]\"',;:.-]+)[ \t]*$", re.MULTILINE
 )
-_ECHO = re.compile(r"\s+".join(re.escape(word) for word in format_feedback(_EXAMPLE).split()))
+# The rubric said back, whole or begun.
+_ECHO = re.compile(r"\s+".join(map(re.escape, _SCALE.split(", ")[0].split())) + r",[^\n]*")
 _JSON_TEXT = ("feedback", "critique", "comment", "comments", "explanation", "review", "reason")
 
 
@@ -533,7 +529,7 @@ def _read_score(text: str, place: int, scale: str | None) -> tuple[float | None,
     rest = text[end : end + _WINDOW]
     if goes_on := _GOES_ON.match(rest):
         return None, end + goes_on.end(), scaled
-    if interval or thousands or value > most or _RUBRIC.search(rest[:60]):
+    if interval or thousands or value > most or not most or _RUBRIC.search(rest.partition("\n")[0]):
         return None, end, scaled
     return sign * value / most + 0.0, end, scaled
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 import time
@@ -21,11 +20,13 @@ from mlx_fd.backend import backend
 backend()
 
 import mlx.core as mx  # noqa: E402
+import mlx_lm  # noqa: E402
 from mlx_lm.utils import load_tokenizer  # noqa: E402
 
 from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.models import loading  # noqa: E402
 from mlx_fd.models.gguf import convert  # noqa: E402
+from mlx_fd.models.resolve import resolve  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "fixtures" / "smollm2_llama_cpp.json"
 HIDDEN, HEADS, KV_HEADS, WIDE, LAYERS = 64, 4, 2, 96, 2
@@ -386,6 +387,24 @@ def test_flipped_bytes_never_escape(tmp_path: Path) -> None:
     assert not all(outcomes)
 
 
+def test_a_gguf_file_is_a_model_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_FD_CACHE", str(tmp_path / "own"))
+    file = tmp_path / "my model.gguf"
+    weights = write_gguf(file)
+    path = resolve(str(file))
+    assert path.parent == tmp_path / "own" / "gguf"
+    assert path.name.startswith("my-model-")
+    made = (path / "config.json").stat().st_mtime_ns
+    assert resolve(str(file)) == path
+    assert (path / "config.json").stat().st_mtime_ns == made
+    model, _ = mlx_lm.load(str(path))
+    ids = [1, 2, 3]
+    expected = reference(weights, "llama", ids)
+    assert np.abs(np.array(model(mx.array([ids]))[0]) - expected).max() < 1e-3
+    write_gguf(file, seed=1)
+    assert resolve(str(file)) != path
+
+
 def test_the_first_of_two_conversions_stays(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf")
     convert(tmp_path / "m.gguf", tmp_path / "out")
@@ -435,7 +454,6 @@ def test_smollm2_text_is_llama_cpps(smollm2: Path) -> None:
 
 @pytest.mark.model
 def test_smollm2_writes_llama_cpps_words(smollm2: Path) -> None:
-    mlx_lm = importlib.import_module("mlx_lm")
     golden = json.loads(GOLDEN.read_text())
     loaded = loading.load(smollm2)
     clear = [case for case in golden["generation"] if min(case["margins"]) > 0.3]

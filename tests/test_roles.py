@@ -122,6 +122,8 @@ FEEDBACK = [
     ("Score: -2", None, None),
     ("Score: 1.01", None, None),
     ("Score: 7/0", None, None),
+    ("Score: 0/0", None, None),
+    ("Score: 0 on a scale of 0", None, None),
     ("Score: 1,000", None, None),
     # templates, rubrics, ranges, calculations
     ("Score: [-1 to 1]", None, None),
@@ -174,11 +176,12 @@ def test_feedback_table(text, score, prose):
     assert found.tokens == (1, 2)
 
 
-def test_echoed_example_is_not_a_score_but_a_score_beside_it_is():
-    example_lines = "\n".join(roles.feedback_prompt().splitlines()[-2:])
-    assert example_lines.startswith("Score: -0.6")
-    assert parse_feedback(example_lines).score is None
-    both = parse_feedback(f"{example_lines}\n\nScore: 0.4\nFeedback: {GOOD}")
+@pytest.mark.parametrize("words", [3, 6, 9, 12])
+def test_echoed_rubric_is_not_a_score_but_a_score_beside_it_is(words):
+    rubric = roles.feedback_prompt().splitlines()[1].partition(". The")[0]
+    echo = " ".join(rubric.split()[:words])
+    assert parse_feedback(f"Score: {echo}").score is None
+    both = parse_feedback(f"{echo}\n\nScore: 0.4\nFeedback: {GOOD}")
     assert (both.score, both.text) == (0.4, GOOD)
 
 
@@ -516,7 +519,8 @@ def test_prompts_ask_for_what_is_parsed():
     for prompt in (roles.answer_prompt("q"), roles.revise_prompt("f"), roles.final_prompt()):
         assert prompt.endswith("#### <number>")
         assert final_answer(prompt) is None
-    assert "Score: <number from -1 to 1>" in roles.feedback_prompt()
+    assert "a score from -1 to 1" in roles.feedback_prompt()
+    assert parse_feedback(f"{roles.FEEDBACK_OPENING} 0.5\n{GOOD}").score == 0.5
     assert "70 words" in roles.merge_prompt(Feedback("a", 0.1), Feedback("b", 0.2))
     assert "not rewrite" in roles.critique_prompt()
 

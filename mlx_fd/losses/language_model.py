@@ -21,6 +21,8 @@ def language_model_loss(
     """
     valid = mask.astype(mx.bool_)
     safe = mx.where(valid[..., None], logits, 0).astype(mx.float32)
+    # At 1e4 a float32 has three decimals: without the shift the logarithm below drowns.
+    safe = safe - mx.stop_gradient(safe.max(axis=-1, keepdims=True))
     wanted = mx.where(valid, targets, 0)[..., None]
     picked = mx.take_along_axis(safe, wanted, axis=-1).squeeze(-1)
     losses = mx.logsumexp(safe, axis=-1) - picked

@@ -296,7 +296,10 @@ def _weights(file: _File, shape: _Shape) -> tuple[dict[str, mx.array], dict[str,
         permuted = shape.arch == "llama" and name.endswith((".attn_q.weight", ".attn_k.weight"))
         reorder = partial(_unpermute, heads=heads) if permuted else np.ascontiguousarray
         if kind in ("Q4_0", "Q4_1", "Q8_0"):
-            values, scales, biases, bits = _blocks(np.asarray(tensor.data), kind)
+            with np.errstate(over="ignore", invalid="ignore"):
+                values, scales, biases, bits = _blocks(np.asarray(tensor.data), kind)
+            if not (np.isfinite(scales).all() and np.isfinite(biases).all()):
+                raise file.bad(f"the tensor {name} has scales that are no 16-bit numbers")
             module = target.removesuffix(".weight")
             bits_of[module] = bits
             weights[target] = mx.array(_pack(reorder(values), bits))

@@ -292,7 +292,7 @@ def _from_hub(name: str, repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        path = Path(snapshot_download(repo, revision=info.sha, allow_patterns=_PATTERNS))
+        path = Path(snapshot_download(repo, allow_patterns=_PATTERNS))
     except Exception as error:  # as in _ask_hub
         raise UserError(
             f"{repo} could not be downloaded ({type(error).__name__}: {error}); run the command "
