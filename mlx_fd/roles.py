@@ -453,6 +453,7 @@ _GOES_ON = re.compile(
 )
 _RUBRIC = re.compile(r"excellent[^a-z]*\d[^a-z]*(?:to[^a-z]*\d[^a-z]*)?good", re.IGNORECASE)
 _TAIL = re.compile(r"(?:\s*(?:points?|stars?|marks?)\b)?[*_`\"')\]}>|]*[.,;]?", re.IGNORECASE)
+_SECOND_ITEM = re.compile(r"(?<=\n)[ \t*]*2[.)]")
 _LINE_END = re.compile(r"[ \t*_`\"')\]}.!|>]*(?:\n|$)")
 _I_GIVE = re.compile(
     r"""(?<![A-Za-z])(?:I|we)(?:'d|'ll|'m|\s+(?:would|will|am|can|must))?\s+
@@ -483,7 +484,7 @@ _EMPTY_LINE = re.compile(
     r"^[ \t]*(?:```\w*|\d{1,2}[.)]|[*_`#>|{}\[\]\"',;:.-]+)[ \t]*$", re.MULTILINE
 )
 # The rubric said back, whole or begun.
-_ECHO = re.compile(r"\s+".join(map(re.escape, _SCALE.split(", ")[0].split())) + r",[^\n]*")
+_ECHO = re.compile(r"\s+".join(map(re.escape, _SCALE.partition(", ")[0].split())) + r",[^\n]*")
 _JSON_TEXT = ("feedback", "critique", "comment", "comments", "explanation", "review", "reason")
 
 
@@ -566,6 +567,8 @@ def _labelled(text: str) -> list[_Found]:
             continue  # "Score:" and then a numbered list
         if glued_dash and not (strong and after["sep"].strip() == ":"):
             value = None  # "Score-0.7", "Score:- 0.7": sign or separator?
+        if number_text == "1" and _SECOND_ITEM.search(text, stop, stop + 5 * _WINDOW):
+            value = None  # "Score: 1. Step one ... 2. Step two": a list
         lead = own.start() + 1 - len(before) + start if own else start
         last_word = re.search(r"(?:overall|final)[\s_-]+[*_`\"']*\Z", before, re.IGNORECASE)
         tail = _TAIL.match(rest)

@@ -140,6 +140,8 @@ FEEDBACK = [
     ("Score: 1st step is wrong", None, None),
     ("Score:\n\n1. The first step is right.\n2. The second is not.", None, None),
     ("Score-0.7", None, None),
+    ("Score: 1. The first step is right.\n2. The second is not.", None, None),
+    ("Score: 1. It is right.", 1.0, "It is right."),
     (roles.feedback_prompt(), None, None),
     # numbers that belong to the mathematics, or none
     ("The answer 18 eggs is right.", None, "The answer 18 eggs is right."),

@@ -307,7 +307,7 @@ def largest_batch(
             middle = (low + high + 1) // 2
             fits = dataclasses.replace(work, batch_size=middle, micro_batch=micro)
             if estimate(expert, student, fits).total <= available:
-                low = middle if middle % 7 else middle - 1
+                low = middle
             else:
                 high = middle - 1
         if low > (best.batch_size if best else 0):

@@ -1,0 +1,56 @@
+"""A pair of tiny random models, opened as a run opens them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tiny import make_model_dir
+
+from mlx_fd import problems
+from mlx_fd.config import Config, override
+from mlx_fd.session import Plan
+
+SMALL = {
+    "batch_size": 2,
+    "answer_tokens": 8,
+    "feedback_tokens": 6,
+    "merge_tokens": 5,
+    "probe_size": 2,
+    "episodes": 8,
+    "checkpoint_every": 2,
+    "lora_rank": 2,
+    "lora_rate": 1e-2,
+    "score_rate": 1e-2,
+}
+
+
+def make_dirs(folder: Path) -> tuple[Path, Path]:
+    """An expert and a smaller student with the same tokenizer."""
+    expert = make_model_dir(folder / "expert", arch="qwen2", hidden=32, layers=3, intermediate=64)
+    student = make_model_dir(
+        folder / "student",
+        arch="qwen2",
+        hidden=16,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        intermediate=32,
+        seed=1,
+    )
+    return expert, student
+
+
+def make_plan(expert: Path, student: Path, **changes) -> Plan:
+    """A plan without the checks of a real one, which have tests of their own."""
+    names = {"expert": str(expert), "student": str(student)}
+    config = override(Config(), {**SMALL, **names, **changes}, "test")
+    found = problems.load("gsm8k", "train")
+    probe, chosen = problems.probe_and_train(
+        found, config.episode.probe_size, config.problems.episodes, config.episode.seed
+    )
+    return Plan(config, expert, student, 400, probe, chosen, {}, ())
+
+
+def without_seconds(rows):
+    """Rows of a log without their timings."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]

@@ -1,0 +1,365 @@
+import dataclasses
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import load as mlx_load
+from pairs import make_dirs, make_plan
+
+from mlx_fd.config import LossOptions, TrainingOptions
+from mlx_fd.distill import (
+    counts,
+    make_optimizer,
+    make_sample,
+    measure,
+    optimizer_arrays,
+    update,
+)
+from mlx_fd.errors import UserError
+from mlx_fd.generation import Conversation
+from mlx_fd.losses import reference
+from mlx_fd.losses.hidden import aligned_layers
+from mlx_fd.models import taps
+from mlx_fd.models.student import load_student, make_student, save_student
+from mlx_fd.session import open_pair
+
+OPTIONS = LossOptions()
+WEIGHTS = {"lm": 0.1, "hidden": 0.2, "score": 0.3, "logit": 0.4}
+LENGTHS = [(5, 4), (9, 1), (3, 7), (12, 3), (4, 4), (7, 2), (6, 6), (8, 5)]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    return make_plan(*make_dirs(tmp_path_factory.mktemp("pair")))
+
+
+@pytest.fixture
+def pair(plan):
+    return open_pair(plan)
+
+
+def samples_of(pair, options=OPTIONS, **changes):
+    rng = np.random.default_rng(0)
+    found = []
+    for number, (before, length) in enumerate(LENGTHS):
+        prompt = tuple(map(int, rng.integers(0, 390, before)))
+        target = tuple(map(int, rng.integers(0, 390, length)))
+        score = None if number in (1, 4) else float(rng.uniform(-1, 1))
+        found.append(
+            make_sample(
+                pair.expert,
+                len(pair.student.model.layers),
+                Conversation(prompt[:-1]),
+                prompt,
+                target,
+                score,
+                options,
+                on_policy=number in (2, 5),
+            )
+        )
+    return [dataclasses.replace(sample, **changes) for sample in found]
+
+
+def weights_of(student):
+    return {name: np.array(value) for name, value in tree_flatten(student.trainable_parameters())}
+
+
+def step(pair, samples, training, weights=WEIGHTS, options=OPTIONS, rate=1.0):
+    before = weights_of(pair.student)
+    done = update(
+        pair.student, pair.expert, optim.SGD(rate), samples, weights, options, training, 400
+    )
+    after = weights_of(pair.student)
+    return done, {name: after[name] - before[name] for name in before}
+
+
+def test_losses_are_their_definitions_over_whole_sequences(pair):
+    """Each loss recomputed sample by sample in float64 from full forward passes."""
+    samples = samples_of(pair)
+    totals = dict.fromkeys(WEIGHTS, 0.0)
+    for sample in samples:
+        tokens = mx.array([[*sample.prompt, *sample.target]])
+        ours = taps.forward(pair.student.model, tokens)
+        theirs = taps.forward(pair.expert.model, tokens)
+        span = slice(len(sample.prompt) - 1, -1)
+        mask = np.ones((1, len(sample.target)))
+
+        def logits(model, seen, span=span):
+            return np.array(taps.head(model, seen.final[:, span]), dtype=np.float64)
+
+        student_logits = logits(pair.student.model, ours)
+        expert_logits = logits(pair.expert.model, theirs)
+        targets = np.array([sample.target])
+        if not sample.on_policy:
+            totals["lm"] += reference.language_model_loss(student_logits, targets, mask)[0]
+        totals["logit"] += reference.logit_loss(
+            student_logits,
+            expert_logits,
+            mask,
+            kl="forward",
+            temperature=OPTIONS.loss_temperature,
+            vocab=400,
+            standardize=False,
+        )[0]
+        picks = aligned_layers(len(ours.layers), len(theirs.layers))
+        projection = np.array(pair.student.projection.weight, dtype=np.float64)
+        totals["hidden"] += reference.hidden_alignment_loss(
+            [np.array(layer[:, span], dtype=np.float64) for layer in ours.layers],
+            [np.array(theirs.layers[pick][:, span], dtype=np.float64) for pick in picks],
+            mask,
+            lambda pooled, w=projection: w @ pooled,
+        )[0]
+        if sample.expert_score is not None:
+            score = pair.student.score(ours.final[0, len(sample.prompt) - 1]).item()
+            totals["score"] += (score - sample.expert_score) ** 2
+    norms = counts(samples, OPTIONS)
+    found = measure(pair.student, pair.expert, samples, OPTIONS, 400, 3)
+    for name, total in totals.items():
+        assert found[name] == pytest.approx(total / norms[name], rel=2e-4), name
+
+
+def test_counts():
+    class Item:
+        def __init__(self, length, score, own):
+            self.target, self.expert_score, self.on_policy = (0,) * length, score, own
+
+    found = counts([Item(3, 0.5, False), Item(4, None, True)], OPTIONS)
+    assert found == {"lm": 3.0, "hidden": 2.0, "score": 1.0, "logit": 7.0}
+    assert counts([Item(3, None, False)], LossOptions(losses=("score",))) == {"score": 0.0}
+
+
+@pytest.mark.parametrize("other", [{"micro_batch": 2}, {"micro_batch": 3}, {"micro_batch": 1}])
+def test_batch_of_8_is_the_same_update_in_micro_batches(plan, other):
+    whole = TrainingOptions(micro_batch=8, clip=0.0)
+    results = []
+    for training in (whole, dataclasses.replace(whole, **other)):
+        pair = open_pair(plan)
+        results.append(step(pair, samples_of(pair), training))
+    (one, delta), (two, other_delta) = results
+    assert two.total == pytest.approx(one.total, rel=1e-5)
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    for name, change in delta.items():
+        np.testing.assert_allclose(other_delta[name], change, rtol=1e-3, atol=2e-6)
+    assert max(np.abs(change).max() for change in delta.values()) > 1e-3
+
+
+def test_recomputing_activations_changes_nothing(plan):
+    results = []
+    for recompute in (False, True):
+        pair = open_pair(plan)
+        training = TrainingOptions(clip=0.0, checkpoint_layers=recompute)
+        results.append(step(pair, samples_of(pair), training)[1])
+    for name, change in results[0].items():
+        np.testing.assert_allclose(results[1][name], change, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_is_the_slope_of_the_measured_losses(plan):
+    """Central differences of the weighted losses along the gradient's own direction."""
+    pair = open_pair(plan)
+    samples = samples_of(pair)
+    _, change = step(pair, samples, TrainingOptions(clip=0.0), rate=1.0)
+    norm = np.sqrt(sum(float((c.astype(np.float64) ** 2).sum()) for c in change.values()))
+
+    def total_at(distance):
+        moved = open_pair(plan)
+        start = weights_of(moved.student)
+        moved.student.update(
+            tree_unflatten([(n, mx.array(start[n] + distance * change[n] / norm)) for n in change])
+        )
+        found = measure(moved.student, moved.expert, samples, OPTIONS, 400, 8)
+        return sum(WEIGHTS[name] * value for name, value in found.items())
+
+    slope = (total_at(2e-2) - total_at(-2e-2)) / 4e-2
+    assert slope == pytest.approx(-norm, rel=2e-2)
+
+
+def test_clipping_bounds_the_step(pair):
+    done, change = step(pair, samples_of(pair), TrainingOptions(clip=1e-3))
+    norm = np.sqrt(sum(float((c**2).sum()) for c in change.values()))
+    assert done.gradient_norm > 1e-2
+    assert norm == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("poison", ["logits", "score", "weight"])
+def test_a_step_that_is_not_finite_changes_nothing(pair, plan, poison):
+    samples = samples_of(pair)
+    weights = WEIGHTS
+    if poison == "logits":
+        samples[3] = dataclasses.replace(samples[3], expert_final=samples[3].expert_final * mx.nan)
+    elif poison == "score":
+        samples[3] = dataclasses.replace(samples[3], expert_score=float("inf"))
+    else:
+        weights = {**WEIGHTS, "lm": 1e39}
+    optimizer = make_optimizer(pair.student, TrainingOptions())
+    before, state = weights_of(pair.student), optimizer_arrays(optimizer)
+    state = {name: np.array(value) for name, value in state.items()}
+    done = update(
+        pair.student, pair.expert, optimizer, samples, weights, OPTIONS, TrainingOptions(), 400
+    )
+    assert done.skipped
+    after = weights_of(pair.student)
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+    for name, value in optimizer_arrays(optimizer).items():
+        assert np.array_equal(np.array(value), state[name])
+    healthy = update(
+        pair.student,
+        pair.expert,
+        optimizer,
+        samples_of(pair),
+        WEIGHTS,
+        OPTIONS,
+        TrainingOptions(),
+        400,
+    )
+    assert not healthy.skipped
+    assert all(np.isfinite(value).all() for value in weights_of(pair.student).values())
+
+
+def test_a_score_that_could_not_be_read_enters_nothing(pair):
+    samples = samples_of(pair, expert_score=None)
+    assert "score" not in measure(pair.student, pair.expert, samples, OPTIONS, 400, 4)
+    done, change = step(pair, samples, TrainingOptions(clip=0.0))
+    assert "score" not in done.losses
+    assert not change["score_head.weight"].any() and not change["score_head.bias"].any()
+    assert np.isfinite(done.total)
+
+
+def test_on_policy_samples_have_no_language_model_loss(pair):
+    samples = samples_of(pair, on_policy=True)
+    found = measure(pair.student, pair.expert, samples, OPTIONS, 400, 4)
+    assert set(found) == {"hidden", "score", "logit"}
+
+
+@pytest.mark.parametrize("name", ["lm", "hidden", "score", "logit"])
+def test_each_loss_falls_on_what_it_is_trained_on(pair, name):
+    options = LossOptions(losses=(name,))
+    samples = samples_of(pair, options)
+    training = TrainingOptions(lora_rate=1e-2, score_rate=1e-2, projection_rate=1e-2)
+    optimizer = make_optimizer(pair.student, training)
+    first = measure(pair.student, pair.expert, samples, options, 400, 8)[name]
+    for _ in range(30):
+        update(pair.student, pair.expert, optimizer, samples, {name: 1.0}, options, training, 400)
+    last = measure(pair.student, pair.expert, samples, options, 400, 8)[name]
+    assert last < 0.8 * first
+
+
+@pytest.mark.parametrize("part", ["lora", "score", "projection"])
+def test_each_part_has_its_own_learning_rate(pair, part):
+    rates = {"lora_rate": 0.0, "score_rate": 0.0, "projection_rate": 0.0, f"{part}_rate": 1e-2}
+    training = TrainingOptions(weight_decay=0.0, **rates)
+    optimizer = make_optimizer(pair.student, training)
+    before = weights_of(pair.student)
+    samples = samples_of(pair)
+    update(pair.student, pair.expert, optimizer, samples, WEIGHTS, OPTIONS, training, 400)
+    after = weights_of(pair.student)
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    heads = {"score_head.weight", "score_head.bias"}
+    expected = {
+        "score": heads,
+        "projection": {"projection.weight"},
+        "lora": {name for name in before if name.startswith("model.")},
+    }[part]
+    assert moved and moved <= expected
+
+
+def test_last_layer_only(pair):
+    options = LossOptions(hidden_layers="last", losses=("hidden",))
+    samples = samples_of(pair, options)
+    assert all(len(sample.expert_pooled) == 1 for sample in samples)
+    found = measure(pair.student, pair.expert, samples, options, 400, 4)["hidden"]
+    every = measure(pair.student, pair.expert, samples_of(pair), OPTIONS, 400, 4)["hidden"]
+    assert 0 < found < 2 and found != pytest.approx(every)
+
+
+def test_saved_student_and_optimizer_go_on_bit_for_bit(plan, tmp_path):
+    def learn(pair, optimizer, steps):
+        samples = samples_of(pair)
+        for _ in range(steps):
+            update(
+                pair.student,
+                pair.expert,
+                optimizer,
+                samples,
+                WEIGHTS,
+                OPTIONS,
+                TrainingOptions(),
+                400,
+            )
+
+    one = open_pair(plan)
+    optimizer = make_optimizer(one.student, TrainingOptions())
+    learn(one, optimizer, 2)
+    save_student(one.student, plan.config.models, plan.student_path, tmp_path)
+    mx.save_safetensors(str(tmp_path / "optimizer.safetensors"), optimizer_arrays(optimizer))
+    learn(one, optimizer, 2)
+
+    two = open_pair(plan)
+    again = make_optimizer(two.student, TrainingOptions())
+    load_student(two.student, tmp_path)
+    saved = mx.load(str(tmp_path / "optimizer.safetensors"))
+    again.state = tree_unflatten(list(saved.items()))
+    learn(two, again, 2)
+    for name, value in weights_of(one.student).items():
+        assert np.array_equal(value, weights_of(two.student)[name]), name
+
+
+def test_mlx_lm_opens_the_adapter(pair, plan, tmp_path):
+    training = TrainingOptions(lora_rate=1e-2)
+    optimizer = make_optimizer(pair.student, training)
+    samples = samples_of(pair)
+    update(pair.student, pair.expert, optimizer, samples, WEIGHTS, OPTIONS, training, 400)
+    save_student(pair.student, plan.config.models, plan.student_path, tmp_path)
+    model, _ = mlx_load(str(plan.student_path), adapter_path=str(tmp_path))
+    tokens = mx.array([[1, 2, 3, 4, 5]])
+    assert mx.allclose(model(tokens), pair.student.model(tokens), atol=1e-4)
+    plain, _ = mlx_load(str(plan.student_path))
+    assert not mx.allclose(plain(tokens), pair.student.model(tokens), atol=1e-2)
+
+
+def test_weights_of_another_student_are_refused(pair, plan, tmp_path):
+    save_student(pair.student, plan.config.models, plan.student_path, tmp_path)
+    other = dataclasses.replace(plan.config.models, lora_rank=3)
+    model = open_pair(dataclasses.replace(plan, config=dataclasses.replace(plan.config))).expert
+    stranger = make_student(model.model, 32, other, 0)
+    with pytest.raises(UserError, match="another student"):
+        load_student(stranger, tmp_path)
+    (tmp_path / "heads.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_student(pair.student, tmp_path)
+
+
+def test_full_training_moves_every_weight_but_not_the_experts(plan):
+    options = dataclasses.replace(plan.config.models, train="full")
+    full = dataclasses.replace(plan, config=dataclasses.replace(plan.config, models=options))
+    # The same checkpoint on both sides: base weights are one array in memory.
+    same = dataclasses.replace(full, student_path=plan.expert_path)
+    pair = open_pair(same)
+    expert = {name: np.array(v) for name, v in tree_flatten(pair.expert.model.parameters())}
+    _, change = step(pair, samples_of(pair), TrainingOptions(clip=0.0))
+    assert any(name.startswith("model.model.embed") and c.any() for name, c in change.items())
+    for name, value in tree_flatten(pair.expert.model.parameters()):
+        assert np.array_equal(expert[name], np.array(value))
+
+
+def test_score_head_starts_without_an_opinion_and_projection_as_identity(plan):
+    same = open_pair(dataclasses.replace(plan, student_path=plan.expert_path))
+    assert same.student.score(mx.ones((3, 32))).tolist() == [0.0, 0.0, 0.0]
+    assert mx.array_equal(same.student.projection.weight, mx.eye(32))
+
+
+def test_lora_initialisation_depends_on_the_seed_alone(plan):
+    mx.random.normal((7,))
+    one = weights_of(open_pair(plan).student)
+    mx.random.normal((3,))
+    two = weights_of(open_pair(plan).student)
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    seeded = dataclasses.replace(
+        plan,
+        config=dataclasses.replace(
+            plan.config, episode=dataclasses.replace(plan.config.episode, seed=1)
+        ),
+    )
+    three = weights_of(open_pair(seeded).student)
+    assert any(not np.array_equal(one[name], three[name]) for name in one)

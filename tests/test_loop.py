@@ -1,0 +1,363 @@
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from pairs import SMALL, make_dirs, make_plan, without_seconds
+
+from mlx_fd import gate, runs
+from mlx_fd.config import to_toml
+from mlx_fd.episode import combined_score
+from mlx_fd.errors import UserError
+from mlx_fd.events import BatchDone, Warned
+from mlx_fd.loop import run
+from mlx_fd.session import open_pair
+
+WEIGHTS = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")
+
+
+@pytest.fixture(scope="module")
+def dirs(tmp_path_factory):
+    return make_dirs(tmp_path_factory.mktemp("pair"))
+
+
+def start(folder, plan, report=lambda event: None, stop=lambda: False):
+    """Begin or resume a run in this process, as the command line does."""
+    with runs.locked(folder):
+        if not runs.is_run(folder):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            for leftover in [p for p in folder.iterdir() if p.name != ".lock"]:
+                leftover.unlink()
+            runs.create(folder, to_toml(plan.config), plan.manifest)
+        return run(folder, plan.config, open_pair(plan), plan.probe, plan.problems, report, stop)
+
+
+def rows(folder, name=runs.EPISODES):
+    return without_seconds(runs.read_lines(folder / name))
+
+
+def weights(folder, which="last"):
+    found = {}
+    for name in WEIGHTS:
+        loaded = mx.load(str(folder / "checkpoints" / which / name))
+        found.update({f"{name}:{key}": np.array(value) for key, value in loaded.items()})
+    return found
+
+
+def assert_same(one, two):
+    """Two finished runs are one: every row but its seconds, every weight to the last bit."""
+    assert rows(one) == rows(two)
+    assert rows(one, runs.METRICS) == rows(two, runs.METRICS)
+    for which in ("last", "best"):
+        a, b = weights(one, which), weights(two, which)
+        assert a.keys() == b.keys()
+        assert all(np.array_equal(a[name], b[name]) for name in a), which
+    state_a, state_b = (
+        json.loads((folder / "checkpoints" / "last" / "state.json").read_text())
+        for folder in (one, two)
+    )
+    for state in (state_a, state_b):
+        # Digests and log lengths differ with the seconds in the logs.
+        del state["files"], state["log_bytes"]
+    assert state_a == state_b
+
+
+@pytest.fixture(scope="module")
+def finished(dirs, tmp_path_factory):
+    """One uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    plan = make_plan(*dirs)
+    events = []
+    summary = start(folder, plan, events.append)
+    return folder, plan, summary, events
+
+
+def test_a_run_leaves_what_it_says(finished):
+    folder, plan, summary, events = finished
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "README.md",
+        "config.toml",
+        "manifest.json",
+        "episodes.jsonl",
+        "metrics.jsonl",
+        "checkpoints",
+        "summary.json",
+    }
+    found = runs.read_lines(folder / runs.EPISODES)
+    assert [row["episode"] for row in found] == list(range(8))
+    assert [row["id"] for row in found] == [problem.id for problem in plan.problems]
+    assert not {problem.id for problem in plan.probe} & {row["id"] for row in found}
+    assert summary["episodes"] == 8
+    assert summary["updates"]["steps"] > 0
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    done = [event for event in events if isinstance(event, BatchDone)]
+    assert [event.done for event in done] == [2, 4, 6, 8]
+    metrics = runs.read_lines(folder / runs.METRICS)
+    assert all(abs(sum(row["weights"].values()) - 1) < 1e-9 for row in metrics)
+
+
+def test_one_seed_is_one_run_and_another_is_another(finished, dirs, tmp_path):
+    folder, plan, _, _ = finished
+    start(tmp_path / "again", plan)
+    assert_same(folder, tmp_path / "again")
+    start(tmp_path / "other", make_plan(*dirs, seed=1))
+    assert rows(tmp_path / "other") != rows(folder)
+
+
+def test_sequential_is_the_same_run_without_batches_and_caches(finished, dirs, tmp_path):
+    folder = finished[0]
+    start(tmp_path / "naive", make_plan(*dirs, sequential=True))
+    batched, naive = rows(folder), rows(tmp_path / "naive")
+    for one, two in zip(batched, naive, strict=True):
+        for key in ("answer", "merged", "revised", "critique", "final", "tokens"):
+            assert one[key] == two[key], key
+        assert one["student_feedback"]["text"] == two["student_feedback"]["text"]
+        assert sum(one["prefilled"].values()) < sum(two["prefilled"].values())
+        assert one["gate"]["losses_before"] == pytest.approx(
+            two["gate"]["losses_before"], rel=1e-3, abs=1e-4
+        )
+
+
+def test_stopping_after_any_batch_and_resuming_changes_nothing(finished, tmp_path):
+    folder, plan, _, _ = finished
+    stopped = tmp_path / "stopped"
+    for _ in range(3):
+        assert start(stopped, plan, stop=lambda: True) is None
+    assert len(rows(stopped)) == 6
+    assert start(stopped, plan) is not None
+    assert_same(folder, stopped)
+    assert start(stopped, plan)["episodes"] == 8
+    assert_same(folder, stopped)
+
+
+class Killed(BaseException):
+    """Ends a run in this process as suddenly as an exception can."""
+
+
+def count_syncs(monkeypatch, limit):
+    """Let the process die at its ``limit``-th flush to the disk."""
+    seen = 0
+    sync = os.fsync
+
+    def dying(descriptor):
+        nonlocal seen
+        seen += 1
+        if seen == limit:
+            raise Killed
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", dying)
+    return lambda: seen
+
+
+def test_dying_at_any_flush_and_resuming_changes_nothing(finished, tmp_path, monkeypatch):
+    """Every boundary between two writes is a place to die, and each is tried."""
+    folder, plan, _, _ = finished
+    with monkeypatch.context() as patch:
+        seen = count_syncs(patch, limit=0)
+        start(tmp_path / "count", plan)
+        total = seen()
+    assert total > 40
+    for limit in range(1, total, 7):
+        target = tmp_path / f"died{limit}"
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            count_syncs(patch, limit)
+            start(target, plan)
+        start(target, plan)
+        assert_same(folder, target)
+        shutil.rmtree(target)
+
+
+@pytest.mark.parametrize("harm", ["cut a weight", "flip a bit", "half a log line", "no state"])
+def test_a_harmed_last_checkpoint_is_passed_over(finished, tmp_path, harm):
+    folder, plan, _, _ = finished
+    target = tmp_path / "harmed"
+    start(target, plan, stop=lambda: True)
+    start(target, plan, stop=lambda: True)
+    last = (target / "checkpoints" / "last").resolve()
+    weights_file = last / "adapters.safetensors"
+    data = weights_file.read_bytes()
+    if harm == "cut a weight":
+        weights_file.write_bytes(data[: len(data) // 2])
+    elif harm == "flip a bit":
+        weights_file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif harm == "half a log line":
+        with (target / runs.EPISODES).open("a") as file:
+            file.write('{"episode": 99, "answ')
+    else:
+        (last / "state.json").unlink()
+    events = []
+    start(target, plan, events.append)
+    assert_same(folder, target)
+    warned = [event.text for event in events if isinstance(event, Warned)]
+    assert any("not whole" in text for text in warned) == (harm != "half a log line")
+
+
+def test_a_full_disk_ends_in_a_message_and_a_true_resume(finished, tmp_path):
+    """The file-size limit of the process plays the disk that is full."""
+    folder, plan, _, _ = finished
+    code = (
+        "import resource, signal, sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from pairs import make_plan\n"
+        "from test_loop import start\n"
+        "from mlx_fd.errors import UserError\n"
+        "plan = make_plan(Path(sys.argv[3]), Path(sys.argv[4]))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[5]),) * 2)\n"
+        "try:\n  start(Path(sys.argv[2]), plan)\n"
+        "except UserError as error:\n  print(error); sys.exit(2)\n"
+    )
+    sizes = sorted(path.stat().st_size for path in (folder / "checkpoints" / "last").iterdir())
+    log = (folder / runs.EPISODES).stat().st_size
+    for limit in (log // 2, sizes[-1] - 100):
+        target = tmp_path / f"full{limit}"
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                code,
+                str(Path(__file__).parent),
+                str(target),
+                str(plan.expert_path),
+                str(plan.student_path),
+                str(limit),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2, done.stderr
+        assert "cannot be written" in done.stdout and "mlx-fd resume" in done.stdout
+        start(target, plan)
+        assert_same(folder, target)
+
+
+def test_twenty_sigkills_at_random_moments_change_nothing(dirs, tmp_path):
+    """The command line, killed and resumed until it is through; bit for bit one whole run."""
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    options += ["--episodes=60", "--checkpoint-every=3"]
+    mlx_fd = str(Path(sys.executable).with_name("mlx-fd"))
+    loop = [mlx_fd, "loop", "--expert", str(dirs[0]), "--student", str(dirs[1]), *options]
+
+    def launch(*command):
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    whole = tmp_path / "whole"
+    begin = time.monotonic()
+    process = launch(*loop, "--out", str(whole))
+    while process.poll() is None and not (whole / runs.EPISODES).exists():
+        time.sleep(0.02)
+    until_episodes = time.monotonic() - begin
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    working = time.monotonic() - begin - until_episodes
+
+    draw = random.Random(0)
+    target = tmp_path / "killed"
+    kills = 0
+    while kills < 20:
+        fresh = not runs.is_run(target)
+        if fresh:
+            shutil.rmtree(target, ignore_errors=True)
+        resume = [mlx_fd, "resume", str(target)]
+        process = launch(*([*loop, "--out", str(target)] if fresh else resume))
+        # Mostly while episodes are made and checkpoints written, now and then while loading.
+        delay = until_episodes * draw.uniform(0.8, 1.0) + draw.uniform(0, working / 10)
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), output
+        kills += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:
+            # Through before its kill: begin another one, as far as it takes.
+            assert_same(whole, target)
+            shutil.rmtree(target)
+    process = launch(
+        *([mlx_fd, "resume", str(target)] if runs.is_run(target) else [*loop, "--out", str(target)])
+    )
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert_same(whole, target)
+
+
+def test_after_the_freeze_the_expert_is_asked_less(dirs, tmp_path, monkeypatch):
+    """A student that is sure of itself stands alone, but for audits."""
+    plan = make_plan(*dirs, confidence=0.0, audit_fraction=0.0, episodes=4)
+    freeze = gate.initial_state
+
+    def frozen(options, names):
+        return gate.replace(freeze(options, names), frozen=True)
+
+    monkeypatch.setattr(gate, "initial_state", frozen)
+    summary = start(tmp_path / "run", plan)
+    assert summary["expert_feedback"]["asked"] == 0
+    assert summary["expert_feedback"]["not_asked"] == 4
+    assert summary["updates"]["steps"] == 0
+    for row in rows(tmp_path / "run"):
+        assert row["expert_feedback"] is None
+        assert row["gate"]["reason"] == "the student stands alone"
+        assert row["merged"] == row["student_feedback"]["text"]
+        assert "expert_feedback" not in row["tokens"] and "merge" not in row["tokens"]
+    audited = make_plan(*dirs, confidence=0.0, audit_fraction=1.0, episodes=4)
+    assert start(tmp_path / "audited", audited)["expert_feedback"]["asked"] == 4
+
+
+@pytest.mark.parametrize("mode", ["never", "always", "published"])
+def test_other_gates(dirs, tmp_path, mode):
+    summary = start(tmp_path / mode, make_plan(*dirs, gate=mode, episodes=4))
+    steps = {"never": 0, "always": 4}.get(mode)
+    if steps is None:
+        assert summary["updates"]["steps"] >= 1
+    else:
+        assert summary["updates"]["steps"] == steps
+    first, last = summary["probe"]["before"], summary["probe"]["after"]
+    assert (first == last) == (mode == "never")
+
+
+def test_good_answers_are_left_as_they_are(dirs, tmp_path):
+    summary = start(tmp_path / "run", make_plan(*dirs, target_score=-1.0, episodes=2))
+    for row in rows(tmp_path / "run"):
+        if row["score"] is None:
+            assert row["revised"]
+        else:
+            assert row["final"]["text"] == row["answer"]["text"] and not row["revised"]
+    assert summary["episodes"] == 2
+
+
+def test_combined_score():
+    assert combined_score(1.0, 0.0, 0.65) == pytest.approx(1 / 1.65)
+    assert combined_score(-1.0, 1.0, 0.65) == pytest.approx(-0.35 / 1.65)
+    assert combined_score(None, 0.3, 0.65) == 0.3
+    assert combined_score(0.4, None, 0.65) == 0.4
+    assert combined_score(None, None, 0.65) is None
+
+
+def test_on_policy_fraction(dirs, tmp_path):
+    start(tmp_path / "run", make_plan(*dirs, on_policy_fraction=1.0, gate="always", episodes=4))
+    found = rows(tmp_path / "run")
+    assert all(row["gate"]["on_policy"] for row in found)
+    assert all("lm" not in row["gate"]["losses_before"] for row in found)
+
+
+def test_a_log_changed_by_something_else_is_refused(finished, tmp_path):
+    folder, plan, _, _ = finished
+    target = tmp_path / "run"
+    shutil.copytree(folder, target, symlinks=True)
+    (target / runs.EPISODES).write_text("")
+    with pytest.raises(UserError, match="is shorter than the checkpoint"):
+        start(target, plan)
