@@ -142,7 +142,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
             [mx.pad(s.expert_final, [(0, length - len(s.target)), (0, 0)]) for s in samples]
         ),
         expert_pooled=[
-            mx.stack(layer) for layer in zip(*(s.expert_pooled for s in samples), strict=True)
+            mx.stack(list(layer)) for layer in zip(*(s.expert_pooled for s in samples), strict=True)
         ],
         scores=mx.array([s.expert_score or 0.0 for s in samples]),
         score_mask=mx.array([float(s.expert_score is not None) for s in samples]),
@@ -228,7 +228,7 @@ def measure(
         mx.eval(sums)
         for name, (value, count) in sums.items():
             so_far = totals[name]
-            totals[name] = (so_far[0] + value.item(), so_far[1] + count.item())
+            totals[name] = (so_far[0] + float(value), so_far[1] + float(count))
     return {name: value / count for name, (value, count) in totals.items() if count}
 
 
@@ -298,11 +298,11 @@ def update(
         (value, sums), part = step(collate(chunk))
         gradients = part if gradients is None else tree_map(mx.add, gradients, part)
         mx.eval(value, sums, gradients)
-        total += value.item()
+        total += float(value)
         for name, (loss, _) in sums.items():
-            values[name] += loss.item()
+            values[name] += float(loss)
     clipped, norm = optim.clip_grad_norm(gradients, training.clip or math.inf)
-    gradient_norm = norm.item()
+    gradient_norm = float(norm)
     losses = {name: values[name] / norms[name] for name in norms if norms[name]}
     skipped = not (math.isfinite(total) and math.isfinite(gradient_norm))
     if not skipped:

@@ -234,7 +234,7 @@ def student_feedback(
         hidden, before = prefill(
             pair.reader, Conversation(), draft.prompt, reuse=not options.sequential
         )
-        score = pair.student.score(hidden).item()
+        score = float(pair.student.score(hidden))
         read.append(
             dataclasses.replace(
                 draft,

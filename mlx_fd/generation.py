@@ -114,7 +114,7 @@ def run_on(loaded: Loaded, conversation: Conversation, tokens: Sequence[int]) ->
     """Hidden states [1, len(tokens), d] of ``tokens`` after a conversation, left unchanged."""
     cache = copy.deepcopy(conversation.cache)
     if cache is not None or not conversation.tokens:
-        return taps.forward(loaded.model, mx.array(tokens)[None], cache)
+        return taps.forward(loaded.model, mx.array([*tokens])[None], cache)
     whole = taps.forward(loaded.model, mx.array([*conversation.tokens, *tokens])[None])
     begin = len(conversation.tokens)
     return taps.Forward([layer[:, begin:] for layer in whole.layers], whole.final[:, begin:])

@@ -43,7 +43,7 @@ from mlx_fd.episode import (
 )
 from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
 from mlx_fd.generation import rewind
-from mlx_fd.models.student import load_student, save_student
+from mlx_fd.models.student import load_student, read_arrays, save_student
 from mlx_fd.probe import Probe, load_probe, make_probe, save_probe
 from mlx_fd.problems import Problem
 from mlx_fd.summary import summarise, warnings_of
@@ -138,7 +138,7 @@ def run(
     else:
         progress = Progress.from_json(checkpoint.state)
         load_student(pair.student, checkpoint.folder)
-        optimizer.state = tree_unflatten(list(mx.load(str(checkpoint.folder / OPTIMIZER)).items()))
+        optimizer.state = tree_unflatten(list(read_arrays(checkpoint.folder / OPTIMIZER).items()))
         report(Note(f"going on after batch {progress.batch}"))
     report(Probed(progress.probe_first, progress.probe_last, vars(probe.headroom)))
     for concern in probe.headroom.concerns():

@@ -25,7 +25,9 @@ from mlx_fd.episode import (
     seed_of,
     student_feedback,
 )
+from mlx_fd.errors import UserError
 from mlx_fd.generation import rewind
+from mlx_fd.models.student import read_arrays
 from mlx_fd.problems import Problem
 from mlx_fd.runs import write_json
 
@@ -137,7 +139,7 @@ def make_probe(
             temperature=options.student_temperature,
         )
         right = [is_correct(draft.answer.final, draft.problem) for draft in drafts]
-        expert_scores = [d.expert_feedback and d.expert_feedback.score for d in drafts]
+        expert_scores = [d.expert_feedback.score if d.expert_feedback else None for d in drafts]
         student_scores = [draft.student_feedback.score for draft in drafts]
         found = [
             sum(right),
@@ -192,7 +194,7 @@ def load_probe(folder: Path) -> Probe | None:
     """The probe set that :func:`save_probe` kept, or ``None`` where it is not whole."""
     try:
         content: dict[str, Any] = json.loads((folder / PROBE_ROWS).read_text(encoding="utf-8"))
-        arrays = mx.load(str(folder / PROBE_ARRAYS))
+        arrays = read_arrays(folder / PROBE_ARRAYS)
         samples = tuple(
             Sample(
                 tuple(row["prompt"]),
@@ -205,5 +207,5 @@ def load_probe(folder: Path) -> Probe | None:
         )
         mx.eval([sample.expert_final for sample in samples])
         return Probe(samples, Headroom(**content["headroom"]))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return None

@@ -275,7 +275,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     Returns:
         The checkpoint (``None`` where there is none yet), and the names of newer, broken ones.
     """
-    broken = []
+    broken: list[str] = []
     checkpoints = folder / CHECKPOINTS
     for candidate in _numbered(checkpoints) if checkpoints.is_dir() else []:
         checkpoint = _read_checkpoint(candidate)

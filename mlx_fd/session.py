@@ -76,7 +76,7 @@ def make_plan(config: Config) -> Plan:
     questions = [problem.question for problem in (*probe, *chosen)]
     _check_memory(expert_path, student_path, questions, config, here.on_cpu)
     manifest = {
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "backend": {"device": here.device, "blas": here.blas, "threads": _threads()},
         "seed": config.episode.seed,

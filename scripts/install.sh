@@ -10,14 +10,14 @@ apt_install() {
 }
 
 find_python() {
-  for name in python3.12 python3.11 python3.13 python3.10 python3; do
+  for name in python3.12 python3.11 python3.13 python3; do
     if command -v "$name" >/dev/null 2>&1 &&
-      "$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+      "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
       command -v "$name"
       return
     fi
   done
-  fail "no Python from 3.10 to 3.13 found; install one first"
+  fail "no Python from 3.11 to 3.13 found; install one first"
 }
 
 make_venv() {

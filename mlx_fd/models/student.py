@@ -129,17 +129,27 @@ def save_student(student: Student, options: ModelOptions, model_path: Path, fold
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def read_arrays(path: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    try:
+        arrays = mx.load(str(path), format="safetensors")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    assert isinstance(arrays, dict)
+    return arrays
+
+
 def load_student(student: Student, folder: Path) -> None:
     """Read what :func:`save_student` wrote, in place.
 
     Raises:
         UserError: a file is missing or does not fit this student.
     """
-    try:
-        adapter = mx.load(str(folder / ADAPTER_WEIGHTS))
-        heads = mx.load(str(folder / HEADS))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{folder}: the student's weights cannot be read: {error}") from error
+    adapter, heads = read_arrays(folder / ADAPTER_WEIGHTS), read_arrays(folder / HEADS)
     for module, weights, wanted in (
         (student.model, adapter, adapter_weights(student)),
         (student, heads, head_weights(student)),
