@@ -5,13 +5,16 @@ Heavy imports are made inside the commands, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
+import shlex
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,17 @@ class _Words(click.ParamType):
             return [float(word) for word in words]
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers such as 1,1,1,0.03")
+
+
+class _Path(click.ParamType):
+    """A path; ``~`` is seen to here, because shells leave it alone in ``--out=~/runs``."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        if not str(value).strip():
+            self.fail("the path is empty")
+        return Path(value).expanduser()
 
 
 def _click_option(option: Option) -> click.Option:
@@ -137,13 +151,13 @@ Examples:
 @click.option(
     "--config",
     "config_file",
-    type=click.Path(path_type=Path),
+    type=_Path(),
     metavar="FILE",
     help="A TOML file with options, for instance an earlier run's config.toml.",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=_Path(),
     metavar="DIR",
     help="The run directory. [default: runs/DATE-TIME]",
 )
@@ -163,21 +177,29 @@ def loop(
 
     Options given here win over --config, which wins over --preset. Ctrl-C ends the run after the
     batch under way, twice at once; either way `mlx-fd resume` goes on exactly there.
+
+    Exits with 0 when the run is done, with 130 after Ctrl-C (143 after SIGTERM), with 2 when
+    something has to be mended first.
     """
     from mlx_fd.backend import backend
 
     config = _configuration(preset_name, config_file, given)
     backend()
-    from mlx_fd import runs
-    from mlx_fd.config import to_toml
-    from mlx_fd.session import make_plan
+    from mlx_fd.session import check_out, make_plan
 
-    folder = out or Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    plan = make_plan(config)
-    with runs.locked(folder):
-        with runs.explained(folder):
-            runs.create(folder, to_toml(plan.config), plan.manifest)
-        _run(folder, plan, [], as_json, quiet)
+    folder = out or _new_folder()
+    check_out(folder)
+    _run(folder, make_plan(config), [], as_json, quiet, new=True)
+
+
+def _new_folder() -> Path:
+    """A run directory of this second that is not there yet."""
+    name = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder, number = Path("runs", name), 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs", f"{name}-{number}")
+    return folder
 
 
 @cli.command(
@@ -186,12 +208,15 @@ Examples:
   mlx-fd resume runs/20260101-120000
 """,
 )
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=_Path())
 @_json
 @_quiet
 @_debug
 def resume(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
-    """Go on with a run exactly where it stopped."""
+    """Go on with a run exactly where it stopped.
+
+    RUN is its directory. Exits as `mlx-fd loop` does.
+    """
     from mlx_fd.backend import backend
 
     backend()
@@ -201,13 +226,17 @@ def resume(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
     manifest = runs.read_manifest(run)
     with runs.locked(run):
         plan = make_plan(read(run / runs.CONFIG))
-        _run(run, plan, check_same(manifest, plan.manifest, run), as_json, quiet)
+        _run(run, plan, check_same(manifest, plan.manifest, run), as_json, quiet, new=False)
 
 
-def _run(folder: Path, plan: Any, worries: list[str], as_json: bool, quiet: bool) -> None:
+def _run(
+    folder: Path, plan: Any, worries: list[str], as_json: bool, quiet: bool, *, new: bool
+) -> None:
     from rich.console import Console
 
+    from mlx_fd import runs
     from mlx_fd.backend import backend
+    from mlx_fd.config import to_toml
     from mlx_fd.display import Display, summary_table
     from mlx_fd.events import Note, Warned
     from mlx_fd.loop import run
@@ -215,30 +244,54 @@ def _run(folder: Path, plan: Any, worries: list[str], as_json: bool, quiet: bool
 
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
-    with Display(console, quiet=quiet) as display:
+    with contextlib.ExitStack() as held:
+        display = held.enter_context(Display(console, quiet=quiet))
         display(Note(f"run directory: {folder}"))
         models = plan.config.models
         display(Note(f"expert {models.expert}, student {models.student}, {backend().device}"))
         for text in (*plan.notes, *worries):
             display(Warned(text))
-        if backend().device == "metal" and not quiet:
+        if backend().device == "metal":
             display(
                 Note("a sleeping Mac stops the run: `caffeinate -is mlx-fd ...` keeps it awake")
             )
-        stop = _stop_on_signals(lambda text: display(Note(text)))
+        stopped = held.enter_context(_stopping_on_signals(lambda text: display(Note(text))))
         pair = open_pair(plan)
+        if new:
+            # Only now: models that cannot be loaded leave no run behind.
+            held.enter_context(runs.locked(folder))
+            with runs.explained(folder):
+                runs.create(folder, to_toml(plan.config), plan.manifest)
         try:
-            summary = run(folder, plan.config, pair, plan.probe, plan.problems, display, stop)
+            summary = run(
+                folder,
+                plan.config,
+                pair,
+                plan.probe,
+                plan.problems,
+                display,
+                lambda: bool(stopped),
+            )
         except RuntimeError as error:
             raise _explained_gpu(error, folder) from error
-    if summary is None:
-        console.print(f"stopped; go on with: mlx-fd resume {folder}", highlight=False)
-        return
+        except KeyboardInterrupt:
+            raise _Stopped(folder, "stopped at once", stopped) from None
     if as_json:
-        click.echo(json.dumps({"run": str(folder), **summary}, indent=2))
-        return
-    console.print(summary_table(summary))
-    console.print(f"everything is in {folder}", highlight=False)
+        click.echo(json.dumps({"run": str(folder), "done": summary is not None, **(summary or {})}))
+    if summary is None:
+        raise _Stopped(folder, "stopped", stopped)
+    if not as_json:
+        console.print(summary_table(summary))
+        click.echo(f"everything is in {folder}")
+
+
+class _Stopped(Exception):
+    """A run that a signal ended before its end, and that can go on."""
+
+    def __init__(self, folder: Path, how: str, signals: list[int]):
+        super().__init__(f"{how}; go on with: mlx-fd resume {shlex.quote(str(folder))}")
+        # What a shell reports of a process that such a signal ended.
+        self.status = 128 + signals[0]
 
 
 def _explained_gpu(error: RuntimeError, folder: Path) -> Exception:
@@ -253,20 +306,29 @@ def _explained_gpu(error: RuntimeError, folder: Path) -> Exception:
     return error
 
 
-def _stop_on_signals(say: Callable[[str], None]) -> Callable[[], bool]:
-    """Let the first Ctrl-C (or SIGTERM) ask for a stop, and the second stop at once."""
-    asked = False
+@contextlib.contextmanager
+def _stopping_on_signals(say: Callable[[str], None]) -> Iterator[list[int]]:
+    """Let the first Ctrl-C (or SIGTERM) ask for a stop, and the second stop at once.
+
+    Yields:
+        The signals that came so far; it grows.
+    """
+    came: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
+        came.append(number)
+        if len(came) > 1:
             raise KeyboardInterrupt
-        asked = True
-        say("stopping after this batch; press Ctrl-C again to stop at once")
+        # From a thread: the signal may have come in the middle of another print.
+        text = "stopping after this batch; press Ctrl-C again to stop at once"
+        threading.Thread(target=say, args=(text,)).start()
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
-    return lambda: asked
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @cli.command(

@@ -232,7 +232,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "episodes": 8,
         "batch_size": 4,
-        "answer_tokens": 96,
+        "answer_tokens": 128,
         "feedback_tokens": 64,
         "merge_tokens": 48,
         "probe_size": 4,

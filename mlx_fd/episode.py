@@ -66,7 +66,6 @@ class Draft:
         answer: the expert's first answer.
         after_answer: the expert's conversation up to and with that answer.
         request: tokens of the request for feedback, as they follow the answer.
-        student_before: the student's conversation, up to the request's last token.
         student_feedback: its text, the score parsed from it, and its tokens.
         student_score: its score head's score in (-1, 1).
         expert_feedback: ``None`` where the student stands alone.
@@ -81,7 +80,6 @@ class Draft:
     answer: roles.Answer
     after_answer: Conversation
     request: tuple[int, ...] = ()
-    student_before: Conversation = field(default_factory=Conversation)
     student_feedback: roles.Feedback = field(default_factory=lambda: roles.Feedback("", None, ()))
     student_score: float = 0.0
     expert_feedback: roles.Feedback | None = None
@@ -228,17 +226,17 @@ def student_feedback(
     progress: Progress,
 ) -> list[Draft]:
     """Step 2, the student's half: its score from the prompt's last token, then its feedback."""
-    read = []
+    read, conversations = [], []
     for draft in drafts:
         begin = time.perf_counter()
         hidden, before = prefill(
             pair.reader, Conversation(), draft.prompt, reuse=not options.sequential
         )
         score = float(pair.student.score(hidden))
+        conversations.append(before)
         read.append(
             dataclasses.replace(
                 draft,
-                student_before=before,
                 student_score=score,
                 seconds={**draft.seconds, "student_feedback": time.perf_counter() - begin},
             )
@@ -253,7 +251,7 @@ def student_feedback(
         pair.reader,
         read,
         "student_feedback",
-        [draft.student_before for draft in read],
+        conversations,
         [draft.prompt[-1:] for draft in read],
         sampling,
         not options.sequential,
@@ -297,6 +295,8 @@ def expert_feedback(
         dataclasses.replace(
             draft,
             expert_feedback=parsed(turn),
+            # The longer conversation's cache holds all of the shorter one's.
+            after_answer=Conversation(draft.after_answer.tokens),
             after_feedback=turn.conversation,
         )
         for draft, turn in zip(done, turns, strict=True)

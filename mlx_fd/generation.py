@@ -208,11 +208,11 @@ def _generate(
     finished: dict[int, bool] = {}
     kept: dict[int, Cache] = {}
     try:
-        # deepcopy: the generator extends the caches it is given, and conversations are values.
+        # The generator merges caches into new arrays, so conversations stay as they are.
         uids = generator.insert(
             starts,
             max_tokens=[sampling.max_tokens] * len(starts),
-            caches=copy.deepcopy(caches),
+            caches=caches,
             all_tokens=cached,
         )
         while responses := generator.next_generated():
