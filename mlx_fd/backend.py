@@ -71,8 +71,14 @@ def load_blas() -> tuple[str | None, str]:
         except OSError:
             continue
         return name, f"{name} (float32 products about 20 times faster than MLX's bundled BLAS)"
-    if os.environ.get(BLAS_VARIABLE) == "off":
+    chosen = os.environ.get(BLAS_VARIABLE)
+    if chosen == "off":
         return None, f"switched off by {BLAS_VARIABLE}=off"
+    if chosen:
+        return (
+            None,
+            f"{BLAS_VARIABLE}={chosen} cannot be loaded: CPU runs are 20 times slower",
+        )
     return None, (
         "none found: CPU runs are about 20 times slower than they need be; "
         'install Debian\'s libopenblas0-pthread, or pip install "mlx-fd[mkl]"'

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
 import json
-import os
 import shlex
 import signal
 import sys
@@ -226,7 +226,12 @@ def resume(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
     manifest = runs.read_manifest(run)
     with runs.locked(run):
         plan = make_plan(read(run / runs.CONFIG))
-        _run(run, plan, check_same(manifest, plan.manifest, run), as_json, quiet, new=False)
+        worries = check_same(manifest, plan.manifest, run)
+        with runs.explained(run):
+            # A run that was made longer is compared with its new length next time.
+            manifest["options"] = plan.manifest["options"]
+            runs.write_json(run / runs.MANIFEST, manifest)
+        _run(run, plan, worries, as_json, quiet, new=False)
 
 
 def _run(
@@ -255,13 +260,13 @@ def _run(
             display(
                 Note("a sleeping Mac stops the run: `caffeinate -is mlx-fd ...` keeps it awake")
             )
-        stopped = held.enter_context(_stopping_on_signals(lambda text: display(Note(text))))
         pair = open_pair(plan)
         if new:
             # Only now: models that cannot be loaded leave no run behind.
             held.enter_context(runs.locked(folder))
             with runs.explained(folder):
                 runs.create(folder, to_toml(plan.config), plan.manifest)
+        stopped = held.enter_context(_stopping_on_signals(lambda text: display(Note(text))))
         try:
             summary = run(
                 folder,
@@ -273,11 +278,12 @@ def _run(
                 lambda: bool(stopped),
             )
         except RuntimeError as error:
-            raise _explained_gpu(error, folder) from error
+            raise _explained(error, folder) from error
         except KeyboardInterrupt:
             raise _Stopped(folder, "stopped at once", stopped) from None
     if as_json:
-        click.echo(json.dumps({"run": str(folder), "done": summary is not None, **(summary or {})}))
+        result = {"run": str(folder), "done": summary is not None, **(summary or {})}
+        click.echo(json.dumps(result, indent=2))
     if summary is None:
         raise _Stopped(folder, "stopped", stopped)
     if not as_json:
@@ -294,16 +300,18 @@ class _Stopped(Exception):
         self.status = 128 + signals[0]
 
 
-def _explained_gpu(error: RuntimeError, folder: Path) -> Exception:
+def _explained(error: RuntimeError, folder: Path) -> Exception:
+    """What MLX says when the GPU or the memory gives out, with what to do about it."""
     text = str(error)
-    if "kIOGPUCommandBuffer" in text or "Command buffer execution failed" in text:
-        return UserError(
-            f"the GPU gave up on a computation ({text.splitlines()[0]}). macOS ends long ones "
-            "while a display is on, or memory ran out: set a smaller micro_batch or batch_size, or "
-            f"checkpoint_layers = true, in {folder}/config.toml, or let the display sleep; then: "
-            f"mlx-fd resume {folder}"
-        )
-    return error
+    signs = ("kIOGPUCommandBuffer", "Command buffer execution failed", "allocate")
+    if not any(sign in text for sign in signs):
+        return error
+    return UserError(
+        f"a computation was too large ({text.splitlines()[0]}). Memory ran out, or macOS ended a "
+        "long one because a display was on (let it sleep). Set micro_batch = 1 and "
+        f"checkpoint_layers = true in {folder}/config.toml, then: mlx-fd resume {folder}; or begin "
+        "a new run with a smaller --batch-size."
+    )
 
 
 @contextlib.contextmanager
@@ -361,18 +369,25 @@ def feedback(
     from mlx_fd.backend import backend
 
     backend()
+    if problem == answer == "-":
+        raise UserError("--problem - and --answer -: only one of them can be standard input")
     question, text = _text(problem, "--problem"), _text(answer, "--answer")
     from mlx_fd.feedback import give_feedback
 
     found = give_feedback(model, question, text, tokens)
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(found, indent=2))
         return
     for name in ("score", "written_score"):
         if name in found:
             value = "none could be read" if found[name] is None else f"{found[name]:+.2f}"
             click.echo(f"{name.replace('_', ' ')}: {value}")
-    click.echo(found["feedback"])
+    click.echo(_harmless(found["feedback"]))
+
+
+def _harmless(text: str) -> str:
+    """A model's text without the control characters that would steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _text(value: str, option: str) -> str:
@@ -381,11 +396,13 @@ def _text(value: str, option: str) -> str:
         if value == "-":
             text = sys.stdin.read()
         elif value.startswith("@"):
-            text = Path(value[1:]).read_text(encoding="utf-8")
+            text = Path(value[1:]).expanduser().read_text(encoding="utf-8")
         else:
             text = value
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{option} {value}: cannot be read: {error}") from error
+    except OSError as error:
+        raise UserError(f"{option} {value}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option} {value}: cannot be read: it is not UTF-8 text") from error
     if not text.strip():
         raise UserError(f"{option}: is empty")
     return text.strip()
@@ -402,6 +419,9 @@ Examples:
 @_debug
 def models(as_json: bool, debug: bool) -> None:
     """List the models that can be used here."""
+    from mlx_fd.backend import backend
+
+    backend()
     from mlx_fd.doctor import model_rows, models_table
 
     rows = model_rows()
@@ -439,35 +459,37 @@ def doctor(as_json: bool, debug: bool) -> None:
 
 def main() -> None:
     """Run the command line; a user sees messages, and tracebacks only with ``--debug``."""
-    debug = "--debug" in sys.argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that cannot show a character is no reason to end a run.
+            stream.reconfigure(errors="replace")
     try:
         cli(standalone_mode=False)
         status = 0
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
         status = 130
     except click.ClickException as error:
         error.show()
         status = error.exit_code
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        click.echo(f"error: {error}", err=True)
-        status = 2
-    except KeyboardInterrupt:
-        click.echo("stopped; `mlx-fd resume RUN` goes on from the last checkpoint", err=True)
-        status = 130
-    except BrokenPipeError:
-        # The reader went away (`| head`); nothing is left to say, and Python must not try.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
+    except _Stopped as error:
+        click.echo(str(error), err=True)
+        status = error.status
     except Exception as error:
-        if debug:
+        if "--debug" in sys.argv:
             traceback.print_exc()
-        kind = type(error).__name__
-        click.echo(
-            f"error: {kind}: {error}\nThis is a defect of mlx-fd; run it again with --debug and "
-            "report what it prints.",
-            err=True,
-        )
-        status = 1
+        text, status = _message(error)
+        click.echo(f"error: {text}", err=True)
     sys.exit(status)
+
+
+def _message(error: Exception) -> tuple[str, int]:
+    """What the user is told of an error, and the exit status."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}", 2
+    return (
+        f"{type(error).__name__}: {error}\nThis is a defect of mlx-fd; run it again with --debug "
+        "and report what it prints."
+    ), 1

@@ -71,7 +71,7 @@ class Display:
         self._task = self._bar.add_task("", total=None, eta="")
 
     def __enter__(self) -> Display:
-        if self._console.is_terminal and not self._quiet:
+        if self._console.is_interactive and not self._quiet:
             self._live = Live(
                 get_renderable=self._panel, console=self._console, refresh_per_second=4
             )
@@ -97,7 +97,8 @@ class Display:
 
     def _say(self, text: str) -> None:
         if not self._quiet:
-            self._console.print(text, soft_wrap=True, highlight=False)
+            # Text: a folder called "[red]" is no style.
+            self._console.print(Text(text), soft_wrap=True)
 
     def _take_step(self, event: Step) -> None:
         if event.step != self._step:
@@ -110,9 +111,10 @@ class Display:
         counts = event.headroom
         self._say(
             f"headroom on {counts['problems']} held-out problems: expert answers "
-            f"{counts['expert_right']} right, student {counts['student_right']}; expert judges "
-            f"{counts['expert_judged_right']}/{counts['expert_judged']} answers rightly, student "
-            f"{counts['student_judged_right']}/{counts['student_judged']}"
+            f"{counts['expert_right']} right, student {counts['student_right']}; judged rightly, "
+            f"where a score could be read: expert {counts['expert_judged_right']} of "
+            f"{counts['expert_judged']}, student {counts['student_judged_right']} of "
+            f"{counts['student_judged']}"
         )
         self._begin = time.monotonic()
 

@@ -6,10 +6,10 @@ import importlib.metadata
 import os
 import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from mlx_fd.backend import backend
 from mlx_fd.errors import UserError
@@ -94,7 +94,7 @@ def _disk_row() -> dict[str, str]:
 
 
 def _models_row() -> dict[str, str]:
-    found = local_models()
+    found = [model.name for model in local_models()]
     if found:
         return _row("models here", "good", ", ".join(found))
     return _row(
@@ -109,38 +109,40 @@ def checks_table(rows: list[dict[str, str]]) -> Table:
     """The checks for a terminal."""
     table = Table(box=None, show_header=False, padding=(0, 1))
     for row in rows:
-        table.add_row(_MARKS[row["state"]], row["what"], row["text"])
+        # Text: what a pair of brackets holds is no style here ("mlx-fd[cpu]").
+        table.add_row(_MARKS[row["state"]], row["what"], Text(row["text"]))
     return table
 
 
 def model_rows() -> list[dict[str, Any]]:
     """What ``mlx-fd models`` lists: every alias, then other models found on this machine."""
-    here = local_models()
+    here = {model.name: model.where for model in local_models()}
     rows: list[dict[str, Any]] = [
         {
             "name": name,
-            "source": alias.repo or alias.note,
+            "source": alias.repo or here.get(name, ""),
             "student": alias.student,
-            "here": name in here or alias.repo in here,
+            "here": name in here,
             "note": alias.note,
         }
         for name, alias in ALIASES.items()
     ]
-    known = {*ALIASES, *(alias.repo for alias in ALIASES.values())}
     rows.extend(
-        {"name": name, "source": name, "student": "", "here": True, "note": ""}
-        for name in here
-        if name not in known
+        {"name": name, "source": where, "student": "", "here": True, "note": ""}
+        for name, where in here.items()
+        if name not in ALIASES
     )
     return rows
 
 
 def models_table(rows: list[dict[str, Any]]) -> Table:
     """The models for a terminal."""
-    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("name", "here", "default student", "what"):
-        table.add_column(column)
+        # Names are there to be copied: whole, on one line.
+        table.add_column(column, no_wrap=column != "what")
     for row in rows:
-        what = row["note"] or str(Path(row["source"]))
-        table.add_row(row["name"], "yes" if row["here"] else "", row["student"], what)
+        what = row["note"] or row["source"]
+        texts = (row["name"], "yes" if row["here"] else "", row["student"], what)
+        table.add_row(*map(Text, texts))
     return table

@@ -6,21 +6,26 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_fd import roles, runs
 from mlx_fd.config import read
 from mlx_fd.episode import feedback_request, parsed
 from mlx_fd.errors import UserError
 from mlx_fd.generation import Conversation, Sampling, generate, opening, prefill
-from mlx_fd.models.loading import Loaded, load
+from mlx_fd.models.loading import Loaded, content_hash, load
 from mlx_fd.models.resolve import resolve
-from mlx_fd.models.student import ADAPTER_WEIGHTS, HEADS, Student, load_student, make_student
+from mlx_fd.models.student import (
+    ADAPTER_WEIGHTS,
+    HEADS,
+    Student,
+    load_student,
+    make_student,
+    read_arrays,
+)
 
 
 def _checkpoint(name: str) -> Path | None:
     """The checkpoint folder that ``name`` means, or ``None`` where it is no run's."""
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if runs.is_run(folder):
         folder = folder / runs.CHECKPOINTS / "best"
         if not folder.exists():
@@ -45,10 +50,23 @@ def open_student(name: str) -> tuple[Loaded, Student | None]:
     if checkpoint is None:
         return load(resolve(name)), None
     folder = checkpoint.resolve().parents[1]
-    runs.read_manifest(folder)
+    if not runs.is_run(folder):
+        raise UserError(
+            f"{name}: this checkpoint is outside its run, which says what it belongs to; name a "
+            f"checkpoint within a run directory (RUN/{runs.CHECKPOINTS}/NNNNNN)"
+        )
     config = read(folder / runs.CONFIG)
-    loaded = load(resolve(config.models.student), dequantize=config.models.dequantize)
-    heads = mx.load(str(checkpoint / HEADS))
+    path = resolve(config.models.student)
+    if content_hash(path) != runs.read_manifest(folder).get("student", {}).get("sha256"):
+        raise UserError(
+            f"{name}: the student's base model {path} is not the one that was trained: its "
+            "content has changed since. Bring the old one back."
+        )
+    loaded = load(path, dequantize=config.models.dequantize)
+    # The projection is not used here, but load_student wants its place: as wide as it was.
+    heads = read_arrays(checkpoint / HEADS)
+    if "projection.weight" not in heads:
+        raise UserError(f"{checkpoint / HEADS}: has no projection; take another checkpoint")
     width = heads["projection.weight"].shape[0]
     student = make_student(loaded.model, width, config.models, config.episode.seed)
     load_student(student, checkpoint)
@@ -79,5 +97,5 @@ def give_feedback(name: str, problem: str, answer: str, max_tokens: int) -> dict
     hidden, before = prefill(loaded, Conversation(), prompt)
     turn = generate(loaded, [before], [prompt[-1:]], Sampling(max_tokens))[0]
     written = parsed(turn)
-    score = {} if student is None else {"score": round(student.score(hidden).item(), 4)}
+    score = {} if student is None else {"score": round(float(student.score(hidden)), 4)}
     return {**score, "written_score": written.score, "feedback": written.text}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ from mlx_fd.episode import (
     student_feedback,
     to_json,
 )
+from mlx_fd.evaluation.exam import Question, Result, compare, examine
 from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
 from mlx_fd.generation import rewind
 from mlx_fd.models.student import load_student, read_arrays, save_student
@@ -49,6 +51,7 @@ from mlx_fd.problems import Problem
 from mlx_fd.summary import summarise, warnings_of
 
 OPTIMIZER = "optimizer.safetensors"
+EXAM = "exam_before.json"
 # Episodes that the warnings look back over.
 _WATCHED = 64
 Report = Callable[[Event], None]
@@ -100,6 +103,7 @@ def run(
     problems: Sequence[Problem],
     report: Report,
     stop: Callable[[], bool] = lambda: False,
+    exam: Sequence[Question] = (),
 ) -> dict[str, Any] | None:
     """Begin a run or go on with it.
 
@@ -113,6 +117,7 @@ def run(
         problems: the run's problems, in order.
         report: told of everything worth showing.
         stop: asked after each batch; when true, a checkpoint is written and the run ends there.
+        exam: what the student is examined on before the run and after it, if the truth is known.
 
     Returns:
         The summary, or ``None`` where ``stop`` ended the run early.
@@ -131,6 +136,11 @@ def run(
             probe = make_probe(pair, probe_problems, config, _steps(report, 0))
             save_probe(probe, folder)
     optimizer = make_optimizer(pair.student, config.training)
+    if exam and not (folder / EXAM).exists():
+        # Only a run without a checkpoint gets here, so the student is still untrained.
+        results = examine(pair, exam, config.generation, _steps(report, 0))
+        with runs.explained(folder):
+            runs.write_json(folder / EXAM, [dataclasses.asdict(result) for result in results])
     if checkpoint is None:
         progress = _first(pair, probe, config)
         with runs.explained(folder):
@@ -183,6 +193,10 @@ def run(
             last,
             vars(probe.headroom),
         )
+        if exam:
+            before = [Result(**row) for row in json.loads((folder / EXAM).read_text())]
+            after = examine(pair, exam, config.generation, _steps(report, progress.batch))
+            summary["exam"] = compare(before, after)
         summary["best_checkpoint"] = f"{progress.best_batch:06d}"
         summary["peak_memory_bytes"] = mx.get_peak_memory()
         runs.write_json(folder / runs.SUMMARY, summary)

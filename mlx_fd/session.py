@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd import problems as problem_sets
+from mlx_fd import runs
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
-from mlx_fd.models.resolve import default_student, resolve
+from mlx_fd.models.aliases import ALIASES
+from mlx_fd.models.resolve import default_student, parse_name, resolve
 from mlx_fd.problems import Problem
 
 
@@ -55,17 +57,16 @@ def make_plan(config: Config) -> Plan:
     Raises:
         UserError: a name, file, pair of models or amount of memory that will not do.
     """
+    config = _settled(config)
     options = config.problems
     problem_sets.check_split(options.split, options.train_on_test)
-    # Names before anything slow: a missing model is the commonest mistake.
-    expert_path = resolve(config.models.expert)
-    student = config.models.student or default_student(config.models.expert)
-    student_path = resolve(student)
-    config = dataclasses.replace(config, models=dataclasses.replace(config.models, student=student))
+    # Problems first: a model may be a download of hours.
     found = problem_sets.load(options.problems, options.split, skip_bad_rows=options.skip_bad_rows)
     probe, chosen = problem_sets.probe_and_train(
         found, config.episode.probe_size, options.episodes, config.episode.seed
     )
+    expert_path = resolve(config.models.expert)
+    student_path = resolve(config.models.student)
 
     from mlx_fd.backend import backend
     from mlx_fd.models.loading import content_hash
@@ -86,7 +87,7 @@ def make_plan(config: Config) -> Plan:
             "sha256": content_hash(expert_path),
         },
         "student": {
-            "name": student,
+            "name": config.models.student,
             "path": str(student_path),
             "sha256": content_hash(student_path),
         },
@@ -97,6 +98,7 @@ def make_plan(config: Config) -> Plan:
             "skipped_rows": found.skipped,
         },
         "shared_vocabulary": pairing.shared_vocab,
+        "options": _flat(config),
     }
     notes = list(pairing.warnings)
     if found.skipped:
@@ -113,6 +115,67 @@ def make_plan(config: Config) -> Plan:
     )
 
 
+def _settled(config: Config) -> Config:
+    """The configuration that means the same wherever and whenever it is read again.
+
+    The default student is named, and files and directories of this machine get their whole path.
+    """
+    models, source = config.models, config.problems.problems
+    if source not in problem_sets.EMBEDDED:  # they are meant, whatever lies in this folder
+        source = _whole_path(source) or source
+    student = models.student or _default_student(models.expert)
+    return dataclasses.replace(
+        config,
+        models=dataclasses.replace(
+            models, expert=_settled_model(models.expert), student=_settled_model(student)
+        ),
+        problems=dataclasses.replace(config.problems, problems=source),
+    )
+
+
+def _default_student(expert: str) -> str:
+    base = parse_name(expert).base
+    if base not in ALIASES and "/" not in base and _whole_path(base) is None:
+        # There is no such model, and this says which one may have been meant.
+        resolve(expert)
+    return default_student(expert)
+
+
+def _settled_model(name: str) -> str:
+    parsed = parse_name(name)
+    path = _whole_path(parsed.base)
+    if path is None:
+        return name
+    return path if parsed.layers is None else f"{path}:layers={parsed.layers}"
+
+
+def _whole_path(name: str) -> str | None:
+    """The absolute path of something on this machine, ``None`` where there is no such thing."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name and path.exists() else None
+
+
+def check_out(folder: Path) -> None:
+    """Make sure that a run directory can be made, without making it.
+
+    Raises:
+        UserError: there is something in the folder, or it cannot be written.
+    """
+    if runs.is_run(folder):
+        raise UserError(f"{folder}: this is a run already; go on with: mlx-fd resume {folder}")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder}: there is something in this folder; choose another --out")
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{folder}: this link leads nowhere; choose another --out")
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"{folder}: {there} is a file, not a folder; choose another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: {there} cannot be written; choose another --out")
+
+
 def _check_memory(
     expert: Path, student: Path, questions: Sequence[str], config: Config, on_cpu: bool
 ) -> None:
@@ -120,7 +183,9 @@ def _check_memory(
     from mlx_fd import roles
     from mlx_fd.models.memory import Workload, check_memory
 
-    configs = [json.loads((path / "config.json").read_text()) for path in (expert, student)]
+    expert_config, student_config = (
+        json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (expert, student)
+    )
     longest = max(questions, key=len)
     nothing = roles.Feedback("", None, ())
     said = [
@@ -132,12 +197,14 @@ def _check_memory(
         roles.final_prompt(),
     ]
     options = config.generation
-    source = configs[1].get("mlx_fd", {}).get("source")
+    batch_size = min(options.batch_size, len(questions))
+    source = student_config.get("mlx_fd", {}).get("source")
     check_memory(
-        *configs,
+        expert_config,
+        student_config,
         Workload(
-            batch_size=options.batch_size,
-            micro_batch=min(config.training.micro_batch, options.batch_size),
+            batch_size=batch_size,
+            micro_batch=min(config.training.micro_batch, batch_size),
             # Fewer than 3 characters a token are rare in English and in arithmetic.
             prompt_tokens=sum(map(len, said)) // 3,
             answer_tokens=options.answer_tokens,
@@ -152,6 +219,25 @@ def _check_memory(
     )
 
 
+# Where the run goes on is the same with another value of these; models and problems are compared by
+# content.
+_CHANGEABLE = (
+    "expert",
+    "student",
+    "problems",
+    "micro_batch",
+    "checkpoint_layers",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """Every option by its name, as JSON has it."""
+    sections: dict[str, dict[str, Any]] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: value for options in sections.values() for name, value in options.items()}
+
+
 def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[str]:
     """Compare a run's manifest with what is here now, before it is resumed.
 
@@ -159,22 +245,41 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
         Differences that make a bit-identical resume uncertain.
 
     Raises:
-        UserError: another model or other data than the run began with.
+        UserError: another model, other data or other options than the run began with.
     """
-    for part in ("expert", "student", "problems"):
-        if old[part]["sha256"] != new[part]["sha256"]:
-            raise UserError(
-                f"{folder}: the run began with another {part} ({old[part]['name']}): its content "
-                "has changed since. Bring the old one back, or begin a new run."
-            )
-    uncertain = []
-    for part in ("versions", "backend"):
-        for name, value in old[part].items():
-            if new[part].get(name) != value:
-                uncertain.append(
-                    f"{name} was {value}, is {new[part].get(name)}: the run goes on, but its "
-                    "last digits may differ from an uninterrupted one's"
+    try:
+        for part in ("expert", "student", "problems"):
+            if old[part]["sha256"] != new[part]["sha256"]:
+                raise UserError(
+                    f"{folder}: the run began with another {part} ({old[part]['name']}): its "
+                    "content has changed since. Bring the old one back, or begin a new run."
                 )
+        changed = {
+            name: (value, new["options"].get(name))
+            for name, value in old["options"].items()
+            if new["options"].get(name) != value
+        }
+        # With a last batch that was not full, the next one would leave problems out.
+        whole = old["options"]["episodes"] % old["options"]["batch_size"] == 0
+        uncertain = [
+            f"{name} was {value}, is {new[part].get(name)}: the run goes on, but its last digits "
+            "may differ from an uninterrupted one's"
+            for part in ("versions", "backend")
+            for name, value in old[part].items()
+            if new[part].get(name) != value
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / runs.MANIFEST}: this is not what mlx-fd wrote ({error!r}). Bring the old "
+            "file back, or begin a new run."
+        ) from error
+    for name, (was, now) in changed.items():
+        if name not in _CHANGEABLE and not (name == "episodes" and whole):
+            raise UserError(
+                f"{folder / runs.CONFIG}: {name} was {was!r} when the run began and is {now!r} "
+                "now. Put it back, or begin a new run: mlx-fd loop "
+                f"--config {folder / runs.CONFIG} --out ANOTHER"
+            )
     return uncertain
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SMOLLM2 = "smollm2-135m"
+TINY = "tiny"
+TINY_STUDENT = "tiny-student"
 
 
 @dataclass(frozen=True)
@@ -12,7 +14,8 @@ class Alias:
     """What a short name stands for.
 
     Attributes:
-        repo: name on the hub, ``owner/name``; empty for a model that comes with a Python package.
+        repo: name on the hub, ``owner/name``; empty for a model that comes with this package or
+            another one.
         student: name of the student that this model teaches where none is chosen.
         note: one line for ``mlx-fd models``.
     """
@@ -27,6 +30,10 @@ def _mlx_community(name: str, student: str, note: str) -> Alias:
 
 
 ALIASES: dict[str, Alias] = {
+    TINY: Alias("", TINY_STUDENT, "0.9M parameters, comes with mlx-fd; for --problems arithmetic"),
+    TINY_STUDENT: Alias(
+        "", f"{TINY_STUDENT}:layers=1", "0.1M parameters, comes with mlx-fd; learns from tiny"
+    ),
     "qwen2.5-7b-4bit": _mlx_community(
         "Qwen2.5-7B-Instruct-4bit", "qwen2.5-1.5b-4bit", "7.6B parameters, 4.3 GB"
     ),

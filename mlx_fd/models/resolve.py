@@ -20,10 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.models.aliases import ALIASES, SMOLLM2
+from mlx_fd.models.aliases import ALIASES, SMOLLM2, TINY, TINY_STUDENT
 from mlx_fd.models.storage import cache_dir, slug
 
 _PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "model*.safetensors"]
+_SHIPPED = {
+    name: Path(__file__).parent / "tiny" / folder
+    for name, folder in ((TINY, "expert"), (TINY_STUDENT, "student"))
+}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The first question to the hub; without a network the answer must not be long in coming.
 _TIMEOUT_SECONDS = 3.0
@@ -178,10 +182,11 @@ def local_models() -> list[LocalModel]:
     """Models that can be used without a network.
 
     Returns:
-        Complete language models in the hub's cache (under their alias where they have one), the
-        converted ones in this package's cache, and SmolLM2 where its package is installed.
+        The tiny pair of this package, complete language models in the hub's cache (under their
+        alias where they have one), the converted ones in this package's cache, and SmolLM2 where
+        its package is installed.
     """
-    found = []
+    found = [LocalModel(name, "in this package") for name in _SHIPPED]
     alias_of = {alias.repo: name for name, alias in ALIASES.items() if alias.repo}
     for config in sorted(_hub_cache().glob("models--*/snapshots/*/config.json")):
         repo = config.parents[2].name.removeprefix("models--").replace("--", "/", 1)
@@ -204,10 +209,9 @@ def _is_language_model(config: Path) -> bool:
 
 def _advice() -> str:
     names = [model.name for model in local_models()]
-    here = f"On this machine are: {', '.join(names)}." if names else "No model is on this machine."
     return (
-        f"{here} A model from elsewhere works as a directory with config.json, tokenizer.json and "
-        "model*.safetensors: give its path."
+        f"On this machine are: {', '.join(names)}. A model from elsewhere works as a directory "
+        "with config.json, tokenizer.json and model*.safetensors: give its path."
     )
 
 
@@ -318,6 +322,8 @@ def _base_path(base: str) -> Path:
         if path.suffix == ".gguf":
             return _converted(path)
         raise UserError(f"{path} is a file; give the directory of an mlx-lm model, or a .gguf file")
+    if base in _SHIPPED:
+        return _SHIPPED[base]
     if base == SMOLLM2:
         return _converted(smollm2_file())
     if base in ALIASES:

@@ -1,4 +1,4 @@
-"""Problems and where they come from: GSM8K in the package, files, data sets of the hub."""
+"""Problems and where they come from: GSM8K in the package, a generator, files, hub data sets."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 
 from mlx_fd.errors import UserError
 
+EMBEDDED = ("gsm8k", "arithmetic")
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ACCEPTED = (
-    "a source is gsm8k, a file ending in .jsonl, .json, .csv or .parquet, or a data set of the "
-    "hub as owner/name (owner/name:config where it has several)"
+    "a source is gsm8k, arithmetic, a file ending in .jsonl, .json, .csv or .parquet, or a data "
+    "set of the hub as owner/name (owner/name:config where it has several)"
 )
 
 
@@ -63,7 +64,7 @@ def load(source: str = "gsm8k", split: str = "train", *, skip_bad_rows: bool = F
     is used where there is one.
 
     Args:
-        source: ``gsm8k``, a path, or ``owner/name`` of a hub data set.
+        source: ``gsm8k``, ``arithmetic``, a path, or ``owner/name`` of a hub data set.
         split: the split to read; a file has only one, whatever it is called.
         skip_bad_rows: count rows that cannot be read instead of refusing the source.
 
@@ -75,12 +76,16 @@ def load(source: str = "gsm8k", split: str = "train", *, skip_bad_rows: bool = F
         from mlx_fd.problems import gsm8k
 
         return gsm8k.load(split)
+    if source == "arithmetic":
+        from mlx_fd.problems import arithmetic
+
+        return arithmetic.load(split)
     path = Path(source).expanduser()
     is_file_name = path.suffix.lower() in FILE_SUFFIXES
     if not is_file_name and not path.exists():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
-            near = difflib.get_close_matches(source.lower(), ["gsm8k"], cutoff=0.5)
-            hint = "did you mean 'gsm8k'? " if near else ""
+            near = difflib.get_close_matches(source.lower(), EMBEDDED, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
             raise UserError(f"unknown problems {source!r}: {hint}{_ACCEPTED}")
         from mlx_fd.problems import files
 

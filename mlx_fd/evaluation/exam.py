@@ -1,0 +1,184 @@
+"""An examination of the student where the truth is known: before a run, and after it.
+
+The questions are answers to generated problems, half of them with one known error. The student
+gives its feedback on each, and solves the problem itself.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from mlx_fd import roles
+from mlx_fd.config import GenerationOptions
+from mlx_fd.episode import Pair, Progress, answer, feedback_request, is_correct, parsed
+from mlx_fd.evaluation.statistics import Rows, bootstrap, mean, mean_gain
+from mlx_fd.generation import Conversation, Sampling, generate, opening, prefill
+from mlx_fd.problems import Problem, arithmetic
+
+
+@dataclass(frozen=True)
+class Question:
+    """An answer to judge, and the truth about it.
+
+    Attributes:
+        problem: the problem.
+        answer: an answer to it.
+        first_error: its first wrong step from 1; 0: it is right.
+        score: the score it deserves, in [-1, 1].
+    """
+
+    problem: Problem
+    answer: str
+    first_error: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the student made of one question.
+
+    Attributes:
+        wrong: whether the answer had an error.
+        score_error: |score head - truth|.
+        readable: whether a score and a verdict on the steps could be read in its feedback.
+        found: whether the first wrong step it names (or that it names none) is the truth;
+            ProcessBench's definition (arXiv 2412.06559), where what cannot be read is not found.
+        solved: whether its own solution of the problem is right.
+    """
+
+    wrong: bool
+    score_error: float
+    readable: bool
+    found: bool
+    solved: bool
+
+
+def questions(size: int, seed: int, split: str = "test") -> tuple[Question, ...]:
+    """Draw an examination: ``size`` problems of a held-out split, every second answer wrong."""
+    rng = random.Random(f"exam/{seed}")
+    drawn = arithmetic.exercises(split, seed)
+    found = []
+    for place in range(size):
+        exercise = next(drawn)
+        text = arithmetic.wrong_answer(rng, exercise) if place % 2 else exercise.solution
+        verdict = arithmetic.judge(exercise.solution, text)
+        problem = Problem(
+            f"exam-{split}-{place:04d}",
+            exercise.question,
+            exercise.solution,
+            Fraction(exercise.steps[-1].result),
+        )
+        found.append(Question(problem, text, verdict.first_error, verdict.score))
+    return tuple(found)
+
+
+def examine(
+    pair: Pair,
+    exam: Sequence[Question],
+    options: GenerationOptions,
+    progress: Progress,
+    batch_size: int = 32,
+) -> list[Result]:
+    """Let the student, as it is now, take an examination; greedily.
+
+    Args:
+        pair: the student, and the tokenizer that it shares with the expert.
+        exam: the questions.
+        options: token limits.
+        progress: told of every token.
+        batch_size: questions at once.
+    """
+    found: list[Result] = []
+    tokenizer = pair.reader.tokenizer
+    request = feedback_request(tokenizer)
+    for begin in range(0, len(exam), batch_size):
+        chunk = exam[begin : begin + batch_size]
+        prompts = [
+            (
+                *opening(tokenizer, roles.answer_prompt(question.problem.question)),
+                *tokenizer.encode(question.answer, add_special_tokens=False),
+                *request,
+            )
+            for question in chunk
+        ]
+        read = [prefill(pair.reader, Conversation(), prompt) for prompt in prompts]
+        scores = [float(pair.student.score(hidden)) for hidden, _ in read]
+        turns = generate(
+            pair.reader,
+            [before for _, before in read],
+            [prompt[-1:] for prompt in prompts],
+            Sampling(options.feedback_tokens),
+            on_token=lambda count: progress("exam", count),
+        )
+        own = answer(pair.reader, [q.problem for q in chunk], options, 0, progress, temperature=0.0)
+        for question, score, turn, draft in zip(chunk, scores, turns, own, strict=True):
+            feedback = parsed(turn)
+            named = arithmetic.first_error(feedback.text)
+            found.append(
+                Result(
+                    question.first_error > 0,
+                    abs(score - question.score),
+                    feedback.score is not None and named is not None,
+                    named == question.first_error,
+                    is_correct(draft.answer.final, question.problem),
+                )
+            )
+    return found
+
+
+def _f1(found: Rows, wrong: Rows) -> float:
+    """Harmonic mean of the shares found among wrong and among right answers."""
+    on_wrong, on_right = mean(found[wrong == 1]), mean(found[wrong == 0])
+    if math.isnan(on_wrong + on_right):
+        return math.nan
+    return 2 * on_wrong * on_right / (on_wrong + on_right) if on_wrong + on_right else 0.0
+
+
+def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """Two examinations on the same questions, side by side.
+
+    Returns:
+        For each measure ``before``, ``after`` and ``change``, each with value, 95 % bootstrap
+        interval (paired for the change) and n.
+    """
+
+    def column(results: Sequence[Result], name: str, only: bool | None = None) -> Rows:
+        return np.array(
+            [
+                float(getattr(r, name)) if only is None or r.wrong == only else math.nan
+                for r in results
+            ]
+        )
+
+    def sides(name: str, only: bool | None = None) -> dict[str, Any]:
+        old, new = column(before, name, only), column(after, name, only)
+        if only is not None:
+            keep = ~np.isnan(old)
+            old, new = old[keep], new[keep]
+        return {
+            "before": bootstrap([old], mean).to_json(),
+            "after": bootstrap([new], mean).to_json(),
+            "change": bootstrap([new, old], mean_gain).to_json(),
+        }
+
+    wrong = column(before, "wrong")
+    old, new = column(before, "found"), column(after, "found")
+    return {
+        "score_error": sides("score_error"),
+        "readable": sides("readable"),
+        "first_error_on_wrong": sides("found", only=True),
+        "first_error_on_right": sides("found", only=False),
+        "first_error_f1": {
+            "before": bootstrap([old, wrong], _f1).to_json(),
+            "after": bootstrap([new, wrong], _f1).to_json(),
+            "change": bootstrap([new, old, wrong], lambda a, b, w: _f1(a, w) - _f1(b, w)).to_json(),
+        },
+        "solved": sides("solved"),
+    }

@@ -1,0 +1,836 @@
+"""The command line as a user meets it: first what goes wrong, then what goes right."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import pty
+import re
+import select
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import sysconfig
+import termios
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny import make_model_dir, make_tokenizer
+
+from mlx_fd import cli, runs
+from mlx_fd.config import PRESETS, read
+
+SCRIPT = str(Path(sysconfig.get_path("scripts")) / "mlx-fd")
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+COMMANDS = sorted(cli.cli.commands)
+
+
+@dataclass(frozen=True)
+class Done:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def flat(self) -> str:
+        """What standard error says, on one line, however a table was wrapped."""
+        return " ".join((self.out + self.err).split())
+
+
+@pytest.fixture
+def mlx_fd(monkeypatch, capsys):
+    """Run a command in this process."""
+
+    def call(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["mlx-fd", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Done(ended.value.code, out, err)
+
+    return call
+
+
+def shell(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> Done:
+    """Run the installed console script in a process of its own."""
+    done = subprocess.run(
+        [SCRIPT, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def failed(done: Done, *texts: str, status: int = 2) -> None:
+    """The command said what was wrong, on standard error only, without a traceback."""
+    assert done.status == status, done
+    assert done.out == ""
+    assert "Traceback" not in done.err and "defect" not in done.err
+    for text in texts:
+        assert text in done.err
+
+
+def problems(path: Path, count: int) -> Path:
+    rows = [
+        {
+            "question": f"Tom has {i} apples and buys {i + 1} more. How many?",
+            "answer": str(2 * i + 1),
+        }
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    """A folder with two tiny models and a file of problems."""
+    folder = tmp_path_factory.mktemp("home")
+    sizes = {"heads": 2, "kv_heads": 1}
+    make_model_dir(folder / "expert", hidden=32, intermediate=64, **sizes)
+    make_model_dir(folder / "student", hidden=16, layers=1, intermediate=32, seed=1, **sizes)
+    problems(folder / "problems.jsonl", 60)
+    return folder
+
+
+SMALL = shlex.split(
+    "--episodes 4 --batch-size 2 --answer-tokens 6 --feedback-tokens 6 --merge-tokens 5 "
+    "--probe-size 2 --lora-rank 2 --checkpoint-every 1 --kd-steps 1"
+)
+
+
+def tiny(home: Path) -> list[str]:
+    """Arguments of a run of a second."""
+    return [
+        *("--expert", str(home / "expert"), "--student", str(home / "student")),
+        *("--problems", str(home / "problems.jsonl"), *SMALL),
+    ]
+
+
+@pytest.fixture(scope="session")
+def finished(home) -> Path:
+    """A run that is done; not to be written to."""
+    done = shell("loop", *tiny(home), "--out", "finished", cwd=home)
+    assert done.status == 0, done
+    return home / "finished"
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(finished, tmp_path / "run", symlinks=True)
+
+
+def episodes(folder: Path) -> list[dict]:
+    """Rows of a run, but for how long things took."""
+    rows = runs.read_lines(folder / runs.EPISODES)
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+# Help
+
+
+def test_help_needs_nothing_heavy():
+    code = (
+        "import sys, mlx_fd.cli\n"
+        "heavy = {'mlx', 'mlx_lm', 'numpy', 'rich', 'datasets', 'transformers', 'tokenizers',"
+        " 'huggingface_hub'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_shows_examples_that_work(command, mlx_fd):
+    done = mlx_fd(*filter(None, [command]), "--help")
+    assert done.status == 0 and done.err == ""
+    assert "Examples:" in done.out
+    lines = [re.sub(r"^ +", "", line) for line in re.sub(r"\\\n +", "", done.out).splitlines()]
+    examples = [line.split("   ")[0] for line in lines if line.startswith("mlx-fd ")]
+    assert len(examples) >= 1
+    for example in examples:
+        _, name, *arguments = shlex.split(example.split(" < ")[0])
+        assert command in {None, name}
+        with cli.cli.commands[name].make_context(name, arguments):
+            pass
+
+
+def test_help_that_nobody_reads_to_the_end(home):
+    line = f"{shlex.quote(SCRIPT)} loop --help | head -1"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=home, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "Usage: mlx-fd loop [OPTIONS]\n" and done.stderr == ""
+    # What `head` does only sometimes: it is gone before anything is written.
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        [SCRIPT, "loop", "--help"], stdout=write_end, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write_end)
+    assert done.returncode == 1 and done.stderr == b""
+
+
+def test_reference_page_is_up_to_date():
+    script = Path(__file__).parents[1] / "scripts" / "make_reference.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        ("lop", ["No such command 'lop'", "loop"]),
+        ("loop --expret x", ["--expret", "--expert"]),
+        ("loop --batch_size 2", ["--batch_size", "--batch-size"]),
+        ("loop --episodes many", ["--episodes", "'many' is not a valid integer"]),
+        ("loop --episodes 1.5", ["--episodes", "'1.5' is not a valid integer"]),
+        ("loop --episodes 0", ["episodes must be at least 1, not 0"]),
+        ("loop --ema-decay nan", ["ema_decay must be a finite number"]),
+        ("loop --stop-threshold 2", ["stop_threshold must be at most 1"]),
+        ("loop --kl forwrd", ["kl takes forward, reverse, jsd", 'did you mean "forward"?']),
+        ("loop --losses lm,logits", ["losses takes", 'did you mean "logit"?']),
+        ("loop --losses ,", ["losses must be a list with at least one"]),
+        ("loop --scales 1,2", ["scales has 2 numbers for 4 losses"]),
+        ("loop --scales 1,b", ["'1,b' is not a list of numbers"]),
+        ("loop --preset quik", ["no preset 'quik'", 'did you mean "quick"?', *PRESETS]),
+        ("loop --config none.toml", ["none.toml: cannot be read: No such file"]),
+        ("loop --config", ["--config", "requires an argument"]),
+        ("loop --out=", ["--out", "the path is empty"]),
+        ("loop --split test", ["test problems", "--train-on-test"]),
+        ("loop --split trian", ["no split 'trian'", "did you mean 'train'?"]),
+        ("loop --episodes 7500", ["7473 problems", "at most 7465 episodes"]),
+        ("loop --problems gsm9k", ["unknown problems 'gsm9k'", "did you mean 'gsm8k'?"]),
+        ("loop --problems none.jsonl", ["none.jsonl: there is no such file"]),
+        ("loop --expert qwen2.5-7b-4bt", ["Did you mean qwen2.5-7b-4bit", "this machine"]),
+        ("loop --expert ./none --student ./none", ["the directory ./none does not exist"]),
+        ("loop --expert smollm2-135m:layer=3", ["layer= is unknown", ":layers=K"]),
+        ("resume", ["Missing argument 'RUN'"]),
+        ("resume none", ["none: this is no run directory", "manifest.json"]),
+        ("feedback", ["Missing argument 'MODEL'"]),
+        ("feedback none --problem 1", ["Missing option '--answer'"]),
+        ("feedback none --problem 1 --answer 1", ["there is no model none", "this machine"]),
+        ("feedback none --problem 1 --answer 1 --tokens 0", ["--tokens", "x>=1"]),
+        ("feedback none --problem '  ' --answer 1", ["--problem: is empty"]),
+        ("feedback none --problem 1 --answer ''", ["--answer: is empty"]),
+        ("feedback none --problem @none.txt --answer 1", ["@none.txt: cannot be read: No such"]),
+        ("feedback none --problem - --answer -", ["only one of them can be standard input"]),
+    ],
+)
+def test_mistakes_are_explained(arguments, texts, mlx_fd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    failed(mlx_fd(*shlex.split(arguments)), *texts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback(mlx_fd):
+    done = mlx_fd("resume", "none", "--debug")
+    assert done.status == 2 and done.out == ""
+    assert "Traceback" in done.err and "read_manifest" in done.err
+    assert done.err.splitlines()[-1].startswith("error: none: this is no run directory")
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ("episodes = [1,\nseed 2", ["not a TOML file", "line 2"]),
+        ("[gate]\nema_decy = 0.5", ["no option 'ema_decy'", 'did you mean "ema_decay"?']),
+        ("[gat]\nema_decay = 0.5", ["no table [gat]", 'did you mean "gate"?']),
+        ("[models]\nema_decay = 0.5", ["ema_decay belongs into [gate]"]),
+        ('episodes = "4"', ["episodes must be a whole number, not '4'"]),
+        ("episodes = true", ["episodes must be a whole number, not True"]),
+    ],
+)
+def test_configuration_files_are_checked(content, texts, mlx_fd, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(content)
+    failed(mlx_fd("loop", "--config", file), str(file), *texts)
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ("", ["is empty"]),
+        ('{"question": "1+1?", "answer": "2"}\n{"question": ', [":2: not JSON", "--skip-bad-rows"]),
+        ('{"question": "1+1?"}\n', [":1: no 'answer'"]),
+        ('{"question": "1+1?", "answer": "two"}\n', [":1: no final number"]),
+        ('{"question": "1+1?", "answer": "2"}\n', ["has 1 problems"]),
+    ],
+)
+def test_problem_files_are_checked(content, texts, home, mlx_fd, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text(content)
+    done = mlx_fd("loop", *tiny(home), "--problems", file, "--out", tmp_path / "out")
+    failed(done, str(file), *texts)
+    assert not (tmp_path / "out").exists()
+
+
+def harmed_model(home: Path, path: Path, harm: str) -> Path:
+    shutil.copytree(home / "expert", path)
+    weights = path / "model.safetensors"
+    if harm == "no weights":
+        weights.unlink()
+    elif harm == "cut weights":
+        os.truncate(weights, weights.stat().st_size // 2)
+    elif harm == "cut header":
+        os.truncate(weights, 4)
+    elif harm == "other weights":
+        shutil.copy(home / "student" / "model.safetensors", weights)
+    elif harm == "config":
+        (path / "config.json").write_text('{"model_type": ')
+    elif harm == "architecture":
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "model_type": "gpt9"}))
+    elif harm == "tokenizer":
+        (path / "tokenizer.json").write_text("{")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("harm", "text"),
+    [
+        ("no weights", "has no model*.safetensors"),
+        ("cut weights", "corrupt file"),
+        ("cut header", "Unable to read"),
+        ("other weights", "cannot be loaded"),
+        ("config", "config.json that cannot be read"),
+        ("architecture", "gpt9"),
+        ("tokenizer", "tokenizer.json"),
+    ],
+)
+@pytest.mark.parametrize("command", ["loop", "feedback"])
+def test_harmed_models_are_explained(command, harm, text, home, mlx_fd, tmp_path):
+    model = harmed_model(home, tmp_path / "harmed", harm)
+    if command == "feedback":
+        failed(mlx_fd("feedback", model, "--problem", "1+1?", "--answer", "2"), str(model), text)
+        return
+    done = mlx_fd("loop", *tiny(home), "--expert", model, "--out", tmp_path / "out", "--quiet")
+    failed(done, str(model), text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_do_not_fit_together(home, mlx_fd, tmp_path):
+    sizes = {"hidden": 16, "layers": 1, "intermediate": 32, "heads": 2, "kv_heads": 1}
+    other = make_model_dir(tmp_path / "other", tokenizer=make_tokenizer(380), **sizes)
+    base = make_model_dir(tmp_path / "base", chat_template=None, **sizes)
+    failed(mlx_fd("loop", *tiny(home), "--student", other), "different tokenizers")
+    failed(mlx_fd("loop", *tiny(home), "--student", base), str(base), "no chat template")
+    failed(mlx_fd("loop", *tiny(home), "--student", ""), "no default student", "--student")
+
+
+def test_too_little_memory(home, mlx_fd, tmp_path):
+    file = problems(tmp_path / "p.jsonl", 20000)
+    large = ["--problems", file, "--episodes", 19000, "--batch-size", 19000]
+    done = mlx_fd("loop", *tiny(home), *large, "--answer-tokens", 4000)
+    failed(done, "this run needs up to", "GiB are free", "It fits with --batch-size")
+    # No more problems go together than there are.
+    done = mlx_fd("loop", *tiny(home), "--batch-size", 10**9, "--out", tmp_path / "out")
+    assert done.status == 0, done
+
+
+def test_out_that_cannot_be_used(home, mlx_fd, run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("mine")
+
+    def out(path: object) -> Done:
+        return mlx_fd("loop", *tiny(home), "--out", path)
+
+    failed(out(tmp_path / "file"), "is a file", "choose another --out")
+    failed(out(tmp_path / "file" / "run"), "is a file", "choose another --out")
+    failed(out(tmp_path / "folder"), "something in this folder", "choose another --out")
+    failed(out(run), "is a run already", f"mlx-fd resume {run}")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that nobody can write in")
+def test_out_that_cannot_be_written(home, tmp_path, mlx_fd):
+    done = mlx_fd("loop", *tiny(home), "--out", "/proc/run", "--quiet")
+    failed(done, "/proc/run")
+    if os.geteuid() != 0:
+        (tmp_path / "mine").mkdir(mode=0o500)
+        done = mlx_fd("loop", *tiny(home), "--out", tmp_path / "mine" / "run")
+        failed(done, "cannot be written", "choose another --out")
+
+
+# Resuming
+
+
+def test_a_finished_run_can_be_resumed(run, mlx_fd):
+    before = (run / runs.EPISODES).read_bytes()
+    done = mlx_fd("resume", run)
+    assert done.status == 0 and f"everything is in {run}" in done.out
+    assert (run / runs.EPISODES).read_bytes() == before
+
+
+def test_a_run_held_by_another_process(run, mlx_fd, home):
+    with (run / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        failed(mlx_fd("resume", run), "another mlx-fd process is writing this run")
+    assert mlx_fd("resume", run).status == 0
+
+
+@pytest.mark.parametrize(
+    ("harm", "texts"),
+    [
+        ("expert", ["began with another expert"]),
+        ("student", ["began with another student"]),
+        ("problems", ["began with another problems"]),
+    ],
+)
+def test_a_run_whose_models_or_problems_changed(harm, texts, home, mlx_fd, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("expert", "student"):
+        shutil.copytree(home / name, mine / name)
+    shutil.copy(home / "problems.jsonl", mine)
+    done = mlx_fd("loop", *tiny(mine), "--out", mine / "run", "--quiet")
+    assert done.status == 0, done
+    if harm == "problems":
+        problems(mine / "problems.jsonl", 61)
+    else:
+        shutil.rmtree(mine / harm)
+        sizes = {"layers": 1, "intermediate": 32, "heads": 2, "kv_heads": 1}
+        make_model_dir(mine / harm, hidden=16, seed=9, **sizes)
+    failed(mlx_fd("resume", mine / "run"), str(mine / "run"), *texts)
+    feedback = mlx_fd("feedback", mine / "run", "--problem", "1?", "--answer", "1", "--tokens", 2)
+    if harm == "student":
+        failed(feedback, "is not the one that was trained")
+    else:
+        assert feedback.status == 0, feedback
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "texts"),
+    [
+        ("batch_size = 2", "batch_size = 4", ["batch_size was 2", "is 4 now", "--config"]),
+        ("seed = 0", "seed = 1", ["seed was 0", "is 1 now"]),
+        ("lora_rank = 2", "lora_rank = 4", ["lora_rank was 2"]),
+        ('split = "train"', 'split = "test"', ["--train-on-test"]),
+        ("seed = 0", "seed = zero", ["not a TOML file"]),
+        ("seed = 0", "sed = 0", ["no option 'sed'"]),
+        ("seed = 0", "seed = -1", ["seed must be at least 0"]),
+    ],
+)
+def test_a_run_whose_configuration_was_edited(old, new, texts, run, mlx_fd):
+    config = run / runs.CONFIG
+    text = config.read_text()
+    assert text.count(old) == 1
+    config.write_text(text.replace(old, new))
+    before = (run / runs.EPISODES).read_bytes()
+    failed(mlx_fd("resume", run), *texts)
+    assert (run / runs.EPISODES).read_bytes() == before
+
+
+def test_a_run_can_be_made_longer(run, home, mlx_fd, tmp_path):
+    config = run / runs.CONFIG
+    text = config.read_text().replace("episodes = 4", "episodes = 7")
+    config.write_text(text.replace("micro_batch = 4", "micro_batch = 1"))
+    before = (run / runs.EPISODES).read_bytes()
+    assert mlx_fd("resume", run).status == 0
+    assert (run / runs.EPISODES).read_bytes().startswith(before)
+    longer = [row["id"] for row in episodes(run)]
+    assert len(set(longer)) == 7
+    config.write_text(config.read_text().replace("episodes = 7", "episodes = 9"))
+    # The last batch had one problem only: nothing may be left out.
+    failed(mlx_fd("resume", run), "episodes was 7", "is 9 now")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"expert": 3}'])
+def test_a_manifest_that_was_harmed(content, run, mlx_fd):
+    (run / runs.MANIFEST).write_text(content)
+    failed(mlx_fd("resume", run), "manifest.json")
+
+
+def test_relative_names_mean_the_same_elsewhere(home, mlx_fd, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    out = tmp_path / "run"
+    names = ["--expert", "expert/", "--student", "./student", "--problems", "problems.jsonl"]
+    assert mlx_fd("loop", *names, *SMALL, "--out", out, "--quiet").status == 0
+    config = read(out / runs.CONFIG)
+    assert config.models.expert == str(home / "expert")
+    assert config.models.student == str(home / "student")
+    assert config.problems.problems == str(home / "problems.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert mlx_fd("resume", "run", "--quiet").status == 0
+    done = mlx_fd("feedback", "run/", "--problem", "1?", "--answer", "1", "--tokens", 2)
+    assert done.status == 0
+
+
+def test_a_tilde_is_the_home_directory(home, mlx_fd, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(home)
+    for name in ("expert", "student", "problems.jsonl"):
+        (tmp_path / name).symlink_to(home / name)
+    names = ["--expert=~/expert:layers=1", "--student=~/student", "--problems=~/problems.jsonl"]
+    done = mlx_fd("loop", *names, *SMALL, "--out=~/run", "--quiet")
+    assert done.status == 0, done
+    assert read(tmp_path / "run" / runs.CONFIG).models.expert == f"{home}/expert:layers=1"
+    assert mlx_fd("resume", "~/run", "--quiet").status == 0
+    (tmp_path / "answer").write_text("2")
+    asked = ["--problem", "1+1?", "--answer", "@~/answer", "--tokens", 2]
+    assert mlx_fd("feedback", "~/run", *asked).status == 0
+    assert not (home / "~").exists()
+
+
+# No network, no backend
+
+
+def test_without_a_network_it_fails_at_once(tmp_path):
+    env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    begin = time.monotonic()
+    done = shell("loop", "--expert", "qwen2.5-7b-4bit", cwd=tmp_path, env=env)
+    assert time.monotonic() - begin < 5
+    failed(done, "qwen2.5-7b-4bit", "hub cannot be reached", "this machine")
+
+
+@pytest.fixture
+def no_mlx(tmp_path) -> dict[str, str]:
+    """An environment in which MLX has no backend."""
+    package = tmp_path / "broken" / "mlx"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object')")
+    return {"PYTHONPATH": str(package.parent)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_a_backend_every_command_says_what_to_install(command, no_mlx, finished, tmp_path):
+    arguments = {
+        "resume": [finished],
+        "feedback": [finished, "--problem", "1", "--answer", "1"],
+    }.get(command, [])
+    done = shell(command, *arguments, cwd=tmp_path, env=no_mlx)
+    assert done.status != 0 and "Traceback" not in done.err and "defect" not in done.err
+    assert 'pip install "mlx-fd[cpu]"' in done.flat and '"mlx-fd[cuda]"' in done.flat
+    assert "libmlx.so: cannot open shared object" in done.flat
+    done = shell(command, "--help", cwd=tmp_path, env=no_mlx)
+    assert done.status == 0 and "Examples:" in done.out
+
+
+# What a run prints
+
+
+def test_json_is_all_that_standard_output_gets(home, run, mlx_fd, tmp_path):
+    done = mlx_fd("loop", *tiny(home), "--out", tmp_path / "out", "--json")
+    summary = json.loads(done.out)
+    assert done.status == 0 and summary["done"] is True
+    assert summary["run"] == str(tmp_path / "out") and summary["episodes"] == 4
+    assert "run directory" in done.err
+    saved = json.loads((tmp_path / "out" / runs.SUMMARY).read_text())
+    assert saved.items() <= summary.items()
+    done = mlx_fd("loop", *tiny(home), "--out", tmp_path / "quiet", "--json", "--quiet")
+    assert json.loads(done.out)["episodes"] == 4
+    assert all(line.startswith("warning: ") for line in done.err.splitlines())
+    assert json.loads(mlx_fd("resume", run, "--json").out)["episodes"] == 4
+    rows = json.loads(mlx_fd("models", "--json").out)
+    assert {"name", "source", "student", "here", "note"} == set(rows[0])
+    rows = json.loads(mlx_fd("doctor", "--json").out)
+    assert {"what", "state", "text"} == set(rows[0])
+
+
+def test_quiet_prints_warnings_and_the_result(home, mlx_fd, tmp_path):
+    done = mlx_fd("loop", *tiny(home), "--out", tmp_path / "out", "--quiet")
+    warnings, _, result = done.out.partition("Summary")
+    assert all(line.startswith("warning: ") for line in warnings.splitlines())
+    assert "first answers right" in result and result.endswith(f"in {tmp_path}/out\n")
+
+
+def test_a_log_file_gets_plain_lines(home, tmp_path):
+    # A folder with brackets: no markup of the terminal library, and whole however long it is.
+    out = tmp_path / "[red]run[/red]" / ("long" * 30)
+    done = shell("loop", *tiny(home), "--out", out, cwd=home)
+    assert done.status == 0 and done.err == ""
+    assert not CONTROL.search(done.out)
+    lines = done.out.splitlines()
+    assert lines[0] == f"run directory: {out}" and lines[-1] == f"everything is in {out}"
+    batches = [line for line in lines if re.match(r"\d+/4 ", line)]
+    assert [line.split()[0] for line in batches] == ["2/4", "4/4"]
+    assert all("ETA" in line for line in batches)
+
+
+def in_terminal(*arguments: str, cwd: Path, **env: str) -> tuple[int, str]:
+    """Run the console script in a pseudo-terminal of 100 columns."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    unset = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "CI")
+    kept = {key: value for key, value in os.environ.items() if key not in unset}
+    process = subprocess.Popen(
+        [SCRIPT, *arguments],
+        cwd=cwd,
+        env={**kept, "TERM": "xterm-256color", **env},
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    seen = b""
+    while select.select([master], [], [], 120)[0]:
+        with contextlib.suppress(OSError):
+            if block := os.read(master, 65536):
+                seen += block
+                continue
+        break
+    os.close(master)
+    return process.wait(timeout=60), seen.decode()
+
+
+def plain(seen: str) -> str:
+    """What came to a terminal without its control sequences."""
+    return re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", seen)
+
+
+def test_a_terminal_gets_a_live_panel(home, tmp_path):
+    arguments = ["loop", *tiny(home), "--out"]
+    status, seen = in_terminal(*arguments, str(tmp_path / "a"), cwd=home)
+    assert status == 0
+    for text in ("╭─ mlx-fd loop", "loss (held out)", "gate:", "episodes", "4/4"):
+        assert text in plain(seen)
+    assert "\x1b[36m" in seen  # the gate's state in colour
+    # The cursor comes back, and the summary follows the panel.
+    assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h") == 1
+    end = seen.partition("\x1b[?25h")[2]
+    assert "final answers right" in end and "\x1b[" not in end.partition("everything is in")[2]
+    status, seen = in_terminal(*arguments, str(tmp_path / "b"), cwd=home, NO_COLOR="1")
+    assert status == 0 and "╭─ mlx-fd loop" in plain(seen)
+    assert not re.search(r"\x1b\[[\d;]*3\d[;m]", seen)
+    status, seen = in_terminal(*arguments, str(tmp_path / "c"), cwd=home, TERM="dumb")
+    assert status == 0 and not CONTROL.search(seen.replace("\r\n", "\n"))
+    assert "2/4  right" in seen
+
+
+# Stopping
+
+
+class Started:
+    """A run in a process of its own, whose lines can be waited for."""
+
+    def __init__(self, home: Path, *arguments: object):
+        self.process = subprocess.Popen(
+            [SCRIPT, "loop", *tiny(home), *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.seen: list[str] = []
+
+    def wait_for(self, text: str) -> None:
+        for line in self.process.stdout:
+            self.seen.append(line)
+            if text in line:
+                return
+        pytest.fail(f"{text!r} did not come: {self.seen} {self.process.stderr.read()}")
+
+    def end(self) -> Done:
+        out, err = self.process.communicate(timeout=60)
+        return Done(self.process.returncode, "".join(self.seen) + out, err)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_ends_the_run_after_its_batch(number, status, home, mlx_fd, tmp_path):
+    out = tmp_path / "the run"
+    run = Started(home, "--out", out, "--episodes", 40, "--checkpoint-every", 1000)
+    run.wait_for("2/40")
+    run.process.send_signal(number)
+    done = run.end()
+    assert done.status == status
+    assert done.err == f"stopped; go on with: mlx-fd resume '{out}'\n"
+    assert "stopping after this batch" in done.out and "Summary" not in done.out
+    batches = len(runs.read_lines(out / runs.METRICS))
+    assert 1 <= batches < 20 and len(episodes(out)) == 2 * batches
+    checkpoint, broken = runs.newest_checkpoint(out)
+    assert checkpoint.batch == batches and not broken
+    done = mlx_fd("resume", out)
+    assert done.status == 0 and f"going on after batch {batches}\n" in done.out
+    assert [row["episode"] for row in episodes(out)] == list(range(40))
+
+
+def test_the_second_signal_stops_at_once(home, tmp_path):
+    # The look at the held-out problems takes many seconds with answers of this length.
+    run = Started(home, "--out", tmp_path / "out", "--answer-tokens", 4000, "--probe-size", 8)
+    run.wait_for("held-out problems first")
+    run.process.send_signal(signal.SIGINT)
+    run.wait_for("stopping after this batch")
+    begin = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    done = run.end()
+    assert time.monotonic() - begin < 10
+    assert done.status == 130
+    assert done.err == f"stopped at once; go on with: mlx-fd resume {tmp_path}/out\n"
+
+
+def test_a_stopped_run_prints_json_too(home, tmp_path):
+    out = tmp_path / "out"
+    run = Started(home, "--out", out, "--episodes", 40, "--json")
+    deadline = time.monotonic() + 60
+    while not runs.read_lines(out / runs.METRICS) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.process.send_signal(signal.SIGTERM)
+    done = run.end()
+    assert done.status == 143
+    assert json.loads(done.out) == {"run": str(out), "done": False}
+
+
+# What goes right
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(home, mlx_fd, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        "episodes = 2\n[generation]\nanswer_tokens = 5\nbatch_size = 2\n"
+        "feedback_tokens = 4\n[episode]\nprobe_size = 1\n"
+    )
+    out = tmp_path / "out"
+    models = tiny(home)[:6]
+    given = ["--preset", "quick", "--config", file, "--answer-tokens", 3, "--merge-tokens", 3]
+    assert mlx_fd("loop", *models, *given, "--out", out, "--quiet").status == 0
+    saved = tomllib.loads((out / runs.CONFIG).read_text())
+    assert saved["generation"]["answer_tokens"] == 3  # command line, over file and preset
+    assert saved["generation"]["batch_size"] == 2  # file, over preset
+    assert saved["models"]["lora_rank"] == PRESETS["quick"]["lora_rank"]  # preset, over default
+    assert saved["training"]["micro_batch"] == 4  # default
+    rows = runs.read_lines(out / runs.EPISODES)
+    assert len(rows) == 2 and max(row["tokens"]["answer"] for row in rows) <= 3
+
+
+def test_a_run_can_be_repeated_from_its_configuration(finished, mlx_fd, tmp_path):
+    out = tmp_path / "again"
+    done = mlx_fd("loop", "--config", finished / runs.CONFIG, "--out", out, "--quiet")
+    assert done.status == 0, done
+    assert (out / runs.CONFIG).read_bytes() == (finished / runs.CONFIG).read_bytes()
+
+    def lines(folder: Path) -> bytes:
+        return re.sub(rb'"seconds": \{[^}]*\}', b"", (folder / runs.EPISODES).read_bytes())
+
+    assert lines(out) == lines(finished)
+    for name in ("adapters.safetensors", "heads.safetensors"):
+        theirs = (finished / "checkpoints" / "last" / name).read_bytes()
+        assert (out / "checkpoints" / "last" / name).read_bytes() == theirs
+
+
+def test_runs_get_a_folder_of_their_own(home, mlx_fd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = [*tiny(home), "--episodes", 1, "--quiet"]
+    named = [mlx_fd("loop", *short).out.split()[-1] for _ in range(2)]
+    assert len(set(named)) == 2
+    assert all(re.fullmatch(r"runs/\d{8}-\d{6}(-\d+)?", name) for name in named)
+    assert all(runs.is_run(Path(name)) for name in named)
+
+
+def test_feedback_of_a_run_a_checkpoint_and_a_model(home, finished, mlx_fd, tmp_path):
+    file = tmp_path / "problem.txt"
+    file.write_text("Tom has 3 apples.\nHe buys 5. How many?\n")
+    asked = ["--problem", f"@{file}", "--answer", "3 + 5 = 8 #### 8", "--tokens", 5]
+    best = finished / "checkpoints" / "best"
+    of_run = json.loads(mlx_fd("feedback", finished, *asked, "--json").out)
+    assert set(of_run) == {"score", "written_score", "feedback"}
+    assert -1 < of_run["score"] < 1 and of_run["feedback"].startswith("Score:")
+    assert json.loads(mlx_fd("feedback", best, *asked, "--json").out) == of_run
+    first = finished / "checkpoints" / "000000"
+    untrained = json.loads(mlx_fd("feedback", first, *asked, "--json").out)
+    assert untrained["score"] == 0
+    plain = json.loads(mlx_fd("feedback", home / "student", *asked, "--json").out)
+    assert set(plain) == {"written_score", "feedback"}
+    # LoRA begins as nothing: the untrained student says what its base model says.
+    assert plain["feedback"] == untrained["feedback"]
+    text = mlx_fd("feedback", finished, *asked).out
+    assert text.startswith("score: ") and "written score: none could be read\nScore:" in text
+    assert not CONTROL.search(text)
+
+
+def test_feedback_comes_from_the_best_checkpoint(run, mlx_fd):
+    import mlx.core as mx
+
+    asked = ["--problem", "1 + 1?", "--answer", "2", "--tokens", 4, "--json"]
+    before = json.loads(mlx_fd("feedback", run, *asked).out)
+    best = (run / "checkpoints" / "best").resolve()
+    assert best.name != "000000"
+    heads = dict(mx.load(str(best / "heads.safetensors")))
+    heads["score_head.weight"] = mx.zeros_like(heads["score_head.weight"])
+    heads["score_head.bias"] = mx.array([0.5])
+    mx.save_safetensors(str(best / "heads.safetensors"), heads)
+    adapter = dict(mx.load(str(best / "adapters.safetensors")))
+    loud = {name: value + 1.0 for name, value in adapter.items()}
+    mx.save_safetensors(str(best / "adapters.safetensors"), loud)
+    after = json.loads(mlx_fd("feedback", run, *asked).out)
+    assert after["score"] == pytest.approx(math.tanh(0.5), abs=1e-4)
+    assert after["feedback"] != before["feedback"]
+    text = mlx_fd("feedback", run, *asked[:-1]).out
+    assert text.startswith("score: +0.46\n")
+
+
+def test_feedback_reads_standard_input(home, finished):
+    line = f"printf '1 + 1?' | {shlex.quote(SCRIPT)} feedback finished --problem - --answer 2"
+    done = subprocess.run(
+        ["bash", "-c", line + " --tokens 3 --json"], cwd=home, capture_output=True, check=True
+    )
+    assert "score" in json.loads(done.stdout)
+
+
+def test_feedback_of_half_a_run(home, run, mlx_fd, tmp_path):
+    asked = ["--problem", "1 + 1?", "--answer", "2", "--tokens", 3]
+    alone = shutil.copytree(run / "checkpoints" / "best", tmp_path / "alone" / "best")
+    failed(mlx_fd("feedback", alone, *asked), str(alone), "outside its run")
+    best = (run / "checkpoints" / "best").resolve()
+    os.truncate(best / "heads.safetensors", 20)
+    failed(mlx_fd("feedback", run, *asked), "heads.safetensors: cannot be read")
+    (best / "heads.safetensors").unlink()
+    failed(mlx_fd("feedback", run, *asked), "heads.safetensors: cannot be read")
+    shutil.rmtree(run / "checkpoints")
+    failed(mlx_fd("feedback", run, *asked), "has no checkpoint yet", "mlx-fd resume")
+
+
+def test_control_characters_of_a_model_do_not_reach_the_terminal():
+    text = cli._harmless("one\n\x1b[2Jtwo\r\x07 né 中文 🙂")
+    assert text == "one\n�[2Jtwo�� né 中文 🙂"
+
+
+def test_widths_of_qwen_that_differ_by_padding(mlx_fd, tmp_path, home):
+    configs = json.loads((Path(__file__).parent / "fixtures" / "configs.json").read_text())
+    kept = ("rms_norm_eps", "rope_theta", "max_position_embeddings", "max_window_layers")
+    sizes = {"hidden": 16, "layers": 1, "intermediate": 32, "heads": 2, "kv_heads": 1}
+    for name, published in (("expert", "qwen2.5-7b"), ("student", "qwen2.5-1.5b")):
+        config = configs[published]
+        make_model_dir(
+            tmp_path / name,
+            arch=config["model_type"],
+            vocab_size=config["vocab_size"],
+            tie=config["tie_word_embeddings"],
+            **sizes,
+            **{key: config[key] for key in kept},
+        )
+    given = ["--problems", home / "problems.jsonl", "--episodes", 2]
+    done = mlx_fd("loop", *tiny(tmp_path), *given, "--out", tmp_path / "run", "--json")
+    assert done.status == 0, done
+    assert json.loads(done.out)["episodes"] == 2
+    manifest = json.loads((tmp_path / "run" / runs.MANIFEST).read_text())
+    assert manifest["shared_vocabulary"] == 400
+    assert all(row["gate"]["losses_before"]["logit"] > 0 for row in episodes(tmp_path / "run"))
+
+
+def test_models_can_be_read_at_80_columns(mlx_fd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = mlx_fd("models").out.splitlines()
+    assert all(len(line) <= 80 and "…" not in line for line in lines)
+    assert any(
+        line.split()[:2] == ["qwen2.5-0.5b-4bit", "qwen2.5-0.5b-4bit:layers=12"] for line in lines
+    )

@@ -1,0 +1,149 @@
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from mlx_fd.display import Display, duration, summary_table
+from mlx_fd.events import BatchDone, Note, Probed, Step, Warned
+from mlx_fd.summary import summarise
+
+HEADROOM = {
+    "problems": 8,
+    "expert_right": 5,
+    "student_right": 2,
+    "expert_judged": 7,
+    "expert_judged_right": 6,
+    "student_judged": 4,
+    "student_judged_right": 1,
+}
+
+
+def row(before: bool, after: bool, expert: float | None, student: float) -> dict:
+    return {
+        "correct_before": before,
+        "correct_after": after,
+        "expert_feedback": None if expert is None else {"score": expert},
+        "student_feedback": {"score": student, "written_score": None},
+        "gate": {"reason": "the score is 0.5 from the expert's"},
+        "tokens": {"answer": 10, "expert_feedback": 6},
+        "prefilled": {"answer": 30},
+        "seconds": {"answer": 1.5},
+        "capped": [],
+    }
+
+
+def metrics(batch: int, **changes) -> dict:
+    return {
+        "batch": batch,
+        "lagging": 1,
+        "weights": {"lm": 0.75, "logit": 0.25},
+        "updates": [{"losses": {"lm": 2.5, "logit": 0.125}, "skipped": False}],
+        "probe": {"lm": 2.0, "logit": 0.1},
+        "stop": None,
+        "frozen": False,
+        "seconds": 30.0,
+        **changes,
+    }
+
+
+BATCHES = [
+    BatchDone(2, 6, [row(True, True, 0.5, 0.0), row(False, True, 1.0, 0.5)], metrics(0)),
+    BatchDone(
+        4,
+        6,
+        [row(False, False, None, 0.5), row(True, False, None, 1.0)],
+        metrics(1, lagging=0, updates=[], probe=None, frozen=True),
+    ),
+]
+
+
+def shown(*events, quiet: bool = False, **terminal) -> str:
+    console = Console(file=io.StringIO(), width=100, **terminal)
+    with Display(console, quiet=quiet) as display:
+        for event in events:
+            display(event)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (185, "3 min 5 s"),
+        (3599.6, "1 h 0 min"),
+        (8070, "2 h 14 min"),
+    ],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_lines_for_a_log():
+    lines = shown(Probed({"lm": 3.0}, {"lm": 3.0}, HEADROOM), *BATCHES).splitlines()
+    assert lines[0] == (
+        "headroom on 8 held-out problems: expert answers 5 right, student 2; judged rightly, "
+        "where a score could be read: expert 6 of 7, student 1 of 4"
+    )
+    assert lines[1].startswith(
+        "2/6  right 1 -> 2 of 2  score expert +0.75 student +0.25  distilled 1  lm 2.5 logit 0.125"
+    )
+    assert lines[2].startswith("4/6  right 2 -> 2 of 4  score expert - student +0.75  frozen  ETA ")
+    assert len(lines) == 3
+
+
+def test_a_skipped_step_is_told():
+    update = {"losses": {"lm": None}, "skipped": True}
+    done = BatchDone(2, 6, BATCHES[0].rows, metrics(0, updates=[update]))
+    assert "lm -  1 steps skipped: not finite  ETA" in shown(done)
+
+
+def test_eta_counts_this_session_only():
+    """A resumed run that did 1 of 3 batches in a second takes 2 more, however long the probe."""
+    console = Console(file=io.StringIO(), width=100)
+    with Display(console) as display:
+        display._begin -= 100.0
+        display(Probed({}, {}, HEADROOM))
+        display._begin -= 1.0
+        display(BatchDone(102, 106, BATCHES[0].rows, metrics(50)))
+    assert console.file.getvalue().endswith("ETA 2 s\n")
+
+
+def test_quiet_keeps_warnings():
+    seen = shown(Note("a note"), Warned("careful"), BATCHES[0], quiet=True)
+    assert seen == "warning: careful\n"
+
+
+def test_text_is_not_markup():
+    seen = shown(Note("[red]x[/red] :smile: [/]"), Warned("[/bold]"), Note("long " * 50))
+    assert seen == f"[red]x[/red] :smile: [/]\nwarning: [/bold]\n{'long ' * 50}\n"
+
+
+def test_panel_of_a_terminal():
+    events = (Probed({"lm": 3.0, "logit": 0.2}, {"lm": 3.0, "logit": 0.2}, HEADROOM), *BATCHES)
+    seen = shown(*events, Step(2, "merge", 7), Step(2, "merge", 5), force_terminal=True)
+    text = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", seen)
+    assert "2/6  right" not in text
+    panel = text.rpartition("mlx-fd loop")[2]
+    assert "4/6" in panel and "expert merges feedback: 12 tokens" in panel
+    assert re.search(r"lm +3 +2 +0\.75", panel) and re.search(r"logit +0\.2 +0\.1 +0\.25", panel)
+    assert "right: 2 before, 2 after, of 4" in panel and "gate: frozen" in panel
+
+
+def test_summary_of_a_run():
+    rows = [row for batch in BATCHES for row in batch.rows]
+    summary = summarise(
+        rows, [b.metrics for b in BATCHES], {"lm": 3.0, "score": 0.5}, {"lm": 1.5}, HEADROOM
+    )
+    console = Console(file=io.StringIO(), width=200)
+    console.print(summary_table({**summary, "peak_memory_bytes": 3 << 29}))
+    text = console.file.getvalue()
+    # Wilson's interval of 2 of 4, from its definition.
+    assert "50.0% (2/4, 95 % 15.0% to 85.0%)" in text
+    assert "3 -> 1.5 (-50.0%)" in text and "0.5 -> -" in text
+    assert "1 steps in 1 batches, 0 skipped; frozen after batch 2" in text
+    assert "asked 2 times (12 tokens), not asked 2 times (about 12 tokens saved)" in text
+    assert "expert 0, student 4 of 4" in text
+    assert "1 min 0 s" in text and "1.50 GiB" in text

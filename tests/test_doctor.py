@@ -1,0 +1,91 @@
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+from tiny import make_model_dir
+
+from mlx_fd import doctor
+from mlx_fd.models.aliases import ALIASES
+
+
+def rows_of(**env: str) -> dict[str, dict[str, str]]:
+    """The checks of a process with this environment, by what they look at."""
+    code = "import json; from mlx_fd.doctor import checks; print(json.dumps(checks()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {row["what"]: row for row in json.loads(done.stdout)}
+
+
+def printed(table) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_a_machine_that_has_everything(tmp_path):
+    rows = rows_of(MLX_FD_CACHE=str(tmp_path / "cache"), OPENBLAS_NUM_THREADS="3")
+    assert {"versions", "backend", "memory", "disk", "models here"} <= set(rows)
+    assert "mlx-lm" in rows["versions"]["text"] and rows["backend"]["state"] == "good"
+    assert str(tmp_path / "cache") in rows["disk"]["text"]
+    assert not (tmp_path / "cache").exists()
+    assert not any(row["state"] == "bad" for row in rows.values())
+    if "cpu" in rows["backend"]["text"]:
+        assert "OPENBLAS_NUM_THREADS=3" in rows["BLAS threads"]["text"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's CPU backend alone looks for a BLAS")
+@pytest.mark.parametrize(
+    ("chosen", "text"),
+    [("off", "MLX_FD_BLAS=off"), ("/none/libblas.so", "/none/libblas.so cannot be loaded")],
+)
+def test_a_slow_blas_is_noted(chosen, text):
+    rows = rows_of(MLX_FD_BLAS=chosen, OPENBLAS_NUM_THREADS="")
+    if "cpu" not in rows["backend"]["text"]:
+        pytest.skip("not the CPU backend")
+    assert rows["BLAS"]["state"] == "note" and text in rows["BLAS"]["text"]
+    assert rows["BLAS threads"]["state"] == "note"
+
+
+def test_two_backends_that_own_one_file(monkeypatch):
+    monkeypatch.setattr(doctor, "_BACKEND_PACKAGES", ("mlx", "numpy", "none-such"))
+    row = next(row for row in doctor.checks() if row["what"] == "backends")
+    assert row["state"] == "bad" and "pip uninstall mlx numpy" in row["text"]
+
+
+def test_brackets_are_printed():
+    text = printed(
+        doctor.checks_table([doctor._row("backend", "bad", 'pip install "mlx-fd[cpu]"')])
+    )
+    assert 'amiss  backend  pip install "mlx-fd[cpu]"' in text
+
+
+def test_models_found_here_are_marked(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("MLX_FD_CACHE", str(tmp_path / "cache"))
+    sizes = {"hidden": 16, "layers": 1, "intermediate": 32, "heads": 2, "kv_heads": 1}
+    for repo in (ALIASES["qwen2.5-0.5b-4bit"].repo, "someone/model"):
+        make_model_dir(
+            tmp_path / f"models--{repo.replace('/', '--')}" / "snapshots" / "abc", **sizes
+        )
+    listed = doctor.model_rows()
+    rows = {row["name"]: row for row in listed}
+    assert len(rows) == len(listed)
+    assert rows["qwen2.5-0.5b-4bit"]["here"] and not rows["qwen2.5-7b-4bit"]["here"]
+    assert rows["someone/model"]["here"] and "someone" in rows["someone/model"]["source"]
+    assert set(ALIASES) <= set(rows)
+    assert "mlx-community/Qwen2.5-0.5B-Instruct-4bit" not in rows
+    text = next(row for row in doctor.checks() if row["what"] == "models here")["text"]
+    assert "qwen2.5-0.5b-4bit" in text and "someone/model" in text
+    table = printed(doctor.models_table(list(rows.values())))
+    assert any(line.split()[:2] == ["qwen2.5-0.5b-4bit", "yes"] for line in table.splitlines())

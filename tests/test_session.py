@@ -1,0 +1,128 @@
+import dataclasses
+import json
+
+import pytest
+
+from mlx_fd.config import Config, override, read, to_toml
+from mlx_fd.errors import UserError
+from mlx_fd.models.aliases import ALIASES
+from mlx_fd.session import _flat, _settled, check_out, check_same
+
+
+def config(**changes) -> Config:
+    return override(Config(), changes, "test")
+
+
+def manifest(**changes) -> dict:
+    return {
+        "versions": {"mlx": "0.32.4", "python": "3.12"},
+        "backend": {"device": "cpu", "threads": "1"},
+        "expert": {"name": "e", "sha256": "1"},
+        "student": {"name": "s", "sha256": "2"},
+        "problems": {"name": "p", "sha256": "3"},
+        "options": _flat(config(**changes)),
+    }
+
+
+def test_the_default_student_is_named():
+    for alias, what in ALIASES.items():
+        assert _settled(config(expert=alias)).models.student == what.student
+    with pytest.raises(UserError, match="no default student"):
+        _settled(config(expert="someone/model"))
+    with pytest.raises(UserError, match=r"Did you mean qwen2\.5-7b-4bit"):
+        _settled(config(expert="qwen2.5-7b-4bits"))
+
+
+def test_names_are_settled_once(tmp_path, monkeypatch):
+    """Paths become whole, names stay, and what is settled stays as it is in any folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "gsm8k", "someone/model"):
+        (tmp_path / name).mkdir(parents=True)
+    settled = _settled(config(expert="./mine/:layers=3", student="someone/else"))
+    assert settled.models.expert == f"{tmp_path}/mine:layers=3"
+    assert settled.models.student == "someone/else"
+    assert settled.problems.problems == "gsm8k"
+    local = _settled(config(expert="someone/model", student="mine", problems="mine/../mine"))
+    assert local.models.expert == f"{tmp_path}/someone/model"
+    assert local.problems.problems == f"{tmp_path}/mine"
+    monkeypatch.chdir("/")
+    (tmp_path / "c.toml").write_text(to_toml(local))
+    assert _settled(read(tmp_path / "c.toml")) == local
+
+
+def test_options_in_the_manifest_survive_json():
+    options = _flat(config(scales=(1.0, 2.0, 3.0, 4.0)))
+    assert json.loads(json.dumps(options)) == options
+    assert options["scales"] == [1.0, 2.0, 3.0, 4.0] and options["batch_size"] == 8
+    assert len(options) == sum(
+        len(dataclasses.fields(getattr(Config(), item.name))) for item in dataclasses.fields(Config)
+    )
+
+
+def test_the_same_run_raises_no_doubt(tmp_path):
+    assert check_same(manifest(), manifest(), tmp_path) == []
+
+
+@pytest.mark.parametrize("part", ["expert", "student", "problems"])
+def test_other_content_is_refused(part, tmp_path):
+    new = manifest()
+    new[part] = {"name": "another", "sha256": "4"}
+    with pytest.raises(UserError, match=f"began with another {part}"):
+        check_same(manifest(), new, tmp_path)
+    new[part]["sha256"] = manifest()[part]["sha256"]
+    assert check_same(manifest(), new, tmp_path) == []
+
+
+def test_other_versions_are_doubtful(tmp_path):
+    new = manifest()
+    new["versions"]["mlx"] = "0.40"
+    new["backend"]["device"] = "metal"
+    found = check_same(manifest(), new, tmp_path)
+    assert [text.split(":")[0] for text in found] == [
+        "mlx was 0.32.4, is 0.40",
+        "device was cpu, is metal",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 4), ("lora_rate", 0.5), ("losses", ("lm",)), ("seed", 1), ("sequential", True)],
+)
+def test_other_options_are_refused(name, value, tmp_path):
+    with pytest.raises(UserError, match=rf"config\.toml: {name} was .* --out ANOTHER"):
+        check_same(manifest(), manifest(**{name: value}), tmp_path)
+
+
+def test_what_does_not_matter_may_change(tmp_path):
+    new = manifest(micro_batch=1, checkpoint_layers=True, checkpoint_every=9, keep_checkpoints=9)
+    assert check_same(manifest(), new, tmp_path) == []
+    moved = manifest(expert="/moved/expert", student="/moved/student", problems="/moved/p.jsonl")
+    assert check_same(manifest(), moved, tmp_path) == []
+
+
+def test_a_run_grows_where_its_last_batch_was_full(tmp_path):
+    old = manifest(episodes=16)
+    assert check_same(old, manifest(episodes=20), tmp_path) == []
+    with pytest.raises(UserError, match="episodes was 20"):
+        check_same(manifest(episodes=20), manifest(episodes=24), tmp_path)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"expert": None}, "text"])
+def test_a_harmed_manifest_is_explained(content, tmp_path):
+    with pytest.raises(UserError, match="not what mlx-fd wrote"):
+        check_same(content, manifest(), tmp_path)
+
+
+def test_out_is_checked_without_being_made(tmp_path):
+    check_out(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "empty").mkdir()
+    check_out(tmp_path / "empty")
+    (tmp_path / "empty" / "file").touch()
+    with pytest.raises(UserError, match="something in this folder"):
+        check_out(tmp_path / "empty")
+    with pytest.raises(UserError, match="is a file"):
+        check_out(tmp_path / "empty" / "file" / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="leads nowhere"):
+        check_out(tmp_path / "link")
