@@ -26,6 +26,7 @@ from mlx_fd.models import taps
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, part_of
 
+_FLOAT16_SCALE = 1024.0
 Sums = dict[str, tuple[mx.array, mx.array]]
 
 
@@ -288,8 +289,9 @@ def update(
             ),
             start=mx.array(0.0),
         )
-        return total, sums
+        return total * scale, sums
 
+    scale = _loss_scale(student)
     step = nn.value_and_grad(student, weighted)
     gradients = None
     total = 0.0
@@ -298,9 +300,10 @@ def update(
         (value, sums), part = step(collate(chunk))
         gradients = part if gradients is None else tree_map(mx.add, gradients, part)
         mx.eval(value, sums, gradients)
-        total += float(value)
+        total += float(value) / scale
         for name, (loss, _) in sums.items():
             values[name] += float(loss)
+    gradients = tree_map(lambda gradient: gradient / scale, gradients)
     clipped, norm = optim.clip_grad_norm(gradients, training.clip or math.inf)
     gradient_norm = float(norm)
     losses = {name: values[name] / norms[name] for name in norms if norms[name]}
@@ -309,6 +312,12 @@ def update(
         optimizer.update(student, clipped)
         mx.eval(student.trainable_parameters(), optimizer.state)
     return Update(losses, total, gradient_norm, skipped)
+
+
+def _loss_scale(student: Student) -> float:
+    """Keeps small gradients of a float16 model above what float16 can hold; 1 for other types."""
+    weights = tree_flatten(student.model.parameters())
+    return _FLOAT16_SCALE if any(value.dtype == mx.float16 for _, value in weights) else 1.0
 
 
 def _chunks(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:

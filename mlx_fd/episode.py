@@ -143,6 +143,7 @@ def _write(
     sampling: Sampling,
     reuse: bool,
     progress: Progress,
+    keep: bool = True,
 ) -> tuple[list[Draft], list[Turn]]:
     """One step's turns, and the drafts with its counts."""
     begin = time.perf_counter()
@@ -152,6 +153,7 @@ def _write(
         prompts,
         sampling,
         reuse=reuse,
+        keep=keep,
         on_token=lambda count: progress(step, count),
     )
     share = (time.perf_counter() - begin) / max(len(turns), 1)
@@ -175,8 +177,19 @@ def answer(
     progress: Progress,
     *,
     temperature: float | None = None,
+    keep: bool = True,
 ) -> list[Draft]:
-    """Step 1: answers to the problems, by the expert (or, for comparison, another model)."""
+    """Step 1: answers to the problems, by the expert (or, for comparison, another model).
+
+    Args:
+        loaded: the model that answers.
+        problems: the problems.
+        options: token limit and sampling.
+        seed: of the draws.
+        progress: told of every token.
+        temperature: ``None``: the expert's.
+        keep: keep the caches, to go on from the answers.
+    """
     blank = [Draft(p, roles.Answer("", None, ()), Conversation()) for p in problems]
     prompts = [opening(loaded.tokenizer, roles.answer_prompt(p.question)) for p in problems]
     sampling = Sampling(
@@ -194,6 +207,7 @@ def answer(
         sampling,
         not options.sequential,
         progress,
+        keep=keep,
     )
     request = feedback_request(loaded.tokenizer)
     return [
@@ -256,6 +270,7 @@ def student_feedback(
         sampling,
         not options.sequential,
         progress,
+        keep=False,
     )
     return [
         dataclasses.replace(
@@ -343,7 +358,12 @@ def finish(
     reuse = not options.sequential
 
     def turn_of(
-        step: str, todo: list[Draft], before: list[Conversation], message: list[str], limit: int
+        step: str,
+        todo: list[Draft],
+        before: list[Conversation],
+        message: list[str],
+        limit: int,
+        keep: bool = True,
     ) -> tuple[list[Draft], list[Turn]]:
         prompts = [
             reply_to(conversation, next_message(expert.tokenizer, text))
@@ -352,64 +372,46 @@ def finish(
         sampling = Sampling(
             limit, options.expert_temperature, options.expert_repetition_penalty, seeds(step)
         )
-        return _write(expert, todo, step, before, prompts, sampling, reuse, progress)
+        return _write(expert, todo, step, before, prompts, sampling, reuse, progress, keep)
 
     todo = [draft for _, draft, _ in open_drafts]
     before = [draft.after_feedback or draft.after_answer for draft in todo]
     # Where the expert gave feedback it stands in the conversation, and need not be said again.
     ours = [draft.expert_feedback.text if draft.expert_feedback else "" for draft in todo]
-    feedback = [text or draft.student_feedback.text for text, draft in zip(ours, todo, strict=True)]
-    said = [
-        "" if text else draft.student_feedback.text for text, draft in zip(ours, todo, strict=True)
-    ]
+    theirs = [draft.student_feedback.text for draft in todo]
+    said = ["" if own else other for own, other in zip(ours, theirs, strict=True)]
+    feedback = [own or other for own, other in zip(ours, theirs, strict=True)]
     merging = [
         place
         for place, draft in enumerate(todo)
         if draft.expert_feedback
         and roles.needs_merge(draft.expert_feedback, draft.student_feedback)
     ]
-    merged, merge_turns = turn_of(
+    merged, turns = turn_of(
         "merge",
         [todo[place] for place in merging],
         [before[place] for place in merging],
         [_merge_message(todo[place]) for place in merging],
         options.merge_tokens,
     )
-    for place, draft, turn in zip(merging, merged, merge_turns, strict=True):
+    for place, draft, turn in zip(merging, merged, turns, strict=True):
         todo[place], before[place], feedback[place] = draft, turn.conversation, turn.text
 
-    todo, revised = turn_of(
-        "revise",
-        todo,
-        before,
-        [roles.revise_prompt(text) for text in said],
-        options.answer_tokens,
-    )
-    todo, critiques = turn_of(
-        "critique",
-        todo,
-        [turn.conversation for turn in revised],
-        [roles.critique_prompt()] * len(todo),
-        options.merge_tokens,
-    )
-    todo, finals = turn_of(
-        "final",
-        todo,
-        [turn.conversation for turn in critiques],
-        [roles.final_prompt()] * len(todo),
-        options.answer_tokens,
-    )
-    for (place, _, score), draft, text, revision, critique, final in zip(
-        open_drafts, todo, feedback, revised, critiques, finals, strict=True
+    # Each step's conversations take the place of the last one's, whose caches are let go.
+    written: dict[str, list[str]] = {}
+    for step, messages, limit in (
+        ("revise", [roles.revise_prompt(text) for text in said], options.answer_tokens),
+        ("critique", [roles.critique_prompt()] * len(todo), options.merge_tokens),
+        ("final", [roles.final_prompt()] * len(todo), options.answer_tokens),
     ):
-        outcomes[place] = Outcome(
-            draft,
-            score,
-            text,
-            revision.text,
-            critique.text,
-            roles.Answer(final.text, roles.final_answer(final.text), final.tokens),
-        )
+        todo, turns = turn_of(step, todo, before, messages, limit, keep=step != "final")
+        before = [turn.conversation for turn in turns]
+        written[step] = [turn.text for turn in turns]
+    for (place, _, score), draft, text, revised, critique, turn in zip(
+        open_drafts, todo, feedback, written["revise"], written["critique"], turns, strict=True
+    ):
+        final = roles.Answer(turn.text, roles.final_answer(turn.text), turn.tokens)
+        outcomes[place] = Outcome(draft, score, text, revised, critique, final)
     return [outcomes[place] for place in range(len(drafts))]
 
 

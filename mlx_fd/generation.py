@@ -21,6 +21,8 @@ from mlx_fd.models import taps
 from mlx_fd.models.loading import Loaded
 
 Cache = list[Any]
+# mlx-lm's penalty looks at the last 20 tokens; the published ones at all.
+_WHOLE_CONTEXT = 1 << 20
 _SENTINEL = "\u241fanswer\u241f"
 # Llama's templates print the day; a run must not change with it.
 _TEMPLATE = {"add_generation_prompt": True, "date_string": "26 Jul 2024"}
@@ -148,6 +150,7 @@ def generate(
     sampling: Sampling,
     *,
     reuse: bool = True,
+    keep: bool = True,
     on_token: Callable[[int], None] | None = None,
 ) -> list[Turn]:
     """Let the model write the next turn of each conversation.
@@ -159,6 +162,7 @@ def generate(
         sampling: how to draw, and the most tokens to write.
         reuse: go on from the conversations' caches, all together; ``False`` takes them one by one
             and prefills everything.
+        keep: keep the caches, to go on from the turns; not where nobody will.
         on_token: called with the number of tokens written in each step, for progress.
 
     Returns:
@@ -172,7 +176,7 @@ def generate(
             _generate(loaded, [Conversation(old.tokens)], [prompt], sampling, False, on_token)[0]
             for old, prompt in zip(conversations, prompts, strict=True)
         ]
-    return _generate(loaded, conversations, prompts, sampling, True, on_token)
+    return _generate(loaded, conversations, prompts, sampling, keep, on_token)
 
 
 def _generate(
@@ -194,11 +198,15 @@ def _generate(
         for old in conversations
     ]
     penalty = sampling.repetition_penalty
+    draw = make_sampler(temp=sampling.temperature)
     generator = BatchGenerator(
         loaded.model,
         stop_tokens=[[token] for token in eos],
-        sampler=make_sampler(temp=sampling.temperature),
-        logits_processors=make_logits_processors(repetition_penalty=penalty)
+        # Rows beyond the tokenizer are padding, and the other model may have fewer of them.
+        sampler=lambda logprobs: draw(logprobs[..., : loaded.vocab]),
+        logits_processors=make_logits_processors(
+            repetition_penalty=penalty, repetition_context_size=_WHOLE_CONTEXT
+        )
         if penalty != 1
         else None,
         completion_batch_size=len(conversations),
@@ -221,6 +229,8 @@ def _generate(
                 if response.finish_reason is not None:
                     finished[response.uid] = response.finish_reason == "stop"
                     if keep_cache:
+                        # Lazy slices would hold the whole batch's cache of this very step.
+                        mx.eval([layer.state for layer in response.prompt_cache])
                         kept[response.uid] = response.prompt_cache
             if on_token is not None:
                 on_token(len(responses))

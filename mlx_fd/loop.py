@@ -42,6 +42,7 @@ from mlx_fd.episode import (
     student_feedback,
     to_json,
 )
+from mlx_fd.errors import UserError
 from mlx_fd.evaluation.exam import Question, Result, compare, examine
 from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
 from mlx_fd.generation import rewind
@@ -52,6 +53,8 @@ from mlx_fd.summary import summarise, warnings_of
 
 OPTIMIZER = "optimizer.safetensors"
 EXAM = "exam_before.json"
+# A loss that is next to nothing from the start must not drown the others.
+_LEAST_SCALED = 1e-3
 # Episodes that the warnings look back over.
 _WATCHED = 64
 Report = Callable[[Event], None]
@@ -125,19 +128,20 @@ def run(
     Raises:
         UserError: the run directory cannot be written, or does not fit the run.
     """
-    checkpoint, broken = runs.newest_checkpoint(folder)
-    if broken:
-        report(Warned(f"checkpoint {', '.join(broken)} is not whole; going back before it"))
+    checkpoint, passed_over = runs.newest_checkpoint(folder)
+    for reason in passed_over:
+        report(Warned(f"{reason}; going back before it"))
     with runs.explained(folder):
         runs.roll_back(folder, checkpoint)
-        probe = load_probe(folder)
-        if probe is None:
-            report(Note(f"looking at {len(probe_problems)} held-out problems first"))
-            probe = make_probe(pair, probe_problems, config, _steps(report, 0))
+    probe = load_probe(folder)
+    if probe is None:
+        report(Note(f"looking at {len(probe_problems)} held-out problems first"))
+        probe = make_probe(pair, probe_problems, config, _steps(report, 0))
+        with runs.explained(folder):
             save_probe(probe, folder)
     optimizer = make_optimizer(pair.student, config.training)
     if exam and not (folder / EXAM).exists():
-        # Only a run without a checkpoint gets here, so the student is still untrained.
+        # Whatever the checkpoint holds, the student is still untrained here.
         results = examine(pair, exam, config.generation, _steps(report, 0))
         with runs.explained(folder):
             runs.write_json(folder / EXAM, [dataclasses.asdict(result) for result in results])
@@ -150,6 +154,8 @@ def run(
         load_student(pair.student, checkpoint.folder)
         optimizer.state = tree_unflatten(list(read_arrays(checkpoint.folder / OPTIMIZER).items()))
         report(Note(f"going on after batch {progress.batch}"))
+    if stop():
+        return None
     report(Probed(progress.probe_first, progress.probe_last, vars(probe.headroom)))
     for concern in probe.headroom.concerns():
         report(Warned(concern))
@@ -211,14 +217,40 @@ def _first(pair: Pair, probe: Probe, config: Config) -> Progress:
     """The state before the first batch: the probe set's losses make the scales."""
     names = config.losses.losses
     losses = probe.losses(pair, config)
+    _check_finite(losses, 0, config)
     if config.losses.scales:
         scales = dict(zip(names, config.losses.scales, strict=True))
     else:
-        # A loss that is nothing from the start, or that nothing is known of, is left as it is.
-        scales = {name: 1 / losses[name] if losses.get(name, 0) > 1e-6 else 1.0 for name in names}
+        # A loss that nothing is known of is left as it is.
+        scales = {
+            name: 1 / max(losses[name], _LEAST_SCALED) if name in losses else 1.0 for name in names
+        }
     state = gate.initial_state(config.gate, names)
     state, _ = gate.observe_probe(state, losses, config.gate, cost=0.0)
     return Progress(0, state, scales, 0, 0, losses, losses, 1.0, 0)
+
+
+def _check_finite(losses: dict[str, float], batch: int, config: Config) -> None:
+    """Stop a run whose student is lost, before its state is saved.
+
+    Raises:
+        UserError: a loss is not finite.
+    """
+    lost = [name for name, value in losses.items() if not math.isfinite(value)]
+    if not lost:
+        return
+    if batch == 0:
+        raise UserError(
+            f"the {lost[0]} loss is not finite before any training: the weights of the expert "
+            "or the student are not whole; fetch or convert them again."
+        )
+    rates = config.training
+    raise UserError(
+        f"the student diverged in batch {batch}: its {lost[0]} loss is not finite any more. The "
+        "checkpoints before it are whole. Begin a new run with lower learning rates (--lora-rate "
+        f"{rates.lora_rate:g}, --score-rate {rates.score_rate:g}, --projection-rate "
+        f"{rates.projection_rate:g} were too high) or a smaller --clip."
+    )
 
 
 def _with_probe(progress: Progress, losses: dict[str, float]) -> Progress:
@@ -304,10 +336,7 @@ def _batch(
     for place in asked:
         sample = _sample(pair, drafts[place], config)
         losses = measure(pair.student, pair.expert, [sample], config.losses, pair.vocab, 1)
-        expert_score = sample.expert_score
-        decision = gate.trigger(
-            state, expert_score, drafts[place].student_score, losses, config.gate
-        )
+        decision = _decide(state, sample, drafts[place].student_score, losses, config)
         readings[place] = _Reading(sample, losses, decision)
         if not state.frozen or audits[place]:
             state = gate.observe_sample(state, losses, config.gate)
@@ -321,6 +350,8 @@ def _batch(
         for place, r in readings.items()
         if updates and r.decision.distil
     }
+    for losses in after.values():
+        _check_finite(losses, number + 1, config)
     progress = dataclasses.replace(
         progress,
         batch=number + 1,
@@ -331,6 +362,7 @@ def _batch(
     stop_decision = None
     if updates and progress.distilled % config.episode.probe_every == 0:
         probe_losses = probe.losses(pair, config)
+        _check_finite(probe_losses, number + 1, config)
         state, stop_decision = gate.observe_probe(
             state, probe_losses, config.gate, cost=float(progress.spent)
         )
@@ -353,12 +385,26 @@ def _batch(
         "lagging": len(lagging),
         "weights": weights,
         "updates": [_update_row(u) for u in updates],
-        "probe": _finite_all(progress.probe_last) if stop_decision else None,
+        "probe": progress.probe_last if stop_decision else None,
         "stop": dataclasses.asdict(stop_decision) if stop_decision else None,
         "frozen": progress.gate.frozen,
         "seconds": round(time.perf_counter() - begin, 3),
     }
     return progress, rows, metrics
+
+
+def _decide(
+    state: gate.GateState,
+    sample: Sample,
+    student_score: float,
+    losses: dict[str, float],
+    config: Config,
+) -> gate.TriggerDecision:
+    """The gate's decision; a sample that overflowed in the expert is not learned from."""
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            return gate.TriggerDecision(False, f"the {name} loss of this sample is not finite")
+    return gate.trigger(state, sample.expert_score, student_score, losses, config.gate)
 
 
 def _sample(pair: Pair, draft: Draft, config: Config) -> Sample:
@@ -417,13 +463,9 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _finite_all(losses: dict[str, float]) -> dict[str, float | None]:
-    return {name: _finite(value) for name, value in losses.items()}
-
-
 def _update_row(update: Update) -> dict[str, Any]:
     return {
-        "losses": _finite_all(update.losses),
+        "losses": {name: _finite(value) for name, value in update.losses.items()},
         "total": _finite(update.total),
         "gradient_norm": _finite(update.gradient_norm),
         "skipped": update.skipped,
@@ -437,6 +479,6 @@ def _gate_row(reading: _Reading | None, after: dict[str, float] | None) -> dict[
         "distilled": reading.decision.distil,
         "reason": reading.decision.reason,
         "on_policy": reading.sample.on_policy,
-        "losses_before": _finite_all(reading.losses),
-        "losses_after": after and _finite_all(after),
+        "losses_before": {name: _finite(value) for name, value in reading.losses.items()},
+        "losses_after": after,
     }

@@ -29,7 +29,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.generation import rewind
 from mlx_fd.models.student import read_arrays
 from mlx_fd.problems import Problem
-from mlx_fd.runs import write_json
+from mlx_fd.runs import digest_of, write_json, write_with
 
 PROBE_ROWS = "probe.json"
 PROBE_ARRAYS = "probe.safetensors"
@@ -137,6 +137,7 @@ def make_probe(
             seeds("student_answer"),
             progress,
             temperature=options.student_temperature,
+            keep=False,
         )
         right = [is_correct(draft.answer.final, draft.problem) for draft in drafts]
         expert_scores = [d.expert_feedback.score if d.expert_feedback else None for d in drafts]
@@ -184,16 +185,19 @@ def save_probe(probe: Probe, folder: Path) -> None:
                 "layers": len(sample.expert_pooled),
             }
         )
-    temporary = folder / f".tmp-{PROBE_ARRAYS}"
-    mx.save_safetensors(str(temporary), arrays)
-    temporary.replace(folder / PROBE_ARRAYS)
-    write_json(folder / PROBE_ROWS, {"headroom": vars(probe.headroom), "samples": rows})
+    digest = write_with(folder / PROBE_ARRAYS, lambda path: mx.save_safetensors(str(path), arrays))
+    write_json(
+        folder / PROBE_ROWS,
+        {"sha256": digest, "headroom": vars(probe.headroom), "samples": rows},
+    )
 
 
 def load_probe(folder: Path) -> Probe | None:
     """The probe set that :func:`save_probe` kept, or ``None`` where it is not whole."""
     try:
         content: dict[str, Any] = json.loads((folder / PROBE_ROWS).read_text(encoding="utf-8"))
+        if content["sha256"] != digest_of(folder / PROBE_ARRAYS):
+            return None
         arrays = read_arrays(folder / PROBE_ARRAYS)
         samples = tuple(
             Sample(

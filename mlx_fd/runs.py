@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,19 @@ SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
 _LOCK = ".lock"
+# Says where the base model is; a user may point it elsewhere.
+_EDITABLE = ("adapter_config.json",)
+
+# All that a kill can leave before the manifest is there.
+_BEGUN = {
+    _LOCK,
+    "README.md",
+    ".README.md.tmp",
+    CONFIG,
+    f".{CONFIG}.tmp",
+    f".{MANIFEST}.tmp",
+    CHECKPOINTS,
+}
 
 _README = """\
 # A run of mlx-fd
@@ -60,6 +74,25 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     _sync_folder(path.parent)
+
+
+def write_with(path: Path, write: Callable[[Path], None]) -> str:
+    """Let something that writes files itself write one, atomically.
+
+    Args:
+        path: where the file shall be.
+        write: writes it to the path it is given, which has the same suffix.
+
+    Returns:
+        The file's SHA-256.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")
+    write(temporary)
+    _sync_file(temporary)
+    digest = digest_of(temporary)
+    temporary.replace(path)
+    _sync_folder(path.parent)
+    return digest
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -111,11 +144,9 @@ def create(folder: Path, config_toml: str, manifest: dict[str, Any]) -> None:
     Raises:
         UserError: there is something in it already, or it cannot be written.
     """
-    if folder.exists() and any(entry.name != _LOCK for entry in folder.iterdir()):
-        hint = f"go on with: mlx-fd resume {folder}" if is_run(folder) else "choose another --out"
-        raise UserError(f"{folder}: there is something in this folder already; {hint}")
+    check_new(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CHECKPOINTS).mkdir()
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)
     write_atomic(folder / "README.md", _README)
     write_atomic(folder / CONFIG, config_toml)
     # Last: a folder with a manifest is a run.
@@ -182,7 +213,7 @@ def explained(folder: Path) -> Iterator[None]:
 def _cannot_write(folder: Path, why: str) -> UserError:
     return UserError(
         f"{folder}: cannot be written ({why}). What was saved before is whole; "
-        f"free some space, then: mlx-fd resume {folder}"
+        f"free some space, then: mlx-fd resume {shlex.quote(str(folder))}"
     )
 
 
@@ -199,7 +230,8 @@ class Checkpoint:
         return int(self.state["batch"])
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """A file's SHA-256."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -235,15 +267,24 @@ def save_checkpoint(
     files = sorted(temporary.iterdir())
     for path in files:
         _sync_file(path)
-    digests = {path.name: _digest(path) for path in files}
+    digests = {path.name: digest_of(path) for path in files if path.name not in _EDITABLE}
     write_json(temporary / STATE, {"batch": batch, **state, "files": digests})
-    shutil.rmtree(final, ignore_errors=True)
+    former = checkpoints / f".{batch:06d}.former"
+    if final.exists():
+        final.rename(former)
     temporary.rename(final)
     _sync_folder(checkpoints)
     _point(checkpoints / "last", final.name)
     _point(checkpoints / "best", f"{best:06d}")
-    for old in _numbered(checkpoints)[keep:]:
-        if old.name != f"{best:06d}":
+    shutil.rmtree(former, ignore_errors=True)
+    # A kept checkpoint may be gone back to, and then its own best must still be there.
+    kept = _numbered(checkpoints)[:keep]
+    needed = {final.name, f"{best:06d}", *(path.name for path in kept)}
+    for path in kept:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            needed.add(f"{json.loads((path / STATE).read_text())['best_batch']:06d}")
+    for old in _numbered(checkpoints):
+        if old.name not in needed:
             shutil.rmtree(old)
 
 
@@ -260,58 +301,89 @@ def _numbered(checkpoints: Path) -> list[Path]:
 
 
 def _read_checkpoint(folder: Path) -> Checkpoint | None:
-    """The checkpoint in a folder, or ``None`` where a file is missing or not what was written."""
+    """The checkpoint in a folder, or ``None`` where a file is missing or not what was written.
+
+    A file that is there and cannot be read (permissions, a failing disk) is another matter: that
+    error goes through, and nothing is given up for it.
+    """
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        whole = all(_digest(folder / name) == value for name, value in state["files"].items())
+        whole = all(digest_of(folder / name) == value for name, value in state["files"].items())
         return Checkpoint(folder, state) if whole and state["batch"] >= 0 else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
+def _log_size(folder: Path, name: str) -> int:
+    path = folder / name
+    return path.stat().st_size if path.exists() else 0
+
+
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest good checkpoint of a run, without changing anything.
+    """The newest checkpoint of a run that is whole and whose logs are there, changing nothing.
 
     Returns:
-        The checkpoint (``None`` where there is none yet), and the names of newer, broken ones.
+        The checkpoint (``None`` where the run has not come to one), and why newer ones are
+        passed over.
+
+    Raises:
+        UserError: there are checkpoints, and none of them will do.
     """
-    broken: list[str] = []
     checkpoints = folder / CHECKPOINTS
+    passed_over = []
     for candidate in _numbered(checkpoints) if checkpoints.is_dir() else []:
         checkpoint = _read_checkpoint(candidate)
-        if checkpoint is not None:
-            return checkpoint, broken
-        broken.append(candidate.name)
-    return None, broken
+        if checkpoint is None:
+            passed_over.append(f"checkpoint {candidate.name} is not whole")
+            continue
+        sizes = checkpoint.state["log_bytes"]
+        short = [name for name, size in sizes.items() if _log_size(folder, name) < size]
+        if not short:
+            return checkpoint, passed_over
+        passed_over.append(f"{short[0]} has lost lines that checkpoint {candidate.name} knew")
+    if passed_over:
+        raise UserError(
+            f"{folder}: no checkpoint can be gone back to: {'; '.join(passed_over)}. Something "
+            "else changed these files; bring them back, or begin a new run."
+        )
+    return None, passed_over
 
 
 def roll_back(folder: Path, checkpoint: Checkpoint | None) -> None:
-    """Bring a run directory to where a checkpoint left it.
+    """Bring a run directory to where a checkpoint of :func:`newest_checkpoint` left it.
 
-    Logs are cut to their length then, and everything newer goes.
-
-    Raises:
-        UserError: a log is shorter than the checkpoint knew it.
+    Logs are cut to their length then. Newer checkpoints, which are not whole, are put aside under
+    another name; half-written files go.
     """
     checkpoints = folder / CHECKPOINTS
     checkpoints.mkdir(exist_ok=True)
     sizes = checkpoint.state["log_bytes"] if checkpoint else {}
     for name in (EPISODES, METRICS):
-        path, size = folder / name, sizes.get(name, 0)
-        length = path.stat().st_size if path.exists() else 0
-        if length < size:
-            raise UserError(
-                f"{path}: is shorter than the checkpoint {checkpoint and checkpoint.folder.name} "
-                f"says ({length} bytes, not {size}). The file was changed by something else; put "
-                "it back, or begin a new run."
-            )
-        if length > size:
-            os.truncate(path, size)
+        if _log_size(folder, name) > sizes.get(name, 0):
+            os.truncate(folder / name, sizes.get(name, 0))
     batch = checkpoint.batch if checkpoint else -1
     for path in checkpoints.iterdir():
-        if path.name.startswith(".") or (path.name.isdigit() and int(path.name) > batch):
+        if path.name.startswith("."):
             path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+        elif path.name.isdigit() and int(path.name) > batch:
+            aside = path.with_name(f"{path.name}.broken")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
     if checkpoint is not None:
         _point(checkpoints / "last", checkpoint.folder.name)
         _point(checkpoints / "best", f"{checkpoint.state['best_batch']:06d}")
     (folder / SUMMARY).unlink(missing_ok=True)
+
+
+def check_new(folder: Path) -> None:
+    """Make sure that a run can be made in a folder: it is empty, or a run was only begun there.
+
+    Raises:
+        UserError: there is a run in it, or something else.
+    """
+    if is_run(folder):
+        raise UserError(
+            f"{folder}: this is a run already; go on with: mlx-fd resume {shlex.quote(str(folder))}"
+        )
+    if folder.is_dir() and not {path.name for path in folder.iterdir()} <= _BEGUN:
+        raise UserError(f"{folder}: there is something in this folder; choose another --out")

@@ -161,10 +161,7 @@ def check_out(folder: Path) -> None:
     Raises:
         UserError: there is something in the folder, or it cannot be written.
     """
-    if runs.is_run(folder):
-        raise UserError(f"{folder}: this is a run already; go on with: mlx-fd resume {folder}")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder}: there is something in this folder; choose another --out")
+    runs.check_new(folder)
     if folder.is_symlink() and not folder.exists():
         raise UserError(f"{folder}: this link leads nowhere; choose another --out")
     there = folder.absolute()
@@ -298,7 +295,10 @@ def open_pair(plan: Plan) -> Any:
     expert, base = load_pair(plan.expert_path, plan.student_path, dequantize=options.dequantize)
     student = make_student(base.model, taps.width(expert.model), options, plan.config.episode.seed)
     # One tokenizer for both: they were compared token by token, and so read the same prompts.
-    reader = dataclasses.replace(base, model=student.model, tokenizer=expert.tokenizer)
+    reader = dataclasses.replace(
+        base, model=student.model, tokenizer=expert.tokenizer, vocab=plan.vocab
+    )
+    expert = dataclasses.replace(expert, vocab=plan.vocab)
     return Pair(expert, student, reader, plan.vocab)
 
 

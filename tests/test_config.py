@@ -28,7 +28,7 @@ def test_published_preset_holds_the_published_numbers():
     assert config.losses.scales == (1.0, 1.0, 1.0, 0.03)
     assert config.training.score_rate == 5e-5
     assert config.training.projection_rate == 1e-6
-    assert config.gate.stop_threshold == 0.9
+    assert config.gate.gate == "published"
     assert (config.episode.student_weight, config.episode.target_score) == (0.65, 1.0)
 
 

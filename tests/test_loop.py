@@ -12,12 +12,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from pairs import SMALL, make_dirs, make_plan, without_seconds
+from tiny import make_model_dir
 
 from mlx_fd import gate, runs
 from mlx_fd.config import to_toml
 from mlx_fd.episode import combined_score
 from mlx_fd.errors import UserError
 from mlx_fd.events import BatchDone, Warned
+from mlx_fd.generation import Conversation, Sampling, generate, opening
 from mlx_fd.loop import run
 from mlx_fd.session import open_pair
 
@@ -130,9 +132,11 @@ def test_sequential_is_the_same_run_without_batches_and_caches(finished, dirs, t
 def test_stopping_after_any_batch_and_resuming_changes_nothing(finished, tmp_path):
     folder, plan, _, _ = finished
     stopped = tmp_path / "stopped"
-    for _ in range(3):
-        assert start(stopped, plan, stop=lambda: True) is None
-    assert len(rows(stopped)) == 6
+    for done in range(1, 4):
+        # Asked once before the first batch, then after each.
+        answers = iter([False, True])
+        assert start(stopped, plan, stop=lambda answers=answers: next(answers)) is None
+        assert len(rows(stopped)) == 2 * done
     assert start(stopped, plan) is not None
     assert_same(folder, stopped)
     assert start(stopped, plan)["episodes"] == 8
@@ -181,8 +185,9 @@ def test_dying_at_any_flush_and_resuming_changes_nothing(finished, tmp_path, mon
 def test_a_harmed_last_checkpoint_is_passed_over(finished, tmp_path, harm):
     folder, plan, _, _ = finished
     target = tmp_path / "harmed"
-    start(target, plan, stop=lambda: True)
-    start(target, plan, stop=lambda: True)
+    for _ in range(2):
+        answers = iter([False, True])
+        start(target, plan, stop=lambda answers=answers: next(answers))
     last = (target / "checkpoints" / "last").resolve()
     weights_file = last / "adapters.safetensors"
     data = weights_file.read_bytes()
@@ -354,10 +359,87 @@ def test_on_policy_fraction(dirs, tmp_path):
     assert all("lm" not in row["gate"]["losses_before"] for row in found)
 
 
+def test_a_student_that_diverges_ends_the_run_with_a_message(dirs, tmp_path):
+    plan = make_plan(*dirs, lora_rate=1e9, clip=0.0)
+    with pytest.raises(UserError, match=r"diverged in batch 1.*--lora-rate 1e\+09"):
+        start(tmp_path / "run", plan)
+    assert runs.newest_checkpoint(tmp_path / "run")[0].batch == 0
+
+
+def test_stopping_before_the_first_batch(finished, tmp_path):
+    folder, plan, _, _ = finished
+    answers = iter([True])
+    assert start(tmp_path / "run", plan, stop=lambda: next(answers)) is None
+    assert rows(tmp_path / "run") == []
+    start(tmp_path / "run", plan)
+    assert_same(folder, tmp_path / "run")
+
+
+def test_a_harmed_probe_set_is_made_again(finished, tmp_path):
+    folder, plan, _, _ = finished
+    target = tmp_path / "run"
+    answers = iter([False, True])
+    start(target, plan, stop=lambda: next(answers))
+    arrays = target / "probe.safetensors"
+    data = bytearray(arrays.read_bytes())
+    data[-400:] = bytes(400)
+    arrays.write_bytes(data)
+    start(target, plan)
+    assert_same(folder, target)
+
+
+def test_the_adapter_may_be_pointed_to_another_base(finished, tmp_path):
+    folder, plan, _, _ = finished
+    target = tmp_path / "run"
+    answers = iter([False, True])
+    start(target, plan, stop=lambda: next(answers))
+    config = target / "checkpoints" / "last" / "adapter_config.json"
+    config.write_text(config.read_text().replace("student", "elsewhere"))
+    start(target, plan)
+    assert_same(folder, target)
+
+
+def test_conversations_of_different_lengths_hold_their_own_caches_only(dirs, tmp_path):
+    """What mlx-lm hands out is a lazy slice of a whole batch; kept so, it would hold all of it."""
+    pair = open_pair(make_plan(*dirs))
+    tokenizer = pair.expert.tokenizer
+    # A third of all tokens end a turn, so the turns end at many different steps.
+    tokenizer._eos_token_ids = set(range(0, 400, 25))
+    prompts = [opening(tokenizer, f"How many {word}?") for word in "abcdefgh"]
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    turns = generate(
+        pair.expert, [Conversation()] * 8, prompts, Sampling(60, temperature=1.0, seed=3)
+    )
+    held = mx.get_active_memory() - before
+    needed = sum(c.keys.nbytes + c.values.nbytes for t in turns for c in t.conversation.cache)
+    assert len({len(turn.tokens) for turn in turns}) > 3
+    assert held < 1.5 * needed + 1e5
+    turns = generate(pair.expert, [Conversation()] * 8, prompts, Sampling(60), keep=False)
+    assert all(turn.conversation.cache is None for turn in turns)
+
+
+def test_padding_of_the_vocabulary_is_never_written(dirs, tmp_path):
+    """The expert has rows that the student has not; they mean nothing and must not be drawn."""
+    wide = make_model_dir(tmp_path / "wide", arch="qwen2", hidden=32, layers=2, vocab_size=1600)
+    narrow = make_model_dir(
+        tmp_path / "narrow", arch="qwen2", hidden=16, layers=2, vocab_size=448, seed=1
+    )
+    plan = make_plan(wide, narrow, expert_temperature=1.0, student_temperature=1.0, episodes=4)
+    pair = open_pair(plan)
+    assert pair.expert.vocab == pair.reader.vocab == 400
+    prompts = [opening(pair.expert.tokenizer, "Hi")] * 4
+    turns = generate(pair.expert, [Conversation()] * 4, prompts, Sampling(40, 1.0))
+    assert max(max(turn.tokens) for turn in turns) < 400
+    start(tmp_path / "one", plan)
+    start(tmp_path / "two", plan)
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
 def test_a_log_changed_by_something_else_is_refused(finished, tmp_path):
     folder, plan, _, _ = finished
     target = tmp_path / "run"
     shutil.copytree(folder, target, symlinks=True)
     (target / runs.EPISODES).write_text("")
-    with pytest.raises(UserError, match="is shorter than the checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint can be gone back to"):
         start(target, plan)

@@ -90,11 +90,11 @@ def test_a_broken_checkpoint_is_passed_over(harm, tmp_path):
     else:
         state.write_text("[]")
     found, broken = runs.newest_checkpoint(run)
-    assert found.batch == 1 and broken == ["000002"]
+    assert found.batch == 1 and broken == ["checkpoint 000002 is not whole"]
     runs.roll_back(run, found)
     assert runs.read_lines(run / runs.EPISODES) == [{"episode": 0}]
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
-    assert names == ["000001", "best", "last"]
+    assert names == ["000001", "000002.broken", "best", "last"]
     assert (run / "checkpoints" / "best").readlink() == Path("000001")
 
 
@@ -114,8 +114,57 @@ def test_a_log_that_lost_lines_is_noticed(tmp_path):
     runs.append_lines(run / runs.EPISODES, [{"episode": 0}])
     save(run, 1)
     (run / runs.EPISODES).write_text("")
-    with pytest.raises(UserError, match="is shorter than the checkpoint"):
-        runs.roll_back(run, runs.newest_checkpoint(run)[0])
+    with pytest.raises(UserError, match="has lost lines that checkpoint 000001 knew"):
+        runs.newest_checkpoint(run)
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_touched(tmp_path):
+    run = make_run(tmp_path / "run")
+    runs.append_lines(run / runs.EPISODES, [{"episode": 0}])
+    for batch in (1, 2):
+        save(run, batch, best=1)
+        (run / "checkpoints" / f"{batch:06d}" / "weights.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="000002 is not whole; checkpoint 000001 is not whole"):
+        runs.newest_checkpoint(run)
+    assert len(runs.read_lines(run / runs.EPISODES)) == 1
+    assert (run / "checkpoints" / "000001").is_dir()
+
+
+def test_lost_log_lines_go_back_to_a_checkpoint_before_them(tmp_path):
+    run = make_run(tmp_path / "run")
+    runs.append_lines(run / runs.EPISODES, [{"episode": 0}])
+    save(run, 1, best=1)
+    size = (run / runs.EPISODES).stat().st_size
+    runs.append_lines(run / runs.EPISODES, [{"episode": 1}])
+    save(run, 2, best=1)
+    with (run / runs.EPISODES).open("r+") as file:
+        file.truncate(size + 3)
+    found, why = runs.newest_checkpoint(run)
+    assert found.batch == 1 and "lost lines" in why[0]
+    runs.roll_back(run, found)
+    assert (run / runs.EPISODES).stat().st_size == size
+
+
+def test_the_best_of_a_checkpoint_gone_back_to_is_still_there(tmp_path):
+    run = make_run(tmp_path / "run")
+    for batch in range(2, 11):
+        save(run, batch, best=10 if batch == 10 else 2, keep=2)
+    (run / "checkpoints" / "000010" / "weights.bin").write_bytes(b"")
+    found, _ = runs.newest_checkpoint(run)
+    runs.roll_back(run, found)
+    assert found.batch == 9
+    assert (run / "checkpoints" / "best").resolve().name == "000002"
+    assert (run / "checkpoints" / "best" / "weights.bin").exists()
+
+
+def test_a_run_that_was_only_begun_can_be_made(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / "README.md").write_text("half")
+    (folder / "checkpoints").mkdir()
+    make_run(folder)
+    assert runs.is_run(folder)
 
 
 def test_two_processes_cannot_hold_a_run(tmp_path):

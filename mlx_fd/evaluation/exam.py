@@ -115,9 +115,18 @@ def examine(
             [before for _, before in read],
             [prompt[-1:] for prompt in prompts],
             Sampling(options.feedback_tokens),
+            keep=False,
             on_token=lambda count: progress("exam", count),
         )
-        own = answer(pair.reader, [q.problem for q in chunk], options, 0, progress, temperature=0.0)
+        own = answer(
+            pair.reader,
+            [q.problem for q in chunk],
+            options,
+            0,
+            progress,
+            temperature=0.0,
+            keep=False,
+        )
         for question, score, turn, draft in zip(chunk, scores, turns, own, strict=True):
             feedback = parsed(turn)
             named = arithmetic.first_error(feedback.text)

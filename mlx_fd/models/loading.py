@@ -32,6 +32,7 @@ class Loaded:
         config: the checkpoint's configuration.
         path: the directory it came from.
         dtype: of its activations.
+        vocab: tokens it may write: ids below this. The model's rows beyond them are padding.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class Loaded:
     config: dict[str, Any]
     path: Path
     dtype: mx.Dtype
+    vocab: int
 
 
 def _float32_bytes(model: nn.Module) -> int:
@@ -106,7 +108,8 @@ def _loaded(path: Path, model: nn.Module, config: dict[str, Any]) -> Loaded:
     # Scales or unquantised weights; norms are among them in every architecture.
     floating = (v.dtype for _, v in tree_flatten(model.parameters()))
     dtype = next(d for d in floating if mx.issubdtype(d, mx.floating))
-    return Loaded(model, tokenizer, config, path, dtype)
+    vocab = max(tokenizer.get_vocab().values()) + 1
+    return Loaded(model, tokenizer, config, path, dtype, vocab)
 
 
 def load(path: Path, *, dequantize: str = "auto") -> Loaded:

@@ -25,7 +25,7 @@ _KEPT_HIDDEN, _KEPT_MLP, _KEPT_HEADS = 6, 7, 3
 # Copies of [heads, tokens, tokens] a block keeps where attention is not fused: 1.5 measured.
 _KEPT_SCORES = 2
 # Conversations keep their caches while the generator works on copies.
-_CACHE_COPIES = 2
+_CACHE_COPIES = 3
 _CACHE_STEP = 256
 
 

@@ -73,6 +73,8 @@ def make_student(model: nn.Module, expert_width: int, options: ModelOptions, see
                 "--train full needs a student with unquantised weights: choose a bf16 form "
                 "(for instance --student qwen2.5-0.5b-bf16), or train LoRA."
             )
+        # In bfloat16 most steps of an ordinary learning rate round to nothing.
+        model.set_dtype(mx.float32)
         model.unfreeze()
     else:
         model.freeze()

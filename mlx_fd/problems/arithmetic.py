@@ -429,9 +429,9 @@ def wrong_answer(rng: random.Random, drawn: Exercise, kind: str | None = None) -
 # -------------------------------------------------------------------------------------- feedback
 
 ALL_RIGHT = "Every step is right."
-_SHOULD = re.compile(
-    r"(?:Step (\d) should (?:be \S+?|not) (and it is\b|but it is\b|be there\b)"
-    r"|(The final answer) should be \S+ but it is\b)"
+_CHECK = re.compile(
+    r"(?:Step (\d)|The final answer) should (?:not be there\b|be [^\s,]+, it is "
+    r"(?:missing\b|[^\s:]+: (?:(right)\b|(?:an?|the) \w)))"
 )
 
 
@@ -448,19 +448,21 @@ def feedback_text(solution: str, answer: str) -> str:
     right, _ = read(solution)
     steps, final = read(answer)
     last = verdict.first_error - 1 if verdict.first_error else len(right)
-    said = [f"Step {k} should be {step} and it is." for k, step in enumerate(right[:last], 1)]
-    if not verdict.first_error:
-        said.append(ALL_RIGHT)
-    elif verdict.kind == EXTRA:
+    said = [
+        f"Step {k} should be {step}, it is {written}: right."
+        for k, (step, written) in enumerate(zip(right[:last], steps[:last], strict=True), 1)
+    ]
+    if verdict.kind == EXTRA:
         said.append(f"Step {last + 1} should not be there.")
-    elif verdict.kind == FINAL:
-        shown = "missing" if final is None else final
-        said.append(f"The final answer should be {right[-1].result} but it is {shown}.")
+    elif last == len(right):
+        shown = "missing" if final is None else f"{final}: {verdict.kind or 'right'}"
+        said.append(f"The final answer should be {right[-1].result}, it is {shown}.")
+        said += [] if verdict.first_error else [ALL_RIGHT]
     elif last == len(steps):
-        said.append(f"Step {last + 1} should be {right[last]} but it is missing.")
+        said.append(f"Step {last + 1} should be {right[last]}, it is missing.")
     else:
         said.append(
-            f"Step {last + 1} should be {right[last]} but it is {steps[last]}, {verdict.kind}."
+            f"Step {last + 1} should be {right[last]}, it is {steps[last]}: {verdict.kind}."
         )
     return " ".join(said)
 
@@ -478,13 +480,11 @@ def first_error(text: str) -> int | None:
         all is right; ``None`` where it cannot be read.
     """
     steps = 0
-    for found in _SHOULD.finditer(text):
-        number, judged, final = found.groups()
-        if final:
-            return steps + 1
-        if not judged.startswith("and"):
-            return int(number)
-        steps = int(number)
+    for found in _CHECK.finditer(text):
+        number, right = found.groups()
+        if not right:
+            return int(number) if number else steps + 1
+        steps = int(number) if number else steps
     return 0 if ALL_RIGHT in text else None
 
 
