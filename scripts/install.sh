@@ -1,5 +1,5 @@
 # Sourced by loop.sh and test.sh: makes .venv if there is none and installs mlx-fd into it.
-# Usage: . scripts/install.sh EXTRAS   (from the repository's root; EXTRAS such as "dev", or "")
+# The caller sets `extras` (such as "dev", or "") and stands in the repository's root.
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "error: $*"; exit 1; }
@@ -38,7 +38,7 @@ install_blas() {
   .venv/bin/pip install -q -e ".[mkl]" || say "no fast BLAS could be installed; runs will be slow"
 }
 
-extras=$1
+
 linux_cpu=no
 if [ "$(uname -s)" = Linux ]; then
   if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then

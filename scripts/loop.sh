@@ -3,5 +3,6 @@
 # Options are those of `mlx-fd loop`, for instance: sh scripts/loop.sh --episodes 16
 set -eu
 cd "$(dirname "$0")/.."
-. scripts/install.sh ""
+extras=""
+. scripts/install.sh
 exec .venv/bin/mlx-fd loop --expert smollm2-135m --student smollm2-135m:layers=15 --preset quick "$@"

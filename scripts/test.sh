@@ -2,7 +2,8 @@
 # The tests. Options are pytest's, for instance: sh scripts/test.sh -k gate
 set -eu
 cd "$(dirname "$0")/.."
-. scripts/install.sh dev
+extras=dev
+. scripts/install.sh
 # One BLAS thread: bit-repeatable, and two test processes do not fight for the cores.
 export OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 .venv/bin/ruff check .
