@@ -276,6 +276,7 @@ def _run(
                 plan.problems,
                 display,
                 lambda: bool(stopped),
+                plan.exam(),
             )
         except RuntimeError as error:
             raise _explained(error, folder) from error

@@ -168,6 +168,12 @@ class EpisodeOptions:
     probe_size: int = _option(
         8, "Held-out problems the gate watches; also the headroom check.", low=1
     )
+    exam_size: int = _option(
+        100,
+        "Answers with known errors that the student judges before the run and after it; 0: none. "
+        "Only with --problems arithmetic, where the truth is known.",
+        low=0,
+    )
     probe_every: int = _option(1, "Distilled batches between two looks at the probe set.", low=1)
     checkpoint_every: int = _option(4, "Batches between two checkpoints.", low=1)
     keep_checkpoints: int = _option(3, "Checkpoints kept beside the best one.", low=2)

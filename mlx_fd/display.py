@@ -27,6 +27,24 @@ _STEP_NAMES = {
 }
 
 
+_EXAM_NAMES = {
+    "score_error": "exam: error of the score",
+    "readable": "exam: feedback readable",
+    "first_error_on_wrong": "exam: first error found",
+    "first_error_on_right": "exam: right answers passed",
+    "first_error_f1": "exam: F1 of the two",
+    "solved": "exam: problems solved",
+}
+
+
+def _estimate(value: Mapping[str, float | None], sign: str = "") -> str:
+    """A number with its 95 % interval."""
+    if value["value"] is None:
+        return "-"
+    number = format(value["value"], f"{sign}.3f")
+    return f"{number} [{_number(value['low'], '.3f')}, {_number(value['high'], '.3f')}]"
+
+
 def duration(seconds: float) -> str:
     """Seconds as ``42 s``, ``3 min 5 s`` or ``2 h 14 min``."""
     whole = round(seconds)
@@ -244,6 +262,12 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         "scores that could not be read",
         f"expert {unread['expert']}, student {unread['student']} of {summary['episodes']}",
     )
+    for name, sides in summary.get("exam", {}).items():
+        table.add_row(
+            _EXAM_NAMES[name],
+            f"{_estimate(sides['before'])} -> {_estimate(sides['after'])}, change "
+            f"{_estimate(sides['change'], '+')} (n {sides['before']['n']})",
+        )
     table.add_row("time", duration(summary["seconds"]["total"]))
     table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB")
     return table

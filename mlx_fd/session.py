@@ -15,7 +15,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_fd import problems as problem_sets
 from mlx_fd import runs
@@ -24,6 +24,9 @@ from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.resolve import default_student, parse_name, resolve
 from mlx_fd.problems import Problem
+
+if TYPE_CHECKING:
+    from mlx_fd.evaluation.exam import Question
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,15 @@ class Plan:
     problems: tuple[Problem, ...]
     manifest: dict[str, Any]
     notes: tuple[str, ...]
+
+    def exam(self) -> tuple[Question, ...]:
+        """What the student is examined on, where the problems' source knows the truth."""
+        size = self.config.episode.exam_size
+        if self.config.problems.problems != "arithmetic" or not size:
+            return ()
+        from mlx_fd.evaluation.exam import questions
+
+        return questions(size, self.config.episode.seed)
 
 
 def make_plan(config: Config) -> Plan:

