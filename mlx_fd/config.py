@@ -72,6 +72,12 @@ class GenerationOptions:
     student_temperature: float = _option(0.0, "Sampling temperature of the student.", low=0)
     expert_repetition_penalty: float = _option(1.0, "1: none.", low=1)
     student_repetition_penalty: float = _option(1.0, "1: none.", low=1)
+    answer_filter: str = _option(
+        "auto",
+        "How a final number is read: auto takes ####, then \\boxed{}, then the last number; strict "
+        "and flexible are lm-evaluation-harness's filters for GSM8K.",
+        choices=("auto", "strict", "flexible"),
+    )
     sequential: bool = _option(False, "One problem at a time, no cache reuse: the reference.")
 
 

@@ -169,6 +169,12 @@ def _write(
     ], turns
 
 
+def _read(turn: Turn, options: GenerationOptions) -> roles.Answer:
+    """A turn's text and the final number in it."""
+    final = roles.final_answer(turn.text, options.answer_filter)
+    return roles.Answer(turn.text, final, turn.tokens)
+
+
 def answer(
     loaded: Loaded,
     problems: Sequence[Problem],
@@ -213,7 +219,9 @@ def answer(
     return [
         dataclasses.replace(
             draft,
-            answer=roles.Answer(turn.text, roles.final_answer(turn.text), turn.tokens),
+            answer=roles.Answer(
+                turn.text, roles.final_answer(turn.text, options.answer_filter), turn.tokens
+            ),
             after_answer=turn.conversation,
             request=reply_to(turn.conversation, request),
         )
@@ -410,7 +418,9 @@ def finish(
     for (place, _, score), draft, text, revised, critique, turn in zip(
         open_drafts, todo, feedback, written["revise"], written["critique"], turns, strict=True
     ):
-        final = roles.Answer(turn.text, roles.final_answer(turn.text), turn.tokens)
+        final = roles.Answer(
+            turn.text, roles.final_answer(turn.text, options.answer_filter), turn.tokens
+        )
         outcomes[place] = Outcome(draft, score, text, revised, critique, final)
     return [outcomes[place] for place in range(len(drafts))]
 

@@ -443,3 +443,14 @@ def test_a_log_changed_by_something_else_is_refused(finished, tmp_path):
     (target / runs.EPISODES).write_text("")
     with pytest.raises(UserError, match="no checkpoint can be gone back to"):
         start(target, plan)
+
+
+def test_the_answer_filter_decides_what_counts(dirs, tmp_path):
+    """More tokens, drawn at random, hold digits; without #### the strict way reads no answer."""
+    options = {"episodes": 4, "answer_tokens": 40, "expert_temperature": 3.0}
+    for how in ("auto", "strict"):
+        start(tmp_path / how, make_plan(*dirs, answer_filter=how, **options))
+    auto, strict = rows(tmp_path / "auto"), rows(tmp_path / "strict")
+    assert [row["answer"]["text"] for row in auto] == [row["answer"]["text"] for row in strict]
+    assert any(row["answer"]["final"] for row in auto)
+    assert not any(row["answer"]["final"] for row in strict)
