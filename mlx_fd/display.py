@@ -103,7 +103,10 @@ class Display:
     def __call__(self, event: Event) -> None:
         """Take an event."""
         if isinstance(event, Warned):
-            self._console.print(Text.assemble(("warning: ", "yellow"), event.text), soft_wrap=True)
+            self._console.print(
+                Text.assemble(("warning: ", "yellow"), event.text),
+                soft_wrap=not self._console.is_terminal,
+            )
         elif isinstance(event, Note):
             self._say(event.text)
         elif isinstance(event, Step):
@@ -116,7 +119,7 @@ class Display:
     def _say(self, text: str) -> None:
         if not self._quiet:
             # Text: a folder called "[red]" is no style.
-            self._console.print(Text(text), soft_wrap=True)
+            self._console.print(Text(text), soft_wrap=not self._console.is_terminal)
 
     def _take_step(self, event: Step) -> None:
         if event.step != self._step:
