@@ -68,7 +68,15 @@ class GenerationOptions:
     merge_tokens: int = _option(
         128, "Most tokens of the merged feedback and of the critique.", low=1
     )
-    expert_temperature: float = _option(0.0, "Sampling temperature of the expert.", low=0)
+    answer_temperature: float = _option(
+        0.0,
+        "Sampling temperature of the expert's first answer. An expert that is always right gives "
+        "the student no errors to learn from; a warmer one makes some.",
+        low=0,
+    )
+    expert_temperature: float = _option(
+        0.0, "Sampling temperature of all else that the expert writes.", low=0
+    )
     student_temperature: float = _option(0.0, "Sampling temperature of the student.", low=0)
     expert_repetition_penalty: float = _option(1.0, "1: none.", low=1)
     student_repetition_penalty: float = _option(1.0, "1: none.", low=1)

@@ -193,14 +193,14 @@ def answer(
         options: token limit and sampling.
         seed: of the draws.
         progress: told of every token.
-        temperature: ``None``: the expert's.
+        temperature: ``None``: that of first answers.
         keep: keep the caches, to go on from the answers.
     """
     blank = [Draft(p, roles.Answer("", None, ()), Conversation()) for p in problems]
     prompts = [opening(loaded.tokenizer, roles.answer_prompt(p.question)) for p in problems]
     sampling = Sampling(
         options.answer_tokens,
-        options.expert_temperature if temperature is None else temperature,
+        options.answer_temperature if temperature is None else temperature,
         options.expert_repetition_penalty,
         seed,
     )

@@ -425,7 +425,7 @@ def test_padding_of_the_vocabulary_is_never_written(dirs, tmp_path):
     narrow = make_model_dir(
         tmp_path / "narrow", arch="qwen2", hidden=16, layers=2, vocab_size=448, seed=1
     )
-    plan = make_plan(wide, narrow, expert_temperature=1.0, student_temperature=1.0, episodes=4)
+    plan = make_plan(wide, narrow, answer_temperature=1.0, student_temperature=1.0, episodes=4)
     pair = open_pair(plan)
     assert pair.expert.vocab == pair.reader.vocab == 400
     prompts = [opening(pair.expert.tokenizer, "Hi")] * 4
@@ -447,7 +447,7 @@ def test_a_log_changed_by_something_else_is_refused(finished, tmp_path):
 
 def test_the_answer_filter_decides_what_counts(dirs, tmp_path):
     """More tokens, drawn at random, hold digits; without #### the strict way reads no answer."""
-    options = {"episodes": 4, "answer_tokens": 40, "expert_temperature": 3.0}
+    options = {"episodes": 4, "answer_tokens": 40, "answer_temperature": 3.0}
     for how in ("auto", "strict"):
         start(tmp_path / how, make_plan(*dirs, answer_filter=how, **options))
     auto, strict = rows(tmp_path / "auto"), rows(tmp_path / "strict")
