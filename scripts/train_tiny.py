@@ -1,0 +1,760 @@
+"""Train the embedded pair from nothing on a CPU: tokenizer, expert, student, and their cards.
+
+python scripts/train_tiny.py --out DIR            # both, about 40 minutes of one core
+python scripts/train_tiny.py --out DIR --quick    # hardly any training: tests the script
+
+Results repeat to the bit only with the same number of BLAS threads; it asks for one.
+"""
+
+# ruff: noqa: E402
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from mlx_fd.backend import backend
+
+backend()
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx import nn
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+from mlx_lm.utils import quantize_model, save_config, save_model
+from rich.console import Console
+from rich.progress import Progress
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mlx_fd import roles
+from mlx_fd.episode import feedback_request, parsed
+from mlx_fd.generation import Conversation, Sampling, generate, next_message, opening
+from mlx_fd.models.loading import Loaded, load
+from mlx_fd.problems import arithmetic
+from mlx_fd.problems.arithmetic import Exercise
+
+USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# How Qwen2 splits text before the merges: digits one by one, and llama.cpp knows it.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+# -------------------------------------------------------------------------------------- tokenizer
+
+
+def prompt_pieces() -> list[str]:
+    """The fixed pieces of every prompt of the roles: each becomes one token."""
+    one, two = "\u241fone\u241f", "\u241ftwo\u241f"
+    prompts = [
+        roles.answer_prompt(one),
+        roles.feedback_prompt(),
+        roles.merge_prompt(roles.Feedback(one, None), roles.Feedback(two, None)),
+        roles.revise_prompt(one),
+        roles.revise_prompt(""),
+        roles.critique_prompt(),
+        roles.final_prompt(),
+        roles.FEEDBACK_OPENING,
+    ]
+    pieces = [piece for p in prompts for piece in p.replace(two, one).split(one) if piece]
+    return list(dict.fromkeys(pieces))
+
+
+def phrases() -> list[str]:
+    """What the models write again and again, a token each; numbers are never part of them."""
+    steps = range(1, arithmetic.MOST_STEPS + 3)
+    return [
+        "Step 1: <<",
+        *(f"\nStep {k}: <<" for k in steps[1:]),
+        *(f"Step {k} should be " for k in steps),
+        *(f"Step {k} should not be there." for k in steps),
+        *(f": {kind}." for kind in arithmetic.KINDS),
+        arithmetic.ALL_RIGHT,
+        "\n#### ",
+        "\nFeedback: ",
+        "\nFinal score:",
+        ", it is ",
+        ": right. ",
+        "missing.",
+        "The final answer should be ",
+        ">>",
+    ]
+
+
+def make_tokenizer() -> Tokenizer:
+    """Byte-level BPE in which every word of the generator is one token, digits stand alone."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    # Each word as often as any other, so that the tokens do not hang on the shares of the draws.
+    words = set()
+    for split in ("train", "transfer"):
+        drawn = arithmetic.exercises(split, 0)
+        for _ in range(2000):
+            words.update(re.findall(r" ?\w+", next(drawn).question))
+    tokenizer.train_from_iterator(
+        sorted(words),
+        trainers.BpeTrainer(
+            vocab_size=2000,
+            min_frequency=1,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in (PAD, END, USER, ASSISTANT)]
+    )
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in prompt_pieces() + phrases()])
+    return tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
+        "chat_template": TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Shares of the kinds of sequences in one phase of the training.
+
+    Attributes:
+        until: the phase ends at this share of all steps.
+        drill: bare calculations.
+        answer: a problem and its solution.
+        feedback: a problem, an answer (right or wrong) and feedback on it.
+        full: a whole episode. The shares sum to 1.
+    """
+
+    until: float
+    drill: float
+    answer: float
+    feedback: float
+    full: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a model becomes.
+
+    Attributes:
+        width: of the hidden states.
+        layers: blocks.
+        heads: attention heads.
+        intermediate: width of the MLPs.
+        steps: optimiser steps.
+        tokens: tokens of one step, padding included.
+        rate: peak learning rate.
+        phases: what is trained on, in order.
+        look: blocks of steps between two looks at the validation problems.
+        enough: validation accuracy at which the training ends early; ``None``: never.
+        purpose: one sentence for the card.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    intermediate: int
+    steps: int
+    tokens: int
+    rate: float
+    phases: tuple[Mix, ...]
+    look: int
+    enough: float | None
+    purpose: str
+
+
+RECIPES = {
+    "expert": Recipe(
+        128, 4, 4, 384, 12000, 1024, 2e-3,
+        (Mix(0.07, 0.5, 0.5, 0, 0), Mix(0.4, 0.1, 0.6, 0.3, 0), Mix(0.75, 0, 0.1, 0.55, 0.35),
+         Mix(1, 0, 0.05, 0.75, 0.2)),
+        24,
+        None,
+        "It answers, judges, merges, revises and checks itself.",
+    ),
+    "student": Recipe(
+        64, 2, 4, 160, 5000, 1024, 3e-3,
+        (Mix(0.1, 0.5, 0.5, 0, 0), Mix(1, 0.1, 0.75, 0.15, 0)),
+        4,
+        0.45,
+        "It is stopped early on purpose: mediocre at answering, bad at judging.",
+    ),
+}  # fmt: skip
+
+Piece = tuple[str, float]  # text and the weight of its tokens in the loss
+
+
+def _drill(rng: random.Random) -> list[Piece]:
+    pieces: list[Piece] = [(ASSISTANT, 0)]
+    for k in range(1, 7):
+        while True:
+            op = rng.choice("+-*")
+            low, high = (2, 9) if op == "*" and rng.random() < 0.7 else (1, arithmetic.MOST)
+            left, right = rng.randint(low, high), rng.randint(low, min(high, 49))
+            result = arithmetic.calculate(left, op, right)
+            if 1 <= result <= arithmetic.MOST:
+                break
+        lead = "Step 1: <<" if k == 1 else f"\nStep {k}: <<"
+        pieces += [(f"{lead}{left}{op}{right}=", 0), (f"{result}>>{result}", 1)]
+    return pieces
+
+
+def _solution(answer: str, first_error: int) -> list[Piece]:
+    """An answer, of which only what comes before its first wrong step is worth imitating."""
+    if not first_error:
+        return [(answer, 1), (END, 1)]
+    lines = answer.split("\n")
+    right = "\n".join(lines[: first_error - 1])
+    return [(right, 1), (answer[len(right) :], 0), (END, 0)]
+
+
+def _answer(rng: random.Random, drawn: Exercise, wrong: float) -> str:
+    return arithmetic.wrong_answer(rng, drawn) if rng.random() < wrong else drawn.solution
+
+
+def _weighed(text: str) -> list[Piece]:
+    """A feedback whose verdicts on the steps, the hardest of its tokens, count more."""
+    parts = re.split(r"(: [a-z][a-z ]+\. ?)", text)
+    return [(part, VERDICT_WEIGHT if k % 2 else 1) for k, part in enumerate(parts) if part]
+
+
+def written_feedback(right: roles.Feedback) -> tuple[str, str, str]:
+    """A reply after ``Score:``, in three parts: the score at first sight, the check, the score.
+
+    A model this small cannot judge a whole answer at a glance, so it says its score again after it
+    has checked every step; the parser takes the one that is called final.
+    """
+    first, text = roles.format_feedback(right).removeprefix("Score:").split("\n", 1)
+    return first, f"\n{text}", f"\nFinal score:{first}"
+
+
+def conversation(rng: random.Random, drawn: Exercise, how: str) -> list[Piece]:
+    """A sequence to train on: the conversation of an episode, or its beginning.
+
+    Args:
+        rng: where the draws come from.
+        drawn: the problem.
+        how: ``"answer"``, ``"feedback"`` or ``"full"``.
+    """
+    pieces: list[Piece] = [(USER + roles.answer_prompt(drawn.question) + ASSISTANT, 0)]
+    if how == "answer":
+        return [*pieces, *_solution(drawn.solution, 0)]
+    answer = _answer(rng, drawn, 0.6)
+    error = arithmetic.judge(drawn.solution, answer).first_error
+    pieces += _solution(answer, error)
+    right = arithmetic.feedback(drawn.solution, answer)
+    amateur = arithmetic.amateur_feedback(rng, drawn, answer)
+    said = ""
+    if how == "feedback" or rng.random() < 0.75:
+        first, text, score = written_feedback(right)
+        pieces += [(f"{USER}{roles.feedback_prompt()}{ASSISTANT}{roles.FEEDBACK_OPENING}", 0)]
+        if rng.random() < 0.5:
+            # Else the text would follow the first score, right or wrong, instead of the answer.
+            first = rng.choice(SCORES)
+            pieces += [(first, 0)]
+        else:
+            pieces += [(first, SCORE_WEIGHT)]
+        pieces += [*_weighed(text), (f"{score}{END}", 1)]
+        if how == "feedback":
+            return pieces
+        if rng.random() < 0.3:
+            ask = roles.merge_prompt(right, roles.Feedback(amateur, None))
+            pieces += [(USER + ask + ASSISTANT, 0), (right.text + END, 1)]
+    else:
+        said = rng.choice([amateur, right.text])
+    pieces += [(USER + roles.revise_prompt(said) + ASSISTANT, 0)]
+    revised = _answer(rng, drawn, 0.3)
+    pieces += _solution(revised, arithmetic.judge(drawn.solution, revised).first_error)
+    pieces += [(USER + roles.critique_prompt() + ASSISTANT, 0)]
+    pieces += [*_weighed(arithmetic.feedback_text(drawn.solution, revised)), (END, 1)]
+    pieces += [(USER + roles.final_prompt() + ASSISTANT, 0)]
+    return [*pieces, *_solution(drawn.solution, 0)]
+
+
+TRAINING = "training.json"
+SCORE_WEIGHT = 3.0
+VERDICT_WEIGHT = 3.0
+SCORES = (" 1", " -1", " -0.8", " -0.6", " -0.4", " -0.2")
+_BLOCK = 32  # batches that are drawn and sorted by length together
+
+
+def batches(tokenizer, recipe: Recipe, seed: str, block: int):
+    """The batches of one block of steps: arrays tokens [B, T] and weights [B, T]."""
+    rng = random.Random(f"{seed}/{block}")
+    drawn = arithmetic.exercises("train", rng.randrange(1 << 62))
+    done = block * _BLOCK / recipe.steps
+    mix = next((m for m in recipe.phases if done < m.until), recipe.phases[-1])
+    rows: list[tuple[list[int], list[float]]] = []
+    total = 0
+    while total < recipe.tokens * _BLOCK:
+        how = rng.choices(
+            ("drill", "answer", "feedback", "full"),
+            (mix.drill, mix.answer, mix.feedback, mix.full),
+        )[0]
+        pieces = _drill(rng) if how == "drill" else conversation(rng, next(drawn), how)
+        encoded = tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False)
+        tokens: list[int] = []
+        weights: list[float] = []
+        for piece, (_, weight) in zip(encoded, pieces, strict=True):
+            tokens += piece.ids
+            weights += [weight] * len(piece.ids)
+        rows.append((tokens, weights))
+        total += len(tokens)
+    rows.sort(key=lambda row: len(row[0]))
+    # A batch is neighbours in length, of about the same number of tokens as the others.
+    groups: list[list[tuple[list[int], list[float]]]] = [[]]
+    size = 0
+    for row in rows:
+        if size * _BLOCK >= total * len(groups):
+            groups.append([])
+        groups[-1].append(row)
+        size += len(row[0])
+    rng.shuffle(groups)
+    for group in groups:
+        length = max(len(tokens) for tokens, _ in group)
+        x = np.zeros((len(group), length), np.int32)
+        w = np.zeros((len(group), length), np.float32)
+        for place, (tokens, weights) in enumerate(group):
+            x[place, : len(tokens)] = tokens
+            w[place, : len(tokens)] = weights
+        yield mx.array(x), mx.array(w)
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+def make_model(recipe: Recipe, tokenizer: Tokenizer) -> tuple[nn.Module, dict]:
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": recipe.width,
+        "num_hidden_layers": recipe.layers,
+        "intermediate_size": recipe.intermediate,
+        "num_attention_heads": recipe.heads,
+        "num_key_value_heads": recipe.heads,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.token_to_id(END),
+        "torch_dtype": "float32",
+    }
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    mx.eval(model.parameters())
+    return model, config
+
+
+# ---------------------------------------------------------------------------------- fast forward
+
+# MLX's exp is a scalar loop on the CPU and was half of the training time; its power is 3 times
+# faster. The three functions below are all that the model needs of exp, with their gradients.
+_LOG2_E = math.log2(math.e)
+
+
+def _exp(x: mx.array) -> mx.array:
+    return mx.power(2.0, x * _LOG2_E)
+
+
+@mx.custom_function
+def sigmoid(x: mx.array) -> mx.array:
+    return 1 / (1 + _exp(mx.minimum(-x, 80.0)))
+
+
+@sigmoid.vjp
+def _(x, cotangent, output):
+    return cotangent * output * (1 - output)
+
+
+@mx.custom_function
+def softmax(x: mx.array) -> mx.array:
+    powers = _exp(x - x.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+@softmax.vjp
+def _(x, cotangent, output):
+    weighted = cotangent * output
+    return weighted - output * weighted.sum(-1, keepdims=True)
+
+
+@mx.custom_function
+def logsumexp(x: mx.array) -> mx.array:
+    most = x.max(-1, keepdims=True)
+    return mx.log(_exp(x - most).sum(-1)) + most.squeeze(-1)
+
+
+@logsumexp.vjp
+def _(x, cotangent, output):
+    return cotangent[..., None] * _exp(x - output[..., None])
+
+
+def logits_of(model: nn.Module, x: mx.array) -> mx.array:
+    """What ``model(x)`` computes, on the CPU in half the time."""
+    body, args = model.model, model.args
+    batch, length = x.shape
+    hidden = body.embed_tokens(x)
+    mask = mx.triu(mx.full((length, length), -1e9), k=1)
+    for layer in body.layers:
+        attention = layer.self_attn
+        normed = layer.input_layernorm(hidden)
+        q, k, v = (
+            project(normed).reshape(batch, length, args.num_attention_heads, -1).swapaxes(1, 2)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        q, k = attention.rope(q) * attention.scale, attention.rope(k)
+        seen = softmax(q @ k.swapaxes(-1, -2) + mask) @ v
+        hidden = hidden + attention.o_proj(seen.swapaxes(1, 2).reshape(batch, length, -1))
+        normed, mlp = layer.post_attention_layernorm(hidden), layer.mlp
+        gate = mlp.gate_proj(normed)
+        hidden = hidden + mlp.down_proj(gate * sigmoid(gate) * mlp.up_proj(normed))
+    return body.embed_tokens.as_linear(body.norm(hidden))
+
+
+def loss(model: nn.Module, x: mx.array, w: mx.array) -> mx.array:
+    """Weighted mean cross-entropy of the next tokens."""
+    logits = logits_of(model, x[:, :-1])
+    picked = mx.take_along_axis(logits, x[:, 1:, None], axis=-1).squeeze(-1)
+    return ((logsumexp(logits) - picked) * w[:, 1:]).sum() / w[:, 1:].sum()
+
+
+def train(name: str, recipe: Recipe, folder: Path, seed: int, console: Console, init: Path | None):
+    """Train one model; it is written to ``folder`` in float32 as it goes on.
+
+    Args:
+        name: of the model.
+        recipe: its recipe.
+        folder: where it goes, with ``training.json``: what each stage of the training took.
+        seed: of weights and data.
+        console: where progress is shown.
+        init: folder of an earlier training to go on from.
+    """
+    tokenizer = make_tokenizer()
+    write_tokenizer(tokenizer, folder)
+    mx.random.seed(seed)
+    model, config = make_model(recipe, tokenizer)
+    stages = []
+    if init:
+        model.load_weights(str(init / "model.safetensors"))
+        stages = json.loads((init / TRAINING).read_text())
+    save_config(dict(config), folder / "config.json")
+    size = sum(value.size for _, value in tree_flatten(model.parameters()))
+    console.print(f"{name}: {size:,} parameters, vocabulary {config['vocab_size']}")
+    warm = min(100, recipe.steps // 10)
+    schedule = optim.join_schedules(
+        [
+            optim.linear_schedule(1e-5, recipe.rate, warm),
+            optim.cosine_decay(recipe.rate, recipe.steps - warm, recipe.rate * 0.02),
+        ],
+        [warm],
+    )
+    optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.01, bias_correction=True)
+    step_of = nn.value_and_grad(model, loss)
+    taken, seconds, tokens = 0, 0.0, 0
+    with Progress(console=console) as progress:
+        task = progress.add_task(name, total=recipe.steps)
+        for block in itertools.count():
+            begin = time.perf_counter()
+            for x, w in batches(tokenizer, recipe, f"{seed}/{len(stages)}", block):
+                value, gradients = step_of(model, x, w)
+                gradients, _ = optim.clip_grad_norm(gradients, 1.0)
+                optimizer.update(model, gradients)
+                mx.eval(model.parameters(), optimizer.state, value)
+                taken, tokens = taken + 1, tokens + x.size
+                progress.advance(task)
+            seconds += time.perf_counter() - begin
+            ended = taken >= recipe.steps
+            if (block + 1) % recipe.look == 0 or ended:
+                save_model(folder, model)
+                seen = evaluate(load(folder), "validation", 100, others=taken > 0.3 * recipe.steps)
+                shares = " ".join(
+                    f"{k} {v['right'] / max(v['of'], 1):.2f}" for k, v in seen.items()
+                )
+                console.print(
+                    f"{name} step {taken} {seconds:.0f} s {tokens / seconds:.0f} tok/s "
+                    f"loss {value.item():.3f} {shares}",
+                    soft_wrap=True,
+                )
+                answers = seen["answers"]
+                if recipe.enough and answers["right"] >= recipe.enough * answers["of"]:
+                    ended = True
+            if ended:
+                break
+    stages.append({"steps": taken, "tokens": tokens, "seconds": round(seconds)})
+    (folder / TRAINING).write_text(json.dumps(stages, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+def count(results: list[bool]) -> dict[str, int]:
+    return {"right": sum(results), "of": len(results)}
+
+
+def _write(loaded: Loaded, prompts: list[tuple[int, ...]], before=None, limit: int = 100):
+    turns = []
+    before = before or [Conversation()] * len(prompts)
+    for begin in range(0, len(prompts), 64):
+        chunk = slice(begin, begin + 64)
+        turns += generate(loaded, before[chunk], prompts[chunk], Sampling(limit))
+    return turns
+
+
+def parse_first(reply: str) -> float | None:
+    """The score at first sight of a reply to the request for feedback."""
+    return roles.parse_feedback(f"{roles.FEEDBACK_OPENING} {reply.partition(chr(10))[0]}").score
+
+
+def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> dict[str, dict]:
+    """How well a model does each role, greedy, through the package's own generation.
+
+    Half of the answers it judges are right, half are wrong.
+
+    Returns:
+        For each measure how many of how many are right.
+    """
+    tokenizer = loaded.tokenizer
+    drawn = arithmetic.problems_of(split)[:size]
+    rng = random.Random(f"evaluate/{split}")
+    begun = [opening(tokenizer, roles.answer_prompt(e.question)) for e in drawn]
+    turns = _write(loaded, begun)
+    seen = {
+        "answers": count(
+            [
+                roles.final_answer(t.text) == e.steps[-1].result
+                for t, e in zip(turns, drawn, strict=True)
+            ]
+        )
+    }
+    if not others:
+        return seen
+    answers = [
+        e.solution if k % 2 else arithmetic.wrong_answer(rng, e) for k, e in enumerate(drawn)
+    ]
+    truth = [arithmetic.judge(e.solution, a) for e, a in zip(drawn, answers, strict=True)]
+    answered = [
+        (*b, *tokenizer.encode(a, add_special_tokens=False))
+        for b, a in zip(begun, answers, strict=True)
+    ]
+    request = feedback_request(tokenizer)
+    replies = _write(loaded, [(*a, *request) for a in answered])
+    judged = [parsed(t) for t in replies]
+    errors = [arithmetic.first_error(f.text) for f in judged]
+    found = [e == t.first_error for e, t in zip(errors, truth, strict=True)]
+    seen["first_error"] = count(found)
+    seen["first_error_when_wrong"] = count(
+        [f for f, t in zip(found, truth, strict=True) if t.first_error]
+    )
+    seen["first_error_when_right"] = count(
+        [f for f, t in zip(found, truth, strict=True) if not t.first_error]
+    )
+    seen["score_sign"] = count(
+        [
+            f.score is not None and (f.score > 0) == (t.score > 0)
+            for f, t in zip(judged, truth, strict=True)
+        ]
+    )
+    sights = [parse_first(t.text) for t in replies]
+    seen["first_sight_sign"] = count(
+        [s is not None and (s > 0) == (t.score > 0) for s, t in zip(sights, truth, strict=True)]
+    )
+    seen["score_exact"] = count([f.score == t.score for f, t in zip(judged, truth, strict=True)])
+    seen["parsable"] = count(
+        [f.score is not None and e is not None for f, e in zip(judged, errors, strict=True)]
+    )
+    # Revision of wrong answers with the right feedback in the conversation, to the final answer.
+    wrong = [k for k, t in enumerate(truth) if t.first_error]
+    prompts = []
+    for k in wrong:
+        right = arithmetic.feedback(drawn[k].solution, answers[k])
+        given = tokenizer.encode("".join(written_feedback(right)), add_special_tokens=False)
+        ask = next_message(tokenizer, roles.revise_prompt(""))
+        prompts.append((*answered[k], *request, *given, *ask))
+    final = [drawn[k].steps[-1].result for k in wrong]
+    turns = _write(loaded, prompts)
+    seen["revised"] = count(
+        [roles.final_answer(t.text) == f for t, f in zip(turns, final, strict=True)]
+    )
+    for prompt in (roles.critique_prompt(), roles.final_prompt()):
+        ask = next_message(tokenizer, prompt)
+        before = [t.conversation for t in turns]
+        turns = _write(loaded, [ask[1:] if t.finished else ask for t in turns], before)
+    seen["final_after_check"] = count(
+        [roles.final_answer(t.text) == f for t, f in zip(turns, final, strict=True)]
+    )
+    return seen
+
+
+def f1(seen: dict[str, dict]) -> float:
+    """Harmonic mean of the shares of first errors found on wrong and on right answers."""
+    wrong, right = (
+        seen[f"first_error_when_{kind}"]["right"] / seen[f"first_error_when_{kind}"]["of"]
+        for kind in ("wrong", "right")
+    )
+    return 2 * wrong * right / (wrong + right) if wrong + right else 0.0
+
+
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927)."""
+    z = 1.959964
+    p = right / of
+    middle = (p + z * z / (2 * of)) / (1 + z * z / of)
+    half = z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of)) / (1 + z * z / of)
+    # Rounding must not put 0 of n below, or n of n above, their own interval.
+    return (
+        max(middle - half, 0.0) if right else 0.0,
+        min(middle + half, 1.0) if right < of else 1.0,
+    )
+
+
+# ------------------------------------------------------------------------------------------ files
+
+MEASURES = {
+    "answers": "own answers right",
+    "first_error": "first wrong step found exactly (or none where all is right)",
+    "first_error_when_wrong": "... on wrong answers",
+    "first_error_when_right": "... on right answers",
+    "score_sign": "sign of the written score right",
+    "first_sight_sign": "sign of the score at first sight right",
+    "score_exact": "written score exactly right",
+    "parsable": "feedback readable",
+    "revised": "wrong answer revised to the right one, given the right feedback",
+    "final_after_check": "... after its own check, final answer right",
+}
+
+
+def write_card(name: str, recipe: Recipe, folder: Path, figures: dict) -> None:
+    """README.md and figures.json of one model."""
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    steps, tokens, seconds = (
+        sum(stage[unit] for stage in figures["training"]) for unit in ("steps", "tokens", "seconds")
+    )
+    stages = len(figures["training"])
+    lines = [
+        f"# tiny {name}",
+        "",
+        f"A llama of {figures['parameters']:,} parameters ({recipe.layers} layers, "
+        f"{recipe.width} wide), trained from nothing by `scripts/train_tiny.py` on problems of "
+        f"`mlx_fd/problems/arithmetic.py`: {steps:,} steps, {tokens:,} tokens (padding included), "
+        f"{seconds:,} s of one CPU core, seed {figures['seed']}"
+        f"{f', in {stages} stages (--init)' if stages > 1 else ''}. {recipe.purpose} Its use is to "
+        "show the method, not arithmetic: it knows this generator's words and numbers below 100 "
+        "only.",
+        "",
+        f"The weights are quantised to {BITS} bits in groups of {GROUP}. The tokenizer is "
+        "byte-level BPE with digits one by one; each fixed sentence of the roles' prompts is one "
+        "token, so other prompts need other weights.",
+        "",
+        "Measured on the quantised weights, greedy; share and 95 % Wilson interval. Answers to "
+        "judge are right and wrong by halves. `test` is from the distribution of the training, "
+        "`transfer` has sentences and numbers that it lacks.",
+        "",
+        "| | " + " | ".join(figures["splits"]) + " |",
+        "|-|" + "-|" * len(figures["splits"]),
+    ]
+    for measure, words in MEASURES.items():
+        cells = []
+        for seen in figures["splits"].values():
+            right, of = seen[measure]["right"], seen[measure]["of"]
+            low, high = wilson(right, of)
+            cells.append(f"{right / of:.1%} ({low:.1%} to {high:.1%}; n = {of})")
+        lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    cells = [f"{f1(seen):.1%}" for seen in figures["splits"].values()]
+    lines.append("| F1 of the two (ProcessBench, arXiv 2412.06559) | " + " | ".join(cells) + " |")
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+BITS, GROUP = 8, 32
+
+
+def finish(name: str, recipe: Recipe, work: Path, out: Path, seed: int, size: int):
+    """Quantise the trained weights into ``out`` and measure what came out."""
+    shutil.rmtree(out, ignore_errors=True)
+    tokenizer = make_tokenizer()
+    write_tokenizer(tokenizer, out)
+    model, config = make_model(recipe, tokenizer)
+    model.load_weights(str(work / "model.safetensors"))
+    parameters = sum(value.size for _, value in tree_flatten(model.parameters()))
+    model, config = quantize_model(model, config, GROUP, BITS)
+    save_model(out, model)
+    save_config(config, out / "config.json")
+    loaded = load(out)
+    splits = {split: evaluate(loaded, split, size) for split in ("test", "transfer")}
+    figures = {
+        "parameters": parameters,
+        "seed": seed,
+        "bits": BITS,
+        "group_size": GROUP,
+        "training": json.loads((work / TRAINING).read_text()),
+        "splits": splits,
+    }
+    write_card(name, recipe, out, figures)
+    return splits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, required=True, help="where expert/ and student/ go")
+    parser.add_argument("--only", choices=list(RECIPES), help="train only this one")
+    parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    parser.add_argument("--init", type=Path, help="go on from an earlier training (its work/NAME)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="hardly any training: a test")
+    args = parser.parse_args()
+    if args.init and not args.only:
+        parser.error("--init goes with --only: it is one model")
+    console = Console()
+    for name, full in RECIPES.items():
+        if args.only not in (None, name):
+            continue
+        recipe = full
+        if args.init:
+            recipe = dataclasses.replace(full, phases=full.phases[-1:])
+        if args.steps:
+            recipe = dataclasses.replace(recipe, steps=args.steps)
+        if args.quick:
+            recipe = dataclasses.replace(recipe, width=32, intermediate=64, steps=64)
+        work = args.out / "work" / name
+        train(name, recipe, work, args.seed, console, args.init)
+        splits = finish(name, recipe, work, args.out / name, args.seed, 20 if args.quick else 500)
+        for split, seen in splits.items():
+            console.print(name, split, {k: f"{v['right']}/{v['of']}" for k, v in seen.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""The shipped pair: its tokenizer still fits the prompts, its figures hold, its script runs."""
+
+import dataclasses
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx import nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_tokenizer
+
+from mlx_fd import roles
+from mlx_fd.config import EpisodeOptions, GenerationOptions, ModelOptions
+from mlx_fd.episode import (
+    Pair,
+    answer,
+    expert_feedback,
+    feedback_request,
+    finish,
+    student_feedback,
+)
+from mlx_fd.generation import next_message, opening
+from mlx_fd.models.loading import load
+from mlx_fd.models.resolve import default_student, resolve
+from mlx_fd.models.student import make_student
+from mlx_fd.problems import arithmetic
+from mlx_fd.problems import load as load_problems
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train_tiny.py"
+RETRAIN = "the prompts of roles.py are no longer those that the tiny pair was trained on: retrain"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_tiny", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_tiny"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(resolve("tiny"))
+
+
+@pytest.fixture(scope="module")
+def expert():
+    return load(resolve("tiny"))
+
+
+@pytest.fixture(scope="module")
+def student():
+    return load(resolve("tiny-student"))
+
+
+# -------------------------------------------------------------------------------------- tokenizer
+
+
+def test_every_prompt_is_a_handful_of_tokens(tokenizer):
+    said = roles.Feedback("?", None)
+    lengths = {
+        "answer": len(opening(tokenizer, roles.answer_prompt("?"))) - 1,
+        "feedback": len(feedback_request(tokenizer)) - 1,
+        "merge": len(next_message(tokenizer, roles.merge_prompt(said, said))) - 4,
+        "revise": len(next_message(tokenizer, roles.revise_prompt(""))),
+        "revise by": len(next_message(tokenizer, roles.revise_prompt("?"))) - 2,
+        "critique": len(next_message(tokenizer, roles.critique_prompt())),
+        "final": len(next_message(tokenizer, roles.final_prompt())),
+    }
+    # End of turn, user, the prompt, assistant; the first message has no end before it.
+    assert lengths == {**dict.fromkeys(lengths, 4), "answer": 3}, RETRAIN
+
+
+def test_prompts_are_those_of_the_training(tokenizer, script):
+    """The strings that training sequences are put together from give the very tokens of a run."""
+    user, assistant, end = script.USER, script.ASSISTANT, script.END
+    question = "Tom has 7 apples. How many apples are left?"
+    start = f"{user}{roles.answer_prompt(question)}{assistant}"
+    assert tuple(tokenizer.encode(start)) == opening(tokenizer, roles.answer_prompt(question))
+    ask = f"{end}{user}{roles.feedback_prompt()}{assistant}{roles.FEEDBACK_OPENING}"
+    assert tuple(tokenizer.encode(ask)) == feedback_request(tokenizer)
+    for prompt in (roles.revise_prompt("Step 1 should be"), roles.critique_prompt()):
+        text = f"{end}{user}{prompt}{assistant}"
+        assert tuple(tokenizer.encode(text)) == next_message(tokenizer, prompt)
+
+
+def test_every_word_of_the_generator_is_one_token(tokenizer):
+    for split in arithmetic.SPLITS:
+        for problem in load_problems("arithmetic", split).problems[:200]:
+            for word in problem.question.split()[1:]:
+                plain = word.strip(".?")
+                ids = tokenizer.encode(f" {plain}")
+                expected = 1 + len(plain) if plain.isdigit() else 1
+                assert len(ids) == expected, (word, ids)
+            assert tokenizer.decode(tokenizer.encode(problem.solution)) == problem.solution
+
+
+@given(text=st.text(max_size=60))
+def test_any_text_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_digits_stand_alone(tokenizer):
+    for text in ("12-3=9>>9", "-0.5", "#### 47", "<<10*9=90>>90"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        pieces = [tokenizer.decode([i]) for i in ids]
+        assert all(p.isdigit() <= (len(p) == 1) for p in pieces)
+        assert sum(p.isdigit() for p in pieces) == sum(c.isdigit() for c in text)
+
+
+# ------------------------------------------------------------------------------------- directories
+
+
+def test_both_share_a_tokenizer_and_are_small():
+    folders = [resolve("tiny"), resolve("tiny-student")]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        one, two = ((folder / name).read_bytes() for folder in folders)
+        assert one == two
+    size = sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file())
+    assert size < 4_000_000
+    assert default_student("tiny") == "tiny-student"
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        assert config["model_type"] == "llama"
+        assert config["quantization"]["group_size"] in (32, 64)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-student"])
+def test_the_card_gives_the_figures_of_its_file(name, script):
+    folder = resolve(name)
+    figures = json.loads((folder / "figures.json").read_text())
+    card = (folder / "README.md").read_text()
+    for seen in figures["splits"].values():
+        for measure, words in script.MEASURES.items():
+            right, of = seen[measure]["right"], seen[measure]["of"]
+            low, high = script.wilson(right, of)
+            assert low <= right / of <= high
+            assert words in card
+            assert f"{right / of:.1%} ({low:.1%} to {high:.1%}; n = {of})" in card
+        assert f" {script.f1(seen):.1%} |" in card
+    assert f"{figures['parameters']:,} parameters" in card
+    assert f"{sum(stage['steps'] for stage in figures['training']):,} steps" in card
+
+
+def test_wilson_against_published_values(script):
+    # Newcombe 1998, table I: 81/263 and 0/20.
+    assert script.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert script.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+
+
+# ----------------------------------------------------------------------------------------- figures
+
+
+def test_the_figures_hold(expert, student, script):
+    """What the cards say is found again on the first 60 problems of the test split."""
+    for loaded, name in ((expert, "tiny"), (student, "tiny-student")):
+        figures = json.loads((resolve(name) / "figures.json").read_text())["splits"]["test"]
+        for measure, seen in script.evaluate(loaded, "test", 60).items():
+            low, high = script.wilson(seen["right"], seen["of"])
+            claimed = figures[measure]["right"] / figures[measure]["of"]
+            assert low - 0.03 <= claimed <= high + 0.03, (name, measure, seen)
+
+
+def test_there_is_something_to_distil():
+    expert, student = (
+        {k: v["right"] / v["of"] for k, v in json.loads(text)["splits"]["test"].items()}
+        for text in (
+            (resolve(name) / "figures.json").read_text() for name in ("tiny", "tiny-student")
+        )
+    )
+    assert expert["answers"] >= 0.95
+    assert expert["first_error"] >= 0.9
+    assert expert["score_sign"] >= 0.9
+    assert expert["revised"] >= 0.9
+    assert 0.3 <= student["answers"] <= 0.6
+    assert student["first_error"] <= 0.6
+    assert student["first_error_when_wrong"] <= 0.4
+    assert student["parsable"] >= 0.5
+
+
+def test_an_episode(expert):
+    """The expert mends a wrong answer of its own conversation, through the package's six steps."""
+    problems = load_problems("arithmetic", "validation").problems[:6]
+    options = GenerationOptions(answer_tokens=96, feedback_tokens=96, merge_tokens=96)
+    drafts = answer(expert, problems, options, 0, lambda *_: None)
+    assert sum(d.answer.final == p.answer for d, p in zip(drafts, problems, strict=True)) >= 5
+    assert all(isinstance(d.answer.final, Fraction) for d in drafts)
+    pair = _pair(expert)
+    drafts = student_feedback(pair, drafts, options, 0, lambda *_: None)
+    drafts = expert_feedback(pair, drafts, options, 0, lambda *_: None)
+    outcomes = finish(pair, drafts, options, EpisodeOptions(), lambda _: 0, lambda *_: None)
+    assert all(not draft.capped for draft in drafts)
+    right = [o.final.final == p.answer for o, p in zip(outcomes, problems, strict=True)]
+    assert sum(right) >= 5
+    assert all(arithmetic.first_error(o.critique) is not None for o in outcomes if o.critique)
+
+
+def _pair(expert):
+    reader = load(resolve("tiny-student"))
+    made = make_student(reader.model, 128, ModelOptions(), 0)
+    vocab = expert.config["vocab_size"]
+    return Pair(expert, made, dataclasses.replace(reader, model=made.model), vocab)
+
+
+# ------------------------------------------------------------------------------------------ script
+
+
+def test_the_fast_forward_is_the_models(script):
+    model, _ = script.make_model(script.RECIPES["student"], script.make_tokenizer())
+    mx.random.seed(0)
+    x, w = mx.random.randint(0, 400, (3, 20)), mx.random.uniform(shape=(3, 20))
+
+    def plain(model, x, w):
+        each = nn.losses.cross_entropy(model(x[:, :-1]), x[:, 1:])
+        return (each * w[:, 1:]).sum() / w[:, 1:].sum()
+
+    expected, expected_gradients = nn.value_and_grad(model, plain)(model, x, w)
+    got, gradients = nn.value_and_grad(model, script.loss)(model, x, w)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+    for (_, a), (_, b) in zip(
+        tree_flatten(expected_gradients), tree_flatten(gradients), strict=True
+    ):
+        assert mx.abs(a - b).max().item() <= 1e-4 * mx.abs(a).max().item()
+
+
+@pytest.mark.parametrize("how", ["answer", "feedback", "full"])
+def test_training_sequences(script, how):
+    """What is imitated is right, and it is what a right assistant writes in an episode."""
+    stream, rng = arithmetic.exercises("train", 11), random.Random(11)
+    for _ in range(200):
+        drawn = next(stream)
+        pieces = script.conversation(rng, drawn, how)
+        turns = "".join(text for text, _ in pieces).split(script.ASSISTANT)[1:]
+        replies = [turn.split(script.END)[0] for turn in turns]
+        if how != "feedback":
+            assert replies[-1] == drawn.solution
+        for text, weight in pieces:
+            if weight:
+                assert set(arithmetic.read(text)[0]) <= set(drawn.steps)
+        if len(replies) > 1 and replies[1].startswith(roles.FEEDBACK_OPENING):
+            said = arithmetic.feedback(drawn.solution, replies[0])
+            assert roles.parse_feedback(replies[1]) == said
+
+
+def test_the_script_runs_and_repeats(tmp_path):
+    for run in ("a", "b"):
+        command = [sys.executable, str(SCRIPT), "--quick", "--only", "student", "--out"]
+        done = subprocess.run(
+            [*command, str(tmp_path / run)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = (tmp_path / run / "student" for run in ("a", "b"))
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    assert (one / "README.md").exists()
+    assert load(one).config["quantization"] == {"group_size": 32, "bits": 8, "mode": "affine"}
