@@ -16,7 +16,8 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_fd.config import LossOptions, TrainingOptions
-from mlx_fd.generation import Conversation, run_on
+from mlx_fd.episode import Draft, Pair
+from mlx_fd.generation import Conversation, rewind, run_on
 from mlx_fd.losses import mean
 from mlx_fd.losses.hidden import aligned_layers, hidden_alignment_loss, pool
 from mlx_fd.losses.language_model import language_model_loss
@@ -114,6 +115,29 @@ def make_sample(
     final = seen.final[0]
     mx.eval(final, pooled)
     return Sample(prompt, target, final, pooled, expert_score, on_policy)
+
+
+def sample_of(pair: Pair, draft: Draft, options: LossOptions, *, on_policy: bool = False) -> Sample:
+    """What the student can learn from a problem that the expert gave feedback on.
+
+    Args:
+        pair: the models.
+        draft: after step 2 of the episode.
+        options: which layers are aligned.
+        on_policy: learn from the student's own feedback, read by the expert.
+    """
+    assert draft.expert_feedback is not None and draft.after_feedback is not None
+    feedback = draft.student_feedback if on_policy else draft.expert_feedback
+    return make_sample(
+        pair.expert,
+        len(pair.student.model.layers),
+        rewind(draft.after_feedback, len(draft.prompt) - 1),
+        draft.prompt,
+        feedback.tokens,
+        draft.expert_feedback.score,
+        options,
+        on_policy=on_policy,
+    )
 
 
 def _expert_layers(student_blocks: int, expert_states: int, options: LossOptions) -> list[int]:

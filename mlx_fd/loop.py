@@ -27,13 +27,12 @@ from mlx_fd.distill import (
     Sample,
     Update,
     make_optimizer,
-    make_sample,
     measure,
     optimizer_arrays,
+    sample_of,
     update,
 )
 from mlx_fd.episode import (
-    Draft,
     Pair,
     answer,
     expert_feedback,
@@ -45,7 +44,6 @@ from mlx_fd.episode import (
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.exam import Question, Result, compare, examine
 from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
-from mlx_fd.generation import rewind
 from mlx_fd.models.student import load_student, read_arrays, save_student
 from mlx_fd.probe import Probe, load_probe, make_probe, save_probe
 from mlx_fd.problems import Problem
@@ -334,7 +332,9 @@ def _batch(
     state = progress.gate
     readings: dict[int, _Reading] = {}
     for place in asked:
-        sample = _sample(pair, drafts[place], config)
+        share = _share(drafts[place].problem.id, config.episode.seed)
+        on_policy = share < config.losses.on_policy_fraction
+        sample = sample_of(pair, drafts[place], config.losses, on_policy=on_policy)
         losses = measure(pair.student, pair.expert, [sample], config.losses, pair.vocab, 1)
         decision = _decide(state, sample, drafts[place].student_score, losses, config)
         readings[place] = _Reading(sample, losses, decision)
@@ -405,23 +405,6 @@ def _decide(
         if not math.isfinite(value):
             return gate.TriggerDecision(False, f"the {name} loss of this sample is not finite")
     return gate.trigger(state, sample.expert_score, student_score, losses, config.gate)
-
-
-def _sample(pair: Pair, draft: Draft, config: Config) -> Sample:
-    """What the student can learn from this problem."""
-    assert draft.expert_feedback is not None and draft.after_feedback is not None
-    own = _share(draft.problem.id, config.episode.seed) < config.losses.on_policy_fraction
-    feedback = draft.student_feedback if own else draft.expert_feedback
-    return make_sample(
-        pair.expert,
-        len(pair.student.model.layers),
-        rewind(draft.after_feedback, len(draft.prompt) - 1),
-        draft.prompt,
-        feedback.tokens,
-        draft.expert_feedback.score,
-        config.losses,
-        on_policy=own,
-    )
 
 
 def _share(problem_id: str, seed: int) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_fd.config import Config
-from mlx_fd.distill import Sample, make_sample, measure
+from mlx_fd.distill import Sample, measure, sample_of
 from mlx_fd.episode import (
     Pair,
     Progress,
@@ -26,7 +26,6 @@ from mlx_fd.episode import (
     student_feedback,
 )
 from mlx_fd.errors import UserError
-from mlx_fd.generation import rewind
 from mlx_fd.models.student import read_arrays
 from mlx_fd.problems import Problem
 from mlx_fd.runs import digest_of, write_json, write_with
@@ -149,19 +148,7 @@ def make_probe(
             *_judged(student_scores, right),
         ]
         counts = [so_far + more for so_far, more in zip(counts, found, strict=True)]
-        for draft in drafts:
-            assert draft.expert_feedback is not None and draft.after_feedback is not None
-            samples.append(
-                make_sample(
-                    pair.expert,
-                    len(pair.student.model.layers),
-                    rewind(draft.after_feedback, len(draft.prompt) - 1),
-                    draft.prompt,
-                    draft.expert_feedback.tokens,
-                    draft.expert_feedback.score,
-                    config.losses,
-                )
-            )
+        samples.extend(sample_of(pair, draft, config.losses) for draft in drafts)
     return Probe(tuple(samples), Headroom(len(problems), *counts))
 
 
