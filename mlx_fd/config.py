@@ -40,6 +40,12 @@ class ModelOptions:
     lora_rank: int = _option(16, "Rank of the LoRA matrices.", low=1)
     lora_scale: float = _option(2.0, "LoRA scale (alpha / rank).", low=0)
     lora_layers: int = _option(0, "How many last layers carry LoRA; 0: all.", low=0)
+    score_at: str = _option(
+        "prompt",
+        "Where the student's score head reads: the prompt's end, before its feedback is written, "
+        "or the feedback's end.",
+        choices=("prompt", "feedback"),
+    )
     dequantize: str = _option(
         "auto",
         "Run the models as float32: auto does so on the CPU backend where memory allows.",
@@ -68,11 +74,14 @@ class GenerationOptions:
     merge_tokens: int = _option(
         128, "Most tokens of the merged feedback and of the critique.", low=1
     )
+    answers_by: str = _option(
+        "expert",
+        "Who writes the first answers, the ones to be judged. An expert that is always right gives "
+        "the student no errors to learn from; the student's own answers do.",
+        choices=("expert", "student"),
+    )
     answer_temperature: float = _option(
-        0.0,
-        "Sampling temperature of the expert's first answer. An expert that is always right gives "
-        "the student no errors to learn from; a warmer one makes some.",
-        low=0,
+        0.0, "Sampling temperature of the first answers; a warmer model makes errors.", low=0
     )
     expert_temperature: float = _option(
         0.0, "Sampling temperature of all else that the expert writes.", low=0
@@ -108,6 +117,10 @@ class LossOptions:
     )
     standardize_logits: bool = _option(False, "Z-score both logit rows first (arXiv 2403.01427).")
     hidden_layers: str = _option("all", "Layers that are aligned.", choices=("all", "last"))
+    solutions: bool = _option(
+        False,
+        "Learn from the final answer of a distilled episode too, where it is right.",
+    )
     on_policy_fraction: float = _option(
         0.0,
         "Share of samples distilled on the student's own feedback instead of the expert's.",
@@ -259,6 +272,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         "checkpoint_every": 1,
         "lora_rank": 8,
         "lora_rate": 5e-4,
+    },
+    # The embedded pair: minutes on a CPU, and the truth of every answer is known (docs/log.md).
+    "tiny": {
+        "expert": "tiny",
+        "problems": "arithmetic",
+        "episodes": 640,
+        "batch_size": 32,
+        "answers_by": "student",
+        "answer_temperature": 0.7,
+        "answer_tokens": 64,
+        "feedback_tokens": 112,
+        "merge_tokens": 112,
+        "score_at": "feedback",
+        "solutions": True,
+        "kd_steps": 4,
+        "micro_batch": 32,
+        "lora_rate": 1e-3,
+        "score_rate": 3e-3,
+        "projection_rate": 1e-3,
+        "probe_size": 32,
+        "exam_size": 200,
     },
     # The hyperparameters of the published code (docs/methods.md), with its gate.
     "published": {

@@ -28,7 +28,8 @@ _STEP_NAMES = {
 
 
 _EXAM_NAMES = {
-    "score_error": "exam: error of the score",
+    "score_error": "exam: error of the score head",
+    "written_error": "exam: error of the written score",
     "readable": "exam: feedback readable",
     "first_error_on_wrong": "exam: first error found",
     "first_error_on_right": "exam: right answers passed",

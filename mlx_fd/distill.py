@@ -15,9 +15,10 @@ import mlx.optimizers as optim
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_fd import roles
 from mlx_fd.config import LossOptions, TrainingOptions
-from mlx_fd.episode import Draft, Pair
-from mlx_fd.generation import Conversation, rewind, run_on
+from mlx_fd.episode import Draft, Outcome, Pair
+from mlx_fd.generation import Conversation, opening, rewind, run_on
 from mlx_fd.losses import mean
 from mlx_fd.losses.hidden import aligned_layers, hidden_alignment_loss, pool
 from mlx_fd.losses.language_model import language_model_loss
@@ -101,14 +102,17 @@ def make_sample(
     Args:
         expert: the expert.
         student_layers: blocks of the student.
-        before: the conversation up to ``prompt``'s last token, which it does not hold.
+        before: a conversation that ``prompt`` begins with, without its last token at least.
         prompt: all tokens before the feedback.
         target: tokens of the feedback, at least one.
         expert_score: the score the expert gave, if one could be read.
         options: which layers are aligned.
         on_policy: whether the student wrote ``target``.
     """
-    seen = run_on(expert, before, [prompt[-1], *target[:-1]])
+    rest = prompt[len(before.tokens) :]
+    read = run_on(expert, before, [*rest, *target[:-1]])
+    first = len(rest) - 1  # where the target's first token is predicted
+    seen = taps.Forward([layer[:, first:] for layer in read.layers], read.final[:, first:])
     mask = mx.ones((1, len(target)))
     wanted = _expert_layers(student_layers, len(seen.layers), options)
     pooled = tuple(pool(seen.layers[index], mask)[0] for index in wanted)
@@ -137,6 +141,27 @@ def sample_of(pair: Pair, draft: Draft, options: LossOptions, *, on_policy: bool
         draft.expert_feedback.score,
         options,
         on_policy=on_policy,
+    )
+
+
+def solution_of(pair: Pair, outcome: Outcome, options: LossOptions) -> Sample:
+    """What the student can learn of solving from an episode's final answer.
+
+    Args:
+        pair: the models.
+        outcome: of the episode.
+        options: which layers are aligned.
+    """
+    question = outcome.draft.problem.question
+    prompt = opening(pair.expert.tokenizer, roles.answer_prompt(question))
+    return make_sample(
+        pair.expert,
+        len(pair.student.model.layers),
+        Conversation(),
+        prompt,
+        outcome.final.tokens,
+        None,
+        options,
     )
 
 
@@ -224,7 +249,9 @@ def loss_sums(
                 student.projection,
             )
         elif name == "score":
-            sums[name] = score_loss(student.score(final[:, 0]), batch.scores, batch.score_mask)
+            sums[name] = score_loss(
+                student.score(_scored(student, final, batch)), batch.scores, batch.score_mask
+            )
         else:
             sums[name] = logit_loss(
                 logits,
@@ -236,6 +263,14 @@ def loss_sums(
                 standardize=options.standardize_logits,
             )
     return sums
+
+
+def _scored(student: Student, final: mx.array, batch: Batch) -> mx.array:
+    """The final hidden states [B, d] that the score head reads."""
+    if student.score_at == "prompt":
+        return final[:, 0]
+    last = batch.mask.sum(axis=1).astype(mx.int32) - 1
+    return mx.take_along_axis(final, last[:, None, None], axis=1).squeeze(1)
 
 
 def measure(

@@ -1,7 +1,7 @@
 """One episode of Online Feedback Distillation: its six steps, over a batch of problems.
 
-1. The expert answers.                         :func:`answer`
-2. Expert and student each give feedback.      :func:`give_feedback`
+1. The expert answers.                         :func:`first_answers`
+2. Expert and student each give feedback.      :func:`student_feedback`, :func:`expert_feedback`
 3. The gate looks; 4. the student learns.      :mod:`mlx_fd.gate`, :mod:`mlx_fd.distill`
 5. The feedback is merged, expert first.       :func:`finish`
 6. The expert revises, criticises itself and gives the final answer.
@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_fd import roles
 from mlx_fd.config import EpisodeOptions, GenerationOptions
 from mlx_fd.generation import (
@@ -31,6 +33,7 @@ from mlx_fd.generation import (
     opening,
     prefill,
     reply_to,
+    run_on,
 )
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student
@@ -63,11 +66,11 @@ class Draft:
 
     Attributes:
         problem: the problem.
-        answer: the expert's first answer.
+        answer: the first answer, the expert's unless ``answers_by`` says otherwise.
         after_answer: the expert's conversation up to and with that answer.
         request: tokens of the request for feedback, as they follow the answer.
         student_feedback: its text, the score parsed from it, and its tokens.
-        student_score: its score head's score in (-1, 1).
+        student_score: its score head's score in (-1, 1); ``score_at`` says where it reads.
         expert_feedback: ``None`` where the student stands alone.
         after_feedback: the expert's conversation up to and with its feedback.
         tokens: tokens written, by step.
@@ -219,13 +222,31 @@ def answer(
     return [
         dataclasses.replace(
             draft,
-            answer=roles.Answer(
-                turn.text, roles.final_answer(turn.text, options.answer_filter), turn.tokens
-            ),
+            answer=_read(turn, options),
             after_answer=turn.conversation,
             request=reply_to(turn.conversation, request),
         )
         for draft, turn in zip(drafts, turns, strict=True)
+    ]
+
+
+def first_answers(
+    pair: Pair,
+    problems: Sequence[Problem],
+    options: GenerationOptions,
+    seed: int,
+    progress: Progress,
+) -> list[Draft]:
+    """Step 1: the answers that are judged, by the model that ``answers_by`` names.
+
+    What the student answers stands in the expert's conversation as if the expert had said it.
+    """
+    if options.answers_by == "expert":
+        return answer(pair.expert, problems, options, seed, progress)
+    drafts = answer(pair.reader, problems, options, seed, progress, keep=False)
+    return [
+        dataclasses.replace(draft, after_answer=Conversation(draft.after_answer.tokens))
+        for draft in drafts
     ]
 
 
@@ -240,6 +261,29 @@ def parsed(turn: Turn) -> roles.Feedback:
     return roles.parse_feedback(f"{roles.FEEDBACK_OPENING} {turn.text}", turn.tokens)
 
 
+def head_score(
+    student: Student,
+    reader: Loaded,
+    hidden: mx.array,
+    before: Conversation,
+    prompt: Sequence[int],
+    turn: Turn,
+) -> float:
+    """The score of the student's head on an answer that it gave feedback on.
+
+    Args:
+        student: the student.
+        reader: its language model.
+        hidden: its final hidden state [d] at the prompt's last token.
+        before: its conversation up to that token, which it does not hold.
+        prompt: all tokens before the feedback.
+        turn: its feedback.
+    """
+    if student.score_at == "feedback":
+        hidden = run_on(reader, before, [prompt[-1], *turn.tokens[:-1]]).final[0, -1]
+    return float(student.score(hidden))
+
+
 def student_feedback(
     pair: Pair,
     drafts: Sequence[Draft],
@@ -247,19 +291,18 @@ def student_feedback(
     seed: int,
     progress: Progress,
 ) -> list[Draft]:
-    """Step 2, the student's half: its score from the prompt's last token, then its feedback."""
-    read, conversations = [], []
+    """Step 2, the student's half: its feedback, and its score head's score."""
+    read, conversations, states = [], [], []
     for draft in drafts:
         begin = time.perf_counter()
         hidden, before = prefill(
             pair.reader, Conversation(), draft.prompt, reuse=not options.sequential
         )
-        score = float(pair.student.score(hidden))
         conversations.append(before)
+        states.append(hidden)
         read.append(
             dataclasses.replace(
                 draft,
-                student_score=score,
                 seconds={**draft.seconds, "student_feedback": time.perf_counter() - begin},
             )
         )
@@ -284,9 +327,10 @@ def student_feedback(
         dataclasses.replace(
             draft,
             student_feedback=parsed(turn),
+            student_score=head_score(pair.student, pair.reader, hidden, before, draft.prompt, turn),
             prefilled={**draft.prefilled, "student_feedback": len(draft.prompt)},
         )
-        for draft, turn in zip(done, turns, strict=True)
+        for draft, turn, hidden, before in zip(done, turns, states, conversations, strict=True)
     ]
 
 
@@ -418,9 +462,7 @@ def finish(
     for (place, _, score), draft, text, revised, critique, turn in zip(
         open_drafts, todo, feedback, written["revise"], written["critique"], turns, strict=True
     ):
-        final = roles.Answer(
-            turn.text, roles.final_answer(turn.text, options.answer_filter), turn.tokens
-        )
+        final = _read(turn, options)
         outcomes[place] = Outcome(draft, score, text, revised, critique, final)
     return [outcomes[place] for place in range(len(drafts))]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_fd import roles, runs
 from mlx_fd.config import read
-from mlx_fd.episode import feedback_request, parsed
+from mlx_fd.episode import feedback_request, head_score, parsed
 from mlx_fd.errors import UserError
 from mlx_fd.generation import Conversation, Sampling, generate, opening, prefill
 from mlx_fd.models.loading import Loaded, content_hash, load
@@ -97,5 +97,8 @@ def give_feedback(name: str, problem: str, answer: str, max_tokens: int) -> dict
     hidden, before = prefill(loaded, Conversation(), prompt)
     turn = generate(loaded, [before], [prompt[-1:]], Sampling(max_tokens))[0]
     written = parsed(turn)
-    score = {} if student is None else {"score": round(float(student.score(hidden)), 4)}
+    if student is None:
+        score = {}
+    else:
+        score = {"score": round(head_score(student, loaded, hidden, before, prompt, turn), 4)}
     return {**score, "written_score": written.score, "feedback": written.text}

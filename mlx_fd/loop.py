@@ -30,13 +30,15 @@ from mlx_fd.distill import (
     measure,
     optimizer_arrays,
     sample_of,
+    solution_of,
     update,
 )
 from mlx_fd.episode import (
     Pair,
-    answer,
     expert_feedback,
     finish,
+    first_answers,
+    is_correct,
     seed_of,
     student_feedback,
     to_json,
@@ -312,7 +314,7 @@ def _batch(
         return seed_of(config.episode.seed, number, step)
 
     # 1. and 2. Answers, then feedback of both.
-    drafts = answer(pair.expert, problems, config.generation, seeds("answer"), told)
+    drafts = first_answers(pair, problems, config.generation, seeds("answer"), told)
     drafts = student_feedback(pair, drafts, config.generation, seeds("student_feedback"), told)
     audits = [gate.audited(d.problem.id, config.episode.seed, config.gate) for d in drafts]
     asked = [
@@ -341,10 +343,21 @@ def _batch(
         if not state.frozen or audits[place]:
             state = gate.observe_sample(state, losses, config.gate)
 
+    # 5. and 6. Merge, revise, criticise, final answer: the expert's, so it matters not to them
+    # whether the student has learned yet, but it can learn from what they end in.
+    outcomes = finish(pair, drafts, config.generation, config.episode, seeds, told)
+
     # 4. The student learns where it lags.
-    lagging = [reading.sample for reading in readings.values() if reading.decision.distil]
+    lagging = [place for place, reading in readings.items() if reading.decision.distil]
+    samples = [readings[place].sample for place in lagging]
+    if config.losses.solutions:
+        samples += [
+            solution_of(pair, outcomes[place], config.losses)
+            for place in lagging
+            if is_correct(outcomes[place].final.final, problems[place])
+        ]
     weights = gate.weights(state, config.gate)
-    updates = _distil(pair, optimizer, lagging, weights, progress.scales, config, told)
+    updates = _distil(pair, optimizer, samples, weights, progress.scales, config, told)
     after = {
         place: measure(pair.student, pair.expert, [r.sample], config.losses, pair.vocab, 1)
         for place, r in readings.items()
@@ -368,9 +381,6 @@ def _batch(
         )
         progress = dataclasses.replace(progress, gate=state, spent=0)
         progress = _with_probe(progress, probe_losses)
-
-    # 5. and 6. Merge, revise, criticise, final answer.
-    outcomes = finish(pair, drafts, config.generation, config.episode, seeds, told)
 
     rows = [
         to_json(

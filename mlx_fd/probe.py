@@ -21,6 +21,7 @@ from mlx_fd.episode import (
     Progress,
     answer,
     expert_feedback,
+    first_answers,
     is_correct,
     seed_of,
     student_feedback,
@@ -38,12 +39,13 @@ PROBE_ARRAYS = "probe.safetensors"
 class Headroom:
     """Is there something to distil? Counts on the probe problems, before any update.
 
-    A model judges well where its written score is positive on a right answer of the expert's and
-    not positive on a wrong one.
+    A model judges well where its written score is positive on a right first answer and not positive
+    on a wrong one.
 
     Attributes:
         problems: how many there were.
-        expert_right: problems the expert answers right.
+        expert_right: problems the expert answers right, at the temperature of first answers where
+            it writes those, greedily where the student does.
         student_right: problems the student answers right.
         expert_judged: answers the expert scored (its score could be read).
         expert_judged_right: those it judged well.
@@ -126,7 +128,7 @@ def make_probe(
     for number, begin in enumerate(range(0, len(problems), size)):
         chunk = problems[begin : begin + size]
         seeds = _seeds(config.episode.seed, number)
-        drafts = answer(pair.expert, chunk, options, seeds("answer"), progress)
+        drafts = first_answers(pair, chunk, options, seeds("answer"), progress)
         drafts = expert_feedback(pair, drafts, options, seeds("expert_feedback"), progress)
         drafts = student_feedback(pair, drafts, options, seeds("student_feedback"), progress)
         own = answer(
@@ -139,10 +141,13 @@ def make_probe(
             keep=False,
         )
         right = [is_correct(draft.answer.final, draft.problem) for draft in drafts]
+        best = drafts
+        if options.answers_by == "student":
+            best = answer(pair.expert, chunk, options, 0, progress, temperature=0.0, keep=False)
         expert_scores = [d.expert_feedback.score if d.expert_feedback else None for d in drafts]
         student_scores = [draft.student_feedback.score for draft in drafts]
         found = [
-            sum(right),
+            sum(is_correct(draft.answer.final, draft.problem) for draft in best),
             sum(is_correct(draft.answer.final, draft.problem) for draft in own),
             *_judged(expert_scores, right),
             *_judged(student_scores, right),

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Online Feedback Distillation on what needs no network: SmolLM2-135M and GSM8K.
-# Options are those of `mlx-fd loop`, for instance: sh scripts/loop.sh --episodes 16
+# Online Feedback Distillation on the pair that comes with the package: minutes on any CPU, no network.
+# Options are those of `mlx-fd loop`, for instance: sh scripts/loop.sh --episodes 64
 set -eu
 cd "$(dirname "$0")/.."
 extras=""
 . scripts/install.sh
-exec .venv/bin/mlx-fd loop --expert smollm2-135m --student smollm2-135m:layers=15 --preset quick "$@"
+exec .venv/bin/mlx-fd loop --preset tiny "$@"

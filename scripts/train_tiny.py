@@ -182,6 +182,7 @@ class Recipe:
         phases: what is trained on, in order.
         look: blocks of steps between two looks at the validation problems.
         enough: validation accuracy at which the training ends early; ``None``: never.
+        careless: share of the feedback in its data that believes whatever the answer says.
         purpose: one sentence for the card.
     """
 
@@ -195,24 +196,28 @@ class Recipe:
     phases: tuple[Mix, ...]
     look: int
     enough: float | None
+    careless: float
     purpose: str
 
 
 RECIPES = {
     "expert": Recipe(
-        128, 4, 4, 384, 12000, 1024, 2e-3,
-        (Mix(0.07, 0.5, 0.5, 0, 0), Mix(0.4, 0.1, 0.6, 0.3, 0), Mix(0.75, 0, 0.1, 0.55, 0.35),
-         Mix(1, 0, 0.05, 0.75, 0.2)),
-        24,
+        128, 4, 4, 384, 13000, 1024, 2e-3,
+        (Mix(0.06, 0.5, 0.5, 0, 0), Mix(0.28, 0.1, 0.55, 0.35, 0), Mix(1, 0, 0.05, 0.72, 0.23)),
+        40,
         None,
+        0.0,
         "It answers, judges, merges, revises and checks itself.",
     ),
     "student": Recipe(
-        64, 2, 4, 160, 5000, 1024, 3e-3,
-        (Mix(0.1, 0.5, 0.5, 0, 0), Mix(1, 0.1, 0.75, 0.15, 0)),
-        4,
-        0.45,
-        "It is stopped early on purpose: mediocre at answering, bad at judging.",
+        96, 3, 4, 256, 4000, 1024, 2.5e-3,
+        (Mix(0.08, 0.5, 0.5, 0, 0), Mix(1, 0.05, 0.45, 0.5, 0)),
+        10,
+        0.4,
+        0.6,
+        "It stands for an amateur: mediocre at answering, because its training was short, and bad "
+        "at judging, because six of ten feedbacks that it was trained on believe whatever the "
+        "answer says.",
     ),
 }  # fmt: skip
 
@@ -263,13 +268,16 @@ def written_feedback(right: roles.Feedback) -> tuple[str, str, str]:
     return first, f"\n{text}", f"\nFinal score:{first}"
 
 
-def conversation(rng: random.Random, drawn: Exercise, how: str) -> list[Piece]:
+def conversation(
+    rng: random.Random, drawn: Exercise, how: str, careless: float = 0.0
+) -> list[Piece]:
     """A sequence to train on: the conversation of an episode, or its beginning.
 
     Args:
         rng: where the draws come from.
         drawn: the problem.
         how: ``"answer"``, ``"feedback"`` or ``"full"``.
+        careless: how often the feedback believes whatever the answer says.
     """
     pieces: list[Piece] = [(USER + roles.answer_prompt(drawn.question) + ASSISTANT, 0)]
     if how == "answer":
@@ -278,6 +286,8 @@ def conversation(rng: random.Random, drawn: Exercise, how: str) -> list[Piece]:
     error = arithmetic.judge(drawn.solution, answer).first_error
     pieces += _solution(answer, error)
     right = arithmetic.feedback(drawn.solution, answer)
+    if careless and rng.random() < careless:
+        right = arithmetic.feedback(answer, answer)
     amateur = arithmetic.amateur_feedback(rng, drawn, answer)
     said = ""
     if how == "feedback" or rng.random() < 0.75:
@@ -326,7 +336,10 @@ def batches(tokenizer, recipe: Recipe, seed: str, block: int):
             ("drill", "answer", "feedback", "full"),
             (mix.drill, mix.answer, mix.feedback, mix.full),
         )[0]
-        pieces = _drill(rng) if how == "drill" else conversation(rng, next(drawn), how)
+        if how == "drill":
+            pieces = _drill(rng)
+        else:
+            pieces = conversation(rng, next(drawn), how, recipe.careless)
         encoded = tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False)
         tokens: list[int] = []
         weights: list[float] = []

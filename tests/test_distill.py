@@ -75,9 +75,12 @@ def step(pair, samples, training, weights=WEIGHTS, options=OPTIONS, rate=1.0):
     return done, {name: after[name] - before[name] for name in before}
 
 
-def test_losses_are_their_definitions_over_whole_sequences(pair):
+@pytest.mark.parametrize("score_at", ["prompt", "feedback"])
+def test_losses_are_their_definitions_over_whole_sequences(pair, monkeypatch, score_at):
     """Each loss recomputed sample by sample in float64 from full forward passes."""
     samples = samples_of(pair)
+    monkeypatch.setattr(pair.student, "score_at", score_at)
+    monkeypatch.setattr(pair.student.score_head, "weight", mx.random.normal((1, 32)))
     totals = dict.fromkeys(WEIGHTS, 0.0)
     for sample in samples:
         tokens = mx.array([[*sample.prompt, *sample.target]])
@@ -112,7 +115,8 @@ def test_losses_are_their_definitions_over_whole_sequences(pair):
             lambda pooled, w=projection: w @ pooled,
         )[0]
         if sample.expert_score is not None:
-            score = pair.student.score(ours.final[0, len(sample.prompt) - 1]).item()
+            place = len(sample.prompt) - 1 if score_at == "prompt" else -2
+            score = pair.student.score(ours.final[0, place]).item()
             totals["score"] += (score - sample.expert_score) ** 2
     norms = counts(samples, OPTIONS)
     found = measure(pair.student, pair.expert, samples, OPTIONS, 400, 3)

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_fd import roles
 from mlx_fd.config import GenerationOptions
-from mlx_fd.episode import Pair, Progress, answer, feedback_request, is_correct, parsed
+from mlx_fd.episode import Pair, Progress, answer, feedback_request, head_score, is_correct, parsed
 from mlx_fd.evaluation.statistics import Rows, bootstrap, mean, mean_gain
 from mlx_fd.generation import Conversation, Sampling, generate, opening, prefill
 from mlx_fd.problems import Problem, arithmetic
@@ -47,6 +47,7 @@ class Result:
     Attributes:
         wrong: whether the answer had an error.
         score_error: |score head - truth|.
+        written_error: |written score - truth|; a score that cannot be read counts as 0.
         readable: whether a score and a verdict on the steps could be read in its feedback.
         found: whether the first wrong step it names (or that it names none) is the truth;
             ProcessBench's definition (arXiv 2412.06559), where what cannot be read is not found.
@@ -55,6 +56,7 @@ class Result:
 
     wrong: bool
     score_error: float
+    written_error: float
     readable: bool
     found: bool
     solved: bool
@@ -109,7 +111,6 @@ def examine(
             for question in chunk
         ]
         read = [prefill(pair.reader, Conversation(), prompt) for prompt in prompts]
-        scores = [float(pair.student.score(hidden)) for hidden, _ in read]
         turns = generate(
             pair.reader,
             [before for _, before in read],
@@ -127,13 +128,17 @@ def examine(
             temperature=0.0,
             keep=False,
         )
-        for question, score, turn, draft in zip(chunk, scores, turns, own, strict=True):
+        for question, prompt, (hidden, before), turn, draft in zip(
+            chunk, prompts, read, turns, own, strict=True
+        ):
             feedback = parsed(turn)
+            score = head_score(pair.student, pair.reader, hidden, before, prompt, turn)
             named = arithmetic.first_error(feedback.text)
             found.append(
                 Result(
                     question.first_error > 0,
                     abs(score - question.score),
+                    abs((feedback.score or 0.0) - question.score),
                     feedback.score is not None and named is not None,
                     named == question.first_error,
                     is_correct(draft.answer.final, question.problem),
@@ -181,6 +186,7 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, dict
     old, new = column(before, "found"), column(after, "found")
     return {
         "score_error": sides("score_error"),
+        "written_error": sides("written_error"),
         "readable": sides("readable"),
         "first_error_on_wrong": sides("found", only=True),
         "first_error_on_right": sides("found", only=False),

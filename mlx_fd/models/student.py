@@ -25,14 +25,16 @@ class Student(nn.Module):
 
     Attributes:
         model: the mlx-lm model, with LoRA layers unless it trains whole.
-        score_head: linear d -> 1; its tanh at the last prompt token is the student's score. It
-            starts at zero: no opinion.
+        score_head: linear d -> 1; its tanh is the student's score. It starts at zero: no opinion.
+        score_at: where it reads: ``"prompt"``, at the last token before the feedback, or
+            ``"feedback"``, where the feedback's last token is predicted.
         projection: linear d -> d_expert of the hidden-alignment loss, without bias. It starts as
             the identity where the widths are equal.
     """
 
-    def __init__(self, model: nn.Module, expert_width: int):
+    def __init__(self, model: nn.Module, expert_width: int, score_at: str = "prompt"):
         super().__init__()
+        self.score_at = score_at
         width = taps.width(model)
         self.model = model
         self.score_head = nn.Linear(width, 1)
@@ -83,7 +85,7 @@ def make_student(model: nn.Module, expert_width: int, options: ModelOptions, see
             lora_layers(model, options),
             {"rank": options.lora_rank, "scale": options.lora_scale, "dropout": 0.0},
         )
-    student = Student(model, expert_width)
+    student = Student(model, expert_width, options.score_at)
     mx.eval(student.parameters())
     student.train()
     return student

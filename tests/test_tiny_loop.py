@@ -1,0 +1,115 @@
+"""The embedded pair through the whole loop: what its preset asks for is what happens."""
+
+import json
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+
+from mlx_fd import roles
+from mlx_fd.cli import main
+from mlx_fd.config import Config, override, preset
+from mlx_fd.distill import solution_of
+from mlx_fd.episode import (
+    answer,
+    expert_feedback,
+    finish,
+    first_answers,
+    is_correct,
+    student_feedback,
+)
+from mlx_fd.generation import opening
+from mlx_fd.models import taps
+from mlx_fd.session import make_plan, open_pair
+
+
+def quiet(step, tokens):
+    pass
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return override(preset("tiny"), {"episodes": 8, "batch_size": 8, "exam_size": 8}, "test")
+
+
+@pytest.fixture(scope="module")
+def plan(config):
+    return make_plan(config)
+
+
+@pytest.fixture(scope="module")
+def pair(plan):
+    return open_pair(plan)
+
+
+@pytest.fixture(scope="module")
+def drafts(pair, plan, config):
+    options = config.generation
+    drafts = first_answers(pair, plan.problems, options, 1, quiet)
+    drafts = student_feedback(pair, drafts, options, 2, quiet)
+    return expert_feedback(pair, drafts, options, 3, quiet)
+
+
+def test_the_student_writes_the_first_answers_and_the_expert_judges_them(
+    pair, plan, config, drafts
+):
+    own = answer(pair.reader, plan.problems, config.generation, 1, quiet, keep=False)
+    assert [d.answer for d in drafts] == [d.answer for d in own]
+    right = [is_correct(d.answer.final, d.problem) for d in drafts]
+    assert not all(right)
+    for draft, is_right in zip(drafts, right, strict=True):
+        assert draft.expert_feedback.score is not None
+        if is_right:
+            assert draft.expert_feedback.score > 0
+        # The student's tokens stand in the expert's conversation, one by one.
+        begun = opening(pair.expert.tokenizer, roles.answer_prompt(draft.problem.question))
+        assert draft.prompt[: len(begun) + len(draft.answer.tokens)] == (
+            *begun,
+            *draft.answer.tokens,
+        )
+
+
+def test_the_score_head_reads_the_end_of_the_feedback(pair, drafts, monkeypatch):
+    monkeypatch.setattr(pair.student.score_head, "weight", mx.random.normal((1, 96)))
+    options = preset("tiny").generation
+    for draft in student_feedback(pair, drafts, options, 2, quiet):
+        tokens = mx.array([[*draft.prompt, *draft.student_feedback.tokens[:-1]]])
+        whole = taps.forward(pair.reader.model, tokens).final[0, -1]
+        assert draft.student_score == pytest.approx(pair.student.score(whole).item(), abs=1e-4)
+
+
+def test_a_solution_to_learn_from_is_the_final_answer_after_the_bare_question(pair, config, drafts):
+    outcomes = finish(pair, drafts, config.generation, config.episode, lambda step: 0, quiet)
+    assert sum(is_correct(o.final.final, o.draft.problem) for o in outcomes) >= 6
+    for outcome in outcomes:
+        sample = solution_of(pair, outcome, config.losses)
+        text = pair.expert.tokenizer.decode(sample.target)
+        assert text.removesuffix("<|end|>") == outcome.final.text
+        begun = opening(pair.expert.tokenizer, roles.answer_prompt(outcome.draft.problem.question))
+        assert sample.prompt == begun
+        assert sample.expert_score is None
+        whole = taps.forward(pair.expert.model, mx.array([[*sample.prompt, *sample.target[:-1]]]))
+        assert mx.allclose(sample.expert_final, whole.final[0, len(begun) - 1 :], atol=1e-4)
+
+
+def test_the_preset_runs_and_ends_with_the_examination(tmp_path):
+    out = tmp_path / "run"
+    options = ["--preset", "tiny", "--episodes", "16", "--batch-size", "8", "--exam-size", "8"]
+    result = CliRunner().invoke(main, ["loop", *options, "--probe-size", "4", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["exam"]) == {
+        "score_error",
+        "written_error",
+        "readable",
+        "first_error_on_wrong",
+        "first_error_on_right",
+        "first_error_f1",
+        "solved",
+    }
+    assert summary["headroom"]["expert_right"] >= 3
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    distilled = [row for row in rows if row["updates"]]
+    assert distilled and all(len(row["updates"]) == 4 for row in distilled)
+    for words in ("first answers right", "final answers right", "exam: first error found"):
+        assert words in result.output
