@@ -292,6 +292,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "score_rate": 3e-3,
         "projection_rate": 1e-3,
         "probe_size": 32,
+        "stop_threshold": 0.2,
         "exam_size": 200,
     },
     # The hyperparameters of the published code (docs/methods.md), with its gate.

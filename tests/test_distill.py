@@ -80,7 +80,9 @@ def test_losses_are_their_definitions_over_whole_sequences(pair, monkeypatch, sc
     """Each loss recomputed sample by sample in float64 from full forward passes."""
     samples = samples_of(pair)
     monkeypatch.setattr(pair.student, "score_at", score_at)
-    monkeypatch.setattr(pair.student.score_head, "weight", mx.random.normal((1, 32)))
+    monkeypatch.setattr(
+        pair.student.score_head, "weight", mx.random.normal(pair.student.score_head.weight.shape)
+    )
     totals = dict.fromkeys(WEIGHTS, 0.0)
     for sample in samples:
         tokens = mx.array([[*sample.prompt, *sample.target]])
