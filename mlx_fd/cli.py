@@ -440,15 +440,22 @@ def models(as_json: bool, debug: bool) -> None:
 Examples:
   mlx-fd doctor
   mlx-fd doctor --json
+  mlx-fd doctor --kernels                         first thing on a new Mac or GPU
 """,
+)
+@click.option(
+    "--kernels",
+    "of_kernels",
+    is_flag=True,
+    help="Run the Metal or CUDA kernels and their twins on small input, and print their errors.",
 )
 @_json
 @_debug
-def doctor(as_json: bool, debug: bool) -> None:
+def doctor(of_kernels: bool, as_json: bool, debug: bool) -> None:
     """Say what this machine has, and what to install. Exits with 1 where something is amiss."""
-    from mlx_fd.doctor import checks, checks_table
+    from mlx_fd.doctor import checks, checks_table, kernel_rows
 
-    rows = checks()
+    rows = kernel_rows() if of_kernels else checks()
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     else:

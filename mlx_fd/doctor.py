@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import shutil
 import sys
@@ -75,6 +76,34 @@ def checks() -> list[dict[str, str]]:
     return [*rows, _memory_row(), _disk_row(), _models_row()]
 
 
+def kernel_rows() -> list[dict[str, Any]]:
+    """What ``mlx-fd doctor --kernels`` says: how right the row functions are on this machine.
+
+    Returns:
+        Rows as of :func:`checks`; those of a check have its ``error`` (``None`` where there is no
+        number) and its ``limit`` too.
+
+    Raises:
+        UserError: there is no MLX backend, or ``MLX_FD_KERNELS`` cannot be followed.
+    """
+    backend()
+    from mlx_fd.kernel_checks import run_checks
+    from mlx_fd.kernels import chosen, runnable
+
+    rows: list[dict[str, Any]] = []
+    for on in runnable():
+        for check in run_checks(on):
+            text = check.failure or f"error {check.error:.1e}, limit {check.limit:g}"
+            rows.append(
+                {
+                    **_row(f"{on}: {check.what}", "good" if check.passed else "bad", text),
+                    "error": check.error if math.isfinite(check.error) else None,
+                    "limit": check.limit,
+                }
+            )
+    return [_row("used in runs", "good", chosen()), *rows]
+
+
 def _memory_row() -> dict[str, str]:
     from mlx_fd.models.memory import available_memory
 
@@ -105,7 +134,7 @@ def _models_row() -> dict[str, str]:
     )
 
 
-def checks_table(rows: list[dict[str, str]]) -> Table:
+def checks_table(rows: list[dict[str, Any]]) -> Table:
     """The checks for a terminal."""
     table = Table(box=None, show_header=False, padding=(0, 1))
     for row in rows:

@@ -1,15 +1,21 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 from tiny import make_model_dir
 
-from mlx_fd import doctor
+from mlx_fd import doctor, kernels
+from mlx_fd.backend import Backend
+from mlx_fd.cli import cli
 from mlx_fd.models.aliases import ALIASES
+
+pytest_plugins = ["metal.fixtures"]
 
 
 def rows_of(**env: str) -> dict[str, dict[str, str]]:
@@ -89,3 +95,54 @@ def test_models_found_here_are_marked(tmp_path, monkeypatch):
     assert "qwen2.5-0.5b-4bit" in text and "someone/model" in text
     table = printed(doctor.models_table(list(rows.values())))
     assert any(line.split()[:2] == ["qwen2.5-0.5b-4bit", "yes"] for line in table.splitlines())
+
+
+def test_kernels_are_compared_with_float64(monkeypatch):
+    monkeypatch.delenv("MLX_FD_KERNELS", raising=False)
+    done = CliRunner().invoke(cli, ["doctor", "--kernels", "--json"])
+    used, *rows = json.loads(done.stdout)
+    assert done.exit_code == 0 and used["text"] == kernels.chosen()
+    assert {row["what"].split(":")[0] for row in rows} == set(kernels.runnable())
+    for name in ("forward KL", "reverse KL", "JSD", "alignment, pooled", "per token", "top k"):
+        for dtype in ("float32", "bfloat16", "float16"):
+            found = [row for row in rows if name in row["what"] and dtype in row["what"]]
+            assert found and all(0 <= row["error"] <= row["limit"] < 0.1 for row in found)
+
+
+def test_a_wrong_kernel_is_amiss(emulator, monkeypatch, tmp_path):
+    """On a GPU that is emulated, with a text that is wrong and one that does not compile."""
+    monkeypatch.setattr(kernels, "backend", lambda: Backend("metal", None, ""))
+    monkeypatch.setenv("MLX_FD_KERNELS", "metal")
+    folder = shutil.copytree(kernels.source_folder(), tmp_path / "kernels")
+    for name, said, mistaken in (
+        ("top_k.metal", "all.most + log", "all.most - log"),
+        ("alignment.metal", "uint kept = 0;", "uint kept = ;"),
+    ):
+        text = (folder / name).read_text()
+        assert said in text
+        (folder / name).write_text(text.replace(said, mistaken))
+    monkeypatch.setattr(kernels, "source_folder", lambda: folder)
+
+    done = CliRunner().invoke(cli, ["doctor", "--kernels", "--json"])
+    assert done.exit_code == 1
+    rows = {row["what"]: row for row in json.loads(done.stdout)}
+    assert rows["used in runs"]["text"] == "metal"
+    assert rows["metal: forward KL, float32"]["state"] == "good"
+    assert rows["metal: top k, float32"]["state"] == "bad"
+    assert rows["metal: top k, float32"]["error"] > 0.1
+    assert rows["graph: top k, float32"]["state"] == "good"
+    refused = rows["metal: alignment, pooled, float16"]
+    assert refused["state"] == "bad" and refused["error"] is None
+    assert "does not compile" in refused["text"]
+
+    shown = CliRunner().invoke(cli, ["doctor", "--kernels"])
+    assert shown.exit_code == 1
+    assert any(
+        line.split()[:4] == ["amiss", "metal:", "top", "k,"] for line in shown.stdout.splitlines()
+    )
+
+
+def test_forcing_what_cannot_run_is_said(monkeypatch):
+    monkeypatch.setenv("MLX_FD_KERNELS", "vulkan")
+    done = CliRunner().invoke(cli, ["doctor", "--kernels"])
+    assert "MLX_FD_KERNELS=vulkan" in str(done.exception)

@@ -1,6 +1,7 @@
 """The losses once more, in float64 NumPy and in plain steps, for tests to compare with.
 
-Same arguments as their MLX twins, arrays as NumPy arrays; values only.
+Same arguments as their MLX twins, arrays as NumPy arrays; values only, but for the row functions,
+which give their gradient, too.
 """
 
 from __future__ import annotations
@@ -98,6 +99,89 @@ def logit_loss(
     return temperature**2 * float(divergence), float(valid.sum())
 
 
+@np.errstate(invalid="ignore")
+def divergence_rows(
+    student_logits: ArrayLike, teacher_logits: ArrayLike, *, beta: float, temperature: float
+) -> tuple[Array, Array]:
+    """Generalised Jensen-Shannon divergence of each row times T^2, and its gradient."""
+    log_q = _log_softmax(np.asarray(student_logits, np.float64) / temperature)
+    log_p = _log_softmax(np.asarray(teacher_logits, np.float64) / temperature)
+    q, p = np.exp(log_q), np.exp(log_p)
+    if beta == 0:
+        value, slope = _kl_rows(log_p, log_q), q - p
+    elif beta == 1:
+        value = _kl_rows(log_q, log_p)
+        slope = _times(q, log_q - log_p - value[:, None])
+    else:
+        log_m = np.logaddexp(log_p + np.log(beta), log_q + np.log(1 - beta))
+        of_student = _kl_rows(log_q, log_m)
+        value = beta * _kl_rows(log_p, log_m) + (1 - beta) * of_student
+        slope = (1 - beta) * _times(q, log_q - log_m - of_student[:, None])
+    return temperature**2 * value, temperature * slope
+
+
+def top_k_divergence_rows(
+    student_logits: ArrayLike,
+    values: ArrayLike,
+    indices: ArrayLike,
+    log_sum_exp: ArrayLike,
+    *,
+    beta: float,
+    temperature: float,
+) -> tuple[Array, Array]:
+    """The divergence over the k tokens and all others as one more, times T^2; its gradient."""
+    log_q = _log_softmax(np.asarray(student_logits, np.float64) / temperature)
+    whole = np.asarray(log_sum_exp, np.float64)[:, None]
+    log_p = np.asarray(values, np.float64) / temperature - whole
+    value, slope = np.zeros(len(log_q)), np.zeros_like(log_q)
+    for row, chosen in enumerate(np.asarray(indices)):
+        others = np.setdiff1d(np.arange(log_q.shape[1]), chosen)
+        ours, theirs = log_q[row, chosen], log_p[row]
+        if len(others):
+            tail = np.logaddexp.reduce(log_q[row, others])
+            rest = max(1 - np.exp(theirs).sum(), 0)
+            ours, theirs = np.append(ours, tail), np.append(theirs, _log(rest))
+        [result], [gradient] = divergence_rows([ours], [theirs], beta=beta, temperature=1)
+        value[row] = temperature**2 * result
+        slope[row, chosen] = temperature * gradient[: len(chosen)]
+        if len(others):
+            # The tail's gradient is shared as its probability is.
+            share = np.exp(log_q[row, others] - tail)
+            slope[row, others] = temperature * gradient[-1] * share
+    return value, slope
+
+
+def alignment_rows(student: ArrayLike, teacher: ArrayLike, mask: ArrayLike) -> tuple[Array, Array]:
+    """1 - cosine for each sample, of the mean states or as the mean over positions; gradient."""
+    ours, theirs = np.asarray(student, np.float64), np.asarray(teacher, np.float64)
+    valid = np.asarray(mask, bool)
+    value, slope = np.zeros(len(ours)), np.zeros_like(ours)
+    for sample in np.flatnonzero(valid.any(axis=1)):
+        states = ours[sample, valid[sample]]
+        if theirs.ndim == 2:
+            value[sample], gradient = _one_minus_cosine(states.mean(axis=0), theirs[sample])
+            slope[sample, valid[sample]] = gradient / len(states)
+        else:
+            pairs = zip(states, theirs[sample, valid[sample]], strict=True)
+            each = [_one_minus_cosine(a, b) for a, b in pairs]
+            value[sample] = np.mean([one for one, _ in each])
+            slope[sample, valid[sample]] = np.array([g for _, g in each]) / len(states)
+    return value, slope
+
+
+def _one_minus_cosine(a: Array, b: Array) -> tuple[float, Array]:
+    size, unit = np.linalg.norm(a), b / np.linalg.norm(b)
+    cosine = float(a @ unit / size)
+    return 1 - cosine, (cosine * a / size - unit) / size
+
+
+def top_k_rows(logits: ArrayLike, k: int) -> tuple[Array, NDArray[np.int64], Array]:
+    """The k largest logits, their indices (of equals the lower first), and the log-sum-exp."""
+    rows = np.asarray(logits, np.float64)
+    indices = np.argsort(-rows, axis=-1, kind="stable")[:, :k]
+    return np.take_along_axis(rows, indices, -1), indices, np.logaddexp.reduce(rows, axis=-1)
+
+
 def _log_softmax(rows: Array) -> Array:
     shifted = rows - rows.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
@@ -105,3 +189,17 @@ def _log_softmax(rows: Array) -> Array:
 
 def _kl(log_p: Array, log_q: Array) -> float:
     return float((np.exp(log_p) * (log_p - log_q)).sum())
+
+
+def _kl_rows(log_p: Array, log_q: Array) -> Array:
+    return np.asarray(_times(np.exp(log_p), log_p - log_q).sum(axis=-1))
+
+
+def _times(p: Array, numbers: Array) -> Array:
+    """``p * numbers``, and 0 where p is 0, whatever the number."""
+    return np.multiply(p, numbers, out=np.zeros_like(p), where=p > 0)
+
+
+@np.errstate(divide="ignore")
+def _log(p: float) -> float:
+    return float(np.log(p))

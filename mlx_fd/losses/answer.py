@@ -1,0 +1,105 @@
+"""Answer matching: how likely the student is to arrive at the expert's final answer.
+
+For a solution y whose answer tokens are A::
+
+    L = -log p_S(answer | question, reasoning) = - sum over t in A of log p_S(y_t | x, y_<t)
+
+summed over samples and divided by their number: the surprise at the whole answer, so a number that
+a tokenizer splits into five tokens weighs as much as one that is a single token. Where the
+reasoning already states the result the student may copy it, and the loss is small from the start
+(divide by its starting value with care); a text that is the answer alone leaves nothing to copy.
+
+To give answer and reasoning a loss each, and to add them, is the multi-task objective of Hsieh et
+al., "Distilling step-by-step" (arXiv 2305.02301), where label and rationale are two outputs; here
+they are two parts of one text, and :mod:`mlx_fd.losses.reasoning` is for the other part. The
+published code of the feedback method has no answer loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import mlx.core as mx
+
+from mlx_fd.losses.language_model import language_model_loss
+
+Span = tuple[int, int]
+
+
+def answer_matching_loss(
+    logits: mx.array, targets: mx.array, mask: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Sum over samples of -log p(answer): over their answer's tokens, of -log p(target).
+
+    Args:
+        logits: [B, T, V], any float type.
+        targets: [B, T], integer tokens in [0, V); where the mask is 0, anything.
+        mask: [B, T], 1 (true) on the answer's tokens, as :func:`answer_mask` gives them.
+
+    Returns:
+        The sum and the number of samples with an answer, float32.
+    """
+    total, _ = language_model_loss(logits, targets, mask)
+    return total, mask.astype(mx.bool_).any(axis=1).astype(mx.float32).sum()
+
+
+def token_spans(
+    decode: Callable[[list[int]], str], tokens: Sequence[int]
+) -> tuple[str, list[Span]]:
+    """Where in its text each token stands, for any tokenizer.
+
+    Found by decoding every prefix, so it holds for generated tokens too, which a tokenizer might
+    split otherwise. Of the tokens that share a character, the first stands on it; the others, as
+    tokens that write nothing, have empty spans.
+
+    Args:
+        decode: tokens to text, as the tokenizer does it.
+        tokens: of one text.
+
+    Returns:
+        The text, and for each token the half-open range of its characters; together they cover it.
+    """
+    ends = [len(decode(list(tokens[: i + 1]))) for i in range(len(tokens))]
+    # Half a character may decode to more characters than the whole.
+    for i in reversed(range(len(ends) - 1)):
+        ends[i] = min(ends[i], ends[i + 1])
+    return decode(list(tokens)), list(pairwise([0, *ends]))
+
+
+def answer_span(text: str, mark: str = "####") -> Span | None:
+    """The final answer's characters: the last mark that a number follows, to the end of its line.
+
+    Args:
+        text: a solution, as it was generated (an end-of-turn token on that line belongs to it).
+        mark: what announces the answer; the number may stand on the next line.
+
+    Returns:
+        The half-open range, mark included; ``None`` where no mark has a number.
+    """
+    place = len(text)
+    while (place := text.rfind(mark, 0, place)) >= 0:
+        rest = text[place + len(mark) :].lstrip()
+        line = rest.partition("\n")[0].rstrip()
+        if any(char.isdigit() for char in line):
+            return place, len(text) - len(rest) + len(line)
+    return None
+
+
+def answer_mask(spans: Sequence[Span], answer: Span | None) -> list[bool]:
+    """Which tokens write some of the answer.
+
+    Args:
+        spans: of :func:`token_spans`.
+        answer: of :func:`answer_span`.
+
+    Returns:
+        One truth value for each token; an empty span goes with the token before it.
+    """
+    mask: list[bool] = []
+    for begin, end in spans:
+        if begin == end:
+            mask.append(bool(mask) and mask[-1])
+        else:
+            mask.append(answer is not None and begin < answer[1] and answer[0] < end)
+    return mask

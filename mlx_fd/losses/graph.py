@@ -1,0 +1,284 @@
+"""The row functions of the distillation engine, written with MLX's own operations.
+
+They run on every backend, and are what the Metal and CUDA kernels must equal. Each gives its
+gradient in the same pass as its value, in closed form: nothing here is differentiated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from mlx_fd.backend import backend
+from mlx_fd.losses.hidden import pool
+
+# Stands in for a logit of -inf, so that 0 * log 0 is 0: far below any logit, and still a number.
+_LEAST_LOGIT = -1e20
+# Stands in for a probability that float32 cannot hold, so that it has a logarithm.
+_LEAST_PROBABILITY = 1e-37
+# A row of equal logits has no spread to divide by.
+_LEAST_VARIANCE = 1e-12
+# Squared norms below this count as this, so that a zero vector has a finite gradient.
+_LEAST_SQUARED_NORM = 1e-12
+# Numbers that are added side by side, so that no sum is of many more than 32.
+_BLOCKS = (4096, 256, 16)
+_MANTISSA_BITS = 23
+_EXPONENT_BIAS = 127
+_INTEGERS = 1.5 * 2.0**_MANTISSA_BITS
+_INTEGERS_BITS = (_EXPONENT_BIAS + _MANTISSA_BITS << _MANTISSA_BITS) + (1 << _MANTISSA_BITS - 1)
+_EXP2_SERIES = [math.log(2) ** n / math.factorial(n) for n in range(7)]
+
+# Of the student's logits [n, V] and what is known of the teacher: values [n], gradient [n, V].
+Rows = Callable[..., tuple[mx.array, mx.array]]
+
+
+def divergence_rows(
+    student_logits: mx.array, teacher_logits: mx.array, *, beta: float, temperature: float
+) -> tuple[mx.array, mx.array]:
+    """Generalised Jensen-Shannon divergence of each row, and its gradient.
+
+    With p the teacher's and q the student's softmax of logits / T and m = beta p + (1 - beta) q
+    (Agarwal et al., GKD, arXiv 2306.13649, equation 1; the convention of TRL's GKDTrainer)::
+
+        D = beta KL(p || m) + (1 - beta) KL(q || m)        0 < beta < 1
+        D = KL(p || q)                                     beta = 0, forward
+        D = KL(q || p)                                     beta = 1, reverse
+
+    The ends are set so: the formula itself goes to 0 there. Value and gradient are T^2 D and its
+    derivative by the student's logits. Sums are float32. A logit of -inf has no probability; where
+    only one of the two has it, a KL is finite but huge (1e20 times the other's probability).
+
+    Args:
+        student_logits: [n, V], any float type.
+        teacher_logits: [n, V], any float type.
+        beta: in [0, 1].
+        temperature: T, above 0.
+
+    Returns:
+        The values [n], float32, and the gradient [n, V] in the type of ``student_logits``.
+    """
+    ours, our_total, q = _softmax(student_logits, temperature)
+    theirs, their_total, p = _softmax(teacher_logits, temperature)
+    if beta in (0, 1):
+        # The logarithm of one quotient loses less than the difference of two logarithms.
+        ratio = ours - theirs + mx.log(their_total / our_total)
+        # q - p sums to 0. Added, no term of a KL is negative, and what the totals lost cancels.
+        if beta == 0:
+            slope = q - p
+            value = _sum(slope - p * ratio)
+        else:
+            value = _sum(q * ratio + (p - q))
+            slope = _slope(q, ratio)
+    else:
+        p, q = mx.maximum(p, _LEAST_PROBABILITY), mx.maximum(q, _LEAST_PROBABILITY)
+        middle = beta * p + (1 - beta) * q
+        ratio = mx.log(q / middle)
+        value = beta * _sum(p * mx.log(p / middle)) + (1 - beta) * _sum(q * ratio)
+        slope = (1 - beta) * _slope(q, ratio)
+    value = temperature**2 * value.squeeze(-1)
+    return value, (temperature * slope).astype(student_logits.dtype)
+
+
+def _slope(q: mx.array, ratio: mx.array) -> mx.array:
+    """Gradient by a softmax's input, from that by log q but for a constant: [n, V]."""
+    # q sums to 1 only nearly. Divided by its sum, a sure row's large ratios cancel all the same.
+    return q * (ratio - _sum(q * ratio) / _sum(q))
+
+
+def _softmax(logits: mx.array, temperature: float) -> tuple[mx.array, mx.array, mx.array]:
+    """Rows of at most 0, the sums [n, 1] of their powers of e, and the powers by the sums."""
+    rows = logits.astype(mx.float32)
+    # At 1e4 a float32 has three decimals: without the shift the logarithm below drowns.
+    rows = (rows - rows.max(axis=-1, keepdims=True)) * (1 / temperature)
+    rows = mx.maximum(rows, _LEAST_LOGIT)
+    powers = _exp(rows)
+    total = _sum(powers)
+    return rows, total, powers * (1 / total)
+
+
+def _sum(rows: mx.array) -> mx.array:
+    """[n, 1] of [n, V], float32."""
+    # MLX's sum on a CPU adds number after number, and of 150,000 loses 3e-5: first it adds blocks.
+    for block in _BLOCKS:
+        n, width = rows.shape
+        if width > block:
+            whole = width // block * block
+            blocks = rows[:, :whole].reshape(n, width // block, block).sum(axis=1)
+            rows = mx.concatenate([blocks, rows[:, whole:]], axis=-1)
+    return rows.sum(axis=-1, keepdims=True)
+
+
+def _exp(rows: mx.array) -> mx.array:
+    """Powers of e of numbers that are at most 0, float32.
+
+    MLX's own on a CPU is a call for each number, and most of a divergence's time there. This is
+    2^f times 2^i of the whole and the broken part of x / ln 2, in operations that CPUs do several
+    at a time; exact to 3e-7 of the result, which is at least 1e-38.
+    """
+    if not backend().on_cpu:
+        return mx.exp(rows)
+    power = mx.maximum(rows * (1 / math.log(2)), -126.0)
+    # In this range a float32's last bit is 1: adding it rounds to an integer, kept in the bits.
+    shifted = power + _INTEGERS
+    fraction = power - (shifted - _INTEGERS)
+    result = fraction * _EXP2_SERIES[-1] + _EXP2_SERIES[-2]
+    for coefficient in _EXP2_SERIES[-3::-1]:
+        result = result * fraction + coefficient
+    exponent = shifted.view(mx.int32) - (_INTEGERS_BITS - _EXPONENT_BIAS)
+    return result * (exponent << _MANTISSA_BITS).view(mx.float32)
+
+
+def alignment_rows(
+    student: mx.array, teacher: mx.array, mask: mx.array
+) -> tuple[mx.array, mx.array]:
+    """1 - cosine of hidden states for each sample, and its gradient.
+
+    Of the mean state over the valid positions where ``teacher`` is pooled, else the mean over the
+    valid positions of each position's. A sample without a valid position gives 0 and no gradient.
+
+    Args:
+        student: [B, T, d], any float type, already projected to the teacher's width.
+        teacher: [B, d], pooled, or [B, T, d].
+        mask: [B, T], 1 (true) where the position counts; under a 0 anything may stand, NaN too.
+
+    Returns:
+        The values [B], float32, and the gradient [B, T, d] in the type of ``student``.
+    """
+    valid = mask.astype(mx.bool_)
+    # Of each position in the mean; 0 where masked.
+    share = valid / mx.maximum(valid.sum(axis=1, keepdims=True), 1).astype(mx.float32)
+    if teacher.ndim == 2:
+        present = valid.any(axis=1, keepdims=True)
+        value, slope = _one_minus_cosine(
+            pool(student, mask), mx.where(present, teacher, 0).astype(mx.float32)
+        )
+        value, slope = mx.where(present.squeeze(1), value, 0), slope[:, None, :]
+    else:
+        values, slope = _one_minus_cosine(
+            mx.where(valid[..., None], student, 0).astype(mx.float32),
+            mx.where(valid[..., None], teacher, 0).astype(mx.float32),
+        )
+        value = (share * values).sum(axis=1)
+    return value, (share[..., None] * slope).astype(student.dtype)
+
+
+def _one_minus_cosine(ours: mx.array, theirs: mx.array) -> tuple[mx.array, mx.array]:
+    """Over the last axis: the value [...] and its gradient by ``ours`` [..., d]."""
+
+    def inverse_norm(vectors: mx.array) -> tuple[mx.array, mx.array]:
+        squared = mx.square(vectors).sum(axis=-1, keepdims=True)
+        return mx.rsqrt(mx.maximum(squared, _LEAST_SQUARED_NORM)), squared > _LEAST_SQUARED_NORM
+
+    scale, has_norm = inverse_norm(ours)
+    unit = ours * scale
+    target = theirs * inverse_norm(theirs)[0]
+    cosine = (unit * target).sum(axis=-1, keepdims=True)
+    # Below the least norm the scale is a constant.
+    slope = scale * (mx.where(has_norm, cosine, 0) * unit - target)
+    return 1 - cosine.squeeze(-1), slope
+
+
+def top_k_rows(logits: mx.array, k: int) -> tuple[mx.array, mx.array, mx.array]:
+    """The k largest logits of each row, and the log-sum-exp of all of them.
+
+    Args:
+        logits: [n, V], any float type, without NaN.
+        k: at most V.
+
+    Returns:
+        Values [n, k] in the type of ``logits`` and their indices [n, k] (int32), by falling value,
+        equal ones by rising index; log-sum-exp [n], float32.
+    """
+    vocab = logits.shape[-1]
+    rows = logits.astype(mx.float32)
+    # A float's bits as an integer that sorts like it (+ 0.0: -0 equals 0), then the index: no ties.
+    bits = (rows + 0.0).view(mx.int32)
+    bits = mx.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(mx.int64)
+    keys = (bits << 32) + mx.arange(vocab - 1, -1, -1, dtype=mx.int64)
+    best = mx.sort(mx.partition(keys, vocab - k, axis=-1)[:, vocab - k :], axis=-1)[:, ::-1]
+    indices = (vocab - 1 - (best & 0xFFFFFFFF)).astype(mx.int32)
+    values = mx.take_along_axis(logits, indices, axis=-1)
+    return values, indices, mx.logsumexp(rows, axis=-1)
+
+
+def top_k_divergence_rows(
+    student_logits: mx.array,
+    values: mx.array,
+    indices: mx.array,
+    log_sum_exp: mx.array,
+    *,
+    beta: float,
+    temperature: float,
+) -> tuple[mx.array, mx.array]:
+    """:func:`divergence_rows` where only the teacher's k likeliest tokens are known.
+
+    The distributions are over those k and, as one more outcome, all other tokens together.
+
+    Args:
+        student_logits: [n, V], any float type.
+        values: [n, k], the teacher's logits there, before the temperature.
+        indices: [n, k], all different in a row.
+        log_sum_exp: [n], of all the teacher's logits / T.
+        beta: in [0, 1].
+        temperature: T, above 0.
+
+    Returns:
+        The values [n], float32, and the gradient [n, V] in the type of ``student_logits``.
+    """
+    rows = student_logits.astype(mx.float32)
+    rows = (rows - rows.max(axis=-1, keepdims=True)) * (1 / temperature)
+    ours = mx.take_along_axis(rows, indices, axis=-1)
+    theirs = values.astype(mx.float32) * (1 / temperature) - log_sum_exp[:, None]
+    if indices.shape[-1] == rows.shape[-1]:
+        value, slope = divergence_rows(ours, theirs, beta=beta, temperature=1.0)
+        slope = mx.put_along_axis(rows, indices, slope, axis=-1)
+    else:
+        others = mx.put_along_axis(rows, indices, mx.array(-math.inf), axis=-1)
+        top = others.max(axis=-1, keepdims=True)
+        powers = _exp(others - top)
+        total = _sum(powers)
+        rest = mx.maximum(1 - mx.exp(theirs).sum(axis=-1, keepdims=True), 0)
+        value, slope = divergence_rows(
+            mx.concatenate([ours, top + mx.log(total)], axis=-1),
+            mx.concatenate([theirs, mx.log(rest)], axis=-1),
+            beta=beta,
+            temperature=1.0,
+        )
+        shared = powers * (slope[:, -1:] / total)
+        slope = mx.put_along_axis(shared, indices, slope[:, :-1], axis=-1)
+    return temperature**2 * value, (temperature * slope).astype(student_logits.dtype)
+
+
+def standardized_rows(
+    rows: Rows, student_logits: mx.array, teacher_logits: mx.array
+) -> tuple[mx.array, mx.array]:
+    """``rows`` of z-scored logits (Sun et al., arXiv 2403.01427; population variance).
+
+    Args:
+        rows: gives values [n] and the gradient by the student's z-scores [n, V]; the gradient of a
+            function that does not see a shift, as a softmax does not.
+        student_logits: [n, V], any float type.
+        teacher_logits: [n, V], any float type.
+
+    Returns:
+        The values [n], float32, and the gradient [n, V] by the student's logits, in their type.
+    """
+
+    def z_scores(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        centred = logits.astype(mx.float32)
+        centred = centred - _mean(centred)
+        variance = _mean(mx.square(centred))
+        scale = mx.rsqrt(mx.maximum(variance, _LEAST_VARIANCE))
+        return centred * scale, scale, variance > _LEAST_VARIANCE
+
+    ours, scale, has_spread = z_scores(student_logits)
+    value, slope = rows(ours, z_scores(teacher_logits)[0])
+    # What comes through the spread; through the mean comes nothing.
+    along = mx.where(has_spread, _mean(slope * ours), 0)
+    return value, (scale * (slope - along * ours)).astype(student_logits.dtype)
+
+
+def _mean(rows: mx.array) -> mx.array:
+    return _sum(rows) * (1 / rows.shape[-1])

@@ -1,0 +1,155 @@
+"""A language model's head as a matrix: its product with hidden states, and that product's gradient.
+
+MLX can differentiate a head itself. Here both directions are plain functions, for a loss that makes
+its gradient along with its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from mlx_fd.backend import backend
+
+# What a weight may take in float32 where it is widened a tile at a time.
+_TILE_BYTES = 4 * 2**20
+# Most of a softmax's gradient is smaller than what float16 can hold.
+_FLOAT16_SCALE = 256.0
+
+Parameters = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The first V rows of a head: logits = hidden @ weight.T + bias.
+
+    Attributes:
+        weight: [V, d], or packed integers.
+        bias: [V], if it has one.
+        packing: if it is quantised: scales and biases [V, d / group_size] (some modes have no
+            biases), group_size, bits and mode.
+        trained: which of ``weight`` and ``bias`` are learned.
+        widen: multiply in float32, with a tile of the vocabulary's weights widened at a time.
+    """
+
+    weight: mx.array
+    bias: mx.array | None
+    packing: Mapping[str, Any]
+    trained: tuple[str, ...]
+    widen: bool
+
+    def parameters(self) -> Parameters:
+        """What is learned, by its name."""
+        return {name: getattr(self, name) for name in self.trained}
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits [n, V] of hidden states [n, d]; float32 where it widens."""
+        if self.widen:
+            wide = hidden.astype(mx.float32)
+            parts: list[mx.array] = []
+            for tile in self._tiles():
+                parts.append(wide @ self._widened(tile, parts[-1:]).T)
+            logits = mx.concatenate(parts, axis=-1)
+        elif self.packing:
+            logits = mx.quantized_matmul(hidden, self.weight, **self.packing)
+        else:
+            logits = hidden @ self.weight.T
+        return logits if self.bias is None else logits + self.bias
+
+    def input_gradient(self, slope: mx.array, dtype: mx.Dtype) -> mx.array:
+        """The gradient by the hidden states [n, d], from that by the logits [n, V].
+
+        Args:
+            slope: float32, or the type of the logits.
+            dtype: of the hidden states, in which the product is made unless the head widens.
+        """
+        if self.widen:
+            sums: list[mx.array] = []
+            for tile in self._tiles():
+                part = slope[:, tile] @ self._widened(tile, sums)
+                sums = [sums[0] + part] if sums else [part]
+            return sums[0]
+        if dtype == mx.float16:
+            return self._way_back((slope * _FLOAT16_SCALE).astype(dtype)) / _FLOAT16_SCALE
+        return self._way_back(slope.astype(dtype))
+
+    def parameter_gradients(
+        self, slope: mx.array, hidden: mx.array, weights: mx.array
+    ) -> Parameters:
+        """The gradients by what is learned, float32.
+
+        Args:
+            slope: [n, V], by the logits of each row.
+            hidden: [n, d].
+            weights: [n], what each row counts.
+        """
+        gradients: Parameters = {}
+        if "weight" in self.trained:
+            counted = (hidden * weights[:, None]).astype(slope.dtype)
+            gradients["weight"] = (slope.T @ counted).astype(mx.float32)
+        if "bias" in self.trained:
+            gradients["bias"] = weights @ slope.astype(mx.float32)
+        return gradients
+
+    def _way_back(self, slope: mx.array) -> mx.array:
+        if self.packing:
+            product = mx.quantized_matmul(slope, self.weight, transpose=False, **self.packing)
+        else:
+            product = slope @ self.weight
+        return product.astype(mx.float32)
+
+    def _tiles(self) -> list[slice]:
+        packed = 32 // self.packing["bits"] if self.packing else 1
+        tile = max(1, _TILE_BYTES // (4 * self.weight.shape[1] * packed))
+        return [slice(at, at + tile) for at in range(0, self.weight.shape[0], tile)]
+
+    def _widened(self, tile: slice, after: list[mx.array]) -> mx.array:
+        """Rows of the weight in float32, made only when ``after`` has been."""
+        weight = self.weight[tile]
+        if after:
+            (weight,) = mx.depends([weight], after)
+        if not self.packing:
+            return weight.astype(mx.float32)
+        packing = _rows(self.packing, tile)
+        # The weights are made in their scales' type, which not every mode has as floats.
+        if mx.issubdtype(packing["scales"].dtype, mx.floating):
+            packing["scales"] = packing["scales"].astype(mx.float32)
+        return mx.dequantize(weight, **packing).astype(mx.float32)
+
+
+def linear_head(module: nn.Module, vocab: int) -> Head:
+    """The part of a head that makes the first ``vocab`` logits.
+
+    Args:
+        module: ``nn.Linear``, ``nn.Embedding`` (a tied head) or the quantised form of one.
+        vocab: V; rows beyond are padding.
+
+    Raises:
+        ValueError: it is none of these, or has fewer rows.
+    """
+    quantized = isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+    if not quantized and not isinstance(module, (nn.Linear, nn.Embedding)):
+        raise ValueError(f"a head is a linear layer or an embedding, not {type(module).__name__}")
+    if vocab > module.weight.shape[0]:
+        raise ValueError(f"vocab = {vocab}, but the head has {module.weight.shape[0]} rows")
+    bias = module.get("bias")
+    names = ("scales", "biases", "group_size", "bits", "mode") if quantized else ()
+    return Head(
+        module.weight[:vocab],
+        None if bias is None else bias[:vocab],
+        _rows({name: getattr(module, name) for name in names}, slice(vocab)),
+        tuple(name for name in ("weight", "bias") if name in module.trainable_parameters()),
+        # A CPU's half precision and quantised products are scalar loops.
+        backend().on_cpu and (quantized or module.weight.dtype != mx.float32),
+    )
+
+
+def _rows(packing: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    """What unpacks some rows of a quantised weight."""
+    return {
+        name: part[rows] if isinstance(part, mx.array) else part for name, part in packing.items()
+    }

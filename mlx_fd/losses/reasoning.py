@@ -1,0 +1,95 @@
+"""Reasoning path: the expert's distribution at every token of the reasoning, step by step.
+
+A solution's reasoning is what comes before its final answer (:mod:`mlx_fd.losses.answer`), and each
+of its lines is a step. With the tokens of step k in S_k::
+
+    L = (1 / K) sum over k of (1 / |S_k|) sum over t in S_k of T^2 D(p_E(. | y_<t), p_S(. | y_<t))
+
+the divergence of :mod:`mlx_fd.losses.logit` (Hinton et al., arXiv 1503.02531), with a weight of
+1 / |S_k| on each token: a step counts once, however many words it takes, and a long sentence does
+not drown a short calculation. The published code of the feedback method has no such loss; the
+weighting is ours. Both models read the same tokens; where their tokenizers differ there is
+:mod:`mlx_fd.losses.uld`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlx_fd.losses.answer import Span
+from mlx_fd.losses.logit import logit_loss
+
+
+def reasoning_path_loss(
+    student_logits: mx.array,
+    teacher_logits: mx.array,
+    weights: mx.array,
+    *,
+    kl: str,
+    temperature: float,
+    vocab: int,
+    standardize: bool,
+) -> tuple[mx.array, mx.array]:
+    """Sum over tokens of weight times T^2 times the divergence.
+
+    Args:
+        student_logits: [B, T, V_student], any float type.
+        teacher_logits: [B, T, V_teacher]; no gradient flows into them.
+        weights: [B, T], not negative; :func:`step_weights`, and 0 for all that is no reasoning,
+            where the logits may be anything.
+        kl: as in :func:`mlx_fd.losses.logit.logit_loss`, like all that follows.
+        temperature: T, above 0.
+        vocab: real tokens that the two models share.
+        standardize: z-score the rows first.
+
+    Returns:
+        The sum and the sum of the weights, which is the number of steps, float32.
+
+    Raises:
+        ValueError: an unknown ``kl``, or logits narrower than ``vocab``.
+    """
+
+    def of_token(student: mx.array, teacher: mx.array, weight: mx.array) -> mx.array:
+        total, _ = logit_loss(
+            student[None, None],
+            teacher[None, None],
+            (weight > 0)[None, None],
+            kl=kl,
+            temperature=temperature,
+            vocab=vocab,
+            standardize=standardize,
+        )
+        return weight * total
+
+    weights = weights.astype(mx.float32)
+    losses = mx.vmap(mx.vmap(of_token))(student_logits, teacher_logits, weights)
+    return losses.sum(), weights.sum()
+
+
+def step_weights(text: str, spans: Sequence[Span], answer: Span | None) -> list[float]:
+    """What each token counts: 1 / (tokens of its step) in the reasoning, 0 elsewhere.
+
+    A step is a line with something on it. White space and empty spans go with the token before
+    them (at the beginning with the first step), so that line ends make no steps of their own.
+
+    Args:
+        text: the solution.
+        spans: of :func:`mlx_fd.losses.answer.token_spans`.
+        answer: of :func:`mlx_fd.losses.answer.answer_span`; the reasoning is what stands before it,
+            the whole text where it is ``None``.
+
+    Returns:
+        One weight for each token; their sum is the number of steps.
+    """
+    stop = len(text) if answer is None else answer[0]
+    line = text.count("\n", 0, len(text) - len(text.lstrip()))
+    lines = []
+    for begin, end in spans:
+        if word := text[begin:end].lstrip():
+            line = text.count("\n", 0, end - len(word))
+        lines.append(line if end <= stop else None)
+    sizes = Counter(lines)
+    return [0.0 if line is None else 1 / sizes[line] for line in lines]

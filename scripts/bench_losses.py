@@ -1,0 +1,411 @@
+"""Time and memory of the fused linear divergence beside what it replaces.
+
+python scripts/bench_losses.py                 # measure the whole grid, append to the CSV
+python scripts/bench_losses.py --quick         # a small grid, two minutes, into no file
+python scripts/bench_losses.py --plot          # docs/bench_losses.svg, from the CSV alone
+python scripts/bench_losses.py --table         # the README's table, from the CSV alone
+
+Four contenders make the value and its gradient by the student's final hidden states:
+
+- engine: mlx_fd.losses.divergence.fused_linear_divergence
+- dense: mlx_fd.losses.logit.logit_loss on both models' whole logits, differentiated by MLX
+- mlx-lm: kl_div_loss and js_div_loss of mlx_lm.tuner.losses likewise (on Metal they are kernels)
+- matmuls: the products that no way around exists to, alone: the student's logits, their gradient's
+  way back, and the teacher's logits (of a 4-bit head: unpacked once, then multiplied)
+
+Each measurement is a process of its own. Peak memory is MLX's, above what is there before: heads
+and hidden states are not counted. A time is the best of several runs, where one is short.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from mlx_fd.backend import backend
+
+DOCS = Path(__file__).parents[1] / "docs"
+CSV, PLOT = DOCS / "bench_losses.csv", DOCS / "bench_losses.svg"
+CONTENDERS = ("engine", "dense", "mlx-lm", "matmuls")
+# Float32 [tokens, vocabulary] that a contender holds at its peak, to see whether it fits.
+ARRAYS = {
+    "dense": {"kl": 10, "jsd": 19},
+    "mlx-lm": {"kl": 8, "jsd": 18},
+    "matmuls": {"kl": 1, "jsd": 1},
+    "engine": {"kl": 1, "jsd": 1},
+}
+GRID = [
+    {"tokens": n, "vocab": v, "kind": kind, "head": head}
+    for head in ("dense", "4-bit")
+    for kind in ("kl", "jsd")
+    for v in (32_000, 151_936)
+    for n in (64, 256, 1024, 2048)
+]
+QUICK = [
+    {"tokens": n, "vocab": 8192, "kind": kind, "head": head}
+    for head in ("dense", "4-bit")
+    for kind in ("kl", "jsd")
+    for n in (16, 256)
+]
+KEY = ("tokens", "vocab", "kind", "head", "d_student", "d_teacher", "threads")
+COLUMNS = (
+    *("date", "device", "threads", "mlx", "mlx_lm", "mlx_fd", "d_student", "d_teacher"),
+    *("head", "kind", "vocab", "tokens", "contender", "seconds", "peak_bytes", "note"),
+)
+
+
+# ---- one measurement, in its own process ----
+
+
+def heads_and_states(cell):
+    """The student's and the teacher's head and final states: logits of a spread of 2."""
+    import mlx.core as mx
+    from mlx import nn
+
+    rng = np.random.default_rng(0)
+
+    def head(width):
+        module = nn.Linear(1, 1, bias=False)
+        module.weight = mx.array(rng.standard_normal((cell["vocab"], width), np.float32))
+        module.weight *= 2 / width**0.5
+        module.freeze()
+        mx.eval(module.parameters())
+        return module
+
+    def states(width):
+        return mx.array(rng.standard_normal((cell["tokens"], width), np.float32))
+
+    student, teacher = head(cell["d_student"]), head(cell["d_teacher"])
+    if cell["head"] == "4-bit":
+        teacher = nn.QuantizedLinear.from_linear(teacher, 64, 4)
+    hidden, target = states(cell["d_student"]), states(cell["d_teacher"])
+    mx.eval(teacher.parameters(), hidden, target)
+    return student, teacher, hidden, target
+
+
+def contender(name, cell, student, teacher, hidden, target):
+    """A function of nothing that evaluates one step and returns its value and gradient."""
+    import mlx.core as mx
+    from mlx_lm.tuner.losses import js_div_loss, kl_div_loss
+
+    from mlx_fd.losses.divergence import fused_linear_divergence
+    from mlx_fd.losses.logit import logit_loss
+
+    mask = mx.ones((cell["tokens"],))
+    kind = {"kl": "forward", "jsd": "jsd"}[cell["kind"]]
+    options = {"temperature": 1.0, "vocab": cell["vocab"]}
+
+    def engine(x):
+        return fused_linear_divergence(x, student, target, teacher, mask, kind=kind, **options)[0]
+
+    def dense(x):
+        logits = [student(x)[None], teacher(target)[None]]
+        return logit_loss(*logits, mask[None], kl=kind, standardize=False, **options)[0]
+
+    def mlx_lm(x):
+        loss = kl_div_loss if cell["kind"] == "kl" else js_div_loss
+        return loss(student(x), mx.stop_gradient(teacher(target))).sum()
+
+    def matmuls():
+        logits = student(hidden)
+        mx.eval(logits)
+        back = logits @ student.weight
+        mx.eval(back)
+        del logits, back
+        weight = teacher.weight
+        if cell["head"] == "4-bit":
+            weight = mx.dequantize(
+                weight, teacher.scales, teacher.biases, teacher.group_size, teacher.bits
+            )
+        mx.eval(target @ weight.T)
+
+    def step():
+        value_and_gradient = mx.value_and_grad(loss)(hidden)
+        mx.eval(value_and_gradient)
+        return value_and_gradient
+
+    loss = {"engine": engine, "dense": dense, "mlx-lm": mlx_lm}.get(name)
+    return step if loss else matmuls
+
+
+def measure(cell, name, most=7, enough=4.0):
+    """Seconds of the best run and peak bytes; up to ``most`` runs, in about ``enough`` seconds."""
+    import mlx.core as mx
+
+    run = contender(name, cell, *heads_and_states(cell))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    times = []
+    while len(times) < most and sum(times) < enough:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return {"seconds": min(times), "peak_bytes": mx.get_peak_memory() - before}
+
+
+# ---- is it right? ----
+
+
+def check():
+    """Stop unless the engine's value and gradient are those of float64 NumPy."""
+    import mlx.core as mx
+
+    from mlx_fd.losses.reference import divergence_rows
+
+    for head in ("dense", "4-bit"):
+        for kind, beta in (("kl", 0.0), ("jsd", 0.5)):
+            cell = {"tokens": 33, "vocab": 4099, "kind": kind, "head": head}
+            cell |= {"d_student": 64, "d_teacher": 128}
+            student, teacher, hidden, target = heads_and_states(cell)
+            value, slope = contender("engine", cell, student, teacher, hidden, target)()
+            weight = teacher.weight
+            if head == "4-bit":
+                weight = mx.dequantize(weight, teacher.scales, teacher.biases, 64, 4)
+            ours, theirs, w, v = (
+                np.array(a).astype(float) for a in (hidden, target, student.weight, weight)
+            )
+            values, by_logits = divergence_rows(ours @ w.T, theirs @ v.T, beta=beta, temperature=1)
+            expected = by_logits @ w
+            errors = (
+                abs(value.item() / values.sum() - 1),
+                np.abs(np.array(slope) - expected).max() / np.abs(expected).max(),
+            )
+            print(f"check {kind} {head}: value off by {errors[0]:.0e}, gradient by {errors[1]:.0e}")
+            if max(errors) > 1e-5:
+                raise SystemExit("the engine is not right here: no times")
+
+
+# ---- the grid ----
+
+
+def device():
+    """Name of the GPU, or of the CPU."""
+    import mlx.core as mx
+
+    if not backend().on_cpu:
+        return mx.device_info()["device_name"]
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {len(names) or os.cpu_count()} cores"
+
+
+def fits(cell, name):
+    """Whether this machine has the memory."""
+    arrays = ARRAYS[name][cell["kind"]] * cell["tokens"] + cell["d_student"] + cell["d_teacher"]
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 4 * cell["vocab"] * arrays < 0.85 * machine
+
+
+def run_grid(cells, out, longest):
+    """A row for each cell and contender; a contender too large or too slow is not run."""
+    about = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "device": device(),
+        **{name.replace("-", "_"): version(name) for name in ("mlx", "mlx-lm", "mlx-fd")},
+    }
+    pace = {}  # seconds and bytes of a token, from the last cell of a kind that was run
+    for cell in cells:
+        for name in CONTENDERS:
+            series = (name, *(cell[key] for key in KEY if key != "tokens"))
+            seconds, size = (each * cell["tokens"] for each in pace.get(series, (0, 0)))
+            row = about | cell | {"contender": name, "seconds": "", "peak_bytes": round(size) or ""}
+            if not fits(cell, name):
+                row["note"] = "not run: too large; memory as of fewer tokens, in proportion"
+            elif seconds > longest:
+                row["note"] = "not run: too slow; memory as of fewer tokens, in proportion"
+            else:
+                result = in_a_process(cell, name)
+                row |= result
+                pace[series] = [result[key] / cell["tokens"] for key in ("seconds", "peak_bytes")]
+            append(out, row)
+            print(*(row.get(key, "") for key in COLUMNS[8:]), sep="\t", flush=True)
+
+
+def in_a_process(cell, name):
+    threads = str(cell["threads"])
+    done = subprocess.run(
+        [sys.executable, __file__, "--measure", json.dumps([cell, name])],
+        env=os.environ | {"OPENBLAS_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def append(out, row):
+    new = not out.exists()
+    with out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+# ---- what the CSV says ----
+
+
+def latest(path):
+    """The last row of each cell and contender: {cell: {contender: row}}."""
+    cells = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            cells.setdefault(tuple(row[key] for key in KEY), {})[row["contender"]] = row
+    return cells
+
+
+def number(rows, name, key):
+    """What was measured of a contender, or None."""
+    text = rows.get(name, {}).get(key)
+    return float(text) if text else None
+
+
+def times(rows, name, key, by="engine"):
+    """A contender's number in those of another."""
+    ours, theirs = number(rows, by, key), number(rows, name, key)
+    if not ours or not theirs:
+        return "-"
+    computed = "~" if key == "peak_bytes" and rows[name]["note"] else ""
+    return (
+        f"{computed}{theirs / ours:.2f}" if theirs < 10 * ours else f"{computed}{theirs / ours:.0f}"
+    )
+
+
+def table(path):
+    """The README's table: of the others how many times the engine's time and memory they take."""
+    lines = [
+        "| teacher's head | | vocabulary | tokens | engine | matmuls | dense | mlx-lm "
+        "| engine | dense | mlx-lm |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (tokens, vocab, kind, head, *_), rows in latest(path).items():
+        seconds, size = number(rows, "engine", "seconds"), number(rows, "engine", "peak_bytes")
+        cells = [
+            *(head, kind.upper(), f"{int(vocab):,}", f"{int(tokens):,}", f"{seconds:.2f} s"),
+            *(times(rows, name, "seconds") for name in ("matmuls", "dense", "mlx-lm")),
+            f"{size / 1e6:,.0f} MB",
+            *(times(rows, name, "peak_bytes") for name in ("dense", "mlx-lm")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+WIDTH, HEIGHT, LEFT, TOP = 330, 190, 60, 46
+COLOURS = {"engine": "#0a7d4b", "dense": "#c2410c", "mlx-lm": "#6d4fc4", "matmuls": "#777777"}
+
+
+def panel(at, title, lines):
+    """Lines {contender: [(tokens, number)]} on logarithmic axes, as SVG."""
+    left, top = at
+    points = [point for line in lines.values() for point in line]
+    low = [min(p[axis] for p in points) for axis in (0, 1)]
+    high = [max(p[axis] for p in points) for axis in (0, 1)]
+    first, last = math.floor(math.log10(low[1])), math.ceil(math.log10(high[1]))
+
+    def x(tokens):
+        return left + WIDTH * math.log(tokens / low[0]) / math.log(high[0] / low[0])
+
+    def y(value):
+        return top + HEIGHT * (last - math.log10(value)) / (last - first)
+
+    parts = [f'<text x="{left}" y="{top - 10}" font-weight="bold">{title}</text>']
+    for power in range(first, last + 1):
+        height = y(10**power)
+        parts.append(
+            f'<path d="M{left} {height:.1f}h{WIDTH}" stroke="#ddd"/><text x="{left - 6}" '
+            f'y="{height + 4:.1f}" text-anchor="end">{10**power:g}</text>'
+        )
+    for tokens in sorted({p[0] for p in points}):
+        parts.append(
+            f'<text x="{x(tokens):.1f}" y="{top + HEIGHT + 16}" text-anchor="middle">'
+            f"{tokens:g}</text>"
+        )
+    for name, line in lines.items():
+        path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line)
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"/>'
+        )
+        parts += [
+            f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3" fill="{COLOURS[name]}"/>'
+            for a, b in line
+        ]
+    return "\n".join(parts)
+
+
+def plot(path):
+    """Time and memory over tokens at the largest vocabulary, the teacher's head dense, as SVG."""
+    cells = {key: rows for key, rows in latest(path).items() if key[3] == "dense"}
+    vocab = max(int(key[1]) for key in cells)
+    parts = []
+    for row, kind in enumerate(("kl", "jsd")):
+        for column, (key, unit, what) in enumerate(
+            (("seconds", 1, "seconds"), ("peak_bytes", 1e9, "GB"))
+        ):
+            lines = {}
+            for (tokens, wide, divergence, *_), rows in cells.items():
+                for name in CONTENDERS:
+                    value = number(rows, name, key)
+                    if int(wide) == vocab and divergence == kind and value:
+                        lines.setdefault(name, []).append((int(tokens), value / unit))
+            at = (LEFT + column * (WIDTH + LEFT + 20), TOP + row * (HEIGHT + TOP + 30))
+            title = f"{kind.upper()} over {vocab:,}: {what} by tokens"
+            parts.append(panel(at, title, {name: sorted(line) for name, line in lines.items()}))
+    wide, high = 2 * (WIDTH + LEFT) + 60, 2 * (HEIGHT + TOP + 30) + 30
+    for index, (name, colour) in enumerate(COLOURS.items()):
+        parts.append(
+            f'<circle cx="{LEFT + 90 * index}" cy="{high - 16}" r="4" fill="{colour}"/>'
+            f'<text x="{LEFT + 8 + 90 * index}" y="{high - 12}">{name}</text>'
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{high}" '
+        f'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" '
+        f'fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Benchmark of the fused linear divergence.")
+    parser.add_argument("--quick", action="store_true", help="a small grid, into no file")
+    parser.add_argument("--table", action="store_true", help="print the CSV as a table")
+    parser.add_argument("--plot", action="store_true", help=f"write {PLOT.name} from the CSV")
+    parser.add_argument("--csv", type=Path, default=CSV, help="where the rows are")
+    parser.add_argument("--hidden", type=int, nargs=2, default=(1536, 3584), metavar="D")
+    parser.add_argument("--threads", type=int, default=1, help="of the BLAS, on a CPU")
+    parser.add_argument("--longest", type=float, default=100, help="seconds of a run")
+    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.table:
+        print(table(asked.csv))
+    if asked.plot:
+        PLOT.write_text(plot(asked.csv))
+    if asked.table or asked.plot:
+        return
+    backend()
+    if asked.measure:
+        print(json.dumps(measure(*asked.measure)))
+        return
+    check()
+    widths = dict(zip(("d_student", "d_teacher"), asked.hidden, strict=True))
+    cells = [
+        cell | widths | {"threads": asked.threads} for cell in (QUICK if asked.quick else GRID)
+    ]
+    with TemporaryDirectory() as folder:
+        out = Path(folder, "quick.csv") if asked.quick else asked.csv
+        run_grid(cells, out, asked.longest)
+        print(table(out))
+
+
+if __name__ == "__main__":
+    main()
