@@ -63,12 +63,14 @@ class Update:
         total: the weighted sum that was minimised.
         gradient_norm: before clipping.
         skipped: the loss or its gradient was not finite, and nothing was changed.
+        tokens: what the student read, padding aside.
     """
 
     losses: dict[str, float]
     total: float
     gradient_norm: float
     skipped: bool
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -370,7 +372,8 @@ def update(
     if not skipped:
         optimizer.update(student, clipped)
         mx.eval(student.trainable_parameters(), optimizer.state)
-    return Update(losses, total, gradient_norm, skipped)
+    tokens = sum(len(s.prompt) + len(s.target) - 1 for s in samples)
+    return Update(losses, total, gradient_norm, skipped, tokens)
 
 
 def _loss_scale(student: Student) -> float:
@@ -380,7 +383,9 @@ def _loss_scale(student: Student) -> float:
 
 
 def _chunks(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
-    return [samples[i : i + size] for i in range(0, len(samples), size)]
+    """Micro-batches of samples of about the same length, so that little of them is padding."""
+    by_length = sorted(samples, key=lambda s: len(s.prompt) + len(s.target))
+    return [by_length[i : i + size] for i in range(0, len(by_length), size)]
 
 
 def optimizer_arrays(optimizer: optim.Optimizer) -> dict[str, mx.array]:

@@ -53,6 +53,7 @@ from mlx_fd.summary import summarise, warnings_of
 
 OPTIMIZER = "optimizer.safetensors"
 EXAM = "exam_before.json"
+EXAM_AFTER = "exam_after.json"
 # A loss that is next to nothing from the start must not drown the others.
 _LEAST_SCALED = 1e-3
 # Episodes that the warnings look back over.
@@ -202,6 +203,7 @@ def run(
         if exam:
             before = [Result(**row) for row in json.loads((folder / EXAM).read_text())]
             after = examine(pair, exam, config.generation, _steps(report, progress.batch))
+            runs.write_json(folder / EXAM_AFTER, [dataclasses.asdict(result) for result in after])
             summary["exam"] = compare(before, after)
         summary["best_checkpoint"] = f"{progress.best_batch:06d}"
         summary["peak_memory_bytes"] = mx.get_peak_memory()
@@ -357,7 +359,9 @@ def _batch(
             if is_correct(outcomes[place].final.final, problems[place])
         ]
     weights = gate.weights(state, config.gate)
+    learning = time.perf_counter()
     updates = _distil(pair, optimizer, samples, weights, progress.scales, config, told)
+    distil_seconds = time.perf_counter() - learning
     after = {
         place: measure(pair.student, pair.expert, [r.sample], config.losses, pair.vocab, 1)
         for place, r in readings.items()
@@ -398,6 +402,7 @@ def _batch(
         "probe": progress.probe_last if stop_decision else None,
         "stop": dataclasses.asdict(stop_decision) if stop_decision else None,
         "frozen": progress.gate.frozen,
+        "distil_seconds": round(distil_seconds, 3),
         "seconds": round(time.perf_counter() - begin, 3),
     }
     return progress, rows, metrics
@@ -462,6 +467,7 @@ def _update_row(update: Update) -> dict[str, Any]:
         "total": _finite(update.total),
         "gradient_norm": _finite(update.gradient_norm),
         "skipped": update.skipped,
+        "tokens": update.tokens,
     }
 
 

@@ -54,6 +54,8 @@ _README = """\
 | `episodes.jsonl` | one line per problem: answer, both feedbacks, the gate, the final answer |
 | `metrics.jsonl` | one line per batch: losses, weights, the gate's reasons, the probe set |
 | `checkpoints/` | `NNNNNN` by batch; `last` and `best` (on the probe set) point to them |
+| `probe.json` | the held-out problems that the gate watches, their arrays beside it |
+| `exam_*.json` | what the student made of each question of the examination, where there was one |
 | `summary.json` | the run's totals, written at its end |
 
     mlx-fd resume .                       # goes on where it stopped

@@ -86,6 +86,7 @@ def summarise(
             "batches": sum(bool(row["updates"]) for row in metrics),
             "steps": len(updates),
             "skipped": sum(update["skipped"] for update in updates),
+            "tokens": sum(update.get("tokens", 0) for update in updates),
             "frozen_after_batch": next(
                 (row["batch"] + 1 for row in metrics if row["frozen"]), None
             ),
@@ -106,6 +107,7 @@ def summarise(
         "prefilled": _sums(episodes, "prefilled"),
         "seconds": {
             **{step: round(value, 1) for step, value in _sums(episodes, "seconds").items()},
+            "distil": round(sum(row.get("distil_seconds", 0.0) for row in metrics), 1),
             "total": round(sum(row["seconds"] for row in metrics), 1),
         },
     }

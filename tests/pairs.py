@@ -53,4 +53,6 @@ def make_plan(expert: Path, student: Path, **changes) -> Plan:
 
 def without_seconds(rows):
     """Rows of a log without their timings."""
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [
+        {key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows
+    ]

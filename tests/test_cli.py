@@ -136,7 +136,9 @@ def run(finished, tmp_path) -> Path:
 def episodes(folder: Path) -> list[dict]:
     """Rows of a run, but for how long things took."""
     rows = runs.read_lines(folder / runs.EPISODES)
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [
+        {key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows
+    ]
 
 
 # Help

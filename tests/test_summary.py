@@ -33,22 +33,29 @@ def test_summary_adds_up():
         row(False, False, expert=-0.5, student=0.0, written=0.3),
         row(False, True, alone=True, student=0.9),
     ]
-    update = {"losses": {}, "total": 1.0, "gradient_norm": 1.0, "skipped": False}
+    update = {"losses": {}, "total": 1.0, "gradient_norm": 1.0, "skipped": False, "tokens": 70}
     metrics = [
         {
             "batch": 0,
             "updates": [update, {**update, "skipped": True}],
             "frozen": False,
+            "distil_seconds": 0.5,
             "seconds": 2,
         },
-        {"batch": 1, "updates": [], "frozen": True, "seconds": 1},
+        {"batch": 1, "updates": [], "frozen": True, "distil_seconds": 0.0, "seconds": 1},
     ]
     found = summarise(episodes, metrics, {"lm": 2.0}, {"lm": 1.0}, {"problems": 4})
     assert found["accuracy"]["first_answers"]["right"] == 1
     assert found["accuracy"]["final_answers"]["right"] == 3
     assert found["accuracy"]["final_answers"]["n"] == 4
     assert found["score_gap"] == {"first_half": 0.5, "second_half": 0.5, "n": 2}
-    assert found["updates"] == {"batches": 1, "steps": 2, "skipped": 1, "frozen_after_batch": 2}
+    assert found["updates"] == {
+        "batches": 1,
+        "steps": 2,
+        "skipped": 1,
+        "tokens": 140,
+        "frozen_after_batch": 2,
+    }
     feedback = found["expert_feedback"]
     assert (feedback["asked"], feedback["not_asked"]) == (3, 1)
     assert (feedback["tokens_written"], feedback["tokens_saved"]) == (60, 20)
@@ -60,7 +67,7 @@ def test_summary_adds_up():
     }
     assert found["unreadable_scores"] == {"expert": 1, "student": 3}
     assert found["tokens"] == {"answer": 40, "expert_feedback": 60}
-    assert found["seconds"] == {"answer": 2.0, "total": 3}
+    assert found["seconds"] == {"answer": 2.0, "distil": 0.5, "total": 3}
 
 
 def test_an_empty_run_can_be_summed_up():

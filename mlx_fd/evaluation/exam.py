@@ -147,8 +147,16 @@ def examine(
     return found
 
 
-def _f1(found: Rows, wrong: Rows) -> float:
-    """Harmonic mean of the shares found among wrong and among right answers."""
+def f1(found: Rows, wrong: Rows) -> float:
+    """ProcessBench's F1 (arXiv 2412.06559): harmonic mean of the shares found.
+
+    Args:
+        found: 1 where the first wrong step (or that there is none) was named rightly.
+        wrong: 1 where the answer had an error.
+
+    Returns:
+        Of the shares among wrong and among right answers; NaN where either is missing.
+    """
     on_wrong, on_right = mean(found[wrong == 1]), mean(found[wrong == 0])
     if math.isnan(on_wrong + on_right):
         return math.nan
@@ -191,9 +199,9 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, dict
         "first_error_on_wrong": sides("found", only=True),
         "first_error_on_right": sides("found", only=False),
         "first_error_f1": {
-            "before": bootstrap([old, wrong], _f1).to_json(),
-            "after": bootstrap([new, wrong], _f1).to_json(),
-            "change": bootstrap([new, old, wrong], lambda a, b, w: _f1(a, w) - _f1(b, w)).to_json(),
+            "before": bootstrap([old, wrong], f1).to_json(),
+            "after": bootstrap([new, wrong], f1).to_json(),
+            "change": bootstrap([new, old, wrong], lambda a, b, w: f1(a, w) - f1(b, w)).to_json(),
         },
         "solved": sides("solved"),
     }

@@ -472,6 +472,23 @@ def feedback(solution: str, answer: str) -> Feedback:
     return Feedback(feedback_text(solution, answer), judge(solution, answer).score)
 
 
+def careless_feedback(solution: str, answer: str) -> Feedback:
+    """A feedback that does every step again, sets the answer's beside it, and finds all right.
+
+    Args:
+        solution: the right solution.
+        answer: a finished answer; its steps beyond those of the solution are not looked at.
+    """
+    right, _ = read(solution)
+    steps, final = read(answer)
+    said = [
+        f"Step {k} should be {step}, it is {written}: right."
+        for k, (step, written) in enumerate(zip(right, steps, strict=False), 1)
+    ]
+    said.append(f"The final answer should be {right[-1].result}, it is {final}: right.")
+    return Feedback(" ".join([*said, ALL_RIGHT]), 1.0)
+
+
 def first_error(text: str) -> int | None:
     """The first wrong step that a feedback names.
 

@@ -1,0 +1,295 @@
+"""Which part of the method helps, and by how much: one loop per arm and seed, on the tiny pair.
+
+python scripts/bench_method.py --runs DIR      # every arm, three seeds; goes on where it stopped
+python scripts/bench_method.py --arms always,lm --seeds 0 --runs DIR
+python scripts/bench_method.py --table         # docs/bench_method.md, from the rows alone
+python scripts/bench_method.py --plot          # docs/bench_method.svg, from the rows alone
+
+An arm is a command: `mlx-fd loop --preset tiny`, and the options that the arm stands for. All arms
+of a seed see the same problems in the same order, begin with the same student and end with the
+same examination. Where two parts of the method are compared the gate is "always", so that both
+learn from equally many tokens. Rows go to docs/bench_method.jsonl, one for each run, with what the
+student made of every question; tables and intervals come from nothing else.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from mlx_fd.evaluation.exam import f1
+from mlx_fd.evaluation.statistics import bootstrap, mean, mean_gain
+
+DOCS = Path(__file__).parents[1] / "docs"
+ROWS, TABLE, PLOT = (DOCS / f"bench_method.{kind}" for kind in ("jsonl", "md", "svg"))
+ALWAYS = ("--gate", "always")
+# Arm: the options beside --preset tiny, grouped as the table shows them.
+GROUPS = {
+    "When the student learns": {
+        "never": ("--gate", "never"),
+        "always": ALWAYS,
+        "gated": (),
+    },
+    "From which losses (always)": {
+        "lm": (*ALWAYS, "--losses", "lm"),
+        "hidden": (*ALWAYS, "--losses", "hidden"),
+        "score": (*ALWAYS, "--losses", "score"),
+        "logit": (*ALWAYS, "--losses", "logit"),
+        "lm and logit": (*ALWAYS, "--losses", "lm,logit"),
+    },
+    "On whose feedback (always, logit)": {
+        "on-policy by half": (*ALWAYS, "--losses", "logit", "--on-policy-fraction", "0.5"),
+        "on-policy": (*ALWAYS, "--losses", "logit", "--on-policy-fraction", "1"),
+    },
+    "Without the solutions (always)": {
+        "feedback only": (*ALWAYS, "--no-solutions"),
+    },
+}
+ARMS = {name: options for group in GROUPS.values() for name, options in group.items()}
+# What the other arms are held against.
+REFERENCE = "always"
+
+
+# ---- running ----
+
+
+def run_arm(arm, seed, runs, extra):
+    """The run directory of an arm and seed, its run finished."""
+    folder = runs / f"{arm.replace(' ', '-')}-seed{seed}"
+    if (folder / "summary.json").exists():
+        return folder
+    if (folder / "manifest.json").exists():
+        command = ["resume", str(folder)]
+    else:
+        options = [*ARMS[arm], "--seed", str(seed), *extra]
+        command = ["loop", "--preset", "tiny", *options, "--out", str(folder)]
+    print("$ mlx-fd", *command, flush=True)
+    subprocess.run(
+        [sys.executable, "-m", "mlx_fd", *command, "--quiet", "--json"],
+        env={"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    return folder
+
+
+def row_of(arm, seed, folder):
+    """A finished run as one row."""
+    summary = json.loads((folder / "summary.json").read_text())
+    before, after = (
+        json.loads((folder / f"exam_{when}.json").read_text()) for when in ("before", "after")
+    )
+
+    def column(results, name):
+        return [round(float(result[name]), 3) for result in results]
+
+    return {
+        "arm": arm,
+        "seed": seed,
+        "options": list(ARMS[arm]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "mlx": version("mlx"),
+        "episodes": summary["episodes"],
+        "updates": summary["updates"]["steps"],
+        "tokens": summary["updates"]["tokens"],
+        "distil_seconds": summary["seconds"]["distil"],
+        "expert_feedback_tokens": summary["expert_feedback"]["tokens_written"],
+        "frozen_after_batch": summary["updates"]["frozen_after_batch"],
+        "right_first": summary["accuracy"]["first_answers"]["right"],
+        "right_final": summary["accuracy"]["final_answers"]["right"],
+        "wrong": column(before, "wrong"),
+        **{
+            f"{name}_{when}": column(results, name)
+            for when, results in (("before", before), ("after", after))
+            for name in ("found", "solved", "score_error")
+        },
+    }
+
+
+# ---- what the rows say ----
+
+
+def latest(path):
+    """{arm: [row of each seed]}, the last row of each arm and seed, in the order of the table."""
+    rows = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        rows[row["arm"], row["seed"]] = row
+    return {
+        arm: [rows[key] for key in sorted(rows) if key[0] == arm]
+        for arm in ARMS
+        if any(key[0] == arm for key in rows)
+    }
+
+
+def column(rows, name):
+    """All seeds' questions below each other."""
+    return np.concatenate([np.array(row[name]) for row in rows])
+
+
+def shown(estimate, form="+.1f", times=100):
+    return (
+        f"{estimate.value * times:{form}} ({estimate.low * times:{form}} to "
+        f"{estimate.high * times:{form}})"
+    )
+
+
+def quality(rows):
+    """F1 of the first errors after the run, with its interval."""
+    return bootstrap([column(rows, "found_after"), column(rows, "wrong")], f1)
+
+
+def against(rows, others):
+    """The change of F1 against another arm on the same questions and seeds, paired."""
+    seeds = {row["seed"] for row in rows} & {row["seed"] for row in others}
+    ours, theirs = ([r for r in side if r["seed"] in seeds] for side in (rows, others))
+    columns = [column(ours, "found_after"), column(theirs, "found_after"), column(ours, "wrong")]
+    return bootstrap(columns, lambda a, b, wrong: f1(a, wrong) - f1(b, wrong))
+
+
+def table(path):
+    arms = latest(path)
+    some = next(iter(arms.values()))
+    lines = [
+        f"Tiny pair, {some[0]['episodes']} episodes, seeds "
+        f"{', '.join(str(row['seed']) for row in some)}; "
+        f"{len(some[0]['wrong'])} questions a seed, half of the answers wrong, before -> after. "
+        "In brackets 95 % bootstrap intervals over questions, paired where it is a change. Bold: "
+        "the interval leaves 0 out. Tokens are what the student read while it learned, all steps "
+        "counted; seconds are one core's.",
+        "",
+        "| | first error found, change (points) | F1 (%) | F1 against "
+        f'"{REFERENCE}" (points) | problems solved, change (points) | error of the score head '
+        "| updates | 1,000 tokens | seconds |",
+        "|---|---|---|---|---|---|--:|--:|--:|",
+    ]
+    for group, names in GROUPS.items():
+        present = [name for name in names if name in arms]
+        lines += [f"| **{group}** | | | | | | | | |"] if present else []
+        for name in present:
+            rows = arms[name]
+            wrong = column(rows, "wrong") == 1
+            found = bootstrap(
+                [column(rows, f"found_{when}")[wrong] for when in ("after", "before")], mean_gain
+            )
+            solved = bootstrap(
+                [column(rows, f"solved_{when}") for when in ("after", "before")], mean_gain
+            )
+            error = bootstrap([column(rows, "score_error_after")], mean)
+            difference = "" if name == REFERENCE else bold(against(rows, arms[REFERENCE]))
+            cells = [
+                name,
+                bold(found),
+                shown(quality(rows), ".1f"),
+                difference,
+                bold(solved),
+                shown(error, ".2f", 1),
+                f"{np.mean([row['updates'] for row in rows]):.0f}",
+                f"{np.mean([row['tokens'] for row in rows]) / 1000:.0f}",
+                f"{np.mean([row['distil_seconds'] for row in rows]):.0f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def bold(estimate):
+    text = shown(estimate)
+    return f"**{text}**" if estimate.low > 0 or estimate.high < 0 else text
+
+
+WIDTH, HEIGHT, LEFT, TOP = 640, 380, 60, 40
+COLOURS = ("#0a7d4b", "#c2410c", "#6d4fc4", "#777777", "#0369a1")
+
+
+def plot(path):
+    """F1 with its interval over the tokens learned from, as SVG."""
+    arms = latest(path)
+    most = max(np.mean([row["tokens"] for row in rows]) for rows in arms.values())
+    top = math.ceil(10 * max(quality(rows).high for rows in arms.values())) / 10
+
+    def x(tokens):
+        return LEFT + (WIDTH - LEFT - 130) * tokens / most
+
+    def y(value):
+        return TOP + (HEIGHT - 2 * TOP) * (1 - value / top)
+
+    parts = [
+        f'<text x="{LEFT}" y="20" font-weight="bold">F1 of first errors found, by tokens that the '
+        "student learned from (thousands)</text>"
+    ]
+    for step in range(round(top * 10) + 1):
+        height = y(step / 10)
+        parts.append(
+            f'<path d="M{LEFT} {height:.1f}H{WIDTH - 20}" stroke="#ddd"/><text x="{LEFT - 6}" '
+            f'y="{height + 4:.1f}" text-anchor="end">{step / 10:.1f}</text>'
+        )
+    for share in range(5):
+        tokens = most * share / 4
+        parts.append(
+            f'<text x="{x(tokens):.1f}" y="{HEIGHT - 18}" text-anchor="middle">'
+            f"{tokens / 1000:.0f}</text>"
+        )
+    for colour, names in zip(COLOURS, GROUPS.values(), strict=False):
+        # Arms of a group have the same tokens: side by side, or they would hide each other.
+        for place, name in enumerate(name for name in names if name in arms):
+            rows = arms[name]
+            seen = quality(rows)
+            at = x(np.mean([row["tokens"] for row in rows])) + 9 * place
+            parts.append(
+                f'<path d="M{at:.1f} {y(seen.low):.1f}V{y(seen.high):.1f}" stroke="{colour}"/>'
+                f'<circle cx="{at:.1f}" cy="{y(seen.value):.1f}" r="4" fill="{colour}"/>'
+                f'<text x="{at + 6:.1f}" y="{y(seen.value) + 4:.1f}" fill="{colour}" '
+                f'font-size="10">{name}</text>'
+            )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
+        'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" '
+        'fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Ablation of the method on the tiny pair.")
+    parser.add_argument("--runs", type=Path, help="where the run directories go")
+    parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="the file with the rows")
+    parser.add_argument("--table", action="store_true", help="write the table")
+    parser.add_argument("--plot", action="store_true", help="write the plot")
+    args, extra = parser.parse_known_args()
+    if extra and not args.runs:
+        parser.error(f"unknown options {' '.join(extra)}; options of mlx-fd loop go with --runs")
+    arms = [name.strip() for name in args.arms.split(",")]
+    if unknown := [name for name in arms if name not in ARMS]:
+        parser.error(f"there is no arm {unknown[0]!r}; there are: {', '.join(ARMS)}")
+    if not (args.runs or args.table or args.plot):
+        parser.error("say where the run directories go: --runs DIR (or --table, --plot)")
+    if args.runs:
+        done = set()
+        if args.rows.exists():
+            done = {
+                (row["arm"], row["seed"])
+                for row in map(json.loads, args.rows.read_text().splitlines())
+            }
+        # Seed by seed, so that a part of the work is a whole comparison.
+        for seed in map(int, args.seeds.split(",")):
+            for arm in arms:
+                if (arm, seed) not in done:
+                    row = row_of(arm, seed, run_arm(arm, seed, args.runs, extra))
+                    with args.rows.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+    for wanted, path, make in ((args.table, TABLE, table), (args.plot, PLOT, plot)):
+        if wanted:
+            path.write_text(make(args.rows))
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
