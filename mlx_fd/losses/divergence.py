@@ -9,6 +9,7 @@ the vocabulary's size outlives its chunk (the idea is Liger-Kernel's, arXiv 2410
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,13 +17,10 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from mlx_fd import kernels
 from mlx_fd.backend import backend
-from mlx_fd.losses.graph import (
-    Rows,
-    divergence_rows,
-    standardized_rows,
-    top_k_divergence_rows,
-)
+from mlx_fd.losses import graph
+from mlx_fd.losses.graph import Rows
 from mlx_fd.losses.head import Head, Parameters, linear_head
 
 # Bytes that the logits and what is made of them may take at a time.
@@ -53,6 +51,31 @@ def one_hot(targets: mx.array) -> TopK:
     """
     nothing = mx.zeros(targets.shape)
     return TopK(nothing[:, None], targets[:, None], nothing)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the student's distributions at N positions are to be like.
+
+    Attributes:
+        teacher: final hidden states [N, d_teacher], or the teacher's top k.
+        head: the teacher's, like the student's; ``None`` with a :class:`TopK`.
+        weights: [N], what each token counts; where it is 0 anything may stand, NaN too.
+        kind: ``"forward"``, ``"reverse"`` or ``"jsd"``.
+        temperature: T, above 0.
+        vocab: V, the real tokens that the models share; the heads' rows beyond are padding.
+        beta: the teacher's part in the mixture of ``"jsd"``, between 0 and 1.
+        standardize: z-score the rows first.
+    """
+
+    teacher: mx.array | TopK
+    head: nn.Module | None
+    weights: mx.array
+    kind: str
+    temperature: float
+    vocab: int
+    beta: float = 0.5
+    standardize: bool = False
 
 
 def fused_linear_divergence(
@@ -89,10 +112,10 @@ def fused_linear_divergence(
         teacher: final hidden states [N, d_teacher], or the teacher's top k.
         teacher_head: like ``student_head``; ``None`` with a :class:`TopK`.
         mask: [N], each token's weight; where it is 0 anything may stand, NaN too.
-        kind: ``"forward"``, ``"reverse"`` or ``"jsd"``.
+        kind: as in :class:`Target`, like all that follows but the last.
         temperature: T, above 0.
-        vocab: V, the real tokens that the models share; the heads' rows beyond are padding.
-        beta: the teacher's part in the mixture of ``"jsd"``, between 0 and 1.
+        vocab: V.
+        beta: of ``"jsd"``.
         standardize: z-score the rows first.
         chunk: tokens at a time; ``None`` for as many as :data:`MEMORY_BUDGET` bytes allow.
 
@@ -103,86 +126,169 @@ def fused_linear_divergence(
         ValueError: an unknown ``kind``, a ``beta`` at or beyond the ends, a head that is missing,
             not linear or narrower than ``vocab``, or standardised top k.
     """
-    rows = _row_function(kind, beta, temperature, standardize, isinstance(teacher, TopK))
-    weights = mx.stop_gradient(mask.astype(mx.float32))
-    ours = linear_head(student_head, vocab)
-    if isinstance(teacher, TopK):
-        known, theirs = [teacher.values, teacher.indices, teacher.log_sum_exp], None
-    else:
-        if teacher_head is None:
-            raise ValueError("the teacher's hidden states need its head")
-        known, theirs = [teacher], linear_head(teacher_head, vocab)
-    known = [mx.stop_gradient(values) for values in known]
-    widen = ours.widen or (theirs is not None and theirs.widen)
-    per_chunk = chunk or chunk_size(len(weights), vocab, widen=widen)
+    target = Target(teacher, teacher_head, mask, kind, temperature, vocab, beta, standardize)
+    total, _ = fused_linear_divergences(student_hidden, student_head, [target], chunk=chunk)
+    return total, mx.stop_gradient(mask.astype(mx.float32)).sum()
+
+
+def fused_linear_divergences(
+    student_hidden: mx.array,
+    student_head: nn.Module,
+    targets: Sequence[Target],
+    *,
+    chunk: int | None = None,
+    differentiable: bool = True,
+) -> tuple[mx.array, mx.array]:
+    """Several divergences of the same tokens, for which the student's logits are made once.
+
+    Args:
+        student_hidden: [N, d_student], after the final norm, any float type.
+        student_head: ``nn.Linear``, ``nn.Embedding`` (a tied head) or the quantised form of one.
+        targets: at least one; :func:`fused_linear_divergence` says what each adds.
+        chunk: tokens at a time; ``None`` for as many as :data:`MEMORY_BUDGET` bytes allow.
+        differentiable: whether the gradient is made; where only the value is wanted, it saves a
+            product.
+
+    Returns:
+        The sum over targets and tokens of weight times T^2 times divergence, float32; and T^2
+        times each divergence [N, targets], float32, through which no gradient flows.
+
+    Raises:
+        ValueError: as :func:`fused_linear_divergence`.
+    """
+    plans = [_Plan(target) for target in targets]
+    ours = linear_head(student_head, max(target.vocab for target in targets))
+    widen = ours.widen or any(plan.head is not None and plan.head.widen for plan in plans)
+    # The student's logits, their gradient, and the teacher's; sums of gradients; and tiles.
+    arrays = 2 + sum(plan.head is not None for plan in plans) + (len(plans) > 1) + widen
+    per_chunk = chunk or chunk_size(len(student_hidden), ours.weight.shape[0], arrays)
+    if not differentiable:
+        result, values, _, _ = _in_chunks(student_hidden, ours, plans, per_chunk, backward=False)
+        return mx.stop_gradient(result), mx.stop_gradient(values)
 
     @mx.custom_function
-    def total(hidden: mx.array, trained: Parameters) -> tuple[mx.array, mx.array, Parameters]:
-        head = replace(ours, **trained)
-        return _in_chunks(hidden, head, known, theirs, weights, rows, per_chunk)
+    def total(hidden: mx.array, trained: Parameters) -> tuple[Any, ...]:
+        return _in_chunks(hidden, replace(ours, **trained), plans, per_chunk, backward=True)
 
     @total.vjp
     def total_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, Parameters]:
         hidden, trained = primals
-        _, by_hidden, by_head = outputs
+        _, _, by_hidden, by_head = outputs
         return (cotangents[0] * by_hidden).astype(hidden.dtype), {
             name: (cotangents[0] * by_head[name]).astype(value.dtype)
             for name, value in trained.items()
         }
 
-    result: Any = total(student_hidden, ours.parameters())
-    return result[0], weights.sum()
+    result, values, *_ = total(student_hidden, ours.parameters())
+    return result, mx.stop_gradient(values)
 
 
-def chunk_size(n: int, vocab: int, *, widen: bool) -> int:
+def chunk_size(n: int, vocab: int, arrays: int) -> int:
     """How many of n tokens to take at a time: all that :data:`MEMORY_BUDGET` allows, equal parts.
 
     Args:
         n: tokens.
         vocab: V, the width of their logits.
-        widen: whether logits are put together from tiles.
+        arrays: how many float32 arrays of that width there are at a time.
     """
-    # Two models' logits and the gradient; and the tiles.
-    arrays = 4 if widen else 3
     most = max(1, MEMORY_BUDGET // (4 * vocab * arrays))
     return math.ceil(n / math.ceil(n / most))
 
 
+class _Plan:
+    """A target made ready: its row function, and what that reads, token by token.
+
+    Attributes:
+        rows: of the student's logits [n, V] and what is known of the teacher.
+        known: arrays [N, ...].
+        head: makes logits of the only one of them, where there is one.
+        weights: [N], float32.
+        vocab: V.
+    """
+
+    def __init__(self, target: Target):
+        self.rows = _row_function(target)
+        self.vocab = target.vocab
+        self.weights = mx.stop_gradient(target.weights.astype(mx.float32))
+        self.head: Head | None = None
+        teacher = target.teacher
+        if isinstance(teacher, TopK):
+            known = [teacher.values, teacher.indices, teacher.log_sum_exp]
+        elif target.head is None:
+            raise ValueError("the teacher's hidden states need its head")
+        else:
+            known, self.head = [teacher], linear_head(target.head, target.vocab)
+        self.known = [mx.stop_gradient(values) for values in known]
+
+
 def _in_chunks(
-    hidden: mx.array,
-    head: Head,
-    known: list[mx.array],
-    teacher_head: Head | None,
-    weights: mx.array,
-    rows: Rows,
-    chunk: int,
-) -> tuple[mx.array, mx.array, Parameters]:
-    """The weighted sum, its gradient by ``hidden``, and by what of the head is learned.
+    hidden: mx.array, head: Head, plans: list[_Plan], chunk: int, *, backward: bool
+) -> tuple[mx.array, mx.array, mx.array, Parameters]:
+    """The weighted sum, its terms, its gradient by ``hidden``, and by what of the head is learned.
 
     MLX is lazy, and left alone would hold several chunks at once: each waits for the one before.
     """
     total = mx.array(0.0)
+    values: list[mx.array] = []
     by_hidden: list[mx.array] = []
     by_head: Parameters = {}
     slope: mx.array | None = None
-    for start in range(0, len(weights), chunk):
+    rows = plans[0].rows if len(plans) == 1 else partial(_summed_rows, plans)
+    for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
-        weight = weights[part]
-        ours, *teacher = [_where(weight != 0, values[part]) for values in (hidden, *known)]
-        if by_hidden:
-            ours, *teacher = mx.depends([ours, *teacher], [total, by_hidden[-1], *by_head.values()])
+        weights = [plan.weights[part] for plan in plans]
+        # Of gradients that are to be small, a type as narrow as float16 keeps nothing: each row is
+        # made with its largest weight as 1, and multiplied by that weight in the end.
+        largest = mx.stack([mx.abs(weight) for weight in weights]).max(axis=0)
+        ours = _where(largest != 0, hidden[part])
+        known = [
+            _where(weight != 0, array[part])
+            for plan, weight in zip(plans, weights, strict=True)
+            for array in plan.known
+        ]
+        if values:
+            done = [total, values[-1], *by_hidden[-1:], *by_head.values()]
+            ours, *known = mx.depends([ours, *known], done)
         logits = head.logits(ours)
         if logits.dtype == mx.float16:
             # The gradient comes in the logits' type, and float16 has nothing as small.
             logits = logits.astype(mx.float32)
-        if teacher_head is not None:
-            teacher = [teacher_head.logits(teacher[0])]
-        values, slope = _in_cache(rows, [logits, *teacher], slope)
-        total = total + (values * weight).sum()
-        by_hidden.append(head.input_gradient(slope, hidden.dtype) * weight[:, None])
-        now = head.parameter_gradients(slope, ours, weight)
-        by_head = {name: value + by_head.get(name, 0) for name, value in now.items()}
-    return total, mx.concatenate(by_hidden), by_head
+        arrays = [logits]
+        if len(plans) == 1:
+            largest = weights[0]
+        else:
+            share = 1 / mx.where(largest == 0, 1, largest)
+            arrays.append(mx.stack([weight * share for weight in weights], axis=-1))
+        for plan in plans:
+            mine, known = known[: len(plan.known)], known[len(plan.known) :]
+            arrays += mine if plan.head is None else [plan.head.logits(mine[0])]
+        found, slope = _in_cache(rows, arrays, slope)
+        found = found.reshape(-1, len(plans))
+        weighted = found * mx.stack(weights, axis=-1)
+        total = total + weighted.sum()
+        values.append(found)
+        if backward:
+            by_hidden.append(head.input_gradient(slope, hidden.dtype) * largest[:, None])
+            now = head.parameter_gradients(slope, ours, largest)
+            by_head = {name: value + by_head.get(name, 0) for name, value in now.items()}
+    every = mx.concatenate(values)
+    return total, every, mx.concatenate(by_hidden) if backward else every, by_head
+
+
+def _summed_rows(
+    plans: list[_Plan], logits: mx.array, shares: mx.array, *known: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Each plan's values [n, plans], and the sum of their gradients times ``shares`` [n, plans]."""
+    values: list[mx.array] = []
+    total: Any = 0
+    for place, plan in enumerate(plans):
+        count = len(plan.known)
+        value, slope = plan.rows(logits[:, : plan.vocab], *known[:count])
+        known = known[count:]
+        slope = shares[:, place : place + 1] * slope
+        total = total + mx.pad(slope, [(0, 0), (0, logits.shape[1] - plan.vocab)])
+        values.append(value)
+    return mx.stack(values, axis=-1), total.astype(logits.dtype)
 
 
 def _where(valid: mx.array, values: mx.array) -> mx.array:
@@ -215,17 +321,16 @@ def _in_cache(
     return mx.concatenate(values), slopes
 
 
-def _row_function(
-    kind: str, beta: float, temperature: float, standardize: bool, top_k: bool
-) -> Rows:
-    betas = {"forward": 0.0, "reverse": 1.0, "jsd": beta}
-    if kind not in betas:
-        raise ValueError(f'kind must be "forward", "reverse" or "jsd", not {kind!r}')
-    if kind == "jsd" and not 0 < beta < 1:
-        raise ValueError(f"beta must be between 0 and 1, not {beta}")
-    if top_k:
-        if standardize:
+def _row_function(target: Target) -> Rows:
+    betas = {"forward": 0.0, "reverse": 1.0, "jsd": target.beta}
+    if target.kind not in betas:
+        raise ValueError(f'kind must be "forward", "reverse" or "jsd", not {target.kind!r}')
+    if target.kind == "jsd" and not 0 < target.beta < 1:
+        raise ValueError(f"beta must be between 0 and 1, not {target.beta}")
+    shared = {"beta": betas[target.kind], "temperature": target.temperature}
+    if isinstance(target.teacher, TopK):
+        if target.standardize:
             raise ValueError("k of a teacher's logits do not give the spread of all of them")
-        return partial(top_k_divergence_rows, beta=betas[kind], temperature=temperature)
-    rows = partial(divergence_rows, beta=betas[kind], temperature=temperature)
-    return partial(standardized_rows, rows) if standardize else rows
+        return partial(graph.top_k_divergence_rows, **shared)
+    rows = partial(kernels.divergence_rows, **shared, on=kernels.chosen())
+    return partial(graph.standardized_rows, rows) if target.standardize else rows
