@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load as mlx_load
-from pairs import make_dirs, make_plan
+from pairs import logits_of, make_dirs, make_plan
 
 from mlx_fd.config import LossOptions, TrainingOptions
 from mlx_fd.distill import (
     counts,
     make_optimizer,
-    make_sample,
     measure,
     optimizer_arrays,
     update,
@@ -23,6 +22,7 @@ from mlx_fd.losses import reference
 from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.models import taps
 from mlx_fd.models.student import load_student, make_student, save_student
+from mlx_fd.samples import Sample, read_text
 from mlx_fd.session import open_pair
 
 OPTIONS = LossOptions()
@@ -47,18 +47,8 @@ def samples_of(pair, options=OPTIONS, **changes):
         prompt = tuple(map(int, rng.integers(0, 390, before)))
         target = tuple(map(int, rng.integers(0, 390, length)))
         score = None if number in (1, 4) else float(rng.uniform(-1, 1))
-        found.append(
-            make_sample(
-                pair.expert,
-                len(pair.student.model.layers),
-                Conversation(prompt[:-1]),
-                prompt,
-                target,
-                score,
-                options,
-                on_policy=number in (2, 5),
-            )
-        )
+        reading = read_text(pair, Conversation(prompt[:-1]), prompt, target, options)
+        found.append(Sample(prompt, target, reading, score, on_policy=number in (2, 5)))
     return [dataclasses.replace(sample, **changes) for sample in found]
 
 
@@ -92,7 +82,7 @@ def test_losses_are_their_definitions_over_whole_sequences(pair, monkeypatch, sc
         mask = np.ones((1, len(sample.target)))
 
         def logits(model, seen, span=span):
-            return np.array(taps.head(model, seen.final[:, span]), dtype=np.float64)
+            return np.array(logits_of(model, seen.final[:, span]), dtype=np.float64)
 
         student_logits = logits(pair.student.model, ours)
         expert_logits = logits(pair.expert.model, theirs)
@@ -130,6 +120,7 @@ def test_counts():
     class Item:
         def __init__(self, length, score, own):
             self.target, self.expert_score, self.on_policy = (0,) * length, score, own
+            self.answer, self.steps = (), ()
 
     found = counts([Item(3, 0.5, False), Item(4, None, True)], OPTIONS)
     assert found == {"lm": 3.0, "hidden": 2.0, "score": 1.0, "logit": 7.0}
@@ -193,7 +184,8 @@ def test_a_step_that_is_not_finite_changes_nothing(pair, plan, poison):
     samples = samples_of(pair)
     weights = WEIGHTS
     if poison == "logits":
-        samples[3] = dataclasses.replace(samples[3], expert_final=samples[3].expert_final * mx.nan)
+        poisoned = dataclasses.replace(samples[3].expert, expects=samples[3].expert.expects * mx.nan)
+        samples[3] = dataclasses.replace(samples[3], expert=poisoned)
     elif poison == "score":
         samples[3] = dataclasses.replace(samples[3], expert_score=float("inf"))
     else:
@@ -273,7 +265,7 @@ def test_each_part_has_its_own_learning_rate(pair, part):
 def test_last_layer_only(pair):
     options = LossOptions(hidden_layers="last", losses=("hidden",))
     samples = samples_of(pair, options)
-    assert all(len(sample.expert_pooled) == 1 for sample in samples)
+    assert all(len(sample.expert.pooled) == 1 for sample in samples)
     found = measure(pair.student, pair.expert, samples, options, 400, 4)["hidden"]
     every = measure(pair.student, pair.expert, samples_of(pair), OPTIONS, 400, 4)["hidden"]
     assert 0 < found < 2 and found != pytest.approx(every)

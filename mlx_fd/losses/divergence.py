@@ -53,6 +53,29 @@ def one_hot(targets: mx.array) -> TopK:
     return TopK(nothing[:, None], targets[:, None], nothing)
 
 
+def teacher_top_k(
+    hidden: mx.array, head: nn.Module, *, k: int, temperature: float, vocab: int
+) -> TopK:
+    """The k likeliest tokens of a teacher, logits a chunk at a time.
+
+    Args:
+        hidden: [N, d_teacher], after the final norm.
+        head: the teacher's, as :func:`fused_linear_divergence` takes it.
+        k: how many; all of them where there are no more.
+        temperature: T, above 0.
+        vocab: V, the real tokens that the models share.
+    """
+    theirs = linear_head(head, vocab)
+    chunk = chunk_size(len(hidden), vocab, 3 + theirs.widen)
+    parts: list[tuple[mx.array, ...]] = []
+    for start in range(0, len(hidden), chunk):
+        logits = theirs.logits(hidden[start : start + chunk]).astype(mx.float32) / temperature
+        values, indices, log_sum_exp = kernels.top_k_rows(logits, min(k, vocab))
+        parts.append((values * temperature, indices, log_sum_exp))
+        mx.eval(parts[-1])
+    return TopK(*(mx.concatenate(list(part)) for part in zip(*parts, strict=True)))
+
+
 @dataclass(frozen=True)
 class Target:
     """What the student's distributions at N positions are to be like.
@@ -60,12 +83,14 @@ class Target:
     Attributes:
         teacher: final hidden states [N, d_teacher], or the teacher's top k.
         head: the teacher's, like the student's; ``None`` with a :class:`TopK`.
-        weights: [N], what each token counts; where it is 0 anything may stand, NaN too.
+        weights: [N], what each token counts in the sum.
         kind: ``"forward"``, ``"reverse"`` or ``"jsd"``.
         temperature: T, above 0.
         vocab: V, the real tokens that the models share; the heads' rows beyond are padding.
         beta: the teacher's part in the mixture of ``"jsd"``, between 0 and 1.
         standardize: z-score the rows first.
+        mask: [N], 1 (true) where there is a token at all; elsewhere anything may stand, NaN too.
+            ``None``: everywhere.
     """
 
     teacher: mx.array | TopK
@@ -76,6 +101,7 @@ class Target:
     vocab: int
     beta: float = 0.5
     standardize: bool = False
+    mask: mx.array | None = None
 
 
 def fused_linear_divergence(
@@ -126,9 +152,13 @@ def fused_linear_divergence(
         ValueError: an unknown ``kind``, a ``beta`` at or beyond the ends, a head that is missing,
             not linear or narrower than ``vocab``, or standardised top k.
     """
-    target = Target(teacher, teacher_head, mask, kind, temperature, vocab, beta, standardize)
+    weights = mx.stop_gradient(mask.astype(mx.float32))
+    target = Target(
+        *(teacher, teacher_head, weights, kind, temperature, vocab, beta, standardize),
+        mask=weights != 0,
+    )
     total, _ = fused_linear_divergences(student_hidden, student_head, [target], chunk=chunk)
-    return total, mx.stop_gradient(mask.astype(mx.float32)).sum()
+    return total, weights.sum()
 
 
 def fused_linear_divergences(
@@ -167,7 +197,9 @@ def fused_linear_divergences(
         return mx.stop_gradient(result), mx.stop_gradient(values)
 
     @mx.custom_function
-    def total(hidden: mx.array, trained: Parameters) -> tuple[Any, ...]:
+    def total(
+        hidden: mx.array, trained: Parameters
+    ) -> tuple[mx.array, mx.array, mx.array, Parameters]:
         return _in_chunks(hidden, replace(ours, **trained), plans, per_chunk, backward=True)
 
     @total.vjp
@@ -179,8 +211,8 @@ def fused_linear_divergences(
             for name, value in trained.items()
         }
 
-    result, values, *_ = total(student_hidden, ours.parameters())
-    return result, mx.stop_gradient(values)
+    made: Any = total(student_hidden, ours.parameters())
+    return made[0], mx.stop_gradient(made[1])
 
 
 def chunk_size(n: int, vocab: int, arrays: int) -> int:
@@ -203,6 +235,7 @@ class _Plan:
         known: arrays [N, ...].
         head: makes logits of the only one of them, where there is one.
         weights: [N], float32.
+        mask: [N], or ``None``.
         vocab: V.
     """
 
@@ -210,6 +243,7 @@ class _Plan:
         self.rows = _row_function(target)
         self.vocab = target.vocab
         self.weights = mx.stop_gradient(target.weights.astype(mx.float32))
+        self.mask = None if target.mask is None else target.mask.astype(mx.bool_)
         self.head: Head | None = None
         teacher = target.teacher
         if isinstance(teacher, TopK):
@@ -219,6 +253,10 @@ class _Plan:
         else:
             known, self.head = [teacher], linear_head(target.head, target.vocab)
         self.known = [mx.stop_gradient(values) for values in known]
+
+    def reads(self, part: slice) -> list[mx.array]:
+        """What is known of some tokens, 0 where there are none."""
+        return [_where(self.mask, array, part) for array in self.known]
 
 
 def _in_chunks(
@@ -234,18 +272,13 @@ def _in_chunks(
     by_head: Parameters = {}
     slope: mx.array | None = None
     rows = plans[0].rows if len(plans) == 1 else partial(_summed_rows, plans)
+    masks = [plan.mask for plan in plans if plan.mask is not None]
+    mask = mx.stack(masks).any(axis=0) if len(masks) == len(plans) else None
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
-        weights = [plan.weights[part] for plan in plans]
-        # Of gradients that are to be small, a type as narrow as float16 keeps nothing: each row is
-        # made with its largest weight as 1, and multiplied by that weight in the end.
-        largest = mx.stack([mx.abs(weight) for weight in weights]).max(axis=0)
-        ours = _where(largest != 0, hidden[part])
-        known = [
-            _where(weight != 0, array[part])
-            for plan, weight in zip(plans, weights, strict=True)
-            for array in plan.known
-        ]
+        weights = mx.stack([plan.weights[part] for plan in plans], axis=-1)
+        ours = _where(mask, hidden, part)
+        known = [array for plan in plans for array in plan.reads(part)]
         if values:
             done = [total, values[-1], *by_hidden[-1:], *by_head.values()]
             ours, *known = mx.depends([ours, *known], done)
@@ -253,23 +286,22 @@ def _in_chunks(
         if logits.dtype == mx.float16:
             # The gradient comes in the logits' type, and float16 has nothing as small.
             logits = logits.astype(mx.float32)
-        arrays = [logits]
-        if len(plans) == 1:
-            largest = weights[0]
-        else:
-            share = 1 / mx.where(largest == 0, 1, largest)
-            arrays.append(mx.stack([weight * share for weight in weights], axis=-1))
+        arrays, counts = [logits], weights[:, 0]
+        if len(plans) > 1:
+            # A type as narrow as float16 keeps nothing of a gradient with small weights: they are
+            # shares of the largest of a token here, and that is multiplied with in the end.
+            counts = mx.abs(weights).max(axis=-1)
+            arrays.append(weights / mx.where(counts == 0, 1, counts)[:, None])
         for plan in plans:
             mine, known = known[: len(plan.known)], known[len(plan.known) :]
             arrays += mine if plan.head is None else [plan.head.logits(mine[0])]
         found, slope = _in_cache(rows, arrays, slope)
         found = found.reshape(-1, len(plans))
-        weighted = found * mx.stack(weights, axis=-1)
-        total = total + weighted.sum()
+        total = total + (found * weights).sum()
         values.append(found)
         if backward:
-            by_hidden.append(head.input_gradient(slope, hidden.dtype) * largest[:, None])
-            now = head.parameter_gradients(slope, ours, largest)
+            by_hidden.append(head.input_gradient(slope, hidden.dtype) * counts[:, None])
+            now = head.parameter_gradients(slope, ours, counts)
             by_head = {name: value + by_head.get(name, 0) for name, value in now.items()}
     every = mx.concatenate(values)
     return total, every, mx.concatenate(by_hidden) if backward else every, by_head
@@ -291,9 +323,11 @@ def _summed_rows(
     return mx.stack(values, axis=-1), total.astype(logits.dtype)
 
 
-def _where(valid: mx.array, values: mx.array) -> mx.array:
-    """Of [n, ...], 0 where not ``valid`` [n]."""
-    return mx.where(valid.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
+def _where(mask: mx.array | None, array: mx.array, part: slice) -> mx.array:
+    """A part of [N, ...], 0 where not ``mask`` [N]."""
+    if mask is None:
+        return array[part]
+    return mx.where(mask[part].reshape(-1, *[1] * (array.ndim - 1)), array[part], 0)
 
 
 def _in_cache(
@@ -327,10 +361,10 @@ def _row_function(target: Target) -> Rows:
         raise ValueError(f'kind must be "forward", "reverse" or "jsd", not {target.kind!r}')
     if target.kind == "jsd" and not 0 < target.beta < 1:
         raise ValueError(f"beta must be between 0 and 1, not {target.beta}")
-    shared = {"beta": betas[target.kind], "temperature": target.temperature}
+    beta, temperature = betas[target.kind], target.temperature
     if isinstance(target.teacher, TopK):
         if target.standardize:
             raise ValueError("k of a teacher's logits do not give the spread of all of them")
-        return partial(graph.top_k_divergence_rows, **shared)
-    rows = partial(kernels.divergence_rows, **shared, on=kernels.chosen())
+        return partial(graph.top_k_divergence_rows, beta=beta, temperature=temperature)
+    rows = partial(kernels.divergence_rows, beta=beta, temperature=temperature, on=kernels.chosen())
     return partial(graph.standardized_rows, rows) if target.standardize else rows
