@@ -223,6 +223,8 @@ def _check_memory(
             prompt_tokens=sum(map(len, said)) // 3,
             answer_tokens=options.answer_tokens,
             feedback_tokens=max(options.feedback_tokens, options.merge_tokens),
+            solutions=config.losses.learns_solutions,
+            attention="attention" in config.losses.losses,
             lora_rank=config.models.lora_rank,
             train_full=config.models.train == "full",
             checkpoint_layers=config.training.checkpoint_layers,

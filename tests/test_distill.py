@@ -184,7 +184,9 @@ def test_a_step_that_is_not_finite_changes_nothing(pair, plan, poison):
     samples = samples_of(pair)
     weights = WEIGHTS
     if poison == "logits":
-        poisoned = dataclasses.replace(samples[3].expert, expects=samples[3].expert.expects * mx.nan)
+        poisoned = dataclasses.replace(
+            samples[3].expert, expects=samples[3].expert.expects * mx.nan
+        )
         samples[3] = dataclasses.replace(samples[3], expert=poisoned)
     elif poison == "score":
         samples[3] = dataclasses.replace(samples[3], expert_score=float("inf"))

@@ -747,7 +747,7 @@ def test_the_chunk_changes_nothing(chunk):
 @given(st.integers(1, 5000), st.integers(1, 300_000), st.integers(2, 6))
 def test_chunks_fit_the_budget_and_are_equal(n, vocab, arrays):
     chunk = chunk_size(n, vocab, arrays)
-    most = divergence.MEMORY_BUDGET // (4 * vocab * arrays)
+    most = divergence.LOGIT_BUDGET // (4 * vocab * arrays)
     assert 1 <= chunk <= max(1, min(n, most))
     if n <= most:
         assert chunk == n

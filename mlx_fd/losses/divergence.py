@@ -22,9 +22,8 @@ from mlx_fd.backend import backend
 from mlx_fd.losses import graph
 from mlx_fd.losses.graph import Rows
 from mlx_fd.losses.head import Head, Parameters, linear_head
+from mlx_fd.models.memory import LOGIT_BUDGET
 
-# Bytes that the logits and what is made of them may take at a time.
-MEMORY_BUDGET = 512 * 2**20
 # Of logits that stay in a CPU's cache while dozens of operations pass over them.
 _CACHE_BYTES = 3 * 2**19
 
@@ -143,7 +142,7 @@ def fused_linear_divergence(
         vocab: V.
         beta: of ``"jsd"``.
         standardize: z-score the rows first.
-        chunk: tokens at a time; ``None`` for as many as :data:`MEMORY_BUDGET` bytes allow.
+        chunk: tokens at a time; ``None`` for as many as :data:`LOGIT_BUDGET` bytes allow.
 
     Returns:
         The weighted sum and the sum of the weights, float32.
@@ -175,7 +174,7 @@ def fused_linear_divergences(
         student_hidden: [N, d_student], after the final norm, any float type.
         student_head: ``nn.Linear``, ``nn.Embedding`` (a tied head) or the quantised form of one.
         targets: at least one; :func:`fused_linear_divergence` says what each adds.
-        chunk: tokens at a time; ``None`` for as many as :data:`MEMORY_BUDGET` bytes allow.
+        chunk: tokens at a time; ``None`` for as many as :data:`LOGIT_BUDGET` bytes allow.
         differentiable: whether the gradient is made; where only the value is wanted, it saves a
             product.
 
@@ -189,8 +188,10 @@ def fused_linear_divergences(
     plans = [_Plan(target) for target in targets]
     ours = linear_head(student_head, max(target.vocab for target in targets))
     widen = ours.widen or any(plan.head is not None and plan.head.widen for plan in plans)
-    # The student's logits, their gradient, and the teacher's; sums of gradients; and tiles.
+    # The student's logits, their gradient, and the teacher's; sums of gradients; tiles; and what
+    # operations that are no kernel make on their way, where not a few rows at a time.
     arrays = 2 + sum(plan.head is not None for plan in plans) + (len(plans) > 1) + widen
+    arrays += 0 if backend().on_cpu else 2
     per_chunk = chunk or chunk_size(len(student_hidden), ours.weight.shape[0], arrays)
     if not differentiable:
         result, values, _, _ = _in_chunks(student_hidden, ours, plans, per_chunk, backward=False)
@@ -216,14 +217,14 @@ def fused_linear_divergences(
 
 
 def chunk_size(n: int, vocab: int, arrays: int) -> int:
-    """How many of n tokens to take at a time: all that :data:`MEMORY_BUDGET` allows, equal parts.
+    """How many of n tokens to take at a time: all that :data:`LOGIT_BUDGET` allows, equal parts.
 
     Args:
         n: tokens.
         vocab: V, the width of their logits.
         arrays: how many float32 arrays of that width there are at a time.
     """
-    most = max(1, MEMORY_BUDGET // (4 * vocab * arrays))
+    most = max(1, LOGIT_BUDGET // (4 * vocab * arrays))
     return math.ceil(n / math.ceil(n / most))
 
 
