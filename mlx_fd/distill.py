@@ -8,12 +8,19 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.optimizers as optim
+import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_fd.config import LossOptions, TrainingOptions
 from mlx_fd.losses.attention import LOG_ZERO, attention_matching_loss
-from mlx_fd.losses.divergence import Target, TopK, fused_linear_divergences, one_hot
+from mlx_fd.losses.divergence import (
+    Target,
+    TopK,
+    fused_linear_divergences,
+    one_hot,
+    top_k_gap,
+)
 from mlx_fd.losses.hidden import hidden_alignment_loss
 from mlx_fd.losses.score import score_loss
 from mlx_fd.models import taps
@@ -293,6 +300,45 @@ def measure(
             so_far = totals[name]
             totals[name] = (so_far[0] + float(value), so_far[1] + float(count))
     return {name: value / count for name, (value, count) in totals.items() if count}
+
+
+def top_k_error(
+    student: Student, samples: Sequence[Sample], options: LossOptions, vocab: int
+) -> dict[str, float | int | None]:
+    """What a top k of the expert's distributions leaves out, on some samples.
+
+    Args:
+        student: as it is now.
+        samples: each with a top k.
+        options: the divergence.
+        vocab: tokens the two models share.
+
+    Returns:
+        k; the mean probability of all other tokens; and by how much the mean divergence is too
+        small at most (``None``: no bound is known).
+    """
+    bounds: list[float] = []
+    tails: list[float] = []
+    for sample in samples:
+        batch = collate([sample])
+        assert isinstance(batch.expert_expects, TopK)
+        final = taps.forward(student.model, batch.tokens).final[0]
+        bound, tail = top_k_gap(
+            final[batch.positions[0]],
+            taps.head(student.model),
+            batch.expert_expects,
+            kind=options.kl,
+            temperature=options.loss_temperature,
+            vocab=vocab,
+        )
+        bounds.extend(map(float, np.array(bound)))
+        tails.extend(map(float, np.array(tail)))
+    mean = math.fsum(bounds) / len(bounds)
+    return {
+        "k": options.teacher_top_k,
+        "tail_mass": math.fsum(tails) / len(tails),
+        "missing_at_most": mean if math.isfinite(mean) else None,
+    }
 
 
 def make_optimizer(student: Student, options: TrainingOptions) -> optim.MultiOptimizer:

@@ -23,7 +23,14 @@ from mlx.utils import tree_unflatten
 
 from mlx_fd import gate, runs
 from mlx_fd.config import Config
-from mlx_fd.distill import Update, make_optimizer, measure, optimizer_arrays, update
+from mlx_fd.distill import (
+    Update,
+    make_optimizer,
+    measure,
+    optimizer_arrays,
+    top_k_error,
+    update,
+)
 from mlx_fd.episode import (
     Pair,
     expert_feedback,
@@ -210,6 +217,8 @@ def run(
             last,
             vars(probe.headroom),
         )
+        if config.losses.teacher_top_k:
+            summary["top_k"] = top_k_error(pair.student, probe.samples, config.losses, pair.vocab)
         if exam:
             before = [Result(**row) for row in json.loads((folder / EXAM).read_text())]
             after = examine(pair, exam, config.generation, _steps(report, progress.batch))

@@ -8,7 +8,7 @@ python scripts/bench_losses.py --table         # the README's table, from the CS
 Four contenders make the value and its gradient by the student's final hidden states:
 
 - engine: mlx_fd.losses.divergence.fused_linear_divergence
-- dense: mlx_fd.losses.logit.logit_loss on both models' whole logits, differentiated by MLX
+- dense: mlx_fd.losses.dense.logit_loss on both models' whole logits, differentiated by MLX
 - mlx-lm: kl_div_loss and js_div_loss of mlx_lm.tuner.losses likewise (on Metal they are kernels)
 - matmuls: the products that no way around exists to, alone: the student's logits, their gradient's
   way back, and the teacher's logits (of a 4-bit head: unpacked once, then multiplied)
@@ -100,8 +100,8 @@ def contender(name, cell, student, teacher, hidden, target):
     import mlx.core as mx
     from mlx_lm.tuner.losses import js_div_loss, kl_div_loss
 
+    from mlx_fd.losses.dense import logit_loss
     from mlx_fd.losses.divergence import fused_linear_divergence
-    from mlx_fd.losses.logit import logit_loss
 
     mask = mx.ones((cell["tokens"],))
     kind = {"kl": "forward", "jsd": "jsd"}[cell["kind"]]

@@ -75,6 +75,78 @@ def teacher_top_k(
     return TopK(*(mx.concatenate(list(part)) for part in zip(*parts, strict=True)))
 
 
+def top_k_gap(
+    student_hidden: mx.array,
+    student_head: nn.Module,
+    teacher: TopK,
+    *,
+    kind: str,
+    temperature: float,
+    vocab: int,
+    beta: float = 0.5,
+) -> tuple[mx.array, mx.array]:
+    """How far the divergence over a top k may be below that of the whole distributions.
+
+    With p_t and q_t what teacher and student give to the tail, and p', q' their distributions in
+    it, the chain rule of the KL says that what is missing is T^2 times::
+
+        p_t KL(p' || q')                                                      forward
+        q_t KL(q' || p')                                                      reverse
+        beta p_t KL(p' || m') + (1 - beta) q_t KL(q' || m')                   jsd
+
+    A token of the tail is no likelier than the k-th, p_k, so the first is at most
+    p_t (log min(1, p_k / p_t) - min log q'). The last, with a = beta p_t and b = (1 - beta) q_t, is
+    a + b times the information in which of the two a token came from: at most
+    -a log(a / (a + b)) - b log(b / (a + b)). The reverse one has no bound, since p' may be next to
+    0 where q' is not.
+
+    Args:
+        student_hidden: [N, d_student].
+        student_head: the student's.
+        teacher: the top k.
+        kind: ``"forward"`` or ``"jsd"``; for ``"reverse"`` the bound is infinite.
+        temperature: T.
+        vocab: V.
+        beta: of ``"jsd"``.
+
+    Returns:
+        The bound [N], and p_t [N], float32, exact to float32's rounding.
+    """
+    ours = linear_head(student_head, vocab)
+    chunk = chunk_size(len(student_hidden), vocab, 5 + ours.widen)
+    found: list[tuple[mx.array, mx.array]] = []
+    for start in range(0, len(student_hidden), chunk):
+        part = slice(start, start + chunk)
+        rows = ours.logits(student_hidden[part]).astype(mx.float32) / temperature
+        chosen = teacher.indices[part]
+        log_p = teacher.values[part] / temperature - teacher.log_sum_exp[part][:, None]
+        tail = mx.maximum(1 - mx.exp(log_p).sum(axis=-1), 0)
+        if chosen.shape[1] == vocab:
+            found.append((mx.zeros_like(tail), tail))
+        elif kind == "jsd":
+            others = mx.put_along_axis(rows, chosen, mx.array(-math.inf), axis=-1)
+            of_student = mx.exp(mx.logsumexp(others, axis=-1) - mx.logsumexp(rows, axis=-1))
+            a, b = beta * tail, (1 - beta) * of_student
+            found.append((_mixed(a, a + b) + _mixed(b, a + b), tail))
+        elif kind == "forward":
+            others = mx.put_along_axis(rows, chosen, mx.array(-math.inf), axis=-1)
+            least = mx.put_along_axis(rows, chosen, mx.array(math.inf), axis=-1).min(axis=-1)
+            spread = mx.logsumexp(others, axis=-1) - least
+            likeliest = mx.minimum(log_p.min(axis=-1) - mx.log(tail), 0)
+            bound = tail * mx.maximum(likeliest + spread, 0)
+            found.append((mx.where(tail > 0, bound, 0), tail))
+        else:
+            found.append((mx.full(tail.shape, math.inf), tail))
+        mx.eval(found[-1])
+    bounds, tails = (mx.concatenate(list(part)) for part in zip(*found, strict=True))
+    return temperature**2 * bounds, tails
+
+
+def _mixed(part: mx.array, whole: mx.array) -> mx.array:
+    """-part log(part / whole), 0 where there is no part."""
+    return mx.where(part > 0, -part * mx.log(part / whole), 0)
+
+
 @dataclass(frozen=True)
 class Target:
     """What the student's distributions at N positions are to be like.
