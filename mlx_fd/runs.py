@@ -2,7 +2,7 @@
 
 Nothing is ever half there. A file is written under a temporary name, flushed to the disk and then
 renamed; a checkpoint is a folder renamed into place whole, with the digest of each of its files in
-``state.json``. The two logs only grow, and a checkpoint knows how long they were, so a run that was
+``state.json``. The logs only grow, and a checkpoint knows how long they were, so a run that was
 killed at any moment goes back to the newest good checkpoint and cuts the logs to it.
 """
 
