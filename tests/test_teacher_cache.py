@@ -181,12 +181,7 @@ def test_later_epochs_learn_from_the_same_and_need_no_expert(whole, dirs, tmp_pa
     assert [row["batch"] for row in metrics] == list(range(6))
     assert [len(row["updates"]) for row in metrics] == [2] * 6
     assert len(rows(folder)) == 4 and summary["episodes"] == 4
-    assert summary["updates"] == {
-        "batches": 6,
-        "steps": 12,
-        "skipped": 0,
-        "frozen_after_batch": None,
-    }
+    assert (summary["updates"]["batches"], summary["updates"]["steps"]) == (6, 12)
     done = [event for event in events if isinstance(event, BatchDone)]
     assert [(event.done, event.total) for event in done] == [(n, 12) for n in (2, 4, 6, 8, 10, 12)]
     assert not any(event.rows for event in done[2:])
