@@ -100,26 +100,44 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The four losses of a distillation step (docs/methods.md)."""
+    """The losses of a distillation step (docs/methods.md)."""
 
     losses: tuple[str, ...] = _option(
         ("lm", "hidden", "score", "logit"),
         "Losses in use.",
-        choices=("lm", "hidden", "score", "logit"),
+        choices=("lm", "hidden", "score", "logit", "answer", "reasoning", "attention"),
     )
     kl: str = _option(
         "forward",
-        "Divergence of the logit loss: forward is KL(expert || student).",
+        "Divergence of the logit and the reasoning loss: forward is KL(expert || student).",
         choices=("forward", "reverse", "jsd"),
     )
     loss_temperature: float = _option(
-        2.0, "Softmax temperature of the logit loss (times T^2).", low=0.01
+        2.0, "Softmax temperature of the logit and the reasoning loss (times T^2).", low=0.01
     )
     standardize_logits: bool = _option(False, "Z-score both logit rows first (arXiv 2403.01427).")
-    hidden_layers: str = _option("all", "Layers that are aligned.", choices=("all", "last"))
+    hidden_layers: str = _option(
+        "all", "Layers whose states and attention are aligned.", choices=("all", "last")
+    )
+    attention_heads: str = _option(
+        "mean",
+        "Attention that is compared: the mean over each layer's heads, or head by head, for a "
+        "student that is a part of the expert.",
+        choices=("mean", "aligned"),
+    )
     solutions: bool = _option(
         False,
-        "Learn from the final answer of a distilled episode too, where it is right.",
+        "Learn from the final answer of a distilled episode too, where it is right. The losses "
+        "answer and reasoning, which are on solutions, do so anyway.",
+    )
+    teacher_top_k: int = _option(
+        0,
+        "Keep the expert's k likeliest next tokens, and write them to the teacher cache, not "
+        "its hidden states; 0: compare whole distributions.",
+        low=0,
+    )
+    teacher_cache: str = _option(
+        "", "Folder of the teacher cache; runs may share one. Empty: in the run directory."
     )
     on_policy_fraction: float = _option(
         0.0,
@@ -131,6 +149,16 @@ class LossOptions:
         (), "Fixed factor of each loss, in the order of `losses`; empty: 1 / the loss at the start."
     )
 
+    @property
+    def learns_solutions(self) -> bool:
+        """Whether right solutions are learned from."""
+        return self.solutions or self.on_solutions
+
+    @property
+    def on_solutions(self) -> bool:
+        """Whether a loss is on solutions only."""
+        return bool({"answer", "reasoning"} & set(self.losses))
+
 
 @dataclass(frozen=True)
 class GateOptions:
@@ -139,6 +167,17 @@ class GateOptions:
     gate: str = _option(
         "ema", "Which gate decides.", choices=("ema", "published", "always", "never")
     )
+    loss_weights: str = _option(
+        "ema",
+        "What each loss counts. ema: more where less was gained (the published gate has its own "
+        "way); phases: correctness first, reasoning later; both: their product; fixed: all the "
+        "same.",
+        choices=("ema", "phases", "both", "fixed"),
+    )
+    phase_begin: float = _option(
+        0.25, "Share of the run after which weight moves from answers to reasoning.", low=0, high=1
+    )
+    phase_end: float = _option(0.75, "Share of the run at which it has moved.", low=0, high=1)
     ema_decay: float = _option(0.9, "Share of the old value kept by each EMA.", low=0, high=0.9999)
     stop_threshold: float = _option(
         0.35, "Freeze once every loss has fallen by this share.", low=0, high=1
@@ -176,6 +215,12 @@ class TrainingOptions:
     weight_decay: float = _option(0.01, "AdamW's weight decay.", low=0)
     clip: float = _option(1.0, "Largest gradient norm; 0: no clipping.", low=0)
     kd_steps: int = _option(2, "Optimiser steps on each batch that lags.", low=1)
+    epochs: int = _option(
+        1,
+        "Times the student learns from what it learns from; after the first the expert is not "
+        "asked, and with teacher_top_k need not even read.",
+        low=1,
+    )
     micro_batch: int = _option(
         4, "Samples in memory at once; gradients accumulate over them.", low=1
     )
@@ -287,7 +332,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "score_at": "feedback",
         "solutions": True,
         "kd_steps": 4,
-        "micro_batch": 32,
+        "micro_batch": 8,
         "lora_rate": 1e-3,
         "score_rate": 3e-3,
         "projection_rate": 1e-3,
@@ -405,7 +450,15 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
             for section, values in by_section.items()
         },
     )
-    losses = config.losses
+    losses, gate = config.losses, config.gate
+    if losses.teacher_top_k and losses.standardize_logits:
+        raise UserError(
+            f"{where}: standardize_logits needs whole distributions; set teacher_top_k to 0."
+        )
+    if gate.phase_begin > gate.phase_end:
+        raise UserError(
+            f"{where}: phase_begin is {gate.phase_begin:g}, after phase_end, {gate.phase_end:g}."
+        )
     if losses.scales and len(losses.scales) != len(losses.losses):
         raise UserError(
             f"{where}: scales has {len(losses.scales)} numbers for {len(losses.losses)} losses "

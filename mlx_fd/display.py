@@ -150,7 +150,10 @@ class Display:
         if event.metrics["probe"]:
             self._losses_last = event.metrics["probe"]
         stop = event.metrics["stop"]
-        self._reason = stop["reason"] if stop else event.rows[-1]["gate"]["reason"]
+        if stop:
+            self._reason = stop["reason"]
+        elif event.rows:
+            self._reason = event.rows[-1]["gate"]["reason"]
         eta = self._eta(event)
         self._bar.update(self._task, total=event.total, completed=event.done, eta=f"ETA {eta}")
         if self._live is None:
@@ -164,12 +167,15 @@ class Display:
     def _line(self, event: BatchDone, eta: str) -> str:
         updates = event.metrics["updates"]
         losses = updates[-1]["losses"] if updates else {}
-        parts = [
-            f"{event.done}/{event.total}",
-            f"right {self._right_before} -> {self._right_after} of {self._seen}",
-            f"score expert {self._mean_score('expert')} student {self._mean_score('student')}",
-            "frozen" if event.metrics["frozen"] else f"distilled {event.metrics['lagging']}",
-        ]
+        parts = [f"{event.done}/{event.total}"]
+        if event.rows:  # else a later epoch's
+            parts += [
+                f"right {self._right_before} -> {self._right_after} of {self._seen}",
+                f"score expert {self._mean_score('expert')} student {self._mean_score('student')}",
+            ]
+        parts.append(
+            "frozen" if event.metrics["frozen"] else f"distilled {event.metrics['lagging']}"
+        )
         if losses:
             parts.append(" ".join(f"{name} {_number(value)}" for name, value in losses.items()))
         skipped = sum(update["skipped"] for update in updates)
@@ -260,6 +266,17 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             "right, asked / not asked",
             f"{accuracy(feedback['accuracy_when_asked'])} / "
             f"{accuracy(feedback['accuracy_when_not_asked'])}",
+        )
+    if "top_k" in summary:
+        top_k = summary["top_k"]
+        table.add_row(
+            f"expert's {top_k['k']} likeliest tokens",
+            f"leave out {top_k['tail_mass']:.2%} of its probability; the logit loss misses "
+            + (
+                "an unknown part by that"
+                if top_k["missing_at_most"] is None
+                else f"at most {top_k['missing_at_most']:.3g} by that"
+            ),
         )
     unread = summary["unreadable_scores"]
     table.add_row(

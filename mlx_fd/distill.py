@@ -1,57 +1,39 @@
-"""One distillation update of the student.
-
-Both models read the same prompt and the same feedback (true teacher forcing). What the expert has
-to say about it, its hidden states on the feedback's positions, is computed once per sample.
-"""
+"""One distillation update of the student, on texts that the expert has read."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.optimizers as optim
+import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_fd import roles
 from mlx_fd.config import LossOptions, TrainingOptions
-from mlx_fd.episode import Draft, Outcome, Pair
-from mlx_fd.generation import Conversation, opening, rewind, run_on
-from mlx_fd.losses import mean
-from mlx_fd.losses.hidden import aligned_layers, hidden_alignment_loss, pool
-from mlx_fd.losses.language_model import language_model_loss
-from mlx_fd.losses.logit import logit_loss
+from mlx_fd.losses.attention import LOG_ZERO, attention_matching_loss
+from mlx_fd.losses.divergence import (
+    Target,
+    TopK,
+    fused_linear_divergences,
+    one_hot,
+    top_k_gap,
+)
+from mlx_fd.losses.hidden import hidden_alignment_loss
 from mlx_fd.losses.score import score_loss
 from mlx_fd.models import taps
+from mlx_fd.models.attention_taps import log_attention
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, part_of
+from mlx_fd.samples import Sample
 
 _FLOAT16_SCALE = 1024.0
-Sums = dict[str, tuple[mx.array, mx.array]]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One feedback to learn from.
-
-    Attributes:
-        prompt: tokens of the conversation up to where the feedback begins.
-        target: the T tokens of the feedback.
-        expert_final: [T, d_expert], the expert's final hidden states where it predicts ``target``.
-        expert_pooled: for each aligned student layer, the expert's mean hidden state [d_expert].
-        expert_score: in [-1, 1]; ``None`` where it could not be read, and then no loss sees it.
-        on_policy: whether ``target`` is the student's own feedback; the language-model loss then
-            leaves it out.
-    """
-
-    prompt: tuple[int, ...]
-    target: tuple[int, ...]
-    expert_final: mx.array
-    expert_pooled: tuple[mx.array, ...]
-    expert_score: float | None
-    on_policy: bool = False
+Sums = dict[str, tuple[mx.array, float]]
+# The losses on next-token distributions, by what the student's are compared with.
+_WITH_TOKENS, _WITH_EXPERT = ("lm", "answer"), ("logit", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -64,6 +46,7 @@ class Update:
         gradient_norm: before clipping.
         skipped: the loss or its gradient was not finite, and nothing was changed.
         tokens: what the student read, padding aside.
+        seconds: what it took.
     """
 
     losses: dict[str, float]
@@ -71,144 +54,109 @@ class Update:
     gradient_norm: float
     skipped: bool
     tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples side by side, padded on the right to S tokens and T feedback positions."""
+    """Samples side by side, padded on the right to S tokens and T positions of the texts.
+
+    What belongs to a token of a text is not padded: it is for the N tokens of all texts in a row.
+    """
 
     tokens: mx.array  # [B, S]
-    positions: mx.array  # [B, T]: where each feedback token is predicted
-    targets: mx.array  # [B, T]
+    positions: mx.array  # [B, T]: where each token of the text is predicted
     mask: mx.array  # [B, T], float32
-    expert_final: mx.array  # [B, T, d_expert]
+    rows: mx.array  # [N]: the places of all tokens among B * T positions
+    targets: mx.array  # [N]
+    weights: dict[str, mx.array]  # [N]: of a loss on tokens, what each counts
+    counts: dict[str, float]  # what each loss is divided by
+    expert_expects: mx.array | TopK  # [N, d_expert], or the top k of N
     expert_pooled: list[mx.array]  # of [B, d_expert]
+    expert_attention: list[mx.array]  # of [B, heads, T, S]
     scores: mx.array  # [B]
     score_mask: mx.array  # [B], float32
-    lm_mask: mx.array  # [B, T], float32
-
-
-def make_sample(
-    expert: Loaded,
-    student_layers: int,
-    before: Conversation,
-    prompt: tuple[int, ...],
-    target: tuple[int, ...],
-    expert_score: float | None,
-    options: LossOptions,
-    *,
-    on_policy: bool = False,
-) -> Sample:
-    """Let the expert read a feedback.
-
-    Args:
-        expert: the expert.
-        student_layers: blocks of the student.
-        before: a conversation that ``prompt`` begins with, without its last token at least.
-        prompt: all tokens before the feedback.
-        target: tokens of the feedback, at least one.
-        expert_score: the score the expert gave, if one could be read.
-        options: which layers are aligned.
-        on_policy: whether the student wrote ``target``.
-    """
-    rest = prompt[len(before.tokens) :]
-    read = run_on(expert, before, [*rest, *target[:-1]])
-    first = len(rest) - 1  # where the target's first token is predicted
-    seen = taps.Forward([layer[:, first:] for layer in read.layers], read.final[:, first:])
-    mask = mx.ones((1, len(target)))
-    wanted = _expert_layers(student_layers, len(seen.layers), options)
-    pooled = tuple(pool(seen.layers[index], mask)[0] for index in wanted)
-    final = seen.final[0]
-    mx.eval(final, pooled)
-    return Sample(prompt, target, final, pooled, expert_score, on_policy)
-
-
-def sample_of(pair: Pair, draft: Draft, options: LossOptions, *, on_policy: bool = False) -> Sample:
-    """What the student can learn from a problem that the expert gave feedback on.
-
-    Args:
-        pair: the models.
-        draft: after step 2 of the episode.
-        options: which layers are aligned.
-        on_policy: learn from the student's own feedback, read by the expert.
-    """
-    assert draft.expert_feedback is not None and draft.after_feedback is not None
-    feedback = draft.student_feedback if on_policy else draft.expert_feedback
-    return make_sample(
-        pair.expert,
-        len(pair.student.model.layers),
-        rewind(draft.after_feedback, len(draft.prompt) - 1),
-        draft.prompt,
-        feedback.tokens,
-        draft.expert_feedback.score,
-        options,
-        on_policy=on_policy,
-    )
-
-
-def solution_of(pair: Pair, outcome: Outcome, options: LossOptions) -> Sample:
-    """What the student can learn of solving from an episode's final answer.
-
-    Args:
-        pair: the models.
-        outcome: of the episode.
-        options: which layers are aligned.
-    """
-    question = outcome.draft.problem.question
-    prompt = opening(pair.expert.tokenizer, roles.answer_prompt(question))
-    return make_sample(
-        pair.expert,
-        len(pair.student.model.layers),
-        Conversation(),
-        prompt,
-        outcome.final.tokens,
-        None,
-        options,
-    )
-
-
-def _expert_layers(student_blocks: int, expert_states: int, options: LossOptions) -> list[int]:
-    if options.hidden_layers == "last":
-        return [expert_states - 1]
-    return aligned_layers(student_blocks + 1, expert_states)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples as one padded batch."""
+    """Samples as one batch."""
     length = max(len(s.target) for s in samples)
     width = max(len(s.prompt) + len(s.target) for s in samples) - 1
 
     def padded(rows: Sequence[Sequence[int]], to: int) -> mx.array:
         return mx.array([[*row, *[0] * (to - len(row))] for row in rows])
 
-    mask = mx.array([[float(t < len(s.target)) for t in range(length)] for s in samples])
-    off_policy = mx.array([[float(not s.on_policy)] for s in samples])
+    def attention(layer: mx.array) -> mx.array:
+        _, queries, keys = layer.shape
+        padding = [(0, 0), (0, length - queries), (0, width - keys)]
+        return mx.pad(layer, padding, constant_values=LOG_ZERO)
+
+    starts = [len(s.prompt) - 1 for s in samples]
+    places = [number * length + t for number, s in enumerate(samples) for t in range(len(s.target))]
+    of_tokens = [_token_weights(sample) for sample in samples]
     return Batch(
         tokens=padded([(*s.prompt, *s.target[:-1]) for s in samples], width),
         positions=padded(
-            [range(len(s.prompt) - 1, len(s.prompt) - 1 + len(s.target)) for s in samples], length
+            [range(at, at + len(s.target)) for at, s in zip(starts, samples, strict=True)], length
         ),
-        targets=padded([s.target for s in samples], length),
-        mask=mask,
-        expert_final=mx.stack(
-            [mx.pad(s.expert_final, [(0, length - len(s.target)), (0, 0)]) for s in samples]
-        ),
-        expert_pooled=[
-            mx.stack(list(layer)) for layer in zip(*(s.expert_pooled for s in samples), strict=True)
-        ],
+        mask=mx.array([[float(t < len(s.target)) for t in range(length)] for s in samples]),
+        rows=mx.array(places),
+        targets=mx.array([token for s in samples for token in s.target]),
+        weights={
+            name: mx.array([weight for weights in of_tokens for weight in weights[name]])
+            for name in of_tokens[0]
+        },
+        counts=_counts(samples),
+        expert_expects=_joined([s.expert.expects for s in samples]),
+        expert_pooled=_stacked([s.expert.pooled for s in samples]),
+        expert_attention=_stacked([[attention(a) for a in s.expert.attention] for s in samples]),
         scores=mx.array([s.expert_score or 0.0 for s in samples]),
         score_mask=mx.array([float(s.expert_score is not None) for s in samples]),
-        lm_mask=mask * off_policy,
     )
 
 
+def _token_weights(sample: Sample) -> dict[str, list[float]]:
+    """What each token of a text counts in each loss on tokens."""
+    length = len(sample.target)
+    nothing = [0.0] * length
+    return {
+        "lm": nothing if sample.on_policy else [1.0] * length,
+        "logit": [1.0] * length,
+        "answer": [float(writes) for writes in sample.answer] or nothing,
+        "reasoning": list(sample.steps) or nothing,
+    }
+
+
+def _joined(parts: Sequence[mx.array | TopK]) -> mx.array | TopK:
+    if isinstance(parts[0], TopK):
+        columns = zip(*(tuple(vars(part).values()) for part in parts), strict=True)
+        return TopK(*(mx.concatenate(list(column)) for column in columns))
+    return mx.concatenate([part for part in parts if isinstance(part, mx.array)])
+
+
+def _stacked(of_samples: Sequence[Sequence[mx.array]]) -> list[mx.array]:
+    """For each layer, its arrays of all samples as one."""
+    return [mx.stack(list(layer)) for layer in zip(*of_samples, strict=True)]
+
+
 def counts(samples: Sequence[Sample], options: LossOptions) -> dict[str, float]:
-    """What each loss of an update is divided by: its valid tokens or samples."""
+    """What each loss of an update is divided by: its valid tokens, samples or steps."""
+    every = _counts(samples)
+    return {name: every[name] for name in options.losses}
+
+
+def _counts(samples: Sequence[Sample]) -> dict[str, float]:
     tokens = float(sum(len(s.target) for s in samples))
     own = float(sum(len(s.target) for s in samples if s.on_policy))
-    scored = float(sum(s.expert_score is not None for s in samples))
-    every = {"lm": tokens - own, "hidden": float(len(samples)), "score": scored, "logit": tokens}
-    return {name: every[name] for name in options.losses}
+    return {
+        "lm": tokens - own,
+        "hidden": float(len(samples)),
+        "score": float(sum(s.expert_score is not None for s in samples)),
+        "logit": tokens,
+        "answer": float(sum(any(s.answer) for s in samples)),
+        "reasoning": math.fsum(weight for s in samples for weight in s.steps),
+        "attention": tokens,
+    }
 
 
 def loss_sums(
@@ -217,54 +165,119 @@ def loss_sums(
     batch: Batch,
     options: LossOptions,
     vocab: int,
+    factors: Mapping[str, float] | None = None,
     *,
     recompute: bool = False,
-) -> Sums:
-    """Each enabled loss on a batch, as (sum, count).
+) -> tuple[mx.array, Sums]:
+    """Each enabled loss on a batch.
 
     Args:
         student: the student.
         expert: its head turns the kept hidden states into the expert's logits.
-        batch: B samples of at most T feedback tokens.
+        batch: B samples of at most T tokens.
         options: which losses, and how.
         vocab: tokens the two models share.
+        factors: what each loss's sum is multiplied by in the total; ``None`` where nothing is to be
+            learned.
         recompute: gradient checkpointing.
+
+    Returns:
+        The total, differentiable, and for each loss (sum, count).
     """
     seen = taps.forward(student.model, batch.tokens, recompute=recompute)
 
-    def at_feedback(hidden: mx.array) -> mx.array:
+    def at_text(hidden: mx.array) -> mx.array:
         return mx.take_along_axis(hidden, batch.positions[..., None], axis=1)
 
-    final = at_feedback(seen.final)
-    sums: Sums = {}
-    if "lm" in options.losses or "logit" in options.losses:
-        logits = taps.head(student.model, final)
+    final = at_text(seen.final)
+    total, found = _token_losses(student, expert, final, batch, options, vocab, factors)
+    if "hidden" in options.losses:
+        layers = seen.layers[-1:] if options.hidden_layers == "last" else seen.layers
+        found["hidden"], _ = hidden_alignment_loss(
+            [at_text(layer) for layer in layers],
+            batch.expert_pooled,
+            batch.mask,
+            student.projection,
+        )
+    if "score" in options.losses:
+        found["score"], _ = score_loss(
+            student.score(_scored(student, final, batch)), batch.scores, batch.score_mask
+        )
+    if "attention" in options.losses:
+        found["attention"] = _attention_loss(student, seen, batch, options)
     for name in options.losses:
-        if name == "lm":
-            sums[name] = language_model_loss(logits, batch.targets, batch.lm_mask)
-        elif name == "hidden":
-            layers = seen.layers[-1:] if options.hidden_layers == "last" else seen.layers
-            sums[name] = hidden_alignment_loss(
-                [at_feedback(layer) for layer in layers],
-                batch.expert_pooled,
-                batch.mask,
-                student.projection,
-            )
-        elif name == "score":
-            sums[name] = score_loss(
-                student.score(_scored(student, final, batch)), batch.scores, batch.score_mask
-            )
-        else:
-            sums[name] = logit_loss(
-                logits,
-                taps.head(expert.model, batch.expert_final),
-                batch.mask,
-                kl=options.kl,
-                temperature=options.loss_temperature,
-                vocab=vocab,
+        if factors is not None and name not in batch.weights:
+            total = total + factors[name] * found[name]
+    return total, {name: (found[name], batch.counts[name]) for name in options.losses}
+
+
+def _token_losses(
+    student: Student,
+    expert: Loaded,
+    final: mx.array,
+    batch: Batch,
+    options: LossOptions,
+    vocab: int,
+    factors: Mapping[str, float] | None,
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """The losses on next-token distributions: their weighted sum, and each one's own."""
+    groups = [
+        [name for name in options.losses if name in kinds] for kinds in (_WITH_TOKENS, _WITH_EXPERT)
+    ]
+    own, theirs = groups
+    if not own and not theirs:
+        return mx.array(0.0), {}
+
+    def weights(names: Sequence[str]) -> mx.array:
+        weighted = [(factors or {}).get(name, 1.0) * batch.weights[name] for name in names]
+        return mx.stack(weighted).sum(axis=0)
+
+    head = taps.head(student.model)
+    targets = []
+    if own:
+        # Over padding too, as when the student generates.
+        rows = head.weight.shape[0]
+        sure = one_hot(batch.targets)
+        targets.append(Target(sure, None, weights(own), "forward", 1.0, rows))
+    if theirs:
+        targets.append(
+            Target(
+                batch.expert_expects,
+                taps.head(expert.model),
+                weights(theirs),
+                options.kl,
+                options.loss_temperature,
+                vocab,
                 standardize=options.standardize_logits,
             )
-    return sums
+        )
+    total, values = fused_linear_divergences(
+        final.reshape(-1, final.shape[-1])[batch.rows],
+        head,
+        targets,
+        differentiable=factors is not None,
+    )
+    columns = [group for group in groups if group]
+    return total, {
+        name: (batch.weights[name] * values[:, place]).sum()
+        for place, group in enumerate(columns)
+        for name in group
+    }
+
+
+def _attention_loss(
+    student: Student, seen: taps.Forward, batch: Batch, options: LossOptions
+) -> mx.array:
+    blocks = list(zip(student.model.layers, seen.layers, strict=False))
+    if options.hidden_layers == "last":
+        blocks = blocks[-1:]
+    total, _ = attention_matching_loss(
+        [log_attention(block, hidden, positions=batch.positions) for block, hidden in blocks],
+        batch.expert_attention,
+        batch.mask,
+        heads=options.attention_heads,
+    )
+    return total
 
 
 def _scored(student: Student, final: mx.array, batch: Batch) -> mx.array:
@@ -286,12 +299,51 @@ def measure(
     """The mean losses on some samples, without learning; a loss nothing is known of is left out."""
     totals: dict[str, tuple[float, float]] = dict.fromkeys(options.losses, (0.0, 0.0))
     for chunk in _chunks(samples, micro_batch):
-        sums = loss_sums(student, expert, collate(chunk), options, vocab)
+        _, sums = loss_sums(student, expert, collate(chunk), options, vocab)
         mx.eval(sums)
         for name, (value, count) in sums.items():
             so_far = totals[name]
             totals[name] = (so_far[0] + float(value), so_far[1] + float(count))
     return {name: value / count for name, (value, count) in totals.items() if count}
+
+
+def top_k_error(
+    student: Student, samples: Sequence[Sample], options: LossOptions, vocab: int
+) -> dict[str, float | int | None]:
+    """What a top k of the expert's distributions leaves out, on some samples.
+
+    Args:
+        student: as it is now.
+        samples: each with a top k.
+        options: the divergence.
+        vocab: tokens the two models share.
+
+    Returns:
+        k; the mean probability of all other tokens; and by how much the mean divergence is too
+        small at most (``None``: no bound is known).
+    """
+    bounds: list[float] = []
+    tails: list[float] = []
+    for sample in samples:
+        batch = collate([sample])
+        assert isinstance(batch.expert_expects, TopK)
+        final = taps.forward(student.model, batch.tokens).final[0]
+        bound, tail = top_k_gap(
+            final[batch.positions[0]],
+            taps.head(student.model),
+            batch.expert_expects,
+            kind=options.kl,
+            temperature=options.loss_temperature,
+            vocab=vocab,
+        )
+        bounds.extend(map(float, np.array(bound)))
+        tails.extend(map(float, np.array(tail)))
+    mean = math.fsum(bounds) / len(bounds)
+    return {
+        "k": options.teacher_top_k,
+        "tail_mass": math.fsum(tails) / len(tails),
+        "missing_at_most": mean if math.isfinite(mean) else None,
+    }
 
 
 def make_optimizer(student: Student, options: TrainingOptions) -> optim.MultiOptimizer:
@@ -337,18 +389,14 @@ def update(
         training: clipping, micro-batch and checkpointing.
         vocab: tokens the two models share.
     """
+    begin = time.perf_counter()
     norms = counts(samples, loss_options)
+    factors = {name: weights[name] / norms[name] if norms[name] else 0.0 for name in norms}
 
     def weighted(batch: Batch) -> tuple[mx.array, Sums]:
-        sums = loss_sums(
-            student, expert, batch, loss_options, vocab, recompute=training.checkpoint_layers
-        )
-        total = sum(
-            (
-                weights[name] * mean(value, mx.array(norms[name]))
-                for name, (value, _) in sums.items()
-            ),
-            start=mx.array(0.0),
+        total, sums = loss_sums(
+            *(student, expert, batch, loss_options, vocab, factors),
+            recompute=training.checkpoint_layers,
         )
         return total * scale, sums
 
@@ -373,7 +421,8 @@ def update(
         optimizer.update(student, clipped)
         mx.eval(student.trainable_parameters(), optimizer.state)
     tokens = sum(len(s.prompt) + len(s.target) - 1 for s in samples)
-    return Update(losses, total, gradient_norm, skipped, tokens)
+    seconds = time.perf_counter() - begin
+    return Update(losses, total, gradient_norm, skipped, tokens, seconds)
 
 
 def _loss_scale(student: Student) -> float:

@@ -43,9 +43,9 @@ class BatchDone:
     """A batch is done and on the disk.
 
     Attributes:
-        done: episodes so far.
-        total: episodes of the run.
-        rows: this batch's rows of ``episodes.jsonl``.
+        done: episodes so far, in a later epoch those of the epochs before it too.
+        total: episodes of the run, times its epochs.
+        rows: this batch's rows of ``episodes.jsonl``; none in a later epoch.
         metrics: its row of ``metrics.jsonl``.
     """
 

@@ -280,8 +280,8 @@ def observe_probe(
 def weights(state: GateState, options: GateOptions) -> dict[str, float]:
     """What each loss counts: more where less was gained; sum 1.
 
-    Under ``ema``, proportional to EMA / first value on the probe set, clipped to
-    [:data:`LEAST_REMAINING`, :data:`MOST_REMAINING`]; equal before any observation.
+    Proportional to EMA / first value on the probe set, clipped to [:data:`LEAST_REMAINING`,
+    :data:`MOST_REMAINING`]; equal before any observation. The published gate has its own.
 
     Args:
         state: the gate's state.
@@ -289,12 +289,10 @@ def weights(state: GateState, options: GateOptions) -> dict[str, float]:
     """
     if options.gate == "published":
         return dict(state.published.weights)
-    shares = dict.fromkeys(state.probe, 1.0)
-    if options.gate == "ema":
-        shares = {
-            name: min(max(tracker.remaining, LEAST_REMAINING), MOST_REMAINING)
-            for name, tracker in state.probe.items()
-        }
+    shares = {
+        name: min(max(tracker.remaining, LEAST_REMAINING), MOST_REMAINING)
+        for name, tracker in state.probe.items()
+    }
     total = sum(shares.values())
     return {name: share / total for name, share in shares.items()}
 

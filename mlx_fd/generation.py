@@ -114,12 +114,20 @@ def rewind(conversation: Conversation, length: int) -> Conversation:
 
 def run_on(loaded: Loaded, conversation: Conversation, tokens: Sequence[int]) -> taps.Forward:
     """Hidden states [1, len(tokens), d] of ``tokens`` after a conversation, left unchanged."""
+    return read_on(loaded, conversation, tokens)[0]
+
+
+def read_on(
+    loaded: Loaded, conversation: Conversation, tokens: Sequence[int]
+) -> tuple[taps.Forward, Cache]:
+    """:func:`run_on`, and the prompt cache after it, of the conversation and ``tokens``."""
     cache = copy.deepcopy(conversation.cache)
-    if cache is not None or not conversation.tokens:
-        return taps.forward(loaded.model, mx.array([*tokens])[None], cache)
-    whole = taps.forward(loaded.model, mx.array([*conversation.tokens, *tokens])[None])
+    if cache is not None:
+        return taps.forward(loaded.model, mx.array([*tokens])[None], cache), cache
+    cache = make_prompt_cache(loaded.model)
+    whole = taps.forward(loaded.model, mx.array([*conversation.tokens, *tokens])[None], cache)
     begin = len(conversation.tokens)
-    return taps.Forward([layer[:, begin:] for layer in whole.layers], whole.final[:, begin:])
+    return taps.Forward([layer[:, begin:] for layer in whole.layers], whole.final[:, begin:]), cache
 
 
 def prefill(

@@ -24,13 +24,11 @@ from mlx.utils import tree_unflatten
 from mlx_fd import gate, runs
 from mlx_fd.config import Config
 from mlx_fd.distill import (
-    Sample,
     Update,
     make_optimizer,
     measure,
     optimizer_arrays,
-    sample_of,
-    solution_of,
+    top_k_error,
     update,
 )
 from mlx_fd.episode import (
@@ -46,10 +44,14 @@ from mlx_fd.episode import (
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.exam import Question, Result, compare, examine
 from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
+from mlx_fd.generation import Conversation
 from mlx_fd.models.student import load_student, read_arrays, save_student
+from mlx_fd.phases import PhaseSchedule, combined, phase_weights
 from mlx_fd.probe import Probe, load_probe, make_probe, save_probe
 from mlx_fd.problems import Problem
+from mlx_fd.samples import Sample, decides, read_text, sample_of, solution_of
 from mlx_fd.summary import summarise, warnings_of
+from mlx_fd.teacher_cache import TeacherCache
 
 OPTIMIZER = "optimizer.safetensors"
 EXAM = "exam_before.json"
@@ -162,23 +164,39 @@ def run(
         report(Warned(concern))
 
     size = config.generation.batch_size
+    batches = math.ceil(len(problems) / size)
+    total = batches * config.training.epochs
+    learner = _Learner(
+        pair, probe, optimizer, config, report, total, _cache(folder, config, pair, report)
+    )
     warned: set[str] = set()
     recent: list[dict[str, Any]] = []
     saved = progress.batch
-    while progress.batch * size < len(problems):
-        chunk = problems[progress.batch * size : (progress.batch + 1) * size]
+    while progress.batch < total:
+        epoch, place = divmod(progress.batch, batches)
+        chunk = problems[place * size : (place + 1) * size]
         best_before = progress.best_batch
-        progress, rows, metrics = _batch(progress, chunk, probe, pair, optimizer, config, report)
+        rows: list[dict[str, Any]] = []
+        if epoch == 0:
+            progress, rows, metrics, samples = _batch(progress, chunk, learner)
+        else:
+            texts = [r for r in runs.read_lines(folder / runs.SAMPLES) if r["batch"] == place]
+            progress, metrics = _rehearse(progress, texts, learner)
+            samples = []
         with runs.explained(folder):
             runs.append_lines(folder / runs.EPISODES, rows)
             runs.append_lines(folder / runs.METRICS, [metrics])
+            if config.training.epochs > 1:
+                runs.append_lines(
+                    folder / runs.SAMPLES, [{"batch": place, **s.to_json()} for s in samples]
+                )
             stopping = stop()
             due = progress.batch - saved >= config.episode.checkpoint_every
             if due or stopping or progress.best_batch != best_before:
                 _save(folder, progress, pair, optimizer, config)
                 saved = progress.batch
-        done = min(progress.batch * size, len(problems))
-        report(BatchDone(done, len(problems), rows, metrics))
+        done = epoch * len(problems) + min((place + 1) * size, len(problems))
+        report(BatchDone(done, config.training.epochs * len(problems), rows, metrics))
         recent = [*recent, *rows][-_WATCHED:]
         for kind, text in warnings_of(recent).items():
             if kind not in warned:
@@ -186,7 +204,7 @@ def run(
                 report(Warned(text))
         # Buffers of the largest batch so far would otherwise stay with the process.
         mx.clear_cache()
-        if stopping and done < len(problems):
+        if stopping and progress.batch < total:
             return None
 
     last = probe.losses(pair, config)
@@ -200,6 +218,8 @@ def run(
             last,
             vars(probe.headroom),
         )
+        if config.losses.teacher_top_k:
+            summary["top_k"] = top_k_error(pair.student, probe.samples, config.losses, pair.vocab)
         if exam:
             before = [Result(**row) for row in json.loads((folder / EXAM).read_text())]
             after = examine(pair, exam, config.generation, _steps(report, progress.batch))
@@ -277,7 +297,7 @@ def _save(
 
     sizes = {
         name: (folder / name).stat().st_size if (folder / name).exists() else 0
-        for name in (runs.EPISODES, runs.METRICS)
+        for name in runs.LOGS
     }
     runs.save_checkpoint(
         folder,
@@ -289,8 +309,32 @@ def _save(
     )
 
 
+def _cache(folder: Path, config: Config, pair: Pair, report: Report) -> TeacherCache | None:
+    """The teacher cache, where there is to be one."""
+    if not config.losses.teacher_top_k:
+        return None
+    return TeacherCache(
+        Path(config.losses.teacher_cache or folder / "teacher"),
+        decides(pair, config.losses),
+        lambda text: report(Warned(text)),
+    )
+
+
 @dataclass(frozen=True)
-class _Reading:
+class _Learner:
+    """All that a batch works with and that stays the same from batch to batch."""
+
+    pair: Pair
+    probe: Probe
+    optimizer: optim.Optimizer
+    config: Config
+    report: Report
+    batches: int  # of all epochs
+    cache: TeacherCache | None
+
+
+@dataclass(frozen=True)
+class _Seen:
     """A problem's feedback as the gate sees it."""
 
     sample: Sample
@@ -299,18 +343,13 @@ class _Reading:
 
 
 def _batch(
-    progress: Progress,
-    problems: Sequence[Problem],
-    probe: Probe,
-    pair: Pair,
-    optimizer: optim.Optimizer,
-    config: Config,
-    report: Report,
-) -> tuple[Progress, list[dict[str, Any]], dict[str, Any]]:
-    """One batch of episodes; the state after it, its episodes' rows and its metrics."""
+    progress: Progress, problems: Sequence[Problem], learner: _Learner
+) -> tuple[Progress, list[dict[str, Any]], dict[str, Any], list[Sample]]:
+    """One batch of episodes: the state after it, its rows, its metrics, what was learned from."""
     begin = time.perf_counter()
+    pair, config, cache = learner.pair, learner.config, learner.cache
     number = progress.batch
-    told = _steps(report, number)
+    told = _steps(learner.report, number)
 
     def seeds(step: str) -> int:
         return seed_of(config.episode.seed, number, step)
@@ -334,14 +373,14 @@ def _batch(
 
     # 3. The gate looks at every feedback the expert gave.
     state = progress.gate
-    readings: dict[int, _Reading] = {}
+    readings: dict[int, _Seen] = {}
     for place in asked:
         share = _share(drafts[place].problem.id, config.episode.seed)
         on_policy = share < config.losses.on_policy_fraction
-        sample = sample_of(pair, drafts[place], config.losses, on_policy=on_policy)
+        sample = sample_of(pair, drafts[place], config.losses, on_policy=on_policy, cache=cache)
         losses = measure(pair.student, pair.expert, [sample], config.losses, pair.vocab, 1)
         decision = _decide(state, sample, drafts[place].student_score, losses, config)
-        readings[place] = _Reading(sample, losses, decision)
+        readings[place] = _Seen(sample, losses, decision)
         if not state.frozen or audits[place]:
             state = gate.observe_sample(state, losses, config.gate)
 
@@ -352,16 +391,15 @@ def _batch(
     # 4. The student learns where it lags.
     lagging = [place for place, reading in readings.items() if reading.decision.distil]
     samples = [readings[place].sample for place in lagging]
-    if config.losses.solutions:
+    if config.losses.learns_solutions:
+        finals = {place: outcomes[place].final for place in lagging}
         samples += [
-            solution_of(pair, outcomes[place], config.losses)
-            for place in lagging
-            if is_correct(outcomes[place].final.final, problems[place])
+            solution_of(pair, problems[place].question, final, config.losses, cache=cache)
+            for place, final in finals.items()
+            if is_correct(final.final, problems[place])
         ]
-    weights = gate.weights(state, config.gate)
-    learning = time.perf_counter()
-    updates = _distil(pair, optimizer, samples, weights, progress.scales, config, told)
-    distil_seconds = time.perf_counter() - learning
+    weights = _weights(state, learner, number)
+    updates = _distil(learner, samples, weights, progress.scales, told)
     after = {
         place: measure(pair.student, pair.expert, [r.sample], config.losses, pair.vocab, 1)
         for place, r in readings.items()
@@ -369,23 +407,7 @@ def _batch(
     }
     for losses in after.values():
         _check_finite(losses, number + 1, config)
-    progress = dataclasses.replace(
-        progress,
-        batch=number + 1,
-        gate=state,
-        distilled=progress.distilled + bool(updates),
-        spent=progress.spent + len(updates),
-    )
-    stop_decision = None
-    if updates and progress.distilled % config.episode.probe_every == 0:
-        probe_losses = probe.losses(pair, config)
-        _check_finite(probe_losses, number + 1, config)
-        state, stop_decision = gate.observe_probe(
-            state, probe_losses, config.gate, cost=float(progress.spent)
-        )
-        progress = dataclasses.replace(progress, gate=state, spent=0)
-        progress = _with_probe(progress, probe_losses)
-
+    progress, stop_decision = _after(dataclasses.replace(progress, gate=state), updates, learner)
     rows = [
         to_json(
             outcome,
@@ -397,15 +419,91 @@ def _batch(
     metrics = {
         "batch": number,
         "lagging": len(lagging),
-        "weights": weights,
-        "updates": [_update_row(u) for u in updates],
-        "probe": progress.probe_last if stop_decision else None,
-        "stop": dataclasses.asdict(stop_decision) if stop_decision else None,
-        "frozen": progress.gate.frozen,
-        "distil_seconds": round(distil_seconds, 3),
+        **_metrics(progress, weights, updates, stop_decision),
         "seconds": round(time.perf_counter() - begin, 3),
     }
-    return progress, rows, metrics
+    return progress, rows, metrics, samples if updates else []
+
+
+def _rehearse(
+    progress: Progress, texts: Sequence[dict[str, Any]], learner: _Learner
+) -> tuple[Progress, dict[str, Any]]:
+    """Learn once more from what a batch of episodes gave; the state after it, and its metrics."""
+    begin = time.perf_counter()
+    number = progress.batch
+    weights = _weights(progress.gate, learner, number)
+    updates: list[Update] = []
+    if not progress.gate.frozen:
+        samples = [_again(text, learner) for text in texts]
+        told = _steps(learner.report, number)
+        updates = _distil(learner, samples, weights, progress.scales, told)
+    progress, stop_decision = _after(progress, updates, learner)
+    return progress, {
+        "batch": number,
+        "lagging": len(texts),
+        **_metrics(progress, weights, updates, stop_decision),
+        "seconds": round(time.perf_counter() - begin, 3),
+    }
+
+
+def _again(text: dict[str, Any], learner: _Learner) -> Sample:
+    """A sample from a row of ``samples.jsonl``."""
+    prompt, target = tuple(text["prompt"]), tuple(text["target"])
+    reading = read_text(
+        learner.pair, Conversation(), prompt, target, learner.config.losses, learner.cache
+    )
+    return Sample.from_json(text, reading)
+
+
+def _weights(state: gate.GateState, learner: _Learner, number: int) -> dict[str, float]:
+    """What each loss counts in a batch; sum 1."""
+    options, names = learner.config.gate, learner.config.losses.losses
+    if options.loss_weights == "fixed":
+        return dict.fromkeys(names, 1 / len(names))
+    lagging = gate.weights(state, options)
+    if options.loss_weights == "ema":
+        return lagging
+    schedule = PhaseSchedule(begin=options.phase_begin, end=options.phase_end)
+    phases = phase_weights(names, number / learner.batches, schedule)
+    return phases if options.loss_weights == "phases" else combined(lagging, phases)
+
+
+def _after(
+    progress: Progress, updates: Sequence[Update], learner: _Learner
+) -> tuple[Progress, gate.StopDecision | None]:
+    """The state after a batch's updates, with a look at the probe set where one is due."""
+    config = learner.config
+    progress = dataclasses.replace(
+        progress,
+        batch=progress.batch + 1,
+        distilled=progress.distilled + bool(updates),
+        spent=progress.spent + len(updates),
+    )
+    if not updates or progress.distilled % config.episode.probe_every:
+        return progress, None
+    losses = learner.probe.losses(learner.pair, config)
+    _check_finite(losses, progress.batch, config)
+    state, decision = gate.observe_probe(
+        progress.gate, losses, config.gate, cost=float(progress.spent)
+    )
+    progress = dataclasses.replace(progress, gate=state, spent=0)
+    return _with_probe(progress, losses), decision
+
+
+def _metrics(
+    progress: Progress,
+    weights: dict[str, float],
+    updates: Sequence[Update],
+    decision: gate.StopDecision | None,
+) -> dict[str, Any]:
+    return {
+        "weights": weights,
+        "updates": [_update_row(u) for u in updates],
+        "probe": progress.probe_last if decision else None,
+        "stop": dataclasses.asdict(decision) if decision else None,
+        "frozen": progress.gate.frozen,
+        "distil_seconds": round(sum(update.seconds for update in updates), 3),
+    }
 
 
 def _decide(
@@ -428,16 +526,15 @@ def _share(problem_id: str, seed: int) -> float:
 
 
 def _distil(
-    pair: Pair,
-    optimizer: optim.Optimizer,
+    learner: _Learner,
     samples: Sequence[Sample],
     weights: dict[str, float],
     scales: dict[str, float],
-    config: Config,
     told: Callable[[str, int], None],
 ) -> list[Update]:
     if not samples:
         return []
+    pair, config = learner.pair, learner.config
     scaled = {name: weights[name] * scales[name] for name in config.losses.losses}
     done = []
     for _ in range(config.training.kd_steps):
@@ -445,7 +542,7 @@ def _distil(
             update(
                 pair.student,
                 pair.expert,
-                optimizer,
+                learner.optimizer,
                 samples,
                 scaled,
                 config.losses,
@@ -471,7 +568,7 @@ def _update_row(update: Update) -> dict[str, Any]:
     }
 
 
-def _gate_row(reading: _Reading | None, after: dict[str, float] | None) -> dict[str, Any]:
+def _gate_row(reading: _Seen | None, after: dict[str, float] | None) -> dict[str, Any]:
     if reading is None:
         return {"distilled": False, "reason": "the student stands alone"}
     return {

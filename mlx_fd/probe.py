@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_fd.config import Config
-from mlx_fd.distill import Sample, measure, sample_of
+from mlx_fd.distill import measure
 from mlx_fd.episode import (
     Pair,
     Progress,
@@ -30,6 +30,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.models.student import read_arrays
 from mlx_fd.problems import Problem
 from mlx_fd.runs import digest_of, write_json, write_with
+from mlx_fd.samples import Reading, Sample, sample_of, solution_of
 
 PROBE_ROWS = "probe.json"
 PROBE_ARRAYS = "probe.safetensors"
@@ -91,7 +92,8 @@ class Probe:
     """The probe set of a run.
 
     Attributes:
-        samples: the expert's feedback on its own answers, ready to measure the student with.
+        samples: the expert's feedback on the first answers, ready to measure the student with; and
+            where a loss is on solutions, the expert's right ones.
         headroom: the check before the first update.
     """
 
@@ -154,6 +156,12 @@ def make_probe(
         ]
         counts = [so_far + more for so_far, more in zip(counts, found, strict=True)]
         samples.extend(sample_of(pair, draft, config.losses) for draft in drafts)
+        if config.losses.on_solutions:
+            samples.extend(
+                solution_of(pair, draft.problem.question, draft.answer, config.losses)
+                for draft in best
+                if is_correct(draft.answer.final, draft.problem)
+            )
     return Probe(tuple(samples), Headroom(len(problems), *counts))
 
 
@@ -163,20 +171,12 @@ def _seeds(seed: int, number: int) -> Callable[[str], int]:
 
 def save_probe(probe: Probe, folder: Path) -> None:
     """Keep the probe set in the run directory; the JSON file is written last."""
-    arrays = {}
+    arrays: dict[str, mx.array] = {}
     rows = []
     for place, sample in enumerate(probe.samples):
-        arrays[f"{place}.final"] = sample.expert_final
-        for layer, pooled in enumerate(sample.expert_pooled):
-            arrays[f"{place}.pooled.{layer}"] = pooled
-        rows.append(
-            {
-                "prompt": sample.prompt,
-                "target": sample.target,
-                "expert_score": sample.expert_score,
-                "layers": len(sample.expert_pooled),
-            }
-        )
+        named = sample.expert.arrays()
+        arrays |= {f"{place}/{name}": array for name, array in named.items()}
+        rows.append(sample.to_json())
     digest = write_with(folder / PROBE_ARRAYS, lambda path: mx.save_safetensors(str(path), arrays))
     write_json(
         folder / PROBE_ROWS,
@@ -191,17 +191,15 @@ def load_probe(folder: Path) -> Probe | None:
         if content["sha256"] != digest_of(folder / PROBE_ARRAYS):
             return None
         arrays = read_arrays(folder / PROBE_ARRAYS)
+        of_samples: list[dict[str, mx.array]] = [{} for _ in content["samples"]]
+        for name, array in arrays.items():
+            place, _, what = name.partition("/")
+            of_samples[int(place)][what] = array
         samples = tuple(
-            Sample(
-                tuple(row["prompt"]),
-                tuple(row["target"]),
-                arrays[f"{place}.final"],
-                tuple(arrays[f"{place}.pooled.{layer}"] for layer in range(row["layers"])),
-                row["expert_score"],
-            )
-            for place, row in enumerate(content["samples"])
+            Sample.from_json(row, Reading.of(named))
+            for row, named in zip(content["samples"], of_samples, strict=True)
         )
-        mx.eval([sample.expert_final for sample in samples])
+        mx.eval(of_samples)
         return Probe(samples, Headroom(**content["headroom"]))
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError, UserError):
         return None

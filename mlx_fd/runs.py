@@ -2,7 +2,7 @@
 
 Nothing is ever half there. A file is written under a temporary name, flushed to the disk and then
 renamed; a checkpoint is a folder renamed into place whole, with the digest of each of its files in
-``state.json``. The two logs only grow, and a checkpoint knows how long they were, so a run that was
+``state.json``. The logs only grow, and a checkpoint knows how long they were, so a run that was
 killed at any moment goes back to the newest good checkpoint and cuts the logs to it.
 """
 
@@ -26,6 +26,8 @@ CONFIG = "config.toml"
 MANIFEST = "manifest.json"
 EPISODES = "episodes.jsonl"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+LOGS = (EPISODES, METRICS, SAMPLES)
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
@@ -53,6 +55,8 @@ _README = """\
 | `manifest.json` | versions, seed, models and data with their digests |
 | `episodes.jsonl` | one line per problem: answer, both feedbacks, the gate, the final answer |
 | `metrics.jsonl` | one line per batch: losses, weights, the gate's reasons, the probe set |
+| `samples.jsonl` | with `epochs` > 1: the tokens of each text that the student learned from |
+| `teacher/` | with `teacher_top_k`: what the expert said about texts |
 | `checkpoints/` | `NNNNNN` by batch; `last` and `best` (on the probe set) point to them |
 | `probe.json` | the held-out problems that the gate watches, their arrays beside it |
 | `exam_*.json` | what the student made of each question of the examination, where there was one |
@@ -360,7 +364,7 @@ def roll_back(folder: Path, checkpoint: Checkpoint | None) -> None:
     checkpoints = folder / CHECKPOINTS
     checkpoints.mkdir(exist_ok=True)
     sizes = checkpoint.state["log_bytes"] if checkpoint else {}
-    for name in (EPISODES, METRICS):
+    for name in LOGS:
         if _log_size(folder, name) > sizes.get(name, 0):
             os.truncate(folder / name, sizes.get(name, 0))
     batch = checkpoint.batch if checkpoint else -1

@@ -136,12 +136,17 @@ def _settled(config: Config) -> Config:
     if source not in problem_sets.EMBEDDED:  # they are meant, whatever lies in this folder
         source = _whole_path(source) or source
     student = models.student or _default_student(models.expert)
+    losses = config.losses
+    if losses.teacher_cache:
+        folder = str(Path(losses.teacher_cache).expanduser().absolute())
+        losses = dataclasses.replace(losses, teacher_cache=folder)
     return dataclasses.replace(
         config,
         models=dataclasses.replace(
             models, expert=_settled_model(models.expert), student=_settled_model(student)
         ),
         problems=dataclasses.replace(config.problems, problems=source),
+        losses=losses,
     )
 
 
@@ -218,6 +223,8 @@ def _check_memory(
             prompt_tokens=sum(map(len, said)) // 3,
             answer_tokens=options.answer_tokens,
             feedback_tokens=max(options.feedback_tokens, options.merge_tokens),
+            solutions=config.losses.learns_solutions,
+            attention="attention" in config.losses.losses,
             lora_rank=config.models.lora_rank,
             train_full=config.models.train == "full",
             checkpoint_layers=config.training.checkpoint_layers,
@@ -234,6 +241,7 @@ _CHANGEABLE = (
     "expert",
     "student",
     "problems",
+    "teacher_cache",
     "micro_batch",
     "checkpoint_layers",
     "checkpoint_every",
@@ -268,8 +276,14 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
             for name, value in old["options"].items()
             if new["options"].get(name) != value
         }
-        # With a last batch that was not full, the next one would leave problems out.
-        whole = old["options"]["episodes"] % old["options"]["batch_size"] == 0
+        # With a last batch that was not full, the next one would leave problems out. With epochs or
+        # phases, all that was done depends on how many episodes there were to be.
+        options = old["options"]
+        whole = (
+            options["episodes"] % options["batch_size"] == 0
+            and options["epochs"] == 1
+            and options["loss_weights"] in ("ema", "fixed")
+        )
         uncertain = [
             f"{name} was {value}, is {new[part].get(name)}: the run goes on, but its last digits "
             "may differ from an uninterrupted one's"

@@ -8,13 +8,14 @@ python scripts/bench_losses.py --table         # the README's table, from the CS
 Four contenders make the value and its gradient by the student's final hidden states:
 
 - engine: mlx_fd.losses.divergence.fused_linear_divergence
-- dense: mlx_fd.losses.logit.logit_loss on both models' whole logits, differentiated by MLX
+- dense: mlx_fd.losses.dense.logit_loss on both models' whole logits, differentiated by MLX
 - mlx-lm: kl_div_loss and js_div_loss of mlx_lm.tuner.losses likewise (on Metal they are kernels)
 - matmuls: the products that no way around exists to, alone: the student's logits, their gradient's
   way back, and the teacher's logits (of a 4-bit head: unpacked once, then multiplied)
 
 Each measurement is a process of its own. Peak memory is MLX's, above what is there before: heads
-and hidden states are not counted. A time is the best of several runs, where one is short.
+and hidden states are not counted. A time is the best of several runs, where one is short; on a CPU
+it is processor time, which other work on the machine changes little.
 """
 
 import argparse
@@ -99,8 +100,8 @@ def contender(name, cell, student, teacher, hidden, target):
     import mlx.core as mx
     from mlx_lm.tuner.losses import js_div_loss, kl_div_loss
 
+    from mlx_fd.losses.dense import logit_loss
     from mlx_fd.losses.divergence import fused_linear_divergence
-    from mlx_fd.losses.logit import logit_loss
 
     mask = mx.ones((cell["tokens"],))
     kind = {"kl": "forward", "jsd": "jsd"}[cell["kind"]]
@@ -143,14 +144,15 @@ def measure(cell, name, most=7, enough=4.0):
     """Seconds of the best run and peak bytes; up to ``most`` runs, in about ``enough`` seconds."""
     import mlx.core as mx
 
+    clock = time.process_time if backend().on_cpu else time.perf_counter
     run = contender(name, cell, *heads_and_states(cell))
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     times = []
     while len(times) < most and sum(times) < enough:
-        start = time.perf_counter()
+        start = clock()
         run()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return {"seconds": min(times), "peak_bytes": mx.get_peak_memory() - before}
 
 
@@ -201,14 +203,17 @@ def device():
     return f"{names[0] if names else platform.processor()}, {len(names) or os.cpu_count()} cores"
 
 
-def fits(cell, name):
-    """Whether this machine has the memory."""
+def fits(cell, name, memory):
+    """Whether so many bytes of memory are enough."""
     arrays = ARRAYS[name][cell["kind"]] * cell["tokens"] + cell["d_student"] + cell["d_teacher"]
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 4 * cell["vocab"] * arrays < 0.85 * machine
+    return 4 * cell["vocab"] * arrays < memory
 
 
-def run_grid(cells, out, longest):
+def machine_memory():
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def run_grid(cells, out, longest, memory):
     """A row for each cell and contender; a contender too large or too slow is not run."""
     about = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
@@ -221,7 +226,7 @@ def run_grid(cells, out, longest):
             series = (name, *(cell[key] for key in KEY if key != "tokens"))
             seconds, size = (each * cell["tokens"] for each in pace.get(series, (0, 0)))
             row = about | cell | {"contender": name, "seconds": "", "peak_bytes": round(size) or ""}
-            if not fits(cell, name):
+            if not fits(cell, name, memory):
                 row["note"] = "not run: too large; memory as of fewer tokens, in proportion"
             elif seconds > longest:
                 row["note"] = "not run: too slow; memory as of fewer tokens, in proportion"
@@ -384,6 +389,8 @@ def main():
     parser.add_argument("--hidden", type=int, nargs=2, default=(1536, 3584), metavar="D")
     parser.add_argument("--threads", type=int, default=1, help="of the BLAS, on a CPU")
     parser.add_argument("--longest", type=float, default=100, help="seconds of a run")
+    memory = 0.85e-9 * machine_memory()
+    parser.add_argument("--memory", type=float, default=memory, help="GB that a run may take")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.table:
@@ -403,7 +410,7 @@ def main():
     ]
     with TemporaryDirectory() as folder:
         out = Path(folder, "quick.csv") if asked.quick else asked.csv
-        run_grid(cells, out, asked.longest)
+        run_grid(cells, out, asked.longest, 1e9 * asked.memory)
         print(table(out))
 
 

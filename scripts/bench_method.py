@@ -1,7 +1,7 @@
 """Which part of the method helps, and by how much: one loop per arm and seed, on the tiny pair.
 
 python scripts/bench_method.py --runs DIR      # every arm, three seeds; goes on where it stopped
-python scripts/bench_method.py --arms always,lm --seeds 0 --runs DIR
+python scripts/bench_method.py --arms 'always;lm' --seeds 0 --runs DIR
 python scripts/bench_method.py --table         # docs/bench_method.md, from the rows alone
 python scripts/bench_method.py --plot          # docs/bench_method.svg, from the rows alone
 
@@ -30,6 +30,7 @@ from mlx_fd.evaluation.statistics import bootstrap, mean, mean_gain
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE, PLOT = (DOCS / f"bench_method.{kind}" for kind in ("jsonl", "md", "svg"))
 ALWAYS = ("--gate", "always")
+SEVEN = ("--losses", "lm,hidden,score,logit,answer,reasoning,attention")
 # Arm: the options beside --preset tiny, grouped as the table shows them.
 GROUPS = {
     "When the student learns": {
@@ -43,6 +44,12 @@ GROUPS = {
         "score": (*ALWAYS, "--losses", "score"),
         "logit": (*ALWAYS, "--losses", "logit"),
         "lm and logit": (*ALWAYS, "--losses", "lm,logit"),
+    },
+    "With which weights (always)": {
+        "fixed": (*ALWAYS, "--loss-weights", "fixed"),
+        "seven, fixed": (*ALWAYS, *SEVEN, "--loss-weights", "fixed"),
+        "seven, ema": (*ALWAYS, *SEVEN),
+        "seven, phases": (*ALWAYS, *SEVEN, "--loss-weights", "phases"),
     },
     "On whose feedback (always, logit)": {
         "on-policy by half": (*ALWAYS, "--losses", "logit", "--on-policy-fraction", "0.5"),
@@ -62,7 +69,7 @@ REFERENCE = "always"
 
 def run_arm(arm, seed, runs, extra):
     """The run directory of an arm and seed, its run finished."""
-    folder = runs / f"{arm.replace(' ', '-')}-seed{seed}"
+    folder = runs / f"{arm.replace(', ', '-').replace(' ', '-')}-seed{seed}"
     if (folder / "summary.json").exists():
         return folder
     if (folder / "manifest.json").exists():
@@ -258,7 +265,7 @@ def plot(path):
 def main():
     parser = argparse.ArgumentParser(description="Ablation of the method on the tiny pair.")
     parser.add_argument("--runs", type=Path, help="where the run directories go")
-    parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated")
+    parser.add_argument("--arms", default=";".join(ARMS), help="separated by ;")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--rows", type=Path, default=ROWS, help="the file with the rows")
     parser.add_argument("--table", action="store_true", help="write the table")
@@ -266,7 +273,7 @@ def main():
     args, extra = parser.parse_known_args()
     if extra and not args.runs:
         parser.error(f"unknown options {' '.join(extra)}; options of mlx-fd loop go with --runs")
-    arms = [name.strip() for name in args.arms.split(",")]
+    arms = [name.strip() for name in args.arms.split(";")]
     if unknown := [name for name in arms if name not in ARMS]:
         parser.error(f"there is no arm {unknown[0]!r}; there are: {', '.join(ARMS)}")
     if not (args.runs or args.table or args.plot):

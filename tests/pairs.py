@@ -8,6 +8,7 @@ from tiny import make_model_dir
 
 from mlx_fd import problems
 from mlx_fd.config import Config, override
+from mlx_fd.models import taps
 from mlx_fd.session import Plan
 
 SMALL = {
@@ -49,6 +50,12 @@ def make_plan(expert: Path, student: Path, **changes) -> Plan:
         found, config.episode.probe_size, config.problems.episodes, config.episode.seed
     )
     return Plan(config, expert, student, 400, probe, chosen, {}, ())
+
+
+def logits_of(model, final):
+    """A model's logits [..., V] of its final hidden states [..., d]."""
+    head = taps.head(model)
+    return head.as_linear(final) if hasattr(head, "as_linear") else head(final)
 
 
 def without_seconds(rows):

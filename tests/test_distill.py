@@ -1,28 +1,39 @@
 import dataclasses
+import json
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load as mlx_load
-from pairs import make_dirs, make_plan
+from pairs import logits_of, make_dirs, make_plan
 
 from mlx_fd.config import LossOptions, TrainingOptions
 from mlx_fd.distill import (
+    collate,
     counts,
+    loss_sums,
     make_optimizer,
-    make_sample,
     measure,
     optimizer_arrays,
+    top_k_error,
     update,
 )
 from mlx_fd.errors import UserError
-from mlx_fd.generation import Conversation
+from mlx_fd.generation import Conversation, prefill
 from mlx_fd.losses import reference
+from mlx_fd.losses import reference_reasoning as twins
+from mlx_fd.losses.dense import language_model_loss, logit_loss
+from mlx_fd.losses.graph import pool
 from mlx_fd.losses.hidden import aligned_layers
+from mlx_fd.losses.score import score_loss
 from mlx_fd.models import taps
+from mlx_fd.models.attention_taps import log_attention
 from mlx_fd.models.student import load_student, make_student, save_student
+from mlx_fd.roles import Answer
+from mlx_fd.samples import Reading, Sample, read_text, solution_of
 from mlx_fd.session import open_pair
 
 OPTIONS = LossOptions()
@@ -47,18 +58,8 @@ def samples_of(pair, options=OPTIONS, **changes):
         prompt = tuple(map(int, rng.integers(0, 390, before)))
         target = tuple(map(int, rng.integers(0, 390, length)))
         score = None if number in (1, 4) else float(rng.uniform(-1, 1))
-        found.append(
-            make_sample(
-                pair.expert,
-                len(pair.student.model.layers),
-                Conversation(prompt[:-1]),
-                prompt,
-                target,
-                score,
-                options,
-                on_policy=number in (2, 5),
-            )
-        )
+        reading = read_text(pair, Conversation(prompt[:-1]), prompt, target, options)
+        found.append(Sample(prompt, target, reading, score, on_policy=number in (2, 5)))
     return [dataclasses.replace(sample, **changes) for sample in found]
 
 
@@ -92,7 +93,7 @@ def test_losses_are_their_definitions_over_whole_sequences(pair, monkeypatch, sc
         mask = np.ones((1, len(sample.target)))
 
         def logits(model, seen, span=span):
-            return np.array(taps.head(model, seen.final[:, span]), dtype=np.float64)
+            return np.array(logits_of(model, seen.final[:, span]), dtype=np.float64)
 
         student_logits = logits(pair.student.model, ours)
         expert_logits = logits(pair.expert.model, theirs)
@@ -130,6 +131,7 @@ def test_counts():
     class Item:
         def __init__(self, length, score, own):
             self.target, self.expert_score, self.on_policy = (0,) * length, score, own
+            self.answer, self.steps = (), ()
 
     found = counts([Item(3, 0.5, False), Item(4, None, True)], OPTIONS)
     assert found == {"lm": 3.0, "hidden": 2.0, "score": 1.0, "logit": 7.0}
@@ -193,7 +195,10 @@ def test_a_step_that_is_not_finite_changes_nothing(pair, plan, poison):
     samples = samples_of(pair)
     weights = WEIGHTS
     if poison == "logits":
-        samples[3] = dataclasses.replace(samples[3], expert_final=samples[3].expert_final * mx.nan)
+        poisoned = dataclasses.replace(
+            samples[3].expert, expects=samples[3].expert.expects * mx.nan
+        )
+        samples[3] = dataclasses.replace(samples[3], expert=poisoned)
     elif poison == "score":
         samples[3] = dataclasses.replace(samples[3], expert_score=float("inf"))
     else:
@@ -273,7 +278,7 @@ def test_each_part_has_its_own_learning_rate(pair, part):
 def test_last_layer_only(pair):
     options = LossOptions(hidden_layers="last", losses=("hidden",))
     samples = samples_of(pair, options)
-    assert all(len(sample.expert_pooled) == 1 for sample in samples)
+    assert all(len(sample.expert.pooled) == 1 for sample in samples)
     found = measure(pair.student, pair.expert, samples, options, 400, 4)["hidden"]
     every = measure(pair.student, pair.expert, samples_of(pair), OPTIONS, 400, 4)["hidden"]
     assert 0 < found < 2 and found != pytest.approx(every)
@@ -369,3 +374,221 @@ def test_lora_initialisation_depends_on_the_seed_alone(plan):
     )
     three = weights_of(open_pair(seeded).student)
     assert any(not np.array_equal(one[name], three[name]) for name in one)
+
+
+# --- the engine against whole logits ---
+
+
+def dense_total(student, expert, samples, options, factors):
+    """The total of an update's losses on whole logits, differentiated by MLX: the definition."""
+    batch = collate(samples)
+    length = batch.mask.shape[1]
+    seen = taps.forward(student.model, batch.tokens)
+
+    def at_text(hidden):
+        return mx.take_along_axis(hidden, batch.positions[..., None], axis=1)
+
+    def padded(rows):
+        rows = [mx.pad(r, [(0, length - len(r))] + [(0, 0)] * (r.ndim - 1)) for r in rows]
+        return mx.stack(rows)
+
+    logits = logits_of(student.model, at_text(seen.final))
+    theirs = logits_of(expert.model, padded([s.expert.expects for s in samples]))
+    targets = padded([mx.array(s.target) for s in samples])
+    lm_mask = batch.mask * mx.array([[float(not s.on_policy)] for s in samples])
+    shared = {
+        "kl": options.kl,
+        "temperature": options.loss_temperature,
+        "vocab": 400,
+        "standardize": options.standardize_logits,
+    }
+    sums = {
+        "lm": language_model_loss(logits, targets, lm_mask)[0],
+        "logit": logit_loss(logits, theirs, batch.mask, **shared)[0],
+        "hidden": 0.0,
+        "score": score_loss(
+            student.score(at_text(seen.final)[:, 0]), batch.scores, batch.score_mask
+        )[0],
+    }
+    for layer, pooled in zip(seen.layers, batch.expert_pooled, strict=True):
+        ours = student.projection(pool(at_text(layer), batch.mask))
+        cosines = (ours * pooled).sum(-1) / (
+            mx.linalg.norm(ours, axis=-1) * mx.linalg.norm(pooled, axis=-1)
+        )
+        sums["hidden"] = sums["hidden"] + (1 - cosines).sum() / len(seen.layers)
+    return sum(factors[name] * value for name, value in sums.items()), sums
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("kl", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_losses_and_gradients_are_the_dense_ones(plan, kl, standardize, train, monkeypatch):
+    """In chunks of a few tokens, with a head that is frozen or trains at both ends."""
+    monkeypatch.setattr("mlx_fd.losses.divergence.LOGIT_BUDGET", 4 * 400 * 4 * 7)
+    models = dataclasses.replace(plan.config.models, train=train)
+    config = dataclasses.replace(plan.config, models=models)
+    pair = open_pair(dataclasses.replace(plan, config=config))
+    options = LossOptions(kl=kl, standardize_logits=standardize)
+    samples = samples_of(pair)
+    factors = {name: WEIGHTS[name] / count for name, count in counts(samples, options).items()}
+
+    def dense(student):
+        return dense_total(student, pair.expert, samples, options, factors)
+
+    def engine(student):
+        return loss_sums(student, pair.expert, collate(samples), options, 400, factors)
+
+    def gradient(loss):
+        (total, sums), slopes = nn.value_and_grad(pair.student, lambda: loss(pair.student))()
+        return total.item(), sums, dict(tree_flatten(slopes))
+
+    expected, expected_sums, expected_slopes = gradient(dense)
+    found, sums, slopes = gradient(engine)
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name, (value, _) in sums.items():
+        assert value.item() == pytest.approx(expected_sums[name].item(), rel=1e-5), name
+    for name, slope in expected_slopes.items():
+        scale = max(float(mx.abs(slope).max()), 1e-6)
+        assert float(mx.abs(slope - slopes[name]).max()) <= 1e-5 * scale, name
+
+
+# --- the three losses of the reasoning method ---
+
+TEXT = "2 + 3 = 5.\nSo he has 5 eggs.\n#### 5"
+REASONING = LossOptions(losses=("lm", "answer", "reasoning", "attention"), solutions=True)
+
+
+def solutions_of(pair, options=REASONING):
+    tokens = tuple(pair.expert.tokenizer.encode(TEXT, add_special_tokens=False))
+    solution = solution_of(pair, "2 + 3?", Answer(TEXT, None, tokens), options)
+    return [solution, *samples_of(pair, options)[:3]]
+
+
+def test_a_solution_knows_its_answer_and_its_steps(pair):
+    solution = solutions_of(pair)[0]
+    decode = pair.expert.tokenizer.decode
+    answer = [
+        token
+        for token, is_answer in zip(solution.target, solution.answer, strict=True)
+        if is_answer
+    ]
+    assert decode(answer).strip() == "#### 5"
+    assert sum(solution.steps) == pytest.approx(2)
+    assert not any(a and s for a, s in zip(solution.answer, solution.steps, strict=True))
+    found = counts(solutions_of(pair), REASONING)
+    assert (found["answer"], found["reasoning"]) == (1.0, pytest.approx(2))
+    assert found["attention"] == sum(len(s.target) for s in solutions_of(pair))
+
+
+@pytest.mark.parametrize("heads", ["mean", "aligned"])
+@pytest.mark.parametrize("layers", ["all", "last"])
+def test_reasoning_losses_are_their_definitions(pair, heads, layers):
+    """Sample by sample in float64, from full passes of both models over the whole text."""
+    options = dataclasses.replace(REASONING, attention_heads=heads, hidden_layers=layers)
+    samples = solutions_of(pair, options)
+    totals = dict.fromkeys(("answer", "reasoning", "attention"), 0.0)
+    for sample in samples:
+        tokens = mx.array([[*sample.prompt, *sample.target[:-1]]])
+        span = slice(len(sample.prompt) - 1, None)
+        ours, theirs = (taps.forward(m, tokens) for m in (pair.student.model, pair.expert.model))
+        logits = [
+            np.array(logits_of(model, seen.final[:, span]), dtype=np.float64)
+            for model, seen in ((pair.student.model, ours), (pair.expert.model, theirs))
+        ]
+        if sample.answer:
+            targets, mask = np.array([sample.target]), np.array([sample.answer])
+            totals["answer"] += twins.answer_matching_loss(logits[0], targets, mask)[0]
+            totals["reasoning"] += twins.reasoning_path_loss(
+                *logits,
+                np.array([sample.steps]),
+                kl="forward",
+                temperature=options.loss_temperature,
+                vocab=400,
+                standardize=False,
+            )[0]
+        blocks = [
+            [
+                np.array(log_attention(block, hidden)[:, :, span])
+                for block, hidden in zip(model.layers, seen.layers, strict=False)
+            ]
+            for model, seen in ((pair.student.model, ours), (pair.expert.model, theirs))
+        ]
+        if layers == "last":
+            blocks = [each[-1:] for each in blocks]
+        totals["attention"] += twins.attention_matching_loss(
+            *blocks, np.ones((1, len(sample.target))), heads=heads
+        )[0]
+    norms = counts(samples, options)
+    found = measure(pair.student, pair.expert, samples, options, 400, 3)
+    for name, total in totals.items():
+        assert found[name] == pytest.approx(total / norms[name], rel=2e-4), name
+
+
+@pytest.mark.parametrize("name", ["answer", "reasoning", "attention"])
+def test_each_reasoning_loss_falls_on_what_it_is_trained_on(pair, name):
+    options = dataclasses.replace(REASONING, losses=(name,))
+    samples = solutions_of(pair, options)
+    training = TrainingOptions(lora_rate=1e-2)
+    optimizer = make_optimizer(pair.student, training)
+    first = measure(pair.student, pair.expert, samples, options, 400, 8)[name]
+    for _ in range(30):
+        update(pair.student, pair.expert, optimizer, samples, {name: 1.0}, options, training, 400)
+    assert measure(pair.student, pair.expert, samples, options, 400, 8)[name] < 0.8 * first
+
+
+def test_feedback_alone_says_nothing_of_answers(pair):
+    found = measure(pair.student, pair.expert, samples_of(pair, REASONING), REASONING, 400, 4)
+    assert set(found) == {"lm", "attention"}
+
+
+def test_the_expert_s_attention_is_the_same_with_a_cache(pair):
+    """Read after a conversation whose keys are kept, and read whole."""
+    sample = samples_of(pair, REASONING)[3]
+    _, before = prefill(pair.expert, Conversation(), sample.prompt)
+    assert before.cache is not None
+    again = read_text(pair, before, sample.prompt, sample.target, REASONING)
+    for name, array in sample.expert.arrays().items():
+        np.testing.assert_allclose(again.arrays()[name], array, rtol=1e-4, atol=1e-5)
+
+
+# --- samples of which the expert's likeliest tokens are kept ---
+
+
+def test_top_k_samples_give_the_other_losses_unchanged_and_less_divergence(pair):
+    whole, top = (
+        measure(pair.student, pair.expert, samples_of(pair, options), options, 400, 3)
+        for options in (OPTIONS, dataclasses.replace(OPTIONS, teacher_top_k=300))
+    )
+    for name in ("lm", "hidden", "score"):
+        assert top[name] == pytest.approx(whole[name], rel=1e-6)
+    assert 0.5 * whole["logit"] < top["logit"] < whole["logit"]
+    every = dataclasses.replace(OPTIONS, teacher_top_k=400)
+    found = measure(pair.student, pair.expert, samples_of(pair, every), every, 400, 3)
+    assert found["logit"] == pytest.approx(whole["logit"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kl", ["forward", "jsd", "reverse"])
+def test_the_error_of_a_top_k_is_reported(pair, kl):
+    options = LossOptions(kl=kl, teacher_top_k=40)
+    samples = samples_of(pair, options)
+    found = top_k_error(pair.student, samples, options, 400)
+    whole, top = (
+        measure(pair.student, pair.expert, samples_of(pair, o), o, 400, 3)["logit"]
+        for o in (LossOptions(kl=kl), options)
+    )
+    assert found["k"] == 40 and 0 < found["tail_mass"] < 1
+    if kl == "reverse":
+        assert found["missing_at_most"] is None
+    else:
+        assert 0 < whole - top <= found["missing_at_most"]
+
+
+def test_a_sample_comes_back_from_its_arrays_and_json(pair):
+    for options in (REASONING, dataclasses.replace(OPTIONS, teacher_top_k=5)):
+        for sample in solutions_of(pair, options):
+            reading = Reading.of(sample.expert.arrays())
+            again = Sample.from_json(json.loads(json.dumps(sample.to_json())), reading)
+            assert again.to_json() == sample.to_json()
+            assert again.expert.arrays().keys() == sample.expert.arrays().keys()
+            for name, array in sample.expert.arrays().items():
+                assert mx.array_equal(again.expert.arrays()[name], array)

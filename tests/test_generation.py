@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm import generate as mlx_generate
 from mlx_lm.generate import generate_step
+from pairs import logits_of
 from tiny import make_model_dir
 
 from mlx_fd.generation import (
@@ -126,7 +127,7 @@ def test_taps_give_the_models_own_logits_and_every_layer(loaded):
     assert len(seen.layers) == len(loaded.model.layers) + 1
     assert mx.array_equal(seen.layers[0], loaded.model.model.embed_tokens(tokens))
     assert mx.array_equal(loaded.model.model.norm(seen.layers[-1]), seen.final)
-    assert mx.allclose(taps.head(loaded.model, seen.final), loaded.model(tokens), atol=1e-5)
+    assert mx.allclose(logits_of(loaded.model, seen.final), loaded.model(tokens), atol=1e-5)
     assert type(loaded.model.layers[0]).__name__ == "TransformerBlock"
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from metal.cases import ROWS, close, hidden, numbers, of_twin
 from metal.emulator import Kernel, cuda_text
+from mlx import nn
 
 from mlx_fd import kernels
 from mlx_fd.backend import Backend
@@ -20,6 +21,8 @@ from mlx_fd.kernel_checks import (
     run_checks,
     top_k_reference,
 )
+from mlx_fd.losses.divergence import fused_linear_divergence, teacher_top_k
+from mlx_fd.losses.hidden import hidden_alignment_loss
 
 pytest_plugins = ["metal.fixtures"]
 
@@ -397,6 +400,61 @@ def test_kernels_are_shown_before_they_are_used(device, emulator, monkeypatch, t
     with pytest.warns(UserWarning, match=f"the {device} kernels cannot be used here .1 of their"):
         assert kernels.chosen() == "graph"
     kernels._fastest_right.cache_clear()
+
+
+@pytest.mark.parametrize("device", DIALECTS)
+def test_the_losses_run_through_the_kernels(device, emulator, monkeypatch):
+    """Value and gradient of the engine and of the hidden loss, and a teacher's top k."""
+    rng = np.random.default_rng(0)
+
+    def some(*shape):
+        return mx.array(rng.standard_normal(shape).astype(np.float32))
+
+    def head(rows, width):
+        module = nn.Linear(width, rows)
+        module.weight, module.bias = some(rows, width), some(rows)
+        return module
+
+    ours, theirs = head(310, 8), head(303, 12)
+    student, teacher, mask = some(5, 8), some(5, 12), mx.array([1.0, 0, 2, 1, 1])
+    layers, pooled, valid = [some(2, 4, 6)] * 2, [some(2, 7)] * 2, mx.array([[1, 1, 0, 1], [1] * 4])
+    projection = some(6, 7)
+
+    def divergence(hidden, kind, standardize):
+        return fused_linear_divergence(
+            *(hidden, ours, teacher, theirs, mask),
+            kind=kind,
+            temperature=2.0,
+            vocab=301,
+            standardize=standardize,
+            chunk=2,
+        )[0]
+
+    def alignment(states):
+        return hidden_alignment_loss([states, states], pooled, valid, lambda x: x @ projection)[0]
+
+    def everything():
+        found = [
+            mx.value_and_grad(lambda x, k=kind, s=standardize: divergence(x, k, s))(student)
+            for kind in ("forward", "reverse", "jsd")
+            for standardize in (False, True)
+        ]
+        top_k = teacher_top_k(teacher, theirs, k=6, temperature=2.0, vocab=301)
+        return [*found, mx.value_and_grad(alignment)(layers[0]), tuple(vars(top_k).values())]
+
+    expected = everything()
+    launched, launch = set(), kernels._launch
+
+    def noted(dialect, name, *rest, **template):
+        launched.add((dialect, name))
+        return launch(dialect, name, *rest, **template)
+
+    monkeypatch.setattr(kernels, "chosen", lambda: device)
+    monkeypatch.setattr(kernels, "_launch", noted)
+    for found, wanted in zip(everything(), expected, strict=True):
+        for one, two in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(np.array(one), np.array(two), rtol=2e-5, atol=2e-6)
+    assert launched == {(device, name) for name in ("divergence", "alignment", "top_k")}
 
 
 def test_a_text_that_the_compiler_refuses_is_a_failed_check(monkeypatch):

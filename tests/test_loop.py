@@ -454,3 +454,49 @@ def test_the_answer_filter_decides_what_counts(dirs, tmp_path):
     assert [row["answer"]["text"] for row in auto] == [row["answer"]["text"] for row in strict]
     assert any(row["answer"]["final"] for row in auto)
     assert not any(row["answer"]["final"] for row in strict)
+
+
+def test_phases_move_the_weight_and_a_resumed_run_moves_it_alike(dirs, tmp_path):
+    """Batches 0 to 3 of 4, the move from 1/4 to 3/4: 1, 1, 0.55 and 0.1 against 0.1, 0.1, ..."""
+    losses = ["lm", "answer", "reasoning", "attention"]
+    plan = make_plan(*dirs, losses=losses, loss_weights="phases", gate="always")
+    start(tmp_path / "whole", plan)
+    found = [row["weights"] for row in rows(tmp_path / "whole", runs.METRICS)]
+    for weights_then, (first, later) in zip(
+        found, [(1, 0.1), (1, 0.1), (0.55, 0.55), (0.1, 1)], strict=True
+    ):
+        total = 1 + first + 2 * later
+        expected = {"lm": 1, "answer": first, "reasoning": later, "attention": later}
+        assert weights_then == pytest.approx({n: v / total for n, v in expected.items()})
+    for _ in range(3):
+        answers = iter([False, True])
+        start(tmp_path / "stopped", plan, stop=lambda answers=answers: next(answers))
+    start(tmp_path / "stopped", plan)
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_what_each_loss_counts_can_be_chosen(dirs, tmp_path):
+    options = {"episodes": 6, "losses": ["lm", "score", "attention"]}
+    found = {}
+    for how in ("fixed", "ema", "phases", "both"):
+        start(tmp_path / how, make_plan(*dirs, loss_weights=how, **options))
+        found[how] = [row["weights"] for row in rows(tmp_path / how, runs.METRICS)]
+    assert all(w == dict.fromkeys(w, 1 / 3) for w in found["fixed"])
+    assert found["ema"][0] == dict.fromkeys(found["ema"][0], 1 / 3)
+    assert found["ema"][-1] != found["ema"][0]
+    assert found["both"][0] == pytest.approx(found["phases"][0])
+    assert found["both"][-1] != pytest.approx(found["phases"][-1], rel=1e-6)
+
+
+def test_the_losses_on_solutions_learn_from_right_answers(dirs, tmp_path, monkeypatch):
+    """These models solve nothing, so every answer is called right here."""
+    monkeypatch.setattr("mlx_fd.loop.is_correct", lambda answer, problem: True)
+    monkeypatch.setattr("mlx_fd.probe.is_correct", lambda answer, problem: True)
+    plan = make_plan(*dirs, losses=["logit", "reasoning"], gate="always", episodes=4)
+    summary = start(tmp_path / "run", plan)
+    assert set(summary["probe"]["before"]) == {"logit", "reasoning"}
+    updates = [u for row in rows(tmp_path / "run", runs.METRICS) for u in row["updates"]]
+    assert all(update["losses"]["reasoning"] > 0 for update in updates)
+    assert json.loads((tmp_path / "run" / "probe.json").read_text())["samples"][-1]["steps"]
+    again = start(tmp_path / "run", plan)
+    assert again["probe"] == summary["probe"]

@@ -9,15 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_fd.losses import mean, reference
+from mlx_fd.losses import reference
+from mlx_fd.losses.dense import language_model_loss, logit_loss
 from mlx_fd.losses.hidden import aligned_layers, hidden_alignment_loss, pool
-from mlx_fd.losses.language_model import language_model_loss
-from mlx_fd.losses.logit import logit_loss
 from mlx_fd.losses.score import score_loss
 
 KLS = ("forward", "reverse", "jsd")
 SHAPES = [(1, 1, 2), (1, 5, 7), (3, 1, 33), (2, 7, 31), (4, 3, 101)]
 DTYPES = {"float32": 1e-5, "bfloat16": 1e-5, "float16": 1e-5}
+
+
+def mean(total, count):
+    """Of a loss; 0 where there was nothing to count."""
+    return total / mx.maximum(count, 1)
 
 
 def numbers(seed, *shape, scale=2.0):
@@ -61,13 +65,6 @@ def same_gradient(loss, twin, at):
 
 
 # --- mean ---
-
-
-def test_mean():
-    assert mean(mx.array(6.0), mx.array(4.0)).item() == 1.5
-    assert mean(mx.array(0.0), mx.array(0.0)).item() == 0.0
-    assert reference.mean(6.0, 4.0) == 1.5
-    assert reference.mean(0.0, 0.0) == 0.0
 
 
 def test_mean_of_nothing_has_no_gradient():

@@ -9,7 +9,6 @@ import pytest
 
 from mlx_fd import roles
 from mlx_fd.config import Config, override, preset
-from mlx_fd.distill import solution_of
 from mlx_fd.episode import (
     answer,
     expert_feedback,
@@ -20,6 +19,7 @@ from mlx_fd.episode import (
 )
 from mlx_fd.generation import opening
 from mlx_fd.models import taps
+from mlx_fd.samples import solution_of
 from mlx_fd.session import make_plan, open_pair
 
 
@@ -82,14 +82,15 @@ def test_a_solution_to_learn_from_is_the_final_answer_after_the_bare_question(pa
     outcomes = finish(pair, drafts, config.generation, config.episode, lambda step: 0, quiet)
     assert sum(is_correct(o.final.final, o.draft.problem) for o in outcomes) >= 6
     for outcome in outcomes:
-        sample = solution_of(pair, outcome, config.losses)
+        question = outcome.draft.problem.question
+        sample = solution_of(pair, question, outcome.final, config.losses)
         text = pair.expert.tokenizer.decode(sample.target)
         assert text.removesuffix("<|end|>") == outcome.final.text
-        begun = opening(pair.expert.tokenizer, roles.answer_prompt(outcome.draft.problem.question))
+        begun = opening(pair.expert.tokenizer, roles.answer_prompt(question))
         assert sample.prompt == begun
         assert sample.expert_score is None
         whole = taps.forward(pair.expert.model, mx.array([[*sample.prompt, *sample.target[:-1]]]))
-        assert mx.allclose(sample.expert_final, whole.final[0, len(begun) - 1 :], atol=1e-4)
+        assert mx.allclose(sample.expert.expects, whole.final[0, len(begun) - 1 :], atol=1e-4)
 
 
 def test_the_preset_runs_and_ends_with_the_examination(tmp_path):

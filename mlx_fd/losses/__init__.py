@@ -7,19 +7,3 @@ poison anything, not even as NaN, neither the value nor a gradient.
 
 :mod:`mlx_fd.losses.reference` has a readable float64 twin of each.
 """
-
-from __future__ import annotations
-
-import mlx.core as mx
-
-__all__ = ["mean"]
-
-
-def mean(total: mx.array, count: mx.array) -> mx.array:
-    """``total / count``; 0 where there was nothing to count.
-
-    Args:
-        total: sum over valid tokens (samples).
-        count: how many there were, in this batch or in the whole update.
-    """
-    return mx.where(count > 0, total / mx.maximum(count, 1), 0.0)

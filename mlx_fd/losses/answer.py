@@ -13,6 +13,8 @@ To give answer and reasoning a loss each, and to add them, is the multi-task obj
 al., "Distilling step-by-step" (arXiv 2305.02301), where label and rationale are two outputs; here
 they are two parts of one text, and :mod:`mlx_fd.losses.reasoning` is for the other part. The
 published code of the feedback method has no answer loss.
+
+The sum is the engine's, :mod:`mlx_fd.losses.divergence`, with the weights that this module finds.
 """
 
 from __future__ import annotations
@@ -20,28 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-import mlx.core as mx
-
-from mlx_fd.losses.language_model import language_model_loss
-
 Span = tuple[int, int]
-
-
-def answer_matching_loss(
-    logits: mx.array, targets: mx.array, mask: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Sum over samples of -log p(answer): over their answer's tokens, of -log p(target).
-
-    Args:
-        logits: [B, T, V], any float type.
-        targets: [B, T], integer tokens in [0, V); where the mask is 0, anything.
-        mask: [B, T], 1 (true) on the answer's tokens, as :func:`answer_mask` gives them.
-
-    Returns:
-        The sum and the number of samples with an answer, float32.
-    """
-    total, _ = language_model_loss(logits, targets, mask)
-    return total, mask.astype(mx.bool_).any(axis=1).astype(mx.float32).sum()
 
 
 def token_spans(

@@ -76,7 +76,7 @@ def attention_matching_loss(
                 f"{student.shape}, the teacher's {teacher.shape}"
             )
         if heads == "mean":
-            student, teacher = _mean_over_heads(student), _mean_over_heads(teacher)
+            student, teacher = head_mean(student), head_mean(teacher)
         else:
             teacher = teacher[:, mx.array(aligned_layers(student.shape[1], teacher.shape[1]))]
         total = total + (mx.exp(teacher) * (teacher - student)).sum(axis=-1).mean(axis=1)
@@ -84,6 +84,9 @@ def attention_matching_loss(
     return mx.where(valid, losses, 0).sum(), valid.astype(mx.float32).sum()
 
 
-def _mean_over_heads(log_p: mx.array) -> mx.array:
-    """Logarithm of the mean over heads of exp(log_p): [B, H, Q, K] to [B, 1, Q, K]."""
+def head_mean(log_p: mx.array) -> mx.array:
+    """Logarithm of the mean over heads of exp(log_p): [B, H, Q, K] to [B, 1, Q, K].
+
+    ``heads="mean"`` compares these, so a teacher's may be kept in this form.
+    """
     return mx.logsumexp(log_p, axis=1, keepdims=True) - math.log(log_p.shape[1])

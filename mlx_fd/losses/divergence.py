@@ -9,6 +9,7 @@ the vocabulary's size outlives its chunk (the idea is Liger-Kernel's, arXiv 2410
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,17 +17,13 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from mlx_fd import kernels
 from mlx_fd.backend import backend
-from mlx_fd.losses.graph import (
-    Rows,
-    divergence_rows,
-    standardized_rows,
-    top_k_divergence_rows,
-)
+from mlx_fd.losses import graph
+from mlx_fd.losses.graph import Rows
 from mlx_fd.losses.head import Head, Parameters, linear_head
+from mlx_fd.models.memory import LOGIT_BUDGET
 
-# Bytes that the logits and what is made of them may take at a time.
-MEMORY_BUDGET = 512 * 2**20
 # Of logits that stay in a CPU's cache while dozens of operations pass over them.
 _CACHE_BYTES = 3 * 2**19
 
@@ -53,6 +50,129 @@ def one_hot(targets: mx.array) -> TopK:
     """
     nothing = mx.zeros(targets.shape)
     return TopK(nothing[:, None], targets[:, None], nothing)
+
+
+def teacher_top_k(
+    hidden: mx.array, head: nn.Module, *, k: int, temperature: float, vocab: int
+) -> TopK:
+    """The k likeliest tokens of a teacher, logits a chunk at a time.
+
+    Args:
+        hidden: [N, d_teacher], after the final norm.
+        head: the teacher's, as :func:`fused_linear_divergence` takes it.
+        k: how many; all of them where there are no more.
+        temperature: T, above 0.
+        vocab: V, the real tokens that the models share.
+    """
+    theirs = linear_head(head, vocab)
+    chunk = chunk_size(len(hidden), vocab, 3 + theirs.widen)
+    parts: list[tuple[mx.array, ...]] = []
+    for start in range(0, len(hidden), chunk):
+        logits = theirs.logits(hidden[start : start + chunk]).astype(mx.float32) / temperature
+        values, indices, log_sum_exp = kernels.top_k_rows(logits, min(k, vocab))
+        parts.append((values * temperature, indices, log_sum_exp))
+        mx.eval(parts[-1])
+    return TopK(*(mx.concatenate(list(part)) for part in zip(*parts, strict=True)))
+
+
+def top_k_gap(
+    student_hidden: mx.array,
+    student_head: nn.Module,
+    teacher: TopK,
+    *,
+    kind: str,
+    temperature: float,
+    vocab: int,
+    beta: float = 0.5,
+) -> tuple[mx.array, mx.array]:
+    """How far the divergence over a top k may be below that of the whole distributions.
+
+    With p_t and q_t what teacher and student give to the tail, and p', q' their distributions in
+    it, the chain rule of the KL says that what is missing is T^2 times::
+
+        p_t KL(p' || q')                                                      forward
+        q_t KL(q' || p')                                                      reverse
+        beta p_t KL(p' || m') + (1 - beta) q_t KL(q' || m')                   jsd
+
+    A token of the tail is no likelier than the k-th, p_k, so the first is at most
+    p_t (log min(1, p_k / p_t) - min log q'). The last, with a = beta p_t and b = (1 - beta) q_t, is
+    a + b times the information in which of the two a token came from: at most
+    -a log(a / (a + b)) - b log(b / (a + b)). The reverse one has no bound, since p' may be next to
+    0 where q' is not.
+
+    Args:
+        student_hidden: [N, d_student].
+        student_head: the student's.
+        teacher: the top k.
+        kind: ``"forward"`` or ``"jsd"``; for ``"reverse"`` the bound is infinite.
+        temperature: T.
+        vocab: V.
+        beta: of ``"jsd"``.
+
+    Returns:
+        The bound [N], and p_t [N], float32, exact to float32's rounding.
+    """
+    ours = linear_head(student_head, vocab)
+    chunk = chunk_size(len(student_hidden), vocab, 5 + ours.widen)
+    found: list[tuple[mx.array, mx.array]] = []
+    for start in range(0, len(student_hidden), chunk):
+        part = slice(start, start + chunk)
+        rows = ours.logits(student_hidden[part]).astype(mx.float32) / temperature
+        chosen = teacher.indices[part]
+        log_p = teacher.values[part] / temperature - teacher.log_sum_exp[part][:, None]
+        tail = mx.maximum(1 - mx.exp(log_p).sum(axis=-1), 0)
+        if chosen.shape[1] == vocab:
+            found.append((mx.zeros_like(tail), tail))
+        elif kind == "jsd":
+            others = mx.put_along_axis(rows, chosen, mx.array(-math.inf), axis=-1)
+            of_student = mx.exp(mx.logsumexp(others, axis=-1) - mx.logsumexp(rows, axis=-1))
+            a, b = beta * tail, (1 - beta) * of_student
+            found.append((_mixed(a, a + b) + _mixed(b, a + b), tail))
+        elif kind == "forward":
+            others = mx.put_along_axis(rows, chosen, mx.array(-math.inf), axis=-1)
+            least = mx.put_along_axis(rows, chosen, mx.array(math.inf), axis=-1).min(axis=-1)
+            spread = mx.logsumexp(others, axis=-1) - least
+            likeliest = mx.minimum(log_p.min(axis=-1) - mx.log(tail), 0)
+            bound = tail * mx.maximum(likeliest + spread, 0)
+            found.append((mx.where(tail > 0, bound, 0), tail))
+        else:
+            found.append((mx.full(tail.shape, math.inf), tail))
+        mx.eval(found[-1])
+    bounds, tails = (mx.concatenate(list(part)) for part in zip(*found, strict=True))
+    return temperature**2 * bounds, tails
+
+
+def _mixed(part: mx.array, whole: mx.array) -> mx.array:
+    """-part log(part / whole), 0 where there is no part."""
+    return mx.where(part > 0, -part * mx.log(part / whole), 0)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the student's distributions at N positions are to be like.
+
+    Attributes:
+        teacher: final hidden states [N, d_teacher], or the teacher's top k.
+        head: the teacher's, like the student's; ``None`` with a :class:`TopK`.
+        weights: [N], what each token counts in the sum.
+        kind: ``"forward"``, ``"reverse"`` or ``"jsd"``.
+        temperature: T, above 0.
+        vocab: V, the real tokens that the models share; the heads' rows beyond are padding.
+        beta: the teacher's part in the mixture of ``"jsd"``, between 0 and 1.
+        standardize: z-score the rows first.
+        mask: [N], 1 (true) where there is a token at all; elsewhere anything may stand, NaN too.
+            ``None``: everywhere.
+    """
+
+    teacher: mx.array | TopK
+    head: nn.Module | None
+    weights: mx.array
+    kind: str
+    temperature: float
+    vocab: int
+    beta: float = 0.5
+    standardize: bool = False
+    mask: mx.array | None = None
 
 
 def fused_linear_divergence(
@@ -89,12 +209,12 @@ def fused_linear_divergence(
         teacher: final hidden states [N, d_teacher], or the teacher's top k.
         teacher_head: like ``student_head``; ``None`` with a :class:`TopK`.
         mask: [N], each token's weight; where it is 0 anything may stand, NaN too.
-        kind: ``"forward"``, ``"reverse"`` or ``"jsd"``.
+        kind: as in :class:`Target`, like all that follows but the last.
         temperature: T, above 0.
-        vocab: V, the real tokens that the models share; the heads' rows beyond are padding.
-        beta: the teacher's part in the mixture of ``"jsd"``, between 0 and 1.
+        vocab: V.
+        beta: of ``"jsd"``.
         standardize: z-score the rows first.
-        chunk: tokens at a time; ``None`` for as many as :data:`MEMORY_BUDGET` bytes allow.
+        chunk: tokens at a time; ``None`` for as many as :data:`LOGIT_BUDGET` bytes allow.
 
     Returns:
         The weighted sum and the sum of the weights, float32.
@@ -103,91 +223,184 @@ def fused_linear_divergence(
         ValueError: an unknown ``kind``, a ``beta`` at or beyond the ends, a head that is missing,
             not linear or narrower than ``vocab``, or standardised top k.
     """
-    rows = _row_function(kind, beta, temperature, standardize, isinstance(teacher, TopK))
     weights = mx.stop_gradient(mask.astype(mx.float32))
-    ours = linear_head(student_head, vocab)
-    if isinstance(teacher, TopK):
-        known, theirs = [teacher.values, teacher.indices, teacher.log_sum_exp], None
-    else:
-        if teacher_head is None:
-            raise ValueError("the teacher's hidden states need its head")
-        known, theirs = [teacher], linear_head(teacher_head, vocab)
-    known = [mx.stop_gradient(values) for values in known]
-    widen = ours.widen or (theirs is not None and theirs.widen)
-    per_chunk = chunk or chunk_size(len(weights), vocab, widen=widen)
+    target = Target(
+        *(teacher, teacher_head, weights, kind, temperature, vocab, beta, standardize),
+        mask=weights != 0,
+    )
+    total, _ = fused_linear_divergences(student_hidden, student_head, [target], chunk=chunk)
+    return total, weights.sum()
+
+
+def fused_linear_divergences(
+    student_hidden: mx.array,
+    student_head: nn.Module,
+    targets: Sequence[Target],
+    *,
+    chunk: int | None = None,
+    differentiable: bool = True,
+) -> tuple[mx.array, mx.array]:
+    """Several divergences of the same tokens, for which the student's logits are made once.
+
+    Args:
+        student_hidden: [N, d_student], after the final norm, any float type.
+        student_head: ``nn.Linear``, ``nn.Embedding`` (a tied head) or the quantised form of one.
+        targets: at least one; :func:`fused_linear_divergence` says what each adds.
+        chunk: tokens at a time; ``None`` for as many as :data:`LOGIT_BUDGET` bytes allow.
+        differentiable: whether the gradient is made; where only the value is wanted, it saves a
+            product.
+
+    Returns:
+        The sum over targets and tokens of weight times T^2 times divergence, float32; and T^2
+        times each divergence [N, targets], float32, through which no gradient flows.
+
+    Raises:
+        ValueError: as :func:`fused_linear_divergence`.
+    """
+    plans = [_Plan(target) for target in targets]
+    ours = linear_head(student_head, max(target.vocab for target in targets))
+    widen = ours.widen or any(plan.head is not None and plan.head.widen for plan in plans)
+    # The student's logits, their gradient, and the teacher's; sums of gradients; tiles; and what
+    # operations that are no kernel make on their way, where not a few rows at a time.
+    arrays = 2 + sum(plan.head is not None for plan in plans) + (len(plans) > 1) + widen
+    arrays += 0 if backend().on_cpu else 2
+    per_chunk = chunk or chunk_size(len(student_hidden), ours.weight.shape[0], arrays)
+    if not differentiable:
+        result, values, _, _ = _in_chunks(student_hidden, ours, plans, per_chunk, backward=False)
+        return mx.stop_gradient(result), mx.stop_gradient(values)
 
     @mx.custom_function
-    def total(hidden: mx.array, trained: Parameters) -> tuple[mx.array, mx.array, Parameters]:
-        head = replace(ours, **trained)
-        return _in_chunks(hidden, head, known, theirs, weights, rows, per_chunk)
+    def total(
+        hidden: mx.array, trained: Parameters
+    ) -> tuple[mx.array, mx.array, mx.array, Parameters]:
+        return _in_chunks(hidden, replace(ours, **trained), plans, per_chunk, backward=True)
 
     @total.vjp
     def total_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, Parameters]:
         hidden, trained = primals
-        _, by_hidden, by_head = outputs
+        _, _, by_hidden, by_head = outputs
         return (cotangents[0] * by_hidden).astype(hidden.dtype), {
             name: (cotangents[0] * by_head[name]).astype(value.dtype)
             for name, value in trained.items()
         }
 
-    result: Any = total(student_hidden, ours.parameters())
-    return result[0], weights.sum()
+    made: Any = total(student_hidden, ours.parameters())
+    return made[0], mx.stop_gradient(made[1])
 
 
-def chunk_size(n: int, vocab: int, *, widen: bool) -> int:
-    """How many of n tokens to take at a time: all that :data:`MEMORY_BUDGET` allows, equal parts.
+def chunk_size(n: int, vocab: int, arrays: int) -> int:
+    """How many of n tokens to take at a time: all that :data:`LOGIT_BUDGET` allows, equal parts.
 
     Args:
         n: tokens.
         vocab: V, the width of their logits.
-        widen: whether logits are put together from tiles.
+        arrays: how many float32 arrays of that width there are at a time.
     """
-    # Two models' logits and the gradient; and the tiles.
-    arrays = 4 if widen else 3
-    most = max(1, MEMORY_BUDGET // (4 * vocab * arrays))
+    most = max(1, LOGIT_BUDGET // (4 * vocab * arrays))
     return math.ceil(n / math.ceil(n / most))
 
 
+class _Plan:
+    """A target made ready: its row function, and what that reads, token by token.
+
+    Attributes:
+        rows: of the student's logits [n, V] and what is known of the teacher.
+        known: arrays [N, ...].
+        head: makes logits of the only one of them, where there is one.
+        weights: [N], float32.
+        mask: [N], or ``None``.
+        vocab: V.
+    """
+
+    def __init__(self, target: Target):
+        self.rows = _row_function(target)
+        self.vocab = target.vocab
+        self.weights = mx.stop_gradient(target.weights.astype(mx.float32))
+        self.mask = None if target.mask is None else target.mask.astype(mx.bool_)
+        self.head: Head | None = None
+        teacher = target.teacher
+        if isinstance(teacher, TopK):
+            known = [teacher.values, teacher.indices, teacher.log_sum_exp]
+        elif target.head is None:
+            raise ValueError("the teacher's hidden states need its head")
+        else:
+            known, self.head = [teacher], linear_head(target.head, target.vocab)
+        self.known = [mx.stop_gradient(values) for values in known]
+
+    def reads(self, part: slice) -> list[mx.array]:
+        """What is known of some tokens, 0 where there are none."""
+        return [_where(self.mask, array, part) for array in self.known]
+
+
 def _in_chunks(
-    hidden: mx.array,
-    head: Head,
-    known: list[mx.array],
-    teacher_head: Head | None,
-    weights: mx.array,
-    rows: Rows,
-    chunk: int,
-) -> tuple[mx.array, mx.array, Parameters]:
-    """The weighted sum, its gradient by ``hidden``, and by what of the head is learned.
+    hidden: mx.array, head: Head, plans: list[_Plan], chunk: int, *, backward: bool
+) -> tuple[mx.array, mx.array, mx.array, Parameters]:
+    """The weighted sum, its terms, its gradient by ``hidden``, and by what of the head is learned.
 
     MLX is lazy, and left alone would hold several chunks at once: each waits for the one before.
     """
     total = mx.array(0.0)
+    values: list[mx.array] = []
     by_hidden: list[mx.array] = []
     by_head: Parameters = {}
     slope: mx.array | None = None
-    for start in range(0, len(weights), chunk):
+    rows = plans[0].rows if len(plans) == 1 else partial(_summed_rows, plans)
+    masks = [plan.mask for plan in plans if plan.mask is not None]
+    mask = mx.stack(masks).any(axis=0) if len(masks) == len(plans) else None
+    for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
-        weight = weights[part]
-        ours, *teacher = [_where(weight != 0, values[part]) for values in (hidden, *known)]
-        if by_hidden:
-            ours, *teacher = mx.depends([ours, *teacher], [total, by_hidden[-1], *by_head.values()])
+        weights = mx.stack([plan.weights[part] for plan in plans], axis=-1)
+        ours = _where(mask, hidden, part)
+        known = [array for plan in plans for array in plan.reads(part)]
+        if values:
+            done = [total, values[-1], *by_hidden[-1:], *by_head.values()]
+            ours, *known = mx.depends([ours, *known], done)
         logits = head.logits(ours)
         if logits.dtype == mx.float16:
             # The gradient comes in the logits' type, and float16 has nothing as small.
             logits = logits.astype(mx.float32)
-        if teacher_head is not None:
-            teacher = [teacher_head.logits(teacher[0])]
-        values, slope = _in_cache(rows, [logits, *teacher], slope)
-        total = total + (values * weight).sum()
-        by_hidden.append(head.input_gradient(slope, hidden.dtype) * weight[:, None])
-        now = head.parameter_gradients(slope, ours, weight)
-        by_head = {name: value + by_head.get(name, 0) for name, value in now.items()}
-    return total, mx.concatenate(by_hidden), by_head
+        arrays, counts = [logits], weights[:, 0]
+        if len(plans) > 1:
+            # A type as narrow as float16 keeps nothing of a gradient with small weights: they are
+            # shares of the largest of a token here, and that is multiplied with in the end.
+            counts = mx.abs(weights).max(axis=-1)
+            arrays.append(weights / mx.where(counts == 0, 1, counts)[:, None])
+        for plan in plans:
+            mine, known = known[: len(plan.known)], known[len(plan.known) :]
+            arrays += mine if plan.head is None else [plan.head.logits(mine[0])]
+        found, slope = _in_cache(rows, arrays, slope)
+        found = found.reshape(-1, len(plans))
+        total = total + (found * weights).sum()
+        values.append(found)
+        if backward:
+            by_hidden.append(head.input_gradient(slope, hidden.dtype) * counts[:, None])
+            now = head.parameter_gradients(slope, ours, counts)
+            by_head = {name: value + by_head.get(name, 0) for name, value in now.items()}
+    every = mx.concatenate(values)
+    return total, every, mx.concatenate(by_hidden) if backward else every, by_head
 
 
-def _where(valid: mx.array, values: mx.array) -> mx.array:
-    """Of [n, ...], 0 where not ``valid`` [n]."""
-    return mx.where(valid.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
+def _summed_rows(
+    plans: list[_Plan], logits: mx.array, shares: mx.array, *known: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Each plan's values [n, plans], and the sum of their gradients times ``shares`` [n, plans]."""
+    values: list[mx.array] = []
+    total: Any = 0
+    for place, plan in enumerate(plans):
+        count = len(plan.known)
+        value, slope = plan.rows(logits[:, : plan.vocab], *known[:count])
+        known = known[count:]
+        slope = shares[:, place : place + 1] * slope
+        total = total + mx.pad(slope, [(0, 0), (0, logits.shape[1] - plan.vocab)])
+        values.append(value)
+    return mx.stack(values, axis=-1), total.astype(logits.dtype)
+
+
+def _where(mask: mx.array | None, array: mx.array, part: slice) -> mx.array:
+    """A part of [N, ...], 0 where not ``mask`` [N]."""
+    if mask is None:
+        return array[part]
+    return mx.where(mask[part].reshape(-1, *[1] * (array.ndim - 1)), array[part], 0)
 
 
 def _in_cache(
@@ -215,17 +428,16 @@ def _in_cache(
     return mx.concatenate(values), slopes
 
 
-def _row_function(
-    kind: str, beta: float, temperature: float, standardize: bool, top_k: bool
-) -> Rows:
-    betas = {"forward": 0.0, "reverse": 1.0, "jsd": beta}
-    if kind not in betas:
-        raise ValueError(f'kind must be "forward", "reverse" or "jsd", not {kind!r}')
-    if kind == "jsd" and not 0 < beta < 1:
-        raise ValueError(f"beta must be between 0 and 1, not {beta}")
-    if top_k:
-        if standardize:
+def _row_function(target: Target) -> Rows:
+    betas = {"forward": 0.0, "reverse": 1.0, "jsd": target.beta}
+    if target.kind not in betas:
+        raise ValueError(f'kind must be "forward", "reverse" or "jsd", not {target.kind!r}')
+    if target.kind == "jsd" and not 0 < target.beta < 1:
+        raise ValueError(f"beta must be between 0 and 1, not {target.beta}")
+    beta, temperature = betas[target.kind], target.temperature
+    if isinstance(target.teacher, TopK):
+        if target.standardize:
             raise ValueError("k of a teacher's logits do not give the spread of all of them")
-        return partial(top_k_divergence_rows, beta=betas[kind], temperature=temperature)
-    rows = partial(divergence_rows, beta=betas[kind], temperature=temperature)
-    return partial(standardized_rows, rows) if standardize else rows
+        return partial(graph.top_k_divergence_rows, beta=beta, temperature=temperature)
+    rows = partial(kernels.divergence_rows, beta=beta, temperature=temperature, on=kernels.chosen())
+    return partial(graph.standardized_rows, rows) if target.standardize else rows

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
-# Squared norms below this count as this, so that a zero vector has a finite gradient.
-_LEAST_SQUARED_NORM = 1e-12
+from mlx_fd import kernels
+from mlx_fd.losses.graph import pool
 
 
 def aligned_layers(n_student: int, n_teacher: int) -> list[int]:
@@ -22,21 +23,6 @@ def aligned_layers(n_student: int, n_teacher: int) -> list[int]:
     """
     steps = max(n_student - 1, 1)
     return [layer * (n_teacher - 1) // steps for layer in range(n_student)]
-
-
-def pool(hidden: mx.array, mask: mx.array) -> mx.array:
-    """The mean hidden state over the valid positions.
-
-    Args:
-        hidden: [B, T, d], any float type.
-        mask: [B, T], 1 (true) where the position counts.
-
-    Returns:
-        [B, d], float32; 0 for a sample without a valid position.
-    """
-    valid = mask.astype(mx.bool_)
-    total = mx.where(valid[..., None], hidden, 0).astype(mx.float32).sum(axis=1)
-    return total / mx.maximum(valid.astype(mx.float32).sum(axis=1, keepdims=True), 1)
 
 
 def hidden_alignment_loss(
@@ -55,7 +41,8 @@ def hidden_alignment_loss(
             into them. Where there are more or fewer than of the student, :func:`aligned_layers`
             picks.
         mask: [B, T], 1 (true) where the position counts.
-        projection: maps [B, d_student] to [B, d_teacher]; ``None`` where the widths are equal.
+        projection: a linear map of rows [n, d_student] to [n, d_teacher], without bias; ``None``
+            where the widths are equal.
 
     Returns:
         The sum over samples with at least one valid position and their number, float32.
@@ -65,21 +52,32 @@ def hidden_alignment_loss(
     """
     if not student_layers or not teacher_layers:
         raise ValueError("hidden_alignment_loss needs at least one layer of each model")
-    present = mask.astype(mx.bool_).any(axis=1)
-    total = mx.zeros(present.shape)
     picks = aligned_layers(len(student_layers), len(teacher_layers))
-    for layer, pick in zip(student_layers, picks, strict=True):
-        pooled = pool(layer, mask)
-        if projection is not None:
-            pooled = projection(pooled).astype(mx.float32)
-        teacher = mx.stop_gradient(teacher_layers[pick])
-        teacher = pool(teacher, mask) if teacher.ndim == 3 else teacher.astype(mx.float32)
-        teacher = mx.where(present[:, None], teacher, 0)
-        total = total + 1 - (_unit(pooled) * _unit(teacher)).sum(axis=-1)
-    losses = total / len(student_layers)
-    return mx.where(present, losses, 0).sum(), present.astype(mx.float32).sum()
+    ours = mx.concatenate([pool(layer, mask) for layer in student_layers])
+    if projection is not None:
+        # The mean of projected states, since the projection is linear.
+        ours = projection(ours).astype(mx.float32)
+    theirs = [teacher_layers[pick] for pick in picks]
+    theirs = [pool(layer, mask) if layer.ndim == 3 else layer for layer in theirs]
+    present = mask.astype(mx.bool_).any(axis=1)
+    values = _one_minus_cosine(
+        ours,
+        mx.stop_gradient(mx.concatenate([layer.astype(mx.float32) for layer in theirs])),
+        mx.concatenate([present] * len(student_layers)),
+    )
+    return values.sum() / len(student_layers), present.astype(mx.float32).sum()
 
 
-def _unit(vectors: mx.array) -> mx.array:
-    squared = mx.square(vectors).sum(axis=-1, keepdims=True)
-    return vectors * mx.rsqrt(mx.maximum(squared, _LEAST_SQUARED_NORM))
+def _one_minus_cosine(ours: mx.array, theirs: mx.array, present: mx.array) -> mx.array:
+    """Of each row [n, d]: [n], float32; 0 where not ``present`` [n]. One launch on a GPU."""
+
+    @mx.custom_function
+    def rows(vectors: mx.array) -> tuple[mx.array, mx.array]:
+        return kernels.alignment_rows(vectors[:, None], theirs, present[:, None])
+
+    @rows.vjp
+    def rows_vjp(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
+        return (cotangents[0][:, None] * outputs[1].squeeze(1)).astype(primals.dtype)
+
+    result: Any = rows(ours)
+    return result[0]

@@ -5,11 +5,12 @@ of its lines is a step. With the tokens of step k in S_k::
 
     L = (1 / K) sum over k of (1 / |S_k|) sum over t in S_k of T^2 D(p_E(. | y_<t), p_S(. | y_<t))
 
-the divergence of :mod:`mlx_fd.losses.logit` (Hinton et al., arXiv 1503.02531), with a weight of
+the divergence of the logit loss (Hinton et al., arXiv 1503.02531), with a weight of
 1 / |S_k| on each token: a step counts once, however many words it takes, and a long sentence does
 not drown a short calculation. The published code of the feedback method has no such loss; the
 weighting is ours. Both models read the same tokens; where their tokenizers differ there is
-:mod:`mlx_fd.losses.uld`.
+:mod:`mlx_fd.losses.uld`. The sum is the engine's, :mod:`mlx_fd.losses.divergence`, with the weights
+that this module finds.
 """
 
 from __future__ import annotations
@@ -17,56 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import mlx.core as mx
-
 from mlx_fd.losses.answer import Span
-from mlx_fd.losses.logit import logit_loss
-
-
-def reasoning_path_loss(
-    student_logits: mx.array,
-    teacher_logits: mx.array,
-    weights: mx.array,
-    *,
-    kl: str,
-    temperature: float,
-    vocab: int,
-    standardize: bool,
-) -> tuple[mx.array, mx.array]:
-    """Sum over tokens of weight times T^2 times the divergence.
-
-    Args:
-        student_logits: [B, T, V_student], any float type.
-        teacher_logits: [B, T, V_teacher]; no gradient flows into them.
-        weights: [B, T], not negative; :func:`step_weights`, and 0 for all that is no reasoning,
-            where the logits may be anything.
-        kl: as in :func:`mlx_fd.losses.logit.logit_loss`, like all that follows.
-        temperature: T, above 0.
-        vocab: real tokens that the two models share.
-        standardize: z-score the rows first.
-
-    Returns:
-        The sum and the sum of the weights, which is the number of steps, float32.
-
-    Raises:
-        ValueError: an unknown ``kl``, or logits narrower than ``vocab``.
-    """
-
-    def of_token(student: mx.array, teacher: mx.array, weight: mx.array) -> mx.array:
-        total, _ = logit_loss(
-            student[None, None],
-            teacher[None, None],
-            (weight > 0)[None, None],
-            kl=kl,
-            temperature=temperature,
-            vocab=vocab,
-            standardize=standardize,
-        )
-        return weight * total
-
-    weights = weights.astype(mx.float32)
-    losses = mx.vmap(mx.vmap(of_token))(student_logits, teacher_logits, weights)
-    return losses.sum(), weights.sum()
 
 
 def step_weights(text: str, spans: Sequence[Span], answer: Span | None) -> list[float]:

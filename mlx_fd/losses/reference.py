@@ -14,11 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 
 
-def mean(total: float, count: float) -> float:
-    """``total / count``, or 0 where there was nothing to count."""
-    return total / count if count > 0 else 0.0
-
-
 def language_model_loss(
     logits: ArrayLike, targets: ArrayLike, mask: ArrayLike
 ) -> tuple[float, float]:

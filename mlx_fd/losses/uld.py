@@ -11,7 +11,7 @@ as many tokens; not that it means the same tokens. So it goes with a loss that s
 paper, the cross entropy.
 
 When to use it: for a student of another family than the expert's, whose tokenizer differs. With
-one tokenizer :mod:`mlx_fd.losses.logit` says more.
+one tokenizer :mod:`mlx_fd.losses.divergence` says more.
 
 Two tokenizers also cut a text into different numbers of tokens. As in the paper, position i of one
 text is compared with position i of the other, and what is longer is left out: from the first word

@@ -18,12 +18,21 @@ from typing import Any
 from mlx_fd.backend import backend
 from mlx_fd.errors import UserError
 
+# Bytes that the logits and what is made of them may take at a time in the losses.
+LOGIT_BUDGET = 512 << 20
 _GIB = 1 << 30
 # Floats that a block keeps for its backward pass, for each token: of its width, of its MLP's
 # width, of its queries, keys and values. Measured 4.5, 5.5 and 2.7 on blocks with LoRA everywhere.
 _KEPT_HIDDEN, _KEPT_MLP, _KEPT_HEADS = 6, 7, 3
 # Copies of [heads, tokens, tokens] a block keeps where attention is not fused: 1.5 measured.
 _KEPT_SCORES = 2
+# Likewise where the attention loss is in use, of each head, text token and key.
+_KEPT_ATTENTION = 4
+# Float32 [tokens, vocabulary] that the losses take at a time, within the budget, and those of the
+# few rows that stay in a CPU's cache.
+_LOGIT_ARRAYS, _CACHED_ARRAYS, _CACHED_BYTES = 6, 16, 32 << 20
+# Of what is generated, for each conversation.
+_DRAWN_ARRAYS = 4
 # Conversations keep their caches while the generator works on copies.
 _CACHE_COPIES = 3
 _CACHE_STEP = 256
@@ -39,15 +48,14 @@ class Workload:
         prompt_tokens: of all that a conversation's prompts say (problem and instructions).
         answer_tokens: most tokens of an answer.
         feedback_tokens: most tokens of a feedback.
+        solutions: answers are learned from, too.
         lora_rank: rank of the LoRA matrices, on every linear layer.
         train_full: the whole student trains instead of LoRA.
         checkpoint_layers: activations are recomputed.
         on_cpu: float32 activations and attention that is not fused.
         float32: the weights are dequantised to float32.
         shared: the student's base weights are the expert's arrays.
-        logit_copies: float32 copies of [tokens, vocabulary] in the losses, both models together.
-            Measured on dense losses: 11 for forward and reverse KL, 16 for the Jensen-Shannon
-            divergence, and 3 to 6 more with standardised logits.
+        attention: the attention loss is in use.
         expert_bytes: size of the expert's weights in memory where it is known better than from
             its configuration.
         student_bytes: likewise the student's.
@@ -64,7 +72,8 @@ class Workload:
     on_cpu: bool = False
     float32: bool = False
     shared: bool = False
-    logit_copies: int = 14
+    solutions: bool = False
+    attention: bool = False
     expert_bytes: int | None = None
     student_bytes: int | None = None
 
@@ -208,8 +217,19 @@ def estimate(expert: Mapping[str, Any], student: Mapping[str, Any], work: Worklo
         kept = per_block + 2 * width * student["hidden_size"] * blocks
     training = work.micro_batch * student_tokens * kept
 
-    vocabulary = max(expert["vocab_size"], student["vocab_size"])
-    rows = max(work.micro_batch * work.feedback_tokens, work.batch_size)
+    text = max(work.feedback_tokens, work.answer_tokens if work.solutions else 0)
+    row = 4 * max(expert["vocab_size"], student["vocab_size"])
+    rows = work.micro_batch * text
+    logits = max(
+        min(rows * row * _LOGIT_ARRAYS, LOGIT_BUDGET)
+        + min(rows * row * _CACHED_ARRAYS, _CACHED_BYTES),
+        work.batch_size * row * _DRAWN_ARRAYS,
+    )
+    if work.attention:
+        # Of each sample the expert's mean over heads, too, while the batch lasts.
+        maps = work.micro_batch * student["num_attention_heads"] * _KEPT_ATTENTION
+        maps += 2 * work.batch_size
+        training += 4 * blocks * maps * text * student_tokens
 
     rank = work.lora_rank
     matrices = [(rows, cols) for name, rows, cols, _ in _matrices(student) if "layers." in name]
@@ -225,7 +245,7 @@ def estimate(expert: Mapping[str, Any], student: Mapping[str, Any], work: Worklo
         "student weights": 0 if work.shared else student_bytes,
         "KV caches": caches,
         "activations": max(generating, training),
-        "logits": rows * vocabulary * 4 * work.logit_copies,
+        "logits": logits,
         # Weight, gradient and its accumulation, AdamW's two moments, all in float32.
         "optimizer": trained * 4 * 5,
     }

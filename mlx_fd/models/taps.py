@@ -69,11 +69,9 @@ def forward(
     return Forward(layers, final)
 
 
-def head(model: nn.Module, final: mx.array) -> mx.array:
-    """Logits [..., V] of final hidden states [..., d]; V is the padded vocabulary."""
-    if model.args.tie_word_embeddings:
-        return model.model.embed_tokens.as_linear(final)
-    return model.lm_head(final)
+def head(model: nn.Module) -> nn.Module:
+    """What makes logits of final hidden states: a linear layer, or the embeddings it is tied to."""
+    return model.model.embed_tokens if model.args.tie_word_embeddings else model.lm_head
 
 
 def width(model: nn.Module) -> int:
