@@ -322,7 +322,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "expert": "tiny",
         "problems": "arithmetic",
-        "episodes": 640,
+        "episodes": 480,
         "batch_size": 32,
         "answers_by": "student",
         "answer_temperature": 0.7,
@@ -337,7 +337,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "score_rate": 3e-3,
         "projection_rate": 1e-3,
         "probe_size": 32,
-        "stop_threshold": 0.2,
+        "ema_decay": 0.7,
+        "stop_threshold": 0.3,
+        "confidence": 0.9,
         "exam_size": 200,
     },
     # The hyperparameters of the published code (docs/methods.md), with its gate.

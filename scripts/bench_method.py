@@ -1,14 +1,14 @@
 """Which part of the method helps, and by how much: one loop per arm and seed, on the tiny pair.
 
 python scripts/bench_method.py --runs DIR      # every arm, three seeds; goes on where it stopped
-python scripts/bench_method.py --arms 'always;lm' --seeds 0 --runs DIR
+python scripts/bench_method.py --arms 'always;gated' --seeds 0 --runs DIR
 python scripts/bench_method.py --table         # docs/bench_method.md, from the rows alone
 python scripts/bench_method.py --plot          # docs/bench_method.svg, from the rows alone
 
 An arm is a command: `mlx-fd loop --preset tiny`, and the options that the arm stands for. All arms
 of a seed see the same problems in the same order, begin with the same student and end with the
-same examination. Where two parts of the method are compared the gate is "always", so that both
-learn from equally many tokens. Rows go to docs/bench_method.jsonl, one for each run, with what the
+same examination. But for the gates, arms that are compared learn from equally many problems in
+equally many steps. Rows go to docs/bench_method.jsonl, one for each run, with what the
 student made of every question; tables and intervals come from nothing else.
 """
 
@@ -29,39 +29,44 @@ from mlx_fd.evaluation.statistics import bootstrap, mean, mean_gain
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE, PLOT = (DOCS / f"bench_method.{kind}" for kind in ("jsonl", "md", "svg"))
-ALWAYS = ("--gate", "always")
+SHORT = ("--gate", "always", "--episodes", "240")
 SEVEN = ("--losses", "lm,hidden,score,logit,answer,reasoning,attention")
-# Arm: the options beside --preset tiny, grouped as the table shows them.
+# As the table shows them: what a group is about, the arm that its others are held against, and each
+# arm's options beside --preset tiny.
 GROUPS = {
-    "When the student learns": {
-        "never": ("--gate", "never"),
-        "always": ALWAYS,
-        "gated": (),
-    },
-    "From which losses (always)": {
-        "lm": (*ALWAYS, "--losses", "lm"),
-        "hidden": (*ALWAYS, "--losses", "hidden"),
-        "score": (*ALWAYS, "--losses", "score"),
-        "logit": (*ALWAYS, "--losses", "logit"),
-        "lm and logit": (*ALWAYS, "--losses", "lm,logit"),
-    },
-    "With which weights (always)": {
-        "fixed": (*ALWAYS, "--loss-weights", "fixed"),
-        "seven, fixed": (*ALWAYS, *SEVEN, "--loss-weights", "fixed"),
-        "seven, ema": (*ALWAYS, *SEVEN),
-        "seven, phases": (*ALWAYS, *SEVEN, "--loss-weights", "phases"),
-    },
-    "On whose feedback (always, logit)": {
-        "on-policy by half": (*ALWAYS, "--losses", "logit", "--on-policy-fraction", "0.5"),
-        "on-policy": (*ALWAYS, "--losses", "logit", "--on-policy-fraction", "1"),
-    },
-    "Without the solutions (always)": {
-        "feedback only": (*ALWAYS, "--no-solutions"),
-    },
+    "When the student learns": (
+        "always",
+        {"never": ("--gate", "never"), "always": ("--gate", "always"), "gated": ()},
+    ),
+    "From which losses": (
+        "all four",
+        {
+            "all four": SHORT,
+            "lm alone": (*SHORT, "--losses", "lm"),
+            "logit alone": (*SHORT, "--losses", "logit"),
+            "hidden alone": (*SHORT, "--losses", "hidden"),
+            "score alone": (*SHORT, "--losses", "score"),
+            "feedback only": (*SHORT, "--no-solutions"),
+        },
+    ),
+    "With which weights": (
+        "all four",
+        {
+            "fixed": (*SHORT, "--loss-weights", "fixed"),
+            "seven, ema": (*SHORT, *SEVEN),
+            "seven, fixed": (*SHORT, *SEVEN, "--loss-weights", "fixed"),
+            "seven, phases": (*SHORT, *SEVEN, "--loss-weights", "phases"),
+        },
+    ),
+    "On whose feedback": (
+        "logit alone",
+        {
+            "half on-policy": (*SHORT, "--losses", "logit", "--on-policy-fraction", "0.5"),
+            "on-policy": (*SHORT, "--losses", "logit", "--on-policy-fraction", "1"),
+        },
+    ),
 }
-ARMS = {name: options for group in GROUPS.values() for name, options in group.items()}
-# What the other arms are held against.
-REFERENCE = "always"
+ARMS = {name: options for _, arms in GROUPS.values() for name, options in arms.items()}
 
 
 # ---- running ----
@@ -94,8 +99,8 @@ def row_of(arm, seed, folder):
         json.loads((folder / f"exam_{when}.json").read_text()) for when in ("before", "after")
     )
 
-    def column(results, name):
-        return [round(float(result[name]), 3) for result in results]
+    def bits(results, name):
+        return "".join(str(int(result[name])) for result in results)
 
     return {
         "arm": arm,
@@ -111,12 +116,11 @@ def row_of(arm, seed, folder):
         "frozen_after_batch": summary["updates"]["frozen_after_batch"],
         "right_first": summary["accuracy"]["first_answers"]["right"],
         "right_final": summary["accuracy"]["final_answers"]["right"],
-        "wrong": column(before, "wrong"),
-        **{
-            f"{name}_{when}": column(results, name)
-            for when, results in (("before", before), ("after", after))
-            for name in ("found", "solved", "score_error")
-        },
+        "wrong": bits(before, "wrong"),
+        "found": [bits(before, "found"), bits(after, "found")],
+        "solved": [bits(before, "solved"), bits(after, "solved")],
+        "readable": [bits(before, "readable"), bits(after, "readable")],
+        "score_error": [[round(result["score_error"], 3) for result in r] for r in (before, after)],
     }
 
 
@@ -136,9 +140,13 @@ def latest(path):
     }
 
 
-def column(rows, name):
+BEFORE, AFTER = 0, 1
+
+
+def column(rows, name, when=None):
     """All seeds' questions below each other."""
-    return np.concatenate([np.array(row[name]) for row in rows])
+    parts = [row[name] if when is None else row[name][when] for row in rows]
+    return np.concatenate([np.array([float(value) for value in part]) for part in parts])
 
 
 def shown(estimate, form="+.1f", times=100):
@@ -148,16 +156,29 @@ def shown(estimate, form="+.1f", times=100):
     )
 
 
+def bold(estimate):
+    text = shown(estimate)
+    return f"**{text}**" if estimate.low > 0 or estimate.high < 0 else text
+
+
 def quality(rows):
     """F1 of the first errors after the run, with its interval."""
-    return bootstrap([column(rows, "found_after"), column(rows, "wrong")], f1)
+    return bootstrap([column(rows, "found", AFTER), column(rows, "wrong")], f1)
+
+
+def change(rows, name, only_wrong=False):
+    """After the run against before it, paired."""
+    sides = [column(rows, name, when) for when in (AFTER, BEFORE)]
+    if only_wrong:
+        sides = [side[column(rows, "wrong") == 1] for side in sides]
+    return bootstrap(sides, mean_gain)
 
 
 def against(rows, others):
-    """The change of F1 against another arm on the same questions and seeds, paired."""
+    """The difference of F1 to another arm on the same questions and seeds, paired."""
     seeds = {row["seed"] for row in rows} & {row["seed"] for row in others}
     ours, theirs = ([r for r in side if r["seed"] in seeds] for side in (rows, others))
-    columns = [column(ours, "found_after"), column(theirs, "found_after"), column(ours, "wrong")]
+    columns = [*(column(side, "found", AFTER) for side in (ours, theirs)), column(ours, "wrong")]
     return bootstrap(columns, lambda a, b, wrong: f1(a, wrong) - f1(b, wrong))
 
 
@@ -165,50 +186,45 @@ def table(path):
     arms = latest(path)
     some = next(iter(arms.values()))
     lines = [
-        f"Tiny pair, {some[0]['episodes']} episodes, seeds "
-        f"{', '.join(str(row['seed']) for row in some)}; "
-        f"{len(some[0]['wrong'])} questions a seed, half of the answers wrong, before -> after. "
-        "In brackets 95 % bootstrap intervals over questions, paired where it is a change. Bold: "
-        "the interval leaves 0 out. Tokens are what the student read while it learned, all steps "
-        "counted; seconds are one core's.",
-        "",
-        "| | first error found, change (points) | F1 (%) | F1 against "
-        f'"{REFERENCE}" (points) | problems solved, change (points) | error of the score head '
-        "| updates | 1,000 tokens | seconds |",
-        "|---|---|---|---|---|---|--:|--:|--:|",
+        f"Tiny pair, seeds {', '.join(str(row['seed']) for row in some)}, "
+        f"{len(some[0]['wrong'])} questions a seed, half of the answers wrong. In brackets 95 % "
+        "bootstrap intervals over questions and seeds, paired where it is a change or a difference; "
+        "bold where they leave 0 out. Tokens are what the student read while it learned, each step "
+        "counted; seconds are those of one core, shared with other work.",
     ]
-    for group, names in GROUPS.items():
+    for title, (reference, names) in GROUPS.items():
         present = [name for name in names if name in arms]
-        lines += [f"| **{group}** | | | | | | | | |"] if present else []
+        if not present or reference not in arms:
+            continue
+        lines += [
+            "",
+            f"**{title}** ({arms[present[0]][0]['episodes']} episodes)",
+            "",
+            f"| | first errors found (points) | F1 (%) | F1 against *{reference}* (points) | "
+            "problems solved (points) | error of the score head | updates | 1,000 tokens | seconds "
+            "| final answers right |",
+            "|---|---|---|---|---|---|--:|--:|--:|--:|",
+        ]
         for name in present:
             rows = arms[name]
-            wrong = column(rows, "wrong") == 1
-            found = bootstrap(
-                [column(rows, f"found_{when}")[wrong] for when in ("after", "before")], mean_gain
-            )
-            solved = bootstrap(
-                [column(rows, f"solved_{when}") for when in ("after", "before")], mean_gain
-            )
-            error = bootstrap([column(rows, "score_error_after")], mean)
-            difference = "" if name == REFERENCE else bold(against(rows, arms[REFERENCE]))
+
+            def total(key, rows=rows):
+                return np.mean([row[key] for row in rows])
+
             cells = [
                 name,
-                bold(found),
+                bold(change(rows, "found", only_wrong=True)),
                 shown(quality(rows), ".1f"),
-                difference,
-                bold(solved),
-                shown(error, ".2f", 1),
-                f"{np.mean([row['updates'] for row in rows]):.0f}",
-                f"{np.mean([row['tokens'] for row in rows]) / 1000:.0f}",
-                f"{np.mean([row['distil_seconds'] for row in rows]):.0f}",
+                "" if name == reference else bold(against(rows, arms[reference])),
+                bold(change(rows, "solved")),
+                shown(bootstrap([column(rows, "score_error", AFTER)], mean), ".2f", 1),
+                f"{total('updates'):.0f}",
+                f"{total('tokens') / 1000:.0f}",
+                f"{total('distil_seconds'):.0f}",
+                f"{total('right_final') / total('episodes'):.1%}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def bold(estimate):
-    text = shown(estimate)
-    return f"**{text}**" if estimate.low > 0 or estimate.high < 0 else text
 
 
 WIDTH, HEIGHT, LEFT, TOP = 640, 380, 60, 40
@@ -243,7 +259,7 @@ def plot(path):
             f'<text x="{x(tokens):.1f}" y="{HEIGHT - 18}" text-anchor="middle">'
             f"{tokens / 1000:.0f}</text>"
         )
-    for colour, names in zip(COLOURS, GROUPS.values(), strict=False):
+    for colour, (_, names) in zip(COLOURS, GROUPS.values(), strict=False):
         # Arms of a group have the same tokens: side by side, or they would hide each other.
         for place, name in enumerate(name for name in names if name in arms):
             rows = arms[name]

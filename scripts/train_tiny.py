@@ -783,6 +783,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.init and not args.only:
         parser.error("--init goes with --only: it is one model")
+    if args.only == "student" and not (args.init or (args.out / "expert").is_dir()):
+        parser.error(f"the student is cut out of an expert, and there is none in {args.out}")
     console = Console()
     for name, full in RECIPES.items():
         if args.only not in (None, name):

@@ -70,7 +70,9 @@ def test_the_student_writes_the_first_answers_and_the_expert_judges_them(
 
 
 def test_the_score_head_reads_the_end_of_the_feedback(pair, drafts, monkeypatch):
-    monkeypatch.setattr(pair.student.score_head, "weight", mx.random.normal((1, 96)))
+    monkeypatch.setattr(
+        pair.student.score_head, "weight", mx.random.normal(pair.student.score_head.weight.shape)
+    )
     options = preset("tiny").generation
     for draft in student_feedback(pair, drafts, options, 2, quiet):
         tokens = mx.array([[*draft.prompt, *draft.student_feedback.tokens[:-1]]])

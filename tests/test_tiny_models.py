@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import random
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -252,13 +253,49 @@ def test_training_sequences(script, how):
             assert roles.parse_feedback(replies[1]) == said
 
 
-def test_the_script_runs_and_repeats(tmp_path):
-    for run in ("a", "b"):
-        command = [sys.executable, str(SCRIPT), "--quick", "--only", "student", "--out"]
-        done = subprocess.run(
-            [*command, str(tmp_path / run)], capture_output=True, text=True, check=False
+def test_careless_feedback_sees_the_error_and_finds_it_right(script):
+    stream, rng = arithmetic.exercises("train", 12), random.Random(12)
+    for _ in range(100):
+        drawn = next(stream)
+        answer = arithmetic.wrong_answer(rng, drawn)
+        said = arithmetic.careless_feedback(drawn.solution, answer)
+        assert arithmetic.first_error(said.text) == 0 and said.score == 1
+        steps, final = arithmetic.read(answer)
+        for step in (*drawn.steps[: len(steps)], *steps[: len(drawn.steps)], final):
+            assert str(step) in said.text
+    assert arithmetic.careless_feedback(drawn.solution, drawn.solution) == arithmetic.feedback(
+        drawn.solution, drawn.solution
+    )
+
+
+def test_a_student_is_cut_out_of_the_expert(script, expert):
+    """Each neuron that is kept is one of the expert's, whole; the heaviest is among them."""
+    cut = dict(script.cut(resolve("tiny"), 96))
+    for k, layer in enumerate(expert.model.layers):
+        mlp = layer.mlp
+        norms = [mx.linalg.norm(p.weight, axis=1) for p in (mlp.gate_proj, mlp.up_proj)]
+        heaviest = mx.argmax(norms[0] * norms[1] * mx.linalg.norm(mlp.down_proj.weight, axis=0))
+        gate, up, down = (
+            cut[f"model.layers.{k}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down")
         )
-        assert done.returncode == 0, done.stderr
+        kept = [mx.argmin(mx.abs(mlp.gate_proj.weight - row).sum(axis=1)).item() for row in gate]
+        assert len(set(kept)) == 96 and heaviest.item() in kept
+        assert mx.array_equal(up, mlp.up_proj.weight[mx.array(kept)])
+        assert mx.array_equal(down, mlp.down_proj.weight[:, mx.array(kept)])
+
+
+def test_the_script_runs_and_repeats(tmp_path):
+    def run(out, *options):
+        command = [sys.executable, str(SCRIPT), "--quick", *options, "--out", str(out)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    alone = run(tmp_path / "b", "--only", "student")
+    assert alone.returncode == 2 and "there is none in" in alone.stderr
+    both = run(tmp_path / "a")
+    assert both.returncode == 0, both.stderr
+    shutil.copytree(tmp_path / "a" / "expert", tmp_path / "b" / "expert")
+    student = run(tmp_path / "b", "--only", "student")
+    assert student.returncode == 0, student.stderr
     one, two = (tmp_path / run / "student" for run in ("a", "b"))
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
