@@ -23,6 +23,7 @@ import click
 from mlx_fd import __version__
 from mlx_fd.config import OPTIONS, PRESETS, Config, Option, override, preset, read
 from mlx_fd.errors import UserError
+from mlx_fd.models.aliases import TINY
 
 _SECTIONS = {
     "models": "Models",
@@ -129,6 +130,9 @@ def cli() -> None:
 
 def _configuration(preset_name: str | None, file: Path | None, given: dict[str, Any]) -> Config:
     """Defaults, then the preset, then the file, then what was given on the command line."""
+    if given.get("expert") == TINY and not preset_name and file is None:
+        # It knows no other problems than those of its preset.
+        preset_name = TINY
     config = preset(preset_name) if preset_name else Config()
     if file is not None:
         config = read(file, config)

@@ -188,9 +188,9 @@ def table(path):
     lines = [
         f"Tiny pair, seeds {', '.join(str(row['seed']) for row in some)}, "
         f"{len(some[0]['wrong'])} questions a seed, half of the answers wrong. In brackets 95 % "
-        "bootstrap intervals over questions and seeds, paired where it is a change or a difference; "
-        "bold where they leave 0 out. Tokens are what the student read while it learned, each step "
-        "counted; seconds are those of one core, shared with other work.",
+        "bootstrap intervals over questions and seeds, paired where it is a change or a "
+        "difference; bold where they leave 0 out. Tokens are what the student read while it "
+        "learned, each step counted; seconds are those of one core, shared with other work.",
     ]
     for title, (reference, names) in GROUPS.items():
         present = [name for name in names if name in arms]

@@ -95,9 +95,10 @@ def test_a_solution_to_learn_from_is_the_final_answer_after_the_bare_question(pa
         assert mx.allclose(sample.expert.expects, whole.final[0, len(begun) - 1 :], atol=1e-4)
 
 
-def test_the_preset_runs_and_ends_with_the_examination(tmp_path):
+def test_the_expert_alone_brings_its_preset(tmp_path):
+    """`mlx-fd loop --expert tiny`: other problems than its own would mean nothing to it."""
     out = tmp_path / "run"
-    options = ["--preset", "tiny", "--episodes", "16", "--batch-size", "8", "--exam-size", "8"]
+    options = ["--expert", "tiny", "--episodes", "16", "--batch-size", "8", "--exam-size", "8"]
     command = [sys.executable, "-m", "mlx_fd", "loop", *options, "--probe-size", "4", "--out", out]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
