@@ -41,9 +41,10 @@ def new_directory(final: Path) -> Iterator[Path]:
     working = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
         yield working
-        for file in working.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        for file in working.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
         # mkdtemp makes it private to the user; the result is an ordinary directory.
         working.chmod(0o755)
         try:
