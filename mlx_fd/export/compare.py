@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_fd import problems
 from mlx_fd.errors import UserError
+from mlx_fd.export.archive import open_archive
 from mlx_fd.export.bundle import Bundle, Item, read_bundle
 from mlx_fd.export.engines import ENGINES
 from mlx_fd.problems import Problem
 
 WEIGHTS = ("auto", "float", "quantized")
 _ADDRESS = "openai"
+_PROBLEMS = 100
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
+"""Called with the engine and what it opened, prompts and problems done, and their number."""
+
 Row = dict[str, Any]
 
 
@@ -79,6 +86,38 @@ def _targets(name: str, address: str, folder: Path) -> list[str]:
     return [str(file) for file in sorted(folder.glob("*.gguf"))]
 
 
+@contextlib.contextmanager
+def opened(export: Path) -> Iterator[Path]:
+    """An export's folder; that of an archive is unpacked beside it, and removed at the end.
+
+    Raises:
+        UserError: there is nothing of that name, or the archive is not safe to open.
+    """
+    if export.is_dir():
+        yield export
+    elif export.is_file():
+        with tempfile.TemporaryDirectory(prefix=".compare-", dir=export.parent) as scratch:
+            yield open_archive(export, Path(scratch) / export.stem)
+    else:
+        raise UserError(f"{export}: there is no such directory or archive")
+
+
+def questions(source: str | None, limit: int | None) -> Callable[[Job], Sequence[Problem | Item]]:
+    """What each job has to answer.
+
+    Args:
+        source: problems as :func:`mlx_fd.problems.load` takes them; ``None``: the bundle's.
+        limit: the first so many; ``None``: all of the bundle's, 100 of a source.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
+    if source is None:
+        return lambda job: job.bundle.items[:limit]
+    chosen = problems.load(source, "test").problems[: _PROBLEMS if limit is None else limit]
+    return lambda job: chosen
+
+
 def plan(folders: Sequence[Path], engines: Sequence[str]) -> list[Job]:
     """Each engine with each export that it can open.
 
@@ -133,13 +172,14 @@ def run(
     Args:
         job: what to run.
         asked: problems to answer.
-        progress: told of prompts and problems done, and of their number.
+        progress: told of every prompt and problem.
         debug: let through what the engine prints on standard error.
 
     Returns:
         ``{"measures": ...}`` as of :func:`mlx_fd.export.measures.measure`, or ``{"failure": ...}``
         with the reason, also where the engine took its process down.
     """
+    label = f"{job.engine} {Path(job.target).name}"
     with subprocess.Popen(
         [sys.executable, "-m", "mlx_fd.export.worker"],
         stdin=subprocess.PIPE,
@@ -155,7 +195,7 @@ def run(
                 said = json.loads(line)
                 if "done" not in said:
                     return said
-                progress(said["done"], said["total"])
+                progress(label, said["done"], said["total"])
         finally:
             process.kill()
     return {

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from mlx_fd.export import table
+from mlx_fd.runs import write_atomic, write_json
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d2126; --soft: #626b75; --line: #d9dde2;
@@ -123,3 +125,14 @@ def page(report: Mapping[str, Any]) -> str:
         f"{''.join(_bundle(folder, found) for folder, found in report['bundles'].items())}"
         "</body></html>\n"
     )
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Write ``compare.json`` and ``compare.html``.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "compare.json", report)
+    write_atomic(folder / "compare.html", page(report))

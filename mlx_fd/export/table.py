@@ -97,7 +97,7 @@ def verdict(row: Mapping[str, Any]) -> str:
     return SAME if row["parity"] else f"{OTHER}: {'; '.join(row['reasons'])}"
 
 
-def comparison(rows: Sequence[Mapping[str, Any]]) -> Table:
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One column a row of the report."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("")
