@@ -606,7 +606,7 @@ def compare(
     from mlx_fd.display import Steps
     from mlx_fd.export import compare as comparison
     from mlx_fd.export.page import write_report
-    from mlx_fd.export.table import comparison_table, notes
+    from mlx_fd.export.table import print_comparison
 
     with contextlib.ExitStack() as held:
         folders = [held.enter_context(comparison.opened(path)) for path in exports]
@@ -623,11 +623,7 @@ def compare(
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        console = Console()
-        console.print(comparison_table(rows))
-        for row in rows:
-            for text in notes(row):
-                click.echo(text)
+        print_comparison(rows, Console())
         if out is not None:
             click.echo(f"the comparison is in {out / 'compare.html'} and compare.json")
     if not found["parity"]:

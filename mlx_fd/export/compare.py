@@ -235,6 +235,9 @@ def judged(job: Job, outcome: Mapping[str, Any], weights: str = "auto") -> Row:
         kind = "quantized" if measures and measures["quantized"] else "float"
     tolerance = TOLERANCES[kind]
     reasons = _reasons(measures, tolerance) if measures else [outcome["failure"]]
+    rounded = job.bundle.source.get("mean_kl")
+    if reasons and isinstance(rounded, float) and rounded > tolerance.mean_kl:
+        reasons.append(f"its weights were rounded to a mean KL of {rounded:.2g} at the export")
     return {
         "engine": job.engine,
         "target": job.target,

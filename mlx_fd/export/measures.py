@@ -187,11 +187,14 @@ def measure(
     timed = [followed[p] for p in order if bundle.prompts[p].role == TIMED_ROLE]
     if not any(len(f.rows) or f.agreed for f in in_order):
         raise UserError(f"{engine.about} gave nothing that could be compared")
+    parity = _parity(bundle.prompts, in_order)
+    if parity["perplexity"]["engine"] is None:
+        engine.missing["perplexity"] = "not every token of the continuations comes with a number"
     return {
         "about": engine.about,
         "quantized": engine.quantized,
         "tokenisation": _tokenisation(engine, bundle.prompts),
-        **_parity(bundle.prompts, in_order),
+        **parity,
         "roles": {
             role: some(role) for role in ROLES if any(p.role == role for p in bundle.prompts)
         },

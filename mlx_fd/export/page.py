@@ -50,8 +50,8 @@ the mean KL and on equal tokens.</li>
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = "".join(
-        f"<th>{escape(engine)}<br><small>{escape(model)}</small></th>"
-        for engine, model in map(table.heading, rows)
+        f"<th>{escape(engine)}<br><small>{'<br>'.join(map(escape, opened))}</small></th>"
+        for engine, *opened in map(table.heading, rows)
     )
     texts = [table.measured(row) for row in rows]
     lines = [
@@ -84,10 +84,10 @@ def _roles(row: Mapping[str, Any]) -> str:
             f"<tr><th>{escape(name)}</th><td>{share}</td><td>{shown}</td>"
             f'<td><span class="bar" style="width:{width:.2f}rem"></span></td></tr>'
         )
-    engine, model = table.heading(row)
     said = "".join(f"<li>{escape(note)}</li>" for note in table.notes(row))
     return (
-        f"<h2>{escape(engine)}, {escape(model)}</h2><ul>{said}</ul><table><thead><tr><th>role</th>"
+        f"<h2>{escape(', '.join(table.heading(row)))}</h2><ul>{said}</ul>"
+        "<table><thead><tr><th>role</th>"
         "<th>likeliest token the same</th><th>mean KL</th><th></th></tr></thead><tbody>"
         f"{''.join(lines)}</tbody></table>"
     )

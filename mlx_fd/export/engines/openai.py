@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -44,6 +45,8 @@ _DIALECTS: tuple[dict[str, Any], ...] = (
     {"logprobs": True, "top_logprobs": 10},
     {},
 )
+# Servers have defaults of their own, or take them from generation_config.json: 1.1 is common.
+_PLAIN = {"repetition_penalty": 1.0, "repeat_penalty": 1.0, "min_p": 0.0}
 
 Token = int | str
 """An id, or a token's text where the server has no ids."""
@@ -143,6 +146,7 @@ class OpenAIEngine:
         self._model = model or self._only_model()
         self.about = f"{self._root}, {self._model or 'its own model'}"
         self._answered: dict[tuple[int, ...], tuple[list[_Step], int | None]] = {}
+        self._plain: dict[str, float] = {}
         self._by_ids, self._dialect = self._probe()
         self._tokenizer = self._can_tokenise()
 
@@ -212,7 +216,8 @@ class OpenAIEngine:
 
     def _body(self, prompt: Any, most: int, **more: Any) -> dict[str, Any]:
         model = {"model": self._model} if self._model else {}
-        return {**model, "prompt": prompt, "max_tokens": most, "temperature": 0, **more}
+        greedy = {"temperature": 0, "top_p": 1.0, "frequency_penalty": 0, "presence_penalty": 0}
+        return model | {"prompt": prompt, "max_tokens": most} | greedy | self._plain | more
 
     def _complete(self, prompt: Any, most: int, **more: Any) -> tuple[dict[str, Any], int | None]:
         """The first choice, and how many tokens the server took the prompt for."""
@@ -228,25 +233,28 @@ class OpenAIEngine:
         """Whether ids are taken as a prompt, and how log-probabilities are asked for."""
         prompt = self.bundle.prompts[0]
         failure: UserError | None = None
-        for by_ids in (True, False):
-            asked = list(prompt.tokens[:_PROBE]) if by_ids else prompt.text
-            for dialect in _DIALECTS:
-                try:
-                    choice, counted = self._complete(asked, 1, **dialect)
-                    if (by_ids and counted not in (_PROBE, None)) or (
-                        dialect and not _steps(choice)
-                    ):
-                        continue
-                except UserError as error:
-                    failure = error
-                except (ValueError, TypeError, KeyError, AttributeError):
+        for self._plain, by_ids, dialect in itertools.product(
+            (_PLAIN, {}), (True, False), _DIALECTS
+        ):
+            try:
+                asked = list(prompt.tokens[:_PROBE]) if by_ids else prompt.text
+                choice, counted = self._complete(asked, 1, **dialect)
+                if (by_ids and counted not in (len(asked), None)) or (
+                    dialect and not _steps(choice)
+                ):
                     continue
-                else:
-                    if not dialect:
-                        self.missing["KL"] = "the server gives no log-probabilities"
-                    if not by_ids:
-                        self.missing["after a divergence"] = "the server takes no token ids"
-                    return by_ids, dialect
+            except UserError as error:
+                failure = error
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue
+            else:
+                if not dialect:
+                    self.missing["KL"] = "the server gives no log-probabilities"
+                if not by_ids:
+                    self.missing["after a divergence"] = "the server takes no token ids"
+                if not self._plain:
+                    self.missing["plain sampling"] = "the server may apply penalties of its own"
+                return by_ids, dialect
         raise failure or UserError(f"{self._root}: the completions cannot be read")
 
     def _prompt(self, prompt: Prompt, forced: int) -> Any:
