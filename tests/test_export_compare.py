@@ -342,7 +342,7 @@ def test_llama_cpps_server_serves_the_same_model(exports, server, tmp_path):
     for module in ("llama_cpp", "uvicorn", "fastapi", "sse_starlette", "starlette_context"):
         pytest.importorskip(module)
     file = exports / "gguf" / "model-f16.gguf"
-    more = ("--logits_all", "true", "--n_ctx", 2048)
+    more = ("--logits_all", "true", "--n_ctx", 512)
     url = server("llama_cpp.server", "--model", file, *more)
     # Its repeat_penalty would be 1.1, at temperature 0 too.
     with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as response:
