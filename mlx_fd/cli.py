@@ -547,6 +547,92 @@ def export(
 @cli.command(
     epilog="""\b
 Examples:
+  mlx-fd compare student-gguf                                    with what can open it here
+  mlx-fd compare student student-gguf.tar --engine mlx --engine llama.cpp
+  mlx-fd compare student-hf --engine openai:http://gpu-box:8000  a server: vLLM, SGLang, ...
+  mlx-fd compare student --problems gsm8k --limit 200 --out comparison
+""",
+)
+@click.argument("exports", nargs=-1, required=True, type=_Path())
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    metavar="ENGINE",
+    help="mlx, llama.cpp or openai:URL (openai:URL#MODEL where it serves several); can be given "
+    "several times. [default: mlx and llama.cpp, where they find something to open]",
+)
+@click.option(
+    "--problems",
+    metavar="SOURCE",
+    help="Answer problems of gsm8k, arithmetic, a file or a hub data set. [default: the bundle's, "
+    "which the reference answered too]",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Answer the first N problems. [default: all of the bundle's, 100 of a source]",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "float", "quantized"]),
+    default="auto",
+    show_default=True,
+    help="Whose tolerances hold. auto: as the file says; a server's count as float.",
+)
+@click.option("--out", type=_Path(), metavar="DIR", help="Write compare.json and compare.html.")
+@_json
+@_quiet
+@_debug
+def compare(
+    exports: tuple[Path, ...],
+    engines: tuple[str, ...],
+    problems: str | None,
+    limit: int | None,
+    weights: str,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Hold engines against what an exported model said where it was exported.
+
+    EXPORTS are directories of `mlx-fd export` with a parity bundle, or their .tar archives. Each
+    engine runs the bundle in a process of its own. Exits with 1 where one is not the same model.
+    """
+    from rich.console import Console
+
+    from mlx_fd.display import Steps
+    from mlx_fd.export import compare as comparison
+    from mlx_fd.export.page import write_report
+    from mlx_fd.export.table import print_comparison
+
+    with contextlib.ExitStack() as held:
+        folders = [held.enter_context(comparison.opened(path)) for path in exports]
+        jobs = comparison.plan(folders, engines)
+        asked = comparison.questions(problems, limit)
+        steps = held.enter_context(Steps(Console(stderr=True), quiet=quiet))
+        rows = [
+            comparison.judged(job, comparison.run(job, asked(job), steps, debug=debug), weights)
+            for job in jobs
+        ]
+        found = comparison.report(jobs, rows)
+    if out is not None:
+        write_report(found, out)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        print_comparison(rows, Console())
+        if out is not None:
+            click.echo(f"the comparison is in {out / 'compare.html'} and compare.json")
+    if not found["parity"]:
+        sys.exit(1)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
   mlx-fd models
   mlx-fd models --json
 """,

@@ -178,7 +178,12 @@ def export(
                 live,
                 problems=_problems(source, form.parity_problems),
                 seed=form.seed,
-                source={"name": source.name, "base": source.base, "format": form.format},
+                source={
+                    "name": source.name,
+                    "base": source.base,
+                    "format": form.format,
+                    "mean_kl": found.mean_kl,
+                },
                 progress=lambda done, total: progress("parity bundle", done, total),
             )
             write_bundle(bundle, working)
