@@ -421,7 +421,8 @@ def test_parity_bundle(run, tmp_path):
     done = write(run, tmp_path / "out", dtype="float32", parity_problems=3)
     bundle = read_bundle(tmp_path / "out")
     assert bundle.vocab == 400 and len(bundle.items) == 3
-    assert bundle.source == {"name": "run", "base": "base", "format": "mlx"}
+    wanted = {"name": "run", "base": "base", "format": "mlx", "mean_kl": done.agreement.mean_kl}
+    assert bundle.source == wanted
     assert {"parity/bundle.json", "parity/reference.safetensors"} <= set(done.files)
     # The bundle's reference is the student and not its base.
     prompt = bundle.prompts[0]
@@ -525,6 +526,16 @@ def test_where_nothing_is_written(run, tmp_path):
     write(run, tmp_path / "empty", adapter=True)
     assert (tmp_path / "empty" / "README.md").exists()
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+def test_what_came_meanwhile_is_not_overwritten(run, tmp_path):
+    def come(step: str, done: int, total: int) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "theirs.txt").write_text("theirs")
+
+    with pytest.raises(UserError, match="cannot be written"):
+        export(str(run), tmp_path / "out", Form(adapter=True, parity_problems=0), progress=come)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs.txt"]
 
 
 def test_the_same_export_twice(run, tmp_path):

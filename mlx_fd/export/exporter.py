@@ -6,8 +6,10 @@ directory appears under its name.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,13 +157,15 @@ def export(
         UserError: nothing of that name, damaged files, options or an architecture that do not go
             together, or weights that lose the adapter when they are quantised.
     """
+    # Not resolved: a link to nowhere is to be seen. But what follows needs a parent that is real.
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100
     check_form(form)
     check_out(folder, with_archive=with_archive)
     source = open_source(name)
     progress("loading", 0, 1)
     live, student = open_student(source.place)
     chat = role_chat(live.tokenizer)
-    with new_directory(folder) as working:
+    with _explained(folder), new_directory(folder, shared=False) as working:
         written = _write(source, live, working, form, progress)
         if student is not None:
             write_score_head(source.place, student.score_at, working / SCORE_HEAD)
@@ -195,8 +199,25 @@ def export(
         }
     if with_archive:
         progress("archive", 0, 1)
-        archive.write_archive(folder, archive_of(folder))
+        with _explained(archive_of(folder)):
+            archive.write_archive(folder, archive_of(folder))
     return Exported(source, folder, sizes, found, kept, written, tuple(filter(None, warnings)))
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn a failed write into a message."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # MLX reports a failed write of weights as a RuntimeError, and only by its text.
+        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
+            raise
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"{path}: cannot be written ({why}); nothing of it was left behind. Make room, or "
+            "choose another --out"
+        ) from error
 
 
 def _write(
