@@ -59,7 +59,7 @@ def open_archive(file: Path, folder: Path) -> Path:
         with tarfile.open(file, "r:") as archive:
             members = _checked(archive, file)
             _check_room(members, file, folder)
-            with new_directory(folder) as working:
+            with new_directory(folder, shared=False) as working:
                 for member, name in members:
                     target = working / name
                     target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd import roles
+from mlx_fd.export.gguf_file import Written, file_name
 from mlx_fd.export.verify import Agreement
 
 if TYPE_CHECKING:
     from mlx_fd.export.exporter import Form
-    from mlx_fd.export.gguf_file import Written
     from mlx_fd.export.source import Source
     from mlx_fd.models.student import Student
 
@@ -115,7 +115,7 @@ def _origin(source: Source, student: Student | None) -> str:
         ),
         "losses": f"{', '.join(options['losses'])} (KL {options['kl']}, temperature "
         f"{options['loss_temperature']:g})",
-        "trained": f"{what}; score head read at {_read_at(student.score_at)}",
+        "trained": f"{what}; score head read {_read_at(student.score_at)}",
         "gate": _gate(options["gate"], source.summary),
         "checkpoint": f"{checkpoint.name} (seed {source.manifest['seed']})",
         "software": f"mlx-fd {versions['mlx-fd']}, mlx {versions['mlx']}, "
@@ -132,7 +132,7 @@ def _origin(source: Source, student: Student | None) -> str:
 
 
 def _read_at(score_at: str) -> str:
-    place = "the prompt's last token"
+    place = "at the prompt's last token"
     return place if score_at == "prompt" else "where the feedback's last token is predicted"
 
 
@@ -185,7 +185,7 @@ def _interval(value: dict[str, Any]) -> str:
 
 def _use(source: Source, form: Form) -> str:
     if form.format == "gguf":
-        name = f"model-{form.gguf_type or 'f16'}.gguf"
+        name = file_name(form.gguf_type)
         return f'    llama-cli -m {name} -p "..."      # or: llama-server -m {name}\n'
     if form.adapter and form.format == "mlx":
         base = _base(source)
@@ -234,33 +234,71 @@ def _how_to_base(source: Source, base: str, form: str) -> str:
 def _score_head(source: Source, form: Form, score_at: str) -> str:
     text = (
         "`score_head.safetensors` is a linear head, `weight` [1, d] and `bias` [1], on the last "
-        f"hidden state (after the final norm) of {_read_at(score_at)}. Its tanh is the "
+        f"hidden state (after the final norm) {_read_at(score_at)}. Its tanh is the "
         "student's score of an answer"
     )
-    if form.format == "gguf" or (form.format == "hf" and form.adapter):
+    if form.format == "hf" and form.adapter:
         return f"{text}.\n"
+    if form.format == "gguf":
+        code = _gguf_score(form, score_at)
+    else:
+        code = _mlx_score(source, form, score_at)
+    return f"{text}:\n\n```python\n{code}```\n"
+
+
+# Prompts that a student was trained on, so that its head reads what it knows.
+_EXAMPLE = f"""\
+problem, answer = "Tom has 3 apples and buys 5. How many?", "3 + 5 = 9. #### 9"
+turns = [problem + {roles.answer_prompt("")!r}, answer, {roles.feedback_prompt()!r}]
+chat = [{{"role": ("user", "assistant")[i % 2], "content": text}} for i, text in enumerate(turns)]
+"""
+
+
+def _mlx_score(source: Source, form: Form, score_at: str) -> str:
     load = f'"{_base(source)}", adapter_path="."' if form.adapter else '"."'
-    asked, wanted = roles.answer_prompt(""), roles.feedback_prompt()
     written = (
         "ids += [r.token for r in mlx_lm.stream_generate(model, tokenizer, ids, max_tokens=192)]"
         "[:-1]\n"
         if score_at == "feedback"
         else ""
     )
-    return f"""{text}:
-
-```python
+    return f"""\
 import mlx.core as mx, mlx_lm
 model, tokenizer = mlx_lm.load({load})
 head = mx.load("score_head.safetensors")
-problem, answer = "Tom has 3 apples and buys 5. How many?", "3 + 5 = 9. #### 9"
-turns = [problem + {asked!r}, answer, {wanted!r}]
-chat = [{{"role": ("user", "assistant")[i % 2], "content": text}} for i, text in enumerate(turns)]
+{_EXAMPLE}\
 ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, date_string="26 Jul 2024")
 ids += tokenizer.encode({roles.FEEDBACK_OPENING!r}, add_special_tokens=False)
-{written}hidden = model.model(mx.array([ids]))[0, -1].astype(mx.float32)
+{written}\
+hidden = model.model(mx.array([ids]))[0, -1].astype(mx.float32)
 print(mx.tanh(head["weight"] @ hidden + head["bias"]).item())  # from -1, harmful, to 1, excellent
-```
+"""
+
+
+def _gguf_score(form: Form, score_at: str) -> str:
+    written = """\
+said = []
+for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0):
+    said.append(token)
+    if token == llm.token_eos() or len(said) == 192:
+        break
+ids += said[:-1]
+"""
+    return f"""\
+import llama_cpp, numpy as np
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from safetensors.numpy import load_file
+llm = llama_cpp.Llama("{file_name(form.gguf_type)}", n_ctx=4096, embedding=True, verbose=False,
+                      pooling_type=llama_cpp.LLAMA_POOLING_TYPE_NONE)
+head = load_file("score_head.safetensors")
+{_EXAMPLE}\
+written = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], "", "")(messages=chat).prompt
+ids = llm.tokenize((written + {roles.FEEDBACK_OPENING!r}).encode(), special=True)
+{written if score_at == "feedback" else ""}\
+llm.reset()
+llm.eval(ids)
+hidden = np.ctypeslib.as_array(llama_cpp.llama_get_embeddings_ith(llm.ctx, -1), (llm.n_embd(),))
+print(np.tanh(head["weight"] @ hidden + head["bias"]).item())  # from -1, harmful, to 1, excellent
 """
 
 

@@ -6,8 +6,10 @@ directory appears under its name.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from mlx_fd.export.verify import (
     Logits,
     agreement,
     check_adapter_kept,
+    check_precision,
     logits_of,
     role_chat,
 )
@@ -50,7 +53,7 @@ class Form:
         dtype: of the weights; ``None``: the base's own (mlx), bfloat16 (hf).
         q_bits: for mlx: quantise; ``None``: leave dequantised.
         q_group_size: weights that share a scale.
-        gguf_type: for gguf; ``None``: f16.
+        gguf_type: for gguf: type of the matrices.
         base_model: what a PEFT adapter calls its base; ``None``: as it was trained.
         parity_problems: problems of the parity bundle; 0: no bundle.
         seed: of the bundle's choice of problems.
@@ -154,13 +157,15 @@ def export(
         UserError: nothing of that name, damaged files, options or an architecture that do not go
             together, or weights that lose the adapter when they are quantised.
     """
+    # Not resolved: a link to nowhere is to be seen. But what follows needs a parent that is real.
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100
     check_form(form)
     check_out(folder, with_archive=with_archive)
     source = open_source(name)
     progress("loading", 0, 1)
     live, student = open_student(source.place)
     chat = role_chat(live.tokenizer)
-    with new_directory(folder) as working:
+    with _explained(folder), new_directory(folder, shared=False) as working:
         written = _write(source, live, working, form, progress)
         if student is not None:
             write_score_head(source.place, student.score_at, working / SCORE_HEAD)
@@ -168,7 +173,10 @@ def export(
         reference = logits_of(live, chat)
         progress("comparing", 1, 2)
         found = agreement(reference, _logits_again(source, working, form, chat))
-        kept, warnings = _kept(source, form, chat, reference, found)
+        kept = _kept(source, form, chat, reference)
+        warnings = [check_precision(found)]
+        if kept is not None:
+            warnings.append(check_adapter_kept(found, kept))
         if form.parity_problems:
             bundle = make_bundle(
                 live,
@@ -191,8 +199,25 @@ def export(
         }
     if with_archive:
         progress("archive", 0, 1)
-        archive.write_archive(folder, archive_of(folder))
-    return Exported(source, folder, sizes, found, kept, written, warnings)
+        with _explained(archive_of(folder)):
+            archive.write_archive(folder, archive_of(folder))
+    return Exported(source, folder, sizes, found, kept, written, tuple(filter(None, warnings)))
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn a failed write into a message."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # MLX reports a failed write of weights as a RuntimeError, and only by its text.
+        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
+            raise
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"{path}: cannot be written ({why}); nothing of it was left behind. Make room, or "
+            "choose another --out"
+        ) from error
 
 
 def _write(
@@ -203,8 +228,8 @@ def _write(
         return gguf_file.write_file(
             source,
             live.tokenizer,
-            folder / gguf_name(form),
-            kind=form.gguf_type or "f16",
+            folder / gguf_file.file_name(form.gguf_type),
+            kind=form.gguf_type,
             progress=lambda done, total: progress("writing", done, total),
         )
     if form.format == "hf" and form.adapter:
@@ -224,11 +249,6 @@ def _write(
     return None
 
 
-def gguf_name(form: Form) -> str:
-    """Name of the GGUF file of an export."""
-    return f"model-{form.gguf_type or 'f16'}.gguf"
-
-
 def _logits_again(source: Source, folder: Path, form: Form, chat: tuple[int, ...]) -> Logits:
     """Logits of what was written, read back from the disk."""
     if form.format == "gguf":
@@ -236,7 +256,7 @@ def _logits_again(source: Source, folder: Path, form: Form, chat: tuple[int, ...
 
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             again = Path(scratch) / "model"
-            convert(folder / gguf_name(form), again)
+            convert(folder / gguf_file.file_name(form.gguf_type), again)
             return logits_of(load(again), chat)
     if not form.adapter:
         return logits_of(load(folder), chat)
@@ -246,16 +266,12 @@ def _logits_again(source: Source, folder: Path, form: Form, chat: tuple[int, ...
     return logits_of(loaded, chat)
 
 
-def _kept(
-    source: Source, form: Form, chat: tuple[int, ...], reference: Logits, found: Agreement
-) -> tuple[Agreement | None, tuple[str, ...]]:
-    """Whether weights that were rounded to few bits still hold the adapter."""
-    rounded = form.q_bits is not None or (form.gguf_type or "f16").startswith("q")
+def _kept(source: Source, form: Form, chat: tuple[int, ...], reference: Logits) -> Agreement | None:
+    """The student against its base, where few bits may have lost what lies between them."""
+    rounded = form.q_bits is not None or (form.gguf_type or "").startswith("q")
     if source.place.checkpoint is None or not rounded:
-        return None, ()
-    base = agreement(reference, logits_of(load(source.place.model), chat))
-    warning = check_adapter_kept(found, base)
-    return base, (warning,) if warning else ()
+        return None
+    return agreement(reference, logits_of(load(source.place.model), chat))
 
 
 def _problems(source: Source, count: int) -> tuple[Problem, ...]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0")
 _UNQUANTIZED = ("f32", "f16", "bf16")
+_DEFAULT = "f16"
 
 
 @dataclass(frozen=True)
@@ -272,12 +273,17 @@ def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: Any, shap
         writer.add_chat_template(template)
 
 
+def file_name(kind: str | None) -> str:
+    """What an export calls a file of one of ``TYPES``; ``None``: of the default one."""
+    return f"model-{kind or _DEFAULT}.gguf"
+
+
 def write_file(
     source: Source,
     tokenizer: Any,
     file: Path,
     *,
-    kind: str = "f16",
+    kind: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
     """Write the whole model, the adapter fused into it.
@@ -286,8 +292,8 @@ def write_file(
         source: what to write: a llama or qwen2 model with a byte-level BPE tokenizer.
         tokenizer: its tokenizer, as mlx-lm loads it.
         file: the file to write.
-        kind: one of ``TYPES``. With a quantised type, matrices whose quantised numbers fit a block
-            format keep both; norms and biases are float32 always.
+        kind: one of ``TYPES``, ``None``: f16. With a quantised type, matrices whose quantised
+            numbers fit a block format keep them; norms and biases are float32 always.
         progress: called with the tensors written, and their number in all.
 
     Raises:
@@ -295,6 +301,7 @@ def write_file(
     """
     import gguf
 
+    kind = kind or _DEFAULT
     base, config = open_lazily(source.place.model)
     check_architecture(config["model_type"], "--format gguf")
     args: Any = base.args

@@ -68,28 +68,32 @@ def read_vocabulary(path: Path, rows: int, arch: str) -> Vocabulary:
     Raises:
         UserError: it cannot be read, or llama.cpp would tokenise otherwise.
     """
+    from tokenizers import Tokenizer
+
     try:
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
-        model = tokenizer["model"]
-        if model.get("type") != "BPE" or model.get("byte_fallback"):
-            raise UserError(
-                f"{path}: --format gguf writes byte-level BPE tokenizers, and this one is another"
-            )
-        pre = _kind(path, tokenizer)
-        ids: dict[str, int] = model["vocab"]
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        added = tokenizer.get("added_tokens") or []
-        named = {number: (token, NORMAL) for token, number in ids.items()}
-        for token in added:
-            kind = CONTROL if token["special"] else USER_DEFINED
-            named[token["id"]] = (token["content"], kind)
-        stripping = [
-            token["content"]
-            for token in added
-            if token.get("lstrip") or token.get("rstrip") or token.get("single_word")
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: this is no tokenizer.json ({error!r})") from error
+        text = path.read_text(encoding="utf-8")
+        # It checks every field's type, so what follows can rely on them.
+        Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises the bare class
+        raise UserError(f"{path}: this is no tokenizer.json ({error})") from error
+    tokenizer = json.loads(text)
+    model = tokenizer["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise UserError(
+            f"{path}: --format gguf writes byte-level BPE tokenizers, and this one is another"
+        )
+    pre = _kind(path, tokenizer)
+    added = tokenizer.get("added_tokens") or []
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    named = {number: (token, NORMAL) for token, number in model["vocab"].items()}
+    for token in added:
+        kind = CONTROL if token["special"] else USER_DEFINED
+        named[token["id"]] = (token["content"], kind)
+    stripping = [
+        token["content"]
+        for token in added
+        if token["lstrip"] or token["rstrip"] or token["single_word"]
+    ]
     if arch == "qwen2" and PRETOKENIZERS[pre] != PRETOKENIZERS["qwen2"]:
         raise UserError(f"{path}: a qwen2 model with the split of {pre} is not supported")
     if (tokenizer.get("normalizer") or {"type": "NFC"}) != {"type": "NFC"}:

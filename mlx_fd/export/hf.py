@@ -29,7 +29,7 @@ def check_architecture(model_type: str, what: str) -> None:
         )
 
 
-def _config(config: dict[str, Any], args: Any, dtype: str, ends: Any) -> dict[str, Any]:
+def _config(config: dict[str, Any], args: Any, dtype: str, tokenizer: Any) -> dict[str, Any]:
     """config.json with all that mlx-lm and transformers would fill in differently."""
     written = {key: value for key, value in config.items() if key not in MLX_KEYS}
     written.pop("dtype", None)
@@ -38,7 +38,9 @@ def _config(config: dict[str, Any], args: Any, dtype: str, ends: Any) -> dict[st
         "num_key_value_heads": args.num_key_value_heads,
         "rope_theta": args.rope_theta,
         "tie_word_embeddings": args.tie_word_embeddings,
-        "eos_token_id": ends,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": end_tokens(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
         "torch_dtype": dtype,
     }
     return dict(sorted({**written, **told}.items()))
@@ -90,7 +92,7 @@ def write_model(
     dtype = dtype or "bfloat16"
     model.set_dtype(getattr(mx, dtype))
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    config = _config(config, model.args, dtype, end_tokens(tokenizer))
+    config = _config(config, model.args, dtype, tokenizer)
     del model
     split = split_state_dict_into_shards_factory(
         weights,

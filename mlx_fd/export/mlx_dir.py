@@ -42,9 +42,11 @@ def write_model(
 
     base, config = open_lazily(source.place.model)
     model = fused(source.place)
-    model.set_dtype(getattr(mx, dtype) if dtype else stored_dtype(base))
-    for key in MLX_KEYS:
+    wanted = getattr(mx, dtype) if dtype else stored_dtype(base)
+    model.set_dtype(wanted)
+    for key in (*MLX_KEYS, "dtype"):
         config.pop(key, None)
+    config["torch_dtype"] = str(wanted).removeprefix("mlx.core.")
     if q_bits is not None:
         # It prints, and standard output may belong to a script.
         with contextlib.redirect_stdout(io.StringIO()):

@@ -26,6 +26,8 @@ _FEEDBACK = "Step 1 should be 3 * 4 = 12, it is 3 * 4 = 12: right."
 # An export that is this share of the way from the student back to its base has lost the adapter.
 _LOST = 0.5
 _WORRYING = 0.1
+# Above this mean KL another precision is another model.
+_OTHER_MODEL = 0.01
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,16 @@ def agreement(reference: Logits, other: Logits) -> Agreement:
         mean_kl=max(0.0, float(divergence.mean())),
         worst_kl=max(0.0, float(divergence.max())),
         top1=float((reference.argmax(-1) == other.argmax(-1)).mean()),
+    )
+
+
+def check_precision(written: Agreement) -> str | None:
+    """A warning, where the type that the weights were written in changes what the model says."""
+    if written.mean_kl <= _OTHER_MODEL:
+        return None
+    return (
+        f"in this type the model is another one: mean KL {written.mean_kl:.3g}, and "
+        f"{written.top1:.1%} of the likeliest tokens are the same; a wider type keeps it"
     )
 
 
