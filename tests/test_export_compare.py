@@ -186,7 +186,7 @@ def test_llama_cpp_that_is_not_installed_comes_with_its_build_line(exports, tmp_
     env = {"PYTHONPATH": str(tmp_path)}
     done = shell("compare", exports / "gguf", cwd=tmp_path, env=env)
     assert done.status == 1
-    assert "-DGGML_CUDA=on" in done.out and "pip install llama-cpp-python" in done.out
+    assert "-DGGML_CUDA=on" in done.out and "mlx-fd[llama-cpp]" in done.out
 
 
 def test_what_the_user_got_wrong_is_said(exports, export, tmp_path):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_fd import roles
 from mlx_fd.export.gguf_file import Written, file_name
+from mlx_fd.export.guide import how_to_compare
 from mlx_fd.export.verify import Agreement
 
 if TYPE_CHECKING:
@@ -323,10 +324,5 @@ def _same(
             "these few bits have to keep.\n"
         )
     if form.parity_problems:
-        text += (
-            "\n`parity/` holds what the student said where it was trained. Any engine is held "
-            "against it, on any machine, with one command:\n\n"
-            "    pip install mlx-fd      # Linux: mlx-fd[cpu]; with an NVIDIA GPU: mlx-fd[cuda]\n"
-            "    mlx-fd compare .\n"
-        )
+        text += "\n" + how_to_compare(form.format, adapter=form.adapter)
     return text

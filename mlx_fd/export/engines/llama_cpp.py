@@ -17,10 +17,11 @@ from mlx_fd.export.engines.local import LocalEngine
 
 INSTALL = (
     "llama.cpp is not installed here; it is built while you wait:\n"
-    "  pip install llama-cpp-python                                      (CPU; Metal on a Mac)\n"
-    '  CMAKE_ARGS="-DGGML_CUDA=on" pip install llama-cpp-python          (an NVIDIA GPU)'
+    '  pip install "mlx-fd[llama-cpp]"                             (CPU; Metal on a Mac)\n'
+    '  CMAKE_ARGS="-DGGML_CUDA=on" pip install llama-cpp-python    (an NVIDIA GPU)'
 )
 _BATCH = 512
+_ALL_LAYERS = 2**31 - 1  # -1 means all in new versions only
 _FLOAT_TYPES = ("F32", "F16", "BF16")
 _SHORTEST_CONTEXT = 1024
 
@@ -38,7 +39,7 @@ class LlamaCppEngine(LocalEngine):
         self._c: Any = llama_cpp
         self._c.llama_backend_init()
         settings = self._c.llama_model_default_params()
-        settings.n_gpu_layers = -1
+        settings.n_gpu_layers = _ALL_LAYERS
         self._model = self._c.llama_model_load_from_file(str(file).encode(), settings)
         if not self._model:
             raise UserError(
