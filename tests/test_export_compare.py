@@ -181,6 +181,20 @@ def test_an_engine_that_takes_its_process_down_is_reported(exports, monkeypatch,
     assert outcome["failure"].startswith(f"llama.cpp ended with status {-signal.SIGABRT}")
 
 
+def test_no_code_of_an_export_is_run(export):
+    """Neither from its folder, where the user may stand, nor by its configuration."""
+    for name in ("numpy", "mlx", "json", "llama_cpp", "custom"):
+        (export / f"{name}.py").write_text("open('ran', 'w')\n")
+    done = shell("compare", ".", "--limit", 0, cwd=export)
+    assert done.status == 0, done
+    assert f"mlx {export.name}: the same model" in done.out
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps({**config, "model_file": "custom.py"}))
+    done = shell("compare", ".", "--limit", 0, cwd=export)
+    assert done.status == 1 and "could not be compared" in done.out
+    assert not (export / "ran").exists()
+
+
 def test_llama_cpp_that_is_not_installed_comes_with_its_build_line(exports, tmp_path):
     (tmp_path / "llama_cpp.py").write_text("raise ImportError('not here')\n")
     env = {"PYTHONPATH": str(tmp_path)}

@@ -179,9 +179,10 @@ def run(
         ``{"measures": ...}`` as of :func:`mlx_fd.export.measures.measure`, or ``{"failure": ...}``
         with the reason, also where the engine took its process down.
     """
-    label = f"{job.engine} {Path(job.target).name}"
+    label = f"{job.engine} {Path(job.target).resolve().name}"
     with subprocess.Popen(
-        [sys.executable, "-m", "mlx_fd.export.worker"],
+        # -P: the current directory may be an export of someone else's, with a numpy.py in it.
+        [sys.executable, "-P", "-m", "mlx_fd.export.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=None if debug else subprocess.DEVNULL,
@@ -189,8 +190,9 @@ def run(
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(_as_request(job, asked))
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(_as_request(job, asked))
+                process.stdin.close()
             for line in process.stdout:
                 said = json.loads(line)
                 if "done" not in said:
