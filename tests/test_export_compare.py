@@ -203,6 +203,20 @@ def test_llama_cpp_that_is_not_installed_comes_with_its_build_line(exports, tmp_
     assert "-DGGML_CUDA=on" in done.out and "mlx-fd[llama-cpp]" in done.out
 
 
+def test_without_a_backend_only_mlx_cannot_run(exports, tmp_path):
+    package = tmp_path / "mlx"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object')")
+    env = {"PYTHONPATH": str(tmp_path)}
+    done = shell("compare", exports / "mlx", cwd=tmp_path, env=env)
+    assert done.status == 1 and "could not be compared: MLX has no backend here" in done.out
+    assert 'pip install "mlx-fd[cuda]"' in done.out
+    pytest.importorskip("llama_cpp")
+    done = shell("compare", exports / "gguf", "--limit", 0, cwd=tmp_path, env=env)
+    assert done.status == 0, done
+
+
 def test_what_the_user_got_wrong_is_said(exports, export, tmp_path):
     mlx = exports / "mlx"
     for arguments, texts in {
