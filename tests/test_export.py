@@ -190,6 +190,15 @@ def test_bits_that_lose_the_adapter_are_refused(folder, quantized, tmp_path):
     assert done.agreement.mean_kl < 1e-9
 
 
+def test_a_student_before_its_first_update(folder, run, quantized, tmp_path):
+    fresh = trained.make_run(folder / "fresh", quantized, strength=0.0)
+    (fresh / "checkpoints" / "000001").rename(fresh / "checkpoints" / "000000")
+    done = write(fresh / "checkpoints" / "000000", tmp_path / "out", q_bits=8)
+    assert any("000000 is the student before its first update" in w for w in done.warnings)
+    assert done.kept is not None and done.kept.mean_kl == 0
+    assert write(run, tmp_path / "other", adapter=True).warnings == ()
+
+
 def test_kl_by_hand():
     """Two tokens, probabilities (3/4, 1/4) against (1/2, 1/2), and once the same."""
     one = np.log(np.array([[3.0, 1.0], [1.0, 1.0]], dtype=np.float32))
@@ -471,10 +480,30 @@ def test_damaged_checkpoints_are_refused(run, base, tmp_path):
             write(tmp_path / "run", tmp_path / "out")
         file.write_bytes(whole)
     file = tmp_path / "run" / "checkpoints" / "000001" / "adapter_config.json"
-    for text in ("", "[]", "{", '{"fine_tune_type": "lora"}'):
+    config = json.loads(file.read_text())
+    changes = (
+        {"lora_parameters": {**config["lora_parameters"], "scale": 4.0}},
+        {"lora_parameters": None},
+        {"num_layers": "all"},
+        {"fine_tune_type": "dora"},
+    )
+    for text in ("", "[]", "{", *(json.dumps({**config, **change}) for change in changes)):
         file.write_text(text)
-        with pytest.raises(UserError):
-            write(tmp_path / "run", tmp_path / "out")
+        for form in ({}, {"format": "hf", "adapter": True}):
+            with pytest.raises(UserError, match=r"adapter_config\.json"):
+                write(tmp_path / "run", tmp_path / "out", **form)
+    # The base may be elsewhere now.
+    file.write_text(json.dumps({**config, "model": "elsewhere"}))
+    write(tmp_path / "run", tmp_path / "out", adapter=True)
+    for name in ("summary.json", "manifest.json"):
+        file = tmp_path / "run" / name
+        whole = file.read_text() if file.exists() else ""
+        found = json.loads(whole) if whole else {}
+        file.write_text(json.dumps({**found, "options": 1, "probe": {"before": {"lm": 1.0}}}))
+        with pytest.raises(UserError, match=r"summary\.json is not what mlx-fd wrote"):
+            write(tmp_path / "run", tmp_path / "again", adapter=True)
+        assert not (tmp_path / "again").exists()
+        file.write_text(whole) if whole else file.unlink()
 
 
 def test_models_that_cannot_be_written(run, tmp_path):
