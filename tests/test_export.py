@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import tiny
@@ -22,8 +23,9 @@ import mlx.core as mx  # noqa: E402
 import mlx_lm  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
+from mlx_fd.cli import cli  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
-from mlx_fd.export import hf, verify  # noqa: E402
+from mlx_fd.export import exporter, gguf_file, hf, verify  # noqa: E402
 from mlx_fd.export.bundle import read_bundle  # noqa: E402
 from mlx_fd.export.exporter import Exported, Form, as_json_value, export  # noqa: E402
 from mlx_fd.export.source import open_source  # noqa: E402
@@ -427,9 +429,9 @@ SUMMARY = {
 
 
 def test_parity_bundle(run, tmp_path):
-    done = write(run, tmp_path / "out", dtype="float32", parity_problems=3)
+    done = write(run, tmp_path / "out", dtype="float32", parity_problems=1)
     bundle = read_bundle(tmp_path / "out")
-    assert bundle.vocab == 400 and len(bundle.items) == 3
+    assert bundle.vocab == 400 and len(bundle.items) == 1
     wanted = {"name": "run", "base": "base", "format": "mlx", "mean_kl": done.agreement.mean_kl}
     assert bundle.source == wanted
     assert {"parity/bundle.json", "parity/reference.safetensors"} <= set(done.files)
@@ -525,6 +527,21 @@ def test_models_that_cannot_be_written(run, tmp_path):
             write(plain, tmp_path / "out", format=form)
 
 
+def test_the_command_line_offers_what_can_be_written():
+    offered = {
+        param.name: tuple(param.type.choices)
+        for param in cli.commands["export"].params
+        if isinstance(param.type, click.Choice)
+    }
+    assert offered == {
+        "form": exporter.FORMATS,
+        "dtype": exporter.DTYPES,
+        "q_bits": tuple(map(str, exporter.Q_BITS)),
+        "q_group_size": tuple(map(str, exporter.Q_GROUP_SIZES)),
+        "gguf_type": gguf_file.TYPES,
+    }
+
+
 @pytest.mark.parametrize(
     ("form", "text"),
     [
@@ -536,6 +553,9 @@ def test_models_that_cannot_be_written(run, tmp_path):
         ({"gguf_type": "f16"}, "is for --format gguf"),
         ({"adapter": True, "dtype": "float16"}, "written as it was trained"),
         ({"base_model": "a/b"}, "--base-model goes with"),
+        ({"format": "onnx"}, "onnx is none of mlx, hf, gguf"),
+        ({"q_bits": 3}, "3 is none of 4, 8"),
+        ({"format": "gguf", "gguf_type": "q4_k"}, "q4_k is none of f32, f16"),
     ],
 )
 def test_options_that_do_not_go_together(run, tmp_path, form, text):
@@ -569,7 +589,7 @@ def test_what_came_meanwhile_is_not_overwritten(run, tmp_path):
 
 def test_the_same_export_twice(run, tmp_path):
     for name in ("a", "b"):
-        write(run, tmp_path / name, parity_problems=2)
+        write(run, tmp_path / name, format="hf")
     ours, theirs = (
         {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.*")}
         for name in ("a", "b")

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("mlx", "hf", "gguf")
 DTYPES = ("float16", "bfloat16", "float32")
+Q_BITS = (4, 8)
+Q_GROUP_SIZES = (32, 64, 128)
 SCORE_HEAD = "score_head.safetensors"
 
 Progress = Callable[[str, int, int], None]
@@ -100,6 +102,15 @@ def check_form(form: Form) -> None:
     Raises:
         UserError: they do not.
     """
+    for value, known in (
+        (form.format, FORMATS),
+        (form.dtype, (None, *DTYPES)),
+        (form.gguf_type, (None, *gguf_file.TYPES)),
+        (form.q_bits, (None, *Q_BITS)),
+        (form.q_group_size, (None, *Q_GROUP_SIZES)),
+    ):
+        if value not in known:
+            raise UserError(f"{value} is none of {', '.join(str(k) for k in known if k)}")
     gguf = form.format == "gguf"
     refused = {
         "--adapter: a GGUF file holds the whole model; leave --adapter out": gguf and form.adapter,
