@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import tiny
@@ -22,8 +23,9 @@ import mlx.core as mx  # noqa: E402
 import mlx_lm  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
+from mlx_fd.cli import cli  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
-from mlx_fd.export import hf, verify  # noqa: E402
+from mlx_fd.export import exporter, gguf_file, hf, verify  # noqa: E402
 from mlx_fd.export.bundle import read_bundle  # noqa: E402
 from mlx_fd.export.exporter import Exported, Form, as_json_value, export  # noqa: E402
 from mlx_fd.export.source import open_source  # noqa: E402
@@ -188,6 +190,15 @@ def test_bits_that_lose_the_adapter_are_refused(folder, quantized, tmp_path):
     assert list(tmp_path.iterdir()) == []
     done = write(run, tmp_path / "out", dtype="float32")
     assert done.agreement.mean_kl < 1e-9
+
+
+def test_a_student_before_its_first_update(folder, run, quantized, tmp_path):
+    fresh = trained.make_run(folder / "fresh", quantized, strength=0.0)
+    (fresh / "checkpoints" / "000001").rename(fresh / "checkpoints" / "000000")
+    done = write(fresh / "checkpoints" / "000000", tmp_path / "out", q_bits=8)
+    assert any("000000 is the student before its first update" in w for w in done.warnings)
+    assert done.kept is not None and done.kept.mean_kl == 0
+    assert write(run, tmp_path / "other", adapter=True).warnings == ()
 
 
 def test_kl_by_hand():
@@ -418,9 +429,9 @@ SUMMARY = {
 
 
 def test_parity_bundle(run, tmp_path):
-    done = write(run, tmp_path / "out", dtype="float32", parity_problems=3)
+    done = write(run, tmp_path / "out", dtype="float32", parity_problems=1)
     bundle = read_bundle(tmp_path / "out")
-    assert bundle.vocab == 400 and len(bundle.items) == 3
+    assert bundle.vocab == 400 and len(bundle.items) == 1
     wanted = {"name": "run", "base": "base", "format": "mlx", "mean_kl": done.agreement.mean_kl}
     assert bundle.source == wanted
     assert {"parity/bundle.json", "parity/reference.safetensors"} <= set(done.files)
@@ -471,10 +482,30 @@ def test_damaged_checkpoints_are_refused(run, base, tmp_path):
             write(tmp_path / "run", tmp_path / "out")
         file.write_bytes(whole)
     file = tmp_path / "run" / "checkpoints" / "000001" / "adapter_config.json"
-    for text in ("", "[]", "{", '{"fine_tune_type": "lora"}'):
+    config = json.loads(file.read_text())
+    changes = (
+        {"lora_parameters": {**config["lora_parameters"], "scale": 4.0}},
+        {"lora_parameters": None},
+        {"num_layers": "all"},
+        {"fine_tune_type": "dora"},
+    )
+    for text in ("", "[]", "{", *(json.dumps({**config, **change}) for change in changes)):
         file.write_text(text)
-        with pytest.raises(UserError):
-            write(tmp_path / "run", tmp_path / "out")
+        for form in ({}, {"format": "hf", "adapter": True}):
+            with pytest.raises(UserError, match=r"adapter_config\.json"):
+                write(tmp_path / "run", tmp_path / "out", **form)
+    # The base may be elsewhere now.
+    file.write_text(json.dumps({**config, "model": "elsewhere"}))
+    write(tmp_path / "run", tmp_path / "out", adapter=True)
+    for name in ("summary.json", "manifest.json"):
+        file = tmp_path / "run" / name
+        whole = file.read_text() if file.exists() else ""
+        found = json.loads(whole) if whole else {}
+        file.write_text(json.dumps({**found, "options": 1, "probe": {"before": {"lm": 1.0}}}))
+        with pytest.raises(UserError, match=r"summary\.json is not what mlx-fd wrote"):
+            write(tmp_path / "run", tmp_path / "again", adapter=True)
+        assert not (tmp_path / "again").exists()
+        file.write_text(whole) if whole else file.unlink()
 
 
 def test_models_that_cannot_be_written(run, tmp_path):
@@ -496,6 +527,21 @@ def test_models_that_cannot_be_written(run, tmp_path):
             write(plain, tmp_path / "out", format=form)
 
 
+def test_the_command_line_offers_what_can_be_written():
+    offered = {
+        param.name: tuple(param.type.choices)
+        for param in cli.commands["export"].params
+        if isinstance(param.type, click.Choice)
+    }
+    assert offered == {
+        "form": exporter.FORMATS,
+        "dtype": exporter.DTYPES,
+        "q_bits": tuple(map(str, exporter.Q_BITS)),
+        "q_group_size": tuple(map(str, exporter.Q_GROUP_SIZES)),
+        "gguf_type": gguf_file.TYPES,
+    }
+
+
 @pytest.mark.parametrize(
     ("form", "text"),
     [
@@ -507,6 +553,9 @@ def test_models_that_cannot_be_written(run, tmp_path):
         ({"gguf_type": "f16"}, "is for --format gguf"),
         ({"adapter": True, "dtype": "float16"}, "written as it was trained"),
         ({"base_model": "a/b"}, "--base-model goes with"),
+        ({"format": "onnx"}, "onnx is none of mlx, hf, gguf"),
+        ({"q_bits": 3}, "3 is none of 4, 8"),
+        ({"format": "gguf", "gguf_type": "q4_k"}, "q4_k is none of f32, f16"),
     ],
 )
 def test_options_that_do_not_go_together(run, tmp_path, form, text):
@@ -540,7 +589,7 @@ def test_what_came_meanwhile_is_not_overwritten(run, tmp_path):
 
 def test_the_same_export_twice(run, tmp_path):
     for name in ("a", "b"):
-        write(run, tmp_path / name, parity_problems=2)
+        write(run, tmp_path / name, format="hf")
     ours, theirs = (
         {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.*")}
         for name in ("a", "b")

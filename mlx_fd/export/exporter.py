@@ -31,12 +31,15 @@ from mlx_fd.export.verify import (
 from mlx_fd.feedback import open_student
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.storage import new_directory
+from mlx_fd.runs import MANIFEST, SUMMARY
 
 if TYPE_CHECKING:
     from mlx_fd.problems import Problem
 
 FORMATS = ("mlx", "hf", "gguf")
 DTYPES = ("float16", "bfloat16", "float32")
+Q_BITS = (4, 8)
+Q_GROUP_SIZES = (32, 64, 128)
 SCORE_HEAD = "score_head.safetensors"
 
 Progress = Callable[[str, int, int], None]
@@ -99,6 +102,15 @@ def check_form(form: Form) -> None:
     Raises:
         UserError: they do not.
     """
+    for value, known in (
+        (form.format, FORMATS),
+        (form.dtype, (None, *DTYPES)),
+        (form.gguf_type, (None, *gguf_file.TYPES)),
+        (form.q_bits, (None, *Q_BITS)),
+        (form.q_group_size, (None, *Q_GROUP_SIZES)),
+    ):
+        if value not in known:
+            raise UserError(f"{value} is none of {', '.join(str(k) for k in known if k)}")
     gguf = form.format == "gguf"
     refused = {
         "--adapter: a GGUF file holds the whole model; leave --adapter out": gguf and form.adapter,
@@ -174,7 +186,7 @@ def export(
         progress("comparing", 1, 2)
         found = agreement(reference, _logits_again(source, working, form, chat))
         kept = _kept(source, form, chat, reference)
-        warnings = [check_precision(found)]
+        warnings = [check_precision(found), _untrained(source)]
         if kept is not None:
             warnings.append(check_adapter_kept(found, kept))
         if form.parity_problems:
@@ -191,7 +203,13 @@ def export(
                 progress=lambda done, total: progress("parity bundle", done, total),
             )
             write_bundle(bundle, working)
-        write_card(source, form, student, found, kept, written, working)
+        try:
+            write_card(source, form, student, found, kept, written, working)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{source.place.run}: its {MANIFEST} or {SUMMARY} is not what mlx-fd wrote "
+                f"({error!r}); bring the old file back"
+            ) from error
         sizes = {
             path.relative_to(working).as_posix(): path.stat().st_size
             for path in sorted(working.rglob("*"))
@@ -272,6 +290,16 @@ def _kept(source: Source, form: Form, chat: tuple[int, ...], reference: Logits) 
     if source.place.checkpoint is None or not rounded:
         return None
     return agreement(reference, logits_of(load(source.place.model), chat))
+
+
+def _untrained(source: Source) -> str | None:
+    checkpoint = source.place.checkpoint
+    if checkpoint is None or not checkpoint.name.isdigit() or int(checkpoint.name) > 0:
+        return None
+    return (
+        f"checkpoint {checkpoint.name} is the student before its first update: on the probe set "
+        "the run made it no better, and this export is the base model"
+    )
 
 
 def _problems(source: Source, count: int) -> tuple[Problem, ...]:

@@ -6,27 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlx_fd.errors import UserError
 from mlx_fd.export.mlx_dir import MLX_KEYS
-from mlx_fd.export.source import Source, copy_tokenizer, fused
+from mlx_fd.export.source import (
+    Source,
+    check_architecture,
+    copy_tokenizer,
+    end_tokens,
+    fused,
+)
 from mlx_fd.models.gguf import ARCHITECTURES
 from mlx_fd.models.loading import open_lazily
 
 # The hub's own limit for one file of a model.
 _SHARD_BYTES = 5_000_000_000
-
-
-def check_architecture(model_type: str, what: str) -> None:
-    """Make sure that tensors have the same names and shapes in MLX as everywhere else.
-
-    Raises:
-        UserError: that has not been made sure of for this architecture.
-    """
-    if model_type not in ARCHITECTURES:
-        raise UserError(
-            f"{what} is written for {' and '.join(ARCHITECTURES)} models, and this one is "
-            f"{model_type}; --format mlx takes every architecture"
-        )
 
 
 def _config(config: dict[str, Any], args: Any, dtype: str, tokenizer: Any) -> dict[str, Any]:
@@ -53,13 +45,6 @@ def _generation_config(source: Source, config: dict[str, Any]) -> dict[str, Any]
         return {**found, "eos_token_id": config["eos_token_id"]}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: config[name] for name in names if config.get(name) is not None}
-
-
-def end_tokens(tokenizer: Any) -> int | list[int] | None:
-    """The ids that end a turn, the tokenizer's own first; as config.json writes them."""
-    own = tokenizer.eos_token_id
-    ends = [*([own] if own is not None else []), *sorted(tokenizer.eos_token_ids - {own})]
-    return ends[0] if len(ends) == 1 else ends or None
 
 
 def write_model(

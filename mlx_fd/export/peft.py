@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.export.hf import check_architecture, write_json
-from mlx_fd.export.source import Source, adapter_config
+from mlx_fd.export.hf import write_json
+from mlx_fd.export.source import Source, adapter_config, check_architecture
 from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.student import ADAPTER_WEIGHTS, read_arrays
 
@@ -40,7 +40,7 @@ def write_adapter(source: Source, folder: Path, *, base_model: str | None = None
     import mlx.core as mx
 
     config = adapter_config(source.place)
-    if config.get("fine_tune_type", "lora") != "lora":
+    if config["fine_tune_type"] != "lora":
         raise UserError(
             "--adapter: this student was trained in all its weights, and PEFT's format holds "
             "LoRA; leave --adapter out"

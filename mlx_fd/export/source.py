@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd import runs
+from mlx_fd.config import ModelOptions
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import Place, find
 from mlx_fd.models.aliases import ALIASES
+from mlx_fd.models.gguf import ARCHITECTURES
 from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.resolve import parse_name
 from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS, read_arrays
@@ -72,6 +74,7 @@ def open_source(name: str) -> Source:
     assert place.checkpoint is not None
     for part in (ADAPTER_WEIGHTS, HEADS):
         _check_file(place.checkpoint / part)
+    _check_adapter_config(place, place.config.models)
     return Source(
         place,
         place.run.name,
@@ -132,6 +135,19 @@ def _check_file(path: Path) -> None:
             )
 
 
+def check_architecture(model_type: str, what: str) -> None:
+    """Make sure that tensors have the same names and shapes in MLX as everywhere else.
+
+    Raises:
+        UserError: that has not been made sure of for this architecture.
+    """
+    if model_type not in ARCHITECTURES:
+        raise UserError(
+            f"{what} is written for {' and '.join(ARCHITECTURES)} models, and this one is "
+            f"{model_type}; --format mlx takes every architecture"
+        )
+
+
 def stored_dtype(model: nn.Module) -> mx.Dtype:
     """The type of a model's matrices; of their scales where they are quantised."""
     import mlx.core as mx
@@ -187,11 +203,30 @@ def adapter_config(place: Place) -> dict[str, Any]:
     return _read_json(place.checkpoint / ADAPTER_CONFIG)
 
 
+def _check_adapter_config(place: Place, options: ModelOptions) -> None:
+    """Make sure that mlx-lm puts the adapter on as the run did; a user may edit this file."""
+    config, path = adapter_config(place), f"{place.checkpoint}/{ADAPTER_CONFIG}"
+    lora = {"rank": options.lora_rank, "scale": options.lora_scale, "dropout": 0.0}
+    wanted = {"fine_tune_type": options.train, "lora_parameters": lora}
+    for key, value in wanted.items():
+        if config.get(key) != value:
+            raise UserError(f"{path}: {key} is {config.get(key)!r}, and the run had {value!r}")
+    if type(config.get("num_layers")) is not int:
+        raise UserError(f"{path}: num_layers is {config.get('num_layers')!r}, no whole number")
+
+
 def changed_modules(place: Place) -> set[str]:
     """Names of the modules whose weights the training changed."""
     if place.checkpoint is None:
         return set()
     return {name.rsplit(".", 1)[0] for name in read_arrays(place.checkpoint / ADAPTER_WEIGHTS)}
+
+
+def end_tokens(tokenizer: Any) -> int | list[int] | None:
+    """The ids that end a turn, the tokenizer's own first; as config.json writes them."""
+    own = tokenizer.eos_token_id
+    ends = [*([own] if own is not None else []), *sorted(tokenizer.eos_token_ids - {own})]
+    return ends[0] if len(ends) == 1 else ends or None
 
 
 def copy_tokenizer(model: Path, folder: Path) -> None:

@@ -138,9 +138,10 @@ def check_adapter_kept(written: Agreement, base: Agreement) -> str | None:
     if base.mean_kl == 0:
         return None
     share = written.mean_kl / base.mean_kl
+    compared = f"{share:.0%} of that" if share < 1 else f"{share:.3g} times as far"
     found = (
         f"the adapter moved the model by a mean KL of {base.mean_kl:.3g}, and writing it in these "
-        f"bits moves it by {written.mean_kl:.3g} ({share:.0%} of that)"
+        f"bits moves it by {written.mean_kl:.3g} ({compared})"
     )
     if share >= _LOST:
         raise UserError(
