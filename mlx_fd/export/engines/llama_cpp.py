@@ -62,7 +62,7 @@ class LlamaCppEngine(LocalEngine):
         kind = self._described()
         self.quantized = kind.rsplit(" ", 1)[-1] not in _FLOAT_TYPES
         gpu = self._c.llama_supports_gpu_offload()
-        on = "GPU" if gpu else f"cpu, {context.n_threads} threads"
+        on = "GPU" if gpu else f"cpu with {context.n_threads} of its cores"
         self.about = f"llama-cpp-python {llama_cpp.__version__} on {on}, {kind}"
         if gpu:
             self.missing["peak memory"] = "llama.cpp does not say what it holds on the GPU"
