@@ -92,7 +92,7 @@ def whole(model, sequence, vocab):
 def test_an_engine_is_measured_as_two_plain_passes_say(perturbed):
     bundle, reference, engine = perturbed
     found = measure(engine, bundle, (), lambda done, total: None)
-    mine, same, following, theirs = [], [], [], []
+    mine, same, clear, following, theirs = [], [], [], [], []
     for prompt in bundle.prompts:
         p, q = (
             whole(model, prompt.sequence, bundle.vocab)[prompt.begin :]
@@ -103,11 +103,16 @@ def test_an_engine_is_measured_as_two_plain_passes_say(perturbed):
         tails = [np.log1p(-np.exp(x).sum(-1, keepdims=True)) for x in kept]
         mine.append(kl(*(np.concatenate([x, t], -1) for x, t in zip(kept, tails, strict=True))))
         same.append(p.argmax(-1) == q.argmax(-1))
+        first, second = np.sort(p, -1)[:, [-1, -2]].T
+        clear.append(first - second >= 0.1)
         own = len(prompt.greedy)
         rows = np.arange(len(p))[-own:]
         following.append(q[rows, prompt.greedy])
         theirs.append(p[rows, prompt.greedy])
     mine, same = np.concatenate(mine), np.concatenate(same)
+    clear = np.concatenate(clear)
+    assert 0 < clear.sum() < len(clear)
+    assert found["clear"] == {"agreeing": int(same[clear].sum()), "n": int(clear.sum())}
     assert found["kl"]["n"] == len(mine) == sum(prompt.positions for prompt in bundle.prompts)
     np.testing.assert_allclose(found["kl"]["mean"], mine.mean(), rtol=1e-3)
     np.testing.assert_allclose(found["kl"]["worst"], mine.max(), rtol=1e-3)

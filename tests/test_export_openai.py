@@ -259,6 +259,22 @@ def test_nobody_there(bundle):
         OpenAIEngine(f"http://127.0.0.1:{port}", bundle)
 
 
+def test_a_server_that_does_not_answer_is_left_after_one_try(bundle, monkeypatch):
+    monkeypatch.setattr(openai, "_SECONDS", 0.3)
+    asked, release = [], threading.Event()
+
+    def answer(method, path, body):
+        asked.append(path)
+        release.wait(10)
+        return as_json({})
+
+    with serving(answer) as (url, _):
+        with pytest.raises(UserError, match=r"cannot be reached \(timed out\)|broke off"):
+            OpenAIEngine(url, bundle)
+        release.set()
+    assert asked == ["/v1/models"]
+
+
 def test_several_models_want_a_choice(bundle):
     models = as_json({"data": [{"id": "a"}, {"id": "b"}]})
     with (

@@ -36,7 +36,8 @@ class Tolerance:
 
     Attributes:
         mean_kl: nats, at most.
-        top1: share of positions with the same likeliest token, at least.
+        top1: share of positions with the same likeliest token, at least; where the reference's two
+            likeliest are a near tie, either will do.
     """
 
     mean_kl: float
@@ -209,15 +210,15 @@ def run(
 def _reasons(measures: Mapping[str, Any], tolerance: Tolerance) -> list[str]:
     """Why it is not the same model; empty where it is."""
     found = []
-    tokens, kl, top1 = measures["tokenisation"], measures["kl"], measures["top1"]
+    tokens, kl, clear = measures["tokenisation"], measures["kl"], measures["clear"]
     if tokens["equal"] < tokens["n"]:
         found.append(f"{tokens['n'] - tokens['equal']} of {tokens['n']} prompts get other tokens")
     if kl["mean"] is not None and kl["mean"] > tolerance.mean_kl:
         found.append(f"mean KL {kl['mean']:.2g} is above {tolerance.mean_kl:g}")
-    if top1["agreeing"] < tolerance.top1 * top1["n"]:
-        share = top1["agreeing"] / top1["n"]
+    if clear["agreeing"] < tolerance.top1 * clear["n"]:
+        share = clear["agreeing"] / clear["n"]
         found.append(f"{share:.1%} of the likeliest tokens agree, not {tolerance.top1:.0%}")
-    if not top1["n"]:
+    if not measures["top1"]["n"]:
         found.append("nothing could be compared")
     return found
 

@@ -18,6 +18,7 @@ from mlx_fd.summary import wilson
 # Below what is left of 1 after 64 float32 log-probabilities are taken from it.
 _TAIL_FLOOR = 1e-7
 _WARM_UP = 2  # tokens
+NEAR_TIE = 0.1  # nats between the reference's two likeliest tokens; rounding may swap them
 
 Measures = dict[str, Any]
 
@@ -67,6 +68,10 @@ def _parity(prompts: Sequence[Prompt], followed: Sequence[Followed]) -> Measures
     kl = kl[~np.isnan(kl)]
     shared = np.concatenate([(~np.isnan(f.logprobs)).sum(-1) for _, f in pairs])
     top = np.concatenate([f.top for _, f in pairs])
+    margin = np.concatenate(
+        [(p.top_logprobs[:, 0] - p.top_logprobs[:, 1])[f.rows] for p, f in pairs]
+    )
+    clear = margin >= NEAR_TIE
     # Rows of the continuation: those that predict a token after the prompt's last.
     ours = [(p, f, f.rows + p.begin >= len(p.tokens) - 1) for p, f in pairs]
     engine = np.concatenate([f.next_logprobs[own] for _, f, own in ours])
@@ -87,6 +92,7 @@ def _parity(prompts: Sequence[Prompt], followed: Sequence[Followed]) -> Measures
             "tokens": float(shared[shared > 0].mean()) if len(kl) else 0.0,
         },
         "top1": {"agreeing": int(top.sum()), "n": len(top)},
+        "clear": {"agreeing": int(top[clear].sum()), "n": int(clear.sum())},
         "perplexity": {
             "engine": _perplexity(engine),
             "reference": _perplexity(reference),

@@ -39,8 +39,8 @@ server tells only its own few top log-probabilities: then only the tokens that b
 and only the continuation's positions count.</li>
 <li><b>Greedy tokens agreeing</b> counts those before a continuation's first difference. After it
 the two go different ways, and a near tie is enough for that.</li>
-<li><b>Likeliest token the same</b>: teacher-forced, at every position. The verdict rests on it, on
-the mean KL and on equal tokens.</li>
+<li><b>Likeliest token the same</b>: teacher-forced, at every position. The verdict rests on it,
+near ties of the reference's two likeliest tokens aside, on the mean KL and on equal tokens.</li>
 <li><b>Perplexity</b> is that of the reference's own continuations.</li>
 <li><b>Problems</b> are answered greedily; in brackets a 95 % Wilson interval.</li>
 <li><b>Speed</b>: medians over the longest prompts, one sequence at a time.</li>

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mlx_fd.export.measures import NEAR_TIE
+
 _NOTHING = "n/a"
 
 
@@ -46,6 +48,7 @@ def measured(row: Mapping[str, Any]) -> dict[str, str]:
         "mean KL, nats": _number(kl["mean"], ".2g"),
         "worst KL, nats": _number(kl["worst"], ".2g"),
         "likeliest token the same": _share(found["top1"], "agreeing"),
+        "the same, near ties aside": _share(found["clear"], "agreeing"),
         "perplexity": _number(found["perplexity"]["engine"], ".4f"),
         "perplexity, reference": _number(found["perplexity"]["reference"], ".4f"),
     }
@@ -79,7 +82,8 @@ def notes(row: Mapping[str, Any]) -> list[str]:
         )
     said.append(
         f"tolerance for {row['weights']} weights: same tokens, mean KL at most "
-        f"{tolerance['mean_kl']:g}, likeliest token the same at {tolerance['top1']:.0%} or more"
+        f"{tolerance['mean_kl']:g}, likeliest token the same at {tolerance['top1']:.0%} or more, "
+        f"near ties (within {NEAR_TIE:g} nats) aside"
     )
     return said + [f"{what}: n/a, {why}" for what, why in found["missing"].items()]
 

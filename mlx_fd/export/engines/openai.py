@@ -32,7 +32,8 @@ from mlx_fd.export.engines import TIMED_ROLE, Followed, Timing
 _SECONDS = 300.0  # without a byte from the server
 _PATIENCE = (1.0, 4.0)  # seconds before the second and the third try
 _LARGEST = 32 << 20  # bytes of a response
-_BUSY = (429, 500, 502, 503, 504)
+_LONGEST_LINE, _MOST_LINES = 1 << 20, 10_000  # of a stream
+_BUSY = (429, 502, 503, 504)
 _PROBE = 8  # tokens
 _MOST_REQUESTS = 8  # a prompt
 _ROUNDING = 1e-3  # by which a log-probability may be above 0
@@ -58,6 +59,10 @@ class _Step:
 
     chosen: Token
     logprobs: dict[Token, float]
+
+
+class _Unusable(UserError):
+    """The server answered, and what it said cannot be used: another request may do better."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -145,7 +150,7 @@ class OpenAIEngine:
                 self.missing["API key"] = "OPENAI_API_KEY is not sent over plain http"
         self._model = model or self._only_model()
         self.about = f"{self._root}, {self._model or 'its own model'}"
-        self._answered: dict[tuple[int, ...], tuple[list[_Step], int | None]] = {}
+        self._answered: dict[tuple[str, int], tuple[list[_Step], int | None]] = {}
         self._plain: dict[str, float] = {}
         self._by_ids, self._dialect = self._probe()
         self._tokenizer = self._can_tokenise()
@@ -157,8 +162,9 @@ class OpenAIEngine:
         """A response under way.
 
         Raises:
-            UserError: the server cannot be reached, refuses, or breaks off; after three tries
-                where trying again may help.
+            _Unusable: the server refuses.
+            UserError: it cannot be reached, redirects, or breaks off; after three tries where
+                trying again may help.
         """
         data = None if body is None else json.dumps(body).encode()
         where = self._root + path
@@ -173,7 +179,7 @@ class OpenAIEngine:
                     continue
                 raise _refusal(where, error) from error
             except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-                if wait is not None and not _is_refused(error):
+                if wait is not None and not _is_final(error):
                     time.sleep(wait)
                     continue
                 reason = getattr(error, "reason", error)
@@ -190,20 +196,20 @@ class OpenAIEngine:
         with self._open(path, body) as response:
             data = response.read(_LARGEST + 1)
         if len(data) > _LARGEST:
-            raise UserError(f"{self._root}{path}: the response is above {_LARGEST >> 20} MiB")
+            raise _Unusable(f"{self._root}{path}: the response is above {_LARGEST >> 20} MiB")
         try:
             value = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self._root}{path}: the response is no JSON") from error
+            raise _Unusable(f"{self._root}{path}: the response is no JSON") from error
         if not isinstance(value, dict):
-            raise UserError(f"{self._root}{path}: the response is no JSON object")
+            raise _Unusable(f"{self._root}{path}: the response is no JSON object")
         return value
 
     def _only_model(self) -> str | None:
         try:
             rows = self._json("/v1/models", None).get("data") or []
             names = [str(row["id"]) for row in rows]
-        except UserError:
+        except _Unusable:
             # Some servers have one model and no list.
             return None
         except (TypeError, KeyError) as error:
@@ -227,7 +233,7 @@ class OpenAIEngine:
             counted = (response.get("usage") or {}).get("prompt_tokens")
             return {"text": choice["text"], "logprobs": choice.get("logprobs")}, counted
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(f"{self._root}: the completion is not of OpenAI's form") from error
+            raise _Unusable(f"{self._root}: the completion is not of OpenAI's form") from error
 
     def _probe(self) -> tuple[bool, dict[str, Any]]:
         """Whether ids are taken as a prompt, and how log-probabilities are asked for."""
@@ -243,7 +249,7 @@ class OpenAIEngine:
                     dialect and not _steps(choice)
                 ):
                     continue
-            except UserError as error:
+            except _Unusable as error:
                 failure = error
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue
@@ -269,7 +275,7 @@ class OpenAIEngine:
         model = {"model": self._model} if self._model else {}
         try:
             return tuple(int(token) for token in self._json("/tokenize", model | asked)["tokens"])
-        except (UserError, KeyError, TypeError, ValueError):
+        except (_Unusable, KeyError, TypeError, ValueError):
             return None
 
     def _can_tokenise(self) -> bool:
@@ -286,7 +292,7 @@ class OpenAIEngine:
         return (None if counted is None else counted == len(prompt.tokens)), "counts"
 
     def _steps_after(self, prompt: Prompt, forced: int) -> tuple[list[_Step], int | None]:
-        key = (*prompt.tokens, -1, forced)
+        key = prompt.text, forced
         if key not in self._answered:
             most = len(prompt.greedy) - forced
             choice, counted = self._complete(self._prompt(prompt, forced), most, **self._dialect)
@@ -374,7 +380,8 @@ class OpenAIEngine:
         chunks, counted = 0, None
         try:
             with self._open("/v1/completions", asked) as response:
-                for line in response:
+                lines = iter(lambda: response.readline(_LONGEST_LINE), b"")
+                for line in itertools.islice(lines, _MOST_LINES):
                     if not line.startswith(b"data:") or b"[DONE]" in line:
                         continue
                     chunk = json.loads(line[5:])
@@ -384,7 +391,7 @@ class OpenAIEngine:
                         last = time.perf_counter()
                         first = first or last
                         chunks += 1
-        except (UserError, ValueError, TypeError, AttributeError):
+        except (_Unusable, ValueError, TypeError, AttributeError):
             chunks = 0
         if not chunks:
             self.missing["speed"] = "the server does not stream"
@@ -400,8 +407,9 @@ class OpenAIEngine:
         return None
 
 
-def _is_refused(error: BaseException) -> bool:
-    return isinstance(getattr(error, "reason", error), ConnectionRefusedError)
+def _is_final(error: BaseException) -> bool:
+    """Nobody is there, or who is there has had all the time there is."""
+    return isinstance(getattr(error, "reason", error), ConnectionRefusedError | TimeoutError)
 
 
 def _refusal(where: str, error: urllib.error.HTTPError) -> UserError:
@@ -416,4 +424,4 @@ def _refusal(where: str, error: urllib.error.HTTPError) -> UserError:
         found = inner.get("error", inner.get("message", said))
         said = str(found["message"] if isinstance(found, dict) else found)
     plain = " ".join(said.split())[:300]
-    return UserError(f"{where} answers {error.code}: {plain or error.reason}")
+    return _Unusable(f"{where} answers {error.code}: {plain or error.reason}")
