@@ -15,12 +15,14 @@ from html.parser import HTMLParser
 import mlx.core as mx
 import numpy as np
 import pytest
+from rich.console import Console
 from test_cli import failed, shell
 from tiny import make_model_dir
 
 from mlx_fd.export.bundle import FOLDER, make_bundle, read_bundle, write_bundle
 from mlx_fd.export.compare import Job, judged, run
 from mlx_fd.export.page import page
+from mlx_fd.export.table import print_comparison
 from mlx_fd.models.loading import load
 from mlx_fd.problems import load as load_problems
 
@@ -242,6 +244,15 @@ def test_an_unsafe_archive_is_refused(tmp_path):
 
 
 # -------------------------------------------------------------------------------------- the page
+
+
+def test_a_servers_control_characters_do_not_reach_the_terminal(exports, capsys):
+    mlx = exports / "mlx"
+    job = Job("openai", "http://a", mlx, read_bundle(mlx))
+    print_comparison([judged(job, {"failure": "\x1b]0;title\x07 [red]no\nway"})], Console())
+    out = capsys.readouterr().out
+    assert "]0;title" in out and "[red]no\nway" in out
+    assert not set(out) & {"\x1b", "\x07"}
 
 
 class _Page(HTMLParser):

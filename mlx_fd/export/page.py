@@ -66,7 +66,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     return (
         f'<div class="scroll"><table><thead><tr><th></th>{heads}</tr></thead><tbody>'
-        f"{''.join(lines)}<tr><th>verdict</th>{verdicts}</tr></tbody></table></div>"
+        f"<tr><th>verdict</th>{verdicts}</tr>{''.join(lines)}</tbody></table></div>"
     )
 
 

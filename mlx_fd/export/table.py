@@ -96,12 +96,20 @@ def verdict(row: Mapping[str, Any]) -> str:
     return f"{failed}: {'; '.join(row['reasons'])}"
 
 
+def _text(text: str, style: str = "") -> Text:
+    """Text for the terminal; a server's control characters would steer it."""
+    plain = "".join(
+        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+    return Text(plain, style)
+
+
 def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """The table, a column a row of the report, and under it the verdicts with what they rest on."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
     for row in rows:
-        table.add_column(Text("\n".join(heading(row))), justify="right")
+        table.add_column(_text("\n".join(heading(row))), justify="right")
     texts = [measured(row) for row in rows]
     for label in dict.fromkeys(label for lines in texts for label in lines):
         table.add_row(Text(label, "dim"), *(Text(lines.get(label, _NOTHING)) for lines in texts))
@@ -109,7 +117,7 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> Non
         console.print(table)
     for row in rows:
         style = "green" if row["parity"] else "red"
-        name = Text(f"{' '.join(heading(row))}: ", "bold").append(verdict(row), style)
+        name = _text(f"{' '.join(heading(row))}: ", "bold").append_text(_text(verdict(row), style))
         console.print(name, soft_wrap=True)
         for text in notes(row):
-            console.print(Text(f"  {text}", "dim"), soft_wrap=True)
+            console.print(_text(f"  {text}", "dim"), soft_wrap=True)

@@ -40,14 +40,20 @@ _ROUNDING = 1e-3  # by which a log-probability may be above 0
 
 # From the most telling to the least; the first that a server takes is used.
 _DIALECTS: tuple[dict[str, Any], ...] = (
-    {"logprobs": 20, "return_tokens_as_token_ids": True, "add_special_tokens": False},
+    {"logprobs": 20, "return_tokens_as_token_ids": True},
     {"logprobs": 20},
     {"logprobs": 5},
     {"logprobs": True, "top_logprobs": 10},
     {},
 )
-# Servers have defaults of their own, or take them from generation_config.json: 1.1 is common.
-_PLAIN = {"repetition_penalty": 1.0, "repeat_penalty": 1.0, "min_p": 0.0}
+# Servers have defaults of their own, or take them from generation_config.json: a penalty of 1.1 is
+# common. And the prompts have their first token already.
+_PLAIN = {
+    "repetition_penalty": 1.0,
+    "repeat_penalty": 1.0,
+    "min_p": 0.0,
+    "add_special_tokens": False,
+}
 
 Token = int | str
 """An id, or a token's text where the server has no ids."""
@@ -151,7 +157,7 @@ class OpenAIEngine:
         self._model = model or self._only_model()
         self.about = f"{self._root}, {self._model or 'its own model'}"
         self._answered: dict[tuple[str, int], tuple[list[_Step], int | None]] = {}
-        self._plain: dict[str, float] = {}
+        self._plain: dict[str, Any] = {}
         self._by_ids, self._dialect = self._probe()
         self._tokenizer = self._can_tokenise()
 
@@ -400,7 +406,8 @@ class OpenAIEngine:
 
     def answer(self, text: str, most: int) -> str:
         """As the protocol says."""
-        return str(self._complete(text, most)[0]["text"]).strip()
+        tokens = self._tokenise(text) if self._by_ids and self._tokenizer else None
+        return str(self._complete(list(tokens) if tokens else text, most)[0]["text"]).strip()
 
     def peak_memory(self) -> int | None:
         """Unknown."""
