@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_fd import roles, runs
-from mlx_fd.config import read
+from mlx_fd.config import Config, read
 from mlx_fd.episode import feedback_request, head_score, parsed
 from mlx_fd.errors import UserError
 from mlx_fd.generation import Conversation, Sampling, generate, opening, prefill
@@ -23,6 +24,23 @@ from mlx_fd.models.student import (
 )
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a model that can be used is.
+
+    Attributes:
+        model: directory of the language model; a student's base.
+        checkpoint: the student's checkpoint, ``None`` for a plain model.
+        run: the run directory it belongs to.
+        config: the run's configuration.
+    """
+
+    model: Path
+    checkpoint: Path | None = None
+    run: Path | None = None
+    config: Config | None = None
+
+
 def _checkpoint(name: str) -> Path | None:
     """The checkpoint folder that ``name`` means, or ``None`` where it is no run's."""
     folder = Path(name).expanduser()
@@ -33,23 +51,21 @@ def _checkpoint(name: str) -> Path | None:
     return folder if (folder / ADAPTER_WEIGHTS).is_file() else None
 
 
-def open_student(name: str) -> tuple[Loaded, Student | None]:
-    """A model to give feedback with.
+def find(name: str) -> Place:
+    """A model or a student by its name, not loaded yet.
 
     Args:
-        name: a run directory, one of its checkpoints, or a model's name.
-
-    Returns:
-        The language model with its tokenizer, and the student around it (``None`` for a plain
-        model, which has no score head).
+        name: a run directory (its best checkpoint), one of its checkpoints, or a model's name.
 
     Raises:
-        UserError: nothing of that name, or a checkpoint outside its run.
+        UserError: nothing of that name, a checkpoint outside its run, or another base model than
+            the one that was trained.
     """
     checkpoint = _checkpoint(name)
     if checkpoint is None:
-        return load(resolve(name)), None
-    folder = checkpoint.resolve().parents[1]
+        return Place(resolve(name))
+    checkpoint = checkpoint.resolve()
+    folder = checkpoint.parents[1]
     if not runs.is_run(folder):
         raise UserError(
             f"{name}: this checkpoint is outside its run, which says what it belongs to; name a "
@@ -62,14 +78,30 @@ def open_student(name: str) -> tuple[Loaded, Student | None]:
             f"{name}: the student's base model {path} is not the one that was trained: its "
             "content has changed since. Bring the old one back."
         )
-    loaded = load(path, dequantize=config.models.dequantize)
+    return Place(path, checkpoint, folder, config)
+
+
+def open_student(place: Place) -> tuple[Loaded, Student | None]:
+    """Load a model to give feedback with.
+
+    Returns:
+        The language model with its tokenizer, and the student around it (``None`` for a plain
+        model, which has no score head).
+
+    Raises:
+        UserError: files are missing or damaged, or do not belong together.
+    """
+    if place.checkpoint is None or place.config is None:
+        return load(place.model), None
+    options = place.config.models
+    loaded = load(place.model, dequantize=options.dequantize)
     # The projection is not used here, but load_student wants its place: as wide as it was.
-    heads = read_arrays(checkpoint / HEADS)
+    heads = read_arrays(place.checkpoint / HEADS)
     if "projection.weight" not in heads:
-        raise UserError(f"{checkpoint / HEADS}: has no projection; take another checkpoint")
+        raise UserError(f"{place.checkpoint / HEADS}: has no projection; take another checkpoint")
     width = heads["projection.weight"].shape[0]
-    student = make_student(loaded.model, width, config.models, config.episode.seed)
-    load_student(student, checkpoint)
+    student = make_student(loaded.model, width, options, place.config.episode.seed)
+    load_student(student, place.checkpoint)
     student.eval()
     return dataclasses.replace(loaded, model=student.model), student
 
@@ -78,7 +110,7 @@ def give_feedback(name: str, problem: str, answer: str, max_tokens: int) -> dict
     """Judge an answer to a problem.
 
     Args:
-        name: what :func:`open_student` takes.
+        name: what :func:`find` takes.
         problem: the problem's text.
         answer: the answer's text.
         max_tokens: most tokens of the feedback.
@@ -87,7 +119,7 @@ def give_feedback(name: str, problem: str, answer: str, max_tokens: int) -> dict
         ``feedback`` (text), ``written_score`` (parsed from it, or ``None``) and, for a distilled
         student, ``score``: its score head's, in (-1, 1).
     """
-    loaded, student = open_student(name)
+    loaded, student = open_student(find(name))
     tokenizer = loaded.tokenizer
     prompt = (
         *opening(tokenizer, roles.answer_prompt(problem)),

@@ -77,21 +77,27 @@ def opening(tokenizer: Any, message: str) -> tuple[int, ...]:
     )
 
 
+def chat_text(tokenizer: Any, turns: Sequence[str]) -> str:
+    """A conversation as the chat template writes it, up to where the assistant begins.
+
+    Args:
+        tokenizer: whose template it is.
+        turns: what user and assistant say in turn; the user's are first and last.
+    """
+    said = [
+        {"role": ("user", "assistant")[place % 2], "content": text}
+        for place, text in enumerate(turns)
+    ]
+    return tokenizer.apply_chat_template(said, tokenize=False, **_TEMPLATE)
+
+
 def next_message(tokenizer: Any, message: str) -> tuple[int, ...]:
     """Tokens from the end of an assistant's turn, over a user message, to the assistant's next.
 
     They begin with the end-of-turn token. Text that the assistant wrote is never tokenised again,
     so the conversation keeps the very tokens that were generated.
     """
-    text = tokenizer.apply_chat_template(
-        [
-            {"role": "user", "content": "?"},
-            {"role": "assistant", "content": _SENTINEL},
-            {"role": "user", "content": message},
-        ],
-        tokenize=False,
-        **_TEMPLATE,
-    )
+    text = chat_text(tokenizer, ["?", _SENTINEL, message])
     tail = text.split(_SENTINEL, 1)[1]
     return tuple(tokenizer.encode(tail, add_special_tokens=False))
 

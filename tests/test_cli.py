@@ -235,6 +235,14 @@ def test_reference_page_is_up_to_date():
         ("feedback none --problem 1 --answer ''", ["--answer: is empty"]),
         ("feedback none --problem @none.txt --answer 1", ["@none.txt: cannot be read: No such"]),
         ("feedback none --problem - --answer -", ["only one of them can be standard input"]),
+        ("export", ["Missing argument 'SOURCE'"]),
+        ("export tiny", ["Missing option '--out'"]),
+        ("export none --out x", ["there is no model none", "this machine"]),
+        ("export tiny --out x --format safetensors", ["'mlx', 'hf', 'gguf'"]),
+        ("export tiny --out x --q-bits 3", ["'4', '8'"]),
+        ("export tiny --out x --format gguf --q-bits 8", ["for gguf choose --gguf-type q8_0"]),
+        ("export tiny --out x --adapter", ["a plain model, which has no adapter"]),
+        ("export tiny --out none/../..", ["there is something in this folder"]),
     ],
 )
 def test_mistakes_are_explained(arguments, texts, mlx_fd, tmp_path, monkeypatch):
@@ -515,11 +523,13 @@ def no_mlx(tmp_path) -> dict[str, str]:
     return {"PYTHONPATH": str(package.parent)}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+# compare runs engines that need no MLX; it has a test of its own.
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"compare"}))
 def test_without_a_backend_every_command_says_what_to_install(command, no_mlx, finished, tmp_path):
     arguments = {
         "resume": [finished],
         "feedback": [finished, "--problem", "1", "--answer", "1"],
+        "export": [finished, "--out", "exported"],
     }.get(command, [])
     done = shell(command, *arguments, cwd=tmp_path, env=no_mlx)
     assert done.status != 0 and "Traceback" not in done.err and "defect" not in done.err
@@ -527,6 +537,60 @@ def test_without_a_backend_every_command_says_what_to_install(command, no_mlx, f
     assert "libmlx.so: cannot open shared object" in done.flat
     done = shell(command, "--help", cwd=tmp_path, env=no_mlx)
     assert done.status == 0 and "Examples:" in done.out
+
+
+# Exports
+
+
+def test_export_of_a_run(home, finished, mlx_fd, tmp_path):
+    out = tmp_path / "out"
+    done = mlx_fd("export", finished, "--out", out, "--archive", "--parity-problems", 2)
+    assert (done.status, done.err) == (0, "")
+    assert re.search(r"compared on \d+ tokens: .* mean KL .*e-1\d, same likeliest", done.out)
+    assert f"files are in {out}" in done.out
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*.*")}
+    assert names == {
+        *("config.json", "model.safetensors", "model.safetensors.index.json", "README.md"),
+        *("tokenizer.json", "tokenizer_config.json", "score_head.safetensors"),
+        *("parity/bundle.json", "parity/reference.safetensors"),
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.tar"]
+    again = mlx_fd("export", finished, "--out", out)
+    failed(again, str(out), "something in this folder")
+    failed(mlx_fd("export", finished, "--out", tmp_path / "out.tar"), "a link or a file")
+
+
+def test_export_for_a_script(finished, mlx_fd, tmp_path):
+    checkpoint = finished / "checkpoints" / "last"
+    arguments = ["--format", "gguf", "--gguf-type", "q8_0", "--no-parity", "--json"]
+    done = mlx_fd("export", checkpoint, "--out", tmp_path / "out", *arguments)
+    # What a random student learned in a second may be less than 8 bits' rounding.
+    if done.status:
+        failed(done, "would be lost")
+        done = mlx_fd("export", "tiny", "--out", tmp_path / "out", *arguments)
+    found = json.loads(done.out)
+    assert found["gguf_types"].keys() == {"q8_0"} and found["gguf_carried_over"] == 0
+    assert "model-q8_0.gguf" in found["files"] and found["positions"] > 100
+
+
+def test_export_to_a_full_disk(finished, tmp_path):
+    code = (
+        "import resource, signal, sys; from mlx_fd.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000,) * 2)\n"
+        "main()"
+    )
+    for form in ("mlx", "hf", "gguf"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "export", finished, "--out", "x", "--format", form],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2 and done.stdout == ""
+        assert f"error: {tmp_path / 'x'}: cannot be written" in done.stderr
+        assert list(tmp_path.iterdir()) == []
 
 
 # What a run prints

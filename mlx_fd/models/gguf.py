@@ -1,7 +1,8 @@
 """GGUF files of the llama and qwen2 architectures as mlx-lm model directories.
 
 Block-quantised tensors keep their integers: Q4_0, Q4_1 and Q8_0 are affine quantisation in groups
-of 32, which is one of MLX's own formats, so nothing is rounded twice.
+of 32, which is one of MLX's own formats, so nothing is rounded twice. The layout's facts that the
+writer (``mlx_fd.export.gguf_file``) needs too are public here.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 # Part of the cache's key: raised when a conversion comes to give other files.
-FORMAT = 1
-_GROUP = 32
+FORMAT = 2
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+GROUP = 32
 # No vocabulary is near this long; a longer array is a damaged length field.
 _LONGEST_ARRAY = 1 << 21
 _SUPPORTED = "F32, F16, BF16, Q4_0, Q4_1 and Q8_0"
@@ -34,7 +36,7 @@ _CL100K = (
 )
 _QWEN2 = _CL100K.format(digits=r"\p{N}")
 _LLAMA3 = _CL100K.format(digits=r"\p{N}{1,3}")
-_PRETOKENIZERS = {
+PRETOKENIZERS = {
     "gpt-2": "gpt2",
     "smollm": "digits+gpt2",
     "llama-bpe": _LLAMA3,
@@ -43,6 +45,8 @@ _PRETOKENIZERS = {
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
 }
+# Kinds of token in `tokenizer.ggml.token_type`.
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 _LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -57,8 +61,8 @@ _LAYER_NAMES = {
 }
 
 
-class _Shape(NamedTuple):
-    """The sizes that decide every tensor's shape."""
+class Shape(NamedTuple):
+    """The sizes that decide every tensor's shape; ``tied``: the embedding is the head too."""
 
     arch: str
     layers: int
@@ -68,6 +72,7 @@ class _Shape(NamedTuple):
     head_dim: int
     intermediate: int
     vocab: int
+    tied: bool
 
 
 class _File:
@@ -151,9 +156,9 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-def _shape(file: _File) -> _Shape:
+def _shape(file: _File) -> Shape:
     arch = file.need("general.architecture", str)
-    if arch not in ("llama", "qwen2"):
+    if arch not in ARCHITECTURES:
         raise file.bad(f"the architecture {arch} is not supported; llama and qwen2 are")
     hidden = file.size(f"{arch}.embedding_length")
     heads = file.size(f"{arch}.attention.head_count")
@@ -173,7 +178,7 @@ def _shape(file: _File) -> _Shape:
     layers = file.size(f"{arch}.block_count")
     if layers > len(file.tensors):
         raise file.bad(f"it says {layers} layers but has only {len(file.tensors)} tensors")
-    return _Shape(
+    return Shape(
         arch=arch,
         layers=layers,
         hidden=hidden,
@@ -182,10 +187,11 @@ def _shape(file: _File) -> _Shape:
         head_dim=head_dim,
         intermediate=file.size(f"{arch}.feed_forward_length"),
         vocab=int(embedding.shape[-1]),
+        tied="output.weight" not in file.tensors,
     )
 
 
-def _expected(shape: _Shape) -> dict[str, tuple[str, tuple[int, ...]]]:
+def expected_tensors(shape: Shape) -> dict[str, tuple[str, tuple[int, ...]]]:
     """GGUF tensor name -> (mlx-lm name, shape as rows x columns)."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     hidden, wide = shape.hidden, shape.intermediate
@@ -210,7 +216,16 @@ def _expected(shape: _Shape) -> dict[str, tuple[str, tuple[int, ...]]]:
             tensors[f"blk.{layer}.{short}.weight"] = (f"{name}.weight", size)
             if shape.arch == "qwen2" and short in ("attn_q", "attn_k", "attn_v"):
                 tensors[f"blk.{layer}.{short}.bias"] = (f"{name}.bias", size[:1])
+    if not shape.tied:
+        tensors["output.weight"] = ("lm_head.weight", (shape.vocab, hidden))
     return tensors
+
+
+def permuted_heads(shape: Shape, name: str) -> int | None:
+    """Heads over which a tensor's rows are interleaved in the file; ``None``: they are not."""
+    if shape.arch != "llama" or not name.endswith((".attn_q.weight", ".attn_k.weight")):
+        return None
+    return shape.heads if ".attn_q." in name else shape.kv_heads
 
 
 def _pack(values: np.ndarray, bits: int) -> np.ndarray:
@@ -272,13 +287,11 @@ def _model_dtype(file: _File) -> str:
     return "bfloat16" if "BF16" in kinds else "float32"
 
 
-def _weights(file: _File, shape: _Shape) -> tuple[dict[str, mx.array], dict[str, int]]:
+def _weights(file: _File, shape: Shape) -> tuple[dict[str, mx.array], dict[str, int]]:
     """All tensors under mlx-lm's names, and the bits of each quantised module."""
     import mlx.core as mx
 
-    expected = _expected(shape)
-    if "output.weight" in file.tensors:
-        expected["output.weight"] = ("lm_head.weight", (shape.vocab, shape.hidden))
+    expected = expected_tensors(shape)
     missing = sorted(expected.keys() - file.tensors.keys())
     extra = sorted(file.tensors.keys() - expected.keys() - {"rope_freqs.weight"})
     if missing or extra:
@@ -292,9 +305,8 @@ def _weights(file: _File, shape: _Shape) -> tuple[dict[str, mx.array], dict[str,
         kind = tensor.tensor_type.name
         if tuple(int(n) for n in reversed(tensor.shape)) != size:
             raise file.bad(f"the tensor {name} has shape {tensor.shape}, expected {size[::-1]}")
-        heads = shape.heads if ".attn_q." in name else shape.kv_heads
-        permuted = shape.arch == "llama" and name.endswith((".attn_q.weight", ".attn_k.weight"))
-        reorder = partial(_unpermute, heads=heads) if permuted else np.ascontiguousarray
+        heads = permuted_heads(shape, name)
+        reorder = partial(_unpermute, heads=heads) if heads else np.ascontiguousarray
         if kind in ("Q4_0", "Q4_1", "Q8_0"):
             with np.errstate(over="ignore", invalid="ignore"):
                 values, scales, biases, bits = _blocks(np.asarray(tensor.data), kind)
@@ -315,7 +327,25 @@ def _weights(file: _File, shape: _Shape) -> tuple[dict[str, mx.array], dict[str,
     return weights, bits_of
 
 
-def _rope_scaling(file: _File, shape: _Shape, base: float) -> dict[str, Any] | None:
+def llama3_divisors(
+    base: float, head_dim: int, factor: float, low: float, high: float, original: int
+) -> np.ndarray:
+    """What Llama 3 divides each rotary frequency by, [head_dim / 2] (Llama 3.1's reference code).
+
+    Args:
+        base: the rotary base.
+        head_dim: size of a head.
+        factor: by how much the lowest frequencies are slowed down.
+        low: waves longer than ``original / low`` are slowed down whole.
+        high: waves shorter than ``original / high`` stay as they are.
+        original: the context length before the scaling.
+    """
+    wavelength = 2 * np.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+def _rope_scaling(file: _File, shape: Shape, base: float) -> dict[str, Any] | None:
     """The ``rope_scaling`` entry of config.json, or ``None``.
 
     GGUF keeps Llama 3's frequency scaling only as a table of divisors. Its rule (Llama 3.1
@@ -337,9 +367,8 @@ def _rope_scaling(file: _File, shape: _Shape, base: float) -> dict[str, Any] | N
         raise file.bad("the tensor rope_freqs.weight has an unexpected shape")
     factor = float(np.round(divisors.max(), 3))
     low, high, original = 1.0, 4.0, 8192
-    wavelength = 2 * np.pi * base ** (np.arange(0, shape.head_dim, 2) / shape.head_dim)
-    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
-    if not np.allclose(1 / ((1 - smooth) / factor + smooth), divisors, rtol=1e-3):
+    table_again = llama3_divisors(base, shape.head_dim, factor, low, high, original)
+    if not np.allclose(table_again, divisors, rtol=1e-3):
         raise file.bad("its rotary frequencies (rope_freqs.weight) are not Llama 3's")
     return {
         "rope_type": "llama3",
@@ -358,7 +387,7 @@ def _token_id(file: _File, name: str, count: int) -> int | None:
 
 
 def _config(
-    file: _File, shape: _Shape, bits_of: dict[str, int], tokens: list[str]
+    file: _File, shape: Shape, bits_of: dict[str, int], tokens: list[str]
 ) -> dict[str, Any]:
     arch = shape.arch
     base = float(file.get(f"{arch}.rope.freq_base", float, 10000.0))
@@ -369,7 +398,7 @@ def _config(
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     config: dict[str, Any] = {
         "model_type": arch,
-        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[arch]],
+        "architectures": [ARCHITECTURES[arch]],
         "hidden_size": shape.hidden,
         "num_hidden_layers": shape.layers,
         "intermediate_size": shape.intermediate,
@@ -381,7 +410,7 @@ def _config(
         "vocab_size": shape.vocab,
         "rope_theta": base,
         "max_position_embeddings": file.size(f"{arch}.context_length", 2048),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "tie_word_embeddings": shape.tied,
         "bos_token_id": _token_id(file, "bos", len(tokens)),
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": _token_id(file, "padding", len(tokens)),
@@ -390,59 +419,71 @@ def _config(
         config["rope_scaling"] = scaling
     if bits_of:
         default = 4 if 4 in bits_of.values() else 8
-        quantization: dict[str, Any] = {"group_size": _GROUP, "bits": default, "mode": "affine"}
+        quantization: dict[str, Any] = {"group_size": GROUP, "bits": default, "mode": "affine"}
         for module, bits in bits_of.items():
             if bits != default:
-                quantization[module] = {"group_size": _GROUP, "bits": bits, "mode": "affine"}
+                quantization[module] = {"group_size": GROUP, "bits": bits, "mode": "affine"}
         config["quantization"] = config["quantization_config"] = quantization
     return config
 
 
-def _write_tokenizer(file: _File, shape: _Shape, tokens: list[str], out: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json for a byte-level BPE vocabulary."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+def pre_tokenizer(kind: str) -> Any:
+    """The ``tokenizers`` pre-tokenizer of one of :data:`PRETOKENIZERS`."""
+    from tokenizers import Regex
     from tokenizers import pre_tokenizers as pre
+
+    split = PRETOKENIZERS[kind]
+    if split == "gpt2":
+        return pre.ByteLevel(add_prefix_space=False)
+    if split == "digits+gpt2":
+        return pre.Sequence(
+            [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
+        )
+    return pre.Sequence(
+        [
+            pre.Split(Regex(split), behavior="isolated"),
+            pre.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def ignores_merges(kind: str) -> bool:
+    """Whether a pre-tokenizer's models take a whole word that is a token without merging to it."""
+    return PRETOKENIZERS[kind] == _LLAMA3
+
+
+def _write_tokenizer(file: _File, shape: Shape, tokens: list[str], out: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json for a byte-level BPE vocabulary."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from tokenizers.processors import TemplateProcessing
 
     kind = file.need("tokenizer.ggml.pre", str)
-    split = _PRETOKENIZERS.get(kind)
+    split = PRETOKENIZERS.get(kind)
     if split is None or (shape.arch == "qwen2" and split is not _QWEN2):
         raise file.bad(
             f"the tokenizer kind {kind} is not supported for {shape.arch}; "
-            f"supported are {', '.join(_PRETOKENIZERS)} (qwen2 models: qwen2)"
+            f"supported are {', '.join(PRETOKENIZERS)} (qwen2 models: qwen2)"
         )
-    vocabulary = {token: number for number, token in enumerate(tokens)}
     types = file.need("tokenizer.ggml.token_type", list)
     merges = [tuple(m.split(" ", 1)) for m in file.need("tokenizer.ggml.merges", list)]
-    if len(vocabulary) != len(tokens) or len(types) != len(tokens):
+    if len(set(tokens)) != len(tokens) or len(types) != len(tokens):
         raise file.bad("its vocabulary has duplicate tokens or lacks token types")
-    llama3 = split is _LLAMA3
+    # Unused ones fill the padding rows of the embedding; no text has them.
+    vocabulary = {token: number for number, token in enumerate(tokens) if types[number] != UNUSED}
+    llama3 = ignores_merges(kind)
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama3))
     except Exception as error:  # tokenizers raises the bare class
         raise file.bad(f"its merges do not fit its vocabulary ({error})") from error
-    if split == "gpt2":
-        tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
-    elif split == "digits+gpt2":
-        tokenizer.pre_tokenizer = pre.Sequence(
-            [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
-        )
-    else:
-        tokenizer.pre_tokenizer = pre.Sequence(
-            [
-                pre.Split(Regex(split), behavior="isolated"),
-                pre.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+    tokenizer.pre_tokenizer = pre_tokenizer(kind)
     if split is _QWEN2:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
-    control, user_defined = 3, 4
     tokenizer.add_tokens(
         [
-            AddedToken(token, special=number == control, normalized=False)
+            AddedToken(token, special=number == CONTROL, normalized=False)
             for token, number in zip(tokens, types, strict=True)
-            if number in (control, user_defined)
+            if number in (CONTROL, USER_DEFINED)
         ]
     )
     names = {

@@ -50,8 +50,12 @@ def _float32_bytes(model: nn.Module) -> int:
     return 4 * int(get_total_parameters(model))
 
 
-def _open(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A model whose weights are still on the disk."""
+def open_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A model whose weights are still on the disk, and its configuration.
+
+    Raises:
+        UserError: files are missing or damaged, or mlx-lm does not know the architecture.
+    """
     from mlx_lm.utils import load_model
 
     try:
@@ -130,7 +134,7 @@ def load(path: Path, *, dequantize: str = "auto") -> Loaded:
         UserError: files are missing or damaged, or mlx-lm does not know the architecture.
     """
     backend()
-    model, config = _open(path)
+    model, config = open_lazily(path)
     if _wants_float32(dequantize):
         dense = _fits_dense(model)
         # A 16-bit model that does not fit as float32 is left as it is: slow, but it runs.
@@ -176,7 +180,7 @@ def load_pair(
     from mlx_fd.models.prune import renamed
 
     expert = load(expert_path, dequantize=dequantize)
-    model, config = _open(student_path)
+    model, config = open_lazily(student_path)
     layer_of = _origin(expert_path, student_path, config)
     if layer_of is None:
         return expert, load(student_path, dequantize=dequantize)

@@ -25,14 +25,16 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def new_directory(final: Path) -> Iterator[Path]:
+def new_directory(final: Path, *, shared: bool = True) -> Iterator[Path]:
     """Yield an empty directory that becomes ``final`` when the block ends without an error.
 
-    Two processes may make the same directory at once: the first to end wins and the other's
-    work is dropped, since both wrote the same thing. After an error nothing is left behind.
+    After an error nothing is left behind.
 
     Args:
         final: the directory to make; its parents are made where missing.
+        shared: two processes may make the same directory at once, and both write the same thing:
+            the first to end wins and the other's work is dropped. Otherwise a directory that came
+            meanwhile is an error, unless it is empty.
 
     Yields:
         A directory beside ``final``, on the same file system.
@@ -41,15 +43,16 @@ def new_directory(final: Path) -> Iterator[Path]:
     working = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
         yield working
-        for file in working.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        for file in working.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
         # mkdtemp makes it private to the user; the result is an ordinary directory.
         working.chmod(0o755)
         try:
             working.rename(final)
         except OSError:
-            if not final.is_dir():
+            if not (shared and final.is_dir()):
                 raise
     finally:
         shutil.rmtree(working, ignore_errors=True)

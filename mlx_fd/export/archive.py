@@ -1,0 +1,120 @@
+"""One tar file of an export: the same bytes every time, and safe to open whoever made it."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from pathlib import Path, PurePosixPath
+
+from mlx_fd.errors import UserError
+from mlx_fd.models.storage import new_directory
+
+# An export has some twenty files, the largest of tens of GB.
+_MOST_MEMBERS = 1000
+_MOST_BYTES = 200 << 30
+_DEEPEST = 4
+
+
+def write_archive(folder: Path, file: Path) -> None:
+    """Write a folder into a tar file that depends on names and contents alone.
+
+    The members lie under the folder's name; times, owners and permissions are not kept. The file
+    appears complete or not at all.
+    """
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
+            for path in sorted(folder.rglob("*")):
+                if not path.is_file():
+                    continue
+                member = tarfile.TarInfo(f"{folder.name}/{path.relative_to(folder).as_posix()}")
+                member.size, member.mode = path.stat().st_size, 0o644
+                with path.open("rb") as content:
+                    archive.addfile(member, content)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def open_archive(file: Path, folder: Path) -> Path:
+    """Unpack an archive of :func:`write_archive` into a new folder.
+
+    Only ordinary files are taken, under relative names without ``..``; anything else refuses the
+    whole archive, and nothing of it is left behind.
+
+    Args:
+        file: the tar file.
+        folder: the folder to make; it must not be there yet.
+
+    Returns:
+        The folder with the export's files.
+
+    Raises:
+        UserError: it is no tar file, it is damaged or too large, or a member is not an ordinary
+            file inside one folder.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} is there already; choose another folder to unpack {file} into")
+    try:
+        with tarfile.open(file, "r:") as archive:
+            members = _checked(archive, file)
+            _check_room(members, file, folder)
+            with new_directory(folder, shared=False) as working:
+                for member, name in members:
+                    target = working / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    with content, target.open("xb") as copy:
+                        shutil.copyfileobj(content, copy, 1 << 20)
+                    if target.stat().st_size != member.size:
+                        raise UserError(f"{file} is incomplete: it ends within {member.name}")
+    except FileExistsError as error:
+        raise UserError(f"{file}: two of its members are {error.filename}") from error
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise UserError(f"{file} is no tar file, or is damaged ({error})") from error
+    return folder
+
+
+def _checked(archive: tarfile.TarFile, file: Path) -> list[tuple[tarfile.TarInfo, str]]:
+    """An archive's files with their names under its one folder."""
+    found: list[tuple[tarfile.TarInfo, str]] = []
+    top: str | None = None
+    for count, member in enumerate(archive):
+        if count == _MOST_MEMBERS:
+            raise UserError(f"{file}: has more than {_MOST_MEMBERS} members; it is no export")
+        path = PurePosixPath(member.name)
+        shown = ascii(member.name)
+        if not member.isreg() or member.issparse():
+            raise UserError(
+                f"{file}: {shown} is not an ordinary file (a link, a device or a folder); "
+                "nothing was unpacked"
+            )
+        parts = member.name.split("/")
+        unsafe = any(part in {"", ".", ".."} or not part.isprintable() for part in parts)
+        if path.is_absolute() or unsafe or "\\" in member.name or not 2 <= len(parts) <= _DEEPEST:
+            raise UserError(
+                f"{file}: {shown} would be unpacked outside its folder, or is no file of an "
+                "export; nothing was unpacked"
+            )
+        if top not in {None, parts[0]}:
+            raise UserError(f"{file}: has several folders at its top; it is no export")
+        top = parts[0]
+        found.append((member, "/".join(parts[1:])))
+    if not found:
+        raise UserError(f"{file}: is empty")
+    return found
+
+
+def _check_room(members: list[tuple[tarfile.TarInfo, str]], file: Path, folder: Path) -> None:
+    size = sum(member.size for member, _ in members)
+    there = folder.absolute().parent
+    while not there.exists():
+        there = there.parent
+    free = min(shutil.disk_usage(there).free, _MOST_BYTES)
+    # Nothing is compressed, so the files cannot be larger than the archive.
+    if size > min(free, file.stat().st_size):
+        raise UserError(
+            f"{file}: says that it holds {size / 1e9:.1f} GB; that does not fit here, or is more "
+            "than the file itself"
+        )

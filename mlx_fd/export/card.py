@@ -1,0 +1,328 @@
+"""The model card: what was exported, from what, with which results, and how to open it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_fd import roles
+from mlx_fd.export.gguf_file import Written, file_name
+from mlx_fd.export.guide import how_to_compare
+from mlx_fd.export.verify import Agreement
+
+if TYPE_CHECKING:
+    from mlx_fd.export.exporter import Form
+    from mlx_fd.export.source import Source
+    from mlx_fd.models.student import Student
+
+# Beginnings of names -> licence of the weights, as the hub writes it, and what it asks for.
+_LICENCES = {
+    "mlx-community/Qwen2.5-3B": ("other", "the Qwen Research License: not for commercial use"),
+    "mlx-community/Qwen2.5": ("apache-2.0", "the Apache License 2.0"),
+    "mlx-community/Llama-3.1": ("llama3.1", "the Llama 3.1 Community License"),
+    "mlx-community/Llama-3.2": ("llama3.2", "the Llama 3.2 Community License"),
+    "mlx-community/Meta-Llama-3.1": ("llama3.1", "the Llama 3.1 Community License"),
+    "smollm2-135m": ("apache-2.0", "the Apache License 2.0"),
+    "tiny": ("mit", "the MIT licence of mlx-fd"),
+}
+_LIBRARIES = {"mlx": "mlx", "hf": "transformers", "gguf": "gguf"}
+
+
+def write_card(
+    source: Source,
+    form: Form,
+    student: Student | None,
+    agreement: Agreement,
+    kept: Agreement | None,
+    gguf: Written | None,
+    folder: Path,
+) -> None:
+    """Write ``README.md`` into an export that is otherwise complete.
+
+    Args:
+        source: what was exported.
+        form: as what.
+        student: the live student, ``None`` for a plain model.
+        agreement: what was written against the live model.
+        kept: the live student against its base, where the weights were quantised.
+        gguf: what the GGUF file holds.
+        folder: the export.
+    """
+    licence, licence_text = _licence(source.base)
+    parts = [
+        _front_matter(source, form, licence),
+        f"# {source.name}\n",
+        _origin(source, student),
+        _results(source.summary),
+        "## Use\n",
+        _use(source, form),
+        _score_head(source, form, student.score_at) if student is not None else "",
+        "## Is it the same model?\n",
+        _same(form, agreement, kept, gguf),
+        "## Licence\n",
+        f"The weights are those of `{source.base}`, changed as said above: {licence_text} "
+        "holds for them.\n",
+    ]
+    text = "\n".join(part for part in parts if part)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _licence(base: str) -> tuple[str, str]:
+    for beginning, found in _LICENCES.items():
+        if base.startswith(beginning):
+            return found
+    return "other", "the licence of that model"
+
+
+def _front_matter(source: Source, form: Form, licence: str) -> str:
+    peft = form.format == "hf" and form.adapter
+    lines = [
+        "---",
+        f"library_name: {'peft' if peft else _LIBRARIES[form.format]}",
+        f"license: {licence}",
+        "pipeline_tag: text-generation",
+        "tags: [mlx-fd, feedback-distillation]",
+    ]
+    if source.on_hub:
+        lines.append(f"base_model: {source.base}")
+    return "\n".join([*lines, "---", ""])
+
+
+def _origin(source: Source, student: Student | None) -> str:
+    if student is None:
+        return (
+            f"`{source.base}`, not trained further, written by [mlx-fd]"
+            "(https://github.com/mlx-fd/mlx-fd).\n"
+        )
+    options, versions = source.manifest["options"], source.manifest["versions"]
+    what = (
+        f"LoRA of rank {options['lora_rank']} and scale {options['lora_scale']:g}"
+        if options["train"] == "lora"
+        else "all weights"
+    )
+    checkpoint = source.place.checkpoint
+    assert checkpoint is not None
+    # A path is of that machine; its last part is the model's name.
+    expert, problems = (
+        Path(text).name if Path(text).is_absolute() else text
+        for text in (options["expert"], options["problems"])
+    )
+    rows = {
+        "expert": f"`{expert}`",
+        "student's base": f"`{source.base}`",
+        "problems": (
+            f"{problems}, split {options['split']}, {options['episodes']} episodes in "
+            f"batches of {options['batch_size']}"
+        ),
+        "losses": f"{', '.join(options['losses'])} (KL {options['kl']}, temperature "
+        f"{options['loss_temperature']:g})",
+        "trained": f"{what}; score head read {_read_at(student.score_at)}",
+        "gate": _gate(options["gate"], source.summary),
+        "checkpoint": f"{checkpoint.name} (seed {source.manifest['seed']})",
+        "software": f"mlx-fd {versions['mlx-fd']}, mlx {versions['mlx']}, "
+        f"mlx-lm {versions['mlx-lm']}, on {source.manifest['backend']['device']}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (
+        "A small model that gives a large one's feedback: it scores and criticises answers to "
+        "problems. Made by Online Feedback Distillation with [mlx-fd]"
+        "(https://github.com/mlx-fd/mlx-fd): the expert solved problems and criticised its "
+        "solutions, and the student learned from that feedback meanwhile.\n\n"
+        f"| | |\n|---|---|\n{table}\n"
+    )
+
+
+def _read_at(score_at: str) -> str:
+    place = "at the prompt's last token"
+    return place if score_at == "prompt" else "where the feedback's last token is predicted"
+
+
+def _gate(gate: str, summary: dict[str, Any]) -> str:
+    if "updates" not in summary:
+        return gate
+    updates = summary["updates"]
+    frozen = updates["frozen_after_batch"]
+    end = "not frozen" if frozen is None else f"frozen after batch {frozen}"
+    return f"{gate}; {updates['steps']} steps in {updates['batches']} batches, {end}"
+
+
+_EXAM = {
+    "score_error": "error of the score head",
+    "written_error": "error of the written score",
+    "readable": "feedback readable",
+    "first_error_f1": "first wrong step found, F1",
+    "solved": "problems solved",
+}
+
+
+def _results(summary: dict[str, Any]) -> str:
+    """The run's own measurements."""
+    if not summary:
+        return "The run has not ended, so it has no summary yet.\n"
+    lines = ["## Measured in the run\n", "| | before | after |", "|---|---|---|"]
+    after = summary["probe"]["after"]
+    for name, before in summary["probe"]["before"].items():
+        lines.append(f"| {name} loss, held out | {before:.4g} | {after[name]:.4g} |")
+    for name, text in _EXAM.items():
+        if name in summary.get("exam", {}):
+            row = [_interval(summary["exam"][name][side]) for side in ("before", "after")]
+            lines.append(f"| exam: {text} | {row[0]} | {row[1]} |")
+    accuracy = summary["accuracy"]
+    first, final = accuracy["first_answers"], accuracy["final_answers"]
+    lines += [
+        "",
+        f"In its {summary['episodes']} episodes {first['right']} of {first['n']} first answers "
+        f"were right, and {final['right']} of {final['n']} final ones. Held-out losses are means "
+        "over the run's probe set; brackets are 95 % intervals.\n",
+    ]
+    return "\n".join(lines)
+
+
+def _interval(value: dict[str, Any]) -> str:
+    if value["value"] is None:
+        return "-"
+    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}] (n = {value['n']})"
+
+
+def _use(source: Source, form: Form) -> str:
+    if form.format == "gguf":
+        name = file_name(form.gguf_type)
+        return f'    llama-cli -m {name} -p "..."      # or: llama-server -m {name}\n'
+    if form.adapter and form.format == "mlx":
+        base = _base(source)
+        return (
+            f'    mlx_lm.generate --model {base} --adapter-path . --prompt "..."\n'
+            + _how_to_base(source, base, "mlx")
+        )
+    if form.adapter:
+        base = form.base_model or _base(source)
+        return (
+            "```python\n"
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{base}")\n'
+            'model = PeftModel.from_pretrained(base, ".")\n'
+            "```\n\n"
+            f"The adapter was trained on `{source.base}`; on weights of another precision it is an "
+            "approximation.\n" + _how_to_base(source, base, "hf")
+        )
+    if form.format == "hf":
+        return (
+            "```python\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained(".")\n'
+            'tokenizer = AutoTokenizer.from_pretrained(".")\n'
+            "```\n\n"
+            '    mlx_lm.generate --model . --prompt "..."      # mlx-lm opens it too\n'
+        )
+    return '    mlx_lm.generate --model . --prompt "..."\n'
+
+
+def _base(source: Source) -> str:
+    return source.base if source.on_hub else "BASE"
+
+
+def _how_to_base(source: Source, base: str, form: str) -> str:
+    if base != "BASE":
+        return ""
+    return (
+        "\n`BASE` is a directory with the base model, which this writes: "
+        f"`mlx-fd export {source.base} --format {form} --out BASE`\n"
+    )
+
+
+def _score_head(source: Source, form: Form, score_at: str) -> str:
+    text = (
+        "`score_head.safetensors` is a linear head, `weight` [1, d] and `bias` [1], on the last "
+        f"hidden state (after the final norm) {_read_at(score_at)}. Its tanh is the "
+        "student's score of an answer"
+    )
+    if form.format == "hf" and form.adapter:
+        return f"{text}.\n"
+    if form.format == "gguf":
+        code = _gguf_score(form, score_at)
+    else:
+        code = _mlx_score(source, form, score_at)
+    return f"{text}:\n\n```python\n{code}```\n"
+
+
+# Prompts that a student was trained on, so that its head reads what it knows.
+_EXAMPLE = f"""\
+problem, answer = "Tom has 3 apples and buys 5. How many?", "3 + 5 = 9. #### 9"
+turns = [problem + {roles.answer_prompt("")!r}, answer, {roles.feedback_prompt()!r}]
+chat = [{{"role": ("user", "assistant")[i % 2], "content": text}} for i, text in enumerate(turns)]
+"""
+
+
+def _mlx_score(source: Source, form: Form, score_at: str) -> str:
+    load = f'"{_base(source)}", adapter_path="."' if form.adapter else '"."'
+    written = (
+        "ids += [r.token for r in mlx_lm.stream_generate(model, tokenizer, ids, max_tokens=192)]"
+        "[:-1]\n"
+        if score_at == "feedback"
+        else ""
+    )
+    return f"""\
+import mlx.core as mx, mlx_lm
+model, tokenizer = mlx_lm.load({load})
+head = mx.load("score_head.safetensors")
+{_EXAMPLE}\
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, date_string="26 Jul 2024")
+ids += tokenizer.encode({roles.FEEDBACK_OPENING!r}, add_special_tokens=False)
+{written}\
+hidden = model.model(mx.array([ids]))[0, -1].astype(mx.float32)
+print(mx.tanh(head["weight"] @ hidden + head["bias"]).item())  # from -1, harmful, to 1, excellent
+"""
+
+
+def _gguf_score(form: Form, score_at: str) -> str:
+    written = """\
+said = []
+for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0):
+    said.append(token)
+    if token == llm.token_eos() or len(said) == 192:
+        break
+ids += said[:-1]
+"""
+    return f"""\
+import llama_cpp, numpy as np
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from safetensors.numpy import load_file
+llm = llama_cpp.Llama("{file_name(form.gguf_type)}", n_ctx=4096, embedding=True, verbose=False,
+                      pooling_type=llama_cpp.LLAMA_POOLING_TYPE_NONE)
+head = load_file("score_head.safetensors")
+{_EXAMPLE}\
+written = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], "", "")(messages=chat).prompt
+ids = llm.tokenize((written + {roles.FEEDBACK_OPENING!r}).encode(), special=True)
+{written if score_at == "feedback" else ""}\
+llm.reset()
+llm.eval(ids)
+hidden = np.ctypeslib.as_array(llama_cpp.llama_get_embeddings_ith(llm.ctx, -1), (llm.n_embd(),))
+print(np.tanh(head["weight"] @ hidden + head["bias"]).item())  # from -1, harmful, to 1, excellent
+"""
+
+
+def _same(
+    form: Form,
+    agreement: Agreement,
+    kept: Agreement | None,
+    gguf: Written | None,
+) -> str:
+    text = (
+        f"Read back and run beside the live student on {agreement.positions} tokens of all roles: "
+        f"largest difference of two logits {agreement.largest_difference:.3g}, mean KL "
+        f"{agreement.mean_kl:.3g} nats, same likeliest token at {agreement.top1:.1%}.\n"
+    )
+    if gguf is not None:
+        kinds = ", ".join(f"{count} {name.upper()}" for name, count in sorted(gguf.kinds.items()))
+        text += f"\nMatrices: {kinds}"
+        text += f"; {gguf.carried} carried over without rounding.\n" if gguf.carried else ".\n"
+    if kept is not None:
+        text += (
+            f"\nThe training moved the model by a mean KL of {kept.mean_kl:.3g}, which is what "
+            "these few bits have to keep.\n"
+        )
+    if form.parity_problems:
+        text += "\n" + how_to_compare(form.format, adapter=form.adapter)
+    return text

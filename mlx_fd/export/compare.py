@@ -1,0 +1,276 @@
+"""Is the exported model the same model in another tool? Bundles held against engines."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_fd import problems
+from mlx_fd.errors import UserError
+from mlx_fd.export.archive import open_archive
+from mlx_fd.export.bundle import Bundle, Item, read_bundle
+from mlx_fd.export.engines import ENGINES
+from mlx_fd.problems import Problem
+
+WEIGHTS = ("auto", "float", "quantized")
+_ADDRESS = "openai"
+_PROBLEMS = 100
+
+Progress = Callable[[str, int, int], None]
+"""Called with the engine and what it opened, prompts and problems done, and their number."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What still counts as the same model.
+
+    Attributes:
+        mean_kl: nats, at most.
+        top1: share of positions with the same likeliest token, at least; where the reference's two
+            likeliest are a near tie, either will do.
+    """
+
+    mean_kl: float
+    top1: float
+
+
+# llama.cpp quantises the activations too where the weights are: 0.002 to 0.005 nats on SmolLM2.
+TOLERANCES = {"float": Tolerance(1e-3, 0.99), "quantized": Tolerance(1e-2, 0.90)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine on one model.
+
+    Attributes:
+        engine: its name.
+        target: the file, folder or address it opens.
+        folder: the export whose bundle it is held against.
+        bundle: that bundle.
+    """
+
+    engine: str
+    target: str
+    folder: Path
+    bundle: Bundle
+
+
+def _parsed(engine: str) -> tuple[str, str]:
+    """An engine's name and, for a server, its address."""
+    name, _, address = engine.partition(":")
+    if name not in ENGINES:
+        near = difflib.get_close_matches(name, ENGINES, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"--engine {engine}: there is mlx, llama.cpp and openai:URL{hint}")
+    if (name == _ADDRESS) != bool(address):
+        how = "give its address: --engine openai:URL" if name == _ADDRESS else "it takes no address"
+        raise UserError(f"--engine {engine}: {how}")
+    return name, address
+
+
+def _targets(name: str, address: str, folder: Path) -> list[str]:
+    """What an engine can open in an export."""
+    if name == _ADDRESS:
+        return [address]
+    if name == "mlx":
+        return [str(folder)] if (folder / "config.json").exists() else []
+    return [str(file) for file in sorted(folder.glob("*.gguf"))]
+
+
+@contextlib.contextmanager
+def opened(export: Path) -> Iterator[Path]:
+    """An export's folder; that of an archive is unpacked beside it, and removed at the end.
+
+    Raises:
+        UserError: there is nothing of that name, or the archive is not safe to open.
+    """
+    if export.is_dir():
+        yield export
+    elif export.is_file():
+        with tempfile.TemporaryDirectory(prefix=".compare-", dir=export.parent) as scratch:
+            yield open_archive(export, Path(scratch) / export.stem)
+    else:
+        raise UserError(f"{export}: there is no such directory or archive")
+
+
+def questions(source: str | None, limit: int | None) -> Callable[[Job], Sequence[Problem | Item]]:
+    """What each job has to answer.
+
+    Args:
+        source: problems as :func:`mlx_fd.problems.load` takes them; ``None``: the bundle's.
+        limit: the first so many; ``None``: all of the bundle's, 100 of a source.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
+    if source is None:
+        return lambda job: job.bundle.items[:limit]
+    chosen = problems.load(source, "test").problems[: _PROBLEMS if limit is None else limit]
+    return lambda job: chosen
+
+
+def plan(folders: Sequence[Path], engines: Sequence[str]) -> list[Job]:
+    """Each engine with each export that it can open.
+
+    Args:
+        folders: exports, each with a parity bundle.
+        engines: as the command line names them; none: all that find something to open.
+
+    Raises:
+        UserError: a bundle is broken, an engine unknown, or there is nothing for it to open.
+    """
+    named = [_parsed(engine) for engine in engines] or [
+        (name, "") for name in ENGINES if name != _ADDRESS
+    ]
+    bundles = {folder: read_bundle(folder) for folder in dict.fromkeys(folders)}
+    jobs = []
+    for name, address in named:
+        found = [
+            Job(name, target, folder, bundle)
+            for folder, bundle in bundles.items()
+            for target in _targets(name, address, folder)
+        ]
+        if not found and engines:
+            opens = "a .gguf file" if name == "llama.cpp" else "config.json (an mlx or hf export)"
+            raise UserError(
+                f"--engine {name}: nothing in {', '.join(map(str, folders))} has {opens}"
+            )
+        jobs.extend(found)
+    if not jobs:
+        raise UserError(
+            f"{', '.join(map(str, folders))}: neither config.json nor a .gguf file to open; an "
+            "adapter alone is no model: export it fused"
+        )
+    return jobs
+
+
+def _as_request(job: Job, asked: Sequence[Problem | Item]) -> str:
+    return json.dumps(
+        {
+            "engine": job.engine,
+            "target": job.target,
+            "folder": str(job.folder),
+            "asked": [{"id": p.id, "question": p.question, "answer": str(p.answer)} for p in asked],
+        }
+    )
+
+
+def run(
+    job: Job, asked: Sequence[Problem | Item], progress: Progress, *, debug: bool = False
+) -> dict[str, Any]:
+    """Measure an engine, in a process of its own.
+
+    Args:
+        job: what to run.
+        asked: problems to answer.
+        progress: told of every prompt and problem.
+        debug: let through what the engine prints on standard error.
+
+    Returns:
+        ``{"measures": ...}`` as of :func:`mlx_fd.export.measures.measure`, or ``{"failure": ...}``
+        with the reason, also where the engine took its process down.
+    """
+    label = f"{job.engine} {Path(job.target).resolve().name}"
+    with subprocess.Popen(
+        # -P: the current directory may be an export of someone else's, with a numpy.py in it.
+        [sys.executable, "-P", "-m", "mlx_fd.export.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=None if debug else subprocess.DEVNULL,
+        encoding="utf-8",
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(_as_request(job, asked))
+                process.stdin.close()
+            for line in process.stdout:
+                said = json.loads(line)
+                if "done" not in said:
+                    return said
+                progress(label, said["done"], said["total"])
+        finally:
+            process.kill()
+    return {
+        "failure": f"{job.engine} ended with status {process.returncode} on {job.target}; run it "
+        "again with --debug to see what it printed"
+    }
+
+
+def _reasons(measures: Mapping[str, Any], tolerance: Tolerance) -> list[str]:
+    """Why it is not the same model; empty where it is."""
+    found = []
+    tokens, kl, clear = measures["tokenisation"], measures["kl"], measures["clear"]
+    if tokens["equal"] < tokens["n"]:
+        found.append(f"{tokens['n'] - tokens['equal']} of {tokens['n']} prompts get other tokens")
+    if kl["mean"] is not None and kl["mean"] > tolerance.mean_kl:
+        found.append(f"mean KL {kl['mean']:.2g} is above {tolerance.mean_kl:g}")
+    if clear["agreeing"] < tolerance.top1 * clear["n"]:
+        share = clear["agreeing"] / clear["n"]
+        found.append(f"{share:.1%} of the likeliest tokens agree, not {tolerance.top1:.0%}")
+    if not measures["top1"]["n"]:
+        found.append("nothing could be compared")
+    return found
+
+
+def judged(job: Job, outcome: Mapping[str, Any], weights: str = "auto") -> Row:
+    """A row of the report.
+
+    Args:
+        job: what was run.
+        outcome: what :func:`run` returned.
+        weights: whose tolerances apply; ``"auto"``: as the engine says of the weights, float where
+            it does not.
+    """
+    measures = outcome.get("measures")
+    kind = weights
+    if kind == "auto":
+        kind = "quantized" if measures and measures["quantized"] else "float"
+    tolerance = TOLERANCES[kind]
+    reasons = _reasons(measures, tolerance) if measures else [outcome["failure"]]
+    rounded = job.bundle.source.get("mean_kl")
+    if reasons and isinstance(rounded, float) and rounded > tolerance.mean_kl:
+        reasons.append(f"its weights were rounded to a mean KL of {rounded:.2g} at the export")
+    return {
+        "engine": job.engine,
+        "target": job.target,
+        "export": str(job.folder),
+        "weights": kind,
+        "tolerance": {"mean_kl": tolerance.mean_kl, "top1": tolerance.top1},
+        "parity": not reasons,
+        "reasons": reasons,
+        "measures": measures,
+    }
+
+
+def report(jobs: Sequence[Job], rows: Sequence[Row]) -> dict[str, Any]:
+    """Everything, as JSON."""
+    from mlx_fd.session import versions
+
+    bundles = {str(job.folder): job.bundle for job in jobs}
+    return {
+        "parity": all(row["parity"] for row in rows),
+        "rows": list(rows),
+        "bundles": {
+            folder: {
+                "prompts": len(bundle.prompts),
+                "positions": sum(prompt.positions for prompt in bundle.prompts),
+                "items": len(bundle.items),
+                "reference": bundle.reference,
+                "versions": bundle.versions,
+                "source": bundle.source,
+            }
+            for folder, bundle in bundles.items()
+        },
+        "versions": versions(),
+    }

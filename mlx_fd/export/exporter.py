@@ -1,0 +1,333 @@
+"""From a run to a directory that other tools open: write, read back, compare, then describe.
+
+What is written is loaded again and its logits compared with the live student's, before the
+directory appears under its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_fd.errors import UserError
+from mlx_fd.export import archive, gguf_file, hf, mlx_dir, peft
+from mlx_fd.export.bundle import make_bundle, write_bundle
+from mlx_fd.export.card import write_card
+from mlx_fd.export.source import Source, open_source, write_score_head
+from mlx_fd.export.verify import (
+    Agreement,
+    Logits,
+    agreement,
+    check_adapter_kept,
+    check_precision,
+    logits_of,
+    role_chat,
+)
+from mlx_fd.feedback import open_student
+from mlx_fd.models.loading import Loaded, load
+from mlx_fd.models.storage import new_directory
+from mlx_fd.runs import MANIFEST, SUMMARY
+
+if TYPE_CHECKING:
+    from mlx_fd.problems import Problem
+
+FORMATS = ("mlx", "hf", "gguf")
+DTYPES = ("float16", "bfloat16", "float32")
+Q_BITS = (4, 8)
+Q_GROUP_SIZES = (32, 64, 128)
+SCORE_HEAD = "score_head.safetensors"
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, steps done, and their number."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an export shall look like.
+
+    Attributes:
+        format: one of ``FORMATS``.
+        adapter: the adapter alone.
+        dtype: of the weights; ``None``: the base's own (mlx), bfloat16 (hf).
+        q_bits: for mlx: quantise; ``None``: leave dequantised.
+        q_group_size: weights that share a scale.
+        gguf_type: for gguf: type of the matrices.
+        base_model: what a PEFT adapter calls its base; ``None``: as it was trained.
+        parity_problems: problems of the parity bundle; 0: no bundle.
+        seed: of the bundle's choice of problems.
+    """
+
+    format: str = "mlx"
+    adapter: bool = False
+    dtype: str | None = None
+    q_bits: int | None = None
+    q_group_size: int | None = None
+    gguf_type: str | None = None
+    base_model: str | None = None
+    parity_problems: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        source: what it was made from.
+        folder: the directory.
+        files: name -> bytes.
+        agreement: of what was written with the live model.
+        kept: of the live student with its base; ``None`` where the weights were not quantised.
+        gguf: what the GGUF file holds.
+        warnings: what the user should know.
+    """
+
+    source: Source
+    folder: Path
+    files: dict[str, int]
+    agreement: Agreement
+    kept: Agreement | None
+    gguf: gguf_file.Written | None
+    warnings: tuple[str, ...]
+
+
+def check_form(form: Form) -> None:
+    """Make sure that the options of an export go together.
+
+    Raises:
+        UserError: they do not.
+    """
+    for value, known in (
+        (form.format, FORMATS),
+        (form.dtype, (None, *DTYPES)),
+        (form.gguf_type, (None, *gguf_file.TYPES)),
+        (form.q_bits, (None, *Q_BITS)),
+        (form.q_group_size, (None, *Q_GROUP_SIZES)),
+    ):
+        if value not in known:
+            raise UserError(f"{value} is none of {', '.join(str(k) for k in known if k)}")
+    gguf = form.format == "gguf"
+    refused = {
+        "--adapter: a GGUF file holds the whole model; leave --adapter out": gguf and form.adapter,
+        "--dtype is for --format mlx and hf; for gguf choose --gguf-type f16, bf16 or f32": (
+            gguf and form.dtype is not None
+        ),
+        "--q-bits is for --format mlx; for gguf choose --gguf-type q8_0, q4_1 or q4_0": (
+            form.format != "mlx" and form.q_bits is not None
+        ),
+        "--q-group-size goes with --q-bits": form.q_group_size is not None and form.q_bits is None,
+        "--gguf-type is for --format gguf": not gguf and form.gguf_type is not None,
+        "--adapter: an adapter is written as it was trained; leave --dtype and --q-bits out": (
+            form.adapter and (form.dtype is not None or form.q_bits is not None)
+        ),
+        "--base-model goes with --format hf --adapter": (
+            form.base_model is not None and not (form.format == "hf" and form.adapter)
+        ),
+    }
+    for text, wrong in refused.items():
+        if wrong:
+            raise UserError(text)
+
+
+def check_out(folder: Path, *, with_archive: bool) -> None:
+    """Make sure that the directory can be made.
+
+    Raises:
+        UserError: there is something there already.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder}: is a link or a file; choose another --out")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder}: there is something in this folder; choose another --out")
+    if with_archive and archive_of(folder).exists():
+        raise UserError(f"{archive_of(folder)}: is there already; choose another --out")
+
+
+def archive_of(folder: Path) -> Path:
+    """The tar file beside an export's directory."""
+    return folder.with_name(f"{folder.name}.tar")
+
+
+def export(
+    name: str, folder: Path, form: Form, *, with_archive: bool = False, progress: Progress
+) -> Exported:
+    """Export a model.
+
+    Args:
+        name: a run directory, one of its checkpoints, or a model's name.
+        folder: the directory to make; it appears complete or not at all.
+        form: what it shall look like.
+        with_archive: write ``FOLDER.tar`` too.
+        progress: told of every step.
+
+    Raises:
+        UserError: nothing of that name, damaged files, options or an architecture that do not go
+            together, or weights that lose the adapter when they are quantised.
+    """
+    # Not resolved: a link to nowhere is to be seen. But what follows needs a parent that is real.
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100
+    check_form(form)
+    check_out(folder, with_archive=with_archive)
+    source = open_source(name)
+    progress("loading", 0, 1)
+    live, student = open_student(source.place)
+    chat = role_chat(live.tokenizer)
+    with _explained(folder), new_directory(folder, shared=False) as working:
+        written = _write(source, live, working, form, progress)
+        if student is not None:
+            write_score_head(source.place, student.score_at, working / SCORE_HEAD)
+        progress("comparing", 0, 2)
+        reference = logits_of(live, chat)
+        progress("comparing", 1, 2)
+        found = agreement(reference, _logits_again(source, working, form, chat))
+        kept = _kept(source, form, chat, reference)
+        warnings = [check_precision(found), _untrained(source)]
+        if kept is not None:
+            warnings.append(check_adapter_kept(found, kept))
+        if form.parity_problems:
+            bundle = make_bundle(
+                live,
+                problems=_problems(source, form.parity_problems),
+                seed=form.seed,
+                source={
+                    "name": source.name,
+                    "base": source.base,
+                    "format": form.format,
+                    "mean_kl": found.mean_kl,
+                },
+                progress=lambda done, total: progress("parity bundle", done, total),
+            )
+            write_bundle(bundle, working)
+        try:
+            write_card(source, form, student, found, kept, written, working)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{source.place.run}: its {MANIFEST} or {SUMMARY} is not what mlx-fd wrote "
+                f"({error!r}); bring the old file back"
+            ) from error
+        sizes = {
+            path.relative_to(working).as_posix(): path.stat().st_size
+            for path in sorted(working.rglob("*"))
+            if path.is_file()
+        }
+    if with_archive:
+        progress("archive", 0, 1)
+        with _explained(archive_of(folder)):
+            archive.write_archive(folder, archive_of(folder))
+    return Exported(source, folder, sizes, found, kept, written, tuple(filter(None, warnings)))
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn a failed write into a message."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # MLX reports a failed write of weights as a RuntimeError, and only by its text.
+        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
+            raise
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"{path}: cannot be written ({why}); nothing of it was left behind. Make room, or "
+            "choose another --out"
+        ) from error
+
+
+def _write(
+    source: Source, live: Loaded, folder: Path, form: Form, progress: Progress
+) -> gguf_file.Written | None:
+    progress("writing", 0, 1)
+    if form.format == "gguf":
+        return gguf_file.write_file(
+            source,
+            live.tokenizer,
+            folder / gguf_file.file_name(form.gguf_type),
+            kind=form.gguf_type,
+            progress=lambda done, total: progress("writing", done, total),
+        )
+    if form.format == "hf" and form.adapter:
+        peft.write_adapter(source, folder, base_model=form.base_model)
+    elif form.format == "hf":
+        hf.write_model(source, live.tokenizer, folder, dtype=form.dtype)
+    elif form.adapter:
+        mlx_dir.write_adapter(source, folder)
+    else:
+        mlx_dir.write_model(
+            source,
+            folder,
+            dtype=form.dtype,
+            q_bits=form.q_bits,
+            q_group_size=form.q_group_size or 64,
+        )
+    return None
+
+
+def _logits_again(source: Source, folder: Path, form: Form, chat: tuple[int, ...]) -> Logits:
+    """Logits of what was written, read back from the disk."""
+    if form.format == "gguf":
+        from mlx_fd.models.gguf import convert
+
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            again = Path(scratch) / "model"
+            convert(folder / gguf_file.file_name(form.gguf_type), again)
+            return logits_of(load(again), chat)
+    if not form.adapter:
+        return logits_of(load(folder), chat)
+    loaded = load(source.place.model)
+    put = peft.put_adapter if form.format == "hf" else mlx_dir.put_adapter
+    put(loaded.model, folder)
+    return logits_of(loaded, chat)
+
+
+def _kept(source: Source, form: Form, chat: tuple[int, ...], reference: Logits) -> Agreement | None:
+    """The student against its base, where few bits may have lost what lies between them."""
+    rounded = form.q_bits is not None or (form.gguf_type or "").startswith("q")
+    if source.place.checkpoint is None or not rounded:
+        return None
+    return agreement(reference, logits_of(load(source.place.model), chat))
+
+
+def _untrained(source: Source) -> str | None:
+    checkpoint = source.place.checkpoint
+    if checkpoint is None or not checkpoint.name.isdigit() or int(checkpoint.name) > 0:
+        return None
+    return (
+        f"checkpoint {checkpoint.name} is the student before its first update: on the probe set "
+        "the run made it no better, and this export is the base model"
+    )
+
+
+def _problems(source: Source, count: int) -> tuple[Problem, ...]:
+    """Problems of the kind that the model was made for."""
+    from mlx_fd import problems
+
+    config = source.place.config
+    wanted = config.problems.problems if config is not None else ""
+    tiny = source.base.startswith("tiny")
+    name = wanted if wanted in problems.EMBEDDED else "arithmetic" if tiny else "gsm8k"
+    return problems.load(name, "test").problems[:count]
+
+
+def as_json_value(exported: Exported) -> dict[str, Any]:
+    """What a script wants to know of an export."""
+    return {
+        "out": str(exported.folder),
+        "source": exported.source.name,
+        "base": exported.source.base,
+        "files": exported.files,
+        "bytes": sum(exported.files.values()),
+        "positions": exported.agreement.positions,
+        "largest_difference": exported.agreement.largest_difference,
+        "mean_kl": exported.agreement.mean_kl,
+        "worst_kl": exported.agreement.worst_kl,
+        "top1": exported.agreement.top1,
+        "mean_kl_of_base": exported.kept.mean_kl if exported.kept else None,
+        "gguf_types": exported.gguf.kinds if exported.gguf else None,
+        "gguf_carried_over": exported.gguf.carried if exported.gguf else None,
+        "warnings": list(exported.warnings),
+    }

@@ -1,0 +1,76 @@
+"""Directories that ``mlx_lm.load`` opens: the whole model, or the adapter alone."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_fd.export.source import Source, adapter_config, copy_tokenizer, fused, stored_dtype
+from mlx_fd.models.loading import open_lazily
+from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+if TYPE_CHECKING:
+    from mlx import nn
+
+# What mlx-lm and this package write into config.json, and nobody else reads.
+MLX_KEYS = ("quantization", "quantization_config", "mlx_fd")
+
+
+def write_model(
+    source: Source,
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    q_bits: int | None = None,
+    q_group_size: int = 64,
+) -> None:
+    """Write the whole model, the adapter fused into it.
+
+    Args:
+        source: what to write.
+        folder: an empty folder.
+        dtype: of the weights, and of the scales of quantised ones; ``None``: the base's own.
+        q_bits: quantise to 4 or 8 bits; ``None``: leave the weights dequantised.
+        q_group_size: weights that share a scale.
+    """
+    import mlx.core as mx
+    from mlx_lm.utils import quantize_model, save_config, save_model
+
+    base, config = open_lazily(source.place.model)
+    model = fused(source.place)
+    wanted = getattr(mx, dtype) if dtype else stored_dtype(base)
+    model.set_dtype(wanted)
+    for key in (*MLX_KEYS, "dtype"):
+        config.pop(key, None)
+    config["torch_dtype"] = str(wanted).removeprefix("mlx.core.")
+    if q_bits is not None:
+        # It prints, and standard output may belong to a script.
+        with contextlib.redirect_stdout(io.StringIO()):
+            model, config = quantize_model(model, config, q_group_size, q_bits)
+    save_model(folder, model, donate_model=True)
+    save_config(config, folder / "config.json")
+    copy_tokenizer(source.place.model, folder)
+    generation = source.place.model / "generation_config.json"
+    if generation.exists():
+        shutil.copyfile(generation, folder / generation.name)
+
+
+def write_adapter(source: Source, folder: Path) -> None:
+    """Write the adapter alone, as mlx-lm writes it, with its base model's name or directory."""
+    base = source.base if source.on_hub else str(source.place.model)
+    config: dict[str, Any] = {**adapter_config(source.place), "model": base}
+    assert source.place.checkpoint is not None
+    shutil.copyfile(source.place.checkpoint / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def put_adapter(model: nn.Module, folder: Path) -> None:
+    """Put an adapter that :func:`write_adapter` wrote onto its base model, as mlx-lm does."""
+    from mlx_lm.tuner.utils import load_adapters
+
+    load_adapters(model, str(folder))
+    model.eval()

@@ -1,0 +1,252 @@
+"""What is exported: a run's student, one of its checkpoints, or any model; whole, and checked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_fd import runs
+from mlx_fd.config import ModelOptions
+from mlx_fd.errors import UserError
+from mlx_fd.feedback import Place, find
+from mlx_fd.models.aliases import ALIASES
+from mlx_fd.models.gguf import ARCHITECTURES
+from mlx_fd.models.loading import open_lazily
+from mlx_fd.models.resolve import parse_name
+from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS, read_arrays
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    from mlx import nn
+
+# What a tokenizer needs beside the weights, under the names that transformers knows.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that passed every check that needs no forward pass.
+
+    Attributes:
+        place: where its files are.
+        name: what to call it.
+        base: what to call its language model.
+        on_hub: whether the hub has that under this name.
+        manifest: the run's manifest, empty for a plain model.
+        summary: the run's summary, empty where the run has not ended.
+    """
+
+    place: Place
+    name: str
+    base: str
+    on_hub: bool
+    manifest: dict[str, Any]
+    summary: dict[str, Any]
+
+
+def open_source(name: str) -> Source:
+    """Find and check what is to be exported.
+
+    Args:
+        name: a run directory, one of its checkpoints, or a model's name.
+
+    Raises:
+        UserError: nothing of that name, or its files are damaged: a file ends early, or numbers in
+            it are not finite.
+    """
+    place = find(name)
+    for file in sorted(place.model.glob("model*.safetensors")):
+        _check_file(file)
+    if place.run is None or place.config is None:
+        base, on_hub = _base_name(name)
+        return Source(place, base, base, on_hub, {}, {})
+    assert place.checkpoint is not None
+    for part in (ADAPTER_WEIGHTS, HEADS):
+        _check_file(place.checkpoint / part)
+    _check_adapter_config(place, place.config.models)
+    return Source(
+        place,
+        place.run.name,
+        *_base_name(place.config.models.student),
+        runs.read_manifest(place.run),
+        _read_json(place.run / runs.SUMMARY),
+    )
+
+
+def _base_name(name: str) -> tuple[str, bool]:
+    """A model's name without what only this machine knows of it, and whether it is the hub's."""
+    parsed = parse_name(name)
+    path = Path(parsed.base).expanduser()
+    if path.exists():
+        base, on_hub = path.resolve().name, False
+    else:
+        base = ALIASES[parsed.base].repo if parsed.base in ALIASES else parsed.base
+        base, on_hub = base or parsed.base, bool(base)
+    if parsed.layers is None:
+        return base, on_hub
+    return f"{base}:layers={parsed.layers}", False
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is no JSON object")
+    return value
+
+
+def _check_file(path: Path) -> None:
+    """Make sure that a safetensors file is whole and its numbers are finite.
+
+    Raises:
+        UserError: it is not; the message names file and tensor.
+    """
+    import mlx.core as mx
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # Compares what the header promises with the file's size; MLX reads on into nothing.
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: is damaged or incomplete ({error}); download or make it again"
+        ) from error
+    for name, array in read_arrays(path).items():
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            raise UserError(
+                f"{path}: {name} has numbers that are not finite: these weights are damaged, or "
+                "the training went wrong; take another checkpoint"
+            )
+
+
+def check_architecture(model_type: str, what: str) -> None:
+    """Make sure that tensors have the same names and shapes in MLX as everywhere else.
+
+    Raises:
+        UserError: that has not been made sure of for this architecture.
+    """
+    if model_type not in ARCHITECTURES:
+        raise UserError(
+            f"{what} is written for {' and '.join(ARCHITECTURES)} models, and this one is "
+            f"{model_type}; --format mlx takes every architecture"
+        )
+
+
+def stored_dtype(model: nn.Module) -> mx.Dtype:
+    """The type of a model's matrices; of their scales where they are quantised."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    floating = [
+        array
+        for _, array in tree_flatten(model.parameters())
+        if mx.issubdtype(array.dtype, mx.floating)
+    ]
+    return max(floating, key=lambda array: array.ndim).dtype
+
+
+def fused(place: Place) -> nn.Module:
+    """The language model with its adapter fused into it, in float32 and dense; weights stay lazy.
+
+    Everything is computed in float32, however the base is stored, and rounded once at the end by
+    whoever writes it: fused in 16 bits, a small adapter would be rounded away.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_unflatten
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import dequantize_model
+
+    model, _ = open_lazily(place.model)
+    model.set_dtype(mx.float32)
+    if place.checkpoint is not None:
+        try:
+            load_adapters(model, str(place.checkpoint))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{place.checkpoint}: this adapter does not fit: {error}") from error
+    merged = [
+        (name, module.fuse(dequantize=True))
+        for name, module in model.named_modules()
+        if hasattr(module, "fuse")
+    ]
+    if merged:
+        model.update_modules(tree_unflatten(merged))
+    return dequantize_model(model)
+
+
+def adapter_config(place: Place) -> dict[str, Any]:
+    """The adapter's configuration as mlx-lm has it.
+
+    Raises:
+        UserError: there is no adapter.
+    """
+    if place.checkpoint is None:
+        raise UserError(
+            "--adapter: this is a plain model, which has no adapter; name a run, or leave "
+            "--adapter out"
+        )
+    return _read_json(place.checkpoint / ADAPTER_CONFIG)
+
+
+def _check_adapter_config(place: Place, options: ModelOptions) -> None:
+    """Make sure that mlx-lm puts the adapter on as the run did; a user may edit this file."""
+    config, path = adapter_config(place), f"{place.checkpoint}/{ADAPTER_CONFIG}"
+    lora = {"rank": options.lora_rank, "scale": options.lora_scale, "dropout": 0.0}
+    wanted = {"fine_tune_type": options.train, "lora_parameters": lora}
+    for key, value in wanted.items():
+        if config.get(key) != value:
+            raise UserError(f"{path}: {key} is {config.get(key)!r}, and the run had {value!r}")
+    if type(config.get("num_layers")) is not int:
+        raise UserError(f"{path}: num_layers is {config.get('num_layers')!r}, no whole number")
+
+
+def changed_modules(place: Place) -> set[str]:
+    """Names of the modules whose weights the training changed."""
+    if place.checkpoint is None:
+        return set()
+    return {name.rsplit(".", 1)[0] for name in read_arrays(place.checkpoint / ADAPTER_WEIGHTS)}
+
+
+def end_tokens(tokenizer: Any) -> int | list[int] | None:
+    """The ids that end a turn, the tokenizer's own first; as config.json writes them."""
+    own = tokenizer.eos_token_id
+    ends = [*([own] if own is not None else []), *sorted(tokenizer.eos_token_ids - {own})]
+    return ends[0] if len(ends) == 1 else ends or None
+
+
+def copy_tokenizer(model: Path, folder: Path) -> None:
+    """Copy a model's tokenizer and chat template as they are."""
+    for name in _TOKENIZER_FILES:
+        if (model / name).exists():
+            (folder / name).write_bytes((model / name).read_bytes())
+
+
+def write_score_head(place: Place, score_at: str, file: Path) -> None:
+    """Write a student's score head: ``weight`` [1, d] and ``bias`` [1], both float32.
+
+    Args:
+        place: of a student.
+        score_at: where the head reads, kept in the file's metadata.
+        file: the file to write.
+    """
+    import mlx.core as mx
+
+    assert place.checkpoint is not None
+    heads = read_arrays(place.checkpoint / HEADS)
+    head = {part: heads[f"score_head.{part}"].astype(mx.float32) for part in ("weight", "bias")}
+    mx.save_safetensors(str(file), head, metadata={"format": "mlx", "score_at": score_at})
