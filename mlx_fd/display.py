@@ -317,11 +317,11 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         top_k = summary["top_k"]
         table.add_row(
             f"expert's {top_k['k']} likeliest tokens",
-            f"leave out {top_k['tail_mass']:.2%} of its probability; the logit loss misses "
+            f"leave out {top_k['tail_mass']:.2%} of its probability, and the logit loss misses "
             + (
-                "an unknown part by that"
+                "an unknown part"
                 if top_k["missing_at_most"] is None
-                else f"at most {top_k['missing_at_most']:.3g} by that"
+                else f"at most {top_k['missing_at_most']:.3g}"
             ),
         )
     unread = summary["unreadable_scores"]

@@ -32,6 +32,7 @@ SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
 _LOCK = ".lock"
+_UNFINISHED = ".tmp-"
 # Says where the base model is; a user may point it elsewhere.
 _EDITABLE = ("adapter_config.json",)
 
@@ -92,7 +93,8 @@ def write_with(path: Path, write: Callable[[Path], None]) -> str:
     Returns:
         The file's SHA-256.
     """
-    temporary = path.with_name(f".tmp-{path.name}")
+    # Another process may be writing the same file.
+    temporary = path.with_name(f"{_UNFINISHED}{os.getpid()}-{path.name}")
     write(temporary)
     _sync_file(temporary)
     digest = digest_of(temporary)
@@ -378,6 +380,8 @@ def roll_back(folder: Path, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
         _point(checkpoints / "last", checkpoint.folder.name)
         _point(checkpoints / "best", f"{checkpoint.state['best_batch']:06d}")
+    for left in folder.glob(f"{_UNFINISHED}*"):
+        left.unlink()
     (folder / SUMMARY).unlink(missing_ok=True)
 
 

@@ -281,8 +281,8 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
         options = old["options"]
         whole = (
             options["episodes"] % options["batch_size"] == 0
-            and options["epochs"] == 1
-            and options["loss_weights"] in ("ema", "fixed")
+            and options.get("epochs", 1) == 1
+            and options.get("loss_weights", "ema") in ("ema", "fixed")
         )
         uncertain = [
             f"{name} was {value}, is {new[part].get(name)}: the run goes on, but its last digits "

@@ -289,21 +289,28 @@ def times(rows, name, key, by="engine"):
 
 
 def table(path):
-    """The README's table: of the others how many times the engine's time and memory they take."""
+    """The README's table: of the others how many times the engine's time and memory they take.
+
+    Of the smallest and the largest number of tokens; the plot has those between.
+    """
     lines = [
         "| teacher's head | | vocabulary | tokens | engine | matmuls | dense | mlx-lm "
         "| engine | dense | mlx-lm |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for (tokens, vocab, kind, head, *_), rows in latest(path).items():
+    cells = latest(path)
+    ends = [pick(int(key[0]) for key in cells) for pick in (min, max)]
+    for (tokens, vocab, kind, head, *_), rows in cells.items():
+        if int(tokens) not in ends:
+            continue
         seconds, size = number(rows, "engine", "seconds"), number(rows, "engine", "peak_bytes")
-        cells = [
+        columns = [
             *(head, kind.upper(), f"{int(vocab):,}", f"{int(tokens):,}", f"{seconds:.2f} s"),
             *(times(rows, name, "seconds") for name in ("matmuls", "dense", "mlx-lm")),
             f"{size / 1e6:,.0f} MB",
             *(times(rows, name, "peak_bytes") for name in ("dense", "mlx-lm")),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
 

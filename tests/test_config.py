@@ -101,3 +101,18 @@ def test_any_value_is_taken_or_refused_with_its_name(changes):
     for name, value in changes.items():
         kept = getattr(getattr(config, OPTIONS[name].section), name)
         assert kept == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_top_k": 8, "standardize_logits": True}, "set teacher_top_k to 0"),
+        ({"phase_begin": 0.8, "phase_end": 0.7}, "phase_begin is 0.8, after phase_end, 0.7"),
+        ({"phase_begin": 0.8}, "after phase_end, 0.75"),
+        ({"losses": ["answers"]}, 'did you mean "answer"'),
+    ],
+)
+def test_options_that_contradict_each_other(changes, message):
+    with pytest.raises(UserError) as error:
+        override(Config(), changes, "test")
+    assert message in str(error.value)

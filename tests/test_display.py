@@ -147,3 +147,22 @@ def test_summary_of_a_run():
     assert "asked 2 times (12 tokens), not asked 2 times (about 12 tokens saved)" in text
     assert "expert 0, student 4 of 4" in text
     assert "1 min 0 s" in text and "1.50 GiB" in text
+
+
+def test_a_later_epoch_has_no_episodes():
+    seen = shown(*BATCHES, BatchDone(6, 12, [], metrics(2, lagging=5)))
+    last = seen.splitlines()[-1]
+    assert last.startswith("6/12  distilled 5  lm 2.5 logit 0.125  ETA")
+
+
+@pytest.mark.parametrize(
+    ("missing", "text"), [(0.0123, "misses at most 0.0123"), (None, "misses an unknown part")]
+)
+def test_what_a_top_k_leaves_out_is_in_the_summary(missing, text):
+    summary = summarise([], [], {}, {}, HEADROOM)
+    error = {"k": 64, "tail_mass": 0.0152, "missing_at_most": missing}
+    console = Console(file=io.StringIO(), width=200)
+    console.print(summary_table({**summary, "top_k": error, "peak_memory_bytes": 0}))
+    assert "expert's 64 likeliest tokens" in console.file.getvalue()
+    assert "leave out 1.52% of its probability" in console.file.getvalue()
+    assert text in console.file.getvalue()

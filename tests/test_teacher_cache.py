@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -154,6 +156,29 @@ def test_dying_while_an_entry_is_written_leaves_none_or_a_whole_one(tmp_path, pa
         entry(cache, pair)
         assert not warnings
     assert seen == [1, 2]
+
+
+def test_two_processes_write_the_same_entry(tmp_path, pair):
+    """At once, many times: neither fails, and what is left is whole."""
+    cache, warnings = cache_of(tmp_path, pair)
+    arrays = entry(cache, pair)
+    code = (
+        "import sys, json, mlx.core as mx\n"
+        "from pathlib import Path\n"
+        "from mlx_fd.teacher_cache import TeacherCache\n"
+        "arrays = mx.load(sys.argv[2])\n"
+        "cache = TeacherCache(Path(sys.argv[1]), json.loads(sys.argv[3]), print)\n"
+        "for _ in range(200):\n"
+        "    cache.save((5, 6, 7), (8, 9, 10, 11), arrays)\n"
+    )
+    mx.save_safetensors(str(tmp_path / "arrays.safetensors"), arrays)
+    command = [sys.executable, "-c", code, str(tmp_path / "cache")]
+    command += [str(tmp_path / "arrays.safetensors"), json.dumps(cache.teacher)]
+    both = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    shared = dataclasses.replace(cache, folder=tmp_path / "cache")
+    assert same(shared.load(PROMPT, TARGET), arrays) and not warnings
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, pair):
