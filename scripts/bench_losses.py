@@ -361,7 +361,8 @@ def plot(path):
     cells = {key: rows for key, rows in latest(path).items() if key[3] == "dense"}
     vocab = max(int(key[1]) for key in cells)
     parts = []
-    for row, kind in enumerate(("kl", "jsd")):
+    kinds = [k for k in ("kl", "jsd") if any(key[1:3] == (str(vocab), k) for key in cells)]
+    for row, kind in enumerate(kinds):
         for column, (key, unit, what) in enumerate(
             (("seconds", 1, "seconds"), ("peak_bytes", 1e9, "GB"))
         ):
@@ -374,7 +375,7 @@ def plot(path):
             at = (LEFT + column * (WIDTH + LEFT + 20), TOP + row * (HEIGHT + TOP + 30))
             title = f"{kind.upper()} over {vocab:,}: {what} by tokens"
             parts.append(panel(at, title, {name: sorted(line) for name, line in lines.items()}))
-    wide, high = 2 * (WIDTH + LEFT) + 60, 2 * (HEIGHT + TOP + 30) + 30
+    wide, high = 2 * (WIDTH + LEFT) + 60, len(kinds) * (HEIGHT + TOP + 30) + 30
     for index, (name, colour) in enumerate(COLOURS.items()):
         parts.append(
             f'<circle cx="{LEFT + 90 * index}" cy="{high - 16}" r="4" fill="{colour}"/>'
