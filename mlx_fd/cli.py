@@ -130,14 +130,18 @@ def cli() -> None:
 
 def _configuration(preset_name: str | None, file: Path | None, given: dict[str, Any]) -> Config:
     """Defaults, then the preset, then the file, then what was given on the command line."""
-    if given.get("expert") == TINY and not preset_name and file is None:
-        # It knows no other problems than those of its preset.
-        preset_name = TINY
-    config = preset(preset_name) if preset_name else Config()
-    if file is not None:
-        config = read(file, config)
     changes = {name: value for name, value in given.items() if value is not None}
-    return override(config, changes, "command line")
+
+    def over(config: Config) -> Config:
+        if file is not None:
+            config = read(file, config)
+        return override(config, changes, "command line")
+
+    config = over(preset(preset_name) if preset_name else Config())
+    if config.models.expert == TINY and not preset_name:
+        # It knows no other problems than those of its preset.
+        return over(preset(TINY))
+    return config
 
 
 @_with_configuration

@@ -30,7 +30,11 @@ def _option(default: Any, help: str, **limits: Any) -> Any:
 class ModelOptions:
     """Which models, and what of the student trains."""
 
-    expert: str = _option("qwen2.5-7b-4bit", "Expert: an alias, a hub name or an mlx-lm directory.")
+    expert: str = _option(
+        "qwen2.5-7b-4bit",
+        "Expert: an alias, a hub name or an mlx-lm directory. tiny brings the preset tiny, unless "
+        "another is named.",
+    )
     student: str = _option(
         "",
         "Student, likewise; NAME:layers=K keeps K of its layers. "

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_fd.cli import _configuration
 from mlx_fd.config import OPTIONS, PRESETS, Config, override, preset, read, to_toml
 from mlx_fd.errors import UserError
 
@@ -116,3 +117,15 @@ def test_options_that_contradict_each_other(changes, message):
     with pytest.raises(UserError) as error:
         override(Config(), changes, "test")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2-135m"])
+def test_the_tiny_expert_brings_its_preset_from_a_file_too(name, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(f'expert = "{name}"\nepisodes = 7\n')
+    found = _configuration(None, file, {"seed": 3})
+    assert found.problems.problems == ("arithmetic" if name == "tiny" else "gsm8k")
+    assert (found.problems.episodes, found.episode.seed) == (7, 3)
+    # A preset that is named, and options that are given, win.
+    found = _configuration("quick", file, {"problems": "mine.jsonl"})
+    assert found.problems.problems == "mine.jsonl" and found.generation.batch_size == 4
