@@ -342,7 +342,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "projection_rate": 1e-3,
         "probe_size": 32,
         "ema_decay": 0.7,
-        "stop_threshold": 0.3,
+        "stop_threshold": 0.25,
         "confidence": 0.9,
         "exam_size": 200,
     },

@@ -198,8 +198,8 @@ def table(path):
             "",
             f"| | first errors found (points) | F1 (%) | F1 against *{reference}* (points) | "
             "problems solved (points) | error of the score head | updates | 1,000 tokens | seconds "
-            "| final answers right |",
-            "|---|---|---|---|---|---|--:|--:|--:|--:|",
+            "| expert's 1,000 tokens of feedback | final answers right |",
+            "|---|---|---|---|---|---|--:|--:|--:|--:|--:|",
         ]
         for name in present:
             rows = arms[name]
@@ -217,6 +217,7 @@ def table(path):
                 f"{total('updates'):.0f}",
                 f"{total('tokens') / 1000:.0f}",
                 f"{total('distil_seconds'):.0f}",
+                f"{total('expert_feedback_tokens') / 1000:.1f}",
                 f"{total('right_final') / total('episodes'):.1%}",
             ]
             lines.append(f"| {' | '.join(cells)} |")

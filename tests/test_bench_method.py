@@ -30,6 +30,7 @@ def row(arm, seed, found, solved="0000", tokens=1000):
         "updates": 2,
         "tokens": tokens,
         "distil_seconds": 1.0,
+        "expert_feedback_tokens": 500,
         "right_final": 6,
         "wrong": "0101",
         "found": ["1010", found],
