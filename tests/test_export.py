@@ -392,7 +392,8 @@ def test_card(run, quantized_run, tmp_path):
         "arithmetic, split train, 4 episodes",
         "lm, hidden, score, logit",
         "The run has not ended",
-        "mlx-fd export base --format mlx --out BASE",
+        "DIRECTORY is the base model's directory (`base` at the training)",
+        "`mlx-fd export DIRECTORY --format mlx --out BASE`",
         "largest difference of two logits 0,",
     ):
         assert text in card, text
@@ -410,6 +411,25 @@ def test_card(run, quantized_run, tmp_path):
         "The training moved the model by a mean KL of",
     ):
         assert text in card, text
+
+
+@pytest.mark.parametrize("form", ["mlx", "hf"])
+def test_the_card_of_an_adapter_says_how_to_get_the_base(base, tmp_path, form):
+    """A name that mlx-fd knows anywhere, and a directory, whose name it knows nowhere else."""
+    students = {
+        "tiny-student": "tiny-student",
+        str(base): "DIRECTORY",
+        f"{base}:layers=2": "DIRECTORY:layers=2",
+    }
+    for place, (student, named) in enumerate(students.items()):
+        expert = student.partition(":")[0]
+        run = trained.make_run(tmp_path / f"run{place}", student, expert=expert)
+        write(run, tmp_path / f"out{place}", format=form, adapter=True)
+        card = (tmp_path / f"out{place}" / "README.md").read_text()
+        [command] = re.findall(r"`mlx-fd export (\S+) --format (?:mlx|hf) --out BASE`", card)
+        assert command == named
+        told = "DIRECTORY is the base model's directory (`base` at the training)" in card
+        assert told == named.startswith("DIRECTORY")
 
 
 ESTIMATES = {

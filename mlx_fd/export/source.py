@@ -43,6 +43,7 @@ class Source:
         name: what to call it.
         base: what to call its language model.
         on_hub: whether the hub has that under this name.
+        local: whether that is the name of a directory of this machine, and means nothing elsewhere.
         manifest: the run's manifest, empty for a plain model.
         summary: the run's summary, empty where the run has not ended.
     """
@@ -51,6 +52,7 @@ class Source:
     name: str
     base: str
     on_hub: bool
+    local: bool
     manifest: dict[str, Any]
     summary: dict[str, Any]
 
@@ -69,8 +71,8 @@ def open_source(name: str) -> Source:
     for file in sorted(place.model.glob("model*.safetensors")):
         _check_file(file)
     if place.run is None or place.config is None:
-        base, on_hub = _base_name(name)
-        return Source(place, base, base, on_hub, {}, {})
+        base, on_hub, local = _base_name(name)
+        return Source(place, base, base, on_hub, local, {}, {})
     assert place.checkpoint is not None
     for part in (ADAPTER_WEIGHTS, HEADS):
         _check_file(place.checkpoint / part)
@@ -84,18 +86,16 @@ def open_source(name: str) -> Source:
     )
 
 
-def _base_name(name: str) -> tuple[str, bool]:
-    """A model's name without what only this machine knows of it, and whether it is the hub's."""
+def _base_name(name: str) -> tuple[str, bool, bool]:
+    """A model's name without what only this machine knows; is it the hub's, is it a directory's."""
     parsed = parse_name(name)
     path = Path(parsed.base).expanduser()
-    if path.exists():
-        base, on_hub = path.resolve().name, False
-    else:
-        base = ALIASES[parsed.base].repo if parsed.base in ALIASES else parsed.base
-        base, on_hub = base or parsed.base, bool(base)
-    if parsed.layers is None:
-        return base, on_hub
-    return f"{base}:layers={parsed.layers}", False
+    local = path.exists()
+    known = ALIASES[parsed.base].repo if parsed.base in ALIASES else parsed.base
+    base = path.resolve().name if local else known or parsed.base
+    if parsed.layers is not None:
+        return f"{base}:layers={parsed.layers}", False, local
+    return base, bool(known) and not local, local
 
 
 def _read_json(path: Path) -> dict[str, Any]:
