@@ -359,6 +359,26 @@ def test_generation_config_of_the_base(folder, tmp_path):
     assert tokenizer.eos_token_ids == set(ends)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"temperature": NaN}', "\ud800"])
+def test_a_damaged_generation_config_is_named(tmp_path, text):
+    model = tiny.make_model_dir(tmp_path / "model")
+    file = model / "generation_config.json"
+    file.write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(UserError) as caught:
+        write(model, tmp_path / "out", format="hf")
+    assert str(model) in str(caught.value) and "cannot be written" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("form", ["mlx", "hf"])
+def test_a_file_of_the_base_that_cannot_be_read_is_no_failed_write(tmp_path, form):
+    model = tiny.make_model_dir(tmp_path / "model")
+    (model / "vocab.json").mkdir()
+    with pytest.raises(UserError, match=r"vocab\.json: cannot be read: Is a directory"):
+        write(model, tmp_path / "out", format=form)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 # The score head and the card
 
 

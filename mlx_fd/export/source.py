@@ -82,7 +82,7 @@ def open_source(name: str) -> Source:
         place.run.name,
         *_base_name(place.config.models.student),
         runs.read_manifest(place.run),
-        _read_json(place.run / runs.SUMMARY),
+        read_json(place.run / runs.SUMMARY),
     )
 
 
@@ -98,16 +98,25 @@ def _base_name(name: str) -> tuple[str, bool, bool]:
     return base, bool(known) and not local, local
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; an empty one where there is no file.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: is no JSON object")
     return value
+
+
+def _no_number(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _check_file(path: Path) -> None:
@@ -200,7 +209,7 @@ def adapter_config(place: Place) -> dict[str, Any]:
             "--adapter: this is a plain model, which has no adapter; name a run, or leave "
             "--adapter out"
         )
-    return _read_json(place.checkpoint / ADAPTER_CONFIG)
+    return read_json(place.checkpoint / ADAPTER_CONFIG)
 
 
 def _check_adapter_config(place: Place, options: ModelOptions) -> None:
@@ -230,10 +239,28 @@ def end_tokens(tokenizer: Any) -> int | list[int] | None:
 
 
 def copy_tokenizer(model: Path, folder: Path) -> None:
-    """Copy a model's tokenizer and chat template as they are."""
+    """Copy a model's tokenizer and chat template as they are.
+
+    Raises:
+        UserError: one of the model's files cannot be read.
+    """
     for name in _TOKENIZER_FILES:
-        if (model / name).exists():
-            (folder / name).write_bytes((model / name).read_bytes())
+        copy_file(model / name, folder)
+
+
+def copy_file(path: Path, folder: Path) -> None:
+    """Copy one of a model's files, if it has it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not path.exists():
+        return
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    (folder / path.name).write_bytes(content)
 
 
 def write_score_head(place: Place, score_at: str, file: Path) -> None:
