@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_fd.cli import cli  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.export import exporter, gguf_file, hf, verify  # noqa: E402
-from mlx_fd.export.bundle import read_bundle  # noqa: E402
+from mlx_fd.export.bundle_reading import read_bundle  # noqa: E402
 from mlx_fd.export.exporter import Exported, Form, as_json_value, export  # noqa: E402
 from mlx_fd.export.source import open_source  # noqa: E402
 from mlx_fd.feedback import find, give_feedback, open_student  # noqa: E402

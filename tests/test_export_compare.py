@@ -19,7 +19,8 @@ from rich.console import Console
 from test_cli import failed, shell
 from tiny import make_model_dir
 
-from mlx_fd.export.bundle import FOLDER, make_bundle, read_bundle, write_bundle
+from mlx_fd.export.bundle import FOLDER, make_bundle, write_bundle
+from mlx_fd.export.bundle_reading import read_bundle
 from mlx_fd.export.compare import Job, judged, run
 from mlx_fd.export.page import page
 from mlx_fd.export.table import print_comparison

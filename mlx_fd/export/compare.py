@@ -16,7 +16,8 @@ from typing import Any
 from mlx_fd import problems
 from mlx_fd.errors import UserError
 from mlx_fd.export.archive import open_archive
-from mlx_fd.export.bundle import Bundle, Item, read_bundle
+from mlx_fd.export.bundle import Bundle, Item
+from mlx_fd.export.bundle_reading import read_bundle
 from mlx_fd.export.engines import ENGINES
 from mlx_fd.problems import Problem
 

@@ -51,7 +51,7 @@ def coarse_kl(
     return np.where(known.any(-1), np.maximum(divergence, 0.0), np.nan)
 
 
-def _finite(value: np.floating[Any]) -> float | None:
+def _finite(value: float) -> float | None:
     """A number as JSON has it, which knows no infinity."""
     return float(value) if np.isfinite(value) else None
 
