@@ -204,18 +204,24 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def failed_write(error: OSError | RuntimeError) -> str | None:
+    """Why a write failed, in words; ``None`` where the error is about something else."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # MLX reports a failed write of weights this way, and only this way.
+    said = str(error).lower()
+    return str(error) if "write" in said or "open" in said else None
+
+
 @contextlib.contextmanager
 def explained(folder: Path) -> Iterator[None]:
     """Turn a failed write into a message that says that nothing is lost."""
     try:
         yield
-    except OSError as error:
-        raise _cannot_write(folder, error.strerror or str(error)) from error
-    except RuntimeError as error:
-        # MLX reports a failed write of weights this way, and only this way.
-        if "write" not in str(error).lower() and "open" not in str(error).lower():
+    except (OSError, RuntimeError) as error:
+        if (why := failed_write(error)) is None:
             raise
-        raise _cannot_write(folder, str(error)) from error
+        raise _cannot_write(folder, why) from error
 
 
 def _cannot_write(folder: Path, why: str) -> UserError:

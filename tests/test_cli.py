@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 from tiny import make_model_dir, make_tokenizer
+from trained import make_run
 
 from mlx_fd import cli, runs
 from mlx_fd.config import PRESETS, read
@@ -560,17 +561,18 @@ def test_export_of_a_run(home, finished, mlx_fd, tmp_path):
     failed(mlx_fd("export", finished, "--out", tmp_path / "out.tar"), "a link or a file")
 
 
-def test_export_for_a_script(finished, mlx_fd, tmp_path):
-    checkpoint = finished / "checkpoints" / "last"
+def test_export_for_a_script(mlx_fd, tmp_path):
+    # Random and strong: 8 bits keep it.
+    run = make_run(tmp_path / "run", "tiny-student")
     arguments = ["--format", "gguf", "--gguf-type", "q8_0", "--no-parity", "--json"]
-    done = mlx_fd("export", checkpoint, "--out", tmp_path / "out", *arguments)
-    # What a random student learned in a second may be less than 8 bits' rounding.
-    if done.status:
-        failed(done, "would be lost")
-        done = mlx_fd("export", "tiny", "--out", tmp_path / "out", *arguments)
+    done = mlx_fd("export", run, "--out", tmp_path / "out", *arguments)
+    assert done.status == 0, done
     found = json.loads(done.out)
     assert found["gguf_types"].keys() == {"q8_0"} and found["gguf_carried_over"] == 0
     assert "model-q8_0.gguf" in found["files"] and found["positions"] > 100
+    assert (found["source"], found["base"]) == ("run", "tiny-student")
+    # What is exported is the student, far from its base, and not the base itself.
+    assert 0 < found["mean_kl"] < found["mean_kl_of_base"] / 10
 
 
 def test_export_to_a_full_disk(finished, tmp_path):

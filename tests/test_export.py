@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_fd.cli import cli  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.export import exporter, gguf_file, hf, verify  # noqa: E402
-from mlx_fd.export.bundle import read_bundle  # noqa: E402
+from mlx_fd.export.bundle_reading import read_bundle  # noqa: E402
 from mlx_fd.export.exporter import Exported, Form, as_json_value, export  # noqa: E402
 from mlx_fd.export.source import open_source  # noqa: E402
 from mlx_fd.feedback import find, give_feedback, open_student  # noqa: E402
@@ -359,6 +359,26 @@ def test_generation_config_of_the_base(folder, tmp_path):
     assert tokenizer.eos_token_ids == set(ends)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"temperature": NaN}', "\ud800"])
+def test_a_damaged_generation_config_is_named(tmp_path, text):
+    model = tiny.make_model_dir(tmp_path / "model")
+    file = model / "generation_config.json"
+    file.write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(UserError) as caught:
+        write(model, tmp_path / "out", format="hf")
+    assert str(model) in str(caught.value) and "cannot be written" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("form", ["mlx", "hf"])
+def test_a_file_of_the_base_that_cannot_be_read_is_no_failed_write(tmp_path, form):
+    model = tiny.make_model_dir(tmp_path / "model")
+    (model / "vocab.json").mkdir()
+    with pytest.raises(UserError, match=r"vocab\.json: cannot be read: Is a directory"):
+        write(model, tmp_path / "out", format=form)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 # The score head and the card
 
 
@@ -392,7 +412,8 @@ def test_card(run, quantized_run, tmp_path):
         "arithmetic, split train, 4 episodes",
         "lm, hidden, score, logit",
         "The run has not ended",
-        "mlx-fd export base --format mlx --out BASE",
+        "DIRECTORY is the base model's directory (`base` at the training)",
+        "`mlx-fd export DIRECTORY --format mlx --out BASE`",
         "largest difference of two logits 0,",
     ):
         assert text in card, text
@@ -410,6 +431,25 @@ def test_card(run, quantized_run, tmp_path):
         "The training moved the model by a mean KL of",
     ):
         assert text in card, text
+
+
+@pytest.mark.parametrize("form", ["mlx", "hf"])
+def test_the_card_of_an_adapter_says_how_to_get_the_base(base, tmp_path, form):
+    """A name that mlx-fd knows anywhere, and a directory, whose name it knows nowhere else."""
+    students = {
+        "tiny-student": "tiny-student",
+        str(base): "DIRECTORY",
+        f"{base}:layers=2": "DIRECTORY:layers=2",
+    }
+    for place, (student, named) in enumerate(students.items()):
+        expert = student.partition(":")[0]
+        run = trained.make_run(tmp_path / f"run{place}", student, expert=expert)
+        write(run, tmp_path / f"out{place}", format=form, adapter=True)
+        card = (tmp_path / f"out{place}" / "README.md").read_text()
+        [command] = re.findall(r"`mlx-fd export (\S+) --format (?:mlx|hf) --out BASE`", card)
+        assert command == named
+        told = "DIRECTORY is the base model's directory (`base` at the training)" in card
+        assert told == named.startswith("DIRECTORY")
 
 
 ESTIMATES = {

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import random
 
@@ -13,8 +14,8 @@ from tiny import make_model_dir
 
 from mlx_fd import problems, roles
 from mlx_fd.errors import UserError
-from mlx_fd.export import bundle as bundles
-from mlx_fd.export.bundle import CONTENT, FOLDER, REFERENCE, ROLES, make_bundle, read_bundle
+from mlx_fd.export.bundle import CONTENT, FOLDER, REFERENCE, ROLES, make_bundle, write_bundle
+from mlx_fd.export.bundle_reading import read_bundle
 from mlx_fd.models.loading import load as load_model
 from mlx_fd.models.resolve import resolve
 
@@ -35,7 +36,7 @@ def made(student):
 
 @pytest.fixture
 def written(made, tmp_path):
-    bundles.write_bundle(made, tmp_path)
+    write_bundle(made, tmp_path)
     return tmp_path
 
 
@@ -155,8 +156,8 @@ def sealed(folder, content, arrays=None):
         (folder / FOLDER / REFERENCE).write_bytes(save(arrays))
     data = (folder / FOLDER / REFERENCE).read_bytes()
     content = {k: v for k, v in content.items() if k != "sha256"}
-    content[REFERENCE] = bundles.hashlib.sha256(data).hexdigest()
-    content["sha256"] = bundles._digest(content)
+    content[REFERENCE] = hashlib.sha256(data).hexdigest()
+    content["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     (folder / FOLDER / CONTENT).write_text(json.dumps(content))
 
 
@@ -196,6 +197,14 @@ def test_another_format_says_what_to_do(written):
     content = content_of(written)
     sealed(written, {**content, "format": 2})
     with pytest.raises(UserError, match="has format 2, and this mlx-fd reads 1"):
+        read_bundle(written)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_no_report_can_hold_is_refused(written, number):
+    content = content_of(written)
+    sealed(written, {**content, "source": {"mean_kl": number}})
+    with pytest.raises(UserError, match=r"bundle\.json has a number that is not finite"):
         read_bundle(written)
 
 

@@ -19,7 +19,8 @@ from rich.console import Console
 from test_cli import failed, shell
 from tiny import make_model_dir
 
-from mlx_fd.export.bundle import FOLDER, make_bundle, read_bundle, write_bundle
+from mlx_fd.export.bundle import FOLDER, make_bundle, write_bundle
+from mlx_fd.export.bundle_reading import read_bundle
 from mlx_fd.export.compare import Job, judged, run
 from mlx_fd.export.page import page
 from mlx_fd.export.table import print_comparison
@@ -233,6 +234,24 @@ def test_what_the_user_got_wrong_is_said(exports, export, tmp_path):
         failed(shell("compare", *arguments, cwd=tmp_path), *texts)
     shutil.rmtree(export / FOLDER)
     failed(shell("compare", export, cwd=tmp_path), "bundle.json is missing: name a directory made")
+
+
+def test_where_the_report_cannot_be_written(exports, tmp_path):
+    """Said before an engine runs; where it fails only at the end, the table is there by then."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "llama_cpp.py").write_text("open('ran', 'w')\nraise ImportError('not here')\n")
+    env = {"PYTHONPATH": str(package)}
+    (tmp_path / "file").write_text("")
+    done = shell("compare", exports / "gguf", "--out", "file/out", cwd=tmp_path, env=env)
+    failed(done, "file/out: the comparison cannot be written there (Not a directory)")
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "out" / "compare.json").mkdir(parents=True)
+    done = shell("compare", exports / "gguf", "--out", "out", cwd=tmp_path, env=env)
+    assert (tmp_path / "ran").exists()
+    assert done.status == 2 and "could not be compared" in done.out
+    assert "out: the comparison cannot be written there" in done.err
+    assert "Traceback" not in done.err and "defect" not in done.err
 
 
 def test_an_unsafe_archive_is_refused(tmp_path):

@@ -14,10 +14,13 @@ from mlx.utils import tree_map
 from mlx_fd import problems
 from mlx_fd.errors import UserError
 from mlx_fd.export.bundle import make_bundle
+from mlx_fd.export.compare import Job, judged, report
 from mlx_fd.export.engines import openai
 from mlx_fd.export.engines.mlx import MlxEngine
 from mlx_fd.export.engines.openai import OpenAIEngine
 from mlx_fd.export.measures import coarse_kl, measure
+from mlx_fd.export.page import write_report
+from mlx_fd.export.table import measured
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
 
@@ -330,6 +333,57 @@ def test_log_probabilities_that_are_none_are_not_used(bundle, logprobs):
 
     with serving(answer) as (url, _):
         assert OpenAIEngine(url, bundle).missing["KL"] == "the server gives no log-probabilities"
+
+
+@pytest.mark.parametrize(
+    ("value", "reasons"),
+    [
+        (-9999.0, ["mean KL", "the perplexity is not finite"]),
+        (-1e308, ["the mean KL is not finite", "the perplexity is not finite"]),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_server_that_says_minus_infinity_in_numbers_is_judged(bundle, tmp_path, value, reasons):
+    """It writes the reference's tokens, and calls each of them all but impossible."""
+
+    def answer(method, path, body):
+        if path != "/v1/completions":
+            return as_json({}, 404)
+        asked, most = body["prompt"], body["max_tokens"]
+        if isinstance(asked, str):
+            counts = [len(p.tokens) for p in bundle.prompts if p.text == asked]
+            choice = {"text": "1", "logprobs": None}
+            return as_json({"choices": [choice], "usage": {"prompt_tokens": counts[0]}})
+        sequence = next(
+            p.sequence for p in bundle.prompts if p.sequence[: len(asked)] == tuple(asked)
+        )
+        names = [f"token_id:{token}" for token in sequence[len(asked) :][:most]]
+        said = {
+            "tokens": names,
+            "token_logprobs": [value] * len(names),
+            "top_logprobs": [{name: value} for name in names],
+        }
+        choice = {"text": "1", "logprobs": said if body.get("logprobs") else None}
+        return as_json({"choices": [choice], "usage": {"prompt_tokens": len(asked)}})
+
+    with serving(answer) as (url, _):
+        measures = measure(OpenAIEngine(url, bundle), bundle, (), lambda done, total: None)
+    job = Job("openai", url, tmp_path, bundle)
+    row = judged(job, {"measures": measures})
+    assert measures["greedy"]["agreeing"] == measures["greedy"]["n"]
+    assert not row["parity"] and len(row["reasons"]) == 2
+    for reason, text in zip(row["reasons"], reasons, strict=True):
+        assert reason.startswith(text)
+    write_report(report([job], [row]), tmp_path / "out")
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    written = (tmp_path / "out" / "compare.json").read_text()
+    [again] = json.loads(written, parse_constant=refuse)["rows"]
+    assert again["measures"]["perplexity"]["engine"] is None
+    assert measured(again)["perplexity"] == "n/a"
+    assert "perplexity is not finite" in (tmp_path / "out" / "compare.html").read_text()
 
 
 def test_a_busy_server_is_asked_again(bundle, monkeypatch):

@@ -2,6 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_fd import runs
@@ -192,6 +193,15 @@ def test_a_full_disk_is_explained(tmp_path):
 
     with pytest.raises(UserError, match=r"No space left.*mlx-fd resume"), runs.explained(tmp_path):
         write_to_a_full_disk()
+
+
+def test_only_a_failed_write_counts_as_one(tmp_path):
+    arrays = {"a": mx.zeros(1)}
+    with pytest.raises(RuntimeError) as unwritten:
+        mx.save_safetensors(str(tmp_path / "nowhere" / "a.safetensors"), arrays)
+    assert runs.failed_write(unwritten.value) == str(unwritten.value)
+    assert runs.failed_write(OSError(28, "No space left on device")) == "No space left on device"
+    assert runs.failed_write(RuntimeError("[matmul] shapes do not fit")) is None
 
 
 def test_manifest_of_something_else(tmp_path):

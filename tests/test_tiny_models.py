@@ -29,6 +29,7 @@ from mlx_fd.episode import (
     student_feedback,
 )
 from mlx_fd.generation import next_message, opening
+from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import default_student, resolve
 from mlx_fd.models.student import make_student
@@ -151,6 +152,7 @@ def test_the_card_gives_the_figures_of_its_file(name, script):
         assert f" {script.f1(seen):.1%} |" in card
     assert f"{figures['parameters']:,} parameters" in card
     assert f"{sum(stage['steps'] for stage in figures['training']):,} steps" in card
+    assert ALIASES[name].note.startswith(f"{figures['parameters'] / 1e6:.1f}M parameters")
 
 
 def test_wilson_against_published_values(script):

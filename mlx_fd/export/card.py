@@ -226,9 +226,15 @@ def _base(source: Source) -> str:
 def _how_to_base(source: Source, base: str, form: str) -> str:
     if base != "BASE":
         return ""
+    name, where = source.base, ""
+    if source.local:
+        # Its name says nothing where this card is read.
+        directory, colon, layers = source.base.partition(":layers=")
+        name = f"DIRECTORY{colon}{layers}"
+        where = f", where DIRECTORY is the base model's directory (`{directory}` at the training)"
     return (
-        "\n`BASE` is a directory with the base model, which this writes: "
-        f"`mlx-fd export {source.base} --format {form} --out BASE`\n"
+        f"\n`BASE` is a directory with the base model, which this writes{where}: "
+        f"`mlx-fd export {name} --format {form} --out BASE`\n"
     )
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from mlx_fd import problems
 from mlx_fd.errors import UserError
 from mlx_fd.export.archive import open_archive
-from mlx_fd.export.bundle import Bundle, Item, read_bundle
+from mlx_fd.export.bundle import Bundle, Item
+from mlx_fd.export.bundle_reading import read_bundle
 from mlx_fd.export.engines import ENGINES
 from mlx_fd.problems import Problem
 
@@ -211,10 +212,15 @@ def _reasons(measures: Mapping[str, Any], tolerance: Tolerance) -> list[str]:
     """Why it is not the same model; empty where it is."""
     found = []
     tokens, kl, clear = measures["tokenisation"], measures["kl"], measures["clear"]
+    perplexity = measures["perplexity"]
     if tokens["equal"] < tokens["n"]:
         found.append(f"{tokens['n'] - tokens['equal']} of {tokens['n']} prompts get other tokens")
     if kl["mean"] is not None and kl["mean"] > tolerance.mean_kl:
         found.append(f"mean KL {kl['mean']:.2g} is above {tolerance.mean_kl:g}")
+    if kl["mean"] is None and kl["n"]:
+        found.append("the mean KL is not finite")
+    if perplexity["engine"] is None and 0 < perplexity["n"] == perplexity["known"]:
+        found.append("the perplexity is not finite")
     if clear["agreeing"] < tolerance.top1 * clear["n"]:
         share = clear["agreeing"] / clear["n"]
         found.append(f"{share:.1%} of the likeliest tokens agree, not {tolerance.top1:.0%}")

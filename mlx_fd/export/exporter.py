@@ -31,9 +31,10 @@ from mlx_fd.export.verify import (
 from mlx_fd.feedback import open_student
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.storage import new_directory
-from mlx_fd.runs import MANIFEST, SUMMARY
+from mlx_fd.runs import MANIFEST, SUMMARY, failed_write
 
 if TYPE_CHECKING:
+    from mlx_fd.models.student import Student
     from mlx_fd.problems import Problem
 
 FORMATS = ("mlx", "hf", "gguf")
@@ -177,14 +178,16 @@ def export(
     progress("loading", 0, 1)
     live, student = open_student(source.place)
     chat = role_chat(live.tokenizer)
-    with _explained(folder), new_directory(folder, shared=False) as working:
-        written = _write(source, live, working, form, progress)
-        if student is not None:
-            write_score_head(source.place, student.score_at, working / SCORE_HEAD)
+    with contextlib.ExitStack() as held:
+        with _explained(folder):
+            working = held.enter_context(new_directory(folder, shared=False))
+            written = _write(source, live, working, form, progress)
+            if student is not None:
+                write_score_head(source.place, student.score_at, working / SCORE_HEAD)
         progress("comparing", 0, 2)
         reference = logits_of(live, chat)
         progress("comparing", 1, 2)
-        found = agreement(reference, _logits_again(source, working, form, chat))
+        found = agreement(reference, _logits_again(source, working, folder, form, chat))
         kept = _kept(source, form, chat, reference)
         warnings = [check_precision(found), _untrained(source)]
         if kept is not None:
@@ -202,19 +205,18 @@ def export(
                 },
                 progress=lambda done, total: progress("parity bundle", done, total),
             )
-            write_bundle(bundle, working)
-        try:
-            write_card(source, form, student, found, kept, written, working)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{source.place.run}: its {MANIFEST} or {SUMMARY} is not what mlx-fd wrote "
-                f"({error!r}); bring the old file back"
-            ) from error
+            with _explained(folder):
+                write_bundle(bundle, working)
+        with _explained(folder):
+            _describe(source, form, student, found, kept, written, working)
         sizes = {
             path.relative_to(working).as_posix(): path.stat().st_size
             for path in sorted(working.rglob("*"))
             if path.is_file()
         }
+        with _explained(folder):
+            # The directory appears under its name.
+            held.close()
     if with_archive:
         progress("archive", 0, 1)
         with _explained(archive_of(folder)):
@@ -224,17 +226,33 @@ def export(
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn a failed write into a message."""
+    """Turn a failed write into a message; what is read in there has messages of its own."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # MLX reports a failed write of weights as a RuntimeError, and only by its text.
-        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
+        if (why := failed_write(error)) is None:
             raise
-        why = getattr(error, "strerror", None) or str(error)
         raise UserError(
             f"{path}: cannot be written ({why}); nothing of it was left behind. Make room, or "
             "choose another --out"
+        ) from error
+
+
+def _describe(
+    source: Source,
+    form: Form,
+    student: Student | None,
+    found: Agreement,
+    kept: Agreement | None,
+    written: gguf_file.Written | None,
+    folder: Path,
+) -> None:
+    try:
+        write_card(source, form, student, found, kept, written, folder)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{source.place.run}: its {MANIFEST} or {SUMMARY} is not what mlx-fd wrote "
+            f"({error!r}); bring the old file back"
         ) from error
 
 
@@ -267,14 +285,17 @@ def _write(
     return None
 
 
-def _logits_again(source: Source, folder: Path, form: Form, chat: tuple[int, ...]) -> Logits:
+def _logits_again(
+    source: Source, folder: Path, final: Path, form: Form, chat: tuple[int, ...]
+) -> Logits:
     """Logits of what was written, read back from the disk."""
     if form.format == "gguf":
         from mlx_fd.models.gguf import convert
 
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             again = Path(scratch) / "model"
-            convert(folder / gguf_file.file_name(form.gguf_type), again)
+            with _explained(final):
+                convert(folder / gguf_file.file_name(form.gguf_type), again)
             return logits_of(load(again), chat)
     if not form.adapter:
         return logits_of(load(folder), chat)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ from mlx_fd.export.source import (
     copy_tokenizer,
     end_tokens,
     fused,
+    read_json,
 )
 from mlx_fd.models.gguf import ARCHITECTURES
 from mlx_fd.models.loading import open_lazily
+from mlx_fd.runs import write_json
 
 # The hub's own limit for one file of a model.
 _SHARD_BYTES = 5_000_000_000
@@ -39,9 +40,7 @@ def _config(config: dict[str, Any], args: Any, dtype: str, tokenizer: Any) -> di
 
 
 def _generation_config(source: Source, config: dict[str, Any]) -> dict[str, Any]:
-    path = source.place.model / "generation_config.json"
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found := read_json(source.place.model / "generation_config.json"):
         return {**found, "eos_token_id": config["eos_token_id"]}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: config[name] for name in names if config.get(name) is not None}
@@ -65,7 +64,7 @@ def write_model(
         shard_bytes: most bytes of weights in one file.
 
     Raises:
-        UserError: another architecture.
+        UserError: another architecture, or a file of the base that cannot be read.
     """
     import mlx.core as mx
     from huggingface_hub import split_state_dict_into_shards_factory
@@ -98,8 +97,3 @@ def write_model(
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", _generation_config(source, config))
     copy_tokenizer(source.place.model, folder)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON as the hub's files have it."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

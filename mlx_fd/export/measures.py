@@ -37,7 +37,7 @@ def coarse_kl(
         engine: [P, K] those of the same tokens; NaN where unknown.
 
     Returns:
-        [P]; NaN where no token is known.
+        [P]; NaN where no token is known, infinity where it is above the largest float64.
     """
     known = ~np.isnan(engine)
     log_p = np.where(known, reference, 0.0).astype(np.float64)
@@ -45,14 +45,22 @@ def coarse_kl(
     p, q = np.exp(log_p) * known, np.exp(log_q) * known
     tail_p = np.maximum(1 - p.sum(-1), _TAIL_FLOOR)
     tail_q = np.maximum(1 - q.sum(-1), _TAIL_FLOOR)
-    divergence = (p * (log_p - log_q)).sum(-1) + tail_p * np.log(tail_p / tail_q)
+    with np.errstate(over="ignore"):
+        divergence = (p * (log_p - log_q)).sum(-1) + tail_p * np.log(tail_p / tail_q)
     # Rounding alone can make it a little less than nothing.
     return np.where(known.any(-1), np.maximum(divergence, 0.0), np.nan)
 
 
+def _finite(value: float) -> float | None:
+    """A number as JSON has it, which knows no infinity."""
+    return float(value) if np.isfinite(value) else None
+
+
 def _perplexity(logprobs: NDArray[np.floating[Any]]) -> float | None:
-    known = len(logprobs) and not np.isnan(logprobs).any()
-    return float(np.exp(-logprobs.astype(np.float64).mean())) if known else None
+    if not len(logprobs) or np.isnan(logprobs).any():
+        return None
+    with np.errstate(over="ignore"):
+        return _finite(np.exp(-logprobs.astype(np.float64).mean()))
 
 
 def _tokenisation(engine: Engine, prompts: Sequence[Prompt]) -> Measures:
@@ -77,6 +85,8 @@ def _parity(prompts: Sequence[Prompt], followed: Sequence[Followed]) -> Measures
     engine = np.concatenate([f.next_logprobs[own] for _, f, own in ours])
     reference = np.concatenate([p.next_logprobs[f.rows[own]] for p, f, own in ours])
     broken = [f.agreed + 1 for p, f in pairs if f.agreed < len(p.greedy)]
+    with np.errstate(over="ignore"):
+        mean = kl.mean() if len(kl) else np.nan
     return {
         "greedy": {
             "agreeing": sum(f.agreed for f in followed),
@@ -86,8 +96,8 @@ def _parity(prompts: Sequence[Prompt], followed: Sequence[Followed]) -> Measures
             "first_divergence": min(broken, default=None),
         },
         "kl": {
-            "mean": float(kl.mean()) if len(kl) else None,
-            "worst": float(kl.max()) if len(kl) else None,
+            "mean": _finite(mean),
+            "worst": _finite(kl.max(initial=-np.inf)),
             "n": len(kl),
             "tokens": float(shared[shared > 0].mean()) if len(kl) else 0.0,
         },
@@ -96,6 +106,7 @@ def _parity(prompts: Sequence[Prompt], followed: Sequence[Followed]) -> Measures
         "perplexity": {
             "engine": _perplexity(engine),
             "reference": _perplexity(reference),
+            "known": int((~np.isnan(engine)).sum()),
             "n": len(engine),
         },
     }
@@ -162,6 +173,7 @@ def measure(
 
     Returns:
         JSON values; a measure that the engine cannot give is ``None``, and ``missing`` says why.
+        A divergence or a perplexity that is not finite is ``None`` too, and not among them.
 
     Raises:
         UserError: the engine cannot go on.
@@ -194,7 +206,8 @@ def measure(
     if not any(len(f.rows) or f.agreed for f in in_order):
         raise UserError(f"{engine.about} gave nothing that could be compared")
     parity = _parity(bundle.prompts, in_order)
-    if parity["perplexity"]["engine"] is None:
+    perplexity = parity["perplexity"]
+    if perplexity["known"] < perplexity["n"] or not perplexity["n"]:
         engine.missing["perplexity"] = "not every token of the continuations comes with a number"
     return {
         "about": engine.about,

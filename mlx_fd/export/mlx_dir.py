@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_fd.export.source import Source, adapter_config, copy_tokenizer, fused, stored_dtype
+from mlx_fd.export.source import (
+    Source,
+    adapter_config,
+    copy_file,
+    copy_tokenizer,
+    fused,
+    stored_dtype,
+)
 from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from mlx_fd.runs import write_json
 
 if TYPE_CHECKING:
     from mlx import nn
@@ -54,9 +61,7 @@ def write_model(
     save_model(folder, model, donate_model=True)
     save_config(config, folder / "config.json")
     copy_tokenizer(source.place.model, folder)
-    generation = source.place.model / "generation_config.json"
-    if generation.exists():
-        shutil.copyfile(generation, folder / generation.name)
+    copy_file(source.place.model / "generation_config.json", folder)
 
 
 def write_adapter(source: Source, folder: Path) -> None:
@@ -65,7 +70,7 @@ def write_adapter(source: Source, folder: Path) -> None:
     config: dict[str, Any] = {**adapter_config(source.place), "model": base}
     assert source.place.checkpoint is not None
     shutil.copyfile(source.place.checkpoint / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / ADAPTER_CONFIG, config)
 
 
 def put_adapter(model: nn.Module, folder: Path) -> None:

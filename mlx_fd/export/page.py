@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from mlx_fd.errors import UserError
 from mlx_fd.export import table
-from mlx_fd.runs import write_atomic, write_json
+from mlx_fd.runs import failed_write, write_atomic, write_json
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d2126; --soft: #626b75; --line: #d9dde2;
@@ -127,12 +130,37 @@ def page(report: Mapping[str, Any]) -> str:
     )
 
 
+def make_folder(folder: Path) -> None:
+    """Make sure, before hours of work, that a report can be written.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Permissions do not tell of a file system that is read-only.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
     """Write ``compare.json`` and ``compare.html``.
 
     Raises:
-        OSError: they cannot be written.
+        UserError: they cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "compare.json", report)
-    write_atomic(folder / "compare.html", page(report))
+    make_folder(folder)
+    with _explained(folder):
+        write_json(folder / "compare.json", report)
+        write_atomic(folder / "compare.html", page(report))
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the comparison cannot be written there ({failed_write(error)}); choose "
+            "another --out"
+        ) from error

@@ -43,6 +43,7 @@ class Source:
         name: what to call it.
         base: what to call its language model.
         on_hub: whether the hub has that under this name.
+        local: whether that is the name of a directory of this machine, and means nothing elsewhere.
         manifest: the run's manifest, empty for a plain model.
         summary: the run's summary, empty where the run has not ended.
     """
@@ -51,6 +52,7 @@ class Source:
     name: str
     base: str
     on_hub: bool
+    local: bool
     manifest: dict[str, Any]
     summary: dict[str, Any]
 
@@ -69,8 +71,8 @@ def open_source(name: str) -> Source:
     for file in sorted(place.model.glob("model*.safetensors")):
         _check_file(file)
     if place.run is None or place.config is None:
-        base, on_hub = _base_name(name)
-        return Source(place, base, base, on_hub, {}, {})
+        base, on_hub, local = _base_name(name)
+        return Source(place, base, base, on_hub, local, {}, {})
     assert place.checkpoint is not None
     for part in (ADAPTER_WEIGHTS, HEADS):
         _check_file(place.checkpoint / part)
@@ -80,34 +82,41 @@ def open_source(name: str) -> Source:
         place.run.name,
         *_base_name(place.config.models.student),
         runs.read_manifest(place.run),
-        _read_json(place.run / runs.SUMMARY),
+        read_json(place.run / runs.SUMMARY),
     )
 
 
-def _base_name(name: str) -> tuple[str, bool]:
-    """A model's name without what only this machine knows of it, and whether it is the hub's."""
+def _base_name(name: str) -> tuple[str, bool, bool]:
+    """A model's name without what only this machine knows; is it the hub's, is it a directory's."""
     parsed = parse_name(name)
     path = Path(parsed.base).expanduser()
-    if path.exists():
-        base, on_hub = path.resolve().name, False
-    else:
-        base = ALIASES[parsed.base].repo if parsed.base in ALIASES else parsed.base
-        base, on_hub = base or parsed.base, bool(base)
-    if parsed.layers is None:
-        return base, on_hub
-    return f"{base}:layers={parsed.layers}", False
+    local = path.exists()
+    known = ALIASES[parsed.base].repo if parsed.base in ALIASES else parsed.base
+    base = path.resolve().name if local else known or parsed.base
+    if parsed.layers is not None:
+        return f"{base}:layers={parsed.layers}", False, local
+    return base, bool(known) and not local, local
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; an empty one where there is no file.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: is no JSON object")
     return value
+
+
+def _no_number(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _check_file(path: Path) -> None:
@@ -200,7 +209,7 @@ def adapter_config(place: Place) -> dict[str, Any]:
             "--adapter: this is a plain model, which has no adapter; name a run, or leave "
             "--adapter out"
         )
-    return _read_json(place.checkpoint / ADAPTER_CONFIG)
+    return read_json(place.checkpoint / ADAPTER_CONFIG)
 
 
 def _check_adapter_config(place: Place, options: ModelOptions) -> None:
@@ -230,10 +239,28 @@ def end_tokens(tokenizer: Any) -> int | list[int] | None:
 
 
 def copy_tokenizer(model: Path, folder: Path) -> None:
-    """Copy a model's tokenizer and chat template as they are."""
+    """Copy a model's tokenizer and chat template as they are.
+
+    Raises:
+        UserError: one of the model's files cannot be read.
+    """
     for name in _TOKENIZER_FILES:
-        if (model / name).exists():
-            (folder / name).write_bytes((model / name).read_bytes())
+        copy_file(model / name, folder)
+
+
+def copy_file(path: Path, folder: Path) -> None:
+    """Copy one of a model's files, if it has it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not path.exists():
+        return
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    (folder / path.name).write_bytes(content)
 
 
 def write_score_head(place: Place, score_at: str, file: Path) -> None:

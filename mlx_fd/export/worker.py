@@ -36,7 +36,7 @@ def main() -> None:
     request = json.loads(sys.stdin.read())
     # Before anything imports MLX.
     load_blas()
-    from mlx_fd.export.bundle import read_bundle
+    from mlx_fd.export.bundle_reading import read_bundle
     from mlx_fd.export.engines import ENGINES
     from mlx_fd.export.measures import measure
 

@@ -32,7 +32,7 @@ def _mlx_community(name: str, student: str, note: str) -> Alias:
 ALIASES: dict[str, Alias] = {
     TINY: Alias("", TINY_STUDENT, "0.9M parameters, comes with mlx-fd; for --problems arithmetic"),
     TINY_STUDENT: Alias(
-        "", f"{TINY_STUDENT}:layers=1", "0.1M parameters, comes with mlx-fd; learns from tiny"
+        "", f"{TINY_STUDENT}:layers=1", "0.5M parameters, comes with mlx-fd; learns from tiny"
     ),
     "qwen2.5-7b-4bit": _mlx_community(
         "Qwen2.5-7B-Instruct-4bit", "qwen2.5-1.5b-4bit", "7.6B parameters, 4.3 GB"

@@ -64,7 +64,7 @@ def open_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(
             f"{path} is not an mlx-lm model: config.json or model*.safetensors is missing"
         ) from error
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"the model in {path} cannot be loaded: {error}") from error
     return model, config
 
