@@ -322,7 +322,8 @@ def _read_checkpoint(folder: Path) -> Checkpoint | None:
         return None
 
 
-def _log_size(folder: Path, name: str) -> int:
+def log_size(folder: Path, name: str) -> int:
+    """A log's size in bytes; 0 where it is not begun."""
     path = folder / name
     return path.stat().st_size if path.exists() else 0
 
@@ -345,7 +346,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             passed_over.append(f"checkpoint {candidate.name} is not whole")
             continue
         sizes = checkpoint.state["log_bytes"]
-        short = [name for name, size in sizes.items() if _log_size(folder, name) < size]
+        short = [name for name, size in sizes.items() if log_size(folder, name) < size]
         if not short:
             return checkpoint, passed_over
         passed_over.append(f"{short[0]} has lost lines that checkpoint {candidate.name} knew")
@@ -367,7 +368,7 @@ def roll_back(folder: Path, checkpoint: Checkpoint | None) -> None:
     checkpoints.mkdir(exist_ok=True)
     sizes = checkpoint.state["log_bytes"] if checkpoint else {}
     for name in LOGS:
-        if _log_size(folder, name) > sizes.get(name, 0):
+        if log_size(folder, name) > sizes.get(name, 0):
             os.truncate(folder / name, sizes.get(name, 0))
     batch = checkpoint.batch if checkpoint else -1
     for path in checkpoints.iterdir():
