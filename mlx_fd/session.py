@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_fd import __version__, runs
 from mlx_fd import problems as problem_sets
-from mlx_fd import runs
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
-from mlx_fd.models.resolve import default_student, parse_name, resolve
+from mlx_fd.models.resolve import default_student, parse_name, resolve, why_changed
 from mlx_fd.problems import Problem
 
 if TYPE_CHECKING:
@@ -268,21 +268,22 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
         for part in ("expert", "student", "problems"):
             if old[part]["sha256"] != new[part]["sha256"]:
                 raise UserError(
-                    f"{folder}: the run began with another {part} ({old[part]['name']}): its "
-                    "content has changed since. Bring the old one back, or begin a new run."
+                    f"{folder}: the run began with another {part} ({old[part]['name']}): "
+                    f"{_why_other(part, old, new)}, or begin a new run."
                 )
+        # An older version had fewer options, and did what the others do by default.
+        options, now = ({**_flat(Config()), **manifest["options"]} for manifest in (old, new))
         changed = {
-            name: (value, new["options"].get(name))
-            for name, value in old["options"].items()
-            if new["options"].get(name) != value
+            name: (value, now.get(name))
+            for name, value in options.items()
+            if now.get(name) != value
         }
         # With a last batch that was not full, the next one would leave problems out. With epochs or
         # phases, all that was done depends on how many episodes there were to be.
-        options = old["options"]
         whole = (
             options["episodes"] % options["batch_size"] == 0
-            and options.get("epochs", 1) == 1
-            and options.get("loss_weights", "ema") in ("ema", "fixed")
+            and options["epochs"] == 1
+            and options["loss_weights"] in ("ema", "fixed")
         )
         uncertain = [
             f"{name} was {value}, is {new[part].get(name)}: the run goes on, but its last digits "
@@ -296,14 +297,22 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
             f"{folder / runs.MANIFEST}: this is not what mlx-fd wrote ({error!r}). Bring the old "
             "file back, or begin a new run."
         ) from error
-    for name, (was, now) in changed.items():
+    for name, (was, is_now) in changed.items():
         if name not in _CHANGEABLE and not (name == "episodes" and whole):
             raise UserError(
-                f"{folder / runs.CONFIG}: {name} was {was!r} when the run began and is {now!r} "
+                f"{folder / runs.CONFIG}: {name} was {was!r} when the run began and is {is_now!r} "
                 "now. Put it back, or begin a new run: mlx-fd loop "
                 f"--config {folder / runs.CONFIG} --out ANOTHER"
             )
     return uncertain
+
+
+def _why_other(part: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Why the models or problems of two manifests differ, and what to do about it."""
+    name = old[part]["name"]
+    if part == "problems" or name != new[part]["name"]:
+        return "its content has changed since. Bring the old one back"
+    return why_changed(name, old["versions"])
 
 
 def open_pair(plan: Plan) -> Any:
@@ -330,8 +339,9 @@ def open_pair(plan: Plan) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions that a run's numbers depend on."""
-    packages = ("mlx-fd", "mlx", "mlx-lm", "numpy", "transformers", "tokenizers")
+    packages = ("mlx", "mlx-lm", "numpy", "transformers", "tokenizers")
     found = {"python": platform.python_version(), "system": platform.platform()}
+    found["mlx-fd"] = __version__
     for package in packages:
         try:
             found[package] = importlib.metadata.version(package)

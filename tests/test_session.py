@@ -1,12 +1,16 @@
 import dataclasses
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
+import tomli_w
 
+from mlx_fd import __version__
 from mlx_fd.config import Config, override, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
-from mlx_fd.session import _flat, _settled, check_out, check_same
+from mlx_fd.session import _flat, _settled, check_out, check_same, versions
 
 
 def config(**changes) -> Config:
@@ -73,6 +77,30 @@ def test_other_content_is_refused(part, tmp_path):
     assert check_same(manifest(), new, tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny-student:layers=1"])
+def test_an_embedded_model_of_another_version_is_named(name, tmp_path):
+    old, new = manifest(), manifest()
+    old["versions"]["mlx-fd"] = "0.1.0"
+    old["student"]["name"] = new["student"]["name"] = name
+    new["student"]["sha256"] = "4"
+    with pytest.raises(UserError, match=r"ships other weights under that name.* 0\.1\.0") as found:
+        check_same(old, new, tmp_path)
+    assert __version__ in str(found.value) and "Bring the old one" not in str(found.value)
+    # Another model in its place is another matter.
+    new["student"]["name"] = "/my/model"
+    with pytest.raises(UserError, match="Bring the old one back"):
+        check_same(old, new, tmp_path)
+
+
+def test_the_version_is_one_and_is_written_down():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert versions()["mlx-fd"] == __version__ == project["project"]["version"]
+    old, new = manifest(), manifest()
+    old["versions"]["mlx-fd"], new["versions"]["mlx-fd"] = "0.1.0", __version__
+    [doubt] = check_same(old, new, Path("run"))
+    assert doubt.startswith(f"mlx-fd was 0.1.0, is {__version__}: the run goes on")
+
+
 def test_other_versions_are_doubtful(tmp_path):
     new = manifest()
     new["versions"]["mlx"] = "0.40"
@@ -98,6 +126,31 @@ def test_what_does_not_matter_may_change(tmp_path):
     assert check_same(manifest(), new, tmp_path) == []
     moved = manifest(expert="/moved/expert", student="/moved/student", problems="/moved/p.jsonl")
     assert check_same(manifest(), moved, tmp_path) == []
+
+
+def test_options_that_an_older_version_lacked_had_their_defaults(tmp_path):
+    """A run of a version without them goes on without them, and not with another value."""
+    later = ("epochs", "loss_weights", "teacher_top_k", "teacher_cache", "solutions")
+    old = manifest(episodes=16)
+    for name in later:
+        del old["options"][name]
+    sections = tomllib.loads(to_toml(config(episodes=16)))
+    kept = {
+        section: {name: value for name, value in options.items() if name not in later}
+        for section, options in sections.items()
+    }
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(kept))
+    new = manifest()
+    new["options"] = _flat(read(tmp_path / "config.toml"))
+    assert check_same(old, new, tmp_path) == []
+    assert check_same(old, manifest(episodes=24), tmp_path) == []
+    for name, default, value in (
+        ("epochs", 1, 3),
+        ("teacher_top_k", 0, 16),
+        ("loss_weights", "'ema'", "phases"),
+    ):
+        with pytest.raises(UserError, match=rf"config\.toml: {name} was {default} when"):
+            check_same(old, manifest(episodes=16, **{name: value}), tmp_path)
 
 
 def test_a_run_grows_where_its_last_batch_was_full(tmp_path):
