@@ -86,6 +86,8 @@ def make_plan(config: Config) -> Plan:
 
     pairing = check_pair(expert_path, student_path)
     here = backend()
+    if "attention" in config.losses.losses:
+        _check_attention(expert_path, student_path)
     questions = [problem.question for problem in (*probe, *chosen)]
     _check_memory(expert_path, student_path, questions, config, here.on_cpu)
     manifest = {
@@ -190,6 +192,17 @@ def check_out(folder: Path) -> None:
         raise UserError(f"{folder}: {there} cannot be written; choose another --out")
 
 
+def _check_attention(*paths: Path) -> None:
+    """Make sure that the attention of models can be compared; no weight is read."""
+    from mlx_fd.models.attention_taps import check_block
+    from mlx_fd.models.loading import open_lazily
+
+    for path in paths:
+        model, _ = open_lazily(path)
+        for block in model.layers:
+            check_block(block)
+
+
 def _check_memory(
     expert: Path, student: Path, questions: Sequence[str], config: Config, on_cpu: bool
 ) -> None:
@@ -210,21 +223,24 @@ def _check_memory(
         roles.critique_prompt(),
         roles.final_prompt(),
     ]
-    options = config.generation
+    options, losses = config.generation, config.losses
     batch_size = min(options.batch_size, len(questions))
+    # Of each episode its feedback, and its solution where those are learned from.
+    samples = batch_size * (2 if losses.learns_solutions else 1)
     source = student_config.get("mlx_fd", {}).get("source")
     check_memory(
         expert_config,
         student_config,
         Workload(
             batch_size=batch_size,
-            micro_batch=min(config.training.micro_batch, batch_size),
+            micro_batch=min(config.training.micro_batch, samples),
             # Fewer than 3 characters a token are rare in English and in arithmetic.
             prompt_tokens=sum(map(len, said)) // 3,
             answer_tokens=options.answer_tokens,
             feedback_tokens=max(options.feedback_tokens, options.merge_tokens),
-            solutions=config.losses.learns_solutions,
-            attention="attention" in config.losses.losses,
+            solutions=losses.learns_solutions,
+            attention="attention" in losses.losses,
+            head_by_head=losses.attention_heads == "aligned",
             lora_rank=config.models.lora_rank,
             train_full=config.models.train == "full",
             checkpoint_layers=config.training.checkpoint_layers,

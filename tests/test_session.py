@@ -1,16 +1,27 @@
 import dataclasses
 import json
+import re
 import tomllib
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 import tomli_w
+from tiny import make_model_dir
 
 from mlx_fd import __version__
 from mlx_fd.config import Config, override, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
-from mlx_fd.session import _flat, _settled, check_out, check_same, versions
+from mlx_fd.session import (
+    _check_memory,
+    _flat,
+    _settled,
+    check_out,
+    check_same,
+    make_plan,
+    versions,
+)
 
 
 def config(**changes) -> Config:
@@ -52,6 +63,47 @@ def test_names_are_settled_once(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     (tmp_path / "c.toml").write_text(to_toml(local))
     assert _settled(read(tmp_path / "c.toml")) == local
+
+
+def test_solutions_fill_larger_micro_batches(tmp_path):
+    """An update on feedback and solutions has up to two samples of each problem."""
+    path = make_model_dir(tmp_path / "m")
+
+    def needed(**changes) -> float:
+        sizes = {"batch_size": 2, "answer_tokens": 400_000, "feedback_tokens": 50}
+        with pytest.raises(UserError, match="this run needs up to") as error:
+            _check_memory(path, path, ["1 + 1?"] * 9, config(**sizes, **changes), True)
+        return float(re.search(r"up to ([0-9.]+) GiB", str(error.value))[1])
+
+    assert needed(micro_batch=4) == needed(micro_batch=2)
+    assert needed(micro_batch=4, solutions=True) > needed(micro_batch=2, solutions=True)
+    assert needed(micro_batch=8, solutions=True) == needed(micro_batch=4, solutions=True)
+
+
+def test_attention_that_cannot_be_compared_is_refused_before_anything_is_loaded(tmp_path):
+    qwen2 = make_model_dir(tmp_path / "qwen2", arch="qwen2")
+    layers = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}
+    sliding = make_model_dir(tmp_path / "sliding", arch="llama", **layers)
+    # What qwen3 has more than llama: norms of queries and keys.
+    qwen3 = make_model_dir(tmp_path / "qwen3", arch="llama", head_dim=16)
+    weights = mx.load(str(qwen3 / "model.safetensors"))
+    names = [f"model.layers.{i}.self_attn.{x}_norm.weight" for i in (0, 1) for x in "qk"]
+    mx.save_safetensors(
+        str(qwen3 / "model.safetensors"), weights | dict.fromkeys(names, mx.ones(16))
+    )
+    content = json.loads((qwen3 / "config.json").read_text())
+    (qwen3 / "config.json").write_text(json.dumps({**content, "model_type": "qwen3"}))
+
+    def plan(expert, student, losses):
+        names = {"expert": str(expert), "student": str(student), "losses": losses}
+        return make_plan(config(**names, batch_size=1, answer_tokens=8, feedback_tokens=8))
+
+    for other, message in ((sliding, "attend to a sliding window"), (qwen3, "llama and qwen2")):
+        for pair in ((qwen2, other), (other, qwen2)):
+            with pytest.raises(UserError, match=f"{message}.*leave it out of the losses"):
+                plan(*pair, ("lm", "attention"))
+            assert plan(*pair, ("lm",)).expert_path == pair[0]
+    assert plan(qwen2, qwen2, ("lm", "attention")).student_path == qwen2
 
 
 def test_options_in_the_manifest_survive_json():
