@@ -315,7 +315,7 @@ def _cache(folder: Path, config: Config, pair: Pair, report: Report) -> TeacherC
     if not config.losses.teacher_top_k:
         return None
     return TeacherCache(
-        Path(config.losses.teacher_cache or folder / "teacher"),
+        Path(config.losses.teacher_cache or folder / runs.TEACHER),
         decides(pair, config.losses),
         lambda text: report(Warned(text)),
     )

@@ -30,6 +30,7 @@ SAMPLES = "samples.jsonl"
 LOGS = (EPISODES, METRICS, SAMPLES)
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
+TEACHER = "teacher"
 STATE = "state.json"
 _LOCK = ".lock"
 _UNFINISHED = ".tmp-"
@@ -95,10 +96,13 @@ def write_with(path: Path, write: Callable[[Path], None]) -> str:
     """
     # Another process may be writing the same file.
     temporary = path.with_name(f"{_UNFINISHED}{os.getpid()}-{path.name}")
-    write(temporary)
-    _sync_file(temporary)
-    digest = digest_of(temporary)
-    temporary.replace(path)
+    try:
+        write(temporary)
+        _sync_file(temporary)
+        digest = digest_of(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
     return digest
 
@@ -205,23 +209,28 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    """Turn a failed write into a message that says that nothing is lost."""
+def explained(folder: Path, advice: str = "") -> Iterator[None]:
+    """Turn a failed write into a message that says that nothing is lost.
+
+    Args:
+        folder: what is written.
+        advice: what to do; empty where ``folder`` is a run, which can be gone on with.
+    """
+    advice = advice or f"free some space, then: mlx-fd resume {shlex.quote(str(folder))}"
     try:
         yield
     except OSError as error:
-        raise _cannot_write(folder, error.strerror or str(error)) from error
+        raise _cannot_write(folder, error.strerror or str(error), advice) from error
     except RuntimeError as error:
         # MLX reports a failed write of weights this way, and only this way.
         if "write" not in str(error).lower() and "open" not in str(error).lower():
             raise
-        raise _cannot_write(folder, str(error)) from error
+        raise _cannot_write(folder, str(error), advice) from error
 
 
-def _cannot_write(folder: Path, why: str) -> UserError:
+def _cannot_write(folder: Path, why: str, advice: str) -> UserError:
     return UserError(
-        f"{folder}: cannot be written ({why}). What was saved before is whole; "
-        f"free some space, then: mlx-fd resume {shlex.quote(str(folder))}"
+        f"{folder}: cannot be written ({why}). What was saved before is whole; {advice}"
     )
 
 
@@ -381,8 +390,9 @@ def roll_back(folder: Path, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
         _point(checkpoints / "last", checkpoint.folder.name)
         _point(checkpoints / "best", f"{checkpoint.state['best_batch']:06d}")
-    for left in folder.glob(f"{_UNFINISHED}*"):
-        left.unlink()
+    for where in (folder, folder / TEACHER):
+        for left in where.glob(f"{_UNFINISHED}*"):
+            left.unlink()
     (folder / SUMMARY).unlink(missing_ok=True)
 
 
