@@ -2,7 +2,7 @@
 
 from mlx_fd.backend import load_blas
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Before anything imports MLX, whose BLAS symbols bind once.
 load_blas()

@@ -461,6 +461,11 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
         raise UserError(
             f"{where}: standardize_logits needs whole distributions; set teacher_top_k to 0."
         )
+    if losses.teacher_cache and not losses.teacher_top_k:
+        raise UserError(
+            f"{where}: teacher_cache is used with teacher_top_k only; set that (16, for instance), "
+            "or leave teacher_cache empty."
+        )
     if gate.phase_begin > gate.phase_end:
         raise UserError(
             f"{where}: phase_begin is {gate.phase_begin:g}, after phase_end, {gate.phase_end:g}."

@@ -13,7 +13,7 @@ from mlx_fd.episode import feedback_request, head_score, parsed
 from mlx_fd.errors import UserError
 from mlx_fd.generation import Conversation, Sampling, generate, opening, prefill
 from mlx_fd.models.loading import Loaded, content_hash, load
-from mlx_fd.models.resolve import resolve
+from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.student import (
     ADAPTER_WEIGHTS,
     HEADS,
@@ -73,10 +73,11 @@ def find(name: str) -> Place:
         )
     config = read(folder / runs.CONFIG)
     path = resolve(config.models.student)
-    if content_hash(path) != runs.read_manifest(folder).get("student", {}).get("sha256"):
+    manifest = runs.read_manifest(folder)
+    if content_hash(path) != manifest.get("student", {}).get("sha256"):
+        why = why_changed(config.models.student, manifest.get("versions", {}))
         raise UserError(
-            f"{name}: the student's base model {path} is not the one that was trained: its "
-            "content has changed since. Bring the old one back."
+            f"{name}: the student's base model {path} is not the one that was trained: {why}."
         )
     return Place(path, checkpoint, folder, config)
 

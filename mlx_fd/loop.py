@@ -278,8 +278,12 @@ def _check_finite(losses: dict[str, float], batch: int, config: Config) -> None:
 def _with_probe(progress: Progress, losses: dict[str, float]) -> Progress:
     """The state after a look at the probe set."""
     known = [name for name in losses if progress.probe_first.get(name, 0) > 0]
-    level = sum(losses[name] / progress.probe_first[name] for name in known) / max(len(known), 1)
-    better = math.isfinite(level) and level < progress.best
+    if known:
+        level = sum(losses[name] / progress.probe_first[name] for name in known) / len(known)
+        better = math.isfinite(level) and level < progress.best
+    else:
+        # Nothing tells the batches apart: the newest has learned the most.
+        level, better = progress.best, True
     return dataclasses.replace(
         progress,
         probe_last=losses,
@@ -295,10 +299,7 @@ def _save(
         save_student(pair.student, config.models, pair.reader.path, to)
         mx.save_safetensors(str(to / OPTIMIZER), optimizer_arrays(optimizer))
 
-    sizes = {
-        name: (folder / name).stat().st_size if (folder / name).exists() else 0
-        for name in runs.LOGS
-    }
+    sizes = {name: runs.log_size(folder, name) for name in runs.LOGS}
     runs.save_checkpoint(
         folder,
         progress.batch,
@@ -314,7 +315,7 @@ def _cache(folder: Path, config: Config, pair: Pair, report: Report) -> TeacherC
     if not config.losses.teacher_top_k:
         return None
     return TeacherCache(
-        Path(config.losses.teacher_cache or folder / "teacher"),
+        Path(config.losses.teacher_cache or folder / runs.TEACHER),
         decides(pair, config.losses),
         lambda text: report(Warned(text)),
     )

@@ -30,6 +30,7 @@ SAMPLES = "samples.jsonl"
 LOGS = (EPISODES, METRICS, SAMPLES)
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
+TEACHER = "teacher"
 STATE = "state.json"
 _LOCK = ".lock"
 _UNFINISHED = ".tmp-"
@@ -95,10 +96,13 @@ def write_with(path: Path, write: Callable[[Path], None]) -> str:
     """
     # Another process may be writing the same file.
     temporary = path.with_name(f"{_UNFINISHED}{os.getpid()}-{path.name}")
-    write(temporary)
-    _sync_file(temporary)
-    digest = digest_of(temporary)
-    temporary.replace(path)
+    try:
+        write(temporary)
+        _sync_file(temporary)
+        digest = digest_of(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
     return digest
 
@@ -214,20 +218,25 @@ def failed_write(error: OSError | RuntimeError) -> str | None:
 
 
 @contextlib.contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    """Turn a failed write into a message that says that nothing is lost."""
+def explained(folder: Path, advice: str = "") -> Iterator[None]:
+    """Turn a failed write into a message that says that nothing is lost.
+
+    Args:
+        folder: what is written.
+        advice: what to do; empty where ``folder`` is a run, which can be gone on with.
+    """
+    advice = advice or f"free some space, then: mlx-fd resume {shlex.quote(str(folder))}"
     try:
         yield
     except (OSError, RuntimeError) as error:
         if (why := failed_write(error)) is None:
             raise
-        raise _cannot_write(folder, why) from error
+        raise _cannot_write(folder, why, advice) from error
 
 
-def _cannot_write(folder: Path, why: str) -> UserError:
+def _cannot_write(folder: Path, why: str, advice: str) -> UserError:
     return UserError(
-        f"{folder}: cannot be written ({why}). What was saved before is whole; "
-        f"free some space, then: mlx-fd resume {shlex.quote(str(folder))}"
+        f"{folder}: cannot be written ({why}). What was saved before is whole; {advice}"
     )
 
 
@@ -328,7 +337,8 @@ def _read_checkpoint(folder: Path) -> Checkpoint | None:
         return None
 
 
-def _log_size(folder: Path, name: str) -> int:
+def log_size(folder: Path, name: str) -> int:
+    """A log's size in bytes; 0 where it is not begun."""
     path = folder / name
     return path.stat().st_size if path.exists() else 0
 
@@ -351,7 +361,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             passed_over.append(f"checkpoint {candidate.name} is not whole")
             continue
         sizes = checkpoint.state["log_bytes"]
-        short = [name for name, size in sizes.items() if _log_size(folder, name) < size]
+        short = [name for name, size in sizes.items() if log_size(folder, name) < size]
         if not short:
             return checkpoint, passed_over
         passed_over.append(f"{short[0]} has lost lines that checkpoint {candidate.name} knew")
@@ -373,7 +383,7 @@ def roll_back(folder: Path, checkpoint: Checkpoint | None) -> None:
     checkpoints.mkdir(exist_ok=True)
     sizes = checkpoint.state["log_bytes"] if checkpoint else {}
     for name in LOGS:
-        if _log_size(folder, name) > sizes.get(name, 0):
+        if log_size(folder, name) > sizes.get(name, 0):
             os.truncate(folder / name, sizes.get(name, 0))
     batch = checkpoint.batch if checkpoint else -1
     for path in checkpoints.iterdir():
@@ -386,8 +396,9 @@ def roll_back(folder: Path, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
         _point(checkpoints / "last", checkpoint.folder.name)
         _point(checkpoints / "best", f"{checkpoint.state['best_batch']:06d}")
-    for left in folder.glob(f"{_UNFINISHED}*"):
-        left.unlink()
+    for where in (folder, folder / TEACHER):
+        for left in where.glob(f"{_UNFINISHED}*"):
+            left.unlink()
     (folder / SUMMARY).unlink(missing_ok=True)
 
 

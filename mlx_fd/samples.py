@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
 from mlx_fd import roles
+from mlx_fd.backend import backend
 from mlx_fd.config import LossOptions
 from mlx_fd.episode import Draft, Pair
 from mlx_fd.generation import Conversation, opening, read_on, rewind
@@ -138,14 +140,19 @@ def read_text(
         prompt: all tokens before the text.
         target: tokens of the text, at least one.
         options: what of the expert is wanted.
-        cache: where what the expert says is kept, and looked up.
+        cache: where what the expert says is kept, and looked up; the expert then reads all of the
+            prompt again, so that its bits depend on the tokens alone.
     """
-    if cache is not None and (known := cache.load(prompt, target)) is not None:
+    if cache is None:
+        reading = _read(pair, before, prompt, target, options)
+        mx.eval(reading.arrays())
+        return reading
+    if (known := cache.load(prompt, target)) is not None:
         return Reading.of(known)
-    reading = _read(pair, before, prompt, target, options)
-    mx.eval(reading.arrays())
-    if cache is not None:
-        cache.save(prompt, target, reading.arrays())
+    # What a conversation's keys and values are in their last digits depends on the batch that it
+    # was generated in, and an entry must not.
+    reading = _read(pair, Conversation(), prompt, target, options)
+    cache.save(prompt, target, reading.arrays())
     return reading
 
 
@@ -191,11 +198,15 @@ def _read(
 
 
 def decides(pair: Pair, options: LossOptions) -> dict[str, Any]:
-    """All that a :class:`Reading` depends on beside the tokens: the expert, and what is kept."""
-    student = pair.student.model
+    """All that a :class:`Reading` depends on beside the tokens.
+
+    The expert, what is kept, and what its last digits come from.
+    """
+    student, here = pair.student.model, backend()
     modules = (nn.QuantizedLinear, nn.QuantizedEmbedding)
     heads = [options.attention_heads, student.args.num_attention_heads]
     return {
+        "backend": [here.device, here.blas, version("mlx")],
         "expert": content_hash(pair.expert.path),
         "dtype": str(pair.expert.dtype),
         "quantized": any(isinstance(part, modules) for part in pair.expert.model.modules()),

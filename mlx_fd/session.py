@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_fd import __version__, runs
 from mlx_fd import problems as problem_sets
-from mlx_fd import runs
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
-from mlx_fd.models.resolve import default_student, parse_name, resolve
+from mlx_fd.models.resolve import default_student, parse_name, resolve, why_changed
 from mlx_fd.problems import Problem
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def make_plan(config: Config) -> Plan:
 
     pairing = check_pair(expert_path, student_path)
     here = backend()
+    if "attention" in config.losses.losses:
+        _check_attention(expert_path, student_path)
     questions = [problem.question for problem in (*probe, *chosen)]
     _check_memory(expert_path, student_path, questions, config, here.on_cpu)
     manifest = {
@@ -190,6 +192,17 @@ def check_out(folder: Path) -> None:
         raise UserError(f"{folder}: {there} cannot be written; choose another --out")
 
 
+def _check_attention(*paths: Path) -> None:
+    """Make sure that the attention of models can be compared; no weight is read."""
+    from mlx_fd.models.attention_taps import check_block
+    from mlx_fd.models.loading import open_lazily
+
+    for path in paths:
+        model, _ = open_lazily(path)
+        for block in model.layers:
+            check_block(block)
+
+
 def _check_memory(
     expert: Path, student: Path, questions: Sequence[str], config: Config, on_cpu: bool
 ) -> None:
@@ -210,21 +223,24 @@ def _check_memory(
         roles.critique_prompt(),
         roles.final_prompt(),
     ]
-    options = config.generation
+    options, losses = config.generation, config.losses
     batch_size = min(options.batch_size, len(questions))
+    # Of each episode its feedback, and its solution where those are learned from.
+    samples = batch_size * (2 if losses.learns_solutions else 1)
     source = student_config.get("mlx_fd", {}).get("source")
     check_memory(
         expert_config,
         student_config,
         Workload(
             batch_size=batch_size,
-            micro_batch=min(config.training.micro_batch, batch_size),
+            micro_batch=min(config.training.micro_batch, samples),
             # Fewer than 3 characters a token are rare in English and in arithmetic.
             prompt_tokens=sum(map(len, said)) // 3,
             answer_tokens=options.answer_tokens,
             feedback_tokens=max(options.feedback_tokens, options.merge_tokens),
-            solutions=config.losses.learns_solutions,
-            attention="attention" in config.losses.losses,
+            solutions=losses.learns_solutions,
+            attention="attention" in losses.losses,
+            head_by_head=losses.attention_heads == "aligned",
             lora_rank=config.models.lora_rank,
             train_full=config.models.train == "full",
             checkpoint_layers=config.training.checkpoint_layers,
@@ -268,21 +284,22 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
         for part in ("expert", "student", "problems"):
             if old[part]["sha256"] != new[part]["sha256"]:
                 raise UserError(
-                    f"{folder}: the run began with another {part} ({old[part]['name']}): its "
-                    "content has changed since. Bring the old one back, or begin a new run."
+                    f"{folder}: the run began with another {part} ({old[part]['name']}): "
+                    f"{_why_other(part, old, new)}, or begin a new run."
                 )
+        # An older version had fewer options, and did what the others do by default.
+        options, now = ({**_flat(Config()), **manifest["options"]} for manifest in (old, new))
         changed = {
-            name: (value, new["options"].get(name))
-            for name, value in old["options"].items()
-            if new["options"].get(name) != value
+            name: (value, now.get(name))
+            for name, value in options.items()
+            if now.get(name) != value
         }
         # With a last batch that was not full, the next one would leave problems out. With epochs or
         # phases, all that was done depends on how many episodes there were to be.
-        options = old["options"]
         whole = (
             options["episodes"] % options["batch_size"] == 0
-            and options.get("epochs", 1) == 1
-            and options.get("loss_weights", "ema") in ("ema", "fixed")
+            and options["epochs"] == 1
+            and options["loss_weights"] in ("ema", "fixed")
         )
         uncertain = [
             f"{name} was {value}, is {new[part].get(name)}: the run goes on, but its last digits "
@@ -296,14 +313,22 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
             f"{folder / runs.MANIFEST}: this is not what mlx-fd wrote ({error!r}). Bring the old "
             "file back, or begin a new run."
         ) from error
-    for name, (was, now) in changed.items():
+    for name, (was, is_now) in changed.items():
         if name not in _CHANGEABLE and not (name == "episodes" and whole):
             raise UserError(
-                f"{folder / runs.CONFIG}: {name} was {was!r} when the run began and is {now!r} "
+                f"{folder / runs.CONFIG}: {name} was {was!r} when the run began and is {is_now!r} "
                 "now. Put it back, or begin a new run: mlx-fd loop "
                 f"--config {folder / runs.CONFIG} --out ANOTHER"
             )
     return uncertain
+
+
+def _why_other(part: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Why the models or problems of two manifests differ, and what to do about it."""
+    name = old[part]["name"]
+    if part == "problems" or name != new[part]["name"]:
+        return "its content has changed since. Bring the old one back"
+    return why_changed(name, old["versions"])
 
 
 def open_pair(plan: Plan) -> Any:
@@ -330,8 +355,9 @@ def open_pair(plan: Plan) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions that a run's numbers depend on."""
-    packages = ("mlx-fd", "mlx", "mlx-lm", "numpy", "transformers", "tokenizers")
+    packages = ("mlx", "mlx-lm", "numpy", "transformers", "tokenizers")
     found = {"python": platform.python_version(), "system": platform.platform()}
+    found["mlx-fd"] = __version__
     for package in packages:
         try:
             found[package] = importlib.metadata.version(package)

@@ -20,10 +20,19 @@ import numpy as np
 
 from mlx_fd.runs import explained, write_with
 
+_ADVICE = (
+    "this is the teacher cache: free some space, then go on with mlx-fd resume; or name another "
+    "folder, with --teacher-cache in a new run, as teacher_cache in the config.toml of a begun one"
+)
+
 
 @dataclass(frozen=True)
 class TeacherCache:
     """A folder of entries of one expert.
+
+    A killed process may leave a half-written ``.tmp-*`` file. A run clears those of its own folder
+    when it is resumed; in one that runs share they may be another's that is being written, and
+    stay until somebody deletes them.
 
     Attributes:
         folder: where they are; it is made when the first one is.
@@ -72,7 +81,7 @@ class TeacherCache:
         """
         key = self._key(prompt, target)
         about = {"key": key, "sha256": _digest(arrays)}
-        with explained(self.folder):
+        with explained(self.folder, _ADVICE):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_with(
                 self._path(key),

@@ -108,6 +108,7 @@ def test_any_value_is_taken_or_refused_with_its_name(changes):
     ("changes", "message"),
     [
         ({"teacher_top_k": 8, "standardize_logits": True}, "set teacher_top_k to 0"),
+        ({"teacher_cache": "/cache"}, "teacher_cache is used with teacher_top_k only"),
         ({"phase_begin": 0.8, "phase_end": 0.7}, "phase_begin is 0.8, after phase_end, 0.7"),
         ({"phase_begin": 0.8}, "after phase_end, 0.75"),
         ({"losses": ["answers"]}, 'did you mean "answer"'),

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import math
 import os
 import random
 import shutil
@@ -20,7 +22,7 @@ from mlx_fd.episode import combined_score
 from mlx_fd.errors import UserError
 from mlx_fd.events import BatchDone, Warned
 from mlx_fd.generation import Conversation, Sampling, generate, opening
-from mlx_fd.loop import run
+from mlx_fd.loop import Progress, _with_probe, run
 from mlx_fd.session import open_pair
 
 WEIGHTS = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")
@@ -105,6 +107,26 @@ def test_a_run_leaves_what_it_says(finished):
     assert [event.done for event in done] == [2, 4, 6, 8]
     metrics = runs.read_lines(folder / runs.METRICS)
     assert all(abs(sum(row["weights"].values()) - 1) < 1e-9 for row in metrics)
+
+
+def test_the_best_batch_is_the_least_on_the_probe_set_or_the_newest():
+    def best_batches(first, looks):
+        progress = Progress(0, None, {}, 0, 0, first, first, 1.0, 0)
+        found = []
+        for batch, losses in enumerate(looks, 1):
+            progress = _with_probe(dataclasses.replace(progress, batch=batch), losses)
+            assert progress.probe_last == losses
+            found.append(progress.best_batch)
+        return found, progress.best
+
+    levels = [(5.0, 2.0), (3.0, 1.0), (2.0, 1.5), (1.0, 1.0)]
+    looks = [{"lm": lm, "score": score, "answer": 9.0} for lm, score in levels]
+    # Relative to the start: 1.125, 0.625, 0.625, 0.375.
+    assert best_batches({"lm": 4.0, "score": 2.0}, looks) == ([0, 2, 2, 4], 0.375)
+    assert best_batches({"lm": 4.0}, [{"lm": math.inf}, {"lm": 1.0}]) == ([0, 2], 0.25)
+    # Where nothing is known of any loss, the last look is as good as any.
+    assert best_batches({}, [{}, {}, {"lm": 1.0}]) == ([1, 2, 3], 1.0)
+    assert best_batches({"score": 0.0}, [{"score": 0.5}, {"score": 0.1}]) == ([1, 2], 1.0)
 
 
 def test_one_seed_is_one_run_and_another_is_another(finished, dirs, tmp_path):

@@ -181,6 +181,20 @@ def test_content_hash(tmp_path: Path) -> None:
     assert content_hash(path) != original
 
 
+def test_a_pruned_model_is_the_same_wherever_its_origin_lies(tmp_path: Path) -> None:
+    path = tiny.make_model_dir(tmp_path / "m", layers=4)
+    prune(path, 3, tmp_path / "one")
+    shutil.copytree(path, tmp_path / "moved")
+    prune(tmp_path / "moved", 3, tmp_path / "two")
+    one, two = (tmp_path / name / "config.json" for name in ("one", "two"))
+    assert one.read_text() != two.read_text()
+    assert content_hash(tmp_path / "one") == content_hash(tmp_path / "two")
+    prune(path, 2, tmp_path / "fewer")
+    two.write_text(two.read_text().replace("1e-05", "1e-06"))
+    hashes = {content_hash(tmp_path / name) for name in ("m", "one", "two", "fewer")}
+    assert len(hashes) == 4
+
+
 @pytest.mark.model
 def test_a_pruned_smollm2_costs_next_to_nothing(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory

@@ -22,8 +22,11 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm import batch_generate  # noqa: E402
 from mlx_lm.models import llama, qwen2  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
+from pairs import make_plan  # noqa: E402
 
+from mlx_fd.distill import make_optimizer, update  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
+from mlx_fd.generation import Conversation  # noqa: E402
 from mlx_fd.losses.divergence import Target, fused_linear_divergences, one_hot  # noqa: E402
 from mlx_fd.models import memory  # noqa: E402
 from mlx_fd.models.loading import load, load_pair  # noqa: E402
@@ -36,6 +39,8 @@ from mlx_fd.models.memory import (  # noqa: E402
     parameters,
     weight_bytes,
 )
+from mlx_fd.samples import Sample, read_text  # noqa: E402
+from mlx_fd.session import open_pair  # noqa: E402
 
 CONFIGS = json.loads((Path(__file__).parent / "fixtures" / "configs.json").read_text())
 FOUR_BIT = {"quantization": {"group_size": 64, "bits": 4}}
@@ -168,6 +173,47 @@ def test_estimates_are_above_real_peaks_but_not_far(
     assert measured <= predicted < 5 * measured, predicted / measured
 
 
+@pytest.mark.parametrize("heads", ["mean", "aligned"])
+def test_the_experts_attention_of_all_samples_is_counted(tmp_path: Path, heads: str) -> None:
+    """Feedback and solution of every episode of a batch, their maps kept until it has learned."""
+    path = tiny.make_model_dir(tmp_path / "m", heads=16, kv_heads=16, layers=4, intermediate=64)
+    batch, prompt, text = 8, 200, 120
+    plan = make_plan(path, path, losses=("lm", "attention"), attention_heads=heads, micro_batch=2)
+    options = plan.config.losses
+    gc.collect()
+    mx.clear_cache()
+    start = mx.get_active_memory()
+    pair = open_pair(plan)
+    mx.reset_peak_memory()
+    samples = []
+    for number in range(2 * batch):
+        before, target = (number + 5,) * prompt, (number + 6,) * text
+        reading = read_text(pair, Conversation(), before, target, options)
+        samples.append(Sample(before, target, reading, None))
+    optimizer = make_optimizer(pair.student, plan.config.training)
+    weights = {"lm": 1.0, "attention": 1.0}
+    update(
+        *(pair.student, pair.expert, optimizer, samples, weights, options),
+        *(plan.config.training, pair.vocab),
+    )
+    measured = mx.get_peak_memory() - start
+    work = Workload(
+        batch_size=batch,
+        micro_batch=2,
+        prompt_tokens=prompt - text,
+        answer_tokens=text,
+        feedback_tokens=text,
+        on_cpu=True,
+        float32=True,
+        shared=True,
+        solutions=True,
+        attention=True,
+        head_by_head=heads == "aligned",
+    )
+    predicted = estimate(pair.expert.config, pair.expert.config, work).total
+    assert measured <= predicted < 5 * measured, predicted / measured
+
+
 def test_estimate_of_the_main_pair() -> None:
     """Qwen2.5 7B teaching 1.5B, both in 4 bits: what the parts must come to."""
     expert, student = ({**CONFIGS[n], **FOUR_BIT} for n in ("qwen2.5-7b", "qwen2.5-1.5b"))
@@ -200,6 +246,7 @@ def test_estimate_of_the_main_pair() -> None:
         {"lora_rank": 64},
         {"attention": True},
         {"solutions": True, "attention": True},
+        {"attention": True, "head_by_head": True},
         {"train_full": True},
         {"on_cpu": True},
         {"float32": True},

@@ -1,12 +1,27 @@
 import dataclasses
 import json
+import re
+import tomllib
+from pathlib import Path
 
+import mlx.core as mx
 import pytest
+import tomli_w
+from tiny import make_model_dir
 
+from mlx_fd import __version__
 from mlx_fd.config import Config, override, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
-from mlx_fd.session import _flat, _settled, check_out, check_same
+from mlx_fd.session import (
+    _check_memory,
+    _flat,
+    _settled,
+    check_out,
+    check_same,
+    make_plan,
+    versions,
+)
 
 
 def config(**changes) -> Config:
@@ -50,6 +65,47 @@ def test_names_are_settled_once(tmp_path, monkeypatch):
     assert _settled(read(tmp_path / "c.toml")) == local
 
 
+def test_solutions_fill_larger_micro_batches(tmp_path):
+    """An update on feedback and solutions has up to two samples of each problem."""
+    path = make_model_dir(tmp_path / "m")
+
+    def needed(**changes) -> float:
+        sizes = {"batch_size": 2, "answer_tokens": 400_000, "feedback_tokens": 50}
+        with pytest.raises(UserError, match="this run needs up to") as error:
+            _check_memory(path, path, ["1 + 1?"] * 9, config(**sizes, **changes), True)
+        return float(re.search(r"up to ([0-9.]+) GiB", str(error.value))[1])
+
+    assert needed(micro_batch=4) == needed(micro_batch=2)
+    assert needed(micro_batch=4, solutions=True) > needed(micro_batch=2, solutions=True)
+    assert needed(micro_batch=8, solutions=True) == needed(micro_batch=4, solutions=True)
+
+
+def test_attention_that_cannot_be_compared_is_refused_before_anything_is_loaded(tmp_path):
+    qwen2 = make_model_dir(tmp_path / "qwen2", arch="qwen2")
+    layers = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}
+    sliding = make_model_dir(tmp_path / "sliding", arch="llama", **layers)
+    # What qwen3 has more than llama: norms of queries and keys.
+    qwen3 = make_model_dir(tmp_path / "qwen3", arch="llama", head_dim=16)
+    weights = mx.load(str(qwen3 / "model.safetensors"))
+    names = [f"model.layers.{i}.self_attn.{x}_norm.weight" for i in (0, 1) for x in "qk"]
+    mx.save_safetensors(
+        str(qwen3 / "model.safetensors"), weights | dict.fromkeys(names, mx.ones(16))
+    )
+    content = json.loads((qwen3 / "config.json").read_text())
+    (qwen3 / "config.json").write_text(json.dumps({**content, "model_type": "qwen3"}))
+
+    def plan(expert, student, losses):
+        names = {"expert": str(expert), "student": str(student), "losses": losses}
+        return make_plan(config(**names, batch_size=1, answer_tokens=8, feedback_tokens=8))
+
+    for other, message in ((sliding, "attend to a sliding window"), (qwen3, "llama and qwen2")):
+        for pair in ((qwen2, other), (other, qwen2)):
+            with pytest.raises(UserError, match=f"{message}.*leave it out of the losses"):
+                plan(*pair, ("lm", "attention"))
+            assert plan(*pair, ("lm",)).expert_path == pair[0]
+    assert plan(qwen2, qwen2, ("lm", "attention")).student_path == qwen2
+
+
 def test_options_in_the_manifest_survive_json():
     options = _flat(config(scales=(1.0, 2.0, 3.0, 4.0)))
     assert json.loads(json.dumps(options)) == options
@@ -71,6 +127,30 @@ def test_other_content_is_refused(part, tmp_path):
         check_same(manifest(), new, tmp_path)
     new[part]["sha256"] = manifest()[part]["sha256"]
     assert check_same(manifest(), new, tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-student:layers=1"])
+def test_an_embedded_model_of_another_version_is_named(name, tmp_path):
+    old, new = manifest(), manifest()
+    old["versions"]["mlx-fd"] = "0.1.0"
+    old["student"]["name"] = new["student"]["name"] = name
+    new["student"]["sha256"] = "4"
+    with pytest.raises(UserError, match=r"ships other weights under that name.* 0\.1\.0") as found:
+        check_same(old, new, tmp_path)
+    assert __version__ in str(found.value) and "Bring the old one" not in str(found.value)
+    # Another model in its place is another matter.
+    new["student"]["name"] = "/my/model"
+    with pytest.raises(UserError, match="Bring the old one back"):
+        check_same(old, new, tmp_path)
+
+
+def test_the_version_is_one_and_is_written_down():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert versions()["mlx-fd"] == __version__ == project["project"]["version"]
+    old, new = manifest(), manifest()
+    old["versions"]["mlx-fd"], new["versions"]["mlx-fd"] = "0.1.0", __version__
+    [doubt] = check_same(old, new, Path("run"))
+    assert doubt.startswith(f"mlx-fd was 0.1.0, is {__version__}: the run goes on")
 
 
 def test_other_versions_are_doubtful(tmp_path):
@@ -98,6 +178,31 @@ def test_what_does_not_matter_may_change(tmp_path):
     assert check_same(manifest(), new, tmp_path) == []
     moved = manifest(expert="/moved/expert", student="/moved/student", problems="/moved/p.jsonl")
     assert check_same(manifest(), moved, tmp_path) == []
+
+
+def test_options_that_an_older_version_lacked_had_their_defaults(tmp_path):
+    """A run of a version without them goes on without them, and not with another value."""
+    later = ("epochs", "loss_weights", "teacher_top_k", "teacher_cache", "solutions")
+    old = manifest(episodes=16)
+    for name in later:
+        del old["options"][name]
+    sections = tomllib.loads(to_toml(config(episodes=16)))
+    kept = {
+        section: {name: value for name, value in options.items() if name not in later}
+        for section, options in sections.items()
+    }
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(kept))
+    new = manifest()
+    new["options"] = _flat(read(tmp_path / "config.toml"))
+    assert check_same(old, new, tmp_path) == []
+    assert check_same(old, manifest(episodes=24), tmp_path) == []
+    for name, default, value in (
+        ("epochs", 1, 3),
+        ("teacher_top_k", 0, 16),
+        ("loss_weights", "'ema'", "phases"),
+    ):
+        with pytest.raises(UserError, match=rf"config\.toml: {name} was {default} when"):
+            check_same(old, manifest(episodes=16, **{name: value}), tmp_path)
 
 
 def test_a_run_grows_where_its_last_batch_was_full(tmp_path):

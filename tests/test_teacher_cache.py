@@ -1,24 +1,25 @@
 """The teacher cache: entries found by what is in them, never damaged ones, and no teacher asked."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from pairs import make_dirs, make_plan
-from test_loop import Killed, assert_same, count_syncs, rows, start, weights
+from test_loop import Killed, assert_same, count_syncs, rows, start
 from tiny import make_model_dir
 
 from mlx_fd import runs, samples
 from mlx_fd.config import LossOptions
 from mlx_fd.errors import UserError
 from mlx_fd.events import BatchDone, Warned
-from mlx_fd.generation import Conversation
+from mlx_fd.generation import Conversation, read_on
 from mlx_fd.models.loading import load
 from mlx_fd.samples import decides, read_text
 from mlx_fd.session import check_same, open_pair
@@ -184,8 +185,39 @@ def test_two_processes_write_the_same_entry(tmp_path, pair):
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, pair):
     (tmp_path / "file").write_text("")
     cache, _ = cache_of(tmp_path / "file" / "cache", pair)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=r"cannot be written.*--teacher-cache") as error:
         entry(cache, pair)
+    # The cache is no run.
+    assert f"resume {cache.folder}" not in str(error.value)
+
+
+def test_an_entry_does_not_depend_on_the_conversation_it_was_read_in(tmp_path, pair):
+    """Other bits before a text are other last digits after it; the tokens are the same."""
+    prompt = tuple(range(5, 60))
+    _, layers = read_on(pair.expert, Conversation(), prompt[:-1])
+    for layer in layers:
+        layer.keys = layer.keys * 1.001
+    after = Conversation(prompt[:-1], layers)
+    alone, _ = cache_of(tmp_path / "alone", pair)
+    within, _ = cache_of(tmp_path / "within", pair)
+    read = read_text(pair, after, prompt, TARGET, OPTIONS, within).arrays()
+    assert same(read, entry(alone, pair, prompt))
+    # Without a cache there is no second reading, and the conversation saves the first its prompt.
+    assert not same(read_text(pair, after, prompt, TARGET, OPTIONS).arrays(), read)
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path, pair, monkeypatch):
+    cache, _ = cache_of(tmp_path, pair)
+
+    def full(path, arrays, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "save_safetensors", full)
+        with pytest.raises(UserError, match="No space left"):
+            entry(cache, pair)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- epochs ---
@@ -263,10 +295,23 @@ def test_a_harmed_entry_does_not_end_a_run(whole, dirs, tmp_path):
     events = []
     start(target, plan, events.append)
     assert sum(path.name in e.text for e in events if isinstance(e, Warned)) == 1
-    # Read again, whole and without the conversation's cache, to the last digits but not bits.
-    one, two = weights(whole[0]), weights(target)
-    for name, value in one.items():
-        np.testing.assert_allclose(two[name], value, rtol=1e-2, atol=1e-4)
+    # What is read again is the same to the last bit.
+    assert_same(whole[0], target)
+
+
+def test_a_run_whose_cache_is_gone_is_the_same_run(whole, dirs, tmp_path):
+    """It stops in its second epoch, and goes on without anything that the expert said."""
+    target = tmp_path / "run"
+    answers = iter([False, False, False, True])
+    plan = make_plan(*dirs, **EPOCHS)
+    assert start(target, plan, stop=lambda: next(answers)) is None
+    for path in (target / "teacher").iterdir():
+        path.unlink()
+    left = target / "teacher" / ".tmp-1-abc.safetensors"
+    left.write_bytes(b"half")
+    assert start(target, plan) is not None
+    assert_same(whole[0], target)
+    assert not left.exists() and list((target / "teacher").iterdir())
 
 
 def test_runs_share_a_cache(dirs, tmp_path, monkeypatch):

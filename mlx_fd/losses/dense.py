@@ -1,8 +1,8 @@
-"""The losses on next-token distributions from whole logits, differentiated by MLX.
+"""The plain MLX-graph definition of the logit losses, which the engine is held to.
 
-Nothing trains with these: :mod:`mlx_fd.losses.divergence` does without [tokens, vocabulary] arrays.
-They are its definition in a few lines, which the tests hold it to, and what the benchmark compares
-it with.
+From whole logits, differentiated by MLX. Nothing trains with these: the engine,
+:mod:`mlx_fd.losses.divergence`, does without [tokens, vocabulary] arrays. The tests compare it with
+these few lines, and so does the benchmark of the losses, for which they ship.
 """
 
 from __future__ import annotations

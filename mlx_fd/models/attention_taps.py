@@ -16,6 +16,25 @@ from mlx_fd.errors import UserError
 from mlx_fd.losses.attention import LOG_ZERO
 
 
+def check_block(block: nn.Module) -> None:
+    """Make sure that :func:`log_attention` can read a block.
+
+    Raises:
+        UserError: the block is of another architecture, or attends to a sliding window.
+    """
+    attention = getattr(block, "self_attn", None)
+    if not isinstance(attention, (llama.Attention, qwen2.Attention)):
+        raise UserError(
+            "the attention loss reads the blocks of llama and qwen2 models, not "
+            f"{type(block).__module__}.{type(block).__name__}: leave it out of the losses"
+        )
+    if getattr(block, "use_sliding", False):
+        raise UserError(
+            "the attention loss does not read blocks that attend to a sliding window: "
+            "leave it out of the losses"
+        )
+
+
 def log_attention(
     block: nn.Module,
     hidden: mx.array,
@@ -37,19 +56,10 @@ def log_attention(
         query does not see at :data:`~mlx_fd.losses.attention.LOG_ZERO` or below.
 
     Raises:
-        UserError: the block is of another architecture, or attends to a sliding window.
+        UserError: as for :func:`check_block`.
     """
-    attention = getattr(block, "self_attn", None)
-    if not isinstance(attention, (llama.Attention, qwen2.Attention)):
-        raise UserError(
-            "the attention loss reads the blocks of llama and qwen2 models, not "
-            f"{type(block).__module__}.{type(block).__name__}: leave it out of the losses"
-        )
-    if getattr(block, "use_sliding", False):
-        raise UserError(
-            "the attention loss does not read blocks that attend to a sliding window: "
-            "leave it out of the losses"
-        )
+    check_block(block)
+    attention = block.self_attn
     batch, length, _ = hidden.shape
     states = block.input_layernorm(hidden)
 

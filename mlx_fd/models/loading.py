@@ -209,12 +209,23 @@ def _equal(a: mx.array, b: mx.array) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and bool(mx.array_equal(a, b).item())
 
 
+def _without_source(config: bytes) -> bytes:
+    """A config.json as it is, but for the path that pruning writes into it."""
+    try:
+        content = json.loads(config)
+        del content["mlx_fd"]["source"]
+    except (ValueError, KeyError, TypeError):
+        return config
+    return json.dumps(content, indent=1).encode()
+
+
 def content_hash(path: Path) -> str:
     """Fingerprint of a model's weights and configuration, quick for files of many GB.
 
     It is the SHA-256 over config.json and, for each ``*.safetensors`` file in order of name, its
     name, its size, and its first and last MiB. It tells models apart; it does not prove that not
-    a single byte in the middle differs.
+    a single byte in the middle differs. Where a pruned model's weights came from is left out: it is
+    the same model after its origin has moved.
 
     Args:
         path: a model directory.
@@ -225,7 +236,7 @@ def content_hash(path: Path) -> str:
     digest = hashlib.sha256()
     config = path / "config.json"
     if config.exists():
-        digest.update(config.read_bytes())
+        digest.update(_without_source(config.read_bytes()))
     for file in sorted(path.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(json.dumps([file.name, size]).encode())

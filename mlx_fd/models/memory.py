@@ -56,6 +56,7 @@ class Workload:
         float32: the weights are dequantised to float32.
         shared: the student's base weights are the expert's arrays.
         attention: the attention loss is in use.
+        head_by_head: it compares head by head, not the means over heads.
         expert_bytes: size of the expert's weights in memory where it is known better than from
             its configuration.
         student_bytes: likewise the student's.
@@ -74,6 +75,7 @@ class Workload:
     shared: bool = False
     solutions: bool = False
     attention: bool = False
+    head_by_head: bool = False
     expert_bytes: int | None = None
     student_bytes: int | None = None
 
@@ -226,9 +228,10 @@ def estimate(expert: Mapping[str, Any], student: Mapping[str, Any], work: Worklo
         work.batch_size * row * _DRAWN_ARRAYS,
     )
     if work.attention:
-        # Of each sample the expert's mean over heads, too, while the batch lasts.
-        maps = work.micro_batch * student["num_attention_heads"] * _KEPT_ATTENTION
-        maps += 2 * work.batch_size
+        # Of each sample the expert's, too, while the batch lasts: the heads that are compared.
+        heads = student["num_attention_heads"]
+        maps = work.micro_batch * heads * _KEPT_ATTENTION
+        maps += 2 * work.batch_size * (heads if work.head_by_head else 1)
         training += 4 * blocks * maps * text * student_tokens
 
     rank = work.lora_rank

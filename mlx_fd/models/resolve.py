@@ -14,11 +14,12 @@ import importlib.util
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_fd import __version__
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES, SMOLLM2, TINY, TINY_STUDENT
 from mlx_fd.models.storage import cache_dir, slug
@@ -90,6 +91,22 @@ def default_student(expert: str) -> str:
     raise UserError(
         f"{expert} has no default student: name one with --student "
         f"(for instance {parsed.base}:layers=K, the same model with K of its layers)"
+    )
+
+
+def why_changed(name: str, versions: Mapping[str, str]) -> str:
+    """Why a model is not the one that a run was made with, and what to do about it.
+
+    Args:
+        name: the model's.
+        versions: those that the run was made with, of its manifest.
+    """
+    if parse_name(name).base not in _SHIPPED:
+        return "its content has changed since. Bring the old one back"
+    was = versions.get("mlx-fd", "an older one")
+    return (
+        f"this version of mlx-fd, {__version__}, ships other weights under that name than the one "
+        f"that the run was made with, {was}. Go on with version {was}"
     )
 
 
