@@ -228,6 +228,26 @@ WIDTH, HEIGHT, LEFT, TOP = 640, 380, 60, 40
 COLOURS = ("#0a7d4b", "#c2410c", "#6d4fc4", "#777777", "#0369a1")
 
 
+def written(labels):
+    """Labels (x, y, text, colour) beside their points, each moved down until it is free."""
+    parts, taken = [], []
+    for at, height, text, colour in sorted(labels, key=lambda label: label[1:]):
+        left, low = at + 60, height
+        width = 6 * len(text)
+        while any(
+            abs(low - other) < 12 and left < end and begin < left + width
+            for begin, end, other in taken
+        ):
+            low += 3
+        taken.append((left, left + width, low))
+        parts.append(
+            f'<path d="M{at + 5:.1f} {height:.1f}L{left - 3:.1f} {low:.1f}" stroke="{colour}" '
+            f'stroke-width="0.5" fill="none"/><text x="{left:.1f}" y="{low + 4:.1f}" '
+            f'fill="{colour}" font-size="11">{text}</text>'
+        )
+    return parts
+
+
 def plot(path):
     """F1 with its interval over the tokens learned from, as SVG."""
     arms = latest(path)
@@ -250,12 +270,12 @@ def plot(path):
             f'<path d="M{LEFT} {height:.1f}H{WIDTH - 20}" stroke="#ddd"/><text x="{LEFT - 6}" '
             f'y="{height + 4:.1f}" text-anchor="end">{step / 10:.1f}</text>'
         )
-    for share in range(5):
-        tokens = most * share / 4
+    for tokens in range(0, int(most) + 1, 100_000):
         parts.append(
             f'<text x="{x(tokens):.1f}" y="{HEIGHT - 18}" text-anchor="middle">'
-            f"{tokens / 1000:.0f}</text>"
+            f"{tokens // 1000}</text>"
         )
+    labels = []
     for colour, (_, names) in zip(COLOURS, GROUPS.values(), strict=False):
         # Arms of a group have the same tokens: side by side, or they would hide each other.
         for place, name in enumerate(name for name in names if name in arms):
@@ -265,9 +285,9 @@ def plot(path):
             parts.append(
                 f'<path d="M{at:.1f} {y(seen.low):.1f}V{y(seen.high):.1f}" stroke="{colour}"/>'
                 f'<circle cx="{at:.1f}" cy="{y(seen.value):.1f}" r="4" fill="{colour}"/>'
-                f'<text x="{at + 6:.1f}" y="{y(seen.value) + 4:.1f}" fill="{colour}" '
-                f'font-size="10">{name}</text>'
             )
+            labels.append((at, y(seen.value), name, colour))
+    parts += written(labels)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
         'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" '
