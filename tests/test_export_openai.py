@@ -37,7 +37,7 @@ def perturbed(bundle):
     engine = MlxEngine(resolve("tiny-student"), bundle)
     model = engine._loaded.model
     mx.random.seed(0)
-    model.update(tree_map(lambda w: w + 0.02 * mx.random.normal(w.shape), model.parameters()))
+    model.update(tree_map(lambda w: w + 0.05 * mx.random.normal(w.shape), model.parameters()))
     mx.eval(model.parameters())
     return engine
 
