@@ -123,12 +123,15 @@ def row_of(arm, seed, folder):
 # ---- what the rows say ----
 
 
+def read_rows(path):
+    """{(arm, seed): the last row of both}; empty where there is no file yet."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {(row["arm"], row["seed"]): row for row in map(json.loads, lines)}
+
+
 def latest(path):
     """{arm: [row of each seed]}, the last row of each arm and seed, in the order of the table."""
-    rows = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        rows[row["arm"], row["seed"]] = row
+    rows = read_rows(path)
     return {
         arm: [rows[key] for key in sorted(rows) if key[0] == arm]
         for arm in ARMS
@@ -315,12 +318,7 @@ def main():
     if not (args.runs or args.table or args.plot):
         parser.error("say where the run directories go: --runs DIR (or --table, --plot)")
     if args.runs:
-        done = set()
-        if args.rows.exists():
-            done = {
-                (row["arm"], row["seed"])
-                for row in map(json.loads, args.rows.read_text().splitlines())
-            }
+        done = read_rows(args.rows)
         # Seed by seed, so that a part of the work is a whole comparison.
         for seed in map(int, args.seeds.split(",")):
             for arm in arms:

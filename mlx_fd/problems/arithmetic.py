@@ -435,6 +435,14 @@ _CHECK = re.compile(
 )
 
 
+def _passed(right: tuple[Step, ...], steps: tuple[Step, ...]) -> list[str]:
+    """What is said of steps that are found right, each beside what it should be."""
+    return [
+        f"Step {k} should be {step}, it is {written}: right."
+        for k, (step, written) in enumerate(zip(right, steps, strict=False), 1)
+    ]
+
+
 def feedback_text(solution: str, answer: str) -> str:
     """The right feedback on an answer: each step done again and compared, up to the first error.
 
@@ -448,10 +456,7 @@ def feedback_text(solution: str, answer: str) -> str:
     right, _ = read(solution)
     steps, final = read(answer)
     last = verdict.first_error - 1 if verdict.first_error else len(right)
-    said = [
-        f"Step {k} should be {step}, it is {written}: right."
-        for k, (step, written) in enumerate(zip(right[:last], steps[:last], strict=True), 1)
-    ]
+    said = _passed(right[:last], steps[:last])
     if verdict.kind == EXTRA:
         said.append(f"Step {last + 1} should not be there.")
     elif last == len(right):
@@ -481,12 +486,8 @@ def careless_feedback(solution: str, answer: str) -> Feedback:
     """
     right, _ = read(solution)
     steps, final = read(answer)
-    said = [
-        f"Step {k} should be {step}, it is {written}: right."
-        for k, (step, written) in enumerate(zip(right, steps, strict=False), 1)
-    ]
-    said.append(f"The final answer should be {right[-1].result}, it is {final}: right.")
-    return Feedback(" ".join([*said, ALL_RIGHT]), 1.0)
+    end = f"The final answer should be {right[-1].result}, it is {final}: right."
+    return Feedback(" ".join([*_passed(right, steps), end, ALL_RIGHT]), 1.0)
 
 
 def first_error(text: str) -> int | None:
