@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_fd.cli import _configuration
+from mlx_fd.cli.options import configuration
 from mlx_fd.config import OPTIONS, PRESETS, Config, override, preset, read, to_toml
 from mlx_fd.errors import UserError
 
@@ -16,7 +16,7 @@ def test_every_option_has_one_name_in_one_section():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_toml_gives_back_the_configuration(name, tmp_path):
+def test_toml_gives_back_theconfiguration(name, tmp_path):
     file = tmp_path / "config.toml"
     file.write_text(to_toml(preset(name)))
     assert read(file) == preset(name)
@@ -124,9 +124,9 @@ def test_options_that_contradict_each_other(changes, message):
 def test_the_tiny_expert_brings_its_preset_from_a_file_too(name, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(f'expert = "{name}"\nepisodes = 7\n')
-    found = _configuration(None, file, {"seed": 3})
+    found = configuration(None, file, {"seed": 3})
     assert found.problems.problems == ("arithmetic" if name == "tiny" else "gsm8k")
     assert (found.problems.episodes, found.episode.seed) == (7, 3)
     # A preset that is named, and options that are given, win.
-    found = _configuration("quick", file, {"problems": "mine.jsonl"})
+    found = configuration("quick", file, {"problems": "mine.jsonl"})
     assert found.problems.problems == "mine.jsonl" and found.generation.batch_size == 4

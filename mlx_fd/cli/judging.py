@@ -1,0 +1,81 @@
+"""``mlx-fd feedback``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from mlx_fd.cli.options import debug_option, json_option
+from mlx_fd.errors import UserError
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  mlx-fd feedback runs/20260101-120000 --problem "Tom has 3 apples and buys 5. How many?" \\
+      --answer "3 + 5 = 9. #### 9"
+  mlx-fd feedback qwen2.5-1.5b-4bit --problem @problem.txt --answer - < answer.txt
+""",
+)
+@click.argument("model")
+@click.option("--problem", required=True, help="The problem; @FILE reads a file, - standard input.")
+@click.option("--answer", required=True, help="The answer to judge; likewise.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=192,
+    show_default=True,
+    help="Most tokens of the feedback.",
+)
+@json_option
+@debug_option
+def feedback(
+    model: str, problem: str, answer: str, tokens: int, as_json: bool, debug: bool
+) -> None:
+    """Score and criticise an answer with a distilled student.
+
+    MODEL is a run directory (its best checkpoint), one of its checkpoints, or any model.
+    """
+    from mlx_fd.backend import backend
+
+    backend()
+    if problem == answer == "-":
+        raise UserError("--problem - and --answer -: only one of them can be standard input")
+    question, text = _text(problem, "--problem"), _text(answer, "--answer")
+    from mlx_fd.feedback import give_feedback
+
+    found = give_feedback(model, question, text, tokens)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for name in ("score", "written_score"):
+        if name in found:
+            value = "none could be read" if found[name] is None else f"{found[name]:+.2f}"
+            click.echo(f"{name.replace('_', ' ')}: {value}")
+    click.echo(harmless(found["feedback"]))
+
+
+def harmless(text: str) -> str:
+    """A model's text without the control characters that would steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _text(value: str, option: str) -> str:
+    """An option's text: itself, a file's after @, or standard input for -."""
+    try:
+        if value == "-":
+            text = sys.stdin.read()
+        elif value.startswith("@"):
+            text = Path(value[1:]).expanduser().read_text(encoding="utf-8")
+        else:
+            text = value
+    except OSError as error:
+        raise UserError(f"{option} {value}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option} {value}: cannot be read: it is not UTF-8 text") from error
+    if not text.strip():
+        raise UserError(f"{option}: is empty")
+    return text.strip()

@@ -1,0 +1,114 @@
+"""What the commands' options have in common: types, flags, and a run's configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_fd.config import OPTIONS, Config, Option, override, preset, read
+from mlx_fd.models.aliases import TINY
+
+_SECTIONS = {
+    "models": "Models",
+    "problems": "Problems",
+    "generation": "Generation",
+    "losses": "Losses",
+    "gate": "Gate",
+    "training": "Training",
+    "episode": "Episode and run",
+}
+
+
+class Words(click.ParamType):
+    """A comma-separated list."""
+
+    name = "list"
+
+    def __init__(self, numbers: bool):
+        self._numbers = numbers
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[Any]:
+        """The words, or the numbers."""
+        words = [word.strip() for word in value.split(",") if word.strip()]
+        if not self._numbers:
+            return words
+        try:
+            return [float(word) for word in words]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 1,1,1,0.03")
+
+
+class PathType(click.ParamType):
+    """A path; ``~`` is seen to here, because shells leave it alone in ``--out=~/runs``."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        """The path, from the home directory where it begins with ``~``."""
+        if not str(value).strip():
+            self.fail("the path is empty")
+        return Path(value).expanduser()
+
+
+def _click_option(option: Option) -> click.Option:
+    flag = "--" + option.name.replace("_", "-")
+    text = option.help
+    if option.choices:
+        text += f" One of: {', '.join(option.choices)}."
+    default = option.default
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    if option.kind is bool:
+        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
+    text += f" [default: {shown or 'empty'}]"
+    if option.kind is tuple:
+        kind: Any = Words(numbers=not option.choices)
+    else:
+        kind = {int: click.INT, float: click.FLOAT, str: click.STRING}[option.kind]
+    return click.Option([flag], type=kind, default=None, help=text)
+
+
+class ConfiguredCommand(click.Command):
+    """A command whose configuration options are shown by section, after its own."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, section by section."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                option = OPTIONS.get(param.name or "")
+                title = _SECTIONS[option.section] if option else "Options"
+                sections.setdefault(title, []).append(record)
+        for title in ["Options", *_SECTIONS.values()]:
+            if title in sections:
+                with formatter.section(title):
+                    formatter.write_dl(sections[title])
+
+
+def with_configuration(command: click.Command) -> click.Command:
+    """Give a command every option of the configuration."""
+    command.params.extend(_click_option(option) for option in OPTIONS.values())
+    return command
+
+
+debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+quiet_option = click.option("--quiet", is_flag=True, help="Print warnings and the result only.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def configuration(preset_name: str | None, file: Path | None, given: dict[str, Any]) -> Config:
+    """Defaults, then the preset, then the file, then what was given on the command line."""
+    changes = {name: value for name, value in given.items() if value is not None}
+
+    def over(config: Config) -> Config:
+        if file is not None:
+            config = read(file, config)
+        return override(config, changes, "command line")
+
+    config = over(preset(preset_name) if preset_name else Config())
+    if config.models.expert == TINY and not preset_name:
+        # It knows no other problems than those of its preset.
+        return over(preset(TINY))
+    return config
