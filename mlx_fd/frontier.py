@@ -66,7 +66,8 @@ class Point:
         outcome: the thresholds, and where they stop.
         cost: by the names in :data:`COSTS`.
         losses: on the probe set at the stop.
-        metrics: measures with ``value``, ``low``, ``high`` (a 95 % interval) and ``n``.
+        metrics: what is measured beside them, each with ``value``, ``low``, ``high`` (a 95 %
+            interval) and ``n``.
     """
 
     outcome: Outcome
@@ -173,12 +174,11 @@ def _point(outcome: Outcome, curve: Curve) -> Point:
     stopped = outcome.stopped_after_batch
     batches = curve.batches[:stopped]
     updates = [update for row in batches for update in row["updates"]]
-    losses = {look.batch: look.losses for look in curve.looks}
+    losses = curve.last if stopped is None else _at(curve.looks, stopped)
     # In later epochs there are no more episodes.
     episodes = curve.episodes[: len(batches) * curve.config.generation.batch_size]
     right = sum(row["correct_after"] for row in episodes)
     low, high = wilson(right, len(episodes))
-    value = right / len(episodes) if episodes else None
     return Point(
         outcome,
         {
@@ -186,9 +186,20 @@ def _point(outcome: Outcome, curve: Curve) -> Point:
             "teacher_tokens": sum(update["tokens"] for update in updates),
             "seconds": round(sum(row["distil_seconds"] for row in batches), 3),
         },
-        dict(curve.last if stopped is None else losses[stopped]),
-        {ACCURACY: {"value": value, "low": low, "high": high, "n": len(episodes)}},
+        losses,
+        {
+            ACCURACY: {
+                "value": right / len(episodes),
+                "low": low,
+                "high": high,
+                "n": len(episodes),
+            }
+        },
     )
+
+
+def _at(looks: Sequence[Look], batch: int) -> dict[str, float]:
+    return next(look.losses for look in looks if look.batch == batch)
 
 
 def batch_of(point: Point, curve: Curve) -> int:
@@ -319,7 +330,7 @@ def frontier(
     front = np.flatnonzero(kept)
     knee = pareto.knee(shares[front, 0], shares[front, 1:])
     losses = np.array([np.mean(list(points[place].losses.values())) for place in front])
-    by_product = points[front[pareto.product_rule(shares[front, 0], losses)]]
+    by_product = points[int(front[pareto.product_rule(shares[front, 0], losses)])]
     chosen = int(front[np.argmax(shares[front, 0]) if knee is None else knee])
     notes = []
     if knee is None:
@@ -345,7 +356,8 @@ def frontier(
                 "stopped_after_batch": point.outcome.stopped_after_batch,
                 "cost": point.cost,
                 "losses": point.losses,
-                "metrics": point.metrics,
+                "metrics": {name: found["value"] for name, found in point.metrics.items()},
+                "estimates": point.metrics,
                 "dominated": not kept[place],
                 "recommended": place == chosen,
             }

@@ -1,8 +1,8 @@
 """Where to stop distilling: what each stopping threshold leads to, and how to choose one of them.
 
-Pure: numbers in, numbers out; no MLX, no files. :func:`replay` asks the EMA gate where it would have
-stopped a run that was never stopped. The others judge points by several objectives at once, all of
-them to be made small.
+Pure: numbers in, numbers out; no MLX, no files. :func:`replay` asks the EMA gate where it would
+have stopped a run that was never stopped. The others judge points by several objectives at once,
+all of them to be made small.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Look:
     """
 
     batch: int
-    losses: gate.Losses
+    losses: dict[str, float]
     cost: float
 
 
@@ -107,7 +107,8 @@ def non_dominated(values: Values) -> NDArray[np.bool_]:
     """
     no_worse = (values[:, None] <= values[None]).all(axis=2)
     better = (values[:, None] < values[None]).any(axis=2)
-    return ~(no_worse & better).any(axis=0)
+    dominated: NDArray[np.bool_] = np.any(no_worse & better, axis=0)
+    return ~dominated
 
 
 def hypervolume(values: Values, reference: Values) -> float:

@@ -339,7 +339,7 @@ def _read_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def checkpoint_after(folder: Path, batch: int) -> Checkpoint | None:
-    """A run's checkpoint after so many batches; ``None`` where there is none, or it is not whole."""
+    """A run's checkpoint after so many batches; ``None`` where there is none that is whole."""
     return _read_checkpoint(folder / CHECKPOINTS / f"{batch:06d}")
 
 

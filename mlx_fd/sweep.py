@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +27,13 @@ FOLDER = "sweep"
 _POLL_SECONDS = 0.2
 
 
-class Interrupted(Exception):
-    """A signal ended a sweep; what is done stays done.
-
-    Attributes:
-        status: exit status of the run that was under way.
-    """
-
-    def __init__(self, status: int):
-        super().__init__("stopped")
-        self.status = status
-
-
 def sweep(
     folder: Path,
     config: Config,
     found: Mapping[str, Any],
     progress: Callable[[str, int, int], None],
     came: list[int],
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]] | None:
     """Train every point's threshold; runs that are done are read, begun ones are gone on with.
 
     Args:
@@ -56,11 +45,11 @@ def sweep(
             on to the run under way, and the sweep ends with it.
 
     Returns:
-        The frontier's points, each with an entry ``real`` (:func:`_real`).
+        The frontier's points, each with an entry ``real`` (:func:`_real`); ``None`` where a signal
+        ended the sweep.
 
     Raises:
         UserError: a run failed, or there is another one in its place.
-        Interrupted: a signal came.
     """
     done = []
     for point in found["points"]:
@@ -70,7 +59,9 @@ def sweep(
         if runs.is_run(run) and read(run / runs.CONFIG) != wanted:
             raise UserError(f"{run}: the run here has another configuration; move it away.")
         if not (run / runs.SUMMARY).exists():
-            _train(run, wanted, lambda n, name=name: progress(name, n, found["batches"]), came)
+            _train(run, wanted, partial(progress, name), found["batches"], came)
+        if came:
+            return None
         done.append({**point, "real": {"run": f"{FOLDER}/{name}", **_real(run, point)}})
     return done
 
@@ -107,7 +98,9 @@ def _real(run: Path, point: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _train(run: Path, config: Config, report: Callable[[int], None], came: list[int]) -> None:
+def _train(
+    run: Path, config: Config, report: Callable[[int, int], None], batches: int, came: list[int]
+) -> None:
     """Make or finish a run."""
     with _command(run, config) as command, tempfile.TemporaryFile("w+") as said:
         # Its own session: a Ctrl-C at the terminal comes to it through us, and once.
@@ -120,7 +113,7 @@ def _train(run: Path, config: Config, report: Callable[[int], None], came: list[
         passed_on = 0
         try:
             while process.poll() is None:
-                report(_batches(run))
+                report(_batches(run), batches)
                 time.sleep(_POLL_SECONDS)
                 for number in came[passed_on:]:
                     process.send_signal(number)
@@ -128,10 +121,8 @@ def _train(run: Path, config: Config, report: Callable[[int], None], came: list[
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
             process.wait()
-        report(_batches(run))
-        if came:
-            raise Interrupted(128 + came[0])
-        if process.returncode:
+        report(_batches(run), batches)
+        if process.returncode and not came:
             said.seek(0)
             raise UserError(
                 f"{run}: this run of the sweep failed ({said.read().strip()}). Those before it are "
