@@ -327,11 +327,12 @@ def frontier(
 
     shares = np.array([[share(point, name) for name in objectives] for point in points])
     kept = pareto.non_dominated(shares)
-    front = np.flatnonzero(kept)
-    knee = pareto.knee(shares[front, 0], shares[front, 1:])
+    front = [place for place, keep in enumerate(kept) if keep]
+    costs = shares[front, 0]
+    knee = pareto.knee(costs, shares[front, 1:])
+    chosen = front[int(np.argmax(costs)) if knee is None else knee]
     losses = np.array([np.mean(list(points[place].losses.values())) for place in front])
-    by_product = points[int(front[pareto.product_rule(shares[front, 0], losses)])]
-    chosen = int(front[np.argmax(shares[front, 0]) if knee is None else knee])
+    by_product = points[front[pareto.product_rule(costs, losses)]]
     notes = []
     if knee is None:
         notes.append(

@@ -18,7 +18,7 @@ _COST_NAMES = {
     "seconds": "seconds",
 }
 _METRIC_NAMES = {
-    "final_accuracy": "right so far",
+    "final_accuracy": "right",
     "first_error_f1": "exam: F1",
     "solved": "exam: solved",
 }
@@ -33,7 +33,7 @@ def table(found: Mapping[str, Any]) -> Table:
     """The points of a frontier, a row each: thresholds, stops, costs, and what is left there."""
     points = found["points"]
     shown = Table(box=None, pad_edge=False, header_style="dim", collapse_padding=True)
-    for name in ("stop", "batch", "steps", "tokens", "seconds", *points[0]["losses"]):
+    for name in ("stop", "batch", "steps", "tokens", "time", *points[0]["losses"]):
         shown.add_column(name, justify="right", overflow="fold")
     metrics = dict.fromkeys(name for point in points for name in point["metrics"])
     for name in metrics:
@@ -44,15 +44,13 @@ def table(found: Mapping[str, Any]) -> Table:
     shown.add_column("")
     for point in points:
         stopped, cost = point["stopped_after_batch"], point["cost"]
-        said = [] if _kind(point) == _KINDS[1] else [_kind(point)]
-        if point["stop_threshold"] == found["product_rule"]:
-            said.append("product rule")
+        said = [word for word, there in _marks(point, found) if there]
         shown.add_row(
             f"{point['stop_threshold']:g}",
             _batch(stopped),
             f"{cost['kd_steps']}",
             f"{cost['teacher_tokens'] / 1000:.0f}k",
-            f"{cost['seconds']:.0f}",
+            f"{cost['seconds']:.0f} s",
             *(f"{value:.3g}" for value in point["losses"].values()),
             *(_estimate(point["estimates"].get(name)) for name in metrics),
             *([_real(point["real"])] if swept else []),
@@ -60,6 +58,14 @@ def table(found: Mapping[str, Any]) -> Table:
             style="bold" if point["recommended"] else None,
         )
     return shown
+
+
+def _marks(point: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    return [
+        ("best", point["recommended"]),
+        ("product", point["stop_threshold"] == found["product_rule"]),
+        ("dominated", point["dominated"]),
+    ]
 
 
 def _batch(stopped: int | None) -> str:
@@ -82,7 +88,7 @@ def _real(real: Mapping[str, Any]) -> str:
 
 
 def summary(found: Mapping[str, Any]) -> str:
-    """The recommendation in a line."""
+    """What the table's words mean, and the recommendation."""
     point = next(p for p in found["points"] if p["recommended"])
     low, high = point["thresholds"]
     stopped = point["stopped_after_batch"]
@@ -90,6 +96,9 @@ def summary(found: Mapping[str, Any]) -> str:
     name = found["objectives"][0]
     share = point["cost"][name] / whole[name] if whole[name] else 1.0
     return (
+        "Held-out losses at the stop. right: final answers up to there, with 95 % intervals; n = "
+        f"{found['points'][-1]['estimates']['final_accuracy']['n']} in the last row.\n"
+        "best: the recommendation. product: the published rule, least cost x mean loss.\n"
         f"recommended: stop_threshold = {point['stop_threshold']:g} (the same from {low:.3g} to "
         f"{high:.3g}): "
         + (f"stops after batch {stopped}" if stopped else "does not stop")
@@ -108,14 +117,21 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
             "loss": name,
             "remaining": point["losses"][name] / first[name],
             "kind": _kind(point),
-            "label": f"{point['stop_threshold']:g}",
+            "label": f"{point['stop_threshold']:g}" if point["stopped_after_batch"] else "",
         }
         for point in found["points"]
         for name in names
     ]
+    # Room above the curves for the thresholds.
+    remaining = alt.Scale(domain=[0, 1.2 * max(row["remaining"] for row in rows)])
     base = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X("cost:Q", title=_COST_NAMES[cost], scale=alt.Scale(zero=False)),
-        y=alt.Y("remaining:Q", title="held-out loss, of its start", axis=alt.Axis(format="%")),
+        y=alt.Y(
+            "remaining:Q",
+            title="held-out loss, of its start",
+            axis=alt.Axis(format="%"),
+            scale=remaining,
+        ),
         color=alt.Color("loss:N", scale=alt.Scale(domain=names, range=list(PAPER.series))),
     )
     shapes = alt.Scale(domain=list(_KINDS), range=["diamond", "circle", "cross"])
@@ -126,9 +142,9 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     thresholds = (
         alt.Chart(alt.Data(values=[row for row in rows if row["loss"] == names[0]]))
         .mark_text(angle=270, align="left", fontSize=10)
-        .encode(x="cost:Q", y=alt.value(8), text="label:N")
+        .encode(x="cost:Q", y=alt.value(34), text="label:N")
     )
     chart = alt.layer(base.mark_line(strokeWidth=1.5), marks, thresholds).properties(
-        width=560, height=300, title="What each stop_threshold (above) costs and leaves"
+        width=560, height=300, title="What each stop_threshold (above the curves) costs and leaves"
     )
     save_svg(chart, path)
