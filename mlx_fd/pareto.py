@@ -152,13 +152,13 @@ def knee(cost: Values, rest: Values) -> int | None:
 
     Returns:
         The point's index, the cheaper one of two alike; ``None`` where no point is below the line:
-        fewer than three points, or a curve that does not bend.
+        fewer than three costs, or a curve that does not bend.
     """
-    if len(cost) < 3:
+    if len(np.unique(cost)) < 3:
         return None
     x, y = _normalised(cost), _normalised(rest).mean(axis=1)
-    cheapest, dearest = int(np.argmin(x)), int(np.argmax(x))
-    below = y[cheapest] + (y[dearest] - y[cheapest]) * x - y
+    begin, end = y[x == 0].min(), y[x == 1].min()
+    below = begin + (end - begin) * x - y
     order = np.argsort(cost, kind="stable")
     best = int(order[np.argmax(below[order])])
     # Rounding leaves a point of the line itself a hair beside it.
