@@ -36,6 +36,15 @@ REFERENCE = 1.1
 
 
 @dataclass(frozen=True)
+class Batch:
+    """What learning from a batch of episodes cost: optimiser steps, tokens in them, seconds."""
+
+    steps: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Curve:
     """What a run's files say of how its student learned.
 
@@ -44,8 +53,8 @@ class Curve:
         first: losses on the probe set before the first update.
         last: the same at the run's end, or at its last look where it has not ended.
         looks: the looks between.
-        batches: rows of ``metrics.jsonl``.
-        episodes: rows of ``episodes.jsonl``.
+        batches: the batches done, in every epoch.
+        right: whether each episode's final answer was.
         finished: whether the run came to its end.
     """
 
@@ -53,8 +62,8 @@ class Curve:
     first: dict[str, float]
     last: dict[str, float]
     looks: list[Look]
-    batches: list[dict[str, Any]]
-    episodes: list[dict[str, Any]]
+    batches: list[Batch]
+    right: list[bool]
     finished: bool
 
 
@@ -105,13 +114,13 @@ def _always(folder: Path) -> str:
 
 
 def _curve(folder: Path, config: Config) -> Curve:
-    batches = runs.read_lines(folder / runs.METRICS)
+    rows = runs.read_lines(folder / runs.METRICS)
     episodes = runs.read_lines(folder / runs.EPISODES)
     summary_file = folder / runs.SUMMARY
     summary = json.loads(summary_file.read_text("utf-8")) if summary_file.exists() else None
-    if summary:
+    if summary is not None:
         first, last = summary["probe"]["before"], summary["probe"]["after"]
-        whole = summary["updates"]["steps"] == sum(len(row["updates"]) for row in batches)
+        whole = summary["updates"]["steps"] == sum(len(row["updates"]) for row in rows)
     else:
         checkpoint, _ = runs.newest_checkpoint(folder)
         if checkpoint is None:
@@ -120,31 +129,40 @@ def _curve(folder: Path, config: Config) -> Curve:
                 f"resume {shlex.quote(str(folder))}"
             )
         first, last, whole = checkpoint.state["probe_first"], None, True
-    numbers = [row["batch"] for row in batches], [row["episode"] for row in episodes]
+    begun = math.ceil(len(episodes) / config.generation.batch_size)
+    whole = whole and begun <= len(rows) <= begun * config.training.epochs
+    numbers = [row["batch"] for row in rows], [row["episode"] for row in episodes]
     if not whole or any(given != list(range(len(given))) for given in numbers):
         raise UserError(
             f"{folder}: lines of {runs.METRICS} or {runs.EPISODES} are missing or harmed. Bring "
             f"the old files back, or make a new run: {_always(folder)}"
         )
-    looks = []
+    batches, looks = [], []
     spent = 0
-    for row in batches:
-        spent += len(row["updates"])
+    for row in rows:
+        updates = row["updates"]
+        tokens = sum(int(update["tokens"]) for update in updates)
+        batches.append(Batch(len(updates), tokens, _finite(row["distil_seconds"])))
+        spent += len(updates)
         if row["probe"]:
             looks.append(Look(row["batch"] + 1, _losses(row["probe"]), float(spent)))
             spent = 0
     first = {name: value for name, value in _losses(first).items() if name in config.losses.losses}
     if last is None:
         last = looks[-1].losses if looks else first
-    return Curve(config, first, _losses(last), looks, batches, episodes, summary is not None)
+    right = [bool(row["correct_after"]) for row in episodes]
+    return Curve(config, first, _losses(last), looks, batches, right, summary is not None)
 
 
 def _losses(given: Mapping[str, Any]) -> dict[str, float]:
-    """Losses of a row, which must be finite numbers."""
-    found = {name: float(value) for name, value in given.items()}
-    if not all(map(math.isfinite, found.values())):
-        raise ValueError("a loss is not finite")
-    return found
+    return {name: _finite(value) for name, value in given.items()}
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} where a finite number belongs")
+    return number
 
 
 def points_of(folder: Path, curve: Curve) -> list[Point]:
@@ -173,28 +191,20 @@ def points_of(folder: Path, curve: Curve) -> list[Point]:
 def _point(outcome: Outcome, curve: Curve) -> Point:
     stopped = outcome.stopped_after_batch
     batches = curve.batches[:stopped]
-    updates = [update for row in batches for update in row["updates"]]
     losses = curve.last if stopped is None else _at(curve.looks, stopped)
     # In later epochs there are no more episodes.
-    episodes = curve.episodes[: len(batches) * curve.config.generation.batch_size]
-    right = sum(row["correct_after"] for row in episodes)
-    low, high = wilson(right, len(episodes))
+    answered = curve.right[: len(batches) * curve.config.generation.batch_size]
+    right, n = sum(answered), len(answered)
+    low, high = wilson(right, n)
     return Point(
         outcome,
         {
-            "kd_steps": len(updates),
-            "teacher_tokens": sum(update["tokens"] for update in updates),
-            "seconds": round(sum(row["distil_seconds"] for row in batches), 3),
+            "kd_steps": sum(batch.steps for batch in batches),
+            "teacher_tokens": sum(batch.tokens for batch in batches),
+            "seconds": round(sum(batch.seconds for batch in batches), 3),
         },
         losses,
-        {
-            ACCURACY: {
-                "value": right / len(episodes),
-                "low": low,
-                "high": high,
-                "n": len(episodes),
-            }
-        },
+        {ACCURACY: {"value": right / n, "low": low, "high": high, "n": n}},
     )
 
 

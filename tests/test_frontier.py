@@ -36,7 +36,7 @@ SMALL = {
     "keep_checkpoints": 50,
     "ema_decay": 0.3,
 }
-EPISODES = 16
+EPISODES = 18
 
 
 @dataclass(frozen=True)
@@ -380,6 +380,10 @@ def test_lost_lines_and_harmed_totals_are_explained(copy):
     file.write_text("".join(whole.splitlines(keepends=True)[:-1]))
     refused(copy, "missing or harmed")
     file.write_text(whole)
+    episodes = (copy / "episodes.jsonl").read_text()
+    (copy / "episodes.jsonl").write_text("")
+    refused(copy, "missing or harmed")
+    (copy / "episodes.jsonl").write_text(episodes)
     for content in ("{", "[]", '{"probe": {"before": {}, "after": null}, "updates": {"steps": 1}}'):
         (copy / "summary.json").write_text(content)
         refused(copy, "make a new run")
