@@ -212,6 +212,14 @@ def test_the_table_fits_into_a_terminal(always, found):
     assert f"stop_threshold = {found['knee']:g}" in quiet and len(quiet) < len(done.out)
 
 
+def test_it_needs_no_mlx(copy):
+    code = "import sys; sys.modules['mlx'] = None; from mlx_fd.cli import main; main()"
+    command = [sys.executable, "-c", code, "pareto", copy, "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (copy / "pareto.toml").exists()
+
+
 def test_costs_and_objectives_can_be_chosen(copy, found):
     options = ["--cost", "teacher_tokens", "--objectives", "lm,final_accuracy", "--json"]
     chosen = json.loads(mlx_fd("pareto", copy, *options).out)

@@ -19,11 +19,10 @@ if TYPE_CHECKING:
 @click.command(
     epilog="""\b
 Examples:
-  mlx-fd loop --preset tiny --gate always --out runs/always     a run that never stops
-  mlx-fd pareto runs/always                                     where it should have stopped
-  mlx-fd loop --config runs/always/pareto.toml --out runs/next  stops there
+  mlx-fd pareto runs/always                       a run of: mlx-fd loop --gate always
   mlx-fd pareto runs/always --cost teacher_tokens --objectives lm,score
-  mlx-fd pareto runs/always --exam --sweep
+  mlx-fd pareto runs/always --exam                what the student could do at each stop
+  mlx-fd pareto runs/always --sweep               train each threshold, and compare
 """,
 )
 @click.argument("run", type=PathType())
