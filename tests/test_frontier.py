@@ -300,6 +300,7 @@ def test_the_student_is_examined_where_its_checkpoint_is(tmp_path):
         "batch_size": 1,
         "probe_size": 2,
         "exam_size": 4,
+        "merge_tokens": 8,
         "losses": "hidden",
         "kd_steps": 2,
         "checkpoint_every": 1,
