@@ -9,15 +9,17 @@ from typing import Any
 
 import altair as alt
 
-from mlx_fd.display import EXAM_NAMES, STEP_NAMES
+from mlx_fd.display import EXAM_NAMES
 from mlx_fd.report.reading import Run
-from mlx_fd.report.tables import Table, losses_table, steps_table
+from mlx_fd.report.tables import STEP_NAMES, Table, losses_table, steps_table
 from mlx_fd.report.theme import PAGE, themed
 from mlx_fd.summary import wilson
 
 # Bins of the accuracy curve: a batch alone is too few episodes for an interval worth drawing.
 _BINS = 16
 _HEIGHT = 220
+# Rows are put in at the end: Altair copies data with every step of making a chart.
+_ROWS, _MARKS = alt.NamedData(name="rows"), alt.NamedData(name="marks")
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,29 @@ class Figure:
 
 
 def _figure(
-    title: str, says: str, chart: Any, table: Table | None = None, *, wide: bool = False
+    title: str,
+    says: str,
+    chart: Any,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    marks: Iterable[Mapping[str, Any]] = (),
+    table: Table | None = None,
+    wide: bool = False,
 ) -> Figure:
-    sized = chart.properties(width="container")
-    return Figure(title, says, themed(sized), table, wide)
+    specification = themed(chart.properties(width="container"))
+    specification["datasets"] = {"rows": list(rows), "marks": list(marks)}
+    return Figure(title, says, specification, table, wide)
 
 
-def _data(rows: Iterable[Mapping[str, Any]]) -> alt.Data:
-    return alt.Data(values=list(rows))
-
-
-def _x(field: str, title: str) -> alt.X:
-    return alt.X(f"{field}:Q", title=title, axis=alt.Axis(tickMinStep=1, grid=False, format="d"))
+def _batches(runs: Sequence[Run]) -> alt.X:
+    """The batches of the longest run, along the chart."""
+    last = max((row["batch"] + 1 for run in runs for row in run.metrics), default=1)
+    return alt.X(
+        "batch:Q",
+        title="batches done",
+        scale=alt.Scale(domain=[0, last], nice=False),
+        axis=alt.Axis(tickMinStep=1, grid=False, format="d"),
+    )
 
 
 def _colour(field: str, names: Sequence[str], *, legend: bool = True) -> alt.Color:
@@ -61,39 +74,45 @@ def _colour(field: str, names: Sequence[str], *, legend: bool = True) -> alt.Col
     return alt.Color(f"{field}:N", scale=scale, legend=alt.Legend() if legend else None)
 
 
-def _with_points(base: alt.Chart, **line: Any) -> alt.LayerChart:
+def _with_points(base: alt.Chart) -> alt.LayerChart:
     """A line whose points can be pointed at."""
     near = alt.selection_point(nearest=True, on="pointerover", clear="pointerout", empty=False)
     points = base.mark_point(size=60, filled=True).encode(
         opacity=alt.condition(near, alt.value(1), alt.value(0))
     )
-    return base.mark_line(**line) + points.add_params(near)
+    return base.mark_line() + points.add_params(near)
 
 
-def _marks(run: Run) -> list[dict[str, Any]]:
-    """Where the student froze and thawed, with the reasons."""
-    found, frozen = [], False
-    for row in run.metrics:
-        if row["frozen"] != frozen:
+def _marks(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Where students froze and thawed, with the reasons."""
+    found = []
+    for run in runs:
+        frozen = False
+        for row in run.metrics:
+            if row["frozen"] == frozen:
+                continue
             frozen = row["frozen"]
             found.append(
                 {
                     "run": run.name,
                     "batch": row["batch"] + 1,
                     "what": "freeze" if frozen else "thaw",
-                    "reason": row["stop"]["reason"] if row["stop"] else "",
+                    "reason": _reason(row),
                 }
             )
     return found
 
 
-def _rules(runs: Sequence[Run]) -> alt.LayerChart | None:
-    rows = [mark for run in runs for mark in _marks(run)]
-    if not rows:
-        return None
-    base = alt.Chart(_data(rows)).encode(
-        x="batch:Q", tooltip=["run:N", "batch:Q", "what:N", "reason:N"]
-    )
+def _reason(row: Mapping[str, Any]) -> str:
+    if row["stop"]:
+        return str(row["stop"]["reason"])
+    # Only the audited samples can thaw a student without a look at the probe set.
+    return "the losses on audited samples have risen"
+
+
+def _rules() -> alt.LayerChart:
+    """The marks, as upright lines."""
+    base = alt.Chart(_MARKS).encode(x="batch:Q", tooltip=["run:N", "batch:Q", "what:N", "reason:N"])
     rule = base.mark_rule(strokeDash=[2, 3], strokeWidth=1.5, color=PAGE.soft)
     return rule + base.mark_text(align="left", baseline="top", dx=4, color=PAGE.soft).encode(
         y=alt.value(0), text="what:N"
@@ -137,20 +156,23 @@ def _loss_figure(runs: Sequence[Run], loss: str) -> Figure | None:
         if several
         else _colour("on", ["held out", "learned from"])
     )
-    base = alt.Chart(_data(rows)).encode(
-        x=_x("batch", "batches done"),
+    base = alt.Chart(_ROWS).encode(
+        x=_batches(runs),
         y=alt.Y("loss:Q", title=None, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5)),
         color=colour,
         strokeDash=alt.StrokeDash(
             "on:N",
             scale=alt.Scale(domain=["held out", "learned from"], range=[[1, 0], [4, 3]]),
-            legend=alt.Legend() if several else None,
         ),
         tooltip=["run:N", "on:N", "batch:Q", alt.Tooltip("loss:Q", format=".4g")],
     )
-    table = losses_table(runs, loss)
     return _figure(
-        f"{loss} loss", _loss_says(runs, loss), _layered(_with_points(base), _rules(runs)), table
+        f"{loss} loss",
+        _loss_says(runs, loss),
+        _layered(_with_points(base), _rules()),
+        rows,
+        marks=_marks(runs),
+        table=losses_table(runs, loss),
     )
 
 
@@ -160,9 +182,9 @@ def _loss_says(runs: Sequence[Run], loss: str) -> str:
         first = run.totals["probe"]["before"].get(loss)
         last = run.totals["probe"]["after"].get(loss)
         if first and last is not None:
-            name = f"{run.name}: " if len(runs) > 1 else ""
             parts.append(
-                f"{name}{first:.3g} to {last:.3g} on held-out problems ({last / first - 1:+.0%})"
+                f"{_whose(run, runs)}{first:.3g} to {last:.3g} on held-out problems "
+                f"({last / first - 1:+.0%})"
             )
     return "; ".join(parts) + "." if parts else "Not measured on held-out problems."
 
@@ -177,15 +199,21 @@ def weight_figure(run: Run) -> Figure | None:
     if not rows:
         return None
     names = list(dict.fromkeys(row["loss"] for row in rows))
-    base = alt.Chart(_data(rows)).encode(
-        x=_x("batch", "batches done"),
+    base = alt.Chart(_ROWS).encode(
+        x=_batches([run]),
         y=alt.Y("weight:Q", title=None, scale=alt.Scale(domainMin=0)),
         color=_colour("loss", names),
         tooltip=["loss:N", "batch:Q", alt.Tooltip("weight:Q", format=".3f")],
     )
     last = run.metrics[-1]["weights"]
     says = "At the end: " + ", ".join(f"{name} {value:.2f}" for name, value in last.items()) + "."
-    return _figure("Weights of the losses", says, _layered(_with_points(base), _rules([run])))
+    return _figure(
+        "Weights of the losses",
+        says,
+        _layered(_with_points(base), _rules()),
+        rows,
+        marks=_marks([run]),
+    )
 
 
 def gain_figure(run: Run) -> Figure | None:
@@ -199,17 +227,17 @@ def gain_figure(run: Run) -> Figure | None:
     if not rows:
         return None
     names = list(dict.fromkeys(row["loss"] for row in rows))
-    base = alt.Chart(_data(rows)).encode(
-        x=_x("batch", "batches done"),
+    base = alt.Chart(_ROWS).encode(
+        x=_batches([run]),
         y=alt.Y("gain:Q", title=None, axis=alt.Axis(format="%")),
         color=_colour("loss", names),
         tooltip=["loss:N", "batch:Q", alt.Tooltip("gain:Q", format=".1%")],
     )
-    threshold = run.manifest.get("options", {}).get("stop_threshold")
+    threshold = run.manifest["options"].get("stop_threshold")
     line, above = None, ""
     if isinstance(threshold, (int, float)):
         line = (
-            alt.Chart(_data([{"threshold": threshold}]))
+            alt.Chart(alt.Data(values=[{"threshold": threshold}]))
             .mark_rule(color=PAGE.soft)
             .encode(y="threshold:Q", tooltip=[alt.Tooltip("threshold:Q", title="stop_threshold")])
         )
@@ -217,12 +245,14 @@ def gain_figure(run: Run) -> Figure | None:
     last = next(row["stop"]["gains"] for row in reversed(run.metrics) if row["stop"])
     says = "At the last look: " + ", ".join(f"{name} {value:.0%}" for name, value in last.items())
     marks = "".join(
-        f" {m['what'].capitalize()} after batch {m['batch']}: {m['reason']}." for m in _marks(run)
+        f" {m['what'].capitalize()} after batch {m['batch']}: {m['reason']}." for m in _marks([run])
     )
     return _figure(
         "Gains on the probe set",
         f"{says}.{above}{marks}",
-        _layered(_with_points(base), line, _rules([run])),
+        _layered(_with_points(base), line, _rules()),
+        rows,
+        marks=_marks([run]),
     )
 
 
@@ -239,28 +269,31 @@ def decision_figure(run: Run) -> Figure | None:
     """What the gate decided for the episodes."""
     if not run.episodes:
         return None
-    bins = _binned(run.episodes)
-    rows = [
-        {
-            "first": chunk[0]["episode"],
-            "last": chunk[-1]["episode"] + 1,
-            "decision": name,
-            "episodes": sum(_decision(row) == name for row in chunk),
-            "order": order,
-        }
-        for chunk in bins
-        for order, name in enumerate(_DECISIONS)
-    ]
+    rows = []
+    for chunk in _binned(run.episodes):
+        below = 0
+        for name in _DECISIONS:
+            count = sum(_decision(row) == name for row in chunk)
+            place = {"first": chunk[0]["episode"], "last": chunk[-1]["episode"] + 1}
+            rows.append(
+                {**place, "decision": name, "episodes": count, "from": below, "to": below + count}
+            )
+            below += count
     base = (
-        alt.Chart(_data(rows))
-        .mark_bar(stroke=None)
+        alt.Chart(_ROWS)
+        .mark_rect(stroke=PAGE.back, strokeWidth=1)
         .encode(
             x=alt.X("first:Q", title="episodes", axis=alt.Axis(grid=False, format="d")),
             x2="last:Q",
-            y=alt.Y("episodes:Q", title=None, stack="zero"),
+            y=alt.Y("from:Q", title=None),
+            y2="to:Q",
             color=_colour("decision", _DECISIONS),
-            order="order:Q",
-            tooltip=["decision:N", "episodes:Q", alt.Tooltip("first:Q", title="from episode")],
+            tooltip=[
+                "decision:N",
+                "episodes:Q",
+                alt.Tooltip("first:Q", title="from episode"),
+                alt.Tooltip("last:Q", title="up to"),
+            ],
         )
     )
     counts = {name: sum(_decision(row) == name for row in run.episodes) for name in _DECISIONS}
@@ -269,7 +302,7 @@ def decision_figure(run: Run) -> Figure | None:
         + ", ".join(f"{n} {name}" for name, n in counts.items())
         + "."
     )
-    return _figure("The gate, by episode", says, base.properties(height=_HEIGHT))
+    return _figure("The gate, by episode", says, base.properties(height=_HEIGHT), rows)
 
 
 def _binned(rows: Sequence[dict[str, Any]]) -> list[Sequence[dict[str, Any]]]:
@@ -301,7 +334,7 @@ def accuracy_figure(runs: Sequence[Run]) -> Figure | None:
         return None
     several = len(runs) > 1
     colour = _colour("run", [run.name for run in runs]) if several else _colour("answers", names)
-    tooltip = [
+    tooltip: list[Any] = [
         "run:N",
         "answers:N",
         alt.Tooltip("right:Q", format=".1%"),
@@ -309,29 +342,24 @@ def accuracy_figure(runs: Sequence[Run]) -> Figure | None:
         alt.Tooltip("high:Q", format=".1%"),
         "n:Q",
     ]
-    base = alt.Chart(_data(rows)).encode(
+    base = alt.Chart(_ROWS).encode(
         x=alt.X("episode:Q", title="episodes", axis=alt.Axis(grid=False, format="d")),
         y=alt.Y("right:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
         color=colour,
-        strokeDash=alt.StrokeDash(
-            "answers:N",
-            scale=alt.Scale(domain=list(reversed(names)), range=[[1, 0], [4, 3]]),
-            legend=alt.Legend() if several else None,
-        ),
         tooltip=tooltip,
     )
+    dash = alt.Scale(domain=list(names), range=[[4, 3], [1, 0]])
+    dashed = base.encode(strokeDash=alt.StrokeDash("answers:N", scale=dash))
     band = None
     if not several:
-        band = base.mark_area(opacity=0.15).encode(
-            y=alt.Y("low:Q"), y2="high:Q", strokeDash=alt.value([1, 0])
-        )
+        band = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q"), y2="high:Q")
     says = (
         f"Each point is {rows[0]['n']} episodes; "
         + ("the bands are" if band else "pointing at one gives its")
         + " 95 % Wilson intervals. "
         + " ".join(_accuracy_says(run, several) for run in runs)
     )
-    return _figure("Right answers along the run", says, _layered(band, _with_points(base)))
+    return _figure("Right answers along the run", says, _layered(band, _with_points(dashed)), rows)
 
 
 def _accuracy_says(run: Run, several: bool) -> str:
@@ -340,7 +368,8 @@ def _accuracy_says(run: Run, several: bool) -> str:
         return f"{value['right'] / value['n']:.1%}" if value["n"] else "-"
 
     whose = f"{run.name}: " if several else "Over all: "
-    return f"{whose}{share('first_answers')} of the first, {share('final_answers')} of the final answers."
+    first, final = share("first_answers"), share("final_answers")
+    return f"{whose}{first} of the first, {final} of the final answers."
 
 
 def exam_figure(runs: Sequence[Run]) -> Figure | None:
@@ -365,7 +394,7 @@ def exam_figure(runs: Sequence[Run]) -> Figure | None:
     ]
     who = list(dict.fromkeys(row["who"] for row in rows))
     measures = list(dict.fromkeys(row["measure"] for row in rows))
-    base = alt.Chart(_data(rows)).encode(
+    base = alt.Chart(_ROWS).encode(
         y=alt.Y("measure:N", title=None, sort=measures, axis=alt.Axis(labelLimit=240, grid=True)),
         yOffset=alt.YOffset("who:N", sort=who),
         color=_colour("who", who),
@@ -387,7 +416,8 @@ def exam_figure(runs: Sequence[Run]) -> Figure | None:
         "Examination before and after",
         says,
         chart.properties(height=len(measures) * step + 10),
-        wide=True,
+        rows,
+        wide=several,
     )
 
 
@@ -399,7 +429,7 @@ def _bars(runs: Sequence[Run], rows: list[dict[str, Any]], kinds: Sequence[str],
     steps = list(dict.fromkeys(row["step"] for row in rows))
     several = len(runs) > 1
     chart = (
-        alt.Chart(_data(rows))
+        alt.Chart(_ROWS)
         .mark_bar(height={"band": 0.8})
         .encode(
             x=alt.X("value:Q", title=unit, axis=alt.Axis(tickCount=5, format="~s")),
@@ -444,21 +474,28 @@ def budget_figures(runs: Sequence[Run]) -> list[Figure]:
     if tokens:
         chart = _bars(runs, tokens, [*kinds.values(), "learned from"], "tokens")
         says = "; ".join(
-            f"{run.name + ': ' if len(runs) > 1 else ''}{sum(run.totals['tokens'].values()):,.0f} "
+            f"{_whose(run, runs)}{sum(run.totals['tokens'].values()):,.0f} "
             f"tokens written, {sum(run.totals['prefilled'].values()):,.0f} read first"
             for run in runs
         )
-        figures.append(_figure("Tokens by step", f"{says}.", chart, steps_table(runs)))
+        if len(runs) > 1:
+            says += "; each step's bars are the runs in this order"
+        figures.append(
+            _figure("Tokens by step", f"{says}.", chart, tokens, table=steps_table(runs))
+        )
     if seconds:
         says = "; ".join(
-            f"{run.name + ': ' if len(runs) > 1 else ''}{run.totals['seconds']['total']:,.0f} seconds "
-            "in all, with what the steps do not count"
+            f"{_whose(run, runs)}{run.totals['seconds']['total']:,.0f} seconds in all, with "
+            "what the steps do not count"
             for run in runs
         )
-        figures.append(
-            _figure("Time by step", f"{says}.", _bars(runs, seconds, ["seconds"], "seconds"))
-        )
+        chart = _bars(runs, seconds, ["seconds"], "seconds")
+        figures.append(_figure("Time by step", f"{says}.", chart, seconds))
     return figures
+
+
+def _whose(run: Run, runs: Sequence[Run]) -> str:
+    return f"{run.name}: " if len(runs) > 1 else ""
 
 
 def pareto_figures(run: Run) -> list[Figure]:
@@ -493,7 +530,7 @@ def _pareto_figure(pareto: Mapping[str, Any], cost: str, loss: str) -> Figure:
         for point in pareto["points"]
         if cost in point["cost"] and loss in point["losses"]
     ]
-    base = alt.Chart(_data(rows)).encode(
+    base = alt.Chart(_ROWS).encode(
         x=alt.X("cost:Q", title=cost.replace("_", " "), axis=alt.Axis(format="~s", grid=False)),
         y=alt.Y("loss:Q", title=None, scale=alt.Scale(zero=False)),
         tooltip=[
@@ -509,17 +546,20 @@ def _pareto_figure(pareto: Mapping[str, Any], cost: str, loss: str) -> Figure:
     )
     scale = alt.Scale(domain=list(_KINDS), range=[PAGE.series[0], PAGE.series[1], PAGE.soft])
     shape = alt.Scale(domain=list(_KINDS), range=["diamond", "circle", "cross"])
-    size = alt.Scale(domain=list(_KINDS), range=[220, 60, 50])
     marks = base.mark_point(filled=True, opacity=1).encode(
         color=alt.Color("kind:N", scale=scale, legend=alt.Legend()),
         shape=alt.Shape("kind:N", scale=shape),
-        size=alt.Size("kind:N", scale=size),
+        size=alt.condition(f"datum.kind == '{_KINDS[0]}'", alt.value(220), alt.value(60)),
     )
     best = next((row for row in rows if row["kind"] == _KINDS[0]), None)
-    says = f"{len(rows)} stopping thresholds, {sum(row['kind'] != _KINDS[2] for row in rows)} of them on the frontier."
+    good = sum(row["kind"] != _KINDS[2] for row in rows)
+    says = f"{len(rows)} stopping thresholds, {good} of them on the frontier."
     if best:
-        says += f" Recommended: {best['stop_threshold']:g}, at {best['cost']:,.4g} {cost.replace('_', ' ')} a {loss} loss of {best['loss']:.3g}."
-    return _figure(f"{loss} loss against the cost", says, _layered(frontier, marks))
+        says += (
+            f" Recommended: {best['stop_threshold']:g}, at {best['cost']:,.4g} "
+            f"{cost.replace('_', ' ')} a {loss} loss of {best['loss']:.3g}."
+        )
+    return _figure(f"{loss} loss against the cost", says, _layered(frontier, marks), rows)
 
 
 def system_figure(found: Mapping[str, Any], measure: str = "accuracy") -> Figure | None:
@@ -532,7 +572,7 @@ def system_figure(found: Mapping[str, Any], measure: str = "accuracy") -> Figure
     if not rows:
         return None
     order = [row["system"] for row in rows]
-    base = alt.Chart(_data(rows)).encode(
+    base = alt.Chart(_ROWS).encode(
         y=alt.Y("system:N", title=None, sort=order, axis=alt.Axis(labelLimit=260)),
         tooltip=[
             "system:N",
@@ -551,5 +591,6 @@ def system_figure(found: Mapping[str, Any], measure: str = "accuracy") -> Figure
         f"{measure.capitalize()}, {found['name']}",
         says,
         chart.properties(height=28 * len(rows)),
+        rows,
         wide=True,
     )

@@ -114,7 +114,11 @@ def make_page(
         budget=charts.budget_figures(runs),
         pareto=[(run, charts.pareto_figures(run)) for run in runs if run.pareto],
         evaluations=[
-            (run, evaluation, [(found, charts.system_figure(found)) for found in evaluation["sets"]])
+            (
+                run,
+                evaluation,
+                [(found, charts.system_figure(found)) for found in evaluation["sets"]],
+            )
             for run in runs
             for evaluation in run.evaluations
         ],
@@ -130,7 +134,8 @@ def make_page(
         ),
     )
     told("drawing charts", 1, 1)
-    return page
+    # Half a surrogate pair, which JSON can spell, is nothing that a file can hold.
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _gate_figures(run: Run) -> list[Figure]:
@@ -168,6 +173,7 @@ def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
+@functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ _PROBE = "probe.json"
 _PARETO = "pareto.json"
 _EVAL = "eval"
 _EVAL_FILE = "eval.json"
+# The parts of a manifest that are tables themselves.
+_ORIGINS = ("expert", "student", "problems", "backend", "versions", "options")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Run:
     Attributes:
         name: what the page calls it; no other run on the page has the same.
         folder: its directory.
-        manifest: ``manifest.json``, empty where it could not be read.
+        manifest: tables of ``manifest.json``, empty where it could not be read, and ``created``.
         episodes: the rows of ``episodes.jsonl`` that are whole.
         metrics: the rows of ``metrics.jsonl`` that are whole.
         finished: whether it came to its end.
@@ -73,7 +74,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     """The last part of each path, or as many as it takes to tell them apart."""
     depth = 1
     while True:
-        names = [os.sep.join(folder.parts[-depth:]) for folder in folders]
+        names = [str(Path(*folder.parts[-depth:])) for folder in folders]
         if len(set(names)) == len(names):
             return names
         depth += 1
@@ -87,7 +88,7 @@ def _read(folder: Path, name: str) -> Run:
             "folder that `mlx-fd loop` printed when it began."
         )
     missing: list[str] = []
-    manifest = _json(folder, runs.MANIFEST, _manifest, missing) or {}
+    manifest = _json(folder, runs.MANIFEST, _manifest, missing) or _manifest({"options": {}})
     episodes = _log(folder, runs.EPISODES, _episode, missing)
     metrics = _log(folder, runs.METRICS, _metric, missing)
     summary = _json(folder, runs.SUMMARY, _summary, missing, needed=False)
@@ -298,7 +299,7 @@ def _probes(
     """Losses on the probe set, at first and at last."""
     if summary:
         return summary["probe"]["before"], summary["probe"]["after"]
-    last = next((row["probe"] for row in reversed(metrics) if row["probe"]), {})
+    last: dict[str, float] = next((row["probe"] for row in reversed(metrics) if row["probe"]), {})
     state = f"{runs.CHECKPOINTS}/last/{runs.STATE}"
     first = _json(folder, state, lambda found: _numbers(found["probe_first"]), [], needed=False)
     return first or {}, last or first or {}
@@ -309,10 +310,12 @@ def _headroom(value: Row) -> dict[str, int]:
 
 
 def _manifest(value: Row) -> Row:
-    for name in ("versions", "options"):
-        if not isinstance(value[name], dict):
-            raise TypeError
-    return value
+    parts = {name: value.get(name, {}) for name in _ORIGINS}
+    if not isinstance(value["options"], dict) or any(
+        not isinstance(p, dict) for p in parts.values()
+    ):
+        raise TypeError
+    return {**parts, "created": str(value.get("created", ""))}
 
 
 def _pareto(value: Row) -> Row:

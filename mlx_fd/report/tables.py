@@ -7,10 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_fd.display import EXAM_NAMES, STEP_NAMES, duration
+from mlx_fd.display import EXAM_NAMES, duration
 from mlx_fd.report.reading import Run
 
-_NONE = "–"
+_NONE = "-"
+STEP_NAMES = {
+    "answer": "first answer",
+    "student_feedback": "student's feedback",
+    "expert_feedback": "expert's feedback",
+    "merge": "merged feedback",
+    "revise": "revision",
+    "critique": "self-critique",
+    "final": "final answer",
+    "distil": "student learns",
+}
+
+
+Row = Sequence["Cell | str"]
 
 
 @dataclass(frozen=True)
@@ -39,9 +52,7 @@ class Table:
     numbers: bool = True
 
 
-def table(
-    caption: str, columns: Sequence[str], rows: Sequence[Sequence[Cell | str]], **options: bool
-) -> Table:
+def table(caption: str, columns: Sequence[str], rows: Sequence[Row], **options: bool) -> Table:
     """A table of cells and plain strings."""
     cells = tuple(
         tuple(item if isinstance(item, Cell) else Cell(item) for item in row) for row in rows
@@ -70,6 +81,17 @@ def _share(value: Mapping[str, Any]) -> Cell:
 
 def _count(value: float | None) -> str:
     return _NONE if value is None else f"{value:,.0f}"
+
+
+def lead(run: Run) -> str:
+    """Who teaches whom, on what."""
+    expert, student, problems = (
+        _shown(run.manifest[part].get("name", "unknown"))
+        for part in ("expert", "student", "problems")
+    )
+    said = f"expert {expert}, student {student}, problems {problems}; "
+    said += f"{run.totals['episodes']} episodes"
+    return said if run.finished else f"{said}, unfinished"
 
 
 def headlines(run: Run) -> list[tuple[str, Cell]]:
@@ -130,7 +152,7 @@ _SUMMARY: tuple[tuple[str, Callable[[Mapping[str, Any]], Cell]], ...] = (
     ("tokens learned from", lambda t: Cell(_count(t["updates"]["tokens"]))),
     ("frozen", lambda t: Cell(_frozen(t["updates"]["frozen_after_batch"]))),
     ("expert's feedback asked for", lambda t: _asked(t["expert_feedback"])),
-    ("scores that could not be read", lambda t: _unread(t)),
+    ("scores that could not be read", lambda t: _unread(t["unreadable_scores"], t["episodes"])),
     ("headroom, right of the held-out problems", lambda t: _headroom(t["headroom"])),
     ("time", lambda t: Cell(duration(t["seconds"]["total"]))),
     ("peak memory", lambda t: Cell(_memory(t).removeprefix("peak memory ") or _NONE)),
@@ -158,11 +180,8 @@ def _asked(feedback: Mapping[str, Any]) -> Cell:
     return Cell(f"{feedback['asked']} of {of}", f"{_count(feedback['tokens_written'])} tokens")
 
 
-def _unread(totals: Mapping[str, Any]) -> Cell:
-    unread = totals["unreadable_scores"]
-    return Cell(
-        f"expert {unread['expert']}, student {unread['student']}", f"n {totals['episodes']}"
-    )
+def _unread(unread: Mapping[str, int], episodes: int) -> Cell:
+    return Cell(f"expert {unread['expert']}, student {unread['student']}", f"n {episodes}")
 
 
 def _headroom(headroom: Mapping[str, int]) -> Cell:
@@ -193,7 +212,7 @@ def exam_table(runs: Sequence[Run]) -> Table | None:
         for run in runs
         for side in ("before", "after", "change")
     ]
-    rows = []
+    rows: list[Row] = []
     for name in names:
         cells = []
         for run in runs:
@@ -202,8 +221,8 @@ def exam_table(runs: Sequence[Run]) -> Table | None:
             cells.append(estimate(sides.get("change"), sign="+"))
         rows.append((EXAM_NAMES.get(name, name).removeprefix("exam: "), *cells))
     return table(
-        "With 95 % bootstrap intervals over the questions; the change is paired, and bold where its "
-        "interval leaves out 0.",
+        "With 95 % bootstrap intervals over the questions; the change is paired, and bold where "
+        "its interval leaves out 0.",
         ("", *columns),
         rows,
     )
@@ -214,7 +233,7 @@ def probe_table(runs: Sequence[Run]) -> Table | None:
     names = list(dict.fromkeys(name for run in runs for name in run.totals["probe"]["after"]))
     if not names:
         return None
-    rows = []
+    rows: list[Row] = []
     for name in names:
         cells = []
         for run in runs:
@@ -244,7 +263,7 @@ def losses_table(runs: Sequence[Run], loss: str) -> Table:
     batches = sorted({batch for curve in curves for batch in curve})
     every = max(1, len(batches) // 12)
     shown = sorted({*batches[::every], *batches[-1:]})
-    rows = [
+    rows: list[Row] = [
         (str(batch), *(Cell(_figures(curve.get(batch))) for curve in curves)) for batch in shown
     ]
     return table(
@@ -268,7 +287,7 @@ def decision_table(run: Run) -> Table | None:
     if not rows:
         return None
     return table(
-        "The gate's looks at the probe set; one that says what the look before it said is left out.",
+        "The gate's looks at the probe set, but for those that say what the look before them said.",
         ("after batch", "student", "decision", "reason"),
         rows,
         numbers=False,
@@ -279,7 +298,7 @@ def steps_table(runs: Sequence[Run]) -> Table:
     """Tokens and seconds by step."""
     kinds = (("tokens", "written"), ("prefilled", "read first"), ("seconds", "seconds"))
     steps = [step for step in STEP_NAMES if any(step in run.totals["seconds"] for run in runs)]
-    rows = [
+    rows: list[Row] = [
         (
             STEP_NAMES[step],
             *(_amount(run.totals[key].get(step), key) for run in runs for key, _ in kinds),
@@ -313,7 +332,7 @@ def pareto_table(pareto: Mapping[str, Any]) -> Table:
         *names["metrics"],
         "",
     ]
-    rows = []
+    rows: list[Row] = []
     for point in points:
         stopped = point["stopped_after_batch"]
         said = [
@@ -346,7 +365,7 @@ def systems_table(found: Mapping[str, Any]) -> Table:
     systems = found["systems"]
     measures = list(dict.fromkeys(name for system in systems for name in system["measures"]))
     costs = list(dict.fromkeys(name for system in systems for name in system["cost"]))
-    rows = [
+    rows: list[Row] = [
         (
             system["label"],
             *(estimate(system["measures"].get(name)) for name in measures),
@@ -367,7 +386,7 @@ def comparisons_table(found: Mapping[str, Any]) -> Table | None:
     if not found["comparisons"]:
         return None
     labels = {system["name"]: system["label"] for system in found["systems"]}
-    rows = [
+    rows: list[Row] = [
         (
             f"{labels.get(row['system'], row['system'])} against "
             f"{labels.get(row['against'], row['against'])}",
@@ -395,10 +414,10 @@ def _probability(value: float | None) -> str:
 
 def options_table(runs: Sequence[Run], *, differing: bool = False) -> Table | None:
     """The runs' options, or only those in which they differ."""
-    names = dict.fromkeys(name for run in runs for name in run.manifest.get("options", {}))
+    names = dict.fromkeys(name for run in runs for name in run.manifest["options"])
     rows = []
     for name in names:
-        values = [_shown(run.manifest.get("options", {}).get(name)) for run in runs]
+        values = [_shown(run.manifest["options"].get(name)) for run in runs]
         if not differing or len(set(values)) > 1:
             rows.append((name, *values))
     if not rows:
@@ -411,18 +430,17 @@ def origin_table(runs: Sequence[Run]) -> Table:
     """Models, data, versions and the machine."""
 
     def of(run: Run, part: str, key: str) -> str:
-        found = run.manifest.get(part)
-        return _shown(found.get(key)) if isinstance(found, dict) else _NONE
+        return _shown(run.manifest[part].get(key))
 
     rows: list[tuple[str, ...]] = [
         ("directory", *(str(run.folder) for run in runs)),
-        ("begun", *(_shown(run.manifest.get("created")) for run in runs)),
+        ("begun", *(run.manifest["created"] or _NONE for run in runs)),
     ]
     for part in ("expert", "student", "problems"):
         rows.append((part, *(of(run, part, "name") for run in runs)))
         rows.append((f"{part}, SHA-256", *(of(run, part, "sha256") for run in runs)))
     rows.append(("device", *(of(run, "backend", "device") for run in runs)))
-    versions = dict.fromkeys(name for run in runs for name in run.manifest.get("versions", {}))
+    versions = dict.fromkeys(name for run in runs for name in run.manifest["versions"])
     rows += [(name, *(of(run, "versions", name) for run in runs)) for name in versions]
     return table("Where the runs come from", ("", *(run.name for run in runs)), rows, numbers=False)
 

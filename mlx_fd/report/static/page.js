@@ -257,7 +257,7 @@ function episode(entry, row) {
     element("div", { class: "moves" }, step("Previous", at - 1), step("Next", at + 1),
       ...twins.map((twin) => element("button", { type: "button", onclick: () => go(twin) }, `The same problem in ${facts.runs[twin.run].name}`))),
     element("h3", {}, title),
-    facts_(row, entry),
+    overview(row, entry),
     ...block("Question", row.question),
     ...block("First answer", row.answer.text, `${final(row.answer)}, ${verdict(row.correct_before)}`, cut(row, "answer")),
     feedbacks(row),
@@ -280,7 +280,7 @@ function episode(entry, row) {
 const final = (answer) => (answer.final === null ? "no number could be read" : `number read: ${visible(answer.final)}`);
 const cut = (row, step) => (row.capped.includes(step) ? "cut at the token limit" : null);
 
-function facts_(row, entry) {
+function overview(row, entry) {
   const items = {
     problem: row.id,
     "reference answer": row.reference,
@@ -320,7 +320,7 @@ function feedbacks(row) {
   const written = student.written_score === null ? "not readable" : student.written_score.toFixed(2);
   const left = expert
     ? block("Expert's feedback", sides?.[0] ?? expert.text, `score ${number(expert.score)}`, cut(row, "expert_feedback"))
-    : block("Expert's feedback", "", "not asked");
+    : [element("h4", {}, "Expert's feedback"), element("p", {}, "The expert was not asked.")];
   const right = block("Student's feedback", sides?.[1] ?? student.text, `score ${number(student.score)}, written ${written}`, cut(row, "student_feedback"));
   const pair = element("div", { class: "pair" }, element("div", { class: "expert" }, ...left), element("div", { class: "student" }, ...right));
   const group = element("div", {}, pair);
@@ -411,4 +411,5 @@ if (facts.runs.some((run) => run.parts)) {
     openBrowser();
   }
 }
-drawCharts();
+// The library comes after this script, so that the episodes need not wait for it.
+addEventListener("load", drawCharts);
