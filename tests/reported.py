@@ -10,6 +10,17 @@ from mlx_fd import runs
 from mlx_fd.config import Config, to_toml
 
 LOSSES = ("lm", "hidden", "score", "logit")
+HOSTILE = (
+    "</script><script>window.harmed = 1</script>",
+    "<img src=x onerror=window.harmed=1>",
+    "<!--<script>",
+    "{{ 7 * 7 }}{% for x in y %}",
+    "'\"><b onmouseover=window.harmed=1>&amp;",
+    "\x00\x01\x08\x1b[31m\x7f\u2028\u2029\ufeff",
+    "\u202eevil\u202c \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+    "\ud800 half a pair",
+    "javascript:window.harmed=1",
+)
 STEPS = ("answer", "student_feedback", "expert_feedback", "merge", "revise", "critique", "final")
 
 
@@ -204,4 +215,42 @@ def write_run(
             folder / runs.SUMMARY,
             {"probe": probe, "exam": exam(), "peak_memory_bytes": 2**30, "best_checkpoint": "3"},
         )
+    return folder
+
+
+def hostile_run(folder):
+    """A run with every kind of harm in every text that a report shows."""
+    bad = " ".join(HOSTILE)
+    loss = f"lm{HOSTILE[0]}"
+    rows = []
+    for number in range(3):
+        row = episode(number, question=bad, reference=bad, merged=bad, id=f"{number} {bad}")
+        row["answer"] = row["final"] = {"text": bad, "final": bad}
+        row["expert_feedback"] = {"text": bad, "score": 0.5}
+        row["student_feedback"] |= {"text": bad + " and more"}
+        row["gate"] |= {"reason": bad, "losses_before": {loss: 0.5}}
+        rows.append({**row, "revised": bad, "critique": bad, "capped": [bad]})
+    rows.append(episode(3, critique="word " * 20_000))
+    rows.append(alone(4))
+    metrics = []
+    for batch in range(2):
+        row = metric(batch, frozen=batch == 1, reason=bad)
+        for part in (
+            row["weights"],
+            row["probe"],
+            row["stop"]["gains"],
+            row["updates"][1]["losses"],
+        ):
+            part[loss] = 0.5
+        metrics.append(row)
+    options = {"teacher_cache": bad, bad: bad}
+    write_run(folder, rows, metrics, expert=bad, options=options)
+    found = evaluation()
+    found["target"] = found["sets"][0]["name"] = bad
+    for system in found["sets"][0]["systems"]:
+        system["label"] += bad
+    (folder / "eval" / "fast").mkdir(parents=True)
+    text = json.dumps(found)
+    (folder / "eval" / "fast" / "eval.json").write_text(text)
+    (folder / "pareto.json").write_text(json.dumps(pareto(folder)))
     return folder

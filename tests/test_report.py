@@ -16,58 +16,6 @@ from mlx_fd.report import charts, packing, tables, theme
 from mlx_fd.report.page import check_out, make_page, write_page
 from mlx_fd.report.reading import read_runs
 
-HOSTILE = (
-    "</script><script>window.harmed = 1</script>",
-    "<img src=x onerror=window.harmed=1>",
-    "<!--<script>",
-    "{{ 7 * 7 }}{% for x in y %}",
-    "'\"><b onmouseover=window.harmed=1>&amp;",
-    "\x00\x01\x08\x1b[31m\x7f\u2028\u2029\ufeff",
-    "\u202eevil\u202c \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
-    "\ud800 half a pair",
-    "javascript:window.harmed=1",
-)
-
-
-def hostile_run(folder):
-    """A run with every kind of harm in every text that a report shows."""
-    bad = " ".join(HOSTILE)
-    loss = f"lm{HOSTILE[0]}"
-    rows = []
-    for number in range(3):
-        row = reported.episode(
-            number, question=bad, reference=bad, merged=bad, id=f"{number} {bad}"
-        )
-        row["answer"] = row["final"] = {"text": bad, "final": bad}
-        row["expert_feedback"] = {"text": bad, "score": 0.5}
-        row["student_feedback"] |= {"text": bad + " and more"}
-        row["gate"] |= {"reason": bad, "losses_before": {loss: 0.5}}
-        rows.append({**row, "revised": bad, "critique": bad, "capped": [bad]})
-    rows.append(reported.episode(3, critique="word " * 20_000))
-    rows.append(reported.alone(4))
-    metrics = []
-    for batch in range(2):
-        row = reported.metric(batch, frozen=batch == 1, reason=bad)
-        for part in (
-            row["weights"],
-            row["probe"],
-            row["stop"]["gains"],
-            row["updates"][1]["losses"],
-        ):
-            part[loss] = 0.5
-        metrics.append(row)
-    options = {"teacher_cache": bad, bad: bad}
-    reported.write_run(folder, rows, metrics, expert=bad, options=options)
-    found = reported.evaluation()
-    found["target"] = found["sets"][0]["name"] = bad
-    for system in found["sets"][0]["systems"]:
-        system["label"] += bad
-    (folder / "eval" / "fast").mkdir(parents=True)
-    text = json.dumps(found)
-    (folder / "eval" / "fast" / "eval.json").write_text(text)
-    (folder / "pareto.json").write_text(json.dumps(reported.pareto(folder)))
-    return folder
-
 
 class Scripts(html.parser.HTMLParser):
     """A page's elements and attributes as a browser's parser would come to them."""
@@ -106,7 +54,7 @@ def unpacked(text):
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reports") / "a <b>&'\"run"
-    return make_page(read_runs([hostile_run(folder)]))
+    return make_page(read_runs([reported.hostile_run(folder)]))
 
 
 def test_a_run_is_read_and_its_numbers_are_its_rows(tmp_path):
@@ -325,7 +273,7 @@ def test_every_text_comes_back_out_of_the_page_whole(hostile):
         assert re.fullmatch(r"[A-Za-z0-9+/=]+", text)
     rows = unpacked(data["part-0-0"])
     assert len(rows[3]["critique"]) == 100_000
-    bad = " ".join(HOSTILE).replace("\ud800", "?")
+    bad = " ".join(reported.HOSTILE).replace("\ud800", "?")
     assert rows[0]["answer"]["text"] == rows[0]["gate"]["reason"] == bad
     assert unpacked(data["index-0"])[0][1] == f"0 {bad}"
     for attributes, text in page.scripts:

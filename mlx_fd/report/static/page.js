@@ -36,7 +36,9 @@ async function drawCharts() {
   for (const chart of document.querySelectorAll(".chart")) {
     await new Promise((resume) => setTimeout(resume));
     const specification = JSON.parse(chart.nextElementSibling.textContent);
-    await window.vegaEmbed(chart, specification, {
+    // Vega names the element that it draws into; ours around it has the chart's own text.
+    const canvas = chart.appendChild(element("div"));
+    await window.vegaEmbed(canvas, specification, {
       renderer: "svg",
       actions: false,
       ast: true, // Vega's interpreter: expressions without eval, which the page's policy forbids
