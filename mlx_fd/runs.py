@@ -63,8 +63,11 @@ _README = """\
 | `probe.json` | the held-out problems that the gate watches, their arrays beside it |
 | `exam_*.json` | what the student made of each question of the examination, where there was one |
 | `summary.json` | the run's totals, written at its end |
+| `report.html` | the page of `mlx-fd report .` |
+| `tracking.json` | with `--track`: what each tracker has of the run |
 
     mlx-fd resume .                       # goes on where it stopped
+    mlx-fd report .                       # makes report.html
     mlx-fd feedback . --problem TEXT --answer TEXT
     mlx_lm.generate --model MODEL --adapter-path checkpoints/best --prompt TEXT
 

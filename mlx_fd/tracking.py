@@ -53,7 +53,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A run of Weights & Biases, kept in the run directory too; ``WANDB_MODE`` says where it goes."""
+    """A run of Weights & Biases; ``WANDB_MODE=offline`` keeps it in the run directory only."""
 
     def __init__(self, folder: Path, key: str, config: Mapping[str, Any]):
         import wandb
