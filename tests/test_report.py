@@ -254,6 +254,44 @@ def test_nothing_that_was_written_into_a_run_becomes_markup(hostile):
     assert any("{{ 7 * 7 }}" in text for text in page.text)
 
 
+def test_nothing_that_was_written_into_a_run_becomes_an_expression_of_a_chart(tmp_path):
+    """Vega runs expressions; texts are data for them, never a part of them."""
+    import vl_convert
+
+    (run,) = read_runs([reported.hostile_run(tmp_path / "<run>")])
+    (found,) = run.evaluations[0]["sets"]
+    figures = [
+        *charts.loss_figures([run]),
+        charts.gain_figure(run),
+        charts.weight_figure(run),
+        charts.decision_figure(run),
+        charts.accuracy_figure([run]),
+        charts.exam_figure([run, run]),
+        *charts.budget_figures([run]),
+        *charts.pareto_figures(run),
+        charts.system_figure(found),
+    ]
+
+    def expressions(part):
+        if isinstance(part, dict):
+            for key, value in part.items():
+                if key in ("signal", "expr", "test", "update", "init", "filter", "encode"):
+                    yield value if isinstance(value, str) else ""
+                if key != "values":
+                    yield from expressions(value)
+        elif isinstance(part, list):
+            for value in part:
+                yield from expressions(value)
+
+    seen = 0
+    for figure in figures:
+        specification = json.dumps(figure.specification).replace("\\ud800", "?")
+        for expression in expressions(vl_convert.vegalite_to_vega(specification)):
+            assert "harmed" not in expression, figure.title
+            seen += 1
+    assert seen > 100
+
+
 def test_the_policy_allows_what_is_in_the_page_and_nothing_else(hostile):
     page = parsed(hostile)
     (policy,) = [

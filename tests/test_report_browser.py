@@ -87,6 +87,12 @@ def opened(browser, pages):
     assert said == []
 
 
+def wait_title(page, title):
+    page.wait_for_function(
+        "title => document.querySelector('#episode h3')?.textContent === title", arg=title
+    )
+
+
 def count(page):
     return page.inner_text("#count")
 
@@ -150,9 +156,7 @@ def test_filters(opened, kind, n, first):
     wait_count(page, f"{n} of 130 episodes")
     assert f"({n})" in page.inner_text(f"#filter option[value={kind}]")
     if first is not None:
-        page.wait_for_function(
-            "n => document.querySelector('#episode h3')?.textContent === `Episode ${n}`", arg=first
-        )
+        wait_title(page, f"Episode {first}")
 
 
 def test_the_keyboard_is_enough(opened):
@@ -179,7 +183,7 @@ def test_the_keyboard_is_enough(opened):
     # One stop for the whole list.
     assert len(page.query_selector_all("#list button[tabindex='0']")) == 1
     page.click("text=Next >> nth=1")
-    page.wait_for_function("document.querySelector('#episode h3').textContent === 'Episode 51'")
+    wait_title(page, "Episode 51")
     page.keyboard.press("Tab")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
@@ -187,7 +191,7 @@ def test_the_keyboard_is_enough(opened):
 def test_both_feedbacks_stand_side_by_side_with_their_differences(opened):
     page = opened("one")
     marks = [m.inner_text() for m in page.query_selector_all(".pair .expert mark")]
-    assert "".join(marks).split() == ["should", "be", "one", "less"]
+    assert " ".join(marks).split() == ["should", "be", "one", "less"]
     assert [m.inner_text() for m in page.query_selector_all(".pair .student mark")] == [
         "is",
         "right",
@@ -205,11 +209,9 @@ def test_an_episode_can_be_linked_to(opened, pages, browser):
     page = opened("both")
     page.goto((pages / "both.html").as_uri() + "#e-1-5")
     page.reload()
-    page.wait_for_function(
-        "document.querySelector('#episode h3')?.textContent === 'two, episode 5'"
-    )
+    wait_title(page, "two, episode 5")
     page.click("text=The same problem in one")
-    page.wait_for_function("document.querySelector('#episode h3').textContent === 'one, episode 5'")
+    wait_title(page, "one, episode 5")
     page.select_option("#of", "1")
     wait_count(page, "12 of 142 episodes")
 
@@ -218,14 +220,12 @@ def test_nothing_a_model_wrote_does_harm(opened):
     page = opened("hostile")
     for number in range(5):
         page.evaluate("n => document.querySelectorAll('#list button')[n].click()", number)
-        page.wait_for_function(
-            "n => document.querySelector('#episode h3').textContent === `Episode ${n}`", arg=number
-        )
+        wait_title(page, f"Episode {number}")
     page.hover("figure .chart svg >> nth=0", position={"x": 150, "y": 100})
     assert page.evaluate("window.harmed") is None
     assert not page.query_selector_all("main img, main iframe, main b, figure a[href]")
     page.evaluate("document.querySelectorAll('#list button')[0].click()")
-    page.wait_for_function("document.querySelector('#episode h3').textContent === 'Episode 0'")
+    wait_title(page, "Episode 0")
     shown = page.inner_text("#episode")
     assert "<script>window.harmed = 1</script>" in shown
     assert "\u2400\u2401" in shown  # control characters, as pictures
@@ -264,7 +264,7 @@ def test_contrast_in_both_themes_and_the_toggle(opened, scheme):
     def colours():
         back = page.evaluate("getComputedStyle(document.body).backgroundColor")
         texts = {
-            s: page.evaluate(f"getComputedStyle(document.querySelector('{s}')).color")
+            s: page.evaluate("s => getComputedStyle(document.querySelector(s)).color", s)
             for s in ("body", "caption", "a[href='#summary']", "#list .good", "#list .bad")
         }
         line = page.evaluate(

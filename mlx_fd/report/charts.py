@@ -75,12 +75,12 @@ def _colour(field: str, names: Sequence[str], *, legend: bool = True) -> alt.Col
 
 
 def _with_points(base: alt.Chart) -> alt.LayerChart:
-    """A line whose points can be pointed at."""
-    near = alt.selection_point(nearest=True, on="pointerover", clear="pointerout", empty=False)
-    points = base.mark_point(size=60, filled=True).encode(
-        opacity=alt.condition(near, alt.value(1), alt.value(0))
+    """A line whose points show themselves, and their numbers, when they are pointed at."""
+    hovered = alt.selection_point(on="pointerover", clear="pointerout", empty=False)
+    points = base.mark_point(size=150, filled=True, strokeOpacity=0).encode(
+        opacity=alt.condition(hovered, alt.value(1), alt.value(0))
     )
-    return base.mark_line() + points.add_params(near)
+    return base.mark_line() + points.add_params(hovered)
 
 
 def _marks(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -395,8 +395,8 @@ def exam_figure(runs: Sequence[Run]) -> Figure | None:
     who = list(dict.fromkeys(row["who"] for row in rows))
     measures = list(dict.fromkeys(row["measure"] for row in rows))
     base = alt.Chart(_ROWS).encode(
-        y=alt.Y("measure:N", title=None, sort=measures, axis=alt.Axis(labelLimit=240, grid=True)),
-        yOffset=alt.YOffset("who:N", sort=who),
+        y=alt.Y("measure:N", title=None, sort=None, axis=alt.Axis(labelLimit=240, grid=True)),
+        yOffset=alt.YOffset("who:N", sort=None),
         color=_colour("who", who),
         tooltip=[
             "measure:N",
@@ -433,7 +433,7 @@ def _bars(runs: Sequence[Run], rows: list[dict[str, Any]], kinds: Sequence[str],
         .mark_bar(height={"band": 0.8})
         .encode(
             x=alt.X("value:Q", title=unit, axis=alt.Axis(tickCount=5, format="~s")),
-            y=alt.Y("step:N", title=None, sort=steps, axis=alt.Axis(labelLimit=200)),
+            y=alt.Y("step:N", title=None, sort=None, axis=alt.Axis(labelLimit=200)),
             color=_colour("kind", kinds, legend=len(kinds) > 1)
             if not several or len(kinds) > 1
             else _colour("run", [run.name for run in runs]),
@@ -446,7 +446,7 @@ def _bars(runs: Sequence[Run], rows: list[dict[str, Any]], kinds: Sequence[str],
         )
     )
     if several:
-        chart = chart.encode(yOffset=alt.YOffset("run:N", sort=[run.name for run in runs]))
+        chart = chart.encode(yOffset=alt.YOffset("run:N", sort=None))
     return chart.properties(height=len(steps) * (14 + 12 * len(runs)))
 
 
@@ -571,9 +571,8 @@ def system_figure(found: Mapping[str, Any], measure: str = "accuracy") -> Figure
     ]
     if not rows:
         return None
-    order = [row["system"] for row in rows]
     base = alt.Chart(_ROWS).encode(
-        y=alt.Y("system:N", title=None, sort=order, axis=alt.Axis(labelLimit=260)),
+        y=alt.Y("system:N", title=None, sort=None, axis=alt.Axis(labelLimit=260)),
         tooltip=[
             "system:N",
             alt.Tooltip("value:Q", format=".1%"),

@@ -47,6 +47,7 @@ async function drawCharts() {
     });
   }
   document.documentElement.dataset.charts = "drawn";
+  performance.mark("charts");
 }
 
 // Episodes
@@ -135,6 +136,7 @@ async function openBrowser() {
   find("list").addEventListener("keydown", onKey);
   find("browser").hidden = false;
   await select();
+  performance.mark("episodes");
   const linked = /^#e-(\d+)-(\d+)$/.exec(location.hash);
   const target = linked && entries.find((e) => e.run === +linked[1] && e.episode === +linked[2]);
   if (target) {
