@@ -111,6 +111,7 @@ const change = (flags) => `${verdict(flags & RIGHT_BEFORE)} → ${verdict(flags 
 const tone = (flags) => (flags & RIGHT_AFTER ? "good" : "bad");
 
 async function openBrowser() {
+  const linked = /^#e-(\d+)-(\d+)$/.exec(location.hash);
   for (let run = 0; run < facts.runs.length; run += 1) {
     const lines = await unpack(`index-${run}`);
     entries = entries.concat(
@@ -137,7 +138,6 @@ async function openBrowser() {
   find("browser").hidden = false;
   await select();
   performance.mark("episodes");
-  const linked = /^#e-(\d+)-(\d+)$/.exec(location.hash);
   const target = linked && entries.find((e) => e.run === +linked[1] && e.episode === +linked[2]);
   if (target) {
     await go(target);
