@@ -18,6 +18,8 @@ from mlx_fd.summary import wilson
 # Bins of the accuracy curve: a batch alone is too few episodes for an interval worth drawing.
 _BINS = 16
 _HEIGHT = 220
+# Batches of a curve that can be pointed at, at most.
+_POINTS = 100
 # Rows are put in at the end: Altair copies data with every step of making a chart.
 _ROWS, _MARKS = alt.NamedData(name="rows"), alt.NamedData(name="marks")
 
@@ -56,13 +58,22 @@ def _figure(
     return Figure(title, says, specification, table, wide)
 
 
-def _batches(runs: Sequence[Run]) -> alt.X:
-    """The batches of the longest run, along the chart."""
-    last = max((row["batch"] + 1 for run in runs for row in run.metrics), default=1)
+def _batches(runs: Sequence[Run]) -> int:
+    """How many batches the longest run has."""
+    return max((row["batch"] + 1 for run in runs for row in run.metrics), default=1)
+
+
+def _every(runs: Sequence[Run]) -> int:
+    """Which batches can be pointed at: each is an element of the page."""
+    return math.ceil(_batches(runs) / _POINTS)
+
+
+def _along(runs: Sequence[Run]) -> alt.X:
+    """The batches, along a chart."""
     return alt.X(
         "batch:Q",
         title="batches done",
-        scale=alt.Scale(domain=[0, last], nice=False),
+        scale=alt.Scale(domain=[0, _batches(runs)], nice=False),
         axis=alt.Axis(tickMinStep=1, grid=False, format="d"),
     )
 
@@ -74,12 +85,19 @@ def _colour(field: str, names: Sequence[str], *, legend: bool = True) -> alt.Col
     return alt.Color(f"{field}:N", scale=scale, legend=alt.Legend() if legend else None)
 
 
-def _with_points(base: alt.Chart) -> alt.LayerChart:
-    """A line whose points show themselves, and their numbers, when they are pointed at."""
+def _with_points(base: alt.Chart, every: int = 1) -> alt.LayerChart:
+    """A line whose points show themselves, and their numbers, when they are pointed at.
+
+    Args:
+        base: the chart, without a mark.
+        every: where it is above 1, only batches that it divides can be pointed at.
+    """
     hovered = alt.selection_point(on="pointerover", clear="pointerout", empty=False)
     points = base.mark_point(size=150, filled=True, strokeOpacity=0).encode(
         opacity=alt.condition(hovered, alt.value(1), alt.value(0))
     )
+    if every > 1:
+        points = points.transform_filter(f"datum.batch % {every} == 0")
     return base.mark_line() + points.add_params(hovered)
 
 
@@ -157,7 +175,7 @@ def _loss_figure(runs: Sequence[Run], loss: str) -> Figure | None:
         else _colour("on", ["held out", "learned from"])
     )
     base = alt.Chart(_ROWS).encode(
-        x=_batches(runs),
+        x=_along(runs),
         y=alt.Y("loss:Q", title=None, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5)),
         color=colour,
         strokeDash=alt.StrokeDash(
@@ -169,7 +187,7 @@ def _loss_figure(runs: Sequence[Run], loss: str) -> Figure | None:
     return _figure(
         f"{loss} loss",
         _loss_says(runs, loss),
-        _layered(_with_points(base), _rules()),
+        _layered(_with_points(base, _every(runs)), _rules()),
         rows,
         marks=_marks(runs),
         table=losses_table(runs, loss),
@@ -200,7 +218,7 @@ def weight_figure(run: Run) -> Figure | None:
         return None
     names = list(dict.fromkeys(row["loss"] for row in rows))
     base = alt.Chart(_ROWS).encode(
-        x=_batches([run]),
+        x=_along([run]),
         y=alt.Y("weight:Q", title=None, scale=alt.Scale(domainMin=0)),
         color=_colour("loss", names),
         tooltip=["loss:N", "batch:Q", alt.Tooltip("weight:Q", format=".3f")],
@@ -210,7 +228,7 @@ def weight_figure(run: Run) -> Figure | None:
     return _figure(
         "Weights of the losses",
         says,
-        _layered(_with_points(base), _rules()),
+        _layered(_with_points(base, _every([run])), _rules()),
         rows,
         marks=_marks([run]),
     )
@@ -228,7 +246,7 @@ def gain_figure(run: Run) -> Figure | None:
         return None
     names = list(dict.fromkeys(row["loss"] for row in rows))
     base = alt.Chart(_ROWS).encode(
-        x=_batches([run]),
+        x=_along([run]),
         y=alt.Y("gain:Q", title=None, axis=alt.Axis(format="%")),
         color=_colour("loss", names),
         tooltip=["loss:N", "batch:Q", alt.Tooltip("gain:Q", format=".1%")],
@@ -250,7 +268,7 @@ def gain_figure(run: Run) -> Figure | None:
     return _figure(
         "Gains on the probe set",
         f"{says}.{above}{marks}",
-        _layered(_with_points(base), line, _rules()),
+        _layered(_with_points(base, _every([run])), line, _rules()),
         rows,
         marks=_marks([run]),
     )

@@ -38,13 +38,18 @@ async function drawCharts() {
     const specification = JSON.parse(chart.nextElementSibling.textContent);
     // Vega names the element that it draws into; ours around it has the chart's own text.
     const canvas = chart.appendChild(element("div"));
-    await window.vegaEmbed(canvas, specification, {
-      renderer: "svg",
-      actions: false,
-      ast: true, // Vega's interpreter: expressions without eval, which the page's policy forbids
-      defaultStyle: false,
-      tooltip: { disableDefaultStyle: true },
-    });
+    try {
+      await window.vegaEmbed(canvas, specification, {
+        renderer: "svg",
+        actions: false,
+        ast: true, // Vega's interpreter: expressions without eval, which the page's policy forbids
+        defaultStyle: false,
+        tooltip: { disableDefaultStyle: true },
+      });
+    } catch (error) {
+      console.error(error);
+      chart.after(element("p", {}, "This chart could not be drawn."));
+    }
   }
   document.documentElement.dataset.charts = "drawn";
   performance.mark("charts");
@@ -408,12 +413,13 @@ function bothCompared(left, right) {
 
 const compared = (before, after) => bothCompared(before, after)?.[1] ?? null;
 
+let browsing = Promise.resolve();
 if (facts.runs.some((run) => run.parts)) {
   if (typeof DecompressionStream === "undefined") {
     find("browser").before(element("p", { class: "note" }, "This browser is too old to unpack the episodes; use one from 2023 or later."));
   } else {
-    openBrowser();
+    browsing = openBrowser();
   }
 }
 // The library comes after this script, so that the episodes need not wait for it.
-addEventListener("load", drawCharts);
+addEventListener("load", () => browsing.finally(drawCharts));
