@@ -6,6 +6,7 @@ import html.parser
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import reported
@@ -334,6 +335,24 @@ def test_some_episodes_evenly_spread(tmp_path):
     assert "5 of 12 episodes are in this page" in " ".join(
         " ".join(parsed(make_page([run], most=5)).text).split()
     )
+
+
+def test_five_thousand_episodes_of_gsm8k_fit_in_ten_megabytes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    from bench_report import BATCH, episodes
+
+    metrics = [reported.metric(n) for n in range(5000 // BATCH)]
+    folder = reported.write_run(tmp_path / "run", list(episodes(5000)), metrics)
+    page = make_page(read_runs([folder]))
+    assert (folder / runs.EPISODES).stat().st_size > 20e6
+    assert len(page.encode()) < 10e6
+    rows = [
+        row
+        for attributes, text in parsed(page).scripts
+        if attributes.get("id", "").startswith("part-")
+        for row in unpacked("".join(text))
+    ]
+    assert [row["episode"] for row in rows] == list(range(5000))
 
 
 def test_only_a_report_is_overwritten(tmp_path):
