@@ -23,7 +23,7 @@ from rich.text import Text
 
 from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
 
-_STEP_NAMES = {
+STEP_NAMES = {
     "answer": "expert answers",
     "student_feedback": "student gives feedback",
     "expert_feedback": "expert gives feedback",
@@ -35,7 +35,7 @@ _STEP_NAMES = {
 }
 
 
-_EXAM_NAMES = {
+EXAM_NAMES = {
     "score_error": "exam: error of the score head",
     "written_error": "exam: error of the written score",
     "readable": "exam: feedback readable",
@@ -199,7 +199,7 @@ class Display:
 
     def _panel(self) -> RenderableType:
         elapsed = max(time.monotonic() - self._step_begin, 1e-9)
-        step = _STEP_NAMES.get(self._step, "loading")
+        step = STEP_NAMES.get(self._step, "loading")
         rows: list[RenderableType] = [
             self._bar,
             Text(f"{step}: {self._step_tokens} tokens, {self._step_tokens / elapsed:.1f} a second"),
@@ -331,7 +331,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     )
     for name, sides in summary.get("exam", {}).items():
         table.add_row(
-            _EXAM_NAMES[name],
+            EXAM_NAMES[name],
             f"{_estimate(sides['before'])} -> {_estimate(sides['after'])}, change "
             f"{_estimate(sides['change'], '+')} (n {sides['before']['n']})",
         )

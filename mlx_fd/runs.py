@@ -64,8 +64,11 @@ _README = """\
 | `exam_*.json` | what the student made of each question of the examination, where there was one |
 | `summary.json` | the run's totals, written at its end |
 | `pareto.*` | with `mlx-fd pareto`: where to stop next time; `sweep/` has the runs that try it |
+| `report.html` | the page of `mlx-fd report .` |
+| `tracking.json` | with `--track`: what each tracker has of the run |
 
     mlx-fd resume .                       # goes on where it stopped
+    mlx-fd report .                       # makes report.html
     mlx-fd feedback . --problem TEXT --answer TEXT
     mlx_lm.generate --model MODEL --adapter-path checkpoints/best --prompt TEXT
 

@@ -21,6 +21,15 @@ from mlx_fd.cli.options import (
 )
 from mlx_fd.cli.stopping import Stopped, explained, stopping_on_signals
 from mlx_fd.config import PRESETS, read
+from mlx_fd.tracking import TRACKERS, Tracking, check_installed
+
+_track_option = click.option(
+    "--track",
+    "trackers",
+    type=click.Choice(TRACKERS),
+    multiple=True,
+    help="Send losses, weights, gains, gate and accuracy there too, while it goes; repeatable.",
+)
 
 
 @with_configuration
@@ -35,6 +44,7 @@ Examples:
   mlx-fd loop --expert qwen2.5-7b-4bit --teacher-top-k 64 --epochs 3
   mlx-fd loop --expert smollm2-135m --student smollm2-135m:layers=15 --preset quick
   mlx-fd loop --config runs/mine/config.toml --seed 1 --out runs/seed1
+  mlx-fd loop --preset tiny --track tensorboard
   mlx-fd loop --config runs/always/pareto.toml    stops where mlx-fd pareto recommends
 """,
 )
@@ -52,6 +62,7 @@ Examples:
     metavar="DIR",
     help="The run directory. [default: runs/DATE-TIME]",
 )
+@_track_option
 @json_option
 @quiet_option
 @debug_option
@@ -59,6 +70,7 @@ def loop(
     preset_name: str | None,
     config_file: Path | None,
     out: Path | None,
+    trackers: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -74,13 +86,14 @@ def loop(
     """
     from mlx_fd.backend import backend
 
+    check_installed(trackers)
     config = configuration(preset_name, config_file, given)
     backend()
     from mlx_fd.session import check_out, make_plan
 
     folder = out or _new_folder()
     check_out(folder)
-    _run(folder, make_plan(config), [], as_json, quiet, new=True)
+    _run(folder, make_plan(config), [], trackers, as_json, quiet, new=True)
 
 
 def _new_folder() -> Path:
@@ -97,19 +110,22 @@ def _new_folder() -> Path:
     epilog="""\b
 Examples:
   mlx-fd resume runs/20260101-120000
+  mlx-fd resume runs/20260101-120000 --track tensorboard
 """,
 )
 @click.argument("run", type=PathType())
+@_track_option
 @json_option
 @quiet_option
 @debug_option
-def resume(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+def resume(run: Path, trackers: tuple[str, ...], as_json: bool, quiet: bool, debug: bool) -> None:
     """Go on with a run exactly where it stopped.
 
     RUN is its directory. Exits as `mlx-fd loop` does.
     """
     from mlx_fd.backend import backend
 
+    check_installed(trackers)
     backend()
     from mlx_fd import runs
     from mlx_fd.session import check_same, make_plan
@@ -122,11 +138,18 @@ def resume(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
             # A run that was made longer is compared with its new length next time.
             manifest["options"] = plan.manifest["options"]
             runs.write_json(run / runs.MANIFEST, manifest)
-        _run(run, plan, worries, as_json, quiet, new=False)
+        _run(run, plan, worries, trackers, as_json, quiet, new=False)
 
 
 def _run(
-    folder: Path, plan: Any, worries: list[str], as_json: bool, quiet: bool, *, new: bool
+    folder: Path,
+    plan: Any,
+    worries: list[str],
+    trackers: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    *,
+    new: bool,
 ) -> None:
     from rich.console import Console
 
@@ -134,7 +157,7 @@ def _run(
     from mlx_fd.backend import backend
     from mlx_fd.config import to_toml
     from mlx_fd.display import Display, summary_table
-    from mlx_fd.events import Note, Warned
+    from mlx_fd.events import Event, Note, Warned
     from mlx_fd.loop import run
     from mlx_fd.session import open_pair
 
@@ -157,6 +180,14 @@ def _run(
             held.enter_context(runs.locked(folder))
             with runs.explained(folder):
                 runs.create(folder, to_toml(plan.config), plan.manifest)
+        tracking = held.enter_context(
+            Tracking(trackers, folder, plan.manifest["options"], lambda text: display(Warned(text)))
+        )
+
+        def told(event: Event) -> None:
+            display(event)
+            tracking(event)
+
         stopped = held.enter_context(stopping_on_signals(lambda text: display(Note(text))))
         try:
             summary = run(
@@ -165,7 +196,7 @@ def _run(
                 pair,
                 plan.probe,
                 plan.problems,
-                display,
+                told,
                 lambda: bool(stopped),
                 plan.exam(),
             )
