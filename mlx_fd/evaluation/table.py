@@ -1,0 +1,202 @@
+"""An evaluation in the terminal: progress while it goes, and a table for each set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from mlx_fd.display import duration
+from mlx_fd.evaluation.suites import Attempted
+
+NAMES = {
+    "accuracy": "right",
+    "accuracy_strict": "strict",
+    "accuracy_flexible": "flexible",
+    "first_accuracy": "first answers right",
+    "first_error_f1": "F1",
+    "first_error_on_wrong": "first error found",
+    "first_error_on_right": "right answers passed",
+    "processbench_f1": "F1",
+    "accuracy_on_wrong": "first error found",
+    "accuracy_on_right": "right answers passed",
+    "score_error": "error of the score",
+    "score_roc_auc": "ROC-AUC of the score",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+}
+_COSTS = {"expert_tokens": "expert's tokens", "tokens": "all tokens"}
+# Shown as per cent, their differences in points.
+_SHARES = ("accuracy", "avg@", "maj@", "pass@", "first_", "processbench_", "readable")
+_NOTHING = "-"
+
+
+class EvalDisplay:
+    """Progress of an evaluation: a bar in a terminal, a line for each system elsewhere.
+
+    Args:
+        console: where to print.
+        total: trials in all.
+        quiet: print nothing.
+    """
+
+    def __init__(self, console: Console, total: int, *, quiet: bool = False):
+        self._console, self._total, self._quiet = console, total, quiet
+        self._begin = time.monotonic()
+        self._before = self._done = 0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=quiet or not console.is_interactive,
+        )
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> EvalDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Attempted) -> None:
+        """Take a batch that is done."""
+        self._done = self._before + event.done
+        self._bar.update(
+            self._task, completed=self._done, description=f"{event.set}  {event.system}"
+        )
+        if event.done < event.total:
+            return
+        self._before += event.total
+        if not self._quiet and not self._console.is_interactive:
+            spent = time.monotonic() - self._begin
+            left = spent / self._done * (self._total - self._done)
+            self._console.print(
+                Text(f"{event.set}: {event.system} done, {event.done}; ETA {duration(left)}"),
+                soft_wrap=True,
+            )
+
+
+def print_results(
+    results: Mapping[str, Any], shown: Sequence[Sequence[str]], console: Console
+) -> None:
+    """A table for each set.
+
+    Args:
+        results: what ``eval.json`` holds.
+        shown: for each set, the measures that have a column.
+        console: where to print.
+    """
+    for found, names in zip(results["sets"], shown, strict=True):
+        console.print(_measures(found, names))
+        console.print(_leads_and_costs(found))
+
+
+def _empty(title: str) -> Table:
+    table = Table(
+        title=Text(title, "bold"),
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+        header_style="bold",
+    )
+    table.add_column("", no_wrap=True)
+    return table
+
+
+def _measures(found: Mapping[str, Any], shown: Sequence[str]) -> Table:
+    """Each system's measures, with their intervals."""
+    systems = found["systems"]
+    known = [
+        name
+        for name in shown
+        if any(system["measures"].get(name, {}).get("n") for system in systems)
+    ]
+    table = _empty(f"{found['name']}: n = {found['n']}, 95 % intervals")
+    for name in known:
+        table.add_column(_name(name), justify="right")
+    for system in systems:
+        cells = [_estimate(name, system["measures"].get(name), found["n"]) for name in known]
+        table.add_row(Text(system["label"]), *map(Text, cells))
+    return table
+
+
+def _leads_and_costs(found: Mapping[str, Any]) -> Table:
+    """How far the first system is ahead of each other, and what one problem costs."""
+    systems, comparisons = found["systems"], found["comparisons"]
+    compared = list(dict.fromkeys(row["measure"] for row in comparisons))
+    table = _empty("")
+    for measure in compared:
+        table.add_column(f"{systems[0]['name']}'s lead: {_name(measure)}", justify="right")
+        table.add_column("p (Holm)", justify="right")
+    for name in _COSTS.values():
+        table.add_column(name, justify="right")
+    for system in systems:
+        cells = []
+        for measure in compared:
+            rows = [
+                row
+                for row in comparisons
+                if row["measure"] == measure and row["against"] == system["name"]
+            ]
+            cells += [_lead(rows[0]), _p(rows[0]["p_holm"])] if rows else ["", ""]
+        cells += [_count(system["cost_estimates"][name]) for name in _COSTS]
+        table.add_row(Text(system["label"]), *map(Text, cells))
+    return table
+
+
+def _name(measure: str) -> str:
+    name = NAMES.get(measure, measure.replace("_", " "))
+    return f"{name}, %" if _is_share(measure) else name
+
+
+def _is_share(name: str) -> bool:
+    return name.startswith(_SHARES)
+
+
+def _estimate(measure: str, value: Mapping[str, Any] | None, n: int) -> str:
+    """A number with its interval, and its n where that is not the set's."""
+    if value is None or value["value"] is None:
+        return _NOTHING
+    number = _percent if _is_share(measure) else _plain
+    own = f" of {value['n']}" if value["n"] != n else ""
+    return f"{number(value['value'])} [{number(value['low'])}, {number(value['high'])}]{own}"
+
+
+def _lead(row: Mapping[str, Any]) -> str:
+    value = row["difference"]
+    if value["value"] is None:
+        return _NOTHING
+    number = _percent if _is_share(row["measure"]) else _plain
+    return (
+        f"{number(value['value'], '+')} [{number(value['low'], '+')}, {number(value['high'], '+')}]"
+    )
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    return _NOTHING if value is None else format(100 * value, f"{sign}.1f")
+
+
+def _plain(value: float | None, sign: str = "") -> str:
+    return _NOTHING if value is None else format(value, f"{sign}.3f")
+
+
+def _count(value: Mapping[str, Any]) -> str:
+    form = ".0f" if value["value"] >= 100 else ".3g"
+    if value["low"] == value["high"]:
+        return format(value["value"], form)
+    return f"{value['value']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return _NOTHING
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
