@@ -12,7 +12,6 @@ import json
 import re
 import unicodedata
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -169,21 +168,6 @@ def draft_prompt(stage: int) -> str:
 def instruction_prompt(instruction: str, given: str = "") -> str:
     """An instruction of an Alpaca-format file, with the text that it is about, if any."""
     return "\n\n".join(part for part in (instruction.strip(), given.strip()) if part)
-
-
-def first_error_prompt(problem: str, steps: Sequence[str]) -> str:
-    """ProcessBench's question (arXiv 2412.06559): which step goes wrong first?
-
-    Args:
-        problem: the problem.
-        steps: a solution's steps, which are numbered from 0.
-    """
-    told = "\n".join(f"<step_{k}>\n{step}\n</step_{k}>" for k, step in enumerate(steps))
-    return (
-        f"Problem:\n{problem.strip()}\n\nSolution:\n{told}\n\n"
-        "Check the solution step by step. Then write the number of the first step that has an "
-        "error as \\boxed{number}; \\boxed{-1} where every step is right."
-    )
 
 
 # ------------------------------------------------------------------------------------ characters

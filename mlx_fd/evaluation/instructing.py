@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,13 @@ from mlx_fd.episode import Pair
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.cache import Rows
-from mlx_fd.evaluation.measures import Measure
+from mlx_fd.evaluation.measures import Known, Measure
 from mlx_fd.evaluation.text import bleu, chrf, rouge
 from mlx_fd.generation import Sampling, opening
+from mlx_fd.problems.files import json_rows
 
 LABELS = {"student": "Student", "expert": "Expert"}
+_FIELDS = ("instruction", "input", "output")
 _COLUMNS = "each row has instruction and output, and may have input"
 
 
@@ -44,33 +45,23 @@ def read(path: Path) -> tuple[Instruction, ...]:
     Raises:
         UserError: the file cannot be read, or a row is not one of Alpaca's.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    try:
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON: {error}; {_COLUMNS}") from error
-    if not rows:
-        raise UserError(f"{path}: is empty; {_COLUMNS}")
-    return tuple(_instruction(path, place, row) for place, row in enumerate(rows))
-
-
-def _instruction(path: Path, place: int, row: Any) -> Instruction:
-    fields = row if isinstance(row, dict) else {}
-    instruction, given, output = (
-        fields.get(name, "") for name in ("instruction", "input", "output")
+    rows = tuple(
+        _instruction(where, f"{path.stem}-{place:05d}", row)
+        for place, (where, row) in enumerate(json_rows(path))
     )
-    if not all(isinstance(text, str) for text in (instruction, given, output)) or not (
-        instruction.strip() and output.strip()
-    ):
-        raise UserError(f"{path}: row {place + 1} is no instruction with its output; {_COLUMNS}")
-    prompt = roles.instruction_prompt(instruction, given)
-    return Instruction(f"{path.stem}-{place:05d}", prompt, output)
+    if not rows:
+        raise UserError(f"{path} has no instruction; {_COLUMNS}")
+    return rows
+
+
+def _instruction(where: str, name: str, row: dict[str, Any] | str) -> Instruction:
+    if isinstance(row, str):
+        raise UserError(f"{where}: {row}; {_COLUMNS}")
+    instruction, given, output = (row.get(column, "") for column in _FIELDS)
+    for column, text in zip(_FIELDS, (instruction, given, output), strict=True):
+        if not isinstance(text, str) or not (text.strip() or column == "input"):
+            raise UserError(f"{where}: no text in {column!r}; {_COLUMNS}")
+    return Instruction(name, roles.instruction_prompt(instruction, given), output)
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,7 @@ class Instructing:
     systems: tuple[str, ...]
 
     samples = 1
-    shown = ("rouge_l", "bleu", "chrf")
+    shown = ("rougeL", "bleu", "chrf")
 
     def label(self, system: str) -> str:
         """What a table calls a system."""
@@ -118,8 +109,13 @@ class Instructing:
             "correct": None,
         }
 
-    def measures(self, rows: Sequence[Rows]) -> list[Measure]:
+    def measures(self, rows: Sequence[Rows]) -> list[Measure | Known]:
         """Text metrics against the references."""
         only = [samples[0] for samples in rows]
         said, wanted = [row["final"] for row in only], [row["reference"] for row in only]
-        raise NotImplementedError
+        overlap = rouge(said, wanted)
+        return [
+            *(Measure(name, values, compared=name == "rougeL") for name, values in overlap.items()),
+            Known("bleu", bleu(said, wanted).estimate),
+            Known("chrf", chrf(said, wanted).estimate),
+        ]

@@ -19,8 +19,9 @@ from mlx_fd.episode import Draft, Pair, expert_feedback, feedback_request, stude
 from mlx_fd.evaluation.bench import Bench, Uses
 from mlx_fd.evaluation.cache import Rows
 from mlx_fd.evaluation.calibration import brier, pr_auc, roc_auc, spearman
-from mlx_fd.evaluation.exam import Question, f1
+from mlx_fd.evaluation.exam import Question
 from mlx_fd.evaluation.measures import Measure
+from mlx_fd.evaluation.processbench import f1
 from mlx_fd.generation import Conversation, opening
 from mlx_fd.problems import arithmetic
 

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_fd import roles
 from mlx_fd.baselines import Trial
 from mlx_fd.baselines.trials import Who
 from mlx_fd.episode import Pair
 from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.cache import Rows
-from mlx_fd.evaluation.exam import f1
 from mlx_fd.evaluation.measures import Measure
-from mlx_fd.evaluation.processbench import Item, predicted_step
+from mlx_fd.evaluation.processbench import ALL_RIGHT, Item, critique_prompt, f1, predicted_step
 from mlx_fd.generation import Sampling, opening
 
 LABELS = {"student": "Student", "expert": "Expert"}
@@ -47,7 +45,7 @@ class Locating:
     ) -> list[Trial]:
         """One batch of replies; greedy, as in their evaluation."""
         who: Who = "expert" if system == "expert" else "student"
-        prompts = [roles.first_error_prompt(item.problem, item.steps) for item in chunk]
+        prompts = [critique_prompt(item) for item in chunk]
         sampling = Sampling(bench.target.config.generation.answer_tokens)
 
         def make(pair: Pair) -> list[Trial]:
@@ -72,7 +70,7 @@ class Locating:
         """Their accuracies and F1."""
         only = [samples[0] for samples in rows]
         found = [float(row["correct"]) for row in only]
-        wrong = [float(row["reference"] != "-1") for row in only]
+        wrong = [float(row["reference"] != str(ALL_RIGHT)) for row in only]
         pairs = list(zip(found, wrong, strict=True))
         return [
             Measure("processbench_f1", found, f1, (wrong,), compared=True),

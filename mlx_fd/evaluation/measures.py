@@ -48,6 +48,23 @@ class Measure:
         return Estimate(right / n, *wilson(right, n), n)
 
 
+@dataclass(frozen=True)
+class Known:
+    """A number of all texts together, whose maker has its interval.
+
+    Attributes:
+        name: of the measure.
+        value: with its interval and n.
+    """
+
+    name: str
+    value: Estimate
+
+    def estimate(self) -> Estimate:
+        """The value."""
+        return self.value
+
+
 def compare(ours: Measure, theirs: Measure) -> dict[str, Any]:
     """The difference of two systems on the same problems.
 

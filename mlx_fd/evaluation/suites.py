@@ -26,7 +26,7 @@ from mlx_fd.evaluation.cache import Cache, Rows
 from mlx_fd.evaluation.instructing import Instructing
 from mlx_fd.evaluation.judging import Judging
 from mlx_fd.evaluation.locating import Locating
-from mlx_fd.evaluation.measures import Measure, compare
+from mlx_fd.evaluation.measures import Known, Measure, compare
 from mlx_fd.evaluation.solving import Solving
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.target import Models, Target
@@ -275,18 +275,23 @@ def _results(one: Set, by_system: dict[str, list[Rows]]) -> dict[str, Any]:
     }
 
 
-def _comparisons(measures: dict[str, dict[str, Measure]]) -> list[dict[str, Any]]:
+def _comparisons(measures: dict[str, dict[str, Measure | Known]]) -> list[dict[str, Any]]:
     """The first system against each other one; p corrected over all of them."""
-    ours, *others = measures
+    compared = {
+        system: {
+            name: one for name, one in own.items() if isinstance(one, Measure) and one.compared
+        }
+        for system, own in measures.items()
+    }
+    ours, *others = compared
     found = [
         {
             "measure": name,
             "system": ours,
             "against": other,
-            **compare(measure, measures[other][name]),
+            **compare(measure, compared[other][name]),
         }
-        for name, measure in measures[ours].items()
-        if measure.compared
+        for name, measure in compared[ours].items()
         for other in others
     ]
     corrected = holm([float("nan") if row["p"] is None else row["p"] for row in found])

@@ -27,7 +27,7 @@ NAMES = {
     "accuracy_on_right": "right answers passed",
     "score_error": "error of the score",
     "score_roc_auc": "ROC-AUC of the score",
-    "rouge_l": "ROUGE-L",
+    "rougeL": "ROUGE-L",
     "bleu": "BLEU",
     "chrf": "chrF",
 }
@@ -97,7 +97,7 @@ def print_results(
     """
     for found, names in zip(results["sets"], shown, strict=True):
         console.print(_measures(found, names))
-        console.print(_leads_and_costs(found))
+        console.print(_differences_and_costs(found))
 
 
 def _empty(title: str) -> Table:
@@ -129,13 +129,13 @@ def _measures(found: Mapping[str, Any], shown: Sequence[str]) -> Table:
     return table
 
 
-def _leads_and_costs(found: Mapping[str, Any]) -> Table:
-    """How far the first system is ahead of each other, and what one problem costs."""
+def _differences_and_costs(found: Mapping[str, Any]) -> Table:
+    """How far the first system is from each other one, and what a problem costs."""
     systems, comparisons = found["systems"], found["comparisons"]
     compared = list(dict.fromkeys(row["measure"] for row in comparisons))
     table = _empty("")
     for measure in compared:
-        table.add_column(f"{systems[0]['name']}'s lead: {_name(measure)}", justify="right")
+        table.add_column(f"{_name(measure)}: {systems[0]['name']} minus this", justify="right")
         table.add_column("p (Holm)", justify="right")
     for name in _COSTS.values():
         table.add_column(name, justify="right")
@@ -147,7 +147,7 @@ def _leads_and_costs(found: Mapping[str, Any]) -> Table:
                 for row in comparisons
                 if row["measure"] == measure and row["against"] == system["name"]
             ]
-            cells += [_lead(rows[0]), _p(rows[0]["p_holm"])] if rows else ["", ""]
+            cells += [_difference(rows[0]), _p(rows[0]["p_holm"])] if rows else ["", ""]
         cells += [_count(system["cost_estimates"][name]) for name in _COSTS]
         table.add_row(Text(system["label"]), *map(Text, cells))
     return table
@@ -171,7 +171,7 @@ def _estimate(measure: str, value: Mapping[str, Any] | None, n: int) -> str:
     return f"{number(value['value'])} [{number(value['low'])}, {number(value['high'])}]{own}"
 
 
-def _lead(row: Mapping[str, Any]) -> str:
+def _difference(row: Mapping[str, Any]) -> str:
     value = row["difference"]
     if value["value"] is None:
         return _NOTHING
