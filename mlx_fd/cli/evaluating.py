@@ -134,17 +134,17 @@ def evaluate(
     from mlx_fd.models.storage import cache_dir
 
     options = suites.Options(
-        suite,
-        baselines,
-        limit,
-        samples,
-        temperature,
-        problems,
-        split,
-        transfer,
-        instructions,
-        processbench,
-        seed,
+        suite=suite,
+        baselines=baselines,
+        limit=limit,
+        samples=samples,
+        temperature=temperature,
+        problems=problems,
+        split=split,
+        transfer=transfer,
+        instructions=instructions,
+        processbench=processbench,
+        seed=seed,
     )
     target = open_target(model, expert)
     sets = suites.make_sets(target, options)
@@ -152,10 +152,10 @@ def evaluate(
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
     total = sum(len(one.items) * one.samples * len(one.systems) for one in sets)
-    bench = suites.make_bench(target, options, cache or cache_dir() / "eval", lambda *_: None)
     with runs.explained(folder, "choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder), EvalDisplay(console, total, quiet=quiet) as display:
+        bench = suites.make_bench(target, options, cache or cache_dir() / "eval", display.step)
         results = suites.evaluate(bench, sets, options, folder, display)
     if as_json:
         click.echo(json.dumps({"folder": str(folder), **results}, indent=2))

@@ -122,10 +122,10 @@ def make_sets(target: Target, options: Options) -> list[Set]:
     if options.processbench is not None:
         items = processbench.read(options.processbench)[:limit]
         sets.append(Locating(options.processbench.stem, items, readers))
-    sets.append(solving(ARITHMETIC, "transfer"))
+    elsewhere = [solving(ARITHMETIC, "transfer")]
     if options.transfer is not None:
-        sets.append(solving(options.transfer, options.split))
-    return sets
+        elsewhere.append(solving(options.transfer, options.split))
+    return sets + [one for one in elsewhere if one.name != sets[0].name]
 
 
 def _solvers(target: Target, options: Options) -> tuple[str, ...]:

@@ -55,10 +55,12 @@ class EvalDisplay:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[step]}"),
             console=console,
             disable=quiet or not console.is_interactive,
         )
-        self._task = self._bar.add_task("", total=total)
+        self._task = self._bar.add_task("", total=total, step="")
+        self._step, self._step_tokens = "", 0
 
     def __enter__(self) -> EvalDisplay:
         self._bar.start()
@@ -66,6 +68,13 @@ class EvalDisplay:
 
     def __exit__(self, *failure: Any) -> None:
         self._bar.stop()
+
+    def step(self, name: str, tokens: int) -> None:
+        """Take some tokens of a step."""
+        if name != self._step:
+            self._step, self._step_tokens = name, 0
+        self._step_tokens += tokens
+        self._bar.update(self._task, step=f"{name.replace('_', ' ')}, {self._step_tokens} tokens")
 
     def __call__(self, event: Attempted) -> None:
         """Take a batch that is done."""

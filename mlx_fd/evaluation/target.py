@@ -83,14 +83,9 @@ def open_target(name: str, expert: str | None) -> Target:
     if run is None:
         if student in (resolve(TINY), resolve(TINY_STUDENT)):
             config = preset(TINY)
+        named = {"expert": expert_name or name, "student": name}
         config = override(
-            config,
-            {
-                "expert": expert_name or name,
-                "student": name,
-                "answers_by": "expert" if expert_name else "student",
-            },
-            name,
+            config, named if expert_name else {**named, "answers_by": "student"}, name
         )
     models = {"student": {"name": config.models.student, "sha256": content_hash(student)}}
     weights = checkpoint or adapter
