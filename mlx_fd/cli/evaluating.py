@@ -80,6 +80,17 @@ Examples:
     "--processbench", type=PathType(), metavar="FILE", help="full: a file of ProcessBench's format."
 )
 @click.option(
+    "--encoder",
+    metavar="NAME",
+    help="A BERT for BERTScore and cosines: all-minilm-l6-v2, a hub name or a directory.",
+)
+@click.option(
+    "--toxicity",
+    metavar="NAME",
+    help="A BERT classifier of toxic texts: a hub name or a directory; words: the small model of "
+    'the extra toxicity (pip install "mlx-fd[toxicity]").',
+)
+@click.option(
     "--out",
     type=PathType(),
     metavar="DIR",
@@ -108,6 +119,8 @@ def evaluate(
     transfer: str | None,
     instructions: Path | None,
     processbench: Path | None,
+    encoder: str | None,
+    toxicity: str | None,
     out: Path | None,
     cache: Path | None,
     seed: int,
@@ -144,6 +157,8 @@ def evaluate(
         transfer=transfer,
         instructions=instructions,
         processbench=processbench,
+        encoder=encoder,
+        toxicity=toxicity,
         seed=seed,
     )
     target = open_target(model, expert)

@@ -15,6 +15,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.cache import Rows
 from mlx_fd.evaluation.measures import Known, Measure
+from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.text import bleu, chrf, rouge
 from mlx_fd.generation import Sampling, opening
 from mlx_fd.problems.files import json_rows
@@ -72,14 +73,16 @@ class Instructing:
         name: of the set.
         items: the instructions.
         systems: ``student``, and ``expert`` where there is one.
+        readers: of the texts.
     """
 
     name: str
     items: Sequence[Instruction]
     systems: tuple[str, ...]
+    readers: Readers
 
     samples = 1
-    shown = ("rougeL", "bleu", "chrf")
+    shown = ("rougeL", "bleu", "chrf", "bertscore_f1")
 
     def label(self, system: str) -> str:
         """What a table calls a system."""
@@ -118,4 +121,6 @@ class Instructing:
             *(Measure(name, values, compared=name == "rougeL") for name, values in overlap.items()),
             Known("bleu", bleu(said, wanted).estimate),
             Known("chrf", chrf(said, wanted).estimate),
+            *self.readers.nearness(said, wanted),
+            *self.readers.toxicity(said),
         ]

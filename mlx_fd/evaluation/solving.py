@@ -19,6 +19,7 @@ from mlx_fd.evaluation.bench import Bench, Uses
 from mlx_fd.evaluation.cache import Rows, digest
 from mlx_fd.evaluation.calibration import roc_auc
 from mlx_fd.evaluation.measures import Measure
+from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
 from mlx_fd.generation import Conversation, opening, reply_to
 from mlx_fd.problems import Problem
@@ -33,12 +34,14 @@ class Solving:
         items: the problems.
         systems: names in :data:`mlx_fd.baselines.SYSTEMS`, the one that is compared first.
         samples: how often each problem is tried.
+        readers: of the texts.
     """
 
     name: str
     items: Sequence[Problem]
     systems: tuple[str, ...]
     samples: int
+    readers: Readers
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -141,7 +144,9 @@ class Solving:
         if not all(map(math.isnan, scores)):
             positive = [float(samples[0]["first_correct"]) for samples in rows]
             found.append(Measure("score_roc_auc", scores, roc_auc, (positive,)))
-        return found
+        firsts = [samples[0] for samples in rows]
+        found += self.readers.likeness(firsts)
+        return found + self.readers.toxicity([row["turns"][row["last"]] for row in firsts])
 
 
 def _known(value: float | None) -> float:

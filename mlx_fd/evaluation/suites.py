@@ -27,6 +27,7 @@ from mlx_fd.evaluation.instructing import Instructing
 from mlx_fd.evaluation.judging import Judging
 from mlx_fd.evaluation.locating import Locating
 from mlx_fd.evaluation.measures import Known, Measure, compare
+from mlx_fd.evaluation.readers import load_readers
 from mlx_fd.evaluation.solving import Solving
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.target import Models, Target
@@ -62,6 +63,8 @@ class Options:
         transfer: a second source of problems.
         instructions: an Alpaca-format file.
         processbench: a file of ProcessBench's format.
+        encoder: a BERT for BERTScore and cosines.
+        toxicity: a BERT classifier, or ``words``.
         seed: of all draws.
     """
 
@@ -75,6 +78,8 @@ class Options:
     transfer: str | None = None
     instructions: Path | None = None
     processbench: Path | None = None
+    encoder: str | None = None
+    toxicity: str | None = None
     seed: int = 0
 
 
@@ -103,12 +108,13 @@ def make_sets(target: Target, options: Options) -> list[Set]:
     learned = target.config.problems.problems
     source = options.problems or (ARITHMETIC if learned == ARITHMETIC else "gsm8k")
     solvers, judges = _solvers(target, options), _judges(target, options)
-    readers = (STUDENT, "expert") if options.baselines else (STUDENT,)
+    both = (STUDENT, "expert") if options.baselines else (STUDENT,)
+    readers = load_readers(options.encoder, options.toxicity)
 
     def solving(source: str, split: str) -> Solving:
         found = problems.load(source, split)
         name = Path(source).stem if found.name == source and "/" in source else found.name
-        return Solving(f"{name}/{split}", found.problems[:limit], solvers, options.samples)
+        return Solving(f"{name}/{split}", found.problems[:limit], solvers, options.samples, readers)
 
     sets: list[Set] = [solving(source, options.split)]
     if source == ARITHMETIC:
@@ -118,10 +124,10 @@ def make_sets(target: Target, options: Options) -> list[Set]:
         return sets
     if options.instructions is not None:
         asked_for = instructing.read(options.instructions)[:limit]
-        sets.append(Instructing(options.instructions.stem, asked_for, readers))
+        sets.append(Instructing(options.instructions.stem, asked_for, both, readers))
     if options.processbench is not None:
         items = processbench.read(options.processbench)[:limit]
-        sets.append(Locating(options.processbench.stem, items, readers))
+        sets.append(Locating(options.processbench.stem, items, both))
     elsewhere = [solving(ARITHMETIC, "transfer")]
     if options.transfer is not None:
         elsewhere.append(solving(options.transfer, options.split))
@@ -214,6 +220,7 @@ def evaluate(
         "temperature": {"first_answers": bench.first_temperature, "bare": bench.bare_temperature},
         "answers_by": target.config.generation.answers_by,
         "frozen": target.frozen,
+        "text_models": next((one.readers.about() for one in sets if isinstance(one, Solving)), {}),
         "sets": found,
     }
     with runs.explained(folder, advice):

@@ -30,6 +30,7 @@ NAMES = {
     "rougeL": "ROUGE-L",
     "bleu": "BLEU",
     "chrf": "chrF",
+    "bertscore_f1": "BERTScore",
 }
 _COSTS = {"expert_tokens": "expert's tokens", "tokens": "all tokens"}
 # Shown as per cent, their differences in points.
