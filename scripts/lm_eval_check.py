@@ -4,7 +4,7 @@ python scripts/lm_eval_check.py STUDENT --problems gsm8k --limit 20
 
 STUDENT is a model directory such as `mlx-fd export RUN --out STUDENT` writes. Theirs runs through
 mlx-lm's own wrapper, with the filters and the metric of their task gsm8k. It needs
-`pip install "lm-eval>=0.4.11"`, which brings no torch. Exits with 1 where an answer is counted
+`pip install "lm-eval>=0.4.13"`, which brings no torch. Exits with 1 where an answer is counted
 differently.
 """
 

@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import binomtest
 from trained import make_run
 
-from mlx_fd import roles, runs
+from mlx_fd import cli, roles, runs
 from mlx_fd.baselines import SYSTEMS
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation import suites
@@ -31,9 +31,9 @@ from mlx_fd.summary import wilson
 SHORT = {
     "expert": "tiny",
     "batch_size": 2,
-    "answer_tokens": 40,
-    "feedback_tokens": 30,
-    "merge_tokens": 20,
+    "answer_tokens": 32,
+    "feedback_tokens": 12,
+    "merge_tokens": 8,
 }
 
 
@@ -223,18 +223,19 @@ def test_a_run_says_whether_its_student_may_stand_alone(run, tmp_path):
     assert not open_target(str(checkpoints / "000001"), None).frozen
 
 
-def test_an_adapter_outside_its_run_answers_as_in_it(run, tmp_path):
-    checkpoint = run / runs.CHECKPOINTS / "best"
-    adapter = shutil.copytree(checkpoint, tmp_path / "adapter")
+def test_an_adapter_outside_its_run_answers_as_in_it(tmp_path):
+    options = {**SHORT, "batch_size": 32, "answer_tokens": 64, "feedback_tokens": 2}
+    run = make_run(tmp_path / "run", "tiny-student", strength=0.05, **options)
+    adapter = shutil.copytree(run / runs.CHECKPOINTS / "best", tmp_path / "adapter")
     answers = {}
-    for name, source in (("adapter", adapter), ("base", "tiny-student")):
-        evaluate(
-            source, tmp_path / name, tmp_path / "cache", temperature=0.0, problems="arithmetic"
-        )
-        answers[name] = [row["final"] for row in rows_of(tmp_path / name) if "strict" in row]
-    evaluate(run, tmp_path / "run", tmp_path / "cache", temperature=0.0)
-    rows = [r for r in rows_of(tmp_path / "run") if r["system"] == "student" and "strict" in r]
-    assert [row["final"] for row in rows] == answers["adapter"]
+    for name, source in (("run", run), ("adapter", adapter), ("base", "tiny-student")):
+        evaluate(source, tmp_path / f"{name} out", tmp_path / "cache", temperature=0.0)
+        answers[name] = [
+            row["turns"]["answer"]
+            for row in rows_of(tmp_path / f"{name} out")
+            if row["system"] == "student" and "strict" in row
+        ]
+    assert answers["run"] == answers["adapter"] != answers["base"]
     config = json.loads((adapter / "adapter_config.json").read_text())
     del config["model"]
     (adapter / "adapter_config.json").write_text(json.dumps(config))
@@ -342,3 +343,54 @@ def test_results_lie_in_the_run_or_under_the_models_name(run):
     assert suites.default_folder(best, "fast") == run / "eval" / "fast"
     named = open_target("tiny-student", None)
     assert suites.default_folder(named, "full") == Path("eval/tiny-student/full")
+
+
+@pytest.fixture
+def mlx_fd(monkeypatch, capsys, tmp_path):
+    """`mlx-fd eval` in this process: its exit status, standard output and standard error."""
+
+    def call(*arguments):
+        given = ["mlx-fd", "eval", *map(str, arguments), "--cache", str(tmp_path / "cache")]
+        monkeypatch.setattr(sys, "argv", given)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_a_script_reads_json_and_a_user_a_table_with_n_and_intervals(mlx_fd, tmp_path):
+    status, out, err = mlx_fd("tiny-student", "--limit", 3, "--json")
+    assert status == 0
+    results = json.loads(out)
+    folder = tmp_path / "eval" / "tiny-student" / "fast"
+    assert Path(results.pop("folder")) == folder.relative_to(tmp_path)
+    assert results == json.loads((folder / suites.RESULTS).read_text())
+    assert "arithmetic/test: student done, 3" in err
+    status, out, err = mlx_fd("tiny-student", "--limit", 3, "--quiet")
+    assert (status, err) == (0, "")
+    accuracy = results["sets"][0]["systems"][0]["measures"]["accuracy"]
+    low, high = wilson(round(3 * accuracy["value"]), 3)
+    assert "arithmetic/test: n = 3, 95 % intervals" in out
+    assert f"{100 * accuracy['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tiny-studnet"], "tiny-student"),
+        (["tiny-student", "--baselines"], "--expert"),
+        (["tiny-student", "--suite", "full", "--instructions", "none.json"], "none.json"),
+        (["tiny-student", "--suite", "full", "--processbench", "none.json"], "none.json"),
+        (["tiny-student", "--problems", "arithmetik"], "did you mean 'arithmetic'"),
+        (["tiny-student", "--encoder", "none/such"], "none/such"),
+        (["tiny-student", "--expert", "smollm2-135m"], "tokenizer"),
+        (["tiny-student", "--out", "/proc/none"], "/proc/none"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_generated(mlx_fd, tmp_path, arguments, said):
+    status, _, err = mlx_fd(*arguments)
+    assert status == 2
+    assert said in err and "Traceback" not in err
+    assert not (tmp_path / "cache").exists()
