@@ -135,6 +135,13 @@ def test_rescaling(tiny):
     assert scaled.signature.endswith("rescaled:0.2000/0.4000/0.3000")
 
 
+def test_a_long_file_is_scored_as_its_parts(tiny):
+    encoder, *_ = tiny
+    once = bertscore(CANDIDATES, REFERENCES, encoder)
+    many = bertscore(CANDIDATES * 30, REFERENCES * 30, encoder)
+    np.testing.assert_allclose(many.scores, once.scores * 30, atol=1e-5)
+
+
 def test_layers(tiny):
     encoder, *_ = tiny
     assert default_layer(encoder) == 3 and "layer:3|" in bertscore(["a"], ["a"], encoder).signature

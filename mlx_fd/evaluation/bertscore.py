@@ -2,8 +2,9 @@
 
 Every token of one text is matched with the most similar one of the other, by the cosine of their
 contextual vectors. Precision is the mean over the candidate's tokens, recall over the reference's,
-F1 their harmonic mean. The numbers are those of the authors' package on the same encoder; those of
-another encoder or layer are other numbers, so the signature says which.
+F1 their harmonic mean. The definition is the one of the authors' package, but for what a batch's
+padding does there (a token that is like none of the other text's counts 0 instead of less). Another
+encoder or layer gives other numbers, so the signature says which.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.encoder import Encoder
 from mlx_fd.evaluation.text import References, as_lists
+
+_CHUNK = 64
 
 
 class Triple(NamedTuple):
@@ -130,25 +133,20 @@ def bertscore(
     layer = default_layer(encoder) if layer is None else layer
     if not 0 <= layer <= encoder.layers:
         raise ValueError(f"the encoder has layers 0 to {encoder.layers}, not {layer}")
-    texts = sorted({text.strip() for text in [*candidates, *(r for rs in listed for r in rs)]})
-    tokens = dict(zip(texts, encoder.tokens(texts), strict=True))
-    vectors = dict(zip(texts, encoder.hidden(list(tokens.values()), layer), strict=True))
-    rarity = idf_weights([tokens[r.strip()] for rs in listed for r in rs]) if idf else lambda _: 1.0
-    weights = {
-        text: [0.0 if token in encoder.specials else rarity(token) for token in ids]
-        for text, ids in tokens.items()
-    }
-
-    def pair(candidate: str, reference: str) -> Triple:
-        c, r = candidate.strip(), reference.strip()
-        return match(vectors[c], vectors[r], weights[c], weights[r])
-
-    scores = []
-    for candidate, several in zip(candidates, listed, strict=True):
-        best = np.max([pair(candidate, reference) for reference in several], axis=0)
-        if baseline is not None:
-            best = (best - baseline) / (1 - np.array(baseline))
-        scores.append(Triple(*map(float, best)))
+    flat = [reference.strip() for several in listed for reference in several]
+    rarity = idf_weights(encoder.tokens(flat)) if idf else lambda _: 1.0
+    scores: list[Triple] = []
+    # Chunk by chunk, because the vectors of a long file would fill the memory.
+    for begin in range(0, len(candidates), _CHUNK):
+        end = begin + _CHUNK
+        rows = [
+            (candidate.strip(), [reference.strip() for reference in several])
+            for candidate, several in zip(candidates[begin:end], listed[begin:end], strict=True)
+        ]
+        scores += _scores(rows, encoder, layer, rarity)
+    if baseline is not None:
+        scaled = (np.array(scores) - baseline) / (1 - np.array(baseline))
+        scores = [Triple(*row) for row in scaled.tolist()]
     signature = "|".join(
         (
             f"encoder:{encoder.name}",
@@ -159,6 +157,28 @@ def bertscore(
         )
     )
     return BertScore(tuple(scores), signature)
+
+
+def _scores(
+    rows: Sequence[tuple[str, list[str]]],
+    encoder: Encoder,
+    layer: int,
+    rarity: Callable[[int], float],
+) -> list[Triple]:
+    """Candidates with their references, at once."""
+    texts = sorted({text for candidate, several in rows for text in (candidate, *several)})
+    tokens = encoder.tokens(texts)
+    sides = {
+        text: (states, [0.0 if token in encoder.specials else rarity(token) for token in ids])
+        for text, ids, states in zip(texts, tokens, encoder.hidden(tokens, layer), strict=True)
+    }
+
+    def pair(candidate: str, reference: str) -> Triple:
+        (c, w), (r, v) = sides[candidate], sides[reference]
+        return match(c, r, w, v)
+
+    best = [np.max([pair(c, r) for r in several], axis=0) for c, several in rows]
+    return [Triple(*row.tolist()) for row in best]
 
 
 # ------------------------------------------------------------------------------------- baselines

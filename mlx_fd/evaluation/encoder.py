@@ -75,19 +75,24 @@ class Encoder:
             lengths = mx.array([len(tokens[row]) for row in rows])
             yield rows, mx.array(padded), mx.arange(longest) < lengths[:, None]
 
-    def hidden(self, tokens: Sequence[Sequence[int]], layers: int | None = None) -> list[Vectors]:
-        """The hidden states of each text behind ``layers`` blocks, (its tokens, width)."""
-        found: dict[int, Vectors] = {}
+    def _states(
+        self, tokens: Sequence[Sequence[int]], layers: int | None
+    ) -> Iterator[tuple[int, Vectors]]:
         for rows, ids, mask in self.batches(tokens):
             states = np.array(self.model(ids, mask, layers))
-            found |= {row: states[k, : len(tokens[row])] for k, row in enumerate(rows)}
+            for k, row in enumerate(rows):
+                yield row, states[k, : len(tokens[row])]
+
+    def hidden(self, tokens: Sequence[Sequence[int]], layers: int | None = None) -> list[Vectors]:
+        """The hidden states of each text behind ``layers`` blocks, (its tokens, width)."""
+        found = dict(self._states(tokens, layers))
         return [found[row] for row in range(len(tokens))]
 
     def sentences(self, texts: Sequence[str]) -> Vectors:
         """A vector of length 1 for each text, (texts, width), as sentence-transformers pools it."""
-        states = self.hidden(self.tokens(texts, self.sentence_tokens))
-        pooled = [each.mean(0) if self.pooling == "mean" else each[0] for each in states]
-        vectors = np.array(pooled, np.float32).reshape(len(texts), self.config["hidden_size"])
+        vectors = np.zeros((len(texts), self.config["hidden_size"]), np.float32)
+        for row, states in self._states(self.tokens(texts, self.sentence_tokens), None):
+            vectors[row] = states.mean(0) if self.pooling == "mean" else states[0]
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def cosine(self, a: Sequence[str], b: Sequence[str]) -> list[float]:
@@ -139,6 +144,7 @@ def load_encoder(name: str = MINILM, *, classifier: bool = False) -> Encoder:
     if len(ways) > 1 or not {*ways} <= {"pooling_mode_mean_tokens", "pooling_mode_cls_token"}:
         raise UserError(f"{path} pools sentences by {', '.join(ways)}; only mean or cls is known")
     longest = read_json(path / "sentence_bert_config.json").get("max_seq_length")
+    most = config["max_position_embeddings"]
     return Encoder(
         name,
         content_hash(path)[:12],
@@ -147,5 +153,5 @@ def load_encoder(name: str = MINILM, *, classifier: bool = False) -> Encoder:
         tokenizer,
         frozenset(tokenizer.encode("").ids),
         "cls" if ways == ["pooling_mode_cls_token"] else "mean",
-        min(longest or config["max_position_embeddings"], config["max_position_embeddings"]),
+        min(longest, most) if isinstance(longest, int) else most,
     )
