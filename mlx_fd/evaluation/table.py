@@ -20,13 +20,13 @@ NAMES = {
     "accuracy_flexible": "flexible",
     "first_accuracy": "first answers right",
     "first_error_f1": "F1",
-    "first_error_on_wrong": "first error found",
-    "first_error_on_right": "right answers passed",
+    "first_error_on_wrong": "errors found",
+    "first_error_on_right": "right passed",
     "processbench_f1": "F1",
-    "accuracy_on_wrong": "first error found",
-    "accuracy_on_right": "right answers passed",
-    "score_error": "error of the score",
-    "score_roc_auc": "ROC-AUC of the score",
+    "accuracy_on_wrong": "errors found",
+    "accuracy_on_right": "right passed",
+    "score_error": "score's error",
+    "score_roc_auc": "score's ROC-AUC",
     "rougeL": "ROUGE-L",
     "bleu": "BLEU",
     "chrf": "chrF",
@@ -108,6 +108,13 @@ def print_results(
     for found, names in zip(results["sets"], shown, strict=True):
         console.print(_measures(found, names))
         console.print(_differences_and_costs(found))
+    warm = results["temperature"]["first_answers"]
+    said = [
+        f"first answers by the {results['answers_by']}, temperature {warm:g}, k = {results['k']}"
+    ]
+    said += [f"{kind}: {model}" for kind, model in results["text_models"].items()]
+    for text in said:
+        console.print(Text(text, "dim"), soft_wrap=True)
 
 
 def _empty(title: str) -> Table:
@@ -140,24 +147,21 @@ def _measures(found: Mapping[str, Any], shown: Sequence[str]) -> Table:
 
 
 def _differences_and_costs(found: Mapping[str, Any]) -> Table:
-    """How far the first system is from each other one, and what a problem costs."""
+    """How far the first system is from the others in its main measure, and what a problem costs."""
     systems, comparisons = found["systems"], found["comparisons"]
-    compared = list(dict.fromkeys(row["measure"] for row in comparisons))
     table = _empty("")
-    for measure in compared:
+    measure = comparisons[0]["measure"] if comparisons else ""
+    against = {row["against"]: row for row in comparisons if row["measure"] == measure}
+    if against:
         table.add_column(f"{_name(measure)}: {systems[0]['name']} minus this", justify="right")
         table.add_column("p (Holm)", justify="right")
     for name in _COSTS.values():
         table.add_column(name, justify="right")
     for system in systems:
         cells = []
-        for measure in compared:
-            rows = [
-                row
-                for row in comparisons
-                if row["measure"] == measure and row["against"] == system["name"]
-            ]
-            cells += [_difference(rows[0]), _p(rows[0]["p_holm"])] if rows else ["", ""]
+        if against:
+            row = against.get(system["name"])
+            cells = [_difference(row), _p(row["p_holm"])] if row else ["", ""]
         cells += [_count(system["cost_estimates"][name]) for name in _COSTS]
         table.add_row(Text(system["label"]), *map(Text, cells))
     return table
