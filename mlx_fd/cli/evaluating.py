@@ -139,6 +139,7 @@ def evaluate(
 
     backend()
     from rich.console import Console
+    from rich.text import Text
 
     from mlx_fd import runs
     from mlx_fd.evaluation import suites
@@ -166,6 +167,8 @@ def evaluate(
     folder = out or suites.default_folder(target, suite)
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
+    for text in suites.concerns(target, options):
+        console.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
     total = sum(len(one.items) * one.samples * len(one.systems) for one in sets)
     with runs.explained(folder, "choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)

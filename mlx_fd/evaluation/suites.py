@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,7 @@ def make_sets(target: Target, options: Options) -> list[Set]:
     if options.baselines and target.expert is None:
         raise UserError("--baselines: the baselines need an expert; name one with --expert")
     limit = options.limit or (FAST_LIMIT if options.suite == FAST else None)
-    learned = target.config.problems.problems
-    source = options.problems or (ARITHMETIC if learned == ARITHMETIC else "gsm8k")
+    source = _source(target, options)
     solvers, judges = _solvers(target, options), _judges(target, options)
     both = (STUDENT, "expert") if options.baselines else (STUDENT,)
     readers = load_readers(options.encoder, options.toxicity)
@@ -132,6 +131,25 @@ def make_sets(target: Target, options: Options) -> list[Set]:
     if options.transfer is not None:
         elsewhere.append(solving(options.transfer, options.split))
     return sets + [one for one in elsewhere if one.name != sets[0].name]
+
+
+def _source(target: Target, options: Options) -> str:
+    learned = target.config.problems.problems
+    return options.problems or (ARITHMETIC if learned == ARITHMETIC else "gsm8k")
+
+
+def concerns(target: Target, options: Options) -> list[str]:
+    """What makes an evaluation worth less than it looks."""
+    learned, source = target.config.problems, _source(target, options)
+    # A file has one split, whatever it is called.
+    is_file = Path(source).exists() and Path(source).resolve() == Path(learned.problems).resolve()
+    same = source == learned.problems and options.split == learned.split
+    if target.run is None or not (is_file or same):
+        return []
+    return [
+        f"the run learned from these problems ({source}, split {learned.split}): what follows is "
+        "no measure of what it does on others; choose another --split or --problems"
+    ]
 
 
 def _solvers(target: Target, options: Options) -> tuple[str, ...]:
@@ -228,7 +246,9 @@ def evaluate(
     return results
 
 
-def _batches(bench: Bench, one: Set, system: str, report: Report) -> Any:
+def _batches(
+    bench: Bench, one: Set, system: str, report: Report
+) -> Iterator[list[tuple[int, dict[str, Any]]]]:
     """A system's batches of rows, each with its item's place."""
     size = bench.target.config.generation.batch_size
     how = bench.target.config.generation.answer_filter
