@@ -93,8 +93,8 @@ def test_every_token_that_was_written_is_counted_once_and_has_an_owner(ran, answ
 
 @pytest.mark.parametrize("name", ["self-refine", "clear"])
 def test_one_at_a_time_without_caches_says_the_same(pair, answered, ran, name):
-    batched = ran[name][0][:2]
-    alone = SYSTEMS[name].run(setting_of(pair, sequential=True), answered[:2], seeds, quiet)
+    batched = ran[name][0][2:]
+    alone = SYSTEMS[name].run(setting_of(pair, sequential=True), answered[2:], seeds, quiet)
     assert [t.turns for t in batched] == [t.turns for t in alone]
     assert [t.tokens for t in batched] == [t.tokens for t in alone]
     # What was said before is read again in each turn there, and only there.
