@@ -12,6 +12,7 @@ import traceback
 import click
 
 from mlx_fd import __version__
+from mlx_fd.cli.choosing import pareto
 from mlx_fd.cli.evaluating import evaluate
 from mlx_fd.cli.exporting import compare, export
 from mlx_fd.cli.judging import feedback
@@ -40,7 +41,7 @@ def cli() -> None:
     """
 
 
-for _command in (loop, resume, feedback, evaluate, export, compare, models, doctor):
+for _command in (loop, resume, pareto, feedback, evaluate, export, compare, models, doctor):
     cli.add_command(_command)
 
 

@@ -35,6 +35,7 @@ Examples:
   mlx-fd loop --expert qwen2.5-7b-4bit --teacher-top-k 64 --epochs 3
   mlx-fd loop --expert smollm2-135m --student smollm2-135m:layers=15 --preset quick
   mlx-fd loop --config runs/mine/config.toml --seed 1 --out runs/seed1
+  mlx-fd loop --config runs/always/pareto.toml    stops where mlx-fd pareto recommends
 """,
 )
 @click.option("--preset", "preset_name", metavar="NAME", help=f"One of: {', '.join(PRESETS)}.")
