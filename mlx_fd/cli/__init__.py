@@ -13,6 +13,7 @@ import click
 
 from mlx_fd import __version__
 from mlx_fd.cli.choosing import pareto
+from mlx_fd.cli.evaluating import evaluate
 from mlx_fd.cli.exporting import compare, export
 from mlx_fd.cli.judging import feedback
 from mlx_fd.cli.machine import doctor, models
@@ -41,7 +42,18 @@ def cli() -> None:
     """
 
 
-for _command in (loop, resume, pareto, report, feedback, export, compare, models, doctor):
+for _command in (
+    loop,
+    resume,
+    evaluate,
+    pareto,
+    report,
+    feedback,
+    export,
+    compare,
+    models,
+    doctor,
+):
     cli.add_command(_command)
 
 
