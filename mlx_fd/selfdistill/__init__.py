@@ -1,0 +1,1 @@
+"""The self-distillation family: what the self-teacher sees, and what of it is matched."""
