@@ -356,6 +356,11 @@ def reflections(attempts: Sequence[Attempt], materials: Materials) -> list[str]:
     return [text for _, text in written_by]
 
 
+def lessons() -> list[str]:
+    """The lessons that true reflections give, one for each kind of error."""
+    return list(_LESSONS.values())
+
+
 def lesson(reflection: str) -> str:
     """The lesson of a reflection: its last sentence; a general one where it names a known slip."""
     for kind, text in _LESSONS.items():
