@@ -297,6 +297,20 @@ def read(text: str) -> tuple[tuple[Step, ...], int | None]:
     return steps, int(finals[-1]) if finals else None
 
 
+_WORDS = {"+": "plus", "-": "minus", "*": "times"}
+
+
+def prose(solution: str) -> str:
+    """A solution as another author writes it: the same calculations in sentences, without marks.
+
+    Args:
+        solution: in the form that :func:`write` gives.
+    """
+    steps, _ = read(solution)
+    told = [f"{s.left} {_WORDS[s.op]} {s.right} is {s.result}." for s in steps]
+    return " ".join([*told, f"So the answer is {steps[-1].result}."])
+
+
 # -------------------------------------------------------------------------------------- judgement
 
 SLIP = "a slip"
