@@ -16,6 +16,7 @@ from mlx_fd.cli.exporting import compare, export
 from mlx_fd.cli.judging import feedback
 from mlx_fd.cli.machine import doctor, models
 from mlx_fd.cli.running import loop, resume
+from mlx_fd.cli.selfdistilling import self_distill
 from mlx_fd.cli.stopping import Stopped
 from mlx_fd.errors import UserError
 
@@ -39,7 +40,7 @@ def cli() -> None:
     """
 
 
-for _command in (loop, resume, feedback, export, compare, models, doctor):
+for _command in (loop, self_distill, resume, feedback, export, compare, models, doctor):
     cli.add_command(_command)
 
 
