@@ -12,6 +12,7 @@ import traceback
 import click
 
 from mlx_fd import __version__
+from mlx_fd.cli.analysing import advantage
 from mlx_fd.cli.exporting import compare, export
 from mlx_fd.cli.judging import feedback
 from mlx_fd.cli.machine import doctor, models
@@ -39,7 +40,7 @@ def cli() -> None:
     """
 
 
-for _command in (loop, resume, feedback, export, compare, models, doctor):
+for _command in (loop, resume, feedback, advantage, export, compare, models, doctor):
     cli.add_command(_command)
 
 
