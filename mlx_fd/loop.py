@@ -208,7 +208,7 @@ def run(
             return None
 
     last = probe.losses(pair, config)
-    progress = _with_probe(progress, last)
+    progress = with_probe(progress, last)
     with runs.explained(folder):
         _save(folder, progress, pair, optimizer, config)
         summary = summarise(
@@ -275,7 +275,7 @@ def _check_finite(losses: dict[str, float], batch: int, config: Config) -> None:
     )
 
 
-def _with_probe(progress: Progress, losses: dict[str, float]) -> Progress:
+def with_probe(progress: Progress, losses: dict[str, float]) -> Progress:
     """The state after a look at the probe set."""
     known = [name for name in losses if progress.probe_first.get(name, 0) > 0]
     if known:
@@ -488,7 +488,7 @@ def _after(
         progress.gate, losses, config.gate, cost=float(progress.spent)
     )
     progress = dataclasses.replace(progress, gate=state, spent=0)
-    return _with_probe(progress, losses), decision
+    return with_probe(progress, losses), decision
 
 
 def _metrics(
@@ -555,15 +555,16 @@ def _distil(
     return done
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """The value, or ``None`` where JSON has no number for it."""
     return value if math.isfinite(value) else None
 
 
 def _update_row(update: Update) -> dict[str, Any]:
     return {
-        "losses": {name: _finite(value) for name, value in update.losses.items()},
-        "total": _finite(update.total),
-        "gradient_norm": _finite(update.gradient_norm),
+        "losses": {name: finite(value) for name, value in update.losses.items()},
+        "total": finite(update.total),
+        "gradient_norm": finite(update.gradient_norm),
         "skipped": update.skipped,
         "tokens": update.tokens,
     }
@@ -576,6 +577,6 @@ def _gate_row(reading: _Seen | None, after: dict[str, float] | None) -> dict[str
         "distilled": reading.decision.distil,
         "reason": reading.decision.reason,
         "on_policy": reading.sample.on_policy,
-        "losses_before": {name: _finite(value) for name, value in reading.losses.items()},
+        "losses_before": {name: finite(value) for name, value in reading.losses.items()},
         "losses_after": after,
     }

@@ -17,6 +17,7 @@ from mlx_fd.cli.exporting import compare, export
 from mlx_fd.cli.judging import feedback
 from mlx_fd.cli.machine import doctor, models
 from mlx_fd.cli.running import loop, resume
+from mlx_fd.cli.selfdistilling import self_distill
 from mlx_fd.cli.stopping import Stopped
 from mlx_fd.errors import UserError
 
@@ -40,7 +41,9 @@ def cli() -> None:
     """
 
 
-for _command in (loop, resume, feedback, advantage, export, compare, models, doctor):
+for _command in (
+    *(loop, self_distill, resume, feedback, advantage, export, compare, models, doctor),
+):
     cli.add_command(_command)
 
 

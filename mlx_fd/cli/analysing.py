@@ -130,9 +130,9 @@ def advantage(
     from rich.console import Console
 
     from mlx_fd import problems as sources
+    from mlx_fd.config import Config, override
     from mlx_fd.display import Steps
     from mlx_fd.feedback import find, open_student
-    from mlx_fd.generation import Sampling
     from mlx_fd.models.loading import load
     from mlx_fd.models.resolve import resolve
     from mlx_fd.runs import failed_write, is_run, write_atomic, write_json
@@ -154,15 +154,20 @@ def advantage(
         seed=seed,
     )
     loaded, _ = open_student(find(target))
+    config = override(
+        Config(),
+        {
+            "rollouts": samples,
+            "temperature": temperature,
+            "answer_tokens": answer_tokens,
+            "noise": noise,
+            "noise_level": noise_level,
+            "seed": seed,
+        },
+        "command line",
+    )
     with Steps(Console(stderr=True), quiet=quiet) as progress:
-        attempts = analysis.attempts_at(
-            loaded,
-            taken,
-            samples,
-            Sampling(answer_tokens, temperature, seed=seed),
-            progress,
-            noise=None if noise == "none" else (noise, noise_level),
-        )
+        attempts = analysis.attempts_of(loaded, taken, config, progress)
         scored = analysis.score(
             loaded, attempts, contexts, materials, progress, temperature=temperature
         )

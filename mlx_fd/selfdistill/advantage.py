@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 
 from mlx_fd import roles
-from mlx_fd.config import Method
+from mlx_fd.config import Config, Method
+from mlx_fd.episode import seed_of
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.statistics import Estimate, Rows, bootstrap
-from mlx_fd.generation import Conversation, Sampling, generate, opening
+from mlx_fd.generation import opening
 from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import Problem, arithmetic
 from mlx_fd.selfdistill.contexts import CONTEXTS, Attempt, Materials
 from mlx_fd.selfdistill.learning import Text, read, say
-from mlx_fd.selfdistill.noise import noisy
+from mlx_fd.selfdistill.rollouts import attempts_at
 
 RIGHT, BEFORE, IN, AFTER = "right", "before", "in", "after"
 PARTS = (RIGHT, BEFORE, IN, AFTER)
@@ -56,51 +57,35 @@ class Scored:
 # --------------------------------------------------------------------------------------- attempts
 
 
-def attempts_at(
+def attempts_of(
     loaded: Loaded,
     problems: Sequence[Problem],
-    samples: int,
-    sampling: Sampling,
+    config: Config,
     progress: Progress,
     *,
-    noise: tuple[str, float] | None = None,
-    size: int = 64,
+    size: int = 16,
 ) -> list[Attempt]:
-    """Let a model try each problem some times.
+    """Let a model try each problem as often, and as warm, as a run of self-distillation would.
 
     Args:
         loaded: the model.
         problems: the problems.
-        samples: attempts at each.
-        sampling: how tokens are drawn.
-        progress: told of the attempts.
-        noise: kind and level of the noise on the questions.
-        size: attempts written side by side.
+        config: of a run.
+        progress: told of the problems.
+        size: problems at once.
 
     Returns:
         The attempts, problem by problem.
     """
-    asked = [
-        (problem, noisy(problem.question, *noise, sampling.seed) if noise else problem.question)
-        for problem in problems
-        for _ in range(samples)
-    ]
-    attempts = []
-    for begin in range(0, len(asked), size):
-        chunk = asked[begin : begin + size]
-        turns = generate(
-            loaded,
-            [Conversation()] * len(chunk),
-            [opening(loaded.tokenizer, roles.answer_prompt(question)) for _, question in chunk],
-            # A chunk of its own draws, or equal problems in two chunks would get equal attempts.
-            Sampling(sampling.max_tokens, sampling.temperature, seed=sampling.seed + begin),
-            keep=False,
-        )
-        for (problem, question), turn in zip(chunk, turns, strict=True):
-            final = roles.final_answer(turn.text)
-            correct = roles.same_answer(final, problem.answer)
-            attempts.append(Attempt(problem, question, turn.tokens, turn.text, final, correct))
-        progress("attempts", len(attempts), len(asked))
+    attempts: list[Attempt] = []
+    for begin in range(0, len(problems), size):
+        progress("problems", begin, len(problems))
+
+        def seed(call: int, begin: int = begin) -> int:
+            return seed_of(config.episode.seed, begin, f"advantage/{call}")
+
+        groups, _ = attempts_at(loaded, problems[begin : begin + size], config, seed)
+        attempts += [attempt for group in groups for attempt in group]
     return attempts
 
 

@@ -91,7 +91,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Weighed:
-    """What each token of some texts counts in the loss, and what is known of the loss by that.
+    """What each token of some texts counts in the loss, and what is known of the loss by then.
 
     Attributes:
         matches: for each text [T], the factor of each token's divergence.
@@ -108,6 +108,13 @@ class Weighed:
     clipped: float
     rewards: list[float]
     group_advantages: list[float]
+
+    def teaches(self) -> list[bool]:
+        """Whether anything of a text counts."""
+        return [
+            bool(mx.any(match != 0).item()) or bool(mx.any(push != 0).item())
+            for match, push in zip(self.matches, self.pushes, strict=True)
+        ]
 
 
 def read(model: nn.Module, texts: Sequence[Text], size: int) -> list[mx.array]:
@@ -132,7 +139,8 @@ def by_length(texts: Sequence[Text], size: int) -> list[list[int]]:
 def _collated(texts: Sequence[Text]) -> tuple[mx.array, mx.array]:
     """Tokens [B, S], padded on the right, and the rows of B * S where the texts are predicted."""
     width = max(len(text.prompt) + len(text.target) for text in texts) - 1
-    tokens, rows = [], []
+    tokens: list[list[int]] = []
+    rows: list[int] = []
     for number, text in enumerate(texts):
         said = [*text.prompt, *text.target[:-1]]
         tokens.append([*said, *[0] * (width - len(said))])
@@ -143,11 +151,11 @@ def _collated(texts: Sequence[Text]) -> tuple[mx.array, mx.array]:
 
 def _split(rows: mx.array, texts: Sequence[Text]) -> list[mx.array]:
     """Rows of all texts' tokens, text by text."""
-    ends, at = [], 0
-    for text in texts[:-1]:
+    found, at = [], 0
+    for text in texts:
+        found.append(rows[at : at + len(text.target)])
         at += len(text.target)
-        ends.append(at)
-    return mx.split(rows, ends) if ends else [rows]
+    return found
 
 
 def say(
@@ -324,11 +332,11 @@ def weigh(
     """
     lengths = [len(item.text.target) for item in known]
     mask = mx.array([[t < n for t in range(max(lengths))] for n in lengths])
-    now = _padded([item.now for item in known])
-    old = _padded([item.old for item in known])
+    width = mask.shape[1]
+    now = _padded([item.now for item in known], width)
+    old = _padded([item.old for item in known], width)
     teaches = mx.array([item.teacher is not None for item in known])
-    places = mx.arange(mask.shape[1])
-    taught = mask & teaches[:, None] & (places >= options.skip_tokens)
+    taught = mask & teaches[:, None] & (mx.arange(width) >= options.skip_tokens)
     stale = objectives.truncated_ratio(now, old, options.stale_cap or math.inf)
     share = stale * taught / mx.maximum(taught.sum(), 1)
     rewards, losses = [item.reward for item in known], {}
@@ -337,9 +345,9 @@ def weigh(
     if options.objective in DIVERGENCES:
         matches = options.match_weight * share
     elif options.objective == "sampled":
-        teacher = _padded([item.teacher for item in known])
-        value, slope = mx.value_and_grad(objectives.sampled_loss)(now, teacher, share, taught)
-        losses["sampled"] = float(value)
+        teacher = _padded([item.teacher for item in known], width)
+        sampled, slope = mx.value_and_grad(objectives.sampled_loss)(now, teacher, share, taught)
+        losses["sampled"] = float(sampled)
         pushes = options.match_weight * slope
     clipped, of_groups = 0.0, list[float]()
     if options.objective in _POLICIES or options.policy_weight:
@@ -347,8 +355,8 @@ def weigh(
             rewards = _shaped(known, near, options)
         weight = 1.0 if options.objective in ("grpo", "contrastive") else options.policy_weight
         of_groups = _group_advantages(known, rewards, options)
-        value, slope, clipped = _policy(known, now, old, mask, of_groups, options, max_tokens)
-        losses["policy"] = value
+        found = _policy(known, now, old, mask, of_groups, options, max_tokens)
+        losses["policy"], slope, clipped = found
         pushes = pushes + weight * slope
     mx.eval(matches, pushes)
     return Weighed(
@@ -361,11 +369,8 @@ def weigh(
     )
 
 
-def _padded(rows: Sequence[mx.array | None]) -> mx.array:
-    """[B, T] of rows [T]; 0 where there is nothing."""
-    width = max(len(row) for row in rows if row is not None) if any(
-        row is not None for row in rows
-    ) else 0  # fmt: skip
+def _padded(rows: Sequence[mx.array | None], width: int) -> mx.array:
+    """[B, width] of rows [T]; 0 where there is nothing."""
     return mx.stack(
         [mx.zeros(width) if row is None else mx.pad(row, (0, width - len(row))) for row in rows]
     )
@@ -409,7 +414,7 @@ def _policy(
     """A policy's loss, its derivative by each log-probability, and the share of cut ratios."""
     if options.drop_unfinished:
         mask = mask & mx.array([item.finished for item in known])[:, None]
-    advantages = mx.array(of_groups)
+    advantages = mx.array(list(of_groups))
     weights = objectives.aggregation_weights(mask, options.aggregate, max_tokens)
     if options.objective == "contrastive":
         moved, selected = objectives.modulated(
@@ -424,10 +429,11 @@ def _policy(
         weights = objectives.contrastive_weights(selected, mask, options.contrast_weight)
     if options.objective == "echo":
         # Its ratio is against the clean teacher, which reads something else than the student did.
-        old = _padded([item.old if item.teacher is None else item.teacher for item in known])
+        before = [item.old if item.teacher is None else item.teacher for item in known]
+        old = _padded(before, mask.shape[1])
     reference = None
     if options.reference_weight:
-        reference = _padded([item.reference for item in known])
+        reference = _padded([item.reference for item in known], mask.shape[1])
     clipping = objectives.Clipping(
         options.ratio_low,
         options.ratio_high,
@@ -456,8 +462,7 @@ def _contrasts(known: Sequence[Known], mask: mx.array) -> mx.array:
     hints = mx.array(
         [[item.wrong is not None and k < len(item.wrong) for k in range(most)] for item in known]
     )
-    teacher = mx.pad(_padded([item.teacher for item in known]), [(0, 0), (0, 0)])
-    teacher = mx.pad(teacher, [(0, 0), (0, width - teacher.shape[1])])
+    teacher = _padded([item.teacher for item in known], width)
     return mx.where(mask, objectives.contrast(teacher, mx.stack(wrong), hints), 0)
 
 
@@ -572,8 +577,10 @@ def gradients(
     scale = loss_scale(model)
     parts = [
         (item, match, push)
-        for item, match, push in zip(known, weighed.matches, weighed.pushes, strict=True)
-        if bool(mx.any(match != 0).item()) or bool(mx.any(push != 0).item())
+        for item, match, push, teaches in zip(
+            known, weighed.matches, weighed.pushes, weighed.teaches(), strict=True
+        )
+        if teaches
     ]
 
     def loss(places: Sequence[int]) -> tuple[mx.array, mx.array]:
@@ -611,8 +618,8 @@ def learn(
     max_tokens: int,
     near: Mapping[int, float] | None = None,
     echoes: Sequence[Known] = (),
-) -> Update:
-    """One optimiser step.
+) -> tuple[Update | None, Weighed]:
+    """One optimiser step (``None``: nothing taught), and what each token counted in it.
 
     Args:
         student: changed in place, unless something is not finite.
@@ -634,6 +641,8 @@ def learn(
             matches=[*weighed.matches, *echo_weights(echoes, options)],
             pushes=[*weighed.pushes, *(mx.zeros(len(item.text.target)) for item in echoes)],
         )
+    if not any(weighed.teaches()):
+        return None, weighed
     slopes, matched = gradients(model, texts, weighed, options, training, vocab)
     losses = dict(weighed.losses)
     if matches_distributions(options):
@@ -643,7 +652,7 @@ def learn(
     value += (1.0 if policy_only else options.policy_weight) * losses.get("policy", 0.0)
     norm, skipped = take_step(model, optimizer, slopes, value, training)
     read_tokens = sum(len(item.text.prompt) + len(item.text.target) - 1 for item in texts)
-    return Update(losses, value, norm, skipped, read_tokens, weighed.clipped)
+    return Update(losses, value, norm, skipped, read_tokens, weighed.clipped), weighed
 
 
 def echo_weights(echoes: Sequence[Known], options: Method) -> list[mx.array]:

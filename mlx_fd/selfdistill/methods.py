@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_fd.config import Config, override
-from mlx_fd.models.aliases import TINY, TINY_STUDENT
+from mlx_fd.errors import UserError
+from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
 
 CUSTOM = "custom"
 DEFAULT_MODEL = TINY_STUDENT
@@ -140,18 +141,35 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 
-# What the models in the package need, whatever the method: short texts, a rate that moves them.
-TINY_SETTINGS: dict[str, Any] = {
-    "problems": "arithmetic",
-    "episodes": 320,
-    "batch_size": 16,
-    "answer_tokens": 64,
-    "feedback_tokens": 112,
-    "critic_sees": "problem",
-    "micro_batch": 32,
-    "rollout_batch": 128,
-    "lora_rank": 16,
-    "lora_rate": 1e-3,
+# Sizes for a kind of model, whatever the method.
+PRESETS: dict[str, dict[str, Any]] = {
+    # The models in the package: short texts, a rate that moves them.
+    "tiny": {
+        "problems": "arithmetic",
+        "episodes": 320,
+        "batch_size": 16,
+        "answer_tokens": 64,
+        "feedback_tokens": 112,
+        "critic_sees": "problem",
+        "micro_batch": 32,
+        "rollout_batch": 128,
+        "lora_rank": 16,
+        "lora_rate": 1e-3,
+        "warmup": 0,
+    },
+    # A look, in minutes, at a model of the size of SmolLM2.
+    "quick": {
+        "episodes": 8,
+        "batch_size": 2,
+        "answer_tokens": 96,
+        "feedback_tokens": 64,
+        "probe_size": 4,
+        "probe_every": 2,
+        "checkpoint_every": 1,
+        "lora_rank": 8,
+        "lora_rate": 1e-4,
+        "warmup": 0,
+    },
 }
 
 
@@ -159,24 +177,30 @@ def configured(
     method: str = CUSTOM,
     given: Mapping[str, Any] | None = None,
     *,
+    preset: str | None = None,
     over: Config | None = None,
 ) -> Config:
     """The configuration of a run.
 
     Args:
         method: one of :data:`METHODS`, or ``"custom"``.
-        given: options that win over the method's.
-        over: a configuration that was read from a file, which wins over the method's, too.
+        given: options that win over the method's and the preset's.
+        preset: one of :data:`PRESETS`; ``None``: the model's own, if it has one.
+        over: an earlier run's configuration, which is all that ``given`` is over.
 
     Raises:
-        UserError: an unknown method or option, or a value that will not do.
+        UserError: an unknown method, preset or option, or a value that will not do.
     """
     given = dict(given or {})
     if over is not None:
         return override(over, given, "command line")
     model = given.get("student") or DEFAULT_MODEL
+    if preset is None and model in (TINY, TINY_STUDENT, TINY_BASE):
+        preset = TINY
+    for kind, name, known in (("method", method, METHODS), ("preset", preset, PRESETS)):
+        if name and name != CUSTOM and name not in known:
+            raise UserError(f"there is no {kind} {name!r} (there are: {', '.join(known)})")
     config = override(Config(), {**_DEFAULTS, "student": model, "method": method}, "defaults")
     config = override(config, METHODS.get(method, {}), f"method {method}")
-    if model in (TINY, TINY_STUDENT):
-        config = override(config, TINY_SETTINGS, "settings of the tiny models")
+    config = override(config, PRESETS.get(preset or "", {}), f"preset {preset}")
     return override(config, given, "command line")
