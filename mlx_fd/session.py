@@ -164,7 +164,9 @@ def settled(config: Config) -> Config:
     return dataclasses.replace(
         config,
         models=dataclasses.replace(
-            models, expert=settled_model(models.expert), student=settled_model(student)
+            models,
+            expert=settled_model(models.expert) if models.expert else "",
+            student=settled_model(student),
         ),
         problems=dataclasses.replace(config.problems, problems=source),
         losses=losses,
