@@ -292,6 +292,12 @@ class Method:
         "the loop's roles (feedback, then revision), which is what the model tiny knows.",
         choices=("reference", "problem"),
     )
+    reference_style: str = _option(
+        "solution",
+        "How reference solutions of generated problems are shown: as they stand, which is how "
+        "attempts are written, too, or in prose, as another author would write them.",
+        choices=("solution", "prose"),
+    )
     noise: str = _option(
         "none",
         "Noise on the question that the student reads.",

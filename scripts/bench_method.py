@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_fd.evaluation.exam import f1
+from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.statistics import bootstrap, mean, mean_gain
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -151,7 +151,7 @@ def context_sequence(rng: random.Random, drawn: arithmetic.Exercise):
         playbook = playbook.after([], {problem.id: drawn.solution})
     materials = Materials(
         truth=True,
-        references={problem.id: arithmetic.prose(drawn.solution)},
+        reference_style="prose",
         playbook=playbook,
     )
     view = CONTEXTS[name]([own, *siblings], materials)[0]
@@ -212,8 +212,7 @@ def evaluate(loaded: Loaded, split: str, size: int, temperature: float = 1.0) ->
                 _attempt(problem, arithmetic.wrong_answer(rng, exercise)),
             ]
         )
-    references = {g[0].problem.id: arithmetic.prose(g[0].problem.solution) for g in groups}
-    materials = Materials(truth=True, references=references)
+    materials = Materials(truth=True, reference_style="prose")
     seen = {}
     for name in ("none", *TAUGHT):
         views = [CONTEXTS[name](group, materials)[0] for group in groups]

@@ -12,6 +12,7 @@ import traceback
 import click
 
 from mlx_fd import __version__
+from mlx_fd.cli.analysing import advantage
 from mlx_fd.cli.exporting import compare, export
 from mlx_fd.cli.judging import feedback
 from mlx_fd.cli.machine import doctor, models
@@ -40,7 +41,9 @@ def cli() -> None:
     """
 
 
-for _command in (loop, self_distill, resume, feedback, export, compare, models, doctor):
+for _command in (
+    *(loop, self_distill, resume, feedback, advantage, export, compare, models, doctor),
+):
     cli.add_command(_command)
 
 

@@ -18,6 +18,8 @@ import numpy as np
 from mlx_fd import roles
 from mlx_fd.config import GenerationOptions
 from mlx_fd.episode import Pair, Progress, answer, feedback_request, head_score, is_correct, parsed
+from mlx_fd.evaluation import processbench
+from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.statistics import Rows, bootstrap, mean, mean_gain
 from mlx_fd.generation import Conversation, Sampling, generate, opening, prefill
 from mlx_fd.problems import Problem, arithmetic
@@ -79,6 +81,25 @@ def questions(size: int, seed: int, split: str = "test") -> tuple[Question, ...]
         )
         found.append(Question(problem, text, verdict.first_error, verdict.score))
     return tuple(found)
+
+
+def processbench_items(exam: Sequence[Question]) -> tuple[processbench.Item, ...]:
+    """The questions in ProcessBench's form: a step for each line of the answer.
+
+    The line with the final number is the last step, and the one with the error where that number
+    is wrong, or where a step is missing before it.
+    """
+    return tuple(
+        processbench.Item(
+            question.problem.id,
+            "mlx-fd arithmetic",
+            question.problem.question,
+            tuple(question.answer.split("\n")),
+            roles.same_answer(roles.final_answer(question.answer), question.problem.answer),
+            question.first_error - 1,
+        )
+        for question in exam
+    )
 
 
 def examine(
@@ -145,22 +166,6 @@ def examine(
                 )
             )
     return found
-
-
-def f1(found: Rows, wrong: Rows) -> float:
-    """ProcessBench's F1 (arXiv 2412.06559): harmonic mean of the shares found.
-
-    Args:
-        found: 1 where the first wrong step (or that there is none) was named rightly.
-        wrong: 1 where the answer had an error.
-
-    Returns:
-        Of the shares among wrong and among right answers; NaN where either is missing.
-    """
-    on_wrong, on_right = mean(found[wrong == 1]), mean(found[wrong == 0])
-    if math.isnan(on_wrong + on_right):
-        return math.nan
-    return 2 * on_wrong * on_right / (on_wrong + on_right) if on_wrong + on_right else 0.0
 
 
 def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, dict[str, Any]]:

@@ -1,10 +1,11 @@
-"""Bootstrap intervals: what a number over n problems is worth."""
+"""What a number over n problems is worth: intervals, paired tests, tables of tests."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,31 @@ class Estimate:
         return {name: value if math.isfinite(value) else None for name, value in vars(self).items()}
 
 
+def resample(
+    columns: Sequence[Sequence[float] | Rows], statistic: Callable[..., float], seed: int = 0
+) -> Rows:
+    """A statistic of 2,000 samples, each as many rows as there are, drawn with replacement.
+
+    Args:
+        columns: as for :func:`bootstrap`; at least one row.
+        statistic: as for :func:`bootstrap`.
+        seed: of the resampling.
+    """
+    table = [np.asarray(column, dtype=np.float64) for column in columns]
+    n = len(table[0])
+    drawn = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    return np.array([statistic(*(column[rows] for column in table)) for rows in drawn])
+
+
+def percentile_interval(value: float, draws: Rows, n: int) -> Estimate:
+    """A statistic with the 2.5 and 97.5 percentiles of its resamples that are numbers."""
+    draws = draws[np.isfinite(draws)]
+    if not len(draws):
+        return Estimate(value, math.nan, math.nan, n)
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return Estimate(value, float(low), float(high), n)
+
+
 def bootstrap(
     columns: Sequence[Sequence[float] | Rows], statistic: Callable[..., float], seed: int = 0
 ) -> Estimate:
@@ -46,20 +72,8 @@ def bootstrap(
     table = [np.asarray(column, dtype=np.float64) for column in columns]
     n = len(table[0])
     if n == 0:
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    rng = np.random.default_rng(seed)
-    draws = np.array(
-        [
-            statistic(*(column[rows] for column in table))
-            for rows in rng.integers(0, n, (RESAMPLES, n))
-        ]
-    )
-    value = float(statistic(*table))
-    draws = draws[np.isfinite(draws)]
-    if not len(draws):
-        return Estimate(value, float("nan"), float("nan"), n)
-    low, high = np.percentile(draws, (2.5, 97.5))
-    return Estimate(value, float(low), float(high), n)
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    return percentile_interval(float(statistic(*table)), resample(table, statistic, seed), n)
 
 
 def mean(column: Rows) -> float:
@@ -71,3 +85,97 @@ def mean(column: Rows) -> float:
 def mean_gain(after: Rows, before: Rows) -> float:
     """The difference of two columns' means."""
     return mean(after) - mean(before)
+
+
+def paired_bootstrap(
+    a: Sequence[float] | Rows,
+    b: Sequence[float] | Rows,
+    statistic: Callable[..., float] = mean,
+    shared: Sequence[Sequence[float] | Rows] = (),
+    seed: int = 0,
+) -> tuple[Estimate, float]:
+    """Whether two systems differ on the same problems, for any statistic.
+
+    The test is the interval turned round (Efron and Tibshirani, 1993, chapter 15): p is twice the
+    share of resamples on the far side of 0, (1 + count) / (1 + 2,000) so that it is never 0. So p
+    is below 0.05 just where the interval leaves 0 out, and no p is below 0.001.
+
+    Args:
+        a: the first system's values, a row per problem; NaN where it has none.
+        b: the second system's. A problem counts where both have a value.
+        statistic: takes a column, and those of ``shared`` after it.
+        shared: columns that belong to the problems, not to a system (such as the labels).
+        seed: of the resampling.
+
+    Returns:
+        ``statistic(a, *shared) - statistic(b, *shared)`` with its interval and the number of
+        pairs, and the two-sided p; NaN where there is no pair.
+
+    Raises:
+        ValueError: the columns are not equally long.
+    """
+    columns = [np.asarray(column, dtype=np.float64) for column in (a, b, *shared)]
+    if len({len(column) for column in columns}) > 1:
+        raise ValueError("a paired test needs the same problems on both sides")
+    paired = ~(np.isnan(columns[0]) | np.isnan(columns[1]))
+    columns = [column[paired] for column in columns]
+
+    def difference(one: Rows, other: Rows, *rest: Rows) -> float:
+        return statistic(one, *rest) - statistic(other, *rest)
+
+    n = len(columns[0])
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0), math.nan
+    draws = resample(columns, difference, seed)
+    draws = draws[np.isfinite(draws)]
+    estimate = percentile_interval(float(difference(*columns)), draws, n)
+    if not len(draws):
+        return estimate, math.nan
+    least = min((draws <= 0).sum(), (draws >= 0).sum())
+    return estimate, min(1.0, 2 * float(1 + least) / (1 + len(draws)))
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
+    """McNemar's exact test of two systems' right and wrong on the same problems.
+
+    Where there is no difference, of the m problems that just one system gets right, each is right
+    by either with probability 1/2 (McNemar, 1947): the binomial tail says how rare so uneven a
+    split is.
+
+    Args:
+        a: whether the first system is right, a row per problem.
+        b: whether the second is.
+
+    Returns:
+        The two-sided p; 1 where they never differ.
+
+    Raises:
+        ValueError: the columns are not equally long.
+    """
+    only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
+    m, least = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.comb(m, i) for i in range(least + 1))
+    return float(min(Fraction(1), Fraction(2 * tail, 2**m)))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's correction (1979) of a table of p values, each of which was a chance to be wrong.
+
+    The i-th smallest of m is multiplied by m - i + 1, and is no smaller than the one before it.
+    The probability that any true null hypothesis has an adjusted p of at most alpha is at most
+    alpha, however the tests depend on each other.
+
+    Args:
+        ps: the p values; NaN where there was no test, which counts as none.
+
+    Returns:
+        The adjusted ones, in the same order.
+    """
+    adjusted = [math.nan] * len(ps)
+    order = sorted((place for place, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
+    largest = 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * ps[place]))
+        adjusted[place] = largest
+    return adjusted

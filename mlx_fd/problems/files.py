@@ -27,7 +27,7 @@ _HUB_SECONDS = 5.0
 _COLUMNS = "columns are question (or problem) and answer, and optionally solution and id"
 
 # Where a row is, and what is in it: its columns, or why it could not even be split into columns.
-_Row = tuple[str, "dict[str, Any] | str"]
+Row = tuple[str, "dict[str, Any] | str"]
 
 
 def load_file(path: Path, name: str, split: str, *, skip_bad_rows: bool) -> ProblemSet:
@@ -36,25 +36,43 @@ def load_file(path: Path, name: str, split: str, *, skip_bad_rows: bool) -> Prob
     Raises:
         UserError: the file cannot be read, or has bad rows that are not to be skipped.
     """
+    content = _content(path)
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        rows: Iterable[Row] = _parquet(path)
+    else:
+        text = _decoded(path, content)
+        rows = _csv(path, text) if suffix == ".csv" else _json(path, text)
+    problems, skipped = _read(rows, str(path), path.stem, skip_bad_rows)
+    return ProblemSet(name, split, problems, hashlib.sha256(content).hexdigest(), skipped)
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """The objects of a JSON array, or of a file with one per line, each with its place.
+
+    Raises:
+        UserError: the file cannot be read, is empty, or is no text.
+    """
+    return _json(path, _decoded(path, _content(path)))
+
+
+def _content(path: Path) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not content.strip():
         raise UserError(f"{path} is empty")
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        rows: Iterable[_Row] = _parquet(path)
-    else:
-        if b"\0" in content[:65536]:
-            raise UserError(
-                f"{path} is not text but binary data (or UTF-16): save it as UTF-8 {suffix}"
-            )
-        # Bytes that are not UTF-8 become lone surrogates, so that they are found in their row.
-        text = content.decode("utf-8-sig", errors="surrogateescape")
-        rows = _csv(path, text) if suffix == ".csv" else _json(path, text)
-    problems, skipped = _read(rows, str(path), path.stem, skip_bad_rows)
-    return ProblemSet(name, split, problems, hashlib.sha256(content).hexdigest(), skipped)
+    return content
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    if b"\0" in content[:65536]:
+        raise UserError(
+            f"{path} is not text but binary data (or UTF-16): save it as UTF-8 {path.suffix}"
+        )
+    # Bytes that are not UTF-8 become lone surrogates, so that they are found in their row.
+    return content.decode("utf-8-sig", errors="surrogateescape")
 
 
 def load_hub(name: str, split: str, *, skip_bad_rows: bool) -> ProblemSet:
@@ -106,7 +124,7 @@ def _no_progress_bars(datasets: Any) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _parquet(path: Path) -> Iterator[_Row]:
+def _parquet(path: Path) -> Iterator[Row]:
     import datasets
 
     # A cache of its own: datasets would otherwise return what an older file of this name held.
@@ -122,7 +140,7 @@ def _parquet(path: Path) -> Iterator[_Row]:
     yield from ((f"{path}: row {place}", row) for place, row in enumerate(listed))
 
 
-def _json(path: Path, text: str) -> Iterator[_Row]:
+def _json(path: Path, text: str) -> Iterator[Row]:
     if not text.lstrip().startswith("["):
         for count, content in enumerate(text.split("\n"), start=1):
             if content.strip():
@@ -164,7 +182,7 @@ def _json_reason(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)[:80]
 
 
-def _csv(path: Path, text: str) -> Iterator[_Row]:
+def _csv(path: Path, text: str) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     while True:
@@ -192,7 +210,7 @@ def _csv(path: Path, text: str) -> Iterator[_Row]:
 
 
 def _read(
-    rows: Iterable[_Row], name: str, stem: str, skip_bad_rows: bool
+    rows: Iterable[Row], name: str, stem: str, skip_bad_rows: bool
 ) -> tuple[tuple[Problem, ...], int]:
     """Turn rows into problems.
 

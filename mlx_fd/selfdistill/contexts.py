@@ -78,9 +78,11 @@ class Materials:
             published; ``"problem"``: it judges by itself, in the loop's own roles (feedback, then
             revision), which is what the models of this package know.
         critic_tokens: most tokens that the critic writes on one attempt.
-        references: by problem id, what is shown as reference solution; the problem's own solution
-            where there is none.
-        demonstrations: likewise, what is shown as demonstration.
+        reference_style: ``"solution"``: a reference is the problem's solution as it stands;
+            ``"prose"``: that of a generated problem is told in sentences, as another author would,
+            where attempts have marked steps.
+        demonstrations: by problem id, what is shown as demonstration; the problem's solution where
+            there is none.
         playbook: what earlier rounds left, for reflections.
         most_wrong: most wrong hints for one attempt.
         seed: of the draws.
@@ -90,7 +92,7 @@ class Materials:
     truth: bool = False
     critic_sees: str = "reference"
     critic_tokens: int = 256
-    references: Mapping[str, str] = field(default_factory=dict)
+    reference_style: str = "solution"
     demonstrations: Mapping[str, str] = field(default_factory=dict)
     playbook: Playbook = field(default_factory=Playbook)
     most_wrong: int = 4
@@ -211,8 +213,7 @@ def reflection_request() -> str:
 
 def _check_truth(attempts: Sequence[Attempt]) -> None:
     for attempt in attempts:
-        steps, _ = arithmetic.read(attempt.problem.solution)
-        if not steps or arithmetic.write(steps) != attempt.problem.solution:
+        if not arithmetic.is_generated(attempt.problem.solution):
             raise UserError(
                 f"{attempt.problem.id}: the true critique is known for generated problems only: "
                 "use --problems arithmetic, or a critic model"
@@ -293,7 +294,7 @@ def rewrites(attempts: Sequence[Attempt], materials: Materials) -> list[str]:
         requests = [
             rewrite_request(
                 a.problem.question,
-                materials.references.get(a.problem.id, a.problem.solution),
+                reference_of(a.problem, materials),
                 a.text,
             )
             for a in attempts
@@ -370,6 +371,13 @@ def lesson(reflection: str) -> str:
     return sentences[-1][:200]
 
 
+def reference_of(problem: Problem, materials: Materials) -> str:
+    """A problem's reference solution, in the style that was chosen."""
+    if materials.reference_style == "prose" and arithmetic.is_generated(problem.solution):
+        return arithmetic.prose(problem.solution)
+    return problem.solution
+
+
 def _needed(materials: Materials) -> Loaded:
     if materials.critic is None:
         raise UserError(
@@ -381,7 +389,8 @@ def _needed(materials: Materials) -> Loaded:
 
 _ORDER = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 _VERBS = {"+": "adds", "-": "subtracts", "*": "multiplies", "x": "multiplies", "/": "divides"}
-_MARK = re.compile(r"<<[^<>=]*?\d\)?\s*([-+*x/])[^<>]*>>")
+_MARK = re.compile(r"<<([^<>=]*)=[^<>]*>>")
+_OPERATION = re.compile(r"(?<=[\d.%)])\s*([-+*x/])")
 _GENERAL = (
     "Every number of the question that bears on what is asked is used, and no other.",
     "Every calculation is written out and right.",
@@ -394,7 +403,8 @@ def rubric(problem: Problem) -> str:
 
     Where the solution marks its calculations, as GSM8K's do, the rubric says what kind each is.
     """
-    kinds = [_VERBS[operation] for operation in _MARK.findall(problem.solution)]
+    marks = [_OPERATION.findall(mark) for mark in _MARK.findall(problem.solution)]
+    kinds = [" and ".join(dict.fromkeys(_VERBS[sign] for sign in mark)) for mark in marks if mark]
     lines = [
         f"The {order} step {verb}."
         for order, verb in zip(_ORDER, kinds, strict=False)
@@ -426,10 +436,9 @@ def none(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
 
 def reference(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
     """The reference solution (OPSD, arXiv 2601.18734)."""
-    shown = (materials.references.get(a.problem.id, a.problem.solution) for a in attempts)
     return [
-        View(_read(a), reference_message(a.problem.question, text))
-        for a, text in zip(attempts, shown, strict=True)
+        View(_read(a), reference_message(a.problem.question, reference_of(a.problem, materials)))
+        for a in attempts
     ]
 
 

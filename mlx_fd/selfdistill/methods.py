@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_fd.config import Config, override
 from mlx_fd.errors import UserError
-from mlx_fd.models.aliases import TINY, TINY_STUDENT
+from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
 
 CUSTOM = "custom"
 DEFAULT_MODEL = TINY_STUDENT
@@ -195,7 +195,7 @@ def configured(
     if over is not None:
         return override(over, given, "command line")
     model = given.get("student") or DEFAULT_MODEL
-    if preset is None and model in (TINY, TINY_STUDENT):
+    if preset is None and model in (TINY, TINY_STUDENT, TINY_BASE):
         preset = TINY
     for kind, name, known in (("method", method, METHODS), ("preset", preset, PRESETS)):
         if name and name != CUSTOM and name not in known:

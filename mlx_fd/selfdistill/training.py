@@ -318,6 +318,7 @@ def views_of(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: int)
         truth=options.critic == TRUTH,
         critic_sees=options.critic_sees,
         critic_tokens=config.generation.feedback_tokens,
+        reference_style=options.reference_style,
         playbook=learner.playbook,
         most_wrong=options.wrong_hints,
         seed=seed_of(config.episode.seed, batch, "context"),

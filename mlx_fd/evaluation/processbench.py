@@ -1,0 +1,240 @@
+r"""ProcessBench (Zheng et al., arXiv 2412.06559): who finds the first wrong step of a solution?
+
+A solution is a list of steps; its label is the index from 0 of the first wrong one, or -1. A critic
+names an index in its last ``\boxed{}``. All shares here are from 0 to 1; the paper prints per cent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_fd.errors import UserError
+from mlx_fd.evaluation.statistics import (
+    Estimate,
+    Rows,
+    bootstrap,
+    mean,
+    percentile_interval,
+    resample,
+)
+from mlx_fd.problems.files import json_rows
+
+ALL_RIGHT = -1
+_FIELDS: dict[str, type] = {
+    "id": str,
+    "generator": str,
+    "problem": str,
+    "steps": list,
+    "final_answer_correct": bool,
+    "label": int,
+}
+_KINDS = {str: "text", list: "a list", bool: "true or false", int: "a whole number"}
+_BOXED = re.compile(r"\\boxed\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A solution to judge; the fields are those of ProcessBench's files.
+
+    Attributes:
+        id: unique in its file.
+        generator: what wrote the solution.
+        problem: the question.
+        steps: the solution.
+        final_answer_correct: whether its last number is right, which a wrong step may not prevent.
+        label: index from 0 of the first wrong step; -1: there is none.
+    """
+
+    id: str
+    generator: str
+    problem: str
+    steps: tuple[str, ...]
+    final_answer_correct: bool
+    label: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a critic found, as shares with 95 % bootstrap intervals.
+
+    Attributes:
+        error: of the wrong solutions, those whose first wrong step was named.
+        right: of the right solutions, those that were found right.
+        f1: the harmonic mean of the two.
+    """
+
+    error: Estimate
+    right: Estimate
+    f1: Estimate
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def read(path: Path) -> tuple[Item, ...]:
+    """The items of a ProcessBench file: a JSON array, or an object per line.
+
+    Raises:
+        UserError: the file cannot be read, is empty, or has a row that is no item; the message
+            names file and line.
+    """
+    items: dict[str, Item] = {}
+    for where, row in json_rows(path):
+        try:
+            item = _item(row)
+        except ValueError as error:
+            raise UserError(
+                f"{where}: {error}. A ProcessBench row has {', '.join(_FIELDS)}"
+            ) from None
+        if item.id in items:
+            raise UserError(f"{where}: the id {item.id!r} is there a second time")
+        items[item.id] = item
+    if not items:
+        raise UserError(f"{path} has no item")
+    return tuple(items.values())
+
+
+def _item(row: dict[str, Any] | str) -> Item:
+    """One row; ``ValueError`` with the reason where it is no item."""
+    if isinstance(row, str):
+        raise ValueError(row)
+    for name, kind in _FIELDS.items():
+        if name not in row:
+            raise ValueError(f"no {name!r}")
+        # JSON's true is no number, though Python's is.
+        if type(row[name]) is not kind:
+            raise ValueError(f"{name!r} is not {_KINDS[kind]} but {type(row[name]).__name__}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("not UTF-8 text") from None
+    steps, label = row["steps"], row["label"]
+    if not steps or not all(isinstance(step, str) for step in steps):
+        raise ValueError("'steps' is not a list of texts with at least one of them")
+    if not ALL_RIGHT <= label < len(steps):
+        raise ValueError(f"'label' {label} is not from -1 to {len(steps) - 1}, the last step")
+    return Item(**{**{name: row[name] for name in _FIELDS}, "steps": tuple(steps)})
+
+
+def to_json_lines(items: Iterable[Item]) -> str:
+    """The text of a file that :func:`read` reads, an item per line."""
+    return "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
+
+
+# ---------------------------------------------------------------------------------------- critics
+
+
+def critique_prompt(item: Item) -> str:
+    r"""What a critic is asked: each step between tags with its index, the answer in ``\boxed{}``.
+
+    The task is the paper's and the words are ours, so numbers are not to be set beside the paper's.
+    """
+    steps = "\n\n".join(
+        f"<paragraph_{k}>\n{step}\n</paragraph_{k}>" for k, step in enumerate(item.steps)
+    )
+    return (
+        f"Problem:\n{item.problem.strip()}\n\nSolution, in paragraphs numbered from 0:\n{steps}\n\n"
+        "Go through the paragraphs one by one. Find the first one that has an error. End with its "
+        "number in \\boxed{}, or with \\boxed{-1} if no paragraph has an error."
+    )
+
+
+def predicted_step(text: str) -> int | None:
+    r"""What a critic says: the whole number in its last closed ``\boxed{}``; ``None``: none."""
+    # Behind the last brace nothing closes; without that part every box is read once.
+    boxes = _BOXED.findall(text[: text.rfind("}") + 1])
+    try:
+        return int(boxes[-1]) if boxes else None
+    except ValueError:
+        return None
+
+
+def label_of(first_error: int | None) -> int | None:
+    """ProcessBench's label of a first wrong step counted from 1.
+
+    Args:
+        first_error: as of :func:`mlx_fd.problems.arithmetic.first_error`: 0 means all right,
+            ``None`` unreadable.
+    """
+    return None if first_error is None else first_error - 1
+
+
+# ---------------------------------------------------------------------------------------- numbers
+
+
+def columns(predicted: Sequence[int | None], labels: Sequence[int]) -> tuple[Rows, Rows]:
+    """What :func:`f1` takes.
+
+    Args:
+        predicted: what the critic named, ``None`` where it could not be read: not found.
+        labels: the truth.
+
+    Returns:
+        1 where the critic is right, and 1 where the solution is wrong.
+
+    Raises:
+        ValueError: they are not equally many.
+    """
+    found = [named == label for named, label in zip(predicted, labels, strict=True)]
+    return np.array(found, float), np.array([label != ALL_RIGHT for label in labels], float)
+
+
+def f1(found: Rows, wrong: Rows) -> float:
+    """The harmonic mean of the shares found among the wrong and among the right solutions.
+
+    Args:
+        found: 1 where the first wrong step (or that there is none) was named rightly.
+        wrong: 1 where the solution had an error.
+
+    Returns:
+        In [0, 1]; NaN where there are no wrong, or no right solutions.
+    """
+    on_wrong, on_right = mean(found[wrong == 1]), mean(found[wrong == 0])
+    if math.isnan(on_wrong + on_right):
+        return math.nan
+    return 2 * on_wrong * on_right / (on_wrong + on_right) if on_wrong + on_right else 0.0
+
+
+def score(predicted: Sequence[int | None], labels: Sequence[int], seed: int = 0) -> Score:
+    """The two shares of one subset and their F1.
+
+    Args:
+        predicted: as for :func:`columns`.
+        labels: the truth.
+        seed: of the intervals.
+    """
+    found, wrong = columns(predicted, labels)
+    return Score(
+        bootstrap([found[wrong == 1]], mean, seed),
+        bootstrap([found[wrong == 0]], mean, seed),
+        bootstrap([found, wrong], f1, seed),
+    )
+
+
+def mean_f1(
+    subsets: Mapping[str, tuple[Sequence[int | None], Sequence[int]]], seed: int = 0
+) -> Estimate:
+    """The number of the paper's last column: the unweighted mean of the subsets' F1.
+
+    Args:
+        subsets: name -> what was predicted, and the labels.
+        seed: of the interval, for which each subset is drawn by itself.
+
+    Returns:
+        The mean with its interval, over all solutions; NaN where there is no subset, or one that
+        has no F1.
+    """
+    tables = [columns(*subset) for subset in subsets.values()]
+    n = sum(len(found) for found, _ in tables)
+    if not tables or not all(len(found) for found, _ in tables):
+        return Estimate(math.nan, math.nan, math.nan, n)
+    draws = np.mean([resample(table, f1, seed + k) for k, table in enumerate(tables)], axis=0)
+    return percentile_interval(float(np.mean([f1(*table) for table in tables])), draws, n)

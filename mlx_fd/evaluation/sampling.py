@@ -1,0 +1,57 @@
+"""What several samples of one problem are worth: Pass@k, Avg@k, Maj@k."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+
+
+def pass_at_k(right: int, n: int, k: int) -> float:
+    """The probability that at least one of k samples is right.
+
+    Of n samples ``right`` are; the estimate 1 - C(n - right, k) / C(n, k) is the share of the
+    subsets of k that hold a right one, and unbiased, where 1 - (1 - right/n)^k is not (Chen et al.,
+    2021, arXiv 2107.03374).
+
+    Raises:
+        ValueError: not 0 <= right <= n, or not 1 <= k <= n.
+    """
+    if not (0 <= right <= n and 1 <= k <= n):
+        raise ValueError(f"Pass@{k} of {right} right samples among {n} is not defined")
+    return float(1 - Fraction(math.comb(n - right, k), math.comb(n, k)))
+
+
+def avg_at_k(correct: Sequence[bool]) -> float:
+    """The share of a problem's k samples that are right.
+
+    Raises:
+        ValueError: there is no sample.
+    """
+    if not correct:
+        raise ValueError("Avg@k needs a sample")
+    return sum(map(bool, correct)) / len(correct)
+
+
+def maj_at_k(finals: Sequence[Fraction | None], answer: Fraction) -> float:
+    """The probability that the vote of k samples is right (self-consistency, arXiv 2203.11171).
+
+    Args:
+        finals: the final answer of each sample; those that could not be read (``None``) do not
+            vote.
+        answer: the right one.
+
+    Returns:
+        1 where it has the most votes, 1/m where it shares them with m - 1 others (a tie is broken
+        by lot), else 0; 0 too where no sample votes.
+
+    Raises:
+        ValueError: there is no sample.
+    """
+    if not finals:
+        raise ValueError("Maj@k needs a sample")
+    votes = Counter(final for final in finals if final is not None)
+    most = max(votes.values(), default=0)
+    winners = [final for final, count in votes.items() if count == most]
+    return 1 / len(winners) if answer in winners else 0.0
