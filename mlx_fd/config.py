@@ -149,6 +149,15 @@ class LossOptions:
         low=0,
         high=1,
     )
+    student_context: str = _option(
+        "none",
+        "Match the student, on its own answers, to itself reading what the expert made of them: "
+        "its feedback, or its revision (step-critique). Needs answers_by = student.",
+        choices=("none", "feedback", "step-critique"),
+    )
+    student_context_weight: float = _option(
+        1.0, "Weight of that divergence beside the other losses.", low=0.001
+    )
     scales: tuple[float, ...] = _option(
         (), "Fixed factor of each loss, in the order of `losses`; empty: 1 / the loss at the start."
     )
@@ -601,6 +610,11 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
         },
     )
     losses, gate = config.losses, config.gate
+    if losses.student_context != "none" and config.generation.answers_by != "student":
+        raise UserError(
+            f"{where}: student_context is about the student's own answers; set answers_by to "
+            "student, or student_context to none."
+        )
     if losses.teacher_top_k and losses.standardize_logits:
         raise UserError(
             f"{where}: standardize_logits needs whole distributions; set teacher_top_k to 0."

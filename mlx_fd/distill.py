@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -373,6 +373,8 @@ def update(
     loss_options: LossOptions,
     training: TrainingOptions,
     vocab: int,
+    also: Callable[[], tuple[Any, float]] | None = None,
+    also_weight: float = 1.0,
 ) -> Update:
     """One optimiser step on the weighted losses.
 
@@ -389,6 +391,9 @@ def update(
         loss_options: which losses, and how.
         training: clipping, micro-batch and checkpointing.
         vocab: tokens the two models share.
+        also: gives the gradient of one more loss by the language model's weights, and that loss,
+            which is called ``self``.
+        also_weight: what it counts.
     """
     begin = time.perf_counter()
     norms = counts(samples, loss_options)
@@ -403,7 +408,7 @@ def update(
 
     scale = loss_scale(student.model)
     step = nn.value_and_grad(student, weighted)
-    gradients = None
+    gradients: Any = None
     total = 0.0
     values = dict.fromkeys(norms, 0.0)
     for chunk in _chunks(samples, training.micro_batch):
@@ -414,9 +419,14 @@ def update(
         for name, (loss, _) in sums.items():
             values[name] += float(loss)
     losses = {name: values[name] / norms[name] for name in norms if norms[name]}
-    gradient_norm, skipped = take_step(
-        student, optimizer, tree_map(lambda gradient: gradient / scale, gradients), total, training
-    )
+    gradients = tree_map(lambda gradient: gradient / scale, gradients)
+    if also is not None:
+        slopes, losses["self"] = also()
+        gradients["model"] = tree_map(
+            lambda own, more: own + also_weight * more, gradients["model"], slopes
+        )
+        total += also_weight * losses["self"]
+    gradient_norm, skipped = take_step(student, optimizer, gradients, total, training)
     tokens = sum(len(s.prompt) + len(s.target) - 1 for s in samples)
     seconds = time.perf_counter() - begin
     return Update(losses, total, gradient_norm, skipped, tokens, seconds)

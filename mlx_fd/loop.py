@@ -50,6 +50,7 @@ from mlx_fd.phases import PhaseSchedule, combined, phase_weights
 from mlx_fd.probe import Probe, load_probe, make_probe, save_probe
 from mlx_fd.problems import Problem
 from mlx_fd.samples import Sample, decides, read_text, sample_of, solution_of
+from mlx_fd.selfdistill.in_loop import Lessons, lessons, term
 from mlx_fd.summary import summarise, warnings_of
 from mlx_fd.teacher_cache import TeacherCache
 
@@ -400,7 +401,10 @@ def _batch(
             if is_correct(final.final, problems[place])
         ]
     weights = _weights(state, learner, number)
-    updates = _distil(learner, samples, weights, progress.scales, told)
+    own = None
+    if config.losses.student_context != "none":
+        own = lessons([outcomes[place] for place in lagging], config.losses.student_context)
+    updates = _distil(learner, samples, weights, progress.scales, told, own)
     after = {
         place: measure(pair.student, pair.expert, [r.sample], config.losses, pair.vocab, 1)
         for place, r in readings.items()
@@ -532,11 +536,18 @@ def _distil(
     weights: dict[str, float],
     scales: dict[str, float],
     told: Callable[[str, int], None],
+    own: Lessons | None = None,
 ) -> list[Update]:
+    """The batch's optimiser steps; ``own`` is what the student learns from itself."""
     if not samples:
         return []
     pair, config = learner.pair, learner.config
     scaled = {name: weights[name] * scales[name] for name in config.losses.losses}
+
+    def itself() -> tuple[Any, float]:
+        assert own is not None
+        return term(pair.reader, own, config.training)
+
     done = []
     for _ in range(config.training.kd_steps):
         done.append(
@@ -549,6 +560,8 @@ def _distil(
                 config.losses,
                 config.training,
                 pair.vocab,
+                itself if own is not None and own.attempts else None,
+                config.losses.student_context_weight,
             )
         )
         told("distil", sum(len(sample.target) for sample in samples))

@@ -111,10 +111,12 @@ class Weighed:
 
     def teaches(self) -> list[bool]:
         """Whether anything of a text counts."""
-        return [
-            bool(mx.any(match != 0).item()) or bool(mx.any(push != 0).item())
+        some = [
+            mx.any(match != 0) | mx.any(push != 0)
             for match, push in zip(self.matches, self.pushes, strict=True)
         ]
+        found: Any = mx.stack(some).tolist()
+        return found
 
 
 def read(model: nn.Module, texts: Sequence[Text], size: int) -> list[mx.array]:
