@@ -53,16 +53,17 @@ from mlx_fd.selfdistill.noise import noisy
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE = (DOCS / f"bench_selfdistill.{kind}" for kind in ("jsonl", "md"))
 BASE = "base"
-# What all arms share. Attempts are made in batches of 32: 32 problems, or 4 with 8 attempts each.
-ATTEMPTS, BATCH = 320, 32
+# What all arms share. Attempts are made in batches of 16: 16 problems, or 2 with 8 attempts each.
+# One update a batch (Resd publishes four), so that all learn from as many tokens.
+ATTEMPTS, BATCH = 640, 16
 SHARED = {
     "student": "tiny-base",
     "critic": "truth",
     "reference_style": "prose",
     "lora_rank": 16,
-    "lora_scale": 20.0,
-    "lora_rate": 3e-3,
-    "clip": 1.0,
+    "lora_scale": 4.0,
+    "lora_rate": 1e-3,
+    "kd_steps": 1,
     "warmup": 0,
     "temperature": 1.0,
     "top_p": 1.0,
@@ -73,9 +74,12 @@ SHARED = {
 }
 ARMS = {
     "grpo": {"method": "grpo"},
-    "opsd-reference": {"method": "opsd-reference"},
     "step-critique": {"method": "step-critique"},
     "step-critique, tiny as critic": {"method": "step-critique", "critic": "tiny"},
+    "forward KL, reference": {"method": "step-critique", "context": "reference"},
+    "forward KL, feedback": {"method": "step-critique", "context": "feedback"},
+    "forward KL, rubric": {"method": "step-critique", "context": "rubric"},
+    "opsd-reference": {"method": "opsd-reference"},
     "sdpo": {"method": "sdpo"},
     "sdft": {"method": "sdft"},
     "rcsd": {"method": "rcsd"},
@@ -318,8 +322,8 @@ def shown(estimate, form="+.1f", times=100):
 
 # The published orderings that are looked for, better one first, and where they were published.
 ORDERINGS = (
-    ("step-critique", "opsd-reference", "2606.11173"),
-    ("opsd-reference", "grpo", "2606.11173"),
+    ("step-critique", "forward KL, reference", "2606.11173"),
+    ("forward KL, reference", "grpo", "2606.11173"),
     ("step-critique", "grpo", "2606.11173"),
     ("sdpo", "grpo", "2601.20802"),
     ("rcsd", "opsd-reference", "2606.19327"),
