@@ -256,6 +256,12 @@ class EpisodeOptions:
     seed: int = _option(0, "One seed gives one run.", low=0)
 
 
+CONTEXTS = (
+    *("none", "reference", "step-critique", "feedback", "rubric", "demonstration"),
+    *("sibling", "reflection", "clean", "contrast"),
+)
+
+
 @dataclass(frozen=True)
 class Method:
     """A method of self-distillation: what the self-teacher sees, what is matched, and how.
@@ -269,10 +275,7 @@ class Method:
     context: str = _option(
         "none",
         "What the self-teacher reads beside the problem.",
-        choices=(
-            *("none", "reference", "step-critique", "feedback", "rubric", "demonstration"),
-            *("sibling", "reflection", "clean", "contrast"),
-        ),
+        choices=CONTEXTS,
     )
     objective: str = _option(
         "forward",

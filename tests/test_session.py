@@ -14,12 +14,12 @@ from mlx_fd.config import Config, override, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.session import (
-    check_run_memory,
     _flat,
-    settled,
     check_out,
+    check_run_memory,
     check_same,
     make_plan,
+    settled,
     versions,
 )
 
@@ -53,10 +53,10 @@ def test_names_aresettled_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "gsm8k", "someone/model"):
         (tmp_path / name).mkdir(parents=True)
-    settled = settled(config(expert="./mine/:layers=3", student="someone/else"))
-    assert settled.models.expert == f"{tmp_path}/mine:layers=3"
-    assert settled.models.student == "someone/else"
-    assert settled.problems.problems == "gsm8k"
+    found = settled(config(expert="./mine/:layers=3", student="someone/else"))
+    assert found.models.expert == f"{tmp_path}/mine:layers=3"
+    assert found.models.student == "someone/else"
+    assert found.problems.problems == "gsm8k"
     local = settled(config(expert="someone/model", student="mine", problems="mine/../mine"))
     assert local.models.expert == f"{tmp_path}/someone/model"
     assert local.problems.problems == f"{tmp_path}/mine"

@@ -18,6 +18,8 @@ from mlx_fd.backend import backend
 _LEAST_LOGIT = -1e20
 # Stands in for a probability that float32 cannot hold, so that it has a logarithm.
 _LEAST_PROBABILITY = 1e-37
+# The least that a teacher gives to all tokens but k, for a reverse KL (SDPO's).
+_LEAST_TAIL = 1e-7
 # A row of equal logits has no spread to divide by.
 _LEAST_VARIANCE = 1e-12
 # Squared norms below this count as this, so that a zero vector has a finite gradient.
@@ -306,7 +308,9 @@ def top_k_divergence_rows(
         top = others.max(axis=-1, keepdims=True)
         powers = _exp(others - top)
         total = _sum(powers)
-        rest = mx.maximum(1 - mx.exp(theirs).sum(axis=-1, keepdims=True), 0)
+        # Of a sum of float32 no more is known; a reverse KL would take a 0 at its word.
+        least = _LEAST_TAIL if beta == 1 else 0
+        rest = mx.maximum(1 - mx.exp(theirs).sum(axis=-1, keepdims=True), least)
         value, slope = compare(
             mx.concatenate([ours, top + mx.log(total)], axis=-1),
             mx.concatenate([theirs, mx.log(rest)], axis=-1),

@@ -353,11 +353,10 @@ def weigh(
     if options.objective in _POLICIES or options.policy_weight:
         if options.objective == "echo" and near is not None:
             rewards = _shaped(known, near, options)
-        weight = 1.0 if options.objective in ("grpo", "contrastive") else options.policy_weight
         of_groups = _group_advantages(known, rewards, options)
         found = _policy(known, now, old, mask, of_groups, options, max_tokens)
         losses["policy"], slope, clipped = found
-        pushes = pushes + weight * slope
+        pushes = pushes + policy_share(options) * slope
     mx.eval(matches, pushes)
     return Weighed(
         [row[:n] for row, n in zip(matches, lengths, strict=True)],
@@ -647,12 +646,27 @@ def learn(
     losses = dict(weighed.losses)
     if matches_distributions(options):
         losses = {"match": matched / (options.match_weight or 1.0), **losses}
-    policy_only = options.objective in ("grpo", "contrastive")
-    value = matched + options.match_weight * losses.get("sampled", 0.0)
-    value += (1.0 if policy_only else options.policy_weight) * losses.get("policy", 0.0)
+    value = loss_value(weighed, matched, options)
     norm, skipped = take_step(model, optimizer, slopes, value, training)
     read_tokens = sum(len(item.text.prompt) + len(item.text.target) - 1 for item in texts)
     return Update(losses, value, norm, skipped, read_tokens, weighed.clipped), weighed
+
+
+def loss_value(weighed: Weighed, matched: float, options: Method) -> float:
+    """The loss, of which :func:`total` has the gradient.
+
+    Args:
+        weighed: of all texts.
+        matched: the second of :func:`total`, of all texts.
+        options: the method.
+    """
+    sampled = options.match_weight * weighed.losses.get("sampled", 0.0)
+    return matched + sampled + policy_share(options) * weighed.losses.get("policy", 0.0)
+
+
+def policy_share(options: Method) -> float:
+    """The weight of a policy's loss; nothing is beside it in grpo and contrastive."""
+    return 1.0 if options.objective in ("grpo", "contrastive") else options.policy_weight
 
 
 def echo_weights(echoes: Sequence[Known], options: Method) -> list[mx.array]:
