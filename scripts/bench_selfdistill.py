@@ -85,10 +85,10 @@ ARMS = {
     "rcsd": {"method": "rcsd"},
     "resd": {"method": "resd"},
     "rlcsd": {"method": "rlcsd"},
-    "echodistill": {"method": "echodistill", "noise_level": 0.3},
+    "echodistill": {"method": "echodistill", "noise_level": 0.15},
 }
 PROBLEMS, SAMPLES, LIMIT = 60, 12, 64
-NOISES = (("typed", 0.3), ("transcribed", 0.3))
+NOISES = (("typed", 0.15), ("transcribed", 0.15))
 RARE = 0.25
 
 
