@@ -54,7 +54,7 @@ def _default(name: str) -> Any:
     cls=ConfiguredCommand,
     epilog="""\b
 Examples:
-  mlx-fd self-distill --method step-critique --critic truth         the tiny student, minutes
+  mlx-fd self-distill --method step-critique --critic truth         tiny-base, minutes
   mlx-fd self-distill --method step-critique --critic tiny
   mlx-fd self-distill --method grpo --episodes 64 --seed 1 --out runs/grpo
   mlx-fd self-distill --context feedback --objective jsd --critic truth
@@ -67,8 +67,8 @@ Examples:
     "--preset",
     "preset_name",
     metavar="NAME",
-    help=f"Sizes for a kind of model, over the method's: {', '.join(PRESETS)}. The models tiny and "
-    "tiny-student bring theirs.",
+    help=f"Sizes for a kind of model, over the method's: {', '.join(PRESETS)}. The models "
+    "whose names begin with tiny bring theirs.",
 )
 @click.option(
     "--config",

@@ -14,7 +14,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
 
 CUSTOM = "custom"
-DEFAULT_MODEL = TINY_STUDENT
+DEFAULT_MODEL = TINY_BASE
 
 # What a run of self-distillation changes against the loop's defaults.
 _DEFAULTS: dict[str, Any] = {
@@ -154,7 +154,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "micro_batch": 32,
         "rollout_batch": 128,
         "lora_rank": 16,
-        # With the loop's 20 nothing is learned at this rate, and three times it undoes the model.
+        # With 2 next to nothing is learned at this rate, and three times it undoes the model.
         "lora_scale": 4.0,
         "lora_rate": 1e-3,
         "warmup": 0,

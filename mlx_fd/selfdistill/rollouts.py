@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_fd import roles
 from mlx_fd.config import Config
-from mlx_fd.episode import is_correct
+from mlx_fd.episode import is_correct, seed_of
 from mlx_fd.generation import Conversation, Sampling, Turn, generate, opening, prefill
 from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import Problem
@@ -26,6 +26,18 @@ def as_read(problem: Problem, config: Config) -> str:
     if options.noise == "none":
         return problem.question
     return noisy(problem.question, options.noise, options.noise_level, config.episode.seed)
+
+
+def drawn_as_told(config: Config, seed: int) -> Sampling:
+    """How the student's attempts are drawn."""
+    options = config.selfdistill
+    return Sampling(
+        config.generation.answer_tokens,
+        options.temperature,
+        seed=seed,
+        top_p=options.top_p,
+        top_k=options.top_k,
+    )
 
 
 def attempts_at(
@@ -66,13 +78,7 @@ def attempts_at(
             student,
             [read_once[place] for place in chunk],
             [prompts[place][-1:] for place in chunk],
-            Sampling(
-                config.generation.answer_tokens,
-                options.temperature,
-                seed=seed(number),
-                top_p=options.top_p,
-                top_k=options.top_k,
-            ),
+            drawn_as_told(config, seed(number)),
             keep=False,
             logprobs=True,
             on_token=on_token,
@@ -94,11 +100,11 @@ def _attempt(problem: Problem, question: str, turn: Turn, config: Config) -> Att
 def answers_to(
     student: Loaded,
     messages: Sequence[str],
-    config: Config,
+    sampling: Sampling,
+    size: int,
     on_token: OnToken | None = None,
 ) -> list[Turn]:
-    """Greedy answers to a user's messages."""
-    size = config.selfdistill.rollout_batch
+    """Answers to a user's messages, ``size`` at a time."""
     found = []
     for begin in range(0, len(messages), size):
         prompts = [opening(student.tokenizer, text) for text in messages[begin : begin + size]]
@@ -106,7 +112,7 @@ def answers_to(
             student,
             [Conversation()] * len(prompts),
             prompts,
-            Sampling(config.generation.answer_tokens),
+            sampling,
             keep=False,
             on_token=on_token,
         )
@@ -120,8 +126,13 @@ def right_answers(
     config: Config,
     on_token: OnToken | None = None,
 ) -> list[bool]:
-    """Whether each problem is answered right, greedily, after a message."""
-    turns = answers_to(student, messages, config, on_token)
+    """Whether each problem is answered right after a message, by one answer.
+
+    It is drawn as attempts are, every time with the same seed, so that two looks differ by the
+    model and not by luck.
+    """
+    sampling = drawn_as_told(config, seed_of(config.episode.seed, 0, "held out"))
+    turns = answers_to(student, messages, sampling, config.selfdistill.rollout_batch, on_token)
     return [
         is_correct(roles.final_answer(turn.text, config.generation.answer_filter), problem)
         for turn, problem in zip(turns, problems, strict=True)
@@ -136,7 +147,7 @@ def echoes_of(
     config: Config,
     on_token: OnToken | None = None,
 ) -> list[Known]:
-    """For each group the clean teacher's own answer, with what it expects at each token of it.
+    """For each group the clean teacher's greedy answer, with what it expects at each token of it.
 
     Args:
         student: the model; its adapter is put aside while the teacher writes.
@@ -153,7 +164,11 @@ def echoes_of(
     asked = [view.teacher or view.student for view in firsts]
     tokenizer = student.tokenizer
     with reading_as(student.model, teacher):
-        turns = answers_to(student, asked, config, on_token)
+        turns = answers_to(
+            *(student, asked, Sampling(config.generation.answer_tokens)),
+            config.selfdistill.rollout_batch,
+            on_token,
+        )
         clean = [
             Text(opening(tokenizer, message), turn.tokens)
             for message, turn in zip(asked, turns, strict=True)

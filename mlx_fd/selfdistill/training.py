@@ -68,7 +68,7 @@ class Headroom:
 
     Attributes:
         problems: how many there were.
-        right: problems that the student answers right, greedily.
+        right: problems that the student answers right, by one answer drawn as attempts are.
         mixed: problems with right and with wrong attempts, which policies learn from.
         taught: problems with an attempt that the self-teacher has something to read about.
         without: of those, answered right without the context.
@@ -327,7 +327,7 @@ def views_of(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: int)
 
 
 def _probe(learner: _Learner, problems: Sequence[Problem], batch: int) -> dict[str, float]:
-    """The share of held-out problems that the student answers wrong, greedily."""
+    """The share of held-out problems that the student answers wrong."""
     messages = [answer_prompt(as_read(problem, learner.config)) for problem in problems]
     right = right_answers(
         *(learner.models.reader, problems, messages, learner.config),
