@@ -174,8 +174,8 @@ def page(target: str, rows: Sequence[Summary], scored: Sequence[Scored]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>mlx-fd advantage: {escape(target)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>Where each context puts its mass: {escape(target)}</h1>"
+        f"<title>mlx-fd advantage: {visible(target)}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>Where each context puts its mass: {visible(target)}</h1>"
         f"{_table(rows)}<ul>{listed}</ul>{_METHOD}"
         f"{''.join(map(_attempt, chosen(scored)))}</body></html>\n"
     )
