@@ -246,13 +246,14 @@ def write_card(folder: Path, figures: dict) -> None:
     steps, tokens, seconds = (
         sum(stage[unit] for stage in figures["training"]) for unit in ("steps", "tokens", "seconds")
     )
+    stages = len(figures["training"])
     lines = [
         "# tiny base",
         "",
         f"A llama of {figures['parameters']:,} parameters, cut out of the tiny expert and trained "
         f"by `scripts/train_selfdistill_base.py`: {steps:,} steps, {tokens:,} "
         f"tokens (padding included), {seconds:,} s on a busy CPU, seed {figures['seed']}"
-        f"{', in two stages (--init)' if len(figures['training']) > 1 else ''}. "
+        f"{f', in {stages} stages (--init)' if stages > 1 else ''}. "
         f"{RECIPE.purpose} The weights are quantised to {BITS} bits in groups of {GROUP}.",
         "",
         "Problems solved, sampled at temperature 1, without a context and with each; share and "

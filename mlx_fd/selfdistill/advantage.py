@@ -181,7 +181,10 @@ def score(
     scored = []
     for attempt, advantages in zip(attempts, found, strict=True):
         pieces = pieces_of(tokenizer, attempt.tokens)
-        span = arithmetic.error_span(attempt.problem.solution, "".join(pieces))
+        # The end of the turn is no part of the last line.
+        ended = attempt.tokens[-1] in tokenizer.eos_token_ids
+        text = "".join(pieces[:-1] if ended else pieces)
+        span = arithmetic.error_span(attempt.problem.solution, text)
         scored.append(Scored(attempt, pieces, parts_of(pieces, span), advantages))
     return scored
 

@@ -43,6 +43,15 @@ th { font-weight: 600; } small, .soft { color: var(--soft); font-weight: 400; }
 .a3 { background: rgba(var(--against), .45); } .a4 { background: rgba(var(--against), .6); }
 """
 
+_LEGEND = '<span class="tokens">{}</span>'.format(
+    " ".join(
+        [
+            *(f'<span class="a{k}">-{SHADES[k - 1]:g} or less</span>' for k in (4, 3, 2, 1)),
+            "near 0",
+            *(f'<span class="f{k}">{SHADES[k - 1]:g} or more</span>' for k in (1, 2, 3, 4)),
+        ]
+    )
+)
 _METHOD = f"""
 <p>One model reads each attempt twice: after the question, and after the question with a context.
 A token's advantage is log&nbsp;p(token | question, context) - log&nbsp;p(token | question), in
@@ -55,13 +64,8 @@ Beside it, its share of their tokens: what a context gives that spreads its mass
 wrong step, the share whose advantage is below -0.01.</li>
 <li>In brackets 95 % bootstrap intervals over problems.</li>
 </ul>
-<p>Colours: <span class="tokens"><span class="a4">below -{SHADES[3]:g}</span>
-<span class="a3">-{SHADES[2]:g}</span> <span class="a2">-{SHADES[1]:g}</span>
-<span class="a1">-{SHADES[0]:g}</span> near 0 <span class="f1">{SHADES[0]:g}</span>
-<span class="f2">{SHADES[1]:g}</span> <span class="f3">{SHADES[2]:g}</span>
-<span class="f4">above {SHADES[3]:g}</span></span>. The <span class="tokens"><span
-class="wrong">first wrong step</span></span> is underlined. Under each attempt the same stands in
-words.</p>
+<p>Colours: {_LEGEND}. The <span class="tokens"><span class="wrong">first wrong step</span></span>
+is underlined. Under each attempt the same stands in words.</p>
 """
 
 
@@ -174,8 +178,8 @@ def page(target: str, rows: Sequence[Summary], scored: Sequence[Scored]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>mlx-fd advantage: {escape(target)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>Where each context puts its mass: {escape(target)}</h1>"
+        f"<title>mlx-fd advantage: {visible(target)}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>Where each context puts its mass: {visible(target)}</h1>"
         f"{_table(rows)}<ul>{listed}</ul>{_METHOD}"
         f"{''.join(map(_attempt, chosen(scored)))}</body></html>\n"
     )
