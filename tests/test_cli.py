@@ -525,8 +525,8 @@ def no_mlx(tmp_path) -> dict[str, str]:
     return {"PYTHONPATH": str(package.parent)}
 
 
-# compare runs engines that need no MLX; it has a test of its own.
-@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"compare"}))
+# compare runs engines that need no MLX, and pareto reads files; they have tests of their own.
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"compare", "pareto"}))
 def test_without_a_backend_every_command_says_what_to_install(command, no_mlx, finished, tmp_path):
     arguments = {
         "resume": [finished],
