@@ -49,7 +49,7 @@ def test_the_tokens_of_the_pair_are_where_they_were():
 def test_the_base_answers_better_with_a_context_and_not_well_without(script):
     figures = json.loads((resolve("tiny-base") / "figures.json").read_text())
     shares = {k: v["right"] / v["of"] for k, v in figures["splits"]["test"].items()}
-    assert 0.25 < shares["none"] < 0.6
+    assert 0.3 < shares["none"] < 0.7
     for name in ("reference", "step-critique", "feedback", "demonstration", "sibling"):
         assert shares[name] > shares["none"] + 0.1, name
     seen = script.evaluate(load(resolve("tiny-base")), "test", 40)
@@ -83,5 +83,5 @@ def test_the_script_trains(tmp_path):
         capture_output=True,
     )
     made = load(tmp_path / "base")
-    assert made.vocab == load_tokenizer(resolve("tiny-base")).vocab_size
+    assert made.vocab == load(resolve("tiny-base")).vocab
     assert "| step-critique |" in (tmp_path / "base" / "README.md").read_text()
