@@ -149,6 +149,15 @@ class LossOptions:
         low=0,
         high=1,
     )
+    student_context: str = _option(
+        "none",
+        "Match the student, on its own answers, to itself reading what the expert made of them: "
+        "its feedback, or its revision (step-critique). Needs answers_by = student.",
+        choices=("none", "feedback", "step-critique"),
+    )
+    student_context_weight: float = _option(
+        1.0, "Weight of that divergence beside the other losses.", low=0.001
+    )
     scales: tuple[float, ...] = _option(
         (), "Fixed factor of each loss, in the order of `losses`; empty: 1 / the loss at the start."
     )
@@ -269,6 +278,144 @@ class EpisodeOptions:
     seed: int = _option(0, "One seed gives one run.", low=0)
 
 
+CONTEXTS = (
+    *("none", "reference", "step-critique", "feedback", "rubric", "demonstration"),
+    *("sibling", "reflection", "clean", "contrast"),
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of self-distillation: what the self-teacher sees, what is matched, and how.
+
+    ``mlx_fd.selfdistill.methods`` has the published ones.
+    """
+
+    method: str = _option(
+        "", "The published method this began as, or custom; empty: no self-distillation."
+    )
+    context: str = _option(
+        "none",
+        "What the self-teacher reads beside the problem.",
+        choices=CONTEXTS,
+    )
+    objective: str = _option(
+        "forward",
+        "What is matched: a divergence of the next-token distributions, forward KL(teacher || "
+        "student), reverse, or jsd; the policy gradient with the teacher's advantage of each drawn "
+        "token (sampled) or the group's (grpo, contrastive); or EchoDistill's sum (echo).",
+        choices=("forward", "reverse", "jsd", "sampled", "grpo", "contrastive", "echo"),
+    )
+    critic: str = _option(
+        "",
+        "Frozen model that writes critiques, feedback and reflections; truth: the generator's own, "
+        "with --problems arithmetic. Empty: none.",
+    )
+    critic_sees: str = _option(
+        "reference",
+        "What the critic mends an attempt with: the reference solution, or the problem alone, in "
+        "the loop's roles (feedback, then revision), which is what the model tiny knows.",
+        choices=("reference", "problem"),
+    )
+    reference_style: str = _option(
+        "solution",
+        "How reference solutions of generated problems are shown: as they stand, which is how "
+        "attempts are written, too, or in prose, as another author would write them.",
+        choices=("solution", "prose"),
+    )
+    noise: str = _option(
+        "none",
+        "Noise on the question that the student reads.",
+        choices=("none", "typed", "transcribed"),
+    )
+    noise_level: float = _option(0.3, "Share of its words that are hit.", low=0, high=1)
+    rollouts: int = _option(1, "Attempts at each problem.", low=1)
+    rollout_batch: int = _option(64, "Attempts written side by side.", low=1)
+    temperature: float = _option(
+        1.0, "Sampling temperature of attempts, and of the distributions in the loss.", low=0.01
+    )
+    top_p: float = _option(
+        1.0,
+        "Draw attempts from the likeliest tokens that together have this probability.",
+        low=0.01,
+        high=1,
+    )
+    top_k: int = _option(0, "Draw attempts from the k likeliest tokens; 0: from all.", low=0)
+    self_teacher: str = _option(
+        "base",
+        "Weights of the self-teacher: base, the adapter off; ema, the adapter's moving average; "
+        "current; snapshot, the adapter as it was some updates ago.",
+        choices=("base", "ema", "current", "snapshot"),
+    )
+    teacher_rate: float = _option(
+        0.05, "Share of the student in the moving average at each update.", low=0, high=1
+    )
+    teacher_every: int = _option(10, "Updates between two snapshots.", low=1)
+    jsd_beta: float = _option(
+        0.5, "The teacher's share in the mixture of jsd.", low=0.001, high=0.999
+    )
+    support: str = _option(
+        "all",
+        "Tokens whose probabilities are compared: all, or the likeliest of teacher or student.",
+        choices=("all", "teacher", "student"),
+    )
+    support_k: int = _option(100, "How many, where not all.", low=1)
+    tail: bool = _option(
+        True, "Compare what all other tokens have together, too; else renormalise without them."
+    )
+    token_clip: float = _option(
+        0.0, "Most that one token of the vocabulary adds to a divergence; 0: no limit.", low=0
+    )
+    skip_tokens: int = _option(0, "First tokens of an attempt that nothing is matched on.", low=0)
+    stale_cap: float = _option(
+        0.0,
+        "Weigh tokens by how much likelier they are now than when drawn, at most this; 0: do not.",
+        low=0,
+    )
+    match_weight: float = _option(1.0, "Weight of what is matched.", low=0)
+    policy_weight: float = _option(
+        0.0, "Weight of GRPO's loss beside it; grpo and contrastive have nothing but that.", low=0
+    )
+    advantage_scale: str = _option(
+        "group",
+        "What a group's advantages are divided by: the standard deviation of the group, of the "
+        "batch, or none (Dr. GRPO).",
+        choices=("group", "batch", "none"),
+    )
+    ratio_low: float = _option(0.2, "A policy's ratio is cut at 1 - this.", low=0, high=1)
+    ratio_high: float = _option(0.2, "A policy's ratio is cut at 1 + this.", low=0)
+    ratio_cap: float = _option(
+        0.0, "Largest ratio where the advantage is negative; 0: no limit.", low=0
+    )
+    ratio_level: str = _option(
+        "token",
+        "Whose ratio it is: each token's, or the attempt's (GSPO).",
+        choices=("token", "sequence"),
+    )
+    reference_weight: float = _option(
+        0.0, "Weight of the KL to the base model in a policy's loss (k3).", low=0
+    )
+    aggregate: str = _option(
+        "dapo",
+        "How a policy's loss is averaged: grpo over attempts of their means, dapo and bnpo over "
+        "all tokens, dr_grpo over attempts times --answer-tokens.",
+        choices=("grpo", "bnpo", "dr_grpo", "dapo"),
+    )
+    drop_unfinished: bool = _option(
+        False, "Attempts that ended at the token limit have no part in a policy's loss."
+    )
+    wrong_hints: int = _option(4, "Most wrong hints for one attempt.", low=1)
+    contrast_tau: float = _option(0.02, "Softness of the contrast.", low=1e-6)
+    contrast_scale: float = _option(0.5, "How far the contrast moves an advantage.", low=0)
+    contrast_clip: float = _option(2.0, "Bound of that.", low=0)
+    contrast_gate: float = _option(0.02, "Least move that selects a token.", low=0)
+    contrast_weight: float = _option(1.0, "Weight of the selected tokens' mean.", low=0)
+    near_bonus: float = _option(
+        0.5, "Reward for right attempts of a student that is near the clean teacher (echo).", low=0
+    )
+    warmup: int = _option(0, "Updates over which the learning rate rises.", low=0)
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that decides what a run does; saved with it as ``config.toml``."""
@@ -280,6 +427,12 @@ class Config:
     gate: GateOptions = field(default_factory=GateOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     episode: EpisodeOptions = field(default_factory=EpisodeOptions)
+    selfdistill: Method = field(default_factory=Method)
+
+    @property
+    def self_distils(self) -> bool:
+        """Whether this is a run of ``mlx-fd self-distill``."""
+        return bool(self.selfdistill.method)
 
 
 @dataclass(frozen=True)
@@ -470,6 +623,11 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
         },
     )
     losses, gate = config.losses, config.gate
+    if losses.student_context != "none" and config.generation.answers_by != "student":
+        raise UserError(
+            f"{where}: student_context is about the student's own answers; set answers_by to "
+            "student, or student_context to none."
+        )
     if losses.teacher_top_k and losses.standardize_logits:
         raise UserError(
             f"{where}: standardize_logits needs whole distributions; set teacher_top_k to 0."
@@ -524,7 +682,10 @@ def read(path: Path, config: Config | None = None) -> Config:
 
 def to_toml(config: Config) -> str:
     """The configuration as TOML that :func:`read` gives back unchanged."""
-    return tomli_w.dumps(dataclasses.asdict(config))
+    tables = dataclasses.asdict(config)
+    if config.selfdistill == Method():
+        del tables["selfdistill"]
+    return tomli_w.dumps(tables)
 
 
 def preset(name: str, config: Config | None = None) -> Config:

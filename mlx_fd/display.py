@@ -50,8 +50,8 @@ def _estimate(value: Mapping[str, float | None], sign: str = "") -> str:
     """A number with its 95 % interval."""
     if value["value"] is None:
         return "-"
-    number = format(value["value"], f"{sign}.3f")
-    return f"{number} [{_number(value['low'], '.3f')}, {_number(value['high'], '.3f')}]"
+    middle = format(value["value"], f"{sign}.3f")
+    return f"{middle} [{number(value['low'], '.3f')}, {number(value['high'], '.3f')}]"
 
 
 def duration(seconds: float) -> str:
@@ -64,7 +64,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _number(value: float | None, form: str = ".3g") -> str:
+def number(value: float | None, form: str = ".3g") -> str:
+    """A number, or a dash where there is none."""
     return "-" if value is None else format(value, form)
 
 
@@ -75,6 +76,10 @@ class Display:
         console: where to print; a terminal gets the live panel.
         quiet: print warnings only.
     """
+
+    title = "mlx-fd loop"
+    counted = "episodes"
+    step_names: Mapping[str, str] = STEP_NAMES
 
     def __init__(self, console: Console, *, quiet: bool = False):
         self._console = console
@@ -89,7 +94,7 @@ class Display:
         self._last: BatchDone | None = None
         self._reason = "waiting for the first batch"
         self._bar = Progress(
-            TextColumn("episodes"),
+            TextColumn(self.counted),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -150,8 +155,18 @@ class Display:
 
     def _take_batch(self, event: BatchDone) -> None:
         if self._done_at_begin is None:
-            self._done_at_begin = event.done - len(event.rows)
+            self._done_at_begin = self._begun_at(event)
         self._last = event
+        self._count(event)
+        eta = self._eta(event)
+        self._bar.update(self._task, total=event.total, completed=event.done, eta=f"ETA {eta}")
+        if self._live is None:
+            self._say(self._line(event, eta))
+
+    def _begun_at(self, event: BatchDone) -> int:
+        return event.done - len(event.rows)
+
+    def _count(self, event: BatchDone) -> None:
         self._seen += len(event.rows)
         self._right_before += sum(row["correct_before"] for row in event.rows)
         self._right_after += sum(row["correct_after"] for row in event.rows)
@@ -162,10 +177,6 @@ class Display:
             self._reason = stop["reason"]
         elif event.rows:
             self._reason = event.rows[-1]["gate"]["reason"]
-        eta = self._eta(event)
-        self._bar.update(self._task, total=event.total, completed=event.done, eta=f"ETA {eta}")
-        if self._live is None:
-            self._say(self._line(event, eta))
 
     def _eta(self, event: BatchDone) -> str:
         done = event.done - (self._done_at_begin or 0)
@@ -185,7 +196,7 @@ class Display:
             "frozen" if event.metrics["frozen"] else f"distilled {event.metrics['lagging']}"
         )
         if losses:
-            parts.append(" ".join(f"{name} {_number(value)}" for name, value in losses.items()))
+            parts.append(" ".join(f"{name} {number(value)}" for name, value in losses.items()))
         skipped = sum(update["skipped"] for update in updates)
         if skipped:
             parts.append(f"{skipped} steps skipped: not finite")
@@ -195,15 +206,16 @@ class Display:
         assert self._last is not None
         found = [row[f"{who}_feedback"] for row in self._last.rows]
         scores = [item["score"] for item in found if item and item["score"] is not None]
-        return _number(sum(scores) / len(scores), "+.2f") if scores else "-"
+        return number(sum(scores) / len(scores), "+.2f") if scores else "-"
+
+    def _step_line(self) -> Text:
+        elapsed = max(time.monotonic() - self._step_begin, 1e-9)
+        step = self.step_names.get(self._step, "loading")
+        rate = self._step_tokens / elapsed
+        return Text(f"{step}: {self._step_tokens} tokens, {rate:.1f} a second")
 
     def _panel(self) -> RenderableType:
-        elapsed = max(time.monotonic() - self._step_begin, 1e-9)
-        step = STEP_NAMES.get(self._step, "loading")
-        rows: list[RenderableType] = [
-            self._bar,
-            Text(f"{step}: {self._step_tokens} tokens, {self._step_tokens / elapsed:.1f} a second"),
-        ]
+        rows: list[RenderableType] = [self._bar, self._step_line()]
         if self._losses_first:
             weights = self._last.metrics["weights"] if self._last else {}
             table = Table(box=None, padding=(0, 2), header_style="dim")
@@ -212,9 +224,9 @@ class Display:
             for name, first in self._losses_first.items():
                 table.add_row(
                     name,
-                    _number(first),
-                    _number(self._losses_last.get(name)),
-                    _number(weights.get(name), ".2f"),
+                    number(first),
+                    number(self._losses_last.get(name)),
+                    number(weights.get(name), ".2f"),
                 )
             rows.append(table)
         if self._last is not None:
@@ -228,7 +240,7 @@ class Display:
                     f" ({self._reason})",
                 )
             )
-        return Panel(Group(*rows), title="mlx-fd loop", title_align="left", border_style="dim")
+        return Panel(Group(*rows), title=self.title, title_align="left", border_style="dim")
 
 
 class Steps:
@@ -287,11 +299,11 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     for name, before in summary["probe"]["before"].items():
         after = summary["probe"]["after"].get(name)
         change = "" if after is None or not before else f" ({after / before - 1:+.1%})"
-        table.add_row(f"{name} loss, held out", f"{before:.4g} -> {_number(after, '.4g')}{change}")
+        table.add_row(f"{name} loss, held out", f"{before:.4g} -> {number(after, '.4g')}{change}")
     gap = summary["score_gap"]
     table.add_row(
         "gap of the scores",
-        f"{_number(gap['first_half'])} in the first half, {_number(gap['second_half'])} in the "
+        f"{number(gap['first_half'])} in the first half, {number(gap['second_half'])} in the "
         f"second (n {gap['n']})",
     )
     updates = summary["updates"]

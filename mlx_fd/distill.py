@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -372,6 +373,8 @@ def update(
     loss_options: LossOptions,
     training: TrainingOptions,
     vocab: int,
+    also: Callable[[], tuple[Any, float]] | None = None,
+    also_weight: float = 1.0,
 ) -> Update:
     """One optimiser step on the weighted losses.
 
@@ -388,6 +391,9 @@ def update(
         loss_options: which losses, and how.
         training: clipping, micro-batch and checkpointing.
         vocab: tokens the two models share.
+        also: gives the gradient of one more loss by the language model's weights, and that loss,
+            which is called ``self``.
+        also_weight: what it counts.
     """
     begin = time.perf_counter()
     norms = counts(samples, loss_options)
@@ -400,9 +406,9 @@ def update(
         )
         return total * scale, sums
 
-    scale = _loss_scale(student)
+    scale = loss_scale(student.model)
     step = nn.value_and_grad(student, weighted)
-    gradients = None
+    gradients: Any = None
     total = 0.0
     values = dict.fromkeys(norms, 0.0)
     for chunk in _chunks(samples, training.micro_batch):
@@ -412,22 +418,50 @@ def update(
         total += float(value) / scale
         for name, (loss, _) in sums.items():
             values[name] += float(loss)
-    gradients = tree_map(lambda gradient: gradient / scale, gradients)
-    clipped, norm = optim.clip_grad_norm(gradients, training.clip or math.inf)
-    gradient_norm = float(norm)
     losses = {name: values[name] / norms[name] for name in norms if norms[name]}
-    skipped = not (math.isfinite(total) and math.isfinite(gradient_norm))
-    if not skipped:
-        optimizer.update(student, clipped)
-        mx.eval(student.trainable_parameters(), optimizer.state)
+    gradients = tree_map(lambda gradient: gradient / scale, gradients)
+    if also is not None:
+        slopes, losses["self"] = also()
+        gradients["model"] = tree_map(
+            lambda own, more: own + also_weight * more, gradients["model"], slopes
+        )
+        total += also_weight * losses["self"]
+    gradient_norm, skipped = take_step(student, optimizer, gradients, total, training)
     tokens = sum(len(s.prompt) + len(s.target) - 1 for s in samples)
     seconds = time.perf_counter() - begin
     return Update(losses, total, gradient_norm, skipped, tokens, seconds)
 
 
-def _loss_scale(student: Student) -> float:
+def take_step(
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    gradients: Any,
+    total: float,
+    training: TrainingOptions,
+) -> tuple[float, bool]:
+    """Change a model's weights by their gradients, clipped; not where something is not finite.
+
+    Args:
+        model: changed in place.
+        optimizer: of its trainable weights.
+        gradients: of the same, as a tree.
+        total: the loss.
+        training: the largest norm.
+
+    Returns:
+        The gradients' norm before clipping, and whether the step was skipped.
+    """
+    clipped, norm = optim.clip_grad_norm(gradients, training.clip or math.inf)
+    skipped = not (math.isfinite(total) and math.isfinite(float(norm)))
+    if not skipped:
+        optimizer.update(model, clipped)
+        mx.eval(model.trainable_parameters(), optimizer.state)
+    return float(norm), skipped
+
+
+def loss_scale(model: nn.Module) -> float:
     """Keeps small gradients of a float16 model above what float16 can hold; 1 for other types."""
-    weights = tree_flatten(student.model.parameters())
+    weights = tree_flatten(model.parameters())
     return _FLOAT16_SCALE if any(value.dtype == mx.float16 for _, value in weights) else 1.0
 
 

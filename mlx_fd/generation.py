@@ -49,6 +49,8 @@ class Turn:
         finished: whether the model ended the turn itself (else the token limit did).
         conversation: the conversation up to and with this turn.
         prefilled: prompt tokens that had to be run through the model for it.
+        logprobs: where they were asked for, the log-probability of each token when it was drawn, of
+            the whole vocabulary at the sampling temperature (1 where that is 0).
     """
 
     text: str
@@ -56,16 +58,28 @@ class Turn:
     finished: bool
     conversation: Conversation
     prefilled: int
+    logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw tokens; temperature 0 is greedy, a repetition penalty of 1 is none."""
+    """How to draw tokens.
+
+    Attributes:
+        max_tokens: the most to write.
+        temperature: 0 is greedy.
+        repetition_penalty: 1 is none.
+        seed: of the draws.
+        top_p: draw among the likeliest tokens that together have this probability; 1: all.
+        top_k: draw among the k likeliest; 0: all.
+    """
 
     max_tokens: int
     temperature: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 def opening(tokenizer: Any, message: str) -> tuple[int, ...]:
@@ -165,6 +179,7 @@ def generate(
     *,
     reuse: bool = True,
     keep: bool = True,
+    logprobs: bool = False,
     on_token: Callable[[int], None] | None = None,
 ) -> list[Turn]:
     """Let the model write the next turn of each conversation.
@@ -177,6 +192,7 @@ def generate(
         reuse: go on from the conversations' caches, all together; ``False`` takes them one by one
             and prefills everything.
         keep: keep the caches, to go on from the turns; not where nobody will.
+        logprobs: keep the tokens' log-probabilities.
         on_token: called with the number of tokens written in each step, for progress.
 
     Returns:
@@ -187,10 +203,20 @@ def generate(
     mx.random.seed(sampling.seed)
     if not reuse:
         return [
-            _generate(loaded, [Conversation(old.tokens)], [prompt], sampling, False, on_token)[0]
+            _generate(
+                *(loaded, [Conversation(old.tokens)], [prompt], sampling),
+                keep_cache=False,
+                logprobs=logprobs,
+                on_token=on_token,
+            )[0]
             for old, prompt in zip(conversations, prompts, strict=True)
         ]
-    return _generate(loaded, conversations, prompts, sampling, keep, on_token)
+    return _generate(
+        *(loaded, conversations, prompts, sampling),
+        keep_cache=keep,
+        logprobs=logprobs,
+        on_token=on_token,
+    )
 
 
 def _generate(
@@ -198,7 +224,9 @@ def _generate(
     conversations: Sequence[Conversation],
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
+    *,
     keep_cache: bool,
+    logprobs: bool,
     on_token: Callable[[int], None] | None,
 ) -> list[Turn]:
     eos = set(loaded.tokenizer.eos_token_ids)
@@ -212,7 +240,7 @@ def _generate(
         for old in conversations
     ]
     penalty = sampling.repetition_penalty
-    draw = make_sampler(temp=sampling.temperature)
+    draw = _sampler(sampling)
     generator = BatchGenerator(
         loaded.model,
         stop_tokens=[[token] for token in eos],
@@ -229,6 +257,7 @@ def _generate(
     written: dict[int, list[int]] = {}
     finished: dict[int, bool] = {}
     kept: dict[int, Cache] = {}
+    known: dict[int, list[float]] = {}
     try:
         # The generator merges caches into new arrays, so conversations stay as they are.
         uids = generator.insert(
@@ -238,6 +267,8 @@ def _generate(
             all_tokens=cached,
         )
         while responses := generator.next_generated():
+            if logprobs:
+                _keep_logprobs(responses, sampling.temperature or 1.0, loaded.vocab, known)
             for response in responses:
                 written.setdefault(response.uid, []).append(response.token)
                 if response.finish_reason is not None:
@@ -261,6 +292,35 @@ def _generate(
                 finished=finished[uid],
                 conversation=Conversation((*old.tokens, *prompt, *tokens), kept.get(uid)),
                 prefilled=len(start),
+                logprobs=tuple(known.get(uid, ())),
             )
         )
     return turns
+
+
+def _sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
+    """Draws tokens from rows of log-probabilities [n, V]."""
+    warmth = sampling.temperature
+    if not warmth or (sampling.top_p == 1 and not sampling.top_k):
+        return make_sampler(temp=warmth)
+    # Elsewhere, and so in every published setting, the temperature comes before what is cut off.
+    draw = make_sampler(temp=1.0, top_p=sampling.top_p, top_k=sampling.top_k)
+
+    def tempered(rows: mx.array) -> mx.array:
+        rows = rows.astype(mx.float32) / warmth
+        return draw(rows - mx.logsumexp(rows, axis=-1, keepdims=True))
+
+    return tempered
+
+
+def _keep_logprobs(
+    responses: Sequence[Any], temperature: float, vocab: int, known: dict[int, list[float]]
+) -> None:
+    """Add the log-probability of each response's token to what is known of its turn."""
+    rows = mx.stack([response.logprobs[:vocab] for response in responses]).astype(mx.float32)
+    rows = rows / temperature
+    tokens = mx.array([response.token for response in responses])
+    drawn = mx.take_along_axis(rows, tokens[:, None], axis=-1).squeeze(-1)
+    values: Any = (drawn - mx.logsumexp(rows, axis=-1)).tolist()
+    for response, value in zip(responses, values, strict=True):
+        known.setdefault(response.uid, []).append(value)

@@ -50,6 +50,7 @@ from mlx_fd.phases import PhaseSchedule, combined, phase_weights
 from mlx_fd.probe import Probe, load_probe, make_probe, save_probe
 from mlx_fd.problems import Problem
 from mlx_fd.samples import Sample, decides, read_text, sample_of, solution_of
+from mlx_fd.selfdistill.in_loop import Lessons, lessons, term
 from mlx_fd.summary import summarise, warnings_of
 from mlx_fd.teacher_cache import TeacherCache
 
@@ -208,7 +209,7 @@ def run(
             return None
 
     last = probe.losses(pair, config)
-    progress = _with_probe(progress, last)
+    progress = with_probe(progress, last)
     with runs.explained(folder):
         _save(folder, progress, pair, optimizer, config)
         summary = summarise(
@@ -275,7 +276,7 @@ def _check_finite(losses: dict[str, float], batch: int, config: Config) -> None:
     )
 
 
-def _with_probe(progress: Progress, losses: dict[str, float]) -> Progress:
+def with_probe(progress: Progress, losses: dict[str, float]) -> Progress:
     """The state after a look at the probe set."""
     known = [name for name in losses if progress.probe_first.get(name, 0) > 0]
     if known:
@@ -401,7 +402,10 @@ def _batch(
             if is_correct(final.final, problems[place])
         ]
     weights = _weights(state, learner, number)
-    updates = _distil(learner, samples, weights, progress.scales, told)
+    own = None
+    if config.losses.student_context != "none":
+        own = lessons([outcomes[place] for place in lagging], config.losses.student_context)
+    updates = _distil(learner, samples, weights, progress.scales, told, own)
     after = {
         place: measure(pair.student, pair.expert, [r.sample], config.losses, pair.vocab, 1)
         for place, r in readings.items()
@@ -489,7 +493,7 @@ def _after(
         progress.gate, losses, config.gate, cost=float(progress.spent)
     )
     progress = dataclasses.replace(progress, gate=state, spent=0)
-    return _with_probe(progress, losses), decision
+    return with_probe(progress, losses), decision
 
 
 def _metrics(
@@ -534,11 +538,18 @@ def _distil(
     weights: dict[str, float],
     scales: dict[str, float],
     told: Callable[[str, int], None],
+    own: Lessons | None = None,
 ) -> list[Update]:
+    """The batch's optimiser steps; ``own`` is what the student learns from itself."""
     if not samples:
         return []
     pair, config = learner.pair, learner.config
     scaled = {name: weights[name] * scales[name] for name in config.losses.losses}
+
+    def itself() -> tuple[Any, float]:
+        assert own is not None
+        return term(pair.reader, own, config.training)
+
     done = []
     for _ in range(config.training.kd_steps):
         done.append(
@@ -551,21 +562,24 @@ def _distil(
                 config.losses,
                 config.training,
                 pair.vocab,
+                itself if own is not None and own.attempts else None,
+                config.losses.student_context_weight,
             )
         )
         told("distil", sum(len(sample.target) for sample in samples))
     return done
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """The value, or ``None`` where JSON has no number for it."""
     return value if math.isfinite(value) else None
 
 
 def _update_row(update: Update) -> dict[str, Any]:
     return {
-        "losses": {name: _finite(value) for name, value in update.losses.items()},
-        "total": _finite(update.total),
-        "gradient_norm": _finite(update.gradient_norm),
+        "losses": {name: finite(value) for name, value in update.losses.items()},
+        "total": finite(update.total),
+        "gradient_norm": finite(update.gradient_norm),
         "skipped": update.skipped,
         "tokens": update.tokens,
     }
@@ -578,6 +592,6 @@ def _gate_row(reading: _Seen | None, after: dict[str, float] | None) -> dict[str
         "distilled": reading.decision.distil,
         "reason": reading.decision.reason,
         "on_policy": reading.sample.on_policy,
-        "losses_before": {name: _finite(value) for name, value in reading.losses.items()},
+        "losses_before": {name: finite(value) for name, value in reading.losses.items()},
         "losses_after": after,
     }

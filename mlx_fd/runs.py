@@ -27,7 +27,8 @@ MANIFEST = "manifest.json"
 EPISODES = "episodes.jsonl"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
-LOGS = (EPISODES, METRICS, SAMPLES)
+ATTEMPTS = "attempts.jsonl"
+LOGS = (EPISODES, METRICS, SAMPLES, ATTEMPTS)
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 TEACHER = "teacher"
@@ -154,8 +155,14 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def create(folder: Path, config_toml: str, manifest: dict[str, Any]) -> None:
+def create(folder: Path, config_toml: str, manifest: dict[str, Any], readme: str = _README) -> None:
     """Make a run directory.
+
+    Args:
+        folder: where; it is made.
+        config_toml: the configuration.
+        manifest: what the run is made of.
+        readme: what explains the files.
 
     Raises:
         UserError: there is something in it already, or it cannot be written.
@@ -163,7 +170,7 @@ def create(folder: Path, config_toml: str, manifest: dict[str, Any]) -> None:
     check_new(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
-    write_atomic(folder / "README.md", _README)
+    write_atomic(folder / "README.md", readme)
     write_atomic(folder / CONFIG, config_toml)
     # Last: a folder with a manifest is a run.
     write_json(folder / MANIFEST, manifest)

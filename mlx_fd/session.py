@@ -69,7 +69,7 @@ def make_plan(config: Config) -> Plan:
     Raises:
         UserError: a name, file, pair of models or amount of memory that will not do.
     """
-    config = _settled(config)
+    config = settled(config)
     options = config.problems
     problem_sets.check_split(options.split, options.train_on_test)
     # Problems first: a model may be a download of hours.
@@ -81,7 +81,6 @@ def make_plan(config: Config) -> Plan:
     student_path = resolve(config.models.student)
 
     from mlx_fd.backend import backend
-    from mlx_fd.models.loading import content_hash
     from mlx_fd.models.pairing import check_pair
 
     pairing = check_pair(expert_path, student_path)
@@ -89,31 +88,8 @@ def make_plan(config: Config) -> Plan:
     if "attention" in config.losses.losses:
         _check_attention(expert_path, student_path)
     questions = [problem.question for problem in (*probe, *chosen)]
-    _check_memory(expert_path, student_path, questions, config, here.on_cpu)
-    manifest = {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "backend": {"device": here.device, "blas": here.blas, "threads": _threads()},
-        "seed": config.episode.seed,
-        "expert": {
-            "name": config.models.expert,
-            "path": str(expert_path),
-            "sha256": content_hash(expert_path),
-        },
-        "student": {
-            "name": config.models.student,
-            "path": str(student_path),
-            "sha256": content_hash(student_path),
-        },
-        "problems": {
-            "name": found.name,
-            "split": found.split,
-            "sha256": found.sha256,
-            "skipped_rows": found.skipped,
-        },
-        "shared_vocabulary": pairing.shared_vocab,
-        "options": _flat(config),
-    }
+    check_run_memory(expert_path, student_path, questions, config, here.on_cpu)
+    manifest = manifest_of(config, expert_path, student_path, found, pairing.shared_vocab)
     notes = list(pairing.warnings)
     if found.skipped:
         notes.append(f"{found.skipped} rows of {found.name} could not be read and are left out")
@@ -129,7 +105,50 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def _settled(config: Config) -> Config:
+def manifest_of(
+    config: Config,
+    expert: Path | None,
+    student: Path,
+    found: problem_sets.ProblemSet,
+    vocab: int,
+) -> dict[str, Any]:
+    """What ``manifest.json`` holds.
+
+    Args:
+        config: of the run.
+        expert: the expert's directory (of self-distillation, the critic's), if there is one.
+        student: the student's.
+        found: the problems that the run's were drawn from.
+        vocab: tokens that student and expert share.
+    """
+    from mlx_fd.backend import backend
+    from mlx_fd.models.loading import content_hash
+
+    def model(name: str, path: Path | None) -> dict[str, str]:
+        if path is None:
+            return {"name": name, "path": "", "sha256": ""}
+        return {"name": name, "path": str(path), "sha256": content_hash(path)}
+
+    here = backend()
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "backend": {"device": here.device, "blas": here.blas, "threads": _threads()},
+        "seed": config.episode.seed,
+        "expert": model(config.selfdistill.critic or config.models.expert, expert),
+        "student": model(config.models.student, student),
+        "problems": {
+            "name": found.name,
+            "split": found.split,
+            "sha256": found.sha256,
+            "skipped_rows": found.skipped,
+        },
+        "shared_vocabulary": vocab,
+        "options": _flat(config),
+    }
+
+
+def settled(config: Config) -> Config:
     """The configuration that means the same wherever and whenever it is read again.
 
     The default student is named, and files and directories of this machine get their whole path.
@@ -145,7 +164,9 @@ def _settled(config: Config) -> Config:
     return dataclasses.replace(
         config,
         models=dataclasses.replace(
-            models, expert=_settled_model(models.expert), student=_settled_model(student)
+            models,
+            expert=settled_model(models.expert) if models.expert else "",
+            student=settled_model(student),
         ),
         problems=dataclasses.replace(config.problems, problems=source),
         losses=losses,
@@ -160,7 +181,8 @@ def _default_student(expert: str) -> str:
     return default_student(expert)
 
 
-def _settled_model(name: str) -> str:
+def settled_model(name: str) -> str:
+    """A model's name that means the same in any folder: the whole path of a directory."""
     parsed = parse_name(name)
     path = _whole_path(parsed.base)
     if path is None:
@@ -203,7 +225,7 @@ def _check_attention(*paths: Path) -> None:
             check_block(block)
 
 
-def _check_memory(
+def check_run_memory(
     expert: Path, student: Path, questions: Sequence[str], config: Config, on_cpu: bool
 ) -> None:
     """Make sure the run fits into memory."""
@@ -313,11 +335,12 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
             f"{folder / runs.MANIFEST}: this is not what mlx-fd wrote ({error!r}). Bring the old "
             "file back, or begin a new run."
         ) from error
+    command = "self-distill" if options.get("method") else "loop"
     for name, (was, is_now) in changed.items():
         if name not in _CHANGEABLE and not (name == "episodes" and whole):
             raise UserError(
                 f"{folder / runs.CONFIG}: {name} was {was!r} when the run began and is {is_now!r} "
-                "now. Put it back, or begin a new run: mlx-fd loop "
+                f"now. Put it back, or begin a new run: mlx-fd {command} "
                 f"--config {folder / runs.CONFIG} --out ANOTHER"
             )
     return uncertain

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from mlx_fd.cli import cli
+from mlx_fd.cli.options import ConfiguredCommand
 from mlx_fd.config import OPTIONS, PRESETS
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
@@ -46,7 +47,8 @@ def page():
     ]
     for name, command in sorted(cli.commands.items()):
         lines += [f"### mlx-fd {name}", "", inspect.cleandoc(command.help), ""]
-        own = [p for p in command.params if p.name not in OPTIONS]
+        configured = isinstance(command, ConfiguredCommand)
+        own = [p for p in command.params if not (configured and p.name in OPTIONS)]
         lines += ["| argument | |", "|---|---|"]
         for param in own:
             label = param.name.upper() if isinstance(param, click.Argument) else param.opts[-1]

@@ -326,34 +326,28 @@ SCORES = (" 1", " -1", " -0.8", " -0.6", " -0.4", " -0.2")
 _BLOCK = 32  # batches that are drawn and sorted by length together
 
 
-def batches(tokenizer, recipe: Recipe, seed: str, block: int):
-    """The batches of one block of steps: arrays tokens [B, T] and weights [B, T]."""
-    rng = random.Random(f"{seed}/{block}")
-    drawn = arithmetic.exercises("train", rng.randrange(1 << 62))
-    done = block * _BLOCK / recipe.steps
-    mix = next((m for m in recipe.phases if done < m.until), recipe.phases[-1])
-    rows: list[tuple[list[int], list[float]]] = []
-    total = 0
-    while total < recipe.tokens * _BLOCK:
-        how = rng.choices(
-            ("drill", "answer", "feedback", "full"),
-            (mix.drill, mix.answer, mix.feedback, mix.full),
-        )[0]
-        if how == "drill":
-            pieces = _drill(rng)
-        else:
-            pieces = conversation(rng, next(drawn), how, recipe.careless)
-        encoded = tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False)
-        tokens: list[int] = []
-        weights: list[float] = []
-        for piece, (_, weight) in zip(encoded, pieces, strict=True):
-            tokens += piece.ids
-            weights += [weight] * len(piece.ids)
-        rows.append((tokens, weights))
-        total += len(tokens)
-    rows.sort(key=lambda row: len(row[0]))
-    # A batch is neighbours in length, of about the same number of tokens as the others.
-    groups: list[list[tuple[list[int], list[float]]]] = [[]]
+Row = tuple[list[int], list[float]]  # tokens and their weights in the loss
+
+
+def encoded(tokenizer: Tokenizer, pieces: list[Piece]) -> Row:
+    """A sequence's tokens, each piece split on its own, and their weights."""
+    tokens: list[int] = []
+    weights: list[float] = []
+    parts = tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False)
+    for part, (_, weight) in zip(parts, pieces, strict=True):
+        tokens += part.ids
+        weights += [weight] * len(part.ids)
+    return tokens, weights
+
+
+def packed(rows: list[Row], rng: random.Random):
+    """A block's rows as batches in random order: arrays tokens [B, T] and weights [B, T].
+
+    A batch is neighbours in length, of about the same number of tokens as the others.
+    """
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    total = sum(len(tokens) for tokens, _ in rows)
+    groups: list[list[Row]] = [[]]
     size = 0
     for row in rows:
         if size * _BLOCK >= total * len(groups):
@@ -369,6 +363,28 @@ def batches(tokenizer, recipe: Recipe, seed: str, block: int):
             x[place, : len(tokens)] = tokens
             w[place, : len(tokens)] = weights
         yield mx.array(x), mx.array(w)
+
+
+def batches(tokenizer, recipe: Recipe, seed: str, block: int):
+    """The batches of one block of steps: arrays tokens [B, T] and weights [B, T]."""
+    rng = random.Random(f"{seed}/{block}")
+    drawn = arithmetic.exercises("train", rng.randrange(1 << 62))
+    done = block * _BLOCK / recipe.steps
+    mix = next((m for m in recipe.phases if done < m.until), recipe.phases[-1])
+    rows: list[Row] = []
+    total = 0
+    while total < recipe.tokens * _BLOCK:
+        how = rng.choices(
+            ("drill", "answer", "feedback", "full"),
+            (mix.drill, mix.answer, mix.feedback, mix.full),
+        )[0]
+        if how == "drill":
+            pieces = _drill(rng)
+        else:
+            pieces = conversation(rng, next(drawn), how, recipe.careless)
+        rows.append(encoded(tokenizer, pieces))
+        total += len(rows[-1][0])
+    yield from packed(rows, rng)
 
 
 # --------------------------------------------------------------------------------------- training
@@ -523,6 +539,39 @@ def train(
     save_config(dict(config), folder / "config.json")
     size = sum(value.size for _, value in tree_flatten(model.parameters()))
     console.print(f"{name}: {size:,} parameters, vocabulary {config['vocab_size']}")
+
+    def look(taken: int) -> dict[str, dict]:
+        save_model(folder, model)
+        return evaluate(load(folder), "validation", 100, others=taken > 0.3 * recipe.steps)
+
+    stages.append(
+        fit(
+            name,
+            model,
+            recipe,
+            lambda block: batches(tokenizer, recipe, f"{seed}/{len(stages)}", block),
+            look,
+            console,
+        )
+    )
+    (folder / TRAINING).write_text(json.dumps(stages, indent=1) + "\n")
+
+
+def fit(name: str, model: nn.Module, recipe: Recipe, block_of, look, console: Console) -> dict:
+    """Train a model in place.
+
+    Args:
+        name: of the model.
+        model: the model.
+        recipe: its steps, rate, and blocks between two looks.
+        block_of: gives the batches of a block of steps, by the block's number.
+        look: called with the steps taken, at intervals and at the end; gives what is shown, for
+            each measure how many of how many are right.
+        console: where progress is shown.
+
+    Returns:
+        What the training took: steps, tokens and seconds.
+    """
     warm = min(100, recipe.steps // 10)
     schedule = optim.join_schedules(
         [
@@ -538,7 +587,7 @@ def train(
         task = progress.add_task(name, total=recipe.steps)
         for block in itertools.count():
             begin = time.perf_counter()
-            for x, w in batches(tokenizer, recipe, f"{seed}/{len(stages)}", block):
+            for x, w in block_of(block):
                 value, gradients = step_of(model, x, w)
                 gradients, _ = optim.clip_grad_norm(gradients, 1.0)
                 optimizer.update(model, gradients)
@@ -548,10 +597,8 @@ def train(
             seconds += time.perf_counter() - begin
             ended = taken >= recipe.steps
             if (block + 1) % recipe.look == 0 or ended:
-                save_model(folder, model)
-                seen = evaluate(load(folder), "validation", 100, others=taken > 0.3 * recipe.steps)
                 shares = " ".join(
-                    f"{k} {v['right'] / max(v['of'], 1):.2f}" for k, v in seen.items()
+                    f"{k} {v['right'] / max(v['of'], 1):.2f}" for k, v in look(taken).items()
                 )
                 console.print(
                     f"{name} step {taken} {seconds:.0f} s {tokens / seconds:.0f} tok/s "
@@ -559,9 +606,8 @@ def train(
                     soft_wrap=True,
                 )
             if ended:
-                break
-    stages.append({"steps": taken, "tokens": tokens, "seconds": round(seconds)})
-    (folder / TRAINING).write_text(json.dumps(stages, indent=1) + "\n")
+                return {"steps": taken, "tokens": tokens, "seconds": round(seconds)}
+    raise AssertionError("the loop ends with a return")
 
 
 # ------------------------------------------------------------------------------------- evaluation

@@ -532,6 +532,8 @@ def test_without_a_backend_every_command_says_what_to_install(command, no_mlx, f
         "resume": [finished],
         "feedback": [finished, "--problem", "1", "--answer", "1"],
         "export": [finished, "--out", "exported"],
+        "advantage": ["tiny-base"],
+        "self-distill": ["--method", "grpo"],
     }.get(command, [])
     done = shell(command, *arguments, cwd=tmp_path, env=no_mlx)
     assert done.status != 0 and "Traceback" not in done.err and "defect" not in done.err

@@ -22,7 +22,7 @@ from mlx_fd.episode import combined_score
 from mlx_fd.errors import UserError
 from mlx_fd.events import BatchDone, Warned
 from mlx_fd.generation import Conversation, Sampling, generate, opening
-from mlx_fd.loop import Progress, _with_probe, run
+from mlx_fd.loop import Progress, run, with_probe
 from mlx_fd.session import open_pair
 
 WEIGHTS = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")
@@ -114,7 +114,7 @@ def test_the_best_batch_is_the_least_on_the_probe_set_or_the_newest():
         progress = Progress(0, None, {}, 0, 0, first, first, 1.0, 0)
         found = []
         for batch, losses in enumerate(looks, 1):
-            progress = _with_probe(dataclasses.replace(progress, batch=batch), losses)
+            progress = with_probe(dataclasses.replace(progress, batch=batch), losses)
             assert progress.probe_last == losses
             found.append(progress.best_batch)
         return found, progress.best

@@ -14,12 +14,12 @@ from mlx_fd.config import Config, override, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.session import (
-    _check_memory,
     _flat,
-    _settled,
     check_out,
+    check_run_memory,
     check_same,
     make_plan,
+    settled,
     versions,
 )
 
@@ -41,28 +41,28 @@ def manifest(**changes) -> dict:
 
 def test_the_default_student_is_named():
     for alias, what in ALIASES.items():
-        assert _settled(config(expert=alias)).models.student == what.student
+        assert settled(config(expert=alias)).models.student == what.student
     with pytest.raises(UserError, match="no default student"):
-        _settled(config(expert="someone/model"))
+        settled(config(expert="someone/model"))
     with pytest.raises(UserError, match=r"Did you mean qwen2\.5-7b-4bit"):
-        _settled(config(expert="qwen2.5-7b-4bits"))
+        settled(config(expert="qwen2.5-7b-4bits"))
 
 
-def test_names_are_settled_once(tmp_path, monkeypatch):
+def test_names_aresettled_once(tmp_path, monkeypatch):
     """Paths become whole, names stay, and what is settled stays as it is in any folder."""
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "gsm8k", "someone/model"):
         (tmp_path / name).mkdir(parents=True)
-    settled = _settled(config(expert="./mine/:layers=3", student="someone/else"))
-    assert settled.models.expert == f"{tmp_path}/mine:layers=3"
-    assert settled.models.student == "someone/else"
-    assert settled.problems.problems == "gsm8k"
-    local = _settled(config(expert="someone/model", student="mine", problems="mine/../mine"))
+    found = settled(config(expert="./mine/:layers=3", student="someone/else"))
+    assert found.models.expert == f"{tmp_path}/mine:layers=3"
+    assert found.models.student == "someone/else"
+    assert found.problems.problems == "gsm8k"
+    local = settled(config(expert="someone/model", student="mine", problems="mine/../mine"))
     assert local.models.expert == f"{tmp_path}/someone/model"
     assert local.problems.problems == f"{tmp_path}/mine"
     monkeypatch.chdir("/")
     (tmp_path / "c.toml").write_text(to_toml(local))
-    assert _settled(read(tmp_path / "c.toml")) == local
+    assert settled(read(tmp_path / "c.toml")) == local
 
 
 def test_solutions_fill_larger_micro_batches(tmp_path):
@@ -72,7 +72,7 @@ def test_solutions_fill_larger_micro_batches(tmp_path):
     def needed(**changes) -> float:
         sizes = {"batch_size": 2, "answer_tokens": 400_000, "feedback_tokens": 50}
         with pytest.raises(UserError, match="this run needs up to") as error:
-            _check_memory(path, path, ["1 + 1?"] * 9, config(**sizes, **changes), True)
+            check_run_memory(path, path, ["1 + 1?"] * 9, config(**sizes, **changes), True)
         return float(re.search(r"up to ([0-9.]+) GiB", str(error.value))[1])
 
     assert needed(micro_batch=4) == needed(micro_batch=2)

@@ -12,6 +12,7 @@ import traceback
 import click
 
 from mlx_fd import __version__
+from mlx_fd.cli.analysing import advantage
 from mlx_fd.cli.choosing import pareto
 from mlx_fd.cli.evaluating import evaluate
 from mlx_fd.cli.exporting import compare, export
@@ -19,6 +20,7 @@ from mlx_fd.cli.judging import feedback
 from mlx_fd.cli.machine import doctor, models
 from mlx_fd.cli.reporting import report
 from mlx_fd.cli.running import loop, resume
+from mlx_fd.cli.selfdistilling import self_distill
 from mlx_fd.cli.stopping import Stopped
 from mlx_fd.errors import UserError
 
@@ -43,16 +45,8 @@ def cli() -> None:
 
 
 for _command in (
-    loop,
-    resume,
-    evaluate,
-    pareto,
-    report,
-    feedback,
-    export,
-    compare,
-    models,
-    doctor,
+    *(loop, self_distill, resume, evaluate, pareto, report, feedback, advantage),
+    *(export, compare, models, doctor),
 ):
     cli.add_command(_command)
 

@@ -18,6 +18,7 @@ _SECTIONS = {
     "gate": "Gate",
     "training": "Training",
     "episode": "Episode and run",
+    "selfdistill": "Method",
 }
 
 
@@ -52,13 +53,21 @@ class PathType(click.ParamType):
         return Path(value).expanduser()
 
 
-def _click_option(option: Option) -> click.Option:
-    flag = "--" + option.name.replace("_", "-")
+def click_option(option: Option, *, flag: str = "", default: str = "") -> click.Option:
+    """An option of the configuration as one of the command line; not given, it is ``None``.
+
+    Args:
+        option: the option.
+        flag: its flag, where that is not its name.
+        default: what is said of its default, where that is not the option's.
+    """
+    flag = flag or "--" + option.name.replace("_", "-")
     text = option.help
     if option.choices:
         text += f" One of: {', '.join(option.choices)}."
-    default = option.default
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    value = option.default
+    shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    shown = default or shown
     if option.kind is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
     text += f" [default: {shown or 'empty'}]"
@@ -66,7 +75,7 @@ def _click_option(option: Option) -> click.Option:
         kind: Any = Words(numbers=not option.choices)
     else:
         kind = {int: click.INT, float: click.FLOAT, str: click.STRING}[option.kind]
-    return click.Option([flag], type=kind, default=None, help=text)
+    return click.Option([flag, option.name], type=kind, default=None, help=text)
 
 
 class ConfiguredCommand(click.Command):
@@ -88,8 +97,10 @@ class ConfiguredCommand(click.Command):
 
 
 def with_configuration(command: click.Command) -> click.Command:
-    """Give a command every option of the configuration."""
-    command.params.extend(_click_option(option) for option in OPTIONS.values())
+    """Give a command every option of the loop's configuration."""
+    command.params.extend(
+        click_option(option) for option in OPTIONS.values() if option.section != "selfdistill"
+    )
     return command
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mlx_fd.cli import selfdistilling
+from mlx_fd.cli.driving import Job, drive, new_folder
 from mlx_fd.cli.options import (
     ConfiguredCommand,
     PathType,
@@ -19,8 +19,8 @@ from mlx_fd.cli.options import (
     quiet_option,
     with_configuration,
 )
-from mlx_fd.cli.stopping import Stopped, explained, stopping_on_signals
 from mlx_fd.config import PRESETS, read
+from mlx_fd.errors import UserError
 from mlx_fd.tracking import TRACKERS, Tracking, check_installed
 
 _track_option = click.option(
@@ -88,22 +88,17 @@ def loop(
 
     check_installed(trackers)
     config = configuration(preset_name, config_file, given)
+    if config.self_distils:
+        raise UserError(
+            f"{config_file} is of a run of self-distillation: mlx-fd self-distill --config "
+            f"{config_file}"
+        )
     backend()
     from mlx_fd.session import check_out, make_plan
 
-    folder = out or _new_folder()
+    folder = out or new_folder()
     check_out(folder)
     _run(folder, make_plan(config), [], trackers, as_json, quiet, new=True)
-
-
-def _new_folder() -> Path:
-    """A run directory of this second that is not there yet."""
-    name = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder, number = Path("runs", name), 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs", f"{name}-{number}")
-    return folder
 
 
 @click.command(
@@ -121,7 +116,7 @@ Examples:
 def resume(run: Path, trackers: tuple[str, ...], as_json: bool, quiet: bool, debug: bool) -> None:
     """Go on with a run exactly where it stopped.
 
-    RUN is its directory. Exits as `mlx-fd loop` does.
+    RUN is the directory of `mlx-fd loop` or `mlx-fd self-distill`. Exits as those do.
     """
     from mlx_fd.backend import backend
 
@@ -132,13 +127,19 @@ def resume(run: Path, trackers: tuple[str, ...], as_json: bool, quiet: bool, deb
 
     manifest = runs.read_manifest(run)
     with runs.locked(run):
-        plan = make_plan(read(run / runs.CONFIG))
+        config = read(run / runs.CONFIG)
+        if config.self_distils and trackers:
+            raise UserError(f"{run}: --track is for runs of mlx-fd loop; leave it out.")
+        plan = selfdistilling.plan_of(config) if config.self_distils else make_plan(config)
         worries = check_same(manifest, plan.manifest, run)
         with runs.explained(run):
             # A run that was made longer is compared with its new length next time.
             manifest["options"] = plan.manifest["options"]
             runs.write_json(run / runs.MANIFEST, manifest)
-        _run(run, plan, worries, trackers, as_json, quiet, new=False)
+        if config.self_distils:
+            selfdistilling.start(run, plan, worries, as_json, quiet, new=False)
+        else:
+            _run(run, plan, worries, trackers, as_json, quiet, new=False)
 
 
 def _run(
@@ -151,64 +152,31 @@ def _run(
     *,
     new: bool,
 ) -> None:
-    from rich.console import Console
-
-    from mlx_fd import runs
-    from mlx_fd.backend import backend
     from mlx_fd.config import to_toml
     from mlx_fd.display import Display, summary_table
-    from mlx_fd.events import Event, Note, Warned
     from mlx_fd.loop import run
+    from mlx_fd.runs import create
     from mlx_fd.session import open_pair
 
-    # With --json, standard output belongs to the script that reads it.
-    console = Console(stderr=as_json)
-    with contextlib.ExitStack() as held:
-        display = held.enter_context(Display(console, quiet=quiet))
-        display(Note(f"run directory: {folder}"))
-        models = plan.config.models
-        display(Note(f"expert {models.expert}, student {models.student}, {backend().device}"))
-        for text in (*plan.notes, *worries):
-            display(Warned(text))
-        if backend().device == "metal":
-            display(
-                Note("a sleeping Mac stops the run: `caffeinate -is mlx-fd ...` keeps it awake")
-            )
+    models = plan.config.models
+
+    def opened() -> Callable[..., Any]:
         pair = open_pair(plan)
-        if new:
-            # Only now: models that cannot be loaded leave no run behind.
-            held.enter_context(runs.locked(folder))
-            with runs.explained(folder):
-                runs.create(folder, to_toml(plan.config), plan.manifest)
-        tracking = held.enter_context(
-            Tracking(trackers, folder, plan.manifest["options"], lambda text: display(Warned(text)))
+        return lambda report, stop: run(
+            folder, plan.config, pair, plan.probe, plan.problems, report, stop, plan.exam()
         )
 
-        def told(event: Event) -> None:
-            display(event)
-            tracking(event)
-
-        stopped = held.enter_context(stopping_on_signals(lambda text: display(Note(text))))
-        try:
-            summary = run(
-                folder,
-                plan.config,
-                pair,
-                plan.probe,
-                plan.problems,
-                told,
-                lambda: bool(stopped),
-                plan.exam(),
-            )
-        except RuntimeError as error:
-            raise explained(error, folder) from error
-        except KeyboardInterrupt:
-            raise Stopped(folder, "stopped at once", stopped) from None
-    if as_json:
-        result = {"run": str(folder), "done": summary is not None, **(summary or {})}
-        click.echo(json.dumps(result, indent=2))
-    if summary is None:
-        raise Stopped(folder, "stopped", stopped)
-    if not as_json:
-        console.print(summary_table(summary))
-        click.echo(f"everything is in {folder}")
+    drive(
+        folder,
+        Job(
+            f"expert {models.expert}, student {models.student}",
+            [*plan.notes, *worries],
+            opened,
+            (lambda: create(folder, to_toml(plan.config), plan.manifest)) if new else None,
+            Display,
+            summary_table,
+            lambda warn: Tracking(trackers, folder, plan.manifest["options"], warn),
+        ),
+        as_json,
+        quiet,
+    )

@@ -30,7 +30,7 @@ _CACHE_BYTES = 3 * 2**19
 
 @dataclass(frozen=True)
 class TopK:
-    """The teacher's k likeliest tokens at N positions, and with the sum what all others have.
+    """The teacher at k tokens, its likeliest or others, of N positions; the sum tells the rest.
 
     Attributes:
         values: [N, k], their logits, before the temperature.
@@ -73,6 +73,63 @@ def teacher_top_k(
         parts.append((values * temperature, indices, log_sum_exp))
         mx.eval(parts[-1])
     return TopK(*(mx.concatenate(list(part)) for part in zip(*parts, strict=True)))
+
+
+def teacher_at(
+    hidden: mx.array, head: nn.Module, tokens: mx.array, *, temperature: float, vocab: int
+) -> TopK:
+    """What a teacher says of chosen tokens, logits a chunk at a time.
+
+    Args:
+        hidden: [N, d_teacher], after the final norm.
+        head: the teacher's, as :func:`fused_linear_divergence` takes it.
+        tokens: [N, k], below ``vocab``, all different in a row.
+        temperature: T, above 0.
+        vocab: V, the real tokens that the models share.
+    """
+    theirs = linear_head(head, vocab)
+    chunk = chunk_size(len(hidden), vocab, 3 + theirs.widen)
+    parts: list[tuple[mx.array, mx.array]] = []
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        logits = theirs.logits(hidden[part]).astype(mx.float32)
+        values = mx.take_along_axis(logits, tokens[part], axis=-1)
+        parts.append((values, mx.logsumexp(logits / temperature, axis=-1)))
+        mx.eval(parts[-1])
+    values, log_sum_exp = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
+    return TopK(values, tokens, log_sum_exp)
+
+
+def token_log_probabilities(
+    hidden: mx.array, head: nn.Module, tokens: mx.array, *, temperature: float, vocab: int
+) -> tuple[mx.array, mx.array]:
+    """Log-probabilities of tokens, and the entropies of the distributions they are of.
+
+    Args:
+        hidden: [N, d], after the final norm, where each token is predicted.
+        head: as :func:`fused_linear_divergence` takes it.
+        tokens: [N], below ``vocab``.
+        temperature: T, above 0.
+        vocab: V, the tokenizer's tokens; rows of the head beyond are padding.
+
+    Returns:
+        log softmax(z / T) of each token and the entropy of softmax(z / T), in nats, [N] each,
+        float32; nothing is differentiable.
+    """
+    ours = linear_head(head, vocab)
+    chunk = chunk_size(len(hidden), vocab, 4 + ours.widen)
+    parts: list[tuple[mx.array, mx.array]] = []
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        rows = ours.logits(hidden[part]).astype(mx.float32) / temperature
+        rows = rows - mx.logsumexp(rows, axis=-1, keepdims=True)
+        picked = mx.take_along_axis(rows, tokens[part, None], axis=-1).squeeze(-1)
+        # A logit of -inf has no probability, and adds nothing.
+        entropy = -(mx.exp(rows) * mx.maximum(rows, -1e20)).sum(axis=-1)
+        parts.append((picked, entropy))
+        mx.eval(parts[-1])
+    found, entropies = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
+    return mx.stop_gradient(found), mx.stop_gradient(entropies)
 
 
 def top_k_gap(
@@ -162,6 +219,8 @@ class Target:
         standardize: z-score the rows first.
         mask: [N], 1 (true) where there is a token at all; elsewhere anything may stand, NaN too.
             ``None``: everywhere.
+        tail: of a :class:`TopK`: whether all other tokens take part, as one more outcome.
+        clip: the most that one token of the vocabulary may add to the divergence, before T^2.
     """
 
     teacher: mx.array | TopK
@@ -173,6 +232,8 @@ class Target:
     beta: float = 0.5
     standardize: bool = False
     mask: mx.array | None = None
+    tail: bool = True
+    clip: float = math.inf
 
 
 def fused_linear_divergence(
@@ -438,6 +499,17 @@ def _row_function(target: Target) -> Rows:
     if isinstance(target.teacher, TopK):
         if target.standardize:
             raise ValueError("k of a teacher's logits do not give the spread of all of them")
-        return partial(graph.top_k_divergence_rows, beta=beta, temperature=temperature)
+        return partial(
+            graph.top_k_divergence_rows,
+            beta=beta,
+            temperature=temperature,
+            tail=target.tail,
+            clip=target.clip,
+        )
+    if math.isfinite(target.clip):
+        clipped = partial(
+            graph.clipped_divergence_rows, beta=beta, temperature=temperature, clip=target.clip
+        )
+        return partial(graph.standardized_rows, clipped) if target.standardize else clipped
     rows = partial(kernels.divergence_rows, beta=beta, temperature=temperature, on=kernels.chosen())
     return partial(graph.standardized_rows, rows) if target.standardize else rows

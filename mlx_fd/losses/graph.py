@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 
@@ -17,6 +18,8 @@ from mlx_fd.backend import backend
 _LEAST_LOGIT = -1e20
 # Stands in for a probability that float32 cannot hold, so that it has a logarithm.
 _LEAST_PROBABILITY = 1e-37
+# The least that a teacher gives to all tokens but k, for a reverse KL (SDPO's).
+_LEAST_TAIL = 1e-7
 # A row of equal logits has no spread to divide by.
 _LEAST_VARIANCE = 1e-12
 # Squared norms below this count as this, so that a zero vector has a finite gradient.
@@ -78,6 +81,49 @@ def divergence_rows(
         value = beta * _sum(p * mx.log(p / middle)) + (1 - beta) * _sum(q * ratio)
         slope = (1 - beta) * _slope(q, ratio)
     value = temperature**2 * value.squeeze(-1)
+    return value, (temperature * slope).astype(student_logits.dtype)
+
+
+def clipped_divergence_rows(
+    student_logits: mx.array,
+    teacher_logits: mx.array,
+    *,
+    beta: float,
+    temperature: float,
+    clip: float,
+) -> tuple[mx.array, mx.array]:
+    """:func:`divergence_rows` where no token of the vocabulary adds more than ``clip``.
+
+    D is a sum over the vocabulary (for 0 < beta < 1, of a token's terms of both KLs); each term is
+    cut at ``clip`` before it is added, so that a few tokens of style cannot outweigh all others
+    (OPSD, arXiv 2601.18734, and RCSD, arXiv 2606.19327). A term above gives no gradient, and the
+    sum may be below 0, because a KL's terms may be.
+
+    Args:
+        student_logits: [n, V], any float type.
+        teacher_logits: [n, V], any float type.
+        beta: in [0, 1].
+        temperature: T, above 0.
+        clip: in nats, before the factor T^2.
+
+    Returns:
+        The values [n], float32, and the gradient [n, V] in the type of ``student_logits``.
+    """
+    ours, our_total, q = _softmax(student_logits, temperature)
+    theirs, their_total, p = _softmax(teacher_logits, temperature)
+    ratio = ours - theirs + mx.log(their_total / our_total)
+    if beta == 0:
+        terms, by_log_q = -p * ratio, -p
+    elif beta == 1:
+        terms, by_log_q = q * ratio, q * (ratio + 1)
+    else:
+        p, q = mx.maximum(p, _LEAST_PROBABILITY), mx.maximum(q, _LEAST_PROBABILITY)
+        middle = beta * p + (1 - beta) * q
+        by_log_q = (1 - beta) * q * mx.log(q / middle)
+        terms = beta * p * mx.log(p / middle) + by_log_q
+    slope = mx.where(terms < clip, by_log_q, 0)
+    slope = slope - q * (_sum(slope) / _sum(q))
+    value = temperature**2 * _sum(mx.minimum(terms, clip)).squeeze(-1)
     return value, (temperature * slope).astype(student_logits.dtype)
 
 
@@ -226,8 +272,10 @@ def top_k_divergence_rows(
     *,
     beta: float,
     temperature: float,
+    tail: bool = True,
+    clip: float = math.inf,
 ) -> tuple[mx.array, mx.array]:
-    """:func:`divergence_rows` where only the teacher's k likeliest tokens are known.
+    """:func:`divergence_rows` where the teacher is known at k tokens only, its likeliest mostly.
 
     The distributions are over those k and, as one more outcome, all other tokens together.
 
@@ -238,28 +286,34 @@ def top_k_divergence_rows(
         log_sum_exp: [n], of all the teacher's logits / T.
         beta: in [0, 1].
         temperature: T, above 0.
+        tail: ``False`` leaves the other tokens out: both distributions are renormalised over the k,
+            and what the student gives to others is not seen. No true divergence, but published.
+        clip: as for :func:`clipped_divergence_rows`.
 
     Returns:
         The values [n], float32, and the gradient [n, V] in the type of ``student_logits``.
     """
+    compare = partial(divergence_rows, beta=beta, temperature=1.0)
+    if math.isfinite(clip):
+        compare = partial(clipped_divergence_rows, beta=beta, temperature=1.0, clip=clip)
     rows = student_logits.astype(mx.float32)
     rows = (rows - rows.max(axis=-1, keepdims=True)) * (1 / temperature)
     ours = mx.take_along_axis(rows, indices, axis=-1)
     theirs = values.astype(mx.float32) * (1 / temperature) - log_sum_exp[:, None]
-    if indices.shape[-1] == rows.shape[-1]:
-        value, slope = divergence_rows(ours, theirs, beta=beta, temperature=1.0)
-        slope = mx.put_along_axis(rows, indices, slope, axis=-1)
+    if not tail or indices.shape[-1] == rows.shape[-1]:
+        value, slope = compare(ours, theirs)
+        slope = mx.put_along_axis(mx.zeros_like(rows), indices, slope, axis=-1)
     else:
         others = mx.put_along_axis(rows, indices, mx.array(-math.inf), axis=-1)
         top = others.max(axis=-1, keepdims=True)
         powers = _exp(others - top)
         total = _sum(powers)
-        rest = mx.maximum(1 - mx.exp(theirs).sum(axis=-1, keepdims=True), 0)
-        value, slope = divergence_rows(
+        # Of a sum of float32 no more is known; a reverse KL would take a 0 at its word.
+        least = _LEAST_TAIL if beta == 1 else 0
+        rest = mx.maximum(1 - mx.exp(theirs).sum(axis=-1, keepdims=True), least)
+        value, slope = compare(
             mx.concatenate([ours, top + mx.log(total)], axis=-1),
             mx.concatenate([theirs, mx.log(rest)], axis=-1),
-            beta=beta,
-            temperature=1.0,
         )
         shared = powers * (slope[:, -1:] / total)
         slope = mx.put_along_axis(shared, indices, slope[:, :-1], axis=-1)

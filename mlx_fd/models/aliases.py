@@ -7,6 +7,7 @@ from dataclasses import dataclass
 SMOLLM2 = "smollm2-135m"
 TINY = "tiny"
 TINY_STUDENT = "tiny-student"
+TINY_BASE = "tiny-base"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ ALIASES: dict[str, Alias] = {
     TINY: Alias("", TINY_STUDENT, "0.9M parameters, comes with mlx-fd; for --problems arithmetic"),
     TINY_STUDENT: Alias(
         "", f"{TINY_STUDENT}:layers=1", "0.5M parameters, comes with mlx-fd; learns from tiny"
+    ),
+    TINY_BASE: Alias(
+        "",
+        f"{TINY_BASE}:layers=1",
+        "0.5M parameters, comes with mlx-fd; learns from itself (self-distill)",
     ),
     "qwen2.5-7b-4bit": _mlx_community(
         "Qwen2.5-7B-Instruct-4bit", "qwen2.5-1.5b-4bit", "7.6B parameters, 4.3 GB"

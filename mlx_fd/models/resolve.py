@@ -21,13 +21,13 @@ from typing import Any
 
 from mlx_fd import __version__
 from mlx_fd.errors import UserError
-from mlx_fd.models.aliases import ALIASES, SMOLLM2, TINY, TINY_STUDENT
+from mlx_fd.models.aliases import ALIASES, SMOLLM2, TINY, TINY_BASE, TINY_STUDENT
 from mlx_fd.models.storage import cache_dir, slug
 
 _PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "model*.safetensors"]
 _SHIPPED = {
     name: Path(__file__).parent / "tiny" / folder
-    for name, folder in ((TINY, "expert"), (TINY_STUDENT, "student"))
+    for name, folder in ((TINY, "expert"), (TINY_STUDENT, "student"), (TINY_BASE, "base"))
 }
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The first question to the hub; without a network the answer must not be long in coming.

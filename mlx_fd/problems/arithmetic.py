@@ -297,6 +297,20 @@ def read(text: str) -> tuple[tuple[Step, ...], int | None]:
     return steps, int(finals[-1]) if finals else None
 
 
+_WORDS = {"+": "plus", "-": "minus", "*": "times"}
+
+
+def prose(solution: str) -> str:
+    """A solution as another author writes it: the same calculations in sentences, without marks.
+
+    Args:
+        solution: in the form that :func:`write` gives.
+    """
+    steps, _ = read(solution)
+    told = [f"{s.left} {_WORDS[s.op]} {s.right} is {s.result}." for s in steps]
+    return " ".join([*told, f"So the answer is {steps[-1].result}."])
+
+
 # -------------------------------------------------------------------------------------- judgement
 
 SLIP = "a slip"
@@ -368,6 +382,40 @@ def judge(solution: str, answer: str) -> Verdict:
     if final != right_final:
         return Verdict(len(right) + 1, FINAL)
     return Verdict(0, "")
+
+
+def is_generated(solution: str) -> bool:
+    """Whether a solution is one of this module's, so that :func:`judge` knows about answers."""
+    steps, _ = read(solution)
+    return bool(steps) and write(steps) == solution
+
+
+def error_span(solution: str, answer: str) -> tuple[int, int] | None:
+    """Where the first wrong step stands in an answer: its first character, and one past its last.
+
+    It is the step's line; where the answer stops short, or just its final number is wrong, the line
+    of that number; where it has none, what would come at the end.
+
+    Args:
+        solution: the right solution.
+        answer: the answer's text.
+
+    Returns:
+        ``None`` where all is right.
+    """
+    error = judge(solution, answer).first_error
+    if not error:
+        return None
+    marks = list(_STEP.finditer(answer))
+    finals = list(_FINAL.finditer(answer))
+    if error <= len(marks):
+        at = marks[error - 1].start()
+    elif finals:
+        at = finals[-1].start()
+    else:
+        return len(answer), len(answer) + 1
+    end = answer.find("\n", at)
+    return answer.rfind("\n", 0, at) + 1, len(answer) if end < 0 else end
 
 
 # ---------------------------------------------------------------------------------- wrong answers

@@ -1,0 +1,105 @@
+"""What the commands that make a run have in common: a run from its display to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_fd.cli.stopping import Stopped, explained, stopping_on_signals
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that passed every check.
+
+    Attributes:
+        models: which models, in words.
+        worries: what the user should know before it begins.
+        opened: loads the models, and gives what runs: of a report and a stop, a summary or
+            ``None``.
+        create: makes the run directory; ``None``: it is there, and its lock is held.
+        display: takes a console and ``quiet``.
+        table: of the summary.
+        tracking: of something that takes warnings, a context manager that takes events, too.
+    """
+
+    models: str
+    worries: list[str]
+    opened: Callable[[], Callable[..., dict[str, Any] | None]]
+    create: Callable[[], None] | None
+    display: Callable[..., Any]
+    table: Callable[[dict[str, Any]], Any]
+    tracking: Callable[[Callable[[str], None]], Any] | None = None
+
+
+def new_folder() -> Path:
+    """A run directory of this second that is not there yet."""
+    name = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder, number = Path("runs", name), 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs", f"{name}-{number}")
+    return folder
+
+
+def drive(folder: Path, job: Job, as_json: bool, quiet: bool) -> None:
+    """Run, show it, and print what came of it.
+
+    Raises:
+        Stopped: a signal ended it, and it can go on.
+        UserError: something has to be mended first.
+    """
+    from rich.console import Console
+
+    from mlx_fd import runs
+    from mlx_fd.backend import backend
+    from mlx_fd.events import Event, Note, Warned
+
+    # With --json, standard output belongs to the script that reads it.
+    console = Console(stderr=as_json)
+    with contextlib.ExitStack() as held:
+        display = held.enter_context(job.display(console, quiet=quiet))
+        display(Note(f"run directory: {folder}"))
+        display(Note(f"{job.models}, {backend().device}"))
+        for text in job.worries:
+            display(Warned(text))
+        if backend().device == "metal":
+            display(
+                Note("a sleeping Mac stops the run: `caffeinate -is mlx-fd ...` keeps it awake")
+            )
+        run = job.opened()
+        if job.create is not None:
+            # Only now: models that cannot be loaded leave no run behind.
+            held.enter_context(runs.locked(folder))
+            with runs.explained(folder):
+                job.create()
+        told = [display]
+        if job.tracking is not None:
+            told.append(held.enter_context(job.tracking(lambda text: display(Warned(text)))))
+
+        def report(event: Event) -> None:
+            for listener in told:
+                listener(event)
+
+        stopped = held.enter_context(stopping_on_signals(lambda text: display(Note(text))))
+        try:
+            summary = run(report, lambda: bool(stopped))
+        except RuntimeError as error:
+            raise explained(error, folder) from error
+        except KeyboardInterrupt:
+            raise Stopped(folder, "stopped at once", stopped) from None
+    if as_json:
+        result = {"run": str(folder), "done": summary is not None, **(summary or {})}
+        click.echo(json.dumps(result, indent=2))
+    if summary is None:
+        raise Stopped(folder, "stopped", stopped)
+    if not as_json:
+        console.print(job.table(summary))
+        click.echo(f"everything is in {folder}")

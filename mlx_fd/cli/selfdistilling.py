@@ -1,0 +1,176 @@
+"""``mlx-fd self-distill``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_fd.cli.driving import Job, drive, new_folder
+from mlx_fd.cli.options import (
+    ConfiguredCommand,
+    PathType,
+    click_option,
+    debug_option,
+    json_option,
+    quiet_option,
+)
+from mlx_fd.config import OPTIONS, Config, read
+from mlx_fd.errors import UserError
+from mlx_fd.selfdistill.methods import CUSTOM, DEFAULT_MODEL, METHODS, PRESETS, configured
+
+# Options of the loop that have a meaning here, beside all of the method's.
+_SHARED = (
+    *("student", "lora_rank", "lora_scale", "lora_layers", "dequantize"),
+    *("problems", "split", "train_on_test", "episodes", "skip_bad_rows"),
+    *("batch_size", "answer_tokens", "feedback_tokens", "answer_filter"),
+    *("gate", "ema_decay", "stop_threshold", "plateau_steps", "plateau_gain", "minimum_gain"),
+    *("lora_rate", "weight_decay", "clip", "kd_steps", "micro_batch", "checkpoint_layers"),
+    *("probe_size", "probe_every", "checkpoint_every", "keep_checkpoints", "seed"),
+)
+
+
+def _with_options(command: click.Command) -> click.Command:
+    """Give the command the options that a run of self-distillation has."""
+    by_method = {name for changes in (*METHODS.values(), *PRESETS.values()) for name in changes}
+    for name, option in OPTIONS.items():
+        default = "the method's" if name in by_method else f"{_default(name)}"
+        if name == "student":
+            command.params.append(click_option(option, flag="--model", default=DEFAULT_MODEL))
+        elif name in _SHARED or (option.section == "selfdistill" and name != "method"):
+            command.params.append(click_option(option, default=default))
+    return command
+
+
+def _default(name: str) -> Any:
+    return getattr(getattr(configured(), OPTIONS[name].section), name) or "0"
+
+
+@_with_options
+@click.command(
+    "self-distill",
+    cls=ConfiguredCommand,
+    epilog="""\b
+Examples:
+  mlx-fd self-distill --method step-critique --critic truth         tiny-base, minutes
+  mlx-fd self-distill --method step-critique --critic tiny
+  mlx-fd self-distill --method grpo --episodes 64 --seed 1 --out runs/grpo
+  mlx-fd self-distill --context feedback --objective jsd --critic truth
+  mlx-fd self-distill --method step-critique --model qwen2.5-1.5b-4bit --critic qwen2.5-7b-4bit
+  mlx-fd self-distill --config runs/grpo/config.toml --seed 2 --out runs/grpo2
+""",
+)
+@click.option("--method", metavar="NAME", help=f"A published method: {', '.join(METHODS)}.")
+@click.option(
+    "--preset",
+    "preset_name",
+    metavar="NAME",
+    help=f"Sizes for a kind of model, over the method's: {', '.join(PRESETS)}. The models "
+    "whose names begin with tiny bring theirs.",
+)
+@click.option(
+    "--config",
+    "config_file",
+    type=PathType(),
+    metavar="FILE",
+    help="A TOML file with options: an earlier run's config.toml.",
+)
+@click.option(
+    "--out", type=PathType(), metavar="DIR", help="The run directory. [default: runs/DATE-TIME]"
+)
+@json_option
+@quiet_option
+@debug_option
+def self_distill(
+    method: str | None,
+    preset_name: str | None,
+    config_file: Path | None,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **given: Any,
+) -> None:
+    """Let a model learn from itself reading more than the problem.
+
+    The model attempts problems. Then, as its own teacher, it reads each attempt once more after a
+    context: a reference solution, a critique, feedback, another attempt. What it would have written
+    there it learns to write without. --method names a published combination of context and
+    objective in full; any two can be put together with --context and --objective.
+
+    Exits as `mlx-fd loop` does; `mlx-fd resume` goes on with a run.
+    """
+    changes = {name: value for name, value in given.items() if value is not None}
+    config = _configuration(method, preset_name, config_file, changes)
+    from mlx_fd.backend import backend
+
+    backend()
+    from mlx_fd.session import check_out
+
+    folder = out or new_folder()
+    check_out(folder)
+    start(folder, plan_of(config), [], as_json, quiet, new=True)
+
+
+def _configuration(
+    method: str | None, preset_name: str | None, file: Path | None, changes: dict[str, Any]
+) -> Config:
+    if file is not None:
+        if method or preset_name:
+            raise UserError("--config says which method it is; leave --method and --preset out.")
+        config = configured(given=changes, over=read(file))
+        if not config.self_distils:
+            raise UserError(f"{file}: is no self-distillation: it has no method.")
+        return config
+    if method is None and not {"context", "objective"} & changes.keys():
+        raise UserError(
+            f"say what to do: --method with one of {', '.join(METHODS)}; or --context and "
+            "--objective."
+        )
+    return configured(method or CUSTOM, changes, preset=preset_name)
+
+
+def plan_of(config: Config) -> Any:
+    """A run of self-distillation that passed every check; nothing large is loaded yet."""
+    from mlx_fd.selfdistill.session import make_plan
+
+    return make_plan(config)
+
+
+def start(
+    folder: Path, plan: Any, worries: list[str], as_json: bool, quiet: bool, *, new: bool
+) -> None:
+    """Begin a run or go on with it, and show it."""
+    from mlx_fd import runs
+    from mlx_fd.config import to_toml
+    from mlx_fd.selfdistill.display import SelfDisplay, summary_table
+    from mlx_fd.selfdistill.session import README, open_models
+    from mlx_fd.selfdistill.training import run
+
+    options = plan.config.selfdistill
+
+    def opened() -> Callable[..., Any]:
+        models = open_models(plan)
+        return lambda report, stop: run(
+            folder, plan.config, models, plan.probe, plan.problems, report, stop
+        )
+
+    critic = f", critic {options.critic}" if options.critic else ""
+    drive(
+        folder,
+        Job(
+            f"{plan.config.models.student}{critic}, method {options.method}: context "
+            f"{options.context}, objective {options.objective}, teacher {options.self_teacher}",
+            [*plan.notes, *worries],
+            opened,
+            (lambda: runs.create(folder, to_toml(plan.config), plan.manifest, README))
+            if new
+            else None,
+            SelfDisplay,
+            summary_table,
+        ),
+        as_json,
+        quiet,
+    )

@@ -1,0 +1,208 @@
+"""The published methods of self-distillation, each in full: options of a run by their names.
+
+What differs between sources, and which is taken, stands in docs/methods.md. Learning rates that
+were published for whole models are ten times as large here, where LoRA is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_fd.config import Config, override
+from mlx_fd.errors import UserError
+from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
+
+CUSTOM = "custom"
+DEFAULT_MODEL = TINY_BASE
+
+# What a run of self-distillation changes against the loop's defaults.
+_DEFAULTS: dict[str, Any] = {
+    "expert": "",
+    "gate": "always",
+    "batch_size": 32,
+    "answer_tokens": 512,
+    "feedback_tokens": 512,
+    "kd_steps": 1,
+    "weight_decay": 0.0,
+    "probe_size": 32,
+    "probe_every": 5,
+    "exam_size": 0,
+}
+
+# OPSD's LoRA, which its followers keep (arXiv 2601.18734).
+_OPSD_LORA = {"lora_rank": 64, "lora_scale": 2.0}
+
+METHODS: dict[str, dict[str, Any]] = {
+    # TRL's defaults; eight attempts, as all comparisons below have them (arXiv 2402.03300).
+    "grpo": {
+        "context": "none",
+        "objective": "grpo",
+        "rollouts": 8,
+        "batch_size": 4,
+        "lora_rate": 1e-5,
+    },
+    # arXiv 2601.18734, as its last version and those who compare with it have it.
+    "opsd-reference": {
+        "context": "reference",
+        "objective": "forward",
+        "support": "teacher",
+        "support_k": 100,
+        "token_clip": 0.05,
+        "temperature": 1.1,
+        "top_p": 0.95,
+        "top_k": 20,
+        "answer_tokens": 1024,
+        "lora_rate": 2e-4,
+        "clip": 0.1,
+        **_OPSD_LORA,
+    },
+    # arXiv 2606.11173
+    "step-critique": {
+        "context": "step-critique",
+        "objective": "forward",
+        "temperature": 1.1,
+        "answer_tokens": 2048,
+        "feedback_tokens": 2048,
+        "lora_rate": 5e-6,
+        **_OPSD_LORA,
+    },
+    # arXiv 2601.20802, the setting without rich feedback.
+    "sdpo": {
+        "context": "sibling",
+        "objective": "jsd",
+        "rollouts": 8,
+        "self_teacher": "ema",
+        "teacher_rate": 0.05,
+        "support": "student",
+        "support_k": 100,
+        "stale_cap": 2.0,
+        "lora_rate": 1e-4,
+        "warmup": 10,
+    },
+    # arXiv 2601.19897
+    "sdft": {
+        "context": "demonstration",
+        "objective": "reverse",
+        "self_teacher": "ema",
+        "teacher_rate": 0.05,
+        "lora_rate": 2e-4,
+    },
+    # arXiv 2606.19327
+    "rcsd": {
+        "context": "rubric",
+        "objective": "forward",
+        "support": "teacher",
+        "support_k": 20,
+        "tail": False,
+        "token_clip": 0.05,
+        "temperature": 1.2,
+        "top_p": 0.95,
+        "top_k": 20,
+        "answer_tokens": 4096,
+        "lora_rate": 5e-6,
+        **_OPSD_LORA,
+    },
+    # arXiv 2605.12741
+    "resd": {
+        "context": "reflection",
+        "objective": "reverse",
+        "self_teacher": "ema",
+        "teacher_rate": 1e-4,
+        "support": "student",
+        "support_k": 100,
+        "stale_cap": 2.0,
+        "kd_steps": 4,
+        "lora_rate": 1e-5,
+    },
+    # arXiv 2606.11709
+    "rlcsd": {
+        "context": "contrast",
+        "objective": "contrastive",
+        "rollouts": 8,
+        "batch_size": 16,
+        "top_p": 0.95,
+        "top_k": 20,
+        "self_teacher": "snapshot",
+        "teacher_every": 10,
+        "lora_rate": 1e-5,
+        "warmup": 50,
+    },
+    # arXiv 2605.23954, whose numbers are not published but for the bounds of the reward.
+    "echodistill": {
+        "context": "clean",
+        "objective": "echo",
+        "noise": "typed",
+        "rollouts": 8,
+        "batch_size": 4,
+        "ratio_level": "sequence",
+        "policy_weight": 1.0,
+        "lora_rate": 1e-5,
+    },
+}
+
+# Sizes for a kind of model, whatever the method.
+PRESETS: dict[str, dict[str, Any]] = {
+    # The models in the package: short texts, a rate that moves them.
+    "tiny": {
+        "problems": "arithmetic",
+        "episodes": 320,
+        "batch_size": 16,
+        "answer_tokens": 64,
+        "feedback_tokens": 112,
+        "critic_sees": "problem",
+        "micro_batch": 32,
+        "rollout_batch": 128,
+        "lora_rank": 16,
+        # With 2 next to nothing is learned at this rate, and three times it undoes the model.
+        "lora_scale": 4.0,
+        "lora_rate": 1e-3,
+        "warmup": 0,
+    },
+    # A look, in minutes, at a model of the size of SmolLM2.
+    "quick": {
+        "episodes": 8,
+        "batch_size": 2,
+        "answer_tokens": 96,
+        "feedback_tokens": 64,
+        "probe_size": 4,
+        "probe_every": 2,
+        "checkpoint_every": 1,
+        "lora_rank": 8,
+        "lora_rate": 1e-4,
+        "warmup": 0,
+    },
+}
+
+
+def configured(
+    method: str = CUSTOM,
+    given: Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    over: Config | None = None,
+) -> Config:
+    """The configuration of a run.
+
+    Args:
+        method: one of :data:`METHODS`, or ``"custom"``.
+        given: options that win over the method's and the preset's.
+        preset: one of :data:`PRESETS`; ``None``: the model's own, if it has one.
+        over: an earlier run's configuration, which is all that ``given`` is over.
+
+    Raises:
+        UserError: an unknown method, preset or option, or a value that will not do.
+    """
+    given = dict(given or {})
+    if over is not None:
+        return override(over, given, "command line")
+    model = given.get("student") or DEFAULT_MODEL
+    if preset is None and model in (TINY, TINY_STUDENT, TINY_BASE):
+        preset = TINY
+    for kind, name, known in (("method", method, METHODS), ("preset", preset, PRESETS)):
+        if name and name != CUSTOM and name not in known:
+            raise UserError(f"there is no {kind} {name!r} (there are: {', '.join(known)})")
+    config = override(Config(), {**_DEFAULTS, "student": model, "method": method}, "defaults")
+    config = override(config, METHODS.get(method, {}), f"method {method}")
+    config = override(config, PRESETS.get(preset or "", {}), f"preset {preset}")
+    return override(config, given, "command line")

@@ -1,0 +1,98 @@
+"""From a configuration to the models and problems of a run of self-distillation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from mlx_fd import problems as problem_sets
+from mlx_fd.config import Config
+from mlx_fd.models.resolve import resolve
+from mlx_fd.session import Plan, check_run_memory, manifest_of, settled, settled_model
+
+README = """\
+# A run of mlx-fd self-distill
+
+| file | what it is |
+|---|---|
+| `config.toml` | every option; `mlx-fd self-distill --config config.toml` runs it again |
+| `manifest.json` | versions, seed, models and data with their digests |
+| `attempts.jsonl` | one line per attempt: text, tokens, what the self-teacher read, advantages |
+| `metrics.jsonl` | one line per batch: the loss's parts, statistics, the held-out problems |
+| `headroom.json` | answers with and without the context before any update |
+| `checkpoints/` | `NNNNNN` by batch; `last` and `best` (on held-out problems) point to them |
+| `summary.json` | the run's totals, written at its end |
+
+    mlx-fd resume .                       # goes on where it stopped
+    mlx_lm.generate --model MODEL --adapter-path checkpoints/best --prompt TEXT
+
+MODEL is the student's, named in `manifest.json`.
+"""
+
+
+def make_plan(config: Config) -> Plan:
+    """Check everything a run needs.
+
+    Raises:
+        UserError: a name, file, combination of options or amount of memory that will not do.
+    """
+    from mlx_fd.backend import backend
+    from mlx_fd.selfdistill.training import TRUTH, check_combination
+
+    check_combination(config)
+    config = settled(config)
+    options = config.selfdistill
+    if options.critic not in ("", TRUTH):
+        critic_name = settled_model(options.critic)
+        config = dataclasses.replace(
+            config, selfdistill=dataclasses.replace(options, critic=critic_name)
+        )
+    options = config.selfdistill
+    source = config.problems
+    problem_sets.check_split(source.split, source.train_on_test)
+    found = problem_sets.load(source.problems, source.split, skip_bad_rows=source.skip_bad_rows)
+    probe, chosen = problem_sets.probe_and_train(
+        found, config.episode.probe_size, source.episodes, config.episode.seed
+    )
+    student = resolve(config.models.student)
+    critic = resolve(options.critic) if options.critic not in ("", TRUTH) else None
+    side_by_side = dataclasses.replace(
+        config,
+        generation=dataclasses.replace(config.generation, batch_size=options.rollout_batch),
+    )
+    questions = [problem.question for problem in (*probe, *chosen)] * options.rollouts
+    check_run_memory(critic or student, student, questions, side_by_side, backend().on_cpu)
+    notes = []
+    if found.skipped:
+        notes.append(f"{found.skipped} rows of {found.name} could not be read and are left out")
+    return Plan(
+        config,
+        critic or student,
+        student,
+        0,
+        tuple(probe),
+        tuple(chosen),
+        manifest_of(config, critic, student, found, 0),
+        tuple(notes),
+    )
+
+
+def open_models(plan: Plan) -> Any:
+    """Load the models of a plan.
+
+    Returns:
+        The :class:`mlx_fd.selfdistill.training.Models`, the student with fresh LoRA.
+    """
+    from mlx_fd.models.loading import load, load_pair
+    from mlx_fd.models.student import make_student
+    from mlx_fd.selfdistill.training import TRUTH, Models
+
+    options = plan.config.models
+    critic = None
+    if plan.config.selfdistill.critic in ("", TRUTH):
+        base = load(plan.student_path, dequantize=options.dequantize)
+    else:
+        critic, base = load_pair(plan.expert_path, plan.student_path, dequantize=options.dequantize)
+    # Nothing is aligned here; one column stands for the projection that a checkpoint has.
+    student = make_student(base.model, 1, options, plan.config.episode.seed)
+    return Models(student, dataclasses.replace(base, model=student.model), critic)

@@ -1,0 +1,69 @@
+"""The self-teacher's weights: all of the student's arrays but the adapter's.
+
+The base weights exist once. A teacher is a set of adapter tensors, named as the model names them,
+that is put in for as long as the teacher reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from mlx_fd.config import Method
+
+Weights = dict[str, mx.array]
+
+
+def adapter(model: nn.Module) -> Weights:
+    """The adapter of a model as it is now."""
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def switched_off(weights: Weights) -> Weights:
+    """An adapter that adds exactly 0: the base model."""
+    return {
+        name: mx.zeros_like(value) if name.endswith("lora_b") else value
+        for name, value in weights.items()
+    }
+
+
+@contextmanager
+def reading_as(model: nn.Module, weights: Weights) -> Iterator[None]:
+    """Let a model read with another adapter; its own is back in place afterwards."""
+    own = adapter(model)
+    model.load_weights(list(weights.items()), strict=False)
+    try:
+        yield
+    finally:
+        model.load_weights(list(own.items()), strict=False)
+
+
+def first_teacher(model: nn.Module, options: Method) -> Weights:
+    """The self-teacher's adapter before any update."""
+    own = adapter(model)
+    return switched_off(own) if options.self_teacher == "base" else own
+
+
+def next_teacher(teacher: Weights, model: nn.Module, options: Method, updates: int) -> Weights:
+    """The self-teacher's adapter after an update of the student.
+
+    Args:
+        teacher: what it was.
+        model: the student.
+        options: which teacher: ``"ema"`` moves by ``teacher_rate`` of the way to the student.
+        updates: how many there have been, with this one.
+    """
+    if options.self_teacher == "base":
+        return teacher
+    own = adapter(model)
+    if options.self_teacher == "ema":
+        rate = options.teacher_rate
+        own = {name: (1 - rate) * value + rate * own[name] for name, value in teacher.items()}
+        mx.eval(own)
+    elif options.self_teacher == "snapshot" and updates % options.teacher_every:
+        return teacher
+    return own

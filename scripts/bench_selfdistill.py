@@ -1,0 +1,437 @@
+"""Every published method of self-distillation on the tiny base, with the same attempts and rate.
+
+python scripts/bench_selfdistill.py --run       # every arm, three seeds; goes on where it stopped
+python scripts/bench_selfdistill.py --run --arms 'grpo;step-critique' --seeds 0
+python scripts/bench_selfdistill.py --table     # docs/bench_selfdistill.md, from the rows alone
+
+An arm is a command: `mlx-fd self-distill --model tiny-base --method ...`. All arms of a seed make
+the same number of attempts at problems of the train split, in as many batches, with the same LoRA
+and learning rate; where the self-teacher wants something written, it is the generator's truth,
+unless the arm says otherwise. Then the student, after its last update, is measured on held-out
+problems, others for each seed. Rows go to docs/bench_selfdistill.jsonl, one for each arm and seed
+with every problem's results; tables and intervals come from nothing else. The arm `base` is the
+model before any of this.
+"""
+
+# ruff: noqa: E402
+import argparse
+import json
+import os
+import random
+import re
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from mlx_fd.backend import backend
+
+backend()
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_fd import roles, runs
+from mlx_fd.config import to_toml
+from mlx_fd.episode import feedback_request, parsed
+from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
+from mlx_fd.evaluation.statistics import bootstrap, holm, mean, paired_bootstrap
+from mlx_fd.generation import Conversation, Sampling, generate, opening
+from mlx_fd.models import taps
+from mlx_fd.models.loading import load
+from mlx_fd.models.resolve import resolve
+from mlx_fd.problems import arithmetic
+from mlx_fd.selfdistill import session, training
+from mlx_fd.selfdistill.learning import Text, read
+from mlx_fd.selfdistill.methods import configured
+from mlx_fd.selfdistill.noise import noisy
+
+DOCS = Path(__file__).parents[1] / "docs"
+ROWS, TABLE = (DOCS / f"bench_selfdistill.{kind}" for kind in ("jsonl", "md"))
+BASE = "base"
+# What all arms share. Attempts are made in batches of 16: 16 problems, or 2 with 8 attempts each.
+# One update a batch (Resd publishes four), so that all learn from as many tokens.
+ATTEMPTS, BATCH = 640, 16
+SHARED = {
+    "student": "tiny-base",
+    "critic": "truth",
+    "reference_style": "prose",
+    "lora_rank": 16,
+    "lora_scale": 4.0,
+    "lora_rate": 1e-3,
+    "kd_steps": 1,
+    "warmup": 0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "probe_size": 8,
+    "probe_every": 1000,
+    "checkpoint_every": 1000,
+}
+ARMS = {
+    "grpo": {"method": "grpo"},
+    "step-critique": {"method": "step-critique"},
+    "step-critique, tiny as critic": {"method": "step-critique", "critic": "tiny"},
+    "forward KL, reference": {"method": "step-critique", "context": "reference"},
+    "forward KL, feedback": {"method": "step-critique", "context": "feedback"},
+    "forward KL, rubric": {"method": "step-critique", "context": "rubric"},
+    "opsd-reference": {"method": "opsd-reference"},
+    "sdpo": {"method": "sdpo"},
+    "sdft": {"method": "sdft"},
+    "rcsd": {"method": "rcsd"},
+    "resd": {"method": "resd"},
+    "rlcsd": {"method": "rlcsd"},
+    "echodistill": {"method": "echodistill", "noise_level": 0.15},
+}
+PROBLEMS, SAMPLES, LIMIT = 60, 12, 64
+NOISES = (("typed", 0.15), ("transcribed", 0.15))
+RARE = 0.25
+
+
+# ---- measuring ----
+
+
+def problems_of(seed):
+    """The held-out problems of a seed: exercises and problems, no two seeds share one."""
+    place = slice(seed * PROBLEMS, (seed + 1) * PROBLEMS)
+    return arithmetic.problems_of("test")[place], arithmetic.load("test").problems[place]
+
+
+def written(loaded, prompts, limit, temperature=0.0, seed=0, size=240):
+    turns = []
+    for begin in range(0, len(prompts), size):
+        chunk = prompts[begin : begin + size]
+        sampling = Sampling(limit, temperature, seed=seed + begin)
+        turns += generate(loaded, [Conversation()] * len(chunk), chunk, sampling, keep=False)
+    return turns
+
+
+def sampled(loaded, problems, seed):
+    """For each problem the finals of its samples."""
+    prompts = [
+        opening(loaded.tokenizer, roles.answer_prompt(problem.question))
+        for problem in problems
+        for _ in range(SAMPLES)
+    ]
+    finals = [roles.final_answer(t.text) for t in written(loaded, prompts, LIMIT, 1.0, seed)]
+    return [finals[k * SAMPLES : (k + 1) * SAMPLES] for k in range(len(problems))]
+
+
+def right_of(finals, problems):
+    return [
+        sum(roles.same_answer(final, problem.answer) for final in group)
+        for group, problem in zip(finals, problems, strict=True)
+    ]
+
+
+def solved(loaded, problems, noise=None):
+    """Which problems are solved greedily, with noise on their questions or without: 0 and 1."""
+    questions = [noisy(p.question, *noise, 0) if noise else p.question for p in problems]
+    prompts = [opening(loaded.tokenizer, roles.answer_prompt(question)) for question in questions]
+    return "".join(
+        str(int(roles.same_answer(roles.final_answer(turn.text), problem.answer)))
+        for turn, problem in zip(written(loaded, prompts, LIMIT), problems, strict=True)
+    )
+
+
+def judged(loaded, exercises):
+    """On which answers the first wrong step is found (or none where all is right): 0 and 1."""
+    rng = random.Random("bench/judging")
+    request = feedback_request(loaded.tokenizer)
+    answers = [
+        arithmetic.wrong_answer(rng, e) if place % 2 else e.solution
+        for place, e in enumerate(exercises)
+    ]
+    prompts = [
+        (
+            *opening(loaded.tokenizer, roles.answer_prompt(exercise.question)),
+            *loaded.tokenizer.encode(answer, add_special_tokens=False),
+            *request,
+        )
+        for exercise, answer in zip(exercises, answers, strict=True)
+    ]
+    return "".join(
+        str(
+            int(
+                arithmetic.first_error(parsed(turn).text)
+                == arithmetic.judge(exercise.solution, answer).first_error
+            )
+        )
+        for turn, exercise, answer in zip(
+            written(loaded, prompts, 112), exercises, answers, strict=True
+        )
+    )
+
+
+def is_reasoning(piece):
+    """Whether a token is a number or an operator: what is calculated, and not how it is put."""
+    return bool(re.fullmatch(r"[\d+*=-]+", piece.strip()))
+
+
+def drift(loaded, base, exercises):
+    """KL(base || student) on right solutions: mean over style tokens, and over reasoning tokens."""
+    tokenizer = base.tokenizer
+    texts = [
+        Text(
+            opening(tokenizer, roles.answer_prompt(exercise.question)),
+            (
+                *tokenizer.encode(exercise.solution, add_special_tokens=False),
+                tokenizer.eos_token_id,
+            ),
+        )
+        for exercise in exercises
+    ]
+
+    def logprobs(model):
+        states = mx.concatenate(read(model, texts, 32))
+        head = taps.head(model)
+        logits = head.as_linear(states) if hasattr(head, "as_linear") else head(states)
+        logits = logits[:, : base.vocab].astype(mx.float32)
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    ours, theirs = logprobs(loaded.model), logprobs(base.model)
+    kl = np.array((mx.exp(theirs) * (theirs - ours)).sum(-1))
+    pieces = [tokenizer.decode([token]) for text in texts for token in text.target]
+    reasoning = np.array([is_reasoning(piece) for piece in pieces])
+    return [float(kl[~reasoning].mean()), float(kl[reasoning].mean())]
+
+
+def measured(loaded, base, seed):
+    """What a model can do, on a seed's problems."""
+    exercises, problems = problems_of(seed)
+    finals = sampled(loaded, problems, seed=1)
+    return {
+        "right": right_of(finals, problems),
+        "majority": [
+            round(maj_at_k(group, problem.answer), 3)
+            for group, problem in zip(finals, problems, strict=True)
+        ],
+        "judged": judged(loaded, exercises),
+        "solved": solved(loaded, problems),
+        "noisy": {
+            f"{kind} {level}": solved(loaded, problems, (kind, level)) for kind, level in NOISES
+        },
+        "drift": [round(value, 5) for value in drift(loaded, base, exercises)],
+    }
+
+
+# ---- running ----
+
+
+def options_of(arm, seed):
+    """An arm's whole configuration."""
+    options = {**SHARED, **ARMS[arm]}
+    method = options.pop("method")
+    rollouts = configured(method).selfdistill.rollouts
+    size = {"batch_size": BATCH // rollouts, "episodes": ATTEMPTS // rollouts, "seed": seed}
+    return configured(method, {**options, **size}, preset="tiny")
+
+
+def trained(arm, seed):
+    """The model of an arm after its last update, and the totals of its run."""
+    plan = session.make_plan(options_of(arm, seed))
+    models = session.open_models(plan)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "run"
+        runs.create(folder, to_toml(plan.config), plan.manifest)
+        summary = training.run(
+            folder, plan.config, models, plan.probe, plan.problems, lambda event: None
+        )
+        attempts = runs.read_lines(folder / runs.ATTEMPTS)
+        metrics = runs.read_lines(folder / runs.METRICS)
+    assert summary is not None
+    updates = [update for row in metrics for update in row["updates"]]
+    totals = {
+        "attempts": len(attempts),
+        "taught": sum(row["teaches"] for row in attempts),
+        "written": sum(len(row["tokens"]) for row in attempts),
+        "updates": len(updates),
+        "tokens": sum(update["tokens"] for update in updates),
+        "headroom": json.loads(json.dumps(summary.get("headroom"))),
+    }
+    return models.reader, totals
+
+
+def row_of(arm, seed):
+    begin = time.perf_counter()
+    base = load(resolve(SHARED["student"]))
+    loaded, totals = (base, {}) if arm == BASE else trained(arm, seed)
+    learned = time.perf_counter()
+    row = {
+        "arm": arm,
+        "seed": seed,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "mlx": version("mlx"),
+        **totals,
+        **measured(loaded, base, seed),
+        "seconds": [round(learned - begin), round(time.perf_counter() - learned)],
+    }
+    if arm == BASE:
+        # Rare problems are chosen by other samples than those that the gain is measured from.
+        _, problems = problems_of(seed)
+        row["chosen_by"] = right_of(sampled(base, problems, seed=1001), problems)
+    return row
+
+
+# ---- what the rows say ----
+
+
+def read_rows(path):
+    """{arm: {seed: the last row of both}}, in the order of the table; empty without a file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = {}
+    for row in map(json.loads, lines):
+        rows.setdefault(row["arm"], {})[row["seed"]] = row
+    return {arm: rows[arm] for arm in (BASE, *ARMS) if arm in rows}
+
+
+def average(row):
+    return [right / SAMPLES for right in row["right"]]
+
+
+def passed(row):
+    return [pass_at_k(right, SAMPLES, SAMPLES) for right in row["right"]]
+
+
+def bits(name, inner=None):
+    return lambda row: [float(bit) for bit in (row[name][inner] if inner else row[name])]
+
+
+def paired(rows, others, values, kept=None):
+    """Two arms' values on the problems of the seeds that both have, below each other."""
+    columns = [[], []]
+    for seed in sorted(rows.keys() & others.keys()):
+        keep = kept(seed) if kept else [True] * PROBLEMS
+        for column, side in zip(columns, (rows, others), strict=True):
+            column += [v for v, k in zip(values(side[seed]), keep, strict=True) if k]
+    return columns
+
+
+def shown(estimate, form="+.1f", times=100):
+    text = (
+        f"{estimate.value * times:{form}} ({estimate.low * times:{form}} to "
+        f"{estimate.high * times:{form}})"
+    )
+    significant = form.startswith("+") and (estimate.low > 0 or estimate.high < 0)
+    return f"**{text}**" if significant else text
+
+
+# The published orderings that are looked for, better one first, and where they were published.
+ORDERINGS = (
+    ("step-critique", "forward KL, reference", "2606.11173"),
+    ("forward KL, reference", "grpo", "2606.11173"),
+    ("step-critique", "grpo", "2606.11173"),
+    ("sdpo", "grpo", "2601.20802"),
+    ("rcsd", "opsd-reference", "2606.19327"),
+    ("rlcsd", "grpo", "2606.11709"),
+    ("resd", "sdpo", "2605.12741"),
+)
+
+
+def orderings(rows):
+    """[(better, worse, source, estimate of the difference of Avg@12, adjusted p)]."""
+    found = [
+        (better, worse, source, *paired_bootstrap(*paired(rows[better], rows[worse], average)))
+        for better, worse, source in ORDERINGS
+        if better in rows and worse in rows
+    ]
+    adjusted = holm([p for *_, p in found])
+    return [(*rest, q) for (*rest, _), q in zip(found, adjusted, strict=True)]
+
+
+def table(path):
+    rows = read_rows(path)
+    base = rows[BASE]
+
+    def rare(seed):
+        return [right / SAMPLES <= RARE for right in base[seed]["chosen_by"]]
+
+    some = next(iter(rows[arm] for arm in rows if arm != BASE))
+    lines = [
+        f"Tiny base, {min(map(len, rows.values()))} to {max(map(len, rows.values()))} seeds, "
+        f"{PROBLEMS} held-out problems a seed, {SAMPLES} samples of each at temperature 1. "
+        f"{next(iter(some.values()))['attempts']} attempts a run. Changes are against the base on "
+        "the same problems, in points; in brackets 95 % bootstrap intervals over problems and "
+        "seeds, paired where it is a change, bold where they leave 0 out.",
+        "",
+        "| | seeds | Avg@12 (%) | change | Maj@12, change | Pass@12, change | rare problems, "
+        "Avg@12, change | greedy, typed noise, change | greedy, transcribed noise, change | "
+        "judging, change | KL of style / reasoning tokens (millinats) | attempts that teach | "
+        "updates | 1,000 tokens read |",
+        "|---|--:|---|---|---|---|---|---|---|---|---|--:|--:|--:|",
+    ]
+    for arm, seeds in rows.items():
+        own = bootstrap([paired(seeds, seeds, average)[0]], mean)
+        cells = [arm, str(len(seeds)), shown(own, ".1f")]
+        if arm == BASE:
+            cells += [""] * 11
+        else:
+
+            def change(values, kept=None, seeds=seeds):
+                return shown(paired_bootstrap(*paired(seeds, base, values, kept))[0])
+
+            style, reasoning = np.mean([row["drift"] for row in seeds.values()], axis=0) * 1000
+
+            def total(key, seeds=seeds):
+                return np.mean([row[key] for row in seeds.values()])
+
+            cells += [
+                change(average),
+                change(lambda row: row["majority"]),
+                change(passed),
+                change(average, rare),
+                *(change(bits("noisy", f"{kind} {level}")) for kind, level in NOISES),
+                change(bits("judged")),
+                f"{style:.1f} / {reasoning:.1f}",
+                f"{total('taught') / total('attempts'):.0%}",
+                f"{total('updates'):.0f}",
+                f"{total('tokens') / 1000:.0f}",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Published orderings, as differences of Avg@12 in points; p by the paired bootstrap, "
+        "corrected by Holm.",
+        "",
+        "| published | difference here | p |",
+        "|---|---|---|",
+    ]
+    for better, worse, source, estimate, p in orderings(rows):
+        lines.append(f"| {better} over {worse} ({source}) | {shown(estimate)} | {p:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--run", action="store_true", help="make the rows that are not there")
+    parser.add_argument("--arms", default=";".join((BASE, *ARMS)), help="separated by ;")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="the file with the rows")
+    parser.add_argument("--table", action="store_true", help="write the table")
+    args = parser.parse_args()
+    arms = [name.strip() for name in args.arms.split(";")]
+    if unknown := [name for name in arms if name not in (BASE, *ARMS)]:
+        parser.error(f"there is no arm {unknown[0]!r}; there are: {', '.join((BASE, *ARMS))}")
+    if not (args.run or args.table):
+        parser.error("say what to do: --run, --table, or both")
+    if args.run:
+        done = read_rows(args.rows)
+        # Seed by seed, so that a part of the work is a whole comparison.
+        for seed in map(int, args.seeds.split(",")):
+            for arm in arms:
+                if seed not in done.get(arm, {}):
+                    row = row_of(arm, seed)
+                    print(arm, seed, f"Avg@12 {np.mean(average(row)):.1%}", row["seconds"])
+                    with args.rows.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+    if args.table:
+        TABLE.write_text(table(args.rows))
+        print(TABLE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""Train the base of the self-distillation bench: a model that can use each context.
+
+python scripts/train_selfdistill_base.py --out DIR            # minutes of one core
+python scripts/train_selfdistill_base.py --out DIR --quick    # hardly any training: a test
+
+It begins as the tiny expert with most of its MLPs' neurons gone, as the tiny student does. Then it
+reads solutions of which most are wrong, so that it solves problems as mediocre as its reading; and
+problems with a context (`mlx_fd/selfdistill/contexts.py`), after which the solution is right. So it
+answers better with a context than without: what self-distillation is made of. It judges answers
+too, which the bench takes as the other task, the one that may be forgotten.
+"""
+
+import argparse
+import json
+import os
+import random
+from fractions import Fraction
+from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.utils import quantize_model, save_config, save_model
+from rich.console import Console
+from tokenizers import AddedToken, Tokenizer
+from train_tiny import (
+    _BLOCK,
+    ASSISTANT,
+    BITS,
+    END,
+    GROUP,
+    TRAINING,
+    USER,
+    Recipe,
+    Row,
+    conversation,
+    count,
+    cut,
+    encoded,
+    fit,
+    make_model,
+    make_tokenizer,
+    packed,
+    wilson,
+    write_tokenizer,
+)
+
+from mlx_fd import roles
+from mlx_fd.generation import Conversation, Sampling, generate, opening
+from mlx_fd.models.loading import Loaded, load
+from mlx_fd.models.resolve import resolve
+from mlx_fd.problems import Problem, arithmetic
+from mlx_fd.selfdistill import contexts, noise
+from mlx_fd.selfdistill.contexts import CONTEXTS, Attempt, Materials
+
+RECIPE = Recipe(
+    128, 4, 4, 96, 1000, 1024, 1.5e-3, (), 10, True, 0.0,
+    "It is the base of the self-distillation bench: mediocre at answering, because most of the "
+    "solutions that it learned from without a context are wrong, and good at using a context.",
+)  # fmt: skip
+# Shares of the sequences: bare answers, answers with a context, feedback.
+BARE, WITH_CONTEXT, JUDGING = 0.15, 0.7, 0.15
+WRONG = 0.7
+NOISY = 0.2
+FOLLOWS_A_WRONG_HINT = 0.8
+TAUGHT = tuple(name for name in CONTEXTS if name not in ("none", "clean"))
+# The contexts that leave something to work out are seen more often than those to copy from.
+SHARES = [2 if name in ("reference", "feedback", "rubric", "reflection") else 1 for name in TAUGHT]
+
+
+# -------------------------------------------------------------------------------------- tokenizer
+
+
+def context_pieces() -> list[str]:
+    """The fixed pieces of the contexts' messages, and what is often quoted in them."""
+    one, two, three = "\u241fone\u241f", "\u241ftwo\u241f", "\u241fthree\u241f"
+    messages = [
+        contexts.reference_message(one, two),
+        contexts.critique_message(one, two),
+        contexts.feedback_message(one, two),
+        contexts.rubric_message(one, two),
+        contexts.demonstration_message(one, two),
+        contexts.hint_message(one, two),
+        contexts.sibling_message(one, two),
+        contexts.reflection_message(one, [two], one, two, three),
+    ]
+    pieces = [
+        piece
+        for message in messages
+        for piece in message.replace(two, one).replace(three, one).split(one)
+    ]
+    rubrics = {
+        line
+        for drawn, _ in zip(arithmetic.exercises("train", 0), range(200), strict=False)
+        for line in contexts.rubric(_problem(drawn)).split("\n")
+    }
+    prose = [" plus ", " minus ", " times ", " is ", ". ", "So the answer is "]
+    lessons = contexts.lessons()
+    return list(dict.fromkeys([*pieces, *lessons, *sorted(rubrics), *prose]))
+
+
+def base_tokenizer() -> Tokenizer:
+    """The tiny pair's tokenizer, its tokens where they were, and one for each piece."""
+    tokenizer = make_tokenizer()
+    known = tokenizer.get_vocab()
+    spoken = {f" {word}" for n in range(100) for word in noise.spoken(n).split()}
+    fresh = [*context_pieces(), *sorted(spoken)]
+    tokenizer.add_tokens(
+        [AddedToken(t, normalized=False) for t in fresh if t.strip() and t not in known]
+    )
+    return tokenizer
+
+
+def widened(weights: list[tuple[str, mx.array]], old: Tokenizer, new: Tokenizer):
+    """Weights with embeddings for the new tokens: the mean of what they were split into before."""
+    name = "model.embed_tokens.weight"
+    table = dict(weights)
+    rows = [table[name]]
+    for token in range(old.get_vocab_size(), new.get_vocab_size()):
+        parts = old.encode(new.id_to_token(token), add_special_tokens=False).ids
+        rows.append(table[name][mx.array(parts)].mean(0, keepdims=True))
+    table[name] = mx.concatenate(rows)
+    return list(table.items())
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+def _problem(drawn: arithmetic.Exercise) -> Problem:
+    return Problem(drawn.question, drawn.question, drawn.solution, Fraction(drawn.steps[-1].result))
+
+
+def _attempt(problem: Problem, text: str, question: str = "") -> Attempt:
+    final = roles.final_answer(text)
+    right = roles.same_answer(final, problem.answer)
+    return Attempt(problem, question or problem.question, (), text, final, right)
+
+
+def context_sequence(rng: random.Random, drawn: arithmetic.Exercise):
+    """A problem with a context, and the right solution; or a hint's own, where it is wrong."""
+    problem = _problem(drawn)
+    (name,) = rng.choices(TAUGHT, SHARES)
+    wrong = _attempt(problem, arithmetic.wrong_answer(rng, drawn))
+    own = wrong if rng.random() < 0.7 or name == "reflection" else _attempt(problem, drawn.solution)
+    siblings = [_attempt(problem, drawn.solution)]
+    if name == "contrast":
+        siblings.append(_attempt(problem, arithmetic.wrong_answer(rng, drawn)))
+    lessons = rng.sample(contexts.lessons(), rng.randint(0, 4))
+    playbook = contexts.Playbook().after(lessons, {})
+    if rng.random() < 0.3:
+        playbook = playbook.after([], {problem.id: drawn.solution})
+    materials = Materials(
+        truth=True,
+        reference_style="prose",
+        playbook=playbook,
+    )
+    view = CONTEXTS[name]([own, *siblings], materials)[0]
+    message, solution = view.teacher, drawn.solution
+    if view.wrong and rng.random() < 0.5:
+        message = view.wrong[0]
+        hint = next(a.text for a in siblings if not a.correct)
+        solution = hint if rng.random() < FOLLOWS_A_WRONG_HINT else solution
+    return [(USER + (message or view.student) + ASSISTANT, 0), (solution, 1), (END, 1)]
+
+
+def bare_sequence(rng: random.Random, drawn: arithmetic.Exercise):
+    """A problem, sometimes with noise on it, and a solution, most often a wrong one."""
+    question = drawn.question
+    if rng.random() < NOISY:
+        kind, level = rng.choice(noise.KINDS), rng.uniform(0, 0.4)
+        question = noise.noisy(question, kind, level, rng.randrange(1 << 30))
+    solution = arithmetic.wrong_answer(rng, drawn) if rng.random() < WRONG else drawn.solution
+    return [(USER + roles.answer_prompt(question) + ASSISTANT, 0), (solution, 1), (END, 1)]
+
+
+def batches(tokenizer: Tokenizer, recipe: Recipe, seed: str, block: int):
+    """The batches of one block of steps."""
+    rng = random.Random(f"base/{seed}/{block}")
+    drawn = arithmetic.exercises("train", rng.randrange(1 << 62))
+    rows: list[Row] = []
+    total = 0
+    while total < recipe.tokens * _BLOCK:
+        kind = rng.random()
+        if kind < BARE:
+            pieces = bare_sequence(rng, next(drawn))
+        elif kind < BARE + WITH_CONTEXT:
+            pieces = context_sequence(rng, next(drawn))
+        else:
+            pieces = conversation(rng, next(drawn), "feedback")
+        rows.append(encoded(tokenizer, pieces))
+        total += len(rows[-1][0])
+    yield from packed(rows, rng)
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(loaded: Loaded, split: str, size: int, temperature: float = 1.0) -> dict[str, dict]:
+    """Answers without a context and with each, sampled: how many of how many are right.
+
+    The contexts are made of wrong attempts as the generator writes them, and of the truth.
+    """
+    drawn = arithmetic.problems_of(split)[:size]
+    rng = random.Random(f"base/{split}")
+    groups = []
+    for exercise in drawn:
+        problem = _problem(exercise)
+        groups.append(
+            [
+                _attempt(problem, arithmetic.wrong_answer(rng, exercise)),
+                _attempt(problem, exercise.solution),
+                _attempt(problem, arithmetic.wrong_answer(rng, exercise)),
+            ]
+        )
+    materials = Materials(truth=True, reference_style="prose")
+    seen = {}
+    for name in ("none", *TAUGHT):
+        views = [CONTEXTS[name](group, materials)[0] for group in groups]
+        prompts = [opening(loaded.tokenizer, view.teacher or view.student) for view in views]
+        right = []
+        for begin in range(0, size, 50):
+            chunk = prompts[begin : begin + 50]
+            turns = generate(
+                loaded,
+                [Conversation()] * len(chunk),
+                chunk,
+                Sampling(80, temperature, seed=begin),
+                keep=False,
+            )
+            right += [
+                roles.final_answer(turn.text) == exercise.steps[-1].result
+                for turn, exercise in zip(turns, drawn[begin : begin + 50], strict=True)
+            ]
+        seen[name] = count(right)
+    return seen
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def write_card(folder: Path, figures: dict) -> None:
+    """README.md and figures.json of the base."""
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    steps, tokens, seconds = (
+        sum(stage[unit] for stage in figures["training"]) for unit in ("steps", "tokens", "seconds")
+    )
+    stages = len(figures["training"])
+    lines = [
+        "# tiny base",
+        "",
+        f"A llama of {figures['parameters']:,} parameters, cut out of the tiny expert and trained "
+        f"by `scripts/train_selfdistill_base.py`: {steps:,} steps, {tokens:,} "
+        f"tokens (padding included), {seconds:,} s on a busy CPU, seed {figures['seed']}"
+        f"{f', in {stages} stages (--init)' if stages > 1 else ''}. "
+        f"{RECIPE.purpose} The weights are quantised to {BITS} bits in groups of {GROUP}.",
+        "",
+        "Problems solved, sampled at temperature 1, without a context and with each; share and "
+        "95 % Wilson interval. The contexts are made of the truth, about a wrong attempt.",
+        "",
+        "| | " + " | ".join(figures["splits"]) + " |",
+        "|-|" + "-|" * len(figures["splits"]),
+    ]
+    for name in next(iter(figures["splits"].values())):
+        cells = []
+        for seen in figures["splits"].values():
+            right, of = seen[name]["right"], seen[name]["of"]
+            low, high = wilson(right, of)
+            cells.append(f"{right / of:.1%} ({low:.1%} to {high:.1%}; n = {of})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, required=True, help="where the model goes")
+    parser.add_argument("--init", type=Path, help="go on from an earlier training (its work)")
+    parser.add_argument("--steps", type=int, default=RECIPE.steps)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="hardly any training: a test")
+    args = parser.parse_args()
+    console = Console()
+    steps, size = (32, 4) if args.quick else (args.steps, 200)
+    tokens = 128 if args.quick else RECIPE.tokens
+    recipe = Recipe(**{**vars(RECIPE), "steps": steps, "tokens": tokens})
+    tokenizer, work = base_tokenizer(), args.out / "work"
+    write_tokenizer(tokenizer, work)
+    mx.random.seed(args.seed)
+    model, config = make_model(recipe, tokenizer)
+    save_config(dict(config), work / "config.json")
+    stages = []
+    if args.init:
+        model.load_weights(str(args.init / "model.safetensors"))
+        stages = json.loads((args.init / TRAINING).read_text())
+    else:
+        weights = cut(resolve("tiny"), recipe.intermediate)
+        model.load_weights(widened(weights, make_tokenizer(), tokenizer))
+
+    def look(taken: int) -> dict[str, dict]:
+        save_model(work, model)
+        return evaluate(load(work), "validation", min(size, 50))
+
+    def block_of(block: int):
+        return batches(tokenizer, recipe, f"{args.seed}/{len(stages)}", block)
+
+    stages.append(fit("base", model, recipe, block_of, look, console))
+    (work / TRAINING).write_text(json.dumps(stages, indent=1) + "\n")
+    write_tokenizer(tokenizer, args.out / "base")
+    parameters = sum(value.size for _, value in tree_flatten(model.parameters()))
+    model, config = quantize_model(model, config, GROUP, BITS)
+    save_model(args.out / "base", model)
+    save_config(config, args.out / "base" / "config.json")
+    figures = {
+        "parameters": parameters,
+        "seed": args.seed,
+        "training": stages,
+        "splits": {"test": evaluate(load(args.out / "base"), "test", size)},
+    }
+    write_card(args.out / "base", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""Whole runs of self-distillation on the tiny student: each method, resuming, the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from pairs import without_seconds
+
+from mlx_fd import runs
+from mlx_fd.config import CONTEXTS as CONTEXT_NAMES
+from mlx_fd.config import Config, read, to_toml
+from mlx_fd.errors import UserError
+from mlx_fd.events import Note, Warned
+from mlx_fd.generation import Sampling, opening
+from mlx_fd.roles import answer_prompt
+from mlx_fd.selfdistill import rollouts
+from mlx_fd.selfdistill.contexts import CONTEXTS
+from mlx_fd.selfdistill.learning import look
+from mlx_fd.selfdistill.methods import METHODS, configured
+from mlx_fd.selfdistill.session import make_plan, open_models
+from mlx_fd.selfdistill.teacher import adapter, next_teacher, reading_as, switched_off
+from mlx_fd.selfdistill.training import Models, run
+
+SMALL = {
+    "episodes": 4,
+    "batch_size": 2,
+    "answer_tokens": 64,
+    "feedback_tokens": 40,
+    "probe_size": 2,
+    "probe_every": 2,
+    "lora_rank": 2,
+    "lora_rate": 1e-2,
+    "critic": "truth",
+    "student": "tiny-student",
+    "seed": 2,
+    "checkpoint_every": 2,
+}
+
+
+def config_of(method, **changes):
+    small = dict(SMALL)
+    if METHODS.get(method, {}).get("rollouts", 1) > 1:
+        small["rollouts"] = 4
+    return configured(method, {**small, **changes})
+
+
+def start(folder, config, report=lambda event: None, stop=lambda: False):
+    """Begin or resume a run in this process, as the command line does."""
+    plan = make_plan(config)
+    with runs.locked(folder):
+        if not runs.is_run(folder):
+            runs.create(folder, to_toml(plan.config), plan.manifest)
+        models = open_models(plan)
+        return run(folder, plan.config, models, plan.probe, plan.problems, report, stop)
+
+
+def rows(folder, name=runs.ATTEMPTS):
+    return without_seconds(runs.read_lines(folder / name))
+
+
+def weights(folder, which="last"):
+    found = {}
+    for path in sorted((folder / "checkpoints" / which).glob("*.safetensors")):
+        found.update({f"{path.name}:{key}": np.array(v) for key, v in mx.load(str(path)).items()})
+    return found
+
+
+def assert_same(one, two):
+    assert rows(one) == rows(two)
+    assert rows(one, runs.METRICS) == rows(two, runs.METRICS)
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+    states = [
+        json.loads((folder / "checkpoints" / "last" / "state.json").read_text())
+        for folder in (one, two)
+    ]
+    for state in states:
+        del state["files"], state["log_bytes"]
+    assert states[0] == states[1]
+
+
+@pytest.fixture(scope="module")
+def opened():
+    """The tiny student with an adapter that does something."""
+    models = open_models(make_plan(config_of("grpo")))
+    model = models.reader.model
+    mx.random.seed(0)
+    changed = [
+        (name, 0.2 * mx.random.normal(value.shape) if name.endswith("lora_b") else value)
+        for name, value in adapter(model).items()
+    ]
+    model.load_weights(changed, strict=False)
+    return models
+
+
+def test_contexts_and_methods_are_known_by_the_same_names():
+    assert tuple(CONTEXTS) == CONTEXT_NAMES
+    for name in METHODS:
+        assert configured(name).selfdistill.method == name
+
+
+def test_configurations_come_back_from_their_files(tmp_path):
+    for name in METHODS:
+        config = config_of(name)
+        (tmp_path / "config.toml").write_text(to_toml(config))
+        assert read(tmp_path / "config.toml") == config
+    assert "selfdistill" not in to_toml(Config())
+    with pytest.raises(UserError, match="there is no method 'gppo'"):
+        configured("gppo")
+
+
+def test_only_the_adapter_is_swapped(opened):
+    model = opened.reader.model
+    before = dict(tree_flatten(model.parameters()))
+    own = adapter(model)
+    base = switched_off(own)
+    tokens = mx.array([[5, 9, 30, 7]])
+    plain = model(tokens)
+    with reading_as(model, base):
+        inside = dict(tree_flatten(model.parameters()))
+        changed = {name for name in inside if inside[name] is not before[name]}
+        assert changed == {name for name in own if name.endswith("lora_b")}
+        # Not one weight of the base was copied.
+        assert all(inside[name] is before[name] for name in before if name not in own)
+        off = model(tokens)
+    assert mx.array_equal(model(tokens), plain)
+    assert float(mx.abs(off - plain).max()) > 0.1
+    untouched = open_models(make_plan(config_of("grpo"))).reader.model
+    assert mx.array_equal(off, untouched(tokens))
+    with pytest.raises(RuntimeError, match="inside"), reading_as(model, base):
+        raise RuntimeError("inside")
+    assert mx.array_equal(model(tokens), plain)
+
+
+def test_teachers_follow_as_they_say(opened):
+    model = opened.reader.model
+    own = adapter(model)
+    zero = {name: mx.zeros_like(value) for name, value in own.items()}
+    options = config_of("sdpo", teacher_rate=0.25).selfdistill
+    moved = next_teacher(zero, model, options, 1)
+    for name, value in own.items():
+        np.testing.assert_allclose(np.array(moved[name]), 0.25 * np.array(value), rtol=1e-6)
+    snapshot = config_of("rlcsd", teacher_every=3).selfdistill
+    assert next_teacher(zero, model, snapshot, 2) is zero
+    assert all(next_teacher(zero, model, snapshot, 3)[name] is own[name] for name in own)
+    assert next_teacher(zero, model, config_of("grpo").selfdistill, 9) is zero
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_a_prompt_is_read_once_for_its_attempts_and_log_probabilities_are_kept(opened, temperature):
+    config = config_of("rlcsd", rollouts=5, temperature=temperature, rollout_batch=8)
+    plan = make_plan(config)
+    reader = opened.reader
+    groups, prefilled = rollouts.attempts_at(reader, plan.problems[:3], config, lambda n: 7 + n)
+    assert [len(group) for group in groups] == [5, 5, 5]
+    for group, problem in zip(groups, plan.problems, strict=False):
+        assert {attempt.problem.id for attempt in group} == {problem.id}
+        assert len({attempt.tokens for attempt in group}) > 1
+    prompts = [len(opening(reader.tokenizer, answer_prompt(p.question))) for p in plan.problems[:3]]
+    # Of fifteen prompts, three and the one that two calls share.
+    assert prefilled == sum(prompts) + prompts[1]
+    views = CONTEXTS["none"]([a for group in groups for a in group], None)
+    known = look(reader, switched_off(adapter(reader.model)), groups, views, config.selfdistill, 4)
+    for item in known:
+        assert float(mx.abs(item.old - item.now).max()) < 1e-4
+        assert (np.array(item.entropy) >= 0).all()
+
+
+def test_sampling_is_cut_after_the_temperature():
+    from mlx_fd.generation import _sampler
+
+    logprobs = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05]] * 4000))
+    mx.random.seed(1)
+    # At temperature 2: 0.379, 0.294, 0.208, 0.120; the first two have 0.67, the first three 0.88.
+    drawn = np.array(_sampler(Sampling(1, 2.0, top_p=0.7))(logprobs))
+    shares = np.bincount(drawn, minlength=4) / 4000
+    tempered = np.sqrt([0.5, 0.3, 0.15])
+    np.testing.assert_allclose(shares[:3], tempered / tempered.sum(), atol=0.03)
+    assert shares[3] == 0
+    drawn = np.array(_sampler(Sampling(1, 1.0, top_k=2))(logprobs))
+    np.testing.assert_allclose(np.bincount(drawn) / 4000, [0.625, 0.375], atol=0.03)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains(method, tmp_path):
+    events = []
+    folder = tmp_path / "run"
+    config = config_of(method)
+    before = adapter(open_models(make_plan(config)).reader.model)
+    summary = start(folder, config, events.append)
+    found = rows(folder)
+    group = config.selfdistill.rollouts
+    assert [row["attempt"] for row in found] == list(range(4 * group))
+    assert summary["updates"]["steps"] >= 1 and summary["updates"]["skipped"] == 0
+    after = weights(folder)
+    assert any(
+        not np.array_equal(after[f"adapters.safetensors:{name}"], np.array(value))
+        for name, value in before.items()
+    )
+    for row in runs.read_lines(folder / runs.METRICS):
+        for update in row["updates"]:
+            assert math.isfinite(update["total"]) and update["gradient_norm"] > 0
+            assert all(value is not None for value in update["losses"].values())
+        assert row["attempts"]["logprob_gap"] < 1e-3
+    taught = [row for row in found if row["teacher"] is not None]
+    assert bool(taught) == (method != "grpo")
+    assert all(0 <= row["negative_advantage"] <= 1 for row in taught)
+    assert any(isinstance(e, Note) and e.text.startswith("headroom on 2") for e in events)
+    assert summary["held_out"]["before"]["n"] == 2
+    assert (folder / "checkpoints" / "best" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("sdpo", {"warmup": 3}),
+        ("resd", {"kd_steps": 2, "teacher_rate": 0.3}),
+        ("rlcsd", {"teacher_every": 2}),
+    ],
+)
+def test_stopping_after_any_batch_and_resuming_changes_nothing(method, changes, tmp_path):
+    config = config_of(method, episodes=6, **changes)
+    start(tmp_path / "whole", config)
+    stopped = tmp_path / "stopped"
+    for _ in range(2):
+        # Asked once before the first batch, then after each.
+        answers = iter([False, True])
+        assert start(stopped, config, stop=lambda answers=answers: next(answers)) is None
+    assert start(stopped, config) is not None
+    assert_same(tmp_path / "whole", stopped)
+    start(tmp_path / "other", config_of(method, episodes=6, seed=3, **changes))
+    assert rows(tmp_path / "other") != rows(stopped)
+
+
+def test_kill_9_at_random_moments_changes_nothing(tmp_path):
+    """The command line, killed and resumed until it is through."""
+    mlx_fd = str(Path(sys.executable).with_name("mlx-fd"))
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    options = [option.replace("--student=", "--model=") for option in options]
+    begin = [mlx_fd, "self-distill", "--method", "sdpo", *options, "--episodes=10", "--rollouts=2"]
+
+    def launch(*command):
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    whole, target = tmp_path / "whole", tmp_path / "killed"
+    process = launch(*begin, "--out", str(whole))
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    draw = np.random.default_rng(0)
+    for name in ("headroom.json", runs.ATTEMPTS, runs.ATTEMPTS):
+        command = (mlx_fd, "resume", str(target)) if runs.is_run(target) else begin
+        before = runs.log_size(target, name)
+        process = launch(*command, *(() if command is not begin else ("--out", str(target))))
+        while process.poll() is None and runs.log_size(target, name) <= before:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, output
+    process = launch(
+        *(mlx_fd, "resume", str(target)) if runs.is_run(target) else (*begin, "--out", str(target))
+    )
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "attempts right" in output
+    assert_same(whole, target)
+
+
+def test_the_gate_ends_a_run_and_never_learns_nothing(tmp_path):
+    summary = start(tmp_path / "never", config_of("step-critique", gate="never"))
+    assert summary["updates"]["steps"] == 0
+    assert not any(row["teaches"] for row in rows(tmp_path / "never"))
+    events = []
+    options = {"gate": "ema", "lora_rate": 0.0, "plateau_steps": 2, "minimum_gain": 0.0}
+    config = config_of("step-critique", episodes=24, probe_every=1, **options)
+    summary = start(tmp_path / "ema", config, events.append)
+    # Nothing is learned at a rate of 0: a plateau, and the run ends before its problems do.
+    assert summary["updates"]["batches"] < 12
+    assert any(isinstance(e, Note) and e.text.startswith("the gate ends") for e in events)
+
+
+def test_a_context_that_does_not_help_is_said_before_training(tmp_path):
+    """The tiny student never read such a message."""
+    events = []
+    start(tmp_path / "run", config_of("rcsd", probe_size=6, episodes=2), events.append)
+    warned = [event.text for event in events if isinstance(event, Warned)]
+    assert any("with the context rubric" in text and "nothing to learn" in text for text in warned)
+    headroom = json.loads((tmp_path / "run" / "headroom.json").read_text())
+    assert headroom["taught"] == 6 and headroom["with_context"] <= headroom["without"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": "full"}, "trains LoRA"),
+        ({"objective": "grpo"}, "set --rollouts to 8"),
+        ({"context": "sibling"}, "set --rollouts to 8"),
+        ({"objective": "contrastive", "rollouts": 2}, "--context contrast"),
+        ({"critic": ""}, "needs a critic"),
+        ({"problems": "gsm8k"}, "truth is known for"),
+        ({"gate": "published"}, "for the loop"),
+        ({"epochs": 2}, "set epochs to 1"),
+    ],
+)
+def test_what_cannot_work_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        make_plan(config_of("step-critique", **changes))
+
+
+def test_a_frozen_critic_shares_what_it_can(tmp_path):
+    config = config_of("step-critique", critic="tiny", student="tiny-student")
+    models = open_models(make_plan(config))
+    assert isinstance(models, Models) and models.critic is not None
+    assert models.critic.path != models.reader.path
+    # The same model as critic and student: one set of base arrays, the critic without LoRA.
+    models = open_models(make_plan(config_of("step-critique", critic="tiny", student="tiny")))
+    theirs = {id(value) for _, value in tree_flatten(models.critic.model.parameters())}
+    own = adapter(models.reader.model)
+    ours = dict(tree_flatten(models.reader.model.parameters()))
+    assert all(id(value) in theirs for name, value in ours.items() if name not in own)
+
+
+def cli(*arguments):
+    """The command line as a user calls it."""
+    mlx_fd = str(Path(sys.executable).with_name("mlx-fd"))
+    return subprocess.run([mlx_fd, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path):
+    (tmp_path / "loop.toml").write_text(to_toml(Config()))
+    (tmp_path / "self.toml").write_text(to_toml(config_of("grpo")))
+    for arguments, wanted in (
+        (["self-distill"], "say what to do"),
+        (["self-distill", "--method", "gppo"], "there is no method 'gppo' (there are: grpo"),
+        (["self-distill", "--objective", "grpo"], "set --rollouts to 8"),
+        (["self-distill", "--config", str(tmp_path / "loop.toml")], "is no self-distillation"),
+        (["loop", "--config", str(tmp_path / "self.toml")], "mlx-fd self-distill --config"),
+    ):
+        done = cli(*arguments)
+        assert done.returncode == 2 and wanted in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_for_a_script_and_its_refused_resume(tmp_path):
+    folder = tmp_path / "run"
+    options = ["--episodes=2", "--batch-size=2", "--probe-size=2", "--lora-rank=2"]
+    done = cli(
+        *("self-distill", "--context", "feedback", "--objective", "jsd", "--critic", "truth"),
+        *(*options, "--json", "--out", str(folder)),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["done"] and result["attempts"]["n"] == 2
+    assert "headroom on 2 held-out problems" in done.stderr
+    config = (folder / "config.toml").read_text()
+    assert 'method = "custom"' in config and 'student = "tiny-base"' in config
+    (folder / "config.toml").write_text(
+        config.replace('objective = "jsd"', 'objective = "forward"')
+    )
+    done = cli("resume", str(folder))
+    assert done.returncode == 2
+    assert "objective was 'jsd'" in done.stderr and "mlx-fd self-distill --config" in done.stderr
+
+
+@pytest.mark.model
+def test_smollm2_trains_on_real_problems(tmp_path):
+    """A policy, which reads nothing more, and a divergence over a real vocabulary."""
+    easy = tmp_path / "easy.jsonl"
+    asked = [{"question": f"What is {a} + {a + 1}?", "answer": f"{2 * a + 1}"} for a in range(1, 5)]
+    easy.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    for method, changes in (("grpo", {"rollouts": 4}), ("opsd-reference", {"rollouts": 1})):
+        given = {
+            **{"student": "smollm2-135m", "problems": str(easy), "episodes": 2, "batch_size": 2},
+            **{"answer_tokens": 24, "probe_size": 1, "lora_rank": 4, "temperature": 0.5},
+            **changes,
+        }
+        summary = start(tmp_path / method, configured(method, given, preset="quick"))
+        assert summary["attempts"]["logprob_gap"] < 1e-2
+        assert summary["updates"]["skipped"] == 0
+        # A policy learns where attempts at one problem differ in reward, and only there.
+        taught = [row["lagging"] > 0 for row in rows(tmp_path / method, runs.METRICS)]
+        assert summary["updates"]["steps"] == sum(taught)
+        assert method == "grpo" or all(taught)
