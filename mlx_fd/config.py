@@ -180,6 +180,12 @@ class GateOptions:
     gate: str = _option(
         "ema", "Which gate decides.", choices=("ema", "published", "always", "never")
     )
+    trigger: str = _option(
+        "lag",
+        "Samples that are learned from until the gate freezes the student: those that show a lag, "
+        "or all of them.",
+        choices=("lag", "always"),
+    )
     loss_weights: str = _option(
         "ema",
         "What each loss counts. ema: more where less was gained (the published gate has its own "

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
 
-_STEP_NAMES = {
+STEP_NAMES = {
     "answer": "expert answers",
     "student_feedback": "student gives feedback",
     "expert_feedback": "expert gives feedback",
@@ -35,7 +35,7 @@ _STEP_NAMES = {
 }
 
 
-_EXAM_NAMES = {
+EXAM_NAMES = {
     "score_error": "exam: error of the score head",
     "written_error": "exam: error of the written score",
     "readable": "exam: feedback readable",
@@ -79,7 +79,7 @@ class Display:
 
     title = "mlx-fd loop"
     counted = "episodes"
-    step_names: Mapping[str, str] = _STEP_NAMES
+    step_names: Mapping[str, str] = STEP_NAMES
 
     def __init__(self, console: Console, *, quiet: bool = False):
         self._console = console
@@ -343,7 +343,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     )
     for name, sides in summary.get("exam", {}).items():
         table.add_row(
-            _EXAM_NAMES[name],
+            EXAM_NAMES[name],
             f"{_estimate(sides['before'])} -> {_estimate(sides['after'])}, change "
             f"{_estimate(sides['change'], '+')} (n {sides['before']['n']})",
         )

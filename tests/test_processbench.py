@@ -80,7 +80,7 @@ def test_a_bad_file_says_what_is_wrong(tmp_path, text, said):
 _FIELD = st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text() | st.integers())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(_FIELD | st.fixed_dictionaries({}, optional=dict.fromkeys(ROW, _FIELD)))
 def test_any_json_is_read_or_refused(tmp_path_factory, value):
     path = tmp_path_factory.mktemp("fuzz") / "set.json"

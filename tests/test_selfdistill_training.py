@@ -333,25 +333,60 @@ def test_a_frozen_critic_shares_what_it_can(tmp_path):
     assert all(id(value) in theirs for name, value in ours.items() if name not in own)
 
 
+def cli(*arguments):
+    """The command line as a user calls it."""
+    mlx_fd = str(Path(sys.executable).with_name("mlx-fd"))
+    return subprocess.run([mlx_fd, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path):
+    (tmp_path / "loop.toml").write_text(to_toml(Config()))
+    (tmp_path / "self.toml").write_text(to_toml(config_of("grpo")))
+    for arguments, wanted in (
+        (["self-distill"], "say what to do"),
+        (["self-distill", "--method", "gppo"], "there is no method 'gppo' (there are: grpo"),
+        (["self-distill", "--objective", "grpo"], "set --rollouts to 8"),
+        (["self-distill", "--config", str(tmp_path / "loop.toml")], "is no self-distillation"),
+        (["loop", "--config", str(tmp_path / "self.toml")], "mlx-fd self-distill --config"),
+    ):
+        done = cli(*arguments)
+        assert done.returncode == 2 and wanted in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_for_a_script_and_its_refused_resume(tmp_path):
+    folder = tmp_path / "run"
+    options = ["--episodes=2", "--batch-size=2", "--probe-size=2", "--lora-rank=2"]
+    done = cli(
+        *("self-distill", "--context", "feedback", "--objective", "jsd", "--critic", "truth"),
+        *(*options, "--json", "--out", str(folder)),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["done"] and result["attempts"]["n"] == 2
+    assert "headroom on 2 held-out problems" in done.stderr
+    config = (folder / "config.toml").read_text()
+    assert 'method = "custom"' in config and 'student = "tiny-base"' in config
+    (folder / "config.toml").write_text(
+        config.replace('objective = "jsd"', 'objective = "forward"')
+    )
+    done = cli("resume", str(folder))
+    assert done.returncode == 2
+    assert "objective was 'jsd'" in done.stderr and "mlx-fd self-distill --config" in done.stderr
+
+
 @pytest.mark.model
 def test_smollm2_trains_on_real_problems(tmp_path):
     """A policy, which reads nothing more, and a divergence over a real vocabulary."""
-    for method, changes in (("grpo", {"rollouts": 2}), ("opsd-reference", {})):
-        config = configured(
-            method,
-            {
-                "student": "smollm2-135m",
-                "episodes": 2,
-                "batch_size": 1,
-                "answer_tokens": 24,
-                "probe_size": 1,
-                "lora_rank": 4,
-                **changes,
-            },
-            preset="quick",
-        )
-        summary = start(tmp_path / method, config)
+    easy = tmp_path / "easy.jsonl"
+    asked = [{"question": f"What is {a} + {a + 1}?", "answer": f"{2 * a + 1}"} for a in range(1, 5)]
+    easy.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    for method, changes in (("grpo", {"rollouts": 4}), ("opsd-reference", {"rollouts": 1})):
+        given = {
+            **{"student": "smollm2-135m", "problems": str(easy), "episodes": 2, "batch_size": 2},
+            **{"answer_tokens": 24, "probe_size": 1, "lora_rank": 4, "temperature": 0.5},
+            **changes,
+        }
+        summary = start(tmp_path / method, configured(method, given, preset="quick"))
         assert summary["attempts"]["logprob_gap"] < 1e-2
-        assert summary["updates"]["skipped"] == 0
-        if method != "grpo":
-            assert summary["updates"]["steps"] == 2
+        assert summary["updates"]["steps"] == 1 and summary["updates"]["skipped"] == 0

@@ -70,7 +70,7 @@ def test_mcnemar_by_hand():
         mcnemar(a, b[1:])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=300))
 def test_mcnemar_is_scipys_binomial_test(rows):
     scipy_stats = pytest.importorskip("scipy.stats")
@@ -105,7 +105,7 @@ def test_paired_bootstrap_is_rarely_wrong_where_nothing_differs():
     assert 1 <= below <= 11
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=12))
 def test_p_and_interval_of_a_paired_bootstrap_say_the_same(rows):
     a, b = (np.array(column, float) for column in zip(*rows, strict=True))

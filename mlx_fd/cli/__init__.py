@@ -13,9 +13,11 @@ import click
 
 from mlx_fd import __version__
 from mlx_fd.cli.analysing import advantage
+from mlx_fd.cli.choosing import pareto
 from mlx_fd.cli.exporting import compare, export
 from mlx_fd.cli.judging import feedback
 from mlx_fd.cli.machine import doctor, models
+from mlx_fd.cli.reporting import report
 from mlx_fd.cli.running import loop, resume
 from mlx_fd.cli.selfdistilling import self_distill
 from mlx_fd.cli.stopping import Stopped
@@ -42,7 +44,8 @@ def cli() -> None:
 
 
 for _command in (
-    *(loop, self_distill, resume, feedback, advantage, export, compare, models, doctor),
+    *(loop, self_distill, resume, pareto, report, feedback, advantage),
+    *(export, compare, models, doctor),
 ):
     cli.add_command(_command)
 

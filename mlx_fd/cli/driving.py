@@ -27,6 +27,7 @@ class Job:
         create: makes the run directory; ``None``: it is there, and its lock is held.
         display: takes a console and ``quiet``.
         table: of the summary.
+        tracking: of something that takes warnings, a context manager that takes events, too.
     """
 
     models: str
@@ -35,6 +36,7 @@ class Job:
     create: Callable[[], None] | None
     display: Callable[..., Any]
     table: Callable[[dict[str, Any]], Any]
+    tracking: Callable[[Callable[[str], None]], Any] | None = None
 
 
 def new_folder() -> Path:
@@ -58,7 +60,7 @@ def drive(folder: Path, job: Job, as_json: bool, quiet: bool) -> None:
 
     from mlx_fd import runs
     from mlx_fd.backend import backend
-    from mlx_fd.events import Note, Warned
+    from mlx_fd.events import Event, Note, Warned
 
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
@@ -78,9 +80,17 @@ def drive(folder: Path, job: Job, as_json: bool, quiet: bool) -> None:
             held.enter_context(runs.locked(folder))
             with runs.explained(folder):
                 job.create()
+        told = [display]
+        if job.tracking is not None:
+            told.append(held.enter_context(job.tracking(lambda text: display(Warned(text)))))
+
+        def report(event: Event) -> None:
+            for listener in told:
+                listener(event)
+
         stopped = held.enter_context(stopping_on_signals(lambda text: display(Note(text))))
         try:
-            summary = run(display, lambda: bool(stopped))
+            summary = run(report, lambda: bool(stopped))
         except RuntimeError as error:
             raise explained(error, folder) from error
         except KeyboardInterrupt:

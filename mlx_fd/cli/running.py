@@ -21,6 +21,15 @@ from mlx_fd.cli.options import (
 )
 from mlx_fd.config import PRESETS, read
 from mlx_fd.errors import UserError
+from mlx_fd.tracking import TRACKERS, Tracking, check_installed
+
+_track_option = click.option(
+    "--track",
+    "trackers",
+    type=click.Choice(TRACKERS),
+    multiple=True,
+    help="Send losses, weights, gains, gate and accuracy there too, while it goes; repeatable.",
+)
 
 
 @with_configuration
@@ -35,6 +44,8 @@ Examples:
   mlx-fd loop --expert qwen2.5-7b-4bit --teacher-top-k 64 --epochs 3
   mlx-fd loop --expert smollm2-135m --student smollm2-135m:layers=15 --preset quick
   mlx-fd loop --config runs/mine/config.toml --seed 1 --out runs/seed1
+  mlx-fd loop --preset tiny --track tensorboard
+  mlx-fd loop --config runs/always/pareto.toml    stops where mlx-fd pareto recommends
 """,
 )
 @click.option("--preset", "preset_name", metavar="NAME", help=f"One of: {', '.join(PRESETS)}.")
@@ -51,6 +62,7 @@ Examples:
     metavar="DIR",
     help="The run directory. [default: runs/DATE-TIME]",
 )
+@_track_option
 @json_option
 @quiet_option
 @debug_option
@@ -58,6 +70,7 @@ def loop(
     preset_name: str | None,
     config_file: Path | None,
     out: Path | None,
+    trackers: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -73,6 +86,7 @@ def loop(
     """
     from mlx_fd.backend import backend
 
+    check_installed(trackers)
     config = configuration(preset_name, config_file, given)
     if config.self_distils:
         raise UserError(
@@ -84,26 +98,29 @@ def loop(
 
     folder = out or new_folder()
     check_out(folder)
-    _run(folder, make_plan(config), [], as_json, quiet, new=True)
+    _run(folder, make_plan(config), [], trackers, as_json, quiet, new=True)
 
 
 @click.command(
     epilog="""\b
 Examples:
   mlx-fd resume runs/20260101-120000
+  mlx-fd resume runs/20260101-120000 --track tensorboard
 """,
 )
 @click.argument("run", type=PathType())
+@_track_option
 @json_option
 @quiet_option
 @debug_option
-def resume(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+def resume(run: Path, trackers: tuple[str, ...], as_json: bool, quiet: bool, debug: bool) -> None:
     """Go on with a run exactly where it stopped.
 
     RUN is the directory of `mlx-fd loop` or `mlx-fd self-distill`. Exits as those do.
     """
     from mlx_fd.backend import backend
 
+    check_installed(trackers)
     backend()
     from mlx_fd import runs
     from mlx_fd.session import check_same, make_plan
@@ -111,6 +128,8 @@ def resume(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
     manifest = runs.read_manifest(run)
     with runs.locked(run):
         config = read(run / runs.CONFIG)
+        if config.self_distils and trackers:
+            raise UserError(f"{run}: --track is for runs of mlx-fd loop; leave it out.")
         plan = selfdistilling.plan_of(config) if config.self_distils else make_plan(config)
         worries = check_same(manifest, plan.manifest, run)
         with runs.explained(run):
@@ -120,11 +139,18 @@ def resume(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
         if config.self_distils:
             selfdistilling.start(run, plan, worries, as_json, quiet, new=False)
         else:
-            _run(run, plan, worries, as_json, quiet, new=False)
+            _run(run, plan, worries, trackers, as_json, quiet, new=False)
 
 
 def _run(
-    folder: Path, plan: Any, worries: list[str], as_json: bool, quiet: bool, *, new: bool
+    folder: Path,
+    plan: Any,
+    worries: list[str],
+    trackers: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    *,
+    new: bool,
 ) -> None:
     from mlx_fd.config import to_toml
     from mlx_fd.display import Display, summary_table
@@ -149,6 +175,7 @@ def _run(
             (lambda: create(folder, to_toml(plan.config), plan.manifest)) if new else None,
             Display,
             summary_table,
+            lambda warn: Tracking(trackers, folder, plan.manifest["options"], warn),
         ),
         as_json,
         quiet,

@@ -14,10 +14,10 @@ from mlx_fd.errors import UserError
 
 
 class Stopped(Exception):
-    """A run that a signal ended before its end, and that can go on."""
+    """Work that a signal ended before its end, and that can go on."""
 
-    def __init__(self, folder: Path, how: str, signals: list[int]):
-        super().__init__(f"{how}; go on with: mlx-fd resume {shlex.quote(str(folder))}")
+    def __init__(self, folder: Path, how: str, signals: list[int], command: str = "mlx-fd resume"):
+        super().__init__(f"{how}; go on with: {command} {shlex.quote(str(folder))}")
         # What a shell reports of a process that such a signal ended.
         self.status = 128 + signals[0]
 

@@ -130,7 +130,8 @@ def _what_is_missing(path: Path) -> str | None:
             return f"has an index that cannot be read ({index.name})"
         if absent := sorted(shard for shard in shards if not (path / shard).exists()):
             return f"lacks {absent[0]}" + (f" and {len(absent) - 1} more" if absent[1:] else "")
-    if not (path / "tokenizer.json").exists():
+    # BERT's older checkpoints have a bare vocabulary.
+    if not any((path / name).exists() for name in ("tokenizer.json", "vocab.txt")):
         return "has no tokenizer.json"
     return None
 

@@ -1,0 +1,90 @@
+"""``mlx-fd report``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mlx_fd.cli.options import PathType, debug_option, json_option, quiet_option
+
+_FILE = "report.html"
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  mlx-fd report runs/20260101-120000
+  mlx-fd report runs/20260101-120000 --open
+  mlx-fd report runs/seed0 runs/seed1 runs/seed2 --out seeds.html
+""",
+)
+@click.argument("runs", type=PathType(), nargs=-1, required=True, metavar="RUN [RUN ...]")
+@click.option(
+    "--out",
+    type=PathType(),
+    metavar="FILE",
+    help="The page. [default: report.html in the run's directory, for several runs in this one]",
+)
+@click.option(
+    "--episodes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many episodes of each run to put in, evenly spread. [default: all]",
+)
+@click.option("--open", "opened", is_flag=True, help="Open the page in the browser.")
+@json_option
+@quiet_option
+@debug_option
+def report(
+    runs: tuple[Path, ...],
+    out: Path | None,
+    episodes: int | None,
+    opened: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Make one HTML page of a run, or of several beside each other.
+
+    RUN is a run's directory, finished or not. The page needs no network and nothing beside it.
+    """
+    from rich.console import Console
+
+    from mlx_fd.display import Steps
+    from mlx_fd.report.page import check_out, make_page, write_page
+    from mlx_fd.report.reading import read_runs
+
+    path = out or (Path(_FILE) if len(runs) > 1 else runs[0] / _FILE)
+    check_out(path)
+    with Steps(Console(stderr=True), quiet=quiet or as_json) as told:
+        told("reading", 0, 1)
+        found = read_runs(runs)
+        told("reading", 1, 1)
+        page = make_page(found, episodes, told)
+    write_page(page, path)
+    size = path.stat().st_size
+    if as_json:
+        result = {
+            "report": str(path),
+            "bytes": size,
+            "runs": [
+                {
+                    "run": str(run.folder),
+                    "name": run.name,
+                    "finished": run.finished,
+                    "episodes": len(run.episodes),
+                    "missing": run.missing,
+                }
+                for run in found
+            ],
+        }
+        click.echo(json.dumps(result, indent=2))
+    else:
+        for run in found:
+            for said in run.missing if not quiet else []:
+                click.echo(f"{run.name}: {said}", err=True)
+        click.echo(f"{path} ({size / 1e6:.1f} MB)")
+    if opened:
+        click.launch(path.resolve().as_uri())

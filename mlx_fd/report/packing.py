@@ -1,0 +1,64 @@
+"""Episodes as they are kept in the page: compressed, in parts that are unpacked when looked at."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Episodes unpacked at once.
+PART = 100
+_LISTED = 140
+# What the list can be filtered by; page.js reads the same numbers.
+RIGHT_BEFORE, RIGHT_AFTER, UNREADABLE, ALONE, LEARNED, CAPPED = 1, 2, 4, 8, 16, 32
+
+
+def pack(value: Any) -> str:
+    """A value as JSON, gzip and Base64: nothing in it means anything to HTML.
+
+    A half of a surrogate pair, which UTF-8 does not have, becomes a question mark.
+    """
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    data = gzip.compress(text.encode("utf-8", "replace"), compresslevel=9, mtime=0)
+    return base64.b64encode(data).decode("ascii")
+
+
+def script_json(value: Any) -> str:
+    """A value as JSON that can stand in a ``<script>`` element."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    # Without "<" neither an end tag nor a comment can begin.
+    return text.replace("<", "\\u003c")
+
+
+def listed(row: Mapping[str, Any]) -> list[Any]:
+    """An episode's line in the list: number, id, beginning of the question, flags, both scores."""
+    expert, student = row["expert_feedback"], row["student_feedback"]
+    unreadable = student["written_score"] is None or (expert and expert["score"] is None)
+    flags = (
+        RIGHT_BEFORE * row["correct_before"]
+        | RIGHT_AFTER * row["correct_after"]
+        | UNREADABLE * bool(unreadable)
+        | ALONE * (not expert)
+        | LEARNED * row["gate"]["distilled"]
+        | CAPPED * bool(row["capped"])
+    )
+    score = expert["score"] if expert else None
+    question = row["question"]
+    beginning = question[:_LISTED] + ("…" if len(question) > _LISTED else "")
+    return [row["episode"], row["id"], beginning, flags, score, student["score"]]
+
+
+def parts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The episodes, packed."""
+    return [pack(rows[begin : begin + PART]) for begin in range(0, len(rows), PART)]
+
+
+def spread(rows: Sequence[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
+    """At most so many rows, evenly spread over all, the first and the last among them."""
+    if most is None or most >= len(rows):
+        return list(rows)
+    if most == 1:
+        return [rows[0]]
+    return [rows[round(place * (len(rows) - 1) / (most - 1))] for place in range(most)]

@@ -1,0 +1,192 @@
+"""The report's page: one HTML file that works offline, whatever a model has written into it.
+
+Text from files goes into the page in two ways only: through Jinja, which escapes it, and as data in
+script elements that no browser runs, from which page.js takes it as text. The page's policy allows
+the styles and scripts whose digests are in it, and nothing else: no other script can run, and
+nothing can be loaded or sent.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from mlx_fd import __version__
+from mlx_fd.errors import UserError
+from mlx_fd.report import charts, packing, tables
+from mlx_fd.report.charts import Figure
+from mlx_fd.report.reading import Run
+from mlx_fd.runs import failed_write, write_atomic
+
+_HERE = Path(__file__).parent / "static"
+# Stands in the first lines of every report, and says that a file may be overwritten.
+_MARK = '<meta name="generator" content="mlx-fd report'
+_LOOKED_AT = 1000
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    """A run's episodes in the page."""
+
+    name: str
+    total: int
+    index: str
+    parts: list[str]
+
+
+def check_out(path: Path) -> None:
+    """Make sure that a report may be written there.
+
+    Raises:
+        UserError: there is something else in its place.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: this is a folder; --out takes the report's file.")
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        if _MARK.encode() not in file.read(_LOOKED_AT):
+            raise UserError(
+                f"{path}: there is a file that is no report of mlx-fd, and it was left alone; "
+                "choose another --out."
+            )
+
+
+def write_page(page: str, path: Path) -> None:
+    """Write the report.
+
+    Raises:
+        UserError: it cannot be written, or something else is in its place.
+    """
+    check_out(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, page)
+    except OSError as error:
+        raise UserError(
+            f"{path}: the report cannot be written there ({failed_write(error)}); choose another "
+            "--out."
+        ) from error
+
+
+def make_page(
+    runs: Sequence[Run],
+    most: int | None = None,
+    told: Callable[[str, int, int], None] = lambda step, done, total: None,
+) -> str:
+    """The page of one run, or of several beside each other.
+
+    Args:
+        runs: what is reported.
+        most: how many episodes of each run to put in; all of them where it is ``None``.
+        told: called with what is being made, how many of it are done, and of how many.
+    """
+    embedded = []
+    for done, run in enumerate(runs):
+        told("packing episodes", done, len(runs))
+        rows = packing.spread(run.episodes, most)
+        index = packing.pack([packing.listed(row) for row in rows])
+        embedded.append(_Embedded(run.name, len(run.episodes), index, packing.parts(rows)))
+    told("packing episodes", len(runs), len(runs))
+    told("drawing charts", 0, 1)
+    style, scripts = _asset("page.css"), (chart_library(), _asset("page.js"))
+    counts = [min(run.total, most or run.total) for run in embedded]
+    page = _template().render(
+        version=__version__,
+        policy=_policy(style, scripts),
+        style=style,
+        library=scripts[0],
+        script=scripts[1],
+        runs=runs,
+        several=len(runs) > 1,
+        title=f"{len(runs)} runs compared" if len(runs) > 1 else f"Run {runs[0].name}",
+        losses=charts.loss_figures(runs),
+        by_run=[(run, _gate_figures(run), tables.decision_table(run)) for run in runs],
+        accuracy=[found for found in (charts.accuracy_figure(runs),) if found],
+        exam=[found for found in (charts.exam_figure(runs),) if found],
+        budget=charts.budget_figures(runs),
+        pareto=[(run, charts.pareto_figures(run)) for run in runs if run.pareto],
+        evaluations=[
+            (
+                run,
+                evaluation,
+                [(found, charts.system_figure(found)) for found in evaluation["sets"]],
+            )
+            for run in runs
+            for evaluation in run.evaluations
+        ],
+        tables=tables,
+        embedded=embedded,
+        episodes=sum(counts),
+        left_out=sum(run.total for run in embedded) - sum(counts),
+        facts=packing.script_json(
+            {
+                "part": packing.PART,
+                "runs": [{"name": run.name, "parts": len(run.parts)} for run in embedded],
+            }
+        ),
+    )
+    told("drawing charts", 1, 1)
+    # Half a surrogate pair, which JSON can spell, is nothing that a file can hold.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _gate_figures(run: Run) -> list[Figure]:
+    found = (charts.gain_figure(run), charts.weight_figure(run), charts.decision_figure(run))
+    return [figure for figure in found if figure]
+
+
+@functools.cache
+def chart_library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one JavaScript module, out of vl-convert."""
+    import vl_convert
+
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return _inside_script(bundle)
+
+
+def _inside_script(code: str) -> str:
+    """JavaScript that can stand in a ``<script>`` element: an end tag in a string is broken up."""
+    return code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _asset(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, scripts: Sequence[str]) -> str:
+    allowed = " ".join(_digest(script) for script in scripts)
+    return (
+        f"default-src 'none'; style-src {_digest(style)}; script-src {allowed}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["script_json"] = _script_json
+    return environment.get_template("page.html")
+
+
+def _script_json(value: Any) -> Any:
+    from markupsafe import Markup
+
+    return Markup(packing.script_json(value))

@@ -1,0 +1,451 @@
+"""The report's tables: what a run's numbers are called, and how they are written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_fd.display import EXAM_NAMES, duration
+from mlx_fd.report.reading import Run
+
+_NONE = "-"
+STEP_NAMES = {
+    "answer": "first answer",
+    "student_feedback": "student's feedback",
+    "expert_feedback": "expert's feedback",
+    "merge": "merged feedback",
+    "revise": "revision",
+    "critique": "self-critique",
+    "final": "final answer",
+    "distil": "student learns",
+}
+
+
+Row = Sequence["Cell | str"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in a cell: a value, and a note (an interval, an n) in smaller type."""
+
+    value: str
+    note: str = ""
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names its rows.
+
+    Attributes:
+        caption: what it shows.
+        columns: the columns' heads, the first column's included.
+        rows: as many cells each as there are columns.
+        numbers: whether the cells after the first are numbers, which stand at the right.
+    """
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    numbers: bool = True
+
+
+def table(caption: str, columns: Sequence[str], rows: Sequence[Row], **options: bool) -> Table:
+    """A table of cells and plain strings."""
+    cells = tuple(
+        tuple(item if isinstance(item, Cell) else Cell(item) for item in row) for row in rows
+    )
+    return Table(caption, tuple(columns), cells, **options)
+
+
+def estimate(value: Mapping[str, Any] | None, form: str = ".3f", sign: str = "") -> Cell:
+    """A number with its 95 % interval and its n."""
+    if value is None or value["value"] is None:
+        return Cell(_NONE)
+    text = format(value["value"], f"{sign}{form}")
+    if value["low"] is None or value["high"] is None:
+        return Cell(text, f"n {value['n']}")
+    low, high = (format(value[side], f"{sign}{form}") for side in ("low", "high"))
+    surely = bool(sign) and (value["low"] > 0 or value["high"] < 0)
+    return Cell(text, f"{low} to {high}, n {value['n']}", strong=surely)
+
+
+def _share(value: Mapping[str, Any]) -> Cell:
+    if not value["n"]:
+        return Cell(_NONE)
+    low, high = value["interval"]
+    return Cell(f"{value['right'] / value['n']:.1%}", f"{low:.1%} to {high:.1%}, n {value['n']}")
+
+
+def _count(value: float | None) -> str:
+    return _NONE if value is None else f"{value:,.0f}"
+
+
+def lead(run: Run) -> str:
+    """Who teaches whom, on what."""
+    expert, student, problems = (
+        _shown(run.manifest[part].get("name", "unknown"))
+        for part in ("expert", "student", "problems")
+    )
+    said = f"expert {expert}, student {student}, problems {problems}; "
+    said += f"{run.totals['episodes']} episodes"
+    return said if run.finished else f"{said}, unfinished"
+
+
+def headlines(run: Run) -> list[tuple[str, Cell]]:
+    """What one wants to know of a run first."""
+    totals = run.totals
+    found = [
+        ("first answers right", _share(totals["accuracy"]["first_answers"])),
+        ("final answers right", _share(totals["accuracy"]["final_answers"])),
+    ]
+    exam = totals.get("exam", {})
+    for name, form in (("first_error_f1", ".1%"), ("solved", ".1%")):
+        if name in exam:
+            sides = exam[name]
+            before = estimate(sides["before"], form).value
+            after = estimate(sides["after"], form)
+            change = estimate(sides["change"], form, "+")
+            label = (
+                "F1 of judging, before → after"
+                if name == "first_error_f1"
+                else ("problems the student solves, before → after")
+            )
+            found.append(
+                (label, Cell(f"{before} → {after.value}", f"change {change.value}, {change.note}"))
+            )
+    feedback = totals["expert_feedback"]
+    found.append(
+        (
+            "expert's feedback not asked for",
+            Cell(
+                f"{feedback['not_asked']} of {totals['episodes']}",
+                f"about {_count(feedback['tokens_saved'])} tokens saved",
+            ),
+        )
+    )
+    found.append(("time", Cell(duration(totals["seconds"]["total"]), _memory(totals))))
+    return found
+
+
+def _memory(totals: Mapping[str, Any]) -> str:
+    peak = totals.get("peak_memory_bytes")
+    return f"peak memory {peak / 2**30:.2f} GiB" if peak else ""
+
+
+_SUMMARY: tuple[tuple[str, Callable[[Mapping[str, Any]], Cell]], ...] = (
+    ("episodes", lambda t: Cell(_count(t["episodes"]))),
+    ("first answers right", lambda t: _share(t["accuracy"]["first_answers"])),
+    ("final answers right", lambda t: _share(t["accuracy"]["final_answers"])),
+    (
+        "right where the expert was asked",
+        lambda t: _share(t["expert_feedback"]["accuracy_when_asked"]),
+    ),
+    (
+        "right where the student stood alone",
+        lambda t: _share(t["expert_feedback"]["accuracy_when_not_asked"]),
+    ),
+    ("gap of the two scores, first half → second", lambda t: _gap(t["score_gap"])),
+    ("optimiser steps", lambda t: Cell(_count(t["updates"]["steps"]), _steps_note(t["updates"]))),
+    ("tokens learned from", lambda t: Cell(_count(t["updates"]["tokens"]))),
+    ("frozen", lambda t: Cell(_frozen(t["updates"]["frozen_after_batch"]))),
+    ("expert's feedback asked for", lambda t: _asked(t["expert_feedback"])),
+    ("scores that could not be read", lambda t: _unread(t["unreadable_scores"], t["episodes"])),
+    ("headroom, right of the held-out problems", lambda t: _headroom(t["headroom"])),
+    ("time", lambda t: Cell(duration(t["seconds"]["total"]))),
+    ("peak memory", lambda t: Cell(_memory(t).removeprefix("peak memory ") or _NONE)),
+    ("best checkpoint", lambda t: Cell(str(t.get("best_checkpoint", _NONE)))),
+)
+
+
+def _gap(gap: Mapping[str, Any]) -> Cell:
+    halves = [gap["first_half"], gap["second_half"]]
+    if None in halves:
+        return Cell(_NONE)
+    return Cell(" → ".join(f"{half:.3f}" for half in halves), f"n {gap['n']}")
+
+
+def _steps_note(updates: Mapping[str, Any]) -> str:
+    return f"{updates['batches']} batches, {updates['skipped']} skipped"
+
+
+def _frozen(batch: int | None) -> str:
+    return f"after batch {batch}" if batch else "never"
+
+
+def _asked(feedback: Mapping[str, Any]) -> Cell:
+    of = feedback["asked"] + feedback["not_asked"]
+    return Cell(f"{feedback['asked']} of {of}", f"{_count(feedback['tokens_written'])} tokens")
+
+
+def _unread(unread: Mapping[str, int], episodes: int) -> Cell:
+    return Cell(f"expert {unread['expert']}, student {unread['student']}", f"n {episodes}")
+
+
+def _headroom(headroom: Mapping[str, int]) -> Cell:
+    if not {"problems", "expert_right", "student_right"} <= set(headroom):
+        return Cell(_NONE)
+    return Cell(
+        f"expert {headroom['expert_right']}, student {headroom['student_right']}",
+        f"n {headroom['problems']}",
+    )
+
+
+def summary_table(runs: Sequence[Run]) -> Table:
+    """The runs' totals, a column for each."""
+    return table(
+        "Totals. Shares are with their 95 % Wilson intervals.",
+        ("", *(run.name for run in runs)),
+        [(label, *(of(run.totals) for run in runs)) for label, of in _SUMMARY],
+    )
+
+
+def exam_table(runs: Sequence[Run]) -> Table | None:
+    """The examination's measures before and after each run, and the change."""
+    names = list(dict.fromkeys(name for run in runs for name in run.totals.get("exam", {})))
+    if not names:
+        return None
+    columns = [
+        f"{run.name}: {side}" if len(runs) > 1 else side
+        for run in runs
+        for side in ("before", "after", "change")
+    ]
+    rows: list[Row] = []
+    for name in names:
+        cells = []
+        for run in runs:
+            sides = run.totals.get("exam", {}).get(name, {})
+            cells += [estimate(sides.get("before")), estimate(sides.get("after"))]
+            cells.append(estimate(sides.get("change"), sign="+"))
+        rows.append((EXAM_NAMES.get(name, name).removeprefix("exam: "), *cells))
+    return table(
+        "With 95 % bootstrap intervals over the questions; the change is paired, and bold where "
+        "its interval leaves out 0.",
+        ("", *columns),
+        rows,
+    )
+
+
+def probe_table(runs: Sequence[Run]) -> Table | None:
+    """Losses on the probe set before and after."""
+    names = list(dict.fromkeys(name for run in runs for name in run.totals["probe"]["after"]))
+    if not names:
+        return None
+    rows: list[Row] = []
+    for name in names:
+        cells = []
+        for run in runs:
+            first = run.totals["probe"]["before"].get(name)
+            last = run.totals["probe"]["after"].get(name)
+            change = f"{last / first - 1:+.1%}" if first and last is not None else ""
+            cells.append(Cell(f"{_figures(first)} → {_figures(last)}", change))
+        rows.append((f"{name} loss", *cells))
+    return table(
+        "Mean losses on the held-out probe problems, before the first update → at the end.",
+        ("", *(run.name for run in runs)),
+        rows,
+    )
+
+
+def _figures(value: float | None) -> str:
+    return _NONE if value is None else f"{value:.4g}"
+
+
+def losses_table(runs: Sequence[Run], loss: str) -> Table:
+    """A loss on the probe set, by batch: about a dozen points of each curve."""
+    curves = [
+        {0: run.probe_first.get(loss)}
+        | {row["batch"] + 1: row["probe"].get(loss) for row in run.metrics if row["probe"]}
+        for run in runs
+    ]
+    batches = sorted({batch for curve in curves for batch in curve})
+    every = max(1, len(batches) // 12)
+    shown = sorted({*batches[::every], *batches[-1:]})
+    rows: list[Row] = [
+        (str(batch), *(Cell(_figures(curve.get(batch))) for curve in curves)) for batch in shown
+    ]
+    return table(
+        f"{loss} loss on the held-out problems",
+        ("batches done", *(run.name for run in runs)),
+        rows,
+    )
+
+
+def decision_table(run: Run) -> Table | None:
+    """What the gate said at each look at the probe set; where it said the same, once."""
+    rows: list[tuple[str, str, str, str]] = []
+    for row in run.metrics:
+        stop = row["stop"]
+        if not stop:
+            continue
+        state = "frozen" if row["frozen"] else "learning"
+        if rows and rows[-1][1:] == (state, stop["action"], stop["reason"]):
+            continue
+        rows.append((str(row["batch"] + 1), state, stop["action"], stop["reason"]))
+    if not rows:
+        return None
+    return table(
+        "The gate's looks at the probe set, but for those that say what the look before them said.",
+        ("after batch", "student", "decision", "reason"),
+        rows,
+        numbers=False,
+    )
+
+
+def steps_table(runs: Sequence[Run]) -> Table:
+    """Tokens and seconds by step."""
+    kinds = (("tokens", "written"), ("prefilled", "read first"), ("seconds", "seconds"))
+    steps = [step for step in STEP_NAMES if any(step in run.totals["seconds"] for run in runs)]
+    rows: list[Row] = [
+        (
+            STEP_NAMES[step],
+            *(_amount(run.totals[key].get(step), key) for run in runs for key, _ in kinds),
+        )
+        for step in steps
+    ]
+    columns = [
+        f"{run.name}: {kind}" if len(runs) > 1 else kind for run in runs for _, kind in kinds
+    ]
+    return table("Tokens and seconds by step", ("", *columns), rows)
+
+
+def _amount(value: float | None, key: str) -> Cell:
+    if value is None:
+        return Cell(_NONE)
+    return Cell(f"{value:,.1f}" if key == "seconds" else _count(value))
+
+
+def pareto_table(pareto: Mapping[str, Any]) -> Table:
+    """Every stopping threshold that was looked at."""
+    points = pareto["points"]
+    names = {
+        key: list(dict.fromkeys(name for point in points for name in point[key]))
+        for key in ("cost", "losses", "metrics")
+    }
+    columns = [
+        "stop_threshold",
+        "stops after batch",
+        *(name.replace("_", " ") for name in names["cost"]),
+        *(f"{name} loss" for name in names["losses"]),
+        *names["metrics"],
+        "",
+    ]
+    rows: list[Row] = []
+    for point in points:
+        stopped = point["stopped_after_batch"]
+        said = [
+            word
+            for word, there in (
+                ("recommended", point["recommended"]),
+                ("product rule", point["stop_threshold"] == pareto["product_rule"]),
+                ("dominated", point["dominated"]),
+            )
+            if there
+        ]
+        rows.append(
+            (
+                Cell(f"{point['stop_threshold']:g}", strong=point["recommended"]),
+                "never" if stopped is None else _count(stopped),
+                *(
+                    f"{point['cost'][n]:,.6g}" if n in point["cost"] else _NONE
+                    for n in names["cost"]
+                ),
+                *(_figures(point["losses"].get(name)) for name in names["losses"]),
+                *(_figures(point["metrics"].get(name)) for name in names["metrics"]),
+                ", ".join(said),
+            )
+        )
+    return table("Stopping thresholds, replayed on this run", columns, rows)
+
+
+def systems_table(found: Mapping[str, Any]) -> Table:
+    """The systems of an evaluation set: measures with intervals, and what they cost."""
+    systems = found["systems"]
+    measures = list(dict.fromkeys(name for system in systems for name in system["measures"]))
+    costs = list(dict.fromkeys(name for system in systems for name in system["cost"]))
+    rows: list[Row] = [
+        (
+            system["label"],
+            *(estimate(system["measures"].get(name)) for name in measures),
+            *(
+                f"{system['cost'][name]:,.4g}" if name in system["cost"] else _NONE
+                for name in costs
+            ),
+        )
+        for system in systems
+    ]
+    heads = [name.replace("_", " ") for name in measures]
+    heads += [f"{name.replace('_', ' ')} a problem" for name in costs]
+    return table(f"{found['name']}, {found['n']} problems, with 95 % intervals", ("", *heads), rows)
+
+
+def comparisons_table(found: Mapping[str, Any]) -> Table | None:
+    """Systems against each other on the same problems."""
+    if not found["comparisons"]:
+        return None
+    labels = {system["name"]: system["label"] for system in found["systems"]}
+    rows: list[Row] = [
+        (
+            f"{labels.get(row['system'], row['system'])} against "
+            f"{labels.get(row['against'], row['against'])}",
+            row["measure"].replace("_", " "),
+            estimate(row["difference"], sign="+"),
+            _probability(row["p"]),
+            _probability(row["p_holm"]),
+            row["test"],
+        )
+        for row in found["comparisons"]
+    ]
+    return table(
+        "Differences on the same problems, bold where the interval leaves out 0; p after Holm's "
+        "correction over the table.",
+        ("", "measure", "difference", "p", "p, Holm", "test"),
+        rows,
+    )
+
+
+def _probability(value: float | None) -> str:
+    if value is None:
+        return _NONE
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def options_table(runs: Sequence[Run], *, differing: bool = False) -> Table | None:
+    """The runs' options, or only those in which they differ."""
+    names = dict.fromkeys(name for run in runs for name in run.manifest["options"])
+    rows = []
+    for name in names:
+        values = [_shown(run.manifest["options"].get(name)) for run in runs]
+        if not differing or len(set(values)) > 1:
+            rows.append((name, *values))
+    if not rows:
+        return None
+    caption = "Options in which the runs differ" if differing else "Every option"
+    return table(caption, ("", *(run.name for run in runs)), rows, numbers=False)
+
+
+def origin_table(runs: Sequence[Run]) -> Table:
+    """Models, data, versions and the machine."""
+
+    def of(run: Run, part: str, key: str) -> str:
+        return _shown(run.manifest[part].get(key))
+
+    rows: list[tuple[str, ...]] = [
+        ("directory", *(str(run.folder) for run in runs)),
+        ("begun", *(run.manifest["created"] or _NONE for run in runs)),
+    ]
+    for part in ("expert", "student", "problems"):
+        rows.append((part, *(of(run, part, "name") for run in runs)))
+        rows.append((f"{part}, SHA-256", *(of(run, part, "sha256") for run in runs)))
+    rows.append(("device", *(of(run, "backend", "device") for run in runs)))
+    versions = dict.fromkeys(name for run in runs for name in run.manifest["versions"])
+    rows += [(name, *(of(run, "versions", name) for run in runs)) for name in versions]
+    return table("Where the runs come from", ("", *(run.name for run in runs)), rows, numbers=False)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return _NONE
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,256 @@
+"""Run directories as files only, for the report: as large, as odd and as broken as is wanted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_fd import runs
+from mlx_fd.config import Config, to_toml
+
+LOSSES = ("lm", "hidden", "score", "logit")
+HOSTILE = (
+    "</script><script>window.harmed = 1</script>",
+    "<img src=x onerror=window.harmed=1>",
+    "<!--<script>",
+    "{{ 7 * 7 }}{% for x in y %}",
+    "'\"><b onmouseover=window.harmed=1>&amp;",
+    "\x00\x01\x08\x1b[31m\x7f\u2028\u2029\ufeff",
+    "\u202eevil\u202c \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+    "\ud800 half a pair",
+    "javascript:window.harmed=1",
+)
+STEPS = ("answer", "student_feedback", "expert_feedback", "merge", "revise", "critique", "final")
+
+
+def episode(number: int, **changes: Any) -> dict[str, Any]:
+    """A row of ``episodes.jsonl``: wrong at first, right at last, unless ``changes`` say more."""
+    row = {
+        "episode": number,
+        "id": f"problem-{number:05d}",
+        "question": f"Ann has {number} apples and buys 2. How many has she?",
+        "reference": str(number + 2),
+        "answer": {"text": f"{number} + 2 = {number + 3}\n#### {number + 3}", "final": "1"},
+        "expert_feedback": {"text": "Step 1 should be one less.", "score": -0.8},
+        "student_feedback": {"text": "Step 1 is right.", "score": 0.25, "written_score": 1.0},
+        "gate": {
+            "distilled": True,
+            "reason": "score gap 1.05 > 0.25",
+            "on_policy": False,
+            "losses_before": dict.fromkeys(LOSSES, 0.5),
+            "losses_after": dict.fromkeys(LOSSES, 0.25),
+        },
+        "score": -0.3,
+        "merged": "Step 1 should be one less.",
+        "revised": f"{number} + 2 = {number + 2}\n#### {number + 2}",
+        "critique": "Every step is right.",
+        "final": {"text": f"#### {number + 2}", "final": str(number + 2)},
+        "correct_before": False,
+        "correct_after": True,
+        "tokens": dict.fromkeys(STEPS, 10),
+        "prefilled": dict.fromkeys(STEPS, 20),
+        "capped": [],
+        "seconds": dict.fromkeys(STEPS, 0.5),
+    }
+    return {**row, **changes}
+
+
+def alone(number: int, **changes: Any) -> dict[str, Any]:
+    """An episode after the freeze: the student's feedback stands alone, and the answer stays."""
+    return episode(
+        number,
+        expert_feedback=None,
+        gate={"distilled": False, "reason": "the student stands alone"},
+        score=0.95,
+        merged=None,
+        revised=None,
+        critique=None,
+        **changes,
+    )
+
+
+def metric(batch: int, *, frozen: bool = False, reason: str = "still gaining") -> dict[str, Any]:
+    """A row of ``metrics.jsonl``."""
+    losses = dict.fromkeys(LOSSES, 1 / (batch + 2))
+    update = {
+        "losses": losses,
+        "total": 0.5,
+        "gradient_norm": 1.0,
+        "skipped": False,
+        "tokens": 100,
+    }
+    action = "freeze" if frozen else "train"
+    gains = {name: 1 - value for name, value in losses.items()}
+    return {
+        "batch": batch,
+        "lagging": 4,
+        "weights": dict.fromkeys(LOSSES, 0.25),
+        "updates": [update, update],
+        "probe": losses,
+        "stop": {"action": action, "reason": reason, "gains": gains, "weights": losses},
+        "frozen": frozen,
+        "distil_seconds": 0.5,
+        "seconds": 4.0,
+    }
+
+
+def exam() -> dict[str, Any]:
+    def estimate(value: float) -> dict[str, Any]:
+        return {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 40}
+
+    sides = {"before": estimate(0.3), "after": estimate(0.7), "change": estimate(0.4)}
+    return {"first_error_f1": sides, "solved": sides}
+
+
+def pareto(folder: Path) -> dict[str, Any]:
+    """As ``mlx-fd pareto`` writes it."""
+
+    def point(threshold: float, batch: int | None, lm: float, **flags: bool) -> dict[str, Any]:
+        steps = 4 * (batch or 20)
+        return {
+            "stop_threshold": threshold,
+            "stopped_after_batch": batch,
+            "cost": {"kd_steps": steps, "teacher_tokens": 900 * steps, "seconds": 0.5 * steps},
+            "losses": {"lm": lm, "logit": 2 * lm},
+            "metrics": {},
+            "dominated": False,
+            "recommended": False,
+            **flags,
+        }
+
+    return {
+        "format": 1,
+        "run": str(folder),
+        "objectives": ["kd_steps", "lm", "logit"],
+        "points": [
+            point(0.1, 4, 0.4),
+            point(0.3, 9, 0.2, recommended=True),
+            point(0.4, 12, 0.21, dominated=True),
+            point(0.9, None, 0.19),
+        ],
+        "hypervolume": 0.61,
+        "knee": 0.3,
+        "product_rule": 0.1,
+    }
+
+
+def evaluation() -> dict[str, Any]:
+    """As ``mlx-fd eval`` writes it."""
+
+    def estimate(value: float, half: float = 0.08) -> dict[str, Any]:
+        return {"value": value, "low": value - half, "high": value + half, "n": 100}
+
+    labels = {"loop": "Online feedback distillation", "clear": "CLEAR", "expert": "Bare expert"}
+    return {
+        "format": 1,
+        "target": "runs/mine",
+        "suite": "fast",
+        "created": "2026-11-24T12:00:00+00:00",
+        "versions": {"mlx-fd": "0.2.0"},
+        "models": {"expert": {"name": "tiny"}, "student": {"name": "tiny-student"}},
+        "seed": 0,
+        "k": 1,
+        "sets": [
+            {
+                "name": "gsm8k/test",
+                "n": 100,
+                "systems": [
+                    {
+                        "name": name,
+                        "label": label,
+                        "measures": {"accuracy": estimate(0.8 - 0.1 * place)},
+                        "cost": {"tokens": 300 - 100 * place, "seconds": 1.5},
+                    }
+                    for place, (name, label) in enumerate(labels.items())
+                ],
+                "comparisons": [
+                    {
+                        "measure": "accuracy",
+                        "system": "loop",
+                        "against": "clear",
+                        "difference": estimate(0.1, 0.05),
+                        "test": "mcnemar",
+                        "p": 0.0002,
+                        "p_holm": 0.041,
+                    }
+                ],
+            }
+        ],
+    }
+
+
+def write_run(
+    folder: Path,
+    episodes: list[dict[str, Any]] | None = None,
+    metrics: list[dict[str, Any]] | None = None,
+    *,
+    finished: bool = True,
+    expert: str = "tiny",
+    options: dict[str, Any] | None = None,
+) -> Path:
+    """Write a run's files, without weights."""
+    episodes = [episode(n) for n in range(12)] if episodes is None else episodes
+    metrics = [metric(n) for n in range(3)] if metrics is None else metrics
+    manifest = {
+        "created": "2026-11-24T10:00:00+00:00",
+        "versions": {"mlx-fd": "0.2.0", "mlx": "0.32.4"},
+        "backend": {"device": "cpu"},
+        "seed": 0,
+        "expert": {"name": expert, "sha256": "ab" * 32},
+        "student": {"name": "tiny-student", "sha256": "cd" * 32},
+        "problems": {"name": "arithmetic", "sha256": "ef" * 32},
+        "options": {"stop_threshold": 0.25, "seed": 0, **(options or {})},
+    }
+    folder.mkdir(parents=True)
+    (folder / runs.CHECKPOINTS).mkdir()
+    (folder / runs.CONFIG).write_text(to_toml(Config()))
+    (folder / runs.MANIFEST).write_text(json.dumps(manifest))
+    for name, rows in ((runs.EPISODES, episodes), (runs.METRICS, metrics)):
+        lines = [json.dumps(row, ensure_ascii=True) + "\n" for row in rows]
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+    probe = {"before": dict.fromkeys(LOSSES, 1.0), "after": dict.fromkeys(LOSSES, 0.2)}
+    if finished:
+        runs.write_json(
+            folder / runs.SUMMARY,
+            {"probe": probe, "exam": exam(), "peak_memory_bytes": 2**30, "best_checkpoint": "3"},
+        )
+    return folder
+
+
+def hostile_run(folder):
+    """A run with every kind of harm in every text that a report shows."""
+    bad = " ".join(HOSTILE)
+    loss = f"lm{HOSTILE[0]}"
+    rows = []
+    for number in range(3):
+        row = episode(number, question=bad, reference=bad, merged=bad, id=f"{number} {bad}")
+        row["answer"] = row["final"] = {"text": bad, "final": bad}
+        row["expert_feedback"] = {"text": bad, "score": 0.5}
+        row["student_feedback"] |= {"text": bad + " and more"}
+        row["gate"] |= {"reason": bad, "losses_before": {loss: 0.5}}
+        rows.append({**row, "revised": bad, "critique": bad, "capped": [bad]})
+    rows.append(episode(3, critique="word " * 20_000))
+    rows.append(alone(4))
+    metrics = []
+    for batch in range(2):
+        row = metric(batch, frozen=batch == 1, reason=bad)
+        for part in (
+            row["weights"],
+            row["probe"],
+            row["stop"]["gains"],
+            row["updates"][1]["losses"],
+        ):
+            part[loss] = 0.5
+        metrics.append(row)
+    options = {"teacher_cache": bad, bad: bad}
+    write_run(folder, rows, metrics, expert=bad, options=options)
+    found = evaluation()
+    found["target"] = found["sets"][0]["name"] = bad
+    for system in found["sets"][0]["systems"]:
+        system["label"] += bad
+    (folder / "eval" / "fast").mkdir(parents=True)
+    text = json.dumps(found)
+    (folder / "eval" / "fast" / "eval.json").write_text(text)
+    (folder / "pareto.json").write_text(json.dumps(pareto(folder)))
+    return folder

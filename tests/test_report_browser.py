@@ -1,0 +1,319 @@
+"""The report in a real browser: no harm, no errors, search, keyboard, themes, phone, print.
+
+Needs Chromium (or Chrome) and the Python package playwright; skipped where one is missing.
+"""
+
+import itertools
+import os
+import shutil
+
+import pytest
+import reported
+
+from mlx_fd.report.page import make_page, write_page
+from mlx_fd.report.reading import read_runs
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
+# A busy machine is no defect of the page.
+PATIENCE = 60_000
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        # Chromium's sandbox does not start for root, as whom containers often run tests.
+        options = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """A plain run's report, one of two runs, and a hostile run's."""
+    folder = tmp_path_factory.mktemp("reports")
+    rows = [reported.episode(n, correct_after=n % 3 > 0) for n in range(120)]
+    rows[7]["correct_before"], rows[7]["correct_after"] = True, False
+    rows[9]["student_feedback"]["written_score"] = None
+    rows[11]["question"] = "The zebra's question, of which there is one."
+    rows += [reported.alone(n, correct_before=True) for n in range(120, 130)]
+    metrics = [reported.metric(n, frozen=n == 5) for n in range(6)]
+    one = reported.write_run(folder / "one", rows, metrics)
+    (one / "eval" / "fast").mkdir(parents=True)
+    reported.runs.write_json(one / "pareto.json", reported.pareto(one))
+    reported.runs.write_json(one / "eval" / "fast" / "eval.json", reported.evaluation())
+    two = reported.write_run(folder / "two", finished=False, options={"seed": 1})
+    made = {
+        "one": [one],
+        "both": [one, two],
+        "hostile": [reported.hostile_run(folder / "<script>window.harmed=1<" / "script>&\"'")],
+    }
+    for name, folders in made.items():
+        write_page(make_page(read_runs(folders)), folder / f"{name}.html")
+    return folder
+
+
+@pytest.fixture
+def opened(browser, pages):
+    """Opens a page as a file, waits for all of it, and checks that nothing complained."""
+    contexts, said = [], []
+
+    def open_page(name, **options):
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: said.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: said.append("dialog"))
+        page.on(
+            "request",
+            lambda request: (
+                said.append(request.url) if not request.url.startswith("file:") else None
+            ),
+        )
+        page.goto((pages / f"{name}.html").as_uri())
+        page.wait_for_selector("html[data-charts=drawn]")
+        page.wait_for_selector("#episode h3")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
+
+
+def wait_title(page, title):
+    page.wait_for_function(
+        "title => document.querySelector('#episode h3')?.textContent === title", arg=title
+    )
+
+
+def count(page):
+    return page.inner_text("#count")
+
+
+def wait_count(page, text):
+    page.wait_for_function(
+        "text => document.querySelector('#count').textContent === text", arg=text
+    )
+
+
+@pytest.mark.parametrize("name", ["one", "both"])
+def test_every_chart_is_drawn_with_a_text_in_its_place(opened, name):
+    page = opened(name)
+    charts = page.query_selector_all(".chart")
+    assert len(charts) >= 13
+    for chart in charts:
+        assert chart.query_selector("svg")
+        assert len(chart.get_attribute("aria-label")) > 20
+        marks = chart.query_selector_all(
+            "svg .mark-line path, svg .mark-symbol path, svg .mark-rect path"
+        )
+        assert marks
+
+
+def test_a_chart_answers_the_pointer(opened):
+    page = opened("one")
+    page.locator("figure:has-text('lm loss') .mark-symbol path").nth(2).hover(force=True)
+    tip = page.wait_for_selector("#vg-tooltip-element.visible")
+    assert "held out" in tip.inner_text() or "learned from" in tip.inner_text()
+
+
+def test_search_finds_words_in_any_text(opened):
+    page = opened("one")
+    assert count(page) == "130 of 130 episodes"
+    page.fill("#search", "ZEBRA question")
+    wait_count(page, "1 of 130 episodes")
+    assert page.inner_text("#episode h3") == "Episode 11"
+    page.fill("#search", "problem-00104")
+    wait_count(page, "1 of 130 episodes")
+    page.fill("#search", "no such words")
+    wait_count(page, "0 of 130 episodes")
+    assert "No episode" in page.inner_text("#episode")
+
+
+def test_filters(opened):
+    page = opened("one")
+    for kind, n, first in (
+        ("mended", 79, 1),
+        ("spoiled", 1, 7),
+        ("wrong", 40, 0),
+        ("right", 10, 120),
+        ("unreadable", 1, 9),
+        ("alone", 10, 120),
+        ("learned", 120, 0),
+    ):
+        page.select_option("#filter", kind)
+        wait_count(page, f"{n} of 130 episodes")
+        assert f"({n})" in page.inner_text(f"#filter option[value={kind}]")
+        if kind != "learned":  # which the episode before is among, and stays open
+            wait_title(page, f"Episode {first}")
+    page.select_option("#filter", "capped")
+    wait_count(page, "0 of 130 episodes")
+
+
+def test_the_keyboard_is_enough(opened):
+    page = opened("one")
+    page.focus("#later")
+    page.keyboard.press("Enter")
+    assert page.inner_text("#page") == "page 2 of 3"
+    page.focus("#earlier")
+    page.keyboard.press("Enter")
+    page.focus("#list button[tabindex='0']")
+    title = """title => document.querySelector('#episode h3').textContent === title
+        && document.activeElement.getAttribute('aria-current') === 'true'"""
+    for key, shown in (
+        ("ArrowDown", 1),
+        ("ArrowDown", 2),
+        ("ArrowUp", 1),
+        ("End", 129),
+        ("Home", 0),
+        ("PageDown", 50),
+    ):
+        page.keyboard.press(key)
+        page.wait_for_function(title, arg=f"Episode {shown}")
+    assert page.inner_text("#page") == "page 2 of 3"
+    # One stop for the whole list.
+    assert len(page.query_selector_all("#list button[tabindex='0']")) == 1
+    page.click("text=Next >> nth=1")
+    wait_title(page, "Episode 51")
+    page.keyboard.press("Tab")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+def test_both_feedbacks_stand_side_by_side_with_their_differences(opened):
+    page = opened("one")
+    marks = [m.inner_text() for m in page.query_selector_all(".pair .expert mark")]
+    assert " ".join(marks).split() == ["should", "be", "one", "less"]
+    assert [m.inner_text() for m in page.query_selector_all(".pair .student mark")] == [
+        "is",
+        "right",
+    ]
+    boxes = [page.locator(f".pair .{side} pre").bounding_box() for side in ("expert", "student")]
+    assert boxes[0]["y"] == pytest.approx(boxes[1]["y"], abs=30)
+    assert boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"]
+    colour = "getComputedStyle(document.querySelector('.pair mark')).backgroundColor"
+    before = page.evaluate(colour)
+    page.click("text=mark the words")
+    assert page.evaluate(colour) != before
+
+
+def test_an_episode_can_be_linked_to(opened, pages, browser):
+    page = opened("both")
+    page.goto((pages / "both.html").as_uri() + "#e-1-5")
+    page.reload()
+    wait_title(page, "two, episode 5")
+    page.click("text=The same problem in one")
+    wait_title(page, "one, episode 5")
+    page.select_option("#of", "1")
+    wait_count(page, "12 of 142 episodes")
+
+
+def test_nothing_a_model_wrote_does_harm(opened):
+    page = opened("hostile")
+    for number in range(5):
+        page.evaluate("n => document.querySelectorAll('#list button')[n].click()", number)
+        wait_title(page, f"Episode {number}")
+    page.hover("figure .chart svg >> nth=0", position={"x": 150, "y": 100})
+    assert page.evaluate("window.harmed") is None
+    assert not page.query_selector_all("main img, main iframe, main b, figure a[href]")
+    page.evaluate("document.querySelectorAll('#list button')[0].click()")
+    wait_title(page, "Episode 0")
+    shown = page.inner_text("#episode")
+    assert "<script>window.harmed = 1</script>" in shown
+    assert "\u2400\u2401" in shown  # control characters, as pictures
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_long_text_is_folded_and_whole(opened):
+    page = opened("hostile")
+    page.evaluate("document.querySelectorAll('#list button')[3].click()")
+    button = page.wait_for_selector("#episode button[aria-expanded]")
+    assert button.inner_text() == "Show all 100,000 characters"
+    button.click()
+    assert button.get_attribute("aria-expanded") == "true"
+    assert page.evaluate(
+        "[...document.querySelectorAll('#episode pre')].some(p => p.textContent.length === 100000)"
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["one", "both", "hostile"])
+def test_a_phone_scrolls_in_one_direction(opened, scheme, name):
+    page = opened(name, viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def luminance(colour):
+    channels = [int(c) / 255 for c in colour[4:-1].split(",")]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast_in_both_themes_and_the_toggle(opened, scheme):
+    page = opened("one", color_scheme=scheme)
+
+    def colours():
+        back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        texts = {
+            s: page.evaluate("s => getComputedStyle(document.querySelector(s)).color", s)
+            for s in ("body", "caption", "a[href='#summary']", "#list .good", "#list .bad")
+        }
+        line = page.evaluate(
+            "getComputedStyle(document.querySelector('.chart .mark-line path')).stroke"
+        )
+        return back, texts, line
+
+    back, texts, line = colours()
+    assert (luminance(back) > 0.5) == (scheme == "light")
+
+    def contrast(colour):
+        low, high = sorted((luminance(back), luminance(colour)))
+        return (high + 0.05) / (low + 0.05)
+
+    # WCAG 2.2 AA: text 4.5, graphics 3.
+    assert {s: contrast(c) for s, c in texts.items() if contrast(c) < 4.5} == {}
+    assert contrast(line) >= 3
+    assert page.inner_text("#theme") == ("Dark theme" if scheme == "light" else "Light theme")
+    page.click("#theme")
+    other, _, other_line = colours()
+    assert (luminance(other) > 0.5) != (scheme == "light")
+    assert other_line != line
+
+
+def test_landmarks_headings_and_labels(opened):
+    page = opened("both")
+    assert [
+        page.locator(tag).count() for tag in ("main", "header", "footer", "nav[aria-label]")
+    ] == [1, 1, 1, 1]
+    levels = page.evaluate(
+        """[...document.querySelectorAll('h1, h2, h3, h4')]
+            .filter(head => head.checkVisibility()).map(head => +head.tagName[1])"""
+    )
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    unnamed = page.evaluate("""[...document.querySelectorAll('input, select, button')].filter(
+        e => !e.labels?.length && !e.textContent.trim() && !e.ariaLabel).length""")
+    assert unnamed == 0
+    assert page.evaluate(
+        """[...document.querySelectorAll('main table')].every(
+            table => table.caption && table.querySelector('th[scope=row]'))"""
+    )
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+
+
+def test_it_prints_on_white_without_controls(opened):
+    page = opened("one", color_scheme="dark")
+    page.emulate_media(media="print", color_scheme="dark")
+    assert luminance(page.evaluate("getComputedStyle(document.body).color")) < 0.1
+    assert not page.is_visible("#search")
+    assert page.is_visible(".chart svg >> nth=0")
+    assert page.pdf(format="A4")[:5] == b"%PDF-"
