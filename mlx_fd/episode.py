@@ -70,7 +70,8 @@ class Draft:
         after_answer: the expert's conversation up to and with that answer.
         request: tokens of the request for feedback, as they follow the answer.
         student_feedback: its text, the score parsed from it, and its tokens.
-        student_score: its score head's score in (-1, 1); ``score_at`` says where it reads.
+        student_score: its score head's score in (-1, 1), read where ``score_at`` says; ``None``:
+            it has no opinion.
         expert_feedback: ``None`` where the student stands alone.
         after_feedback: the expert's conversation up to and with its feedback.
         tokens: tokens written, by step.
@@ -84,7 +85,7 @@ class Draft:
     after_answer: Conversation
     request: tuple[int, ...] = ()
     student_feedback: roles.Feedback = field(default_factory=lambda: roles.Feedback("", None, ()))
-    student_score: float = 0.0
+    student_score: float | None = 0.0
     expert_feedback: roles.Feedback | None = None
     after_feedback: Conversation | None = None
     tokens: dict[str, int] = field(default_factory=dict)
@@ -137,9 +138,9 @@ def seed_of(seed: int, batch: int, step: str) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def _write(
+def write(
     loaded: Loaded,
-    drafts: list[Draft],
+    drafts: Sequence[Draft],
     step: str,
     conversations: Sequence[Conversation],
     prompts: Sequence[Sequence[int]],
@@ -148,7 +149,22 @@ def _write(
     progress: Progress,
     keep: bool = True,
 ) -> tuple[list[Draft], list[Turn]]:
-    """One step's turns, and the drafts with its counts."""
+    """One step: a turn in each conversation, and the drafts with its counts.
+
+    Args:
+        loaded: who writes.
+        drafts: what the counts are added to.
+        step: the step's name.
+        conversations: what was said so far.
+        prompts: the new tokens of each.
+        sampling: how to draw.
+        reuse: go on from the conversations' caches.
+        progress: told of every token.
+        keep: keep the caches, to go on from the turns.
+
+    Returns:
+        The drafts and the turns, in order.
+    """
     begin = time.perf_counter()
     turns = generate(
         loaded,
@@ -172,7 +188,7 @@ def _write(
     ], turns
 
 
-def _read(turn: Turn, options: GenerationOptions) -> roles.Answer:
+def read_answer(turn: Turn, options: GenerationOptions) -> roles.Answer:
     """A turn's text and the final number in it."""
     final = roles.final_answer(turn.text, options.answer_filter)
     return roles.Answer(turn.text, final, turn.tokens)
@@ -207,7 +223,7 @@ def answer(
         options.expert_repetition_penalty,
         seed,
     )
-    drafts, turns = _write(
+    drafts, turns = write(
         loaded,
         blank,
         "answer",
@@ -222,7 +238,7 @@ def answer(
     return [
         dataclasses.replace(
             draft,
-            answer=_read(turn, options),
+            answer=read_answer(turn, options),
             after_answer=turn.conversation,
             request=reply_to(turn.conversation, request),
         )
@@ -250,10 +266,15 @@ def first_answers(
     ]
 
 
-def feedback_request(tokenizer: Any) -> tuple[int, ...]:
-    """Tokens of the request for feedback, up to and with the reply's first word."""
+def feedback_request(tokenizer: Any, prompt: str = "") -> tuple[int, ...]:
+    """Tokens of a request for feedback, up to and with the reply's first word.
+
+    Args:
+        tokenizer: whose tokens.
+        prompt: what is asked; empty: the role's own prompt.
+    """
     begun = tokenizer.encode(roles.FEEDBACK_OPENING, add_special_tokens=False)
-    return (*next_message(tokenizer, roles.feedback_prompt()), *begun)
+    return (*next_message(tokenizer, prompt or roles.feedback_prompt()), *begun)
 
 
 def parsed(turn: Turn) -> roles.Feedback:
@@ -312,7 +333,7 @@ def student_feedback(
         options.student_repetition_penalty,
         seed,
     )
-    done, turns = _write(
+    done, turns = write(
         pair.reader,
         read,
         "student_feedback",
@@ -348,7 +369,7 @@ def expert_feedback(
         options.expert_repetition_penalty,
         seed,
     )
-    done, turns = _write(
+    done, turns = write(
         pair.expert,
         list(drafts),
         "expert_feedback",
@@ -368,6 +389,41 @@ def expert_feedback(
         )
         for draft, turn in zip(done, turns, strict=True)
     ]
+
+
+def expert_turn(
+    pair: Pair,
+    drafts: Sequence[Draft],
+    step: str,
+    before: Sequence[Conversation],
+    requests: Sequence[tuple[int, ...]],
+    limit: int,
+    options: GenerationOptions,
+    seed: int,
+    progress: Progress,
+    keep: bool = True,
+) -> tuple[list[Draft], list[Turn]]:
+    """One more turn of the expert in each conversation.
+
+    Args:
+        pair: the models; only the expert writes.
+        drafts: what the step's counts are added to.
+        step: the step's name.
+        before: the expert's conversations.
+        requests: tokens of what it is asked, as :func:`mlx_fd.generation.next_message` gives them.
+        limit: most tokens of the turn.
+        options: sampling.
+        seed: of the draws.
+        progress: told of every token.
+        keep: keep the caches, to go on from the turns.
+
+    Returns:
+        The drafts and the turns, in order.
+    """
+    prompts = [reply_to(told, asked) for told, asked in zip(before, requests, strict=True)]
+    sampling = Sampling(limit, options.expert_temperature, options.expert_repetition_penalty, seed)
+    reuse = not options.sequential
+    return write(pair.expert, drafts, step, before, prompts, sampling, reuse, progress, keep)
 
 
 def finish(
@@ -406,25 +462,18 @@ def finish(
         else:
             open_drafts.append((place, draft, score))
 
-    expert = pair.expert
-    reuse = not options.sequential
-
     def turn_of(
         step: str,
         todo: list[Draft],
         before: list[Conversation],
-        message: list[str],
+        messages: list[str],
         limit: int,
         keep: bool = True,
     ) -> tuple[list[Draft], list[Turn]]:
-        prompts = [
-            reply_to(conversation, next_message(expert.tokenizer, text))
-            for conversation, text in zip(before, message, strict=True)
-        ]
-        sampling = Sampling(
-            limit, options.expert_temperature, options.expert_repetition_penalty, seeds(step)
+        requests = [next_message(pair.expert.tokenizer, text) for text in messages]
+        return expert_turn(
+            pair, todo, step, before, requests, limit, options, seeds(step), progress, keep
         )
-        return _write(expert, todo, step, before, prompts, sampling, reuse, progress, keep)
 
     todo = [draft for _, draft, _ in open_drafts]
     before = [draft.after_feedback or draft.after_answer for draft in todo]
@@ -462,7 +511,7 @@ def finish(
     for (place, _, score), draft, text, revised, critique, turn in zip(
         open_drafts, todo, feedback, written["revise"], written["critique"], turns, strict=True
     ):
-        final = _read(turn, options)
+        final = read_answer(turn, options)
         outcomes[place] = Outcome(draft, score, text, revised, critique, final)
     return [outcomes[place] for place in range(len(drafts))]
 

@@ -514,7 +514,7 @@ def _metrics(
 def _decide(
     state: gate.GateState,
     sample: Sample,
-    student_score: float,
+    student_score: float | None,
     losses: dict[str, float],
     config: Config,
 ) -> gate.TriggerDecision:

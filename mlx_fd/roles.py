@@ -132,6 +132,44 @@ def final_prompt() -> str:
     return f"Apply that check and write the final solution, step by step. {_END}"
 
 
+# What the baselines ask beside these (mlx_fd/baselines).
+
+
+def reasoning_prompt() -> str:
+    """Chain of thought: the critic thinks before it is asked for feedback."""
+    return (
+        "Before any feedback, think about the answer above step by step: do each calculation "
+        "again and say whether the answer has it right. Give no score yet."
+    )
+
+
+DRAFTS = 3
+
+
+def draft_prompt(stage: int) -> str:
+    """Chain of drafts: feedback in stages, each with a score; the reply begins as feedback does.
+
+    Args:
+        stage: from 1 to :data:`DRAFTS`; the last draft is the feedback.
+    """
+    if stage == 1:
+        return (
+            "Write a first draft of feedback on the answer above, your first impression: a score "
+            f"from -1 to 1, then one or two sentences.\n{_SCALE}."
+        )
+    if stage == 2:
+        return (
+            "Write a second draft that looks deeper: a score from -1 to 1, then what the first "
+            f"draft missed or got wrong.\n{_SCALE}."
+        )
+    return f"Now the last draft, which has the best of both. {feedback_prompt()}"
+
+
+def instruction_prompt(instruction: str, given: str = "") -> str:
+    """An instruction of an Alpaca-format file, with the text that it is about, if any."""
+    return "\n\n".join(part for part in (instruction.strip(), given.strip()) if part)
+
+
 # ------------------------------------------------------------------------------------ characters
 
 _NARROW = "\u202f"  # what every space that may stand inside a number becomes

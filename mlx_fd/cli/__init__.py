@@ -14,6 +14,7 @@ import click
 from mlx_fd import __version__
 from mlx_fd.cli.analysing import advantage
 from mlx_fd.cli.choosing import pareto
+from mlx_fd.cli.evaluating import evaluate
 from mlx_fd.cli.exporting import compare, export
 from mlx_fd.cli.judging import feedback
 from mlx_fd.cli.machine import doctor, models
@@ -44,7 +45,7 @@ def cli() -> None:
 
 
 for _command in (
-    *(loop, self_distill, resume, pareto, report, feedback, advantage),
+    *(loop, self_distill, resume, evaluate, pareto, report, feedback, advantage),
     *(export, compare, models, doctor),
 ):
     cli.add_command(_command)

@@ -1,0 +1,166 @@
+"""Batches of trials, out of the cache or made: what every set of an evaluation works with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import mlx_fd
+from mlx_fd.backend import backend
+from mlx_fd.baselines import Setting, Trial
+from mlx_fd.baselines.trials import Who, trial
+from mlx_fd.episode import Draft, Pair, Progress, seed_of, write
+from mlx_fd.evaluation.cache import Cache, Rows
+from mlx_fd.evaluation.target import Models, Target
+from mlx_fd.generation import Conversation, Sampling
+from mlx_fd.problems import Problem
+from mlx_fd.roles import Answer
+
+Item = TypeVar("Item")
+Uses = Literal["expert", "student", "untrained"]
+_PARTS: dict[Uses, tuple[str, ...]] = {
+    "expert": ("expert",),
+    "student": ("student", "adapter"),
+    "untrained": ("student",),
+}
+# What a text can come from, beside models and options.
+_CODE = ("roles.py", "generation.py", "episode.py", "feedback.py", "gate.py", "baselines")
+_PACKAGES = ("mlx", "mlx-lm", "transformers")
+_BLANK = Draft(Problem("", "", "", Fraction(0)), Answer("", None), Conversation())
+
+
+@functools.cache
+def code_digest() -> str:
+    """A digest of the code that decides what is generated: prompts, steps and baselines."""
+    root = Path(mlx_fd.__file__).parent
+    digest = hashlib.sha256()
+    for name in _CODE:
+        path = root / name
+        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What an evaluation generates with.
+
+    Attributes:
+        target: what is evaluated.
+        models: its models.
+        cache: of what was generated.
+        seed: of all draws.
+        samples: how often each problem is tried.
+        first_temperature: of the first answers.
+        bare_temperature: of the bare models' answers.
+        progress: told of every token.
+    """
+
+    target: Target
+    models: Models
+    cache: Cache
+    seed: int
+    samples: int
+    first_temperature: float
+    bare_temperature: float
+    progress: Progress
+
+    def batches(self, items: Sequence[Item]) -> Iterator[tuple[int, Sequence[Item]]]:
+        """Items by batch, each with its number; the last may be short."""
+        size = self.target.config.generation.batch_size
+        for number, begin in enumerate(range(0, len(items), size)):
+            yield number, items[begin : begin + size]
+
+    def seeds(self, batch: int, sample: int) -> Callable[[str], int]:
+        """Step name to the seed of its draws."""
+        return lambda step: seed_of(self.seed, batch, f"{sample}/{step}")
+
+    def setting(self, pair: Pair, answered_by: Who) -> Setting:
+        """What the baselines share."""
+        config = self.target.config
+        return Setting(
+            pair,
+            config.generation,
+            config.episode,
+            config.gate,
+            answered_by,
+            self.target.frozen,
+        )
+
+    def rows(
+        self,
+        key: dict[str, Any],
+        size: int,
+        uses: Sequence[Uses],
+        make: Callable[[Pair], Rows],
+    ) -> Rows:
+        """A batch, out of the cache or made.
+
+        Args:
+            key: what it depends on beside models, code and versions.
+            size: how many rows it has.
+            uses: whose weights take part.
+            make: makes it.
+        """
+        models = self.target.models
+        parts = [part for one in uses for part in _PARTS[one] if part in models]
+        whole = {
+            "format": 1,
+            "code": code_digest(),
+            "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+            "device": backend().device,
+            "dequantize": self.target.config.models.dequantize,
+            "vocab": self.target.vocab,
+            "models": {part: models[part]["sha256"] for part in parts},
+            **key,
+        }
+
+        def made() -> Rows:
+            with self.models.amateur(trained="untrained" not in uses) as pair:
+                return make(pair)
+
+        return self.cache.rows(whole, size, made)
+
+    def trials(
+        self,
+        key: dict[str, Any],
+        size: int,
+        uses: Sequence[Uses],
+        make: Callable[[Pair], list[Trial]],
+    ) -> list[Trial]:
+        """A batch of trials; arguments as for :meth:`rows`."""
+        rows = self.rows(key, size, uses, lambda pair: [one.to_json() for one in make(pair)])
+        return [Trial.from_json(row) for row in rows]
+
+    def ask(
+        self,
+        who: Who,
+        pair: Pair,
+        prompts: Sequence[tuple[int, ...]],
+        sampling: Sampling,
+    ) -> list[Trial]:
+        """One turn of a model in each of some new conversations."""
+        loaded = pair.expert if who == "expert" else pair.reader
+        drafts, turns = write(
+            loaded,
+            [_BLANK] * len(prompts),
+            "answer",
+            [Conversation()] * len(prompts),
+            prompts,
+            sampling,
+            not self.target.config.generation.sequential,
+            self.progress,
+            keep=False,
+        )
+        setting = self.setting(pair, who)
+        return [
+            trial(setting, dataclasses.replace(draft, answer=Answer(turn.text, None)), {})
+            for draft, turn in zip(drafts, turns, strict=True)
+        ]

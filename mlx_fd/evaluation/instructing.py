@@ -1,0 +1,126 @@
+"""Instructions with a reference text, in Alpaca's format: how close does a model's text come?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_fd import roles
+from mlx_fd.baselines import Trial
+from mlx_fd.baselines.trials import Who
+from mlx_fd.episode import Pair
+from mlx_fd.errors import UserError
+from mlx_fd.evaluation.bench import Bench
+from mlx_fd.evaluation.cache import Rows
+from mlx_fd.evaluation.measures import Known, Measure
+from mlx_fd.evaluation.readers import Readers
+from mlx_fd.evaluation.text import bleu, chrf, rouge
+from mlx_fd.generation import Sampling, opening
+from mlx_fd.problems.files import json_rows
+
+LABELS = {"student": "Student", "expert": "Expert"}
+_FIELDS = ("instruction", "input", "output")
+_COLUMNS = "each row has instruction and output, and may have input"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One row of an instruction file.
+
+    Attributes:
+        id: its place in the file.
+        prompt: what the model is asked: the instruction, and the text that it is about.
+        output: the reference.
+    """
+
+    id: str
+    prompt: str
+    output: str
+
+
+def read(path: Path) -> tuple[Instruction, ...]:
+    """Instructions of a JSON array or of JSON lines.
+
+    Raises:
+        UserError: the file cannot be read, or a row is not one of Alpaca's.
+    """
+    rows = tuple(
+        _instruction(where, f"{path.stem}-{place:05d}", row)
+        for place, (where, row) in enumerate(json_rows(path))
+    )
+    if not rows:
+        raise UserError(f"{path} has no instruction; {_COLUMNS}")
+    return rows
+
+
+def _instruction(where: str, name: str, row: dict[str, Any] | str) -> Instruction:
+    if isinstance(row, str):
+        raise UserError(f"{where}: {row}; {_COLUMNS}")
+    instruction, given, output = (row.get(column, "") for column in _FIELDS)
+    for column, text in zip(_FIELDS, (instruction, given, output), strict=True):
+        if not isinstance(text, str) or not (text.strip() or column == "input"):
+            raise UserError(f"{where}: no text in {column!r}; {_COLUMNS}")
+    return Instruction(name, roles.instruction_prompt(instruction, given), output)
+
+
+@dataclass(frozen=True)
+class Instructing:
+    """Instructions, and who follows them.
+
+    Attributes:
+        name: of the set.
+        items: the instructions.
+        systems: ``student``, and ``expert`` where there is one.
+        readers: of the texts.
+    """
+
+    name: str
+    items: Sequence[Instruction]
+    systems: tuple[str, ...]
+    readers: Readers
+
+    samples = 1
+    shown = ("rougeL", "bleu", "chrf", "bertscore_f1")
+
+    def label(self, system: str) -> str:
+        """What a table calls a system."""
+        return LABELS[system]
+
+    def attempt(
+        self, bench: Bench, system: str, batch: int, sample: int, chunk: Sequence[Instruction]
+    ) -> list[Trial]:
+        """One batch of replies, greedy."""
+        who: Who = "expert" if system == "expert" else "student"
+        sampling = Sampling(bench.target.config.generation.answer_tokens)
+
+        def make(pair: Pair) -> list[Trial]:
+            told = [opening(pair.expert.tokenizer, item.prompt) for item in chunk]
+            return bench.ask(who, pair, told, sampling)
+
+        key = {"ask": [item.prompt for item in chunk], "sampling": vars(sampling)}
+        return bench.trials(key, len(chunk), [who], make)
+
+    def row(self, item: Instruction, said: Trial, how: str) -> dict[str, Any]:
+        """What ``outputs.jsonl`` says of a reply beside the reply itself."""
+        return {
+            "id": item.id,
+            "question": item.prompt,
+            "reference": item.output,
+            "final": said.final,
+            "correct": None,
+        }
+
+    def measures(self, rows: Sequence[Rows]) -> list[Measure | Known]:
+        """Text metrics against the references."""
+        only = [samples[0] for samples in rows]
+        said, wanted = [row["final"] for row in only], [row["reference"] for row in only]
+        overlap = rouge(said, wanted)
+        return [
+            *(Measure(name, values, compared=name == "rougeL") for name, values in overlap.items()),
+            Known("bleu", bleu(said, wanted).estimate),
+            Known("chrf", chrf(said, wanted).estimate),
+            *self.readers.nearness(said, wanted),
+            *self.readers.toxicity(said),
+        ]

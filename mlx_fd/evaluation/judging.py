@@ -1,0 +1,183 @@
+"""A set of answers whose first error is known: who finds it, and whose scores are right?
+
+The questions are those of the examination (:mod:`mlx_fd.evaluation.exam`), on generated problems.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_fd import roles
+from mlx_fd.baselines import Trial
+from mlx_fd.baselines.critics import STAGES, criticise
+from mlx_fd.baselines.trials import trial
+from mlx_fd.episode import Draft, Pair, expert_feedback, feedback_request, student_feedback
+from mlx_fd.evaluation.bench import Bench, Uses
+from mlx_fd.evaluation.cache import Rows
+from mlx_fd.evaluation.calibration import brier, pr_auc, roc_auc, spearman
+from mlx_fd.evaluation.exam import Question
+from mlx_fd.evaluation.measures import Measure
+from mlx_fd.evaluation.processbench import f1
+from mlx_fd.generation import Conversation, opening
+from mlx_fd.problems import arithmetic
+
+LABELS = {
+    "student": "Student",
+    "clear": "Untrained student",
+    "expert": "Expert",
+    "cot": "Chain-of-thought critic",
+    "cod": "Chain-of-drafts critic",
+}
+FEEDBACK = "feedback"
+_NOTHING = roles.Feedback("", None)
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Answers to judge, and who judges them.
+
+    Attributes:
+        name: of the set.
+        items: the answers, with the truth about each.
+        systems: names in :data:`LABELS`, the one that is compared first.
+    """
+
+    name: str
+    items: Sequence[Question]
+    systems: tuple[str, ...]
+
+    samples = 1
+    shown = (
+        "first_error_f1",
+        "first_error_on_wrong",
+        "first_error_on_right",
+        "score_roc_auc",
+    )
+
+    def label(self, system: str) -> str:
+        """What a table calls a system."""
+        return LABELS[system]
+
+    def attempt(
+        self, bench: Bench, system: str, batch: int, sample: int, chunk: Sequence[Question]
+    ) -> list[Trial]:
+        """One batch of feedback."""
+        options = bench.target.config.generation
+        seeds = bench.seeds(batch, sample)
+
+        def make(pair: Pair) -> list[Trial]:
+            drafts = [_draft(pair, question) for question in chunk]
+            setting = bench.setting(pair, "expert")
+            if system in STAGES:
+                stages = STAGES[system](pair.expert.tokenizer)
+                judged = criticise(setting, drafts, stages, seeds, bench.progress)
+                return [
+                    trial(
+                        setting,
+                        item.draft,
+                        {**item.turns, FEEDBACK: roles.format_feedback(item.feedback)},
+                        FEEDBACK,
+                        item.feedback.score,
+                    )
+                    for item in judged
+                ]
+            if system == "expert":
+                step = "expert_feedback"
+                done = expert_feedback(pair, drafts, options, seeds(step), bench.progress)
+                said = [draft.expert_feedback or _NOTHING for draft in done]
+            else:
+                step = "student_feedback"
+                done = student_feedback(pair, drafts, options, seeds(step), bench.progress)
+                said = [draft.student_feedback for draft in done]
+            by_head = system == "student" and bench.target.checkpoint is not None
+            return [
+                trial(
+                    setting,
+                    draft,
+                    {step: roles.format_feedback(one)},
+                    step,
+                    draft.student_score if by_head else one.score,
+                )
+                for draft, one in zip(done, said, strict=True)
+            ]
+
+        uses: Uses = "expert"
+        if system in ("student", "clear"):
+            uses = "student" if system == "student" else "untrained"
+        key = {
+            "judge": "student" if system == "clear" else system,
+            "questions": [[question.problem.question, question.answer] for question in chunk],
+            "generation": dataclasses.asdict(dataclasses.replace(options, answers_by="expert")),
+            "score_at": bench.target.config.models.score_at,
+            "seed": [bench.seed, batch, sample],
+        }
+        return bench.trials(key, len(chunk), [uses], make)
+
+    def row(self, question: Question, given: Trial, how: str) -> dict[str, Any]:
+        """What ``outputs.jsonl`` says of a feedback beside the feedback itself."""
+        feedback = roles.parse_feedback(given.final)
+        named = arithmetic.first_error(feedback.text)
+        return {
+            "id": question.problem.id,
+            "question": question.problem.question,
+            "reference": str(question.first_error),
+            "final": None if named is None else str(named),
+            "correct": named == question.first_error,
+            "deserved": question.score,
+            "score": given.score,
+            "written_score": feedback.score,
+        }
+
+    def measures(self, rows: Sequence[Rows]) -> list[Measure]:
+        """What a system got: the examination's measures, and how good its scores are."""
+        only = [samples[0] for samples in rows]
+        found = [float(row["correct"]) for row in only]
+        wrong = [float(row["reference"] != "0") for row in only]
+        right = [1 - value for value in wrong]
+        scores = [math.nan if row["score"] is None else row["score"] for row in only]
+        deserved = [row["deserved"] for row in only]
+        chances = [(score + 1) / 2 for score in scores]
+        return [
+            Measure("first_error_f1", found, f1, (wrong,), compared=True),
+            Measure("first_error_on_wrong", _where(wrong, found)),
+            Measure("first_error_on_right", _where(right, found)),
+            Measure(
+                "readable",
+                [
+                    float(row["written_score"] is not None and row["final"] is not None)
+                    for row in only
+                ],
+            ),
+            Measure(
+                "score_error",
+                [abs(score - truth) for score, truth in zip(scores, deserved, strict=True)],
+                compared=True,
+            ),
+            Measure("score_spearman", scores, spearman, (deserved,)),
+            Measure("score_roc_auc", scores, roc_auc, (right,)),
+            Measure("score_pr_auc", scores, pr_auc, (right,)),
+            Measure("score_brier", chances, brier, (right,)),
+        ]
+
+
+def _where(mask: Sequence[float], values: Sequence[float]) -> list[float]:
+    return [value if kept else math.nan for kept, value in zip(mask, values, strict=True)]
+
+
+def _draft(pair: Pair, question: Question) -> Draft:
+    """An answer as if the expert had given it."""
+    tokenizer = pair.expert.tokenizer
+    tokens = (
+        *opening(tokenizer, roles.answer_prompt(question.problem.question)),
+        *tokenizer.encode(question.answer, add_special_tokens=False),
+    )
+    return Draft(
+        question.problem,
+        roles.Answer(question.answer, None),
+        Conversation(tokens),
+        feedback_request(tokenizer),
+    )

@@ -1,0 +1,85 @@
+"""A measure over problems: its estimate, and two systems' difference in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_fd.evaluation.statistics import Estimate, bootstrap, mcnemar, mean, paired_bootstrap
+from mlx_fd.summary import wilson
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What one system got in one measure.
+
+    Attributes:
+        name: of the measure.
+        values: one for each problem; NaN where it has none.
+        statistic: makes one number of them, and of the columns of ``shared`` after them.
+        shared: columns that belong to the problems, not to the system.
+        compared: whether systems are compared in it.
+    """
+
+    name: str
+    values: Sequence[float]
+    statistic: Callable[..., float] = mean
+    shared: tuple[Sequence[float], ...] = ()
+    compared: bool = False
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a share of problems: a mean of zeros and ones."""
+        known = [value for value in self.values if not math.isnan(value)]
+        return self.statistic is mean and set(known) <= {0.0, 1.0}
+
+    def estimate(self) -> Estimate:
+        """Its value with n and interval: Wilson's for a share, else the percentile bootstrap."""
+        columns = np.array([self.values, *self.shared], dtype=np.float64)
+        columns = columns[:, ~np.isnan(columns[0])]
+        n = columns.shape[1]
+        if not self.is_share or not n:
+            return bootstrap(list(columns), self.statistic)
+        right = int(columns[0].sum())
+        return Estimate(right / n, *wilson(right, n), n)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A number of all texts together, whose maker has its interval.
+
+    Attributes:
+        name: of the measure.
+        value: with its interval and n.
+    """
+
+    name: str
+    value: Estimate
+
+    def estimate(self) -> Estimate:
+        """The value."""
+        return self.value
+
+
+def compare(ours: Measure, theirs: Measure) -> dict[str, Any]:
+    """The difference of two systems on the same problems.
+
+    Returns:
+        ``difference`` (with interval and n), ``test`` (McNemar's exact one for shares, else the
+        paired bootstrap) and ``p``.
+    """
+    difference, p = paired_bootstrap(ours.values, theirs.values, ours.statistic, ours.shared)
+    test = "paired bootstrap"
+    if ours.is_share and theirs.is_share:
+        pairs = np.array([ours.values, theirs.values])
+        left, right = pairs[:, ~np.isnan(pairs).any(axis=0)]
+        test, p = "mcnemar", mcnemar(list(left == 1), list(right == 1))
+    return {
+        "difference": difference.to_json(),
+        "test": test,
+        "p": None if math.isnan(p) else p,
+    }

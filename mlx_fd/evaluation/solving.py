@@ -1,0 +1,226 @@
+"""A set of problems that systems solve: accuracy, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from mlx_fd import roles
+from mlx_fd.baselines import LOOP, SYSTEMS, Trial
+from mlx_fd.baselines.trials import Who
+from mlx_fd.episode import Draft, Pair, answer, feedback_request
+from mlx_fd.evaluation.bench import Bench, Uses
+from mlx_fd.evaluation.cache import Rows, digest
+from mlx_fd.evaluation.calibration import roc_auc
+from mlx_fd.evaluation.measures import Measure
+from mlx_fd.evaluation.readers import Readers
+from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
+from mlx_fd.generation import Conversation, opening, reply_to
+from mlx_fd.problems import Problem
+
+
+@dataclass(frozen=True)
+class Solving:
+    """Problems, and the systems that solve them.
+
+    Attributes:
+        name: ``gsm8k/test``.
+        items: the problems.
+        systems: names in :data:`mlx_fd.baselines.SYSTEMS`, the one that is compared first.
+        samples: how often each problem is tried.
+        readers: of the texts.
+    """
+
+    name: str
+    items: Sequence[Problem]
+    systems: tuple[str, ...]
+    samples: int
+    readers: Readers
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Measures for the terminal's table."""
+        votes = (f"maj@{self.samples}", f"pass@{self.samples}") if self.samples > 1 else ()
+        return ("accuracy", "accuracy_strict", "accuracy_flexible", *votes)
+
+    def label(self, system: str) -> str:
+        """What a table calls a system."""
+        return SYSTEMS[system].label
+
+    def attempt(
+        self, bench: Bench, system: str, batch: int, sample: int, chunk: Sequence[Problem]
+    ) -> list[Trial]:
+        """One batch of a system's trials."""
+        found = SYSTEMS[system]
+        options = bench.target.config.generation
+        who: Who
+        if found.begins_with == "first":
+            who, temperature = _first_by(bench), bench.first_temperature
+        else:
+            who, temperature = found.begins_with, bench.bare_temperature
+        begun = _answers(bench, who, temperature, batch, sample, chunk)
+        seeds = bench.seeds(batch, sample)
+
+        def make(pair: Pair) -> list[Trial]:
+            drafts = [_draft(pair, *both) for both in zip(chunk, begun, strict=True)]
+            return found.run(bench.setting(pair, who), drafts, seeds, bench.progress)
+
+        uses: list[Uses] = [who] if found.begins_with != "first" else ["expert"]
+        uses += [found.amateur] if found.amateur else []
+        config = bench.target.config
+        key = {
+            "system": system,
+            "questions": [problem.question for problem in chunk],
+            "answers": digest([row["tokens"] for row in begun]),
+            "answered_by": who,
+            "generation": dataclasses.asdict(
+                dataclasses.replace(options, answers_by="expert", answer_filter="auto")
+            ),
+            "score_at": config.models.score_at,
+            "target_score": config.episode.target_score,
+            "student_weight": config.episode.student_weight,
+            "alone": config.gate.confidence if system == LOOP and bench.target.frozen else None,
+            "seed": [bench.seed, batch, sample],
+        }
+        return bench.trials(key, len(chunk), uses, make)
+
+    def row(self, problem: Problem, trial: Trial, how: str) -> dict[str, Any]:
+        """What ``outputs.jsonl`` says of a trial beside the trial itself.
+
+        Args:
+            problem: the problem.
+            trial: the trial.
+            how: how a final number is read.
+        """
+        final = roles.final_answer(trial.final, how)
+        first = roles.final_answer(trial.turns["answer"], how)
+        gold = problem.solution
+        if "####" not in gold:
+            gold = f"{gold}\n#### {problem.answer}"
+        return {
+            "id": problem.id,
+            "question": problem.question,
+            "reference": str(problem.answer),
+            "final": None if final is None else str(final),
+            "correct": roles.same_answer(final, problem.answer),
+            "strict": roles.lm_eval_match(trial.final, gold, "strict"),
+            "flexible": roles.lm_eval_match(trial.final, gold, "flexible"),
+            "first_correct": roles.same_answer(first, problem.answer),
+            "score": trial.score,
+        }
+
+    def measures(self, rows: Sequence[Rows]) -> list[Measure]:
+        """What a system got.
+
+        Args:
+            rows: of each problem, its samples.
+        """
+
+        def mean_of(name: str) -> list[float]:
+            return [float(np.mean([row[name] for row in samples])) for samples in rows]
+
+        found = [
+            Measure("accuracy", mean_of("correct"), compared=True),
+            Measure("accuracy_strict", mean_of("strict")),
+            Measure("accuracy_flexible", mean_of("flexible")),
+            Measure("first_accuracy", mean_of("first_correct")),
+        ]
+        k = self.samples
+        if k > 1:
+            right = [sum(row["correct"] for row in samples) for samples in rows]
+            found += [
+                Measure(f"avg@{k}", mean_of("correct")),
+                Measure(f"maj@{k}", [_majority(samples) for samples in rows]),
+                Measure(f"pass@{k}", [pass_at_k(count, k, k) for count in right]),
+            ]
+        # How well the scores tell right first answers from wrong ones; one answer to each problem.
+        scores = [_known(samples[0]["score"]) for samples in rows]
+        if not all(map(math.isnan, scores)):
+            positive = [float(samples[0]["first_correct"]) for samples in rows]
+            found.append(Measure("score_roc_auc", scores, roc_auc, (positive,)))
+        firsts = [samples[0] for samples in rows]
+        found += self.readers.likeness(firsts)
+        return found + self.readers.toxicity([row["turns"][row["last"]] for row in firsts])
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _first_by(bench: Bench) -> Who:
+    return "student" if bench.target.config.generation.answers_by == "student" else "expert"
+
+
+def _majority(samples: Rows) -> float:
+    finals = [None if row["final"] is None else Fraction(row["final"]) for row in samples]
+    return maj_at_k(finals, Fraction(samples[0]["reference"]))
+
+
+def _answers(
+    bench: Bench,
+    who: Who,
+    temperature: float,
+    batch: int,
+    sample: int,
+    chunk: Sequence[Problem],
+) -> Rows:
+    """A model's answers to a batch, as rows; whoever else needs them finds them in the cache."""
+    options = bench.target.config.generation
+    key = {
+        "answers": [problem.question for problem in chunk],
+        "tokens": options.answer_tokens,
+        "temperature": temperature,
+        "penalty": options.expert_repetition_penalty,
+        "sequential": options.sequential,
+        "seed": [bench.seed, batch, sample] if temperature else None,
+    }
+
+    def make(pair: Pair) -> Rows:
+        drafts = answer(
+            pair.expert if who == "expert" else pair.reader,
+            chunk,
+            options,
+            bench.seeds(batch, sample)("answer"),
+            bench.progress,
+            temperature=temperature,
+            keep=False,
+        )
+        return [
+            {
+                "tokens": list(draft.answer.tokens),
+                "text": draft.answer.text,
+                "prefilled": draft.prefilled["answer"],
+                "seconds": draft.seconds["answer"],
+                "capped": list(draft.capped),
+            }
+            for draft in drafts
+        ]
+
+    return bench.rows(key, len(chunk), [who], make)
+
+
+def _draft(pair: Pair, problem: Problem, row: dict[str, Any]) -> Draft:
+    """An answered problem, to go on from.
+
+    Its keys and values are not kept, so every system reads the answer anew, whoever wrote it and
+    whenever: what comes next does not depend on what was in the cache.
+    """
+    tokenizer = pair.expert.tokenizer
+    tokens = tuple(row["tokens"])
+    told = Conversation((*opening(tokenizer, roles.answer_prompt(problem.question)), *tokens))
+    return Draft(
+        problem,
+        roles.Answer(row["text"], None, tokens),
+        told,
+        reply_to(told, feedback_request(tokenizer)),
+        tokens={"answer": len(tokens)},
+        prefilled={"answer": row["prefilled"]},
+        seconds={"answer": row["seconds"]},
+        capped=tuple(row["capped"]),
+    )

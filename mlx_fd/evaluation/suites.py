@@ -1,0 +1,353 @@
+"""Suites: which sets are put before which systems, and the run through all of them.
+
+``fast`` is one set of problems (and, where the truth about every answer is known, of answers to
+judge); ``full`` adds instructions, ProcessBench and transfer. Every output is a line of
+``outputs.jsonl``; ``eval.json`` has what they add up to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_fd import problems, runs
+from mlx_fd.baselines import CLEAR, LOOP, STUDENT, SYSTEMS
+from mlx_fd.errors import UserError
+from mlx_fd.evaluation import exam, instructing, processbench
+from mlx_fd.evaluation.bench import Bench
+from mlx_fd.evaluation.cache import Cache, Rows
+from mlx_fd.evaluation.instructing import Instructing
+from mlx_fd.evaluation.judging import Judging
+from mlx_fd.evaluation.locating import Locating
+from mlx_fd.evaluation.measures import Known, Measure, compare
+from mlx_fd.evaluation.readers import load_readers
+from mlx_fd.evaluation.solving import Solving
+from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
+from mlx_fd.evaluation.target import Models, Target
+from mlx_fd.models.storage import slug
+from mlx_fd.session import versions
+
+FAST, FULL = "fast", "full"
+FAST_LIMIT = 100
+OUTPUTS, RESULTS = "outputs.jsonl", "eval.json"
+ARITHMETIC = "arithmetic"
+# Not a run's own: its seed there is its run's.
+_EXAM_SEED = 1_000_003
+# Where several samples are asked for and nothing says how warm they are.
+WARM = 0.7
+
+Set = Solving | Judging | Locating | Instructing
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of an evaluation.
+
+    Attributes:
+        suite: ``fast`` or ``full``.
+        baselines: whether all systems take part, or the target alone.
+        limit: most items of each set; ``None``: 100 in ``fast``, all in ``full``.
+        samples: how often each problem is tried.
+        temperature: of first answers and bare answers; ``None``: the run's for first answers and
+            0 for bare ones, 0.7 where several samples would be alike.
+        problems: where the problems come from; ``None``: arithmetic for who learned from it, else
+            GSM8K.
+        split: of the problems.
+        transfer: a second source of problems.
+        instructions: an Alpaca-format file.
+        processbench: a file of ProcessBench's format.
+        encoder: a BERT for BERTScore and cosines.
+        toxicity: a BERT classifier, or ``words``.
+        seed: of all draws.
+    """
+
+    suite: str = FAST
+    baselines: bool = False
+    limit: int | None = None
+    samples: int = 1
+    temperature: float | None = None
+    problems: str | None = None
+    split: str = "test"
+    transfer: str | None = None
+    instructions: Path | None = None
+    processbench: Path | None = None
+    encoder: str | None = None
+    toxicity: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Attempted:
+    """A system is done with so many of a set's items, samples counted."""
+
+    set: str
+    system: str
+    done: int
+    total: int
+
+
+Report = Callable[[Attempted], None]
+
+
+def make_sets(target: Target, options: Options) -> list[Set]:
+    """The sets of a suite, with the systems that meet them.
+
+    Raises:
+        UserError: a file or source that cannot be read, or baselines without an expert.
+    """
+    if options.baselines and target.expert is None:
+        raise UserError("--baselines: the baselines need an expert; name one with --expert")
+    limit = options.limit or (FAST_LIMIT if options.suite == FAST else None)
+    source = _source(target, options)
+    solvers, judges = _solvers(target, options), _judges(target, options)
+    both = (STUDENT, "expert") if options.baselines else (STUDENT,)
+    readers = load_readers(options.encoder, options.toxicity)
+
+    def solving(source: str, split: str) -> Solving:
+        found = problems.load(source, split)
+        name = Path(source).stem if found.name == source and "/" in source else found.name
+        return Solving(f"{name}/{split}", found.problems[:limit], solvers, options.samples, readers)
+
+    sets: list[Set] = [solving(source, options.split)]
+    if source == ARITHMETIC:
+        asked = exam.questions(len(sets[0].items), _EXAM_SEED, options.split)
+        sets.append(Judging(f"{ARITHMETIC}/first errors", asked, judges))
+    if options.suite == FAST:
+        return sets
+    if options.instructions is not None:
+        asked_for = instructing.read(options.instructions)[:limit]
+        sets.append(Instructing(options.instructions.stem, asked_for, both, readers))
+    if options.processbench is not None:
+        items = processbench.read(options.processbench)[:limit]
+        sets.append(Locating(options.processbench.stem, items, both))
+    elsewhere = [solving(ARITHMETIC, "transfer")]
+    if options.transfer is not None:
+        elsewhere.append(solving(options.transfer, options.split))
+    return sets + [one for one in elsewhere if one.name != sets[0].name]
+
+
+def _source(target: Target, options: Options) -> str:
+    learned = target.config.problems.problems
+    return options.problems or (ARITHMETIC if learned == ARITHMETIC else "gsm8k")
+
+
+def concerns(target: Target, options: Options) -> list[str]:
+    """What makes an evaluation worth less than it looks."""
+    learned, source = target.config.problems, _source(target, options)
+    # A file has one split, whatever it is called.
+    is_file = Path(source).exists() and Path(source).resolve() == Path(learned.problems).resolve()
+    same = source == learned.problems and options.split == learned.split
+    if target.run is None or not (is_file or same):
+        return []
+    return [
+        f"the run learned from these problems ({source}, split {learned.split}): what follows is "
+        "no measure of what it does on others; choose another --split or --problems"
+    ]
+
+
+def _solvers(target: Target, options: Options) -> tuple[str, ...]:
+    if not options.baselines:
+        return (LOOP, STUDENT) if target.run else (STUDENT,)
+    every = tuple(SYSTEMS)
+    return every if target.run else (STUDENT, *(n for n in every if n not in (LOOP, STUDENT)))
+
+
+def _judges(target: Target, options: Options) -> tuple[str, ...]:
+    if not options.baselines:
+        return (STUDENT,)
+    amateur = (CLEAR,) if target.run else ()
+    return (STUDENT, *amateur, "expert", "cot", "cod")
+
+
+def default_folder(target: Target, suite: str) -> Path:
+    """Where results go: into the run, else under the model's name in this folder."""
+    if target.run is None:
+        return Path("eval") / slug(target.name) / suite
+    assert target.checkpoint is not None
+    best = (target.run / runs.CHECKPOINTS / "best").resolve()
+    own = suite if target.checkpoint == best else f"{suite}-{target.checkpoint.name}"
+    return target.run / "eval" / own
+
+
+def make_bench(
+    target: Target, options: Options, cache: Path, progress: Callable[[str, int], None]
+) -> Bench:
+    """What the sets are generated with."""
+    warm = options.temperature
+    first = target.config.generation.answer_temperature if warm is None else warm
+    bare = 0.0 if warm is None else warm
+    if options.samples > 1 and warm is None:
+        first, bare = first or WARM, WARM
+    return Bench(
+        target, Models(target), Cache(cache), options.seed, options.samples, first, bare, progress
+    )
+
+
+def evaluate(
+    bench: Bench, sets: Sequence[Set], options: Options, folder: Path, report: Report
+) -> dict[str, Any]:
+    """Put every set before its systems and write the folder.
+
+    After a kill the same call goes on: batches that were done come out of the cache.
+
+    Args:
+        bench: what is generated with.
+        sets: of :func:`make_sets`.
+        options: what was asked.
+        folder: where to write.
+        report: told after each batch.
+
+    Returns:
+        What ``eval.json`` holds.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    advice = "then run the same command again: it goes on"
+    target = bench.target
+    with runs.explained(folder, advice):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / OUTPUTS).write_bytes(b"")
+    found = []
+    for one in sets:
+        by_system: dict[str, list[Rows]] = {}
+        for system in one.systems:
+            by_system[system] = [[] for _ in one.items]
+            for batch in _batches(bench, one, system, report):
+                with runs.explained(folder, advice):
+                    runs.append_lines(folder / OUTPUTS, [row for _, row in batch])
+                for place, row in batch:
+                    by_system[system][place].append(row)
+        found.append(_results(one, by_system))
+    results = {
+        "format": 1,
+        "target": target.name,
+        "suite": options.suite,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "models": target.models,
+        "seed": options.seed,
+        "k": options.samples,
+        "temperature": {"first_answers": bench.first_temperature, "bare": bench.bare_temperature},
+        "answers_by": target.config.generation.answers_by,
+        "frozen": target.frozen,
+        "text_models": next((one.readers.about() for one in sets if isinstance(one, Solving)), {}),
+        "sets": found,
+    }
+    with runs.explained(folder, advice):
+        runs.write_json(folder / RESULTS, results)
+    return results
+
+
+def _batches(
+    bench: Bench, one: Set, system: str, report: Report
+) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """A system's batches of rows, each with its item's place."""
+    size = bench.target.config.generation.batch_size
+    how = bench.target.config.generation.answer_filter
+    items: Sequence[Any] = one.items
+    done, total = 0, len(items) * one.samples
+    for sample in range(one.samples):
+        for batch, chunk in bench.batches(items):
+            trials = one.attempt(bench, system, batch, sample, chunk)
+            yield [
+                (
+                    batch * size + place,
+                    {
+                        "set": one.name,
+                        "system": system,
+                        "sample": sample,
+                        **one.row(item, trial, how),
+                        **dataclasses.asdict(trial),
+                    },
+                )
+                for place, (item, trial) in enumerate(zip(chunk, trials, strict=True))
+            ]
+            mx.clear_cache()
+            done += len(chunk)
+            report(Attempted(one.name, system, done, total))
+
+
+# ---------------------------------------------------------------------------------------- results
+
+
+def _results(one: Set, by_system: dict[str, list[Rows]]) -> dict[str, Any]:
+    """What the rows of a set add up to."""
+    measures = {
+        system: {measure.name: measure for measure in one.measures(rows)}
+        for system, rows in by_system.items()
+    }
+    return {
+        "name": one.name,
+        "n": len(one.items),
+        "systems": [
+            {
+                "name": system,
+                "label": one.label(system),
+                "measures": {
+                    name: measure.estimate().to_json() for name, measure in measures[system].items()
+                },
+                **_costs(rows),
+            }
+            for system, rows in by_system.items()
+        ],
+        "comparisons": _comparisons(measures),
+    }
+
+
+def _comparisons(measures: dict[str, dict[str, Measure | Known]]) -> list[dict[str, Any]]:
+    """The first system against each other one; p corrected over all of them."""
+    compared = {
+        system: {
+            name: one for name, one in own.items() if isinstance(one, Measure) and one.compared
+        }
+        for system, own in measures.items()
+    }
+    ours, *others = compared
+    found = [
+        {
+            "measure": name,
+            "system": ours,
+            "against": other,
+            **compare(measure, compared[other][name]),
+        }
+        for name, measure in compared[ours].items()
+        for other in others
+    ]
+    corrected = holm([float("nan") if row["p"] is None else row["p"] for row in found])
+    return [
+        {**row, "p_holm": None if np.isnan(p) else p}
+        for row, p in zip(found, corrected, strict=True)
+    ]
+
+
+def _costs(rows: Sequence[Rows]) -> dict[str, Any]:
+    """Tokens and seconds of one attempt, as means over problems; ``cost`` has them bare."""
+
+    def column(of: Callable[[dict[str, Any]], float]) -> Estimate:
+        return bootstrap([[float(np.mean([of(row) for row in samples])) for samples in rows]], mean)
+
+    def by(key: str, who: str | None) -> Callable[[dict[str, Any]], float]:
+        return lambda row: sum(
+            value for step, value in row[key].items() if who is None or row["by"][step] == who
+        )
+
+    found = {
+        "tokens": column(by("tokens", None)),
+        "expert_tokens": column(by("tokens", "expert")),
+        "student_tokens": column(by("tokens", "student")),
+        "prefilled": column(by("prefilled", None)),
+        "expert_prefilled": column(by("prefilled", "expert")),
+        "seconds": column(by("seconds", None)),
+    }
+    return {
+        "cost": {name: round(estimate.value, 4) for name, estimate in found.items()},
+        "cost_estimates": {name: estimate.to_json() for name, estimate in found.items()},
+    }

@@ -1,0 +1,236 @@
+"""What is evaluated: a run's student, an adapter, or any model; and the expert beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_fd import runs
+from mlx_fd.config import Config, override, preset
+from mlx_fd.errors import UserError
+from mlx_fd.evaluation.cache import digest
+from mlx_fd.feedback import find
+from mlx_fd.models.aliases import TINY, TINY_STUDENT
+from mlx_fd.models.loading import content_hash
+from mlx_fd.models.pairing import check_pair
+from mlx_fd.models.resolve import resolve, why_changed
+from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS
+from mlx_fd.session import Plan, open_pair
+
+if TYPE_CHECKING:
+    from mlx_fd.episode import Pair
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model to evaluate that passed every check; nothing large is loaded yet.
+
+    Attributes:
+        name: as it was named.
+        config: the run's configuration; the defaults for a model.
+        student: directory of the language model.
+        expert: directory of the expert; ``None``: there is none.
+        run: the run directory.
+        checkpoint: the run's checkpoint.
+        adapter: an mlx-lm adapter that belongs to no run.
+        frozen: whether the run ended with its gate closed.
+        vocab: tokens that expert and student share.
+        models: what ``eval.json`` says of them.
+    """
+
+    name: str
+    config: Config
+    student: Path
+    expert: Path | None
+    run: Path | None
+    checkpoint: Path | None
+    adapter: Path | None
+    frozen: bool
+    vocab: int
+    models: dict[str, dict[str, str]]
+
+
+def open_target(name: str, expert: str | None) -> Target:
+    """Find and check what is to be evaluated.
+
+    Args:
+        name: a run directory (its best checkpoint), one of its checkpoints, an mlx-lm adapter, or a
+            model's name.
+        expert: the expert's name; ``None``: the run's own, for a model none.
+
+    Raises:
+        UserError: nothing of that name, an expert that is not the run's any more, or one that does
+            not fit the student.
+    """
+    adapter = _adapter(name)
+    if adapter is not None:
+        student, config = resolve(_base_of(adapter)), Config()
+        run = checkpoint = None
+    else:
+        place = find(name)
+        student, run, checkpoint = place.model, place.run, place.checkpoint
+        config = place.config or Config()
+    expert_name = expert or (config.models.expert if run else None)
+    expert_path = resolve(expert_name) if expert_name else None
+    if run and not expert:
+        _check_expert(name, run, config, expert_path)
+    if run is None:
+        if student in (resolve(TINY), resolve(TINY_STUDENT)):
+            config = preset(TINY)
+        named = {"expert": expert_name or name, "student": name}
+        config = override(
+            config, named if expert_name else {**named, "answers_by": "student"}, name
+        )
+    models = {"student": {"name": config.models.student, "sha256": content_hash(student)}}
+    weights = checkpoint or adapter
+    if weights is not None:
+        models["adapter"] = {"name": str(weights), "sha256": _adapter_hash(weights)}
+    if expert_path is not None:
+        models["expert"] = {"name": config.models.expert, "sha256": content_hash(expert_path)}
+    return Target(
+        name=name,
+        config=config,
+        student=student,
+        expert=expert_path,
+        run=run,
+        checkpoint=checkpoint,
+        adapter=adapter,
+        frozen=run is not None and _frozen(run, checkpoint),
+        vocab=check_pair(expert_path or student, student).shared_vocab,
+        models=models,
+    )
+
+
+def _adapter(name: str) -> Path | None:
+    """The folder of an adapter that mlx-lm can put on its model and that no run knows."""
+    folder = Path(name).expanduser()
+    if runs.is_run(folder) or not (folder / ADAPTER_WEIGHTS).is_file():
+        return None
+    folder = folder.resolve()
+    return None if runs.is_run(folder.parents[1]) else folder
+
+
+def _adapter_hash(folder: Path) -> str:
+    """A digest of all that an adapter changes about its model, and of the heads beside it."""
+    files = [folder / part for part in (ADAPTER_WEIGHTS, HEADS) if (folder / part).exists()]
+    config = _read_config(folder)
+    config.pop("model", None)
+    return digest([config, *map(runs.digest_of, files)])
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / ADAPTER_CONFIG
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _base_of(adapter: Path) -> str:
+    """The name of the model that an adapter belongs to."""
+    name = _read_config(adapter).get("model")
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            f"{adapter / ADAPTER_CONFIG}: does not say which model this adapter belongs to; write "
+            'its name or directory there, as "model"'
+        )
+    return name
+
+
+def _check_expert(name: str, run: Path, config: Config, path: Path | None) -> None:
+    assert path is not None
+    manifest = runs.read_manifest(run)
+    if content_hash(path) != manifest.get("expert", {}).get("sha256"):
+        why = why_changed(config.models.expert, manifest.get("versions", {}))
+        raise UserError(f"{name}: the expert {path} is not the one of the run: {why}.")
+
+
+def _frozen(run: Path, checkpoint: Path | None) -> bool:
+    """Whether the run ended frozen; of a checkpoint by number, whether it was frozen then."""
+    assert checkpoint is not None
+    best = (run / runs.CHECKPOINTS / "best").resolve()
+    last = run / runs.CHECKPOINTS / "last"
+    # The best checkpoint's weights are used as the run's end would have them used.
+    folder = last if checkpoint == best and last.exists() else checkpoint
+    try:
+        state = json.loads((folder / runs.STATE).read_text(encoding="utf-8"))
+        return bool(state["gate"]["frozen"])
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / runs.STATE}: cannot be read ({error!r})") from error
+
+
+class Models:
+    """The models of a target, loaded when something has to be generated."""
+
+    def __init__(self, target: Target):
+        self._target = target
+        self._untrained: dict[str, Any] = {}
+
+    @functools.cached_property
+    def pair(self) -> Pair:
+        """Expert (the student itself, where there is none) and student, trained.
+
+        Raises:
+            UserError: files are damaged or do not belong together.
+        """
+        from mlx.utils import tree_flatten
+
+        from mlx_fd.models.student import load_student
+
+        target = self._target
+        plan = Plan(
+            target.config, target.expert or target.student, target.student, target.vocab,
+            (), (), {}, (),
+        )  # fmt: skip
+        if target.adapter is not None:
+            return _with_adapter(plan, target.adapter)
+        pair = open_pair(plan)
+        if target.checkpoint is not None:
+            self._untrained = dict(tree_flatten(pair.student.trainable_parameters()))
+            load_student(pair.student, target.checkpoint)
+        pair.student.eval()
+        return pair
+
+    @contextlib.contextmanager
+    def amateur(self, *, trained: bool) -> Iterator[Pair]:
+        """The pair, its student as trained or as it was before its run."""
+        from mlx.utils import tree_flatten, tree_unflatten
+
+        pair = self.pair
+        if trained or not self._untrained:
+            yield pair
+            return
+        learned = tree_flatten(pair.student.trainable_parameters())
+        pair.student.update(tree_unflatten(list(self._untrained.items())))
+        try:
+            yield pair
+        finally:
+            pair.student.update(tree_unflatten(learned))
+
+
+def _with_adapter(plan: Plan, adapter: Path) -> Pair:
+    """A pair whose student is a model with an mlx-lm adapter on it."""
+    from mlx_lm.tuner.utils import load_adapters
+
+    from mlx_fd.episode import Pair
+    from mlx_fd.models import taps
+    from mlx_fd.models.loading import load_pair
+    from mlx_fd.models.student import Student
+
+    expert, base = load_pair(plan.expert_path, plan.student_path)
+    try:
+        model = load_adapters(base.model, str(adapter))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{adapter}: this adapter does not fit its model: {error}") from error
+    student = Student(model, taps.width(expert.model))
+    student.eval()
+    reader = dataclasses.replace(base, model=model, tokenizer=expert.tokenizer, vocab=plan.vocab)
+    return Pair(dataclasses.replace(expert, vocab=plan.vocab), student, reader, plan.vocab)

@@ -1,0 +1,175 @@
+"""The systems that the loop is compared with, on the embedded pair: what they do and count."""
+
+import dataclasses
+import math
+from collections import Counter
+
+import pytest
+
+from mlx_fd import problems, roles
+from mlx_fd.baselines import SYSTEMS, Setting
+from mlx_fd.config import preset
+from mlx_fd.episode import (
+    answer,
+    expert_feedback,
+    finish,
+    first_answers,
+    is_correct,
+    seed_of,
+    student_feedback,
+)
+from mlx_fd.generation import Conversation
+from mlx_fd.models.resolve import resolve
+from mlx_fd.session import Plan, open_pair
+
+CONFIG = preset("tiny")
+OPTIONS = CONFIG.generation
+PROBLEMS = problems.load("arithmetic", "test").problems[:4]
+
+
+def quiet(step, tokens):
+    pass
+
+
+def seeds(step):
+    return seed_of(0, 0, step)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return open_pair(Plan(CONFIG, resolve("tiny"), resolve("tiny-student"), 2000, (), (), {}, ()))
+
+
+@pytest.fixture(scope="module")
+def answered(pair):
+    """The student's answers, some right and some wrong."""
+    drafts = answer(pair.reader, PROBLEMS, OPTIONS, 0, quiet, keep=False)
+    assert len({is_correct(d.answer.final, d.problem) for d in drafts}) == 2
+    return [
+        dataclasses.replace(d, after_answer=Conversation(d.after_answer.tokens)) for d in drafts
+    ]
+
+
+def setting_of(pair, *, frozen=False, target=None, confidence=None, **generation):
+    episode, gate = CONFIG.episode, CONFIG.gate
+    if target is not None:
+        episode = dataclasses.replace(episode, target_score=target)
+    if confidence is not None:
+        gate = dataclasses.replace(gate, confidence=confidence)
+    return Setting(
+        pair, dataclasses.replace(OPTIONS, **generation), episode, gate, "student", frozen
+    )
+
+
+@pytest.fixture(scope="module")
+def ran(pair, answered):
+    """What each system made of the answers, and the tokens that it told of, by step."""
+    found = {}
+    for name, system in SYSTEMS.items():
+        told = Counter()
+
+        def progress(step, tokens, told=told):
+            told[step] += tokens
+
+        found[name] = system.run(setting_of(pair), answered, seeds, progress), told
+    return found
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_token_that_was_written_is_counted_once_and_has_an_owner(ran, answered, name):
+    trials, told = ran[name]
+    counted = Counter()
+    for trial in trials:
+        counted.update({step: n for step, n in trial.tokens.items() if step != "answer"})
+        assert set(trial.by) == set(trial.tokens) == set(trial.prefilled) == set(trial.turns)
+        assert trial.by["answer"] == "student"
+        others = {step for step, who in trial.by.items() if who == "student"}
+        assert others <= {"answer", "student_feedback"}
+        assert type(trial).from_json(trial.to_json()) == trial
+    assert counted == told
+    # All of them go on from the same answers.
+    assert [t.turns["answer"] for t in trials] == [d.answer.text for d in answered]
+
+
+@pytest.mark.parametrize("name", ["self-refine", "clear"])
+def test_one_at_a_time_without_caches_says_the_same(pair, answered, ran, name):
+    batched = ran[name][0][2:]
+    alone = SYSTEMS[name].run(setting_of(pair, sequential=True), answered[2:], seeds, quiet)
+    assert [t.turns for t in batched] == [t.turns for t in alone]
+    assert [t.tokens for t in batched] == [t.tokens for t in alone]
+    # What was said before is read again in each turn there, and only there.
+    assert sum(sum(t.prefilled.values()) for t in batched) < sum(
+        sum(t.prefilled.values()) for t in alone
+    )
+
+
+def test_the_loop_is_the_episode_without_learning(pair):
+    first = first_answers(pair, PROBLEMS, OPTIONS, 0, quiet)
+    drafts = student_feedback(pair, first, OPTIONS, seeds("student_feedback"), quiet)
+    drafts = expert_feedback(pair, drafts, OPTIONS, seeds("expert_feedback"), quiet)
+    outcomes = finish(pair, drafts, OPTIONS, CONFIG.episode, seeds, quiet)
+    trials = SYSTEMS["loop"].run(setting_of(pair), first, seeds, quiet)
+    assert [t.final for t in trials] == [o.final.text for o in outcomes]
+    assert [t.score for t in trials] == [o.score for o in outcomes]
+
+
+def test_a_frozen_student_stands_alone_where_it_is_sure(pair, answered):
+    loop = SYSTEMS["loop"].run
+    sure = loop(setting_of(pair, frozen=True, confidence=0.0), answered, seeds, quiet)
+    assert all("expert_feedback" not in t.tokens for t in sure)
+    for options in ({"frozen": True, "confidence": 1.0}, {"frozen": False, "confidence": 0.0}):
+        asked = loop(setting_of(pair, **options), answered[:1], seeds, quiet)
+        assert all("expert_feedback" in t.tokens for t in asked)
+
+
+def test_clear_takes_the_score_that_its_amateur_wrote(pair, answered, ran):
+    """The untrained score head says 0 to everything; that is no opinion."""
+    written = student_feedback(pair, answered, OPTIONS, seeds("student_feedback"), quiet)
+    judged = expert_feedback(pair, written, OPTIONS, seeds("expert_feedback"), quiet)
+    weight = CONFIG.episode.student_weight
+    for trial, draft in zip(ran["clear"][0], judged, strict=True):
+        ours, theirs = draft.student_feedback.score, draft.expert_feedback.score
+        assert trial.score == pytest.approx((weight * ours + theirs) / (1 + weight))
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [("cot", ("reasoning", "feedback")), ("cod", ("draft_1", "draft_2", "draft_3"))],
+)
+def test_a_critic_goes_through_its_stages_and_one_revision_follows(pair, answered, name, stages):
+    run = SYSTEMS[name].run
+    for trial in run(setting_of(pair, target=math.inf), answered[:2], seeds, quiet):
+        assert tuple(trial.turns) == ("answer", *stages, "revise")
+        assert trial.last == "revise"
+        assert trial.score == roles.parse_feedback(trial.turns[stages[-1]]).score
+    for trial in run(setting_of(pair, target=-1.0), answered[:2], seeds, quiet):
+        stays = trial.score is not None
+        assert (trial.last == "answer") == stays
+        assert ("revise" in trial.turns) != stays
+
+
+def test_self_refine_goes_on_until_its_feedback_says_right_or_four_times(pair, answered, ran):
+    steps = [f"{what}_{k}" for k in range(1, 5) for what in ("feedback", "refine")]
+    never = setting_of(pair, target=math.inf)
+    for trial in SYSTEMS["self-refine"].run(never, answered[:1], seeds, quiet):
+        assert list(trial.turns) == ["answer", *steps]
+        assert trial.last == "refine_4"
+    right_before = right_after = 0
+    for trial, draft in zip(ran["self-refine"][0], answered, strict=True):
+        feedbacks = [step for step in trial.turns if step.startswith("feedback")]
+        scores = [roles.parse_feedback(trial.turns[step]).score for step in feedbacks]
+        assert trial.score == scores[0]
+        target = CONFIG.episode.target_score
+        assert all(score is None or score < target for score in scores[:-1])
+        if len(feedbacks) < 4:
+            assert scores[-1] >= target
+        right_before += is_correct(draft.answer.final, draft.problem)
+        right_after += is_correct(roles.final_answer(trial.final), draft.problem)
+    # This expert is good at its trade.
+    assert right_after > right_before
+
+
+def test_a_bare_model_answers_and_no_more(ran, answered):
+    for trial, draft in zip(ran["student"][0], answered, strict=True):
+        assert trial.turns == {"answer": draft.answer.text} and trial.last == "answer"
+        assert roles.final_answer(trial.final) == draft.answer.final
