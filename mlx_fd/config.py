@@ -212,7 +212,14 @@ class GateOptions:
     score_gap: float = _option(0.25, "A score this far from the expert's shows a lag.", low=0)
     confidence: float = _option(
         0.5,
-        "After the freeze, the student stands alone where its |score| reaches this.",
+        "After the freeze, the student may stand alone where its |score| reaches this.",
+        low=0,
+        high=1,
+    )
+    trust: float = _option(
+        0.9,
+        "But only if, of its last scores as sure as that, this share agreed with the expert's on "
+        "whether the answer is right; 0: always.",
         low=0,
         high=1,
     )

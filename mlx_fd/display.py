@@ -319,6 +319,11 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         f"asked {feedback['asked']} times ({feedback['tokens_written']} tokens), not asked "
         f"{feedback['not_asked']} times (about {feedback['tokens_saved']} tokens saved)",
     )
+    sure = feedback.get("sure_scores")
+    if frozen and sure:
+        table.add_row(
+            "sure scores like the expert's", f"{sure['agreed']} of the last {sure['of']} at the end"
+        )
     if feedback["not_asked"]:
         table.add_row(
             "right, asked / not asked",

@@ -49,6 +49,8 @@ REGRESSION_ERRORS = 2.5
 # Remaining share of a loss (EMA / first) as it counts in weights and mean gain: one loss that
 # vanishes or explodes must not decide alone.
 LEAST_REMAINING, MOST_REMAINING = 0.05, 2.0
+# Sure scores that the student's right to stand alone is judged by, and how many are enough.
+SURE_SCORES, ENOUGH_SURE = 64, 16
 _TINY = 1e-9
 
 
@@ -101,6 +103,8 @@ class GateState:
         reason: why the student last froze or thawed; empty before that.
         kd_cost: sum of the costs told to :func:`observe_probe`, in the caller's unit.
         paid_looks: looks at the probe set before which something was spent.
+        sure: of the student's last :data:`SURE_SCORES` sure scores, the newest last, whether the
+            expert's score said the same of the answer.
         published: what the published gate remembers; empty with the other gates.
     """
 
@@ -110,6 +114,7 @@ class GateState:
     reason: str = ""
     kd_cost: float = 0.0
     paid_looks: int = 0
+    sure: tuple[bool, ...] = ()
     published: PublishedState = field(default_factory=PublishedState)
 
     def to_json(self) -> dict[str, Any]:
@@ -131,6 +136,8 @@ class GateState:
                 **value,
                 "probe": trackers(value["probe"]),
                 "samples": trackers(value["samples"]),
+                # Older runs have none.
+                "sure": tuple(value.get("sure", ())),
                 "published": PublishedState.from_json(value["published"]),
             }
         )
@@ -302,14 +309,56 @@ def weights(state: GateState, options: GateOptions) -> dict[str, float]:
     return {name: share / total for name, share in shares.items()}
 
 
-def stands_alone(student_score: float | None, options: GateOptions) -> bool:
-    """Whether a frozen student's feedback needs no expert: its score is far enough from 0.
+def observe_scores(
+    state: GateState, student_score: float | None, expert_score: float | None, options: GateOptions
+) -> GateState:
+    """Take note of both scores of an answer: does a sure student say what the expert says?
+
+    Two scores say the same where both are positive (the answer is right) or neither is.
 
     Args:
+        state: the gate's state.
+        student_score: the score head's value in [-1, 1], if there is one.
+        expert_score: the expert's; ``None`` where it could not be read.
+        options: the gate's options.
+    """
+    if student_score is None or expert_score is None or not _is_sure(student_score, options):
+        return state
+    same = (student_score > 0) == (expert_score > 0)
+    return replace(state, sure=(*state.sure, same)[-SURE_SCORES:])
+
+
+def trusted(state: GateState, options: GateOptions) -> bool:
+    """Whether the student may stand alone at all: it is frozen, and right where it is sure.
+
+    A score far from 0 is no promise: a head can be sure and wrong. So its sure scores are held
+    against the expert's, until the freeze in all episodes and after it in those that it is asked
+    in, the audits among them.
+
+    Args:
+        state: the gate's state.
+        options: the gate's options.
+    """
+    if not state.frozen or not options.trust:
+        return state.frozen
+    enough = len(state.sure) >= ENOUGH_SURE
+    return enough and sum(state.sure) >= options.trust * len(state.sure)
+
+
+def stands_alone(state: GateState, student_score: float | None, options: GateOptions) -> bool:
+    """Whether the student's feedback on an answer needs no expert.
+
+    Args:
+        state: the gate's state.
         student_score: the score head's value in [-1, 1], if there is one.
         options: the gate's options.
     """
-    return student_score is not None and abs(student_score) >= options.confidence
+    sure = student_score is not None and _is_sure(student_score, options)
+    return sure and trusted(state, options)
+
+
+def _is_sure(score: float, options: GateOptions) -> bool:
+    return abs(score) >= options.confidence
 
 
 def audited(problem_id: str, seed: int, options: GateOptions) -> bool:

@@ -363,9 +363,7 @@ def _batch(
     asked = [
         place
         for place, draft in enumerate(drafts)
-        if not progress.gate.frozen
-        or audits[place]
-        or not gate.stands_alone(draft.student_score, config.gate)
+        if audits[place] or not gate.stands_alone(progress.gate, draft.student_score, config.gate)
     ]
     answered = expert_feedback(
         pair, [drafts[p] for p in asked], config.generation, seeds("expert_feedback"), told
@@ -383,6 +381,9 @@ def _batch(
         losses = measure(pair.student, pair.expert, [sample], config.losses, pair.vocab, 1)
         decision = _decide(state, sample, drafts[place].student_score, losses, config)
         readings[place] = _Seen(sample, losses, decision)
+        state = gate.observe_scores(
+            state, drafts[place].student_score, sample.expert_score, config.gate
+        )
         if not state.frozen or audits[place]:
             state = gate.observe_sample(state, losses, config.gate)
 
@@ -507,6 +508,7 @@ def _metrics(
         "probe": progress.probe_last if decision else None,
         "stop": dataclasses.asdict(decision) if decision else None,
         "frozen": progress.gate.frozen,
+        "sure": {"agreed": sum(progress.gate.sure), "of": len(progress.gate.sure)},
         "distil_seconds": round(sum(update.seconds for update in updates), 3),
     }
 

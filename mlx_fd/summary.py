@@ -96,6 +96,7 @@ def summarise(
             "not_asked": len(alone),
             "tokens_written": written,
             "tokens_saved": round(written / len(asked) * len(alone)) if asked else 0,
+            "sure_scores": metrics[-1].get("sure") if metrics else None,
             "accuracy_when_asked": _accuracy(asked, "correct_after"),
             "accuracy_when_not_asked": _accuracy(alone, "correct_after"),
         },

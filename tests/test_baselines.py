@@ -18,6 +18,7 @@ from mlx_fd.episode import (
     seed_of,
     student_feedback,
 )
+from mlx_fd.gate import initial_state
 from mlx_fd.generation import Conversation
 from mlx_fd.models.resolve import resolve
 from mlx_fd.session import Plan, open_pair
@@ -50,14 +51,15 @@ def answered(pair):
     ]
 
 
-def setting_of(pair, *, frozen=False, target=None, confidence=None, **generation):
+def setting_of(pair, *, frozen=False, target=None, confidence=None, trust=0.0, **generation):
     episode, gate = CONFIG.episode, CONFIG.gate
     if target is not None:
         episode = dataclasses.replace(episode, target_score=target)
     if confidence is not None:
-        gate = dataclasses.replace(gate, confidence=confidence)
+        gate = dataclasses.replace(gate, confidence=confidence, trust=trust)
+    state = dataclasses.replace(initial_state(gate, ["lm"]), frozen=frozen)
     return Setting(
-        pair, dataclasses.replace(OPTIONS, **generation), episode, gate, "student", frozen
+        pair, dataclasses.replace(OPTIONS, **generation), episode, gate, "student", state
     )
 
 
@@ -117,7 +119,11 @@ def test_a_frozen_student_stands_alone_where_it_is_sure(pair, answered):
     loop = SYSTEMS["loop"].run
     sure = loop(setting_of(pair, frozen=True, confidence=0.0), answered, seeds, quiet)
     assert all("expert_feedback" not in t.tokens for t in sure)
-    for options in ({"frozen": True, "confidence": 1.0}, {"frozen": False, "confidence": 0.0}):
+    for options in (
+        {"frozen": True, "confidence": 1.0},
+        {"frozen": False, "confidence": 0.0},
+        {"frozen": True, "confidence": 0.0, "trust": 0.9},
+    ):
         asked = loop(setting_of(pair, **options), answered[:1], seeds, quiet)
         assert all("expert_feedback" in t.tokens for t in asked)
 

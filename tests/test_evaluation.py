@@ -19,6 +19,7 @@ from trained import make_run
 
 from mlx_fd import cli, roles, runs
 from mlx_fd.baselines import SYSTEMS
+from mlx_fd.config import GateOptions
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation import suites
 from mlx_fd.evaluation.cache import Cache
@@ -28,6 +29,7 @@ from mlx_fd.evaluation.instructing import read as read_instructions
 from mlx_fd.evaluation.measures import Measure, compare
 from mlx_fd.evaluation.processbench import f1, to_json_lines
 from mlx_fd.evaluation.target import Models, open_target
+from mlx_fd.gate import ENOUGH_SURE, initial_state
 from mlx_fd.problems import load
 from mlx_fd.summary import wilson
 
@@ -215,16 +217,18 @@ def test_a_run_says_whether_its_student_may_stand_alone(run, tmp_path):
     checkpoints = frozen / runs.CHECKPOINTS
     shutil.copytree(checkpoints / "000001", checkpoints / "000002")
     for number, is_frozen in (("000001", False), ("000002", True)):
-        state = {"gate": {"frozen": is_frozen}}
+        sure = [True] * ENOUGH_SURE
+        state = {"gate": {**initial_state(GateOptions(), ["lm"]).to_json(), "sure": sure}}
+        state["gate"]["frozen"] = is_frozen
         (checkpoints / number / runs.STATE).write_text(json.dumps(state))
     (checkpoints / "last").symlink_to("000002")
-    assert not open_target(str(run), None).frozen
+    assert not open_target(str(run), None).trusted
     # The best checkpoint is used as the run's end would have it; another as it was then.
-    assert open_target(str(frozen), None).frozen
-    assert open_target(str(checkpoints / "000002"), None).frozen
+    assert open_target(str(frozen), None).trusted
+    assert open_target(str(checkpoints / "000002"), None).trusted
     (checkpoints / "best").unlink()
     (checkpoints / "best").symlink_to("000002")
-    assert not open_target(str(checkpoints / "000001"), None).frozen
+    assert not open_target(str(checkpoints / "000001"), None).trusted
 
 
 def test_the_untrained_student_steps_in_for_a_while_only(run):

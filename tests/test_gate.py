@@ -459,10 +459,37 @@ def test_a_frozen_student_is_never_triggered(trigger):
     )
 
 
-def test_stands_alone():
-    options = GateOptions(confidence=0.5)
+def test_a_trusted_student_stands_alone_where_it_is_sure():
+    options = GateOptions(confidence=0.5, trust=0)
+    frozen = gate.replace(gate.initial_state(options, ["lm"]), frozen=True)
     scores = (0.5, -0.7, 0.49, 0.0, None)
-    assert [gate.stands_alone(score, options) for score in scores] == [True, True, *[False] * 3]
+    alone = [gate.stands_alone(frozen, score, options) for score in scores]
+    assert alone == [True, True, *[False] * 3]
+    learning = gate.replace(frozen, frozen=False)
+    assert not any(gate.stands_alone(learning, score, options) for score in scores)
+
+
+def test_trust_is_the_share_of_sure_scores_that_agreed():
+    options = GateOptions(confidence=0.5, trust=0.75)
+    state = gate.replace(gate.initial_state(options, ["lm"]), frozen=True)
+    # Unsure scores and unread ones say nothing; 0 is no praise.
+    for student, expert in ((0.4, -1.0), (None, 1.0), (0.9, None)):
+        assert gate.observe_scores(state, student, expert, options) == state
+    for student, expert, same in ((0.9, 0.1, True), (-0.9, 0.0, True), (0.9, 0.0, False)):
+        assert gate.observe_scores(state, student, expert, options).sure == (same,)
+    for _ in range(gate.ENOUGH_SURE - 1):
+        state = gate.observe_scores(state, 0.9, 1.0, options)
+    assert not gate.trusted(state, options), "too few to know"
+    state = gate.observe_scores(state, 0.9, 1.0, options)
+    assert gate.trusted(state, options)
+    for wrong in range(1, 6):
+        state = gate.observe_scores(state, 0.9, -1.0, options)
+        assert gate.trusted(state, options) == (16 / (16 + wrong) >= 0.75)
+    assert not gate.trusted(gate.replace(state, frozen=False), options)
+    for _ in range(3 * gate.SURE_SCORES):
+        state = gate.observe_scores(state, -0.9, -0.2, options)
+    assert state.sure == (True,) * gate.SURE_SCORES, "what is long ago is forgotten"
+    assert gate.GateState.from_json(json.loads(json.dumps(state.to_json()))) == state
 
 
 def test_audits_are_a_fixed_share_drawn_by_seed():

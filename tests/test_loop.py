@@ -324,7 +324,7 @@ def test_twenty_sigkills_at_random_moments_change_nothing(dirs, tmp_path):
 
 def test_after_the_freeze_the_expert_is_asked_less(dirs, tmp_path, monkeypatch):
     """A student that is sure of itself stands alone, but for audits."""
-    plan = make_plan(*dirs, confidence=0.0, audit_fraction=0.0, episodes=4)
+    plan = make_plan(*dirs, confidence=0.0, trust=0.0, audit_fraction=0.0, episodes=4)
     freeze = gate.initial_state
 
     def frozen(options, names):
@@ -340,8 +340,10 @@ def test_after_the_freeze_the_expert_is_asked_less(dirs, tmp_path, monkeypatch):
         assert row["gate"]["reason"] == "the student stands alone"
         assert row["merged"] == row["student_feedback"]["text"]
         assert "expert_feedback" not in row["tokens"] and "merge" not in row["tokens"]
-    audited = make_plan(*dirs, confidence=0.0, audit_fraction=1.0, episodes=4)
+    audited = make_plan(*dirs, confidence=0.0, trust=0.0, audit_fraction=1.0, episodes=4)
     assert start(tmp_path / "audited", audited)["expert_feedback"]["asked"] == 4
+    untrusted = make_plan(*dirs, confidence=0.0, audit_fraction=0.0, episodes=4)
+    assert start(tmp_path / "untrusted", untrusted)["expert_feedback"]["asked"] == 4
 
 
 @pytest.mark.parametrize("mode", ["never", "always", "published"])

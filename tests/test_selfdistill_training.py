@@ -389,4 +389,8 @@ def test_smollm2_trains_on_real_problems(tmp_path):
         }
         summary = start(tmp_path / method, configured(method, given, preset="quick"))
         assert summary["attempts"]["logprob_gap"] < 1e-2
-        assert summary["updates"]["steps"] == 1 and summary["updates"]["skipped"] == 0
+        assert summary["updates"]["skipped"] == 0
+        # A policy learns where attempts at one problem differ in reward, and only there.
+        taught = [row["lagging"] > 0 for row in rows(tmp_path / method, runs.METRICS)]
+        assert summary["updates"]["steps"] == sum(taught)
+        assert method == "grpo" or all(taught)

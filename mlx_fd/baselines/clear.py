@@ -40,15 +40,16 @@ def loop(
 ) -> list[Trial]:
     """The same with the distilled student, as the run would be deployed.
 
-    Where its training ended frozen, its feedback stands alone where it is sure; the expert is
-    asked for the rest. Nothing is audited, because nothing learns.
+    Where its training ended frozen and the gate trusts it, its feedback stands alone where it is
+    sure; the expert is asked for the rest. Nothing is audited, because nothing learns.
     """
     options = setting.generation
     judged = student_feedback(setting.pair, drafts, options, seeds("student_feedback"), progress)
     asked = [
         place
         for place, draft in enumerate(judged)
-        if not setting.frozen or not stands_alone(draft.student_score, setting.gate)
+        if setting.state is None
+        or not stands_alone(setting.state, draft.student_score, setting.gate)
     ]
     answered = expert_feedback(
         setting.pair,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from mlx_fd.config import EpisodeOptions, GateOptions, GenerationOptions
 from mlx_fd.episode import Draft, Pair, Progress
+from mlx_fd.gate import GateState
 
 Seeds = Callable[[str], int]
 """Step name to the seed of its draws."""
@@ -23,9 +24,9 @@ class Setting:
         pair: the models.
         generation: token limits and sampling.
         episode: the target score, and the student's weight in the combined score.
-        gate: when a frozen student stands alone.
+        gate: the gate's options.
         answered_by: who wrote the answers that a system goes on from.
-        frozen: whether the student's training ended with the gate closed.
+        state: the gate as the student's training ended; ``None`` where no run trained it.
     """
 
     pair: Pair
@@ -33,7 +34,7 @@ class Setting:
     episode: EpisodeOptions
     gate: GateOptions
     answered_by: Who
-    frozen: bool
+    state: GateState | None
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Bench:
             config.episode,
             config.gate,
             answered_by,
-            self.target.frozen,
+            self.target.gate,
         )
 
     def rows(

@@ -85,7 +85,7 @@ class Solving:
             "score_at": config.models.score_at,
             "target_score": config.episode.target_score,
             "student_weight": config.episode.student_weight,
-            "alone": config.gate.confidence if system == LOOP and bench.target.frozen else None,
+            "alone": config.gate.confidence if system == LOOP and bench.target.trusted else None,
             "seed": [bench.seed, batch, sample],
         }
         return bench.trials(key, len(chunk), uses, make)

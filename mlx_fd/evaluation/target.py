@@ -16,6 +16,7 @@ from mlx_fd.config import Config, override, preset
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cache import digest
 from mlx_fd.feedback import find
+from mlx_fd.gate import GateState, trusted
 from mlx_fd.models.aliases import TINY, TINY_STUDENT
 from mlx_fd.models.loading import content_hash
 from mlx_fd.models.pairing import check_pair
@@ -39,7 +40,7 @@ class Target:
         run: the run directory.
         checkpoint: the run's checkpoint.
         adapter: an mlx-lm adapter that belongs to no run.
-        frozen: whether the run ended with its gate closed.
+        gate: the gate as the run ended; ``None`` for a model.
         vocab: tokens that expert and student share.
         models: what ``eval.json`` says of them.
     """
@@ -51,9 +52,14 @@ class Target:
     run: Path | None
     checkpoint: Path | None
     adapter: Path | None
-    frozen: bool
+    gate: GateState | None
     vocab: int
     models: dict[str, dict[str, str]]
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the student stands alone where it is sure."""
+        return self.gate is not None and trusted(self.gate, self.config.gate)
 
 
 def open_target(name: str, expert: str | None) -> Target:
@@ -101,7 +107,7 @@ def open_target(name: str, expert: str | None) -> Target:
         run=run,
         checkpoint=checkpoint,
         adapter=adapter,
-        frozen=run is not None and _frozen(run, checkpoint),
+        gate=None if run is None else _gate(run, checkpoint),
         vocab=check_pair(expert_path or student, student).shared_vocab,
         models=models,
     )
@@ -151,8 +157,8 @@ def _check_expert(name: str, run: Path, config: Config, path: Path | None) -> No
         raise UserError(f"{name}: the expert {path} is not the one of the run: {why}.")
 
 
-def _frozen(run: Path, checkpoint: Path | None) -> bool:
-    """Whether the run ended frozen; of a checkpoint by number, whether it was frozen then."""
+def _gate(run: Path, checkpoint: Path | None) -> GateState | None:
+    """The gate as the run ended; of a checkpoint by number, as it was then."""
     assert checkpoint is not None
     best = (run / runs.CHECKPOINTS / "best").resolve()
     last = run / runs.CHECKPOINTS / "last"
@@ -160,10 +166,10 @@ def _frozen(run: Path, checkpoint: Path | None) -> bool:
     folder = last if checkpoint == best and last.exists() else checkpoint
     try:
         state = json.loads((folder / runs.STATE).read_text(encoding="utf-8"))
-        return bool(state["gate"]["frozen"])
+        return GateState.from_json(state["gate"])
     except FileNotFoundError:
-        return False
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder / runs.STATE}: cannot be read ({error!r})") from error
 
 
