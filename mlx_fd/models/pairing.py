@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd.errors import UserError
+from mlx_fd.models.storage import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,18 +43,6 @@ class Pairing:
     warnings: tuple[str, ...]
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return value
-
-
 def _tokenizer(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
@@ -68,7 +56,7 @@ def _tokenizer(path: Path) -> Tokenizer:
 
 
 def _vocab_size(path: Path) -> int:
-    value = _json(path / "config.json").get("vocab_size")
+    value = read_json(path / "config.json").get("vocab_size")
     if not isinstance(value, int) or value < 1:
         raise UserError(f"{path}/config.json has no vocab_size")
     return value
@@ -76,10 +64,10 @@ def _vocab_size(path: Path) -> int:
 
 def _end_tokens(path: Path, tokenizer: Tokenizer) -> set[int]:
     """All ids that end a turn, as mlx-lm gathers them."""
-    ids = _json(path / "generation_config.json").get("eos_token_id")
-    ids = ids or _json(path / "config.json").get("eos_token_id")
+    ids = read_json(path / "generation_config.json").get("eos_token_id")
+    ids = ids or read_json(path / "config.json").get("eos_token_id")
     ends = set(ids) if isinstance(ids, list) else {ids}
-    token = _json(path / "tokenizer_config.json").get("eos_token")
+    token = read_json(path / "tokenizer_config.json").get("eos_token")
     if isinstance(token, dict):
         token = token.get("content")
     if isinstance(token, str):
@@ -92,8 +80,8 @@ def _chat_template(path: Path) -> Any:
     jinja = path / "chat_template.jinja"
     if jinja.exists():
         return jinja.read_text(encoding="utf-8")
-    in_config = _json(path / "tokenizer_config.json").get("chat_template")
-    return in_config or _json(path / "chat_template.json").get("chat_template")
+    in_config = read_json(path / "tokenizer_config.json").get("chat_template")
+    return in_config or read_json(path / "chat_template.json").get("chat_template")
 
 
 def _shared(expert: Tokenizer, student: Tokenizer) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from mlx_fd.errors import UserError
 
 
 def cache_dir() -> Path:
@@ -22,6 +26,27 @@ def cache_dir() -> Path:
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "mlx-fd"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; an empty one where there is no file.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is no JSON object")
+    return value
+
+
+def _no_number(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
 
 
 @contextmanager
