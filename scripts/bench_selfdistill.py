@@ -2,7 +2,8 @@
 
 python scripts/bench_selfdistill.py --run       # every arm, three seeds; goes on where it stopped
 python scripts/bench_selfdistill.py --run --arms 'grpo;step-critique' --seeds 0
-python scripts/bench_selfdistill.py --table     # docs/bench_selfdistill.md, from the rows alone
+python scripts/bench_selfdistill.py --table     # docs/bench_selfdistill.md, from the rows alone;
+                                                # prints the README's part of it
 
 An arm is a command: `mlx-fd self-distill --model tiny-base --method ...`. All arms of a seed make
 the same number of attempts at problems of the train split, in as many batches, with the same LoRA
@@ -405,6 +406,26 @@ def table(path):
     return "\n".join(lines) + "\n"
 
 
+def short(path):
+    """The lines of the README: Avg@12 and what else changes, and the orderings looked for."""
+    rows = read_rows(path)
+    lines = [
+        "| | seeds | Avg@12 (%) | change (points) | judging, change |",
+        "|---|--:|---|---|---|",
+    ]
+    for arm, seeds in rows.items():
+        own = shown(bootstrap([paired(seeds, seeds, average)[0]], mean), ".1f")
+        changes = ["", ""]
+        if arm != BASE:
+            both = (average, bits("judged"))
+            changes = [shown(paired_bootstrap(*paired(seeds, rows[BASE], v))[0]) for v in both]
+        lines.append(f"| {' | '.join([arm, str(len(seeds)), own, *changes])} |")
+    lines += ["", "| published | difference here (points) | p |", "|---|---|---|"]
+    for better, worse, _, estimate, p in orderings(rows):
+        lines.append(f"| {better} over {worse} | {shown(estimate)} | {p:.3f} |")
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--run", action="store_true", help="make the rows that are not there")
@@ -430,7 +451,7 @@ def main():
                         file.write(json.dumps(row) + "\n")
     if args.table:
         TABLE.write_text(table(args.rows))
-        print(TABLE)
+        print(*short(args.rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -61,10 +61,7 @@ def test_the_table_is_that_of_the_rows_and_in_the_readme(bench):
     text = bench.TABLE.read_text()
     assert text == bench.table(bench.ROWS)
     readme = (ROOT / "README.md").read_text().splitlines()
-    found = bench.orderings(bench.read_rows(bench.ROWS))
-    for better, worse, _, estimate, _ in found[:3]:
-        (line,) = [x for x in readme if x.startswith(f"| {better} over {worse} |")]
-        assert bench.shown(estimate) in line
+    assert set(bench.short(bench.ROWS)) <= set(readme)
 
 
 def test_every_arm_is_a_method_and_all_make_as_many_attempts(bench):

@@ -525,14 +525,15 @@ def no_mlx(tmp_path) -> dict[str, str]:
     return {"PYTHONPATH": str(package.parent)}
 
 
-# compare runs engines that need no MLX, and pareto reads files; they have tests of their own.
-@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"compare", "pareto"}))
+# compare runs engines that need no MLX, pareto and report read files; they have their own tests.
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"compare", "pareto", "report"}))
 def test_without_a_backend_every_command_says_what_to_install(command, no_mlx, finished, tmp_path):
     arguments = {
         "resume": [finished],
         "feedback": [finished, "--problem", "1", "--answer", "1"],
         "export": [finished, "--out", "exported"],
         "advantage": ["tiny-base"],
+        "eval": ["tiny"],
         "self-distill": ["--method", "grpo"],
     }.get(command, [])
     done = shell(command, *arguments, cwd=tmp_path, env=no_mlx)
