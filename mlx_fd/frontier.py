@@ -182,8 +182,9 @@ def points_of(folder: Path, curve: Curve) -> list[Point]:
         raise UserError(
             f"{folder}: no stop_threshold would have stopped this run in its {len(curve.batches)} "
             "batches: the student has not surely gained enough on every loss (minimum_gain is "
-            f"{curve.config.gate.minimum_gain:g}). Make a longer run, or one with higher learning "
-            "rates."
+            f"{curve.config.gate.minimum_gain:g}, ema_decay {curve.config.gate.ema_decay:g}). Make "
+            "a longer run, one with higher learning rates, or one with a lower ema_decay, whose "
+            "gate sees sooner what was gained."
         )
     return [_point(outcome, curve) for outcome in outcomes]
 

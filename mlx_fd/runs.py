@@ -65,6 +65,7 @@ _README = """\
 | `exam_*.json` | what the student made of each question of the examination, where there was one |
 | `summary.json` | the run's totals, written at its end |
 | `pareto.*` | with `mlx-fd pareto`: where to stop next time; `sweep/` has the runs that try it |
+| `eval/` | with `mlx-fd eval`: `eval.json` and `outputs.jsonl` of each evaluation |
 | `report.html` | the page of `mlx-fd report .` |
 | `tracking.json` | with `--track`: what each tracker has of the run |
 

@@ -113,7 +113,8 @@ def pareto(folder: Path) -> dict[str, Any]:
             "stopped_after_batch": batch,
             "cost": {"kd_steps": steps, "teacher_tokens": 900 * steps, "seconds": 0.5 * steps},
             "losses": {"lm": lm, "logit": 2 * lm},
-            "metrics": {},
+            "metrics": {"final_accuracy": 0.5},
+            "estimates": {"final_accuracy": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 40}},
             "dominated": False,
             "recommended": False,
             **flags,
@@ -160,7 +161,10 @@ def evaluation() -> dict[str, Any]:
                         "name": name,
                         "label": label,
                         "measures": {"accuracy": estimate(0.8 - 0.1 * place)},
-                        "cost": {"tokens": 300 - 100 * place, "seconds": 1.5},
+                        "cost_estimates": {
+                            "tokens": estimate(300 - 100 * place, 20),
+                            "seconds": estimate(1.5),
+                        },
                     }
                     for place, (name, label) in enumerate(labels.items())
                 ],

@@ -382,9 +382,30 @@ def test_problems_that_were_learned_from_are_warned_of(run):
 
 def test_results_lie_in_the_run_or_under_the_models_name(run):
     best = open_target(str(run), None)
-    assert suites.default_folder(best, "fast") == run / "eval" / "fast"
+    assert suites.choose_folder(best, suites.Options()) == run / "eval" / "fast"
     named = open_target("tiny-student", None)
-    assert suites.default_folder(named, "full") == Path("eval/tiny-student/full")
+    full = suites.Options(suite="full")
+    assert suites.choose_folder(named, full) == Path("eval/tiny-student/full")
+
+
+def test_another_evaluation_takes_another_folder(mlx_fd, tmp_path):
+    folder = tmp_path / "eval" / "tiny-student"
+
+    def files():
+        return {path.name: path.read_bytes() for path in (folder / "fast").iterdir()}
+
+    assert mlx_fd("tiny-student", "--limit", 2, "--quiet")[0] == 0
+    first = files()
+    assert mlx_fd("tiny-student", "--limit", 1, "--quiet")[0] == 0
+    assert files() == first
+    assert len(rows_of(folder / "fast-2")) == 2
+    # The same once more is the same place, with the same outputs out of the cache.
+    assert mlx_fd("tiny-student", "--limit", 2, "--quiet")[0] == 0
+    assert files()[suites.OUTPUTS] == first[suites.OUTPUTS]
+    assert sorted(path.name for path in folder.iterdir()) == ["fast", "fast-2"]
+    status, _, err = mlx_fd("tiny-student", "--limit", 3, "--out", folder / "fast")
+    assert (status, files()[suites.OUTPUTS]) == (2, first[suites.OUTPUTS])
+    assert "another evaluation" in err
 
 
 @pytest.fixture
@@ -425,6 +446,7 @@ def test_a_script_reads_json_and_a_user_a_table_with_n_and_intervals(mlx_fd, tmp
         (["tiny-student", "--baselines"], "--expert"),
         (["tiny-student", "--suite", "full", "--instructions", "none.json"], "none.json"),
         (["tiny-student", "--suite", "full", "--processbench", "none.json"], "none.json"),
+        (["tiny-student", "--instructions", "none.json"], "--suite full"),
         (["tiny-student", "--problems", "arithmetik"], "did you mean 'arithmetic'"),
         (["tiny-student", "--encoder", "none/such"], "none/such"),
         (["tiny-student", "--expert", "smollm2-135m"], "tokenizer"),

@@ -219,16 +219,22 @@ def test_a_pareto_frontier_and_an_evaluation_are_shown(tmp_path):
     assert rows["0.9"][1] == "never"
     assert rows["0.1"][-1] == "product rule"
     assert rows["0.4"][-1] == "dominated"
+    (right,) = {row[-2] for row in tables.pareto_table(run.pareto).rows}
+    assert right == tables.Cell("50.0%", "40.0% to 60.0%, n 40")
     (found,) = run.evaluations[0]["sets"]
     table = tables.systems_table(found)
-    assert table.rows[1][1] == tables.Cell("0.700", "0.620 to 0.780, n 100")
+    assert table.columns == ("", "right, %")
+    assert table.rows[1][1] == tables.Cell("70.0", "62.0 to 78.0, n 100")
+    costs = tables.costs_table(found)
+    assert costs.rows[1][1] == tables.Cell("200", "180 to 220, n 100")
+    assert charts.system_figure(found).title == "gsm8k/test: right"
     compared = tables.comparisons_table(found).rows[0]
     assert compared[0].value == "Online feedback distillation against CLEAR"
     assert compared[2].strong
     assert [compared[3].value, compared[4].value] == ["< 0.001", "0.041"]
     page = " ".join(parsed(make_page([run])).text)
     assert "Hypervolume of the frontier: 0.61" in page
-    assert "gsm8k/test, 100 problems" in page
+    assert "gsm8k/test: n = 100" in page
 
 
 @pytest.mark.parametrize("name", ["pareto.json", "eval/fast/eval.json"])

@@ -94,7 +94,8 @@ Examples:
     "--out",
     type=PathType(),
     metavar="DIR",
-    help="Folder of the results. [default: RUN/eval/SUITE; eval/NAME/SUITE for a model]",
+    help="Folder of the results. [default: RUN/eval/SUITE; eval/NAME/SUITE for a model; "
+    "SUITE-2 and so on beside another evaluation]",
 )
 @click.option(
     "--cache",
@@ -164,7 +165,7 @@ def evaluate(
     )
     target = open_target(model, expert)
     sets = suites.make_sets(target, options)
-    folder = out or suites.default_folder(target, suite)
+    folder = suites.choose_folder(target, options, out)
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
     for text in suites.concerns(target, options):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ from mlx_fd.session import versions
 FAST, FULL = "fast", "full"
 FAST_LIMIT = 100
 OUTPUTS, RESULTS = "outputs.jsonl", "eval.json"
+_UNFINISHED = ".outputs.jsonl.tmp"
 ARITHMETIC = "arithmetic"
 # Not a run's own: its seed there is its run's.
 _EXAM_SEED = 1_000_003
@@ -104,6 +107,10 @@ def make_sets(target: Target, options: Options) -> list[Set]:
     """
     if options.baselines and target.expert is None:
         raise UserError("--baselines: the baselines need an expert; name one with --expert")
+    if options.suite == FAST:
+        for name in ("transfer", "instructions", "processbench"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} belongs to the full suite; add --suite full")
     limit = options.limit or (FAST_LIMIT if options.suite == FAST else None)
     source = _source(target, options)
     solvers, judges = _solvers(target, options), _judges(target, options)
@@ -166,8 +173,55 @@ def _judges(target: Target, options: Options) -> tuple[str, ...]:
     return (STUDENT, *amateur, "expert", "cot", "cod")
 
 
-def default_folder(target: Target, suite: str) -> Path:
-    """Where results go: into the run, else under the model's name in this folder."""
+def choose_folder(target: Target, options: Options, out: Path | None = None) -> Path:
+    """Where results go: into the run, else under the model's name in this folder.
+
+    An evaluation that is done stays where it is: another one gets the next number, and the same one
+    asked for again the same folder.
+
+    Args:
+        target: what is evaluated.
+        options: what is asked.
+        out: a folder that was named instead.
+
+    Raises:
+        UserError: there is another evaluation in ``out``.
+    """
+    asked = _asked(target, options)
+    if out is not None:
+        if not _is_free(out, asked):
+            raise UserError(
+                f"{out / RESULTS}: there is another evaluation, and it was left alone; choose "
+                "another --out."
+            )
+        return out
+    folder = _folder(target, options.suite)
+    numbered = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
+    return next(one for one in itertools.chain([folder], numbered) if _is_free(one, asked))
+
+
+def _is_free(folder: Path, asked: dict[str, Any]) -> bool:
+    """Whether there is no finished evaluation in a folder, or the one that is asked for."""
+    try:
+        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("asked") == asked
+
+
+def _asked(target: Target, options: Options) -> dict[str, Any]:
+    """All that tells an evaluation from another one, as JSON has it."""
+    chosen = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(options).items()
+    }
+    hashes = {name: model["sha256"] for name, model in target.models.items()}
+    return {**chosen, "sha256": hashes}
+
+
+def _folder(target: Target, suite: str) -> Path:
     if target.run is None:
         return Path("eval") / slug(target.name) / suite
     assert target.checkpoint is not None
@@ -212,9 +266,11 @@ def evaluate(
     """
     advice = "then run the same command again: it goes on"
     target = bench.target
+    # Where an evaluation is done, its outputs stay until they are there again.
+    outputs = folder / (_UNFINISHED if (folder / RESULTS).exists() else OUTPUTS)
     with runs.explained(folder, advice):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / OUTPUTS).write_bytes(b"")
+        outputs.write_bytes(b"")
     found = []
     for one in sets:
         by_system: dict[str, list[Rows]] = {}
@@ -222,7 +278,7 @@ def evaluate(
             by_system[system] = [[] for _ in one.items]
             for batch in _batches(bench, one, system, report):
                 with runs.explained(folder, advice):
-                    runs.append_lines(folder / OUTPUTS, [row for _, row in batch])
+                    runs.append_lines(outputs, [row for _, row in batch])
                 for place, row in batch:
                     by_system[system][place].append(row)
         found.append(_results(one, by_system))
@@ -230,6 +286,7 @@ def evaluate(
         "format": 1,
         "target": target.name,
         "suite": options.suite,
+        "asked": _asked(target, options),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "models": target.models,
@@ -242,6 +299,7 @@ def evaluate(
         "sets": found,
     }
     with runs.explained(folder, advice):
+        outputs.replace(folder / OUTPUTS)
         runs.write_json(folder / RESULTS, results)
     return results
 

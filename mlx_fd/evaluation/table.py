@@ -12,30 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_fd.display import duration
+from mlx_fd.evaluation.names import is_share, shown_name
 from mlx_fd.evaluation.suites import Attempted
 
-NAMES = {
-    "accuracy": "right",
-    "accuracy_strict": "strict",
-    "accuracy_flexible": "flexible",
-    "first_accuracy": "first answers right",
-    "first_error_f1": "F1",
-    "first_error_on_wrong": "errors found",
-    "first_error_on_right": "right passed",
-    "processbench_f1": "F1",
-    "accuracy_on_wrong": "errors found",
-    "accuracy_on_right": "right passed",
-    "score_error": "score's error",
-    "score_roc_auc": "score's ROC-AUC",
-    "rougeL": "ROUGE-L",
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "bertscore_f1": "BERTScore",
-}
 _COSTS = {"expert_tokens": "expert's tokens", "tokens": "all tokens"}
-# Shown as per cent, their differences in points.
-_SHARES = ("accuracy", "avg@", "maj@", "pass@", "first_", "processbench_", "readable")
 _NOTHING = "-"
+_FILE_WIDTH = 400
 
 
 class EvalDisplay:
@@ -105,6 +87,9 @@ def print_results(
         shown: for each set, the measures that have a column.
         console: where to print.
     """
+    if not console.is_terminal:
+        # A file or a pipe has no edge to break lines at.
+        console.width = _FILE_WIDTH
     for found, names in zip(results["sets"], shown, strict=True):
         console.print(_measures(found, names))
         console.print(_differences_and_costs(found))
@@ -140,7 +125,7 @@ def _measures(found: Mapping[str, Any], shown: Sequence[str]) -> Table:
     ]
     table = _empty(f"{found['name']}: n = {found['n']}, 95 % intervals")
     for name in known:
-        table.add_column(_name(name), justify="right")
+        table.add_column(shown_name(name), justify="right")
     for system in systems:
         cells = [_estimate(name, system["measures"].get(name), found["n"]) for name in known]
         table.add_row(Text(system["label"]), *map(Text, cells))
@@ -154,7 +139,7 @@ def _differences_and_costs(found: Mapping[str, Any]) -> Table:
     measure = comparisons[0]["measure"] if comparisons else ""
     against = {row["against"]: row for row in comparisons if row["measure"] == measure}
     if against:
-        table.add_column(f"{_name(measure)}: {systems[0]['name']} minus this", justify="right")
+        table.add_column(f"{shown_name(measure)}: {systems[0]['name']} minus this", justify="right")
         table.add_column("p (Holm)", justify="right")
     for name in _COSTS.values():
         table.add_column(name, justify="right")
@@ -168,20 +153,11 @@ def _differences_and_costs(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def _name(measure: str) -> str:
-    name = NAMES.get(measure, measure.replace("_", " "))
-    return f"{name}, %" if _is_share(measure) else name
-
-
-def _is_share(name: str) -> bool:
-    return name.startswith(_SHARES)
-
-
 def _estimate(measure: str, value: Mapping[str, Any] | None, n: int) -> str:
     """A number with its interval, and its n where that is not the set's."""
     if value is None or value["value"] is None:
         return _NOTHING
-    number = _percent if _is_share(measure) else _plain
+    number = _percent if is_share(measure) else _plain
     own = f" of {value['n']}" if value["n"] != n else ""
     return f"{number(value['value'])} [{number(value['low'])}, {number(value['high'])}]{own}"
 
@@ -190,7 +166,7 @@ def _difference(row: Mapping[str, Any]) -> str:
     value = row["difference"]
     if value["value"] is None:
         return _NOTHING
-    number = _percent if _is_share(row["measure"]) else _plain
+    number = _percent if is_share(row["measure"]) else _plain
     return (
         f"{number(value['value'], '+')} [{number(value['low'], '+')}, {number(value['high'], '+')}]"
     )

@@ -10,8 +10,9 @@ from typing import Any
 import altair as alt
 
 from mlx_fd.display import EXAM_NAMES
+from mlx_fd.evaluation.names import is_share, shown_name
 from mlx_fd.report.reading import Run
-from mlx_fd.report.tables import STEP_NAMES, Table, losses_table, steps_table
+from mlx_fd.report.tables import STEP_NAMES, Table, losses_table, measures_of, steps_table
 from mlx_fd.report.theme import PAGE, themed
 from mlx_fd.summary import wilson
 
@@ -580,32 +581,37 @@ def _pareto_figure(pareto: Mapping[str, Any], cost: str, loss: str) -> Figure:
     return _figure(f"{loss} loss against the cost", says, _layered(frontier, marks), rows)
 
 
-def system_figure(found: Mapping[str, Any], measure: str = "accuracy") -> Figure | None:
-    """The systems of an evaluation set beside each other, with intervals."""
+def system_figure(found: Mapping[str, Any]) -> Figure | None:
+    """The systems of an evaluation set beside each other in its main measure, with intervals."""
+    measure = next(iter(measures_of(found)), "")
     rows = [
         {"system": system["label"], **system["measures"][measure]}
         for system in found["systems"]
-        if measure in system["measures"] and system["measures"][measure]["value"] is not None
+        if system["measures"].get(measure, {}).get("value") is not None
     ]
     if not rows:
         return None
+    share = is_share(measure)
+    form = ".1%" if share else ".3f"
     base = alt.Chart(_ROWS).encode(
         y=alt.Y("system:N", title=None, sort=None, axis=alt.Axis(labelLimit=260)),
         tooltip=[
             "system:N",
-            alt.Tooltip("value:Q", format=".1%"),
-            alt.Tooltip("low:Q", format=".1%"),
-            alt.Tooltip("high:Q", format=".1%"),
+            alt.Tooltip("value:Q", format=form),
+            alt.Tooltip("low:Q", format=form),
+            alt.Tooltip("high:Q", format=form),
             "n:Q",
         ],
     )
-    axis = alt.Axis(format="%", tickCount=6)
+    axis = alt.Axis(format="%", tickCount=6) if share else alt.Axis(tickCount=6)
+    scale = alt.Scale(domain=[0, 1]) if share else alt.Scale(zero=False)
     chart = base.mark_rule(strokeWidth=2, color=PAGE.series[0]).encode(
-        x=alt.X("low:Q", title=None, axis=axis, scale=alt.Scale(domain=[0, 1])), x2="high:Q"
+        x=alt.X("low:Q", title=None, axis=axis, scale=scale), x2="high:Q"
     ) + base.mark_point(filled=True, size=80, opacity=1, color=PAGE.series[0]).encode(x="value:Q")
-    says = "Points are shares of the problems, lines 95 % intervals."
+    name = shown_name(measure).removesuffix(", %")
+    says = "Points are the systems' values, lines 95 % intervals."
     return _figure(
-        f"{measure.capitalize()}, {found['name']}",
+        f"{found['name']}: {name}",
         says,
         chart.properties(height=28 * len(rows)),
         rows,

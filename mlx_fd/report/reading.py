@@ -119,7 +119,7 @@ def _read(folder: Path, name: str) -> Run:
         first,
         _json(folder, _PARETO, _pareto, missing, needed=False),
         [
-            found
+            {**found, "folder": path.parent.name}
             for path in sorted((folder / _EVAL).glob(f"*/{_EVAL_FILE}"))
             if (found := _json(folder, str(path.relative_to(folder)), _evaluation, missing))
         ],
@@ -327,7 +327,10 @@ def _pareto(value: Row) -> Row:
                 "stopped_after_batch": _known(point["stopped_after_batch"]),
                 "cost": _numbers(point["cost"]),
                 "losses": _numbers(point["losses"]),
-                "metrics": _numbers(point.get("metrics") or {}),
+                "metrics": {
+                    _text(name): _estimate(metric)
+                    for name, metric in (point.get("estimates") or {}).items()
+                },
                 "dominated": _truth(point["dominated"]),
                 "recommended": _truth(point["recommended"]),
             }
@@ -346,6 +349,11 @@ def _evaluation(value: Row) -> Row:
         "created": _text(value["created"]),
         "seed": value.get("seed"),
         "k": value.get("k"),
+        "temperature": _numbers(value.get("temperature") or {}),
+        "answers_by": value.get("answers_by"),
+        "text_models": {
+            _text(kind): _text(model) for kind, model in (value.get("text_models") or {}).items()
+        },
         "sets": [
             {
                 "name": _text(found["name"]),
@@ -358,7 +366,10 @@ def _evaluation(value: Row) -> Row:
                             _text(name): _estimate(measure)
                             for name, measure in system["measures"].items()
                         },
-                        "cost": _numbers(system.get("cost") or {}),
+                        "cost": {
+                            _text(name): _estimate(cost)
+                            for name, cost in (system.get("cost_estimates") or {}).items()
+                        },
                     }
                     for system in found["systems"]
                 ],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_fd.display import EXAM_NAMES, duration
+from mlx_fd.evaluation.names import is_share, shown_name
 from mlx_fd.report.reading import Run
 
 _NONE = "-"
@@ -20,6 +21,11 @@ STEP_NAMES = {
     "critique": "self-critique",
     "final": "final answer",
     "distil": "student learns",
+}
+METRIC_NAMES = {
+    "final_accuracy": "final answers right",
+    "first_error_f1": "exam: F1 of judging",
+    "solved": "exam: problems solved",
 }
 
 
@@ -329,7 +335,7 @@ def pareto_table(pareto: Mapping[str, Any]) -> Table:
         "stops after batch",
         *(name.replace("_", " ") for name in names["cost"]),
         *(f"{name} loss" for name in names["losses"]),
-        *names["metrics"],
+        *(METRIC_NAMES.get(name, name) for name in names["metrics"]),
         "",
     ]
     rows: list[Row] = []
@@ -353,32 +359,78 @@ def pareto_table(pareto: Mapping[str, Any]) -> Table:
                     for n in names["cost"]
                 ),
                 *(_figures(point["losses"].get(name)) for name in names["losses"]),
-                *(_figures(point["metrics"].get(name)) for name in names["metrics"]),
+                *(estimate(point["metrics"].get(name), ".1%") for name in names["metrics"]),
                 ", ".join(said),
             )
         )
     return table("Stopping thresholds, replayed on this run", columns, rows)
 
 
-def systems_table(found: Mapping[str, Any]) -> Table:
-    """The systems of an evaluation set: measures with intervals, and what they cost."""
-    systems = found["systems"]
-    measures = list(dict.fromkeys(name for system in systems for name in system["measures"]))
-    costs = list(dict.fromkeys(name for system in systems for name in system["cost"]))
-    rows: list[Row] = [
-        (
-            system["label"],
-            *(estimate(system["measures"].get(name)) for name in measures),
-            *(
-                f"{system['cost'][name]:,.4g}" if name in system["cost"] else _NONE
-                for name in costs
-            ),
+def evaluation_says(evaluation: Mapping[str, Any]) -> str:
+    """What was evaluated, when and how."""
+    said = [evaluation["target"], evaluation["created"]]
+    warm = evaluation["temperature"]
+    if "first_answers" in warm:
+        by = evaluation["answers_by"]
+        said.append(f"first answers by the {by} at temperature {warm['first_answers']:g}")
+    if "bare" in warm:
+        said.append(f"bare answers at {warm['bare']:g}")
+    said += [f"{key} {evaluation[key]}" for key in ("k", "seed") if evaluation[key] is not None]
+    said += [f"{kind}: {model}" for kind, model in evaluation["text_models"].items()]
+    return ", ".join(said)
+
+
+def measures_of(found: Mapping[str, Any]) -> list[str]:
+    """The measures of an evaluation set that some system has a value of."""
+    return list(
+        dict.fromkeys(
+            name
+            for system in found["systems"]
+            for name, measure in system["measures"].items()
+            if measure["value"] is not None
         )
-        for system in systems
+    )
+
+
+def systems_table(found: Mapping[str, Any]) -> Table:
+    """The systems of an evaluation set: measures with intervals."""
+    measures = measures_of(found)
+    rows: list[Row] = [
+        (system["label"], *(_measure(name, system["measures"].get(name)) for name in measures))
+        for system in found["systems"]
     ]
-    heads = [name.replace("_", " ") for name in measures]
-    heads += [f"{name.replace('_', ' ')} a problem" for name in costs]
-    return table(f"{found['name']}, {found['n']} problems, with 95 % intervals", ("", *heads), rows)
+    return table(
+        f"{found['name']}: n = {found['n']}, with 95 % intervals",
+        ("", *map(shown_name, measures)),
+        rows,
+    )
+
+
+def costs_table(found: Mapping[str, Any]) -> Table | None:
+    """What the systems of an evaluation set cost."""
+    costs = list(dict.fromkeys(name for system in found["systems"] for name in system["cost"]))
+    if not costs:
+        return None
+    rows: list[Row] = [
+        (system["label"], *(estimate(system["cost"].get(name), ",.4g") for name in costs))
+        for system in found["systems"]
+    ]
+    return table(
+        "What a problem costs: means over the problems with 95 % intervals. Tokens are those "
+        "written, prefilled are those read.",
+        ("", *(name.replace("_", " ") for name in costs)),
+        rows,
+    )
+
+
+def _measure(name: str, value: Mapping[str, Any] | None, sign: str = "") -> Cell:
+    """A measure; of a share per cent, of a difference of shares points."""
+    if value is None or not is_share(name):
+        return estimate(value, sign=sign)
+    in_percent = {
+        key: value[key] if key == "n" or value[key] is None else 100 * value[key] for key in value
+    }
+    return estimate(in_percent, ".1f", sign)
 
 
 def comparisons_table(found: Mapping[str, Any]) -> Table | None:
@@ -390,8 +442,8 @@ def comparisons_table(found: Mapping[str, Any]) -> Table | None:
         (
             f"{labels.get(row['system'], row['system'])} against "
             f"{labels.get(row['against'], row['against'])}",
-            row["measure"].replace("_", " "),
-            estimate(row["difference"], sign="+"),
+            shown_name(row["measure"]),
+            _measure(row["measure"], row["difference"], "+"),
             _probability(row["p"]),
             _probability(row["p_holm"]),
             row["test"],
