@@ -40,6 +40,11 @@ class Place:
     run: Path | None = None
     config: Config | None = None
 
+    @property
+    def scores(self) -> bool:
+        """Whether a score head was trained: in the loop it is, by self-distillation it is not."""
+        return self.config is not None and not self.config.self_distils
+
 
 def _checkpoint(name: str) -> Path | None:
     """The checkpoint folder that ``name`` means, or ``None`` where it is no run's."""
@@ -120,7 +125,8 @@ def give_feedback(name: str, problem: str, answer: str, max_tokens: int) -> dict
         ``feedback`` (text), ``written_score`` (parsed from it, or ``None``) and, for a distilled
         student, ``score``: its score head's, in (-1, 1).
     """
-    loaded, student = open_student(find(name))
+    place = find(name)
+    loaded, student = open_student(place)
     tokenizer = loaded.tokenizer
     prompt = (
         *opening(tokenizer, roles.answer_prompt(problem)),
@@ -130,7 +136,7 @@ def give_feedback(name: str, problem: str, answer: str, max_tokens: int) -> dict
     hidden, before = prefill(loaded, Conversation(), prompt)
     turn = generate(loaded, [before], [prompt[-1:]], Sampling(max_tokens))[0]
     written = parsed(turn)
-    if student is None:
+    if student is None or not place.scores:
         score = {}
     else:
         score = {"score": round(head_score(student, loaded, hidden, before, prompt, turn), 4)}

@@ -21,6 +21,8 @@ from mlx_fd.config import CONTEXTS as CONTEXT_NAMES
 from mlx_fd.config import Config, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.events import Note, Warned
+from mlx_fd.export.exporter import Form, export
+from mlx_fd.feedback import give_feedback
 from mlx_fd.generation import Sampling, opening
 from mlx_fd.roles import answer_prompt
 from mlx_fd.selfdistill import rollouts
@@ -352,6 +354,17 @@ def test_the_command_line_says_what_is_wrong(tmp_path):
         done = cli(*arguments)
         assert done.returncode == 2 and wanted in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_learned_from_itself_is_exported_without_a_score_head(tmp_path):
+    start(tmp_path / "run", config_of("step-critique"))
+    export(str(tmp_path / "run"), tmp_path / "out", Form(format="mlx", parity_problems=0))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| method | step-critique: the teacher reads step-critique" in card
+    assert "Held-out problems answered right" in card and "score_head" not in card
+    assert not (tmp_path / "out" / "score_head.safetensors").exists()
+    given = give_feedback(str(tmp_path / "run"), "Tom has 3 apples and buys 5. How many?", "8", 16)
+    assert set(given) == {"written_score", "feedback"}
 
 
 def test_a_run_for_a_script_and_its_refused_resume(tmp_path):

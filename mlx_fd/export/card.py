@@ -53,10 +53,12 @@ def write_card(
         _front_matter(source, form, licence),
         f"# {source.name}\n",
         _origin(source, student),
-        _results(source.summary),
+        _results(source),
         "## Use\n",
         _use(source, form),
-        _score_head(source, form, student.score_at) if student is not None else "",
+        _score_head(source, form, student.score_at)
+        if student is not None and source.place.scores
+        else "",
         "## Is it the same model?\n",
         _same(form, agreement, kept, gguf),
         "## Licence\n",
@@ -94,42 +96,70 @@ def _origin(source: Source, student: Student | None) -> str:
             f"`{source.base}`, not trained further, written by [mlx-fd]"
             "(https://github.com/mlx-fd/mlx-fd).\n"
         )
-    options, versions = source.manifest["options"], source.manifest["versions"]
+    options = source.manifest["options"]
     what = (
         f"LoRA of rank {options['lora_rank']} and scale {options['lora_scale']:g}"
         if options["train"] == "lora"
         else "all weights"
     )
-    checkpoint = source.place.checkpoint
-    assert checkpoint is not None
-    # A path is of that machine; its last part is the model's name.
-    expert, problems = (
-        Path(text).name if Path(text).is_absolute() else text
-        for text in (options["expert"], options["problems"])
-    )
+    if not source.place.scores:
+        rows = {
+            "base": f"`{source.base}`",
+            "method": f"{options['method']}: the teacher reads {options['context']}, the objective "
+            f"is {options['objective']}",
+            "critic": f"`{_named(options['critic'])}`" if options["critic"] else "none",
+            "problems": _problems(options),
+            "trained": what,
+            **_provenance(source),
+        }
+        return (
+            "A model that learned from itself: what it does where it reads more than the problem, "
+            "it learned to do without. Made by self-distillation with [mlx-fd]"
+            f"(https://github.com/mlx-fd/mlx-fd).\n\n{_table(rows)}"
+        )
     rows = {
-        "expert": f"`{expert}`",
+        "expert": f"`{_named(options['expert'])}`",
         "student's base": f"`{source.base}`",
-        "problems": (
-            f"{problems}, split {options['split']}, {options['episodes']} episodes in "
-            f"batches of {options['batch_size']}"
-        ),
+        "problems": _problems(options),
         "losses": f"{', '.join(options['losses'])} (KL {options['kl']}, temperature "
         f"{options['loss_temperature']:g})",
         "trained": f"{what}; score head read {_read_at(student.score_at)}",
         "gate": _gate(options["gate"], source.summary),
-        "checkpoint": f"{checkpoint.name} (seed {source.manifest['seed']})",
-        "software": f"mlx-fd {versions['mlx-fd']}, mlx {versions['mlx']}, "
-        f"mlx-lm {versions['mlx-lm']}, on {source.manifest['backend']['device']}",
+        **_provenance(source),
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
         "A small model that gives a large one's feedback: it scores and criticises answers to "
         "problems. Made by Online Feedback Distillation with [mlx-fd]"
         "(https://github.com/mlx-fd/mlx-fd): the expert solved problems and criticised its "
-        "solutions, and the student learned from that feedback meanwhile.\n\n"
-        f"| | |\n|---|---|\n{table}\n"
+        f"solutions, and the student learned from that feedback meanwhile.\n\n{_table(rows)}"
     )
+
+
+def _named(text: str) -> str:
+    """A name, or of a path, which is of that machine, its last part."""
+    return Path(text).name if Path(text).is_absolute() else text
+
+
+def _problems(options: dict[str, Any]) -> str:
+    return (
+        f"{_named(options['problems'])}, split {options['split']}, {options['episodes']} episodes "
+        f"in batches of {options['batch_size']}"
+    )
+
+
+def _provenance(source: Source) -> dict[str, str]:
+    checkpoint, versions = source.place.checkpoint, source.manifest["versions"]
+    assert checkpoint is not None
+    return {
+        "checkpoint": f"{checkpoint.name} (seed {source.manifest['seed']})",
+        "software": f"mlx-fd {versions['mlx-fd']}, mlx {versions['mlx']}, "
+        f"mlx-lm {versions['mlx-lm']}, on {source.manifest['backend']['device']}",
+    }
+
+
+def _table(rows: dict[str, str]) -> str:
+    lines = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"| | |\n|---|---|\n{lines}\n"
 
 
 def _read_at(score_at: str) -> str:
@@ -155,10 +185,22 @@ _EXAM = {
 }
 
 
-def _results(summary: dict[str, Any]) -> str:
+def _results(source: Source) -> str:
     """The run's own measurements."""
+    summary = source.summary
+    if source.place.checkpoint is None:
+        return ""
     if not summary:
         return "The run has not ended, so it has no summary yet.\n"
+    if not source.place.scores:
+        before, after = (summary["held_out"][side] for side in ("before", "after"))
+        return (
+            "## Measured in the run\n\n"
+            f"Held-out problems answered right: {before['right']} of {before['n']} before, "
+            f"{after['right']} of {after['n']} after (95 % Wilson intervals "
+            f"{before['interval'][0]:.1%} to {before['interval'][1]:.1%}, "
+            f"{after['interval'][0]:.1%} to {after['interval'][1]:.1%}).\n"
+        )
     lines = ["## Measured in the run\n", "| | before | after |", "|---|---|---|"]
     after = summary["probe"]["after"]
     for name, before in summary["probe"]["before"].items():

@@ -182,7 +182,7 @@ def export(
         with _explained(folder):
             working = held.enter_context(new_directory(folder, shared=False))
             written = _write(source, live, working, form, progress)
-            if student is not None:
+            if student is not None and source.place.scores:
                 write_score_head(source.place, student.score_at, working / SCORE_HEAD)
         progress("comparing", 0, 2)
         reference = logits_of(live, chat)
