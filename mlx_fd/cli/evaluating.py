@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import click
@@ -175,7 +176,11 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder), EvalDisplay(console, total, quiet=quiet) as display:
         bench = suites.make_bench(target, options, cache or cache_dir() / "eval", display.step)
-        results = suites.evaluate(bench, sets, options, folder, display)
+        try:
+            results = suites.evaluate(bench, sets, options, folder, display)
+        except KeyboardInterrupt:
+            click.echo("stopped; the same command goes on", err=True)
+            raise SystemExit(128 + signal.SIGINT) from None
     if as_json:
         click.echo(json.dumps({"folder": str(folder), **results}, indent=2))
         return
