@@ -358,7 +358,8 @@ def test_the_command_line_says_what_is_wrong(tmp_path):
 
 def test_what_learned_from_itself_is_exported_without_a_score_head(tmp_path):
     start(tmp_path / "run", config_of("step-critique"))
-    export(str(tmp_path / "run"), tmp_path / "out", Form(format="mlx", parity_problems=0))
+    form = Form(format="mlx", parity_problems=0)
+    export(str(tmp_path / "run"), tmp_path / "out", form, progress=lambda *step: None)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| method | step-critique: the teacher reads step-critique" in card
     assert "Held-out problems answered right" in card and "score_head" not in card
