@@ -22,11 +22,12 @@ _METRIC_NAMES = {
     "first_error_f1": "exam: F1",
     "solved": "exam: solved",
 }
-_KINDS = ("recommended", "on the frontier", "dominated")
+KINDS = ("recommended", "on the frontier", "dominated")
 
 
-def _kind(point: Mapping[str, Any]) -> str:
-    return _KINDS[0 if point["recommended"] else 2 if point["dominated"] else 1]
+def kind_of(point: Mapping[str, Any]) -> str:
+    """Which of :data:`KINDS` a point of the frontier's file is."""
+    return KINDS[0 if point["recommended"] else 2 if point["dominated"] else 1]
 
 
 def table(found: Mapping[str, Any]) -> Table:
@@ -116,7 +117,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
             "cost": point["cost"][cost],
             "loss": name,
             "remaining": point["losses"][name] / first[name],
-            "kind": _kind(point),
+            "kind": kind_of(point),
             "label": f"{point['stop_threshold']:g}" if point["stopped_after_batch"] else "",
         }
         for point in found["points"]
@@ -134,8 +135,8 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
         ),
         color=alt.Color("loss:N", scale=alt.Scale(domain=names, range=list(PAPER.series))),
     )
-    shapes = alt.Scale(domain=list(_KINDS), range=["diamond", "circle", "cross"])
-    sizes = alt.Scale(domain=list(_KINDS), range=[180, 40, 50])
+    shapes = alt.Scale(domain=list(KINDS), range=["diamond", "circle", "cross"])
+    sizes = alt.Scale(domain=list(KINDS), range=[180, 40, 50])
     marks = base.mark_point(filled=True, opacity=1).encode(
         shape=alt.Shape("kind:N", scale=shapes), size=alt.Size("kind:N", scale=sizes)
     )

@@ -132,11 +132,7 @@ def run(
     Raises:
         UserError: the run directory cannot be written, or does not fit the run.
     """
-    checkpoint, passed_over = runs.newest_checkpoint(folder)
-    for reason in passed_over:
-        report(Warned(f"{reason}; going back before it"))
-    with runs.explained(folder):
-        runs.roll_back(folder, checkpoint)
+    checkpoint = go_back(folder, report)
     probe = load_probe(folder)
     if probe is None:
         report(Note(f"looking at {len(probe_problems)} held-out problems first"))
@@ -230,6 +226,20 @@ def run(
         summary["peak_memory_bytes"] = mx.get_peak_memory()
         runs.write_json(folder / runs.SUMMARY, summary)
     return summary
+
+
+def go_back(folder: Path, report: Report) -> runs.Checkpoint | None:
+    """Bring a run directory to its newest good checkpoint, and say which ones are not.
+
+    Raises:
+        UserError: there are checkpoints and none will do, or the folder cannot be written.
+    """
+    checkpoint, passed_over = runs.newest_checkpoint(folder)
+    for reason in passed_over:
+        report(Warned(f"{reason}; going back before it"))
+    with runs.explained(folder):
+        runs.roll_back(folder, checkpoint)
+    return checkpoint
 
 
 def _steps(report: Report, batch: int) -> Callable[[str, int], None]:

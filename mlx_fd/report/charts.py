@@ -11,6 +11,7 @@ import altair as alt
 
 from mlx_fd.display import EXAM_NAMES
 from mlx_fd.evaluation.names import is_share, shown_name
+from mlx_fd.frontier_views import KINDS, kind_of
 from mlx_fd.report.reading import Run
 from mlx_fd.report.tables import STEP_NAMES, Table, losses_table, measures_of, steps_table
 from mlx_fd.report.theme import PAGE, themed
@@ -529,21 +530,13 @@ def pareto_figures(run: Run) -> list[Figure]:
     return [_pareto_figure(run.pareto, cost, loss) for loss in losses if cost]
 
 
-_KINDS = ("recommended", "on the frontier", "dominated")
-
-
 def _pareto_figure(pareto: Mapping[str, Any], cost: str, loss: str) -> Figure:
-    def kind(point: Mapping[str, Any]) -> str:
-        if point["recommended"]:
-            return _KINDS[0]
-        return _KINDS[2] if point["dominated"] else _KINDS[1]
-
     rows = [
         {
             "cost": point["cost"][cost],
             "loss": point["losses"][loss],
             "stop_threshold": point["stop_threshold"],
-            "kind": kind(point),
+            "kind": kind_of(point),
             "product rule": "yes" if point["stop_threshold"] == pareto["product_rule"] else "no",
         }
         for point in pareto["points"]
@@ -560,18 +553,18 @@ def _pareto_figure(pareto: Mapping[str, Any], cost: str, loss: str) -> Figure:
             "product rule:N",
         ],
     )
-    frontier = base.transform_filter(f"datum.kind != '{_KINDS[2]}'").mark_line(
+    frontier = base.transform_filter(f"datum.kind != '{KINDS[2]}'").mark_line(
         color=PAGE.series[1], strokeWidth=1, interpolate="step-after"
     )
-    scale = alt.Scale(domain=list(_KINDS), range=[PAGE.series[0], PAGE.series[1], PAGE.soft])
-    shape = alt.Scale(domain=list(_KINDS), range=["diamond", "circle", "cross"])
+    scale = alt.Scale(domain=list(KINDS), range=[PAGE.series[0], PAGE.series[1], PAGE.soft])
+    shape = alt.Scale(domain=list(KINDS), range=["diamond", "circle", "cross"])
     marks = base.mark_point(filled=True, opacity=1).encode(
         color=alt.Color("kind:N", scale=scale, legend=alt.Legend()),
         shape=alt.Shape("kind:N", scale=shape),
-        size=alt.condition(f"datum.kind == '{_KINDS[0]}'", alt.value(220), alt.value(60)),
+        size=alt.condition(f"datum.kind == '{KINDS[0]}'", alt.value(220), alt.value(60)),
     )
-    best = next((row for row in rows if row["kind"] == _KINDS[0]), None)
-    good = sum(row["kind"] != _KINDS[2] for row in rows)
+    best = next((row for row in rows if row["kind"] == KINDS[0]), None)
+    good = sum(row["kind"] != KINDS[2] for row in rows)
     says = f"{len(rows)} stopping thresholds, {good} of them on the frontier."
     if best:
         says += (

@@ -25,7 +25,7 @@ from mlx_fd.distill import optimizer_arrays
 from mlx_fd.episode import seed_of
 from mlx_fd.errors import UserError
 from mlx_fd.events import BatchDone, Event, Note, Step, Warned
-from mlx_fd.loop import OPTIMIZER, Progress, finite, with_probe
+from mlx_fd.loop import OPTIMIZER, Progress, finite, go_back, with_probe
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, load_student, read_arrays, save_student
 from mlx_fd.problems import Problem
@@ -146,11 +146,7 @@ def run(
     Raises:
         UserError: the run directory cannot be written, or does not fit the run.
     """
-    checkpoint, passed_over = runs.newest_checkpoint(folder)
-    for reason in passed_over:
-        report(Warned(f"{reason}; going back before it"))
-    with runs.explained(folder):
-        runs.roll_back(folder, checkpoint)
+    checkpoint = go_back(folder, report)
     model = models.reader.model
     # The rate is set before each update.
     optimizer = optim.AdamW(
