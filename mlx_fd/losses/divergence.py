@@ -320,10 +320,9 @@ def fused_linear_divergences(
     """
     plans = [_Plan(target) for target in targets]
     ours = linear_head(student_head, max(target.vocab for target in targets))
-    widen = ours.widen or any(plan.head is not None and plan.head.widen for plan in plans)
-    # The student's logits, their gradient, and the teacher's; sums of gradients; tiles; and what
+    # The student's logits, their gradient, and the teacher's; sums of gradients; and what
     # operations that are no kernel make on their way, where not a few rows at a time.
-    arrays = 2 + sum(plan.head is not None for plan in plans) + (len(plans) > 1) + widen
+    arrays = 2 + sum(plan.head is not None for plan in plans) + (len(plans) > 1)
     arrays += 0 if backend().on_cpu else 2
     per_chunk = chunk or chunk_size(len(student_hidden), ours.weight.shape[0], arrays)
     if not differentiable:
@@ -400,23 +399,29 @@ def _in_chunks(
 
     MLX is lazy, and left alone would hold several chunks at once: each waits for the one before.
     """
+    n = len(hidden)
     total = mx.array(0.0)
     values: list[mx.array] = []
     by_hidden: list[mx.array] = []
     by_head: Parameters = {}
+    # What the chunk before has written, which this one may write over.
     slope: mx.array | None = None
+    logits: mx.array | None = None
+    theirs: list[Any] = [None] * len(plans)
     rows = plans[0].rows if len(plans) == 1 else partial(_summed_rows, plans)
     masks = [plan.mask for plan in plans if plan.mask is not None]
     mask = mx.stack(masks).any(axis=0) if len(masks) == len(plans) else None
-    for start in range(0, len(hidden), chunk):
+    for start in range(0, n, chunk):
         part = slice(start, start + chunk)
         weights = mx.stack([plan.weights[part] for plan in plans], axis=-1)
         ours = _where(mask, hidden, part)
         known = [array for plan in plans for array in plan.reads(part)]
+        if start + chunk > n and start > 0:
+            weights, ours, *known = [_padded(array, chunk) for array in (weights, ours, *known)]
         if values:
             done = [total, values[-1], *by_hidden[-1:], *by_head.values()]
             ours, *known = mx.depends([ours, *known], done)
-        logits = head.logits(ours)
+        logits = head.logits(ours, logits)
         if logits.dtype == mx.float16:
             # The gradient comes in the logits' type, and float16 has nothing as small.
             logits = logits.astype(mx.float32)
@@ -426,9 +431,12 @@ def _in_chunks(
             # shares of the largest of a token here, and that is multiplied with in the end.
             counts = mx.abs(weights).max(axis=-1)
             arrays.append(weights / mx.where(counts == 0, 1, counts)[:, None])
-        for plan in plans:
+        for place, plan in enumerate(plans):
             mine, known = known[: len(plan.known)], known[len(plan.known) :]
-            arrays += mine if plan.head is None else [plan.head.logits(mine[0])]
+            if plan.head is not None:
+                theirs[place] = plan.head.logits(mine[0], theirs[place])
+                mine = [theirs[place]]
+            arrays += mine
         found, slope = _in_cache(rows, arrays, slope)
         found = found.reshape(-1, len(plans))
         total = total + (found * weights).sum()
@@ -437,8 +445,13 @@ def _in_chunks(
             by_hidden.append(head.input_gradient(slope, hidden.dtype) * counts[:, None])
             now = head.parameter_gradients(slope, ours, counts)
             by_head = {name: value + by_head.get(name, 0) for name, value in now.items()}
-    every = mx.concatenate(values)
-    return total, every, mx.concatenate(by_hidden) if backward else every, by_head
+    every = mx.concatenate(values)[:n]
+    return total, every, mx.concatenate(by_hidden)[:n] if backward else every, by_head
+
+
+def _padded(array: mx.array, size: int) -> mx.array:
+    """[n, ...] with rows of 0 up to ``size``: all chunks have one shape, and write over one."""
+    return mx.pad(array, [(0, size - len(array)), *[(0, 0)] * (array.ndim - 1)])
 
 
 def _summed_rows(

@@ -17,6 +17,9 @@ from mlx_fd.backend import backend
 
 # What a weight may take in float32 where it is widened a tile at a time.
 _TILE_BYTES = 4 * 2**20
+# What a tile's logits take, but where it would be too narrow for a product; MLX works on as many as
+# twenty of them at a time.
+_LOGITS_BYTES, _NARROWEST = 2**20, 512
 # Most of a softmax's gradient is smaller than what float16 can hold.
 _FLOAT16_SCALE = 256.0
 
@@ -46,15 +49,26 @@ class Head:
         """What is learned, by its name."""
         return {name: getattr(self, name) for name in self.trained}
 
-    def logits(self, hidden: mx.array) -> mx.array:
-        """Logits [n, V] of hidden states [n, d]; float32 where it widens."""
-        if self.widen:
-            wide = hidden.astype(mx.float32)
+    def logits(self, hidden: mx.array, used: mx.array | None = None) -> mx.array:
+        """Logits [n, V] of hidden states [n, d]; float32 where it widens.
+
+        Args:
+            hidden: any float type.
+            used: logits [n, V] of other states, which nothing needs any more. On a CPU these are
+                written over them, tile by tile: fresh memory from the system costs as much as ten
+                operations.
+        """
+        if self.widen or (used is not None and self._can_tile):
+            wide = hidden.astype(mx.float32) if self.widen else hidden
+            logits = mx.zeros((len(hidden), len(self.weight)), wide.dtype) if used is None else used
             parts: list[mx.array] = []
-            for tile in self._tiles():
-                parts.append(wide @ self._widened(tile, parts[-1:]).T)
-            logits = mx.concatenate(parts, axis=-1)
-        elif self.packing:
+            for tile in self._tiles(len(hidden)):
+                part = wide @ self._rows(tile, parts).T
+                parts = [part if self.bias is None else part + self.bias[tile]]
+                # In place, as nothing else needs the array as it was.
+                logits = mx.slice_update(logits, parts[0], mx.array([tile.start]), (1,))
+            return logits
+        if self.packing:
             logits = mx.quantized_matmul(hidden, self.weight, **self.packing)
         else:
             logits = hidden @ self.weight.T
@@ -67,10 +81,10 @@ class Head:
             slope: float32, or the type of the logits.
             dtype: of the hidden states, in which the product is made unless the head widens.
         """
-        if self.widen:
+        if self.widen or self._can_tile:
             sums: list[mx.array] = []
-            for tile in self._tiles():
-                part = slope[:, tile] @ self._widened(tile, sums)
+            for tile in self._tiles(len(slope)):
+                part = slope[:, tile] @ self._rows(tile, sums)
                 sums = [sums[0] + part] if sums else [part]
             return sums[0]
         if dtype == mx.float16:
@@ -102,19 +116,28 @@ class Head:
             product = slope @ self.weight
         return product.astype(mx.float32)
 
-    def _tiles(self) -> list[slice]:
+    @property
+    def _can_tile(self) -> bool:
+        return backend().on_cpu and not self.packing
+
+    def _tiles(self, n: int) -> list[slice]:
+        """Parts of the vocabulary, for products with n rows."""
         packed = 32 // self.packing["bits"] if self.packing else 1
-        tile = max(1, _TILE_BYTES // (4 * self.weight.shape[1] * packed))
+        a_row = 4 * self.weight.shape[1] * packed
+        tile = _TILE_BYTES // a_row if self.widen else max(_NARROWEST, _LOGITS_BYTES // (4 * n))
+        tile = max(1, tile)
         return [slice(at, at + tile) for at in range(0, self.weight.shape[0], tile)]
 
-    def _widened(self, tile: slice, after: list[mx.array]) -> mx.array:
-        """Rows of the weight in float32, made only when ``after`` has been."""
+    def _rows(self, tile: slice, after: list[mx.array]) -> mx.array:
+        """Rows of the weight, in float32 if it widens; made only when ``after`` has been."""
         weight = self.weight[tile]
+        if not self.widen:
+            return weight
         if after:
             (weight,) = mx.depends([weight], after)
         if not self.packing:
             return weight.astype(mx.float32)
-        packing = _rows(self.packing, tile)
+        packing = _unpacking(self.packing, tile)
         # The weights are made in their scales' type, which not every mode has as floats.
         if mx.issubdtype(packing["scales"].dtype, mx.floating):
             packing["scales"] = packing["scales"].astype(mx.float32)
@@ -141,14 +164,14 @@ def linear_head(module: nn.Module, vocab: int) -> Head:
     return Head(
         module.weight[:vocab],
         None if bias is None else bias[:vocab],
-        _rows({name: getattr(module, name) for name in names}, slice(vocab)),
+        _unpacking({name: getattr(module, name) for name in names}, slice(vocab)),
         tuple(name for name in ("weight", "bias") if name in module.trainable_parameters()),
         # A CPU's half precision and quantised products are scalar loops.
         backend().on_cpu and (quantized or module.weight.dtype != mx.float32),
     )
 
 
-def _rows(packing: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+def _unpacking(packing: Mapping[str, Any], rows: slice) -> dict[str, Any]:
     """What unpacks some rows of a quantised weight."""
     return {
         name: part[rows] if isinstance(part, mx.array) else part for name, part in packing.items()
