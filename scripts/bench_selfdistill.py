@@ -1,17 +1,19 @@
-"""Every published method of self-distillation on the tiny base, with the same attempts and rate.
+"""Every published method of self-distillation on the tiny base, with the same attempts.
 
+python scripts/bench_selfdistill.py --pilot     # every arm's learning rate, on validation problems
 python scripts/bench_selfdistill.py --run       # every arm, three seeds; goes on where it stopped
 python scripts/bench_selfdistill.py --run --arms 'grpo;step-critique' --seeds 0
 python scripts/bench_selfdistill.py --table     # docs/bench_selfdistill.md, from the rows alone;
                                                 # prints the README's part of it
 
 An arm is a command: `mlx-fd self-distill --model tiny-base --method ...`. All arms of a seed make
-the same number of attempts at problems of the train split, in as many batches, with the same LoRA
-and learning rate; where the self-teacher wants something written, it is the generator's truth,
-unless the arm says otherwise. Then the student, after its last update, is measured on held-out
-problems, others for each seed. Rows go to docs/bench_selfdistill.jsonl, one for each arm and seed
-with every problem's results; tables and intervals come from nothing else. The arm `base` is the
-model before any of this.
+the same number of attempts at problems of the train split, in as many batches, with the same LoRA;
+where the self-teacher wants something written, it is the generator's truth, unless the arm says
+otherwise. Each arm learns at the rate that a pilot found best for it, of the same few, with another
+seed and on problems of the validation split (docs/bench_selfdistill_pilot.jsonl). Then the student,
+after its last update, is measured on held-out problems, others for each seed. Rows go to
+docs/bench_selfdistill.jsonl, one for each arm and seed with every problem's results; tables and
+intervals come from nothing else. The arm `base` is the model before any of this.
 """
 
 # ruff: noqa: E402
@@ -53,6 +55,8 @@ from mlx_fd.selfdistill.noise import noisy
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE = (DOCS / f"bench_selfdistill.{kind}" for kind in ("jsonl", "md"))
+PILOT = DOCS / "bench_selfdistill_pilot.jsonl"
+RATES, PILOT_SEED = (1e-4, 3e-4, 1e-3, 3e-3), 100
 BASE = "base"
 # What all arms share. Attempts are made in batches of 16: 16 problems, or 2 with 8 attempts each.
 # One update a batch (Resd publishes four), so that all learn from as many tokens.
@@ -63,7 +67,6 @@ SHARED = {
     "reference_style": "prose",
     "lora_rank": 16,
     "lora_scale": 4.0,
-    "lora_rate": 1e-3,
     "kd_steps": 1,
     "warmup": 0,
     "temperature": 1.0,
@@ -223,18 +226,18 @@ def measured(loaded, base, seed):
 # ---- running ----
 
 
-def options_of(arm, seed):
+def options_of(arm, seed, rate):
     """An arm's whole configuration."""
-    options = {**SHARED, **ARMS[arm]}
+    options = {**SHARED, **ARMS[arm], "lora_rate": rate}
     method = options.pop("method")
     rollouts = configured(method).selfdistill.rollouts
     size = {"batch_size": BATCH // rollouts, "episodes": ATTEMPTS // rollouts, "seed": seed}
     return configured(method, {**options, **size}, preset="tiny")
 
 
-def trained(arm, seed):
+def trained(arm, seed, rate):
     """The model of an arm after its last update, and the totals of its run."""
-    plan = session.make_plan(options_of(arm, seed))
+    plan = session.make_plan(options_of(arm, seed, rate))
     models = session.open_models(plan)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "run"
@@ -257,16 +260,50 @@ def trained(arm, seed):
     return models.reader, totals
 
 
+def append(path, row):
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def pilot(arms, path):
+    """Rows {arm, rate, right} for every arm and rate that the file has none of."""
+    problems = arithmetic.load("validation").problems[:PROBLEMS]
+    for arm in arms:
+        for rate in RATES:
+            if rate not in piloted(path).get(arm, {}) and "critic" not in ARMS[arm]:
+                loaded, _ = trained(arm, PILOT_SEED, rate)
+                right = right_of(sampled(loaded, problems, seed=1), problems)
+                append(path, {"arm": arm, "rate": rate, "right": right})
+                print(arm, rate, f"{np.mean(right) / SAMPLES:.1%}", flush=True)
+
+
+def piloted(path):
+    """{arm: {rate: Avg@12 on the validation problems}}."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = {}
+    for row in rows:
+        found.setdefault(row["arm"], {})[row["rate"]] = float(np.mean(row["right"])) / SAMPLES
+    return found
+
+
+def rate_of(arm, path=PILOT):
+    """The rate that the pilot found best for an arm; with another critic, for the same method."""
+    method = arm if "critic" not in ARMS[arm] else ARMS[arm]["method"]
+    rates = piloted(path)[method]
+    return max(rates, key=rates.get)
+
+
 def row_of(arm, seed):
     begin = time.perf_counter()
     base = load(resolve(SHARED["student"]))
-    loaded, totals = (base, {}) if arm == BASE else trained(arm, seed)
+    loaded, totals = (base, {}) if arm == BASE else trained(arm, seed, rate_of(arm))
     learned = time.perf_counter()
     row = {
         "arm": arm,
         "seed": seed,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "mlx": version("mlx"),
+        **({} if arm == BASE else {"rate": rate_of(arm)}),
         **totals,
         **measured(loaded, base, seed),
         "seconds": [round(learned - begin), round(time.perf_counter() - learned)],
@@ -428,6 +465,7 @@ def short(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--pilot", action="store_true", help="find each arm's learning rate")
     parser.add_argument("--run", action="store_true", help="make the rows that are not there")
     parser.add_argument("--arms", default=";".join((BASE, *ARMS)), help="separated by ;")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
@@ -437,8 +475,10 @@ def main():
     arms = [name.strip() for name in args.arms.split(";")]
     if unknown := [name for name in arms if name not in (BASE, *ARMS)]:
         parser.error(f"there is no arm {unknown[0]!r}; there are: {', '.join((BASE, *ARMS))}")
-    if not (args.run or args.table):
-        parser.error("say what to do: --run, --table, or both")
+    if not (args.pilot or args.run or args.table):
+        parser.error("say what to do: --pilot, --run or --table")
+    if args.pilot:
+        pilot([arm for arm in arms if arm != BASE], PILOT)
     if args.run:
         done = read_rows(args.rows)
         # Seed by seed, so that a part of the work is a whole comparison.
@@ -446,9 +486,10 @@ def main():
             for arm in arms:
                 if seed not in done.get(arm, {}):
                     row = row_of(arm, seed)
-                    print(arm, seed, f"Avg@12 {np.mean(average(row)):.1%}", row["seconds"])
-                    with args.rows.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    print(
+                        arm, seed, f"Avg@12 {np.mean(average(row)):.1%}", row["seconds"], flush=True
+                    )
+                    append(args.rows, row)
     if args.table:
         TABLE.write_text(table(args.rows))
         print(*short(args.rows), sep="\n")

@@ -62,7 +62,8 @@ RECIPE = Recipe(
 )  # fmt: skip
 # Shares of the sequences: bare answers, answers with a context, feedback.
 BARE, WITH_CONTEXT, JUDGING = 0.15, 0.7, 0.15
-WRONG = 0.7
+# How many of the solutions without a context are wrong, by the number of steps.
+WRONG = {1: 0.6, 2: 0.75, 3: 0.85, 4: 0.95}
 NOISY = 0.2
 FOLLOWS_A_WRONG_HINT = 0.8
 TAUGHT = tuple(name for name in CONTEXTS if name not in ("none", "clean"))
@@ -171,7 +172,8 @@ def bare_sequence(rng: random.Random, drawn: arithmetic.Exercise):
     if rng.random() < NOISY:
         kind, level = rng.choice(noise.KINDS), rng.uniform(0, 0.4)
         question = noise.noisy(question, kind, level, rng.randrange(1 << 30))
-    solution = arithmetic.wrong_answer(rng, drawn) if rng.random() < WRONG else drawn.solution
+    is_wrong = rng.random() < WRONG[len(drawn.steps)]
+    solution = arithmetic.wrong_answer(rng, drawn) if is_wrong else drawn.solution
     return [(USER + roles.answer_prompt(question) + ASSISTANT, 0), (solution, 1), (END, 1)]
 
 
