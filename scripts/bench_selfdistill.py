@@ -266,15 +266,21 @@ def append(path, row):
 
 
 def pilot(arms, path):
-    """Rows {arm, rate, right} for every arm and rate that the file has none of."""
+    """Rows {arm, rate, right} for every arm and rate that the file has none of.
+
+    An arm whose best rate is the lowest gets a third of that, too.
+    """
     problems = arithmetic.load("validation").problems[:PROBLEMS]
-    for arm in arms:
-        for rate in RATES:
-            if rate not in piloted(path).get(arm, {}) and "critic" not in ARMS[arm]:
+    for arm in (arm for arm in arms if "critic" not in ARMS[arm]):
+        rates = list(RATES)
+        for rate in rates:
+            if rate not in piloted(path).get(arm, {}):
                 loaded, _ = trained(arm, PILOT_SEED, rate)
                 right = right_of(sampled(loaded, problems, seed=1), problems)
                 append(path, {"arm": arm, "rate": rate, "right": right})
                 print(arm, rate, f"{np.mean(right) / SAMPLES:.1%}", flush=True)
+            if rate == rates[-1] and rate_of(arm, path) == min(rates):
+                rates.append(float(f"{min(rates) / 3:.0e}"))
 
 
 def piloted(path):
@@ -389,8 +395,9 @@ def table(path):
         return [right / SAMPLES <= RARE for right in base[seed]["chosen_by"]]
 
     some = next(iter(rows[arm] for arm in rows if arm != BASE))
+    counts = [pick(map(len, rows.values())) for pick in (min, max)]
     lines = [
-        f"Tiny base, {min(map(len, rows.values()))} to {max(map(len, rows.values()))} seeds, "
+        f"Tiny base, {' to '.join(map(str, dict.fromkeys(counts)))} seeds, "
         f"{PROBLEMS} held-out problems a seed, {SAMPLES} samples of each at temperature 1. "
         f"{next(iter(some.values()))['attempts']} attempts a run. Changes are against the base on "
         "the same problems, in points; in brackets 95 % bootstrap intervals over problems and "
@@ -398,7 +405,7 @@ def table(path):
         "",
         "| | seeds | Avg@12 (%) | change | Maj@12, change | Pass@12, change | rare problems, "
         "Avg@12, change | greedy, typed noise, change | greedy, transcribed noise, change | "
-        "judging, change | KL of style / reasoning tokens (millinats) | attempts that teach | "
+        "judging, change | KL of style / reasoning tokens (millinats) | rate | attempts that teach | "
         "updates | 1,000 tokens read |",
         "|---|--:|---|---|---|---|---|---|---|---|---|--:|--:|--:|",
     ]

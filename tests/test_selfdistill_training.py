@@ -194,16 +194,24 @@ def test_sampling_is_cut_after_the_temperature():
     np.testing.assert_allclose(np.bincount(drawn) / 4000, [0.625, 0.375], atol=0.03)
 
 
+# What is kept from batch to batch only with other options than a short run has.
+KEPT = {
+    "sdpo": {"warmup": 3},
+    "resd": {"kd_steps": 2, "teacher_rate": 0.3},
+    "rlcsd": {"teacher_every": 2},
+}
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_trains(method, tmp_path):
+def test_each_method_trains_and_resumes_exactly(method, tmp_path):
     events = []
-    folder = tmp_path / "run"
-    config = config_of(method)
+    folder, stopped = tmp_path / "whole", tmp_path / "stopped"
+    config = config_of(method, episodes=6, **KEPT.get(method, {}))
     before = adapter(open_models(make_plan(config)).reader.model)
     summary = start(folder, config, events.append)
     found = rows(folder)
     group = config.selfdistill.rollouts
-    assert [row["attempt"] for row in found] == list(range(4 * group))
+    assert [row["attempt"] for row in found] == list(range(6 * group))
     assert summary["updates"]["steps"] >= 1 and summary["updates"]["skipped"] == 0
     after = weights(folder)
     assert any(
@@ -221,28 +229,17 @@ def test_each_method_trains(method, tmp_path):
     assert any(isinstance(e, Note) and e.text.startswith("headroom on 2") for e in events)
     assert summary["held_out"]["before"]["n"] == 2
     assert (folder / "checkpoints" / "best" / "adapter_config.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("method", "changes"),
-    [
-        ("sdpo", {"warmup": 3}),
-        ("resd", {"kd_steps": 2, "teacher_rate": 0.3}),
-        ("rlcsd", {"teacher_every": 2}),
-    ],
-)
-def test_stopping_after_any_batch_and_resuming_changes_nothing(method, changes, tmp_path):
-    config = config_of(method, episodes=6, **changes)
-    start(tmp_path / "whole", config)
-    stopped = tmp_path / "stopped"
-    for _ in range(2):
-        # Asked once before the first batch, then after each.
-        answers = iter([False, True])
-        assert start(stopped, config, stop=lambda answers=answers: next(answers)) is None
+    # Asked once before the first batch, then after each; there is no checkpoint of the first.
+    answers = iter([False, True])
+    assert start(stopped, config, stop=lambda: next(answers)) is None
     assert start(stopped, config) is not None
-    assert_same(tmp_path / "whole", stopped)
-    start(tmp_path / "other", config_of(method, episodes=6, seed=3, **changes))
-    assert rows(tmp_path / "other") != rows(stopped)
+    assert_same(folder, stopped)
+
+
+def test_another_seed_is_another_run(tmp_path):
+    for seed in (2, 3):
+        start(tmp_path / str(seed), config_of("sdpo", seed=seed))
+    assert rows(tmp_path / "2") != rows(tmp_path / "3")
 
 
 def test_kill_9_at_random_moments_changes_nothing(tmp_path):
@@ -390,21 +387,24 @@ def test_a_run_for_a_script_and_its_refused_resume(tmp_path):
 
 
 @pytest.mark.model
-def test_smollm2_trains_on_real_problems(tmp_path):
-    """A policy, which reads nothing more, and a divergence over a real vocabulary."""
+@pytest.mark.parametrize("method", METHODS)
+def test_smollm2_trains_on_real_problems(method, tmp_path):
+    """Every method over a real vocabulary, with the model itself where something is written."""
     easy = tmp_path / "easy.jsonl"
     asked = [{"question": f"What is {a} + {a + 1}?", "answer": f"{2 * a + 1}"} for a in range(1, 5)]
     easy.write_text("".join(json.dumps(row) + "\n" for row in asked))
-    for method, changes in (("grpo", {"rollouts": 4}), ("opsd-reference", {"rollouts": 1})):
-        given = {
-            **{"student": "smollm2-135m", "problems": str(easy), "episodes": 2, "batch_size": 2},
-            **{"answer_tokens": 24, "probe_size": 1, "lora_rank": 4, "temperature": 0.5},
-            **changes,
-        }
-        summary = start(tmp_path / method, configured(method, given, preset="quick"))
-        assert summary["attempts"]["logprob_gap"] < 1e-2
-        assert summary["updates"]["skipped"] == 0
-        # A policy learns where attempts at one problem differ in reward, and only there.
-        taught = [row["lagging"] > 0 for row in rows(tmp_path / method, runs.METRICS)]
-        assert summary["updates"]["steps"] == sum(taught)
-        assert method == "grpo" or all(taught)
+    several = METHODS[method].get("rollouts", 1) > 1
+    given = {
+        **{"student": "smollm2-135m", "critic": "smollm2-135m", "problems": str(easy)},
+        **{"episodes": 2, "batch_size": 2, "rollouts": 4 if several else 1, "temperature": 1.0},
+        **{"answer_tokens": 24, "feedback_tokens": 24, "probe_size": 1, "lora_rank": 4},
+        "noise_level": 0.1,
+    }
+    summary = start(tmp_path / "run", configured(method, given, preset="quick"))
+    assert summary["attempts"]["logprob_gap"] < 1e-2
+    assert summary["updates"]["skipped"] == 0
+    # What compares attempts at one problem learns where they differ, and only there.
+    taught = [row["lagging"] > 0 for row in rows(tmp_path / "run", runs.METRICS)]
+    assert summary["updates"]["steps"] >= sum(taught)
+    assert several or all(taught)
+    print(method, summary["updates"], summary["attempts"])

@@ -320,9 +320,11 @@ def fused_linear_divergences(
     """
     plans = [_Plan(target) for target in targets]
     ours = linear_head(student_head, max(target.vocab for target in targets))
-    # The student's logits, their gradient, and the teacher's; sums of gradients; and what
-    # operations that are no kernel make on their way, where not a few rows at a time.
-    arrays = 2 + sum(plan.head is not None for plan in plans) + (len(plans) > 1)
+    widen = ours.widen or any(plan.head is not None and plan.head.widen for plan in plans)
+    # The student's logits, their gradient, and the teacher's; sums of gradients; tiles, of which
+    # MLX makes many ahead; and what operations that are no kernel make on their way, where not a
+    # few rows at a time.
+    arrays = 2 + sum(plan.head is not None for plan in plans) + (len(plans) > 1) + widen
     arrays += 0 if backend().on_cpu else 2
     per_chunk = chunk or chunk_size(len(student_hidden), ours.weight.shape[0], arrays)
     if not differentiable:
