@@ -19,7 +19,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_unflatten
 
 from mlx_fd import gate, runs
 from mlx_fd.config import Config
@@ -27,7 +26,6 @@ from mlx_fd.distill import (
     Update,
     make_optimizer,
     measure,
-    optimizer_arrays,
     top_k_error,
     update,
 )
@@ -45,16 +43,15 @@ from mlx_fd.errors import UserError
 from mlx_fd.evaluation.exam import Question, Result, compare, examine
 from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
 from mlx_fd.generation import Conversation
-from mlx_fd.models.student import load_student, read_arrays, save_student
 from mlx_fd.phases import PhaseSchedule, combined, phase_weights
 from mlx_fd.probe import Probe, load_probe, make_probe, save_probe
 from mlx_fd.problems import Problem
+from mlx_fd.progress import Progress, finite, go_back, restore, save, update_row, with_probe
 from mlx_fd.samples import Sample, decides, read_text, sample_of, solution_of
 from mlx_fd.selfdistill.in_loop import Lessons, lessons, term
 from mlx_fd.summary import summarise, warnings_of
 from mlx_fd.teacher_cache import TeacherCache
 
-OPTIMIZER = "optimizer.safetensors"
 EXAM = "exam_before.json"
 EXAM_AFTER = "exam_after.json"
 # A loss that is next to nothing from the start must not drown the others.
@@ -62,44 +59,6 @@ _LEAST_SCALED = 1e-3
 # Episodes that the warnings look back over.
 _WATCHED = 64
 Report = Callable[[Event], None]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: all of a checkpoint but the weights.
-
-    Attributes:
-        batch: batches of problems done.
-        gate: the gate's state.
-        scales: the fixed factor of each loss.
-        distilled: batches in which the student learned.
-        spent: optimiser steps since the last look at the probe set.
-        probe_first: losses on the probe set before the first update.
-        probe_last: the same, last time they were looked at.
-        best: the least mean of probe losses relative to ``probe_first``.
-        best_batch: the batch after which that was.
-    """
-
-    batch: int
-    gate: gate.GateState
-    scales: dict[str, float]
-    distilled: int
-    spent: int
-    probe_first: dict[str, float]
-    probe_last: dict[str, float]
-    best: float
-    best_batch: int
-
-    def to_json(self) -> dict[str, Any]:
-        """For ``state.json``."""
-        return {**dataclasses.asdict(self), "gate": self.gate.to_json()}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Progress:
-        """What :meth:`to_json` gave."""
-        names = [item.name for item in dataclasses.fields(cls)]
-        fields = {name: value[name] for name in names}
-        return cls(**{**fields, "gate": gate.GateState.from_json(value["gate"])})
 
 
 def run(
@@ -148,11 +107,9 @@ def run(
     if checkpoint is None:
         progress = _first(pair, probe, config)
         with runs.explained(folder):
-            _save(folder, progress, pair, optimizer, config)
+            save(folder, progress, config, pair.student, pair.reader.path, optimizer)
     else:
-        progress = Progress.from_json(checkpoint.state)
-        load_student(pair.student, checkpoint.folder)
-        optimizer.state = tree_unflatten(list(read_arrays(checkpoint.folder / OPTIMIZER).items()))
+        progress = restore(checkpoint, pair.student, optimizer)
         report(Note(f"going on after batch {progress.batch}"))
     if stop():
         return None
@@ -190,7 +147,7 @@ def run(
             stopping = stop()
             due = progress.batch - saved >= config.episode.checkpoint_every
             if due or stopping or progress.best_batch != best_before:
-                _save(folder, progress, pair, optimizer, config)
+                save(folder, progress, config, pair.student, pair.reader.path, optimizer)
                 saved = progress.batch
         done = epoch * len(problems) + min((place + 1) * size, len(problems))
         report(BatchDone(done, config.training.epochs * len(problems), rows, metrics))
@@ -207,7 +164,7 @@ def run(
     last = probe.losses(pair, config)
     progress = with_probe(progress, last)
     with runs.explained(folder):
-        _save(folder, progress, pair, optimizer, config)
+        save(folder, progress, config, pair.student, pair.reader.path, optimizer)
         summary = summarise(
             runs.read_lines(folder / runs.EPISODES),
             runs.read_lines(folder / runs.METRICS),
@@ -226,20 +183,6 @@ def run(
         summary["peak_memory_bytes"] = mx.get_peak_memory()
         runs.write_json(folder / runs.SUMMARY, summary)
     return summary
-
-
-def go_back(folder: Path, report: Report) -> runs.Checkpoint | None:
-    """Bring a run directory to its newest good checkpoint, and say which ones are not.
-
-    Raises:
-        UserError: there are checkpoints and none will do, or the folder cannot be written.
-    """
-    checkpoint, passed_over = runs.newest_checkpoint(folder)
-    for reason in passed_over:
-        report(Warned(f"{reason}; going back before it"))
-    with runs.explained(folder):
-        runs.roll_back(folder, checkpoint)
-    return checkpoint
 
 
 def _steps(report: Report, batch: int) -> Callable[[str, int], None]:
@@ -283,41 +226,6 @@ def _check_finite(losses: dict[str, float], batch: int, config: Config) -> None:
         "checkpoints before it are whole. Begin a new run with lower learning rates (--lora-rate "
         f"{rates.lora_rate:g}, --score-rate {rates.score_rate:g}, --projection-rate "
         f"{rates.projection_rate:g} were too high) or a smaller --clip."
-    )
-
-
-def with_probe(progress: Progress, losses: dict[str, float]) -> Progress:
-    """The state after a look at the probe set."""
-    known = [name for name in losses if progress.probe_first.get(name, 0) > 0]
-    if known:
-        level = sum(losses[name] / progress.probe_first[name] for name in known) / len(known)
-        better = math.isfinite(level) and level < progress.best
-    else:
-        # Nothing tells the batches apart: the newest has learned the most.
-        level, better = progress.best, True
-    return dataclasses.replace(
-        progress,
-        probe_last=losses,
-        best=level if better else progress.best,
-        best_batch=progress.batch if better else progress.best_batch,
-    )
-
-
-def _save(
-    folder: Path, progress: Progress, pair: Pair, optimizer: optim.Optimizer, config: Config
-) -> None:
-    def write(to: Path) -> None:
-        save_student(pair.student, config.models, pair.reader.path, to)
-        mx.save_safetensors(str(to / OPTIMIZER), optimizer_arrays(optimizer))
-
-    sizes = {name: runs.log_size(folder, name) for name in runs.LOGS}
-    runs.save_checkpoint(
-        folder,
-        progress.batch,
-        write,
-        {**progress.to_json(), "log_bytes": sizes},
-        best=progress.best_batch,
-        keep=config.episode.keep_checkpoints,
     )
 
 
@@ -514,7 +422,7 @@ def _metrics(
 ) -> dict[str, Any]:
     return {
         "weights": weights,
-        "updates": [_update_row(u) for u in updates],
+        "updates": [update_row(u) for u in updates],
         "probe": progress.probe_last if decision else None,
         "stop": dataclasses.asdict(decision) if decision else None,
         "frozen": progress.gate.frozen,
@@ -578,21 +486,6 @@ def _distil(
         )
         told("distil", sum(len(sample.target) for sample in samples))
     return done
-
-
-def finite(value: float) -> float | None:
-    """The value, or ``None`` where JSON has no number for it."""
-    return value if math.isfinite(value) else None
-
-
-def _update_row(update: Update) -> dict[str, Any]:
-    return {
-        "losses": {name: finite(value) for name, value in update.losses.items()},
-        "total": finite(update.total),
-        "gradient_norm": finite(update.gradient_norm),
-        "skipped": update.skipped,
-        "tokens": update.tokens,
-    }
 
 
 def _gate_row(reading: _Seen | None, after: dict[str, float] | None) -> dict[str, Any]:

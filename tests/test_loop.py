@@ -22,7 +22,8 @@ from mlx_fd.episode import combined_score
 from mlx_fd.errors import UserError
 from mlx_fd.events import BatchDone, Warned
 from mlx_fd.generation import Conversation, Sampling, generate, opening
-from mlx_fd.loop import Progress, run, with_probe
+from mlx_fd.loop import run
+from mlx_fd.progress import Progress, with_probe
 from mlx_fd.session import open_pair
 
 WEIGHTS = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")

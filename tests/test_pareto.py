@@ -13,7 +13,8 @@ from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from mlx_fd import gate
 from mlx_fd.config import GateOptions
-from mlx_fd.pareto import Look, hypervolume, knee, non_dominated, product_rule, replay
+from mlx_fd.pareto.frontier import hypervolume, knee, non_dominated, product_rule
+from mlx_fd.pareto.thresholds import Look, replay
 
 
 def values(*rows):

@@ -11,6 +11,7 @@ import click
 
 from mlx_fd.cli.options import PathType, Words, debug_option, json_option, quiet_option
 from mlx_fd.cli.stopping import Stopped, stopping_on_signals
+from mlx_fd.pareto.names import COSTS
 
 if TYPE_CHECKING:
     from mlx_fd.config import Config
@@ -28,7 +29,7 @@ Examples:
 @click.argument("run", type=PathType())
 @click.option(
     "--cost",
-    type=click.Choice(["kd_steps", "teacher_tokens", "seconds"]),
+    type=click.Choice(list(COSTS)),
     default="kd_steps",
     show_default=True,
     help="The cost that is weighed: optimiser steps, tokens learned from in them, or their time.",
@@ -74,21 +75,26 @@ def pareto(
     """
     from rich.console import Console
 
-    from mlx_fd import frontier
     from mlx_fd.display import Steps
-    from mlx_fd.frontier_views import PLOT, summary, table
+    from mlx_fd.pareto.choice import PRESET, judge, objectives_of
+    from mlx_fd.pareto.curve import read_curve
+    from mlx_fd.pareto.points import points_of
+    from mlx_fd.pareto.table import summary, table
+    from mlx_fd.report.frontier import PLOT
 
-    curve = frontier.read_curve(run)
-    points = frontier.points_of(run, curve)
+    curve = read_curve(run)
+    points = points_of(run, curve)
     notes: list[str] = []
     if exam:
         from mlx_fd.backend import backend
 
         backend()
+        from mlx_fd.pareto.exam import examine_points
+
         with Steps(Console(stderr=True), quiet=quiet) as steps:
-            points, notes = frontier.examine_points(run, curve, points, steps)
-    names = frontier.objectives_of(points, cost, objectives)
-    found = frontier.frontier(run, curve, points, names)
+            points, notes = examine_points(run, curve, points, steps)
+    names = objectives_of(points, cost, objectives)
+    found = judge(run, curve, points, names)
     found["notes"] += notes
     _write(run, found, curve.config)
     if sweep:
@@ -103,17 +109,18 @@ def pareto(
         click.echo(f"note: {note}")
     click.echo(summary(found))
     click.echo(
-        f"mlx-fd loop --config {shlex.quote(str(run / frontier.PRESET))}   stops there; the plot "
+        f"mlx-fd loop --config {shlex.quote(str(run / PRESET))}   stops there; the plot "
         f"is {run / PLOT}"
     )
 
 
 def _write(run: Path, found: dict[str, Any], config: Config) -> None:
-    from mlx_fd import frontier, runs
-    from mlx_fd.frontier_views import PLOT, plot
+    from mlx_fd import runs
+    from mlx_fd.pareto.choice import write
+    from mlx_fd.report.frontier import PLOT, plot
 
     with runs.explained(run, "free some space, then run the same command again."):
-        frontier.write(run, found, config)
+        write(run, found, config)
         plot(found, run / PLOT)
 
 
@@ -121,7 +128,7 @@ def _swept(run: Path, found: dict[str, Any], config: Config, quiet: bool) -> lis
     from rich.console import Console
 
     from mlx_fd.display import Steps
-    from mlx_fd.sweep import sweep
+    from mlx_fd.pareto.sweep import sweep
 
     with (
         Steps(Console(stderr=True), quiet=quiet) as steps,

@@ -11,7 +11,8 @@ import altair as alt
 
 from mlx_fd.display import EXAM_NAMES
 from mlx_fd.evaluation.names import is_share, shown_name
-from mlx_fd.frontier_views import KINDS, kind_of
+from mlx_fd.pareto.names import KINDS, kind_of
+from mlx_fd.report.frontier import loss_layers
 from mlx_fd.report.reading import Run
 from mlx_fd.report.tables import STEP_NAMES, Table, losses_table, measures_of, steps_table
 from mlx_fd.report.theme import PAGE, themed
@@ -542,27 +543,6 @@ def _pareto_figure(pareto: Mapping[str, Any], cost: str, loss: str) -> Figure:
         for point in pareto["points"]
         if cost in point["cost"] and loss in point["losses"]
     ]
-    base = alt.Chart(_ROWS).encode(
-        x=alt.X("cost:Q", title=cost.replace("_", " "), axis=alt.Axis(format="~s", grid=False)),
-        y=alt.Y("loss:Q", title=None, scale=alt.Scale(zero=False)),
-        tooltip=[
-            "stop_threshold:Q",
-            "cost:Q",
-            alt.Tooltip("loss:Q", format=".4g"),
-            "kind:N",
-            "product rule:N",
-        ],
-    )
-    frontier = base.transform_filter(f"datum.kind != '{KINDS[2]}'").mark_line(
-        color=PAGE.series[1], strokeWidth=1, interpolate="step-after"
-    )
-    scale = alt.Scale(domain=list(KINDS), range=[PAGE.series[0], PAGE.series[1], PAGE.soft])
-    shape = alt.Scale(domain=list(KINDS), range=["diamond", "circle", "cross"])
-    marks = base.mark_point(filled=True, opacity=1).encode(
-        color=alt.Color("kind:N", scale=scale, legend=alt.Legend()),
-        shape=alt.Shape("kind:N", scale=shape),
-        size=alt.condition(f"datum.kind == '{KINDS[0]}'", alt.value(220), alt.value(60)),
-    )
     best = next((row for row in rows if row["kind"] == KINDS[0]), None)
     good = sum(row["kind"] != KINDS[2] for row in rows)
     says = f"{len(rows)} stopping thresholds, {good} of them on the frontier."
@@ -571,7 +551,7 @@ def _pareto_figure(pareto: Mapping[str, Any], cost: str, loss: str) -> Figure:
             f" Recommended: {best['stop_threshold']:g}, at {best['cost']:,.4g} "
             f"{cost.replace('_', ' ')} a {loss} loss of {best['loss']:.3g}."
         )
-    return _figure(f"{loss} loss against the cost", says, _layered(frontier, marks), rows)
+    return _figure(f"{loss} loss against the cost", says, _layered(*loss_layers(_ROWS, cost)), rows)
 
 
 def system_figure(found: Mapping[str, Any]) -> Figure | None:

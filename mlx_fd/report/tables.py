@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_fd.display import EXAM_NAMES, duration
 from mlx_fd.evaluation.names import is_share, shown_name
+from mlx_fd.pareto.names import METRICS, remarks_on
 from mlx_fd.report.reading import Run
 
 _NONE = "-"
@@ -21,11 +22,6 @@ STEP_NAMES = {
     "critique": "self-critique",
     "final": "final answer",
     "distil": "student learns",
-}
-METRIC_NAMES = {
-    "final_accuracy": "final answers right",
-    "first_error_f1": "exam: F1 of judging",
-    "solved": "exam: problems solved",
 }
 
 
@@ -335,21 +331,12 @@ def pareto_table(pareto: Mapping[str, Any]) -> Table:
         "stops after batch",
         *(name.replace("_", " ") for name in names["cost"]),
         *(f"{name} loss" for name in names["losses"]),
-        *(METRIC_NAMES.get(name, name) for name in names["metrics"]),
+        *(METRICS[name].full if name in METRICS else name for name in names["metrics"]),
         "",
     ]
     rows: list[Row] = []
     for point in points:
         stopped = point["stopped_after_batch"]
-        said = [
-            word
-            for word, there in (
-                ("recommended", point["recommended"]),
-                ("product rule", point["stop_threshold"] == pareto["product_rule"]),
-                ("dominated", point["dominated"]),
-            )
-            if there
-        ]
         rows.append(
             (
                 Cell(f"{point['stop_threshold']:g}", strong=point["recommended"]),
@@ -360,7 +347,7 @@ def pareto_table(pareto: Mapping[str, Any]) -> Table:
                 ),
                 *(_figures(point["losses"].get(name)) for name in names["losses"]),
                 *(estimate(point["metrics"].get(name), ".1%") for name in names["metrics"]),
-                ", ".join(said),
+                ", ".join(remark.full for remark in remarks_on(point, pareto)),
             )
         )
     return table("Stopping thresholds, replayed on this run", columns, rows)

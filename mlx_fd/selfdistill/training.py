@@ -17,18 +17,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_unflatten
 
 from mlx_fd import gate, runs
 from mlx_fd.config import Config
-from mlx_fd.distill import optimizer_arrays
 from mlx_fd.episode import seed_of
 from mlx_fd.errors import UserError
 from mlx_fd.events import BatchDone, Event, Note, Step, Warned
-from mlx_fd.loop import OPTIMIZER, Progress, finite, go_back, with_probe
 from mlx_fd.models.loading import Loaded
-from mlx_fd.models.student import Student, load_student, read_arrays, save_student
+from mlx_fd.models.student import Student, read_arrays
 from mlx_fd.problems import Problem
+from mlx_fd.progress import Progress, finite, go_back, restore, save, update_row, with_probe
 from mlx_fd.roles import answer_prompt
 from mlx_fd.selfdistill.contexts import CONTEXTS, Attempt, Materials, View, remember
 from mlx_fd.selfdistill.learning import Known, Update, Weighed, learn, look, nearness, wants_teacher
@@ -225,29 +223,17 @@ def _kept_headroom(folder: Path) -> Headroom | None:
 
 def _save(folder: Path, progress: Progress, learner: _Learner) -> None:
     models, config = learner.models, learner.config
-
-    def write(to: Path) -> None:
-        save_student(models.student, config.models, models.reader.path, to)
-        mx.save_safetensors(str(to / OPTIMIZER), optimizer_arrays(learner.optimizer))
-        if config.selfdistill.self_teacher in ("ema", "snapshot"):
-            mx.save_safetensors(str(to / TEACHER_WEIGHTS), learner.teacher)
-
-    sizes = {name: runs.log_size(folder, name) for name in runs.LOGS}
-    runs.save_checkpoint(
-        folder,
-        progress.batch,
-        write,
-        {**progress.to_json(), "playbook": learner.playbook.to_json(), "log_bytes": sizes},
-        best=progress.best_batch,
-        keep=config.episode.keep_checkpoints,
+    moves = config.selfdistill.self_teacher in ("ema", "snapshot")
+    save(
+        *(folder, progress, config, models.student, models.reader.path, learner.optimizer),
+        arrays={TEACHER_WEIGHTS: learner.teacher} if moves else {},
+        state={"playbook": learner.playbook.to_json()},
     )
 
 
 def _restored(learner: _Learner, checkpoint: runs.Checkpoint) -> Progress:
     """Put a checkpoint's weights and state in place."""
-    load_student(learner.models.student, checkpoint.folder)
-    arrays = read_arrays(checkpoint.folder / OPTIMIZER)
-    learner.optimizer.state = tree_unflatten(list(arrays.items()))
+    progress = restore(checkpoint, learner.models.student, learner.optimizer)
     options, model = learner.config.selfdistill, learner.models.reader.model
     if options.self_teacher in ("ema", "snapshot"):
         learner.teacher = read_arrays(checkpoint.folder / TEACHER_WEIGHTS)
@@ -255,7 +241,7 @@ def _restored(learner: _Learner, checkpoint: runs.Checkpoint) -> Progress:
     else:
         learner.teacher = first_teacher(model, options)
     learner.playbook = Playbook.from_json(checkpoint.state["playbook"])
-    return Progress.from_json(checkpoint.state)
+    return progress
 
 
 def _say_headroom(headroom: Headroom, config: Config, report: Report) -> None:
@@ -384,7 +370,7 @@ def _batch(
         "batch": number,
         "lagging": sum(row["teaches"] for row in rows),
         "weights": {},
-        "updates": [_update_row(update) for update in updates],
+        "updates": [update_row(update) for update in updates],
         "probe": progress.probe_last if decision else None,
         "stop": dataclasses.asdict(decision) if decision else None,
         "frozen": progress.gate.frozen,
@@ -437,16 +423,6 @@ def _learn(
         told(sum(len(item.text.target) for item in known))
         learner.teacher = next_teacher(learner.teacher, reader.model, options, done + 1)
     return updates, first
-
-
-def _update_row(update: Update) -> dict[str, Any]:
-    return {
-        "losses": {name: finite(value) for name, value in update.losses.items()},
-        "total": finite(update.total),
-        "gradient_norm": finite(update.gradient_norm),
-        "skipped": update.skipped,
-        "tokens": update.tokens,
-    }
 
 
 def _rows(

@@ -21,7 +21,7 @@ from typing import Any
 from mlx_fd import runs
 from mlx_fd.config import Config, read, to_toml
 from mlx_fd.errors import UserError
-from mlx_fd.frontier import gated
+from mlx_fd.pareto.choice import gated
 
 FOLDER = "sweep"
 _POLL_SECONDS = 0.2
@@ -39,7 +39,7 @@ def sweep(
     Args:
         folder: the run directory whose frontier it is.
         config: its configuration.
-        found: its frontier, as :func:`mlx_fd.frontier.frontier` gave it.
+        found: its frontier, as :func:`mlx_fd.pareto.choice.judge` gave it.
         progress: told of each run: its name, batches done, batches in all.
         came: signals that came so far, as :mod:`mlx_fd.cli.stopping` collects them; they are passed
             on to the run under way, and the sweep ends with it.

@@ -1,0 +1,78 @@
+"""The examination of the student at each stop, by the checkpoints that the run has kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_fd import runs
+from mlx_fd.errors import UserError
+from mlx_fd.evaluation.exam import Result, compare, examine
+from mlx_fd.loop import EXAM
+from mlx_fd.models.student import load_student
+from mlx_fd.pareto.curve import Curve
+from mlx_fd.pareto.points import Point, batch_of
+from mlx_fd.session import check_same, make_plan, open_pair
+
+# Measures of the examination that are objectives; more of them is better, and all are shares.
+EXAM_MEASURES = ("first_error_f1", "solved")
+
+
+def examine_points(
+    folder: Path,
+    curve: Curve,
+    points: Sequence[Point],
+    progress: Callable[[str, int, int], None],
+) -> tuple[list[Point], list[str]]:
+    """The points with the examination of the student at each, where its checkpoint is there.
+
+    Args:
+        folder: the run directory.
+        curve: what was read from it.
+        points: its points.
+        progress: told of each student examined: step, done, of how many.
+
+    Returns:
+        The points, and notes on those without a checkpoint.
+
+    Raises:
+        UserError: the run has no examination, or its models are not here.
+    """
+    plan = make_plan(curve.config)
+    check_same(runs.read_manifest(folder), plan.manifest, folder)
+    questions = plan.exam()
+    if not questions or not (folder / EXAM).exists():
+        raise UserError(
+            f"{folder}: this run has no examination; --exam is for runs on --problems arithmetic "
+            "with --exam-size above 0."
+        )
+    before = [Result(**row) for row in json.loads((folder / EXAM).read_text("utf-8"))]
+    pair = open_pair(plan)
+    wanted = sorted({batch_of(point, curve) for point in points})
+    found: dict[int, dict[str, Any]] = {}
+    for done, batch in enumerate(wanted):
+        progress("students examined", done, len(wanted))
+        checkpoint = runs.checkpoint_after(folder, batch)
+        if checkpoint is None:
+            continue
+        load_student(pair.student, checkpoint.folder)
+        after = examine(pair, questions, curve.config.generation, lambda step, tokens: None)
+        measures = compare(before, after)
+        found[batch] = {name: measures[name]["after"] for name in EXAM_MEASURES}
+    progress("students examined", len(wanted), len(wanted))
+    missing = [str(batch) for batch in wanted if batch not in found]
+    notes = []
+    if missing:
+        notes.append(
+            f"no checkpoint after batch {', '.join(missing)}: the examination is shown where there "
+            "is one and is no objective; a run with --checkpoint-every 1 --keep-checkpoints "
+            f"{len(curve.batches)} keeps all"
+        )
+    examined = [
+        dataclasses.replace(p, metrics={**p.metrics, **found.get(batch_of(p, curve), {})})
+        for p in points
+    ]
+    return examined, notes
