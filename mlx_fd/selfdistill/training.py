@@ -24,7 +24,7 @@ from mlx_fd.config import Config
 from mlx_fd.distill import optimizer_arrays
 from mlx_fd.episode import seed_of
 from mlx_fd.errors import UserError
-from mlx_fd.events import BatchDone, Event, Note, Step, Warned
+from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
 from mlx_fd.loop import OPTIMIZER, Progress, finite, go_back, with_probe
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, load_student, read_arrays, save_student
@@ -175,6 +175,7 @@ def run(
     if stop():
         return None
     _say_headroom(headroom, config, report)
+    report(Probed(progress.probe_first, progress.probe_last, vars(headroom)))
     size = config.generation.batch_size
     total = math.ceil(len(problems) / size)
     saved = progress.batch
