@@ -98,6 +98,13 @@ _WRITERS: dict[str, Callable[[Path, str, Mapping[str, Any]], Writer]] = {
     "trackio": _Trackio,
 }
 TRACKERS = tuple(_WRITERS)
+# Answers of which it is known whether they are right, and where an episode's or attempt's row
+# says so.
+_ANSWERS = {
+    "first_answers": "correct_before",
+    "final_answers": "correct_after",
+    "attempts": "correct",
+}
 
 
 def check_installed(names: Sequence[str]) -> None:
@@ -133,10 +140,18 @@ def values_of(event: Event) -> tuple[int, dict[str, float]] | None:
         last = row["updates"][-1]
         values |= {f"loss/{name}": value for name, value in last["losses"].items()}
         values |= {f"update/{name}": last[name] for name in ("total", "gradient_norm")}
-    if event.rows:
-        for name, key in (("first_answers", "correct_before"), ("final_answers", "correct_after")):
-            right = sum(episode[key] for episode in event.rows)
-            values[f"accuracy/{name}"] = right / len(event.rows)
+    if row.get("clipped"):
+        values["update/clipped"] = row["clipped"][-1]
+    counts = ("n", "right")
+    values |= {
+        f"attempts/{name}": value
+        for name, value in row.get("attempts", {}).items()
+        if name not in counts
+    }
+    for name, key in _ANSWERS.items():
+        right = [answered[key] for answered in event.rows if key in answered]
+        if right:
+            values[f"accuracy/{name}"] = sum(right) / len(right)
     return row["batch"] + 1, {name: value for name, value in values.items() if value is not None}
 
 

@@ -405,7 +405,7 @@ def table(path):
         "",
         "| | seeds | Avg@12 (%) | change | Maj@12, change | Pass@12, change | rare problems, "
         "Avg@12, change | greedy, typed noise, change | greedy, transcribed noise, change | "
-        "judging, change | KL of style / reasoning tokens (millinats) | rate | attempts that teach | "
+        "judging, change | KL of style / reasoning tokens (millinats) | attempts that teach | "
         "updates | 1,000 tokens read |",
         "|---|--:|---|---|---|---|---|---|---|---|---|--:|--:|--:|",
     ]

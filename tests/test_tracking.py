@@ -142,6 +142,45 @@ def test_a_real_run_is_tracked_and_so_is_what_was_added_to_it(tmp_path, monkeypa
     assert (run / "report.html").is_file()
 
 
+def test_self_distillation_is_tracked_by_the_same_names(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "run"
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mlx-fd", *map(str, arguments), "--json"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+        return json.loads(capsys.readouterr().out)
+
+    small = {"episodes": 4, "batch-size": 2, "probe-size": 2, "probe-every": 1, "lora-rank": 2}
+    options = [text for name, value in small.items() for text in (f"--{name}", value)]
+    method = ("--method", "step-critique", "--critic", "truth")
+    call("self-distill", *method, *options, "--track", "tensorboard", "--out", run)
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace("episodes = 4", "episodes = 6"))
+    call("resume", run, "--track", "tensorboard")
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    attempts = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+    found = board(run)
+    right = {
+        n + 1: sum(row["correct"] for row in attempts[2 * n : 2 * n + 2]) / 2 for n in range(3)
+    }
+    assert found["accuracy/attempts"] == right
+    assert "accuracy/first_answers" not in found
+    headroom = json.loads((run / "headroom.json").read_text())
+    wrong = [1 - headroom["right"] / 2, *(row["probe"]["wrong"] for row in metrics)]
+    assert list(found["probe/wrong"].values()) == wrong
+    for name, of in (
+        ("loss/match", lambda row: row["updates"][-1]["losses"]["match"]),
+        ("update/total", lambda row: row["updates"][-1]["total"]),
+        ("attempts/entropy", lambda row: row["attempts"]["entropy"]),
+        ("attempts/mean_abs_advantage", lambda row: row["attempts"]["mean_abs_advantage"]),
+        ("gate/lagging", lambda row: row["lagging"]),
+    ):
+        assert found[name] == pytest.approx({row["batch"] + 1: of(row) for row in metrics}), name
+
+
 def test_trackio_keeps_it_on_this_machine(tmp_path, monkeypatch):
     # It looks at this when it is imported.
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))

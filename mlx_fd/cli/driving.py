@@ -36,7 +36,7 @@ class Job:
     create: Callable[[], None] | None
     display: Callable[..., Any]
     table: Callable[[dict[str, Any]], Any]
-    tracking: Callable[[Callable[[str], None]], Any] | None = None
+    tracking: Callable[[Callable[[str], None]], Any]
 
 
 def new_folder() -> Path:
@@ -80,12 +80,10 @@ def drive(folder: Path, job: Job, as_json: bool, quiet: bool) -> None:
             held.enter_context(runs.locked(folder))
             with runs.explained(folder):
                 job.create()
-        told = [display]
-        if job.tracking is not None:
-            told.append(held.enter_context(job.tracking(lambda text: display(Warned(text)))))
+        tracking = held.enter_context(job.tracking(lambda text: display(Warned(text))))
 
         def report(event: Event) -> None:
-            for listener in told:
+            for listener in (display, tracking):
                 listener(event)
 
         stopped = held.enter_context(stopping_on_signals(lambda text: display(Note(text))))

@@ -9,6 +9,7 @@ import click
 
 from mlx_fd.config import OPTIONS, Config, Option, override, preset, read
 from mlx_fd.models.aliases import TINY
+from mlx_fd.tracking import TRACKERS
 
 _SECTIONS = {
     "models": "Models",
@@ -106,6 +107,13 @@ def with_configuration(command: click.Command) -> click.Command:
 
 debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 quiet_option = click.option("--quiet", is_flag=True, help="Print warnings and the result only.")
+track_option = click.option(
+    "--track",
+    "trackers",
+    type=click.Choice(TRACKERS),
+    multiple=True,
+    help="Send losses, weights, gains, gate and accuracy there too, while it goes; repeatable.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 

@@ -17,19 +17,12 @@ from mlx_fd.cli.options import (
     debug_option,
     json_option,
     quiet_option,
+    track_option,
     with_configuration,
 )
 from mlx_fd.config import PRESETS, read
 from mlx_fd.errors import UserError
-from mlx_fd.tracking import TRACKERS, Tracking, check_installed
-
-_track_option = click.option(
-    "--track",
-    "trackers",
-    type=click.Choice(TRACKERS),
-    multiple=True,
-    help="Send losses, weights, gains, gate and accuracy there too, while it goes; repeatable.",
-)
+from mlx_fd.tracking import Tracking, check_installed
 
 
 @with_configuration
@@ -62,7 +55,7 @@ Examples:
     metavar="DIR",
     help="The run directory. [default: runs/DATE-TIME]",
 )
-@_track_option
+@track_option
 @json_option
 @quiet_option
 @debug_option
@@ -109,7 +102,7 @@ Examples:
 """,
 )
 @click.argument("run", type=PathType())
-@_track_option
+@track_option
 @json_option
 @quiet_option
 @debug_option
@@ -128,8 +121,6 @@ def resume(run: Path, trackers: tuple[str, ...], as_json: bool, quiet: bool, deb
     manifest = runs.read_manifest(run)
     with runs.locked(run):
         config = read(run / runs.CONFIG)
-        if config.self_distils and trackers:
-            raise UserError(f"{run}: --track is for runs of mlx-fd loop; leave it out.")
         plan = selfdistilling.plan_of(config) if config.self_distils else make_plan(config)
         worries = check_same(manifest, plan.manifest, run)
         with runs.explained(run):
@@ -137,7 +128,7 @@ def resume(run: Path, trackers: tuple[str, ...], as_json: bool, quiet: bool, deb
             manifest["options"] = plan.manifest["options"]
             runs.write_json(run / runs.MANIFEST, manifest)
         if config.self_distils:
-            selfdistilling.start(run, plan, worries, as_json, quiet, new=False)
+            selfdistilling.start(run, plan, worries, trackers, as_json, quiet, new=False)
         else:
             _run(run, plan, worries, trackers, as_json, quiet, new=False)
 

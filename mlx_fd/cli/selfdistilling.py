@@ -16,10 +16,12 @@ from mlx_fd.cli.options import (
     debug_option,
     json_option,
     quiet_option,
+    track_option,
 )
 from mlx_fd.config import OPTIONS, Config, read
 from mlx_fd.errors import UserError
 from mlx_fd.selfdistill.methods import CUSTOM, DEFAULT_MODEL, METHODS, PRESETS, configured
+from mlx_fd.tracking import Tracking, check_installed
 
 # Options of the loop that have a meaning here, beside all of the method's.
 _SHARED = (
@@ -58,6 +60,7 @@ Examples:
   mlx-fd self-distill --method step-critique --critic tiny
   mlx-fd self-distill --method grpo --episodes 64 --seed 1 --out runs/grpo
   mlx-fd self-distill --context feedback --objective jsd --critic truth
+  mlx-fd self-distill --method grpo --track tensorboard
   mlx-fd self-distill --method step-critique --model qwen2.5-1.5b-4bit --critic qwen2.5-7b-4bit
   mlx-fd self-distill --config runs/grpo/config.toml --seed 2 --out runs/grpo2
 """,
@@ -80,6 +83,7 @@ Examples:
 @click.option(
     "--out", type=PathType(), metavar="DIR", help="The run directory. [default: runs/DATE-TIME]"
 )
+@track_option
 @json_option
 @quiet_option
 @debug_option
@@ -88,6 +92,7 @@ def self_distill(
     preset_name: str | None,
     config_file: Path | None,
     out: Path | None,
+    trackers: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -102,6 +107,7 @@ def self_distill(
 
     Exits as `mlx-fd loop` does; `mlx-fd resume` goes on with a run.
     """
+    check_installed(trackers)
     changes = {name: value for name, value in given.items() if value is not None}
     config = _configuration(method, preset_name, config_file, changes)
     from mlx_fd.backend import backend
@@ -111,7 +117,7 @@ def self_distill(
 
     folder = out or new_folder()
     check_out(folder)
-    start(folder, plan_of(config), [], as_json, quiet, new=True)
+    start(folder, plan_of(config), [], trackers, as_json, quiet, new=True)
 
 
 def _configuration(
@@ -140,7 +146,14 @@ def plan_of(config: Config) -> Any:
 
 
 def start(
-    folder: Path, plan: Any, worries: list[str], as_json: bool, quiet: bool, *, new: bool
+    folder: Path,
+    plan: Any,
+    worries: list[str],
+    trackers: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    *,
+    new: bool,
 ) -> None:
     """Begin a run or go on with it, and show it."""
     from mlx_fd import runs
@@ -170,6 +183,7 @@ def start(
             else None,
             SelfDisplay,
             summary_table,
+            lambda warn: Tracking(trackers, folder, plan.manifest["options"], warn),
         ),
         as_json,
         quiet,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_fd.display import Display, duration, number
-from mlx_fd.events import BatchDone
+from mlx_fd.events import BatchDone, Probed
 
 _STEPS = {
     "headroom": "looking for headroom",
@@ -29,6 +30,10 @@ class SelfDisplay(Display):
     counted = "problems"
     step_names = _STEPS
     _held_out: float | None = None
+
+    def _take_probe(self, event: Probed) -> None:
+        self._held_out = 1 - event.last["wrong"]
+        self._begin = time.monotonic()
 
     def _count(self, event: BatchDone) -> None:
         self._seen += len(event.rows)

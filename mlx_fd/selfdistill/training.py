@@ -22,7 +22,7 @@ from mlx_fd import gate, runs
 from mlx_fd.config import Config
 from mlx_fd.episode import seed_of
 from mlx_fd.errors import UserError
-from mlx_fd.events import BatchDone, Event, Note, Step, Warned
+from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, read_arrays
 from mlx_fd.problems import Problem
@@ -173,6 +173,7 @@ def run(
     if stop():
         return None
     _say_headroom(headroom, config, report)
+    report(Probed(progress.probe_first, progress.probe_last, vars(headroom)))
     size = config.generation.batch_size
     total = math.ceil(len(problems) / size)
     saved = progress.batch
