@@ -67,19 +67,33 @@ def test_the_table_is_that_of_the_rows_and_in_the_readme(bench):
 def test_every_arm_is_a_method_and_all_make_as_many_attempts(bench):
     assert {options["method"] for options in bench.ARMS.values()} == set(METHODS)
     for arm in bench.ARMS:
-        config = bench.options_of(arm, 3)
+        config = bench.options_of(arm, 3, 2e-4)
         attempts = config.problems.episodes * config.selfdistill.rollouts
         assert attempts == bench.ATTEMPTS
         assert config.generation.batch_size * config.selfdistill.rollouts == bench.BATCH
-        assert (config.training.lora_rate, config.training.kd_steps) == (1e-3, 1)
+        assert (config.training.lora_rate, config.training.kd_steps) == (2e-4, 1)
         assert config.episode.seed == 3
-    critic = bench.options_of("step-critique, tiny as critic", 0).selfdistill
+    critic = bench.options_of("step-critique, tiny as critic", 0, 1e-3).selfdistill
     assert (critic.context, critic.critic, critic.critic_sees) == (
         "step-critique",
         "tiny",
         "problem",
     )
-    assert bench.options_of("forward KL, reference", 0).selfdistill.objective == "forward"
+    assert bench.options_of("forward KL, reference", 0, 1e-3).selfdistill.objective == "forward"
+
+
+def test_every_row_was_learned_at_the_rate_that_the_pilot_found_best(bench, tmp_path):
+    rows = [
+        {"arm": "grpo", "rate": rate, "right": right}
+        for rate, right in ((1e-4, [1, 2, 3]), (3e-4, [9, 9, 0]), (1e-3, [2, 2, 2]))
+    ]
+    path = write(tmp_path / "pilot.jsonl", rows)
+    assert bench.rate_of("grpo", path) == 3e-4
+    assert bench.piloted(path)["grpo"][1e-4] == pytest.approx(2 / 12)
+    for arm, seeds in bench.read_rows(bench.ROWS).items():
+        if arm != bench.BASE:
+            assert {row["rate"] for row in seeds.values()} == {bench.rate_of(arm)}, arm
+            assert sorted(seeds) == [0, 1, 2]
 
 
 def test_seeds_have_problems_of_their_own(bench):

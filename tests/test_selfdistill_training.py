@@ -387,24 +387,21 @@ def test_a_run_for_a_script_and_its_refused_resume(tmp_path):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("method", METHODS)
-def test_smollm2_trains_on_real_problems(method, tmp_path):
-    """Every method over a real vocabulary, with the model itself where something is written."""
+def test_smollm2_trains_on_real_problems(tmp_path):
+    """A policy, which reads nothing more, and a divergence over a real vocabulary."""
     easy = tmp_path / "easy.jsonl"
     asked = [{"question": f"What is {a} + {a + 1}?", "answer": f"{2 * a + 1}"} for a in range(1, 5)]
     easy.write_text("".join(json.dumps(row) + "\n" for row in asked))
-    several = METHODS[method].get("rollouts", 1) > 1
-    given = {
-        **{"student": "smollm2-135m", "critic": "smollm2-135m", "problems": str(easy)},
-        **{"episodes": 2, "batch_size": 2, "rollouts": 4 if several else 1, "temperature": 1.0},
-        **{"answer_tokens": 24, "feedback_tokens": 24, "probe_size": 1, "lora_rank": 4},
-        "noise_level": 0.1,
-    }
-    summary = start(tmp_path / "run", configured(method, given, preset="quick"))
-    assert summary["attempts"]["logprob_gap"] < 1e-2
-    assert summary["updates"]["skipped"] == 0
-    # What compares attempts at one problem learns where they differ, and only there.
-    taught = [row["lagging"] > 0 for row in rows(tmp_path / "run", runs.METRICS)]
-    assert summary["updates"]["steps"] >= sum(taught)
-    assert several or all(taught)
-    print(method, summary["updates"], summary["attempts"])
+    for method, changes in (("grpo", {"rollouts": 4}), ("opsd-reference", {"rollouts": 1})):
+        given = {
+            **{"student": "smollm2-135m", "problems": str(easy), "episodes": 2, "batch_size": 2},
+            **{"answer_tokens": 24, "probe_size": 1, "lora_rank": 4, "temperature": 0.5},
+            **changes,
+        }
+        summary = start(tmp_path / method, configured(method, given, preset="quick"))
+        assert summary["attempts"]["logprob_gap"] < 1e-2
+        assert summary["updates"]["skipped"] == 0
+        # A policy learns where attempts at one problem differ in reward, and only there.
+        taught = [row["lagging"] > 0 for row in rows(tmp_path / method, runs.METRICS)]
+        assert summary["updates"]["steps"] == sum(taught)
+        assert method == "grpo" or all(taught)
