@@ -49,7 +49,7 @@ _BEGUN = {
     CHECKPOINTS,
 }
 
-_README = """\
+README = """\
 # A run of mlx-fd
 
 | file | what it is |
@@ -156,7 +156,7 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def create(folder: Path, config_toml: str, manifest: dict[str, Any], readme: str = _README) -> None:
+def create(folder: Path, config_toml: str, manifest: dict[str, Any], readme: str = README) -> None:
     """Make a run directory.
 
     Args:

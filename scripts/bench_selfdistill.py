@@ -302,14 +302,17 @@ def rate_of(arm, path=PILOT):
 def row_of(arm, seed):
     begin = time.perf_counter()
     base = load(resolve(SHARED["student"]))
-    loaded, totals = (base, {}) if arm == BASE else trained(arm, seed, rate_of(arm))
+    loaded, totals = base, {}
+    if arm != BASE:
+        rate = rate_of(arm)
+        loaded, totals = trained(arm, seed, rate)
+        totals = {"rate": rate, **totals}
     learned = time.perf_counter()
     row = {
         "arm": arm,
         "seed": seed,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "mlx": version("mlx"),
-        **({} if arm == BASE else {"rate": rate_of(arm)}),
         **totals,
         **measured(loaded, base, seed),
         "seconds": [round(learned - begin), round(time.perf_counter() - learned)],

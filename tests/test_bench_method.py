@@ -1,25 +1,18 @@
 """The ablation's committed rows, table and plot belong together, and its statistics are right."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scripted import script
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location(
-        "bench_method", ROOT / "scripts" / "bench_method.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_method"] = module
-    spec.loader.exec_module(module)
-    return module
+    return script("bench_method")
 
 
 def row(arm, seed, found, solved="0000", tokens=1000):

@@ -1,12 +1,11 @@
 """The self-distillation bench: rows, table and README belong together, its statistics are right."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scripted import script
 
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
@@ -17,13 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location(
-        "bench_selfdistill", ROOT / "scripts" / "bench_selfdistill.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_selfdistill"] = module
-    spec.loader.exec_module(module)
-    return module
+    return script("bench_selfdistill")
 
 
 @pytest.fixture

@@ -1,33 +1,21 @@
 """The shipped base of self-distillation: its tokens fit the contexts, it uses them, its script."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from mlx_lm.utils import load_tokenizer
+from scripted import SCRIPTS, script
 
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import arithmetic
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 
-
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location(
-            "train_selfdistill_base", SCRIPTS / "train_selfdistill_base.py"
-        )
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return module
+@pytest.fixture(scope="module", name="script")
+def base_script():
+    return script("train_selfdistill_base")
 
 
 def test_each_piece_of_a_context_is_one_token(script):

@@ -1,14 +1,12 @@
 """The shipped pair: its tokenizer still fits the prompts, its figures hold, its script runs."""
 
 import dataclasses
-import importlib.util
 import json
 import random
 import shutil
 import subprocess
 import sys
 from fractions import Fraction
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -17,6 +15,7 @@ from hypothesis import strategies as st
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_tokenizer
+from scripted import SCRIPTS, script
 
 from mlx_fd import roles
 from mlx_fd.config import EpisodeOptions, GenerationOptions, ModelOptions
@@ -36,17 +35,13 @@ from mlx_fd.models.student import make_student
 from mlx_fd.problems import arithmetic
 from mlx_fd.problems import load as load_problems
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_tiny.py"
+SCRIPT = SCRIPTS / "train_tiny.py"
 RETRAIN = "the prompts of roles.py are no longer those that the tiny pair was trained on: retrain"
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_tiny", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_tiny"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module", name="script")
+def train_tiny():
+    return script("train_tiny")
 
 
 @pytest.fixture(scope="module")

@@ -113,9 +113,9 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_is_done(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_real_run_is_tracked_and_so_is_what_was_added_to_it(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("tensorboard")
-    run = tmp_path / "run"
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """The command line in this process: what it prints with --json."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["mlx-fd", *map(str, arguments), "--json"])
@@ -123,6 +123,13 @@ def test_a_real_run_is_tracked_and_so_is_what_was_added_to_it(tmp_path, monkeypa
             cli.main()
         assert ended.value.code == 0
         return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def test_a_real_run_is_tracked_and_so_is_what_was_added_to_it(tmp_path, call):
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "run"
 
     small = {"episodes": 4, "batch-size": 2, "probe-size": 2, "exam-size": 0, "kd-steps": 1}
     options = [text for name, value in small.items() for text in (f"--{name}", value)]
@@ -142,16 +149,9 @@ def test_a_real_run_is_tracked_and_so_is_what_was_added_to_it(tmp_path, monkeypa
     assert (run / "report.html").is_file()
 
 
-def test_self_distillation_is_tracked_by_the_same_names(tmp_path, monkeypatch, capsys):
+def test_self_distillation_is_tracked_by_the_same_names(tmp_path, call):
     pytest.importorskip("tensorboard")
     run = tmp_path / "run"
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mlx-fd", *map(str, arguments), "--json"])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert ended.value.code == 0
-        return json.loads(capsys.readouterr().out)
 
     small = {"episodes": 4, "batch-size": 2, "probe-size": 2, "probe-every": 1, "lora-rank": 2}
     options = [text for name, value in small.items() for text in (f"--{name}", value)]

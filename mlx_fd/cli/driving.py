@@ -8,35 +8,35 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_fd.cli.stopping import Stopped, explained, stopping_on_signals
+from mlx_fd.tracking import Tracking
+
+if TYPE_CHECKING:
+    from mlx_fd.session import Plan
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that passed every check.
+    """What is the kind's own in a run that passed every check.
 
     Attributes:
         models: which models, in words.
-        worries: what the user should know before it begins.
         opened: loads the models, and gives what runs: of a report and a stop, a summary or
             ``None``.
-        create: makes the run directory; ``None``: it is there, and its lock is held.
         display: takes a console and ``quiet``.
         table: of the summary.
-        tracking: of something that takes warnings, a context manager that takes events, too.
+        readme: of the run directory.
     """
 
     models: str
-    worries: list[str]
     opened: Callable[[], Callable[..., dict[str, Any] | None]]
-    create: Callable[[], None] | None
     display: Callable[..., Any]
     table: Callable[[dict[str, Any]], Any]
-    tracking: Callable[[Callable[[str], None]], Any]
+    readme: str
 
 
 def new_folder() -> Path:
@@ -49,8 +49,28 @@ def new_folder() -> Path:
     return folder
 
 
-def drive(folder: Path, job: Job, as_json: bool, quiet: bool) -> None:
+def drive(
+    folder: Path,
+    plan: Plan,
+    job: Job,
+    worries: list[str],
+    trackers: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    *,
+    new: bool,
+) -> None:
     """Run, show it, and print what came of it.
+
+    Args:
+        folder: the run directory; where the run is not ``new`` it is there, and its lock is held.
+        plan: what is run.
+        job: what is the kind's own in it.
+        worries: what the user should know before it begins, beside the plan's notes.
+        trackers: names from :data:`mlx_fd.tracking.TRACKERS`.
+        as_json: print the summary as JSON.
+        quiet: warnings and the result only.
+        new: the run begins.
 
     Raises:
         Stopped: a signal ended it, and it can go on.
@@ -60,6 +80,7 @@ def drive(folder: Path, job: Job, as_json: bool, quiet: bool) -> None:
 
     from mlx_fd import runs
     from mlx_fd.backend import backend
+    from mlx_fd.config import to_toml
     from mlx_fd.events import Event, Note, Warned
 
     # With --json, standard output belongs to the script that reads it.
@@ -68,19 +89,21 @@ def drive(folder: Path, job: Job, as_json: bool, quiet: bool) -> None:
         display = held.enter_context(job.display(console, quiet=quiet))
         display(Note(f"run directory: {folder}"))
         display(Note(f"{job.models}, {backend().device}"))
-        for text in job.worries:
+        for text in (*plan.notes, *worries):
             display(Warned(text))
         if backend().device == "metal":
             display(
                 Note("a sleeping Mac stops the run: `caffeinate -is mlx-fd ...` keeps it awake")
             )
         run = job.opened()
-        if job.create is not None:
+        if new:
             # Only now: models that cannot be loaded leave no run behind.
             held.enter_context(runs.locked(folder))
             with runs.explained(folder):
-                job.create()
-        tracking = held.enter_context(job.tracking(lambda text: display(Warned(text))))
+                runs.create(folder, to_toml(plan.config), plan.manifest, job.readme)
+        tracking = held.enter_context(
+            Tracking(trackers, folder, plan.manifest["options"], lambda text: display(Warned(text)))
+        )
 
         def report(event: Event) -> None:
             for listener in (display, tracking):

@@ -22,7 +22,7 @@ from mlx_fd.cli.options import (
 )
 from mlx_fd.config import PRESETS, read
 from mlx_fd.errors import UserError
-from mlx_fd.tracking import Tracking, check_installed
+from mlx_fd.tracking import check_installed
 
 
 @with_configuration
@@ -143,10 +143,9 @@ def _run(
     *,
     new: bool,
 ) -> None:
-    from mlx_fd.config import to_toml
     from mlx_fd.display import Display, summary_table
     from mlx_fd.loop import run
-    from mlx_fd.runs import create
+    from mlx_fd.runs import README
     from mlx_fd.session import open_pair
 
     models = plan.config.models
@@ -157,17 +156,6 @@ def _run(
             folder, plan.config, pair, plan.probe, plan.problems, report, stop, plan.exam()
         )
 
-    drive(
-        folder,
-        Job(
-            f"expert {models.expert}, student {models.student}",
-            [*plan.notes, *worries],
-            opened,
-            (lambda: create(folder, to_toml(plan.config), plan.manifest)) if new else None,
-            Display,
-            summary_table,
-            lambda warn: Tracking(trackers, folder, plan.manifest["options"], warn),
-        ),
-        as_json,
-        quiet,
-    )
+    names = f"expert {models.expert}, student {models.student}"
+    job = Job(names, opened, Display, summary_table, README)
+    drive(folder, plan, job, worries, trackers, as_json, quiet, new=new)

@@ -21,7 +21,7 @@ from mlx_fd.cli.options import (
 from mlx_fd.config import OPTIONS, Config, read
 from mlx_fd.errors import UserError
 from mlx_fd.selfdistill.methods import CUSTOM, DEFAULT_MODEL, METHODS, PRESETS, configured
-from mlx_fd.tracking import Tracking, check_installed
+from mlx_fd.tracking import check_installed
 
 # Options of the loop that have a meaning here, beside all of the method's.
 _SHARED = (
@@ -156,8 +156,6 @@ def start(
     new: bool,
 ) -> None:
     """Begin a run or go on with it, and show it."""
-    from mlx_fd import runs
-    from mlx_fd.config import to_toml
     from mlx_fd.selfdistill.display import SelfDisplay, summary_table
     from mlx_fd.selfdistill.session import README, open_models
     from mlx_fd.selfdistill.training import run
@@ -171,20 +169,9 @@ def start(
         )
 
     critic = f", critic {options.critic}" if options.critic else ""
-    drive(
-        folder,
-        Job(
-            f"{plan.config.models.student}{critic}, method {options.method}: context "
-            f"{options.context}, objective {options.objective}, teacher {options.self_teacher}",
-            [*plan.notes, *worries],
-            opened,
-            (lambda: runs.create(folder, to_toml(plan.config), plan.manifest, README))
-            if new
-            else None,
-            SelfDisplay,
-            summary_table,
-            lambda warn: Tracking(trackers, folder, plan.manifest["options"], warn),
-        ),
-        as_json,
-        quiet,
+    names = (
+        f"{plan.config.models.student}{critic}, method {options.method}: context "
+        f"{options.context}, objective {options.objective}, teacher {options.self_teacher}"
     )
+    job = Job(names, opened, SelfDisplay, summary_table, README)
+    drive(folder, plan, job, worries, trackers, as_json, quiet, new=new)

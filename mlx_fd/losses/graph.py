@@ -308,7 +308,7 @@ def top_k_divergence_rows(
     if math.isfinite(clip):
         compare = partial(clipped_divergence_rows, beta=beta, temperature=1.0, clip=clip)
     rows = student_logits.astype(mx.float32)
-    rows = (rows - rows.max(axis=-1, keepdims=True)) * (1 / temperature)
+    rows = (rows - _max(rows)) * (1 / temperature)
     ours = mx.take_along_axis(rows, indices, axis=-1)
     theirs = values.astype(mx.float32) * (1 / temperature) - log_sum_exp[:, None]
     if not tail or indices.shape[-1] == rows.shape[-1]:
@@ -316,7 +316,7 @@ def top_k_divergence_rows(
         slope = mx.put_along_axis(mx.zeros_like(rows), indices, slope, axis=-1)
     else:
         others = mx.put_along_axis(rows, indices, mx.array(-math.inf), axis=-1)
-        top = others.max(axis=-1, keepdims=True)
+        top = _max(others)
         powers = _exp(others - top)
         total = _sum(powers)
         # Of a sum of float32 no more is known; a reverse KL would take a 0 at its word.

@@ -58,15 +58,17 @@ class Head:
                 written over them, tile by tile: fresh memory from the system costs as much as ten
                 operations.
         """
-        if self.widen or (used is not None and self._can_tile):
+        if self.widen or (used is not None and self._tiled):
             wide = hidden.astype(mx.float32) if self.widen else hidden
             logits = mx.zeros((len(hidden), len(self.weight)), wide.dtype) if used is None else used
-            parts: list[mx.array] = []
+            done: list[mx.array] = []
             for tile in self._tiles(len(hidden)):
-                part = wide @ self._rows(tile, parts).T
-                parts = [part if self.bias is None else part + self.bias[tile]]
+                part = wide @ self._rows(tile, done).T
+                done = [part]
+                if self.bias is not None:
+                    part = part + self.bias[tile]
                 # In place, as nothing else needs the array as it was.
-                logits = mx.slice_update(logits, parts[0], mx.array([tile.start]), (1,))
+                logits = mx.slice_update(logits, part, mx.array([tile.start]), (1,))
             return logits
         if self.packing:
             logits = mx.quantized_matmul(hidden, self.weight, **self.packing)
@@ -81,7 +83,7 @@ class Head:
             slope: float32, or the type of the logits.
             dtype: of the hidden states, in which the product is made unless the head widens.
         """
-        if self.widen or self._can_tile:
+        if self._tiled:
             sums: list[mx.array] = []
             for tile in self._tiles(len(slope)):
                 part = slope[:, tile] @ self._rows(tile, sums)
@@ -117,15 +119,16 @@ class Head:
         return product.astype(mx.float32)
 
     @property
-    def _can_tile(self) -> bool:
-        return backend().on_cpu and not self.packing
+    def _tiled(self) -> bool:
+        """Whether products are made a tile of the vocabulary at a time."""
+        return self.widen or (backend().on_cpu and not self.packing)
 
     def _tiles(self, n: int) -> list[slice]:
         """Parts of the vocabulary, for products with n rows."""
         packed = 32 // self.packing["bits"] if self.packing else 1
         a_row = 4 * self.weight.shape[1] * packed
-        tile = _TILE_BYTES // a_row if self.widen else max(_NARROWEST, _LOGITS_BYTES // (4 * n))
-        tile = max(1, tile)
+        of_logits = max(_NARROWEST, _LOGITS_BYTES // (4 * n))
+        tile = max(1, _TILE_BYTES // a_row) if self.widen else of_logits
         return [slice(at, at + tile) for at in range(0, self.weight.shape[0], tile)]
 
     def _rows(self, tile: slice, after: list[mx.array]) -> mx.array:
