@@ -28,6 +28,7 @@ EPISODES = "episodes.jsonl"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 ATTEMPTS = "attempts.jsonl"
+HEADROOM = "headroom.json"
 LOGS = (EPISODES, METRICS, SAMPLES, ATTEMPTS)
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"

@@ -78,7 +78,7 @@ def opened(browser, pages):
         )
         page.goto((pages / f"{name}.html").as_uri())
         page.wait_for_selector("html[data-charts=drawn]")
-        page.wait_for_selector("#episode h3")
+        page.wait_for_selector("#record h3")
         return page
 
     yield open_page
@@ -89,7 +89,7 @@ def opened(browser, pages):
 
 def wait_title(page, title):
     page.wait_for_function(
-        "title => document.querySelector('#episode h3')?.textContent === title", arg=title
+        "title => document.querySelector('#record h3')?.textContent === title", arg=title
     )
 
 
@@ -129,12 +129,12 @@ def test_search_finds_words_in_any_text(opened):
     assert count(page) == "130 of 130 episodes"
     page.fill("#search", "ZEBRA question")
     wait_count(page, "1 of 130 episodes")
-    assert page.inner_text("#episode h3") == "Episode 11"
+    assert page.inner_text("#record h3") == "Episode 11"
     page.fill("#search", "problem-00104")
     wait_count(page, "1 of 130 episodes")
     page.fill("#search", "no such words")
     wait_count(page, "0 of 130 episodes")
-    assert "No episode" in page.inner_text("#episode")
+    assert "No episode" in page.inner_text("#record")
 
 
 def test_filters(opened):
@@ -165,7 +165,7 @@ def test_the_keyboard_is_enough(opened):
     page.focus("#earlier")
     page.keyboard.press("Enter")
     page.focus("#list button[tabindex='0']")
-    title = """title => document.querySelector('#episode h3').textContent === title
+    title = """title => document.querySelector('#record h3').textContent === title
         && document.activeElement.getAttribute('aria-current') === 'true'"""
     for key, shown in (
         ("ArrowDown", 1),
@@ -224,7 +224,7 @@ def test_nothing_a_model_wrote_does_harm(opened):
     assert not page.query_selector_all("main img, main iframe, main b, figure a[href]")
     page.evaluate("document.querySelectorAll('#list button')[0].click()")
     wait_title(page, "Episode 0")
-    shown = page.inner_text("#episode")
+    shown = page.inner_text("#record")
     assert "<script>window.harmed = 1</script>" in shown
     assert "\u2400\u2401" in shown  # control characters, as pictures
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -233,12 +233,12 @@ def test_nothing_a_model_wrote_does_harm(opened):
 def test_a_long_text_is_folded_and_whole(opened):
     page = opened("hostile")
     page.evaluate("document.querySelectorAll('#list button')[3].click()")
-    button = page.wait_for_selector("#episode button[aria-expanded]")
+    button = page.wait_for_selector("#record button[aria-expanded]")
     assert button.inner_text() == "Show all 100,000 characters"
     button.click()
     assert button.get_attribute("aria-expanded") == "true"
     assert page.evaluate(
-        "[...document.querySelectorAll('#episode pre')].some(p => p.textContent.length === 100000)"
+        "[...document.querySelectorAll('#record pre')].some(p => p.textContent.length === 100000)"
     )
 
 

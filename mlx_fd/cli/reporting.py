@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mlx_fd.cli.options import PathType, debug_option, json_option, quiet_option
 
+if TYPE_CHECKING:
+    from mlx_fd.report.reading import LoopRun
+    from mlx_fd.report.self_reading import SelfRun
+
 _FILE = "report.html"
+
+
+def _counted(run: LoopRun | SelfRun) -> dict[str, int]:
+    """How many records a run has, by what they are called."""
+    from mlx_fd.report.reading import LoopRun
+
+    if isinstance(run, LoopRun):
+        return {"episodes": len(run.episodes)}
+    return {"attempts": len(run.attempts)}
 
 
 @click.command(
@@ -18,6 +32,7 @@ Examples:
   mlx-fd report runs/20260101-120000
   mlx-fd report runs/20260101-120000 --open
   mlx-fd report runs/seed0 runs/seed1 runs/seed2 --out seeds.html
+  mlx-fd report runs/grpo runs/step-critique --out methods.html
 """,
 )
 @click.argument("runs", type=PathType(), nargs=-1, required=True, metavar="RUN [RUN ...]")
@@ -31,7 +46,8 @@ Examples:
     "--episodes",
     type=click.IntRange(min=1),
     metavar="N",
-    help="How many episodes of each run to put in, evenly spread. [default: all]",
+    help="How many episodes (of self-distillation: attempts) of each run to put in, evenly "
+    "spread. [default: all]",
 )
 @click.option("--open", "opened", is_flag=True, help="Open the page in the browser.")
 @json_option
@@ -48,7 +64,8 @@ def report(
 ) -> None:
     """Make one HTML page of a run, or of several beside each other.
 
-    RUN is a run's directory, finished or not. The page needs no network and nothing beside it.
+    RUN is the directory of a run of `mlx-fd loop` or `mlx-fd self-distill`, finished or not; those
+    on one page are of one kind. The page needs no network and nothing beside it.
     """
     from rich.console import Console
 
@@ -74,7 +91,7 @@ def report(
                     "run": str(run.folder),
                     "name": run.name,
                     "finished": run.finished,
-                    "episodes": len(run.episodes),
+                    **_counted(run),
                     "missing": run.missing,
                 }
                 for run in found

@@ -1,10 +1,8 @@
-"""The report's charts: rows in, Vega-Lite specifications out."""
+"""The charts of runs of the loop: rows in, Vega-Lite specifications out."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -12,136 +10,13 @@ import altair as alt
 from mlx_fd.display import EXAM_NAMES
 from mlx_fd.evaluation.names import is_share, shown_name
 from mlx_fd.pareto.names import KINDS, kind_of
+from mlx_fd.report import drawing as draw
+from mlx_fd.report.drawing import Figure
 from mlx_fd.report.frontier import loss_layers
-from mlx_fd.report.reading import Run
-from mlx_fd.report.tables import STEP_NAMES, Table, losses_table, measures_of, steps_table
-from mlx_fd.report.theme import PAGE, themed
-from mlx_fd.summary import wilson
-
-# Bins of the accuracy curve: a batch alone is too few episodes for an interval worth drawing.
-_BINS = 16
-_HEIGHT = 220
-# Batches of a curve that can be pointed at, at most.
-_POINTS = 100
-# Rows are put in at the end: Altair copies data with every step of making a chart.
-_ROWS, _MARKS = alt.NamedData(name="rows"), alt.NamedData(name="marks")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart and what stands in its place for those who do not see it.
-
-    Attributes:
-        title: what it shows.
-        says: the same in a sentence or two, with the numbers that matter.
-        specification: Vega-Lite.
-        table: the numbers, where ``says`` does not have them all.
-        wide: whether it takes the page's whole width.
-    """
-
-    title: str
-    says: str
-    specification: dict[str, Any]
-    table: Table | None = None
-    wide: bool = False
-
-
-def _figure(
-    title: str,
-    says: str,
-    chart: Any,
-    rows: Iterable[Mapping[str, Any]],
-    *,
-    marks: Iterable[Mapping[str, Any]] = (),
-    table: Table | None = None,
-    wide: bool = False,
-) -> Figure:
-    specification = themed(chart.properties(width="container"))
-    specification["datasets"] = {"rows": list(rows), "marks": list(marks)}
-    return Figure(title, says, specification, table, wide)
-
-
-def _batches(runs: Sequence[Run]) -> int:
-    """How many batches the longest run has."""
-    return max((row["batch"] + 1 for run in runs for row in run.metrics), default=1)
-
-
-def _every(runs: Sequence[Run]) -> int:
-    """Which batches can be pointed at: each is an element of the page."""
-    return math.ceil(_batches(runs) / _POINTS)
-
-
-def _along(runs: Sequence[Run]) -> alt.X:
-    """The batches, along a chart."""
-    return alt.X(
-        "batch:Q",
-        title="batches done",
-        scale=alt.Scale(domain=[0, _batches(runs)], nice=False),
-        axis=alt.Axis(tickMinStep=1, grid=False, format="d"),
-    )
-
-
-def _colour(field: str, names: Sequence[str], *, legend: bool = True) -> alt.Color:
-    """The palette's colours in the order of the names, the same in every chart of these names."""
-    colours = [PAGE.series[place % len(PAGE.series)] for place in range(len(names))]
-    scale = alt.Scale(domain=list(names), range=colours)
-    return alt.Color(f"{field}:N", scale=scale, legend=alt.Legend() if legend else None)
-
-
-def _with_points(base: alt.Chart, every: int = 1) -> alt.LayerChart:
-    """A line whose points show themselves, and their numbers, when they are pointed at.
-
-    Args:
-        base: the chart, without a mark.
-        every: where it is above 1, only batches that it divides can be pointed at.
-    """
-    hovered = alt.selection_point(on="pointerover", clear="pointerout", empty=False)
-    points = base.mark_point(size=150, filled=True, strokeOpacity=0).encode(
-        opacity=alt.condition(hovered, alt.value(1), alt.value(0))
-    )
-    if every > 1:
-        points = points.transform_filter(f"datum.batch % {every} == 0")
-    return base.mark_line() + points.add_params(hovered)
-
-
-def _marks(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Where students froze and thawed, with the reasons."""
-    found = []
-    for run in runs:
-        frozen = False
-        for row in run.metrics:
-            if row["frozen"] == frozen:
-                continue
-            frozen = row["frozen"]
-            found.append(
-                {
-                    "run": run.name,
-                    "batch": row["batch"] + 1,
-                    "what": "freeze" if frozen else "thaw",
-                    "reason": _reason(row),
-                }
-            )
-    return found
-
-
-def _reason(row: Mapping[str, Any]) -> str:
-    if row["stop"]:
-        return str(row["stop"]["reason"])
-    # Only the audited samples can thaw a student without a look at the probe set.
-    return "the losses on audited samples have risen"
-
-
-def _rules() -> alt.LayerChart:
-    """The marks, as upright lines."""
-    base = alt.Chart(_MARKS).encode(x="batch:Q", tooltip=["run:N", "batch:Q", "what:N", "reason:N"])
-    rule = base.mark_rule(strokeDash=[2, 3], strokeWidth=1.5, color=PAGE.soft)
-    return rule + base.mark_text(align="left", baseline="top", dx=4, color=PAGE.soft).encode(
-        y=alt.value(0), text="what:N"
-    )
-
-
-def _layered(*charts: Any) -> Any:
-    return alt.layer(*(chart for chart in charts if chart is not None)).properties(height=_HEIGHT)
+from mlx_fd.report.reading import LoopRun
+from mlx_fd.report.run import Run
+from mlx_fd.report.tables import STEP_NAMES, losses_table, measures_of, steps_table
+from mlx_fd.report.theme import PAGE
 
 
 def loss_figures(runs: Sequence[Run]) -> list[Figure]:
@@ -149,10 +24,11 @@ def loss_figures(runs: Sequence[Run]) -> list[Figure]:
     losses = list(
         dict.fromkeys(name for run in runs for row in run.metrics for name in row["weights"])
     )
-    return [figure for name in losses if (figure := _loss_figure(runs, name))]
+    return [figure for name in losses if (figure := loss_figure(runs, name))]
 
 
-def _loss_figure(runs: Sequence[Run], loss: str) -> Figure | None:
+def loss_figure(runs: Sequence[Run], loss: str) -> Figure | None:
+    """One loss: on the probe set, and in the updates."""
     rows = []
     for run in runs:
         held_out = [(0, run.probe_first.get(loss))] + [
@@ -173,12 +49,12 @@ def _loss_figure(runs: Sequence[Run], loss: str) -> Figure | None:
         return None
     several = len(runs) > 1
     colour = (
-        _colour("run", [run.name for run in runs])
+        draw.colour("run", [run.name for run in runs])
         if several
-        else _colour("on", ["held out", "learned from"])
+        else draw.colour("on", ["held out", "learned from"])
     )
-    base = alt.Chart(_ROWS).encode(
-        x=_along(runs),
+    base = alt.Chart(draw.ROWS).encode(
+        x=draw.along(runs),
         y=alt.Y("loss:Q", title=None, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5)),
         color=colour,
         strokeDash=alt.StrokeDash(
@@ -187,12 +63,12 @@ def _loss_figure(runs: Sequence[Run], loss: str) -> Figure | None:
         ),
         tooltip=["run:N", "on:N", "batch:Q", alt.Tooltip("loss:Q", format=".4g")],
     )
-    return _figure(
+    return draw.figure(
         f"{loss} loss",
         _loss_says(runs, loss),
-        _layered(_with_points(base, _every(runs)), _rules()),
+        draw.layered(draw.with_points(base, draw.every(runs)), draw.rules()),
         rows,
-        marks=_marks(runs),
+        marks=draw.marks(runs),
         table=losses_table(runs, loss),
     )
 
@@ -204,7 +80,7 @@ def _loss_says(runs: Sequence[Run], loss: str) -> str:
         last = run.totals["probe"]["after"].get(loss)
         if first and last is not None:
             parts.append(
-                f"{_whose(run, runs)}{first:.3g} to {last:.3g} on held-out problems "
+                f"{draw.whose(run, runs)}{first:.3g} to {last:.3g} on held-out problems "
                 f"({last / first - 1:+.0%})"
             )
     return "; ".join(parts) + "." if parts else "Not measured on held-out problems."
@@ -220,20 +96,20 @@ def weight_figure(run: Run) -> Figure | None:
     if not rows:
         return None
     names = list(dict.fromkeys(row["loss"] for row in rows))
-    base = alt.Chart(_ROWS).encode(
-        x=_along([run]),
+    base = alt.Chart(draw.ROWS).encode(
+        x=draw.along([run]),
         y=alt.Y("weight:Q", title=None, scale=alt.Scale(domainMin=0)),
-        color=_colour("loss", names),
+        color=draw.colour("loss", names),
         tooltip=["loss:N", "batch:Q", alt.Tooltip("weight:Q", format=".3f")],
     )
     last = run.metrics[-1]["weights"]
     says = "At the end: " + ", ".join(f"{name} {value:.2f}" for name, value in last.items()) + "."
-    return _figure(
+    return draw.figure(
         "Weights of the losses",
         says,
-        _layered(_with_points(base, _every([run])), _rules()),
+        draw.layered(draw.with_points(base, draw.every([run])), draw.rules()),
         rows,
-        marks=_marks([run]),
+        marks=draw.marks([run]),
     )
 
 
@@ -248,10 +124,10 @@ def gain_figure(run: Run) -> Figure | None:
     if not rows:
         return None
     names = list(dict.fromkeys(row["loss"] for row in rows))
-    base = alt.Chart(_ROWS).encode(
-        x=_along([run]),
+    base = alt.Chart(draw.ROWS).encode(
+        x=draw.along([run]),
         y=alt.Y("gain:Q", title=None, axis=alt.Axis(format="%")),
-        color=_colour("loss", names),
+        color=draw.colour("loss", names),
         tooltip=["loss:N", "batch:Q", alt.Tooltip("gain:Q", format=".1%")],
     )
     threshold = run.manifest["options"].get("stop_threshold")
@@ -266,14 +142,15 @@ def gain_figure(run: Run) -> Figure | None:
     last = next(row["stop"]["gains"] for row in reversed(run.metrics) if row["stop"])
     says = "At the last look: " + ", ".join(f"{name} {value:.0%}" for name, value in last.items())
     marks = "".join(
-        f" {m['what'].capitalize()} after batch {m['batch']}: {m['reason']}." for m in _marks([run])
+        f" {m['what'].capitalize()} after batch {m['batch']}: {m['reason']}."
+        for m in draw.marks([run])
     )
-    return _figure(
+    return draw.figure(
         "Gains on the probe set",
         f"{says}.{above}{marks}",
-        _layered(_with_points(base, _every([run])), line, _rules()),
+        draw.layered(draw.with_points(base, draw.every([run])), line, draw.rules()),
         rows,
-        marks=_marks([run]),
+        marks=draw.marks([run]),
     )
 
 
@@ -286,12 +163,12 @@ def _decision(row: Mapping[str, Any]) -> str:
     return _DECISIONS[0] if row["gate"]["distilled"] else _DECISIONS[1]
 
 
-def decision_figure(run: Run) -> Figure | None:
+def decision_figure(run: LoopRun) -> Figure | None:
     """What the gate decided for the episodes."""
     if not run.episodes:
         return None
     rows = []
-    for chunk in _binned(run.episodes):
+    for chunk in draw.binned(run.episodes):
         below = 0
         for name in _DECISIONS:
             count = sum(_decision(row) == name for row in chunk)
@@ -301,14 +178,14 @@ def decision_figure(run: Run) -> Figure | None:
             )
             below += count
     base = (
-        alt.Chart(_ROWS)
+        alt.Chart(draw.ROWS)
         .mark_rect(stroke=PAGE.back, strokeWidth=1)
         .encode(
             x=alt.X("first:Q", title="episodes", axis=alt.Axis(grid=False, format="d")),
             x2="last:Q",
             y=alt.Y("from:Q", title=None),
             y2="to:Q",
-            color=_colour("decision", _DECISIONS),
+            color=draw.colour("decision", _DECISIONS),
             tooltip=[
                 "decision:N",
                 "episodes:Q",
@@ -323,67 +200,21 @@ def decision_figure(run: Run) -> Figure | None:
         + ", ".join(f"{n} {name}" for name, n in counts.items())
         + "."
     )
-    return _figure("The gate, by episode", says, base.properties(height=_HEIGHT), rows)
+    return draw.figure("The gate, by episode", says, base.properties(height=draw.HEIGHT), rows)
 
 
-def _binned(rows: Sequence[dict[str, Any]]) -> list[Sequence[dict[str, Any]]]:
-    size = max(1, math.ceil(len(rows) / _BINS))
-    return [rows[begin : begin + size] for begin in range(0, len(rows), size)]
-
-
-def accuracy_figure(runs: Sequence[Run]) -> Figure | None:
+def accuracy_figure(runs: Sequence[LoopRun]) -> Figure | None:
     """First and final answers that are right, along the run."""
-    names = ("first answers", "final answers")
-    rows = []
-    for run in runs:
-        for chunk in _binned(run.episodes):
-            for name, key in zip(names, ("correct_before", "correct_after"), strict=True):
-                right = sum(row[key] for row in chunk)
-                low, high = wilson(right, len(chunk))
-                rows.append(
-                    {
-                        "run": run.name,
-                        "answers": name,
-                        "episode": (chunk[0]["episode"] + chunk[-1]["episode"]) / 2,
-                        "right": right / len(chunk),
-                        "low": low,
-                        "high": high,
-                        "n": len(chunk),
-                    }
-                )
-    if not rows:
-        return None
-    several = len(runs) > 1
-    colour = _colour("run", [run.name for run in runs]) if several else _colour("answers", names)
-    tooltip: list[Any] = [
-        "run:N",
-        "answers:N",
-        alt.Tooltip("right:Q", format=".1%"),
-        alt.Tooltip("low:Q", format=".1%"),
-        alt.Tooltip("high:Q", format=".1%"),
-        "n:Q",
-    ]
-    base = alt.Chart(_ROWS).encode(
-        x=alt.X("episode:Q", title="episodes", axis=alt.Axis(grid=False, format="d")),
-        y=alt.Y("right:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
-        color=colour,
-        tooltip=tooltip,
+    return draw.accuracy_along(
+        "Right answers along the run",
+        " ".join(_accuracy_says(run, len(runs) > 1) for run in runs),
+        {run.name: run.episodes for run in runs},
+        "episode",
+        {"first answers": "correct_before", "final answers": "correct_after"},
     )
-    dash = alt.Scale(domain=list(names), range=[[4, 3], [1, 0]])
-    dashed = base.encode(strokeDash=alt.StrokeDash("answers:N", scale=dash))
-    band = None
-    if not several:
-        band = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q"), y2="high:Q")
-    says = (
-        f"Each point is {rows[0]['n']} episodes; "
-        + ("the bands are" if band else "pointing at one gives its")
-        + " 95 % Wilson intervals. "
-        + " ".join(_accuracy_says(run, several) for run in runs)
-    )
-    return _figure("Right answers along the run", says, _layered(band, _with_points(dashed)), rows)
 
 
-def _accuracy_says(run: Run, several: bool) -> str:
+def _accuracy_says(run: LoopRun, several: bool) -> str:
     def share(name: str) -> str:
         value = run.totals["accuracy"][name]
         return f"{value['right'] / value['n']:.1%}" if value["n"] else "-"
@@ -415,10 +246,10 @@ def exam_figure(runs: Sequence[Run]) -> Figure | None:
     ]
     who = list(dict.fromkeys(row["who"] for row in rows))
     measures = list(dict.fromkeys(row["measure"] for row in rows))
-    base = alt.Chart(_ROWS).encode(
+    base = alt.Chart(draw.ROWS).encode(
         y=alt.Y("measure:N", title=None, sort=None, axis=alt.Axis(labelLimit=240, grid=True)),
         yOffset=alt.YOffset("who:N", sort=None),
-        color=_colour("who", who),
+        color=draw.colour("who", who),
         tooltip=[
             "measure:N",
             "who:N",
@@ -433,7 +264,7 @@ def exam_figure(runs: Sequence[Run]) -> Figure | None:
     ) + base.mark_point(filled=True, size=70, opacity=1).encode(x="value:Q")
     step = 14 * len(who)
     says = "Points are the student's results on held-out questions, lines 95 % bootstrap intervals."
-    return _figure(
+    return draw.figure(
         "Examination before and after",
         says,
         chart.properties(height=len(measures) * step + 10),
@@ -444,31 +275,6 @@ def exam_figure(runs: Sequence[Run]) -> Figure | None:
 
 def _exam_name(name: str) -> str:
     return EXAM_NAMES.get(name, name).removeprefix("exam: ")
-
-
-def _bars(runs: Sequence[Run], rows: list[dict[str, Any]], kinds: Sequence[str], unit: str) -> Any:
-    steps = list(dict.fromkeys(row["step"] for row in rows))
-    several = len(runs) > 1
-    chart = (
-        alt.Chart(_ROWS)
-        .mark_bar(height={"band": 0.8})
-        .encode(
-            x=alt.X("value:Q", title=unit, axis=alt.Axis(tickCount=5, format="~s")),
-            y=alt.Y("step:N", title=None, sort=None, axis=alt.Axis(labelLimit=200)),
-            color=_colour("kind", kinds, legend=len(kinds) > 1)
-            if not several or len(kinds) > 1
-            else _colour("run", [run.name for run in runs]),
-            tooltip=[
-                "run:N",
-                "step:N",
-                "kind:N",
-                alt.Tooltip("value:Q", format=",.0f", title=unit),
-            ],
-        )
-    )
-    if several:
-        chart = chart.encode(yOffset=alt.YOffset("run:N", sort=None))
-    return chart.properties(height=len(steps) * (14 + 12 * len(runs)))
 
 
 def budget_figures(runs: Sequence[Run]) -> list[Figure]:
@@ -493,33 +299,29 @@ def budget_figures(runs: Sequence[Run]) -> list[Figure]:
     ]
     figures = []
     if tokens:
-        chart = _bars(runs, tokens, [*kinds.values(), "learned from"], "tokens")
+        chart = draw.bars(runs, tokens, [*kinds.values(), "learned from"], "tokens")
         says = "; ".join(
-            f"{_whose(run, runs)}{sum(run.totals['tokens'].values()):,.0f} "
+            f"{draw.whose(run, runs)}{sum(run.totals['tokens'].values()):,.0f} "
             f"tokens written, {sum(run.totals['prefilled'].values()):,.0f} read first"
             for run in runs
         )
         if len(runs) > 1:
             says += "; each step's bars are the runs in this order"
         figures.append(
-            _figure("Tokens by step", f"{says}.", chart, tokens, table=steps_table(runs))
+            draw.figure("Tokens by step", f"{says}.", chart, tokens, table=steps_table(runs))
         )
     if seconds:
         says = "; ".join(
-            f"{_whose(run, runs)}{run.totals['seconds']['total']:,.0f} seconds in all, with "
+            f"{draw.whose(run, runs)}{run.totals['seconds']['total']:,.0f} seconds in all, with "
             "what the steps do not count"
             for run in runs
         )
-        chart = _bars(runs, seconds, ["seconds"], "seconds")
-        figures.append(_figure("Time by step", f"{says}.", chart, seconds))
+        chart = draw.bars(runs, seconds, ["seconds"], "seconds")
+        figures.append(draw.figure("Time by step", f"{says}.", chart, seconds))
     return figures
 
 
-def _whose(run: Run, runs: Sequence[Run]) -> str:
-    return f"{run.name}: " if len(runs) > 1 else ""
-
-
-def pareto_figures(run: Run) -> list[Figure]:
+def pareto_figures(run: LoopRun) -> list[Figure]:
     """Each held-out loss against the cost, over stopping thresholds."""
     if not run.pareto or not run.pareto["points"]:
         return []
@@ -551,7 +353,12 @@ def _pareto_figure(pareto: Mapping[str, Any], cost: str, loss: str) -> Figure:
             f" Recommended: {best['stop_threshold']:g}, at {best['cost']:,.4g} "
             f"{cost.replace('_', ' ')} a {loss} loss of {best['loss']:.3g}."
         )
-    return _figure(f"{loss} loss against the cost", says, _layered(*loss_layers(_ROWS, cost)), rows)
+    return draw.figure(
+        f"{loss} loss against the cost",
+        says,
+        draw.layered(*loss_layers(draw.ROWS, cost)),
+        rows,
+    )
 
 
 def system_figure(found: Mapping[str, Any]) -> Figure | None:
@@ -566,7 +373,7 @@ def system_figure(found: Mapping[str, Any]) -> Figure | None:
         return None
     share = is_share(measure)
     form = ".1%" if share else ".3f"
-    base = alt.Chart(_ROWS).encode(
+    base = alt.Chart(draw.ROWS).encode(
         y=alt.Y("system:N", title=None, sort=None, axis=alt.Axis(labelLimit=260)),
         tooltip=[
             "system:N",
@@ -583,7 +390,7 @@ def system_figure(found: Mapping[str, Any]) -> Figure | None:
     ) + base.mark_point(filled=True, size=80, opacity=1, color=PAGE.series[0]).encode(x="value:Q")
     name = shown_name(measure).removesuffix(", %")
     says = "Points are the systems' values, lines 95 % intervals."
-    return _figure(
+    return draw.figure(
         f"{found['name']}: {name}",
         says,
         chart.properties(height=28 * len(rows)),

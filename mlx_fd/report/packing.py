@@ -1,4 +1,7 @@
-"""Episodes as they are kept in the page: compressed, in parts that are unpacked when looked at."""
+"""Records (episodes, attempts) as they are kept in the page: packed, in parts.
+
+A part is unpacked when one of its records is looked at.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Episodes unpacked at once.
+# Records unpacked at once.
 PART = 100
 _LISTED = 140
-# What the list can be filtered by; page.js reads the same numbers.
+# What the lists can be filtered by; episodes.js and attempts.js read the same numbers.
 RIGHT_BEFORE, RIGHT_AFTER, UNREADABLE, ALONE, LEARNED, CAPPED = 1, 2, 4, 8, 16, 32
+RIGHT, TEACHES, CUT, UNREAD, TOLD = 1, 2, 4, 8, 16
 
 
 def pack(value: Any) -> str:
@@ -32,8 +36,8 @@ def script_json(value: Any) -> str:
     return text.replace("<", "\\u003c")
 
 
-def listed(row: Mapping[str, Any]) -> list[Any]:
-    """An episode's line in the list: number, id, beginning of the question, flags, both scores."""
+def listed_episode(row: Mapping[str, Any]) -> list[Any]:
+    """An episode's line in the list: number, id, beginning of the question, flags."""
     expert, student = row["expert_feedback"], row["student_feedback"]
     unreadable = student["written_score"] is None or (expert and expert["score"] is None)
     flags = (
@@ -44,14 +48,33 @@ def listed(row: Mapping[str, Any]) -> list[Any]:
         | LEARNED * row["gate"]["distilled"]
         | CAPPED * bool(row["capped"])
     )
-    score = expert["score"] if expert else None
-    question = row["question"]
-    beginning = question[:_LISTED] + ("…" if len(question) > _LISTED else "")
-    return [row["episode"], row["id"], beginning, flags, score, student["score"]]
+    return [row["episode"], row["id"], _beginning(row["question"]), flags]
+
+
+def listed_attempt(row: Mapping[str, Any]) -> list[Any]:
+    """An attempt's line in the list: number, id, beginning of the question, flags."""
+    flags = (
+        RIGHT * row["correct"]
+        | TEACHES * row["teaches"]
+        | CUT * (not row["finished"])
+        | UNREAD * (row["final"] is None)
+        | TOLD * (row["teacher"] is not None)
+    )
+    return [row["attempt"], row["id"], _beginning(row["question"]), flags]
+
+
+def without_tokens(row: Mapping[str, Any]) -> dict[str, Any]:
+    """An attempt with its length in its tokens' place: nobody reads their ids."""
+    rest = {key: value for key, value in row.items() if key != "tokens"}
+    return {**rest, "length": len(row["tokens"])}
+
+
+def _beginning(question: str) -> str:
+    return question[:_LISTED] + ("…" if len(question) > _LISTED else "")
 
 
 def parts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The episodes, packed."""
+    """The records, packed."""
     return [pack(rows[begin : begin + PART]) for begin in range(0, len(rows), PART)]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ import jinja2
 
 from mlx_fd import __version__
 from mlx_fd.errors import UserError
-from mlx_fd.report import charts, packing, tables
-from mlx_fd.report.charts import Figure
-from mlx_fd.report.reading import Run
+from mlx_fd.report import charts, packing, self_charts, self_tables, tables
+from mlx_fd.report.drawing import Figure
+from mlx_fd.report.files import Row
+from mlx_fd.report.reading import LoopRun
+from mlx_fd.report.self_reading import SelfRun
 from mlx_fd.runs import failed_write, write_atomic
 
 _HERE = Path(__file__).parent / "static"
@@ -33,12 +35,34 @@ _LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class _Embedded:
-    """A run's episodes in the page."""
+    """A run's records in the page."""
 
     name: str
+    context: str
     total: int
     index: str
     parts: list[str]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a page of one kind of run is made of.
+
+    Attributes:
+        one: what a record is called; also, in the plural, the template and the script.
+        sections: ids and names.
+        rows: a run's records.
+        listed: a record's line in the list.
+        packed: a record as the page keeps it.
+        parts: what the template shows of the runs.
+    """
+
+    one: str
+    sections: Mapping[str, str]
+    rows: Callable[[Any], list[Row]]
+    listed: Callable[[Row], list[Any]]
+    packed: Callable[[Row], Row]
+    parts: Callable[[Any], dict[str, Any]]
 
 
 def check_out(path: Path) -> None:
@@ -77,28 +101,38 @@ def write_page(page: str, path: Path) -> None:
 
 
 def make_page(
-    runs: Sequence[Run],
+    runs: Sequence[LoopRun] | Sequence[SelfRun],
     most: int | None = None,
     told: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> str:
-    """The page of one run, or of several beside each other.
+    """The page of one run, or of several of a kind beside each other.
 
     Args:
         runs: what is reported.
-        most: how many episodes of each run to put in; all of them where it is ``None``.
+        most: how many records of each run to put in; all of them where it is ``None``.
         told: called with what is being made, how many of it are done, and of how many.
     """
+    kind = _SELF if isinstance(runs[0], SelfRun) else _LOOP
     embedded = []
     for done, run in enumerate(runs):
-        told("packing episodes", done, len(runs))
-        rows = packing.spread(run.episodes, most)
-        index = packing.pack([packing.listed(row) for row in rows])
-        embedded.append(_Embedded(run.name, len(run.episodes), index, packing.parts(rows)))
-    told("packing episodes", len(runs), len(runs))
+        told(f"packing {kind.one}s", done, len(runs))
+        every = kind.rows(run)
+        rows = packing.spread(every, most)
+        embedded.append(
+            _Embedded(
+                run.name,
+                str(run.manifest["options"].get("context", "")),
+                len(every),
+                packing.pack([kind.listed(row) for row in rows]),
+                packing.parts([kind.packed(row) for row in rows]),
+            )
+        )
+    told(f"packing {kind.one}s", len(runs), len(runs))
     told("drawing charts", 0, 1)
-    style, scripts = _asset("page.css"), (chart_library(), _asset("page.js"))
+    style = _asset("page.css")
+    scripts = (chart_library(), _asset(f"{kind.one}s.js") + _asset("page.js"))
     counts = [min(run.total, most or run.total) for run in embedded]
-    page = _template().render(
+    page = _template(f"{kind.one}s.html").render(
         version=__version__,
         policy=_policy(style, scripts),
         style=style,
@@ -107,12 +141,9 @@ def make_page(
         runs=runs,
         several=len(runs) > 1,
         title=f"{len(runs)} runs compared" if len(runs) > 1 else f"Run {runs[0].name}",
-        losses=charts.loss_figures(runs),
-        by_run=[(run, _gate_figures(run), tables.decision_table(run)) for run in runs],
-        accuracy=[found for found in (charts.accuracy_figure(runs),) if found],
-        exam=[found for found in (charts.exam_figure(runs),) if found],
-        budget=charts.budget_figures(runs),
-        pareto=[(run, charts.pareto_figures(run)) for run in runs if run.pareto],
+        one=kind.one,
+        many=f"{kind.one}s",
+        sections=kind.sections.items(),
         evaluations=[
             (
                 run,
@@ -124,21 +155,101 @@ def make_page(
         ],
         tables=tables,
         embedded=embedded,
-        episodes=sum(counts),
+        put_in=sum(counts),
         left_out=sum(run.total for run in embedded) - sum(counts),
         facts=packing.script_json(
             {
                 "part": packing.PART,
-                "runs": [{"name": run.name, "parts": len(run.parts)} for run in embedded],
+                "runs": [
+                    {"name": run.name, "context": run.context, "parts": len(run.parts)}
+                    for run in embedded
+                ],
             }
         ),
+        **kind.parts(runs),
     )
     told("drawing charts", 1, 1)
     # Half a surrogate pair, which JSON can spell, is nothing that a file can hold.
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
-def _gate_figures(run: Run) -> list[Figure]:
+def _loop_parts(runs: Sequence[LoopRun]) -> dict[str, Any]:
+    probes = tables.probe_table(runs)
+    return {
+        "lead": tables.lead,
+        "headlines": tables.headlines,
+        "totals": [tables.summary_table(runs), *([probes] if probes else [])],
+        "losses": charts.loss_figures(runs),
+        "by_run": [(run, _gate_figures(run), tables.decision_table(run)) for run in runs],
+        "accuracy": _there(charts.accuracy_figure(runs)),
+        "exam": _there(charts.exam_figure(runs)),
+        "budget": charts.budget_figures(runs),
+        "pareto": [(run, charts.pareto_figures(run)) for run in runs if run.pareto],
+        "origin": tables.origin_table(runs),
+    }
+
+
+def _self_parts(runs: Sequence[SelfRun]) -> dict[str, Any]:
+    return {
+        "lead": self_tables.lead,
+        "headlines": self_tables.headlines,
+        "totals": [self_tables.summary_table(runs)],
+        "method": self_tables.method_table(runs),
+        "headroom": self_tables.headroom_table(runs),
+        "learning": [
+            *_there(self_charts.held_out_figure(runs)),
+            *self_charts.update_figures(runs),
+        ],
+        "by_run": [
+            (run, _there(charts.gain_figure(run)), tables.decision_table(run)) for run in runs
+        ],
+        "statistics": self_charts.attempt_figures(runs),
+        "budget": self_charts.budget_figures(runs),
+        "origin": tables.origin_table(runs, "critic"),
+    }
+
+
+_LOOP = _Kind(
+    "episode",
+    {
+        "summary": "Summary",
+        "learning": "Learning",
+        "answers": "Answers",
+        "budget": "Budget",
+        "frontier": "Frontier",
+        "evaluation": "Evaluation",
+        "episodes": "Episodes",
+        "configuration": "Configuration",
+    },
+    lambda run: run.episodes,
+    packing.listed_episode,
+    lambda row: row,
+    _loop_parts,
+)
+_SELF = _Kind(
+    "attempt",
+    {
+        "summary": "Summary",
+        "method": "Method",
+        "learning": "Learning",
+        "statistics": "Statistics",
+        "budget": "Budget",
+        "evaluation": "Evaluation",
+        "attempts": "Attempts",
+        "configuration": "Configuration",
+    },
+    lambda run: run.attempts,
+    packing.listed_attempt,
+    packing.without_tokens,
+    _self_parts,
+)
+
+
+def _there(figure: Figure | None) -> list[Figure]:
+    return [figure] if figure else []
+
+
+def _gate_figures(run: LoopRun) -> list[Figure]:
     found = (charts.gain_figure(run), charts.weight_figure(run), charts.decision_figure(run))
     return [figure for figure in found if figure]
 
@@ -174,7 +285,7 @@ def _digest(text: str) -> str:
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -183,7 +294,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["script_json"] = _script_json
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def _script_json(value: Any) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 from mlx_fd.display import EXAM_NAMES, duration
 from mlx_fd.evaluation.names import is_share, shown_name
 from mlx_fd.pareto.names import METRICS, remarks_on
-from mlx_fd.report.reading import Run
+from mlx_fd.report.run import Run
 
-_NONE = "-"
+NONE = "-"
 STEP_NAMES = {
     "answer": "first answer",
     "student_feedback": "student's feedback",
@@ -65,7 +65,7 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Row], **options: 
 def estimate(value: Mapping[str, Any] | None, form: str = ".3f", sign: str = "") -> Cell:
     """A number with its 95 % interval and its n."""
     if value is None or value["value"] is None:
-        return Cell(_NONE)
+        return Cell(NONE)
     text = format(value["value"], f"{sign}{form}")
     if value["low"] is None or value["high"] is None:
         return Cell(text, f"n {value['n']}")
@@ -74,21 +74,23 @@ def estimate(value: Mapping[str, Any] | None, form: str = ".3f", sign: str = "")
     return Cell(text, f"{low} to {high}, n {value['n']}", strong=surely)
 
 
-def _share(value: Mapping[str, Any]) -> Cell:
+def share(value: Mapping[str, Any]) -> Cell:
+    """A share that is right, with its interval and its n."""
     if not value["n"]:
-        return Cell(_NONE)
+        return Cell(NONE)
     low, high = value["interval"]
     return Cell(f"{value['right'] / value['n']:.1%}", f"{low:.1%} to {high:.1%}, n {value['n']}")
 
 
-def _count(value: float | None) -> str:
-    return _NONE if value is None else f"{value:,.0f}"
+def count(value: float | None) -> str:
+    """A whole number."""
+    return NONE if value is None else f"{value:,.0f}"
 
 
 def lead(run: Run) -> str:
     """Who teaches whom, on what."""
     expert, student, problems = (
-        _shown(run.manifest[part].get("name", "unknown"))
+        shown(run.manifest[part].get("name", "unknown"))
         for part in ("expert", "student", "problems")
     )
     said = f"expert {expert}, student {student}, problems {problems}; "
@@ -100,8 +102,8 @@ def headlines(run: Run) -> list[tuple[str, Cell]]:
     """What one wants to know of a run first."""
     totals = run.totals
     found = [
-        ("first answers right", _share(totals["accuracy"]["first_answers"])),
-        ("final answers right", _share(totals["accuracy"]["final_answers"])),
+        ("first answers right", share(totals["accuracy"]["first_answers"])),
+        ("final answers right", share(totals["accuracy"]["final_answers"])),
     ]
     exam = totals.get("exam", {})
     for name, form in (("first_error_f1", ".1%"), ("solved", ".1%")):
@@ -124,52 +126,54 @@ def headlines(run: Run) -> list[tuple[str, Cell]]:
             "expert's feedback not asked for",
             Cell(
                 f"{feedback['not_asked']} of {totals['episodes']}",
-                f"about {_count(feedback['tokens_saved'])} tokens saved",
+                f"about {count(feedback['tokens_saved'])} tokens saved",
             ),
         )
     )
-    found.append(("time", Cell(duration(totals["seconds"]["total"]), _memory(totals))))
+    found.append(("time", Cell(duration(totals["seconds"]["total"]), memory(totals))))
     return found
 
 
-def _memory(totals: Mapping[str, Any]) -> str:
+def memory(totals: Mapping[str, Any]) -> str:
+    """The peak of memory, where it is known."""
     peak = totals.get("peak_memory_bytes")
     return f"peak memory {peak / 2**30:.2f} GiB" if peak else ""
 
 
 _SUMMARY: tuple[tuple[str, Callable[[Mapping[str, Any]], Cell]], ...] = (
-    ("episodes", lambda t: Cell(_count(t["episodes"]))),
-    ("first answers right", lambda t: _share(t["accuracy"]["first_answers"])),
-    ("final answers right", lambda t: _share(t["accuracy"]["final_answers"])),
+    ("episodes", lambda t: Cell(count(t["episodes"]))),
+    ("first answers right", lambda t: share(t["accuracy"]["first_answers"])),
+    ("final answers right", lambda t: share(t["accuracy"]["final_answers"])),
     (
         "right where the expert was asked",
-        lambda t: _share(t["expert_feedback"]["accuracy_when_asked"]),
+        lambda t: share(t["expert_feedback"]["accuracy_when_asked"]),
     ),
     (
         "right where the student stood alone",
-        lambda t: _share(t["expert_feedback"]["accuracy_when_not_asked"]),
+        lambda t: share(t["expert_feedback"]["accuracy_when_not_asked"]),
     ),
     ("gap of the two scores, first half → second", lambda t: _gap(t["score_gap"])),
-    ("optimiser steps", lambda t: Cell(_count(t["updates"]["steps"]), _steps_note(t["updates"]))),
-    ("tokens learned from", lambda t: Cell(_count(t["updates"]["tokens"]))),
+    ("optimiser steps", lambda t: Cell(count(t["updates"]["steps"]), steps_note(t["updates"]))),
+    ("tokens learned from", lambda t: Cell(count(t["updates"]["tokens"]))),
     ("frozen", lambda t: Cell(_frozen(t["updates"]["frozen_after_batch"]))),
     ("expert's feedback asked for", lambda t: _asked(t["expert_feedback"])),
     ("scores that could not be read", lambda t: _unread(t["unreadable_scores"], t["episodes"])),
     ("headroom, right of the held-out problems", lambda t: _headroom(t["headroom"])),
     ("time", lambda t: Cell(duration(t["seconds"]["total"]))),
-    ("peak memory", lambda t: Cell(_memory(t).removeprefix("peak memory ") or _NONE)),
-    ("best checkpoint", lambda t: Cell(str(t.get("best_checkpoint", _NONE)))),
+    ("peak memory", lambda t: Cell(memory(t).removeprefix("peak memory ") or NONE)),
+    ("best checkpoint", lambda t: Cell(str(t.get("best_checkpoint", NONE)))),
 )
 
 
 def _gap(gap: Mapping[str, Any]) -> Cell:
     halves = [gap["first_half"], gap["second_half"]]
     if None in halves:
-        return Cell(_NONE)
+        return Cell(NONE)
     return Cell(" → ".join(f"{half:.3f}" for half in halves), f"n {gap['n']}")
 
 
-def _steps_note(updates: Mapping[str, Any]) -> str:
+def steps_note(updates: Mapping[str, Any]) -> str:
+    """What stands beside the number of optimiser steps."""
     return f"{updates['batches']} batches, {updates['skipped']} skipped"
 
 
@@ -179,7 +183,7 @@ def _frozen(batch: int | None) -> str:
 
 def _asked(feedback: Mapping[str, Any]) -> Cell:
     of = feedback["asked"] + feedback["not_asked"]
-    return Cell(f"{feedback['asked']} of {of}", f"{_count(feedback['tokens_written'])} tokens")
+    return Cell(f"{feedback['asked']} of {of}", f"{count(feedback['tokens_written'])} tokens")
 
 
 def _unread(unread: Mapping[str, int], episodes: int) -> Cell:
@@ -188,7 +192,7 @@ def _unread(unread: Mapping[str, int], episodes: int) -> Cell:
 
 def _headroom(headroom: Mapping[str, int]) -> Cell:
     if not {"problems", "expert_right", "student_right"} <= set(headroom):
-        return Cell(_NONE)
+        return Cell(NONE)
     return Cell(
         f"expert {headroom['expert_right']}, student {headroom['student_right']}",
         f"n {headroom['problems']}",
@@ -252,7 +256,7 @@ def probe_table(runs: Sequence[Run]) -> Table | None:
 
 
 def _figures(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.4g}"
+    return NONE if value is None else f"{value:.4g}"
 
 
 def losses_table(runs: Sequence[Run], loss: str) -> Table:
@@ -315,8 +319,8 @@ def steps_table(runs: Sequence[Run]) -> Table:
 
 def _amount(value: float | None, key: str) -> Cell:
     if value is None:
-        return Cell(_NONE)
-    return Cell(f"{value:,.1f}" if key == "seconds" else _count(value))
+        return Cell(NONE)
+    return Cell(f"{value:,.1f}" if key == "seconds" else count(value))
 
 
 def pareto_table(pareto: Mapping[str, Any]) -> Table:
@@ -340,9 +344,9 @@ def pareto_table(pareto: Mapping[str, Any]) -> Table:
         rows.append(
             (
                 Cell(f"{point['stop_threshold']:g}", strong=point["recommended"]),
-                "never" if stopped is None else _count(stopped),
+                "never" if stopped is None else count(stopped),
                 *(
-                    f"{point['cost'][n]:,.6g}" if n in point["cost"] else _NONE
+                    f"{point['cost'][n]:,.6g}" if n in point["cost"] else NONE
                     for n in names["cost"]
                 ),
                 *(_figures(point["losses"].get(name)) for name in names["losses"]),
@@ -447,7 +451,7 @@ def comparisons_table(found: Mapping[str, Any]) -> Table | None:
 
 def _probability(value: float | None) -> str:
     if value is None:
-        return _NONE
+        return NONE
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -456,7 +460,7 @@ def options_table(runs: Sequence[Run], *, differing: bool = False) -> Table | No
     names = dict.fromkeys(name for run in runs for name in run.manifest["options"])
     rows = []
     for name in names:
-        values = [_shown(run.manifest["options"].get(name)) for run in runs]
+        values = [shown(run.manifest["options"].get(name)) for run in runs]
         if not differing or len(set(values)) > 1:
             rows.append((name, *values))
     if not rows:
@@ -465,26 +469,33 @@ def options_table(runs: Sequence[Run], *, differing: bool = False) -> Table | No
     return table(caption, ("", *(run.name for run in runs)), rows, numbers=False)
 
 
-def origin_table(runs: Sequence[Run]) -> Table:
-    """Models, data, versions and the machine."""
+def origin_table(runs: Sequence[Run], expert: str = "expert") -> Table:
+    """Models, data, versions and the machine.
+
+    Args:
+        runs: a column each.
+        expert: what the larger model is called.
+    """
 
     def of(run: Run, part: str, key: str) -> str:
-        return _shown(run.manifest[part].get(key))
+        return shown(run.manifest[part].get(key))
 
     rows: list[tuple[str, ...]] = [
         ("directory", *(str(run.folder) for run in runs)),
-        ("begun", *(run.manifest["created"] or _NONE for run in runs)),
+        ("begun", *(run.manifest["created"] or NONE for run in runs)),
     ]
     for part in ("expert", "student", "problems"):
-        rows.append((part, *(of(run, part, "name") for run in runs)))
-        rows.append((f"{part}, SHA-256", *(of(run, part, "sha256") for run in runs)))
+        label = expert if part == "expert" else part
+        rows.append((label, *(of(run, part, "name") for run in runs)))
+        rows.append((f"{label}, SHA-256", *(of(run, part, "sha256") for run in runs)))
     rows.append(("device", *(of(run, "backend", "device") for run in runs)))
     versions = dict.fromkeys(name for run in runs for name in run.manifest["versions"])
     rows += [(name, *(of(run, "versions", name) for run in runs)) for name in versions]
     return table("Where the runs come from", ("", *(run.name for run in runs)), rows, numbers=False)
 
 
-def _shown(value: Any) -> str:
-    if value is None:
-        return _NONE
+def shown(value: Any) -> str:
+    """An option's value as text."""
+    if value is None or value == "":
+        return NONE
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mlx_fd.display import Display, duration, number
 from mlx_fd.events import BatchDone, Probed
+from mlx_fd.selfdistill.summary import WRONG
 
 _STEPS = {
     "headroom": "looking for headroom",
@@ -32,14 +33,14 @@ class SelfDisplay(Display):
     _held_out: float | None = None
 
     def _take_probe(self, event: Probed) -> None:
-        self._held_out = 1 - event.last["wrong"]
+        self._held_out = 1 - event.last[WRONG]
         self._begin = time.monotonic()
 
     def _count(self, event: BatchDone) -> None:
         self._seen += len(event.rows)
         self._right_before += sum(row["correct"] for row in event.rows)
         if event.metrics["probe"]:
-            self._held_out = 1 - event.metrics["probe"]["wrong"]
+            self._held_out = 1 - event.metrics["probe"][WRONG]
 
     def _begun_at(self, event: BatchDone) -> int:
         return event.done - len({row["id"] for row in event.rows})
@@ -66,7 +67,7 @@ class SelfDisplay(Display):
         if skipped:
             parts.append(f"{skipped} steps skipped: not finite")
         if event.metrics["probe"]:
-            parts.append(f"held out {1 - event.metrics['probe']['wrong']:.1%} right")
+            parts.append(f"held out {1 - event.metrics['probe'][WRONG]:.1%} right")
         return parts
 
     def _panel(self) -> RenderableType:

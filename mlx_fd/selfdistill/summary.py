@@ -9,6 +9,8 @@ from typing import Any
 from mlx_fd.summary import wilson
 
 Row = Mapping[str, Any]
+# What the gate watches here: the share of held-out problems that are answered wrong.
+WRONG = "wrong"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -47,6 +49,10 @@ def _share(right: int, n: int) -> dict[str, Any]:
     return {"right": right, "n": n, "interval": [round(low, 4), round(high, 4)]}
 
 
+def _held_out(losses: Mapping[str, float], n: int) -> dict[str, Any]:
+    return _share(round((1 - losses[WRONG]) * n), n) if WRONG in losses else _share(0, 0)
+
+
 def summarise(
     attempts: Sequence[Row],
     metrics: Sequence[Row],
@@ -60,22 +66,23 @@ def summarise(
     Args:
         attempts: rows of ``attempts.jsonl``.
         metrics: rows of ``metrics.jsonl``.
-        probe_before: the share of held-out problems answered wrong, before the first update.
+        probe_before: the share of held-out problems answered wrong, before the first update;
+            empty where it is not known.
         probe_after: the same at the end.
         probe_size: of how many problems.
         headroom: counts of the headroom check.
     """
     updates = [update for row in metrics for update in row["updates"]]
     half = len(attempts) // 2
-    before, after = (
-        round((1 - losses["wrong"]) * probe_size) for losses in (probe_before, probe_after)
-    )
     clipped = [share for row in metrics for share in row["clipped"]]
     return {
         "attempts": attempts_summary(attempts) if attempts else None,
         "first_half": _share(sum(row["correct"] for row in attempts[:half]), half),
         "second_half": _share(sum(row["correct"] for row in attempts[half:]), len(attempts) - half),
-        "held_out": {"before": _share(before, probe_size), "after": _share(after, probe_size)},
+        "held_out": {
+            "before": _held_out(probe_before, probe_size),
+            "after": _held_out(probe_after, probe_size),
+        },
         "probe": {"before": dict(probe_before), "after": dict(probe_after)},
         "headroom": dict(headroom),
         "updates": {

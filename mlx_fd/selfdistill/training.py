@@ -32,13 +32,10 @@ from mlx_fd.selfdistill.contexts import CONTEXTS, Attempt, Materials, View, reme
 from mlx_fd.selfdistill.learning import Known, Update, Weighed, learn, look, nearness, wants_teacher
 from mlx_fd.selfdistill.playbook import Playbook
 from mlx_fd.selfdistill.rollouts import as_read, attempts_at, echoes_of, right_answers
-from mlx_fd.selfdistill.summary import attempts_summary, summarise
+from mlx_fd.selfdistill.summary import WRONG, attempts_summary, summarise
 from mlx_fd.selfdistill.teacher import Weights, first_teacher, next_teacher
 
-HEADROOM = "headroom.json"
 TEACHER_WEIGHTS = "teacher.safetensors"
-# What the gate watches here: the share of held-out problems that are answered wrong.
-WRONG = "wrong"
 TRUTH = "truth"
 # The generator's log-probabilities and a second reading's differ in their last digits only.
 _LOGPROB_TOLERANCE = 0.05
@@ -159,7 +156,7 @@ def run(
         report(Note(f"looking at {len(probe_problems)} held-out problems first"))
         headroom = measure_headroom(learner, probe_problems)
         with runs.explained(folder):
-            runs.write_json(folder / HEADROOM, vars(headroom))
+            runs.write_json(folder / runs.HEADROOM, vars(headroom))
     if checkpoint is None:
         losses = {WRONG: 1 - headroom.right / headroom.problems}
         state = gate.initial_state(config.gate, (WRONG,))
@@ -217,7 +214,7 @@ def run(
 
 def _kept_headroom(folder: Path) -> Headroom | None:
     try:
-        return Headroom(**json.loads((folder / HEADROOM).read_text(encoding="utf-8")))
+        return Headroom(**json.loads((folder / runs.HEADROOM).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -1,4 +1,5 @@
-// The page's behaviour: theme, charts, episodes. What a model wrote enters as text nodes only.
+// The page's behaviour: theme, charts, records (episodes or attempts, by KIND, which stands before
+// this). What a model wrote enters as text nodes only.
 "use strict";
 
 const find = (id) => document.getElementById(id);
@@ -55,29 +56,8 @@ async function drawCharts() {
   performance.mark("charts");
 }
 
-// Episodes
+// Records
 
-const RIGHT_BEFORE = 1, RIGHT_AFTER = 2, UNREADABLE = 4, ALONE = 8, LEARNED = 16, CAPPED = 32;
-const FILTERS = {
-  all: ["all", () => true],
-  mended: ["wrong to right", (flags) => !(flags & RIGHT_BEFORE) && flags & RIGHT_AFTER],
-  spoiled: ["right to wrong", (flags) => flags & RIGHT_BEFORE && !(flags & RIGHT_AFTER)],
-  right: ["right, and stayed so", (flags) => flags & RIGHT_BEFORE && flags & RIGHT_AFTER],
-  wrong: ["wrong, and stayed so", (flags) => !(flags & (RIGHT_BEFORE | RIGHT_AFTER))],
-  unreadable: ["a score could not be read", (flags) => flags & UNREADABLE],
-  alone: ["student alone, expert not asked", (flags) => flags & ALONE],
-  learned: ["learned from", (flags) => flags & LEARNED],
-  capped: ["cut at the token limit", (flags) => flags & CAPPED],
-};
-const STEPS = {
-  answer: "first answer",
-  student_feedback: "student's feedback",
-  expert_feedback: "expert's feedback",
-  merge: "merged feedback",
-  revise: "revision",
-  critique: "self-critique",
-  final: "final answer",
-};
 const PAGE = 50;
 const FOLDED = 4000; // characters from which a text is folded
 const PREVIEW = 1500;
@@ -112,20 +92,16 @@ const visible = (text) =>
 
 const number = (value) => (value === null || value === undefined ? "not readable" : value.toFixed(2));
 const verdict = (right) => (right ? "right" : "wrong");
-const change = (flags) => `${verdict(flags & RIGHT_BEFORE)} → ${verdict(flags & RIGHT_AFTER)}`;
-const tone = (flags) => (flags & RIGHT_AFTER ? "good" : "bad");
 
 async function openBrowser() {
   const linked = /^#e-(\d+)-(\d+)$/.exec(location.hash);
   for (let run = 0; run < facts.runs.length; run += 1) {
     const lines = await unpack(`index-${run}`);
     entries = entries.concat(
-      lines.map(([episode, id, question, flags, expert, student], place) => ({
-        run, place, episode, id, question, flags, expert, student,
-      })),
+      lines.map(([number, id, question, flags], place) => ({ run, place, number, id, question, flags })),
     );
   }
-  for (const [value, [label, test]] of Object.entries(FILTERS)) {
+  for (const [value, [label, test]] of Object.entries(KIND.filters)) {
     const n = entries.filter((entry) => test(entry.flags)).length;
     find("filter").append(element("option", { value }, `${label} (${n})`));
   }
@@ -142,28 +118,25 @@ async function openBrowser() {
   find("list").addEventListener("keydown", onKey);
   find("browser").hidden = false;
   await select();
-  performance.mark("episodes");
-  const target = linked && entries.find((e) => e.run === +linked[1] && e.episode === +linked[2]);
+  performance.mark("records");
+  const target = linked && entries.find((e) => e.run === +linked[1] && e.number === +linked[2]);
   if (target) {
     await go(target);
-    find("episode").scrollIntoView();
+    find("record").scrollIntoView();
   }
 }
 
 async function haystack(entry) {
   if (entry.haystack === undefined) {
     const row = await whole(entry);
-    entry.haystack = [
-      row.id, row.question, row.reference, row.answer.text, row.expert_feedback?.text,
-      row.student_feedback.text, row.gate.reason, row.merged, row.revised, row.critique, row.final.text,
-    ].filter(Boolean).join("\n").toLowerCase();
+    entry.haystack = [row.id, row.question, row.reference, ...KIND.texts(row)].filter(Boolean).join("\n").toLowerCase();
   }
   return entry.haystack;
 }
 
 async function select() {
   const mine = (request += 1);
-  const [, test] = FILTERS[find("filter").value];
+  const [, test] = KIND.filters[find("filter").value];
   const run = find("of")?.value ?? "";
   const words = find("search").value.toLowerCase().split(/\s+/).filter(Boolean);
   let found = entries.filter((entry) => test(entry.flags) && (run === "" || entry.run === +run));
@@ -177,7 +150,7 @@ async function select() {
     }
   }
   shown = found;
-  find("count").textContent = `${shown.length} of ${entries.length} episodes`;
+  find("count").textContent = `${shown.length} of ${entries.length} ${KIND.one}s`;
   turn(0);
   if (!shown.includes(current)) await show(shown[0] ?? null);
 }
@@ -196,8 +169,8 @@ function turn(to) {
 function line(entry) {
   const top = element(
     "span", { class: "top" },
-    element("span", {}, facts.runs.length > 1 ? `${facts.runs[entry.run].name} #${entry.episode}` : `#${entry.episode}`),
-    element("span", { class: tone(entry.flags) }, change(entry.flags)),
+    element("span", {}, facts.runs.length > 1 ? `${facts.runs[entry.run].name} #${entry.number}` : `#${entry.number}`),
+    element("span", { class: entry.flags & KIND.good ? "good" : "bad" }, KIND.verdict(entry.flags)),
   );
   const begin = element("span", { class: "begin", dir: "auto" }, visible(entry.question));
   const made = element("button", { type: "button", onclick: () => show(entry) }, top, begin);
@@ -205,7 +178,7 @@ function line(entry) {
   return element("li", {}, made);
 }
 
-/** Mark the open episode in the list; it, or else the first, is what Tab comes to. */
+/** Mark the open record in the list; it, or else the first, is what Tab comes to. */
 function point() {
   const buttons = [...find("list").querySelectorAll("button")];
   for (const button of buttons) {
@@ -228,7 +201,7 @@ function onKey(event) {
 
 const focusLine = () => find("list").querySelector('[aria-current="true"]')?.focus();
 
-/** Open an episode, and the page of the list it is on. */
+/** Open a record, and the page of the list it is on. */
 async function go(entry) {
   if (!shown.includes(entry)) {
     find("filter").value = "all";
@@ -245,64 +218,44 @@ async function show(entry) {
   current = entry;
   point();
   if (!entry) {
-    find("episode").replaceChildren(element("p", {}, "No episode is like this."));
+    find("record").replaceChildren(element("p", {}, `No ${KIND.one} is like this.`));
     return;
   }
   const row = await whole(entry);
   if (current !== entry) return;
-  find("episode").replaceChildren(...episode(entry, row));
+  find("record").replaceChildren(record(entry, row));
   if (location.hash !== "" || document.activeElement?.entry) {
-    history.replaceState(null, "", `#e-${entry.run}-${entry.episode}`);
+    history.replaceState(null, "", `#e-${entry.run}-${entry.number}`);
   }
 }
 
-function episode(entry, row) {
+function record(entry, row) {
   const at = shown.indexOf(entry);
   const step = (label, to) =>
-    element("button", { type: "button", disabled: !shown[to], onclick: () => go(shown[to]).then(() => find("episode").focus()) }, label);
-  const twins = entries.filter((other) => other.id === entry.id && other.run !== entry.run);
-  const title = facts.runs.length > 1 ? `${facts.runs[entry.run].name}, episode ${row.episode}` : `Episode ${row.episode}`;
-  const steps = [
+    element("button", { type: "button", disabled: !shown[to], onclick: () => go(shown[to]).then(() => find("record").focus()) }, label);
+  const twins = facts.runs
+    .map((_, run) => entries.find((other) => other.id === entry.id && other.run === run && run !== entry.run))
+    .filter(Boolean);
+  const title = facts.runs.length > 1
+    ? `${facts.runs[entry.run].name}, ${KIND.one} ${entry.number}`
+    : `${KIND.one[0].toUpperCase()}${KIND.one.slice(1)} ${entry.number}`;
+  return element("div", { class: "marked" },
     element("div", { class: "moves" }, step("Previous", at - 1), step("Next", at + 1),
       ...twins.map((twin) => element("button", { type: "button", onclick: () => go(twin) }, `The same problem in ${facts.runs[twin.run].name}`))),
     element("h3", {}, title),
-    overview(row, entry),
-    ...block("Question", row.question),
-    ...block("First answer", row.answer.text, `${final(row.answer)}, ${verdict(row.correct_before)}`, cut(row, "answer")),
-    feedbacks(row),
-  ];
-  if (row.merged !== null) steps.push(...block("Merged feedback", row.merged, cut(row, "merge")));
-  if (row.revised !== null) {
-    steps.push(...block("Revision", compared(row.answer.text, row.revised, "changed") ?? row.revised, "words that the first answer does not have are marked", cut(row, "revise")));
-  }
-  if (row.critique !== null) steps.push(...block("Self-critique", row.critique, cut(row, "critique")));
-  if (row.revised !== null) {
-    steps.push(...block("Final answer", row.final.text, `${final(row.final)}, ${verdict(row.correct_after)}`, cut(row, "final")));
-  } else {
-    steps.push(element("p", {}, "The combined score reached the target: the first answer stayed as it was."));
-  }
-  steps.push(costs(row));
-  const body = element("div", { class: "marked" }, ...steps);
-  return [body];
+    ...KIND.parts(entry, row));
 }
 
-const final = (answer) => (answer.final === null ? "no number could be read" : `number read: ${visible(answer.final)}`);
-const cut = (row, step) => (row.capped.includes(step) ? "cut at the token limit" : null);
-
-function overview(row, entry) {
-  const items = {
-    problem: row.id,
-    "reference answer": row.reference,
-    "right before → after": change(entry.flags),
-    "combined score": number(row.score),
-    gate: `${row.gate.distilled ? "learned from" : "not learned from"}: ${row.gate.reason}`,
-  };
+/** Names and values, as a list of definitions. */
+function definitions(items) {
   const list = element("dl");
   for (const [name, value] of Object.entries(items)) {
     list.append(element("dt", {}, name), element("dd", { dir: "auto" }, visible(value)));
   }
   return list;
 }
+
+const finalNumber = (final) => (final === null ? "no number could be read" : `number read: ${visible(final)}`);
 
 /** A titled text; `text` is a string, or a list of nodes. A long one is folded, and says how long it is. */
 function block(title, text, ...notes) {
@@ -320,43 +273,6 @@ function block(title, text, ...notes) {
   const label = `Show all ${text.length.toLocaleString("en")} characters`;
   button.textContent = label;
   return [head, pre, button];
-}
-
-function feedbacks(row) {
-  const expert = row.expert_feedback;
-  const student = row.student_feedback;
-  const sides = expert ? bothCompared(expert.text, student.text) : null;
-  const written = student.written_score === null ? "not readable" : student.written_score.toFixed(2);
-  const left = expert
-    ? block("Expert's feedback", sides?.[0] ?? expert.text, `score ${number(expert.score)}`, cut(row, "expert_feedback"))
-    : [element("h4", {}, "Expert's feedback"), element("p", {}, "The expert was not asked.")];
-  const right = block("Student's feedback", sides?.[1] ?? student.text, `score ${number(student.score)}, written ${written}`, cut(row, "student_feedback"));
-  const pair = element("div", { class: "pair" }, element("div", { class: "expert" }, ...left), element("div", { class: "student" }, ...right));
-  const group = element("div", {}, pair);
-  if (sides) {
-    const box = element("input", { type: "checkbox", checked: true, onchange: () => find("episode").firstChild.classList.toggle("marked", box.checked) });
-    group.append(element("label", { class: "check" }, box, "mark the words that only one side has"));
-  } else if (expert) {
-    group.append(element("p", {}, "These are too long to be compared word by word."));
-  }
-  return group;
-}
-
-function costs(row) {
-  const body = element("tbody");
-  for (const [step, label] of Object.entries(STEPS)) {
-    if (!(step in row.tokens) && !(step in row.seconds)) continue;
-    const cells = [row.tokens[step], row.prefilled[step], row.seconds[step]];
-    body.append(element("tr", {}, element("th", { scope: "row" }, label), ...cells.map((value) => element("td", {}, value === undefined ? "–" : value.toLocaleString("en")))));
-  }
-  const losses = Object.entries(row.gate.losses_before).map(([name, before]) =>
-    element("tr", {}, element("th", { scope: "row" }, `${name} loss`), ...[before, row.gate.losses_after[name]].map((value) => element("td", {}, value === undefined ? "–" : value.toPrecision(3)))));
-  const heads = (...names) => element("thead", {}, element("tr", {}, element("td"), ...names.map((name) => element("th", { scope: "col" }, name))));
-  const tables = [element("table", {}, element("caption", {}, "Tokens and seconds"), heads("written", "read first", "seconds"), body)];
-  if (losses.length) {
-    tables.push(element("table", {}, element("caption", {}, "The student's losses on the expert's feedback"), heads("before", "after"), element("tbody", {}, ...losses)));
-  }
-  return element("details", {}, element("summary", {}, "Tokens, time and losses"), ...tables.map((table) => element("div", { class: "scroll" }, table)));
 }
 
 // Words
@@ -416,10 +332,10 @@ const compared = (before, after) => bothCompared(before, after)?.[1] ?? null;
 let browsing = Promise.resolve();
 if (facts.runs.some((run) => run.parts)) {
   if (typeof DecompressionStream === "undefined") {
-    find("browser").before(element("p", { class: "note" }, "This browser is too old to unpack the episodes; use one from 2023 or later."));
+    find("browser").before(element("p", { class: "note" }, `This browser is too old to unpack the ${KIND.one}s; use one from 2023 or later.`));
   } else {
     browsing = openBrowser();
   }
 }
-// The library comes after this script, so that the episodes need not wait for it.
+// The library comes after this script, so that the records need not wait for it.
 addEventListener("load", () => browsing.finally(drawCharts));

@@ -1,0 +1,237 @@
+"""What charts of a run are made of: figures, the axis of batches, colours, lines and bars."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+
+from mlx_fd.report.files import Row
+from mlx_fd.report.run import Run
+from mlx_fd.report.tables import Table
+from mlx_fd.report.theme import PAGE, themed
+from mlx_fd.summary import wilson
+
+# Bins of the accuracy curve: a batch alone is too few episodes for an interval worth drawing.
+_BINS = 16
+HEIGHT = 220
+# Batches of a curve that can be pointed at, at most.
+_POINTS = 100
+# Rows are put in at the end: Altair copies data with every step of making a chart.
+ROWS, _MARKS = alt.NamedData(name="rows"), alt.NamedData(name="marks")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart and what stands in its place for those who do not see it.
+
+    Attributes:
+        title: what it shows.
+        says: the same in a sentence or two, with the numbers that matter.
+        specification: Vega-Lite.
+        table: the numbers, where ``says`` does not have them all.
+        wide: whether it takes the page's whole width.
+    """
+
+    title: str
+    says: str
+    specification: dict[str, Any]
+    table: Table | None = None
+    wide: bool = False
+
+
+def figure(
+    title: str,
+    says: str,
+    chart: Any,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    marks: Iterable[Mapping[str, Any]] = (),
+    table: Table | None = None,
+    wide: bool = False,
+) -> Figure:
+    """A chart with its rows, in the report's look."""
+    specification = themed(chart.properties(width="container"))
+    specification["datasets"] = {"rows": list(rows), "marks": list(marks)}
+    return Figure(title, says, specification, table, wide)
+
+
+def _batches(runs: Sequence[Run]) -> int:
+    """How many batches the longest run has."""
+    return max((row["batch"] + 1 for run in runs for row in run.metrics), default=1)
+
+
+def every(runs: Sequence[Run]) -> int:
+    """Which batches can be pointed at: each is an element of the page."""
+    return math.ceil(_batches(runs) / _POINTS)
+
+
+def along(runs: Sequence[Run]) -> alt.X:
+    """The batches, along a chart."""
+    return alt.X(
+        "batch:Q",
+        title="batches done",
+        scale=alt.Scale(domain=[0, _batches(runs)], nice=False),
+        axis=alt.Axis(tickMinStep=1, grid=False, format="d"),
+    )
+
+
+def colour(field: str, names: Sequence[str], *, legend: bool = True) -> alt.Color:
+    """The palette's colours in the order of the names, the same in every chart of these names."""
+    colours = [PAGE.series[place % len(PAGE.series)] for place in range(len(names))]
+    scale = alt.Scale(domain=list(names), range=colours)
+    return alt.Color(f"{field}:N", scale=scale, legend=alt.Legend() if legend else None)
+
+
+def with_points(base: alt.Chart, every: int = 1) -> alt.LayerChart:
+    """A line whose points show themselves, and their numbers, when they are pointed at.
+
+    Args:
+        base: the chart, without a mark.
+        every: where it is above 1, only batches that it divides can be pointed at.
+    """
+    hovered = alt.selection_point(on="pointerover", clear="pointerout", empty=False)
+    points = base.mark_point(size=150, filled=True, strokeOpacity=0).encode(
+        opacity=alt.condition(hovered, alt.value(1), alt.value(0))
+    )
+    if every > 1:
+        points = points.transform_filter(f"datum.batch % {every} == 0")
+    return base.mark_line() + points.add_params(hovered)
+
+
+def marks(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Where students froze and thawed, with the reasons."""
+    found = []
+    for run in runs:
+        frozen = False
+        for row in run.metrics:
+            if row["frozen"] == frozen:
+                continue
+            frozen = row["frozen"]
+            found.append(
+                {
+                    "run": run.name,
+                    "batch": row["batch"] + 1,
+                    "what": "freeze" if frozen else "thaw",
+                    "reason": _reason(row),
+                }
+            )
+    return found
+
+
+def _reason(row: Mapping[str, Any]) -> str:
+    if row["stop"]:
+        return str(row["stop"]["reason"])
+    # Only the audited samples can thaw a student without a look at the probe set.
+    return "the losses on audited samples have risen"
+
+
+def rules() -> alt.LayerChart:
+    """The marks, as upright lines."""
+    base = alt.Chart(_MARKS).encode(x="batch:Q", tooltip=["run:N", "batch:Q", "what:N", "reason:N"])
+    rule = base.mark_rule(strokeDash=[2, 3], strokeWidth=1.5, color=PAGE.soft)
+    return rule + base.mark_text(align="left", baseline="top", dx=4, color=PAGE.soft).encode(
+        y=alt.value(0), text="what:N"
+    )
+
+
+def layered(*charts: Any) -> Any:
+    """Charts over each other; those that are ``None`` are left out."""
+    return alt.layer(*(chart for chart in charts if chart is not None)).properties(height=HEIGHT)
+
+
+def binned(rows: Sequence[dict[str, Any]]) -> list[Sequence[dict[str, Any]]]:
+    """Rows in at most 16 runs of the same length, but for the last."""
+    size = max(1, math.ceil(len(rows) / _BINS))
+    return [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+
+
+def accuracy_along(
+    title: str, says: str, found: Mapping[str, Sequence[Row]], number: str, kinds: Mapping[str, str]
+) -> Figure | None:
+    """Shares that are right along one run or several, with 95 % Wilson intervals.
+
+    Args:
+        title: the figure's.
+        says: what stands under it, after what its points are.
+        found: the rows of each run, by its name.
+        number: the key of a row's number in its run; its plural names the axis.
+        kinds: what is counted: keys that are true or false, by their names.
+    """
+    rows = []
+    for name, of_run in found.items():
+        for chunk in binned(of_run):
+            for kind, key in kinds.items():
+                right = sum(row[key] for row in chunk)
+                low, high = wilson(right, len(chunk))
+                rows.append(
+                    {
+                        "run": name,
+                        "answers": kind,
+                        number: (chunk[0][number] + chunk[-1][number]) / 2,
+                        "right": right / len(chunk),
+                        "low": low,
+                        "high": high,
+                        "n": len(chunk),
+                    }
+                )
+    if not rows:
+        return None
+    several = len(found) > 1
+    base = alt.Chart(ROWS).encode(
+        x=alt.X(f"{number}:Q", title=f"{number}s", axis=alt.Axis(grid=False, format="d")),
+        y=alt.Y("right:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+        color=colour("run", list(found)) if several else colour("answers", list(kinds)),
+        tooltip=[
+            "run:N",
+            "answers:N",
+            *(alt.Tooltip(f"{key}:Q", format=".1%") for key in ("right", "low", "high")),
+            "n:Q",
+        ],
+    )
+    # Final answers, which come last, are drawn through.
+    dashes = [[4, 3], [1, 0]][-len(kinds) :]
+    dash = alt.StrokeDash("answers:N", scale=alt.Scale(domain=list(kinds), range=dashes))
+    band = None
+    if not several:
+        band = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q"), y2="high:Q")
+    under = (
+        f"Each point is {rows[0]['n']} {number}s; "
+        + ("the bands are" if band else "pointing at one gives its")
+        + f" 95 % Wilson intervals. {says}"
+    )
+    return figure(title, under, layered(band, with_points(base.encode(strokeDash=dash))), rows)
+
+
+def bars(runs: Sequence[Run], rows: list[dict[str, Any]], kinds: Sequence[str], unit: str) -> Any:
+    """Amounts by step, a bar for each kind or for each run."""
+    steps = list(dict.fromkeys(row["step"] for row in rows))
+    several = len(runs) > 1
+    chart = (
+        alt.Chart(ROWS)
+        .mark_bar(height={"band": 0.8})
+        .encode(
+            x=alt.X("value:Q", title=unit, axis=alt.Axis(tickCount=5, format="~s")),
+            y=alt.Y("step:N", title=None, sort=None, axis=alt.Axis(labelLimit=200)),
+            color=colour("kind", kinds, legend=len(kinds) > 1)
+            if not several or len(kinds) > 1
+            else colour("run", [run.name for run in runs]),
+            tooltip=[
+                "run:N",
+                "step:N",
+                "kind:N",
+                alt.Tooltip("value:Q", format=",.0f", title=unit),
+            ],
+        )
+    )
+    if several:
+        chart = chart.encode(yOffset=alt.YOffset("run:N", sort=None))
+    return chart.properties(height=len(steps) * (14 + 12 * len(runs)))
+
+
+def whose(run: Run, runs: Sequence[Run]) -> str:
+    """The run's name before what is said of it, where there are several."""
+    return f"{run.name}: " if len(runs) > 1 else ""

@@ -1,0 +1,192 @@
+"""What the runs of both kinds have: the loop's, and self-distillation's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_fd import runs
+from mlx_fd.report.files import (
+    Row,
+    json_file,
+    known,
+    number,
+    numbers,
+    text,
+    truth,
+)
+
+_EVAL = "eval"
+_EVAL_FILE = "eval.json"
+# The parts of a manifest that are tables themselves.
+_ORIGINS = ("expert", "student", "problems", "backend", "versions", "options")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What there is of a run.
+
+    Attributes:
+        name: what the page calls it; no other run on the page has the same.
+        folder: its directory.
+        manifest: tables of ``manifest.json``, empty where it could not be read, and ``created``.
+        metrics: the rows of ``metrics.jsonl`` that are whole.
+        finished: whether it came to its end.
+        totals: what the rows add up to, with what only ``summary.json`` knows beside it.
+        probe_first: losses on the probe set before the first update, where they are known.
+        evaluations: the ``eval.json`` of each suite.
+        missing: what is not there or could not be read, in sentences.
+    """
+
+    name: str
+    folder: Path
+    manifest: Row
+    metrics: list[Row]
+    finished: bool
+    totals: Row
+    probe_first: dict[str, float]
+    evaluations: list[Row]
+    missing: list[str]
+
+
+def read_manifest(folder: Path, missing: list[str]) -> Row:
+    """``manifest.json``, or empty tables in its place."""
+    return json_file(folder, runs.MANIFEST, _manifest, missing) or _manifest({"options": {}})
+
+
+def read_evaluations(folder: Path, missing: list[str]) -> list[Row]:
+    """What ``mlx-fd eval`` left in a run."""
+    return [
+        {**found, "folder": path.parent.name}
+        for path in sorted((folder / _EVAL).glob(f"*/{_EVAL_FILE}"))
+        if (found := json_file(folder, str(path.relative_to(folder)), _evaluation, missing))
+    ]
+
+
+def is_finished(folder: Path, rows: int, called: str, missing: list[str]) -> bool:
+    """Whether a run came to its end; a sentence in ``missing`` where it did not."""
+    if (folder / runs.SUMMARY).is_file():
+        return True
+    missing.append(
+        f"The run is not finished (it has no {runs.SUMMARY}): its totals are those of the "
+        f"{rows} {called} so far. `mlx-fd resume` goes on with it."
+    )
+    return False
+
+
+def summary_of(value: Row) -> Row:
+    """What only ``summary.json`` knows of a run of either kind."""
+    found: Row = {
+        "probe": {side: numbers(value["probe"][side]) for side in ("before", "after")},
+    }
+    if "peak_memory_bytes" in value:
+        found["peak_memory_bytes"] = number(value["peak_memory_bytes"])
+    if "best_checkpoint" in value:
+        found["best_checkpoint"] = str(value["best_checkpoint"])
+    return found
+
+
+def probes_of(
+    folder: Path, summary: Row | None, metrics: Sequence[Row]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Losses on the probe set, at first and at last."""
+    if summary:
+        return summary["probe"]["before"], summary["probe"]["after"]
+    last: dict[str, float] = next((row["probe"] for row in reversed(metrics) if row["probe"]), {})
+    state = f"{runs.CHECKPOINTS}/last/{runs.STATE}"
+    first = json_file(folder, state, lambda found: numbers(found["probe_first"]), [], needed=False)
+    return first or {}, last or first or {}
+
+
+def metric(row: Row) -> Row:
+    """A row of ``metrics.jsonl``: what those of both kinds of run have."""
+    stop = row["stop"]
+    return {
+        "batch": int(number(row["batch"])),
+        "lagging": int(number(row["lagging"])),
+        "weights": numbers(row["weights"]),
+        "updates": [
+            {
+                "losses": numbers(update["losses"]),
+                "skipped": truth(update["skipped"]),
+                "tokens": number(update.get("tokens", 0)),
+            }
+            for update in row["updates"]
+        ],
+        "probe": row["probe"] and numbers(row["probe"]),
+        "stop": stop
+        and {
+            "action": text(stop["action"]),
+            "reason": text(stop["reason"]),
+            "gains": numbers(stop["gains"]),
+        },
+        "frozen": truth(row["frozen"]),
+        "distil_seconds": number(row.get("distil_seconds", 0.0)),
+        "seconds": number(row["seconds"]),
+    }
+
+
+def estimate(value: Mapping[str, Any]) -> Row:
+    """A number with its interval and its n."""
+    found = {name: known(value[name]) for name in ("value", "low", "high")}
+    return {**found, "n": int(number(value["n"]))}
+
+
+def _manifest(value: Row) -> Row:
+    parts = {name: value.get(name, {}) for name in _ORIGINS}
+    if not isinstance(value["options"], dict) or any(
+        not isinstance(p, dict) for p in parts.values()
+    ):
+        raise TypeError
+    return {**parts, "created": str(value.get("created", ""))}
+
+
+def _evaluation(value: Row) -> Row:
+    return {
+        "suite": text(value["suite"]),
+        "target": text(value["target"]),
+        "created": text(value["created"]),
+        "seed": value.get("seed"),
+        "k": value.get("k"),
+        "temperature": numbers(value.get("temperature") or {}),
+        "answers_by": value.get("answers_by"),
+        "text_models": {
+            text(kind): text(model) for kind, model in (value.get("text_models") or {}).items()
+        },
+        "sets": [
+            {
+                "name": text(found["name"]),
+                "n": int(number(found["n"])),
+                "systems": [
+                    {
+                        "name": text(system["name"]),
+                        "label": text(system["label"]),
+                        "measures": {
+                            text(name): estimate(measure)
+                            for name, measure in system["measures"].items()
+                        },
+                        "cost": {
+                            text(name): estimate(cost)
+                            for name, cost in (system.get("cost_estimates") or {}).items()
+                        },
+                    }
+                    for system in found["systems"]
+                ],
+                "comparisons": [
+                    {
+                        **{
+                            key: text(comparison[key])
+                            for key in ("measure", "system", "against", "test")
+                        },
+                        "difference": estimate(comparison["difference"]),
+                        "p": known(comparison["p"]),
+                        "p_holm": known(comparison["p_holm"]),
+                    }
+                    for comparison in found.get("comparisons") or []
+                ],
+            }
+            for found in value["sets"]
+        ],
+    }

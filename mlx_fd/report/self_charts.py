@@ -1,0 +1,215 @@
+"""The charts of runs of self-distillation: rows in, Vega-Lite specifications out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import altair as alt
+
+from mlx_fd.report import drawing as draw
+from mlx_fd.report.charts import loss_figure
+from mlx_fd.report.drawing import Figure
+from mlx_fd.report.files import Row
+from mlx_fd.report.run import Run
+from mlx_fd.report.self_reading import SelfRun
+from mlx_fd.report.self_tables import STEP_NAMES, share_says
+from mlx_fd.selfdistill.summary import WRONG
+from mlx_fd.summary import wilson
+
+Values = Mapping[str, Callable[[Row], float | None]]
+
+
+def held_out_figure(runs: Sequence[SelfRun]) -> Figure | None:
+    """Held-out problems that are answered right, by batch."""
+    rows = [
+        {"run": run.name, "batch": batch, "right": 1 - wrong, "low": low, "high": high, "n": n}
+        for run in runs
+        if (n := run.totals["headroom"].get("problems"))
+        for batch, wrong in _held_out(run).items()
+        for low, high in [wilson(round((1 - wrong) * n), n)]
+    ]
+    if not rows:
+        return None
+    several = len(runs) > 1
+    base = alt.Chart(draw.ROWS).encode(
+        x=draw.along(runs),
+        y=alt.Y("right:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+        color=draw.colour("run", [run.name for run in runs], legend=several),
+        tooltip=[
+            "run:N",
+            "batch:Q",
+            *(alt.Tooltip(f"{key}:Q", format=".1%") for key in ("right", "low", "high")),
+            "n:Q",
+        ],
+    )
+    band = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q"), y2="high:Q")
+    says = "; ".join(
+        f"{draw.whose(run, runs)}{share_says(found['before'])} before, "
+        f"{share_says(found['after'])} after"
+        for run in runs
+        for found in [run.totals["held_out"]]
+    )
+    how = "Pointing at a point gives its" if several else "The band is the"
+    return draw.figure(
+        "Held-out problems answered right",
+        f"{says}. {how} 95 % Wilson interval.",
+        draw.layered(None if several else band, draw.with_points(base), draw.rules()),
+        rows,
+        marks=draw.marks(runs),
+    )
+
+
+def _held_out(run: SelfRun) -> dict[int, float]:
+    """The share of held-out problems answered wrong, by batches done."""
+    found = {0: run.probe_first} | {
+        row["batch"] + 1: row["probe"] for row in run.metrics if row["probe"]
+    }
+    if run.finished and run.metrics:
+        found[run.metrics[-1]["batch"] + 1] = run.totals["probe"]["after"]
+    return {batch: losses[WRONG] for batch, losses in found.items() if WRONG in losses}
+
+
+def update_figures(runs: Sequence[Run]) -> list[Figure]:
+    """Each part of what is minimised, as it was in the updates."""
+    names = dict.fromkeys(
+        name
+        for run in runs
+        for row in run.metrics
+        for up in row["updates"]
+        for name in up["losses"]
+    )
+    return [found for name in names if (found := loss_figure(runs, name))]
+
+
+def attempt_figures(runs: Sequence[SelfRun]) -> list[Figure]:
+    """What the attempts were like, batch by batch."""
+    found = [
+        draw.accuracy_along(
+            "Attempts that are right",
+            " ".join(
+                f"{draw.whose(run, runs)}{share_says(run.totals['first_half'])} in the first "
+                f"half, {share_says(run.totals['second_half'])} in the second."
+                for run in runs
+            ),
+            {run.name: run.attempts for run in runs},
+            "attempt",
+            {"attempts": "correct"},
+        ),
+        _by_batch(
+            runs,
+            "Attempts that count",
+            "Those that moved the student, and those that ended themselves before the token limit.",
+            {"teach": _mean("teaches"), "end themselves": _mean("finished")},
+            share=True,
+        ),
+        _by_batch(
+            runs,
+            "Advantage of a token",
+            "log p(token | question, context) - log p(token | question) in nats, whatever its "
+            "sign, in the mean over attempts: how much the self-teacher has to say.",
+            {"mean |A|": _mean("mean_abs_advantage")},
+        ),
+        _by_batch(
+            runs,
+            "Right attempts spoken against",
+            "The share of the tokens of right attempts that have a negative advantage.",
+            {"negative": _mean("negative_on_right")},
+            share=True,
+        ),
+        _by_batch(
+            runs,
+            "Entropy of the student",
+            "In nats a token, in the mean over attempts; near 0 it tries nothing new.",
+            {"entropy": _mean("entropy")},
+        ),
+        _by_batch(
+            runs, "Length of attempts", "In tokens, in the mean.", {"tokens": _mean("tokens")}
+        ),
+    ]
+    if any(any(row["clipped"]) for run in runs for row in run.metrics):
+        found.append(
+            _by_batch(
+                runs,
+                "Ratios that were cut",
+                "The share of tokens whose ratio to when they were drawn left the clipping range.",
+                {"cut": lambda row: max(row["clipped"], default=None)},
+                share=True,
+            )
+        )
+    return [it for it in found if it]
+
+
+def _mean(name: str) -> Callable[[Row], float | None]:
+    return lambda row: row["attempts"].get(name)
+
+
+def _by_batch(
+    runs: Sequence[SelfRun], title: str, says: str, values: Values, *, share: bool = False
+) -> Figure | None:
+    """Statistics of the batches as lines; where there are several runs, a colour for each."""
+    rows = [
+        {"run": run.name, "batch": row["batch"] + 1, "what": what, "value": value}
+        for run in runs
+        for what, of in values.items()
+        for row in run.metrics
+        if (value := of(row)) is not None
+    ]
+    if not rows:
+        return None
+    several, form = len(runs) > 1, ".1%" if share else ".4g"
+    colour = (
+        draw.colour("run", [run.name for run in runs])
+        if several
+        else draw.colour("what", list(values), legend=len(values) > 1)
+    )
+    scale = alt.Scale(domain=[0, 1]) if share else alt.Scale(domainMin=0)
+    dashes = alt.Scale(domain=list(values), range=[[1, 0], [4, 3]][: len(values)])
+    base = alt.Chart(draw.ROWS).encode(
+        x=draw.along(runs),
+        y=alt.Y(
+            "value:Q", title=None, scale=scale, axis=alt.Axis(format="%") if share else alt.Axis()
+        ),
+        color=colour,
+        strokeDash=alt.StrokeDash(
+            "what:N", scale=dashes, legend=alt.Legend() if len(values) > 1 else None
+        ),
+        tooltip=["run:N", "what:N", "batch:Q", alt.Tooltip("value:Q", format=form)],
+    )
+    return draw.figure(title, says, draw.layered(draw.with_points(base, draw.every(runs))), rows)
+
+
+def budget_figures(runs: Sequence[SelfRun]) -> list[Figure]:
+    """Tokens by what was done with them, seconds by step."""
+    tokens = [
+        {"run": run.name, "step": step, "kind": "tokens", "value": value}
+        for run in runs
+        for step, value in (
+            ("written in attempts", run.totals["tokens"]["attempt"]),
+            ("read first (prefilled)", run.totals["tokens"]["prefilled"]),
+            ("learned from", run.totals["updates"]["tokens"]),
+        )
+    ]
+    seconds = [
+        {"run": run.name, "step": STEP_NAMES[step], "kind": "seconds", "value": value}
+        for run in runs
+        for step, value in run.totals["seconds"].items()
+        if step in STEP_NAMES
+    ]
+    if not any(run.metrics for run in runs):
+        return []
+    written = "; ".join(
+        f"{draw.whose(run, runs)}{run.totals['tokens']['attempt']:,.0f} tokens written, "
+        f"{run.totals['updates']['tokens']:,.0f} learned from"
+        for run in runs
+    )
+    lasted = "; ".join(
+        f"{draw.whose(run, runs)}{run.totals['seconds']['total']:,.0f} seconds in all, with "
+        "the looks at held-out problems"
+        for run in runs
+    )
+    return [
+        draw.figure("Tokens", f"{written}.", draw.bars(runs, tokens, ["tokens"], "tokens"), tokens),
+        draw.figure(
+            "Time by step", f"{lasted}.", draw.bars(runs, seconds, ["seconds"], "seconds"), seconds
+        ),
+    ]

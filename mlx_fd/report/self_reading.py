@@ -1,0 +1,133 @@
+"""A run of self-distillation as the report reads it: attempts, and the headroom before them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_fd import runs
+from mlx_fd.report.files import (
+    Row,
+    json_file,
+    known,
+    log_file,
+    number,
+    numbers,
+    text,
+    text_or_none,
+    truth,
+)
+from mlx_fd.report.run import (
+    Run,
+    is_finished,
+    metric,
+    probes_of,
+    read_evaluations,
+    read_manifest,
+    summary_of,
+)
+from mlx_fd.selfdistill.summary import WRONG, summarise
+
+_STEPS = ("attempt", "context", "learn")
+
+
+@dataclass(frozen=True)
+class SelfRun(Run):
+    """A run of self-distillation.
+
+    Attributes:
+        attempts: the rows of ``attempts.jsonl`` that are whole.
+    """
+
+    attempts: list[Row]
+
+    @property
+    def options(self) -> Row:
+        """The run's options, as far as they are known."""
+        found: Row = self.manifest["options"]
+        return found
+
+
+def is_self_distillation(folder: Path) -> bool:
+    """Whether a run is one of self-distillation, by its files or else by its options."""
+    if (folder / runs.ATTEMPTS).is_file() or (folder / runs.HEADROOM).is_file():
+        return True
+    try:
+        manifest = json.loads((folder / runs.MANIFEST).read_text(encoding="utf-8"))
+        return bool(manifest["options"].get("method"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def read_self_run(folder: Path, name: str) -> SelfRun:
+    """Read a run of self-distillation."""
+    missing: list[str] = []
+    manifest = read_manifest(folder, missing)
+    attempts = log_file(folder, runs.ATTEMPTS, _attempt, missing)
+    metrics = log_file(folder, runs.METRICS, _metric, missing)
+    headroom = json_file(folder, runs.HEADROOM, _headroom, missing)
+    summary = json_file(folder, runs.SUMMARY, summary_of, missing, needed=False)
+    finished = is_finished(folder, len(attempts), "attempts", missing)
+    first, last = probes_of(folder, summary, metrics)
+    if headroom and not first:
+        first = {WRONG: 1 - headroom["right"] / headroom["problems"]}
+    size = headroom["problems"] if headroom else 0
+    totals = summarise(attempts, metrics, first, last or first, size, headroom or {}) | {
+        key: value for key, value in (summary or {}).items() if key != "probe"
+    }
+    return SelfRun(
+        name=name,
+        folder=folder,
+        manifest=manifest,
+        metrics=metrics,
+        finished=finished,
+        totals=totals,
+        probe_first=first,
+        evaluations=read_evaluations(folder, missing),
+        missing=missing,
+        attempts=attempts,
+    )
+
+
+def _attempt(row: Row) -> Row:
+    return {
+        "attempt": int(number(row["attempt"])),
+        "id": str(row["id"]),
+        "question": text(row["question"]),
+        "reference": str(row["reference"]),
+        "text": text(row["text"]),
+        "tokens": [number(token) for token in row["tokens"]],
+        "final": text_or_none(row["final"]),
+        "correct": truth(row["correct"]),
+        "finished": truth(row["finished"]),
+        "teacher": text_or_none(row["teacher"]),
+        "note": text(row["note"]),
+        "teaches": truth(row["teaches"]),
+        "reward": number(row["reward"]),
+        "group_advantage": known(row["group_advantage"]),
+        "mean_abs_advantage": known(row["mean_abs_advantage"]),
+        "negative_advantage": known(row["negative_advantage"]),
+        "entropy": known(row["entropy"]),
+        "logprob": known(row["logprob"]),
+        "logprob_gap": number(row["logprob_gap"]),
+    }
+
+
+def _metric(row: Row) -> Row:
+    found = row["attempts"]
+    return {
+        **metric(row),
+        "attempts": {name: known(value) for name, value in found.items()},
+        "clipped": [number(share) for share in row["clipped"]],
+        "prefilled": number(row["prefilled"]),
+        "step_seconds": {step: number(row["step_seconds"][step]) for step in _STEPS},
+    }
+
+
+def _headroom(value: Row) -> dict[str, int]:
+    names = ("problems", "right", "mixed", "taught", "without", "with_context")
+    found = {name: int(numbers(value)[name]) for name in names}
+    if not 0 <= found["right"] <= found["problems"] or not found["problems"]:
+        raise ValueError
+    return found

@@ -1,0 +1,168 @@
+"""The tables of runs of self-distillation: what their numbers are called, and how written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mlx_fd.display import duration
+from mlx_fd.report.self_reading import SelfRun
+from mlx_fd.report.tables import (
+    NONE,
+    Cell,
+    Row,
+    Table,
+    count,
+    memory,
+    share,
+    shown,
+    steps_note,
+    table,
+)
+from mlx_fd.summary import wilson
+
+STEP_NAMES = {"attempt": "attempts", "context": "contexts", "learn": "student learns"}
+# What makes a method, by option.
+_METHOD = {
+    "method": "method",
+    "context": "context: what the self-teacher reads",
+    "objective": "objective: what is matched",
+    "self_teacher": "self-teacher's weights",
+    "critic": "critic",
+    "rollouts": "attempts at a problem",
+    "gate": "gate",
+    "lora_rate": "learning rate",
+}
+
+
+def lead(run: SelfRun) -> str:
+    """What learns by which method, on what."""
+    options, manifest = run.options, run.manifest
+    critic = f", critic {shown(options['critic'])}" if options.get("critic") else ""
+    said = (
+        f"model {shown(manifest['student'].get('name', 'unknown'))}{critic}, method "
+        f"{shown(options.get('method', 'unknown'))}: context "
+        f"{shown(options.get('context', 'unknown'))}, objective "
+        f"{shown(options.get('objective', 'unknown'))}; problems "
+        f"{shown(manifest['problems'].get('name', 'unknown'))}; {len(run.attempts)} attempts"
+    )
+    return said if run.finished else f"{said}, unfinished"
+
+
+def share_says(value: Mapping[str, Any]) -> str:
+    """A share in a sentence."""
+    return f"{value['right'] / value['n']:.1%}" if value["n"] else NONE
+
+
+def headlines(run: SelfRun) -> list[tuple[str, Cell]]:
+    """What one wants to know of a run first."""
+    totals = run.totals
+    sides, halves = totals["held_out"], (totals["first_half"], totals["second_half"])
+    after, second = share(sides["after"]), share(halves[1])
+    found = totals["attempts"]
+    return [
+        (
+            "held-out problems right, before → after",
+            Cell(f"{share_says(sides['before'])} → {after.value}", after.note),
+        ),
+        (
+            "attempts right, first half → second",
+            Cell(f"{share_says(halves[0])} → {second.value}", second.note),
+        ),
+        ("headroom: right without the context → with it", _headroom(totals["headroom"])),
+        (
+            "attempts that teach",
+            Cell(f"{found['teaches']:.1%}" if found else NONE, f"n {len(run.attempts)}"),
+        ),
+        ("time", Cell(duration(totals["seconds"]["total"]), memory(totals))),
+    ]
+
+
+def _headroom(head: Mapping[str, int]) -> Cell:
+    n = head.get("taught")
+    if not n:
+        return Cell(NONE, "the context had nothing to say" if head else "")
+    return Cell(f"{head['without'] / n:.1%} → {head['with_context'] / n:.1%}", f"n {n}")
+
+
+def _of(name: str, form: str) -> Callable[[Mapping[str, Any]], Cell]:
+    """A statistic of the attempts."""
+
+    def cell(totals: Mapping[str, Any]) -> Cell:
+        value = (totals["attempts"] or {}).get(name)
+        return Cell(NONE if value is None else format(value, form))
+
+    return cell
+
+
+def _cut(totals: Mapping[str, Any]) -> Cell:
+    value = totals["updates"]["clipped"]
+    return Cell(NONE if value is None else f"{value:.2%}")
+
+
+_SUMMARY: tuple[tuple[str, Callable[[Mapping[str, Any]], Cell]], ...] = (
+    ("held-out problems right, before", lambda t: share(t["held_out"]["before"])),
+    ("held-out problems right, after", lambda t: share(t["held_out"]["after"])),
+    ("attempts", lambda t: Cell(count((t["attempts"] or {"n": 0})["n"]))),
+    ("attempts right, first half", lambda t: share(t["first_half"])),
+    ("attempts right, second half", lambda t: share(t["second_half"])),
+    ("attempts that teach", _of("teaches", ".1%")),
+    ("attempts that end themselves", _of("finished", ".1%")),
+    ("tokens of an attempt", _of("tokens", ".1f")),
+    ("entropy, nats a token", _of("entropy", ".4g")),
+    ("advantage of a token, whatever its sign", _of("mean_abs_advantage", ".4g")),
+    ("tokens of right attempts spoken against", _of("negative_on_right", ".1%")),
+    ("largest difference of a log-probability, read again", _of("logprob_gap", ".2g")),
+    ("optimiser steps", lambda t: Cell(count(t["updates"]["steps"]), steps_note(t["updates"]))),
+    ("ratios that were cut", _cut),
+    ("tokens learned from", lambda t: Cell(count(t["updates"]["tokens"]))),
+    ("time", lambda t: Cell(duration(t["seconds"]["total"]))),
+    ("peak memory", lambda t: Cell(memory(t).removeprefix("peak memory ") or NONE)),
+    ("best checkpoint", lambda t: Cell(str(t.get("best_checkpoint", NONE)))),
+)
+
+
+def summary_table(runs: Sequence[SelfRun]) -> Table:
+    """The runs' totals, a column for each."""
+    return table(
+        "Totals. Shares are with their 95 % Wilson intervals.",
+        ("", *(run.name for run in runs)),
+        [(label, *(of(run.totals) for run in runs)) for label, of in _SUMMARY],
+    )
+
+
+def method_table(runs: Sequence[SelfRun]) -> Table:
+    """What was done, a column for each run."""
+    rows: list[Row] = [
+        (label, *(shown(run.options.get(name)) or NONE for run in runs))
+        for name, label in _METHOD.items()
+    ]
+    return table("The method", ("", *(run.name for run in runs)), rows, numbers=False)
+
+
+def headroom_table(runs: Sequence[SelfRun]) -> Table | None:
+    """Answers with the context against answers without, before the first update."""
+    heads = [run.totals["headroom"] for run in runs]
+    if not any(heads):
+        return None
+    kinds = (
+        ("right, of all held-out problems", "right", "problems"),
+        ("right and wrong attempts, of all held-out problems", "mixed", "problems"),
+        ("right without the context, where it has something to say", "without", "taught"),
+        ("right with the context, where it has something to say", "with_context", "taught"),
+    )
+    rows: list[Row] = [
+        (label, *(_counted(head, key, of) for head in heads)) for label, key, of in kinds
+    ]
+    return table(
+        "Held-out problems, before the first update, with 95 % Wilson intervals.",
+        ("", *(run.name for run in runs)),
+        rows,
+    )
+
+
+def _counted(head: Mapping[str, int], key: str, of: str) -> Cell:
+    if not head:
+        return Cell(NONE)
+    right, n = head[key], head[of]
+    return share({"right": right, "n": n, "interval": wilson(right, n)})

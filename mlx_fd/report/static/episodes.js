@@ -1,0 +1,108 @@
+// Episodes of the loop, as page.js shows them. The numbers of the flags are packing.py's.
+"use strict";
+
+const RIGHT_BEFORE = 1, RIGHT_AFTER = 2, UNREADABLE = 4, ALONE = 8, LEARNED = 16, CAPPED = 32;
+const FILTERS = {
+  all: ["all", () => true],
+  mended: ["wrong to right", (flags) => !(flags & RIGHT_BEFORE) && flags & RIGHT_AFTER],
+  spoiled: ["right to wrong", (flags) => flags & RIGHT_BEFORE && !(flags & RIGHT_AFTER)],
+  right: ["right, and stayed so", (flags) => flags & RIGHT_BEFORE && flags & RIGHT_AFTER],
+  wrong: ["wrong, and stayed so", (flags) => !(flags & (RIGHT_BEFORE | RIGHT_AFTER))],
+  unreadable: ["a score could not be read", (flags) => flags & UNREADABLE],
+  alone: ["student alone, expert not asked", (flags) => flags & ALONE],
+  learned: ["learned from", (flags) => flags & LEARNED],
+  capped: ["cut at the token limit", (flags) => flags & CAPPED],
+};
+const STEPS = {
+  answer: "first answer",
+  student_feedback: "student's feedback",
+  expert_feedback: "expert's feedback",
+  merge: "merged feedback",
+  revise: "revision",
+  critique: "self-critique",
+  final: "final answer",
+};
+
+const change = (flags) => `${verdict(flags & RIGHT_BEFORE)} → ${verdict(flags & RIGHT_AFTER)}`;
+
+function parts(entry, row) {
+  const steps = [
+    overview(row, entry),
+    ...block("Question", row.question),
+    ...block("First answer", row.answer.text, `${finalNumber(row.answer.final)}, ${verdict(row.correct_before)}`, cut(row, "answer")),
+    feedbacks(row),
+  ];
+  if (row.merged !== null) steps.push(...block("Merged feedback", row.merged, cut(row, "merge")));
+  if (row.revised !== null) {
+    steps.push(...block("Revision", compared(row.answer.text, row.revised, "changed") ?? row.revised, "words that the first answer does not have are marked", cut(row, "revise")));
+  }
+  if (row.critique !== null) steps.push(...block("Self-critique", row.critique, cut(row, "critique")));
+  if (row.revised !== null) {
+    steps.push(...block("Final answer", row.final.text, `${finalNumber(row.final.final)}, ${verdict(row.correct_after)}`, cut(row, "final")));
+  } else {
+    steps.push(element("p", {}, "The combined score reached the target: the first answer stayed as it was."));
+  }
+  steps.push(costs(row));
+  return steps;
+}
+
+const cut = (row, step) => (row.capped.includes(step) ? "cut at the token limit" : null);
+
+function overview(row, entry) {
+  return definitions({
+    problem: row.id,
+    "reference answer": row.reference,
+    "right before → after": change(entry.flags),
+    "combined score": number(row.score),
+    gate: `${row.gate.distilled ? "learned from" : "not learned from"}: ${row.gate.reason}`,
+  });
+}
+
+function feedbacks(row) {
+  const expert = row.expert_feedback;
+  const student = row.student_feedback;
+  const sides = expert ? bothCompared(expert.text, student.text) : null;
+  const written = student.written_score === null ? "not readable" : student.written_score.toFixed(2);
+  const left = expert
+    ? block("Expert's feedback", sides?.[0] ?? expert.text, `score ${number(expert.score)}`, cut(row, "expert_feedback"))
+    : [element("h4", {}, "Expert's feedback"), element("p", {}, "The expert was not asked.")];
+  const right = block("Student's feedback", sides?.[1] ?? student.text, `score ${number(student.score)}, written ${written}`, cut(row, "student_feedback"));
+  const pair = element("div", { class: "pair" }, element("div", { class: "expert" }, ...left), element("div", { class: "student" }, ...right));
+  const group = element("div", {}, pair);
+  if (sides) {
+    const box = element("input", { type: "checkbox", checked: true, onchange: () => find("record").firstChild.classList.toggle("marked", box.checked) });
+    group.append(element("label", { class: "check" }, box, "mark the words that only one side has"));
+  } else if (expert) {
+    group.append(element("p", {}, "These are too long to be compared word by word."));
+  }
+  return group;
+}
+
+function costs(row) {
+  const body = element("tbody");
+  for (const [step, label] of Object.entries(STEPS)) {
+    if (!(step in row.tokens) && !(step in row.seconds)) continue;
+    const cells = [row.tokens[step], row.prefilled[step], row.seconds[step]];
+    body.append(element("tr", {}, element("th", { scope: "row" }, label), ...cells.map((value) => element("td", {}, value === undefined ? "–" : value.toLocaleString("en")))));
+  }
+  const losses = Object.entries(row.gate.losses_before).map(([name, before]) =>
+    element("tr", {}, element("th", { scope: "row" }, `${name} loss`), ...[before, row.gate.losses_after[name]].map((value) => element("td", {}, value === undefined ? "–" : value.toPrecision(3)))));
+  const heads = (...names) => element("thead", {}, element("tr", {}, element("td"), ...names.map((name) => element("th", { scope: "col" }, name))));
+  const tables = [element("table", {}, element("caption", {}, "Tokens and seconds"), heads("written", "read first", "seconds"), body)];
+  if (losses.length) {
+    tables.push(element("table", {}, element("caption", {}, "The student's losses on the expert's feedback"), heads("before", "after"), element("tbody", {}, ...losses)));
+  }
+  return element("details", {}, element("summary", {}, "Tokens, time and losses"), ...tables.map((table) => element("div", { class: "scroll" }, table)));
+}
+
+const KIND = {
+  one: "episode",
+  filters: FILTERS,
+  good: RIGHT_AFTER,
+  verdict: change,
+  texts: (row) => [
+    row.answer.text, row.expert_feedback?.text, row.student_feedback.text, row.gate.reason,
+    row.merged, row.revised, row.critique, row.final.text,
+  ],
+  parts,
+};
