@@ -196,6 +196,22 @@ def write_run(
     """Write a run's files, without weights."""
     episodes = [episode(n) for n in range(12)] if episodes is None else episodes
     metrics = [metric(n) for n in range(3)] if metrics is None else metrics
+    _write(folder, {runs.EPISODES: episodes, runs.METRICS: metrics}, expert, options)
+    probe = {"before": dict.fromkeys(LOSSES, 1.0), "after": dict.fromkeys(LOSSES, 0.2)}
+    if finished:
+        runs.write_json(
+            folder / runs.SUMMARY,
+            {"probe": probe, "exam": exam(), "peak_memory_bytes": 2**30, "best_checkpoint": "3"},
+        )
+    return folder
+
+
+def _write(
+    folder: Path,
+    logs: dict[str, list[dict[str, Any]]],
+    expert: str,
+    options: dict[str, Any] | None,
+) -> None:
     manifest = {
         "created": "2026-11-24T10:00:00+00:00",
         "versions": {"mlx-fd": "0.2.0", "mlx": "0.32.4"},
@@ -210,16 +226,9 @@ def write_run(
     (folder / runs.CHECKPOINTS).mkdir()
     (folder / runs.CONFIG).write_text(to_toml(Config()))
     (folder / runs.MANIFEST).write_text(json.dumps(manifest))
-    for name, rows in ((runs.EPISODES, episodes), (runs.METRICS, metrics)):
+    for name, rows in logs.items():
         lines = [json.dumps(row, ensure_ascii=True) + "\n" for row in rows]
         (folder / name).write_text("".join(lines), encoding="utf-8")
-    probe = {"before": dict.fromkeys(LOSSES, 1.0), "after": dict.fromkeys(LOSSES, 0.2)}
-    if finished:
-        runs.write_json(
-            folder / runs.SUMMARY,
-            {"probe": probe, "exam": exam(), "peak_memory_bytes": 2**30, "best_checkpoint": "3"},
-        )
-    return folder
 
 
 def hostile_run(folder):
@@ -258,3 +267,114 @@ def hostile_run(folder):
     (folder / "eval" / "fast" / "eval.json").write_text(text)
     (folder / "pareto.json").write_text(json.dumps(pareto(folder)))
     return folder
+
+
+def attempt(number: int, **changes: Any) -> dict[str, Any]:
+    """A row of ``attempts.jsonl``: wrong, unless ``changes`` say more; two of each problem."""
+    question = f"Ann has {number // 2} apples and buys 2. How many has she?"
+    row = {
+        "attempt": number,
+        "id": f"problem-{number // 2:05d}",
+        "question": question,
+        "reference": str(number // 2 + 2),
+        "text": f"Step 1: {number} + 2 = 0\n#### 0",
+        "tokens": [5, 6, 7, 8],
+        "final": "0",
+        "correct": False,
+        "finished": True,
+        "teacher": f"{question}\n\nYour attempt, mended: 2 is added.",
+        "note": f"Step 1: {number} + 2 = mended\n#### mended",
+        "wrong": 0,
+        "teaches": True,
+        "reward": 0.0,
+        "group_advantage": None,
+        "mean_abs_advantage": 0.5,
+        "negative_advantage": 0.25,
+        "entropy": 0.125,
+        "logprob": -0.5,
+        "logprob_gap": 1e-6,
+    }
+    return {**row, **changes}
+
+
+def self_metric(batch: int, *, wrong: float | None = None, frozen: bool = False) -> dict[str, Any]:
+    """A row of ``metrics.jsonl`` of self-distillation; ``wrong``: on the held-out problems."""
+    row = metric(batch, frozen=frozen)
+    update = {**row["updates"][0], "losses": {"match": 1 / (batch + 2)}}
+    stop = {**row["stop"], "gains": {"wrong": 1 - wrong}} if wrong is not None else None
+    return {
+        **row,
+        "weights": {},
+        "updates": [update],
+        "probe": None if wrong is None else {"wrong": wrong},
+        "stop": stop,
+        "attempts": {
+            "n": 4,
+            "right": 1,
+            "reward": 0.25,
+            "teaches": 0.5,
+            "finished": 0.75,
+            "tokens": 4.0,
+            "entropy": 0.125,
+            "mean_abs_advantage": 0.5,
+            "negative_on_right": None if batch == 1 else 0.25,
+            "logprob_gap": 1e-6,
+        },
+        "clipped": [0.125],
+        "prefilled": 20,
+        "step_seconds": {"attempt": 1.0, "context": 0.5, "learn": 2.0},
+    }
+
+
+def write_self_run(
+    folder: Path,
+    attempts: list[dict[str, Any]] | None = None,
+    metrics: list[dict[str, Any]] | None = None,
+    *,
+    finished: bool = True,
+    critic: str = "tiny",
+    options: dict[str, Any] | None = None,
+) -> Path:
+    """Write the files of a run of self-distillation, without weights."""
+    attempts = [attempt(n) for n in range(12)] if attempts is None else attempts
+    if metrics is None:
+        metrics = [self_metric(n, wrong=0.5 if n == 1 else None) for n in range(3)]
+    method = {
+        "method": "step-critique",
+        "context": "step-critique",
+        "objective": "forward",
+        "self_teacher": "base",
+        "critic": critic,
+        "rollouts": 2,
+    }
+    logs = {runs.ATTEMPTS: attempts, runs.METRICS: metrics}
+    _write(folder, logs, critic, {**method, **(options or {})})
+    head = {
+        "problems": 40,
+        "right": 10,
+        "mixed": 5,
+        "taught": 30,
+        "without": 6,
+        "with_context": 24,
+    }
+    runs.write_json(folder / runs.HEADROOM, head)
+    if finished:
+        probe = {"before": {"wrong": 0.75}, "after": {"wrong": 0.25}}
+        found = {"probe": probe, "peak_memory_bytes": 2**30, "best_checkpoint": "000003"}
+        runs.write_json(folder / runs.SUMMARY, found)
+    return folder
+
+
+def hostile_self_run(folder: Path) -> Path:
+    """A run of self-distillation with every kind of harm in every text that a report shows."""
+    bad = " ".join(HOSTILE)
+    loss = f"match{HOSTILE[0]}"
+    texts = dict.fromkeys(("question", "reference", "text", "final", "teacher", "note"), bad)
+    rows = [attempt(n, **{**texts, "id": f"{n} {bad}"}) for n in range(3)]
+    rows.append(attempt(3, note="word " * 20_000))
+    metrics = [self_metric(n, wrong=0.5) for n in range(2)]
+    for row in metrics:
+        row["stop"]["reason"] = bad
+        row["stop"]["gains"][loss] = row["updates"][0]["losses"][loss] = 0.5
+    options = {"method": bad, "context": bad, "objective": bad, bad: bad}
+    return write_self_run(folder, rows, metrics, critic=bad, options=options)

@@ -34,7 +34,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """A plain run's report, one of two runs, and a hostile run's."""
+    """Reports of a plain run, of two, of a hostile one; the same of self-distillation."""
     folder = tmp_path_factory.mktemp("reports")
     rows = [reported.episode(n, correct_after=n % 3 > 0) for n in range(120)]
     rows[7]["correct_before"], rows[7]["correct_after"] = True, False
@@ -51,6 +51,16 @@ def pages(tmp_path_factory):
         "one": [one],
         "both": [one, two],
         "hostile": [reported.hostile_run(folder / "<script>window.harmed=1<" / "script>&\"'")],
+    }
+    attempts = [reported.attempt(n, correct=n % 4 == 1, teaches=n < 60) for n in range(120)]
+    attempts[8] |= {"finished": False, "final": None, "teacher": None, "note": ""}
+    metrics = [reported.self_metric(n, wrong=0.5 - n / 20, frozen=n == 5) for n in range(6)]
+    three = reported.write_self_run(folder / "three", attempts, metrics)
+    four = reported.write_self_run(folder / "four", finished=False, options={"method": "sdft"})
+    made |= {
+        "attempts": [three],
+        "methods": [three, four],
+        "harm": [reported.hostile_self_run(folder / "<b>" / "<i>")],
     }
     for name, folders in made.items():
         write_page(make_page(read_runs(folders)), folder / f"{name}.html")
@@ -103,11 +113,13 @@ def wait_count(page, text):
     )
 
 
-@pytest.mark.parametrize("name", ["one", "both"])
-def test_every_chart_is_drawn_with_a_text_in_its_place(opened, name):
+@pytest.mark.parametrize(
+    ("name", "least"), [("one", 13), ("both", 13), ("attempts", 12), ("methods", 12)]
+)
+def test_every_chart_is_drawn_with_a_text_in_its_place(opened, name, least):
     page = opened(name)
     charts = page.query_selector_all(".chart")
-    assert len(charts) >= 13
+    assert len(charts) >= least
     for chart in charts:
         assert chart.query_selector("svg")
         assert len(chart.get_attribute("aria-label")) > 20
@@ -230,6 +242,49 @@ def test_nothing_a_model_wrote_does_harm(opened):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+def test_attempts_are_found_by_what_they_are(opened):
+    page = opened("attempts")
+    assert count(page) == "120 of 120 attempts"
+    for kind, n, first in (
+        ("right", 30, 1),
+        ("wrong", 90, 0),
+        ("silent", 60, 60),
+        ("cut", 1, 8),
+        ("unread", 1, 8),
+    ):
+        page.select_option("#filter", kind)
+        wait_count(page, f"{n} of 120 attempts")
+        wait_title(page, f"Attempt {first}")
+    assert "Nothing more than the student" in page.inner_text("#record")
+    page.select_option("#filter", "all")
+    page.fill("#search", "41 mended")
+    wait_title(page, "Attempt 41")
+    # What a critic has changed is marked; the other attempt at the problem is a button away.
+    assert [m.inner_text() for m in page.query_selector_all("#record mark")] == ["mended", "mended"]
+    page.click("#record button:has-text('#40 wrong')")
+    wait_title(page, "Attempt 40")
+
+
+def test_methods_are_compared_problem_by_problem(opened):
+    page = opened("methods")
+    page.select_option("#of", "1")
+    wait_title(page, "four, attempt 0")
+    page.click("text=The same problem in three")
+    wait_title(page, "three, attempt 0")
+
+
+def test_nothing_written_in_an_attempt_does_harm(opened):
+    page = opened("harm")
+    for number in (1, 2, 3, 0):
+        page.evaluate("n => document.querySelectorAll('#list button')[n].click()", number)
+        wait_title(page, f"Attempt {number}")
+    assert page.evaluate("window.harmed") is None
+    assert not page.query_selector_all("main img, main iframe, main b, figure a[href]")
+    shown = page.inner_text("#record")
+    assert "<script>window.harmed = 1</script>" in shown
+    assert "\u2400\u2401" in shown
+
+
 def test_a_long_text_is_folded_and_whole(opened):
     page = opened("hostile")
     page.evaluate("document.querySelectorAll('#list button')[3].click()")
@@ -243,7 +298,7 @@ def test_a_long_text_is_folded_and_whole(opened):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["one", "both", "hostile"])
+@pytest.mark.parametrize("name", ["one", "both", "hostile", "methods", "harm"])
 def test_a_phone_scrolls_in_one_direction(opened, scheme, name):
     page = opened(name, viewport={"width": 390, "height": 844}, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
@@ -287,8 +342,9 @@ def test_contrast_in_both_themes_and_the_toggle(opened, scheme):
     assert other_line != line
 
 
-def test_landmarks_headings_and_labels(opened):
-    page = opened("both")
+@pytest.mark.parametrize("name", ["both", "methods"])
+def test_landmarks_headings_and_labels(opened, name):
+    page = opened(name)
     assert [
         page.locator(tag).count() for tag in ("main", "header", "footer", "nav[aria-label]")
     ] == [1, 1, 1, 1]

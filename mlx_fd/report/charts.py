@@ -47,19 +47,17 @@ def loss_figure(runs: Sequence[Run], loss: str) -> Figure | None:
         ]
     if not rows:
         return None
-    several = len(runs) > 1
-    colour = (
-        draw.colour("run", [run.name for run in runs])
-        if several
-        else draw.colour("on", ["held out", "learned from"])
-    )
+    kinds = [on for on in ("held out", "learned from") if any(row["on"] == on for row in rows)]
     base = alt.Chart(draw.ROWS).encode(
         x=draw.along(runs),
         y=alt.Y("loss:Q", title=None, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5)),
-        color=colour,
+        color=draw.colour("run", [run.name for run in runs])
+        if len(runs) > 1
+        else draw.colour("on", ["held out", "learned from"], legend=len(kinds) > 1),
         strokeDash=alt.StrokeDash(
             "on:N",
             scale=alt.Scale(domain=["held out", "learned from"], range=[[1, 0], [4, 3]]),
+            legend=alt.Legend() if len(kinds) > 1 else None,
         ),
         tooltip=["run:N", "on:N", "batch:Q", alt.Tooltip("loss:Q", format=".4g")],
     )
@@ -69,7 +67,7 @@ def loss_figure(runs: Sequence[Run], loss: str) -> Figure | None:
         draw.layered(draw.with_points(base, draw.every(runs)), draw.rules()),
         rows,
         marks=draw.marks(runs),
-        table=losses_table(runs, loss),
+        table=losses_table(runs, loss) if "held out" in kinds else None,
     )
 
 
@@ -83,7 +81,7 @@ def _loss_says(runs: Sequence[Run], loss: str) -> str:
                 f"{draw.whose(run, runs)}{first:.3g} to {last:.3g} on held-out problems "
                 f"({last / first - 1:+.0%})"
             )
-    return "; ".join(parts) + "." if parts else "Not measured on held-out problems."
+    return "; ".join(parts) + "." if parts else "As it was in the last update of each batch."
 
 
 def weight_figure(run: Run) -> Figure | None:

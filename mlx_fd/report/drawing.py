@@ -184,7 +184,9 @@ def accuracy_along(
     base = alt.Chart(ROWS).encode(
         x=alt.X(f"{number}:Q", title=f"{number}s", axis=alt.Axis(grid=False, format="d")),
         y=alt.Y("right:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
-        color=colour("run", list(found)) if several else colour("answers", list(kinds)),
+        color=colour("run", list(found))
+        if several
+        else colour("answers", list(kinds), legend=len(kinds) > 1),
         tooltip=[
             "run:N",
             "answers:N",
@@ -193,15 +195,17 @@ def accuracy_along(
         ],
     )
     # Final answers, which come last, are drawn through.
-    dashes = [[4, 3], [1, 0]][-len(kinds) :]
-    dash = alt.StrokeDash("answers:N", scale=alt.Scale(domain=list(kinds), range=dashes))
+    dashes = alt.Scale(domain=list(kinds), range=[[4, 3], [1, 0]][-len(kinds) :])
+    legend = alt.Legend() if len(kinds) > 1 else None
+    dash = alt.StrokeDash("answers:N", scale=dashes, legend=legend)
     band = None
     if not several:
         band = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q"), y2="high:Q")
     under = (
-        f"Each point is {rows[0]['n']} {number}s; "
-        + ("the bands are" if band else "pointing at one gives its")
-        + f" 95 % Wilson intervals. {says}"
+        "Each point is a sixteenth of its run; pointing at one gives its 95 % Wilson interval. "
+        f"{says}"
+        if several
+        else f"Each point is {rows[0]['n']} {number}s; the bands are 95 % Wilson intervals. {says}"
     )
     return figure(title, under, layered(band, with_points(base.encode(strokeDash=dash))), rows)
 

@@ -48,6 +48,11 @@ class SelfRun(Run):
         found: Row = self.manifest["options"]
         return found
 
+    @property
+    def has_context(self) -> bool:
+        """Whether the self-teacher reads more than the problem."""
+        return self.options.get("context") != "none"
+
 
 def is_self_distillation(folder: Path) -> bool:
     """Whether a run is one of self-distillation, by its files or else by its options."""

@@ -69,7 +69,7 @@ def headlines(run: SelfRun) -> list[tuple[str, Cell]]:
             "attempts right, first half → second",
             Cell(f"{share_says(halves[0])} → {second.value}", second.note),
         ),
-        ("headroom: right without the context → with it", _headroom(totals["headroom"])),
+        ("headroom: right without the context → with it", _headroom(run)),
         (
             "attempts that teach",
             Cell(f"{found['teaches']:.1%}" if found else NONE, f"n {len(run.attempts)}"),
@@ -78,9 +78,11 @@ def headlines(run: SelfRun) -> list[tuple[str, Cell]]:
     ]
 
 
-def _headroom(head: Mapping[str, int]) -> Cell:
-    n = head.get("taught")
-    if not n:
+def _headroom(run: SelfRun) -> Cell:
+    head = run.totals["headroom"]
+    if not run.has_context:
+        return Cell(NONE, "there is no context")
+    if not (n := head.get("taught")):
         return Cell(NONE, "the context had nothing to say" if head else "")
     return Cell(f"{head['without'] / n:.1%} → {head['with_context'] / n:.1%}", f"n {n}")
 
@@ -142,8 +144,7 @@ def method_table(runs: Sequence[SelfRun]) -> Table:
 
 def headroom_table(runs: Sequence[SelfRun]) -> Table | None:
     """Answers with the context against answers without, before the first update."""
-    heads = [run.totals["headroom"] for run in runs]
-    if not any(heads):
+    if not any(run.totals["headroom"] for run in runs):
         return None
     kinds = (
         ("right, of all held-out problems", "right", "problems"),
@@ -152,7 +153,7 @@ def headroom_table(runs: Sequence[SelfRun]) -> Table | None:
         ("right with the context, where it has something to say", "with_context", "taught"),
     )
     rows: list[Row] = [
-        (label, *(_counted(head, key, of) for head in heads)) for label, key, of in kinds
+        (label, *(_counted(run, key, of) for run in runs)) for label, key, of in kinds
     ]
     return table(
         "Held-out problems, before the first update, with 95 % Wilson intervals.",
@@ -161,8 +162,9 @@ def headroom_table(runs: Sequence[SelfRun]) -> Table | None:
     )
 
 
-def _counted(head: Mapping[str, int], key: str, of: str) -> Cell:
-    if not head:
+def _counted(run: SelfRun, key: str, of: str) -> Cell:
+    head = run.totals["headroom"]
+    if not head or (of == "taught" and not run.has_context):
         return Cell(NONE)
     right, n = head[key], head[of]
     return share({"right": right, "n": n, "interval": wilson(right, n)})
