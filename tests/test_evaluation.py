@@ -43,6 +43,9 @@ SHORT = {
 }
 
 
+OF_A_LOOP = [name for name in SYSTEMS if name != "base"]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("run") / "one", "tiny-student", strength=0.02, **SHORT)
@@ -76,12 +79,12 @@ def test_every_system_meets_every_problem_from_the_same_first_answer(done):
     rows = [row for row in rows_of(folder) if row["set"] == "arithmetic/test"]
     wanted = [problem.id for problem in load("arithmetic", "test").problems[:4]]
     first = {row["id"]: row["turns"]["answer"] for row in rows if row["system"] == "loop"}
-    for name in SYSTEMS:
+    for name in OF_A_LOOP:
         own = [row for row in rows if row["system"] == name]
         assert [row["id"] for row in own] == wanted
         if name not in ("expert", "student"):
             assert {row["id"]: row["turns"]["answer"] for row in own} == first
-    assert [s["name"] for s in results["sets"][0]["systems"]] == list(SYSTEMS)
+    assert [s["name"] for s in results["sets"][0]["systems"]] == OF_A_LOOP
 
 
 def test_results_are_what_the_outputs_add_up_to(done):
@@ -108,7 +111,7 @@ def test_results_are_what_the_outputs_add_up_to(done):
             for row in own
         ]
         assert system["cost"]["expert_tokens"] == pytest.approx(np.mean(by_expert))
-    assert [c["against"] for c in found["comparisons"]] == [n for n in SYSTEMS if n != "loop"]
+    assert [c["against"] for c in found["comparisons"]] == OF_A_LOOP[1:]
     for row in found["comparisons"]:
         ours, theirs = right["loop"], right[row["against"]]
         only = [a > b for a, b in zip(ours, theirs, strict=True) if a != b]
@@ -137,6 +140,12 @@ def test_feedback_is_judged_where_the_truth_is_known(done):
     # The distilled student's score comes from its head, the others' from their text.
     by_head = [row["score"] != row["written_score"] for row in rows_of(folder) if "deserved" in row]
     assert any(by_head[:4]) and not any(by_head[4:])
+
+
+def test_another_expert_may_be_wider_than_the_runs_own(run, tmp_path):
+    results = evaluate(run, tmp_path, tmp_path / "cache", expert="tiny", limit=1)
+    assert results["models"]["expert"]["name"] == "tiny"
+    assert [s["name"] for s in results["sets"][0]["systems"]] == ["loop", "student"]
 
 
 def test_nothing_is_generated_twice(run, done, tmp_path):

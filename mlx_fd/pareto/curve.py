@@ -52,7 +52,8 @@ def read_curve(folder: Path) -> Curve:
     """The learning curve in a run directory.
 
     Raises:
-        UserError: there is no run of the loop, its gate was another one, or its files are not whole.
+        UserError: there is no run, it is none of the loop, its gate was another one, or its files
+            are not whole.
     """
     runs.read_manifest(folder)
     config = read(folder / runs.CONFIG)
