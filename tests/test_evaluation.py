@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from scipy.stats import binomtest
+from tiny import make_model_dir
 from trained import make_run
 
 from mlx_fd import cli, roles, runs
@@ -142,10 +143,21 @@ def test_feedback_is_judged_where_the_truth_is_known(done):
     assert any(by_head[:4]) and not any(by_head[4:])
 
 
-def test_another_expert_may_be_wider_than_the_runs_own(run, tmp_path):
-    results = evaluate(run, tmp_path, tmp_path / "cache", expert="tiny", limit=1)
-    assert results["models"]["expert"]["name"] == "tiny"
+def test_another_expert_may_be_wider_than_the_runs_own(tmp_path):
+    sizes = {"layers": 1, "heads": 2, "kv_heads": 1}
+    student = make_model_dir(tmp_path / "student", hidden=16, intermediate=32, **sizes)
+    wider = make_model_dir(tmp_path / "wider", hidden=32, intermediate=64, seed=1, **sizes)
+    limits = {"answer_tokens": 4, "feedback_tokens": 4, "merge_tokens": 4}
+    run = make_run(tmp_path / "run", student, **limits)
+    results = evaluate(run, tmp_path / "out", tmp_path / "cache", expert=str(wider), limit=1)
+    assert results["models"]["expert"]["name"] == str(wider)
     assert [s["name"] for s in results["sets"][0]["systems"]] == ["loop", "student"]
+
+
+def test_the_tiny_models_are_asked_what_they_know():
+    for name in ("tiny", "tiny-student", "tiny-base"):
+        sets = suites.make_sets(open_target(name, None), suites.Options(limit=1))
+        assert [one.name for one in sets] == ["arithmetic/test", "arithmetic/first errors"]
 
 
 def test_nothing_is_generated_twice(run, done, tmp_path):

@@ -67,7 +67,7 @@ Examples:
 @click.option(
     "--problems",
     metavar="SOURCE",
-    help="As for mlx-fd loop. [default: gsm8k; arithmetic for a run on it and for the tiny pair]",
+    help="As for mlx-fd loop. [default: gsm8k; arithmetic for a run on it and the tiny models]",
 )
 @click.option("--split", default="test", show_default=True, help="Split of the problems.")
 @click.option(

@@ -17,7 +17,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cache import digest
 from mlx_fd.feedback import find
 from mlx_fd.gate import GateState, trusted
-from mlx_fd.models.aliases import TINY, TINY_STUDENT
+from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
 from mlx_fd.models.loading import content_hash
 from mlx_fd.models.pairing import check_pair
 from mlx_fd.models.resolve import resolve, why_changed
@@ -94,7 +94,7 @@ def open_target(name: str, expert: str | None) -> Target:
     if run and looped and not expert:
         _check_expert(name, run, config, expert_path)
     if run is None:
-        if student in (resolve(TINY), resolve(TINY_STUDENT)):
+        if student in map(resolve, (TINY, TINY_STUDENT, TINY_BASE)):
             config = preset(TINY)
         config = override(config, {"expert": name, "student": name}, name)
     if expert_name:
