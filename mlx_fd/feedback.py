@@ -16,11 +16,10 @@ from mlx_fd.models.loading import Loaded, content_hash, load
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.student import (
     ADAPTER_WEIGHTS,
-    HEADS,
     Student,
     load_student,
     make_student,
-    read_arrays,
+    projection_width,
 )
 
 
@@ -102,10 +101,7 @@ def open_student(place: Place) -> tuple[Loaded, Student | None]:
     options = place.config.models
     loaded = load(place.model, dequantize=options.dequantize)
     # The projection is not used here, but load_student wants its place: as wide as it was.
-    heads = read_arrays(place.checkpoint / HEADS)
-    if "projection.weight" not in heads:
-        raise UserError(f"{place.checkpoint / HEADS}: has no projection; take another checkpoint")
-    width = heads["projection.weight"].shape[0]
+    width = projection_width(place.checkpoint)
     student = make_student(loaded.model, width, options, place.config.episode.seed)
     load_student(student, place.checkpoint)
     student.eval()

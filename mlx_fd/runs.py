@@ -192,7 +192,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not is_run(folder):
         raise UserError(
             f"{folder}: this is no run directory (it has no {MANIFEST}). "
-            "Name the folder that `mlx-fd loop` printed when it began."
+            "Name the folder that `mlx-fd loop` or `mlx-fd self-distill` printed when it began."
         )
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

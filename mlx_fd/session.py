@@ -354,8 +354,13 @@ def _why_other(part: str, old: dict[str, Any], new: dict[str, Any]) -> str:
     return why_changed(name, old["versions"])
 
 
-def open_pair(plan: Plan) -> Any:
+def open_pair(plan: Plan, projection: int | None = None) -> Any:
     """Load the models of a plan.
+
+    Args:
+        plan: of the run.
+        projection: size of the hidden states that the projection was made for; ``None``: the
+            expert's.
 
     Returns:
         The :class:`mlx_fd.episode.Pair`, the student with fresh LoRA and heads.
@@ -367,7 +372,8 @@ def open_pair(plan: Plan) -> Any:
 
     options = plan.config.models
     expert, base = load_pair(plan.expert_path, plan.student_path, dequantize=options.dequantize)
-    student = make_student(base.model, taps.width(expert.model), options, plan.config.episode.seed)
+    width = projection or taps.width(expert.model)
+    student = make_student(base.model, width, options, plan.config.episode.seed)
     # One tokenizer for both: they were compared token by token, and so read the same prompts.
     reader = dataclasses.replace(
         base, model=student.model, tokenizer=expert.tokenizer, vocab=plan.vocab

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from scipy.stats import binomtest
+from tiny import make_model_dir
 from trained import make_run
 
 from mlx_fd import cli, roles, runs
@@ -41,6 +42,9 @@ SHORT = {
     "feedback_tokens": 12,
     "merge_tokens": 8,
 }
+
+
+OF_A_LOOP = [name for name in SYSTEMS if name != "base"]
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +80,12 @@ def test_every_system_meets_every_problem_from_the_same_first_answer(done):
     rows = [row for row in rows_of(folder) if row["set"] == "arithmetic/test"]
     wanted = [problem.id for problem in load("arithmetic", "test").problems[:4]]
     first = {row["id"]: row["turns"]["answer"] for row in rows if row["system"] == "loop"}
-    for name in SYSTEMS:
+    for name in OF_A_LOOP:
         own = [row for row in rows if row["system"] == name]
         assert [row["id"] for row in own] == wanted
         if name not in ("expert", "student"):
             assert {row["id"]: row["turns"]["answer"] for row in own} == first
-    assert [s["name"] for s in results["sets"][0]["systems"]] == list(SYSTEMS)
+    assert [s["name"] for s in results["sets"][0]["systems"]] == OF_A_LOOP
 
 
 def test_results_are_what_the_outputs_add_up_to(done):
@@ -108,7 +112,7 @@ def test_results_are_what_the_outputs_add_up_to(done):
             for row in own
         ]
         assert system["cost"]["expert_tokens"] == pytest.approx(np.mean(by_expert))
-    assert [c["against"] for c in found["comparisons"]] == [n for n in SYSTEMS if n != "loop"]
+    assert [c["against"] for c in found["comparisons"]] == OF_A_LOOP[1:]
     for row in found["comparisons"]:
         ours, theirs = right["loop"], right[row["against"]]
         only = [a > b for a, b in zip(ours, theirs, strict=True) if a != b]
@@ -137,6 +141,23 @@ def test_feedback_is_judged_where_the_truth_is_known(done):
     # The distilled student's score comes from its head, the others' from their text.
     by_head = [row["score"] != row["written_score"] for row in rows_of(folder) if "deserved" in row]
     assert any(by_head[:4]) and not any(by_head[4:])
+
+
+def test_another_expert_may_be_wider_than_the_runs_own(tmp_path):
+    sizes = {"layers": 1, "heads": 2, "kv_heads": 1}
+    student = make_model_dir(tmp_path / "student", hidden=16, intermediate=32, **sizes)
+    wider = make_model_dir(tmp_path / "wider", hidden=32, intermediate=64, seed=1, **sizes)
+    limits = {"answer_tokens": 4, "feedback_tokens": 4, "merge_tokens": 4}
+    run = make_run(tmp_path / "run", student, **limits)
+    results = evaluate(run, tmp_path / "out", tmp_path / "cache", expert=str(wider), limit=1)
+    assert results["models"]["expert"]["name"] == str(wider)
+    assert [s["name"] for s in results["sets"][0]["systems"]] == ["loop", "student"]
+
+
+def test_the_tiny_models_are_asked_what_they_know():
+    for name in ("tiny", "tiny-student", "tiny-base"):
+        sets = suites.make_sets(open_target(name, None), suites.Options(limit=1))
+        assert [one.name for one in sets] == ["arithmetic/test", "arithmetic/first errors"]
 
 
 def test_nothing_is_generated_twice(run, done, tmp_path):

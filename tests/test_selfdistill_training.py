@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pairs import without_seconds
 
 from mlx_fd import runs
 from mlx_fd.config import CONTEXTS as CONTEXT_NAMES
-from mlx_fd.config import Config, read, to_toml
+from mlx_fd.config import Config, preset, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.events import Note, Warned
 from mlx_fd.export.exporter import Form, export
@@ -353,16 +354,78 @@ def test_the_command_line_says_what_is_wrong(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_learned_from_itself_is_exported_without_a_score_head(tmp_path):
-    start(tmp_path / "run", config_of("step-critique"))
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A run that is done."""
+    folder = tmp_path_factory.mktemp("learned") / "run"
+    # The limits that a tiny model is evaluated with outside a run.
+    tiny = preset("tiny").generation
+    limits = {"answer_tokens": tiny.answer_tokens, "feedback_tokens": tiny.feedback_tokens}
+    start(folder, config_of("step-critique", **limits))
+    return folder
+
+
+def test_what_learned_from_itself_is_exported_without_a_score_head(learned, tmp_path):
     form = Form(format="mlx", parity_problems=0)
-    export(str(tmp_path / "run"), tmp_path / "out", form, progress=lambda *step: None)
+    export(str(learned), tmp_path / "out", form, progress=lambda *step: None)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| method | step-critique: the teacher reads step-critique" in card
     assert "Held-out problems answered right" in card and "score_head" not in card
     assert not (tmp_path / "out" / "score_head.safetensors").exists()
-    given = give_feedback(str(tmp_path / "run"), "Tom has 3 apples and buys 5. How many?", "8", 16)
+    given = give_feedback(str(learned), "Tom has 3 apples and buys 5. How many?", "8", 16)
     assert set(given) == {"written_score", "feedback"}
+
+
+def test_a_run_is_evaluated_beside_the_model_that_it_was(learned, tmp_path):
+    adapter = shutil.copytree(learned / runs.CHECKPOINTS / "best", tmp_path / "adapter")
+    folders = {
+        str(learned): learned / "eval" / "fast",
+        str(adapter): tmp_path / "alone",
+        "tiny-student": tmp_path / "untrained",
+    }
+    said = {}
+    for name, folder in folders.items():
+        out = () if name == str(learned) else ("--out", str(folder))
+        options = ("--limit", "12", "--quiet")
+        done = cli("eval", name, *options, *out, "--cache", str(tmp_path / "cache"))
+        assert done.returncode == 0, done.stderr
+        for line in (folder / "outputs.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            said.setdefault((name, row["set"], row["system"]), []).append(row["turns"])
+        if name == str(learned):
+            assert "Student alone" in done.stdout and "Base model alone" in done.stdout
+    solved, judged = "arithmetic/test", "arithmetic/first errors"
+    ours = said[str(learned), solved, "student"]
+    assert len(ours) == 12 and ours == said[str(adapter), solved, "student"]
+    base = said[str(learned), solved, "base"]
+    assert base != ours and base == said["tiny-student", solved, "student"]
+    assert said[str(learned), judged, "clear"] == said["tiny-student", judged, "student"]
+    assert said[str(learned), judged, "student"] == said[str(adapter), judged, "student"]
+    scores = [
+        row
+        for row in map(json.loads, (learned / "eval/fast/outputs.jsonl").read_text().splitlines())
+        if row["set"] == judged
+    ]
+    # No score head was trained: a score is what was written.
+    assert scores and all(row["score"] == row["written_score"] for row in scores)
+
+
+def test_a_run_meets_the_baselines_with_an_expert_that_is_named(learned, tmp_path):
+    command = ("eval", str(learned), "--baselines", "--limit", "1", "--out", str(tmp_path / "out"))
+    done = cli(*command)
+    assert done.returncode == 2 and "name one with --expert" in done.stderr
+    done = cli(*command, "--expert", "tiny", "--json", "--cache", str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["models"]["expert"]["name"] == "tiny"
+    systems = [one["name"] for one in result["sets"][0]["systems"]]
+    assert systems == ["student", "base", "clear", "cot", "cod", "self-refine", "expert"]
+
+
+def test_stopping_is_for_runs_of_the_loop(learned):
+    done = cli("pareto", str(learned))
+    assert done.returncode == 2 and "runs of mlx-fd loop alone" in done.stderr
+    assert "--config" not in done.stderr
 
 
 def test_a_run_for_a_script_and_its_refused_resume(tmp_path):

@@ -13,9 +13,9 @@ from mlx_fd.baselines.critics import cod, cot
 from mlx_fd.baselines.self_refine import self_refine
 from mlx_fd.baselines.trials import Setting, System, Trial
 
-__all__ = ["LOOP", "STUDENT", "SYSTEMS", "Setting", "System", "Trial"]
+__all__ = ["BASE", "CLEAR", "LOOP", "STUDENT", "SYSTEMS", "Setting", "System", "Trial"]
 
-LOOP, STUDENT, CLEAR = "loop", "student", "clear"
+LOOP, STUDENT, CLEAR, BASE = "loop", "student", "clear", "base"
 
 SYSTEMS = {
     LOOP: System("Online feedback distillation", "first", "student", loop),
@@ -25,4 +25,5 @@ SYSTEMS = {
     "self-refine": System("Self-Refine", "first", None, self_refine),
     "expert": System("Expert alone", "expert", None, as_answered),
     STUDENT: System("Student alone", "student", None, as_answered),
+    BASE: System("Base model alone", "untrained", None, as_answered),
 }

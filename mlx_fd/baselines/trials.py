@@ -82,13 +82,14 @@ class System:
 
     Attributes:
         label: what a table calls it.
-        begins_with: whose answers it goes on from: ``first`` are those that are judged.
+        begins_with: whose answers it goes on from: ``first`` are those that are judged,
+            ``untrained`` those of the student as it was before.
         amateur: the student that it uses beside the expert, as trained or as it was before.
         run: does it.
     """
 
     label: str
-    begins_with: Literal["first", "expert", "student"]
+    begins_with: Literal["first", "expert", "student", "untrained"]
     amateur: Literal["student", "untrained"] | None
     run: Callable[[Setting, Sequence[Draft], Seeds, Progress], list[Trial]]
 

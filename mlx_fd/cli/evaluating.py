@@ -19,6 +19,7 @@ Examples:
   mlx-fd eval runs/20260101-120000 --baselines
   mlx-fd eval runs/20260101-120000 --suite full --baselines --limit 200 \\
       --instructions alpaca.json --processbench gsm8k.json --transfer owner/name
+  mlx-fd eval runs/self-distilled --temperature 1
   mlx-fd eval qwen2.5-1.5b-4bit --k 8 --limit 50
   mlx-fd eval qwen2.5-1.5b-4bit --expert qwen2.5-7b-4bit --baselines
 """,
@@ -41,7 +42,8 @@ Examples:
 @click.option(
     "--expert",
     metavar="NAME",
-    help="The expert of the baselines. [default: the run's; none for a model]",
+    help="The expert of the baselines. [default: the run's; none for a model and for a run of "
+    "mlx-fd self-distill]",
 )
 @click.option(
     "--limit",
@@ -65,7 +67,7 @@ Examples:
 @click.option(
     "--problems",
     metavar="SOURCE",
-    help="As for mlx-fd loop. [default: gsm8k; arithmetic for a run on it and for the tiny pair]",
+    help="As for mlx-fd loop. [default: gsm8k; arithmetic for a run on it and the tiny models]",
 )
 @click.option("--split", default="test", show_default=True, help="Split of the problems.")
 @click.option(
@@ -133,9 +135,10 @@ def evaluate(
     """Measure a student on held-out problems, beside other ways to an answer.
 
     MODEL is a run directory (its best checkpoint), one of its checkpoints, an mlx-lm adapter, or
-    any model. All systems go on from the same first answers, so differences are paired. Every
-    number comes with its n and a 95 % interval. Ctrl-C or a kill loses one batch at most: the same
-    command goes on.
+    any model. Beside the student of a run of `mlx-fd self-distill` stands the model that it was.
+    All systems go on from the same first answers, so differences are paired. Every number comes
+    with its n and a 95 % interval. Ctrl-C or a kill loses one batch at most: the same command goes
+    on.
     """
     from mlx_fd.backend import backend
 

@@ -93,7 +93,7 @@ class Judging:
                 step = "student_feedback"
                 done = student_feedback(pair, drafts, options, seeds(step), bench.progress)
                 said = [draft.student_feedback for draft in done]
-            by_head = system == "student" and bench.target.checkpoint is not None
+            by_head = system == "student" and bench.target.helps_expert
             return [
                 trial(
                     setting,

@@ -59,19 +59,20 @@ class Solving:
         """One batch of a system's trials."""
         found = SYSTEMS[system]
         options = bench.target.config.generation
-        who: Who
+        by: Uses
         if found.begins_with == "first":
-            who, temperature = _first_by(bench), bench.first_temperature
+            by, temperature = _first_by(bench), bench.first_temperature
         else:
-            who, temperature = found.begins_with, bench.bare_temperature
-        begun = _answers(bench, who, temperature, batch, sample, chunk)
+            by, temperature = found.begins_with, bench.bare_temperature
+        who: Who = "expert" if by == "expert" else "student"
+        begun = _answers(bench, by, temperature, batch, sample, chunk)
         seeds = bench.seeds(batch, sample)
 
         def make(pair: Pair) -> list[Trial]:
             drafts = [_draft(pair, *both) for both in zip(chunk, begun, strict=True)]
             return found.run(bench.setting(pair, who), drafts, seeds, bench.progress)
 
-        uses: list[Uses] = [who] if found.begins_with != "first" else ["expert"]
+        uses: list[Uses] = [by] if found.begins_with != "first" else ["expert"]
         uses += [found.amateur] if found.amateur else []
         config = bench.target.config
         key = {
@@ -164,7 +165,7 @@ def _majority(samples: Rows) -> float:
 
 def _answers(
     bench: Bench,
-    who: Who,
+    by: Uses,
     temperature: float,
     batch: int,
     sample: int,
@@ -183,7 +184,7 @@ def _answers(
 
     def make(pair: Pair) -> Rows:
         drafts = answer(
-            pair.expert if who == "expert" else pair.reader,
+            pair.expert if by == "expert" else pair.reader,
             chunk,
             options,
             bench.seeds(batch, sample)("answer"),
@@ -202,7 +203,7 @@ def _answers(
             for draft in drafts
         ]
 
-    return bench.rows(key, len(chunk), [who], make)
+    return bench.rows(key, len(chunk), [by], make)
 
 
 def _draft(pair: Pair, problem: Problem, row: dict[str, Any]) -> Draft:

@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_fd import problems, runs
-from mlx_fd.baselines import CLEAR, LOOP, STUDENT, SYSTEMS
+from mlx_fd.baselines import BASE, CLEAR, LOOP, STUDENT, SYSTEMS
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation import exam, instructing, processbench
 from mlx_fd.evaluation.bench import Bench
@@ -160,17 +160,18 @@ def concerns(target: Target, options: Options) -> list[str]:
 
 
 def _solvers(target: Target, options: Options) -> tuple[str, ...]:
-    if not options.baselines:
-        return (LOOP, STUDENT) if target.run else (STUDENT,)
-    every = tuple(SYSTEMS)
-    return every if target.run else (STUDENT, *(n for n in every if n not in (LOOP, STUDENT)))
+    others = tuple(name for name in SYSTEMS if name not in (LOOP, STUDENT, BASE))
+    baselines = others if options.baselines else ()
+    if target.helps_expert:
+        return (LOOP, *baselines, STUDENT)
+    return (STUDENT, BASE, *baselines) if target.run else (STUDENT, *baselines)
 
 
 def _judges(target: Target, options: Options) -> tuple[str, ...]:
-    if not options.baselines:
-        return (STUDENT,)
-    amateur = (CLEAR,) if target.run else ()
-    return (STUDENT, *amateur, "expert", "cot", "cod")
+    baselines = ("expert", "cot", "cod") if options.baselines else ()
+    # Beside a student that learned from itself stands what it was, as in the set it solves.
+    amateur = (CLEAR,) if target.run and (baselines or not target.helps_expert) else ()
+    return (STUDENT, *amateur, *baselines)
 
 
 def choose_folder(target: Target, options: Options, out: Path | None = None) -> Path:

@@ -17,11 +17,11 @@ from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cache import digest
 from mlx_fd.feedback import find
 from mlx_fd.gate import GateState, trusted
-from mlx_fd.models.aliases import TINY, TINY_STUDENT
+from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
 from mlx_fd.models.loading import content_hash
 from mlx_fd.models.pairing import check_pair
 from mlx_fd.models.resolve import resolve, why_changed
-from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS
+from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS, projection_width
 from mlx_fd.session import Plan, open_pair
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Target:
         run: the run directory.
         checkpoint: the run's checkpoint.
         adapter: an mlx-lm adapter that belongs to no run.
-        gate: the gate as the run ended; ``None`` for a model.
+        gate: the gate as the run ended; ``None`` where no loop trained the student.
         vocab: tokens that expert and student share.
         models: what ``eval.json`` says of them.
     """
@@ -57,6 +57,11 @@ class Target:
     models: dict[str, dict[str, str]]
 
     @property
+    def helps_expert(self) -> bool:
+        """Whether it learned in the loop: it judges beside an expert, with a score head."""
+        return self.run is not None and not self.config.self_distils
+
+    @property
     def trusted(self) -> bool:
         """Whether the student stands alone where it is sure."""
         return self.gate is not None and trusted(self.gate, self.config.gate)
@@ -68,7 +73,8 @@ def open_target(name: str, expert: str | None) -> Target:
     Args:
         name: a run directory (its best checkpoint), one of its checkpoints, an mlx-lm adapter, or a
             model's name.
-        expert: the expert's name; ``None``: the run's own, for a model none.
+        expert: the expert's name; ``None``: the run's own; none for a model, and for a run of
+            self-distillation.
 
     Raises:
         UserError: nothing of that name, an expert that is not the run's any more, or one that does
@@ -82,17 +88,19 @@ def open_target(name: str, expert: str | None) -> Target:
         place = find(name)
         student, run, checkpoint = place.model, place.run, place.checkpoint
         config = place.config or Config()
-    expert_name = expert or (config.models.expert if run else None)
+    looped = run is not None and not config.self_distils
+    expert_name = expert or (config.models.expert if looped else None)
     expert_path = resolve(expert_name) if expert_name else None
-    if run and not expert:
+    if run and looped and not expert:
         _check_expert(name, run, config, expert_path)
     if run is None:
-        if student in (resolve(TINY), resolve(TINY_STUDENT)):
+        if student in map(resolve, (TINY, TINY_STUDENT, TINY_BASE)):
             config = preset(TINY)
-        named = {"expert": expert_name or name, "student": name}
-        config = override(
-            config, named if expert_name else {**named, "answers_by": "student"}, name
-        )
+        config = override(config, {"expert": name, "student": name}, name)
+    if expert_name:
+        config = override(config, {"expert": expert_name}, name)
+    else:
+        config = override(config, {"answers_by": "student"}, name)
     models = {"student": {"name": config.models.student, "sha256": content_hash(student)}}
     weights = checkpoint or adapter
     if weights is not None:
@@ -107,7 +115,7 @@ def open_target(name: str, expert: str | None) -> Target:
         run=run,
         checkpoint=checkpoint,
         adapter=adapter,
-        gate=None if run is None else _gate(run, checkpoint),
+        gate=_gate(run, checkpoint) if run and looped else None,
         vocab=check_pair(expert_path or student, student).shared_vocab,
         models=models,
     )
@@ -198,8 +206,11 @@ class Models:
         )  # fmt: skip
         if target.adapter is not None:
             return _with_adapter(plan, target.adapter)
-        pair = open_pair(plan)
-        if target.checkpoint is not None:
+        if target.checkpoint is None:
+            pair = open_pair(plan)
+        else:
+            # As wide as it was: this expert may be another one, or there was none.
+            pair = open_pair(plan, projection_width(target.checkpoint))
             self._untrained = dict(tree_flatten(pair.student.trainable_parameters()))
             load_student(pair.student, target.checkpoint)
         pair.student.eval()

@@ -147,6 +147,18 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
     return arrays
 
 
+def projection_width(folder: Path) -> int:
+    """Size of the expert's hidden states that a checkpoint's projection was made for.
+
+    Raises:
+        UserError: the heads cannot be read, or hold no projection.
+    """
+    heads = read_arrays(folder / HEADS)
+    if "projection.weight" not in heads:
+        raise UserError(f"{folder / HEADS}: has no projection; take another checkpoint")
+    return heads["projection.weight"].shape[0]
+
+
 def load_student(student: Student, folder: Path) -> None:
     """Read what :func:`save_student` wrote, in place.
 

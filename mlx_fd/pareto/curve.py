@@ -52,10 +52,16 @@ def read_curve(folder: Path) -> Curve:
     """The learning curve in a run directory.
 
     Raises:
-        UserError: there is no run, its gate was another one, or its files are not whole.
+        UserError: there is no run, it is none of the loop, its gate was another one, or its files
+            are not whole.
     """
     runs.read_manifest(folder)
     config = read(folder / runs.CONFIG)
+    if config.self_distils:
+        raise UserError(
+            f"{folder}: this is a run of mlx-fd self-distill; stopping thresholds are replayed for "
+            "runs of mlx-fd loop alone."
+        )
     if config.gate.gate != "always":
         raise UserError(
             f"{folder}: this run's gate was {config.gate.gate}, so what comes after a stop cannot "
