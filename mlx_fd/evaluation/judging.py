@@ -68,6 +68,7 @@ class Judging:
         """One batch of feedback."""
         options = bench.target.config.generation
         seeds = bench.seeds(batch, sample)
+        by_head = system == "student" and bench.target.helps_expert
 
         def make(pair: Pair) -> list[Trial]:
             drafts = [_draft(pair, question) for question in chunk]
@@ -93,7 +94,6 @@ class Judging:
                 step = "student_feedback"
                 done = student_feedback(pair, drafts, options, seeds(step), bench.progress)
                 said = [draft.student_feedback for draft in done]
-            by_head = system == "student" and bench.target.helps_expert
             return [
                 trial(
                     setting,
@@ -113,6 +113,7 @@ class Judging:
             "questions": [[question.problem.question, question.answer] for question in chunk],
             "generation": dataclasses.asdict(dataclasses.replace(options, answers_by="expert")),
             "score_at": bench.target.config.models.score_at,
+            "by_head": by_head,
             "seed": [bench.seed, batch, sample],
         }
         return bench.trials(key, len(chunk), [uses], make)

@@ -23,15 +23,12 @@ README = """\
 | `checkpoints/` | `NNNNNN` by batch; `last` and `best` (on held-out problems) point to them |
 | `summary.json` | the run's totals, written at its end |
 | `eval/` | with `mlx-fd eval`: `eval.json` and `outputs.jsonl` of each evaluation |
-| `tracking.json` | with `--track`: what each tracker has of the run |
-
-    mlx-fd resume .                       # goes on where it stopped
-    mlx-fd eval .                         # on a test split, beside the model as it was
 | `report.html` | the page of `mlx-fd report .` |
 | `tracking.json` | with `--track`: what each tracker has of the run |
 
     mlx-fd resume .                       # goes on where it stopped
     mlx-fd report .                       # makes report.html
+    mlx-fd eval .                         # on a test split, beside the model as it was
     mlx_lm.generate --model MODEL --adapter-path checkpoints/best --prompt TEXT
 
 MODEL is the student's, named in `manifest.json`.
