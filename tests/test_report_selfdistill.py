@@ -149,6 +149,32 @@ def test_every_key_of_a_row_may_be_lost(tmp_path):
     make_page([run])
 
 
+@pytest.mark.parametrize(
+    "changes", [{"right": 41}, {"with_context": 31}, {"taught": 41}, {"mixed": -1}, {"problems": 0}]
+)
+def test_a_headroom_that_cannot_be_is_left_out(tmp_path, changes):
+    folder = reported.write_self_run(tmp_path / "run")
+    found = json.loads((folder / runs.HEADROOM).read_text())
+    runs.write_json(folder / runs.HEADROOM, found | changes)
+    run = read(folder)
+    assert [said.split()[0] for said in run.missing] == [runs.HEADROOM]
+    make_page([run])
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_shares_that_cannot_be_are_left_out(tmp_path, finished):
+    metrics = [reported.self_metric(n, wrong=wrong) for n, wrong in enumerate((0.5, 7.0, -1e300))]
+    folder = reported.write_self_run(tmp_path / "run", None, metrics, finished=finished)
+    if finished:
+        found = json.loads((folder / runs.SUMMARY).read_text())
+        found["probe"]["after"] = {"wrong": 3.0}
+        runs.write_json(folder / runs.SUMMARY, found)
+    run = read(folder)
+    rows = self_charts.held_out_figure([run]).specification["datasets"]["rows"]
+    assert [(row["batch"], row["right"]) for row in rows] == [(0, 0.25), (1, 0.5)]
+    make_page([run])
+
+
 def test_a_half_written_last_line_is_left_out(tmp_path):
     folder = reported.write_self_run(tmp_path / "run")
     with (folder / runs.ATTEMPTS).open("a") as file:

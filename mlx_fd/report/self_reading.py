@@ -74,11 +74,12 @@ def read_self_run(folder: Path, name: str) -> SelfRun:
     headroom = json_file(folder, runs.HEADROOM, _headroom, missing)
     summary = json_file(folder, runs.SUMMARY, summary_of, missing, needed=False)
     finished = is_finished(folder, len(attempts), "attempts", missing)
-    first, last = probes_of(folder, summary, metrics)
+    first, last = map(_shares, probes_of(folder, summary, metrics))
     if headroom and not first:
         first = {WRONG: 1 - headroom["right"] / headroom["problems"]}
+        last = last or first
     size = headroom["problems"] if headroom else 0
-    totals = summarise(attempts, metrics, first, last or first, size, headroom or {}) | {
+    totals = summarise(attempts, metrics, first, last, size, headroom or {}) | {
         key: value for key, value in (summary or {}).items() if key != "probe"
     }
     return SelfRun(
@@ -121,8 +122,10 @@ def _attempt(row: Row) -> Row:
 
 def _metric(row: Row) -> Row:
     found = row["attempts"]
+    usual = metric(row)
     return {
-        **metric(row),
+        **usual,
+        "probe": usual["probe"] and _shares(usual["probe"]),
         "attempts": {name: known(value) for name, value in found.items()},
         "clipped": [number(share) for share in row["clipped"]],
         "prefilled": number(row["prefilled"]),
@@ -133,6 +136,15 @@ def _metric(row: Row) -> Row:
 def _headroom(value: Row) -> dict[str, int]:
     names = ("problems", "right", "mixed", "taught", "without", "with_context")
     found = {name: int(numbers(value)[name]) for name in names}
-    if not 0 <= found["right"] <= found["problems"] or not found["problems"]:
+    of_all, of_taught = ("right", "mixed", "taught"), ("without", "with_context")
+    if found["problems"] < 1 or not (
+        all(0 <= found[name] <= found["problems"] for name in of_all)
+        and all(0 <= found[name] <= found["taught"] for name in of_taught)
+    ):
         raise ValueError
     return found
+
+
+def _shares(losses: dict[str, float]) -> dict[str, float]:
+    """Without what can be no share of the held-out problems."""
+    return {name: value for name, value in losses.items() if 0 <= value <= 1}
