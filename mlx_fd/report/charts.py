@@ -17,6 +17,12 @@ from mlx_fd.report.reading import LoopRun
 from mlx_fd.report.run import Run
 from mlx_fd.report.tables import STEP_NAMES, losses_table, measures_of, steps_table
 from mlx_fd.report.theme import PAGE
+from mlx_fd.selfdistill.summary import WRONG
+
+
+# What gains, where its name alone does not say it.
+_GAINING = {WRONG: "problems answered wrong"}
+_LOOKS = ("held out", "learned from")
 
 
 def loss_figures(runs: Sequence[Run]) -> list[Figure]:
@@ -41,30 +47,26 @@ def loss_figure(runs: Sequence[Run], loss: str) -> Figure | None:
         ]
         rows += [
             {"run": run.name, "on": on, "batch": batch, "loss": value}
-            for on, curve in (("held out", held_out), ("learned from", learned))
+            for on, curve in zip(_LOOKS, (held_out, learned), strict=True)
             for batch, value in curve
             if value is not None
         ]
     if not rows:
         return None
-    kinds = [on for on in ("held out", "learned from") if any(row["on"] == on for row in rows)]
+    kinds = [on for on in _LOOKS if any(row["on"] == on for row in rows)]
     base = alt.Chart(draw.ROWS).encode(
         x=draw.along(runs),
         y=alt.Y("loss:Q", title=None, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5)),
         color=draw.colour("run", [run.name for run in runs])
         if len(runs) > 1
-        else draw.colour("on", ["held out", "learned from"], legend=len(kinds) > 1),
-        strokeDash=alt.StrokeDash(
-            "on:N",
-            scale=alt.Scale(domain=["held out", "learned from"], range=[[1, 0], [4, 3]]),
-            legend=alt.Legend() if len(kinds) > 1 else None,
-        ),
+        else draw.colour("on", _LOOKS, shown=len(kinds) > 1),
+        strokeDash=draw.dash("on", _LOOKS, [[1, 0], [4, 3]], shown=len(kinds) > 1),
         tooltip=["run:N", "on:N", "batch:Q", alt.Tooltip("loss:Q", format=".4g")],
     )
     return draw.figure(
         f"{loss} loss",
         _loss_says(runs, loss),
-        draw.layered(draw.with_points(base, draw.every(runs)), draw.rules()),
+        draw.layered(draw.with_points(base, ("run", "on"), draw.every(runs)), draw.rules()),
         rows,
         marks=draw.marks(runs),
         table=losses_table(runs, loss) if "held out" in kinds else None,
@@ -105,23 +107,29 @@ def weight_figure(run: Run) -> Figure | None:
     return draw.figure(
         "Weights of the losses",
         says,
-        draw.layered(draw.with_points(base, draw.every([run])), draw.rules()),
+        draw.layered(draw.with_points(base, ("loss",), draw.every([run])), draw.rules()),
         rows,
         marks=draw.marks([run]),
     )
 
 
 def gain_figure(run: Run) -> Figure | None:
-    """How far each loss has fallen as the gate sees it, and where it stops."""
-    rows = [
-        {"batch": row["batch"] + 1, "loss": name, "gain": value}
+    """How far each loss has fallen as the gate sees it, and where it stops; see :func:`no_gains`."""
+    looks = [
+        (row["batch"] + 1, gains)
         for row in run.metrics
-        if row["stop"]
-        for name, value in row["stop"]["gains"].items()
+        if row["stop"] and (gains := _known_gains(run, row["stop"]["gains"]))
     ]
-    if not rows:
+    if not looks:
         return None
-    names = list(dict.fromkeys(row["loss"] for row in rows))
+    names = list(dict.fromkeys(name for _, gains in looks for name in gains))
+    # Gains are against the look before the first update, of which each gain is 0.
+    rows = [
+        {"batch": batch, "loss": _GAINING.get(name, name), "gain": value}
+        for batch, gains in [(0, dict.fromkeys(names, 0.0)), *looks]
+        for name, value in gains.items()
+    ]
+    names = [_GAINING.get(name, name) for name in names]
     base = alt.Chart(draw.ROWS).encode(
         x=draw.along([run]),
         y=alt.Y("gain:Q", title=None, axis=alt.Axis(format="%")),
@@ -137,8 +145,8 @@ def gain_figure(run: Run) -> Figure | None:
             .encode(y="threshold:Q", tooltip=[alt.Tooltip("threshold:Q", title="stop_threshold")])
         )
         above = f" The line is stop_threshold, {threshold:g}."
-    last = next(row["stop"]["gains"] for row in reversed(run.metrics) if row["stop"])
-    says = "At the last look: " + ", ".join(f"{name} {value:.0%}" for name, value in last.items())
+    last = ", ".join(f"{_GAINING.get(name, name)} {gain:.0%}" for name, gain in looks[-1][1].items())
+    says = f"How far each has fallen, smoothed, of what it was at first. At the last look: {last}"
     marks = "".join(
         f" {m['what'].capitalize()} after batch {m['batch']}: {m['reason']}."
         for m in draw.marks([run])
@@ -146,9 +154,27 @@ def gain_figure(run: Run) -> Figure | None:
     return draw.figure(
         "Gains on the probe set",
         f"{says}.{above}{marks}",
-        draw.layered(draw.with_points(base, draw.every([run])), line, draw.rules()),
+        draw.layered(draw.with_points(base, ("loss",), draw.every([run])), line, draw.rules()),
         rows,
         marks=draw.marks([run]),
+    )
+
+
+def _known_gains(run: Run, gains: Mapping[str, float]) -> dict[str, float]:
+    """Without those of losses that were 0 at first, of which no part can have fallen."""
+    return {name: gain for name, gain in gains.items() if run.probe_first.get(name, 1.0) > 0}
+
+
+def no_gains(run: Run) -> str:
+    """Why there is no chart of gains."""
+    if not any(row["stop"] for row in run.metrics):
+        return (
+            "There are no gains to draw: the gate has not yet looked at the held-out problems "
+            "between updates. It looks after every probe_every batches that were learned from."
+        )
+    return (
+        "There are no gains to draw: what the gate watches was 0 before the first update and "
+        "could not fall."
     )
 
 
@@ -181,7 +207,7 @@ def decision_figure(run: LoopRun) -> Figure | None:
         .encode(
             x=alt.X("first:Q", title="episodes", axis=alt.Axis(grid=False, format="d")),
             x2="last:Q",
-            y=alt.Y("from:Q", title=None),
+            y=alt.Y("from:Q", title=None, axis=alt.Axis(tickMinStep=1, format="d")),
             y2="to:Q",
             color=draw.colour("decision", _DECISIONS),
             tooltip=[

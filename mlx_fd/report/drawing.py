@@ -20,6 +20,9 @@ _BINS = 16
 HEIGHT = 220
 # Batches of a curve that can be pointed at, at most.
 _POINTS = 100
+_DOT = {"size": 60, "filled": True, "opacity": 1, "strokeOpacity": 0}
+# Pixels in a legend: a swatch with its margins, a letter, a label at most.
+_SWATCH, _LETTER, _LABEL = 34, 7, 220
 # Rows are put in at the end: Altair copies data with every step of making a chart.
 ROWS, _MARKS = alt.NamedData(name="rows"), alt.NamedData(name="marks")
 
@@ -79,18 +82,37 @@ def along(runs: Sequence[Run]) -> alt.X:
     )
 
 
-def colour(field: str, names: Sequence[str], *, legend: bool = True) -> alt.Color:
+def colour(field: str, names: Sequence[str], *, shown: bool = True) -> alt.Color:
     """The palette's colours in the order of the names, the same in every chart of these names."""
     colours = [PAGE.series[place % len(PAGE.series)] for place in range(len(names))]
     scale = alt.Scale(domain=list(names), range=colours)
-    return alt.Color(f"{field}:N", scale=scale, legend=alt.Legend() if legend else None)
+    return alt.Color(f"{field}:N", scale=scale, legend=legend(names) if shown else None)
 
 
-def with_points(base: alt.Chart, every: int = 1) -> alt.LayerChart:
+def dash(
+    field: str, names: Sequence[str], dashes: Sequence[Sequence[int]], *, shown: bool = True
+) -> alt.StrokeDash:
+    """A dash for each name."""
+    scale = alt.Scale(domain=list(names), range=[list(it) for it in dashes])
+    return alt.StrokeDash(f"{field}:N", scale=scale, legend=legend(names) if shown else None)
+
+
+def legend(names: Sequence[str]) -> alt.Legend:
+    """A legend in as many columns as the chart has room for, down to one on a phone."""
+    widths = [_SWATCH + min(_LABEL, _LETTER * len(name)) for name in names]
+    columns = f"width >= {sum(widths)} ? {len(names)} : max(1, floor(width / {max(widths)}))"
+    # A swatch is as strong as the line, also where the legend is that of a pale band as well.
+    return alt.Legend(columns=alt.ExprRef(columns), symbolOpacity=1, labelLimit=_LABEL)
+
+
+def with_points(base: alt.Chart, series: Sequence[str], every: int = 1) -> alt.LayerChart:
     """A line whose points show themselves, and their numbers, when they are pointed at.
+
+    A line of one point is no line: its point is always seen.
 
     Args:
         base: the chart, without a mark.
+        series: the fields that make rows the points of one line.
         every: where it is above 1, only batches that it divides can be pointed at.
     """
     hovered = alt.selection_point(on="pointerover", clear="pointerout", empty=False)
@@ -99,7 +121,19 @@ def with_points(base: alt.Chart, every: int = 1) -> alt.LayerChart:
     )
     if every > 1:
         points = points.transform_filter(f"datum.batch % {every} == 0")
-    return base.mark_line() + points.add_params(hovered)
+    return base.mark_line() + points.add_params(hovered) + _alone(base.mark_point(**_DOT), series)
+
+
+def band(base: alt.Chart, series: Sequence[str]) -> alt.LayerChart:
+    """The intervals around a line, between the fields ``low`` and ``high``; see `with_points`."""
+    between = base.encode(y=alt.Y("low:Q"), y2="high:Q")
+    return between.mark_area(opacity=0.15) + _alone(between.mark_rule(strokeWidth=2), series)
+
+
+def _alone(chart: alt.Chart, series: Sequence[str]) -> alt.Chart:
+    """Only what has no other point in its line."""
+    counted = chart.transform_joinaggregate(in_line="count()", groupby=list(series))
+    return counted.transform_filter("datum.in_line == 1")
 
 
 def marks(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -186,7 +220,7 @@ def accuracy_along(
         y=alt.Y("right:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
         color=colour("run", list(found))
         if several
-        else colour("answers", list(kinds), legend=len(kinds) > 1),
+        else colour("answers", list(kinds), shown=len(kinds) > 1),
         tooltip=[
             "run:N",
             "answers:N",
@@ -195,19 +229,17 @@ def accuracy_along(
         ],
     )
     # Final answers, which come last, are drawn through.
-    dashes = alt.Scale(domain=list(kinds), range=[[4, 3], [1, 0]][-len(kinds) :])
-    legend = alt.Legend() if len(kinds) > 1 else None
-    dash = alt.StrokeDash("answers:N", scale=dashes, legend=legend)
-    band = None
-    if not several:
-        band = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q"), y2="high:Q")
+    dashes = dash("answers", list(kinds), [[4, 3], [1, 0]][-len(kinds) :], shown=len(kinds) > 1)
+    series = ("run", "answers")
+    bands = None if several else band(base, series)
     under = (
         "Each point is a sixteenth of its run; pointing at one gives its 95 % Wilson interval. "
         f"{says}"
         if several
         else f"Each point is {rows[0]['n']} {number}s; the bands are 95 % Wilson intervals. {says}"
     )
-    return figure(title, under, layered(band, with_points(base.encode(strokeDash=dash))), rows)
+    lines = with_points(base.encode(strokeDash=dashes), series)
+    return figure(title, under, layered(bands, lines), rows)
 
 
 def bars(runs: Sequence[Run], rows: list[dict[str, Any]], kinds: Sequence[str], unit: str) -> Any:
@@ -220,7 +252,7 @@ def bars(runs: Sequence[Run], rows: list[dict[str, Any]], kinds: Sequence[str], 
         .encode(
             x=alt.X("value:Q", title=unit, axis=alt.Axis(tickCount=5, format="~s")),
             y=alt.Y("step:N", title=None, sort=None, axis=alt.Axis(labelLimit=200)),
-            color=colour("kind", kinds, legend=len(kinds) > 1)
+            color=colour("kind", kinds, shown=len(kinds) > 1)
             if not several or len(kinds) > 1
             else colour("run", [run.name for run in runs]),
             tooltip=[

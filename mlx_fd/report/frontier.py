@@ -9,6 +9,7 @@ from typing import Any
 import altair as alt
 
 from mlx_fd.pareto.names import COSTS, KINDS, kind_of
+from mlx_fd.report import drawing as draw
 from mlx_fd.report.theme import PAGE, PAPER, save_svg
 
 PLOT = "pareto.svg"
@@ -58,7 +59,7 @@ def loss_layers(rows: alt.NamedData, cost: str) -> list[alt.Chart]:
         points,
         {"color": PAGE.series[1], "strokeWidth": 1, "interpolate": "step-after"},
         dominated=False,
-        color=alt.Color("kind:N", scale=colours, legend=alt.Legend()),
+        color=alt.Color("kind:N", scale=colours, legend=draw.legend(KINDS)),
         size=alt.condition(f"datum.kind == '{KINDS[0]}'", alt.value(220), alt.value(60)),
     )
 

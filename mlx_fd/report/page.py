@@ -1,35 +1,23 @@
-"""The report's page: one HTML file that works offline, whatever a model has written into it.
-
-Text from files goes into the page in two ways only: through Jinja, which escapes it, and as data in
-script elements that no browser runs, from which page.js takes it as text. The page's policy allows
-the styles and scripts whose digests are in it, and nothing else: no other script can run, and
-nothing can be loaded or sent.
-"""
+"""The report's page: runs, with every episode or attempt in it, from which page.js takes them."""
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from mlx_fd import __version__
 from mlx_fd.errors import UserError
 from mlx_fd.report import charts, packing, self_charts, self_tables, tables
 from mlx_fd.report.drawing import Figure
 from mlx_fd.report.files import Row
 from mlx_fd.report.reading import LoopRun
+from mlx_fd.report.rendering import GENERATOR, asset, render
+from mlx_fd.report.run import Run
 from mlx_fd.report.self_reading import SelfRun
 from mlx_fd.runs import failed_write, write_atomic
 
-_HERE = Path(__file__).parent / "static"
-# Stands in the first lines of every report, and says that a file may be overwritten.
-_MARK = '<meta name="generator" content="mlx-fd report'
 _LOOKED_AT = 1000
 
 
@@ -76,9 +64,9 @@ def check_out(path: Path) -> None:
     if not path.exists():
         return
     with path.open("rb") as file:
-        if _MARK.encode() not in file.read(_LOOKED_AT):
+        if GENERATOR.encode() not in file.read(_LOOKED_AT):
             raise UserError(
-                f"{path}: there is a file that is no report of mlx-fd, and it was left alone; "
+                f"{path}: there is a file that is no page of mlx-fd, and it was left alone; "
                 "choose another --out."
             )
 
@@ -129,15 +117,12 @@ def make_page(
         )
     told(f"packing {kind.one}s", len(runs), len(runs))
     told("drawing charts", 0, 1)
-    style = _asset("page.css")
-    scripts = (chart_library(), _asset(f"{kind.one}s.js") + _asset("page.js"))
     counts = [min(run.total, most or run.total) for run in embedded]
-    page = _template(f"{kind.one}s.html").render(
-        version=__version__,
-        policy=_policy(style, scripts),
-        style=style,
-        library=scripts[0],
-        script=scripts[1],
+    page = render(
+        f"{kind.one}s.html",
+        # The library comes last, so that the records need not wait for it.
+        scripts=(asset(f"{kind.one}s.js") + asset("page.js"), chart_library()),
+        brand="mlx-fd report",
         runs=runs,
         several=len(runs) > 1,
         title=f"{len(runs)} runs compared" if len(runs) > 1 else f"Run {runs[0].name}",
@@ -169,8 +154,7 @@ def make_page(
         **kind.parts(runs),
     )
     told("drawing charts", 1, 1)
-    # Half a surrogate pair, which JSON can spell, is nothing that a file can hold.
-    return page.encode("utf-8", "replace").decode("utf-8")
+    return page
 
 
 def _loop_parts(runs: Sequence[LoopRun]) -> dict[str, Any]:
@@ -180,7 +164,7 @@ def _loop_parts(runs: Sequence[LoopRun]) -> dict[str, Any]:
         "headlines": tables.headlines,
         "totals": [tables.summary_table(runs), *([probes] if probes else [])],
         "losses": charts.loss_figures(runs),
-        "by_run": [(run, _gate_figures(run), tables.decision_table(run)) for run in runs],
+        "by_run": [_gate(run, charts.weight_figure(run), charts.decision_figure(run)) for run in runs],
         "accuracy": _there(charts.accuracy_figure(runs)),
         "exam": _there(charts.exam_figure(runs)),
         "budget": charts.budget_figures(runs),
@@ -200,9 +184,7 @@ def _self_parts(runs: Sequence[SelfRun]) -> dict[str, Any]:
             *_there(self_charts.held_out_figure(runs)),
             *self_charts.update_figures(runs),
         ],
-        "by_run": [
-            (run, _there(charts.gain_figure(run)), tables.decision_table(run)) for run in runs
-        ],
+        "by_run": [_gate(run) for run in runs],
         "statistics": self_charts.attempt_figures(runs),
         "budget": self_charts.budget_figures(runs),
         "origin": tables.origin_table(runs, "critic"),
@@ -249,9 +231,11 @@ def _there(figure: Figure | None) -> list[Figure]:
     return [figure] if figure else []
 
 
-def _gate_figures(run: LoopRun) -> list[Figure]:
-    found = (charts.gain_figure(run), charts.weight_figure(run), charts.decision_figure(run))
-    return [figure for figure in found if figure]
+def _gate(run: Run, *more: Figure | None) -> tuple[Run, list[Figure], str, tables.Table | None]:
+    """What is shown of a run's gate: figures, what there is in the gains' place, decisions."""
+    gains = charts.gain_figure(run)
+    figures = [figure for figure in (gains, *more) if figure]
+    return run, figures, "" if gains else charts.no_gains(run), tables.decision_table(run)
 
 
 @functools.cache
@@ -266,38 +250,3 @@ def chart_library() -> str:
 def _inside_script(code: str) -> str:
     """JavaScript that can stand in a ``<script>`` element: an end tag in a string is broken up."""
     return code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
-
-
-def _asset(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8")
-
-
-def _policy(style: str, scripts: Sequence[str]) -> str:
-    allowed = " ".join(_digest(script) for script in scripts)
-    return (
-        f"default-src 'none'; style-src {_digest(style)}; script-src {allowed}; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-def _digest(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-@functools.cache
-def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["script_json"] = _script_json
-    return environment.get_template(name)
-
-
-def _script_json(value: Any) -> Any:
-    from markupsafe import Markup
-
-    return Markup(packing.script_json(value))

@@ -34,7 +34,7 @@ def held_out_figure(runs: Sequence[SelfRun]) -> Figure | None:
     base = alt.Chart(draw.ROWS).encode(
         x=draw.along(runs),
         y=alt.Y("right:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
-        color=draw.colour("run", [run.name for run in runs], legend=several),
+        color=draw.colour("run", [run.name for run in runs], shown=several),
         tooltip=[
             "run:N",
             "batch:Q",
@@ -42,7 +42,7 @@ def held_out_figure(runs: Sequence[SelfRun]) -> Figure | None:
             "n:Q",
         ],
     )
-    band = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q"), y2="high:Q")
+    series = ("run",)
     says = "; ".join(
         f"{draw.whose(run, runs)}{share_says(found['before'])} before, "
         f"{share_says(found['after'])} after"
@@ -53,7 +53,11 @@ def held_out_figure(runs: Sequence[SelfRun]) -> Figure | None:
     return draw.figure(
         "Held-out problems answered right",
         f"{says}. {how} 95 % Wilson interval.",
-        draw.layered(None if several else band, draw.with_points(base), draw.rules()),
+        draw.layered(
+            None if several else draw.band(base, series),
+            draw.with_points(base, series),
+            draw.rules(),
+        ),
         rows,
         marks=draw.marks(runs),
     )
@@ -160,22 +164,22 @@ def _by_batch(
     colour = (
         draw.colour("run", [run.name for run in runs])
         if several
-        else draw.colour("what", list(values), legend=len(values) > 1)
+        else draw.colour("what", list(values), shown=len(values) > 1)
     )
     scale = alt.Scale(domain=[0, 1]) if share else alt.Scale(domainMin=0)
-    dashes = alt.Scale(domain=list(values), range=[[1, 0], [4, 3]][: len(values)])
     base = alt.Chart(draw.ROWS).encode(
         x=draw.along(runs),
         y=alt.Y(
             "value:Q", title=None, scale=scale, axis=alt.Axis(format="%") if share else alt.Axis()
         ),
         color=colour,
-        strokeDash=alt.StrokeDash(
-            "what:N", scale=dashes, legend=alt.Legend() if len(values) > 1 else None
+        strokeDash=draw.dash(
+            "what", list(values), [[1, 0], [4, 3]][: len(values)], shown=len(values) > 1
         ),
         tooltip=["run:N", "what:N", "batch:Q", alt.Tooltip("value:Q", format=form)],
     )
-    return draw.figure(title, says, draw.layered(draw.with_points(base, draw.every(runs))), rows)
+    lines = draw.with_points(base, ("run", "what"), draw.every(runs))
+    return draw.figure(title, says, draw.layered(lines), rows)
 
 
 def budget_figures(runs: Sequence[SelfRun]) -> list[Figure]:

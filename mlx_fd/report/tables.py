@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_fd.display import EXAM_NAMES, duration
@@ -30,11 +30,21 @@ Row = Sequence["Cell | str"]
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a cell: a value, and a note (an interval, an n) in smaller type."""
+    """What stands in a cell.
+
+    Attributes:
+        value: its text.
+        note: an interval, an n, in smaller type.
+        strong: whether the value is bold.
+        kind: ``good`` or ``bad`` where its colour says so.
+        bar: from 0 to 1; a bar of that length of the longest after the value.
+    """
 
     value: str
     note: str = ""
     strong: bool = False
+    kind: str = ""
+    bar: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,22 @@ def estimate(value: Mapping[str, Any] | None, form: str = ".3f", sign: str = "")
     return Cell(text, f"{low} to {high}, n {value['n']}", strong=surely)
 
 
+def points(value: Mapping[str, Any] | None) -> Cell:
+    """A difference of two shares, in percentage points: per cent would be of the first share."""
+    if value is None:
+        return Cell(NONE)
+    found = estimate(_in_percent(value), ".1f", "+")
+    if found.value == NONE:
+        return found
+    return replace(found, value=f"{found.value} points")
+
+
+def _in_percent(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: found if key == "n" or found is None else 100 * found for key, found in value.items()
+    }
+
+
 def share(value: Mapping[str, Any]) -> Cell:
     """A share that is right, with its interval and its n."""
     if not value["n"]:
@@ -111,7 +137,7 @@ def headlines(run: Run) -> list[tuple[str, Cell]]:
             sides = exam[name]
             before = estimate(sides["before"], form).value
             after = estimate(sides["after"], form)
-            change = estimate(sides["change"], form, "+")
+            change = points(sides["change"])
             label = (
                 "F1 of judging, before → after"
                 if name == "first_error_f1"
@@ -414,14 +440,16 @@ def costs_table(found: Mapping[str, Any]) -> Table | None:
     )
 
 
-def _measure(name: str, value: Mapping[str, Any] | None, sign: str = "") -> Cell:
-    """A measure; of a share per cent, of a difference of shares points."""
+def _measure(name: str, value: Mapping[str, Any] | None) -> Cell:
+    """A measure; per cent where its name says so."""
     if value is None or not is_share(name):
-        return estimate(value, sign=sign)
-    in_percent = {
-        key: value[key] if key == "n" or value[key] is None else 100 * value[key] for key in value
-    }
-    return estimate(in_percent, ".1f", sign)
+        return estimate(value)
+    return estimate(_in_percent(value), ".1f")
+
+
+def _difference(name: str, value: Mapping[str, Any]) -> Cell:
+    """A difference of two measures."""
+    return points(value) if is_share(name) else estimate(value, sign="+")
 
 
 def comparisons_table(found: Mapping[str, Any]) -> Table | None:
@@ -433,8 +461,8 @@ def comparisons_table(found: Mapping[str, Any]) -> Table | None:
         (
             f"{labels.get(row['system'], row['system'])} against "
             f"{labels.get(row['against'], row['against'])}",
-            shown_name(row["measure"]),
-            _measure(row["measure"], row["difference"], "+"),
+            shown_name(row["measure"]).removesuffix(", %"),
+            _difference(row["measure"], row["difference"]),
             _probability(row["p"]),
             _probability(row["p_holm"]),
             row["test"],

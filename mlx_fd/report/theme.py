@@ -59,7 +59,18 @@ def themed(chart: alt.TopLevelMixin, palette: Palette = PAGE) -> dict[str, Any]:
             "domainColor": palette.line,
             "tickColor": palette.line,
         },
-        "legend": {**letters, **quiet, "labelColor": palette.text, "orient": "top", "title": None},
+        # Numbers that touch are read as one number.
+        "axisQuantitative": {"labelOverlap": "greedy", "labelSeparation": 6},
+        "legend": {
+            **letters,
+            **quiet,
+            "labelColor": palette.text,
+            "orient": "top",
+            "title": None,
+            "symbolStrokeColor": palette.text,
+            # Two legends stand below each other: beside each other a phone would cut the second.
+            "layout": {"top": {"direction": "vertical", "anchor": "start"}},
+        },
         "header": {**letters, **quiet},
         "title": {"color": palette.text, "font": _FONT, "fontSize": 13, "anchor": "start"},
         "range": {"category": list(palette.series)},

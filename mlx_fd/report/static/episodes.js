@@ -92,7 +92,7 @@ function costs(row) {
   if (losses.length) {
     tables.push(element("table", {}, element("caption", {}, "The student's losses on the expert's feedback"), heads("before", "after"), element("tbody", {}, ...losses)));
   }
-  return element("details", {}, element("summary", {}, "Tokens, time and losses"), ...tables.map((table) => element("div", { class: "scroll" }, table)));
+  return element("details", {}, element("summary", {}, "Tokens, time and losses"), ...tables.map((table) => element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": table.caption.textContent }, table)));
 }
 
 const KIND = {
