@@ -16,6 +16,7 @@ from mlx_fd.generation import opening
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import arithmetic
+from mlx_fd.report.advantage_page import chosen, in_words, page, shade, visible
 from mlx_fd.selfdistill.advantage import (
     AFTER,
     BEFORE,
@@ -30,7 +31,6 @@ from mlx_fd.selfdistill.advantage import (
     summarise,
 )
 from mlx_fd.selfdistill.contexts import CONTEXTS, Attempt, Materials
-from mlx_fd.selfdistill.page import chosen, in_words, page, shade, visible
 
 TRUTH = Materials(truth=True)
 

@@ -19,10 +19,10 @@ from mlx_fd.export.engines import openai
 from mlx_fd.export.engines.mlx import MlxEngine
 from mlx_fd.export.engines.openai import OpenAIEngine
 from mlx_fd.export.measures import coarse_kl, measure
-from mlx_fd.export.page import write_report
 from mlx_fd.export.table import measured
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
+from mlx_fd.report.comparison_page import write_report
 
 
 @pytest.fixture(scope="module")

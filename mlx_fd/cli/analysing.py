@@ -135,10 +135,10 @@ def advantage(
     from mlx_fd.feedback import find, open_student
     from mlx_fd.models.loading import load
     from mlx_fd.models.resolve import resolve
+    from mlx_fd.report.advantage_page import page
     from mlx_fd.runs import failed_write, is_run, write_atomic, write_json
     from mlx_fd.selfdistill import advantage as analysis
     from mlx_fd.selfdistill.contexts import Materials, describe
-    from mlx_fd.selfdistill.page import page
 
     for name in contexts:
         describe(name)

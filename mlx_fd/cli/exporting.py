@@ -207,8 +207,8 @@ def compare(
 
     from mlx_fd.display import Steps
     from mlx_fd.export import compare as comparison
-    from mlx_fd.export.page import make_folder, write_report
     from mlx_fd.export.table import print_comparison
+    from mlx_fd.report.comparison_page import make_folder, write_report
 
     with contextlib.ExitStack() as held:
         folders = [held.enter_context(comparison.opened(path)) for path in exports]

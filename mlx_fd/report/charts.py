@@ -19,7 +19,6 @@ from mlx_fd.report.tables import STEP_NAMES, losses_table, measures_of, steps_ta
 from mlx_fd.report.theme import PAGE
 from mlx_fd.selfdistill.summary import WRONG
 
-
 # What gains, where its name alone does not say it.
 _GAINING = {WRONG: "problems answered wrong"}
 _LOOKS = ("held out", "learned from")
@@ -114,7 +113,7 @@ def weight_figure(run: Run) -> Figure | None:
 
 
 def gain_figure(run: Run) -> Figure | None:
-    """How far each loss has fallen as the gate sees it, and where it stops; see :func:`no_gains`."""
+    """How far each loss has fallen as the gate sees it; see :func:`no_gains`."""
     looks = [
         (row["batch"] + 1, gains)
         for row in run.metrics
@@ -145,7 +144,9 @@ def gain_figure(run: Run) -> Figure | None:
             .encode(y="threshold:Q", tooltip=[alt.Tooltip("threshold:Q", title="stop_threshold")])
         )
         above = f" The line is stop_threshold, {threshold:g}."
-    last = ", ".join(f"{_GAINING.get(name, name)} {gain:.0%}" for name, gain in looks[-1][1].items())
+    last = ", ".join(
+        f"{_GAINING.get(name, name)} {gain:.0%}" for name, gain in looks[-1][1].items()
+    )
     says = f"How far each has fallen, smoothed, of what it was at first. At the last look: {last}"
     marks = "".join(
         f" {m['what'].capitalize()} after batch {m['batch']}: {m['reason']}."
@@ -201,13 +202,14 @@ def decision_figure(run: LoopRun) -> Figure | None:
                 {**place, "decision": name, "episodes": count, "from": below, "to": below + count}
             )
             below += count
+    most = max(row["to"] for row in rows)
     base = (
         alt.Chart(draw.ROWS)
         .mark_rect(stroke=PAGE.back, strokeWidth=1)
         .encode(
             x=alt.X("first:Q", title="episodes", axis=alt.Axis(grid=False, format="d")),
             x2="last:Q",
-            y=alt.Y("from:Q", title=None, axis=alt.Axis(tickMinStep=1, format="d")),
+            y=alt.Y("from:Q", title=None, axis=alt.Axis(tickCount=min(5, most), format="d")),
             y2="to:Q",
             color=draw.colour("decision", _DECISIONS),
             tooltip=[
@@ -273,7 +275,7 @@ def exam_figure(runs: Sequence[Run]) -> Figure | None:
     base = alt.Chart(draw.ROWS).encode(
         y=alt.Y("measure:N", title=None, sort=None, axis=alt.Axis(labelLimit=240, grid=True)),
         yOffset=alt.YOffset("who:N", sort=None),
-        color=draw.colour("who", who),
+        color=draw.colour("who", who, beside=measures),
         tooltip=[
             "measure:N",
             "who:N",

@@ -20,9 +20,9 @@ _BINS = 16
 HEIGHT = 220
 # Batches of a curve that can be pointed at, at most.
 _POINTS = 100
-_DOT = {"size": 60, "filled": True, "opacity": 1, "strokeOpacity": 0}
-# Pixels in a legend: a swatch with its margins, a letter, a label at most.
-_SWATCH, _LETTER, _LABEL = 34, 7, 220
+_ALONE = "datum.in_line == 1"
+# Pixels: a legend's swatch with its margins, a letter, a label at most, numbers along an axis.
+_SWATCH, _LETTER, _LABEL, _AXIS = 34, 7, 220, 44
 # Rows are put in at the end: Altair copies data with every step of making a chart.
 ROWS, _MARKS = alt.NamedData(name="rows"), alt.NamedData(name="marks")
 
@@ -82,11 +82,20 @@ def along(runs: Sequence[Run]) -> alt.X:
     )
 
 
-def colour(field: str, names: Sequence[str], *, shown: bool = True) -> alt.Color:
-    """The palette's colours in the order of the names, the same in every chart of these names."""
+def colour(
+    field: str, names: Sequence[str], *, shown: bool = True, beside: Iterable[str] = ()
+) -> alt.Color:
+    """The palette's colours in the order of the names, the same in every chart of these names.
+
+    Args:
+        field: what is told apart.
+        names: its values.
+        shown: whether there is a legend.
+        beside: names along the chart's left side, which the legend begins to the right of.
+    """
     colours = [PAGE.series[place % len(PAGE.series)] for place in range(len(names))]
     scale = alt.Scale(domain=list(names), range=colours)
-    return alt.Color(f"{field}:N", scale=scale, legend=legend(names) if shown else None)
+    return alt.Color(f"{field}:N", scale=scale, legend=legend(names, beside) if shown else None)
 
 
 def dash(
@@ -97,10 +106,14 @@ def dash(
     return alt.StrokeDash(f"{field}:N", scale=scale, legend=legend(names) if shown else None)
 
 
-def legend(names: Sequence[str]) -> alt.Legend:
+def legend(names: Sequence[str], beside: Iterable[str] = ()) -> alt.Legend:
     """A legend in as many columns as the chart has room for, down to one on a phone."""
     widths = [_SWATCH + min(_LABEL, _LETTER * len(name)) for name in names]
-    columns = f"width >= {sum(widths)} ? {len(names)} : max(1, floor(width / {max(widths)}))"
+    left = max([_AXIS, *(min(_LABEL, _LETTER * len(name)) for name in beside)])
+    # The container's width: the chart's own depends on the legend's. The rest of the expression
+    # says when the container is there, and that it can change.
+    room = f"((isFinite(containerSize()[0]) ? containerSize()[0] : width) - {left} + 0 * width)"
+    columns = f"{room} >= {sum(widths)} ? {len(names)} : max(1, floor({room} / {max(widths)}))"
     # A swatch is as strong as the line, also where the legend is that of a pale band as well.
     return alt.Legend(columns=alt.ExprRef(columns), symbolOpacity=1, labelLimit=_LABEL)
 
@@ -116,24 +129,27 @@ def with_points(base: alt.Chart, series: Sequence[str], every: int = 1) -> alt.L
         every: where it is above 1, only batches that it divides can be pointed at.
     """
     hovered = alt.selection_point(on="pointerover", clear="pointerout", empty=False)
-    points = base.mark_point(size=150, filled=True, strokeOpacity=0).encode(
-        opacity=alt.condition(hovered, alt.value(1), alt.value(0))
-    )
+    seen = alt.when(hovered).then(alt.value(1)).when(_ALONE).then(alt.value(1))
+    points = _counted(base, series).mark_point(size=100, filled=True, strokeOpacity=0)
     if every > 1:
-        points = points.transform_filter(f"datum.batch % {every} == 0")
-    return base.mark_line() + points.add_params(hovered) + _alone(base.mark_point(**_DOT), series)
+        points = points.transform_filter(f"datum.batch % {every} == 0 || {_ALONE}")
+    return base.mark_line() + points.encode(opacity=seen.otherwise(alt.value(0))).add_params(
+        hovered
+    )
 
 
 def band(base: alt.Chart, series: Sequence[str]) -> alt.LayerChart:
     """The intervals around a line, between the fields ``low`` and ``high``; see `with_points`."""
     between = base.encode(y=alt.Y("low:Q"), y2="high:Q")
-    return between.mark_area(opacity=0.15) + _alone(between.mark_rule(strokeWidth=2), series)
+    alone = alt.when(_ALONE).then(alt.value(1)).otherwise(alt.value(0))
+    return between.mark_area(opacity=0.15) + _counted(between, series).mark_rule(
+        strokeWidth=2
+    ).encode(opacity=alone)
 
 
-def _alone(chart: alt.Chart, series: Sequence[str]) -> alt.Chart:
-    """Only what has no other point in its line."""
-    counted = chart.transform_joinaggregate(in_line="count()", groupby=list(series))
-    return counted.transform_filter("datum.in_line == 1")
+def _counted(chart: alt.Chart, series: Sequence[str]) -> alt.Chart:
+    """With the number of points in a row's line."""
+    return chart.transform_joinaggregate(in_line="count()", groupby=list(series))
 
 
 def marks(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -252,9 +268,9 @@ def bars(runs: Sequence[Run], rows: list[dict[str, Any]], kinds: Sequence[str], 
         .encode(
             x=alt.X("value:Q", title=unit, axis=alt.Axis(tickCount=5, format="~s")),
             y=alt.Y("step:N", title=None, sort=None, axis=alt.Axis(labelLimit=200)),
-            color=colour("kind", kinds, shown=len(kinds) > 1)
+            color=colour("kind", kinds, shown=len(kinds) > 1, beside=steps)
             if not several or len(kinds) > 1
-            else colour("run", [run.name for run in runs]),
+            else colour("run", [run.name for run in runs], beside=steps),
             tooltip=[
                 "run:N",
                 "step:N",

@@ -164,7 +164,9 @@ def _loop_parts(runs: Sequence[LoopRun]) -> dict[str, Any]:
         "headlines": tables.headlines,
         "totals": [tables.summary_table(runs), *([probes] if probes else [])],
         "losses": charts.loss_figures(runs),
-        "by_run": [_gate(run, charts.weight_figure(run), charts.decision_figure(run)) for run in runs],
+        "by_run": [
+            _gate(run, charts.weight_figure(run), charts.decision_figure(run)) for run in runs
+        ],
         "accuracy": _there(charts.accuracy_figure(runs)),
         "exam": _there(charts.exam_figure(runs)),
         "budget": charts.budget_figures(runs),

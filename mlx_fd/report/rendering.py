@@ -34,7 +34,9 @@ def asset(name: str) -> str:
     return (_HERE / name).read_text(encoding="utf-8")
 
 
-def render(template: str, *, styles: Sequence[str] = (), scripts: Sequence[str] = (), **parts: Any) -> str:
+def render(
+    template: str, *, styles: Sequence[str] = (), scripts: Sequence[str] = (), **parts: Any
+) -> str:
     """A page.
 
     Args:

@@ -67,7 +67,6 @@ def themed(chart: alt.TopLevelMixin, palette: Palette = PAGE) -> dict[str, Any]:
             "labelColor": palette.text,
             "orient": "top",
             "title": None,
-            "symbolStrokeColor": palette.text,
             # Two legends stand below each other: beside each other a phone would cut the second.
             "layout": {"top": {"direction": "vertical", "anchor": "start"}},
         },

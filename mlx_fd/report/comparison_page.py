@@ -1,0 +1,117 @@
+"""The page of `mlx-fd compare`: a comparison's numbers, and where engines part."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_fd.errors import UserError
+from mlx_fd.export import table as words
+from mlx_fd.report.rendering import render
+from mlx_fd.report.tables import Cell, Row, Table, table
+from mlx_fd.runs import failed_write, write_atomic, write_json
+
+_NOTHING = "n/a"
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """The page of a report as of :func:`mlx_fd.export.compare.report`."""
+    parity = report["parity"]
+    return render(
+        "comparison.html",
+        brand="mlx-fd comparison",
+        title="The same model everywhere" if parity else "Not the same model everywhere",
+        verdict="good" if parity else "bad",
+        measures=_measures(report["rows"]),
+        engines=[
+            (", ".join(words.heading(row)), words.notes(row), _roles(row))
+            for row in report["rows"]
+            if row["measures"]
+        ],
+        bundles=[_bundle(folder, bundle) for folder, bundle in report["bundles"].items()],
+    )
+
+
+def _measures(rows: list[Mapping[str, Any]]) -> Table:
+    texts = [words.measured(row) for row in rows]
+    verdicts = [Cell(words.verdict(row), kind="good" if row["parity"] else "bad") for row in rows]
+    lines: list[Row] = [("verdict", *verdicts)]
+    for label in dict.fromkeys(label for found in texts for label in found):
+        lines.append((label, *(found.get(label, _NOTHING) for found in texts)))
+    return table(
+        "What each engine says of an export, against what was said where it was exported",
+        ("", *(", ".join(words.heading(row)) for row in rows)),
+        lines,
+        numbers=False,
+    )
+
+
+def _roles(row: Mapping[str, Any]) -> Table:
+    """Agreement and divergence by role: where an engine parts from the reference."""
+    found = row["measures"]["roles"]
+    largest = max((role["kl"]["mean"] or 0.0 for role in found.values()), default=0.0)
+    lines: list[Row] = []
+    for name, role in found.items():
+        mean, top = role["kl"]["mean"], role["top1"]
+        kl = Cell(_NOTHING)
+        if mean is not None:
+            kl = Cell(f"{mean:.2g}", bar=mean / largest if largest else 0.0)
+        lines.append((name, f"{top['agreeing'] / top['n']:.1%}" if top["n"] else _NOTHING, kl))
+    return table(
+        "By role", ("role", "likeliest token the same", "mean KL, nats"), lines, numbers=False
+    )
+
+
+def _bundle(folder: str, bundle: Mapping[str, Any]) -> tuple[str, str, Table]:
+    counts = (
+        f"{bundle['prompts']} prompts, {bundle['positions']} positions, {bundle['items']} problems."
+    )
+    facts = {
+        "reference": bundle["reference"],
+        "made with": bundle["versions"],
+        "source": bundle["source"],
+    }
+    lines: list[Row] = [
+        (name, json.dumps(value, ensure_ascii=False)) for name, value in facts.items()
+    ]
+    return folder, counts, table("Where it comes from", ("", "value"), lines, numbers=False)
+
+
+def make_folder(folder: Path) -> None:
+    """Make sure, before hours of work, that a report can be written.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Permissions do not tell of a file system that is read-only.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Write ``compare.json`` and ``compare.html``.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    make_folder(folder)
+    with _explained(folder):
+        write_json(folder / "compare.json", report)
+        write_atomic(folder / "compare.html", page(report))
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the comparison cannot be written there ({failed_write(error)}); choose "
+            "another --out"
+        ) from error
