@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from mlx_fd import runs
 from mlx_fd.config import Config, to_toml
+from mlx_fd.problems import Problem
+from mlx_fd.report.advantage_page import page as make_advantage_page
+from mlx_fd.selfdistill.advantage import AFTER, BEFORE, IN, RIGHT, Scored, summarise
+from mlx_fd.selfdistill.contexts import Attempt
 
 LOSSES = ("lm", "hidden", "score", "logit")
 HOSTILE = (
@@ -378,3 +383,79 @@ def hostile_self_run(folder: Path) -> Path:
         row["stop"]["gains"][loss] = row["updates"][0]["losses"][loss] = 0.5
     options = {"method": bad, "context": bad, "objective": bad, bad: bad}
     return write_self_run(folder, rows, metrics, critic=bad, options=options)
+
+
+def comparison(text: str = "a name", failure: str | None = "no answer") -> dict[str, Any]:
+    """What ``mlx-fd compare`` finds; ``text`` stands wherever somebody else's text may."""
+    count = {"agreeing": 30, "n": 40}
+    accuracy = {"right": 3, "n": 4, "low": 0.3, "high": 0.95}
+    measures = {
+        "about": text,
+        "quantized": False,
+        "tokenisation": {"by": "ids", "equal": 3, "n": 4},
+        "greedy": {**count, "diverged": 1, "prompts": 4, "first_divergence": 7},
+        "kl": {"mean": 0.002, "worst": 0.5, "n": 40, "tokens": 64.0},
+        "top1": count,
+        "clear": count,
+        "perplexity": {"engine": 1.5, "reference": 1.25, "known": 40, "n": 40},
+        "roles": {
+            role: {"kl": {"mean": mean, "worst": 0.5, "n": n}, "top1": {"agreeing": n, "n": n}}
+            for role, mean, n in (("answer", 0.004, 20), (text, 0.001, 20), ("merge", None, 0))
+        },
+        "accuracy": {"engine": accuracy, "reference": accuracy, "same_answer": 3},
+        "speed": {"prefill": 1234.5, "decode": 56.7, "first_token": 0.0123, "n": 3},
+        "peak_memory": 2**28,
+        "missing": {text: text},
+    }
+
+    # A folder's name cannot hold the first two, and what is before the third is not shown.
+    folder = text.replace("\x00", "").replace("\ud800", "").replace("/", "")
+
+    def row(found: dict[str, Any] | None, *reasons: str) -> dict[str, Any]:
+        return {
+            "engine": text,
+            "target": f"http://{text}",
+            "export": folder,
+            "weights": "float",
+            "tolerance": {"mean_kl": 0.001, "top1": 0.99},
+            "parity": not reasons,
+            "reasons": list(reasons),
+            "measures": found,
+        }
+
+    rows = [row(measures), row(measures, text)]
+    rows += [row(None, failure)] if failure else []
+    bundle = {"prompts": 4, "positions": 40, "items": 4}
+    bundle |= {"reference": {text: text}, "versions": {"mlx": text}, "source": {"kind": text}}
+    return {"parity": False, "rows": rows, "bundles": {text: bundle}, "versions": {}}
+
+
+def scored(
+    problem: Problem,
+    parts: list[str],
+    values: list[float] | None,
+    text: str = "x",
+    pieces: tuple[str, ...] | None = None,
+) -> Scored:
+    """An attempt with an advantage for each token, by the context ``reference``."""
+    attempt = Attempt(problem, problem.question, (), text, None, RIGHT in parts)
+    pieces = pieces or tuple(f"t{k}" for k in range(len(parts)))
+    return Scored(attempt, pieces, tuple(parts), {"reference": tuple(values)} if values else {})
+
+
+def advantages(text: str = "3 + 4 = 8") -> list[Scored]:
+    """A wrong attempt with tokens of every shade, and a right one."""
+    values = [6.0, 3.0, 1.0, 0.2, 0.0, -0.2, -1.0, -3.0, -6.0, 0.0]
+    parts = [BEFORE] * 5 + [IN] * 4 + [AFTER]
+    solution = "Step 1: <<3+4=7>>7\n#### 7"
+    one, two = (Problem(f"{n} {text}", text, solution, Fraction(7)) for n in range(2))
+    return [
+        scored(one, parts, values, text, tuple(f"{text} " for _ in parts)),
+        scored(two, [RIGHT] * 3, [0.5, -0.5, 0.0], text, ("right ", text, "\n")),
+    ]
+
+
+def advantage_page(text: str) -> str:
+    """The page of ``mlx-fd advantage`` on these."""
+    found = advantages(text)
+    return make_advantage_page(text, [summarise(found, "reference")], found)

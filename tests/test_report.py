@@ -90,6 +90,17 @@ def test_intervals_and_what_is_surely_so():
     assert tables.estimate({**better, "value": None}).value == "-"
 
 
+def test_a_difference_of_shares_is_in_points(tmp_path):
+    (run,) = read_runs([reported.write_run(tmp_path / "run")])
+    found = dict(tables.headlines(run))["problems the student solves, before → after"]
+    assert found.value == "30.0% → 70.0%"
+    # Not per cent: 40 % more than 30 % are 42 %.
+    assert found.note == "change +40.0 points, +30.0 to +50.0, n 40"
+    assert tables.points(None) == tables.Cell("-")
+    unknown = {"value": None, "low": None, "high": None, "n": 0}
+    assert tables.points(unknown) == tables.Cell("-")
+
+
 def test_an_unfinished_run_is_counted_so_far(tmp_path):
     folder = reported.write_run(tmp_path / "run", finished=False)
     state = folder / runs.CHECKPOINTS / "last"
@@ -187,6 +198,35 @@ def test_the_freeze_is_marked_with_its_reason(tmp_path):
     ]
 
 
+def gains(figure):
+    rows = figure.specification["datasets"]["rows"]
+    return {
+        name: [(row["batch"], row["gain"]) for row in rows if row["loss"] == name]
+        for name in {row["loss"] for row in rows}
+    }
+
+
+def test_gains_begin_at_nothing(tmp_path):
+    metrics = [reported.metric(0) | {"stop": None}, reported.metric(1)]
+    (run,) = read_runs([reported.write_run(tmp_path / "run", None, metrics)])
+    found = gains(charts.gain_figure(run))
+    assert found["lm"] == [(0, 0.0), (2, 1 - 1 / 3)]
+
+
+def test_a_loss_that_was_nothing_at_first_gains_nothing(tmp_path):
+    folder = reported.write_run(tmp_path / "run")
+    summary = json.loads((folder / runs.SUMMARY).read_text())
+    summary["probe"]["before"]["lm"] = 0.0
+    runs.write_json(folder / runs.SUMMARY, summary)
+    (run,) = read_runs([folder])
+    assert set(gains(charts.gain_figure(run))) == {"hidden", "score", "logit"}
+    summary["probe"]["before"] = dict.fromkeys(reported.LOSSES, 0.0)
+    runs.write_json(folder / runs.SUMMARY, summary)
+    (run,) = read_runs([folder])
+    assert charts.gain_figure(run) is None
+    assert "was 0 before the first update" in " ".join(parsed(make_page([run])).text)
+
+
 def test_charts_have_the_rows_numbers(tmp_path):
     (run,) = read_runs([reported.write_run(tmp_path / "run")])
     figure = next(f for f in charts.loss_figures([run]) if f.title == "lm loss")
@@ -230,7 +270,8 @@ def test_a_pareto_frontier_and_an_evaluation_are_shown(tmp_path):
     assert charts.system_figure(found).title == "gsm8k/test: right"
     compared = tables.comparisons_table(found).rows[0]
     assert compared[0].value == "Online feedback distillation against CLEAR"
-    assert compared[2].strong
+    assert compared[1].value == "right"
+    assert compared[2] == tables.Cell("+10.0 points", "+5.0 to +15.0, n 100", strong=True)
     assert [compared[3].value, compared[4].value] == ["< 0.001", "0.041"]
     page = " ".join(parsed(make_page([run])).text)
     assert "Hypervolume of the frontier: 0.61" in page
@@ -297,6 +338,12 @@ def test_nothing_that_was_written_into_a_run_becomes_an_expression_of_a_chart(tm
             assert "harmed" not in expression, figure.title
             seen += 1
     assert seen > 100
+
+
+def test_what_html_cannot_hold_is_not_in_the_page(hostile):
+    hostile.encode()  # a half of a surrogate pair would raise
+    found = re.findall("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]", hostile)
+    assert found == []
 
 
 def test_the_policy_allows_what_is_in_the_page_and_nothing_else(hostile):

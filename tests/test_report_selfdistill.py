@@ -79,6 +79,25 @@ def test_charts_have_the_rows_numbers(tmp_path):
     }
 
 
+def test_one_look_at_the_held_out_problems_is_a_line_from_the_beginning(tmp_path):
+    metrics = [reported.self_metric(n, wrong=0.5 if n == 2 else None) for n in range(4)]
+    run = read(reported.write_self_run(tmp_path / "run", None, metrics))
+    figure = charts.gain_figure(run)
+    rows = figure.specification["datasets"]["rows"]
+    assert [(row["batch"], row["gain"]) for row in rows] == [(0, 0.0), (3, 0.5)]
+    assert {row["loss"] for row in rows} == {"problems answered wrong"}
+    assert "problems answered wrong 50%" in figure.says
+
+
+def test_without_a_look_a_sentence_stands_in_the_charts_place(tmp_path):
+    metrics = [reported.self_metric(n) for n in range(4)]
+    run = read(reported.write_self_run(tmp_path / "run", None, metrics))
+    assert charts.gain_figure(run) is None
+    page = " ".join(parsed(make_page([run])).text)
+    assert "Gains on the probe set" not in page
+    assert "the gate has not yet looked at the held-out problems between updates" in page
+
+
 def test_what_was_not_cut_and_not_measured_has_no_chart(tmp_path):
     metrics = [reported.self_metric(0) | {"clipped": [0.0]}]
     metrics[0]["attempts"] |= dict.fromkeys(("mean_abs_advantage", "negative_on_right"))

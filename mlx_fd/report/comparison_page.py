@@ -59,7 +59,7 @@ def _roles(row: Mapping[str, Any]) -> Table:
         mean, top = role["kl"]["mean"], role["top1"]
         kl = Cell(_NOTHING)
         if mean is not None:
-            kl = Cell(f"{mean:.2g}", bar=mean / largest if largest else 0.0)
+            kl = Cell(f"{mean:.2g}", bar=max(mean, 0.0) / largest if largest > 0 else 0.0)
         lines.append((name, f"{top['agreeing'] / top['n']:.1%}" if top["n"] else _NOTHING, kl))
     return table(
         "By role", ("role", "likeliest token the same", "mean KL, nats"), lines, numbers=False
