@@ -3,6 +3,7 @@
 Needs Chromium (or Chrome) and the Python package playwright; skipped where one is missing.
 """
 
+import base64
 import itertools
 import os
 import shutil
@@ -10,6 +11,7 @@ import shutil
 import pytest
 import reported
 
+from mlx_fd.report import comparison_page
 from mlx_fd.report.page import make_page, write_page
 from mlx_fd.report.reading import read_runs
 
@@ -62,9 +64,28 @@ def pages(tmp_path_factory):
         "methods": [three, four],
         "harm": [reported.hostile_self_run(folder / "<b>" / "<i>")],
     }
+    # Lines of a single point.
+    brief = reported.write_run(folder / "brief", [reported.episode(0)], [reported.metric(0)])
+    once = [reported.self_metric(n, wrong=0.5 if n == 3 else None) for n in range(4)]
+    batch = reported.write_self_run(
+        folder / "batch", [reported.attempt(0)], [reported.self_metric(0)], finished=False
+    )
+    made |= {
+        "brief": [brief],
+        "once": [reported.write_self_run(folder / "once", None, once)],
+        "batch": [batch],
+    }
     for name, folders in made.items():
         write_page(make_page(read_runs(folders)), folder / f"{name}.html")
+    for name, text in (("", "a name"), ("hostile-", " ".join(reported.HOSTILE))):
+        compared = comparison_page.page(reported.comparison(text, failure=text))
+        write_page(compared, folder / f"{name}comparison.html")
+        write_page(reported.advantage_page(text), folder / f"{name}advantage.html")
     return folder
+
+
+def has_script(name):
+    return not name.endswith(("comparison", "advantage"))
 
 
 @pytest.fixture
@@ -87,8 +108,9 @@ def opened(browser, pages):
             ),
         )
         page.goto((pages / f"{name}.html").as_uri())
-        page.wait_for_selector("html[data-charts=drawn]")
-        page.wait_for_selector("#record h3")
+        if has_script(name):
+            page.wait_for_selector("html[data-charts=drawn]")
+            page.wait_for_selector("#record h3")
         return page
 
     yield open_page
@@ -101,6 +123,17 @@ def wait_title(page, title):
     page.wait_for_function(
         "title => document.querySelector('#record h3')?.textContent === title", arg=title
     )
+
+
+def luminance(colour):
+    channels = [int(c) / 255 for c in colour[4:-1].split(",")]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
 
 
 def count(page):
@@ -127,6 +160,187 @@ def test_every_chart_is_drawn_with_a_text_in_its_place(opened, name, least):
             "svg .mark-line path, svg .mark-symbol path, svg .mark-rect path"
         )
         assert marks
+
+
+@pytest.mark.parametrize("name", ["one", "both", "attempts", "methods", "brief", "once", "batch"])
+def test_no_chart_is_empty(opened, name):
+    page = opened(name)
+    empty = page.evaluate(
+        """[...document.querySelectorAll('figure')].filter(figure => ![...figure.querySelectorAll(
+            '.mark-line path, .mark-symbol path, .mark-rect path'
+        )].some(mark => {
+            if (mark.closest('.role-legend')) return false;
+            const style = getComputedStyle(mark), box = mark.getBoundingClientRect();
+            return +style.opacity > 0.5 && Math.max(box.width, box.height) >= 5;
+        })).map(figure => figure.querySelector('h3, h4').textContent)"""
+    )
+    assert empty == []
+
+
+LEGENDS = """[...document.querySelectorAll('figure')].flatMap(figure => {
+    const head = figure.querySelector('h3, h4').getBoundingClientRect();
+    return [...figure.querySelectorAll('.role-legend-symbol path')].map(mark => {
+        const style = getComputedStyle(mark);
+        const filled = !['none', 'transparent', 'rgba(0, 0, 0, 0)'].includes(style.fill);
+        return {
+            title: figure.querySelector('h3, h4').textContent,
+            colour: filled ? style.fill : style.stroke,
+            opacity: style.opacity * (filled ? style.fillOpacity : style.strokeOpacity),
+            under: mark.getBoundingClientRect().top - head.bottom,
+        };
+    });
+})"""
+
+
+CUT = """[...document.querySelectorAll('.chart svg text')].filter(text => {
+    const box = text.getBoundingClientRect();
+    return text.textContent && (box.left < 0 || box.right > innerWidth);
+}).map(text => text.textContent)"""
+
+
+@pytest.mark.parametrize("name", ["one", "both", "attempts", "methods", "hostile", "harm"])
+def test_legends_are_whole_and_seen(opened, name):
+    """In both themes, on a phone, and when a window becomes as narrow as one."""
+    page = opened(name, viewport={"width": 390, "height": 844})
+    for width in (390, 800, 390):
+        page.set_viewport_size({"width": width, "height": 844})
+        page.wait_for_function(
+            "width => Math.abs(document.querySelector('.chart svg').clientWidth - width) < 80",
+            arg=width if width < 800 else 736,
+        )
+        assert page.evaluate(CUT) == []
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (luminance(back) > 0.5) == (scheme == "light")
+            swatches = page.evaluate(LEGENDS)
+            assert swatches
+            for swatch in swatches:
+                assert swatch["opacity"] == 1, swatch
+                assert contrast(back, swatch["colour"]) >= 3, swatch
+                assert swatch["under"] >= 0, swatch  # not over the figure's title
+
+
+EDGES = """image => new Promise(resume => {
+    const shown = new Image();
+    shown.onload = () => {
+        const canvas = Object.assign(document.createElement('canvas'), {
+            width: shown.width, height: shown.height
+        });
+        const context = canvas.getContext('2d');
+        context.drawImage(shown, 0, 0);
+        const row = shown.height - 6;
+        const at = x => [...context.getImageData(x, row, 1, 1).data].slice(0, 3);
+        resume([at(1), at(shown.width - 2)]);
+    };
+    shown.src = image;
+})"""
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("one", 390),
+        ("both", 800),
+        ("attempts", 390),
+        ("hostile-comparison", 390),
+        ("advantage", 390),
+        ("advantage", 800),
+    ],
+)
+def test_a_table_that_goes_on_shows_it_and_can_be_scrolled_by_keyboard(
+    opened, browser, name, width
+):
+    page = opened(name, viewport={"width": width, "height": 844})
+    page.evaluate("document.querySelectorAll('details').forEach(it => it.open = true)")
+    regions = page.query_selector_all("main *:has(> table)")
+    wide = [it for it in regions if it.evaluate("it => it.scrollWidth > it.clientWidth + 1")]
+    assert wide
+    for region in wide:
+        assert region.get_attribute("tabindex") == "0"
+        assert region.get_attribute("role") == "region"
+        assert region.get_attribute("aria-label")
+        assert region.evaluate("""it => {
+            const caption = it.querySelector('caption > *').getBoundingClientRect();
+            return caption.right <= it.getBoundingClientRect().right + 1;
+        }""")
+    reader = browser.new_page()
+    region = wide[-1]
+
+    def shaded():
+        """Whether there is a shadow at the left and at the right edge."""
+        back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        plain = [int(channel) for channel in back[4:-1].split(",")]
+        image = base64.b64encode(region.screenshot()).decode()
+        edges = reader.evaluate(EDGES, f"data:image/png;base64,{image}")
+        return [
+            sum(abs(one - other) for one, other in zip(edge, plain, strict=True)) > 60
+            for edge in edges
+        ]
+
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        region.evaluate("it => { it.scrollLeft = 0; }")
+        assert shaded() == [False, True]
+        region.focus()
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function("it => it.scrollLeft > 0", arg=region)
+        # A smooth scroll goes on for a while.
+        page.wait_for_timeout(500)
+        region.evaluate("it => { it.scrollLeft = it.scrollWidth; }")
+        assert shaded() == [True, False]
+    reader.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    "name", ["comparison", "advantage", "hostile-comparison", "hostile-advantage"]
+)
+def test_pages_without_a_script(opened, name, scheme):
+    """The policy lets their styles through, and they are read on a phone and in both themes."""
+    page = opened(name, viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.evaluate("window.harmed") is None
+    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (luminance(back) > 0.5) == (scheme == "light")
+    words = page.evaluate(
+        """[...document.querySelectorAll('main *, header *')]
+            .filter(it => it.checkVisibility() && it.textContent.trim() && !it.children.length)
+            .map(it => [getComputedStyle(it).color, it.textContent.trim()])"""
+    )
+    assert len(words) > 40
+    assert [word for colour, word in words if contrast(back, colour) < 4.5] == []
+    levels = page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map(it => +it.tagName[1])")
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def test_the_bars_of_a_comparison_are_as_long_as_their_numbers(opened):
+    page = opened("comparison")
+    widths = [rect.bounding_box()["width"] for rect in page.query_selector_all(".amount rect")]
+    assert widths[0] == pytest.approx(160, abs=1)
+    assert widths[1] == pytest.approx(40, abs=1)
+
+
+@pytest.mark.parametrize("media", ["screen", "print"])
+def test_a_tokens_shade_is_seen_and_printed(opened, media):
+    page = opened("advantage", color_scheme="dark")
+    page.emulate_media(media=media)
+    found = {
+        shade: page.evaluate(
+            """shade => {
+                const style = getComputedStyle(document.querySelector(`.${shade}[title]`));
+                return [style.backgroundColor, style.printColorAdjust];
+            }""",
+            shade,
+        )
+        for shade in ("f1", "f2", "f3", "f4", "a1", "a2", "a3", "a4")
+    }
+    assert len({colour for colour, _ in found.values()}) == 8
+    if media == "print":
+        assert {adjust for _, adjust in found.values()} == {"exact"}
+        assert luminance(page.evaluate("getComputedStyle(document.body).color")) < 0.1
+        assert page.pdf(format="A4")[:5] == b"%PDF-"
 
 
 def test_a_chart_answers_the_pointer(opened):
@@ -304,12 +518,6 @@ def test_a_phone_scrolls_in_one_direction(opened, scheme, name):
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
-def luminance(colour):
-    channels = [int(c) / 255 for c in colour[4:-1].split(",")]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_in_both_themes_and_the_toggle(opened, scheme):
     page = opened("one", color_scheme=scheme)
@@ -328,13 +536,9 @@ def test_contrast_in_both_themes_and_the_toggle(opened, scheme):
     back, texts, line = colours()
     assert (luminance(back) > 0.5) == (scheme == "light")
 
-    def contrast(colour):
-        low, high = sorted((luminance(back), luminance(colour)))
-        return (high + 0.05) / (low + 0.05)
-
     # WCAG 2.2 AA: text 4.5, graphics 3.
-    assert {s: contrast(c) for s, c in texts.items() if contrast(c) < 4.5} == {}
-    assert contrast(line) >= 3
+    assert {s: contrast(back, c) for s, c in texts.items() if contrast(back, c) < 4.5} == {}
+    assert contrast(back, line) >= 3
     assert page.inner_text("#theme") == ("Dark theme" if scheme == "light" else "Light theme")
     page.click("#theme")
     other, _, other_line = colours()

@@ -88,9 +88,9 @@ function costs(row) {
   const losses = Object.entries(row.gate.losses_before).map(([name, before]) =>
     element("tr", {}, element("th", { scope: "row" }, `${name} loss`), ...[before, row.gate.losses_after[name]].map((value) => element("td", {}, value === undefined ? "–" : value.toPrecision(3)))));
   const heads = (...names) => element("thead", {}, element("tr", {}, element("td"), ...names.map((name) => element("th", { scope: "col" }, name))));
-  const tables = [element("table", {}, element("caption", {}, "Tokens and seconds"), heads("written", "read first", "seconds"), body)];
+  const tables = [element("table", {}, element("caption", {}, element("span", {}, "Tokens and seconds")), heads("written", "read first", "seconds"), body)];
   if (losses.length) {
-    tables.push(element("table", {}, element("caption", {}, "The student's losses on the expert's feedback"), heads("before", "after"), element("tbody", {}, ...losses)));
+    tables.push(element("table", {}, element("caption", {}, element("span", {}, "The student's losses on the expert's feedback")), heads("before", "after"), element("tbody", {}, ...losses)));
   }
   return element("details", {}, element("summary", {}, "Tokens, time and losses"), ...tables.map((table) => element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": table.caption.textContent }, table)));
 }
