@@ -254,15 +254,18 @@ def test_a_table_that_goes_on_shows_it_and_can_be_scrolled_by_keyboard(
     page = opened(name, viewport={"width": width, "height": 844})
     page.evaluate("document.querySelectorAll('details').forEach(it => it.open = true)")
     regions = page.query_selector_all("main *:has(> table)")
-    wide = [it for it in regions if it.evaluate("it => it.scrollWidth > it.clientWidth + 1")]
+    # Where less is out of sight, it is the margin of the last column.
+    wide = [it for it in regions if it.evaluate("it => it.scrollWidth > it.clientWidth + 16")]
     assert wide
     for region in wide:
         assert region.get_attribute("tabindex") == "0"
         assert region.get_attribute("role") == "region"
         assert region.get_attribute("aria-label")
         assert region.evaluate("""it => {
-            const caption = it.querySelector('caption > *').getBoundingClientRect();
-            return caption.right <= it.getBoundingClientRect().right + 1;
+            const words = document.createRange();
+            words.selectNodeContents(it.querySelector('caption'));
+            const lines = [...words.getClientRects()];
+            return lines.every(line => line.right <= it.getBoundingClientRect().right + 1);
         }""")
     reader = browser.new_page()
     region = wide[-1]
