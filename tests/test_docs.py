@@ -147,16 +147,32 @@ def test_the_site_builds(tmp_path):
 # Files that tools read
 
 
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [
+        ("citation-file-format", "CITATION.cff"),
+        ("github-workflows", ".github/workflows/*.yml"),
+        ("github-issue-forms", ".github/ISSUE_TEMPLATE/[!c]*.yml"),
+        ("github-issue-config", ".github/ISSUE_TEMPLATE/config.yml"),
+    ],
+)
+def test_files_follow_their_schemas(schema, pattern):
+    pytest.importorskip("check_jsonschema", reason="check-jsonschema is not installed")
+    paths = [str(path) for path in sorted(ROOT.glob(pattern))]
+    assert paths
+    done = subprocess.run(
+        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *paths],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_citation_names_this_version():
     found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    # What the Citation File Format asks for.
-    assert {"cff-version", "message", "title", "authors"} <= set(found)
-    assert found["cff-version"] == "1.2.0" and found["type"] == "software"
     assert found["version"] == mlx_fd.__version__
     assert found["license"] == "MIT" and found["repository-code"] + "/" == GITHUB
-    assert all(
-        set(author) <= {"name", "given-names", "family-names"} for author in found["authors"]
-    )
 
 
 def test_the_changelog_has_this_version():
@@ -170,10 +186,7 @@ def test_workflows_call_what_is_there():
     assert workflows
     for path in workflows:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        # YAML 1.1 reads `on` as true.
-        assert {"name", True, "jobs"} <= set(found)
         for job in found["jobs"].values():
-            assert job["timeout-minutes"] <= 60 and job["runs-on"] and job["steps"]
             script = "\n".join(step.get("run", "") for step in job["steps"])
             for name in re.findall(r"scripts/[\w.]+", script):
                 assert (ROOT / name).is_file(), name
@@ -181,18 +194,3 @@ def test_workflows_call_what_is_there():
                 name, *arguments = shlex.split(call)
                 with cli.commands[name].make_context(name, arguments):
                     pass
-
-
-def test_issue_forms_have_what_github_asks_for():
-    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
-    for path in forms:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if path.stem == "config":
-            assert set(found) == {"blank_issues_enabled", "contact_links"}
-            continue
-        assert {"name", "description", "body"} <= set(found)
-        ids = [part["id"] for part in found["body"]]
-        assert len(ids) == len(set(ids)) >= 2
-        for part in found["body"]:
-            assert part["type"] in {"input", "textarea", "checkboxes", "dropdown", "markdown"}
-            assert part["attributes"]["label"]
