@@ -3,7 +3,7 @@
 python scripts/bench_losses.py                 # measure the whole grid, append to the CSV
 python scripts/bench_losses.py --quick         # a small grid, two minutes, into no file
 python scripts/bench_losses.py --plot          # docs/bench_losses.svg, from the CSV alone
-python scripts/bench_losses.py --table         # the README's table, from the CSV alone
+python scripts/bench_losses.py --table         # the table of docs/benchmarks.md, from the CSV alone
 
 Four contenders make the value and its gradient by the student's final hidden states:
 
@@ -289,7 +289,7 @@ def times(rows, name, key, by="engine"):
 
 
 def table(path):
-    """The README's table: of the others how many times the engine's time and memory they take.
+    """The table of docs/benchmarks.md: the engine's time and memory, the others as multiples.
 
     Of the smallest and the largest number of tokens; the plot has those between.
     """

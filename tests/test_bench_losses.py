@@ -7,7 +7,7 @@ from scripted import script
 ROOT = Path(__file__).parents[1]
 
 
-def test_readme_and_plot_are_those_of_the_rows():
+def test_page_and_plot_are_those_of_the_rows():
     bench = script("bench_losses")
-    assert bench.table(bench.CSV) in (ROOT / "README.md").read_text()
+    assert bench.table(bench.CSV) in (ROOT / "docs" / "benchmarks.md").read_text()
     assert bench.PLOT.read_text() == bench.plot(bench.CSV)
