@@ -26,8 +26,8 @@ from tiny import make_model_dir, make_tokenizer
 from trained import make_run
 
 from mlx_fd import cli, runs
-from mlx_fd.cli.judging import harmless
 from mlx_fd.config import PRESETS, read
+from mlx_fd.terminal import strip_control_chars
 
 SCRIPT = str(Path(sysconfig.get_path("scripts")) / "mlx-fd")
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
@@ -872,7 +872,7 @@ def test_feedback_of_half_a_run(home, run, mlx_fd, tmp_path):
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal():
-    text = harmless("one\n\x1b[2Jtwo\r\x07 né 中文 🙂")
+    text = strip_control_chars("one\n\x1b[2Jtwo\r\x07 né 中文 🙂")
     assert text == "one\n�[2Jtwo�� né 中文 🙂"
 
 

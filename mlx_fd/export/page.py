@@ -6,13 +6,14 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+from html import escape as escaped
 from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.export import table
 from mlx_fd.runs import failed_write, write_atomic, write_json
+from mlx_fd.terminal import strip_control_chars
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d2126; --soft: #626b75; --line: #d9dde2;
@@ -49,6 +50,11 @@ near ties of the reference's two likeliest tokens aside, on the mean KL and on e
 <li><b>Speed</b>: medians over the longest prompts, one sequence at a time.</li>
 </ul>
 """
+
+
+def escape(text: str) -> str:
+    """A text of a server's or a bundle's as HTML; what no file can hold is replaced."""
+    return escaped(strip_control_chars(text))
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
