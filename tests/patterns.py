@@ -10,6 +10,7 @@ import itertools
 import pkgutil
 import random
 import re
+import time
 from pathlib import Path
 
 # Python has no public door to the parse tree; this one has been there since 3.11.
@@ -183,3 +184,45 @@ def attacks(pattern, seed=0):
         yield lambda n, s=start, u=unit, t=tail: s + (u * (n // len(u) + 1))[:n] + t
     for k in range(20):
         yield lambda n, k=k: "".join(random.Random(k).choices(chosen, k=n))[:n]
+
+
+# ------------------------------------------------------------------------------------------- time
+
+
+def seconds(run, text, tries):
+    """Processor seconds, of the best try."""
+    found = []
+    for _ in range(tries):
+        begin = time.process_time()
+        run(text)
+        found.append(time.process_time() - begin)
+    return min(found)
+
+
+def outgrown(run, make):
+    """The length at which a text takes too long, or grows faster than it; ``None``: it is linear.
+
+    Args:
+        run: takes a text.
+        make: makes one of a length.
+    """
+    # What is exponential shows at 18 already, and would never come back from 3000.
+    for length, most in ((18, 0.001), (300, 0.003)):
+        text = make(length)
+        if seconds(run, text, 1) > most and seconds(run, text, 4) > most:
+            return length
+    short = make(3000)
+    if seconds(run, short, 1) < 0.004:  # a step for every pair of characters takes 13 ms
+        return None
+    long = make(6000)
+    # Twice the length: linear 2, quadratic 4. The best of several, for other work disturbs.
+    least = min(seconds(run, long, 3) / max(seconds(run, short, 3), 1e-4) for _ in range(2))
+    return 6000 if least > 3 else None
+
+
+def runs_of(pattern, methods):
+    """The ways in which a pattern is used, each a function of a text."""
+    found = {name: getattr(pattern, name) for name in ANCHORED & methods}
+    if SCANNING & methods:
+        found["search"] = lambda text: sum(1 for _ in pattern.finditer(text))
+    return found
