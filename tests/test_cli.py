@@ -876,6 +876,20 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal():
     assert text == "one\n�[2Jtwo�� né 中文 🙂"
 
 
+def test_nothing_in_an_error_steers_the_terminal(mlx_fd, tmp_path):
+    folder = tmp_path / "a\x1b[2J\x07"
+    failed(mlx_fd("compare", folder), "a\ufffd[2J\ufffd: there is no such directory")
+    done = mlx_fd("compare", folder)
+    assert not CONTROL.search(done.err)
+
+
+def test_a_password_in_an_address_is_not_said_back(mlx_fd, tmp_path):
+    address = "openai:http://user:sk-S3CRET@host/v1?api_key=sk-S3CRET"
+    done = mlx_fd("compare", tmp_path, "--engine", address)
+    failed(done, "openai:http://***@host/v1?***: give the server's address as http://HOST:PORT")
+    assert "S3CRET" not in done.err
+
+
 def test_widths_of_qwen_that_differ_by_padding(mlx_fd, tmp_path, home):
     configs = json.loads((Path(__file__).parent / "fixtures" / "configs.json").read_text())
     kept = ("rms_norm_eps", "rope_theta", "max_position_embeddings", "max_window_layers")
