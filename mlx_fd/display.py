@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
+from mlx_fd.terminal import strip_control_chars
 
 STEP_NAMES = {
     "answer": "expert answers",
@@ -118,7 +119,7 @@ class Display:
         """Take an event."""
         if isinstance(event, Warned):
             self._console.print(
-                Text.assemble(("warning: ", "yellow"), event.text),
+                Text.assemble(("warning: ", "yellow"), strip_control_chars(event.text)),
                 soft_wrap=not self._console.is_terminal,
             )
         elif isinstance(event, Note):
@@ -133,7 +134,9 @@ class Display:
     def _say(self, text: str) -> None:
         if not self._quiet:
             # Text: a folder called "[red]" is no style.
-            self._console.print(Text(text), soft_wrap=not self._console.is_terminal)
+            self._console.print(
+                Text(strip_control_chars(text)), soft_wrap=not self._console.is_terminal
+            )
 
     def _take_step(self, event: Step) -> None:
         if event.step != self._step:
@@ -253,7 +256,7 @@ class Steps:
 
     def __init__(self, console: Console, *, quiet: bool = False):
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -277,7 +280,7 @@ class Steps:
         if step not in self._tasks:
             for task in self._tasks.values():
                 self._bar.update(task, visible=False)
-            self._tasks[step] = self._bar.add_task(step)
+            self._tasks[step] = self._bar.add_task(strip_control_chars(step))
         self._bar.update(self._tasks[step], completed=done, total=total)
 
 

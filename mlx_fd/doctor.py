@@ -18,6 +18,7 @@ from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.resolve import local_models
 from mlx_fd.models.storage import cache_dir
 from mlx_fd.session import versions
+from mlx_fd.terminal import strip_control_chars
 
 _MARKS = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]amiss[/]"}
 _BACKEND_PACKAGES = ("mlx-cpu", "mlx-metal", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
@@ -139,7 +140,7 @@ def checks_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 1))
     for row in rows:
         # Text: what a pair of brackets holds is no style here ("mlx-fd[cpu]").
-        table.add_row(_MARKS[row["state"]], row["what"], Text(row["text"]))
+        table.add_row(_MARKS[row["state"]], row["what"], Text(strip_control_chars(row["text"])))
     return table
 
 
@@ -173,5 +174,6 @@ def models_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         what = row["note"] or row["source"]
         texts = (row["name"], "yes" if row["here"] else "", row["student"], what)
-        table.add_row(*map(Text, texts))
+        # A folder's name may hold anything.
+        table.add_row(*(Text(strip_control_chars(text)) for text in texts))
     return table

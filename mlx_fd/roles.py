@@ -3,11 +3,13 @@
 One problem is one growing chat: answer, feedback, merge, revise, critique, final. The functions
 named ``*_prompt`` give the user's message of each turn; what the assistant wrote is read by
 :func:`parse_feedback` and :func:`final_answer`. Neither ever guesses: what cannot be read is
-``None``, and the caller counts it. Both read any text in time linear in its length.
+``None``, and the caller counts it. Both read any text in time linear in its length: patterns hold
+on to what they took (possessive repeats) wherever they could not take it otherwise.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import unicodedata
@@ -251,17 +253,24 @@ _LATEX = (
     (re.compile(r"\$[ ]?([-+])(?=[\d.])"), r"\1$"),
 )
 _LEAD = re.compile(
-    r"""(?:[\s*_`~:=>$\u2248"'(\[]+|[A-Za-z]\w{0,15}\s*=
-        |(?:the|my|so|final|answer|ans|result|is|equals|about|approximately|total|therefore)\b)+""",
+    r"""(?:[\s*_`~:=>$\u2248"'(\[]++|[A-Za-z]\w{0,15}+\s*+=
+        |(?:the|my|so|final|answer|ans|result|is|equals|about|approximately|total|therefore)\b)++""",
     re.VERBOSE | re.IGNORECASE,
 )
 _CALCULATION = re.compile(
-    r"[-+($\s]*[\d.,]+[\d\s.,$%()]*[-+*/x\u00d7\u00f7][\d\s.,$%()+*/x\u00d7\u00f7-]*=+\s*(?=[-+$\d.])"
+    r"[-+($\s]*+[\d.,][\d\s.,$%()]*+[-+*/x\u00d7\u00f7]"
+    r"[\d\s.,$%()+*/x\u00d7\u00f7-]*+=++\s*+(?=[-+$\d.])"
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(\{?)")
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _PLAIN_DECIMAL = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
+_SEPARATOR = re.compile(rf"[,'{_NARROW}]")  # of thousands
+_SPACED_SIGN = re.compile(r"^([-+])\s+(?=[$\d.])")
+_DIGIT = re.compile(r"\d")
+_FULL_STOP = re.compile(r"\.$")
+_MARK = re.compile("#{4,}")
+_MOST_MARKS = 10_000  # that are tried, the last ones: no solution has as many
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
@@ -294,7 +303,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
         if match["continental"]:
             digits = match["continental"].replace(".", "").replace(",", ".")
         else:
-            digits = re.sub(rf"[,'{_NARROW}]", "", match["number"])
+            digits = _SEPARATOR.sub("", match["number"])
         value = Fraction(digits) * Fraction(10) ** power
         if match["under"]:
             under = Fraction(match["under"])
@@ -311,7 +320,7 @@ def _leading_number(segment: str) -> tuple[Fraction | None, str]:
         line = line[lead.end() :]
     while calculation := _CALCULATION.match(line):
         line = line[calculation.end() :]
-    line = re.sub(r"^([-+])\s+(?=[$\d.])", r"\1", line)
+    line = _SPACED_SIGN.sub(r"\1", line)
     match = _NUMBER.match(line)
     return (_value(match), line[match.end() :]) if match else (None, line)
 
@@ -342,7 +351,7 @@ def number(text: str) -> Fraction | None:
     if "\n" in text or len(text) > 2 * _LONGEST_NUMBER:
         return None
     value, rest = _leading_number(text)
-    return None if re.search(r"\d", rest) else value
+    return None if _DIGIT.search(rest) else value
 
 
 def lm_eval_answer(text: str, filter: str) -> str:
@@ -367,7 +376,7 @@ def lm_eval_answer(text: str, filter: str) -> str:
 
 def _lm_eval_normal(text: str) -> str:
     text = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
-    return re.sub(r"\.$", "", text).lower()
+    return _FULL_STOP.sub("", text).lower()
 
 
 def lm_eval_match(text: str, gold_text: str, filter: str) -> bool:
@@ -400,12 +409,13 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
         The exact value; ``None`` where there is no number or one of more than 60 characters.
     """
     if how != "auto":
-        found = re.sub(r"\.$", "", re.sub("[,$]", "", lm_eval_answer(text, how)))
+        found = lm_eval_answer(text, how).replace(",", "").replace("$", "")
+        found = _FULL_STOP.sub("", found)
         readable = len(found) <= _LONGEST_NUMBER and _PLAIN_DECIMAL.fullmatch(found)
         return Fraction(found) if readable else None
     text = _after_thinking(text)
     marks = text.translate(_PLAIN) if "\uff03" in text else text
-    for mark in reversed(list(re.finditer("#{4,}", marks))):
+    for mark in reversed(deque(_MARK.finditer(marks), maxlen=_MOST_MARKS)):
         value, _ = _leading_number(text[mark.end() : mark.end() + 120])
         if value is not None:
             return value
@@ -426,17 +436,19 @@ def same_answer(a: Fraction | None, b: Fraction | None) -> bool:
 
 # -------------------------------------------------------------------------------------- feedback
 
-_WINDOW = 200  # characters looked at on either side of a label
+_WINDOW = 200  # characters looked at behind a label
+_BEFORE = 60  # and before it
+_MOST_LABELS = 10_000  # that are read, the first ones: no feedback has as many
 _MARKUP = r"[ \t*_`\"'#>|]*"
 _LABEL = re.compile(
     r"(?<![A-Za-z])(?:score|rating|grade|overall|verdict)(?![A-Za-z])", re.IGNORECASE
 )
 # Words that may stand between the beginning of a sentence and the label.
 _OWN_LABEL = re.compile(
-    r"""(?:[\n.,;:!?()\[\]{}<"'`*_\#>|~]|-[ ])\s*
+    rf"""(?:[\n.,;:!?()\[\]{{}}<"'`*_\#>|~]|-[ ])\s{{0,{_BEFORE}}}+
     (?:(?:and|here|here's|is|my|the|this|a|an|your|overall|final|total|feedback|quality|assigned
         |numeric|numerical|suggested|proposed|expert|answer|solution|response|assessment
-        |evaluation)[\s_-]+){0,5}[*_`"']*\Z""",
+        |evaluation)[\s_-]{{1,{_BEFORE}}}+){{0,5}}[*_`"']{{0,{_BEFORE}}}+\Z""",
     re.VERBOSE | re.IGNORECASE,
 )
 # Whose score it is when it belongs to the mathematics: "Tom's score: 0.5".
@@ -466,8 +478,8 @@ _SCORE = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _OUT_OF = re.compile(
-    r"""\s*(?:points?|stars?|marks?)?[\s*_`"'\]]*\(?\s*
-    (?:/|(?:out\s+of|of|over)\b(?:\s+an?)?(?:\s+(?:possible|maximum))?)[\s*_`"']*
+    r"""\s*+(?:points?|stars?|marks?)?+[\s*_`"'\]]*+\(?+\s*+
+    (?:/|(?:out\s+of|of|over)\b(?:\s+an?)?(?:\s+(?:possible|maximum))?)[\s*_`"']*+
     (?P<scale>\d{1,3})(?:[.,]0{1,3})?(?!\d|[A-Za-z%]|[.,]\d)(?:[ ]?\))?""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -482,14 +494,15 @@ _NOTE_SCALE = re.compile(
 )
 # A range, a list or a calculation goes on after the number: it is no score.
 _GOES_ON = re.compile(
-    r"""[\s*_`"']*[\])]?\s*(?:
-        (?:(?:to|and|or|through)\b|\.{2,}|[-+*x/^\u00d7\u00f7\u2026\u2192])\s*[-+$(\[]*[.,]?\d[\d.,]*
+    r"""[\s*_`"']*+[\])]?+\s*+(?:
+        (?:(?:to|and|or|through)\b|\.{2,}+|[-+*x/^\u00d7\u00f7\u2026\u2192])\s*+[-+$(\[]*+[.,]?\d[\d.,]*
       | (?<=[ \t])[-+]?[.,]?\d
-      | [,;|]\s*[-+]?\d*[.,]?\d+\s*(?:[,;|\])}]|$)
-    )""",
+      | [,;|]\s*+[-+]?(?:\d*+[.,]\d++|\d++)\s*(?:[,;|\])}]|$)
+    )
+    | (?:[\s_`"']*+\*)++\s*+[-+$(\[]*+[.,]?\d[\d.,]*              # 1*5: the star is no markup""",
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
-_RUBRIC = re.compile(r"excellent[^a-z]*\d[^a-z]*(?:to[^a-z]*\d[^a-z]*)?good", re.IGNORECASE)
+_RUBRIC = re.compile(r"excellent[^a-z\d]*+\d[^a-z]*+(?:to[^a-z\d]*+\d[^a-z]*+)?good", re.IGNORECASE)
 _TAIL = re.compile(r"(?:\s*(?:points?|stars?|marks?)\b)?[*_`\"')\]}>|]*[.,;]?", re.IGNORECASE)
 _SECOND_ITEM = re.compile(r"(?<=\n)[ \t*]*2[.)]")
 _LINE_END = re.compile(r"[ \t*_`\"')\]}.!|>]*(?:\n|$)")
@@ -523,6 +536,13 @@ _EMPTY_LINE = re.compile(
 )
 # The rubric said back, whole or begun.
 _ECHO = re.compile(r"\s+".join(map(re.escape, _SCALE.partition(", ")[0].split())) + r",[^\n]*")
+_STRONG = re.compile(r"[:=|>\u2192]")
+_LAST_WORD = re.compile(r"(?:overall|final)[\s_-]++[*_`\"']*+\Z", re.IGNORECASE)
+_THOUSANDS = re.compile(r"[1-9]\d{0,2},\d{3}")
+_FIRST_LINE = re.compile(r"\s*+([^\n]{1,60})(?:\n|$)")
+_PERCENTAGE = re.compile(r"%|cent")
+_USUAL_SCALE = re.compile(r"\D(?:1|5|10|100)(?:[.,]0+)?\)?$")
+_SIGNED_OR_DECIMAL = re.compile(r"[.,+]")
 _JSON_TEXT = ("feedback", "critique", "comment", "comments", "explanation", "review", "reason")
 
 
@@ -564,7 +584,7 @@ def _read_score(text: str, place: int, scale: str | None) -> tuple[float | None,
         most = 100.0 if "%" in scale else float(noted["scale"]) if noted else 1.0
     scaled = bool(found or scale)
     interval = "," in digits and text[max(place - 1, 0)] in "[("
-    thousands = re.fullmatch(r"[1-9]\d{0,2},\d{3}", digits)
+    thousands = _THOUSANDS.fullmatch(digits)
     rest = text[end : end + _WINDOW]
     if goes_on := _GOES_ON.match(rest):
         return None, end + goes_on.end(), scaled
@@ -576,13 +596,15 @@ def _read_score(text: str, place: int, scale: str | None) -> tuple[float | None,
 def _labelled(text: str) -> list[_Found]:
     """Numbers that a label calls the score, in order."""
     scores = []
-    for label in _LABEL.finditer(text):
+    for label in itertools.islice(_LABEL.finditer(text), _MOST_LABELS):
         start, end = label.span()
-        before = ("\n" + text)[max(start + 1 - 60, 0) : start + 1]
+        first = max(start + 1 - _BEFORE, 0)
+        # A text begins as a line does.
+        before = text[first - 1 : start] if first else "\n" + text[:start]
         after = _AFTER_LABEL.match(text, end, end + _WINDOW)
         assert after is not None  # every part of it may be empty
         own = _OWN_LABEL.search(before)
-        strong = bool(re.search(r"[:=|>\u2192]", after["sep"]))
+        strong = _STRONG.search(after["sep"]) is not None
         if not own and (not strong or _OTHERS_LABEL.search(before)):
             continue
         glued_dash = text.startswith("-", end) or after["sep"].strip() == ":-"
@@ -608,7 +630,7 @@ def _labelled(text: str) -> list[_Found]:
         if number_text == "1" and _SECOND_ITEM.search(text, stop, stop + 5 * _WINDOW):
             value = None  # "Score: 1. Step one ... 2. Step two": a list
         lead = own.start() + 1 - len(before) + start if own else start
-        last_word = re.search(r"(?:overall|final)[\s_-]+[*_`\"']*\Z", before, re.IGNORECASE)
+        last_word = _LAST_WORD.search(before)
         tail = _TAIL.match(rest)
         stop += tail.end() if tail else 0
         scores.append(_Found(value, max(lead, 0), stop, bool(last_word)))
@@ -617,7 +639,7 @@ def _labelled(text: str) -> list[_Found]:
 
 def _said(text: str) -> _Found | None:
     """A score given in a sentence ("I'd give this a 0.8"); the sentence stays in the feedback."""
-    for verb in _I_GIVE.finditer(text):
+    for verb in itertools.islice(_I_GIVE.finditer(text), _MOST_LABELS):
         if gap := _JUDGED.match(text, verb.end(), verb.end() + _WINDOW):
             found = _read_score(text, gap.end(), None)
             if found and found[0] is not None:
@@ -629,7 +651,7 @@ def _said(text: str) -> _Found | None:
 
 def _bare(text: str) -> _Found | None:
     """A first line that is nothing but a score: a signed or decimal number, or ``x/10``."""
-    line = re.match(r"\s*([^\n]{1,60})(?:\n|$)", text)
+    line = _FIRST_LINE.match(text)
     if not line:
         return None
     start = line.start(1) + len(line[1]) - len(line[1].lstrip(" \t*_`#>\"'"))
@@ -638,11 +660,11 @@ def _bare(text: str) -> _Found | None:
         return None
     value, end, scaled = found
     written = text[start:end]
-    if re.search(r"%|cent", written):
+    if _PERCENTAGE.search(written):
         return None
-    if scaled and not re.search(r"\D(?:1|5|10|100)(?:[.,]0+)?\)?$", written):
+    if scaled and not _USUAL_SCALE.search(written):
         return None
-    if not scaled and not re.search(r"[.,+]", written):
+    if not scaled and not _SIGNED_OR_DECIMAL.search(written):
         labelled = _FEEDBACK_LABEL.match(text[end:].lstrip(" \t\n*_`\"'."))
         if not labelled:
             return None  # a lone 1, 0 or -1 may be anything

@@ -26,8 +26,8 @@ from tiny import make_model_dir, make_tokenizer
 from trained import make_run
 
 from mlx_fd import cli, runs
-from mlx_fd.cli.judging import harmless
 from mlx_fd.config import PRESETS, read
+from mlx_fd.terminal import strip_control_chars
 
 SCRIPT = str(Path(sysconfig.get_path("scripts")) / "mlx-fd")
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
@@ -872,8 +872,22 @@ def test_feedback_of_half_a_run(home, run, mlx_fd, tmp_path):
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal():
-    text = harmless("one\n\x1b[2Jtwo\r\x07 né 中文 🙂")
+    text = strip_control_chars("one\n\x1b[2Jtwo\r\x07 né 中文 🙂")
     assert text == "one\n�[2Jtwo�� né 中文 🙂"
+
+
+def test_nothing_in_an_error_steers_the_terminal(mlx_fd, tmp_path):
+    folder = tmp_path / "a\x1b[2J\x07"
+    failed(mlx_fd("compare", folder), "a\ufffd[2J\ufffd: there is no such directory")
+    done = mlx_fd("compare", folder)
+    assert not CONTROL.search(done.err)
+
+
+def test_a_password_in_an_address_is_not_said_back(mlx_fd, tmp_path):
+    address = "openai:http://user:sk-S3CRET@host/v1?api_key=sk-S3CRET"
+    done = mlx_fd("compare", tmp_path, "--engine", address)
+    failed(done, "openai:http://***@host/v1?***: give the server's address as http://HOST:PORT")
+    assert "S3CRET" not in done.err
 
 
 def test_widths_of_qwen_that_differ_by_padding(mlx_fd, tmp_path, home):

@@ -117,6 +117,9 @@ def test_quiet_keeps_warnings():
 
 
 def test_text_is_not_markup():
+    steering = shown(Note("a\x1b[2Jb"), Warned("c\x1b]0;d\x07e"))
+    assert "\x1b" not in steering and "\x07" not in steering
+    assert "a\ufffd[2Jb" in steering and "c\ufffd]0;d\ufffde" in steering
     seen = shown(Note("[red]x[/red] :smile: [/]"), Warned("[/bold]"), Note("long " * 50))
     assert seen == f"[red]x[/red] :smile: [/]\nwarning: [/bold]\n{'long ' * 50}\n"
 

@@ -97,6 +97,13 @@ def test_models_found_here_are_marked(tmp_path, monkeypatch):
     assert any(line.split()[:2] == ["qwen2.5-0.5b-4bit", "yes"] for line in table.splitlines())
 
 
+def test_a_folder_whose_name_steers_the_terminal_is_listed_without_it():
+    row = {"name": "a\x1b[2J", "here": True, "student": "", "note": "", "source": "b\x07"}
+    listed = printed(doctor.models_table([row]))
+    assert "a\ufffd[2J" in listed and "b\ufffd" in listed
+    assert "\x1b" not in listed and "\x07" not in listed
+
+
 def test_kernels_are_compared_with_float64(monkeypatch):
     monkeypatch.delenv("MLX_FD_KERNELS", raising=False)
     done = CliRunner().invoke(cli, ["doctor", "--kernels", "--json"])

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -262,6 +263,20 @@ def test_impossible_numbers_are_refused_even_when_sealed(written, harm):
     sealed(written, content, arrays)
     with pytest.raises(UserError, match=r"reference\.safetensors: .*export the model again"):
         read_bundle(written)
+
+
+@pytest.mark.parametrize(
+    "number", ["1/" + "1" * 160_000 + "x", "1/" + "0" * 160_000, "1/" + "7" * 5000]
+)
+def test_a_number_of_any_length_is_refused_at_once(written, number):
+    """The first held compare for minutes; the last has more digits than Python reads."""
+    content = content_of(written)
+    content["items"][0]["answer"] = number
+    sealed(written, content)
+    begin = time.process_time()
+    with pytest.raises(UserError, match="answer is no number"):
+        read_bundle(written)
+    assert time.process_time() - begin < 5
 
 
 def places(value, path=()):

@@ -23,6 +23,7 @@ from mlx_fd.cli.running import loop, resume
 from mlx_fd.cli.selfdistilling import self_distill
 from mlx_fd.cli.stopping import Stopped
 from mlx_fd.errors import UserError
+from mlx_fd.terminal import strip_control_chars
 
 
 @click.group(
@@ -67,13 +68,13 @@ def main() -> None:
         error.show()
         status = error.exit_code
     except Stopped as error:
-        click.echo(str(error), err=True)
+        click.echo(strip_control_chars(str(error)), err=True)
         status = error.status
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
         text, status = _message(error)
-        click.echo(f"error: {text}", err=True)
+        click.echo(f"error: {strip_control_chars(text)}", err=True)
     sys.exit(status)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from mlx_fd.cli.options import PathType, debug_option, json_option, quiet_option
+from mlx_fd.terminal import strip_control_chars
 
 
 @click.command(
@@ -173,7 +174,9 @@ def evaluate(
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
     for text in suites.concerns(target, options):
-        console.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+        console.print(
+            Text.assemble(("warning: ", "yellow"), strip_control_chars(text)), soft_wrap=True
+        )
     total = sum(len(one.items) * one.samples * len(one.systems) for one in sets)
     with runs.explained(folder, "choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)

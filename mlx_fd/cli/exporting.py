@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from mlx_fd.cli.options import PathType, debug_option, json_option, quiet_option
+from mlx_fd.terminal import strip_control_chars
 
 
 @click.command(
@@ -130,7 +131,7 @@ def export(
     with Steps(Console(stderr=True), quiet=quiet) as steps:
         done = write(source, out, wanted, with_archive=archive, progress=steps)
     for text in done.warnings:
-        click.echo(f"warning: {text}", err=True)
+        click.echo(f"warning: {strip_control_chars(text)}", err=True)
     if as_json:
         click.echo(json.dumps(as_json_value(done), indent=2))
         return
@@ -161,8 +162,9 @@ Examples:
     "engines",
     multiple=True,
     metavar="ENGINE",
-    help="mlx, llama.cpp or openai:URL (openai:URL#MODEL where it serves several); can be given "
-    "several times. [default: mlx and llama.cpp, where they find something to open]",
+    help="mlx, llama.cpp or openai:URL (openai:URL#MODEL where it serves several; a request may "
+    "take 300 seconds); can be given several times. [default: mlx and llama.cpp, where they find "
+    "something to open]",
 )
 @click.option(
     "--problems",

@@ -10,6 +10,7 @@ import click
 
 from mlx_fd.cli.options import debug_option, json_option
 from mlx_fd.errors import UserError
+from mlx_fd.terminal import strip_control_chars
 
 
 @click.command(
@@ -55,12 +56,7 @@ def feedback(
         if name in found:
             value = "none could be read" if found[name] is None else f"{found[name]:+.2f}"
             click.echo(f"{name.replace('_', ' ')}: {value}")
-    click.echo(harmless(found["feedback"]))
-
-
-def harmless(text: str) -> str:
-    """A model's text without the control characters that would steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    click.echo(strip_control_chars(found["feedback"]))
 
 
 def _text(value: str, option: str) -> str:

@@ -14,6 +14,7 @@ from rich.text import Text
 from mlx_fd.display import duration
 from mlx_fd.evaluation.names import is_share, shown_name
 from mlx_fd.evaluation.suites import Attempted
+from mlx_fd.terminal import strip_control_chars
 
 _COSTS = {"expert_tokens": "expert's tokens", "tokens": "all tokens"}
 _NOTHING = "-"
@@ -72,7 +73,11 @@ class EvalDisplay:
             spent = time.monotonic() - self._begin
             left = spent / self._done * (self._total - self._done)
             self._console.print(
-                Text(f"{event.set}: {event.system} done, {event.done}; ETA {duration(left)}"),
+                Text(
+                    strip_control_chars(
+                        f"{event.set}: {event.system} done, {event.done}; ETA {duration(left)}"
+                    )
+                ),
                 soft_wrap=True,
             )
 
@@ -100,7 +105,7 @@ def print_results(
     ]
     said += [f"{kind}: {model}" for kind, model in results["text_models"].items()]
     for text in said:
-        console.print(Text(text, "dim"), soft_wrap=True)
+        console.print(Text(strip_control_chars(text), "dim"), soft_wrap=True)
 
 
 def _empty(title: str) -> Table:
@@ -128,7 +133,7 @@ def _measures(found: Mapping[str, Any], shown: Sequence[str]) -> Table:
         table.add_column(shown_name(name), justify="right")
     for system in systems:
         cells = [_estimate(name, system["measures"].get(name), found["n"]) for name in known]
-        table.add_row(Text(system["label"]), *map(Text, cells))
+        table.add_row(Text(strip_control_chars(system["label"])), *map(Text, cells))
     return table
 
 
@@ -149,7 +154,7 @@ def _differences_and_costs(found: Mapping[str, Any]) -> Table:
             row = against.get(system["name"])
             cells = [_difference(row), _p(row["p_holm"])] if row else ["", ""]
         cells += [_count(system["cost_estimates"][name]) for name in _COSTS]
-        table.add_row(Text(system["label"]), *map(Text, cells))
+        table.add_row(Text(strip_control_chars(system["label"])), *map(Text, cells))
     return table
 
 

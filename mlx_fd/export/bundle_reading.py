@@ -35,7 +35,9 @@ from mlx_fd.export.bundle import (
 # Far above what is ever written: 18 prompts of 64 positions are 0.6 MB.
 _LARGEST = {CONTENT: 32 << 20, REFERENCE: 64 << 20}
 _ROUNDING = 1e-3  # by which float32 probabilities may sum to more than 1
-_FRACTION = re.compile(r"-?[0-9]{1,120}(?:/[0-9]*[1-9][0-9]*)?")
+# As str(Fraction) writes it. final_answer's numbers have at most 60 characters and exponent 60.
+_FRACTION = re.compile(r"-?[0-9]{1,120}(?:/[1-9][0-9]{0,119})?")
+_ID = re.compile(r"[0-9]{1,8}")
 _KINDS = {str: "text", int: "whole number", bool: "true or false", dict: "object", list: "list"}
 _AGAIN = "export the model again"
 
@@ -168,7 +170,7 @@ def _pieces(fields: _Fields, vocab: int) -> dict[int, str]:
     pieces = _Fields(fields.object("pieces"), f"{fields.where}: pieces")
     found = {}
     for name in fields.object("pieces"):
-        if not re.fullmatch(r"[0-9]{1,8}", name) or int(name) >= vocab:
+        if not _ID.fullmatch(name) or int(name) >= vocab:
             raise UserError(f"{pieces.where}: {name!r} is no id below {vocab}; {_AGAIN}")
         found[int(name)] = pieces.text(name)
     return found

@@ -19,6 +19,7 @@ from mlx_fd.export.archive import open_archive
 from mlx_fd.export.bundle import Bundle, Item
 from mlx_fd.export.bundle_reading import read_bundle
 from mlx_fd.export.engines import ENGINES
+from mlx_fd.export.engines.address import parse_address, without_secrets
 from mlx_fd.problems import Problem
 
 WEIGHTS = ("auto", "float", "quantized")
@@ -65,6 +66,11 @@ class Job:
     folder: Path
     bundle: Bundle
 
+    @property
+    def shown(self) -> str:
+        """What it opens, as it may stand in messages and files: an address without its secrets."""
+        return without_secrets(self.target) if self.engine == _ADDRESS else self.target
+
 
 def _parsed(engine: str) -> tuple[str, str]:
     """An engine's name and, for a server, its address."""
@@ -72,10 +78,15 @@ def _parsed(engine: str) -> tuple[str, str]:
     if name not in ENGINES:
         near = difflib.get_close_matches(name, ENGINES, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"--engine {engine}: there is mlx, llama.cpp and openai:URL{hint}")
+        raise UserError(
+            f"--engine {without_secrets(engine)}: there is mlx, llama.cpp and openai:URL{hint}"
+        )
+    if name == _ADDRESS and address:
+        # Before anything is opened, and before its name gets anywhere.
+        parse_address(address)
     if (name == _ADDRESS) != bool(address):
         how = "give its address: --engine openai:URL" if name == _ADDRESS else "it takes no address"
-        raise UserError(f"--engine {engine}: {how}")
+        raise UserError(f"--engine {without_secrets(engine)}: {how}")
     return name, address
 
 
@@ -181,7 +192,7 @@ def run(
         ``{"measures": ...}`` as of :func:`mlx_fd.export.measures.measure`, or ``{"failure": ...}``
         with the reason, also where the engine took its process down.
     """
-    label = f"{job.engine} {Path(job.target).resolve().name}"
+    label = f"{job.engine} {Path(job.shown).resolve().name}"
     with subprocess.Popen(
         # -P: the current directory may be an export of someone else's, with a numpy.py in it.
         [sys.executable, "-P", "-m", "mlx_fd.export.worker"],
@@ -203,7 +214,7 @@ def run(
         finally:
             process.kill()
     return {
-        "failure": f"{job.engine} ended with status {process.returncode} on {job.target}; run it "
+        "failure": f"{job.engine} ended with status {process.returncode} on {job.shown}; run it "
         "again with --debug to see what it printed"
     }
 
@@ -249,7 +260,7 @@ def judged(job: Job, outcome: Mapping[str, Any], weights: str = "auto") -> Row:
         reasons.append(f"its weights were rounded to a mean KL of {rounded:.2g} at the export")
     return {
         "engine": job.engine,
-        "target": job.target,
+        "target": job.shown,
         "export": str(job.folder),
         "weights": kind,
         "tolerance": {"mean_kl": tolerance.mean_kl, "top1": tolerance.top1},

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_fd.export.measures import NEAR_TIE
+from mlx_fd.terminal import strip_control_chars
 
 _NOTHING = "n/a"
 
@@ -97,11 +98,7 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 
 def _text(text: str, style: str = "") -> Text:
-    """Text for the terminal; a server's control characters would steer it."""
-    plain = "".join(
-        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
-    return Text(plain, style)
+    return Text(strip_control_chars(text), style)
 
 
 def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> None:

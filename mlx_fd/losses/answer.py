@@ -53,17 +53,19 @@ def answer_span(text: str, mark: str = "####") -> Span | None:
 
     Args:
         text: a solution, as it was generated (an end-of-turn token on that line belongs to it).
-        mark: what announces the answer; the number may stand on the next line.
+        mark: what announces the answer, without a digit; the number may stand on the next line.
 
     Returns:
         The half-open range, mark included; ``None`` where no mark has a number.
     """
-    place = len(text)
+    behind = place = len(text)
     while (place := text.rfind(mark, 0, place)) >= 0:
-        rest = text[place + len(mark) :].lstrip()
-        line = rest.partition("\n")[0].rstrip()
-        if any(char.isdigit() for char in line):
-            return place, len(text) - len(rest) + len(line)
+        # From the next mark on this line has no digit: that was looked at already.
+        rest = text[place + len(mark) : behind].lstrip()
+        if any(map(str.isdigit, rest.partition("\n")[0])):
+            begin = behind - len(rest)
+            return place, begin + len(text[begin:].partition("\n")[0].rstrip())
+        behind = place
     return None
 
 

@@ -15,6 +15,7 @@ that this module finds.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 
@@ -37,11 +38,12 @@ def step_weights(text: str, spans: Sequence[Span], answer: Span | None) -> list[
         One weight for each token; their sum is the number of steps.
     """
     stop = len(text) if answer is None else answer[0]
-    line = text.count("\n", 0, len(text) - len(text.lstrip()))
+    breaks = [place for place, char in enumerate(text) if char == "\n"]
+    line = bisect_left(breaks, len(text) - len(text.lstrip()))
     lines = []
     for begin, end in spans:
         if word := text[begin:end].lstrip():
-            line = text.count("\n", 0, end - len(word))
+            line = bisect_left(breaks, end - len(word))
         lines.append(line if end <= stop else None)
     sizes = Counter(lines)
     return [0.0 if line is None else 1 / sizes[line] for line in lines]

@@ -29,6 +29,9 @@ _SHIPPED = {
     name: Path(__file__).parent / "tiny" / folder
     for name, folder in ((TINY, "expert"), (TINY_STUDENT, "student"), (TINY_BASE, "base"))
 }
+_OPTION = re.compile(r"(.+?):(\w+)=(.*)")
+_LAYERS = re.compile(r"[1-9][0-9]{0,5}")
+_WEIGHTS = re.compile(r"model.*\.safetensors")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The first question to the hub; without a network the answer must not be long in coming.
 _TIMEOUT_SECONDS = 3.0
@@ -66,7 +69,7 @@ def parse_name(name: str) -> ModelName:
     Raises:
         UserError: K is not a positive whole number, or another option than ``layers`` is given.
     """
-    match = re.fullmatch(r"(.+?):(\w+)=(.*)", name)
+    match = _OPTION.fullmatch(name)
     if match is None:
         if not name:
             raise UserError("a model's name is empty; give an alias, a hub name or a directory")
@@ -74,7 +77,7 @@ def parse_name(name: str) -> ModelName:
     base, option, value = match.groups()
     if option != "layers":
         raise UserError(f"{name}: {option}= is unknown; {base}:layers=K keeps K layers")
-    if not re.fullmatch(r"[1-9][0-9]{0,5}", value):
+    if not _LAYERS.fullmatch(value):
         raise UserError(f"{name}: layers={value} must be a whole number from 1")
     return ModelName(base, int(value))
 
@@ -305,7 +308,7 @@ def _from_hub(name: str, repo: str) -> Path:
         return cached
     info = _ask_hub(name, repo)
     files = [file.rfilename for file in info.siblings or []]
-    if not any(re.fullmatch(r"model.*\.safetensors", file) for file in files):
+    if not any(_WEIGHTS.fullmatch(file) for file in files):
         raise UserError(
             f"{repo} has no model*.safetensors: take an mlx-community conversion of it, or convert "
             "it with mlx_lm.convert"

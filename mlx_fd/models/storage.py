@@ -14,6 +14,8 @@ from typing import Any
 
 from mlx_fd.errors import UserError
 
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
 
 def cache_dir() -> Path:
     """Directory of this user's converted models.
@@ -85,4 +87,4 @@ def new_directory(final: Path, *, shared: bool = True) -> Iterator[Path]:
 
 def slug(name: str) -> str:
     """A name made of letters, digits, dots, dashes and underscores only."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
+    return _UNSAFE.sub("-", name).strip("-.")

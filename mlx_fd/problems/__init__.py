@@ -13,6 +13,7 @@ from mlx_fd.errors import UserError
 
 EMBEDDED = ("gsm8k", "arithmetic")
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _ACCEPTED = (
     "a source is gsm8k, arithmetic, a file ending in .jsonl, .json, .csv or .parquet, or a data "
     "set of the hub as owner/name (owner/name:config where it has several)"
@@ -83,7 +84,7 @@ def load(source: str = "gsm8k", split: str = "train", *, skip_bad_rows: bool = F
     path = Path(source).expanduser()
     is_file_name = path.suffix.lower() in FILE_SUFFIXES
     if not is_file_name and not path.exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
+        if not _HUB_NAME.fullmatch(source):
             near = difflib.get_close_matches(source.lower(), EMBEDDED, cutoff=0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UserError(f"unknown problems {source!r}: {hint}{_ACCEPTED}")

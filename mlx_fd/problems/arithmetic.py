@@ -272,6 +272,7 @@ def load(split: str) -> ProblemSet:
 # ------------------------------------------------------------------------------------- solutions
 
 _STEP = re.compile(r"<<\s*(\d{1,4})\s*([-+*])\s*(\d{1,4})\s*=\s*(-?\d{1,5})\s*>>")
+_NUMBER = re.compile(r"\d+")
 _FINAL = re.compile(r"####\s*(-?\d{1,5})")
 
 
@@ -452,7 +453,7 @@ def wrong_answer(rng: random.Random, drawn: Exercise, kind: str | None = None) -
         kind: one of :data:`KINDS`; ``None``: drawn too. Where the problem has no such error
             within the range of numbers, it is a :data:`SLIP`.
     """
-    numbers = [int(n) for n in re.findall(r"\d+", drawn.question)]
+    numbers = [int(n) for n in _NUMBER.findall(drawn.question)]
     right = drawn.steps
     for attempt in itertools.count():
         wanted = kind or rng.choices(KINDS, (4, 4, 4, 4, 1))[0]
@@ -477,6 +478,7 @@ def wrong_answer(rng: random.Random, drawn: Exercise, kind: str | None = None) -
 # -------------------------------------------------------------------------------------- feedback
 
 ALL_RIGHT = "Every step is right."
+_DIGIT = re.compile(r"\d(?! should)")  # that is no step's number
 _CHECK = re.compile(
     r"(?:Step (\d)|The final answer) should (?:not be there\b|be [^\s,]+, it is "
     r"(?:missing\b|[^\s:]+: (?:(right)\b|(?:an?|the) \w)))"
@@ -559,7 +561,7 @@ def amateur_feedback(rng: random.Random, drawn: Exercise, answer: str) -> str:
     other = rng.choice([drawn.solution, wrong_answer(rng, drawn)])
     text = feedback_text(drawn.solution, rng.choice([other, answer]))
     for _ in range(rng.randint(0, 2)):
-        digits = [m.start() for m in re.finditer(r"\d(?! should)", text)]
+        digits = [m.start() for m in _DIGIT.finditer(text)]
         if digits:
             place = rng.choice(digits)
             text = text[:place] + str(rng.randint(0, 9)) + text[place + 1 :]

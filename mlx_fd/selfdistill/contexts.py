@@ -104,9 +104,13 @@ Context = Callable[[Sequence[Attempt], Materials], list[View]]
 # -------------------------------------------------------------------------------------- messages
 
 
+_BLANK_LINES = re.compile(r"\n\s*\n+")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
 def quoted(text: str) -> str:
     """A model's text without blank lines, so that it cannot pass for another part of a message."""
-    return re.sub(r"\n\s*\n+", "\n", text.strip())
+    return _BLANK_LINES.sub("\n", text.strip())
 
 
 def _message(question: str, *parts: str) -> str:
@@ -367,7 +371,7 @@ def lesson(reflection: str) -> str:
     for kind, text in _LESSONS.items():
         if f": {kind}." in reflection:
             return text
-    sentences = re.split(r"(?<=[.!?])\s+", quoted(reflection).replace("\n", " "))
+    sentences = _SENTENCE_END.split(quoted(reflection).replace("\n", " "))
     return sentences[-1][:200]
 
 

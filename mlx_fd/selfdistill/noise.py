@@ -7,11 +7,13 @@ be recovered from what is there; above it digits are hit too, and some cannot.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 
 KINDS = ("typed", "transcribed")
 NUMBERS_SAFE = 0.5
+_LONGEST = 4096  # characters of a question that a draw is made from
 
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 _HOMOPHONES = {
@@ -103,10 +105,14 @@ def noisy(question: str, kind: str, level: float, seed: int) -> str:
     if not 0 <= level <= 1:
         raise ValueError(f"a noise level must be between 0 and 1, not {level}")
     safe = level <= NUMBERS_SAFE
+    # Each word's draw reads all of this.
+    drawn_from = question
+    if len(question) > _LONGEST:
+        drawn_from = hashlib.sha256(question.encode(errors="surrogatepass")).hexdigest()
 
     def hit(match: re.Match[str]) -> str:
         word = match[0]
-        rng = random.Random(f"noise/{seed}/{kind}/{question}/{match.start()}")
+        rng = random.Random(f"noise/{seed}/{kind}/{drawn_from}/{match.start()}")
         if rng.random() >= level:
             return word
         if kind == "transcribed":

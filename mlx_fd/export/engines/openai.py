@@ -3,12 +3,14 @@
 Prompts are sent as token ids where the server takes them, else as text with its special tokens.
 The reference's continuation is read without sending it: the server continues greedily, and where
 it leaves the reference, it is asked again from the reference's token on. That costs one request a
-prompt and one a divergence. What a server does not say is not measured.
+prompt and one a divergence. What a server does not say is not measured. Every exchange ends: after
+:data:`SECONDS`, or so many bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import ipaddress
 import itertools
@@ -17,7 +19,6 @@ import math
 import os
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,11 +29,14 @@ import numpy as np
 from mlx_fd.errors import UserError
 from mlx_fd.export.bundle import Bundle, Prompt
 from mlx_fd.export.engines import TIMED_ROLE, Followed, Timing
+from mlx_fd.export.engines.address import parse_address, without_secrets
+from mlx_fd.export.engines.exchange import Budget, Unusable, open_url
+from mlx_fd.terminal import strip_control_chars
 
-_SECONDS = 300.0  # without a byte from the server
+SECONDS = 300.0  # for one exchange, from the connection to the last byte of the response
 _PATIENCE = (1.0, 4.0)  # seconds before the second and the third try
-_LARGEST = 32 << 20  # bytes of a response
-_LONGEST_LINE, _MOST_LINES = 1 << 20, 10_000  # of a stream
+_LARGEST = 32 << 20  # bytes of a response, headers included
+_LONGEST_WORDS = 300  # of a server's that are shown
 _BUSY = (429, 502, 503, 504)
 _PROBE = 8  # tokens
 _MOST_REQUESTS = 8  # a prompt
@@ -67,15 +71,8 @@ class _Step:
     logprobs: dict[Token, float]
 
 
-class _Unusable(UserError):
-    """The server answered, and what it said cannot be used: another request may do better."""
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """What is sent to one server is for that server: a redirect is an error."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
+# What reading JSON of another form than expected raises: OverflowError is int(1e999)'s.
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
 def _is_loopback(host: str) -> bool:
@@ -100,7 +97,7 @@ def _steps(choice: Mapping[str, Any]) -> list[_Step]:
     """The tokens of a response, in either of the two forms that servers use.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError: the response is of neither form.
+        One of ``_MALFORMED``: the response is of neither form.
     """
     found = choice.get("logprobs") or {}
     if "content" in found:
@@ -129,33 +126,31 @@ def _steps(choice: Mapping[str, Any]) -> list[_Step]:
 
 
 class OpenAIEngine:
-    """A model behind ``URL`` (with or without ``/v1``; ``URL#MODEL`` where there are several)."""
+    """A model behind ``URL`` (with or without ``/v1``; ``URL#MODEL`` where there are several).
 
-    def __init__(self, url: str, bundle: Bundle):
+    Args:
+        url: the address.
+        bundle: what it is asked.
+        seconds: for each exchange as a whole, tries and waits between them included.
+    """
+
+    def __init__(self, url: str, bundle: Bundle, seconds: float = SECONDS):
         self.bundle = bundle
         self.quantized: bool | None = None
         self.missing = {"peak memory": "a server does not say"}
-        place, _, model = url.partition("#")
-        parts = urllib.parse.urlsplit(place)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-            raise UserError(
-                f"--engine openai:{url}: give the server's address as http://HOST:PORT, without "
-                "a password (OPENAI_API_KEY in the environment is sent)"
-            )
-        self._root = place.rstrip("/").removesuffix("/v1")
-        local = _is_loopback(parts.hostname)
-        handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
-        if local:
-            handlers.append(urllib.request.ProxyHandler({}))
-        self._opener = urllib.request.build_opener(*handlers)
+        address = parse_address(url)
+        self._root, self._seconds = address.root, seconds
+        local = _is_loopback(address.host)
+        self._open_url = functools.partial(open_url, through_proxy=not local)
         self._headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            if parts.scheme == "https" or local:
-                self._headers["Authorization"] = f"Bearer {key}"
+        self._key = os.environ.get("OPENAI_API_KEY") or ""
+        if self._key:
+            if address.scheme == "https" or local:
+                self._headers["Authorization"] = f"Bearer {self._key}"
             else:
                 self.missing["API key"] = "OPENAI_API_KEY is not sent over plain http"
-        self._model = model or self._only_model()
-        self.about = f"{self._root}, {self._model or 'its own model'}"
+        self._model = address.model or self._only_model()
+        self.about = self._plainly(f"{self._root}, {self._model or 'its own model'}")
         self._answered: dict[tuple[str, int], tuple[list[_Step], int | None]] = {}
         self._plain: dict[str, Any] = {}
         self._by_ids, self._dialect = self._probe()
@@ -163,67 +158,97 @@ class OpenAIEngine:
 
     # ------------------------------------------------------------------------------------ requests
 
+    def _plainly(self, text: object) -> str:
+        """A server's words as they may be shown: one line, no control characters, no key."""
+        said = str(text).replace(self._key, "***") if self._key else str(text)
+        return strip_control_chars(" ".join(said.split()))[:_LONGEST_WORDS]
+
     @contextlib.contextmanager
     def _open(self, path: str, body: Any) -> Iterator[Any]:
         """A response under way.
 
         Raises:
-            _Unusable: the server refuses.
-            UserError: it cannot be reached, redirects, or breaks off; after three tries where
-                trying again may help.
+            Unusable: the server refuses, or says too much.
+            UserError: it cannot be reached, redirects, breaks off, or is not done in time; after
+                three tries where trying again may help.
         """
         data = None if body is None else json.dumps(body).encode()
         where = self._root + path
+        budget = Budget(where, self._seconds, _LARGEST)
+        try:
+            response = self._answered_by(where, data, budget)
+            with response:
+                yield response
+        except TimeoutError as error:
+            raise UserError(
+                f"{where}: the server was not done within {self._seconds:g} seconds; is it busy, "
+                "or another kind of server?"
+            ) from error
+        except (http.client.HTTPException, OSError) as error:
+            raise UserError(f"{where}: the response broke off ({self._plainly(error)})") from error
+
+    def _answered_by(self, where: str, data: bytes | None, budget: Budget) -> Any:
+        """The response to the first try that gets one."""
         for wait in (*_PATIENCE, None):
             request = urllib.request.Request(where, data, self._headers)
             try:
-                response = self._opener.open(request, timeout=_SECONDS)
-                break
+                return self._open_url(request, budget)
             except urllib.error.HTTPError as error:
-                if error.code in _BUSY and wait is not None:
-                    time.sleep(wait)
-                    continue
-                raise _refusal(where, error) from error
+                with error:
+                    if error.code not in _BUSY or wait is None:
+                        raise self._refusal(where, error) from error
             except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-                if wait is not None and not _is_final(error):
-                    time.sleep(wait)
-                    continue
                 reason = getattr(error, "reason", error)
+                budget.left()  # raises where it is this exchange's time that is up
+                if wait is None or isinstance(reason, ConnectionRefusedError | TimeoutError):
+                    raise UserError(
+                        f"{where}: the server cannot be reached ({self._plainly(reason)}); is it "
+                        "running there?"
+                    ) from error
+            except ValueError as error:
                 raise UserError(
-                    f"{where}: the server cannot be reached ({reason}); is it running there?"
+                    f"{where}: no request can be made of this address, or of what "
+                    f"OPENAI_API_KEY holds ({self._plainly(error)})"
                 ) from error
-        with response:
-            try:
-                yield response
-            except (http.client.HTTPException, OSError) as error:
-                raise UserError(f"{where}: the response broke off ({error})") from error
+            time.sleep(min(wait, budget.left()))
+        raise AssertionError("the last try returns or raises")
+
+    def _refusal(self, where: str, error: urllib.error.HTTPError) -> UserError:
+        """What a server says when it says no."""
+        if 300 <= error.code < 400:
+            away = without_secrets(str(error.headers.get("Location")))[:_LONGEST_WORDS]
+            return UserError(f"{where} redirects to {away}; name that server if you mean it")
+        said = error.read(2000).decode(errors="replace")
+        with contextlib.suppress(*_MALFORMED):
+            inner = json.loads(said)
+            found = inner.get("error", inner.get("message", said))
+            said = str(found["message"] if isinstance(found, dict) else found)
+        plain = self._plainly(said) or self._plainly(error.reason)
+        return Unusable(f"{where} answers {error.code}: {plain}")
 
     def _json(self, path: str, body: Any) -> dict[str, Any]:
-        with self._open(path, body) as response:
-            data = response.read(_LARGEST + 1)
-        if len(data) > _LARGEST:
-            raise _Unusable(f"{self._root}{path}: the response is above {_LARGEST >> 20} MiB")
         try:
-            value = json.loads(data)
+            with self._open(path, body) as response:
+                # Without a number, as much would be allocated as the server says will come.
+                value = json.loads(response.read(_LARGEST))
         except (ValueError, RecursionError) as error:
-            raise _Unusable(f"{self._root}{path}: the response is no JSON") from error
+            raise Unusable(f"{self._root}{path}: the response is no JSON") from error
         if not isinstance(value, dict):
-            raise _Unusable(f"{self._root}{path}: the response is no JSON object")
+            raise Unusable(f"{self._root}{path}: the response is no JSON object")
         return value
 
     def _only_model(self) -> str | None:
         try:
             rows = self._json("/v1/models", None).get("data") or []
             names = [str(row["id"]) for row in rows]
-        except _Unusable:
+        except Unusable:
             # Some servers have one model and no list.
             return None
-        except (TypeError, KeyError) as error:
+        except _MALFORMED as error:
             raise UserError(f"{self._root}/v1/models: the list is not OpenAI's") from error
         if len(names) > 1:
-            raise UserError(
-                f"{self._root} serves {', '.join(names[:8])}: name one as openai:URL#MODEL"
-            )
+            some = self._plainly(", ".join(names[:8]))
+            raise UserError(f"{self._root} serves {some}: name one as openai:URL#MODEL")
         return names[0] if names else None
 
     def _body(self, prompt: Any, most: int, **more: Any) -> dict[str, Any]:
@@ -238,8 +263,8 @@ class OpenAIEngine:
             choice = response["choices"][0]
             counted = (response.get("usage") or {}).get("prompt_tokens")
             return {"text": choice["text"], "logprobs": choice.get("logprobs")}, counted
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise _Unusable(f"{self._root}: the completion is not of OpenAI's form") from error
+        except _MALFORMED as error:
+            raise Unusable(f"{self._root}: the completion is not of OpenAI's form") from error
 
     def _probe(self) -> tuple[bool, dict[str, Any]]:
         """Whether ids are taken as a prompt, and how log-probabilities are asked for."""
@@ -255,9 +280,9 @@ class OpenAIEngine:
                     dialect and not _steps(choice)
                 ):
                     continue
-            except _Unusable as error:
+            except Unusable as error:
                 failure = error
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except _MALFORMED:
                 continue
             else:
                 if not dialect:
@@ -281,7 +306,7 @@ class OpenAIEngine:
         model = {"model": self._model} if self._model else {}
         try:
             return tuple(int(token) for token in self._json("/tokenize", model | asked)["tokens"])
-        except (_Unusable, KeyError, TypeError, ValueError):
+        except (Unusable, *_MALFORMED):
             return None
 
     def _can_tokenise(self) -> bool:
@@ -304,9 +329,9 @@ class OpenAIEngine:
             choice, counted = self._complete(self._prompt(prompt, forced), most, **self._dialect)
             try:
                 steps = _steps(choice) if self._dialect else self._as_text(prompt, choice["text"])
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+            except _MALFORMED as error:
                 raise UserError(
-                    f"{self._root}: its log-probabilities cannot be read ({error})"
+                    f"{self._root}: its log-probabilities cannot be read ({self._plainly(error)})"
                 ) from error
             self._answered[key] = steps[:most], counted
         return self._answered[key]
@@ -386,8 +411,7 @@ class OpenAIEngine:
         chunks, counted = 0, None
         try:
             with self._open("/v1/completions", asked) as response:
-                lines = iter(lambda: response.readline(_LONGEST_LINE), b"")
-                for line in itertools.islice(lines, _MOST_LINES):
+                for line in response:
                     if not line.startswith(b"data:") or b"[DONE]" in line:
                         continue
                     chunk = json.loads(line[5:])
@@ -397,7 +421,7 @@ class OpenAIEngine:
                         last = time.perf_counter()
                         first = first or last
                         chunks += 1
-        except (_Unusable, ValueError, TypeError, AttributeError):
+        except (Unusable, *_MALFORMED):
             chunks = 0
         if not chunks:
             self.missing["speed"] = "the server does not stream"
@@ -412,23 +436,3 @@ class OpenAIEngine:
     def peak_memory(self) -> int | None:
         """Unknown."""
         return None
-
-
-def _is_final(error: BaseException) -> bool:
-    """Nobody is there, or who is there has had all the time there is."""
-    return isinstance(getattr(error, "reason", error), ConnectionRefusedError | TimeoutError)
-
-
-def _refusal(where: str, error: urllib.error.HTTPError) -> UserError:
-    """What a server says when it says no."""
-    if 300 <= error.code < 400:
-        return UserError(
-            f"{where} redirects to {error.headers.get('Location')}; name that server if you mean it"
-        )
-    said = error.read(2000).decode(errors="replace")
-    with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
-        inner = json.loads(said)
-        found = inner.get("error", inner.get("message", said))
-        said = str(found["message"] if isinstance(found, dict) else found)
-    plain = " ".join(said.split())[:300]
-    return _Unusable(f"{where} answers {error.code}: {plain or error.reason}")
