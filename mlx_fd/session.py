@@ -234,11 +234,15 @@ def check_run_memory(
 ) -> None:
     """Make sure the run fits into memory."""
     from mlx_fd import roles
-    from mlx_fd.models.memory import Workload, check_memory
+    from mlx_fd.models.directory import AGAIN, blaming
+    from mlx_fd.models.memory import Workload, check_memory, weight_bytes
 
     expert_config, student_config = (
         json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (expert, student)
     )
+    for path, sizes in ((expert, expert_config), (student, student_config)):
+        with blaming(f"{path}/config.json: no model of the llama or qwen2 kind has this", AGAIN):
+            weight_bytes(sizes)
     longest = max(questions, key=len)
     nothing = roles.Feedback("", None, ())
     said = [

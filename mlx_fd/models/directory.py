@@ -19,7 +19,7 @@ from typing import Any
 from mlx_fd.errors import UserError
 
 CONFIG = "config.json"
-_AGAIN = "download or make the model again"
+AGAIN = "download or make the model again"
 # What somebody may open, by its name; the rest of a directory is nobody's business.
 _READ = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors")
 _FOLDERS = ("additional_chat_templates", "1_Pooling")
@@ -58,7 +58,7 @@ class Tensor:
 
 
 @contextmanager
-def blaming(what: str) -> Iterator[None]:
+def blaming(what: str, advice: str = "") -> Iterator[None]:
     """Turn whatever foreign code raises on a user's file into a sentence about the file.
 
     Only around calls into other libraries that do nothing but read that file: there any exception
@@ -66,6 +66,7 @@ def blaming(what: str) -> Iterator[None]:
 
     Args:
         what: the sentence up to the reason, as in ``"the model in PATH cannot be loaded"``.
+        advice: what to do, behind the reason.
 
     Raises:
         UserError: instead of any error in the block.
@@ -79,9 +80,8 @@ def blaming(what: str) -> Iterator[None]:
             raise
         said = " ".join(str(error).split())[:500]
         plain = isinstance(error, OSError | ValueError | RuntimeError) and said
-        raise UserError(
-            f"{what}: {said if plain else f'{type(error).__name__}: {said}'.rstrip(': ')}"
-        ) from error
+        reason = said if plain else f"{type(error).__name__}: {said}".rstrip(": ")
+        raise UserError(f"{what}: {reason}{advice and f'; {advice}'}") from error
 
 
 def check_directory(path: Path) -> None:
@@ -107,6 +107,12 @@ def check_directory(path: Path) -> None:
         _check_sizes(path / CONFIG, objects[CONFIG], len(tensors), size)
     if CONFIG in objects:
         _check_origin(path / CONFIG, objects[CONFIG].get("mlx_fd"))
+        if (code := objects[CONFIG].get("model_file")) is not None:
+            raise UserError(
+                f"{path / CONFIG}: the model needs code of its own (model_file: {code!r:.80}), and "
+                "code that comes with a model is never run; use a model of an architecture that "
+                "mlx-lm has"
+            )
     for name in (CONFIG, "generation_config.json"):
         if name in objects:
             _check_end_tokens(path / name, objects[name].get("eos_token_id"))
@@ -136,16 +142,16 @@ def _check_file(file: Path) -> None:
     try:
         found = file.stat()
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}; {_AGAIN}") from error
+        raise UserError(f"{file}: cannot be read: {error.strerror}; {AGAIN}") from error
     if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{file}: is no regular file; take it away, or {_AGAIN}")
+        raise UserError(f"{file}: is no regular file; take it away, or {AGAIN}")
     if not os.access(file, os.R_OK):
         raise UserError(f"{file}: may not be read by this user; change its permissions")
     if file.suffix == ".safetensors":
         return
     most = _MAX_CONFIG_BYTES if file.name == CONFIG else _MAX_TEXT_BYTES
     if found.st_size > most:
-        raise UserError(f"{file}: has {found.st_size} bytes, more than {most}; {_AGAIN}")
+        raise UserError(f"{file}: has {found.st_size} bytes, more than {most}; {AGAIN}")
 
 
 # --------------------------------------------------------------------------------------------- JSON
@@ -163,11 +169,11 @@ def read_object(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     except RecursionError as error:
-        raise UserError(f"{file}: cannot be read: it is nested too deeply; {_AGAIN}") from error
+        raise UserError(f"{file}: cannot be read: it is nested too deeply; {AGAIN}") from error
     except ValueError as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error}); {_AGAIN}") from error
+        raise UserError(f"{file}: cannot be read as JSON ({error}); {AGAIN}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{file}: is no JSON object; {_AGAIN}")
+        raise UserError(f"{file}: is no JSON object; {AGAIN}")
     return value
 
 
@@ -193,11 +199,11 @@ def _check_sizes(file: Path, config: Mapping[str, Any], tensors: int, size: int)
             if most is None or value is None or isinstance(value, list | dict):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
-                raise UserError(f"{file}: {name} is {value!r:.80}, not a whole number; {_AGAIN}")
+                raise UserError(f"{file}: {name} is {value!r:.80}, not a whole number; {AGAIN}")
             if not _least(name) <= value <= most:
                 raise UserError(
                     f"{file}: {name} is {value:.6g}, and with these weights it can be "
-                    f"{_least(name)} to {most}; {_AGAIN}"
+                    f"{_least(name)} to {most}; {AGAIN}"
                 )
         hidden = part.get("hidden_size")
         for name in ("vocab_size", "intermediate_size"):
@@ -208,7 +214,7 @@ def _check_sizes(file: Path, config: Mapping[str, Any], tensors: int, size: int)
                 raise UserError(
                     f"{file}: hidden_size {hidden} and {name} {other} are a matrix of "
                     f"{hidden * other:.1e} weights, and the files with the weights have "
-                    f"{size} bytes in all; {_AGAIN}"
+                    f"{size} bytes in all; {AGAIN}"
                 )
 
 
@@ -248,7 +254,7 @@ def _check_end_tokens(file: Path, value: Any) -> None:
     ):
         raise UserError(
             f"{file}: eos_token_id is {value!r:.80}, neither a token's number nor a list of them; "
-            f"correct it, or {_AGAIN}"
+            f"correct it, or {AGAIN}"
         )
 
 
@@ -263,7 +269,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
     """
 
     def bad(what: str) -> UserError:
-        return UserError(f"{file}: is damaged or incomplete ({what}); {_AGAIN}")
+        return UserError(f"{file}: is damaged or incomplete ({what}); {AGAIN}")
 
     try:
         size = file.stat().st_size

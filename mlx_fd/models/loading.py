@@ -145,11 +145,16 @@ def _loaded(path: Path, model: nn.Module, config: dict[str, Any]) -> Loaded:
 
 
 def _check_weights(path: Path, model: nn.Module) -> None:
-    """Make sure that weights are numbers and a model can run, on a single token."""
+    """Make sure that weights are finite numbers and that the model runs, on a single token."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
     for name, array in tree_flatten(model.parameters()):
+        if name.endswith(".weight") and mx.issubdtype(array.dtype, mx.signedinteger):
+            raise UserError(
+                f"the model in {path} cannot be loaded: {name} is of {array.dtype}, which is "
+                "neither a weight nor quantised: download or make the model again"
+            )
         # A sum costs a fraction of looking at each weight; it may overflow, so it does not decide.
         if not mx.issubdtype(array.dtype, mx.floating) or mx.isfinite(array.sum()).item():
             continue

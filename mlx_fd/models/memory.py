@@ -368,11 +368,6 @@ def check_memory(
         raise UserError(
             f"config.json has no {error}: this is not a model of the llama or qwen2 kind"
         ) from error
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(
-            f"config.json of the expert or the student has a size that cannot be ({error}): "
-            "download or make the model again"
-        ) from error
     if memory.total <= available:
         return memory
     largest = sorted(memory.parts.items(), key=lambda item: -item[1])

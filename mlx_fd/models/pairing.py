@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.models import chat_template
-from mlx_fd.models.directory import blaming
+from mlx_fd.models.directory import AGAIN, blaming
 from mlx_fd.models.storage import read_json
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{path} has no tokenizer.json, which is needed to compare tokenizers")
     if not file.is_file():  # opening a FIFO would wait for ever
         raise UserError(f"{file}: is no regular file")
-    with blaming(f"{file} cannot be read"):
+    with blaming(f"{file} cannot be read", AGAIN):
         return Tokenizer.from_file(str(file))
 
 
@@ -72,8 +72,10 @@ def _end_tokens(path: Path, tokenizer: Tokenizer) -> set[int]:
     token = read_json(path / "tokenizer_config.json").get("eos_token")
     if isinstance(token, dict):
         token = token.get("content")
-    if isinstance(token, str) and (number := tokenizer.token_to_id(token)) is not None:
-        ends.add(number)
+    if isinstance(token, str):
+        with blaming(f"{path}/tokenizer_config.json: its eos_token is no text"):
+            number = tokenizer.token_to_id(token)
+        ends |= set() if number is None else {number}
     return ends
 
 
@@ -112,7 +114,8 @@ def _shared(expert: Tokenizer, student: Tokenizer) -> tuple[int, int, int]:
     theirs = {number: token for token, number in student.get_vocab().items()}
     expert_count, student_count = max(ours, default=-1) + 1, max(theirs, default=-1) + 1
     shared = min(expert_count, student_count)
-    for number in range(shared):
+    # Not each number below: an id may be anything that a file says.
+    for number in sorted(number for number in {*ours, *theirs} if number < shared):
         if ours.get(number) != theirs.get(number):
             raise UserError(
                 f"expert and student have different tokenizers: token {number} is "

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from mlx_fd.errors import UserError
-from mlx_fd.models.directory import blaming
+from mlx_fd.models.directory import AGAIN, blaming
 from mlx_fd.models.storage import new_directory
 
 _LAYER = re.compile(r"(^|\.)layers\.(\d+)(?=\.|$)")
@@ -96,7 +96,7 @@ def prune(model_dir: Path, layers: int, out_dir: Path) -> None:
         weight_map: dict[str, str] = {}
         size = 0
         for shard in sorted(model_dir.glob("model*.safetensors")):
-            with blaming(f"{shard} cannot be read"):
+            with blaming(f"{shard} cannot be read", AGAIN):
                 weights = mx.load(str(shard))
             stay = {
                 new: array
