@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import tiny
 from test_session import manifest
+from trained import make_run
 
 from mlx_fd.errors import UserError
+from mlx_fd.evaluation.target import Models, open_target
 from mlx_fd.models import fingerprint
 from mlx_fd.models.fingerprint import content_hash, file_hash, hashed_bytes
 from mlx_fd.models.resolve import resolve
@@ -286,3 +288,40 @@ def test_eval_takes_nothing_from_a_model_with_another_template(tmp_path: Path) -
     second = evaluate(model, "c1", "o2", tmp_path)
     truth = evaluate(model, "c2", "o3", tmp_path)
     assert second == truth != first
+
+
+def test_an_evaluated_student_is_all_that_its_run_made_of_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "tiny-student")
+    first = open_target(str(run), None).models
+    assert open_target(str(run), None).models == first
+    config, heads = run / "config.toml", run / "checkpoints" / "best" / "heads.safetensors"
+    text, data = config.read_text(), bytearray(heads.read_bytes())
+    # The student is made with the run's scale, whatever the adapter's own file says.
+    assert "lora_scale = 3.0" in text
+    config.write_text(text.replace("lora_scale = 3.0", "lora_scale = 4.0"))
+    second = open_target(str(run), None).models
+    assert second["adapter"] != first["adapter"] and second["student"] == first["student"]
+    config.write_text(text)
+    data[-1] ^= 1
+    heads.write_bytes(data)
+    assert open_target(str(run), None).models["adapter"] != first["adapter"]
+
+
+@pytest.mark.parametrize("harm", ["cut", "fifo", "text", "rank"])
+def test_a_damaged_adapter_is_named(harm: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "tiny-student")
+    adapter = tmp_path / "adapter"
+    shutil.copytree((run / "checkpoints" / "best").resolve(), adapter)
+    weights, config = adapter / "adapters.safetensors", adapter / "adapter_config.json"
+    if harm == "cut":
+        weights.write_bytes(weights.read_bytes()[:-7])
+    elif harm == "fifo":
+        config.unlink()
+        os.mkfifo(config)
+    elif harm == "text":
+        config.write_text("[1]")
+    else:
+        content = json.loads(config.read_text())
+        config.write_text(json.dumps({**content, "lora_parameters": {"rank": "x"}}))
+    with pytest.raises(UserError, match=str(adapter)):
+        assert Models(open_target(str(adapter), None)).pair

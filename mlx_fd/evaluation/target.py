@@ -19,9 +19,17 @@ from mlx_fd.feedback import find
 from mlx_fd.gate import GateState, trusted
 from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
+from mlx_fd.models.directory import blaming
 from mlx_fd.models.pairing import check_pair
 from mlx_fd.models.resolve import resolve, why_changed
-from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS, projection_width
+from mlx_fd.models.storage import read_json
+from mlx_fd.models.student import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    HEADS,
+    projection_width,
+    read_arrays,
+)
 from mlx_fd.session import Plan, open_pair
 
 if TYPE_CHECKING:
@@ -151,11 +159,7 @@ def _adapter_hash(folder: Path, run: Config) -> str:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / ADAPTER_CONFIG
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+    return read_json(folder / ADAPTER_CONFIG)
 
 
 def _base_of(adapter: Path) -> str:
@@ -255,10 +259,9 @@ def _with_adapter(plan: Plan, adapter: Path) -> Pair:
     from mlx_fd.models.student import Student
 
     expert, base = load_pair(plan.expert_path, plan.student_path)
-    try:
+    read_arrays(adapter / ADAPTER_WEIGHTS)  # is it whole?
+    with blaming(f"{adapter}: this adapter does not fit its model"):
         model = load_adapters(base.model, str(adapter))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{adapter}: this adapter does not fit its model: {error}") from error
     student = Student(model, taps.width(expert.model))
     student.eval()
     reader = dataclasses.replace(base, model=model, tokenizer=expert.tokenizer, vocab=plan.vocab)

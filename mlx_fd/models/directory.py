@@ -103,6 +103,8 @@ def check_directory(path: Path) -> None:
     for file in sorted(path.glob("model*.safetensors")):
         tensors.update(read_header(file))
         size += file.stat().st_size
+        if not tensors:
+            raise UserError(f"{file}: holds no weights; {AGAIN}")
     if CONFIG in objects and tensors:
         _check_sizes(path / CONFIG, objects[CONFIG], len(tensors), size)
     if CONFIG in objects:
@@ -272,6 +274,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
         return UserError(f"{file}: is damaged or incomplete ({what}); {AGAIN}")
 
     try:
+        if not file.is_file():  # opening a FIFO would wait for ever
+            raise bad("it is no regular file")
         size = file.stat().st_size
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
@@ -295,8 +299,6 @@ def read_header(file: Path) -> dict[str, Tensor]:
         end = tensor.end
     if end != size - 8 - length:
         raise bad(f"its tensors take {end} bytes and it has {size - 8 - length}")
-    if not found:
-        raise bad("it holds no tensor")
     return found
 
 

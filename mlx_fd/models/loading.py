@@ -136,7 +136,10 @@ def _loaded(path: Path, model: nn.Module, config: dict[str, Any]) -> Loaded:
     tokenizer = open_tokenizer(path, config)
     with blaming(f"the model in {path} cannot be loaded"):
         mx.eval(model.parameters())
-    _check_weights(path, model)
+    check_weights(path, model)
+    # What config.json has of a wrong kind may show only now.
+    with blaming(f"the model in {path} cannot be loaded: it fails on a single token"):
+        mx.eval(model(mx.array([[0]])))
     # Scales or unquantised weights; norms are among them in every architecture.
     floating = (v.dtype for _, v in tree_flatten(model.parameters()))
     dtype = next(d for d in floating if mx.issubdtype(d, mx.floating))
@@ -144,8 +147,16 @@ def _loaded(path: Path, model: nn.Module, config: dict[str, Any]) -> Loaded:
     return Loaded(model, tokenizer, config, path, dtype, vocab)
 
 
-def _check_weights(path: Path, model: nn.Module) -> None:
-    """Make sure that weights are finite numbers and that the model runs, on a single token."""
+def check_weights(path: Path, model: nn.Module) -> None:
+    """Make sure that a model's weights are finite numbers.
+
+    Args:
+        path: the model's directory.
+        model: with its weights in memory.
+
+    Raises:
+        UserError: they are damaged.
+    """
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
@@ -163,8 +174,6 @@ def _check_weights(path: Path, model: nn.Module) -> None:
                 f"the model in {path} cannot be loaded: {name} has numbers that are not finite; "
                 "its weights are damaged: download or make them again"
             )
-    with blaming(f"the model in {path} cannot be loaded: it fails on a single token"):
-        mx.eval(model(mx.array([[0]])))
 
 
 def load(path: Path, *, dequantize: str = "auto") -> Loaded:
