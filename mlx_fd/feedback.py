@@ -12,7 +12,8 @@ from mlx_fd.config import Config, read
 from mlx_fd.episode import feedback_request, head_score, parsed
 from mlx_fd.errors import UserError
 from mlx_fd.generation import Conversation, Sampling, generate, opening, prefill
-from mlx_fd.models.loading import Loaded, content_hash, load
+from mlx_fd.models import fingerprint
+from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.student import (
     ADAPTER_WEIGHTS,
@@ -78,7 +79,7 @@ def find(name: str) -> Place:
     config = read(folder / runs.CONFIG)
     path = resolve(config.models.student)
     manifest = runs.read_manifest(folder)
-    if content_hash(path) != manifest.get("student", {}).get("sha256"):
+    if not fingerprint.is_same(manifest.get("student", {}), path):
         why = why_changed(config.models.student, manifest.get("versions", {}))
         raise UserError(
             f"{name}: the student's base model {path} is not the one that was trained: {why}."

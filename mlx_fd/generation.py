@@ -17,15 +17,14 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from mlx_fd.models import taps
+from mlx_fd.errors import UserError
+from mlx_fd.models import chat_template, taps
 from mlx_fd.models.loading import Loaded
 
 Cache = list[Any]
 # mlx-lm's penalty looks at the last 20 tokens; the published ones at all.
 _WHOLE_CONTEXT = 1 << 20
 _SENTINEL = "\u241fanswer\u241f"
-# Llama's templates print the day; a run must not change with it.
-_TEMPLATE = {"add_generation_prompt": True, "date_string": "26 Jul 2024"}
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,12 @@ class Sampling:
 
 def opening(tokenizer: Any, message: str) -> tuple[int, ...]:
     """Tokens of a conversation's first user message, up to where the assistant begins."""
-    return tuple(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], tokenize=True, **_TEMPLATE
+    with chat_template.rendering(tokenizer):
+        return tuple(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": message}], tokenize=True, **chat_template.ARGUMENTS
+            )
         )
-    )
 
 
 def chat_text(tokenizer: Any, turns: Sequence[str]) -> str:
@@ -102,7 +102,8 @@ def chat_text(tokenizer: Any, turns: Sequence[str]) -> str:
         {"role": ("user", "assistant")[place % 2], "content": text}
         for place, text in enumerate(turns)
     ]
-    return tokenizer.apply_chat_template(said, tokenize=False, **_TEMPLATE)
+    with chat_template.rendering(tokenizer):
+        return tokenizer.apply_chat_template(said, tokenize=False, **chat_template.ARGUMENTS)
 
 
 def next_message(tokenizer: Any, message: str) -> tuple[int, ...]:
@@ -111,8 +112,12 @@ def next_message(tokenizer: Any, message: str) -> tuple[int, ...]:
     They begin with the end-of-turn token. Text that the assistant wrote is never tokenised again,
     so the conversation keeps the very tokens that were generated.
     """
-    text = chat_text(tokenizer, ["?", _SENTINEL, message])
-    tail = text.split(_SENTINEL, 1)[1]
+    _, found, tail = chat_text(tokenizer, ["?", _SENTINEL, message]).partition(_SENTINEL)
+    if not found:
+        raise UserError(
+            f"{getattr(tokenizer, 'name_or_path', 'the model')}: its chat template leaves out what "
+            "the assistant said, so that no conversation can go on; take an Instruct model's"
+        )
     return tuple(tokenizer.encode(tail, add_special_tokens=False))
 
 

@@ -27,7 +27,7 @@ from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.models import taps
 from mlx_fd.models.attention_taps import log_attention
-from mlx_fd.models.loading import content_hash
+from mlx_fd.models.fingerprint import content_hash
 from mlx_fd.teacher_cache import TeacherCache
 
 

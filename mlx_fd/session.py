@@ -21,6 +21,7 @@ from mlx_fd import __version__, runs
 from mlx_fd import problems as problem_sets
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
+from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.resolve import default_student, parse_name, resolve, why_changed
 from mlx_fd.problems import Problem
@@ -80,6 +81,8 @@ def make_plan(config: Config) -> Plan:
     expert_path = resolve(config.models.expert)
     student_path = resolve(config.models.student)
 
+    fingerprint.prefetch(expert_path, student_path)
+
     from mlx_fd.backend import backend
     from mlx_fd.models.pairing import check_pair
 
@@ -122,12 +125,13 @@ def manifest_of(
         vocab: tokens that student and expert share.
     """
     from mlx_fd.backend import backend
-    from mlx_fd.models.loading import content_hash
 
-    def model(name: str, path: Path | None) -> dict[str, str]:
+    def model(name: str, path: Path | None) -> dict[str, Any]:
         if path is None:
             return {"name": name, "path": "", "sha256": ""}
-        return {"name": name, "path": str(path), "sha256": content_hash(path)}
+        digest = fingerprint.content_hash(path)
+        kind = fingerprint.FORMAT
+        return {"name": name, "path": str(path), "sha256": digest, "fingerprint": kind}
 
     here = backend()
     return {
@@ -230,11 +234,15 @@ def check_run_memory(
 ) -> None:
     """Make sure the run fits into memory."""
     from mlx_fd import roles
-    from mlx_fd.models.memory import Workload, check_memory
+    from mlx_fd.models.directory import AGAIN, blaming
+    from mlx_fd.models.memory import Workload, check_memory, weight_bytes
 
     expert_config, student_config = (
         json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (expert, student)
     )
+    for path, sizes in ((expert, expert_config), (student, student_config)):
+        with blaming(f"{path}/config.json: no model of the llama or qwen2 kind has this", AGAIN):
+            weight_bytes(sizes)
     longest = max(questions, key=len)
     nothing = roles.Feedback("", None, ())
     said = [
@@ -249,7 +257,7 @@ def check_run_memory(
     batch_size = min(options.batch_size, len(questions))
     # Of each episode its feedback, and its solution where those are learned from.
     samples = batch_size * (2 if losses.learns_solutions else 1)
-    source = student_config.get("mlx_fd", {}).get("source")
+    source = (student_config.get("mlx_fd") or {}).get("source")
     check_memory(
         expert_config,
         student_config,
@@ -303,8 +311,16 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
         UserError: another model, other data or other options than the run began with.
     """
     try:
+        unclear = []
         for part in ("expert", "student", "problems"):
-            if old[part]["sha256"] != new[part]["sha256"]:
+            found = fingerprint.compare(old[part], new[part])
+            if found is None:
+                unclear.append(
+                    f"{folder}: it began with a version of mlx-fd that did not record all of its "
+                    f"models: whether the {part} ({old[part]['name']}) is the same, tokenizer and "
+                    "every weight, cannot be told; if you changed it, begin a new run"
+                )
+            elif not found:
                 raise UserError(
                     f"{folder}: the run began with another {part} ({old[part]['name']}): "
                     f"{_why_other(part, old, new)}, or begin a new run."
@@ -323,7 +339,7 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
             and options["epochs"] == 1
             and options["loss_weights"] in ("ema", "fixed")
         )
-        uncertain = [
+        uncertain = unclear + [
             f"{name} was {value}, is {new[part].get(name)}: the run goes on, but its last digits "
             "may differ from an uninterrupted one's"
             for part in ("versions", "backend")

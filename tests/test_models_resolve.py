@@ -113,7 +113,7 @@ def test_incomplete_directories(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lacks model-00002-of-00002\.safetensors"):
         resolve(str(path))
     index.write_text("{")
-    with pytest.raises(UserError, match="index that cannot be read"):
+    with pytest.raises(UserError, match=r"index\.json: cannot be read as JSON"):
         resolve(str(path))
     index.unlink()
     (path / "tokenizer.json").rename(tmp_path / "t")
@@ -123,6 +123,9 @@ def test_incomplete_directories(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no model\*\.safetensors"):
         resolve(str(path))
     (path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="is no JSON object"):
+        resolve(str(path))
+    (path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="without model_type"):
         resolve(str(path))
     (path / "config.json").unlink()

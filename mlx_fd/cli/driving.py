@@ -82,6 +82,7 @@ def drive(
     from mlx_fd.backend import backend
     from mlx_fd.config import to_toml
     from mlx_fd.events import Event, Note, Warned
+    from mlx_fd.models.fingerprint import time_note
 
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
@@ -89,6 +90,8 @@ def drive(
         display = held.enter_context(job.display(console, quiet=quiet))
         display(Note(f"run directory: {folder}"))
         display(Note(f"{job.models}, {backend().device}"))
+        if note := time_note():
+            display(Note(note))
         for text in (*plan.notes, *worries):
             display(Warned(text))
         if backend().device == "metal":

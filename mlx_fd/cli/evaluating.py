@@ -151,6 +151,7 @@ def evaluate(
     from mlx_fd.evaluation import suites
     from mlx_fd.evaluation.table import EvalDisplay, print_results
     from mlx_fd.evaluation.target import open_target
+    from mlx_fd.models.fingerprint import time_note
     from mlx_fd.models.storage import cache_dir
 
     options = suites.Options(
@@ -173,6 +174,8 @@ def evaluate(
     folder = suites.choose_folder(target, options, out)
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
+    if (note := time_note()) and not quiet:
+        console.print(note, soft_wrap=True)
     for text in suites.concerns(target, options):
         console.print(
             Text.assemble(("warning: ", "yellow"), strip_control_chars(text)), soft_wrap=True

@@ -31,7 +31,10 @@ _PARTS: dict[Uses, tuple[str, ...]] = {
     "untrained": ("student",),
 }
 # What a text can come from, beside models and options.
-_CODE = ("roles.py", "generation.py", "episode.py", "feedback.py", "gate.py", "baselines")
+_CODE = (
+    *("roles.py", "generation.py", "models/chat_template.py", "episode.py", "feedback.py"),
+    *("gate.py", "baselines"),
+)
 _PACKAGES = ("mlx", "mlx-lm", "transformers")
 _BLANK = Draft(Problem("", "", "", Fraction(0)), Answer("", None), Conversation())
 

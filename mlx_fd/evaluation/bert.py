@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from mlx_fd.backend import backend
 from mlx_fd.errors import UserError
+from mlx_fd.models.loading import check_weights
 from mlx_fd.models.storage import read_json
 
 _ACTIVATIONS = {"gelu": nn.gelu, "gelu_new": nn.gelu_approx, "relu": nn.relu}
@@ -162,6 +163,7 @@ def load_model(path: Path, classifier: bool) -> tuple[Bert, dict[str, Any]]:
         mx.eval(model.parameters())
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the weights in {path} cannot be loaded: {error}") from error
+    check_weights(path, model)
     return model, config
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.bert import Bert, load_model, load_tokenizer
-from mlx_fd.models.loading import content_hash
+from mlx_fd.models.fingerprint import content_hash
 from mlx_fd.models.resolve import resolve
 from mlx_fd.models.storage import read_json
 

@@ -17,15 +17,27 @@ from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cache import digest
 from mlx_fd.feedback import find
 from mlx_fd.gate import GateState, trusted
+from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
-from mlx_fd.models.loading import content_hash
+from mlx_fd.models.directory import blaming
 from mlx_fd.models.pairing import check_pair
 from mlx_fd.models.resolve import resolve, why_changed
-from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS, projection_width
+from mlx_fd.models.storage import read_json
+from mlx_fd.models.student import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    HEADS,
+    projection_width,
+    read_arrays,
+)
 from mlx_fd.session import Plan, open_pair
 
 if TYPE_CHECKING:
     from mlx_fd.episode import Pair
+
+
+# Options of a run that decide, with the weights, what its student says.
+_LORA = ("train", "lora_rank", "lora_scale", "lora_layers", "score_at")
 
 
 @dataclass(frozen=True)
@@ -101,12 +113,18 @@ def open_target(name: str, expert: str | None) -> Target:
         config = override(config, {"expert": expert_name}, name)
     else:
         config = override(config, {"answers_by": "student"}, name)
-    models = {"student": {"name": config.models.student, "sha256": content_hash(student)}}
+    fingerprint.prefetch(student, *([expert_path] if expert_path else []))
+    models = {
+        "student": {"name": config.models.student, "sha256": fingerprint.content_hash(student)}
+    }
     weights = checkpoint or adapter
     if weights is not None:
-        models["adapter"] = {"name": str(weights), "sha256": _adapter_hash(weights)}
+        models["adapter"] = {"name": str(weights), "sha256": _adapter_hash(weights, config)}
     if expert_path is not None:
-        models["expert"] = {"name": config.models.expert, "sha256": content_hash(expert_path)}
+        models["expert"] = {
+            "name": config.models.expert,
+            "sha256": fingerprint.content_hash(expert_path),
+        }
     return Target(
         name=name,
         config=config,
@@ -130,20 +148,18 @@ def _adapter(name: str) -> Path | None:
     return None if runs.is_run(folder.parents[1]) else folder
 
 
-def _adapter_hash(folder: Path) -> str:
+def _adapter_hash(folder: Path, run: Config) -> str:
     """A digest of all that an adapter changes about its model, and of the heads beside it."""
     files = [folder / part for part in (ADAPTER_WEIGHTS, HEADS) if (folder / part).exists()]
     config = _read_config(folder)
     config.pop("model", None)
-    return digest([config, *map(runs.digest_of, files)])
+    # A run's student is made as the run's configuration has it, whatever the adapter's says.
+    made = {name: getattr(run.models, name) for name in _LORA}
+    return digest([config, made, *map(fingerprint.file_hash, files)])
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / ADAPTER_CONFIG
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+    return read_json(folder / ADAPTER_CONFIG)
 
 
 def _base_of(adapter: Path) -> str:
@@ -160,7 +176,7 @@ def _base_of(adapter: Path) -> str:
 def _check_expert(name: str, run: Path, config: Config, path: Path | None) -> None:
     assert path is not None
     manifest = runs.read_manifest(run)
-    if content_hash(path) != manifest.get("expert", {}).get("sha256"):
+    if not fingerprint.is_same(manifest.get("expert", {}), path):
         why = why_changed(config.models.expert, manifest.get("versions", {}))
         raise UserError(f"{name}: the expert {path} is not the one of the run: {why}.")
 
@@ -243,10 +259,9 @@ def _with_adapter(plan: Plan, adapter: Path) -> Pair:
     from mlx_fd.models.student import Student
 
     expert, base = load_pair(plan.expert_path, plan.student_path)
-    try:
+    read_arrays(adapter / ADAPTER_WEIGHTS)  # is it whole?
+    with blaming(f"{adapter}: this adapter does not fit its model"):
         model = load_adapters(base.model, str(adapter))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{adapter}: this adapter does not fit its model: {error}") from error
     student = Student(model, taps.width(expert.model))
     student.eval()
     reader = dataclasses.replace(base, model=model, tokenizer=expert.tokenizer, vocab=plan.vocab)

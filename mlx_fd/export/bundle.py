@@ -201,7 +201,7 @@ def make_bundle(
     """
     from mlx_fd.backend import backend
     from mlx_fd.generation import chat_text
-    from mlx_fd.models.loading import content_hash
+    from mlx_fd.models.fingerprint import content_hash
     from mlx_fd.session import versions
 
     if not problems:
@@ -220,7 +220,13 @@ def make_bundle(
         for problem, drawn in zip(chosen, row, strict=True)
     ]
     prompts = tuple(_scored(reference, *draft) for draft in drafts)
-    before, after = chat_text(loaded.tokenizer, [roles.answer_prompt(_SENTINEL)]).split(_SENTINEL)
+    around = chat_text(loaded.tokenizer, [roles.answer_prompt(_SENTINEL)]).split(_SENTINEL)
+    if len(around) != 2:
+        raise UserError(
+            f"{loaded.path}: its chat template writes a message {len(around) - 1} times, so that "
+            "no prompt can be taken apart; use a model with an ordinary template"
+        )
+    before, after = around
     items = tuple(_answered(reference, problems, before, after))
     spoken = {int(token) for prompt in prompts for token in (*prompt.greedy, *prompt.top_ids.flat)}
     return Bundle(

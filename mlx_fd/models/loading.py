@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd.backend import backend
 from mlx_fd.errors import UserError
+from mlx_fd.models import chat_template
+from mlx_fd.models.directory import blaming, check_directory
 from mlx_fd.models.memory import available_memory
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from mlx import nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-_MIB = 1 << 20
 # Share of the free memory that float32 weights may take; generation and training need the rest.
 _WEIGHT_SHARE = 0.5
 
@@ -58,15 +57,46 @@ def open_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     from mlx_lm.utils import load_model
 
-    try:
-        model, config = load_model(path, lazy=True)
-    except FileNotFoundError as error:
+    if not (path / "config.json").exists() or not any(path.glob("model*.safetensors")):
         raise UserError(
             f"{path} is not an mlx-lm model: config.json or model*.safetensors is missing"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"the model in {path} cannot be loaded: {error}") from error
-    return model, config
+        )
+    check_directory(path)
+    with blaming(f"the model in {path} cannot be loaded"):
+        return load_model(path, lazy=True, trust_remote_code=False)
+
+
+def open_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    """A model directory's tokenizer. No code that comes with it is run, and nobody is asked.
+
+    Args:
+        path: the directory.
+        config: of :func:`open_lazily`.
+
+    Raises:
+        UserError: it is damaged, needs code of its own, has a chat template that cannot be
+            rendered, or has tokens for which the model has no weights.
+    """
+    from mlx_lm.utils import load_tokenizer
+
+    with blaming(
+        f"the tokenizer in {path} cannot be loaded (code that comes with a model is never run)"
+    ):
+        tokenizer = load_tokenizer(
+            path,
+            # Unset, transformers asks on the terminal whether to run the directory's code.
+            {"trust_remote_code": False},
+            eos_token_ids=config.get("eos_token_id"),
+        )
+        count = max(tokenizer.get_vocab().values()) + 1
+    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if isinstance(rows, int) and count > rows:
+        raise UserError(
+            f"{path} has {count} tokens but only {rows} rows of logits (vocab_size in "
+            "config.json); its tokenizer does not belong to it"
+        )
+    chat_template.check(tokenizer, path)
+    return tokenizer
 
 
 def _wants_float32(dequantize: str) -> bool:
@@ -102,18 +132,48 @@ def _fits_dense(model: nn.Module) -> bool:
 def _loaded(path: Path, model: nn.Module, config: dict[str, Any]) -> Loaded:
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    from mlx_lm.utils import load_tokenizer
 
-    try:
+    tokenizer = open_tokenizer(path, config)
+    with blaming(f"the model in {path} cannot be loaded"):
         mx.eval(model.parameters())
-        tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"the model in {path} cannot be loaded: {error}") from error
+    check_weights(path, model)
+    # What config.json has of a wrong kind may show only now.
+    with blaming(f"the model in {path} cannot be loaded: it fails on a single token"):
+        mx.eval(model(mx.array([[0]])))
     # Scales or unquantised weights; norms are among them in every architecture.
     floating = (v.dtype for _, v in tree_flatten(model.parameters()))
     dtype = next(d for d in floating if mx.issubdtype(d, mx.floating))
     vocab = max(tokenizer.get_vocab().values()) + 1
     return Loaded(model, tokenizer, config, path, dtype, vocab)
+
+
+def check_weights(path: Path, model: nn.Module) -> None:
+    """Make sure that a model's weights are finite numbers.
+
+    Args:
+        path: the model's directory.
+        model: with its weights in memory.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    for name, array in tree_flatten(model.parameters()):
+        if name.endswith(".weight") and mx.issubdtype(array.dtype, mx.signedinteger):
+            raise UserError(
+                f"the model in {path} cannot be loaded: {name} is of {array.dtype}, which is "
+                "neither a weight nor quantised: download or make the model again"
+            )
+        # A sum costs a fraction of looking at each weight; it may overflow, so it does not decide.
+        if not mx.issubdtype(array.dtype, mx.floating) or mx.isfinite(array.sum()).item():
+            continue
+        if not mx.isfinite(array).all().item():
+            raise UserError(
+                f"the model in {path} cannot be loaded: {name} has numbers that are not finite; "
+                "its weights are damaged: download or make them again"
+            )
 
 
 def load(path: Path, *, dequantize: str = "auto") -> Loaded:
@@ -207,41 +267,3 @@ def _equal(a: mx.array, b: mx.array) -> bool:
     import mlx.core as mx
 
     return a.shape == b.shape and a.dtype == b.dtype and bool(mx.array_equal(a, b).item())
-
-
-def _without_source(config: bytes) -> bytes:
-    """A config.json as it is, but for the path that pruning writes into it."""
-    try:
-        content = json.loads(config)
-        del content["mlx_fd"]["source"]
-    except (ValueError, KeyError, TypeError):
-        return config
-    return json.dumps(content, indent=1).encode()
-
-
-def content_hash(path: Path) -> str:
-    """Fingerprint of a model's weights and configuration, quick for files of many GB.
-
-    It is the SHA-256 over config.json and, for each ``*.safetensors`` file in order of name, its
-    name, its size, and its first and last MiB. It tells models apart; it does not prove that not
-    a single byte in the middle differs. Where a pruned model's weights came from is left out: it is
-    the same model after its origin has moved.
-
-    Args:
-        path: a model directory.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    config = path / "config.json"
-    if config.exists():
-        digest.update(_without_source(config.read_bytes()))
-    for file in sorted(path.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(json.dumps([file.name, size]).encode())
-        with file.open("rb") as handle:
-            digest.update(handle.read(_MIB))
-            handle.seek(max(0, size - _MIB))
-            digest.update(handle.read())
-    return digest.hexdigest()

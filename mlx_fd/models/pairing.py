@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd.errors import UserError
+from mlx_fd.models import chat_template
+from mlx_fd.models.directory import AGAIN, blaming
 from mlx_fd.models.storage import read_json
 
 if TYPE_CHECKING:
@@ -49,10 +51,10 @@ def _tokenizer(path: Path) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.exists():
         raise UserError(f"{path} has no tokenizer.json, which is needed to compare tokenizers")
-    try:
+    if not file.is_file():  # opening a FIFO would wait for ever
+        raise UserError(f"{file}: is no regular file")
+    with blaming(f"{file} cannot be read", AGAIN):
         return Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises the bare class
-        raise UserError(f"{file} cannot be read: {error}") from error
 
 
 def _vocab_size(path: Path) -> int:
@@ -66,22 +68,40 @@ def _end_tokens(path: Path, tokenizer: Tokenizer) -> set[int]:
     """All ids that end a turn, as mlx-lm gathers them."""
     ids = read_json(path / "generation_config.json").get("eos_token_id")
     ids = ids or read_json(path / "config.json").get("eos_token_id")
-    ends = set(ids) if isinstance(ids, list) else {ids}
+    ends = {end for end in (ids if isinstance(ids, list) else [ids]) if isinstance(end, int)}
     token = read_json(path / "tokenizer_config.json").get("eos_token")
     if isinstance(token, dict):
         token = token.get("content")
     if isinstance(token, str):
-        ends.add(tokenizer.token_to_id(token))
-    return {end for end in ends if isinstance(end, int)}
+        with blaming(f"{path}/tokenizer_config.json: its eos_token is no text"):
+            number = tokenizer.token_to_id(token)
+        ends |= set() if number is None else {number}
+    return ends
 
 
 def _chat_template(path: Path) -> Any:
     """The chat template, from any of the three places transformers knows."""
     jinja = path / "chat_template.jinja"
-    if jinja.exists():
-        return jinja.read_text(encoding="utf-8")
+    if jinja.is_file():
+        with blaming(f"{jinja}: cannot be read"):
+            return jinja.read_text(encoding="utf-8")
     in_config = read_json(path / "tokenizer_config.json").get("chat_template")
     return in_config or read_json(path / "chat_template.json").get("chat_template")
+
+
+def _check_template(path: Path, template: Any) -> None:
+    """Make sure that a chat template keeps to its limits, before anything is loaded."""
+    if isinstance(template, list):  # several, by name
+        named = [one for one in template if isinstance(one, dict)]
+        template = next((one.get("template") for one in named if one.get("name") == "default"), "")
+    if not isinstance(template, str):
+        raise UserError(f"{path} has a chat template that is no text: {template!r:.80}")
+    tokens = {}
+    for name, token in read_json(path / "tokenizer_config.json").items():
+        content = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(content, str):
+            tokens[name] = content
+    chat_template.check_source(template, tokens, path)
 
 
 def _shared(expert: Tokenizer, student: Tokenizer) -> tuple[int, int, int]:
@@ -94,7 +114,8 @@ def _shared(expert: Tokenizer, student: Tokenizer) -> tuple[int, int, int]:
     theirs = {number: token for token, number in student.get_vocab().items()}
     expert_count, student_count = max(ours, default=-1) + 1, max(theirs, default=-1) + 1
     shared = min(expert_count, student_count)
-    for number in range(shared):
+    # Not each number below: an id may be anything that a file says.
+    for number in sorted(number for number in {*ours, *theirs} if number < shared):
         if ours.get(number) != theirs.get(number):
             raise UserError(
                 f"expert and student have different tokenizers: token {number} is "
@@ -124,15 +145,18 @@ def check_pair(expert_dir: Path, student_dir: Path) -> Pairing:
             template.
     """
     for role, path in (("expert", expert_dir), ("student", student_dir)):
-        if not _chat_template(path):
+        template = _chat_template(path)
+        if not template:
             raise UserError(
                 f"the {role} {path} has no chat template: an Instruct model is needed, not a base "
                 "model"
             )
+        _check_template(path, template)
     expert, student = _tokenizer(expert_dir), _tokenizer(student_dir)
     shared, expert_count, student_count = _shared(expert, student)
     for probe in _PROBES:
-        ours, theirs = expert.encode(probe), student.encode(probe)
+        with blaming(f"the tokenizers of {expert_dir} and {student_dir} fail on {probe!r}"):
+            ours, theirs = expert.encode(probe), student.encode(probe)
         if ours.ids != theirs.ids:
             raise UserError(
                 f"expert and student have the same tokens but split text differently: {probe!r} "

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from mlx_fd.errors import UserError
+from mlx_fd.models.directory import AGAIN, blaming
 from mlx_fd.models.storage import new_directory
 
 _LAYER = re.compile(r"(^|\.)layers\.(\d+)(?=\.|$)")
@@ -95,10 +96,8 @@ def prune(model_dir: Path, layers: int, out_dir: Path) -> None:
         weight_map: dict[str, str] = {}
         size = 0
         for shard in sorted(model_dir.glob("model*.safetensors")):
-            try:
+            with blaming(f"{shard} cannot be read", AGAIN):
                 weights = mx.load(str(shard))
-            except RuntimeError as error:
-                raise UserError(f"{shard} cannot be read: {error}") from error
             stay = {
                 new: array
                 for old, array in cast("dict[str, mx.array]", weights).items()
@@ -118,6 +117,6 @@ def prune(model_dir: Path, layers: int, out_dir: Path) -> None:
         for file in model_dir.iterdir():
             if file.suffix in _COPIED and not (working / file.name).exists():
                 shutil.copyfile(file, working / file.name)
-        (working / "config.json").write_text(
-            json.dumps(_pruned_config(config, kept, model_dir), indent=1), encoding="utf-8"
-        )
+        with blaming(f"{model_dir}/config.json does not fit its {total} layers"):
+            pruned = _pruned_config(config, kept, model_dir)
+        (working / "config.json").write_text(json.dumps(pruned, indent=1), encoding="utf-8")

@@ -11,7 +11,6 @@ import difflib
 import fnmatch
 import hashlib
 import importlib.util
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,7 +20,9 @@ from typing import Any
 
 from mlx_fd import __version__
 from mlx_fd.errors import UserError
+from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import ALIASES, SMOLLM2, TINY, TINY_BASE, TINY_STUDENT
+from mlx_fd.models.directory import check_directory, check_files, read_object
 from mlx_fd.models.storage import cache_dir, slug
 
 _PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "model*.safetensors"]
@@ -116,20 +117,21 @@ def why_changed(name: str, versions: Mapping[str, str]) -> str:
 def _what_is_missing(path: Path) -> str | None:
     """Why a directory cannot be loaded, or ``None`` where its files are complete."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return "has no config.json"
-    except (OSError, ValueError) as error:
-        return f"has a config.json that cannot be read ({error})"
-    if not isinstance(config, dict) or "model_type" not in config:
+        check_files(path)
+        if not (path / "config.json").exists():
+            return "has no config.json"
+        config = read_object(path / "config.json")
+    except UserError as error:
+        return f"is damaged: {error}"
+    if not isinstance(config.get("model_type"), str):
         return "has a config.json without model_type"
     if not any(path.glob("model*.safetensors")):
         return "has no model*.safetensors (mlx_lm.convert makes them from other formats)"
     index = path / "model.safetensors.index.json"
     if index.exists():
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            shards = {str(name) for name in read_object(index)["weight_map"].values()}
+        except (UserError, KeyError, AttributeError):
             return f"has an index that cannot be read ({index.name})"
         if absent := sorted(shard for shard in shards if not (path / shard).exists()):
             return f"lacks {absent[0]}" + (f" and {len(absent) - 1} more" if absent[1:] else "")
@@ -159,8 +161,8 @@ def _converted(file: Path) -> Path:
     """The mlx-lm directory of a GGUF file, converted the first time."""
     from mlx_fd.models.gguf import FORMAT, convert
 
-    stat = file.stat()
-    key = f"{FORMAT}|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    # By content: another file under the same path and times is another model.
+    key = f"{FORMAT}|{fingerprint.file_hash(file)}"
     short = hashlib.sha256(key.encode()).hexdigest()[:12]
     out = cache_dir() / "gguf" / f"{slug(file.stem)}-{short}"
     if not out.is_dir():
@@ -170,10 +172,9 @@ def _converted(file: Path) -> Path:
 
 def _pruned(path: Path, base: str, layers: int) -> Path:
     """The checkpoint with ``layers`` of a model's layers, made the first time."""
-    from mlx_fd.models.loading import content_hash
-
     # The path is part of it: a pruned checkpoint says where its weights came from.
-    key = hashlib.sha256(f"{path.resolve()}|{content_hash(path)}".encode()).hexdigest()[:12]
+    material = f"{path.resolve()}|{fingerprint.content_hash(path)}"
+    key = hashlib.sha256(material.encode("utf-8", "surrogateescape")).hexdigest()[:12]
     out = cache_dir() / "pruned" / f"{slug(base)}-layers{layers}-{key}"
     if not out.is_dir():
         from mlx_fd.models.prune import prune
@@ -224,8 +225,8 @@ def local_models() -> list[LocalModel]:
 
 
 def _is_language_model(config: Path) -> bool:
-    names = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
-    return any(str(name).endswith("ForCausalLM") for name in names)
+    names = read_object(config).get("architectures")
+    return isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
 
 
 def _advice() -> str:
@@ -305,6 +306,7 @@ def _check_space(repo: str, info: Any) -> None:
 def _from_hub(name: str, repo: str) -> Path:
     cached = _cached(repo)
     if cached is not None:
+        check_directory(cached)
         return cached
     info = _ask_hub(name, repo)
     files = [file.rfilename for file in info.siblings or []]
@@ -325,6 +327,7 @@ def _from_hub(name: str, repo: str) -> Path:
         ) from error
     if missing := _what_is_missing(path):
         raise UserError(f"{repo} {missing}")
+    check_directory(path)
     return path
 
 
@@ -336,6 +339,7 @@ def _did_you_mean(name: str) -> str:
 def _base_path(base: str) -> Path:
     path = Path(base).expanduser()
     if path.is_dir():
+        check_directory(path)
         if missing := _what_is_missing(path):
             raise UserError(f"{path} is not an mlx-lm model directory: it {missing}")
         return path

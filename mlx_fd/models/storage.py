@@ -38,6 +38,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
+    if not path.is_file():  # opening a FIFO would wait for ever
+        raise UserError(f"{path}: is no regular file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (OSError, ValueError, RecursionError) as error:

@@ -14,6 +14,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_fd.config import ModelOptions
 from mlx_fd.errors import UserError
 from mlx_fd.models import taps
+from mlx_fd.models.directory import blaming, read_header
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -139,10 +140,11 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
     Raises:
         UserError: it is missing or cannot be read.
     """
-    try:
+    if not path.exists():
+        raise UserError(f"{path}: cannot be read: it is not there")
+    read_header(path)  # MLX reads on beyond the end of a file that was cut off
+    with blaming(f"{path}: cannot be read"):
         arrays = mx.load(str(path), format="safetensors")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
     assert isinstance(arrays, dict)
     return arrays
 

@@ -95,7 +95,12 @@ def load_hub(name: str, split: str, *, skip_bad_rows: bool) -> ProblemSet:
             # datasets tries for 25 seconds where there is no network; one question tells.
             huggingface_hub.HfApi().dataset_info(repository, timeout=_HUB_SECONDS)
         with _no_progress_bars(datasets):
-            loaded = datasets.load_dataset(repository, config or None, split=split)
+            loaded = datasets.load_dataset(
+                # Unset, older releases ask on the terminal whether to run the data set's code.
+                *(repository, config or None),
+                split=split,
+                trust_remote_code=False,
+            )
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
