@@ -154,29 +154,32 @@ def test_the_tiny_expert_brings_its_preset_from_a_file_too(name, tmp_path):
 
 
 _WORDS = (
-    *("", "true", "false", "nan", "-inf", "0", "-0.0", "1e400", "1e39", "1e-400", "0x" + "f" * 5000),
-    *("9" * 4301, str(2**31), str(2**63), str(2**64), f"-{2**63}", "1_000", "01", "0b2", "1e", "+"),
+    *("", "true", "false", "nan", "-inf", "0", "-0.0", "1e400", "1e39", "1e-400", "01", "1_000"),
+    *("0x" + "f" * 5000, "9" * 4301, str(2**31), str(2**63), str(2**64), f"-{2**63}", "0b2", "1e"),
     *("1979-05-27", "0000-00-00", "07:32:00.999999999", "1979-05-27T07:32:00+99:00", "'a'", "''"),
-    *('"\\u0000"', '"\\ud800"', '"\\U0010ffff"', '"\x00"', "\'\'\'", '"' + "a" * 9000 + '"', "[]"),
-    *("[1, [2]]", "[{}]", "{}", "{a = 1}", "[" * 3000, "{a=" * 3000, "['lm']", "['lm', 'lm']", "[nan]"),
-    *("[[x]]", "[1979-05-27]", "#", "\\", "=", "\ufeff", "\r", "\x85", "\u2028", "\U0001f600"),
+    *('"\\u0000"', '"\\ud800"', '"\\U0010ffff"', '"\x00"', "'''", '"' + "a" * 9000 + '"', "[]"),
+    *("[1, [2]]", "[{}]", "{}", "{a = 1}", "[" * 3000, "{a=" * 3000, "['lm']", "['lm', 'lm']"),
+    *("[nan]", "[[x]]", "[1979-05-27]", "#", "\\", "=", "+", "\ufeff", "\r", "\x85", "\u2028"),
 )
+_KEYS = ("nothing", "", "a.b", "'seed'", '"\\u00e9"')
 _TABLES = tuple(item.name for item in dataclasses.fields(Config))
 
 
 def _made_toml(rng: random.Random) -> bytes:
     """A TOML file as a user might break it: mostly in shape, wrong somewhere."""
     lines = []
-    for _ in range(rng.randint(1, 5)):
-        key = rng.choice([*OPTIONS, *OPTIONS, *_TABLES, "nothing", "", "a.b", "'seed'", '"\\u00e9"'])
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        key = rng.choice(
+            [*OPTIONS, *OPTIONS, *_TABLES, "nothing", "", "a.b", "'seed'", '"\\u00e9"']
+        )
         if rng.random() < 0.3:
             key = f"{rng.choice([*_TABLES, *OPTIONS, 'x'])}.{key}"
         form = rng.choice(["{k} = {v}"] * 6 + ["[{k}]", "[[{k}]]", "{k} = [{v}, {v}]", "{k}{v}"])
         lines.append(form.format(k=key, v=rng.choice(_WORDS)))
     content = "\n".join(lines).encode("utf-8", "surrogatepass")
-    if rng.random() < 0.5:
+    if rng.random() < 0.2:
         content = to_toml(preset(rng.choice(list(PRESETS)))).encode() + content
-    for _ in range(rng.choice([0, 0, 1, 3])):
+    for _ in range(rng.choice([0, 0, 0, 0, 1, 3])):
         at = rng.randrange(len(content) + 1)
         content = content[:at] + rng.choice([b"", bytes([rng.randrange(256)])]) + content[at + 1 :]
     return content[: rng.randrange(len(content) + 1)] if rng.random() < 0.1 else content
