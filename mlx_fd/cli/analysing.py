@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_fd.cli.options import PathType, Words, debug_option, json_option, quiet_option
+from mlx_fd.cli.options import (
+    SEED,
+    Number,
+    PathType,
+    Words,
+    count,
+    debug_option,
+    json_option,
+    quiet_option,
+)
 from mlx_fd.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,22 +48,18 @@ Examples:
 )
 @click.option("--problems", default="arithmetic", show_default=True, help="Generated problems.")
 @click.option("--split", default="validation", show_default=True, help="Of the problems.")
-@click.option(
-    "--limit", type=click.IntRange(1), default=40, show_default=True, help="Problems to take."
-)
-@click.option(
-    "--samples", type=click.IntRange(1), default=4, show_default=True, help="Attempts at each."
-)
+@click.option("--limit", type=count(), default=40, show_default=True, help="Problems to take.")
+@click.option("--samples", type=count(), default=4, show_default=True, help="Attempts at each.")
 @click.option(
     "--temperature",
-    type=click.FloatRange(0.01),
+    type=Number(0.01),
     default=1.0,
     show_default=True,
     help="Of the attempts and of both distributions.",
 )
 @click.option(
     "--answer-tokens",
-    type=click.IntRange(1),
+    type=count(),
     default=128,
     show_default=True,
     help="Most tokens of an attempt.",
@@ -86,10 +91,8 @@ Examples:
     show_default=True,
     help="Noise on the questions.",
 )
-@click.option(
-    "--noise-level", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Words hit."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
+@click.option("--noise-level", type=Number(0, 1), default=0.3, show_default=True, help="Words hit.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the draws.")
 @click.option(
     "--out",
     type=PathType(),

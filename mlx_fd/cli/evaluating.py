@@ -8,7 +8,15 @@ from pathlib import Path
 
 import click
 
-from mlx_fd.cli.options import PathType, debug_option, json_option, quiet_option
+from mlx_fd.cli.options import (
+    SEED,
+    Number,
+    PathType,
+    count,
+    debug_option,
+    json_option,
+    quiet_option,
+)
 
 
 @click.command(
@@ -47,20 +55,20 @@ Examples:
 )
 @click.option(
     "--limit",
-    type=click.IntRange(1),
+    type=count(),
     help="The first so many of each set. [default: 100 in fast, all in full]",
 )
 @click.option(
     "--k",
     "samples",
-    type=click.IntRange(1, 256),
+    type=count(1, 256),
     default=1,
     show_default=True,
     help="Samples of each problem, for Avg@k, Maj@k and Pass@k.",
 )
 @click.option(
     "--temperature",
-    type=click.FloatRange(0),
+    type=Number(0),
     help="Of first answers and bare answers. [default: the run's for first answers, 0 for bare "
     "ones; with --k 0.7 in place of 0]",
 )
@@ -106,7 +114,7 @@ Examples:
     metavar="DIR",
     help="Folder of what was generated, for all evaluations. [default: eval in mlx-fd's cache]",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all draws.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of all draws.")
 @json_option
 @quiet_option
 @debug_option

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from mlx_fd.cli.options import PathType, debug_option, json_option, quiet_option
+from mlx_fd.cli.options import PathType, count, debug_option, json_option, quiet_option
 
 
 @click.command(
@@ -75,7 +75,7 @@ Examples:
 )
 @click.option(
     "--parity-problems",
-    type=click.IntRange(1, 1000),
+    type=count(1, 1000),
     default=8,
     show_default=True,
     help="Problems in the parity bundle, which mlx-fd compare reads.",
@@ -172,7 +172,7 @@ Examples:
 )
 @click.option(
     "--limit",
-    type=click.IntRange(0),
+    type=count(0),
     metavar="N",
     help="Answer the first N problems. [default: all of the bundle's, 100 of a source]",
 )

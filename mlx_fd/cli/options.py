@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_fd.config import OPTIONS, Config, Option, override, preset, read
+from mlx_fd.config import (
+    MAX_COUNT,
+    MAX_SEED,
+    OPTIONS,
+    Config,
+    Option,
+    override,
+    preset,
+    read,
+)
 from mlx_fd.models.aliases import TINY
 from mlx_fd.tracking import TRACKERS
 
@@ -21,6 +31,25 @@ _SECTIONS = {
     "episode": "Episode and run",
     "selfdistill": "Method",
 }
+
+
+def count(low: int = 1, high: int = MAX_COUNT) -> click.IntRange:
+    """The type of an option that counts something."""
+    return click.IntRange(low, high)
+
+
+SEED = click.IntRange(0, MAX_SEED)
+
+
+class Number(click.FloatRange):
+    """A finite number within limits; click's own type takes ``nan`` for one."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """The number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 class Words(click.ParamType):
@@ -51,7 +80,10 @@ class PathType(click.ParamType):
         """The path, from the home directory where it begins with ``~``."""
         if not str(value).strip():
             self.fail("the path is empty")
-        return Path(value).expanduser()
+        try:
+            return Path(value).expanduser()
+        except RuntimeError:  # ~NAME of nobody
+            return Path(value)
 
 
 def click_option(option: Option, *, flag: str = "", default: str = "") -> click.Option:
