@@ -210,7 +210,7 @@ def _lines(rows: list[Summary]) -> list[str]:
     body = [
         (
             row.context,
-            str(row.attempts),
+            str(row.attempts or "no attempt"),
             str(row.wrong),
             *(_number(row.mean[part], "+.2f") for part in ("right", "before", "in", "after")),
             f"{_number(row.mass_in, '.0%')} of {_number(row.tokens_in, '.0%')}",
@@ -226,8 +226,14 @@ def _lines(rows: list[Summary]) -> list[str]:
         )
         for line in (head, *body)
     ]
+    silent = ", ".join(row.context for row in rows if not row.attempts)
     return [
         *table,
+        *(
+            [f"no attempt: nothing to read about any of these: {silent} (more --samples?)"]
+            if silent
+            else []
+        ),
         "right, before, in, after: mean advantage of tokens of right attempts, and before, in and "
         "after a first wrong step",
         "mass in: the first wrong step's share of the mass, and of the tokens; against: share of "

@@ -90,6 +90,12 @@ def _share(found: Estimate) -> str:
     return f"{found.value:.0%} <small>({found.low:.0%} to {found.high:.0%})</small>"
 
 
+def _mass(row: Summary) -> str:
+    if math.isnan(row.tokens_in.value):
+        return "n/a"
+    return f"{_share(row.mass_in)}; {row.tokens_in.value:.0%} of the tokens"
+
+
 def _nats(found: Estimate) -> str:
     if math.isnan(found.value):
         return "n/a"
@@ -99,10 +105,10 @@ def _nats(found: Estimate) -> str:
 def _table(rows: Sequence[Summary]) -> str:
     heads = "".join(f"<th>mean {_WORDS[part]}</th>" for part in PARTS)
     lines = [
-        f'<tr><th scope="row">{escape(row.context)}</th><td>{row.attempts} '
+        f'<tr><th scope="row">{escape(row.context)}</th><td>{row.attempts or "no attempt"} '
         f"<small>({row.wrong} wrong)</small></td>"
         + "".join(f"<td>{_nats(row.mean[part])}</td>" for part in PARTS)
-        + f"<td>{_share(row.mass_in)}; {row.tokens_in.value:.0%} of the tokens</td>"
+        + f"<td>{_mass(row)}</td>"
         f"<td>{_share(row.negative)}</td></tr>"
         for row in rows
     ]
