@@ -74,7 +74,9 @@ class ProblemOptions:
     split: str = _option("train", "Split to run on.")
     train_on_test: bool = _option(False, "Allow a run on the test split.")
     episodes: int = _option(400, "Problems to go through.", low=1)
-    skip_bad_rows: bool = _option(False, "Leave out rows that cannot be read.")
+    skip_bad_rows: bool = _option(
+        False, "Leave out problems that cannot be read, or are longer than a model's context."
+    )
 
 
 @dataclass(frozen=True)
@@ -588,7 +590,7 @@ def _checked(option: Option, value: Any, where: str) -> Any:
     elif type(value) is not option.kind:
         kind = {bool: "true or false", int: "a whole number", str: "a text"}[option.kind]
         raise wrong(kind)
-    elif option.kind is str and not _is_plain(value):
+    elif isinstance(value, str) and not _is_plain(value):
         raise wrong("a text in UTF-8 without control characters")
     if option.choices:
         for word in value if option.kind is tuple else (value,):

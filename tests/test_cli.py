@@ -28,6 +28,7 @@ from trained import make_run
 from mlx_fd import cli, runs
 from mlx_fd.cli.judging import harmless
 from mlx_fd.config import PRESETS, read
+from mlx_fd.problems import arithmetic
 
 SCRIPT = str(Path(sysconfig.get_path("scripts")) / "mlx-fd")
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
@@ -351,11 +352,61 @@ def test_models_that_do_not_fit_together(home, mlx_fd, tmp_path):
 def test_too_little_memory(home, mlx_fd, tmp_path):
     file = problems(tmp_path / "p.jsonl", 20000)
     large = ["--problems", file, "--episodes", 19000, "--batch-size", 19000]
-    done = mlx_fd("loop", *tiny(home), *large, "--answer-tokens", 4000)
+    done = mlx_fd("loop", *tiny(home), *large, "--answer-tokens", 1500)
     failed(done, "this run needs up to", "GiB are free", "It fits with --batch-size")
     # No more problems go together than there are.
     done = mlx_fd("loop", *tiny(home), "--batch-size", 10**9, "--out", tmp_path / "out")
     assert done.status == 0, done
+
+
+@pytest.mark.parametrize("command", ["loop", "self-distill", "eval", "advantage"])
+def test_problems_longer_than_the_context(command, home, mlx_fd, tmp_path):
+    file = tmp_path / "long.jsonl"
+    rows = [json.loads(line) for line in (home / "problems.jsonl").read_text().splitlines()[:20]]
+    if command == "advantage":
+        solution = arithmetic.load("validation").problems
+        rows = [{"question": p.question, "answer": p.solution} for p in solution[:20]]
+    for place, words in ((3, 2500), (7, 5000)):
+        rows[place]["question"] += " and 1" * words
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = ["--out", tmp_path / "out"]
+    generation = ["--answer-tokens", 20, "--feedback-tokens", 20]
+    arguments = {
+        "loop": ["loop", *tiny(home), *generation, "--episodes", 18 - 2 - 2],
+        "self-distill": [
+            *("self-distill", "--method", "grpo", "--model", home / "student"),
+            *(*generation, "--episodes", 14, "--probe-size", 2, "--rollouts", 2, "--lora-rank", 2),
+        ],
+        "eval": ["eval", home / "student", "--limit", 14, "--cache", tmp_path / "cache"],
+        "advantage": ["advantage", "tiny-base", "--limit", 10, "--samples", 1],
+    }[command]
+    arguments = [*arguments, "--problems", file, *out]
+    failed(
+        mlx_fd(*arguments),
+        *(" problems are too long for ", "context is 2048 tokens", "--skip-bad-rows"),
+        *(f"{file}: ", "the longest, long-00007, has "),
+    )
+    assert not (tmp_path / "out").exists()
+    if command == "eval":
+        arguments += ["--limit", 2]
+    if command == "advantage":
+        arguments += ["--limit", 2, "--answer-tokens", 8, "--contexts", "reference"]
+    done = mlx_fd(*arguments, "--skip-bad-rows")
+    assert done.status == 0, done
+    assert "2 of 20 problems are too long for" in done.flat and "they are left out" in done.flat
+    if command != "eval":
+        done = mlx_fd(*arguments, "--out", tmp_path / "other", "--answer-tokens", 2048)
+        failed(done, "leaves no room for a problem; take a smaller --answer-tokens")
+
+
+def test_a_problem_longer_than_the_context_is_not_judged(home, mlx_fd):
+    long = "1 + 1 " * 2000
+    done = mlx_fd("feedback", home / "student", "--problem", long, "--answer", "2")
+    failed(done, "problem and answer have", "do not fit into the 2048 of", "smaller --tokens")
+    done = mlx_fd(
+        "feedback", home / "student", "--problem", "1?", "--answer", "2", "--tokens", 2048
+    )
+    failed(done, "leaves no room")
 
 
 def test_out_that_cannot_be_used(home, mlx_fd, run, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from mlx_fd.cli.options import (
     debug_option,
     json_option,
     quiet_option,
+    skip_bad_rows_option,
 )
 from mlx_fd.errors import UserError
 
@@ -93,6 +95,7 @@ Examples:
 )
 @click.option("--noise-level", type=Number(0, 1), default=0.3, show_default=True, help="Words hit.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the draws.")
+@skip_bad_rows_option
 @click.option(
     "--out",
     type=PathType(),
@@ -116,6 +119,7 @@ def advantage(
     noise: str,
     noise_level: float,
     seed: int,
+    skip_bad_rows: bool,
     out: Path | None,
     as_json: bool,
     quiet: bool,
@@ -136,6 +140,7 @@ def advantage(
     from mlx_fd.config import Config, override
     from mlx_fd.display import Steps
     from mlx_fd.feedback import find, open_student
+    from mlx_fd.models.context import fitting
     from mlx_fd.models.loading import load
     from mlx_fd.models.resolve import resolve
     from mlx_fd.runs import failed_write, is_run, write_atomic, write_json
@@ -145,8 +150,9 @@ def advantage(
 
     for name in contexts:
         describe(name)
-    taken = sources.load(problems, split).problems[:limit]
-    analysis.check_known(taken)
+    found = sources.load(problems, split, skip_bad_rows=skip_bad_rows)
+    analysis.check_known(found.problems[:limit])
+    place = find(target)
     is_truth = critic == "truth"
     materials = Materials(
         critic=None if is_truth else load(resolve(critic)),
@@ -156,7 +162,6 @@ def advantage(
         reference_style=reference_style,
         seed=seed,
     )
-    loaded, _ = open_student(find(target))
     config = override(
         Config(),
         {
@@ -169,6 +174,18 @@ def advantage(
         },
         "command line",
     )
+    fits, notes = fitting(
+        found if skip_bad_rows else replace(found, problems=found.problems[:limit]),
+        [place.model],
+        config,
+        skip=skip_bad_rows,
+        with_solutions=True,
+    )
+    taken = fits.problems[:limit]
+    unread = f"{found.skipped} rows of {found.name} could not be read and are left out"
+    for text in [*([unread] if found.skipped else []), *notes]:
+        click.echo(f"warning: {text}", err=True)
+    loaded, _ = open_student(place)
     with Steps(Console(stderr=True), quiet=quiet) as progress:
         attempts = analysis.attempts_of(loaded, taken, config, progress)
         scored = analysis.score(

@@ -16,6 +16,7 @@ from mlx_fd.cli.options import (
     debug_option,
     json_option,
     quiet_option,
+    skip_bad_rows_option,
 )
 
 
@@ -115,6 +116,7 @@ Examples:
     help="Folder of what was generated, for all evaluations. [default: eval in mlx-fd's cache]",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of all draws.")
+@skip_bad_rows_option
 @json_option
 @quiet_option
 @debug_option
@@ -136,6 +138,7 @@ def evaluate(
     out: Path | None,
     cache: Path | None,
     seed: int,
+    skip_bad_rows: bool,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -174,14 +177,19 @@ def evaluate(
         encoder=encoder,
         toxicity=toxicity,
         seed=seed,
+        skip_bad_rows=skip_bad_rows,
     )
     target = open_target(model, expert)
-    sets = suites.make_sets(target, options)
-    folder = suites.choose_folder(target, options, out)
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
-    for text in suites.concerns(target, options):
+
+    def warn(text: str) -> None:
         console.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+
+    sets = suites.make_sets(target, options, warn)
+    folder = suites.choose_folder(target, options, out)
+    for text in suites.concerns(target, options):
+        warn(text)
     total = sum(len(one.items) * one.samples * len(one.systems) for one in sets)
     with runs.explained(folder, "choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)

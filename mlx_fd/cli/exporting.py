@@ -9,7 +9,14 @@ from pathlib import Path
 
 import click
 
-from mlx_fd.cli.options import PathType, count, debug_option, json_option, quiet_option
+from mlx_fd.cli.options import (
+    PathType,
+    count,
+    debug_option,
+    json_option,
+    quiet_option,
+    skip_bad_rows_option,
+)
 
 
 @click.command(
@@ -183,6 +190,7 @@ Examples:
     show_default=True,
     help="Whose tolerances hold. auto: as the file says; a server's count as float.",
 )
+@skip_bad_rows_option
 @click.option("--out", type=PathType(), metavar="DIR", help="Write compare.json and compare.html.")
 @json_option
 @quiet_option
@@ -193,6 +201,7 @@ def compare(
     problems: str | None,
     limit: int | None,
     weights: str,
+    skip_bad_rows: bool,
     out: Path | None,
     as_json: bool,
     quiet: bool,
@@ -213,7 +222,7 @@ def compare(
     with contextlib.ExitStack() as held:
         folders = [held.enter_context(comparison.opened(path)) for path in exports]
         jobs = comparison.plan(folders, engines)
-        asked = comparison.questions(problems, limit)
+        asked = comparison.questions(problems, limit, skip_bad_rows=skip_bad_rows)
         if out is not None:
             make_folder(out)
         steps = held.enter_context(Steps(Console(stderr=True), quiet=quiet))

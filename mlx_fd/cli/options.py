@@ -137,6 +137,9 @@ def with_configuration(command: click.Command) -> click.Command:
     return command
 
 
+skip_bad_rows_option = click.option(
+    "--skip-bad-rows", is_flag=True, help=OPTIONS["skip_bad_rows"].help
+)
 debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 quiet_option = click.option("--quiet", is_flag=True, help="Print warnings and the result only.")
 track_option = click.option(

@@ -17,10 +17,10 @@ _GONE = (errno.EPIPE, errno.EIO)
 class _Lasting(io.FileIO):
     """A file that takes what is written after its reader is gone, and drops it."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any) -> int:
         """As of any file, but for ``| head`` and for a terminal that was closed."""
         try:
-            return super().write(data)
+            return super().write(data) or 0
         except OSError as error:
             # A closed terminal cannot be asked whether it is one; a disk that fails is a file.
             gone = (errno.EPIPE,) if stat.S_ISREG(os.fstat(self.fileno()).st_mode) else _GONE

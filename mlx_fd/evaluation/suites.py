@@ -33,6 +33,7 @@ from mlx_fd.evaluation.readers import load_readers
 from mlx_fd.evaluation.solving import Solving
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.target import Models, Target
+from mlx_fd.models.context import fitting
 from mlx_fd.models.storage import slug
 from mlx_fd.session import versions
 
@@ -69,6 +70,7 @@ class Options:
         encoder: a BERT for BERTScore and cosines.
         toxicity: a BERT classifier, or ``words``.
         seed: of all draws.
+        skip_bad_rows: leave out problems that cannot be read or are longer than a model's context.
     """
 
     suite: str = FAST
@@ -84,6 +86,7 @@ class Options:
     encoder: str | None = None
     toxicity: str | None = None
     seed: int = 0
+    skip_bad_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,15 @@ class Attempted:
 Report = Callable[[Attempted], None]
 
 
-def make_sets(target: Target, options: Options) -> list[Set]:
+def make_sets(
+    target: Target, options: Options, warn: Callable[[str], None] = lambda text: None
+) -> list[Set]:
     """The sets of a suite, with the systems that meet them.
+
+    Args:
+        target: what is evaluated.
+        options: what is asked.
+        warn: told of problems that are left out.
 
     Raises:
         UserError: a file or source that cannot be read, or baselines without an expert.
@@ -118,7 +128,15 @@ def make_sets(target: Target, options: Options) -> list[Set]:
     readers = load_readers(options.encoder, options.toxicity)
 
     def solving(source: str, split: str) -> Solving:
-        found = problems.load(source, split)
+        found = problems.load(source, split, skip_bad_rows=options.skip_bad_rows)
+        if found.skipped:
+            warn(f"{found.skipped} rows of {found.name} could not be read and are left out")
+        paths = [path for path in (target.student, target.expert) if path is not None]
+        skip = options.skip_bad_rows
+        taken = found if skip else dataclasses.replace(found, problems=found.problems[:limit])
+        found, notes = fitting(taken, paths, target.config, skip=skip, option="")
+        for text in notes:
+            warn(text)
         name = Path(source).stem if found.name == source and "/" in source else found.name
         return Solving(f"{name}/{split}", found.problems[:limit], solvers, options.samples, readers)
 
@@ -217,6 +235,8 @@ def _asked(target: Target, options: Options) -> dict[str, Any]:
     chosen = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(options).items()
+        # As evaluations had it that knew no such option.
+        if name != "skip_bad_rows" or value
     }
     hashes = {name: model["sha256"] for name, model in target.models.items()}
     return {**chosen, "sha256": hashes}

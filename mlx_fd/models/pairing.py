@@ -43,7 +43,12 @@ class Pairing:
     warnings: tuple[str, ...]
 
 
-def _tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A model's tokenizer, without its chat template.
+
+    Raises:
+        UserError: there is no tokenizer.json, or none that can be read.
+    """
     from tokenizers import Tokenizer
 
     file = path / "tokenizer.json"
@@ -129,7 +134,7 @@ def check_pair(expert_dir: Path, student_dir: Path) -> Pairing:
                 f"the {role} {path} has no chat template: an Instruct model is needed, not a base "
                 "model"
             )
-    expert, student = _tokenizer(expert_dir), _tokenizer(student_dir)
+    expert, student = read_tokenizer(expert_dir), read_tokenizer(student_dir)
     shared, expert_count, student_count = _shared(expert, student)
     for probe in _PROBES:
         ours, theirs = expert.encode(probe), student.encode(probe)
