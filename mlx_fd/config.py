@@ -70,7 +70,10 @@ class ModelOptions:
 class ProblemOptions:
     """Which problems, how many, in which order."""
 
-    problems: str = _option("gsm8k", "gsm8k, a .jsonl/.csv/.parquet file, or a hub data set.")
+    problems: str = _option(
+        "gsm8k",
+        "gsm8k, arithmetic (made up), a .jsonl, .json, .csv or .parquet file, or a hub data set.",
+    )
     split: str = _option("train", "Split to run on.")
     train_on_test: bool = _option(False, "Allow a run on the test split.")
     episodes: int = _option(400, "Problems to go through.", low=1)
@@ -279,8 +282,8 @@ class EpisodeOptions:
     )
     exam_size: int = _option(
         100,
-        "Answers with known errors that the student judges before the run and after it; 0: none. "
-        "Only with --problems arithmetic, where the truth is known.",
+        "Answers with known errors that the student judges before the run and after it; 0: no "
+        "examination. Only with --problems arithmetic, where the truth is known.",
         low=0,
     )
     probe_every: int = _option(1, "Distilled batches between two looks at the probe set.", low=1)

@@ -27,7 +27,7 @@ from trained import make_run
 
 from mlx_fd import cli, runs
 from mlx_fd.cli.judging import harmless
-from mlx_fd.config import PRESETS, read
+from mlx_fd.config import OPTIONS, PRESETS, read
 from mlx_fd.problems import arithmetic
 
 SCRIPT = str(Path(sysconfig.get_path("scripts")) / "mlx-fd")
@@ -407,6 +407,121 @@ def test_a_problem_longer_than_the_context_is_not_judged(home, mlx_fd):
         "feedback", home / "student", "--problem", "1?", "--answer", "2", "--tokens", 2048
     )
     failed(done, "leaves no room")
+
+
+LATIN = b"K\xf6ln"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["feedback", "tiny", "--problem", LATIN, "--answer", "1"],
+        ["feedback", "tiny", b"--problem=" + LATIN, "--answer", "1"],
+        ["feedback", "tiny", "--problem", "1?", "--answer", LATIN],
+        ["loop", "--preset", "tiny", "--out", LATIN],
+        ["loop", "--preset", "tiny", "--problems", LATIN + b".jsonl"],
+        ["self-distill", "--method", "grpo", "--out", LATIN],
+        ["eval", "tiny", "--out", LATIN],
+        ["eval", "tiny", "--cache", LATIN],
+        ["export", "tiny", "--out", LATIN],
+        ["compare", "x", "--out", LATIN],
+        ["report", LATIN],
+        ["resume", LATIN],
+        ["advantage", LATIN],
+    ],
+)
+def test_arguments_that_are_not_utf8(arguments, tmp_path):
+    done = subprocess.run(
+        [SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    failed(Done(done.returncode, done.stdout, done.stderr), "'K\\udcf6ln", "is not UTF-8 text")
+    place = next(k for k, value in enumerate(arguments) if LATIN in os.fsencode(value))
+    for option in (arguments[place - 1], arguments[place]):
+        if b"--" in os.fsencode(option):
+            assert os.fsencode(option).partition(b"=")[0].decode() in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["file", "stdin"])
+def test_texts_that_are_not_utf8(how, home, tmp_path):
+    file = tmp_path / "latin.txt"
+    file.write_bytes(b"In K\xf6ln, 1 + 1?")
+    problem = f"@{file}" if how == "file" else "-"
+    # A locale of another century says nothing about the text.
+    for locale in ("C", "C.UTF-8"):
+        done = subprocess.run(
+            [SCRIPT, "feedback", home / "student", "--problem", problem, "--answer", "2"],
+            input=file.read_bytes(),
+            env={**os.environ, "LC_ALL": locale},
+            capture_output=True,
+            check=False,
+        )
+        done = Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+        failed(done, f"--problem {problem}: cannot be read: it is not UTF-8 text (at byte 4)")
+
+
+def test_a_current_folder_that_is_not_utf8(home, tmp_path):
+    folder = tmp_path / os.fsdecode(LATIN)
+    folder.mkdir()
+    done = subprocess.run(
+        [SCRIPT, "loop", *tiny(home), "--teacher-top-k", "4", "--teacher-cache", "cache"],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "this name is not UTF-8 text" in done.stderr, done
+    assert "a bug in mlx-fd" not in done.stderr
+
+
+@pytest.mark.parametrize("value", [2**64, -1, "1" * 5000, "nan"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["loop", "--preset", "tiny"],
+        ["self-distill", "--method", "grpo"],
+        ["eval", "tiny"],
+        ["advantage", "tiny-base"],
+    ],
+)
+def test_seeds_that_are_none(arguments, value, mlx_fd):
+    done = mlx_fd(*arguments, "--seed", value)
+    failed(done)
+    assert "seed" in done.err and len(done.err) < 6000
+
+
+def test_counts_and_numbers_have_bounds(mlx_fd):
+    for name, option in OPTIONS.items():
+        if option.kind in (int, float) and option.section != "selfdistill":
+            flag = "--" + name.replace("_", "-")
+            done = mlx_fd("loop", "--preset", "tiny", flag, "9" * 50)
+            failed(done, f"command line: {name} must be at most ")
+    for arguments in (
+        ["eval", "tiny", "--limit", 2**31],
+        ["eval", "tiny", "--temperature", "nan"],
+        ["eval", "tiny", "--temperature", "inf"],
+        ["advantage", "tiny", "--samples", 2**31],
+        ["advantage", "tiny", "--noise-level", "nan"],
+        ["feedback", "tiny", "--problem", "1", "--answer", "1", "--tokens", 2**31],
+        ["report", ".", "--episodes", 2**31],
+        ["export", "tiny", "--out", "x", "--parity-problems", 1001],
+        ["compare", "x", "--limit", -1],
+    ):
+        failed(mlx_fd(*arguments), f"Invalid value for '{arguments[-2]}'")
+
+
+def test_nobodys_home(mlx_fd):
+    done = mlx_fd("feedback", "tiny", "--problem", "@~nobody-at-all/x", "--answer", "1")
+    failed(done, "--problem @~nobody-at-all/x: cannot be read")
+    for arguments in (["advantage", "~nobody-at-all"], ["eval", "~nobody-at-all/x"]):
+        failed(mlx_fd(*arguments), "home directory")
+
+
+def test_help_says_what_options_are_here(mlx_fd):
+    text = " ".join(mlx_fd("self-distill", "--help").out.split())
+    assert "--model TEXT The model that learns" in text and "[default: tiny-base]" in text
+    assert "Empty: none. [default: empty]" in text
+    assert "default student" not in text and "2147483647" not in text
+    assert "batch that lags" not in text
+    for command in ("eval", "advantage", "compare", "loop", "self-distill"):
+        assert "--skip-bad-rows" in mlx_fd(command, "--help").out
 
 
 def test_out_that_cannot_be_used(home, mlx_fd, run, tmp_path):

@@ -120,6 +120,8 @@ def _message(error: Exception) -> tuple[str, int]:
             f"{shown(error.object)}: this name is not UTF-8 text, and a run's files hold names as "
             "UTF-8; rename it"
         ), 2
+    if isinstance(error, RuntimeError) and str(error) == "Could not determine home directory.":
+        return "a path begins with ~NAME, and there is no such user's home directory here", 2
     return (
         f"{type(error).__name__}: {error}\nThis is a bug in mlx-fd. Re-run with --debug and open "
         "an issue: https://github.com/mlx-fd/mlx-fd/issues"

@@ -12,10 +12,10 @@ import click
 
 from mlx_fd.cli.options import (
     SEED,
+    Count,
     Number,
     PathType,
     Words,
-    count,
     debug_option,
     json_option,
     quiet_option,
@@ -49,9 +49,11 @@ Examples:
     help="What the self-teacher sees.",
 )
 @click.option("--problems", default="arithmetic", show_default=True, help="Generated problems.")
-@click.option("--split", default="validation", show_default=True, help="Of the problems.")
-@click.option("--limit", type=count(), default=40, show_default=True, help="Problems to take.")
-@click.option("--samples", type=count(), default=4, show_default=True, help="Attempts at each.")
+@click.option("--split", default="validation", show_default=True, help="Split of the problems.")
+@click.option("--limit", type=Count(), default=40, show_default=True, help="Problems to take.")
+@click.option(
+    "--samples", type=Count(), default=4, show_default=True, help="Attempts at each problem."
+)
 @click.option(
     "--temperature",
     type=Number(0.01),
@@ -61,7 +63,7 @@ Examples:
 )
 @click.option(
     "--answer-tokens",
-    type=count(),
+    type=Count(),
     default=128,
     show_default=True,
     help="Most tokens of an attempt.",
@@ -93,7 +95,13 @@ Examples:
     show_default=True,
     help="Noise on the questions.",
 )
-@click.option("--noise-level", type=Number(0, 1), default=0.3, show_default=True, help="Words hit.")
+@click.option(
+    "--noise-level",
+    type=Number(0, 1),
+    default=0.3,
+    show_default=True,
+    help="Share of the words hit.",
+)
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the draws.")
 @skip_bad_rows_option
 @click.option(

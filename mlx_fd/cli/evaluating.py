@@ -10,9 +10,9 @@ import click
 
 from mlx_fd.cli.options import (
     SEED,
+    Count,
     Number,
     PathType,
-    count,
     debug_option,
     json_option,
     quiet_option,
@@ -56,13 +56,13 @@ Examples:
 )
 @click.option(
     "--limit",
-    type=count(),
+    type=Count(),
     help="The first so many of each set. [default: 100 in fast, all in full]",
 )
 @click.option(
     "--k",
     "samples",
-    type=count(1, 256),
+    type=Count(1, 256),
     default=1,
     show_default=True,
     help="Samples of each problem, for Avg@k, Maj@k and Pass@k.",

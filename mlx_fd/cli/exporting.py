@@ -10,12 +10,11 @@ from pathlib import Path
 import click
 
 from mlx_fd.cli.options import (
+    Count,
     PathType,
-    count,
     debug_option,
     json_option,
     quiet_option,
-    skip_bad_rows_option,
 )
 
 
@@ -82,7 +81,7 @@ Examples:
 )
 @click.option(
     "--parity-problems",
-    type=count(1, 1000),
+    type=Count(1, 1000),
     default=8,
     show_default=True,
     help="Problems in the parity bundle, which mlx-fd compare reads.",
@@ -179,7 +178,7 @@ Examples:
 )
 @click.option(
     "--limit",
-    type=count(0),
+    type=Count(0),
     metavar="N",
     help="Answer the first N problems. [default: all of the bundle's, 100 of a source]",
 )
@@ -190,7 +189,9 @@ Examples:
     show_default=True,
     help="Whose tolerances hold. auto: as the file says; a server's count as float.",
 )
-@skip_bad_rows_option
+@click.option(
+    "--skip-bad-rows", is_flag=True, help="Leave out rows of --problems that cannot be read."
+)
 @click.option("--out", type=PathType(), metavar="DIR", help="Write compare.json and compare.html.")
 @json_option
 @quiet_option

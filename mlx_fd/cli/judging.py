@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mlx_fd.cli.options import count, debug_option, json_option
+from mlx_fd.cli.options import Count, debug_option, json_option
 from mlx_fd.errors import UserError
 
 
@@ -25,7 +25,7 @@ Examples:
 @click.option("--answer", required=True, help="The answer to judge; likewise.")
 @click.option(
     "--tokens",
-    type=count(),
+    type=Count(),
     default=192,
     show_default=True,
     help="Most tokens of the feedback.",

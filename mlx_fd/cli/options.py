@@ -33,12 +33,20 @@ _SECTIONS = {
 }
 
 
-def count(low: int = 1, high: int = MAX_COUNT) -> click.IntRange:
-    """The type of an option that counts something."""
-    return click.IntRange(low, high)
+class Count(click.ParamType):
+    """A whole number within limits, which the help need not show."""
+
+    name = "integer"
+
+    def __init__(self, low: int = 1, high: int = MAX_COUNT):
+        self._range = click.IntRange(low, high)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """The number."""
+        return int(self._range.convert(value, param, ctx))
 
 
-SEED = click.IntRange(0, MAX_SEED)
+SEED = Count(0, MAX_SEED)
 
 
 class Number(click.FloatRange):
@@ -86,29 +94,37 @@ class PathType(click.ParamType):
             return Path(value)
 
 
-def click_option(option: Option, *, flag: str = "", default: str = "") -> click.Option:
+def click_option(
+    option: Option, *, flag: str = "", default: str = "", help: str = ""
+) -> click.Option:
     """An option of the configuration as one of the command line; not given, it is ``None``.
 
     Args:
         option: the option.
         flag: its flag, where that is not its name.
         default: what is said of its default, where that is not the option's.
+        help: what is said of it, where it means something else there.
     """
     flag = flag or "--" + option.name.replace("_", "-")
-    text = option.help
+    text = help or option.help
     if option.choices:
         text += f" One of: {', '.join(option.choices)}."
-    value = option.default
-    shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    shown = default or shown
+    text += f" [default: {default or shown_default(option.default)}]"
     if option.kind is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
-    text += f" [default: {shown or 'empty'}]"
     if option.kind is tuple:
         kind: Any = Words(numbers=not option.choices)
     else:
         kind = {int: click.INT, float: click.FLOAT, str: click.STRING}[option.kind]
     return click.Option([flag, option.name], type=kind, default=None, help=text)
+
+
+def shown_default(value: Any) -> str:
+    """A default as the help shows it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return shown or "empty"
 
 
 class ConfiguredCommand(click.Command):
