@@ -399,6 +399,17 @@ def test_problems_longer_than_the_context(command, home, mlx_fd, tmp_path):
         failed(done, "leaves no room for a problem; take a smaller --answer-tokens")
 
 
+def test_instructions_longer_than_the_context(home, mlx_fd, tmp_path):
+    file = tmp_path / "alpaca.json"
+    rows = [{"instruction": "Count", "input": "", "output": "1"} for _ in range(3)]
+    rows[1]["input"] = "1 and " * 3000
+    file.write_text(json.dumps(rows))
+    full = ["--suite", "full", "--limit", 3, "--instructions", file, "--cache", tmp_path / "cache"]
+    done = mlx_fd("eval", home / "student", *full, "--out", tmp_path / "out")
+    failed(done, f"{file}: 1 of 3 problems are too long", "the longest, alpaca-00001, has")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_problem_longer_than_the_context_is_not_judged(home, mlx_fd):
     long = "1 + 1 " * 2000
     done = mlx_fd("feedback", home / "student", "--problem", long, "--answer", "2")

@@ -73,8 +73,16 @@ def interruptible() -> Iterator[None]:
     def handle(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    with _watched((signal.SIGINT,), handle, lambda number: None):
+    with _watched((signal.SIGINT,), handle, lambda number: _show_cursor()):
         yield
+
+
+def _show_cursor() -> None:
+    """Give a terminal its cursor back, which a progress bar hides."""
+    from rich.console import Console
+
+    # With the second Ctrl-C nothing can be tidied up any more.
+    Console(stderr=True).show_cursor()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_fd import problems, runs
+from mlx_fd import problems, roles, runs
 from mlx_fd.baselines import BASE, CLEAR, LOOP, STUDENT, SYSTEMS
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation import exam, instructing, processbench
@@ -33,7 +33,7 @@ from mlx_fd.evaluation.readers import load_readers
 from mlx_fd.evaluation.solving import Solving
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.target import Models, Target
-from mlx_fd.models.context import fitting
+from mlx_fd.models.context import fitting, short_enough
 from mlx_fd.models.storage import slug
 from mlx_fd.session import versions
 
@@ -127,11 +127,13 @@ def make_sets(
     both = (STUDENT, "expert") if options.baselines else (STUDENT,)
     readers = load_readers(options.encoder, options.toxicity)
 
+    paths = [path for path in (target.student, target.expert) if path is not None]
+    written = target.config.generation.answer_tokens
+
     def solving(source: str, split: str) -> Solving:
         found = problems.load(source, split, skip_bad_rows=options.skip_bad_rows)
         if found.skipped:
             warn(f"{found.skipped} rows of {found.name} could not be read and are left out")
-        paths = [path for path in (target.student, target.expert) if path is not None]
         skip = options.skip_bad_rows
         taken = found if skip else dataclasses.replace(found, problems=found.problems[:limit])
         found, notes = fitting(taken, paths, target.config, skip=skip, option="")
@@ -139,6 +141,16 @@ def make_sets(
             warn(text)
         name = Path(source).stem if found.name == source and "/" in source else found.name
         return Solving(f"{name}/{split}", found.problems[:limit], solvers, options.samples, readers)
+
+    def short(path: Path, items: Sequence[Any], texts: Sequence[str]) -> tuple[Any, ...]:
+        places, notes = short_enough(
+            *(str(path), [item.id for item in items], texts, paths, "", written),
+            skip=options.skip_bad_rows,
+            option="",
+        )
+        for text in notes:
+            warn(text)
+        return tuple(items[place] for place in places)
 
     sets: list[Set] = [solving(source, options.split)]
     if source == ARITHMETIC:
@@ -148,9 +160,18 @@ def make_sets(
         return sets
     if options.instructions is not None:
         asked_for = instructing.read(options.instructions)[:limit]
+        asked_for = short(options.instructions, asked_for, [item.prompt for item in asked_for])
         sets.append(Instructing(options.instructions.stem, asked_for, both, readers))
     if options.processbench is not None:
         items = processbench.read(options.processbench)[:limit]
+        items = short(
+            options.processbench,
+            items,
+            [
+                f"{item.problem}\n{roles.feedback_prompt()}{chr(10).join(item.steps)}"
+                for item in items
+            ],
+        )
         sets.append(Locating(options.processbench.stem, items, both))
     elsewhere = [solving(ARITHMETIC, "transfer")]
     if options.transfer is not None:

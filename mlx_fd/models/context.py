@@ -101,30 +101,57 @@ def fitting(
     texts = [problem.question for problem in found.problems]
     if with_solutions:
         texts = [f"{problem.question}\n{problem.solution}" for problem in found.problems]
+    places, notes = short_enough(
+        *(found.name, [problem.id for problem in found.problems], texts, paths, prompts, written),
+        skip=skip,
+        option=option,
+    )
+    kept = tuple(found.problems[place] for place in places)
+    return dataclasses.replace(found, problems=kept), notes
+
+
+def short_enough(
+    name: str,
+    ids: Sequence[str],
+    texts: Sequence[str],
+    paths: Sequence[Path],
+    prompts: str,
+    written: int,
+    *,
+    skip: bool,
+    option: str,
+) -> tuple[list[int], tuple[str, ...]]:
+    """Places of the texts that every model can read, and what to tell the user of the others.
+
+    Args:
+        name: where the texts are from.
+        ids: what each is called.
+        texts: the texts.
+        paths: the models' directories.
+        prompts: as for :func:`too_long`.
+        written: as for :func:`too_long`.
+        skip: leave texts out that are too long, instead of refusing them.
+        option: as for :func:`too_long`.
+
+    Raises:
+        UserError: texts are too long, and not to be left out, or all are.
+    """
+    places, notes = list(range(len(texts))), []
     for path in dict.fromkeys(paths):
-        counts = too_long(texts, path, prompts, written, option)
+        counts = too_long([texts[place] for place in places], path, prompts, written, option)
         if not counts:
             continue
-        worst = max(counts, key=lambda place: counts[place])
+        worst = max(counts, key=lambda number: counts[number])
         text = (
-            f"{found.name}: {len(counts)} of {len(texts)} problems are too long for {path}, whose "
+            f"{name}: {len(counts)} of {len(places)} problems are too long for {path}, whose "
             f"context is {context_length(path)} tokens, with up to {written} to be written: the "
-            f"longest, {found.problems[worst].id}, has {counts[worst]}"
+            f"longest, {ids[places[worst]]}, has {counts[worst]}"
         )
         if not skip:
             advice = f" take a smaller {option}," if option else ""
             raise UserError(f"{text}. Shorten them,{advice} or leave them out with --skip-bad-rows")
-        if len(counts) == len(texts):
+        places = [place for number, place in enumerate(places) if number not in counts]
+        notes.append(f"{text}; they are left out")
+        if not places:
             raise UserError(f"{text}. None is left")
-        kept = [place for place in range(len(texts)) if place not in counts]
-        problems = tuple(found.problems[place] for place in kept)
-        rest, notes = fitting(
-            dataclasses.replace(found, problems=problems),
-            paths,
-            config,
-            skip=skip,
-            with_solutions=with_solutions,
-            option=option,
-        )
-        return rest, (f"{text}; they are left out", *notes)
-    return found, ()
+    return places, tuple(notes)
