@@ -233,7 +233,7 @@ def test_reference_page_is_up_to_date():
         ("feedback", ["Missing argument 'MODEL'"]),
         ("feedback none --problem 1", ["Missing option '--answer'"]),
         ("feedback none --problem 1 --answer 1", ["there is no model none", "this machine"]),
-        ("feedback none --problem 1 --answer 1 --tokens 0", ["--tokens", "x>=1"]),
+        ("feedback none --problem 1 --answer 1 --tokens 0", ["--tokens", "1<=x"]),
         ("feedback none --problem '  ' --answer 1", ["--problem: is empty"]),
         ("feedback none --problem 1 --answer ''", ["--answer: is empty"]),
         ("feedback none --problem @none.txt --answer 1", ["@none.txt: cannot be read: No such"]),

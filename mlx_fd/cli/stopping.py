@@ -100,7 +100,7 @@ def _watched(
     before = {
         number: signal.getsignal(number)
         for number in numbers
-        if signal.getsignal(number) != signal.SIG_IGN
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)  # None: not Python's to change
     }
     deadly = before.keys() & {signal.SIGINT, signal.SIGTERM}
     hears, tells = os.pipe()
