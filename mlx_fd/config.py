@@ -11,7 +11,8 @@ import difflib
 import math
 import tomllib
 import typing
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,14 @@ from typing import Any
 import tomli_w
 
 from mlx_fd.errors import UserError
+
+MAX_COUNT = 2**31 - 1
+"""No option that counts something is larger: indices of arrays are 32-bit integers."""
+MAX_SEED = 2**63 - 1
+"""The largest integer that every reader of TOML takes."""
+_MAX_FLOAT = 3e38  # float32, in which all that is computed with them is, has nothing larger
+_SHOWN_LENGTH = 80
+_MAX_BYTES = 1 << 20
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
@@ -61,11 +70,16 @@ class ModelOptions:
 class ProblemOptions:
     """Which problems, how many, in which order."""
 
-    problems: str = _option("gsm8k", "gsm8k, a .jsonl/.csv/.parquet file, or a hub data set.")
+    problems: str = _option(
+        "gsm8k",
+        "gsm8k, arithmetic (made up), a .jsonl, .json, .csv or .parquet file, or a hub data set.",
+    )
     split: str = _option("train", "Split to run on.")
     train_on_test: bool = _option(False, "Allow a run on the test split.")
     episodes: int = _option(400, "Problems to go through.", low=1)
-    skip_bad_rows: bool = _option(False, "Leave out rows that cannot be read.")
+    skip_bad_rows: bool = _option(
+        False, "Leave out problems that cannot be read, or are longer than a model's context."
+    )
 
 
 @dataclass(frozen=True)
@@ -268,14 +282,14 @@ class EpisodeOptions:
     )
     exam_size: int = _option(
         100,
-        "Answers with known errors that the student judges before the run and after it; 0: none. "
-        "Only with --problems arithmetic, where the truth is known.",
+        "Answers with known errors that the student judges before the run and after it; 0: no "
+        "examination. Only with --problems arithmetic, where the truth is known.",
         low=0,
     )
     probe_every: int = _option(1, "Distilled batches between two looks at the probe set.", low=1)
     checkpoint_every: int = _option(4, "Batches between two checkpoints.", low=1)
     keep_checkpoints: int = _option(3, "Checkpoints kept beside the best one.", low=2)
-    seed: int = _option(0, "One seed gives one run.", low=0)
+    seed: int = _option(0, "One seed gives one run.", low=0, high=MAX_SEED)
 
 
 CONTEXTS = (
@@ -462,13 +476,15 @@ class Option:
 
 def _options() -> dict[str, Option]:
     found = {}
+    largest = {int: MAX_COUNT, float: _MAX_FLOAT}
     sections = typing.get_type_hints(Config)
     for section in fields(Config):
         hints = typing.get_type_hints(sections[section.name])
         for item in fields(sections[section.name]):
             kind = typing.get_origin(hints[item.name]) or hints[item.name]
+            limits = {"high": largest[kind]} if kind in largest else {}
             found[item.name] = Option(
-                section.name, item.name, kind, item.default, **dict(item.metadata)
+                section.name, item.name, kind, item.default, **{**limits, **item.metadata}
             )
     return found
 
@@ -553,22 +569,23 @@ def _suggest(word: str, words: list[str]) -> str:
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
+def shown(value: Any) -> str:
+    """A value as an error message shows it: on one line, and cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= _SHOWN_LENGTH else f"{text[: _SHOWN_LENGTH - 3]}..."
+
+
 def _checked(option: Option, value: Any, where: str) -> Any:
     """``value`` as the option's type, within its limits."""
 
     def wrong(expected: str) -> UserError:
-        return UserError(f"{where}: {option.name} must be {expected}, not {value!r}.")
+        return UserError(f"{where}: {option.name} must be {expected}, not {shown(value)}.")
 
     if option.kind is tuple:
-        if isinstance(value, str) or not isinstance(value, (list, tuple)):
-            raise wrong("a list")
-        if not option.choices and not all(_is_number(item) and item > 0 for item in value):
-            raise wrong("a list of positive numbers")
-        value = tuple(value) if option.choices else tuple(float(item) for item in value)
-        if option.choices and not value:
-            raise wrong(f"a list with at least one of {', '.join(option.choices)}")
-        if option.choices and len(set(value)) != len(value):
-            raise wrong("a list without repetitions")
+        value = _checked_list(option, value, wrong)
     elif option.kind is float:
         if not _is_number(value):
             raise wrong("a finite number")
@@ -576,22 +593,56 @@ def _checked(option: Option, value: Any, where: str) -> Any:
     elif type(value) is not option.kind:
         kind = {bool: "true or false", int: "a whole number", str: "a text"}[option.kind]
         raise wrong(kind)
+    elif isinstance(value, str) and not _is_plain(value):
+        raise wrong("a text in UTF-8 without control characters")
     if option.choices:
         for word in value if option.kind is tuple else (value,):
             if word not in option.choices:
                 hint = _suggest(str(word), list(option.choices))
                 raise UserError(
-                    f"{where}: {option.name} takes {', '.join(option.choices)}, not {word!r}{hint}"
+                    f"{where}: {option.name} takes {', '.join(option.choices)}, not "
+                    f"{shown(word)}{hint}"
                 )
     if option.low is not None and value < option.low:
-        raise wrong(f"at least {option.low:g}")
+        raise wrong(f"at least {_limit(option.low)}")
     if option.high is not None and value > option.high:
-        raise wrong(f"at most {option.high:g}")
+        raise wrong(f"at most {_limit(option.high)}")
     return value
 
 
+def _checked_list(option: Option, value: Any, wrong: Callable[[str], UserError]) -> tuple[Any, ...]:
+    """A list of words, where the option has choices, or of positive numbers."""
+    if not isinstance(value, (list, tuple)):
+        raise wrong("a list")
+    if not option.choices:
+        if not all(_is_number(item) and 0 < item <= _MAX_FLOAT for item in value):
+            raise wrong("a list of positive numbers")
+        return tuple(float(item) for item in value)
+    if not value:
+        raise wrong(f"a list with at least one of {', '.join(option.choices)}")
+    if not all(isinstance(item, str) for item in value):
+        raise wrong("a list of words")
+    if len(set(value)) != len(value):
+        raise wrong("a list without repetitions")
+    return tuple(value)
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text can stand in a file of a run: no part of a path or name has controls."""
+    return not any(unicodedata.category(c) in ("Cc", "Cs") for c in text)
+
+
+def _limit(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
@@ -612,7 +663,9 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
     by_section: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         if name not in OPTIONS:
-            raise UserError(f"{where}: there is no option {name!r}{_suggest(name, list(OPTIONS))}")
+            raise UserError(
+                f"{where}: there is no option {shown(name)}{_suggest(name, list(OPTIONS))}"
+            )
         option = OPTIONS[name]
         by_section.setdefault(option.section, {})[name] = _checked(option, value, where)
     config = dataclasses.replace(
@@ -657,27 +710,54 @@ def read(path: Path, config: Config | None = None) -> Config:
     Raises:
         UserError: the file cannot be read or parsed (with the line), or an option is wrong.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a TOML file: {error}") from error
     sections = [item.name for item in fields(Config)]
     changes: dict[str, Any] = {}
-    for key, value in content.items():
-        if not isinstance(value, dict):
-            changes[key] = value
-        elif key in sections:
-            for name in value:
-                if name in OPTIONS and OPTIONS[name].section != key:
-                    raise UserError(
-                        f"{path}: {name} belongs into [{OPTIONS[name].section}], not [{key}]."
-                    )
-            changes.update(value)
-        else:
-            raise UserError(f"{path}: there is no table [{key}]{_suggest(key, sections)}")
+    for key, value in _parsed(path).items():
+        # At the top of the file, or in a table.
+        given = value if isinstance(value, dict) else {key: value}
+        if isinstance(value, dict):
+            # Some names (gate, losses, problems) are an option's and a table's.
+            if key not in sections and key in OPTIONS:
+                raise UserError(f"{path}: {key} is an option, not a table: write {key} = ...")
+            if key not in sections:
+                raise UserError(
+                    f"{path}: there is no table [{shown(key)[1:-1]}]{_suggest(key, sections)}"
+                )
+        elif key in sections and key not in OPTIONS:
+            raise UserError(f"{path}: {key} is a table: write [{key}], and its options below it.")
+        for name, setting in given.items():
+            if isinstance(value, dict) and name in OPTIONS and OPTIONS[name].section != key:
+                raise UserError(
+                    f"{path}: {name} belongs into [{OPTIONS[name].section}], not [{key}]."
+                )
+            if name in changes:
+                raise UserError(
+                    f"{path}: {shown(name)[1:-1]} is there twice, at the top and in its table."
+                )
+            changes[name] = setting
     return override(config or Config(), changes, str(path))
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """What a TOML file holds.
+
+    Raises:
+        UserError: it cannot be read or parsed.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise UserError(f"{path}: not a configuration: larger than {_MAX_BYTES >> 20} MiB")
+        return tomllib.loads(content.decode("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not a TOML file: nested too deeply") from error
+    # TOMLDecodeError and UnicodeDecodeError are ValueErrors, as is what Python says of an integer
+    # of thousands of digits.
+    except ValueError as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from error
 
 
 def to_toml(config: Config) -> str:

@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -23,6 +25,7 @@ from mlx_fd.terminal import strip_control_chars
 _MARKS = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]amiss[/]"}
 _BACKEND_PACKAGES = ("mlx-cpu", "mlx-metal", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
 _LITTLE_DISK = 10 * 2**30
+_TRIED = 1 << 16
 
 
 def _row(what: str, state: str, text: str) -> dict[str, str]:
@@ -112,15 +115,47 @@ def _memory_row() -> dict[str, str]:
 
 
 def _disk_row() -> dict[str, str]:
-    folder = cache_dir()
-    while not folder.exists():
-        folder = folder.parent
+    from huggingface_hub import constants
+
+    kept = {"converted models": cache_dir(), "downloads": Path(constants.HF_HUB_CACHE)}
+    for what, where in kept.items():
+        if failure := _why_not_written(where):
+            variable = "MLX_FD_CACHE" if where == cache_dir() else "HF_HUB_CACHE"
+            text = (
+                f"{where} cannot be written ({failure}), where {what} are kept; set {variable} to "
+                "a folder that can"
+            )
+            return _row("disk", "bad", text)
+    folder = _existing(cache_dir())
     free = shutil.disk_usage(folder).free
     return _row(
         "disk",
         "good" if free > _LITTLE_DISK else "note",
         f"{free / 2**30:.1f} GiB free where converted models are kept ({cache_dir()})",
     )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or what is there of the path to it."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _why_not_written(folder: Path) -> str | None:
+    """Why no file can be made in a folder, found by making one; ``None``: one can."""
+    try:
+        there = _existing(folder)
+        if not there.is_dir():
+            return f"{there} is a file"
+        # Permissions do not tell: not of a disk that is full, or of one that is read-only.
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(_TRIED))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _models_row() -> dict[str, str]:

@@ -13,6 +13,7 @@ from mlx_fd.episode import feedback_request, head_score, parsed
 from mlx_fd.errors import UserError
 from mlx_fd.generation import Conversation, Sampling, generate, opening, prefill
 from mlx_fd.models import fingerprint
+from mlx_fd.models.context import context_length, too_long
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.student import (
@@ -123,6 +124,7 @@ def give_feedback(name: str, problem: str, answer: str, max_tokens: int) -> dict
         student, ``score``: its score head's, in (-1, 1).
     """
     place = find(name)
+    _check_length(place.model, problem, answer, max_tokens)
     loaded, student = open_student(place)
     tokenizer = loaded.tokenizer
     prompt = (
@@ -138,3 +140,14 @@ def give_feedback(name: str, problem: str, answer: str, max_tokens: int) -> dict
     else:
         score = {"score": round(head_score(student, loaded, hidden, before, prompt, turn), 4)}
     return {**score, "written_score": written.score, "feedback": written.text}
+
+
+def _check_length(model: Path, problem: str, answer: str, max_tokens: int) -> None:
+    prompts = roles.answer_prompt("") + roles.feedback_prompt()
+    counts = too_long([f"{problem}\n{answer}"], model, prompts, max_tokens, "--tokens")
+    if counts:
+        raise UserError(
+            f"problem and answer have {counts[0]} tokens, and with up to {max_tokens} tokens of "
+            f"feedback do not fit into the {context_length(model)} of {model}; shorten them, or "
+            "take a smaller --tokens"
+        )

@@ -84,16 +84,24 @@ def make_plan(config: Config) -> Plan:
     fingerprint.prefetch(expert_path, student_path)
 
     from mlx_fd.backend import backend
+    from mlx_fd.models.context import fitting
     from mlx_fd.models.pairing import check_pair
 
     pairing = check_pair(expert_path, student_path)
+    skip = options.skip_bad_rows
+    used = found if skip else dataclasses.replace(found, problems=(*probe, *chosen))
+    fits, left_out = fitting(used, (expert_path, student_path), config, skip=skip)
+    if left_out:
+        probe, chosen = problem_sets.probe_and_train(
+            fits, config.episode.probe_size, options.episodes, config.episode.seed
+        )
     here = backend()
     if "attention" in config.losses.losses:
         _check_attention(expert_path, student_path)
     questions = [problem.question for problem in (*probe, *chosen)]
     check_run_memory(expert_path, student_path, questions, config, here.on_cpu)
     manifest = manifest_of(config, expert_path, student_path, found, pairing.shared_vocab)
-    notes = list(pairing.warnings)
+    notes = [*pairing.warnings, *left_out]
     if found.skipped:
         notes.append(f"{found.skipped} rows of {found.name} could not be read and are left out")
     return Plan(

@@ -13,7 +13,7 @@ import click
 
 from mlx_fd.cli import cli
 from mlx_fd.cli.options import ConfiguredCommand
-from mlx_fd.config import OPTIONS, PRESETS
+from mlx_fd.config import MAX_COUNT, OPTIONS, PRESETS
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 
@@ -31,7 +31,8 @@ def limits(option):
         return ", ".join(option.choices)
     if option.kind in (int, float):
         low = "" if option.low is None else f"{option.low:g}"
-        high = "" if option.high is None else f"{option.high:g}"
+        # What no integer of 32 bits can be goes without saying.
+        high = "" if option.high is None or option.high >= MAX_COUNT else f"{option.high:g}"
         return f"{low} .. {high}" if low or high else ""
     return ""
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 
 import mlx.core as mx
@@ -266,6 +267,23 @@ def test_the_command_writes_a_page_and_numbers(tmp_path):
     again = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert again.output.startswith("context")
     assert json.loads((out / "advantage.json").read_text()) == report
+
+
+def test_contexts_that_teach_no_attempt_are_rows_of_the_table(tmp_path):
+    out = tmp_path / "found"
+    arguments = ["advantage", "tiny-base", "--limit", "2", "--samples", "1", "--out", str(out)]
+    arguments += ["--contexts", "contrast,reference"]
+    done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    # Wrong hints come from other answers, and there is one attempt at each problem.
+    assert re.search(r"^contrast +no attempt +0 +n/a", done.output, re.MULTILINE)
+    assert (
+        "no attempt: nothing to read about any of these: contrast (more --samples?)\n"
+        in done.output
+    )
+    found = json.loads((out / "advantage.json").read_text())["contexts"]
+    assert [row["attempts"] for row in found] == [0, 2]
+    html = (out / "advantage.html").read_text()
+    assert "no attempt" in html and "nan" not in html.lower()
 
 
 @pytest.mark.parametrize(

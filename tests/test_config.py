@@ -1,4 +1,5 @@
 import dataclasses
+import random
 
 import pytest
 from hypothesis import given
@@ -61,6 +62,26 @@ def test_options_stand_in_their_table_or_at_the_top(tmp_path):
         ("sequential = 'yes'", "true or false"),
         ("seed = \nkl = 'reverse'", "line 1"),
         ("seed = 1\nseed = 2\nkl = 'reverse'", "line 2"),
+        (f"seed = {2**63}", f"at most {2**63 - 1}"),
+        (f"seed = 0x{'f' * 9000}", "an integer of thousands of digits"),
+        (f"seed = {'9' * 5000}", "not a TOML file"),
+        (f"batch_size = {2**31}", f"at most {2**31 - 1}"),
+        (f"clip = 1{'0' * 400}", "finite"),
+        ("clip = 1e39", "at most 3e+38"),
+        ("scales = [1, 1, 1, 1e39]", "positive"),
+        ("losses = [['lm'], {a = 1}]", "a list of words"),
+        ("losses = [1979-05-27]", "a list of words"),
+        ("seed = 1979-05-27T07:32:00Z", "whole number"),
+        ("[[gate]]\ngate = 'ema'", "gate must be a text"),
+        ("[[training]]\nclip = 1", "write [training]"),
+        ("training = 3", "write [training]"),
+        ("[seed]\na = 1", "seed is an option, not a table"),
+        ("seed.a = 1", "seed is an option, not a table"),
+        ("episode.seed = 1\nseed = 2", "seed is there twice"),
+        (f"a = {'[' * 5000}", "nested too deeply"),
+        (r'student = "a\u0000b"', "control characters"),
+        (f"{'a' * 5000} = 1", "there is no option 'aaaa"),
+        ("#" + "x" * (1 << 20), "larger than 1 MiB"),
     ],
 )
 def test_wrong_files_say_what_is_wrong_and_where(toml, message, tmp_path):
@@ -130,3 +151,61 @@ def test_the_tiny_expert_brings_its_preset_from_a_file_too(name, tmp_path):
     # A preset that is named, and options that are given, win.
     found = configuration("quick", file, {"problems": "mine.jsonl"})
     assert found.problems.problems == "mine.jsonl" and found.generation.batch_size == 4
+
+
+_WORDS = (
+    *("", "true", "false", "nan", "-inf", "0", "-0.0", "1e400", "1e39", "1e-400", "01", "1_000"),
+    *("0x" + "f" * 5000, "9" * 4301, str(2**31), str(2**63), str(2**64), f"-{2**63}", "0b2", "1e"),
+    *("1979-05-27", "0000-00-00", "07:32:00.999999999", "1979-05-27T07:32:00+99:00", "'a'", "''"),
+    *('"\\u0000"', '"\\ud800"', '"\\U0010ffff"', '"\x00"', "'''", '"' + "a" * 9000 + '"', "[]"),
+    *("[1, [2]]", "[{}]", "{}", "{a = 1}", "[" * 3000, "{a=" * 3000, "['lm']", "['lm', 'lm']"),
+    *("[nan]", "[[x]]", "[1979-05-27]", "#", "\\", "=", "+", "\ufeff", "\r", "\x85", "\u2028"),
+)
+_KEYS = ("nothing", "", "a.b", "'seed'", '"\\u00e9"')
+_TABLES = tuple(item.name for item in dataclasses.fields(Config))
+
+
+def _made_toml(rng: random.Random) -> bytes:
+    """A TOML file as a user might break it: mostly in shape, wrong somewhere."""
+    lines = []
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        key = rng.choice(
+            [*OPTIONS, *OPTIONS, *_TABLES, "nothing", "", "a.b", "'seed'", '"\\u00e9"']
+        )
+        if rng.random() < 0.3:
+            key = f"{rng.choice([*_TABLES, *OPTIONS, 'x'])}.{key}"
+        form = rng.choice(["{k} = {v}"] * 6 + ["[{k}]", "[[{k}]]", "{k} = [{v}, {v}]", "{k}{v}"])
+        lines.append(form.format(k=key, v=rng.choice(_WORDS)))
+    content = "\n".join(lines).encode("utf-8", "surrogatepass")
+    if rng.random() < 0.2:
+        content = to_toml(preset(rng.choice(list(PRESETS)))).encode() + content
+    for _ in range(rng.choice([0, 0, 0, 0, 1, 3])):
+        at = rng.randrange(len(content) + 1)
+        content = content[:at] + rng.choice([b"", bytes([rng.randrange(256)])]) + content[at + 1 :]
+    return content[: rng.randrange(len(content) + 1)] if rng.random() < 0.1 else content
+
+
+def fuzz(folder, count: int, seed: int) -> int:
+    """How many of ``count`` made-up files are configurations; the others are refused."""
+    rng = random.Random(seed)
+    file = folder / "fuzz.toml"
+    taken = 0
+    for _ in range(count):
+        content = _made_toml(rng)
+        file.write_bytes(content)
+        try:
+            config = read(file)
+        except UserError as error:
+            text = str(error)
+            assert str(file) in text and len(text) < 600, (content, text)
+            assert text.isprintable() or "\n" in text, (content, text)
+            continue
+        taken += 1
+        # What is taken can be written with the run, and read again.
+        file.write_text(to_toml(config), encoding="utf-8")
+        assert read(file) == config, content
+    return taken
+
+
+def test_any_file_is_a_configuration_or_refused_with_its_name(tmp_path):
+    assert 0 < fuzz(tmp_path, 2000, seed=0) < 2000

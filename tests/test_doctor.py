@@ -48,6 +48,30 @@ def test_a_machine_that_has_everything(tmp_path):
         assert "OPENBLAS_NUM_THREADS=3" in rows["BLAS threads"]["text"]
 
 
+@pytest.mark.parametrize("variable", ["MLX_FD_CACHE", "HF_HUB_CACHE"])
+def test_a_cache_that_cannot_be_written(variable, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/mlx-fd"):
+        row = rows_of(**{variable: str(folder)})["disk"]
+        assert row["state"] == "bad", row
+        assert f"{folder} cannot be written (" in row["text"] and f"set {variable}" in row["text"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_cache_on_a_full_disk(tmp_path, monkeypatch):
+    import resource
+
+    monkeypatch.setenv("MLX_FD_CACHE", str(tmp_path / "cache"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        row = next(row for row in doctor.checks() if row["what"] == "disk")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert row["state"] == "bad" and "File too large" in row["text"]
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's CPU backend alone looks for a BLAS")
 @pytest.mark.parametrize(
     ("chosen", "text"),

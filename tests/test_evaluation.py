@@ -1,6 +1,7 @@
 """Suites of an evaluation: what is cached, what is counted, and that a kill changes nothing."""
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from rich.console import Console
 from scipy.stats import binomtest
 from tiny import make_model_dir
 from trained import make_run
@@ -29,6 +31,7 @@ from mlx_fd.evaluation.exam import processbench_items, questions
 from mlx_fd.evaluation.instructing import read as read_instructions
 from mlx_fd.evaluation.measures import Measure, compare
 from mlx_fd.evaluation.processbench import f1, to_json_lines
+from mlx_fd.evaluation.table import print_results
 from mlx_fd.evaluation.target import Models, open_target
 from mlx_fd.gate import ENOUGH_SURE, initial_state
 from mlx_fd.problems import load
@@ -458,6 +461,23 @@ def test_a_script_reads_json_and_a_user_a_table_with_n_and_intervals(mlx_fd, tmp
     low, high = wilson(round(3 * accuracy["value"]), 3)
     assert "arithmetic/test: n = 3, 95 % intervals" in out
     assert f"{100 * accuracy['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in out
+
+
+def test_differences_of_shares_are_in_points():
+    cost = {"value": 1.0, "low": 1.0, "high": 1.0}
+    costs = {"expert_tokens": cost, "tokens": cost}
+    systems = [
+        {"name": name, "label": name, "measures": {}, "cost_estimates": costs} for name in "ab"
+    ]
+    row = {"measure": "accuracy", "against": "b", "p_holm": 0.01}
+    row["difference"] = {"value": 0.506, "low": 0.1, "high": 0.9}
+    found = {"name": "set", "n": 2, "systems": systems, "comparisons": [row]}
+    said = {"temperature": {"first_answers": 0, "bare": 0}, "answers_by": "student", "k": 1}
+    console = Console(file=io.StringIO())
+    print_results({**said, "text_models": {}, "sets": [found]}, [[]], console)
+    text = console.file.getvalue()
+    assert "right, points: a minus this" in text and "+50.6 [+10.0, +90.0]" in text
+    assert "%: a minus" not in text
 
 
 @pytest.mark.parametrize(

@@ -335,7 +335,7 @@ def test_the_student_is_examined_where_its_checkpoint_is(tmp_path):
 def refused(run, *texts):
     done = mlx_fd("pareto", run)
     assert done.status == 2, done
-    assert done.out == "" and "defect" not in done.err and "Traceback" not in done.err
+    assert done.out == "" and "a bug in mlx-fd" not in done.err and "Traceback" not in done.err
     for text in texts:
         assert text in done.err
     assert not (run / "pareto.json").exists()

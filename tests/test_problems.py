@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -279,7 +280,27 @@ def test_csv_damage(tmp_path):
     path.write_text('question,answer\nq,2\n"never closed,2\n')
     assert "p.csv:3: not CSV" in message(path)
     path.write_text("question,answer\n")
-    assert "no row that can be read" in message(path)
+    assert f"{path} has no rows" in message(path)
+    path.write_text("question,answer,answer\nq,2,3\n")
+    assert f"{path}:1: the column 'answer' is there twice" in message(path)
+    # Cells without a name, as spreadsheets leave them, are nobody's.
+    path.write_text("question,answer,,\nq,2,,\n")
+    assert len(load(str(path)).problems) == 1
+
+
+def test_duplicate_columns_in_json(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"question": "q", "answer": 2, "answer": 3}\n')
+    assert f"{path}:1: not JSON (the column 'answer' is there twice)" in message(path)
+    path.write_text('[{"question": "q", "answer": 2, "question": "p"}]')
+    assert "the column 'question' is there twice" in message(path)
+
+
+def test_what_follows_an_array_is_not_left_out_silently(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(ROWS) + "\n" + json.dumps(ROWS[0]))
+    assert "p.json:1" in message(path) and "after the end of the array" in message(path)
+    assert load(str(path), skip_bad_rows=True).skipped == 1
 
 
 def test_parquet_damage(tmp_path):
@@ -312,6 +333,8 @@ def test_files_that_are_none(tmp_path):
     assert "is a directory" in message(tmp_path)
     (tmp_path / "dir.jsonl").mkdir()
     assert "is a directory" in message(tmp_path / "dir.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert "a pipe or a device" in message(tmp_path / "pipe.jsonl")
     (tmp_path / "p.txt").write_text("hello")
     assert ".parquet" in message(tmp_path / "p.txt")
 
@@ -345,6 +368,104 @@ def test_any_bytes_give_problems_or_a_user_error(tmp_path_factory, content, suff
         assert load(str(path), skip_bad_rows=True).problems
     except UserError as error:
         assert path.name in str(error)
+
+
+_VALUES = (
+    *("1e400", "-1e-400", "NaN", "-Infinity", "9" * 5000, "1e999999999", "0x10", "null", "true"),
+    *(
+        '"#### 1"',
+        '"#### ' + "9" * 5000 + '"',
+        '"1/0"',
+        '"\\ud800"',
+        '"\\u0000"',
+        '""',
+        '" "',
+        '"a',
+    ),
+    *("[" * 3000, '{"a":' * 3000, "[]", "{}", "[[1]]", '{"a": 1, "a": 2}', "'a'", '"\ufeff"', "2"),
+    *('"' + "long " * 40_000 + '"', '"\u2028"', '"\x00"', '"\x85"', '"a\nb"', "1,234", '"3 4"'),
+)
+_COLUMNS = (
+    "question",
+    "answer",
+    "problem",
+    "solution",
+    "id",
+    "",
+    "x",
+    "answer ",
+    "Answer",
+    "\ufeff",
+)
+
+
+def _made_rows(rng: random.Random, suffix: str) -> bytes:
+    """A file of problems as it comes from somewhere: in shape, but for something in it."""
+    lines, columns = [], [*rng.choices(_COLUMNS, k=rng.randint(0, 3)), "question", "answer"]
+    if suffix == ".csv":
+        lines.append(rng.choice([",", ",", ",", ";"]).join(columns))
+    for _ in range(rng.choice([0, 1, 1, 3])):
+        values = [f'"q {rng.random()}"' if c == "question" else "7" for c in columns]
+        for _ in range(rng.choice([0, 0, 1, 1, 2])):
+            values[rng.randrange(len(values))] = rng.choice(_VALUES)
+        if suffix == ".csv":
+            lines.append(",".join(values))
+        else:
+            pairs = zip(columns, values, strict=True)
+            lines.append("{" + ", ".join(f'"{name}": {value}' for name, value in pairs) + "}")
+    text = rng.choice(["\n", "\n", "\r\n", "\r", "\n\n"]).join(lines)
+    if suffix == ".json":
+        text = rng.choice(["[{}]", "[{}", "{}]", "[[{}]]", "[{}]]"]).format(
+            text.replace("}\n{", "},{")
+        )
+    content = text.encode(rng.choice(["utf-8"] * 8 + ["utf-8-sig", "utf-16", "latin-1"]), "replace")
+    for _ in range(rng.choice([0, 0, 0, 1, 3])):
+        at = rng.randrange(len(content) + 1)
+        content = content[:at] + rng.choice([b"", bytes([rng.randrange(256)])]) + content[at + 1 :]
+    return content
+
+
+def fuzz(folder, count: int, seed: int) -> int:
+    """How many of ``count`` made-up files can be read, rows left out; the others are refused."""
+    rng = random.Random(seed)
+    taken = 0
+    for _ in range(count):
+        path = folder / f"fuzz{rng.choice(['.jsonl', '.json', '.csv'])}"
+        content = _made_rows(rng, path.suffix)
+        path.write_bytes(content)
+        try:
+            found = load(str(path), skip_bad_rows=True)
+        except UserError as error:
+            assert str(path) in str(error), content
+            assert len(str(error)) < 4000, content
+            continue
+        taken += 1
+        for problem in found.problems:
+            json.dumps([problem.question, problem.solution, problem.id]).encode()
+            assert problem.question.strip() and isinstance(problem.answer, Fraction)
+    return taken
+
+
+def test_any_file_gives_problems_or_is_refused_with_its_name(tmp_path):
+    assert 100 < fuzz(tmp_path, 1000, seed=0) < 900
+
+
+def test_any_parquet_file_gives_problems_or_is_refused_with_its_name(tmp_path):
+    path = tmp_path / "p.parquet"
+    write_parquet(path, ROWS)
+    content, rng = path.read_bytes(), random.Random(0)
+    twice = pa.table([["q"], ["2"], ["3"]], names=["question", "answer", "answer"])
+    for n in range(12):
+        at = rng.randrange(len(content))
+        path.write_bytes(content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :])
+        if n == 10:
+            path.write_bytes(content[: len(content) // 2])
+        if n == 11:
+            pq.write_table(twice, path)
+        try:
+            assert load(str(path), skip_bad_rows=True).problems and n < 10
+        except UserError as error:
+            assert str(path) in str(error)
 
 
 # ------------------------------------------------------------------------------------- splits

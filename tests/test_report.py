@@ -172,6 +172,19 @@ def test_a_run_without_an_examination_says_so(tmp_path):
     make_page([run])
 
 
+def test_an_examination_that_was_not_asked_for(tmp_path):
+    folder = reported.write_run(tmp_path / "run")
+    (folder / runs.SUMMARY).unlink()
+    summary = {"exam_size": 0, "problems": "arithmetic"}
+    manifest = json.loads((folder / runs.MANIFEST).read_text())
+    manifest["options"] |= summary
+    (folder / runs.MANIFEST).write_text(json.dumps(manifest))
+    (folder / runs.SUMMARY).write_text("{}")
+    (run,) = read_runs([folder])
+    said = [text for text in run.missing if "examination" in text]
+    assert said == ["There was no examination: none was asked for (exam_size = 0)."]
+
+
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
     folders = [reported.write_run(tmp_path / name / "run") for name in ("a", "b")]
     assert [run.name for run in read_runs([*folders, folders[0]])] == ["a/run", "b/run"]

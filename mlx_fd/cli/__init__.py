@@ -5,7 +5,6 @@ Heavy imports are made inside the commands, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-import io
 import sys
 import traceback
 
@@ -18,10 +17,12 @@ from mlx_fd.cli.evaluating import evaluate
 from mlx_fd.cli.exporting import compare, export
 from mlx_fd.cli.judging import feedback
 from mlx_fd.cli.machine import doctor, models
+from mlx_fd.cli.output import lasting_output
 from mlx_fd.cli.reporting import report
 from mlx_fd.cli.running import loop, resume
 from mlx_fd.cli.selfdistilling import self_distill
-from mlx_fd.cli.stopping import Stopped
+from mlx_fd.cli.stopping import Stopped, interruptible
+from mlx_fd.config import shown
 from mlx_fd.errors import UserError
 from mlx_fd.terminal import strip_control_chars
 
@@ -54,37 +55,75 @@ for _command in (
 
 def main() -> None:
     """Run the command line; a user sees messages, and tracebacks only with ``--debug``."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A terminal that cannot show a character is no reason to end a run.
-            stream.reconfigure(errors="replace")
+    with lasting_output():
+        status = _run()
+    sys.exit(status)
+
+
+def _run() -> int:
+    """Run the command line; the exit status."""
     try:
-        cli(standalone_mode=False)
-        status = 0
+        _check_utf8(sys.argv[1:])
+        with interruptible():
+            cli(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)
-        status = 130
+        return 130
     except click.ClickException as error:
         error.show()
-        status = error.exit_code
+        return error.exit_code
     except Stopped as error:
         click.echo(strip_control_chars(str(error)), err=True)
-        status = error.status
+        return error.status
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 0
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
         text, status = _message(error)
         click.echo(f"error: {strip_control_chars(text)}", err=True)
-    sys.exit(status)
+        return status
+    return 0
+
+
+def _check_utf8(arguments: list[str]) -> None:
+    """Refuse bytes that no file of a run, and no model, could hold.
+
+    Raises:
+        UserError: an argument has bytes that are not UTF-8.
+    """
+    for place, argument in enumerate(arguments):
+        option, is_long, value = argument.partition("=")
+        if is_long and option.startswith("--"):
+            where = option
+        else:
+            after = arguments[place - 1] if place else ""
+            where, value = (after if after.startswith("--") else "an argument"), argument
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{where} {shown(value)}: this is not UTF-8 text; write the text in UTF-8, or "
+                "rename the file"
+            ) from None
 
 
 def _message(error: Exception) -> tuple[str, int]:
     """What the user is told of an error, and the exit status."""
     if isinstance(error, UserError):
         return str(error), 2
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}", 2
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror}", 2
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        # Of the current directory, for instance, which is part of every whole path.
+        return (
+            f"{shown(error.object)}: this name is not UTF-8 text, and a run's files hold names as "
+            "UTF-8; rename it"
+        ), 2
+    if isinstance(error, RuntimeError) and str(error) == "Could not determine home directory.":
+        return "a path begins with ~NAME, and there is no such user's home directory here", 2
     return (
-        f"{type(error).__name__}: {error}\nThis is a defect of mlx-fd; run it again with --debug "
-        "and report what it prints."
+        f"{type(error).__name__}: {error}\nThis is a bug in mlx-fd. Re-run with --debug and open "
+        "an issue: https://github.com/mlx-fd/mlx-fd/issues"
     ), 1

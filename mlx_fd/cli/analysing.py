@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from mlx_fd.cli.options import PathType, Words, debug_option, json_option, quiet_option
+from mlx_fd.cli.options import (
+    SEED,
+    Count,
+    Number,
+    PathType,
+    Words,
+    debug_option,
+    json_option,
+    quiet_option,
+    skip_bad_rows_option,
+)
 from mlx_fd.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,23 +49,21 @@ Examples:
     help="What the self-teacher sees.",
 )
 @click.option("--problems", default="arithmetic", show_default=True, help="Generated problems.")
-@click.option("--split", default="validation", show_default=True, help="Of the problems.")
+@click.option("--split", default="validation", show_default=True, help="Split of the problems.")
+@click.option("--limit", type=Count(), default=40, show_default=True, help="Problems to take.")
 @click.option(
-    "--limit", type=click.IntRange(1), default=40, show_default=True, help="Problems to take."
-)
-@click.option(
-    "--samples", type=click.IntRange(1), default=4, show_default=True, help="Attempts at each."
+    "--samples", type=Count(), default=4, show_default=True, help="Attempts at each problem."
 )
 @click.option(
     "--temperature",
-    type=click.FloatRange(0.01),
+    type=Number(0.01),
     default=1.0,
     show_default=True,
     help="Of the attempts and of both distributions.",
 )
 @click.option(
     "--answer-tokens",
-    type=click.IntRange(1),
+    type=Count(),
     default=128,
     show_default=True,
     help="Most tokens of an attempt.",
@@ -87,9 +96,14 @@ Examples:
     help="Noise on the questions.",
 )
 @click.option(
-    "--noise-level", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Words hit."
+    "--noise-level",
+    type=Number(0, 1),
+    default=0.3,
+    show_default=True,
+    help="Share of the words hit.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the draws.")
+@skip_bad_rows_option
 @click.option(
     "--out",
     type=PathType(),
@@ -113,6 +127,7 @@ def advantage(
     noise: str,
     noise_level: float,
     seed: int,
+    skip_bad_rows: bool,
     out: Path | None,
     as_json: bool,
     quiet: bool,
@@ -133,6 +148,7 @@ def advantage(
     from mlx_fd.config import Config, override
     from mlx_fd.display import Steps
     from mlx_fd.feedback import find, open_student
+    from mlx_fd.models.context import fitting
     from mlx_fd.models.loading import load
     from mlx_fd.models.resolve import resolve
     from mlx_fd.report.advantage_page import page
@@ -142,8 +158,9 @@ def advantage(
 
     for name in contexts:
         describe(name)
-    taken = sources.load(problems, split).problems[:limit]
-    analysis.check_known(taken)
+    found = sources.load(problems, split, skip_bad_rows=skip_bad_rows)
+    analysis.check_known(found.problems[:limit])
+    place = find(target)
     is_truth = critic == "truth"
     materials = Materials(
         critic=None if is_truth else load(resolve(critic)),
@@ -153,7 +170,6 @@ def advantage(
         reference_style=reference_style,
         seed=seed,
     )
-    loaded, _ = open_student(find(target))
     config = override(
         Config(),
         {
@@ -166,6 +182,18 @@ def advantage(
         },
         "command line",
     )
+    fits, notes = fitting(
+        found if skip_bad_rows else replace(found, problems=found.problems[:limit]),
+        [place.model],
+        config,
+        skip=skip_bad_rows,
+        with_solutions=True,
+    )
+    taken = fits.problems[:limit]
+    unread = f"{found.skipped} rows of {found.name} could not be read and are left out"
+    for text in [*([unread] if found.skipped else []), *notes]:
+        click.echo(f"warning: {text}", err=True)
+    loaded, _ = open_student(place)
     with Steps(Console(stderr=True), quiet=quiet) as progress:
         attempts = analysis.attempts_of(loaded, taken, config, progress)
         scored = analysis.score(
@@ -207,7 +235,7 @@ def _lines(rows: list[Summary]) -> list[str]:
     body = [
         (
             row.context,
-            str(row.attempts),
+            str(row.attempts or "no attempt"),
             str(row.wrong),
             *(_number(row.mean[part], "+.2f") for part in ("right", "before", "in", "after")),
             f"{_number(row.mass_in, '.0%')} of {_number(row.tokens_in, '.0%')}",
@@ -223,8 +251,14 @@ def _lines(rows: list[Summary]) -> list[str]:
         )
         for line in (head, *body)
     ]
+    silent = ", ".join(row.context for row in rows if not row.attempts)
     return [
         *table,
+        *(
+            [f"no attempt: nothing to read about any of these: {silent} (more --samples?)"]
+            if silent
+            else []
+        ),
         "right, before, in, after: mean advantage of tokens of right attempts, and before, in and "
         "after a first wrong step",
         "mass in: the first wrong step's share of the mass, and of the tokens; against: share of "

@@ -130,9 +130,16 @@ def _swept(run: Path, found: dict[str, Any], config: Config, quiet: bool) -> lis
     from mlx_fd.display import Steps
     from mlx_fd.pareto.sweep import sweep
 
+    console = Console(stderr=True)
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+        console.show_cursor()
+
+    text = "stopping after this batch; the same command goes on"
     with (
-        Steps(Console(stderr=True), quiet=quiet) as steps,
-        stopping_on_signals(lambda text: click.echo(text, err=True)) as came,
+        Steps(console, quiet=quiet) as steps,
+        stopping_on_signals(say, text) as came,
     ):
         points = sweep(run, config, found, steps, came)
     if points is None:

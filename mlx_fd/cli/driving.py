@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,13 @@ def new_folder() -> Path:
         number += 1
         folder = Path("runs", f"{name}-{number}")
     return folder
+
+
+def _stopping(folder: Path) -> str:
+    return (
+        "stopping after this batch; Ctrl-C again ends it at once, without this batch. Either way "
+        f"go on with: mlx-fd resume {shlex.quote(str(folder))}"
+    )
 
 
 def drive(
@@ -99,6 +107,16 @@ def drive(
                 Note("a sleeping Mac stops the run: `caffeinate -is mlx-fd ...` keeps it awake")
             )
         run = job.opened()
+
+        def say(text: str) -> None:
+            # Whatever else is not printed: it says how the run goes on.
+            if quiet:
+                click.echo(text, err=True)
+            display(Note(text))
+            # A second Ctrl-C ends the process, panel and all.
+            console.show_cursor()
+
+        stopped = held.enter_context(stopping_on_signals(say, _stopping(folder)))
         if new:
             # Only now: models that cannot be loaded leave no run behind.
             held.enter_context(runs.locked(folder))
@@ -112,13 +130,10 @@ def drive(
             for listener in (display, tracking):
                 listener(event)
 
-        stopped = held.enter_context(stopping_on_signals(lambda text: display(Note(text))))
         try:
             summary = run(report, lambda: bool(stopped))
         except RuntimeError as error:
             raise explained(error, folder) from error
-        except KeyboardInterrupt:
-            raise Stopped(folder, "stopped at once", stopped) from None
     if as_json:
         result = {"run": str(folder), "done": summary is not None, **(summary or {})}
         click.echo(json.dumps(result, indent=2))

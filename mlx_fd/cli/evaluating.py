@@ -8,7 +8,16 @@ from pathlib import Path
 
 import click
 
-from mlx_fd.cli.options import PathType, debug_option, json_option, quiet_option
+from mlx_fd.cli.options import (
+    SEED,
+    Count,
+    Number,
+    PathType,
+    debug_option,
+    json_option,
+    quiet_option,
+    skip_bad_rows_option,
+)
 from mlx_fd.terminal import strip_control_chars
 
 
@@ -48,20 +57,20 @@ Examples:
 )
 @click.option(
     "--limit",
-    type=click.IntRange(1),
+    type=Count(),
     help="The first so many of each set. [default: 100 in fast, all in full]",
 )
 @click.option(
     "--k",
     "samples",
-    type=click.IntRange(1, 256),
+    type=Count(1, 256),
     default=1,
     show_default=True,
     help="Samples of each problem, for Avg@k, Maj@k and Pass@k.",
 )
 @click.option(
     "--temperature",
-    type=click.FloatRange(0),
+    type=Number(0),
     help="Of first answers and bare answers. [default: the run's for first answers, 0 for bare "
     "ones; with --k 0.7 in place of 0]",
 )
@@ -107,7 +116,8 @@ Examples:
     metavar="DIR",
     help="Folder of what was generated, for all evaluations. [default: eval in mlx-fd's cache]",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all draws.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of all draws.")
+@skip_bad_rows_option
 @json_option
 @quiet_option
 @debug_option
@@ -129,6 +139,7 @@ def evaluate(
     out: Path | None,
     cache: Path | None,
     seed: int,
+    skip_bad_rows: bool,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -168,18 +179,23 @@ def evaluate(
         encoder=encoder,
         toxicity=toxicity,
         seed=seed,
+        skip_bad_rows=skip_bad_rows,
     )
     target = open_target(model, expert)
-    sets = suites.make_sets(target, options)
-    folder = suites.choose_folder(target, options, out)
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
     if (note := time_note()) and not quiet:
         console.print(note, soft_wrap=True)
-    for text in suites.concerns(target, options):
+
+    def warn(text: str) -> None:
         console.print(
             Text.assemble(("warning: ", "yellow"), strip_control_chars(text)), soft_wrap=True
         )
+
+    sets = suites.make_sets(target, options, warn)
+    folder = suites.choose_folder(target, options, out)
+    for text in suites.concerns(target, options):
+        warn(text)
     total = sum(len(one.items) * one.samples * len(one.systems) for one in sets)
     with runs.explained(folder, "choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import click
 
-from mlx_fd.cli.options import PathType, debug_option, json_option, quiet_option
+from mlx_fd.cli.options import (
+    Count,
+    PathType,
+    debug_option,
+    json_option,
+    quiet_option,
+)
 from mlx_fd.terminal import strip_control_chars
 
 
@@ -76,7 +82,7 @@ Examples:
 )
 @click.option(
     "--parity-problems",
-    type=click.IntRange(1, 1000),
+    type=Count(1, 1000),
     default=8,
     show_default=True,
     help="Problems in the parity bundle, which mlx-fd compare reads.",
@@ -174,7 +180,7 @@ Examples:
 )
 @click.option(
     "--limit",
-    type=click.IntRange(0),
+    type=Count(0),
     metavar="N",
     help="Answer the first N problems. [default: all of the bundle's, 100 of a source]",
 )
@@ -184,6 +190,9 @@ Examples:
     default="auto",
     show_default=True,
     help="Whose tolerances hold. auto: as the file says; a server's count as float.",
+)
+@click.option(
+    "--skip-bad-rows", is_flag=True, help="Leave out rows of --problems that cannot be read."
 )
 @click.option("--out", type=PathType(), metavar="DIR", help="Write compare.json and compare.html.")
 @json_option
@@ -195,6 +204,7 @@ def compare(
     problems: str | None,
     limit: int | None,
     weights: str,
+    skip_bad_rows: bool,
     out: Path | None,
     as_json: bool,
     quiet: bool,
@@ -215,7 +225,7 @@ def compare(
     with contextlib.ExitStack() as held:
         folders = [held.enter_context(comparison.opened(path)) for path in exports]
         jobs = comparison.plan(folders, engines)
-        asked = comparison.questions(problems, limit)
+        asked = comparison.questions(problems, limit, skip_bad_rows=skip_bad_rows)
         if out is not None:
             make_folder(out)
         steps = held.enter_context(Steps(Console(stderr=True), quiet=quiet))

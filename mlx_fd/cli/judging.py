@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mlx_fd.cli.options import debug_option, json_option
+from mlx_fd.cli.options import Count, debug_option, json_option
 from mlx_fd.errors import UserError
 from mlx_fd.terminal import strip_control_chars
 
@@ -26,7 +26,7 @@ Examples:
 @click.option("--answer", required=True, help="The answer to judge; likewise.")
 @click.option(
     "--tokens",
-    type=click.IntRange(1),
+    type=Count(),
     default=192,
     show_default=True,
     help="Most tokens of the feedback.",
@@ -63,15 +63,21 @@ def _text(value: str, option: str) -> str:
     """An option's text: itself, a file's after @, or standard input for -."""
     try:
         if value == "-":
-            text = sys.stdin.read()
+            # As bytes: what they mean is not the locale's to say.
+            stdin = getattr(sys.stdin, "buffer", None)
+            text = sys.stdin.read() if stdin is None else stdin.read().decode("utf-8-sig")
         elif value.startswith("@"):
-            text = Path(value[1:]).expanduser().read_text(encoding="utf-8")
+            text = Path(value[1:]).expanduser().read_text(encoding="utf-8-sig")
         else:
             text = value
-    except OSError as error:
-        raise UserError(f"{option} {value}: cannot be read: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~NAME of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{option} {value}: cannot be read: {reason}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{option} {value}: cannot be read: it is not UTF-8 text") from error
+        raise UserError(
+            f"{option} {value}: cannot be read: it is not UTF-8 text (at byte {error.start}); save "
+            "it as UTF-8"
+        ) from error
     if not text.strip():
         raise UserError(f"{option}: is empty")
     return text.strip()

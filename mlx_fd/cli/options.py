@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_fd.config import OPTIONS, Config, Option, override, preset, read
+from mlx_fd.config import (
+    MAX_COUNT,
+    MAX_SEED,
+    OPTIONS,
+    Config,
+    Option,
+    override,
+    preset,
+    read,
+)
 from mlx_fd.models.aliases import TINY
 from mlx_fd.tracking import TRACKERS
 
@@ -21,6 +31,33 @@ _SECTIONS = {
     "episode": "Episode and run",
     "selfdistill": "Method",
 }
+
+
+class Count(click.ParamType):
+    """A whole number within limits, which the help need not show."""
+
+    name = "integer"
+
+    def __init__(self, low: int = 1, high: int = MAX_COUNT):
+        self._range = click.IntRange(low, high)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """The number."""
+        return int(self._range.convert(value, param, ctx))
+
+
+SEED = Count(0, MAX_SEED)
+
+
+class Number(click.FloatRange):
+    """A finite number within limits; click's own type takes ``nan`` for one."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """The number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 class Words(click.ParamType):
@@ -51,32 +88,43 @@ class PathType(click.ParamType):
         """The path, from the home directory where it begins with ``~``."""
         if not str(value).strip():
             self.fail("the path is empty")
-        return Path(value).expanduser()
+        try:
+            return Path(value).expanduser()
+        except RuntimeError:  # ~NAME of nobody
+            return Path(value)
 
 
-def click_option(option: Option, *, flag: str = "", default: str = "") -> click.Option:
+def click_option(
+    option: Option, *, flag: str = "", default: str = "", help: str = ""
+) -> click.Option:
     """An option of the configuration as one of the command line; not given, it is ``None``.
 
     Args:
         option: the option.
         flag: its flag, where that is not its name.
         default: what is said of its default, where that is not the option's.
+        help: what is said of it, where it means something else there.
     """
     flag = flag or "--" + option.name.replace("_", "-")
-    text = option.help
+    text = help or option.help
     if option.choices:
         text += f" One of: {', '.join(option.choices)}."
-    value = option.default
-    shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    shown = default or shown
+    text += f" [default: {default or shown_default(option.default)}]"
     if option.kind is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
-    text += f" [default: {shown or 'empty'}]"
     if option.kind is tuple:
         kind: Any = Words(numbers=not option.choices)
     else:
         kind = {int: click.INT, float: click.FLOAT, str: click.STRING}[option.kind]
     return click.Option([flag, option.name], type=kind, default=None, help=text)
+
+
+def shown_default(value: Any) -> str:
+    """A default as the help shows it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return shown or "empty"
 
 
 class ConfiguredCommand(click.Command):
@@ -105,6 +153,9 @@ def with_configuration(command: click.Command) -> click.Command:
     return command
 
 
+skip_bad_rows_option = click.option(
+    "--skip-bad-rows", is_flag=True, help=OPTIONS["skip_bad_rows"].help
+)
 debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 quiet_option = click.option("--quiet", is_flag=True, help="Print warnings and the result only.")
 track_option = click.option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_fd.cli.options import PathType, debug_option, json_option, quiet_option
+from mlx_fd.cli.options import Count, PathType, debug_option, json_option, quiet_option
 
 if TYPE_CHECKING:
     from mlx_fd.report.reading import LoopRun
@@ -44,7 +44,7 @@ Examples:
 )
 @click.option(
     "--episodes",
-    type=click.IntRange(min=1),
+    type=Count(),
     metavar="N",
     help="How many episodes (of self-distillation: attempts) of each run to put in, evenly "
     "spread. [default: all]",

@@ -72,10 +72,11 @@ def loop(
     """Distil the expert's feedback into the student while the expert solves problems.
 
     Options given here win over --config, which wins over --preset. Ctrl-C ends the run after the
-    batch under way, twice at once; either way `mlx-fd resume` goes on exactly there.
+    batch under way, and a second one at once, without that batch; either way `mlx-fd resume` goes
+    on exactly there.
 
-    Exits with 0 when the run is done, with 130 after Ctrl-C (143 after SIGTERM), with 2 when
-    something has to be mended first.
+    Exits with 0 when the run is done, with 130 after Ctrl-C (143 after SIGTERM, 129 after SIGHUP,
+    as from a terminal that was closed), with 2 when something has to be mended first.
     """
     from mlx_fd.backend import backend
 

@@ -16,6 +16,7 @@ from mlx_fd.cli.options import (
     debug_option,
     json_option,
     quiet_option,
+    shown_default,
     track_option,
 )
 from mlx_fd.config import OPTIONS, Config, read
@@ -34,20 +35,42 @@ _SHARED = (
 )
 
 
+# What options of the loop are here.
+_HELP = {
+    "student": "The model that learns: an alias, a hub name or an mlx-lm directory; NAME:layers=K "
+    "keeps K of its layers.",
+    "batch_size": "Problems that are attempted before each update.",
+    "answer_tokens": "Most tokens of an attempt.",
+    "feedback_tokens": "Most tokens that the critic writes on an attempt.",
+    "gate": "Which gate decides when the run ends; published is the loop's alone.",
+    "stop_threshold": "End once the share of held-out problems that are answered wrong has fallen "
+    "by this share.",
+    "plateau_steps": "Looks at the held-out problems over which that share must still fall.",
+    "plateau_gain": "Smallest fall over them, as a share of what it was at the start.",
+    "kd_steps": "Optimiser steps on each batch.",
+    "probe_size": "Held-out problems, for the headroom check and the gate.",
+    "probe_every": "Batches between two looks at the held-out problems.",
+    "lora_rate": "Learning rate.",
+}
+
+
 def _with_options(command: click.Command) -> click.Command:
     """Give the command the options that a run of self-distillation has."""
     by_method = {name for changes in (*METHODS.values(), *PRESETS.values()) for name in changes}
     for name, option in OPTIONS.items():
-        default = "the method's" if name in by_method else f"{_default(name)}"
+        flag, default = "", _default(name)
         if name == "student":
-            command.params.append(click_option(option, flag="--model", default=DEFAULT_MODEL))
-        elif name in _SHARED or (option.section == "selfdistill" and name != "method"):
-            command.params.append(click_option(option, default=default))
+            flag, default = "--model", DEFAULT_MODEL
+        elif name in by_method:
+            default = "the method's"
+        if name in _SHARED or (option.section == "selfdistill" and name != "method"):
+            help = _HELP.get(name, "")
+            command.params.append(click_option(option, flag=flag, default=default, help=help))
     return command
 
 
-def _default(name: str) -> Any:
-    return getattr(getattr(configured(), OPTIONS[name].section), name) or "0"
+def _default(name: str) -> str:
+    return shown_default(getattr(getattr(configured(), OPTIONS[name].section), name))
 
 
 @_with_options

@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_fd import problems, runs
+from mlx_fd import problems, roles, runs
 from mlx_fd.baselines import BASE, CLEAR, LOOP, STUDENT, SYSTEMS
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation import exam, instructing, processbench
@@ -33,6 +33,7 @@ from mlx_fd.evaluation.readers import load_readers
 from mlx_fd.evaluation.solving import Solving
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.target import Models, Target
+from mlx_fd.models.context import fitting, short_enough
 from mlx_fd.models.storage import slug
 from mlx_fd.session import versions
 
@@ -69,6 +70,7 @@ class Options:
         encoder: a BERT for BERTScore and cosines.
         toxicity: a BERT classifier, or ``words``.
         seed: of all draws.
+        skip_bad_rows: leave out problems that cannot be read or are longer than a model's context.
     """
 
     suite: str = FAST
@@ -84,6 +86,7 @@ class Options:
     encoder: str | None = None
     toxicity: str | None = None
     seed: int = 0
+    skip_bad_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,15 @@ class Attempted:
 Report = Callable[[Attempted], None]
 
 
-def make_sets(target: Target, options: Options) -> list[Set]:
+def make_sets(
+    target: Target, options: Options, warn: Callable[[str], None] = lambda text: None
+) -> list[Set]:
     """The sets of a suite, with the systems that meet them.
+
+    Args:
+        target: what is evaluated.
+        options: what is asked.
+        warn: told of problems that are left out.
 
     Raises:
         UserError: a file or source that cannot be read, or baselines without an expert.
@@ -117,10 +127,30 @@ def make_sets(target: Target, options: Options) -> list[Set]:
     both = (STUDENT, "expert") if options.baselines else (STUDENT,)
     readers = load_readers(options.encoder, options.toxicity)
 
+    paths = [path for path in (target.student, target.expert) if path is not None]
+    written = target.config.generation.answer_tokens
+
     def solving(source: str, split: str) -> Solving:
-        found = problems.load(source, split)
+        found = problems.load(source, split, skip_bad_rows=options.skip_bad_rows)
+        if found.skipped:
+            warn(f"{found.skipped} rows of {found.name} could not be read and are left out")
+        skip = options.skip_bad_rows
+        taken = found if skip else dataclasses.replace(found, problems=found.problems[:limit])
+        found, notes = fitting(taken, paths, target.config, skip=skip, option="")
+        for text in notes:
+            warn(text)
         name = Path(source).stem if found.name == source and "/" in source else found.name
         return Solving(f"{name}/{split}", found.problems[:limit], solvers, options.samples, readers)
+
+    def short(path: Path, items: Sequence[Any], texts: Sequence[str]) -> tuple[Any, ...]:
+        places, notes = short_enough(
+            *(str(path), [item.id for item in items], texts, paths, "", written),
+            skip=options.skip_bad_rows,
+            option="",
+        )
+        for text in notes:
+            warn(text)
+        return tuple(items[place] for place in places)
 
     sets: list[Set] = [solving(source, options.split)]
     if source == ARITHMETIC:
@@ -130,9 +160,18 @@ def make_sets(target: Target, options: Options) -> list[Set]:
         return sets
     if options.instructions is not None:
         asked_for = instructing.read(options.instructions)[:limit]
+        asked_for = short(options.instructions, asked_for, [item.prompt for item in asked_for])
         sets.append(Instructing(options.instructions.stem, asked_for, both, readers))
     if options.processbench is not None:
         items = processbench.read(options.processbench)[:limit]
+        items = short(
+            options.processbench,
+            items,
+            [
+                f"{item.problem}\n{roles.feedback_prompt()}{chr(10).join(item.steps)}"
+                for item in items
+            ],
+        )
         sets.append(Locating(options.processbench.stem, items, both))
     elsewhere = [solving(ARITHMETIC, "transfer")]
     if options.transfer is not None:
@@ -217,6 +256,8 @@ def _asked(target: Target, options: Options) -> dict[str, Any]:
     chosen = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(options).items()
+        # As evaluations had it that knew no such option.
+        if name != "skip_bad_rows" or value
     }
     hashes = {name: model["sha256"] for name, model in target.models.items()}
     return {**chosen, "sha256": hashes}

@@ -144,7 +144,7 @@ def _differences_and_costs(found: Mapping[str, Any]) -> Table:
     measure = comparisons[0]["measure"] if comparisons else ""
     against = {row["against"]: row for row in comparisons if row["measure"] == measure}
     if against:
-        table.add_column(f"{shown_name(measure)}: {systems[0]['name']} minus this", justify="right")
+        table.add_column(f"{_unit(measure)}: {systems[0]['name']} minus this", justify="right")
         table.add_column("p (Holm)", justify="right")
     for name in _COSTS.values():
         table.add_column(name, justify="right")
@@ -156,6 +156,11 @@ def _differences_and_costs(found: Mapping[str, Any]) -> Table:
         cells += [_count(system["cost_estimates"][name]) for name in _COSTS]
         table.add_row(Text(strip_control_chars(system["label"])), *map(Text, cells))
     return table
+
+
+def _unit(measure: str) -> str:
+    # A difference of two percentages is in points.
+    return shown_name(measure).replace(", %", ", points")
 
 
 def _estimate(measure: str, value: Mapping[str, Any] | None, n: int) -> str:

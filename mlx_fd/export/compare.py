@@ -115,19 +115,23 @@ def opened(export: Path) -> Iterator[Path]:
         raise UserError(f"{export}: there is no such directory or archive")
 
 
-def questions(source: str | None, limit: int | None) -> Callable[[Job], Sequence[Problem | Item]]:
+def questions(
+    source: str | None, limit: int | None, *, skip_bad_rows: bool = False
+) -> Callable[[Job], Sequence[Problem | Item]]:
     """What each job has to answer.
 
     Args:
         source: problems as :func:`mlx_fd.problems.load` takes them; ``None``: the bundle's.
         limit: the first so many; ``None``: all of the bundle's, 100 of a source.
+        skip_bad_rows: leave out rows of the source that cannot be read.
 
     Raises:
         UserError: the source cannot be read.
     """
     if source is None:
         return lambda job: job.bundle.items[:limit]
-    chosen = problems.load(source, "test").problems[: _PROBLEMS if limit is None else limit]
+    found = problems.load(source, "test", skip_bad_rows=skip_bad_rows)
+    chosen = found.problems[: _PROBLEMS if limit is None else limit]
     return lambda job: chosen
 
 

@@ -45,7 +45,12 @@ class Pairing:
     warnings: tuple[str, ...]
 
 
-def _tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A model's tokenizer, without its chat template.
+
+    Raises:
+        UserError: there is no tokenizer.json, or none that can be read.
+    """
     from tokenizers import Tokenizer
 
     file = path / "tokenizer.json"
@@ -152,7 +157,7 @@ def check_pair(expert_dir: Path, student_dir: Path) -> Pairing:
                 "model"
             )
         _check_template(path, template)
-    expert, student = _tokenizer(expert_dir), _tokenizer(student_dir)
+    expert, student = read_tokenizer(expert_dir), read_tokenizer(student_dir)
     shared, expert_count, student_count = _shared(expert, student)
     for probe in _PROBES:
         with blaming(f"the tokenizers of {expert_dir} and {student_dir} fail on {probe!r}"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -111,16 +110,12 @@ def _train(
             start_new_session=True,
         )
         passed_on = 0
-        try:
-            while process.poll() is None:
-                report(_batches(run), batches)
-                time.sleep(_POLL_SECONDS)
-                for number in came[passed_on:]:
-                    process.send_signal(number)
-                    passed_on += 1
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            process.wait()
+        while process.poll() is None:
+            report(_batches(run), batches)
+            time.sleep(_POLL_SECONDS)
+            for number in came[passed_on:]:
+                process.send_signal(number)
+                passed_on += 1
         report(_batches(run), batches)
         if process.returncode and not came:
             said.seek(0)

@@ -13,11 +13,13 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_fd import roles
+from mlx_fd.config import shown
 from mlx_fd.errors import UserError
 from mlx_fd.problems import Problem, ProblemSet
 
@@ -57,6 +59,8 @@ def json_rows(path: Path) -> Iterator[Row]:
 
 
 def _content(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a file but a directory, a pipe or a device")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -151,7 +155,7 @@ def _json(path: Path, text: str) -> Iterator[Row]:
             if content.strip():
                 yield f"{path}:{count}", _object(content)
         return
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_pairs)
     place = text.index("[") + 1
     line, counted = 1, 0
     while True:
@@ -160,6 +164,8 @@ def _json(path: Path, text: str) -> Iterator[Row]:
         place = gap.end() if gap else place
         line, counted = line + text.count("\n", counted, place), place
         if text[place : place + 1] == "]":
+            if rest := text[place + 1 :].strip():
+                yield f"{path}:{line}", f"{shown(rest)} after the end of the array"
             return
         try:
             value, place = decoder.raw_decode(text, place)
@@ -172,9 +178,22 @@ def _json(path: Path, text: str) -> Iterator[Row]:
 
 def _object(line: str) -> dict[str, Any] | str:
     try:
-        return _as_row(json.loads(line))
+        return _as_row(json.loads(line, object_pairs_hook=_pairs))
     except (ValueError, RecursionError) as error:
         return f"not JSON ({_json_reason(error)})"
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names all differ; JSON itself would take the last of two."""
+    _check_distinct([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def _check_distinct(names: Sequence[str]) -> None:
+    """Refuse columns that are there twice; ``ValueError`` with their name."""
+    twice = next((name for name, count in Counter(names).items() if name and count > 1), None)
+    if twice is not None:
+        raise ValueError(f"the column {shown(twice)} is there twice")
 
 
 def _as_row(value: Any) -> dict[str, Any] | str:
@@ -208,6 +227,10 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
                     f"{path}:{begin}: the first line names the columns "
                     f"{', '.join(map(repr, header))[:200]}; {_COLUMNS}"
                 )
+            try:
+                _check_distinct(header)
+            except ValueError as error:
+                raise UserError(f"{path}:{begin}: {error}; leave one of them out") from None
         elif len(cells) == len(header):
             yield f"{path}:{begin}", dict(zip(header, cells, strict=True))
         else:
@@ -232,7 +255,7 @@ def _read(
         try:
             problem = _problem(row, f"{stem}-{place:05d}")
             if problem.id in seen:
-                raise ValueError(f"duplicate id {problem.id!r} (first at {seen[problem.id]})")
+                raise ValueError(f"duplicate id {shown(problem.id)} (first at {seen[problem.id]})")
         except ValueError as error:
             bad.append(f"{where}: {error}")
             continue
@@ -240,6 +263,8 @@ def _read(
         problems.append(problem)
     if problems and (skip_bad_rows or not bad):
         return tuple(problems), len(bad)
+    if not bad:
+        raise UserError(f"{name} has no rows ({_COLUMNS})")
     listed = "\n  ".join(bad[:_SHOWN])
     more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     if not problems:

@@ -90,7 +90,7 @@ def _table(rows: Sequence[Summary]) -> Table:
     lines: list[Row] = [
         (
             row.context,
-            Cell(str(row.attempts), f"{row.wrong} wrong"),
+            Cell(str(row.attempts or "no attempt"), f"{row.wrong} wrong"),
             *(_interval(row.mean[part], "+.2f") for part in PARTS),
             _interval(row.mass_in, ".0%"),
             Cell("n/a" if math.isnan(row.tokens_in.value) else f"{row.tokens_in.value:.0%}"),

@@ -92,6 +92,13 @@ def _names(folders: Sequence[Path]) -> list[str]:
         depth += 1
 
 
+def _why_no_exam(manifest: Mapping[str, Any]) -> str:
+    options = manifest.get("options", {})
+    if options.get("problems") == "arithmetic" and not options.get("exam_size"):
+        return "none was asked for (exam_size = 0)"
+    return "its problems do not come with the truth"
+
+
 def _read(folder: Path, name: str) -> LoopRun:
     missing: list[str] = []
     manifest = read_manifest(folder, missing)
@@ -107,7 +114,7 @@ def _read(folder: Path, name: str) -> LoopRun:
         key: value for key, value in (summary or {}).items() if key != "probe"
     }
     if "exam" not in totals and finished:
-        missing.append("There was no examination: its problems do not come with the truth.")
+        missing.append(f"There was no examination: {_why_no_exam(manifest)}.")
     pareto = json_file(folder, _PARETO, _pareto, missing, needed=False)
     return LoopRun(
         name=name,

@@ -165,6 +165,8 @@ def score(
             Text(opening(tokenizer, message), attempt.tokens)
             for message, attempt in zip(messages, of, strict=True)
         ]
+        if not texts:  # a context that teaches no attempt
+            return []
         states = read(loaded.model, texts, size)
         said = say(loaded.model, states, texts, options, loaded.vocab)
         return [values.tolist() for values, _ in said]  # type: ignore[misc]

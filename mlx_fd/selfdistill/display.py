@@ -100,10 +100,15 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("held out, after", accuracy(held_out["after"]))
     table.add_row("attempts right, first half", accuracy(summary["first_half"]))
     table.add_row("attempts right, second half", accuracy(summary["second_half"]))
+    if head["taught"]:
+        table.add_row(
+            "headroom",
+            f"{head['without']} right without the context, {head['with_context']} with it, of the "
+            f"{head['taught']} held-out problems that it has something to say about",
+        )
     table.add_row(
-        "headroom",
-        f"{head['without']} right without the context, {head['with_context']} with it, of "
-        f"{head['taught']}; right and wrong attempts at {head['mixed']} of {head['problems']}",
+        "right and wrong attempts",
+        f"at {head['mixed']} of {head['problems']} held-out problems, before the first update",
     )
     if found:
         table.add_row(

@@ -42,6 +42,7 @@ def make_plan(config: Config) -> Plan:
         UserError: a name, file, combination of options or amount of memory that will not do.
     """
     from mlx_fd.backend import backend
+    from mlx_fd.models.context import fitting
     from mlx_fd.selfdistill.training import TRUTH, check_combination
 
     check_combination(config)
@@ -61,13 +62,25 @@ def make_plan(config: Config) -> Plan:
     )
     student = resolve(config.models.student)
     critic = resolve(options.critic) if options.critic not in ("", TRUTH) else None
+    skip = source.skip_bad_rows
+    fits, left_out = fitting(
+        found if skip else dataclasses.replace(found, problems=(*probe, *chosen)),
+        [path for path in (student, critic) if path],
+        config,
+        skip=skip,
+        with_solutions=options.context != "none",
+    )
+    if left_out:
+        probe, chosen = problem_sets.probe_and_train(
+            fits, config.episode.probe_size, source.episodes, config.episode.seed
+        )
     side_by_side = dataclasses.replace(
         config,
         generation=dataclasses.replace(config.generation, batch_size=options.rollout_batch),
     )
     questions = [problem.question for problem in (*probe, *chosen)] * options.rollouts
     check_run_memory(critic or student, student, questions, side_by_side, backend().on_cpu)
-    notes = []
+    notes = list(left_out)
     if found.skipped:
         notes.append(f"{found.skipped} rows of {found.name} could not be read and are left out")
     return Plan(

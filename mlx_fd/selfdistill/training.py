@@ -245,7 +245,7 @@ def _restored(learner: _Learner, checkpoint: runs.Checkpoint) -> Progress:
 def _say_headroom(headroom: Headroom, config: Config, report: Report) -> None:
     text = (
         f"headroom on {headroom.problems} held-out problems: {headroom.right} answered right; "
-        f"attempts at {headroom.mixed} are right and wrong"
+        f"{headroom.mixed} with both right and wrong attempts"
     )
     if headroom.taught and config.selfdistill.context != "none":
         text += (
