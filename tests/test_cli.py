@@ -321,10 +321,10 @@ def harmed_model(home: Path, path: Path, harm: str) -> Path:
     ("harm", "text"),
     [
         ("no weights", "has no model*.safetensors"),
-        ("cut weights", "corrupt file"),
-        ("cut header", "Unable to read"),
+        ("cut weights", "is damaged or incomplete"),
+        ("cut header", "is damaged or incomplete"),
         ("other weights", "cannot be loaded"),
-        ("config", "config.json that cannot be read"),
+        ("config", "config.json: cannot be read as JSON"),
         ("architecture", "gpt9"),
         ("tokenizer", "tokenizer.json"),
     ],
@@ -1169,9 +1169,9 @@ def test_feedback_of_half_a_run(home, run, mlx_fd, tmp_path):
     failed(mlx_fd("feedback", alone, *asked), str(alone), "outside its run")
     best = (run / "checkpoints" / "best").resolve()
     os.truncate(best / "heads.safetensors", 20)
-    failed(mlx_fd("feedback", run, *asked), "heads.safetensors: cannot be read")
+    failed(mlx_fd("feedback", run, *asked), "heads.safetensors: is damaged or incomplete")
     (best / "heads.safetensors").unlink()
-    failed(mlx_fd("feedback", run, *asked), "heads.safetensors: cannot be read")
+    failed(mlx_fd("feedback", run, *asked), "heads.safetensors: is damaged or incomplete")
     shutil.rmtree(run / "checkpoints")
     failed(mlx_fd("feedback", run, *asked), "has no checkpoint yet", "mlx-fd resume")
 
