@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
+from mlx_fd.files import UNFINISHED, digest_of, sync_file, sync_folder, write_atomic, write_json
 
 CONFIG = "config.toml"
 MANIFEST = "manifest.json"
@@ -35,7 +35,6 @@ CHECKPOINTS = "checkpoints"
 TEACHER = "teacher"
 STATE = "state.json"
 _LOCK = ".lock"
-_UNFINISHED = ".tmp-"
 # Says where the base model is; a user may point it elsewhere.
 _EDITABLE = ("adapter_config.json",)
 
@@ -79,60 +78,6 @@ MODEL is the student's, named in `manifest.json`.
 """
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all; it is on the disk when this returns."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def write_with(path: Path, write: Callable[[Path], None]) -> str:
-    """Let something that writes files itself write one, atomically.
-
-    Args:
-        path: where the file shall be.
-        write: writes it to the path it is given, which has the same suffix.
-
-    Returns:
-        The file's SHA-256.
-    """
-    # Another process may be writing the same file.
-    temporary = path.with_name(f"{_UNFINISHED}{os.getpid()}-{path.name}")
-    try:
-        write(temporary)
-        _sync_file(temporary)
-        digest = digest_of(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-    return digest
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as readable JSON, atomically."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Append rows as JSON lines and flush them to the disk.
-
-    Returns:
-        The file's size in bytes afterwards.
-    """
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    with path.open("ab") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell()
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a log; a half-written last line is left out."""
     if not path.exists():
@@ -142,19 +87,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def create(folder: Path, config_toml: str, manifest: dict[str, Any], readme: str = README) -> None:
@@ -266,15 +198,6 @@ class Checkpoint:
         return int(self.state["batch"])
 
 
-def digest_of(path: Path) -> str:
-    """A file's SHA-256."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def save_checkpoint(
     folder: Path,
     batch: int,
@@ -302,14 +225,14 @@ def save_checkpoint(
     write(temporary)
     files = sorted(temporary.iterdir())
     for path in files:
-        _sync_file(path)
+        sync_file(path)
     digests = {path.name: digest_of(path) for path in files if path.name not in _EDITABLE}
     write_json(temporary / STATE, {"batch": batch, **state, "files": digests})
     former = checkpoints / f".{batch:06d}.former"
     if final.exists():
         final.rename(former)
     temporary.rename(final)
-    _sync_folder(checkpoints)
+    sync_folder(checkpoints)
     _point(checkpoints / "last", final.name)
     _point(checkpoints / "best", f"{best:06d}")
     shutil.rmtree(former, ignore_errors=True)
@@ -415,7 +338,7 @@ def roll_back(folder: Path, checkpoint: Checkpoint | None) -> None:
         _point(checkpoints / "last", checkpoint.folder.name)
         _point(checkpoints / "best", f"{checkpoint.state['best_batch']:06d}")
     for where in (folder, folder / TEACHER):
-        for left in where.glob(f"{_UNFINISHED}*"):
+        for left in where.glob(f"{UNFINISHED}*"):
             left.unlink()
     (folder / SUMMARY).unlink(missing_ok=True)
 

@@ -18,7 +18,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_fd.runs import explained, write_with
+from mlx_fd.files import write_with
+from mlx_fd.runs import explained
 
 _ADVICE = (
     "this is the teacher cache: free some space, then go on with mlx-fd resume; or name another "

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from mlx_fd.errors import UserError
 from mlx_fd.events import BatchDone, Event, Probed
-from mlx_fd.runs import write_json
+from mlx_fd.files import write_json
 
 # What each has seen of a run, in the run directory.
 STATE = "tracking.json"

@@ -133,9 +133,10 @@ def advantage(
     from mlx_fd.config import Config, override
     from mlx_fd.display import Steps
     from mlx_fd.feedback import find, open_student
+    from mlx_fd.files import write_atomic, write_json
     from mlx_fd.models.loading import load
     from mlx_fd.models.resolve import resolve
-    from mlx_fd.runs import failed_write, is_run, write_atomic, write_json
+    from mlx_fd.runs import failed_write, is_run
     from mlx_fd.selfdistill import advantage as analysis
     from mlx_fd.selfdistill.contexts import Materials, describe
     from mlx_fd.selfdistill.page import page

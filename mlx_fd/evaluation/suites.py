@@ -33,6 +33,7 @@ from mlx_fd.evaluation.readers import load_readers
 from mlx_fd.evaluation.solving import Solving
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.target import Models, Target
+from mlx_fd.files import append_lines, write_json
 from mlx_fd.models.storage import slug
 from mlx_fd.session import versions
 
@@ -279,7 +280,7 @@ def evaluate(
             by_system[system] = [[] for _ in one.items]
             for batch in _batches(bench, one, system, report):
                 with runs.explained(folder, advice):
-                    runs.append_lines(outputs, [row for _, row in batch])
+                    append_lines(outputs, [row for _, row in batch])
                 for place, row in batch:
                     by_system[system][place].append(row)
         found.append(_results(one, by_system))
@@ -301,7 +302,7 @@ def evaluate(
     }
     with runs.explained(folder, advice):
         outputs.replace(folder / OUTPUTS)
-        runs.write_json(folder / RESULTS, results)
+        write_json(folder / RESULTS, results)
     return results
 
 

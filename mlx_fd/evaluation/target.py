@@ -16,6 +16,7 @@ from mlx_fd.config import Config, override, preset
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cache import digest
 from mlx_fd.feedback import find
+from mlx_fd.files import digest_of
 from mlx_fd.gate import GateState, trusted
 from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
 from mlx_fd.models.loading import content_hash
@@ -135,7 +136,7 @@ def _adapter_hash(folder: Path) -> str:
     files = [folder / part for part in (ADAPTER_WEIGHTS, HEADS) if (folder / part).exists()]
     config = _read_config(folder)
     config.pop("model", None)
-    return digest([config, *map(runs.digest_of, files)])
+    return digest([config, *map(digest_of, files)])
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.export import table
-from mlx_fd.runs import failed_write, write_atomic, write_json
+from mlx_fd.files import write_atomic, write_json
+from mlx_fd.runs import failed_write
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d2126; --soft: #626b75; --line: #d9dde2;

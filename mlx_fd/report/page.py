@@ -20,12 +20,13 @@ import jinja2
 
 from mlx_fd import __version__
 from mlx_fd.errors import UserError
+from mlx_fd.files import write_atomic
 from mlx_fd.report import charts, packing, self_charts, self_tables, tables
 from mlx_fd.report.drawing import Figure
 from mlx_fd.report.files import Row
 from mlx_fd.report.reading import LoopRun
 from mlx_fd.report.self_reading import SelfRun
-from mlx_fd.runs import failed_write, write_atomic
+from mlx_fd.runs import failed_write
 
 _HERE = Path(__file__).parent / "static"
 # Stands in the first lines of every report, and says that a file may be overwritten.
