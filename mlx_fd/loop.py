@@ -42,7 +42,7 @@ from mlx_fd.episode import (
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.exam import Question, Result, compare, examine
 from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
-from mlx_fd.files import append_lines, write_json
+from mlx_fd.files import append_lines, clear_unfinished, write_json
 from mlx_fd.generation import Conversation
 from mlx_fd.phases import PhaseSchedule, combined, phase_weights
 from mlx_fd.probe import Probe, load_probe, make_probe, save_probe
@@ -234,8 +234,10 @@ def _cache(folder: Path, config: Config, pair: Pair, report: Report) -> TeacherC
     """The teacher cache, where there is to be one."""
     if not config.losses.teacher_top_k:
         return None
+    kept_in = Path(config.losses.teacher_cache or folder / runs.TEACHER)
+    clear_unfinished(kept_in)
     return TeacherCache(
-        Path(config.losses.teacher_cache or folder / runs.TEACHER),
+        kept_in,
         decides(pair, config.losses),
         lambda text: report(Warned(text)),
     )

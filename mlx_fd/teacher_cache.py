@@ -31,10 +31,6 @@ _ADVICE = (
 class TeacherCache:
     """A folder of entries of one expert.
 
-    A killed process may leave a half-written ``.tmp-*`` file. A run clears those of its own folder
-    when it is resumed; in one that runs share they may be another's that is being written, and
-    stay until somebody deletes them.
-
     Attributes:
         folder: where they are; it is made when the first one is.
         teacher: all that decides an entry beside its tokens.
@@ -54,7 +50,7 @@ class TeacherCache:
         """
         key = self._key(prompt, target)
         path = self._path(key)
-        if not path.exists():
+        if not path.is_file():
             return None
         try:
             arrays, about = mx.load(str(path), format="safetensors", return_metadata=True)

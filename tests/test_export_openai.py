@@ -19,7 +19,7 @@ from mlx_fd.export.engines import openai
 from mlx_fd.export.engines.mlx import MlxEngine
 from mlx_fd.export.engines.openai import OpenAIEngine
 from mlx_fd.export.measures import coarse_kl, measure
-from mlx_fd.export.page import write_report
+from mlx_fd.export.page import report_folder, write_report
 from mlx_fd.export.table import measured
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
@@ -374,7 +374,8 @@ def test_a_server_that_says_minus_infinity_in_numbers_is_judged(bundle, tmp_path
     assert not row["parity"] and len(row["reasons"]) == 2
     for reason, text in zip(row["reasons"], reasons, strict=True):
         assert reason.startswith(text)
-    write_report(report([job], [row]), tmp_path / "out")
+    with report_folder(tmp_path / "out"):
+        write_report(report([job], [row]), tmp_path / "out")
 
     def refuse(constant):
         raise AssertionError(constant)

@@ -103,7 +103,7 @@ def test_a_broken_checkpoint_is_passed_over(harm, tmp_path):
 def test_no_checkpoint_goes_back_to_the_beginning(tmp_path):
     run = make_run(tmp_path / "run")
     append_lines(run / runs.EPISODES, [{"episode": 0}])
-    (run / "checkpoints" / ".000000.tmp").mkdir()
+    (run / "checkpoints" / ".tmp-0123456789abcdef").mkdir()
     found, _ = runs.newest_checkpoint(run)
     assert found is None
     runs.roll_back(run, found)
@@ -161,10 +161,9 @@ def test_the_best_of_a_checkpoint_gone_back_to_is_still_there(tmp_path):
 
 def test_a_run_that_was_only_begun_can_be_made(tmp_path):
     folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / ".lock").touch()
-    (folder / "README.md").write_text("half")
-    (folder / "checkpoints").mkdir()
+    with runs.locked(folder):
+        (folder / "README.md").write_text("half")
+        (folder / "checkpoints").mkdir()
     make_run(folder)
     assert runs.is_run(folder)
 

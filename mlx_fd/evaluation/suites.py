@@ -33,7 +33,8 @@ from mlx_fd.evaluation.readers import load_readers
 from mlx_fd.evaluation.solving import Solving
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.target import Models, Target
-from mlx_fd.files import append_lines, write_json
+from mlx_fd.files import append_lines, check_way, write_atomic, write_json
+from mlx_fd.marks import EVALUATION, check_free
 from mlx_fd.models.storage import slug
 from mlx_fd.session import versions
 
@@ -187,10 +188,12 @@ def choose_folder(target: Target, options: Options, out: Path | None = None) -> 
         out: a folder that was named instead.
 
     Raises:
-        UserError: there is another evaluation in ``out``.
+        UserError: there is another evaluation in ``out``, or something that is not ours; or the way
+            into the run leads through a link.
     """
     asked = _asked(target, options)
     if out is not None:
+        check_free(out, EVALUATION)
         if not _is_free(out, asked):
             raise UserError(
                 f"{out / RESULTS}: there is another evaluation, and it was left alone; choose "
@@ -198,12 +201,18 @@ def choose_folder(target: Target, options: Options, out: Path | None = None) -> 
             )
         return out
     folder = _folder(target, options.suite)
+    if target.run is not None:
+        check_way(target.run, *folder.relative_to(target.run).parts)
     numbered = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
     return next(one for one in itertools.chain([folder], numbered) if _is_free(one, asked))
 
 
 def _is_free(folder: Path, asked: dict[str, Any]) -> bool:
-    """Whether there is no finished evaluation in a folder, or the one that is asked for."""
+    """Whether a folder is new or ours, without a finished evaluation but the one asked for."""
+    try:
+        check_free(folder, EVALUATION)
+    except UserError:
+        return False
     try:
         found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -249,7 +258,7 @@ def make_bench(
 def evaluate(
     bench: Bench, sets: Sequence[Set], options: Options, folder: Path, report: Report
 ) -> dict[str, Any]:
-    """Put every set before its systems and write the folder.
+    """Put every set before its systems and write the folder, which the caller has claimed.
 
     After a kill the same call goes on: batches that were done come out of the cache.
 
@@ -272,7 +281,7 @@ def evaluate(
     outputs = folder / (_UNFINISHED if (folder / RESULTS).exists() else OUTPUTS)
     with runs.explained(folder, advice):
         folder.mkdir(parents=True, exist_ok=True)
-        outputs.write_bytes(b"")
+        write_atomic(outputs, b"")
     found = []
     for one in sets:
         by_system: dict[str, list[Rows]] = {}

@@ -21,6 +21,8 @@ from typing import Any
 from mlx_fd import runs
 from mlx_fd.config import Config, read, to_toml
 from mlx_fd.errors import UserError
+from mlx_fd.files import check_way
+from mlx_fd.marks import RUN, check_free
 from mlx_fd.pareto.choice import gated
 
 FOLDER = "sweep"
@@ -49,15 +51,20 @@ def sweep(
         ended the sweep.
 
     Raises:
-        UserError: a run failed, or there is another one in its place.
+        UserError: a run failed, or there is something else in its place.
     """
-    done = []
+    planned = []
     for point in found["points"]:
         name = f"stop-{point['stop_threshold']:.16g}"
-        run = folder / FOLDER / name
+        run = check_way(folder, FOLDER, name)
         wanted = gated(config, point["stop_threshold"])
-        if runs.is_run(run) and read(run / runs.CONFIG) != wanted:
+        if not runs.is_ours(run):
+            check_free(run, RUN, "move it away")
+        elif runs.is_run(run) and read(run / runs.CONFIG) != wanted:
             raise UserError(f"{run}: the run here has another configuration; move it away.")
+        planned.append((point, name, run, wanted))
+    done = []
+    for point, name, run, wanted in planned:
         if not (run / runs.SUMMARY).exists():
             _train(run, wanted, partial(progress, name), found["batches"], came)
         if came:

@@ -20,7 +20,7 @@ import jinja2
 
 from mlx_fd import __version__
 from mlx_fd.errors import UserError
-from mlx_fd.files import write_atomic
+from mlx_fd.files import clear_unfinished, open_to_read, write_atomic
 from mlx_fd.report import charts, packing, self_charts, self_tables, tables
 from mlx_fd.report.drawing import Figure
 from mlx_fd.report.files import Row
@@ -76,7 +76,7 @@ def check_out(path: Path) -> None:
         raise UserError(f"{path}: this is a folder; --out takes the report's file.")
     if not path.exists():
         return
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         if _MARK.encode() not in file.read(_LOOKED_AT):
             raise UserError(
                 f"{path}: there is a file that is no report of mlx-fd, and it was left alone; "
@@ -93,6 +93,7 @@ def write_page(page: str, path: Path) -> None:
     check_out(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        clear_unfinished(path.parent)
         write_atomic(path, page)
     except OSError as error:
         raise UserError(
