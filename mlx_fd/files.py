@@ -129,7 +129,7 @@ def open_in_place(path: Path, flags: int) -> int:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         with contextlib.suppress(OSError):
-            if not stat.S_ISREG(path.lstat().st_mode) and not path.is_dir():
+            if not stat.S_ISREG(path.lstat().st_mode):
                 raise _is_no_file(path) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

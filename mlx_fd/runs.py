@@ -355,6 +355,9 @@ def roll_back(folder: Path, checkpoint: Checkpoint | None) -> None:
     check_way(folder, TEACHER)
     sizes = checkpoint.state["log_bytes"] if checkpoint else {}
     for name in LOGS:
+        if os.path.lexists(folder / name):
+            # Now, and not after a batch of work.
+            os.close(open_in_place(folder / name, os.O_WRONLY))
         if log_size(folder, name) > sizes.get(name, 0):
             truncate(folder / name, sizes.get(name, 0))
     batch = checkpoint.batch if checkpoint else -1
