@@ -69,14 +69,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     It is on the disk then. After an error what was there before is untouched.
     """
     temporary, descriptor = _new_file(path.parent, "")
+    file = os.fdopen(descriptor, "wb")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(descriptor)
-            temporary.replace(path)
+        yield file
+        file.flush()
+        os.fsync(descriptor)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        # What could not be written is lost already, and that error is on its way.
+        with contextlib.suppress(OSError):
+            file.close()
     sync_folder(path.parent)
 
 

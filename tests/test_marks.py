@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import stat
@@ -16,10 +17,11 @@ from trained import make_run
 from mlx_fd import cli, marks, runs
 from mlx_fd.errors import UserError
 
-SMALL = (
-    "--problems arithmetic --episodes 4 --batch-size 2 --answer-tokens 6 --feedback-tokens 6 "
-    "--merge-tokens 5 --probe-size 2 --exam-size 2 --lora-rank 2 --checkpoint-every 1 --kd-steps 1"
-).split()
+SMALL = shlex.split(
+    "--episodes 18 --batch-size 2 --answer-tokens 6 --feedback-tokens 6 --merge-tokens 5 "
+    "--probe-size 2 --lora-rank 4 --lora-rate 2e-2 --projection-rate 2e-2 --ema-decay 0.3 "
+    "--checkpoint-every 1"
+)
 SMALL_EVAL = ["--problems", "arithmetic", "--limit", "1", "--quiet"]
 
 
@@ -43,7 +45,13 @@ def models(tmp_path_factory) -> list[str]:
     sizes = {"heads": 2, "kv_heads": 1}
     make_model_dir(folder / "expert", hidden=32, intermediate=64, **sizes)
     make_model_dir(folder / "student", hidden=16, layers=1, intermediate=32, seed=1, **sizes)
-    return ["--expert", str(folder / "expert"), "--student", str(folder / "student")]
+    rows = [
+        {"question": f"Tom has {n} apples and buys {n + 1}. How many?", "answer": str(2 * n + 1)}
+        for n in range(40)
+    ]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = [("--expert", "expert"), ("--student", "student"), ("--problems", "problems.jsonl")]
+    return [word for flag, name in named for word in (flag, str(folder / name))]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,7 @@ def run(finished, tmp_path) -> Path:
     """A copy of it with a batch more to do."""
     folder = shutil.copytree(finished, tmp_path / "run", symlinks=True)
     config = (folder / runs.CONFIG).read_text()
-    (folder / runs.CONFIG).write_text(config.replace("episodes = 4", "episodes = 6"))
+    (folder / runs.CONFIG).write_text(config.replace("episodes = 18", "episodes = 20"))
     return folder
 
 
@@ -70,6 +78,11 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
     }
+
+
+def names(folder: Path) -> list[str]:
+    """What lies in a folder."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 def project(folder: Path) -> dict[str, bytes | None]:
@@ -136,7 +149,7 @@ def test_compare_leaves_a_folder_of_the_users_alone(mlx_fd, tmp_path, models):
     for _ in range(2):  # the second time over its own
         status, said = mlx_fd(*command, tmp_path / "cmp")
         assert status == 0, said
-    assert sorted(os.listdir(tmp_path / "cmp")) == [".mlx-fd", "compare.html", "compare.json"]
+    assert names(tmp_path / "cmp") == [".mlx-fd", "compare.html", "compare.json"]
 
 
 def test_what_a_folder_holds_is_not_mixed(run, mlx_fd):
@@ -193,7 +206,7 @@ def test_two_evaluations_do_not_write_one_folder(mlx_fd, tmp_path):
     with marks.claimed(tmp_path / "out", marks.EVALUATION):
         status, said = mlx_fd("eval", "tiny-student", *SMALL_EVAL, "--out", tmp_path / "out")
     assert status == 2 and "another mlx-fd process is writing into this folder" in said
-    assert os.listdir(tmp_path / "out") == [".mlx-fd"]
+    assert names(tmp_path / "out") == [".mlx-fd"]
 
 
 # -------------------------------------------------------------------------------------------- links
@@ -241,9 +254,9 @@ def test_nothing_is_written_through_a_planted_link(run, mlx_fd, tmp_path):
         status, said = mlx_fd(*command)
         assert status == 0, said
         assert contents(victims) == before, command
-    written = (*REPLACED[:5], *REPLACED[6:])
-    for name in {*written} - {"tracking.json", "README.md", "probe.json", "probe.safetensors"}:
-        assert (run / name).exists(), name
+    made = ("summary.json", "report.html", "eval/fast/eval.json", "advantage/advantage.html")
+    for name in (*made, "pareto.json", "pareto.toml", "pareto.svg", "manifest.json"):
+        assert (run / name).is_file() and not (run / name).is_symlink(), name
 
 
 def test_a_report_that_is_a_link_to_something_else_is_left_alone(run, mlx_fd, tmp_path):
@@ -339,7 +352,7 @@ def test_what_a_kill_leaves_is_cleared_by_the_next_run(what, models, mlx_fd, tmp
         else:
             convert(source, place / "out")
         assert working.is_dir() and not left.exists()
-    assert sorted(os.listdir(place)) == ["another", "out"]
+    assert names(place) == ["another", "out"]
 
 
 def test_an_archive_on_a_full_disk(models, tmp_path):
