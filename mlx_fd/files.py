@@ -168,6 +168,16 @@ def open_to_read(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def read_text(path: Path) -> str:
+    """An ordinary file's text, in UTF-8; it never waits.
+
+    Raises:
+        UserError: it is a pipe, a device or a folder.
+    """
+    with open_to_read(path) as file:
+        return file.read().decode("utf-8")
+
+
 def _is_no_file(path: Path) -> UserError:
     return UserError(
         f"{path}: this is no ordinary file (but a link, a pipe, a device or a folder), and mlx-fd "
@@ -249,7 +259,7 @@ def working_folder(parent: Path) -> Iterator[Path]:
 
 def share(folder: Path) -> None:
     """Give a :func:`working_folder` the permissions that any new folder of this process gets."""
-    new = folder / "new"
+    new = _unfinished(folder)
     new.mkdir()
     mode = new.stat().st_mode
     new.rmdir()
@@ -319,11 +329,25 @@ def _new_folder(parent: Path) -> tuple[Path, int]:
                 return path, descriptor
 
 
+def lock(descriptor: int, *, wait: bool = True) -> None:
+    """Lock an open file or folder, for as long as it is open, where its file system has locks.
+
+    Where it has none, :func:`clear_unfinished` takes nothing for a left-over.
+
+    Raises:
+        BlockingIOError: another one holds it, and this is not to ``wait``.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
+
+
 def _locked(path: Path, descriptor: int) -> bool:
     """Lock what was just made; false where it was taken for a left-over before that, and closed."""
-    # Where a file system has no locks, nothing there is taken for a left-over either.
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    lock(descriptor)
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(path.lstat(), os.fstat(descriptor)):
             return True

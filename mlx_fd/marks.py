@@ -7,7 +7,6 @@ of the right kind is somebody's, and is left alone.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.files import clear_unfinished, open_in_place, sync_folder
+from mlx_fd.files import clear_unfinished, lock, open_in_place, sync_folder
 
 MARK = ".mlx-fd"
 RUN, EVALUATION, COMPARISON, ADVANTAGE = "run", "eval", "compare", "advantage"
@@ -108,7 +107,7 @@ def claimed(folder: Path, kind: str, advice: str = "choose another --out") -> It
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_marked(folder, kind, fcntl.LOCK_NB))
+            held.enter_context(_marked(folder, kind, wait=False))
         except BlockingIOError as error:
             raise UserError(
                 f"{folder}: another mlx-fd process is writing into this folder; wait for it, stop "
@@ -121,11 +120,11 @@ def claimed(folder: Path, kind: str, advice: str = "choose another --out") -> It
 
 
 @contextlib.contextmanager
-def _marked(folder: Path, kind: str, wait: int = 0) -> Iterator[None]:
+def _marked(folder: Path, kind: str, *, wait: bool = True) -> Iterator[None]:
     """Hold a folder's mark, which is written where there is none."""
     descriptor = open_in_place(folder / MARK, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | wait)
+        lock(descriptor, wait=wait)
         content = os.read(descriptor, _MAX_BYTES)
         if not content:
             mark = json.dumps({"kind": kind, "format": _FORMAT}) + "\n"

@@ -26,6 +26,7 @@ from mlx_fd.files import (
     open_in_place,
     open_to_read,
     point,
+    read_text,
     remove,
     share,
     subfolder,
@@ -131,11 +132,12 @@ def is_ours(folder: Path) -> bool:
     """Whether a folder is a run's, begun or done: its mark says so, or what its manifest says."""
     if read_mark(folder).get("kind") == RUN:
         return True
+    if not is_run(folder):
+        return False
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return _is_manifest(json.loads(read_text(folder / MANIFEST)))
     except (OSError, ValueError, RecursionError):
         return False
-    return is_run(folder) and _is_manifest(manifest)
 
 
 def _is_manifest(content: Any) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from mlx_fd.errors import UserError
 from mlx_fd.events import BatchDone, Event, Probed
-from mlx_fd.files import check_way, write_json
+from mlx_fd.files import check_way, read_text, write_json
 
 # What each has seen of a run, in the run directory.
 STATE = "tracking.json"
@@ -223,11 +223,11 @@ class Tracking:
 def _read_state(path: Path) -> dict[str, dict[str, Any]]:
     """What trackers have seen of the run; nothing where that cannot be read."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = json.loads(read_text(path))
         return {
             name: {"id": str(state[name]["id"]), "step": int(state[name]["step"])}
             for name in TRACKERS
             if name in state
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return {}

@@ -33,7 +33,7 @@ from mlx_fd.evaluation.readers import load_readers
 from mlx_fd.evaluation.solving import Solving
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.target import Models, Target
-from mlx_fd.files import append_lines, check_way, write_atomic, write_json
+from mlx_fd.files import append_lines, check_way, read_text, write_atomic, write_json
 from mlx_fd.marks import EVALUATION, check_free
 from mlx_fd.models.storage import slug
 from mlx_fd.session import versions
@@ -201,10 +201,11 @@ def choose_folder(target: Target, options: Options, out: Path | None = None) -> 
             )
         return out
     folder = _folder(target, options.suite)
-    if target.run is not None:
-        check_way(target.run, *folder.relative_to(target.run).parts)
     numbered = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
-    return next(one for one in itertools.chain([folder], numbered) if _is_free(one, asked))
+    free = next(one for one in itertools.chain([folder], numbered) if _is_free(one, asked))
+    return (
+        free if target.run is None else check_way(target.run, *free.relative_to(target.run).parts)
+    )
 
 
 def _is_free(folder: Path, asked: dict[str, Any]) -> bool:
@@ -214,10 +215,10 @@ def _is_free(folder: Path, asked: dict[str, Any]) -> bool:
     except UserError:
         return False
     try:
-        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        found = json.loads(read_text(folder / RESULTS))
     except FileNotFoundError:
         return True
-    except (OSError, ValueError):
+    except (OSError, ValueError, UserError):
         return False
     return isinstance(found, dict) and found.get("asked") == asked
 

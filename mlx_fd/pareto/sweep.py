@@ -21,7 +21,7 @@ from typing import Any
 from mlx_fd import runs
 from mlx_fd.config import Config, read, to_toml
 from mlx_fd.errors import UserError
-from mlx_fd.files import check_way
+from mlx_fd.files import check_way, read_text
 from mlx_fd.marks import RUN, check_free
 from mlx_fd.pareto.choice import gated
 
@@ -86,7 +86,7 @@ def _real(run: Path, point: Mapping[str, Any]) -> dict[str, Any]:
     stopped = frozen.index(True) + 1 if True in frozen else None
     steps = sum(len(row["updates"]) for row in rows[:stopped])
     thawed = frozen.index(False, stopped) + 1 if stopped and False in frozen[stopped:] else None
-    summary = json.loads((run / runs.SUMMARY).read_text("utf-8"))
+    summary = json.loads(read_text(run / runs.SUMMARY))
     losses = rows[stopped - 1]["probe"] if stopped else summary["probe"]["after"]
     predicted = (point["stopped_after_batch"], point["cost"]["kd_steps"], point["losses"])
     finals = summary["accuracy"]["final_answers"]
