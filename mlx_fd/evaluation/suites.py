@@ -203,9 +203,9 @@ def choose_folder(target: Target, options: Options, out: Path | None = None) -> 
     folder = _folder(target, options.suite)
     numbered = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
     free = next(one for one in itertools.chain([folder], numbered) if _is_free(one, asked))
-    return (
-        free if target.run is None else check_way(target.run, *free.relative_to(target.run).parts)
-    )
+    if target.run is not None:
+        check_way(target.run, *free.relative_to(target.run).parts)
+    return free
 
 
 def _is_free(folder: Path, asked: dict[str, Any]) -> bool:
