@@ -42,6 +42,7 @@ from mlx_fd.episode import (
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.exam import Question, Result, compare, examine
 from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
+from mlx_fd.files import append_lines, clear_unfinished, write_json
 from mlx_fd.generation import Conversation
 from mlx_fd.phases import PhaseSchedule, combined, phase_weights
 from mlx_fd.probe import Probe, load_probe, make_probe, save_probe
@@ -103,7 +104,7 @@ def run(
         # Whatever the checkpoint holds, the student is still untrained here.
         results = examine(pair, exam, config.generation, _steps(report, 0))
         with runs.explained(folder):
-            runs.write_json(folder / EXAM, [dataclasses.asdict(result) for result in results])
+            write_json(folder / EXAM, [dataclasses.asdict(result) for result in results])
     if checkpoint is None:
         progress = _first(pair, probe, config)
         with runs.explained(folder):
@@ -138,10 +139,10 @@ def run(
             progress, metrics = _rehearse(progress, texts, learner)
             samples = []
         with runs.explained(folder):
-            runs.append_lines(folder / runs.EPISODES, rows)
-            runs.append_lines(folder / runs.METRICS, [metrics])
+            append_lines(folder / runs.EPISODES, rows)
+            append_lines(folder / runs.METRICS, [metrics])
             if config.training.epochs > 1:
-                runs.append_lines(
+                append_lines(
                     folder / runs.SAMPLES, [{"batch": place, **s.to_json()} for s in samples]
                 )
             stopping = stop()
@@ -177,11 +178,11 @@ def run(
         if exam:
             before = [Result(**row) for row in json.loads((folder / EXAM).read_text())]
             after = examine(pair, exam, config.generation, _steps(report, progress.batch))
-            runs.write_json(folder / EXAM_AFTER, [dataclasses.asdict(result) for result in after])
+            write_json(folder / EXAM_AFTER, [dataclasses.asdict(result) for result in after])
             summary["exam"] = compare(before, after)
         summary["best_checkpoint"] = f"{progress.best_batch:06d}"
         summary["peak_memory_bytes"] = mx.get_peak_memory()
-        runs.write_json(folder / runs.SUMMARY, summary)
+        write_json(folder / runs.SUMMARY, summary)
     return summary
 
 
@@ -233,8 +234,10 @@ def _cache(folder: Path, config: Config, pair: Pair, report: Report) -> TeacherC
     """The teacher cache, where there is to be one."""
     if not config.losses.teacher_top_k:
         return None
+    kept_in = Path(config.losses.teacher_cache or folder / runs.TEACHER)
+    clear_unfinished(kept_in)
     return TeacherCache(
-        Path(config.losses.teacher_cache or folder / runs.TEACHER),
+        kept_in,
         decides(pair, config.losses),
         lambda text: report(Warned(text)),
     )

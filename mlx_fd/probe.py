@@ -27,9 +27,9 @@ from mlx_fd.episode import (
     student_feedback,
 )
 from mlx_fd.errors import UserError
+from mlx_fd.files import digest_of, write_json, write_with
 from mlx_fd.models.student import read_arrays
 from mlx_fd.problems import Problem
-from mlx_fd.runs import digest_of, write_json, write_with
 from mlx_fd.samples import Reading, Sample, sample_of, solution_of
 
 PROBE_ROWS = "probe.json"

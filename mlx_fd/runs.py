@@ -10,17 +10,34 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shlex
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
+from mlx_fd.files import (
+    check_way,
+    clear_unfinished,
+    digest_of,
+    open_in_place,
+    open_to_read,
+    point,
+    read_text,
+    remove,
+    share,
+    subfolder,
+    sync_file,
+    sync_folder,
+    truncate,
+    working_folder,
+    write_atomic,
+    write_json,
+)
+from mlx_fd.marks import MARK, RUN, check_free, read_mark, write_mark
 
 CONFIG = "config.toml"
 MANIFEST = "manifest.json"
@@ -35,20 +52,8 @@ CHECKPOINTS = "checkpoints"
 TEACHER = "teacher"
 STATE = "state.json"
 _LOCK = ".lock"
-_UNFINISHED = ".tmp-"
 # Says where the base model is; a user may point it elsewhere.
 _EDITABLE = ("adapter_config.json",)
-
-# All that a kill can leave before the manifest is there.
-_BEGUN = {
-    _LOCK,
-    "README.md",
-    ".README.md.tmp",
-    CONFIG,
-    f".{CONFIG}.tmp",
-    f".{MANIFEST}.tmp",
-    CHECKPOINTS,
-}
 
 README = """\
 # A run of mlx-fd
@@ -79,82 +84,21 @@ MODEL is the student's, named in `manifest.json`.
 """
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all; it is on the disk when this returns."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def write_with(path: Path, write: Callable[[Path], None]) -> str:
-    """Let something that writes files itself write one, atomically.
-
-    Args:
-        path: where the file shall be.
-        write: writes it to the path it is given, which has the same suffix.
-
-    Returns:
-        The file's SHA-256.
-    """
-    # Another process may be writing the same file.
-    temporary = path.with_name(f"{_UNFINISHED}{os.getpid()}-{path.name}")
-    try:
-        write(temporary)
-        _sync_file(temporary)
-        digest = digest_of(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-    return digest
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as readable JSON, atomically."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Append rows as JSON lines and flush them to the disk.
-
-    Returns:
-        The file's size in bytes afterwards.
-    """
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    with path.open("ab") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell()
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log; a half-written last line is left out."""
+    """The rows of a log; a half-written last line is left out.
+
+    Raises:
+        UserError: there is a pipe or a device in its place.
+    """
     if not path.exists():
         return []
+    with open_to_read(path) as file:
+        text = file.read().decode("utf-8", errors="replace")
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+    for line in text.split("\n")[:-1]:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def create(folder: Path, config_toml: str, manifest: dict[str, Any], readme: str = README) -> None:
@@ -171,7 +115,8 @@ def create(folder: Path, config_toml: str, manifest: dict[str, Any], readme: str
     """
     check_new(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    write_mark(folder, RUN)
+    subfolder(folder, CHECKPOINTS)
     write_atomic(folder / "README.md", readme)
     write_atomic(folder / CONFIG, config_toml)
     # Last: a folder with a manifest is a run.
@@ -179,8 +124,26 @@ def create(folder: Path, config_toml: str, manifest: dict[str, Any], readme: str
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run."""
+    """Whether a folder has the files of a run; whether they are ours, :func:`is_ours` says."""
     return (folder / MANIFEST).is_file() and (folder / CONFIG).is_file()
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is a run's, begun or done: its mark says so, or what its manifest says."""
+    if read_mark(folder).get("kind") == RUN:
+        return True
+    if not is_run(folder):
+        return False
+    try:
+        return _is_manifest(json.loads(read_text(folder / MANIFEST)))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _is_manifest(content: Any) -> bool:
+    """Whether it is of mlx-fd; runs of earlier versions have no other mark."""
+    versions = content.get("versions") if isinstance(content, dict) else None
+    return isinstance(versions, dict) and "mlx-fd" in versions
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -198,26 +161,38 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / MANIFEST}: cannot be read: {error}") from error
+    if not is_ours(folder):
+        raise UserError(
+            f"{folder}: this is no run directory of mlx-fd (neither its {MANIFEST} nor a file "
+            f"{MARK} says so), and it was left alone"
+        )
     return manifest
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run directory, so that no other process writes it.
+    """Hold a run directory, which is marked as one, so that no other process writes it.
 
     The lock goes with the process, however that ends.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, it is not a run's, or it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("a") as file:
+    if not is_ours(folder):
+        check_free(folder, RUN)
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_mark(folder, RUN)
+            lock = open_in_place(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+            held.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             raise UserError(
                 f"{folder}: another mlx-fd process is writing this run; wait for it or stop it."
             ) from error
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}).") from error
         yield
 
 
@@ -266,15 +241,6 @@ class Checkpoint:
         return int(self.state["batch"])
 
 
-def digest_of(path: Path) -> str:
-    """A file's SHA-256."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def save_checkpoint(
     folder: Path,
     batch: int,
@@ -294,25 +260,22 @@ def save_checkpoint(
         best: the batch whose checkpoint is the best so far.
         keep: how many of the newest to keep beside the best.
     """
-    checkpoints = folder / CHECKPOINTS
-    temporary = checkpoints / f".{batch:06d}.tmp"
+    checkpoints = subfolder(folder, CHECKPOINTS)
     final = checkpoints / f"{batch:06d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    write(temporary)
-    files = sorted(temporary.iterdir())
-    for path in files:
-        _sync_file(path)
-    digests = {path.name: digest_of(path) for path in files if path.name not in _EDITABLE}
-    write_json(temporary / STATE, {"batch": batch, **state, "files": digests})
-    former = checkpoints / f".{batch:06d}.former"
-    if final.exists():
-        final.rename(former)
-    temporary.rename(final)
-    _sync_folder(checkpoints)
-    _point(checkpoints / "last", final.name)
-    _point(checkpoints / "best", f"{best:06d}")
-    shutil.rmtree(former, ignore_errors=True)
+    with working_folder(checkpoints) as temporary, working_folder(checkpoints) as former:
+        write(temporary)
+        files = sorted(temporary.iterdir())
+        for path in files:
+            sync_file(path)
+        digests = {path.name: digest_of(path) for path in files if path.name not in _EDITABLE}
+        write_json(temporary / STATE, {"batch": batch, **state, "files": digests})
+        share(temporary)
+        if os.path.lexists(final):
+            final.rename(former / final.name)
+        temporary.rename(final)
+        sync_folder(checkpoints)
+        point(checkpoints / "last", final.name)
+        point(checkpoints / "best", f"{best:06d}")
     # A kept checkpoint may be gone back to, and then its own best must still be there.
     kept = _numbered(checkpoints)[:keep]
     needed = {final.name, f"{best:06d}", *(path.name for path in kept)}
@@ -321,14 +284,7 @@ def save_checkpoint(
             needed.add(f"{json.loads((path / STATE).read_text())['best_batch']:06d}")
     for old in _numbered(checkpoints):
         if old.name not in needed:
-            shutil.rmtree(old)
-
-
-def _point(link: Path, name: str) -> None:
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(name)
-    temporary.replace(link)
+            remove(old)
 
 
 def _numbered(checkpoints: Path) -> list[Path]:
@@ -397,26 +353,26 @@ def roll_back(folder: Path, checkpoint: Checkpoint | None) -> None:
     Logs are cut to their length then. Newer checkpoints, which are not whole, are put aside under
     another name; half-written files go.
     """
-    checkpoints = folder / CHECKPOINTS
-    checkpoints.mkdir(exist_ok=True)
+    checkpoints = subfolder(folder, CHECKPOINTS)
+    check_way(folder, TEACHER)
     sizes = checkpoint.state["log_bytes"] if checkpoint else {}
     for name in LOGS:
+        if os.path.lexists(folder / name):
+            # Now, and not after a batch of work.
+            os.close(open_in_place(folder / name, os.O_WRONLY))
         if log_size(folder, name) > sizes.get(name, 0):
-            os.truncate(folder / name, sizes.get(name, 0))
+            truncate(folder / name, sizes.get(name, 0))
     batch = checkpoint.batch if checkpoint else -1
     for path in checkpoints.iterdir():
-        if path.name.startswith("."):
-            path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
-        elif path.name.isdigit() and int(path.name) > batch:
+        if path.name.isdigit() and int(path.name) > batch:
             aside = path.with_name(f"{path.name}.broken")
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             path.rename(aside)
     if checkpoint is not None:
-        _point(checkpoints / "last", checkpoint.folder.name)
-        _point(checkpoints / "best", f"{checkpoint.state['best_batch']:06d}")
-    for where in (folder, folder / TEACHER):
-        for left in where.glob(f"{_UNFINISHED}*"):
-            left.unlink()
+        point(checkpoints / "last", checkpoint.folder.name)
+        point(checkpoints / "best", f"{checkpoint.state['best_batch']:06d}")
+    for where in (folder, checkpoints, folder / TEACHER):
+        clear_unfinished(where)
     (folder / SUMMARY).unlink(missing_ok=True)
 
 
@@ -426,9 +382,8 @@ def check_new(folder: Path) -> None:
     Raises:
         UserError: there is a run in it, or something else.
     """
-    if is_run(folder):
+    if is_run(folder) and is_ours(folder):
         raise UserError(
             f"{folder}: this is a run already; go on with: mlx-fd resume {shlex.quote(str(folder))}"
         )
-    if folder.is_dir() and not {path.name for path in folder.iterdir()} <= _BEGUN:
-        raise UserError(f"{folder}: there is something in this folder; choose another --out")
+    check_free(folder, RUN)

@@ -18,7 +18,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_fd.runs import explained, write_with
+from mlx_fd.files import write_with
+from mlx_fd.runs import explained
 
 _ADVICE = (
     "this is the teacher cache: free some space, then go on with mlx-fd resume; or name another "
@@ -29,10 +30,6 @@ _ADVICE = (
 @dataclass(frozen=True)
 class TeacherCache:
     """A folder of entries of one expert.
-
-    A killed process may leave a half-written ``.tmp-*`` file. A run clears those of its own folder
-    when it is resumed; in one that runs share they may be another's that is being written, and
-    stay until somebody deletes them.
 
     Attributes:
         folder: where they are; it is made when the first one is.
@@ -53,7 +50,7 @@ class TeacherCache:
         """
         key = self._key(prompt, target)
         path = self._path(key)
-        if not path.exists():
+        if not path.is_file():
             return None
         try:
             arrays, about = mx.load(str(path), format="safetensors", return_metadata=True)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from mlx_fd.errors import UserError
 from mlx_fd.events import BatchDone, Event, Probed
-from mlx_fd.runs import write_json
+from mlx_fd.files import check_way, read_text, write_json
 
 # What each has seen of a run, in the run directory.
 STATE = "tracking.json"
@@ -41,7 +41,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, key: str, config: Mapping[str, Any]):
         from tensorboard.summary import Writer
 
-        self._writer = Writer(str(folder / "tensorboard"))
+        self._writer = Writer(str(check_way(folder, "tensorboard")))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -58,6 +58,7 @@ class _Wandb:
     def __init__(self, folder: Path, key: str, config: Mapping[str, Any]):
         import wandb
 
+        check_way(folder, "wandb")
         self._run = wandb.init(
             project=_PROJECT,
             name=folder.name,
@@ -222,11 +223,11 @@ class Tracking:
 def _read_state(path: Path) -> dict[str, dict[str, Any]]:
     """What trackers have seen of the run; nothing where that cannot be read."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = json.loads(read_text(path))
         return {
             name: {"id": str(state[name]["id"]), "step": int(state[name]["step"])}
             for name in TRACKERS
             if name in state
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return {}

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_fd import runs
 from mlx_fd.config import Config, to_toml
+from mlx_fd.files import write_json
 from mlx_fd.problems import Problem
 from mlx_fd.report.advantage_page import page as make_advantage_page
 from mlx_fd.selfdistill.advantage import AFTER, BEFORE, IN, RIGHT, Scored, summarise
@@ -204,7 +205,7 @@ def write_run(
     _write(folder, {runs.EPISODES: episodes, runs.METRICS: metrics}, expert, options)
     probe = {"before": dict.fromkeys(LOSSES, 1.0), "after": dict.fromkeys(LOSSES, 0.2)}
     if finished:
-        runs.write_json(
+        write_json(
             folder / runs.SUMMARY,
             {"probe": probe, "exam": exam(), "peak_memory_bytes": 2**30, "best_checkpoint": "3"},
         )
@@ -362,11 +363,11 @@ def write_self_run(
         "without": 6,
         "with_context": 24,
     }
-    runs.write_json(folder / runs.HEADROOM, head)
+    write_json(folder / runs.HEADROOM, head)
     if finished:
         probe = {"before": {"wrong": 0.75}, "after": {"wrong": 0.25}}
         found = {"probe": probe, "peak_memory_bytes": 2**30, "best_checkpoint": "000003"}
-        runs.write_json(folder / runs.SUMMARY, found)
+        write_json(folder / runs.SUMMARY, found)
     return folder
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from mlx_fd.errors import UserError
 from mlx_fd.export.archive import open_archive, write_archive
+from mlx_fd.files import replacing
 
 FILES = {"README.md": b"# it\n", "model.safetensors": bytes(range(256)) * 30, "parity/b.json": b""}
 
@@ -24,22 +25,27 @@ def folder(tmp_path) -> Path:
     return out
 
 
+def pack(folder: Path, file: Path) -> None:
+    with replacing(file) as packed:
+        write_archive(folder, folder.name, packed)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
 
 
 def test_there_and_back(folder, tmp_path):
-    write_archive(folder, tmp_path / "a.tar")
+    pack(folder, tmp_path / "a.tar")
     assert open_archive(tmp_path / "a.tar", tmp_path / "back") == tmp_path / "back"
     assert contents(tmp_path / "back") == FILES
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", "back", "student"]
 
 
 def test_the_same_bytes_whenever_and_whoever(folder, tmp_path):
-    write_archive(folder, tmp_path / "a.tar")
+    pack(folder, tmp_path / "a.tar")
     (folder / "README.md").chmod(0o600)
     (folder / "README.md").touch()
-    write_archive(folder, tmp_path / "b.tar")
+    pack(folder, tmp_path / "b.tar")
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
     with tarfile.open(tmp_path / "a.tar") as archive:
         members = archive.getmembers()
@@ -115,7 +121,7 @@ def test_other_refusals(folder, tmp_path):
     info.size = 1 << 40
     (tmp_path / "a.tar").write_bytes(info.tobuf() + bytes(1024))
     refuse(r"1099\.5 GB|damaged", tmp_path / "a.tar")
-    write_archive(folder, tmp_path / "a.tar")
+    pack(folder, tmp_path / "a.tar")
     whole = (tmp_path / "a.tar").read_bytes()
     # A compressed one could hold anything in a few bytes.
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
@@ -130,7 +136,7 @@ def test_other_refusals(folder, tmp_path):
 
 
 def test_damaged_archives_never_escape(folder, tmp_path):
-    write_archive(folder, tmp_path / "a.tar")
+    pack(folder, tmp_path / "a.tar")
     whole = (tmp_path / "a.tar").read_bytes()
     rng = random.Random(0)
     inside = tmp_path / "inside"

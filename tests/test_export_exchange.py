@@ -24,7 +24,7 @@ from mlx_fd.export.engines.openai import OpenAIEngine
 from mlx_fd.export.table import print_comparison
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
-from mlx_fd.report.comparison_page import page, write_report
+from mlx_fd.report.comparison_page import page, report_folder, write_report
 
 DEADLINE = 0.6
 PATIENCE = 20.0  # of a test on a busy machine; without a deadline these servers take for ever
@@ -328,7 +328,8 @@ def test_no_secret_reaches_a_report(bundle, tmp_path, capsys):
     progress = []
     row = judged(job, compare.run(job, (), lambda *told: progress.append(told)))
     found = report([job], [row])
-    write_report(found, tmp_path / "out")
+    with report_folder(tmp_path / "out"):
+        write_report(found, tmp_path / "out")
     print_comparison([row], Console())
     written = [(tmp_path / "out" / name).read_text() for name in ("compare.json", "compare.html")]
     for text in (*written, capsys.readouterr().out, str(progress)):

@@ -22,7 +22,7 @@ from mlx_fd.export.measures import coarse_kl, measure
 from mlx_fd.export.table import measured
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
-from mlx_fd.report.comparison_page import write_report
+from mlx_fd.report.comparison_page import report_folder, write_report
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +373,8 @@ def test_a_server_that_says_minus_infinity_in_numbers_is_judged(bundle, tmp_path
     assert not row["parity"] and len(row["reasons"]) == 2
     for reason, text in zip(row["reasons"], reasons, strict=True):
         assert reason.startswith(text)
-    write_report(report([job], [row]), tmp_path / "out")
+    with report_folder(tmp_path / "out"):
+        write_report(report([job], [row]), tmp_path / "out")
 
     def refuse(constant):
         raise AssertionError(constant)

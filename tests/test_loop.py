@@ -38,9 +38,6 @@ def start(folder, plan, report=lambda event: None, stop=lambda: False):
     """Begin or resume a run in this process, as the command line does."""
     with runs.locked(folder):
         if not runs.is_run(folder):
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            for leftover in [p for p in folder.iterdir() if p.name != ".lock"]:
-                leftover.unlink()
             runs.create(folder, to_toml(plan.config), plan.manifest)
         return run(folder, plan.config, open_pair(plan), plan.probe, plan.problems, report, stop)
 

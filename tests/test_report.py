@@ -13,6 +13,7 @@ import reported
 
 from mlx_fd import cli, runs
 from mlx_fd.errors import UserError
+from mlx_fd.files import write_json
 from mlx_fd.report import charts, packing, tables, theme
 from mlx_fd.report.page import check_out, make_page, write_page
 from mlx_fd.report.reading import read_runs
@@ -230,11 +231,11 @@ def test_a_loss_that_was_nothing_at_first_gains_nothing(tmp_path):
     folder = reported.write_run(tmp_path / "run")
     summary = json.loads((folder / runs.SUMMARY).read_text())
     summary["probe"]["before"]["lm"] = 0.0
-    runs.write_json(folder / runs.SUMMARY, summary)
+    write_json(folder / runs.SUMMARY, summary)
     (run,) = read_runs([folder])
     assert set(gains(charts.gain_figure(run))) == {"hidden", "score", "logit"}
     summary["probe"]["before"] = dict.fromkeys(reported.LOSSES, 0.0)
-    runs.write_json(folder / runs.SUMMARY, summary)
+    write_json(folder / runs.SUMMARY, summary)
     (run,) = read_runs([folder])
     assert charts.gain_figure(run) is None
     assert "was 0 before the first update" in " ".join(parsed(make_page([run])).text)
@@ -256,9 +257,9 @@ def test_charts_have_the_rows_numbers(tmp_path):
 
 def test_a_pareto_frontier_and_an_evaluation_are_shown(tmp_path):
     folder = reported.write_run(tmp_path / "run")
-    runs.write_json(folder / "pareto.json", reported.pareto(folder))
+    write_json(folder / "pareto.json", reported.pareto(folder))
     (folder / "eval" / "fast").mkdir(parents=True)
-    runs.write_json(folder / "eval" / "fast" / "eval.json", reported.evaluation())
+    write_json(folder / "eval" / "fast" / "eval.json", reported.evaluation())
     (run,) = read_runs([folder])
     assert run.missing == []
     lm, _ = charts.pareto_figures(run)

@@ -11,6 +11,7 @@ import shutil
 import pytest
 import reported
 
+from mlx_fd.files import write_json
 from mlx_fd.report import comparison_page
 from mlx_fd.report.page import make_page, write_page
 from mlx_fd.report.reading import read_runs
@@ -46,8 +47,8 @@ def pages(tmp_path_factory):
     metrics = [reported.metric(n, frozen=n == 5) for n in range(6)]
     one = reported.write_run(folder / "one", rows, metrics)
     (one / "eval" / "fast").mkdir(parents=True)
-    reported.runs.write_json(one / "pareto.json", reported.pareto(one))
-    reported.runs.write_json(one / "eval" / "fast" / "eval.json", reported.evaluation())
+    write_json(one / "pareto.json", reported.pareto(one))
+    write_json(one / "eval" / "fast" / "eval.json", reported.evaluation())
     two = reported.write_run(folder / "two", finished=False, options={"seed": 1})
     made = {
         "one": [one],

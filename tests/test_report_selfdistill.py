@@ -8,6 +8,7 @@ from test_report import parsed, run_cli, unpacked
 
 from mlx_fd import runs
 from mlx_fd.errors import UserError
+from mlx_fd.files import write_json
 from mlx_fd.report import charts, packing, self_charts, self_tables, tables
 from mlx_fd.report.page import make_page
 from mlx_fd.report.reading import read_runs
@@ -174,7 +175,7 @@ def test_every_key_of_a_row_may_be_lost(tmp_path):
 def test_a_headroom_that_cannot_be_is_left_out(tmp_path, changes):
     folder = reported.write_self_run(tmp_path / "run")
     found = json.loads((folder / runs.HEADROOM).read_text())
-    runs.write_json(folder / runs.HEADROOM, found | changes)
+    write_json(folder / runs.HEADROOM, found | changes)
     run = read(folder)
     assert [said.split()[0] for said in run.missing] == [runs.HEADROOM]
     make_page([run])
@@ -187,7 +188,7 @@ def test_shares_that_cannot_be_are_left_out(tmp_path, finished):
     if finished:
         found = json.loads((folder / runs.SUMMARY).read_text())
         found["probe"]["after"] = {"wrong": 3.0}
-        runs.write_json(folder / runs.SUMMARY, found)
+        write_json(folder / runs.SUMMARY, found)
     run = read(folder)
     rows = self_charts.held_out_figure([run]).specification["datasets"]["rows"]
     assert [(row["batch"], row["right"]) for row in rows] == [(0, 0.25), (1, 0.5)]

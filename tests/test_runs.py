@@ -7,6 +7,7 @@ import pytest
 
 from mlx_fd import runs
 from mlx_fd.errors import UserError
+from mlx_fd.files import append_lines, write_atomic, write_json
 
 
 def make_run(folder: Path) -> Path:
@@ -29,11 +30,11 @@ def save(folder: Path, batch: int, best: int = 0, keep: int = 3) -> None:
 
 def test_atomic_write_leaves_the_old_file_when_the_new_one_fails(tmp_path):
     path = tmp_path / "file"
-    runs.write_atomic(path, "old")
+    write_atomic(path, "old")
     with pytest.raises(ValueError, match="JSON"):
-        runs.write_json(path, float("nan"))
+        write_json(path, float("nan"))
     assert path.read_text() == "old"
-    runs.write_atomic(path, "new")
+    write_atomic(path, "new")
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -51,7 +52,7 @@ def test_a_run_is_not_made_over_something(tmp_path):
 
 def test_read_lines_leaves_out_a_half_written_last_line(tmp_path):
     path = tmp_path / "log.jsonl"
-    runs.append_lines(path, [{"a": 1}, {"a": "ü\n"}])
+    append_lines(path, [{"a": 1}, {"a": "ü\n"}])
     with path.open("a") as file:
         file.write('{"a": 3')
     assert runs.read_lines(path) == [{"a": 1}, {"a": "ü\n"}]
@@ -72,9 +73,9 @@ def test_checkpoints_are_found_pruned_and_pointed_to(tmp_path):
 @pytest.mark.parametrize("harm", ["flip", "cut", "missing", "no state", "half state", "empty"])
 def test_a_broken_checkpoint_is_passed_over(harm, tmp_path):
     run = make_run(tmp_path / "run")
-    runs.append_lines(run / runs.EPISODES, [{"episode": 0}])
+    append_lines(run / runs.EPISODES, [{"episode": 0}])
     save(run, 1, best=1)
-    runs.append_lines(run / runs.EPISODES, [{"episode": 1}])
+    append_lines(run / runs.EPISODES, [{"episode": 1}])
     save(run, 2, best=2)
     folder = run / "checkpoints" / "000002"
     weights, state = folder / "weights.bin", folder / "state.json"
@@ -101,8 +102,8 @@ def test_a_broken_checkpoint_is_passed_over(harm, tmp_path):
 
 def test_no_checkpoint_goes_back_to_the_beginning(tmp_path):
     run = make_run(tmp_path / "run")
-    runs.append_lines(run / runs.EPISODES, [{"episode": 0}])
-    (run / "checkpoints" / ".000000.tmp").mkdir()
+    append_lines(run / runs.EPISODES, [{"episode": 0}])
+    (run / "checkpoints" / ".tmp-0123456789abcdef").mkdir()
     found, _ = runs.newest_checkpoint(run)
     assert found is None
     runs.roll_back(run, found)
@@ -112,7 +113,7 @@ def test_no_checkpoint_goes_back_to_the_beginning(tmp_path):
 
 def test_a_log_that_lost_lines_is_noticed(tmp_path):
     run = make_run(tmp_path / "run")
-    runs.append_lines(run / runs.EPISODES, [{"episode": 0}])
+    append_lines(run / runs.EPISODES, [{"episode": 0}])
     save(run, 1)
     (run / runs.EPISODES).write_text("")
     with pytest.raises(UserError, match="has lost lines that checkpoint 000001 knew"):
@@ -121,7 +122,7 @@ def test_a_log_that_lost_lines_is_noticed(tmp_path):
 
 def test_where_no_checkpoint_is_whole_nothing_is_touched(tmp_path):
     run = make_run(tmp_path / "run")
-    runs.append_lines(run / runs.EPISODES, [{"episode": 0}])
+    append_lines(run / runs.EPISODES, [{"episode": 0}])
     for batch in (1, 2):
         save(run, batch, best=1)
         (run / "checkpoints" / f"{batch:06d}" / "weights.bin").write_bytes(b"")
@@ -133,10 +134,10 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched(tmp_path):
 
 def test_lost_log_lines_go_back_to_a_checkpoint_before_them(tmp_path):
     run = make_run(tmp_path / "run")
-    runs.append_lines(run / runs.EPISODES, [{"episode": 0}])
+    append_lines(run / runs.EPISODES, [{"episode": 0}])
     save(run, 1, best=1)
     size = (run / runs.EPISODES).stat().st_size
-    runs.append_lines(run / runs.EPISODES, [{"episode": 1}])
+    append_lines(run / runs.EPISODES, [{"episode": 1}])
     save(run, 2, best=1)
     with (run / runs.EPISODES).open("r+") as file:
         file.truncate(size + 3)
@@ -160,10 +161,9 @@ def test_the_best_of_a_checkpoint_gone_back_to_is_still_there(tmp_path):
 
 def test_a_run_that_was_only_begun_can_be_made(tmp_path):
     folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / ".lock").touch()
-    (folder / "README.md").write_text("half")
-    (folder / "checkpoints").mkdir()
+    with runs.locked(folder):
+        (folder / "README.md").write_text("half")
+        (folder / "checkpoints").mkdir()
     make_run(folder)
     assert runs.is_run(folder)
 

@@ -307,7 +307,7 @@ def test_a_run_whose_cache_is_gone_is_the_same_run(whole, dirs, tmp_path):
     assert start(target, plan, stop=lambda: next(answers)) is None
     for path in (target / "teacher").iterdir():
         path.unlink()
-    left = target / "teacher" / ".tmp-1-abc.safetensors"
+    left = target / "teacher" / ".tmp-0123456789abcdef.safetensors"
     left.write_bytes(b"half")
     assert start(target, plan) is not None
     assert_same(whole[0], target)

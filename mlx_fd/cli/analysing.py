@@ -148,14 +148,22 @@ def advantage(
     from mlx_fd.config import Config, override
     from mlx_fd.display import Steps
     from mlx_fd.feedback import find, open_student
+    from mlx_fd.files import check_way, write_atomic, write_json
+    from mlx_fd.marks import ADVANTAGE, check_free, claimed
     from mlx_fd.models.context import fitting
     from mlx_fd.models.loading import load
     from mlx_fd.models.resolve import resolve
     from mlx_fd.report.advantage_page import page
-    from mlx_fd.runs import failed_write, is_run, write_atomic, write_json
+    from mlx_fd.runs import failed_write, is_run, read_manifest
     from mlx_fd.selfdistill import advantage as analysis
     from mlx_fd.selfdistill.contexts import Materials, describe
 
+    folder = out or Path("advantage")
+    run = Path(target).expanduser()
+    if out is None and is_run(run):
+        read_manifest(run)
+        folder = check_way(run, "advantage")
+    check_free(folder, ADVANTAGE)
     for name in contexts:
         describe(name)
     found = sources.load(problems, split, skip_bad_rows=skip_bad_rows)
@@ -211,12 +219,10 @@ def advantage(
         "right": sum(attempt.correct for attempt in attempts),
         "contexts": [row.to_json() for row in rows],
     }
-    run = Path(target).expanduser()
-    folder = out or (run / "advantage" if is_run(run) else Path("advantage"))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "advantage.json", report)
-        write_atomic(folder / "advantage.html", page(target, rows, scored))
+        with claimed(folder, ADVANTAGE):
+            write_json(folder / "advantage.json", report)
+            write_atomic(folder / "advantage.html", page(target, rows, scored))
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written ({failed_write(error)}); choose another --out"

@@ -116,10 +116,12 @@ def pareto(
 
 def _write(run: Path, found: dict[str, Any], config: Config) -> None:
     from mlx_fd import runs
+    from mlx_fd.files import clear_unfinished
     from mlx_fd.pareto.choice import write
     from mlx_fd.report.frontier import PLOT, plot
 
     with runs.explained(run, "free some space, then run the same command again."):
+        clear_unfinished(run)
         write(run, found, config)
         plot(found, run / PLOT)
 

@@ -158,13 +158,15 @@ def evaluate(
     from rich.console import Console
     from rich.text import Text
 
-    from mlx_fd import runs
     from mlx_fd.evaluation import suites
     from mlx_fd.evaluation.table import EvalDisplay, print_results
     from mlx_fd.evaluation.target import open_target
+    from mlx_fd.marks import EVALUATION, check_free, claimed
     from mlx_fd.models.fingerprint import time_note
     from mlx_fd.models.storage import cache_dir
 
+    if out is not None:
+        check_free(out, EVALUATION)
     options = suites.Options(
         suite=suite,
         baselines=baselines,
@@ -197,9 +199,7 @@ def evaluate(
     for text in suites.concerns(target, options):
         warn(text)
     total = sum(len(one.items) * one.samples * len(one.systems) for one in sets)
-    with runs.explained(folder, "choose another --out"):
-        folder.mkdir(parents=True, exist_ok=True)
-    with runs.locked(folder), EvalDisplay(console, total, quiet=quiet) as display:
+    with claimed(folder, EVALUATION), EvalDisplay(console, total, quiet=quiet) as display:
         bench = suites.make_bench(target, options, cache or cache_dir() / "eval", display.step)
         try:
             results = suites.evaluate(bench, sets, options, folder, display)

@@ -220,27 +220,27 @@ def compare(
     from mlx_fd.display import Steps
     from mlx_fd.export import compare as comparison
     from mlx_fd.export.table import print_comparison
-    from mlx_fd.report.comparison_page import make_folder, write_report
+    from mlx_fd.report.comparison_page import report_folder, write_report
 
     with contextlib.ExitStack() as held:
         folders = [held.enter_context(comparison.opened(path)) for path in exports]
         jobs = comparison.plan(folders, engines)
         asked = comparison.questions(problems, limit, skip_bad_rows=skip_bad_rows)
         if out is not None:
-            make_folder(out)
+            held.enter_context(report_folder(out))
         steps = held.enter_context(Steps(Console(stderr=True), quiet=quiet))
         rows = [
             comparison.judged(job, comparison.run(job, asked(job), steps, debug=debug), weights)
             for job in jobs
         ]
         found = comparison.report(jobs, rows)
+        if out is not None:
+            write_report(found, out)
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
         print_comparison(rows, Console())
-    if out is not None:
-        write_report(found, out)
-        if not as_json:
+        if out is not None:
             click.echo(f"the comparison is in {out / 'compare.html'} and compare.json")
     if not found["parity"]:
         sys.exit(1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_fd.cli.options import Count, PathType, debug_option, json_option, quiet_option
+from mlx_fd.errors import UserError
 
 if TYPE_CHECKING:
     from mlx_fd.report.reading import LoopRun
@@ -72,12 +73,18 @@ def report(
     from mlx_fd.display import Steps
     from mlx_fd.report.page import check_out, make_page, write_page
     from mlx_fd.report.reading import read_runs
+    from mlx_fd.runs import is_ours
 
     path = out or (Path(_FILE) if len(runs) > 1 else runs[0] / _FILE)
     check_out(path)
     with Steps(Console(stderr=True), quiet=quiet or as_json) as told:
         told("reading", 0, 1)
         found = read_runs(runs)
+        if out is None and len(runs) == 1 and not is_ours(runs[0]):
+            raise UserError(
+                f"{runs[0]}: neither a manifest nor a mark of mlx-fd says that this folder is a "
+                "run's, so nothing is written into it; name the page with --out"
+            )
         told("reading", 1, 1)
         page = make_page(found, episodes, told)
     write_page(page, path)

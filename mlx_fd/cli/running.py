@@ -22,6 +22,7 @@ from mlx_fd.cli.options import (
 )
 from mlx_fd.config import PRESETS, read
 from mlx_fd.errors import UserError
+from mlx_fd.files import write_json
 from mlx_fd.tracking import check_installed
 
 
@@ -127,7 +128,7 @@ def resume(run: Path, trackers: tuple[str, ...], as_json: bool, quiet: bool, deb
         with runs.explained(run):
             # A run that was made longer is compared with its new length next time.
             manifest["options"] = plan.manifest["options"]
-            runs.write_json(run / runs.MANIFEST, manifest)
+            write_json(run / runs.MANIFEST, manifest)
         if config.self_distils:
             selfdistilling.start(run, plan, worries, trackers, as_json, quiet, new=False)
         else:

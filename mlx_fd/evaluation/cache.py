@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd import runs
+from mlx_fd.files import clear_unfinished, write_with
 
 Rows = list[dict[str, Any]]
 
@@ -55,8 +56,9 @@ class Cache:
         rows = make()
         with runs.explained(self.folder, "free some space, or choose another --cache"):
             path.parent.mkdir(parents=True, exist_ok=True)
+            clear_unfinished(path.parent)
             text = json.dumps({"key": key, "rows": rows}, ensure_ascii=False)
-            runs.write_with(path, lambda to: _write(to, text))
+            write_with(path, lambda to: _write(to, text))
         return rows
 
 

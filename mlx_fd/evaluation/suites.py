@@ -33,6 +33,8 @@ from mlx_fd.evaluation.readers import load_readers
 from mlx_fd.evaluation.solving import Solving
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.target import Models, Target
+from mlx_fd.files import append_lines, check_way, read_text, write_atomic, write_json
+from mlx_fd.marks import EVALUATION, check_free
 from mlx_fd.models.context import fitting, short_enough
 from mlx_fd.models.storage import slug
 from mlx_fd.session import versions
@@ -225,10 +227,12 @@ def choose_folder(target: Target, options: Options, out: Path | None = None) -> 
         out: a folder that was named instead.
 
     Raises:
-        UserError: there is another evaluation in ``out``.
+        UserError: there is another evaluation in ``out``, or something that is not ours; or the way
+            into the run leads through a link.
     """
     asked = _asked(target, options)
     if out is not None:
+        check_free(out, EVALUATION)
         if not _is_free(out, asked):
             raise UserError(
                 f"{out / RESULTS}: there is another evaluation, and it was left alone; choose "
@@ -237,16 +241,23 @@ def choose_folder(target: Target, options: Options, out: Path | None = None) -> 
         return out
     folder = _folder(target, options.suite)
     numbered = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
-    return next(one for one in itertools.chain([folder], numbered) if _is_free(one, asked))
+    free = next(one for one in itertools.chain([folder], numbered) if _is_free(one, asked))
+    if target.run is not None:
+        check_way(target.run, *free.relative_to(target.run).parts)
+    return free
 
 
 def _is_free(folder: Path, asked: dict[str, Any]) -> bool:
-    """Whether there is no finished evaluation in a folder, or the one that is asked for."""
+    """Whether a folder is new or ours, without a finished evaluation but the one asked for."""
     try:
-        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        check_free(folder, EVALUATION)
+    except UserError:
+        return False
+    try:
+        found = json.loads(read_text(folder / RESULTS))
     except FileNotFoundError:
         return True
-    except (OSError, ValueError):
+    except (OSError, ValueError, UserError):
         return False
     return isinstance(found, dict) and found.get("asked") == asked
 
@@ -289,7 +300,7 @@ def make_bench(
 def evaluate(
     bench: Bench, sets: Sequence[Set], options: Options, folder: Path, report: Report
 ) -> dict[str, Any]:
-    """Put every set before its systems and write the folder.
+    """Put every set before its systems and write the folder, which the caller has claimed.
 
     After a kill the same call goes on: batches that were done come out of the cache.
 
@@ -312,7 +323,7 @@ def evaluate(
     outputs = folder / (_UNFINISHED if (folder / RESULTS).exists() else OUTPUTS)
     with runs.explained(folder, advice):
         folder.mkdir(parents=True, exist_ok=True)
-        outputs.write_bytes(b"")
+        write_atomic(outputs, b"")
     found = []
     for one in sets:
         by_system: dict[str, list[Rows]] = {}
@@ -320,7 +331,7 @@ def evaluate(
             by_system[system] = [[] for _ in one.items]
             for batch in _batches(bench, one, system, report):
                 with runs.explained(folder, advice):
-                    runs.append_lines(outputs, [row for _, row in batch])
+                    append_lines(outputs, [row for _, row in batch])
                 for place, row in batch:
                     by_system[system][place].append(row)
         found.append(_results(one, by_system))
@@ -342,7 +353,7 @@ def evaluate(
     }
     with runs.explained(folder, advice):
         outputs.replace(folder / OUTPUTS)
-        runs.write_json(folder / RESULTS, results)
+        write_json(folder / RESULTS, results)
     return results
 
 

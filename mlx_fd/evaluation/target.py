@@ -16,6 +16,7 @@ from mlx_fd.config import Config, override, preset
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cache import digest
 from mlx_fd.feedback import find
+from mlx_fd.files import read_text
 from mlx_fd.gate import GateState, trusted
 from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
@@ -189,7 +190,7 @@ def _gate(run: Path, checkpoint: Path | None) -> GateState | None:
     # The best checkpoint's weights are used as the run's end would have them used.
     folder = last if checkpoint == best and last.exists() else checkpoint
     try:
-        state = json.loads((folder / runs.STATE).read_text(encoding="utf-8"))
+        state = json.loads(read_text(folder / runs.STATE))
         return GateState.from_json(state["gate"])
     except FileNotFoundError:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tarfile
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from mlx_fd.errors import UserError
 from mlx_fd.models.storage import new_directory
@@ -15,25 +16,22 @@ _MOST_BYTES = 200 << 30
 _DEEPEST = 4
 
 
-def write_archive(folder: Path, file: Path) -> None:
-    """Write a folder into a tar file that depends on names and contents alone.
+def write_archive(folder: Path, top: str, file: BinaryIO) -> None:
+    """Write a folder as a tar file that depends on names and contents alone.
 
-    The members lie under the folder's name; times, owners and permissions are not kept. The file
-    appears complete or not at all.
+    Args:
+        folder: what goes into it; times, owners and permissions do not.
+        top: the folder that the members lie in.
+        file: where the tar file goes.
     """
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
-            for path in sorted(folder.rglob("*")):
-                if not path.is_file():
-                    continue
-                member = tarfile.TarInfo(f"{folder.name}/{path.relative_to(folder).as_posix()}")
-                member.size, member.mode = path.stat().st_size, 0o644
-                with path.open("rb") as content:
-                    archive.addfile(member, content)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path in sorted(folder.rglob("*")):
+            if not path.is_file():
+                continue
+            member = tarfile.TarInfo(f"{top}/{path.relative_to(folder).as_posix()}")
+            member.size, member.mode = path.stat().st_size, 0o644
+            with path.open("rb") as content:
+                archive.addfile(member, content)
 
 
 def open_archive(file: Path, folder: Path) -> Path:

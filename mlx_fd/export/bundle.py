@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from mlx_fd import roles
 from mlx_fd.errors import UserError
+from mlx_fd.files import write_atomic
 from mlx_fd.problems import Problem
-from mlx_fd.runs import write_atomic
 
 if TYPE_CHECKING:
     from mlx_fd.models.loading import Loaded

@@ -7,7 +7,6 @@ import difflib
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from mlx_fd.export.bundle import Bundle, Item
 from mlx_fd.export.bundle_reading import read_bundle
 from mlx_fd.export.engines import ENGINES
 from mlx_fd.export.engines.address import parse_address, without_secrets
+from mlx_fd.files import clear_unfinished, working_folder
 from mlx_fd.problems import Problem
 
 WEIGHTS = ("auto", "float", "quantized")
@@ -109,8 +109,9 @@ def opened(export: Path) -> Iterator[Path]:
     if export.is_dir():
         yield export
     elif export.is_file():
-        with tempfile.TemporaryDirectory(prefix=".compare-", dir=export.parent) as scratch:
-            yield open_archive(export, Path(scratch) / export.stem)
+        clear_unfinished(export.parent)
+        with working_folder(export.parent) as scratch:
+            yield open_archive(export, scratch / export.stem)
     else:
         raise UserError(f"{export}: there is no such directory or archive")
 

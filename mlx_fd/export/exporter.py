@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from mlx_fd.export.verify import (
     role_chat,
 )
 from mlx_fd.feedback import open_student
+from mlx_fd.files import replacing, working_folder
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.storage import new_directory
 from mlx_fd.runs import MANIFEST, SUMMARY, failed_write
@@ -163,7 +163,7 @@ def export(
         name: a run directory, one of its checkpoints, or a model's name.
         folder: the directory to make; it appears complete or not at all.
         form: what it shall look like.
-        with_archive: write ``FOLDER.tar`` too.
+        with_archive: write ``FOLDER.tar`` too; both appear, or neither.
         progress: told of every step.
 
     Raises:
@@ -178,7 +178,7 @@ def export(
     progress("loading", 0, 1)
     live, student = open_student(source.place)
     chat = role_chat(live.tokenizer)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as archived, contextlib.ExitStack() as held:
         with _explained(folder):
             working = held.enter_context(new_directory(folder, shared=False))
             written = _write(source, live, working, form, progress)
@@ -214,13 +214,24 @@ def export(
             for path in sorted(working.rglob("*"))
             if path.is_file()
         }
+        if with_archive:
+            progress("archive", 0, 1)
+            # Before the directory has its name: one without its archive could not be made again.
+            with _explained(archive_of(folder)):
+                packed = archived.enter_context(replacing(archive_of(folder)))
+                archive.write_archive(working, folder.name, packed)
+                packed.flush()
+                os.fsync(packed.fileno())
         with _explained(folder):
-            # The directory appears under its name.
+            # The directory appears under its name, and then its archive.
             held.close()
-    if with_archive:
-        progress("archive", 0, 1)
-        with _explained(archive_of(folder)):
-            archive.write_archive(folder, archive_of(folder))
+        try:
+            archived.close()
+        except OSError as error:
+            raise UserError(
+                f"{archive_of(folder)}: cannot be written ({error.strerror}), but {folder} is "
+                "there and whole; to have both, remove it and run the same command again"
+            ) from error
     return Exported(source, folder, sizes, found, kept, written, tuple(filter(None, warnings)))
 
 
@@ -233,8 +244,8 @@ def _explained(path: Path) -> Iterator[None]:
         if (why := failed_write(error)) is None:
             raise
         raise UserError(
-            f"{path}: cannot be written ({why}); nothing of it was left behind. Make room, or "
-            "choose another --out"
+            f"{path}: cannot be written ({why}); nothing of this export was left behind. Make room "
+            "and run the same command again, or choose another --out"
         ) from error
 
 
@@ -292,8 +303,8 @@ def _logits_again(
     if form.format == "gguf":
         from mlx_fd.models.gguf import convert
 
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            again = Path(scratch) / "model"
+        with working_folder(folder.parent) as scratch:
+            again = scratch / "model"
             with _explained(final):
                 convert(folder / gguf_file.file_name(form.gguf_type), again)
             return logits_of(load(again), chat)

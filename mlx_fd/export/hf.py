@@ -13,10 +13,10 @@ from mlx_fd.export.source import (
     end_tokens,
     fused,
 )
+from mlx_fd.files import write_json
 from mlx_fd.models.gguf import ARCHITECTURES
 from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.storage import read_json
-from mlx_fd.runs import write_json
 
 # The hub's own limit for one file of a model.
 _SHARD_BYTES = 5_000_000_000

@@ -16,9 +16,9 @@ from mlx_fd.export.source import (
     fused,
     stored_dtype,
 )
+from mlx_fd.files import write_json
 from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from mlx_fd.runs import write_json
 
 if TYPE_CHECKING:
     from mlx import nn

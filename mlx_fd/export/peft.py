@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.export.source import Source, adapter_config, check_architecture
+from mlx_fd.files import write_json
 from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.student import ADAPTER_WEIGHTS, read_arrays
-from mlx_fd.runs import write_json
 
 if TYPE_CHECKING:
     from mlx import nn

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
+from mlx_fd.files import clear_unfinished, share, sync_file, sync_folder, working_folder
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -57,7 +56,7 @@ def _no_number(constant: str) -> Any:
 def new_directory(final: Path, *, shared: bool = True) -> Iterator[Path]:
     """Yield an empty directory that becomes ``final`` when the block ends without an error.
 
-    After an error nothing is left behind.
+    After an error nothing is left behind, and what killed processes left beside it is removed.
 
     Args:
         final: the directory to make; its parents are made where missing.
@@ -69,22 +68,19 @@ def new_directory(final: Path, *, shared: bool = True) -> Iterator[Path]:
         A directory beside ``final``, on the same file system.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
-    try:
+    clear_unfinished(final.parent)
+    with working_folder(final.parent) as working:
         yield working
         for file in working.rglob("*"):
             if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        # mkdtemp makes it private to the user; the result is an ordinary directory.
-        working.chmod(0o755)
+                sync_file(file)
+        share(working)
         try:
             working.rename(final)
         except OSError:
             if not (shared and final.is_dir()):
                 raise
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
+        sync_folder(final.parent)
 
 
 def slug(name: str) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_fd import runs
 from mlx_fd.config import Config, override, to_toml
 from mlx_fd.errors import UserError
+from mlx_fd.files import write_atomic, write_json
 from mlx_fd.pareto.curve import Curve
 from mlx_fd.pareto.frontier import hypervolume, knee, non_dominated, product_rule
 from mlx_fd.pareto.names import ACCURACY
@@ -145,5 +145,5 @@ def preset_toml(found: Mapping[str, Any], config: Config) -> str:
 
 def write(folder: Path, found: Mapping[str, Any], config: Config) -> None:
     """Write ``pareto.json`` and ``pareto.toml`` into the run directory."""
-    runs.write_json(folder / JSON, found)
-    runs.write_atomic(folder / PRESET, preset_toml(found, config))
+    write_json(folder / JSON, found)
+    write_atomic(folder / PRESET, preset_toml(found, config))

@@ -13,6 +13,7 @@ from typing import Any
 from mlx_fd import runs
 from mlx_fd.config import Config, read
 from mlx_fd.errors import UserError
+from mlx_fd.files import read_text
 from mlx_fd.pareto.thresholds import Look
 
 
@@ -86,7 +87,7 @@ def _curve(folder: Path, config: Config) -> Curve:
     rows = runs.read_lines(folder / runs.METRICS)
     episodes = runs.read_lines(folder / runs.EPISODES)
     summary_file = folder / runs.SUMMARY
-    summary = json.loads(summary_file.read_text("utf-8")) if summary_file.exists() else None
+    summary = json.loads(read_text(summary_file)) if summary_file.exists() else None
     if summary is not None:
         first, last = summary["probe"]["before"], summary["probe"]["after"]
         whole = summary["updates"]["steps"] == sum(len(row["updates"]) for row in rows)

@@ -11,6 +11,7 @@ from typing import Any
 from mlx_fd import runs
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.exam import Result, compare, examine
+from mlx_fd.files import read_text
 from mlx_fd.loop import EXAM
 from mlx_fd.models.student import load_student
 from mlx_fd.pareto.curve import Curve
@@ -49,7 +50,7 @@ def examine_points(
             f"{folder}: this run has no examination; --exam is for runs on --problems arithmetic "
             "with --exam-size above 0."
         )
-    before = [Result(**row) for row in json.loads((folder / EXAM).read_text("utf-8"))]
+    before = [Result(**row) for row in json.loads(read_text(folder / EXAM))]
     pair = open_pair(plan)
     wanted = sorted({batch_of(point, curve) for point in points})
     found: dict[int, dict[str, Any]] = {}

@@ -20,6 +20,8 @@ from typing import Any
 from mlx_fd import runs
 from mlx_fd.config import Config, read, to_toml
 from mlx_fd.errors import UserError
+from mlx_fd.files import check_way, read_text
+from mlx_fd.marks import RUN, check_free
 from mlx_fd.pareto.choice import gated
 
 FOLDER = "sweep"
@@ -48,15 +50,20 @@ def sweep(
         ended the sweep.
 
     Raises:
-        UserError: a run failed, or there is another one in its place.
+        UserError: a run failed, or there is something else in its place.
     """
-    done = []
+    planned = []
     for point in found["points"]:
         name = f"stop-{point['stop_threshold']:.16g}"
-        run = folder / FOLDER / name
+        run = check_way(folder, FOLDER, name)
         wanted = gated(config, point["stop_threshold"])
-        if runs.is_run(run) and read(run / runs.CONFIG) != wanted:
+        if not runs.is_ours(run):
+            check_free(run, RUN, "move it away")
+        elif runs.is_run(run) and read(run / runs.CONFIG) != wanted:
             raise UserError(f"{run}: the run here has another configuration; move it away.")
+        planned.append((point, name, run, wanted))
+    done = []
+    for point, name, run, wanted in planned:
         if not (run / runs.SUMMARY).exists():
             _train(run, wanted, partial(progress, name), found["batches"], came)
         if came:
@@ -78,7 +85,7 @@ def _real(run: Path, point: Mapping[str, Any]) -> dict[str, Any]:
     stopped = frozen.index(True) + 1 if True in frozen else None
     steps = sum(len(row["updates"]) for row in rows[:stopped])
     thawed = frozen.index(False, stopped) + 1 if stopped and False in frozen[stopped:] else None
-    summary = json.loads((run / runs.SUMMARY).read_text("utf-8"))
+    summary = json.loads(read_text(run / runs.SUMMARY))
     losses = rows[stopped - 1]["probe"] if stopped else summary["probe"]["after"]
     predicted = (point["stopped_after_batch"], point["cost"]["kd_steps"], point["losses"])
     finals = summary["accuracy"]["final_answers"]

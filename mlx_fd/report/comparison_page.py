@@ -11,9 +11,11 @@ from typing import Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.export import table as words
+from mlx_fd.files import write_atomic, write_json
+from mlx_fd.marks import COMPARISON, claimed
 from mlx_fd.report.rendering import render
 from mlx_fd.report.tables import Cell, Row, Table, table
-from mlx_fd.runs import failed_write, write_atomic, write_json
+from mlx_fd.runs import failed_write
 
 _NOTHING = "n/a"
 
@@ -81,26 +83,26 @@ def _bundle(folder: str, bundle: Mapping[str, Any]) -> tuple[str, str, Table]:
     return folder, counts, table("Where it comes from", ("", "value"), lines, numbers=False)
 
 
-def make_folder(folder: Path) -> None:
-    """Make sure, before hours of work, that a report can be written.
+@contextlib.contextmanager
+def report_folder(folder: Path) -> Iterator[None]:
+    """Claim a folder and make sure, before hours of work, that a report can be written there.
 
     Raises:
-        UserError: the folder cannot be made or written to.
+        UserError: it is not ours, or it cannot be made or written to.
     """
-    with _explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with claimed(folder, COMPARISON):
         # Permissions do not tell of a file system that is read-only.
-        with tempfile.TemporaryFile(dir=folder):
+        with _explained(folder), tempfile.TemporaryFile(dir=folder):
             pass
+        yield
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Write ``compare.json`` and ``compare.html``.
+    """Write ``compare.json`` and ``compare.html`` into a :func:`report_folder`.
 
     Raises:
         UserError: they cannot be written.
     """
-    make_folder(folder)
     with _explained(folder):
         write_json(folder / "compare.json", report)
         write_atomic(folder / "compare.html", page(report))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
+from mlx_fd.files import clear_unfinished, open_to_read, write_atomic
 from mlx_fd.report import charts, packing, self_charts, self_tables, tables
 from mlx_fd.report.drawing import Figure
 from mlx_fd.report.files import Row
@@ -16,7 +17,7 @@ from mlx_fd.report.reading import LoopRun
 from mlx_fd.report.rendering import GENERATOR, asset, render
 from mlx_fd.report.run import Run
 from mlx_fd.report.self_reading import SelfRun
-from mlx_fd.runs import failed_write, write_atomic
+from mlx_fd.runs import failed_write
 
 _LOOKED_AT = 1000
 
@@ -63,7 +64,7 @@ def check_out(path: Path) -> None:
         raise UserError(f"{path}: this is a folder; --out takes the report's file.")
     if not path.exists():
         return
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         if GENERATOR.encode() not in file.read(_LOOKED_AT):
             raise UserError(
                 f"{path}: there is a file that is no page of mlx-fd, and it was left alone; "
@@ -80,6 +81,7 @@ def write_page(page: str, path: Path) -> None:
     check_out(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        clear_unfinished(path.parent)
         write_atomic(path, page)
     except OSError as error:
         raise UserError(

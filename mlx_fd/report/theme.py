@@ -12,7 +12,7 @@ from typing import Any
 
 import altair as alt
 
-from mlx_fd.runs import write_atomic
+from mlx_fd.files import write_atomic
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from mlx_fd.config import Config
 from mlx_fd.episode import seed_of
 from mlx_fd.errors import UserError
 from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
+from mlx_fd.files import append_lines, write_json
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, read_arrays
 from mlx_fd.problems import Problem
@@ -156,7 +157,7 @@ def run(
         report(Note(f"looking at {len(probe_problems)} held-out problems first"))
         headroom = measure_headroom(learner, probe_problems)
         with runs.explained(folder):
-            runs.write_json(folder / runs.HEADROOM, vars(headroom))
+            write_json(folder / runs.HEADROOM, vars(headroom))
     if checkpoint is None:
         losses = {WRONG: 1 - headroom.right / headroom.problems}
         state = gate.initial_state(config.gate, (WRONG,))
@@ -181,8 +182,8 @@ def run(
             progress, problems[place * size : (place + 1) * size], probe_problems, learner
         )
         with runs.explained(folder):
-            runs.append_lines(folder / runs.ATTEMPTS, rows)
-            runs.append_lines(folder / runs.METRICS, [metrics])
+            append_lines(folder / runs.ATTEMPTS, rows)
+            append_lines(folder / runs.METRICS, [metrics])
             stopping = stop()
             due = progress.batch - saved >= config.episode.checkpoint_every
             if due or stopping or progress.best_batch != best_before:
@@ -208,7 +209,7 @@ def run(
         )
         summary["best_checkpoint"] = f"{progress.best_batch:06d}"
         summary["peak_memory_bytes"] = mx.get_peak_memory()
-        runs.write_json(folder / runs.SUMMARY, summary)
+        write_json(folder / runs.SUMMARY, summary)
     return summary
 
 
