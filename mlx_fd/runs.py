@@ -1,25 +1,24 @@
 """The run directory: what is written, in which order, and how a run finds its way back.
 
 Nothing is ever half there. A file is written under a temporary name, flushed to the disk and then
-renamed; a checkpoint is a folder renamed into place whole, with the digest of each of its files in
-``state.json``. The logs only grow, and a checkpoint knows how long they were, so a run that was
-killed at any moment goes back to the newest good checkpoint and cuts the logs to it.
+renamed; what is read back carries a digest. The checkpoints are :mod:`mlx_fd.checkpoints`, the logs
+:mod:`mlx_fd.logs`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import hashlib
 import json
 import os
 import shlex
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_fd.checked import DIGEST, ChangedFile, read_checked, with_digest
 from mlx_fd.errors import UserError
 
 CONFIG = "config.toml"
@@ -32,12 +31,11 @@ HEADROOM = "headroom.json"
 LOGS = (EPISODES, METRICS, SAMPLES, ATTEMPTS)
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
+CUT = "cut"
 TEACHER = "teacher"
 STATE = "state.json"
 _LOCK = ".lock"
-_UNFINISHED = ".tmp-"
-# Says where the base model is; a user may point it elsewhere.
-_EDITABLE = ("adapter_config.json",)
+UNFINISHED = ".tmp-"
 
 # All that a kill can leave before the manifest is there.
 _BEGUN = {
@@ -65,6 +63,7 @@ README = """\
 | `probe.json` | the held-out problems that the gate watches, their arrays beside it |
 | `exam_*.json` | what the student made of each question of the examination, where there was one |
 | `summary.json` | the run's totals, written at its end |
+| `cut/` | what `resume` cut: `tail/` after the last stop; a folder of its date whatever else |
 | `pareto.*` | with `mlx-fd pareto`: where to stop next time; `sweep/` has the runs that try it |
 | `eval/` | with `mlx-fd eval`: `eval.json` and `outputs.jsonl` of each evaluation |
 | `report.html` | the page of `mlx-fd report .` |
@@ -88,7 +87,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_with(path: Path, write: Callable[[Path], None]) -> str:
@@ -102,15 +101,15 @@ def write_with(path: Path, write: Callable[[Path], None]) -> str:
         The file's SHA-256.
     """
     # Another process may be writing the same file.
-    temporary = path.with_name(f"{_UNFINISHED}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
     try:
         write(temporary)
-        _sync_file(temporary)
+        sync_file(temporary)
         digest = digest_of(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return digest
 
 
@@ -144,7 +143,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make sure that what was renamed in a folder is on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -152,7 +152,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Make sure that a file is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -175,7 +176,7 @@ def create(folder: Path, config_toml: str, manifest: dict[str, Any], readme: str
     write_atomic(folder / "README.md", readme)
     write_atomic(folder / CONFIG, config_toml)
     # Last: a folder with a manifest is a run.
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, with_digest(manifest))
 
 
 def is_run(folder: Path) -> bool:
@@ -196,9 +197,57 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / MANIFEST}: cannot be read: {error}") from error
+    if isinstance(manifest, dict):
+        manifest.pop(DIGEST, None)
     return manifest
+
+
+def manifest_fault(folder: Path) -> str | None:
+    """What is to be said of a manifest that is not what was written; ``None`` where it is.
+
+    A digit changed in it costs no run: all in it that decides one is compared with what is here.
+    """
+    try:
+        read_checked(folder / MANIFEST)
+    except ChangedFile as error:
+        return (
+            f"{MANIFEST}: {error}; what decides the run in it is the same as here, and the run "
+            "goes on"
+        )
+    return None
+
+
+def cut_folder(folder: Path) -> Path:
+    """A folder of a run, named by the time, for what is cut from it; not made yet.
+
+    Raises:
+        UserError: ``cut`` leads out of the run directory.
+    """
+    cut = folder / CUT
+    if cut.is_symlink():
+        raise UserError(f"{cut}: this is a link, and nothing is moved through one; delete it.")
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    found, number = cut / stamp, 1
+    while found.exists():
+        number += 1
+        found = cut / f"{stamp}-{number}"
+    return found
+
+
+def set_aside(path: Path, to: Path, name: str = "") -> None:
+    """Move a file or folder of a run where nothing reads it and nothing deletes it.
+
+    Args:
+        path: what is to go.
+        to: of :func:`cut_folder`.
+        name: its name there, where that is another one.
+    """
+    to.mkdir(parents=True, exist_ok=True)
+    path.rename(to / (name or path.name))
+    for changed in (to.parent, to, path.parent):
+        sync_folder(changed)
 
 
 @contextlib.contextmanager
@@ -253,19 +302,6 @@ def _cannot_write(folder: Path, why: str, advice: str) -> UserError:
     )
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint: its folder, and the ``state.json`` in it."""
-
-    folder: Path
-    state: dict[str, Any]
-
-    @property
-    def batch(self) -> int:
-        """Batches of problems that were done when it was written."""
-        return int(self.state["batch"])
-
-
 def digest_of(path: Path) -> str:
     """A file's SHA-256."""
     with path.open("rb") as file:
@@ -273,151 +309,6 @@ def digest_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def save_checkpoint(
-    folder: Path,
-    batch: int,
-    write: Callable[[Path], None],
-    state: dict[str, Any],
-    *,
-    best: int,
-    keep: int,
-) -> None:
-    """Write a checkpoint, point ``last`` and ``best`` to the right ones, and drop old ones.
-
-    Args:
-        folder: the run directory.
-        batch: batches done; the checkpoint's name.
-        write: writes the weights into the folder it is given.
-        state: everything else that a resumed run needs; the files' digests are added.
-        best: the batch whose checkpoint is the best so far.
-        keep: how many of the newest to keep beside the best.
-    """
-    checkpoints = folder / CHECKPOINTS
-    temporary = checkpoints / f".{batch:06d}.tmp"
-    final = checkpoints / f"{batch:06d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    write(temporary)
-    files = sorted(temporary.iterdir())
-    for path in files:
-        _sync_file(path)
-    digests = {path.name: digest_of(path) for path in files if path.name not in _EDITABLE}
-    write_json(temporary / STATE, {"batch": batch, **state, "files": digests})
-    former = checkpoints / f".{batch:06d}.former"
-    if final.exists():
-        final.rename(former)
-    temporary.rename(final)
-    _sync_folder(checkpoints)
-    _point(checkpoints / "last", final.name)
-    _point(checkpoints / "best", f"{best:06d}")
-    shutil.rmtree(former, ignore_errors=True)
-    # A kept checkpoint may be gone back to, and then its own best must still be there.
-    kept = _numbered(checkpoints)[:keep]
-    needed = {final.name, f"{best:06d}", *(path.name for path in kept)}
-    for path in kept:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            needed.add(f"{json.loads((path / STATE).read_text())['best_batch']:06d}")
-    for old in _numbered(checkpoints):
-        if old.name not in needed:
-            shutil.rmtree(old)
-
-
-def _point(link: Path, name: str) -> None:
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(name)
-    temporary.replace(link)
-
-
-def _numbered(checkpoints: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    return sorted((p for p in checkpoints.iterdir() if p.name.isdigit()), reverse=True)
-
-
-def _read_checkpoint(folder: Path) -> Checkpoint | None:
-    """The checkpoint in a folder, or ``None`` where a file is missing or not what was written.
-
-    A file that is there and cannot be read (permissions, a failing disk) is another matter: that
-    error goes through, and nothing is given up for it.
-    """
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        whole = all(digest_of(folder / name) == value for name, value in state["files"].items())
-        return Checkpoint(folder, state) if whole and state["batch"] >= 0 else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def checkpoint_after(folder: Path, batch: int) -> Checkpoint | None:
-    """A run's checkpoint after so many batches; ``None`` where there is none that is whole."""
-    return _read_checkpoint(folder / CHECKPOINTS / f"{batch:06d}")
-
-
-def log_size(folder: Path, name: str) -> int:
-    """A log's size in bytes; 0 where it is not begun."""
-    path = folder / name
-    return path.stat().st_size if path.exists() else 0
-
-
-def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of a run that is whole and whose logs are there, changing nothing.
-
-    Returns:
-        The checkpoint (``None`` where the run has not come to one), and why newer ones are
-        passed over.
-
-    Raises:
-        UserError: there are checkpoints, and none of them will do.
-    """
-    checkpoints = folder / CHECKPOINTS
-    passed_over = []
-    for candidate in _numbered(checkpoints) if checkpoints.is_dir() else []:
-        checkpoint = _read_checkpoint(candidate)
-        if checkpoint is None:
-            passed_over.append(f"checkpoint {candidate.name} is not whole")
-            continue
-        sizes = checkpoint.state["log_bytes"]
-        short = [name for name, size in sizes.items() if log_size(folder, name) < size]
-        if not short:
-            return checkpoint, passed_over
-        passed_over.append(f"{short[0]} has lost lines that checkpoint {candidate.name} knew")
-    if passed_over:
-        raise UserError(
-            f"{folder}: no checkpoint can be gone back to: {'; '.join(passed_over)}. Something "
-            "else changed these files; bring them back, or begin a new run."
-        )
-    return None, passed_over
-
-
-def roll_back(folder: Path, checkpoint: Checkpoint | None) -> None:
-    """Bring a run directory to where a checkpoint of :func:`newest_checkpoint` left it.
-
-    Logs are cut to their length then. Newer checkpoints, which are not whole, are put aside under
-    another name; half-written files go.
-    """
-    checkpoints = folder / CHECKPOINTS
-    checkpoints.mkdir(exist_ok=True)
-    sizes = checkpoint.state["log_bytes"] if checkpoint else {}
-    for name in LOGS:
-        if log_size(folder, name) > sizes.get(name, 0):
-            os.truncate(folder / name, sizes.get(name, 0))
-    batch = checkpoint.batch if checkpoint else -1
-    for path in checkpoints.iterdir():
-        if path.name.startswith("."):
-            path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
-        elif path.name.isdigit() and int(path.name) > batch:
-            aside = path.with_name(f"{path.name}.broken")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-    if checkpoint is not None:
-        _point(checkpoints / "last", checkpoint.folder.name)
-        _point(checkpoints / "best", f"{checkpoint.state['best_batch']:06d}")
-    for where in (folder, folder / TEACHER):
-        for left in where.glob(f"{_UNFINISHED}*"):
-            left.unlink()
-    (folder / SUMMARY).unlink(missing_ok=True)
 
 
 def check_new(folder: Path) -> None:

@@ -133,7 +133,12 @@ def manifest_of(
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "backend": {"device": here.device, "blas": here.blas, "threads": _threads()},
+        "backend": {
+            "device": here.device,
+            "blas": here.blas,
+            "threads": _threads(),
+            **_thread_settings(),
+        },
         "seed": config.episode.seed,
         "expert": model(config.selfdistill.critic or config.models.expert, expert),
         "student": model(config.models.student, student),
@@ -346,6 +351,20 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
     return uncertain
 
 
+def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What the user is told of options that were changed, and may be, since the run began.
+
+    Args:
+        old: the run's manifest.
+        new: that of what is here now; :func:`check_same` found nothing wrong with it.
+    """
+    was, now = ({**_flat(Config()), **manifest["options"]} for manifest in (old, new))
+    changed = [
+        f"{name} was {was[name]!r}, is {now[name]!r}" for name in now if was[name] != now[name]
+    ]
+    return [f"{runs.CONFIG} was changed: {'; '.join(changed)}"] if changed else []
+
+
 def _why_other(part: str, old: dict[str, Any], new: dict[str, Any]) -> str:
     """Why the models or problems of two manifests differ, and what to do about it."""
     name = old[part]["name"]
@@ -393,6 +412,29 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+# What the BLAS and OpenMP that MLX and NumPy may use take their number of threads from, beside what
+# is under "threads" since the first version.
+_THREAD_VARIABLES = (
+    "GOTO_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+
+def _thread_settings() -> dict[str, Any]:
+    """What decides how sums are split over threads, and so their last digits."""
+    settings: dict[str, Any] = {name: os.environ.get(name, "not set") for name in _THREAD_VARIABLES}
+    return {**settings, "cores": _cores()}
+
+
+def _cores() -> int:
+    """How many cores this process may use; with no number of threads set, BLAS uses them all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _threads() -> str:

@@ -729,7 +729,7 @@ def test_the_first_signal_ends_the_run_after_its_batch(number, status, home, mlx
     assert "stopping after this batch" in done.out and "Summary" not in done.out
     batches = len(runs.read_lines(out / runs.METRICS))
     assert 1 <= batches < 20 and len(episodes(out)) == 2 * batches
-    checkpoint, broken = runs.newest_checkpoint(out)
+    checkpoint, broken = newest_checkpoint(out)
     assert checkpoint.batch == batches and not broken
     done = mlx_fd("resume", out)
     assert done.status == 0 and f"going on after batch {batches}\n" in done.out

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd import runs
+from mlx_fd.checkpoints import newest_checkpoint
 from mlx_fd.config import Config, read
 from mlx_fd.errors import UserError
 from mlx_fd.pareto.thresholds import Look
@@ -91,7 +92,7 @@ def _curve(folder: Path, config: Config) -> Curve:
         first, last = summary["probe"]["before"], summary["probe"]["after"]
         whole = summary["updates"]["steps"] == sum(len(row["updates"]) for row in rows)
     else:
-        checkpoint, _ = runs.newest_checkpoint(folder)
+        checkpoint, _ = newest_checkpoint(folder)
         if checkpoint is None:
             raise UserError(
                 f"{folder}: this run has not come to its first checkpoint; go on with: mlx-fd "
