@@ -174,6 +174,24 @@ def _logs_at(folder: Path, state: Mapping[str, Any], name: str) -> dict[str, Log
     return found
 
 
+def changed_logs(folder: Path) -> list[str]:
+    """The logs that are not what the run's newest checkpoint knew, where that can be said."""
+    for checkpoint in _numbered(folder / runs.CHECKPOINTS):
+        try:
+            state, digested = read_checked(checkpoint / runs.STATE)
+        except (OSError, ChangedFile):
+            continue
+        if not digested:
+            return []
+        logs = {name: Log.read(folder / name, size) for name, size in state["log_bytes"].items()}
+        return [
+            name
+            for name, log in logs.items()
+            if log is None or log.sha256 != state["log_sha256"][name]
+        ]
+    return []
+
+
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint of a run that is whole and whose logs are, changing nothing.
 

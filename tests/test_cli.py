@@ -26,6 +26,7 @@ from tiny import make_model_dir, make_tokenizer
 from trained import make_run
 
 from mlx_fd import cli, runs
+from mlx_fd.checkpoints import newest_checkpoint
 from mlx_fd.cli.judging import harmless
 from mlx_fd.config import PRESETS, read
 

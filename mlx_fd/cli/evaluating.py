@@ -148,6 +148,7 @@ def evaluate(
 
     from mlx_fd import runs
     from mlx_fd.evaluation import suites
+    from mlx_fd.evaluation.cache import Cache
     from mlx_fd.evaluation.table import EvalDisplay, print_results
     from mlx_fd.evaluation.target import open_target
     from mlx_fd.models.storage import cache_dir
@@ -172,13 +173,18 @@ def evaluate(
     folder = suites.choose_folder(target, options, out)
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
-    for text in suites.concerns(target, options):
+
+    def warn(text: str) -> None:
         console.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+
+    for text in suites.concerns(target, options):
+        warn(text)
     total = sum(len(one.items) * one.samples * len(one.systems) for one in sets)
     with runs.explained(folder, "choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder), EvalDisplay(console, total, quiet=quiet) as display:
-        bench = suites.make_bench(target, options, cache or cache_dir() / "eval", display.step)
+        generated = Cache(cache or cache_dir() / "eval", warn)
+        bench = suites.make_bench(target, options, generated, display.step)
         try:
             results = suites.evaluate(bench, sets, options, folder, display)
         except KeyboardInterrupt:

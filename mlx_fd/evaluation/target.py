@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd import runs
+from mlx_fd.checked import read_checked
 from mlx_fd.config import Config, override, preset
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cache import digest
@@ -173,7 +174,7 @@ def _gate(run: Path, checkpoint: Path | None) -> GateState | None:
     # The best checkpoint's weights are used as the run's end would have them used.
     folder = last if checkpoint == best and last.exists() else checkpoint
     try:
-        state = json.loads((folder / runs.STATE).read_text(encoding="utf-8"))
+        state, _ = read_checked(folder / runs.STATE)
         return GateState.from_json(state["gate"])
     except FileNotFoundError:
         return None
