@@ -225,20 +225,22 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, passed_over
 
 
-def check_nothing_lost(
-    folder: Path, checkpoint: Checkpoint | None, passed_over: list[str], every: int
-) -> None:
-    """Make sure that going back to a checkpoint cuts no more than a kill leaves, or damage costs.
+def check_nothing_lost(folder: Path, every: int) -> tuple[Checkpoint | None, list[str]]:
+    """Make sure that going back to the newest good checkpoint cuts no more than a kill leaves.
+
+    Batches of damaged checkpoints that are there are made again, unless the run is finished.
 
     Args:
         folder: the run directory.
-        checkpoint: of :func:`newest_checkpoint`.
-        passed_over: of the same.
         every: batches between two checkpoints.
 
+    Returns:
+        As :func:`newest_checkpoint`.
+
     Raises:
-        UserError: it would; the message says what is there, what is missing and what to do.
+        UserError: more would be cut; the message says what is there, what is not, and what to do.
     """
+    checkpoint, passed_over = newest_checkpoint(folder)
     numbers = [int(path.name) for path in _numbered(folder / runs.CHECKPOINTS)]
     lines = count_lines(folder / runs.METRICS)
     finished = (folder / runs.SUMMARY).exists()
@@ -257,7 +259,7 @@ def check_nothing_lost(
     elif finished and passed_over:
         why = "; ".join(passed_over)
     else:
-        return
+        return checkpoint, passed_over
     command = f"mlx-fd resume {shlex.quote(str(folder))} {REDO}"
     again = f"from batch {checkpoint.batch} on" if checkpoint else "from its beginning"
     raise UserError(
@@ -267,7 +269,9 @@ def check_nothing_lost(
     )
 
 
-def roll_back(folder: Path, checkpoint: Checkpoint | None, *, ordinary: bool) -> list[str]:
+def roll_back(
+    folder: Path, checkpoint: Checkpoint | None, cut: Path, *, ordinary: bool
+) -> list[str]:
     """Bring a run directory to where a checkpoint of :func:`newest_checkpoint` left it.
 
     Logs are cut to their length then, newer checkpoints are moved away, half-written files go.
@@ -275,6 +279,7 @@ def roll_back(folder: Path, checkpoint: Checkpoint | None, *, ordinary: bool) ->
     Args:
         folder: the run directory.
         checkpoint: where to; ``None``: to before the first.
+        cut: of :func:`mlx_fd.runs.cut_folder`, for what is cut.
         ordinary: whether a kill alone explains what is cut. It is made again the same, and is kept
             until the next such cut; all else is kept for good.
 
@@ -283,7 +288,6 @@ def roll_back(folder: Path, checkpoint: Checkpoint | None, *, ordinary: bool) ->
     """
     checkpoints = folder / runs.CHECKPOINTS
     checkpoints.mkdir(exist_ok=True)
-    cut = runs.cut_folder(folder)
     said = []
     for name in runs.LOGS:
         log = checkpoint.logs[name] if checkpoint else Log(folder / name)

@@ -55,6 +55,7 @@ from mlx_fd.probe import PROBE_ROWS, Probe, load_probe, make_probe, save_probe
 from mlx_fd.problems import Problem
 from mlx_fd.progress import (
     Progress,
+    Records,
     finished_summary,
     finite,
     go_back,
@@ -116,18 +117,18 @@ def run(
     batches = math.ceil(len(problems) / size)
     total = batches * config.training.epochs
     at_end = checkpoint is not None and checkpoint.batch >= total
-    if (summary := finished_summary(folder, at_end, report)) is not None:
+    if (summary := finished_summary(records, at_end, report)) is not None:
         return summary
     begun = checkpoint is not None
     # Whatever the checkpoint holds, the student is still untrained here.
-    probe = kept(folder, PROBE_ROWS, lambda: load_probe(folder), begun, report)
+    probe = kept(records, PROBE_ROWS, lambda: load_probe(folder), begun, report)
     if probe is None:
         report(Note(f"looking at {len(probe_problems)} held-out problems first"))
         probe = make_probe(pair, probe_problems, config, _steps(report, 0))
         with runs.explained(folder):
             save_probe(probe, folder)
     optimizer = make_optimizer(pair.student, config.training)
-    before = _examined_before(folder, config, pair, exam, begun, report)
+    before = _examined_before(records, config, pair, exam, begun, report)
     if checkpoint is None:
         progress = _first(pair, probe, config)
         with runs.explained(folder):
@@ -222,7 +223,7 @@ class _Examined:
 
 
 def _examined_before(
-    folder: Path,
+    records: Records,
     config: Config,
     pair: Pair,
     exam: Sequence[Question],
@@ -232,14 +233,15 @@ def _examined_before(
     """The examination before the run, where there is one: what is kept of it, or taken now."""
     if not exam:
         return _Examined([], 0.0)
-    found = kept(folder, EXAM, lambda: load_results(folder / EXAM, exam), begun, report)
+    file = records.folder / EXAM
+    found = kept(records, EXAM, lambda: load_results(file, exam), begun, report)
     if found is not None:
         return _Examined(*found)
     begin = time.perf_counter()
     results = examine(pair, exam, config.generation, _steps(report, 0))
     seconds = time.perf_counter() - begin
-    with runs.explained(folder):
-        save_results(folder / EXAM, results, seconds)
+    with runs.explained(records.folder):
+        save_results(file, results, seconds)
     return _Examined(results, seconds)
 
 

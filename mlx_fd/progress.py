@@ -101,11 +101,13 @@ class Records:
         folder: the run directory.
         logs: its logs by their files' names.
         peak_before: most memory, in bytes, that MLX had in the processes that made what is there.
+        cut: where what is cut or replaced goes; made when there is something.
     """
 
     folder: Path
     logs: Mapping[str, Log]
     peak_before: int
+    cut: Path
 
     def append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows to a log."""
@@ -133,17 +135,19 @@ def go_back(
     Raises:
         UserError: more would be cut than a kill leaves, or the folder cannot be written.
     """
-    checkpoint, passed_over = newest_checkpoint(folder)
-    if not redo:
-        check_nothing_lost(folder, checkpoint, passed_over, config.episode.checkpoint_every)
+    if redo:
+        checkpoint, passed_over = newest_checkpoint(folder)
+    else:
+        checkpoint, passed_over = check_nothing_lost(folder, config.episode.checkpoint_every)
     for reason in passed_over:
         report(Warned(f"{reason}; going back before it"))
+    cut = runs.cut_folder(folder)
     with runs.explained(folder):
-        put_right = roll_back(folder, checkpoint, ordinary=not redo and not passed_over)
+        put_right = roll_back(folder, checkpoint, cut, ordinary=not redo and not passed_over)
     for text in put_right:
         report(Warned(text))
     if checkpoint is None:
-        return None, Records(folder, {name: Log(folder / name) for name in runs.LOGS}, 0)
+        return None, Records(folder, {name: Log(folder / name) for name in runs.LOGS}, 0, cut)
     if checkpoint.best_lost:
         report(
             Warned(
@@ -154,7 +158,7 @@ def go_back(
     if not checkpoint.vouched:
         report(Note(_no_digest(f"checkpoint {checkpoint.folder.name}")))
     peak = int(checkpoint.state.get("peak_memory_bytes", 0))
-    return checkpoint, Records(folder, checkpoint.logs, peak)
+    return checkpoint, Records(folder, checkpoint.logs, peak, cut)
 
 
 def _no_digest(name: str) -> str:
@@ -162,17 +166,17 @@ def _no_digest(name: str) -> str:
 
 
 def finished_summary(
-    folder: Path, at_end: bool, report: Callable[[Event], None]
+    records: Records, at_end: bool, report: Callable[[Event], None]
 ) -> dict[str, Any] | None:
     """The summary of a run that is done; ``None`` where it is to be made.
 
     Args:
-        folder: the run directory.
+        records: the run's.
         at_end: whether the run's last checkpoint is that of its end. Where it is not, the run was
             made longer, and what was its summary is put aside.
         report: told what becomes of it.
     """
-    path = folder / runs.SUMMARY
+    path = records.folder / runs.SUMMARY
     if not path.exists():
         return None
     if at_end:
@@ -185,13 +189,13 @@ def finished_summary(
         except (ChangedFile, OSError) as error:
             why = str(error)
         report(Warned(f"{runs.SUMMARY}: {why}; it is made again"))
-    with runs.explained(folder):
-        runs.set_aside(path, runs.cut_folder(folder))
+    with runs.explained(records.folder):
+        runs.set_aside(path, records.cut)
     return None
 
 
 def kept(
-    folder: Path,
+    records: Records,
     name: str,
     load: Callable[[], tuple[Kept, bool] | None],
     begun: bool,
@@ -202,7 +206,7 @@ def kept(
     Called while the student is still untrained, so that what is computed again is the same.
 
     Args:
-        folder: the run directory.
+        records: the run's.
         name: the file that it is kept in.
         load: reads it: what it is, and whether a digest vouches for it; ``None`` where it is not
             there. It raises :class:`mlx_fd.checked.ChangedFile` where it is not what was written.
@@ -214,8 +218,8 @@ def kept(
         found = load()
     except (ChangedFile, OSError) as error:
         report(Warned(f"{name}: {error}; {again}"))
-        with runs.explained(folder):
-            runs.set_aside(folder / name, runs.cut_folder(folder))
+        with runs.explained(records.folder):
+            runs.set_aside(records.folder / name, records.cut)
         return None
     if found is None:
         if begun:

@@ -101,7 +101,7 @@ def test_a_broken_checkpoint_is_passed_over(harm, tmp_path):
         state.write_text("[]")
     found, broken = checkpoints.newest_checkpoint(run)
     assert found.batch == 1 and broken == ["checkpoint 000002 is not whole"]
-    checkpoints.roll_back(run, found, ordinary=False)
+    checkpoints.roll_back(run, found, runs.cut_folder(run), ordinary=False)
     assert runs.read_lines(run / runs.EPISODES) == [{"episode": 0}]
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert names == ["000001", "best", "last"]
@@ -114,9 +114,8 @@ def test_a_broken_checkpoint_is_passed_over(harm, tmp_path):
 
 def go_back(run: Path, every: int = 1) -> checkpoints.Checkpoint | None:
     """What a resume does, unless it refuses."""
-    found, passed_over = checkpoints.newest_checkpoint(run)
-    checkpoints.check_nothing_lost(run, found, passed_over, every)
-    checkpoints.roll_back(run, found, ordinary=not passed_over)
+    found, passed_over = checkpoints.check_nothing_lost(run, every)
+    checkpoints.roll_back(run, found, runs.cut_folder(run), ordinary=not passed_over)
     return found
 
 
@@ -157,7 +156,7 @@ def test_lost_checkpoints_are_not_taken_for_a_kill(what, tmp_path):
     # The user says so: what is cut is kept.
     found, _ = checkpoints.newest_checkpoint(run)
     assert (found and found.batch) == {"newest": 3, "finished": 4}.get(what)
-    checkpoints.roll_back(run, found, ordinary=False)
+    checkpoints.roll_back(run, found, runs.cut_folder(run), ordinary=False)
     left = found.batch if found else 0
     assert len(runs.read_lines(run / runs.METRICS)) == left
     [cut] = (run / "cut").iterdir()
@@ -292,7 +291,7 @@ def test_lost_log_lines_go_back_to_a_checkpoint_before_them(tmp_path):
         file.truncate(size + 3)
     found, why = checkpoints.newest_checkpoint(run)
     assert found.batch == 1 and "lost lines" in why[0]
-    checkpoints.roll_back(run, found, ordinary=False)
+    checkpoints.roll_back(run, found, runs.cut_folder(run), ordinary=False)
     assert (run / runs.EPISODES).stat().st_size == size
 
 
@@ -302,7 +301,7 @@ def test_the_best_of_a_checkpoint_gone_back_to_is_still_there(tmp_path):
         save(run, batch, best=10 if batch == 10 else 2, keep=2)
     (run / "checkpoints" / "000010" / "weights.bin").write_bytes(b"")
     found, _ = checkpoints.newest_checkpoint(run)
-    checkpoints.roll_back(run, found, ordinary=False)
+    checkpoints.roll_back(run, found, runs.cut_folder(run), ordinary=False)
     assert found.batch == 9
     assert (run / "checkpoints" / "best").resolve().name == "000002"
     assert (run / "checkpoints" / "best" / "weights.bin").exists()

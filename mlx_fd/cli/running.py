@@ -128,11 +128,15 @@ def resume(
     backend()
     from mlx_fd import runs
     from mlx_fd.checked import with_digest
+    from mlx_fd.checkpoints import check_nothing_lost
     from mlx_fd.session import changed_options, check_same, make_plan
 
     manifest = runs.read_manifest(run)
     with runs.locked(run):
         config = read(run / runs.CONFIG)
+        if not redo:
+            # Before models are loaded and anything is written.
+            check_nothing_lost(run, config.episode.checkpoint_every)
         plan = selfdistilling.plan_of(config) if config.self_distils else make_plan(config)
         worries = check_same(manifest, plan.manifest, run)
         worries += changed_options(manifest, plan.manifest)

@@ -162,7 +162,7 @@ def run(
     at_end = checkpoint is not None and (
         checkpoint.batch >= total or checkpoint.state["gate"]["frozen"]
     )
-    if (summary := finished_summary(folder, at_end, report)) is not None:
+    if (summary := finished_summary(records, at_end, report)) is not None:
         return summary
     model = models.reader.model
     # The rate is set before each update.
@@ -175,7 +175,7 @@ def run(
     learner = _Learner(models, optimizer, first_teacher(model, config.selfdistill), config, report)
     # Whatever the checkpoint holds, the student is still untrained here.
     measured = kept(
-        folder, runs.HEADROOM, lambda: _load_headroom(folder), checkpoint is not None, report
+        records, runs.HEADROOM, lambda: _load_headroom(folder), checkpoint is not None, report
     )
     if measured is None:
         report(Note(f"looking at {len(probe_problems)} held-out problems first"))

@@ -1,0 +1,402 @@
+"""Every file of a stopped run, damaged in every way: noticed, harmless or refused; never silent."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from pairs import MEASURED, make_dirs, without_seconds
+
+from mlx_fd import cli, runs, session
+from mlx_fd.checked import read_checked, with_digest
+from mlx_fd.config import Config, override, to_toml
+from mlx_fd.events import Event, Warned
+from mlx_fd.loop import EXAM, EXAM_AFTER, run
+from mlx_fd.probe import PROBE_ROWS
+
+OPTIONS = {
+    "problems": "arithmetic",
+    "batch_size": 2,
+    "answer_tokens": 6,
+    "feedback_tokens": 6,
+    "merge_tokens": 4,
+    "probe_size": 2,
+    "exam_size": 2,
+    "episodes": 6,
+    # Texts and what the expert said of them are read back in the second epoch.
+    "epochs": 2,
+    "teacher_top_k": 4,
+    "gate": "always",
+    "checkpoint_every": 1,
+    "keep_checkpoints": 2,
+    "kd_steps": 1,
+    "lora_rank": 2,
+    "lora_rate": 1e-2,
+}
+STOPPED_AFTER = 4
+
+
+def make_stopped(folder: Path, **changes) -> Path:
+    """A run that was stopped in its second epoch."""
+    expert, student = make_dirs(folder)
+    options = {**OPTIONS, "expert": str(expert), "student": str(student), **changes}
+    target, asked = folder / "stopped", iter(range(STOPPED_AFTER + 1))
+    go_on(target, options, lambda: next(asked) == STOPPED_AFTER)
+    return target
+
+
+def go_on(folder: Path, options: dict, stop: Callable[[], bool] = lambda: False) -> set[str]:
+    """Begin a run or go on with it, without the command; what it warned of."""
+    warned: set[str] = set()
+
+    def report(event: Event) -> None:
+        if isinstance(event, Warned):
+            warned.add(event.text)
+
+    plan = session.make_plan(override(Config(), options, "test"))
+    with runs.locked(folder):
+        if not runs.is_run(folder):
+            runs.create(folder, to_toml(plan.config), plan.manifest)
+        run(
+            *(folder, plan.config, session.open_pair(plan), plan.probe, plan.problems),
+            *(report, stop, plan.exam()),
+        )
+    return warned
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A run that was stopped, not to be written to; what comes of it if nothing is damaged."""
+
+    folder: Path
+    comes_to: dict[str, object]
+    warned: set[str]
+
+    def noticed(self, said: str) -> list[str]:
+        """What is said of a damage: warnings and notes that there are none of without one."""
+        return [
+            line
+            for line in said.splitlines()
+            if ("warning: " in line or "no digest" in line)
+            and not any(text in line for text in self.warned)
+        ]
+
+
+def _stopped(folder: Path, **changes) -> Stopped:
+    target = make_stopped(folder, **changes)
+    whole = copy_of(target, folder / "whole")
+    warned = go_on(whole, options_of(whole))
+    return Stopped(target, outcome(whole), warned)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Stopped:
+    return _stopped(tmp_path_factory.mktemp("damage"), exam_size=0)
+
+
+@pytest.fixture(scope="module")
+def examined(tmp_path_factory) -> Stopped:
+    """With an examination, whose many intervals take most of a small run's time."""
+    return _stopped(tmp_path_factory.mktemp("examined"))
+
+
+@pytest.fixture
+def resume(monkeypatch, capsys):
+    """The command in this process: its exit status and all that it said."""
+
+    def call(folder: Path, *options: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["mlx-fd", "resume", str(folder), *options])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err and "defect" not in err, err
+        return ended.value.code, out + err
+
+    return call
+
+
+def options_of(folder: Path) -> dict:
+    """With which a run was begun."""
+    return json.loads((folder / runs.MANIFEST).read_text())["options"]
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    shutil.rmtree(to, ignore_errors=True)
+    return shutil.copytree(folder, to, symlinks=True)
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """All that came of a run, but for how long it took and how much memory."""
+    found: dict[str, object] = {
+        name: without_seconds(runs.read_lines(folder / name)) for name in runs.LOGS
+    }
+    for which in ("last", "best"):
+        checkpoint = (folder / runs.CHECKPOINTS / which).resolve()
+        found[which] = checkpoint.name
+        for path in checkpoint.iterdir():
+            if path.name != runs.STATE:
+                found[f"{which}/{path.name}"] = path.read_bytes()
+    state = json.loads((folder / runs.CHECKPOINTS / "last" / runs.STATE).read_text())
+    found["state"] = {name: value for name, value in state.items() if name not in MEASURED}
+    for name in (runs.SUMMARY, EXAM, EXAM_AFTER, PROBE_ROWS):
+        if not (folder / name).exists():
+            continue
+        value = json.loads((folder / name).read_text())
+        measured = ("seconds", *MEASURED)
+        found[name] = {key: item for key, item in value.items() if key not in measured}
+    # Two bytes may mean the same to a TOML parser; what they mean is what matters.
+    found[runs.CONFIG] = tomllib.loads((folder / runs.CONFIG).read_text())
+    return found
+
+
+# --- ways to damage a file ---
+
+
+def other_digit(place: float) -> Callable[[bytes], bytes]:
+    """Another digit in the place of one, at this share of all the digits."""
+
+    def change(data: bytes) -> bytes:
+        digits = [at for at, byte in enumerate(data) if 48 <= byte <= 57]
+        at = digits[int(place * len(digits))]
+        return data[:at] + bytes([48 + (data[at] - 47) % 10]) + data[at + 1 :]
+
+    return change
+
+
+def without_brace(data: bytes) -> bytes:
+    at = max(data.rfind(b"}"), data.rfind(b"]"))
+    return data[:at] + data[at + 1 :]
+
+
+def without_line(data: bytes) -> bytes:
+    lines = data.splitlines(keepends=True)
+    del lines[len(lines) // 2]
+    return b"".join(lines)
+
+
+def half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flipped(data: bytes) -> bytes:
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+
+
+def gone(data: bytes) -> None:
+    return None
+
+
+TEXT = {
+    **{f"digit {place:.0%}": other_digit(place) for place in (0.1, 0.5, 0.9)},
+    "brace": without_brace,
+    "line": without_line,
+    "half": half,
+    "gone": gone,
+}
+BINARY = {"bit": flipped, "half": half, "gone": gone}
+FILES = (
+    *(runs.CONFIG, runs.MANIFEST, runs.EPISODES, runs.METRICS, runs.SAMPLES),
+    *(PROBE_ROWS, "probe.safetensors", EXAM, "teacher/*.safetensors"),
+    *(f"checkpoints/000004/{name}" for name in ("state.json", "adapter_config.json")),
+    *(f"checkpoints/000004/{name}.safetensors" for name in ("adapters", "heads", "optimizer")),
+    *(f"checkpoints/{link}" for link in ("last", "best")),
+    "checkpoints/000003/state.json",
+    "checkpoints/000003/adapters.safetensors",
+)
+CASES = [
+    (name, way)
+    for name in FILES
+    for way in (
+        ("gone",)
+        if name.endswith(("/last", "/best"))
+        else BINARY
+        if name.endswith(".safetensors")
+        else TEXT
+    )
+]
+
+
+def damage(folder: Path, name: str, way: str) -> None:
+    found = sorted(folder.glob(name))
+    path = random.Random(0).choice(found)
+    if path.is_symlink():
+        path.unlink()
+        return
+    data = (BINARY if name.endswith(".safetensors") else TEXT)[way](path.read_bytes())
+    assert data != path.read_bytes()
+    path.unlink() if data is None else path.write_bytes(data)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All files of a run."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.mark.parametrize(("name", "way"), CASES)
+def test_a_damaged_file_of_a_stopped_run(name, way, request, resume, tmp_path):
+    one = request.getfixturevalue("examined" if name == EXAM else "stopped")
+    folder = copy_of(one.folder, tmp_path / "run")
+    damage(folder, name, way)
+    before = files_of(folder)
+    status, said = resume(folder)
+    noticed = one.noticed(said)
+    if status == 2:
+        assert files_of(folder) == before, "refused, and changed"
+        assert "error: " in said
+        return
+    assert status == 0, said
+    came = outcome(folder)
+    if name == runs.CONFIG:
+        # An option that may be changed; and it is said that it was.
+        changed = came.pop(runs.CONFIG) != one.comes_to[runs.CONFIG]
+        assert not changed or any(f"{runs.CONFIG} was changed" in text for text in noticed)
+    for part, value in one.comes_to.items():
+        assert part == runs.CONFIG or came[part] == value, (part, noticed)
+    if name not in (runs.CONFIG, runs.MANIFEST) and "checkpoints/" not in name:
+        assert noticed
+    # What was cut is kept.
+    if way != "gone" and any(name == log for log in runs.LOGS):
+        assert list((folder / runs.CUT).iterdir())
+
+
+# --- finished runs ---
+
+
+@pytest.fixture(scope="module")
+def finished(stopped, tmp_path_factory) -> Path:
+    """A run that is done; not to be written to."""
+    folder = copy_of(stopped.folder, tmp_path_factory.mktemp("finished") / "run")
+    go_on(folder, options_of(folder))
+    return folder
+
+
+def test_a_finished_run_is_left_as_it_is(finished, stopped, resume, tmp_path):
+    folder = copy_of(finished, tmp_path / "run")
+    before = files_of(folder)
+    status, said = resume(folder)
+    assert status == 0 and "nothing left to do" in said and not stopped.noticed(said)
+    assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("lost", ["all", "folders", "newest", "damaged"])
+def test_a_finished_run_whose_checkpoints_are_gone_keeps_what_it_has(
+    lost, finished, stopped, resume, tmp_path
+):
+    folder = copy_of(finished, tmp_path / "run")
+    if lost == "all":
+        shutil.rmtree(folder / runs.CHECKPOINTS)
+    elif lost == "damaged":
+        damage(folder, "checkpoints/000006/adapters.safetensors", "bit")
+    else:
+        for path in (folder / runs.CHECKPOINTS).iterdir():
+            if not path.is_symlink() and (lost == "folders" or path.name == "000006"):
+                shutil.rmtree(path)
+    before = files_of(folder)
+    status, said = resume(folder)
+    assert status == 2 and files_of(folder) == before
+    assert "Nothing was changed." in said and "--redo-from-checkpoint" in said
+    assert "the run is finished" in said and "6 batches" in said
+    # What is asked for comes to the same, and what was cut is kept.
+    status, said = resume(folder, "--redo-from-checkpoint")
+    assert status == 0, said
+    assert outcome(folder) == stopped.comes_to
+    [cut] = (folder / runs.CUT).iterdir()
+    assert (cut / runs.SUMMARY).read_bytes() == before[runs.SUMMARY]
+    if lost in ("all", "folders"):
+        assert (cut / runs.METRICS).read_bytes() == before[runs.METRICS]
+    if lost == "damaged":
+        name = "checkpoints/000006/adapters.safetensors"
+        assert (cut / "000006" / "adapters.safetensors").read_bytes() == before[name]
+
+
+@pytest.mark.parametrize("way", TEXT)
+def test_a_damaged_summary_is_made_again(way, finished, stopped, resume, tmp_path):
+    folder = copy_of(finished, tmp_path / "run")
+    harmless = outcome(folder)[runs.SUMMARY]
+    damage(folder, runs.SUMMARY, way)
+    status, said = resume(folder)
+    assert status == 0
+    assert outcome(folder)[runs.SUMMARY] == harmless
+    assert way == "gone" or any(runs.SUMMARY in text for text in stopped.noticed(said))
+
+
+def test_a_run_that_is_made_longer_keeps_its_first_summary(finished, resume, tmp_path):
+    """Of one epoch: with more, all that was done depends on how many episodes there are."""
+    folder = make_stopped(tmp_path, exam_size=0, epochs=1, teacher_top_k=0, episodes=4)
+    assert resume(folder)[0] == 0
+    first = (folder / runs.SUMMARY).read_bytes()
+    config = (folder / runs.CONFIG).read_text()
+    (folder / runs.CONFIG).write_text(config.replace("episodes = 4", "episodes = 6"))
+    status, said = resume(folder)
+    assert status == 0 and "episodes was 4, is 6" in said
+    assert json.loads((folder / runs.SUMMARY).read_text())["episodes"] == 6
+    [cut] = (folder / runs.CUT).iterdir()
+    assert (cut / runs.SUMMARY).read_bytes() == first
+
+
+# --- what was measured ---
+
+
+def test_memory_and_seconds_outlive_a_resume(examined, tmp_path):
+    folder = copy_of(examined.folder, tmp_path / "run")
+    state_file = folder / runs.CHECKPOINTS / "000004" / runs.STATE
+    state, _ = read_checked(state_file)
+    assert state["peak_memory_bytes"] > 0
+    state["peak_memory_bytes"] = 2**50
+    runs.write_json(state_file, with_digest(state))
+    go_on(folder, options_of(folder))
+    summary, _ = read_checked(folder / runs.SUMMARY)
+    assert summary["peak_memory_bytes"] == 2**50
+    seconds = summary["seconds"]
+    probe, before, after = (
+        read_checked(folder / name)[0]["seconds"] for name in (PROBE_ROWS, EXAM, EXAM_AFTER)
+    )
+    assert min(probe, before, after) > 0
+    assert seconds["exam"] == pytest.approx(before + after, abs=0.06)
+    assert seconds["headroom"] >= round(probe, 1)
+    batches = sum(row["seconds"] for row in runs.read_lines(folder / runs.METRICS))
+    assert seconds["total"] == pytest.approx(
+        batches + seconds["exam"] + seconds["headroom"], abs=0.2
+    )
+
+
+# --- runs of older versions ---
+
+
+def test_a_run_of_an_older_version_goes_on_with_a_note(examined, resume, tmp_path):
+    """Without a digest anywhere but those of a checkpoint's binary files."""
+    folder = copy_of(examined.folder, tmp_path / "run")
+    for path in (folder / runs.CHECKPOINTS).glob(f"0*/{runs.STATE}"):
+        state, _ = read_checked(path)
+        for name in ("log_sha256", "editable", "checkpoint_every", "peak_memory_bytes"):
+            del state[name]
+        runs.write_json(path, state)
+    manifest = runs.read_manifest(folder)
+    old = ("device", "blas", "threads")
+    manifest["backend"] = {name: manifest["backend"][name] for name in old}
+    runs.write_json(folder / runs.MANIFEST, manifest)
+    exam, _ = read_checked(folder / EXAM)
+    runs.write_json(folder / EXAM, exam["results"])
+    probe, _ = read_checked(folder / PROBE_ROWS)
+    del probe["seconds"]
+    runs.write_json(folder / PROBE_ROWS, probe)
+    status, said = resume(folder)
+    assert status == 0
+    noted = examined.noticed(said)
+    assert [text.split(" has ")[0] for text in noted] == ["checkpoint 000004", PROBE_ROWS, EXAM]
+    came = outcome(folder)
+    came[EXAM] = examined.comes_to[EXAM]
+    assert came == examined.comes_to
