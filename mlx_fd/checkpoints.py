@@ -16,7 +16,7 @@ import contextlib
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,35 @@ def checkpoint_after(folder: Path, batch: int) -> Path | None:
     """The checkpoint after so many batches; ``None`` where there is none that is whole."""
     checkpoint = folder / runs.CHECKPOINTS / f"{batch:06d}"
     return checkpoint if _read_state(checkpoint) else None
+
+
+def check_weights(checkpoint: Path, names: Sequence[str]) -> None:
+    """Make sure that weights of a checkpoint are those that the run wrote, where that can be said.
+
+    Args:
+        checkpoint: its folder.
+        names: of the files that are to be used.
+
+    Raises:
+        UserError: one was changed, or the checkpoint's state was.
+    """
+    try:
+        state, _ = read_checked(checkpoint / runs.STATE)
+        digests = dict(state["files"])
+    except FileNotFoundError:
+        return
+    except (OSError, ChangedFile, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint / runs.STATE}: cannot be read ({error}), so that nothing says that the "
+            "weights beside it are whole; take another checkpoint."
+        ) from error
+    for name in names:
+        path = checkpoint / name
+        if name in digests and path.exists() and runs.digest_of(path) != digests[name]:
+            raise UserError(
+                f"{path}: something changed it after the run wrote it; bring the old file back, or "
+                "take another checkpoint."
+            )
 
 
 def _logs_at(folder: Path, state: Mapping[str, Any], name: str) -> dict[str, Log] | str:

@@ -121,7 +121,6 @@ def manifest_of(
         found: the problems that the run's were drawn from.
         vocab: tokens that student and expert share.
     """
-    from mlx_fd.backend import backend
     from mlx_fd.models.loading import content_hash
 
     def model(name: str, path: Path | None) -> dict[str, str]:
@@ -129,16 +128,10 @@ def manifest_of(
             return {"name": name, "path": "", "sha256": ""}
         return {"name": name, "path": str(path), "sha256": content_hash(path)}
 
-    here = backend()
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "backend": {
-            "device": here.device,
-            "blas": here.blas,
-            "threads": _threads(),
-            **_thread_settings(),
-        },
+        "backend": backend_settings(),
         "seed": config.episode.seed,
         "expert": model(config.selfdistill.critic or config.models.expert, expert),
         "student": model(config.models.student, student),
@@ -424,10 +417,18 @@ _THREAD_VARIABLES = (
 )
 
 
-def _thread_settings() -> dict[str, Any]:
-    """What decides how sums are split over threads, and so their last digits."""
-    settings: dict[str, Any] = {name: os.environ.get(name, "not set") for name in _THREAD_VARIABLES}
-    return {**settings, "cores": _cores()}
+def backend_settings() -> dict[str, Any]:
+    """What a run computes with, and how sums are split over threads: their last digits."""
+    from mlx_fd.backend import backend
+
+    here = backend()
+    return {
+        "device": here.device,
+        "blas": here.blas,
+        "threads": os.environ.get("OPENBLAS_NUM_THREADS", f"all {os.cpu_count()}"),
+        **{name: os.environ.get(name, "not set") for name in _THREAD_VARIABLES},
+        "cores": _cores(),
+    }
 
 
 def _cores() -> int:
@@ -435,7 +436,3 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _threads() -> str:
-    return os.environ.get("OPENBLAS_NUM_THREADS", f"all {os.cpu_count()}")

@@ -390,9 +390,24 @@ def test_out_that_cannot_be_written(home, tmp_path, mlx_fd):
 
 def test_a_finished_run_can_be_resumed(run, mlx_fd):
     before = (run / runs.EPISODES).read_bytes()
+    summary = (run / runs.SUMMARY).read_bytes()
     done = mlx_fd("resume", run)
     assert done.status == 0 and f"everything is in {run}" in done.out
+    assert "nothing left to do" in done.out
     assert (run / runs.EPISODES).read_bytes() == before
+    assert (run / runs.SUMMARY).read_bytes() == summary
+
+
+def test_a_run_whose_checkpoints_are_gone_is_refused_before_anything_is_loaded(run, mlx_fd):
+    shutil.rmtree(run / runs.CHECKPOINTS)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    failed(
+        mlx_fd("resume", run),
+        "the run is finished (summary.json is there), its logs have 2 batches",
+        "there are no checkpoints in checkpoints/. Nothing was changed.",
+        f"mlx-fd resume {run} --redo-from-checkpoint",
+    )
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_held_by_another_process(run, mlx_fd, home):
@@ -864,8 +879,11 @@ def test_feedback_of_half_a_run(home, run, mlx_fd, tmp_path):
     alone = shutil.copytree(run / "checkpoints" / "best", tmp_path / "alone" / "best")
     failed(mlx_fd("feedback", alone, *asked), str(alone), "outside its run")
     best = (run / "checkpoints" / "best").resolve()
-    os.truncate(best / "heads.safetensors", 20)
-    failed(mlx_fd("feedback", run, *asked), "heads.safetensors: cannot be read")
+    heads = best / "heads.safetensors"
+    whole = heads.read_bytes()
+    for harmed in (whole[:20], whole[:-1] + bytes([whole[-1] ^ 1])):
+        heads.write_bytes(harmed)
+        failed(mlx_fd("feedback", run, *asked), "heads.safetensors: something changed it")
     (best / "heads.safetensors").unlink()
     failed(mlx_fd("feedback", run, *asked), "heads.safetensors: cannot be read")
     shutil.rmtree(run / "checkpoints")

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from pairs import MEASURED, make_dirs, without_seconds
 
@@ -142,14 +144,19 @@ def outcome(folder: Path) -> dict[str, object]:
         checkpoint = (folder / runs.CHECKPOINTS / which).resolve()
         found[which] = checkpoint.name
         for path in checkpoint.iterdir():
-            if path.name != runs.STATE:
+            if path.suffix == ".safetensors":
+                arrays = mx.load(str(path)).items()
+                found[f"{which}/{path.name}"] = {k: np.array(v).tobytes() for k, v in arrays}
+            elif path.name != runs.STATE:
                 found[f"{which}/{path.name}"] = path.read_bytes()
     state = json.loads((folder / runs.CHECKPOINTS / "last" / runs.STATE).read_text())
     found["state"] = {name: value for name, value in state.items() if name not in MEASURED}
     for name in (runs.SUMMARY, EXAM, EXAM_AFTER, PROBE_ROWS):
         if not (folder / name).exists():
             continue
-        value = json.loads((folder / name).read_text())
+        value, _ = read_checked(folder / name)
+        if isinstance(value, list):  # an examination's, of an older version
+            value = {"results": value}
         measured = ("seconds", *MEASURED)
         found[name] = {key: item for key, item in value.items() if key not in measured}
     # Two bytes may mean the same to a TOML parser; what they mean is what matters.
@@ -265,8 +272,9 @@ def test_a_damaged_file_of_a_stopped_run(name, way, request, resume, tmp_path):
         assert not changed or any(f"{runs.CONFIG} was changed" in text for text in noticed)
     for part, value in one.comes_to.items():
         assert part == runs.CONFIG or came[part] == value, (part, noticed)
-    if name not in (runs.CONFIG, runs.MANIFEST) and "checkpoints/" not in name:
-        assert noticed
+    # What an older checkpoint holds is not looked at; what the expert read it can read again.
+    unseen = (runs.CONFIG, "checkpoints/000003", "checkpoints/last", "checkpoints/best")
+    assert noticed or name.startswith(unseen) or (name, way) == ("teacher/*.safetensors", "gone")
     # What was cut is kept.
     if way != "gone" and any(name == log for log in runs.LOGS):
         assert list((folder / runs.CUT).iterdir())
@@ -312,7 +320,8 @@ def test_a_finished_run_whose_checkpoints_are_gone_keeps_what_it_has(
     # What is asked for comes to the same, and what was cut is kept.
     status, said = resume(folder, "--redo-from-checkpoint")
     assert status == 0, said
-    assert outcome(folder) == stopped.comes_to
+    came = outcome(folder)
+    assert {part for part, value in stopped.comes_to.items() if came[part] != value} == set()
     [cut] = (folder / runs.CUT).iterdir()
     assert (cut / runs.SUMMARY).read_bytes() == before[runs.SUMMARY]
     if lost in ("all", "folders"):
@@ -397,6 +406,4 @@ def test_a_run_of_an_older_version_goes_on_with_a_note(examined, resume, tmp_pat
     assert status == 0
     noted = examined.noticed(said)
     assert [text.split(" has ")[0] for text in noted] == ["checkpoint 000004", PROBE_ROWS, EXAM]
-    came = outcome(folder)
-    came[EXAM] = examined.comes_to[EXAM]
-    assert came == examined.comes_to
+    assert outcome(folder) == examined.comes_to
