@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import sys
 import tomllib
@@ -22,6 +23,9 @@ from mlx_fd.config import Config, override, to_toml
 from mlx_fd.events import Event, Warned
 from mlx_fd.loop import EXAM, EXAM_AFTER, run
 from mlx_fd.probe import PROBE_ROWS
+from mlx_fd.selfdistill import session as self_session
+from mlx_fd.selfdistill import training
+from mlx_fd.selfdistill.methods import configured
 
 OPTIONS = {
     "problems": "arithmetic",
@@ -151,7 +155,7 @@ def outcome(folder: Path) -> dict[str, object]:
                 found[f"{which}/{path.name}"] = path.read_bytes()
     state = json.loads((folder / runs.CHECKPOINTS / "last" / runs.STATE).read_text())
     found["state"] = {name: value for name, value in state.items() if name not in MEASURED}
-    for name in (runs.SUMMARY, EXAM, EXAM_AFTER, PROBE_ROWS):
+    for name in (runs.SUMMARY, EXAM, EXAM_AFTER, PROBE_ROWS, runs.HEADROOM):
         if not (folder / name).exists():
             continue
         value, _ = read_checked(folder / name)
@@ -238,6 +242,9 @@ def damage(folder: Path, name: str, way: str) -> None:
     if path.is_symlink():
         path.unlink()
         return
+    if name.endswith("adapter_config.json"):
+        # Where the base model is may be changed, and digits of its path with it.
+        path.write_text(re.sub('"model": ".*"', '"model": "base"', path.read_text()))
     data = (BINARY if name.endswith(".safetensors") else TEXT)[way](path.read_bytes())
     assert data != path.read_bytes()
     path.unlink() if data is None else path.write_bytes(data)
@@ -407,3 +414,60 @@ def test_a_run_of_an_older_version_goes_on_with_a_note(examined, resume, tmp_pat
     noted = examined.noticed(said)
     assert [text.split(" has ")[0] for text in noted] == ["checkpoint 000004", PROBE_ROWS, EXAM]
     assert outcome(folder) == examined.comes_to
+
+
+# --- runs of self-distillation ---
+
+SELF = {
+    **{"student": "tiny-student", "critic": "truth", "seed": 2, "lora_rank": 2, "lora_rate": 1e-2},
+    **{"episodes": 4, "batch_size": 2, "answer_tokens": 24, "feedback_tokens": 24},
+    **{"probe_size": 2, "checkpoint_every": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def self_distilled(tmp_path_factory) -> Stopped:
+    """Stopped after its first batch of two; its teacher's weights move."""
+    folder = tmp_path_factory.mktemp("self")
+    config = configured("resd", SELF)
+
+    def go(target: Path, stop: Callable[[], bool] = lambda: False) -> set[str]:
+        warned: set[str] = set()
+        plan = self_session.make_plan(config)
+        with runs.locked(target):
+            if not runs.is_run(target):
+                runs.create(target, to_toml(plan.config), plan.manifest)
+            training.run(
+                *(target, plan.config, self_session.open_models(plan), plan.probe, plan.problems),
+                *(lambda e: warned.add(e.text) if isinstance(e, Warned) else None, stop),
+            )
+        return warned
+
+    asked = iter([False, True])
+    go(folder / "stopped", lambda: next(asked))
+    whole = copy_of(folder / "stopped", folder / "whole")
+    warned = go(whole)
+    return Stopped(folder / "stopped", outcome(whole), warned)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *((runs.HEADROOM, way) for way in ("digit 10%", "brace", "half", "gone")),
+        *((runs.ATTEMPTS, way) for way in ("digit 50%", "line", "gone")),
+        *((f"checkpoints/000001/{runs.STATE}", way) for way in ("digit 50%", "line")),
+        ("checkpoints/000001/teacher.safetensors", "bit"),
+        ("checkpoints/000001/teacher.safetensors", "gone"),
+    ],
+)
+def test_a_damaged_file_of_a_run_of_self_distillation(name, way, self_distilled, resume, tmp_path):
+    folder = copy_of(self_distilled.folder, tmp_path / "run")
+    damage(folder, name, way)
+    before = files_of(folder)
+    status, said = resume(folder)
+    if status == 2:
+        assert files_of(folder) == before and "Nothing was changed." in said
+        return
+    assert status == 0 and self_distilled.noticed(said), said
+    came = outcome(folder)
+    assert {part for part, value in self_distilled.comes_to.items() if came[part] != value} == set()
