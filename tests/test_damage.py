@@ -20,9 +20,13 @@ from pairs import MEASURED, make_dirs, without_seconds
 from mlx_fd import cli, runs, session
 from mlx_fd.checked import read_checked, with_digest
 from mlx_fd.config import Config, override, to_toml
+from mlx_fd.errors import UserError
 from mlx_fd.events import Event, Warned
+from mlx_fd.export.source import open_source
 from mlx_fd.loop import EXAM, EXAM_AFTER, run
+from mlx_fd.pareto.curve import read_curve
 from mlx_fd.probe import PROBE_ROWS
+from mlx_fd.report.reading import read_runs
 from mlx_fd.selfdistill import session as self_session
 from mlx_fd.selfdistill import training
 from mlx_fd.selfdistill.methods import configured
@@ -361,6 +365,40 @@ def test_a_run_that_is_made_longer_keeps_its_first_summary(finished, resume, tmp
     assert json.loads((folder / runs.SUMMARY).read_text())["episodes"] == 6
     [cut] = (folder / runs.CUT).iterdir()
     assert (cut / runs.SUMMARY).read_bytes() == first
+
+
+# --- who else reads a run ---
+
+
+def test_the_report_says_which_files_are_not_what_the_run_wrote(finished, tmp_path):
+    folder = copy_of(finished, tmp_path / "run")
+    [whole] = read_runs([folder])
+    assert not [text for text in whole.missing if "not what the run wrote" in text]
+    summary, _ = read_checked(folder / runs.SUMMARY)
+    assert whole.totals["seconds"] == summary["seconds"]
+    damage(folder, runs.METRICS, "digit 50%")
+    damage(folder, runs.SUMMARY, "digit 50%")
+    [harmed] = read_runs([folder])
+    assert any(text.startswith(f"{runs.METRICS} is not what") for text in harmed.missing)
+    assert any(text.startswith(f"{runs.SUMMARY} is damaged") for text in harmed.missing)
+
+
+def test_a_frontier_and_a_model_card_are_not_made_of_changed_files(finished, tmp_path):
+    folder = copy_of(finished, tmp_path / "run")
+    assert read_curve(folder).finished and open_source(str(folder)).summary
+    damage(folder, runs.SUMMARY, "digit 90%")
+    with pytest.raises(UserError, match=r"something changed it after it was written.*resume"):
+        open_source(str(folder))
+    with pytest.raises(UserError, match="something changed it"):
+        read_curve(folder)
+    folder = copy_of(finished, tmp_path / "run")
+    damage(folder, runs.METRICS, "digit 90%")
+    with pytest.raises(UserError, match=r"metrics\.jsonl .*are missing or harmed"):
+        read_curve(folder)
+    folder = copy_of(finished, tmp_path / "run")
+    damage(folder, "checkpoints/best/adapters.safetensors", "bit")
+    with pytest.raises(UserError, match=r"adapters\.safetensors: something changed it"):
+        open_source(str(folder))
 
 
 # --- what was measured ---
