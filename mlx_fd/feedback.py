@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd import roles, runs
+from mlx_fd.checkpoints import check_weights
 from mlx_fd.config import Config, read
 from mlx_fd.episode import feedback_request, head_score, parsed
 from mlx_fd.errors import UserError
@@ -18,6 +19,7 @@ from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.student import (
     ADAPTER_WEIGHTS,
+    HEADS,
     Student,
     load_student,
     make_student,
@@ -64,8 +66,8 @@ def find(name: str) -> Place:
         name: a run directory (its best checkpoint), one of its checkpoints, or a model's name.
 
     Raises:
-        UserError: nothing of that name, a checkpoint outside its run, or another base model than
-            the one that was trained.
+        UserError: nothing of that name, a checkpoint outside its run or with other weights than
+            the run wrote, or another base model than the one that was trained.
     """
     checkpoint = _checkpoint(name)
     if checkpoint is None:
@@ -77,6 +79,7 @@ def find(name: str) -> Place:
             f"{name}: this checkpoint is outside its run, which says what it belongs to; name a "
             f"checkpoint within a run directory (RUN/{runs.CHECKPOINTS}/NNNNNN)"
         )
+    check_weights(checkpoint, (ADAPTER_WEIGHTS, HEADS))
     config = read(folder / runs.CONFIG)
     path = resolve(config.models.student)
     manifest = runs.read_manifest(folder)

@@ -93,11 +93,20 @@ def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> int:
         UserError: there is a link, a pipe or a device in the file's place.
     """
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    with os.fdopen(_open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
+    with open_to_append(path) as file:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open an ordinary file in order to append to it; it is made where it is missing.
+
+    Raises:
+        UserError: there is a link, a pipe or a device in the file's place.
+    """
+    return os.fdopen(_open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
 def truncate(path: Path, size: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlx_fd import gate, runs
+from mlx_fd.checked import with_digest
 from mlx_fd.config import Config
 from mlx_fd.distill import (
     Update,
@@ -40,14 +40,32 @@ from mlx_fd.episode import (
     to_json,
 )
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation.exam import Question, Result, compare, examine
+from mlx_fd.evaluation.exam import (
+    Question,
+    Result,
+    compare,
+    examine,
+    load_results,
+    save_results,
+)
 from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
-from mlx_fd.files import append_lines, clear_unfinished, write_json
+from mlx_fd.files import clear_unfinished, write_json
 from mlx_fd.generation import Conversation
 from mlx_fd.phases import PhaseSchedule, combined, phase_weights
-from mlx_fd.probe import Probe, load_probe, make_probe, save_probe
+from mlx_fd.probe import PROBE_ROWS, Probe, load_probe, make_probe, save_probe
 from mlx_fd.problems import Problem
-from mlx_fd.progress import Progress, finite, go_back, restore, save, update_row, with_probe
+from mlx_fd.progress import (
+    Progress,
+    Records,
+    finished_summary,
+    finite,
+    go_back,
+    kept,
+    restore,
+    save,
+    update_row,
+    with_probe,
+)
 from mlx_fd.samples import Sample, decides, read_text, sample_of, solution_of
 from mlx_fd.selfdistill.in_loop import Lessons, lessons, term
 from mlx_fd.summary import summarise, warnings_of
@@ -71,6 +89,8 @@ def run(
     report: Report,
     stop: Callable[[], bool] = lambda: False,
     exam: Sequence[Question] = (),
+    *,
+    redo: bool = False,
 ) -> dict[str, Any] | None:
     """Begin a run or go on with it.
 
@@ -85,6 +105,7 @@ def run(
         report: told of everything worth showing.
         stop: asked after each batch; when true, a checkpoint is written and the run ends there.
         exam: what the student is examined on before the run and after it, if the truth is known.
+        redo: go back to the newest whole checkpoint, whatever was done after it.
 
     Returns:
         The summary, or ``None`` where ``stop`` ended the run early.
@@ -92,23 +113,27 @@ def run(
     Raises:
         UserError: the run directory cannot be written, or does not fit the run.
     """
-    checkpoint = go_back(folder, report)
-    probe = load_probe(folder)
+    checkpoint, records = go_back(folder, config, report, redo=redo)
+    size = config.generation.batch_size
+    batches = math.ceil(len(problems) / size)
+    total = batches * config.training.epochs
+    at_end = checkpoint is not None and checkpoint.batch >= total
+    if (summary := finished_summary(records, at_end, report)) is not None:
+        return summary
+    begun = checkpoint is not None
+    # Whatever the checkpoint holds, the student is still untrained here.
+    probe = kept(records, PROBE_ROWS, lambda: load_probe(folder), begun, report)
     if probe is None:
         report(Note(f"looking at {len(probe_problems)} held-out problems first"))
         probe = make_probe(pair, probe_problems, config, _steps(report, 0))
         with runs.explained(folder):
             save_probe(probe, folder)
     optimizer = make_optimizer(pair.student, config.training)
-    if exam and not (folder / EXAM).exists():
-        # Whatever the checkpoint holds, the student is still untrained here.
-        results = examine(pair, exam, config.generation, _steps(report, 0))
-        with runs.explained(folder):
-            write_json(folder / EXAM, [dataclasses.asdict(result) for result in results])
+    before = _examined_before(records, config, pair, exam, begun, report)
     if checkpoint is None:
         progress = _first(pair, probe, config)
         with runs.explained(folder):
-            save(folder, progress, config, pair.student, pair.reader.path, optimizer)
+            save(records, progress, config, pair.student, pair.reader.path, optimizer)
     else:
         progress = restore(checkpoint, pair.student, optimizer)
         report(Note(f"going on after batch {progress.batch}"))
@@ -118,9 +143,6 @@ def run(
     for concern in probe.headroom.concerns():
         report(Warned(concern))
 
-    size = config.generation.batch_size
-    batches = math.ceil(len(problems) / size)
-    total = batches * config.training.epochs
     learner = _Learner(
         pair, probe, optimizer, config, report, total, _cache(folder, config, pair, report)
     )
@@ -139,16 +161,14 @@ def run(
             progress, metrics = _rehearse(progress, texts, learner)
             samples = []
         with runs.explained(folder):
-            append_lines(folder / runs.EPISODES, rows)
-            append_lines(folder / runs.METRICS, [metrics])
+            records.append(runs.EPISODES, rows)
+            records.append(runs.METRICS, [metrics])
             if config.training.epochs > 1:
-                append_lines(
-                    folder / runs.SAMPLES, [{"batch": place, **s.to_json()} for s in samples]
-                )
+                records.append(runs.SAMPLES, [{"batch": place, **s.to_json()} for s in samples])
             stopping = stop()
             due = progress.batch - saved >= config.episode.checkpoint_every
             if due or stopping or progress.best_batch != best_before:
-                save(folder, progress, config, pair.student, pair.reader.path, optimizer)
+                save(records, progress, config, pair.student, pair.reader.path, optimizer)
                 saved = progress.batch
         done = epoch * len(problems) + min((place + 1) * size, len(problems))
         report(BatchDone(done, config.training.epochs * len(problems), rows, metrics))
@@ -162,28 +182,68 @@ def run(
         if stopping and progress.batch < total:
             return None
 
+    looking = time.perf_counter()
     last = probe.losses(pair, config)
     progress = with_probe(progress, last)
+    seconds = {"headroom": probe.seconds + time.perf_counter() - looking}
     with runs.explained(folder):
-        save(folder, progress, config, pair.student, pair.reader.path, optimizer)
+        save(records, progress, config, pair.student, pair.reader.path, optimizer)
+    parts: dict[str, Any] = {}
+    if config.losses.teacher_top_k:
+        parts["top_k"] = top_k_error(pair.student, probe.samples, config.losses, pair.vocab)
+    if exam:
+        examining = time.perf_counter()
+        after = examine(pair, exam, config.generation, _steps(report, progress.batch))
+        took = time.perf_counter() - examining
+        seconds["exam"] = before.seconds + took
+        with runs.explained(folder):
+            save_results(folder / EXAM_AFTER, after, took)
+        parts["exam"] = compare(before.results, after)
+    with runs.explained(folder):
         summary = summarise(
             runs.read_lines(folder / runs.EPISODES),
             runs.read_lines(folder / runs.METRICS),
             progress.probe_first,
             last,
             vars(probe.headroom),
+            seconds,
         )
-        if config.losses.teacher_top_k:
-            summary["top_k"] = top_k_error(pair.student, probe.samples, config.losses, pair.vocab)
-        if exam:
-            before = [Result(**row) for row in json.loads((folder / EXAM).read_text())]
-            after = examine(pair, exam, config.generation, _steps(report, progress.batch))
-            write_json(folder / EXAM_AFTER, [dataclasses.asdict(result) for result in after])
-            summary["exam"] = compare(before, after)
+        summary |= parts
         summary["best_checkpoint"] = f"{progress.best_batch:06d}"
-        summary["peak_memory_bytes"] = mx.get_peak_memory()
-        write_json(folder / runs.SUMMARY, summary)
+        summary["peak_memory_bytes"] = records.peak_memory()
+        write_json(folder / runs.SUMMARY, with_digest(summary))
     return summary
+
+
+@dataclass(frozen=True)
+class _Examined:
+    """What the untrained student made of the examination, and the seconds it took."""
+
+    results: list[Result]
+    seconds: float
+
+
+def _examined_before(
+    records: Records,
+    config: Config,
+    pair: Pair,
+    exam: Sequence[Question],
+    begun: bool,
+    report: Report,
+) -> _Examined:
+    """The examination before the run, where there is one: what is kept of it, or taken now."""
+    if not exam:
+        return _Examined([], 0.0)
+    file = records.folder / EXAM
+    found = kept(records, EXAM, lambda: load_results(file, exam), begun, report)
+    if found is not None:
+        return _Examined(*found)
+    begin = time.perf_counter()
+    results = examine(pair, exam, config.generation, _steps(report, 0))
+    seconds = time.perf_counter() - begin
+    with runs.explained(records.folder):
+        save_results(file, results, seconds)
+    return _Examined(results, seconds)
 
 
 def _steps(report: Report, batch: int) -> Callable[[str, int], None]:

@@ -6,14 +6,14 @@ looking at the student again costs one forward pass.
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
+from mlx_fd.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.config import Config
 from mlx_fd.distill import measure
 from mlx_fd.episode import (
@@ -95,10 +95,12 @@ class Probe:
         samples: the expert's feedback on the first answers, ready to measure the student with; and
             where a loss is on solutions, the expert's right ones.
         headroom: the check before the first update.
+        seconds: what making it took.
     """
 
     samples: tuple[Sample, ...]
     headroom: Headroom
+    seconds: float = 0.0
 
     def losses(self, pair: Pair, config: Config) -> dict[str, float]:
         """The student's mean losses on the probe set, as it is now."""
@@ -124,6 +126,7 @@ def make_probe(
         config: token limits, seed, losses.
         progress: told of every token.
     """
+    begun = time.perf_counter()
     options, size = config.generation, config.generation.batch_size
     samples: list[Sample] = []
     counts = [0] * 6
@@ -162,7 +165,8 @@ def make_probe(
                 for draft in best
                 if is_correct(draft.answer.final, draft.problem)
             )
-    return Probe(tuple(samples), Headroom(len(problems), *counts))
+    seconds = round(time.perf_counter() - begun, 3)
+    return Probe(tuple(samples), Headroom(len(problems), *counts), seconds)
 
 
 def _seeds(seed: int, number: int) -> Callable[[str], int]:
@@ -178,18 +182,31 @@ def save_probe(probe: Probe, folder: Path) -> None:
         arrays |= {f"{place}/{name}": array for name, array in named.items()}
         rows.append(sample.to_json())
     digest = write_with(folder / PROBE_ARRAYS, lambda path: mx.save_safetensors(str(path), arrays))
-    write_json(
-        folder / PROBE_ROWS,
-        {"sha256": digest, "headroom": vars(probe.headroom), "samples": rows},
-    )
+    content = {
+        "sha256": digest,
+        "headroom": vars(probe.headroom),
+        "seconds": probe.seconds,
+        "samples": rows,
+    }
+    write_json(folder / PROBE_ROWS, with_digest(content))
 
 
-def load_probe(folder: Path) -> Probe | None:
-    """The probe set that :func:`save_probe` kept, or ``None`` where it is not whole."""
+def load_probe(folder: Path) -> tuple[Probe, bool] | None:
+    """The probe set that :func:`save_probe` kept, and whether a digest vouches for all of it.
+
+    Returns:
+        ``None`` where there is none.
+
+    Raises:
+        ChangedFile: it is not what was written.
+    """
     try:
-        content: dict[str, Any] = json.loads((folder / PROBE_ROWS).read_text(encoding="utf-8"))
+        content, digested = read_checked(folder / PROBE_ROWS)
+    except FileNotFoundError:
+        return None
+    try:
         if content["sha256"] != digest_of(folder / PROBE_ARRAYS):
-            return None
+            raise ChangedFile(f"something changed {PROBE_ARRAYS}")
         arrays = read_arrays(folder / PROBE_ARRAYS)
         of_samples: list[dict[str, mx.array]] = [{} for _ in content["samples"]]
         for name, array in arrays.items():
@@ -200,6 +217,12 @@ def load_probe(folder: Path) -> Probe | None:
             for row, named in zip(content["samples"], of_samples, strict=True)
         )
         mx.eval(of_samples)
-        return Probe(samples, Headroom(**content["headroom"]))
-    except (OSError, ValueError, KeyError, IndexError, TypeError, UserError):
-        return None
+        # Older versions did not measure how long it took.
+        seconds = float(content.get("seconds", 0.0))
+        return Probe(samples, Headroom(**content["headroom"]), seconds), digested
+    except ChangedFile:
+        raise
+    except FileNotFoundError as error:
+        raise ChangedFile(f"{PROBE_ARRAYS} is missing") from error
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, UserError) as error:
+        raise ChangedFile(f"it is not what mlx-fd writes ({error!r})") from error

@@ -7,24 +7,35 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
 from mlx_fd import distill, gate, runs
+from mlx_fd.checked import ChangedFile, read_checked
+from mlx_fd.checkpoints import (
+    Checkpoint,
+    check_nothing_lost,
+    newest_checkpoint,
+    roll_back,
+    save_checkpoint,
+)
 from mlx_fd.config import Config
-from mlx_fd.events import Event, Warned
+from mlx_fd.errors import UserError
+from mlx_fd.events import Event, Note, Warned
+from mlx_fd.logs import Log
 from mlx_fd.models.student import Student, load_student, read_arrays, save_student
 
 if TYPE_CHECKING:
     from mlx_fd.selfdistill import learning
 
 OPTIMIZER = "optimizer.safetensors"
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -82,29 +93,163 @@ def with_probe(progress: Progress, losses: dict[str, float]) -> Progress:
     )
 
 
-def go_back(folder: Path, report: Callable[[Event], None]) -> runs.Checkpoint | None:
+@dataclass(frozen=True)
+class Records:
+    """What a run writes as it goes on, and what was measured before this process.
+
+    Attributes:
+        folder: the run directory.
+        logs: its logs by their files' names.
+        peak_before: most memory, in bytes, that MLX had in the processes that made what is there.
+        cut: where what is cut or replaced goes; made when there is something.
+    """
+
+    folder: Path
+    logs: Mapping[str, Log]
+    peak_before: int
+    cut: Path
+
+    def append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows to a log."""
+        self.logs[name].append(rows)
+
+    def peak_memory(self) -> int:
+        """Most memory, in bytes, that MLX had in any of the run's processes."""
+        return max(self.peak_before, mx.get_peak_memory())
+
+
+def go_back(
+    folder: Path, config: Config, report: Callable[[Event], None], *, redo: bool = False
+) -> tuple[Checkpoint | None, Records]:
     """Bring a run directory to its newest good checkpoint, and say which ones are not.
 
+    Args:
+        folder: the run directory.
+        config: the run's configuration.
+        report: told of what is passed over or put right.
+        redo: go back even where finished work is cut by it.
+
+    Returns:
+        The checkpoint, ``None`` where the run is at its beginning; and the logs from there.
+
     Raises:
-        UserError: there are checkpoints and none will do, or the folder cannot be written.
+        UserError: more would be cut than a kill leaves, or the folder cannot be written.
     """
-    checkpoint, passed_over = runs.newest_checkpoint(folder)
+    if redo:
+        checkpoint, passed_over = newest_checkpoint(folder)
+    else:
+        checkpoint, passed_over = check_nothing_lost(folder, config.episode.checkpoint_every)
     for reason in passed_over:
         report(Warned(f"{reason}; going back before it"))
+    cut = runs.cut_folder(folder)
     with runs.explained(folder):
-        runs.roll_back(folder, checkpoint)
-    return checkpoint
+        put_right = roll_back(folder, checkpoint, cut, ordinary=not redo and not passed_over)
+    for text in put_right:
+        report(Warned(text))
+    if checkpoint is None:
+        return None, Records(folder, {name: Log(folder / name) for name in runs.LOGS}, 0, cut)
+    if checkpoint.best_lost:
+        report(
+            Warned(
+                f"the best weights so far ({runs.CHECKPOINTS}/{checkpoint.state['best_batch']:06d})"
+                " are not whole, and no checkpoint from which they could be made again is"
+            )
+        )
+    if not checkpoint.vouched:
+        report(Note(_no_digest(f"checkpoint {checkpoint.folder.name}")))
+    peak = int(checkpoint.state.get("peak_memory_bytes", 0))
+    return checkpoint, Records(folder, checkpoint.logs, peak, cut)
 
 
-def restore(checkpoint: runs.Checkpoint, student: Student, optimizer: optim.Optimizer) -> Progress:
-    """Put a checkpoint's weights and optimiser in place; where the run stood."""
+def _no_digest(name: str) -> str:
+    return f"{name} has no digest, as in older versions: a change in it would not be noticed"
+
+
+def finished_summary(
+    records: Records, at_end: bool, report: Callable[[Event], None]
+) -> dict[str, Any] | None:
+    """The summary of a run that is done; ``None`` where it is to be made.
+
+    Args:
+        records: the run's.
+        at_end: whether the run's last checkpoint is that of its end. Where it is not, the run was
+            made longer, and what was its summary is put aside.
+        report: told what becomes of it.
+    """
+    path = records.folder / runs.SUMMARY
+    if not path.exists():
+        return None
+    if at_end:
+        try:
+            summary, _ = read_checked(path)
+            if isinstance(summary, dict):
+                report(Note("the run is done: there is nothing left to do"))
+                return summary
+            why = "it is no summary"
+        except (ChangedFile, OSError) as error:
+            why = str(error)
+        report(Warned(f"{runs.SUMMARY}: {why}; it is made again"))
+    with runs.explained(records.folder):
+        runs.set_aside(path, records.cut)
+    return None
+
+
+def kept(
+    records: Records,
+    name: str,
+    load: Callable[[], tuple[Kept, bool] | None],
+    begun: bool,
+    report: Callable[[Event], None],
+) -> Kept | None:
+    """What a run computed once, before anything was learned; ``None`` where that is to be done.
+
+    Called while the student is still untrained, so that what is computed again is the same.
+
+    Args:
+        records: the run's.
+        name: the file that it is kept in.
+        load: reads it: what it is, and whether a digest vouches for it; ``None`` where it is not
+            there. It raises :class:`mlx_fd.checked.ChangedFile` where it is not what was written.
+        begun: whether there is a checkpoint, and so the file should be there.
+        report: told where it is not what was written, or not there.
+    """
+    again = "it is made again by the student as it was before the run"
+    try:
+        found = load()
+    except (ChangedFile, OSError) as error:
+        report(Warned(f"{name}: {error}; {again}"))
+        with runs.explained(records.folder):
+            runs.set_aside(records.folder / name, records.cut)
+        return None
+    if found is None:
+        if begun:
+            report(Warned(f"{name} is missing; {again}"))
+        return None
+    value, digested = found
+    if not digested:
+        report(Note(_no_digest(name)))
+    return value
+
+
+def restore(checkpoint: Checkpoint, student: Student, optimizer: optim.Optimizer) -> Progress:
+    """Put a checkpoint's weights and optimiser in place; where the run stood.
+
+    Raises:
+        UserError: they do not fit, or the state is not what mlx-fd wrote.
+    """
     load_student(student, checkpoint.folder)
     optimizer.state = tree_unflatten(list(read_arrays(checkpoint.folder / OPTIMIZER).items()))
-    return Progress.from_json(checkpoint.state)
+    try:
+        return Progress.from_json(checkpoint.state)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{checkpoint.folder / runs.STATE}: this is not what mlx-fd wrote ({error!r}). Bring "
+            "the old file back, or begin a new run."
+        ) from error
 
 
 def save(
-    folder: Path,
+    records: Records,
     progress: Progress,
     config: Config,
     student: Student,
@@ -117,7 +262,7 @@ def save(
     """Write a checkpoint.
 
     Args:
-        folder: the run directory.
+        records: its logs.
         progress: where the run stands.
         config: its configuration.
         student: what was trained.
@@ -133,12 +278,17 @@ def save(
         for name, found in (arrays or {}).items():
             mx.save_safetensors(str(to / name), found)
 
-    sizes = {name: runs.log_size(folder, name) for name in runs.LOGS}
-    runs.save_checkpoint(
-        folder,
+    save_checkpoint(
+        records.folder,
         progress.batch,
         write,
-        {**progress.to_json(), **(state or {}), "log_bytes": sizes},
+        {
+            **progress.to_json(),
+            **(state or {}),
+            "checkpoint_every": config.episode.checkpoint_every,
+            "peak_memory_bytes": records.peak_memory(),
+        },
+        records.logs,
         best=progress.best_batch,
         keep=config.episode.keep_checkpoints,
     )

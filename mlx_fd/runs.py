@@ -1,39 +1,30 @@
 """The run directory: what is written, in which order, and how a run finds its way back.
 
 Nothing is ever half there. A file is written under a temporary name, flushed to the disk and then
-renamed; a checkpoint is a folder renamed into place whole, with the digest of each of its files in
-``state.json``. The logs only grow, and a checkpoint knows how long they were, so a run that was
-killed at any moment goes back to the newest good checkpoint and cuts the logs to it.
+renamed; what is read back carries a digest. The checkpoints are :mod:`mlx_fd.checkpoints`, the logs
+:mod:`mlx_fd.logs`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mlx_fd.checked import DIGEST, ChangedFile, read_checked, with_digest
 from mlx_fd.errors import UserError
 from mlx_fd.files import (
-    check_way,
-    clear_unfinished,
-    digest_of,
     open_in_place,
     open_to_read,
-    point,
     read_text,
-    remove,
-    share,
     subfolder,
-    sync_file,
     sync_folder,
-    truncate,
-    working_folder,
     write_atomic,
     write_json,
 )
@@ -49,11 +40,10 @@ HEADROOM = "headroom.json"
 LOGS = (EPISODES, METRICS, SAMPLES, ATTEMPTS)
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
+CUT = "cut"
 TEACHER = "teacher"
 STATE = "state.json"
 _LOCK = ".lock"
-# Says where the base model is; a user may point it elsewhere.
-_EDITABLE = ("adapter_config.json",)
 
 README = """\
 # A run of mlx-fd
@@ -70,6 +60,7 @@ README = """\
 | `probe.json` | the held-out problems that the gate watches, their arrays beside it |
 | `exam_*.json` | what the student made of each question of the examination, where there was one |
 | `summary.json` | the run's totals, written at its end |
+| `cut/` | what `resume` cut: `tail/` after the last stop; a folder of its date whatever else |
 | `pareto.*` | with `mlx-fd pareto`: where to stop next time; `sweep/` has the runs that try it |
 | `eval/` | with `mlx-fd eval`: `eval.json` and `outputs.jsonl` of each evaluation |
 | `report.html` | the page of `mlx-fd report .` |
@@ -120,7 +111,7 @@ def create(folder: Path, config_toml: str, manifest: dict[str, Any], readme: str
     write_atomic(folder / "README.md", readme)
     write_atomic(folder / CONFIG, config_toml)
     # Last: a folder with a manifest is a run.
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, with_digest(manifest))
 
 
 def is_run(folder: Path) -> bool:
@@ -159,14 +150,62 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / MANIFEST}: cannot be read: {error}") from error
     if not is_ours(folder):
         raise UserError(
             f"{folder}: this is no run directory of mlx-fd (neither its {MANIFEST} nor a file "
             f"{MARK} says so), and it was left alone"
         )
+    if isinstance(manifest, dict):
+        manifest.pop(DIGEST, None)
     return manifest
+
+
+def manifest_fault(folder: Path) -> str | None:
+    """What is to be said of a manifest that is not what was written; ``None`` where it is.
+
+    A digit changed in it costs no run: all in it that decides one is compared with what is here.
+    """
+    try:
+        read_checked(folder / MANIFEST)
+    except ChangedFile as error:
+        return (
+            f"{MANIFEST}: {error}; what decides the run in it is the same as here, and the run "
+            "goes on"
+        )
+    return None
+
+
+def cut_folder(folder: Path) -> Path:
+    """A folder of a run, named by the time, for what is cut from it; not made yet.
+
+    Raises:
+        UserError: ``cut`` leads out of the run directory.
+    """
+    cut = folder / CUT
+    if cut.is_symlink():
+        raise UserError(f"{cut}: this is a link, and nothing is moved through one; delete it.")
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    found, number = cut / stamp, 1
+    while found.exists():
+        number += 1
+        found = cut / f"{stamp}-{number}"
+    return found
+
+
+def set_aside(path: Path, to: Path, name: str = "") -> None:
+    """Move a file or folder of a run where nothing reads it and nothing deletes it.
+
+    Args:
+        path: what is to go.
+        to: of :func:`cut_folder`.
+        name: its name there, where that is another one.
+    """
+    to.mkdir(parents=True, exist_ok=True)
+    path.rename(to / (name or path.name))
+    for changed in (to.parent, to, path.parent):
+        sync_folder(changed)
 
 
 @contextlib.contextmanager
@@ -226,154 +265,6 @@ def _cannot_write(folder: Path, why: str, advice: str) -> UserError:
     return UserError(
         f"{folder}: cannot be written ({why}). What was saved before is whole; {advice}"
     )
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint: its folder, and the ``state.json`` in it."""
-
-    folder: Path
-    state: dict[str, Any]
-
-    @property
-    def batch(self) -> int:
-        """Batches of problems that were done when it was written."""
-        return int(self.state["batch"])
-
-
-def save_checkpoint(
-    folder: Path,
-    batch: int,
-    write: Callable[[Path], None],
-    state: dict[str, Any],
-    *,
-    best: int,
-    keep: int,
-) -> None:
-    """Write a checkpoint, point ``last`` and ``best`` to the right ones, and drop old ones.
-
-    Args:
-        folder: the run directory.
-        batch: batches done; the checkpoint's name.
-        write: writes the weights into the folder it is given.
-        state: everything else that a resumed run needs; the files' digests are added.
-        best: the batch whose checkpoint is the best so far.
-        keep: how many of the newest to keep beside the best.
-    """
-    checkpoints = subfolder(folder, CHECKPOINTS)
-    final = checkpoints / f"{batch:06d}"
-    with working_folder(checkpoints) as temporary, working_folder(checkpoints) as former:
-        write(temporary)
-        files = sorted(temporary.iterdir())
-        for path in files:
-            sync_file(path)
-        digests = {path.name: digest_of(path) for path in files if path.name not in _EDITABLE}
-        write_json(temporary / STATE, {"batch": batch, **state, "files": digests})
-        share(temporary)
-        if os.path.lexists(final):
-            final.rename(former / final.name)
-        temporary.rename(final)
-        sync_folder(checkpoints)
-        point(checkpoints / "last", final.name)
-        point(checkpoints / "best", f"{best:06d}")
-    # A kept checkpoint may be gone back to, and then its own best must still be there.
-    kept = _numbered(checkpoints)[:keep]
-    needed = {final.name, f"{best:06d}", *(path.name for path in kept)}
-    for path in kept:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            needed.add(f"{json.loads((path / STATE).read_text())['best_batch']:06d}")
-    for old in _numbered(checkpoints):
-        if old.name not in needed:
-            remove(old)
-
-
-def _numbered(checkpoints: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    return sorted((p for p in checkpoints.iterdir() if p.name.isdigit()), reverse=True)
-
-
-def _read_checkpoint(folder: Path) -> Checkpoint | None:
-    """The checkpoint in a folder, or ``None`` where a file is missing or not what was written.
-
-    A file that is there and cannot be read (permissions, a failing disk) is another matter: that
-    error goes through, and nothing is given up for it.
-    """
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        whole = all(digest_of(folder / name) == value for name, value in state["files"].items())
-        return Checkpoint(folder, state) if whole and state["batch"] >= 0 else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def checkpoint_after(folder: Path, batch: int) -> Checkpoint | None:
-    """A run's checkpoint after so many batches; ``None`` where there is none that is whole."""
-    return _read_checkpoint(folder / CHECKPOINTS / f"{batch:06d}")
-
-
-def log_size(folder: Path, name: str) -> int:
-    """A log's size in bytes; 0 where it is not begun."""
-    path = folder / name
-    return path.stat().st_size if path.exists() else 0
-
-
-def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of a run that is whole and whose logs are there, changing nothing.
-
-    Returns:
-        The checkpoint (``None`` where the run has not come to one), and why newer ones are
-        passed over.
-
-    Raises:
-        UserError: there are checkpoints, and none of them will do.
-    """
-    checkpoints = folder / CHECKPOINTS
-    passed_over = []
-    for candidate in _numbered(checkpoints) if checkpoints.is_dir() else []:
-        checkpoint = _read_checkpoint(candidate)
-        if checkpoint is None:
-            passed_over.append(f"checkpoint {candidate.name} is not whole")
-            continue
-        sizes = checkpoint.state["log_bytes"]
-        short = [name for name, size in sizes.items() if log_size(folder, name) < size]
-        if not short:
-            return checkpoint, passed_over
-        passed_over.append(f"{short[0]} has lost lines that checkpoint {candidate.name} knew")
-    if passed_over:
-        raise UserError(
-            f"{folder}: no checkpoint can be gone back to: {'; '.join(passed_over)}. Something "
-            "else changed these files; bring them back, or begin a new run."
-        )
-    return None, passed_over
-
-
-def roll_back(folder: Path, checkpoint: Checkpoint | None) -> None:
-    """Bring a run directory to where a checkpoint of :func:`newest_checkpoint` left it.
-
-    Logs are cut to their length then. Newer checkpoints, which are not whole, are put aside under
-    another name; half-written files go.
-    """
-    checkpoints = subfolder(folder, CHECKPOINTS)
-    check_way(folder, TEACHER)
-    sizes = checkpoint.state["log_bytes"] if checkpoint else {}
-    for name in LOGS:
-        if os.path.lexists(folder / name):
-            # Now, and not after a batch of work.
-            os.close(open_in_place(folder / name, os.O_WRONLY))
-        if log_size(folder, name) > sizes.get(name, 0):
-            truncate(folder / name, sizes.get(name, 0))
-    batch = checkpoint.batch if checkpoint else -1
-    for path in checkpoints.iterdir():
-        if path.name.isdigit() and int(path.name) > batch:
-            aside = path.with_name(f"{path.name}.broken")
-            remove(aside)
-            path.rename(aside)
-    if checkpoint is not None:
-        point(checkpoints / "last", checkpoint.folder.name)
-        point(checkpoints / "best", f"{checkpoint.state['best_batch']:06d}")
-    for where in (folder, checkpoints, folder / TEACHER):
-        clear_unfinished(where)
-    (folder / SUMMARY).unlink(missing_ok=True)
 
 
 def check_new(folder: Path) -> None:

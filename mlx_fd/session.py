@@ -132,7 +132,6 @@ def manifest_of(
         found: the problems that the run's were drawn from.
         vocab: tokens that student and expert share.
     """
-    from mlx_fd.backend import backend
 
     def model(name: str, path: Path | None) -> dict[str, Any]:
         if path is None:
@@ -141,11 +140,10 @@ def manifest_of(
         kind = fingerprint.FORMAT
         return {"name": name, "path": str(path), "sha256": digest, "fingerprint": kind}
 
-    here = backend()
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "backend": {"device": here.device, "blas": here.blas, "threads": _threads()},
+        "backend": backend_settings(),
         "seed": config.episode.seed,
         "expert": model(config.selfdistill.critic or config.models.expert, expert),
         "student": model(config.models.student, student),
@@ -370,6 +368,20 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
     return uncertain
 
 
+def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What the user is told of options that were changed, and may be, since the run began.
+
+    Args:
+        old: the run's manifest.
+        new: that of what is here now; :func:`check_same` found nothing wrong with it.
+    """
+    was, now = ({**_flat(Config()), **manifest["options"]} for manifest in (old, new))
+    changed = [
+        f"{name} was {was[name]!r}, is {now[name]!r}" for name in now if was[name] != now[name]
+    ]
+    return [f"{runs.CONFIG} was changed: {'; '.join(changed)}"] if changed else []
+
+
 def _why_other(part: str, old: dict[str, Any], new: dict[str, Any]) -> str:
     """Why the models or problems of two manifests differ, and what to do about it."""
     name = old[part]["name"]
@@ -419,5 +431,32 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _threads() -> str:
-    return os.environ.get("OPENBLAS_NUM_THREADS", f"all {os.cpu_count()}")
+# What the BLAS and OpenMP that MLX and NumPy may use take their number of threads from, beside what
+# is under "threads" since the first version.
+_THREAD_VARIABLES = (
+    "GOTO_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+
+def backend_settings() -> dict[str, Any]:
+    """What a run computes with, and how sums are split over threads: their last digits."""
+    from mlx_fd.backend import backend
+
+    here = backend()
+    return {
+        "device": here.device,
+        "blas": here.blas,
+        "threads": os.environ.get("OPENBLAS_NUM_THREADS", f"all {os.cpu_count()}"),
+        **{name: os.environ.get(name, "not set") for name in _THREAD_VARIABLES},
+        "cores": _cores(),
+    }
+
+
+def _cores() -> int:
+    """How many cores this process may use; with no number of threads set, BLAS uses them all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

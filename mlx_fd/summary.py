@@ -44,6 +44,7 @@ def summarise(
     probe_before: Mapping[str, float],
     probe_after: Mapping[str, float],
     headroom: Mapping[str, int],
+    seconds: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The totals of a run.
 
@@ -53,6 +54,7 @@ def summarise(
         probe_before: losses on the probe set before the first update.
         probe_after: the same at the end.
         headroom: counts of the headroom check.
+        seconds: what was done beside the batches took, by its name.
 
     Returns:
         What ``summary.json`` holds. Accuracies come with their n and 95 % Wilson interval. Expert
@@ -109,9 +111,15 @@ def summarise(
         "seconds": {
             **{step: round(value, 1) for step, value in _sums(episodes, "seconds").items()},
             "distil": round(sum(row.get("distil_seconds", 0.0) for row in metrics), 1),
-            "total": round(sum(row["seconds"] for row in metrics), 1),
+            **seconds_of(metrics, seconds or {}),
         },
     }
+
+
+def seconds_of(metrics: Sequence[Row], beside: Mapping[str, float]) -> dict[str, float]:
+    """The seconds of what was done beside the batches, and all of a run's in ``total``."""
+    total = sum(row["seconds"] for row in metrics) + sum(beside.values())
+    return {**{name: round(value, 1) for name, value in beside.items()}, "total": round(total, 1)}
 
 
 def warnings_of(episodes: Sequence[Row]) -> dict[str, str]:

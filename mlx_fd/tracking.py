@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlx_fd.checked import read_checked, with_digest
 from mlx_fd.errors import UserError
 from mlx_fd.events import BatchDone, Event, Probed
-from mlx_fd.files import check_way, read_text, write_json
+from mlx_fd.files import check_way, write_json
 
 # What each has seen of a run, in the run directory.
 STATE = "tracking.json"
@@ -179,7 +179,7 @@ class Tracking:
         self._folder = folder
         self._config = config
         self._warn = warn
-        self._state = _read_state(folder / STATE)
+        self._state = _read_state(folder / STATE, warn)
         self._writers: dict[str, Writer] = {}
 
     def __enter__(self) -> Tracking:
@@ -207,7 +207,7 @@ class Tracking:
             with self._dropped_on_failure(name):
                 writer.write(step, values)
                 self._state[name]["step"] = step
-                write_json(self._folder / STATE, self._state)
+                write_json(self._folder / STATE, with_digest(self._state))
 
     @contextlib.contextmanager
     def _dropped_on_failure(self, name: str) -> Any:
@@ -220,14 +220,17 @@ class Tracking:
             self._warn(f"{name} fails, and the run goes on without it: {error}")
 
 
-def _read_state(path: Path) -> dict[str, dict[str, Any]]:
+def _read_state(path: Path, warn: Callable[[str], None]) -> dict[str, dict[str, Any]]:
     """What trackers have seen of the run; nothing where that cannot be read."""
     try:
-        state = json.loads(read_text(path))
+        state = dict(read_checked(path)[0])
         return {
             name: {"id": str(state[name]["id"]), "step": int(state[name]["step"])}
             for name in TRACKERS
             if name in state
         }
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+        warn(f"{path}: cannot be read ({error}); trackers see this run as a new one")
         return {}

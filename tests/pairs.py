@@ -24,6 +24,9 @@ SMALL = {
     "score_rate": 1e-2,
 }
 
+# What of a checkpoint's state is not the same in two runs that are: seconds are in the logs.
+MEASURED = ("files", "log_bytes", "log_sha256", "peak_memory_bytes", "content_sha256")
+
 
 def make_dirs(folder: Path) -> tuple[Path, Path]:
     """An expert and a smaller student with the same tokenizer."""

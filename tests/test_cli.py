@@ -26,6 +26,7 @@ from tiny import make_model_dir, make_tokenizer
 from trained import make_run
 
 from mlx_fd import cli, runs
+from mlx_fd.checkpoints import newest_checkpoint
 from mlx_fd.config import OPTIONS, PRESETS, read
 from mlx_fd.problems import arithmetic
 from mlx_fd.terminal import strip_control_chars
@@ -566,9 +567,24 @@ def test_out_that_cannot_be_written(home, tmp_path, mlx_fd):
 
 def test_a_finished_run_can_be_resumed(run, mlx_fd):
     before = (run / runs.EPISODES).read_bytes()
+    summary = (run / runs.SUMMARY).read_bytes()
     done = mlx_fd("resume", run)
     assert done.status == 0 and f"everything is in {run}" in done.out
+    assert "nothing left to do" in done.out
     assert (run / runs.EPISODES).read_bytes() == before
+    assert (run / runs.SUMMARY).read_bytes() == summary
+
+
+def test_a_run_whose_checkpoints_are_gone_is_refused_before_anything_is_loaded(run, mlx_fd):
+    shutil.rmtree(run / runs.CHECKPOINTS)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    failed(
+        mlx_fd("resume", run),
+        "the run is finished (summary.json is there), its logs have 2 batches",
+        "there are no checkpoints in checkpoints/. Nothing was changed.",
+        f"mlx-fd resume {run} --redo-from-checkpoint",
+    )
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_held_by_another_process(run, mlx_fd, home):
@@ -906,7 +922,7 @@ def test_the_first_signal_ends_the_run_after_its_batch(number, status, home, mlx
     assert "stopping after this batch" in done.out and "Summary" not in done.out
     batches = len(runs.read_lines(out / runs.METRICS))
     assert 1 <= batches < 20 and len(episodes(out)) == 2 * batches
-    checkpoint, broken = runs.newest_checkpoint(out)
+    checkpoint, broken = newest_checkpoint(out)
     assert checkpoint.batch == batches and not broken
     done = mlx_fd("resume", out)
     assert done.status == 0 and f"going on after batch {batches}\n" in done.out
@@ -1018,7 +1034,7 @@ def test_a_closed_terminal_ends_the_run_with_a_checkpoint(home, mlx_fd, tmp_path
     os.close(master)  # SIGHUP, and EIO for whatever is printed
     assert run.wait(timeout=60) == 128 + signal.SIGHUP
     batches = len(runs.read_lines(out / runs.METRICS))
-    checkpoint, broken = runs.newest_checkpoint(out)
+    checkpoint, broken = newest_checkpoint(out)
     assert checkpoint.batch == batches < 20 and not broken
     assert mlx_fd("resume", out, "--quiet").status == 0
 
@@ -1168,8 +1184,11 @@ def test_feedback_of_half_a_run(home, run, mlx_fd, tmp_path):
     alone = shutil.copytree(run / "checkpoints" / "best", tmp_path / "alone" / "best")
     failed(mlx_fd("feedback", alone, *asked), str(alone), "outside its run")
     best = (run / "checkpoints" / "best").resolve()
-    os.truncate(best / "heads.safetensors", 20)
-    failed(mlx_fd("feedback", run, *asked), "heads.safetensors: is damaged or incomplete")
+    heads = best / "heads.safetensors"
+    whole = heads.read_bytes()
+    for harmed in (whole[:20], whole[:-1] + bytes([whole[-1] ^ 1])):
+        heads.write_bytes(harmed)
+        failed(mlx_fd("feedback", run, *asked), "heads.safetensors: something changed it")
     (best / "heads.safetensors").unlink()
     failed(mlx_fd("feedback", run, *asked), "heads.safetensors: is damaged or incomplete")
     shutil.rmtree(run / "checkpoints")

@@ -22,6 +22,7 @@ from trained import make_run
 
 from mlx_fd import cli, roles, runs
 from mlx_fd.baselines import SYSTEMS
+from mlx_fd.checked import with_digest
 from mlx_fd.config import GateOptions
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation import suites
@@ -59,7 +60,7 @@ def evaluate(target, folder, cache, *, expert=None, **options):
     chosen = suites.Options(**{"limit": 4, **options})
     opened = open_target(str(target), expert)
     sets = suites.make_sets(opened, chosen)
-    bench = suites.make_bench(opened, chosen, cache, lambda *_: None)
+    bench = suites.make_bench(opened, chosen, Cache(cache), lambda *_: None)
     return suites.evaluate(bench, sets, chosen, folder, lambda _: None)
 
 
@@ -93,7 +94,7 @@ def test_every_system_meets_every_problem_from_the_same_first_answer(done):
 
 def test_results_are_what_the_outputs_add_up_to(done):
     folder, _, results = done
-    assert json.loads((folder / suites.RESULTS).read_text()) == results
+    assert json.loads((folder / suites.RESULTS).read_text()) == with_digest(results)
     rows, found = rows_of(folder), results["sets"][0]
     right = {}
     for system in found["systems"]:
@@ -188,8 +189,12 @@ def test_a_longer_evaluation_goes_on_from_a_shorter_one(run, done, tmp_path):
     assert without_seconds(loop[:4]) == without_seconds(rows_of(folder)[:4])
 
 
+_ROWS = '[{"n": 1}, {"n": 0}]'
+
+
 def test_damaged_cache_files_are_made_again(tmp_path):
-    cache, made = Cache(tmp_path), []
+    warnings, made = [], []
+    cache = Cache(tmp_path, warnings.append)
 
     def make():
         made.append(1)
@@ -200,13 +205,27 @@ def test_damaged_cache_files_are_made_again(tmp_path):
     assert len(made) == 1
     (file,) = tmp_path.rglob("*.json")
     whole = file.read_text()
-    for content in (whole[:-5], "", "[]", "null", whole.replace('"a": 1', '"a": 2'), "\xff"):
+    assert not warnings
+    harmed = [
+        *(whole[:-5], "", "[]", "null", "7", '"text"', "\xff", "[" * 100_000),
+        whole.replace('"a": 1', '"a": 2'),
+        # The rows: a digit, a row that is none, no rows at all, a row more.
+        whole.replace('"n": 1', '"n": 8'),
+        *(whole.replace(old, new) for new in ("null", "[1, 2]", "{}") for old in [_ROWS]),
+        whole.replace(_ROWS, _ROWS[:-1] + ', {"n": 5}]'),
+        # What older versions wrote, which anything may have changed.
+        json.dumps({"key": key, "rows": json.loads(_ROWS)}),
+    ]
+    assert _ROWS in whole
+    for number, content in enumerate(harmed, 1):
         file.write_text(content)
-        cache.rows(key, 2, make)
-        assert json.loads(file.read_text())["key"] == key
-    assert len(made) == 7
+        assert cache.rows(key, 2, make)[0] == {"n": number + 1}
+        assert len(warnings) == number and str(file) in warnings[-1]
+        assert cache.rows(key, 2, make)[0] == {"n": number + 1}
+        file.write_text(whole)
+    assert len(made) == 1 + len(harmed)
     cache.rows(key, 3, make)
-    assert len(made) == 8
+    assert len(made) == 2 + len(harmed)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path != file]
 
 
@@ -453,7 +472,7 @@ def test_a_script_reads_json_and_a_user_a_table_with_n_and_intervals(mlx_fd, tmp
     results = json.loads(out)
     folder = tmp_path / "eval" / "tiny-student" / "fast"
     assert Path(results.pop("folder")) == folder.relative_to(tmp_path)
-    assert results == json.loads((folder / suites.RESULTS).read_text())
+    assert with_digest(results) == json.loads((folder / suites.RESULTS).read_text())
     assert "arithmetic/test: student done, 3" in err
     status, out, err = mlx_fd("tiny-student", "--limit", 3, "--quiet")
     assert (status, err) == (0, "")

@@ -171,13 +171,15 @@ def test_a_folder_of_ours_leads_nowhere_else(tmp_path):
 )
 def test_permissions_are_those_of_the_umask(umask, file, folder, tmp_path):
     code = (
-        "from mlx_fd import marks, runs\nfrom mlx_fd.models.storage import new_directory\n"
+        "from mlx_fd import checkpoints, marks, runs\n"
+        "from mlx_fd.models.storage import new_directory\n"
         "os.umask(int(argv[1])); here = Path(argv[0])\n"
         "with runs.locked(here / 'run'):\n"
         "    runs.create(here / 'run', '', {})\n"
         "    files.append_lines(here / 'run' / 'episodes.jsonl', [{}])\n"
         "    write = lambda to: (to / 'weights').write_text('x')\n"
-        "    runs.save_checkpoint(here / 'run', 0, write, {'best_batch': 0}, best=0, keep=1)\n"
+        "    checkpoints.save_checkpoint(\n"
+        "        here / 'run', 0, write, {'best_batch': 0}, {}, best=0, keep=1)\n"
         "with marks.claimed(here / 'eval', marks.EVALUATION):\n"
         "    files.write_with(here / 'eval' / 'a.txt', lambda to: to.write_text('x'))\n"
         "with new_directory(here / 'model') as working:\n"

@@ -1,3 +1,5 @@
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -5,9 +7,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_fd import runs
+from mlx_fd import checkpoints, runs
+from mlx_fd.checked import DIGEST
 from mlx_fd.errors import UserError
-from mlx_fd.files import append_lines, write_atomic, write_json
+from mlx_fd.files import append_lines, digest_of, write_atomic, write_json
+from mlx_fd.logs import Log, log_size
 
 
 def make_run(folder: Path) -> Path:
@@ -15,16 +19,21 @@ def make_run(folder: Path) -> Path:
     return folder
 
 
+def logs_of(folder: Path) -> dict[str, Log]:
+    """The logs with all that is in them."""
+    return {name: Log.read(folder / name, log_size(folder / name)) for name in runs.LOGS}
+
+
+def append(folder: Path, name: str, *rows: dict) -> None:
+    logs_of(folder)[name].append(rows)
+
+
 def save(folder: Path, batch: int, best: int = 0, keep: int = 3) -> None:
     def write(to: Path) -> None:
         (to / "weights.bin").write_bytes(bytes([batch]) * 100)
 
-    sizes = {
-        name: (folder / name).stat().st_size if (folder / name).exists() else 0
-        for name in (runs.EPISODES, runs.METRICS)
-    }
-    runs.save_checkpoint(
-        folder, batch, write, {"best_batch": best, "log_bytes": sizes}, best=best, keep=keep
+    checkpoints.save_checkpoint(
+        folder, batch, write, {"best_batch": best}, logs_of(folder), best=best, keep=keep
     )
 
 
@@ -66,16 +75,16 @@ def test_checkpoints_are_found_pruned_and_pointed_to(tmp_path):
     assert names == ["000001", "000004", "000005", "best", "last"]
     assert (run / "checkpoints" / "last").readlink() == Path("000005")
     assert (run / "checkpoints" / "best").readlink() == Path("000001")
-    found, broken = runs.newest_checkpoint(run)
+    found, broken = checkpoints.newest_checkpoint(run)
     assert found.batch == 5 and not broken
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "missing", "no state", "half state", "empty"])
 def test_a_broken_checkpoint_is_passed_over(harm, tmp_path):
     run = make_run(tmp_path / "run")
-    append_lines(run / runs.EPISODES, [{"episode": 0}])
+    append(run, runs.EPISODES, {"episode": 0})
     save(run, 1, best=1)
-    append_lines(run / runs.EPISODES, [{"episode": 1}])
+    append(run, runs.EPISODES, {"episode": 1})
     save(run, 2, best=2)
     folder = run / "checkpoints" / "000002"
     weights, state = folder / "weights.bin", folder / "state.json"
@@ -91,59 +100,199 @@ def test_a_broken_checkpoint_is_passed_over(harm, tmp_path):
         state.write_text(state.read_text()[:20])
     else:
         state.write_text("[]")
-    found, broken = runs.newest_checkpoint(run)
+    found, broken = checkpoints.newest_checkpoint(run)
     assert found.batch == 1 and broken == ["checkpoint 000002 is not whole"]
-    runs.roll_back(run, found)
+    checkpoints.roll_back(run, found, runs.cut_folder(run), ordinary=False)
     assert runs.read_lines(run / runs.EPISODES) == [{"episode": 0}]
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
-    assert names == ["000001", "000002.broken", "best", "last"]
+    assert names == ["000001", "best", "last"]
+    # What was cut is still there.
+    [cut] = (run / "cut").iterdir()
+    assert sorted(p.name for p in cut.iterdir()) == ["000002", runs.EPISODES]
+    assert runs.read_lines(cut / runs.EPISODES) == [{"episode": 1}]
     assert (run / "checkpoints" / "best").readlink() == Path("000001")
 
 
-def test_no_checkpoint_goes_back_to_the_beginning(tmp_path):
+def go_back(run: Path, every: int = 1) -> checkpoints.Checkpoint | None:
+    """What a resume does, unless it refuses."""
+    found, passed_over = checkpoints.check_nothing_lost(run, every)
+    checkpoints.roll_back(run, found, runs.cut_folder(run), ordinary=not passed_over)
+    return found
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_without_a_checkpoint_and_without_lines_is_at_its_beginning(tmp_path):
     run = make_run(tmp_path / "run")
-    append_lines(run / runs.EPISODES, [{"episode": 0}])
     (run / "checkpoints" / ".tmp-0123456789abcdef").mkdir()
-    found, _ = runs.newest_checkpoint(run)
-    assert found is None
-    runs.roll_back(run, found)
-    assert (run / runs.EPISODES).read_bytes() == b""
+    assert go_back(run) is None
     assert not list((run / "checkpoints").iterdir())
+    assert not (run / "cut").exists()
+
+
+@pytest.mark.parametrize("what", ["all", "folder", "newest", "finished"])
+def test_lost_checkpoints_are_not_taken_for_a_kill(what, tmp_path):
+    run = make_run(tmp_path / "run")
+    save(run, 0)
+    for batch in range(1, 6):
+        append(run, runs.METRICS, {"batch": batch - 1})
+        append(run, runs.EPISODES, {"episode": batch - 1})
+        save(run, batch, best=batch)
+    if what == "folder":
+        shutil.rmtree(run / "checkpoints")
+    elif what == "finished":
+        write_json(run / runs.SUMMARY, {})
+        shutil.rmtree(run / "checkpoints" / "000005")
+    else:
+        for path in (run / "checkpoints").iterdir():
+            if not path.is_symlink() and (what == "all" or int(path.name) > 3):
+                shutil.rmtree(path)
+    before = files_of(run)
+    with pytest.raises(UserError, match=f"Nothing was changed.*{checkpoints.REDO}") as error:
+        go_back(run)
+    assert "logs have 5 batches" in str(error.value)
+    assert files_of(run) == before
+    # The user says so: what is cut is kept.
+    found, _ = checkpoints.newest_checkpoint(run)
+    assert (found and found.batch) == {"newest": 3, "finished": 4}.get(what)
+    checkpoints.roll_back(run, found, runs.cut_folder(run), ordinary=False)
+    left = found.batch if found else 0
+    assert len(runs.read_lines(run / runs.METRICS)) == left
+    [cut] = (run / "cut").iterdir()
+    kept = (run / runs.METRICS).read_bytes() + (cut / runs.METRICS).read_bytes()
+    assert kept == before[runs.METRICS]
+
+
+def test_what_a_kill_leaves_is_cut_and_kept_until_the_next(tmp_path):
+    run = make_run(tmp_path / "run")
+    save(run, 0)
+    for number in range(3):
+        append(run, runs.METRICS, {"batch": number})
+    with (run / runs.METRICS).open("a") as file:
+        file.write('{"batch": 3')
+    with pytest.raises(UserError, match="checkpoints are missing"):
+        go_back(run, every=2)
+    whole = (run / runs.METRICS).read_bytes()
+    assert go_back(run, every=3).batch == 0
+    assert (run / runs.METRICS).read_bytes() == b""
+    assert (run / "cut" / "tail" / runs.METRICS).read_bytes() == whole
+    append(run, runs.METRICS, {"batch": 0})
+    go_back(run)
+    assert [p.name for p in (run / "cut").iterdir()] == ["tail"]
+    assert runs.read_lines(run / "cut" / "tail" / runs.METRICS) == [{"batch": 0}]
+
+
+def test_more_batches_than_the_configuration_has_now_may_have_come_since(tmp_path):
+    """The checkpoint says how many come before the next: the option was changed since."""
+    run = make_run(tmp_path / "run")
+    checkpoints.save_checkpoint(
+        *(run, 0, lambda to: None, {"best_batch": 0, "checkpoint_every": 4}, logs_of(run)),
+        best=0,
+        keep=2,
+    )
+    append(run, runs.METRICS, *({"batch": number} for number in range(4)))
+    assert go_back(run, every=1).batch == 0
 
 
 def test_a_log_that_lost_lines_is_noticed(tmp_path):
     run = make_run(tmp_path / "run")
-    append_lines(run / runs.EPISODES, [{"episode": 0}])
+    append(run, runs.EPISODES, {"episode": 0})
     save(run, 1)
     (run / runs.EPISODES).write_text("")
     with pytest.raises(UserError, match="has lost lines that checkpoint 000001 knew"):
-        runs.newest_checkpoint(run)
+        go_back(run)
+
+
+def test_a_changed_digit_in_a_log_goes_back_before_it(tmp_path):
+    run = make_run(tmp_path / "run")
+    for number in (1, 2, 3):
+        append(run, runs.METRICS, {"batch": number})
+        save(run, number, best=number)
+    text = (run / runs.METRICS).read_text()
+    (run / runs.METRICS).write_text(text.replace("2", "7"))
+    found, passed_over = checkpoints.newest_checkpoint(run)
+    assert found.batch == 1
+    assert [why.split(":")[0] for why in passed_over] == [
+        f"{runs.METRICS} is not what checkpoint {name} knew" for name in ("000003", "000002")
+    ]
+    (run / runs.METRICS).write_text(text.replace("1", "7"))
+    with pytest.raises(UserError, match="no checkpoint can be gone back to"):
+        go_back(run)
+
+
+def test_the_digest_of_a_log_runs_on_from_where_it_was_read(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = Log(path)
+    log.append([{"a": 1}])
+    size, digest = log.size, log.sha256
+    log.append([{"a": "ü"}, {"b": 2}])
+    assert (log.size, log.sha256) == (path.stat().st_size, digest_of(path))
+    again = Log.read(path, size)
+    assert again.sha256 == digest
+    with pytest.raises(UserError, match="something else changed this log"):
+        again.append([{"b": 3}])
+    again.cut()
+    again.append([{"a": "ü"}, {"b": 2}])
+    assert again.sha256 == log.sha256 == digest_of(path)
+    assert Log.read(path, log.size + 1) is None
+    (tmp_path / "link.jsonl").symlink_to(path)
+    with pytest.raises(UserError, match="no ordinary file"):
+        Log(tmp_path / "link.jsonl").append([{"a": 1}])
+
+
+def test_a_state_whose_digest_was_taken_away_is_none_of_an_older_version(tmp_path):
+    run = make_run(tmp_path / "run")
+    save(run, 1)
+    path = run / "checkpoints" / "000001" / runs.STATE
+    state = json.loads(path.read_text())
+    del state[DIGEST]
+    path.write_text(json.dumps(state))
+    assert checkpoints.newest_checkpoint(run) == (None, ["checkpoint 000001 is not whole"])
+    del state["log_sha256"]
+    path.write_text(json.dumps(state))
+    found, _ = checkpoints.newest_checkpoint(run)
+    assert not found.vouched
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_touched(tmp_path):
     run = make_run(tmp_path / "run")
-    append_lines(run / runs.EPISODES, [{"episode": 0}])
+    append(run, runs.EPISODES, {"episode": 0})
     for batch in (1, 2):
         save(run, batch, best=1)
         (run / "checkpoints" / f"{batch:06d}" / "weights.bin").write_bytes(b"")
     with pytest.raises(UserError, match="000002 is not whole; checkpoint 000001 is not whole"):
-        runs.newest_checkpoint(run)
+        go_back(run)
     assert len(runs.read_lines(run / runs.EPISODES)) == 1
     assert (run / "checkpoints" / "000001").is_dir()
 
 
+def test_a_checkpoint_whose_best_weights_are_whole_goes_before_a_newer_one(tmp_path):
+    run = make_run(tmp_path / "run")
+    for batch, best in ((1, 1), (2, 2), (3, 2)):
+        save(run, batch, best=best, keep=3)
+    (run / "checkpoints" / "000002" / "weights.bin").write_bytes(b"")
+    found, why = checkpoints.newest_checkpoint(run)
+    assert (found.batch, found.best_lost) == (1, False)
+    assert why[0] == "of checkpoint 000003 the best weights so far are not whole"
+    shutil.rmtree(run / "checkpoints" / "000001")
+    found, why = checkpoints.newest_checkpoint(run)
+    assert (found.batch, found.best_lost, why) == (3, True, [])
+
+
 def test_lost_log_lines_go_back_to_a_checkpoint_before_them(tmp_path):
     run = make_run(tmp_path / "run")
-    append_lines(run / runs.EPISODES, [{"episode": 0}])
+    append(run, runs.EPISODES, {"episode": 0})
     save(run, 1, best=1)
     size = (run / runs.EPISODES).stat().st_size
-    append_lines(run / runs.EPISODES, [{"episode": 1}])
+    append(run, runs.EPISODES, {"episode": 1})
     save(run, 2, best=1)
     with (run / runs.EPISODES).open("r+") as file:
         file.truncate(size + 3)
-    found, why = runs.newest_checkpoint(run)
+    found, why = checkpoints.newest_checkpoint(run)
     assert found.batch == 1 and "lost lines" in why[0]
-    runs.roll_back(run, found)
+    checkpoints.roll_back(run, found, runs.cut_folder(run), ordinary=False)
     assert (run / runs.EPISODES).stat().st_size == size
 
 
@@ -152,8 +301,8 @@ def test_the_best_of_a_checkpoint_gone_back_to_is_still_there(tmp_path):
     for batch in range(2, 11):
         save(run, batch, best=10 if batch == 10 else 2, keep=2)
     (run / "checkpoints" / "000010" / "weights.bin").write_bytes(b"")
-    found, _ = runs.newest_checkpoint(run)
-    runs.roll_back(run, found)
+    found, _ = checkpoints.newest_checkpoint(run)
+    checkpoints.roll_back(run, found, runs.cut_folder(run), ordinary=False)
     assert found.batch == 9
     assert (run / "checkpoints" / "best").resolve().name == "000002"
     assert (run / "checkpoints" / "best" / "weights.bin").exists()
@@ -208,7 +357,10 @@ def test_manifest_of_something_else(tmp_path):
     with pytest.raises(UserError, match="no run directory"):
         runs.read_manifest(tmp_path)
     run = make_run(tmp_path / "run")
-    assert runs.read_manifest(run) == {"seed": 1}
+    assert runs.read_manifest(run) == {"seed": 1} and runs.manifest_fault(run) is None
+    text = (run / runs.MANIFEST).read_text()
+    (run / runs.MANIFEST).write_text(text.replace('"seed": 1', '"seed": 2'))
+    assert "something changed it" in runs.manifest_fault(run)
     (run / runs.MANIFEST).write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         runs.read_manifest(run)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from pairs import without_seconds
+from pairs import MEASURED, without_seconds
 
 from mlx_fd import runs
 from mlx_fd.config import CONTEXTS as CONTEXT_NAMES
@@ -26,6 +26,7 @@ from mlx_fd.events import Note, Warned
 from mlx_fd.export.exporter import Form, export
 from mlx_fd.feedback import give_feedback
 from mlx_fd.generation import Sampling, opening
+from mlx_fd.logs import log_size
 from mlx_fd.roles import answer_prompt
 from mlx_fd.selfdistill import rollouts
 from mlx_fd.selfdistill.contexts import CONTEXTS
@@ -90,7 +91,8 @@ def assert_same(one, two):
         for folder in (one, two)
     ]
     for state in states:
-        del state["files"], state["log_bytes"]
+        for measured in MEASURED:
+            del state[measured]
     assert states[0] == states[1]
 
 
@@ -263,9 +265,9 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path):
     draw = np.random.default_rng(0)
     for name in ("headroom.json", runs.ATTEMPTS, runs.ATTEMPTS):
         command = (mlx_fd, "resume", str(target)) if runs.is_run(target) else begin
-        before = runs.log_size(target, name)
+        before = log_size(target / name)
         process = launch(*command, *(() if command is not begin else ("--out", str(target))))
-        while process.poll() is None and runs.log_size(target, name) <= before:
+        while process.poll() is None and log_size(target / name) <= before:
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)

@@ -15,6 +15,8 @@ from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.session import (
     _flat,
+    backend_settings,
+    changed_options,
     check_out,
     check_run_memory,
     check_same,
@@ -231,3 +233,33 @@ def test_out_is_checked_without_being_made(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="leads nowhere"):
         check_out(tmp_path / "link")
+
+
+@pytest.mark.parametrize(
+    "name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"]
+)
+def test_other_numbers_of_threads_are_said(name, monkeypatch, tmp_path):
+    monkeypatch.delenv(name, raising=False)
+    old, new = manifest(), manifest()
+    old["backend"] = backend_settings()
+    monkeypatch.setenv(name, "3")
+    new["backend"] = backend_settings()
+    [doubt] = check_same(old, new, tmp_path)
+    assert "is 3: " in doubt and "its last digits may differ" in doubt
+    # What an older version did not write down cannot be compared.
+    old["backend"] = {key: old["backend"][key] for key in ("device", "blas", "threads")}
+    assert len(check_same(old, new, tmp_path)) == (name == "OPENBLAS_NUM_THREADS")
+
+
+def test_another_number_of_cores_is_said(tmp_path):
+    old, new = manifest(), manifest()
+    old["backend"], new["backend"] = backend_settings(), backend_settings()
+    old["backend"]["cores"] += 1
+    [doubt] = check_same(old, new, tmp_path)
+    assert doubt.startswith(f"cores was {old['backend']['cores']}, is ")
+
+
+def test_options_that_may_be_changed_are_said():
+    assert changed_options(manifest(), manifest()) == []
+    [said] = changed_options(manifest(), manifest(micro_batch=1, checkpoint_every=9))
+    assert "checkpoint_every was 4, is 9" in said and "micro_batch was" in said

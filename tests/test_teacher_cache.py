@@ -143,6 +143,28 @@ def test_a_harmed_entry_is_passed_over_and_made_again(tmp_path, pair, harm):
     assert len(warnings) == 1
 
 
+def test_no_bit_of_an_entry_can_change_unseen(tmp_path):
+    warnings = []
+    cache = TeacherCache(tmp_path, {"teacher": 1}, warnings.append)
+    arrays = {"top_k.values": mx.arange(12.0).reshape(3, 4), "pooled.0": mx.ones((4,))}
+    cache.save(PROMPT, TARGET, arrays)
+    [path] = tmp_path.iterdir()
+    whole = path.read_bytes()
+    harmed = [
+        *(
+            whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :]
+            for at in range(len(whole))
+        ),
+        *(whole[:at] for at in range(0, len(whole), 7)),
+    ]
+    for number, content in enumerate(harmed, 1):
+        path.write_bytes(content)
+        assert cache.load(PROMPT, TARGET) is None
+        assert len(warnings) == number
+    path.write_bytes(whole)
+    assert same(cache.load(PROMPT, TARGET), arrays)
+
+
 def test_dying_while_an_entry_is_written_leaves_none_or_a_whole_one(tmp_path, pair, monkeypatch):
     seen = []
     for limit in (1, 2, 3):

@@ -9,6 +9,7 @@ import pytest
 import reported
 
 from mlx_fd import cli, tracking
+from mlx_fd.checked import with_digest
 from mlx_fd.errors import UserError
 from mlx_fd.events import BatchDone, Note, Probed
 from mlx_fd.tracking import Tracking, check_installed, values_of
@@ -87,11 +88,17 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning(tmp_path):
     assert warned.startswith("tensorboard fails, and the run goes on without it: ")
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"tensorboard": 1}', "\x00", '{"wandb": {}}'])
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"tensorboard": 1}', "\x00", '{"wandb": {}}', "a changed step"]
+)
 def test_a_damaged_state_stops_nothing(tmp_path, content):
     pytest.importorskip("tensorboard")
+    if content == "a changed step":
+        state = with_digest({"tensorboard": {"id": "a", "step": 0}})
+        content = json.dumps(state).replace('"step": 0', '"step": 9')
     (tmp_path / tracking.STATE).write_text(content)
-    assert track(tmp_path, FIRST, batch(0)) == []
+    (warned,) = track(tmp_path, FIRST, batch(0))
+    assert tracking.STATE in warned and "as a new one" in warned
     assert board(tmp_path)["probe/lm"] == {0: 1.0, 1: 0.5}
 
 

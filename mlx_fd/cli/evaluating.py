@@ -159,6 +159,7 @@ def evaluate(
     from rich.text import Text
 
     from mlx_fd.evaluation import suites
+    from mlx_fd.evaluation.cache import Cache
     from mlx_fd.evaluation.table import EvalDisplay, print_results
     from mlx_fd.evaluation.target import open_target
     from mlx_fd.marks import EVALUATION, check_free, claimed
@@ -200,7 +201,8 @@ def evaluate(
         warn(text)
     total = sum(len(one.items) * one.samples * len(one.systems) for one in sets)
     with claimed(folder, EVALUATION), EvalDisplay(console, total, quiet=quiet) as display:
-        bench = suites.make_bench(target, options, cache or cache_dir() / "eval", display.step)
+        generated = Cache(cache or cache_dir() / "eval", warn)
+        bench = suites.make_bench(target, options, generated, display.step)
         try:
             results = suites.evaluate(bench, sets, options, folder, display)
         except KeyboardInterrupt:

@@ -177,6 +177,7 @@ def start(
     quiet: bool,
     *,
     new: bool,
+    redo: bool = False,
 ) -> None:
     """Begin a run or go on with it, and show it."""
     from mlx_fd.selfdistill.display import SelfDisplay, summary_table
@@ -188,7 +189,7 @@ def start(
     def opened() -> Callable[..., Any]:
         models = open_models(plan)
         return lambda report, stop: run(
-            folder, plan.config, models, plan.probe, plan.problems, report, stop
+            folder, plan.config, models, plan.probe, plan.problems, report, stop, redo=redo
         )
 
     critic = f", critic {options.critic}" if options.critic else ""

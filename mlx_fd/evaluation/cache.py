@@ -1,15 +1,20 @@
-"""What was generated once is not generated again: a file per batch, named by all it depends on."""
+"""What was generated once is not generated again: a file per batch, named by all it depends on.
+
+Each carries the digest of all that is in it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_fd import runs
+from mlx_fd.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.files import clear_unfinished, write_with
 
 Rows = list[dict[str, Any]]
@@ -20,15 +25,21 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
 @dataclass(frozen=True)
 class Cache:
     """A folder of batches. Several processes may use it at once.
 
     Attributes:
         folder: need not be there yet.
+        warn: told of files that cannot be used.
     """
 
     folder: Path
+    warn: Callable[[str], None] = _warn
 
     def rows(self, key: dict[str, Any], size: int, make: Callable[[], Rows]) -> Rows:
         """The rows of a batch, made where they are not there.
@@ -47,17 +58,24 @@ class Cache:
         name = digest(key)
         path = self.folder / name[:2] / f"{name}.json"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["key"] == key and len(found["rows"]) == size:
-                rows: Rows = found["rows"]
-                return rows
-        except (OSError, ValueError, TypeError, KeyError):
-            pass
+            found, digested = read_checked(path)
+            if digested and found["key"] == key and len(found["rows"]) == size:
+                kept: Rows = found["rows"]
+                return kept
+            fault = "it is of another batch, or has no digest"
+        except FileNotFoundError:
+            fault = ""
+        except (ChangedFile, OSError) as error:
+            fault = str(error)
+        except (TypeError, KeyError):
+            fault = "it is no batch"
+        if fault:
+            self.warn(f"{path}: passed over ({fault}); what it was to hold is generated again")
         rows = make()
         with runs.explained(self.folder, "free some space, or choose another --cache"):
             path.parent.mkdir(parents=True, exist_ok=True)
             clear_unfinished(path.parent)
-            text = json.dumps({"key": key, "rows": rows}, ensure_ascii=False)
+            text = json.dumps(with_digest({"key": key, "rows": rows}), ensure_ascii=False)
             write_with(path, lambda to: _write(to, text))
         return rows
 

@@ -6,16 +6,19 @@ gives its feedback on each, and solves the problem itself.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_fd import roles
+from mlx_fd.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.config import GenerationOptions
 from mlx_fd.episode import Pair, Progress, answer, feedback_request, head_score, is_correct, parsed
 from mlx_fd.evaluation import processbench
@@ -23,6 +26,7 @@ from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.statistics import Rows, bootstrap, mean, mean_gain
 from mlx_fd.generation import Conversation, Sampling, generate, opening, prefill
 from mlx_fd.problems import Problem, arithmetic
+from mlx_fd.runs import write_json
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,9 @@ class Result:
     readable: bool
     found: bool
     solved: bool
+
+
+_KINDS = {field.name: str(field.type) for field in dataclasses.fields(Result)}
 
 
 def questions(size: int, seed: int, split: str = "test") -> tuple[Question, ...]:
@@ -166,6 +173,49 @@ def examine(
                 )
             )
     return found
+
+
+def save_results(path: Path, results: Sequence[Result], seconds: float) -> None:
+    """Keep what the student made of an examination, and how many seconds it took."""
+    rows = [dataclasses.asdict(result) for result in results]
+    write_json(path, with_digest({"seconds": round(seconds, 3), "results": rows}))
+
+
+def load_results(
+    path: Path, exam: Sequence[Question]
+) -> tuple[tuple[list[Result], float], bool] | None:
+    """What :func:`save_results` kept.
+
+    Args:
+        path: the file.
+        exam: the questions, which have to be those of the file.
+
+    Returns:
+        The results and the seconds (0 where an older version did not measure them), and whether a
+        digest vouches for them; ``None`` where there is no such file.
+
+    Raises:
+        ChangedFile: it is not what was written, or of another examination.
+    """
+    try:
+        content, digested = read_checked(path)
+    except FileNotFoundError:
+        return None
+    try:
+        if isinstance(content, list):  # an older version's
+            content = {"seconds": 0.0, "results": content}
+        results = [Result(**row) for row in content["results"]]
+        typed = all(
+            type(getattr(result, name)).__name__ == kind
+            for result in results
+            for name, kind in _KINDS.items()
+        )
+        asked = [question.first_error > 0 for question in exam]
+        if not typed or [result.wrong for result in results] != asked:
+            raise ChangedFile("it is not of this examination's questions")
+        return (results, float(content["seconds"])), digested
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ChangedFile(f"it is not what mlx-fd writes ({error!r})") from error
 
 
 def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, dict[str, Any]]:

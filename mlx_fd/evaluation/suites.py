@@ -21,6 +21,7 @@ import numpy as np
 
 from mlx_fd import problems, roles, runs
 from mlx_fd.baselines import BASE, CLEAR, LOOP, STUDENT, SYSTEMS
+from mlx_fd.checked import with_digest
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation import exam, instructing, processbench
 from mlx_fd.evaluation.bench import Bench
@@ -284,7 +285,7 @@ def _folder(target: Target, suite: str) -> Path:
 
 
 def make_bench(
-    target: Target, options: Options, cache: Path, progress: Callable[[str, int], None]
+    target: Target, options: Options, cache: Cache, progress: Callable[[str, int], None]
 ) -> Bench:
     """What the sets are generated with."""
     warm = options.temperature
@@ -293,7 +294,7 @@ def make_bench(
     if options.samples > 1 and warm is None:
         first, bare = first or WARM, WARM
     return Bench(
-        target, Models(target), Cache(cache), options.seed, options.samples, first, bare, progress
+        target, Models(target), cache, options.seed, options.samples, first, bare, progress
     )
 
 
@@ -353,7 +354,7 @@ def evaluate(
     }
     with runs.explained(folder, advice):
         outputs.replace(folder / OUTPUTS)
-        write_json(folder / RESULTS, results)
+        write_json(folder / RESULTS, with_digest(results))
     return results
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd import runs
+from mlx_fd.checked import read_checked
 from mlx_fd.config import Config, override, preset
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cache import digest
 from mlx_fd.feedback import find
-from mlx_fd.files import read_text
 from mlx_fd.gate import GateState, trusted
 from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
@@ -190,7 +189,7 @@ def _gate(run: Path, checkpoint: Path | None) -> GateState | None:
     # The best checkpoint's weights are used as the run's end would have them used.
     folder = last if checkpoint == best and last.exists() else checkpoint
     try:
-        state = json.loads(read_text(folder / runs.STATE))
+        state, _ = read_checked(folder / runs.STATE)
         return GateState.from_json(state["gate"])
     except FileNotFoundError:
         return None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd import runs
+from mlx_fd.checked import DIGEST, content_digest
 from mlx_fd.config import ModelOptions
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import Place, find
@@ -82,8 +84,24 @@ def open_source(name: str) -> Source:
         place.run.name,
         *_base_name(place.config.models.student),
         runs.read_manifest(place.run),
-        read_json(place.run / runs.SUMMARY),
+        _summary(place.run / runs.SUMMARY),
     )
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """A run's summary; empty where there is none.
+
+    Raises:
+        UserError: it is not what the run wrote, and a model card must not repeat it.
+    """
+    summary = read_json(path)
+    digest = summary.pop(DIGEST, None)
+    if digest is not None and digest != content_digest(summary):
+        raise UserError(
+            f"{path}: something changed it after it was written; mlx-fd resume "
+            f"{shlex.quote(str(path.parent))} makes it again"
+        )
+    return summary
 
 
 def _base_name(name: str) -> tuple[str, bool, bool]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_fd.checked import with_digest
 from mlx_fd.config import Config, override, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.files import write_atomic, write_json
@@ -145,5 +146,5 @@ def preset_toml(found: Mapping[str, Any], config: Config) -> str:
 
 def write(folder: Path, found: Mapping[str, Any], config: Config) -> None:
     """Write ``pareto.json`` and ``pareto.toml`` into the run directory."""
-    write_json(folder / JSON, found)
+    write_json(folder / JSON, with_digest(found))
     write_atomic(folder / PRESET, preset_toml(found, config))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd import runs
+from mlx_fd.checked import read_checked
+from mlx_fd.checkpoints import changed_logs, newest_checkpoint
 from mlx_fd.config import Config, read
 from mlx_fd.errors import UserError
-from mlx_fd.files import read_text
 from mlx_fd.pareto.thresholds import Look
 
 
@@ -87,12 +87,12 @@ def _curve(folder: Path, config: Config) -> Curve:
     rows = runs.read_lines(folder / runs.METRICS)
     episodes = runs.read_lines(folder / runs.EPISODES)
     summary_file = folder / runs.SUMMARY
-    summary = json.loads(read_text(summary_file)) if summary_file.exists() else None
+    summary = read_checked(summary_file)[0] if summary_file.exists() else None
     if summary is not None:
         first, last = summary["probe"]["before"], summary["probe"]["after"]
         whole = summary["updates"]["steps"] == sum(len(row["updates"]) for row in rows)
     else:
-        checkpoint, _ = runs.newest_checkpoint(folder)
+        checkpoint, _ = newest_checkpoint(folder)
         if checkpoint is None:
             raise UserError(
                 f"{folder}: this run has not come to its first checkpoint; go on with: mlx-fd "
@@ -102,6 +102,7 @@ def _curve(folder: Path, config: Config) -> Curve:
     begun = math.ceil(len(episodes) / config.generation.batch_size)
     whole = whole and begun <= len(rows) <= begun * config.training.epochs
     numbers = [row["batch"] for row in rows], [row["episode"] for row in episodes]
+    whole = whole and not changed_logs(folder)
     if not whole or any(given != list(range(len(given))) for given in numbers):
         raise UserError(
             f"{folder}: lines of {runs.METRICS} or {runs.EPISODES} are missing or harmed. Bring "

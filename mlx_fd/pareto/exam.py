@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_fd import runs
+from mlx_fd.checked import ChangedFile
+from mlx_fd.checkpoints import checkpoint_after
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation.exam import Result, compare, examine
-from mlx_fd.files import read_text
+from mlx_fd.evaluation.exam import Question, Result, compare, examine, load_results
 from mlx_fd.loop import EXAM
 from mlx_fd.models.student import load_student
 from mlx_fd.pareto.curve import Curve
@@ -45,21 +45,16 @@ def examine_points(
     plan = make_plan(curve.config)
     check_same(runs.read_manifest(folder), plan.manifest, folder)
     questions = plan.exam()
-    if not questions or not (folder / EXAM).exists():
-        raise UserError(
-            f"{folder}: this run has no examination; --exam is for runs on --problems arithmetic "
-            "with --exam-size above 0."
-        )
-    before = [Result(**row) for row in json.loads(read_text(folder / EXAM))]
+    before = _results(folder, questions)
     pair = open_pair(plan)
     wanted = sorted({batch_of(point, curve) for point in points})
     found: dict[int, dict[str, Any]] = {}
     for done, batch in enumerate(wanted):
         progress("students examined", done, len(wanted))
-        checkpoint = runs.checkpoint_after(folder, batch)
+        checkpoint = checkpoint_after(folder, batch)
         if checkpoint is None:
             continue
-        load_student(pair.student, checkpoint.folder)
+        load_student(pair.student, checkpoint)
         after = examine(pair, questions, curve.config.generation, lambda step, tokens: None)
         measures = compare(before, after)
         found[batch] = {name: measures[name]["after"] for name in EXAM_MEASURES}
@@ -77,3 +72,20 @@ def examine_points(
         for p in points
     ]
     return examined, notes
+
+
+def _results(folder: Path, questions: Sequence[Question]) -> list[Result]:
+    """What the student made of the examination before the run."""
+    try:
+        found = load_results(folder / EXAM, questions) if questions else None
+    except (ChangedFile, OSError) as error:
+        raise UserError(
+            f"{folder / EXAM}: {error}. Bring the old file back, or leave --exam out."
+        ) from error
+    if found is None:
+        raise UserError(
+            f"{folder}: this run has no examination; --exam is for runs on --problems arithmetic "
+            "with --exam-size above 0."
+        )
+    (results, _), _ = found
+    return results

@@ -7,7 +7,7 @@ of its own, just as a user would make it.
 from __future__ import annotations
 
 import contextlib
-import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd import runs
+from mlx_fd.checked import ChangedFile, read_checked
 from mlx_fd.config import Config, read, to_toml
 from mlx_fd.errors import UserError
-from mlx_fd.files import check_way, read_text
+from mlx_fd.files import check_way
 from mlx_fd.marks import RUN, check_free
 from mlx_fd.pareto.choice import gated
 
@@ -85,7 +86,13 @@ def _real(run: Path, point: Mapping[str, Any]) -> dict[str, Any]:
     stopped = frozen.index(True) + 1 if True in frozen else None
     steps = sum(len(row["updates"]) for row in rows[:stopped])
     thawed = frozen.index(False, stopped) + 1 if stopped and False in frozen[stopped:] else None
-    summary = json.loads(read_text(run / runs.SUMMARY))
+    try:
+        summary = read_checked(run / runs.SUMMARY)[0]
+    except ChangedFile as error:
+        raise UserError(
+            f"{run / runs.SUMMARY}: {error}; make it again with: "
+            f"mlx-fd resume {shlex.quote(str(run))}"
+        ) from error
     losses = rows[stopped - 1]["probe"] if stopped else summary["probe"]["after"]
     predicted = (point["stopped_after_batch"], point["cost"]["kd_steps"], point["losses"])
     finals = summary["accuracy"]["final_answers"]

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mlx_fd.checked import read_checked
+
 Row = dict[str, Any]
 _T = TypeVar("_T")
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
@@ -31,7 +33,7 @@ def json_file(
             missing.append(f"{name} is missing.")
         return None
     try:
-        return take(json.loads(path.read_text(encoding="utf-8")))
+        return take(read_checked(path)[0])
     except OSError as error:
         missing.append(f"{name} cannot be read: {error.strerror}.")
     except (*_MALFORMED, RecursionError):

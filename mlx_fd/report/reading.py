@@ -28,6 +28,7 @@ from mlx_fd.report.run import (
     probes_of,
     read_evaluations,
     read_manifest,
+    say_changed_logs,
     summary_of,
 )
 from mlx_fd.report.self_reading import SelfRun, is_self_distillation, read_self_run
@@ -104,6 +105,7 @@ def _read(folder: Path, name: str) -> LoopRun:
     manifest = read_manifest(folder, missing)
     episodes = log_file(folder, runs.EPISODES, _episode, missing)
     metrics = log_file(folder, runs.METRICS, metric, missing)
+    say_changed_logs(folder, missing)
     summary = json_file(folder, runs.SUMMARY, _summary, missing, needed=False)
     finished = is_finished(folder, len(episodes), "episodes", missing)
     first, last = probes_of(folder, summary, metrics)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd import runs
+from mlx_fd.checkpoints import changed_logs
 from mlx_fd.report.files import (
     Row,
     json_file,
@@ -76,6 +77,15 @@ def is_finished(folder: Path, rows: int, called: str, missing: list[str]) -> boo
     return False
 
 
+def say_changed_logs(folder: Path, missing: list[str]) -> None:
+    """A sentence for each log that is not what the run wrote."""
+    missing += [
+        f"{name} is not what the run wrote: something changed it since, and numbers from it may be "
+        "wrong."
+        for name in changed_logs(folder)
+    ]
+
+
 def summary_of(value: Row) -> Row:
     """What only ``summary.json`` knows of a run of either kind."""
     found: Row = {
@@ -83,6 +93,9 @@ def summary_of(value: Row) -> Row:
     }
     if "peak_memory_bytes" in value:
         found["peak_memory_bytes"] = number(value["peak_memory_bytes"])
+    if "seconds" in value:
+        # With what was done beside the batches.
+        found["seconds"] = numbers(value["seconds"])
     if "best_checkpoint" in value:
         found["best_checkpoint"] = str(value["best_checkpoint"])
     return found

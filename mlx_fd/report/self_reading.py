@@ -25,6 +25,7 @@ from mlx_fd.report.run import (
     probes_of,
     read_evaluations,
     read_manifest,
+    say_changed_logs,
     summary_of,
 )
 from mlx_fd.selfdistill.summary import WRONG, summarise
@@ -71,6 +72,7 @@ def read_self_run(folder: Path, name: str) -> SelfRun:
     manifest = read_manifest(folder, missing)
     attempts = log_file(folder, runs.ATTEMPTS, _attempt, missing)
     metrics = log_file(folder, runs.METRICS, _metric, missing)
+    say_changed_logs(folder, missing)
     headroom = json_file(folder, runs.HEADROOM, _headroom, missing)
     summary = json_file(folder, runs.SUMMARY, summary_of, missing, needed=False)
     finished = is_finished(folder, len(attempts), "attempts", missing)

@@ -21,7 +21,12 @@ from mlx_fd.report.tables import (
 )
 from mlx_fd.summary import wilson
 
-STEP_NAMES = {"attempt": "attempts", "context": "contexts", "learn": "student learns"}
+STEP_NAMES = {
+    "attempt": "attempts",
+    "context": "contexts",
+    "learn": "student learns",
+    "headroom": "held-out problems, before and after",
+}
 # What makes a method, by option.
 _METHOD = {
     "method": "method",

@@ -22,6 +22,8 @@ STEP_NAMES = {
     "critique": "self-critique",
     "final": "final answer",
     "distil": "student learns",
+    "headroom": "held-out problems, before and after",
+    "exam": "examinations",
 }
 
 

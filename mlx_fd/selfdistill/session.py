@@ -22,6 +22,7 @@ README = """\
 | `headroom.json` | answers with and without the context before any update |
 | `checkpoints/` | `NNNNNN` by batch; `last` and `best` (on held-out problems) point to them |
 | `summary.json` | the run's totals, written at its end |
+| `cut/` | what `resume` cut: `tail/` after the last stop; a folder of its date whatever else |
 | `eval/` | with `mlx-fd eval`: `eval.json` and `outputs.jsonl` of each evaluation |
 | `report.html` | the page of `mlx-fd report .` |
 | `tracking.json` | with `--track`: what each tracker has of the run |

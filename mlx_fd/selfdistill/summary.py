@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_fd.summary import wilson
+from mlx_fd.summary import seconds_of, wilson
 
 Row = Mapping[str, Any]
 # What the gate watches here: the share of held-out problems that are answered wrong.
@@ -60,6 +60,7 @@ def summarise(
     probe_after: Mapping[str, float],
     probe_size: int,
     headroom: Mapping[str, int],
+    seconds: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The totals of a run: what ``summary.json`` holds.
 
@@ -71,6 +72,7 @@ def summarise(
         probe_after: the same at the end.
         probe_size: of how many problems.
         headroom: counts of the headroom check.
+        seconds: what was done beside the batches took, by its name.
     """
     updates = [update for row in metrics for update in row["updates"]]
     half = len(attempts) // 2
@@ -101,6 +103,6 @@ def summarise(
                 step: round(sum(row["step_seconds"][step] for row in metrics), 1)
                 for step in ("attempt", "context", "learn")
             },
-            "total": round(sum(row["seconds"] for row in metrics), 1),
+            **seconds_of(metrics, seconds or {}),
         },
     }

@@ -7,7 +7,6 @@ that a batch depends on is in the checkpoint: a resumed run is the run that was 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,15 +18,28 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlx_fd import gate, runs
+from mlx_fd.checked import ChangedFile, read_checked, with_digest
+from mlx_fd.checkpoints import Checkpoint
 from mlx_fd.config import Config
 from mlx_fd.episode import seed_of
 from mlx_fd.errors import UserError
 from mlx_fd.events import BatchDone, Event, Note, Probed, Step, Warned
-from mlx_fd.files import append_lines, write_json
+from mlx_fd.files import write_json
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, read_arrays
 from mlx_fd.problems import Problem
-from mlx_fd.progress import Progress, finite, go_back, restore, save, update_row, with_probe
+from mlx_fd.progress import (
+    Progress,
+    Records,
+    finished_summary,
+    finite,
+    go_back,
+    kept,
+    restore,
+    save,
+    update_row,
+    with_probe,
+)
 from mlx_fd.roles import answer_prompt
 from mlx_fd.selfdistill.contexts import CONTEXTS, Attempt, Materials, View, remember
 from mlx_fd.selfdistill.learning import Known, Update, Weighed, learn, look, nearness, wants_teacher
@@ -124,6 +136,8 @@ def run(
     problems: Sequence[Problem],
     report: Report,
     stop: Callable[[], bool] = lambda: False,
+    *,
+    redo: bool = False,
 ) -> dict[str, Any] | None:
     """Begin a run or go on with it. The caller holds the run directory's lock.
 
@@ -135,6 +149,7 @@ def run(
         problems: the run's problems, in order.
         report: told of everything worth showing.
         stop: asked after each batch; when true, a checkpoint is written and the run ends there.
+        redo: go back to the newest whole checkpoint, whatever was done after it.
 
     Returns:
         The summary, or ``None`` where ``stop`` ended the run early.
@@ -142,7 +157,14 @@ def run(
     Raises:
         UserError: the run directory cannot be written, or does not fit the run.
     """
-    checkpoint = go_back(folder, report)
+    checkpoint, records = go_back(folder, config, report, redo=redo)
+    size = config.generation.batch_size
+    total = math.ceil(len(problems) / size)
+    at_end = checkpoint is not None and (
+        checkpoint.batch >= total or checkpoint.state["gate"]["frozen"]
+    )
+    if (summary := finished_summary(records, at_end, report)) is not None:
+        return summary
     model = models.reader.model
     # The rate is set before each update.
     optimizer = optim.AdamW(
@@ -152,19 +174,27 @@ def run(
     )
     optimizer.init(model.trainable_parameters())
     learner = _Learner(models, optimizer, first_teacher(model, config.selfdistill), config, report)
-    headroom = _kept_headroom(folder)
-    if headroom is None:
+    # Whatever the checkpoint holds, the student is still untrained here.
+    measured = kept(
+        records, runs.HEADROOM, lambda: _load_headroom(folder), checkpoint is not None, report
+    )
+    if measured is None:
         report(Note(f"looking at {len(probe_problems)} held-out problems first"))
+        begin = time.perf_counter()
         headroom = measure_headroom(learner, probe_problems)
+        seconds = round(time.perf_counter() - begin, 3)
+        content = {**vars(headroom), "seconds": seconds}
         with runs.explained(folder):
-            write_json(folder / runs.HEADROOM, vars(headroom))
+            write_json(folder / runs.HEADROOM, with_digest(content))
+    else:
+        headroom, seconds = measured
     if checkpoint is None:
         losses = {WRONG: 1 - headroom.right / headroom.problems}
         state = gate.initial_state(config.gate, (WRONG,))
         state, _ = gate.observe_probe(state, losses, config.gate, cost=0.0)
         progress = Progress(0, state, {}, 0, 0, losses, losses, 1.0, 0)
         with runs.explained(folder):
-            _save(folder, progress, learner)
+            _save(records, progress, learner)
     else:
         progress = _restored(learner, checkpoint)
         report(Note(f"going on after batch {progress.batch}"))
@@ -172,8 +202,6 @@ def run(
         return None
     _say_headroom(headroom, config, report)
     report(Probed(progress.probe_first, progress.probe_last, vars(headroom)))
-    size = config.generation.batch_size
-    total = math.ceil(len(problems) / size)
     saved = progress.batch
     while progress.batch < total and not progress.gate.frozen:
         place = progress.batch
@@ -182,12 +210,12 @@ def run(
             progress, problems[place * size : (place + 1) * size], probe_problems, learner
         )
         with runs.explained(folder):
-            append_lines(folder / runs.ATTEMPTS, rows)
-            append_lines(folder / runs.METRICS, [metrics])
+            records.append(runs.ATTEMPTS, rows)
+            records.append(runs.METRICS, [metrics])
             stopping = stop()
             due = progress.batch - saved >= config.episode.checkpoint_every
             if due or stopping or progress.best_batch != best_before:
-                _save(folder, progress, learner)
+                _save(records, progress, learner)
                 saved = progress.batch
         report(BatchDone(min((place + 1) * size, len(problems)), len(problems), rows, metrics))
         # Buffers of the largest batch so far would otherwise stay with the process.
@@ -196,9 +224,11 @@ def run(
             return None
     if progress.gate.frozen:
         report(Note(f"the gate ends the run: {progress.gate.reason}"))
+    looking = time.perf_counter()
     progress = with_probe(progress, _probe(learner, probe_problems, progress.batch))
+    seconds += time.perf_counter() - looking
     with runs.explained(folder):
-        _save(folder, progress, learner)
+        _save(records, progress, learner)
         summary = summarise(
             runs.read_lines(folder / runs.ATTEMPTS),
             runs.read_lines(folder / runs.METRICS),
@@ -206,31 +236,39 @@ def run(
             progress.probe_last,
             len(probe_problems),
             vars(headroom),
+            {"headroom": seconds},
         )
         summary["best_checkpoint"] = f"{progress.best_batch:06d}"
-        summary["peak_memory_bytes"] = mx.get_peak_memory()
-        write_json(folder / runs.SUMMARY, summary)
+        summary["peak_memory_bytes"] = records.peak_memory()
+        write_json(folder / runs.SUMMARY, with_digest(summary))
     return summary
 
 
-def _kept_headroom(folder: Path) -> Headroom | None:
+def _load_headroom(folder: Path) -> tuple[tuple[Headroom, float], bool] | None:
+    """The headroom that is kept, the seconds it took, and whether a digest vouches for it."""
     try:
-        return Headroom(**json.loads((folder / runs.HEADROOM).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        content, digested = read_checked(folder / runs.HEADROOM)
+    except FileNotFoundError:
         return None
+    try:
+        # Older versions did not measure how long it took.
+        seconds = float(content.pop("seconds", 0.0))
+        return (Headroom(**content), seconds), digested
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ChangedFile(f"it is not what mlx-fd writes ({error!r})") from error
 
 
-def _save(folder: Path, progress: Progress, learner: _Learner) -> None:
+def _save(records: Records, progress: Progress, learner: _Learner) -> None:
     models, config = learner.models, learner.config
     moves = config.selfdistill.self_teacher in ("ema", "snapshot")
     save(
-        *(folder, progress, config, models.student, models.reader.path, learner.optimizer),
+        *(records, progress, config, models.student, models.reader.path, learner.optimizer),
         arrays={TEACHER_WEIGHTS: learner.teacher} if moves else {},
         state={"playbook": learner.playbook.to_json()},
     )
 
 
-def _restored(learner: _Learner, checkpoint: runs.Checkpoint) -> Progress:
+def _restored(learner: _Learner, checkpoint: Checkpoint) -> Progress:
     """Put a checkpoint's weights and state in place."""
     progress = restore(checkpoint, learner.models.student, learner.optimizer)
     options, model = learner.config.selfdistill, learner.models.reader.model
