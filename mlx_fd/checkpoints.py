@@ -219,13 +219,20 @@ def changed_logs(folder: Path) -> list[str]:
             continue
         if not digested:
             return []
-        logs = {name: Log.read(folder / name, size) for name, size in state["log_bytes"].items()}
         return [
             name
-            for name, log in logs.items()
-            if log is None or log.sha256 != state["log_sha256"][name]
+            for name, size in state["log_bytes"].items()
+            if not _is_as_written(folder / name, size, state["log_sha256"][name])
         ]
     return []
+
+
+def _is_as_written(path: Path, size: int, sha256: str) -> bool:
+    try:
+        log = Log.read(path, size)
+    except (OSError, UserError):
+        return False
+    return log is not None and log.sha256 == sha256
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -263,7 +263,7 @@ def test_a_report_that_is_a_link_to_something_else_is_left_alone(run, mlx_fd, tm
     (tmp_path / "mine.html").write_text("<p>precious</p>")
     (run / "report.html").symlink_to("../mine.html")
     status, said = mlx_fd("report", run)
-    assert status == 2 and "no report of mlx-fd" in said
+    assert status == 2 and "no page of mlx-fd" in said
     assert (tmp_path / "mine.html").read_text() == "<p>precious</p>"
 
 
