@@ -24,9 +24,9 @@ from mlx_fd.episode import Pair, Progress, answer, feedback_request, head_score,
 from mlx_fd.evaluation import processbench
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.statistics import Rows, bootstrap, mean, mean_gain
+from mlx_fd.files import write_json
 from mlx_fd.generation import Conversation, Sampling, generate, opening, prefill
 from mlx_fd.problems import Problem, arithmetic
-from mlx_fd.runs import write_json
 
 
 @dataclass(frozen=True)
