@@ -1,6 +1,6 @@
 """mlx-fd: Online Feedback Distillation on Apple Silicon with MLX."""
 
-from mlx_fd.backend import load_blas
+from mlx_fd.models.backend import load_blas
 
 __version__ = "0.2.0"
 

@@ -20,13 +20,13 @@ from typing import Any
 import tomli_w
 
 from mlx_fd.errors import UserError
+from mlx_fd.text import shown
 
 MAX_COUNT = 2**31 - 1
 """No option that counts something is larger: indices of arrays are 32-bit integers."""
 MAX_SEED = 2**63 - 1
 """The largest integer that every reader of TOML takes."""
 _MAX_FLOAT = 3e38  # float32, in which all that is computed with them is, has nothing larger
-_SHOWN_LENGTH = 80
 _MAX_BYTES = 1 << 20
 
 
@@ -302,7 +302,7 @@ CONTEXTS = (
 class Method:
     """A method of self-distillation: what the self-teacher sees, what is matched, and how.
 
-    ``mlx_fd.selfdistill.methods`` has the published ones.
+    ``mlx_fd.training.selfdistill.methods`` has the published ones.
     """
 
     method: str = _option(
@@ -567,15 +567,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 def _suggest(word: str, words: list[str]) -> str:
     close = difflib.get_close_matches(word, words, n=1)
     return f'; did you mean "{close[0]}"?' if close else ""
-
-
-def shown(value: Any) -> str:
-    """A value as an error message shows it: on one line, and cut where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        return "an integer of thousands of digits"
-    return text if len(text) <= _SHOWN_LENGTH else f"{text[: _SHOWN_LENGTH - 3]}..."
 
 
 def _checked(option: Option, value: Any, where: str) -> Any:

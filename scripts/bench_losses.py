@@ -34,7 +34,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 DOCS = Path(__file__).parents[1] / "docs"
 CSV, PLOT = DOCS / "bench_losses.csv", DOCS / "bench_losses.svg"

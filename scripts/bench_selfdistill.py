@@ -31,27 +31,29 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 backend()
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_fd import roles, runs
+from mlx_fd import runs
 from mlx_fd.config import to_toml
-from mlx_fd.episode import feedback_request, parsed
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
 from mlx_fd.evaluation.statistics import bootstrap, holm, mean, paired_bootstrap
-from mlx_fd.generation import Conversation, Sampling, generate, opening
+from mlx_fd.feedback.episode import feedback_request, parsed
 from mlx_fd.models import taps
+from mlx_fd.models.generation import Conversation, Sampling, generate, opening
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
-from mlx_fd.problems import arithmetic
-from mlx_fd.selfdistill import session, training
-from mlx_fd.selfdistill.learning import Text, read
-from mlx_fd.selfdistill.methods import configured
-from mlx_fd.selfdistill.noise import noisy
+from mlx_fd.problems import arithmetic, parsing
+from mlx_fd.problems.prompts import answer_prompt
+from mlx_fd.training.selfdistill import plan as session
+from mlx_fd.training.selfdistill import training
+from mlx_fd.training.selfdistill.learning import Text, read
+from mlx_fd.training.selfdistill.methods import configured
+from mlx_fd.training.selfdistill.noise import noisy
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE = (DOCS / f"bench_selfdistill.{kind}" for kind in ("jsonl", "md"))
@@ -117,17 +119,17 @@ def written(loaded, prompts, limit, temperature=0.0, seed=0, size=240):
 def sampled(loaded, problems, seed):
     """For each problem the finals of its samples."""
     prompts = [
-        opening(loaded.tokenizer, roles.answer_prompt(problem.question))
+        opening(loaded.tokenizer, answer_prompt(problem.question))
         for problem in problems
         for _ in range(SAMPLES)
     ]
-    finals = [roles.final_answer(t.text) for t in written(loaded, prompts, LIMIT, 1.0, seed)]
+    finals = [parsing.final_answer(t.text) for t in written(loaded, prompts, LIMIT, 1.0, seed)]
     return [finals[k * SAMPLES : (k + 1) * SAMPLES] for k in range(len(problems))]
 
 
 def right_of(finals, problems):
     return [
-        sum(roles.same_answer(final, problem.answer) for final in group)
+        sum(parsing.same_answer(final, problem.answer) for final in group)
         for group, problem in zip(finals, problems, strict=True)
     ]
 
@@ -135,9 +137,9 @@ def right_of(finals, problems):
 def solved(loaded, problems, noise=None):
     """Which problems are solved greedily, with noise on their questions or without: 0 and 1."""
     questions = [noisy(p.question, *noise, 0) if noise else p.question for p in problems]
-    prompts = [opening(loaded.tokenizer, roles.answer_prompt(question)) for question in questions]
+    prompts = [opening(loaded.tokenizer, answer_prompt(question)) for question in questions]
     return "".join(
-        str(int(roles.same_answer(roles.final_answer(turn.text), problem.answer)))
+        str(int(parsing.same_answer(parsing.final_answer(turn.text), problem.answer)))
         for turn, problem in zip(written(loaded, prompts, LIMIT), problems, strict=True)
     )
 
@@ -152,7 +154,7 @@ def judged(loaded, exercises):
     ]
     prompts = [
         (
-            *opening(loaded.tokenizer, roles.answer_prompt(exercise.question)),
+            *opening(loaded.tokenizer, answer_prompt(exercise.question)),
             *loaded.tokenizer.encode(answer, add_special_tokens=False),
             *request,
         )
@@ -181,7 +183,7 @@ def drift(loaded, base, exercises):
     tokenizer = base.tokenizer
     texts = [
         Text(
-            opening(tokenizer, roles.answer_prompt(exercise.question)),
+            opening(tokenizer, answer_prompt(exercise.question)),
             (
                 *tokenizer.encode(exercise.solution, add_special_tokens=False),
                 tokenizer.eos_token_id,

@@ -18,17 +18,18 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 backend()
 
 import yaml
 
-from mlx_fd import problems, roles
+from mlx_fd import problems
 from mlx_fd.evaluation import suites
 from mlx_fd.evaluation.cache import Cache
 from mlx_fd.evaluation.target import open_target
 from mlx_fd.models.resolve import resolve
+from mlx_fd.problems import prompts
 
 NAMES = {"strict-match": "strict", "flexible-extract": "flexible"}
 
@@ -52,7 +53,7 @@ def theirs(model: str, found: list, tokens: int, folder: Path) -> list[dict]:
         "training_split": None,
         "fewshot_split": None,
         "num_fewshot": 0,
-        "doc_to_text": roles.answer_prompt("{{question}}"),
+        "doc_to_text": prompts.answer_prompt("{{question}}"),
     }
     task.pop("tag", None)
     lm = MLXLM(str(resolve(model)), max_tokens=tokens)

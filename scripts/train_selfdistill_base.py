@@ -5,7 +5,7 @@ python scripts/train_selfdistill_base.py --out DIR --quick    # hardly any train
 
 It begins as the tiny expert with most of its MLPs' neurons gone, as the tiny student does. Then it
 reads solutions of which most are wrong, so that it solves problems as mediocre as its reading; and
-problems with a context (`mlx_fd/selfdistill/contexts.py`), after which the solution is right. So it
+problems with a context (`mlx_fd/training/selfdistill/contexts.py`), after which the solution is right. So it
 answers better with a context than without: what self-distillation is made of. It judges answers
 too, which the bench takes as the other task, the one that may be forgotten.
 """
@@ -47,13 +47,13 @@ from train_tiny import (
     write_tokenizer,
 )
 
-from mlx_fd import roles
-from mlx_fd.generation import Conversation, Sampling, generate, opening
+from mlx_fd.models.generation import Conversation, Sampling, generate, opening
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve
-from mlx_fd.problems import Problem, arithmetic
-from mlx_fd.selfdistill import contexts, noise
-from mlx_fd.selfdistill.contexts import CONTEXTS, Attempt, Materials
+from mlx_fd.problems import Problem, arithmetic, parsing
+from mlx_fd.problems.prompts import answer_prompt
+from mlx_fd.training.selfdistill import contexts, noise
+from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials
 
 RECIPE = Recipe(
     128, 4, 4, 96, 1000, 1024, 1.5e-3, (), 10, True, 0.0,
@@ -134,8 +134,8 @@ def _problem(drawn: arithmetic.Exercise) -> Problem:
 
 
 def _attempt(problem: Problem, text: str, question: str = "") -> Attempt:
-    final = roles.final_answer(text)
-    right = roles.same_answer(final, problem.answer)
+    final = parsing.final_answer(text)
+    right = parsing.same_answer(final, problem.answer)
     return Attempt(problem, question or problem.question, (), text, final, right)
 
 
@@ -174,7 +174,7 @@ def bare_sequence(rng: random.Random, drawn: arithmetic.Exercise):
         question = noise.noisy(question, kind, level, rng.randrange(1 << 30))
     is_wrong = rng.random() < WRONG[len(drawn.steps)]
     solution = arithmetic.wrong_answer(rng, drawn) if is_wrong else drawn.solution
-    return [(USER + roles.answer_prompt(question) + ASSISTANT, 0), (solution, 1), (END, 1)]
+    return [(USER + answer_prompt(question) + ASSISTANT, 0), (solution, 1), (END, 1)]
 
 
 def batches(tokenizer: Tokenizer, recipe: Recipe, seed: str, block: int):
@@ -232,7 +232,7 @@ def evaluate(loaded: Loaded, split: str, size: int, temperature: float = 1.0) ->
                 keep=False,
             )
             right += [
-                roles.final_answer(turn.text) == exercise.steps[-1].result
+                parsing.final_answer(turn.text) == exercise.steps[-1].result
                 for turn, exercise in zip(turns, drawn[begin : begin + 50], strict=True)
             ]
         seen[name] = count(right)

@@ -26,7 +26,7 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 backend()
 
@@ -41,12 +41,22 @@ from rich.console import Console
 from rich.progress import Progress
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlx_fd import roles
-from mlx_fd.episode import feedback_request, parsed
-from mlx_fd.generation import Conversation, Sampling, generate, next_message, opening
+from mlx_fd.feedback.episode import feedback_request, parsed
+from mlx_fd.models.generation import Conversation, Sampling, generate, next_message, opening
 from mlx_fd.models.loading import Loaded, load
-from mlx_fd.problems import arithmetic
+from mlx_fd.problems import arithmetic, parsing
 from mlx_fd.problems.arithmetic import Exercise
+from mlx_fd.problems.prompts import (
+    FEEDBACK_OPENING,
+    Feedback,
+    answer_prompt,
+    critique_prompt,
+    feedback_prompt,
+    final_prompt,
+    format_feedback,
+    merge_prompt,
+    revise_prompt,
+)
 
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 TEMPLATE = (
@@ -68,14 +78,14 @@ def prompt_pieces() -> list[str]:
     """The fixed pieces of every prompt of the roles: each becomes one token."""
     one, two = "\u241fone\u241f", "\u241ftwo\u241f"
     prompts = [
-        roles.answer_prompt(one),
-        roles.feedback_prompt(),
-        roles.merge_prompt(roles.Feedback(one, None), roles.Feedback(two, None)),
-        roles.revise_prompt(one),
-        roles.revise_prompt(""),
-        roles.critique_prompt(),
-        roles.final_prompt(),
-        roles.FEEDBACK_OPENING,
+        answer_prompt(one),
+        feedback_prompt(),
+        merge_prompt(Feedback(one, None), Feedback(two, None)),
+        revise_prompt(one),
+        revise_prompt(""),
+        critique_prompt(),
+        final_prompt(),
+        FEEDBACK_OPENING,
     ]
     pieces = [piece for p in prompts for piece in p.replace(two, one).split(one) if piece]
     return list(dict.fromkeys(pieces))
@@ -261,13 +271,13 @@ def _weighed(text: str) -> list[Piece]:
     return [(part, VERDICT_WEIGHT if k % 2 else 1) for k, part in enumerate(parts) if part]
 
 
-def written_feedback(right: roles.Feedback) -> tuple[str, str, str]:
+def written_feedback(right: Feedback) -> tuple[str, str, str]:
     """A reply after ``Score:``, in three parts: the score at first sight, the check, the score.
 
     A model this small cannot judge a whole answer at a glance, so it says its score again after it
     has checked every step; the parser takes the one that is called final.
     """
-    first, text = roles.format_feedback(right).removeprefix("Score:").split("\n", 1)
+    first, text = format_feedback(right).removeprefix("Score:").split("\n", 1)
     return first, f"\n{text}", f"\nFinal score:{first}"
 
 
@@ -282,7 +292,7 @@ def conversation(
         how: ``"answer"``, ``"feedback"`` or ``"full"``.
         careless: how often the feedback finds right whatever the answer says.
     """
-    pieces: list[Piece] = [(USER + roles.answer_prompt(drawn.question) + ASSISTANT, 0)]
+    pieces: list[Piece] = [(USER + answer_prompt(drawn.question) + ASSISTANT, 0)]
     if how == "answer":
         return [*pieces, *_solution(drawn.solution, 0)]
     answer = _answer(rng, drawn, 0.6)
@@ -295,7 +305,7 @@ def conversation(
     said = ""
     if how == "feedback" or rng.random() < 0.75:
         first, text, score = written_feedback(right)
-        pieces += [(f"{USER}{roles.feedback_prompt()}{ASSISTANT}{roles.FEEDBACK_OPENING}", 0)]
+        pieces += [(f"{USER}{feedback_prompt()}{ASSISTANT}{FEEDBACK_OPENING}", 0)]
         if rng.random() < 0.5:
             # Else the text would follow the first score, right or wrong, instead of the answer.
             first = rng.choice(SCORES)
@@ -306,16 +316,16 @@ def conversation(
         if how == "feedback":
             return pieces
         if rng.random() < 0.3:
-            ask = roles.merge_prompt(right, roles.Feedback(amateur, None))
+            ask = merge_prompt(right, Feedback(amateur, None))
             pieces += [(USER + ask + ASSISTANT, 0), (right.text + END, 1)]
     else:
         said = rng.choice([amateur, right.text])
-    pieces += [(USER + roles.revise_prompt(said) + ASSISTANT, 0)]
+    pieces += [(USER + revise_prompt(said) + ASSISTANT, 0)]
     revised = _answer(rng, drawn, 0.3)
     pieces += _solution(revised, arithmetic.judge(drawn.solution, revised).first_error)
-    pieces += [(USER + roles.critique_prompt() + ASSISTANT, 0)]
+    pieces += [(USER + critique_prompt() + ASSISTANT, 0)]
     pieces += [*_weighed(arithmetic.feedback_text(drawn.solution, revised)), (END, 1)]
-    pieces += [(USER + roles.final_prompt() + ASSISTANT, 0)]
+    pieces += [(USER + final_prompt() + ASSISTANT, 0)]
     return [*pieces, *_solution(drawn.solution, 0)]
 
 
@@ -628,7 +638,7 @@ def _write(loaded: Loaded, prompts: list[tuple[int, ...]], before=None, limit: i
 
 def parse_first(reply: str) -> float | None:
     """The score at first sight of a reply to the request for feedback."""
-    return roles.parse_feedback(f"{roles.FEEDBACK_OPENING} {reply.partition(chr(10))[0]}").score
+    return parsing.parse_feedback(f"{FEEDBACK_OPENING} {reply.partition(chr(10))[0]}").score
 
 
 def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> dict[str, dict]:
@@ -642,12 +652,12 @@ def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> d
     tokenizer = loaded.tokenizer
     drawn = arithmetic.problems_of(split)[:size]
     rng = random.Random(f"evaluate/{split}")
-    begun = [opening(tokenizer, roles.answer_prompt(e.question)) for e in drawn]
+    begun = [opening(tokenizer, answer_prompt(e.question)) for e in drawn]
     turns = _write(loaded, begun)
     seen = {
         "answers": count(
             [
-                roles.final_answer(t.text) == e.steps[-1].result
+                parsing.final_answer(t.text) == e.steps[-1].result
                 for t, e in zip(turns, drawn, strict=True)
             ]
         )
@@ -694,19 +704,19 @@ def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> d
     for k in wrong:
         right = arithmetic.feedback(drawn[k].solution, answers[k])
         given = tokenizer.encode("".join(written_feedback(right)), add_special_tokens=False)
-        ask = next_message(tokenizer, roles.revise_prompt(""))
+        ask = next_message(tokenizer, revise_prompt(""))
         prompts.append((*answered[k], *request, *given, *ask))
     final = [drawn[k].steps[-1].result for k in wrong]
     turns = _write(loaded, prompts)
     seen["revised"] = count(
-        [roles.final_answer(t.text) == f for t, f in zip(turns, final, strict=True)]
+        [parsing.final_answer(t.text) == f for t, f in zip(turns, final, strict=True)]
     )
-    for prompt in (roles.critique_prompt(), roles.final_prompt()):
+    for prompt in (critique_prompt(), final_prompt()):
         ask = next_message(tokenizer, prompt)
         before = [t.conversation for t in turns]
         turns = _write(loaded, [ask[1:] if t.finished else ask for t in turns], before)
     seen["final_after_check"] = count(
-        [roles.final_answer(t.text) == f for t, f in zip(turns, final, strict=True)]
+        [parsing.final_answer(t.text) == f for t, f in zip(turns, final, strict=True)]
     )
     return seen
 

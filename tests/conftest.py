@@ -11,7 +11,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest
 from hypothesis import HealthCheck, settings
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 settings.register_profile(
     "mlx-fd", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True

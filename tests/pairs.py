@@ -9,7 +9,7 @@ from tiny import make_model_dir
 from mlx_fd import problems
 from mlx_fd.config import Config, override
 from mlx_fd.models import taps
-from mlx_fd.session import Plan
+from mlx_fd.runs.plan import Plan
 
 SMALL = {
     "batch_size": 2,

@@ -12,8 +12,8 @@ from mlx_fd.config import Config, to_toml
 from mlx_fd.files import write_json
 from mlx_fd.problems import Problem
 from mlx_fd.report.advantage_page import page as make_advantage_page
-from mlx_fd.selfdistill.advantage import AFTER, BEFORE, IN, RIGHT, Scored, summarise
-from mlx_fd.selfdistill.contexts import Attempt
+from mlx_fd.training.selfdistill.advantage import AFTER, BEFORE, IN, RIGHT, Scored, summarise
+from mlx_fd.training.selfdistill.contexts import Attempt
 
 LOSSES = ("lm", "hidden", "score", "logit")
 HOSTILE = (

@@ -14,12 +14,12 @@ from reported import scored as scored_by_hand
 from mlx_fd.cli import cli
 from mlx_fd.config import Config, override
 from mlx_fd.errors import UserError
-from mlx_fd.generation import opening
+from mlx_fd.models.generation import opening
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import arithmetic
 from mlx_fd.report.advantage_page import chosen, in_words, page, shade, visible
-from mlx_fd.selfdistill.advantage import (
+from mlx_fd.training.selfdistill.advantage import (
     AFTER,
     BEFORE,
     IN,
@@ -31,7 +31,7 @@ from mlx_fd.selfdistill.advantage import (
     score,
     summarise,
 )
-from mlx_fd.selfdistill.contexts import CONTEXTS, Materials
+from mlx_fd.training.selfdistill.contexts import CONTEXTS, Materials
 
 TRUTH = Materials(truth=True)
 

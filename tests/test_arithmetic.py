@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_fd import problems, roles
+from mlx_fd import problems
 from mlx_fd.errors import UserError
-from mlx_fd.problems import arithmetic
+from mlx_fd.problems import arithmetic, parsing, prompts
 from mlx_fd.problems.arithmetic import (
     ALL_RIGHT,
     EXTRA,
@@ -75,7 +75,7 @@ def solve(question):
 @given(seeds, st.sampled_from([None, 1, 2, 3, 4]), st.booleans())
 def test_solutions_are_right(seed, steps, transfer):
     drawn = drawn_from(seed, steps=steps, transfer=transfer)
-    assert roles.final_answer(drawn.solution) == solve(drawn.question)
+    assert parsing.final_answer(drawn.solution) == solve(drawn.question)
     marks = re.findall(r"<<(.+?)=(\d+)>>(\d+)\n", drawn.solution)
     assert len(marks) == len(drawn.steps) == (steps or len(drawn.steps))
     for calculation, result, copy in marks:
@@ -257,9 +257,9 @@ def test_feedback_goes_through_the_parser(seed, right):
     rng = random.Random(seed)
     answer = drawn.solution if right else wrong_answer(rng, drawn)
     said = feedback(drawn.solution, answer)
-    assert roles.parse_feedback(roles.format_feedback(said)) == said
+    assert parsing.parse_feedback(prompts.format_feedback(said)) == said
     amateur = amateur_feedback(rng, drawn, answer)
-    parsed = roles.parse_feedback(roles.format_feedback(roles.Feedback(amateur, 0.5)))
+    parsed = parsing.parse_feedback(prompts.format_feedback(prompts.Feedback(amateur, 0.5)))
     assert (parsed.text, parsed.score) == (amateur, 0.5)
 
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 
 def in_process(code: str, **env: str) -> str:
@@ -29,7 +29,7 @@ def test_the_backend_is_the_one_mlx_uses():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no BLAS is loaded elsewhere")
 def test_which_blas_is_loaded():
-    code = "from mlx_fd.backend import load_blas; print(*load_blas(), sep='\\n')"
+    code = "from mlx_fd.models.backend import load_blas; print(*load_blas(), sep='\\n')"
     assert in_process(code, MLX_FD_BLAS="off") == "None\nswitched off by MLX_FD_BLAS=off\n"
     name, note = in_process(code, MLX_FD_BLAS="libm.so.6").splitlines()
     assert name == "libm.so.6" and name in note
@@ -42,7 +42,7 @@ def test_which_blas_is_loaded():
 @pytest.mark.skipif(sys.platform != "linux", reason="no BLAS is loaded elsewhere")
 def test_products_are_the_same_with_and_without_it():
     code = (
-        "from mlx_fd.backend import backend; backend()\n"
+        "from mlx_fd.models.backend import backend; backend()\n"
         "import mlx.core as mx, numpy as np\n"
         "a = mx.random.normal((33, 65), key=mx.random.key(1))\n"
         "b = mx.random.normal((65, 17), key=mx.random.key(2))\n"
@@ -59,7 +59,7 @@ def test_no_backend_says_what_to_install(failure, tmp_path):
     (tmp_path / "mlx" / "__init__.py").touch()
     (tmp_path / "mlx" / "core.py").write_text(f"raise {failure}")
     code = (
-        "from mlx_fd.backend import backend\nfrom mlx_fd.errors import UserError\n"
+        "from mlx_fd.models.backend import backend\nfrom mlx_fd.errors import UserError\n"
         "try:\n    backend()\nexcept UserError as error:\n    print(error)"
     )
     text = in_process(code, PYTHONPATH=str(tmp_path))

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from mlx_fd import problems, roles
-from mlx_fd.baselines import SYSTEMS, Setting
+from mlx_fd import problems
 from mlx_fd.config import preset
-from mlx_fd.episode import (
+from mlx_fd.evaluation.baselines import SYSTEMS, Setting
+from mlx_fd.feedback.episode import (
     answer,
     expert_feedback,
     finish,
@@ -18,10 +18,12 @@ from mlx_fd.episode import (
     seed_of,
     student_feedback,
 )
-from mlx_fd.gate import initial_state
-from mlx_fd.generation import Conversation
+from mlx_fd.feedback.gate import initial_state
+from mlx_fd.feedback.pair import open_pair
+from mlx_fd.models.generation import Conversation
 from mlx_fd.models.resolve import resolve
-from mlx_fd.session import Plan, open_pair
+from mlx_fd.problems import parsing
+from mlx_fd.runs.plan import Plan
 
 CONFIG = preset("tiny")
 OPTIONS = CONFIG.generation
@@ -147,7 +149,7 @@ def test_a_critic_goes_through_its_stages_and_one_revision_follows(pair, answere
     for trial in run(setting_of(pair, target=math.inf), answered[:2], seeds, quiet):
         assert tuple(trial.turns) == ("answer", *stages, "revise")
         assert trial.last == "revise"
-        assert trial.score == roles.parse_feedback(trial.turns[stages[-1]]).score
+        assert trial.score == parsing.parse_feedback(trial.turns[stages[-1]]).score
     for trial in run(setting_of(pair, target=-1.0), answered[:2], seeds, quiet):
         stays = trial.score is not None
         assert (trial.last == "answer") == stays
@@ -163,14 +165,14 @@ def test_self_refine_goes_on_until_its_feedback_says_right_or_four_times(pair, a
     right_before = right_after = 0
     for trial, draft in zip(ran["self-refine"][0], answered, strict=True):
         feedbacks = [step for step in trial.turns if step.startswith("feedback")]
-        scores = [roles.parse_feedback(trial.turns[step]).score for step in feedbacks]
+        scores = [parsing.parse_feedback(trial.turns[step]).score for step in feedbacks]
         assert trial.score == scores[0]
         target = CONFIG.episode.target_score
         assert all(score is None or score < target for score in scores[:-1])
         if len(feedbacks) < 4:
             assert scores[-1] >= target
         right_before += is_correct(draft.answer.final, draft.problem)
-        right_after += is_correct(roles.final_answer(trial.final), draft.problem)
+        right_after += is_correct(parsing.final_answer(trial.final), draft.problem)
     # This expert is good at its trade.
     assert right_after > right_before
 
@@ -178,4 +180,4 @@ def test_self_refine_goes_on_until_its_feedback_says_right_or_four_times(pair, a
 def test_a_bare_model_answers_and_no_more(ran, answered):
     for trial, draft in zip(ran["student"][0], answered, strict=True):
         assert trial.turns == {"answer": draft.answer.text} and trial.last == "answer"
-        assert roles.final_answer(trial.final) == draft.answer.final
+        assert parsing.final_answer(trial.final) == draft.answer.final

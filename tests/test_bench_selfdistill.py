@@ -9,7 +9,7 @@ from scripted import script
 
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
-from mlx_fd.selfdistill.methods import METHODS
+from mlx_fd.training.selfdistill.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 

@@ -26,10 +26,10 @@ from tiny import make_model_dir, make_tokenizer
 from trained import make_run
 
 from mlx_fd import cli, runs
-from mlx_fd.checkpoints import newest_checkpoint
 from mlx_fd.config import OPTIONS, PRESETS, read
 from mlx_fd.problems import arithmetic
-from mlx_fd.terminal import strip_control_chars
+from mlx_fd.runs.checkpoints import newest_checkpoint
+from mlx_fd.text import strip_control_chars
 
 SCRIPT = str(Path(sysconfig.get_path("scripts")) / "mlx-fd")
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
@@ -969,7 +969,7 @@ def test_the_second_signal_ends_the_process_in_a_long_call_into_c(which, call):
         "mutex = ctypes.create_string_buffer(64)\n"
         "ctypes.CDLL(None).pthread_mutex_init(mutex, None); lock(mutex)\n"
         "work = lambda: lock(mutex)\n",
-        "mlx": "from mlx_fd.backend import backend; backend()\n"
+        "mlx": "from mlx_fd.models.backend import backend; backend()\n"
         "import mlx.core as mx, functools\n"
         "a = mx.full((2000, 2000), 1e-3)\n"
         "x = functools.reduce(lambda x, _: x @ a, range(10_000), a)\n"
@@ -977,7 +977,7 @@ def test_the_second_signal_ends_the_process_in_a_long_call_into_c(which, call):
     }[call]
     stopping = "stopping_on_signals(say, '')" if which == "run" else "interruptible()"
     code = (
-        "from mlx_fd.cli.stopping import interruptible, stopping_on_signals\n"
+        "from mlx_fd.cli.signals import interruptible, stopping_on_signals\n"
         f"{work}say = lambda text: print(text, flush=True)\n"
         f"with {stopping}:\n    say('in C'); work()\n"
     )

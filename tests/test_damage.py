@@ -17,20 +17,22 @@ import numpy as np
 import pytest
 from pairs import MEASURED, make_dirs, without_seconds
 
-from mlx_fd import cli, runs, session
-from mlx_fd.checked import read_checked, with_digest
+from mlx_fd import cli, runs
 from mlx_fd.config import Config, override, to_toml
 from mlx_fd.errors import UserError
-from mlx_fd.events import Event, Warned
+from mlx_fd.evaluation.pareto.curve import read_curve
 from mlx_fd.export.source import open_source
+from mlx_fd.feedback import pair
 from mlx_fd.files import write_json
-from mlx_fd.loop import EXAM, EXAM_AFTER, run
-from mlx_fd.pareto.curve import read_curve
-from mlx_fd.probe import PROBE_ROWS
 from mlx_fd.report.reading import read_runs
-from mlx_fd.selfdistill import session as self_session
-from mlx_fd.selfdistill import training
-from mlx_fd.selfdistill.methods import configured
+from mlx_fd.runs.checked import read_checked, with_digest
+from mlx_fd.runs.events import Event, Warned
+from mlx_fd.runs.plan import make_plan
+from mlx_fd.training.loop import EXAM, EXAM_AFTER, run
+from mlx_fd.training.probe import PROBE_ROWS
+from mlx_fd.training.selfdistill import plan as self_session
+from mlx_fd.training.selfdistill import training
+from mlx_fd.training.selfdistill.methods import configured
 
 OPTIONS = {
     "problems": "arithmetic",
@@ -71,12 +73,12 @@ def go_on(folder: Path, options: dict, stop: Callable[[], bool] = lambda: False)
         if isinstance(event, Warned):
             warned.add(event.text)
 
-    plan = session.make_plan(override(Config(), options, "test"))
+    plan = make_plan(override(Config(), options, "test"))
     with runs.locked(folder):
         if not runs.is_run(folder):
             runs.create(folder, to_toml(plan.config), plan.manifest)
         run(
-            *(folder, plan.config, session.open_pair(plan), plan.probe, plan.problems),
+            *(folder, plan.config, pair.open_pair(plan), plan.probe, plan.problems),
             *(report, stop, plan.exam()),
         )
     return warned

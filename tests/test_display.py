@@ -4,9 +4,10 @@ import re
 import pytest
 from rich.console import Console
 
-from mlx_fd.display import Display, duration, summary_table
-from mlx_fd.events import BatchDone, Note, Probed, Step, Warned
-from mlx_fd.summary import summarise
+from mlx_fd.cli.terminal.run import Display, summary_table
+from mlx_fd.runs.events import BatchDone, Note, Probed, Step, Warned
+from mlx_fd.runs.labels import duration
+from mlx_fd.runs.summary import summarise
 
 HEADROOM = {
     "problems": 8,

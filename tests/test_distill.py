@@ -11,7 +11,8 @@ from mlx_lm.utils import load as mlx_load
 from pairs import logits_of, make_dirs, make_plan
 
 from mlx_fd.config import LossOptions, TrainingOptions
-from mlx_fd.distill import (
+from mlx_fd.errors import UserError
+from mlx_fd.feedback.distill import (
     collate,
     counts,
     loss_sums,
@@ -21,8 +22,8 @@ from mlx_fd.distill import (
     top_k_error,
     update,
 )
-from mlx_fd.errors import UserError
-from mlx_fd.generation import Conversation, prefill
+from mlx_fd.feedback.pair import open_pair
+from mlx_fd.feedback.samples import Reading, Sample, read_text, solution_of
 from mlx_fd.losses import reference
 from mlx_fd.losses import reference_reasoning as twins
 from mlx_fd.losses.dense import language_model_loss, logit_loss
@@ -31,10 +32,9 @@ from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.losses.score import score_loss
 from mlx_fd.models import taps
 from mlx_fd.models.attention_taps import log_attention
+from mlx_fd.models.generation import Conversation, prefill
 from mlx_fd.models.student import load_student, make_student, save_student
-from mlx_fd.roles import Answer
-from mlx_fd.samples import Reading, Sample, read_text, solution_of
-from mlx_fd.session import open_pair
+from mlx_fd.problems.prompts import Answer
 
 OPTIONS = LossOptions()
 WEIGHTS = {"lm": 0.1, "hidden": 0.2, "score": 0.3, "logit": 0.4}

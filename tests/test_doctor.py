@@ -10,17 +10,18 @@ from click.testing import CliRunner
 from rich.console import Console
 from tiny import make_model_dir
 
-from mlx_fd import doctor, kernels
-from mlx_fd.backend import Backend
+from mlx_fd.cli import checks as doctor
 from mlx_fd.cli import cli
+from mlx_fd.losses import kernels
 from mlx_fd.models.aliases import ALIASES
+from mlx_fd.models.backend import Backend
 
 pytest_plugins = ["metal.fixtures"]
 
 
 def rows_of(**env: str) -> dict[str, dict[str, str]]:
     """The checks of a process with this environment, by what they look at."""
-    code = "import json; from mlx_fd.doctor import checks; print(json.dumps(checks()))"
+    code = "import json; from mlx_fd.cli.checks import checks; print(json.dumps(checks()))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **env},

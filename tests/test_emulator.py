@@ -9,7 +9,7 @@ import pytest
 from metal.emulator import Kernel, KernelError, metal_text
 from mlx_lm.tuner import losses as mlx_lm_losses
 
-from mlx_fd import kernels
+from mlx_fd.losses import kernels
 
 pytest_plugins = ["metal.fixtures"]
 

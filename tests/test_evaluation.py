@@ -20,23 +20,23 @@ from scipy.stats import binomtest
 from tiny import make_model_dir
 from trained import make_run
 
-from mlx_fd import cli, roles, runs
-from mlx_fd.baselines import SYSTEMS
-from mlx_fd.checked import with_digest
+from mlx_fd import cli, runs
+from mlx_fd.cli.terminal.evaluation import print_results
 from mlx_fd.config import GateOptions
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation import suites
+from mlx_fd.evaluation.baselines import SYSTEMS
 from mlx_fd.evaluation.cache import Cache
 from mlx_fd.evaluation.encoder import MINILM
 from mlx_fd.evaluation.exam import processbench_items, questions
 from mlx_fd.evaluation.instructing import read as read_instructions
 from mlx_fd.evaluation.measures import Measure, compare
 from mlx_fd.evaluation.processbench import f1, to_json_lines
-from mlx_fd.evaluation.table import print_results
 from mlx_fd.evaluation.target import Models, open_target
-from mlx_fd.gate import ENOUGH_SURE, initial_state
-from mlx_fd.problems import load
-from mlx_fd.summary import wilson
+from mlx_fd.feedback.gate import ENOUGH_SURE, initial_state
+from mlx_fd.problems import load, parsing
+from mlx_fd.runs.checked import with_digest
+from mlx_fd.runs.summary import wilson
 
 # Short texts: what is written matters less here than that it is the same.
 SHORT = {
@@ -102,9 +102,9 @@ def test_results_are_what_the_outputs_add_up_to(done):
         right[system["name"]] = [row["correct"] for row in own]
         for row in own:
             text = row["turns"][row["last"]]
-            assert row["correct"] == (str(roles.final_answer(text)) == row["reference"])
+            assert row["correct"] == (str(parsing.final_answer(text)) == row["reference"])
             gold = f"#### {row['reference']}"
-            assert row["strict"] == roles.lm_eval_match(text, gold, "strict")
+            assert row["strict"] == parsing.lm_eval_match(text, gold, "strict")
         count, n = sum(right[system["name"]]), len(own)
         low, high = wilson(count, n)
         accuracy = system["measures"]["accuracy"]

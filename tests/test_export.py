@@ -15,7 +15,7 @@ import trained
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 backend()
 
@@ -29,7 +29,7 @@ from mlx_fd.export import exporter, gguf_file, hf, verify  # noqa: E402
 from mlx_fd.export.bundle_reading import read_bundle  # noqa: E402
 from mlx_fd.export.exporter import Exported, Form, as_json_value, export  # noqa: E402
 from mlx_fd.export.source import open_source  # noqa: E402
-from mlx_fd.feedback import find, give_feedback, open_student  # noqa: E402
+from mlx_fd.feedback.judge import find, give_feedback, open_student  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402
 
 SIZES = {"hidden": 64, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate": 96}

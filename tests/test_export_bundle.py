@@ -13,12 +13,13 @@ import pytest
 from safetensors.numpy import load, save
 from tiny import make_model_dir
 
-from mlx_fd import problems, roles
+from mlx_fd import problems
 from mlx_fd.errors import UserError
 from mlx_fd.export.bundle import CONTENT, FOLDER, REFERENCE, ROLES, make_bundle, write_bundle
 from mlx_fd.export.bundle_reading import read_bundle
 from mlx_fd.models.loading import load as load_model
 from mlx_fd.models.resolve import resolve
+from mlx_fd.problems import parsing, prompts
 
 KEPT = 64
 
@@ -56,16 +57,16 @@ def test_every_role_is_there_for_every_problem(made):
 
 def test_prompts_are_the_roles_own_words_and_their_tokens(made, student):
     last = {
-        "feedback": roles.feedback_prompt(),
-        "revise": roles.revise_prompt(""),
-        "critique": roles.critique_prompt(),
-        "final": roles.final_prompt(),
+        "feedback": prompts.feedback_prompt(),
+        "revise": prompts.revise_prompt(""),
+        "critique": prompts.critique_prompt(),
+        "final": prompts.final_prompt(),
     }
     for prompt in made.prompts:
         assert prompt.tokens == tuple(student.tokenizer.encode(prompt.text))
         if prompt.role in last:
             assert last[prompt.role] in prompt.text.rpartition("<|user|>")[2]
-        assert prompt.text.endswith(roles.FEEDBACK_OPENING) == (prompt.role == "feedback")
+        assert prompt.text.endswith(prompts.FEEDBACK_OPENING) == (prompt.role == "feedback")
 
 
 def test_the_numbers_are_those_of_one_plain_pass(made, student):
@@ -92,9 +93,9 @@ def test_items_are_judged_and_their_prompt_can_be_built_without_a_template(made,
     assert len(made.items) == 3
     for item in made.items:
         assert item.right == (item.final == item.answer)
-        assert item.final == roles.final_answer(item.text)
+        assert item.final == parsing.final_answer(item.text)
         asked = student.tokenizer.apply_chat_template(
-            [{"role": "user", "content": roles.answer_prompt(item.question)}],
+            [{"role": "user", "content": prompts.answer_prompt(item.question)}],
             add_generation_prompt=True,
             tokenize=False,
         )

@@ -19,10 +19,10 @@ from rich.console import Console
 from test_cli import failed, shell
 from tiny import make_model_dir
 
+from mlx_fd.cli.terminal.comparison import print_comparison
 from mlx_fd.export.bundle import FOLDER, make_bundle, write_bundle
 from mlx_fd.export.bundle_reading import read_bundle
 from mlx_fd.export.compare import Job, judged, run
-from mlx_fd.export.table import print_comparison
 from mlx_fd.models.loading import load
 from mlx_fd.problems import load as load_problems
 from mlx_fd.report.comparison_page import page

@@ -14,6 +14,7 @@ import time
 import pytest
 
 from mlx_fd import problems
+from mlx_fd.cli.terminal.comparison import print_comparison
 from mlx_fd.errors import UserError
 from mlx_fd.export import compare
 from mlx_fd.export.bundle import make_bundle
@@ -21,7 +22,6 @@ from mlx_fd.export.compare import Job, judged, plan, report
 from mlx_fd.export.engines import openai
 from mlx_fd.export.engines.address import parse_address, without_secrets
 from mlx_fd.export.engines.openai import OpenAIEngine
-from mlx_fd.export.table import print_comparison
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.report.comparison_page import page, report_folder, write_report

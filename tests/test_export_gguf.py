@@ -18,7 +18,7 @@ from test_models_gguf import write_gguf
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from tokenizers import pre_tokenizers as pre
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 backend()
 
@@ -29,8 +29,8 @@ from mlx_fd.export import gguf_file, verify  # noqa: E402
 from mlx_fd.export.exporter import Form, export  # noqa: E402
 from mlx_fd.export.gguf_tokenizer import read_vocabulary  # noqa: E402
 from mlx_fd.export.source import open_source  # noqa: E402
-from mlx_fd.feedback import find, give_feedback, open_student  # noqa: E402
-from mlx_fd.models.gguf import (  # noqa: E402  # noqa: E402
+from mlx_fd.feedback.judge import find, give_feedback, open_student  # noqa: E402
+from mlx_fd.models.gguf import (
     CONTROL,
     NORMAL,
     PRETOKENIZERS,

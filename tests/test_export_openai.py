@@ -19,7 +19,7 @@ from mlx_fd.export.engines import openai
 from mlx_fd.export.engines.mlx import MlxEngine
 from mlx_fd.export.engines.openai import OpenAIEngine
 from mlx_fd.export.measures import coarse_kl, measure
-from mlx_fd.export.table import measured
+from mlx_fd.export.wording import measured
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.report.comparison_page import report_folder, write_report

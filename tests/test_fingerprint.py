@@ -23,7 +23,7 @@ from mlx_fd.evaluation.target import Models, open_target
 from mlx_fd.models import fingerprint
 from mlx_fd.models.fingerprint import content_hash, file_hash, hashed_bytes
 from mlx_fd.models.resolve import resolve
-from mlx_fd.session import check_same
+from mlx_fd.runs.manifest import check_same
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from mlx_fd import gate, gate_published
 from mlx_fd.config import GateOptions
+from mlx_fd.feedback import gate, gate_published
 
 EMA = GateOptions(gate="ema")
 DECAYS = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)

@@ -7,7 +7,8 @@ from mlx_lm.generate import generate_step
 from pairs import logits_of
 from tiny import make_model_dir
 
-from mlx_fd.generation import (
+from mlx_fd.models import taps
+from mlx_fd.models.generation import (
     Conversation,
     Sampling,
     generate,
@@ -18,7 +19,6 @@ from mlx_fd.generation import (
     rewind,
     run_on,
 )
-from mlx_fd.models import taps
 from mlx_fd.models.loading import load
 
 MESSAGES = ["How many apples?", "Tom has 3 apples and buys 5 more apples.", "Why?"]

@@ -28,10 +28,11 @@ import tiny
 
 from mlx_fd.config import Config, override
 from mlx_fd.errors import UserError
-from mlx_fd.generation import Conversation, Sampling, generate, next_message, opening
+from mlx_fd.feedback.pair import open_pair
+from mlx_fd.models.generation import Conversation, Sampling, generate, next_message, opening
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
-from mlx_fd.session import make_plan, open_pair
+from mlx_fd.runs.plan import make_plan
 
 _SECONDS = 40  # of a slow, busy machine; most take a tenth of a second
 _BYTES = 400 << 20
@@ -484,7 +485,7 @@ def test_a_template_that_goes_wrong_later_has_a_deadline(sound: Path, tmp_path: 
 
 _ASKS_NOTHING = """
 import sys
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 backend()
 sys.path.insert(0, {tests!r})
 from test_hostile_models import use

@@ -8,7 +8,7 @@ import pytest
 from metal.cases import ROWS, close, hidden, numbers, of_twin
 from metal.emulator import KernelError
 
-from mlx_fd import kernels
+from mlx_fd.losses import kernels
 
 pytest_plugins = ["metal.fixtures"]
 

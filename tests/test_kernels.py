@@ -11,18 +11,18 @@ from metal.cases import ROWS, close, hidden, numbers, of_twin
 from metal.emulator import Kernel, cuda_text
 from mlx import nn
 
-from mlx_fd import kernels
-from mlx_fd.backend import Backend
 from mlx_fd.errors import UserError
-from mlx_fd.kernel_checks import (
+from mlx_fd.losses import kernels
+from mlx_fd.losses.divergence import fused_linear_divergence, teacher_top_k
+from mlx_fd.losses.hidden import hidden_alignment_loss
+from mlx_fd.losses.kernel_checks import (
     alignment_reference,
     divergence_reference,
     float64,
     run_checks,
     top_k_reference,
 )
-from mlx_fd.losses.divergence import fused_linear_divergence, teacher_top_k
-from mlx_fd.losses.hidden import hidden_alignment_loss
+from mlx_fd.models.backend import Backend
 
 pytest_plugins = ["metal.fixtures"]
 

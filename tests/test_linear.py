@@ -8,12 +8,11 @@ import patterns
 import pytest
 
 import mlx_fd
-from mlx_fd import roles
 from mlx_fd.evaluation import processbench
 from mlx_fd.losses.answer import answer_span
 from mlx_fd.losses.reasoning import step_weights
-from mlx_fd.problems import arithmetic
-from mlx_fd.selfdistill import contexts, noise
+from mlx_fd.problems import arithmetic, parsing, prompts
+from mlx_fd.training.selfdistill import contexts, noise
 
 PATTERNS = patterns.compiled(mlx_fd)
 USES = patterns.uses(mlx_fd)
@@ -78,13 +77,13 @@ def weights(text):
 
 
 READERS = {
-    "parse_feedback": roles.parse_feedback,
-    "final_answer": roles.final_answer,
-    "strict": lambda text: roles.final_answer(text, "strict"),
-    "flexible": lambda text: roles.lm_eval_match(text, text, "flexible"),
-    "number": roles.number,
-    "needs_merge": lambda text: roles.needs_merge(
-        roles.Feedback(text, None), roles.Feedback(f"{text}.", None)
+    "parse_feedback": parsing.parse_feedback,
+    "final_answer": parsing.final_answer,
+    "strict": lambda text: parsing.final_answer(text, "strict"),
+    "flexible": lambda text: parsing.lm_eval_match(text, text, "flexible"),
+    "number": parsing.number,
+    "needs_merge": lambda text: parsing.needs_merge(
+        prompts.Feedback(text, None), prompts.Feedback(f"{text}.", None)
     ),
     "judge": lambda text: arithmetic.error_span(RIGHT, text),
     "first_error": arithmetic.first_error,
@@ -116,18 +115,18 @@ def test_a_reader_is_linear(name):
 def test_a_megabyte_and_a_half_takes_seconds_at_most(unit):
     """It was 27 s: around each label the whole text was copied."""
     text = unit * (1_600_000 // len(unit))
-    assert patterns.seconds(roles.parse_feedback, text, 1) < 6
-    assert patterns.seconds(roles.final_answer, text, 1) < 6
+    assert patterns.seconds(parsing.parse_feedback, text, 1) < 6
+    assert patterns.seconds(parsing.final_answer, text, 1) < 6
     assert patterns.seconds(answer_span, text, 1) < 6
 
 
 def test_many_labels_and_marks_are_read_as_few_are():
     """Above the limits, of which no text of a model comes near, the first and the last count."""
-    many = 3 * roles._MOST_LABELS
-    assert roles.parse_feedback("Score: 0.5\n" + "Score: x\n" * many).score == 0.5
-    assert roles.parse_feedback("Score: x\n" * 5000 + "Score: 0.5\n").score == 0.5
-    assert roles.final_answer("#### 1\n" + "#### x\n" * 5000) == 1
-    assert roles.final_answer("#### x\n" * many + "#### 7\n") == 7
+    many = 3 * parsing._MOST_LABELS
+    assert parsing.parse_feedback("Score: 0.5\n" + "Score: x\n" * many).score == 0.5
+    assert parsing.parse_feedback("Score: x\n" * 5000 + "Score: 0.5\n").score == 0.5
+    assert parsing.final_answer("#### 1\n" + "#### x\n" * 5000) == 1
+    assert parsing.final_answer("#### x\n" * many + "#### 7\n") == 7
 
 
 # --------------------------------------------------------------------- what must not have changed

@@ -16,17 +16,19 @@ import pytest
 from pairs import MEASURED, SMALL, make_dirs, make_plan, without_seconds
 from tiny import make_model_dir
 
-from mlx_fd import gate, runs, session
-from mlx_fd.checked import with_digest
-from mlx_fd.checkpoints import newest_checkpoint
+from mlx_fd import runs
 from mlx_fd.config import override, preset, to_toml
-from mlx_fd.episode import combined_score
 from mlx_fd.errors import UserError
-from mlx_fd.events import BatchDone, Warned
-from mlx_fd.generation import Conversation, Sampling, generate, opening
-from mlx_fd.loop import run
-from mlx_fd.progress import Progress, with_probe
-from mlx_fd.session import open_pair
+from mlx_fd.feedback import gate
+from mlx_fd.feedback.episode import combined_score
+from mlx_fd.feedback.pair import open_pair
+from mlx_fd.models.generation import Conversation, Sampling, generate, opening
+from mlx_fd.runs.checked import with_digest
+from mlx_fd.runs.checkpoints import newest_checkpoint
+from mlx_fd.runs.events import BatchDone, Warned
+from mlx_fd.runs.plan import make_plan
+from mlx_fd.training.checkpoint import Progress, with_probe
+from mlx_fd.training.loop import run
 
 WEIGHTS = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")
 
@@ -519,7 +521,7 @@ def test_the_losses_on_solutions_learn_from_right_answers(tmp_path):
     # Hot enough for the expert to err.
     answers = {"answers_by": "expert", "answer_temperature": 2.0}
     sizes = {"episodes": 8, "batch_size": 4, "probe_size": 8, "exam_size": 0}
-    plan = session.make_plan(override(preset("tiny"), losses | answers | sizes, "test"))
+    plan = make_plan(override(preset("tiny"), losses | answers | sizes, "test"))
     summary = start(tmp_path / "run", plan)
     found = rows(tmp_path / "run")
     assert sum(row["correct_after"] for row in found) > len(found) / 2

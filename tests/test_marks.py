@@ -14,8 +14,9 @@ import pytest
 from tiny import make_model_dir
 from trained import make_run
 
-from mlx_fd import cli, marks, runs
+from mlx_fd import cli, runs
 from mlx_fd.errors import UserError
+from mlx_fd.runs import marks
 
 SMALL = shlex.split(
     "--episodes 18 --batch-size 2 --answer-tokens 6 --feedback-tokens 6 --merge-tokens 5 "

@@ -15,7 +15,7 @@ import tiny
 from gguf import GGMLQuantizationType as Kind
 from tokenizers import Tokenizer
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 backend()
 

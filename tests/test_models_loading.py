@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 backend()
 

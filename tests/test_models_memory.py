@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 backend()
 
@@ -24,13 +24,15 @@ from mlx_lm.models import llama, qwen2  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
 from pairs import make_plan  # noqa: E402
 
-from mlx_fd.distill import make_optimizer, update  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
-from mlx_fd.generation import Conversation  # noqa: E402
+from mlx_fd.feedback.distill import make_optimizer, update  # noqa: E402
+from mlx_fd.feedback.pair import open_pair  # noqa: E402
+from mlx_fd.feedback.samples import Sample, read_text  # noqa: E402
 from mlx_fd.losses.divergence import Target, fused_linear_divergences, one_hot  # noqa: E402
 from mlx_fd.models import memory  # noqa: E402
+from mlx_fd.models.generation import Conversation  # noqa: E402
 from mlx_fd.models.loading import load, load_pair  # noqa: E402
-from mlx_fd.models.memory import (  # noqa: E402
+from mlx_fd.models.memory import (
     Workload,
     check_memory,
     checkpoint_bytes,
@@ -39,8 +41,6 @@ from mlx_fd.models.memory import (  # noqa: E402
     parameters,
     weight_bytes,
 )
-from mlx_fd.samples import Sample, read_text  # noqa: E402
-from mlx_fd.session import open_pair  # noqa: E402
 
 CONFIGS = json.loads((Path(__file__).parent / "fixtures" / "configs.json").read_text())
 FOUR_BIT = {"quantization": {"group_size": 64, "bits": 4}}

@@ -11,7 +11,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 backend()
 

@@ -11,10 +11,10 @@ import pytest
 from pymoo.indicators.hv import HV
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
-from mlx_fd import gate
 from mlx_fd.config import GateOptions
-from mlx_fd.pareto.frontier import hypervolume, knee, non_dominated, product_rule
-from mlx_fd.pareto.thresholds import Look, replay
+from mlx_fd.evaluation.pareto.frontier import hypervolume, knee, non_dominated, product_rule
+from mlx_fd.evaluation.pareto.thresholds import Look, replay
+from mlx_fd.feedback import gate
 
 
 def values(*rows):

@@ -19,9 +19,9 @@ from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 from tiny import make_model_dir
 
 from mlx_fd import cli, runs
-from mlx_fd.checked import with_digest
 from mlx_fd.config import read
-from mlx_fd.summary import wilson
+from mlx_fd.runs.checked import with_digest
+from mlx_fd.runs.summary import wilson
 
 FILES = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")
 SMALL = {

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_fd import gate
 from mlx_fd.config import GateOptions
-from mlx_fd.phases import PhaseSchedule, combined, phase_weights
+from mlx_fd.feedback import gate
+from mlx_fd.feedback.phases import PhaseSchedule, combined, phase_weights
 
 NAMES = ("lm", "answer", "reasoning", "attention")
 SCHEDULE = PhaseSchedule(begin=0.2, end=0.6, floor=0.1)

@@ -13,7 +13,6 @@ from mlx import nn
 from tiny import make_model_dir, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlx_fd import roles
 from mlx_fd.losses import reference
 from mlx_fd.losses import reference_reasoning as twins
 from mlx_fd.losses.answer import answer_mask, answer_span, token_spans
@@ -23,7 +22,7 @@ from mlx_fd.losses.divergence import fused_linear_divergence, one_hot
 from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.losses.uld import paired_positions, uld_loss
 from mlx_fd.models.loading import load
-from mlx_fd.problems import gsm8k
+from mlx_fd.problems import gsm8k, parsing
 
 KLS = ("forward", "reverse", "jsd")
 SHAPES = [(1, 1, 2), (1, 5, 7), (3, 1, 33), (2, 7, 31)]
@@ -187,7 +186,7 @@ def test_the_answer_of_gsm8k_stands_on_the_answers_tokens(name):
         mask = answer_mask(spans, answer)
         weights = step_weights(text, spans, answer)
         chosen = decoder_of(tokenizer)([t for t, m in zip(tokens, mask, strict=True) if m])
-        assert roles.final_answer(chosen) == problem.answer
+        assert parsing.final_answer(chosen) == problem.answer
         rest = decoder_of(tokenizer)([t for t, w in zip(tokens, weights, strict=True) if w])
         assert "####" not in rest
         assert not any(m and w for m, w in zip(mask, weights, strict=True))

@@ -12,7 +12,7 @@ from mlx_fd.files import write_json
 from mlx_fd.report import charts, packing, self_charts, self_tables, tables
 from mlx_fd.report.page import make_page
 from mlx_fd.report.reading import read_runs
-from mlx_fd.summary import wilson
+from mlx_fd.runs.summary import wilson
 
 
 def read(folder):

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlx_fd import problems, roles
-from mlx_fd.roles import Feedback, final_answer, parse_feedback
+from mlx_fd import problems
+from mlx_fd.problems import parsing, prompts
+from mlx_fd.problems.parsing import final_answer, parse_feedback
+from mlx_fd.problems.prompts import Feedback
 
 GOOD = "The second step adds 3 instead of taking it away, so the total is 4 too high."
 
@@ -142,7 +144,7 @@ FEEDBACK = [
     ("Score-0.7", None, None),
     ("Score: 1. The first step is right.\n2. The second is not.", None, None),
     ("Score: 1. It is right.", 1.0, "It is right."),
-    (roles.feedback_prompt(), None, None),
+    (prompts.feedback_prompt(), None, None),
     # numbers that belong to the mathematics, or none
     ("The answer 18 eggs is right.", None, "The answer 18 eggs is right."),
     ("3 + 4 = 7", None, "3 + 4 = 7"),
@@ -180,7 +182,7 @@ def test_feedback_table(text, score, prose):
 
 @pytest.mark.parametrize("words", [3, 6, 9, 12])
 def test_echoed_rubric_is_not_a_score_but_a_score_beside_it_is(words):
-    rubric = roles.feedback_prompt().splitlines()[1].partition(". The")[0]
+    rubric = prompts.feedback_prompt().splitlines()[1].partition(". The")[0]
     echo = " ".join(rubric.split()[:words])
     assert parse_feedback(f"Score: {echo}").score is None
     both = parse_feedback(f"{echo}\n\nScore: 0.4\nFeedback: {GOOD}")
@@ -301,7 +303,7 @@ def test_tables_are_as_large_as_promised():
      ("about to be 7 of 9", None)],
 )  # fmt: skip
 def test_number_is_one_number(text, expected):
-    assert roles.number(text) == expected
+    assert parsing.number(text) == expected
 
 
 # ---------------------------------------------------------------------- lm-evaluation-harness
@@ -340,8 +342,8 @@ WRITTEN = st.text(st.sampled_from("0123456789.,$-# \nab%"), max_size=40)
 @example("$18.", "#### 18")
 def test_lm_eval_as_restated(text, gold):
     for name in ("strict", "flexible"):
-        assert roles.lm_eval_answer(text, name) == restated_filter(text, name)
-        assert roles.lm_eval_match(text, gold, name) == restated_match(text, gold, name)
+        assert parsing.lm_eval_answer(text, name) == restated_filter(text, name)
+        assert parsing.lm_eval_match(text, gold, name) == restated_match(text, gold, name)
 
 
 @pytest.mark.parametrize(
@@ -359,13 +361,13 @@ def test_lm_eval_as_restated(text, gold):
     ],
 )
 def test_lm_eval_by_hand(text, strict, flexible):
-    assert roles.lm_eval_answer(text, "strict") == strict
-    assert roles.lm_eval_answer(text, "flexible") == flexible
+    assert parsing.lm_eval_answer(text, "strict") == strict
+    assert parsing.lm_eval_answer(text, "flexible") == flexible
 
 
 def test_lm_eval_compares_strings_and_final_answer_values():
-    assert not roles.lm_eval_match("#### 18.00", "#### 18", "strict")
-    assert roles.same_answer(final_answer("#### 18.00", "strict"), Fraction(18))
+    assert not parsing.lm_eval_match("#### 18.00", "#### 18", "strict")
+    assert parsing.same_answer(final_answer("#### 18.00", "strict"), Fraction(18))
     assert final_answer("#### 1,234.", "strict") == 1234
     assert final_answer("so $18.", "flexible") == 18
     assert final_answer("#### 1.2.3", "strict") is None
@@ -376,11 +378,11 @@ def test_lm_eval_compares_strings_and_final_answer_values():
 
 
 def test_same_answer():
-    assert roles.same_answer(Fraction(1, 2), Fraction("0.5"))
-    assert not roles.same_answer(Fraction(1), Fraction(2))
-    assert not roles.same_answer(None, None)
-    assert not roles.same_answer(None, Fraction(1))
-    assert not roles.same_answer(Fraction(1), None)
+    assert parsing.same_answer(Fraction(1, 2), Fraction("0.5"))
+    assert not parsing.same_answer(Fraction(1), Fraction(2))
+    assert not parsing.same_answer(None, None)
+    assert not parsing.same_answer(None, Fraction(1))
+    assert not parsing.same_answer(Fraction(1), None)
 
 
 def test_every_gsm8k_solution_is_read():
@@ -391,7 +393,7 @@ def test_every_gsm8k_solution_is_read():
             gold = Fraction(row.solution[row.solution.index("####") + 4 :].replace(",", ""))
             assert final_answer(row.solution) == gold == row.answer, row.id
             assert final_answer(row.solution, "strict") == gold, row.id
-            assert roles.lm_eval_match(row.solution, row.solution, "strict"), row.id
+            assert parsing.lm_eval_match(row.solution, row.solution, "strict"), row.id
 
 
 # -------------------------------------------------------------------------------- properties
@@ -425,7 +427,7 @@ def test_feedback_properties(text):
         assert found.score is None
     if text.strip():
         assert found.text
-    again = parse_feedback(roles.format_feedback(found))
+    again = parse_feedback(prompts.format_feedback(found))
     if found.score is not None:
         assert again.score == pytest.approx(found.score, abs=5.1e-5)
 
@@ -453,18 +455,18 @@ SENTENCES = st.lists(
 @settings(max_examples=1000, deadline=None)
 @given(st.floats(-1, 1) | st.sampled_from([-1.0, 0.0, 1.0, -0.00001]), SENTENCES)
 def test_formatted_feedback_comes_back(score, text):
-    written = roles.format_feedback(Feedback(text, score))
+    written = prompts.format_feedback(Feedback(text, score))
     found = parse_feedback(written)
     assert found.score == pytest.approx(score, abs=5.1e-5)
     assert found.text == text
-    assert roles.format_feedback(found) == written
+    assert prompts.format_feedback(found) == written
     assert not math.copysign(1, found.score) < 0 or found.score < 0
 
 
 @settings(max_examples=500, deadline=None)
 @given(SENTENCES)
 def test_feedback_without_a_score_comes_back(text):
-    assert parse_feedback(roles.format_feedback(Feedback(text, None))) == Feedback(text, None)
+    assert parse_feedback(prompts.format_feedback(Feedback(text, None))) == Feedback(text, None)
 
 
 @settings(max_examples=1000, deadline=None)
@@ -504,7 +506,7 @@ def test_time_is_linear(unit):
             final_answer(text)
             final_answer(text, "strict")
             final_answer(text, "flexible")
-            roles.lm_eval_match(text, text, "flexible")
+            parsing.lm_eval_match(text, text, "flexible")
             times.append(time.process_time() - begin)
         return min(times)
 
@@ -517,27 +519,27 @@ def test_time_is_linear(unit):
 
 
 def test_prompts_ask_for_what_is_parsed():
-    assert roles.answer_prompt(" How many? ").startswith("How many?")
-    for prompt in (roles.answer_prompt("q"), roles.revise_prompt("f"), roles.final_prompt()):
+    assert prompts.answer_prompt(" How many? ").startswith("How many?")
+    for prompt in (prompts.answer_prompt("q"), prompts.revise_prompt("f"), prompts.final_prompt()):
         assert prompt.endswith("#### <number>")
         assert final_answer(prompt) is None
-    assert "a score from -1 to 1" in roles.feedback_prompt()
-    assert parse_feedback(f"{roles.FEEDBACK_OPENING} 0.5\n{GOOD}").score == 0.5
-    assert "70 words" in roles.merge_prompt(Feedback("a", 0.1), Feedback("b", 0.2))
-    assert "not rewrite" in roles.critique_prompt()
+    assert "a score from -1 to 1" in prompts.feedback_prompt()
+    assert parse_feedback(f"{prompts.FEEDBACK_OPENING} 0.5\n{GOOD}").score == 0.5
+    assert "70 words" in prompts.merge_prompt(Feedback("a", 0.1), Feedback("b", 0.2))
+    assert "not rewrite" in prompts.critique_prompt()
 
 
 def test_prompts_carry_their_arguments():
-    merged = roles.merge_prompt(Feedback("EXPERT SAYS", 0.1), Feedback("STUDENT SAYS", 0.2))
+    merged = prompts.merge_prompt(Feedback("EXPERT SAYS", 0.1), Feedback("STUDENT SAYS", 0.2))
     assert merged.index("EXPERT SAYS") < merged.index("STUDENT SAYS")
-    assert "FIX STEP 2" in roles.revise_prompt(" FIX STEP 2\n")
-    assert "feedback above" in roles.revise_prompt("")
+    assert "FIX STEP 2" in prompts.revise_prompt(" FIX STEP 2\n")
+    assert "feedback above" in prompts.revise_prompt("")
 
 
 def test_prompts_stay_short():
-    assert len(roles.feedback_prompt().split()) < 160
-    for prompt in (roles.answer_prompt(""), roles.revise_prompt(""), roles.critique_prompt(),
-                   roles.final_prompt()):  # fmt: skip
+    assert len(prompts.feedback_prompt().split()) < 160
+    for prompt in (prompts.answer_prompt(""), prompts.revise_prompt(""), prompts.critique_prompt(),
+                   prompts.final_prompt()):  # fmt: skip
         assert len(prompt.split()) < 40
 
 
@@ -553,8 +555,8 @@ def test_prompts_stay_short():
     ],
 )
 def test_needs_merge(student, expected):
-    assert roles.needs_merge(Feedback(GOOD, 0.1), student) is expected
+    assert parsing.needs_merge(Feedback(GOOD, 0.1), student) is expected
 
 
 def test_needs_merge_wants_an_expert_who_said_something():
-    assert not roles.needs_merge(parse_feedback("Score: 0.5"), Feedback(GOOD, 0.5))
+    assert not parsing.needs_merge(parse_feedback("Score: 0.5"), Feedback(GOOD, 0.5))

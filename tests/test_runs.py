@@ -7,11 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_fd import checkpoints, runs
-from mlx_fd.checked import DIGEST
+from mlx_fd import runs
 from mlx_fd.errors import UserError
 from mlx_fd.files import append_lines, digest_of, write_atomic, write_json
-from mlx_fd.logs import Log, log_size
+from mlx_fd.runs import checkpoints
+from mlx_fd.runs.checked import DIGEST
+from mlx_fd.runs.logs import Log, log_size
 
 
 def make_run(folder: Path) -> Path:

@@ -9,22 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_fd import roles
 from mlx_fd.errors import UserError
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
-from mlx_fd.problems import Problem, arithmetic
-from mlx_fd.selfdistill import contexts
-from mlx_fd.selfdistill.contexts import CONTEXTS, Attempt, Materials, View
-from mlx_fd.selfdistill.noise import KINDS, NUMBERS_SAFE, noisy, spoken
-from mlx_fd.selfdistill.playbook import MOST_LESSONS, Playbook
+from mlx_fd.problems import Problem, arithmetic, parsing, prompts
+from mlx_fd.training.selfdistill import contexts
+from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View
+from mlx_fd.training.selfdistill.noise import KINDS, NUMBERS_SAFE, noisy, spoken
+from mlx_fd.training.selfdistill.playbook import MOST_LESSONS, Playbook
 
 TRUTH = Materials(truth=True)
 
 
 def attempt(problem, text, question=None):
-    final = roles.final_answer(text)
-    right = roles.same_answer(final, problem.answer)
+    final = parsing.final_answer(text)
+    right = parsing.same_answer(final, problem.answer)
     return Attempt(problem, question or problem.question, (), text, final, right)
 
 
@@ -55,7 +54,7 @@ def test_a_context_is_a_function_of_attempts_and_seed(name, fifty):
     assert views == CONTEXTS[name](flat, TRUTH)
     assert views == [v for group in fifty[:5] for v in CONTEXTS[name](group, TRUTH)]
     for own, view in zip(flat, views, strict=True):
-        assert view.student == roles.answer_prompt(own.question)
+        assert view.student == prompts.answer_prompt(own.question)
         if view.teacher is not None:
             assert view.teacher.startswith(own.problem.question)
             assert view.teacher.endswith(view.student.rpartition("\n\n")[2])
@@ -118,7 +117,7 @@ def test_the_tiny_expert_is_a_critic(fifty):
     for own, view in zip(group, views, strict=True):
         if view.teacher is None:
             continue
-        assert roles.final_answer(view.note) == own.problem.answer
+        assert parsing.final_answer(view.note) == own.problem.answer
         verbatim += view.note == contexts.true_rewrite(own.problem.solution, own.text)
     assert verbatim >= 15  # of 18: it is not always right
 
@@ -177,7 +176,7 @@ def test_contrast_puts_right_and_wrong_hints_into_the_same_words():
             hint = message[len(shell[0]) : len(message) - len(shell[1])]
             assert hint in [other.text for other in group if not other.correct]
     alone = CONTEXTS["contrast"](group[:1], Materials())
-    assert alone == [View(roles.answer_prompt(group[0].question), None)]
+    assert alone == [View(prompts.answer_prompt(group[0].question), None)]
 
 
 # ------------------------------------------------------------------------------------ reflection

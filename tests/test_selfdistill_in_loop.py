@@ -11,15 +11,16 @@ from mlx.utils import tree_flatten, tree_map
 from pairs import logits_of, make_dirs, make_plan
 from test_loop import rows, start
 
-from mlx_fd import distill, roles, runs
+from mlx_fd import runs
 from mlx_fd.config import Config, override
-from mlx_fd.episode import Draft, Outcome
 from mlx_fd.errors import UserError
-from mlx_fd.generation import Conversation, opening
+from mlx_fd.feedback import distill
+from mlx_fd.feedback.episode import Draft, Outcome
+from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models import taps
-from mlx_fd.problems import Problem
-from mlx_fd.selfdistill.in_loop import lessons, term
-from mlx_fd.session import open_pair
+from mlx_fd.models.generation import Conversation, opening
+from mlx_fd.problems import Problem, prompts
+from mlx_fd.training.selfdistill.in_loop import lessons, term
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +30,10 @@ def dirs(tmp_path_factory):
 
 def outcome(final, revised, feedback="The first step is wrong."):
     problem = Problem("p", "2 + 3?", "2 + 3 = 5\n#### 5", Fraction(5))
-    answer = roles.Answer(f"#### {final}", Fraction(final), (7, 8, 9))
-    given = roles.Feedback(feedback, 0.5, (1,)) if feedback else None
+    answer = prompts.Answer(f"#### {final}", Fraction(final), (7, 8, 9))
+    given = prompts.Feedback(feedback, 0.5, (1,)) if feedback else None
     draft = Draft(problem, answer, Conversation(), expert_feedback=given)
-    end = roles.Answer(revised or answer.text, None)
+    end = prompts.Answer(revised or answer.text, None)
     return Outcome(draft, 0.5, "", revised, "", end)
 
 
@@ -43,7 +44,7 @@ def test_what_the_student_reads_of_its_own():
     found = lessons([mended, kept, lost], "step-critique")
     assert [attempt.correct for attempt in found.attempts] == [False, True]
     assert "2 + 3 = 5" in found.views[0].teacher and "#### 5" in found.views[1].teacher
-    assert found.views[0].student == roles.answer_prompt("2 + 3?")
+    assert found.views[0].student == prompts.answer_prompt("2 + 3?")
     assert all(attempt.tokens == (7, 8, 9) for attempt in found.attempts)
     of_feedback = lessons([mended, outcome(4, "", feedback="")], "feedback")
     assert len(of_feedback.views) == 1
@@ -112,7 +113,7 @@ def test_the_term_is_added_to_the_update(dirs):
 
 
 def _reading(pair, plan):
-    from mlx_fd.samples import read_text
+    from mlx_fd.feedback.samples import read_text
 
     return read_text(pair, Conversation(), (3, 4, 5), (7, 8), plan.config.losses)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from mlx import nn
 
-from mlx_fd.selfdistill import objectives
-from mlx_fd.selfdistill.learning import (
+from mlx_fd.training.selfdistill import objectives
+from mlx_fd.training.selfdistill.learning import (
     Known,
     Text,
     Weighed,
@@ -22,7 +22,7 @@ from mlx_fd.selfdistill.learning import (
     total,
     weigh,
 )
-from mlx_fd.selfdistill.methods import METHODS, configured
+from mlx_fd.training.selfdistill.methods import METHODS, configured
 
 V = 3
 LENGTHS = (3, 2, 4, 1)

@@ -22,19 +22,19 @@ from mlx_fd import runs
 from mlx_fd.config import CONTEXTS as CONTEXT_NAMES
 from mlx_fd.config import Config, preset, read, to_toml
 from mlx_fd.errors import UserError
-from mlx_fd.events import Note, Warned
 from mlx_fd.export.exporter import Form, export
-from mlx_fd.feedback import give_feedback
-from mlx_fd.generation import Sampling, opening
-from mlx_fd.logs import log_size
-from mlx_fd.roles import answer_prompt
-from mlx_fd.selfdistill import rollouts
-from mlx_fd.selfdistill.contexts import CONTEXTS
-from mlx_fd.selfdistill.learning import look
-from mlx_fd.selfdistill.methods import METHODS, configured
-from mlx_fd.selfdistill.session import make_plan, open_models
-from mlx_fd.selfdistill.teacher import adapter, next_teacher, reading_as, switched_off
-from mlx_fd.selfdistill.training import Models, run
+from mlx_fd.feedback.judge import give_feedback
+from mlx_fd.models.generation import Sampling, opening
+from mlx_fd.problems.prompts import answer_prompt
+from mlx_fd.runs.events import Note, Warned
+from mlx_fd.runs.logs import log_size
+from mlx_fd.training.selfdistill import rollouts
+from mlx_fd.training.selfdistill.contexts import CONTEXTS
+from mlx_fd.training.selfdistill.learning import look
+from mlx_fd.training.selfdistill.methods import METHODS, configured
+from mlx_fd.training.selfdistill.plan import make_plan, open_models
+from mlx_fd.training.selfdistill.teacher import adapter, next_teacher, reading_as, switched_off
+from mlx_fd.training.selfdistill.training import Models, run
 
 SMALL = {
     "episodes": 4,
@@ -184,7 +184,7 @@ def test_a_prompt_is_read_once_for_its_attempts_and_log_probabilities_are_kept(o
 
 
 def test_sampling_is_cut_after_the_temperature():
-    from mlx_fd.generation import _sampler
+    from mlx_fd.models.generation import _sampler
 
     logprobs = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05]] * 4000))
     mx.random.seed(1)

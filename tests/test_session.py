@@ -13,16 +13,14 @@ from mlx_fd import __version__
 from mlx_fd.config import Config, override, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
-from mlx_fd.session import (
-    _flat,
+from mlx_fd.runs.manifest import _flat, check_same, versions
+from mlx_fd.runs.plan import (
     backend_settings,
     changed_options,
     check_out,
     check_run_memory,
-    check_same,
     make_plan,
     settled,
-    versions,
 )
 
 

@@ -5,14 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_fd.evaluation.statistics import (
-    bootstrap,
-    holm,
-    mcnemar,
-    mean,
-    mean_gain,
-    paired_bootstrap,
-)
+from mlx_fd.evaluation.statistics import bootstrap, holm, mcnemar, mean, mean_gain, paired_bootstrap
 
 
 def test_interval_of_a_mean_is_the_normal_one():

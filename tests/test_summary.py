@@ -1,6 +1,6 @@
 import pytest
 
-from mlx_fd.summary import summarise, warnings_of, wilson
+from mlx_fd.runs.summary import summarise, warnings_of, wilson
 
 
 def row(before, after, expert=0.5, student=0.1, written=None, capped=(), alone=False):

@@ -15,15 +15,17 @@ from pairs import make_dirs, make_plan
 from test_loop import Killed, assert_same, count_syncs, rows, start
 from tiny import make_model_dir
 
-from mlx_fd import runs, samples
+from mlx_fd import runs
 from mlx_fd.config import LossOptions
 from mlx_fd.errors import UserError
-from mlx_fd.events import BatchDone, Warned
-from mlx_fd.generation import Conversation, read_on
+from mlx_fd.feedback import samples
+from mlx_fd.feedback.pair import open_pair
+from mlx_fd.feedback.samples import decides, read_text
+from mlx_fd.feedback.teacher_cache import TeacherCache
+from mlx_fd.models.generation import Conversation, read_on
 from mlx_fd.models.loading import load
-from mlx_fd.samples import decides, read_text
-from mlx_fd.session import check_same, open_pair
-from mlx_fd.teacher_cache import TeacherCache
+from mlx_fd.runs.events import BatchDone, Warned
+from mlx_fd.runs.manifest import check_same
 
 OPTIONS = LossOptions(teacher_top_k=7)
 PROMPT, TARGET = (5, 6, 7), (8, 9, 10, 11)
@@ -188,7 +190,7 @@ def test_two_processes_write_the_same_entry(tmp_path, pair):
     code = (
         "import sys, json, mlx.core as mx\n"
         "from pathlib import Path\n"
-        "from mlx_fd.teacher_cache import TeacherCache\n"
+        "from mlx_fd.feedback.teacher_cache import TeacherCache\n"
         "arrays = mx.load(sys.argv[2])\n"
         "cache = TeacherCache(Path(sys.argv[1]), json.loads(sys.argv[3]), print)\n"
         "for _ in range(200):\n"

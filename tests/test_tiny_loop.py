@@ -7,9 +7,8 @@ import sys
 import mlx.core as mx
 import pytest
 
-from mlx_fd import roles
 from mlx_fd.config import Config, override, preset
-from mlx_fd.episode import (
+from mlx_fd.feedback.episode import (
     answer,
     expert_feedback,
     finish,
@@ -17,10 +16,12 @@ from mlx_fd.episode import (
     is_correct,
     student_feedback,
 )
-from mlx_fd.generation import opening
+from mlx_fd.feedback.pair import open_pair
+from mlx_fd.feedback.samples import solution_of
 from mlx_fd.models import taps
-from mlx_fd.samples import solution_of
-from mlx_fd.session import make_plan, open_pair
+from mlx_fd.models.generation import opening
+from mlx_fd.problems import prompts
+from mlx_fd.runs.plan import make_plan
 
 
 def quiet(step, tokens):
@@ -62,7 +63,7 @@ def test_the_student_writes_the_first_answers_and_the_expert_judges_them(
         if is_right:
             assert draft.expert_feedback.score > 0
         # The student's tokens stand in the expert's conversation, one by one.
-        begun = opening(pair.expert.tokenizer, roles.answer_prompt(draft.problem.question))
+        begun = opening(pair.expert.tokenizer, prompts.answer_prompt(draft.problem.question))
         assert draft.prompt[: len(begun) + len(draft.answer.tokens)] == (
             *begun,
             *draft.answer.tokens,
@@ -88,7 +89,7 @@ def test_a_solution_to_learn_from_is_the_final_answer_after_the_bare_question(pa
         sample = solution_of(pair, question, outcome.final, config.losses)
         text = pair.expert.tokenizer.decode(sample.target)
         assert text.removesuffix("<|end|>") == outcome.final.text
-        begun = opening(pair.expert.tokenizer, roles.answer_prompt(question))
+        begun = opening(pair.expert.tokenizer, prompts.answer_prompt(question))
         assert sample.prompt == begun
         assert sample.expert_score is None
         whole = taps.forward(pair.expert.model, mx.array([[*sample.prompt, *sample.target[:-1]]]))

@@ -17,22 +17,21 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_tokenizer
 from scripted import SCRIPTS, script
 
-from mlx_fd import roles
 from mlx_fd.config import EpisodeOptions, GenerationOptions, ModelOptions
-from mlx_fd.episode import (
-    Pair,
+from mlx_fd.feedback.episode import (
     answer,
     expert_feedback,
     feedback_request,
     finish,
     student_feedback,
 )
-from mlx_fd.generation import next_message, opening
+from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.aliases import ALIASES
+from mlx_fd.models.generation import next_message, opening
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import default_student, resolve
 from mlx_fd.models.student import make_student
-from mlx_fd.problems import arithmetic
+from mlx_fd.problems import arithmetic, parsing, prompts
 from mlx_fd.problems import load as load_problems
 
 SCRIPT = SCRIPTS / "train_tiny.py"
@@ -63,15 +62,15 @@ def student():
 
 
 def test_every_prompt_is_a_handful_of_tokens(tokenizer):
-    said = roles.Feedback("?", None)
+    said = prompts.Feedback("?", None)
     lengths = {
-        "answer": len(opening(tokenizer, roles.answer_prompt("?"))) - 1,
+        "answer": len(opening(tokenizer, prompts.answer_prompt("?"))) - 1,
         "feedback": len(feedback_request(tokenizer)) - 1,
-        "merge": len(next_message(tokenizer, roles.merge_prompt(said, said))) - 4,
-        "revise": len(next_message(tokenizer, roles.revise_prompt(""))),
-        "revise by": len(next_message(tokenizer, roles.revise_prompt("?"))) - 2,
-        "critique": len(next_message(tokenizer, roles.critique_prompt())),
-        "final": len(next_message(tokenizer, roles.final_prompt())),
+        "merge": len(next_message(tokenizer, prompts.merge_prompt(said, said))) - 4,
+        "revise": len(next_message(tokenizer, prompts.revise_prompt(""))),
+        "revise by": len(next_message(tokenizer, prompts.revise_prompt("?"))) - 2,
+        "critique": len(next_message(tokenizer, prompts.critique_prompt())),
+        "final": len(next_message(tokenizer, prompts.final_prompt())),
     }
     # End of turn, user, the prompt, assistant; the first message has no end before it.
     assert lengths == {**dict.fromkeys(lengths, 4), "answer": 3}, RETRAIN
@@ -81,11 +80,11 @@ def test_prompts_are_those_of_the_training(tokenizer, script):
     """The strings that training sequences are put together from give the very tokens of a run."""
     user, assistant, end = script.USER, script.ASSISTANT, script.END
     question = "Tom has 7 apples. How many apples are left?"
-    start = f"{user}{roles.answer_prompt(question)}{assistant}"
-    assert tuple(tokenizer.encode(start)) == opening(tokenizer, roles.answer_prompt(question))
-    ask = f"{end}{user}{roles.feedback_prompt()}{assistant}{roles.FEEDBACK_OPENING}"
+    start = f"{user}{prompts.answer_prompt(question)}{assistant}"
+    assert tuple(tokenizer.encode(start)) == opening(tokenizer, prompts.answer_prompt(question))
+    ask = f"{end}{user}{prompts.feedback_prompt()}{assistant}{prompts.FEEDBACK_OPENING}"
     assert tuple(tokenizer.encode(ask)) == feedback_request(tokenizer)
-    for prompt in (roles.revise_prompt("Step 1 should be"), roles.critique_prompt()):
+    for prompt in (prompts.revise_prompt("Step 1 should be"), prompts.critique_prompt()):
         text = f"{end}{user}{prompt}{assistant}"
         assert tuple(tokenizer.encode(text)) == next_message(tokenizer, prompt)
 
@@ -245,9 +244,9 @@ def test_training_sequences(script, how):
         for text, weight in pieces:
             if weight:
                 assert set(arithmetic.read(text)[0]) <= set(drawn.steps)
-        if len(replies) > 1 and replies[1].startswith(roles.FEEDBACK_OPENING):
+        if len(replies) > 1 and replies[1].startswith(prompts.FEEDBACK_OPENING):
             said = arithmetic.feedback(drawn.solution, replies[0])
-            assert roles.parse_feedback(replies[1]) == said
+            assert parsing.parse_feedback(replies[1]) == said
 
 
 def test_careless_feedback_sees_the_error_and_finds_it_right(script):

@@ -8,11 +8,12 @@ import sys
 import pytest
 import reported
 
-from mlx_fd import cli, tracking
-from mlx_fd.checked import with_digest
+from mlx_fd import cli
 from mlx_fd.errors import UserError
-from mlx_fd.events import BatchDone, Note, Probed
-from mlx_fd.tracking import Tracking, check_installed, values_of
+from mlx_fd.runs import tracking
+from mlx_fd.runs.checked import with_digest
+from mlx_fd.runs.events import BatchDone, Note, Probed
+from mlx_fd.runs.tracking import Tracking, check_installed, values_of
 
 FIRST = Probed({"lm": 1.0}, {"lm": 0.5}, {})
 

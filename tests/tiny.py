@@ -18,7 +18,7 @@ from tokenizers import (
     trainers,
 )
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 backend()
 

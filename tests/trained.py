@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 backend()
 
@@ -20,7 +20,7 @@ from mlx_fd.config import Config, override, to_toml  # noqa: E402
 from mlx_fd.models import taps  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402
 from mlx_fd.models.student import make_student, save_student  # noqa: E402
-from mlx_fd.session import make_plan  # noqa: E402
+from mlx_fd.runs.plan import make_plan  # noqa: E402
 
 
 def make_run(

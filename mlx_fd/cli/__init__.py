@@ -11,20 +11,22 @@ import traceback
 import click
 
 from mlx_fd import __version__
-from mlx_fd.cli.analysing import advantage
-from mlx_fd.cli.choosing import pareto
-from mlx_fd.cli.evaluating import evaluate
-from mlx_fd.cli.exporting import compare, export
-from mlx_fd.cli.judging import feedback
-from mlx_fd.cli.machine import doctor, models
+from mlx_fd.cli.advantage import advantage
+from mlx_fd.cli.compare import compare
+from mlx_fd.cli.doctor import doctor
+from mlx_fd.cli.eval import evaluate
+from mlx_fd.cli.export import export
+from mlx_fd.cli.feedback import feedback
+from mlx_fd.cli.loop import loop
+from mlx_fd.cli.models import models
 from mlx_fd.cli.output import lasting_output
-from mlx_fd.cli.reporting import report
-from mlx_fd.cli.running import loop, resume
-from mlx_fd.cli.selfdistilling import self_distill
-from mlx_fd.cli.stopping import Stopped, interruptible
-from mlx_fd.config import shown
+from mlx_fd.cli.pareto import pareto
+from mlx_fd.cli.report import report
+from mlx_fd.cli.resume import resume
+from mlx_fd.cli.self_distill import self_distill
+from mlx_fd.cli.signals import Stopped, interruptible
 from mlx_fd.errors import UserError
-from mlx_fd.terminal import strip_control_chars
+from mlx_fd.text import shown, strip_control_chars
 
 
 @click.group(

@@ -8,18 +8,9 @@ from typing import Any
 
 import click
 
-from mlx_fd.config import (
-    MAX_COUNT,
-    MAX_SEED,
-    OPTIONS,
-    Config,
-    Option,
-    override,
-    preset,
-    read,
-)
+from mlx_fd.config import MAX_COUNT, MAX_SEED, OPTIONS, Config, Option, override, preset, read
 from mlx_fd.models.aliases import TINY
-from mlx_fd.tracking import TRACKERS
+from mlx_fd.runs.tracking import TRACKERS
 
 _SECTIONS = {
     "models": "Models",

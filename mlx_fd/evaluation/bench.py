@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import mlx_fd
-from mlx_fd.backend import backend
-from mlx_fd.baselines import Setting, Trial
-from mlx_fd.baselines.trials import Who, trial
-from mlx_fd.episode import Draft, Pair, Progress, seed_of, write
+from mlx_fd.evaluation.baselines import Setting, Trial
+from mlx_fd.evaluation.baselines.trials import Who, trial
 from mlx_fd.evaluation.cache import Cache, Rows
 from mlx_fd.evaluation.target import Models, Target
-from mlx_fd.generation import Conversation, Sampling
+from mlx_fd.feedback.episode import Draft, Progress, seed_of, write
+from mlx_fd.feedback.pair import Pair
+from mlx_fd.models.backend import backend
+from mlx_fd.models.generation import Conversation, Sampling
 from mlx_fd.problems import Problem
-from mlx_fd.roles import Answer
+from mlx_fd.problems.prompts import Answer
 
 Item = TypeVar("Item")
 Uses = Literal["expert", "student", "untrained"]

@@ -13,8 +13,8 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from mlx_fd.backend import backend
 from mlx_fd.errors import UserError
+from mlx_fd.models.backend import backend
 from mlx_fd.models.loading import check_weights
 from mlx_fd.models.storage import read_json
 

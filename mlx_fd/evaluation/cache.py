@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd import runs
-from mlx_fd.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.files import clear_unfinished, write_with
+from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 
 Rows = list[dict[str, Any]]
 

@@ -17,16 +17,24 @@ from typing import Any
 
 import numpy as np
 
-from mlx_fd import roles
-from mlx_fd.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.config import GenerationOptions
-from mlx_fd.episode import Pair, Progress, answer, feedback_request, head_score, is_correct, parsed
 from mlx_fd.evaluation import processbench
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.statistics import Rows, bootstrap, mean, mean_gain
+from mlx_fd.feedback.episode import (
+    Progress,
+    answer,
+    feedback_request,
+    head_score,
+    is_correct,
+    parsed,
+)
+from mlx_fd.feedback.pair import Pair
 from mlx_fd.files import write_json
-from mlx_fd.generation import Conversation, Sampling, generate, opening, prefill
-from mlx_fd.problems import Problem, arithmetic
+from mlx_fd.models.generation import Conversation, Sampling, generate, opening, prefill
+from mlx_fd.problems import Problem, arithmetic, parsing
+from mlx_fd.problems.prompts import answer_prompt
+from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def processbench_items(exam: Sequence[Question]) -> tuple[processbench.Item, ...
             "mlx-fd arithmetic",
             question.problem.question,
             tuple(question.answer.split("\n")),
-            roles.same_answer(roles.final_answer(question.answer), question.problem.answer),
+            parsing.same_answer(parsing.final_answer(question.answer), question.problem.answer),
             question.first_error - 1,
         )
         for question in exam
@@ -132,7 +140,7 @@ def examine(
         chunk = exam[begin : begin + batch_size]
         prompts = [
             (
-                *opening(tokenizer, roles.answer_prompt(question.problem.question)),
+                *opening(tokenizer, answer_prompt(question.problem.question)),
                 *tokenizer.encode(question.answer, add_special_tokens=False),
                 *request,
             )

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_fd import roles
-from mlx_fd.baselines import Trial
-from mlx_fd.baselines.trials import Who
-from mlx_fd.episode import Pair
 from mlx_fd.errors import UserError
+from mlx_fd.evaluation.baselines import Trial
+from mlx_fd.evaluation.baselines.trials import Who
 from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.cache import Rows
 from mlx_fd.evaluation.measures import Known, Measure
 from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.text import bleu, chrf, rouge
-from mlx_fd.generation import Sampling, opening
+from mlx_fd.feedback.pair import Pair
+from mlx_fd.models.generation import Sampling, opening
+from mlx_fd.problems import prompts
 from mlx_fd.problems.files import json_rows
 
 LABELS = {"student": "Student", "expert": "Expert"}
@@ -62,7 +62,7 @@ def _instruction(where: str, name: str, row: dict[str, Any] | str) -> Instructio
     for column, text in zip(_FIELDS, (instruction, given, output), strict=True):
         if not isinstance(text, str) or not (text.strip() or column == "input"):
             raise UserError(f"{where}: no text in {column!r}; {_COLUMNS}")
-    return Instruction(name, roles.instruction_prompt(instruction, given), output)
+    return Instruction(name, prompts.instruction_prompt(instruction, given), output)
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_fd import roles
-from mlx_fd.baselines import Trial
-from mlx_fd.baselines.critics import STAGES, criticise
-from mlx_fd.baselines.trials import trial
-from mlx_fd.episode import Draft, Pair, expert_feedback, feedback_request, student_feedback
+from mlx_fd.evaluation.baselines import Trial
+from mlx_fd.evaluation.baselines.critics import STAGES, criticise
+from mlx_fd.evaluation.baselines.trials import trial
 from mlx_fd.evaluation.bench import Bench, Uses
 from mlx_fd.evaluation.cache import Rows
 from mlx_fd.evaluation.calibration import brier, pr_auc, roc_auc, spearman
 from mlx_fd.evaluation.exam import Question
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.processbench import f1
-from mlx_fd.generation import Conversation, opening
-from mlx_fd.problems import arithmetic
+from mlx_fd.feedback.episode import Draft, expert_feedback, feedback_request, student_feedback
+from mlx_fd.feedback.pair import Pair
+from mlx_fd.models.generation import Conversation, opening
+from mlx_fd.problems import arithmetic, parsing, prompts
 
 LABELS = {
     "student": "Student",
@@ -33,7 +33,7 @@ LABELS = {
     "cod": "Chain-of-drafts critic",
 }
 FEEDBACK = "feedback"
-_NOTHING = roles.Feedback("", None)
+_NOTHING = prompts.Feedback("", None)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Judging:
                     trial(
                         setting,
                         item.draft,
-                        {**item.turns, FEEDBACK: roles.format_feedback(item.feedback)},
+                        {**item.turns, FEEDBACK: prompts.format_feedback(item.feedback)},
                         FEEDBACK,
                         item.feedback.score,
                     )
@@ -98,7 +98,7 @@ class Judging:
                 trial(
                     setting,
                     draft,
-                    {step: roles.format_feedback(one)},
+                    {step: prompts.format_feedback(one)},
                     step,
                     draft.student_score if by_head else one.score,
                 )
@@ -120,7 +120,7 @@ class Judging:
 
     def row(self, question: Question, given: Trial, how: str) -> dict[str, Any]:
         """What ``outputs.jsonl`` says of a feedback beside the feedback itself."""
-        feedback = roles.parse_feedback(given.final)
+        feedback = parsing.parse_feedback(given.final)
         named = arithmetic.first_error(feedback.text)
         return {
             "id": question.problem.id,
@@ -173,12 +173,12 @@ def _draft(pair: Pair, question: Question) -> Draft:
     """An answer as if the expert had given it."""
     tokenizer = pair.expert.tokenizer
     tokens = (
-        *opening(tokenizer, roles.answer_prompt(question.problem.question)),
+        *opening(tokenizer, prompts.answer_prompt(question.problem.question)),
         *tokenizer.encode(question.answer, add_special_tokens=False),
     )
     return Draft(
         question.problem,
-        roles.Answer(question.answer, None),
+        prompts.Answer(question.answer, None),
         Conversation(tokens),
         feedback_request(tokenizer),
     )

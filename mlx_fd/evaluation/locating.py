@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_fd.baselines import Trial
-from mlx_fd.baselines.trials import Who
-from mlx_fd.episode import Pair
+from mlx_fd.evaluation.baselines import Trial
+from mlx_fd.evaluation.baselines.trials import Who
 from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.cache import Rows
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.processbench import ALL_RIGHT, Item, critique_prompt, f1, predicted_step
-from mlx_fd.generation import Sampling, opening
+from mlx_fd.feedback.pair import Pair
+from mlx_fd.models.generation import Sampling, opening
 
 LABELS = {"student": "Student", "expert": "Expert"}
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, mcnemar, mean, paired_bootstrap
-from mlx_fd.summary import wilson
+from mlx_fd.runs.summary import wilson
 
 
 @dataclass(frozen=True)

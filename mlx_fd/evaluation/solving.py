@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from mlx_fd import roles
-from mlx_fd.baselines import LOOP, SYSTEMS, Trial
-from mlx_fd.baselines.trials import Who
-from mlx_fd.episode import Draft, Pair, answer, feedback_request
+from mlx_fd.evaluation.baselines import LOOP, SYSTEMS, Trial
+from mlx_fd.evaluation.baselines.trials import Who
 from mlx_fd.evaluation.bench import Bench, Uses
 from mlx_fd.evaluation.cache import Rows, digest
 from mlx_fd.evaluation.calibration import roc_auc
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
-from mlx_fd.generation import Conversation, opening, reply_to
-from mlx_fd.problems import Problem
+from mlx_fd.feedback.episode import Draft, answer, feedback_request
+from mlx_fd.feedback.pair import Pair
+from mlx_fd.models.generation import Conversation, opening, reply_to
+from mlx_fd.problems import Problem, parsing, prompts
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Solving:
     Attributes:
         name: ``gsm8k/test``.
         items: the problems.
-        systems: names in :data:`mlx_fd.baselines.SYSTEMS`, the one that is compared first.
+        systems: names in :data:`mlx_fd.evaluation.baselines.SYSTEMS`, the one that is compared first.
         samples: how often each problem is tried.
         readers: of the texts.
     """
@@ -99,8 +99,8 @@ class Solving:
             trial: the trial.
             how: how a final number is read.
         """
-        final = roles.final_answer(trial.final, how)
-        first = roles.final_answer(trial.turns["answer"], how)
+        final = parsing.final_answer(trial.final, how)
+        first = parsing.final_answer(trial.turns["answer"], how)
         gold = problem.solution
         if "####" not in gold:
             gold = f"{gold}\n#### {problem.answer}"
@@ -109,10 +109,10 @@ class Solving:
             "question": problem.question,
             "reference": str(problem.answer),
             "final": None if final is None else str(final),
-            "correct": roles.same_answer(final, problem.answer),
-            "strict": roles.lm_eval_match(trial.final, gold, "strict"),
-            "flexible": roles.lm_eval_match(trial.final, gold, "flexible"),
-            "first_correct": roles.same_answer(first, problem.answer),
+            "correct": parsing.same_answer(final, problem.answer),
+            "strict": parsing.lm_eval_match(trial.final, gold, "strict"),
+            "flexible": parsing.lm_eval_match(trial.final, gold, "flexible"),
+            "first_correct": parsing.same_answer(first, problem.answer),
             "score": trial.score,
         }
 
@@ -214,10 +214,10 @@ def _draft(pair: Pair, problem: Problem, row: dict[str, Any]) -> Draft:
     """
     tokenizer = pair.expert.tokenizer
     tokens = tuple(row["tokens"])
-    told = Conversation((*opening(tokenizer, roles.answer_prompt(problem.question)), *tokens))
+    told = Conversation((*opening(tokenizer, prompts.answer_prompt(problem.question)), *tokens))
     return Draft(
         problem,
-        roles.Answer(row["text"], None, tokens),
+        prompts.Answer(row["text"], None, tokens),
         told,
         reply_to(told, feedback_request(tokenizer)),
         tokens={"answer": len(tokens)},

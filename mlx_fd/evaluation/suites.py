@@ -19,11 +19,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_fd import problems, roles, runs
-from mlx_fd.baselines import BASE, CLEAR, LOOP, STUDENT, SYSTEMS
-from mlx_fd.checked import with_digest
+from mlx_fd import problems, runs
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation import exam, instructing, processbench
+from mlx_fd.evaluation.baselines import BASE, CLEAR, LOOP, STUDENT, SYSTEMS
 from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.cache import Cache, Rows
 from mlx_fd.evaluation.instructing import Instructing
@@ -35,10 +34,12 @@ from mlx_fd.evaluation.solving import Solving
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.target import Models, Target
 from mlx_fd.files import append_lines, check_way, read_text, write_atomic, write_json
-from mlx_fd.marks import EVALUATION, check_free
 from mlx_fd.models.context import fitting, short_enough
 from mlx_fd.models.storage import slug
-from mlx_fd.session import versions
+from mlx_fd.problems import prompts
+from mlx_fd.runs.checked import with_digest
+from mlx_fd.runs.manifest import versions
+from mlx_fd.runs.marks import EVALUATION, check_free
 
 FAST, FULL = "fast", "full"
 FAST_LIMIT = 100
@@ -171,7 +172,7 @@ def make_sets(
             options.processbench,
             items,
             [
-                f"{item.problem}\n{roles.feedback_prompt()}{chr(10).join(item.steps)}"
+                f"{item.problem}\n{prompts.feedback_prompt()}{chr(10).join(item.steps)}"
                 for item in items
             ],
         )

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd import runs
-from mlx_fd.checked import read_checked
 from mlx_fd.config import Config, override, preset
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cache import digest
-from mlx_fd.feedback import find
-from mlx_fd.gate import GateState, trusted
+from mlx_fd.feedback.gate import GateState, trusted
+from mlx_fd.feedback.judge import find
+from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
 from mlx_fd.models.directory import blaming
@@ -30,10 +30,11 @@ from mlx_fd.models.student import (
     projection_width,
     read_arrays,
 )
-from mlx_fd.session import Plan, open_pair
+from mlx_fd.runs.checked import read_checked
+from mlx_fd.runs.plan import Plan
 
 if TYPE_CHECKING:
-    from mlx_fd.episode import Pair
+    from mlx_fd.feedback.pair import Pair
 
 
 # Options of a run that decide, with the weights, what its student says.
@@ -253,7 +254,7 @@ def _with_adapter(plan: Plan, adapter: Path) -> Pair:
     """A pair whose student is a model with an mlx-lm adapter on it."""
     from mlx_lm.tuner.utils import load_adapters
 
-    from mlx_fd.episode import Pair
+    from mlx_fd.feedback.pair import Pair
     from mlx_fd.models import taps
     from mlx_fd.models.loading import load_pair
     from mlx_fd.models.student import Student

@@ -19,10 +19,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_fd import roles
 from mlx_fd.errors import UserError
 from mlx_fd.files import write_atomic
-from mlx_fd.problems import Problem
+from mlx_fd.problems import Problem, parsing
+from mlx_fd.problems.prompts import (
+    FEEDBACK_OPENING,
+    Feedback,
+    answer_prompt,
+    critique_prompt,
+    feedback_prompt,
+    final_prompt,
+    merge_prompt,
+    revise_prompt,
+)
 
 if TYPE_CHECKING:
     from mlx_fd.models.loading import Loaded
@@ -159,7 +168,7 @@ class _Reference:
 
     def write(self, texts: Sequence[str], most: int) -> list[tuple[tuple[int, ...], str]]:
         """Greedy continuations of prompts: tokens, and the text without the end token."""
-        from mlx_fd.generation import Conversation, Sampling, generate
+        from mlx_fd.models.generation import Conversation, Sampling, generate
 
         found: list[tuple[tuple[int, ...], str]] = []
         for place in range(0, len(texts), _BATCH):
@@ -199,10 +208,10 @@ def make_bundle(
     Raises:
         UserError: there is no problem, no chat template, or the model's logits are not finite.
     """
-    from mlx_fd.backend import backend
-    from mlx_fd.generation import chat_text
+    from mlx_fd.models.backend import backend
     from mlx_fd.models.fingerprint import content_hash
-    from mlx_fd.session import versions
+    from mlx_fd.models.generation import chat_text
+    from mlx_fd.runs.manifest import versions
 
     if not problems:
         raise UserError("a parity bundle needs at least one problem")
@@ -220,7 +229,7 @@ def make_bundle(
         for problem, drawn in zip(chosen, row, strict=True)
     ]
     prompts = tuple(_scored(reference, *draft) for draft in drafts)
-    around = chat_text(loaded.tokenizer, [roles.answer_prompt(_SENTINEL)]).split(_SENTINEL)
+    around = chat_text(loaded.tokenizer, [answer_prompt(_SENTINEL)]).split(_SENTINEL)
     if len(around) != 2:
         raise UserError(
             f"{loaded.path}: its chat template writes a message {len(around) - 1} times, so that "
@@ -253,34 +262,34 @@ def _conversations(
     reference: _Reference, problems: Sequence[Problem]
 ) -> Iterator[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
     """Each role with, for each problem, the prompt's text and the greedy continuation."""
-    from mlx_fd.generation import chat_text
+    from mlx_fd.models.generation import chat_text
 
     chats: list[list[str]] = [[] for _ in problems]
-    feedbacks: list[roles.Feedback] = []
+    feedbacks: list[Feedback] = []
     for role in ROLES:
         for place, (chat, problem) in enumerate(zip(chats, problems, strict=True)):
             if role == "answer":
-                message = roles.answer_prompt(problem.question)
+                message = answer_prompt(problem.question)
             elif role == "feedback":
-                message = roles.feedback_prompt()
+                message = feedback_prompt()
             elif role == "merge":
                 # The next problem's feedback stands in for the amateur's.
                 other = feedbacks[(place + 1) % len(feedbacks)]
-                message = roles.merge_prompt(feedbacks[place], other)
+                message = merge_prompt(feedbacks[place], other)
             elif role == "revise":
-                message = roles.revise_prompt("")
+                message = revise_prompt("")
             elif role == "critique":
-                message = roles.critique_prompt()
+                message = critique_prompt()
             else:
-                message = roles.final_prompt()
+                message = final_prompt()
             chat.append(message)
-        begun = roles.FEEDBACK_OPENING if role == "feedback" else ""
+        begun = FEEDBACK_OPENING if role == "feedback" else ""
         texts = [chat_text(reference.loaded.tokenizer, chat) + begun for chat in chats]
         written = reference.write(texts, _CONTINUATION)
         for chat, (_, text) in zip(chats, written, strict=True):
             chat.append(f"{begun} {text}".strip())
         if role == "feedback":
-            feedbacks = [roles.parse_feedback(chat[-1]) for chat in chats]
+            feedbacks = [parsing.parse_feedback(chat[-1]) for chat in chats]
         yield role, [(text, tokens) for text, (tokens, _) in zip(texts, written, strict=True)]
 
 
@@ -319,8 +328,8 @@ def _answered(
 ) -> Iterator[Item]:
     texts = [before + problem.question.strip() + after for problem in problems]
     for problem, (_, text) in zip(problems, reference.write(texts, _ANSWER_TOKENS), strict=True):
-        final = roles.final_answer(text)
-        right = roles.same_answer(final, problem.answer)
+        final = parsing.final_answer(text)
+        right = parsing.same_answer(final, problem.answer)
         yield Item(problem.id, problem.question.strip(), problem.answer, text, final, right)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_fd import roles
 from mlx_fd.errors import UserError
 from mlx_fd.export.bundle import (
     ARRAYS,
@@ -31,6 +30,7 @@ from mlx_fd.export.bundle import (
     Prompt,
     content_digest,
 )
+from mlx_fd.problems import parsing
 
 # Far above what is ever written: 18 prompts of 64 positions are 0.6 MB.
 _LARGEST = {CONTENT: 32 << 20, REFERENCE: 64 << 20}
@@ -161,7 +161,7 @@ def _item(row: _Fields) -> Item:
     # A final answer that could not be read is null.
     final = None if row.null("final") else row.number("final")
     answer, right = row.number("answer"), row.flag("right")
-    if right != roles.same_answer(final, answer):
+    if right != parsing.same_answer(final, answer):
         raise UserError(f"{row.where}: right is {right}, but its answers say otherwise; {_AGAIN}")
     return Item(row.text("id"), row.text("question"), answer, row.text("text"), final, right)
 

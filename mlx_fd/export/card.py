@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_fd import roles
 from mlx_fd.export.gguf_file import Written, file_name
 from mlx_fd.export.guide import how_to_compare
 from mlx_fd.export.verify import Agreement
+from mlx_fd.problems import prompts
 
 if TYPE_CHECKING:
     from mlx_fd.export.exporter import Form
@@ -298,7 +298,7 @@ def _score_head(source: Source, form: Form, score_at: str) -> str:
 # Prompts that a student was trained on, so that its head reads what it knows.
 _EXAMPLE = f"""\
 problem, answer = "Tom has 3 apples and buys 5. How many?", "3 + 5 = 9. #### 9"
-turns = [problem + {roles.answer_prompt("")!r}, answer, {roles.feedback_prompt()!r}]
+turns = [problem + {prompts.answer_prompt("")!r}, answer, {prompts.feedback_prompt()!r}]
 chat = [{{"role": ("user", "assistant")[i % 2], "content": text}} for i, text in enumerate(turns)]
 """
 
@@ -317,7 +317,7 @@ model, tokenizer = mlx_lm.load({load})
 head = mx.load("score_head.safetensors")
 {_EXAMPLE}\
 ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, date_string="26 Jul 2024")
-ids += tokenizer.encode({roles.FEEDBACK_OPENING!r}, add_special_tokens=False)
+ids += tokenizer.encode({prompts.FEEDBACK_OPENING!r}, add_special_tokens=False)
 {written}\
 hidden = model.model(mx.array([ids]))[0, -1].astype(mx.float32)
 print(mx.tanh(head["weight"] @ hidden + head["bias"]).item())  # from -1, harmful, to 1, excellent
@@ -342,7 +342,7 @@ llm = llama_cpp.Llama("{file_name(form.gguf_type)}", n_ctx=4096, embedding=True,
 head = load_file("score_head.safetensors")
 {_EXAMPLE}\
 written = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], "", "")(messages=chat).prompt
-ids = llm.tokenize((written + {roles.FEEDBACK_OPENING!r}).encode(), special=True)
+ids = llm.tokenize((written + {prompts.FEEDBACK_OPENING!r}).encode(), special=True)
 {written if score_at == "feedback" else ""}\
 llm.reset()
 llm.eval(ids)

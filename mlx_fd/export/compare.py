@@ -277,7 +277,7 @@ def judged(job: Job, outcome: Mapping[str, Any], weights: str = "auto") -> Row:
 
 def report(jobs: Sequence[Job], rows: Sequence[Row]) -> dict[str, Any]:
     """Everything, as JSON."""
-    from mlx_fd.session import versions
+    from mlx_fd.runs.manifest import versions
 
     bundles = {str(job.folder): job.bundle for job in jobs}
     return {

@@ -27,7 +27,7 @@ from mlx_fd.export.verify import (
     logits_of,
     role_chat,
 )
-from mlx_fd.feedback import open_student
+from mlx_fd.feedback.judge import open_student
 from mlx_fd.files import replacing, working_folder
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.storage import new_directory

@@ -22,13 +22,7 @@ import numpy as np
 
 from mlx_fd.errors import UserError
 from mlx_fd.export.gguf_tokenizer import read_vocabulary
-from mlx_fd.export.source import (
-    Source,
-    changed_modules,
-    check_architecture,
-    end_tokens,
-    fused,
-)
+from mlx_fd.export.source import Source, changed_modules, check_architecture, end_tokens, fused
 from mlx_fd.models.gguf import GROUP, Shape, expected_tensors, llama3_divisors, permuted_heads
 from mlx_fd.models.loading import open_lazily
 

@@ -6,13 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd.export.mlx_dir import MLX_KEYS
-from mlx_fd.export.source import (
-    Source,
-    check_architecture,
-    copy_tokenizer,
-    end_tokens,
-    fused,
-)
+from mlx_fd.export.source import Source, check_architecture, copy_tokenizer, end_tokens, fused
 from mlx_fd.files import write_json
 from mlx_fd.models.gguf import ARCHITECTURES
 from mlx_fd.models.loading import open_lazily

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_fd import roles
 from mlx_fd.errors import UserError
 from mlx_fd.export.bundle import ROLES, Bundle, Item, Prompt
 from mlx_fd.export.engines import TIMED_ROLE, Engine, Followed
-from mlx_fd.problems import Problem
-from mlx_fd.summary import wilson
+from mlx_fd.problems import Problem, parsing
+from mlx_fd.runs.summary import wilson
 
 # Below what is left of 1 after 64 float32 log-probabilities are taken from it.
 _TAIL_FLOOR = 1e-7
@@ -143,8 +142,8 @@ def _answers(
         text = engine.answer(
             bundle.before + problem.question.strip() + bundle.after, bundle.answer_tokens
         )
-        final = roles.final_answer(text)
-        rights.append(roles.same_answer(final, problem.answer))
+        final = parsing.final_answer(text)
+        rights.append(parsing.same_answer(final, problem.answer))
         item = known.get(problem.id)
         if item is not None and item.question == problem.question.strip():
             theirs.append(item.right)

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd import runs
-from mlx_fd.checked import DIGEST, content_digest
 from mlx_fd.config import ModelOptions
 from mlx_fd.errors import UserError
-from mlx_fd.feedback import Place, find
+from mlx_fd.feedback.judge import Place, find
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.gguf import ARCHITECTURES
 from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.resolve import parse_name
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS, read_arrays
+from mlx_fd.runs.checked import DIGEST, content_digest
 
 if TYPE_CHECKING:
     import mlx.core as mx

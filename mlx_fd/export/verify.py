@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_fd import roles
 from mlx_fd.errors import UserError
 from mlx_fd.export.logits import log_softmax, next_token_logits
-from mlx_fd.generation import next_message, opening
+from mlx_fd.models.generation import next_message, opening
+from mlx_fd.problems import prompts
 
 if TYPE_CHECKING:
     from mlx_fd.models.loading import Loaded
@@ -60,19 +60,19 @@ def role_chat(tokenizer: Any) -> tuple[int, ...]:
             "this model has no chat template, and the roles' prompts are chats: an Instruct model "
             "is needed, not a base model"
         )
-    feedback = roles.Feedback(_FEEDBACK, 1.0)
+    feedback = prompts.Feedback(_FEEDBACK, 1.0)
     replies = (
-        (roles.feedback_prompt(), roles.format_feedback(feedback)),
-        (roles.merge_prompt(feedback, feedback), _FEEDBACK),
-        (roles.revise_prompt(""), _SOLUTION),
-        (roles.critique_prompt(), _FEEDBACK),
-        (roles.final_prompt(), _SOLUTION),
+        (prompts.feedback_prompt(), prompts.format_feedback(feedback)),
+        (prompts.merge_prompt(feedback, feedback), _FEEDBACK),
+        (prompts.revise_prompt(""), _SOLUTION),
+        (prompts.critique_prompt(), _FEEDBACK),
+        (prompts.final_prompt(), _SOLUTION),
     )
 
     def said(text: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(text, add_special_tokens=False))
 
-    tokens = (*opening(tokenizer, roles.answer_prompt(_QUESTION)), *said(_SOLUTION))
+    tokens = (*opening(tokenizer, prompts.answer_prompt(_QUESTION)), *said(_SOLUTION))
     for message, reply in replies:
         tokens = (*tokens, *next_message(tokenizer, message), *said(reply))
     return tokens

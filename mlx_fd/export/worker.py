@@ -13,8 +13,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TextIO
 
-from mlx_fd.backend import load_blas
 from mlx_fd.errors import UserError
+from mlx_fd.models.backend import load_blas
 from mlx_fd.problems import Problem
 
 

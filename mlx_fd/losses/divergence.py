@@ -17,11 +17,10 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from mlx_fd import kernels
-from mlx_fd.backend import backend
-from mlx_fd.losses import graph
+from mlx_fd.losses import graph, kernels
 from mlx_fd.losses.graph import Rows
 from mlx_fd.losses.head import Head, Parameters, linear_head
+from mlx_fd.models.backend import backend
 from mlx_fd.models.memory import LOGIT_BUDGET
 
 # Of logits that stay in a CPU's cache while dozens of operations pass over them.

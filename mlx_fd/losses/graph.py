@@ -12,7 +12,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 # Stands in for a logit of -inf, so that 0 * log 0 is 0: far below any logit, and still a number.
 _LEAST_LOGIT = -1e20

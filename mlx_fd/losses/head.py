@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from mlx_fd.backend import backend
+from mlx_fd.models.backend import backend
 
 # What a weight may take in float32 where it is widened a tile at a time.
 _TILE_BYTES = 4 * 2**20

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_fd import kernels
+from mlx_fd.losses import kernels
 from mlx_fd.losses.graph import pool
 
 

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_fd import roles
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.models.pairing import read_tokenizer
 from mlx_fd.models.storage import read_json
 from mlx_fd.problems import ProblemSet
+from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 
 # What a chat template adds to a question, an answer and a request for feedback: role names,
 # turn ends, the system prompt of some.
@@ -94,9 +94,9 @@ def fitting(
     """
     options = config.generation
     if config.self_distils:
-        prompts, written = roles.answer_prompt(""), options.answer_tokens
+        prompts, written = answer_prompt(""), options.answer_tokens
     else:
-        prompts = roles.answer_prompt("") + roles.feedback_prompt()
+        prompts = answer_prompt("") + feedback_prompt()
         written = options.answer_tokens + max(options.feedback_tokens, options.merge_tokens)
     texts = [problem.question for problem in found.problems]
     if with_solutions:

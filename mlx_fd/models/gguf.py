@@ -529,7 +529,7 @@ def convert(gguf_path: Path, out_dir: Path) -> None:
     Raises:
         UserError: the file is missing, damaged, or holds something that is not supported.
     """
-    from mlx_fd.backend import backend
+    from mlx_fd.models.backend import backend
 
     backend()
     import mlx.core as mx

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_fd.backend import backend
 from mlx_fd.errors import UserError
 from mlx_fd.models import chat_template
+from mlx_fd.models.backend import backend
 from mlx_fd.models.directory import blaming, check_directory
 from mlx_fd.models.memory import available_memory
 

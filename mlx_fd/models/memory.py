@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_fd.backend import backend
 from mlx_fd.errors import UserError
+from mlx_fd.models.backend import backend
 
 # Bytes that the logits and what is made of them may take at a time in the losses.
 LOGIT_BUDGET = 512 << 20

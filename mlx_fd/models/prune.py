@@ -78,7 +78,7 @@ def prune(model_dir: Path, layers: int, out_dir: Path) -> None:
     Raises:
         UserError: ``layers`` is out of range, or the model's files cannot be read.
     """
-    from mlx_fd.backend import backend
+    from mlx_fd.models.backend import backend
 
     backend()
     import mlx.core as mx

@@ -23,7 +23,7 @@ from fractions import Fraction
 
 from mlx_fd.errors import UserError
 from mlx_fd.problems import Problem, ProblemSet
-from mlx_fd.roles import Feedback
+from mlx_fd.problems.prompts import Feedback
 
 SPLITS = ("train", "validation", "test", "transfer")
 SIZES = {"train": 4000, "validation": 500, "test": 500, "transfer": 500}

@@ -18,10 +18,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_fd import roles
-from mlx_fd.config import shown
 from mlx_fd.errors import UserError
-from mlx_fd.problems import Problem, ProblemSet
+from mlx_fd.problems import Problem, ProblemSet, parsing
+from mlx_fd.text import shown
 
 _SHOWN = 10
 _GAP = re.compile(r"[ \t\r\n,]*")
@@ -285,7 +284,9 @@ def _problem(row: dict[str, Any] | str, default_id: str) -> Problem:
         answer = str(answer)  # of a float: the shortest text that is this float
     answer = _text({"answer": answer}, "answer", "answer")
     marked = "####" in answer
-    value = roles.final_answer(answer[answer.rindex("####") :]) if marked else roles.number(answer)
+    value = (
+        parsing.final_answer(answer[answer.rindex("####") :]) if marked else parsing.number(answer)
+    )
     if value is None:
         raise ValueError("no final number in 'answer': it is a number, or ends in '#### <number>'")
     solution = answer if row.get("solution") is None else _text(row, "solution", "solution")

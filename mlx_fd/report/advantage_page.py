@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from mlx_fd.evaluation.statistics import Estimate
 from mlx_fd.report.rendering import render
 from mlx_fd.report.tables import Cell, Row, Table, table
-from mlx_fd.selfdistill.advantage import AFTER, BEFORE, IN, PARTS, RIGHT, Scored, Summary
-from mlx_fd.selfdistill.contexts import describe
+from mlx_fd.training.selfdistill.advantage import AFTER, BEFORE, IN, PARTS, RIGHT, Scored, Summary
+from mlx_fd.training.selfdistill.contexts import describe
 
 # Advantages in nats from which on a token has the next shade.
 SHADES = (0.1, 0.5, 2.0, 5.0)

@@ -7,9 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from mlx_fd.display import EXAM_NAMES
 from mlx_fd.evaluation.names import is_share, shown_name
-from mlx_fd.pareto.names import KINDS, kind_of
+from mlx_fd.evaluation.pareto.names import KINDS, kind_of
 from mlx_fd.report import drawing as draw
 from mlx_fd.report.drawing import Figure
 from mlx_fd.report.frontier import loss_layers
@@ -17,7 +16,8 @@ from mlx_fd.report.reading import LoopRun
 from mlx_fd.report.run import Run
 from mlx_fd.report.tables import STEP_NAMES, losses_table, measures_of, steps_table
 from mlx_fd.report.theme import PAGE
-from mlx_fd.selfdistill.summary import WRONG
+from mlx_fd.runs.labels import EXAM_NAMES
+from mlx_fd.runs.self_distillation_summary import WRONG
 
 # What gains, where its name alone does not say it.
 _GAINING = {WRONG: "problems answered wrong"}

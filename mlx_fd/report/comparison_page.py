@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.export import table as words
+from mlx_fd.export import wording
 from mlx_fd.files import write_atomic, write_json
-from mlx_fd.marks import COMPARISON, claimed
 from mlx_fd.report.rendering import render
 from mlx_fd.report.tables import Cell, Row, Table, table
 from mlx_fd.runs import failed_write
+from mlx_fd.runs.marks import COMPARISON, claimed
 
 _NOTHING = "n/a"
 
@@ -30,7 +30,7 @@ def page(report: Mapping[str, Any]) -> str:
         verdict="good" if parity else "bad",
         measures=_measures(report["rows"]),
         engines=[
-            (", ".join(words.heading(row)), words.notes(row), _roles(row))
+            (", ".join(wording.heading(row)), wording.notes(row), _roles(row))
             for row in report["rows"]
             if row["measures"]
         ],
@@ -39,14 +39,14 @@ def page(report: Mapping[str, Any]) -> str:
 
 
 def _measures(rows: list[Mapping[str, Any]]) -> Table:
-    texts = [words.measured(row) for row in rows]
-    verdicts = [Cell(words.verdict(row), kind="good" if row["parity"] else "bad") for row in rows]
+    texts = [wording.measured(row) for row in rows]
+    verdicts = [Cell(wording.verdict(row), kind="good" if row["parity"] else "bad") for row in rows]
     lines: list[Row] = [("verdict", *verdicts)]
     for label in dict.fromkeys(label for found in texts for label in found):
         lines.append((label, *(found.get(label, _NOTHING) for found in texts)))
     return table(
         "What each engine says of an export, against what was said where it was exported",
-        ("", *(", ".join(words.heading(row)) for row in rows)),
+        ("", *(", ".join(wording.heading(row)) for row in rows)),
         lines,
         numbers=False,
     )

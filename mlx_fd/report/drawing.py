@@ -13,7 +13,7 @@ from mlx_fd.report.files import Row
 from mlx_fd.report.run import Run
 from mlx_fd.report.tables import Table
 from mlx_fd.report.theme import PAGE, themed
-from mlx_fd.summary import wilson
+from mlx_fd.runs.summary import wilson
 
 # Bins of the accuracy curve: a batch alone is too few episodes for an interval worth drawing.
 _BINS = 16

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlx_fd.checked import read_checked
+from mlx_fd.runs.checked import read_checked
 
 Row = dict[str, Any]
 _T = TypeVar("_T")

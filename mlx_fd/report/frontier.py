@@ -8,7 +8,7 @@ from typing import Any
 
 import altair as alt
 
-from mlx_fd.pareto.names import COSTS, KINDS, kind_of
+from mlx_fd.evaluation.pareto.names import COSTS, KINDS, kind_of
 from mlx_fd.report import drawing as draw
 from mlx_fd.report.theme import PAGE, PAPER, save_svg
 

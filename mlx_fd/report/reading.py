@@ -32,7 +32,7 @@ from mlx_fd.report.run import (
     summary_of,
 )
 from mlx_fd.report.self_reading import SelfRun, is_self_distillation, read_self_run
-from mlx_fd.summary import summarise
+from mlx_fd.runs.summary import summarise
 
 _PROBE = "probe.json"
 _PARETO = "pareto.json"

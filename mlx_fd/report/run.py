@@ -8,16 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd import runs
-from mlx_fd.checkpoints import changed_logs
-from mlx_fd.report.files import (
-    Row,
-    json_file,
-    known,
-    number,
-    numbers,
-    text,
-    truth,
-)
+from mlx_fd.report.files import Row, json_file, known, number, numbers, text, truth
+from mlx_fd.runs.checkpoints import changed_logs
 
 _EVAL = "eval"
 _EVAL_FILE = "eval.json"

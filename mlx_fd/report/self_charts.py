@@ -13,8 +13,8 @@ from mlx_fd.report.files import Row
 from mlx_fd.report.run import Run
 from mlx_fd.report.self_reading import SelfRun
 from mlx_fd.report.self_tables import STEP_NAMES, share_says
-from mlx_fd.selfdistill.summary import WRONG
-from mlx_fd.summary import wilson
+from mlx_fd.runs.self_distillation_summary import WRONG
+from mlx_fd.runs.summary import wilson
 
 Values = Mapping[str, Callable[[Row], float | None]]
 

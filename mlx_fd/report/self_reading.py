@@ -28,7 +28,7 @@ from mlx_fd.report.run import (
     say_changed_logs,
     summary_of,
 )
-from mlx_fd.selfdistill.summary import WRONG, summarise
+from mlx_fd.runs.self_distillation_summary import WRONG, summarise
 
 _STEPS = ("attempt", "context", "learn")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mlx_fd.display import duration
 from mlx_fd.report.self_reading import SelfRun
 from mlx_fd.report.tables import (
     NONE,
@@ -19,7 +18,8 @@ from mlx_fd.report.tables import (
     steps_note,
     table,
 )
-from mlx_fd.summary import wilson
+from mlx_fd.runs.labels import duration
+from mlx_fd.runs.summary import wilson
 
 STEP_NAMES = {
     "attempt": "attempts",

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_fd.display import EXAM_NAMES, duration
 from mlx_fd.evaluation.names import is_share, shown_name
-from mlx_fd.pareto.names import METRICS, remarks_on
+from mlx_fd.evaluation.pareto.names import METRICS, remarks_on
 from mlx_fd.report.run import Run
+from mlx_fd.runs.labels import EXAM_NAMES, duration
 
 NONE = "-"
 STEP_NAMES = {

@@ -3,8 +3,8 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_fd import kernels
-from mlx_fd.kernel_checks import (
+from mlx_fd.losses import kernels
+from mlx_fd.losses.kernel_checks import (
     alignment_reference,
     divergence_reference,
     float64,

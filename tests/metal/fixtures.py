@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from metal.emulator import Emulator
-from mlx_fd import kernels
+from mlx_fd.losses import kernels
 
 
 @pytest.fixture

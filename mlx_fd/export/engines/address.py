@@ -6,7 +6,7 @@ import urllib.parse
 from dataclasses import dataclass
 
 from mlx_fd.errors import UserError
-from mlx_fd.terminal import strip_control_chars
+from mlx_fd.text import strip_control_chars
 
 _HIDDEN = "***"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_fd.backend import backend
 from mlx_fd.export.bundle import Bundle
 from mlx_fd.export.engines.local import LocalEngine, peak_resident
 from mlx_fd.export.logits import next_token_logits
+from mlx_fd.models.backend import backend
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
 

@@ -31,7 +31,7 @@ from mlx_fd.export.bundle import Bundle, Prompt
 from mlx_fd.export.engines import TIMED_ROLE, Followed, Timing
 from mlx_fd.export.engines.address import parse_address, without_secrets
 from mlx_fd.export.engines.exchange import Budget, Unusable, open_url
-from mlx_fd.terminal import strip_control_chars
+from mlx_fd.text import strip_control_chars
 
 SECONDS = 300.0  # for one exchange, from the connection to the last byte of the response
 _PATIENCE = (1.0, 4.0)  # seconds before the second and the third try

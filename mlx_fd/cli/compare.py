@@ -1,0 +1,105 @@
+"""``mlx-fd compare``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from mlx_fd.cli.options import Count, PathType, debug_option, json_option, quiet_option
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  mlx-fd compare student-gguf                                    with what can open it here
+  mlx-fd compare student student-gguf.tar --engine mlx --engine llama.cpp
+  mlx-fd compare student-hf --engine openai:http://gpu-box:8000  a server: vLLM, SGLang, ...
+  mlx-fd compare student --problems gsm8k --limit 200 --out comparison
+""",
+)
+@click.argument("exports", nargs=-1, required=True, type=PathType())
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    metavar="ENGINE",
+    help="mlx, llama.cpp or openai:URL (openai:URL#MODEL where it serves several; a request may "
+    "take 300 seconds); can be given several times. [default: mlx and llama.cpp, where they find "
+    "something to open]",
+)
+@click.option(
+    "--problems",
+    metavar="SOURCE",
+    help="Answer problems of gsm8k, arithmetic, a file or a hub data set. [default: the bundle's, "
+    "which the reference answered too]",
+)
+@click.option(
+    "--limit",
+    type=Count(0),
+    metavar="N",
+    help="Answer the first N problems. [default: all of the bundle's, 100 of a source]",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "float", "quantized"]),
+    default="auto",
+    show_default=True,
+    help="Whose tolerances hold. auto: as the file says; a server's count as float.",
+)
+@click.option(
+    "--skip-bad-rows", is_flag=True, help="Leave out rows of --problems that cannot be read."
+)
+@click.option("--out", type=PathType(), metavar="DIR", help="Write compare.json and compare.html.")
+@json_option
+@quiet_option
+@debug_option
+def compare(
+    exports: tuple[Path, ...],
+    engines: tuple[str, ...],
+    problems: str | None,
+    limit: int | None,
+    weights: str,
+    skip_bad_rows: bool,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Hold engines against what an exported model said where it was exported.
+
+    EXPORTS are directories of `mlx-fd export` with a parity bundle, or their .tar archives. Each
+    engine runs the bundle in a process of its own. Exits with 1 where one is not the same model.
+    """
+    from rich.console import Console
+
+    from mlx_fd.cli.terminal.comparison import print_comparison
+    from mlx_fd.cli.terminal.run import Steps
+    from mlx_fd.export import compare as comparison
+    from mlx_fd.report.comparison_page import report_folder, write_report
+
+    with contextlib.ExitStack() as held:
+        folders = [held.enter_context(comparison.opened(path)) for path in exports]
+        jobs = comparison.plan(folders, engines)
+        asked = comparison.questions(problems, limit, skip_bad_rows=skip_bad_rows)
+        if out is not None:
+            held.enter_context(report_folder(out))
+        steps = held.enter_context(Steps(Console(stderr=True), quiet=quiet))
+        rows = [
+            comparison.judged(job, comparison.run(job, asked(job), steps, debug=debug), weights)
+            for job in jobs
+        ]
+        found = comparison.report(jobs, rows)
+        if out is not None:
+            write_report(found, out)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        print_comparison(rows, Console())
+        if out is not None:
+            click.echo(f"the comparison is in {out / 'compare.html'} and compare.json")
+    if not found["parity"]:
+        sys.exit(1)

@@ -1,0 +1,124 @@
+"""``mlx-fd loop`` and ``mlx-fd resume``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_fd.cli.options import (
+    ConfiguredCommand,
+    PathType,
+    configuration,
+    debug_option,
+    json_option,
+    quiet_option,
+    track_option,
+    with_configuration,
+)
+from mlx_fd.cli.run_command import Job, drive, new_folder
+from mlx_fd.config import PRESETS
+from mlx_fd.errors import UserError
+from mlx_fd.runs.tracking import check_installed
+
+
+@with_configuration
+@click.command(
+    cls=ConfiguredCommand,
+    epilog="""\b
+Examples:
+  mlx-fd loop --expert qwen2.5-7b-4bit
+  mlx-fd loop --expert llama-3.1-8b-4bit --episodes 1000 --preset 16gb
+  mlx-fd loop --preset tiny
+  mlx-fd loop --preset tiny --losses lm,logit,score,answer,reasoning --loss-weights phases
+  mlx-fd loop --expert qwen2.5-7b-4bit --teacher-top-k 64 --epochs 3
+  mlx-fd loop --expert smollm2-135m --student smollm2-135m:layers=15 --preset quick
+  mlx-fd loop --config runs/mine/config.toml --seed 1 --out runs/seed1
+  mlx-fd loop --preset tiny --track tensorboard
+  mlx-fd loop --config runs/always/pareto.toml    stops where mlx-fd pareto recommends
+""",
+)
+@click.option("--preset", "preset_name", metavar="NAME", help=f"One of: {', '.join(PRESETS)}.")
+@click.option(
+    "--config",
+    "config_file",
+    type=PathType(),
+    metavar="FILE",
+    help="A TOML file with options, for instance an earlier run's config.toml.",
+)
+@click.option(
+    "--out",
+    type=PathType(),
+    metavar="DIR",
+    help="The run directory. [default: runs/DATE-TIME]",
+)
+@track_option
+@json_option
+@quiet_option
+@debug_option
+def loop(
+    preset_name: str | None,
+    config_file: Path | None,
+    out: Path | None,
+    trackers: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **given: Any,
+) -> None:
+    """Distil the expert's feedback into the student while the expert solves problems.
+
+    Options given here win over --config, which wins over --preset. Ctrl-C ends the run after the
+    batch under way, and a second one at once, without that batch; either way `mlx-fd resume` goes
+    on exactly there.
+
+    Exits with 0 when the run is done, with 130 after Ctrl-C (143 after SIGTERM, 129 after SIGHUP,
+    as from a terminal that was closed), with 2 when something has to be mended first.
+    """
+    from mlx_fd.models.backend import backend
+
+    check_installed(trackers)
+    config = configuration(preset_name, config_file, given)
+    if config.self_distils:
+        raise UserError(
+            f"{config_file} is of a run of self-distillation: mlx-fd self-distill --config "
+            f"{config_file}"
+        )
+    backend()
+    from mlx_fd.runs.plan import check_out, make_plan
+
+    folder = out or new_folder()
+    check_out(folder)
+    _run(folder, make_plan(config), [], trackers, as_json, quiet, new=True)
+
+
+def _run(
+    folder: Path,
+    plan: Any,
+    worries: list[str],
+    trackers: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    *,
+    new: bool,
+    redo: bool = False,
+) -> None:
+    from mlx_fd.cli.terminal.run import Display, summary_table
+    from mlx_fd.feedback.pair import open_pair
+    from mlx_fd.runs import README
+    from mlx_fd.training.loop import run
+
+    models = plan.config.models
+
+    def opened() -> Callable[..., Any]:
+        pair = open_pair(plan)
+        return lambda report, stop: run(
+            *(folder, plan.config, pair, plan.probe, plan.problems, report, stop, plan.exam()),
+            redo=redo,
+        )
+
+    names = f"expert {models.expert}, student {models.student}"
+    job = Job(names, opened, Display, summary_table, README)
+    drive(folder, plan, job, worries, trackers, as_json, quiet, new=new)

@@ -1,0 +1,34 @@
+"""``mlx-fd models``."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from mlx_fd.cli.options import debug_option, json_option
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  mlx-fd models
+  mlx-fd models --json
+""",
+)
+@json_option
+@debug_option
+def models(as_json: bool, debug: bool) -> None:
+    """List the models that can be used here."""
+    from mlx_fd.models.backend import backend
+
+    backend()
+    from mlx_fd.cli.checks import model_rows, models_table
+
+    rows = model_rows()
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(models_table(rows))

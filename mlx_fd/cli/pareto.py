@@ -1,0 +1,149 @@
+"""``mlx-fd pareto``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_fd.cli.options import PathType, Words, debug_option, json_option, quiet_option
+from mlx_fd.cli.signals import Stopped, stopping_on_signals
+from mlx_fd.evaluation.pareto.names import COSTS
+
+if TYPE_CHECKING:
+    from mlx_fd.config import Config
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  mlx-fd pareto runs/always                       a run of: mlx-fd loop --gate always
+  mlx-fd pareto runs/always --cost teacher_tokens --objectives lm,score
+  mlx-fd pareto runs/always --exam                what the student could do at each stop
+  mlx-fd pareto runs/always --sweep               train each threshold, and compare
+""",
+)
+@click.argument("run", type=PathType())
+@click.option(
+    "--cost",
+    type=click.Choice(list(COSTS)),
+    default="kd_steps",
+    show_default=True,
+    help="The cost that is weighed: optimiser steps, tokens learned from in them, or their time.",
+)
+@click.option(
+    "--objectives",
+    type=Words(numbers=False),
+    default="",
+    help="Losses and metrics weighed against it. [default: all losses; with --exam its F1 and the "
+    "problems solved too]",
+)
+@click.option(
+    "--exam",
+    is_flag=True,
+    help="Examine the student at each stop whose checkpoint is there (--problems arithmetic; keep "
+    "them with --checkpoint-every 1 --keep-checkpoints N).",
+)
+@click.option(
+    "--sweep",
+    is_flag=True,
+    help="Train every threshold for real, in RUN/sweep, and compare. The same command goes on with "
+    "a sweep that was stopped.",
+)
+@json_option
+@quiet_option
+@debug_option
+def pareto(
+    run: Path,
+    cost: str,
+    objectives: list[str],
+    exam: bool,
+    sweep: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Find where to stop distilling, from one run that did not stop.
+
+    RUN is the directory of a run with `--gate always`. The gate is replayed on it for every
+    stop_threshold: where it would have stopped, what that would have cost, and the held-out losses
+    there. The knee of the Pareto frontier is recommended. Writes pareto.json, pareto.svg, and
+    pareto.toml, which `mlx-fd loop --config` takes, into RUN.
+    """
+    from rich.console import Console
+
+    from mlx_fd.cli.terminal.frontier import summary, table
+    from mlx_fd.cli.terminal.run import Steps
+    from mlx_fd.evaluation.pareto.choice import PRESET, judge, objectives_of
+    from mlx_fd.evaluation.pareto.curve import read_curve
+    from mlx_fd.evaluation.pareto.points import points_of
+    from mlx_fd.report.frontier import PLOT
+
+    curve = read_curve(run)
+    points = points_of(run, curve)
+    notes: list[str] = []
+    if exam:
+        from mlx_fd.models.backend import backend
+
+        backend()
+        from mlx_fd.evaluation.pareto.exam import examine_points
+
+        with Steps(Console(stderr=True), quiet=quiet) as steps:
+            points, notes = examine_points(run, curve, points, steps)
+    names = objectives_of(points, cost, objectives)
+    found = judge(run, curve, points, names)
+    found["notes"] += notes
+    _write(run, found, curve.config)
+    if sweep:
+        found["points"] = _swept(run, found, curve.config, quiet)
+        _write(run, found, curve.config)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    if not quiet:
+        Console().print(table(found))
+    for note in found["notes"]:
+        click.echo(f"note: {note}")
+    click.echo(summary(found))
+    click.echo(
+        f"mlx-fd loop --config {shlex.quote(str(run / PRESET))}   stops there; the plot "
+        f"is {run / PLOT}"
+    )
+
+
+def _write(run: Path, found: dict[str, Any], config: Config) -> None:
+    from mlx_fd import runs
+    from mlx_fd.evaluation.pareto.choice import write
+    from mlx_fd.files import clear_unfinished
+    from mlx_fd.report.frontier import PLOT, plot
+
+    with runs.explained(run, "free some space, then run the same command again."):
+        clear_unfinished(run)
+        write(run, found, config)
+        plot(found, run / PLOT)
+
+
+def _swept(run: Path, found: dict[str, Any], config: Config, quiet: bool) -> list[dict[str, Any]]:
+    from rich.console import Console
+
+    from mlx_fd.cli.terminal.run import Steps
+    from mlx_fd.evaluation.pareto.sweep import sweep
+
+    console = Console(stderr=True)
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+        console.show_cursor()
+
+    text = "stopping after this batch; the same command goes on"
+    with (
+        Steps(console, quiet=quiet) as steps,
+        stopping_on_signals(say, text) as came,
+    ):
+        points = sweep(run, config, found, steps, came)
+    if points is None:
+        raise Stopped(run, "stopped", came, "mlx-fd pareto --sweep")
+    return points

@@ -1,0 +1,79 @@
+"""``mlx-fd resume``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_fd.cli import self_distill as selfdistilling
+from mlx_fd.cli.loop import _run
+from mlx_fd.cli.options import (
+    PathType,
+    debug_option,
+    json_option,
+    quiet_option,
+    track_option,
+)
+from mlx_fd.config import read
+from mlx_fd.files import write_json
+from mlx_fd.runs.tracking import check_installed
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  mlx-fd resume runs/20260101-120000
+  mlx-fd resume runs/20260101-120000 --track tensorboard
+  mlx-fd resume runs/20260101-120000 --redo-from-checkpoint
+""",
+)
+@click.argument("run", type=PathType())
+@click.option(
+    "--redo-from-checkpoint",
+    "redo",
+    is_flag=True,
+    help="Where checkpoints are lost or damaged: do again what came after the newest that is "
+    "whole, or all of the run where there is none. What is there is kept in RUN/cut.",
+)
+@track_option
+@json_option
+@quiet_option
+@debug_option
+def resume(
+    run: Path, redo: bool, trackers: tuple[str, ...], as_json: bool, quiet: bool, debug: bool
+) -> None:
+    """Go on with a run exactly where it stopped.
+
+    RUN is the directory of `mlx-fd loop` or `mlx-fd self-distill`. Exits as those do. A run whose
+    checkpoints are missing or damaged is left as it is, and a message says what to do.
+    """
+    from mlx_fd.models.backend import backend
+
+    check_installed(trackers)
+    backend()
+    from mlx_fd import runs
+    from mlx_fd.runs.checked import with_digest
+    from mlx_fd.runs.checkpoints import check_nothing_lost
+    from mlx_fd.runs.manifest import check_same
+    from mlx_fd.runs.plan import changed_options, make_plan
+
+    manifest = runs.read_manifest(run)
+    with runs.locked(run):
+        config = read(run / runs.CONFIG)
+        if not redo:
+            # Before models are loaded and anything is written.
+            check_nothing_lost(run, config.episode.checkpoint_every)
+        plan = selfdistilling.plan_of(config) if config.self_distils else make_plan(config)
+        worries = check_same(manifest, plan.manifest, run)
+        worries += changed_options(manifest, plan.manifest)
+        if fault := runs.manifest_fault(run):
+            worries.append(fault)
+        with runs.explained(run):
+            # A run that was made longer is compared with its new length next time.
+            manifest["options"] = plan.manifest["options"]
+            write_json(run / runs.MANIFEST, with_digest(manifest))
+        if config.self_distils:
+            selfdistilling.start(run, plan, worries, trackers, as_json, quiet, new=False, redo=redo)
+        else:
+            _run(run, plan, worries, trackers, as_json, quiet, new=False, redo=redo)

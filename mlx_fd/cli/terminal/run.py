@@ -1,0 +1,324 @@
+"""What a run looks like while it goes: a live panel in a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Step, Warned
+from mlx_fd.runs.labels import EXAM_NAMES, STEP_NAMES, duration, number
+from mlx_fd.text import strip_control_chars
+
+
+def _estimate(value: Mapping[str, float | None], sign: str = "") -> str:
+    """A number with its 95 % interval."""
+    if value["value"] is None:
+        return "-"
+    middle = format(value["value"], f"{sign}.3f")
+    return f"{middle} [{number(value['low'], '.3f')}, {number(value['high'], '.3f')}]"
+
+
+class Display:
+    """A view of a run's events. Use as a context manager, and call with each event.
+
+    Args:
+        console: where to print; a terminal gets the live panel.
+        quiet: print warnings only.
+    """
+
+    title = "mlx-fd loop"
+    counted = "episodes"
+    step_names: Mapping[str, str] = STEP_NAMES
+
+    def __init__(self, console: Console, *, quiet: bool = False):
+        self._console = console
+        self._quiet = quiet
+        self._live: Live | None = None
+        self._begin = time.monotonic()
+        self._done_at_begin: int | None = None
+        self._step, self._step_tokens, self._step_begin = "", 0, time.monotonic()
+        self._right_before = self._right_after = self._seen = 0
+        self._losses_first: dict[str, float] = {}
+        self._losses_last: Mapping[str, float | None] = {}
+        self._last: BatchDone | None = None
+        self._reason = "waiting for the first batch"
+        self._bar = Progress(
+            TextColumn(self.counted),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[eta]}"),
+        )
+        self._task = self._bar.add_task("", total=None, eta="")
+
+    def __enter__(self) -> Display:
+        if self._console.is_interactive and not self._quiet:
+            self._live = Live(
+                get_renderable=self._panel, console=self._console, refresh_per_second=4
+            )
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        if self._live is not None:
+            self._live.__exit__(*failure)
+
+    def __call__(self, event: Event) -> None:
+        """Take an event."""
+        if isinstance(event, Warned):
+            self._console.print(
+                Text.assemble(("warning: ", "yellow"), strip_control_chars(event.text)),
+                soft_wrap=not self._console.is_terminal,
+            )
+        elif isinstance(event, Note):
+            self._say(event.text)
+        elif isinstance(event, Step):
+            self._take_step(event)
+        elif isinstance(event, Probed):
+            self._take_probe(event)
+        else:
+            self._take_batch(event)
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            # Text: a folder called "[red]" is no style.
+            self._console.print(
+                Text(strip_control_chars(text)), soft_wrap=not self._console.is_terminal
+            )
+
+    def _take_step(self, event: Step) -> None:
+        if event.step != self._step:
+            self._step, self._step_tokens = event.step, 0
+            self._step_begin = time.monotonic()
+        self._step_tokens += event.tokens
+
+    def _take_probe(self, event: Probed) -> None:
+        self._losses_first, self._losses_last = event.first, event.last
+        counts = event.headroom
+        self._say(
+            f"headroom on {counts['problems']} held-out problems: expert answers "
+            f"{counts['expert_right']} right, student {counts['student_right']}; judged rightly, "
+            f"where a score could be read: expert {counts['expert_judged_right']} of "
+            f"{counts['expert_judged']}, student {counts['student_judged_right']} of "
+            f"{counts['student_judged']}"
+        )
+        self._begin = time.monotonic()
+
+    def _take_batch(self, event: BatchDone) -> None:
+        if self._done_at_begin is None:
+            self._done_at_begin = self._begun_at(event)
+        self._last = event
+        self._count(event)
+        eta = self._eta(event)
+        self._bar.update(self._task, total=event.total, completed=event.done, eta=f"ETA {eta}")
+        if self._live is None:
+            self._say(self._line(event, eta))
+
+    def _begun_at(self, event: BatchDone) -> int:
+        return event.done - len(event.rows)
+
+    def _count(self, event: BatchDone) -> None:
+        self._seen += len(event.rows)
+        self._right_before += sum(row["correct_before"] for row in event.rows)
+        self._right_after += sum(row["correct_after"] for row in event.rows)
+        if event.metrics["probe"]:
+            self._losses_last = event.metrics["probe"]
+        stop = event.metrics["stop"]
+        if stop:
+            self._reason = stop["reason"]
+        elif event.rows:
+            self._reason = event.rows[-1]["gate"]["reason"]
+
+    def _eta(self, event: BatchDone) -> str:
+        done = event.done - (self._done_at_begin or 0)
+        elapsed = time.monotonic() - self._begin
+        return duration(elapsed / max(done, 1) * (event.total - event.done))
+
+    def _line(self, event: BatchDone, eta: str) -> str:
+        updates = event.metrics["updates"]
+        losses = updates[-1]["losses"] if updates else {}
+        parts = [f"{event.done}/{event.total}"]
+        if event.rows:  # else a later epoch's
+            parts += [
+                f"right {self._right_before} -> {self._right_after} of {self._seen}",
+                f"score expert {self._mean_score('expert')} student {self._mean_score('student')}",
+            ]
+        parts.append(
+            "frozen" if event.metrics["frozen"] else f"distilled {event.metrics['lagging']}"
+        )
+        if losses:
+            parts.append(" ".join(f"{name} {number(value)}" for name, value in losses.items()))
+        skipped = sum(update["skipped"] for update in updates)
+        if skipped:
+            parts.append(f"{skipped} steps skipped: not finite")
+        return "  ".join([*parts, f"ETA {eta}"])
+
+    def _mean_score(self, who: str) -> str:
+        assert self._last is not None
+        found = [row[f"{who}_feedback"] for row in self._last.rows]
+        scores = [item["score"] for item in found if item and item["score"] is not None]
+        return number(sum(scores) / len(scores), "+.2f") if scores else "-"
+
+    def _step_line(self) -> Text:
+        elapsed = max(time.monotonic() - self._step_begin, 1e-9)
+        step = self.step_names.get(self._step, "loading")
+        rate = self._step_tokens / elapsed
+        return Text(f"{step}: {self._step_tokens} tokens, {rate:.1f} a second")
+
+    def _panel(self) -> RenderableType:
+        rows: list[RenderableType] = [self._bar, self._step_line()]
+        if self._losses_first:
+            weights = self._last.metrics["weights"] if self._last else {}
+            table = Table(box=None, padding=(0, 2), header_style="dim")
+            for column in ("loss (held out)", "at first", "now", "weight"):
+                table.add_column(column, justify="left" if column[0] == "l" else "right")
+            for name, first in self._losses_first.items():
+                table.add_row(
+                    name,
+                    number(first),
+                    number(self._losses_last.get(name)),
+                    number(weights.get(name), ".2f"),
+                )
+            rows.append(table)
+        if self._last is not None:
+            state = "frozen" if self._last.metrics["frozen"] else "distilling"
+            rows.append(
+                Text.assemble(
+                    f"right: {self._right_before} before, {self._right_after} after, of "
+                    f"{self._seen}; score: expert {self._mean_score('expert')}, student "
+                    f"{self._mean_score('student')}\ngate: ",
+                    (state, "cyan"),
+                    f" ({self._reason})",
+                )
+            )
+        return Panel(Group(*rows), title=self.title, title_align="left", border_style="dim")
+
+
+class Steps:
+    """A progress line for work of several steps. Use as a context manager, and call with each.
+
+    Args:
+        console: where to show it; nothing is shown where that is no terminal.
+        quiet: show nothing.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False):
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_interactive,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Steps:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._bar.__exit__(*failure)
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """Take the state of a step."""
+        if step not in self._tasks:
+            for task in self._tasks.values():
+                self._bar.update(task, visible=False)
+            self._tasks[step] = self._bar.add_task(strip_control_chars(step))
+        self._bar.update(self._tasks[step], completed=done, total=total)
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """A run's totals, as the run's last word."""
+    table = Table(title="Summary", title_justify="left", show_header=False, box=None)
+    table.add_column(style="dim")
+    table.add_column()
+
+    def accuracy(value: Mapping[str, Any]) -> str:
+        low, high = value["interval"]
+        if not value["n"]:
+            return "-"
+        share = value["right"] / value["n"]
+        return f"{share:.1%} ({value['right']}/{value['n']}, 95 % {low:.1%} to {high:.1%})"
+
+    table.add_row("first answers right", accuracy(summary["accuracy"]["first_answers"]))
+    table.add_row("final answers right", accuracy(summary["accuracy"]["final_answers"]))
+    for name, before in summary["probe"]["before"].items():
+        after = summary["probe"]["after"].get(name)
+        change = "" if after is None or not before else f" ({after / before - 1:+.1%})"
+        table.add_row(f"{name} loss, held out", f"{before:.4g} -> {number(after, '.4g')}{change}")
+    gap = summary["score_gap"]
+    table.add_row(
+        "gap of the scores",
+        f"{number(gap['first_half'])} in the first half, {number(gap['second_half'])} in the "
+        f"second (n {gap['n']})",
+    )
+    updates = summary["updates"]
+    frozen = updates["frozen_after_batch"]
+    table.add_row(
+        "student",
+        f"{updates['steps']} steps in {updates['batches']} batches, {updates['skipped']} skipped; "
+        + (f"frozen after batch {frozen}" if frozen else "not frozen"),
+    )
+    feedback = summary["expert_feedback"]
+    table.add_row(
+        "expert's feedback",
+        f"asked {feedback['asked']} times ({feedback['tokens_written']} tokens), not asked "
+        f"{feedback['not_asked']} times (about {feedback['tokens_saved']} tokens saved)",
+    )
+    sure = feedback.get("sure_scores")
+    if frozen and sure:
+        table.add_row(
+            "sure scores like the expert's", f"{sure['agreed']} of the last {sure['of']} at the end"
+        )
+    if feedback["not_asked"]:
+        table.add_row(
+            "right, asked / not asked",
+            f"{accuracy(feedback['accuracy_when_asked'])} / "
+            f"{accuracy(feedback['accuracy_when_not_asked'])}",
+        )
+    if "top_k" in summary:
+        top_k = summary["top_k"]
+        table.add_row(
+            f"expert's {top_k['k']} likeliest tokens",
+            f"leave out {top_k['tail_mass']:.2%} of its probability, and the logit loss misses "
+            + (
+                "an unknown part"
+                if top_k["missing_at_most"] is None
+                else f"at most {top_k['missing_at_most']:.3g}"
+            ),
+        )
+    unread = summary["unreadable_scores"]
+    table.add_row(
+        "scores that could not be read",
+        f"expert {unread['expert']}, student {unread['student']} of {summary['episodes']}",
+    )
+    for name, sides in summary.get("exam", {}).items():
+        table.add_row(
+            EXAM_NAMES[name],
+            f"{_estimate(sides['before'])} -> {_estimate(sides['after'])}, change "
+            f"{_estimate(sides['change'], '+')} (n {sides['before']['n']})",
+        )
+    table.add_row("time", duration(summary["seconds"]["total"]))
+    table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB")
+    return table

@@ -1,0 +1,127 @@
+"""What a system is given, and what it gives back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlx_fd.config import EpisodeOptions, GateOptions, GenerationOptions
+from mlx_fd.feedback.episode import Draft, Progress
+from mlx_fd.feedback.gate import GateState
+from mlx_fd.feedback.pair import Pair
+
+Seeds = Callable[[str], int]
+"""Step name to the seed of its draws."""
+Who = Literal["expert", "student"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all systems share.
+
+    Attributes:
+        pair: the models.
+        generation: token limits and sampling.
+        episode: the target score, and the student's weight in the combined score.
+        gate: the gate's options.
+        answered_by: who wrote the answers that a system goes on from.
+        state: the gate as the student's training ended; ``None`` where no run trained it.
+    """
+
+    pair: Pair
+    generation: GenerationOptions
+    episode: EpisodeOptions
+    gate: GateOptions
+    answered_by: Who
+    state: GateState | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One system's attempt at one problem.
+
+    Attributes:
+        turns: what was written, by step; the first answer is ``answer``.
+        last: the step whose text is the final answer.
+        score: the score that the first answer was given, ``None`` where there is none.
+        tokens: tokens written, by step.
+        prefilled: tokens read, by step.
+        seconds: this problem's share of each step's time.
+        by: whose tokens they are, by step.
+        capped: steps that ended at the token limit.
+    """
+
+    turns: dict[str, str]
+    last: str
+    score: float | None
+    tokens: dict[str, int]
+    prefilled: dict[str, int]
+    seconds: dict[str, float]
+    by: dict[str, Who]
+    capped: tuple[str, ...]
+
+    @property
+    def final(self) -> str:
+        """The final answer's text."""
+        return self.turns[self.last]
+
+    def to_json(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Trial:
+        """What :meth:`to_json` gave."""
+        return cls(**{**value, "capped": tuple(value["capped"])})
+
+
+@dataclass(frozen=True)
+class System:
+    """A way to an answer.
+
+    Attributes:
+        label: what a table calls it.
+        begins_with: whose answers it goes on from: ``first`` are those that are judged,
+            ``untrained`` those of the student as it was before.
+        amateur: the student that it uses beside the expert, as trained or as it was before.
+        run: does it.
+    """
+
+    label: str
+    begins_with: Literal["first", "expert", "student", "untrained"]
+    amateur: Literal["student", "untrained"] | None
+    run: Callable[[Setting, Sequence[Draft], Seeds, Progress], list[Trial]]
+
+
+def trial(
+    setting: Setting,
+    draft: Draft,
+    turns: Mapping[str, str],
+    last: str = "answer",
+    score: float | None = None,
+) -> Trial:
+    """A trial with the counts of a draft.
+
+    Args:
+        setting: who wrote the first answer.
+        draft: the draft after the last step.
+        turns: what was written after the first answer, by step.
+        last: the step whose text is the final answer.
+        score: the score of the first answer.
+    """
+    by: dict[str, Who] = dict.fromkeys(draft.tokens, "expert")
+    by["answer"] = setting.answered_by
+    if "student_feedback" in by:
+        by["student_feedback"] = "student"
+    return Trial(
+        turns={"answer": draft.answer.text, **turns},
+        last=last,
+        score=score,
+        tokens=draft.tokens,
+        prefilled=draft.prefilled,
+        seconds={step: round(value, 4) for step, value in draft.seconds.items()},
+        by=by,
+        capped=draft.capped,
+    )

@@ -1,0 +1,1 @@
+"""The method: an episode, the gate, what the student learns from, the update."""

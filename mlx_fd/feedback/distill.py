@@ -1,0 +1,470 @@
+"""One distillation update of the student, on texts that the expert has read."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx import nn
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_fd.config import LossOptions, TrainingOptions
+from mlx_fd.feedback.samples import Sample
+from mlx_fd.losses.attention import LOG_ZERO, attention_matching_loss
+from mlx_fd.losses.divergence import Target, TopK, fused_linear_divergences, one_hot, top_k_gap
+from mlx_fd.losses.hidden import hidden_alignment_loss
+from mlx_fd.losses.score import score_loss
+from mlx_fd.models import taps
+from mlx_fd.models.attention_taps import log_attention
+from mlx_fd.models.loading import Loaded
+from mlx_fd.models.student import Student, part_of
+
+_FLOAT16_SCALE = 1024.0
+Sums = dict[str, tuple[mx.array, float]]
+# The losses on next-token distributions, by what the student's are compared with.
+_WITH_TOKENS, _WITH_EXPERT = ("lm", "answer"), ("logit", "reasoning")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimiser step did.
+
+    Attributes:
+        losses: the mean losses before the step.
+        total: the weighted sum that was minimised.
+        gradient_norm: before clipping.
+        skipped: the loss or its gradient was not finite, and nothing was changed.
+        tokens: what the student read, padding aside.
+        seconds: what it took.
+    """
+
+    losses: dict[str, float]
+    total: float
+    gradient_norm: float
+    skipped: bool
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side, padded on the right to S tokens and T positions of the texts.
+
+    What belongs to a token of a text is not padded: it is for the N tokens of all texts in a row.
+    """
+
+    tokens: mx.array  # [B, S]
+    positions: mx.array  # [B, T]: where each token of the text is predicted
+    mask: mx.array  # [B, T], float32
+    rows: mx.array  # [N]: the places of all tokens among B * T positions
+    targets: mx.array  # [N]
+    weights: dict[str, mx.array]  # [N]: of a loss on tokens, what each counts
+    counts: dict[str, float]  # what each loss is divided by
+    expert_expects: mx.array | TopK  # [N, d_expert], or the top k of N
+    expert_pooled: list[mx.array]  # of [B, d_expert]
+    expert_attention: list[mx.array]  # of [B, heads, T, S]
+    scores: mx.array  # [B]
+    score_mask: mx.array  # [B], float32
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples as one batch."""
+    length = max(len(s.target) for s in samples)
+    width = max(len(s.prompt) + len(s.target) for s in samples) - 1
+
+    def padded(rows: Sequence[Sequence[int]], to: int) -> mx.array:
+        return mx.array([[*row, *[0] * (to - len(row))] for row in rows])
+
+    def attention(layer: mx.array) -> mx.array:
+        _, queries, keys = layer.shape
+        padding = [(0, 0), (0, length - queries), (0, width - keys)]
+        return mx.pad(layer, padding, constant_values=LOG_ZERO)
+
+    starts = [len(s.prompt) - 1 for s in samples]
+    places = [number * length + t for number, s in enumerate(samples) for t in range(len(s.target))]
+    of_tokens = [_token_weights(sample) for sample in samples]
+    return Batch(
+        tokens=padded([(*s.prompt, *s.target[:-1]) for s in samples], width),
+        positions=padded(
+            [range(at, at + len(s.target)) for at, s in zip(starts, samples, strict=True)], length
+        ),
+        mask=mx.array([[float(t < len(s.target)) for t in range(length)] for s in samples]),
+        rows=mx.array(places),
+        targets=mx.array([token for s in samples for token in s.target]),
+        weights={
+            name: mx.array([weight for weights in of_tokens for weight in weights[name]])
+            for name in of_tokens[0]
+        },
+        counts=_counts(samples),
+        expert_expects=_joined([s.expert.expects for s in samples]),
+        expert_pooled=_stacked([s.expert.pooled for s in samples]),
+        expert_attention=_stacked([[attention(a) for a in s.expert.attention] for s in samples]),
+        scores=mx.array([s.expert_score or 0.0 for s in samples]),
+        score_mask=mx.array([float(s.expert_score is not None) for s in samples]),
+    )
+
+
+def _token_weights(sample: Sample) -> dict[str, list[float]]:
+    """What each token of a text counts in each loss on tokens."""
+    length = len(sample.target)
+    nothing = [0.0] * length
+    return {
+        "lm": nothing if sample.on_policy else [1.0] * length,
+        "logit": [1.0] * length,
+        "answer": [float(writes) for writes in sample.answer] or nothing,
+        "reasoning": list(sample.steps) or nothing,
+    }
+
+
+def _joined(parts: Sequence[mx.array | TopK]) -> mx.array | TopK:
+    if isinstance(parts[0], TopK):
+        columns = zip(*(tuple(vars(part).values()) for part in parts), strict=True)
+        return TopK(*(mx.concatenate(list(column)) for column in columns))
+    return mx.concatenate([part for part in parts if isinstance(part, mx.array)])
+
+
+def _stacked(of_samples: Sequence[Sequence[mx.array]]) -> list[mx.array]:
+    """For each layer, its arrays of all samples as one."""
+    return [mx.stack(list(layer)) for layer in zip(*of_samples, strict=True)]
+
+
+def counts(samples: Sequence[Sample], options: LossOptions) -> dict[str, float]:
+    """What each loss of an update is divided by: its valid tokens, samples or steps."""
+    every = _counts(samples)
+    return {name: every[name] for name in options.losses}
+
+
+def _counts(samples: Sequence[Sample]) -> dict[str, float]:
+    tokens = float(sum(len(s.target) for s in samples))
+    own = float(sum(len(s.target) for s in samples if s.on_policy))
+    return {
+        "lm": tokens - own,
+        "hidden": float(len(samples)),
+        "score": float(sum(s.expert_score is not None for s in samples)),
+        "logit": tokens,
+        "answer": float(sum(any(s.answer) for s in samples)),
+        "reasoning": math.fsum(weight for s in samples for weight in s.steps),
+        "attention": tokens,
+    }
+
+
+def loss_sums(
+    student: Student,
+    expert: Loaded,
+    batch: Batch,
+    options: LossOptions,
+    vocab: int,
+    factors: Mapping[str, float] | None = None,
+    *,
+    recompute: bool = False,
+) -> tuple[mx.array, Sums]:
+    """Each enabled loss on a batch.
+
+    Args:
+        student: the student.
+        expert: its head turns the kept hidden states into the expert's logits.
+        batch: B samples of at most T tokens.
+        options: which losses, and how.
+        vocab: tokens the two models share.
+        factors: what each loss's sum is multiplied by in the total; ``None`` where nothing is to be
+            learned.
+        recompute: gradient checkpointing.
+
+    Returns:
+        The total, differentiable, and for each loss (sum, count).
+    """
+    seen = taps.forward(student.model, batch.tokens, recompute=recompute)
+
+    def at_text(hidden: mx.array) -> mx.array:
+        return mx.take_along_axis(hidden, batch.positions[..., None], axis=1)
+
+    final = at_text(seen.final)
+    total, found = _token_losses(student, expert, final, batch, options, vocab, factors)
+    if "hidden" in options.losses:
+        layers = seen.layers[-1:] if options.hidden_layers == "last" else seen.layers
+        found["hidden"], _ = hidden_alignment_loss(
+            [at_text(layer) for layer in layers],
+            batch.expert_pooled,
+            batch.mask,
+            student.projection,
+        )
+    if "score" in options.losses:
+        found["score"], _ = score_loss(
+            student.score(_scored(student, final, batch)), batch.scores, batch.score_mask
+        )
+    if "attention" in options.losses:
+        found["attention"] = _attention_loss(student, seen, batch, options)
+    for name in options.losses:
+        if factors is not None and name not in batch.weights:
+            total = total + factors[name] * found[name]
+    return total, {name: (found[name], batch.counts[name]) for name in options.losses}
+
+
+def _token_losses(
+    student: Student,
+    expert: Loaded,
+    final: mx.array,
+    batch: Batch,
+    options: LossOptions,
+    vocab: int,
+    factors: Mapping[str, float] | None,
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """The losses on next-token distributions: their weighted sum, and each one's own."""
+    groups = [
+        [name for name in options.losses if name in kinds] for kinds in (_WITH_TOKENS, _WITH_EXPERT)
+    ]
+    own, theirs = groups
+    if not own and not theirs:
+        return mx.array(0.0), {}
+
+    def weights(names: Sequence[str]) -> mx.array:
+        weighted = [(factors or {}).get(name, 1.0) * batch.weights[name] for name in names]
+        return mx.stack(weighted).sum(axis=0)
+
+    head = taps.head(student.model)
+    targets = []
+    if own:
+        # Over padding too, as when the student generates.
+        rows = head.weight.shape[0]
+        sure = one_hot(batch.targets)
+        targets.append(Target(sure, None, weights(own), "forward", 1.0, rows))
+    if theirs:
+        targets.append(
+            Target(
+                batch.expert_expects,
+                taps.head(expert.model),
+                weights(theirs),
+                options.kl,
+                options.loss_temperature,
+                vocab,
+                standardize=options.standardize_logits,
+            )
+        )
+    total, values = fused_linear_divergences(
+        final.reshape(-1, final.shape[-1])[batch.rows],
+        head,
+        targets,
+        differentiable=factors is not None,
+    )
+    columns = [group for group in groups if group]
+    return total, {
+        name: (batch.weights[name] * values[:, place]).sum()
+        for place, group in enumerate(columns)
+        for name in group
+    }
+
+
+def _attention_loss(
+    student: Student, seen: taps.Forward, batch: Batch, options: LossOptions
+) -> mx.array:
+    blocks = list(zip(student.model.layers, seen.layers, strict=False))
+    if options.hidden_layers == "last":
+        blocks = blocks[-1:]
+    total, _ = attention_matching_loss(
+        [log_attention(block, hidden, positions=batch.positions) for block, hidden in blocks],
+        batch.expert_attention,
+        batch.mask,
+        heads=options.attention_heads,
+    )
+    return total
+
+
+def _scored(student: Student, final: mx.array, batch: Batch) -> mx.array:
+    """The final hidden states [B, d] that the score head reads."""
+    if student.score_at == "prompt":
+        return final[:, 0]
+    last = batch.mask.sum(axis=1).astype(mx.int32) - 1
+    return mx.take_along_axis(final, last[:, None, None], axis=1).squeeze(1)
+
+
+def measure(
+    student: Student,
+    expert: Loaded,
+    samples: Sequence[Sample],
+    options: LossOptions,
+    vocab: int,
+    micro_batch: int,
+) -> dict[str, float]:
+    """The mean losses on some samples, without learning; a loss nothing is known of is left out."""
+    totals: dict[str, tuple[float, float]] = dict.fromkeys(options.losses, (0.0, 0.0))
+    for chunk in _chunks(samples, micro_batch):
+        _, sums = loss_sums(student, expert, collate(chunk), options, vocab)
+        mx.eval(sums)
+        for name, (value, count) in sums.items():
+            so_far = totals[name]
+            totals[name] = (so_far[0] + float(value), so_far[1] + float(count))
+    return {name: value / count for name, (value, count) in totals.items() if count}
+
+
+def top_k_error(
+    student: Student, samples: Sequence[Sample], options: LossOptions, vocab: int
+) -> dict[str, float | int | None]:
+    """What a top k of the expert's distributions leaves out, on some samples.
+
+    Args:
+        student: as it is now.
+        samples: each with a top k.
+        options: the divergence.
+        vocab: tokens the two models share.
+
+    Returns:
+        k; the mean probability of all other tokens; and by how much the mean divergence is too
+        small at most (``None``: no bound is known).
+    """
+    bounds: list[float] = []
+    tails: list[float] = []
+    for sample in samples:
+        batch = collate([sample])
+        assert isinstance(batch.expert_expects, TopK)
+        final = taps.forward(student.model, batch.tokens).final[0]
+        bound, tail = top_k_gap(
+            final[batch.positions[0]],
+            taps.head(student.model),
+            batch.expert_expects,
+            kind=options.kl,
+            temperature=options.loss_temperature,
+            vocab=vocab,
+        )
+        bounds.extend(map(float, np.array(bound)))
+        tails.extend(map(float, np.array(tail)))
+    mean = math.fsum(bounds) / len(bounds)
+    return {
+        "k": options.teacher_top_k,
+        "tail_mass": math.fsum(tails) / len(tails),
+        "missing_at_most": mean if math.isfinite(mean) else None,
+    }
+
+
+def make_optimizer(student: Student, options: TrainingOptions) -> optim.MultiOptimizer:
+    """AdamW with a learning rate for each part: score head, projection, the student's weights."""
+
+    def adamw(rate: float) -> optim.AdamW:
+        return optim.AdamW(rate, weight_decay=options.weight_decay, bias_correction=True)
+
+    optimizer = optim.MultiOptimizer(
+        [adamw(options.score_rate), adamw(options.projection_rate), adamw(options.lora_rate)],
+        [
+            lambda name, _: part_of(name) == "score",
+            lambda name, _: part_of(name) == "projection",
+        ],
+    )
+    optimizer.init(student.trainable_parameters())
+    return optimizer
+
+
+def update(
+    student: Student,
+    expert: Loaded,
+    optimizer: optim.Optimizer,
+    samples: Sequence[Sample],
+    weights: Mapping[str, float],
+    loss_options: LossOptions,
+    training: TrainingOptions,
+    vocab: int,
+    also: Callable[[], tuple[Any, float]] | None = None,
+    also_weight: float = 1.0,
+) -> Update:
+    """One optimiser step on the weighted losses.
+
+    The total is the sum over losses of ``weights[name]`` times the loss's sum over all samples,
+    divided by its valid tokens (samples) in the whole update, so that micro-batches of any size
+    give the same gradient.
+
+    Args:
+        student: changed in place, unless a loss or gradient is not finite.
+        expert: gives the expert's logits.
+        optimizer: of :func:`make_optimizer`.
+        samples: at least one.
+        weights: the gate's weight times the loss's scale, for each loss.
+        loss_options: which losses, and how.
+        training: clipping, micro-batch and checkpointing.
+        vocab: tokens the two models share.
+        also: gives the gradient of one more loss by the language model's weights, and that loss,
+            which is called ``self``.
+        also_weight: what it counts.
+    """
+    begin = time.perf_counter()
+    norms = counts(samples, loss_options)
+    factors = {name: weights[name] / norms[name] if norms[name] else 0.0 for name in norms}
+
+    def weighted(batch: Batch) -> tuple[mx.array, Sums]:
+        total, sums = loss_sums(
+            *(student, expert, batch, loss_options, vocab, factors),
+            recompute=training.checkpoint_layers,
+        )
+        return total * scale, sums
+
+    scale = loss_scale(student.model)
+    step = nn.value_and_grad(student, weighted)
+    gradients: Any = None
+    total = 0.0
+    values = dict.fromkeys(norms, 0.0)
+    for chunk in _chunks(samples, training.micro_batch):
+        (value, sums), part = step(collate(chunk))
+        gradients = part if gradients is None else tree_map(mx.add, gradients, part)
+        mx.eval(value, sums, gradients)
+        total += float(value) / scale
+        for name, (loss, _) in sums.items():
+            values[name] += float(loss)
+    losses = {name: values[name] / norms[name] for name in norms if norms[name]}
+    gradients = tree_map(lambda gradient: gradient / scale, gradients)
+    if also is not None:
+        slopes, losses["self"] = also()
+        gradients["model"] = tree_map(
+            lambda own, more: own + also_weight * more, gradients["model"], slopes
+        )
+        total += also_weight * losses["self"]
+    gradient_norm, skipped = take_step(student, optimizer, gradients, total, training)
+    tokens = sum(len(s.prompt) + len(s.target) - 1 for s in samples)
+    seconds = time.perf_counter() - begin
+    return Update(losses, total, gradient_norm, skipped, tokens, seconds)
+
+
+def take_step(
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    gradients: Any,
+    total: float,
+    training: TrainingOptions,
+) -> tuple[float, bool]:
+    """Change a model's weights by their gradients, clipped; not where something is not finite.
+
+    Args:
+        model: changed in place.
+        optimizer: of its trainable weights.
+        gradients: of the same, as a tree.
+        total: the loss.
+        training: the largest norm.
+
+    Returns:
+        The gradients' norm before clipping, and whether the step was skipped.
+    """
+    clipped, norm = optim.clip_grad_norm(gradients, training.clip or math.inf)
+    skipped = not (math.isfinite(total) and math.isfinite(float(norm)))
+    if not skipped:
+        optimizer.update(model, clipped)
+        mx.eval(model.trainable_parameters(), optimizer.state)
+    return float(norm), skipped
+
+
+def loss_scale(model: nn.Module) -> float:
+    """Keeps small gradients of a float16 model above what float16 can hold; 1 for other types."""
+    weights = tree_flatten(model.parameters())
+    return _FLOAT16_SCALE if any(value.dtype == mx.float16 for _, value in weights) else 1.0
+
+
+def _chunks(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
+    """Micro-batches of samples of about the same length, so that little of them is padding."""
+    by_length = sorted(samples, key=lambda s: len(s.prompt) + len(s.target))
+    return [by_length[i : i + size] for i in range(0, len(by_length), size)]
+
+
+def optimizer_arrays(optimizer: optim.Optimizer) -> dict[str, mx.array]:
+    """The optimiser's state as named arrays, to save."""
+    return dict(tree_flatten(optimizer.state))

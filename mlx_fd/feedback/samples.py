@@ -1,0 +1,290 @@
+"""What the student learns from: a text, and what the expert has to say about each of its tokens.
+
+Both models read the same prompt and the same text (true teacher forcing). The expert reads it once;
+what it says is kept with the text, for as many looks at the student as there are to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from mlx_fd.config import LossOptions
+from mlx_fd.feedback.episode import Draft
+from mlx_fd.feedback.pair import Pair
+from mlx_fd.feedback.teacher_cache import TeacherCache
+from mlx_fd.losses.answer import answer_mask, answer_span, token_spans
+from mlx_fd.losses.attention import head_mean
+from mlx_fd.losses.divergence import TopK, teacher_top_k
+from mlx_fd.losses.graph import pool
+from mlx_fd.losses.hidden import aligned_layers
+from mlx_fd.losses.reasoning import step_weights
+from mlx_fd.models import taps
+from mlx_fd.models.attention_taps import log_attention
+from mlx_fd.models.backend import backend
+from mlx_fd.models.fingerprint import content_hash
+from mlx_fd.models.generation import Conversation, opening, read_on, rewind
+from mlx_fd.problems import prompts
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the expert has to say about a text of T tokens that it read after a prompt.
+
+    Attributes:
+        expects: where it predicts the tokens: its final hidden states [T, d_expert], or its k
+            likeliest tokens.
+        pooled: for each aligned student layer, the expert's mean hidden state [d_expert].
+        attention: where it is matched, for each aligned student block the logarithm of the
+            expert's attention [heads, T, S] from where it predicts the tokens to all S places.
+    """
+
+    expects: mx.array | TopK
+    pooled: tuple[mx.array, ...]
+    attention: tuple[mx.array, ...] = ()
+
+    def arrays(self) -> dict[str, mx.array]:
+        """Everything by its name, to be kept."""
+        found = {"expects": self.expects} if isinstance(self.expects, mx.array) else {}
+        if isinstance(self.expects, TopK):
+            found |= {f"top_k.{name}": array for name, array in vars(self.expects).items()}
+        for kind, layers in (("pooled", self.pooled), ("attention", self.attention)):
+            found |= {f"{kind}.{place}": layer for place, layer in enumerate(layers)}
+        return found
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, mx.array]) -> Reading:
+        """What :meth:`arrays` gave.
+
+        Raises:
+            KeyError: something is missing.
+        """
+
+        def layers(kind: str) -> tuple[mx.array, ...]:
+            count = sum(name.startswith(f"{kind}.") for name in arrays)
+            return tuple(arrays[f"{kind}.{place}"] for place in range(count))
+
+        if "expects" in arrays:
+            return cls(arrays["expects"], layers("pooled"), layers("attention"))
+        names = [field.name for field in fields(TopK)]
+        top_k = TopK(**{name: arrays[f"top_k.{name}"] for name in names})
+        return cls(top_k, layers("pooled"), layers("attention"))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One feedback, or one solution, to learn from.
+
+    Attributes:
+        prompt: tokens of the conversation up to where the text begins.
+        target: the T tokens of the text.
+        expert: what the expert has to say about them.
+        expert_score: in [-1, 1]; ``None`` where it could not be read, and then no loss sees it.
+        on_policy: whether ``target`` is the student's own feedback; the language-model loss then
+            leaves it out.
+        answer: for each token of a solution, whether it writes some of the final answer.
+        steps: for each token of a solution, what it counts in its step of the reasoning.
+    """
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+    expert: Reading
+    expert_score: float | None
+    on_policy: bool = False
+    answer: tuple[bool, ...] = ()
+    steps: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """All but what the expert says."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name != "expert"
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], expert: Reading) -> Sample:
+        """What :meth:`to_json` gave, also after a trip through JSON text.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        return cls(
+            tuple(value["prompt"]),
+            tuple(value["target"]),
+            expert,
+            value["expert_score"],
+            value["on_policy"],
+            tuple(value["answer"]),
+            tuple(value["steps"]),
+        )
+
+
+def read_text(
+    pair: Pair,
+    before: Conversation,
+    prompt: tuple[int, ...],
+    target: tuple[int, ...],
+    options: LossOptions,
+    cache: TeacherCache | None = None,
+) -> Reading:
+    """Let the expert read a text, if it has not read it already.
+
+    Args:
+        pair: the models.
+        before: a conversation that ``prompt`` begins with, without its last token at least.
+        prompt: all tokens before the text.
+        target: tokens of the text, at least one.
+        options: what of the expert is wanted.
+        cache: where what the expert says is kept, and looked up; the expert then reads all of the
+            prompt again, so that its bits depend on the tokens alone.
+    """
+    if cache is None:
+        reading = _read(pair, before, prompt, target, options)
+        mx.eval(reading.arrays())
+        return reading
+    if (known := cache.load(prompt, target)) is not None:
+        return Reading.of(known)
+    # What a conversation's keys and values are in their last digits depends on the batch that it
+    # was generated in, and an entry must not.
+    reading = _read(pair, Conversation(), prompt, target, options)
+    cache.save(prompt, target, reading.arrays())
+    return reading
+
+
+def _read(
+    pair: Pair,
+    before: Conversation,
+    prompt: tuple[int, ...],
+    target: tuple[int, ...],
+    options: LossOptions,
+) -> Reading:
+    expert, student = pair.expert.model, pair.student.model
+    rest = prompt[len(before.tokens) :]
+    seen, caches = read_on(pair.expert, before, [*rest, *target[:-1]])
+    first = len(rest) - 1  # where the target's first token is predicted
+    mask = mx.ones((1, len(target)))
+    states = _aligned(len(student.layers) + 1, len(seen.layers), options)
+    pooled = tuple(pool(seen.layers[index][:, first:], mask)[0] for index in states)
+    final = seen.final[0, first:]
+    expects: mx.array | TopK = final
+    if options.teacher_top_k:
+        expects = teacher_top_k(
+            final,
+            taps.head(expert),
+            k=options.teacher_top_k,
+            temperature=options.loss_temperature,
+            vocab=pair.vocab,
+        )
+    if "attention" not in options.losses:
+        return Reading(expects, pooled)
+    places = mx.arange(first, seen.final.shape[1])[None]
+
+    def attention(index: int) -> mx.array:
+        block, hidden = expert.layers[index], seen.layers[index]
+        return log_attention(block, hidden, positions=places, cache=caches[index])[0]
+
+    heads = student.args.num_attention_heads
+    blocks = _aligned(len(student.layers), len(expert.layers), options)
+    return Reading(
+        expects,
+        pooled,
+        tuple(_compared_heads(attention(index), heads, options) for index in blocks),
+    )
+
+
+def decides(pair: Pair, options: LossOptions) -> dict[str, Any]:
+    """All that a :class:`Reading` depends on beside the tokens.
+
+    The expert, what is kept, and what its last digits come from.
+    """
+    student, here = pair.student.model, backend()
+    modules = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    heads = [options.attention_heads, student.args.num_attention_heads]
+    return {
+        "backend": [here.device, here.blas, version("mlx")],
+        "expert": content_hash(pair.expert.path),
+        "dtype": str(pair.expert.dtype),
+        "quantized": any(isinstance(part, modules) for part in pair.expert.model.modules()),
+        "vocab": pair.vocab,
+        "top_k": options.teacher_top_k,
+        "temperature": options.loss_temperature,
+        "layers": [options.hidden_layers, len(student.layers)],
+        "heads": heads if "attention" in options.losses else None,
+    }
+
+
+def _aligned(n_student: int, n_expert: int, options: LossOptions) -> list[int]:
+    """The expert's layers that go with the student's aligned ones."""
+    if options.hidden_layers == "last":
+        return [n_expert - 1]
+    return aligned_layers(n_student, n_expert)
+
+
+def _compared_heads(log_attention: mx.array, n_student: int, options: LossOptions) -> mx.array:
+    """Of the expert's heads [H, T, S], their mean, or those that go with the student's."""
+    if options.attention_heads == "mean":
+        return head_mean(log_attention[None])[0]
+    return log_attention[mx.array(aligned_layers(n_student, log_attention.shape[0]))]
+
+
+def sample_of(
+    pair: Pair,
+    draft: Draft,
+    options: LossOptions,
+    *,
+    on_policy: bool = False,
+    cache: TeacherCache | None = None,
+) -> Sample:
+    """What the student can learn from a problem that the expert gave feedback on.
+
+    Args:
+        pair: the models.
+        draft: after step 2 of the episode.
+        options: what of the expert is wanted.
+        on_policy: learn from the student's own feedback, read by the expert.
+        cache: as for :func:`read_text`.
+    """
+    assert draft.expert_feedback is not None and draft.after_feedback is not None
+    feedback = draft.student_feedback if on_policy else draft.expert_feedback
+    before = rewind(draft.after_feedback, len(draft.prompt) - 1)
+    reading = read_text(pair, before, draft.prompt, feedback.tokens, options, cache)
+    return Sample(
+        draft.prompt, feedback.tokens, reading, draft.expert_feedback.score, on_policy=on_policy
+    )
+
+
+def solution_of(
+    pair: Pair,
+    question: str,
+    solution: prompts.Answer,
+    options: LossOptions,
+    *,
+    cache: TeacherCache | None = None,
+) -> Sample:
+    """What the student can learn of solving from a right solution.
+
+    Args:
+        pair: the models.
+        question: the problem's.
+        solution: as one of the models wrote it.
+        options: what of the expert is wanted.
+        cache: as for :func:`read_text`.
+    """
+    tokenizer = pair.expert.tokenizer
+    prompt = opening(tokenizer, prompts.answer_prompt(question))
+    text, spans = token_spans(tokenizer.decode, solution.tokens)
+    answer = answer_span(text)
+    return Sample(
+        prompt,
+        solution.tokens,
+        read_text(pair, Conversation(), prompt, solution.tokens, options, cache),
+        None,
+        answer=tuple(answer_mask(spans, answer)),
+        steps=tuple(step_weights(text, spans, answer)),
+    )

@@ -1,0 +1,178 @@
+"""The row functions on random input, against float64 NumPy: ``mlx-fd doctor --kernels``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_fd.losses import kernels
+
+Array = NDArray[np.float64]
+
+_LEAST_SQUARED_NORM = 1e-12
+# Largest error relative to an output's largest number: the type's rounding, with room to spare.
+_LIMITS = {mx.float32: 1e-5, mx.bfloat16: 1e-2, mx.float16: 2e-3}
+# Of indices: less than a wrong one makes.
+_EXACT = 1e-9
+# Odd, and not much more than a threadgroup's threads.
+_ROWS, _VOCAB, _WIDTH, _POSITIONS, _K = 3, 1003, 321, 5, 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far a row function is from its float64 reference.
+
+    Attributes:
+        on: ``"graph"``, ``"metal"`` or ``"cuda"``.
+        what: the function and its input.
+        error: the largest, relative to the largest number in the output; NaN where it gave NaN,
+            and where it could not run.
+        limit: the most that it may be.
+        failure: why it could not run, or ``""``.
+    """
+
+    on: str
+    what: str
+    error: float
+    limit: float
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the limit."""
+        return self.error <= self.limit
+
+
+def divergence_reference(
+    student: Array, teacher: Array, *, beta: float, temperature: float
+) -> tuple[Array, Array]:
+    """:func:`mlx_fd.losses.kernels.divergence_rows` in float64."""
+    log_q, log_p = _log_softmax(student / temperature), _log_softmax(teacher / temperature)
+    q, p = np.exp(log_q), np.exp(log_p)
+
+    def kl(weights: Array, log_ratio: Array) -> Array:
+        return np.where(weights > 0, weights * log_ratio, 0).sum(axis=-1)
+
+    # inf - inf is where neither has probability.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if beta == 0:
+            value, slope = kl(p, log_p - log_q), q - p
+        elif beta == 1:
+            value = kl(q, log_q - log_p)
+            slope = np.where(q > 0, q * (log_q - log_p - value[:, None]), 0)
+        else:
+            middle = np.log(beta * p + (1 - beta) * q)
+            of_student = kl(q, log_q - middle)
+            value = beta * kl(p, log_p - middle) + (1 - beta) * of_student
+            slope = np.where(q > 0, (1 - beta) * q * (log_q - middle - of_student[:, None]), 0)
+    return temperature**2 * value, temperature * slope
+
+
+def alignment_reference(student: Array, teacher: Array, mask: Array) -> tuple[Array, Array]:
+    """:func:`mlx_fd.losses.kernels.alignment_rows` in float64."""
+    value, gradient = np.zeros(len(student)), np.zeros_like(student)
+    for sample, chosen in enumerate(mask.astype(bool)):
+        places = np.flatnonzero(chosen)
+        groups = [places] if teacher.ndim == 2 else [np.array([place]) for place in places]
+        for group in groups if places.size else []:
+            ours = student[sample, group].mean(axis=0)
+            theirs = teacher[sample] if teacher.ndim == 2 else teacher[sample, group[0]]
+            norm, other = (np.sqrt(max(x @ x, _LEAST_SQUARED_NORM)) for x in (ours, theirs))
+            cosine = ours @ theirs / (norm * other)
+            along = cosine * ours / norm if ours @ ours > _LEAST_SQUARED_NORM else 0
+            value[sample] += (1 - cosine) / len(groups)
+            gradient[sample, group] = (along - theirs / other) / norm / places.size
+    return value, gradient
+
+
+def top_k_reference(logits: Array, k: int) -> tuple[Array, Array, Array]:
+    """:func:`mlx_fd.losses.kernels.top_k_rows` in float64."""
+    indices = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
+    log_sum_exp = logits[:, 0] - _log_softmax(logits)[:, 0]
+    return np.take_along_axis(logits, indices, axis=-1), indices.astype(np.float64), log_sum_exp
+
+
+def run_checks(on: str, dtypes: Sequence[mx.Dtype] = tuple(_LIMITS)) -> list[Check]:
+    """Every row function on small random input.
+
+    Args:
+        on: one of :func:`mlx_fd.losses.kernels.runnable`.
+        dtypes: of the logits and states; float32, bfloat16 and float16 are known.
+    """
+    return [_check(on, case) for case in _cases(dtypes)]
+
+
+@dataclass(frozen=True)
+class _Case:
+    what: str
+    rows: Callable[..., tuple[mx.array, ...]]
+    reference: Callable[..., tuple[Array, ...]]
+    arrays: Sequence[mx.array]
+    options: Mapping[str, Any]
+
+
+def _cases(dtypes: Sequence[mx.Dtype]) -> Iterator[_Case]:
+    random = np.random.default_rng(0)
+
+    def some(*shape: int) -> mx.array:
+        return mx.array((random.standard_normal(shape) * 3).astype(np.float32))
+
+    for dtype in dtypes:
+        name = str(dtype).rpartition(".")[-1]
+        pairs = {"": [some(_ROWS, _VOCAB).astype(dtype) for _ in range(2)]}
+        if dtype == mx.float32:
+            # The same for both models: the top tokens near 1e4, the others far below.
+            far = mx.where(mx.array(random.random((_ROWS, _VOCAB)) < 0.5), 1e4, -1e4)
+            pairs[" near 1e4"] = [logits + far for logits in pairs[""]]
+        for near, pair in pairs.items():
+            for kind, beta in (("forward KL", 0.0), ("reverse KL", 1.0), ("JSD", 0.3)):
+                what = f"{kind}, {name}{near}"
+                options = {"beta": beta, "temperature": 2.0}
+                yield _Case(what, kernels.divergence_rows, divergence_reference, pair, options)
+        hidden = some(_ROWS, _POSITIONS, _WIDTH).astype(dtype)
+        each = some(_ROWS, _POSITIONS, _WIDTH).astype(dtype)
+        mask = mx.array(random.random((_ROWS, _POSITIONS)) < 0.6)
+        mask[0] = False
+        for kind, teacher in (("pooled", some(_ROWS, _WIDTH)), ("per token", each)):
+            what = f"alignment, {kind}, {name}"
+            arrays = [hidden, teacher, mask]
+            yield _Case(what, kernels.alignment_rows, alignment_reference, arrays, {})
+        logits = some(_ROWS, _VOCAB).astype(dtype)
+        yield _Case(f"top k, {name}", kernels.top_k_rows, top_k_reference, [logits], {"k": _K})
+
+
+def _check(on: str, case: _Case) -> Check:
+    try:
+        outputs = case.rows(*case.arrays, **case.options, on=on)
+        mx.eval(outputs)
+    except (RuntimeError, ValueError) as error:
+        # What MLX raises where the GPU's compiler refuses a text.
+        return Check(on, case.what, math.nan, 0.0, str(error).strip() or type(error).__name__)
+    references = case.reference(*map(float64, case.arrays), **case.options)
+    found = [
+        (_relative_error(float64(output), reference), _LIMITS.get(output.dtype, _EXACT))
+        for output, reference in zip(outputs, references, strict=True)
+    ]
+    # NaN is the worst.
+    worst = max(found, key=lambda pair: (math.isnan(pair[0]), pair[0] / pair[1]))
+    return Check(on, case.what, *worst)
+
+
+def _relative_error(output: Array, reference: Array) -> float:
+    return float(np.abs(output - reference).max() / np.abs(reference).max())
+
+
+def float64(array: mx.array) -> Array:
+    """An array of any float type in NumPy, exactly."""
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def _log_softmax(rows: Array) -> Array:
+    shifted = rows - rows.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

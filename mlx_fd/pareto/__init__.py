@@ -1,9 +1,0 @@
-"""Where to stop distilling: what each stopping threshold costs and brings, and which is the best.
-
-In the order of the work: :mod:`mlx_fd.pareto.curve` reads how a run learned,
-:mod:`mlx_fd.pareto.thresholds` asks the gate where it would have stopped,
-:mod:`mlx_fd.pareto.points` what that costs and brings, :mod:`mlx_fd.pareto.exam` what the student
-could do there; :mod:`mlx_fd.pareto.choice` weighs these by the mathematics of
-:mod:`mlx_fd.pareto.frontier` and writes what was found; :mod:`mlx_fd.pareto.sweep` trains each
-threshold for real. Only examinations need MLX.
-"""

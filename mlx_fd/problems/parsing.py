@@ -1,0 +1,594 @@
+"""The prompts of each role, and the two doors through which a model's text enters the program.
+
+One problem is one growing chat: answer, feedback, merge, revise, critique, final. The functions
+named ``*_prompt`` give the user's message of each turn; what the assistant wrote is read by
+:func:`parse_feedback` and :func:`final_answer`. Neither ever guesses: what cannot be read is
+``None``, and the caller counts it. Both read any text in time linear in its length: patterns hold
+on to what they took (possessive repeats) wherever they could not take it otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import unicodedata
+from collections import deque
+from dataclasses import dataclass
+from fractions import Fraction
+
+from mlx_fd.problems.prompts import _SCALE, Feedback
+
+
+def needs_merge(expert: Feedback, student: Feedback | None) -> bool:
+    """Whether there are two feedbacks with something in each, and not the same thing."""
+    if student is None:
+        return False
+    ours, theirs = _words(expert), _words(student)
+    return bool(ours) and bool(theirs) and ours != theirs
+
+
+# ------------------------------------------------------------------------------------ characters
+
+_NARROW = "\u202f"  # what every space that may stand inside a number becomes
+_TWINS = {
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"),
+    **dict.fromkeys("\u2044\u2215", "/"),
+    **dict.fromkeys("\u2018\u2019\u02bc", "'"),
+    **dict.fromkeys("\u201c\u201d", '"'),
+    **dict.fromkeys("\u00a0\u2007\u2009\u202f", _NARROW),
+    **dict.fromkeys("\u2028\u2029\u0085", "\n"),
+    "\u066a": "%",
+    "\u066b": ".",
+    "\u066c": ",",
+}
+
+
+class _Plain(dict[int, str]):
+    """Table for ``str.translate``: ASCII twins of digits, signs, spaces and wide letters.
+
+    One character stays one character, so that a place in the result is a place in the original.
+    """
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        twin = _TWINS.get(char, char)
+        if code >= 0x80 and char not in _TWINS:
+            kind = unicodedata.category(char)
+            if kind == "Nd":
+                twin = str(unicodedata.decimal(char))
+            elif 0xFF01 <= code <= 0xFF5E:
+                twin = chr(code - 0xFEE0)
+            else:
+                twin = {"Zs": " ", "Cf": " ", "Sc": "$"}.get(kind, char)
+        self[code] = twin
+        return twin
+
+
+_PLAIN = _Plain()
+
+
+def _after_thinking(text: str) -> str:
+    """What follows a reasoning model's block of thoughts; the whole text where nothing does."""
+    rest = text.rpartition("</think>")[2]
+    return rest if rest.strip() else text
+
+
+# --------------------------------------------------------------------------------- final answers
+
+INVALID = "[invalid]"
+_LONGEST_NUMBER = 60  # characters; longer ones come from models that repeat themselves
+
+_NUMBER = re.compile(
+    r"""
+    (?:(?P<sign>(?<![A-Za-z0-9)\]}%.-])[-+])(?:\$[ ]?)?)?
+    (?<!\d\.)(?<![A-Za-z0-9])
+    (?:
+        (?P<whole>\d+)[ ](?P<top>\d+)/(?P<bottom>\d+)(?![\d/])      # 1 1/2
+      | (?:
+            (?P<continental>\d{1,3}(?:\.\d{3})+,\d{1,2}|\d+,\d{1,2})(?!,?\d)
+          | (?P<number>(?:\d{1,3}(?:[,'\u202f]\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+)
+        )
+        (?:[eE](?P<exponent>[-+]?\d+)(?![A-Za-z\d])
+          |[ ]?[*x\u00d7][ ]?10[ ]?\^[ ]?(?P<power>[-+]?\d+)
+        )?
+        (?:[ ]?/[ ]?(?P<under>\d+(?:\.\d+)?))?
+    )
+    """,
+    re.VERBOSE,
+)
+_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e\u2189]")
+_LATEX = (
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\[,!;:]"), ""),
+    (re.compile(r"\\(?:times|cdot)(?![A-Za-z])"), "*"),
+    (re.compile(r"(?<=\d)[ ]*(?=\\[dtc]?frac)"), " "),
+    (re.compile(r"\\[dtc]?frac[ ]?(?:\{([^{}]*)\}[ ]?\{([^{}]*)\}|(\d)(\d))"), r"\1\3/\2\4"),
+    (re.compile(r"\\[A-Za-z]+"), " "),
+    (re.compile(r"\\(?=[^A-Za-z\s])|[{}]"), ""),
+    (re.compile(r"\$[ ]?([-+])(?=[\d.])"), r"\1$"),
+)
+_LEAD = re.compile(
+    r"""(?:[\s*_`~:=>$\u2248"'(\[]++|[A-Za-z]\w{0,15}+\s*+=
+        |(?:the|my|so|final|answer|ans|result|is|equals|about|approximately|total|therefore)\b)++""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_CALCULATION = re.compile(
+    r"[-+($\s]*+[\d.,][\d\s.,$%()]*+[-+*/x\u00d7\u00f7]"
+    r"[\d\s.,$%()+*/x\u00d7\u00f7-]*+=++\s*+(?=[-+$\d.])"
+)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(\{?)")
+_STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+_PLAIN_DECIMAL = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
+_SEPARATOR = re.compile(rf"[,'{_NARROW}]")  # of thousands
+_SPACED_SIGN = re.compile(r"^([-+])\s+(?=[$\d.])")
+_DIGIT = re.compile(r"\d")
+_FULL_STOP = re.compile(r"\.$")
+_MARK = re.compile("#{4,}")
+_MOST_MARKS = 10_000  # that are tried, the last ones: no solution has as many
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
+
+
+def _plain_number(text: str) -> str:
+    """Plain characters, LaTeX and one-character fractions written out."""
+    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]), text)
+    text = text.translate(_PLAIN)
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    """The number of a match of ``_NUMBER``; ``None`` if too long, too large or over zero."""
+    if match.end() - match.start() > _LONGEST_NUMBER:
+        return None
+    if match["whole"]:
+        top, bottom = int(match["top"]), int(match["bottom"])
+        if not bottom:
+            return None
+        # "2 6/3" is no mixed number: the last number of it is 6/3.
+        value = Fraction(top, bottom) + (int(match["whole"]) if top < bottom else 0)
+    else:
+        power = int(match["exponent"] or match["power"] or 0)
+        if abs(power) > _LONGEST_NUMBER:
+            return None
+        if match["continental"]:
+            digits = match["continental"].replace(".", "").replace(",", ".")
+        else:
+            digits = _SEPARATOR.sub("", match["number"])
+        value = Fraction(digits) * Fraction(10) ** power
+        if match["under"]:
+            under = Fraction(match["under"])
+            if not under:
+                return None
+            value /= under
+    return -value if match["sign"] == "-" else value
+
+
+def _leading_number(segment: str) -> tuple[Fraction | None, str]:
+    """The number that a short piece of text begins with, and what follows it on its line."""
+    line = _plain_number(segment).strip().partition("\n")[0]
+    if lead := _LEAD.match(line):
+        line = line[lead.end() :]
+    while calculation := _CALCULATION.match(line):
+        line = line[calculation.end() :]
+    line = _SPACED_SIGN.sub(r"\1", line)
+    match = _NUMBER.match(line)
+    return (_value(match), line[match.end() :]) if match else (None, line)
+
+
+def _boxed(text: str) -> str | None:
+    r"""What stands in the last ``\boxed{...}``; the rest of the text where it is never closed."""
+    box = _last(_BOX, text)
+    if box is None:
+        return None
+    window = text[box.end() : box.end() + 300]
+    if not box[1]:
+        return window
+    depth = 1
+    for place, char in enumerate(window):
+        depth += {"{": 1, "}": -1}.get(char, 0)
+        if not depth:
+            return window[:place]
+    return window
+
+
+def number(text: str) -> Fraction | None:
+    """The number that a whole text is: ``"1,234"``, ``"$18.50"``, ``"3/4"``, ``"18 eggs"``.
+
+    Returns:
+        ``None`` where the text does not begin with a number, or holds a second one.
+    """
+    text = text.strip()
+    if "\n" in text or len(text) > 2 * _LONGEST_NUMBER:
+        return None
+    value, rest = _leading_number(text)
+    return None if _DIGIT.search(rest) else value
+
+
+def lm_eval_answer(text: str, filter: str) -> str:
+    """What lm-evaluation-harness takes from a GSM8K response (task ``gsm8k``, version 3).
+
+    Args:
+        text: the response.
+        filter: ``"strict"`` (its ``strict-match``: first match) or ``"flexible"`` (its
+            ``flexible-extract``: last match).
+
+    Returns:
+        The extracted text as it stands there, ``"[invalid]"`` where there is none.
+    """
+    if filter == "strict":
+        first = _STRICT.search(text)
+        return first[1].strip() if first else INVALID
+    if filter != "flexible":
+        raise ValueError(f"filter must be 'strict' or 'flexible', not {filter!r}")
+    last = _last(_FLEXIBLE, text)
+    return last[0].strip() if last else INVALID
+
+
+def _lm_eval_normal(text: str) -> str:
+    text = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
+    return _FULL_STOP.sub("", text).lower()
+
+
+def lm_eval_match(text: str, gold_text: str, filter: str) -> bool:
+    """Whether lm-evaluation-harness counts a response right: a comparison of *strings*.
+
+    So ``18.00`` does not match a gold ``18``; :func:`same_answer` compares values.
+
+    Args:
+        text: the response.
+        gold_text: the solution of the data set, ending in ``#### n``.
+        filter: ``"strict"`` or ``"flexible"``.
+    """
+    return _lm_eval_normal(lm_eval_answer(text, filter)) == _lm_eval_normal(gold_text)
+
+
+def final_answer(text: str, how: str = "auto") -> Fraction | None:
+    r"""The number a solution arrives at.
+
+    ``"auto"`` takes the number after the last ``####`` that has one; else the one in the last
+    ``\boxed{}``; else the last number of the text. It reads thousands separators, currency signs,
+    decimals (a decimal comma only where it can be nothing else), fractions, mixed numbers,
+    scientific notation, LaTeX and the digits of every script; units are ignored. As in GSM8K,
+    ``50%`` is 50. ``"strict"`` and ``"flexible"`` read what :func:`lm_eval_answer` extracts.
+
+    Args:
+        text: the solution.
+        how: ``"auto"``, ``"strict"`` or ``"flexible"``.
+
+    Returns:
+        The exact value; ``None`` where there is no number or one of more than 60 characters.
+    """
+    if how != "auto":
+        found = lm_eval_answer(text, how).replace(",", "").replace("$", "")
+        found = _FULL_STOP.sub("", found)
+        readable = len(found) <= _LONGEST_NUMBER and _PLAIN_DECIMAL.fullmatch(found)
+        return Fraction(found) if readable else None
+    text = _after_thinking(text)
+    marks = text.translate(_PLAIN) if "\uff03" in text else text
+    for mark in reversed(deque(_MARK.finditer(marks), maxlen=_MOST_MARKS)):
+        value, _ = _leading_number(text[mark.end() : mark.end() + 120])
+        if value is not None:
+            return value
+    if (boxed := _boxed(text)) is not None:
+        value, _ = _leading_number(boxed)
+        if value is None and (first := _NUMBER.search(_plain_number(boxed))):
+            value = _value(first)
+        if value is not None:
+            return value
+    last = _last(_NUMBER, _plain_number(text))
+    return _value(last) if last else None
+
+
+def same_answer(a: Fraction | None, b: Fraction | None) -> bool:
+    """Whether two final answers are the same number; an unreadable one equals nothing."""
+    return a is not None and a == b
+
+
+# -------------------------------------------------------------------------------------- feedback
+
+_WINDOW = 200  # characters looked at behind a label
+_BEFORE = 60  # and before it
+_MOST_LABELS = 10_000  # that are read, the first ones: no feedback has as many
+_MARKUP = r"[ \t*_`\"'#>|]*"
+_LABEL = re.compile(
+    r"(?<![A-Za-z])(?:score|rating|grade|overall|verdict)(?![A-Za-z])", re.IGNORECASE
+)
+# Words that may stand between the beginning of a sentence and the label.
+_OWN_LABEL = re.compile(
+    rf"""(?:[\n.,;:!?()\[\]{{}}<"'`*_\#>|~]|-[ ])\s{{0,{_BEFORE}}}+
+    (?:(?:and|here|here's|is|my|the|this|a|an|your|overall|final|total|feedback|quality|assigned
+        |numeric|numerical|suggested|proposed|expert|answer|solution|response|assessment
+        |evaluation)[\s_-]{{1,{_BEFORE}}}+){{0,5}}[*_`"']{{0,{_BEFORE}}}+\Z""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# Whose score it is when it belongs to the mathematics: "Tom's score: 0.5".
+_OTHERS_LABEL = re.compile(
+    r"(?:'s|s'|\b(?:his|her|their|its|test|exam|average|mean|game|team|total|maths?|quiz|z|high"
+    r"|low|credit|max|min|maximum|minimum|confidence))[\s_-]*\Z",
+    re.IGNORECASE,
+)
+_AFTER_LABEL = re.compile(
+    r"""[*_`"']*
+    (?:[ \t]*[(\[](?P<note>[^()\[\]\n]{1,40})[)\]]|\s+(?P<outof>out\s+of\s+\d{1,3})
+       |(?P<slash>/\d{1,3}))?
+    (?:\s+(?:for|given|assigned|to|the|this|your|my|answer|solution|response|work|feedback|that|i
+        |would|give|it)\b){0,8}
+    [*_`"']*
+    (?P<sep>\s*(?::-?(?=\s)|[:=|>\u2192]|-(?=\s))|\s+(?:is|of|was|would\s+be)\b|)
+    (?P<noise>(?:[\s*_`"'|>~\u2248$\\({\[]|boxed\{|<(?=[^<>\n]{1,20}>))*)
+    (?:(?:about|around|approximately|roughly|an?|solid|only|exactly|very|partly|partially|excellent
+        |good|fair|weak|useless|misleading|mostly\s+wrong|harmful|correct|incorrect|wrong)\b
+        [\s,(:=*_`]*){0,3}
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_SCORE = re.compile(
+    r"""(?P<sign>[-+]\s?|(?:minus|negative|plus|positive)\s+)?
+    (?P<digits>\d{1,20}(?:[.,]\d{1,20})?|[.,]\d{1,20})(?!\d|[A-Za-z]|[.,]\d)""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_OUT_OF = re.compile(
+    r"""\s*+(?:points?|stars?|marks?)?+[\s*_`"'\]]*+\(?+\s*+
+    (?:/|(?:out\s+of|of|over)\b(?:\s+an?)?(?:\s+(?:possible|maximum))?)[\s*_`"']*+
+    (?P<scale>\d{1,3})(?:[.,]0{1,3})?(?!\d|[A-Za-z%]|[.,]\d)(?:[ ]?\))?""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_ON_SCALE = re.compile(
+    r"""[\s,(]*on\s+(?:an?|the)\s+scale\s+(?:of|from)?\s*
+    (?:(?P<low>-?\d{1,3})(?:\.0+)?\s*(?:to|-|\.\.)\s*)?\+?(?P<scale>\d{1,3})(?:\.0+)?\)?""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_PERCENT = re.compile(r"\s*(?:%|per\s?cent\b)", re.IGNORECASE)
+_NOTE_SCALE = re.compile(
+    r"(?:out\s+of|/|max\.?|maximum|[01]\s*(?:-|to|\.\.))?\s*(?P<scale>\d{1,3})", re.IGNORECASE
+)
+# A range, a list or a calculation goes on after the number: it is no score.
+_GOES_ON = re.compile(
+    r"""[\s*_`"']*+[\])]?+\s*+(?:
+        (?:(?:to|and|or|through)\b|\.{2,}+|[-+*x/^\u00d7\u00f7\u2026\u2192])\s*+[-+$(\[]*+[.,]?\d[\d.,]*
+      | (?<=[ \t])[-+]?[.,]?\d
+      | [,;|]\s*+[-+]?(?:\d*+[.,]\d++|\d++)\s*(?:[,;|\])}]|$)
+    )
+    | (?:[\s_`"']*+\*)++\s*+[-+$(\[]*+[.,]?\d[\d.,]*              # 1*5: the star is no markup""",
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
+)
+_RUBRIC = re.compile(r"excellent[^a-z\d]*+\d[^a-z]*+(?:to[^a-z\d]*+\d[^a-z]*+)?good", re.IGNORECASE)
+_TAIL = re.compile(r"(?:\s*(?:points?|stars?|marks?)\b)?[*_`\"')\]}>|]*[.,;]?", re.IGNORECASE)
+_SECOND_ITEM = re.compile(r"(?<=\n)[ \t*]*2[.)]")
+_LINE_END = re.compile(r"[ \t*_`\"')\]}.!|>]*(?:\n|$)")
+_I_GIVE = re.compile(
+    r"""(?<![A-Za-z])(?:I|we)(?:'d|'ll|'m|\s+(?:would|will|am|can|must))?\s+
+    (?:also\s+|therefore\s+|thus\s+)?
+    (?:give|giving|rate|rating|score|scoring|assign|assigning|award|grade|grading)\b"""
+    r"|\b(?:answer|solution|response|it|this|work|explanation)\s+(?:only\s+)?"
+    r"(?:deserves|merits|earns|gets|receives)\s+(?:an?\s+)?(?:score|rating)\s+of\b",
+    re.VERBOSE | re.IGNORECASE,
+)
+_JUDGED = re.compile(r"(?:[^.\d\n]{0,60}?[\s*_\"'(])(?=[-+]?\s?[.,]?\d)")
+_SENTENCE_GOES = re.compile(
+    r"[\s*_`\"')\]]*(?:$|[.,;:!)]|(?:because|since|for|as|on|overall|but|due|given|here|with|and"
+    r"|points?|score|rating)\b)",
+    re.IGNORECASE,
+)
+_FEEDBACK_LABEL = re.compile(
+    rf"^(?:[{{(<\-]|\d{{1,2}}[.)])?{_MARKUP}(?:feedback|critique|comments?){_MARKUP}"
+    r"(?:(?::|-(?=\s))(?:[*_`\"']+(?=\s))?[ \t]*\"?|(?<=>))",
+    re.IGNORECASE | re.MULTILINE,
+)
+_RUN_ON = re.compile(
+    rf"^{_MARKUP}(?:(?:overall|final)\s+)?(?:feedback|score|rating){_MARKUP}:",
+    re.IGNORECASE | re.MULTILINE,
+)
+_WORD = re.compile(r"[^\W\d_]{2}|[^\W\d_a-zA-Z]")
+_TAG = re.compile(r"</?(?:feedback|score|critique|comments?)>", re.IGNORECASE)
+_EMPTY_LINE = re.compile(
+    r"^[ \t]*(?:```\w*|\d{1,2}[.)]|[*_`#>|{}\[\]\"',;:.-]+)[ \t]*$", re.MULTILINE
+)
+# The rubric said back, whole or begun.
+_ECHO = re.compile(r"\s+".join(map(re.escape, _SCALE.partition(", ")[0].split())) + r",[^\n]*")
+_STRONG = re.compile(r"[:=|>\u2192]")
+_LAST_WORD = re.compile(r"(?:overall|final)[\s_-]++[*_`\"']*+\Z", re.IGNORECASE)
+_THOUSANDS = re.compile(r"[1-9]\d{0,2},\d{3}")
+_FIRST_LINE = re.compile(r"\s*+([^\n]{1,60})(?:\n|$)")
+_PERCENTAGE = re.compile(r"%|cent")
+_USUAL_SCALE = re.compile(r"\D(?:1|5|10|100)(?:[.,]0+)?\)?$")
+_SIGNED_OR_DECIMAL = re.compile(r"[.,+]")
+_JSON_TEXT = ("feedback", "critique", "comment", "comments", "explanation", "review", "reason")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A place that looks like a score: its value where it can be read, and what to cut out."""
+
+    value: float | None
+    start: int
+    end: int
+    last_word: bool = False
+
+
+def _read_score(text: str, place: int, scale: str | None) -> tuple[float | None, int, bool] | None:
+    """The score that stands at ``place``.
+
+    Returns:
+        Its value (``None``: out of range, or part of a range or a calculation), where it ends, and
+        whether it came with a scale; ``None`` where there is no number.
+    """
+    match = _SCORE.match(text, place, place + _WINDOW)
+    if not match:
+        return None
+    sign = -1 if (match["sign"] or "").strip().lower() in ("-", "minus", "negative") else 1
+    digits, end = match["digits"], match.end()
+    value = float(digits.replace(",", "."))
+    most = 1.0
+    if found := _OUT_OF.match(text, end, end + _WINDOW):
+        most, end = float(found["scale"]), found.end()
+    elif found := _PERCENT.match(text, end, end + _WINDOW):
+        most, end = 100.0, found.end()
+    elif found := _ON_SCALE.match(text, end, end + _WINDOW):
+        low = float(found["low"] or 0)
+        most, end = float(found["scale"]), found.end()
+        if low < 0 and most != 1:
+            return None, end, True
+    elif scale:
+        noted = _NOTE_SCALE.fullmatch(scale.strip())
+        most = 100.0 if "%" in scale else float(noted["scale"]) if noted else 1.0
+    scaled = bool(found or scale)
+    interval = "," in digits and text[max(place - 1, 0)] in "[("
+    thousands = _THOUSANDS.fullmatch(digits)
+    rest = text[end : end + _WINDOW]
+    if goes_on := _GOES_ON.match(rest):
+        return None, end + goes_on.end(), scaled
+    if interval or thousands or value > most or not most or _RUBRIC.search(rest.partition("\n")[0]):
+        return None, end, scaled
+    return sign * value / most + 0.0, end, scaled
+
+
+def _labelled(text: str) -> list[_Found]:
+    """Numbers that a label calls the score, in order."""
+    scores = []
+    for label in itertools.islice(_LABEL.finditer(text), _MOST_LABELS):
+        start, end = label.span()
+        first = max(start + 1 - _BEFORE, 0)
+        # A text begins as a line does.
+        before = text[first - 1 : start] if first else "\n" + text[:start]
+        after = _AFTER_LABEL.match(text, end, end + _WINDOW)
+        assert after is not None  # every part of it may be empty
+        own = _OWN_LABEL.search(before)
+        strong = _STRONG.search(after["sep"]) is not None
+        if not own and (not strong or _OTHERS_LABEL.search(before)):
+            continue
+        glued_dash = text.startswith("-", end) or after["sep"].strip() == ":-"
+        found = _read_score(text, after.end(), after["note"] or after["outof"] or after["slash"])
+        if found is None:
+            continue
+        value, stop, scaled = found
+        rest = text[stop : stop + _WINDOW]
+        alone = _LINE_END.match(rest) is not None
+        number_text = text[after.end() : stop]
+        exact = scaled or "." in number_text or "," in number_text
+        sure = label[0].lower() in ("score", "rating")
+        if not (sure and strong) and not ((sure or strong) and (exact or alone)):
+            continue  # "Overall: 1 egg", "they score 1 goal"
+        if not own and scaled:
+            continue
+        if after["sep"].strip() in ("is", "of", "was") and "%" in number_text:
+            continue
+        if "\n" in after["sep"] + after["noise"] and not alone:
+            continue  # "Score:" and then a numbered list
+        if glued_dash and not (strong and after["sep"].strip() == ":"):
+            value = None  # "Score-0.7", "Score:- 0.7": sign or separator?
+        if number_text == "1" and _SECOND_ITEM.search(text, stop, stop + 5 * _WINDOW):
+            value = None  # "Score: 1. Step one ... 2. Step two": a list
+        lead = own.start() + 1 - len(before) + start if own else start
+        last_word = _LAST_WORD.search(before)
+        tail = _TAIL.match(rest)
+        stop += tail.end() if tail else 0
+        scores.append(_Found(value, max(lead, 0), stop, bool(last_word)))
+    return scores
+
+
+def _said(text: str) -> _Found | None:
+    """A score given in a sentence ("I'd give this a 0.8"); the sentence stays in the feedback."""
+    for verb in itertools.islice(_I_GIVE.finditer(text), _MOST_LABELS):
+        if gap := _JUDGED.match(text, verb.end(), verb.end() + _WINDOW):
+            found = _read_score(text, gap.end(), None)
+            if found and found[0] is not None:
+                value, end, scaled = found
+                if scaled or _SENTENCE_GOES.match(text[end : end + _WINDOW]):
+                    return _Found(value, end, end)
+    return None
+
+
+def _bare(text: str) -> _Found | None:
+    """A first line that is nothing but a score: a signed or decimal number, or ``x/10``."""
+    line = _FIRST_LINE.match(text)
+    if not line:
+        return None
+    start = line.start(1) + len(line[1]) - len(line[1].lstrip(" \t*_`#>\"'"))
+    found = _read_score(text, start, None)
+    if not found or not _LINE_END.match(text[found[1] : found[1] + _WINDOW]):
+        return None
+    value, end, scaled = found
+    written = text[start:end]
+    if _PERCENTAGE.search(written):
+        return None
+    if scaled and not _USUAL_SCALE.search(written):
+        return None
+    if not scaled and not _SIGNED_OR_DECIMAL.search(written):
+        labelled = _FEEDBACK_LABEL.match(text[end:].lstrip(" \t\n*_`\"'."))
+        if not labelled:
+            return None  # a lone 1, 0 or -1 may be anything
+    return _Found(value, start, end)
+
+
+def _from_json(text: str) -> str:
+    """The feedback of a JSON object in the text; empty where there is none."""
+    start, end = text.find("{"), text.rfind("}")
+    if not 0 <= start < end <= 20_000:
+        return ""
+    try:
+        value = json.loads(text[start : end + 1], strict=False)
+    except (ValueError, RecursionError):
+        return ""
+    fields = {k.lower(): v for k, v in value.items()} if isinstance(value, dict) else {}
+    return next((v.strip() for k in _JSON_TEXT if isinstance(v := fields.get(k), str)), "")
+
+
+def _prose(text: str, cut: _Found | None) -> str:
+    """The paragraph without score and labels, without a second feedback that follows it."""
+    if cut and cut.start < cut.end:
+        text = text[: cut.start] + "\n" + text[cut.end :]
+    if label := _FEEDBACK_LABEL.search(text):
+        rest = text[label.end() :]
+        run_on = _RUN_ON.search(rest)
+        paragraph = rest[: run_on.start()] if run_on else rest
+        text = paragraph if _WORD.search(paragraph) else text
+    text = _EMPTY_LINE.sub("", _TAG.sub("", text)).strip()
+    if text.count("**") % 2:
+        text = text.removeprefix("**").removesuffix("**").strip()
+    return text if _WORD.search(text) else ""
+
+
+def parse_feedback(text: str, tokens: tuple[int, ...] = ()) -> Feedback:
+    """Read a feedback as models write it.
+
+    The score is the first readable number that a label (``Score``, ``Rating``, ...) announces; one
+    announced as overall or final goes before the others. The first, because the prompt asks for it
+    on the first line and what follows a complete feedback is a model that did not stop. Without a
+    label, only ``I'd give this a 0.8`` and a first line that is nothing but a score count; other
+    numbers belong to the mathematics. ``x/n``, ``x out of n`` and percentages become the ratio
+    (the rubric's positive part: 7/10 is 0.7). Ranges, echoes of the prompt and values out of range
+    are no score: nothing is clamped or guessed.
+
+    Args:
+        text: what the model wrote.
+        tokens: ids of the generated tokens, kept as they are.
+
+    Returns:
+        The feedback. Its text is the paragraph without labels and score, the whole text where
+        nothing else is left.
+    """
+    whole = _after_thinking(text)
+    own = _ECHO.sub("", whole)
+    plain = own.translate(_PLAIN)
+    labelled = _labelled(plain)
+    readable = [score for score in labelled if score.value is not None]
+    found = next((score for score in readable if score.last_word), None)
+    if found is None and labelled:
+        found = readable[0] if readable else labelled[0]
+    elif not labelled:
+        found = _said(plain) or _bare(plain)
+    prose = _from_json(own) or _prose(own, found)
+    return Feedback(prose or whole.strip(), found.value if found else None, tuple(tokens))
+
+
+def _words(feedback: Feedback) -> list[str]:
+    """What a feedback says beside its score, which stays in the text where nothing else is left."""
+    scores = _labelled(feedback.text.translate(_PLAIN))
+    return _prose(feedback.text, scores[0] if scores else None).split()

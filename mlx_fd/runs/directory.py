@@ -1,0 +1,280 @@
+"""The run directory: what is written, in which order, and how a run finds its way back.
+
+Nothing is ever half there. A file is written under a temporary name, flushed to the disk and then
+renamed; what is read back carries a digest. The checkpoints are :mod:`mlx_fd.runs.checkpoints`, the logs
+:mod:`mlx_fd.runs.logs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_fd.errors import UserError
+from mlx_fd.files import (
+    open_in_place,
+    open_to_read,
+    read_text,
+    subfolder,
+    sync_folder,
+    write_atomic,
+    write_json,
+)
+from mlx_fd.runs.checked import DIGEST, ChangedFile, read_checked, with_digest
+from mlx_fd.runs.marks import MARK, RUN, check_free, read_mark, write_mark
+
+CONFIG = "config.toml"
+MANIFEST = "manifest.json"
+EPISODES = "episodes.jsonl"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+ATTEMPTS = "attempts.jsonl"
+HEADROOM = "headroom.json"
+LOGS = (EPISODES, METRICS, SAMPLES, ATTEMPTS)
+SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
+CUT = "cut"
+TEACHER = "teacher"
+STATE = "state.json"
+_LOCK = ".lock"
+
+README = """\
+# A run of mlx-fd
+
+| file | what it is |
+|---|---|
+| `config.toml` | every option of the run; `mlx-fd loop --config config.toml` runs it again |
+| `manifest.json` | versions, seed, models and data with their digests |
+| `episodes.jsonl` | one line per problem: answer, both feedbacks, the gate, the final answer |
+| `metrics.jsonl` | one line per batch: losses, weights, the gate's reasons, the probe set |
+| `samples.jsonl` | with `epochs` > 1: the tokens of each text that the student learned from |
+| `teacher/` | with `teacher_top_k`: what the expert said about texts |
+| `checkpoints/` | `NNNNNN` by batch; `last` and `best` (on the probe set) point to them |
+| `probe.json` | the held-out problems that the gate watches, their arrays beside it |
+| `exam_*.json` | what the student made of each question of the examination, where there was one |
+| `summary.json` | the run's totals, written at its end |
+| `cut/` | what `resume` cut: `tail/` after the last stop; a folder of its date whatever else |
+| `pareto.*` | with `mlx-fd pareto`: where to stop next time; `sweep/` has the runs that try it |
+| `eval/` | with `mlx-fd eval`: `eval.json` and `outputs.jsonl` of each evaluation |
+| `report.html` | the page of `mlx-fd report .` |
+| `tracking.json` | with `--track`: what each tracker has of the run |
+
+    mlx-fd resume .                       # goes on where it stopped
+    mlx-fd report .                       # makes report.html
+    mlx-fd feedback . --problem TEXT --answer TEXT
+    mlx_lm.generate --model MODEL --adapter-path checkpoints/best --prompt TEXT
+
+MODEL is the student's, named in `manifest.json`.
+"""
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log; a half-written last line is left out.
+
+    Raises:
+        UserError: there is a pipe or a device in its place.
+    """
+    if not path.exists():
+        return []
+    with open_to_read(path) as file:
+        text = file.read().decode("utf-8", errors="replace")
+    rows = []
+    for line in text.split("\n")[:-1]:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def create(folder: Path, config_toml: str, manifest: dict[str, Any], readme: str = README) -> None:
+    """Make a run directory.
+
+    Args:
+        folder: where; it is made.
+        config_toml: the configuration.
+        manifest: what the run is made of.
+        readme: what explains the files.
+
+    Raises:
+        UserError: there is something in it already, or it cannot be written.
+    """
+    check_new(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_mark(folder, RUN)
+    subfolder(folder, CHECKPOINTS)
+    write_atomic(folder / "README.md", readme)
+    write_atomic(folder / CONFIG, config_toml)
+    # Last: a folder with a manifest is a run.
+    write_json(folder / MANIFEST, with_digest(manifest))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder has the files of a run; whether they are ours, :func:`is_ours` says."""
+    return (folder / MANIFEST).is_file() and (folder / CONFIG).is_file()
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is a run's, begun or done: its mark says so, or what its manifest says."""
+    if read_mark(folder).get("kind") == RUN:
+        return True
+    if not is_run(folder):
+        return False
+    try:
+        return _is_manifest(json.loads(read_text(folder / MANIFEST)))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _is_manifest(content: Any) -> bool:
+    """Whether it is of mlx-fd; runs of earlier versions have no other mark."""
+    versions = content.get("versions") if isinstance(content, dict) else None
+    return isinstance(versions, dict) and "mlx-fd" in versions
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A run's manifest.
+
+    Raises:
+        UserError: the folder holds no run, or the manifest cannot be read.
+    """
+    if not is_run(folder):
+        raise UserError(
+            f"{folder}: this is no run directory (it has no {MANIFEST}). "
+            "Name the folder that `mlx-fd loop` or `mlx-fd self-distill` printed when it began."
+        )
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder / MANIFEST}: cannot be read: {error}") from error
+    if not is_ours(folder):
+        raise UserError(
+            f"{folder}: this is no run directory of mlx-fd (neither its {MANIFEST} nor a file "
+            f"{MARK} says so), and it was left alone"
+        )
+    if isinstance(manifest, dict):
+        manifest.pop(DIGEST, None)
+    return manifest
+
+
+def manifest_fault(folder: Path) -> str | None:
+    """What is to be said of a manifest that is not what was written; ``None`` where it is.
+
+    A digit changed in it costs no run: all in it that decides one is compared with what is here.
+    """
+    try:
+        read_checked(folder / MANIFEST)
+    except ChangedFile as error:
+        return (
+            f"{MANIFEST}: {error}; what decides the run in it is the same as here, and the run "
+            "goes on"
+        )
+    return None
+
+
+def cut_folder(folder: Path) -> Path:
+    """A folder of a run, named by the time, for what is cut from it; not made yet.
+
+    Raises:
+        UserError: ``cut`` leads out of the run directory.
+    """
+    cut = folder / CUT
+    if cut.is_symlink():
+        raise UserError(f"{cut}: this is a link, and nothing is moved through one; delete it.")
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    found, number = cut / stamp, 1
+    while found.exists():
+        number += 1
+        found = cut / f"{stamp}-{number}"
+    return found
+
+
+def set_aside(path: Path, to: Path, name: str = "") -> None:
+    """Move a file or folder of a run where nothing reads it and nothing deletes it.
+
+    Args:
+        path: what is to go.
+        to: of :func:`cut_folder`.
+        name: its name there, where that is another one.
+    """
+    to.mkdir(parents=True, exist_ok=True)
+    path.rename(to / (name or path.name))
+    for changed in (to.parent, to, path.parent):
+        sync_folder(changed)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run directory, which is marked as one, so that no other process writes it.
+
+    The lock goes with the process, however that ends.
+
+    Raises:
+        UserError: another process holds it, it is not a run's, or it cannot be written.
+    """
+    if not is_ours(folder):
+        check_free(folder, RUN)
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_mark(folder, RUN)
+            lock = open_in_place(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+            held.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder}: another mlx-fd process is writing this run; wait for it or stop it."
+            ) from error
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}).") from error
+        yield
+
+
+def failed_write(error: OSError | RuntimeError) -> str | None:
+    """Why a write failed, in words; ``None`` where the error is about something else."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # MLX reports a failed write of weights this way, and only this way.
+    said = str(error).lower()
+    return str(error) if "write" in said or "open" in said else None
+
+
+@contextlib.contextmanager
+def explained(folder: Path, advice: str = "") -> Iterator[None]:
+    """Turn a failed write into a message that says that nothing is lost.
+
+    Args:
+        folder: what is written.
+        advice: what to do; empty where ``folder`` is a run, which can be gone on with.
+    """
+    advice = advice or f"free some space, then: mlx-fd resume {shlex.quote(str(folder))}"
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if (why := failed_write(error)) is None:
+            raise
+        raise _cannot_write(folder, why, advice) from error
+
+
+def _cannot_write(folder: Path, why: str, advice: str) -> UserError:
+    return UserError(
+        f"{folder}: cannot be written ({why}). What was saved before is whole; {advice}"
+    )
+
+
+def check_new(folder: Path) -> None:
+    """Make sure that a run can be made in a folder: it is empty, or a run was only begun there.
+
+    Raises:
+        UserError: there is a run in it, or something else.
+    """
+    if is_run(folder) and is_ours(folder):
+        raise UserError(
+            f"{folder}: this is a run already; go on with: mlx-fd resume {shlex.quote(str(folder))}"
+        )
+    check_free(folder, RUN)

@@ -1,0 +1,40 @@
+"""Names and numbers as people read them, in terminals and on pages."""
+
+from __future__ import annotations
+
+STEP_NAMES = {
+    "answer": "expert answers",
+    "student_feedback": "student gives feedback",
+    "expert_feedback": "expert gives feedback",
+    "distil": "student learns",
+    "merge": "expert merges feedback",
+    "revise": "expert revises",
+    "critique": "expert criticises itself",
+    "final": "expert's final answer",
+}
+
+
+EXAM_NAMES = {
+    "score_error": "exam: error of the score head",
+    "written_error": "exam: error of the written score",
+    "readable": "exam: feedback readable",
+    "first_error_on_wrong": "exam: first error found",
+    "first_error_on_right": "exam: right answers passed",
+    "first_error_f1": "exam: F1 of the two",
+    "solved": "exam: problems solved",
+}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``42 s``, ``3 min 5 s`` or ``2 h 14 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    """A number, or a dash where there is none."""
+    return "-" if value is None else format(value, form)

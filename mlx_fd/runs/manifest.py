@@ -1,0 +1,167 @@
+"""What a run was made of, and whether what is here now is the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_fd import __version__, runs
+from mlx_fd import problems as problem_sets
+from mlx_fd.config import Config
+from mlx_fd.errors import UserError
+from mlx_fd.models import fingerprint
+from mlx_fd.models.resolve import why_changed
+
+if TYPE_CHECKING:
+    pass
+
+from mlx_fd.runs.plan import backend_settings
+
+
+def manifest_of(
+    config: Config,
+    expert: Path | None,
+    student: Path,
+    found: problem_sets.ProblemSet,
+    vocab: int,
+) -> dict[str, Any]:
+    """What ``manifest.json`` holds.
+
+    Args:
+        config: of the run.
+        expert: the expert's directory (of self-distillation, the critic's), if there is one.
+        student: the student's.
+        found: the problems that the run's were drawn from.
+        vocab: tokens that student and expert share.
+    """
+
+    def model(name: str, path: Path | None) -> dict[str, Any]:
+        if path is None:
+            return {"name": name, "path": "", "sha256": ""}
+        digest = fingerprint.content_hash(path)
+        kind = fingerprint.FORMAT
+        return {"name": name, "path": str(path), "sha256": digest, "fingerprint": kind}
+
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "backend": backend_settings(),
+        "seed": config.episode.seed,
+        "expert": model(config.selfdistill.critic or config.models.expert, expert),
+        "student": model(config.models.student, student),
+        "problems": {
+            "name": found.name,
+            "split": found.split,
+            "sha256": found.sha256,
+            "skipped_rows": found.skipped,
+        },
+        "shared_vocabulary": vocab,
+        "options": _flat(config),
+    }
+
+
+# Where the run goes on is the same with another value of these; models and problems are compared by
+# content.
+_CHANGEABLE = (
+    "expert",
+    "student",
+    "problems",
+    "teacher_cache",
+    "micro_batch",
+    "checkpoint_layers",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """Every option by its name, as JSON has it."""
+    sections: dict[str, dict[str, Any]] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: value for options in sections.values() for name, value in options.items()}
+
+
+def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[str]:
+    """Compare a run's manifest with what is here now, before it is resumed.
+
+    Returns:
+        Differences that make a bit-identical resume uncertain.
+
+    Raises:
+        UserError: another model, other data or other options than the run began with.
+    """
+    try:
+        unclear = []
+        for part in ("expert", "student", "problems"):
+            found = fingerprint.compare(old[part], new[part])
+            if found is None:
+                unclear.append(
+                    f"{folder}: it began with a version of mlx-fd that did not record all of its "
+                    f"models: whether the {part} ({old[part]['name']}) is the same, tokenizer and "
+                    "every weight, cannot be told; if you changed it, begin a new run"
+                )
+            elif not found:
+                raise UserError(
+                    f"{folder}: the run began with another {part} ({old[part]['name']}): "
+                    f"{_why_other(part, old, new)}, or begin a new run."
+                )
+        # An older version had fewer options, and did what the others do by default.
+        options, now = ({**_flat(Config()), **manifest["options"]} for manifest in (old, new))
+        changed = {
+            name: (value, now.get(name))
+            for name, value in options.items()
+            if now.get(name) != value
+        }
+        # With a last batch that was not full, the next one would leave problems out. With epochs or
+        # phases, all that was done depends on how many episodes there were to be.
+        whole = (
+            options["episodes"] % options["batch_size"] == 0
+            and options["epochs"] == 1
+            and options["loss_weights"] in ("ema", "fixed")
+        )
+        uncertain = unclear + [
+            f"{name} was {value}, is {new[part].get(name)}: the run goes on, but its last digits "
+            "may differ from an uninterrupted one's"
+            for part in ("versions", "backend")
+            for name, value in old[part].items()
+            if new[part].get(name) != value
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / runs.MANIFEST}: this is not what mlx-fd wrote ({error!r}). Bring the old "
+            "file back, or begin a new run."
+        ) from error
+    command = "self-distill" if options.get("method") else "loop"
+    for name, (was, is_now) in changed.items():
+        if name not in _CHANGEABLE and not (name == "episodes" and whole):
+            raise UserError(
+                f"{folder / runs.CONFIG}: {name} was {was!r} when the run began and is {is_now!r} "
+                f"now. Put it back, or begin a new run: mlx-fd {command} "
+                f"--config {folder / runs.CONFIG} --out ANOTHER"
+            )
+    return uncertain
+
+
+def _why_other(part: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Why the models or problems of two manifests differ, and what to do about it."""
+    name = old[part]["name"]
+    if part == "problems" or name != new[part]["name"]:
+        return "its content has changed since. Bring the old one back"
+    return why_changed(name, old["versions"])
+
+
+def versions() -> dict[str, str]:
+    """Versions that a run's numbers depend on."""
+    packages = ("mlx", "mlx-lm", "numpy", "transformers", "tokenizers")
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    found["mlx-fd"] = __version__
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

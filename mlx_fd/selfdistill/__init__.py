@@ -1,6 +1,0 @@
-"""Self-distillation: a model learns from itself reading more than the problem.
-
-Two things make a method: what the self-teacher sees (:mod:`mlx_fd.selfdistill.contexts`) and what
-is matched (:mod:`mlx_fd.selfdistill.objectives`). :mod:`mlx_fd.selfdistill.methods` has the
-published combinations, :mod:`mlx_fd.selfdistill.training` the loop.
-"""

@@ -1,0 +1,1 @@
+"""The two trainers: the loop on problems, and self-distillation."""

@@ -1,0 +1,311 @@
+"""Where a run stands, and the checkpoints that keep it: what both loops share.
+
+:mod:`mlx_fd.training.loop` and :mod:`mlx_fd.training.selfdistill.training` are the loops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_unflatten
+
+from mlx_fd import runs
+from mlx_fd.config import Config
+from mlx_fd.errors import UserError
+from mlx_fd.feedback import distill, gate
+from mlx_fd.models.student import Student, load_student, read_arrays, save_student
+from mlx_fd.runs.checked import ChangedFile, read_checked
+from mlx_fd.runs.checkpoints import (
+    Checkpoint,
+    check_nothing_lost,
+    newest_checkpoint,
+    roll_back,
+    save_checkpoint,
+)
+from mlx_fd.runs.events import Event, Note, Warned
+from mlx_fd.runs.logs import Log
+
+if TYPE_CHECKING:
+    from mlx_fd.training.selfdistill import learning
+
+OPTIMIZER = "optimizer.safetensors"
+Kept = TypeVar("Kept")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: all of a checkpoint but the weights.
+
+    Attributes:
+        batch: batches of problems done.
+        gate: the gate's state.
+        scales: the fixed factor of each loss.
+        distilled: batches in which the student learned.
+        spent: optimiser steps since the last look at the probe set.
+        probe_first: losses on the probe set before the first update.
+        probe_last: the same, last time they were looked at.
+        best: the least mean of probe losses relative to ``probe_first``.
+        best_batch: the batch after which that was.
+    """
+
+    batch: int
+    gate: gate.GateState
+    scales: dict[str, float]
+    distilled: int
+    spent: int
+    probe_first: dict[str, float]
+    probe_last: dict[str, float]
+    best: float
+    best_batch: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``state.json``."""
+        return {**dataclasses.asdict(self), "gate": self.gate.to_json()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Progress:
+        """What :meth:`to_json` gave."""
+        names = [item.name for item in dataclasses.fields(cls)]
+        fields = {name: value[name] for name in names}
+        return cls(**{**fields, "gate": gate.GateState.from_json(value["gate"])})
+
+
+def with_probe(progress: Progress, losses: dict[str, float]) -> Progress:
+    """The state after a look at the probe set."""
+    known = [name for name in losses if progress.probe_first.get(name, 0) > 0]
+    if known:
+        level = sum(losses[name] / progress.probe_first[name] for name in known) / len(known)
+        better = math.isfinite(level) and level < progress.best
+    else:
+        # Nothing tells the batches apart: the newest has learned the most.
+        level, better = progress.best, True
+    return dataclasses.replace(
+        progress,
+        probe_last=losses,
+        best=level if better else progress.best,
+        best_batch=progress.batch if better else progress.best_batch,
+    )
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a run writes as it goes on, and what was measured before this process.
+
+    Attributes:
+        folder: the run directory.
+        logs: its logs by their files' names.
+        peak_before: most memory, in bytes, that MLX had in the processes that made what is there.
+        cut: where what is cut or replaced goes; made when there is something.
+    """
+
+    folder: Path
+    logs: Mapping[str, Log]
+    peak_before: int
+    cut: Path
+
+    def append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows to a log."""
+        self.logs[name].append(rows)
+
+    def peak_memory(self) -> int:
+        """Most memory, in bytes, that MLX had in any of the run's processes."""
+        return max(self.peak_before, mx.get_peak_memory())
+
+
+def go_back(
+    folder: Path, config: Config, report: Callable[[Event], None], *, redo: bool = False
+) -> tuple[Checkpoint | None, Records]:
+    """Bring a run directory to its newest good checkpoint, and say which ones are not.
+
+    Args:
+        folder: the run directory.
+        config: the run's configuration.
+        report: told of what is passed over or put right.
+        redo: go back even where finished work is cut by it.
+
+    Returns:
+        The checkpoint, ``None`` where the run is at its beginning; and the logs from there.
+
+    Raises:
+        UserError: more would be cut than a kill leaves, or the folder cannot be written.
+    """
+    if redo:
+        checkpoint, passed_over = newest_checkpoint(folder)
+    else:
+        checkpoint, passed_over = check_nothing_lost(folder, config.episode.checkpoint_every)
+    for reason in passed_over:
+        report(Warned(f"{reason}; going back before it"))
+    cut = runs.cut_folder(folder)
+    with runs.explained(folder):
+        put_right = roll_back(folder, checkpoint, cut, ordinary=not redo and not passed_over)
+    for text in put_right:
+        report(Warned(text))
+    if checkpoint is None:
+        return None, Records(folder, {name: Log(folder / name) for name in runs.LOGS}, 0, cut)
+    if checkpoint.best_lost:
+        report(
+            Warned(
+                f"the best weights so far ({runs.CHECKPOINTS}/{checkpoint.state['best_batch']:06d})"
+                " are not whole, and no checkpoint from which they could be made again is"
+            )
+        )
+    if not checkpoint.vouched:
+        report(Note(_no_digest(f"checkpoint {checkpoint.folder.name}")))
+    peak = int(checkpoint.state.get("peak_memory_bytes", 0))
+    return checkpoint, Records(folder, checkpoint.logs, peak, cut)
+
+
+def _no_digest(name: str) -> str:
+    return f"{name} has no digest, as in older versions: a change in it would not be noticed"
+
+
+def finished_summary(
+    records: Records, at_end: bool, report: Callable[[Event], None]
+) -> dict[str, Any] | None:
+    """The summary of a run that is done; ``None`` where it is to be made.
+
+    Args:
+        records: the run's.
+        at_end: whether the run's last checkpoint is that of its end. Where it is not, the run was
+            made longer, and what was its summary is put aside.
+        report: told what becomes of it.
+    """
+    path = records.folder / runs.SUMMARY
+    if not path.exists():
+        return None
+    if at_end:
+        try:
+            summary, _ = read_checked(path)
+            if isinstance(summary, dict):
+                report(Note("the run is done: there is nothing left to do"))
+                return summary
+            why = "it is no summary"
+        except (ChangedFile, OSError) as error:
+            why = str(error)
+        report(Warned(f"{runs.SUMMARY}: {why}; it is made again"))
+    with runs.explained(records.folder):
+        runs.set_aside(path, records.cut)
+    return None
+
+
+def kept(
+    records: Records,
+    name: str,
+    load: Callable[[], tuple[Kept, bool] | None],
+    begun: bool,
+    report: Callable[[Event], None],
+) -> Kept | None:
+    """What a run computed once, before anything was learned; ``None`` where that is to be done.
+
+    Called while the student is still untrained, so that what is computed again is the same.
+
+    Args:
+        records: the run's.
+        name: the file that it is kept in.
+        load: reads it: what it is, and whether a digest vouches for it; ``None`` where it is not
+            there. It raises :class:`mlx_fd.runs.checked.ChangedFile` where it is not what was written.
+        begun: whether there is a checkpoint, and so the file should be there.
+        report: told where it is not what was written, or not there.
+    """
+    again = "it is made again by the student as it was before the run"
+    try:
+        found = load()
+    except (ChangedFile, OSError) as error:
+        report(Warned(f"{name}: {error}; {again}"))
+        with runs.explained(records.folder):
+            runs.set_aside(records.folder / name, records.cut)
+        return None
+    if found is None:
+        if begun:
+            report(Warned(f"{name} is missing; {again}"))
+        return None
+    value, digested = found
+    if not digested:
+        report(Note(_no_digest(name)))
+    return value
+
+
+def restore(checkpoint: Checkpoint, student: Student, optimizer: optim.Optimizer) -> Progress:
+    """Put a checkpoint's weights and optimiser in place; where the run stood.
+
+    Raises:
+        UserError: they do not fit, or the state is not what mlx-fd wrote.
+    """
+    load_student(student, checkpoint.folder)
+    optimizer.state = tree_unflatten(list(read_arrays(checkpoint.folder / OPTIMIZER).items()))
+    try:
+        return Progress.from_json(checkpoint.state)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{checkpoint.folder / runs.STATE}: this is not what mlx-fd wrote ({error!r}). Bring "
+            "the old file back, or begin a new run."
+        ) from error
+
+
+def save(
+    records: Records,
+    progress: Progress,
+    config: Config,
+    student: Student,
+    base: Path,
+    optimizer: optim.Optimizer,
+    *,
+    arrays: Mapping[str, dict[str, mx.array]] | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint.
+
+    Args:
+        records: its logs.
+        progress: where the run stands.
+        config: its configuration.
+        student: what was trained.
+        base: the folder of the model that the student is made of.
+        optimizer: with its state.
+        arrays: more arrays, by the names of their files.
+        state: more for ``state.json``.
+    """
+
+    def write(to: Path) -> None:
+        save_student(student, config.models, base, to)
+        mx.save_safetensors(str(to / OPTIMIZER), distill.optimizer_arrays(optimizer))
+        for name, found in (arrays or {}).items():
+            mx.save_safetensors(str(to / name), found)
+
+    save_checkpoint(
+        records.folder,
+        progress.batch,
+        write,
+        {
+            **progress.to_json(),
+            **(state or {}),
+            "checkpoint_every": config.episode.checkpoint_every,
+            "peak_memory_bytes": records.peak_memory(),
+        },
+        records.logs,
+        best=progress.best_batch,
+        keep=config.episode.keep_checkpoints,
+    )
+
+
+def finite(value: float) -> float | None:
+    """The value, or ``None`` where JSON has no number for it."""
+    return value if math.isfinite(value) else None
+
+
+def update_row(update: distill.Update | learning.Update) -> dict[str, Any]:
+    """An optimiser step's part of a line of ``metrics.jsonl``."""
+    return {
+        "losses": {name: finite(value) for name, value in update.losses.items()},
+        "total": finite(update.total),
+        "gradient_norm": finite(update.gradient_norm),
+        "skipped": update.skipped,
+        "tokens": update.tokens,
+    }

@@ -1,0 +1,260 @@
+"""Where a context puts its mass: the advantage of each token of attempts with a known first error.
+
+A_t = log pi(y_t | x, c, y_<t) - log pi(y_t | x, y_<t), one model on both sides, x the question and
+c the context. It is what self-distillation on drawn tokens multiplies the gradient of each token
+with (arXiv 2606.11173): a context that teaches where reasoning fails has its negative advantages
+in the first wrong step, and none on tokens that are right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_fd.config import Config, Method
+from mlx_fd.errors import UserError
+from mlx_fd.evaluation.statistics import Estimate, Rows, bootstrap
+from mlx_fd.feedback.episode import seed_of
+from mlx_fd.models.generation import opening
+from mlx_fd.models.loading import Loaded
+from mlx_fd.problems import Problem, arithmetic, prompts
+from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials
+from mlx_fd.training.selfdistill.learning import Text, read, say
+from mlx_fd.training.selfdistill.rollouts import attempts_at
+
+RIGHT, BEFORE, IN, AFTER = "right", "before", "in", "after"
+PARTS = (RIGHT, BEFORE, IN, AFTER)
+"""Tokens of right attempts; of wrong ones those before, in and after the first wrong step."""
+LEAST = 0.01
+"""A smaller advantage, in nats, is none: both sides are sure of the token."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is going on, how much of it is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An attempt with what each context makes of its tokens.
+
+    Attributes:
+        attempt: the attempt.
+        pieces: the text of each token; together they are the attempt.
+        parts: which of :data:`PARTS` each token is in.
+        advantages: by context, in nats, one a token; not there where the context teaches nothing.
+    """
+
+    attempt: Attempt
+    pieces: tuple[str, ...]
+    parts: tuple[str, ...]
+    advantages: Mapping[str, tuple[float, ...]]
+
+
+# --------------------------------------------------------------------------------------- attempts
+
+
+def attempts_of(
+    loaded: Loaded,
+    problems: Sequence[Problem],
+    config: Config,
+    progress: Progress,
+    *,
+    size: int = 16,
+) -> list[Attempt]:
+    """Let a model try each problem as often, and as warm, as a run of self-distillation would.
+
+    Args:
+        loaded: the model.
+        problems: the problems.
+        config: of a run.
+        progress: told of the problems.
+        size: problems at once.
+
+    Returns:
+        The attempts, problem by problem.
+    """
+    attempts: list[Attempt] = []
+    for begin in range(0, len(problems), size):
+        progress("problems", begin, len(problems))
+
+        def seed(call: int, begin: int = begin) -> int:
+            return seed_of(config.episode.seed, begin, f"advantage/{call}")
+
+        groups, _ = attempts_at(loaded, problems[begin : begin + size], config, seed)
+        attempts += [attempt for group in groups for attempt in group]
+    return attempts
+
+
+def pieces_of(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, ...]:
+    """The text that each token adds; a character of several tokens is with its last."""
+    pieces, said = [], ""
+    for end in range(1, len(tokens) + 1):
+        text = tokenizer.decode(list(tokens[:end]))
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        pieces.append(whole[len(said) :])
+        said = whole if len(whole) > len(said) else said
+    return tuple(pieces)
+
+
+def parts_of(pieces: Sequence[str], span: tuple[int, int] | None) -> tuple[str, ...]:
+    """The part of each token.
+
+    Args:
+        pieces: the tokens' texts.
+        span: the characters of the first wrong step; ``None``: all is right. A token that has one
+            of them is in it.
+    """
+    if span is None:
+        return (RIGHT,) * len(pieces)
+    parts, at = [], 0
+    for piece in pieces:
+        end = at + len(piece)
+        parts.append(BEFORE if end <= span[0] else AFTER if at >= span[1] else IN)
+        at = end
+    return tuple(parts)
+
+
+def check_known(problems: Sequence[Problem]) -> None:
+    """Refuse problems of which no attempt's first wrong step is known.
+
+    Raises:
+        UserError: one of them is not a generated problem.
+    """
+    for problem in problems:
+        if not arithmetic.is_generated(problem.solution):
+            raise UserError(
+                f"{problem.id}: the first wrong step of an attempt is known for generated problems "
+                "only: use --problems arithmetic"
+            )
+
+
+# ------------------------------------------------------------------------------------- advantages
+
+
+def score(
+    loaded: Loaded,
+    attempts: Sequence[Attempt],
+    names: Sequence[str],
+    materials: Materials,
+    progress: Progress,
+    *,
+    temperature: float = 1.0,
+    size: int = 32,
+) -> list[Scored]:
+    """The advantages of each context at each token of attempts at generated problems.
+
+    Args:
+        loaded: the model, student and self-teacher in one.
+        attempts: attempts, problem by problem; those at one problem are siblings.
+        names: of the contexts.
+        materials: what the contexts are made of.
+        progress: told of the contexts.
+        temperature: of both distributions.
+        size: texts read at once.
+    """
+    check_known([attempt.problem for attempt in attempts])
+    options = Method(temperature=temperature)
+    tokenizer = loaded.tokenizer
+
+    def logprobs(messages: Sequence[str], of: Sequence[Attempt]) -> list[list[float]]:
+        texts = [
+            Text(opening(tokenizer, message), attempt.tokens)
+            for message, attempt in zip(messages, of, strict=True)
+        ]
+        if not texts:  # a context that teaches no attempt
+            return []
+        states = read(loaded.model, texts, size)
+        said = say(loaded.model, states, texts, options, loaded.vocab)
+        return [values.tolist() for values, _ in said]  # type: ignore[misc]
+
+    own = logprobs([prompts.answer_prompt(a.question) for a in attempts], attempts)
+    found: list[dict[str, tuple[float, ...]]] = [{} for _ in attempts]
+    for done, name in enumerate(names):
+        progress("contexts", done, len(names))
+        views = CONTEXTS[name](attempts, materials)
+        taught = [k for k, view in enumerate(views) if view.teacher is not None]
+        theirs = logprobs([views[k].teacher or "" for k in taught], [attempts[k] for k in taught])
+        for k, teacher in zip(taught, theirs, strict=True):
+            found[k][name] = tuple(t - s for t, s in zip(teacher, own[k], strict=True))
+    scored = []
+    for attempt, advantages in zip(attempts, found, strict=True):
+        pieces = pieces_of(tokenizer, attempt.tokens)
+        # The end of the turn is no part of the last line.
+        ended = attempt.tokens[-1] in tokenizer.eos_token_ids
+        text = "".join(pieces[:-1] if ended else pieces)
+        span = arithmetic.error_span(attempt.problem.solution, text)
+        scored.append(Scored(attempt, pieces, parts_of(pieces, span), advantages))
+    return scored
+
+
+# ------------------------------------------------------------------------------------------ table
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a context does to tokens, over problems.
+
+    Attributes:
+        context: its name.
+        attempts: with a view in this context, and ``wrong`` of them wrong.
+        wrong: see above.
+        tokens: tokens in each part.
+        mean: mean advantage in each part, in nats.
+        mass_in: share of the sum of abs(A) over wrong attempts that is in the first wrong step.
+        tokens_in: share of wrong attempts' tokens that are in it: what an even spread would give.
+        negative: share of right tokens (of right attempts, and before the first wrong step) whose
+            advantage is below -:data:`LEAST`.
+    """
+
+    context: str
+    attempts: int
+    wrong: int
+    tokens: dict[str, int]
+    mean: dict[str, Estimate]
+    mass_in: Estimate
+    tokens_in: Estimate
+    negative: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "context": self.context,
+            "attempts": self.attempts,
+            "wrong": self.wrong,
+            "tokens": self.tokens,
+            "mean": {part: estimate.to_json() for part, estimate in self.mean.items()},
+            "mass_in": self.mass_in.to_json(),
+            "tokens_in": self.tokens_in.to_json(),
+            "negative": self.negative.to_json(),
+        }
+
+
+def _ratio(above: Rows, below: Rows) -> float:
+    return float(above.sum() / below.sum()) if below.sum() else math.nan
+
+
+def summarise(scored: Sequence[Scored], name: str) -> Summary:
+    """One context's row of the table; intervals are bootstraps over problems."""
+    taught = [item for item in scored if name in item.advantages]
+    problems = list(dict.fromkeys(item.attempt.problem.id for item in taught))
+    # By problem and part: tokens, sum of A, sum of abs(A), tokens with a negative A.
+    sums = {part: np.zeros((4, len(problems))) for part in PARTS}
+    for item in taught:
+        place = problems.index(item.attempt.problem.id)
+        for part, value in zip(item.parts, item.advantages[name], strict=True):
+            sums[part][:, place] += (1, value, abs(value), value < -LEAST)
+    wrong = sums[BEFORE] + sums[IN] + sums[AFTER]
+    good = sums[RIGHT] + sums[BEFORE]
+    return Summary(
+        context=name,
+        attempts=len(taught),
+        wrong=sum(RIGHT not in item.parts for item in taught),
+        tokens={part: int(sums[part][0].sum()) for part in PARTS},
+        mean={part: bootstrap([sums[part][1], sums[part][0]], _ratio) for part in PARTS},
+        mass_in=bootstrap([sums[IN][2], wrong[2]], _ratio),
+        tokens_in=bootstrap([sums[IN][0], wrong[0]], _ratio),
+        negative=bootstrap([good[3], good[0]], _ratio),
+    )

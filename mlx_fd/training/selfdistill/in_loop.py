@@ -1,0 +1,91 @@
+"""Self-distillation within the loop: the student learns from the feedback on its own answers, too.
+
+The student, which read nothing but the problem, is matched to itself reading what the expert made
+of its answer. Where the expert revised it, that revision is the step-aligned critique: the expert
+saw the answer and its own feedback, and nothing has to be written for this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_fd.config import Method, TrainingOptions
+from mlx_fd.feedback.episode import Outcome, is_correct
+from mlx_fd.models.loading import Loaded
+from mlx_fd.problems import parsing, prompts
+from mlx_fd.training.selfdistill.contexts import Attempt, View, critique_message, feedback_message
+from mlx_fd.training.selfdistill.learning import gradients, look, loss_value, weigh
+from mlx_fd.training.selfdistill.teacher import adapter
+
+# Forward KL to the student as it is, over the whole vocabulary.
+_METHOD = Method(method="loop", objective="forward", self_teacher="current")
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """The student's answers in a batch, and what it reads as its own teacher.
+
+    Attributes:
+        attempts: its answers.
+        views: one for each.
+    """
+
+    attempts: tuple[Attempt, ...]
+    views: tuple[View, ...]
+
+
+def lessons(outcomes: Sequence[Outcome], context: str) -> Lessons:
+    """What the student can learn from the expert's word on its answers.
+
+    Args:
+        outcomes: of episodes whose first answers are the student's.
+        context: ``"feedback"``: it reads the expert's feedback; ``"step-critique"``: the expert's
+            revision of its answer where that is right, or the answer itself where it was right and
+            good enough to stay.
+    """
+    attempts, views = [], []
+    for outcome in outcomes:
+        draft, problem = outcome.draft, outcome.draft.problem
+        message = None
+        if context == "feedback" and draft.expert_feedback is not None:
+            message = feedback_message(problem.question, draft.expert_feedback.text)
+        elif context == "step-critique":
+            rewrite = outcome.revised or draft.answer.text
+            if is_correct(parsing.final_answer(rewrite), problem):
+                message = critique_message(problem.question, rewrite)
+        if message is not None:
+            answer = draft.answer
+            right = is_correct(answer.final, problem)
+            attempts.append(
+                Attempt(problem, problem.question, answer.tokens, answer.text, answer.final, right)
+            )
+            views.append(View(prompts.answer_prompt(problem.question), message))
+    return Lessons(tuple(attempts), tuple(views))
+
+
+def term(student: Loaded, found: Lessons, training: TrainingOptions) -> tuple[Any, float]:
+    """The term that an update of the student gains.
+
+    Args:
+        student: as it is now, teacher and student in one.
+        found: at least one.
+        training: micro-batch and checkpointing.
+
+    Returns:
+        The mean divergence per token's gradient by the language model's trainable weights, and
+        its value.
+    """
+    model = student.model
+    known = look(
+        student,
+        adapter(model),
+        [[attempt] for attempt in found.attempts],
+        found.views,
+        _METHOD,
+        training.micro_batch,
+    )
+    weighed = weigh(known, _METHOD, max(len(item.text.target) for item in known))
+    slopes, matched = gradients(model, known, weighed, _METHOD, training, student.vocab)
+    return slopes, loss_value(weighed, matched, _METHOD)

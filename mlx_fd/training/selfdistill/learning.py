@@ -1,0 +1,694 @@
+"""One update: what student and self-teacher say of each attempt, and one step towards it.
+
+First everything is read that is held constant: the student's own log-probabilities, and with other
+adapters the teacher's. From these numbers alone comes what each token counts. Only then does the
+student read once more, now for its gradient, which the engine of the losses makes without logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx import nn
+from mlx.utils import tree_map
+
+from mlx_fd.config import Method, TrainingOptions
+from mlx_fd.feedback.distill import loss_scale, take_step
+from mlx_fd.losses.divergence import (
+    Target,
+    TopK,
+    fused_linear_divergences,
+    one_hot,
+    teacher_at,
+    teacher_top_k,
+    token_log_probabilities,
+)
+from mlx_fd.models import taps
+from mlx_fd.models.generation import opening
+from mlx_fd.models.loading import Loaded
+from mlx_fd.training.selfdistill import objectives
+from mlx_fd.training.selfdistill.contexts import Attempt, View
+from mlx_fd.training.selfdistill.teacher import Weights, adapter, reading_as, switched_off
+
+DIVERGENCES = ("forward", "reverse", "jsd")
+# EchoDistill's text names no direction; this is the one that keeps what the teacher may say.
+_KINDS = {"echo": "forward", **{name: name for name in DIVERGENCES}}
+_POLICIES = ("grpo", "contrastive", "echo")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens before a text, and the T tokens of the text."""
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Known:
+    """All that is held constant of one text while the student learns from it.
+
+    Attributes:
+        text: as the student reads it.
+        group: which problem it is an attempt at, counted from 0.
+        reward: 1 for a right answer, 0 for a wrong one.
+        finished: whether it ended itself, and not at the token limit.
+        old: [T], log-probabilities when the tokens were drawn.
+        now: [T], the student's, at the beginning of the update.
+        entropy: [T], of the student's distributions.
+        teacher: [T], the self-teacher's; ``None``: this text teaches nothing.
+        expects: what the self-teacher expects, where distributions are matched: its final hidden
+            states [T, d], or some tokens.
+        wrong: [K, T], the self-teacher's with wrong hints; ``None``: there are none.
+        reference: [T], the base model's, where the loss needs them.
+    """
+
+    text: Text
+    group: int
+    reward: float
+    finished: bool
+    old: mx.array
+    now: mx.array
+    entropy: mx.array
+    teacher: mx.array | None = None
+    expects: mx.array | TopK | None = None
+    wrong: mx.array | None = None
+    reference: mx.array | None = None
+
+    @property
+    def advantages(self) -> mx.array | None:
+        """A_t = log pi_T(y_t) - log pi_S(y_t), [T]."""
+        if self.teacher is None:
+            return None
+        return objectives.token_advantages(self.teacher, self.now)
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What each token of some texts counts in the loss, and what is known of the loss by then.
+
+    Attributes:
+        matches: for each text [T], the factor of each token's divergence.
+        pushes: for each text [T], the derivative of the rest of the loss by each log-probability.
+        losses: the parts of the loss that are known already, by name.
+        clipped: share of tokens whose ratio is cut.
+        rewards: of each text, after shaping.
+        group_advantages: of each text; empty where the loss has none.
+    """
+
+    matches: list[mx.array]
+    pushes: list[mx.array]
+    losses: dict[str, float]
+    clipped: float
+    rewards: list[float]
+    group_advantages: list[float]
+
+    def teaches(self) -> list[bool]:
+        """Whether anything of a text counts."""
+        some = [
+            mx.any(match != 0) | mx.any(push != 0)
+            for match, push in zip(self.matches, self.pushes, strict=True)
+        ]
+        found: Any = mx.stack(some).tolist()
+        return found
+
+
+def read(model: nn.Module, texts: Sequence[Text], size: int) -> list[mx.array]:
+    """Final hidden states [T, d] where each text's tokens are predicted, ``size`` texts at once."""
+    found: dict[int, mx.array] = {}
+    for places in by_length(texts, size):
+        tokens, rows = _collated([texts[place] for place in places])
+        final = taps.forward(model, tokens).final
+        states = mx.stop_gradient(final.reshape(-1, final.shape[-1])[rows])
+        for place, part in zip(places, _split(states, [texts[p] for p in places]), strict=True):
+            found[place] = part
+        mx.eval([found[place] for place in places])
+    return [found[place] for place in range(len(texts))]
+
+
+def by_length(texts: Sequence[Text], size: int) -> list[list[int]]:
+    """Places of texts of about the same length, so that little of a micro-batch is padding."""
+    order = sorted(range(len(texts)), key=lambda k: len(texts[k].prompt) + len(texts[k].target))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _collated(texts: Sequence[Text]) -> tuple[mx.array, mx.array]:
+    """Tokens [B, S], padded on the right, and the rows of B * S where the texts are predicted."""
+    width = max(len(text.prompt) + len(text.target) for text in texts) - 1
+    tokens: list[list[int]] = []
+    rows: list[int] = []
+    for number, text in enumerate(texts):
+        said = [*text.prompt, *text.target[:-1]]
+        tokens.append([*said, *[0] * (width - len(said))])
+        first = number * width + len(text.prompt) - 1
+        rows += range(first, first + len(text.target))
+    return mx.array(tokens), mx.array(rows)
+
+
+def _split(rows: mx.array, texts: Sequence[Text]) -> list[mx.array]:
+    """Rows of all texts' tokens, text by text."""
+    found, at = [], 0
+    for text in texts:
+        found.append(rows[at : at + len(text.target)])
+        at += len(text.target)
+    return found
+
+
+def say(
+    model: nn.Module, states: Sequence[mx.array], texts: Sequence[Text], options: Method, vocab: int
+) -> list[tuple[mx.array, mx.array]]:
+    """Log-probabilities of texts' tokens and the distributions' entropies, [T] each.
+
+    Args:
+        model: whose head it is.
+        states: of :func:`read`.
+        texts: the texts.
+        options: the temperature.
+        vocab: V.
+    """
+    tokens = mx.array([token for text in texts for token in text.target])
+    both = token_log_probabilities(
+        mx.concatenate(list(states)),
+        taps.head(model),
+        tokens,
+        temperature=options.temperature,
+        vocab=vocab,
+    )
+    logprobs, entropies = (_split(values, texts) for values in both)
+    return list(zip(logprobs, entropies, strict=True))
+
+
+def matches_distributions(options: Method) -> bool:
+    """Whether whole distributions are matched, and not just the tokens that were drawn."""
+    return options.objective in _KINDS
+
+
+def wants_teacher(options: Method) -> bool:
+    """Whether the self-teacher has a part in the loss."""
+    return options.objective != "grpo"
+
+
+def look(
+    student: Loaded,
+    teacher: Weights,
+    groups: Sequence[Sequence[Attempt]],
+    views: Sequence[View],
+    options: Method,
+    size: int,
+) -> list[Known]:
+    """Read attempts as the student and as its self-teacher.
+
+    Args:
+        student: the student and its tokenizer; its adapter is on.
+        teacher: the self-teacher's adapter.
+        groups: attempts, problem by problem.
+        views: one for each attempt, in the same order.
+        options: the method.
+        size: texts to read at once.
+    """
+    model, tokenizer, vocab = student.model, student.tokenizer, student.vocab
+    attempts = [attempt for group in groups for attempt in group]
+    numbers = [number for number, group in enumerate(groups) for _ in group]
+    texts = [
+        Text(opening(tokenizer, view.student), attempt.tokens)
+        for view, attempt in zip(views, attempts, strict=True)
+    ]
+    states = read(model, texts, size)
+    said = say(model, states, texts, options, vocab)
+    known = [
+        Known(
+            text=text,
+            group=number,
+            reward=float(attempt.correct),
+            finished=attempt.tokens[-1] in tokenizer.eos_token_ids,
+            old=mx.array(attempt.logprobs),
+            now=now,
+            entropy=entropy,
+        )
+        for text, number, attempt, (now, entropy) in zip(
+            texts, numbers, attempts, said, strict=True
+        )
+    ]
+    if options.reference_weight:
+        with reading_as(model, switched_off(adapter(model))):
+            base = say(model, read(model, texts, size), texts, options, vocab)
+        known = [
+            dataclasses.replace(item, reference=logprobs)
+            for item, (logprobs, _) in zip(known, base, strict=True)
+        ]
+    if not wants_teacher(options):
+        return known
+    taught = [place for place, view in enumerate(views) if view.teacher is not None]
+    with reading_as(model, teacher):
+        found = _taught(student, [known[p] for p in taught], [views[p] for p in taught],
+                        [states[p] for p in taught], options, size)  # fmt: skip
+    for place, item in zip(taught, found, strict=True):
+        known[place] = item
+    return known
+
+
+def _taught(
+    student: Loaded,
+    known: Sequence[Known],
+    views: Sequence[View],
+    states: Sequence[mx.array],
+    options: Method,
+    size: int,
+) -> list[Known]:
+    """The same with what the teacher says; the teacher's weights are in place."""
+    if not known:
+        return []
+    model, tokenizer, vocab = student.model, student.tokenizer, student.vocab
+
+    def texts_of(messages: Sequence[str], targets: Sequence[Text]) -> list[Text]:
+        return [
+            Text(opening(tokenizer, message), text.target)
+            for message, text in zip(messages, targets, strict=True)
+        ]
+
+    texts = texts_of([view.teacher or "" for view in views], [item.text for item in known])
+    theirs = read(model, texts, size)
+    said = say(model, theirs, texts, options, vocab)
+    result = [
+        dataclasses.replace(item, teacher=logprobs)
+        for item, (logprobs, _) in zip(known, said, strict=True)
+    ]
+    if options.objective in DIVERGENCES:
+        result = [
+            dataclasses.replace(item, expects=expected(model, own, other, options, vocab))
+            for item, own, other in zip(result, states, theirs, strict=True)
+        ]
+    hints = [(place, hint) for place, view in enumerate(views) for hint in view.wrong]
+    if hints:
+        texts = texts_of([hint for _, hint in hints], [known[place].text for place, _ in hints])
+        of_hints = say(model, read(model, texts, size), texts, options, vocab)
+        rows: dict[int, list[mx.array]] = {}
+        for (place, _), (logprobs, _) in zip(hints, of_hints, strict=True):
+            rows.setdefault(place, []).append(logprobs)
+        for place, found in rows.items():
+            result[place] = dataclasses.replace(result[place], wrong=mx.stack(found))
+    return result
+
+
+def expected(
+    model: nn.Module, own: mx.array, theirs: mx.array, options: Method, vocab: int
+) -> mx.array | TopK:
+    """What of the teacher's distributions is kept.
+
+    Args:
+        model: its head is student's and teacher's.
+        own: [T, d], the student's final hidden states.
+        theirs: [T, d], the teacher's.
+        options: on which tokens distributions are compared.
+        vocab: V.
+    """
+    if options.support == "all":
+        return theirs
+    head = taps.head(model)
+    how: dict[str, Any] = {"temperature": options.temperature, "vocab": vocab}
+    if options.support == "teacher":
+        return teacher_top_k(theirs, head, k=options.support_k, **how)
+    likeliest = teacher_top_k(own, head, k=options.support_k, **how).indices
+    return teacher_at(theirs, head, likeliest, **how)
+
+
+def weigh(
+    known: Sequence[Known],
+    options: Method,
+    max_tokens: int,
+    near: Mapping[int, float] | None = None,
+) -> Weighed:
+    """What each token counts, from numbers alone.
+
+    Args:
+        known: of all texts of the update.
+        options: the method.
+        max_tokens: the most tokens of an attempt.
+        near: for EchoDistill, by group the student's divergence from the clean teacher.
+    """
+    lengths = [len(item.text.target) for item in known]
+    mask = mx.array([[t < n for t in range(max(lengths))] for n in lengths])
+    width = mask.shape[1]
+    now = _padded([item.now for item in known], width)
+    old = _padded([item.old for item in known], width)
+    teaches = mx.array([item.teacher is not None for item in known])
+    taught = mask & teaches[:, None] & (mx.arange(width) >= options.skip_tokens)
+    stale = objectives.truncated_ratio(now, old, options.stale_cap or math.inf)
+    share = stale * taught / mx.maximum(taught.sum(), 1)
+    rewards, losses = [item.reward for item in known], {}
+    matches = mx.zeros(mask.shape)
+    pushes = mx.zeros(mask.shape)
+    if options.objective in DIVERGENCES:
+        matches = options.match_weight * share
+    elif options.objective == "sampled":
+        teacher = _padded([item.teacher for item in known], width)
+        sampled, slope = mx.value_and_grad(objectives.sampled_loss)(now, teacher, share, taught)
+        losses["sampled"] = float(sampled)
+        pushes = options.match_weight * slope
+    clipped, of_groups = 0.0, list[float]()
+    if options.objective in _POLICIES or options.policy_weight:
+        if options.objective == "echo" and near is not None:
+            rewards = _shaped(known, near, options)
+        of_groups = _group_advantages(known, rewards, options)
+        found = _policy(known, now, old, mask, of_groups, options, max_tokens)
+        losses["policy"], slope, clipped = found
+        pushes = pushes + policy_share(options) * slope
+    mx.eval(matches, pushes)
+    return Weighed(
+        [row[:n] for row, n in zip(matches, lengths, strict=True)],
+        [row[:n] for row, n in zip(pushes, lengths, strict=True)],
+        losses,
+        clipped,
+        rewards,
+        of_groups,
+    )
+
+
+def _padded(rows: Sequence[mx.array | None], width: int) -> mx.array:
+    """[B, width] of rows [T]; 0 where there is nothing."""
+    return mx.stack(
+        [mx.zeros(width) if row is None else mx.pad(row, (0, width - len(row))) for row in rows]
+    )
+
+
+def _by_group(known: Sequence[Known]) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for place, item in enumerate(known):
+        groups.setdefault(item.group, []).append(place)
+    return list(groups.values())
+
+
+def _shaped(known: Sequence[Known], near: Mapping[int, float], options: Method) -> list[float]:
+    rewards = mx.array([item.reward for item in known])[:, None]
+    divergences = mx.array([near[item.group] for item in known])
+    shaped: Any = objectives.shaped_rewards(rewards, divergences, options.near_bonus).tolist()
+    return [value for (value,) in shaped]
+
+
+def _group_advantages(
+    known: Sequence[Known], rewards: Sequence[float], options: Method
+) -> list[float]:
+    places = _by_group(known)
+    table = mx.array([[rewards[place] for place in group] for group in places])
+    values: Any = objectives.group_advantages(table, options.advantage_scale).tolist()
+    found = dict[int, float]()
+    for group, row in zip(places, values, strict=True):
+        found.update(zip(group, row, strict=True))
+    return [found[place] for place in range(len(known))]
+
+
+def _policy(
+    known: Sequence[Known],
+    now: mx.array,
+    old: mx.array,
+    mask: mx.array,
+    of_groups: Sequence[float],
+    options: Method,
+    max_tokens: int,
+) -> tuple[float, mx.array, float]:
+    """A policy's loss, its derivative by each log-probability, and the share of cut ratios."""
+    if options.drop_unfinished:
+        mask = mask & mx.array([item.finished for item in known])[:, None]
+    advantages = mx.array(list(of_groups))
+    weights = objectives.aggregation_weights(mask, options.aggregate, max_tokens)
+    if options.objective == "contrastive":
+        moved, selected = objectives.modulated(
+            advantages,
+            _contrasts(known, mask),
+            tau=options.contrast_tau,
+            scale=options.contrast_scale,
+            clip=options.contrast_clip,
+            gate=options.contrast_gate,
+        )
+        advantages = moved
+        weights = objectives.contrastive_weights(selected, mask, options.contrast_weight)
+    if options.objective == "echo":
+        # Its ratio is against the clean teacher, which reads something else than the student did.
+        before = [item.old if item.teacher is None else item.teacher for item in known]
+        old = _padded(before, mask.shape[1])
+    reference = None
+    if options.reference_weight:
+        reference = _padded([item.reference for item in known], mask.shape[1])
+    clipping = objectives.Clipping(
+        options.ratio_low,
+        options.ratio_high,
+        options.ratio_cap or math.inf,
+        options.ratio_level,
+    )
+
+    def loss(now: mx.array) -> tuple[mx.array, mx.array]:
+        return objectives.policy_loss(
+            *(now, old, advantages, weights, mask, clipping),
+            reference=reference,
+            kl_weight=options.reference_weight,
+        )
+
+    (value, clipped), slope = mx.value_and_grad(loss)(now)
+    return float(value), slope, float(clipped)
+
+
+def _contrasts(known: Sequence[Known], mask: mx.array) -> mx.array:
+    width = mask.shape[1]
+    most = max([1, *(len(item.wrong) for item in known if item.wrong is not None)])
+    wrong = []
+    for item in known:
+        rows = mx.zeros((0, 0)) if item.wrong is None else item.wrong
+        wrong.append(mx.pad(rows, [(0, most - rows.shape[0]), (0, width - rows.shape[1])]))
+    hints = mx.array(
+        [[item.wrong is not None and k < len(item.wrong) for k in range(most)] for item in known]
+    )
+    teacher = _padded([item.teacher for item in known], width)
+    return mx.where(mask, objectives.contrast(teacher, mx.stack(wrong), hints), 0)
+
+
+def total(
+    final: mx.array,
+    head: nn.Module,
+    known: Sequence[Known],
+    weighed: Weighed,
+    options: Method,
+    vocab: int,
+    *,
+    differentiable: bool = True,
+) -> tuple[mx.array, mx.array]:
+    """What the student minimises on some texts, and the part of it that are divergences.
+
+    The gradient of the first is the loss's; its value is not, because the policy's part has its
+    derivatives in the place of its value. The second is right in value.
+
+    Args:
+        final: [N, d], the student's final hidden states where the N tokens of all texts are
+            predicted.
+        head: student's and teacher's.
+        known: of these texts.
+        weighed: for these texts.
+        options: the method.
+        vocab: V.
+        differentiable: whether a gradient is wanted.
+    """
+    warmth = options.temperature
+    targets = []
+    if any(item.expects is not None for item in known):
+        weights = mx.concatenate(weighed.matches)
+        targets.append(
+            Target(
+                _joined([item.expects for item in known], known),
+                head,
+                weights / warmth**2,
+                _KINDS[options.objective],
+                warmth,
+                vocab,
+                beta=options.jsd_beta,
+                mask=weights != 0,
+                tail=options.tail,
+                clip=options.token_clip or math.inf,
+            )
+        )
+    slopes = mx.concatenate(weighed.pushes)
+    if not targets or bool(mx.any(slopes != 0).item()):
+        tokens = mx.array([token for item in known for token in item.text.target])
+        targets.append(Target(one_hot(tokens), None, -slopes / warmth**2, "forward", warmth, vocab))
+    value, every = fused_linear_divergences(final, head, targets, differentiable=differentiable)
+    matched = mx.array(0.0)
+    if isinstance(targets[0].head, nn.Module):
+        matched = (every[:, 0] * targets[0].weights).sum()
+    return value, matched
+
+
+def _joined(parts: Sequence[mx.array | TopK | None], known: Sequence[Known]) -> mx.array | TopK:
+    """What the teacher expects of all texts' tokens in a row; anything where it says nothing."""
+    like = next(part for part in parts if part is not None)
+    filled = [
+        _nothing(like, len(item.text.target)) if part is None else part
+        for part, item in zip(parts, known, strict=True)
+    ]
+    if isinstance(like, TopK):
+        columns = zip(*(tuple(vars(part).values()) for part in filled), strict=True)
+        return TopK(*(mx.concatenate(list(column)) for column in columns))
+    return mx.concatenate([part for part in filled if isinstance(part, mx.array)])
+
+
+def _nothing(like: mx.array | TopK, length: int) -> mx.array | TopK:
+    if isinstance(like, TopK):
+        k = like.indices.shape[1]
+        indices = mx.broadcast_to(mx.arange(k, dtype=like.indices.dtype), (length, k))
+        return TopK(mx.zeros((length, k)), indices, mx.full((length,), math.log(k)))
+    return mx.zeros((length, like.shape[1]), dtype=like.dtype)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimiser step did.
+
+    Attributes:
+        losses: its parts before the step: the mean divergence (``match``), the policy's loss.
+        total: their weighted sum.
+        gradient_norm: before clipping.
+        skipped: something was not finite, and nothing was changed.
+        tokens: what the student read, padding aside.
+        clipped: share of tokens whose ratio was cut.
+    """
+
+    losses: dict[str, float]
+    total: float
+    gradient_norm: float
+    skipped: bool
+    tokens: int
+    clipped: float
+
+
+def gradients(
+    model: nn.Module,
+    known: Sequence[Known],
+    weighed: Weighed,
+    options: Method,
+    training: TrainingOptions,
+    vocab: int,
+) -> tuple[Any, float]:
+    """The gradient of the loss by the model's trainable weights, and the divergences' part of it.
+
+    Texts that nothing depends on are not read.
+    """
+    scale = loss_scale(model)
+    parts = [
+        (item, match, push)
+        for item, match, push, teaches in zip(
+            known, weighed.matches, weighed.pushes, weighed.teaches(), strict=True
+        )
+        if teaches
+    ]
+
+    def loss(places: Sequence[int]) -> tuple[mx.array, mx.array]:
+        chosen = [parts[place] for place in places]
+        some = [item for item, _, _ in chosen]
+        tokens, rows = _collated([item.text for item in some])
+        final = taps.forward(model, tokens, recompute=training.checkpoint_layers).final
+        here = dataclasses.replace(
+            weighed,
+            matches=[match for _, match, _ in chosen],
+            pushes=[push for _, _, push in chosen],
+        )
+        value, matched = total(
+            final.reshape(-1, final.shape[-1])[rows], taps.head(model), some, here, options, vocab
+        )
+        return value * scale, matched
+
+    step = nn.value_and_grad(model, loss)
+    found: Any = tree_map(mx.zeros_like, model.trainable_parameters())
+    matched = 0.0
+    for places in by_length([item.text for item, _, _ in parts], training.micro_batch):
+        (value, part), slopes = step(places)
+        found = tree_map(mx.add, found, slopes)
+        mx.eval(value, part, found)
+        matched += float(part)
+    return tree_map(lambda gradient: gradient / scale, found), matched
+
+
+def learn(
+    student: Loaded,
+    optimizer: optim.Optimizer,
+    known: Sequence[Known],
+    options: Method,
+    training: TrainingOptions,
+    max_tokens: int,
+    near: Mapping[int, float] | None = None,
+    echoes: Sequence[Known] = (),
+) -> tuple[Update | None, Weighed]:
+    """One optimiser step (``None``: nothing taught), and what each token counted in it.
+
+    Args:
+        student: changed in place, unless something is not finite.
+        optimizer: of the adapter.
+        known: the attempts.
+        options: the method.
+        training: clipping, micro-batch, checkpointing.
+        max_tokens: the most tokens of an attempt.
+        near: as for :func:`weigh`.
+        echoes: for EchoDistill, the teacher's own answers, which are matched in the attempts'
+            stead.
+    """
+    model, vocab = student.model, student.vocab
+    weighed = weigh(known, options, max_tokens, near)
+    texts = [*known, *echoes]
+    if echoes:
+        weighed = dataclasses.replace(
+            weighed,
+            matches=[*weighed.matches, *echo_weights(echoes, options)],
+            pushes=[*weighed.pushes, *(mx.zeros(len(item.text.target)) for item in echoes)],
+        )
+    if not any(weighed.teaches()):
+        return None, weighed
+    slopes, matched = gradients(model, texts, weighed, options, training, vocab)
+    losses = dict(weighed.losses)
+    if matches_distributions(options):
+        losses = {"match": matched / (options.match_weight or 1.0), **losses}
+    value = loss_value(weighed, matched, options)
+    norm, skipped = take_step(model, optimizer, slopes, value, training)
+    read_tokens = sum(len(item.text.prompt) + len(item.text.target) - 1 for item in texts)
+    return Update(losses, value, norm, skipped, read_tokens, weighed.clipped), weighed
+
+
+def loss_value(weighed: Weighed, matched: float, options: Method) -> float:
+    """The loss, of which :func:`total` has the gradient.
+
+    Args:
+        weighed: of all texts.
+        matched: the second of :func:`total`, of all texts.
+        options: the method.
+    """
+    sampled = options.match_weight * weighed.losses.get("sampled", 0.0)
+    return matched + sampled + policy_share(options) * weighed.losses.get("policy", 0.0)
+
+
+def policy_share(options: Method) -> float:
+    """The weight of a policy's loss; nothing is beside it in grpo and contrastive."""
+    return 1.0 if options.objective in ("grpo", "contrastive") else options.policy_weight
+
+
+def echo_weights(echoes: Sequence[Known], options: Method) -> list[mx.array]:
+    """What each token of the teacher's answers counts: all the same, over all of them."""
+    tokens = sum(len(item.text.target) for item in echoes)
+    return [mx.full((len(item.text.target),), options.match_weight / tokens) for item in echoes]
+
+
+def nearness(
+    student: Loaded, echoes: Sequence[Known], options: Method, size: int
+) -> dict[int, float]:
+    """By group, the mean divergence of student and clean teacher on the teacher's answer."""
+    model = student.model
+    states = read(model, [item.text for item in echoes], size)
+    found = {}
+    for item, final in zip(echoes, states, strict=True):
+        length = len(item.text.target)
+        even = Weighed([mx.full((length,), 1 / length)], [mx.zeros(length)], {}, 0.0, [], [])
+        _, value = total(
+            *(final, taps.head(model), [item], even, options, student.vocab), differentiable=False
+        )
+        found[item.group] = float(value)
+    return found

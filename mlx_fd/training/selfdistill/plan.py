@@ -1,0 +1,118 @@
+"""From a configuration to the models and problems of a run of self-distillation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from mlx_fd import problems as problem_sets
+from mlx_fd.config import Config
+from mlx_fd.models.resolve import resolve
+from mlx_fd.runs.manifest import manifest_of
+from mlx_fd.runs.plan import Plan, check_run_memory, settled, settled_model
+
+README = """\
+# A run of mlx-fd self-distill
+
+| file | what it is |
+|---|---|
+| `config.toml` | every option; `mlx-fd self-distill --config config.toml` runs it again |
+| `manifest.json` | versions, seed, models and data with their digests |
+| `attempts.jsonl` | one line per attempt: text, tokens, what the self-teacher read, advantages |
+| `metrics.jsonl` | one line per batch: the loss's parts, statistics, the held-out problems |
+| `headroom.json` | answers with and without the context before any update |
+| `checkpoints/` | `NNNNNN` by batch; `last` and `best` (on held-out problems) point to them |
+| `summary.json` | the run's totals, written at its end |
+| `cut/` | what `resume` cut: `tail/` after the last stop; a folder of its date whatever else |
+| `eval/` | with `mlx-fd eval`: `eval.json` and `outputs.jsonl` of each evaluation |
+| `report.html` | the page of `mlx-fd report .` |
+| `tracking.json` | with `--track`: what each tracker has of the run |
+
+    mlx-fd resume .                       # goes on where it stopped
+    mlx-fd report .                       # makes report.html
+    mlx-fd eval .                         # on a test split, beside the model as it was
+    mlx_lm.generate --model MODEL --adapter-path checkpoints/best --prompt TEXT
+
+MODEL is the student's, named in `manifest.json`.
+"""
+
+
+def make_plan(config: Config) -> Plan:
+    """Check everything a run needs.
+
+    Raises:
+        UserError: a name, file, combination of options or amount of memory that will not do.
+    """
+    from mlx_fd.models.backend import backend
+    from mlx_fd.models.context import fitting
+    from mlx_fd.training.selfdistill.training import TRUTH, check_combination
+
+    check_combination(config)
+    config = settled(config)
+    options = config.selfdistill
+    if options.critic not in ("", TRUTH):
+        critic_name = settled_model(options.critic)
+        config = dataclasses.replace(
+            config, selfdistill=dataclasses.replace(options, critic=critic_name)
+        )
+    options = config.selfdistill
+    source = config.problems
+    problem_sets.check_split(source.split, source.train_on_test)
+    found = problem_sets.load(source.problems, source.split, skip_bad_rows=source.skip_bad_rows)
+    probe, chosen = problem_sets.probe_and_train(
+        found, config.episode.probe_size, source.episodes, config.episode.seed
+    )
+    student = resolve(config.models.student)
+    critic = resolve(options.critic) if options.critic not in ("", TRUTH) else None
+    skip = source.skip_bad_rows
+    fits, left_out = fitting(
+        found if skip else dataclasses.replace(found, problems=(*probe, *chosen)),
+        [path for path in (student, critic) if path],
+        config,
+        skip=skip,
+        with_solutions=options.context != "none",
+    )
+    if left_out:
+        probe, chosen = problem_sets.probe_and_train(
+            fits, config.episode.probe_size, source.episodes, config.episode.seed
+        )
+    side_by_side = dataclasses.replace(
+        config,
+        generation=dataclasses.replace(config.generation, batch_size=options.rollout_batch),
+    )
+    questions = [problem.question for problem in (*probe, *chosen)] * options.rollouts
+    check_run_memory(critic or student, student, questions, side_by_side, backend().on_cpu)
+    notes = list(left_out)
+    if found.skipped:
+        notes.append(f"{found.skipped} rows of {found.name} could not be read and are left out")
+    return Plan(
+        config,
+        critic or student,
+        student,
+        0,
+        tuple(probe),
+        tuple(chosen),
+        manifest_of(config, critic, student, found, 0),
+        tuple(notes),
+    )
+
+
+def open_models(plan: Plan) -> Any:
+    """Load the models of a plan.
+
+    Returns:
+        The :class:`mlx_fd.training.selfdistill.training.Models`, the student with fresh LoRA.
+    """
+    from mlx_fd.models.loading import load, load_pair
+    from mlx_fd.models.student import make_student
+    from mlx_fd.training.selfdistill.training import TRUTH, Models
+
+    options = plan.config.models
+    critic = None
+    if plan.config.selfdistill.critic in ("", TRUTH):
+        base = load(plan.student_path, dequantize=options.dequantize)
+    else:
+        critic, base = load_pair(plan.expert_path, plan.student_path, dequantize=options.dequantize)
+    # Nothing is aligned here; one column stands for the projection that a checkpoint has.
+    student = make_student(base.model, 1, options, plan.config.episode.seed)
+    return Models(student, dataclasses.replace(base, model=student.model), critic)

@@ -1,0 +1,189 @@
+"""What the student writes: groups of attempts, and the answers that headroom is measured by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from mlx_fd.config import Config
+from mlx_fd.feedback.episode import is_correct, seed_of
+from mlx_fd.models.generation import Conversation, Sampling, Turn, generate, opening, prefill
+from mlx_fd.models.loading import Loaded
+from mlx_fd.problems import Problem, parsing
+from mlx_fd.problems.prompts import answer_prompt
+from mlx_fd.training.selfdistill.contexts import Attempt, View
+from mlx_fd.training.selfdistill.learning import Known, Text, read
+from mlx_fd.training.selfdistill.noise import noisy
+from mlx_fd.training.selfdistill.teacher import Weights, reading_as
+
+OnToken = Callable[[int], None]
+
+
+def as_read(problem: Problem, config: Config) -> str:
+    """A problem's question as the student reads it, with noise if there is to be any."""
+    options = config.selfdistill
+    if options.noise == "none":
+        return problem.question
+    return noisy(problem.question, options.noise, options.noise_level, config.episode.seed)
+
+
+def drawn_as_told(config: Config, seed: int) -> Sampling:
+    """How the student's attempts are drawn."""
+    options = config.selfdistill
+    return Sampling(
+        config.generation.answer_tokens,
+        options.temperature,
+        seed=seed,
+        top_p=options.top_p,
+        top_k=options.top_k,
+    )
+
+
+def attempts_at(
+    student: Loaded,
+    problems: Sequence[Problem],
+    config: Config,
+    seed: Callable[[int], int],
+    on_token: OnToken | None = None,
+) -> tuple[list[list[Attempt]], int]:
+    """Attempts at problems, ``rollouts`` at each; each question is read once for all of them.
+
+    Args:
+        student: the student; what it writes is drawn as the method says.
+        problems: at least one.
+        config: of the run.
+        seed: of the draws of the n-th call to the generator.
+        on_token: told of tokens as they are written.
+
+    Returns:
+        The groups, and how many tokens were prefilled.
+    """
+    options = config.selfdistill
+    questions = [as_read(problem, config) for problem in problems]
+    rows = [place for place in range(len(problems)) for _ in range(options.rollouts)]
+    turns: list[Turn] = []
+    prefilled = 0
+    for number, begin in enumerate(range(0, len(rows), options.rollout_batch)):
+        chunk = rows[begin : begin + options.rollout_batch]
+        prompts = {
+            place: opening(student.tokenizer, answer_prompt(questions[place]))
+            for place in dict.fromkeys(chunk)
+        }
+        read_once = {
+            place: prefill(student, Conversation(), prompt)[1] for place, prompt in prompts.items()
+        }
+        prefilled += sum(map(len, prompts.values()))
+        turns += generate(
+            student,
+            [read_once[place] for place in chunk],
+            [prompts[place][-1:] for place in chunk],
+            drawn_as_told(config, seed(number)),
+            keep=False,
+            logprobs=True,
+            on_token=on_token,
+        )
+    attempts = [
+        _attempt(problems[place], questions[place], turn, config)
+        for place, turn in zip(rows, turns, strict=True)
+    ]
+    size = options.rollouts
+    return [attempts[i : i + size] for i in range(0, len(attempts), size)], prefilled
+
+
+def _attempt(problem: Problem, question: str, turn: Turn, config: Config) -> Attempt:
+    final = parsing.final_answer(turn.text, config.generation.answer_filter)
+    right = is_correct(final, problem)
+    return Attempt(problem, question, turn.tokens, turn.text, final, right, turn.logprobs)
+
+
+def answers_to(
+    student: Loaded,
+    messages: Sequence[str],
+    sampling: Sampling,
+    size: int,
+    on_token: OnToken | None = None,
+) -> list[Turn]:
+    """Answers to a user's messages, ``size`` at a time."""
+    found = []
+    for begin in range(0, len(messages), size):
+        prompts = [opening(student.tokenizer, text) for text in messages[begin : begin + size]]
+        found += generate(
+            student,
+            [Conversation()] * len(prompts),
+            prompts,
+            sampling,
+            keep=False,
+            on_token=on_token,
+        )
+    return found
+
+
+def right_answers(
+    student: Loaded,
+    problems: Sequence[Problem],
+    messages: Sequence[str],
+    config: Config,
+    on_token: OnToken | None = None,
+) -> list[bool]:
+    """Whether each problem is answered right after a message, by one answer.
+
+    It is drawn as attempts are, every time with the same seed, so that two looks differ by the
+    model and not by luck.
+    """
+    sampling = drawn_as_told(config, seed_of(config.episode.seed, 0, "held out"))
+    turns = answers_to(student, messages, sampling, config.selfdistill.rollout_batch, on_token)
+    return [
+        is_correct(parsing.final_answer(turn.text, config.generation.answer_filter), problem)
+        for turn, problem in zip(turns, problems, strict=True)
+    ]
+
+
+def echoes_of(
+    student: Loaded,
+    teacher: Weights,
+    groups: Sequence[Sequence[Attempt]],
+    views: Sequence[View],
+    config: Config,
+    on_token: OnToken | None = None,
+) -> list[Known]:
+    """For each group the clean teacher's greedy answer, with what it expects at each token of it.
+
+    Args:
+        student: the model; its adapter is put aside while the teacher writes.
+        teacher: the self-teacher's adapter.
+        groups: attempts, problem by problem.
+        views: one for each attempt.
+        config: of the run.
+        on_token: told of tokens as they are written.
+    """
+    firsts, at = [], 0
+    for group in groups:
+        firsts.append(views[at])
+        at += len(group)
+    asked = [view.teacher or view.student for view in firsts]
+    tokenizer = student.tokenizer
+    with reading_as(student.model, teacher):
+        turns = answers_to(
+            *(student, asked, Sampling(config.generation.answer_tokens)),
+            config.selfdistill.rollout_batch,
+            on_token,
+        )
+        clean = [
+            Text(opening(tokenizer, message), turn.tokens)
+            for message, turn in zip(asked, turns, strict=True)
+        ]
+        states = read(student.model, clean, config.training.micro_batch)
+    return [
+        Known(
+            text=Text(opening(tokenizer, view.student), turn.tokens),
+            group=number,
+            reward=0.0,
+            finished=turn.finished,
+            old=mx.zeros(len(turn.tokens)),
+            now=mx.zeros(len(turn.tokens)),
+            entropy=mx.zeros(len(turn.tokens)),
+            expects=expects,
+        )
+        for number, (view, turn, expects) in enumerate(zip(firsts, turns, states, strict=True))
+    ]

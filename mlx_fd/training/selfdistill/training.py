@@ -1,0 +1,556 @@
+"""The loop of self-distillation: attempts, their contexts, an update, the run directory.
+
+As in :mod:`mlx_fd.training.loop` every draw is seeded by the run's seed and the batch's number, and all else
+that a batch depends on is in the checkpoint: a resumed run is the run that was not stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+from mlx_fd import runs
+from mlx_fd.config import Config
+from mlx_fd.errors import UserError
+from mlx_fd.feedback import gate
+from mlx_fd.feedback.episode import seed_of
+from mlx_fd.files import write_json
+from mlx_fd.models.loading import Loaded
+from mlx_fd.models.student import Student, read_arrays
+from mlx_fd.problems import Problem
+from mlx_fd.problems.prompts import answer_prompt
+from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
+from mlx_fd.runs.checkpoints import Checkpoint
+from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Step, Warned
+from mlx_fd.runs.self_distillation_summary import WRONG, attempts_summary, summarise
+from mlx_fd.training.checkpoint import (
+    Progress,
+    Records,
+    finished_summary,
+    finite,
+    go_back,
+    kept,
+    restore,
+    save,
+    update_row,
+    with_probe,
+)
+from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View, remember
+from mlx_fd.training.selfdistill.learning import (
+    Known,
+    Update,
+    Weighed,
+    learn,
+    look,
+    nearness,
+    wants_teacher,
+)
+from mlx_fd.training.selfdistill.playbook import Playbook
+from mlx_fd.training.selfdistill.rollouts import as_read, attempts_at, echoes_of, right_answers
+from mlx_fd.training.selfdistill.teacher import Weights, first_teacher, next_teacher
+
+TEACHER_WEIGHTS = "teacher.safetensors"
+TRUTH = "truth"
+# The generator's log-probabilities and a second reading's differ in their last digits only.
+_LOGPROB_TOLERANCE = 0.05
+Report = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run.
+
+    Attributes:
+        student: the trainable parts around its language model.
+        reader: that language model with its tokenizer.
+        critic: a frozen model, where there is one.
+    """
+
+    student: Student
+    reader: Loaded
+    critic: Loaded | None = None
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """Is there something to learn from oneself? Counts on held-out problems, before any update.
+
+    Attributes:
+        problems: how many there were.
+        right: problems that the student answers right, by one answer drawn as attempts are.
+        mixed: problems with right and with wrong attempts, which policies learn from.
+        taught: problems with an attempt that the self-teacher has something to read about.
+        without: of those, answered right without the context.
+        with_context: of those, answered right with it.
+    """
+
+    problems: int
+    right: int
+    mixed: int
+    taught: int
+    without: int
+    with_context: int
+
+    def concerns(self, config: Config) -> list[str]:
+        """What the user should know before hours are spent; empty where all is well."""
+        options, found = config.selfdistill, []
+        matches = options.objective not in ("grpo", "contrastive") and options.context != "none"
+        if matches and not self.taught:
+            found.append(
+                f"the context {options.context} had nothing to say about any of the "
+                f"{self.problems} held-out problems: there is nothing to learn from"
+            )
+        elif matches and self.with_context <= self.without:
+            found.append(
+                f"the model answers {self.with_context} of {self.taught} held-out problems right "
+                f"with the context {options.context}, {self.without} without: it does not know "
+                "how to use that, and there may be nothing to learn from"
+            )
+        if not matches and options.rollouts > 1 and not self.mixed:
+            found.append(
+                f"all attempts at each of the {self.problems} held-out problems are right, or all "
+                "wrong: rewards tell nothing apart there"
+            )
+        return found
+
+
+@dataclass
+class _Learner:
+    """All that a batch works with; the teacher's weights move on."""
+
+    models: Models
+    optimizer: optim.Optimizer
+    teacher: Weights
+    config: Config
+    report: Report
+    playbook: Playbook = field(default_factory=Playbook)
+
+    def told(self, batch: int, step: str) -> Callable[[int], None]:
+        return lambda tokens: self.report(Step(batch, step, tokens))
+
+
+def run(
+    folder: Path,
+    config: Config,
+    models: Models,
+    probe_problems: Sequence[Problem],
+    problems: Sequence[Problem],
+    report: Report,
+    stop: Callable[[], bool] = lambda: False,
+    *,
+    redo: bool = False,
+) -> dict[str, Any] | None:
+    """Begin a run or go on with it. The caller holds the run directory's lock.
+
+    Args:
+        folder: the run directory, as :func:`mlx_fd.runs.directory.create` made it.
+        config: the run's configuration.
+        models: the student untrained (a checkpoint's weights are put into it).
+        probe_problems: held out: headroom is measured on them, and the best checkpoint.
+        problems: the run's problems, in order.
+        report: told of everything worth showing.
+        stop: asked after each batch; when true, a checkpoint is written and the run ends there.
+        redo: go back to the newest whole checkpoint, whatever was done after it.
+
+    Returns:
+        The summary, or ``None`` where ``stop`` ended the run early.
+
+    Raises:
+        UserError: the run directory cannot be written, or does not fit the run.
+    """
+    checkpoint, records = go_back(folder, config, report, redo=redo)
+    size = config.generation.batch_size
+    total = math.ceil(len(problems) / size)
+    at_end = checkpoint is not None and (
+        checkpoint.batch >= total or checkpoint.state["gate"]["frozen"]
+    )
+    if (summary := finished_summary(records, at_end, report)) is not None:
+        return summary
+    model = models.reader.model
+    # The rate is set before each update.
+    optimizer = optim.AdamW(
+        config.training.lora_rate,
+        weight_decay=config.training.weight_decay,
+        bias_correction=True,
+    )
+    optimizer.init(model.trainable_parameters())
+    learner = _Learner(models, optimizer, first_teacher(model, config.selfdistill), config, report)
+    # Whatever the checkpoint holds, the student is still untrained here.
+    measured = kept(
+        records, runs.HEADROOM, lambda: _load_headroom(folder), checkpoint is not None, report
+    )
+    if measured is None:
+        report(Note(f"looking at {len(probe_problems)} held-out problems first"))
+        begin = time.perf_counter()
+        headroom = measure_headroom(learner, probe_problems)
+        seconds = round(time.perf_counter() - begin, 3)
+        content = {**vars(headroom), "seconds": seconds}
+        with runs.explained(folder):
+            write_json(folder / runs.HEADROOM, with_digest(content))
+    else:
+        headroom, seconds = measured
+    if checkpoint is None:
+        losses = {WRONG: 1 - headroom.right / headroom.problems}
+        state = gate.initial_state(config.gate, (WRONG,))
+        state, _ = gate.observe_probe(state, losses, config.gate, cost=0.0)
+        progress = Progress(0, state, {}, 0, 0, losses, losses, 1.0, 0)
+        with runs.explained(folder):
+            _save(records, progress, learner)
+    else:
+        progress = _restored(learner, checkpoint)
+        report(Note(f"going on after batch {progress.batch}"))
+    if stop():
+        return None
+    _say_headroom(headroom, config, report)
+    report(Probed(progress.probe_first, progress.probe_last, vars(headroom)))
+    saved = progress.batch
+    while progress.batch < total and not progress.gate.frozen:
+        place = progress.batch
+        best_before = progress.best_batch
+        progress, rows, metrics = _batch(
+            progress, problems[place * size : (place + 1) * size], probe_problems, learner
+        )
+        with runs.explained(folder):
+            records.append(runs.ATTEMPTS, rows)
+            records.append(runs.METRICS, [metrics])
+            stopping = stop()
+            due = progress.batch - saved >= config.episode.checkpoint_every
+            if due or stopping or progress.best_batch != best_before:
+                _save(records, progress, learner)
+                saved = progress.batch
+        report(BatchDone(min((place + 1) * size, len(problems)), len(problems), rows, metrics))
+        # Buffers of the largest batch so far would otherwise stay with the process.
+        mx.clear_cache()
+        if stopping and progress.batch < total:
+            return None
+    if progress.gate.frozen:
+        report(Note(f"the gate ends the run: {progress.gate.reason}"))
+    looking = time.perf_counter()
+    progress = with_probe(progress, _probe(learner, probe_problems, progress.batch))
+    seconds += time.perf_counter() - looking
+    with runs.explained(folder):
+        _save(records, progress, learner)
+        summary = summarise(
+            runs.read_lines(folder / runs.ATTEMPTS),
+            runs.read_lines(folder / runs.METRICS),
+            progress.probe_first,
+            progress.probe_last,
+            len(probe_problems),
+            vars(headroom),
+            {"headroom": seconds},
+        )
+        summary["best_checkpoint"] = f"{progress.best_batch:06d}"
+        summary["peak_memory_bytes"] = records.peak_memory()
+        write_json(folder / runs.SUMMARY, with_digest(summary))
+    return summary
+
+
+def _load_headroom(folder: Path) -> tuple[tuple[Headroom, float], bool] | None:
+    """The headroom that is kept, the seconds it took, and whether a digest vouches for it."""
+    try:
+        content, digested = read_checked(folder / runs.HEADROOM)
+    except FileNotFoundError:
+        return None
+    try:
+        # Older versions did not measure how long it took.
+        seconds = float(content.pop("seconds", 0.0))
+        return (Headroom(**content), seconds), digested
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ChangedFile(f"it is not what mlx-fd writes ({error!r})") from error
+
+
+def _save(records: Records, progress: Progress, learner: _Learner) -> None:
+    models, config = learner.models, learner.config
+    moves = config.selfdistill.self_teacher in ("ema", "snapshot")
+    save(
+        *(records, progress, config, models.student, models.reader.path, learner.optimizer),
+        arrays={TEACHER_WEIGHTS: learner.teacher} if moves else {},
+        state={"playbook": learner.playbook.to_json()},
+    )
+
+
+def _restored(learner: _Learner, checkpoint: Checkpoint) -> Progress:
+    """Put a checkpoint's weights and state in place."""
+    progress = restore(checkpoint, learner.models.student, learner.optimizer)
+    options, model = learner.config.selfdistill, learner.models.reader.model
+    if options.self_teacher in ("ema", "snapshot"):
+        learner.teacher = read_arrays(checkpoint.folder / TEACHER_WEIGHTS)
+        mx.eval(learner.teacher)
+    else:
+        learner.teacher = first_teacher(model, options)
+    learner.playbook = Playbook.from_json(checkpoint.state["playbook"])
+    return progress
+
+
+def _say_headroom(headroom: Headroom, config: Config, report: Report) -> None:
+    text = (
+        f"headroom on {headroom.problems} held-out problems: {headroom.right} answered right; "
+        f"{headroom.mixed} with both right and wrong attempts"
+    )
+    if headroom.taught and config.selfdistill.context != "none":
+        text += (
+            f"; of {headroom.taught} that the context {config.selfdistill.context} tells about, "
+            f"{headroom.without} answered right without it, {headroom.with_context} with it"
+        )
+    report(Note(text))
+    for concern in headroom.concerns(config):
+        report(Warned(concern))
+
+
+def _seeds(config: Config, batch: int, what: str) -> Callable[[int], int]:
+    return lambda call: seed_of(config.episode.seed, batch, f"{what}/{call}")
+
+
+def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom:
+    """Answers with the context against answers without, by the untrained student."""
+    config, reader, told = learner.config, learner.models.reader, learner.told(0, "headroom")
+    groups, _ = attempts_at(reader, problems, config, _seeds(config, 0, "headroom"), told)
+    views = views_of(learner, groups, 0)
+    plain = right_answers(
+        reader, problems, [answer_prompt(as_read(p, config)) for p in problems], config, told
+    )
+    taught: dict[int, str] = {}
+    at = 0
+    for place, group in enumerate(groups):
+        seen = [view.teacher for view in views[at : at + len(group)] if view.teacher is not None]
+        at += len(group)
+        if seen:
+            taught[place] = seen[0]
+    informed = right_answers(
+        reader, [problems[place] for place in taught], list(taught.values()), config, told
+    )
+    return Headroom(
+        problems=len(problems),
+        right=sum(plain),
+        mixed=sum(0 < sum(a.correct for a in group) < len(group) for group in groups),
+        taught=len(taught),
+        without=sum(plain[place] for place in taught),
+        with_context=sum(informed),
+    )
+
+
+def views_of(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: int) -> list[View]:
+    """What the self-teacher reads about each attempt."""
+    config = learner.config
+    options = config.selfdistill
+    materials = Materials(
+        critic=learner.models.critic,
+        truth=options.critic == TRUTH,
+        critic_sees=options.critic_sees,
+        critic_tokens=config.generation.feedback_tokens,
+        reference_style=options.reference_style,
+        playbook=learner.playbook,
+        most_wrong=options.wrong_hints,
+        seed=seed_of(config.episode.seed, batch, "context"),
+    )
+    return CONTEXTS[options.context]([a for group in groups for a in group], materials)
+
+
+def _probe(learner: _Learner, problems: Sequence[Problem], batch: int) -> dict[str, float]:
+    """The share of held-out problems that the student answers wrong."""
+    messages = [answer_prompt(as_read(problem, learner.config)) for problem in problems]
+    right = right_answers(
+        *(learner.models.reader, problems, messages, learner.config),
+        learner.told(batch, "probe"),
+    )
+    return {WRONG: 1 - sum(right) / len(right)}
+
+
+def _batch(
+    progress: Progress,
+    problems: Sequence[Problem],
+    probe_problems: Sequence[Problem],
+    learner: _Learner,
+) -> tuple[Progress, list[dict[str, Any]], dict[str, Any]]:
+    """One batch: the state after it, its rows, its metrics."""
+    begin = time.perf_counter()
+    config, reader, number = learner.config, learner.models.reader, progress.batch
+    groups, prefilled = attempts_at(
+        *(reader, problems, config, _seeds(config, number, "attempt")),
+        learner.told(number, "attempt"),
+    )
+    seconds = {"attempt": time.perf_counter() - begin}
+    views = views_of(learner, groups, number)
+    seconds["context"] = time.perf_counter() - begin - seconds["attempt"]
+    known = look(
+        *(reader, learner.teacher, groups, views, config.selfdistill, config.training.micro_batch)
+    )
+    mx.eval([item.now for item in known])
+    updates, weighed = _learn(learner, progress, groups, views, known)
+    if config.selfdistill.context == "reflection":
+        attempts = [attempt for group in groups for attempt in group]
+        learner.playbook = remember(learner.playbook, attempts, views)
+    seconds["learn"] = time.perf_counter() - begin - sum(seconds.values())
+
+    progress = dataclasses.replace(
+        progress,
+        batch=number + 1,
+        distilled=progress.distilled + bool(updates),
+        spent=progress.spent + len(updates),
+    )
+    decision = None
+    if updates and not progress.distilled % config.episode.probe_every:
+        losses = _probe(learner, probe_problems, number)
+        state, decision = gate.observe_probe(
+            progress.gate, losses, config.gate, cost=float(progress.spent)
+        )
+        progress = with_probe(dataclasses.replace(progress, gate=state, spent=0), losses)
+    rows = _rows(number, config, groups, views, known, weighed)
+    gap = max(row["logprob_gap"] for row in rows)
+    if gap > _LOGPROB_TOLERANCE:
+        learner.report(
+            Warned(
+                f"batch {number}: a token's log-probability was another by {gap:.3g} when it was "
+                "read again; ratios of this batch are off by that"
+            )
+        )
+    metrics = {
+        "batch": number,
+        "lagging": sum(row["teaches"] for row in rows),
+        "weights": {},
+        "updates": [update_row(update) for update in updates],
+        "probe": progress.probe_last if decision else None,
+        "stop": dataclasses.asdict(decision) if decision else None,
+        "frozen": progress.gate.frozen,
+        "attempts": attempts_summary(rows),
+        "clipped": [round(update.clipped, 6) for update in updates],
+        "prefilled": prefilled,
+        "distil_seconds": round(seconds["learn"], 3),
+        "step_seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "seconds": round(time.perf_counter() - begin, 3),
+    }
+    return progress, rows, metrics
+
+
+def _learn(
+    learner: _Learner,
+    progress: Progress,
+    groups: Sequence[Sequence[Attempt]],
+    views: Sequence[View],
+    known: Sequence[Known],
+) -> tuple[list[Update], Weighed | None]:
+    """The batch's optimiser steps; the teacher follows each."""
+    config = learner.config
+    options, training, reader = config.selfdistill, config.training, learner.models.reader
+    limit = config.generation.answer_tokens
+    told = learner.told(progress.batch, "learn")
+    updates: list[Update] = []
+    first: Weighed | None = None
+    if config.gate.gate == "never":
+        return updates, first
+    echoes: list[Known] = []
+    if options.objective == "echo":
+        echoes = echoes_of(
+            *(reader, learner.teacher, groups, views, config),
+            learner.told(progress.batch, "echo"),
+        )
+    for step in range(training.kd_steps):
+        done = progress.distilled * training.kd_steps + step
+        if step:
+            known = look(*(reader, learner.teacher, groups, views, options, training.micro_batch))
+        rise = min(1.0, (done + 1) / options.warmup) if options.warmup else 1.0
+        learner.optimizer.learning_rate = training.lora_rate * rise
+        near = nearness(reader, echoes, options, training.micro_batch) if echoes else None
+        update, weighed = learn(
+            *(reader, learner.optimizer, known, options, training, limit, near, echoes)
+        )
+        first = first or weighed
+        if update is None:
+            break
+        updates.append(update)
+        told(sum(len(item.text.target) for item in known))
+        learner.teacher = next_teacher(learner.teacher, reader.model, options, done + 1)
+    return updates, first
+
+
+def _rows(
+    number: int,
+    config: Config,
+    groups: Sequence[Sequence[Attempt]],
+    views: Sequence[View],
+    known: Sequence[Known],
+    weighed: Weighed | None,
+) -> list[dict[str, Any]]:
+    """The batch's lines of ``attempts.jsonl``."""
+    first = number * config.generation.batch_size * config.selfdistill.rollouts
+    attempts = [attempt for group in groups for attempt in group]
+    teaches = weighed.teaches() if weighed else [False] * len(attempts)
+    rows = []
+    for place, (attempt, view, item) in enumerate(zip(attempts, views, known, strict=True)):
+        advantages = item.advantages
+        final = attempt.final
+        rows.append(
+            {
+                "attempt": first + place,
+                "id": attempt.problem.id,
+                "question": attempt.question,
+                "reference": str(attempt.problem.answer),
+                "text": attempt.text,
+                "tokens": list(attempt.tokens),
+                "final": None if final is None else str(final),
+                "correct": attempt.correct,
+                "finished": item.finished,
+                "teacher": view.teacher if wants_teacher(config.selfdistill) else None,
+                "note": view.note,
+                "wrong": len(view.wrong),
+                "teaches": teaches[place],
+                "reward": weighed.rewards[place] if weighed else item.reward,
+                "group_advantage": (
+                    weighed.group_advantages[place]
+                    if weighed and weighed.group_advantages
+                    else None
+                ),
+                "mean_abs_advantage": _mean(None if advantages is None else mx.abs(advantages)),
+                "negative_advantage": _mean(None if advantages is None else advantages < 0),
+                "entropy": _mean(item.entropy),
+                "logprob": _mean(item.now),
+                "logprob_gap": float(mx.abs(item.old - item.now).max()),
+            }
+        )
+    return rows
+
+
+def _mean(values: mx.array | None) -> float | None:
+    return None if values is None else finite(float(values.astype(mx.float32).mean()))
+
+
+def check_combination(config: Config) -> None:
+    """Refuse what cannot work before anything is loaded.
+
+    Raises:
+        UserError: options that contradict each other; the message says which.
+    """
+    options = config.selfdistill
+    if config.models.train != "lora":
+        raise UserError(
+            "self-distill trains LoRA (--train lora): its teacher needs the base weights as they "
+            "were, and there is one copy of them."
+        )
+    if config.training.epochs != 1:
+        raise UserError("self-distill goes through its problems once; set epochs to 1.")
+    if config.gate.gate == "published":
+        raise UserError("--gate published is for the loop; take always, ema or never.")
+    if options.objective == "grpo" and options.rollouts < 2:
+        raise UserError("--objective grpo compares attempts at one problem: set --rollouts to 8.")
+    if options.objective == "contrastive" and options.context != "contrast":
+        raise UserError("--objective contrastive needs right and wrong hints: --context contrast.")
+    if options.context in ("sibling", "contrast") and options.rollouts < 2:
+        raise UserError(
+            f"--context {options.context} shows other attempts at the same problem: set --rollouts "
+            "to 8."
+        )
+    if options.context == "step-critique" and not options.critic:
+        raise UserError(
+            "--context step-critique needs a critic: name one with --critic, or take the truth "
+            "about generated problems with --critic truth."
+        )
+    if options.critic == TRUTH and config.problems.problems != "arithmetic":
+        raise UserError("--critic truth is known for --problems arithmetic only.")
