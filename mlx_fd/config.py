@@ -87,9 +87,9 @@ class GenerationOptions:
     """How text is generated. Temperatures of 0 are greedy."""
 
     batch_size: int = _option(8, "Problems that go through an episode's steps together.", low=1)
-    answer_tokens: int = _option(384, "Most tokens of an answer or a revision.", low=1)
-    feedback_tokens: int = _option(192, "Most tokens of a feedback.", low=1)
-    merge_tokens: int = _option(
+    max_answer_tokens: int = _option(384, "Most tokens of an answer or a revision.", low=1)
+    max_feedback_tokens: int = _option(192, "Most tokens of a feedback.", low=1)
+    max_merge_tokens: int = _option(
         128, "Most tokens of the merged feedback and of the critique.", low=1
     )
     answers_by: str = _option(
@@ -253,7 +253,7 @@ class TrainingOptions:
     score_rate: float = _option(1e-4, "Learning rate of the score head.", low=0)
     projection_rate: float = _option(1e-4, "Learning rate of the alignment projection.", low=0)
     weight_decay: float = _option(0.01, "AdamW's weight decay.", low=0)
-    clip: float = _option(1.0, "Largest gradient norm; 0: no clipping.", low=0)
+    max_grad_norm: float = _option(1.0, "Largest gradient norm; 0: no clipping.", low=0)
     kd_steps: int = _option(2, "Optimiser steps on each batch that lags.", low=1)
     epochs: int = _option(
         1,
@@ -264,7 +264,7 @@ class TrainingOptions:
     micro_batch: int = _option(
         4, "Samples in memory at once; gradients accumulate over them.", low=1
     )
-    checkpoint_layers: bool = _option(False, "Recompute activations instead of keeping them.")
+    grad_checkpoint: bool = _option(False, "Recompute activations instead of keeping them.")
 
 
 @dataclass(frozen=True)
@@ -343,8 +343,8 @@ class Method:
         choices=("none", "typed", "transcribed"),
     )
     noise_level: float = _option(0.3, "Share of its words that are hit.", low=0, high=1)
-    rollouts: int = _option(1, "Attempts at each problem.", low=1)
-    rollout_batch: int = _option(64, "Attempts written side by side.", low=1)
+    num_generations: int = _option(1, "Attempts at each problem.", low=1)
+    generation_batch_size: int = _option(64, "Attempts written side by side.", low=1)
     temperature: float = _option(
         1.0, "Sampling temperature of attempts, and of the distributions in the loss.", low=0.01
     )
@@ -361,10 +361,10 @@ class Method:
         "current; snapshot, the adapter as it was some updates ago.",
         choices=("base", "ema", "current", "snapshot"),
     )
-    teacher_rate: float = _option(
+    teacher_decay: float = _option(
         0.05, "Share of the student in the moving average at each update.", low=0, high=1
     )
-    teacher_every: int = _option(10, "Updates between two snapshots.", low=1)
+    teacher_sync_steps: int = _option(10, "Updates between two snapshots.", low=1)
     jsd_beta: float = _option(
         0.5, "The teacher's share in the mixture of jsd.", low=0.001, high=0.999
     )
@@ -373,7 +373,7 @@ class Method:
         "Tokens whose probabilities are compared: all, or the likeliest of teacher or student.",
         choices=("all", "teacher", "student"),
     )
-    support_k: int = _option(100, "How many, where not all.", low=1)
+    loss_top_k: int = _option(100, "How many, where not all.", low=1)
     tail: bool = _option(
         True, "Compare what all other tokens have together, too; else renormalise without them."
     )
@@ -390,32 +390,32 @@ class Method:
     policy_weight: float = _option(
         0.0, "Weight of GRPO's loss beside it; grpo and contrastive have nothing but that.", low=0
     )
-    advantage_scale: str = _option(
+    scale_rewards: str = _option(
         "group",
         "What a group's advantages are divided by: the standard deviation of the group, of the "
         "batch, or none (Dr. GRPO).",
         choices=("group", "batch", "none"),
     )
-    ratio_low: float = _option(0.2, "A policy's ratio is cut at 1 - this.", low=0, high=1)
-    ratio_high: float = _option(0.2, "A policy's ratio is cut at 1 + this.", low=0)
-    ratio_cap: float = _option(
+    epsilon: float = _option(0.2, "A policy's ratio is cut at 1 - this.", low=0, high=1)
+    epsilon_high: float = _option(0.2, "A policy's ratio is cut at 1 + this.", low=0)
+    delta: float = _option(
         0.0, "Largest ratio where the advantage is negative; 0: no limit.", low=0
     )
-    ratio_level: str = _option(
+    importance_sampling_level: str = _option(
         "token",
         "Whose ratio it is: each token's, or the attempt's (GSPO).",
         choices=("token", "sequence"),
     )
-    reference_weight: float = _option(
+    kl_coef: float = _option(
         0.0, "Weight of the KL to the base model in a policy's loss (k3).", low=0
     )
-    aggregate: str = _option(
+    loss_type: str = _option(
         "dapo",
         "How a policy's loss is averaged: grpo over attempts of their means, dapo and bnpo over "
-        "all tokens, dr_grpo over attempts times --answer-tokens.",
+        "all tokens, dr_grpo over attempts times --max-answer-tokens.",
         choices=("grpo", "bnpo", "dr_grpo", "dapo"),
     )
-    drop_unfinished: bool = _option(
+    mask_truncated_completions: bool = _option(
         False, "Attempts that ended at the token limit have no part in a policy's loss."
     )
     wrong_hints: int = _option(4, "Most wrong hints for one attempt.", low=1)
@@ -427,7 +427,7 @@ class Method:
     near_bonus: float = _option(
         0.5, "Reward for right attempts of a student that is near the clean teacher (echo).", low=0
     )
-    warmup: int = _option(0, "Updates over which the learning rate rises.", low=0)
+    warmup_steps: int = _option(0, "Updates over which the learning rate rises.", low=0)
 
 
 @dataclass(frozen=True)
@@ -496,9 +496,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "episodes": 8,
         "batch_size": 4,
-        "answer_tokens": 128,
-        "feedback_tokens": 64,
-        "merge_tokens": 48,
+        "max_answer_tokens": 128,
+        "max_feedback_tokens": 64,
+        "max_merge_tokens": 48,
         "probe_size": 4,
         "checkpoint_every": 1,
         "lora_rank": 8,
@@ -512,9 +512,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 32,
         "answers_by": "student",
         "answer_temperature": 0.7,
-        "answer_tokens": 64,
-        "feedback_tokens": 112,
-        "merge_tokens": 112,
+        "max_answer_tokens": 64,
+        "max_feedback_tokens": 112,
+        "max_merge_tokens": 112,
         "score_at": "feedback",
         "solutions": True,
         "kd_steps": 4,
@@ -543,8 +543,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 3,
         "micro_batch": 3,
         "kd_steps": 2,
-        "answer_tokens": 500,
-        "feedback_tokens": 200,
+        "max_answer_tokens": 500,
+        "max_feedback_tokens": 200,
         "expert_repetition_penalty": 1.2,
         "student_repetition_penalty": 1.05,
         "student_weight": 0.65,
@@ -555,11 +555,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "16gb": {
         "batch_size": 2,
         "micro_batch": 1,
-        "answer_tokens": 256,
-        "feedback_tokens": 128,
-        "merge_tokens": 96,
+        "max_answer_tokens": 256,
+        "max_feedback_tokens": 128,
+        "max_merge_tokens": 96,
         "lora_rank": 8,
-        "checkpoint_layers": True,
+        "grad_checkpoint": True,
     },
 }
 

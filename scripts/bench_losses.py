@@ -170,7 +170,7 @@ def check():
             cell = {"tokens": 33, "vocab": 4099, "kind": kind, "head": head}
             cell |= {"d_student": 64, "d_teacher": 128}
             student, teacher, hidden, target = heads_and_states(cell)
-            value, slope = contender("engine", cell, student, teacher, hidden, target)()
+            value, grad = contender("engine", cell, student, teacher, hidden, target)()
             weight = teacher.weight
             if head == "4-bit":
                 weight = mx.dequantize(weight, teacher.scales, teacher.biases, 64, 4)
@@ -181,7 +181,7 @@ def check():
             expected = by_logits @ w
             errors = (
                 abs(value.item() / values.sum() - 1),
-                np.abs(np.array(slope) - expected).max() / np.abs(expected).max(),
+                np.abs(np.array(grad) - expected).max() / np.abs(expected).max(),
             )
             print(f"check {kind} {head}: value off by {errors[0]:.0e}, gradient by {errors[1]:.0e}")
             if max(errors) > 1e-5:

@@ -44,7 +44,7 @@ from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
 from mlx_fd.evaluation.statistics import bootstrap, holm, mean, paired_bootstrap
 from mlx_fd.feedback.episode import feedback_request, parsed
 from mlx_fd.models import taps
-from mlx_fd.models.generation import Conversation, Sampling, generate, opening
+from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import arithmetic, parsing
@@ -70,7 +70,7 @@ SHARED = {
     "lora_rank": 16,
     "lora_scale": 4.0,
     "kd_steps": 1,
-    "warmup": 0,
+    "warmup_steps": 0,
     "temperature": 1.0,
     "top_p": 1.0,
     "top_k": 0,
@@ -119,7 +119,7 @@ def written(loaded, prompts, limit, temperature=0.0, seed=0, size=240):
 def sampled(loaded, problems, seed):
     """For each problem the finals of its samples."""
     prompts = [
-        opening(loaded.tokenizer, answer_prompt(problem.question))
+        first_prompt(loaded.tokenizer, answer_prompt(problem.question))
         for problem in problems
         for _ in range(SAMPLES)
     ]
@@ -137,7 +137,7 @@ def right_of(finals, problems):
 def solved(loaded, problems, noise=None):
     """Which problems are solved greedily, with noise on their questions or without: 0 and 1."""
     questions = [noisy(p.question, *noise, 0) if noise else p.question for p in problems]
-    prompts = [opening(loaded.tokenizer, answer_prompt(question)) for question in questions]
+    prompts = [first_prompt(loaded.tokenizer, answer_prompt(question)) for question in questions]
     return "".join(
         str(int(parsing.same_answer(parsing.final_answer(turn.text), problem.answer)))
         for turn, problem in zip(written(loaded, prompts, LIMIT), problems, strict=True)
@@ -154,7 +154,7 @@ def judged(loaded, exercises):
     ]
     prompts = [
         (
-            *opening(loaded.tokenizer, answer_prompt(exercise.question)),
+            *first_prompt(loaded.tokenizer, answer_prompt(exercise.question)),
             *loaded.tokenizer.encode(answer, add_special_tokens=False),
             *request,
         )
@@ -183,7 +183,7 @@ def drift(loaded, base, exercises):
     tokenizer = base.tokenizer
     texts = [
         Text(
-            opening(tokenizer, answer_prompt(exercise.question)),
+            first_prompt(tokenizer, answer_prompt(exercise.question)),
             (
                 *tokenizer.encode(exercise.solution, add_special_tokens=False),
                 tokenizer.eos_token_id,
@@ -232,7 +232,7 @@ def options_of(arm, seed, rate):
     """An arm's whole configuration."""
     options = {**SHARED, **ARMS[arm], "lora_rate": rate}
     method = options.pop("method")
-    rollouts = configured(method).selfdistill.rollouts
+    rollouts = configured(method).selfdistill.num_generations
     size = {"batch_size": BATCH // rollouts, "episodes": ATTEMPTS // rollouts, "seed": seed}
     return configured(method, {**options, **size}, preset="tiny")
 
@@ -259,7 +259,7 @@ def trained(arm, seed, rate):
         "tokens": sum(update["tokens"] for update in updates),
         "headroom": json.loads(json.dumps(summary.get("headroom"))),
     }
-    return models.reader, totals
+    return models.student_lm, totals
 
 
 def append(path, row):

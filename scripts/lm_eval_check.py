@@ -95,7 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         own = ours(args.model, args.problems, args.split, args.limit, folder)
-        tokens = open_target(args.model, None).config.generation.answer_tokens
+        tokens = open_target(args.model, None).config.generation.max_answer_tokens
         other = theirs(args.model, list(found), tokens, folder)
     pairs = list(zip(own, other, strict=True))
     same_text = sum(a["text"] == b["text"].strip() for a, b in pairs)

@@ -47,7 +47,7 @@ from train_tiny import (
     write_tokenizer,
 )
 
-from mlx_fd.models.generation import Conversation, Sampling, generate, opening
+from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import Problem, arithmetic, parsing
@@ -220,7 +220,7 @@ def evaluate(loaded: Loaded, split: str, size: int, temperature: float = 1.0) ->
     seen = {}
     for name in ("none", *TAUGHT):
         views = [CONTEXTS[name](group, materials)[0] for group in groups]
-        prompts = [opening(loaded.tokenizer, view.teacher or view.student) for view in views]
+        prompts = [first_prompt(loaded.tokenizer, view.teacher or view.student) for view in views]
         right = []
         for begin in range(0, size, 50):
             chunk = prompts[begin : begin + 50]

@@ -42,7 +42,7 @@ from rich.progress import Progress
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlx_fd.feedback.episode import feedback_request, parsed
-from mlx_fd.models.generation import Conversation, Sampling, generate, next_message, opening
+from mlx_fd.models.generation import Conversation, Sampling, first_prompt, followup_prompt, generate
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.problems import arithmetic, parsing
 from mlx_fd.problems.arithmetic import Exercise
@@ -93,7 +93,7 @@ def prompt_pieces() -> list[str]:
 
 def phrases() -> list[str]:
     """What the models write again and again, a token each; numbers are never part of them."""
-    steps = range(1, arithmetic.MOST_STEPS + 3)
+    steps = range(1, arithmetic.MAX_STEPS + 3)
     return [
         "Step 1: <<",
         *(f"\nStep {k}: <<" for k in steps[1:]),
@@ -652,7 +652,7 @@ def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> d
     tokenizer = loaded.tokenizer
     drawn = arithmetic.problems_of(split)[:size]
     rng = random.Random(f"evaluate/{split}")
-    begun = [opening(tokenizer, answer_prompt(e.question)) for e in drawn]
+    begun = [first_prompt(tokenizer, answer_prompt(e.question)) for e in drawn]
     turns = _write(loaded, begun)
     seen = {
         "answers": count(
@@ -704,7 +704,7 @@ def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> d
     for k in wrong:
         right = arithmetic.feedback(drawn[k].solution, answers[k])
         given = tokenizer.encode("".join(written_feedback(right)), add_special_tokens=False)
-        ask = next_message(tokenizer, revise_prompt(""))
+        ask = followup_prompt(tokenizer, revise_prompt(""))
         prompts.append((*answered[k], *request, *given, *ask))
     final = [drawn[k].steps[-1].result for k in wrong]
     turns = _write(loaded, prompts)
@@ -712,7 +712,7 @@ def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> d
         [parsing.final_answer(t.text) == f for t, f in zip(turns, final, strict=True)]
     )
     for prompt in (critique_prompt(), final_prompt()):
-        ask = next_message(tokenizer, prompt)
+        ask = followup_prompt(tokenizer, prompt)
         before = [t.conversation for t in turns]
         turns = _write(loaded, [ask[1:] if t.finished else ask for t in turns], before)
     seen["final_after_check"] = count(

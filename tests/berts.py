@@ -85,8 +85,10 @@ def reference(w, config, ids, layers=None):
     x = norm("embeddings.LayerNorm", x + w["embeddings.token_type_embeddings.weight"][0])
     for k in range(config["num_hidden_layers"] if layers is None else layers):
         layer = f"encoder.layer.{k}"
-        part_of = f"{layer}.attention.self"
-        q, key, value = (linear(f"{part_of}.{name}", x) for name in ("query", "key", "value"))
+        parameter_group = f"{layer}.attention.self"
+        q, key, value = (
+            linear(f"{parameter_group}.{name}", x) for name in ("query", "key", "value")
+        )
         mixed = np.zeros_like(x)
         for head in range(heads):
             part = slice(head * d // heads, (head + 1) * d // heads)

@@ -13,9 +13,9 @@ from mlx_fd.runs.plan import Plan
 
 SMALL = {
     "batch_size": 2,
-    "answer_tokens": 8,
-    "feedback_tokens": 6,
-    "merge_tokens": 5,
+    "max_answer_tokens": 8,
+    "max_feedback_tokens": 6,
+    "max_merge_tokens": 5,
     "probe_size": 2,
     "episodes": 8,
     "checkpoint_every": 2,

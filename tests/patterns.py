@@ -21,7 +21,7 @@ SCANNING = {"search", "finditer", "findall", "sub", "subn", "split"}
 ANCHORED = {"match", "fullmatch"}
 METHODS = SCANNING | ANCHORED
 _SPREAD = " \t\na0_A9.-é"  # what classes and dots are tried with, beside their own characters
-_MOST_STARTS, _MOST_UNITS, _MOST_PAIRS = 16, 24, 16
+_MAX_STARTS, _MAX_UNITS, _MAX_PAIRS = 16, 24, 16
 
 
 def _files(package):
@@ -174,12 +174,12 @@ def attacks(pattern, seed=0):
     for _ in range(3):
         _walk(tree, "", rng, starts, units)
     units.pop("", None)
-    chosen = rng.sample([*units], min(len(units), _MOST_UNITS))
+    chosen = rng.sample([*units], min(len(units), _MAX_UNITS))
     pairs = [a + b for a, b in itertools.permutations(chosen, 2)]
     rng.shuffle(pairs)
-    chosen += ["\n", " ", "0", "a", *pairs[:_MOST_PAIRS]]
+    chosen += ["\n", " ", "0", "a", *pairs[:_MAX_PAIRS]]
     starts.pop("", None)
-    leads = ["", *rng.sample([*starts], min(len(starts), _MOST_STARTS))]
+    leads = ["", *rng.sample([*starts], min(len(starts), _MAX_STARTS))]
     for start, unit, tail in itertools.product(leads, dict.fromkeys(chosen), ("", "!\n")):
         yield lambda n, s=start, u=unit, t=tail: s + (u * (n // len(u) + 1))[:n] + t
     for k in range(20):

@@ -351,7 +351,7 @@ def write_self_run(
         "objective": "forward",
         "self_teacher": "base",
         "critic": critic,
-        "rollouts": 2,
+        "num_generations": 2,
     }
     logs = {runs.ATTEMPTS: attempts, runs.METRICS: metrics}
     _write(folder, logs, critic, {**method, **(options or {})})

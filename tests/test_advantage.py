@@ -14,7 +14,7 @@ from reported import scored as scored_by_hand
 from mlx_fd.cli import cli
 from mlx_fd.config import Config, override
 from mlx_fd.errors import UserError
-from mlx_fd.models.generation import opening
+from mlx_fd.models.generation import first_prompt
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import arithmetic
@@ -52,7 +52,7 @@ def problems():
 
 @pytest.fixture(scope="module")
 def scored(base, problems):
-    config = override(Config(), {"rollouts": 3, "answer_tokens": 64, "seed": 5}, "test")
+    config = override(Config(), {"num_generations": 3, "max_answer_tokens": 64, "seed": 5}, "test")
     attempts = attempts_of(base, problems, config, nothing)
     return score(base, attempts, ["reference", "step-critique", "sibling"], TRUTH, nothing)
 
@@ -108,7 +108,7 @@ def test_pieces_are_the_text(base):
 
 def by_hand(loaded, message, tokens):
     """Log-probabilities of tokens after a message, one forward pass, float64."""
-    prompt = opening(loaded.tokenizer, message)
+    prompt = first_prompt(loaded.tokenizer, message)
     logits = loaded.model(mx.array([[*prompt, *tokens]]))[0]
     rows = np.array(logits, dtype=np.float64)[len(prompt) - 1 : -1, : loaded.vocab]
     rows -= np.log(np.exp(rows - rows.max(-1, keepdims=True)).sum(-1, keepdims=True)) + rows.max(
@@ -202,19 +202,21 @@ class Reader(HTMLParser):
 
 def test_the_page_is_whole_and_shows_each_token(scored):
     rows = [summarise(scored, name) for name in ("reference", "step-critique")]
-    reader = Reader()
-    reader.feed(page("tiny-base", rows, scored))
-    assert not reader.open
+    student_lm = Reader()
+    student_lm.feed(page("tiny-base", rows, scored))
+    assert not student_lm.open
     shown = chosen(scored)
-    titles = [a["title"] for tag, a in reader.tags if tag == "span" and "title" in a]
+    titles = [a["title"] for tag, a in student_lm.tags if tag == "span" and "title" in a]
     wanted = [f"{v:+.2f}" for i in shown for values in i.advantages.values() for v in values]
     assert titles == wanted
-    text = "".join(reader.said)
+    text = "".join(student_lm.said)
     for one in shown:
         assert one.attempt.question in text
         for name in one.advantages:
             assert in_words(one, name) in text
-    outside = [a for _, a in reader.tags if not a.get("href", a.get("src", "#")).startswith("#")]
+    outside = [
+        a for _, a in student_lm.tags if not a.get("href", a.get("src", "#")).startswith("#")
+    ]
     assert not outside
 
 
@@ -227,9 +229,9 @@ def test_text_of_models_and_problems_is_escaped(problems):
     assert "\x07" not in html
     assert "\u202e" not in html
     assert "&lt;script&gt;" in html
-    reader = Reader()
-    reader.feed(html)
-    assert not reader.open
+    student_lm = Reader()
+    student_lm.feed(html)
+    assert not student_lm.open
 
 
 def test_shades_and_words(problems):

@@ -11,11 +11,11 @@ from mlx_fd.config import preset
 from mlx_fd.evaluation.baselines import SYSTEMS, Setting
 from mlx_fd.feedback.episode import (
     answer,
+    derive_seed,
     expert_feedback,
     finish,
     first_answers,
     is_correct,
-    seed_of,
     student_feedback,
 )
 from mlx_fd.feedback.gate import initial_state
@@ -35,7 +35,7 @@ def quiet(step, tokens):
 
 
 def seeds(step):
-    return seed_of(0, 0, step)
+    return derive_seed(0, 0, step)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def pair():
 @pytest.fixture(scope="module")
 def answered(pair):
     """The student's answers, some right and some wrong."""
-    drafts = answer(pair.reader, PROBLEMS, OPTIONS, 0, quiet, keep=False)
+    drafts = answer(pair.student_lm, PROBLEMS, OPTIONS, 0, quiet, keep=False)
     assert len({is_correct(d.answer.final, d.problem) for d in drafts}) == 2
     return [
         dataclasses.replace(d, after_answer=Conversation(d.after_answer.tokens)) for d in drafts

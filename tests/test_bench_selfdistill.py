@@ -61,9 +61,9 @@ def test_every_arm_is_a_method_and_all_make_as_many_attempts(bench):
     assert {options["method"] for options in bench.ARMS.values()} == set(METHODS)
     for arm in bench.ARMS:
         config = bench.options_of(arm, 3, 2e-4)
-        attempts = config.problems.episodes * config.selfdistill.rollouts
+        attempts = config.problems.episodes * config.selfdistill.num_generations
         assert attempts == bench.ATTEMPTS
-        assert config.generation.batch_size * config.selfdistill.rollouts == bench.BATCH
+        assert config.generation.batch_size * config.selfdistill.num_generations == bench.BATCH
         assert (config.training.lora_rate, config.training.kd_steps) == (2e-4, 1)
         assert config.episode.seed == 3
     critic = bench.options_of("step-critique, tiny as critic", 0, 1e-3).selfdistill

@@ -110,7 +110,7 @@ def home(tmp_path_factory) -> Path:
 
 
 SMALL = shlex.split(
-    "--episodes 4 --batch-size 2 --answer-tokens 6 --feedback-tokens 6 --merge-tokens 5 "
+    "--episodes 4 --batch-size 2 --max-answer-tokens 6 --max-feedback-tokens 6 --max-merge-tokens 5 "
     "--probe-size 2 --lora-rank 2 --checkpoint-every 1 --kd-steps 1"
 )
 
@@ -353,7 +353,7 @@ def test_models_that_do_not_fit_together(home, mlx_fd, tmp_path):
 def test_too_little_memory(home, mlx_fd, tmp_path):
     file = problems(tmp_path / "p.jsonl", 20000)
     large = ["--problems", file, "--episodes", 19000, "--batch-size", 19000]
-    done = mlx_fd("loop", *tiny(home), *large, "--answer-tokens", 1500)
+    done = mlx_fd("loop", *tiny(home), *large, "--max-answer-tokens", 1500)
     failed(done, "this run needs up to", "GiB are free", "It fits with --batch-size")
     # No more problems go together than there are.
     done = mlx_fd("loop", *tiny(home), "--batch-size", 10**9, "--out", tmp_path / "out")
@@ -371,12 +371,22 @@ def test_problems_longer_than_the_context(command, home, mlx_fd, tmp_path):
         rows[place]["question"] += " and 1" * words
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = ["--out", tmp_path / "out"]
-    generation = ["--answer-tokens", 20, "--feedback-tokens", 20]
+    generation = ["--max-answer-tokens", 20, "--max-feedback-tokens", 20]
     arguments = {
         "loop": ["loop", *tiny(home), *generation, "--episodes", 18 - 2 - 2],
         "self-distill": [
             *("self-distill", "--method", "grpo", "--model", home / "student"),
-            *(*generation, "--episodes", 14, "--probe-size", 2, "--rollouts", 2, "--lora-rank", 2),
+            *(
+                *generation,
+                "--episodes",
+                14,
+                "--probe-size",
+                2,
+                "--num-generations",
+                2,
+                "--lora-rank",
+                2,
+            ),
         ],
         "eval": ["eval", home / "student", "--limit", 14, "--cache", tmp_path / "cache"],
         "advantage": ["advantage", "tiny-base", "--limit", 10, "--samples", 1],
@@ -391,13 +401,13 @@ def test_problems_longer_than_the_context(command, home, mlx_fd, tmp_path):
     if command == "eval":
         arguments += ["--limit", 2]
     if command == "advantage":
-        arguments += ["--limit", 2, "--answer-tokens", 8, "--contexts", "reference"]
+        arguments += ["--limit", 2, "--max-answer-tokens", 8, "--contexts", "reference"]
     done = mlx_fd(*arguments, "--skip-bad-rows")
     assert done.status == 0, done
     assert "2 of 20 problems are too long for" in done.flat and "they are left out" in done.flat
     if command != "eval":
-        done = mlx_fd(*arguments, "--out", tmp_path / "other", "--answer-tokens", 2048)
-        failed(done, "leaves no room for a problem; take a smaller --answer-tokens")
+        done = mlx_fd(*arguments, "--out", tmp_path / "other", "--max-answer-tokens", 2048)
+        failed(done, "leaves no room for a problem; take a smaller --max-answer-tokens")
 
 
 def test_instructions_longer_than_the_context(home, mlx_fd, tmp_path):
@@ -933,7 +943,7 @@ def test_the_first_signal_ends_the_run_after_its_batch(number, status, home, mlx
 def test_the_second_signal_ends_the_process_at_once(quiet, home, mlx_fd, tmp_path):
     # The look at the held-out problems takes many seconds with answers of this length.
     out = tmp_path / "out"
-    long = ["--answer-tokens", 1400, "--probe-size", 8]
+    long = ["--max-answer-tokens", 1400, "--probe-size", 8]
     run = Started(home, "--out", out, *long, *(["--quiet"] if quiet else []))
     hint = f"go on with: mlx-fd resume {out}"
     if quiet:
@@ -1089,15 +1099,24 @@ def test_a_stopped_run_prints_json_too(home, tmp_path):
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(home, mlx_fd, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
-        "episodes = 2\n[generation]\nanswer_tokens = 5\nbatch_size = 2\n"
-        "feedback_tokens = 4\n[episode]\nprobe_size = 1\n"
+        "episodes = 2\n[generation]\nmax_answer_tokens = 5\nbatch_size = 2\n"
+        "max_feedback_tokens = 4\n[episode]\nprobe_size = 1\n"
     )
     out = tmp_path / "out"
     models = tiny(home)[:6]
-    given = ["--preset", "quick", "--config", file, "--answer-tokens", 3, "--merge-tokens", 3]
+    given = [
+        "--preset",
+        "quick",
+        "--config",
+        file,
+        "--max-answer-tokens",
+        3,
+        "--max-merge-tokens",
+        3,
+    ]
     assert mlx_fd("loop", *models, *given, "--out", out, "--quiet").status == 0
     saved = tomllib.loads((out / runs.CONFIG).read_text())
-    assert saved["generation"]["answer_tokens"] == 3  # command line, over file and preset
+    assert saved["generation"]["max_answer_tokens"] == 3  # command line, over file and preset
     assert saved["generation"]["batch_size"] == 2  # file, over preset
     assert saved["models"]["lora_rank"] == PRESETS["quick"]["lora_rank"]  # preset, over default
     assert saved["training"]["micro_batch"] == 4  # default

@@ -51,7 +51,7 @@ def test_options_stand_in_their_table_or_at_the_top(tmp_path):
         ("batch_size = 2.5", "whole number"),
         ("batch_size = true", "whole number"),
         ("on_policy_fraction = 1.5", "at most 1"),
-        ("clip = nan", "finite"),
+        ("max_grad_norm = nan", "finite"),
         ("kl = 'foward'", 'did you mean "forward"'),
         ("losses = ['lm', 'scores']", 'did you mean "score"'),
         ("losses = []", "at least one"),

@@ -37,9 +37,9 @@ from mlx_fd.training.selfdistill.methods import configured
 OPTIONS = {
     "problems": "arithmetic",
     "batch_size": 2,
-    "answer_tokens": 6,
-    "feedback_tokens": 6,
-    "merge_tokens": 4,
+    "max_answer_tokens": 6,
+    "max_feedback_tokens": 6,
+    "max_merge_tokens": 4,
     "probe_size": 2,
     "exam_size": 2,
     "episodes": 6,
@@ -348,11 +348,11 @@ def test_a_finished_run_whose_checkpoints_are_gone_keeps_what_it_has(
 @pytest.mark.parametrize("way", TEXT)
 def test_a_damaged_summary_is_made_again(way, finished, stopped, resume, tmp_path):
     folder = copy_of(finished, tmp_path / "run")
-    harmless = outcome(folder)[runs.SUMMARY]
+    strip_control_chars = outcome(folder)[runs.SUMMARY]
     damage(folder, runs.SUMMARY, way)
     status, said = resume(folder)
     assert status == 0
-    assert outcome(folder)[runs.SUMMARY] == harmless
+    assert outcome(folder)[runs.SUMMARY] == strip_control_chars
     assert way == "gone" or any(runs.SUMMARY in text for text in stopped.noticed(said))
 
 
@@ -461,7 +461,7 @@ def test_a_run_of_an_older_version_goes_on_with_a_note(examined, resume, tmp_pat
 
 SELF = {
     **{"student": "tiny-student", "critic": "truth", "seed": 2, "lora_rank": 2, "lora_rate": 1e-2},
-    **{"episodes": 4, "batch_size": 2, "answer_tokens": 24, "feedback_tokens": 24},
+    **{"episodes": 4, "batch_size": 2, "max_answer_tokens": 24, "max_feedback_tokens": 24},
     **{"probe_size": 2, "checkpoint_every": 1},
 }
 

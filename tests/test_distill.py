@@ -23,7 +23,7 @@ from mlx_fd.feedback.distill import (
     update,
 )
 from mlx_fd.feedback.pair import open_pair
-from mlx_fd.feedback.samples import Reading, Sample, read_text, solution_of
+from mlx_fd.feedback.samples import Sample, TeacherOutputs, read_text, solution_of
 from mlx_fd.losses import reference
 from mlx_fd.losses import reference_reasoning as twins
 from mlx_fd.losses.dense import language_model_loss, logit_loss
@@ -140,7 +140,7 @@ def test_counts():
 
 @pytest.mark.parametrize("other", [{"micro_batch": 2}, {"micro_batch": 3}, {"micro_batch": 1}])
 def test_batch_of_8_is_the_same_update_in_micro_batches(plan, other):
-    whole = TrainingOptions(micro_batch=8, clip=0.0)
+    whole = TrainingOptions(micro_batch=8, max_grad_norm=0.0)
     results = []
     for training in (whole, dataclasses.replace(whole, **other)):
         pair = open_pair(plan)
@@ -157,7 +157,7 @@ def test_recomputing_activations_changes_nothing(plan):
     results = []
     for recompute in (False, True):
         pair = open_pair(plan)
-        training = TrainingOptions(clip=0.0, checkpoint_layers=recompute)
+        training = TrainingOptions(max_grad_norm=0.0, grad_checkpoint=recompute)
         results.append(step(pair, samples_of(pair), training)[1])
     for name, change in results[0].items():
         np.testing.assert_allclose(results[1][name], change, rtol=1e-4, atol=1e-7)
@@ -167,7 +167,7 @@ def test_gradient_is_the_slope_of_the_measured_losses(plan):
     """Central differences of the weighted losses along the gradient's own direction."""
     pair = open_pair(plan)
     samples = samples_of(pair)
-    _, change = step(pair, samples, TrainingOptions(clip=0.0), rate=1.0)
+    _, change = step(pair, samples, TrainingOptions(max_grad_norm=0.0), rate=1.0)
     norm = np.sqrt(sum(float((c.astype(np.float64) ** 2).sum()) for c in change.values()))
 
     def total_at(distance):
@@ -179,12 +179,12 @@ def test_gradient_is_the_slope_of_the_measured_losses(plan):
         found = measure(moved.student, moved.expert, samples, OPTIONS, 400, 8)
         return sum(WEIGHTS[name] * value for name, value in found.items())
 
-    slope = (total_at(2e-2) - total_at(-2e-2)) / 4e-2
-    assert slope == pytest.approx(-norm, rel=2e-2)
+    grad = (total_at(2e-2) - total_at(-2e-2)) / 4e-2
+    assert grad == pytest.approx(-norm, rel=2e-2)
 
 
 def test_clipping_bounds_the_step(pair):
-    done, change = step(pair, samples_of(pair), TrainingOptions(clip=1e-3))
+    done, change = step(pair, samples_of(pair), TrainingOptions(max_grad_norm=1e-3))
     norm = np.sqrt(sum(float((c**2).sum()) for c in change.values()))
     assert done.gradient_norm > 1e-2
     assert norm == pytest.approx(1e-3, rel=1e-2)
@@ -196,7 +196,7 @@ def test_a_step_that_is_not_finite_changes_nothing(pair, plan, poison):
     weights = WEIGHTS
     if poison == "logits":
         poisoned = dataclasses.replace(
-            samples[3].expert, expects=samples[3].expert.expects * mx.nan
+            samples[3].expert, targets=samples[3].expert.targets * mx.nan
         )
         samples[3] = dataclasses.replace(samples[3], expert=poisoned)
     elif poison == "score":
@@ -231,7 +231,7 @@ def test_a_step_that_is_not_finite_changes_nothing(pair, plan, poison):
 def test_a_score_that_could_not_be_read_enters_nothing(pair):
     samples = samples_of(pair, expert_score=None)
     assert "score" not in measure(pair.student, pair.expert, samples, OPTIONS, 400, 4)
-    done, change = step(pair, samples, TrainingOptions(clip=0.0))
+    done, change = step(pair, samples, TrainingOptions(max_grad_norm=0.0))
     assert "score" not in done.losses
     assert not change["score_head.weight"].any() and not change["score_head.bias"].any()
     assert np.isfinite(done.total)
@@ -348,7 +348,7 @@ def test_full_training_moves_every_weight_but_not_the_experts(plan):
     same = dataclasses.replace(full, student_path=plan.expert_path)
     pair = open_pair(same)
     expert = {name: np.array(v) for name, v in tree_flatten(pair.expert.model.parameters())}
-    _, change = step(pair, samples_of(pair), TrainingOptions(clip=0.0))
+    _, change = step(pair, samples_of(pair), TrainingOptions(max_grad_norm=0.0))
     assert any(name.startswith("model.model.embed") and c.any() for name, c in change.items())
     for name, value in tree_flatten(pair.expert.model.parameters()):
         assert np.array_equal(expert[name], np.array(value))
@@ -393,7 +393,7 @@ def dense_total(student, expert, samples, options, factors):
         return mx.stack(rows)
 
     logits = logits_of(student.model, at_text(seen.final))
-    theirs = logits_of(expert.model, padded([s.expert.expects for s in samples]))
+    theirs = logits_of(expert.model, padded([s.expert.targets for s in samples]))
     targets = padded([mx.array(s.target) for s in samples])
     lm_mask = batch.mask * mx.array([[float(not s.on_policy)] for s in samples])
     shared = {
@@ -439,17 +439,17 @@ def test_losses_and_gradients_are_the_dense_ones(plan, kl, standardize, train, m
         return loss_sums(student, pair.expert, collate(samples), options, 400, factors)
 
     def gradient(loss):
-        (total, sums), slopes = nn.value_and_grad(pair.student, lambda: loss(pair.student))()
-        return total.item(), sums, dict(tree_flatten(slopes))
+        (total, sums), grads = nn.value_and_grad(pair.student, lambda: loss(pair.student))()
+        return total.item(), sums, dict(tree_flatten(grads))
 
     expected, expected_sums, expected_slopes = gradient(dense)
-    found, sums, slopes = gradient(engine)
+    found, sums, grads = gradient(engine)
     assert found == pytest.approx(expected, rel=1e-5)
     for name, (value, _) in sums.items():
         assert value.item() == pytest.approx(expected_sums[name].item(), rel=1e-5), name
-    for name, slope in expected_slopes.items():
-        scale = max(float(mx.abs(slope).max()), 1e-6)
-        assert float(mx.abs(slope - slopes[name]).max()) <= 1e-5 * scale, name
+    for name, grad in expected_slopes.items():
+        scale = max(float(mx.abs(grad).max()), 1e-6)
+        assert float(mx.abs(grad - grads[name]).max()) <= 1e-5 * scale, name
 
 
 # --- the three losses of the reasoning method ---
@@ -586,7 +586,7 @@ def test_the_error_of_a_top_k_is_reported(pair, kl):
 def test_a_sample_comes_back_from_its_arrays_and_json(pair):
     for options in (REASONING, dataclasses.replace(OPTIONS, teacher_top_k=5)):
         for sample in solutions_of(pair, options):
-            reading = Reading.of(sample.expert.arrays())
+            reading = TeacherOutputs.of(sample.expert.arrays())
             again = Sample.from_json(json.loads(json.dumps(sample.to_json())), reading)
             assert again.to_json() == sample.to_json()
             assert again.expert.arrays().keys() == sample.expert.arrays().keys()

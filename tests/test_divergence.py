@@ -58,13 +58,13 @@ def close(ours, expected, tolerance, floor=0.0):
 
 def central(function, at, step=1e-5):
     """Gradient of a float64 function by central differences."""
-    slope = np.zeros_like(at)
+    grad = np.zeros_like(at)
     for place in np.ndindex(at.shape):
         high, low = at.copy(), at.copy()
         high[place] += step
         low[place] -= step
-        slope[place] = (function(high) - function(low)) / (2 * step)
-    return slope
+        grad[place] = (function(high) - function(low)) / (2 * step)
+    return grad
 
 
 # --- the float64 twins ---
@@ -94,14 +94,14 @@ def gkd(student, teacher, beta, temperature):
 def test_the_twin_is_trls_definition(beta):
     student, teacher = numbers(1, 4, 30).astype(float), numbers(2, 4, 30).astype(float)
     for temperature in (1.0, 0.9, 4.0):
-        value, slope = reference.divergence_rows(
+        value, grad = reference.divergence_rows(
             student, teacher, beta=beta, temperature=temperature
         )
         np.testing.assert_allclose(
             value, temperature**2 * gkd(student, teacher, beta, temperature), rtol=1e-12
         )
         expected = central(lambda x, t=temperature: t**2 * gkd(x, teacher, beta, t).sum(), student)
-        np.testing.assert_allclose(slope, expected, atol=1e-8)
+        np.testing.assert_allclose(grad, expected, atol=1e-8)
 
 
 def test_the_twin_by_hand():
@@ -137,7 +137,7 @@ def test_the_top_k_twin(beta):
             return np.array(merged)
 
         options = {"beta": beta, "temperature": temperature}
-        value, slope = reference.top_k_divergence_rows(student, values, indices, whole, **options)
+        value, grad = reference.top_k_divergence_rows(student, values, indices, whole, **options)
         target = divergence_of(teacher)
         np.testing.assert_allclose(
             value, temperature**2 * gkd(divergence_of(student), target, beta, 1.0), rtol=1e-10
@@ -148,7 +148,7 @@ def test_the_top_k_twin(beta):
             ),
             student,
         )
-        np.testing.assert_allclose(slope, expected, atol=1e-8)
+        np.testing.assert_allclose(grad, expected, atol=1e-8)
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -156,9 +156,9 @@ def test_the_alignment_twin(pooled):
     student = numbers(1, 3, 4, 5).astype(float)
     teacher = numbers(2, 3, *([] if pooled else [4]), 5).astype(float)
     mask = np.array([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]])
-    value, slope = reference.alignment_rows(student, teacher, mask)
+    value, grad = reference.alignment_rows(student, teacher, mask)
     expected = central(lambda x: reference.alignment_rows(x, teacher, mask)[0].sum(), student)
-    np.testing.assert_allclose(slope, expected, atol=1e-8)
+    np.testing.assert_allclose(grad, expected, atol=1e-8)
     assert value[1] == 0
     last = teacher[2] if pooled else teacher[2, 1]
     cosine = student[2, 1] @ last / np.linalg.norm(student[2, 1]) / np.linalg.norm(last)
@@ -176,15 +176,15 @@ def test_divergence_rows(shape, beta, dtype):
     teacher, teacher64 = as_type(numbers(2, *shape), dtype)
     for temperature in (1.0, 4.0):
         options = {"beta": beta, "temperature": temperature}
-        value, slope = graph.divergence_rows(student, teacher, **options)
+        value, grad = graph.divergence_rows(student, teacher, **options)
         assert value.dtype == mx.float32
-        assert slope.dtype == dtype
+        assert grad.dtype == dtype
         expected, expected_slope = reference.divergence_rows(student64, teacher64, **options)
         # The value is not rounded to the type. Below a hundredth of a nat, what float32 knows of a
         # probability is more than 1e-5 of it.
         floor = 1e-7 * temperature**2
         np.testing.assert_allclose(np.array(value), expected, rtol=1e-5, atol=floor)
-        close(slope, expected_slope, TOLERANCE[dtype], floor=1e-9)
+        close(grad, expected_slope, TOLERANCE[dtype], floor=1e-9)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -199,10 +199,10 @@ def test_divergence_rows_of_logits_up_to_ten_thousand(beta):
     }
     for student, teacher in spread.values():
         options = {"beta": beta, "temperature": 1.0}
-        value, slope = graph.divergence_rows(mx.array(student), mx.array(teacher), **options)
+        value, grad = graph.divergence_rows(mx.array(student), mx.array(teacher), **options)
         expected, expected_slope = reference.divergence_rows(student, teacher, **options)
         np.testing.assert_allclose(np.array(value), expected, rtol=1e-5)
-        close(slope, expected_slope, 1e-5, floor=1e-7)
+        close(grad, expected_slope, 1e-5, floor=1e-7)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -210,15 +210,15 @@ def test_a_logit_of_minus_infinity_has_no_probability(beta):
     student, teacher = numbers(1, 3, 50), numbers(2, 3, 50)
     student[:, 7:20] = teacher[:, 7:20] = -np.inf
     options = {"beta": beta, "temperature": 2.0}
-    value, slope = graph.divergence_rows(mx.array(student), mx.array(teacher), **options)
+    value, grad = graph.divergence_rows(mx.array(student), mx.array(teacher), **options)
     expected, expected_slope = reference.divergence_rows(student, teacher, **options)
     np.testing.assert_allclose(np.array(value), expected, rtol=1e-5)
-    close(slope, expected_slope, 1e-5)
+    close(grad, expected_slope, 1e-5)
     # In one of the two only: what a KL says is huge, and the Jensen-Shannon divergence is not.
     student[:, 30] = -np.inf
     teacher[:, 31] = -np.inf
-    value, slope = graph.divergence_rows(mx.array(student), mx.array(teacher), **options)
-    assert np.isfinite(np.array(slope)).all()
+    value, grad = graph.divergence_rows(mx.array(student), mx.array(teacher), **options)
+    assert np.isfinite(np.array(grad)).all()
     if 0 < beta < 1:
         expected, _ = reference.divergence_rows(student, teacher, **options)
         np.testing.assert_allclose(np.array(value), expected, rtol=1e-5)
@@ -229,17 +229,17 @@ def test_a_logit_of_minus_infinity_has_no_probability(beta):
 @pytest.mark.parametrize("beta", BETAS)
 def test_equal_rows_do_not_diverge(beta):
     logits = mx.array(numbers(1, 3, 40_000))
-    value, slope = graph.divergence_rows(logits, logits, beta=beta, temperature=1.0)
+    value, grad = graph.divergence_rows(logits, logits, beta=beta, temperature=1.0)
     assert np.abs(np.array(value)).max() < 1e-6
-    assert np.abs(np.array(slope)).max() < 1e-7
+    assert np.abs(np.array(grad)).max() < 1e-7
     # Nor do nearly equal ones get lost: the gradient is right to a thousandth of itself.
     moved = numbers(1, 3, 40_000) + numbers(2, 3, 40_000, scale=1e-3)
-    value, slope = graph.divergence_rows(mx.array(moved), logits, beta=beta, temperature=1.0)
+    value, grad = graph.divergence_rows(mx.array(moved), logits, beta=beta, temperature=1.0)
     expected, expected_slope = reference.divergence_rows(
         moved, np.array(logits), beta=beta, temperature=1.0
     )
     np.testing.assert_allclose(np.array(value), expected, atol=1e-7)
-    close(slope, expected_slope, 1e-3)
+    close(grad, expected_slope, 1e-3)
 
 
 def test_the_exponential():
@@ -263,24 +263,24 @@ def test_alignment_rows(shape, pooled, dtype):
     mask = np.random.default_rng(3).random((batch, tokens)) < 0.6
     mask[0, 0] = True
     mask[1:2] = False
-    value, slope = graph.alignment_rows(student, teacher, mx.array(mask))
+    value, grad = graph.alignment_rows(student, teacher, mx.array(mask))
     assert value.dtype == mx.float32
-    assert slope.dtype == dtype
+    assert grad.dtype == dtype
     expected, expected_slope = reference.alignment_rows(student64, teacher64, mask)
     np.testing.assert_allclose(np.array(value), expected, rtol=1e-5, atol=1e-6)
-    close(slope, expected_slope, TOLERANCE[dtype], floor=1e-6)
+    close(grad, expected_slope, TOLERANCE[dtype], floor=1e-6)
 
 
 def test_alignment_rows_are_the_losss():
     student, teacher = numbers(1, 3, 4, 5), numbers(2, 3, 4, 5)
     mask = mx.array([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]])
     pooled = mx.array(teacher.mean(axis=1))
-    value, slope = graph.alignment_rows(mx.array(student), pooled, mask)
+    value, grad = graph.alignment_rows(mx.array(student), pooled, mask)
     total, expected = mx.value_and_grad(
         lambda x: hidden_alignment_loss([x], [pooled], mask, None)[0]
     )(mx.array(student))
     assert value.sum().item() == pytest.approx(total.item(), rel=1e-6)
-    close(slope, float64(expected), 1e-5)
+    close(grad, float64(expected), 1e-5)
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -292,16 +292,16 @@ def test_alignment_rows_see_nothing_under_the_mask(pooled):
         teacher[1] = np.nan
     else:
         teacher[mask == 0] = np.nan
-    value, slope = graph.alignment_rows(mx.array(student), mx.array(teacher), mx.array(mask))
-    assert np.isfinite(np.array(slope)).all()
+    value, grad = graph.alignment_rows(mx.array(student), mx.array(teacher), mx.array(mask))
+    assert np.isfinite(np.array(grad)).all()
     assert value[1].item() == 0
-    assert not np.array(slope)[mask == 0].any()
+    assert not np.array(grad)[mask == 0].any()
     # A state of zeros has no direction, and a finite gradient.
-    value, slope = graph.alignment_rows(
+    value, grad = graph.alignment_rows(
         mx.zeros((1, 2, 4)), mx.array(numbers(3, 1, *([] if pooled else [2]), 4)), mx.ones((1, 2))
     )
     assert value.item() == pytest.approx(1)
-    assert np.isfinite(np.array(slope)).all()
+    assert np.isfinite(np.array(grad)).all()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -376,9 +376,9 @@ def test_a_heads_products(form, dtype, widen, monkeypatch):
     tolerance = 1e-5 if widen else 5 * TOLERANCE[dtype]
     close(matrix.logits(hidden), hidden64 @ weight[:41].T + bias[:41], tolerance)
     # As small as a softmax's over a large vocabulary.
-    slope = numbers(6, 6, 41, scale=1e-6)
-    by_hidden = matrix.input_gradient(mx.array(slope), dtype)
-    close(by_hidden, slope.astype(np.float64) @ weight[:41], tolerance)
+    grad = numbers(6, 6, 41, scale=1e-6)
+    grad_hidden = matrix.input_gradient(mx.array(grad), dtype)
+    close(grad_hidden, grad.astype(np.float64) @ weight[:41], tolerance)
 
 
 def test_what_is_no_head_is_named():
@@ -394,14 +394,14 @@ def test_what_is_no_head_is_named():
 def expected_loss(logits, teacher_logits, weights, kind, temperature, beta=KINDS["jsd"]):
     """Value and gradient by the student's logits, in float64."""
     counted = np.flatnonzero(weights)
-    value, slope = reference.divergence_rows(
+    value, grad = reference.divergence_rows(
         logits[counted],
         teacher_logits[counted],
         beta={**KINDS, "jsd": beta}[kind],
         temperature=temperature,
     )
     gradient = np.zeros_like(logits)
-    gradient[counted] = weights[counted, None] * slope
+    gradient[counted] = weights[counted, None] * grad
     return float(value @ weights[counted]), gradient
 
 
@@ -451,11 +451,11 @@ def test_the_fused_loss(student, teacher, kind, dtype, monkeypatch):
     teacher_logits = (target64 @ their_weight.T + their_bias)[:, :vocab]
     expected, by_logits = expected_loss(logits, teacher_logits, weights, **options)
     for chunk in (None, 1, 3, 4):
-        value, slope = mx.value_and_grad(loss)(hidden, chunk)
+        value, grad = mx.value_and_grad(loss)(hidden, chunk)
         assert value.dtype == mx.float32
-        assert slope.dtype == dtype
+        assert grad.dtype == dtype
         assert value.item() == pytest.approx(expected, rel=1e-5)
-        close(slope, by_logits @ weight[:vocab], TOLERANCE[dtype])
+        close(grad, by_logits @ weight[:vocab], TOLERANCE[dtype])
     count = fused(hidden, ours, target, theirs, weights, vocab, **options)[1]
     assert count.dtype == mx.float32
     assert count.item() == 5.5
@@ -466,7 +466,7 @@ def test_the_fused_loss(student, teacher, kind, dtype, monkeypatch):
 def test_one_token_and_odd_sizes(n, vocab, kind):
     (ours, weight, bias), (theirs, their_weight, _) = models(vocab, 32, padding=(0, 0))
     hidden, target = numbers(1, n, 32, scale=0.5), numbers(2, n, 64, scale=0.5)
-    value, slope = mx.value_and_grad(
+    value, grad = mx.value_and_grad(
         lambda x: fused(x, ours, mx.array(target), theirs, np.ones(n), vocab, kind)[0]
     )(mx.array(hidden))
     expected, by_logits = expected_loss(
@@ -477,7 +477,7 @@ def test_one_token_and_odd_sizes(n, vocab, kind):
         1.0,
     )
     assert value.item() == pytest.approx(expected, rel=1e-5, abs=1e-9)
-    close(slope, by_logits @ weight, 1e-5, floor=1e-9)
+    close(grad, by_logits @ weight, 1e-5, floor=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -490,12 +490,12 @@ def test_logits_up_to_ten_thousand(kind):
     hidden, target = rng.integers(-35, 36, (40, 8)) * 1.0, rng.integers(-35, 36, (40, 8)) * 1.0
     logits, teacher_logits = hidden @ weight.T, target @ their_weight.T
     assert np.abs(logits).max() > 5000
-    value, slope = mx.value_and_grad(
+    value, grad = mx.value_and_grad(
         lambda x: fused(x, ours, mx.array(target), theirs, np.ones(40), 300, kind)[0]
     )(mx.array(hidden))
     expected, by_logits = expected_loss(logits, teacher_logits, np.ones(40), kind, 1.0)
     assert value.item() == pytest.approx(expected, rel=1e-5)
-    close(slope, by_logits @ weight, 1e-5, floor=1e-5)
+    close(grad, by_logits @ weight, 1e-5, floor=1e-5)
 
 
 @pytest.mark.parametrize("standardize", [False, True])
@@ -517,28 +517,28 @@ def test_it_is_the_dense_loss(kind, standardize):
         ]
 
     expected, expected_slope = mx.value_and_grad(dense)(hidden)
-    value, slope = mx.value_and_grad(engine)(hidden)
+    value, grad = mx.value_and_grad(engine)(hidden)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    close(slope, float64(expected_slope), 1e-5)
+    close(grad, float64(expected_slope), 1e-5)
 
 
 def test_standardised_rows_of_equals_have_a_gradient():
     ours = nn.Linear(4, 9)
     theirs = nn.Linear(4, 9)
     ours.weight, ours.bias = mx.zeros((9, 4)), mx.zeros((9,))
-    slope = mx.grad(
+    grad = mx.grad(
         lambda x: fused(
             x, ours, mx.ones((3, 4)), theirs, np.ones(3), 9, standardize=True, temperature=2.0
         )[0]
     )(mx.ones((3, 4)))
-    assert np.isfinite(np.array(slope)).all()
+    assert np.isfinite(np.array(grad)).all()
 
 
 def gradients(loss, learns, hidden):
     """The value, and the gradients by the hidden states and by what the head learns."""
-    value, by_head = nn.value_and_grad(learns, loss)(hidden)
-    by_hidden = mx.grad(loss)(hidden)
-    return value.item(), float64(by_hidden), {name: float64(g) for name, g in by_head.items()}
+    value, grad_head = nn.value_and_grad(learns, loss)(hidden)
+    grad_hidden = mx.grad(loss)(hidden)
+    return value.item(), float64(grad_hidden), {name: float64(g) for name, g in grad_head.items()}
 
 
 @pytest.mark.parametrize("top_k", [False, True])
@@ -570,18 +570,18 @@ def test_what_the_mask_leaves_out_poisons_nothing(kind, top_k):
 
         return gradients(loss, ours, at_garbage(hidden, math.nan))
 
-    value, by_hidden, by_head = results(hidden, target, mask, left_out)
+    value, grad_hidden, grad_head = results(hidden, target, mask, left_out)
     clean = results(hidden, target, mask, mx.zeros((n, 1), mx.bool_))
     assert value == pytest.approx(clean[0], rel=1e-6)
-    close(by_hidden, clean[1], 1e-6)
-    assert not by_hidden[mask == 0].any()
-    assert by_hidden[mask == 1].all()
+    close(grad_hidden, clean[1], 1e-6)
+    assert not grad_hidden[mask == 0].any()
+    assert grad_hidden[mask == 1].all()
     for name, expected in clean[2].items():
-        close(by_head[name], expected, 1e-6)
-    value, by_hidden, by_head = results(hidden, target, np.zeros(n), mx.ones((n, 1), mx.bool_))
+        close(grad_head[name], expected, 1e-6)
+    value, grad_hidden, grad_head = results(hidden, target, np.zeros(n), mx.ones((n, 1), mx.bool_))
     assert value == 0
-    assert not by_hidden.any()
-    assert not any(part.any() for part in by_head.values())
+    assert not grad_hidden.any()
+    assert not any(part.any() for part in grad_head.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -597,7 +597,7 @@ def test_a_head_that_trains(dtype, form, kind):
     def loss(x):
         return fused(x, ours, target, theirs, weights, vocab, kind, chunk=4)[0]
 
-    value, by_hidden, by_head = gradients(loss, ours, hidden)
+    value, grad_hidden, grad_head = gradients(loss, ours, hidden)
     expected, by_logits = expected_loss(
         (hidden64 @ weight.T + bias)[:, :vocab],
         target64 @ their_weight[:vocab].T,
@@ -607,11 +607,11 @@ def test_a_head_that_trains(dtype, form, kind):
     )
     padding = np.zeros((len(weight) - vocab, width))
     assert value == pytest.approx(expected, rel=1e-5)
-    close(by_hidden, by_logits @ weight[:vocab], TOLERANCE[dtype])
-    close(by_head["weight"], np.vstack([by_logits.T @ hidden64, padding]), TOLERANCE[dtype])
+    close(grad_hidden, by_logits @ weight[:vocab], TOLERANCE[dtype])
+    close(grad_head["weight"], np.vstack([by_logits.T @ hidden64, padding]), TOLERANCE[dtype])
     if form == "bias":
         by_bias = np.append(by_logits.sum(axis=0), padding[:, 0])
-        close(by_head["bias"], by_bias, TOLERANCE[dtype])
+        close(grad_head["bias"], by_bias, TOLERANCE[dtype])
         ours.freeze(keys=["weight"])
         assert list(gradients(loss, ours, hidden)[2]) == ["bias"]
 
@@ -627,7 +627,7 @@ def test_a_tied_head_learns_from_both_ends():
 
         return nn.value_and_grad(embedding, lambda: of(embedding))()
 
-    value, slope = loss(lambda x: fused(x, embedding, target, theirs, np.ones(5), vocab)[0])
+    value, grad = loss(lambda x: fused(x, embedding, target, theirs, np.ones(5), vocab)[0])
     expected, expected_slope = loss(
         lambda x: logit_loss(
             embedding.as_linear(x)[None],
@@ -640,7 +640,7 @@ def test_a_tied_head_learns_from_both_ends():
         )[0]
     )
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    close(slope["weight"], float64(expected_slope["weight"]), 1e-5)
+    close(grad["weight"], float64(expected_slope["weight"]), 1e-5)
 
 
 # --- the teacher's top k ---
@@ -670,13 +670,13 @@ def test_top_k_of_the_teacher(k, kind, dtype):
         temperature=temperature,
     )
     for chunk in (None, 4):
-        value, slope = mx.value_and_grad(
+        value, grad = mx.value_and_grad(
             lambda x, chunk=chunk: fused(
                 x, ours, top, None, weights, vocab, kind, temperature=temperature, chunk=chunk
             )[0]
         )(hidden)
         assert value.item() == pytest.approx(expected @ weights, rel=1e-5)
-        close(slope, (weights[:, None] * by_logits) @ weight[:vocab], TOLERANCE[dtype])
+        close(grad, (weights[:, None] * by_logits) @ weight[:vocab], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -702,14 +702,14 @@ def test_a_tail_that_float32_cannot_see():
     ours = nn.Linear(1, 3, bias=False)
     ours.weight = mx.array([[0.0], [-300.0], [-300.0]])
     teacher = TopK(mx.array([[0.0]]), mx.array([[0]]), mx.array([math.log(1.25)]))
-    value, slope = mx.value_and_grad(lambda x: fused(x, ours, teacher, None, np.ones(1), 3)[0])(
+    value, grad = mx.value_and_grad(lambda x: fused(x, ours, teacher, None, np.ones(1), 3)[0])(
         mx.ones((1, 1))
     )
     # p = (4/5, 1/5), log q = (0, ln 2 - 300).
     assert value.item() == pytest.approx(
         0.8 * math.log(0.8) + 0.2 * (math.log(0.2) - math.log(2) + 300), rel=1e-6
     )
-    assert slope.item() == pytest.approx(0.2 * 300, rel=1e-6)
+    assert grad.item() == pytest.approx(0.2 * 300, rel=1e-6)
 
 
 def test_a_sure_teacher_is_the_cross_entropy():
@@ -718,14 +718,14 @@ def test_a_sure_teacher_is_the_cross_entropy():
     hidden = mx.array(numbers(1, n, width))
     targets = mx.array(np.random.default_rng(0).integers(0, vocab, n))
     mask = mx.array([1, 1, 0, 1, 0, 1, 1])
-    value, slope = mx.value_and_grad(
+    value, grad = mx.value_and_grad(
         lambda x: fused(x, ours, one_hot(targets), None, mask, vocab, chunk=3)[0]
     )(hidden)
     expected, expected_slope = mx.value_and_grad(
         lambda x: language_model_loss(ours(x)[None], targets[None], mask[None])[0]
     )(hidden)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    close(slope, float64(expected_slope), 1e-5)
+    close(grad, float64(expected_slope), 1e-5)
 
 
 # --- how it is evaluated ---
@@ -747,9 +747,9 @@ def problem(n=40, vocab=701, width=32):
 def test_the_chunk_changes_nothing(chunk):
     hidden, _, loss = problem()
     expected, expected_slope = mx.value_and_grad(lambda x: loss(x)[0])(hidden)
-    value, slope = mx.value_and_grad(lambda x: loss(x, chunk=chunk)[0])(hidden)
+    value, grad = mx.value_and_grad(lambda x: loss(x, chunk=chunk)[0])(hidden)
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
-    close(slope, float64(expected_slope), 3e-6)
+    close(grad, float64(expected_slope), 3e-6)
 
 
 @given(st.integers(1, 5000), st.integers(1, 300_000), st.integers(2, 6))
@@ -774,7 +774,7 @@ def test_half_batches_add_up():
     expected, expected_slope = mx.value_and_grad(lambda x: loss(x)[0] / loss(x)[1])(hidden)
     parts = [mx.value_and_grad(half)(hidden[r], r) for r in (slice(0, 25), slice(25, 40))]
     assert sum(value.item() for value, _ in parts) == pytest.approx(expected.item(), rel=1e-6)
-    close(np.concatenate([float64(slope) for _, slope in parts]), float64(expected_slope), 1e-6)
+    close(np.concatenate([float64(grad) for _, grad in parts]), float64(expected_slope), 1e-6)
 
 
 def test_under_checkpoint_and_further_up_the_graph():
@@ -785,13 +785,13 @@ def test_under_checkpoint_and_further_up_the_graph():
         return 3 * loss(mx.tanh(x @ w), chunk=16)[0]
 
     expected, expected_slope = mx.value_and_grad(model)(weight, hidden)
-    value, slope = mx.value_and_grad(mx.checkpoint(model))(weight, hidden)
+    value, grad = mx.value_and_grad(mx.checkpoint(model))(weight, hidden)
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
-    close(slope, float64(expected_slope), 1e-6)
+    close(grad, float64(expected_slope), 1e-6)
     # And this is right: along the gradient the loss changes as the gradient says.
-    step = 1e-2 * slope / mx.linalg.norm(slope)
+    step = 1e-2 * grad / mx.linalg.norm(grad)
     rise = model(weight + step, hidden) - model(weight - step, hidden)
-    assert rise.item() == pytest.approx(2e-2 * mx.linalg.norm(slope).item(), rel=1e-2)
+    assert rise.item() == pytest.approx(2e-2 * mx.linalg.norm(grad).item(), rel=1e-2)
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="MLX compiles with a C++ compiler on a CPU")
@@ -806,12 +806,12 @@ def test_under_compile(chunk):
     mx.eval(expected, expected_slope)
     mx.enable_compile()
     try:
-        value, slope = mx.compile(step)(hidden)
-        mx.eval(value, slope)
+        value, grad = mx.compile(step)(hidden)
+        mx.eval(value, grad)
     finally:
         mx.disable_compile()
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
-    close(slope, float64(expected_slope), 1e-6)
+    close(grad, float64(expected_slope), 1e-6)
 
 
 def test_the_gradient_is_made_with_the_value(tmp_path):
@@ -822,8 +822,8 @@ def test_the_gradient_is_made_with_the_value(tmp_path):
         return (tmp_path / "graph.dot").read_text().count("Matmul")
 
     hidden, _, loss = problem()
-    value, slope = mx.value_and_grad(lambda x: loss(x, chunk=16)[0])(hidden)
-    assert products(value) == products(value, slope) > 0
+    value, grad = mx.value_and_grad(lambda x: loss(x, chunk=16)[0])(hidden)
+    assert products(value) == products(value, grad) > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -907,11 +907,11 @@ def one_by_one(hidden, head, targets):
 def test_several_are_the_sum_of_each(chunk):
     hidden, head, targets = several()
     expected, expected_slope = mx.value_and_grad(lambda x: one_by_one(x, head, targets))(hidden)
-    value, slope = mx.value_and_grad(
+    value, grad = mx.value_and_grad(
         lambda x: fused_linear_divergences(x, head, targets, chunk=chunk)[0]
     )(hidden)
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
-    close(slope, float64(expected_slope), 3e-6)
+    close(grad, float64(expected_slope), 3e-6)
     gradient = nn.value_and_grad(head, lambda: one_by_one(hidden, head, targets))()[1]
     trained = nn.value_and_grad(
         head, lambda: fused_linear_divergences(hidden, head, targets, chunk=chunk)[0]
@@ -943,10 +943,10 @@ def test_small_weights_survive_float16():
     head.set_dtype(mx.float16)
     small = [replace(t, weights=t.weights * 1e-6) for t in targets]
 
-    def slope(chosen, scale):
+    def grad(chosen, scale):
         return mx.grad(lambda x: scale * fused_linear_divergences(x, head, chosen)[0])(hidden)
 
-    close(slope(small, 1e6), float64(slope(targets, 1.0)), 2e-3)
+    close(grad(small, 1e6), float64(grad(targets, 1.0)), 2e-3)
 
 
 def test_a_target_s_mask_is_its_own():

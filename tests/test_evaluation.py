@@ -42,9 +42,9 @@ from mlx_fd.runs.summary import wilson
 SHORT = {
     "expert": "tiny",
     "batch_size": 2,
-    "answer_tokens": 32,
-    "feedback_tokens": 12,
-    "merge_tokens": 8,
+    "max_answer_tokens": 32,
+    "max_feedback_tokens": 12,
+    "max_merge_tokens": 8,
 }
 
 
@@ -151,7 +151,7 @@ def test_another_expert_may_be_wider_than_the_runs_own(tmp_path):
     sizes = {"layers": 1, "heads": 2, "kv_heads": 1}
     student = make_model_dir(tmp_path / "student", hidden=16, intermediate=32, **sizes)
     wider = make_model_dir(tmp_path / "wider", hidden=32, intermediate=64, seed=1, **sizes)
-    limits = {"answer_tokens": 4, "feedback_tokens": 4, "merge_tokens": 4}
+    limits = {"max_answer_tokens": 4, "max_feedback_tokens": 4, "max_merge_tokens": 4}
     run = make_run(tmp_path / "run", student, **limits)
     results = evaluate(run, tmp_path / "out", tmp_path / "cache", expert=str(wider), limit=1)
     assert results["models"]["expert"]["name"] == str(wider)
@@ -292,7 +292,7 @@ def test_the_untrained_student_steps_in_for_a_while_only(run):
 
 
 def test_an_adapter_outside_its_run_answers_as_in_it(tmp_path):
-    options = {**SHORT, "batch_size": 32, "answer_tokens": 64, "feedback_tokens": 2}
+    options = {**SHORT, "batch_size": 32, "max_answer_tokens": 64, "max_feedback_tokens": 2}
     run = make_run(tmp_path / "run", "tiny-student", strength=0.05, **options)
     adapter = shutil.copytree(run / runs.CHECKPOINTS / "best", tmp_path / "adapter")
     answers = {}

@@ -29,7 +29,7 @@ from mlx_fd.export import exporter, gguf_file, hf, verify  # noqa: E402
 from mlx_fd.export.bundle_reading import read_bundle  # noqa: E402
 from mlx_fd.export.exporter import Exported, Form, as_json_value, export  # noqa: E402
 from mlx_fd.export.source import open_source  # noqa: E402
-from mlx_fd.feedback.judge import find, give_feedback, open_student  # noqa: E402
+from mlx_fd.feedback.judge import give_feedback, locate_model, open_student  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402
 
 SIZES = {"hidden": 64, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate": 96}
@@ -139,7 +139,7 @@ def test_default_types(run, quantized_run, tmp_path):
 def test_logits_are_the_live_students(run, base, tmp_path):
     """Against an evaluation of our own, and not only the exporter's word."""
     done = write(run, tmp_path / "out", dtype="float32")
-    live, _ = open_student(find(str(run)))
+    live, _ = open_student(locate_model(str(run)))
     model, tokenizer = mlx_lm.load(str(tmp_path / "out"))
     ids = mx.array([tokenizer.encode("Tom has 3 apples. How many?")])
     ours, theirs, plain = (
@@ -228,7 +228,7 @@ def test_adapter_for_mlx_lm(run, base, tmp_path):
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["model"] == str(base)
     model, tokenizer = mlx_lm.load(str(base), adapter_path=str(tmp_path / "out"))
-    live, _ = open_student(find(str(run)))
+    live, _ = open_student(locate_model(str(run)))
     ids = mx.array([tokenizer.encode("Tom has 3 apples.")])
     assert mx.array_equal(model(ids), live.model(ids))
 

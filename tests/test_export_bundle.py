@@ -181,7 +181,9 @@ def test_a_missing_file_is_named(written):
 
 def test_an_edited_bundle_is_refused(written):
     path = written / FOLDER / CONTENT
-    path.write_text(path.read_text().replace('"answer_tokens": 256', '"answer_tokens": 255'))
+    path.write_text(
+        path.read_text().replace('"max_answer_tokens": 256', '"max_answer_tokens": 255')
+    )
     with pytest.raises(UserError, match=r"bundle\.json was changed after it was written"):
         read_bundle(written)
 

@@ -164,7 +164,7 @@ def test_a_stream_ends_in_time(bundle):
         final = next(prompt for prompt in bundle.prompts if prompt.role == "final")
         begin = time.monotonic()
         with pytest.raises(UserError, match=r"/v1/completions: .* not done within 0\.6 seconds"):
-            engine.follow(final)
+            engine.score_continuation(final)
         assert time.monotonic() - begin < PATIENCE
 
 
@@ -262,7 +262,7 @@ def test_replies_of_any_shape_are_read_or_refused(bundle):
             try:
                 engine = OpenAIEngine(url, bundle, seconds=PATIENCE)
                 engine.count(final)
-                engine.follow(final)
+                engine.score_continuation(final)
                 engine.answer("1", 4)
                 outcomes.append("read")
             except UserError as error:

@@ -29,7 +29,7 @@ from mlx_fd.export import gguf_file, verify  # noqa: E402
 from mlx_fd.export.exporter import Form, export  # noqa: E402
 from mlx_fd.export.gguf_tokenizer import read_vocabulary  # noqa: E402
 from mlx_fd.export.source import open_source  # noqa: E402
-from mlx_fd.feedback.judge import find, give_feedback, open_student  # noqa: E402
+from mlx_fd.feedback.judge import give_feedback, locate_model, open_student  # noqa: E402
 from mlx_fd.models.gguf import (
     CONTROL,
     NORMAL,
@@ -54,7 +54,7 @@ LLAMA3 = {
 
 def write(model: Path | str, file: Path, kind: str | None = None) -> gguf_file.Written:
     source = open_source(str(model))
-    return gguf_file.write_file(source, load(source.place.model).tokenizer, file, kind=kind)
+    return gguf_file.write_file(source, load(source.ref.model).tokenizer, file, kind=kind)
 
 
 def stored(path: Path) -> dict[str, np.ndarray]:
@@ -419,7 +419,7 @@ def llama(file: Path) -> Any:
 
 def against_llama_cpp(name: str, file: Path) -> verify.Agreement:
     """The live model against llama.cpp on the same text, which both split themselves."""
-    live, _ = open_student(find(name))
+    live, _ = open_student(locate_model(name))
     chat = verify.role_chat(live.tokenizer)
     engine = llama(file)
     text = live.tokenizer.decode(list(chat))

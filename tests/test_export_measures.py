@@ -134,7 +134,7 @@ def test_the_greedy_count_stops_where_the_two_part(perturbed):
                 break
             tokens.append(token)
             agreed += 1
-        assert engine.follow(prompt).agreed == agreed
+        assert engine.score_continuation(prompt).agreed == agreed
         if agreed < len(prompt.greedy):
             parted.append(agreed + 1)
     found = measure(engine, bundle, (), lambda done, total: None)["greedy"]

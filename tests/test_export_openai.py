@@ -148,12 +148,12 @@ def test_a_server_gives_the_numbers_that_its_logits_give(bundle, perturbed):
     """Asked again after every divergence, it is read at all positions of the continuations."""
     with serving(like_vllm(Model(perturbed, bundle), bundle, perturbed.encode)) as (url, seen):
         engine = OpenAIEngine(url, bundle)
-        followed = {prompt.role: engine.follow(prompt) for prompt in bundle.prompts}
+        followed = {prompt.role: engine.score_continuation(prompt) for prompt in bundle.prompts}
         counts = [engine.count(prompt) for prompt in bundle.prompts]
     assert counts == [(True, "ids")] * 6
     parted = 0
     for prompt in bundle.prompts:
-        found, local = followed[prompt.role], perturbed.follow(prompt)
+        found, local = followed[prompt.role], perturbed.score_continuation(prompt)
         own = np.arange(prompt.positions)[-len(prompt.greedy) :]
         rows = own[: len(found.rows)]
         np.testing.assert_array_equal(found.rows, rows)
@@ -174,7 +174,7 @@ def test_a_server_gives_the_numbers_that_its_logits_give(bundle, perturbed):
     assert parted >= 3
     assert sum(len(followed[p.role].rows) == len(p.greedy) for p in bundle.prompts) >= 4
     final = next(prompt for prompt in bundle.prompts if prompt.role == "final")
-    assert followed["final"].timing.written == perturbed.follow(final).timing.written
+    assert followed["final"].timing.written == perturbed.score_continuation(final).timing.written
     assert [role for role in followed if followed[role].timing] == ["final"]
     assert max(len(body["prompt"]) for _, path, _, body in seen if path == "/v1/completions") > 200
 

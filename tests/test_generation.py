@@ -11,13 +11,13 @@ from mlx_fd.models import taps
 from mlx_fd.models.generation import (
     Conversation,
     Sampling,
+    first_prompt,
+    followup_prompt,
+    forward,
     generate,
-    next_message,
-    opening,
     prefill,
-    reply_to,
     rewind,
-    run_on,
+    without_repeated_eos,
 )
 from mlx_fd.models.loading import load
 
@@ -32,14 +32,17 @@ def loaded(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def turns(loaded):
-    prompts = [opening(loaded.tokenizer, text) for text in MESSAGES]
+    prompts = [first_prompt(loaded.tokenizer, text) for text in MESSAGES]
     return generate(loaded, [Conversation()] * 3, prompts, Sampling(10))
 
 
 def test_a_batch_writes_what_mlx_lm_writes_for_each_alone(loaded, turns):
     for text, turn in zip(MESSAGES, turns, strict=True):
         alone = mlx_generate(
-            loaded.model, loaded.tokenizer, list(opening(loaded.tokenizer, text)), max_tokens=10
+            loaded.model,
+            loaded.tokenizer,
+            list(first_prompt(loaded.tokenizer, text)),
+            max_tokens=10,
         )
         assert turn.text == alone.strip()
 
@@ -47,15 +50,15 @@ def test_a_batch_writes_what_mlx_lm_writes_for_each_alone(loaded, turns):
 def test_conversation_holds_exactly_what_was_said(loaded, turns):
     for text, turn in zip(MESSAGES, turns, strict=True):
         tokens = turn.conversation.tokens
-        assert tokens == (*opening(loaded.tokenizer, text), *turn.tokens)
+        assert tokens == (*first_prompt(loaded.tokenizer, text), *turn.tokens)
         assert all(layer.offset == len(tokens) for layer in turn.conversation.cache)
         assert turn.prefilled == len(tokens) - len(turn.tokens)
 
 
 def test_going_on_from_the_cache_equals_prefilling_everything(loaded, turns):
-    message = next_message(loaded.tokenizer, "Are you sure?")
+    message = followup_prompt(loaded.tokenizer, "Are you sure?")
     before = [turn.conversation for turn in turns]
-    prompts = [reply_to(conversation, message) for conversation in before]
+    prompts = [without_repeated_eos(conversation, message) for conversation in before]
     reused = generate(loaded, before, prompts, Sampling(8))
     naive = generate(loaded, before, prompts, Sampling(8), reuse=False)
     assert [turn.tokens for turn in reused] == [turn.tokens for turn in naive]
@@ -67,11 +70,11 @@ def test_going_on_from_the_cache_equals_prefilling_everything(loaded, turns):
 
 
 def test_conversations_are_values(loaded, turns):
-    message = next_message(loaded.tokenizer, "Again?")
+    message = followup_prompt(loaded.tokenizer, "Again?")
     before = turns[0].conversation
     kept = [(mx.array(layer.keys), layer.offset) for layer in copy.deepcopy(before.cache)]
-    first = generate(loaded, [before], [reply_to(before, message)], Sampling(5))
-    second = generate(loaded, [before], [reply_to(before, message)], Sampling(5))
+    first = generate(loaded, [before], [without_repeated_eos(before, message)], Sampling(5))
+    second = generate(loaded, [before], [without_repeated_eos(before, message)], Sampling(5))
     assert first[0].tokens == second[0].tokens
     for layer, (keys, offset) in zip(before.cache, kept, strict=True):
         assert layer.offset == offset
@@ -79,7 +82,7 @@ def test_conversations_are_values(loaded, turns):
 
 
 def test_sampling_depends_on_its_seed_alone(loaded):
-    prompts = [opening(loaded.tokenizer, text) for text in MESSAGES]
+    prompts = [first_prompt(loaded.tokenizer, text) for text in MESSAGES]
 
     def draw(seed):
         mx.random.uniform(shape=(seed + 1,))
@@ -91,7 +94,7 @@ def test_sampling_depends_on_its_seed_alone(loaded):
 
 
 def test_repetition_penalty_sees_the_whole_conversation(loaded):
-    prompt = opening(loaded.tokenizer, MESSAGES[0])
+    prompt = first_prompt(loaded.tokenizer, MESSAGES[0])
     plain = generate(loaded, [Conversation()], [prompt], Sampling(12))[0]
     strong = generate(loaded, [Conversation()], [prompt], Sampling(12, 0.0, 50.0))[0]
     assert len(set(strong.tokens)) == len(strong.tokens)
@@ -101,7 +104,7 @@ def test_repetition_penalty_sees_the_whole_conversation(loaded):
 def test_next_message_continues_what_the_template_would_write(loaded):
     tokenizer = loaded.tokenizer
     said = tokenizer.encode("It is 8.", add_special_tokens=False)
-    ours = [*opening(tokenizer, "How many?"), *said, *next_message(tokenizer, "Sure?")]
+    ours = [*first_prompt(tokenizer, "How many?"), *said, *followup_prompt(tokenizer, "Sure?")]
     whole = tokenizer.apply_chat_template(
         [
             {"role": "user", "content": "How many?"},
@@ -114,15 +117,15 @@ def test_next_message_continues_what_the_template_would_write(loaded):
 
 
 def test_an_end_of_turn_is_not_said_twice(loaded):
-    message = next_message(loaded.tokenizer, "Sure?")
+    message = followup_prompt(loaded.tokenizer, "Sure?")
     end = message[0]
     assert end in loaded.tokenizer.eos_token_ids
-    assert reply_to(Conversation((1, 2, end)), message) == message[1:]
-    assert reply_to(Conversation((1, 2)), message) == message
+    assert without_repeated_eos(Conversation((1, 2, end)), message) == message[1:]
+    assert without_repeated_eos(Conversation((1, 2)), message) == message
 
 
 def test_taps_give_the_models_own_logits_and_every_layer(loaded):
-    tokens = mx.array([opening(loaded.tokenizer, MESSAGES[1])])
+    tokens = mx.array([first_prompt(loaded.tokenizer, MESSAGES[1])])
     seen = taps.forward(loaded.model, tokens)
     assert len(seen.layers) == len(loaded.model.layers) + 1
     assert mx.array_equal(seen.layers[0], loaded.model.model.embed_tokens(tokens))
@@ -136,7 +139,7 @@ def test_prefill_run_on_and_rewind_agree_with_one_pass(loaded, turns):
     extra = [5, 6, 7, 8]
     whole = taps.forward(loaded.model, mx.array([[*conversation.tokens, *extra]]))
     for before in (conversation, Conversation(conversation.tokens)):
-        seen = run_on(loaded, before, extra)
+        seen = forward(loaded, before, extra)
         assert mx.allclose(seen.final, whole.final[:, -4:], atol=1e-4)
         assert all(
             mx.allclose(a, b[:, -4:], atol=1e-4)
@@ -153,7 +156,7 @@ def test_prefill_run_on_and_rewind_agree_with_one_pass(loaded, turns):
 
 def test_stops_at_the_models_own_end(tmp_path):
     loaded = load(make_model_dir(tmp_path / "m", arch="llama"))
-    prompt = opening(loaded.tokenizer, "Hi")
+    prompt = first_prompt(loaded.tokenizer, "Hi")
     stream = generate_step(mx.array(prompt), loaded.model, max_tokens=6)
     tokens = [int(token) for token, _ in stream]
     loaded.tokenizer.add_eos_token(str(tokens[3]))

@@ -29,7 +29,7 @@ import tiny
 from mlx_fd.config import Config, override
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.pair import open_pair
-from mlx_fd.models.generation import Conversation, Sampling, generate, next_message, opening
+from mlx_fd.models.generation import Conversation, Sampling, first_prompt, followup_prompt, generate
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.runs.plan import make_plan
@@ -55,11 +55,11 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def use(path: Path) -> str:
     """Open a directory as ``mlx-fd loop`` does, and let it say something."""
     given = {"expert": str(path), "student": str(path), "problems": "arithmetic"}
-    sizes = {"episodes": 2, "batch_size": 1, "answer_tokens": 8, "feedback_tokens": 8}
+    sizes = {"episodes": 2, "batch_size": 1, "max_answer_tokens": 8, "max_feedback_tokens": 8}
     plan = make_plan(override(Config(), {**given, **sizes, "probe_size": 1}, "test"))
     loaded = open_pair(plan).expert
-    prompt = opening(loaded.tokenizer, "What is 1 + 2?")
-    next_message(loaded.tokenizer, "Is that right?")
+    prompt = first_prompt(loaded.tokenizer, "What is 1 + 2?")
+    followup_prompt(loaded.tokenizer, "Is that right?")
     return generate(loaded, [Conversation()], [prompt], Sampling(2))[0].text
 
 
@@ -476,9 +476,9 @@ def test_a_template_that_goes_wrong_later_has_a_deadline(sound: Path, tmp_path: 
         )
         loaded = load(broken(sound, tmp_path / str(len(bad)), template(source)))
         before = sys.gettrace()
-        assert opening(loaded.tokenizer, "What is 1 + 2?")
+        assert first_prompt(loaded.tokenizer, "What is 1 + 2?")
         with bounded(), pytest.raises(UserError, match="more time or memory") as refused:
-            opening(loaded.tokenizer, "magic")
+            first_prompt(loaded.tokenizer, "magic")
         assert str(loaded.path) in str(refused.value)
         assert sys.gettrace() is before
 

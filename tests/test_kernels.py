@@ -52,9 +52,9 @@ def test_divergence_by_hand():
     """Softmax of logarithms is what was there before: p = (1/2, 1/2), q = (3/4, 1/4)."""
     student, teacher = np.log([[0.75, 0.25]]), np.log([[0.5, 0.5]])
     p, q = np.array([0.5, 0.5]), np.array([0.75, 0.25])
-    forward, slope = divergence_reference(student, teacher, beta=0.0, temperature=1.0)
+    forward, grad = divergence_reference(student, teacher, beta=0.0, temperature=1.0)
     assert forward[0] == pytest.approx(0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25))
-    np.testing.assert_allclose(slope[0], q - p, atol=1e-15)
+    np.testing.assert_allclose(grad[0], q - p, atol=1e-15)
     reverse, _ = divergence_reference(student, teacher, beta=1.0, temperature=1.0)
     assert reverse[0] == pytest.approx(0.75 * np.log(1.5) + 0.25 * np.log(0.5))
     value, _ = divergence_reference(student, teacher, beta=0.25, temperature=1.0)
@@ -83,8 +83,8 @@ def test_the_divergence_reference_s_gradient(beta):
     def value(at):
         return divergence_reference(at, teacher, beta=beta, temperature=1.7)[0].sum()
 
-    _, slope = divergence_reference(student, teacher, beta=beta, temperature=1.7)
-    np.testing.assert_allclose(slope, central(value, student), rtol=1e-6, atol=1e-8)
+    _, grad = divergence_reference(student, teacher, beta=beta, temperature=1.7)
+    np.testing.assert_allclose(grad, central(value, student), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -96,19 +96,19 @@ def test_the_alignment_reference_s_gradient(per_token):
     def value(at):
         return alignment_reference(at, teacher, mask)[0].sum()
 
-    _, slope = alignment_reference(student, teacher, mask)
-    np.testing.assert_allclose(slope, central(value, student), rtol=1e-6, atol=1e-8)
+    _, grad = alignment_reference(student, teacher, mask)
+    np.testing.assert_allclose(grad, central(value, student), rtol=1e-6, atol=1e-8)
 
 
 def central(function, at, step=1e-6):
     """Gradient of a float64 function by central differences."""
-    slope = np.zeros_like(at)
+    grad = np.zeros_like(at)
     for place in np.ndindex(at.shape):
         high, low = at.copy(), at.copy()
         high[place] += step
         low[place] -= step
-        slope[place] = (function(high) - function(low)) / (2 * step)
-    return slope
+        grad[place] = (function(high) - function(low)) / (2 * step)
+    return grad
 
 
 # ---- divergence ----
@@ -148,13 +148,13 @@ def test_divergence_of_forbidden_tokens(emulator, beta):
     same_anywhere(emulator, kernels.divergence_rows, arrays, beta=beta, temperature=2.0)
     left = [mx.array(logits[:1, 1::2].astype(np.float32)) for logits in rows]
     for dialect in DIALECTS:
-        value, slope = kernels.divergence_rows(*arrays, beta=beta, temperature=2.0, on=dialect)
+        value, grad = kernels.divergence_rows(*arrays, beta=beta, temperature=2.0, on=dialect)
         value_left, slope_left = kernels.divergence_rows(
             *left, beta=beta, temperature=2.0, on=dialect
         )
         np.testing.assert_allclose(value[:1], value_left, rtol=1e-5)
-        np.testing.assert_allclose(slope[:1, 1::2], slope_left, rtol=1e-3, atol=1e-7)
-        assert not np.array(slope)[0, ::2].any() and not np.array(slope)[1, :300].any()
+        np.testing.assert_allclose(grad[:1, 1::2], slope_left, rtol=1e-3, atol=1e-7)
+        assert not np.array(grad)[0, ::2].any() and not np.array(grad)[1, :300].any()
 
 
 @pytest.mark.parametrize("one_sided", ["student", "teacher"])
@@ -183,9 +183,9 @@ def test_divergence_of_a_nan_is_nan(emulator):
     for dialect, beta, pair in itertools.product(
         DIALECTS, BETAS.values(), ((broken, logits), (logits, broken))
     ):
-        value, slope = kernels.divergence_rows(*pair, beta=beta, temperature=1.0, on=dialect)
+        value, grad = kernels.divergence_rows(*pair, beta=beta, temperature=1.0, on=dialect)
         assert np.isnan(np.array(value)).tolist() == [True, False]
-        assert np.isnan(np.array(slope)[0]).all() and not np.isnan(np.array(slope)[1]).any()
+        assert np.isnan(np.array(grad)[0]).all() and not np.isnan(np.array(grad)[1]).any()
 
 
 @pytest.mark.parametrize("beta", BETAS.values(), ids=BETAS)
@@ -217,10 +217,10 @@ def test_divergence_of_mixed_types(emulator):
 def test_equal_rows_do_not_diverge(emulator):
     logits = numbers(0, 2, 500)
     for dialect, beta in itertools.product(DIALECTS, BETAS.values()):
-        value, slope = kernels.divergence_rows(
+        value, grad = kernels.divergence_rows(
             logits, logits, beta=beta, temperature=1.0, on=dialect
         )
-        assert mx.abs(value).max() < 1e-6 and mx.abs(slope).max() < 1e-6
+        assert mx.abs(value).max() < 1e-6 and mx.abs(grad).max() < 1e-6
 
 
 # ---- alignment ----

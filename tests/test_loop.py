@@ -22,7 +22,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback import gate
 from mlx_fd.feedback.episode import combined_score
 from mlx_fd.feedback.pair import open_pair
-from mlx_fd.models.generation import Conversation, Sampling, generate, opening
+from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.checkpoints import newest_checkpoint
 from mlx_fd.runs.events import BatchDone, Warned
@@ -387,7 +387,7 @@ def test_on_policy_fraction(dirs, tmp_path):
 
 
 def test_a_student_that_diverges_ends_the_run_with_a_message(dirs, tmp_path):
-    plan = make_plan(*dirs, lora_rate=1e9, clip=0.0)
+    plan = make_plan(*dirs, lora_rate=1e9, max_grad_norm=0.0)
     with pytest.raises(UserError, match=r"diverged in batch 1.*--lora-rate 1e\+09"):
         start(tmp_path / "run", plan)
     assert newest_checkpoint(tmp_path / "run")[0].batch == 0
@@ -432,7 +432,7 @@ def test_conversations_of_different_lengths_hold_their_own_caches_only(dirs, tmp
     tokenizer = pair.expert.tokenizer
     # A third of all tokens end a turn, so the turns end at many different steps.
     tokenizer._eos_token_ids = set(range(0, 400, 25))
-    prompts = [opening(tokenizer, f"How many {word}?") for word in "abcdefgh"]
+    prompts = [first_prompt(tokenizer, f"How many {word}?") for word in "abcdefgh"]
     mx.clear_cache()
     before = mx.get_active_memory()
     turns = generate(
@@ -454,8 +454,8 @@ def test_padding_of_the_vocabulary_is_never_written(dirs, tmp_path):
     )
     plan = make_plan(wide, narrow, answer_temperature=1.0, student_temperature=1.0, episodes=4)
     pair = open_pair(plan)
-    assert pair.expert.vocab == pair.reader.vocab == 400
-    prompts = [opening(pair.expert.tokenizer, "Hi")] * 4
+    assert pair.expert.vocab == pair.student_lm.vocab == 400
+    prompts = [first_prompt(pair.expert.tokenizer, "Hi")] * 4
     turns = generate(pair.expert, [Conversation()] * 4, prompts, Sampling(40, 1.0))
     assert max(max(turn.tokens) for turn in turns) < 400
     start(tmp_path / "one", plan)
@@ -474,7 +474,7 @@ def test_a_log_changed_by_something_else_is_refused(finished, tmp_path):
 
 def test_the_answer_filter_decides_what_counts(dirs, tmp_path):
     """More tokens, drawn at random, hold digits; without #### the strict way reads no answer."""
-    options = {"episodes": 4, "answer_tokens": 40, "answer_temperature": 2.0}
+    options = {"episodes": 4, "max_answer_tokens": 40, "answer_temperature": 2.0}
     for how in ("auto", "strict"):
         start(tmp_path / how, make_plan(*dirs, answer_filter=how, **options))
     auto, strict = rows(tmp_path / "auto"), rows(tmp_path / "strict")

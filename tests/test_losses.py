@@ -50,13 +50,13 @@ def pair(result):
 def central(function, at, step=1e-6):
     """Gradient of a float64 function by central differences."""
     at = at.astype(np.float64)
-    slope = np.zeros_like(at)
+    grad = np.zeros_like(at)
     for place in np.ndindex(at.shape):
         high, low = at.copy(), at.copy()
         high[place] += step
         low[place] -= step
-        slope[place] = (function(high) - function(low)) / (2 * step)
-    return slope
+        grad[place] = (function(high) - function(low)) / (2 * step)
+    return grad
 
 
 def same_gradient(loss, twin, at):
@@ -71,9 +71,9 @@ def test_mean_of_nothing_has_no_gradient():
     def loss(logits):
         return mean(*language_model_loss(logits, mx.zeros((1, 2), mx.int32), mx.zeros((1, 2))))
 
-    value, slope = mx.value_and_grad(loss)(mx.array(numbers(0, 1, 2, 3)))
+    value, grad = mx.value_and_grad(loss)(mx.array(numbers(0, 1, 2, 3)))
     assert value.item() == 0
-    assert not np.array(slope).any()
+    assert not np.array(grad).any()
 
 
 # --- language model ---
@@ -240,9 +240,9 @@ def test_a_projection_that_starts_at_zero_has_a_finite_gradient():
         teacher = [mx.array(numbers(2, 2, 3, 4))]
         return hidden_alignment_loss(states, teacher, mx.ones((2, 3)), lambda h: h @ weight)[0]
 
-    value, slope = mx.value_and_grad(loss)(mx.zeros((4, 4)))
+    value, grad = mx.value_and_grad(loss)(mx.zeros((4, 4)))
     assert value.item() == pytest.approx(2.0)
-    assert np.isfinite(np.array(slope)).all()
+    assert np.isfinite(np.array(grad)).all()
 
 
 def test_hidden_without_layers_is_an_error():
@@ -358,11 +358,11 @@ def test_forward_gradient_in_closed_form():
 @pytest.mark.parametrize("kl", KLS)
 def test_no_gradient_reaches_the_teacher(kl):
     student, teacher = mx.array(numbers(1, 1, 2, 5)), mx.array(numbers(2, 1, 2, 5))
-    slope = mx.grad(lambda t: diverge(student, t, kl)[0])(teacher)
-    assert not np.array(slope).any()
+    grad = mx.grad(lambda t: diverge(student, t, kl)[0])(teacher)
+    assert not np.array(grad).any()
     layers = mx.array(numbers(3, 1, 2, 5))
-    slope = mx.grad(lambda t: hidden_alignment_loss([student], [t], mx.ones((1, 2)), None)[0])
-    assert not np.array(slope(layers)).any()
+    grad = mx.grad(lambda t: hidden_alignment_loss([student], [t], mx.ones((1, 2)), None)[0])
+    assert not np.array(grad(layers)).any()
 
 
 def test_temperature_squared():
@@ -411,8 +411,8 @@ def test_standardised_rows_ignore_scale_and_shift(kl):
         base, rel=1e-4
     )
     # A row of equal logits is the uniform distribution, with a finite gradient.
-    slope = mx.grad(lambda x: diverge(x, teacher, kl, 2.0, True)[0])(mx.ones((1, 3, 8)))
-    assert np.isfinite(np.array(slope)).all()
+    grad = mx.grad(lambda x: diverge(x, teacher, kl, 2.0, True)[0])(mx.ones((1, 3, 8)))
+    assert np.isfinite(np.array(grad)).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -425,20 +425,20 @@ def test_extreme_logits(dtype, kl, standardize):
     teacher, teacher64 = as_type(other, dtype)
     ones = np.ones((2, 3))
     options = {"kl": kl, "temperature": 1.0, "vocab": 11, "standardize": standardize}
-    value, slope = mx.value_and_grad(
-        lambda x: logit_loss(x, teacher, mx.array(ones), **options)[0]
-    )(student)
+    value, grad = mx.value_and_grad(lambda x: logit_loss(x, teacher, mx.array(ones), **options)[0])(
+        student
+    )
     expected = reference.logit_loss(student64, teacher64, ones, **options)[0]
     assert value.item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
-    assert np.isfinite(np.array(slope.astype(mx.float32))).all()
+    assert np.isfinite(np.array(grad.astype(mx.float32))).all()
     targets = np.zeros((2, 3), np.int64)
-    lm, slope = mx.value_and_grad(
+    lm, grad = mx.value_and_grad(
         lambda x: language_model_loss(x, mx.array(targets), mx.array(ones))[0]
     )(student)
     assert lm.item() == pytest.approx(
         reference.language_model_loss(student64, targets, ones)[0], rel=1e-5
     )
-    assert np.isfinite(np.array(slope.astype(mx.float32))).all()
+    assert np.isfinite(np.array(grad.astype(mx.float32))).all()
 
 
 def test_logit_misuse_is_named():
@@ -504,19 +504,19 @@ ALL = slice(None)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_of_eight_is_four_batches_of_two(name):
     values, _, loss = every_loss(7, 8, 5)[name]
-    whole, slope = mx.value_and_grad(lambda x: mean(*loss(x, ALL)))(mx.array(values))
+    whole, grad = mx.value_and_grad(lambda x: mean(*loss(x, ALL)))(mx.array(values))
     total_count = loss(mx.array(values), ALL)[1]
-    sums, slopes = [], []
+    sums, grads = [], []
     for i in range(0, 8, 2):
         rows = slice(i, i + 2)
         part, part_slope = mx.value_and_grad(lambda x, r: mean(loss(x, r)[0], total_count))(
             mx.array(values[rows]), rows
         )
         sums.append(part.item())
-        slopes.append(np.array(part_slope))
+        grads.append(np.array(part_slope))
     assert sum(sums) == pytest.approx(whole.item(), rel=1e-5)
     assert whole.item() > 0
-    np.testing.assert_allclose(np.concatenate(slopes), np.array(slope), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(np.concatenate(grads), np.array(grad), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -526,10 +526,10 @@ def test_masked_places_poison_nothing(name, poison):
     clean_value, clean_slope = mx.value_and_grad(lambda x: loss(x, ALL)[0])(mx.array(values))
     bad = values.copy()
     bad[~mask] = poison
-    value, slope = mx.value_and_grad(lambda x: loss(x, ALL)[0])(mx.array(bad))
+    value, grad = mx.value_and_grad(lambda x: loss(x, ALL)[0])(mx.array(bad))
     assert value.item() == clean_value.item()
-    np.testing.assert_array_equal(np.array(slope), np.array(clean_slope))
-    assert not np.array(slope)[~mask].any()
+    np.testing.assert_array_equal(np.array(grad), np.array(clean_slope))
+    assert not np.array(grad)[~mask].any()
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -550,10 +550,10 @@ def test_masked_teacher_and_targets_poison_nothing(pooled):
             + hidden_alignment_loss([x], [layers], mx.array(mask), None)[0]
         )
 
-    value, slope = mx.value_and_grad(total)(mx.array(student))
+    value, grad = mx.value_and_grad(total)(mx.array(student))
     assert math.isfinite(value.item())
-    assert np.isfinite(np.array(slope)).all()
-    assert np.array(slope)[mask == 1].any()
+    assert np.isfinite(np.array(grad)).all()
+    assert np.array(grad)[mask == 1].any()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -562,8 +562,8 @@ def test_nothing_valid_gives_zero(name):
     last = slice(2, 3)  # the sample whose mask is empty
     total, count = pair(loss(mx.array(values[last]), last))
     assert (total, count) == (0, 0)
-    slope = mx.grad(lambda x: mean(*loss(x, last)))(mx.array(values[last]))
-    assert not np.array(slope).any()
+    grad = mx.grad(lambda x: mean(*loss(x, last)))(mx.array(values[last]))
+    assert not np.array(grad).any()
 
 
 @pytest.mark.parametrize("dtype", [mx.bool_, mx.int32, mx.float32])

@@ -19,7 +19,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.runs import marks
 
 SMALL = shlex.split(
-    "--episodes 18 --batch-size 2 --answer-tokens 6 --feedback-tokens 6 --merge-tokens 5 "
+    "--episodes 18 --batch-size 2 --max-answer-tokens 6 --max-feedback-tokens 6 --max-merge-tokens 5 "
     "--probe-size 2 --lora-rank 4 --lora-rate 2e-2 --projection-rate 2e-2 --ema-decay 0.3 "
     "--checkpoint-every 1"
 )
@@ -249,7 +249,7 @@ def test_nothing_is_written_through_a_planted_link(run, mlx_fd, tmp_path):
         ["pareto", run, "--quiet"],
         ["report", run],
         ["eval", run, *SMALL_EVAL],
-        ["advantage", run, "--limit", "2", "--samples", "2", "--answer-tokens", "4", "--quiet",
+        ["advantage", run, "--limit", "2", "--samples", "2", "--max-answer-tokens", "4", "--quiet",
          "--contexts", "reference"],
     ):  # fmt: skip
         status, said = mlx_fd(*command)

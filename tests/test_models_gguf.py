@@ -375,13 +375,13 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
 def test_flipped_bytes_never_escape(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", kind=Kind.Q8_0)
     whole = (tmp_path / "m.gguf").read_bytes()
-    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    student_lm = gguf.GGUFReader(tmp_path / "m.gguf")
     rng = random.Random(1)
     outcomes = []
     for number in range(250):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 1, 4))):
-            data[rng.randrange(reader.data_offset)] = rng.choice((0, 1, 0x7F, 0x80, 0xFF))
+            data[rng.randrange(student_lm.data_offset)] = rng.choice((0, 1, 0x7F, 0x80, 0xFF))
         outcomes.append(converts_or_refuses(bytes(data), tmp_path, number))
     assert any(outcomes)
     assert not all(outcomes)

@@ -45,7 +45,7 @@ from mlx_fd.models.memory import (
 CONFIGS = json.loads((Path(__file__).parent / "fixtures" / "configs.json").read_text())
 FOUR_BIT = {"quantization": {"group_size": 64, "bits": 4}}
 WORK = Workload(
-    batch_size=8, micro_batch=4, prompt_tokens=600, answer_tokens=384, feedback_tokens=192
+    batch_size=8, micro_batch=4, prompt_tokens=600, max_answer_tokens=384, max_feedback_tokens=192
 )
 GIB = 1 << 30
 
@@ -102,13 +102,13 @@ def peak_of_a_batch(expert: Any, student: Any, work: Workload) -> int:
     """Peak memory of what an episode does, written down plainly: generation, then one update."""
     mx.reset_peak_memory()
     prompts = [[7] * work.prompt_tokens] * work.batch_size
-    for loaded, length in ((expert, work.answer_tokens), (student, work.feedback_tokens)):
+    for loaded, length in ((expert, work.max_answer_tokens), (student, work.max_feedback_tokens)):
         batch_generate(loaded.model, loaded.tokenizer, prompts, max_tokens=length)
     tokens = mx.ones(
-        (work.micro_batch, work.prompt_tokens + work.answer_tokens + work.feedback_tokens),
+        (work.micro_batch, work.prompt_tokens + work.max_answer_tokens + work.max_feedback_tokens),
         dtype=mx.int32,
     )
-    last, rows = work.feedback_tokens, work.micro_batch * work.feedback_tokens
+    last, rows = work.max_feedback_tokens, work.micro_batch * work.max_feedback_tokens
     weights = mx.ones((rows,))
     expert_hidden = mx.stack([expert.model.model(row[None])[0, -last:] for row in tokens])
     mx.eval(expert_hidden)
@@ -152,8 +152,8 @@ def test_estimates_are_above_real_peaks_but_not_far(
         batch_size=batch,
         micro_batch=micro,
         prompt_tokens=prompt,
-        answer_tokens=answer,
-        feedback_tokens=feedback,
+        max_answer_tokens=answer,
+        max_feedback_tokens=feedback,
         train_full=full,
         on_cpu=True,
         float32=True,
@@ -201,8 +201,8 @@ def test_the_experts_attention_of_all_samples_is_counted(tmp_path: Path, heads: 
         batch_size=batch,
         micro_batch=2,
         prompt_tokens=prompt - text,
-        answer_tokens=text,
-        feedback_tokens=text,
+        max_answer_tokens=text,
+        max_feedback_tokens=text,
         on_cpu=True,
         float32=True,
         shared=True,
@@ -241,8 +241,8 @@ def test_estimate_of_the_main_pair() -> None:
         {"batch_size": 16},
         {"micro_batch": 8},
         {"prompt_tokens": 1200},
-        {"answer_tokens": 768},
-        {"feedback_tokens": 384},
+        {"max_answer_tokens": 768},
+        {"max_feedback_tokens": 384},
         {"lora_rank": 64},
         {"attention": True},
         {"solutions": True, "attention": True},
@@ -255,7 +255,7 @@ def test_estimate_of_the_main_pair() -> None:
 def test_more_work_needs_more_memory(change: dict[str, Any]) -> None:
     pair = CONFIGS["qwen2.5-1.5b"], CONFIGS["qwen2.5-0.5b"]
     assert estimate(*pair, dataclasses.replace(WORK, **change)).total > estimate(*pair, WORK).total
-    recomputed = dataclasses.replace(WORK, checkpoint_layers=True)
+    recomputed = dataclasses.replace(WORK, grad_checkpoint=True)
     assert estimate(*pair, recomputed).total < estimate(*pair, WORK).total
 
 

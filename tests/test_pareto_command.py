@@ -26,9 +26,9 @@ from mlx_fd.runs.summary import wilson
 FILES = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")
 SMALL = {
     "batch_size": 2,
-    "answer_tokens": 6,
-    "feedback_tokens": 6,
-    "merge_tokens": 5,
+    "max_answer_tokens": 6,
+    "max_feedback_tokens": 6,
+    "max_merge_tokens": 5,
     "probe_size": 2,
     "lora_rank": 4,
     "lora_rate": 2e-2,
@@ -301,7 +301,7 @@ def test_the_student_is_examined_where_its_checkpoint_is(tmp_path):
         "batch_size": 1,
         "probe_size": 2,
         "exam_size": 4,
-        "merge_tokens": 8,
+        "max_merge_tokens": 8,
         "losses": "hidden",
         "kd_steps": 2,
         "checkpoint_every": 1,

@@ -60,13 +60,13 @@ def pair(result):
 def central(function, at, step=1e-6):
     """Gradient of a float64 function by central differences."""
     at = at.astype(np.float64)
-    slope = np.zeros_like(at)
+    grad = np.zeros_like(at)
     for place in np.ndindex(at.shape):
         high, low = at.copy(), at.copy()
         high[place] += step
         low[place] -= step
-        slope[place] = (function(high) - function(low)) / (2 * step)
-    return slope
+        grad[place] = (function(high) - function(low)) / (2 * step)
+    return grad
 
 
 def same_gradient(loss, twin, at):
@@ -509,8 +509,8 @@ def test_unseen_keys_may_be_infinite():
     for heads in ("mean", "aligned"):
         values = [pair(attend([x], [teacher], np.ones((1, 3)), heads)) for x in (finite, infinite)]
         assert values[0] == pytest.approx(values[1])
-        slope = mx.grad(lambda x, how=heads: attend([x], [teacher], np.ones((1, 3)), how)[0])
-        assert np.isfinite(np.array(slope(infinite))).all()
+        grad = mx.grad(lambda x, how=heads: attend([x], [teacher], np.ones((1, 3)), how)[0])
+        assert np.isfinite(np.array(grad(infinite))).all()
 
 
 def test_attention_refuses_what_cannot_be_compared():
@@ -596,9 +596,9 @@ def test_uld_cuts_to_the_shorter():
     total, count = pair(uld(student, teacher))
     assert count == 6
     assert total == pytest.approx(pair(uld(student[:, :3], teacher))[0])
-    slope = np.array(mx.grad(lambda x: uld(x, teacher)[0])(student))
-    assert slope[:, :3].any()
-    assert not slope[:, 3:].any()
+    grad = np.array(mx.grad(lambda x: uld(x, teacher)[0])(student))
+    assert grad[:, :3].any()
+    assert not grad[:, 3:].any()
 
 
 def letters(tokens):
@@ -685,19 +685,19 @@ ALL = slice(None)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_of_eight_is_four_batches_of_two(name):
     values, _, loss = every_loss(7, 8, 5)[name]
-    whole, slope = mx.value_and_grad(lambda x: mean(*loss(x, ALL)))(mx.array(values))
+    whole, grad = mx.value_and_grad(lambda x: mean(*loss(x, ALL)))(mx.array(values))
     total_count = loss(mx.array(values), ALL)[1]
-    sums, slopes = [], []
+    sums, grads = [], []
     for i in range(0, 8, 2):
         rows = slice(i, i + 2)
         part, part_slope = mx.value_and_grad(lambda x, r: mean(loss(x, r)[0], total_count))(
             mx.array(values[rows]), rows
         )
         sums.append(part.item())
-        slopes.append(np.array(part_slope))
+        grads.append(np.array(part_slope))
     assert sum(sums) == pytest.approx(whole.item(), rel=1e-5)
     assert whole.item() > 0
-    np.testing.assert_allclose(np.concatenate(slopes), np.array(slope), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(np.concatenate(grads), np.array(grad), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -707,11 +707,11 @@ def test_masked_places_poison_nothing(name, poison):
     clean_value, clean_slope = mx.value_and_grad(lambda x: loss(x, ALL)[0])(mx.array(values))
     bad = values.copy()
     bad[~mask] = poison
-    value, slope = mx.value_and_grad(lambda x: loss(x, ALL)[0])(mx.array(bad))
+    value, grad = mx.value_and_grad(lambda x: loss(x, ALL)[0])(mx.array(bad))
     assert value.item() == clean_value.item()
-    np.testing.assert_array_equal(np.array(slope), np.array(clean_slope))
-    assert not np.array(slope)[~mask].any()
-    assert np.array(slope)[mask].any()
+    np.testing.assert_array_equal(np.array(grad), np.array(clean_slope))
+    assert not np.array(grad)[~mask].any()
+    assert np.array(grad)[mask].any()
 
 
 def test_masked_teachers_and_targets_poison_nothing():
@@ -730,11 +730,11 @@ def test_masked_teachers_and_targets_poison_nothing():
             + attend([rows], [mx.array(looks)], mask)[0]
         )
 
-    value, slope = mx.value_and_grad(total)(mx.array(numbers(1, 2, 3, 4)))
+    value, grad = mx.value_and_grad(total)(mx.array(numbers(1, 2, 3, 4)))
     assert math.isfinite(value.item())
-    assert np.isfinite(np.array(slope)).all()
-    assert np.array(slope)[mask == 1].any()
-    assert not np.array(slope)[mask == 0].any()
+    assert np.isfinite(np.array(grad)).all()
+    assert np.array(grad)[mask == 1].any()
+    assert not np.array(grad)[mask == 0].any()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -743,8 +743,8 @@ def test_nothing_valid_gives_zero(name):
     last = slice(2, 3)  # the sample whose mask is empty
     total, count = pair(loss(mx.array(values[last]), last))
     assert (total, count) == (0, 0)
-    slope = mx.grad(lambda x: mean(*loss(x, last)))(mx.array(values[last]))
-    assert not np.array(slope).any()
+    grad = mx.grad(lambda x: mean(*loss(x, last)))(mx.array(values[last]))
+    assert not np.array(grad).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -752,11 +752,11 @@ def test_nothing_valid_gives_zero(name):
 def test_half_precision_gradients_have_the_inputs_type(name, dtype):
     values, _, loss = every_loss(11, 3, 4)[name]
     half, exact = as_type(values, dtype)
-    slope = mx.grad(lambda x: loss(x, ALL)[0])(half)
-    assert slope.dtype == half.dtype
+    grad = mx.grad(lambda x: loss(x, ALL)[0])(half)
+    assert grad.dtype == half.dtype
     expected = mx.grad(lambda x: loss(x, ALL)[0])(mx.array(exact.astype(np.float32)))
     np.testing.assert_allclose(
-        np.array(slope.astype(mx.float32)), np.array(expected), rtol=1e-2, atol=1e-3
+        np.array(grad.astype(mx.float32)), np.array(expected), rtol=1e-2, atol=1e-3
     )
 
 
@@ -792,8 +792,8 @@ def test_huge_logits():
         ),
     ):
         assert pair(loss(mx.array(student))) == pytest.approx(twin(student), rel=1e-5, abs=1e-6)
-        slope = np.array(mx.grad(lambda x, f=loss: f(x)[0])(mx.array(student)))
-        assert np.isfinite(slope).all()
+        grad = np.array(mx.grad(lambda x, f=loss: f(x)[0])(mx.array(student)))
+        assert np.isfinite(grad).all()
 
 
 def test_the_twin_of_the_logit_loss_is_the_reference():

@@ -268,7 +268,7 @@ def test_a_table_that_goes_on_shows_it_and_can_be_scrolled_by_keyboard(
             const lines = [...words.getClientRects()];
             return lines.every(line => line.right <= it.getBoundingClientRect().right + 1);
         }""")
-    reader = browser.new_page()
+    student_lm = browser.new_page()
     region = wide[-1]
 
     def shaded():
@@ -276,7 +276,7 @@ def test_a_table_that_goes_on_shows_it_and_can_be_scrolled_by_keyboard(
         back = page.evaluate("getComputedStyle(document.body).backgroundColor")
         plain = [int(channel) for channel in back[4:-1].split(",")]
         image = base64.b64encode(region.screenshot()).decode()
-        edges = reader.evaluate(EDGES, f"data:image/png;base64,{image}")
+        edges = student_lm.evaluate(EDGES, f"data:image/png;base64,{image}")
         return [
             sum(abs(one - other) for one, other in zip(edge, plain, strict=True)) > 60
             for edge in edges
@@ -293,7 +293,7 @@ def test_a_table_that_goes_on_shows_it_and_can_be_scrolled_by_keyboard(
         page.wait_for_timeout(500)
         region.evaluate("it => { it.scrollLeft = it.scrollWidth; }")
         assert shaded() == [True, False]
-    reader.close()
+    student_lm.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

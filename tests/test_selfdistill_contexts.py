@@ -16,7 +16,7 @@ from mlx_fd.problems import Problem, arithmetic, parsing, prompts
 from mlx_fd.training.selfdistill import contexts
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View
 from mlx_fd.training.selfdistill.noise import KINDS, NUMBERS_SAFE, noisy, spoken
-from mlx_fd.training.selfdistill.playbook import MOST_LESSONS, Playbook
+from mlx_fd.training.selfdistill.playbook import MAX_LESSONS, Playbook
 
 TRUTH = Materials(truth=True)
 
@@ -203,7 +203,7 @@ def test_a_playbook_keeps_the_latest_and_most_frequent_lessons():
     book = Playbook()
     for k in range(40):
         book = book.after([f"lesson {k}", "always"], {})
-    assert len(book.lessons) == MOST_LESSONS
+    assert len(book.lessons) == MAX_LESSONS
     assert {lesson.text for lesson in book.lessons} == {
         "always",
         *(f"lesson {k}" for k in range(29, 40)),

@@ -18,9 +18,9 @@ from mlx_fd.feedback import distill
 from mlx_fd.feedback.episode import Draft, Outcome
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models import taps
-from mlx_fd.models.generation import Conversation, opening
+from mlx_fd.models.generation import Conversation, first_prompt
 from mlx_fd.problems import Problem, prompts
-from mlx_fd.training.selfdistill.in_loop import lessons, term
+from mlx_fd.training.selfdistill.in_loop import lessons, self_distillation_loss
 
 
 @pytest.fixture(scope="module")
@@ -55,26 +55,26 @@ def test_the_term_is_the_forward_kl_to_the_student_with_the_feedback(dirs):
     plan = make_plan(*dirs)
     pair = open_pair(plan)
     # The freshly made adapter does nothing; this one does.
-    model = pair.reader.model
+    model = pair.student_lm.model
     changed = [
         (name, mx.full(value.shape, 0.05))
         for name, value in tree_flatten(model.trainable_parameters())
     ]
     model.load_weights(changed, strict=False)
     found = lessons([outcome(4, ""), outcome(5, "")], "feedback")
-    slopes, value = term(pair.reader, found, plan.config.training)
+    grads, value = self_distillation_loss(pair.student_lm, found, plan.config.training)
 
     def distributions(message):
-        prompt = opening(pair.reader.tokenizer, message)
+        prompt = first_prompt(pair.student_lm.tokenizer, message)
         final = taps.forward(model, mx.array([[*prompt, 7, 8]])).final[0, -3:]
-        rows = np.array(logits_of(model, final), np.float64)[:, : pair.reader.vocab]
+        rows = np.array(logits_of(model, final), np.float64)[:, : pair.student_lm.vocab]
         rows = rows - rows.max(axis=1, keepdims=True)
         return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
 
     own, theirs = distributions(found.views[0].student), distributions(found.views[0].teacher)
     kl = (np.exp(theirs) * (theirs - own)).sum(axis=1).mean()
     assert kl > 1e-4 and value == pytest.approx(kl, rel=1e-4)
-    assert any(float(mx.abs(slope).max()) > 0 for _, slope in tree_flatten(slopes))
+    assert any(float(mx.abs(grad).max()) > 0 for _, grad in tree_flatten(grads))
 
 
 class Recorder:
@@ -89,12 +89,12 @@ class Recorder:
 def test_the_term_is_added_to_the_update(dirs):
     plan = make_plan(*dirs)
     pair = open_pair(plan)
-    training = override(plan.config, {"clip": 0.0}, "test").training
-    slopes = tree_map(mx.ones_like, pair.student.model.trainable_parameters())
+    training = override(plan.config, {"max_grad_norm": 0.0}, "test").training
+    grads = tree_map(mx.ones_like, pair.student.model.trainable_parameters())
     found = {}
     for weight in (None, 0.5):
         recorder = Recorder()
-        more = {} if weight is None else {"also": lambda: (slopes, 3.0), "also_weight": weight}
+        more = {} if weight is None else {"also": lambda: (grads, 3.0), "also_weight": weight}
         sample = distill.Sample((3, 4, 5), (7, 8), _reading(pair, plan), 0.5)
         update = distill.update(
             *(pair.student, pair.expert, recorder, [sample], {"lm": 1.0}),

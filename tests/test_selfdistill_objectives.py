@@ -13,14 +13,14 @@ from mlx import nn
 
 from mlx_fd.training.selfdistill import objectives
 from mlx_fd.training.selfdistill.learning import (
-    Known,
+    RolloutStats,
     Text,
-    Weighed,
+    TokenWeights,
     echo_weights,
     expected,
     loss_value,
+    token_weights,
     total,
-    weigh,
 )
 from mlx_fd.training.selfdistill.methods import METHODS, configured
 
@@ -105,7 +105,7 @@ def matched(students, teachers, fixed, options, weights):
             by = np.asarray(zt[t] if options.support == "teacher" else z0[t])
             q, p = outcomes(
                 np.asarray(z[t], np.float64), np.asarray(zt[t], np.float64), options.support,
-                options.support_k, options.tail, options.temperature, by,
+                options.loss_top_k, options.tail, options.temperature, by,
             )  # fmt: skip
             value += row[t] * divergence(q, p, kind, options.jsd_beta, options.token_clip)
     return value
@@ -150,14 +150,14 @@ def reference(case, options):
             min(max(r + options.near_bonus * (r > 0) * math.exp(-near[g]), -1), 2)
             for r, g in zip(rewards, GROUPS, strict=True)
         ]
-    of_groups = group_advantages(rewards, options.advantage_scale)
+    of_groups = group_advantages(rewards, options.scale_rewards)
 
     def policy(now):
         advantages = [np.full(n, a) for n, a in zip(LENGTHS, of_groups, strict=True)]
         tokens = sum(LENGTHS)
-        if options.aggregate == "grpo":
+        if options.loss_type == "grpo":
             weights = [np.full(n, 1 / (n * len(LENGTHS))) for n in LENGTHS]
-        elif options.aggregate == "dr_grpo":
+        elif options.loss_type == "dr_grpo":
             weights = [np.full(n, 1 / (len(LENGTHS) * MOST)) for n in LENGTHS]
         else:
             weights = [np.full(n, 1 / tokens) for n in LENGTHS]
@@ -184,14 +184,14 @@ def reference(case, options):
         for i in range(len(LENGTHS)):
             before = teacher[i] if options.objective == "echo" and case.taught[i] else old[i]
             ratio = np.exp(now[i] - before)
-            if options.ratio_level == "sequence":
+            if options.importance_sampling_level == "sequence":
                 ratio = np.full(len(ratio), np.exp((now[i] - before).mean()))
-            free = np.minimum(ratio, options.ratio_cap or math.inf)
-            cut = np.clip(ratio, 1 - options.ratio_low, 1 + options.ratio_high)
+            free = np.minimum(ratio, options.delta or math.inf)
+            cut = np.clip(ratio, 1 - options.epsilon, 1 + options.epsilon_high)
             terms = -np.minimum(free * advantages[i], cut * advantages[i])
-            if options.reference_weight:
+            if options.kl_coef:
                 ahead = base[i] - now[i]
-                terms = terms + options.reference_weight * (np.exp(ahead) - ahead - 1)
+                terms = terms + options.kl_coef * (np.exp(ahead) - ahead - 1)
             value += (weights[i] * terms).sum()
         return value
 
@@ -256,7 +256,7 @@ def computed(case, options):
     def known(z, zt, tokens, group, reward, **more):
         now = mx.array(picked(z, tokens, warmth))
         wants = zt is not None and options.objective in ("forward", "reverse", "jsd")
-        return Known(
+        return RolloutStats(
             text=Text((0,), tuple(int(y) for y in tokens)),
             group=group,
             reward=reward,
@@ -296,10 +296,10 @@ def computed(case, options):
         near = {}
         for item, z in zip(echoes, case.echo_student, strict=True):
             n = len(z)
-            even = Weighed([mx.full((n,), 1 / n)], [mx.zeros(n)], {}, 0.0, [], [])
+            even = TokenWeights([mx.full((n,), 1 / n)], [mx.zeros(n)], {}, 0.0, [], [])
             found = total(mx.array(z), model.lm_head, [item], even, options, V)
             near[item.group] = float(found[1])
-    weighed = weigh(attempts, options, MOST, near)
+    weighed = token_weights(attempts, options, MOST, near)
     if echoes:
         weighed = dataclasses.replace(
             weighed,
@@ -313,27 +313,27 @@ def computed(case, options):
     def loss(final):
         return total(final, model.lm_head, everything, weighed, options, V)
 
-    (_, matching), slope = mx.value_and_grad(loss)(final)
+    (_, matching), grad = mx.value_and_grad(loss)(final)
     lengths = [len(z) for z in states]
-    slopes = np.split(np.array(slope), np.cumsum(lengths)[:-1])
-    return loss_value(weighed, float(matching), options), slopes
+    grads = np.split(np.array(grad), np.cumsum(lengths)[:-1])
+    return loss_value(weighed, float(matching), options), grads
 
 
 CASES = [(name, {}) for name in METHODS] + [
-    ("opsd-reference", {"support_k": 2}),
-    ("opsd-reference", {"support_k": 2, "token_clip": 0.0, "skip_tokens": 1}),
+    ("opsd-reference", {"loss_top_k": 2}),
+    ("opsd-reference", {"loss_top_k": 2, "token_clip": 0.0, "skip_tokens": 1}),
     ("opsd-reference", {"support": "all", "objective": "jsd"}),
     ("opsd-reference", {"support": "all", "objective": "reverse"}),
-    ("rcsd", {"support_k": 2}),
-    ("sdpo", {"support_k": 2, "jsd_beta": 0.3}),
+    ("rcsd", {"loss_top_k": 2}),
+    ("sdpo", {"loss_top_k": 2, "jsd_beta": 0.3}),
     ("sdpo", {"objective": "sampled", "policy_weight": 0.9, "match_weight": 0.1}),
-    ("resd", {"support_k": 1}),
+    ("resd", {"loss_top_k": 1}),
     ("resd", {"objective": "sampled", "temperature": 1.3}),
-    ("grpo", {"reference_weight": 0.1, "aggregate": "grpo", "temperature": 0.8}),
-    ("grpo", {"aggregate": "dr_grpo", "advantage_scale": "none", "ratio_high": 0.28}),
-    ("grpo", {"ratio_level": "sequence", "advantage_scale": "batch", "ratio_cap": 1.05}),
+    ("grpo", {"kl_coef": 0.1, "loss_type": "grpo", "temperature": 0.8}),
+    ("grpo", {"loss_type": "dr_grpo", "scale_rewards": "none", "epsilon_high": 0.28}),
+    ("grpo", {"importance_sampling_level": "sequence", "scale_rewards": "batch", "delta": 1.05}),
     ("rlcsd", {"contrast_tau": 1.3, "contrast_scale": 0.9, "contrast_clip": 0.5}),
-    ("echodistill", {"ratio_level": "token", "temperature": 1.2}),
+    ("echodistill", {"importance_sampling_level": "token", "temperature": 1.2}),
 ]
 
 
@@ -346,11 +346,11 @@ def test_loss_and_gradient_are_those_of_float64_numpy(name, changes, seed):
     case = Case(seed)
     loss = reference(case, options)
     echoes = case.echo_student if options.objective == "echo" else []
-    value, slopes = computed(case, options)
+    value, grads = computed(case, options)
     assert value == pytest.approx(loss(case.student, echoes), rel=2e-5, abs=2e-6)
     expected_slopes = numeric_gradient(loss, case.student, echoes)
     assert max(np.abs(z).max() for z in expected_slopes) > 1e-4
-    for ours, theirs in zip(slopes, expected_slopes, strict=True):
+    for ours, theirs in zip(grads, expected_slopes, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=3e-6)
 
 
@@ -375,12 +375,12 @@ def test_the_sampled_objective_is_the_policy_gradient_of_the_reverse_kl():
         now = mx.array([[log_softmax(student[y[:t]])[y[t]] for t in range(steps)]])
         theirs = mx.array([[log_softmax(teacher[y[:t]])[y[t]] for t in range(steps)]])
         ones = mx.ones((1, steps))
-        slope = np.array(mx.grad(objectives.sampled_loss)(now, theirs, ones, ones))[0]
+        grad = np.array(mx.grad(objectives.sampled_loss)(now, theirs, ones, ones))[0]
         # The package's gradient is by each log-probability; by the logits it is this.
         for t in range(steps):
             q = np.exp(log_softmax(student[y[:t]]))
             by_logits = np.eye(V)[y[t]] - q
-            sampled[y[:t]] += sequence_probability(y) * slope[t] * by_logits
+            sampled[y[:t]] += sequence_probability(y) * grad[t] * by_logits
     for prefix in prefixes:
         reach = math.exp(
             sum(log_softmax(student[prefix[:t]])[prefix[t]] for t in range(len(prefix)))
@@ -472,8 +472,8 @@ class TestGrpoAsTrlPublishesIt:
                 now, self.now, self.advantages, weights, self.mask, objectives.Clipping()
             )[0]
 
-        slope = np.array(mx.grad(loss)(self.now))
-        np.testing.assert_allclose(slope, [[-2 / 3, -2 / 3], [1 / 3, 0]], atol=1e-6)
+        grad = np.array(mx.grad(loss)(self.now))
+        np.testing.assert_allclose(grad, [[-2 / 3, -2 / 3], [1 / 3, 0]], atol=1e-6)
         assert float(loss(self.now)) == pytest.approx(-(2 + 2 - 1) / 3)
 
     def test_nothing_under_the_mask_is_seen(self):
@@ -513,6 +513,6 @@ def test_a_teacher_that_says_nothing_of_a_text_stands_for_no_tokens():
     """Texts with and without a teacher go through the engine side by side."""
     options = configured("sdpo").selfdistill
     case = Case(2)
-    value, slopes = computed(case, dataclasses.replace(options, support_k=2))
+    value, grads = computed(case, dataclasses.replace(options, loss_top_k=2))
     assert math.isfinite(value)
-    assert not slopes[2].any()
+    assert not grads[2].any()

@@ -24,23 +24,23 @@ from mlx_fd.config import Config, preset, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.export.exporter import Form, export
 from mlx_fd.feedback.judge import give_feedback
-from mlx_fd.models.generation import Sampling, opening
+from mlx_fd.models.generation import Sampling, first_prompt
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.events import Note, Warned
 from mlx_fd.runs.logs import log_size
 from mlx_fd.training.selfdistill import rollouts
 from mlx_fd.training.selfdistill.contexts import CONTEXTS
-from mlx_fd.training.selfdistill.learning import look
+from mlx_fd.training.selfdistill.learning import forward_teacher_and_student
 from mlx_fd.training.selfdistill.methods import METHODS, configured
 from mlx_fd.training.selfdistill.plan import make_plan, open_models
-from mlx_fd.training.selfdistill.teacher import adapter, next_teacher, reading_as, switched_off
+from mlx_fd.training.selfdistill.teacher import adapter, adapter_swapped, next_teacher, zero_adapter
 from mlx_fd.training.selfdistill.training import Models, run
 
 SMALL = {
     "episodes": 4,
     "batch_size": 2,
-    "answer_tokens": 64,
-    "feedback_tokens": 40,
+    "max_answer_tokens": 64,
+    "max_feedback_tokens": 40,
     "probe_size": 2,
     "probe_every": 2,
     "lora_rank": 2,
@@ -54,8 +54,8 @@ SMALL = {
 
 def config_of(method, **changes):
     small = dict(SMALL)
-    if METHODS.get(method, {}).get("rollouts", 1) > 1:
-        small["rollouts"] = 4
+    if METHODS.get(method, {}).get("num_generations", 1) > 1:
+        small["num_generations"] = 4
     return configured(method, {**small, **changes})
 
 
@@ -100,7 +100,7 @@ def assert_same(one, two):
 def opened():
     """The tiny student with an adapter that does something."""
     models = open_models(make_plan(config_of("grpo")))
-    model = models.reader.model
+    model = models.student_lm.model
     mx.random.seed(0)
     changed = [
         (name, 0.2 * mx.random.normal(value.shape) if name.endswith("lora_b") else value)
@@ -127,13 +127,13 @@ def test_configurations_come_back_from_their_files(tmp_path):
 
 
 def test_only_the_adapter_is_swapped(opened):
-    model = opened.reader.model
+    model = opened.student_lm.model
     before = dict(tree_flatten(model.parameters()))
     own = adapter(model)
-    base = switched_off(own)
+    base = zero_adapter(own)
     tokens = mx.array([[5, 9, 30, 7]])
     plain = model(tokens)
-    with reading_as(model, base):
+    with adapter_swapped(model, base):
         inside = dict(tree_flatten(model.parameters()))
         changed = {name for name in inside if inside[name] is not before[name]}
         assert changed == {name for name in own if name.endswith("lora_b")}
@@ -142,22 +142,22 @@ def test_only_the_adapter_is_swapped(opened):
         off = model(tokens)
     assert mx.array_equal(model(tokens), plain)
     assert float(mx.abs(off - plain).max()) > 0.1
-    untouched = open_models(make_plan(config_of("grpo"))).reader.model
+    untouched = open_models(make_plan(config_of("grpo"))).student_lm.model
     assert mx.array_equal(off, untouched(tokens))
-    with pytest.raises(RuntimeError, match="inside"), reading_as(model, base):
+    with pytest.raises(RuntimeError, match="inside"), adapter_swapped(model, base):
         raise RuntimeError("inside")
     assert mx.array_equal(model(tokens), plain)
 
 
 def test_teachers_follow_as_they_say(opened):
-    model = opened.reader.model
+    model = opened.student_lm.model
     own = adapter(model)
     zero = {name: mx.zeros_like(value) for name, value in own.items()}
-    options = config_of("sdpo", teacher_rate=0.25).selfdistill
+    options = config_of("sdpo", teacher_decay=0.25).selfdistill
     moved = next_teacher(zero, model, options, 1)
     for name, value in own.items():
         np.testing.assert_allclose(np.array(moved[name]), 0.25 * np.array(value), rtol=1e-6)
-    snapshot = config_of("rlcsd", teacher_every=3).selfdistill
+    snapshot = config_of("rlcsd", teacher_sync_steps=3).selfdistill
     assert next_teacher(zero, model, snapshot, 2) is zero
     assert all(next_teacher(zero, model, snapshot, 3)[name] is own[name] for name in own)
     assert next_teacher(zero, model, config_of("grpo").selfdistill, 9) is zero
@@ -165,19 +165,26 @@ def test_teachers_follow_as_they_say(opened):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_a_prompt_is_read_once_for_its_attempts_and_log_probabilities_are_kept(opened, temperature):
-    config = config_of("rlcsd", rollouts=5, temperature=temperature, rollout_batch=8)
+    config = config_of("rlcsd", num_generations=5, temperature=temperature, generation_batch_size=8)
     plan = make_plan(config)
-    reader = opened.reader
-    groups, prefilled = rollouts.attempts_at(reader, plan.problems[:3], config, lambda n: 7 + n)
+    student_lm = opened.student_lm
+    groups, prefilled = rollouts.sample_rollouts(
+        student_lm, plan.problems[:3], config, lambda n: 7 + n
+    )
     assert [len(group) for group in groups] == [5, 5, 5]
     for group, problem in zip(groups, plan.problems, strict=False):
         assert {attempt.problem.id for attempt in group} == {problem.id}
         assert len({attempt.tokens for attempt in group}) > 1
-    prompts = [len(opening(reader.tokenizer, answer_prompt(p.question))) for p in plan.problems[:3]]
+    prompts = [
+        len(first_prompt(student_lm.tokenizer, answer_prompt(p.question)))
+        for p in plan.problems[:3]
+    ]
     # Of fifteen prompts, three and the one that two calls share.
     assert prefilled == sum(prompts) + prompts[1]
     views = CONTEXTS["none"]([a for group in groups for a in group], None)
-    known = look(reader, switched_off(adapter(reader.model)), groups, views, config.selfdistill, 4)
+    known = forward_teacher_and_student(
+        student_lm, zero_adapter(adapter(student_lm.model)), groups, views, config.selfdistill, 4
+    )
     for item in known:
         assert float(mx.abs(item.old - item.now).max()) < 1e-4
         assert (np.array(item.entropy) >= 0).all()
@@ -200,9 +207,9 @@ def test_sampling_is_cut_after_the_temperature():
 
 # What is kept from batch to batch only with other options than a short run has.
 KEPT = {
-    "sdpo": {"warmup": 3},
-    "resd": {"kd_steps": 2, "teacher_rate": 0.3},
-    "rlcsd": {"teacher_every": 2},
+    "sdpo": {"warmup_steps": 3},
+    "resd": {"kd_steps": 2, "teacher_decay": 0.3},
+    "rlcsd": {"teacher_sync_steps": 2},
 }
 
 
@@ -211,10 +218,10 @@ def test_each_method_trains_and_resumes_exactly(method, tmp_path):
     events = []
     folder, stopped = tmp_path / "whole", tmp_path / "stopped"
     config = config_of(method, episodes=6, **KEPT.get(method, {}))
-    before = adapter(open_models(make_plan(config)).reader.model)
+    before = adapter(open_models(make_plan(config)).student_lm.model)
     summary = start(folder, config, events.append)
     found = rows(folder)
-    group = config.selfdistill.rollouts
+    group = config.selfdistill.num_generations
     assert [row["attempt"] for row in found] == list(range(6 * group))
     assert summary["updates"]["steps"] >= 1 and summary["updates"]["skipped"] == 0
     after = weights(folder)
@@ -251,7 +258,15 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path):
     mlx_fd = str(Path(sys.executable).with_name("mlx-fd"))
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     options = [option.replace("--student=", "--model=") for option in options]
-    begin = [mlx_fd, "self-distill", "--method", "sdpo", *options, "--episodes=10", "--rollouts=2"]
+    begin = [
+        mlx_fd,
+        "self-distill",
+        "--method",
+        "sdpo",
+        *options,
+        "--episodes=10",
+        "--num-generations=2",
+    ]
 
     def launch(*command):
         return subprocess.Popen(
@@ -309,9 +324,9 @@ def test_a_context_that_does_not_help_is_said_before_training(tmp_path):
     ("changes", "message"),
     [
         ({"train": "full"}, "trains LoRA"),
-        ({"objective": "grpo"}, "set --rollouts to 8"),
-        ({"context": "sibling"}, "set --rollouts to 8"),
-        ({"objective": "contrastive", "rollouts": 2}, "--context contrast"),
+        ({"objective": "grpo"}, "set --num-generations to 8"),
+        ({"context": "sibling"}, "set --num-generations to 8"),
+        ({"objective": "contrastive", "num_generations": 2}, "--context contrast"),
         ({"critic": ""}, "needs a critic"),
         ({"problems": "gsm8k"}, "truth is known for"),
         ({"gate": "published"}, "for the loop"),
@@ -327,12 +342,12 @@ def test_a_frozen_critic_shares_what_it_can(tmp_path):
     config = config_of("step-critique", critic="tiny", student="tiny-student")
     models = open_models(make_plan(config))
     assert isinstance(models, Models) and models.critic is not None
-    assert models.critic.path != models.reader.path
+    assert models.critic.path != models.student_lm.path
     # The same model as critic and student: one set of base arrays, the critic without LoRA.
     models = open_models(make_plan(config_of("step-critique", critic="tiny", student="tiny")))
     theirs = {id(value) for _, value in tree_flatten(models.critic.model.parameters())}
-    own = adapter(models.reader.model)
-    ours = dict(tree_flatten(models.reader.model.parameters()))
+    own = adapter(models.student_lm.model)
+    ours = dict(tree_flatten(models.student_lm.model.parameters()))
     assert all(id(value) in theirs for name, value in ours.items() if name not in own)
 
 
@@ -348,7 +363,7 @@ def test_the_command_line_says_what_is_wrong(tmp_path):
     for arguments, wanted in (
         (["self-distill"], "say what to do"),
         (["self-distill", "--method", "gppo"], "there is no method 'gppo' (there are: grpo"),
-        (["self-distill", "--objective", "grpo"], "set --rollouts to 8"),
+        (["self-distill", "--objective", "grpo"], "set --num-generations to 8"),
         (["self-distill", "--config", str(tmp_path / "loop.toml")], "is no self-distillation"),
         (["loop", "--config", str(tmp_path / "self.toml")], "mlx-fd self-distill --config"),
     ):
@@ -363,7 +378,10 @@ def learned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("learned") / "run"
     # The limits that a tiny model is evaluated with outside a run.
     tiny = preset("tiny").generation
-    limits = {"answer_tokens": tiny.answer_tokens, "feedback_tokens": tiny.feedback_tokens}
+    limits = {
+        "max_answer_tokens": tiny.max_answer_tokens,
+        "max_feedback_tokens": tiny.max_feedback_tokens,
+    }
     start(folder, config_of("step-critique", **limits))
     return folder
 
@@ -462,10 +480,13 @@ def test_smollm2_trains_on_real_problems(tmp_path):
     easy = tmp_path / "easy.jsonl"
     asked = [{"question": f"What is {a} + {a + 1}?", "answer": f"{2 * a + 1}"} for a in range(1, 5)]
     easy.write_text("".join(json.dumps(row) + "\n" for row in asked))
-    for method, changes in (("grpo", {"rollouts": 4}), ("opsd-reference", {"rollouts": 1})):
+    for method, changes in (
+        ("grpo", {"num_generations": 4}),
+        ("opsd-reference", {"num_generations": 1}),
+    ):
         given = {
             **{"student": "smollm2-135m", "problems": str(easy), "episodes": 2, "batch_size": 2},
-            **{"answer_tokens": 24, "probe_size": 1, "lora_rank": 4, "temperature": 0.5},
+            **{"max_answer_tokens": 24, "probe_size": 1, "lora_rank": 4, "temperature": 0.5},
             **changes,
         }
         summary = start(tmp_path / method, configured(method, given, preset="quick"))

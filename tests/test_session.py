@@ -70,7 +70,7 @@ def test_solutions_fill_larger_micro_batches(tmp_path):
     path = make_model_dir(tmp_path / "m")
 
     def needed(**changes) -> float:
-        sizes = {"batch_size": 2, "answer_tokens": 400_000, "feedback_tokens": 50}
+        sizes = {"batch_size": 2, "max_answer_tokens": 400_000, "max_feedback_tokens": 50}
         with pytest.raises(UserError, match="this run needs up to") as error:
             check_run_memory(path, path, ["1 + 1?"] * 9, config(**sizes, **changes), True)
         return float(re.search(r"up to ([0-9.]+) GiB", str(error.value))[1])
@@ -96,7 +96,7 @@ def test_attention_that_cannot_be_compared_is_refused_before_anything_is_loaded(
 
     def plan(expert, student, losses):
         names = {"expert": str(expert), "student": str(student), "losses": losses}
-        return make_plan(config(**names, batch_size=1, answer_tokens=8, feedback_tokens=8))
+        return make_plan(config(**names, batch_size=1, max_answer_tokens=8, max_feedback_tokens=8))
 
     for other, message in ((sliding, "attend to a sliding window"), (qwen3, "llama and qwen2")):
         for pair in ((qwen2, other), (other, qwen2)):
@@ -174,7 +174,7 @@ def test_other_options_are_refused(name, value, tmp_path):
 
 
 def test_what_does_not_matter_may_change(tmp_path):
-    new = manifest(micro_batch=1, checkpoint_layers=True, checkpoint_every=9, keep_checkpoints=9)
+    new = manifest(micro_batch=1, grad_checkpoint=True, checkpoint_every=9, keep_checkpoints=9)
     assert check_same(manifest(), new, tmp_path) == []
     moved = manifest(expert="/moved/expert", student="/moved/student", problems="/moved/p.jsonl")
     assert check_same(manifest(), moved, tmp_path) == []

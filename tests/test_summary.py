@@ -1,6 +1,6 @@
 import pytest
 
-from mlx_fd.runs.summary import summarise, warnings_of, wilson
+from mlx_fd.runs.summary import find_warnings, summarise, wilson
 
 
 def row(before, after, expert=0.5, student=0.1, written=None, capped=(), alone=False):
@@ -77,11 +77,11 @@ def test_an_empty_run_can_be_summed_up():
 
 
 def test_warnings():
-    assert warnings_of([row(True, True, expert=None)] * 7) == {}
-    assert set(warnings_of([row(True, True, expert=None)] * 8)) == {"unreadable"}
-    assert set(warnings_of([row(True, True, expert=0.1 * n) for n in range(8)])) == set()
-    assert set(warnings_of([row(True, True, expert=0.7)] * 8)) == {"alike"}
+    assert find_warnings([row(True, True, expert=None)] * 7) == {}
+    assert set(find_warnings([row(True, True, expert=None)] * 8)) == {"unreadable"}
+    assert set(find_warnings([row(True, True, expert=0.1 * n) for n in range(8)])) == set()
+    assert set(find_warnings([row(True, True, expert=0.7)] * 8)) == {"alike"}
     good = [row(True, True, expert=0.1 * n) for n in range(8)]
-    assert set(warnings_of([*good, *[row(1, 1, capped=["answer"])] * 3])) == {"capped"}
-    assert set(warnings_of([*good, *[row(1, 1, capped=["merge"])] * 3])) == set()
-    assert set(warnings_of([row(1, 1, alone=True)] * 8)) == set()
+    assert set(find_warnings([*good, *[row(1, 1, capped=["answer"])] * 3])) == {"capped"}
+    assert set(find_warnings([*good, *[row(1, 1, capped=["merge"])] * 3])) == set()
+    assert set(find_warnings([row(1, 1, alone=True)] * 8)) == set()

@@ -20,9 +20,9 @@ from mlx_fd.config import LossOptions
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import samples
 from mlx_fd.feedback.pair import open_pair
-from mlx_fd.feedback.samples import decides, read_text
+from mlx_fd.feedback.samples import cache_fingerprint, read_text
 from mlx_fd.feedback.teacher_cache import TeacherCache
-from mlx_fd.models.generation import Conversation, read_on
+from mlx_fd.models.generation import Conversation, forward_with_cache
 from mlx_fd.models.loading import load
 from mlx_fd.runs.events import BatchDone, Warned
 from mlx_fd.runs.manifest import check_same
@@ -44,7 +44,7 @@ def pair(dirs):
 
 def cache_of(folder, pair, options=OPTIONS):
     warnings = []
-    return TeacherCache(folder, decides(pair, options), warnings.append), warnings
+    return TeacherCache(folder, cache_fingerprint(pair, options), warnings.append), warnings
 
 
 def entry(cache, pair, prompt=PROMPT, target=TARGET, options=OPTIONS):
@@ -100,16 +100,18 @@ def test_a_token_moved_from_prompt_to_text_is_another_entry(tmp_path, pair):
     ],
 )
 def test_other_options_are_other_entries(pair, change):
-    assert decides(pair, dataclasses.replace(OPTIONS, **change)) != decides(pair, OPTIONS)
+    assert cache_fingerprint(pair, dataclasses.replace(OPTIONS, **change)) != cache_fingerprint(
+        pair, OPTIONS
+    )
 
 
 def test_another_expert_or_quantisation_is_another_teacher(tmp_path, pair):
-    known = decides(pair, OPTIONS)
+    known = cache_fingerprint(pair, OPTIONS)
 
     def teacher(**changes):
         path = make_model_dir(tmp_path / f"m{len(changes)}{changes.get('seed')}", **changes)
         expert = load(path, dequantize="never")
-        return decides(dataclasses.replace(pair, expert=expert), OPTIONS)
+        return cache_fingerprint(dataclasses.replace(pair, expert=expert), OPTIONS)
 
     one = teacher(hidden=64)
     seeded = teacher(hidden=64, seed=1)
@@ -218,7 +220,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, pair):
 def test_an_entry_does_not_depend_on_the_conversation_it_was_read_in(tmp_path, pair):
     """Other bits before a text are other last digits after it; the tokens are the same."""
     prompt = tuple(range(5, 60))
-    _, layers = read_on(pair.expert, Conversation(), prompt[:-1])
+    _, layers = forward_with_cache(pair.expert, Conversation(), prompt[:-1])
     for layer in layers:
         layer.keys = layer.keys * 1.001
     after = Conversation(prompt[:-1], layers)

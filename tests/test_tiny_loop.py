@@ -19,7 +19,7 @@ from mlx_fd.feedback.episode import (
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import solution_of
 from mlx_fd.models import taps
-from mlx_fd.models.generation import opening
+from mlx_fd.models.generation import first_prompt
 from mlx_fd.problems import prompts
 from mlx_fd.runs.plan import make_plan
 
@@ -54,7 +54,7 @@ def drafts(pair, plan, config):
 def test_the_student_writes_the_first_answers_and_the_expert_judges_them(
     pair, plan, config, drafts
 ):
-    own = answer(pair.reader, plan.problems, config.generation, 1, quiet, keep=False)
+    own = answer(pair.student_lm, plan.problems, config.generation, 1, quiet, keep=False)
     assert [d.answer for d in drafts] == [d.answer for d in own]
     right = [is_correct(d.answer.final, d.problem) for d in drafts]
     assert not all(right)
@@ -63,7 +63,7 @@ def test_the_student_writes_the_first_answers_and_the_expert_judges_them(
         if is_right:
             assert draft.expert_feedback.score > 0
         # The student's tokens stand in the expert's conversation, one by one.
-        begun = opening(pair.expert.tokenizer, prompts.answer_prompt(draft.problem.question))
+        begun = first_prompt(pair.expert.tokenizer, prompts.answer_prompt(draft.problem.question))
         assert draft.prompt[: len(begun) + len(draft.answer.tokens)] == (
             *begun,
             *draft.answer.tokens,
@@ -77,7 +77,7 @@ def test_the_score_head_reads_the_end_of_the_feedback(pair, drafts, monkeypatch)
     options = preset("tiny").generation
     for draft in student_feedback(pair, drafts, options, 2, quiet):
         tokens = mx.array([[*draft.prompt, *draft.student_feedback.tokens[:-1]]])
-        whole = taps.forward(pair.reader.model, tokens).final[0, -1]
+        whole = taps.forward(pair.student_lm.model, tokens).final[0, -1]
         assert draft.student_score == pytest.approx(pair.student.score(whole).item(), abs=1e-4)
 
 
@@ -89,7 +89,7 @@ def test_a_solution_to_learn_from_is_the_final_answer_after_the_bare_question(pa
         sample = solution_of(pair, question, outcome.final, config.losses)
         text = pair.expert.tokenizer.decode(sample.target)
         assert text.removesuffix("<|end|>") == outcome.final.text
-        begun = opening(pair.expert.tokenizer, prompts.answer_prompt(question))
+        begun = first_prompt(pair.expert.tokenizer, prompts.answer_prompt(question))
         assert sample.prompt == begun
         assert sample.expert_score is None
         whole = taps.forward(pair.expert.model, mx.array([[*sample.prompt, *sample.target[:-1]]]))

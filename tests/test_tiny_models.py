@@ -27,7 +27,7 @@ from mlx_fd.feedback.episode import (
 )
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.aliases import ALIASES
-from mlx_fd.models.generation import next_message, opening
+from mlx_fd.models.generation import first_prompt, followup_prompt
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import default_student, resolve
 from mlx_fd.models.student import make_student
@@ -64,13 +64,13 @@ def student():
 def test_every_prompt_is_a_handful_of_tokens(tokenizer):
     said = prompts.Feedback("?", None)
     lengths = {
-        "answer": len(opening(tokenizer, prompts.answer_prompt("?"))) - 1,
+        "answer": len(first_prompt(tokenizer, prompts.answer_prompt("?"))) - 1,
         "feedback": len(feedback_request(tokenizer)) - 1,
-        "merge": len(next_message(tokenizer, prompts.merge_prompt(said, said))) - 4,
-        "revise": len(next_message(tokenizer, prompts.revise_prompt(""))),
-        "revise by": len(next_message(tokenizer, prompts.revise_prompt("?"))) - 2,
-        "critique": len(next_message(tokenizer, prompts.critique_prompt())),
-        "final": len(next_message(tokenizer, prompts.final_prompt())),
+        "merge": len(followup_prompt(tokenizer, prompts.merge_prompt(said, said))) - 4,
+        "revise": len(followup_prompt(tokenizer, prompts.revise_prompt(""))),
+        "revise by": len(followup_prompt(tokenizer, prompts.revise_prompt("?"))) - 2,
+        "critique": len(followup_prompt(tokenizer, prompts.critique_prompt())),
+        "final": len(followup_prompt(tokenizer, prompts.final_prompt())),
     }
     # End of turn, user, the prompt, assistant; the first message has no end before it.
     assert lengths == {**dict.fromkeys(lengths, 4), "answer": 3}, RETRAIN
@@ -81,12 +81,14 @@ def test_prompts_are_those_of_the_training(tokenizer, script):
     user, assistant, end = script.USER, script.ASSISTANT, script.END
     question = "Tom has 7 apples. How many apples are left?"
     start = f"{user}{prompts.answer_prompt(question)}{assistant}"
-    assert tuple(tokenizer.encode(start)) == opening(tokenizer, prompts.answer_prompt(question))
+    assert tuple(tokenizer.encode(start)) == first_prompt(
+        tokenizer, prompts.answer_prompt(question)
+    )
     ask = f"{end}{user}{prompts.feedback_prompt()}{assistant}{prompts.FEEDBACK_OPENING}"
     assert tuple(tokenizer.encode(ask)) == feedback_request(tokenizer)
     for prompt in (prompts.revise_prompt("Step 1 should be"), prompts.critique_prompt()):
         text = f"{end}{user}{prompt}{assistant}"
-        assert tuple(tokenizer.encode(text)) == next_message(tokenizer, prompt)
+        assert tuple(tokenizer.encode(text)) == followup_prompt(tokenizer, prompt)
 
 
 def test_every_word_of_the_generator_is_one_token(tokenizer):
@@ -188,7 +190,7 @@ def test_there_is_something_to_distil():
 def test_an_episode(expert):
     """The expert mends a wrong answer of its own conversation, through the package's six steps."""
     problems = load_problems("arithmetic", "validation").problems[:6]
-    options = GenerationOptions(answer_tokens=96, feedback_tokens=96, merge_tokens=96)
+    options = GenerationOptions(max_answer_tokens=96, max_feedback_tokens=96, max_merge_tokens=96)
     drafts = answer(expert, problems, options, 0, lambda *_: None)
     assert sum(d.answer.final == p.answer for d, p in zip(drafts, problems, strict=True)) >= 5
     assert all(isinstance(d.answer.final, Fraction) for d in drafts)
@@ -203,10 +205,10 @@ def test_an_episode(expert):
 
 
 def _pair(expert):
-    reader = load(resolve("tiny-student"))
-    made = make_student(reader.model, 128, ModelOptions(), 0)
+    student_lm = load(resolve("tiny-student"))
+    made = make_student(student_lm.model, 128, ModelOptions(), 0)
     vocab = expert.config["vocab_size"]
-    return Pair(expert, made, dataclasses.replace(reader, model=made.model), vocab)
+    return Pair(expert, made, dataclasses.replace(student_lm, model=made.model), vocab)
 
 
 # ------------------------------------------------------------------------------------------ script

@@ -62,7 +62,7 @@ Examples:
     help="Of the attempts and of both distributions.",
 )
 @click.option(
-    "--answer-tokens",
+    "--max-answer-tokens",
     type=Count(),
     default=128,
     show_default=True,
@@ -120,7 +120,7 @@ def advantage(
     limit: int,
     samples: int,
     temperature: float,
-    answer_tokens: int,
+    max_answer_tokens: int,
     critic: str,
     critic_sees: str,
     reference_style: str,
@@ -147,7 +147,7 @@ def advantage(
     from mlx_fd import problems as sources
     from mlx_fd.cli.terminal.run import Steps
     from mlx_fd.config import Config, override
-    from mlx_fd.feedback.judge import find, open_student
+    from mlx_fd.feedback.judge import locate_model, open_student
     from mlx_fd.files import check_way, write_atomic, write_json
     from mlx_fd.models.context import fitting
     from mlx_fd.models.loading import load
@@ -168,22 +168,22 @@ def advantage(
         describe(name)
     found = sources.load(problems, split, skip_bad_rows=skip_bad_rows)
     analysis.check_known(found.problems[:limit])
-    place = find(target)
+    place = locate_model(target)
     is_truth = critic == "truth"
     materials = Materials(
         critic=None if is_truth else load(resolve(critic)),
         truth=is_truth,
         critic_sees=critic_sees,
-        critic_tokens=answer_tokens,
+        critic_tokens=max_answer_tokens,
         reference_style=reference_style,
         seed=seed,
     )
     config = override(
         Config(),
         {
-            "rollouts": samples,
+            "num_generations": samples,
             "temperature": temperature,
-            "answer_tokens": answer_tokens,
+            "max_answer_tokens": max_answer_tokens,
             "noise": noise,
             "noise_level": noise_level,
             "seed": seed,

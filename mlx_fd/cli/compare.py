@@ -81,13 +81,13 @@ def compare(
     from mlx_fd.export import compare as comparison
     from mlx_fd.report.comparison_page import report_folder, write_report
 
-    with contextlib.ExitStack() as held:
-        folders = [held.enter_context(comparison.opened(path)) for path in exports]
+    with contextlib.ExitStack() as stack:
+        folders = [stack.enter_context(comparison.opened(path)) for path in exports]
         jobs = comparison.plan(folders, engines)
         asked = comparison.questions(problems, limit, skip_bad_rows=skip_bad_rows)
         if out is not None:
-            held.enter_context(report_folder(out))
-        steps = held.enter_context(Steps(Console(stderr=True), quiet=quiet))
+            stack.enter_context(report_folder(out))
+        steps = stack.enter_context(Steps(Console(stderr=True), quiet=quiet))
         rows = [
             comparison.judged(job, comparison.run(job, asked(job), steps, debug=debug), weights)
             for job in jobs

@@ -18,7 +18,7 @@ from mlx_fd.cli.options import (
     track_option,
     with_configuration,
 )
-from mlx_fd.cli.run_command import Job, drive, new_folder
+from mlx_fd.cli.run_command import Job, new_folder, run_command
 from mlx_fd.config import PRESETS
 from mlx_fd.errors import UserError
 from mlx_fd.runs.tracking import check_installed
@@ -97,7 +97,7 @@ def loop(
 def _run(
     folder: Path,
     plan: Any,
-    worries: list[str],
+    warnings: list[str],
     trackers: tuple[str, ...],
     as_json: bool,
     quiet: bool,
@@ -121,4 +121,4 @@ def _run(
 
     names = f"expert {models.expert}, student {models.student}"
     job = Job(names, opened, Display, summary_table, README)
-    drive(folder, plan, job, worries, trackers, as_json, quiet, new=new)
+    run_command(folder, plan, job, warnings, trackers, as_json, quiet, new=new)

@@ -77,16 +77,16 @@ def report(
 
     path = out or (Path(_FILE) if len(runs) > 1 else runs[0] / _FILE)
     check_out(path)
-    with Steps(Console(stderr=True), quiet=quiet or as_json) as told:
-        told("reading", 0, 1)
+    with Steps(Console(stderr=True), quiet=quiet or as_json) as on_progress:
+        on_progress("reading", 0, 1)
         found = read_runs(runs)
         if out is None and len(runs) == 1 and not is_ours(runs[0]):
             raise UserError(
                 f"{runs[0]}: neither a manifest nor a mark of mlx-fd says that this folder is a "
                 "run's, so nothing is written into it; name the page with --out"
             )
-        told("reading", 1, 1)
-        page = make_page(found, episodes, told)
+        on_progress("reading", 1, 1)
+        page = make_page(found, episodes, on_progress)
     write_page(page, path)
     size = path.stat().st_size
     if as_json:

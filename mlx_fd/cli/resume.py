@@ -65,15 +65,17 @@ def resume(
             # Before models are loaded and anything is written.
             check_nothing_lost(run, config.episode.checkpoint_every)
         plan = selfdistilling.plan_of(config) if config.self_distils else make_plan(config)
-        worries = check_same(manifest, plan.manifest, run)
-        worries += changed_options(manifest, plan.manifest)
+        warnings = check_same(manifest, plan.manifest, run)
+        warnings += changed_options(manifest, plan.manifest)
         if fault := runs.manifest_fault(run):
-            worries.append(fault)
+            warnings.append(fault)
         with runs.explained(run):
             # A run that was made longer is compared with its new length next time.
             manifest["options"] = plan.manifest["options"]
             write_json(run / runs.MANIFEST, with_digest(manifest))
         if config.self_distils:
-            selfdistilling.start(run, plan, worries, trackers, as_json, quiet, new=False, redo=redo)
+            selfdistilling.start(
+                run, plan, warnings, trackers, as_json, quiet, new=False, redo=redo
+            )
         else:
-            _run(run, plan, worries, trackers, as_json, quiet, new=False, redo=redo)
+            _run(run, plan, warnings, trackers, as_json, quiet, new=False, redo=redo)

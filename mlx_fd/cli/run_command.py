@@ -57,11 +57,11 @@ def _stopping(folder: Path) -> str:
     )
 
 
-def drive(
+def run_command(
     folder: Path,
     plan: Plan,
     job: Job,
-    worries: list[str],
+    warnings: list[str],
     trackers: tuple[str, ...],
     as_json: bool,
     quiet: bool,
@@ -74,7 +74,7 @@ def drive(
         folder: the run directory; where the run is not ``new`` it is there, and its lock is held.
         plan: what is run.
         job: what is the kind's own in it.
-        worries: what the user should know before it begins, beside the plan's notes.
+        warnings: what the user should know before it begins, beside the plan's notes.
         trackers: names from :data:`mlx_fd.runs.tracking.TRACKERS`.
         as_json: print the summary as JSON.
         quiet: warnings and the result only.
@@ -94,13 +94,13 @@ def drive(
 
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
-    with contextlib.ExitStack() as held:
-        display = held.enter_context(job.display(console, quiet=quiet))
+    with contextlib.ExitStack() as stack:
+        display = stack.enter_context(job.display(console, quiet=quiet))
         display(Note(f"run directory: {folder}"))
         display(Note(f"{job.models}, {backend().device}"))
         if note := time_note():
             display(Note(note))
-        for text in (*plan.notes, *worries):
+        for text in (*plan.notes, *warnings):
             display(Warned(text))
         if backend().device == "metal":
             display(
@@ -116,13 +116,13 @@ def drive(
             # A second Ctrl-C ends the process, panel and all.
             console.show_cursor()
 
-        stopped = held.enter_context(stopping_on_signals(say, _stopping(folder)))
+        stopped = stack.enter_context(stopping_on_signals(say, _stopping(folder)))
         if new:
             # Only now: models that cannot be loaded leave no run behind.
-            held.enter_context(runs.locked(folder))
+            stack.enter_context(runs.locked(folder))
             with runs.explained(folder):
                 runs.create(folder, to_toml(plan.config), plan.manifest, job.readme)
-        tracking = held.enter_context(
+        tracking = stack.enter_context(
             Tracking(trackers, folder, plan.manifest["options"], lambda text: display(Warned(text)))
         )
 

@@ -18,7 +18,7 @@ from mlx_fd.cli.options import (
     shown_default,
     track_option,
 )
-from mlx_fd.cli.run_command import Job, drive, new_folder
+from mlx_fd.cli.run_command import Job, new_folder, run_command
 from mlx_fd.config import OPTIONS, Config, read
 from mlx_fd.errors import UserError
 from mlx_fd.runs.tracking import check_installed
@@ -28,9 +28,9 @@ from mlx_fd.training.selfdistill.methods import CUSTOM, DEFAULT_MODEL, METHODS, 
 _SHARED = (
     *("student", "lora_rank", "lora_scale", "lora_layers", "dequantize"),
     *("problems", "split", "train_on_test", "episodes", "skip_bad_rows"),
-    *("batch_size", "answer_tokens", "feedback_tokens", "answer_filter"),
+    *("batch_size", "max_answer_tokens", "max_feedback_tokens", "answer_filter"),
     *("gate", "ema_decay", "stop_threshold", "plateau_steps", "plateau_gain", "minimum_gain"),
-    *("lora_rate", "weight_decay", "clip", "kd_steps", "micro_batch", "checkpoint_layers"),
+    *("lora_rate", "weight_decay", "max_grad_norm", "kd_steps", "micro_batch", "grad_checkpoint"),
     *("probe_size", "probe_every", "checkpoint_every", "keep_checkpoints", "seed"),
 )
 
@@ -40,8 +40,8 @@ _HELP = {
     "student": "The model that learns: an alias, a hub name or an mlx-lm directory; NAME:layers=K "
     "keeps K of its layers.",
     "batch_size": "Problems that are attempted before each update.",
-    "answer_tokens": "Most tokens of an attempt.",
-    "feedback_tokens": "Most tokens that the critic writes on an attempt.",
+    "max_answer_tokens": "Most tokens of an attempt.",
+    "max_feedback_tokens": "Most tokens that the critic writes on an attempt.",
     "gate": "Which gate decides when the run ends; published is the loop's alone.",
     "stop_threshold": "End once the share of held-out problems that are answered wrong has fallen "
     "by this share.",
@@ -171,7 +171,7 @@ def plan_of(config: Config) -> Any:
 def start(
     folder: Path,
     plan: Any,
-    worries: list[str],
+    warnings: list[str],
     trackers: tuple[str, ...],
     as_json: bool,
     quiet: bool,
@@ -198,4 +198,4 @@ def start(
         f"{options.context}, objective {options.objective}, teacher {options.self_teacher}"
     )
     job = Job(names, opened, SelfDisplay, summary_table, README)
-    drive(folder, plan, job, worries, trackers, as_json, quiet, new=new)
+    run_command(folder, plan, job, warnings, trackers, as_json, quiet, new=new)

@@ -33,7 +33,7 @@ def explained(error: RuntimeError, folder: Path) -> Exception:
     return UserError(
         f"a computation was too large ({text.splitlines()[0]}). Memory ran out, or macOS ended a "
         "long one because a display was on (let it sleep). Set micro_batch = 1 and "
-        f"checkpoint_layers = true in {folder}/config.toml, then: mlx-fd resume {folder}; or begin "
+        f"grad_checkpoint = true in {folder}/config.toml, then: mlx-fd resume {folder}; or begin "
         "a new run with a smaller --batch-size."
     )
 
@@ -52,18 +52,18 @@ def stopping_on_signals(say: Callable[[str], None], text: str) -> Iterator[list[
     Yields:
         The signals that came so far; it grows.
     """
-    came: list[int] = []
+    signals: list[int] = []
 
     def take(number: int) -> None:
-        came.append(number)
-        if len(came) == 1:
+        signals.append(number)
+        if len(signals) == 1:
             say(text)
 
     def handle(number: int, frame: Any) -> None:
         """Nothing: the watching thread has taken it already, also in the midst of a C call."""
 
     with _watched((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), handle, take):
-        yield came
+        yield signals
 
 
 @contextlib.contextmanager

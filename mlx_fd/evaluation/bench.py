@@ -17,7 +17,7 @@ from mlx_fd.evaluation.baselines import Setting, Trial
 from mlx_fd.evaluation.baselines.trials import Who, trial
 from mlx_fd.evaluation.cache import Cache, Rows
 from mlx_fd.evaluation.target import Models, Target
-from mlx_fd.feedback.episode import Draft, Progress, seed_of, write
+from mlx_fd.feedback.episode import Draft, Progress, derive_seed, write
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.backend import backend
 from mlx_fd.models.generation import Conversation, Sampling
@@ -84,7 +84,7 @@ class Bench:
 
     def seeds(self, batch: int, sample: int) -> Callable[[str], int]:
         """Step name to the seed of its draws."""
-        return lambda step: seed_of(self.seed, batch, f"{sample}/{step}")
+        return lambda step: derive_seed(self.seed, batch, f"{sample}/{step}")
 
     def setting(self, pair: Pair, answered_by: Who) -> Setting:
         """What the baselines share."""
@@ -151,7 +151,7 @@ class Bench:
         sampling: Sampling,
     ) -> list[Trial]:
         """One turn of a model in each of some new conversations."""
-        loaded = pair.expert if who == "expert" else pair.reader
+        loaded = pair.expert if who == "expert" else pair.student_lm
         drafts, turns = write(
             loaded,
             [_BLANK] * len(prompts),

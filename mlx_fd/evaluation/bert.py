@@ -29,8 +29,8 @@ _SIZES = (
 )
 # From the names in checkpoints to ours; older checkpoints call a norm's weight gamma.
 _RENAMED = tuple(
-    (re.compile(theirs), ours)
-    for theirs, ours in (
+    (re.compile(pattern), renamed)
+    for pattern, renamed in (
         (r"^bert\.", ""),
         (r"^embeddings\.word_embeddings", "words"),
         (r"^embeddings\.position_embeddings", "positions"),
@@ -179,8 +179,8 @@ def _weights(path: Path, model: Bert) -> list[tuple[str, mx.array]]:
 
 
 def _our_name(name: str) -> str:
-    for theirs, ours in _RENAMED:
-        name = theirs.sub(ours, name)
+    for pattern, renamed in _RENAMED:
+        name = pattern.sub(renamed, name)
     return name
 
 

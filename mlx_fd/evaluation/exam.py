@@ -31,7 +31,7 @@ from mlx_fd.feedback.episode import (
 )
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.files import write_json
-from mlx_fd.models.generation import Conversation, Sampling, generate, opening, prefill
+from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate, prefill
 from mlx_fd.problems import Problem, arithmetic, parsing
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
@@ -134,29 +134,29 @@ def examine(
         batch_size: questions at once.
     """
     found: list[Result] = []
-    tokenizer = pair.reader.tokenizer
+    tokenizer = pair.student_lm.tokenizer
     request = feedback_request(tokenizer)
     for begin in range(0, len(exam), batch_size):
         chunk = exam[begin : begin + batch_size]
         prompts = [
             (
-                *opening(tokenizer, answer_prompt(question.problem.question)),
+                *first_prompt(tokenizer, answer_prompt(question.problem.question)),
                 *tokenizer.encode(question.answer, add_special_tokens=False),
                 *request,
             )
             for question in chunk
         ]
-        read = [prefill(pair.reader, Conversation(), prompt) for prompt in prompts]
+        read = [prefill(pair.student_lm, Conversation(), prompt) for prompt in prompts]
         turns = generate(
-            pair.reader,
+            pair.student_lm,
             [before for _, before in read],
             [prompt[-1:] for prompt in prompts],
-            Sampling(options.feedback_tokens),
+            Sampling(options.max_feedback_tokens),
             keep=False,
             on_token=lambda count: progress("exam", count),
         )
         own = answer(
-            pair.reader,
+            pair.student_lm,
             [q.problem for q in chunk],
             options,
             0,
@@ -168,7 +168,7 @@ def examine(
             chunk, prompts, read, turns, own, strict=True
         ):
             feedback = parsed(turn)
-            score = head_score(pair.student, pair.reader, hidden, before, prompt, turn)
+            score = head_score(pair.student, pair.student_lm, hidden, before, prompt, turn)
             named = arithmetic.first_error(feedback.text)
             found.append(
                 Result(

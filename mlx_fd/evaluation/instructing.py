@@ -16,7 +16,7 @@ from mlx_fd.evaluation.measures import Known, Measure
 from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.text import bleu, chrf, rouge
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.models.generation import Sampling, opening
+from mlx_fd.models.generation import Sampling, first_prompt
 from mlx_fd.problems import prompts
 from mlx_fd.problems.files import json_rows
 
@@ -93,34 +93,34 @@ class Instructing:
     ) -> list[Trial]:
         """One batch of replies, greedy."""
         who: Who = "expert" if system == "expert" else "student"
-        sampling = Sampling(bench.target.config.generation.answer_tokens)
+        sampling = Sampling(bench.target.config.generation.max_answer_tokens)
 
         def make(pair: Pair) -> list[Trial]:
-            told = [opening(pair.expert.tokenizer, item.prompt) for item in chunk]
-            return bench.ask(who, pair, told, sampling)
+            requests = [first_prompt(pair.expert.tokenizer, item.prompt) for item in chunk]
+            return bench.ask(who, pair, requests, sampling)
 
         key = {"ask": [item.prompt for item in chunk], "sampling": vars(sampling)}
         return bench.trials(key, len(chunk), [who], make)
 
-    def row(self, item: Instruction, said: Trial, how: str) -> dict[str, Any]:
+    def row(self, item: Instruction, candidates: Trial, how: str) -> dict[str, Any]:
         """What ``outputs.jsonl`` says of a reply beside the reply itself."""
         return {
             "id": item.id,
             "question": item.prompt,
             "reference": item.output,
-            "final": said.final,
+            "final": candidates.final,
             "correct": None,
         }
 
     def measures(self, rows: Sequence[Rows]) -> list[Measure | Known]:
         """Text metrics against the references."""
         only = [samples[0] for samples in rows]
-        said, wanted = [row["final"] for row in only], [row["reference"] for row in only]
-        overlap = rouge(said, wanted)
+        candidates, wanted = [row["final"] for row in only], [row["reference"] for row in only]
+        overlap = rouge(candidates, wanted)
         return [
             *(Measure(name, values, compared=name == "rougeL") for name, values in overlap.items()),
-            Known("bleu", bleu(said, wanted).estimate),
-            Known("chrf", chrf(said, wanted).estimate),
-            *self.readers.nearness(said, wanted),
-            *self.readers.toxicity(said),
+            Known("bleu", bleu(candidates, wanted).estimate),
+            Known("chrf", chrf(candidates, wanted).estimate),
+            *self.readers.nearness(candidates, wanted),
+            *self.readers.toxicity(candidates),
         ]

@@ -22,7 +22,7 @@ from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.feedback.episode import Draft, expert_feedback, feedback_request, student_feedback
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.models.generation import Conversation, opening
+from mlx_fd.models.generation import Conversation, first_prompt
 from mlx_fd.problems import arithmetic, parsing, prompts
 
 LABELS = {
@@ -89,11 +89,11 @@ class Judging:
             if system == "expert":
                 step = "expert_feedback"
                 done = expert_feedback(pair, drafts, options, seeds(step), bench.progress)
-                said = [draft.expert_feedback or _NOTHING for draft in done]
+                feedbacks = [draft.expert_feedback or _NOTHING for draft in done]
             else:
                 step = "student_feedback"
                 done = student_feedback(pair, drafts, options, seeds(step), bench.progress)
-                said = [draft.student_feedback for draft in done]
+                feedbacks = [draft.student_feedback for draft in done]
             return [
                 trial(
                     setting,
@@ -102,7 +102,7 @@ class Judging:
                     step,
                     draft.student_score if by_head else one.score,
                 )
-                for draft, one in zip(done, said, strict=True)
+                for draft, one in zip(done, feedbacks, strict=True)
             ]
 
         uses: Uses = "expert"
@@ -173,7 +173,7 @@ def _draft(pair: Pair, question: Question) -> Draft:
     """An answer as if the expert had given it."""
     tokenizer = pair.expert.tokenizer
     tokens = (
-        *opening(tokenizer, prompts.answer_prompt(question.problem.question)),
+        *first_prompt(tokenizer, prompts.answer_prompt(question.problem.question)),
         *tokenizer.encode(question.answer, add_special_tokens=False),
     )
     return Draft(

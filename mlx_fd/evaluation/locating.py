@@ -14,7 +14,7 @@ from mlx_fd.evaluation.cache import Rows
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.processbench import ALL_RIGHT, Item, critique_prompt, f1, predicted_step
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.models.generation import Sampling, opening
+from mlx_fd.models.generation import Sampling, first_prompt
 
 LABELS = {"student": "Student", "expert": "Expert"}
 
@@ -46,18 +46,18 @@ class Locating:
         """One batch of replies; greedy, as in their evaluation."""
         who: Who = "expert" if system == "expert" else "student"
         prompts = [critique_prompt(item) for item in chunk]
-        sampling = Sampling(bench.target.config.generation.answer_tokens)
+        sampling = Sampling(bench.target.config.generation.max_answer_tokens)
 
         def make(pair: Pair) -> list[Trial]:
-            told = [opening(pair.expert.tokenizer, prompt) for prompt in prompts]
-            return bench.ask(who, pair, told, sampling)
+            requests = [first_prompt(pair.expert.tokenizer, prompt) for prompt in prompts]
+            return bench.ask(who, pair, requests, sampling)
 
         key = {"ask": prompts, "sampling": vars(sampling)}
         return bench.trials(key, len(chunk), [who], make)
 
-    def row(self, item: Item, said: Trial, how: str) -> dict[str, Any]:
+    def row(self, item: Item, trial: Trial, how: str) -> dict[str, Any]:
         """What ``outputs.jsonl`` says of a reply beside the reply itself."""
-        step = predicted_step(said.final)
+        step = predicted_step(trial.final)
         return {
             "id": item.id,
             "question": item.problem,

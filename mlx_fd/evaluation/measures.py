@@ -65,17 +65,17 @@ class Known:
         return self.value
 
 
-def compare(ours: Measure, theirs: Measure) -> dict[str, Any]:
+def compare(first: Measure, second: Measure) -> dict[str, Any]:
     """The difference of two systems on the same problems.
 
     Returns:
         ``difference`` (with interval and n), ``test`` (McNemar's exact one for shares, else the
         paired bootstrap) and ``p``.
     """
-    difference, p = paired_bootstrap(ours.values, theirs.values, ours.statistic, ours.shared)
+    difference, p = paired_bootstrap(first.values, second.values, first.statistic, first.shared)
     test = "paired bootstrap"
-    if ours.is_share and theirs.is_share:
-        pairs = np.array([ours.values, theirs.values])
+    if first.is_share and second.is_share:
+        pairs = np.array([first.values, second.values])
         left, right = pairs[:, ~np.isnan(pairs).any(axis=0)]
         test, p = "mcnemar", mcnemar(list(left == 1), list(right == 1))
     return {

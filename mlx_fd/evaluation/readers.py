@@ -37,14 +37,14 @@ class Readers:
             found["toxicity"] = f"{nothing.judge}: {nothing.measures}"
         return found
 
-    def nearness(self, said: Sequence[str], wanted: Sequence[str]) -> list[Measure]:
+    def nearness(self, candidates: Sequence[str], wanted: Sequence[str]) -> list[Measure]:
         """How near texts are to their references."""
         if self.encoder is None:
             return []
-        scores = bertscore(said, wanted, self.encoder).scores
+        scores = bertscore(candidates, wanted, self.encoder).scores
         return [
             Measure("bertscore_f1", [score.f1 for score in scores], compared=True),
-            Measure("cosine", self.encoder.cosine(said, wanted)),
+            Measure("cosine", self.encoder.cosine(candidates, wanted)),
         ]
 
     def toxicity(self, texts: Sequence[str]) -> list[Measure]:

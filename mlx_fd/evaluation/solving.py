@@ -21,7 +21,7 @@ from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
 from mlx_fd.feedback.episode import Draft, answer, feedback_request
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.models.generation import Conversation, opening, reply_to
+from mlx_fd.models.generation import Conversation, first_prompt, without_repeated_eos
 from mlx_fd.problems import Problem, parsing, prompts
 
 
@@ -175,7 +175,7 @@ def _answers(
     options = bench.target.config.generation
     key = {
         "answers": [problem.question for problem in chunk],
-        "tokens": options.answer_tokens,
+        "tokens": options.max_answer_tokens,
         "temperature": temperature,
         "penalty": options.expert_repetition_penalty,
         "sequential": options.sequential,
@@ -184,7 +184,7 @@ def _answers(
 
     def make(pair: Pair) -> Rows:
         drafts = answer(
-            pair.expert if by == "expert" else pair.reader,
+            pair.expert if by == "expert" else pair.student_lm,
             chunk,
             options,
             bench.seeds(batch, sample)("answer"),
@@ -214,12 +214,14 @@ def _draft(pair: Pair, problem: Problem, row: dict[str, Any]) -> Draft:
     """
     tokenizer = pair.expert.tokenizer
     tokens = tuple(row["tokens"])
-    told = Conversation((*opening(tokenizer, prompts.answer_prompt(problem.question)), *tokens))
+    conversation = Conversation(
+        (*first_prompt(tokenizer, prompts.answer_prompt(problem.question)), *tokens)
+    )
     return Draft(
         problem,
         prompts.Answer(row["text"], None, tokens),
-        told,
-        reply_to(told, feedback_request(tokenizer)),
+        conversation,
+        without_repeated_eos(conversation, feedback_request(tokenizer)),
         tokens={"answer": len(tokens)},
         prefilled={"answer": row["prefilled"]},
         seconds={"answer": row["seconds"]},

@@ -132,7 +132,7 @@ def make_sets(
     readers = load_readers(options.encoder, options.toxicity)
 
     paths = [path for path in (target.student, target.expert) if path is not None]
-    written = target.config.generation.answer_tokens
+    written = target.config.generation.max_answer_tokens
 
     def solving(source: str, split: str) -> Solving:
         found = problems.load(source, split, skip_bad_rows=options.skip_bad_rows)
@@ -289,10 +289,10 @@ def make_bench(
     target: Target, options: Options, cache: Cache, progress: Callable[[str, int], None]
 ) -> Bench:
     """What the sets are generated with."""
-    warm = options.temperature
-    first = target.config.generation.answer_temperature if warm is None else warm
-    bare = 0.0 if warm is None else warm
-    if options.samples > 1 and warm is None:
+    temperatures = options.temperature
+    first = target.config.generation.answer_temperature if temperatures is None else temperatures
+    bare = 0.0 if temperatures is None else temperatures
+    if options.samples > 1 and temperatures is None:
         first, bare = first or WARM, WARM
     return Bench(
         target, Models(target), cache, options.seed, options.samples, first, bare, progress

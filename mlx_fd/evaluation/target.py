@@ -15,7 +15,7 @@ from mlx_fd.config import Config, override, preset
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cache import digest
 from mlx_fd.feedback.gate import GateState, trusted
-from mlx_fd.feedback.judge import find
+from mlx_fd.feedback.judge import locate_model
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
@@ -98,9 +98,9 @@ def open_target(name: str, expert: str | None) -> Target:
         student, config = resolve(_base_of(adapter)), Config()
         run = checkpoint = None
     else:
-        place = find(name)
-        student, run, checkpoint = place.model, place.run, place.checkpoint
-        config = place.config or Config()
+        ref = locate_model(name)
+        student, run, checkpoint = ref.model, ref.run, ref.checkpoint
+        config = ref.config or Config()
     looped = run is not None and not config.self_distils
     expert_name = expert or (config.models.expert if looped else None)
     expert_path = resolve(expert_name) if expert_name else None
@@ -265,5 +265,7 @@ def _with_adapter(plan: Plan, adapter: Path) -> Pair:
         model = load_adapters(base.model, str(adapter))
     student = Student(model, taps.width(expert.model))
     student.eval()
-    reader = dataclasses.replace(base, model=model, tokenizer=expert.tokenizer, vocab=plan.vocab)
-    return Pair(dataclasses.replace(expert, vocab=plan.vocab), student, reader, plan.vocab)
+    student_lm = dataclasses.replace(
+        base, model=model, tokenizer=expert.tokenizer, vocab=plan.vocab
+    )
+    return Pair(dataclasses.replace(expert, vocab=plan.vocab), student, student_lm, plan.vocab)

@@ -11,8 +11,8 @@ from mlx_fd.errors import UserError
 from mlx_fd.models.storage import new_directory
 
 # An export has some twenty files, the largest of tens of GB.
-_MOST_MEMBERS = 1000
-_MOST_BYTES = 200 << 30
+_MAX_MEMBERS = 1000
+_MAX_BYTES = 200 << 30
 _DEEPEST = 4
 
 
@@ -79,8 +79,8 @@ def _checked(archive: tarfile.TarFile, file: Path) -> list[tuple[tarfile.TarInfo
     found: list[tuple[tarfile.TarInfo, str]] = []
     top: str | None = None
     for count, member in enumerate(archive):
-        if count == _MOST_MEMBERS:
-            raise UserError(f"{file}: has more than {_MOST_MEMBERS} members; it is no export")
+        if count == _MAX_MEMBERS:
+            raise UserError(f"{file}: has more than {_MAX_MEMBERS} members; it is no export")
         path = PurePosixPath(member.name)
         shown = ascii(member.name)
         if not member.isreg() or member.issparse():
@@ -109,7 +109,7 @@ def _check_room(members: list[tuple[tarfile.TarInfo, str]], file: Path, folder: 
     there = folder.absolute().parent
     while not there.exists():
         there = there.parent
-    free = min(shutil.disk_usage(there).free, _MOST_BYTES)
+    free = min(shutil.disk_usage(there).free, _MAX_BYTES)
     # Nothing is compressed, so the files cannot be larger than the archive.
     if size > min(free, file.stat().st_size):
         raise UserError(

@@ -124,7 +124,7 @@ class Bundle:
         eos: ids of the tokens that end a turn.
         before: an answer's prompt up to the question,
         after: and from the question on.
-        answer_tokens: most tokens of an answer.
+        max_answer_tokens: most tokens of an answer.
         prompts: the roles' prompts.
         items: the problems.
         pieces: texts of the tokens in the prompts' ``greedy`` and ``top_ids``, by id.
@@ -138,7 +138,7 @@ class Bundle:
     eos: tuple[int, ...]
     before: str
     after: str
-    answer_tokens: int
+    max_answer_tokens: int
     prompts: tuple[Prompt, ...]
     items: tuple[Item, ...]
     pieces: dict[int, str]
@@ -243,7 +243,7 @@ def make_bundle(
         eos=tuple(sorted(loaded.tokenizer.eos_token_ids)),
         before=before,
         after=after,
-        answer_tokens=_ANSWER_TOKENS,
+        max_answer_tokens=_ANSWER_TOKENS,
         prompts=prompts,
         items=items,
         pieces={token: loaded.tokenizer.decode([token]) for token in sorted(spoken)},
@@ -366,7 +366,7 @@ def write_bundle(bundle: Bundle, folder: Path) -> None:
         "eos": list(bundle.eos),
         "before": bundle.before,
         "after": bundle.after,
-        "answer_tokens": bundle.answer_tokens,
+        "max_answer_tokens": bundle.max_answer_tokens,
         "prompts": [
             {
                 "role": prompt.role,

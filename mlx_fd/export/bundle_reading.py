@@ -133,7 +133,7 @@ def read_bundle(folder: Path) -> Bundle:
         eos=fields.ids("eos", vocab),
         before=fields.text("before"),
         after=fields.text("after"),
-        answer_tokens=fields.whole("answer_tokens", 1, 1 << 16),
+        max_answer_tokens=fields.whole("max_answer_tokens", 1, 1 << 16),
         prompts=_prompts(fields.rows("prompts"), data, vocab, folder / FOLDER / REFERENCE),
         items=tuple(_item(row) for row in fields.rows("items")),
         pieces=_pieces(fields, vocab),

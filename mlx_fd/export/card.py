@@ -57,7 +57,7 @@ def write_card(
         "## Use\n",
         _use(source, form),
         _score_head(source, form, student.score_at)
-        if student is not None and source.place.scores
+        if student is not None and source.ref.scores
         else "",
         "## Is it the same model?\n",
         _same(form, agreement, kept, gguf),
@@ -102,7 +102,7 @@ def _origin(source: Source, student: Student | None) -> str:
         if options["train"] == "lora"
         else "all weights"
     )
-    if not source.place.scores:
+    if not source.ref.scores:
         rows = {
             "base": f"`{source.base}`",
             "method": f"{options['method']}: the teacher reads {options['context']}, the objective "
@@ -148,7 +148,7 @@ def _problems(options: dict[str, Any]) -> str:
 
 
 def _provenance(source: Source) -> dict[str, str]:
-    checkpoint, versions = source.place.checkpoint, source.manifest["versions"]
+    checkpoint, versions = source.ref.checkpoint, source.manifest["versions"]
     assert checkpoint is not None
     return {
         "checkpoint": f"{checkpoint.name} (seed {source.manifest['seed']})",
@@ -163,8 +163,8 @@ def _table(rows: dict[str, str]) -> str:
 
 
 def _read_at(score_at: str) -> str:
-    place = "at the prompt's last token"
-    return place if score_at == "prompt" else "where the feedback's last token is predicted"
+    ref = "at the prompt's last token"
+    return ref if score_at == "prompt" else "where the feedback's last token is predicted"
 
 
 def _gate(gate: str, summary: dict[str, Any]) -> str:
@@ -188,11 +188,11 @@ _EXAM = {
 def _results(source: Source) -> str:
     """The run's own measurements."""
     summary = source.summary
-    if source.place.checkpoint is None:
+    if source.ref.checkpoint is None:
         return ""
     if not summary:
         return "The run has not ended, so it has no summary yet.\n"
-    if not source.place.scores:
+    if not source.ref.scores:
         before, after = (summary["held_out"][side] for side in ("before", "after"))
         return (
             "## Measured in the run\n\n"

@@ -212,10 +212,10 @@ def run(
                 process.stdin.write(_as_request(job, asked))
                 process.stdin.close()
             for line in process.stdout:
-                said = json.loads(line)
-                if "done" not in said:
-                    return said
-                progress(label, said["done"], said["total"])
+                message = json.loads(line)
+                if "done" not in message:
+                    return message
+                progress(label, message["done"], message["total"])
         finally:
             process.kill()
     return {

@@ -176,14 +176,14 @@ def export(
     check_out(folder, with_archive=with_archive)
     source = open_source(name)
     progress("loading", 0, 1)
-    live, student = open_student(source.place)
+    live, student = open_student(source.ref)
     chat = role_chat(live.tokenizer)
     with contextlib.ExitStack() as archived, contextlib.ExitStack() as held:
         with _explained(folder):
             working = held.enter_context(new_directory(folder, shared=False))
             written = _write(source, live, working, form, progress)
-            if student is not None and source.place.scores:
-                write_score_head(source.place, student.score_at, working / SCORE_HEAD)
+            if student is not None and source.ref.scores:
+                write_score_head(source.ref, student.score_at, working / SCORE_HEAD)
         progress("comparing", 0, 2)
         reference = logits_of(live, chat)
         progress("comparing", 1, 2)
@@ -262,7 +262,7 @@ def _describe(
         write_card(source, form, student, found, kept, written, folder)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{source.place.run}: its {MANIFEST} or {SUMMARY} is not what mlx-fd wrote "
+            f"{source.ref.run}: its {MANIFEST} or {SUMMARY} is not what mlx-fd wrote "
             f"({error!r}); bring the old file back"
         ) from error
 
@@ -310,7 +310,7 @@ def _logits_again(
             return logits_of(load(again), chat)
     if not form.adapter:
         return logits_of(load(folder), chat)
-    loaded = load(source.place.model)
+    loaded = load(source.ref.model)
     put = peft.put_adapter if form.format == "hf" else mlx_dir.put_adapter
     put(loaded.model, folder)
     return logits_of(loaded, chat)
@@ -319,13 +319,13 @@ def _logits_again(
 def _kept(source: Source, form: Form, chat: tuple[int, ...], reference: Logits) -> Agreement | None:
     """The student against its base, where few bits may have lost what lies between them."""
     rounded = form.q_bits is not None or (form.gguf_type or "").startswith("q")
-    if source.place.checkpoint is None or not rounded:
+    if source.ref.checkpoint is None or not rounded:
         return None
-    return agreement(reference, logits_of(load(source.place.model), chat))
+    return agreement(reference, logits_of(load(source.ref.model), chat))
 
 
 def _untrained(source: Source) -> str | None:
-    checkpoint = source.place.checkpoint
+    checkpoint = source.ref.checkpoint
     if checkpoint is None or not checkpoint.name.isdigit() or int(checkpoint.name) > 0:
         return None
     return (
@@ -338,7 +338,7 @@ def _problems(source: Source, count: int) -> tuple[Problem, ...]:
     """Problems of the kind that the model was made for."""
     from mlx_fd import problems
 
-    config = source.place.config
+    config = source.ref.config
     wanted = config.problems.problems if config is not None else ""
     tiny = source.base.startswith("tiny")
     name = wanted if wanted in problems.EMBEDDED else "arithmetic" if tiny else "gsm8k"

@@ -160,10 +160,10 @@ def _tensors(source: Source, shape: Shape, kind: str) -> list[_Tensor]:
     """Every matrix and vector of the model, with how to make it when its turn comes."""
     from mlx.utils import tree_flatten
 
-    base, _ = open_lazily(source.place.model)
+    base, _ = open_lazily(source.ref.model)
     modules: dict[str, Any] = dict(base.named_modules())
-    changed = changed_modules(source.place)
-    weights = dict(tree_flatten(fused(source.place).parameters()))
+    changed = changed_modules(source.ref)
+    weights = dict(tree_flatten(fused(source.ref).parameters()))
     expected = expected_tensors(shape)
     known = {target for target, _ in expected.values()}
     if unknown := sorted(weights.keys() - known):
@@ -243,7 +243,7 @@ def _add_model(writer: gguf.GGUFWriter, source: Source, shape: Shape, args: Any)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: Any, shape: Shape) -> None:
-    path = source.place.model / "tokenizer.json"
+    path = source.ref.model / "tokenizer.json"
     vocabulary = read_vocabulary(path, shape.vocab, shape.arch)
     ends = end_tokens(tokenizer)
     if ends is None:
@@ -301,7 +301,7 @@ def write_file(
     import gguf
 
     kind = kind or _DEFAULT
-    base, config = open_lazily(source.place.model)
+    base, config = open_lazily(source.ref.model)
     check_architecture(config["model_type"], "--format gguf")
     args: Any = base.args
     shape = _shape(args)

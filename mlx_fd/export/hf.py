@@ -20,7 +20,7 @@ def _config(config: dict[str, Any], args: Any, dtype: str, tokenizer: Any) -> di
     """config.json with all that mlx-lm and transformers would fill in differently."""
     written = {key: value for key, value in config.items() if key not in MLX_KEYS}
     written.pop("dtype", None)
-    told = {
+    overrides = {
         "architectures": [ARCHITECTURES[args.model_type]],
         "num_key_value_heads": args.num_key_value_heads,
         "rope_theta": args.rope_theta,
@@ -30,11 +30,11 @@ def _config(config: dict[str, Any], args: Any, dtype: str, tokenizer: Any) -> di
         "pad_token_id": tokenizer.pad_token_id,
         "torch_dtype": dtype,
     }
-    return dict(sorted({**written, **told}.items()))
+    return dict(sorted({**written, **overrides}.items()))
 
 
 def _generation_config(source: Source, config: dict[str, Any]) -> dict[str, Any]:
-    if found := read_json(source.place.model / "generation_config.json"):
+    if found := read_json(source.ref.model / "generation_config.json"):
         return {**found, "eos_token_id": config["eos_token_id"]}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: config[name] for name in names if config.get(name) is not None}
@@ -64,9 +64,9 @@ def write_model(
     from huggingface_hub import split_state_dict_into_shards_factory
     from mlx.utils import tree_flatten
 
-    _, config = open_lazily(source.place.model)
+    _, config = open_lazily(source.ref.model)
     check_architecture(config["model_type"], "--format hf")
-    model = fused(source.place)
+    model = fused(source.ref)
     dtype = dtype or "bfloat16"
     model.set_dtype(getattr(mx, dtype))
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
@@ -90,4 +90,4 @@ def write_model(
         write_json(folder / "model.safetensors.index.json", index)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", _generation_config(source, config))
-    copy_tokenizer(source.place.model, folder)
+    copy_tokenizer(source.ref.model, folder)

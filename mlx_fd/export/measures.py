@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mlx_fd.errors import UserError
 from mlx_fd.export.bundle import ROLES, Bundle, Item, Prompt
-from mlx_fd.export.engines import TIMED_ROLE, Engine, Followed
+from mlx_fd.export.engines import TIMED_ROLE, Continuation, Engine
 from mlx_fd.problems import Problem, parsing
 from mlx_fd.runs.summary import wilson
 
@@ -68,7 +68,7 @@ def _tokenisation(engine: Engine, prompts: Sequence[Prompt]) -> Measures:
     return {"equal": sum(known), "n": len(known), "by": found[0][1]}
 
 
-def _parity(prompts: Sequence[Prompt], followed: Sequence[Followed]) -> Measures:
+def _parity(prompts: Sequence[Prompt], followed: Sequence[Continuation]) -> Measures:
     """Everything but the timings, over some of the prompts."""
     pairs = list(zip(prompts, followed, strict=True))
     kl = np.concatenate([coarse_kl(p.top_logprobs[f.rows], f.logprobs) for p, f in pairs])
@@ -80,9 +80,9 @@ def _parity(prompts: Sequence[Prompt], followed: Sequence[Followed]) -> Measures
     )
     clear = margin >= NEAR_TIE
     # Rows of the continuation: those that predict a token after the prompt's last.
-    ours = [(p, f, f.rows + p.begin >= len(p.tokens) - 1) for p, f in pairs]
-    engine = np.concatenate([f.next_logprobs[own] for _, f, own in ours])
-    reference = np.concatenate([p.next_logprobs[f.rows[own]] for p, f, own in ours])
+    aligned = [(p, f, f.rows + p.begin >= len(p.tokens) - 1) for p, f in pairs]
+    engine = np.concatenate([f.next_logprobs[own] for _, f, own in aligned])
+    reference = np.concatenate([p.next_logprobs[f.rows[own]] for p, f, own in aligned])
     broken = [f.agreed + 1 for p, f in pairs if f.agreed < len(p.greedy)]
     with np.errstate(over="ignore"):
         mean = kl.mean() if len(kl) else np.nan
@@ -111,7 +111,7 @@ def _parity(prompts: Sequence[Prompt], followed: Sequence[Followed]) -> Measures
     }
 
 
-def _speed(followed: Sequence[Followed]) -> Measures:
+def _speed(followed: Sequence[Continuation]) -> Measures:
     timings = [f.timing for f in followed if f.timing is not None]
     decoded = [(t.written - 1) / t.rest for t in timings if t.written > 1 and t.rest > 0]
 
@@ -136,22 +136,22 @@ def _answers(
 ) -> Measures:
     known = {item.id: item for item in bundle.items}
     rights: list[bool] = []
-    theirs: list[bool] = []
+    reference_right: list[bool] = []
     same = 0
     for problem in asked:
         text = engine.answer(
-            bundle.before + problem.question.strip() + bundle.after, bundle.answer_tokens
+            bundle.before + problem.question.strip() + bundle.after, bundle.max_answer_tokens
         )
         final = parsing.final_answer(text)
         rights.append(parsing.same_answer(final, problem.answer))
         item = known.get(problem.id)
         if item is not None and item.question == problem.question.strip():
-            theirs.append(item.right)
+            reference_right.append(item.right)
             same += final == item.final
         did()
     return {
         "engine": _accuracy(sum(rights), len(rights)),
-        "reference": _accuracy(sum(theirs), len(theirs)),
+        "reference": _accuracy(sum(reference_right), len(reference_right)),
         "same_answer": same,
     }
 
@@ -191,9 +191,9 @@ def measure(
     order = sorted(
         range(len(bundle.prompts)), key=lambda place: bundle.prompts[place].role != TIMED_ROLE
     )
-    followed: dict[int, Followed] = {}
+    followed: dict[int, Continuation] = {}
     for place in order:
-        followed[place] = engine.follow(bundle.prompts[place])
+        followed[place] = engine.score_continuation(bundle.prompts[place])
         did()
     in_order = [followed[place] for place in range(len(bundle.prompts))]
 

@@ -47,8 +47,8 @@ def write_model(
     import mlx.core as mx
     from mlx_lm.utils import quantize_model, save_config, save_model
 
-    base, config = open_lazily(source.place.model)
-    model = fused(source.place)
+    base, config = open_lazily(source.ref.model)
+    model = fused(source.ref)
     wanted = getattr(mx, dtype) if dtype else stored_dtype(base)
     model.set_dtype(wanted)
     for key in (*MLX_KEYS, "dtype"):
@@ -60,16 +60,16 @@ def write_model(
             model, config = quantize_model(model, config, q_group_size, q_bits)
     save_model(folder, model, donate_model=True)
     save_config(config, folder / "config.json")
-    copy_tokenizer(source.place.model, folder)
-    copy_file(source.place.model / "generation_config.json", folder)
+    copy_tokenizer(source.ref.model, folder)
+    copy_file(source.ref.model / "generation_config.json", folder)
 
 
 def write_adapter(source: Source, folder: Path) -> None:
     """Write the adapter alone, as mlx-lm writes it, with its base model's name or directory."""
-    base = source.base if source.on_hub else str(source.place.model)
-    config: dict[str, Any] = {**adapter_config(source.place), "model": base}
-    assert source.place.checkpoint is not None
-    shutil.copyfile(source.place.checkpoint / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+    base = source.base if source.on_hub else str(source.ref.model)
+    config: dict[str, Any] = {**adapter_config(source.ref), "model": base}
+    assert source.ref.checkpoint is not None
+    shutil.copyfile(source.ref.checkpoint / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
     write_json(folder / ADAPTER_CONFIG, config)
 
 

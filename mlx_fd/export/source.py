@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_fd import runs
 from mlx_fd.config import ModelOptions
 from mlx_fd.errors import UserError
-from mlx_fd.feedback.judge import Place, find
+from mlx_fd.feedback.judge import ModelRef, locate_model
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.gguf import ARCHITECTURES
 from mlx_fd.models.loading import open_lazily
@@ -41,7 +41,7 @@ class Source:
     """A model that passed every check that needs no forward pass.
 
     Attributes:
-        place: where its files are.
+        ref: where its files are.
         name: what to call it.
         base: what to call its language model.
         on_hub: whether the hub has that under this name.
@@ -50,7 +50,7 @@ class Source:
         summary: the run's summary, empty where the run has not ended.
     """
 
-    place: Place
+    ref: ModelRef
     name: str
     base: str
     on_hub: bool
@@ -69,22 +69,22 @@ def open_source(name: str) -> Source:
         UserError: nothing of that name, or its files are damaged: a file ends early, or numbers in
             it are not finite.
     """
-    place = find(name)
-    for file in sorted(place.model.glob("model*.safetensors")):
+    ref = locate_model(name)
+    for file in sorted(ref.model.glob("model*.safetensors")):
         _check_file(file)
-    if place.run is None or place.config is None:
+    if ref.run is None or ref.config is None:
         base, on_hub, local = _base_name(name)
-        return Source(place, base, base, on_hub, local, {}, {})
-    assert place.checkpoint is not None
+        return Source(ref, base, base, on_hub, local, {}, {})
+    assert ref.checkpoint is not None
     for part in (ADAPTER_WEIGHTS, HEADS):
-        _check_file(place.checkpoint / part)
-    _check_adapter_config(place, place.config.models)
+        _check_file(ref.checkpoint / part)
+    _check_adapter_config(ref, ref.config.models)
     return Source(
-        place,
-        place.run.name,
-        *_base_name(place.config.models.student),
-        runs.read_manifest(place.run),
-        _summary(place.run / runs.SUMMARY),
+        ref,
+        ref.run.name,
+        *_base_name(ref.config.models.student),
+        runs.read_manifest(ref.run),
+        _summary(ref.run / runs.SUMMARY),
     )
 
 
@@ -167,7 +167,7 @@ def stored_dtype(model: nn.Module) -> mx.Dtype:
     return max(floating, key=lambda array: array.ndim).dtype
 
 
-def fused(place: Place) -> nn.Module:
+def fused(ref: ModelRef) -> nn.Module:
     """The language model with its adapter fused into it, in float32 and dense; weights stay lazy.
 
     Everything is computed in float32, however the base is stored, and rounded once at the end by
@@ -178,13 +178,13 @@ def fused(place: Place) -> nn.Module:
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import dequantize_model
 
-    model, _ = open_lazily(place.model)
+    model, _ = open_lazily(ref.model)
     model.set_dtype(mx.float32)
-    if place.checkpoint is not None:
+    if ref.checkpoint is not None:
         try:
-            load_adapters(model, str(place.checkpoint))
+            load_adapters(model, str(ref.checkpoint))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{place.checkpoint}: this adapter does not fit: {error}") from error
+            raise UserError(f"{ref.checkpoint}: this adapter does not fit: {error}") from error
     merged = [
         (name, module.fuse(dequantize=True))
         for name, module in model.named_modules()
@@ -195,23 +195,23 @@ def fused(place: Place) -> nn.Module:
     return dequantize_model(model)
 
 
-def adapter_config(place: Place) -> dict[str, Any]:
+def adapter_config(ref: ModelRef) -> dict[str, Any]:
     """The adapter's configuration as mlx-lm has it.
 
     Raises:
         UserError: there is no adapter.
     """
-    if place.checkpoint is None:
+    if ref.checkpoint is None:
         raise UserError(
             "--adapter: this is a plain model, which has no adapter; name a run, or leave "
             "--adapter out"
         )
-    return read_json(place.checkpoint / ADAPTER_CONFIG)
+    return read_json(ref.checkpoint / ADAPTER_CONFIG)
 
 
-def _check_adapter_config(place: Place, options: ModelOptions) -> None:
+def _check_adapter_config(ref: ModelRef, options: ModelOptions) -> None:
     """Make sure that mlx-lm puts the adapter on as the run did; a user may edit this file."""
-    config, path = adapter_config(place), f"{place.checkpoint}/{ADAPTER_CONFIG}"
+    config, path = adapter_config(ref), f"{ref.checkpoint}/{ADAPTER_CONFIG}"
     lora = {"rank": options.lora_rank, "scale": options.lora_scale, "dropout": 0.0}
     wanted = {"fine_tune_type": options.train, "lora_parameters": lora}
     for key, value in wanted.items():
@@ -221,11 +221,11 @@ def _check_adapter_config(place: Place, options: ModelOptions) -> None:
         raise UserError(f"{path}: num_layers is {config.get('num_layers')!r}, no whole number")
 
 
-def changed_modules(place: Place) -> set[str]:
+def changed_modules(ref: ModelRef) -> set[str]:
     """Names of the modules whose weights the training changed."""
-    if place.checkpoint is None:
+    if ref.checkpoint is None:
         return set()
-    return {name.rsplit(".", 1)[0] for name in read_arrays(place.checkpoint / ADAPTER_WEIGHTS)}
+    return {name.rsplit(".", 1)[0] for name in read_arrays(ref.checkpoint / ADAPTER_WEIGHTS)}
 
 
 def end_tokens(tokenizer: Any) -> int | list[int] | None:
@@ -260,17 +260,17 @@ def copy_file(path: Path, folder: Path) -> None:
     (folder / path.name).write_bytes(content)
 
 
-def write_score_head(place: Place, score_at: str, file: Path) -> None:
+def write_score_head(ref: ModelRef, score_at: str, file: Path) -> None:
     """Write a student's score head: ``weight`` [1, d] and ``bias`` [1], both float32.
 
     Args:
-        place: of a student.
+        ref: of a student.
         score_at: where the head reads, kept in the file's metadata.
         file: the file to write.
     """
     import mlx.core as mx
 
-    assert place.checkpoint is not None
-    heads = read_arrays(place.checkpoint / HEADS)
+    assert ref.checkpoint is not None
+    heads = read_arrays(ref.checkpoint / HEADS)
     head = {part: heads[f"score_head.{part}"].astype(mx.float32) for part in ("weight", "bias")}
     mx.save_safetensors(str(file), head, metadata={"format": "mlx", "score_at": score_at})

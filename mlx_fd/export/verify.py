@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mlx_fd.errors import UserError
 from mlx_fd.export.logits import log_softmax, next_token_logits
-from mlx_fd.models.generation import next_message, opening
+from mlx_fd.models.generation import first_prompt, followup_prompt
 from mlx_fd.problems import prompts
 
 if TYPE_CHECKING:
@@ -69,12 +69,12 @@ def role_chat(tokenizer: Any) -> tuple[int, ...]:
         (prompts.final_prompt(), _SOLUTION),
     )
 
-    def said(text: str) -> tuple[int, ...]:
+    def encode_reply(text: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(text, add_special_tokens=False))
 
-    tokens = (*opening(tokenizer, prompts.answer_prompt(_QUESTION)), *said(_SOLUTION))
+    tokens = (*first_prompt(tokenizer, prompts.answer_prompt(_QUESTION)), *encode_reply(_SOLUTION))
     for message, reply in replies:
-        tokens = (*tokens, *next_message(tokenizer, message), *said(reply))
+        tokens = (*tokens, *followup_prompt(tokenizer, message), *encode_reply(reply))
     return tokens
 
 
@@ -100,8 +100,8 @@ def agreement(reference: Logits, other: Logits) -> Agreement:
             "what was written gives logits that are not finite: its weights do not fit into their "
             "type; choose another one (--dtype bfloat16 or float32, --gguf-type bf16 or f32)"
         )
-    ours, theirs = log_softmax(reference), log_softmax(other)
-    divergence = (np.exp(ours) * (ours - theirs)).sum(-1)
+    log_p, log_q = log_softmax(reference), log_softmax(other)
+    divergence = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     return Agreement(
         positions=len(reference),
         largest_difference=float(np.abs(reference - other).max()),

@@ -23,7 +23,7 @@ from mlx_fd.losses.score import score_loss
 from mlx_fd.models import taps
 from mlx_fd.models.attention_taps import log_attention
 from mlx_fd.models.loading import Loaded
-from mlx_fd.models.student import Student, part_of
+from mlx_fd.models.student import Student, parameter_group
 
 _FLOAT16_SCALE = 1024.0
 Sums = dict[str, tuple[mx.array, float]]
@@ -102,7 +102,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
             for name in of_tokens[0]
         },
         counts=_counts(samples),
-        expert_expects=_joined([s.expert.expects for s in samples]),
+        expert_expects=_joined([s.expert.targets for s in samples]),
         expert_pooled=_stacked([s.expert.pooled for s in samples]),
         expert_attention=_stacked([[attention(a) for a in s.expert.attention] for s in samples]),
         scores=mx.array([s.expert_score or 0.0 for s in samples]),
@@ -142,9 +142,9 @@ def counts(samples: Sequence[Sample], options: LossOptions) -> dict[str, float]:
 
 def _counts(samples: Sequence[Sample]) -> dict[str, float]:
     tokens = float(sum(len(s.target) for s in samples))
-    own = float(sum(len(s.target) for s in samples if s.on_policy))
+    on_feedback = float(sum(len(s.target) for s in samples if s.on_policy))
     return {
-        "lm": tokens - own,
+        "lm": tokens - on_feedback,
         "hidden": float(len(samples)),
         "score": float(sum(s.expert_score is not None for s in samples)),
         "logit": tokens,
@@ -219,8 +219,8 @@ def _token_losses(
     groups = [
         [name for name in options.losses if name in kinds] for kinds in (_WITH_TOKENS, _WITH_EXPERT)
     ]
-    own, theirs = groups
-    if not own and not theirs:
+    on_feedback, on_solutions = groups
+    if not on_feedback and not on_solutions:
         return mx.array(0.0), {}
 
     def weights(names: Sequence[str]) -> mx.array:
@@ -229,17 +229,17 @@ def _token_losses(
 
     head = taps.head(student.model)
     targets = []
-    if own:
+    if on_feedback:
         # Over padding too, as when the student generates.
         rows = head.weight.shape[0]
         sure = one_hot(batch.targets)
-        targets.append(Target(sure, None, weights(own), "forward", 1.0, rows))
-    if theirs:
+        targets.append(Target(sure, None, weights(on_feedback), "forward", 1.0, rows))
+    if on_solutions:
         targets.append(
             Target(
                 batch.expert_expects,
                 taps.head(expert.model),
-                weights(theirs),
+                weights(on_solutions),
                 options.kl,
                 options.loss_temperature,
                 vocab,
@@ -350,8 +350,8 @@ def make_optimizer(student: Student, options: TrainingOptions) -> optim.MultiOpt
     optimizer = optim.MultiOptimizer(
         [adamw(options.score_rate), adamw(options.projection_rate), adamw(options.lora_rate)],
         [
-            lambda name, _: part_of(name) == "score",
-            lambda name, _: part_of(name) == "projection",
+            lambda name, _: parameter_group(name) == "score",
+            lambda name, _: parameter_group(name) == "projection",
         ],
     )
     optimizer.init(student.trainable_parameters())
@@ -367,8 +367,8 @@ def update(
     loss_options: LossOptions,
     training: TrainingOptions,
     vocab: int,
-    also: Callable[[], tuple[Any, float]] | None = None,
-    also_weight: float = 1.0,
+    auxiliary_loss: Callable[[], tuple[Any, float]] | None = None,
+    auxiliary_weight: float = 1.0,
 ) -> Update:
     """One optimiser step on the weighted losses.
 
@@ -385,9 +385,9 @@ def update(
         loss_options: which losses, and how.
         training: clipping, micro-batch and checkpointing.
         vocab: tokens the two models share.
-        also: gives the gradient of one more loss by the language model's weights, and that loss,
+        auxiliary_loss: gives the gradient of one more loss by the language model's weights, and that loss,
             which is called ``self``.
-        also_weight: what it counts.
+        auxiliary_weight: what it counts.
     """
     begin = time.perf_counter()
     norms = counts(samples, loss_options)
@@ -396,7 +396,7 @@ def update(
     def weighted(batch: Batch) -> tuple[mx.array, Sums]:
         total, sums = loss_sums(
             *(student, expert, batch, loss_options, vocab, factors),
-            recompute=training.checkpoint_layers,
+            recompute=training.grad_checkpoint,
         )
         return total * scale, sums
 
@@ -414,12 +414,14 @@ def update(
             values[name] += float(loss)
     losses = {name: values[name] / norms[name] for name in norms if norms[name]}
     gradients = tree_map(lambda gradient: gradient / scale, gradients)
-    if also is not None:
-        slopes, losses["self"] = also()
+    if auxiliary_loss is not None:
+        grads, losses["self"] = auxiliary_loss()
         gradients["model"] = tree_map(
-            lambda own, more: own + also_weight * more, gradients["model"], slopes
+            lambda on_feedback, more: on_feedback + auxiliary_weight * more,
+            gradients["model"],
+            grads,
         )
-        total += also_weight * losses["self"]
+        total += auxiliary_weight * losses["self"]
     gradient_norm, skipped = take_step(student, optimizer, gradients, total, training)
     tokens = sum(len(s.prompt) + len(s.target) - 1 for s in samples)
     seconds = time.perf_counter() - begin
@@ -445,7 +447,7 @@ def take_step(
     Returns:
         The gradients' norm before clipping, and whether the step was skipped.
     """
-    clipped, norm = optim.clip_grad_norm(gradients, training.clip or math.inf)
+    clipped, norm = optim.clip_grad_norm(gradients, training.max_grad_norm or math.inf)
     skipped = not (math.isfinite(total) and math.isfinite(float(norm)))
     if not skipped:
         optimizer.update(model, clipped)

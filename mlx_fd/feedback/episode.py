@@ -28,12 +28,12 @@ from mlx_fd.models.generation import (
     Conversation,
     Sampling,
     Turn,
+    first_prompt,
+    followup_prompt,
+    forward,
     generate,
-    next_message,
-    opening,
     prefill,
-    reply_to,
-    run_on,
+    without_repeated_eos,
 )
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student
@@ -126,7 +126,7 @@ def is_correct(answer: Fraction | None, problem: Problem) -> bool:
     return parsing.same_answer(answer, problem.answer)
 
 
-def seed_of(seed: int, batch: int, step: str) -> int:
+def derive_seed(seed: int, batch: int, step: str) -> int:
     """The seed of one step's draws: it depends on nothing that came before."""
     digest = hashlib.sha256(f"{seed}/{batch}/{step}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
@@ -210,9 +210,9 @@ def answer(
         keep: keep the caches, to go on from the answers.
     """
     blank = [Draft(p, Answer("", None, ()), Conversation()) for p in problems]
-    prompts = [opening(loaded.tokenizer, answer_prompt(p.question)) for p in problems]
+    prompts = [first_prompt(loaded.tokenizer, answer_prompt(p.question)) for p in problems]
     sampling = Sampling(
-        options.answer_tokens,
+        options.max_answer_tokens,
         options.answer_temperature if temperature is None else temperature,
         options.expert_repetition_penalty,
         seed,
@@ -234,7 +234,7 @@ def answer(
             draft,
             answer=read_answer(turn, options),
             after_answer=turn.conversation,
-            request=reply_to(turn.conversation, request),
+            request=without_repeated_eos(turn.conversation, request),
         )
         for draft, turn in zip(drafts, turns, strict=True)
     ]
@@ -253,7 +253,7 @@ def first_answers(
     """
     if options.answers_by == "expert":
         return answer(pair.expert, problems, options, seed, progress)
-    drafts = answer(pair.reader, problems, options, seed, progress, keep=False)
+    drafts = answer(pair.student_lm, problems, options, seed, progress, keep=False)
     return [
         dataclasses.replace(draft, after_answer=Conversation(draft.after_answer.tokens))
         for draft in drafts
@@ -268,7 +268,7 @@ def feedback_request(tokenizer: Any, prompt: str = "") -> tuple[int, ...]:
         prompt: what is asked; empty: the role's own prompt.
     """
     begun = tokenizer.encode(FEEDBACK_OPENING, add_special_tokens=False)
-    return (*next_message(tokenizer, prompt or feedback_prompt()), *begun)
+    return (*followup_prompt(tokenizer, prompt or feedback_prompt()), *begun)
 
 
 def parsed(turn: Turn) -> Feedback:
@@ -278,7 +278,7 @@ def parsed(turn: Turn) -> Feedback:
 
 def head_score(
     student: Student,
-    reader: Loaded,
+    student_lm: Loaded,
     hidden: mx.array,
     before: Conversation,
     prompt: Sequence[int],
@@ -288,14 +288,14 @@ def head_score(
 
     Args:
         student: the student.
-        reader: its language model.
+        student_lm: its language model.
         hidden: its final hidden state [d] at the prompt's last token.
         before: its conversation up to that token, which it does not hold.
         prompt: all tokens before the feedback.
         turn: its feedback.
     """
     if student.score_at == "feedback":
-        hidden = run_on(reader, before, [prompt[-1], *turn.tokens[:-1]]).final[0, -1]
+        hidden = forward(student_lm, before, [prompt[-1], *turn.tokens[:-1]]).final[0, -1]
     return float(student.score(hidden))
 
 
@@ -311,7 +311,7 @@ def student_feedback(
     for draft in drafts:
         begin = time.perf_counter()
         hidden, before = prefill(
-            pair.reader, Conversation(), draft.prompt, reuse=not options.sequential
+            pair.student_lm, Conversation(), draft.prompt, reuse=not options.sequential
         )
         conversations.append(before)
         states.append(hidden)
@@ -322,13 +322,13 @@ def student_feedback(
             )
         )
     sampling = Sampling(
-        options.feedback_tokens,
+        options.max_feedback_tokens,
         options.student_temperature,
         options.student_repetition_penalty,
         seed,
     )
     done, turns = write(
-        pair.reader,
+        pair.student_lm,
         read,
         "student_feedback",
         conversations,
@@ -342,7 +342,9 @@ def student_feedback(
         dataclasses.replace(
             draft,
             student_feedback=parsed(turn),
-            student_score=head_score(pair.student, pair.reader, hidden, before, draft.prompt, turn),
+            student_score=head_score(
+                pair.student, pair.student_lm, hidden, before, draft.prompt, turn
+            ),
             prefilled={**draft.prefilled, "student_feedback": len(draft.prompt)},
         )
         for draft, turn, hidden, before in zip(done, turns, states, conversations, strict=True)
@@ -358,7 +360,7 @@ def expert_feedback(
 ) -> list[Draft]:
     """Step 2, the expert's half: its feedback, and the score parsed from it."""
     sampling = Sampling(
-        options.feedback_tokens,
+        options.max_feedback_tokens,
         options.expert_temperature,
         options.expert_repetition_penalty,
         seed,
@@ -404,7 +406,7 @@ def expert_turn(
         drafts: what the step's counts are added to.
         step: the step's name.
         before: the expert's conversations.
-        requests: tokens of what it is asked, as :func:`mlx_fd.models.generation.next_message` gives them.
+        requests: tokens of what it is asked, as :func:`mlx_fd.models.generation.followup_prompt` gives them.
         limit: most tokens of the turn.
         options: sampling.
         seed: of the draws.
@@ -414,7 +416,10 @@ def expert_turn(
     Returns:
         The drafts and the turns, in order.
     """
-    prompts = [reply_to(told, asked) for told, asked in zip(before, requests, strict=True)]
+    prompts = [
+        without_repeated_eos(conversation, asked)
+        for conversation, asked in zip(before, requests, strict=True)
+    ]
     sampling = Sampling(limit, options.expert_temperature, options.expert_repetition_penalty, seed)
     reuse = not options.sequential
     return write(pair.expert, drafts, step, before, prompts, sampling, reuse, progress, keep)
@@ -464,7 +469,7 @@ def finish(
         limit: int,
         keep: bool = True,
     ) -> tuple[list[Draft], list[Turn]]:
-        requests = [next_message(pair.expert.tokenizer, text) for text in messages]
+        requests = [followup_prompt(pair.expert.tokenizer, text) for text in messages]
         return expert_turn(
             pair, todo, step, before, requests, limit, options, seeds(step), progress, keep
         )
@@ -472,10 +477,12 @@ def finish(
     todo = [draft for _, draft, _ in open_drafts]
     before = [draft.after_feedback or draft.after_answer for draft in todo]
     # Where the expert gave feedback it stands in the conversation, and need not be said again.
-    ours = [draft.expert_feedback.text if draft.expert_feedback else "" for draft in todo]
-    theirs = [draft.student_feedback.text for draft in todo]
-    said = ["" if own else other for own, other in zip(ours, theirs, strict=True)]
-    feedback = [own or other for own, other in zip(ours, theirs, strict=True)]
+    expert_texts = [draft.expert_feedback.text if draft.expert_feedback else "" for draft in todo]
+    student_texts = [draft.student_feedback.text for draft in todo]
+    revision_requests = [
+        "" if own else other for own, other in zip(expert_texts, student_texts, strict=True)
+    ]
+    feedback = [own or other for own, other in zip(expert_texts, student_texts, strict=True)]
     merging = [
         place
         for place, draft in enumerate(todo)
@@ -487,7 +494,7 @@ def finish(
         [todo[place] for place in merging],
         [before[place] for place in merging],
         [_merge_message(todo[place]) for place in merging],
-        options.merge_tokens,
+        options.max_merge_tokens,
     )
     for place, draft, turn in zip(merging, merged, turns, strict=True):
         todo[place], before[place], feedback[place] = draft, turn.conversation, turn.text
@@ -495,9 +502,9 @@ def finish(
     # Each step's conversations take the place of the last one's, whose caches are let go.
     written: dict[str, list[str]] = {}
     for step, messages, limit in (
-        ("revise", [revise_prompt(text) for text in said], options.answer_tokens),
-        ("critique", [critique_prompt()] * len(todo), options.merge_tokens),
-        ("final", [final_prompt()] * len(todo), options.answer_tokens),
+        ("revise", [revise_prompt(text) for text in revision_requests], options.max_answer_tokens),
+        ("critique", [critique_prompt()] * len(todo), options.max_merge_tokens),
+        ("final", [final_prompt()] * len(todo), options.max_answer_tokens),
     ):
         todo, turns = turn_of(step, todo, before, messages, limit, keep=step != "final")
         before = [turn.conversation for turn in turns]

@@ -48,7 +48,7 @@ PLATEAU_ERRORS = 1.0
 REGRESSION_ERRORS = 2.5
 # Remaining share of a loss (EMA / first) as it counts in weights and mean gain: one loss that
 # vanishes or explodes must not decide alone.
-LEAST_REMAINING, MOST_REMAINING = 0.05, 2.0
+MIN_REMAINING, MAX_REMAINING = 0.05, 2.0
 # Sure scores that the student's right to stand alone is judged by, and how many are enough.
 SURE_SCORES, ENOUGH_SURE = 64, 16
 _TINY = 1e-9
@@ -292,8 +292,8 @@ def observe_probe(
 def weights(state: GateState, options: GateOptions) -> dict[str, float]:
     """What each loss counts: more where less was gained; sum 1.
 
-    Proportional to EMA / first value on the probe set, clipped to [:data:`LEAST_REMAINING`,
-    :data:`MOST_REMAINING`]; equal before any observation. The published gate has its own.
+    Proportional to EMA / first value on the probe set, clipped to [:data:`MIN_REMAINING`,
+    :data:`MAX_REMAINING`]; equal before any observation. The published gate has its own.
 
     Args:
         state: the gate's state.
@@ -302,7 +302,7 @@ def weights(state: GateState, options: GateOptions) -> dict[str, float]:
     if options.gate == "published":
         return dict(state.published.weights)
     shares = {
-        name: min(max(tracker.remaining, LEAST_REMAINING), MOST_REMAINING)
+        name: min(max(tracker.remaining, MIN_REMAINING), MAX_REMAINING)
         for name, tracker in state.probe.items()
     }
     total = sum(shares.values())
@@ -498,7 +498,7 @@ def _unsettled(seen: Mapping[str, Tracker]) -> list[str]:
 
 def _sure_gain(seen: Mapping[str, Tracker], options: GateOptions) -> float:
     """What the mean gain is surely above."""
-    left = [min(_most_remaining(tracker, options), MOST_REMAINING) for tracker in seen.values()]
+    left = [min(_most_remaining(tracker, options), MAX_REMAINING) for tracker in seen.values()]
     return sum(1 - share for share in left) / len(left)
 
 

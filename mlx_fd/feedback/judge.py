@@ -13,7 +13,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback.episode import feedback_request, head_score, parsed
 from mlx_fd.models import fingerprint
 from mlx_fd.models.context import context_length, too_long
-from mlx_fd.models.generation import Conversation, Sampling, generate, opening, prefill
+from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate, prefill
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.student import (
@@ -29,7 +29,7 @@ from mlx_fd.runs.checkpoints import check_weights
 
 
 @dataclass(frozen=True)
-class Place:
+class ModelRef:
     """Where a model that can be used is.
 
     Attributes:
@@ -60,7 +60,7 @@ def _checkpoint(name: str) -> Path | None:
     return folder if (folder / ADAPTER_WEIGHTS).is_file() else None
 
 
-def find(name: str) -> Place:
+def locate_model(name: str) -> ModelRef:
     """A model or a student by its name, not loaded yet.
 
     Args:
@@ -72,7 +72,7 @@ def find(name: str) -> Place:
     """
     checkpoint = _checkpoint(name)
     if checkpoint is None:
-        return Place(resolve(name))
+        return ModelRef(resolve(name))
     checkpoint = checkpoint.resolve()
     folder = checkpoint.parents[1]
     if not runs.is_run(folder):
@@ -89,10 +89,10 @@ def find(name: str) -> Place:
         raise UserError(
             f"{name}: the student's base model {path} is not the one that was trained: {why}."
         )
-    return Place(path, checkpoint, folder, config)
+    return ModelRef(path, checkpoint, folder, config)
 
 
-def open_student(place: Place) -> tuple[Loaded, Student | None]:
+def open_student(ref: ModelRef) -> tuple[Loaded, Student | None]:
     """Load a model to give feedback with.
 
     Returns:
@@ -102,14 +102,14 @@ def open_student(place: Place) -> tuple[Loaded, Student | None]:
     Raises:
         UserError: files are missing or damaged, or do not belong together.
     """
-    if place.checkpoint is None or place.config is None:
-        return load(place.model), None
-    options = place.config.models
-    loaded = load(place.model, dequantize=options.dequantize)
+    if ref.checkpoint is None or ref.config is None:
+        return load(ref.model), None
+    options = ref.config.models
+    loaded = load(ref.model, dequantize=options.dequantize)
     # The projection is not used here, but load_student wants its place: as wide as it was.
-    width = projection_width(place.checkpoint)
-    student = make_student(loaded.model, width, options, place.config.episode.seed)
-    load_student(student, place.checkpoint)
+    width = projection_width(ref.checkpoint)
+    student = make_student(loaded.model, width, options, ref.config.episode.seed)
+    load_student(student, ref.checkpoint)
     student.eval()
     return dataclasses.replace(loaded, model=student.model), student
 
@@ -118,7 +118,7 @@ def give_feedback(name: str, problem: str, answer: str, max_tokens: int) -> dict
     """Judge an answer to a problem.
 
     Args:
-        name: what :func:`find` takes.
+        name: what :func:`locate_model` takes.
         problem: the problem's text.
         answer: the answer's text.
         max_tokens: most tokens of the feedback.
@@ -127,19 +127,19 @@ def give_feedback(name: str, problem: str, answer: str, max_tokens: int) -> dict
         ``feedback`` (text), ``written_score`` (parsed from it, or ``None``) and, for a distilled
         student, ``score``: its score head's, in (-1, 1).
     """
-    place = find(name)
-    _check_length(place.model, problem, answer, max_tokens)
-    loaded, student = open_student(place)
+    ref = locate_model(name)
+    _check_length(ref.model, problem, answer, max_tokens)
+    loaded, student = open_student(ref)
     tokenizer = loaded.tokenizer
     prompt = (
-        *opening(tokenizer, answer_prompt(problem)),
+        *first_prompt(tokenizer, answer_prompt(problem)),
         *tokenizer.encode(answer, add_special_tokens=False),
         *feedback_request(tokenizer),
     )
     hidden, before = prefill(loaded, Conversation(), prompt)
     turn = generate(loaded, [before], [prompt[-1:]], Sampling(max_tokens))[0]
     written = parsed(turn)
-    if student is None or not place.scores:
+    if student is None or not ref.scores:
         score = {}
     else:
         score = {"score": round(head_score(student, loaded, hidden, before, prompt, turn), 4)}

@@ -36,11 +36,11 @@ def open_pair(plan: Plan, projection: int | None = None) -> Any:
     width = projection or taps.width(expert.model)
     student = make_student(base.model, width, options, plan.config.episode.seed)
     # One tokenizer for both: they were compared token by token, and so read the same prompts.
-    reader = dataclasses.replace(
+    student_lm = dataclasses.replace(
         base, model=student.model, tokenizer=expert.tokenizer, vocab=plan.vocab
     )
     expert = dataclasses.replace(expert, vocab=plan.vocab)
-    return Pair(expert, student, reader, plan.vocab)
+    return Pair(expert, student, student_lm, plan.vocab)
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Pair:
     Attributes:
         expert: answers, gives feedback, merges, revises and criticises itself.
         student: the student's trainable parts around its language model.
-        reader: that language model with the expert's tokenizer, so that both read the same tokens.
+        student_lm: that language model with the expert's tokenizer, so that both read the same tokens.
         vocab: tokens the two share (padding of either vocabulary is left out).
     """
 
     expert: Loaded
     student: Student
-    reader: Loaded
+    student_lm: Loaded
     vocab: int

@@ -28,37 +28,37 @@ from mlx_fd.models import taps
 from mlx_fd.models.attention_taps import log_attention
 from mlx_fd.models.backend import backend
 from mlx_fd.models.fingerprint import content_hash
-from mlx_fd.models.generation import Conversation, opening, read_on, rewind
+from mlx_fd.models.generation import Conversation, first_prompt, forward_with_cache, rewind
 from mlx_fd.problems import prompts
 
 
 @dataclass(frozen=True)
-class Reading:
+class TeacherOutputs:
     """What the expert has to say about a text of T tokens that it read after a prompt.
 
     Attributes:
-        expects: where it predicts the tokens: its final hidden states [T, d_expert], or its k
+        targets: where it predicts the tokens: its final hidden states [T, d_expert], or its k
             likeliest tokens.
         pooled: for each aligned student layer, the expert's mean hidden state [d_expert].
         attention: where it is matched, for each aligned student block the logarithm of the
             expert's attention [heads, T, S] from where it predicts the tokens to all S places.
     """
 
-    expects: mx.array | TopK
+    targets: mx.array | TopK
     pooled: tuple[mx.array, ...]
     attention: tuple[mx.array, ...] = ()
 
     def arrays(self) -> dict[str, mx.array]:
         """Everything by its name, to be kept."""
-        found = {"expects": self.expects} if isinstance(self.expects, mx.array) else {}
-        if isinstance(self.expects, TopK):
-            found |= {f"top_k.{name}": array for name, array in vars(self.expects).items()}
+        found = {"expects": self.targets} if isinstance(self.targets, mx.array) else {}
+        if isinstance(self.targets, TopK):
+            found |= {f"top_k.{name}": array for name, array in vars(self.targets).items()}
         for kind, layers in (("pooled", self.pooled), ("attention", self.attention)):
             found |= {f"{kind}.{place}": layer for place, layer in enumerate(layers)}
         return found
 
     @classmethod
-    def of(cls, arrays: Mapping[str, mx.array]) -> Reading:
+    def of(cls, arrays: Mapping[str, mx.array]) -> TeacherOutputs:
         """What :meth:`arrays` gave.
 
         Raises:
@@ -93,7 +93,7 @@ class Sample:
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
-    expert: Reading
+    expert: TeacherOutputs
     expert_score: float | None
     on_policy: bool = False
     answer: tuple[bool, ...] = ()
@@ -108,7 +108,7 @@ class Sample:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], expert: Reading) -> Sample:
+    def from_json(cls, value: Mapping[str, Any], expert: TeacherOutputs) -> Sample:
         """What :meth:`to_json` gave, also after a trip through JSON text.
 
         Raises:
@@ -132,7 +132,7 @@ def read_text(
     target: tuple[int, ...],
     options: LossOptions,
     cache: TeacherCache | None = None,
-) -> Reading:
+) -> TeacherOutputs:
     """Let the expert read a text, if it has not read it already.
 
     Args:
@@ -149,7 +149,7 @@ def read_text(
         mx.eval(reading.arrays())
         return reading
     if (known := cache.load(prompt, target)) is not None:
-        return Reading.of(known)
+        return TeacherOutputs.of(known)
     # What a conversation's keys and values are in their last digits depends on the batch that it
     # was generated in, and an entry must not.
     reading = _read(pair, Conversation(), prompt, target, options)
@@ -163,18 +163,18 @@ def _read(
     prompt: tuple[int, ...],
     target: tuple[int, ...],
     options: LossOptions,
-) -> Reading:
+) -> TeacherOutputs:
     expert, student = pair.expert.model, pair.student.model
     rest = prompt[len(before.tokens) :]
-    seen, caches = read_on(pair.expert, before, [*rest, *target[:-1]])
+    seen, caches = forward_with_cache(pair.expert, before, [*rest, *target[:-1]])
     first = len(rest) - 1  # where the target's first token is predicted
     mask = mx.ones((1, len(target)))
     states = _aligned(len(student.layers) + 1, len(seen.layers), options)
     pooled = tuple(pool(seen.layers[index][:, first:], mask)[0] for index in states)
     final = seen.final[0, first:]
-    expects: mx.array | TopK = final
+    targets: mx.array | TopK = final
     if options.teacher_top_k:
-        expects = teacher_top_k(
+        targets = teacher_top_k(
             final,
             taps.head(expert),
             k=options.teacher_top_k,
@@ -182,7 +182,7 @@ def _read(
             vocab=pair.vocab,
         )
     if "attention" not in options.losses:
-        return Reading(expects, pooled)
+        return TeacherOutputs(targets, pooled)
     places = mx.arange(first, seen.final.shape[1])[None]
 
     def attention(index: int) -> mx.array:
@@ -191,15 +191,15 @@ def _read(
 
     heads = student.args.num_attention_heads
     blocks = _aligned(len(student.layers), len(expert.layers), options)
-    return Reading(
-        expects,
+    return TeacherOutputs(
+        targets,
         pooled,
         tuple(_compared_heads(attention(index), heads, options) for index in blocks),
     )
 
 
-def decides(pair: Pair, options: LossOptions) -> dict[str, Any]:
-    """All that a :class:`Reading` depends on beside the tokens.
+def cache_fingerprint(pair: Pair, options: LossOptions) -> dict[str, Any]:
+    """All that a :class:`TeacherOutputs` depends on beside the tokens.
 
     The expert, what is kept, and what its last digits come from.
     """
@@ -277,7 +277,7 @@ def solution_of(
         cache: as for :func:`read_text`.
     """
     tokenizer = pair.expert.tokenizer
-    prompt = opening(tokenizer, prompts.answer_prompt(question))
+    prompt = first_prompt(tokenizer, prompts.answer_prompt(question))
     text, spans = token_spans(tokenizer.decode, solution.tokens)
     answer = answer_span(text)
     return Sample(

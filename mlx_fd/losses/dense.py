@@ -12,7 +12,7 @@ import math
 import mlx.core as mx
 
 # A row of equal logits has no spread to divide by.
-_LEAST_VARIANCE = 1e-12
+_MIN_VARIANCE = 1e-12
 
 
 def language_model_loss(
@@ -85,7 +85,7 @@ def logit_loss(
         if standardize:
             rows = rows - rows.mean(axis=-1, keepdims=True)
             variance = mx.square(rows).mean(axis=-1, keepdims=True)
-            rows = rows * mx.rsqrt(mx.maximum(variance, _LEAST_VARIANCE))
+            rows = rows * mx.rsqrt(mx.maximum(variance, _MIN_VARIANCE))
         # At 1e4 a float32 has three decimals: without the shift the logarithm below drowns.
         rows = (rows - mx.stop_gradient(rows.max(axis=-1, keepdims=True))) / temperature
         return rows - mx.logsumexp(rows, axis=-1, keepdims=True)

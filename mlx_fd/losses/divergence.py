@@ -63,11 +63,11 @@ def teacher_top_k(
         temperature: T, above 0.
         vocab: V, the real tokens that the models share.
     """
-    theirs = linear_head(head, vocab)
-    chunk = chunk_size(len(hidden), vocab, 3 + theirs.widen)
+    teacher = linear_head(head, vocab)
+    chunk = chunk_size(len(hidden), vocab, 3 + teacher.widen)
     parts: list[tuple[mx.array, ...]] = []
     for start in range(0, len(hidden), chunk):
-        logits = theirs.logits(hidden[start : start + chunk]).astype(mx.float32) / temperature
+        logits = teacher.logits(hidden[start : start + chunk]).astype(mx.float32) / temperature
         values, indices, log_sum_exp = kernels.top_k_rows(logits, min(k, vocab))
         parts.append((values * temperature, indices, log_sum_exp))
         mx.eval(parts[-1])
@@ -86,12 +86,12 @@ def teacher_at(
         temperature: T, above 0.
         vocab: V, the real tokens that the models share.
     """
-    theirs = linear_head(head, vocab)
-    chunk = chunk_size(len(hidden), vocab, 3 + theirs.widen)
+    teacher = linear_head(head, vocab)
+    chunk = chunk_size(len(hidden), vocab, 3 + teacher.widen)
     parts: list[tuple[mx.array, mx.array]] = []
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
-        logits = theirs.logits(hidden[part]).astype(mx.float32)
+        logits = teacher.logits(hidden[part]).astype(mx.float32)
         values = mx.take_along_axis(logits, tokens[part], axis=-1)
         parts.append((values, mx.logsumexp(logits / temperature, axis=-1)))
         mx.eval(parts[-1])
@@ -115,12 +115,12 @@ def token_log_probabilities(
         log softmax(z / T) of each token and the entropy of softmax(z / T), in nats, [N] each,
         float32; nothing is differentiable.
     """
-    ours = linear_head(head, vocab)
-    chunk = chunk_size(len(hidden), vocab, 4 + ours.widen)
+    student = linear_head(head, vocab)
+    chunk = chunk_size(len(hidden), vocab, 4 + student.widen)
     parts: list[tuple[mx.array, mx.array]] = []
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
-        rows = ours.logits(hidden[part]).astype(mx.float32) / temperature
+        rows = student.logits(hidden[part]).astype(mx.float32) / temperature
         rows = rows - mx.logsumexp(rows, axis=-1, keepdims=True)
         picked = mx.take_along_axis(rows, tokens[part, None], axis=-1).squeeze(-1)
         # A logit of -inf has no probability, and adds nothing.
@@ -168,12 +168,12 @@ def top_k_gap(
     Returns:
         The bound [N], and p_t [N], float32, exact to float32's rounding.
     """
-    ours = linear_head(student_head, vocab)
-    chunk = chunk_size(len(student_hidden), vocab, 5 + ours.widen)
+    student = linear_head(student_head, vocab)
+    chunk = chunk_size(len(student_hidden), vocab, 5 + student.widen)
     found: list[tuple[mx.array, mx.array]] = []
     for start in range(0, len(student_hidden), chunk):
         part = slice(start, start + chunk)
-        rows = ours.logits(student_hidden[part]).astype(mx.float32) / temperature
+        rows = student.logits(student_hidden[part]).astype(mx.float32) / temperature
         chosen = teacher.indices[part]
         log_p = teacher.values[part] / temperature - teacher.log_sum_exp[part][:, None]
         tail = mx.maximum(1 - mx.exp(log_p).sum(axis=-1), 0)
@@ -318,34 +318,34 @@ def fused_linear_divergences(
         ValueError: as :func:`fused_linear_divergence`.
     """
     plans = [_Plan(target) for target in targets]
-    ours = linear_head(student_head, max(target.vocab for target in targets))
-    widen = ours.widen or any(plan.head is not None and plan.head.widen for plan in plans)
+    student = linear_head(student_head, max(target.vocab for target in targets))
+    widen = student.widen or any(plan.head is not None and plan.head.widen for plan in plans)
     # The student's logits, their gradient, and the teacher's; sums of gradients; tiles, of which
     # MLX makes many ahead; and what operations that are no kernel make on their way, where not a
     # few rows at a time.
     arrays = 2 + sum(plan.head is not None for plan in plans) + (len(plans) > 1) + widen
     arrays += 0 if backend().on_cpu else 2
-    per_chunk = chunk or chunk_size(len(student_hidden), ours.weight.shape[0], arrays)
+    per_chunk = chunk or chunk_size(len(student_hidden), student.weight.shape[0], arrays)
     if not differentiable:
-        result, values, _, _ = _in_chunks(student_hidden, ours, plans, per_chunk, backward=False)
+        result, values, _, _ = _in_chunks(student_hidden, student, plans, per_chunk, backward=False)
         return mx.stop_gradient(result), mx.stop_gradient(values)
 
     @mx.custom_function
     def total(
         hidden: mx.array, trained: Parameters
     ) -> tuple[mx.array, mx.array, mx.array, Parameters]:
-        return _in_chunks(hidden, replace(ours, **trained), plans, per_chunk, backward=True)
+        return _in_chunks(hidden, replace(student, **trained), plans, per_chunk, backward=True)
 
     @total.vjp
     def total_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, Parameters]:
         hidden, trained = primals
-        _, _, by_hidden, by_head = outputs
-        return (cotangents[0] * by_hidden).astype(hidden.dtype), {
-            name: (cotangents[0] * by_head[name]).astype(value.dtype)
+        _, _, grad_hidden, grad_head = outputs
+        return (cotangents[0] * grad_hidden).astype(hidden.dtype), {
+            name: (cotangents[0] * grad_head[name]).astype(value.dtype)
             for name, value in trained.items()
         }
 
-    made: Any = total(student_hidden, ours.parameters())
+    made: Any = total(student_hidden, student.parameters())
     return made[0], mx.stop_gradient(made[1])
 
 
@@ -403,26 +403,28 @@ def _in_chunks(
     n = len(hidden)
     total = mx.array(0.0)
     values: list[mx.array] = []
-    by_hidden: list[mx.array] = []
-    by_head: Parameters = {}
+    grad_hidden: list[mx.array] = []
+    grad_head: Parameters = {}
     # What the chunk before has written, which this one may write over.
-    slope: mx.array | None = None
+    grad: mx.array | None = None
     logits: mx.array | None = None
-    theirs: list[Any] = [None] * len(plans)
+    teacher: list[Any] = [None] * len(plans)
     rows = plans[0].rows if len(plans) == 1 else partial(_summed_rows, plans)
     masks = [plan.mask for plan in plans if plan.mask is not None]
     mask = mx.stack(masks).any(axis=0) if len(masks) == len(plans) else None
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
         weights = mx.stack([plan.weights[part] for plan in plans], axis=-1)
-        ours = _where(mask, hidden, part)
+        student = _where(mask, hidden, part)
         known = [array for plan in plans for array in plan.reads(part)]
         if start + chunk > n and start > 0:
-            weights, ours, *known = [_padded(array, chunk) for array in (weights, ours, *known)]
+            weights, student, *known = [
+                _padded(array, chunk) for array in (weights, student, *known)
+            ]
         if values:
-            done = [total, values[-1], *by_hidden[-1:], *by_head.values()]
-            ours, *known = mx.depends([ours, *known], done)
-        logits = head.logits(ours, logits)
+            done = [total, values[-1], *grad_hidden[-1:], *grad_head.values()]
+            student, *known = mx.depends([student, *known], done)
+        logits = head.logits(student, logits)
         if logits.dtype == mx.float16:
             # The gradient comes in the logits' type, and float16 has nothing as small.
             logits = logits.astype(mx.float32)
@@ -435,19 +437,19 @@ def _in_chunks(
         for place, plan in enumerate(plans):
             mine, known = known[: len(plan.known)], known[len(plan.known) :]
             if plan.head is not None:
-                theirs[place] = plan.head.logits(mine[0], theirs[place])
-                mine = [theirs[place]]
+                teacher[place] = plan.head.logits(mine[0], teacher[place])
+                mine = [teacher[place]]
             arrays += mine
-        found, slope = _in_cache(rows, arrays, slope)
+        found, grad = _in_cache(rows, arrays, grad)
         found = found.reshape(-1, len(plans))
         total = total + (found * weights).sum()
         values.append(found)
         if backward:
-            by_hidden.append(head.input_gradient(slope, hidden.dtype) * counts[:, None])
-            now = head.parameter_gradients(slope, ours, counts)
-            by_head = {name: value + by_head.get(name, 0) for name, value in now.items()}
+            grad_hidden.append(head.input_gradient(grad, hidden.dtype) * counts[:, None])
+            now = head.parameter_gradients(grad, student, counts)
+            grad_head = {name: value + grad_head.get(name, 0) for name, value in now.items()}
     every = mx.concatenate(values)[:n]
-    return total, every, mx.concatenate(by_hidden)[:n] if backward else every, by_head
+    return total, every, mx.concatenate(grad_hidden)[:n] if backward else every, grad_head
 
 
 def _padded(array: mx.array, size: int) -> mx.array:
@@ -463,10 +465,10 @@ def _summed_rows(
     total: Any = 0
     for place, plan in enumerate(plans):
         count = len(plan.known)
-        value, slope = plan.rows(logits[:, : plan.vocab], *known[:count])
+        value, grad = plan.rows(logits[:, : plan.vocab], *known[:count])
         known = known[count:]
-        slope = shares[:, place : place + 1] * slope
-        total = total + mx.pad(slope, [(0, 0), (0, logits.shape[1] - plan.vocab)])
+        grad = shares[:, place : place + 1] * grad
+        total = total + mx.pad(grad, [(0, 0), (0, logits.shape[1] - plan.vocab)])
         values.append(value)
     return mx.stack(values, axis=-1), total.astype(logits.dtype)
 
@@ -491,16 +493,16 @@ def _in_cache(
     if n <= tile or not backend().on_cpu:
         return rows(*arrays)
     values: list[mx.array] = []
-    slopes = mx.zeros((n, vocab)) if used is None or used.shape != (n, vocab) else used
+    grads = mx.zeros((n, vocab)) if used is None or used.shape != (n, vocab) else used
     for start in range(0, n, tile):
         pieces = [array[start : start + tile] for array in arrays]
         if values:
-            pieces = mx.depends(pieces, [values[-1], slopes])
-        value, slope = rows(*pieces)
+            pieces = mx.depends(pieces, [values[-1], grads])
+        value, grad = rows(*pieces)
         values.append(value)
         # MLX does this in place, as nothing else needs the array as it was.
-        slopes = mx.slice_update(slopes, slope, mx.array([start]), (0,))
-    return mx.concatenate(values), slopes
+        grads = mx.slice_update(grads, grad, mx.array([start]), (0,))
+    return mx.concatenate(values), grads
 
 
 def _row_function(target: Target) -> Rows:

@@ -15,15 +15,15 @@ import mlx.core as mx
 from mlx_fd.models.backend import backend
 
 # Stands in for a logit of -inf, so that 0 * log 0 is 0: far below any logit, and still a number.
-_LEAST_LOGIT = -1e20
+_MIN_LOGIT = -1e20
 # Stands in for a probability that float32 cannot hold, so that it has a logarithm.
-_LEAST_PROBABILITY = 1e-37
+_MIN_PROBABILITY = 1e-37
 # The least that a teacher gives to all tokens but k, for a reverse KL (SDPO's).
-_LEAST_TAIL = 1e-7
+_MIN_TAIL = 1e-7
 # A row of equal logits has no spread to divide by.
-_LEAST_VARIANCE = 1e-12
+_MIN_VARIANCE = 1e-12
 # Squared norms below this count as this, so that a zero vector has a finite gradient.
-_LEAST_SQUARED_NORM = 1e-12
+_MIN_SQUARED_NORM = 1e-12
 # Numbers that are reduced side by side, so that no sum is of many more than 32.
 _BLOCKS = (4096, 256, 16)
 _MANTISSA_BITS = 23
@@ -62,26 +62,26 @@ def divergence_rows(
     Returns:
         The values [n], float32, and the gradient [n, V] in the type of ``student_logits``.
     """
-    ours, our_total, q = _softmax(student_logits, temperature)
-    theirs, their_total, p = _softmax(teacher_logits, temperature)
+    student, our_total, q = _softmax(student_logits, temperature)
+    teacher, their_total, p = _softmax(teacher_logits, temperature)
     if beta in (0, 1):
         # The logarithm of one quotient loses less than the difference of two logarithms.
-        ratio = ours - theirs + mx.log(their_total / our_total)
+        ratio = student - teacher + mx.log(their_total / our_total)
         # q - p sums to 0. Added, no term of a KL is negative, and what the totals lost cancels.
         if beta == 0:
-            slope = q - p
-            value = _sum(slope - p * ratio)
+            grad = q - p
+            value = _sum(grad - p * ratio)
         else:
             value = _sum(q * ratio + (p - q))
-            slope = _slope(q, ratio)
+            grad = _slope(q, ratio)
     else:
-        p, q = mx.maximum(p, _LEAST_PROBABILITY), mx.maximum(q, _LEAST_PROBABILITY)
+        p, q = mx.maximum(p, _MIN_PROBABILITY), mx.maximum(q, _MIN_PROBABILITY)
         middle = beta * p + (1 - beta) * q
         ratio = mx.log(q / middle)
         value = beta * _sum(p * mx.log(p / middle)) + (1 - beta) * _sum(q * ratio)
-        slope = (1 - beta) * _slope(q, ratio)
+        grad = (1 - beta) * _slope(q, ratio)
     value = temperature**2 * value.squeeze(-1)
-    return value, (temperature * slope).astype(student_logits.dtype)
+    return value, (temperature * grad).astype(student_logits.dtype)
 
 
 def clipped_divergence_rows(
@@ -109,22 +109,22 @@ def clipped_divergence_rows(
     Returns:
         The values [n], float32, and the gradient [n, V] in the type of ``student_logits``.
     """
-    ours, our_total, q = _softmax(student_logits, temperature)
-    theirs, their_total, p = _softmax(teacher_logits, temperature)
-    ratio = ours - theirs + mx.log(their_total / our_total)
+    student, our_total, q = _softmax(student_logits, temperature)
+    teacher, their_total, p = _softmax(teacher_logits, temperature)
+    ratio = student - teacher + mx.log(their_total / our_total)
     if beta == 0:
         terms, by_log_q = -p * ratio, -p
     elif beta == 1:
         terms, by_log_q = q * ratio, q * (ratio + 1)
     else:
-        p, q = mx.maximum(p, _LEAST_PROBABILITY), mx.maximum(q, _LEAST_PROBABILITY)
+        p, q = mx.maximum(p, _MIN_PROBABILITY), mx.maximum(q, _MIN_PROBABILITY)
         middle = beta * p + (1 - beta) * q
         by_log_q = (1 - beta) * q * mx.log(q / middle)
         terms = beta * p * mx.log(p / middle) + by_log_q
-    slope = mx.where(terms < clip, by_log_q, 0)
-    slope = slope - q * (_sum(slope) / _sum(q))
+    grad = mx.where(terms < clip, by_log_q, 0)
+    grad = grad - q * (_sum(grad) / _sum(q))
     value = temperature**2 * _sum(mx.minimum(terms, clip)).squeeze(-1)
-    return value, (temperature * slope).astype(student_logits.dtype)
+    return value, (temperature * grad).astype(student_logits.dtype)
 
 
 def _slope(q: mx.array, ratio: mx.array) -> mx.array:
@@ -138,7 +138,7 @@ def _softmax(logits: mx.array, temperature: float) -> tuple[mx.array, mx.array, 
     rows = logits.astype(mx.float32)
     # At 1e4 a float32 has three decimals: without the shift the logarithm below drowns.
     rows = (rows - _max(rows)) * (1 / temperature)
-    rows = mx.maximum(rows, _LEAST_LOGIT)
+    rows = mx.maximum(rows, _MIN_LOGIT)
     powers = _exp(rows)
     total = _sum(powers)
     return rows, total, powers * (1 / total)
@@ -223,33 +223,33 @@ def alignment_rows(
     share = valid / mx.maximum(valid.sum(axis=1, keepdims=True), 1).astype(mx.float32)
     if teacher.ndim == 2:
         present = valid.any(axis=1, keepdims=True)
-        value, slope = _one_minus_cosine(
+        value, grad = _one_minus_cosine(
             pool(student, mask), mx.where(present, teacher, 0).astype(mx.float32)
         )
-        value, slope = mx.where(present.squeeze(1), value, 0), slope[:, None, :]
+        value, grad = mx.where(present.squeeze(1), value, 0), grad[:, None, :]
     else:
-        values, slope = _one_minus_cosine(
+        values, grad = _one_minus_cosine(
             mx.where(valid[..., None], student, 0).astype(mx.float32),
             mx.where(valid[..., None], teacher, 0).astype(mx.float32),
         )
         value = (share * values).sum(axis=1)
-    return value, (share[..., None] * slope).astype(student.dtype)
+    return value, (share[..., None] * grad).astype(student.dtype)
 
 
-def _one_minus_cosine(ours: mx.array, theirs: mx.array) -> tuple[mx.array, mx.array]:
-    """Over the last axis: the value [...] and its gradient by ``ours`` [..., d]."""
+def _one_minus_cosine(student: mx.array, teacher: mx.array) -> tuple[mx.array, mx.array]:
+    """Over the last axis: the value [...] and its gradient by ``student`` [..., d]."""
 
     def inverse_norm(vectors: mx.array) -> tuple[mx.array, mx.array]:
         squared = mx.square(vectors).sum(axis=-1, keepdims=True)
-        return mx.rsqrt(mx.maximum(squared, _LEAST_SQUARED_NORM)), squared > _LEAST_SQUARED_NORM
+        return mx.rsqrt(mx.maximum(squared, _MIN_SQUARED_NORM)), squared > _MIN_SQUARED_NORM
 
-    scale, has_norm = inverse_norm(ours)
-    unit = ours * scale
-    target = theirs * inverse_norm(theirs)[0]
+    scale, has_norm = inverse_norm(student)
+    unit = student * scale
+    target = teacher * inverse_norm(teacher)[0]
     cosine = (unit * target).sum(axis=-1, keepdims=True)
     # Below the least norm the scale is a constant.
-    slope = scale * (mx.where(has_norm, cosine, 0) * unit - target)
-    return 1 - cosine.squeeze(-1), slope
+    grad = scale * (mx.where(has_norm, cosine, 0) * unit - target)
+    return 1 - cosine.squeeze(-1), grad
 
 
 def top_k_rows(logits: mx.array, k: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -309,26 +309,26 @@ def top_k_divergence_rows(
         compare = partial(clipped_divergence_rows, beta=beta, temperature=1.0, clip=clip)
     rows = student_logits.astype(mx.float32)
     rows = (rows - _max(rows)) * (1 / temperature)
-    ours = mx.take_along_axis(rows, indices, axis=-1)
-    theirs = values.astype(mx.float32) * (1 / temperature) - log_sum_exp[:, None]
+    student = mx.take_along_axis(rows, indices, axis=-1)
+    teacher = values.astype(mx.float32) * (1 / temperature) - log_sum_exp[:, None]
     if not tail or indices.shape[-1] == rows.shape[-1]:
-        value, slope = compare(ours, theirs)
-        slope = mx.put_along_axis(mx.zeros_like(rows), indices, slope, axis=-1)
+        value, grad = compare(student, teacher)
+        grad = mx.put_along_axis(mx.zeros_like(rows), indices, grad, axis=-1)
     else:
         others = mx.put_along_axis(rows, indices, mx.array(-math.inf), axis=-1)
         top = _max(others)
         powers = _exp(others - top)
         total = _sum(powers)
         # Of a sum of float32 no more is known; a reverse KL would take a 0 at its word.
-        least = _LEAST_TAIL if beta == 1 else 0
-        rest = mx.maximum(1 - mx.exp(theirs).sum(axis=-1, keepdims=True), least)
-        value, slope = compare(
-            mx.concatenate([ours, top + mx.log(total)], axis=-1),
-            mx.concatenate([theirs, mx.log(rest)], axis=-1),
+        least = _MIN_TAIL if beta == 1 else 0
+        rest = mx.maximum(1 - mx.exp(teacher).sum(axis=-1, keepdims=True), least)
+        value, grad = compare(
+            mx.concatenate([student, top + mx.log(total)], axis=-1),
+            mx.concatenate([teacher, mx.log(rest)], axis=-1),
         )
-        shared = powers * (slope[:, -1:] / total)
-        slope = mx.put_along_axis(shared, indices, slope[:, :-1], axis=-1)
-    return temperature**2 * value, (temperature * slope).astype(student_logits.dtype)
+        shared = powers * (grad[:, -1:] / total)
+        grad = mx.put_along_axis(shared, indices, grad[:, :-1], axis=-1)
+    return temperature**2 * value, (temperature * grad).astype(student_logits.dtype)
 
 
 def standardized_rows(
@@ -350,14 +350,14 @@ def standardized_rows(
         centred = logits.astype(mx.float32)
         centred = centred - _mean(centred)
         variance = _mean(mx.square(centred))
-        scale = mx.rsqrt(mx.maximum(variance, _LEAST_VARIANCE))
-        return centred * scale, scale, variance > _LEAST_VARIANCE
+        scale = mx.rsqrt(mx.maximum(variance, _MIN_VARIANCE))
+        return centred * scale, scale, variance > _MIN_VARIANCE
 
-    ours, scale, has_spread = z_scores(student_logits)
-    value, slope = rows(ours, z_scores(teacher_logits)[0])
+    student, scale, has_spread = z_scores(student_logits)
+    value, grad = rows(student, z_scores(teacher_logits)[0])
     # What comes through the spread; through the mean comes nothing.
-    along = mx.where(has_spread, _mean(slope * ours), 0)
-    return value, (scale * (slope - along * ours)).astype(student_logits.dtype)
+    along = mx.where(has_spread, _mean(grad * student), 0)
+    return value, (scale * (grad - along * student)).astype(student_logits.dtype)
 
 
 def _mean(rows: mx.array) -> mx.array:

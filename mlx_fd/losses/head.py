@@ -76,46 +76,46 @@ class Head:
             logits = hidden @ self.weight.T
         return logits if self.bias is None else logits + self.bias
 
-    def input_gradient(self, slope: mx.array, dtype: mx.Dtype) -> mx.array:
+    def input_gradient(self, grad: mx.array, dtype: mx.Dtype) -> mx.array:
         """The gradient by the hidden states [n, d], from that by the logits [n, V].
 
         Args:
-            slope: float32, or the type of the logits.
+            grad: float32, or the type of the logits.
             dtype: of the hidden states, in which the product is made unless the head widens.
         """
         if self._tiled:
             sums: list[mx.array] = []
-            for tile in self._tiles(len(slope)):
-                part = slope[:, tile] @ self._rows(tile, sums)
+            for tile in self._tiles(len(grad)):
+                part = grad[:, tile] @ self._rows(tile, sums)
                 sums = [sums[0] + part] if sums else [part]
             return sums[0]
         if dtype == mx.float16:
-            return self._way_back((slope * _FLOAT16_SCALE).astype(dtype)) / _FLOAT16_SCALE
-        return self._way_back(slope.astype(dtype))
+            return self._way_back((grad * _FLOAT16_SCALE).astype(dtype)) / _FLOAT16_SCALE
+        return self._way_back(grad.astype(dtype))
 
     def parameter_gradients(
-        self, slope: mx.array, hidden: mx.array, weights: mx.array
+        self, grad: mx.array, hidden: mx.array, weights: mx.array
     ) -> Parameters:
         """The gradients by what is learned, float32.
 
         Args:
-            slope: [n, V], by the logits of each row.
+            grad: [n, V], by the logits of each row.
             hidden: [n, d].
             weights: [n], what each row counts.
         """
         gradients: Parameters = {}
         if "weight" in self.trained:
-            counted = (hidden * weights[:, None]).astype(slope.dtype)
-            gradients["weight"] = (slope.T @ counted).astype(mx.float32)
+            counted = (hidden * weights[:, None]).astype(grad.dtype)
+            gradients["weight"] = (grad.T @ counted).astype(mx.float32)
         if "bias" in self.trained:
-            gradients["bias"] = weights @ slope.astype(mx.float32)
+            gradients["bias"] = weights @ grad.astype(mx.float32)
         return gradients
 
-    def _way_back(self, slope: mx.array) -> mx.array:
+    def _way_back(self, grad: mx.array) -> mx.array:
         if self.packing:
-            product = mx.quantized_matmul(slope, self.weight, transpose=False, **self.packing)
+            product = mx.quantized_matmul(grad, self.weight, transpose=False, **self.packing)
         else:
-            product = slope @ self.weight
+            product = grad @ self.weight
         return product.astype(mx.float32)
 
     @property

@@ -53,31 +53,31 @@ def hidden_alignment_loss(
     if not student_layers or not teacher_layers:
         raise ValueError("hidden_alignment_loss needs at least one layer of each model")
     picks = aligned_layers(len(student_layers), len(teacher_layers))
-    ours = mx.concatenate([pool(layer, mask) for layer in student_layers])
+    student = mx.concatenate([pool(layer, mask) for layer in student_layers])
     if projection is not None:
         # The mean of projected states, since the projection is linear.
-        ours = projection(ours).astype(mx.float32)
-    theirs = [teacher_layers[pick] for pick in picks]
-    theirs = [pool(layer, mask) if layer.ndim == 3 else layer for layer in theirs]
+        student = projection(student).astype(mx.float32)
+    teacher = [teacher_layers[pick] for pick in picks]
+    teacher = [pool(layer, mask) if layer.ndim == 3 else layer for layer in teacher]
     present = mask.astype(mx.bool_).any(axis=1)
     values = _one_minus_cosine(
-        ours,
-        mx.stop_gradient(mx.concatenate([layer.astype(mx.float32) for layer in theirs])),
+        student,
+        mx.stop_gradient(mx.concatenate([layer.astype(mx.float32) for layer in teacher])),
         mx.concatenate([present] * len(student_layers)),
     )
     return values.sum() / len(student_layers), present.astype(mx.float32).sum()
 
 
-def _one_minus_cosine(ours: mx.array, theirs: mx.array, present: mx.array) -> mx.array:
+def _one_minus_cosine(student: mx.array, teacher: mx.array, present: mx.array) -> mx.array:
     """Of each row [n, d]: [n], float32; 0 where not ``present`` [n]. One launch on a GPU."""
 
     @mx.custom_function
     def rows(vectors: mx.array) -> tuple[mx.array, mx.array]:
-        return kernels.alignment_rows(vectors[:, None], theirs, present[:, None])
+        return kernels.alignment_rows(vectors[:, None], teacher, present[:, None])
 
     @rows.vjp
     def rows_vjp(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
         return (cotangents[0][:, None] * outputs[1].squeeze(1)).astype(primals.dtype)
 
-    result: Any = rows(ours)
+    result: Any = rows(student)
     return result[0]

@@ -15,7 +15,7 @@ from mlx_fd.losses import kernels
 
 Array = NDArray[np.float64]
 
-_LEAST_SQUARED_NORM = 1e-12
+_MIN_SQUARED_NORM = 1e-12
 # Largest error relative to an output's largest number: the type's rounding, with room to spare.
 _LIMITS = {mx.float32: 1e-5, mx.bfloat16: 1e-2, mx.float16: 2e-3}
 # Of indices: less than a wrong one makes.
@@ -62,16 +62,16 @@ def divergence_reference(
     # inf - inf is where neither has probability.
     with np.errstate(invalid="ignore", divide="ignore"):
         if beta == 0:
-            value, slope = kl(p, log_p - log_q), q - p
+            value, grad = kl(p, log_p - log_q), q - p
         elif beta == 1:
             value = kl(q, log_q - log_p)
-            slope = np.where(q > 0, q * (log_q - log_p - value[:, None]), 0)
+            grad = np.where(q > 0, q * (log_q - log_p - value[:, None]), 0)
         else:
             middle = np.log(beta * p + (1 - beta) * q)
             of_student = kl(q, log_q - middle)
             value = beta * kl(p, log_p - middle) + (1 - beta) * of_student
-            slope = np.where(q > 0, (1 - beta) * q * (log_q - middle - of_student[:, None]), 0)
-    return temperature**2 * value, temperature * slope
+            grad = np.where(q > 0, (1 - beta) * q * (log_q - middle - of_student[:, None]), 0)
+    return temperature**2 * value, temperature * grad
 
 
 def alignment_reference(student: Array, teacher: Array, mask: Array) -> tuple[Array, Array]:
@@ -81,13 +81,19 @@ def alignment_reference(student: Array, teacher: Array, mask: Array) -> tuple[Ar
         places = np.flatnonzero(chosen)
         groups = [places] if teacher.ndim == 2 else [np.array([place]) for place in places]
         for group in groups if places.size else []:
-            ours = student[sample, group].mean(axis=0)
-            theirs = teacher[sample] if teacher.ndim == 2 else teacher[sample, group[0]]
-            norm, other = (np.sqrt(max(x @ x, _LEAST_SQUARED_NORM)) for x in (ours, theirs))
-            cosine = ours @ theirs / (norm * other)
-            along = cosine * ours / norm if ours @ ours > _LEAST_SQUARED_NORM else 0
+            student_rows = student[sample, group].mean(axis=0)
+            teacher_rows = teacher[sample] if teacher.ndim == 2 else teacher[sample, group[0]]
+            norm, other = (
+                np.sqrt(max(x @ x, _MIN_SQUARED_NORM)) for x in (student_rows, teacher_rows)
+            )
+            cosine = student_rows @ teacher_rows / (norm * other)
+            along = (
+                cosine * student_rows / norm
+                if student_rows @ student_rows > _MIN_SQUARED_NORM
+                else 0
+            )
             value[sample] += (1 - cosine) / len(groups)
-            gradient[sample, group] = (along - theirs / other) / norm / places.size
+            gradient[sample, group] = (along - teacher_rows / other) / norm / places.size
     return value, gradient
 
 

@@ -25,7 +25,7 @@ VARIABLE = "MLX_FD_KERNELS"
 # Threads of a threadgroup.
 _THREADS = 256
 # Places of 8 bytes in top-k's threadgroup memory, which Metal limits to 32 KiB.
-_MOST_CAPACITY = 2048
+_MAX_CAPACITY = 2048
 
 
 def source_folder() -> Path:
@@ -207,7 +207,7 @@ def top_k_rows(
     """
     where = on or chosen()
     capacity = 1 << (k + _THREADS - 1).bit_length()
-    if where == "graph" or capacity > _MOST_CAPACITY:
+    if where == "graph" or capacity > _MAX_CAPACITY:
         return graph.top_k_rows(logits, k)
     rows = logits.shape[0]
     values, indices, log_sum_exp = _launch(

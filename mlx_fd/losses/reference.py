@@ -47,12 +47,14 @@ def hidden_alignment_loss(
     total = 0.0
     for sample in np.flatnonzero(valid.any(axis=1)):
         for layer, pick in zip(student_layers, picks.astype(int), strict=True):
-            ours = pool(layer, valid)[sample]
+            student = pool(layer, valid)[sample]
             if projection is not None:
-                ours = projection(ours)
+                student = projection(student)
             teacher = np.asarray(teacher_layers[pick], np.float64)
-            theirs = pool(teacher, valid)[sample] if teacher.ndim == 3 else teacher[sample]
-            cosine = ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs))
+            teacher_rows = pool(teacher, valid)[sample] if teacher.ndim == 3 else teacher[sample]
+            cosine = (
+                student @ teacher_rows / (np.linalg.norm(student) * np.linalg.norm(teacher_rows))
+            )
             total += (1 - cosine) / len(student_layers)
     return float(total), float(valid.any(axis=1).sum())
 
@@ -103,16 +105,16 @@ def divergence_rows(
     log_p = _log_softmax(np.asarray(teacher_logits, np.float64) / temperature)
     q, p = np.exp(log_q), np.exp(log_p)
     if beta == 0:
-        value, slope = _kl_rows(log_p, log_q), q - p
+        value, grad = _kl_rows(log_p, log_q), q - p
     elif beta == 1:
         value = _kl_rows(log_q, log_p)
-        slope = _times(q, log_q - log_p - value[:, None])
+        grad = _times(q, log_q - log_p - value[:, None])
     else:
         log_m = np.logaddexp(log_p + np.log(beta), log_q + np.log(1 - beta))
         of_student = _kl_rows(log_q, log_m)
         value = beta * _kl_rows(log_p, log_m) + (1 - beta) * of_student
-        slope = (1 - beta) * _times(q, log_q - log_m - of_student[:, None])
-    return temperature**2 * value, temperature * slope
+        grad = (1 - beta) * _times(q, log_q - log_m - of_student[:, None])
+    return temperature**2 * value, temperature * grad
 
 
 def top_k_divergence_rows(
@@ -128,40 +130,40 @@ def top_k_divergence_rows(
     log_q = _log_softmax(np.asarray(student_logits, np.float64) / temperature)
     whole = np.asarray(log_sum_exp, np.float64)[:, None]
     log_p = np.asarray(values, np.float64) / temperature - whole
-    value, slope = np.zeros(len(log_q)), np.zeros_like(log_q)
+    value, grad = np.zeros(len(log_q)), np.zeros_like(log_q)
     for row, chosen in enumerate(np.asarray(indices)):
         others = np.setdiff1d(np.arange(log_q.shape[1]), chosen)
-        ours, theirs = log_q[row, chosen], log_p[row]
+        student, teacher = log_q[row, chosen], log_p[row]
         if len(others):
             tail = np.logaddexp.reduce(log_q[row, others])
-            rest = max(1 - np.exp(theirs).sum(), 0)
-            ours, theirs = np.append(ours, tail), np.append(theirs, _log(rest))
-        [result], [gradient] = divergence_rows([ours], [theirs], beta=beta, temperature=1)
+            rest = max(1 - np.exp(teacher).sum(), 0)
+            student, teacher = np.append(student, tail), np.append(teacher, _log(rest))
+        [result], [gradient] = divergence_rows([student], [teacher], beta=beta, temperature=1)
         value[row] = temperature**2 * result
-        slope[row, chosen] = temperature * gradient[: len(chosen)]
+        grad[row, chosen] = temperature * gradient[: len(chosen)]
         if len(others):
             # The tail's gradient is shared as its probability is.
             share = np.exp(log_q[row, others] - tail)
-            slope[row, others] = temperature * gradient[-1] * share
-    return value, slope
+            grad[row, others] = temperature * gradient[-1] * share
+    return value, grad
 
 
 def alignment_rows(student: ArrayLike, teacher: ArrayLike, mask: ArrayLike) -> tuple[Array, Array]:
     """1 - cosine for each sample, of the mean states or as the mean over positions; gradient."""
-    ours, theirs = np.asarray(student, np.float64), np.asarray(teacher, np.float64)
+    student_rows, teacher_rows = np.asarray(student, np.float64), np.asarray(teacher, np.float64)
     valid = np.asarray(mask, bool)
-    value, slope = np.zeros(len(ours)), np.zeros_like(ours)
+    value, grad = np.zeros(len(student_rows)), np.zeros_like(student_rows)
     for sample in np.flatnonzero(valid.any(axis=1)):
-        states = ours[sample, valid[sample]]
-        if theirs.ndim == 2:
-            value[sample], gradient = _one_minus_cosine(states.mean(axis=0), theirs[sample])
-            slope[sample, valid[sample]] = gradient / len(states)
+        states = student_rows[sample, valid[sample]]
+        if teacher_rows.ndim == 2:
+            value[sample], gradient = _one_minus_cosine(states.mean(axis=0), teacher_rows[sample])
+            grad[sample, valid[sample]] = gradient / len(states)
         else:
-            pairs = zip(states, theirs[sample, valid[sample]], strict=True)
+            pairs = zip(states, teacher_rows[sample, valid[sample]], strict=True)
             each = [_one_minus_cosine(a, b) for a, b in pairs]
             value[sample] = np.mean([one for one, _ in each])
-            slope[sample, valid[sample]] = np.array([g for _, g in each]) / len(states)
-    return value, slope
+            grad[sample, valid[sample]] = np.array([g for _, g in each]) / len(states)
+    return value, grad
 
 
 def _one_minus_cosine(a: Array, b: Array) -> tuple[float, Array]:

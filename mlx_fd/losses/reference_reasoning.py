@@ -92,11 +92,11 @@ def uld_loss(
 ) -> tuple[float, float]:
     """Sum over the compared positions of the L1 distance of sorted probabilities."""
     student, teacher = np.asarray(student_logits, np.float64), np.asarray(teacher_logits, float)
-    ours, theirs = np.asarray(student_mask, bool), np.asarray(teacher_mask, bool)
+    student_rows, teacher_rows = np.asarray(student_mask, bool), np.asarray(teacher_mask, bool)
     total = count = 0.0
-    for sample in range(len(ours)):
-        for t in range(min(ours.shape[1], theirs.shape[1])):
-            if ours[sample, t] and theirs[sample, t]:
+    for sample in range(len(student_rows)):
+        for t in range(min(student_rows.shape[1], teacher_rows.shape[1])):
+            if student_rows[sample, t] and teacher_rows[sample, t]:
                 p = _largest_first(student[sample, t] / temperature)
                 q = _largest_first(teacher[sample, t] / temperature)
                 shared = min(len(p), len(q))

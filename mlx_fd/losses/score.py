@@ -17,6 +17,6 @@ def score_loss(predicted: mx.array, target: mx.array, mask: mx.array) -> tuple[m
         The sum and the number of samples with a score, float32.
     """
     valid = mask.astype(mx.bool_)
-    ours = mx.where(valid, predicted, 0).astype(mx.float32)
-    theirs = mx.where(valid, target, 0).astype(mx.float32)
-    return mx.square(ours - theirs).sum(), valid.astype(mx.float32).sum()
+    student = mx.where(valid, predicted, 0).astype(mx.float32)
+    teacher = mx.where(valid, target, 0).astype(mx.float32)
+    return mx.square(student - teacher).sum(), valid.astype(mx.float32).sum()

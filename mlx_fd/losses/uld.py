@@ -95,5 +95,8 @@ def paired_positions(
         # Half a character is no beginning. Of tokens at one place, all but the last write nothing.
         return {len(prefix): i for i, prefix in enumerate(read) if text.startswith(prefix)}
 
-    ours, theirs = begins(student_decode, student_tokens), begins(teacher_decode, teacher_tokens)
-    return [(i, theirs[place]) for place, i in ours.items() if place in theirs]
+    student, teacher = (
+        begins(student_decode, student_tokens),
+        begins(teacher_decode, teacher_tokens),
+    )
+    return [(i, teacher[place]) for place, i in student.items() if place in teacher]

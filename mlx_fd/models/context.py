@@ -72,7 +72,7 @@ def fitting(
     *,
     skip: bool,
     with_solutions: bool = False,
-    option: str = "--answer-tokens",
+    option: str = "--max-answer-tokens",
 ) -> tuple[ProblemSet, tuple[str, ...]]:
     """The problems that every model can read, with an answer to each and feedback on it.
 
@@ -94,10 +94,12 @@ def fitting(
     """
     options = config.generation
     if config.self_distils:
-        prompts, written = answer_prompt(""), options.answer_tokens
+        prompts, written = answer_prompt(""), options.max_answer_tokens
     else:
         prompts = answer_prompt("") + feedback_prompt()
-        written = options.answer_tokens + max(options.feedback_tokens, options.merge_tokens)
+        written = options.max_answer_tokens + max(
+            options.max_feedback_tokens, options.max_merge_tokens
+        )
     texts = [problem.question for problem in found.problems]
     if with_solutions:
         texts = [f"{problem.question}\n{problem.solution}" for problem in found.problems]

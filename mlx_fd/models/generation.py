@@ -81,7 +81,7 @@ class Sampling:
     top_k: int = 0
 
 
-def opening(tokenizer: Any, message: str) -> tuple[int, ...]:
+def first_prompt(tokenizer: Any, message: str) -> tuple[int, ...]:
     """Tokens of a conversation's first user message, up to where the assistant begins."""
     with chat_template.rendering(tokenizer):
         return tuple(
@@ -106,7 +106,7 @@ def chat_text(tokenizer: Any, turns: Sequence[str]) -> str:
         return tokenizer.apply_chat_template(said, tokenize=False, **chat_template.ARGUMENTS)
 
 
-def next_message(tokenizer: Any, message: str) -> tuple[int, ...]:
+def followup_prompt(tokenizer: Any, message: str) -> tuple[int, ...]:
     """Tokens from the end of an assistant's turn, over a user message, to the assistant's next.
 
     They begin with the end-of-turn token. Text that the assistant wrote is never tokenised again,
@@ -121,8 +121,8 @@ def next_message(tokenizer: Any, message: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(tail, add_special_tokens=False))
 
 
-def reply_to(conversation: Conversation, turn: tuple[int, ...]) -> tuple[int, ...]:
-    """The part of :func:`next_message`'s tokens that the conversation does not end with already."""
+def without_repeated_eos(conversation: Conversation, turn: tuple[int, ...]) -> tuple[int, ...]:
+    """The part of :func:`followup_prompt`'s tokens that the conversation does not end with already."""
     ended = conversation.tokens and turn and conversation.tokens[-1] == turn[0]
     return turn[1:] if ended else turn
 
@@ -137,15 +137,15 @@ def rewind(conversation: Conversation, length: int) -> Conversation:
     return Conversation(conversation.tokens[:length], cache)
 
 
-def run_on(loaded: Loaded, conversation: Conversation, tokens: Sequence[int]) -> taps.Forward:
+def forward(loaded: Loaded, conversation: Conversation, tokens: Sequence[int]) -> taps.Forward:
     """Hidden states [1, len(tokens), d] of ``tokens`` after a conversation, left unchanged."""
-    return read_on(loaded, conversation, tokens)[0]
+    return forward_with_cache(loaded, conversation, tokens)[0]
 
 
-def read_on(
+def forward_with_cache(
     loaded: Loaded, conversation: Conversation, tokens: Sequence[int]
 ) -> tuple[taps.Forward, Cache]:
-    """:func:`run_on`, and the prompt cache after it, of the conversation and ``tokens``."""
+    """:func:`forward`, and the prompt cache after it, of the conversation and ``tokens``."""
     cache = copy.deepcopy(conversation.cache)
     if cache is not None:
         return taps.forward(loaded.model, mx.array([*tokens])[None], cache), cache
@@ -305,14 +305,14 @@ def _generate(
 
 def _sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
     """Draws tokens from rows of log-probabilities [n, V]."""
-    warmth = sampling.temperature
-    if not warmth or (sampling.top_p == 1 and not sampling.top_k):
-        return make_sampler(temp=warmth)
+    temperature = sampling.temperature
+    if not temperature or (sampling.top_p == 1 and not sampling.top_k):
+        return make_sampler(temp=temperature)
     # Elsewhere, and so in every published setting, the temperature comes before what is cut off.
     draw = make_sampler(temp=1.0, top_p=sampling.top_p, top_k=sampling.top_k)
 
     def tempered(rows: mx.array) -> mx.array:
-        rows = rows.astype(mx.float32) / warmth
+        rows = rows.astype(mx.float32) / temperature
         return draw(rows - mx.logsumexp(rows, axis=-1, keepdims=True))
 
     return tempered

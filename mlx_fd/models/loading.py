@@ -247,7 +247,7 @@ def load_pair(
     if _wants_float32(dequantize) and expert.dtype == mx.float32:
         # Dequantised or not, the student goes the expert's way, to have the same arrays.
         _make_fast(model, dense=not _is_quantized(expert.model))
-    theirs = dict(tree_flatten(expert.model.parameters()))
+    expert_arrays = dict(tree_flatten(expert.model.parameters()))
     own = dict(tree_flatten(model.parameters()))
     # The module must not keep alive what is compared and dropped, array by array.
     model.update(tree_map(lambda _: mx.array(0.0), model.parameters()))
@@ -255,7 +255,7 @@ def load_pair(
     chosen = []
     for name in list(own):
         array = own.pop(name)
-        candidate = theirs.get(renamed(name, layer_of) or "")
+        candidate = expert_arrays.get(renamed(name, layer_of) or "")
         if candidate is not None and (same_files or _equal(candidate, array)):
             array = candidate
         chosen.append((name, array))

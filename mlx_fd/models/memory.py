@@ -46,12 +46,12 @@ class Workload:
         batch_size: conversations at once.
         micro_batch: samples of a distillation step at once.
         prompt_tokens: of all that a conversation's prompts say (problem and instructions).
-        answer_tokens: most tokens of an answer.
-        feedback_tokens: most tokens of a feedback.
+        max_answer_tokens: most tokens of an answer.
+        max_feedback_tokens: most tokens of a feedback.
         solutions: answers are learned from, too.
         lora_rank: rank of the LoRA matrices, on every linear layer.
         train_full: the whole student trains instead of LoRA.
-        checkpoint_layers: activations are recomputed.
+        grad_checkpoint: activations are recomputed.
         on_cpu: float32 activations and attention that is not fused.
         float32: the weights are dequantised to float32.
         shared: the student's base weights are the expert's arrays.
@@ -65,11 +65,11 @@ class Workload:
     batch_size: int
     micro_batch: int
     prompt_tokens: int
-    answer_tokens: int
-    feedback_tokens: int
+    max_answer_tokens: int
+    max_feedback_tokens: int
     lora_rank: int = 16
     train_full: bool = False
-    checkpoint_layers: bool = False
+    grad_checkpoint: bool = False
     on_cpu: bool = False
     float32: bool = False
     shared: bool = False
@@ -199,15 +199,15 @@ def estimate(expert: Mapping[str, Any], student: Mapping[str, Any], work: Worklo
     cache_width = 4 if work.on_cpu or work.float32 else 2
     # A conversation holds two answers and three texts of a feedback's length; the student reads
     # the first answer and one feedback.
-    student_tokens = work.prompt_tokens + work.answer_tokens + work.feedback_tokens
-    expert_tokens = student_tokens + work.answer_tokens + 2 * work.feedback_tokens
+    student_tokens = work.prompt_tokens + work.max_answer_tokens + work.max_feedback_tokens
+    expert_tokens = student_tokens + work.max_answer_tokens + 2 * work.max_feedback_tokens
     caches = work.batch_size * _CACHE_COPIES
     caches *= _cache_bytes(expert, expert_tokens, cache_width) + _cache_bytes(
         student, student_tokens, cache_width
     )
 
     # Generation holds one block's working set at a time, for as many tokens as a prompt has.
-    prompt = max(work.prompt_tokens, work.feedback_tokens)
+    prompt = max(work.prompt_tokens, work.max_feedback_tokens)
     generating = max(
         work.batch_size * prompt * width * _kept_per_token(model, tokens, work.on_cpu)
         for model, tokens in ((expert, expert_tokens), (student, student_tokens))
@@ -215,11 +215,11 @@ def estimate(expert: Mapping[str, Any], student: Mapping[str, Any], work: Worklo
     per_block = width * _kept_per_token(student, student_tokens, work.on_cpu)
     blocks = student["num_hidden_layers"]
     kept = per_block * blocks
-    if work.checkpoint_layers:
+    if work.grad_checkpoint:
         kept = per_block + 2 * width * student["hidden_size"] * blocks
     training = work.micro_batch * student_tokens * kept
 
-    text = max(work.feedback_tokens, work.answer_tokens if work.solutions else 0)
+    text = max(work.max_feedback_tokens, work.max_answer_tokens if work.solutions else 0)
     row = 4 * max(expert["vocab_size"], student["vocab_size"])
     rows = work.micro_batch * text
     logits = max(
@@ -383,6 +383,6 @@ def check_memory(
             f"--micro-batch {smaller.micro_batch}."
         )
     raise UserError(
-        f"{message} No batch size makes it fit: try --preset 16gb, shorter --answer-tokens and "
-        "--feedback-tokens, --checkpoint-layers, a 4-bit expert, or a smaller expert."
+        f"{message} No batch size makes it fit: try --preset 16gb, shorter --max-answer-tokens and "
+        "--max-feedback-tokens, --grad-checkpoint, a 4-bit expert, or a smaller expert."
     )

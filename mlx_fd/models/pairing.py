@@ -115,16 +115,19 @@ def _shared(expert: Tokenizer, student: Tokenizer) -> tuple[int, int, int]:
     Raises:
         UserError: some id means two different things.
     """
-    ours = {number: token for token, number in expert.get_vocab().items()}
-    theirs = {number: token for token, number in student.get_vocab().items()}
-    expert_count, student_count = max(ours, default=-1) + 1, max(theirs, default=-1) + 1
+    student_tokens = {number: token for token, number in expert.get_vocab().items()}
+    expert_tokens = {number: token for token, number in student.get_vocab().items()}
+    expert_count, student_count = (
+        max(student_tokens, default=-1) + 1,
+        max(expert_tokens, default=-1) + 1,
+    )
     shared = min(expert_count, student_count)
     # Not each number below: an id may be anything that a file says.
-    for number in sorted(number for number in {*ours, *theirs} if number < shared):
-        if ours.get(number) != theirs.get(number):
+    for number in sorted(number for number in {*student_tokens, *expert_tokens} if number < shared):
+        if student_tokens.get(number) != expert_tokens.get(number):
             raise UserError(
                 f"expert and student have different tokenizers: token {number} is "
-                f"{ours.get(number)!r} for the expert and {theirs.get(number)!r} for the student. "
+                f"{student_tokens.get(number)!r} for the expert and {expert_tokens.get(number)!r} for the student. "
                 "The logit loss compares the two models token by token: choose a student of the "
                 "expert's family"
             )
@@ -161,11 +164,11 @@ def check_pair(expert_dir: Path, student_dir: Path) -> Pairing:
     shared, expert_count, student_count = _shared(expert, student)
     for probe in _PROBES:
         with blaming(f"the tokenizers of {expert_dir} and {student_dir} fail on {probe!r}"):
-            ours, theirs = expert.encode(probe), student.encode(probe)
-        if ours.ids != theirs.ids:
+            student_tokens, expert_tokens = expert.encode(probe), student.encode(probe)
+        if student_tokens.ids != expert_tokens.ids:
             raise UserError(
                 f"expert and student have the same tokens but split text differently: {probe!r} "
-                f"becomes {ours.tokens} for the expert and {theirs.tokens} for the student. The "
+                f"becomes {student_tokens.tokens} for the expert and {expert_tokens.tokens} for the student. The "
                 "logit loss needs one tokenizer: choose a student of the expert's family"
             )
     expert_vocab, student_vocab = _vocab_size(expert_dir), _vocab_size(student_dir)

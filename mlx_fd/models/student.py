@@ -92,7 +92,7 @@ def make_student(model: nn.Module, expert_width: int, options: ModelOptions, see
     return student
 
 
-def part_of(name: str) -> str:
+def parameter_group(name: str) -> str:
     """Which learning rate a parameter takes, by its path: ``score``, ``projection`` or ``lora``."""
     head = name.split(".", 1)[0]
     return {"score_head": "score", "projection": "projection"}.get(head, "lora")

@@ -27,7 +27,7 @@ from mlx_fd.problems.prompts import Feedback
 
 SPLITS = ("train", "validation", "test", "transfer")
 SIZES = {"train": 4000, "validation": 500, "test": 500, "transfer": 500}
-MOST_STEPS = 4
+MAX_STEPS = 4
 MOST = 99
 
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Leo", "Zoe", "Max", "Eva")
@@ -171,19 +171,19 @@ def exercise(rng: random.Random, *, steps: int | None = None, transfer: bool = F
         transfer: numbers to begin with, and sentences, that are held out.
     """
     phrases = _TRANSFER if transfer else _IN_DOMAIN
-    wanted = steps or rng.choices(range(1, MOST_STEPS + 1), (1, 2, 2, 2))[0]
+    wanted = steps or rng.choices(range(1, MAX_STEPS + 1), (1, 2, 2, 2))[0]
     name, other = rng.sample(NAMES, 2)
     thing, another = rng.sample(THINGS, 2)
     start = value = rng.choice(phrases.starts)
     events: list[_Event] = []
-    told = [rng.choice(phrases.start).format(n=name, y=start, o=thing)]
+    story = [rng.choice(phrases.start).format(n=name, y=start, o=thing)]
     done = 0
     while done < wanted:
         event = _event(rng, value, wanted - done)
         if event is None:
             continue
         sentences = {"+": phrases.plus, "-": phrases.minus, "*": phrases.times}
-        told.append(
+        story.append(
             rng.choice(sentences.get(event.op, phrases.groups)).format(
                 n=name,
                 m=other,
@@ -199,10 +199,10 @@ def exercise(rng: random.Random, *, steps: int | None = None, transfer: bool = F
         done += 2 if event.op == "g" else 1
     if rng.random() < 0.3:
         distractor = rng.choice(phrases.distractors)
-        place = rng.randint(1, len(told))
-        told.insert(place, distractor.format(n=name, m=other, y=rng.randint(2, 30), p=another))
-    told.append(rng.choice(phrases.ask).format(n=name, o=thing))
-    return Exercise(" ".join(told), start, tuple(events), _steps(start, tuple(events)))
+        place = rng.randint(1, len(story))
+        story.insert(place, distractor.format(n=name, m=other, y=rng.randint(2, 30), p=another))
+    story.append(rng.choice(phrases.ask).format(n=name, o=thing))
+    return Exercise(" ".join(story), start, tuple(events), _steps(start, tuple(events)))
 
 
 def split_of(question: str) -> str:
@@ -308,8 +308,8 @@ def prose(solution: str) -> str:
         solution: in the form that :func:`write` gives.
     """
     steps, _ = read(solution)
-    told = [f"{s.left} {_WORDS[s.op]} {s.right} is {s.result}." for s in steps]
-    return " ".join([*told, f"So the answer is {steps[-1].result}."])
+    story = [f"{s.left} {_WORDS[s.op]} {s.right} is {s.result}." for s in steps]
+    return " ".join([*story, f"So the answer is {steps[-1].result}."])
 
 
 # -------------------------------------------------------------------------------------- judgement

@@ -24,8 +24,8 @@ def needs_merge(expert: Feedback, student: Feedback | None) -> bool:
     """Whether there are two feedbacks with something in each, and not the same thing."""
     if student is None:
         return False
-    ours, theirs = _words(expert), _words(student)
-    return bool(ours) and bool(theirs) and ours != theirs
+    expert_text, student_text = _words(expert), _words(student)
+    return bool(expert_text) and bool(student_text) and expert_text != student_text
 
 
 # ------------------------------------------------------------------------------------ characters
@@ -126,7 +126,7 @@ _SPACED_SIGN = re.compile(r"^([-+])\s+(?=[$\d.])")
 _DIGIT = re.compile(r"\d")
 _FULL_STOP = re.compile(r"\.$")
 _MARK = re.compile("#{4,}")
-_MOST_MARKS = 10_000  # that are tried, the last ones: no solution has as many
+_MAX_MARKS = 10_000  # that are tried, the last ones: no solution has as many
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
@@ -271,7 +271,7 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
         return Fraction(found) if readable else None
     text = _after_thinking(text)
     marks = text.translate(_PLAIN) if "\uff03" in text else text
-    for mark in reversed(deque(_MARK.finditer(marks), maxlen=_MOST_MARKS)):
+    for mark in reversed(deque(_MARK.finditer(marks), maxlen=_MAX_MARKS)):
         value, _ = _leading_number(text[mark.end() : mark.end() + 120])
         if value is not None:
             return value
@@ -294,7 +294,7 @@ def same_answer(a: Fraction | None, b: Fraction | None) -> bool:
 
 _WINDOW = 200  # characters looked at behind a label
 _BEFORE = 60  # and before it
-_MOST_LABELS = 10_000  # that are read, the first ones: no feedback has as many
+_MAX_LABELS = 10_000  # that are read, the first ones: no feedback has as many
 _MARKUP = r"[ \t*_`\"'#>|]*"
 _LABEL = re.compile(
     r"(?<![A-Za-z])(?:score|rating|grade|overall|verdict)(?![A-Za-z])", re.IGNORECASE
@@ -452,7 +452,7 @@ def _read_score(text: str, place: int, scale: str | None) -> tuple[float | None,
 def _labelled(text: str) -> list[_Found]:
     """Numbers that a label calls the score, in order."""
     scores = []
-    for label in itertools.islice(_LABEL.finditer(text), _MOST_LABELS):
+    for label in itertools.islice(_LABEL.finditer(text), _MAX_LABELS):
         start, end = label.span()
         first = max(start + 1 - _BEFORE, 0)
         # A text begins as a line does.
@@ -495,7 +495,7 @@ def _labelled(text: str) -> list[_Found]:
 
 def _said(text: str) -> _Found | None:
     """A score given in a sentence ("I'd give this a 0.8"); the sentence stays in the feedback."""
-    for verb in itertools.islice(_I_GIVE.finditer(text), _MOST_LABELS):
+    for verb in itertools.islice(_I_GIVE.finditer(text), _MAX_LABELS):
         if gap := _JUDGED.match(text, verb.end(), verb.end() + _WINDOW):
             found = _read_score(text, gap.end(), None)
             if found and found[0] is not None:

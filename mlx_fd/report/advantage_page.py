@@ -117,15 +117,15 @@ def in_words(item: Scored, name: str) -> str:
     values = item.advantages[name]
     against = [k for k, value in enumerate(values) if value < -SHADES[0]]
     speaks = [k for k, value in enumerate(values) if value > SHADES[0]]
-    said = f"{len(values)} tokens, {len(speaks)} spoken for, {len(against)} against"
+    sentence = f"{len(values)} tokens, {len(speaks)} spoken for, {len(against)} against"
     if against:
         worst = min(against, key=lambda k: values[k])
         where = "" if item.parts[worst] == RIGHT else f" {_WORDS[item.parts[worst]]}"
         where = " in the first wrong step" if item.parts[worst] == IN else where
         where = " after the first wrong step" if item.parts[worst] == AFTER else where
         piece = item.pieces[worst].strip() or "a line's end"
-        said += f"; most against {piece!r}{where}, {values[worst]:+.1f}"
-    return f"{said}."
+        sentence += f"; most against {piece!r}{where}, {values[worst]:+.1f}"
+    return f"{sentence}."
 
 
 def _attempt(item: Scored) -> _Attempt:

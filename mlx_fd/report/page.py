@@ -93,19 +93,19 @@ def write_page(page: str, path: Path) -> None:
 def make_page(
     runs: Sequence[LoopRun] | Sequence[SelfRun],
     most: int | None = None,
-    told: Callable[[str, int, int], None] = lambda step, done, total: None,
+    on_progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> str:
     """The page of one run, or of several of a kind beside each other.
 
     Args:
         runs: what is reported.
         most: how many records of each run to put in; all of them where it is ``None``.
-        told: called with what is being made, how many of it are done, and of how many.
+        on_progress: called with what is being made, how many of it are done, and of how many.
     """
     kind = _SELF if isinstance(runs[0], SelfRun) else _LOOP
     embedded = []
     for done, run in enumerate(runs):
-        told(f"packing {kind.one}s", done, len(runs))
+        on_progress(f"packing {kind.one}s", done, len(runs))
         every = kind.rows(run)
         rows = packing.spread(every, most)
         embedded.append(
@@ -117,8 +117,8 @@ def make_page(
                 packing.parts([kind.packed(row) for row in rows]),
             )
         )
-    told(f"packing {kind.one}s", len(runs), len(runs))
-    told("drawing charts", 0, 1)
+    on_progress(f"packing {kind.one}s", len(runs), len(runs))
+    on_progress("drawing charts", 0, 1)
     counts = [min(run.total, most or run.total) for run in embedded]
     page = render(
         f"{kind.one}s.html",
@@ -155,7 +155,7 @@ def make_page(
         ),
         **kind.parts(runs),
     )
-    told("drawing charts", 1, 1)
+    on_progress("drawing charts", 1, 1)
     return page
 
 

@@ -34,7 +34,7 @@ _METHOD = {
     "objective": "objective: what is matched",
     "self_teacher": "self-teacher's weights",
     "critic": "critic",
-    "rollouts": "attempts at a problem",
+    "num_generations": "attempts at a problem",
     "gate": "gate",
     "lora_rate": "learning rate",
 }
@@ -44,14 +44,14 @@ def lead(run: SelfRun) -> str:
     """What learns by which method, on what."""
     options, manifest = run.options, run.manifest
     critic = f", critic {shown(options['critic'])}" if options.get("critic") else ""
-    said = (
+    sentence = (
         f"model {shown(manifest['student'].get('name', 'unknown'))}{critic}, method "
         f"{shown(options.get('method', 'unknown'))}: context "
         f"{shown(options.get('context', 'unknown'))}, objective "
         f"{shown(options.get('objective', 'unknown'))}; problems "
         f"{shown(manifest['problems'].get('name', 'unknown'))}; {len(run.attempts)} attempts"
     )
-    return said if run.finished else f"{said}, unfinished"
+    return sentence if run.finished else f"{sentence}, unfinished"
 
 
 def share_says(value: Mapping[str, Any]) -> str:

@@ -121,9 +121,9 @@ def lead(run: Run) -> str:
         shown(run.manifest[part].get("name", "unknown"))
         for part in ("expert", "student", "problems")
     )
-    said = f"expert {expert}, student {student}, problems {problems}; "
-    said += f"{run.totals['episodes']} episodes"
-    return said if run.finished else f"{said}, unfinished"
+    sentence = f"expert {expert}, student {student}, problems {problems}; "
+    sentence += f"{run.totals['episodes']} episodes"
+    return sentence if run.finished else f"{sentence}, unfinished"
 
 
 def headlines(run: Run) -> list[tuple[str, Cell]]:
@@ -387,16 +387,18 @@ def pareto_table(pareto: Mapping[str, Any]) -> Table:
 
 def evaluation_says(evaluation: Mapping[str, Any]) -> str:
     """What was evaluated, when and how."""
-    said = [evaluation["target"], evaluation["created"]]
-    warm = evaluation["temperature"]
-    if "first_answers" in warm:
+    sentence = [evaluation["target"], evaluation["created"]]
+    temperatures = evaluation["temperature"]
+    if "first_answers" in temperatures:
         by = evaluation["answers_by"]
-        said.append(f"first answers by the {by} at temperature {warm['first_answers']:g}")
-    if "bare" in warm:
-        said.append(f"bare answers at {warm['bare']:g}")
-    said += [f"{key} {evaluation[key]}" for key in ("k", "seed") if evaluation[key] is not None]
-    said += [f"{kind}: {model}" for kind, model in evaluation["text_models"].items()]
-    return ", ".join(said)
+        sentence.append(
+            f"first answers by the {by} at temperature {temperatures['first_answers']:g}"
+        )
+    if "bare" in temperatures:
+        sentence.append(f"bare answers at {temperatures['bare']:g}")
+    sentence += [f"{key} {evaluation[key]}" for key in ("k", "seed") if evaluation[key] is not None]
+    sentence += [f"{kind}: {model}" for kind, model in evaluation["text_models"].items()]
+    return ", ".join(sentence)
 
 
 def measures_of(found: Mapping[str, Any]) -> list[str]:

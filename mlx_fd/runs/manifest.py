@@ -73,7 +73,7 @@ _CHANGEABLE = (
     "problems",
     "teacher_cache",
     "micro_batch",
-    "checkpoint_layers",
+    "grad_checkpoint",
     "checkpoint_every",
     "keep_checkpoints",
 )

@@ -132,8 +132,8 @@ def settled(config: Config) -> Config:
         config,
         models=dataclasses.replace(
             models,
-            expert=settled_model(models.expert) if models.expert else "",
-            student=settled_model(student),
+            expert=absolute_model_name(models.expert) if models.expert else "",
+            student=absolute_model_name(student),
         ),
         problems=dataclasses.replace(config.problems, problems=source),
         losses=losses,
@@ -148,7 +148,7 @@ def _default_student(expert: str) -> str:
     return default_student(expert)
 
 
-def settled_model(name: str) -> str:
+def absolute_model_name(name: str) -> str:
     """A model's name that means the same in any folder: the whole path of a directory."""
     parsed = parse_name(name)
     path = _whole_path(parsed.base)
@@ -229,14 +229,14 @@ def check_run_memory(
             micro_batch=min(config.training.micro_batch, samples),
             # Fewer than 3 characters a token are rare in English and in arithmetic.
             prompt_tokens=sum(map(len, said)) // 3,
-            answer_tokens=options.answer_tokens,
-            feedback_tokens=max(options.feedback_tokens, options.merge_tokens),
+            max_answer_tokens=options.max_answer_tokens,
+            max_feedback_tokens=max(options.max_feedback_tokens, options.max_merge_tokens),
             solutions=losses.learns_solutions,
             attention="attention" in losses.losses,
             head_by_head=losses.attention_heads == "aligned",
             lora_rank=config.models.lora_rank,
             train_full=config.models.train == "full",
-            checkpoint_layers=config.training.checkpoint_layers,
+            grad_checkpoint=config.training.grad_checkpoint,
             on_cpu=on_cpu,
             float32=on_cpu and config.models.dequantize == "auto",
             shared=student == expert or source == str(expert.resolve()),

@@ -122,7 +122,7 @@ def seconds_of(metrics: Sequence[Row], beside: Mapping[str, float]) -> dict[str,
     return {**{name: round(value, 1) for name, value in beside.items()}, "total": round(total, 1)}
 
 
-def warnings_of(episodes: Sequence[Row]) -> dict[str, str]:
+def find_warnings(episodes: Sequence[Row]) -> dict[str, str]:
     """What a user should know of the last episodes, by kind of trouble; mostly empty."""
     if len(episodes) < _ENOUGH:
         return {}
@@ -133,13 +133,13 @@ def warnings_of(episodes: Sequence[Row]) -> dict[str, str]:
     if asked and unread > _WORRYING_SHARE * len(asked):
         found["unreadable"] = (
             f"no score could be read in {unread} of the last {len(asked)} expert feedbacks; "
-            "raise --feedback-tokens, or choose an expert that follows instructions better"
+            "raise --max-feedback-tokens, or choose an expert that follows instructions better"
         )
     capped = sum(bool({"answer", "final"} & set(row["capped"])) for row in episodes)
     if capped > _WORRYING_SHARE * len(episodes):
         found["capped"] = (
             f"{capped} of the last {len(episodes)} episodes had an answer cut at the token limit; "
-            "raise --answer-tokens"
+            "raise --max-answer-tokens"
         )
     read = [score for score in scores if score is not None]
     if len(read) >= _ENOUGH and len(set(read)) == 1:

@@ -26,24 +26,24 @@ from mlx_fd.evaluation.exam import Question, Result, compare, examine, load_resu
 from mlx_fd.feedback import gate
 from mlx_fd.feedback.distill import Update, make_optimizer, measure, top_k_error, update
 from mlx_fd.feedback.episode import (
+    derive_seed,
     expert_feedback,
     finish,
     first_answers,
     is_correct,
-    seed_of,
     student_feedback,
     to_json,
 )
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.phases import PhaseSchedule, combined, phase_weights
-from mlx_fd.feedback.samples import Sample, decides, read_text, sample_of, solution_of
+from mlx_fd.feedback.samples import Sample, cache_fingerprint, read_text, sample_of, solution_of
 from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.files import clear_unfinished, write_json
 from mlx_fd.models.generation import Conversation
 from mlx_fd.problems import Problem
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Step, Warned
-from mlx_fd.runs.summary import summarise, warnings_of
+from mlx_fd.runs.summary import find_warnings, summarise
 from mlx_fd.training.checkpoint import (
     Progress,
     Records,
@@ -57,12 +57,12 @@ from mlx_fd.training.checkpoint import (
     with_probe,
 )
 from mlx_fd.training.probe import PROBE_ROWS, Probe, load_probe, make_probe, save_probe
-from mlx_fd.training.selfdistill.in_loop import Lessons, lessons, term
+from mlx_fd.training.selfdistill.in_loop import Lessons, lessons, self_distillation_loss
 
 EXAM = "exam_before.json"
 EXAM_AFTER = "exam_after.json"
 # A loss that is next to nothing from the start must not drown the others.
-_LEAST_SCALED = 1e-3
+_MIN_SCALED = 1e-3
 # Episodes that the warnings look back over.
 _WATCHED = 64
 Report = Callable[[Event], None]
@@ -121,7 +121,7 @@ def run(
     if checkpoint is None:
         progress = _first(pair, probe, config)
         with runs.explained(folder):
-            save(records, progress, config, pair.student, pair.reader.path, optimizer)
+            save(records, progress, config, pair.student, pair.student_lm.path, optimizer)
     else:
         progress = restore(checkpoint, pair.student, optimizer)
         report(Note(f"going on after batch {progress.batch}"))
@@ -156,12 +156,12 @@ def run(
             stopping = stop()
             due = progress.batch - saved >= config.episode.checkpoint_every
             if due or stopping or progress.best_batch != best_before:
-                save(records, progress, config, pair.student, pair.reader.path, optimizer)
+                save(records, progress, config, pair.student, pair.student_lm.path, optimizer)
                 saved = progress.batch
         done = epoch * len(problems) + min((place + 1) * size, len(problems))
         report(BatchDone(done, config.training.epochs * len(problems), rows, metrics))
         recent = [*recent, *rows][-_WATCHED:]
-        for kind, text in warnings_of(recent).items():
+        for kind, text in find_warnings(recent).items():
             if kind not in warned:
                 warned.add(kind)
                 report(Warned(text))
@@ -175,7 +175,7 @@ def run(
     progress = with_probe(progress, last)
     seconds = {"headroom": probe.seconds + time.perf_counter() - looking}
     with runs.explained(folder):
-        save(records, progress, config, pair.student, pair.reader.path, optimizer)
+        save(records, progress, config, pair.student, pair.student_lm.path, optimizer)
     parts: dict[str, Any] = {}
     if config.losses.teacher_top_k:
         parts["top_k"] = top_k_error(pair.student, probe.samples, config.losses, pair.vocab)
@@ -248,7 +248,7 @@ def _first(pair: Pair, probe: Probe, config: Config) -> Progress:
     else:
         # A loss that nothing is known of is left as it is.
         scales = {
-            name: 1 / max(losses[name], _LEAST_SCALED) if name in losses else 1.0 for name in names
+            name: 1 / max(losses[name], _MIN_SCALED) if name in losses else 1.0 for name in names
         }
     state = gate.initial_state(config.gate, names)
     state, _ = gate.observe_probe(state, losses, config.gate, cost=0.0)
@@ -274,7 +274,7 @@ def _check_finite(losses: dict[str, float], batch: int, config: Config) -> None:
         f"the student diverged in batch {batch}: its {lost[0]} loss is not finite any more. The "
         "checkpoints before it are whole. Begin a new run with lower learning rates (--lora-rate "
         f"{rates.lora_rate:g}, --score-rate {rates.score_rate:g}, --projection-rate "
-        f"{rates.projection_rate:g} were too high) or a smaller --clip."
+        f"{rates.projection_rate:g} were too high) or a smaller --max-grad-norm."
     )
 
 
@@ -286,7 +286,7 @@ def _cache(folder: Path, config: Config, pair: Pair, report: Report) -> TeacherC
     clear_unfinished(kept_in)
     return TeacherCache(
         kept_in,
-        decides(pair, config.losses),
+        cache_fingerprint(pair, config.losses),
         lambda text: report(Warned(text)),
     )
 
@@ -320,14 +320,16 @@ def _batch(
     begin = time.perf_counter()
     pair, config, cache = learner.pair, learner.config, learner.cache
     number = progress.batch
-    told = _steps(learner.report, number)
+    on_progress = _steps(learner.report, number)
 
     def seeds(step: str) -> int:
-        return seed_of(config.episode.seed, number, step)
+        return derive_seed(config.episode.seed, number, step)
 
     # 1. and 2. Answers, then feedback of both.
-    drafts = first_answers(pair, problems, config.generation, seeds("answer"), told)
-    drafts = student_feedback(pair, drafts, config.generation, seeds("student_feedback"), told)
+    drafts = first_answers(pair, problems, config.generation, seeds("answer"), on_progress)
+    drafts = student_feedback(
+        pair, drafts, config.generation, seeds("student_feedback"), on_progress
+    )
     audits = [gate.audited(d.problem.id, config.episode.seed, config.gate) for d in drafts]
     asked = [
         place
@@ -335,7 +337,7 @@ def _batch(
         if audits[place] or not gate.stands_alone(progress.gate, draft.student_score, config.gate)
     ]
     answered = expert_feedback(
-        pair, [drafts[p] for p in asked], config.generation, seeds("expert_feedback"), told
+        pair, [drafts[p] for p in asked], config.generation, seeds("expert_feedback"), on_progress
     )
     for place, draft in zip(asked, answered, strict=True):
         drafts[place] = draft
@@ -358,7 +360,7 @@ def _batch(
 
     # 5. and 6. Merge, revise, criticise, final answer: the expert's, so it matters not to them
     # whether the student has learned yet, but it can learn from what they end in.
-    outcomes = finish(pair, drafts, config.generation, config.episode, seeds, told)
+    outcomes = finish(pair, drafts, config.generation, config.episode, seeds, on_progress)
 
     # 4. The student learns where it lags.
     lagging = [place for place, reading in readings.items() if reading.decision.distil]
@@ -374,7 +376,7 @@ def _batch(
     own = None
     if config.losses.student_context != "none":
         own = lessons([outcomes[place] for place in lagging], config.losses.student_context)
-    updates = _distil(learner, samples, weights, progress.scales, told, own)
+    updates = _distil(learner, samples, weights, progress.scales, on_progress, own)
     after = {
         place: measure(pair.student, pair.expert, [r.sample], config.losses, pair.vocab, 1)
         for place, r in readings.items()
@@ -410,8 +412,8 @@ def _rehearse(
     updates: list[Update] = []
     if not progress.gate.frozen:
         samples = [_again(text, learner) for text in texts]
-        told = _steps(learner.report, number)
-        updates = _distil(learner, samples, weights, progress.scales, told)
+        on_progress = _steps(learner.report, number)
+        updates = _distil(learner, samples, weights, progress.scales, on_progress)
     progress, stop_decision = _after(progress, updates, learner)
     return progress, {
         "batch": number,
@@ -506,7 +508,7 @@ def _distil(
     samples: Sequence[Sample],
     weights: dict[str, float],
     scales: dict[str, float],
-    told: Callable[[str, int], None],
+    on_progress: Callable[[str, int], None],
     own: Lessons | None = None,
 ) -> list[Update]:
     """The batch's optimiser steps; ``own`` is what the student learns from itself."""
@@ -517,7 +519,7 @@ def _distil(
 
     def itself() -> tuple[Any, float]:
         assert own is not None
-        return term(pair.reader, own, config.training)
+        return self_distillation_loss(pair.student_lm, own, config.training)
 
     done = []
     for _ in range(config.training.kd_steps):
@@ -535,7 +537,7 @@ def _distil(
                 config.losses.student_context_weight,
             )
         )
-        told("distil", sum(len(sample.target) for sample in samples))
+        on_progress("distil", sum(len(sample.target) for sample in samples))
     return done
 
 

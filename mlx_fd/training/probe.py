@@ -19,14 +19,14 @@ from mlx_fd.feedback.distill import measure
 from mlx_fd.feedback.episode import (
     Progress,
     answer,
+    derive_seed,
     expert_feedback,
     first_answers,
     is_correct,
-    seed_of,
     student_feedback,
 )
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.feedback.samples import Reading, Sample, sample_of, solution_of
+from mlx_fd.feedback.samples import Sample, TeacherOutputs, sample_of, solution_of
 from mlx_fd.files import digest_of, write_json, write_with
 from mlx_fd.models.student import read_arrays
 from mlx_fd.problems import Problem
@@ -137,7 +137,7 @@ def make_probe(
         drafts = expert_feedback(pair, drafts, options, seeds("expert_feedback"), progress)
         drafts = student_feedback(pair, drafts, options, seeds("student_feedback"), progress)
         own = answer(
-            pair.reader,
+            pair.student_lm,
             chunk,
             options,
             seeds("student_answer"),
@@ -170,7 +170,7 @@ def make_probe(
 
 
 def _seeds(seed: int, number: int) -> Callable[[str], int]:
-    return lambda step: seed_of(seed, number, f"probe/{step}")
+    return lambda step: derive_seed(seed, number, f"probe/{step}")
 
 
 def save_probe(probe: Probe, folder: Path) -> None:
@@ -213,7 +213,7 @@ def load_probe(folder: Path) -> tuple[Probe, bool] | None:
             place, _, what = name.partition("/")
             of_samples[int(place)][what] = array
         samples = tuple(
-            Sample.from_json(row, Reading.of(named))
+            Sample.from_json(row, TeacherOutputs.of(named))
             for row, named in zip(content["samples"], of_samples, strict=True)
         )
         mx.eval(of_samples)

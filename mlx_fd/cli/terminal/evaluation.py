@@ -98,10 +98,10 @@ def print_results(
     for found, names in zip(results["sets"], shown, strict=True):
         console.print(_measures(found, names))
         console.print(_differences_and_costs(found))
-    warm = results["temperature"]
+    temperatures = results["temperature"]
     said = [
-        f"first answers by the {results['answers_by']} at temperature {warm['first_answers']:g}, "
-        f"bare answers at {warm['bare']:g}, k = {results['k']}"
+        f"first answers by the {results['answers_by']} at temperature {temperatures['first_answers']:g}, "
+        f"bare answers at {temperatures['bare']:g}, k = {results['k']}"
     ]
     said += [f"{kind}: {model}" for kind, model in results["text_models"].items()]
     for text in said:

@@ -13,7 +13,7 @@ from typing import Any
 from mlx_fd.config import EpisodeOptions, GenerationOptions
 from mlx_fd.evaluation.baselines.trials import Seeds, Setting, Trial, trial
 from mlx_fd.feedback.episode import Draft, Progress, expert_turn, feedback_request, parsed
-from mlx_fd.models.generation import Conversation, next_message
+from mlx_fd.models.generation import Conversation, followup_prompt
 from mlx_fd.problems import prompts
 
 
@@ -57,7 +57,7 @@ def feedback_stage(step: str, tokenizer: Any, prompt: str = "") -> Stage:
 def thoughts(tokenizer: Any) -> tuple[Stage, ...]:
     """Chain of thought: stepwise reasoning, then the feedback."""
     return (
-        Stage("reasoning", next_message(tokenizer, prompts.reasoning_prompt())),
+        Stage("reasoning", followup_prompt(tokenizer, prompts.reasoning_prompt())),
         feedback_stage("feedback", tokenizer),
     )
 
@@ -96,17 +96,17 @@ def criticise(
             stage.step,
             before,
             [stage.request] * len(drafts),
-            options.feedback_tokens,
+            options.max_feedback_tokens,
             options,
             seeds(stage.step),
             progress,
         )
         before = [turn.conversation for turn in turns]
-        for told, turn in zip(written, turns, strict=True):
-            told[stage.step] = stage.begun + turn.text
+        for stage_texts, turn in zip(written, turns, strict=True):
+            stage_texts[stage.step] = stage.begun + turn.text
     return [
-        Criticised(draft, parsed(turn), told, turn.conversation)
-        for draft, turn, told in zip(drafts, turns, written, strict=True)
+        Criticised(draft, parsed(turn), stage_texts, turn.conversation)
+        for draft, turn, stage_texts in zip(drafts, turns, written, strict=True)
     ]
 
 
@@ -121,14 +121,14 @@ def revise(
 ) -> list[Criticised]:
     """Let the expert apply the feedback that it has just given."""
     options: GenerationOptions = setting.generation
-    request = next_message(setting.pair.expert.tokenizer, prompts.revise_prompt(""))
+    request = followup_prompt(setting.pair.expert.tokenizer, prompts.revise_prompt(""))
     drafts, turns = expert_turn(
         setting.pair,
         [item.draft for item in judged],
         step,
         [item.conversation for item in judged],
         [request] * len(judged),
-        options.answer_tokens,
+        options.max_answer_tokens,
         options,
         seeds(step),
         progress,

@@ -115,12 +115,12 @@ def _train(
     run: Path, config: Config, report: Callable[[int, int], None], batches: int, came: list[int]
 ) -> None:
     """Make or finish a run."""
-    with _command(run, config) as command, tempfile.TemporaryFile("w+") as said:
+    with _command(run, config) as command, tempfile.TemporaryFile("w+") as errors:
         # Its own session: a Ctrl-C at the terminal comes to it through us, and once.
         process = subprocess.Popen(
             [sys.executable, "-m", "mlx_fd", *command, "--quiet"],
             stdout=subprocess.DEVNULL,
-            stderr=said,
+            stderr=errors,
             start_new_session=True,
         )
         passed_on = 0
@@ -132,9 +132,9 @@ def _train(
                 passed_on += 1
         report(_batches(run), batches)
         if process.returncode and not came:
-            said.seek(0)
+            errors.seek(0)
             raise UserError(
-                f"{run}: this run of the sweep failed ({said.read().strip()}). Those before it are "
+                f"{run}: this run of the sweep failed ({errors.read().strip()}). Those before it are "
                 "done, and the same command goes on here."
             )
 

@@ -36,7 +36,7 @@ class Timing:
 
 
 @dataclass(frozen=True, eq=False)
-class Followed:
+class Continuation:
     """What an engine makes of one prompt.
 
     Attributes:
@@ -75,7 +75,7 @@ class Engine(Protocol):
         """Whether it makes the same tokens of a prompt's text (``None``: cannot be known), how."""
         ...
 
-    def follow(self, prompt: Prompt) -> Followed:
+    def score_continuation(self, prompt: Prompt) -> Continuation:
         """Continue a prompt greedily, and read the reference's continuation."""
         ...
 

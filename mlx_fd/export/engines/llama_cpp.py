@@ -49,7 +49,7 @@ class LlamaCppEngine(LocalEngine):
         self._vocab = self._c.llama_model_get_vocab(self._model)
         super().__init__(str(file), bundle, self._c.llama_vocab_n_tokens(self._vocab))
         longest = max(len(prompt.sequence) for prompt in bundle.prompts)
-        self._length = max(longest, _SHORTEST_CONTEXT) + bundle.answer_tokens
+        self._length = max(longest, _SHORTEST_CONTEXT) + bundle.max_answer_tokens
         context = self._c.llama_context_default_params()
         context.n_ctx = self._length
         context.n_batch = context.n_ubatch = _BATCH

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mlx_fd.errors import UserError
 from mlx_fd.export.bundle import Bundle, Prompt
-from mlx_fd.export.engines import Followed, Timing
+from mlx_fd.export.engines import Continuation, Timing
 from mlx_fd.export.logits import log_softmax
 
 
@@ -54,7 +54,7 @@ class LocalEngine(abc.ABC):
         """As the protocol says."""
         return self.encode(prompt.text) == prompt.tokens, "ids"
 
-    def follow(self, prompt: Prompt) -> Followed:
+    def score_continuation(self, prompt: Prompt) -> Continuation:
         """As the protocol says.
 
         Raises:
@@ -74,7 +74,7 @@ class LocalEngine(abc.ABC):
                 "weights are damaged: export again"
             )
         rows = np.arange(prompt.positions)
-        return Followed(
+        return Continuation(
             agreed,
             rows,
             np.take_along_axis(logprobs, prompt.top_ids.astype(np.int64), -1),

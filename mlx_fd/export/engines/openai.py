@@ -28,7 +28,7 @@ import numpy as np
 
 from mlx_fd.errors import UserError
 from mlx_fd.export.bundle import Bundle, Prompt
-from mlx_fd.export.engines import TIMED_ROLE, Followed, Timing
+from mlx_fd.export.engines import TIMED_ROLE, Continuation, Timing
 from mlx_fd.export.engines.address import parse_address, without_secrets
 from mlx_fd.export.engines.exchange import Budget, Unusable, open_url
 from mlx_fd.text import strip_control_chars
@@ -39,7 +39,7 @@ _LARGEST = 32 << 20  # bytes of a response, headers included
 _LONGEST_WORDS = 300  # of a server's that are shown
 _BUSY = (429, 502, 503, 504)
 _PROBE = 8  # tokens
-_MOST_REQUESTS = 8  # a prompt
+_MAX_REQUESTS = 8  # a prompt
 _ROUNDING = 1e-3  # by which a log-probability may be above 0
 
 # From the most telling to the least; the first that a server takes is used.
@@ -348,7 +348,7 @@ class OpenAIEngine:
             steps.append(_Step(token, {}))
         return steps
 
-    def follow(self, prompt: Prompt) -> Followed:
+    def score_continuation(self, prompt: Prompt) -> Continuation:
         """As the protocol says; of the prompt itself nothing is read.
 
         Raises:
@@ -358,7 +358,7 @@ class OpenAIEngine:
         pieces = self.bundle.pieces
         length, forced, agreed, whole = len(prompt.greedy), 0, 0, True
         rows, top, logprobs, following = [], [], [], []
-        for _ in range(_MOST_REQUESTS):
+        for _ in range(_MAX_REQUESTS):
             steps, _ = self._steps_after(prompt, forced)
             # A server that ends the turn may leave the end token out.
             ended = len(steps) < length - forced
@@ -379,7 +379,7 @@ class OpenAIEngine:
                 agreed += whole
             if forced == length or not self._by_ids:
                 break
-        return Followed(
+        return Continuation(
             agreed,
             np.array(rows, np.int64),
             np.array(logprobs, np.float64).reshape(len(rows), -1),

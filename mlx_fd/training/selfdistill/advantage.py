@@ -18,13 +18,13 @@ import numpy as np
 from mlx_fd.config import Config, Method
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.statistics import Estimate, Rows, bootstrap
-from mlx_fd.feedback.episode import seed_of
-from mlx_fd.models.generation import opening
+from mlx_fd.feedback.episode import derive_seed
+from mlx_fd.models.generation import first_prompt
 from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import Problem, arithmetic, prompts
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials
-from mlx_fd.training.selfdistill.learning import Text, read, say
-from mlx_fd.training.selfdistill.rollouts import attempts_at
+from mlx_fd.training.selfdistill.learning import Text, read, token_logprobs
+from mlx_fd.training.selfdistill.rollouts import sample_rollouts
 
 RIGHT, BEFORE, IN, AFTER = "right", "before", "in", "after"
 PARTS = (RIGHT, BEFORE, IN, AFTER)
@@ -81,21 +81,21 @@ def attempts_of(
         progress("problems", begin, len(problems))
 
         def seed(call: int, begin: int = begin) -> int:
-            return seed_of(config.episode.seed, begin, f"advantage/{call}")
+            return derive_seed(config.episode.seed, begin, f"advantage/{call}")
 
-        groups, _ = attempts_at(loaded, problems[begin : begin + size], config, seed)
+        groups, _ = sample_rollouts(loaded, problems[begin : begin + size], config, seed)
         attempts += [attempt for group in groups for attempt in group]
     return attempts
 
 
 def pieces_of(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, ...]:
     """The text that each token adds; a character of several tokens is with its last."""
-    pieces, said = [], ""
+    pieces, text_so_far = [], ""
     for end in range(1, len(tokens) + 1):
         text = tokenizer.decode(list(tokens[:end]))
         whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        pieces.append(whole[len(said) :])
-        said = whole if len(whole) > len(said) else said
+        pieces.append(whole[len(text_so_far) :])
+        text_so_far = whole if len(whole) > len(text_so_far) else text_so_far
     return tuple(pieces)
 
 
@@ -161,14 +161,14 @@ def score(
 
     def logprobs(messages: Sequence[str], of: Sequence[Attempt]) -> list[list[float]]:
         texts = [
-            Text(opening(tokenizer, message), attempt.tokens)
+            Text(first_prompt(tokenizer, message), attempt.tokens)
             for message, attempt in zip(messages, of, strict=True)
         ]
         if not texts:  # a context that teaches no attempt
             return []
         states = read(loaded.model, texts, size)
-        said = say(loaded.model, states, texts, options, loaded.vocab)
-        return [values.tolist() for values, _ in said]  # type: ignore[misc]
+        text_so_far = token_logprobs(loaded.model, states, texts, options, loaded.vocab)
+        return [values.tolist() for values, _ in text_so_far]  # type: ignore[misc]
 
     own = logprobs([prompts.answer_prompt(a.question) for a in attempts], attempts)
     found: list[dict[str, tuple[float, ...]]] = [{} for _ in attempts]
@@ -176,8 +176,10 @@ def score(
         progress("contexts", done, len(names))
         views = CONTEXTS[name](attempts, materials)
         taught = [k for k, view in enumerate(views) if view.teacher is not None]
-        theirs = logprobs([views[k].teacher or "" for k in taught], [attempts[k] for k in taught])
-        for k, teacher in zip(taught, theirs, strict=True):
+        teacher_rows = logprobs(
+            [views[k].teacher or "" for k in taught], [attempts[k] for k in taught]
+        )
+        for k, teacher in zip(taught, teacher_rows, strict=True):
             found[k][name] = tuple(t - s for t, s in zip(teacher, own[k], strict=True))
     scored = []
     for attempt, advantages in zip(attempts, found, strict=True):

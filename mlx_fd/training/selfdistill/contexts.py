@@ -22,10 +22,10 @@ from mlx_fd.feedback.episode import feedback_request
 from mlx_fd.models.generation import (
     Conversation,
     Sampling,
+    first_prompt,
+    followup_prompt,
     generate,
-    next_message,
-    opening,
-    reply_to,
+    without_repeated_eos,
 )
 from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import Problem, arithmetic, parsing
@@ -265,7 +265,7 @@ def _answered(critic: Loaded, attempts: Sequence[Attempt]) -> list[tuple[int, ..
     """Conversations in which the problem was put and the attempt is the answer."""
     return [
         (
-            *opening(critic.tokenizer, answer_prompt(attempt.problem.question)),
+            *first_prompt(critic.tokenizer, answer_prompt(attempt.problem.question)),
             *critic.tokenizer.encode(attempt.text, add_special_tokens=False),
         )
         for attempt in attempts
@@ -275,7 +275,7 @@ def _answered(critic: Loaded, attempts: Sequence[Attempt]) -> list[tuple[int, ..
 def _replies(
     critic: Loaded, before: Sequence[tuple[int, ...]], request: tuple[int, ...], limit: int
 ) -> list[tuple[tuple[int, ...], str]]:
-    prompts = [(*said, *reply_to(Conversation(said), request)) for said in before]
+    prompts = [(*said, *without_repeated_eos(Conversation(said), request)) for said in before]
     return _batched(critic, prompts, limit)
 
 
@@ -310,11 +310,11 @@ def rewrites(attempts: Sequence[Attempt], materials: Materials) -> list[str]:
             )
             for a in attempts
         ]
-        asked = [opening(critic.tokenizer, request) for request in requests]
+        asked = [first_prompt(critic.tokenizer, request) for request in requests]
         written = _batched(critic, asked, materials.critic_tokens)
     else:
         judged = _feedback(critic, attempts, materials.critic_tokens)
-        request = next_message(critic.tokenizer, revise_prompt(""))
+        request = followup_prompt(critic.tokenizer, revise_prompt(""))
         written = _replies(
             critic, [tokens for tokens, _ in judged], request, materials.critic_tokens
         )
@@ -363,7 +363,7 @@ def reflections(attempts: Sequence[Attempt], materials: Materials) -> list[str]:
     if materials.critic is None or materials.critic_sees == "problem":
         return feedbacks(attempts, materials)
     critic = materials.critic
-    request = next_message(critic.tokenizer, reflection_request())
+    request = followup_prompt(critic.tokenizer, reflection_request())
     written_by = _replies(critic, _answered(critic, attempts), request, materials.critic_tokens)
     return [text for _, text in written_by]
 

@@ -16,7 +16,12 @@ from mlx_fd.feedback.episode import Outcome, is_correct
 from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import parsing, prompts
 from mlx_fd.training.selfdistill.contexts import Attempt, View, critique_message, feedback_message
-from mlx_fd.training.selfdistill.learning import gradients, look, loss_value, weigh
+from mlx_fd.training.selfdistill.learning import (
+    forward_teacher_and_student,
+    gradients,
+    loss_value,
+    token_weights,
+)
 from mlx_fd.training.selfdistill.teacher import adapter
 
 # Forward KL to the student as it is, over the whole vocabulary.
@@ -65,7 +70,9 @@ def lessons(outcomes: Sequence[Outcome], context: str) -> Lessons:
     return Lessons(tuple(attempts), tuple(views))
 
 
-def term(student: Loaded, found: Lessons, training: TrainingOptions) -> tuple[Any, float]:
+def self_distillation_loss(
+    student: Loaded, found: Lessons, training: TrainingOptions
+) -> tuple[Any, float]:
     """The term that an update of the student gains.
 
     Args:
@@ -78,7 +85,7 @@ def term(student: Loaded, found: Lessons, training: TrainingOptions) -> tuple[An
         its value.
     """
     model = student.model
-    known = look(
+    known = forward_teacher_and_student(
         student,
         adapter(model),
         [[attempt] for attempt in found.attempts],
@@ -86,6 +93,6 @@ def term(student: Loaded, found: Lessons, training: TrainingOptions) -> tuple[An
         _METHOD,
         training.micro_batch,
     )
-    weighed = weigh(known, _METHOD, max(len(item.text.target) for item in known))
-    slopes, matched = gradients(model, known, weighed, _METHOD, training, student.vocab)
-    return slopes, loss_value(weighed, matched, _METHOD)
+    weighed = token_weights(known, _METHOD, max(len(item.text.target) for item in known))
+    grads, matched = gradients(model, known, weighed, _METHOD, training, student.vocab)
+    return grads, loss_value(weighed, matched, _METHOD)

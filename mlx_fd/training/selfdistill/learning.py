@@ -30,11 +30,11 @@ from mlx_fd.losses.divergence import (
     token_log_probabilities,
 )
 from mlx_fd.models import taps
-from mlx_fd.models.generation import opening
+from mlx_fd.models.generation import first_prompt
 from mlx_fd.models.loading import Loaded
 from mlx_fd.training.selfdistill import objectives
 from mlx_fd.training.selfdistill.contexts import Attempt, View
-from mlx_fd.training.selfdistill.teacher import Weights, adapter, reading_as, switched_off
+from mlx_fd.training.selfdistill.teacher import Weights, adapter, adapter_swapped, zero_adapter
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 # EchoDistill's text names no direction; this is the one that keeps what the teacher may say.
@@ -51,7 +51,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Known:
+class RolloutStats:
     """All that is held constant of one text while the student learns from it.
 
     Attributes:
@@ -90,7 +90,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Weighed:
+class TokenWeights:
     """What each token of some texts counts in the loss, and what is known of the loss by then.
 
     Attributes:
@@ -144,8 +144,8 @@ def _collated(texts: Sequence[Text]) -> tuple[mx.array, mx.array]:
     tokens: list[list[int]] = []
     rows: list[int] = []
     for number, text in enumerate(texts):
-        said = [*text.prompt, *text.target[:-1]]
-        tokens.append([*said, *[0] * (width - len(said))])
+        scored = [*text.prompt, *text.target[:-1]]
+        tokens.append([*scored, *[0] * (width - len(scored))])
         first = number * width + len(text.prompt) - 1
         rows += range(first, first + len(text.target))
     return mx.array(tokens), mx.array(rows)
@@ -160,7 +160,7 @@ def _split(rows: mx.array, texts: Sequence[Text]) -> list[mx.array]:
     return found
 
 
-def say(
+def token_logprobs(
     model: nn.Module, states: Sequence[mx.array], texts: Sequence[Text], options: Method, vocab: int
 ) -> list[tuple[mx.array, mx.array]]:
     """Log-probabilities of texts' tokens and the distributions' entropies, [T] each.
@@ -194,14 +194,14 @@ def wants_teacher(options: Method) -> bool:
     return options.objective != "grpo"
 
 
-def look(
+def forward_teacher_and_student(
     student: Loaded,
     teacher: Weights,
     groups: Sequence[Sequence[Attempt]],
     views: Sequence[View],
     options: Method,
     size: int,
-) -> list[Known]:
+) -> list[RolloutStats]:
     """Read attempts as the student and as its self-teacher.
 
     Args:
@@ -216,13 +216,13 @@ def look(
     attempts = [attempt for group in groups for attempt in group]
     numbers = [number for number, group in enumerate(groups) for _ in group]
     texts = [
-        Text(opening(tokenizer, view.student), attempt.tokens)
+        Text(first_prompt(tokenizer, view.student), attempt.tokens)
         for view, attempt in zip(views, attempts, strict=True)
     ]
     states = read(model, texts, size)
-    said = say(model, states, texts, options, vocab)
+    scored = token_logprobs(model, states, texts, options, vocab)
     known = [
-        Known(
+        RolloutStats(
             text=text,
             group=number,
             reward=float(attempt.correct),
@@ -232,12 +232,12 @@ def look(
             entropy=entropy,
         )
         for text, number, attempt, (now, entropy) in zip(
-            texts, numbers, attempts, said, strict=True
+            texts, numbers, attempts, scored, strict=True
         )
     ]
-    if options.reference_weight:
-        with reading_as(model, switched_off(adapter(model))):
-            base = say(model, read(model, texts, size), texts, options, vocab)
+    if options.kl_coef:
+        with adapter_swapped(model, zero_adapter(adapter(model))):
+            base = token_logprobs(model, read(model, texts, size), texts, options, vocab)
         known = [
             dataclasses.replace(item, reference=logprobs)
             for item, (logprobs, _) in zip(known, base, strict=True)
@@ -245,7 +245,7 @@ def look(
     if not wants_teacher(options):
         return known
     taught = [place for place, view in enumerate(views) if view.teacher is not None]
-    with reading_as(model, teacher):
+    with adapter_swapped(model, teacher):
         found = _taught(student, [known[p] for p in taught], [views[p] for p in taught],
                         [states[p] for p in taught], options, size)  # fmt: skip
     for place, item in zip(taught, found, strict=True):
@@ -255,12 +255,12 @@ def look(
 
 def _taught(
     student: Loaded,
-    known: Sequence[Known],
+    known: Sequence[RolloutStats],
     views: Sequence[View],
     states: Sequence[mx.array],
     options: Method,
     size: int,
-) -> list[Known]:
+) -> list[RolloutStats]:
     """The same with what the teacher says; the teacher's weights are in place."""
     if not known:
         return []
@@ -268,26 +268,26 @@ def _taught(
 
     def texts_of(messages: Sequence[str], targets: Sequence[Text]) -> list[Text]:
         return [
-            Text(opening(tokenizer, message), text.target)
+            Text(first_prompt(tokenizer, message), text.target)
             for message, text in zip(messages, targets, strict=True)
         ]
 
     texts = texts_of([view.teacher or "" for view in views], [item.text for item in known])
-    theirs = read(model, texts, size)
-    said = say(model, theirs, texts, options, vocab)
+    teacher_rows = read(model, texts, size)
+    scored = token_logprobs(model, teacher_rows, texts, options, vocab)
     result = [
         dataclasses.replace(item, teacher=logprobs)
-        for item, (logprobs, _) in zip(known, said, strict=True)
+        for item, (logprobs, _) in zip(known, scored, strict=True)
     ]
     if options.objective in DIVERGENCES:
         result = [
             dataclasses.replace(item, expects=expected(model, own, other, options, vocab))
-            for item, own, other in zip(result, states, theirs, strict=True)
+            for item, own, other in zip(result, states, teacher_rows, strict=True)
         ]
     hints = [(place, hint) for place, view in enumerate(views) for hint in view.wrong]
     if hints:
         texts = texts_of([hint for _, hint in hints], [known[place].text for place, _ in hints])
-        of_hints = say(model, read(model, texts, size), texts, options, vocab)
+        of_hints = token_logprobs(model, read(model, texts, size), texts, options, vocab)
         rows: dict[int, list[mx.array]] = {}
         for (place, _), (logprobs, _) in zip(hints, of_hints, strict=True):
             rows.setdefault(place, []).append(logprobs)
@@ -297,33 +297,33 @@ def _taught(
 
 
 def expected(
-    model: nn.Module, own: mx.array, theirs: mx.array, options: Method, vocab: int
+    model: nn.Module, own: mx.array, teacher: mx.array, options: Method, vocab: int
 ) -> mx.array | TopK:
     """What of the teacher's distributions is kept.
 
     Args:
         model: its head is student's and teacher's.
         own: [T, d], the student's final hidden states.
-        theirs: [T, d], the teacher's.
+        teacher: [T, d], the teacher's.
         options: on which tokens distributions are compared.
         vocab: V.
     """
     if options.support == "all":
-        return theirs
+        return teacher
     head = taps.head(model)
     how: dict[str, Any] = {"temperature": options.temperature, "vocab": vocab}
     if options.support == "teacher":
-        return teacher_top_k(theirs, head, k=options.support_k, **how)
-    likeliest = teacher_top_k(own, head, k=options.support_k, **how).indices
-    return teacher_at(theirs, head, likeliest, **how)
+        return teacher_top_k(teacher, head, k=options.loss_top_k, **how)
+    likeliest = teacher_top_k(own, head, k=options.loss_top_k, **how).indices
+    return teacher_at(teacher, head, likeliest, **how)
 
 
-def weigh(
-    known: Sequence[Known],
+def token_weights(
+    known: Sequence[RolloutStats],
     options: Method,
     max_tokens: int,
     near: Mapping[int, float] | None = None,
-) -> Weighed:
+) -> TokenWeights:
     """What each token counts, from numbers alone.
 
     Args:
@@ -348,19 +348,19 @@ def weigh(
         matches = options.match_weight * share
     elif options.objective == "sampled":
         teacher = _padded([item.teacher for item in known], width)
-        sampled, slope = mx.value_and_grad(objectives.sampled_loss)(now, teacher, share, taught)
+        sampled, grad = mx.value_and_grad(objectives.sampled_loss)(now, teacher, share, taught)
         losses["sampled"] = float(sampled)
-        pushes = options.match_weight * slope
+        pushes = options.match_weight * grad
     clipped, of_groups = 0.0, list[float]()
     if options.objective in _POLICIES or options.policy_weight:
         if options.objective == "echo" and near is not None:
             rewards = _shaped(known, near, options)
         of_groups = _group_advantages(known, rewards, options)
         found = _policy(known, now, old, mask, of_groups, options, max_tokens)
-        losses["policy"], slope, clipped = found
-        pushes = pushes + policy_share(options) * slope
+        losses["policy"], grad, clipped = found
+        pushes = pushes + policy_share(options) * grad
     mx.eval(matches, pushes)
-    return Weighed(
+    return TokenWeights(
         [row[:n] for row, n in zip(matches, lengths, strict=True)],
         [row[:n] for row, n in zip(pushes, lengths, strict=True)],
         losses,
@@ -377,14 +377,16 @@ def _padded(rows: Sequence[mx.array | None], width: int) -> mx.array:
     )
 
 
-def _by_group(known: Sequence[Known]) -> list[list[int]]:
+def _by_group(known: Sequence[RolloutStats]) -> list[list[int]]:
     groups: dict[int, list[int]] = {}
     for place, item in enumerate(known):
         groups.setdefault(item.group, []).append(place)
     return list(groups.values())
 
 
-def _shaped(known: Sequence[Known], near: Mapping[int, float], options: Method) -> list[float]:
+def _shaped(
+    known: Sequence[RolloutStats], near: Mapping[int, float], options: Method
+) -> list[float]:
     rewards = mx.array([item.reward for item in known])[:, None]
     divergences = mx.array([near[item.group] for item in known])
     shaped: Any = objectives.shaped_rewards(rewards, divergences, options.near_bonus).tolist()
@@ -392,11 +394,11 @@ def _shaped(known: Sequence[Known], near: Mapping[int, float], options: Method) 
 
 
 def _group_advantages(
-    known: Sequence[Known], rewards: Sequence[float], options: Method
+    known: Sequence[RolloutStats], rewards: Sequence[float], options: Method
 ) -> list[float]:
     places = _by_group(known)
     table = mx.array([[rewards[place] for place in group] for group in places])
-    values: Any = objectives.group_advantages(table, options.advantage_scale).tolist()
+    values: Any = objectives.group_advantages(table, options.scale_rewards).tolist()
     found = dict[int, float]()
     for group, row in zip(places, values, strict=True):
         found.update(zip(group, row, strict=True))
@@ -404,7 +406,7 @@ def _group_advantages(
 
 
 def _policy(
-    known: Sequence[Known],
+    known: Sequence[RolloutStats],
     now: mx.array,
     old: mx.array,
     mask: mx.array,
@@ -413,10 +415,10 @@ def _policy(
     max_tokens: int,
 ) -> tuple[float, mx.array, float]:
     """A policy's loss, its derivative by each log-probability, and the share of cut ratios."""
-    if options.drop_unfinished:
+    if options.mask_truncated_completions:
         mask = mask & mx.array([item.finished for item in known])[:, None]
     advantages = mx.array(list(of_groups))
-    weights = objectives.aggregation_weights(mask, options.aggregate, max_tokens)
+    weights = objectives.aggregation_weights(mask, options.loss_type, max_tokens)
     if options.objective == "contrastive":
         moved, selected = objectives.modulated(
             advantages,
@@ -433,27 +435,27 @@ def _policy(
         before = [item.old if item.teacher is None else item.teacher for item in known]
         old = _padded(before, mask.shape[1])
     reference = None
-    if options.reference_weight:
+    if options.kl_coef:
         reference = _padded([item.reference for item in known], mask.shape[1])
     clipping = objectives.Clipping(
-        options.ratio_low,
-        options.ratio_high,
-        options.ratio_cap or math.inf,
-        options.ratio_level,
+        options.epsilon,
+        options.epsilon_high,
+        options.delta or math.inf,
+        options.importance_sampling_level,
     )
 
     def loss(now: mx.array) -> tuple[mx.array, mx.array]:
         return objectives.policy_loss(
             *(now, old, advantages, weights, mask, clipping),
             reference=reference,
-            kl_weight=options.reference_weight,
+            kl_weight=options.kl_coef,
         )
 
-    (value, clipped), slope = mx.value_and_grad(loss)(now)
-    return float(value), slope, float(clipped)
+    (value, clipped), grad = mx.value_and_grad(loss)(now)
+    return float(value), grad, float(clipped)
 
 
-def _contrasts(known: Sequence[Known], mask: mx.array) -> mx.array:
+def _contrasts(known: Sequence[RolloutStats], mask: mx.array) -> mx.array:
     width = mask.shape[1]
     most = max([1, *(len(item.wrong) for item in known if item.wrong is not None)])
     wrong = []
@@ -470,8 +472,8 @@ def _contrasts(known: Sequence[Known], mask: mx.array) -> mx.array:
 def total(
     final: mx.array,
     head: nn.Module,
-    known: Sequence[Known],
-    weighed: Weighed,
+    known: Sequence[RolloutStats],
+    weighed: TokenWeights,
     options: Method,
     vocab: int,
     *,
@@ -492,7 +494,7 @@ def total(
         vocab: V.
         differentiable: whether a gradient is wanted.
     """
-    warmth = options.temperature
+    temperature = options.temperature
     targets = []
     if any(item.expects is not None for item in known):
         weights = mx.concatenate(weighed.matches)
@@ -500,9 +502,9 @@ def total(
             Target(
                 _joined([item.expects for item in known], known),
                 head,
-                weights / warmth**2,
+                weights / temperature**2,
                 _KINDS[options.objective],
-                warmth,
+                temperature,
                 vocab,
                 beta=options.jsd_beta,
                 mask=weights != 0,
@@ -510,10 +512,12 @@ def total(
                 clip=options.token_clip or math.inf,
             )
         )
-    slopes = mx.concatenate(weighed.pushes)
-    if not targets or bool(mx.any(slopes != 0).item()):
+    grads = mx.concatenate(weighed.pushes)
+    if not targets or bool(mx.any(grads != 0).item()):
         tokens = mx.array([token for item in known for token in item.text.target])
-        targets.append(Target(one_hot(tokens), None, -slopes / warmth**2, "forward", warmth, vocab))
+        targets.append(
+            Target(one_hot(tokens), None, -grads / temperature**2, "forward", temperature, vocab)
+        )
     value, every = fused_linear_divergences(final, head, targets, differentiable=differentiable)
     matched = mx.array(0.0)
     if isinstance(targets[0].head, nn.Module):
@@ -521,7 +525,9 @@ def total(
     return value, matched
 
 
-def _joined(parts: Sequence[mx.array | TopK | None], known: Sequence[Known]) -> mx.array | TopK:
+def _joined(
+    parts: Sequence[mx.array | TopK | None], known: Sequence[RolloutStats]
+) -> mx.array | TopK:
     """What the teacher expects of all texts' tokens in a row; anything where it says nothing."""
     like = next(part for part in parts if part is not None)
     filled = [
@@ -565,8 +571,8 @@ class Update:
 
 def gradients(
     model: nn.Module,
-    known: Sequence[Known],
-    weighed: Weighed,
+    known: Sequence[RolloutStats],
+    weighed: TokenWeights,
     options: Method,
     training: TrainingOptions,
     vocab: int,
@@ -588,7 +594,7 @@ def gradients(
         chosen = [parts[place] for place in places]
         some = [item for item, _, _ in chosen]
         tokens, rows = _collated([item.text for item in some])
-        final = taps.forward(model, tokens, recompute=training.checkpoint_layers).final
+        final = taps.forward(model, tokens, recompute=training.grad_checkpoint).final
         here = dataclasses.replace(
             weighed,
             matches=[match for _, match, _ in chosen],
@@ -603,8 +609,8 @@ def gradients(
     found: Any = tree_map(mx.zeros_like, model.trainable_parameters())
     matched = 0.0
     for places in by_length([item.text for item, _, _ in parts], training.micro_batch):
-        (value, part), slopes = step(places)
-        found = tree_map(mx.add, found, slopes)
+        (value, part), grads = step(places)
+        found = tree_map(mx.add, found, grads)
         mx.eval(value, part, found)
         matched += float(part)
     return tree_map(lambda gradient: gradient / scale, found), matched
@@ -613,13 +619,13 @@ def gradients(
 def learn(
     student: Loaded,
     optimizer: optim.Optimizer,
-    known: Sequence[Known],
+    known: Sequence[RolloutStats],
     options: Method,
     training: TrainingOptions,
     max_tokens: int,
     near: Mapping[int, float] | None = None,
-    echoes: Sequence[Known] = (),
-) -> tuple[Update | None, Weighed]:
+    echoes: Sequence[RolloutStats] = (),
+) -> tuple[Update | None, TokenWeights]:
     """One optimiser step (``None``: nothing taught), and what each token counted in it.
 
     Args:
@@ -629,12 +635,12 @@ def learn(
         options: the method.
         training: clipping, micro-batch, checkpointing.
         max_tokens: the most tokens of an attempt.
-        near: as for :func:`weigh`.
+        near: as for :func:`token_weights`.
         echoes: for EchoDistill, the teacher's own answers, which are matched in the attempts'
             stead.
     """
     model, vocab = student.model, student.vocab
-    weighed = weigh(known, options, max_tokens, near)
+    weighed = token_weights(known, options, max_tokens, near)
     texts = [*known, *echoes]
     if echoes:
         weighed = dataclasses.replace(
@@ -644,17 +650,17 @@ def learn(
         )
     if not any(weighed.teaches()):
         return None, weighed
-    slopes, matched = gradients(model, texts, weighed, options, training, vocab)
+    grads, matched = gradients(model, texts, weighed, options, training, vocab)
     losses = dict(weighed.losses)
     if matches_distributions(options):
         losses = {"match": matched / (options.match_weight or 1.0), **losses}
     value = loss_value(weighed, matched, options)
-    norm, skipped = take_step(model, optimizer, slopes, value, training)
+    norm, skipped = take_step(model, optimizer, grads, value, training)
     read_tokens = sum(len(item.text.prompt) + len(item.text.target) - 1 for item in texts)
     return Update(losses, value, norm, skipped, read_tokens, weighed.clipped), weighed
 
 
-def loss_value(weighed: Weighed, matched: float, options: Method) -> float:
+def loss_value(weighed: TokenWeights, matched: float, options: Method) -> float:
     """The loss, of which :func:`total` has the gradient.
 
     Args:
@@ -671,14 +677,14 @@ def policy_share(options: Method) -> float:
     return 1.0 if options.objective in ("grpo", "contrastive") else options.policy_weight
 
 
-def echo_weights(echoes: Sequence[Known], options: Method) -> list[mx.array]:
+def echo_weights(echoes: Sequence[RolloutStats], options: Method) -> list[mx.array]:
     """What each token of the teacher's answers counts: all the same, over all of them."""
     tokens = sum(len(item.text.target) for item in echoes)
     return [mx.full((len(item.text.target),), options.match_weight / tokens) for item in echoes]
 
 
 def nearness(
-    student: Loaded, echoes: Sequence[Known], options: Method, size: int
+    student: Loaded, echoes: Sequence[RolloutStats], options: Method, size: int
 ) -> dict[int, float]:
     """By group, the mean divergence of student and clean teacher on the teacher's answer."""
     model = student.model
@@ -686,7 +692,7 @@ def nearness(
     found = {}
     for item, final in zip(echoes, states, strict=True):
         length = len(item.text.target)
-        even = Weighed([mx.full((length,), 1 / length)], [mx.zeros(length)], {}, 0.0, [], [])
+        even = TokenWeights([mx.full((length,), 1 / length)], [mx.zeros(length)], {}, 0.0, [], [])
         _, value = total(
             *(final, taps.head(model), [item], even, options, student.vocab), differentiable=False
         )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 # Against a group whose rewards are all the same (TRL's).
-_LEAST_SPREAD = 1e-4
+_MIN_SPREAD = 1e-4
 # Log-ratios beyond are no ratios any more (SDPO's).
 _LARGEST_LOG_RATIO = 20.0
 
@@ -63,7 +63,7 @@ def group_advantages(rewards: mx.array, scale: str = "group") -> mx.array:
         spread = mx.std(rewards, axis=1, keepdims=True, ddof=1)
     else:
         spread = mx.zeros_like(difference)
-    return difference / (spread + _LEAST_SPREAD)
+    return difference / (spread + _MIN_SPREAD)
 
 
 def token_advantages(teacher: mx.array, student: mx.array) -> mx.array:

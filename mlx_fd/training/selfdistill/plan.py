@@ -9,7 +9,7 @@ from mlx_fd import problems as problem_sets
 from mlx_fd.config import Config
 from mlx_fd.models.resolve import resolve
 from mlx_fd.runs.manifest import manifest_of
-from mlx_fd.runs.plan import Plan, check_run_memory, settled, settled_model
+from mlx_fd.runs.plan import Plan, absolute_model_name, check_run_memory, settled
 
 README = """\
 # A run of mlx-fd self-distill
@@ -51,7 +51,7 @@ def make_plan(config: Config) -> Plan:
     config = settled(config)
     options = config.selfdistill
     if options.critic not in ("", TRUTH):
-        critic_name = settled_model(options.critic)
+        critic_name = absolute_model_name(options.critic)
         config = dataclasses.replace(
             config, selfdistill=dataclasses.replace(options, critic=critic_name)
         )
@@ -78,9 +78,9 @@ def make_plan(config: Config) -> Plan:
         )
     side_by_side = dataclasses.replace(
         config,
-        generation=dataclasses.replace(config.generation, batch_size=options.rollout_batch),
+        generation=dataclasses.replace(config.generation, batch_size=options.generation_batch_size),
     )
-    questions = [problem.question for problem in (*probe, *chosen)] * options.rollouts
+    questions = [problem.question for problem in (*probe, *chosen)] * options.num_generations
     check_run_memory(critic or student, student, questions, side_by_side, backend().on_cpu)
     notes = list(left_out)
     if found.skipped:

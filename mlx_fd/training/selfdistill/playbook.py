@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MOST_LESSONS = 12
+MAX_LESSONS = 12
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Playbook:
     """Lessons and solutions after some rounds; a value, so that a checkpoint can hold it.
 
     Attributes:
-        lessons: at most :data:`MOST_LESSONS`, in the order in which they were first drawn.
+        lessons: at most :data:`MAX_LESSONS`, in the order in which they were first drawn.
         solutions: by problem id, the last right solution of it.
         rounds: how many rounds of attempts went in.
     """
@@ -54,7 +54,7 @@ class Playbook:
             failures = known[text].failures if text in known else 0
             known[text] = Lesson(text, failures + 1, self.rounds)
         kept = sorted(known.values(), key=lambda lesson: (-lesson.last, -lesson.failures))
-        names = {lesson.text for lesson in kept[:MOST_LESSONS]}
+        names = {lesson.text for lesson in kept[:MAX_LESSONS]}
         return Playbook(
             tuple(lesson for text, lesson in known.items() if text in names),
             {**self.solutions, **solutions},

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from mlx_fd.config import Config
-from mlx_fd.feedback.episode import is_correct, seed_of
-from mlx_fd.models.generation import Conversation, Sampling, Turn, generate, opening, prefill
+from mlx_fd.feedback.episode import derive_seed, is_correct
+from mlx_fd.models.generation import Conversation, Sampling, Turn, first_prompt, generate, prefill
 from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import Problem, parsing
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.training.selfdistill.contexts import Attempt, View
-from mlx_fd.training.selfdistill.learning import Known, Text, read
+from mlx_fd.training.selfdistill.learning import RolloutStats, Text, read
 from mlx_fd.training.selfdistill.noise import noisy
-from mlx_fd.training.selfdistill.teacher import Weights, reading_as
+from mlx_fd.training.selfdistill.teacher import Weights, adapter_swapped
 
 OnToken = Callable[[int], None]
 
@@ -28,11 +28,11 @@ def as_read(problem: Problem, config: Config) -> str:
     return noisy(problem.question, options.noise, options.noise_level, config.episode.seed)
 
 
-def drawn_as_told(config: Config, seed: int) -> Sampling:
+def rollout_sampling(config: Config, seed: int) -> Sampling:
     """How the student's attempts are drawn."""
     options = config.selfdistill
     return Sampling(
-        config.generation.answer_tokens,
+        config.generation.max_answer_tokens,
         options.temperature,
         seed=seed,
         top_p=options.top_p,
@@ -40,7 +40,7 @@ def drawn_as_told(config: Config, seed: int) -> Sampling:
     )
 
 
-def attempts_at(
+def sample_rollouts(
     student: Loaded,
     problems: Sequence[Problem],
     config: Config,
@@ -61,13 +61,13 @@ def attempts_at(
     """
     options = config.selfdistill
     questions = [as_read(problem, config) for problem in problems]
-    rows = [place for place in range(len(problems)) for _ in range(options.rollouts)]
+    rows = [place for place in range(len(problems)) for _ in range(options.num_generations)]
     turns: list[Turn] = []
     prefilled = 0
-    for number, begin in enumerate(range(0, len(rows), options.rollout_batch)):
-        chunk = rows[begin : begin + options.rollout_batch]
+    for number, begin in enumerate(range(0, len(rows), options.generation_batch_size)):
+        chunk = rows[begin : begin + options.generation_batch_size]
         prompts = {
-            place: opening(student.tokenizer, answer_prompt(questions[place]))
+            place: first_prompt(student.tokenizer, answer_prompt(questions[place]))
             for place in dict.fromkeys(chunk)
         }
         read_once = {
@@ -78,7 +78,7 @@ def attempts_at(
             student,
             [read_once[place] for place in chunk],
             [prompts[place][-1:] for place in chunk],
-            drawn_as_told(config, seed(number)),
+            rollout_sampling(config, seed(number)),
             keep=False,
             logprobs=True,
             on_token=on_token,
@@ -87,7 +87,7 @@ def attempts_at(
         _attempt(problems[place], questions[place], turn, config)
         for place, turn in zip(rows, turns, strict=True)
     ]
-    size = options.rollouts
+    size = options.num_generations
     return [attempts[i : i + size] for i in range(0, len(attempts), size)], prefilled
 
 
@@ -107,7 +107,7 @@ def answers_to(
     """Answers to a user's messages, ``size`` at a time."""
     found = []
     for begin in range(0, len(messages), size):
-        prompts = [opening(student.tokenizer, text) for text in messages[begin : begin + size]]
+        prompts = [first_prompt(student.tokenizer, text) for text in messages[begin : begin + size]]
         found += generate(
             student,
             [Conversation()] * len(prompts),
@@ -119,7 +119,7 @@ def answers_to(
     return found
 
 
-def right_answers(
+def grade_answers(
     student: Loaded,
     problems: Sequence[Problem],
     messages: Sequence[str],
@@ -131,8 +131,10 @@ def right_answers(
     It is drawn as attempts are, every time with the same seed, so that two looks differ by the
     model and not by luck.
     """
-    sampling = drawn_as_told(config, seed_of(config.episode.seed, 0, "held out"))
-    turns = answers_to(student, messages, sampling, config.selfdistill.rollout_batch, on_token)
+    sampling = rollout_sampling(config, derive_seed(config.episode.seed, 0, "held out"))
+    turns = answers_to(
+        student, messages, sampling, config.selfdistill.generation_batch_size, on_token
+    )
     return [
         is_correct(parsing.final_answer(turn.text, config.generation.answer_filter), problem)
         for turn, problem in zip(turns, problems, strict=True)
@@ -146,7 +148,7 @@ def echoes_of(
     views: Sequence[View],
     config: Config,
     on_token: OnToken | None = None,
-) -> list[Known]:
+) -> list[RolloutStats]:
     """For each group the clean teacher's greedy answer, with what it expects at each token of it.
 
     Args:
@@ -163,20 +165,20 @@ def echoes_of(
         at += len(group)
     asked = [view.teacher or view.student for view in firsts]
     tokenizer = student.tokenizer
-    with reading_as(student.model, teacher):
+    with adapter_swapped(student.model, teacher):
         turns = answers_to(
-            *(student, asked, Sampling(config.generation.answer_tokens)),
-            config.selfdistill.rollout_batch,
+            *(student, asked, Sampling(config.generation.max_answer_tokens)),
+            config.selfdistill.generation_batch_size,
             on_token,
         )
         clean = [
-            Text(opening(tokenizer, message), turn.tokens)
+            Text(first_prompt(tokenizer, message), turn.tokens)
             for message, turn in zip(asked, turns, strict=True)
         ]
         states = read(student.model, clean, config.training.micro_batch)
     return [
-        Known(
-            text=Text(opening(tokenizer, view.student), turn.tokens),
+        RolloutStats(
+            text=Text(first_prompt(tokenizer, view.student), turn.tokens),
             group=number,
             reward=0.0,
             finished=turn.finished,

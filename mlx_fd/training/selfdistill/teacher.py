@@ -23,7 +23,7 @@ def adapter(model: nn.Module) -> Weights:
     return dict(tree_flatten(model.trainable_parameters()))
 
 
-def switched_off(weights: Weights) -> Weights:
+def zero_adapter(weights: Weights) -> Weights:
     """An adapter that adds exactly 0: the base model."""
     return {
         name: mx.zeros_like(value) if name.endswith("lora_b") else value
@@ -32,7 +32,7 @@ def switched_off(weights: Weights) -> Weights:
 
 
 @contextmanager
-def reading_as(model: nn.Module, weights: Weights) -> Iterator[None]:
+def adapter_swapped(model: nn.Module, weights: Weights) -> Iterator[None]:
     """Let a model read with another adapter; its own is back in place afterwards."""
     own = adapter(model)
     model.load_weights(list(weights.items()), strict=False)
@@ -45,7 +45,7 @@ def reading_as(model: nn.Module, weights: Weights) -> Iterator[None]:
 def first_teacher(model: nn.Module, options: Method) -> Weights:
     """The self-teacher's adapter before any update."""
     own = adapter(model)
-    return switched_off(own) if options.self_teacher == "base" else own
+    return zero_adapter(own) if options.self_teacher == "base" else own
 
 
 def next_teacher(teacher: Weights, model: nn.Module, options: Method, updates: int) -> Weights:
@@ -54,16 +54,16 @@ def next_teacher(teacher: Weights, model: nn.Module, options: Method, updates: i
     Args:
         teacher: what it was.
         model: the student.
-        options: which teacher: ``"ema"`` moves by ``teacher_rate`` of the way to the student.
+        options: which teacher: ``"ema"`` moves by ``teacher_decay`` of the way to the student.
         updates: how many there have been, with this one.
     """
     if options.self_teacher == "base":
         return teacher
     own = adapter(model)
     if options.self_teacher == "ema":
-        rate = options.teacher_rate
+        rate = options.teacher_decay
         own = {name: (1 - rate) * value + rate * own[name] for name, value in teacher.items()}
         mx.eval(own)
-    elif options.self_teacher == "snapshot" and updates % options.teacher_every:
+    elif options.self_teacher == "snapshot" and updates % options.teacher_sync_steps:
         return teacher
     return own

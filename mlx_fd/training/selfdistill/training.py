@@ -21,7 +21,7 @@ from mlx_fd import runs
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import gate
-from mlx_fd.feedback.episode import seed_of
+from mlx_fd.feedback.episode import derive_seed
 from mlx_fd.files import write_json
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, read_arrays
@@ -45,16 +45,16 @@ from mlx_fd.training.checkpoint import (
 )
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View, remember
 from mlx_fd.training.selfdistill.learning import (
-    Known,
+    RolloutStats,
+    TokenWeights,
     Update,
-    Weighed,
+    forward_teacher_and_student,
     learn,
-    look,
     nearness,
     wants_teacher,
 )
 from mlx_fd.training.selfdistill.playbook import Playbook
-from mlx_fd.training.selfdistill.rollouts import as_read, attempts_at, echoes_of, right_answers
+from mlx_fd.training.selfdistill.rollouts import as_read, echoes_of, grade_answers, sample_rollouts
 from mlx_fd.training.selfdistill.teacher import Weights, first_teacher, next_teacher
 
 TEACHER_WEIGHTS = "teacher.safetensors"
@@ -70,12 +70,12 @@ class Models:
 
     Attributes:
         student: the trainable parts around its language model.
-        reader: that language model with its tokenizer.
+        student_lm: that language model with its tokenizer.
         critic: a frozen model, where there is one.
     """
 
     student: Student
-    reader: Loaded
+    student_lm: Loaded
     critic: Loaded | None = None
 
 
@@ -114,7 +114,7 @@ class Headroom:
                 f"with the context {options.context}, {self.without} without: it does not know "
                 "how to use that, and there may be nothing to learn from"
             )
-        if not matches and options.rollouts > 1 and not self.mixed:
+        if not matches and options.num_generations > 1 and not self.mixed:
             found.append(
                 f"all attempts at each of the {self.problems} held-out problems are right, or all "
                 "wrong: rewards tell nothing apart there"
@@ -133,7 +133,7 @@ class _Learner:
     report: Report
     playbook: Playbook = field(default_factory=Playbook)
 
-    def told(self, batch: int, step: str) -> Callable[[int], None]:
+    def on_progress(self, batch: int, step: str) -> Callable[[int], None]:
         return lambda tokens: self.report(Step(batch, step, tokens))
 
 
@@ -174,7 +174,7 @@ def run(
     )
     if (summary := finished_summary(records, at_end, report)) is not None:
         return summary
-    model = models.reader.model
+    model = models.student_lm.model
     # The rate is set before each update.
     optimizer = optim.AdamW(
         config.training.lora_rate,
@@ -271,7 +271,7 @@ def _save(records: Records, progress: Progress, learner: _Learner) -> None:
     models, config = learner.models, learner.config
     moves = config.selfdistill.self_teacher in ("ema", "snapshot")
     save(
-        *(records, progress, config, models.student, models.reader.path, learner.optimizer),
+        *(records, progress, config, models.student, models.student_lm.path, learner.optimizer),
         arrays={TEACHER_WEIGHTS: learner.teacher} if moves else {},
         state={"playbook": learner.playbook.to_json()},
     )
@@ -280,7 +280,7 @@ def _save(records: Records, progress: Progress, learner: _Learner) -> None:
 def _restored(learner: _Learner, checkpoint: Checkpoint) -> Progress:
     """Put a checkpoint's weights and state in place."""
     progress = restore(checkpoint, learner.models.student, learner.optimizer)
-    options, model = learner.config.selfdistill, learner.models.reader.model
+    options, model = learner.config.selfdistill, learner.models.student_lm.model
     if options.self_teacher in ("ema", "snapshot"):
         learner.teacher = read_arrays(checkpoint.folder / TEACHER_WEIGHTS)
         mx.eval(learner.teacher)
@@ -306,16 +306,26 @@ def _say_headroom(headroom: Headroom, config: Config, report: Report) -> None:
 
 
 def _seeds(config: Config, batch: int, what: str) -> Callable[[int], int]:
-    return lambda call: seed_of(config.episode.seed, batch, f"{what}/{call}")
+    return lambda call: derive_seed(config.episode.seed, batch, f"{what}/{call}")
 
 
 def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom:
     """Answers with the context against answers without, by the untrained student."""
-    config, reader, told = learner.config, learner.models.reader, learner.told(0, "headroom")
-    groups, _ = attempts_at(reader, problems, config, _seeds(config, 0, "headroom"), told)
-    views = views_of(learner, groups, 0)
-    plain = right_answers(
-        reader, problems, [answer_prompt(as_read(p, config)) for p in problems], config, told
+    config, student_lm, on_progress = (
+        learner.config,
+        learner.models.student_lm,
+        learner.on_progress(0, "headroom"),
+    )
+    groups, _ = sample_rollouts(
+        student_lm, problems, config, _seeds(config, 0, "headroom"), on_progress
+    )
+    views = build_views(learner, groups, 0)
+    plain = grade_answers(
+        student_lm,
+        problems,
+        [answer_prompt(as_read(p, config)) for p in problems],
+        config,
+        on_progress,
     )
     taught: dict[int, str] = {}
     at = 0
@@ -324,8 +334,12 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
         at += len(group)
         if seen:
             taught[place] = seen[0]
-    informed = right_answers(
-        reader, [problems[place] for place in taught], list(taught.values()), config, told
+    informed = grade_answers(
+        student_lm,
+        [problems[place] for place in taught],
+        list(taught.values()),
+        config,
+        on_progress,
     )
     return Headroom(
         problems=len(problems),
@@ -337,7 +351,7 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
     )
 
 
-def views_of(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: int) -> list[View]:
+def build_views(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: int) -> list[View]:
     """What the self-teacher reads about each attempt."""
     config = learner.config
     options = config.selfdistill
@@ -345,11 +359,11 @@ def views_of(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: int)
         critic=learner.models.critic,
         truth=options.critic == TRUTH,
         critic_sees=options.critic_sees,
-        critic_tokens=config.generation.feedback_tokens,
+        critic_tokens=config.generation.max_feedback_tokens,
         reference_style=options.reference_style,
         playbook=learner.playbook,
         most_wrong=options.wrong_hints,
-        seed=seed_of(config.episode.seed, batch, "context"),
+        seed=derive_seed(config.episode.seed, batch, "context"),
     )
     return CONTEXTS[options.context]([a for group in groups for a in group], materials)
 
@@ -357,9 +371,9 @@ def views_of(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: int)
 def _probe(learner: _Learner, problems: Sequence[Problem], batch: int) -> dict[str, float]:
     """The share of held-out problems that the student answers wrong."""
     messages = [answer_prompt(as_read(problem, learner.config)) for problem in problems]
-    right = right_answers(
-        *(learner.models.reader, problems, messages, learner.config),
-        learner.told(batch, "probe"),
+    right = grade_answers(
+        *(learner.models.student_lm, problems, messages, learner.config),
+        learner.on_progress(batch, "probe"),
     )
     return {WRONG: 1 - sum(right) / len(right)}
 
@@ -372,16 +386,23 @@ def _batch(
 ) -> tuple[Progress, list[dict[str, Any]], dict[str, Any]]:
     """One batch: the state after it, its rows, its metrics."""
     begin = time.perf_counter()
-    config, reader, number = learner.config, learner.models.reader, progress.batch
-    groups, prefilled = attempts_at(
-        *(reader, problems, config, _seeds(config, number, "attempt")),
-        learner.told(number, "attempt"),
+    config, student_lm, number = learner.config, learner.models.student_lm, progress.batch
+    groups, prefilled = sample_rollouts(
+        *(student_lm, problems, config, _seeds(config, number, "attempt")),
+        learner.on_progress(number, "attempt"),
     )
     seconds = {"attempt": time.perf_counter() - begin}
-    views = views_of(learner, groups, number)
+    views = build_views(learner, groups, number)
     seconds["context"] = time.perf_counter() - begin - seconds["attempt"]
-    known = look(
-        *(reader, learner.teacher, groups, views, config.selfdistill, config.training.micro_batch)
+    known = forward_teacher_and_student(
+        *(
+            student_lm,
+            learner.teacher,
+            groups,
+            views,
+            config.selfdistill,
+            config.training.micro_batch,
+        )
     )
     mx.eval([item.now for item in known])
     updates, weighed = _learn(learner, progress, groups, views, known)
@@ -435,39 +456,41 @@ def _learn(
     progress: Progress,
     groups: Sequence[Sequence[Attempt]],
     views: Sequence[View],
-    known: Sequence[Known],
-) -> tuple[list[Update], Weighed | None]:
+    known: Sequence[RolloutStats],
+) -> tuple[list[Update], TokenWeights | None]:
     """The batch's optimiser steps; the teacher follows each."""
     config = learner.config
-    options, training, reader = config.selfdistill, config.training, learner.models.reader
-    limit = config.generation.answer_tokens
-    told = learner.told(progress.batch, "learn")
+    options, training, student_lm = config.selfdistill, config.training, learner.models.student_lm
+    limit = config.generation.max_answer_tokens
+    on_progress = learner.on_progress(progress.batch, "learn")
     updates: list[Update] = []
-    first: Weighed | None = None
+    first: TokenWeights | None = None
     if config.gate.gate == "never":
         return updates, first
-    echoes: list[Known] = []
+    echoes: list[RolloutStats] = []
     if options.objective == "echo":
         echoes = echoes_of(
-            *(reader, learner.teacher, groups, views, config),
-            learner.told(progress.batch, "echo"),
+            *(student_lm, learner.teacher, groups, views, config),
+            learner.on_progress(progress.batch, "echo"),
         )
     for step in range(training.kd_steps):
         done = progress.distilled * training.kd_steps + step
         if step:
-            known = look(*(reader, learner.teacher, groups, views, options, training.micro_batch))
-        rise = min(1.0, (done + 1) / options.warmup) if options.warmup else 1.0
+            known = forward_teacher_and_student(
+                *(student_lm, learner.teacher, groups, views, options, training.micro_batch)
+            )
+        rise = min(1.0, (done + 1) / options.warmup_steps) if options.warmup_steps else 1.0
         learner.optimizer.learning_rate = training.lora_rate * rise
-        near = nearness(reader, echoes, options, training.micro_batch) if echoes else None
+        near = nearness(student_lm, echoes, options, training.micro_batch) if echoes else None
         update, weighed = learn(
-            *(reader, learner.optimizer, known, options, training, limit, near, echoes)
+            *(student_lm, learner.optimizer, known, options, training, limit, near, echoes)
         )
         first = first or weighed
         if update is None:
             break
         updates.append(update)
-        told(sum(len(item.text.target) for item in known))
-        learner.teacher = next_teacher(learner.teacher, reader.model, options, done + 1)
+        on_progress(sum(len(item.text.target) for item in known))
+        learner.teacher = next_teacher(learner.teacher, student_lm.model, options, done + 1)
     return updates, first
 
 
@@ -476,11 +499,11 @@ def _rows(
     config: Config,
     groups: Sequence[Sequence[Attempt]],
     views: Sequence[View],
-    known: Sequence[Known],
-    weighed: Weighed | None,
+    known: Sequence[RolloutStats],
+    weighed: TokenWeights | None,
 ) -> list[dict[str, Any]]:
     """The batch's lines of ``attempts.jsonl``."""
-    first = number * config.generation.batch_size * config.selfdistill.rollouts
+    first = number * config.generation.batch_size * config.selfdistill.num_generations
     attempts = [attempt for group in groups for attempt in group]
     teaches = weighed.teaches() if weighed else [False] * len(attempts)
     rows = []
@@ -538,13 +561,15 @@ def check_combination(config: Config) -> None:
         raise UserError("self-distill goes through its problems once; set epochs to 1.")
     if config.gate.gate == "published":
         raise UserError("--gate published is for the loop; take always, ema or never.")
-    if options.objective == "grpo" and options.rollouts < 2:
-        raise UserError("--objective grpo compares attempts at one problem: set --rollouts to 8.")
+    if options.objective == "grpo" and options.num_generations < 2:
+        raise UserError(
+            "--objective grpo compares attempts at one problem: set --num-generations to 8."
+        )
     if options.objective == "contrastive" and options.context != "contrast":
         raise UserError("--objective contrastive needs right and wrong hints: --context contrast.")
-    if options.context in ("sibling", "contrast") and options.rollouts < 2:
+    if options.context in ("sibling", "contrast") and options.num_generations < 2:
         raise UserError(
-            f"--context {options.context} shows other attempts at the same problem: set --rollouts "
+            f"--context {options.context} shows other attempts at the same problem: set --num-generations "
             "to 8."
         )
     if options.context == "step-critique" and not options.critic:
