@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from mlx_fd.cli import cli
+from mlx_fd.cli.app import cli
 from mlx_fd.cli.options import ConfiguredCommand
 from mlx_fd.config import MAX_COUNT, OPTIONS, PRESETS
 

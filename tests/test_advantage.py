@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from reported import scored as scored_by_hand
 
-from mlx_fd.cli import cli
+from mlx_fd.cli.app import cli
 from mlx_fd.config import Config, override
 from mlx_fd.errors import UserError
 from mlx_fd.models.generation import first_prompt

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import mlx_fd
-from mlx_fd.cli import cli
+from mlx_fd.cli.app import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -11,7 +11,7 @@ from rich.console import Console
 from tiny import make_model_dir
 
 from mlx_fd.cli import checks as doctor
-from mlx_fd.cli import cli
+from mlx_fd.cli.app import cli
 from mlx_fd.losses import kernels
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.backend import Backend

@@ -23,11 +23,12 @@ import mlx.core as mx  # noqa: E402
 import mlx_lm  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from mlx_fd.cli import cli  # noqa: E402
+from mlx_fd.cli.app import cli  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.export import exporter, gguf_file, hf, verify  # noqa: E402
 from mlx_fd.export.bundle_reading import read_bundle  # noqa: E402
-from mlx_fd.export.exporter import Exported, Form, as_json_value, export  # noqa: E402
+from mlx_fd.export.exporter import Exported, as_json_value, export  # noqa: E402
+from mlx_fd.export.form import Form  # noqa: E402
 from mlx_fd.export.source import open_source  # noqa: E402
 from mlx_fd.feedback.judge import give_feedback, locate_model, open_student  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402

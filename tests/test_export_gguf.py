@@ -26,11 +26,12 @@ import mlx.core as mx  # noqa: E402
 
 from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.export import gguf_file, verify  # noqa: E402
-from mlx_fd.export.exporter import Form, export  # noqa: E402
+from mlx_fd.export.exporter import export  # noqa: E402
+from mlx_fd.export.form import Form  # noqa: E402
 from mlx_fd.export.gguf_tokenizer import read_vocabulary  # noqa: E402
 from mlx_fd.export.source import open_source  # noqa: E402
 from mlx_fd.feedback.judge import give_feedback, locate_model, open_student  # noqa: E402
-from mlx_fd.models.gguf import (
+from mlx_fd.models.gguf import (  # noqa: E402
     CONTROL,
     NORMAL,
     PRETOKENIZERS,

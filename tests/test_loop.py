@@ -26,7 +26,6 @@ from mlx_fd.models.generation import Conversation, Sampling, first_prompt, gener
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.checkpoints import newest_checkpoint
 from mlx_fd.runs.events import BatchDone, Warned
-from mlx_fd.runs.plan import make_plan
 from mlx_fd.training.checkpoint import Progress, with_probe
 from mlx_fd.training.loop import run
 

@@ -32,7 +32,7 @@ from mlx_fd.losses.divergence import Target, fused_linear_divergences, one_hot  
 from mlx_fd.models import memory  # noqa: E402
 from mlx_fd.models.generation import Conversation  # noqa: E402
 from mlx_fd.models.loading import load, load_pair  # noqa: E402
-from mlx_fd.models.memory import (
+from mlx_fd.models.memory import (  # noqa: E402
     Workload,
     check_memory,
     checkpoint_bytes,

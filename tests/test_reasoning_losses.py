@@ -16,11 +16,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from mlx_fd.losses import reference
 from mlx_fd.losses import reference_reasoning as twins
 from mlx_fd.losses.answer import answer_mask, answer_span, token_spans
-from mlx_fd.losses.attention import LOG_ZERO, attention_matching_loss
+from mlx_fd.losses.attention import attention_matching_loss
 from mlx_fd.losses.dense import language_model_loss, logit_loss
 from mlx_fd.losses.divergence import fused_linear_divergence, one_hot
 from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.losses.uld import paired_positions, uld_loss
+from mlx_fd.models.attention_taps import LOG_ZERO
 from mlx_fd.models.loading import load
 from mlx_fd.problems import gsm8k, parsing
 

@@ -22,7 +22,8 @@ from mlx_fd import runs
 from mlx_fd.config import CONTEXTS as CONTEXT_NAMES
 from mlx_fd.config import Config, preset, read, to_toml
 from mlx_fd.errors import UserError
-from mlx_fd.export.exporter import Form, export
+from mlx_fd.export.exporter import export
+from mlx_fd.export.form import Form
 from mlx_fd.feedback.judge import give_feedback
 from mlx_fd.models.generation import Sampling, first_prompt
 from mlx_fd.problems.prompts import answer_prompt

@@ -113,8 +113,9 @@ def export(
     from rich.console import Console
 
     from mlx_fd.cli.terminal.run import Steps
-    from mlx_fd.export.exporter import Form, as_json_value
+    from mlx_fd.export.exporter import as_json_value
     from mlx_fd.export.exporter import export as write
+    from mlx_fd.export.form import Form
 
     wanted = Form(
         format=form,

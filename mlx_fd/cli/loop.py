@@ -106,6 +106,7 @@ def _run(
     redo: bool = False,
 ) -> None:
     from mlx_fd.cli.terminal.run import Display, summary_table
+    from mlx_fd.evaluation.exam import exam_questions
     from mlx_fd.feedback.pair import open_pair
     from mlx_fd.runs import README
     from mlx_fd.training.loop import run
@@ -115,7 +116,16 @@ def _run(
     def opened() -> Callable[..., Any]:
         pair = open_pair(plan)
         return lambda report, stop: run(
-            *(folder, plan.config, pair, plan.probe, plan.problems, report, stop, plan.exam()),
+            *(
+                folder,
+                plan.config,
+                pair,
+                plan.probe,
+                plan.problems,
+                report,
+                stop,
+                exam_questions(plan.config),
+            ),
             redo=redo,
         )
 

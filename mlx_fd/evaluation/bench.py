@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import mlx_fd
 from mlx_fd.evaluation.baselines import Setting, Trial
 from mlx_fd.evaluation.baselines.trials import Who, trial
 from mlx_fd.evaluation.cache import Cache, Rows
@@ -31,10 +31,15 @@ _PARTS: dict[Uses, tuple[str, ...]] = {
     "student": ("student", "adapter"),
     "untrained": ("student",),
 }
-# What a text can come from, beside models and options.
+# Modules that a text can come from, beside models and options.
 _CODE = (
-    *("roles.py", "generation.py", "models/chat_template.py", "episode.py", "feedback.py"),
-    *("gate.py", "baselines"),
+    "mlx_fd.problems.prompts",
+    "mlx_fd.problems.parsing",
+    "mlx_fd.models.generation",
+    "mlx_fd.feedback.episode",
+    "mlx_fd.feedback.judge",
+    "mlx_fd.feedback.gate",
+    "mlx_fd.evaluation.baselines",
 )
 _PACKAGES = ("mlx", "mlx-lm", "transformers")
 _BLANK = Draft(Problem("", "", "", Fraction(0)), Answer("", None), Conversation())
@@ -43,12 +48,14 @@ _BLANK = Draft(Problem("", "", "", Fraction(0)), Answer("", None), Conversation(
 @functools.cache
 def code_digest() -> str:
     """A digest of the code that decides what is generated: prompts, steps and baselines."""
-    root = Path(mlx_fd.__file__).parent
     digest = hashlib.sha256()
     for name in _CODE:
-        path = root / name
-        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
+        module = importlib.util.find_spec(name)
+        assert module is not None and module.origin is not None, name
+        file = Path(module.origin)
+        # A package stands for all its modules.
+        for one in sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]:
+            digest.update(one.read_bytes())
     return digest.hexdigest()
 
 

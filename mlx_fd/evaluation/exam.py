@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_fd.config import GenerationOptions
+from mlx_fd.config import Config, GenerationOptions
 from mlx_fd.evaluation import processbench
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.statistics import Rows, bootstrap, mean, mean_gain
@@ -268,3 +268,11 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, dict
         },
         "solved": sides("solved"),
     }
+
+
+def exam_questions(config: Config) -> tuple[Question, ...]:
+    """What a run's student is examined on; empty where the truth about its problems is not known."""
+    size = config.episode.exam_size
+    if config.problems.problems != "arithmetic" or not size:
+        return ()
+    return questions(size, config.episode.seed)

@@ -11,7 +11,7 @@ from mlx_fd.export.verify import Agreement
 from mlx_fd.problems import prompts
 
 if TYPE_CHECKING:
-    from mlx_fd.export.exporter import Form
+    from mlx_fd.export.form import Form
     from mlx_fd.export.source import Source
     from mlx_fd.models.student import Student
 

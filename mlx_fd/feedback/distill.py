@@ -16,12 +16,12 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_fd.config import LossOptions, TrainingOptions
 from mlx_fd.feedback.samples import Sample
-from mlx_fd.losses.attention import LOG_ZERO, attention_matching_loss
+from mlx_fd.losses.attention import attention_matching_loss
 from mlx_fd.losses.divergence import Target, TopK, fused_linear_divergences, one_hot, top_k_gap
 from mlx_fd.losses.hidden import hidden_alignment_loss
 from mlx_fd.losses.score import score_loss
 from mlx_fd.models import taps
-from mlx_fd.models.attention_taps import log_attention
+from mlx_fd.models.attention_taps import LOG_ZERO, log_attention
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, parameter_group
 

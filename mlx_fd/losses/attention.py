@@ -27,9 +27,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_fd.losses.hidden import aligned_layers
-
-# Stands in for log 0, so that 0 * log 0 is 0: far below any log-probability, and still a number.
-LOG_ZERO = -1e30
+from mlx_fd.models.attention_taps import LOG_ZERO
 
 
 def attention_matching_loss(

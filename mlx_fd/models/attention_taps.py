@@ -13,7 +13,9 @@ from mlx_lm.models import llama, qwen2
 from mlx_lm.models.cache import KVCache
 
 from mlx_fd.errors import UserError
-from mlx_fd.losses.attention import LOG_ZERO
+
+# Stands in for log 0, so that 0 * log 0 is 0: far below any log-probability, and still a number.
+LOG_ZERO = -1e30
 
 
 def check_block(block: nn.Module) -> None:
@@ -53,7 +55,7 @@ def log_attention(
 
     Returns:
         [B, heads, Q, K], float32, K being the T positions or all that the cache holds; keys that a
-        query does not see at :data:`~mlx_fd.losses.attention.LOG_ZERO` or below.
+        query does not see at :data:`LOG_ZERO` or below.
 
     Raises:
         UserError: as for :func:`check_block`.

@@ -17,7 +17,7 @@ from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mlx_fd.problems.prompts import _SCALE, Feedback
+from mlx_fd.problems.prompts import SCALE, Feedback
 
 
 def needs_merge(expert: Feedback, student: Feedback | None) -> bool:
@@ -391,7 +391,7 @@ _EMPTY_LINE = re.compile(
     r"^[ \t]*(?:```\w*|\d{1,2}[.)]|[*_`#>|{}\[\]\"',;:.-]+)[ \t]*$", re.MULTILINE
 )
 # The rubric said back, whole or begun.
-_ECHO = re.compile(r"\s+".join(map(re.escape, _SCALE.partition(", ")[0].split())) + r",[^\n]*")
+_ECHO = re.compile(r"\s+".join(map(re.escape, SCALE.partition(", ")[0].split())) + r",[^\n]*")
 _STRONG = re.compile(r"[:=|>\u2192]")
 _LAST_WORD = re.compile(r"(?:overall|final)[\s_-]++[*_`\"']*+\Z", re.IGNORECASE)
 _THOUSANDS = re.compile(r"[1-9]\d{0,2},\d{3}")

@@ -39,7 +39,7 @@ class Feedback:
 # --------------------------------------------------------------------------------------- prompts
 
 _END = "End with a line of its own: #### <number>"
-_SCALE = "1 is excellent, 0.5 fair, 0 useless, -0.5 mostly wrong, -1 harmful"
+SCALE = "1 is excellent, 0.5 fair, 0 useless, -0.5 mostly wrong, -1 harmful"
 FEEDBACK_OPENING = "Score:"
 
 
@@ -70,7 +70,7 @@ def feedback_prompt() -> str:
     """
     return (
         "Write feedback on the answer above: a score from -1 to 1, then a paragraph.\n"
-        f"{_SCALE}. The paragraph is specific and constructive, about 70 words: it names the "
+        f"{SCALE}. The paragraph is specific and constructive, about 70 words: it names the "
         "first wrong step and says how to mend it, or says why every step is right."
     )
 
@@ -137,12 +137,12 @@ def draft_prompt(stage: int) -> str:
     if stage == 1:
         return (
             "Write a first draft of feedback on the answer above, your first impression: a score "
-            f"from -1 to 1, then one or two sentences.\n{_SCALE}."
+            f"from -1 to 1, then one or two sentences.\n{SCALE}."
         )
     if stage == 2:
         return (
             "Write a second draft that looks deeper: a score from -1 to 1, then what the first "
-            f"draft missed or got wrong.\n{_SCALE}."
+            f"draft missed or got wrong.\n{SCALE}."
         )
     return f"Now the last draft, which has the best of both. {feedback_prompt()}"
 

@@ -24,7 +24,7 @@ from mlx_fd.models.resolve import default_student, parse_name, resolve
 from mlx_fd.problems import Problem
 
 if TYPE_CHECKING:
-    from mlx_fd.evaluation.exam import Question
+    pass
 
 from mlx_fd.runs.manifest import _flat, manifest_of
 
@@ -52,15 +52,6 @@ class Plan:
     problems: tuple[Problem, ...]
     manifest: dict[str, Any]
     notes: tuple[str, ...]
-
-    def exam(self) -> tuple[Question, ...]:
-        """What the student is examined on, where the problems' source knows the truth."""
-        size = self.config.episode.exam_size
-        if self.config.problems.problems != "arithmetic" or not size:
-            return ()
-        from mlx_fd.evaluation.exam import questions
-
-        return questions(size, self.config.episode.seed)
 
 
 def make_plan(config: Config) -> Plan:

@@ -59,8 +59,6 @@ from mlx_fd.training.checkpoint import (
 from mlx_fd.training.probe import PROBE_ROWS, Probe, load_probe, make_probe, save_probe
 from mlx_fd.training.selfdistill.in_loop import Lessons, lessons, self_distillation_loss
 
-EXAM = "exam_before.json"
-EXAM_AFTER = "exam_after.json"
 # A loss that is next to nothing from the start must not drown the others.
 _MIN_SCALED = 1e-3
 # Episodes that the warnings look back over.
@@ -185,7 +183,7 @@ def run(
         took = time.perf_counter() - examining
         seconds["exam"] = before.seconds + took
         with runs.explained(folder):
-            save_results(folder / EXAM_AFTER, after, took)
+            save_results(folder / runs.EXAM_AFTER, after, took)
         parts["exam"] = compare(before.results, after)
     with runs.explained(folder):
         summary = summarise(
@@ -222,8 +220,8 @@ def _examined_before(
     """The examination before the run, where there is one: what is kept of it, or taken now."""
     if not exam:
         return _Examined([], 0.0)
-    file = records.folder / EXAM
-    found = kept(records, EXAM, lambda: load_results(file, exam), begun, report)
+    file = records.folder / runs.EXAM
+    found = kept(records, runs.EXAM, lambda: load_results(file, exam), begun, report)
     if found is not None:
         return _Examined(*found)
     begin = time.perf_counter()

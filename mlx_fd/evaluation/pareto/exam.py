@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_fd import runs
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation.exam import Question, Result, compare, examine, load_results
+from mlx_fd.evaluation.exam import Question, Result, compare, exam_questions, examine, load_results
 from mlx_fd.evaluation.pareto.curve import Curve
 from mlx_fd.evaluation.pareto.points import Point, batch_of
 from mlx_fd.feedback.pair import open_pair
@@ -18,7 +18,6 @@ from mlx_fd.runs.checked import ChangedFile
 from mlx_fd.runs.checkpoints import checkpoint_after
 from mlx_fd.runs.manifest import check_same
 from mlx_fd.runs.plan import make_plan
-from mlx_fd.training.loop import EXAM
 
 # Measures of the examination that are objectives; more of them is better, and all are shares.
 EXAM_MEASURES = ("first_error_f1", "solved")
@@ -46,7 +45,7 @@ def examine_points(
     """
     plan = make_plan(curve.config)
     check_same(runs.read_manifest(folder), plan.manifest, folder)
-    questions = plan.exam()
+    questions = exam_questions(plan.config)
     before = _results(folder, questions)
     pair = open_pair(plan)
     wanted = sorted({batch_of(point, curve) for point in points})
@@ -79,10 +78,10 @@ def examine_points(
 def _results(folder: Path, questions: Sequence[Question]) -> list[Result]:
     """What the student made of the examination before the run."""
     try:
-        found = load_results(folder / EXAM, questions) if questions else None
+        found = load_results(folder / runs.EXAM, questions) if questions else None
     except (ChangedFile, OSError) as error:
         raise UserError(
-            f"{folder / EXAM}: {error}. Bring the old file back, or leave --exam out."
+            f"{folder / runs.EXAM}: {error}. Bring the old file back, or leave --exam out."
         ) from error
     if found is None:
         raise UserError(
