@@ -362,7 +362,7 @@ class Method:
         choices=("base", "ema", "current", "snapshot"),
     )
     teacher_decay: float = _option(
-        0.05, "Share of the student in the moving average at each update.", low=0, high=1
+        0.95, "Share of the old value that the moving average keeps at each update.", low=0, high=1
     )
     teacher_sync_steps: int = _option(10, "Updates between two snapshots.", low=1)
     jsd_beta: float = _option(

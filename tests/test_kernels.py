@@ -19,7 +19,6 @@ from mlx_fd.losses.kernel_checks import (
     alignment_reference,
     divergence_reference,
     float64,
-    run_checks,
     top_k_reference,
 )
 from mlx_fd.models.backend import Backend
@@ -468,14 +467,14 @@ def test_a_text_that_the_compiler_refuses_is_a_failed_check(monkeypatch):
 
     monkeypatch.setattr(mx.fast, "metal_kernel", refused)
     kernels._kernel.cache_clear()
-    checks = run_checks("metal")
+    checks = kernels.check_rows("metal")
     kernels._kernel.cache_clear()
     assert checks and not any(check.passed for check in checks)
     assert {check.failure for check in checks} == {"Unable to build metal library from source"}
 
 
 def test_the_graph_passes_its_checks():
-    checks = run_checks("graph")
+    checks = kernels.check_rows("graph")
     assert len(checks) > 15 and all(check.passed for check in checks)
 
 

@@ -154,7 +154,7 @@ def test_teachers_follow_as_they_say(opened):
     model = opened.student_lm.model
     own = adapter(model)
     zero = {name: mx.zeros_like(value) for name, value in own.items()}
-    options = config_of("sdpo", teacher_decay=0.25).selfdistill
+    options = config_of("sdpo", teacher_decay=0.75).selfdistill
     moved = next_teacher(zero, model, options, 1)
     for name, value in own.items():
         np.testing.assert_allclose(np.array(moved[name]), 0.25 * np.array(value), rtol=1e-6)
@@ -209,7 +209,7 @@ def test_sampling_is_cut_after_the_temperature():
 # What is kept from batch to batch only with other options than a short run has.
 KEPT = {
     "sdpo": {"warmup_steps": 3},
-    "resd": {"kd_steps": 2, "teacher_decay": 0.3},
+    "resd": {"kd_steps": 2, "teacher_decay": 0.7},
     "rlcsd": {"teacher_sync_steps": 2},
 }
 

@@ -13,9 +13,8 @@ from mlx_fd import __version__
 from mlx_fd.config import Config, override, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
-from mlx_fd.runs.manifest import _flat, check_same, versions
+from mlx_fd.runs.manifest import backend_settings, check_same, flat_options, versions
 from mlx_fd.runs.plan import (
-    backend_settings,
     changed_options,
     check_out,
     check_run_memory,
@@ -35,7 +34,7 @@ def manifest(**changes) -> dict:
         "expert": {"name": "e", "sha256": "1"},
         "student": {"name": "s", "sha256": "2"},
         "problems": {"name": "p", "sha256": "3"},
-        "options": _flat(config(**changes)),
+        "options": flat_options(config(**changes)),
     }
 
 
@@ -107,7 +106,7 @@ def test_attention_that_cannot_be_compared_is_refused_before_anything_is_loaded(
 
 
 def test_options_in_the_manifest_survive_json():
-    options = _flat(config(scales=(1.0, 2.0, 3.0, 4.0)))
+    options = flat_options(config(scales=(1.0, 2.0, 3.0, 4.0)))
     assert json.loads(json.dumps(options)) == options
     assert options["scales"] == [1.0, 2.0, 3.0, 4.0] and options["batch_size"] == 8
     assert len(options) == sum(
@@ -193,7 +192,7 @@ def test_options_that_an_older_version_lacked_had_their_defaults(tmp_path):
     }
     (tmp_path / "config.toml").write_text(tomli_w.dumps(kept))
     new = manifest()
-    new["options"] = _flat(read(tmp_path / "config.toml"))
+    new["options"] = flat_options(read(tmp_path / "config.toml"))
     assert check_same(old, new, tmp_path) == []
     assert check_same(old, manifest(episodes=24), tmp_path) == []
     for name, default, value in (

@@ -91,12 +91,11 @@ def kernel_rows() -> list[dict[str, Any]]:
         UserError: there is no MLX backend, or ``MLX_FD_KERNELS`` cannot be followed.
     """
     backend()
-    from mlx_fd.losses.kernel_checks import run_checks
-    from mlx_fd.losses.kernels import chosen, runnable
+    from mlx_fd.losses.kernels import check_rows, chosen, runnable
 
     rows: list[dict[str, Any]] = []
     for on in runnable():
-        for check in run_checks(on):
+        for check in check_rows(on):
             text = check.failure or f"error {check.error:.1e}, limit {check.limit:g}"
             rows.append(
                 {

@@ -55,8 +55,8 @@ def resume(
     from mlx_fd import runs
     from mlx_fd.runs.checked import with_digest
     from mlx_fd.runs.checkpoints import check_nothing_lost
-    from mlx_fd.runs.manifest import check_same
-    from mlx_fd.runs.plan import changed_options, make_plan
+    from mlx_fd.runs.manifest import changed_options, check_same
+    from mlx_fd.runs.plan import make_plan
 
     manifest = runs.read_manifest(run)
     with runs.locked(run):

@@ -41,7 +41,8 @@ class Update:
         gradient_norm: before clipping.
         skipped: the loss or its gradient was not finite, and nothing was changed.
         tokens: what the student read, padding aside.
-        seconds: what it took.
+        seconds: what it took, where that was measured.
+        clipped: share of tokens whose ratio a policy's loss clipped.
     """
 
     losses: dict[str, float]
@@ -49,7 +50,8 @@ class Update:
     gradient_norm: float
     skipped: bool
     tokens: int
-    seconds: float
+    seconds: float = 0.0
+    clipped: float = 0.0
 
 
 @dataclass(frozen=True)

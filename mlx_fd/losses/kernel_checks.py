@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
-
-from mlx_fd.losses import kernels
 
 Array = NDArray[np.float64]
 
@@ -22,6 +20,14 @@ _LIMITS = {mx.float32: 1e-5, mx.bfloat16: 1e-2, mx.float16: 2e-3}
 _EXACT = 1e-9
 # Odd, and not much more than a threadgroup's threads.
 _ROWS, _VOCAB, _WIDTH, _POSITIONS, _K = 3, 1003, 321, 5, 20
+
+
+class RowFunctions(NamedTuple):
+    """What is checked; each takes ``on`` by keyword (:mod:`mlx_fd.losses.kernels`)."""
+
+    divergence: Callable[..., Any]
+    alignment: Callable[..., Any]
+    top_k: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -104,14 +110,17 @@ def top_k_reference(logits: Array, k: int) -> tuple[Array, Array, Array]:
     return np.take_along_axis(logits, indices, axis=-1), indices.astype(np.float64), log_sum_exp
 
 
-def run_checks(on: str, dtypes: Sequence[mx.Dtype] = tuple(_LIMITS)) -> list[Check]:
+def run_checks(
+    rows: RowFunctions, on: str, dtypes: Sequence[mx.Dtype] = tuple(_LIMITS)
+) -> list[Check]:
     """Every row function on small random input.
 
     Args:
+        rows: the functions.
         on: one of :func:`mlx_fd.losses.kernels.runnable`.
         dtypes: of the logits and states; float32, bfloat16 and float16 are known.
     """
-    return [_check(on, case) for case in _cases(dtypes)]
+    return [_check(on, case) for case in _cases(rows, dtypes)]
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,7 @@ class _Case:
     options: Mapping[str, Any]
 
 
-def _cases(dtypes: Sequence[mx.Dtype]) -> Iterator[_Case]:
+def _cases(rows: RowFunctions, dtypes: Sequence[mx.Dtype]) -> Iterator[_Case]:
     random = np.random.default_rng(0)
 
     def some(*shape: int) -> mx.array:
@@ -140,7 +149,7 @@ def _cases(dtypes: Sequence[mx.Dtype]) -> Iterator[_Case]:
             for kind, beta in (("forward KL", 0.0), ("reverse KL", 1.0), ("JSD", 0.3)):
                 what = f"{kind}, {name}{near}"
                 options = {"beta": beta, "temperature": 2.0}
-                yield _Case(what, kernels.divergence_rows, divergence_reference, pair, options)
+                yield _Case(what, rows.divergence, divergence_reference, pair, options)
         hidden = some(_ROWS, _POSITIONS, _WIDTH).astype(dtype)
         each = some(_ROWS, _POSITIONS, _WIDTH).astype(dtype)
         mask = mx.array(random.random((_ROWS, _POSITIONS)) < 0.6)
@@ -148,9 +157,9 @@ def _cases(dtypes: Sequence[mx.Dtype]) -> Iterator[_Case]:
         for kind, teacher in (("pooled", some(_ROWS, _WIDTH)), ("per token", each)):
             what = f"alignment, {kind}, {name}"
             arrays = [hidden, teacher, mask]
-            yield _Case(what, kernels.alignment_rows, alignment_reference, arrays, {})
+            yield _Case(what, rows.alignment, alignment_reference, arrays, {})
         logits = some(_ROWS, _VOCAB).astype(dtype)
-        yield _Case(f"top k, {name}", kernels.top_k_rows, top_k_reference, [logits], {"k": _K})
+        yield _Case(f"top k, {name}", rows.top_k, top_k_reference, [logits], {"k": _K})
 
 
 def _check(on: str, case: _Case) -> Check:

@@ -19,7 +19,7 @@ import mlx.core as mx
 
 import mlx_fd
 from mlx_fd.errors import UserError
-from mlx_fd.losses import graph
+from mlx_fd.losses import graph, kernel_checks
 from mlx_fd.models.backend import backend
 
 VARIABLE = "MLX_FD_KERNELS"
@@ -79,13 +79,11 @@ def chosen() -> str:
 
 @functools.cache
 def _fastest_right() -> str:
-    from mlx_fd.losses.kernel_checks import run_checks
-
     fastest = runnable()[-1]
     if fastest == "graph":
         return fastest
     # In the type of most models: each type costs a compilation of every kernel.
-    wrong = [check for check in run_checks(fastest, [mx.bfloat16]) if not check.passed]
+    wrong = [check for check in check_rows(fastest, [mx.bfloat16]) if not check.passed]
     if not wrong:
         return fastest
     warnings.warn(
@@ -94,6 +92,17 @@ def _fastest_right() -> str:
         stacklevel=2,
     )
     return "graph"
+
+
+def check_rows(on: str, dtypes: Sequence[mx.Dtype] | None = None) -> list[kernel_checks.Check]:
+    """The row functions on small random input, against float64.
+
+    Args:
+        on: one of :func:`runnable`.
+        dtypes: of the logits and states; ``None``: float32, bfloat16 and float16.
+    """
+    rows = kernel_checks.RowFunctions(divergence_rows, alignment_rows, top_k_rows)
+    return kernel_checks.run_checks(rows, on, *([dtypes] if dtypes else []))
 
 
 def divergence_rows(

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,6 @@ from mlx_fd.models.resolve import why_changed
 
 if TYPE_CHECKING:
     pass
-
-from mlx_fd.runs.plan import backend_settings
 
 
 def manifest_of(
@@ -61,7 +60,7 @@ def manifest_of(
             "skipped_rows": found.skipped,
         },
         "shared_vocabulary": vocab,
-        "options": _flat(config),
+        "options": flat_options(config),
     }
 
 
@@ -79,7 +78,7 @@ _CHANGEABLE = (
 )
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def flat_options(config: Config) -> dict[str, Any]:
     """Every option by its name, as JSON has it."""
     sections: dict[str, dict[str, Any]] = json.loads(json.dumps(dataclasses.asdict(config)))
     return {name: value for options in sections.values() for name, value in options.items()}
@@ -110,7 +109,9 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
                     f"{_why_other(part, old, new)}, or begin a new run."
                 )
         # An older version had fewer options, and did what the others do by default.
-        options, now = ({**_flat(Config()), **manifest["options"]} for manifest in (old, new))
+        options, now = (
+            {**flat_options(Config()), **manifest["options"]} for manifest in (old, new)
+        )
         changed = {
             name: (value, now.get(name))
             for name, value in options.items()
@@ -165,3 +166,48 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What the user is told of options that were changed, and may be, since the run began.
+
+    Args:
+        old: the run's manifest.
+        new: that of what is here now; :func:`check_same` found nothing wrong with it.
+    """
+    was, now = ({**flat_options(Config()), **manifest["options"]} for manifest in (old, new))
+    changed = [
+        f"{name} was {was[name]!r}, is {now[name]!r}" for name in now if was[name] != now[name]
+    ]
+    return [f"{runs.CONFIG} was changed: {'; '.join(changed)}"] if changed else []
+
+
+# What the BLAS and OpenMP that MLX and NumPy may use take their number of threads from, beside what
+# is under "threads" since the first version.
+_THREAD_VARIABLES = (
+    "GOTO_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+
+def backend_settings() -> dict[str, Any]:
+    """What a run computes with, and how sums are split over threads: their last digits."""
+    from mlx_fd.models.backend import backend
+
+    here = backend()
+    return {
+        "device": here.device,
+        "blas": here.blas,
+        "threads": os.environ.get("OPENBLAS_NUM_THREADS", f"all {os.cpu_count()}"),
+        **{name: os.environ.get(name, "not set") for name in _THREAD_VARIABLES},
+        "cores": _cores(),
+    }
+
+
+def _cores() -> int:
+    """How many cores this process may use; with no number of threads set, BLAS uses them all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -26,7 +26,7 @@ from mlx_fd.problems import Problem
 if TYPE_CHECKING:
     pass
 
-from mlx_fd.runs.manifest import _flat, manifest_of
+from mlx_fd.runs.manifest import manifest_of
 
 
 @dataclass(frozen=True)
@@ -233,48 +233,3 @@ def check_run_memory(
             shared=student == expert or source == str(expert.resolve()),
         ),
     )
-
-
-def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What the user is told of options that were changed, and may be, since the run began.
-
-    Args:
-        old: the run's manifest.
-        new: that of what is here now; :func:`check_same` found nothing wrong with it.
-    """
-    was, now = ({**_flat(Config()), **manifest["options"]} for manifest in (old, new))
-    changed = [
-        f"{name} was {was[name]!r}, is {now[name]!r}" for name in now if was[name] != now[name]
-    ]
-    return [f"{runs.CONFIG} was changed: {'; '.join(changed)}"] if changed else []
-
-
-# What the BLAS and OpenMP that MLX and NumPy may use take their number of threads from, beside what
-# is under "threads" since the first version.
-_THREAD_VARIABLES = (
-    "GOTO_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OMP_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-)
-
-
-def backend_settings() -> dict[str, Any]:
-    """What a run computes with, and how sums are split over threads: their last digits."""
-    from mlx_fd.models.backend import backend
-
-    here = backend()
-    return {
-        "device": here.device,
-        "blas": here.blas,
-        "threads": os.environ.get("OPENBLAS_NUM_THREADS", f"all {os.cpu_count()}"),
-        **{name: os.environ.get(name, "not set") for name in _THREAD_VARIABLES},
-        "cores": _cores(),
-    }
-
-
-def _cores() -> int:
-    """How many cores this process may use; with no number of threads set, BLAS uses them all."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -31,9 +31,6 @@ from mlx_fd.runs.checkpoints import (
 )
 from mlx_fd.runs.events import Event, Note, Warned
 from mlx_fd.runs.logs import Log
-
-if TYPE_CHECKING:
-    from mlx_fd.training.selfdistill import learning
 
 OPTIMIZER = "optimizer.safetensors"
 Kept = TypeVar("Kept")
@@ -300,7 +297,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def update_row(update: distill.Update | learning.Update) -> dict[str, Any]:
+def update_row(update: distill.Update) -> dict[str, Any]:
     """An optimiser step's part of a line of ``metrics.jsonl``."""
     return {
         "losses": {name: finite(value) for name, value in update.losses.items()},

@@ -19,7 +19,7 @@ from mlx import nn
 from mlx.utils import tree_map
 
 from mlx_fd.config import Method, TrainingOptions
-from mlx_fd.feedback.distill import loss_scale, take_step
+from mlx_fd.feedback.distill import Update, loss_scale, take_step
 from mlx_fd.losses.divergence import (
     Target,
     TopK,
@@ -548,27 +548,6 @@ def _nothing(like: mx.array | TopK, length: int) -> mx.array | TopK:
     return mx.zeros((length, like.shape[1]), dtype=like.dtype)
 
 
-@dataclass(frozen=True)
-class Update:
-    """What one optimiser step did.
-
-    Attributes:
-        losses: its parts before the step: the mean divergence (``match``), the policy's loss.
-        total: their weighted sum.
-        gradient_norm: before clipping.
-        skipped: something was not finite, and nothing was changed.
-        tokens: what the student read, padding aside.
-        clipped: share of tokens whose ratio was cut.
-    """
-
-    losses: dict[str, float]
-    total: float
-    gradient_norm: float
-    skipped: bool
-    tokens: int
-    clipped: float
-
-
 def gradients(
     model: nn.Module,
     known: Sequence[RolloutStats],
@@ -657,7 +636,8 @@ def learn(
     value = loss_value(weighed, matched, options)
     norm, skipped = take_step(model, optimizer, grads, value, training)
     read_tokens = sum(len(item.text.prompt) + len(item.text.target) - 1 for item in texts)
-    return Update(losses, value, norm, skipped, read_tokens, weighed.clipped), weighed
+    update = Update(losses, value, norm, skipped, read_tokens, clipped=weighed.clipped)
+    return update, weighed
 
 
 def loss_value(weighed: TokenWeights, matched: float, options: Method) -> float:

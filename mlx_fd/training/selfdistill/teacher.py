@@ -54,14 +54,15 @@ def next_teacher(teacher: Weights, model: nn.Module, options: Method, updates: i
     Args:
         teacher: what it was.
         model: the student.
-        options: which teacher: ``"ema"`` moves by ``teacher_decay`` of the way to the student.
+        options: which teacher: ``"ema"`` keeps ``teacher_decay`` of itself.
         updates: how many there have been, with this one.
     """
     if options.self_teacher == "base":
         return teacher
     own = adapter(model)
     if options.self_teacher == "ema":
-        rate = options.teacher_decay
+        # Rounded: 1 - 0.95 is not the float 0.05.
+        rate = round(1 - options.teacher_decay, 12)
         own = {name: (1 - rate) * value + rate * own[name] for name, value in teacher.items()}
         mx.eval(own)
     elif options.self_teacher == "snapshot" and updates % options.teacher_sync_steps:
