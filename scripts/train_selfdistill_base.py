@@ -5,9 +5,9 @@ python scripts/train_selfdistill_base.py --out DIR --quick    # hardly any train
 
 It begins as the tiny expert with most of its MLPs' neurons gone, as the tiny student does. Then it
 reads solutions of which most are wrong, so that it solves problems as mediocre as its reading; and
-problems with a context (`mlx_fd/training/selfdistill/contexts.py`), after which the solution is right. So it
-answers better with a context than without: what self-distillation is made of. It judges answers
-too, which the bench takes as the other task, the one that may be forgotten.
+problems with a context (`mlx_fd/training/selfdistill/contexts.py`), after which the solution is
+right. So it answers better with a context than without: what self-distillation is made of. It
+judges answers too, which the bench takes as the other task, the one that may be forgotten.
 """
 
 import argparse

@@ -110,7 +110,8 @@ def home(tmp_path_factory) -> Path:
 
 
 SMALL = shlex.split(
-    "--episodes 4 --batch-size 2 --max-answer-tokens 6 --max-feedback-tokens 6 --max-merge-tokens 5 "
+    "--episodes 4 --batch-size 2 --max-answer-tokens 6 --max-feedback-tokens 6 "
+    "--max-merge-tokens 5 "
     "--probe-size 2 --lora-rank 2 --checkpoint-every 1 --kd-steps 1"
 )
 

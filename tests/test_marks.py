@@ -19,7 +19,8 @@ from mlx_fd.errors import UserError
 from mlx_fd.runs import marks
 
 SMALL = shlex.split(
-    "--episodes 18 --batch-size 2 --max-answer-tokens 6 --max-feedback-tokens 6 --max-merge-tokens 5 "
+    "--episodes 18 --batch-size 2 --max-answer-tokens 6 --max-feedback-tokens 6 "
+    "--max-merge-tokens 5 "
     "--probe-size 2 --lora-rank 4 --lora-rate 2e-2 --projection-rate 2e-2 --ema-decay 0.3 "
     "--checkpoint-every 1"
 )

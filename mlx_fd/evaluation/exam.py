@@ -271,7 +271,7 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, dict
 
 
 def exam_questions(config: Config) -> tuple[Question, ...]:
-    """What a run's student is examined on; empty where the truth about its problems is not known."""
+    """The questions of a run's examination; none where the truth of its problems is unknown."""
     size = config.episode.exam_size
     if config.problems.problems != "arithmetic" or not size:
         return ()

@@ -32,7 +32,8 @@ class Solving:
     Attributes:
         name: ``gsm8k/test``.
         items: the problems.
-        systems: names in :data:`mlx_fd.evaluation.baselines.SYSTEMS`, the one that is compared first.
+        systems: names in :data:`mlx_fd.evaluation.baselines.SYSTEMS`, the one that is compared
+        first.
         samples: how often each problem is tried.
         readers: of the texts.
     """

@@ -387,8 +387,8 @@ def update(
         loss_options: which losses, and how.
         training: clipping, micro-batch and checkpointing.
         vocab: tokens the two models share.
-        auxiliary_loss: gives the gradient of one more loss by the language model's weights, and that loss,
-            which is called ``self``.
+        auxiliary_loss: gives the gradient of one more loss by the language model's weights, and
+            that loss, which is called ``self``.
         auxiliary_weight: what it counts.
     """
     begin = time.perf_counter()

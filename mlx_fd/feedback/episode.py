@@ -2,7 +2,7 @@
 
 1. The expert answers.                         :func:`first_answers`
 2. Expert and student each give feedback.      :func:`student_feedback`, :func:`expert_feedback`
-3. The gate looks; 4. the student learns.      :mod:`mlx_fd.feedback.gate`, :mod:`mlx_fd.feedback.distill`
+3. The gate looks; 4. the student learns.      :mod:`.gate`, :mod:`.distill`
 5. The feedback is merged, expert first.       :func:`finish`
 6. The expert revises, criticises itself and gives the final answer.
 
@@ -406,7 +406,8 @@ def expert_turn(
         drafts: what the step's counts are added to.
         step: the step's name.
         before: the expert's conversations.
-        requests: tokens of what it is asked, as :func:`mlx_fd.models.generation.followup_prompt` gives them.
+        requests: tokens of what it is asked, as :func:`mlx_fd.models.generation.followup_prompt`
+        gives them.
         limit: most tokens of the turn.
         options: sampling.
         seed: of the draws.

@@ -50,7 +50,8 @@ class Pair:
     Attributes:
         expert: answers, gives feedback, merges, revises and criticises itself.
         student: the student's trainable parts around its language model.
-        student_lm: that language model with the expert's tokenizer, so that both read the same tokens.
+        student_lm: that language model with the expert's tokenizer, so that both read the same
+        tokens.
         vocab: tokens the two share (padding of either vocabulary is left out).
     """
 

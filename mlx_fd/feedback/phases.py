@@ -10,8 +10,8 @@ divided by the sum over the enabled losses. First the student learns to arrive a
 then the weight moves, linearly, to how the expert gets there. No loss ever counts nothing, so none
 is forgotten. The published code of the feedback method has no schedule; this one is ours.
 
-Pure, like :mod:`mlx_fd.feedback.gate`, whose weights it can be combined with: the gate says which loss lags,
-the schedule which one has its turn.
+Pure, like :mod:`mlx_fd.feedback.gate`, whose weights it can be combined with: the gate says which
+loss lags, the schedule which one has its turn.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def followup_prompt(tokenizer: Any, message: str) -> tuple[int, ...]:
 
 
 def without_repeated_eos(conversation: Conversation, turn: tuple[int, ...]) -> tuple[int, ...]:
-    """The part of :func:`followup_prompt`'s tokens that the conversation does not end with already."""
+    """A :func:`followup_prompt` without the tokens that the conversation ends with already."""
     ended = conversation.tokens and turn and conversation.tokens[-1] == turn[0]
     return turn[1:] if ended else turn
 

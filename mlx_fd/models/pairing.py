@@ -115,19 +115,20 @@ def _shared(expert: Tokenizer, student: Tokenizer) -> tuple[int, int, int]:
     Raises:
         UserError: some id means two different things.
     """
-    student_tokens = {number: token for token, number in expert.get_vocab().items()}
-    expert_tokens = {number: token for token, number in student.get_vocab().items()}
+    expert_tokens = {number: token for token, number in expert.get_vocab().items()}
+    student_tokens = {number: token for token, number in student.get_vocab().items()}
     expert_count, student_count = (
-        max(student_tokens, default=-1) + 1,
         max(expert_tokens, default=-1) + 1,
+        max(student_tokens, default=-1) + 1,
     )
     shared = min(expert_count, student_count)
     # Not each number below: an id may be anything that a file says.
-    for number in sorted(number for number in {*student_tokens, *expert_tokens} if number < shared):
-        if student_tokens.get(number) != expert_tokens.get(number):
+    for number in sorted(number for number in {*expert_tokens, *student_tokens} if number < shared):
+        if expert_tokens.get(number) != student_tokens.get(number):
             raise UserError(
                 f"expert and student have different tokenizers: token {number} is "
-                f"{student_tokens.get(number)!r} for the expert and {expert_tokens.get(number)!r} for the student. "
+                f"{expert_tokens.get(number)!r} for the expert and {student_tokens.get(number)!r} for "
+                "the student. "
                 "The logit loss compares the two models token by token: choose a student of the "
                 "expert's family"
             )
@@ -164,11 +165,12 @@ def check_pair(expert_dir: Path, student_dir: Path) -> Pairing:
     shared, expert_count, student_count = _shared(expert, student)
     for probe in _PROBES:
         with blaming(f"the tokenizers of {expert_dir} and {student_dir} fail on {probe!r}"):
-            student_tokens, expert_tokens = expert.encode(probe), student.encode(probe)
-        if student_tokens.ids != expert_tokens.ids:
+            expert_tokens, student_tokens = expert.encode(probe), student.encode(probe)
+        if expert_tokens.ids != student_tokens.ids:
             raise UserError(
                 f"expert and student have the same tokens but split text differently: {probe!r} "
-                f"becomes {student_tokens.tokens} for the expert and {expert_tokens.tokens} for the student. The "
+                f"becomes {expert_tokens.tokens} for the expert and {student_tokens.tokens} for "
+                "the student. The "
                 "logit loss needs one tokenizer: choose a student of the expert's family"
             )
     expert_vocab, student_vocab = _vocab_size(expert_dir), _vocab_size(student_dir)

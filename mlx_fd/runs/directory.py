@@ -1,8 +1,8 @@
 """The run directory: what is written, in which order, and how a run finds its way back.
 
 Nothing is ever half there. A file is written under a temporary name, flushed to the disk and then
-renamed; what is read back carries a digest. The checkpoints are :mod:`mlx_fd.runs.checkpoints`, the logs
-:mod:`mlx_fd.runs.logs`.
+renamed; what is read back carries a digest. The checkpoints are :mod:`mlx_fd.runs.checkpoints`, the
+logs :mod:`mlx_fd.runs.logs`.
 """
 
 from __future__ import annotations

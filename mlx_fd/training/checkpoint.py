@@ -207,7 +207,8 @@ def kept(
         records: the run's.
         name: the file that it is kept in.
         load: reads it: what it is, and whether a digest vouches for it; ``None`` where it is not
-            there. It raises :class:`mlx_fd.runs.checked.ChangedFile` where it is not what was written.
+            there. It raises :class:`mlx_fd.runs.checked.ChangedFile` where it is not what was
+            written.
         begun: whether there is a checkpoint, and so the file should be there.
         report: told where it is not what was written, or not there.
     """

@@ -100,7 +100,8 @@ def print_results(
         console.print(_differences_and_costs(found))
     temperatures = results["temperature"]
     said = [
-        f"first answers by the {results['answers_by']} at temperature {temperatures['first_answers']:g}, "
+        f"first answers by the {results['answers_by']} at temperature "
+        f"{temperatures['first_answers']:g}, "
         f"bare answers at {temperatures['bare']:g}, k = {results['k']}"
     ]
     said += [f"{kind}: {model}" for kind, model in results["text_models"].items()]

@@ -81,7 +81,7 @@ def _point(outcome: Outcome, curve: Curve) -> Point:
 
 
 def cost_of(batches: Sequence[Batch]) -> dict[str, float]:
-    """What learning from some batches cost, by the names in :data:`mlx_fd.evaluation.pareto.names.COSTS`."""
+    """What learning from some batches cost, by the names in :data:`~.names.COSTS`."""
     return {
         "kd_steps": sum(batch.steps for batch in batches),
         "teacher_tokens": sum(batch.tokens for batch in batches),

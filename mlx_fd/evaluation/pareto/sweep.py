@@ -134,8 +134,8 @@ def _train(
         if process.returncode and not came:
             errors.seek(0)
             raise UserError(
-                f"{run}: this run of the sweep failed ({errors.read().strip()}). Those before it are "
-                "done, and the same command goes on here."
+                f"{run}: this run of the sweep failed ({errors.read().strip()}). Those before it "
+                "are done, and the same command goes on here."
             )
 
 

@@ -53,8 +53,8 @@ def replay(first: gate.Losses, looks: Sequence[Look], options: GateOptions) -> l
 
     Up to its first freeze the gate remembers the same whatever ``stop_threshold`` is, so one pass
     over the looks will do: each has a threshold below which it freezes the student
-    (:func:`mlx_fd.feedback.gate.stops_below`), and a threshold stops at the first look whose own is above
-    it. That is exact, not a grid.
+    (:func:`mlx_fd.feedback.gate.stops_below`), and a threshold stops at the first look whose own is
+    above it. That is exact, not a grid.
 
     Args:
         first: losses on the probe set before the first update, by the name of each loss in use.

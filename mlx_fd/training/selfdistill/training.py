@@ -1,7 +1,8 @@
 """The loop of self-distillation: attempts, their contexts, an update, the run directory.
 
-As in :mod:`mlx_fd.training.loop` every draw is seeded by the run's seed and the batch's number, and all else
-that a batch depends on is in the checkpoint: a resumed run is the run that was not stopped.
+As in :mod:`mlx_fd.training.loop` every draw is seeded by the run's seed and the batch's number, and
+all else that a batch depends on is in the checkpoint: a resumed run is the run that was not
+stopped.
 """
 
 from __future__ import annotations
@@ -569,8 +570,8 @@ def check_combination(config: Config) -> None:
         raise UserError("--objective contrastive needs right and wrong hints: --context contrast.")
     if options.context in ("sibling", "contrast") and options.num_generations < 2:
         raise UserError(
-            f"--context {options.context} shows other attempts at the same problem: set --num-generations "
-            "to 8."
+            f"--context {options.context} shows other attempts at the same problem: set "
+            "--num-generations to 8."
         )
     if options.context == "step-critique" and not options.critic:
         raise UserError(
