@@ -13,9 +13,14 @@ from mlx_fd import __version__
 from mlx_fd.config import Config, override, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
-from mlx_fd.runs.manifest import backend_settings, check_same, flat_options, versions
-from mlx_fd.runs.plan import (
+from mlx_fd.runs.manifest import (
+    backend_settings,
     changed_options,
+    check_same,
+    flat_options,
+    versions,
+)
+from mlx_fd.runs.plan import (
     check_out,
     check_run_memory,
     make_plan,
