@@ -28,7 +28,7 @@ from mlx_fd.report.reading import read_runs
 from mlx_fd.runs.checked import read_checked, with_digest
 from mlx_fd.runs.events import Event, Warned
 from mlx_fd.runs.plan import make_plan
-from mlx_fd.training.loop import EXAM, EXAM_AFTER, run
+from mlx_fd.training.loop import run
 from mlx_fd.training.probe import PROBE_ROWS
 from mlx_fd.training.selfdistill import plan as self_session
 from mlx_fd.training.selfdistill import training
@@ -162,7 +162,7 @@ def outcome(folder: Path) -> dict[str, object]:
                 found[f"{which}/{path.name}"] = path.read_bytes()
     state = json.loads((folder / runs.CHECKPOINTS / "last" / runs.STATE).read_text())
     found["state"] = {name: value for name, value in state.items() if name not in MEASURED}
-    for name in (runs.SUMMARY, EXAM, EXAM_AFTER, PROBE_ROWS, runs.HEADROOM):
+    for name in (runs.SUMMARY, runs.EXAM, runs.EXAM_AFTER, PROBE_ROWS, runs.HEADROOM):
         if not (folder / name).exists():
             continue
         value, _ = read_checked(folder / name)
@@ -223,7 +223,7 @@ TEXT = {
 BINARY = {"bit": flipped, "half": half, "gone": gone}
 FILES = (
     *(runs.CONFIG, runs.MANIFEST, runs.EPISODES, runs.METRICS, runs.SAMPLES),
-    *(PROBE_ROWS, "probe.safetensors", EXAM, "teacher/*.safetensors"),
+    *(PROBE_ROWS, "probe.safetensors", runs.EXAM, "teacher/*.safetensors"),
     *(f"checkpoints/000004/{name}" for name in ("state.json", "adapter_config.json")),
     *(f"checkpoints/000004/{name}.safetensors" for name in ("adapters", "heads", "optimizer")),
     *(f"checkpoints/{link}" for link in ("last", "best")),
@@ -268,7 +268,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_a_damaged_file_of_a_stopped_run(name, way, request, resume, tmp_path):
-    one = request.getfixturevalue("examined" if name == EXAM else "stopped")
+    one = request.getfixturevalue("examined" if name == runs.EXAM else "stopped")
     folder = copy_of(one.folder, tmp_path / "run")
     damage(folder, name, way)
     before = files_of(folder)
@@ -419,7 +419,8 @@ def test_memory_and_seconds_outlive_a_resume(examined, tmp_path):
     assert summary["peak_memory_bytes"] == 2**50
     seconds = summary["seconds"]
     probe, before, after = (
-        read_checked(folder / name)[0]["seconds"] for name in (PROBE_ROWS, EXAM, EXAM_AFTER)
+        read_checked(folder / name)[0]["seconds"]
+        for name in (PROBE_ROWS, runs.EXAM, runs.EXAM_AFTER)
     )
     assert min(probe, before, after) > 0
     assert seconds["exam"] == pytest.approx(before + after, abs=0.06)
@@ -445,15 +446,19 @@ def test_a_run_of_an_older_version_goes_on_with_a_note(examined, resume, tmp_pat
     old = ("device", "blas", "threads")
     manifest["backend"] = {name: manifest["backend"][name] for name in old}
     write_json(folder / runs.MANIFEST, manifest)
-    exam, _ = read_checked(folder / EXAM)
-    write_json(folder / EXAM, exam["results"])
+    exam, _ = read_checked(folder / runs.EXAM)
+    write_json(folder / runs.EXAM, exam["results"])
     probe, _ = read_checked(folder / PROBE_ROWS)
     del probe["seconds"]
     write_json(folder / PROBE_ROWS, probe)
     status, said = resume(folder)
     assert status == 0
     noted = examined.noticed(said)
-    assert [text.split(" has ")[0] for text in noted] == ["checkpoint 000004", PROBE_ROWS, EXAM]
+    assert [text.split(" has ")[0] for text in noted] == [
+        "checkpoint 000004",
+        PROBE_ROWS,
+        runs.EXAM,
+    ]
     assert outcome(folder) == examined.comes_to
 
 

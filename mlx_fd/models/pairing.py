@@ -127,9 +127,9 @@ def _shared(expert: Tokenizer, student: Tokenizer) -> tuple[int, int, int]:
         if expert_tokens.get(number) != student_tokens.get(number):
             raise UserError(
                 f"expert and student have different tokenizers: token {number} is "
-                f"{expert_tokens.get(number)!r} for the expert and {student_tokens.get(number)!r} for the "
-                "student. The logit loss compares the two models token by token: choose a student of the "
-                "expert's family"
+                f"{expert_tokens.get(number)!r} for the expert and "
+                f"{student_tokens.get(number)!r} for the student. The logit loss compares the two "
+                "models token by token: choose a student of the expert's family"
             )
     return shared, expert_count, student_count
 
