@@ -11,6 +11,7 @@ from metal.cases import ROWS, close, hidden, numbers, of_twin
 from metal.emulator import Kernel, cuda_text
 from mlx import nn
 
+import mlx_fd
 from mlx_fd.errors import UserError
 from mlx_fd.losses import kernels
 from mlx_fd.losses.divergence import fused_linear_divergence, teacher_top_k
@@ -480,5 +481,5 @@ def test_the_graph_passes_its_checks():
 
 def test_the_texts_are_found_where_the_wheel_puts_them(monkeypatch, tmp_path):
     (tmp_path / "kernel_sources").mkdir()
-    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
+    monkeypatch.setattr(mlx_fd, "__file__", str(tmp_path / "__init__.py"))
     assert kernels.source_folder() == tmp_path / "kernel_sources"
