@@ -1,6 +1,7 @@
 """Shared by all tests: one BLAS thread, caches that outlive nothing, and no network."""
 
 import os
+import signal
 
 # Before MLX is imported anywhere: bit-repeatable sums, and no hub.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -12,6 +13,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from mlx_fd.models.backend import backend
+
+# What a background job or nohup ignores stays ignored in every child, and in mlx-fd on purpose; the
+# tests of signals need them as a terminal has them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 settings.register_profile(
     "mlx-fd", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
