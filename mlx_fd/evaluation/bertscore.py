@@ -79,7 +79,7 @@ def match(
 
 def _unit(vectors: ArrayLike) -> NDArray[np.float64]:
     vectors = np.asarray(vectors, np.float64)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
 
 
 def idf_weights(references: Sequence[Sequence[int]]) -> Callable[[int], float]:

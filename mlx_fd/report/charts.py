@@ -139,7 +139,7 @@ def gain_figure(run: Run) -> Figure | None:
     line, above = None, ""
     if isinstance(threshold, (int, float)):
         line = (
-            alt.Chart(alt.Data(values=[{"threshold": threshold}]))
+            alt.Chart(alt.InlineData(values=[{"threshold": threshold}]))
             .mark_rule(color=PAGE.soft)
             .encode(y="threshold:Q", tooltip=[alt.Tooltip("threshold:Q", title="stop_threshold")])
         )
