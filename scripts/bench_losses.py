@@ -8,7 +8,7 @@ python scripts/bench_losses.py --table         # the table of docs/benchmarks.md
 Four contenders make the value and its gradient by the student's final hidden states:
 
 - engine: mlx_fd.losses.divergence.fused_linear_divergence
-- dense: mlx_fd.losses.dense.logit_loss on both models' whole logits, differentiated by MLX
+- dense: logit_loss of tests/dense_losses.py on both models' whole logits, differentiated by MLX
 - mlx-lm: kl_div_loss and js_div_loss of mlx_lm.tuner.losses likewise (on Metal they are kernels)
 - matmuls: the products that no way around exists to, alone: the student's logits, their gradient's
   way back, and the teacher's logits (of a 4-bit head: unpacked once, then multiplied)
@@ -33,6 +33,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from mlx_fd.models.backend import backend
 
@@ -98,9 +100,9 @@ def heads_and_states(cell):
 def contender(name, cell, student, teacher, hidden, target):
     """A function of nothing that evaluates one step and returns its value and gradient."""
     import mlx.core as mx
+    from dense_losses import logit_loss
     from mlx_lm.tuner.losses import js_div_loss, kl_div_loss
 
-    from mlx_fd.losses.dense import logit_loss
     from mlx_fd.losses.divergence import fused_linear_divergence
 
     mask = mx.ones((cell["tokens"],))
@@ -163,7 +165,7 @@ def check():
     """Stop unless the engine's value and gradient are those of float64 NumPy."""
     import mlx.core as mx
 
-    from mlx_fd.losses.reference import divergence_rows
+    from mlx_fd.losses.kernel_checks import divergence_reference
 
     for head in ("dense", "4-bit"):
         for kind, beta in (("kl", 0.0), ("jsd", 0.5)):
@@ -177,7 +179,9 @@ def check():
             ours, theirs, w, v = (
                 np.array(a).astype(float) for a in (hidden, target, student.weight, weight)
             )
-            values, by_logits = divergence_rows(ours @ w.T, theirs @ v.T, beta=beta, temperature=1)
+            values, by_logits = divergence_reference(
+                ours @ w.T, theirs @ v.T, beta=beta, temperature=1
+            )
             expected = by_logits @ w
             errors = (
                 abs(value.item() / values.sum() - 1),
