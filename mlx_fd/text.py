@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+# Control characters but tabs and line ends, with which escape sequences begin; halves of surrogate
+# pairs, which no file can hold; and what turns the direction of the text after it, which may then
+# say something else than what was written.
+_UNSAFE = re.compile(
+    "\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]"
+)
 
 
 def strip_control_chars(text: str) -> str:
-    """A text without the characters that would steer a terminal, or that no file can hold.
+    """A text without the characters that would steer a terminal, or that no page can hold.
 
-    Control characters other than line ends and tabs, escape sequences' first characters among
-    them, and lone surrogates become U+FFFD.
+    Control characters other than line ends and tabs, what turns the direction of writing, and lone
+    surrogates become U+FFFD.
     """
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+    return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 _SHOWN_LENGTH = 80

@@ -8,7 +8,7 @@ python scripts/bench_losses.py --table         # the table of docs/benchmarks.md
 Four contenders make the value and its gradient by the student's final hidden states:
 
 - engine: mlx_fd.losses.divergence.fused_linear_divergence
-- dense: mlx_fd.losses.dense.logit_loss on both models' whole logits, differentiated by MLX
+- dense: logit_loss of tests/dense_losses.py on both models' whole logits, differentiated by MLX
 - mlx-lm: kl_div_loss and js_div_loss of mlx_lm.tuner.losses likewise (on Metal they are kernels)
 - matmuls: the products that no way around exists to, alone: the student's logits, their gradient's
   way back, and the teacher's logits (of a 4-bit head: unpacked once, then multiplied)
@@ -17,6 +17,8 @@ Each measurement is a process of its own. Peak memory is MLX's, above what is th
 and hidden states are not counted. A time is the best of several runs, where one is short; on a CPU
 it is processor time, which other work on the machine changes little.
 """
+
+from __future__ import annotations
 
 import argparse
 import csv
@@ -27,14 +29,26 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
 from mlx_fd.models.backend import backend
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+# A row of the CSV: a cell of the grid, and what was measured of a contender.
+Row = dict[str, Any]
+Latest = dict[tuple[str, ...], dict[str, Row]]
+Lines = dict[str, list[tuple[int, float]]]
 
 DOCS = Path(__file__).parents[1] / "docs"
 CSV, PLOT = DOCS / "bench_losses.csv", DOCS / "bench_losses.svg"
@@ -69,14 +83,14 @@ COLUMNS = (
 # ---- one measurement, in its own process ----
 
 
-def heads_and_states(cell):
+def heads_and_states(cell: Row) -> tuple[Any, Any, mx.array, mx.array]:
     """The student's and the teacher's head and final states: logits of a spread of 2."""
     import mlx.core as mx
     from mlx import nn
 
     rng = np.random.default_rng(0)
 
-    def head(width):
+    def head(width: int) -> Any:
         module = nn.Linear(1, 1, bias=False)
         module.weight = mx.array(rng.standard_normal((cell["vocab"], width), np.float32))
         module.weight *= 2 / width**0.5
@@ -84,7 +98,7 @@ def heads_and_states(cell):
         mx.eval(module.parameters())
         return module
 
-    def states(width):
+    def states(width: int) -> mx.array:
         return mx.array(rng.standard_normal((cell["tokens"], width), np.float32))
 
     student, teacher = head(cell["d_student"]), head(cell["d_teacher"])
@@ -95,30 +109,34 @@ def heads_and_states(cell):
     return student, teacher, hidden, target
 
 
-def contender(name, cell, student, teacher, hidden, target):
+def contender(
+    name: str, cell: Row, student: Any, teacher: Any, hidden: mx.array, target: mx.array
+) -> Callable[[], Any]:
     """A function of nothing that evaluates one step and returns its value and gradient."""
     import mlx.core as mx
+    from dense_losses import logit_loss
     from mlx_lm.tuner.losses import js_div_loss, kl_div_loss
 
-    from mlx_fd.losses.dense import logit_loss
     from mlx_fd.losses.divergence import fused_linear_divergence
 
     mask = mx.ones((cell["tokens"],))
     kind = {"kl": "forward", "jsd": "jsd"}[cell["kind"]]
-    options = {"temperature": 1.0, "vocab": cell["vocab"]}
+    options: dict[str, Any] = {"temperature": 1.0, "vocab": cell["vocab"]}
 
-    def engine(x):
-        return fused_linear_divergence(x, student, target, teacher, mask, kind=kind, **options)[0]
+    def engine(x: mx.array) -> mx.array:
+        total, _ = fused_linear_divergence(x, student, target, teacher, mask, kind=kind, **options)
+        return total
 
-    def dense(x):
-        logits = [student(x)[None], teacher(target)[None]]
-        return logit_loss(*logits, mask[None], kl=kind, standardize=False, **options)[0]
+    def dense(x: mx.array) -> mx.array:
+        logits = student(x)[None], teacher(target)[None]
+        total: mx.array = logit_loss(*logits, mask[None], kl=kind, standardize=False, **options)[0]
+        return total
 
-    def mlx_lm(x):
+    def mlx_lm(x: mx.array) -> Any:
         loss = kl_div_loss if cell["kind"] == "kl" else js_div_loss
         return loss(student(x), mx.stop_gradient(teacher(target))).sum()
 
-    def matmuls():
+    def matmuls() -> None:
         logits = student(hidden)
         mx.eval(logits)
         back = logits @ student.weight
@@ -131,16 +149,23 @@ def contender(name, cell, student, teacher, hidden, target):
             )
         mx.eval(target @ weight.T)
 
-    def step():
-        value_and_gradient = mx.value_and_grad(loss)(hidden)
+    losses: dict[str, Callable[[mx.array], Any]] = {
+        "engine": engine,
+        "dense": dense,
+        "mlx-lm": mlx_lm,
+    }
+    if name not in losses:
+        return matmuls
+
+    def step() -> Any:
+        value_and_gradient = mx.value_and_grad(losses[name])(hidden)
         mx.eval(value_and_gradient)
         return value_and_gradient
 
-    loss = {"engine": engine, "dense": dense, "mlx-lm": mlx_lm}.get(name)
-    return step if loss else matmuls
+    return step
 
 
-def measure(cell, name, most=7, enough=4.0):
+def measure(cell: Row, name: str, most: int = 7, enough: float = 4.0) -> dict[str, float]:
     """Seconds of the best run and peak bytes; up to ``most`` runs, in about ``enough`` seconds."""
     import mlx.core as mx
 
@@ -148,7 +173,7 @@ def measure(cell, name, most=7, enough=4.0):
     run = contender(name, cell, *heads_and_states(cell))
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    times = []
+    times: list[float] = []
     while len(times) < most and sum(times) < enough:
         start = clock()
         run()
@@ -159,15 +184,15 @@ def measure(cell, name, most=7, enough=4.0):
 # ---- is it right? ----
 
 
-def check():
+def check() -> None:
     """Stop unless the engine's value and gradient are those of float64 NumPy."""
     import mlx.core as mx
 
-    from mlx_fd.losses.reference import divergence_rows
+    from mlx_fd.losses.kernel_checks import divergence_reference
 
     for head in ("dense", "4-bit"):
         for kind, beta in (("kl", 0.0), ("jsd", 0.5)):
-            cell = {"tokens": 33, "vocab": 4099, "kind": kind, "head": head}
+            cell: Row = {"tokens": 33, "vocab": 4099, "kind": kind, "head": head}
             cell |= {"d_student": 64, "d_teacher": 128}
             student, teacher, hidden, target = heads_and_states(cell)
             value, grad = contender("engine", cell, student, teacher, hidden, target)()
@@ -177,7 +202,9 @@ def check():
             ours, theirs, w, v = (
                 np.array(a).astype(float) for a in (hidden, target, student.weight, weight)
             )
-            values, by_logits = divergence_rows(ours @ w.T, theirs @ v.T, beta=beta, temperature=1)
+            values, by_logits = divergence_reference(
+                ours @ w.T, theirs @ v.T, beta=beta, temperature=1
+            )
             expected = by_logits @ w
             errors = (
                 abs(value.item() / values.sum() - 1),
@@ -191,40 +218,41 @@ def check():
 # ---- the grid ----
 
 
-def device():
+def device() -> str:
     """Name of the GPU, or of the CPU."""
     import mlx.core as mx
 
     if not backend().on_cpu:
-        return mx.device_info()["device_name"]
+        return str(mx.device_info()["device_name"])
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {len(names) or os.cpu_count()} cores"
 
 
-def fits(cell, name, memory):
+def fits(cell: Row, name: str, memory: float) -> bool:
     """Whether so many bytes of memory are enough."""
     arrays = ARRAYS[name][cell["kind"]] * cell["tokens"] + cell["d_student"] + cell["d_teacher"]
-    return 4 * cell["vocab"] * arrays < memory
+    return bool(4 * cell["vocab"] * arrays < memory)
 
 
-def machine_memory():
+def machine_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def run_grid(cells, out, longest, memory):
+def run_grid(cells: Sequence[Row], out: Path, longest: float, memory: float) -> None:
     """A row for each cell and contender; a contender too large or too slow is not run."""
     about = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "device": device(),
         **{name.replace("-", "_"): version(name) for name in ("mlx", "mlx-lm", "mlx-fd")},
     }
-    pace = {}  # seconds and bytes of a token, from the last cell of a kind that was run
+    # Seconds and bytes of a token, from the last cell of a kind that was run.
+    pace: dict[tuple[Any, ...], list[float]] = {}
     for cell in cells:
         for name in CONTENDERS:
             series = (name, *(cell[key] for key in KEY if key != "tokens"))
-            seconds, size = (each * cell["tokens"] for each in pace.get(series, (0, 0)))
+            seconds, size = (each * cell["tokens"] for each in pace.get(series, [0, 0]))
             row = about | cell | {"contender": name, "seconds": "", "peak_bytes": round(size) or ""}
             if not fits(cell, name, memory):
                 row["note"] = "not run: too large; memory as of fewer tokens, in proportion"
@@ -238,7 +266,7 @@ def run_grid(cells, out, longest, memory):
             print(*(row.get(key, "") for key in COLUMNS[8:]), sep="\t", flush=True)
 
 
-def in_a_process(cell, name):
+def in_a_process(cell: Row, name: str) -> dict[str, float]:
     threads = str(cell["threads"])
     done = subprocess.run(
         [sys.executable, __file__, "--measure", json.dumps([cell, name])],
@@ -247,10 +275,11 @@ def in_a_process(cell, name):
         text=True,
         check=True,
     )
-    return json.loads(done.stdout)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
 
 
-def append(out, row):
+def append(out: Path, row: Row) -> None:
     new = not out.exists()
     with out.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
@@ -262,22 +291,22 @@ def append(out, row):
 # ---- what the CSV says ----
 
 
-def latest(path):
+def latest(path: Path) -> Latest:
     """The last row of each cell and contender: {cell: {contender: row}}."""
-    cells = {}
+    cells: Latest = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             cells.setdefault(tuple(row[key] for key in KEY), {})[row["contender"]] = row
     return cells
 
 
-def number(rows, name, key):
+def number(rows: dict[str, Row], name: str, key: str) -> float | None:
     """What was measured of a contender, or None."""
-    text = rows.get(name, {}).get(key)
+    text = rows[name].get(key) if name in rows else None
     return float(text) if text else None
 
 
-def times(rows, name, key, by="engine"):
+def times(rows: dict[str, Row], name: str, key: str, by: str = "engine") -> str:
     """A contender's number in those of another."""
     ours, theirs = number(rows, by, key), number(rows, name, key)
     if not ours or not theirs:
@@ -288,7 +317,7 @@ def times(rows, name, key, by="engine"):
     )
 
 
-def table(path):
+def table(path: Path) -> str:
     """The table of docs/benchmarks.md: the engine's time and memory, the others as multiples.
 
     Of the smallest and the largest number of tokens; the plot has those between.
@@ -299,13 +328,22 @@ def table(path):
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     cells = latest(path)
-    ends = [pick(int(key[0]) for key in cells) for pick in (min, max)]
+    sizes = [int(key[0]) for key in cells]
+    ends = min(sizes), max(sizes)
     for (tokens, vocab, kind, head, *_), rows in cells.items():
         if int(tokens) not in ends:
             continue
-        seconds, size = number(rows, "engine", "seconds"), number(rows, "engine", "peak_bytes")
+        seconds, size = (
+            number(rows, "engine", key) or math.nan for key in ("seconds", "peak_bytes")
+        )
         columns = [
-            *(head, kind.upper(), f"{int(vocab):,}", f"{int(tokens):,}", f"{seconds:.2f} s"),
+            *(
+                head,
+                kind.upper(),
+                f"{int(vocab):,}",
+                f"{int(tokens):,}",
+                f"{seconds:.2f} s",
+            ),
             *(times(rows, name, "seconds") for name in ("matmuls", "dense", "mlx-lm")),
             f"{size / 1e6:,.0f} MB",
             *(times(rows, name, "peak_bytes") for name in ("dense", "mlx-lm")),
@@ -318,7 +356,7 @@ WIDTH, HEIGHT, LEFT, TOP = 330, 190, 60, 46
 COLOURS = {"engine": "#0a7d4b", "dense": "#c2410c", "mlx-lm": "#6d4fc4", "matmuls": "#777777"}
 
 
-def panel(at, title, lines):
+def panel(at: tuple[int, int], title: str, lines: Lines) -> str:
     """Lines {contender: [(tokens, number)]} on logarithmic axes, as SVG."""
     left, top = at
     points = [point for line in lines.values() for point in line]
@@ -326,10 +364,10 @@ def panel(at, title, lines):
     high = [max(p[axis] for p in points) for axis in (0, 1)]
     first, last = math.floor(math.log10(low[1])), math.ceil(math.log10(high[1]))
 
-    def x(tokens):
+    def x(tokens: float) -> float:
         return left + WIDTH * math.log(tokens / low[0]) / math.log(high[0] / low[0])
 
-    def y(value):
+    def y(value: float) -> float:
         return top + HEIGHT * (last - math.log10(value)) / (last - first)
 
     parts = [f'<text x="{left}" y="{top - 10}" font-weight="bold">{title}</text>']
@@ -356,7 +394,7 @@ def panel(at, title, lines):
     return "\n".join(parts)
 
 
-def plot(path):
+def plot(path: Path) -> str:
     """Time and memory over tokens at the largest vocabulary, the teacher's head dense, as SVG."""
     cells = {key: rows for key, rows in latest(path).items() if key[3] == "dense"}
     vocab = max(int(key[1]) for key in cells)
@@ -366,7 +404,7 @@ def plot(path):
         for column, (key, unit, what) in enumerate(
             (("seconds", 1, "seconds"), ("peak_bytes", 1e9, "GB"))
         ):
-            lines = {}
+            lines: Lines = {}
             for (tokens, wide, divergence, *_), rows in cells.items():
                 for name in CONTENDERS:
                     value = number(rows, name, key)
@@ -375,20 +413,20 @@ def plot(path):
             at = (LEFT + column * (WIDTH + LEFT + 20), TOP + row * (HEIGHT + TOP + 30))
             title = f"{kind.upper()} over {vocab:,}: {what} by tokens"
             parts.append(panel(at, title, {name: sorted(line) for name, line in lines.items()}))
-    wide, high = 2 * (WIDTH + LEFT) + 60, len(kinds) * (HEIGHT + TOP + 30) + 30
+    width, height = 2 * (WIDTH + LEFT) + 60, len(kinds) * (HEIGHT + TOP + 30) + 30
     for index, (name, colour) in enumerate(COLOURS.items()):
         parts.append(
-            f'<circle cx="{LEFT + 90 * index}" cy="{high - 16}" r="4" fill="{colour}"/>'
-            f'<text x="{LEFT + 8 + 90 * index}" y="{high - 12}">{name}</text>'
+            f'<circle cx="{LEFT + 90 * index}" cy="{height - 16}" r="4" fill="{colour}"/>'
+            f'<text x="{LEFT + 8 + 90 * index}" y="{height - 12}">{name}</text>'
         )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{high}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" '
         f'fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
     )
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmark of the fused linear divergence.")
     parser.add_argument("--quick", action="store_true", help="a small grid, into no file")
     parser.add_argument("--table", action="store_true", help="print the CSV as a table")

@@ -18,14 +18,19 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_fd.evaluation.processbench import f1
-from mlx_fd.evaluation.statistics import bootstrap, mean, mean_gain
+from mlx_fd.evaluation.statistics import Estimate, bootstrap, mean, mean_gain
+
+Row = dict[str, Any]
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE, PLOT = (DOCS / f"bench_method.{kind}" for kind in ("jsonl", "md", "svg"))
@@ -33,7 +38,7 @@ SHORT = ("--gate", "always", "--episodes", "240")
 SEVEN = ("--losses", "lm,hidden,score,logit,answer,reasoning,attention")
 # As the table shows them: what a group is about, the arm that its others are held against, and each
 # arm's options beside --preset tiny.
-GROUPS = {
+GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "When the student learns": (
         "always",
         {"never": ("--gate", "never"), "always": ("--gate", "always"), "gated": ()},
@@ -68,7 +73,7 @@ ARMS = {name: options for _, arms in GROUPS.values() for name, options in arms.i
 # ---- running ----
 
 
-def run_arm(arm, seed, runs, extra):
+def run_arm(arm: str, seed: int, runs: Path, extra: Sequence[str]) -> Path:
     """The run directory of an arm and seed, its run finished."""
     folder = runs / f"{arm.replace(', ', '-').replace(' ', '-')}-seed{seed}"
     if (folder / "summary.json").exists():
@@ -88,14 +93,14 @@ def run_arm(arm, seed, runs, extra):
     return folder
 
 
-def row_of(arm, seed, folder):
+def row_of(arm: str, seed: int, folder: Path) -> Row:
     """A finished run as one row."""
     summary = json.loads((folder / "summary.json").read_text())
     before, after = (
         json.loads((folder / f"exam_{when}.json").read_text()) for when in ("before", "after")
     )
 
-    def bits(results, name):
+    def bits(results: Sequence[Row], name: str) -> str:
         return "".join(str(int(result[name])) for result in results)
 
     return {
@@ -123,13 +128,13 @@ def row_of(arm, seed, folder):
 # ---- what the rows say ----
 
 
-def read_rows(path):
+def read_rows(path: Path) -> dict[tuple[str, int], Row]:
     """{(arm, seed): the last row of both}; empty where there is no file yet."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {(row["arm"], row["seed"]): row for row in map(json.loads, lines)}
 
 
-def latest(path):
+def latest(path: Path) -> dict[str, list[Row]]:
     """{arm: [row of each seed]}, the last row of each arm and seed, in the order of the table."""
     rows = read_rows(path)
     return {
@@ -142,30 +147,30 @@ def latest(path):
 BEFORE, AFTER = 0, 1
 
 
-def column(rows, name, when=None):
+def column(rows: Sequence[Row], name: str, when: int | None = None) -> NDArray[np.float64]:
     """All seeds' questions below each other."""
     parts = [row[name] if when is None else row[name][when] for row in rows]
     return np.concatenate([np.array([float(value) for value in part]) for part in parts])
 
 
-def shown(estimate, form="+.1f", times=100):
+def shown(estimate: Estimate, form: str = "+.1f", times: float = 100) -> str:
     return (
         f"{estimate.value * times:{form}} ({estimate.low * times:{form}} to "
         f"{estimate.high * times:{form}})"
     )
 
 
-def bold(estimate):
+def bold(estimate: Estimate) -> str:
     text = shown(estimate)
     return f"**{text}**" if estimate.low > 0 or estimate.high < 0 else text
 
 
-def quality(rows):
+def quality(rows: Sequence[Row]) -> Estimate:
     """F1 of the first errors after the run, with its interval."""
     return bootstrap([column(rows, "found", AFTER), column(rows, "wrong")], f1)
 
 
-def change(rows, name, only_wrong=False):
+def change(rows: Sequence[Row], name: str, only_wrong: bool = False) -> Estimate:
     """After the run against before it, paired."""
     sides = [column(rows, name, when) for when in (AFTER, BEFORE)]
     if only_wrong:
@@ -173,7 +178,7 @@ def change(rows, name, only_wrong=False):
     return bootstrap(sides, mean_gain)
 
 
-def against(rows, others):
+def against(rows: Sequence[Row], others: Sequence[Row]) -> Estimate:
     """The difference of F1 to another arm on the same questions and seeds, paired."""
     seeds = {row["seed"] for row in rows} & {row["seed"] for row in others}
     ours, theirs = ([r for r in side if r["seed"] in seeds] for side in (rows, others))
@@ -181,7 +186,7 @@ def against(rows, others):
     return bootstrap(columns, lambda a, b, wrong: f1(a, wrong) - f1(b, wrong))
 
 
-def table(path):
+def table(path: Path) -> str:
     arms = latest(path)
     some = next(iter(arms.values()))
     lines = [
@@ -207,8 +212,8 @@ def table(path):
         for name in present:
             rows = arms[name]
 
-            def total(key, rows=rows):
-                return np.mean([row[key] for row in rows])
+            def total(key: str, rows: Sequence[Row] = rows) -> float:
+                return float(np.mean([row[key] for row in rows]))
 
             cells = [
                 name,
@@ -231,9 +236,10 @@ WIDTH, HEIGHT, LEFT, TOP = 640, 380, 60, 40
 COLOURS = ("#0a7d4b", "#c2410c", "#6d4fc4", "#777777", "#0369a1")
 
 
-def written(labels):
+def written(labels: Sequence[tuple[float, float, str, str]]) -> list[str]:
     """Labels (x, y, text, colour) beside their points, each moved down until it is free."""
-    parts, taken = [], []
+    parts: list[str] = []
+    taken: list[tuple[float, float, float]] = []
     for at, height, text, colour in sorted(labels, key=lambda label: label[1:]):
         left, low = at + 60, height
         width = 6 * len(text)
@@ -251,16 +257,16 @@ def written(labels):
     return parts
 
 
-def plot(path):
+def plot(path: Path) -> str:
     """F1 with its interval over the tokens learned from, as SVG."""
     arms = latest(path)
-    most = max(np.mean([row["tokens"] for row in rows]) for rows in arms.values())
+    most = max(float(np.mean([row["tokens"] for row in rows])) for rows in arms.values())
     top = math.ceil(10 * max(quality(rows).high for rows in arms.values())) / 10
 
-    def x(tokens):
+    def x(tokens: float) -> float:
         return LEFT + (WIDTH - LEFT - 130) * tokens / most
 
-    def y(value):
+    def y(value: float) -> float:
         return TOP + (HEIGHT - 2 * TOP) * (1 - value / top)
 
     parts = [
@@ -284,7 +290,7 @@ def plot(path):
         for place, name in enumerate(name for name in names if name in arms):
             rows = arms[name]
             seen = quality(rows)
-            at = x(np.mean([row["tokens"] for row in rows])) + 9 * place
+            at = x(float(np.mean([row["tokens"] for row in rows]))) + 9 * place
             parts.append(
                 f'<path d="M{at:.1f} {y(seen.low):.1f}V{y(seen.high):.1f}" stroke="{colour}"/>'
                 f'<circle cx="{at:.1f}" cy="{y(seen.value):.1f}" r="4" fill="{colour}"/>'
@@ -298,7 +304,7 @@ def plot(path):
     )
 
 
-def main():
+def main() -> None:
     # Options that are passed on must not be taken for shortened ones of this script.
     parser = argparse.ArgumentParser(
         description="Ablation of the method on the tiny pair.", allow_abbrev=False

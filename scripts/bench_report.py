@@ -14,7 +14,9 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,12 +39,12 @@ REMARKS = (
 )
 
 
-def episodes(count, seed=0):
+def episodes(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Episodes with texts as long as those on GSM8K."""
     rng = np.random.default_rng(seed)
     problems = gsm8k.load("train").problems
 
-    def feedback(lines):
+    def feedback(lines: Sequence[str]) -> str:
         said = [
             f'Step {place}: "{line}" - {REMARKS[rng.integers(len(REMARKS))]}.'
             for place, line in enumerate(lines, 1)
@@ -78,7 +80,7 @@ def episodes(count, seed=0):
         )
 
 
-def opened(page):
+def opened(page: Path) -> dict[str, float]:
     """Seconds by the page's own clock, and what its main thread has worked for all of it."""
     from playwright.sync_api import sync_playwright
 
@@ -106,7 +108,7 @@ def opened(page):
     }
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--episodes", type=int, default=5000)
     parser.add_argument("--out", type=Path, help="keep the run and its report there")
@@ -120,7 +122,7 @@ def main():
         begin = time.perf_counter()
         page = folder / "report.html"
         write_page(make_page(read_runs([folder])), page)
-        result = {
+        result: dict[str, Any] = {
             "episodes": arguments.episodes,
             "log_mb": round((folder / "episodes.jsonl").stat().st_size / 1e6, 1),
             "report_mb": round(page.stat().st_size / 1e6, 2),

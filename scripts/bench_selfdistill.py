@@ -24,9 +24,12 @@ import random
 import re
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,21 +42,25 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_fd import runs
-from mlx_fd.config import to_toml
+from mlx_fd.config import Config, to_toml
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
-from mlx_fd.evaluation.statistics import bootstrap, holm, mean, paired_bootstrap
+from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean, paired_bootstrap
 from mlx_fd.feedback.episode import feedback_request, parsed
 from mlx_fd.models import taps
-from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate
-from mlx_fd.models.loading import load
+from mlx_fd.models.generation import Conversation, Sampling, Turn, first_prompt, generate
+from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve
-from mlx_fd.problems import arithmetic, parsing
+from mlx_fd.problems import Problem, arithmetic, parsing
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.training.selfdistill import plan as session
 from mlx_fd.training.selfdistill import training
 from mlx_fd.training.selfdistill.learning import Text, read
 from mlx_fd.training.selfdistill.methods import configured
 from mlx_fd.training.selfdistill.noise import noisy
+
+# One of the file of rows: an arm and a seed with their measurements.
+Row = dict[str, Any]
+Rows = dict[str, dict[int, Row]]
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE = (DOCS / f"bench_selfdistill.{kind}" for kind in ("jsonl", "md"))
@@ -63,7 +70,7 @@ BASE = "base"
 # What all arms share. Attempts are made in batches of 16: 16 problems, or 2 with 8 attempts each.
 # One update a batch (Resd publishes four), so that all learn from as many tokens.
 ATTEMPTS, BATCH = 640, 16
-SHARED = {
+SHARED: dict[str, Any] = {
     "student": "tiny-base",
     "critic": "truth",
     "reference_style": "prose",
@@ -78,7 +85,7 @@ SHARED = {
     "probe_every": 1000,
     "checkpoint_every": 1000,
 }
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "grpo": {"method": "grpo"},
     "step-critique": {"method": "step-critique"},
     "step-critique, tiny as critic": {"method": "step-critique", "critic": "tiny"},
@@ -94,6 +101,8 @@ ARMS = {
     "echodistill": {"method": "echodistill", "noise_level": 0.15},
 }
 PROBLEMS, SAMPLES, LIMIT = 60, 12, 64
+Finals = list[list[Fraction | None]]
+Values = Callable[[Row], Sequence[float]]
 NOISES = (("typed", 0.15), ("transcribed", 0.15))
 RARE = 0.25
 
@@ -101,14 +110,21 @@ RARE = 0.25
 # ---- measuring ----
 
 
-def problems_of(seed):
+def problems_of(seed: int) -> tuple[Sequence[arithmetic.Exercise], Sequence[Problem]]:
     """The held-out problems of a seed: exercises and problems, no two seeds share one."""
     place = slice(seed * PROBLEMS, (seed + 1) * PROBLEMS)
     return arithmetic.problems_of("test")[place], arithmetic.load("test").problems[place]
 
 
-def written(loaded, prompts, limit, temperature=0.0, seed=0, size=240):
-    turns = []
+def written(
+    loaded: Loaded,
+    prompts: Sequence[tuple[int, ...]],
+    limit: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    size: int = 240,
+) -> list[Turn]:
+    turns: list[Turn] = []
     for begin in range(0, len(prompts), size):
         chunk = prompts[begin : begin + size]
         sampling = Sampling(limit, temperature, seed=seed + begin)
@@ -116,7 +132,7 @@ def written(loaded, prompts, limit, temperature=0.0, seed=0, size=240):
     return turns
 
 
-def sampled(loaded, problems, seed):
+def sampled(loaded: Loaded, problems: Sequence[Problem], seed: int) -> Finals:
     """For each problem the finals of its samples."""
     prompts = [
         first_prompt(loaded.tokenizer, answer_prompt(problem.question))
@@ -127,14 +143,16 @@ def sampled(loaded, problems, seed):
     return [finals[k * SAMPLES : (k + 1) * SAMPLES] for k in range(len(problems))]
 
 
-def right_of(finals, problems):
+def right_of(finals: Finals, problems: Sequence[Problem]) -> list[int]:
     return [
         sum(parsing.same_answer(final, problem.answer) for final in group)
         for group, problem in zip(finals, problems, strict=True)
     ]
 
 
-def solved(loaded, problems, noise=None):
+def solved(
+    loaded: Loaded, problems: Sequence[Problem], noise: tuple[str, float] | None = None
+) -> str:
     """Which problems are solved greedily, with noise on their questions or without: 0 and 1."""
     questions = [noisy(p.question, *noise, 0) if noise else p.question for p in problems]
     prompts = [first_prompt(loaded.tokenizer, answer_prompt(question)) for question in questions]
@@ -144,7 +162,7 @@ def solved(loaded, problems, noise=None):
     )
 
 
-def judged(loaded, exercises):
+def judged(loaded: Loaded, exercises: Sequence[arithmetic.Exercise]) -> str:
     """On which answers the first wrong step is found (or none where all is right): 0 and 1."""
     rng = random.Random("bench/judging")
     request = feedback_request(loaded.tokenizer)
@@ -173,12 +191,12 @@ def judged(loaded, exercises):
     )
 
 
-def is_reasoning(piece):
+def is_reasoning(piece: str) -> bool:
     """Whether a token is a number or an operator: what is calculated, and not how it is put."""
     return bool(re.fullmatch(r"[\d+*=-]+", piece.strip()))
 
 
-def drift(loaded, base, exercises):
+def drift(loaded: Loaded, base: Loaded, exercises: Sequence[arithmetic.Exercise]) -> list[float]:
     """KL(base || student) on right solutions: mean over style tokens, and over reasoning tokens."""
     tokenizer = base.tokenizer
     texts = [
@@ -192,12 +210,13 @@ def drift(loaded, base, exercises):
         for exercise in exercises
     ]
 
-    def logprobs(model):
+    def logprobs(model: Any) -> mx.array:
         states = mx.concatenate(read(model, texts, 32))
         head = taps.head(model)
         logits = head.as_linear(states) if hasattr(head, "as_linear") else head(states)
         logits = logits[:, : base.vocab].astype(mx.float32)
-        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        normalised: mx.array = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return normalised
 
     ours, theirs = logprobs(loaded.model), logprobs(base.model)
     kl = np.array((mx.exp(theirs) * (theirs - ours)).sum(-1))
@@ -206,7 +225,7 @@ def drift(loaded, base, exercises):
     return [float(kl[~reasoning].mean()), float(kl[reasoning].mean())]
 
 
-def measured(loaded, base, seed):
+def measured(loaded: Loaded, base: Loaded, seed: int) -> Row:
     """What a model can do, on a seed's problems."""
     exercises, problems = problems_of(seed)
     finals = sampled(loaded, problems, seed=1)
@@ -228,7 +247,7 @@ def measured(loaded, base, seed):
 # ---- running ----
 
 
-def options_of(arm, seed, rate):
+def options_of(arm: str, seed: int, rate: float) -> Config:
     """An arm's whole configuration."""
     options = {**SHARED, **ARMS[arm], "lora_rate": rate}
     method = options.pop("method")
@@ -237,7 +256,7 @@ def options_of(arm, seed, rate):
     return configured(method, {**options, **size}, preset="tiny")
 
 
-def trained(arm, seed, rate):
+def trained(arm: str, seed: int, rate: float) -> tuple[Loaded, Row]:
     """The model of an arm after its last update, and the totals of its run."""
     plan = session.make_plan(options_of(arm, seed, rate))
     models = session.open_models(plan)
@@ -262,12 +281,12 @@ def trained(arm, seed, rate):
     return models.student_lm, totals
 
 
-def append(path, row):
+def append(path: Path, row: Row) -> None:
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def pilot(arms, path):
+def pilot(arms: Sequence[str], path: Path) -> None:
     """Rows {arm, rate, right} for every arm and rate that the file has none of.
 
     An arm whose best rate is the lowest gets a third of that, too.
@@ -285,26 +304,26 @@ def pilot(arms, path):
                 rates.append(float(f"{min(rates) / 3:.0e}"))
 
 
-def piloted(path):
+def piloted(path: Path) -> dict[str, dict[float, float]]:
     """{arm: {rate: Avg@12 on the validation problems}}."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    found = {}
+    found: dict[str, dict[float, float]] = {}
     for row in rows:
         found.setdefault(row["arm"], {})[row["rate"]] = float(np.mean(row["right"])) / SAMPLES
     return found
 
 
-def rate_of(arm, path=PILOT):
+def rate_of(arm: str, path: Path = PILOT) -> float:
     """The rate that the pilot found best for an arm; with another critic, for the same method."""
     method = arm if "critic" not in ARMS[arm] else ARMS[arm]["method"]
     rates = piloted(path)[method]
-    return max(rates, key=rates.get)
+    return max(rates, key=lambda rate: rates[rate])
 
 
-def row_of(arm, seed):
+def row_of(arm: str, seed: int) -> Row:
     begin = time.perf_counter()
     base = load(resolve(SHARED["student"]))
-    loaded, totals = base, {}
+    loaded, totals = base, Row()
     if arm != BASE:
         rate = rate_of(arm)
         loaded, totals = trained(arm, seed, rate)
@@ -329,30 +348,35 @@ def row_of(arm, seed):
 # ---- what the rows say ----
 
 
-def read_rows(path):
+def read_rows(path: Path) -> Rows:
     """{arm: {seed: the last row of both}}, in the order of the table; empty without a file."""
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = {}
+    rows: Rows = {}
     for row in map(json.loads, lines):
         rows.setdefault(row["arm"], {})[row["seed"]] = row
     return {arm: rows[arm] for arm in (BASE, *ARMS) if arm in rows}
 
 
-def average(row):
+def average(row: Row) -> list[float]:
     return [right / SAMPLES for right in row["right"]]
 
 
-def passed(row):
+def passed(row: Row) -> list[float]:
     return [pass_at_k(right, SAMPLES, SAMPLES) for right in row["right"]]
 
 
-def bits(name, inner=None):
+def bits(name: str, inner: str | None = None) -> Values:
     return lambda row: [float(bit) for bit in (row[name][inner] if inner else row[name])]
 
 
-def paired(rows, others, values, kept=None):
+def paired(
+    rows: dict[int, Row],
+    others: dict[int, Row],
+    values: Values,
+    kept: Callable[[int], list[bool]] | None = None,
+) -> tuple[list[float], list[float]]:
     """Two arms' values on the problems of the seeds that both have, below each other."""
-    columns = [[], []]
+    columns: tuple[list[float], list[float]] = ([], [])
     for seed in sorted(rows.keys() & others.keys()):
         keep = kept(seed) if kept else [True] * PROBLEMS
         for column, side in zip(columns, (rows, others), strict=True):
@@ -360,7 +384,7 @@ def paired(rows, others, values, kept=None):
     return columns
 
 
-def shown(estimate, form="+.1f", times=100):
+def shown(estimate: Estimate, form: str = "+.1f", times: float = 100) -> str:
     text = (
         f"{estimate.value * times:{form}} ({estimate.low * times:{form}} to "
         f"{estimate.high * times:{form}})"
@@ -381,26 +405,29 @@ ORDERINGS = (
 )
 
 
-def orderings(rows):
+def orderings(rows: Rows) -> list[tuple[str, str, str, Estimate, float]]:
     """[(better, worse, source, estimate of the difference of Avg@12, adjusted p)]."""
+    known = [names for names in ORDERINGS if names[0] in rows and names[1] in rows]
     found = [
-        (better, worse, source, *paired_bootstrap(*paired(rows[better], rows[worse], average)))
-        for better, worse, source in ORDERINGS
-        if better in rows and worse in rows
+        paired_bootstrap(*paired(rows[better], rows[worse], average)) for better, worse, _ in known
     ]
-    adjusted = holm([p for *_, p in found])
-    return [(*rest, q) for (*rest, _), q in zip(found, adjusted, strict=True)]
+    adjusted = holm([p for _, p in found])
+    return [
+        (*names, estimate, p)
+        for names, (estimate, _), p in zip(known, found, adjusted, strict=True)
+    ]
 
 
-def table(path):
+def table(path: Path) -> str:
     rows = read_rows(path)
     base = rows[BASE]
 
-    def rare(seed):
+    def rare(seed: int) -> list[bool]:
         return [right / SAMPLES <= RARE for right in base[seed]["chosen_by"]]
 
     some = next(iter(rows[arm] for arm in rows if arm != BASE))
-    counts = [pick(map(len, rows.values())) for pick in (min, max)]
+    sizes = [len(seeds) for seeds in rows.values()]
+    counts = min(sizes), max(sizes)
     lines = [
         f"Tiny base, {' to '.join(map(str, dict.fromkeys(counts)))} seeds, "
         f"{PROBLEMS} held-out problems a seed, {SAMPLES} samples of each at temperature 1. "
@@ -421,13 +448,17 @@ def table(path):
             cells += [""] * 11
         else:
 
-            def change(values, kept=None, seeds=seeds):
+            def change(
+                values: Values,
+                kept: Callable[[int], list[bool]] | None = None,
+                seeds: dict[int, Row] = seeds,
+            ) -> str:
                 return shown(paired_bootstrap(*paired(seeds, base, values, kept))[0])
 
             style, reasoning = np.mean([row["drift"] for row in seeds.values()], axis=0) * 1000
 
-            def total(key, seeds=seeds):
-                return np.mean([row[key] for row in seeds.values()])
+            def total(key: str, seeds: dict[int, Row] = seeds) -> float:
+                return float(np.mean([row[key] for row in seeds.values()]))
 
             cells += [
                 change(average),
@@ -455,7 +486,7 @@ def table(path):
     return "\n".join(lines) + "\n"
 
 
-def short(path):
+def short(path: Path) -> list[str]:
     """The tables of docs/benchmarks.md: Avg@12, judging, and the orderings looked for."""
     rows = read_rows(path)
     lines = [
@@ -475,7 +506,7 @@ def short(path):
     return lines
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--pilot", action="store_true", help="find each arm's learning rate")
     parser.add_argument("--run", action="store_true", help="make the rows that are not there")

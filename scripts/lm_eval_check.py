@@ -14,7 +14,9 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -29,12 +31,14 @@ from mlx_fd.evaluation import suites
 from mlx_fd.evaluation.cache import Cache
 from mlx_fd.evaluation.target import open_target
 from mlx_fd.models.resolve import resolve
-from mlx_fd.problems import prompts
+from mlx_fd.problems import Problem, prompts
+
+Row = dict[str, Any]
 
 NAMES = {"strict-match": "strict", "flexible-extract": "flexible"}
 
 
-def theirs(model: str, found: list, tokens: int, folder: Path) -> list[dict]:
+def theirs(model: str, found: Sequence[Problem], tokens: int, folder: Path) -> list[Row]:
     """What lm-evaluation-harness counts: for each problem, each filter's match and the response."""
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -64,14 +68,14 @@ def theirs(model: str, found: list, tokens: int, folder: Path) -> list[dict]:
         apply_chat_template=True,
         bootstrap_iters=0,
     )
-    by_problem: dict[int, dict] = {}
+    by_problem: dict[int, Row] = {}
     for sample in results["samples"]["mlx_fd_problems"]:
         row = by_problem.setdefault(sample["doc_id"], {"text": sample["resps"][0][0]})
         row[NAMES[sample["filter"]]] = bool(sample["exact_match"])
     return [by_problem[place] for place in range(len(found))]
 
 
-def ours(model: str, source: str, split: str, limit: int, folder: Path) -> list[dict]:
+def ours(model: str, source: str, split: str, limit: int, folder: Path) -> list[Row]:
     """What mlx-fd counts; rows of its outputs.jsonl."""
     options = suites.Options(problems=source, split=split, limit=limit)
     target = open_target(model, None)

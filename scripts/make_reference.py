@@ -8,17 +8,18 @@ import argparse
 import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mlx_fd.cli.app import cli
 from mlx_fd.cli.options import ConfiguredCommand
-from mlx_fd.config import MAX_COUNT, OPTIONS, PRESETS
+from mlx_fd.config import MAX_COUNT, OPTIONS, PRESETS, Option
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 
 
-def shown(value):
+def shown(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(shown(item) for item in value) + "]"
     if isinstance(value, bool):
@@ -26,7 +27,7 @@ def shown(value):
     return f'"{value}"' if isinstance(value, str) else f"{value:g}"
 
 
-def limits(option):
+def limits(option: Option) -> str:
     if option.choices:
         return ", ".join(option.choices)
     if option.kind in (int, float):
@@ -37,12 +38,12 @@ def limits(option):
     return ""
 
 
-def cell(text):
+def cell(text: str | None) -> str:
     """A text in a table, where a bar would begin the next column."""
     return (text or "").replace("|", "\\|")
 
 
-def page():
+def page() -> str:
     lines = [
         "# Reference",
         "",
@@ -52,7 +53,7 @@ def page():
         "",
     ]
     for name, command in sorted(cli.commands.items()):
-        lines += [f"### mlx-fd {name}", "", inspect.cleandoc(command.help), ""]
+        lines += [f"### mlx-fd {name}", "", inspect.cleandoc(command.help or ""), ""]
         configured = isinstance(command, ConfiguredCommand)
         own = [p for p in command.params if not (configured and p.name in OPTIONS)]
         lines += ["| argument | |", "|---|---|"]
@@ -92,7 +93,7 @@ def page():
     return "\n".join(lines) + "\n"
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail where the page is out of date")
     wanted = page()

@@ -14,8 +14,10 @@ import argparse
 import json
 import os
 import random
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,8 +35,10 @@ from train_tiny import (
     GROUP,
     TRAINING,
     USER,
+    Piece,
     Recipe,
     Row,
+    Seen,
     conversation,
     count,
     cut,
@@ -54,6 +58,7 @@ from mlx_fd.problems import Problem, arithmetic, parsing
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.training.selfdistill import contexts, noise
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials
+from mlx_fd.training.selfdistill.playbook import Playbook
 
 RECIPE = Recipe(
     128, 4, 4, 96, 1000, 1024, 1.5e-3, (), 10, True, 0.0,
@@ -114,7 +119,9 @@ def base_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def widened(weights: list[tuple[str, mx.array]], old: Tokenizer, new: Tokenizer):
+def widened(
+    weights: list[tuple[str, mx.array]], old: Tokenizer, new: Tokenizer
+) -> list[tuple[str, mx.array]]:
     """Weights with embeddings for the new tokens: the mean of what they were split into before."""
     name = "model.embed_tokens.weight"
     table = dict(weights)
@@ -139,7 +146,7 @@ def _attempt(problem: Problem, text: str, question: str = "") -> Attempt:
     return Attempt(problem, question or problem.question, (), text, final, right)
 
 
-def context_sequence(rng: random.Random, drawn: arithmetic.Exercise):
+def context_sequence(rng: random.Random, drawn: arithmetic.Exercise) -> list[Piece]:
     """A problem with a context, and the right solution; or a hint's own, where it is wrong."""
     problem = _problem(drawn)
     (name,) = rng.choices(TAUGHT, SHARES)
@@ -149,7 +156,7 @@ def context_sequence(rng: random.Random, drawn: arithmetic.Exercise):
     if name == "contrast":
         siblings.append(_attempt(problem, arithmetic.wrong_answer(rng, drawn)))
     lessons = rng.sample(contexts.lessons(), rng.randint(0, 4))
-    playbook = contexts.Playbook().after(lessons, {})
+    playbook = Playbook().after(lessons, {})
     if rng.random() < 0.3:
         playbook = playbook.after([], {problem.id: drawn.solution})
     materials = Materials(
@@ -166,7 +173,7 @@ def context_sequence(rng: random.Random, drawn: arithmetic.Exercise):
     return [(USER + (message or view.student) + ASSISTANT, 0), (solution, 1), (END, 1)]
 
 
-def bare_sequence(rng: random.Random, drawn: arithmetic.Exercise):
+def bare_sequence(rng: random.Random, drawn: arithmetic.Exercise) -> list[Piece]:
     """A problem, sometimes with noise on it, and a solution, most often a wrong one."""
     question = drawn.question
     if rng.random() < NOISY:
@@ -177,7 +184,9 @@ def bare_sequence(rng: random.Random, drawn: arithmetic.Exercise):
     return [(USER + answer_prompt(question) + ASSISTANT, 0), (solution, 1), (END, 1)]
 
 
-def batches(tokenizer: Tokenizer, recipe: Recipe, seed: str, block: int):
+def batches(
+    tokenizer: Tokenizer, recipe: Recipe, seed: str, block: int
+) -> Iterator[tuple[mx.array, mx.array]]:
     """The batches of one block of steps."""
     rng = random.Random(f"base/{seed}/{block}")
     drawn = arithmetic.exercises("train", rng.randrange(1 << 62))
@@ -199,7 +208,7 @@ def batches(tokenizer: Tokenizer, recipe: Recipe, seed: str, block: int):
 # ------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(loaded: Loaded, split: str, size: int, temperature: float = 1.0) -> dict[str, dict]:
+def evaluate(loaded: Loaded, split: str, size: int, temperature: float = 1.0) -> Seen:
     """Answers without a context and with each, sampled: how many of how many are right.
 
     The contexts are made of wrong attempts as the generator writes them, and of the truth.
@@ -242,7 +251,7 @@ def evaluate(loaded: Loaded, split: str, size: int, temperature: float = 1.0) ->
 # ------------------------------------------------------------------------------------------ files
 
 
-def write_card(folder: Path, figures: dict) -> None:
+def write_card(folder: Path, figures: dict[str, Any]) -> None:
     """README.md and figures.json of the base."""
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     steps, tokens, seconds = (
@@ -299,11 +308,11 @@ def main() -> None:
         weights = cut(resolve("tiny"), recipe.intermediate)
         model.load_weights(widened(weights, make_tokenizer(), tokenizer))
 
-    def look(taken: int) -> dict[str, dict]:
+    def look(taken: int) -> Seen:
         save_model(work, model)
         return evaluate(load(work), "validation", min(size, 50))
 
-    def block_of(block: int):
+    def block_of(block: int) -> Iterator[tuple[mx.array, mx.array]]:
         return batches(tokenizer, recipe, f"{args.seed}/{len(stages)}", block)
 
     stages.append(fit("base", model, recipe, block_of, look, console))

@@ -20,8 +20,10 @@ import random
 import re
 import shutil
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -42,7 +44,14 @@ from rich.progress import Progress
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlx_fd.feedback.episode import feedback_request, parsed
-from mlx_fd.models.generation import Conversation, Sampling, first_prompt, followup_prompt, generate
+from mlx_fd.models.generation import (
+    Conversation,
+    Sampling,
+    Turn,
+    first_prompt,
+    followup_prompt,
+    generate,
+)
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.problems import arithmetic, parsing
 from mlx_fd.problems.arithmetic import Exercise
@@ -57,6 +66,9 @@ from mlx_fd.problems.prompts import (
     merge_prompt,
     revise_prompt,
 )
+
+# Of each measure how many (right) of how many (of), and what else is shown of it.
+Seen = dict[str, dict[str, Any]]
 
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 TEMPLATE = (
@@ -350,7 +362,7 @@ def encoded(tokenizer: Tokenizer, pieces: list[Piece]) -> Row:
     return tokens, weights
 
 
-def packed(rows: list[Row], rng: random.Random):
+def packed(rows: list[Row], rng: random.Random) -> Iterator[tuple[mx.array, mx.array]]:
     """A block's rows as batches in random order: arrays tokens [B, T] and weights [B, T].
 
     A batch is neighbours in length, of about the same number of tokens as the others.
@@ -375,7 +387,9 @@ def packed(rows: list[Row], rng: random.Random):
         yield mx.array(x), mx.array(w)
 
 
-def batches(tokenizer, recipe: Recipe, seed: str, block: int):
+def batches(
+    tokenizer: Tokenizer, recipe: Recipe, seed: str, block: int
+) -> Iterator[tuple[mx.array, mx.array]]:
     """The batches of one block of steps: arrays tokens [B, T] and weights [B, T]."""
     rng = random.Random(f"{seed}/{block}")
     drawn = arithmetic.exercises("train", rng.randrange(1 << 62))
@@ -400,7 +414,7 @@ def batches(tokenizer, recipe: Recipe, seed: str, block: int):
 # --------------------------------------------------------------------------------------- training
 
 
-def make_model(recipe: Recipe, tokenizer: Tokenizer) -> tuple[nn.Module, dict]:
+def make_model(recipe: Recipe, tokenizer: Tokenizer) -> tuple[nn.Module, dict[str, Any]]:
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -439,7 +453,7 @@ def sigmoid(x: mx.array) -> mx.array:
 
 
 @sigmoid.vjp
-def _(x, cotangent, output):
+def _(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     return cotangent * output * (1 - output)
 
 
@@ -450,7 +464,7 @@ def softmax(x: mx.array) -> mx.array:
 
 
 @softmax.vjp
-def _(x, cotangent, output):
+def _(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     weighted = cotangent * output
     return weighted - output * weighted.sum(-1, keepdims=True)
 
@@ -462,7 +476,7 @@ def logsumexp(x: mx.array) -> mx.array:
 
 
 @logsumexp.vjp
-def _(x, cotangent, output):
+def _(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     return cotangent[..., None] * _exp(x - output[..., None])
 
 
@@ -485,14 +499,17 @@ def logits_of(model: nn.Module, x: mx.array) -> mx.array:
         normed, mlp = layer.post_attention_layernorm(hidden), layer.mlp
         gate = mlp.gate_proj(normed)
         hidden = hidden + mlp.down_proj(gate * sigmoid(gate) * mlp.up_proj(normed))
-    return body.embed_tokens.as_linear(body.norm(hidden))
+    logits: mx.array = body.embed_tokens.as_linear(body.norm(hidden))
+    return logits
 
 
 def loss(model: nn.Module, x: mx.array, w: mx.array) -> mx.array:
     """Weighted mean cross-entropy of the next tokens."""
     logits = logits_of(model, x[:, :-1])
     picked = mx.take_along_axis(logits, x[:, 1:, None], axis=-1).squeeze(-1)
-    return ((logsumexp(logits) - picked) * w[:, 1:]).sum() / w[:, 1:].sum()
+    spread: Any = logsumexp(logits)
+    mean: mx.array = ((spread - picked) * w[:, 1:]).sum() / w[:, 1:].sum()
+    return mean
 
 
 def cut(expert: Path, neurons: int) -> list[tuple[str, mx.array]]:
@@ -513,7 +530,8 @@ def cut(expert: Path, neurons: int) -> list[tuple[str, mx.array]]:
             up.weight[kept],
             down.weight[:, kept],
         )
-    return tree_flatten(model.parameters())
+    weights: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
+    return weights
 
 
 def train(
@@ -524,7 +542,7 @@ def train(
     console: Console,
     init: Path | None,
     expert: Path,
-):
+) -> None:
     """Train one model; it is written to ``folder`` in float32 as it goes on.
 
     Args:
@@ -550,7 +568,7 @@ def train(
     size = sum(value.size for _, value in tree_flatten(model.parameters()))
     console.print(f"{name}: {size:,} parameters, vocabulary {config['vocab_size']}")
 
-    def look(taken: int) -> dict[str, dict]:
+    def look(taken: int) -> Seen:
         save_model(folder, model)
         return evaluate(load(folder), "validation", 100, others=taken > 0.3 * recipe.steps)
 
@@ -567,7 +585,14 @@ def train(
     (folder / TRAINING).write_text(json.dumps(stages, indent=1) + "\n")
 
 
-def fit(name: str, model: nn.Module, recipe: Recipe, block_of, look, console: Console) -> dict:
+def fit(
+    name: str,
+    model: nn.Module,
+    recipe: Recipe,
+    block_of: Callable[[int], Iterator[tuple[mx.array, mx.array]]],
+    look: Callable[[int], Seen],
+    console: Console,
+) -> dict[str, int]:
     """Train a model in place.
 
     Args:
@@ -627,8 +652,13 @@ def count(results: list[bool]) -> dict[str, int]:
     return {"right": sum(results), "of": len(results)}
 
 
-def _write(loaded: Loaded, prompts: list[tuple[int, ...]], before=None, limit: int = 100):
-    turns = []
+def _write(
+    loaded: Loaded,
+    prompts: list[tuple[int, ...]],
+    before: Sequence[Conversation] | None = None,
+    limit: int = 100,
+) -> list[Turn]:
+    turns: list[Turn] = []
     before = before or [Conversation()] * len(prompts)
     for begin in range(0, len(prompts), 64):
         chunk = slice(begin, begin + 64)
@@ -641,7 +671,7 @@ def parse_first(reply: str) -> float | None:
     return parsing.parse_feedback(f"{FEEDBACK_OPENING} {reply.partition(chr(10))[0]}").score
 
 
-def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> dict[str, dict]:
+def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> Seen:
     """How well a model does each role, greedy, through the package's own generation.
 
     Half of the answers it judges are right, half are wrong.
@@ -721,7 +751,7 @@ def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> d
     return seen
 
 
-def f1(seen: dict[str, dict]) -> float:
+def f1(seen: Seen) -> float:
     """Harmonic mean of the shares of first errors found on wrong and on right answers."""
     wrong, right = (
         seen[f"first_error_when_{kind}"]["right"] / seen[f"first_error_when_{kind}"]["of"]
@@ -759,7 +789,7 @@ MEASURES = {
 }
 
 
-def write_card(name: str, recipe: Recipe, folder: Path, figures: dict) -> None:
+def write_card(name: str, recipe: Recipe, folder: Path, figures: dict[str, Any]) -> None:
     """README.md and figures.json of one model."""
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     steps, tokens, seconds = (
@@ -803,7 +833,9 @@ def write_card(name: str, recipe: Recipe, folder: Path, figures: dict) -> None:
 BITS, GROUP = 8, 32
 
 
-def finish(name: str, recipe: Recipe, work: Path, out: Path, seed: int, size: int):
+def finish(
+    name: str, recipe: Recipe, work: Path, out: Path, seed: int, size: int
+) -> dict[str, Seen]:
     """Quantise the trained weights into ``out`` and measure what came out."""
     shutil.rmtree(out, ignore_errors=True)
     tokenizer = make_tokenizer()

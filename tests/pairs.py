@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tiny import make_model_dir
@@ -26,6 +27,18 @@ SMALL = {
 
 # What of a checkpoint's state is not the same in two runs that are: seconds are in the logs.
 MEASURED = ("files", "log_bytes", "log_sha256", "peak_memory_bytes", "content_sha256")
+
+
+def make_home(folder: Path) -> None:
+    """``expert``, ``student`` and ``problems.jsonl``, for the command line."""
+    sizes = {"heads": 2, "kv_heads": 1}
+    make_model_dir(folder / "expert", hidden=32, intermediate=64, **sizes)
+    make_model_dir(folder / "student", hidden=16, layers=1, intermediate=32, seed=1, **sizes)
+    rows = [
+        {"question": f"Tom has {n} apples and buys {n + 1}. How many?", "answer": str(2 * n + 1)}
+        for n in range(40)
+    ]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_dirs(folder: Path) -> tuple[Path, Path]:

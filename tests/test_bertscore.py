@@ -8,15 +8,12 @@ from berts import write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_fd.errors import UserError
 from mlx_fd.evaluation.bertscore import (
     Triple,
     bertscore,
     default_layer,
     idf_weights,
     match,
-    measure_baseline,
-    read_baseline,
 )
 from mlx_fd.evaluation.encoder import load_encoder
 
@@ -150,35 +147,6 @@ def test_layers(tiny):
             bertscore(["a"], ["a"], encoder, layer)
     with pytest.raises(ValueError, match="at least one reference"):
         bertscore(["a"], [], encoder)
-
-
-# -------------------------------------------------------------------------------------- baselines
-
-
-def test_unrelated_texts_rescale_to_0(tiny):
-    encoder, *_ = tiny
-    texts = ["the cat", "a dog ran", "the step is wrong.", "hat on hats", "right"]
-    baseline = measure_baseline(texts, encoder, pairs=60, seed=1)
-    assert baseline == measure_baseline(texts, encoder, pairs=60, seed=1)
-    pairs = [(a, b) for a in texts for b in texts if a != b]
-    scores = bertscore(*zip(*pairs, strict=True), encoder, baseline=baseline).scores
-    assert np.mean(scores, axis=0) == pytest.approx([0, 0, 0], abs=0.15)
-    with pytest.raises(ValueError, match="two different"):
-        measure_baseline(["a", "a"], encoder)
-
-
-def test_the_authors_baseline_files_are_read(tmp_path):
-    path = tmp_path / "bert-base-uncased.tsv"
-    path.write_text("LAYER,P,R,F\n0,0.1,0.2,0.15\n1,0.3,0.4,0.35\n")
-    assert read_baseline(path, 1) == Triple(0.3, 0.4, 0.35)
-    with pytest.raises(UserError, match="no layer 9; it has 0, 1"):
-        read_baseline(path, 9)
-    for text in ("a,b\n1,2\n", "LAYER,P,R,F\n0,x,0,0\n", "LAYER,P,R,F\n0\n"):
-        path.write_text(text)
-        with pytest.raises(UserError, match="with the columns LAYER"):
-            read_baseline(path, 0)
-    with pytest.raises(UserError, match="cannot be read"):
-        read_baseline(tmp_path / "none.tsv", 0)
 
 
 @pytest.mark.skipif(

@@ -1218,6 +1218,7 @@ def test_feedback_of_half_a_run(home, run, mlx_fd, tmp_path):
 def test_control_characters_of_a_model_do_not_reach_the_terminal():
     text = strip_control_chars("one\n\x1b[2Jtwo\r\x07 né 中文 🙂")
     assert text == "one\n�[2Jtwo�� né 中文 🙂"
+    assert strip_control_chars("a\r\nb\rc\u202ed") == "a\r\nb\ufffdc\ufffdd"
 
 
 def test_nothing_in_an_error_steers_the_terminal(mlx_fd, tmp_path):

@@ -5,6 +5,8 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+import reference_losses as reference
+from dense_losses import language_model_loss, logit_loss
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load as mlx_load
@@ -24,9 +26,6 @@ from mlx_fd.feedback.distill import (
 )
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import Sample, TeacherOutputs, read_text, solution_of
-from mlx_fd.losses import reference
-from mlx_fd.losses import reference_reasoning as twins
-from mlx_fd.losses.dense import language_model_loss, logit_loss
 from mlx_fd.losses.graph import pool
 from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.losses.score import score_loss
@@ -497,8 +496,8 @@ def test_reasoning_losses_are_their_definitions(pair, heads, layers):
         ]
         if sample.answer:
             targets, mask = np.array([sample.target]), np.array([sample.answer])
-            totals["answer"] += twins.answer_matching_loss(logits[0], targets, mask)[0]
-            totals["reasoning"] += twins.reasoning_path_loss(
+            totals["answer"] += reference.answer_matching_loss(logits[0], targets, mask)[0]
+            totals["reasoning"] += reference.reasoning_path_loss(
                 *logits,
                 np.array([sample.steps]),
                 kl="forward",
@@ -515,7 +514,7 @@ def test_reasoning_losses_are_their_definitions(pair, heads, layers):
         ]
         if layers == "last":
             blocks = [each[-1:] for each in blocks]
-        totals["attention"] += twins.attention_matching_loss(
+        totals["attention"] += reference.attention_matching_loss(
             *blocks, np.ones((1, len(sample.target))), heads=heads
         )[0]
     norms = counts(samples, options)

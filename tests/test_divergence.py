@@ -8,12 +8,14 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from dense_losses import language_model_loss, logit_loss
 from hypothesis import given
 from hypothesis import strategies as st
+from loss_numbers import central, numbers
 from mlx import nn
+from reference_losses import top_k_divergence_rows
 
-from mlx_fd.losses import divergence, graph, reference
-from mlx_fd.losses.dense import language_model_loss, logit_loss
+from mlx_fd.losses import divergence, graph
 from mlx_fd.losses.divergence import (
     Target,
     TopK,
@@ -26,6 +28,12 @@ from mlx_fd.losses.divergence import (
 )
 from mlx_fd.losses.head import linear_head
 from mlx_fd.losses.hidden import hidden_alignment_loss
+from mlx_fd.losses.kernel_checks import (
+    alignment_reference,
+    divergence_reference,
+    float64,
+    top_k_reference,
+)
 
 KINDS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.3}
 BETAS = (0.0, 1.0, 0.5, 0.1)
@@ -34,18 +42,10 @@ TOLERANCE = {mx.float32: 1e-5, mx.bfloat16: 1e-2, mx.float16: 1e-2}
 ROWS = [(1, 1), (1, 2), (3, 7), (2, 1003), (5, 32_771), (1, 151_936)]
 
 
-def numbers(seed, *shape, scale=2.0):
-    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
-
-
 def as_type(values, dtype=mx.float32):
     """The values as MLX reads them in that type, and what they then are in float64."""
     array = mx.array(values).astype(dtype)
     return array, float64(array)
-
-
-def float64(array):
-    return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
 def close(ours, expected, tolerance, floor=0.0):
@@ -54,17 +54,6 @@ def close(ours, expected, tolerance, floor=0.0):
     assert ours.shape == expected.shape
     allowed = max(tolerance * np.abs(expected).max(initial=0), floor)
     assert np.abs(ours - expected).max(initial=0) <= allowed
-
-
-def central(function, at, step=1e-5):
-    """Gradient of a float64 function by central differences."""
-    grad = np.zeros_like(at)
-    for place in np.ndindex(at.shape):
-        high, low = at.copy(), at.copy()
-        high[place] += step
-        low[place] -= step
-        grad[place] = (function(high) - function(low)) / (2 * step)
-    return grad
 
 
 # --- the float64 twins ---
@@ -94,28 +83,12 @@ def gkd(student, teacher, beta, temperature):
 def test_the_twin_is_trls_definition(beta):
     student, teacher = numbers(1, 4, 30).astype(float), numbers(2, 4, 30).astype(float)
     for temperature in (1.0, 0.9, 4.0):
-        value, grad = reference.divergence_rows(
-            student, teacher, beta=beta, temperature=temperature
-        )
+        value, grad = divergence_reference(student, teacher, beta=beta, temperature=temperature)
         np.testing.assert_allclose(
             value, temperature**2 * gkd(student, teacher, beta, temperature), rtol=1e-12
         )
         expected = central(lambda x, t=temperature: t**2 * gkd(x, teacher, beta, t).sum(), student)
         np.testing.assert_allclose(grad, expected, atol=1e-8)
-
-
-def test_the_twin_by_hand():
-    # p = (1/2, 1/2), q = (3/4, 1/4), m = p/4 + 3q/4 = (11/16, 5/16).
-    p, q, m = [1 / 2, 1 / 2], [3 / 4, 1 / 4], [11 / 16, 5 / 16]
-
-    def kl(a, b):
-        return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
-
-    for beta, expected in (
-        (0.0, kl(p, q)), (1.0, kl(q, p)), (0.25, kl(p, m) / 4 + 3 * kl(q, m) / 4),
-    ):  # fmt: skip
-        value, _ = reference.divergence_rows([np.log(q)], [np.log(p)], beta=beta, temperature=1.0)
-        assert value[0] == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -137,7 +110,7 @@ def test_the_top_k_twin(beta):
             return np.array(merged)
 
         options = {"beta": beta, "temperature": temperature}
-        value, grad = reference.top_k_divergence_rows(student, values, indices, whole, **options)
+        value, grad = top_k_divergence_rows(student, values, indices, whole, **options)
         target = divergence_of(teacher)
         np.testing.assert_allclose(
             value, temperature**2 * gkd(divergence_of(student), target, beta, 1.0), rtol=1e-10
@@ -156,8 +129,8 @@ def test_the_alignment_twin(pooled):
     student = numbers(1, 3, 4, 5).astype(float)
     teacher = numbers(2, 3, *([] if pooled else [4]), 5).astype(float)
     mask = np.array([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]])
-    value, grad = reference.alignment_rows(student, teacher, mask)
-    expected = central(lambda x: reference.alignment_rows(x, teacher, mask)[0].sum(), student)
+    value, grad = alignment_reference(student, teacher, mask)
+    expected = central(lambda x: alignment_reference(x, teacher, mask)[0].sum(), student)
     np.testing.assert_allclose(grad, expected, atol=1e-8)
     assert value[1] == 0
     last = teacher[2] if pooled else teacher[2, 1]
@@ -179,7 +152,7 @@ def test_divergence_rows(shape, beta, dtype):
         value, grad = graph.divergence_rows(student, teacher, **options)
         assert value.dtype == mx.float32
         assert grad.dtype == dtype
-        expected, expected_slope = reference.divergence_rows(student64, teacher64, **options)
+        expected, expected_slope = divergence_reference(student64, teacher64, **options)
         # The value is not rounded to the type. Below a hundredth of a nat, what float32 knows of a
         # probability is more than 1e-5 of it.
         floor = 1e-7 * temperature**2
@@ -200,7 +173,7 @@ def test_divergence_rows_of_logits_up_to_ten_thousand(beta):
     for student, teacher in spread.values():
         options = {"beta": beta, "temperature": 1.0}
         value, grad = graph.divergence_rows(mx.array(student), mx.array(teacher), **options)
-        expected, expected_slope = reference.divergence_rows(student, teacher, **options)
+        expected, expected_slope = divergence_reference(student, teacher, **options)
         np.testing.assert_allclose(np.array(value), expected, rtol=1e-5)
         close(grad, expected_slope, 1e-5, floor=1e-7)
 
@@ -211,7 +184,7 @@ def test_a_logit_of_minus_infinity_has_no_probability(beta):
     student[:, 7:20] = teacher[:, 7:20] = -np.inf
     options = {"beta": beta, "temperature": 2.0}
     value, grad = graph.divergence_rows(mx.array(student), mx.array(teacher), **options)
-    expected, expected_slope = reference.divergence_rows(student, teacher, **options)
+    expected, expected_slope = divergence_reference(student, teacher, **options)
     np.testing.assert_allclose(np.array(value), expected, rtol=1e-5)
     close(grad, expected_slope, 1e-5)
     # In one of the two only: what a KL says is huge, and the Jensen-Shannon divergence is not.
@@ -220,7 +193,7 @@ def test_a_logit_of_minus_infinity_has_no_probability(beta):
     value, grad = graph.divergence_rows(mx.array(student), mx.array(teacher), **options)
     assert np.isfinite(np.array(grad)).all()
     if 0 < beta < 1:
-        expected, _ = reference.divergence_rows(student, teacher, **options)
+        expected, _ = divergence_reference(student, teacher, **options)
         np.testing.assert_allclose(np.array(value), expected, rtol=1e-5)
     else:
         assert (np.array(value) > 1e15).all()
@@ -235,7 +208,7 @@ def test_equal_rows_do_not_diverge(beta):
     # Nor do nearly equal ones get lost: the gradient is right to a thousandth of itself.
     moved = numbers(1, 3, 40_000) + numbers(2, 3, 40_000, scale=1e-3)
     value, grad = graph.divergence_rows(mx.array(moved), logits, beta=beta, temperature=1.0)
-    expected, expected_slope = reference.divergence_rows(
+    expected, expected_slope = divergence_reference(
         moved, np.array(logits), beta=beta, temperature=1.0
     )
     np.testing.assert_allclose(np.array(value), expected, atol=1e-7)
@@ -266,7 +239,7 @@ def test_alignment_rows(shape, pooled, dtype):
     value, grad = graph.alignment_rows(student, teacher, mx.array(mask))
     assert value.dtype == mx.float32
     assert grad.dtype == dtype
-    expected, expected_slope = reference.alignment_rows(student64, teacher64, mask)
+    expected, expected_slope = alignment_reference(student64, teacher64, mask)
     np.testing.assert_allclose(np.array(value), expected, rtol=1e-5, atol=1e-6)
     close(grad, expected_slope, TOLERANCE[dtype], floor=1e-6)
 
@@ -312,7 +285,7 @@ def test_top_k_rows(shape, k, dtype):
     logits, logits64 = as_type(numbers(1, *shape), dtype)
     values, indices, log_sum_exp = graph.top_k_rows(logits, k)
     assert values.dtype == dtype
-    expected = reference.top_k_rows(logits64, k)
+    expected = top_k_reference(logits64, k)
     assert np.array_equal(float64(values), expected[0])
     # bfloat16 and float16 have many equal logits: the lower index comes first.
     assert np.array_equal(np.array(indices), expected[1])
@@ -394,7 +367,7 @@ def test_what_is_no_head_is_named():
 def expected_loss(logits, teacher_logits, weights, kind, temperature, beta=KINDS["jsd"]):
     """Value and gradient by the student's logits, in float64."""
     counted = np.flatnonzero(weights)
-    value, grad = reference.divergence_rows(
+    value, grad = divergence_reference(
         logits[counted],
         teacher_logits[counted],
         beta={**KINDS, "jsd": beta}[kind],
@@ -661,7 +634,7 @@ def test_top_k_of_the_teacher(k, kind, dtype):
     logits = numbers(2, n, vocab)
     weights = np.array([1, 0, 0.5, 1, 2, 0, 1, 1, 1])
     top = teachers_top_k(mx.array(logits), k, temperature)
-    expected, by_logits = reference.top_k_divergence_rows(
+    expected, by_logits = top_k_divergence_rows(
         (hidden64 @ weight.T + bias)[:, :vocab],
         float64(top.values),
         np.array(top.indices),
@@ -976,7 +949,7 @@ def test_teacher_top_k_is_of_its_logits(form, monkeypatch):
     hidden = numbers(5, 17, 128)
     found = teacher_top_k(mx.array(hidden), theirs, k=9, temperature=2.5, vocab=290)
     logits = (hidden.astype(float) @ weight.T + (0 if bias is None else bias))[:, :290]
-    values, indices, _ = reference.top_k_rows(logits, 9)
+    values, indices, _ = top_k_reference(logits, 9)
     assert np.array_equal(np.array(found.indices), indices)
     close(found.values, values, 1e-5)
     close(found.log_sum_exp, np.logaddexp.reduce(logits / 2.5, axis=-1), 1e-5)

@@ -17,6 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 from rich.console import Console
 from scipy.stats import binomtest
+from steps import processbench_items, to_json_lines
 from tiny import make_model_dir
 from trained import make_run
 
@@ -28,10 +29,10 @@ from mlx_fd.evaluation import suites
 from mlx_fd.evaluation.baselines import SYSTEMS
 from mlx_fd.evaluation.cache import Cache
 from mlx_fd.evaluation.encoder import MINILM
-from mlx_fd.evaluation.exam import processbench_items, questions
+from mlx_fd.evaluation.exam import questions
 from mlx_fd.evaluation.instructing import read as read_instructions
 from mlx_fd.evaluation.measures import Measure, compare
-from mlx_fd.evaluation.processbench import f1, to_json_lines
+from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.target import Models, open_target
 from mlx_fd.feedback.gate import ENOUGH_SURE, initial_state
 from mlx_fd.problems import load, parsing

@@ -17,7 +17,6 @@ from mlx_fd.losses import kernels
 from mlx_fd.losses.divergence import fused_linear_divergence, teacher_top_k
 from mlx_fd.losses.hidden import hidden_alignment_loss
 from mlx_fd.losses.kernel_checks import (
-    alignment_reference,
     divergence_reference,
     float64,
     top_k_reference,
@@ -45,7 +44,7 @@ def same_anywhere(emulator, function, arrays, scale=0.0, **options):
             assert all(map(mx.array_equal, outputs, first))
 
 
-# ---- the references ----
+# ---- the references (more of them: test_divergence.py) ----
 
 
 def test_divergence_by_hand():
@@ -62,53 +61,6 @@ def test_divergence_by_hand():
     expected = 0.25 * (p * np.log(p / middle)).sum() + 0.75 * (q * np.log(q / middle)).sum()
     assert value[0] == pytest.approx(expected)
     assert middle == pytest.approx(0.25 * p + 0.75 * q)
-
-
-def test_divergence_has_trl_s_convention():
-    """GKDTrainer's mixture in the logarithm, and each KL as F.kl_div has it."""
-    student, teacher = float64(numbers(0, 4, 9)), float64(numbers(1, 4, 9))
-    log_q, log_p = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (student, teacher))
-    for beta in (0.1, 0.5, 0.9):
-        mixture = np.logaddexp(log_q + np.log1p(-beta), log_p + np.log(beta))
-        of_teacher = (np.exp(log_p) * (log_p - mixture)).sum(-1)
-        of_student = (np.exp(log_q) * (log_q - mixture)).sum(-1)
-        value, _ = divergence_reference(student, teacher, beta=beta, temperature=1.0)
-        np.testing.assert_allclose(value, beta * of_teacher + (1 - beta) * of_student, rtol=1e-12)
-
-
-@pytest.mark.parametrize("beta", BETAS.values())
-def test_the_divergence_reference_s_gradient(beta):
-    student, teacher = float64(numbers(0, 2, 7)), float64(numbers(1, 2, 7))
-
-    def value(at):
-        return divergence_reference(at, teacher, beta=beta, temperature=1.7)[0].sum()
-
-    _, grad = divergence_reference(student, teacher, beta=beta, temperature=1.7)
-    np.testing.assert_allclose(grad, central(value, student), rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("per_token", [False, True])
-def test_the_alignment_reference_s_gradient(per_token):
-    student = float64(numbers(0, 2, 3, 5))
-    teacher = float64(numbers(1, 2, 3, 5) if per_token else numbers(1, 2, 5))
-    mask = np.array([[1, 0, 1], [1, 1, 1]])
-
-    def value(at):
-        return alignment_reference(at, teacher, mask)[0].sum()
-
-    _, grad = alignment_reference(student, teacher, mask)
-    np.testing.assert_allclose(grad, central(value, student), rtol=1e-6, atol=1e-8)
-
-
-def central(function, at, step=1e-6):
-    """Gradient of a float64 function by central differences."""
-    grad = np.zeros_like(at)
-    for place in np.ndindex(at.shape):
-        high, low = at.copy(), at.copy()
-        high[place] += step
-        low[place] -= step
-        grad[place] = (function(high) - function(low)) / (2 * step)
-    return grad
 
 
 # ---- divergence ----

@@ -6,62 +6,28 @@ from fractions import Fraction
 import mlx.core as mx
 import numpy as np
 import pytest
+import reference_losses as reference
+from dense_losses import language_model_loss, logit_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_numbers import (
+    as_type,
+    check_batch_is_its_parts,
+    check_masked_places_poison_nothing,
+    check_nothing_valid_gives_zero,
+    mean,
+    numbers,
+    pair,
+    same_gradient,
+    some_mask,
+)
 
-from mlx_fd.losses import reference
-from mlx_fd.losses.dense import language_model_loss, logit_loss
 from mlx_fd.losses.hidden import aligned_layers, hidden_alignment_loss, pool
 from mlx_fd.losses.score import score_loss
 
 KLS = ("forward", "reverse", "jsd")
 SHAPES = [(1, 1, 2), (1, 5, 7), (3, 1, 33), (2, 7, 31), (4, 3, 101)]
 DTYPES = {"float32": 1e-5, "bfloat16": 1e-5, "float16": 1e-5}
-
-
-def mean(total, count):
-    """Of a loss; 0 where there was nothing to count."""
-    return total / mx.maximum(count, 1)
-
-
-def numbers(seed, *shape, scale=2.0):
-    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
-
-
-def some_mask(seed, *shape):
-    mask = np.random.default_rng(seed).random(shape) < 0.6
-    mask.flat[0] = True
-    return mask
-
-
-def as_type(values, dtype):
-    """The values as MLX reads them in that type, and what they then are in float64."""
-    array = mx.array(values).astype(getattr(mx, dtype))
-    return array, np.array(array.astype(mx.float32)).astype(np.float64)
-
-
-def pair(result):
-    total, count = result
-    assert total.dtype == count.dtype == mx.float32
-    assert total.shape == count.shape == ()
-    return total.item(), count.item()
-
-
-def central(function, at, step=1e-6):
-    """Gradient of a float64 function by central differences."""
-    at = at.astype(np.float64)
-    grad = np.zeros_like(at)
-    for place in np.ndindex(at.shape):
-        high, low = at.copy(), at.copy()
-        high[place] += step
-        low[place] -= step
-        grad[place] = (function(high) - function(low)) / (2 * step)
-    return grad
-
-
-def same_gradient(loss, twin, at):
-    ours = np.array(mx.grad(lambda x: loss(x)[0])(mx.array(at)))
-    np.testing.assert_allclose(ours, central(lambda x: twin(x)[0], at), rtol=2e-4, atol=2e-5)
 
 
 # --- mean ---
@@ -498,38 +464,24 @@ def every_loss(seed, batch, tokens, vocab=9, width=4):
 
 
 NAMES = list(every_loss(0, 2, 2))
-ALL = slice(None)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_of_eight_is_four_batches_of_two(name):
     values, _, loss = every_loss(7, 8, 5)[name]
-    whole, grad = mx.value_and_grad(lambda x: mean(*loss(x, ALL)))(mx.array(values))
-    total_count = loss(mx.array(values), ALL)[1]
-    sums, grads = [], []
-    for i in range(0, 8, 2):
-        rows = slice(i, i + 2)
-        part, part_slope = mx.value_and_grad(lambda x, r: mean(loss(x, r)[0], total_count))(
-            mx.array(values[rows]), rows
-        )
-        sums.append(part.item())
-        grads.append(np.array(part_slope))
-    assert sum(sums) == pytest.approx(whole.item(), rel=1e-5)
-    assert whole.item() > 0
-    np.testing.assert_allclose(np.concatenate(grads), np.array(grad), rtol=1e-4, atol=1e-7)
+    check_batch_is_its_parts(values, loss)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_masked_places_poison_nothing(name, poison):
-    values, mask, loss = every_loss(3, 4, 5)[name]
-    clean_value, clean_slope = mx.value_and_grad(lambda x: loss(x, ALL)[0])(mx.array(values))
-    bad = values.copy()
-    bad[~mask] = poison
-    value, grad = mx.value_and_grad(lambda x: loss(x, ALL)[0])(mx.array(bad))
-    assert value.item() == clean_value.item()
-    np.testing.assert_array_equal(np.array(grad), np.array(clean_slope))
-    assert not np.array(grad)[~mask].any()
+    check_masked_places_poison_nothing(*every_loss(3, 4, 5)[name], poison)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_valid_gives_zero(name):
+    values, _, loss = every_loss(5, 3, 2)[name]
+    check_nothing_valid_gives_zero(values, loss, slice(2, 3))
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -554,16 +506,6 @@ def test_masked_teacher_and_targets_poison_nothing(pooled):
     assert math.isfinite(value.item())
     assert np.isfinite(np.array(grad)).all()
     assert np.array(grad)[mask == 1].any()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_valid_gives_zero(name):
-    values, _, loss = every_loss(5, 3, 2)[name]
-    last = slice(2, 3)  # the sample whose mask is empty
-    total, count = pair(loss(mx.array(values[last]), last))
-    assert (total, count) == (0, 0)
-    grad = mx.grad(lambda x: mean(*loss(x, last)))(mx.array(values[last]))
-    assert not np.array(grad).any()
 
 
 @pytest.mark.parametrize("dtype", [mx.bool_, mx.int32, mx.float32])

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import make_model_dir
+from pairs import make_home
 from trained import make_run
 
 from mlx_fd import cli, runs
@@ -44,14 +44,7 @@ def mlx_fd(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("models")
-    sizes = {"heads": 2, "kv_heads": 1}
-    make_model_dir(folder / "expert", hidden=32, intermediate=64, **sizes)
-    make_model_dir(folder / "student", hidden=16, layers=1, intermediate=32, seed=1, **sizes)
-    rows = [
-        {"question": f"Tom has {n} apples and buys {n + 1}. How many?", "answer": str(2 * n + 1)}
-        for n in range(40)
-    ]
-    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_home(folder)
     named = [("--expert", "expert"), ("--student", "student"), ("--problems", "problems.jsonl")]
     return [word for flag, name in named for word in (flag, str(folder / name))]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from pairs import make_home
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
-from tiny import make_model_dir
 
 from mlx_fd import cli, runs
 from mlx_fd.config import read
@@ -72,14 +72,7 @@ def _flag(name):
 def home(tmp_path_factory):
     """A folder with two tiny models and a file of problems."""
     folder = tmp_path_factory.mktemp("home")
-    sizes = {"heads": 2, "kv_heads": 1}
-    make_model_dir(folder / "expert", hidden=32, intermediate=64, **sizes)
-    make_model_dir(folder / "student", hidden=16, layers=1, intermediate=32, seed=1, **sizes)
-    rows = [
-        {"question": f"Tom has {n} apples and buys {n + 1}. How many?", "answer": str(2 * n + 1)}
-        for n in range(40)
-    ]
-    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_home(folder)
     return folder
 
 

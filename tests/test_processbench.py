@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steps import processbench_items, to_json_lines
 
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation import exam, processbench
@@ -33,7 +34,7 @@ def test_their_files_are_arrays_and_may_be_lines(tmp_path):
     assert items == processbench.read(lines)
     assert items[0].steps == tuple(ROW["steps"]) and items[0].label == 1
     assert items[1].label == processbench.ALL_RIGHT
-    lines.write_text(processbench.to_json_lines(items))
+    lines.write_text(to_json_lines(items))
     assert items == processbench.read(lines)
 
 
@@ -138,29 +139,20 @@ def test_the_prompt_has_every_step_with_its_index():
 # ---------------------------------------------------------------------------------------- numbers
 
 
+def f1(predicted, labels):
+    return processbench.f1(*processbench.columns(predicted, labels))
+
+
 def test_f1_by_hand():
     """Of four wrong solutions three are found, of two right ones one; the unread one counts."""
-    found = processbench.score([0, 2, 1, None, -1, 0], [0, 2, 1, 1, -1, -1])
-    assert (found.error.value, found.error.n) == (0.75, 4)
-    assert (found.right.value, found.right.n) == (0.5, 2)
-    assert found.f1.value == pytest.approx(2 * 0.75 * 0.5 / 1.25)
-    assert 0 <= found.f1.low <= found.f1.value <= found.f1.high <= 1 and found.f1.n == 6
+    found, wrong = processbench.columns([0, 2, 1, None, -1, 0], [0, 2, 1, 1, -1, -1])
+    assert found.tolist() == [1, 1, 1, 0, 1, 0] and wrong.tolist() == [1, 1, 1, 1, 0, 0]
+    assert processbench.f1(found, wrong) == pytest.approx(2 * 0.75 * 0.5 / 1.25)
 
 
 def test_a_critic_that_says_the_same_of_everything_has_no_f1():
-    assert processbench.score([-1] * 4, [0, 1, -1, -1]).f1.value == 0.0
-    only_wrong = processbench.score([0, 1], [0, 1])
-    assert only_wrong.error.value == 1.0 and math.isnan(only_wrong.f1.value)
-    assert only_wrong.right.n == 0
-
-
-def test_the_mean_over_subsets_is_unweighted():
-    small = ([0, -1], [0, -1])  # 1.0
-    large = ([0, 1, 1, 1, -1, -1, 0, 0], [0, 0, 0, 0, -1, -1, -1, -1])  # 1/4 and 1/2: 1/3
-    found = processbench.mean_f1({"small": small, "large": large})
-    assert found.value == pytest.approx((1 + 1 / 3) / 2) and found.n == 10
-    assert found.low <= found.value <= found.high
-    assert math.isnan(processbench.mean_f1({}).value)
+    assert f1([-1] * 4, [0, 1, -1, -1]) == 0.0
+    assert math.isnan(f1([0, 1], [0, 1])) and math.isnan(f1([-1], [-1]))
 
 
 def test_two_critics_are_compared_on_the_same_solutions():
@@ -175,7 +167,7 @@ def test_two_critics_are_compared_on_the_same_solutions():
 
 
 def test_generated_solutions_have_their_first_error_at_the_label():
-    items = exam.processbench_items(exam.questions(200, seed=3))
+    items = processbench_items(exam.questions(200, seed=3))
     assert len({item.id for item in items}) == 200
     labels = np.array([item.label for item in items])
     assert (labels == -1).sum() == 100 and set(labels[1::2]) >= {0, 1, 2}
@@ -191,14 +183,14 @@ def test_generated_solutions_have_their_first_error_at_the_label():
 
 def test_the_right_feedback_has_an_f1_of_1_and_a_careless_one_of_0():
     questions = exam.questions(60, seed=4)
-    labels = [item.label for item in exam.processbench_items(questions)]
+    labels = [item.label for item in processbench_items(questions)]
 
     def score(feedback):
         said = [feedback(q.problem.solution, q.answer) for q in questions]
-        named = [processbench.label_of(arithmetic.first_error(text)) for text in said]
-        return processbench.score(named, labels)
+        # ProcessBench counts the steps from 0, and -1 is all right.
+        return processbench.columns([arithmetic.first_error(text) - 1 for text in said], labels)
 
-    assert score(arithmetic.feedback_text).f1.value == 1.0
-    careless = score(lambda *texts: arithmetic.careless_feedback(*texts).text)
-    assert (careless.error.value, careless.right.value, careless.f1.value) == (0.0, 1.0, 0.0)
-    assert processbench.label_of(arithmetic.first_error("It looks right to me.")) is None
+    assert processbench.f1(*score(arithmetic.feedback_text)) == 1.0
+    found, wrong = score(lambda *texts: arithmetic.careless_feedback(*texts).text)
+    assert (found == 1 - wrong).all() and processbench.f1(found, wrong) == 0.0
+    assert arithmetic.first_error("It looks right to me.") is None

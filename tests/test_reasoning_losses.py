@@ -1,4 +1,4 @@
-"""Answer, reasoning, attention and universal logit losses: by hand, twins, differences, masks."""
+"""Answer, reasoning and attention losses: by hand, twins, differences, masks."""
 
 import math
 from collections import Counter
@@ -7,20 +7,29 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 import pytest
+import reference_losses as reference
+from dense_losses import language_model_loss, logit_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_numbers import (
+    ALL,
+    as_type,
+    check_batch_is_its_parts,
+    check_masked_places_poison_nothing,
+    check_nothing_valid_gives_zero,
+    numbers,
+    pair,
+    same_gradient,
+    some_mask,
+)
 from mlx import nn
 from tiny import make_model_dir, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlx_fd.losses import reference
-from mlx_fd.losses import reference_reasoning as twins
 from mlx_fd.losses.answer import answer_mask, answer_span, token_spans
 from mlx_fd.losses.attention import attention_matching_loss
-from mlx_fd.losses.dense import language_model_loss, logit_loss
 from mlx_fd.losses.divergence import fused_linear_divergence, one_hot
 from mlx_fd.losses.reasoning import step_weights
-from mlx_fd.losses.uld import paired_positions, uld_loss
 from mlx_fd.models.attention_taps import LOG_ZERO
 from mlx_fd.models.loading import load
 from mlx_fd.problems import gsm8k, parsing
@@ -28,51 +37,6 @@ from mlx_fd.problems import gsm8k, parsing
 KLS = ("forward", "reverse", "jsd")
 SHAPES = [(1, 1, 2), (1, 5, 7), (3, 1, 33), (2, 7, 31)]
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def mean(total, count):
-    """Of a loss; 0 where there was nothing to count."""
-    return total / mx.maximum(count, 1)
-
-
-def numbers(seed, *shape, scale=2.0):
-    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
-
-
-def some_mask(seed, *shape):
-    mask = np.random.default_rng(seed).random(shape) < 0.6
-    mask.flat[0] = True
-    return mask
-
-
-def as_type(values, dtype):
-    """The values as MLX reads them in that type, and what they then are in float64."""
-    array = mx.array(values).astype(getattr(mx, dtype))
-    return array, np.array(array.astype(mx.float32)).astype(np.float64)
-
-
-def pair(result):
-    total, count = result
-    assert total.dtype == count.dtype == mx.float32
-    assert total.shape == count.shape == ()
-    return total.item(), count.item()
-
-
-def central(function, at, step=1e-6):
-    """Gradient of a float64 function by central differences."""
-    at = at.astype(np.float64)
-    grad = np.zeros_like(at)
-    for place in np.ndindex(at.shape):
-        high, low = at.copy(), at.copy()
-        high[place] += step
-        low[place] -= step
-        grad[place] = (function(high) - function(low)) / (2 * step)
-    return grad
-
-
-def same_gradient(loss, twin, at):
-    ours = np.array(mx.grad(lambda x: loss(x)[0])(mx.array(at)))
-    np.testing.assert_allclose(ours, central(lambda x: twin(x)[0], at), rtol=2e-4, atol=2e-5)
 
 
 # --- where tokens stand in a text ---
@@ -298,7 +262,7 @@ def test_answer_against_twin(shape, dtype):
     targets = np.random.default_rng(2).integers(0, shape[-1], shape[:2])
     mask = some_mask(3, *shape[:2])
     result = pair(answer_matching_loss(logits, mx.array(targets), mx.array(mask)))
-    assert result == pytest.approx(twins.answer_matching_loss(exact, targets, mask), rel=1e-5)
+    assert result == pytest.approx(reference.answer_matching_loss(exact, targets, mask), rel=1e-5)
 
 
 def test_answer_gradient():
@@ -306,7 +270,7 @@ def test_answer_gradient():
     mask = np.array([[0, 1, 1], [0, 0, 0]])
     same_gradient(
         lambda x: answer_matching_loss(x, mx.array(targets), mx.array(mask)),
-        lambda x: twins.answer_matching_loss(x, targets, mask),
+        lambda x: reference.answer_matching_loss(x, targets, mask),
         numbers(4, 2, 3, 5),
     )
 
@@ -364,7 +328,7 @@ def test_reasoning_against_twin(kl, shape, standardize):
         student, student64 = as_type(numbers(2, batch, tokens, vocab + 3), dtype)
         teacher, teacher64 = as_type(numbers(3, batch, tokens, vocab + 1), dtype)
         result = pair(reasoning_path_loss(student, teacher, mx.array(weights), **options))
-        expected = twins.reasoning_path_loss(student64, teacher64, weights, **options)
+        expected = reference.reasoning_path_loss(student64, teacher64, weights, **options)
         # With two tokens, standardised rows are (1, -1) or (-1, 1), so both may agree exactly.
         assert result == pytest.approx(expected, rel=5e-5, abs=1e-5)
 
@@ -377,7 +341,7 @@ def test_reasoning_gradient(kl, standardize):
     options = {"kl": kl, "temperature": 2.0, "vocab": 5, "standardize": standardize}
     same_gradient(
         lambda x: reasoning_path_loss(x, mx.array(teacher), mx.array(weights), **options),
-        lambda x: twins.reasoning_path_loss(x, teacher, weights, **options),
+        lambda x: reference.reasoning_path_loss(x, teacher, weights, **options),
         numbers(1, 2, 3, 6),
     )
 
@@ -457,7 +421,7 @@ def test_attention_against_twin(heads, layers, n_heads, queries, keys):
             for side in (0, 1)
         )
         result = pair(attend([x for x, _ in ours], [x for x, _ in theirs], mask, heads))
-        expected = twins.attention_matching_loss(
+        expected = reference.attention_matching_loss(
             [x for _, x in ours], [x for _, x in theirs], mask, heads=heads
         )
         # In half precision the rows do not quite sum to 1, in neither of the two.
@@ -474,7 +438,7 @@ def test_attention_gradient(heads):
 
     same_gradient(
         lambda x: attend(layers(x, mx), [mx.array(t) for t in teacher], mask, heads),
-        lambda x: twins.attention_matching_loss(layers(x, np), teacher, mask, heads=heads),
+        lambda x: reference.attention_matching_loss(layers(x, np), teacher, mask, heads=heads),
         numbers(9, 2, 2, 3, 5),
     )
 
@@ -524,124 +488,6 @@ def test_attention_refuses_what_cannot_be_compared():
         attend([rows], [mx.zeros((1, 2, 3, 4))], np.ones((1, 3)))
 
 
-# --- universal logit distance ---
-
-
-def uld(student, teacher, student_mask=None, teacher_mask=None, temperature=1.0):
-    masks = [
-        mx.ones(logits.shape[:2]) if mask is None else mx.array(mask)
-        for logits, mask in ((student, student_mask), (teacher, teacher_mask))
-    ]
-    return uld_loss(student, teacher, *masks, temperature=temperature)
-
-
-def test_uld_by_hand():
-    # Sorted: (0.7, 0.2, 0.1, 0) against (0.4, 0.3, 0.2, 0.1).
-    student = mx.log(mx.array([[[0.2, 0.1, 0.7]]]))
-    teacher = mx.log(mx.array([[[0.1, 0.4, 0.2, 0.3]]]))
-    assert pair(uld(student, teacher)) == (pytest.approx(0.3 + 0.1 + 0.1 + 0.1, rel=1e-5), 1)
-    assert pair(uld(teacher, student)) == (pytest.approx(0.6, rel=1e-5), 1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("tokens", "vocabularies"), [((1, 1), (2, 2)), ((5, 3), (7, 33)), ((2, 6), (31, 4))]
-)
-def test_uld_against_twin(dtype, tokens, vocabularies):
-    student, student64 = as_type(numbers(1, 3, tokens[0], vocabularies[0]), dtype)
-    teacher, teacher64 = as_type(numbers(2, 3, tokens[1], vocabularies[1]), dtype)
-    masks = some_mask(3, 3, tokens[0]), some_mask(4, 3, tokens[1])
-    result = pair(uld(student, teacher, *masks, temperature=1.7))
-    expected = twins.uld_loss(student64, teacher64, *masks, temperature=1.7)
-    assert expected[1] > 0
-    assert result == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("vocabularies", [(5, 8), (8, 5), (6, 6)])
-def test_uld_gradient(vocabularies):
-    """Through the sort: away from ties it is smooth."""
-    teacher = numbers(2, 2, 4, vocabularies[1])
-    masks = np.array([[1, 0, 1], [1, 1, 1]]), np.array([[1, 1, 1, 1], [1, 0, 1, 1]])
-    same_gradient(
-        lambda x: uld(x, mx.array(teacher), *masks, temperature=2.0),
-        lambda x: twins.uld_loss(x, teacher, *masks, temperature=2.0),
-        numbers(1, 2, 3, vocabularies[0]),
-    )
-
-
-def test_uld_does_not_know_the_names_of_tokens():
-    teacher = numbers(1, 1, 2, 7)
-    renamed = mx.array(teacher[..., np.random.default_rng(0).permutation(7)])
-    assert pair(uld(renamed, mx.array(teacher)))[0] == pytest.approx(0, abs=1e-6)
-    # Tokens without probability, as padding of a vocabulary ought to be, change nothing.
-    padded = mx.concatenate([renamed, mx.full((1, 2, 4), -1e9)], axis=-1)
-    assert pair(uld(padded, mx.array(teacher)))[0] == pytest.approx(0, abs=1e-6)
-
-
-@given(
-    st.integers(0, 2**32 - 1),
-    st.sampled_from([0.1, 1.0, 100.0, 1e4]),
-    st.integers(1, 30),
-    st.integers(1, 30),
-)
-def test_uld_is_a_distance_of_at_most_two(seed, scale, narrow, wide):
-    student = mx.array(numbers(seed, 1, 1, narrow, scale=scale))
-    teacher = mx.array(numbers(seed + 1, 1, 1, wide, scale=scale))
-    value = pair(uld(student, teacher))[0]
-    assert 0 <= value <= 2 + 1e-5
-    assert value == pytest.approx(pair(uld(teacher, student))[0], abs=1e-6)
-
-
-def test_uld_cuts_to_the_shorter():
-    student, teacher = mx.array(numbers(1, 2, 5, 7)), mx.array(numbers(2, 2, 3, 9))
-    total, count = pair(uld(student, teacher))
-    assert count == 6
-    assert total == pytest.approx(pair(uld(student[:, :3], teacher))[0])
-    grad = np.array(mx.grad(lambda x: uld(x, teacher)[0])(student))
-    assert grad[:, :3].any()
-    assert not grad[:, 3:].any()
-
-
-def letters(tokens):
-    """A decoder for tests by hand: tokens are places in a list of pieces."""
-    pieces = ["ab", " cd", " ef", "a", "b cd", ""]
-    return "".join(pieces[token] for token in tokens)
-
-
-def test_pairs_by_hand():
-    #     "ab cd ef": ab| cd| ef against a|b cd| ef
-    assert paired_positions(letters, [0, 1, 2], letters, [3, 4, 2]) == [(0, 0), (2, 2)]
-    # A token that writes nothing: what follows it is predicted at the same place of the text.
-    assert paired_positions(letters, [5, 0, 5, 5, 1], letters, [0, 1, 5]) == [(1, 0), (4, 1)]
-    assert paired_positions(letters, [], letters, []) == []
-    with pytest.raises(ValueError, match="different texts"):
-        paired_positions(letters, [0], letters, [1])
-
-
-def test_half_a_character_is_no_place_to_compare():
-    tokenizer = TOKENIZERS["byte-level"]
-    tokens, decode = tokenizer.encode("\U0001f642\u0664").ids, decoder_of(tokenizer)
-    assert len(tokens) == 6
-    assert paired_positions(decode, tokens, decode, tokens) == [(0, 0), (4, 4)]
-
-
-@pytest.mark.parametrize("text", [*TEXTS, *(p.solution for p in gsm8k.load("test").problems[:5])])
-def test_paired_tokens_have_read_the_same_text(text):
-    decode_ours, decode_theirs = (decoder_of(tokenizer) for tokenizer in TOKENIZERS.values())
-    # White space at the edges does not survive the second.
-    ours, theirs = (tokenizer.encode(text.strip()).ids for tokenizer in TOKENIZERS.values())
-    pairs = paired_positions(decode_ours, ours, decode_theirs, theirs)
-    assert pairs
-    assert all(a < c and b < d for (a, b), (c, d) in pairwise(pairs))
-    for mine, yours in pairs:
-        assert decode_ours(ours[:mine]) == decode_theirs(theirs[:yours])
-    # None is missed: every prefix of whole characters that both have is there.
-    both = {decode_ours(ours[:i]) for i in range(len(ours))} & {
-        decode_theirs(theirs[:i]) for i in range(len(theirs))
-    }
-    assert len(pairs) == sum("\ufffd" not in prefix for prefix in both)
-
-
 # --- what all of them promise ---
 
 
@@ -671,48 +517,28 @@ def every_loss(seed, batch, tokens):
             mask,
             lambda x, r: attend([mx.swapaxes(x, 1, 2)], [mx.array(looks[r])], mask[r]),
         ),
-        "uld": (
-            numbers(seed + 7, batch, tokens, vocab),
-            mask,
-            lambda x, r: uld(x, mx.array(teacher[r]), mask[r]),
-        ),
     }
 
 
 NAMES = list(every_loss(0, 2, 2))
-ALL = slice(None)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_of_eight_is_four_batches_of_two(name):
     values, _, loss = every_loss(7, 8, 5)[name]
-    whole, grad = mx.value_and_grad(lambda x: mean(*loss(x, ALL)))(mx.array(values))
-    total_count = loss(mx.array(values), ALL)[1]
-    sums, grads = [], []
-    for i in range(0, 8, 2):
-        rows = slice(i, i + 2)
-        part, part_slope = mx.value_and_grad(lambda x, r: mean(loss(x, r)[0], total_count))(
-            mx.array(values[rows]), rows
-        )
-        sums.append(part.item())
-        grads.append(np.array(part_slope))
-    assert sum(sums) == pytest.approx(whole.item(), rel=1e-5)
-    assert whole.item() > 0
-    np.testing.assert_allclose(np.concatenate(grads), np.array(grad), rtol=1e-4, atol=1e-7)
+    check_batch_is_its_parts(values, loss)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_masked_places_poison_nothing(name, poison):
-    values, mask, loss = every_loss(3, 4, 5)[name]
-    clean_value, clean_slope = mx.value_and_grad(lambda x: loss(x, ALL)[0])(mx.array(values))
-    bad = values.copy()
-    bad[~mask] = poison
-    value, grad = mx.value_and_grad(lambda x: loss(x, ALL)[0])(mx.array(bad))
-    assert value.item() == clean_value.item()
-    np.testing.assert_array_equal(np.array(grad), np.array(clean_slope))
-    assert not np.array(grad)[~mask].any()
-    assert np.array(grad)[mask].any()
+    check_masked_places_poison_nothing(*every_loss(3, 4, 5)[name], poison)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_valid_gives_zero(name):
+    values, _, loss = every_loss(5, 3, 2)[name]
+    check_nothing_valid_gives_zero(values, loss, slice(2, 3))
 
 
 def test_masked_teachers_and_targets_poison_nothing():
@@ -727,7 +553,6 @@ def test_masked_teachers_and_targets_poison_nothing():
         return (
             answer_matching_loss(x, mx.array(targets), mx.array(mask))[0]
             + reason(x, mx.array(teacher), mask, "reverse")[0]
-            + uld(x, mx.array(teacher), None, mask)[0]
             + attend([rows], [mx.array(looks)], mask)[0]
         )
 
@@ -736,16 +561,6 @@ def test_masked_teachers_and_targets_poison_nothing():
     assert np.isfinite(np.array(grad)).all()
     assert np.array(grad)[mask == 1].any()
     assert not np.array(grad)[mask == 0].any()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_valid_gives_zero(name):
-    values, _, loss = every_loss(5, 3, 2)[name]
-    last = slice(2, 3)  # the sample whose mask is empty
-    total, count = pair(loss(mx.array(values[last]), last))
-    assert (total, count) == (0, 0)
-    grad = mx.grad(lambda x: mean(*loss(x, last)))(mx.array(values[last]))
-    assert not np.array(grad).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -766,7 +581,6 @@ def test_no_gradient_reaches_the_teacher():
     rows = log_rows(mx.array(numbers(3, 1, 2, 2, 2)), mx)
     for loss, at in (
         (lambda t: reason(student, t, [[1, 0.5]])[0], teacher),
-        (lambda t: uld(student, t)[0], teacher),
         (lambda t: attend([rows], [t], [[1, 1]])[0], rows + 0.1),
     ):
         assert not np.array(mx.grad(loss)(at)).any()
@@ -779,17 +593,13 @@ def test_huge_logits():
     for loss, twin in (
         (
             lambda x: answer_matching_loss(x, mx.array(targets), mx.array(mask)),
-            lambda x: twins.answer_matching_loss(x, targets, mask),
+            lambda x: reference.answer_matching_loss(x, targets, mask),
         ),
         (
             lambda x: reason(x, mx.array(teacher), mask, "forward", 2.0),
-            lambda x: twins.reasoning_path_loss(
+            lambda x: reference.reasoning_path_loss(
                 x, teacher, mask, kl="forward", temperature=2.0, vocab=9, standardize=False
             ),
-        ),
-        (
-            lambda x: uld(x, mx.array(teacher)),
-            lambda x: twins.uld_loss(x, teacher, mask, mask, temperature=1.0),
         ),
     ):
         assert pair(loss(mx.array(student))) == pytest.approx(twin(student), rel=1e-5, abs=1e-6)
@@ -801,6 +611,6 @@ def test_the_twin_of_the_logit_loss_is_the_reference():
     """One weight of 1: the twin of the reasoning loss is that of the logit loss, T^2 and all."""
     student, teacher = numbers(1, 1, 1, 5), numbers(2, 1, 1, 5)
     options = {"kl": "reverse", "temperature": 3.0, "vocab": 5, "standardize": False}
-    assert twins.reasoning_path_loss(student, teacher, [[1.0]], **options) == pytest.approx(
+    assert reference.reasoning_path_loss(student, teacher, [[1.0]], **options) == pytest.approx(
         reference.logit_loss(student, teacher, [[1]], **options)
     )

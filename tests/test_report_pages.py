@@ -12,7 +12,7 @@ from mlx_fd import __version__
 from mlx_fd.report import comparison_page
 from mlx_fd.report.page import make_page, write_page
 from mlx_fd.report.reading import read_runs
-from mlx_fd.report.rendering import fit
+from mlx_fd.text import strip_control_chars
 
 BAD = " ".join(reported.HOSTILE)
 VOID = ("meta", "br", "input", "rect")
@@ -131,8 +131,8 @@ def test_a_pages_bytes_are_valid(pages, name):
 
 
 def test_what_html_cannot_hold_is_replaced():
-    assert fit("a\tb\nc é 漢 \u05d0") == "a\tb\nc é 漢 \u05d0"
-    assert fit("\x00\x1b[0m\x85\ud800\u202e") == "\ufffd\ufffd[0m\ufffd\ufffd\ufffd"
+    assert strip_control_chars("a\tb\nc é 漢 \u05d0") == "a\tb\nc é 漢 \u05d0"
+    assert strip_control_chars("\x00\x1b[0m\x85\ud800\u202e") == "\ufffd\ufffd[0m\ufffd\ufffd\ufffd"
 
 
 def test_the_comparisons_numbers_are_in_the_page():

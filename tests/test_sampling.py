@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_fd.evaluation.sampling import avg_at_k, maj_at_k, pass_at_k
+from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
@@ -34,11 +34,6 @@ def test_pass_at_k_that_is_not_defined(right, n, k):
         pass_at_k(right, n, k)
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=20))
-def test_avg_at_k_is_pass_at_1(correct):
-    assert avg_at_k(correct) == pytest.approx(pass_at_k(sum(correct), len(correct), 1))
-
-
 @given(
     st.lists(st.sampled_from([None, Fraction(1), Fraction(2), Fraction(3)]), min_size=1, max_size=6)
 )
@@ -53,7 +48,5 @@ def test_maj_at_k_is_a_vote_where_the_first_of_equals_wins_in_a_random_order(fin
 
 
 def test_no_sample_is_no_number():
-    with pytest.raises(ValueError, match="needs a sample"):
-        avg_at_k([])
     with pytest.raises(ValueError, match="needs a sample"):
         maj_at_k([], Fraction(1))

@@ -24,7 +24,7 @@ _SECTIONS = {
 }
 
 
-class Count(click.ParamType):
+class Count(click.ParamType[int]):
     """A whole number within limits, which the help need not show."""
 
     name = "integer"
@@ -51,7 +51,7 @@ class Number(click.FloatRange):
         return number
 
 
-class Words(click.ParamType):
+class Words(click.ParamType[list[Any]]):
     """A comma-separated list."""
 
     name = "list"
@@ -70,7 +70,7 @@ class Words(click.ParamType):
             self.fail(f"{value!r} is not a list of numbers such as 1,1,1,0.03")
 
 
-class PathType(click.ParamType):
+class PathType(click.ParamType[Path]):
     """A path; ``~`` is seen to here, because shells leave it alone in ``--out=~/runs``."""
 
     name = "path"

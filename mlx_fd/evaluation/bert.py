@@ -76,7 +76,8 @@ class _Block(nn.Module):
         )
         mixed = self.attended(mixed.transpose(0, 2, 1, 3).reshape(batch, length, width))
         hidden = self.attention_norm(hidden + mixed)
-        return self.norm(hidden + self.down(self._activation(self.up(hidden))))
+        out: mx.array = self.norm(hidden + self.down(self._activation(self.up(hidden))))
+        return out
 
 
 class Bert(nn.Module):
@@ -109,7 +110,7 @@ class Bert(nn.Module):
         Returns:
             (batch, length, width); what it holds at padding means nothing.
         """
-        hidden = self.norm(
+        hidden: mx.array = self.norm(
             self.words(tokens) + self.positions.weight[: tokens.shape[1]] + self.segments.weight[0]
         )
         for block in self.layers[:layers]:
@@ -118,7 +119,8 @@ class Bert(nn.Module):
 
     def classify(self, tokens: mx.array, mask: mx.array) -> mx.array:
         """The classifier's logits, (batch, labels)."""
-        return self.classifier(mx.tanh(self.pooler(self(tokens, mask)[:, 0])))
+        logits: mx.array = self.classifier(mx.tanh(self.pooler(self(tokens, mask)[:, 0])))
+        return logits
 
 
 # ---------------------------------------------------------------------------------------- loading

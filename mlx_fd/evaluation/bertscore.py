@@ -9,19 +9,15 @@ encoder or layer gives other numbers, so the signature says which.
 
 from __future__ import annotations
 
-import csv
 import math
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mlx_fd.errors import UserError
 from mlx_fd.evaluation.encoder import Encoder
 from mlx_fd.evaluation.text import References, as_lists
 
@@ -79,7 +75,7 @@ def match(
 
 def _unit(vectors: ArrayLike) -> NDArray[np.float64]:
     vectors = np.asarray(vectors, np.float64)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
 
 
 def idf_weights(references: Sequence[Sequence[int]]) -> Callable[[int], float]:
@@ -179,54 +175,3 @@ def _scores(
 
     best = [np.max([pair(c, r) for r in several], axis=0) for c, several in rows]
     return [Triple(*row.tolist()) for row in best]
-
-
-# ------------------------------------------------------------------------------------- baselines
-
-
-def measure_baseline(
-    texts: Sequence[str],
-    encoder: Encoder,
-    layer: int | None = None,
-    pairs: int = 1000,
-    seed: int = 0,
-) -> Triple:
-    """The mean BERTScore of texts that have nothing to do with each other, without idf.
-
-    Args:
-        texts: of different topics; the authors took sentences of Common Crawl.
-        encoder: as for :func:`bertscore`.
-        layer: as for :func:`bertscore`.
-        pairs: how many pairs of different texts are drawn.
-        seed: of the drawing.
-
-    Raises:
-        ValueError: there are fewer than two different texts.
-    """
-    different = sorted(set(texts))
-    if len(different) < 2:
-        raise ValueError("a baseline needs two different texts at least")
-    rng = random.Random(seed)
-    drawn = [rng.sample(different, 2) for _ in range(pairs)]
-    scored = bertscore([a for a, _ in drawn], [b for _, b in drawn], encoder, layer)
-    return Triple(*map(float, np.mean(scored.scores, axis=0)))
-
-
-def read_baseline(path: Path, layer: int) -> Triple:
-    """A layer's baseline of a file as the authors' package ships them: ``LAYER,P,R,F`` and rows.
-
-    Raises:
-        UserError: the file cannot be read, is of another form, or lacks the layer.
-    """
-    try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-        found = {int(row["LAYER"]): Triple(*(float(row[k]) for k in "PRF")) for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} cannot be read as a baseline, with the columns LAYER, P, R and F: {error}"
-        ) from error
-    if layer not in found:
-        raise UserError(
-            f"{path} has no layer {layer}; it has {', '.join(map(str, found)) or 'none'}"
-        )
-    return found[layer]

@@ -94,7 +94,7 @@ class Encoder:
         vectors = np.zeros((len(texts), self.config["hidden_size"]), np.float32)
         for row, states in self._states(self.tokens(texts, self.sentence_tokens), None):
             vectors[row] = states.mean(0) if self.pooling == "mean" else states[0]
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
 
     def cosine(self, a: Sequence[str], b: Sequence[str]) -> list[float]:
         """The cosine of the sentence vectors of each pair, in [-1, 1].

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from mlx_fd.config import Config, GenerationOptions
-from mlx_fd.evaluation import processbench
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.statistics import Rows, bootstrap, mean, mean_gain
 from mlx_fd.feedback.episode import (
@@ -32,7 +31,7 @@ from mlx_fd.feedback.episode import (
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.files import write_json
 from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate, prefill
-from mlx_fd.problems import Problem, arithmetic, parsing
+from mlx_fd.problems import Problem, arithmetic
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 
@@ -96,25 +95,6 @@ def questions(size: int, seed: int, split: str = "test") -> tuple[Question, ...]
         )
         found.append(Question(problem, text, verdict.first_error, verdict.score))
     return tuple(found)
-
-
-def processbench_items(exam: Sequence[Question]) -> tuple[processbench.Item, ...]:
-    """The questions in ProcessBench's form: a step for each line of the answer.
-
-    The line with the final number is the last step, and the one with the error where that number
-    is wrong, or where a step is missing before it.
-    """
-    return tuple(
-        processbench.Item(
-            question.problem.id,
-            "mlx-fd arithmetic",
-            question.problem.question,
-            tuple(question.answer.split("\n")),
-            parsing.same_answer(parsing.final_answer(question.answer), question.problem.answer),
-            question.first_error - 1,
-        )
-        for question in exam
-    )
 
 
 def examine(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,8 @@ import numpy as np
 
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.statistics import (
-    Estimate,
     Rows,
-    bootstrap,
     mean,
-    percentile_interval,
-    resample,
 )
 from mlx_fd.problems.files import json_rows
 
@@ -59,21 +55,6 @@ class Item:
     steps: tuple[str, ...]
     final_answer_correct: bool
     label: int
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a critic found, as shares with 95 % bootstrap intervals.
-
-    Attributes:
-        error: of the wrong solutions, those whose first wrong step was named.
-        right: of the right solutions, those that were found right.
-        f1: the harmonic mean of the two.
-    """
-
-    error: Estimate
-    right: Estimate
-    f1: Estimate
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -124,11 +105,6 @@ def _item(row: dict[str, Any] | str) -> Item:
     return Item(**{**{name: row[name] for name in _FIELDS}, "steps": tuple(steps)})
 
 
-def to_json_lines(items: Iterable[Item]) -> str:
-    """The text of a file that :func:`read` reads, an item per line."""
-    return "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
-
-
 # ---------------------------------------------------------------------------------------- critics
 
 
@@ -155,16 +131,6 @@ def predicted_step(text: str) -> int | None:
         return int(boxes[-1]) if boxes else None
     except ValueError:
         return None
-
-
-def label_of(first_error: int | None) -> int | None:
-    """ProcessBench's label of a first wrong step counted from 1.
-
-    Args:
-        first_error: as of :func:`mlx_fd.problems.arithmetic.first_error`: 0 means all right,
-            ``None`` unreadable.
-    """
-    return None if first_error is None else first_error - 1
 
 
 # ---------------------------------------------------------------------------------------- numbers
@@ -201,40 +167,3 @@ def f1(found: Rows, wrong: Rows) -> float:
     if math.isnan(on_wrong + on_right):
         return math.nan
     return 2 * on_wrong * on_right / (on_wrong + on_right) if on_wrong + on_right else 0.0
-
-
-def score(predicted: Sequence[int | None], labels: Sequence[int], seed: int = 0) -> Score:
-    """The two shares of one subset and their F1.
-
-    Args:
-        predicted: as for :func:`columns`.
-        labels: the truth.
-        seed: of the intervals.
-    """
-    found, wrong = columns(predicted, labels)
-    return Score(
-        bootstrap([found[wrong == 1]], mean, seed),
-        bootstrap([found[wrong == 0]], mean, seed),
-        bootstrap([found, wrong], f1, seed),
-    )
-
-
-def mean_f1(
-    subsets: Mapping[str, tuple[Sequence[int | None], Sequence[int]]], seed: int = 0
-) -> Estimate:
-    """The number of the paper's last column: the unweighted mean of the subsets' F1.
-
-    Args:
-        subsets: name -> what was predicted, and the labels.
-        seed: of the interval, for which each subset is drawn by itself.
-
-    Returns:
-        The mean with its interval, over all solutions; NaN where there is no subset, or one that
-        has no F1.
-    """
-    tables = [columns(*subset) for subset in subsets.values()]
-    n = sum(len(found) for found, _ in tables)
-    if not tables or not all(len(found) for found, _ in tables):
-        return Estimate(math.nan, math.nan, math.nan, n)
-    draws = np.mean([resample(table, f1, seed + k) for k, table in enumerate(tables)], axis=0)
-    return percentile_interval(float(np.mean([f1(*table) for table in tables])), draws, n)

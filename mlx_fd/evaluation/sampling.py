@@ -1,4 +1,4 @@
-"""What several samples of one problem are worth: Pass@k, Avg@k, Maj@k."""
+"""What several samples of one problem are worth: Pass@k and Maj@k."""
 
 from __future__ import annotations
 
@@ -21,17 +21,6 @@ def pass_at_k(right: int, n: int, k: int) -> float:
     if not (0 <= right <= n and 1 <= k <= n):
         raise ValueError(f"Pass@{k} of {right} right samples among {n} is not defined")
     return float(1 - Fraction(math.comb(n - right, k), math.comb(n, k)))
-
-
-def avg_at_k(correct: Sequence[bool]) -> float:
-    """The share of a problem's k samples that are right.
-
-    Raises:
-        ValueError: there is no sample.
-    """
-    if not correct:
-        raise ValueError("Avg@k needs a sample")
-    return sum(map(bool, correct)) / len(correct)
 
 
 def maj_at_k(finals: Sequence[Fraction | None], answer: Fraction) -> float:

@@ -41,7 +41,7 @@ from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.manifest import versions
 from mlx_fd.runs.marks import EVALUATION, check_free
 
-FAST, FULL = "fast", "full"
+FAST = "fast"
 FAST_LIMIT = 100
 OUTPUTS, RESULTS = "outputs.jsonl", "eval.json"
 _UNFINISHED = ".outputs.jsonl.tmp"

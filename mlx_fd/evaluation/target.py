@@ -223,6 +223,7 @@ class Models:
         )  # fmt: skip
         if target.adapter is not None:
             return _with_adapter(plan, target.adapter)
+        pair: Pair
         if target.checkpoint is None:
             pair = open_pair(plan)
         else:

@@ -87,7 +87,7 @@ def bleu(predictions: Sequence[str], references: References) -> CorpusScore:
     Raises:
         ValueError: as for :func:`as_lists`.
     """
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     # force: no advice on tokenised text; a model may end a line with " ." as often as it likes.
     return _corpus(BLEU(force=True), predictions, references)
@@ -105,7 +105,7 @@ def chrf(predictions: Sequence[str], references: References) -> CorpusScore:
     Raises:
         ValueError: as for :func:`as_lists`.
     """
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     return _corpus(CHRF(), predictions, references)
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,8 @@ _ID = re.compile(r"[0-9]{1,8}")
 _KINDS = {str: "text", int: "whole number", bool: "true or false", dict: "object", list: "list"}
 _AGAIN = "export the model again"
 
+_Kind = TypeVar("_Kind")
+
 
 class _Fields:
     """A JSON object whose values are asked for by name and type."""
@@ -50,7 +52,7 @@ class _Fields:
             raise UserError(f"{where} is no JSON object; {_AGAIN}")
         self._value, self.where = value, where
 
-    def _get(self, name: str, kind: type) -> Any:
+    def _get(self, name: str, kind: type[_Kind]) -> _Kind:
         value = self._value.get(name)
         # JSON's true is no number, though Python's True is.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

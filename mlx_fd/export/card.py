@@ -9,6 +9,7 @@ from mlx_fd.export.gguf_file import Written, file_name
 from mlx_fd.export.guide import how_to_compare
 from mlx_fd.export.verify import Agreement
 from mlx_fd.problems import prompts
+from mlx_fd.runs.labels import EXAM_NAMES
 
 if TYPE_CHECKING:
     from mlx_fd.export.form import Form
@@ -176,15 +177,6 @@ def _gate(gate: str, summary: dict[str, Any]) -> str:
     return f"{gate}; {updates['steps']} steps in {updates['batches']} batches, {end}"
 
 
-_EXAM = {
-    "score_error": "error of the score head",
-    "written_error": "error of the written score",
-    "readable": "feedback readable",
-    "first_error_f1": "first wrong step found, F1",
-    "solved": "problems solved",
-}
-
-
 def _results(source: Source) -> str:
     """The run's own measurements."""
     summary = source.summary
@@ -205,7 +197,7 @@ def _results(source: Source) -> str:
     after = summary["probe"]["after"]
     for name, before in summary["probe"]["before"].items():
         lines.append(f"| {name} loss, held out | {before:.4g} | {after[name]:.4g} |")
-    for name, text in _EXAM.items():
+    for name, text in EXAM_NAMES.items():
         if name in summary.get("exam", {}):
             row = [_interval(summary["exam"][name][side]) for side in ("before", "after")]
             lines.append(f"| exam: {text} | {row[0]} | {row[1]} |")

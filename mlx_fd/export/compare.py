@@ -212,7 +212,7 @@ def run(
                 process.stdin.write(_as_request(job, asked))
                 process.stdin.close()
             for line in process.stdout:
-                message = json.loads(line)
+                message: dict[str, Any] = json.loads(line)
                 if "done" not in message:
                     return message
                 progress(label, message["done"], message["total"])

@@ -164,7 +164,8 @@ def stored_dtype(model: nn.Module) -> mx.Dtype:
         for _, array in tree_flatten(model.parameters())
         if mx.issubdtype(array.dtype, mx.floating)
     ]
-    return max(floating, key=lambda array: array.ndim).dtype
+    matrix: mx.array = max(floating, key=lambda array: array.ndim)
+    return matrix.dtype
 
 
 def fused(ref: ModelRef) -> nn.Module:

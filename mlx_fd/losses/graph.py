@@ -40,28 +40,7 @@ Rows = Callable[..., tuple[mx.array, mx.array]]
 def divergence_rows(
     student_logits: mx.array, teacher_logits: mx.array, *, beta: float, temperature: float
 ) -> tuple[mx.array, mx.array]:
-    """Generalised Jensen-Shannon divergence of each row, and its gradient.
-
-    With p the teacher's and q the student's softmax of logits / T and m = beta p + (1 - beta) q
-    (Agarwal et al., GKD, arXiv 2306.13649, equation 1; the convention of TRL's GKDTrainer)::
-
-        D = beta KL(p || m) + (1 - beta) KL(q || m)        0 < beta < 1
-        D = KL(p || q)                                     beta = 0, forward
-        D = KL(q || p)                                     beta = 1, reverse
-
-    The ends are set so: the formula itself goes to 0 there. Value and gradient are T^2 D and its
-    derivative by the student's logits. Sums are float32. A logit of -inf has no probability; where
-    only one of the two has it, a KL is finite but huge (1e20 times the other's probability).
-
-    Args:
-        student_logits: [n, V], any float type.
-        teacher_logits: [n, V], any float type.
-        beta: in [0, 1].
-        temperature: T, above 0.
-
-    Returns:
-        The values [n], float32, and the gradient [n, V] in the type of ``student_logits``.
-    """
+    """:func:`mlx_fd.losses.kernels.divergence_rows`, which has the definition, as an MLX graph."""
     student, our_total, q = _softmax(student_logits, temperature)
     teacher, their_total, p = _softmax(teacher_logits, temperature)
     if beta in (0, 1):
@@ -205,19 +184,7 @@ def pool(hidden: mx.array, mask: mx.array) -> mx.array:
 def alignment_rows(
     student: mx.array, teacher: mx.array, mask: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """1 - cosine of hidden states for each sample, and its gradient.
-
-    Of the mean state over the valid positions where ``teacher`` is pooled, else the mean over the
-    valid positions of each position's. A sample without a valid position gives 0 and no gradient.
-
-    Args:
-        student: [B, T, d], any float type, already projected to the teacher's width.
-        teacher: [B, d], pooled, or [B, T, d].
-        mask: [B, T], 1 (true) where the position counts; under a 0 anything may stand, NaN too.
-
-    Returns:
-        The values [B], float32, and the gradient [B, T, d] in the type of ``student``.
-    """
+    """:func:`mlx_fd.losses.kernels.alignment_rows` as an MLX graph."""
     valid = mask.astype(mx.bool_)
     # Of each position in the mean; 0 where masked.
     share = valid / mx.maximum(valid.sum(axis=1, keepdims=True), 1).astype(mx.float32)
@@ -253,16 +220,7 @@ def _one_minus_cosine(student: mx.array, teacher: mx.array) -> tuple[mx.array, m
 
 
 def top_k_rows(logits: mx.array, k: int) -> tuple[mx.array, mx.array, mx.array]:
-    """The k largest logits of each row, and the log-sum-exp of all of them.
-
-    Args:
-        logits: [n, V], any float type, without NaN.
-        k: at most V.
-
-    Returns:
-        Values [n, k] in the type of ``logits`` and their indices [n, k] (int32), by falling value,
-        equal ones by rising index; log-sum-exp [n], float32.
-    """
+    """:func:`mlx_fd.losses.kernels.top_k_rows` as an MLX graph."""
     vocab = logits.shape[-1]
     rows = logits.astype(mx.float32)
     # A float's bits as an integer that sorts like it (+ 0.0: -0 equals 0), then the index: no ties.

@@ -77,7 +77,9 @@ def _one_minus_cosine(student: mx.array, teacher: mx.array, present: mx.array) -
 
     @rows.vjp
     def rows_vjp(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
-        return (cotangents[0][:, None] * outputs[1].squeeze(1)).astype(primals.dtype)
+        grad: mx.array = cotangents[0][:, None] * outputs[1].squeeze(1)
+        return grad.astype(primals.dtype)
 
     result: Any = rows(student)
-    return result[0]
+    value: mx.array = result[0]
+    return value

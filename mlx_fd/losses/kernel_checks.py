@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
@@ -56,14 +56,16 @@ class Check:
 
 
 def divergence_reference(
-    student: Array, teacher: Array, *, beta: float, temperature: float
+    student: ArrayLike, teacher: ArrayLike, *, beta: float, temperature: float
 ) -> tuple[Array, Array]:
     """:func:`mlx_fd.losses.kernels.divergence_rows` in float64."""
-    log_q, log_p = _log_softmax(student / temperature), _log_softmax(teacher / temperature)
+    log_q, log_p = (
+        _log_softmax(np.asarray(logits, np.float64) / temperature) for logits in (student, teacher)
+    )
     q, p = np.exp(log_q), np.exp(log_p)
 
     def kl(weights: Array, log_ratio: Array) -> Array:
-        return np.where(weights > 0, weights * log_ratio, 0).sum(axis=-1)
+        return np.asarray(np.where(weights > 0, weights * log_ratio, 0).sum(axis=-1))
 
     # inf - inf is where neither has probability.
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -73,17 +75,21 @@ def divergence_reference(
             value = kl(q, log_q - log_p)
             grad = np.where(q > 0, q * (log_q - log_p - value[:, None]), 0)
         else:
-            middle = np.log(beta * p + (1 - beta) * q)
+            # Through logarithms: a mixture of probabilities that underflow is no 0.
+            middle = np.logaddexp(log_p + np.log(beta), log_q + np.log(1 - beta))
             of_student = kl(q, log_q - middle)
             value = beta * kl(p, log_p - middle) + (1 - beta) * of_student
             grad = np.where(q > 0, (1 - beta) * q * (log_q - middle - of_student[:, None]), 0)
     return temperature**2 * value, temperature * grad
 
 
-def alignment_reference(student: Array, teacher: Array, mask: Array) -> tuple[Array, Array]:
+def alignment_reference(
+    student: ArrayLike, teacher: ArrayLike, mask: ArrayLike
+) -> tuple[Array, Array]:
     """:func:`mlx_fd.losses.kernels.alignment_rows` in float64."""
+    student, teacher = np.asarray(student, np.float64), np.asarray(teacher, np.float64)
     value, gradient = np.zeros(len(student)), np.zeros_like(student)
-    for sample, chosen in enumerate(mask.astype(bool)):
+    for sample, chosen in enumerate(np.asarray(mask, bool)):
         places = np.flatnonzero(chosen)
         groups = [places] if teacher.ndim == 2 else [np.array([place]) for place in places]
         for group in groups if places.size else []:
@@ -103,11 +109,12 @@ def alignment_reference(student: Array, teacher: Array, mask: Array) -> tuple[Ar
     return value, gradient
 
 
-def top_k_reference(logits: Array, k: int) -> tuple[Array, Array, Array]:
+def top_k_reference(logits: ArrayLike, k: int) -> tuple[Array, Array, Array]:
     """:func:`mlx_fd.losses.kernels.top_k_rows` in float64."""
-    indices = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
-    log_sum_exp = logits[:, 0] - _log_softmax(logits)[:, 0]
-    return np.take_along_axis(logits, indices, axis=-1), indices.astype(np.float64), log_sum_exp
+    rows = np.asarray(logits, np.float64)
+    indices = np.argsort(-rows, axis=-1, kind="stable")[:, :k]
+    log_sum_exp = rows[:, 0] - _log_softmax(rows)[:, 0]
+    return np.take_along_axis(rows, indices, axis=-1), indices.astype(np.float64), log_sum_exp
 
 
 def run_checks(

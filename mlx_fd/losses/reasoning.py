@@ -8,9 +8,8 @@ of its lines is a step. With the tokens of step k in S_k::
 the divergence of the logit loss (Hinton et al., arXiv 1503.02531), with a weight of
 1 / |S_k| on each token: a step counts once, however many words it takes, and a long sentence does
 not drown a short calculation. The published code of the feedback method has no such loss; the
-weighting is ours. Both models read the same tokens; where their tokenizers differ there is
-:mod:`mlx_fd.losses.uld`. The sum is the engine's, :mod:`mlx_fd.losses.divergence`, with the weights
-that this module finds.
+weighting is ours. Both models read the same tokens. The sum is the engine's,
+:mod:`mlx_fd.losses.divergence`, with the weights that this module finds.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def chat_text(tokenizer: Any, turns: Sequence[str]) -> str:
         for place, text in enumerate(turns)
     ]
     with chat_template.rendering(tokenizer):
-        return tokenizer.apply_chat_template(said, tokenize=False, **chat_template.ARGUMENTS)
+        return str(tokenizer.apply_chat_template(said, tokenize=False, **chat_template.ARGUMENTS))
 
 
 def followup_prompt(tokenizer: Any, message: str) -> tuple[int, ...]:
@@ -307,9 +307,12 @@ def _sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
     """Draws tokens from rows of log-probabilities [n, V]."""
     temperature = sampling.temperature
     if not temperature or (sampling.top_p == 1 and not sampling.top_k):
-        return make_sampler(temp=temperature)
+        plain: Callable[[mx.array], mx.array] = make_sampler(temp=temperature)
+        return plain
     # Elsewhere, and so in every published setting, the temperature comes before what is cut off.
-    draw = make_sampler(temp=1.0, top_p=sampling.top_p, top_k=sampling.top_k)
+    draw: Callable[[mx.array], mx.array] = make_sampler(
+        temp=1.0, top_p=sampling.top_p, top_k=sampling.top_k
+    )
 
     def tempered(rows: mx.array) -> mx.array:
         rows = rows.astype(mx.float32) / temperature

@@ -380,7 +380,7 @@ def _rope_scaling(file: _File, shape: Shape, base: float) -> dict[str, Any] | No
 
 
 def _token_id(file: _File, name: str, count: int) -> int | None:
-    value = file.get(f"tokenizer.ggml.{name}_token_id", int)
+    value: int | None = file.get(f"tokenizer.ggml.{name}_token_id", int)
     if value is not None and not 0 <= value < count:
         raise file.bad(f"the {name} token {value} is outside the vocabulary of {count}")
     return value

@@ -63,7 +63,10 @@ def open_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         )
     check_directory(path)
     with blaming(f"the model in {path} cannot be loaded"):
-        return load_model(path, lazy=True, trust_remote_code=False)
+        opened: tuple[nn.Module, dict[str, Any]] = load_model(
+            path, lazy=True, trust_remote_code=False
+        )
+    return opened
 
 
 def open_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:

@@ -94,11 +94,11 @@ class Memory:
 
 
 def _head_dim(config: Mapping[str, Any]) -> int:
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def _kv_heads(config: Mapping[str, Any]) -> int:
-    return config.get("num_key_value_heads") or config["num_attention_heads"]
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
 def _matrices(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int, bool]]:
@@ -157,11 +157,6 @@ def weight_bytes(config: Mapping[str, Any], *, float32: bool = False) -> int:
             # A 16-bit scale and a 16-bit bias for each group.
             total += rows * cols * how["bits"] // 8 + 4 * rows * cols // how["group_size"]
     return int(total)
-
-
-def checkpoint_bytes(path: Path) -> int:
-    """Size of a model directory's weight files."""
-    return sum(file.stat().st_size for file in path.glob("model*.safetensors"))
 
 
 def _cache_bytes(config: Mapping[str, Any], tokens: int, width: int) -> int:

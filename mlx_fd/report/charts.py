@@ -139,7 +139,7 @@ def gain_figure(run: Run) -> Figure | None:
     line, above = None, ""
     if isinstance(threshold, (int, float)):
         line = (
-            alt.Chart(alt.Data(values=[{"threshold": threshold}]))
+            alt.Chart(alt.InlineData(values=[{"threshold": threshold}]))
             .mark_rule(color=PAGE.soft)
             .encode(y="threshold:Q", tooltip=[alt.Tooltip("threshold:Q", title="stop_threshold")])
         )
@@ -255,7 +255,7 @@ def exam_figure(runs: Sequence[Run]) -> Figure | None:
     rows = [
         {
             "run": run.name,
-            "measure": _exam_name(name),
+            "measure": EXAM_NAMES.get(name, name),
             "when": when,
             **{key: sides[side][key] for key in ("value", "low", "high", "n")},
         }
@@ -297,10 +297,6 @@ def exam_figure(runs: Sequence[Run]) -> Figure | None:
         rows,
         wide=several,
     )
-
-
-def _exam_name(name: str) -> str:
-    return EXAM_NAMES.get(name, name).removeprefix("exam: ")
 
 
 def budget_figures(runs: Sequence[Run]) -> list[Figure]:

@@ -23,6 +23,9 @@ _POINTS = 100
 _ALONE = "datum.in_line == 1"
 # Pixels: a legend's swatch with its margins, a letter, a label at most, numbers along an axis.
 _SWATCH, _LETTER, _LABEL, _AXIS = 34, 7, 220, 44
+Layered = alt.LayerChart | alt.FacetChart
+"""What Altair makes of charts over each other."""
+
 # Rows are put in at the end: Altair copies data with every step of making a chart.
 ROWS, _MARKS = alt.NamedData(name="rows"), alt.NamedData(name="marks")
 
@@ -118,7 +121,7 @@ def legend(names: Sequence[str], beside: Iterable[str] = ()) -> alt.Legend:
     return alt.Legend(columns=alt.ExprRef(columns), symbolOpacity=1, labelLimit=_LABEL)
 
 
-def with_points(base: alt.Chart, series: Sequence[str], every: int = 1) -> alt.LayerChart:
+def with_points(base: alt.Chart, series: Sequence[str], every: int = 1) -> Layered:
     """A line whose points show themselves, and their numbers, when they are pointed at.
 
     A line of one point is no line: its point is always seen.
@@ -133,18 +136,16 @@ def with_points(base: alt.Chart, series: Sequence[str], every: int = 1) -> alt.L
     points = _counted(base, series).mark_point(size=100, filled=True, strokeOpacity=0)
     if every > 1:
         points = points.transform_filter(f"datum.batch % {every} == 0 || {_ALONE}")
-    return base.mark_line() + points.encode(opacity=seen.otherwise(alt.value(0))).add_params(
-        hovered
-    )
+    points = points.encode(opacity=seen.otherwise(alt.value(0))).add_params(hovered)
+    return alt.layer(base.mark_line(), points)
 
 
-def band(base: alt.Chart, series: Sequence[str]) -> alt.LayerChart:
+def band(base: alt.Chart, series: Sequence[str]) -> Layered:
     """The intervals around a line, between the fields ``low`` and ``high``; see `with_points`."""
     between = base.encode(y=alt.Y("low:Q"), y2="high:Q")
     alone = alt.when(_ALONE).then(alt.value(1)).otherwise(alt.value(0))
-    return between.mark_area(opacity=0.15) + _counted(between, series).mark_rule(
-        strokeWidth=2
-    ).encode(opacity=alone)
+    points = _counted(between, series).mark_rule(strokeWidth=2).encode(opacity=alone)
+    return alt.layer(between.mark_area(opacity=0.15), points)
 
 
 def _counted(chart: alt.Chart, series: Sequence[str]) -> alt.Chart:
@@ -179,13 +180,12 @@ def _reason(row: Mapping[str, Any]) -> str:
     return "the losses on audited samples have risen"
 
 
-def rules() -> alt.LayerChart:
+def rules() -> Layered:
     """The marks, as upright lines."""
     base = alt.Chart(_MARKS).encode(x="batch:Q", tooltip=["run:N", "batch:Q", "what:N", "reason:N"])
     rule = base.mark_rule(strokeDash=[2, 3], strokeWidth=1.5, color=PAGE.soft)
-    return rule + base.mark_text(align="left", baseline="top", dx=4, color=PAGE.soft).encode(
-        y=alt.value(0), text="what:N"
-    )
+    text = base.mark_text(align="left", baseline="top", dx=4, color=PAGE.soft)
+    return alt.layer(rule, text.encode(y=alt.value(0), text="what:N"))
 
 
 def layered(*charts: Any) -> Any:

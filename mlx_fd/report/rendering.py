@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,11 @@ from markupsafe import Markup
 
 from mlx_fd import __version__
 from mlx_fd.report import packing
+from mlx_fd.text import strip_control_chars
 
 _HERE = Path(__file__).parent / "static"
 # Stands in the first lines of every page of ours, with the version after it.
 GENERATOR = '<meta name="generator" content="mlx-fd '
-# Control characters and halves of surrogate pairs are nothing that HTML can hold; the others turn
-# the direction of the text after them, which may then say something else than what was written.
-_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
 def asset(name: str) -> str:
@@ -56,11 +53,6 @@ def render(
     )
 
 
-def fit(text: str) -> str:
-    """Text without the characters that no page may hold as they are."""
-    return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
 def _policy(style: str, scripts: Sequence[str]) -> str:
     allowed = " ".join(map(_digest, scripts)) or "'none'"
     return (
@@ -88,7 +80,7 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _finalize(value: Any) -> Any:
-    return value if hasattr(value, "__html__") else fit(str(value))
+    return value if hasattr(value, "__html__") else strip_control_chars(str(value))
 
 
 def _script_json(value: Any) -> Markup:

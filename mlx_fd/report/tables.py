@@ -253,7 +253,7 @@ def exam_table(runs: Sequence[Run]) -> Table | None:
             sides = run.totals.get("exam", {}).get(name, {})
             cells += [estimate(sides.get("before")), estimate(sides.get("after"))]
             cells.append(estimate(sides.get("change"), sign="+"))
-        rows.append((EXAM_NAMES.get(name, name).removeprefix("exam: "), *cells))
+        rows.append((EXAM_NAMES.get(name, name), *cells))
     return table(
         "With 95 % bootstrap intervals over the questions; the change is paired, and bold where "
         "its interval leaves out 0.",

@@ -15,13 +15,13 @@ STEP_NAMES = {
 
 
 EXAM_NAMES = {
-    "score_error": "exam: error of the score head",
-    "written_error": "exam: error of the written score",
-    "readable": "exam: feedback readable",
-    "first_error_on_wrong": "exam: first error found",
-    "first_error_on_right": "exam: right answers passed",
-    "first_error_f1": "exam: F1 of the two",
-    "solved": "exam: problems solved",
+    "score_error": "error of the score head",
+    "written_error": "error of the written score",
+    "readable": "feedback readable",
+    "first_error_on_wrong": "first error found",
+    "first_error_on_right": "right answers passed",
+    "first_error_f1": "F1 of the two",
+    "solved": "problems solved",
 }
 
 

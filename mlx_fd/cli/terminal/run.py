@@ -315,7 +315,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     )
     for name, sides in summary.get("exam", {}).items():
         table.add_row(
-            EXAM_NAMES[name],
+            f"exam: {EXAM_NAMES[name]}",
             f"{_estimate(sides['before'])} -> {_estimate(sides['after'])}, change "
             f"{_estimate(sides['change'], '+')} (n {sides['before']['n']})",
         )

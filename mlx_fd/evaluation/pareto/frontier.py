@@ -83,7 +83,7 @@ def knee(cost: Values, rest: Values) -> int | None:
 def _normalised(values: Values) -> Values:
     """Each column from 0, its least, to 1, its greatest; 0 where all are the same."""
     span = np.ptp(values, axis=0)
-    return (values - values.min(axis=0)) / np.where(span > 0, span, 1.0)
+    return np.asarray((values - values.min(axis=0)) / np.where(span > 0, span, 1.0))
 
 
 def product_rule(cost: Values, loss: Values) -> int:

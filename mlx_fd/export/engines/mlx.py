@@ -38,7 +38,7 @@ class MlxEngine(LocalEngine):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """As the base class says."""
-        return self._loaded.tokenizer.decode(list(tokens))
+        return str(self._loaded.tokenizer.decode(list(tokens)))
 
     def logits(self, tokens: Sequence[int], begin: int) -> NDArray[np.float32]:
         """As the base class says."""

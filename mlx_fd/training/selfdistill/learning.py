@@ -116,7 +116,7 @@ class TokenWeights:
             for match, push in zip(self.matches, self.pushes, strict=True)
         ]
         found: Any = mx.stack(some).tolist()
-        return found
+        return list(found)
 
 
 def read(model: nn.Module, texts: Sequence[Text], size: int) -> list[mx.array]:

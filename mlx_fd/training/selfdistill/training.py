@@ -22,6 +22,7 @@ from mlx_fd import runs
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import gate
+from mlx_fd.feedback.distill import Update
 from mlx_fd.feedback.episode import derive_seed
 from mlx_fd.files import write_json
 from mlx_fd.models.loading import Loaded
@@ -48,7 +49,6 @@ from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, V
 from mlx_fd.training.selfdistill.learning import (
     RolloutStats,
     TokenWeights,
-    Update,
     forward_teacher_and_student,
     learn,
     nearness,

@@ -1,7 +1,8 @@
-"""The losses once more, in float64 NumPy and in plain steps, for tests to compare with.
+"""The losses once more, in float64 NumPy and in plain steps.
 
-Same arguments as their MLX twins, arrays as NumPy arrays; values only, but for the row functions,
-which give their gradient, too.
+Same arguments as their MLX twins, arrays as NumPy arrays; values only, but for the rows of a top-k,
+which give their gradient, too. The other row functions' references are those of
+`mlx-fd doctor --kernels`, :mod:`mlx_fd.losses.kernel_checks`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from mlx_fd.losses.kernel_checks import divergence_reference
 
 Array = NDArray[np.float64]
 
@@ -96,27 +99,6 @@ def logit_loss(
     return temperature**2 * float(divergence), float(valid.sum())
 
 
-@np.errstate(invalid="ignore")
-def divergence_rows(
-    student_logits: ArrayLike, teacher_logits: ArrayLike, *, beta: float, temperature: float
-) -> tuple[Array, Array]:
-    """Generalised Jensen-Shannon divergence of each row times T^2, and its gradient."""
-    log_q = _log_softmax(np.asarray(student_logits, np.float64) / temperature)
-    log_p = _log_softmax(np.asarray(teacher_logits, np.float64) / temperature)
-    q, p = np.exp(log_q), np.exp(log_p)
-    if beta == 0:
-        value, grad = _kl_rows(log_p, log_q), q - p
-    elif beta == 1:
-        value = _kl_rows(log_q, log_p)
-        grad = _times(q, log_q - log_p - value[:, None])
-    else:
-        log_m = np.logaddexp(log_p + np.log(beta), log_q + np.log(1 - beta))
-        of_student = _kl_rows(log_q, log_m)
-        value = beta * _kl_rows(log_p, log_m) + (1 - beta) * of_student
-        grad = (1 - beta) * _times(q, log_q - log_m - of_student[:, None])
-    return temperature**2 * value, temperature * grad
-
-
 def top_k_divergence_rows(
     student_logits: ArrayLike,
     values: ArrayLike,
@@ -138,7 +120,9 @@ def top_k_divergence_rows(
             tail = np.logaddexp.reduce(log_q[row, others])
             rest = max(1 - np.exp(teacher).sum(), 0)
             student, teacher = np.append(student, tail), np.append(teacher, _log(rest))
-        [result], [gradient] = divergence_rows([student], [teacher], beta=beta, temperature=1)
+        [result], [gradient] = divergence_reference(
+            student[None], teacher[None], beta=beta, temperature=1
+        )
         value[row] = temperature**2 * result
         grad[row, chosen] = temperature * gradient[: len(chosen)]
         if len(others):
@@ -148,35 +132,77 @@ def top_k_divergence_rows(
     return value, grad
 
 
-def alignment_rows(student: ArrayLike, teacher: ArrayLike, mask: ArrayLike) -> tuple[Array, Array]:
-    """1 - cosine for each sample, of the mean states or as the mean over positions; gradient."""
-    student_rows, teacher_rows = np.asarray(student, np.float64), np.asarray(teacher, np.float64)
-    valid = np.asarray(mask, bool)
-    value, grad = np.zeros(len(student_rows)), np.zeros_like(student_rows)
+def answer_matching_loss(
+    logits: ArrayLike, targets: ArrayLike, mask: ArrayLike
+) -> tuple[float, float]:
+    """Sum over samples of -log p of the whole answer, and the number of samples with one."""
+    rows, valid = np.asarray(logits, np.float64), np.asarray(mask, bool)
+    total = 0.0
     for sample in np.flatnonzero(valid.any(axis=1)):
-        states = student_rows[sample, valid[sample]]
-        if teacher_rows.ndim == 2:
-            value[sample], gradient = _one_minus_cosine(states.mean(axis=0), teacher_rows[sample])
-            grad[sample, valid[sample]] = gradient / len(states)
+        likelihood = 0.0
+        for t in np.flatnonzero(valid[sample]):
+            row = rows[sample, t] - rows[sample, t].max()
+            likelihood += row[np.asarray(targets)[sample, t]] - np.log(np.exp(row).sum())
+        total -= likelihood
+    return float(total), float(valid.any(axis=1).sum())
+
+
+def reasoning_path_loss(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    weights: ArrayLike,
+    *,
+    kl: str,
+    temperature: float,
+    vocab: int,
+    standardize: bool,
+) -> tuple[float, float]:
+    """Sum over tokens of weight times T^2 times the divergence, and the sum of the weights."""
+    student, teacher = np.asarray(student_logits, np.float64), np.asarray(teacher_logits, float)
+    counts = np.asarray(weights, np.float64)
+    total = 0.0
+    for place in zip(*np.nonzero(counts), strict=True):
+        value, _ = logit_loss(
+            student[place][None],
+            teacher[place][None],
+            [True],
+            kl=kl,
+            temperature=temperature,
+            vocab=vocab,
+            standardize=standardize,
+        )
+        total += counts[place] * value
+    return float(total), float(counts.sum())
+
+
+def attention_matching_loss(
+    student_layers: Sequence[ArrayLike],
+    teacher_layers: Sequence[ArrayLike],
+    mask: ArrayLike,
+    *,
+    heads: str,
+) -> tuple[float, float]:
+    """Per query the mean over layers and heads of KL(teacher || student), and their number."""
+    valid = np.asarray(mask, bool)
+    total = 0.0
+    for layer, pick in enumerate(_evenly(len(student_layers), len(teacher_layers))):
+        student = np.exp(np.asarray(student_layers[layer], np.float64))
+        teacher = np.exp(np.asarray(teacher_layers[pick], np.float64))
+        if heads == "mean":
+            student, teacher = student.mean(1, keepdims=True), teacher.mean(1, keepdims=True)
         else:
-            pairs = zip(states, teacher_rows[sample, valid[sample]], strict=True)
-            each = [_one_minus_cosine(a, b) for a, b in pairs]
-            value[sample] = np.mean([one for one, _ in each])
-            grad[sample, valid[sample]] = np.array([g for _, g in each]) / len(states)
-    return value, grad
+            teacher = teacher[:, _evenly(student.shape[1], teacher.shape[1])]
+        for sample, query in zip(*np.nonzero(valid), strict=True):
+            for q, p in zip(student[sample, :, query], teacher[sample, :, query], strict=True):
+                value = sum(b * np.log(b / a) for a, b in zip(q, p, strict=True) if b > 0)
+                total += value / student.shape[1] / len(student_layers)
+    return float(total), float(valid.sum())
 
 
-def _one_minus_cosine(a: Array, b: Array) -> tuple[float, Array]:
-    size, unit = np.linalg.norm(a), b / np.linalg.norm(b)
-    cosine = float(a @ unit / size)
-    return 1 - cosine, (cosine * a / size - unit) / size
-
-
-def top_k_rows(logits: ArrayLike, k: int) -> tuple[Array, NDArray[np.int64], Array]:
-    """The k largest logits, their indices (of equals the lower first), and the log-sum-exp."""
-    rows = np.asarray(logits, np.float64)
-    indices = np.argsort(-rows, axis=-1, kind="stable")[:, :k]
-    return np.take_along_axis(rows, indices, -1), indices, np.logaddexp.reduce(rows, axis=-1)
+def _evenly(n_student: int, n_teacher: int) -> list[int]:
+    """floor(linspace(0, n_teacher - 1, n_student))."""
+    places = np.floor(np.linspace(0, n_teacher - 1, n_student) + 1e-9)
+    return [int(place) for place in places]
 
 
 def _log_softmax(rows: Array) -> Array:
@@ -186,15 +212,6 @@ def _log_softmax(rows: Array) -> Array:
 
 def _kl(log_p: Array, log_q: Array) -> float:
     return float((np.exp(log_p) * (log_p - log_q)).sum())
-
-
-def _kl_rows(log_p: Array, log_q: Array) -> Array:
-    return np.asarray(_times(np.exp(log_p), log_p - log_q).sum(axis=-1))
-
-
-def _times(p: Array, numbers: Array) -> Array:
-    """``p * numbers``, and 0 where p is 0, whatever the number."""
-    return np.multiply(p, numbers, out=np.zeros_like(p), where=p > 0)
 
 
 @np.errstate(divide="ignore")

@@ -2,7 +2,7 @@
 
 From whole logits, differentiated by MLX. Nothing trains with these: the engine,
 :mod:`mlx_fd.losses.divergence`, does without [tokens, vocabulary] arrays. The tests compare it with
-these few lines, and so does the benchmark of the losses, for which they ship.
+these few lines, and so does scripts/bench_losses.py.
 """
 
 from __future__ import annotations
