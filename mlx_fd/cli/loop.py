@@ -1,8 +1,7 @@
-"""``mlx-fd loop`` and ``mlx-fd resume``."""
+"""``mlx-fd loop``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from mlx_fd.cli.options import (
     track_option,
     with_configuration,
 )
-from mlx_fd.cli.run_command import Job, new_folder, run_command
+from mlx_fd.cli.run_command import new_folder, run_loop
 from mlx_fd.config import PRESETS
 from mlx_fd.errors import UserError
 from mlx_fd.runs.tracking import check_installed
@@ -91,44 +90,4 @@ def loop(
 
     folder = out or new_folder()
     check_out(folder)
-    _run(folder, make_plan(config), [], trackers, as_json, quiet, new=True)
-
-
-def _run(
-    folder: Path,
-    plan: Any,
-    warnings: list[str],
-    trackers: tuple[str, ...],
-    as_json: bool,
-    quiet: bool,
-    *,
-    new: bool,
-    redo: bool = False,
-) -> None:
-    from mlx_fd.cli.terminal.run import Display, summary_table
-    from mlx_fd.evaluation.exam import exam_questions
-    from mlx_fd.feedback.pair import open_pair
-    from mlx_fd.runs import README
-    from mlx_fd.training.loop import run
-
-    models = plan.config.models
-
-    def opened() -> Callable[..., Any]:
-        pair = open_pair(plan)
-        return lambda report, stop: run(
-            *(
-                folder,
-                plan.config,
-                pair,
-                plan.probe,
-                plan.problems,
-                report,
-                stop,
-                exam_questions(plan.config),
-            ),
-            redo=redo,
-        )
-
-    names = f"expert {models.expert}, student {models.student}"
-    job = Job(names, opened, Display, summary_table, README)
-    run_command(folder, plan, job, warnings, trackers, as_json, quiet, new=new)
+    run_loop(folder, make_plan(config), [], trackers, as_json, quiet, new=True)

@@ -120,7 +120,7 @@ def _write(run: Path, found: dict[str, Any], config: Config) -> None:
     from mlx_fd.files import clear_unfinished
     from mlx_fd.report.frontier import PLOT, plot
 
-    with runs.explained(run, "free some space, then run the same command again."):
+    with runs.wrap_write_errors(run, "free some space, then run the same command again."):
         clear_unfinished(run)
         write(run, found, config)
         plot(found, run / PLOT)

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from mlx_fd.cli import self_distill as selfdistilling
-from mlx_fd.cli.loop import _run
 from mlx_fd.cli.options import (
     PathType,
     debug_option,
@@ -15,6 +14,7 @@ from mlx_fd.cli.options import (
     quiet_option,
     track_option,
 )
+from mlx_fd.cli.run_command import run_loop
 from mlx_fd.config import read
 from mlx_fd.files import write_json
 from mlx_fd.runs.tracking import check_installed
@@ -69,7 +69,7 @@ def resume(
         warnings += changed_options(manifest, plan.manifest)
         if fault := runs.manifest_fault(run):
             warnings.append(fault)
-        with runs.explained(run):
+        with runs.wrap_write_errors(run):
             # A run that was made longer is compared with its new length next time.
             manifest["options"] = plan.manifest["options"]
             write_json(run / runs.MANIFEST, with_digest(manifest))
@@ -78,4 +78,4 @@ def resume(
                 run, plan, warnings, trackers, as_json, quiet, new=False, redo=redo
             )
         else:
-            _run(run, plan, warnings, trackers, as_json, quiet, new=False, redo=redo)
+            run_loop(run, plan, warnings, trackers, as_json, quiet, new=False, redo=redo)

@@ -24,7 +24,7 @@ class Stopped(Exception):
         self.status = 128 + signals[0]
 
 
-def explained(error: RuntimeError, folder: Path) -> Exception:
+def explain_memory_error(error: RuntimeError, folder: Path) -> Exception:
     """What MLX says when the GPU or the memory gives out, with what to do about it."""
     text = str(error)
     signs = ("kIOGPUCommandBuffer", "Command buffer execution failed", "allocate")

@@ -323,7 +323,7 @@ def evaluate(
     target = bench.target
     # Where an evaluation is done, its outputs stay until they are there again.
     outputs = folder / (_UNFINISHED if (folder / RESULTS).exists() else OUTPUTS)
-    with runs.explained(folder, advice):
+    with runs.wrap_write_errors(folder, advice):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(outputs, b"")
     found = []
@@ -332,7 +332,7 @@ def evaluate(
         for system in one.systems:
             by_system[system] = [[] for _ in one.items]
             for batch in _batches(bench, one, system, report):
-                with runs.explained(folder, advice):
+                with runs.wrap_write_errors(folder, advice):
                     append_lines(outputs, [row for _, row in batch])
                 for place, row in batch:
                     by_system[system][place].append(row)
@@ -353,7 +353,7 @@ def evaluate(
         "text_models": next((one.readers.about() for one in sets if isinstance(one, Solving)), {}),
         "sets": found,
     }
-    with runs.explained(folder, advice):
+    with runs.wrap_write_errors(folder, advice):
         outputs.replace(folder / OUTPUTS)
         write_json(folder / RESULTS, with_digest(results))
     return results

@@ -110,7 +110,7 @@ def export(
     live, student = open_student(source.ref)
     chat = role_chat(live.tokenizer)
     with contextlib.ExitStack() as archived, contextlib.ExitStack() as held:
-        with _explained(folder):
+        with _wrap_write_errors(folder):
             working = held.enter_context(new_directory(folder, shared=False))
             written = _write(source, live, working, form, progress)
             if student is not None and source.ref.scores:
@@ -136,9 +136,9 @@ def export(
                 },
                 progress=lambda done, total: progress("parity bundle", done, total),
             )
-            with _explained(folder):
+            with _wrap_write_errors(folder):
                 write_bundle(bundle, working)
-        with _explained(folder):
+        with _wrap_write_errors(folder):
             _describe(source, form, student, found, kept, written, working)
         sizes = {
             path.relative_to(working).as_posix(): path.stat().st_size
@@ -148,12 +148,12 @@ def export(
         if with_archive:
             progress("archive", 0, 1)
             # Before the directory has its name: one without its archive could not be made again.
-            with _explained(archive_of(folder)):
+            with _wrap_write_errors(archive_of(folder)):
                 packed = archived.enter_context(replacing(archive_of(folder)))
                 archive.write_archive(working, folder.name, packed)
                 packed.flush()
                 os.fsync(packed.fileno())
-        with _explained(folder):
+        with _wrap_write_errors(folder):
             # The directory appears under its name, and then its archive.
             held.close()
         try:
@@ -167,7 +167,7 @@ def export(
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _wrap_write_errors(path: Path) -> Iterator[None]:
     """Turn a failed write into a message; what is read in there has messages of its own."""
     try:
         yield
@@ -236,7 +236,7 @@ def _logits_again(
 
         with working_folder(folder.parent) as scratch:
             again = scratch / "model"
-            with _explained(final):
+            with _wrap_write_errors(final):
                 convert(folder / gguf_file.file_name(form.gguf_type), again)
             return logits_of(load(again), chat)
     if not form.adapter:

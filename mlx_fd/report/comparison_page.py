@@ -92,7 +92,7 @@ def report_folder(folder: Path) -> Iterator[None]:
     """
     with claimed(folder, COMPARISON):
         # Permissions do not tell of a file system that is read-only.
-        with _explained(folder), tempfile.TemporaryFile(dir=folder):
+        with _wrap_write_errors(folder), tempfile.TemporaryFile(dir=folder):
             pass
         yield
 
@@ -103,13 +103,13 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
     Raises:
         UserError: they cannot be written.
     """
-    with _explained(folder):
+    with _wrap_write_errors(folder):
         write_json(folder / "compare.json", report)
         write_atomic(folder / "compare.html", page(report))
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _wrap_write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

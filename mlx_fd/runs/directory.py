@@ -247,7 +247,7 @@ def failed_write(error: OSError | RuntimeError) -> str | None:
 
 
 @contextlib.contextmanager
-def explained(folder: Path, advice: str = "") -> Iterator[None]:
+def wrap_write_errors(folder: Path, advice: str = "") -> Iterator[None]:
     """Turn a failed write into a message that says that nothing is lost.
 
     Args:

@@ -9,7 +9,7 @@ from mlx_fd import problems as problem_sets
 from mlx_fd.config import Config
 from mlx_fd.models.resolve import resolve
 from mlx_fd.runs.manifest import manifest_of
-from mlx_fd.runs.plan import Plan, absolute_model_name, check_run_memory, settled
+from mlx_fd.runs.plan import Plan, absolute_model_name, check_run_memory, with_absolute_names
 
 README = """\
 # A run of mlx-fd self-distill
@@ -48,7 +48,7 @@ def make_plan(config: Config) -> Plan:
     from mlx_fd.training.selfdistill.training import TRUTH, check_combination
 
     check_combination(config)
-    config = settled(config)
+    config = with_absolute_names(config)
     options = config.selfdistill
     if options.critic not in ("", TRUTH):
         critic_name = absolute_model_name(options.critic)

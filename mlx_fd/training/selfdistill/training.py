@@ -194,7 +194,7 @@ def run(
         headroom = measure_headroom(learner, probe_problems)
         seconds = round(time.perf_counter() - begin, 3)
         content = {**vars(headroom), "seconds": seconds}
-        with runs.explained(folder):
+        with runs.wrap_write_errors(folder):
             write_json(folder / runs.HEADROOM, with_digest(content))
     else:
         headroom, seconds = measured
@@ -203,7 +203,7 @@ def run(
         state = gate.initial_state(config.gate, (WRONG,))
         state, _ = gate.observe_probe(state, losses, config.gate, cost=0.0)
         progress = Progress(0, state, {}, 0, 0, losses, losses, 1.0, 0)
-        with runs.explained(folder):
+        with runs.wrap_write_errors(folder):
             _save(records, progress, learner)
     else:
         progress = _restored(learner, checkpoint)
@@ -219,7 +219,7 @@ def run(
         progress, rows, metrics = _batch(
             progress, problems[place * size : (place + 1) * size], probe_problems, learner
         )
-        with runs.explained(folder):
+        with runs.wrap_write_errors(folder):
             records.append(runs.ATTEMPTS, rows)
             records.append(runs.METRICS, [metrics])
             stopping = stop()
@@ -237,7 +237,7 @@ def run(
     looking = time.perf_counter()
     progress = with_probe(progress, _probe(learner, probe_problems, progress.batch))
     seconds += time.perf_counter() - looking
-    with runs.explained(folder):
+    with runs.wrap_write_errors(folder):
         _save(records, progress, learner)
         summary = summarise(
             runs.read_lines(folder / runs.ATTEMPTS),
