@@ -26,6 +26,7 @@ from mlx_fd.runs.tracking import check_installed
 @with_configuration
 @click.command(
     cls=ConfiguredCommand,
+    short_help="Distil an expert's feedback into a student.",
     epilog="""\b
 Examples:
   mlx-fd loop --expert qwen2.5-7b-4bit
@@ -36,22 +37,27 @@ Examples:
   mlx-fd loop --expert smollm2-135m --student smollm2-135m:layers=15 --preset quick
   mlx-fd loop --config runs/mine/config.toml --seed 1 --out runs/seed1
   mlx-fd loop --preset tiny --track tensorboard
-  mlx-fd loop --config runs/always/pareto.toml    stops where mlx-fd pareto recommends
+  mlx-fd loop --config runs/always/pareto.toml    stop where mlx-fd pareto recommends
 """,
 )
-@click.option("--preset", "preset_name", metavar="NAME", help=f"One of: {', '.join(PRESETS)}.")
+@click.option(
+    "--preset",
+    "preset_name",
+    type=click.Choice(list(PRESETS)),
+    help="A set of options, which other options override.",
+)
 @click.option(
     "--config",
     "config_file",
     type=PathType(),
     metavar="FILE",
-    help="A TOML file with options, for instance an earlier run's config.toml.",
+    help="A TOML file with options, such as an earlier run's config.toml.",
 )
 @click.option(
     "--out",
     type=PathType(),
     metavar="DIR",
-    help="The run directory. [default: runs/DATE-TIME]",
+    help="Run directory. [default: runs/DATE-TIME]",
 )
 @track_option
 @json_option
@@ -69,12 +75,12 @@ def loop(
 ) -> None:
     """Distil the expert's feedback into the student while the expert solves problems.
 
-    Options given here win over --config, which wins over --preset. Ctrl-C ends the run after the
-    batch under way, and a second one at once, without that batch; either way `mlx-fd resume` goes
-    on exactly there.
+    Options on the command line override --config, which overrides --preset. Ctrl-C stops the run
+    after the current batch; a second Ctrl-C stops it at once and discards that batch. Either way
+    `mlx-fd resume` continues the run exactly where it stopped.
 
-    Exits with 0 when the run is done, with 130 after Ctrl-C (143 after SIGTERM, 129 after SIGHUP,
-    as from a terminal that was closed), with 2 when something has to be mended first.
+    Exit status: 0 when the run is complete, 2 on invalid input, 130 after Ctrl-C, 143 after
+    SIGTERM, 129 after SIGHUP (a closed terminal).
     """
     from mlx_fd.models.backend import backend
 

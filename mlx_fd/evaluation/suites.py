@@ -65,6 +65,7 @@ class Options:
         samples: how often each problem is tried.
         temperature: of first answers and bare answers; ``None``: the run's for first answers and
             0 for bare ones, 0.7 where several samples would be alike.
+        max_tokens: maximum tokens per answer; ``None``: the run's.
         problems: where the problems come from; ``None``: arithmetic for who learned from it, else
             GSM8K.
         split: of the problems.
@@ -82,6 +83,7 @@ class Options:
     limit: int | None = None
     samples: int = 1
     temperature: float | None = None
+    max_tokens: int | None = None
     problems: str | None = None
     split: str = "test"
     transfer: str | None = None
@@ -269,8 +271,8 @@ def _asked(target: Target, options: Options) -> dict[str, Any]:
     chosen = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(options).items()
-        # As evaluations had it that knew no such option.
-        if name != "skip_bad_rows" or value
+        # As evaluations had it that knew no such options.
+        if name not in ("skip_bad_rows", "max_tokens") or value
     }
     hashes = {name: model["sha256"] for name, model in target.models.items()}
     return {**chosen, "sha256": hashes}

@@ -86,7 +86,13 @@ def archive_of(folder: Path) -> Path:
 
 
 def export(
-    name: str, folder: Path, form: Form, *, with_archive: bool = False, progress: Progress
+    name: str,
+    folder: Path,
+    form: Form,
+    *,
+    adapter: Path | None = None,
+    with_archive: bool = False,
+    progress: Progress,
 ) -> Exported:
     """Export a model.
 
@@ -94,6 +100,7 @@ def export(
         name: a run directory, one of its checkpoints, or a model's name.
         folder: the directory to make; it appears complete or not at all.
         form: what it shall look like.
+        adapter: an mlx-lm adapter to put on the model ``name`` (empty: on the one it names).
         with_archive: write ``FOLDER.tar`` too; both appear, or neither.
         progress: told of every step.
 
@@ -105,7 +112,7 @@ def export(
     folder = Path(os.path.abspath(folder))  # noqa: PTH100
     check_form(form)
     check_out(folder, with_archive=with_archive)
-    source = open_source(name)
+    source = open_source(name, adapter)
     progress("loading", 0, 1)
     live, student = open_student(source.ref)
     chat = role_chat(live.tokenizer)
@@ -250,7 +257,7 @@ def _logits_again(
 def _kept(source: Source, form: Form, chat: tuple[int, ...], reference: Logits) -> Agreement | None:
     """The student against its base, where few bits may have lost what lies between them."""
     rounded = form.q_bits is not None or (form.gguf_type or "").startswith("q")
-    if source.ref.checkpoint is None or not rounded:
+    if source.ref.adapter_folder is None or not rounded:
         return None
     return agreement(reference, logits_of(load(source.ref.model), chat))
 
