@@ -25,6 +25,7 @@ from mlx_fd.config import CONTEXTS
 from mlx_fd.errors import UserError
 
 if TYPE_CHECKING:
+    from mlx_fd.cli.terminal.layout import FittingTable
     from mlx_fd.evaluation.statistics import Estimate
     from mlx_fd.training.selfdistill.advantage import Summary
 
@@ -149,6 +150,7 @@ def advantage(
     from rich.console import Console
 
     from mlx_fd import problems as sources
+    from mlx_fd.cli.terminal.layout import output_console
     from mlx_fd.cli.terminal.run import Steps
     from mlx_fd.config import Config, override
     from mlx_fd.feedback.judge import locate_model, open_student
@@ -234,18 +236,24 @@ def advantage(
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
-    for line in _lines(rows):
+    output_console().print(_table(rows))
+    for line in _notes(rows):
         click.echo(line)
     click.echo(f"wrote {folder / 'advantage.html'}")
 
 
-def _lines(rows: list[Summary]) -> list[str]:
-    """The table as text."""
-    head = ("context", "attempts", "wrong", "right", "before", "in", "after", "mass in", "against")
-    body = [
+def _table(rows: list[Summary]) -> FittingTable:
+    """Mean advantages of each context."""
+    from mlx_fd.cli.terminal.layout import FittingTable
+
+    header = (
+        *("context", "attempts", "wrong", "right", "before", "in", "after"),
+        *("mass in", "against"),
+    )
+    cells = [
         (
             row.context,
-            str(row.attempts or "no attempt"),
+            str(row.attempts or "none"),
             str(row.wrong),
             *(_number(row.mean[part], "+.2f") for part in ("right", "before", "in", "after")),
             f"{_number(row.mass_in, '.0%')} of {_number(row.tokens_in, '.0%')}",
@@ -253,26 +261,22 @@ def _lines(rows: list[Summary]) -> list[str]:
         )
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    table = [
-        "  ".join(
-            cell.ljust(width) if not k else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in (head, *body)
-    ]
+    return FittingTable(header, cells)
+
+
+def _notes(rows: list[Summary]) -> list[str]:
+    """What the table's columns mean, and which contexts had no input."""
     silent = ", ".join(row.context for row in rows if not row.attempts)
     return [
-        *table,
         *(
-            [f"no attempt: nothing to read about any of these: {silent} (more --samples?)"]
+            [f"no attempt gave these contexts any input (more --samples?): {silent}"]
             if silent
             else []
         ),
-        "right, before, in, after: mean advantage of tokens of right attempts, and before, in and "
-        "after a first wrong step",
-        "mass in: the first wrong step's share of the mass, and of the tokens; against: share of "
-        "right tokens with a negative advantage",
+        "right, before, in, after: mean advantage of the tokens of right attempts, and before, in "
+        "and after the first wrong step",
+        "mass in: the first wrong step's share of the absolute advantage, and of the tokens; "
+        "against: fraction of right tokens with a negative advantage",
     ]
 
 

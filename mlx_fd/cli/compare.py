@@ -82,6 +82,7 @@ def compare(
     from rich.console import Console
 
     from mlx_fd.cli.terminal.comparison import print_comparison
+    from mlx_fd.cli.terminal.layout import output_console
     from mlx_fd.cli.terminal.run import Steps
     from mlx_fd.export import compare as comparison
     from mlx_fd.report.comparison_page import report_folder, write_report
@@ -103,7 +104,7 @@ def compare(
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        print_comparison(rows, Console())
+        print_comparison(rows, output_console())
         if out is not None:
             click.echo(f"wrote {out / 'compare.html'} and compare.json")
     if not found["parity"]:

@@ -174,6 +174,7 @@ def evaluate(
     from rich.text import Text
 
     from mlx_fd.cli.terminal.evaluation import EvalDisplay, print_results
+    from mlx_fd.cli.terminal.layout import output_console
     from mlx_fd.evaluation import suites
     from mlx_fd.evaluation.cache import Cache
     from mlx_fd.evaluation.target import open_target
@@ -227,5 +228,5 @@ def evaluate(
     if as_json:
         click.echo(json.dumps({"folder": str(folder), **results}, indent=2))
         return
-    print_results(results, [one.shown for one in sets], console)
+    print_results(results, [one.shown for one in sets], output_console())
     click.echo(f"results: {folder}")

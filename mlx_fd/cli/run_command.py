@@ -52,8 +52,8 @@ def new_folder() -> Path:
 
 def _stopping(folder: Path) -> str:
     return (
-        "stopping after this batch; Ctrl-C again ends it at once, without this batch. Either way "
-        f"go on with: mlx-fd resume {shlex.quote(str(folder))}"
+        "stopping after this batch; Ctrl-C again stops at once and discards it. To continue: "
+        f"mlx-fd resume {shlex.quote(str(folder))}"
     )
 
 
@@ -141,7 +141,7 @@ def run_command(
         raise Stopped(folder, "stopped", stopped)
     if not as_json:
         console.print(job.table(summary))
-        click.echo(f"everything is in {folder}")
+        click.echo(f"run directory: {folder}")
 
 
 def run_loop(

@@ -103,7 +103,7 @@ def attempt_figures(runs: Sequence[SelfRun]) -> list[Figure]:
             runs,
             "Attempts that count",
             "Those that moved the student, and those that ended themselves before the token limit.",
-            {"teach": _mean("teaches"), "end themselves": _mean("finished")},
+            {"trained on": _mean("teaches"), "finished": _mean("finished")},
             share=True,
         ),
         _by_batch(

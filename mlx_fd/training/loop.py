@@ -42,7 +42,16 @@ from mlx_fd.files import clear_unfinished, write_json
 from mlx_fd.models.generation import Conversation
 from mlx_fd.problems import Problem
 from mlx_fd.runs.checked import with_digest
-from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Step, Warned
+from mlx_fd.runs.events import (
+    BatchDone,
+    Event,
+    Note,
+    Probed,
+    Probing,
+    Started,
+    Step,
+    Warned,
+)
 from mlx_fd.runs.summary import find_warnings, summarise
 from mlx_fd.training.checkpoint import (
     Progress,
@@ -110,8 +119,16 @@ def run(
     # Whatever the checkpoint holds, the student is still untrained here.
     probe = kept(records, PROBE_ROWS, lambda: load_probe(folder), begun, report)
     if probe is None:
-        report(Note(f"looking at {len(probe_problems)} held-out problems first"))
-        probe = make_probe(pair, probe_problems, config, _steps(report, 0))
+        count = len(probe_problems)
+        report(Note(f"first probe evaluation: {count} held-out problems"))
+        report(Probing(0, count))
+        probe = make_probe(
+            pair,
+            probe_problems,
+            config,
+            _steps(report, 0),
+            on_problems=lambda done: report(Probing(done, count)),
+        )
         with runs.wrap_write_errors(folder):
             save_probe(probe, folder)
     optimizer = make_optimizer(pair.student, config.training)
@@ -122,12 +139,15 @@ def run(
             save(records, progress, config, pair.student, pair.student_lm.path, optimizer)
     else:
         progress = restore(checkpoint, pair.student, optimizer)
-        report(Note(f"going on after batch {progress.batch}"))
+        report(Note(f"resuming after batch {progress.batch}"))
     if stop():
         return None
     report(Probed(progress.probe_first, progress.probe_last, vars(probe.headroom)))
     for concern in probe.headroom.concerns():
         report(Warned(concern))
+    epoch, place = divmod(progress.batch, batches)
+    done = epoch * len(problems) + min(place * size, len(problems))
+    report(Started(done, config.training.epochs * len(problems)))
 
     learner = _Learner(
         pair, probe, optimizer, config, report, total, _cache(folder, config, pair, report)
