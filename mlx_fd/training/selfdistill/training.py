@@ -121,8 +121,8 @@ class Headroom:
         elif matches and self.with_context <= self.without:
             found.append(
                 f"the model answers {self.with_context} of {self.taught} held-out problems right "
-                f"with the context {options.context}, {self.without} without: it may be unable to use "
-                "that context, and there may be nothing to learn"
+                f"with the context {options.context}, {self.without} without: it may be unable "
+                "to use that context, and there may be nothing to learn"
             )
         if not matches and options.num_generations > 1 and not self.mixed:
             found.append(
