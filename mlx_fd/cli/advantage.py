@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -23,11 +21,6 @@ from mlx_fd.cli.options import (
 )
 from mlx_fd.config import CONTEXTS
 from mlx_fd.errors import UserError
-
-if TYPE_CHECKING:
-    from mlx_fd.cli.terminal.layout import FittingTable
-    from mlx_fd.evaluation.statistics import Estimate
-    from mlx_fd.training.selfdistill.advantage import Summary
 
 DEFAULT = ("reference", "step-critique", "feedback", "rubric", "demonstration", "sibling",
            "reflection", "contrast")  # fmt: skip
@@ -150,6 +143,7 @@ def advantage(
     from rich.console import Console
 
     from mlx_fd import problems as sources
+    from mlx_fd.cli.terminal.advantage import notes, table
     from mlx_fd.cli.terminal.layout import output_console
     from mlx_fd.cli.terminal.run import Steps
     from mlx_fd.config import Config, override
@@ -196,7 +190,7 @@ def advantage(
         },
         "command line",
     )
-    fits, notes = fitting(
+    fits, left_out = fitting(
         found if skip_bad_rows else replace(found, problems=found.problems[:limit]),
         [place.model],
         config,
@@ -205,7 +199,7 @@ def advantage(
     )
     taken = fits.problems[:limit]
     unread = f"{found.skipped} rows of {found.name} could not be read and were skipped"
-    for text in [*([unread] if found.skipped else []), *notes]:
+    for text in [*([unread] if found.skipped else []), *left_out]:
         click.echo(f"warning: {text}", err=True)
     loaded, _ = open_student(place)
     with Steps(Console(stderr=True), quiet=quiet) as progress:
@@ -236,49 +230,7 @@ def advantage(
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
-    output_console().print(_table(rows))
-    for line in _notes(rows):
+    output_console().print(table(rows))
+    for line in notes(rows):
         click.echo(line)
     click.echo(f"wrote {folder / 'advantage.html'}")
-
-
-def _table(rows: list[Summary]) -> FittingTable:
-    """Mean advantages of each context."""
-    from mlx_fd.cli.terminal.layout import FittingTable
-
-    header = (
-        *("context", "attempts", "wrong", "right", "before", "in", "after"),
-        *("mass in", "against"),
-    )
-    cells = [
-        (
-            row.context,
-            str(row.attempts or "none"),
-            str(row.wrong),
-            *(_number(row.mean[part], "+.2f") for part in ("right", "before", "in", "after")),
-            f"{_number(row.mass_in, '.0%')} of {_number(row.tokens_in, '.0%')}",
-            _number(row.negative, ".0%"),
-        )
-        for row in rows
-    ]
-    return FittingTable(header, cells)
-
-
-def _notes(rows: list[Summary]) -> list[str]:
-    """What the table's columns mean, and which contexts had no input."""
-    silent = ", ".join(row.context for row in rows if not row.attempts)
-    return [
-        *(
-            [f"no attempt gave these contexts any input (more --samples?): {silent}"]
-            if silent
-            else []
-        ),
-        "right, before, in, after: mean advantage of the tokens of right attempts, and before, in "
-        "and after the first wrong step",
-        "mass in: the first wrong step's share of the absolute advantage, and of the tokens; "
-        "against: fraction of right tokens with a negative advantage",
-    ]
-
-
-def _number(found: Estimate, form: str) -> str:
-    return "n/a" if math.isnan(found.value) else format(found.value, form)

@@ -63,9 +63,7 @@ def _roles(row: Mapping[str, Any]) -> Table:
         if mean is not None:
             kl = Cell(f"{mean:.2g}", bar=max(mean, 0.0) / largest if largest > 0 else 0.0)
         lines.append((name, f"{top['agreeing'] / top['n']:.1%}" if top["n"] else _NOTHING, kl))
-    return table(
-        "By role", ("role", "likeliest token the same", "mean KL, nats"), lines, numbers=False
-    )
+    return table("By role", ("role", "same top-1 token", "mean KL, nats"), lines, numbers=False)
 
 
 def _bundle(folder: str, bundle: Mapping[str, Any]) -> tuple[str, str, Table]:
