@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mlx_fd.cli.options import (
+    Choice,
     ConfiguredCommand,
     PathType,
     configuration,
@@ -43,7 +44,7 @@ Examples:
 @click.option(
     "--preset",
     "preset_name",
-    type=click.Choice(list(PRESETS)),
+    type=Choice(list(PRESETS)),
     help="A set of options, which other options override.",
 )
 @click.option(

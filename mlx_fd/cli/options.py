@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,6 +68,22 @@ class Number(click.FloatRange):
         return number
 
 
+def _not_one_of(value: Any, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f'; did you mean "{close[0]}"?' if close else "."
+    return f"{value!r} is not one of {', '.join(map(repr, choices))}{hint}"
+
+
+class Choice(click.Choice):
+    """One of some names; a wrong one is told which may have been meant."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The name."""
+        if value not in self.choices:
+            self.fail(_not_one_of(value, self.choices), param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class NameList(click.ParamType):
     """Names separated by commas, each one of the choices."""
 
@@ -82,8 +99,7 @@ class NameList(click.ParamType):
         names = [name.strip() for name in value.split(",") if name.strip()]
         for name in names:
             if name not in self._choices:
-                quoted = ", ".join(map(repr, self._choices))
-                self.fail(f"{name!r} is not one of {quoted}.", param, ctx)
+                self.fail(_not_one_of(name, self._choices), param, ctx)
         return names
 
     def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
@@ -153,7 +169,7 @@ def click_option(
         if choices:
             text += f" One of: {', '.join(choices)}."
     elif choices:
-        kind = click.Choice(choices)
+        kind = Choice(choices)
         if len("|".join(choices)) > _CHOICES_WIDTH:
             metavar = "NAME"
             text += f" One of: {', '.join(choices)}."

@@ -141,7 +141,7 @@ def run_command(
         raise Stopped(folder, "stopped", stopped)
     if not as_json:
         console.print(job.table(summary))
-        click.echo(f"run directory: {folder}")
+        click.echo(f"results: {folder}")
 
 
 def run_loop(

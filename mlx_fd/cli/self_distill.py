@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mlx_fd.cli.options import (
+    Choice,
     ConfiguredCommand,
     PathType,
     click_option,
@@ -96,14 +97,14 @@ Examples:
 )
 @click.option(
     "--method",
-    type=click.Choice(list(METHODS)),
+    type=Choice(list(METHODS)),
     metavar="NAME",
     help=f"A published method. One of: {', '.join(METHODS)}.",
 )
 @click.option(
     "--preset",
     "preset_name",
-    type=click.Choice(list(PRESETS)),
+    type=Choice(list(PRESETS)),
     help="Sizes for a kind of model, overriding the method's. Models whose names begin with tiny "
     "imply tiny.",
 )

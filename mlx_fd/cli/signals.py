@@ -19,7 +19,7 @@ class Stopped(Exception):
     """Work that a signal ended before its end, and that can go on."""
 
     def __init__(self, folder: Path, how: str, signals: list[int], command: str = "mlx-fd resume"):
-        super().__init__(f"{how}; go on with: {command} {shlex.quote(str(folder))}")
+        super().__init__(f"{how}; continue with: {command} {shlex.quote(str(folder))}")
         # What a shell reports of a process that such a signal ended.
         self.status = 128 + signals[0]
 
