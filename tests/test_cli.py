@@ -232,7 +232,7 @@ def test_reference_page_is_up_to_date():
         ("loop --expert smollm2-135m:layer=3", ["layer= is unknown", ":layers=K"]),
         ("resume", ["Missing argument 'RUN'"]),
         ("resume none", ["none: this is no run directory", "manifest.json"]),
-        ("feedback", ["Missing argument 'MODEL'"]),
+        ("feedback --problem 1 --answer 1", ["Missing argument 'MODEL'"]),
         ("feedback none --problem 1", ["Missing option '--answer'"]),
         ("feedback none --problem 1 --answer 1", ["there is no model none", "this machine"]),
         ("feedback none --problem 1 --answer 1 --tokens 0", ["--tokens", "1<=x"]),
@@ -240,7 +240,7 @@ def test_reference_page_is_up_to_date():
         ("feedback none --problem 1 --answer ''", ["--answer: is empty"]),
         ("feedback none --problem @none.txt --answer 1", ["@none.txt: cannot be read: No such"]),
         ("feedback none --problem - --answer -", ["only one of them can be standard input"]),
-        ("export", ["Missing argument 'SOURCE'"]),
+        ("export --out x", ["Missing argument 'SOURCE'"]),
         ("export tiny", ["Missing option '--out'"]),
         ("export none --out x", ["there is no model none", "this machine"]),
         ("export tiny --out x --format safetensors", ["'mlx', 'hf', 'gguf'"]),
@@ -539,10 +539,10 @@ def test_nobodys_home(mlx_fd):
 
 def test_help_says_what_options_are_here(mlx_fd):
     text = " ".join(mlx_fd("self-distill", "--help").out.split())
-    assert "--model TEXT The model that learns" in text and "[default: tiny-base]" in text
+    assert "--model NAME Model to train" in text and "[default: tiny-base]" in text
     assert "Empty: none. [default: empty]" in text
     assert "default student" not in text and "2147483647" not in text
-    assert "batch that lags" not in text
+    assert "student lags" not in text
     for command in ("eval", "advantage", "compare", "loop", "self-distill"):
         assert "--skip-bad-rows" in mlx_fd(command, "--help").out
 

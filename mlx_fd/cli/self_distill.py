@@ -48,7 +48,7 @@ _HELP = {
     "batch_size": "Problems per update.",
     "max_answer_tokens": "Maximum tokens per attempt.",
     "max_feedback_tokens": "Maximum tokens that the critic writes per attempt.",
-    "gate": "Gate that ends the run; published is for mlx-fd loop only.",
+    "gate": "Gate that ends the run; published is for the loop only.",
     "stop_threshold": "End the run once the error rate on held-out problems has fallen by this "
     "fraction.",
     "plateau_steps": "Probe evaluations over which the error rate must still fall.",
