@@ -745,7 +745,7 @@ def read(path: Path, config: Config | None = None) -> Config:
         for name, setting in given.items():
             if isinstance(value, dict) and name in OPTIONS and OPTIONS[name].section != key:
                 raise UserError(
-                    f"{path}: {name} belongs into [{OPTIONS[name].section}], not [{key}]."
+                    f"{path}: {name} belongs in [{OPTIONS[name].section}], not [{key}]."
                 )
             if name in changes:
                 raise UserError(

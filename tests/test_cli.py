@@ -231,7 +231,7 @@ def test_reference_page_is_up_to_date():
         ("loop --expert ./none --student ./none", ["the directory ./none does not exist"]),
         ("loop --expert smollm2-135m:layer=3", ["layer= is unknown", ":layers=K"]),
         ("resume", ["Missing argument 'RUN'"]),
-        ("resume none", ["none: this is no run directory", "manifest.json"]),
+        ("resume none", ["none: this is not a run directory", "manifest.json"]),
         ("feedback --problem 1 --answer 1", ["Missing argument 'MODEL'"]),
         ("feedback none --problem 1", ["Missing option '--answer'"]),
         ("feedback none --problem 1 --answer 1", ["there is no model none", "this machine"]),
@@ -260,7 +260,7 @@ def test_debug_shows_the_traceback(mlx_fd):
     done = mlx_fd("resume", "none", "--debug")
     assert done.status == 2 and done.out == ""
     assert "Traceback" in done.err and "read_manifest" in done.err
-    assert done.err.splitlines()[-1].startswith("error: none: this is no run directory")
+    assert done.err.splitlines()[-1].startswith("error: none: this is not a run directory")
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_debug_shows_the_traceback(mlx_fd):
         ("episodes = [1,\nseed 2", ["not a TOML file", "line 2"]),
         ("[gate]\nema_decy = 0.5", ["no option 'ema_decy'", 'did you mean "ema_decay"?']),
         ("[gat]\nema_decay = 0.5", ["no table [gat]", 'did you mean "gate"?']),
-        ("[models]\nema_decay = 0.5", ["ema_decay belongs into [gate]"]),
+        ("[models]\nema_decay = 0.5", ["ema_decay belongs in [gate]"]),
         ('episodes = "4"', ["episodes must be a whole number, not '4'"]),
         ("episodes = true", ["episodes must be a whole number, not True"]),
     ],
@@ -1208,7 +1208,7 @@ def test_feedback_of_half_a_run(home, run, mlx_fd, tmp_path):
     whole = heads.read_bytes()
     for harmed in (whole[:20], whole[:-1] + bytes([whole[-1] ^ 1])):
         heads.write_bytes(harmed)
-        failed(mlx_fd("feedback", run, *asked), "heads.safetensors: something changed it")
+        failed(mlx_fd("feedback", run, *asked), "heads.safetensors: it was changed")
     (best / "heads.safetensors").unlink()
     failed(mlx_fd("feedback", run, *asked), "heads.safetensors: is damaged or incomplete")
     shutil.rmtree(run / "checkpoints")

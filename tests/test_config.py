@@ -46,7 +46,7 @@ def test_options_stand_in_their_table_or_at_the_top(tmp_path):
     [
         ("batchsize = 4", 'did you mean "batch_size"'),
         ("[gates]\ngate = 'ema'", 'did you mean "gate"'),
-        ("[gate]\nseed = 1", "seed belongs into [episode], not [gate]"),
+        ("[gate]\nseed = 1", "seed belongs in [episode], not [gate]"),
         ("batch_size = 0", "at least 1"),
         ("batch_size = 2.5", "whole number"),
         ("batch_size = true", "whole number"),

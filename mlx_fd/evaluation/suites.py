@@ -139,7 +139,7 @@ def make_sets(
     def solving(source: str, split: str) -> Solving:
         found = problems.load(source, split, skip_bad_rows=options.skip_bad_rows)
         if found.skipped:
-            warn(f"{found.skipped} rows of {found.name} could not be read and are left out")
+            warn(f"{found.skipped} rows of {found.name} could not be read and were skipped")
         skip = options.skip_bad_rows
         taken = found if skip else dataclasses.replace(found, problems=found.problems[:limit])
         found, notes = fitting(taken, paths, target.config, skip=skip, option="")

@@ -201,7 +201,7 @@ def _describe(
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{source.ref.run}: its {MANIFEST} or {SUMMARY} is not what mlx-fd wrote "
-            f"({error!r}); bring the old file back"
+            f"({error!r}); restore the old file"
         ) from error
 
 

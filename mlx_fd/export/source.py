@@ -103,7 +103,7 @@ def _summary(path: Path) -> dict[str, Any]:
     digest = summary.pop(DIGEST, None)
     if digest is not None and digest != content_digest(summary):
         raise UserError(
-            f"{path}: something changed it after it was written; mlx-fd resume "
+            f"{path}: it was changed after it was written; mlx-fd resume "
             f"{shlex.quote(str(path.parent))} makes it again"
         )
     return summary

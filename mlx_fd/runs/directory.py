@@ -147,7 +147,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     if not is_run(folder):
         raise UserError(
-            f"{folder}: this is no run directory (it has no {MANIFEST}). "
+            f"{folder}: this is not a run directory (it has no {MANIFEST}). "
             "Name the folder that `mlx-fd loop` or `mlx-fd self-distill` printed when it began."
         )
     try:
@@ -156,7 +156,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / MANIFEST}: cannot be read: {error}") from error
     if not is_ours(folder):
         raise UserError(
-            f"{folder}: this is no run directory of mlx-fd (neither its {MANIFEST} nor a file "
+            f"{folder}: this is not a run directory of mlx-fd (neither its {MANIFEST} nor a file "
             f"{MARK} says so), and it was left alone"
         )
     if isinstance(manifest, dict):
@@ -277,6 +277,7 @@ def check_new(folder: Path) -> None:
     """
     if is_run(folder) and is_ours(folder):
         raise UserError(
-            f"{folder}: this is a run already; go on with: mlx-fd resume {shlex.quote(str(folder))}"
+            f"{folder}: this is already a run; continue with: "
+            f"mlx-fd resume {shlex.quote(str(folder))}"
         )
     check_free(folder, RUN)

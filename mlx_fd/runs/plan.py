@@ -93,7 +93,7 @@ def make_plan(config: Config) -> Plan:
     manifest = manifest_of(config, expert_path, student_path, found, pairing.shared_vocab)
     notes = [*pairing.warnings, *left_out]
     if found.skipped:
-        notes.append(f"{found.skipped} rows of {found.name} could not be read and are left out")
+        notes.append(f"{found.skipped} rows of {found.name} could not be read and were skipped")
     return Plan(
         config,
         expert_path,

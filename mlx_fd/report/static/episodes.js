@@ -10,7 +10,7 @@ const FILTERS = {
   wrong: ["wrong, and stayed so", (flags) => !(flags & (RIGHT_BEFORE | RIGHT_AFTER))],
   unreadable: ["a score could not be read", (flags) => flags & UNREADABLE],
   alone: ["student alone, expert not asked", (flags) => flags & ALONE],
-  learned: ["learned from", (flags) => flags & LEARNED],
+  learned: ["distilled", (flags) => flags & LEARNED],
   capped: ["cut at the token limit", (flags) => flags & CAPPED],
 };
 const STEPS = {
@@ -54,7 +54,7 @@ function overview(row, entry) {
     "reference answer": row.reference,
     "right before → after": change(entry.flags),
     "combined score": number(row.score),
-    gate: `${row.gate.distilled ? "learned from" : "not learned from"}: ${row.gate.reason}`,
+    gate: `${row.gate.distilled ? "distilled" : "not distilled"}: ${row.gate.reason}`,
   });
 }
 

@@ -84,7 +84,7 @@ def make_plan(config: Config) -> Plan:
     check_run_memory(critic or student, student, questions, side_by_side, backend().on_cpu)
     notes = list(left_out)
     if found.skipped:
-        notes.append(f"{found.skipped} rows of {found.name} could not be read and are left out")
+        notes.append(f"{found.skipped} rows of {found.name} could not be read and were skipped")
     return Plan(
         config,
         critic or student,

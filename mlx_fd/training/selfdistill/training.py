@@ -446,8 +446,8 @@ def _batch(
     if gap > _LOGPROB_TOLERANCE:
         learner.report(
             Warned(
-                f"batch {number}: a token's log-probability was another by {gap:.3g} when it was "
-                "read again; ratios of this batch are off by that"
+                f"batch {number}: a token's log-probability differs by {gap:.3g} when "
+                "recomputed; the policy ratios of this batch are off by as much"
             )
         )
     metrics = {
