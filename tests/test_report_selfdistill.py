@@ -33,14 +33,14 @@ def test_a_run_is_read_and_its_numbers_are_its_rows(tmp_path):
     assert totals["attempts right, first half"] == tables.Cell("33.3%", "9.7% to 70.0%, n 6")
     assert totals["attempts right, second half"].value == "100.0%"
     assert totals["held-out problems right, before"].note.endswith("n 40")
-    assert totals["attempts that teach"].value == "50.0%"
-    assert totals["tokens of an attempt"].value == "4.0"
+    assert totals["attempts trained on"].value == "50.0%"
+    assert totals["tokens per attempt"].value == "4.0"
     assert totals["optimiser steps"] == tables.Cell("3", "3 batches, 0 skipped")
     assert totals["ratios clipped"].value == "12.50%"
     assert totals["peak memory"].value == "1.00 GiB"
     heads = cells(self_tables.headroom_table([run]))
     low, high = wilson(24, 30)
-    assert heads["right with the context, where it has something to say"] == tables.Cell(
+    assert heads["right with the context, of problems with one"] == tables.Cell(
         "80.0%", f"{low:.1%} to {high:.1%}, n 30"
     )
     assert heads["right, of all held-out problems"].value == "25.0%"
@@ -108,8 +108,8 @@ def test_what_was_not_cut_and_not_measured_has_no_chart(tmp_path):
     assert "Attempts that are right" in titles
     assert not titles & {"Clipped ratios", "Token advantage"}
     heads = cells(self_tables.headroom_table([run]))
-    assert heads["right with the context, where it has something to say"].value == "-"
-    assert heads["right and wrong attempts, of all held-out problems"].value == "12.5%"
+    assert heads["right with the context, of problems with one"].value == "-"
+    assert heads["both right and wrong attempts, of all held-out problems"].value == "12.5%"
     assert "critic" not in self_tables.lead(run)
 
 
