@@ -37,31 +37,35 @@ def _option(default: Any, help: str, **limits: Any) -> Any:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which models, and what of the student trains."""
+    """Which models, and which student weights to train."""
 
     expert: str = _option(
         "qwen2.5-7b-4bit",
-        "Expert: an alias, a hub name or an mlx-lm directory. tiny brings the preset tiny, unless "
-        "another is named.",
+        "Expert model: an alias, a hub name or an mlx-lm directory. tiny implies --preset tiny "
+        "unless another preset is given.",
     )
     student: str = _option(
         "",
-        "Student, likewise; NAME:layers=K keeps K of its layers. "
+        "Student model, likewise; NAME:layers=K keeps K of its layers. "
         "Empty: the expert's default student.",
     )
-    train: str = _option("lora", "What of the student trains.", choices=("lora", "full"))
+    train: str = _option(
+        "lora",
+        "Student weights to train: a LoRA adapter, or all of them.",
+        choices=("lora", "full"),
+    )
     lora_rank: int = _option(16, "Rank of the LoRA matrices.", low=1)
     lora_scale: float = _option(2.0, "LoRA scale (alpha / rank).", low=0)
-    lora_layers: int = _option(0, "How many last layers carry LoRA; 0: all.", low=0)
+    lora_layers: int = _option(0, "Number of last layers with LoRA; 0: all.", low=0)
     score_at: str = _option(
         "prompt",
-        "Where the student's score head reads: the prompt's end, before its feedback is written, "
-        "or the feedback's end.",
+        "Position at which the student's score head reads: the end of the prompt, before the "
+        "feedback is generated, or the end of the feedback.",
         choices=("prompt", "feedback"),
     )
     dequantize: str = _option(
         "auto",
-        "Run the models as float32: auto does so on the CPU backend where memory allows.",
+        "Dequantise to float32: auto does so on the CPU backend where memory allows.",
         choices=("auto", "never"),
     )
 
@@ -72,13 +76,13 @@ class ProblemOptions:
 
     problems: str = _option(
         "gsm8k",
-        "gsm8k, arithmetic (made up), a .jsonl, .json, .csv or .parquet file, or a hub data set.",
+        "gsm8k, arithmetic (generated), a .jsonl, .json, .csv or .parquet file, or a hub dataset.",
     )
-    split: str = _option("train", "Split to run on.")
-    train_on_test: bool = _option(False, "Allow a run on the test split.")
-    episodes: int = _option(400, "Problems to go through.", low=1)
+    split: str = _option("train", "Dataset split to train on.")
+    train_on_test: bool = _option(False, "Allow training on the test split.")
+    episodes: int = _option(400, "Number of problems to go through.", low=1)
     skip_bad_rows: bool = _option(
-        False, "Leave out problems that cannot be read, or are longer than a model's context."
+        False, "Skip problems that cannot be read or exceed a model's context length."
     )
 
 
@@ -86,34 +90,36 @@ class ProblemOptions:
 class GenerationOptions:
     """How text is generated. Temperatures of 0 are greedy."""
 
-    batch_size: int = _option(8, "Problems that go through an episode's steps together.", low=1)
-    max_answer_tokens: int = _option(384, "Most tokens of an answer or a revision.", low=1)
-    max_feedback_tokens: int = _option(192, "Most tokens of a feedback.", low=1)
+    batch_size: int = _option(8, "Problems per batch.", low=1)
+    max_answer_tokens: int = _option(384, "Maximum tokens per answer or revision.", low=1)
+    max_feedback_tokens: int = _option(192, "Maximum tokens per feedback.", low=1)
     max_merge_tokens: int = _option(
-        128, "Most tokens of the merged feedback and of the critique.", low=1
+        128, "Maximum tokens of the merged feedback and of the critique.", low=1
     )
     answers_by: str = _option(
         "expert",
-        "Who writes the first answers, the ones to be judged. An expert that is always right gives "
-        "the student no errors to learn from; the student's own answers do.",
+        "Model that writes the first answers, which are judged. An expert that is always right "
+        "leaves the student no errors to learn from.",
         choices=("expert", "student"),
     )
     answer_temperature: float = _option(
-        0.0, "Sampling temperature of the first answers; a warmer model makes errors.", low=0
+        0.0, "Sampling temperature of the first answers; higher values produce more errors.", low=0
     )
     expert_temperature: float = _option(
-        0.0, "Sampling temperature of all else that the expert writes.", low=0
+        0.0, "Sampling temperature of everything else the expert writes.", low=0
     )
     student_temperature: float = _option(0.0, "Sampling temperature of the student.", low=0)
-    expert_repetition_penalty: float = _option(1.0, "1: none.", low=1)
-    student_repetition_penalty: float = _option(1.0, "1: none.", low=1)
+    expert_repetition_penalty: float = _option(1.0, "Of the expert; 1: none.", low=1)
+    student_repetition_penalty: float = _option(1.0, "Of the student; 1: none.", low=1)
     answer_filter: str = _option(
         "auto",
-        "How a final number is read: auto takes ####, then \\boxed{}, then the last number; strict "
-        "and flexible are lm-evaluation-harness's filters for GSM8K.",
+        "How the final number is extracted: auto takes ####, then \\boxed{}, then the last number; "
+        "strict and flexible are lm-evaluation-harness's filters for GSM8K.",
         choices=("auto", "strict", "flexible"),
     )
-    sequential: bool = _option(False, "One problem at a time, no cache reuse: the reference.")
+    sequential: bool = _option(
+        False, "One problem at a time, without KV cache reuse (the reference implementation)."
+    )
 
 
 @dataclass(frozen=True)
@@ -122,58 +128,60 @@ class LossOptions:
 
     losses: tuple[str, ...] = _option(
         ("lm", "hidden", "score", "logit"),
-        "Losses in use.",
+        "Losses to train with, separated by commas.",
         choices=("lm", "hidden", "score", "logit", "answer", "reasoning", "attention"),
     )
     kl: str = _option(
         "forward",
-        "Divergence of the logit and the reasoning loss: forward is KL(expert || student).",
+        "Divergence of the logit and reasoning losses: forward is KL(expert || student).",
         choices=("forward", "reverse", "jsd"),
     )
     loss_temperature: float = _option(
-        2.0, "Softmax temperature of the logit and the reasoning loss (times T^2).", low=0.01
+        2.0, "Softmax temperature T of the logit and reasoning losses (scaled by T^2).", low=0.01
     )
-    standardize_logits: bool = _option(False, "Z-score both logit rows first (arXiv 2403.01427).")
+    standardize_logits: bool = _option(
+        False, "Standardise (z-score) both logit vectors first (arXiv 2403.01427)."
+    )
     hidden_layers: str = _option(
-        "all", "Layers whose states and attention are aligned.", choices=("all", "last")
+        "all", "Layers whose hidden states and attention are aligned.", choices=("all", "last")
     )
     attention_heads: str = _option(
         "mean",
-        "Attention that is compared: the mean over each layer's heads, or head by head, for a "
-        "student that is a part of the expert.",
+        "Attention to compare: the mean over each layer's heads, or head by head, for a student "
+        "made from some of the expert's layers.",
         choices=("mean", "aligned"),
     )
     solutions: bool = _option(
         False,
-        "Learn from the final answer of a distilled episode too, where it is right. The losses "
-        "answer and reasoning, which are on solutions, do so anyway.",
+        "Also train on the final answer of a distilled episode if it is correct. Always on with "
+        "the losses answer and reasoning.",
     )
     teacher_top_k: int = _option(
         0,
-        "Keep the expert's k likeliest next tokens, and write them to the teacher cache, not "
-        "its hidden states; 0: compare whole distributions.",
+        "Keep the expert's top k next tokens, in the teacher cache, instead of its hidden states; "
+        "0: compare full distributions.",
         low=0,
     )
     teacher_cache: str = _option(
-        "", "Folder of the teacher cache; runs may share one. Empty: in the run directory."
+        "", "Directory of the teacher cache; runs may share one. Empty: in the run directory."
     )
     on_policy_fraction: float = _option(
         0.0,
-        "Share of samples distilled on the student's own feedback instead of the expert's.",
+        "Fraction of samples distilled on the student's own feedback instead of the expert's.",
         low=0,
         high=1,
     )
     student_context: str = _option(
         "none",
-        "Match the student, on its own answers, to itself reading what the expert made of them: "
-        "its feedback, or its revision (step-critique). Needs answers_by = student.",
+        "Self-distillation on the student's own answers: match the student to itself reading the "
+        "expert's feedback, or its revision (step-critique). Needs answers_by = student.",
         choices=("none", "feedback", "step-critique"),
     )
     student_context_weight: float = _option(
-        1.0, "Weight of that divergence beside the other losses.", low=0.001
+        1.0, "Weight of the student_context divergence relative to the other losses.", low=0.001
     )
     scales: tuple[float, ...] = _option(
-        (), "Fixed factor of each loss, in the order of `losses`; empty: 1 / the loss at the start."
+        (), "Fixed scale of each loss, in the order of `losses`; empty: 1 / initial loss."
     )
 
     @property
@@ -192,54 +200,62 @@ class GateOptions:
     """When the student is distilled, when that stops, and when it starts again."""
 
     gate: str = _option(
-        "ema", "Which gate decides.", choices=("ema", "published", "always", "never")
+        "ema",
+        "Gate that starts and stops distillation.",
+        choices=("ema", "published", "always", "never"),
     )
     trigger: str = _option(
         "lag",
-        "Samples that are learned from until the gate freezes the student: those that show a lag, "
-        "or all of them.",
+        "Samples to train on until the gate freezes the student: those on which it lags behind the "
+        "expert, or all.",
         choices=("lag", "always"),
     )
     loss_weights: str = _option(
         "ema",
-        "What each loss counts. ema: more where less was gained (the published gate has its own "
-        "way); phases: correctness first, reasoning later; both: their product; fixed: all the "
-        "same.",
+        "Loss weights. ema: more weight on losses that fell less (the published gate has its own "
+        "rule); phases: correctness first, reasoning later; both: their product; fixed: equal.",
         choices=("ema", "phases", "both", "fixed"),
     )
     phase_begin: float = _option(
-        0.25, "Share of the run after which weight moves from answers to reasoning.", low=0, high=1
+        0.25,
+        "Fraction of the run after which weight shifts from answers to reasoning.",
+        low=0,
+        high=1,
     )
-    phase_end: float = _option(0.75, "Share of the run at which it has moved.", low=0, high=1)
-    ema_decay: float = _option(0.9, "Share of the old value kept by each EMA.", low=0, high=0.9999)
+    phase_end: float = _option(
+        0.75, "Fraction of the run at which the shift is complete.", low=0, high=1
+    )
+    ema_decay: float = _option(0.9, "Decay of the exponential moving averages.", low=0, high=0.9999)
     stop_threshold: float = _option(
-        0.35, "Freeze once every loss has fallen by this share.", low=0, high=1
+        0.35, "Freeze once every loss has fallen by this fraction.", low=0, high=1
     )
     plateau_steps: int = _option(20, "Observations over which a loss must still improve.", low=2)
     plateau_gain: float = _option(
-        0.01, "Smallest improvement over them, as a share of the loss at the start.", low=0
+        0.01, "Minimum improvement over plateau_steps, as a fraction of the initial loss.", low=0
     )
-    minimum_gain: float = _option(0.1, "A plateau counts only after this mean gain.", low=0, high=1)
+    minimum_gain: float = _option(0.1, "Mean gain required before a plateau counts.", low=0, high=1)
     regression: float = _option(
-        0.2, "Thaw when a loss is this share above its level at the freeze.", low=0
+        0.2, "Unfreeze when a loss exceeds its level at the freeze by this fraction.", low=0
     )
-    score_gap: float = _option(0.25, "A score this far from the expert's shows a lag.", low=0)
+    score_gap: float = _option(
+        0.25, "Distance from the expert's score at which the student lags.", low=0
+    )
     confidence: float = _option(
         0.5,
-        "After the freeze, the student may stand alone where its |score| reaches this.",
+        "After the freeze, the student judges without the expert where its |score| reaches this.",
         low=0,
         high=1,
     )
     trust: float = _option(
         0.9,
-        "But only if, of its last scores as sure as that, this share agreed with the expert's on "
-        "whether the answer is right; 0: always.",
+        "It judges alone only if this fraction of its last confident scores agreed with the "
+        "expert's on whether the answer is right; 0: always.",
         low=0,
         high=1,
     )
     audit_fraction: float = _option(
         0.1,
-        "Share of problems whose feedback the expert gives all the same after the freeze.",
+        "Fraction of problems on which the expert still gives feedback after the freeze.",
         low=0,
         high=1,
     )
@@ -252,19 +268,21 @@ class TrainingOptions:
     lora_rate: float = _option(1e-4, "Learning rate of the student's weights.", low=0)
     score_rate: float = _option(1e-4, "Learning rate of the score head.", low=0)
     projection_rate: float = _option(1e-4, "Learning rate of the alignment projection.", low=0)
-    weight_decay: float = _option(0.01, "AdamW's weight decay.", low=0)
-    max_grad_norm: float = _option(1.0, "Largest gradient norm; 0: no clipping.", low=0)
-    kd_steps: int = _option(2, "Optimiser steps on each batch that lags.", low=1)
+    weight_decay: float = _option(0.01, "AdamW weight decay.", low=0)
+    max_grad_norm: float = _option(1.0, "Maximum gradient norm; 0: no clipping.", low=0)
+    kd_steps: int = _option(2, "Optimiser steps per batch on which the student lags.", low=1)
     epochs: int = _option(
         1,
-        "Times the student learns from what it learns from; after the first the expert is not "
-        "asked, and with teacher_top_k need not even read.",
+        "Passes over the training samples; after the first the expert generates nothing, and with "
+        "teacher_top_k it is not run at all.",
         low=1,
     )
     micro_batch: int = _option(
-        4, "Samples in memory at once; gradients accumulate over them.", low=1
+        4, "Samples per forward pass; gradients accumulate over the batch.", low=1
     )
-    grad_checkpoint: bool = _option(False, "Recompute activations instead of keeping them.")
+    grad_checkpoint: bool = _option(
+        False, "Recompute activations in the backward pass to save memory."
+    )
 
 
 @dataclass(frozen=True)
@@ -272,24 +290,24 @@ class EpisodeOptions:
     """The episode and what surrounds it."""
 
     target_score: float = _option(
-        0.9, "Combined score from which an answer is left as it is.", low=-1, high=1
+        0.9, "Combined score at or above which an answer is not revised.", low=-1, high=1
     )
     student_weight: float = _option(
-        0.65, "Weight of the student's score against the expert's 1.", low=0
+        0.65, "Weight of the student's score; the expert's is 1.", low=0
     )
-    probe_size: int = _option(
-        8, "Held-out problems the gate watches; also the headroom check.", low=1
-    )
+    probe_size: int = _option(8, "Held-out problems for the gate and the headroom check.", low=1)
     exam_size: int = _option(
         100,
-        "Answers with known errors that the student judges before the run and after it; 0: no "
-        "examination. Only with --problems arithmetic, where the truth is known.",
+        "Answers with known errors that the student judges before and after the run; 0: no exam. "
+        "Only with --problems arithmetic, where the truth is known.",
         low=0,
     )
-    probe_every: int = _option(1, "Distilled batches between two looks at the probe set.", low=1)
-    checkpoint_every: int = _option(4, "Batches between two checkpoints.", low=1)
-    keep_checkpoints: int = _option(3, "Checkpoints kept beside the best one.", low=2)
-    seed: int = _option(0, "One seed gives one run.", low=0, high=MAX_SEED)
+    probe_every: int = _option(1, "Distilled batches between probe evaluations.", low=1)
+    checkpoint_every: int = _option(4, "Batches between checkpoints.", low=1)
+    keep_checkpoints: int = _option(3, "Checkpoints to keep besides the best one.", low=2)
+    seed: int = _option(
+        0, "Random seed; runs with the same seed are identical.", low=0, high=MAX_SEED
+    )
 
 
 CONTEXTS = (
@@ -310,124 +328,132 @@ class Method:
     )
     context: str = _option(
         "none",
-        "What the self-teacher reads beside the problem.",
+        "What the self-teacher reads in addition to the problem.",
         choices=CONTEXTS,
     )
     objective: str = _option(
         "forward",
-        "What is matched: a divergence of the next-token distributions, forward KL(teacher || "
-        "student), reverse, or jsd; the policy gradient with the teacher's advantage of each drawn "
-        "token (sampled) or the group's (grpo, contrastive); or EchoDistill's sum (echo).",
+        "Training objective: a divergence of the next-token distributions (forward is KL(teacher "
+        "|| student), reverse, jsd); a policy gradient with per-token advantages from the teacher "
+        "(sampled) or group advantages (grpo, contrastive); or EchoDistill's sum (echo).",
         choices=("forward", "reverse", "jsd", "sampled", "grpo", "contrastive", "echo"),
     )
     critic: str = _option(
         "",
-        "Frozen model that writes critiques, feedback and reflections; truth: the generator's own, "
-        "with --problems arithmetic. Empty: none.",
+        "Frozen model that writes critiques, feedback and reflections, or truth: the problem "
+        "generator's own, with --problems arithmetic. Empty: none.",
     )
     critic_sees: str = _option(
         "reference",
-        "What the critic mends an attempt with: the reference solution, or the problem alone, in "
-        "the loop's roles (feedback, then revision), which is what the model tiny knows.",
+        "What the critic corrects an attempt with: the reference solution, or the problem alone, "
+        "in the loop's roles (feedback, then revision), which the model tiny was trained on.",
         choices=("reference", "problem"),
     )
     reference_style: str = _option(
         "solution",
-        "How reference solutions of generated problems are shown: as they stand, which is how "
-        "attempts are written, too, or in prose, as another author would write them.",
+        "Style of the reference solutions of generated problems: solution, the style of the "
+        "attempts, or prose, that of another author.",
         choices=("solution", "prose"),
     )
     noise: str = _option(
         "none",
-        "Noise on the question that the student reads.",
+        "Noise added to the question that the student reads.",
         choices=("none", "typed", "transcribed"),
     )
-    noise_level: float = _option(0.3, "Share of its words that are hit.", low=0, high=1)
-    num_generations: int = _option(1, "Attempts at each problem.", low=1)
-    generation_batch_size: int = _option(64, "Attempts written side by side.", low=1)
+    noise_level: float = _option(0.3, "Fraction of the words with noise.", low=0, high=1)
+    num_generations: int = _option(1, "Attempts per problem.", low=1)
+    generation_batch_size: int = _option(64, "Attempts to generate in parallel.", low=1)
     temperature: float = _option(
-        1.0, "Sampling temperature of attempts, and of the distributions in the loss.", low=0.01
+        1.0, "Temperature of sampling and of the distributions in the loss.", low=0.01
     )
     top_p: float = _option(
         1.0,
-        "Draw attempts from the likeliest tokens that together have this probability.",
+        "Nucleus sampling: sample from the most likely tokens with this total probability.",
         low=0.01,
         high=1,
     )
-    top_k: int = _option(0, "Draw attempts from the k likeliest tokens; 0: from all.", low=0)
+    top_k: int = _option(0, "Sample from the k most likely tokens; 0: from all.", low=0)
     self_teacher: str = _option(
         "base",
-        "Weights of the self-teacher: base, the adapter off; ema, the adapter's moving average; "
-        "current; snapshot, the adapter as it was some updates ago.",
+        "Weights of the self-teacher: base, without the adapter; ema, the adapter's moving "
+        "average; current; snapshot, the adapter of some updates ago.",
         choices=("base", "ema", "current", "snapshot"),
     )
     teacher_decay: float = _option(
-        0.95, "Share of the old value that the moving average keeps at each update.", low=0, high=1
+        0.95, "Decay of the self-teacher's moving average, per update.", low=0, high=1
     )
-    teacher_sync_steps: int = _option(10, "Updates between two snapshots.", low=1)
+    teacher_sync_steps: int = _option(10, "Updates between snapshots of the self-teacher.", low=1)
     jsd_beta: float = _option(
-        0.5, "The teacher's share in the mixture of jsd.", low=0.001, high=0.999
+        0.5, "Weight of the teacher in the mixture of jsd.", low=0.001, high=0.999
     )
     support: str = _option(
         "all",
-        "Tokens whose probabilities are compared: all, or the likeliest of teacher or student.",
+        "Tokens to compare: the whole vocabulary, or the teacher's or student's top k.",
         choices=("all", "teacher", "student"),
     )
-    loss_top_k: int = _option(100, "How many, where not all.", low=1)
+    loss_top_k: int = _option(100, "Number of tokens to compare if support is not all.", low=1)
     tail: bool = _option(
-        True, "Compare what all other tokens have together, too; else renormalise without them."
+        True, "Compare the total probability of all other tokens too; off: renormalise without it."
     )
     token_clip: float = _option(
-        0.0, "Most that one token of the vocabulary adds to a divergence; 0: no limit.", low=0
+        0.0, "Maximum contribution of one vocabulary entry to a divergence; 0: no limit.", low=0
     )
-    skip_tokens: int = _option(0, "First tokens of an attempt that nothing is matched on.", low=0)
+    skip_tokens: int = _option(
+        0, "First tokens of an attempt to leave out of the objective.", low=0
+    )
     stale_cap: float = _option(
         0.0,
-        "Weigh tokens by how much likelier they are now than when drawn, at most this; 0: do not.",
+        "Cap of the importance weights current / sampling probability; 0: no weights.",
         low=0,
     )
-    match_weight: float = _option(1.0, "Weight of what is matched.", low=0)
+    match_weight: float = _option(1.0, "Weight of the teacher-matching objective.", low=0)
     policy_weight: float = _option(
-        0.0, "Weight of GRPO's loss beside it; grpo and contrastive have nothing but that.", low=0
+        0.0, "Weight of the GRPO loss added to it; grpo and contrastive consist of it alone.", low=0
     )
     scale_rewards: str = _option(
         "group",
-        "What a group's advantages are divided by: the standard deviation of the group, of the "
-        "batch, or none (Dr. GRPO).",
+        "Standard deviation to divide a group's advantages by: the group's, the batch's, or none "
+        "(Dr. GRPO).",
         choices=("group", "batch", "none"),
     )
-    epsilon: float = _option(0.2, "A policy's ratio is cut at 1 - this.", low=0, high=1)
-    epsilon_high: float = _option(0.2, "A policy's ratio is cut at 1 + this.", low=0)
+    epsilon: float = _option(0.2, "Clip the policy ratio below at 1 - epsilon.", low=0, high=1)
+    epsilon_high: float = _option(0.2, "Clip the policy ratio above at 1 + epsilon_high.", low=0)
     delta: float = _option(
-        0.0, "Largest ratio where the advantage is negative; 0: no limit.", low=0
+        0.0, "Maximum policy ratio where the advantage is negative; 0: no limit.", low=0
     )
     importance_sampling_level: str = _option(
         "token",
-        "Whose ratio it is: each token's, or the attempt's (GSPO).",
+        "Policy ratio per token, or per attempt (GSPO).",
         choices=("token", "sequence"),
     )
     kl_coef: float = _option(
-        0.0, "Weight of the KL to the base model in a policy's loss (k3).", low=0
+        0.0, "Weight of the KL to the base model in the policy loss (k3 estimator).", low=0
     )
     loss_type: str = _option(
         "dapo",
-        "How a policy's loss is averaged: grpo over attempts of their means, dapo and bnpo over "
-        "all tokens, dr_grpo over attempts times --max-answer-tokens.",
+        "Averaging of the policy loss: grpo over attempts of their token means, dapo and bnpo over "
+        "all tokens, dr_grpo over attempts times max_answer_tokens.",
         choices=("grpo", "bnpo", "dr_grpo", "dapo"),
     )
     mask_truncated_completions: bool = _option(
-        False, "Attempts that ended at the token limit have no part in a policy's loss."
+        False, "Leave attempts that hit the token limit out of the policy loss."
     )
-    wrong_hints: int = _option(4, "Most wrong hints for one attempt.", low=1)
-    contrast_tau: float = _option(0.02, "Softness of the contrast.", low=1e-6)
-    contrast_scale: float = _option(0.5, "How far the contrast moves an advantage.", low=0)
-    contrast_clip: float = _option(2.0, "Bound of that.", low=0)
-    contrast_gate: float = _option(0.02, "Least move that selects a token.", low=0)
-    contrast_weight: float = _option(1.0, "Weight of the selected tokens' mean.", low=0)
+    wrong_hints: int = _option(4, "Maximum number of wrong hints per attempt (contrastive).", low=1)
+    contrast_tau: float = _option(0.02, "Temperature of the contrast (contrastive).", low=1e-6)
+    contrast_scale: float = _option(
+        0.5, "Scale of the contrast in the advantage (contrastive).", low=0
+    )
+    contrast_clip: float = _option(2.0, "Bound on the scaled contrast (contrastive).", low=0)
+    contrast_gate: float = _option(
+        0.02, "Minimum scaled contrast that selects a token (contrastive).", low=0
+    )
+    contrast_weight: float = _option(
+        1.0, "Weight of the mean over the selected tokens (contrastive).", low=0
+    )
     near_bonus: float = _option(
-        0.5, "Reward for right attempts of a student that is near the clean teacher (echo).", low=0
+        0.5, "Extra reward for correct attempts close to the clean teacher (echo).", low=0
     )
-    warmup_steps: int = _option(0, "Updates over which the learning rate rises.", low=0)
+    warmup_steps: int = _option(0, "Updates of linear learning-rate warmup.", low=0)
 
 
 @dataclass(frozen=True)
@@ -719,7 +745,7 @@ def read(path: Path, config: Config | None = None) -> Config:
         for name, setting in given.items():
             if isinstance(value, dict) and name in OPTIONS and OPTIONS[name].section != key:
                 raise UserError(
-                    f"{path}: {name} belongs into [{OPTIONS[name].section}], not [{key}]."
+                    f"{path}: {name} belongs in [{OPTIONS[name].section}], not [{key}]."
                 )
             if name in changes:
                 raise UserError(

@@ -189,7 +189,8 @@ def read_text(path: Path) -> str:
 
 def _is_no_file(path: Path) -> UserError:
     return UserError(
-        f"{path}: this is no ordinary file (but a link, a pipe, a device or a folder), and mlx-fd "
+        f"{path}: this is not a regular file (but a link, a pipe, a device or a folder), and "
+        "mlx-fd "
         "does not write or read it; move it away"
     )
 

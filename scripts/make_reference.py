@@ -58,7 +58,9 @@ def page() -> str:
         own = [p for p in command.params if not (configured and p.name in OPTIONS)]
         lines += ["| argument | |", "|---|---|"]
         for param in own:
-            label = param.name.upper() if isinstance(param, click.Argument) else param.opts[-1]
+            label = (
+                param.name.upper() if isinstance(param, click.Argument) else ", ".join(param.opts)
+            )
             lines.append(f"| `{label}` | {cell(getattr(param, 'help', None))} |")
         lines.append("")
     lines += [

@@ -213,12 +213,12 @@ def test_reference_page_is_up_to_date():
         ("loop --episodes 0", ["episodes must be at least 1, not 0"]),
         ("loop --ema-decay nan", ["ema_decay must be a finite number"]),
         ("loop --stop-threshold 2", ["stop_threshold must be at most 1"]),
-        ("loop --kl forwrd", ["kl takes forward, reverse, jsd", 'did you mean "forward"?']),
-        ("loop --losses lm,logits", ["losses takes", 'did you mean "logit"?']),
+        ("loop --kl forwrd", ["'--kl'", "'forward', 'reverse', 'jsd'", 'did you mean "forward"?']),
+        ("loop --losses lm,logits", ["'--losses'", 'did you mean "logit"?']),
         ("loop --losses ,", ["losses must be a list with at least one"]),
         ("loop --scales 1,2", ["scales has 2 numbers for 4 losses"]),
         ("loop --scales 1,b", ["'1,b' is not a list of numbers"]),
-        ("loop --preset quik", ["no preset 'quik'", 'did you mean "quick"?', *PRESETS]),
+        ("loop --preset quik", ["'quik' is not one of", 'did you mean "quick"?', *PRESETS]),
         ("loop --config none.toml", ["none.toml: cannot be read: No such file"]),
         ("loop --config", ["--config", "requires an argument"]),
         ("loop --out=", ["--out", "the path is empty"]),
@@ -231,8 +231,8 @@ def test_reference_page_is_up_to_date():
         ("loop --expert ./none --student ./none", ["the directory ./none does not exist"]),
         ("loop --expert smollm2-135m:layer=3", ["layer= is unknown", ":layers=K"]),
         ("resume", ["Missing argument 'RUN'"]),
-        ("resume none", ["none: this is no run directory", "manifest.json"]),
-        ("feedback", ["Missing argument 'MODEL'"]),
+        ("resume none", ["none: this is not a run directory", "manifest.json"]),
+        ("feedback --problem 1 --answer 1", ["Missing argument 'MODEL'"]),
         ("feedback none --problem 1", ["Missing option '--answer'"]),
         ("feedback none --problem 1 --answer 1", ["there is no model none", "this machine"]),
         ("feedback none --problem 1 --answer 1 --tokens 0", ["--tokens", "1<=x"]),
@@ -240,7 +240,7 @@ def test_reference_page_is_up_to_date():
         ("feedback none --problem 1 --answer ''", ["--answer: is empty"]),
         ("feedback none --problem @none.txt --answer 1", ["@none.txt: cannot be read: No such"]),
         ("feedback none --problem - --answer -", ["only one of them can be standard input"]),
-        ("export", ["Missing argument 'SOURCE'"]),
+        ("export --out x", ["Missing argument 'SOURCE'"]),
         ("export tiny", ["Missing option '--out'"]),
         ("export none --out x", ["there is no model none", "this machine"]),
         ("export tiny --out x --format safetensors", ["'mlx', 'hf', 'gguf'"]),
@@ -260,7 +260,7 @@ def test_debug_shows_the_traceback(mlx_fd):
     done = mlx_fd("resume", "none", "--debug")
     assert done.status == 2 and done.out == ""
     assert "Traceback" in done.err and "read_manifest" in done.err
-    assert done.err.splitlines()[-1].startswith("error: none: this is no run directory")
+    assert done.err.splitlines()[-1].startswith("error: none: this is not a run directory")
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_debug_shows_the_traceback(mlx_fd):
         ("episodes = [1,\nseed 2", ["not a TOML file", "line 2"]),
         ("[gate]\nema_decy = 0.5", ["no option 'ema_decy'", 'did you mean "ema_decay"?']),
         ("[gat]\nema_decay = 0.5", ["no table [gat]", 'did you mean "gate"?']),
-        ("[models]\nema_decay = 0.5", ["ema_decay belongs into [gate]"]),
+        ("[models]\nema_decay = 0.5", ["ema_decay belongs in [gate]"]),
         ('episodes = "4"', ["episodes must be a whole number, not '4'"]),
         ("episodes = true", ["episodes must be a whole number, not True"]),
     ],
@@ -539,10 +539,10 @@ def test_nobodys_home(mlx_fd):
 
 def test_help_says_what_options_are_here(mlx_fd):
     text = " ".join(mlx_fd("self-distill", "--help").out.split())
-    assert "--model TEXT The model that learns" in text and "[default: tiny-base]" in text
+    assert "--model NAME Model to train" in text and "[default: tiny-base]" in text
     assert "Empty: none. [default: empty]" in text
     assert "default student" not in text and "2147483647" not in text
-    assert "batch that lags" not in text
+    assert "student lags" not in text
     for command in ("eval", "advantage", "compare", "loop", "self-distill"):
         assert "--skip-bad-rows" in mlx_fd(command, "--help").out
 
@@ -580,7 +580,7 @@ def test_a_finished_run_can_be_resumed(run, mlx_fd):
     before = (run / runs.EPISODES).read_bytes()
     summary = (run / runs.SUMMARY).read_bytes()
     done = mlx_fd("resume", run)
-    assert done.status == 0 and f"everything is in {run}" in done.out
+    assert done.status == 0 and f"results: {run}" in done.out
     assert "nothing left to do" in done.out
     assert (run / runs.EPISODES).read_bytes() == before
     assert (run / runs.SUMMARY).read_bytes() == summary
@@ -755,8 +755,8 @@ def test_export_of_a_run(home, finished, mlx_fd, tmp_path):
     out = tmp_path / "out"
     done = mlx_fd("export", finished, "--out", out, "--archive", "--parity-problems", 2)
     assert (done.status, done.err) == (0, "")
-    assert re.search(r"compared on \d+ tokens: .* mean KL .*e-1\d, same likeliest", done.out)
-    assert f"files are in {out}" in done.out
+    assert re.search(r"compared on \d+ tokens: .* mean KL .*e-1\d, same top-1", done.out)
+    assert re.search(rf"wrote \d+ files, .* MB, to {out}", done.out)
     names = {path.relative_to(out).as_posix() for path in out.rglob("*.*")}
     assert names == {
         *("config.json", "model.safetensors", "model.safetensors.index.json", "README.md"),
@@ -838,7 +838,7 @@ def test_a_log_file_gets_plain_lines(home, tmp_path):
     assert done.status == 0 and done.err == ""
     assert not CONTROL.search(done.out)
     lines = done.out.splitlines()
-    assert lines[0] == f"run directory: {out}" and lines[-1] == f"everything is in {out}"
+    assert lines[0] == f"run directory: {out}" and lines[-1] == f"results: {out}"
     batches = [line for line in lines if re.match(r"\d+/4 ", line)]
     assert [line.split()[0] for line in batches] == ["2/4", "4/4"]
     assert all("ETA" in line for line in batches)
@@ -885,7 +885,7 @@ def test_a_terminal_gets_a_live_panel(home, tmp_path):
     # The cursor comes back, and the summary follows the panel.
     assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h") == 1
     end = seen.partition("\x1b[?25h")[2]
-    assert "final answers right" in end and "\x1b[" not in end.partition("everything is in")[2]
+    assert "final answers right" in end and "\x1b[" not in end.partition("results:")[2]
     status, seen = in_terminal(*arguments, str(tmp_path / "b"), cwd=home, NO_COLOR="1")
     assert status == 0 and "╭─ mlx-fd loop" in plain(seen)
     assert not re.search(r"\x1b\[[\d;]*3\d[;m]", seen)
@@ -929,14 +929,14 @@ def test_the_first_signal_ends_the_run_after_its_batch(number, status, home, mlx
     run.process.send_signal(number)
     done = run.end()
     assert done.status == status
-    assert done.err == f"stopped; go on with: mlx-fd resume '{out}'\n"
+    assert done.err == f"stopped; continue with: mlx-fd resume '{out}'\n"
     assert "stopping after this batch" in done.out and "Summary" not in done.out
     batches = len(runs.read_lines(out / runs.METRICS))
     assert 1 <= batches < 20 and len(episodes(out)) == 2 * batches
     checkpoint, broken = newest_checkpoint(out)
     assert checkpoint.batch == batches and not broken
     done = mlx_fd("resume", out)
-    assert done.status == 0 and f"going on after batch {batches}\n" in done.out
+    assert done.status == 0 and f"resuming after batch {batches}\n" in done.out
     assert [row["episode"] for row in episodes(out)] == list(range(40))
 
 
@@ -946,15 +946,15 @@ def test_the_second_signal_ends_the_process_at_once(quiet, home, mlx_fd, tmp_pat
     out = tmp_path / "out"
     long = ["--max-answer-tokens", 1400, "--probe-size", 8]
     run = Started(home, "--out", out, *long, *(["--quiet"] if quiet else []))
-    hint = f"go on with: mlx-fd resume {out}"
+    hint = f"mlx-fd resume {out}"
     if quiet:
         wait_until((out / runs.MANIFEST).exists)
         run.process.send_signal(signal.SIGINT)
         assert hint in run.process.stderr.readline()
     else:
-        run.wait_for("held-out problems first")
+        run.wait_for("first probe evaluation")
         run.process.send_signal(signal.SIGINT)
-        run.wait_for("stopping after this batch; Ctrl-C again ends it at once")
+        run.wait_for("stopping after this batch; Ctrl-C again stops at once")
         assert hint in run.seen[-1]
     begin = time.monotonic()
     run.process.send_signal(signal.SIGINT)
@@ -1017,7 +1017,7 @@ def test_signals_that_are_ignored_stay_ignored(home, tmp_path):
         text=True,
     )
     for line in process.stdout:
-        if "held-out problems first" in line:
+        if "first probe evaluation" in line:
             process.send_signal(signal.SIGINT)
             process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) == 0
@@ -1208,7 +1208,7 @@ def test_feedback_of_half_a_run(home, run, mlx_fd, tmp_path):
     whole = heads.read_bytes()
     for harmed in (whole[:20], whole[:-1] + bytes([whole[-1] ^ 1])):
         heads.write_bytes(harmed)
-        failed(mlx_fd("feedback", run, *asked), "heads.safetensors: something changed it")
+        failed(mlx_fd("feedback", run, *asked), "heads.safetensors: it was changed")
     (best / "heads.safetensors").unlink()
     failed(mlx_fd("feedback", run, *asked), "heads.safetensors: is damaged or incomplete")
     shutil.rmtree(run / "checkpoints")

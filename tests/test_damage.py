@@ -390,13 +390,13 @@ def test_a_frontier_and_a_model_card_are_not_made_of_changed_files(finished, tmp
     folder = copy_of(finished, tmp_path / "run")
     assert read_curve(folder).finished and open_source(str(folder)).summary
     damage(folder, runs.SUMMARY, "digit 90%")
-    with pytest.raises(UserError, match=r"something changed it after it was written.*resume"):
+    with pytest.raises(UserError, match=r"it was changed after it was written.*resume"):
         open_source(str(folder))
     with pytest.raises(UserError, match="something changed it"):
         read_curve(folder)
     folder = copy_of(finished, tmp_path / "run")
     damage(folder, runs.METRICS, "digit 90%")
-    with pytest.raises(UserError, match=r"metrics\.jsonl .*are missing or harmed"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl .*are missing or damaged"):
         read_curve(folder)
     folder = copy_of(finished, tmp_path / "run")
     damage(folder, "checkpoints/best/adapters.safetensors", "bit")

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from mlx_fd.cli.terminal.run import Display, summary_table
-from mlx_fd.runs.events import BatchDone, Note, Probed, Step, Warned
+from mlx_fd.runs.events import BatchDone, Note, Probed, Probing, Started, Step, Warned
 from mlx_fd.runs.labels import duration
 from mlx_fd.runs.summary import summarise
 
@@ -85,8 +85,8 @@ def test_durations(seconds, text):
 def test_lines_for_a_log():
     lines = shown(Probed({"lm": 3.0}, {"lm": 3.0}, HEADROOM), *BATCHES).splitlines()
     assert lines[0] == (
-        "headroom on 8 held-out problems: expert answers 5 right, student 2; judged rightly, "
-        "where a score could be read: expert 6 of 7, student 1 of 4"
+        "headroom on 8 held-out problems: right answers: expert 5, student 2; right judgements, "
+        "of readable scores: expert 6 of 7, student 1 of 4"
     )
     assert lines[1].startswith(
         "2/6  right 1 -> 2 of 2  score expert +0.75 student +0.25  distilled 1  lm 2.5 logit 0.125"
@@ -98,7 +98,7 @@ def test_lines_for_a_log():
 def test_a_skipped_step_is_told():
     update = {"losses": {"lm": None}, "skipped": True}
     done = BatchDone(2, 6, BATCHES[0].rows, metrics(0, updates=[update]))
-    assert "lm -  1 steps skipped: not finite  ETA" in shown(done)
+    assert "lm -  1 steps skipped: gradient not finite  ETA" in shown(done)
 
 
 def test_eta_counts_this_session_only():
@@ -129,11 +129,81 @@ def test_panel_of_a_terminal():
     events = (Probed({"lm": 3.0, "logit": 0.2}, {"lm": 3.0, "logit": 0.2}, HEADROOM), *BATCHES)
     seen = shown(*events, Step(2, "merge", 7), Step(2, "merge", 5), force_terminal=True)
     text = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", seen)
-    assert "2/6  right" not in text
+    assert "2/6  right" not in text and "loading models" in text
     panel = text.rpartition("mlx-fd loop")[2]
     assert "4/6" in panel and "expert merges feedback: 12 tokens" in panel
     assert re.search(r"lm +3 +2 +0\.75", panel) and re.search(r"logit +0\.2 +0\.1 +0\.25", panel)
     assert "right: 2 before, 2 after, of 4" in panel and "gate: frozen" in panel
+
+
+class Screen:
+    """What a terminal of some columns shows of what is written to it."""
+
+    def __init__(self, columns: int):
+        self.columns, self.lines, self.row, self.column = columns, [""], 0, 0
+
+    def write(self, text: str) -> None:
+        for part in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|.|\n", text, re.DOTALL):
+            if part == "\n":
+                self._down()
+            elif part == "\r":
+                self.column = 0
+            elif part == "\x1b[2K":
+                self.lines[self.row] = ""
+            elif part == "\x1b[1A":
+                self.row -= 1
+            elif not part.startswith("\x1b"):
+                if self.column == self.columns:
+                    self._down()
+                line = self.lines[self.row].ljust(self.column)
+                self.lines[self.row] = line[: self.column] + part + line[self.column + 1 :]
+                self.column += 1
+
+    def _down(self) -> None:
+        self.row, self.column = self.row + 1, 0
+        if self.row == len(self.lines):
+            self.lines.append("")
+
+
+def on_screen(*steps) -> list[str]:
+    """The screen after events (and texts that the terminal itself echoes) at 60 columns."""
+    file, screen = io.StringIO(), Screen(60)
+
+    def flush() -> None:
+        screen.write(file.getvalue())
+        file.truncate(0)
+        file.seek(0)
+
+    with Display(Console(file=file, width=60, force_terminal=True)) as display:
+        display._live.auto_refresh = False
+        for step in steps:
+            if isinstance(step, str):
+                screen.write(step)
+            else:
+                display(step)
+            display._live.refresh()
+            flush()
+    flush()
+    return screen.lines
+
+
+def test_the_panel_counts_the_headroom_check():
+    text = "\n".join(on_screen(Probing(0, 32), Step(0, "answer", 40), Probing(12, 32)))
+    assert "headroom: 12/32" in text and "expert answers: 40 tokens" in text
+    assert "loading" not in text and "?" not in text
+
+
+def test_the_panel_of_a_resumed_run_begins_at_its_count():
+    text = "\n".join(on_screen(Probed({"lm": 3.0}, {"lm": 2.0}, HEADROOM), Started(96, 480)))
+    assert "episodes: 96/480" in text
+
+
+def test_an_echoed_interrupt_leaves_no_border():
+    """The terminal writes ^C where the cursor is; after a second one the process may be gone."""
+    lines = on_screen(*BATCHES, "^C", Note("stopping after this batch"), "^C", BATCHES[1])
+    text = "\n".join(lines)
+    assert text.count("\u256d") == text.count("\u2570") == 1 and "^C" not in text
+    assert "stopping after this batch" in text
 
 
 def test_summary_of_a_run():
@@ -148,7 +218,7 @@ def test_summary_of_a_run():
     assert "50.0% (2/4, 95 % 15.0% to 85.0%)" in text
     assert "3 -> 1.5 (-50.0%)" in text and "0.5 -> -" in text
     assert "1 steps in 1 batches, 0 skipped; frozen after batch 2" in text
-    assert "asked 2 times (12 tokens), not asked 2 times (about 12 tokens saved)" in text
+    assert "2 requested (12 tokens), 2 skipped (about 12 tokens saved)" in text
     assert "expert 0, student 4 of 4" in text
     assert "1 min 0 s" in text and "1.50 GiB" in text
 
@@ -160,13 +230,13 @@ def test_a_later_epoch_has_no_episodes():
 
 
 @pytest.mark.parametrize(
-    ("missing", "text"), [(0.0123, "misses at most 0.0123"), (None, "misses an unknown part")]
+    ("missing", "text"), [(0.0123, "misses at most 0.0123"), (None, "misses an unknown amount")]
 )
 def test_what_a_top_k_leaves_out_is_in_the_summary(missing, text):
     summary = summarise([], [], {}, {}, HEADROOM)
     error = {"k": 64, "tail_mass": 0.0152, "missing_at_most": missing}
     console = Console(file=io.StringIO(), width=200)
     console.print(summary_table({**summary, "top_k": error, "peak_memory_bytes": 0}))
-    assert "expert's 64 likeliest tokens" in console.file.getvalue()
-    assert "leave out 1.52% of its probability" in console.file.getvalue()
+    assert "expert's top 64 tokens" in console.file.getvalue()
+    assert "omit 1.52% of its probability" in console.file.getvalue()
     assert text in console.file.getvalue()

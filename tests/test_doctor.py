@@ -96,7 +96,7 @@ def test_brackets_are_printed():
     text = printed(
         doctor.checks_table([doctor._row("backend", "bad", 'pip install "mlx-fd[cpu]"')])
     )
-    assert 'amiss  backend  pip install "mlx-fd[cpu]"' in text
+    assert 'error  backend  pip install "mlx-fd[cpu]"' in text
 
 
 def test_models_found_here_are_marked(tmp_path, monkeypatch):
@@ -141,7 +141,7 @@ def test_kernels_are_compared_with_float64(monkeypatch):
             assert found and all(0 <= row["error"] <= row["limit"] < 0.1 for row in found)
 
 
-def test_a_wrong_kernel_is_amiss(emulator, monkeypatch, tmp_path):
+def test_a_wrong_kernel_is_an_error(emulator, monkeypatch, tmp_path):
     """On a GPU that is emulated, with a text that is wrong and one that does not compile."""
     monkeypatch.setattr(kernels, "backend", lambda: Backend("metal", None, ""))
     monkeypatch.setenv("MLX_FD_KERNELS", "metal")
@@ -170,7 +170,7 @@ def test_a_wrong_kernel_is_amiss(emulator, monkeypatch, tmp_path):
     shown = CliRunner().invoke(cli, ["doctor", "--kernels"])
     assert shown.exit_code == 1
     assert any(
-        line.split()[:4] == ["amiss", "metal:", "top", "k,"] for line in shown.stdout.splitlines()
+        line.split()[:4] == ["error", "metal:", "top", "k,"] for line in shown.stdout.splitlines()
     )
 
 

@@ -375,7 +375,7 @@ def test_a_damaged_generation_config_is_named(tmp_path, text):
 def test_a_file_of_the_base_that_cannot_be_read_is_no_failed_write(tmp_path, form):
     model = tiny.make_model_dir(tmp_path / "model")
     (model / "vocab.json").mkdir()
-    with pytest.raises(UserError, match=r"vocab\.json: is no regular file"):
+    with pytest.raises(UserError, match=r"vocab\.json: is not a regular file"):
         write(model, tmp_path / "out", format=form)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -115,7 +115,7 @@ def test_other_refusals(folder, tmp_path):
         pass
     refuse("is empty", tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(b"hello there" * 100)
-    refuse("is no tar file", tmp_path / "a.tar")
+    refuse("is not a tar file", tmp_path / "a.tar")
     # A member that claims more than there is.
     info = tarfile.TarInfo("a/x")
     info.size = 1 << 40
@@ -126,7 +126,7 @@ def test_other_refusals(folder, tmp_path):
     # A compressed one could hold anything in a few bytes.
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
         archive.add(folder, "student")
-    refuse("is no tar file", tmp_path / "a.tar.gz")
+    refuse("is not a tar file", tmp_path / "a.tar.gz")
     (tmp_path / "a.tar").write_bytes(whole)
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="there already"):

@@ -229,7 +229,7 @@ def test_what_the_user_got_wrong_is_said(exports, export, tmp_path):
         (mlx, "--engine", "llama.cpp"): ["nothing in", "has a .gguf file"],
         (tmp_path / "nothing",): ["there is no such directory or archive"],
         (mlx, "--problems", "gsm9k"): ["did you mean 'gsm8k'?"],
-        (mlx / FOLDER / "bundle.json",): ["is no tar file"],
+        (mlx / FOLDER / "bundle.json",): ["is not a tar file"],
     }.items():
         failed(shell("compare", *arguments, cwd=tmp_path), *texts)
     shutil.rmtree(export / FOLDER)

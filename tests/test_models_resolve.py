@@ -123,7 +123,7 @@ def test_incomplete_directories(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no model\*\.safetensors"):
         resolve(str(path))
     (path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="is no JSON object"):
+    with pytest.raises(UserError, match="is not a JSON object"):
         resolve(str(path))
     (path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="without model_type"):

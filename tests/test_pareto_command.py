@@ -336,16 +336,14 @@ def refused(run, *texts):
 
 
 def test_runs_that_cannot_be_replayed(home, tmp_path):
-    refused(tmp_path / "nothing", "this is no run directory")
+    refused(tmp_path / "nothing", "this is not a run directory")
     gated = make_run(home, tmp_path / "a run", gate="ema", episodes=2)
     refused(
         gated,
         "this run's gate was ema",
         f"mlx-fd loop --config '{gated}/config.toml' --gate always --out '{gated}-always'",
     )
-    refused(
-        make_run(home, tmp_path / "short", episodes=8), "4 looks at the probe set are too few", "5"
-    )
+    refused(make_run(home, tmp_path / "short", episodes=8), "4 probe evaluations are too few", "5")
     still = {"lora_rate": 0, "score_rate": 0, "projection_rate": 0}
     refused(make_run(home, tmp_path / "flat", **still), "no stop_threshold would have stopped")
 
@@ -362,7 +360,7 @@ def test_a_run_that_has_not_ended(copy):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('{"batch": 3,', '{"batch": 3'),  # a line that is no JSON
+        ('{"batch": 3,', '{"batch": 3'),  # a line that is not JSON
         ('{"batch": 3,', '{"batch": 4,'),
         ('"distil_seconds"', '"seconds_of_old"'),
         ('"tokens": ', '"tokens": "many", "more": '),
@@ -384,11 +382,11 @@ def test_lost_lines_and_harmed_totals_are_explained(copy):
     file = copy / "metrics.jsonl"
     whole = file.read_text()
     file.write_text("".join(whole.splitlines(keepends=True)[:-1]))
-    refused(copy, "missing or harmed")
+    refused(copy, "missing or damaged")
     file.write_text(whole)
     episodes = (copy / "episodes.jsonl").read_text()
     (copy / "episodes.jsonl").write_text("")
-    refused(copy, "missing or harmed")
+    refused(copy, "missing or damaged")
     (copy / "episodes.jsonl").write_text(episodes)
     for content in ("{", "[]", '{"probe": {"before": {}, "after": null}, "updates": {"steps": 1}}'):
         (copy / "summary.json").write_text(content)

@@ -73,7 +73,7 @@ def test_a_run_is_read_and_its_numbers_are_its_rows(tmp_path):
     cells = {row[0].value: row[1] for row in tables.summary_table([run]).rows}
     # Wilson's interval of 7 of 8, by the formula.
     assert cells["final answers right"] == tables.Cell("87.5%", "52.9% to 97.8%, n 8")
-    assert cells["expert's feedback asked for"].value == "6 of 8"
+    assert cells["expert feedback requested"].value == "6 of 8"
     lists = [packing.listed_episode(row) for row in run.episodes]
     assert lists[0][3] == packing.LEARNED
     assert lists[1][3] == packing.RIGHT_AFTER | packing.UNREADABLE | packing.LEARNED

@@ -351,7 +351,7 @@ def test_a_chart_answers_the_pointer(opened):
     page = opened("one")
     page.locator("figure:has-text('lm loss') .mark-symbol path").nth(2).hover(force=True)
     tip = page.wait_for_selector("#vg-tooltip-element.visible")
-    assert "held out" in tip.inner_text() or "learned from" in tip.inner_text()
+    assert "held out" in tip.inner_text() or "training" in tip.inner_text()
 
 
 def test_search_finds_words_in_any_text(opened):

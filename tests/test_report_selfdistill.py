@@ -33,14 +33,14 @@ def test_a_run_is_read_and_its_numbers_are_its_rows(tmp_path):
     assert totals["attempts right, first half"] == tables.Cell("33.3%", "9.7% to 70.0%, n 6")
     assert totals["attempts right, second half"].value == "100.0%"
     assert totals["held-out problems right, before"].note.endswith("n 40")
-    assert totals["attempts that teach"].value == "50.0%"
-    assert totals["tokens of an attempt"].value == "4.0"
+    assert totals["attempts trained on"].value == "50.0%"
+    assert totals["tokens per attempt"].value == "4.0"
     assert totals["optimiser steps"] == tables.Cell("3", "3 batches, 0 skipped")
-    assert totals["ratios that were cut"].value == "12.50%"
+    assert totals["ratios clipped"].value == "12.50%"
     assert totals["peak memory"].value == "1.00 GiB"
     heads = cells(self_tables.headroom_table([run]))
     low, high = wilson(24, 30)
-    assert heads["right with the context, where it has something to say"] == tables.Cell(
+    assert heads["right with the context, of problems with one"] == tables.Cell(
         "80.0%", f"{low:.1%} to {high:.1%}, n 30"
     )
     assert heads["right, of all held-out problems"].value == "25.0%"
@@ -65,9 +65,9 @@ def test_charts_have_the_rows_numbers(tmp_path):
     right = rows(figures["Attempts that are right"])
     assert [row["right"] for row in right] == [1.0] * 3 + [0.0] * 13
     assert "37.5% in the first half, 0.0% in the second" in figures["Attempts that are right"].says
-    against = rows(figures["Right attempts spoken against"])
+    against = rows(figures["Negative advantage on right attempts"])
     assert [(row["batch"], row["value"]) for row in against] == [(1, 0.25), (3, 0.25)]
-    assert {row["value"] for row in rows(figures["Ratios that were cut"])} == {0.125}
+    assert {row["value"] for row in rows(figures["Clipped ratios"])} == {0.125}
     (match,) = self_charts.update_figures([run])
     assert [row["loss"] for row in rows(match)] == [1 / 2, 1 / 3, 1 / 4]
     assert match.table is None
@@ -96,7 +96,7 @@ def test_without_a_look_a_sentence_stands_in_the_charts_place(tmp_path):
     assert charts.gain_figure(run) is None
     page = " ".join(parsed(make_page([run])).text)
     assert "Gains on the probe set" not in page
-    assert "the gate has not yet looked at the held-out problems between updates" in page
+    assert "there was no probe evaluation between updates" in page
 
 
 def test_what_was_not_cut_and_not_measured_has_no_chart(tmp_path):
@@ -106,10 +106,10 @@ def test_what_was_not_cut_and_not_measured_has_no_chart(tmp_path):
     run = read(reported.write_self_run(tmp_path / "run", None, metrics, options=options))
     titles = {figure.title for figure in self_charts.attempt_figures([run])}
     assert "Attempts that are right" in titles
-    assert not titles & {"Ratios that were cut", "Advantage of a token"}
+    assert not titles & {"Clipped ratios", "Token advantage"}
     heads = cells(self_tables.headroom_table([run]))
-    assert heads["right with the context, where it has something to say"].value == "-"
-    assert heads["right and wrong attempts, of all held-out problems"].value == "12.5%"
+    assert heads["right with the context, of problems with one"].value == "-"
+    assert heads["both right and wrong attempts, of all held-out problems"].value == "12.5%"
     assert "critic" not in self_tables.lead(run)
 
 

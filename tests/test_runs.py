@@ -341,7 +341,10 @@ def test_a_full_disk_is_explained(tmp_path):
     def write_to_a_full_disk() -> None:
         Path("/dev/full").write_text("x" * 100000)
 
-    with pytest.raises(UserError, match=r"No space left.*mlx-fd resume"), runs.explained(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"No space left.*mlx-fd resume"),
+        runs.wrap_write_errors(tmp_path),
+    ):
         write_to_a_full_disk()
 
 

@@ -461,7 +461,7 @@ def test_a_run_for_a_script_and_its_refused_resume(tmp_path):
     result = json.loads(done.stdout)
     assert result["done"] and result["attempts"]["n"] == 2
     assert re.search(
-        r"headroom on 2 held-out problems: \d answered right; \d with both right and "
+        r"headroom on 2 held-out problems: \d right; \d with both right and "
         "wrong attempts",
         " ".join(done.stderr.split()),
     )

@@ -24,7 +24,7 @@ from mlx_fd.runs.plan import (
     check_out,
     check_run_memory,
     make_plan,
-    settled,
+    with_absolute_names,
 )
 
 
@@ -45,28 +45,30 @@ def manifest(**changes) -> dict:
 
 def test_the_default_student_is_named():
     for alias, what in ALIASES.items():
-        assert settled(config(expert=alias)).models.student == what.student
+        assert with_absolute_names(config(expert=alias)).models.student == what.student
     with pytest.raises(UserError, match="no default student"):
-        settled(config(expert="someone/model"))
+        with_absolute_names(config(expert="someone/model"))
     with pytest.raises(UserError, match=r"Did you mean qwen2\.5-7b-4bit"):
-        settled(config(expert="qwen2.5-7b-4bits"))
+        with_absolute_names(config(expert="qwen2.5-7b-4bits"))
 
 
-def test_names_aresettled_once(tmp_path, monkeypatch):
+def test_names_are_made_absolute_once(tmp_path, monkeypatch):
     """Paths become whole, names stay, and what is settled stays as it is in any folder."""
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "gsm8k", "someone/model"):
         (tmp_path / name).mkdir(parents=True)
-    found = settled(config(expert="./mine/:layers=3", student="someone/else"))
+    found = with_absolute_names(config(expert="./mine/:layers=3", student="someone/else"))
     assert found.models.expert == f"{tmp_path}/mine:layers=3"
     assert found.models.student == "someone/else"
     assert found.problems.problems == "gsm8k"
-    local = settled(config(expert="someone/model", student="mine", problems="mine/../mine"))
+    local = with_absolute_names(
+        config(expert="someone/model", student="mine", problems="mine/../mine")
+    )
     assert local.models.expert == f"{tmp_path}/someone/model"
     assert local.problems.problems == f"{tmp_path}/mine"
     monkeypatch.chdir("/")
     (tmp_path / "c.toml").write_text(to_toml(local))
-    assert settled(read(tmp_path / "c.toml")) == local
+    assert with_absolute_names(read(tmp_path / "c.toml")) == local
 
 
 def test_solutions_fill_larger_micro_batches(tmp_path):

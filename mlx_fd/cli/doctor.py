@@ -11,23 +11,24 @@ from mlx_fd.cli.options import debug_option, json_option
 
 
 @click.command(
+    short_help="Check this machine: versions, backend, memory, models.",
     epilog="""\b
 Examples:
   mlx-fd doctor
   mlx-fd doctor --json
-  mlx-fd doctor --kernels                         first thing on a new Mac or GPU
+  mlx-fd doctor --kernels                       first thing on a new Mac or GPU
 """,
 )
 @click.option(
     "--kernels",
     "of_kernels",
     is_flag=True,
-    help="Run the Metal or CUDA kernels and their twins on small input, and print their errors.",
+    help="Run the Metal or CUDA kernels on small inputs and print their numerical errors.",
 )
 @json_option
 @debug_option
 def doctor(of_kernels: bool, as_json: bool, debug: bool) -> None:
-    """Say what this machine has, and what to install. Exits with 1 where something is amiss."""
+    """Check what this machine has and what to install. Exits with 1 if a check fails."""
     from mlx_fd.cli.checks import checks, checks_table, kernel_rows
 
     rows = kernel_rows() if of_kernels else checks()

@@ -13,8 +13,10 @@ from mlx_fd.cli.options import (
     Count,
     Number,
     PathType,
+    chosen_model,
     debug_option,
     json_option,
+    model_options,
     quiet_option,
     skip_bad_rows_option,
 )
@@ -23,6 +25,7 @@ from mlx_fd.text import strip_control_chars
 
 @click.command(
     "eval",
+    short_help="Evaluate a student on held-out problems.",
     epilog="""\b
 Examples:
   mlx-fd eval runs/20260101-120000
@@ -34,31 +37,32 @@ Examples:
   mlx-fd eval qwen2.5-1.5b-4bit --expert qwen2.5-7b-4bit --baselines
 """,
 )
-@click.argument("model")
+@model_options("model")
 @click.option(
     "--suite",
     type=click.Choice(["fast", "full"]),
     default="fast",
     show_default=True,
-    help="fast: GSM8K's test split, 100 problems. full: all of it, arithmetic out of domain, and "
-    "what --instructions, --processbench and --transfer name.",
+    help="fast: 100 problems of GSM8K's test split. full: the whole split, out-of-domain "
+    "arithmetic, and --instructions, --processbench and --transfer.",
 )
 @click.option(
     "--baselines",
     is_flag=True,
-    help="CLEAR, the chain-of-thought and chain-of-drafts critics, Self-Refine and the bare expert "
-    "too.",
+    help="Also evaluate CLEAR, the chain-of-thought and chain-of-draft critics, Self-Refine and "
+    "the expert alone.",
 )
 @click.option(
     "--expert",
     metavar="NAME",
-    help="The expert of the baselines. [default: the run's; none for a model and for a run of "
-    "mlx-fd self-distill]",
+    help="Expert of the baselines. [default: the run's; none for a model or a run of mlx-fd "
+    "self-distill]",
 )
 @click.option(
     "--limit",
     type=Count(),
-    help="The first so many of each set. [default: 100 in fast, all in full]",
+    metavar="N",
+    help="Use only the first N items of each set. [default: 100 in fast, all in full]",
 )
 @click.option(
     "--k",
@@ -66,69 +70,79 @@ Examples:
     type=Count(1, 256),
     default=1,
     show_default=True,
-    help="Samples of each problem, for Avg@k, Maj@k and Pass@k.",
+    help="Samples per problem, for Avg@k, Maj@k and Pass@k.",
 )
 @click.option(
+    "--temp",
     "--temperature",
+    "temperature",
     type=Number(0),
-    help="Of first answers and bare answers. [default: the run's for first answers, 0 for bare "
-    "ones; with --k 0.7 in place of 0]",
+    help="Sampling temperature of the first and the direct answers. [default: the run's for first "
+    "answers, 0 for direct ones; 0.7 instead of 0 with --k]",
+)
+@click.option(
+    "--max-tokens",
+    type=Count(),
+    help="Maximum tokens per answer. [default: the run's max_answer_tokens]",
 )
 @click.option(
     "--problems",
     metavar="SOURCE",
-    help="As for mlx-fd loop. [default: gsm8k; arithmetic for a run on it and the tiny models]",
+    help="Problems, as for mlx-fd loop. [default: gsm8k; arithmetic for a run on it and for the "
+    "tiny models]",
 )
-@click.option("--split", default="test", show_default=True, help="Split of the problems.")
-@click.option(
-    "--transfer", metavar="SOURCE", help="full: a second data set, which the run never saw."
-)
+@click.option("--split", default="test", show_default=True, metavar="NAME", help="Dataset split.")
+@click.option("--transfer", metavar="SOURCE", help="full: a second dataset, not used in training.")
 @click.option(
     "--instructions",
     type=PathType(),
     metavar="FILE",
-    help="full: a JSON file of Alpaca's format (instruction, input, output).",
+    help="full: a JSON file in Alpaca format (instruction, input, output).",
 )
 @click.option(
-    "--processbench", type=PathType(), metavar="FILE", help="full: a file of ProcessBench's format."
+    "--processbench", type=PathType(), metavar="FILE", help="full: a file in ProcessBench format."
 )
 @click.option(
     "--encoder",
     metavar="NAME",
-    help="A BERT for BERTScore and cosines: all-minilm-l6-v2, a hub name or a directory.",
+    help="BERT model for BERTScore and cosine similarity: all-minilm-l6-v2, a hub name or a "
+    "directory.",
 )
 @click.option(
     "--toxicity",
     metavar="NAME",
-    help="A BERT classifier of toxic texts: a hub name or a directory; words: the small model of "
-    'the extra toxicity (pip install "mlx-fd[toxicity]").',
+    help="BERT toxicity classifier: a hub name or a directory; words: the small model of the extra "
+    'toxicity (pip install "mlx-fd[toxicity]").',
 )
 @click.option(
     "--out",
     type=PathType(),
     metavar="DIR",
-    help="Folder of the results. [default: RUN/eval/SUITE; eval/NAME/SUITE for a model; "
-    "SUITE-2 and so on beside another evaluation]",
+    help="Output directory. [default: RUN/eval/SUITE; eval/NAME/SUITE for a model; SUITE-2 and so "
+    "on if that has another evaluation]",
 )
 @click.option(
     "--cache",
     type=PathType(),
     metavar="DIR",
-    help="Folder of what was generated, for all evaluations. [default: eval in mlx-fd's cache]",
+    help="Cache of generated outputs, shared by all evaluations. [default: eval in mlx-fd's cache]",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of all draws.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
 @skip_bad_rows_option
 @json_option
 @quiet_option
 @debug_option
 def evaluate(
-    model: str,
+    model: str | None,
+    model_option: str | None,
+    adapter_path: Path | None,
     suite: str,
     baselines: bool,
     expert: str | None,
     limit: int | None,
     samples: int,
     temperature: float | None,
+    max_tokens: int | None,
     problems: str | None,
     split: str,
     transfer: str | None,
@@ -144,21 +158,23 @@ def evaluate(
     quiet: bool,
     debug: bool,
 ) -> None:
-    """Measure a student on held-out problems, beside other ways to an answer.
+    """Evaluate a student on held-out problems, next to baselines.
 
     MODEL is a run directory (its best checkpoint), one of its checkpoints, an mlx-lm adapter, or
-    any model. Beside the student of a run of `mlx-fd self-distill` stands the model that it was.
-    All systems go on from the same first answers, so differences are paired. Every number comes
-    with its n and a 95 % interval. Ctrl-C or a kill loses one batch at most: the same command goes
-    on.
+    any model. A student of `mlx-fd self-distill` is compared with its base model. All systems start
+    from the same first answers, so differences are paired. Every number has its n and a 95 %
+    interval. After Ctrl-C or a crash, run the same command again to continue; at most one batch is
+    lost.
     """
     from mlx_fd.models.backend import backend
 
+    name = chosen_model(model, model_option, adapter_path)
     backend()
     from rich.console import Console
     from rich.text import Text
 
     from mlx_fd.cli.terminal.evaluation import EvalDisplay, print_results
+    from mlx_fd.cli.terminal.layout import output_console
     from mlx_fd.evaluation import suites
     from mlx_fd.evaluation.cache import Cache
     from mlx_fd.evaluation.target import open_target
@@ -174,6 +190,7 @@ def evaluate(
         limit=limit,
         samples=samples,
         temperature=temperature,
+        max_tokens=max_tokens,
         problems=problems,
         split=split,
         transfer=transfer,
@@ -184,7 +201,7 @@ def evaluate(
         seed=seed,
         skip_bad_rows=skip_bad_rows,
     )
-    target = open_target(model, expert)
+    target = open_target(name, expert, adapter_path, max_tokens)
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
     if (note := time_note()) and not quiet:
@@ -206,10 +223,10 @@ def evaluate(
         try:
             results = suites.evaluate(bench, sets, options, folder, display)
         except KeyboardInterrupt:
-            click.echo("stopped; the same command goes on", err=True)
+            click.echo("stopped; run the same command again to continue", err=True)
             raise SystemExit(128 + signal.SIGINT) from None
     if as_json:
         click.echo(json.dumps({"folder": str(folder), **results}, indent=2))
         return
-    print_results(results, [one.shown for one in sets], console)
-    click.echo(f"everything is in {folder}")
+    print_results(results, [one.shown for one in sets], output_console())
+    click.echo(f"results: {folder}")

@@ -1,4 +1,4 @@
-"""``mlx-fd export`` and ``mlx-fd compare``."""
+"""``mlx-fd export``."""
 
 from __future__ import annotations
 
@@ -7,85 +7,102 @@ from pathlib import Path
 
 import click
 
-from mlx_fd.cli.options import Count, PathType, debug_option, json_option, quiet_option
+from mlx_fd.cli.options import (
+    Count,
+    PathType,
+    chosen_model,
+    debug_option,
+    json_option,
+    model_options,
+    quiet_option,
+)
 from mlx_fd.text import strip_control_chars
 
 
 @click.command(
+    short_help="Export a student, or any model, for other tools.",
     epilog="""\b
 Examples:
-  mlx-fd export runs/mine --out student                          for mlx-lm, in its base's type
+  mlx-fd export runs/mine --out student                          for mlx-lm, in the base's dtype
   mlx-fd export runs/mine --q-bits 8 --out student-8bit
   mlx-fd export runs/mine --format hf --out student-hf           for transformers, vLLM, SGLang
   mlx-fd export runs/mine --format gguf --out student-gguf       for llama.cpp
   mlx-fd export runs/mine --format gguf --gguf-type q8_0 --out student-q8 --archive
   mlx-fd export runs/mine --format hf --adapter --out adapter    for PEFT
   mlx-fd export runs/mine/checkpoints/000100 --adapter --out adapter
+  mlx-fd export --model NAME --adapter-path adapters --out fused
 """,
 )
-@click.argument("source")
+@model_options("source")
 @click.option(
     "--format",
     "form",
     type=click.Choice(["mlx", "hf", "gguf"]),
     default="mlx",
     show_default=True,
-    help="mlx: for mlx-lm; hf: for Hugging Face transformers; gguf: for llama.cpp.",
+    help="Output format: mlx for mlx-lm, hf for Hugging Face transformers, gguf for llama.cpp.",
 )
 @click.option(
     "--out",
     type=PathType(),
     metavar="DIR",
     required=True,
-    help="The directory to make.",
+    help="Directory to create.",
 )
 @click.option(
     "--adapter/--fuse",
     default=False,
-    help="Write the adapter alone (mlx: as mlx-lm does; hf: as PEFT does), or the whole model with "
-    "the adapter fused into it. [default: fuse]",
+    help="Write only the adapter (mlx: mlx-lm's format; hf: PEFT's), or the whole model with the "
+    "adapter fused into it. [default: fuse]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32"]),
-    help="Type of the weights. [default: mlx: the base's own; hf: bfloat16]",
+    help="Data type of the weights. [default: mlx: the base's; hf: bfloat16]",
 )
 @click.option(
     "--q-bits",
     type=click.Choice(["4", "8"]),
-    help="mlx: quantise to so many bits. Refused where that would lose what was learned. "
-    "[default: leave the weights dequantised]",
+    help="mlx: quantise to this many bits. Refused if quantisation would undo the training. "
+    "[default: not quantised]",
 )
 @click.option(
     "--q-group-size",
     type=click.Choice(["32", "64", "128"]),
-    help="Weights that share a scale. [default: 64]",
+    help="Quantisation group size. [default: 64]",
 )
 @click.option(
     "--gguf-type",
     type=click.Choice(["f32", "f16", "bf16", "q8_0", "q4_1", "q4_0"]),
-    help="Type of the matrices in a GGUF file. With a quantised one, matrices that the training "
-    "left alone keep their quantised numbers where they fit exactly. [default: f16]",
+    help="gguf: data type of the weight matrices. With a quantised type, matrices not changed by "
+    "the training keep the base's quantised values if those fit exactly. [default: f16]",
 )
 @click.option(
     "--base-model",
     metavar="NAME",
-    help="hf --adapter: what the adapter calls its base model. [default: as it was trained]",
+    help="hf --adapter: name of the base model to write into the adapter. [default: the base it "
+    "was trained on]",
 )
 @click.option(
     "--parity-problems",
     type=Count(1, 1000),
     default=8,
     show_default=True,
-    help="Problems in the parity bundle, which mlx-fd compare reads.",
+    help="Problems in the parity bundle for mlx-fd compare.",
 )
-@click.option("--parity/--no-parity", default=True, help="Write the parity bundle or leave it out.")
-@click.option("--archive", is_flag=True, help="Write DIR.tar too.")
+@click.option(
+    "--parity/--no-parity",
+    default=True,
+    help="Write the parity bundle for mlx-fd compare. [default: parity]",
+)
+@click.option("--archive", is_flag=True, help="Also write DIR.tar.")
 @json_option
 @quiet_option
 @debug_option
 def export(
-    source: str,
+    source: str | None,
+    model_option: str | None,
+    adapter_path: Path | None,
     form: str,
     out: Path,
     adapter: bool,
@@ -101,14 +118,15 @@ def export(
     quiet: bool,
     debug: bool,
 ) -> None:
-    """Write a student, or any model, for the tool that shall run it.
+    """Export a student, or any model, for other tools.
 
-    SOURCE is a run directory (its best checkpoint), one of its checkpoints, or a model. What was
-    written is read back and its logits are compared with the live student's before the directory
-    appears. It holds a model card, the score head and, for `mlx-fd compare`, a parity bundle.
+    SOURCE is a run directory (its best checkpoint), one of its checkpoints, or a model. The export
+    is read back and its logits are compared with those of the model in memory before the directory
+    appears. It includes a model card, the score head and a parity bundle for `mlx-fd compare`.
     """
     from mlx_fd.models.backend import backend
 
+    name = chosen_model(source, model_option, adapter_path, "SOURCE")
     backend()
     from rich.console import Console
 
@@ -128,7 +146,7 @@ def export(
         parity_problems=parity_problems if parity else 0,
     )
     with Steps(Console(stderr=True), quiet=quiet) as steps:
-        done = write(source, out, wanted, with_archive=archive, progress=steps)
+        done = write(name, out, wanted, adapter=adapter_path, with_archive=archive, progress=steps)
     for text in done.warnings:
         click.echo(f"warning: {strip_control_chars(text)}", err=True)
     if as_json:
@@ -136,11 +154,11 @@ def export(
         return
     found = done.agreement
     click.echo(
-        f"read back and compared on {found.positions} tokens: largest difference of two logits "
-        f"{found.largest_difference:.3g}, mean KL {found.mean_kl:.3g}, same likeliest token at "
+        f"read back and compared on {found.positions} tokens: maximum logit difference "
+        f"{found.largest_difference:.3g}, mean KL {found.mean_kl:.3g}, same top-1 token "
         f"{found.top1:.1%}"
     )
     if done.gguf is not None and done.gguf.carried:
         matrices = sum(done.gguf.kinds.values())
-        click.echo(f"{done.gguf.carried} of {matrices} matrices carried over without rounding")
-    click.echo(f"{sum(done.files.values()) / 1e6:.1f} MB in {len(done.files)} files are in {out}")
+        click.echo(f"{done.gguf.carried} of {matrices} matrices copied without rounding")
+    click.echo(f"wrote {len(done.files)} files, {sum(done.files.values()) / 1e6:.1f} MB, to {out}")

@@ -8,12 +8,20 @@ from pathlib import Path
 
 import click
 
-from mlx_fd.cli.options import Count, debug_option, json_option
+from mlx_fd.cli.options import (
+    Count,
+    Number,
+    chosen_model,
+    debug_option,
+    json_option,
+    model_options,
+)
 from mlx_fd.errors import UserError
 from mlx_fd.text import strip_control_chars
 
 
 @click.command(
+    short_help="Score and criticise an answer with a distilled student.",
     epilog="""\b
 Examples:
   mlx-fd feedback runs/20260101-120000 --problem "Tom has 3 apples and buys 5. How many?" \\
@@ -21,20 +29,39 @@ Examples:
   mlx-fd feedback qwen2.5-1.5b-4bit --problem @problem.txt --answer - < answer.txt
 """,
 )
-@click.argument("model")
+@model_options("model")
 @click.option("--problem", required=True, help="The problem; @FILE reads a file, - standard input.")
 @click.option("--answer", required=True, help="The answer to judge; likewise.")
 @click.option(
     "--tokens",
+    "--max-tokens",
+    "tokens",
     type=Count(),
     default=192,
     show_default=True,
-    help="Most tokens of the feedback.",
+    help="Maximum tokens of the feedback.",
+)
+@click.option(
+    "--temp",
+    "--temperature",
+    "temperature",
+    type=Number(0),
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature of the feedback; 0 is greedy.",
 )
 @json_option
 @debug_option
 def feedback(
-    model: str, problem: str, answer: str, tokens: int, as_json: bool, debug: bool
+    model: str | None,
+    model_option: str | None,
+    adapter_path: Path | None,
+    problem: str,
+    answer: str,
+    tokens: int,
+    temperature: float,
+    as_json: bool,
+    debug: bool,
 ) -> None:
     """Score and criticise an answer with a distilled student.
 
@@ -42,13 +69,15 @@ def feedback(
     """
     from mlx_fd.models.backend import backend
 
+    name = chosen_model(model, model_option, adapter_path)
     backend()
     if problem == answer == "-":
         raise UserError("--problem - and --answer -: only one of them can be standard input")
     question, text = _text(problem, "--problem"), _text(answer, "--answer")
-    from mlx_fd.feedback.judge import give_feedback
+    from mlx_fd.feedback.judge import give_feedback, locate_model
 
-    found = give_feedback(model, question, text, tokens)
+    ref = locate_model(name, adapter_path)
+    found = give_feedback(ref, question, text, tokens, temperature)
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return

@@ -1,14 +1,14 @@
-"""``mlx-fd loop`` and ``mlx-fd resume``."""
+"""``mlx-fd loop``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mlx_fd.cli.options import (
+    Choice,
     ConfiguredCommand,
     PathType,
     configuration,
@@ -18,7 +18,7 @@ from mlx_fd.cli.options import (
     track_option,
     with_configuration,
 )
-from mlx_fd.cli.run_command import Job, new_folder, run_command
+from mlx_fd.cli.run_command import new_folder, run_loop
 from mlx_fd.config import PRESETS
 from mlx_fd.errors import UserError
 from mlx_fd.runs.tracking import check_installed
@@ -27,6 +27,7 @@ from mlx_fd.runs.tracking import check_installed
 @with_configuration
 @click.command(
     cls=ConfiguredCommand,
+    short_help="Distil an expert's feedback into a student.",
     epilog="""\b
 Examples:
   mlx-fd loop --expert qwen2.5-7b-4bit
@@ -37,22 +38,27 @@ Examples:
   mlx-fd loop --expert smollm2-135m --student smollm2-135m:layers=15 --preset quick
   mlx-fd loop --config runs/mine/config.toml --seed 1 --out runs/seed1
   mlx-fd loop --preset tiny --track tensorboard
-  mlx-fd loop --config runs/always/pareto.toml    stops where mlx-fd pareto recommends
+  mlx-fd loop --config runs/always/pareto.toml    stop where mlx-fd pareto recommends
 """,
 )
-@click.option("--preset", "preset_name", metavar="NAME", help=f"One of: {', '.join(PRESETS)}.")
+@click.option(
+    "--preset",
+    "preset_name",
+    type=Choice(list(PRESETS)),
+    help="A set of options, which other options override.",
+)
 @click.option(
     "--config",
     "config_file",
     type=PathType(),
     metavar="FILE",
-    help="A TOML file with options, for instance an earlier run's config.toml.",
+    help="A TOML file with options, such as an earlier run's config.toml.",
 )
 @click.option(
     "--out",
     type=PathType(),
     metavar="DIR",
-    help="The run directory. [default: runs/DATE-TIME]",
+    help="Run directory. [default: runs/DATE-TIME]",
 )
 @track_option
 @json_option
@@ -70,12 +76,12 @@ def loop(
 ) -> None:
     """Distil the expert's feedback into the student while the expert solves problems.
 
-    Options given here win over --config, which wins over --preset. Ctrl-C ends the run after the
-    batch under way, and a second one at once, without that batch; either way `mlx-fd resume` goes
-    on exactly there.
+    Options on the command line override --config, which overrides --preset. Ctrl-C stops the run
+    after the current batch; a second Ctrl-C stops it at once and discards that batch. Either way
+    `mlx-fd resume` continues the run exactly where it stopped.
 
-    Exits with 0 when the run is done, with 130 after Ctrl-C (143 after SIGTERM, 129 after SIGHUP,
-    as from a terminal that was closed), with 2 when something has to be mended first.
+    Exit status: 0 when the run is complete, 2 on invalid input, 130 after Ctrl-C, 143 after
+    SIGTERM, 129 after SIGHUP (a closed terminal).
     """
     from mlx_fd.models.backend import backend
 
@@ -91,44 +97,4 @@ def loop(
 
     folder = out or new_folder()
     check_out(folder)
-    _run(folder, make_plan(config), [], trackers, as_json, quiet, new=True)
-
-
-def _run(
-    folder: Path,
-    plan: Any,
-    warnings: list[str],
-    trackers: tuple[str, ...],
-    as_json: bool,
-    quiet: bool,
-    *,
-    new: bool,
-    redo: bool = False,
-) -> None:
-    from mlx_fd.cli.terminal.run import Display, summary_table
-    from mlx_fd.evaluation.exam import exam_questions
-    from mlx_fd.feedback.pair import open_pair
-    from mlx_fd.runs import README
-    from mlx_fd.training.loop import run
-
-    models = plan.config.models
-
-    def opened() -> Callable[..., Any]:
-        pair = open_pair(plan)
-        return lambda report, stop: run(
-            *(
-                folder,
-                plan.config,
-                pair,
-                plan.probe,
-                plan.problems,
-                report,
-                stop,
-                exam_questions(plan.config),
-            ),
-            redo=redo,
-        )
-
-    names = f"expert {models.expert}, student {models.student}"
-    job = Job(names, opened, Display, summary_table, README)
-    run_command(folder, plan, job, warnings, trackers, as_json, quiet, new=new)
+    run_loop(folder, make_plan(config), [], trackers, as_json, quiet, new=True)

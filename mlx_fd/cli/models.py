@@ -10,6 +10,7 @@ from mlx_fd.cli.options import debug_option, json_option
 
 
 @click.command(
+    short_help="List the models available on this machine.",
     epilog="""\b
 Examples:
   mlx-fd models
@@ -19,7 +20,7 @@ Examples:
 @json_option
 @debug_option
 def models(as_json: bool, debug: bool) -> None:
-    """List the models that can be used here."""
+    """List the known model names, and which models are on this machine."""
     from mlx_fd.models.backend import backend
 
     backend()

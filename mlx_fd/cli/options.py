@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from mlx_fd.config import MAX_COUNT, MAX_SEED, OPTIONS, Config, Option, override, preset, read
 from mlx_fd.models.aliases import TINY
@@ -22,6 +25,18 @@ _SECTIONS = {
     "episode": "Episode and run",
     "selfdistill": "Method",
 }
+
+# What stands for the value of an option in the help, where its type does not say it.
+_METAVARS = {
+    "expert": "NAME",
+    "student": "NAME",
+    "critic": "NAME",
+    "problems": "SOURCE",
+    "split": "NAME",
+    "teacher_cache": "DIR",
+}
+# Longer lists of choices stand in the help text: the first column does not wrap.
+_CHOICES_WIDTH = 40
 
 
 class Count(click.ParamType[int]):
@@ -43,6 +58,8 @@ SEED = Count(0, MAX_SEED)
 class Number(click.FloatRange):
     """A finite number within limits; click's own type takes ``nan`` for one."""
 
+    name = "float"
+
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         """The number."""
         number = float(super().convert(value, param, ctx))
@@ -51,21 +68,60 @@ class Number(click.FloatRange):
         return number
 
 
-class Words(click.ParamType[list[Any]]):
-    """A comma-separated list."""
+def _not_one_of(value: Any, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f'; did you mean "{close[0]}"?' if close else "."
+    return f"{value!r} is not one of {', '.join(map(repr, choices))}{hint}"
 
-    name = "list"
 
-    def __init__(self, numbers: bool):
-        self._numbers = numbers
+class Choice(click.Choice[str]):
+    """One of some names; a wrong one is told which may have been meant."""
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> list[Any]:
-        """The words, or the numbers."""
-        words = [word.strip() for word in value.split(",") if word.strip()]
-        if not self._numbers:
-            return words
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The name."""
+        if value not in self.choices:
+            self.fail(_not_one_of(value, self.choices), param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class NameList(click.ParamType[list[str]]):
+    """Names separated by commas, each one of the choices."""
+
+    name = "NAME,..."
+
+    def __init__(self, choices: Sequence[str]):
+        self._choices = choices
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[str]:
+        """The names."""
+        if not isinstance(value, str):
+            return list(value)
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        for name in names:
+            if name not in self._choices:
+                self.fail(_not_one_of(name, self._choices), param, ctx)
+        return names
+
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
+        """The names that can stand after the last comma."""
+        before, comma, begun = incomplete.rpartition(",")
+        given = before.split(",")
+        return [
+            CompletionItem(before + comma + name)
+            for name in self._choices
+            if name.startswith(begun) and name not in given
+        ]
+
+
+class NumberList(click.ParamType[list[float]]):
+    """Numbers separated by commas."""
+
+    name = "FLOAT,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[float]:
+        """The numbers."""
         try:
-            return [float(word) for word in words]
+            return [float(word) for word in value.split(",") if word.strip()]
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers such as 1,1,1,0.03")
 
@@ -86,28 +142,45 @@ class PathType(click.ParamType[Path]):
 
 
 def click_option(
-    option: Option, *, flag: str = "", default: str = "", help: str = ""
+    option: Option,
+    *,
+    flags: tuple[str, ...] = (),
+    default: str = "",
+    help: str = "",
+    choices: tuple[str, ...] = (),
 ) -> click.Option:
     """An option of the configuration as one of the command line; not given, it is ``None``.
 
     Args:
         option: the option.
-        flag: its flag, where that is not its name.
-        default: what is said of its default, where that is not the option's.
-        help: what is said of it, where it means something else there.
+        flags: its spellings, where its name is not the only one.
+        default: its default as the help shows it, where that is not the option's.
+        help: its help text, where that is not the option's.
+        choices: its choices, where those are not the option's.
     """
-    flag = flag or "--" + option.name.replace("_", "-")
+    flags = flags or ("--" + option.name.replace("_", "-"),)
+    choices = choices or option.choices
     text = help or option.help
-    if option.choices:
-        text += f" One of: {', '.join(option.choices)}."
+    metavar = _METAVARS.get(option.name)
+    kind: click.ParamType
+    if option.kind is tuple:
+        kind = NameList(choices) if choices else NumberList()
+        metavar = metavar or kind.name
+        if choices:
+            text += f" One of: {', '.join(choices)}."
+    elif choices:
+        kind = Choice(choices)
+        if len("|".join(choices)) > _CHOICES_WIDTH:
+            metavar = "NAME"
+            text += f" One of: {', '.join(choices)}."
+    else:
+        kind = {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}[
+            option.kind
+        ]
     text += f" [default: {default or shown_default(option.default)}]"
     if option.kind is bool:
-        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
-    if option.kind is tuple:
-        kind: Any = Words(numbers=not option.choices)
-    else:
-        kind = {int: click.INT, float: click.FLOAT, str: click.STRING}[option.kind]
-    return click.Option([flag, option.name], type=kind, default=None, help=text)
+        return click.Option([f"{flags[0]}/--no-{flags[0][2:]}"], default=None, help=text)
+    return click.Option([*flags, option.name], type=kind, metavar=metavar, default=None, help=text)
 
 
 def shown_default(value: Any) -> str:
@@ -144,17 +217,63 @@ def with_configuration(command: click.Command) -> click.Command:
     return command
 
 
+def model_options(argument: str) -> Callable[[Any], Any]:
+    """Give a command a model as mlx-lm's commands take one, beside the argument.
+
+    Args:
+        argument: the argument's name; the command gets it, ``model_option`` and ``adapter_path``,
+            which :func:`chosen_model` reads.
+    """
+
+    def decorate(command: Any) -> Any:
+        command = click.option(
+            "--adapter-path",
+            type=PathType(),
+            metavar="DIR",
+            help="An mlx-lm adapter, or a checkpoint of a run, to load on top of the model. "
+            f"[default: none; without {argument.upper()}: on the model it was trained on]",
+        )(command)
+        command = click.option(
+            "--model", "model_option", metavar="NAME", help=f"The same as {argument.upper()}."
+        )(command)
+        return click.argument(argument, required=False, metavar=f"[{argument.upper()}]")(command)
+
+    return decorate
+
+
+def chosen_model(
+    argument: str | None, option: str | None, adapter: Path | None, name: str = "MODEL"
+) -> str:
+    """The model of a command that has :func:`model_options`; empty: the one the adapter names.
+
+    Args:
+        argument: the argument, if given.
+        option: ``--model``, if given.
+        adapter: ``--adapter-path``, if given.
+        name: what the help calls the argument.
+
+    Raises:
+        click.UsageError: the model is given twice, or not at all.
+    """
+    if argument is not None and option is not None:
+        raise click.UsageError(f"{name} and --model are the same; give one of them.")
+    model = argument if argument is not None else option
+    if model is None and adapter is None:
+        raise click.UsageError(f"Missing argument '{name}' (or --model, or --adapter-path).")
+    return model or ""
+
+
 skip_bad_rows_option = click.option(
     "--skip-bad-rows", is_flag=True, help=OPTIONS["skip_bad_rows"].help
 )
-debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-quiet_option = click.option("--quiet", is_flag=True, help="Print warnings and the result only.")
+debug_option = click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
+quiet_option = click.option("--quiet", is_flag=True, help="Print only warnings and the result.")
 track_option = click.option(
     "--track",
     "trackers",
     type=click.Choice(TRACKERS),
     multiple=True,
-    help="Send losses, weights, gains, gate and accuracy there too, while it goes; repeatable.",
+    help="Also log losses, weights, gate and accuracy to this tracker during the run; repeatable.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 

@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_fd.cli.options import PathType, Words, debug_option, json_option, quiet_option
+from mlx_fd.cli.options import NameList, PathType, debug_option, json_option, quiet_option
 from mlx_fd.cli.signals import Stopped, stopping_on_signals
-from mlx_fd.evaluation.pareto.names import COSTS
+from mlx_fd.config import OPTIONS
+from mlx_fd.evaluation.pareto.names import COSTS, METRICS
 
 if TYPE_CHECKING:
     from mlx_fd.config import Config
 
 
 @click.command(
+    short_help="Choose a stopping threshold from one full-length run.",
     epilog="""\b
 Examples:
-  mlx-fd pareto runs/always                       a run of: mlx-fd loop --gate always
+  mlx-fd pareto runs/always                     a run of: mlx-fd loop --gate always
   mlx-fd pareto runs/always --cost teacher_tokens --objectives lm,score
-  mlx-fd pareto runs/always --exam                what the student could do at each stop
-  mlx-fd pareto runs/always --sweep               train each threshold, and compare
+  mlx-fd pareto runs/always --exam              examine the student at each stop
+  mlx-fd pareto runs/always --sweep             train with each threshold, and compare
 """,
 )
 @click.argument("run", type=PathType())
@@ -32,26 +34,26 @@ Examples:
     type=click.Choice(list(COSTS)),
     default="kd_steps",
     show_default=True,
-    help="The cost that is weighed: optimiser steps, tokens learned from in them, or their time.",
+    help="Training cost: optimiser steps, tokens trained on, or seconds.",
 )
 @click.option(
     "--objectives",
-    type=Words(numbers=False),
+    type=NameList([*(OPTIONS["losses"].choices), *METRICS]),
     default="",
-    help="Losses and metrics weighed against it. [default: all losses; with --exam its F1 and the "
-    "problems solved too]",
+    help="Losses and metrics to trade off against the cost. [default: all losses; with --exam also "
+    "first_error_f1 and solved]",
 )
 @click.option(
     "--exam",
     is_flag=True,
-    help="Examine the student at each stop whose checkpoint is there (--problems arithmetic; keep "
-    "them with --checkpoint-every 1 --keep-checkpoints N).",
+    help="Examine the student at each stop that has a checkpoint (--problems arithmetic; keep "
+    "checkpoints with --checkpoint-every 1 --keep-checkpoints N).",
 )
 @click.option(
     "--sweep",
     is_flag=True,
-    help="Train every threshold for real, in RUN/sweep, and compare. The same command goes on with "
-    "a sweep that was stopped.",
+    help="Also train a run with each threshold, in RUN/sweep, and compare. Repeat the command to "
+    "continue a stopped sweep.",
 )
 @json_option
 @quiet_option
@@ -66,16 +68,17 @@ def pareto(
     quiet: bool,
     debug: bool,
 ) -> None:
-    """Find where to stop distilling, from one run that did not stop.
+    """Choose a stopping threshold from one full-length run.
 
     RUN is the directory of a run with `--gate always`. The gate is replayed on it for every
-    stop_threshold: where it would have stopped, what that would have cost, and the held-out losses
-    there. The knee of the Pareto frontier is recommended. Writes pareto.json, pareto.svg, and
-    pareto.toml, which `mlx-fd loop --config` takes, into RUN.
+    stop_threshold: where it would have stopped, the cost up to there, and the held-out losses
+    there. The knee of the Pareto frontier is recommended. Writes pareto.json, pareto.svg and
+    pareto.toml (for `mlx-fd loop --config`) into RUN.
     """
     from rich.console import Console
 
     from mlx_fd.cli.terminal.frontier import summary, table
+    from mlx_fd.cli.terminal.layout import output_console
     from mlx_fd.cli.terminal.run import Steps
     from mlx_fd.evaluation.pareto.choice import PRESET, judge, objectives_of
     from mlx_fd.evaluation.pareto.curve import read_curve
@@ -104,7 +107,7 @@ def pareto(
         click.echo(json.dumps(found, indent=2))
         return
     if not quiet:
-        Console().print(table(found))
+        output_console().print(table(found))
     for note in found["notes"]:
         click.echo(f"note: {note}")
     click.echo(summary(found))
@@ -120,7 +123,7 @@ def _write(run: Path, found: dict[str, Any], config: Config) -> None:
     from mlx_fd.files import clear_unfinished
     from mlx_fd.report.frontier import PLOT, plot
 
-    with runs.explained(run, "free some space, then run the same command again."):
+    with runs.wrap_write_errors(run, "free some space, then run the same command again."):
         clear_unfinished(run)
         write(run, found, config)
         plot(found, run / PLOT)
@@ -138,7 +141,7 @@ def _swept(run: Path, found: dict[str, Any], config: Config, quiet: bool) -> lis
         click.echo(text, err=True)
         console.show_cursor()
 
-    text = "stopping after this batch; the same command goes on"
+    text = "stopping after this batch; run the same command again to continue"
     with (
         Steps(console, quiet=quiet) as steps,
         stopping_on_signals(say, text) as came,

@@ -28,6 +28,7 @@ def _counted(run: LoopRun | SelfRun) -> dict[str, int]:
 
 
 @click.command(
+    short_help="Write an HTML report of one run or several.",
     epilog="""\b
 Examples:
   mlx-fd report runs/20260101-120000
@@ -41,16 +42,16 @@ Examples:
     "--out",
     type=PathType(),
     metavar="FILE",
-    help="The page. [default: report.html in the run's directory, for several runs in this one]",
+    help="Output file. [default: RUN/report.html; for several runs report.html]",
 )
 @click.option(
     "--episodes",
     type=Count(),
     metavar="N",
-    help="How many episodes (of self-distillation: attempts) of each run to put in, evenly "
-    "spread. [default: all]",
+    help="Episodes (self-distillation: attempts) of each run to include, evenly spaced. "
+    "[default: all]",
 )
-@click.option("--open", "opened", is_flag=True, help="Open the page in the browser.")
+@click.option("--open", "opened", is_flag=True, help="Open the report in the browser.")
 @json_option
 @quiet_option
 @debug_option
@@ -63,10 +64,10 @@ def report(
     quiet: bool,
     debug: bool,
 ) -> None:
-    """Make one HTML page of a run, or of several beside each other.
+    """Write an HTML report of one run, or of several side by side.
 
-    RUN is the directory of a run of `mlx-fd loop` or `mlx-fd self-distill`, finished or not; those
-    on one page are of one kind. The page needs no network and nothing beside it.
+    RUN is a run directory of `mlx-fd loop` or `mlx-fd self-distill`, finished or not; the runs in
+    one report are all of the same command. The report is one self-contained file.
     """
     from rich.console import Console
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from mlx_fd.cli import self_distill as selfdistilling
-from mlx_fd.cli.loop import _run
 from mlx_fd.cli.options import (
     PathType,
     debug_option,
@@ -15,12 +14,14 @@ from mlx_fd.cli.options import (
     quiet_option,
     track_option,
 )
+from mlx_fd.cli.run_command import run_loop
 from mlx_fd.config import read
 from mlx_fd.files import write_json
 from mlx_fd.runs.tracking import check_installed
 
 
 @click.command(
+    short_help="Continue a stopped run exactly where it stopped.",
     epilog="""\b
 Examples:
   mlx-fd resume runs/20260101-120000
@@ -33,8 +34,8 @@ Examples:
     "--redo-from-checkpoint",
     "redo",
     is_flag=True,
-    help="Where checkpoints are lost or damaged: do again what came after the newest that is "
-    "whole, or all of the run where there is none. What is there is kept in RUN/cut.",
+    help="If checkpoints are missing or damaged, redo everything after the newest intact one (or "
+    "the whole run). The files it replaces are kept in RUN/cut.",
 )
 @track_option
 @json_option
@@ -43,10 +44,10 @@ Examples:
 def resume(
     run: Path, redo: bool, trackers: tuple[str, ...], as_json: bool, quiet: bool, debug: bool
 ) -> None:
-    """Go on with a run exactly where it stopped.
+    """Continue a stopped run exactly where it stopped.
 
-    RUN is the directory of `mlx-fd loop` or `mlx-fd self-distill`. Exits as those do. A run whose
-    checkpoints are missing or damaged is left as it is, and a message says what to do.
+    RUN is a run directory of `mlx-fd loop` or `mlx-fd self-distill`; the exit status is theirs. A
+    run whose checkpoints are missing or damaged is left unchanged, and a message says what to do.
     """
     from mlx_fd.models.backend import backend
 
@@ -69,7 +70,7 @@ def resume(
         warnings += changed_options(manifest, plan.manifest)
         if fault := runs.manifest_fault(run):
             warnings.append(fault)
-        with runs.explained(run):
+        with runs.wrap_write_errors(run):
             # A run that was made longer is compared with its new length next time.
             manifest["options"] = plan.manifest["options"]
             write_json(run / runs.MANIFEST, with_digest(manifest))
@@ -78,4 +79,4 @@ def resume(
                 run, plan, warnings, trackers, as_json, quiet, new=False, redo=redo
             )
         else:
-            _run(run, plan, warnings, trackers, as_json, quiet, new=False, redo=redo)
+            run_loop(run, plan, warnings, trackers, as_json, quiet, new=False, redo=redo)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_fd.cli.signals import Stopped, explained, stopping_on_signals
+from mlx_fd.cli.signals import Stopped, explain_memory_error, stopping_on_signals
 from mlx_fd.runs.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def new_folder() -> Path:
 
 def _stopping(folder: Path) -> str:
     return (
-        "stopping after this batch; Ctrl-C again ends it at once, without this batch. Either way "
-        f"go on with: mlx-fd resume {shlex.quote(str(folder))}"
+        "stopping after this batch; Ctrl-C again stops at once and discards it. To continue: "
+        f"mlx-fd resume {shlex.quote(str(folder))}"
     )
 
 
@@ -120,7 +120,7 @@ def run_command(
         if new:
             # Only now: models that cannot be loaded leave no run behind.
             stack.enter_context(runs.locked(folder))
-            with runs.explained(folder):
+            with runs.wrap_write_errors(folder):
                 runs.create(folder, to_toml(plan.config), plan.manifest, job.readme)
         tracking = stack.enter_context(
             Tracking(trackers, folder, plan.manifest["options"], lambda text: display(Warned(text)))
@@ -133,7 +133,7 @@ def run_command(
         try:
             summary = run(report, lambda: bool(stopped))
         except RuntimeError as error:
-            raise explained(error, folder) from error
+            raise explain_memory_error(error, folder) from error
     if as_json:
         result = {"run": str(folder), "done": summary is not None, **(summary or {})}
         click.echo(json.dumps(result, indent=2))
@@ -141,4 +141,47 @@ def run_command(
         raise Stopped(folder, "stopped", stopped)
     if not as_json:
         console.print(job.table(summary))
-        click.echo(f"everything is in {folder}")
+        click.echo(f"results: {folder}")
+
+
+def run_loop(
+    folder: Path,
+    plan: Plan,
+    warnings: list[str],
+    trackers: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    *,
+    new: bool,
+    redo: bool = False,
+) -> None:
+    """Begin a run of ``mlx-fd loop`` or go on with one, and show it.
+
+    Args:
+        folder: the run directory.
+        plan: what is run; every check is passed, nothing large is loaded.
+        warnings: what the user should know before it begins, beside the plan's notes.
+        trackers: names from :data:`mlx_fd.runs.tracking.TRACKERS`.
+        as_json: print the summary as JSON.
+        quiet: print warnings and the result only.
+        new: the run begins.
+        redo: do again what no whole checkpoint holds.
+    """
+    from mlx_fd.cli.terminal.run import Display, summary_table
+    from mlx_fd.evaluation.exam import exam_questions
+    from mlx_fd.feedback.pair import open_pair
+    from mlx_fd.runs import README
+    from mlx_fd.training.loop import run
+
+    config = plan.config
+
+    def opened() -> Callable[..., Any]:
+        pair = open_pair(plan)
+        questions = exam_questions(config)
+        return lambda report, stop: run(
+            folder, config, pair, plan.probe, plan.problems, report, stop, questions, redo=redo
+        )
+
+    names = f"expert {config.models.expert}, student {config.models.student}"
+    job = Job(names, opened, Display, summary_table, README)
+    run_command(folder, plan, job, warnings, trackers, as_json, quiet, new=new)

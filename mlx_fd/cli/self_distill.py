@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mlx_fd.cli.options import (
+    Choice,
     ConfiguredCommand,
     PathType,
     click_option,
@@ -34,22 +35,27 @@ _SHARED = (
     *("probe_size", "probe_every", "checkpoint_every", "keep_checkpoints", "seed"),
 )
 
-
-# What options of the loop are here.
+# Options that mlx-lm has too are spelled its way as well.
+_FLAGS: dict[str, tuple[str, ...]] = {
+    "student": ("--model",),
+    "max_answer_tokens": ("--max-answer-tokens", "--max-tokens"),
+    "temperature": ("--temperature", "--temp"),
+}
+# What options of the loop mean here.
 _HELP = {
-    "student": "The model that learns: an alias, a hub name or an mlx-lm directory; NAME:layers=K "
+    "student": "Model to train: an alias, a hub name or an mlx-lm directory; NAME:layers=K "
     "keeps K of its layers.",
-    "batch_size": "Problems that are attempted before each update.",
-    "max_answer_tokens": "Most tokens of an attempt.",
-    "max_feedback_tokens": "Most tokens that the critic writes on an attempt.",
-    "gate": "Which gate decides when the run ends; published is the loop's alone.",
-    "stop_threshold": "End once the share of held-out problems that are answered wrong has fallen "
-    "by this share.",
-    "plateau_steps": "Looks at the held-out problems over which that share must still fall.",
-    "plateau_gain": "Smallest fall over them, as a share of what it was at the start.",
-    "kd_steps": "Optimiser steps on each batch.",
+    "batch_size": "Problems per update.",
+    "max_answer_tokens": "Maximum tokens per attempt.",
+    "max_feedback_tokens": "Maximum tokens that the critic writes per attempt.",
+    "gate": "Gate that ends the run; published is for the loop only.",
+    "stop_threshold": "End the run once the error rate on held-out problems has fallen by this "
+    "fraction.",
+    "plateau_steps": "Probe evaluations over which the error rate must still fall.",
+    "plateau_gain": "Minimum fall over plateau_steps, as a fraction of the initial error rate.",
+    "kd_steps": "Optimiser steps per batch.",
     "probe_size": "Held-out problems, for the headroom check and the gate.",
-    "probe_every": "Batches between two looks at the held-out problems.",
+    "probe_every": "Batches between probe evaluations.",
     "lora_rate": "Learning rate.",
 }
 
@@ -58,14 +64,14 @@ def _with_options(command: click.Command) -> click.Command:
     """Give the command the options that a run of self-distillation has."""
     by_method = {name for changes in (*METHODS.values(), *PRESETS.values()) for name in changes}
     for name, option in OPTIONS.items():
-        flag, default = "", _default(name)
+        flags, default = _FLAGS.get(name, ()), _default(name)
         if name == "student":
-            flag, default = "--model", DEFAULT_MODEL
+            default = DEFAULT_MODEL
         elif name in by_method:
             default = "the method's"
         if name in _SHARED or (option.section == "selfdistill" and name != "method"):
             help = _HELP.get(name, "")
-            command.params.append(click_option(option, flag=flag, default=default, help=help))
+            command.params.append(click_option(option, flags=flags, default=default, help=help))
     return command
 
 
@@ -77,9 +83,10 @@ def _default(name: str) -> str:
 @click.command(
     "self-distill",
     cls=ConfiguredCommand,
+    short_help="Train a model on its own outputs given more context.",
     epilog="""\b
 Examples:
-  mlx-fd self-distill --method step-critique --critic truth         tiny-base, minutes
+  mlx-fd self-distill --method step-critique --critic truth         on tiny-base, takes minutes
   mlx-fd self-distill --method step-critique --critic tiny
   mlx-fd self-distill --method grpo --episodes 64 --seed 1 --out runs/grpo
   mlx-fd self-distill --context feedback --objective jsd --critic truth
@@ -88,23 +95,28 @@ Examples:
   mlx-fd self-distill --config runs/grpo/config.toml --seed 2 --out runs/grpo2
 """,
 )
-@click.option("--method", metavar="NAME", help=f"A published method: {', '.join(METHODS)}.")
+@click.option(
+    "--method",
+    type=Choice(list(METHODS)),
+    metavar="NAME",
+    help=f"A published method. One of: {', '.join(METHODS)}.",
+)
 @click.option(
     "--preset",
     "preset_name",
-    metavar="NAME",
-    help=f"Sizes for a kind of model, over the method's: {', '.join(PRESETS)}. The models "
-    "whose names begin with tiny bring theirs.",
+    type=Choice(list(PRESETS)),
+    help="Sizes for a kind of model, overriding the method's. Models whose names begin with tiny "
+    "imply tiny.",
 )
 @click.option(
     "--config",
     "config_file",
     type=PathType(),
     metavar="FILE",
-    help="A TOML file with options: an earlier run's config.toml.",
+    help="A TOML file with options, such as an earlier run's config.toml.",
 )
 @click.option(
-    "--out", type=PathType(), metavar="DIR", help="The run directory. [default: runs/DATE-TIME]"
+    "--out", type=PathType(), metavar="DIR", help="Run directory. [default: runs/DATE-TIME]"
 )
 @track_option
 @json_option
@@ -121,14 +133,14 @@ def self_distill(
     debug: bool,
     **given: Any,
 ) -> None:
-    """Let a model learn from itself reading more than the problem.
+    """Train a model on its own outputs given more context.
 
-    The model attempts problems. Then, as its own teacher, it reads each attempt once more after a
-    context: a reference solution, a critique, feedback, another attempt. What it would have written
-    there it learns to write without. --method names a published combination of context and
-    objective in full; any two can be put together with --context and --objective.
+    The model attempts problems. Then, as its own teacher, it rereads each attempt after a context:
+    a reference solution, a critique, feedback, or another attempt. It is trained to match these
+    outputs without the context. --method selects a published combination of context and objective;
+    --context and --objective combine any two.
 
-    Exits as `mlx-fd loop` does; `mlx-fd resume` goes on with a run.
+    The exit status is that of `mlx-fd loop`; `mlx-fd resume` continues a stopped run.
     """
     check_installed(trackers)
     changes = {name: value for name, value in given.items() if value is not None}
@@ -148,14 +160,14 @@ def _configuration(
 ) -> Config:
     if file is not None:
         if method or preset_name:
-            raise UserError("--config says which method it is; leave --method and --preset out.")
+            raise UserError("--config names the method; leave --method and --preset out.")
         config = configured(given=changes, over=read(file))
         if not config.self_distils:
-            raise UserError(f"{file}: is no self-distillation: it has no method.")
+            raise UserError(f"{file}: is not a self-distillation configuration: it has no method.")
         return config
     if method is None and not {"context", "objective"} & changes.keys():
         raise UserError(
-            f"say what to do: --method with one of {', '.join(METHODS)}; or --context and "
+            f"choose a method: --method with one of {', '.join(METHODS)}; or --context and "
             "--objective."
         )
     return configured(method or CUSTOM, changes, preset=preset_name)

@@ -19,12 +19,12 @@ class Stopped(Exception):
     """Work that a signal ended before its end, and that can go on."""
 
     def __init__(self, folder: Path, how: str, signals: list[int], command: str = "mlx-fd resume"):
-        super().__init__(f"{how}; go on with: {command} {shlex.quote(str(folder))}")
+        super().__init__(f"{how}; continue with: {command} {shlex.quote(str(folder))}")
         # What a shell reports of a process that such a signal ended.
         self.status = 128 + signals[0]
 
 
-def explained(error: RuntimeError, folder: Path) -> Exception:
+def explain_memory_error(error: RuntimeError, folder: Path) -> Exception:
     """What MLX says when the GPU or the memory gives out, with what to do about it."""
     text = str(error)
     signs = ("kIOGPUCommandBuffer", "Command buffer execution failed", "allocate")

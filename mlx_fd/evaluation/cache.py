@@ -72,7 +72,7 @@ class Cache:
         if fault:
             self.warn(f"{path}: passed over ({fault}); what it was to hold is generated again")
         rows = make()
-        with runs.explained(self.folder, "free some space, or choose another --cache"):
+        with runs.wrap_write_errors(self.folder, "free some space, or choose another --cache"):
             path.parent.mkdir(parents=True, exist_ok=True)
             clear_unfinished(path.parent)
             text = json.dumps(with_digest({"key": key, "rows": rows}), ensure_ascii=False)

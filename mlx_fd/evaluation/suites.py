@@ -65,6 +65,7 @@ class Options:
         samples: how often each problem is tried.
         temperature: of first answers and bare answers; ``None``: the run's for first answers and
             0 for bare ones, 0.7 where several samples would be alike.
+        max_tokens: maximum tokens per answer; ``None``: the run's.
         problems: where the problems come from; ``None``: arithmetic for who learned from it, else
             GSM8K.
         split: of the problems.
@@ -82,6 +83,7 @@ class Options:
     limit: int | None = None
     samples: int = 1
     temperature: float | None = None
+    max_tokens: int | None = None
     problems: str | None = None
     split: str = "test"
     transfer: str | None = None
@@ -137,7 +139,7 @@ def make_sets(
     def solving(source: str, split: str) -> Solving:
         found = problems.load(source, split, skip_bad_rows=options.skip_bad_rows)
         if found.skipped:
-            warn(f"{found.skipped} rows of {found.name} could not be read and are left out")
+            warn(f"{found.skipped} rows of {found.name} could not be read and were skipped")
         skip = options.skip_bad_rows
         taken = found if skip else dataclasses.replace(found, problems=found.problems[:limit])
         found, notes = fitting(taken, paths, target.config, skip=skip, option="")
@@ -269,8 +271,8 @@ def _asked(target: Target, options: Options) -> dict[str, Any]:
     chosen = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(options).items()
-        # As evaluations had it that knew no such option.
-        if name != "skip_bad_rows" or value
+        # As evaluations had it that knew no such options.
+        if name not in ("skip_bad_rows", "max_tokens") or value
     }
     hashes = {name: model["sha256"] for name, model in target.models.items()}
     return {**chosen, "sha256": hashes}
@@ -323,7 +325,7 @@ def evaluate(
     target = bench.target
     # Where an evaluation is done, its outputs stay until they are there again.
     outputs = folder / (_UNFINISHED if (folder / RESULTS).exists() else OUTPUTS)
-    with runs.explained(folder, advice):
+    with runs.wrap_write_errors(folder, advice):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(outputs, b"")
     found = []
@@ -332,7 +334,7 @@ def evaluate(
         for system in one.systems:
             by_system[system] = [[] for _ in one.items]
             for batch in _batches(bench, one, system, report):
-                with runs.explained(folder, advice):
+                with runs.wrap_write_errors(folder, advice):
                     append_lines(outputs, [row for _, row in batch])
                 for place, row in batch:
                     by_system[system][place].append(row)
@@ -353,7 +355,7 @@ def evaluate(
         "text_models": next((one.readers.about() for one in sets if isinstance(one, Solving)), {}),
         "sets": found,
     }
-    with runs.explained(folder, advice):
+    with runs.wrap_write_errors(folder, advice):
         outputs.replace(folder / OUTPUTS)
         write_json(folder / RESULTS, with_digest(results))
     return results

@@ -80,7 +80,12 @@ class Target:
         return self.gate is not None and trusted(self.gate, self.config.gate)
 
 
-def open_target(name: str, expert: str | None) -> Target:
+def open_target(
+    name: str,
+    expert: str | None,
+    adapter_path: Path | None = None,
+    max_tokens: int | None = None,
+) -> Target:
     """Find and check what is to be evaluated.
 
     Args:
@@ -88,19 +93,21 @@ def open_target(name: str, expert: str | None) -> Target:
             model's name.
         expert: the expert's name; ``None``: the run's own; none for a model, and for a run of
             self-distillation.
+        adapter_path: an mlx-lm adapter, or a run's checkpoint, on the model ``name`` (empty: on
+            the model that it was trained on).
+        max_tokens: maximum tokens per answer; ``None``: the run's.
 
     Raises:
         UserError: nothing of that name, an expert that is not the run's any more, or one that does
             not fit the student.
     """
-    adapter = _adapter(name)
-    if adapter is not None:
-        student, config = resolve(_base_of(adapter)), Config()
-        run = checkpoint = None
+    if adapter_path is None and (folder := _adapter(name)) is not None:
+        ref = locate_model("", folder)
     else:
-        ref = locate_model(name)
-        student, run, checkpoint = ref.model, ref.run, ref.checkpoint
-        config = ref.config or Config()
+        ref = locate_model(name, adapter_path)
+        name = str(adapter_path or name)
+    student, run, checkpoint, adapter = ref.model, ref.run, ref.checkpoint, ref.adapter
+    config = ref.config or Config()
     looped = run is not None and not config.self_distils
     expert_name = expert or (config.models.expert if looped else None)
     expert_path = resolve(expert_name) if expert_name else None
@@ -114,6 +121,8 @@ def open_target(name: str, expert: str | None) -> Target:
         config = override(config, {"expert": expert_name}, name)
     else:
         config = override(config, {"answers_by": "student"}, name)
+    if max_tokens is not None:
+        config = override(config, {"max_answer_tokens": max_tokens}, "--max-tokens")
     fingerprint.prefetch(student, *([expert_path] if expert_path else []))
     models = {
         "student": {"name": config.models.student, "sha256": fingerprint.content_hash(student)}
@@ -161,17 +170,6 @@ def _adapter_hash(folder: Path, run: Config) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / ADAPTER_CONFIG)
-
-
-def _base_of(adapter: Path) -> str:
-    """The name of the model that an adapter belongs to."""
-    name = _read_config(adapter).get("model")
-    if not isinstance(name, str) or not name:
-        raise UserError(
-            f"{adapter / ADAPTER_CONFIG}: does not say which model this adapter belongs to; write "
-            'its name or directory there, as "model"'
-        )
-    return name
 
 
 def _check_expert(name: str, run: Path, config: Config, path: Path | None) -> None:

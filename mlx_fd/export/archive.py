@@ -48,7 +48,7 @@ def open_archive(file: Path, folder: Path) -> Path:
         The folder with the export's files.
 
     Raises:
-        UserError: it is no tar file, it is damaged or too large, or a member is not an ordinary
+        UserError: it is not a tar file, it is damaged or too large, or a member is not an ordinary
             file inside one folder.
     """
     if folder.exists():
@@ -70,7 +70,7 @@ def open_archive(file: Path, folder: Path) -> Path:
     except FileExistsError as error:
         raise UserError(f"{file}: two of its members are {error.filename}") from error
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        raise UserError(f"{file} is no tar file, or is damaged ({error})") from error
+        raise UserError(f"{file} is not a tar file, or is damaged ({error})") from error
     return folder
 
 
@@ -80,7 +80,7 @@ def _checked(archive: tarfile.TarFile, file: Path) -> list[tuple[tarfile.TarInfo
     top: str | None = None
     for count, member in enumerate(archive):
         if count == _MAX_MEMBERS:
-            raise UserError(f"{file}: has more than {_MAX_MEMBERS} members; it is no export")
+            raise UserError(f"{file}: has more than {_MAX_MEMBERS} members; it is not an export")
         path = PurePosixPath(member.name)
         shown = ascii(member.name)
         if not member.isreg() or member.issparse():
@@ -96,7 +96,7 @@ def _checked(archive: tarfile.TarFile, file: Path) -> list[tuple[tarfile.TarInfo
                 "export; nothing was unpacked"
             )
         if top not in {None, parts[0]}:
-            raise UserError(f"{file}: has several folders at its top; it is no export")
+            raise UserError(f"{file}: has several folders at its top; it is not an export")
         top = parts[0]
         found.append((member, "/".join(parts[1:])))
     if not found:

@@ -49,7 +49,7 @@ class _Fields:
 
     def __init__(self, value: Any, where: str):
         if not isinstance(value, dict):
-            raise UserError(f"{where} is no JSON object; {_AGAIN}")
+            raise UserError(f"{where} is not a JSON object; {_AGAIN}")
         self._value, self.where = value, where
 
     def _get(self, name: str, kind: type[_Kind]) -> _Kind:
@@ -112,7 +112,7 @@ def read_bundle(folder: Path) -> Bundle:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error}); {_AGAIN}") from error
+        raise UserError(f"{path} is not JSON ({error}); {_AGAIN}") from error
     fields = _Fields(value, str(path))
     if (found := fields.whole("format", 1, 1 << 30)) != FORMAT:
         raise UserError(
@@ -185,7 +185,7 @@ def _prompts(rows: Sequence[_Fields], data: bytes, vocab: int, path: Path) -> tu
     try:
         arrays = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is no safetensors file ({error}); {_AGAIN}") from error
+        raise UserError(f"{path} is not a safetensors file ({error}); {_AGAIN}") from error
     prompts, place = [], 0
     for row in rows:
         tokens, greedy = row.ids("tokens", vocab), row.ids("greedy", vocab)

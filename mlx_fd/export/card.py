@@ -92,6 +92,11 @@ def _front_matter(source: Source, form: Form, licence: str) -> str:
 
 
 def _origin(source: Source, student: Student | None) -> str:
+    if source.ref.adapter is not None:
+        return (
+            f"`{source.base}` with the mlx-lm adapter `{source.name}`, written by [mlx-fd]"
+            "(https://github.com/mlx-fd/mlx-fd).\n"
+        )
     if student is None:
         return (
             f"`{source.base}`, not trained further, written by [mlx-fd]"

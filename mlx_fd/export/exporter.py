@@ -86,7 +86,13 @@ def archive_of(folder: Path) -> Path:
 
 
 def export(
-    name: str, folder: Path, form: Form, *, with_archive: bool = False, progress: Progress
+    name: str,
+    folder: Path,
+    form: Form,
+    *,
+    adapter: Path | None = None,
+    with_archive: bool = False,
+    progress: Progress,
 ) -> Exported:
     """Export a model.
 
@@ -94,6 +100,7 @@ def export(
         name: a run directory, one of its checkpoints, or a model's name.
         folder: the directory to make; it appears complete or not at all.
         form: what it shall look like.
+        adapter: an mlx-lm adapter to put on the model ``name`` (empty: on the one it names).
         with_archive: write ``FOLDER.tar`` too; both appear, or neither.
         progress: told of every step.
 
@@ -105,12 +112,12 @@ def export(
     folder = Path(os.path.abspath(folder))  # noqa: PTH100
     check_form(form)
     check_out(folder, with_archive=with_archive)
-    source = open_source(name)
+    source = open_source(name, adapter)
     progress("loading", 0, 1)
     live, student = open_student(source.ref)
     chat = role_chat(live.tokenizer)
     with contextlib.ExitStack() as archived, contextlib.ExitStack() as held:
-        with _explained(folder):
+        with _wrap_write_errors(folder):
             working = held.enter_context(new_directory(folder, shared=False))
             written = _write(source, live, working, form, progress)
             if student is not None and source.ref.scores:
@@ -136,9 +143,9 @@ def export(
                 },
                 progress=lambda done, total: progress("parity bundle", done, total),
             )
-            with _explained(folder):
+            with _wrap_write_errors(folder):
                 write_bundle(bundle, working)
-        with _explained(folder):
+        with _wrap_write_errors(folder):
             _describe(source, form, student, found, kept, written, working)
         sizes = {
             path.relative_to(working).as_posix(): path.stat().st_size
@@ -148,12 +155,12 @@ def export(
         if with_archive:
             progress("archive", 0, 1)
             # Before the directory has its name: one without its archive could not be made again.
-            with _explained(archive_of(folder)):
+            with _wrap_write_errors(archive_of(folder)):
                 packed = archived.enter_context(replacing(archive_of(folder)))
                 archive.write_archive(working, folder.name, packed)
                 packed.flush()
                 os.fsync(packed.fileno())
-        with _explained(folder):
+        with _wrap_write_errors(folder):
             # The directory appears under its name, and then its archive.
             held.close()
         try:
@@ -167,7 +174,7 @@ def export(
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _wrap_write_errors(path: Path) -> Iterator[None]:
     """Turn a failed write into a message; what is read in there has messages of its own."""
     try:
         yield
@@ -194,7 +201,7 @@ def _describe(
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{source.ref.run}: its {MANIFEST} or {SUMMARY} is not what mlx-fd wrote "
-            f"({error!r}); bring the old file back"
+            f"({error!r}); restore the old file"
         ) from error
 
 
@@ -236,7 +243,7 @@ def _logits_again(
 
         with working_folder(folder.parent) as scratch:
             again = scratch / "model"
-            with _explained(final):
+            with _wrap_write_errors(final):
                 convert(folder / gguf_file.file_name(form.gguf_type), again)
             return logits_of(load(again), chat)
     if not form.adapter:
@@ -250,7 +257,7 @@ def _logits_again(
 def _kept(source: Source, form: Form, chat: tuple[int, ...], reference: Logits) -> Agreement | None:
     """The student against its base, where few bits may have lost what lies between them."""
     rounded = form.q_bits is not None or (form.gguf_type or "").startswith("q")
-    if source.ref.checkpoint is None or not rounded:
+    if source.ref.adapter_folder is None or not rounded:
         return None
     return agreement(reference, logits_of(load(source.ref.model), chat))
 

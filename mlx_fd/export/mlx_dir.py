@@ -68,8 +68,8 @@ def write_adapter(source: Source, folder: Path) -> None:
     """Write the adapter alone, as mlx-lm writes it, with its base model's name or directory."""
     base = source.base if source.on_hub else str(source.ref.model)
     config: dict[str, Any] = {**adapter_config(source.ref), "model": base}
-    assert source.ref.checkpoint is not None
-    shutil.copyfile(source.ref.checkpoint / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+    assert source.ref.adapter_folder is not None
+    shutil.copyfile(source.ref.adapter_folder / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
     write_json(folder / ADAPTER_CONFIG, config)
 
 

@@ -47,11 +47,11 @@ def write_adapter(source: Source, folder: Path, *, base_model: str | None = None
         )
     model, base_config = open_lazily(source.ref.model)
     check_architecture(base_config["model_type"], "--format hf")
-    assert source.ref.checkpoint is not None
+    assert source.ref.adapter_folder is not None
     rank = int(config["lora_parameters"]["rank"])
     alpha = config["lora_parameters"]["scale"] * rank
     arrays, targets, layers = {}, set(), set()
-    for name, array in read_arrays(source.ref.checkpoint / ADAPTER_WEIGHTS).items():
+    for name, array in read_arrays(source.ref.adapter_folder / ADAPTER_WEIGHTS).items():
         module, part = name.rsplit(".", 1)
         arrays[f"{_PREFIX}{module}.lora_{part[-1].upper()}.weight"] = mx.contiguous(array.T)
         targets.add(module.rsplit(".", 1)[1])

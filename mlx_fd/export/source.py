@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_fd import runs
 from mlx_fd.config import ModelOptions
 from mlx_fd.errors import UserError
-from mlx_fd.feedback.judge import ModelRef, locate_model
+from mlx_fd.feedback.judge import ModelRef, adapter_base, locate_model
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.gguf import ARCHITECTURES
 from mlx_fd.models.loading import open_lazily
@@ -59,19 +59,24 @@ class Source:
     summary: dict[str, Any]
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, adapter: Path | None = None) -> Source:
     """Find and check what is to be exported.
 
     Args:
         name: a run directory, one of its checkpoints, or a model's name.
+        adapter: an mlx-lm adapter of that model, or of the model it names if ``name`` is empty.
 
     Raises:
         UserError: nothing of that name, or its files are damaged: a file ends early, or numbers in
             it are not finite.
     """
-    ref = locate_model(name)
+    ref = locate_model(name, adapter)
     for file in sorted(ref.model.glob("model*.safetensors")):
         _check_file(file)
+    if ref.adapter is not None:
+        _check_file(ref.adapter / ADAPTER_WEIGHTS)
+        base, on_hub, local = _base_name(name or adapter_base(ref.adapter))
+        return Source(ref, ref.adapter.name, base, on_hub, local, {}, {})
     if ref.run is None or ref.config is None:
         base, on_hub, local = _base_name(name)
         return Source(ref, base, base, on_hub, local, {}, {})
@@ -98,7 +103,7 @@ def _summary(path: Path) -> dict[str, Any]:
     digest = summary.pop(DIGEST, None)
     if digest is not None and digest != content_digest(summary):
         raise UserError(
-            f"{path}: something changed it after it was written; mlx-fd resume "
+            f"{path}: it was changed after it was written; mlx-fd resume "
             f"{shlex.quote(str(path.parent))} makes it again"
         )
     return summary
@@ -181,11 +186,11 @@ def fused(ref: ModelRef) -> nn.Module:
 
     model, _ = open_lazily(ref.model)
     model.set_dtype(mx.float32)
-    if ref.checkpoint is not None:
+    if ref.adapter_folder is not None:
         try:
-            load_adapters(model, str(ref.checkpoint))
+            load_adapters(model, str(ref.adapter_folder))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{ref.checkpoint}: this adapter does not fit: {error}") from error
+            raise UserError(f"{ref.adapter_folder}: this adapter does not fit: {error}") from error
     merged = [
         (name, module.fuse(dequantize=True))
         for name, module in model.named_modules()
@@ -202,12 +207,12 @@ def adapter_config(ref: ModelRef) -> dict[str, Any]:
     Raises:
         UserError: there is no adapter.
     """
-    if ref.checkpoint is None:
+    if ref.adapter_folder is None:
         raise UserError(
             "--adapter: this is a plain model, which has no adapter; name a run, or leave "
             "--adapter out"
         )
-    return read_json(ref.checkpoint / ADAPTER_CONFIG)
+    return read_json(ref.adapter_folder / ADAPTER_CONFIG)
 
 
 def _check_adapter_config(ref: ModelRef, options: ModelOptions) -> None:
@@ -224,9 +229,10 @@ def _check_adapter_config(ref: ModelRef, options: ModelOptions) -> None:
 
 def changed_modules(ref: ModelRef) -> set[str]:
     """Names of the modules whose weights the training changed."""
-    if ref.checkpoint is None:
+    if ref.adapter_folder is None:
         return set()
-    return {name.rsplit(".", 1)[0] for name in read_arrays(ref.checkpoint / ADAPTER_WEIGHTS)}
+    weights = read_arrays(ref.adapter_folder / ADAPTER_WEIGHTS)
+    return {name.rsplit(".", 1)[0] for name in weights}
 
 
 def end_tokens(tokenizer: Any) -> int | list[int] | None:

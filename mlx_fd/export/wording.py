@@ -39,12 +39,12 @@ def measured(row: Mapping[str, Any]) -> dict[str, str]:
             f"{tokens['equal']} of {tokens['n']}{counted}" if tokens["n"] else _NOTHING
         ),
         "greedy tokens agreeing": _share(greedy, "agreeing"),
-        "continuations that part": f"{greedy['diverged']} of {greedy['prompts']}",
-        "first parting at token": str(greedy["first_divergence"] or "none"),
+        "continuations diverging": f"{greedy['diverged']} of {greedy['prompts']}",
+        "first divergence at token": str(greedy["first_divergence"] or "none"),
         "mean KL, nats": _number(kl["mean"], ".2g"),
         "worst KL, nats": _number(kl["worst"], ".2g"),
-        "likeliest token the same": _share(found["top1"], "agreeing"),
-        "the same, near ties aside": _share(found["clear"], "agreeing"),
+        "same top-1 token": _share(found["top1"], "agreeing"),
+        "same, near ties excluded": _share(found["clear"], "agreeing"),
         "perplexity": _number(found["perplexity"]["engine"], ".4f"),
         "perplexity, reference": _number(found["perplexity"]["reference"], ".4f"),
     }
@@ -55,7 +55,7 @@ def measured(row: Mapping[str, Any]) -> dict[str, str]:
             if count["n"]:
                 lines[f"{name}, 95 %"] = f"{count['low']:.0%} to {count['high']:.0%}"
         if known := accuracy["reference"]["n"]:
-            lines["answers as the reference's"] = f"{accuracy['same_answer']} of {known}"
+            lines["answers equal to reference"] = f"{accuracy['same_answer']} of {known}"
     return lines | {
         "prefill, tokens/s": _number(speed["prefill"], ",.1f"),
         "decode, tokens/s": _number(speed["decode"], ",.1f"),
@@ -78,8 +78,8 @@ def notes(row: Mapping[str, Any]) -> list[str]:
         )
     said.append(
         f"tolerance for {row['weights']} weights: same tokens, mean KL at most "
-        f"{tolerance['mean_kl']:g}, likeliest token the same at {tolerance['top1']:.0%} or more, "
-        f"near ties (within {NEAR_TIE:g} nats) aside"
+        f"{tolerance['mean_kl']:g}, same top-1 token at {tolerance['top1']:.0%} or more, near ties "
+        f"(within {NEAR_TIE:g} nats) excluded"
     )
     return said + [f"{what}: n/a, {why}" for what, why in found["missing"].items()]
 

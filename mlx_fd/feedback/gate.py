@@ -596,7 +596,7 @@ def _regressed(trackers: Mapping[str, Tracker], options: GateOptions) -> str:
 def _freeze(state: GateState, reason: str, options: GateOptions) -> GateState:
     two_time_constants = round(2 / (1 - options.ema_decay))
 
-    def settled(tracker: Tracker) -> Tracker:
+    def at_freeze(tracker: Tracker) -> Tracker:
         if not tracker.count:
             return tracker
         return replace(tracker, level=tracker.ema, settling=two_time_constants)
@@ -605,8 +605,8 @@ def _freeze(state: GateState, reason: str, options: GateOptions) -> GateState:
         state,
         frozen=True,
         reason=reason,
-        probe={name: settled(tracker) for name, tracker in state.probe.items()},
-        samples={name: settled(tracker) for name, tracker in state.samples.items()},
+        probe={name: at_freeze(tracker) for name, tracker in state.probe.items()},
+        samples={name: at_freeze(tracker) for name, tracker in state.samples.items()},
     )
 
 

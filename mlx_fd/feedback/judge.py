@@ -13,16 +13,20 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback.episode import feedback_request, head_score, parsed
 from mlx_fd.models import fingerprint
 from mlx_fd.models.context import context_length, too_long
+from mlx_fd.models.directory import blaming
 from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate, prefill
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve, why_changed
+from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import (
+    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     HEADS,
     Student,
     load_student,
     make_student,
     projection_width,
+    read_arrays,
 )
 from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 from mlx_fd.runs.checkpoints import check_weights
@@ -37,17 +41,24 @@ class ModelRef:
         checkpoint: the student's checkpoint, ``None`` for a plain model.
         run: the run directory it belongs to.
         config: the run's configuration.
+        adapter: an mlx-lm adapter of the model that belongs to no run.
     """
 
     model: Path
     checkpoint: Path | None = None
     run: Path | None = None
     config: Config | None = None
+    adapter: Path | None = None
 
     @property
     def scores(self) -> bool:
         """Whether a score head was trained: in the loop it is, by self-distillation it is not."""
         return self.config is not None and not self.config.self_distils
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """The folder of its adapter: a checkpoint, or an adapter of no run."""
+        return self.checkpoint or self.adapter
 
 
 def _checkpoint(name: str) -> Path | None:
@@ -60,16 +71,55 @@ def _checkpoint(name: str) -> Path | None:
     return folder if (folder / ADAPTER_WEIGHTS).is_file() else None
 
 
-def locate_model(name: str) -> ModelRef:
+def adapter_base(adapter: Path) -> str:
+    """The name of the model that an mlx-lm adapter belongs to, from its ``adapter_config.json``.
+
+    Raises:
+        UserError: it does not say.
+    """
+    name = read_json(adapter / ADAPTER_CONFIG).get("model")
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            f"{adapter / ADAPTER_CONFIG}: does not say which model this adapter belongs to; write "
+            'its name or directory there, as "model"'
+        )
+    return name
+
+
+def _locate_adapter(name: str, adapter: Path) -> ModelRef:
+    """A model with an adapter on it; ``name`` is empty where the adapter says which model."""
+    adapter = adapter.expanduser()
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
+        raise UserError(
+            f"--adapter-path {adapter}: there is no {ADAPTER_WEIGHTS}; give the directory of an "
+            "mlx-lm adapter, or a checkpoint of a run"
+        )
+    folder = adapter.resolve()
+    if not runs.is_run(folder.parents[1]):
+        return ModelRef(resolve(name or adapter_base(folder)), adapter=folder)
+    ref = locate_model(str(folder))
+    if name and resolve(name) != ref.model:
+        raise UserError(
+            f"--adapter-path {adapter}: this is a checkpoint of a run whose student is {ref.model}"
+            f", not {name}; leave the model out"
+        )
+    return ref
+
+
+def locate_model(name: str, adapter: Path | None = None) -> ModelRef:
     """A model or a student by its name, not loaded yet.
 
     Args:
         name: a run directory (its best checkpoint), one of its checkpoints, or a model's name.
+        adapter: an mlx-lm adapter to put on the model ``name``; on the model that the adapter
+            itself names where ``name`` is empty.
 
     Raises:
         UserError: nothing of that name, a checkpoint outside its run or with other weights than
             the run wrote, or another base model than the one that was trained.
     """
+    if adapter is not None:
+        return _locate_adapter(name, adapter)
     checkpoint = _checkpoint(name)
     if checkpoint is None:
         return ModelRef(resolve(name))
@@ -102,6 +152,8 @@ def open_student(ref: ModelRef) -> tuple[Loaded, Student | None]:
     Raises:
         UserError: files are missing or damaged, or do not belong together.
     """
+    if ref.adapter is not None:
+        return _with_adapter(load(ref.model), ref.adapter), None
     if ref.checkpoint is None or ref.config is None:
         return load(ref.model), None
     options = ref.config.models
@@ -114,20 +166,34 @@ def open_student(ref: ModelRef) -> tuple[Loaded, Student | None]:
     return dataclasses.replace(loaded, model=student.model), student
 
 
-def give_feedback(name: str, problem: str, answer: str, max_tokens: int) -> dict[str, Any]:
+def _with_adapter(loaded: Loaded, adapter: Path) -> Loaded:
+    """A model with an mlx-lm adapter on it."""
+    from mlx_lm.tuner.utils import load_adapters
+
+    read_arrays(adapter / ADAPTER_WEIGHTS)  # is it whole?
+    with blaming(f"{adapter}: this adapter does not fit its model"):
+        model = load_adapters(loaded.model, str(adapter))
+    model.eval()
+    return dataclasses.replace(loaded, model=model)
+
+
+def give_feedback(
+    name: str | ModelRef, problem: str, answer: str, max_tokens: int, temperature: float = 0.0
+) -> dict[str, Any]:
     """Judge an answer to a problem.
 
     Args:
-        name: what :func:`locate_model` takes.
+        name: what :func:`locate_model` takes, or what it gave.
         problem: the problem's text.
         answer: the answer's text.
-        max_tokens: most tokens of the feedback.
+        max_tokens: maximum tokens of the feedback.
+        temperature: of the sampling; 0 is greedy.
 
     Returns:
         ``feedback`` (text), ``written_score`` (parsed from it, or ``None``) and, for a distilled
         student, ``score``: its score head's, in (-1, 1).
     """
-    ref = locate_model(name)
+    ref = name if isinstance(name, ModelRef) else locate_model(name)
     _check_length(ref.model, problem, answer, max_tokens)
     loaded, student = open_student(ref)
     tokenizer = loaded.tokenizer
@@ -137,7 +203,7 @@ def give_feedback(name: str, problem: str, answer: str, max_tokens: int) -> dict
         *feedback_request(tokenizer),
     )
     hidden, before = prefill(loaded, Conversation(), prompt)
-    turn = generate(loaded, [before], [prompt[-1:]], Sampling(max_tokens))[0]
+    turn = generate(loaded, [before], [prompt[-1:]], Sampling(max_tokens, temperature))[0]
     written = parsed(turn)
     if student is None or not ref.scores:
         score = {}

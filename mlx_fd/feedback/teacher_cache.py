@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_fd.files import write_with
-from mlx_fd.runs import explained
+from mlx_fd.runs import wrap_write_errors
 
 _ADVICE = (
     "this is the teacher cache: free some space, then go on with mlx-fd resume; or name another "
@@ -78,7 +78,7 @@ class TeacherCache:
         """
         key = self._key(prompt, target)
         about = {"key": key, "sha256": _digest(arrays)}
-        with explained(self.folder, _ADVICE):
+        with wrap_write_errors(self.folder, _ADVICE):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_with(
                 self._path(key),

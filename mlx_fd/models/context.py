@@ -151,7 +151,7 @@ def short_enough(
         )
         if not skip:
             advice = f" take a smaller {option}," if option else ""
-            raise UserError(f"{text}. Shorten them,{advice} or leave them out with --skip-bad-rows")
+            raise UserError(f"{text}. Shorten them,{advice} or skip them with --skip-bad-rows")
         places = [place for number, place in enumerate(places) if number not in counts]
         notes.append(f"{text}; they are left out")
         if not places:

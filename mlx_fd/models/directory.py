@@ -146,7 +146,7 @@ def _check_file(file: Path) -> None:
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}; {AGAIN}") from error
     if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{file}: is no regular file; take it away, or {AGAIN}")
+        raise UserError(f"{file}: is not a regular file; take it away, or {AGAIN}")
     if not os.access(file, os.R_OK):
         raise UserError(f"{file}: may not be read by this user; change its permissions")
     if file.suffix == ".safetensors":
@@ -163,7 +163,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        UserError: it cannot be read, is no UTF-8, no JSON or no object, is nested too deeply, or
+        UserError: it cannot be read, is not UTF-8, no JSON or no object, is nested too deeply, or
             names a key twice.
     """
     try:
@@ -175,7 +175,7 @@ def read_object(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{file}: cannot be read as JSON ({error}); {AGAIN}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{file}: is no JSON object; {AGAIN}")
+        raise UserError(f"{file}: is not a JSON object; {AGAIN}")
     return value
 
 
@@ -275,7 +275,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
     try:
         if not file.is_file():  # opening a FIFO would wait for ever
-            raise bad("it is no regular file")
+            raise bad("it is not a regular file")
         size = file.stat().st_size
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
@@ -287,9 +287,9 @@ def read_header(file: Path) -> dict[str, Tensor]:
     try:
         content = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise bad(f"its header is no JSON: {str(error)[:200]}") from error
+        raise bad(f"its header is not JSON: {str(error)[:200]}") from error
     if not isinstance(content, dict):
-        raise bad("its header is no JSON object")
+        raise bad("its header is not a JSON object")
     content.pop("__metadata__", None)
     found = {name: _tensor(name, about, bad) for name, about in content.items()}
     end = 0

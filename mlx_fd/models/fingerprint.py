@@ -197,7 +197,7 @@ def _digest(file: Path) -> str:
         with os.fdopen(descriptor, "rb", buffering=0) as handle:
             before = os.fstat(handle.fileno())
             if not stat.S_ISREG(before.st_mode):
-                raise UserError(f"{file}: is no regular file; take it out of the model's folder")
+                raise UserError(f"{file}: is not a regular file; take it out of the model's folder")
             if file.name == "config.json":
                 return hashlib.sha256(_without_source(handle.read())).hexdigest()
             if before.st_size < _CACHED_BYTES:

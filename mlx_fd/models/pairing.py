@@ -57,7 +57,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     if not file.exists():
         raise UserError(f"{path} has no tokenizer.json, which is needed to compare tokenizers")
     if not file.is_file():  # opening a FIFO would wait for ever
-        raise UserError(f"{file}: is no regular file")
+        raise UserError(f"{file}: is not a regular file")
     with blaming(f"{file} cannot be read", AGAIN):
         return Tokenizer.from_file(str(file))
 

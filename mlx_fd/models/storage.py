@@ -38,18 +38,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     if not path.is_file():  # opening a FIFO would wait for ever
-        raise UserError(f"{path}: is no regular file")
+        raise UserError(f"{path}: is not a regular file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: is no JSON object")
+        raise UserError(f"{path}: is not a JSON object")
     return value
 
 
 def _no_number(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 @contextmanager

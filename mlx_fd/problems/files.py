@@ -107,7 +107,7 @@ def load_hub(name: str, split: str, *, skip_bad_rows: bool) -> ProblemSet:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"the data set {repository!r} (split {split!r}) could not be had from the hub: "
+            f"the data set {repository!r} (split {split!r}) could not be loaded from the hub: "
             f"{reason}\nCheck the name and the network; HF_HUB_OFFLINE=1 uses an earlier download. "
             "A data set with several configurations is named owner/name:config. The package "
             "itself brings gsm8k."
@@ -270,7 +270,7 @@ def _read(
         raise UserError(f"{name} has no row that can be read:\n  {listed}{more}\n({_COLUMNS})")
     raise UserError(
         f"{name}: {len(bad)} of {len(bad) + len(problems)} rows cannot be read:\n"
-        f"  {listed}{more}\nCorrect them, or leave them out with --skip-bad-rows ({_COLUMNS})"
+        f"  {listed}{more}\nCorrect them, or skip them with --skip-bad-rows ({_COLUMNS})"
     )
 
 

@@ -57,7 +57,7 @@ def page(target: str, rows: Sequence[Summary], scored: Sequence[Scored]) -> str:
         "advantage.html",
         styles=("advantage.css",),
         brand="mlx-fd advantage",
-        title=f"Where each context puts its mass: {visible(target)}",
+        title=f"Per-token advantages of each context: {visible(target)}",
         totals=_table(rows),
         contexts=[(row.context, describe(row.context)) for row in rows],
         legend=_LEGEND,
@@ -90,7 +90,7 @@ def _table(rows: Sequence[Summary]) -> Table:
     lines: list[Row] = [
         (
             row.context,
-            Cell(str(row.attempts or "no attempt"), f"{row.wrong} wrong"),
+            Cell(str(row.attempts or "none"), f"{row.wrong} wrong"),
             *(_interval(row.mean[part], "+.2f") for part in PARTS),
             _interval(row.mass_in, ".0%"),
             Cell("n/a" if math.isnan(row.tokens_in.value) else f"{row.tokens_in.value:.0%}"),
@@ -104,9 +104,9 @@ def _table(rows: Sequence[Summary]) -> Table:
             "context",
             "attempts",
             *(f"mean {_WORDS[part]}" for part in PARTS),
-            "mass in the first wrong step",
-            "tokens in it",
-            "right tokens spoken against",
+            "share of |advantage| in the first wrong step",
+            "share of tokens in it",
+            "right tokens with negative advantage",
         ),
         lines,
     )
@@ -117,14 +117,16 @@ def in_words(item: Scored, name: str) -> str:
     values = item.advantages[name]
     against = [k for k, value in enumerate(values) if value < -SHADES[0]]
     speaks = [k for k, value in enumerate(values) if value > SHADES[0]]
-    sentence = f"{len(values)} tokens, {len(speaks)} spoken for, {len(against)} against"
+    sentence = (
+        f"{len(values)} tokens, {len(speaks)} with positive advantage, {len(against)} negative"
+    )
     if against:
         worst = min(against, key=lambda k: values[k])
         where = "" if item.parts[worst] == RIGHT else f" {_WORDS[item.parts[worst]]}"
         where = " in the first wrong step" if item.parts[worst] == IN else where
         where = " after the first wrong step" if item.parts[worst] == AFTER else where
         piece = item.pieces[worst].strip() or "a line's end"
-        sentence += f"; most against {piece!r}{where}, {values[worst]:+.1f}"
+        sentence += f"; most negative at {piece!r}{where}, {values[worst]:+.1f}"
     return f"{sentence}."
 
 

@@ -21,7 +21,7 @@ from mlx_fd.runs.self_distillation_summary import WRONG
 
 # What gains, where its name alone does not say it.
 _GAINING = {WRONG: "problems answered wrong"}
-_LOOKS = ("held out", "learned from")
+_LOOKS = ("held out", "training")
 
 
 def loss_figures(runs: Sequence[Run]) -> list[Figure]:
@@ -82,7 +82,7 @@ def _loss_says(runs: Sequence[Run], loss: str) -> str:
                 f"{draw.whose(run, runs)}{first:.3g} to {last:.3g} on held-out problems "
                 f"({last / first - 1:+.0%})"
             )
-    return "; ".join(parts) + "." if parts else "As it was in the last update of each batch."
+    return "; ".join(parts) + "." if parts else "In the last update of each batch."
 
 
 def weight_figure(run: Run) -> Figure | None:
@@ -147,7 +147,7 @@ def gain_figure(run: Run) -> Figure | None:
     last = ", ".join(
         f"{_GAINING.get(name, name)} {gain:.0%}" for name, gain in looks[-1][1].items()
     )
-    says = f"How far each has fallen, smoothed, of what it was at first. At the last look: {last}"
+    says = f"Smoothed fall as a fraction of the initial value. At the last evaluation: {last}"
     marks = "".join(
         f" {m['what'].capitalize()} after batch {m['batch']}: {m['reason']}."
         for m in draw.marks([run])
@@ -170,16 +170,13 @@ def no_gains(run: Run) -> str:
     """Why there is no chart of gains."""
     if not any(row["stop"] for row in run.metrics):
         return (
-            "There are no gains to draw: the gate has not yet looked at the held-out problems "
-            "between updates. It looks after every probe_every batches that were learned from."
+            "No gains yet: there was no probe evaluation between updates. There is one after every "
+            "probe_every distilled batches."
         )
-    return (
-        "There are no gains to draw: what the gate watches was 0 before the first update and "
-        "could not fall."
-    )
+    return "No gains: the gate's losses were 0 before the first update and could not fall."
 
 
-_DECISIONS = ("learned from", "not learned from", "student alone")
+_DECISIONS = ("distilled", "not distilled", "student alone")
 
 
 def _decision(row: Mapping[str, Any]) -> str:
@@ -301,7 +298,7 @@ def exam_figure(runs: Sequence[Run]) -> Figure | None:
 
 def budget_figures(runs: Sequence[Run]) -> list[Figure]:
     """Tokens and seconds by step."""
-    kinds = {"tokens": "written", "prefilled": "read first (prefilled)"}
+    kinds = {"tokens": "generated", "prefilled": "prefilled"}
     tokens = [
         {"run": run.name, "step": STEP_NAMES.get(step, step), "kind": kind, "value": value}
         for run in runs
@@ -309,7 +306,7 @@ def budget_figures(runs: Sequence[Run]) -> list[Figure]:
         for step, value in run.totals[key].items()
     ]
     tokens += [
-        {"run": run.name, "step": STEP_NAMES["distil"], "kind": "learned from", "value": n}
+        {"run": run.name, "step": STEP_NAMES["distil"], "kind": "trained on", "value": n}
         for run in runs
         if (n := run.totals["updates"]["tokens"])
     ]
@@ -321,10 +318,10 @@ def budget_figures(runs: Sequence[Run]) -> list[Figure]:
     ]
     figures = []
     if tokens:
-        chart = draw.bars(runs, tokens, [*kinds.values(), "learned from"], "tokens")
+        chart = draw.bars(runs, tokens, [*kinds.values(), "trained on"], "tokens")
         says = "; ".join(
             f"{draw.whose(run, runs)}{sum(run.totals['tokens'].values()):,.0f} "
-            f"tokens written, {sum(run.totals['prefilled'].values()):,.0f} read first"
+            f"tokens generated, {sum(run.totals['prefilled'].values()):,.0f} prefilled"
             for run in runs
         )
         if len(runs) > 1:
@@ -334,8 +331,8 @@ def budget_figures(runs: Sequence[Run]) -> list[Figure]:
         )
     if seconds:
         says = "; ".join(
-            f"{draw.whose(run, runs)}{run.totals['seconds']['total']:,.0f} seconds in all, with "
-            "what the steps do not count"
+            f"{draw.whose(run, runs)}{run.totals['seconds']['total']:,.0f} seconds in all, "
+            "including time outside the steps"
             for run in runs
         )
         chart = draw.bars(runs, seconds, ["seconds"], "seconds")

@@ -63,9 +63,7 @@ def _roles(row: Mapping[str, Any]) -> Table:
         if mean is not None:
             kl = Cell(f"{mean:.2g}", bar=max(mean, 0.0) / largest if largest > 0 else 0.0)
         lines.append((name, f"{top['agreeing'] / top['n']:.1%}" if top["n"] else _NOTHING, kl))
-    return table(
-        "By role", ("role", "likeliest token the same", "mean KL, nats"), lines, numbers=False
-    )
+    return table("By role", ("role", "same top-1 token", "mean KL, nats"), lines, numbers=False)
 
 
 def _bundle(folder: str, bundle: Mapping[str, Any]) -> tuple[str, str, Table]:
@@ -92,7 +90,7 @@ def report_folder(folder: Path) -> Iterator[None]:
     """
     with claimed(folder, COMPARISON):
         # Permissions do not tell of a file system that is read-only.
-        with _explained(folder), tempfile.TemporaryFile(dir=folder):
+        with _wrap_write_errors(folder), tempfile.TemporaryFile(dir=folder):
             pass
         yield
 
@@ -103,13 +101,13 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
     Raises:
         UserError: they cannot be written.
     """
-    with _explained(folder):
+    with _wrap_write_errors(folder):
         write_json(folder / "compare.json", report)
         write_atomic(folder / "compare.html", page(report))
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _wrap_write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -78,7 +78,7 @@ def _check(folder: Path) -> None:
     files = (runs.MANIFEST, runs.CONFIG, runs.EPISODES, runs.ATTEMPTS, runs.METRICS, runs.SUMMARY)
     if not any((folder / file).is_file() for file in files):
         raise UserError(
-            f"{folder}: this is no run directory (it has none of {', '.join(files)}). Name the "
+            f"{folder}: this is not a run directory (it has none of {', '.join(files)}). Name the "
             "folder that `mlx-fd loop` or `mlx-fd self-distill` printed when it began."
         )
 

@@ -101,42 +101,40 @@ def attempt_figures(runs: Sequence[SelfRun]) -> list[Figure]:
         ),
         _by_batch(
             runs,
-            "Attempts that count",
-            "Those that moved the student, and those that ended themselves before the token limit.",
-            {"teach": _mean("teaches"), "end themselves": _mean("finished")},
+            "Attempts trained on, and finished",
+            "Attempts with a training signal, and attempts that ended before the token limit.",
+            {"trained on": _mean("teaches"), "finished": _mean("finished")},
             share=True,
         ),
         _by_batch(
             runs,
-            "Advantage of a token",
-            "log p(token | question, context) - log p(token | question) in nats, whatever its "
-            "sign, in the mean over attempts: how much the self-teacher has to say.",
+            "Token advantage",
+            "log p(token | question, context) - log p(token | question) in nats: "
+            "absolute value, mean over attempts.",
             {"mean |A|": _mean("mean_abs_advantage")},
         ),
         _by_batch(
             runs,
-            "Right attempts spoken against",
-            "The share of the tokens of right attempts that have a negative advantage.",
+            "Negative advantage on right attempts",
+            "Fraction of the tokens of right attempts with a negative advantage.",
             {"negative": _mean("negative_on_right")},
             share=True,
         ),
         _by_batch(
             runs,
             "Entropy of the student",
-            "In nats a token, in the mean over attempts; near 0 it tries nothing new.",
+            "Nats per token, mean over attempts; near 0 there is no exploration.",
             {"entropy": _mean("entropy")},
         ),
-        _by_batch(
-            runs, "Length of attempts", "In tokens, in the mean.", {"tokens": _mean("tokens")}
-        ),
+        _by_batch(runs, "Length of attempts", "Mean, in tokens.", {"tokens": _mean("tokens")}),
     ]
     if any(any(row["clipped"]) for run in runs for row in run.metrics):
         found.append(
             _by_batch(
                 runs,
-                "Ratios that were cut",
-                "The share of tokens whose ratio to when they were drawn left the clipping range.",
-                {"cut": lambda row: max(row["clipped"], default=None)},
+                "Clipped ratios",
+                "Fraction of tokens whose policy ratio left the clipping range.",
+                {"clipped": lambda row: max(row["clipped"], default=None)},
                 share=True,
             )
         )
@@ -188,9 +186,9 @@ def budget_figures(runs: Sequence[SelfRun]) -> list[Figure]:
         {"run": run.name, "step": step, "kind": "tokens", "value": value}
         for run in runs
         for step, value in (
-            ("written in attempts", run.totals["tokens"]["attempt"]),
-            ("read first (prefilled)", run.totals["tokens"]["prefilled"]),
-            ("learned from", run.totals["updates"]["tokens"]),
+            ("generated in attempts", run.totals["tokens"]["attempt"]),
+            ("prefilled", run.totals["tokens"]["prefilled"]),
+            ("trained on", run.totals["updates"]["tokens"]),
         )
     ]
     seconds = [
@@ -202,13 +200,13 @@ def budget_figures(runs: Sequence[SelfRun]) -> list[Figure]:
     if not any(run.metrics for run in runs):
         return []
     written = "; ".join(
-        f"{draw.whose(run, runs)}{run.totals['tokens']['attempt']:,.0f} tokens written, "
-        f"{run.totals['updates']['tokens']:,.0f} learned from"
+        f"{draw.whose(run, runs)}{run.totals['tokens']['attempt']:,.0f} tokens generated, "
+        f"{run.totals['updates']['tokens']:,.0f} trained on"
         for run in runs
     )
     lasted = "; ".join(
         f"{draw.whose(run, runs)}{run.totals['seconds']['total']:,.0f} seconds in all, with "
-        "the looks at held-out problems"
+        "the probe evaluations"
         for run in runs
     )
     return [

@@ -30,11 +30,11 @@ STEP_NAMES = {
 # What makes a method, by option.
 _METHOD = {
     "method": "method",
-    "context": "context: what the self-teacher reads",
-    "objective": "objective: what is matched",
+    "context": "context of the self-teacher",
+    "objective": "objective",
     "self_teacher": "self-teacher's weights",
     "critic": "critic",
-    "num_generations": "attempts at a problem",
+    "num_generations": "attempts per problem",
     "gate": "gate",
     "lora_rate": "learning rate",
 }
@@ -76,7 +76,7 @@ def headlines(run: SelfRun) -> list[tuple[str, Cell]]:
         ),
         ("headroom: right without the context → with it", _headroom(run)),
         (
-            "attempts that teach",
+            "attempts trained on",
             Cell(f"{found['teaches']:.1%}" if found else NONE, f"n {len(run.attempts)}"),
         ),
         ("time", Cell(duration(totals["seconds"]["total"]), memory(totals))),
@@ -86,9 +86,9 @@ def headlines(run: SelfRun) -> list[tuple[str, Cell]]:
 def _headroom(run: SelfRun) -> Cell:
     head = run.totals["headroom"]
     if not run.has_context:
-        return Cell(NONE, "there is no context")
+        return Cell(NONE, "no context")
     if not (n := head.get("taught")):
-        return Cell(NONE, "the context had nothing to say" if head else "")
+        return Cell(NONE, "empty context" if head else "")
     return Cell(f"{head['without'] / n:.1%} → {head['with_context'] / n:.1%}", f"n {n}")
 
 
@@ -113,16 +113,16 @@ _SUMMARY: tuple[tuple[str, Callable[[Mapping[str, Any]], Cell]], ...] = (
     ("attempts", lambda t: Cell(count((t["attempts"] or {"n": 0})["n"]))),
     ("attempts right, first half", lambda t: share(t["first_half"])),
     ("attempts right, second half", lambda t: share(t["second_half"])),
-    ("attempts that teach", _of("teaches", ".1%")),
-    ("attempts that end themselves", _of("finished", ".1%")),
-    ("tokens of an attempt", _of("tokens", ".1f")),
-    ("entropy, nats a token", _of("entropy", ".4g")),
-    ("advantage of a token, whatever its sign", _of("mean_abs_advantage", ".4g")),
-    ("tokens of right attempts spoken against", _of("negative_on_right", ".1%")),
-    ("largest difference of a log-probability, read again", _of("logprob_gap", ".2g")),
+    ("attempts trained on", _of("teaches", ".1%")),
+    ("attempts finished", _of("finished", ".1%")),
+    ("tokens per attempt", _of("tokens", ".1f")),
+    ("entropy, nats per token", _of("entropy", ".4g")),
+    ("mean absolute token advantage", _of("mean_abs_advantage", ".4g")),
+    ("tokens of right attempts with negative advantage", _of("negative_on_right", ".1%")),
+    ("maximum log-probability difference, recomputed", _of("logprob_gap", ".2g")),
     ("optimiser steps", lambda t: Cell(count(t["updates"]["steps"]), steps_note(t["updates"]))),
-    ("ratios that were cut", _cut),
-    ("tokens learned from", lambda t: Cell(count(t["updates"]["tokens"]))),
+    ("ratios clipped", _cut),
+    ("tokens trained on", lambda t: Cell(count(t["updates"]["tokens"]))),
     ("time", lambda t: Cell(duration(t["seconds"]["total"]))),
     ("peak memory", lambda t: Cell(memory(t).removeprefix("peak memory ") or NONE)),
     ("best checkpoint", lambda t: Cell(str(t.get("best_checkpoint", NONE)))),
@@ -132,7 +132,7 @@ _SUMMARY: tuple[tuple[str, Callable[[Mapping[str, Any]], Cell]], ...] = (
 def summary_table(runs: Sequence[SelfRun]) -> Table:
     """The runs' totals, a column for each."""
     return table(
-        "Totals. Shares are with their 95 % Wilson intervals.",
+        "Totals. Percentages have 95 % Wilson intervals.",
         ("", *(run.name for run in runs)),
         [(label, *(of(run.totals) for run in runs)) for label, of in _SUMMARY],
     )
@@ -153,9 +153,9 @@ def headroom_table(runs: Sequence[SelfRun]) -> Table | None:
         return None
     kinds = (
         ("right, of all held-out problems", "right", "problems"),
-        ("right and wrong attempts, of all held-out problems", "mixed", "problems"),
-        ("right without the context, where it has something to say", "without", "taught"),
-        ("right with the context, where it has something to say", "with_context", "taught"),
+        ("both right and wrong attempts, of all held-out problems", "mixed", "problems"),
+        ("right without the context, of problems with one", "without", "taught"),
+        ("right with the context, of problems with one", "with_context", "taught"),
     )
     rows: list[Row] = [
         (label, *(_counted(run, key, of) for run in runs)) for label, key, of in kinds

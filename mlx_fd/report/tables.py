@@ -151,7 +151,7 @@ def headlines(run: Run) -> list[tuple[str, Cell]]:
     feedback = totals["expert_feedback"]
     found.append(
         (
-            "expert's feedback not asked for",
+            "expert feedback skipped",
             Cell(
                 f"{feedback['not_asked']} of {totals['episodes']}",
                 f"about {count(feedback['tokens_saved'])} tokens saved",
@@ -173,20 +173,20 @@ _SUMMARY: tuple[tuple[str, Callable[[Mapping[str, Any]], Cell]], ...] = (
     ("first answers right", lambda t: share(t["accuracy"]["first_answers"])),
     ("final answers right", lambda t: share(t["accuracy"]["final_answers"])),
     (
-        "right where the expert was asked",
+        "right, expert feedback requested",
         lambda t: share(t["expert_feedback"]["accuracy_when_asked"]),
     ),
     (
-        "right where the student stood alone",
+        "right, expert feedback skipped",
         lambda t: share(t["expert_feedback"]["accuracy_when_not_asked"]),
     ),
-    ("gap of the two scores, first half → second", lambda t: _gap(t["score_gap"])),
+    ("score gap, first half → second", lambda t: _gap(t["score_gap"])),
     ("optimiser steps", lambda t: Cell(count(t["updates"]["steps"]), steps_note(t["updates"]))),
-    ("tokens learned from", lambda t: Cell(count(t["updates"]["tokens"]))),
+    ("tokens trained on", lambda t: Cell(count(t["updates"]["tokens"]))),
     ("frozen", lambda t: Cell(_frozen(t["updates"]["frozen_after_batch"]))),
-    ("expert's feedback asked for", lambda t: _asked(t["expert_feedback"])),
-    ("scores that could not be read", lambda t: _unread(t["unreadable_scores"], t["episodes"])),
-    ("headroom, right of the held-out problems", lambda t: _headroom(t["headroom"])),
+    ("expert feedback requested", lambda t: _asked(t["expert_feedback"])),
+    ("unreadable scores", lambda t: _unread(t["unreadable_scores"], t["episodes"])),
+    ("headroom: held-out problems right", lambda t: _headroom(t["headroom"])),
     ("time", lambda t: Cell(duration(t["seconds"]["total"]))),
     ("peak memory", lambda t: Cell(memory(t).removeprefix("peak memory ") or NONE)),
     ("best checkpoint", lambda t: Cell(str(t.get("best_checkpoint", NONE)))),
@@ -230,7 +230,7 @@ def _headroom(headroom: Mapping[str, int]) -> Cell:
 def summary_table(runs: Sequence[Run]) -> Table:
     """The runs' totals, a column for each."""
     return table(
-        "Totals. Shares are with their 95 % Wilson intervals.",
+        "Totals. Percentages have 95 % Wilson intervals.",
         ("", *(run.name for run in runs)),
         [(label, *(of(run.totals) for run in runs)) for label, of in _SUMMARY],
     )
@@ -256,7 +256,7 @@ def exam_table(runs: Sequence[Run]) -> Table | None:
         rows.append((EXAM_NAMES.get(name, name), *cells))
     return table(
         "With 95 % bootstrap intervals over the questions; the change is paired, and bold where "
-        "its interval leaves out 0.",
+        "the interval excludes 0.",
         ("", *columns),
         rows,
     )
@@ -321,7 +321,7 @@ def decision_table(run: Run) -> Table | None:
     if not rows:
         return None
     return table(
-        "The gate's looks at the probe set, but for those that say what the look before them said.",
+        "The gate's decisions after each probe evaluation; repeated decisions are left out.",
         ("after batch", "student", "decision", "reason"),
         rows,
         numbers=False,
@@ -330,7 +330,7 @@ def decision_table(run: Run) -> Table | None:
 
 def steps_table(runs: Sequence[Run]) -> Table:
     """Tokens and seconds by step."""
-    kinds = (("tokens", "written"), ("prefilled", "read first"), ("seconds", "seconds"))
+    kinds = (("tokens", "generated"), ("prefilled", "prefilled"), ("seconds", "seconds"))
     steps = [step for step in STEP_NAMES if any(step in run.totals["seconds"] for run in runs)]
     rows: list[Row] = [
         (
@@ -395,7 +395,7 @@ def evaluation_says(evaluation: Mapping[str, Any]) -> str:
             f"first answers by the {by} at temperature {temperatures['first_answers']:g}"
         )
     if "bare" in temperatures:
-        sentence.append(f"bare answers at {temperatures['bare']:g}")
+        sentence.append(f"direct answers at {temperatures['bare']:g}")
     sentence += [f"{key} {evaluation[key]}" for key in ("k", "seed") if evaluation[key] is not None]
     sentence += [f"{kind}: {model}" for kind, model in evaluation["text_models"].items()]
     return ", ".join(sentence)
@@ -437,8 +437,7 @@ def costs_table(found: Mapping[str, Any]) -> Table | None:
         for system in found["systems"]
     ]
     return table(
-        "What a problem costs: means over the problems with 95 % intervals. Tokens are those "
-        "written, prefilled are those read.",
+        "Cost per problem: means with 95 % intervals. Tokens are generated tokens.",
         ("", *(name.replace("_", " ") for name in costs)),
         rows,
     )
@@ -474,7 +473,7 @@ def comparisons_table(found: Mapping[str, Any]) -> Table | None:
         for row in found["comparisons"]
     ]
     return table(
-        "Differences on the same problems, bold where the interval leaves out 0; p after Holm's "
+        "Differences on the same problems, bold where the interval excludes 0; p with Holm's "
         "correction over the table.",
         ("", "measure", "difference", "p", "p, Holm", "test"),
         rows,
@@ -497,7 +496,7 @@ def options_table(runs: Sequence[Run], *, differing: bool = False) -> Table | No
             rows.append((name, *values))
     if not rows:
         return None
-    caption = "Options in which the runs differ" if differing else "Every option"
+    caption = "Options in which the runs differ" if differing else "All options"
     return table(caption, ("", *(run.name for run in runs)), rows, numbers=False)
 
 
@@ -514,7 +513,7 @@ def origin_table(runs: Sequence[Run], expert: str = "expert") -> Table:
 
     rows: list[tuple[str, ...]] = [
         ("directory", *(str(run.folder) for run in runs)),
-        ("begun", *(run.manifest["created"] or NONE for run in runs)),
+        ("started", *(run.manifest["created"] or NONE for run in runs)),
     ]
     for part in ("expert", "student", "problems"):
         label = expert if part == "expert" else part
@@ -523,7 +522,7 @@ def origin_table(runs: Sequence[Run], expert: str = "expert") -> Table:
     rows.append(("device", *(of(run, "backend", "device") for run in runs)))
     versions = dict.fromkeys(name for run in runs for name in run.manifest["versions"])
     rows += [(name, *(of(run, "versions", name) for run in runs)) for name in versions]
-    return table("Where the runs come from", ("", *(run.name for run in runs)), rows, numbers=False)
+    return table("Origin of the runs", ("", *(run.name for run in runs)), rows, numbers=False)
 
 
 def shown(value: Any) -> str:

@@ -22,7 +22,6 @@ from mlx_fd.runs.directory import (
     check_new,
     create,
     cut_folder,
-    explained,
     failed_write,
     is_ours,
     is_run,
@@ -31,6 +30,7 @@ from mlx_fd.runs.directory import (
     read_lines,
     read_manifest,
     set_aside,
+    wrap_write_errors,
 )
 
 __all__ = [
@@ -53,7 +53,6 @@ __all__ = [
     "check_new",
     "create",
     "cut_folder",
-    "explained",
     "failed_write",
     "is_ours",
     "is_run",
@@ -62,4 +61,5 @@ __all__ = [
     "read_lines",
     "read_manifest",
     "set_aside",
+    "wrap_write_errors",
 ]

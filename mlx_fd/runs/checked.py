@@ -37,7 +37,7 @@ def parse_checked(text: str) -> tuple[Any, bool]:
         The value without its digest; ``False`` where it had none, as files of older versions.
 
     Raises:
-        ChangedFile: it is no JSON, or its digest is that of something else.
+        ChangedFile: it is not JSON, or its digest is that of something else.
     """
     try:
         value = json.loads(text)
@@ -45,11 +45,11 @@ def parse_checked(text: str) -> tuple[Any, bool]:
             return value, False
         digest = value.pop(DIGEST)
         if digest != content_digest(value):
-            raise ChangedFile("something changed it after it was written")
+            raise ChangedFile("it was changed after it was written")
     except RecursionError as error:
-        raise ChangedFile("it is no JSON that mlx-fd writes") from error
+        raise ChangedFile("it is not JSON that mlx-fd writes") from error
     except json.JSONDecodeError as error:
-        raise ChangedFile(f"it is no JSON ({error})") from error
+        raise ChangedFile(f"it is not JSON ({error})") from error
     return value, True
 
 
@@ -62,7 +62,7 @@ def read_checked(path: Path) -> tuple[Any, bool]:
     try:
         text = read_text(path)
     except UnicodeDecodeError as error:
-        raise ChangedFile(f"it is no UTF-8 ({error})") from error
+        raise ChangedFile(f"it is not UTF-8 ({error})") from error
     except UserError as error:
-        raise ChangedFile("it is no ordinary file") from error
+        raise ChangedFile("it is not a regular file") from error
     return parse_checked(text)

@@ -192,7 +192,7 @@ def check_weights(checkpoint: Path, names: Sequence[str]) -> None:
         path = checkpoint / name
         if name in digests and path.exists() and digest_of(path) != digests[name]:
             raise UserError(
-                f"{path}: something changed it after the run wrote it; bring the old file back, or "
+                f"{path}: it was changed after the run wrote it; restore the old file, or "
                 "take another checkpoint."
             )
 
@@ -306,7 +306,7 @@ def check_nothing_lost(folder: Path, every: int) -> tuple[Checkpoint | None, lis
     command = f"mlx-fd resume {shlex.quote(str(folder))} {REDO}"
     again = f"from batch {checkpoint.batch} on" if checkpoint else "from its beginning"
     raise UserError(
-        f"{folder}: {there} and {why}. Nothing was changed. Bring the files back as they were, or "
+        f"{folder}: {there} and {why}. Nothing was changed. Restore the files, or "
         f"let the run be done again {again}, what is there being kept under {runs.CUT}/, with: "
         f"{command}"
     )

@@ -52,24 +52,24 @@ README = """\
 
 | file | what it is |
 |---|---|
-| `config.toml` | every option of the run; `mlx-fd loop --config config.toml` runs it again |
+| `config.toml` | all options of the run; `mlx-fd loop --config config.toml` repeats it |
 | `manifest.json` | versions, seed, models and data with their digests |
 | `episodes.jsonl` | one line per problem: answer, both feedbacks, the gate, the final answer |
-| `metrics.jsonl` | one line per batch: losses, weights, the gate's reasons, the probe set |
-| `samples.jsonl` | with `epochs` > 1: the tokens of each text that the student learned from |
-| `teacher/` | with `teacher_top_k`: what the expert said about texts |
+| `metrics.jsonl` | one line per batch: losses, weights, gate decisions, probe evaluations |
+| `samples.jsonl` | with `epochs` > 1: the tokens of each training sample |
+| `teacher/` | with `teacher_top_k`: the cache of the expert's top k tokens |
 | `checkpoints/` | `NNNNNN` by batch; `last` and `best` (on the probe set) point to them |
-| `probe.json` | the held-out problems that the gate watches, their arrays beside it |
-| `exam_*.json` | what the student made of each question of the examination, where there was one |
+| `probe.json` | the held-out problems of the gate; their arrays are in `probe.safetensors` |
+| `exam_*.json` | with an exam: the student's result on each question |
 | `summary.json` | the run's totals, written at its end |
-| `cut/` | what `resume` cut: `tail/` after the last stop; a folder of its date whatever else |
-| `pareto.*` | with `mlx-fd pareto`: where to stop next time; `sweep/` has the runs that try it |
+| `cut/` | what `resume` removed: `tail/` after the last stop; everything else by date |
+| `pareto.*` | with `mlx-fd pareto`: where to stop next time; `sweep/`: a run per threshold |
 | `eval/` | with `mlx-fd eval`: `eval.json` and `outputs.jsonl` of each evaluation |
-| `report.html` | the page of `mlx-fd report .` |
-| `tracking.json` | with `--track`: what each tracker has of the run |
+| `report.html` | the report of `mlx-fd report .` |
+| `tracking.json` | with `--track`: the batches that each tracker has received |
 
-    mlx-fd resume .                       # goes on where it stopped
-    mlx-fd report .                       # makes report.html
+    mlx-fd resume .                       # continue a stopped run
+    mlx-fd report .                       # write report.html
     mlx-fd feedback . --problem TEXT --answer TEXT
     mlx_lm.generate --model MODEL --adapter-path checkpoints/best --prompt TEXT
 
@@ -147,7 +147,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     if not is_run(folder):
         raise UserError(
-            f"{folder}: this is no run directory (it has no {MANIFEST}). "
+            f"{folder}: this is not a run directory (it has no {MANIFEST}). "
             "Name the folder that `mlx-fd loop` or `mlx-fd self-distill` printed when it began."
         )
     try:
@@ -156,7 +156,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / MANIFEST}: cannot be read: {error}") from error
     if not is_ours(folder):
         raise UserError(
-            f"{folder}: this is no run directory of mlx-fd (neither its {MANIFEST} nor a file "
+            f"{folder}: this is not a run directory of mlx-fd (neither its {MANIFEST} nor a file "
             f"{MARK} says so), and it was left alone"
         )
     if isinstance(manifest, dict):
@@ -247,7 +247,7 @@ def failed_write(error: OSError | RuntimeError) -> str | None:
 
 
 @contextlib.contextmanager
-def explained(folder: Path, advice: str = "") -> Iterator[None]:
+def wrap_write_errors(folder: Path, advice: str = "") -> Iterator[None]:
     """Turn a failed write into a message that says that nothing is lost.
 
     Args:
@@ -277,6 +277,7 @@ def check_new(folder: Path) -> None:
     """
     if is_run(folder) and is_ours(folder):
         raise UserError(
-            f"{folder}: this is a run already; go on with: mlx-fd resume {shlex.quote(str(folder))}"
+            f"{folder}: this is already a run; continue with: "
+            f"mlx-fd resume {shlex.quote(str(folder))}"
         )
     check_free(folder, RUN)

@@ -30,8 +30,34 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Probing:
+    """The first probe evaluation goes on, before the first batch.
+
+    Attributes:
+        done: problems evaluated so far.
+        total: problems to evaluate, each as often as the evaluation does.
+    """
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """The batches begin, or go on after a resume.
+
+    Attributes:
+        done: episodes done before, as in :class:`BatchDone`.
+        total: episodes of the run, times its epochs.
+    """
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Probed:
-    """The probe set was looked at before the first batch, or at resuming."""
+    """The result of the first probe evaluation, reported again at resuming."""
 
     first: dict[str, float]
     last: dict[str, float]
@@ -55,4 +81,4 @@ class BatchDone:
     metrics: dict[str, Any]
 
 
-Event = Note | Warned | Step | Probed | BatchDone
+Event = Note | Warned | Step | Probing | Probed | Started | BatchDone

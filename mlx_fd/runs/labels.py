@@ -9,7 +9,7 @@ STEP_NAMES = {
     "distil": "student learns",
     "merge": "expert merges feedback",
     "revise": "expert revises",
-    "critique": "expert criticises itself",
+    "critique": "expert self-critique",
     "final": "expert's final answer",
 }
 

@@ -60,7 +60,7 @@ def make_plan(config: Config) -> Plan:
     Raises:
         UserError: a name, file, pair of models or amount of memory that will not do.
     """
-    config = settled(config)
+    config = with_absolute_names(config)
     options = config.problems
     problem_sets.check_split(options.split, options.train_on_test)
     # Problems first: a model may be a download of hours.
@@ -93,7 +93,7 @@ def make_plan(config: Config) -> Plan:
     manifest = manifest_of(config, expert_path, student_path, found, pairing.shared_vocab)
     notes = [*pairing.warnings, *left_out]
     if found.skipped:
-        notes.append(f"{found.skipped} rows of {found.name} could not be read and are left out")
+        notes.append(f"{found.skipped} rows of {found.name} could not be read and were skipped")
     return Plan(
         config,
         expert_path,
@@ -106,7 +106,7 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def settled(config: Config) -> Config:
+def with_absolute_names(config: Config) -> Config:
     """The configuration that means the same wherever and whenever it is read again.
 
     The default student is named, and files and directories of this machine get their whole path.

@@ -140,7 +140,7 @@ def go_back(
     for reason in passed_over:
         report(Warned(f"{reason}; going back before it"))
     cut = runs.cut_folder(folder)
-    with runs.explained(folder):
+    with runs.wrap_write_errors(folder):
         put_right = roll_back(folder, checkpoint, cut, ordinary=not redo and not passed_over)
     for text in put_right:
         report(Warned(text))
@@ -187,7 +187,7 @@ def finished_summary(
         except (ChangedFile, OSError) as error:
             why = str(error)
         report(Warned(f"{runs.SUMMARY}: {why}; it is made again"))
-    with runs.explained(records.folder):
+    with runs.wrap_write_errors(records.folder):
         runs.set_aside(path, records.cut)
     return None
 
@@ -217,7 +217,7 @@ def kept(
         found = load()
     except (ChangedFile, OSError) as error:
         report(Warned(f"{name}: {error}; {again}"))
-        with runs.explained(records.folder):
+        with runs.wrap_write_errors(records.folder):
             runs.set_aside(records.folder / name, records.cut)
         return None
     if found is None:

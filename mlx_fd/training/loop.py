@@ -42,7 +42,16 @@ from mlx_fd.files import clear_unfinished, write_json
 from mlx_fd.models.generation import Conversation
 from mlx_fd.problems import Problem
 from mlx_fd.runs.checked import with_digest
-from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Step, Warned
+from mlx_fd.runs.events import (
+    BatchDone,
+    Event,
+    Note,
+    Probed,
+    Probing,
+    Started,
+    Step,
+    Warned,
+)
 from mlx_fd.runs.summary import find_warnings, summarise
 from mlx_fd.training.checkpoint import (
     Progress,
@@ -110,24 +119,35 @@ def run(
     # Whatever the checkpoint holds, the student is still untrained here.
     probe = kept(records, PROBE_ROWS, lambda: load_probe(folder), begun, report)
     if probe is None:
-        report(Note(f"looking at {len(probe_problems)} held-out problems first"))
-        probe = make_probe(pair, probe_problems, config, _steps(report, 0))
-        with runs.explained(folder):
+        count = len(probe_problems)
+        report(Note(f"first probe evaluation: {count} held-out problems"))
+        report(Probing(0, count))
+        probe = make_probe(
+            pair,
+            probe_problems,
+            config,
+            _steps(report, 0),
+            on_problems=lambda done: report(Probing(done, count)),
+        )
+        with runs.wrap_write_errors(folder):
             save_probe(probe, folder)
     optimizer = make_optimizer(pair.student, config.training)
     before = _examined_before(records, config, pair, exam, begun, report)
     if checkpoint is None:
         progress = _first(pair, probe, config)
-        with runs.explained(folder):
+        with runs.wrap_write_errors(folder):
             save(records, progress, config, pair.student, pair.student_lm.path, optimizer)
     else:
         progress = restore(checkpoint, pair.student, optimizer)
-        report(Note(f"going on after batch {progress.batch}"))
+        report(Note(f"resuming after batch {progress.batch}"))
     if stop():
         return None
     report(Probed(progress.probe_first, progress.probe_last, vars(probe.headroom)))
     for concern in probe.headroom.concerns():
         report(Warned(concern))
+    epoch, place = divmod(progress.batch, batches)
+    done = epoch * len(problems) + min(place * size, len(problems))
+    report(Started(done, config.training.epochs * len(problems)))
 
     learner = _Learner(
         pair, probe, optimizer, config, report, total, _cache(folder, config, pair, report)
@@ -146,7 +166,7 @@ def run(
             texts = [r for r in runs.read_lines(folder / runs.SAMPLES) if r["batch"] == place]
             progress, metrics = _rehearse(progress, texts, learner)
             samples = []
-        with runs.explained(folder):
+        with runs.wrap_write_errors(folder):
             records.append(runs.EPISODES, rows)
             records.append(runs.METRICS, [metrics])
             if config.training.epochs > 1:
@@ -172,7 +192,7 @@ def run(
     last = probe.losses(pair, config)
     progress = with_probe(progress, last)
     seconds = {"headroom": probe.seconds + time.perf_counter() - looking}
-    with runs.explained(folder):
+    with runs.wrap_write_errors(folder):
         save(records, progress, config, pair.student, pair.student_lm.path, optimizer)
     parts: dict[str, Any] = {}
     if config.losses.teacher_top_k:
@@ -182,10 +202,10 @@ def run(
         after = examine(pair, exam, config.generation, _steps(report, progress.batch))
         took = time.perf_counter() - examining
         seconds["exam"] = before.seconds + took
-        with runs.explained(folder):
+        with runs.wrap_write_errors(folder):
             save_results(folder / runs.EXAM_AFTER, after, took)
         parts["exam"] = compare(before.results, after)
-    with runs.explained(folder):
+    with runs.wrap_write_errors(folder):
         summary = summarise(
             runs.read_lines(folder / runs.EPISODES),
             runs.read_lines(folder / runs.METRICS),
@@ -227,7 +247,7 @@ def _examined_before(
     begin = time.perf_counter()
     results = examine(pair, exam, config.generation, _steps(report, 0))
     seconds = time.perf_counter() - begin
-    with runs.explained(records.folder):
+    with runs.wrap_write_errors(records.folder):
         save_results(file, results, seconds)
     return _Examined(results, seconds)
 

@@ -116,7 +116,11 @@ def _judged(scores: Sequence[float | None], right: Sequence[bool]) -> tuple[int,
 
 
 def make_probe(
-    pair: Pair, problems: Sequence[Problem], config: Config, progress: Progress
+    pair: Pair,
+    problems: Sequence[Problem],
+    config: Config,
+    progress: Progress,
+    on_problems: Callable[[int], None] = lambda done: None,
 ) -> Probe:
     """Run both models over the probe problems, in batches of the run's size.
 
@@ -125,6 +129,7 @@ def make_probe(
         problems: held out from the run's.
         config: token limits, seed, losses.
         progress: told of every token.
+        on_problems: called after each batch with the number of problems evaluated so far.
     """
     begun = time.perf_counter()
     options, size = config.generation, config.generation.batch_size
@@ -165,6 +170,7 @@ def make_probe(
                 for draft in best
                 if is_correct(draft.answer.final, draft.problem)
             )
+        on_problems(begin + len(chunk))
     seconds = round(time.perf_counter() - begun, 3)
     return Probe(tuple(samples), Headroom(len(problems), *counts), seconds)
 

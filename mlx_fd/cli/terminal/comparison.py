@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from mlx_fd.cli.terminal.layout import FittingTable
 from mlx_fd.export.wording import _NOTHING, heading, measured, notes, verdict
 from mlx_fd.text import strip_control_chars
 
@@ -19,15 +19,14 @@ def _text(text: str, style: str = "") -> Text:
 
 def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """The table, a column a row of the report, and under it the verdicts with what they rest on."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("", no_wrap=True)
-    for row in rows:
-        table.add_column(_text("\n".join(heading(row))), justify="right")
     texts = [measured(row) for row in rows]
-    for label in dict.fromkeys(label for lines in texts for label in lines):
-        table.add_row(Text(label, "dim"), *(Text(lines.get(label, _NOTHING)) for lines in texts))
-    if any(texts):
-        console.print(table)
+    labels = list(dict.fromkeys(label for lines in texts for label in lines))
+    entries = [
+        ["\n".join(heading(row)), *(lines.get(label, _NOTHING) for label in labels)]
+        for row, lines in zip(rows, texts, strict=True)
+    ]
+    if labels:
+        console.print(FittingTable(["", *labels], entries, transposed=True))
     for row in rows:
         style = "green" if row["parity"] else "red"
         name = _text(f"{' '.join(heading(row))}: ", "bold").append_text(_text(verdict(row), style))

@@ -8,17 +8,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
+from mlx_fd.cli.terminal.layout import FittingTable
 from mlx_fd.evaluation.names import is_share, shown_name
 from mlx_fd.evaluation.suites import Attempted
 from mlx_fd.runs.labels import duration
 from mlx_fd.text import strip_control_chars
 
-_COSTS = {"expert_tokens": "expert's tokens", "tokens": "all tokens"}
+_COSTS = {"expert_tokens": "expert tokens", "tokens": "all tokens"}
 _NOTHING = "-"
-_FILE_WIDTH = 400
 
 
 class EvalDisplay:
@@ -92,9 +91,6 @@ def print_results(
         shown: for each set, the measures that have a column.
         console: where to print.
     """
-    if not console.is_terminal:
-        # A file or a pipe has no edge to break lines at.
-        console.width = _FILE_WIDTH
     for found, names in zip(results["sets"], shown, strict=True):
         console.print(_measures(found, names))
         console.print(_differences_and_costs(found))
@@ -102,26 +98,14 @@ def print_results(
     said = [
         f"first answers by the {results['answers_by']} at temperature "
         f"{temperatures['first_answers']:g}, "
-        f"bare answers at {temperatures['bare']:g}, k = {results['k']}"
+        f"direct answers at {temperatures['bare']:g}, k = {results['k']}"
     ]
     said += [f"{kind}: {model}" for kind, model in results["text_models"].items()]
     for text in said:
         console.print(Text(strip_control_chars(text), "dim"), soft_wrap=True)
 
 
-def _empty(title: str) -> Table:
-    table = Table(
-        title=Text(title, "bold"),
-        title_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-        header_style="bold",
-    )
-    table.add_column("", no_wrap=True)
-    return table
-
-
-def _measures(found: Mapping[str, Any], shown: Sequence[str]) -> Table:
+def _measures(found: Mapping[str, Any], shown: Sequence[str]) -> FittingTable:
     """Each system's measures, with their intervals."""
     systems = found["systems"]
     known = [
@@ -129,34 +113,34 @@ def _measures(found: Mapping[str, Any], shown: Sequence[str]) -> Table:
         for name in shown
         if any(system["measures"].get(name, {}).get("n") for system in systems)
     ]
-    table = _empty(f"{found['name']}: n = {found['n']}, 95 % intervals")
-    for name in known:
-        table.add_column(shown_name(name), justify="right")
-    for system in systems:
-        cells = [_estimate(name, system["measures"].get(name), found["n"]) for name in known]
-        table.add_row(Text(strip_control_chars(system["label"])), *map(Text, cells))
-    return table
+    rows = [
+        [
+            system["label"],
+            *(_estimate(name, system["measures"].get(name), found["n"]) for name in known),
+        ]
+        for system in systems
+    ]
+    title = f"{found['name']}: n = {found['n']}, 95 % intervals"
+    return FittingTable(["", *map(shown_name, known)], rows, title)
 
 
-def _differences_and_costs(found: Mapping[str, Any]) -> Table:
+def _differences_and_costs(found: Mapping[str, Any]) -> FittingTable:
     """How far the first system is from the others in its main measure, and what a problem costs."""
     systems, comparisons = found["systems"], found["comparisons"]
-    table = _empty("")
     measure = comparisons[0]["measure"] if comparisons else ""
     against = {row["against"]: row for row in comparisons if row["measure"] == measure}
+    header, rows = [""], []
     if against:
-        table.add_column(f"{_unit(measure)}: {systems[0]['name']} minus this", justify="right")
-        table.add_column("p (Holm)", justify="right")
-    for name in _COSTS.values():
-        table.add_column(name, justify="right")
+        header += [f"{_unit(measure)}: {systems[0]['name']} minus this", "p (Holm)"]
+    header += _COSTS.values()
     for system in systems:
-        cells = []
+        cells = [system["label"]]
         if against:
             row = against.get(system["name"])
-            cells = [_difference(row), _p(row["p_holm"])] if row else ["", ""]
+            cells += [_difference(row), _p(row["p_holm"])] if row else ["", ""]
         cells += [_count(system["cost_estimates"][name]) for name in _COSTS]
-        table.add_row(Text(strip_control_chars(system["label"])), *map(Text, cells))
-    return table
+        rows.append(cells)
+    return FittingTable(header, rows)
 
 
 def _unit(measure: str) -> str:

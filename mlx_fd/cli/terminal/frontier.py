@@ -5,40 +5,42 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
-
+from mlx_fd.cli.terminal.layout import FittingTable
 from mlx_fd.evaluation.pareto.choice import recommended
 from mlx_fd.evaluation.pareto.names import COSTS, METRICS, remarks_on
 
 
-def table(found: Mapping[str, Any]) -> Table:
-    """The points of a frontier, a row each: thresholds, stops, costs, and what is left there."""
+def table(found: Mapping[str, Any]) -> FittingTable:
+    """The points of a frontier, a row each: threshold, stop, costs, and the losses there."""
     points = found["points"]
-    shown = Table(box=None, pad_edge=False, header_style="dim", collapse_padding=True)
-    for name in ("stop", "batch", "steps", "tokens", "time", *points[0]["losses"]):
-        shown.add_column(name, justify="right", overflow="fold")
     metrics = dict.fromkeys(name for point in points for name in point["metrics"])
-    for name in metrics:
-        shown.add_column(METRICS[name].short, justify="right", overflow="fold")
     swept = "real" in points[0]
-    if swept:
-        shown.add_column("really", justify="right")
-    shown.add_column("")
-    for point in points:
-        stopped, cost = point["stopped_after_batch"], point["cost"]
-        shown.add_row(
-            f"{point['stop_threshold']:g}",
-            _batch(stopped),
-            f"{cost['kd_steps']}",
-            f"{cost['teacher_tokens'] / 1000:.0f}k",
-            f"{cost['seconds']:.0f} s",
-            *(f"{value:.3g}" for value in point["losses"].values()),
-            *(_estimate(point["estimates"].get(name)) for name in metrics),
-            *([_real(point["real"])] if swept else []),
-            ", ".join(remark.short for remark in remarks_on(point, found)),
-            style="bold" if point["recommended"] else None,
-        )
-    return shown
+    header = [
+        *("stop", "batch", "steps", "tokens", "time", *points[0]["losses"]),
+        *(METRICS[name].short for name in metrics),
+        *(["in the sweep"] if swept else []),
+        "",
+    ]
+    rows = [_row(point, found, list(metrics), swept) for point in points]
+    bold = {index: "bold" for index, point in enumerate(points) if point["recommended"]}
+    return FittingTable(header, rows, styles=bold)
+
+
+def _row(
+    point: Mapping[str, Any], found: Mapping[str, Any], metrics: list[str], swept: bool
+) -> list[str]:
+    cost = point["cost"]
+    return [
+        f"{point['stop_threshold']:g}",
+        _batch(point["stopped_after_batch"]),
+        f"{cost['kd_steps']}",
+        f"{cost['teacher_tokens'] / 1000:.0f}k",
+        f"{cost['seconds']:.0f} s",
+        *(f"{value:.3g}" for value in point["losses"].values()),
+        *(_estimate(point["estimates"].get(name)) for name in metrics),
+        *([_real(point["real"])] if swept else []),
+        ", ".join(remark.short for remark in remarks_on(point, found)),
+    ]
 
 
 def _batch(stopped: int | None) -> str:
@@ -69,9 +71,10 @@ def summary(found: Mapping[str, Any]) -> str:
     name = found["objectives"][0]
     share = point["cost"][name] / whole[name] if whole[name] else 1.0
     return (
-        "Held-out losses at the stop. right: final answers up to there, with 95 % intervals; n = "
+        "Held-out losses at the stop. right: correct final answers up to there, with 95 % "
+        "intervals; n = "
         f"{found['points'][-1]['estimates']['final_accuracy']['n']} in the last row.\n"
-        "best: the recommendation. product: the published rule, least cost x mean loss.\n"
+        "best: the recommendation. product: the published rule, minimum cost x mean loss.\n"
         f"recommended: stop_threshold = {point['stop_threshold']:g} (the same from {low:.3g} to "
         f"{high:.3g}): "
         + (f"stops after batch {stopped}" if stopped else "does not stop")

@@ -21,7 +21,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Step, Warned
+from mlx_fd.cli.terminal.layout import NamedValues
+from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Probing, Started, Step, Warned
 from mlx_fd.runs.labels import EXAM_NAMES, STEP_NAMES, duration, number
 from mlx_fd.text import strip_control_chars
 
@@ -59,13 +60,12 @@ class Display:
         self._last: BatchDone | None = None
         self._reason = "waiting for the first batch"
         self._bar = Progress(
-            TextColumn(self.counted),
+            TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[eta]}"),
         )
-        self._task = self._bar.add_task("", total=None, eta="")
+        self._task = self._bar.add_task("loading models", total=None, eta="")
 
     def __enter__(self) -> Display:
         if self._console.is_interactive and not self._quiet:
@@ -90,8 +90,13 @@ class Display:
             self._say(event.text)
         elif isinstance(event, Step):
             self._take_step(event)
+        elif isinstance(event, Probing):
+            self._show_count("headroom", event.done, event.total)
         elif isinstance(event, Probed):
             self._take_probe(event)
+        elif isinstance(event, Started):
+            self._done_at_begin = event.done
+            self._show_count(self.counted, event.done, event.total)
         else:
             self._take_batch(event)
 
@@ -101,6 +106,12 @@ class Display:
             self._console.print(
                 Text(strip_control_chars(text)), soft_wrap=not self._console.is_terminal
             )
+
+    def _show_count(self, what: str, done: int, total: int, eta: str = "") -> None:
+        """Put a count into the panel's bar."""
+        self._bar.update(
+            self._task, description=f"{what}: {done}/{total}", total=total, completed=done, eta=eta
+        )
 
     def _take_step(self, event: Step) -> None:
         if event.step != self._step:
@@ -112,9 +123,9 @@ class Display:
         self._losses_first, self._losses_last = event.first, event.last
         counts = event.headroom
         self._say(
-            f"headroom on {counts['problems']} held-out problems: expert answers "
-            f"{counts['expert_right']} right, student {counts['student_right']}; judged rightly, "
-            f"where a score could be read: expert {counts['expert_judged_right']} of "
+            f"headroom on {counts['problems']} held-out problems: right answers: expert "
+            f"{counts['expert_right']}, student {counts['student_right']}; right judgements, of "
+            f"readable scores: expert {counts['expert_judged_right']} of "
             f"{counts['expert_judged']}, student {counts['student_judged_right']} of "
             f"{counts['student_judged']}"
         )
@@ -126,7 +137,7 @@ class Display:
         self._last = event
         self._count(event)
         eta = self._eta(event)
-        self._bar.update(self._task, total=event.total, completed=event.done, eta=f"ETA {eta}")
+        self._show_count(self.counted, event.done, event.total, f"ETA {eta}")
         if self._live is None:
             self._say(self._line(event, eta))
 
@@ -166,7 +177,7 @@ class Display:
             parts.append(" ".join(f"{name} {number(value)}" for name, value in losses.items()))
         skipped = sum(update["skipped"] for update in updates)
         if skipped:
-            parts.append(f"{skipped} steps skipped: not finite")
+            parts.append(f"{skipped} steps skipped: gradient not finite")
         return "  ".join([*parts, f"ETA {eta}"])
 
     def _mean_score(self, who: str) -> str:
@@ -177,16 +188,27 @@ class Display:
 
     def _step_line(self) -> Text:
         elapsed = max(time.monotonic() - self._step_begin, 1e-9)
-        step = self.step_names.get(self._step, "loading")
+        step = self.step_names.get(self._step)
+        if step is None:
+            return Text("")
         rate = self._step_tokens / elapsed
-        return Text(f"{step}: {self._step_tokens} tokens, {rate:.1f} a second")
+        return Text(f"{step}: {self._step_tokens} tokens, {rate:.1f} tokens/s")
+
+    def _framed(self, rows: list[RenderableType]) -> RenderableType:
+        """The panel around some rows.
+
+        The cursor stays on an empty line below it: there a terminal echoes ``^C``, which would
+        otherwise wrap behind the border and leave a part of it on the screen at the next refresh.
+        """
+        panel = Panel(Group(*rows), title=self.title, title_align="left", border_style="dim")
+        return Group(panel, Text(""))
 
     def _panel(self) -> RenderableType:
         rows: list[RenderableType] = [self._bar, self._step_line()]
         if self._losses_first:
             weights = self._last.metrics["weights"] if self._last else {}
             table = Table(box=None, padding=(0, 2), header_style="dim")
-            for column in ("loss (held out)", "at first", "now", "weight"):
+            for column in ("loss (held out)", "initial", "now", "weight"):
                 table.add_column(column, justify="left" if column[0] == "l" else "right")
             for name, first in self._losses_first.items():
                 table.add_row(
@@ -207,7 +229,7 @@ class Display:
                     f" ({self._reason})",
                 )
             )
-        return Panel(Group(*rows), title=self.title, title_align="left", border_style="dim")
+        return self._framed(rows)
 
 
 class Steps:
@@ -248,11 +270,9 @@ class Steps:
         self._bar.update(self._tasks[step], completed=done, total=total)
 
 
-def summary_table(summary: Mapping[str, Any]) -> Table:
-    """A run's totals, as the run's last word."""
-    table = Table(title="Summary", title_justify="left", show_header=False, box=None)
-    table.add_column(style="dim")
-    table.add_column()
+def summary_table(summary: Mapping[str, Any]) -> NamedValues:
+    """A run's totals, printed at its end."""
+    table = NamedValues("Summary")
 
     def accuracy(value: Mapping[str, Any]) -> str:
         low, high = value["interval"]
@@ -269,7 +289,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         table.add_row(f"{name} loss, held out", f"{before:.4g} -> {number(after, '.4g')}{change}")
     gap = summary["score_gap"]
     table.add_row(
-        "gap of the scores",
+        "score gap, student to expert",
         f"{number(gap['first_half'])} in the first half, {number(gap['second_half'])} in the "
         f"second (n {gap['n']})",
     )
@@ -282,35 +302,36 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     )
     feedback = summary["expert_feedback"]
     table.add_row(
-        "expert's feedback",
-        f"asked {feedback['asked']} times ({feedback['tokens_written']} tokens), not asked "
-        f"{feedback['not_asked']} times (about {feedback['tokens_saved']} tokens saved)",
+        "expert feedback",
+        f"{feedback['asked']} requested ({feedback['tokens_written']} tokens), "
+        f"{feedback['not_asked']} skipped (about {feedback['tokens_saved']} tokens saved)",
     )
     sure = feedback.get("sure_scores")
     if frozen and sure:
         table.add_row(
-            "sure scores like the expert's", f"{sure['agreed']} of the last {sure['of']} at the end"
+            "confident scores",
+            f"{sure['agreed']} of {sure['of']} agreeing with the expert, at the end",
         )
     if feedback["not_asked"]:
         table.add_row(
-            "right, asked / not asked",
+            "right, requested / skipped",
             f"{accuracy(feedback['accuracy_when_asked'])} / "
             f"{accuracy(feedback['accuracy_when_not_asked'])}",
         )
     if "top_k" in summary:
         top_k = summary["top_k"]
         table.add_row(
-            f"expert's {top_k['k']} likeliest tokens",
-            f"leave out {top_k['tail_mass']:.2%} of its probability, and the logit loss misses "
+            f"expert's top {top_k['k']} tokens",
+            f"omit {top_k['tail_mass']:.2%} of its probability; the logit loss misses "
             + (
-                "an unknown part"
+                "an unknown amount"
                 if top_k["missing_at_most"] is None
                 else f"at most {top_k['missing_at_most']:.3g}"
             ),
         )
     unread = summary["unreadable_scores"]
     table.add_row(
-        "scores that could not be read",
+        "unreadable scores",
         f"expert {unread['expert']}, student {unread['student']} of {summary['episodes']}",
     )
     for name, sides in summary.get("exam", {}).items():

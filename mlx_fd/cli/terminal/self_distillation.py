@@ -6,20 +6,19 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.panel import Panel
-from rich.table import Table
+from rich.console import RenderableType
 from rich.text import Text
 
+from mlx_fd.cli.terminal.layout import NamedValues
 from mlx_fd.cli.terminal.run import Display
 from mlx_fd.runs.events import BatchDone, Probed
 from mlx_fd.runs.labels import duration, number
 from mlx_fd.runs.self_distillation_summary import WRONG
 
 _STEPS = {
-    "headroom": "looking for headroom",
+    "headroom": "headroom",
     "attempt": "attempts",
-    "echo": "the clean teacher answers",
+    "echo": "clean teacher answers",
     "learn": "student learns",
     "probe": "held-out problems",
 }
@@ -53,7 +52,7 @@ class SelfDisplay(Display):
         found, updates = event.metrics["attempts"], event.metrics["updates"]
         parts = [
             f"right {found['right']} of {found['n']}",
-            f"teaching {found['teaches']:.0%}",
+            f"trained on {found['teaches']:.0%}",
             f"tokens {number(found['tokens'])}",
             f"entropy {number(found['entropy'])}",
         ]
@@ -66,7 +65,7 @@ class SelfDisplay(Display):
             parts.append(f"clipped {max(event.metrics['clipped']):.1%}")
         skipped = sum(update["skipped"] for update in updates)
         if skipped:
-            parts.append(f"{skipped} steps skipped: not finite")
+            parts.append(f"{skipped} steps skipped: gradient not finite")
         if event.metrics["probe"]:
             parts.append(f"held out {1 - event.metrics['probe'][WRONG]:.1%} right")
         return parts
@@ -79,14 +78,12 @@ class SelfDisplay(Display):
             if self._held_out is not None:
                 right += f"; held out {self._held_out:.1%} right"
             rows.append(Text(right))
-        return Panel(Group(*rows), title=self.title, title_align="left", border_style="dim")
+        return self._framed(rows)
 
 
-def summary_table(summary: Mapping[str, Any]) -> Table:
-    """A run's totals, as the run's last word."""
-    table = Table(title="Summary", title_justify="left", show_header=False, box=None)
-    table.add_column(style="dim")
-    table.add_column()
+def summary_table(summary: Mapping[str, Any]) -> NamedValues:
+    """A run's totals, printed at its end."""
+    table = NamedValues("Summary")
 
     def accuracy(value: Mapping[str, Any]) -> str:
         if not value["n"]:
@@ -104,33 +101,34 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     if head["taught"]:
         table.add_row(
             "headroom",
-            f"{head['without']} right without the context, {head['with_context']} with it, of the "
-            f"{head['taught']} held-out problems that it has something to say about",
+            f"{head['without']} right without the context, {head['with_context']} with it, of "
+            f"{head['taught']} held-out problems with a context",
         )
     table.add_row(
-        "right and wrong attempts",
-        f"at {head['mixed']} of {head['problems']} held-out problems, before the first update",
+        "mixed attempts",
+        f"{head['mixed']} of {head['problems']} held-out problems have both right and wrong "
+        "attempts, before the first update",
     )
     if found:
         table.add_row(
             "attempts",
-            f"{found['n']}, {found['teaches']:.1%} teach, {found['finished']:.1%} end themselves; "
-            f"mean of {number(found['tokens'])} tokens, entropy {number(found['entropy'])}",
+            f"{found['n']}, {found['teaches']:.1%} trained on, {found['finished']:.1%} finished; "
+            f"mean length {number(found['tokens'])} tokens, entropy {number(found['entropy'])}",
         )
         if found["mean_abs_advantage"] is not None:
             table.add_row(
-                "advantage of a token",
-                f"{number(found['mean_abs_advantage'])} in the mean, whatever its sign; negative "
-                f"on {number(found['negative_on_right'])} of right attempts' tokens",
+                "token advantage",
+                f"mean absolute value {number(found['mean_abs_advantage'])}; negative on "
+                f"{number(found['negative_on_right'])} of the tokens of right attempts",
             )
         table.add_row(
             "log-probabilities",
-            f"read again, different by at most {number(found['logprob_gap'])}",
+            f"recomputed, maximum difference {number(found['logprob_gap'])}",
         )
     table.add_row(
         "student",
         f"{updates['steps']} steps in {updates['batches']} batches, {updates['skipped']} skipped; "
-        f"{number(updates['clipped'])} of ratios cut",
+        f"{number(updates['clipped'])} of ratios clipped",
     )
     table.add_row("best checkpoint", summary["best_checkpoint"])
     table.add_row("time", duration(summary["seconds"]["total"]))

@@ -95,7 +95,7 @@ def _curve(folder: Path, config: Config) -> Curve:
         checkpoint, _ = newest_checkpoint(folder)
         if checkpoint is None:
             raise UserError(
-                f"{folder}: this run has not come to its first checkpoint; go on with: mlx-fd "
+                f"{folder}: this run has not come to its first checkpoint; continue with: mlx-fd "
                 f"resume {shlex.quote(str(folder))}"
             )
         first, last, whole = checkpoint.state["probe_first"], None, True
@@ -105,7 +105,7 @@ def _curve(folder: Path, config: Config) -> Curve:
     whole = whole and not changed_logs(folder)
     if not whole or any(given != list(range(len(given))) for given in numbers):
         raise UserError(
-            f"{folder}: lines of {runs.METRICS} or {runs.EPISODES} are missing or harmed. Bring "
+            f"{folder}: lines of {runs.METRICS} or {runs.EPISODES} are missing or damaged. Bring "
             f"the old files back, or make a new run: {_always(folder)}"
         )
     batches, looks = [], []

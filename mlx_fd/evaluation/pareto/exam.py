@@ -81,7 +81,7 @@ def _results(folder: Path, questions: Sequence[Question]) -> list[Result]:
         found = load_results(folder / runs.EXAM, questions) if questions else None
     except (ChangedFile, OSError) as error:
         raise UserError(
-            f"{folder / runs.EXAM}: {error}. Bring the old file back, or leave --exam out."
+            f"{folder / runs.EXAM}: {error}. Restore the old file, or leave --exam out."
         ) from error
     if found is None:
         raise UserError(

@@ -48,9 +48,9 @@ def points_of(folder: Path, curve: Curve) -> list[Point]:
     """
     if len(curve.looks) + 1 < SETTLED_OBSERVATIONS:
         raise UserError(
-            f"{folder}: {len(curve.looks)} looks at the probe set are too few: the gate decides "
+            f"{folder}: {len(curve.looks)} probe evaluations are too few: the gate decides "
             f"from {SETTLED_OBSERVATIONS - 1} on. Make a longer run (--episodes), with smaller "
-            "batches (--batch-size) or more looks (--probe-every 1)."
+            "batches (--batch-size) or more probe evaluations (--probe-every 1)."
         )
     outcomes = replay(curve.first, curve.looks, curve.config.gate)
     if len(outcomes) == 1 and outcomes[0].stopped_after_batch is None:

@@ -232,9 +232,9 @@ class OpenAIEngine:
                 # Without a number, as much would be allocated as the server says will come.
                 value = json.loads(response.read(_LARGEST))
         except (ValueError, RecursionError) as error:
-            raise Unusable(f"{self._root}{path}: the response is no JSON") from error
+            raise Unusable(f"{self._root}{path}: the response is not JSON") from error
         if not isinstance(value, dict):
-            raise Unusable(f"{self._root}{path}: the response is no JSON object")
+            raise Unusable(f"{self._root}{path}: the response is not a JSON object")
         return value
 
     def _only_model(self) -> str | None:

@@ -9,8 +9,8 @@ const FILTERS = {
   right: ["right, and stayed so", (flags) => flags & RIGHT_BEFORE && flags & RIGHT_AFTER],
   wrong: ["wrong, and stayed so", (flags) => !(flags & (RIGHT_BEFORE | RIGHT_AFTER))],
   unreadable: ["a score could not be read", (flags) => flags & UNREADABLE],
-  alone: ["student alone, expert not asked", (flags) => flags & ALONE],
-  learned: ["learned from", (flags) => flags & LEARNED],
+  alone: ["student alone, expert skipped", (flags) => flags & ALONE],
+  learned: ["distilled", (flags) => flags & LEARNED],
   capped: ["cut at the token limit", (flags) => flags & CAPPED],
 };
 const STEPS = {
@@ -54,7 +54,7 @@ function overview(row, entry) {
     "reference answer": row.reference,
     "right before → after": change(entry.flags),
     "combined score": number(row.score),
-    gate: `${row.gate.distilled ? "learned from" : "not learned from"}: ${row.gate.reason}`,
+    gate: `${row.gate.distilled ? "distilled" : "not distilled"}: ${row.gate.reason}`,
   });
 }
 
@@ -65,7 +65,7 @@ function feedbacks(row) {
   const written = student.written_score === null ? "not readable" : student.written_score.toFixed(2);
   const left = expert
     ? block("Expert's feedback", sides?.[0] ?? expert.text, `score ${number(expert.score)}`, cut(row, "expert_feedback"))
-    : [element("h4", {}, "Expert's feedback"), element("p", {}, "The expert was not asked.")];
+    : [element("h4", {}, "Expert's feedback"), element("p", {}, "The expert was skipped.")];
   const right = block("Student's feedback", sides?.[1] ?? student.text, `score ${number(student.score)}, written ${written}`, cut(row, "student_feedback"));
   const pair = element("div", { class: "pair" }, element("div", { class: "expert" }, ...left), element("div", { class: "student" }, ...right));
   const group = element("div", {}, pair);

@@ -9,28 +9,28 @@ from mlx_fd import problems as problem_sets
 from mlx_fd.config import Config
 from mlx_fd.models.resolve import resolve
 from mlx_fd.runs.manifest import manifest_of
-from mlx_fd.runs.plan import Plan, absolute_model_name, check_run_memory, settled
+from mlx_fd.runs.plan import Plan, absolute_model_name, check_run_memory, with_absolute_names
 
 README = """\
 # A run of mlx-fd self-distill
 
 | file | what it is |
 |---|---|
-| `config.toml` | every option; `mlx-fd self-distill --config config.toml` runs it again |
+| `config.toml` | all options; `mlx-fd self-distill --config config.toml` repeats the run |
 | `manifest.json` | versions, seed, models and data with their digests |
-| `attempts.jsonl` | one line per attempt: text, tokens, what the self-teacher read, advantages |
-| `metrics.jsonl` | one line per batch: the loss's parts, statistics, the held-out problems |
+| `attempts.jsonl` | one line per attempt: text, tokens, the self-teacher's context, advantages |
+| `metrics.jsonl` | one line per batch: loss terms, statistics, probe evaluations |
 | `headroom.json` | answers with and without the context before any update |
 | `checkpoints/` | `NNNNNN` by batch; `last` and `best` (on held-out problems) point to them |
 | `summary.json` | the run's totals, written at its end |
-| `cut/` | what `resume` cut: `tail/` after the last stop; a folder of its date whatever else |
+| `cut/` | what `resume` removed: `tail/` after the last stop; everything else by date |
 | `eval/` | with `mlx-fd eval`: `eval.json` and `outputs.jsonl` of each evaluation |
-| `report.html` | the page of `mlx-fd report .` |
-| `tracking.json` | with `--track`: what each tracker has of the run |
+| `report.html` | the report of `mlx-fd report .` |
+| `tracking.json` | with `--track`: the batches that each tracker has received |
 
-    mlx-fd resume .                       # goes on where it stopped
-    mlx-fd report .                       # makes report.html
-    mlx-fd eval .                         # on a test split, beside the model as it was
+    mlx-fd resume .                       # continue a stopped run
+    mlx-fd report .                       # write report.html
+    mlx-fd eval .                         # on a test split, with the base model
     mlx_lm.generate --model MODEL --adapter-path checkpoints/best --prompt TEXT
 
 MODEL is the student's, named in `manifest.json`.
@@ -48,7 +48,7 @@ def make_plan(config: Config) -> Plan:
     from mlx_fd.training.selfdistill.training import TRUTH, check_combination
 
     check_combination(config)
-    config = settled(config)
+    config = with_absolute_names(config)
     options = config.selfdistill
     if options.critic not in ("", TRUTH):
         critic_name = absolute_model_name(options.critic)
@@ -84,7 +84,7 @@ def make_plan(config: Config) -> Plan:
     check_run_memory(critic or student, student, questions, side_by_side, backend().on_cpu)
     notes = list(left_out)
     if found.skipped:
-        notes.append(f"{found.skipped} rows of {found.name} could not be read and are left out")
+        notes.append(f"{found.skipped} rows of {found.name} could not be read and were skipped")
     return Plan(
         config,
         critic or student,

@@ -31,7 +31,16 @@ from mlx_fd.problems import Problem
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.checkpoints import Checkpoint
-from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Step, Warned
+from mlx_fd.runs.events import (
+    BatchDone,
+    Event,
+    Note,
+    Probed,
+    Probing,
+    Started,
+    Step,
+    Warned,
+)
 from mlx_fd.runs.self_distillation_summary import WRONG, attempts_summary, summarise
 from mlx_fd.training.checkpoint import (
     Progress,
@@ -106,19 +115,19 @@ class Headroom:
         matches = options.objective not in ("grpo", "contrastive") and options.context != "none"
         if matches and not self.taught:
             found.append(
-                f"the context {options.context} had nothing to say about any of the "
-                f"{self.problems} held-out problems: there is nothing to learn from"
+                f"the context {options.context} is empty for all {self.problems} held-out "
+                "problems: there is nothing to learn from"
             )
         elif matches and self.with_context <= self.without:
             found.append(
                 f"the model answers {self.with_context} of {self.taught} held-out problems right "
-                f"with the context {options.context}, {self.without} without: it does not know "
-                "how to use that, and there may be nothing to learn from"
+                f"with the context {options.context}, {self.without} without: it may be unable "
+                "to use that context, and there may be nothing to learn"
             )
         if not matches and options.num_generations > 1 and not self.mixed:
             found.append(
-                f"all attempts at each of the {self.problems} held-out problems are right, or all "
-                "wrong: rewards tell nothing apart there"
+                f"on each of the {self.problems} held-out problems all attempts are right or "
+                "all are wrong: group advantages are zero there"
             )
         return found
 
@@ -189,12 +198,12 @@ def run(
         records, runs.HEADROOM, lambda: _load_headroom(folder), checkpoint is not None, report
     )
     if measured is None:
-        report(Note(f"looking at {len(probe_problems)} held-out problems first"))
+        report(Note(f"first probe evaluation: {len(probe_problems)} held-out problems"))
         begin = time.perf_counter()
         headroom = measure_headroom(learner, probe_problems)
         seconds = round(time.perf_counter() - begin, 3)
         content = {**vars(headroom), "seconds": seconds}
-        with runs.explained(folder):
+        with runs.wrap_write_errors(folder):
             write_json(folder / runs.HEADROOM, with_digest(content))
     else:
         headroom, seconds = measured
@@ -203,15 +212,16 @@ def run(
         state = gate.initial_state(config.gate, (WRONG,))
         state, _ = gate.observe_probe(state, losses, config.gate, cost=0.0)
         progress = Progress(0, state, {}, 0, 0, losses, losses, 1.0, 0)
-        with runs.explained(folder):
+        with runs.wrap_write_errors(folder):
             _save(records, progress, learner)
     else:
         progress = _restored(learner, checkpoint)
-        report(Note(f"going on after batch {progress.batch}"))
+        report(Note(f"resuming after batch {progress.batch}"))
     if stop():
         return None
     _say_headroom(headroom, config, report)
     report(Probed(progress.probe_first, progress.probe_last, vars(headroom)))
+    report(Started(min(progress.batch * size, len(problems)), len(problems)))
     saved = progress.batch
     while progress.batch < total and not progress.gate.frozen:
         place = progress.batch
@@ -219,7 +229,7 @@ def run(
         progress, rows, metrics = _batch(
             progress, problems[place * size : (place + 1) * size], probe_problems, learner
         )
-        with runs.explained(folder):
+        with runs.wrap_write_errors(folder):
             records.append(runs.ATTEMPTS, rows)
             records.append(runs.METRICS, [metrics])
             stopping = stop()
@@ -237,7 +247,7 @@ def run(
     looking = time.perf_counter()
     progress = with_probe(progress, _probe(learner, probe_problems, progress.batch))
     seconds += time.perf_counter() - looking
-    with runs.explained(folder):
+    with runs.wrap_write_errors(folder):
         _save(records, progress, learner)
         summary = summarise(
             runs.read_lines(folder / runs.ATTEMPTS),
@@ -293,13 +303,13 @@ def _restored(learner: _Learner, checkpoint: Checkpoint) -> Progress:
 
 def _say_headroom(headroom: Headroom, config: Config, report: Report) -> None:
     text = (
-        f"headroom on {headroom.problems} held-out problems: {headroom.right} answered right; "
+        f"headroom on {headroom.problems} held-out problems: {headroom.right} right; "
         f"{headroom.mixed} with both right and wrong attempts"
     )
     if headroom.taught and config.selfdistill.context != "none":
         text += (
-            f"; of {headroom.taught} that the context {config.selfdistill.context} tells about, "
-            f"{headroom.without} answered right without it, {headroom.with_context} with it"
+            f"; of {headroom.taught} with a context ({config.selfdistill.context}): "
+            f"{headroom.without} right without it, {headroom.with_context} with it"
         )
     report(Note(text))
     for concern in headroom.concerns(config):
@@ -317,10 +327,14 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
         learner.models.student_lm,
         learner.on_progress(0, "headroom"),
     )
+    # Three times through the problems: attempts, answers without the context and with it.
+    count = len(problems)
+    learner.report(Probing(0, 3 * count))
     groups, _ = sample_rollouts(
         student_lm, problems, config, _seeds(config, 0, "headroom"), on_progress
     )
     views = build_views(learner, groups, 0)
+    learner.report(Probing(count, 3 * count))
     plain = grade_answers(
         student_lm,
         problems,
@@ -335,6 +349,8 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
         at += len(group)
         if seen:
             taught[place] = seen[0]
+    # The context may have nothing to say about some.
+    learner.report(Probing(2 * count, 2 * count + len(taught)))
     informed = grade_answers(
         student_lm,
         [problems[place] for place in taught],
@@ -430,8 +446,8 @@ def _batch(
     if gap > _LOGPROB_TOLERANCE:
         learner.report(
             Warned(
-                f"batch {number}: a token's log-probability was another by {gap:.3g} when it was "
-                "read again; ratios of this batch are off by that"
+                f"batch {number}: a token's log-probability differs by {gap:.3g} when "
+                "recomputed; the policy ratios of this batch are off by as much"
             )
         )
     metrics = {
