@@ -28,8 +28,13 @@ from mlx_fd.runs.directory import (
     is_run,
     locked,
     manifest_fault,
+    read_attempts,
+    read_episodes,
     read_lines,
     read_manifest,
+    read_metrics,
+    read_samples,
+    read_self_metrics,
     set_aside,
 )
 
@@ -59,7 +64,12 @@ __all__ = [
     "is_run",
     "locked",
     "manifest_fault",
+    "read_attempts",
+    "read_episodes",
     "read_lines",
     "read_manifest",
+    "read_metrics",
+    "read_samples",
+    "read_self_metrics",
     "set_aside",
 ]

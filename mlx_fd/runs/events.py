@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from mlx_fd.runs.records import AttemptRow, EpisodeRow, MetricsRow, SelfMetricsRow
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,15 @@ class BatchDone:
     Attributes:
         done: episodes so far, in a later epoch those of the epochs before it too.
         total: episodes of the run, times its epochs.
-        rows: this batch's rows of ``episodes.jsonl``; none in a later epoch.
+        rows: this batch's rows of ``episodes.jsonl`` (none in a later epoch), of self-distillation
+            those of ``attempts.jsonl``.
         metrics: its row of ``metrics.jsonl``.
     """
 
     done: int
     total: int
-    rows: list[dict[str, Any]]
-    metrics: dict[str, Any]
+    rows: Sequence[EpisodeRow] | Sequence[AttemptRow]
+    metrics: MetricsRow | SelfMetricsRow
 
 
 Event = Note | Warned | Step | Probed | BatchDone

@@ -24,6 +24,7 @@ from mlx_fd.evaluation.pareto.choice import gated
 from mlx_fd.files import check_way
 from mlx_fd.runs.checked import ChangedFile, read_checked
 from mlx_fd.runs.marks import RUN, check_free
+from mlx_fd.runs.records import Summary
 
 FOLDER = "sweep"
 _POLL_SECONDS = 0.2
@@ -81,13 +82,13 @@ def _real(run: Path, point: Mapping[str, Any]) -> dict[str, Any]:
         ``as_predicted``; ``thawed_after_batch``, or ``None``; and ``final_accuracy``, over all
         episodes, also those after the stop.
     """
-    rows = runs.read_lines(run / runs.METRICS)
+    rows = runs.read_metrics(run)
     frozen = [row["frozen"] for row in rows]
     stopped = frozen.index(True) + 1 if True in frozen else None
     steps = sum(len(row["updates"]) for row in rows[:stopped])
     thawed = frozen.index(False, stopped) + 1 if stopped and False in frozen[stopped:] else None
     try:
-        summary = read_checked(run / runs.SUMMARY)[0]
+        summary: Summary = read_checked(run / runs.SUMMARY)[0]
     except ChangedFile as error:
         raise UserError(
             f"{run / runs.SUMMARY}: {error}; make it again with: "
