@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, mcnemar, mean, paired_bootstrap
 from mlx_fd.runs.summary import wilson
+from mlx_fd.runs.records import DifferenceRow
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Known:
         return self.value
 
 
-def compare(first: Measure, second: Measure) -> dict[str, Any]:
+def compare(first: Measure, second: Measure) -> DifferenceRow:
     """The difference of two systems on the same problems.
 
     Returns:

@@ -40,7 +40,7 @@ from mlx_fd.problems import prompts
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.manifest import versions
 from mlx_fd.runs.marks import EVALUATION, check_free
-from mlx_fd.runs.records import ComparisonRow, EvaluationFile, EvaluationSetRow
+from mlx_fd.runs.records import ComparisonRow, CostsRow, EvaluationFile, EvaluationSetRow, PairRow
 
 FAST, FULL = "fast", "full"
 FAST_LIMIT = 100
@@ -425,7 +425,7 @@ def _comparisons(measures: dict[str, dict[str, Measure | Known]]) -> list[Compar
         for system, own in measures.items()
     }
     ours, *others = compared
-    found = [
+    found: list[PairRow] = [
         {
             "measure": name,
             "system": ours,
@@ -442,7 +442,7 @@ def _comparisons(measures: dict[str, dict[str, Measure | Known]]) -> list[Compar
     ]
 
 
-def _costs(rows: Sequence[Rows]) -> dict[str, Any]:
+def _costs(rows: Sequence[Rows]) -> CostsRow:
     """Tokens and seconds of one attempt, as means over problems; ``cost`` has them bare."""
 
     def column(of: Callable[[dict[str, Any]], float]) -> Estimate:

@@ -48,9 +48,9 @@ class _Kind:
 
     one: str
     sections: Mapping[str, str]
-    rows: Callable[[Any], list[Row]]
-    listed: Callable[[Row], list[Any]]
-    packed: Callable[[Row], Row]
+    rows: Callable[[Any], Sequence[Mapping[str, Any]]]
+    listed: Callable[[Any], list[Any]]
+    packed: Callable[[Any], Mapping[str, Any]]
     parts: Callable[[Any], dict[str, Any]]
 
 

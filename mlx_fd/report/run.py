@@ -46,7 +46,7 @@ class Run:
     metrics: Sequence[BatchMetricsRow]
     finished: bool
     totals: Summary | SelfSummary
-    probe_first: dict[str, float]
+    probe_first: Mapping[str, float]
     evaluations: list[Row]
     missing: list[str]
 

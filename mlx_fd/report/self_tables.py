@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlx_fd.report.self_reading import SelfRun
+from mlx_fd.runs.records import SelfHeadroomRow
 from mlx_fd.report.tables import (
     NONE,
     Cell,
-    Row,
+    TableRow,
     Table,
     count,
     memory,
@@ -140,7 +141,7 @@ def summary_table(runs: Sequence[SelfRun]) -> Table:
 
 def method_table(runs: Sequence[SelfRun]) -> Table:
     """What was done, a column for each run."""
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         (label, *(shown(run.options.get(name)) or NONE for run in runs))
         for name, label in _METHOD.items()
     ]
@@ -149,16 +150,37 @@ def method_table(runs: Sequence[SelfRun]) -> Table:
 
 def headroom_table(runs: Sequence[SelfRun]) -> Table | None:
     """Answers with the context against answers without, before the first update."""
-    if not any(run.totals["headroom"] for run in runs):
+    checks = [(run, run.totals["headroom"]) for run in runs]
+    if not any(check for _, check in checks):
         return None
-    kinds = (
-        ("right, of all held-out problems", "right", "problems"),
-        ("right and wrong attempts, of all held-out problems", "mixed", "problems"),
-        ("right without the context, where it has something to say", "without", "taught"),
-        ("right with the context, where it has something to say", "with_context", "taught"),
-    )
-    rows: list[Row] = [
-        (label, *(_counted(run, key, of) for run in runs)) for label, key, of in kinds
+
+    def row(label: str, of: Callable[[SelfHeadroomRow], tuple[int, int]], told: bool) -> TableRow:
+        """A line; with ``told``, only of runs whose self-teacher reads more than the problem."""
+        return (
+            label,
+            *(
+                _counted(*of(check)) if check and (run.has_context or not told) else Cell(NONE)
+                for run, check in checks
+            ),
+        )
+
+    rows: list[TableRow] = [
+        row("right, of all held-out problems", lambda h: (h["right"], h["problems"]), False),
+        row(
+            "right and wrong attempts, of all held-out problems",
+            lambda h: (h["mixed"], h["problems"]),
+            False,
+        ),
+        row(
+            "right without the context, where it has something to say",
+            lambda h: (h["without"], h["taught"]),
+            True,
+        ),
+        row(
+            "right with the context, where it has something to say",
+            lambda h: (h["with_context"], h["taught"]),
+            True,
+        ),
     ]
     return table(
         "Held-out problems, before the first update, with 95 % Wilson intervals.",
@@ -167,9 +189,5 @@ def headroom_table(runs: Sequence[SelfRun]) -> Table | None:
     )
 
 
-def _counted(run: SelfRun, key: str, of: str) -> Cell:
-    head = run.totals["headroom"]
-    if not head or (of == "taught" and not run.has_context):
-        return Cell(NONE)
-    right, n = head[key], head[of]
-    return share({"right": right, "n": n, "interval": wilson(right, n)})
+def _counted(right: int, n: int) -> Cell:
+    return share({"right": right, "n": n, "interval": list(wilson(right, n))})

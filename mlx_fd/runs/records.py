@@ -572,7 +572,7 @@ class Summary(TypedDict):
         episodes: how many.
         accuracy: answers right.
         probe: losses on the probe set.
-        headroom: the headroom check; empty where it is not known any more.
+        headroom: the headroom check; null where it is not known any more.
         score_gap: distance between the two models' scores.
         updates: the optimiser steps.
         expert_feedback: how much the expert was asked.
@@ -589,7 +589,7 @@ class Summary(TypedDict):
     episodes: int
     accuracy: AccuracyRow
     probe: ProbeLossesRow
-    headroom: HeadroomRow | dict[str, int]
+    headroom: HeadroomRow | None
     score_gap: ScoreGapRow
     updates: UpdatesRow
     expert_feedback: ExpertUseRow
@@ -664,7 +664,7 @@ class SelfSummary(TypedDict):
         second_half: in the second half.
         held_out: held-out problems answered right.
         probe: the share of held-out problems answered wrong.
-        headroom: the headroom check; empty where it is not known any more.
+        headroom: the headroom check; null where it is not known any more.
         updates: the optimiser steps.
         tokens: tokens of the attempts, and tokens read for them.
         seconds: seconds by step, and in ``total``.
@@ -677,7 +677,7 @@ class SelfSummary(TypedDict):
     second_half: ShareRow
     held_out: HeldOutRow
     probe: ProbeLossesRow
-    headroom: SelfHeadroomRow | dict[str, int]
+    headroom: SelfHeadroomRow | None
     updates: SelfUpdatesRow
     tokens: Mapping[str, float]
     seconds: Mapping[str, float]
@@ -790,44 +790,68 @@ class OutputRow(TrialRow):
     written_score: NotRequired[float | None]
 
 
-class SystemRow(TypedDict):
+class CostsRow(TypedDict):
+    """What a system cost.
+
+    Attributes:
+        cost: means per problem, by name.
+        cost_estimates: the same with intervals.
+    """
+
+    cost: dict[str, float]
+    cost_estimates: dict[str, EstimateRow]
+
+
+class SystemRow(CostsRow):
     """A system of an evaluation set.
 
     Attributes:
         name: its name.
         label: what tables call it.
         measures: by name.
-        cost: means per problem, by name.
-        cost_estimates: the same with intervals.
     """
 
     name: str
     label: str
     measures: dict[str, EstimateRow]
-    cost: dict[str, float]
-    cost_estimates: dict[str, EstimateRow]
 
 
-class ComparisonRow(TypedDict):
-    """Two systems on the same problems.
+class DifferenceRow(TypedDict):
+    """The difference of two systems in a measure.
+
+    Attributes:
+        difference: first minus other.
+        p: two-sided; null where there was no test.
+        test: the test's name.
+    """
+
+    difference: EstimateRow
+    p: float | None
+    test: str
+
+
+class PairRow(DifferenceRow):
+    """The difference, and of what.
 
     Attributes:
         measure: what is compared.
         system: the first system.
         against: the other.
-        difference: first minus other.
-        p: two-sided; null where there was no test.
-        p_holm: after Holm's correction over the set.
-        test: the test's name.
     """
 
     measure: str
     system: str
     against: str
-    difference: EstimateRow
-    p: float | None
+
+
+class ComparisonRow(PairRow):
+    """Two systems on the same problems.
+
+    Attributes:
+        p_holm: p after Holm's correction over the set.
+    """
+
     p_holm: float | None
-    test: str
 
 
 class EvaluationSetRow(TypedDict):
@@ -882,6 +906,26 @@ class EvaluationFile(TypedDict):
     sets: list[EvaluationSetRow]
 
 
+class RealStopRow(TypedDict):
+    """With ``mlx-fd pareto --sweep``: what became of a threshold's own run.
+
+    Attributes:
+        run: its directory, within the run's.
+        stopped_after_batch: where it stopped; null: it did not.
+        kd_steps: optimiser steps until then.
+        as_predicted: whether these, and the losses there, are those of the replay.
+        thawed_after_batch: where it went on learning; null: it did not.
+        final_accuracy: final answers right over all episodes.
+    """
+
+    run: str
+    stopped_after_batch: int | None
+    kd_steps: int
+    as_predicted: bool
+    thawed_after_batch: int | None
+    final_accuracy: EstimateRow
+
+
 class ParetoPointRow(TypedDict):
     """A stopping threshold, replayed on a run.
 
@@ -895,6 +939,7 @@ class ParetoPointRow(TypedDict):
         estimates: the same with intervals.
         dominated: whether another point is at least as good in everything.
         recommended: whether it is the one to take.
+        real: with a sweep: what became of it.
     """
 
     stop_threshold: float
@@ -906,6 +951,7 @@ class ParetoPointRow(TypedDict):
     estimates: Mapping[str, EstimateRow]
     dominated: bool
     recommended: bool
+    real: NotRequired[RealStopRow]
 
 
 class ParetoStartRow(TypedDict):
@@ -1061,7 +1107,7 @@ FILES: Mapping[str, tuple[type, ...]] = {
     "tracking.json": (TrackerRow,),
     "outputs.jsonl": (OutputRow,),
     "eval.json": (EvaluationFile, EvaluationSetRow, SystemRow, ComparisonRow),
-    "pareto.json": (ParetoFile, ParetoPointRow, ParetoStartRow),
+    "pareto.json": (ParetoFile, ParetoPointRow, RealStopRow, ParetoStartRow),
     "parity/bundle.json": (BundleFile, BundlePromptRow, BundleItemRow),
 }
 """Each file with the types of what is in it, the outermost first."""

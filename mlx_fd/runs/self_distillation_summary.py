@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from mlx_fd.runs.records import AttemptRow, AttemptsRow, SelfMetricsRow, SelfSummary, ShareRow
+from mlx_fd.runs.records import (
+    AttemptRow,
+    AttemptsRow,
+    SelfHeadroomRow,
+    SelfMetricsRow,
+    SelfSummary,
+    ShareRow,
+)
 from mlx_fd.runs.summary import seconds_of, wilson
 
 # What the gate watches here: the share of held-out problems that are answered wrong.
@@ -58,7 +65,7 @@ def summarise(
     probe_before: Mapping[str, float],
     probe_after: Mapping[str, float],
     probe_size: int,
-    headroom: Mapping[str, int],
+    headroom: SelfHeadroomRow | None,
     seconds: Mapping[str, float] | None = None,
 ) -> SelfSummary:
     """The totals of a run: what ``summary.json`` holds.
@@ -85,7 +92,7 @@ def summarise(
             "after": _held_out(probe_after, probe_size),
         },
         "probe": {"before": dict(probe_before), "after": dict(probe_after)},
-        "headroom": dict(headroom),
+        "headroom": headroom,
         "updates": {
             "batches": sum(bool(row["updates"]) for row in metrics),
             "steps": len(updates),

@@ -6,7 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from mlx_fd.runs.records import BatchMetricsRow, EpisodeRow, MetricsRow, ShareRow, Summary
+from mlx_fd.runs.records import (
+    BatchMetricsRow,
+    EpisodeRow,
+    HeadroomRow,
+    MetricsRow,
+    ShareRow,
+    Summary,
+)
 
 # A share of episodes above this is worth a warning, once there are enough of them.
 _WORRYING_SHARE = 0.2
@@ -47,7 +54,7 @@ def summarise(
     metrics: Sequence[MetricsRow],
     probe_before: Mapping[str, float],
     probe_after: Mapping[str, float],
-    headroom: Mapping[str, int],
+    headroom: HeadroomRow | None,
     seconds: Mapping[str, float] | None = None,
 ) -> Summary:
     """The totals of a run.
@@ -85,7 +92,7 @@ def summarise(
             "final_answers": _accuracy(episodes, "correct_after"),
         },
         "probe": {"before": dict(probe_before), "after": dict(probe_after)},
-        "headroom": dict(headroom),
+        "headroom": headroom,
         "score_gap": {
             "first_half": round(sum(gaps[:half]) / half, 4) if half else None,
             "second_half": round(sum(gaps[half:]) / len(gaps[half:]), 4) if gaps else None,
