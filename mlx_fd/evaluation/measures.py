@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, mcnemar, mean, paired_bootstrap
-from mlx_fd.runs.summary import wilson
 from mlx_fd.runs.records import DifferenceRow
+from mlx_fd.runs.summary import wilson
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def decision_figure(run: LoopRun) -> Figure | None:
     """What the gate decided for the episodes."""
     if not run.episodes:
         return None
-    rows = []
+    rows: list[dict[str, Any]] = []
     for chunk in draw.binned(run.episodes):
         below = 0
         for name in _DECISIONS:
@@ -257,7 +257,7 @@ def _accuracy_says(run: LoopRun, several: bool) -> str:
 
 def exam_figure(runs: Sequence[LoopRun]) -> Figure | None:
     """The examination before and after, with intervals."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "run": run.name,
             "measure": _exam_name(name),

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import altair as alt
 
-from mlx_fd.report.files import Row
 from mlx_fd.report.run import Run
 from mlx_fd.report.tables import Table
 from mlx_fd.report.theme import PAGE, themed
@@ -259,7 +258,7 @@ def accuracy_along(
         "Each point is a sixteenth of its run; pointing at one gives its 95 % Wilson interval. "
         f"{says}"
         if several
-        else f"Each point is {rows[0]['n']} {number}s; the bands are 95 % Wilson intervals. {says}"
+        else f"Each point is {rows[0]['n']} {one}s; the bands are 95 % Wilson intervals. {says}"
     )
     lines = with_points(base.encode(strokeDash=dashes), series)
     return figure(title, under, layered(bands, lines), rows)

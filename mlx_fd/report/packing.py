@@ -9,10 +9,11 @@ import base64
 import gzip
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_fd.runs.records import AttemptRow, EpisodeRow
 
+_Record = TypeVar("_Record")
 # Records unpacked at once.
 PART = 100
 _LISTED = 140
@@ -80,7 +81,7 @@ def parts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [pack(rows[begin : begin + PART]) for begin in range(0, len(rows), PART)]
 
 
-def spread(rows: Sequence[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
+def spread(rows: Sequence[_Record], most: int | None) -> list[_Record]:
     """At most so many rows, evenly spread over all, the first and the last among them."""
     if most is None or most >= len(rows):
         return list(rows)

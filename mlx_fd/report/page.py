@@ -12,7 +12,6 @@ from mlx_fd.errors import UserError
 from mlx_fd.files import clear_unfinished, open_to_read, write_atomic
 from mlx_fd.report import charts, packing, self_charts, self_tables, tables
 from mlx_fd.report.drawing import Figure
-from mlx_fd.report.files import Row
 from mlx_fd.report.reading import LoopRun
 from mlx_fd.report.rendering import GENERATOR, asset, render
 from mlx_fd.report.run import Run

@@ -42,6 +42,7 @@ from mlx_fd.runs.records import (
     BeforeAfterRow,
     EpisodeRow,
     EstimateRow,
+    HeadroomRow,
     MetricsRow,
     Summary,
 )
@@ -173,7 +174,7 @@ def _read(folder: Path, name: str) -> LoopRun:
     first, last = probes_of(folder, summary, metrics)
     if metrics and not first:
         missing.append("The losses before the first update are not known any more.")
-    headroom = json_file(folder, _PROBE, _headroom, missing, needed=False) or {}
+    headroom = json_file(folder, _PROBE, _headroom, missing, needed=False)
     totals = summarise(episodes, metrics, first, last, headroom)
     if summary:
         totals |= {**summary, "probe": totals["probe"]}
@@ -270,8 +271,17 @@ def _episode(row: Row) -> EpisodeRow:
     }
 
 
-def _headroom(value: Row) -> dict[str, int]:
-    return {name: int(count) for name, count in numbers(value["headroom"]).items()}
+def _headroom(value: Row) -> HeadroomRow:
+    found = counts(value["headroom"])
+    return {
+        "problems": found["problems"],
+        "expert_right": found["expert_right"],
+        "student_right": found["student_right"],
+        "expert_judged": found["expert_judged"],
+        "expert_judged_right": found["expert_judged_right"],
+        "student_judged": found["student_judged"],
+        "student_judged_right": found["student_judged_right"],
+    }
 
 
 def _pareto(value: Row) -> Frontier:

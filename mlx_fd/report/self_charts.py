@@ -9,7 +9,6 @@ import altair as alt
 from mlx_fd.report import drawing as draw
 from mlx_fd.report.charts import loss_figure
 from mlx_fd.report.drawing import Figure
-from mlx_fd.report.files import Row
 from mlx_fd.report.run import Run
 from mlx_fd.report.self_reading import SelfRun
 from mlx_fd.report.self_tables import STEP_NAMES, share_says
@@ -25,7 +24,7 @@ def held_out_figure(runs: Sequence[SelfRun]) -> Figure | None:
     rows = [
         {"run": run.name, "batch": batch, "right": 1 - wrong, "low": low, "high": high, "n": n}
         for run in runs
-        if (n := run.totals["headroom"].get("problems"))
+        if (headroom := run.totals["headroom"]) and (n := headroom["problems"])
         for batch, wrong in _held_out(run).items()
         for low, high in [wilson(round((1 - wrong) * n), n)]
     ]
@@ -105,7 +104,10 @@ def attempt_figures(runs: Sequence[SelfRun]) -> list[Figure]:
             runs,
             "Attempts that count",
             "Those that moved the student, and those that ended themselves before the token limit.",
-            {"teach": lambda row: row["attempts"]["teaches"], "end themselves": lambda row: row["attempts"]["finished"]},
+            {
+                "teach": lambda row: row["attempts"]["teaches"],
+                "end themselves": lambda row: row["attempts"]["finished"],
+            },
             share=True,
         ),
         _by_batch(
@@ -129,7 +131,10 @@ def attempt_figures(runs: Sequence[SelfRun]) -> list[Figure]:
             {"entropy": lambda row: row["attempts"]["entropy"]},
         ),
         _by_batch(
-            runs, "Length of attempts", "In tokens, in the mean.", {"tokens": lambda row: row["attempts"]["tokens"]}
+            runs,
+            "Length of attempts",
+            "In tokens, in the mean.",
+            {"tokens": lambda row: row["attempts"]["tokens"]},
         ),
     ]
     if any(any(row["clipped"]) for run in runs for row in run.metrics):

@@ -29,7 +29,7 @@ from mlx_fd.report.run import (
     say_changed_logs,
     summary_of,
 )
-from mlx_fd.runs.records import AttemptRow, SelfMetricsRow, SelfSummary
+from mlx_fd.runs.records import AttemptRow, SelfHeadroomRow, SelfMetricsRow, SelfSummary
 from mlx_fd.runs.self_distillation_summary import WRONG, summarise
 
 _STEPS = ("attempt", "context", "learn")
@@ -87,7 +87,7 @@ def read_self_run(folder: Path, name: str) -> SelfRun:
         first = {WRONG: 1 - headroom["right"] / headroom["problems"]}
         last = last or first
     size = headroom["problems"] if headroom else 0
-    totals = summarise(attempts, metrics, first, last, size, headroom or {})
+    totals = summarise(attempts, metrics, first, last, size, headroom)
     if summary:
         totals |= {**summary, "probe": totals["probe"]}
     return SelfRun(
@@ -153,7 +153,7 @@ def _metric(row: Row) -> SelfMetricsRow:
     }
 
 
-def _headroom(value: Row) -> dict[str, int]:
+def _headroom(value: Row) -> SelfHeadroomRow:
     names = ("problems", "right", "mixed", "taught", "without", "with_context")
     found = {name: int(numbers(value)[name]) for name in names}
     of_all, of_taught = ("right", "mixed", "taught"), ("without", "with_context")
@@ -162,7 +162,14 @@ def _headroom(value: Row) -> dict[str, int]:
         and all(0 <= found[name] <= found["taught"] for name in of_taught)
     ):
         raise ValueError
-    return found
+    return {
+        "problems": found["problems"],
+        "right": found["right"],
+        "mixed": found["mixed"],
+        "taught": found["taught"],
+        "without": found["without"],
+        "with_context": found["with_context"],
+    }
 
 
 def _shares(losses: Mapping[str, float]) -> dict[str, float]:

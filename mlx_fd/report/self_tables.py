@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlx_fd.report.self_reading import SelfRun
-from mlx_fd.runs.records import SelfHeadroomRow
 from mlx_fd.report.tables import (
     NONE,
     Cell,
-    TableRow,
     Table,
+    TableRow,
     count,
     memory,
     share,
@@ -20,6 +19,7 @@ from mlx_fd.report.tables import (
     table,
 )
 from mlx_fd.runs.labels import duration
+from mlx_fd.runs.records import AttemptsRow, SelfHeadroomRow, SelfSummary
 from mlx_fd.runs.summary import wilson
 
 STEP_NAMES = {
@@ -88,39 +88,52 @@ def _headroom(run: SelfRun) -> Cell:
     head = run.totals["headroom"]
     if not run.has_context:
         return Cell(NONE, "there is no context")
-    if not (n := head.get("taught")):
-        return Cell(NONE, "the context had nothing to say" if head else "")
+    if not head:
+        return Cell(NONE)
+    if not (n := head["taught"]):
+        return Cell(NONE, "the context had nothing to say")
     return Cell(f"{head['without'] / n:.1%} → {head['with_context'] / n:.1%}", f"n {n}")
 
 
-def _of(name: str, form: str) -> Callable[[Mapping[str, Any]], Cell]:
+def _attempts(
+    of: Callable[[AttemptsRow], float | None], form: str
+) -> Callable[[SelfSummary], Cell]:
     """A statistic of the attempts."""
 
-    def cell(totals: Mapping[str, Any]) -> Cell:
-        value = (totals["attempts"] or {}).get(name)
+    def cell(totals: SelfSummary) -> Cell:
+        value = of(totals["attempts"]) if totals["attempts"] else None
         return Cell(NONE if value is None else format(value, form))
 
     return cell
 
 
-def _cut(totals: Mapping[str, Any]) -> Cell:
+def _cut(totals: SelfSummary) -> Cell:
     value = totals["updates"]["clipped"]
     return Cell(NONE if value is None else f"{value:.2%}")
 
 
-_SUMMARY: tuple[tuple[str, Callable[[Mapping[str, Any]], Cell]], ...] = (
+_SUMMARY: tuple[tuple[str, Callable[[SelfSummary], Cell]], ...] = (
     ("held-out problems right, before", lambda t: share(t["held_out"]["before"])),
     ("held-out problems right, after", lambda t: share(t["held_out"]["after"])),
-    ("attempts", lambda t: Cell(count((t["attempts"] or {"n": 0})["n"]))),
+    ("attempts", lambda t: Cell(count(t["attempts"]["n"] if t["attempts"] else 0))),
     ("attempts right, first half", lambda t: share(t["first_half"])),
     ("attempts right, second half", lambda t: share(t["second_half"])),
-    ("attempts that teach", _of("teaches", ".1%")),
-    ("attempts that end themselves", _of("finished", ".1%")),
-    ("tokens of an attempt", _of("tokens", ".1f")),
-    ("entropy, nats a token", _of("entropy", ".4g")),
-    ("advantage of a token, whatever its sign", _of("mean_abs_advantage", ".4g")),
-    ("tokens of right attempts spoken against", _of("negative_on_right", ".1%")),
-    ("largest difference of a log-probability, read again", _of("logprob_gap", ".2g")),
+    ("attempts that teach", _attempts(lambda a: a["teaches"], ".1%")),
+    ("attempts that end themselves", _attempts(lambda a: a["finished"], ".1%")),
+    ("tokens of an attempt", _attempts(lambda a: a["tokens"], ".1f")),
+    ("entropy, nats a token", _attempts(lambda a: a["entropy"], ".4g")),
+    (
+        "advantage of a token, whatever its sign",
+        _attempts(lambda a: a["mean_abs_advantage"], ".4g"),
+    ),
+    (
+        "tokens of right attempts spoken against",
+        _attempts(lambda a: a["negative_on_right"], ".1%"),
+    ),
+    (
+        "largest difference of a log-probability, read again",
+        _attempts(lambda a: a["logprob_gap"], ".2g"),
+    ),
     ("optimiser steps", lambda t: Cell(count(t["updates"]["steps"]), steps_note(t["updates"]))),
     ("ratios that were cut", _cut),
     ("tokens learned from", lambda t: Cell(count(t["updates"]["tokens"]))),

@@ -233,8 +233,8 @@ def _unread(unread: UnreadableRow, episodes: int) -> Cell:
     return Cell(f"expert {unread['expert']}, student {unread['student']}", f"n {episodes}")
 
 
-def _headroom(headroom: HeadroomRow | dict[str, int]) -> Cell:
-    if not {"problems", "expert_right", "student_right"} <= set(headroom):
+def _headroom(headroom: HeadroomRow | None) -> Cell:
+    if headroom is None:
         return Cell(NONE)
     return Cell(
         f"expert {headroom['expert_right']}, student {headroom['student_right']}",
@@ -354,9 +354,7 @@ def steps_table(runs: Sequence[LoopRun]) -> Table:
         )
         for step in steps
     ]
-    columns = [
-        f"{run.name}: {kind}" if len(runs) > 1 else kind for run in runs for kind in kinds
-    ]
+    columns = [f"{run.name}: {kind}" if len(runs) > 1 else kind for run in runs for kind in kinds]
     return table("Tokens and seconds by step", ("", *columns), rows)
 
 
@@ -390,10 +388,7 @@ def pareto_table(pareto: Frontier) -> Table:
             (
                 Cell(f"{point['stop_threshold']:g}", strong=point["recommended"]),
                 "never" if stopped is None else count(stopped),
-                *(
-                    f"{point['cost'][n]:,.6g}" if n in point["cost"] else NONE
-                    for n in costs
-                ),
+                *(f"{point['cost'][n]:,.6g}" if n in point["cost"] else NONE for n in costs),
                 *(_figures(point["losses"].get(name)) for name in losses),
                 *(estimate(point["metrics"].get(name), ".1%") for name in metrics),
                 ", ".join(remark.full for remark in remarks_on(point, pareto)),

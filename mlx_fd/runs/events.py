@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mlx_fd.runs.records import AttemptRow, EpisodeRow, MetricsRow, SelfMetricsRow
+from mlx_fd.runs.records import (
+    AttemptRow,
+    EpisodeRow,
+    HeadroomRow,
+    MetricsRow,
+    SelfHeadroomRow,
+    SelfMetricsRow,
+)
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,9 @@ class Step:
 class Probed:
     """The probe set was looked at before the first batch, or at resuming."""
 
-    first: dict[str, float]
-    last: dict[str, float]
-    headroom: dict[str, int]
+    first: Mapping[str, float]
+    last: Mapping[str, float]
+    headroom: HeadroomRow | SelfHeadroomRow
 
 
 @dataclass(frozen=True)

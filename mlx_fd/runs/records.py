@@ -543,6 +543,7 @@ class TopKRow(TypedDict):
     missing_at_most: float | None
 
 
+@final
 class HeadroomRow(TypedDict):
     """The headroom check of the loop: counts on the probe problems, before any update.
 
@@ -633,6 +634,7 @@ class SelfUpdatesRow(TypedDict):
     clipped: float | None
 
 
+@final
 class SelfHeadroomRow(TypedDict):
     """``headroom.json``: the headroom check of self-distillation.
 

@@ -118,7 +118,7 @@ def run(
         report(Note(f"going on after batch {state.batch}"))
     if stop():
         return None
-    report(Probed(state.probe_first, state.probe_last, vars(probe.headroom)))
+    report(Probed(state.probe_first, state.probe_last, probe.headroom.to_json()))
     for concern in probe.headroom.concerns():
         report(Warned(concern))
 
@@ -188,7 +188,7 @@ def run(
             runs.read_metrics(folder),
             state.probe_first,
             last,
-            vars(probe.headroom),
+            probe.headroom.to_json(),
             seconds,
         )
         if top_k is not None:

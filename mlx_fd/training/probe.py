@@ -31,6 +31,7 @@ from mlx_fd.files import digest_of, write_json, write_with
 from mlx_fd.models.student import read_arrays
 from mlx_fd.problems import Problem
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
+from mlx_fd.runs.records import HeadroomRow
 
 PROBE_ROWS = "probe.json"
 PROBE_ARRAYS = "probe.safetensors"
@@ -61,6 +62,18 @@ class Headroom:
     expert_judged_right: int
     student_judged: int
     student_judged_right: int
+
+    def to_json(self) -> HeadroomRow:
+        """For the files that keep it."""
+        return {
+            "problems": self.problems,
+            "expert_right": self.expert_right,
+            "student_right": self.student_right,
+            "expert_judged": self.expert_judged,
+            "expert_judged_right": self.expert_judged_right,
+            "student_judged": self.student_judged,
+            "student_judged_right": self.student_judged_right,
+        }
 
     def concerns(self) -> list[str]:
         """What the user should know before hours are spent; empty where all is well."""
@@ -186,7 +199,7 @@ def save_probe(probe: Probe, folder: Path) -> None:
     digest = write_with(folder / PROBE_ARRAYS, lambda path: mx.save_safetensors(str(path), arrays))
     content = {
         "sha256": digest,
-        "headroom": vars(probe.headroom),
+        "headroom": probe.headroom.to_json(),
         "seconds": probe.seconds,
         "samples": rows,
     }

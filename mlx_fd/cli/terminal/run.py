@@ -55,7 +55,7 @@ class Display:
         self._done_at_begin: int | None = None
         self._step, self._step_tokens, self._step_begin = "", 0, time.monotonic()
         self._right_before = self._right_after = self._seen = 0
-        self._losses_first: dict[str, float] = {}
+        self._losses_first: Mapping[str, float] = {}
         self._losses_last: Mapping[str, float | None] = {}
         self._last: BatchDone | None = None
         self._reason = "waiting for the first batch"
@@ -112,6 +112,7 @@ class Display:
     def _take_probe(self, event: Probed) -> None:
         self._losses_first, self._losses_last = event.first, event.last
         counts = event.headroom
+        assert "expert_right" in counts  # self-distillation has a display of its own
         self._say(
             f"headroom on {counts['problems']} held-out problems: expert answers "
             f"{counts['expert_right']} right, student {counts['student_right']}; judged rightly, "

@@ -103,16 +103,17 @@ def summary_table(summary: SelfSummary) -> Table:
     table.add_row("held out, after", accuracy(held_out["after"]))
     table.add_row("attempts right, first half", accuracy(summary["first_half"]))
     table.add_row("attempts right, second half", accuracy(summary["second_half"]))
-    if head["taught"]:
+    if head and head["taught"]:
         table.add_row(
             "headroom",
             f"{head['without']} right without the context, {head['with_context']} with it, of the "
             f"{head['taught']} held-out problems that it has something to say about",
         )
-    table.add_row(
-        "right and wrong attempts",
-        f"at {head['mixed']} of {head['problems']} held-out problems, before the first update",
-    )
+    if head:
+        table.add_row(
+            "right and wrong attempts",
+            f"at {head['mixed']} of {head['problems']} held-out problems, before the first update",
+        )
     if found:
         table.add_row(
             "attempts",

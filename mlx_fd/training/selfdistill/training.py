@@ -31,7 +31,7 @@ from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.checkpoints import Checkpoint
 from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Step, Warned
-from mlx_fd.runs.records import AttemptRow, SelfMetricsRow, SelfSummary
+from mlx_fd.runs.records import AttemptRow, SelfHeadroomRow, SelfMetricsRow, SelfSummary
 from mlx_fd.runs.self_distillation_summary import WRONG, attempts_summary, summarise
 from mlx_fd.training.checkpoint import (
     Records,
@@ -102,6 +102,17 @@ class Headroom:
     taught: int
     without: int
     with_context: int
+
+    def to_json(self) -> SelfHeadroomRow:
+        """For the files that keep it."""
+        return {
+            "problems": self.problems,
+            "right": self.right,
+            "mixed": self.mixed,
+            "taught": self.taught,
+            "without": self.without,
+            "with_context": self.with_context,
+        }
 
     def concerns(self, config: Config) -> list[str]:
         """What the user should know before hours are spent; empty where all is well."""
@@ -196,7 +207,7 @@ def run(
         begin = time.perf_counter()
         headroom = measure_headroom(learner, probe_problems)
         seconds = round(time.perf_counter() - begin, 3)
-        content = {**vars(headroom), "seconds": seconds}
+        content = {**headroom.to_json(), "seconds": seconds}
         with runs.explained(folder):
             write_json(folder / runs.HEADROOM, with_digest(content))
     else:
@@ -214,7 +225,7 @@ def run(
     if stop():
         return None
     _say_headroom(headroom, config, report)
-    report(Probed(progress.probe_first, progress.probe_last, vars(headroom)))
+    report(Probed(progress.probe_first, progress.probe_last, headroom.to_json()))
     saved = progress.batch
     while progress.batch < total and not progress.gate.frozen:
         place = progress.batch
@@ -248,7 +259,7 @@ def run(
             progress.probe_first,
             progress.probe_last,
             len(probe_problems),
-            vars(headroom),
+            headroom.to_json(),
             {"headroom": seconds},
         )
         summary["best_checkpoint"] = f"{progress.best_batch:06d}"
