@@ -26,7 +26,7 @@ from mlx_fd.models.generation import Conversation, Sampling, first_prompt, gener
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.checkpoints import newest_checkpoint
 from mlx_fd.runs.events import BatchDone, Warned
-from mlx_fd.training.checkpoint import Progress, with_probe
+from mlx_fd.training.checkpoint import first_state, with_probe
 from mlx_fd.training.loop import run
 
 WEIGHTS = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")
@@ -113,7 +113,7 @@ def test_a_run_leaves_what_it_says(finished):
 
 def test_the_best_batch_is_the_least_on_the_probe_set_or_the_newest():
     def best_batches(first, looks):
-        progress = Progress(0, None, {}, 0, 0, first, first, 1.0, 0)
+        progress = first_state(None, first, scales={})
         found = []
         for batch, losses in enumerate(looks, 1):
             progress = with_probe(dataclasses.replace(progress, batch=batch), losses)
