@@ -70,9 +70,9 @@ def alone(number: int, **changes: Any) -> dict[str, Any]:
         expert_feedback=None,
         gate={"distilled": False, "reason": "the student stands alone"},
         score=0.95,
-        merged=None,
-        revised=None,
-        critique=None,
+        merged="",
+        revised="",
+        critique="",
         **changes,
     )
 

@@ -229,7 +229,7 @@ def test_wrong_answers(seed, kind, transfer):
         assert text.endswith(f"#### {marks[-1][3]}")
     said = feedback(drawn.solution, text)
     assert first_error(said.text) == verdict.first_error
-    assert said.score == verdict.score < 0
+    assert said.written_score == verdict.score < 0
 
 
 def eval_step(mark):
