@@ -132,7 +132,8 @@ def page():
         "## Files",
         "",
         "Every row and file is JSON. The types are those of `mlx_fd/runs/records.py`; the "
-        f"manifest's `schema_version` is {records.SCHEMA_VERSION}, and runs with another one are refused.",
+        f"manifest's `schema_version` is {records.SCHEMA_VERSION}, and runs with another one are "
+        "refused.",
     ]
     for name, found in records.FILES.items():
         lines += ["", f"### {name}"]
