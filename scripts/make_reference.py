@@ -49,7 +49,7 @@ def documented(record):
     """What a record is, and the meaning of the fields that its docstring lists."""
     page = inspect.cleandoc(record.__doc__).replace("``", "`")
     text, _, listed = page.partition("\n\nAttributes:\n")
-    found = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", listed, re.MULTILINE)
+    found = re.findall(r"^    ([\w.]+): (.*(?:\n        .*)*)", listed, re.MULTILINE)
     return " ".join(text.split()), {name: " ".join(meaning.split()) for name, meaning in found}
 
 
@@ -58,7 +58,11 @@ def meanings(record):
     fields = {}
     for base in vars(records).values():
         # At runtime a TypedDict knows no base: it has all of its fields, with their types.
-        if is_typeddict(base) and base.__annotations__.items() <= record.__annotations__.items():
+        if (
+            is_typeddict(base)
+            and base.__doc__
+            and base.__annotations__.items() <= record.__annotations__.items()
+        ):
             fields |= documented(base)[1]
     text, own = documented(record)
     return text, fields | own
