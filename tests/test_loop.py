@@ -25,7 +25,7 @@ from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.checkpoints import newest_checkpoint
-from mlx_fd.runs.events import BatchDone, Warned
+from mlx_fd.runs.events import BatchDone, Probed, Step, Warned
 from mlx_fd.training.checkpoint import first_state, with_probe
 from mlx_fd.training.loop import run
 
@@ -84,6 +84,20 @@ def finished(dirs, tmp_path_factory):
     events = []
     summary = start(folder, plan, events.append)
     return folder, plan, summary, events
+
+
+def test_the_steps_run_in_the_order_of_the_text(finished):
+    """That of README's diagram and docs/methods.md: the student learns last."""
+    events = finished[3]
+    begin, end = (
+        next(place for place, event in enumerate(events) if isinstance(event, kind))
+        for kind in (Probed, BatchDone)
+    )
+    steps = [event.step for event in events[begin:end] if isinstance(event, Step)]
+    assert [step for step in dict.fromkeys(steps) if step != "merge"] == [
+        *("answer", "student_feedback", "expert_feedback"),
+        *("revise", "critique", "final", "distil"),
+    ]
 
 
 def test_a_run_leaves_what_it_says(finished):
