@@ -63,10 +63,10 @@ def episodes(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
             question=problem.question,
             reference=str(problem.answer),
             answer={"text": "\n".join(wrong), "final": str(rng.integers(1000))},
-            expert_feedback={"text": expert, "score": round(float(rng.uniform(-1, 1)), 2)},
+            expert_feedback={"text": expert, "written_score": round(float(rng.uniform(-1, 1)), 2)},
             student_feedback={
                 "text": student,
-                "score": float(rng.uniform(-1, 1)),
+                "head_score": float(rng.uniform(-1, 1)),
                 "written_score": round(float(rng.uniform(-1, 1)), 2),
             },
             merged=expert + " " + feedback(lines[:2]),

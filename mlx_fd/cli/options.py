@@ -162,7 +162,7 @@ def click_option(
     choices = choices or option.choices
     text = help or option.help
     metavar = _METAVARS.get(option.name)
-    kind: click.ParamType
+    kind: click.ParamType[Any]
     if option.kind is tuple:
         kind = NameList(choices) if choices else NumberList()
         metavar = metavar or kind.name

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -21,11 +21,10 @@ from mlx_fd.config import Config, GenerationOptions
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.statistics import Rows, bootstrap, mean, mean_gain
 from mlx_fd.feedback.episode import (
-    Progress,
+    OnTokens,
     answer,
     feedback_request,
     head_score,
-    is_correct,
     parsed,
 )
 from mlx_fd.feedback.pair import Pair
@@ -34,6 +33,7 @@ from mlx_fd.models.generation import Conversation, Sampling, first_prompt, gener
 from mlx_fd.problems import Problem, arithmetic
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
+from mlx_fd.runs.records import BeforeAfterRow, ExamFile, ExamResultRow
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def examine(
     pair: Pair,
     exam: Sequence[Question],
     options: GenerationOptions,
-    progress: Progress,
+    on_tokens: OnTokens,
     batch_size: int = 32,
 ) -> list[Result]:
     """Let the student, as it is now, take an examination; greedily.
@@ -110,7 +110,7 @@ def examine(
         pair: the student, and the tokenizer that it shares with the expert.
         exam: the questions.
         options: token limits.
-        progress: told of every token.
+        on_tokens: called for every token.
         batch_size: questions at once.
     """
     found: list[Result] = []
@@ -133,18 +133,18 @@ def examine(
             [prompt[-1:] for prompt in prompts],
             Sampling(options.max_feedback_tokens),
             keep=False,
-            on_token=lambda count: progress("exam", count),
+            on_token=lambda count: on_tokens("exam", count),
         )
         own = answer(
             pair.student_lm,
             [q.problem for q in chunk],
             options,
             0,
-            progress,
+            on_tokens,
             temperature=0.0,
             keep=False,
         )
-        for question, prompt, (hidden, before), turn, draft in zip(
+        for question, prompt, (hidden, before), turn, solved in zip(
             chunk, prompts, read, turns, own, strict=True
         ):
             feedback = parsed(turn)
@@ -154,10 +154,10 @@ def examine(
                 Result(
                     question.first_error > 0,
                     abs(score - question.score),
-                    abs((feedback.score or 0.0) - question.score),
-                    feedback.score is not None and named is not None,
+                    abs((feedback.written_score or 0.0) - question.score),
+                    feedback.written_score is not None and named is not None,
                     named == question.first_error,
-                    is_correct(draft.answer.final, question.problem),
+                    solved.is_correct,
                 )
             )
     return found
@@ -165,8 +165,9 @@ def examine(
 
 def save_results(path: Path, results: Sequence[Result], seconds: float) -> None:
     """Keep what the student made of an examination, and how many seconds it took."""
-    rows = [dataclasses.asdict(result) for result in results]
-    write_json(path, with_digest({"seconds": round(seconds, 3), "results": rows}))
+    rows = cast(list[ExamResultRow], [dataclasses.asdict(result) for result in results])
+    content: ExamFile = {"seconds": round(seconds, 3), "results": rows}
+    write_json(path, with_digest(content))
 
 
 def load_results(
@@ -206,7 +207,7 @@ def load_results(
         raise ChangedFile(f"it is not what mlx-fd writes ({error!r})") from error
 
 
-def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, dict[str, Any]]:
+def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, BeforeAfterRow]:
     """Two examinations on the same questions, side by side.
 
     Returns:
@@ -222,7 +223,7 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, dict
             ]
         )
 
-    def sides(name: str, only: bool | None = None) -> dict[str, Any]:
+    def sides(name: str, only: bool | None = None) -> BeforeAfterRow:
         old, new = column(before, name, only), column(after, name, only)
         if only is not None:
             keep = ~np.isnan(old)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -19,10 +19,11 @@ from mlx_fd.evaluation.calibration import roc_auc
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
-from mlx_fd.feedback.episode import Draft, answer, feedback_request
+from mlx_fd.feedback.episode import Answered, Usage, answer, feedback_request
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.generation import Conversation, first_prompt, without_repeated_eos
 from mlx_fd.problems import Problem, parsing, prompts
+from mlx_fd.runs.records import ItemRow, OutputRow
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Solving:
         seeds = bench.seeds(batch, sample)
 
         def make(pair: Pair) -> list[Trial]:
-            drafts = [_draft(pair, *both) for both in zip(chunk, begun, strict=True)]
-            return found.run(bench.setting(pair, who), drafts, seeds, bench.progress)
+            answered = [_answered(pair, *both) for both in zip(chunk, begun, strict=True)]
+            return found.run(bench.setting(pair, who), answered, seeds, bench.progress)
 
         uses: list[Uses] = [by] if found.begins_with != "first" else ["expert"]
         uses += [found.amateur] if found.amateur else []
@@ -92,7 +93,7 @@ class Solving:
         }
         return bench.trials(key, len(chunk), uses, make)
 
-    def row(self, problem: Problem, trial: Trial, how: str) -> dict[str, Any]:
+    def row(self, problem: Problem, trial: Trial, how: str) -> ItemRow:
         """What ``outputs.jsonl`` says of a trial beside the trial itself.
 
         Args:
@@ -114,30 +115,30 @@ class Solving:
             "strict": parsing.lm_eval_match(trial.final, gold, "strict"),
             "flexible": parsing.lm_eval_match(trial.final, gold, "flexible"),
             "first_correct": parsing.same_answer(first, problem.answer),
-            "score": trial.score,
         }
 
-    def measures(self, rows: Sequence[Rows]) -> list[Measure]:
+    def measures(self, rows: Sequence[Sequence[OutputRow]]) -> list[Measure]:
         """What a system got.
 
         Args:
             rows: of each problem, its samples.
         """
 
-        def mean_of(name: str) -> list[float]:
-            return [float(np.mean([row[name] for row in samples])) for samples in rows]
+        def mean_of(right: Callable[[OutputRow], bool | None]) -> list[float]:
+            return [float(np.mean([bool(right(row)) for row in samples])) for samples in rows]
 
+        accuracy = mean_of(lambda row: row["correct"])
         found = [
-            Measure("accuracy", mean_of("correct"), compared=True),
-            Measure("accuracy_strict", mean_of("strict")),
-            Measure("accuracy_flexible", mean_of("flexible")),
-            Measure("first_accuracy", mean_of("first_correct")),
+            Measure("accuracy", accuracy, compared=True),
+            Measure("accuracy_strict", mean_of(lambda row: row["strict"])),
+            Measure("accuracy_flexible", mean_of(lambda row: row["flexible"])),
+            Measure("first_accuracy", mean_of(lambda row: row["first_correct"])),
         ]
         k = self.samples
         if k > 1:
-            right = [sum(row["correct"] for row in samples) for samples in rows]
+            right = [sum(bool(row["correct"]) for row in samples) for samples in rows]
             found += [
-                Measure(f"avg@{k}", mean_of("correct")),
+                Measure(f"avg@{k}", accuracy),
                 Measure(f"maj@{k}", [_majority(samples) for samples in rows]),
                 Measure(f"pass@{k}", [pass_at_k(count, k, k) for count in right]),
             ]
@@ -159,7 +160,7 @@ def _first_by(bench: Bench) -> Who:
     return "student" if bench.target.config.generation.answers_by == "student" else "expert"
 
 
-def _majority(samples: Rows) -> float:
+def _majority(samples: Sequence[OutputRow]) -> float:
     finals = [None if row["final"] is None else Fraction(row["final"]) for row in samples]
     return maj_at_k(finals, Fraction(samples[0]["reference"]))
 
@@ -184,7 +185,7 @@ def _answers(
     }
 
     def make(pair: Pair) -> Rows:
-        drafts = answer(
+        answered = answer(
             pair.expert if by == "expert" else pair.student_lm,
             chunk,
             options,
@@ -195,19 +196,19 @@ def _answers(
         )
         return [
             {
-                "tokens": list(draft.answer.tokens),
-                "text": draft.answer.text,
-                "prefilled": draft.prefilled["answer"],
-                "seconds": draft.seconds["answer"],
-                "capped": list(draft.capped),
+                "tokens": list(one.answer.tokens),
+                "text": one.answer.text,
+                "prefilled": one.usage.prefilled["answer"],
+                "seconds": one.usage.seconds["answer"],
+                "capped": list(one.usage.capped),
             }
-            for draft in drafts
+            for one in answered
         ]
 
     return bench.rows(key, len(chunk), [by], make)
 
 
-def _draft(pair: Pair, problem: Problem, row: dict[str, Any]) -> Draft:
+def _answered(pair: Pair, problem: Problem, row: dict[str, Any]) -> Answered:
     """An answered problem, to go on from.
 
     Its keys and values are not kept, so every system reads the answer anew, whoever wrote it and
@@ -218,13 +219,15 @@ def _draft(pair: Pair, problem: Problem, row: dict[str, Any]) -> Draft:
     conversation = Conversation(
         (*first_prompt(tokenizer, prompts.answer_prompt(problem.question)), *tokens)
     )
-    return Draft(
+    return Answered(
         problem,
         prompts.Answer(row["text"], None, tokens),
         conversation,
         without_repeated_eos(conversation, feedback_request(tokenizer)),
-        tokens={"answer": len(tokens)},
-        prefilled={"answer": row["prefilled"]},
-        seconds={"answer": row["seconds"]},
-        capped=tuple(row["capped"]),
+        Usage(
+            {"answer": len(tokens)},
+            {"answer": row["prefilled"]},
+            {"answer": row["seconds"]},
+            tuple(row["capped"]),
+        ),
     )

@@ -131,9 +131,10 @@ def locate_model(name: str, adapter: Path | None = None) -> ModelRef:
             f"checkpoint within a run directory (RUN/{runs.CHECKPOINTS}/NNNNNN)"
         )
     check_weights(checkpoint, (ADAPTER_WEIGHTS, HEADS))
+    # First: options of another version are none of this one's.
+    manifest = runs.read_manifest(folder)
     config = read(folder / runs.CONFIG)
     path = resolve(config.models.student)
-    manifest = runs.read_manifest(folder)
     if not fingerprint.is_same(manifest.get("student", {}), path):
         why = why_changed(config.models.student, manifest.get("versions", {}))
         raise UserError(
@@ -209,7 +210,7 @@ def give_feedback(
         score = {}
     else:
         score = {"score": round(head_score(student, loaded, hidden, before, prompt, turn), 4)}
-    return {**score, "written_score": written.score, "feedback": written.text}
+    return {**score, "written_score": written.written_score, "feedback": written.text}
 
 
 def _check_length(model: Path, problem: str, answer: str, max_tokens: int) -> None:

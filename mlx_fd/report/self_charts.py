@@ -9,14 +9,14 @@ import altair as alt
 from mlx_fd.report import drawing as draw
 from mlx_fd.report.charts import loss_figure
 from mlx_fd.report.drawing import Figure
-from mlx_fd.report.files import Row
 from mlx_fd.report.run import Run
 from mlx_fd.report.self_reading import SelfRun
 from mlx_fd.report.self_tables import STEP_NAMES, share_says
+from mlx_fd.runs.records import SelfMetricsRow
 from mlx_fd.runs.self_distillation_summary import WRONG
 from mlx_fd.runs.summary import wilson
 
-Values = Mapping[str, Callable[[Row], float | None]]
+Values = Mapping[str, Callable[[SelfMetricsRow], float | None]]
 
 
 def held_out_figure(runs: Sequence[SelfRun]) -> Figure | None:
@@ -24,7 +24,7 @@ def held_out_figure(runs: Sequence[SelfRun]) -> Figure | None:
     rows = [
         {"run": run.name, "batch": batch, "right": 1 - wrong, "low": low, "high": high, "n": n}
         for run in runs
-        if (n := run.totals["headroom"].get("problems"))
+        if (headroom := run.totals["headroom"]) and (n := headroom["problems"])
         for batch, wrong in _held_out(run).items()
         for low, high in [wilson(round((1 - wrong) * n), n)]
     ]
@@ -97,13 +97,17 @@ def attempt_figures(runs: Sequence[SelfRun]) -> list[Figure]:
             ),
             {run.name: run.attempts for run in runs},
             "attempt",
-            {"attempts": "correct"},
+            lambda row: row["attempt"],
+            {"attempts": lambda row: row["correct"]},
         ),
         _by_batch(
             runs,
             "Attempts trained on, and finished",
             "Attempts with a training signal, and attempts that ended before the token limit.",
-            {"trained on": _mean("teaches"), "finished": _mean("finished")},
+            {
+                "trained on": lambda row: row["attempts"]["teaches"],
+                "finished": lambda row: row["attempts"]["finished"],
+            },
             share=True,
         ),
         _by_batch(
@@ -111,22 +115,27 @@ def attempt_figures(runs: Sequence[SelfRun]) -> list[Figure]:
             "Token advantage",
             "log p(token | question, context) - log p(token | question) in nats: "
             "absolute value, mean over attempts.",
-            {"mean |A|": _mean("mean_abs_advantage")},
+            {"mean |A|": lambda row: row["attempts"]["mean_abs_advantage"]},
         ),
         _by_batch(
             runs,
             "Negative advantage on right attempts",
             "Fraction of the tokens of right attempts with a negative advantage.",
-            {"negative": _mean("negative_on_right")},
+            {"negative": lambda row: row["attempts"]["negative_on_right"]},
             share=True,
         ),
         _by_batch(
             runs,
             "Entropy of the student",
             "Nats per token, mean over attempts; near 0 there is no exploration.",
-            {"entropy": _mean("entropy")},
+            {"entropy": lambda row: row["attempts"]["entropy"]},
         ),
-        _by_batch(runs, "Length of attempts", "Mean, in tokens.", {"tokens": _mean("tokens")}),
+        _by_batch(
+            runs,
+            "Length of attempts",
+            "Mean, in tokens.",
+            {"tokens": lambda row: row["attempts"]["tokens"]},
+        ),
     ]
     if any(any(row["clipped"]) for run in runs for row in run.metrics):
         found.append(
@@ -139,10 +148,6 @@ def attempt_figures(runs: Sequence[SelfRun]) -> list[Figure]:
             )
         )
     return [it for it in found if it]
-
-
-def _mean(name: str) -> Callable[[Row], float | None]:
-    return lambda row: row["attempts"].get(name)
 
 
 def _by_batch(

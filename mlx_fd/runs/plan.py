@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_fd import problems as problem_sets
 from mlx_fd import runs
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     pass
 
 from mlx_fd.runs.manifest import manifest_of
+from mlx_fd.runs.records import Manifest
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Plan:
     vocab: int
     probe: tuple[Problem, ...]
     problems: tuple[Problem, ...]
-    manifest: dict[str, Any]
+    manifest: Manifest
     notes: tuple[str, ...]
 
 

@@ -31,13 +31,14 @@ from mlx_fd.runs.checkpoints import (
 )
 from mlx_fd.runs.events import Event, Note, Warned
 from mlx_fd.runs.logs import Log
+from mlx_fd.runs.records import StopRow, UpdateRow
 
 OPTIMIZER = "optimizer.safetensors"
 Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunState:
     """Where a run stands: all of a checkpoint but the weights.
 
     Attributes:
@@ -45,7 +46,7 @@ class Progress:
         gate: the gate's state.
         scales: the fixed factor of each loss.
         distilled: batches in which the student learned.
-        spent: optimiser steps since the last look at the probe set.
+        spent: optimiser steps since the last probe evaluation.
         probe_first: losses on the probe set before the first update.
         probe_last: the same, last time they were looked at.
         best: the least mean of probe losses relative to ``probe_first``.
@@ -67,27 +68,50 @@ class Progress:
         return {**dataclasses.asdict(self), "gate": self.gate.to_json()}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Progress:
+    def from_json(cls, value: dict[str, Any]) -> RunState:
         """What :meth:`to_json` gave."""
         names = [item.name for item in dataclasses.fields(cls)]
         fields = {name: value[name] for name in names}
         return cls(**{**fields, "gate": gate.GateState.from_json(value["gate"])})
 
 
-def with_probe(progress: Progress, losses: dict[str, float]) -> Progress:
-    """The state after a look at the probe set."""
-    known = [name for name in losses if progress.probe_first.get(name, 0) > 0]
+def with_probe(state: RunState, losses: dict[str, float]) -> RunState:
+    """The state after a probe evaluation."""
+    known = [name for name in losses if state.probe_first.get(name, 0) > 0]
     if known:
-        level = sum(losses[name] / progress.probe_first[name] for name in known) / len(known)
-        better = math.isfinite(level) and level < progress.best
+        level = sum(losses[name] / state.probe_first[name] for name in known) / len(known)
+        better = math.isfinite(level) and level < state.best
     else:
         # Nothing tells the batches apart: the newest has learned the most.
-        level, better = progress.best, True
+        level, better = state.best, True
     return dataclasses.replace(
-        progress,
+        state,
         probe_last=losses,
-        best=level if better else progress.best,
-        best_batch=progress.batch if better else progress.best_batch,
+        best=level if better else state.best,
+        best_batch=state.batch if better else state.best_batch,
+    )
+
+
+def first_state(
+    state: gate.GateState, losses: dict[str, float], scales: dict[str, float]
+) -> RunState:
+    """Where a run stands before its first batch.
+
+    Args:
+        state: the gate's.
+        losses: on the probe set.
+        scales: the fixed factor of each loss.
+    """
+    return RunState(
+        batch=0,
+        gate=state,
+        scales=scales,
+        distilled=0,
+        spent=0,
+        probe_first=losses,
+        probe_last=losses,
+        best=1.0,
+        best_batch=0,
     )
 
 
@@ -107,7 +131,7 @@ class Records:
     peak_before: int
     cut: Path
 
-    def append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows to a log."""
         self.logs[name].append(rows)
 
@@ -230,7 +254,7 @@ def kept(
     return value
 
 
-def restore(checkpoint: Checkpoint, student: Student, optimizer: optim.Optimizer) -> Progress:
+def restore(checkpoint: Checkpoint, student: Student, optimizer: optim.Optimizer) -> RunState:
     """Put a checkpoint's weights and optimiser in place; where the run stood.
 
     Raises:
@@ -239,7 +263,7 @@ def restore(checkpoint: Checkpoint, student: Student, optimizer: optim.Optimizer
     load_student(student, checkpoint.folder)
     optimizer.state = tree_unflatten(list(read_arrays(checkpoint.folder / OPTIMIZER).items()))
     try:
-        return Progress.from_json(checkpoint.state)
+        return RunState.from_json(checkpoint.state)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{checkpoint.folder / runs.STATE}: this is not what mlx-fd wrote ({error!r}). Bring "
@@ -249,26 +273,26 @@ def restore(checkpoint: Checkpoint, student: Student, optimizer: optim.Optimizer
 
 def save(
     records: Records,
-    progress: Progress,
+    state: RunState,
     config: Config,
     student: Student,
     base: Path,
     optimizer: optim.Optimizer,
     *,
     arrays: Mapping[str, dict[str, mx.array]] | None = None,
-    state: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint.
 
     Args:
         records: its logs.
-        progress: where the run stands.
+        state: where the run stands.
         config: its configuration.
         student: what was trained.
         base: the folder of the model that the student is made of.
         optimizer: with its state.
         arrays: more arrays, by the names of their files.
-        state: more for ``state.json``.
+        more: further entries of ``state.json``.
     """
 
     def write(to: Path) -> None:
@@ -279,16 +303,16 @@ def save(
 
     save_checkpoint(
         records.folder,
-        progress.batch,
+        state.batch,
         write,
         {
-            **progress.to_json(),
-            **(state or {}),
+            **state.to_json(),
+            **(more or {}),
             "checkpoint_every": config.episode.checkpoint_every,
             "peak_memory_bytes": records.peak_memory(),
         },
         records.logs,
-        best=progress.best_batch,
+        best=state.best_batch,
         keep=config.episode.keep_checkpoints,
     )
 
@@ -298,7 +322,19 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def update_row(update: distill.Update) -> dict[str, Any]:
+def stop_row(decision: gate.StopDecision | None) -> StopRow | None:
+    """A decision's part of a line of ``metrics.jsonl``."""
+    if decision is None:
+        return None
+    return {
+        "action": decision.action,
+        "reason": decision.reason,
+        "gains": decision.gains,
+        "weights": decision.weights,
+    }
+
+
+def update_row(update: distill.Update) -> UpdateRow:
     """An optimiser step's part of a line of ``metrics.jsonl``."""
     return {
         "losses": {name: finite(value) for name, value in update.losses.items()},

@@ -8,6 +8,7 @@ from typing import Any
 from mlx_fd.cli.terminal.layout import FittingTable
 from mlx_fd.evaluation.pareto.choice import recommended
 from mlx_fd.evaluation.pareto.names import COSTS, METRICS, remarks_on
+from mlx_fd.runs.records import ParetoFile
 
 
 def table(found: Mapping[str, Any]) -> FittingTable:
@@ -62,7 +63,7 @@ def _real(real: Mapping[str, Any]) -> str:
     )
 
 
-def summary(found: Mapping[str, Any]) -> str:
+def summary(found: ParetoFile) -> str:
     """What the table's words mean, and the recommendation."""
     point = recommended(found)
     low, high = point["thresholds"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -13,6 +11,7 @@ from mlx_fd.cli.terminal.layout import NamedValues
 from mlx_fd.cli.terminal.run import Display
 from mlx_fd.runs.events import BatchDone, Probed
 from mlx_fd.runs.labels import duration, number
+from mlx_fd.runs.records import SelfSummary, ShareRow
 from mlx_fd.runs.self_distillation_summary import WRONG
 
 _STEPS = {
@@ -38,7 +37,7 @@ class SelfDisplay(Display):
 
     def _count(self, event: BatchDone) -> None:
         self._seen += len(event.rows)
-        self._right_before += sum(row["correct"] for row in event.rows)
+        self._right_before += sum(row["correct"] for row in event.rows if "correct" in row)
         if event.metrics["probe"]:
             self._held_out = 1 - event.metrics["probe"][WRONG]
 
@@ -49,7 +48,10 @@ class SelfDisplay(Display):
         return "  ".join([f"{event.done}/{event.total}", *self._parts(event), f"ETA {eta}"])
 
     def _parts(self, event: BatchDone) -> list[str]:
-        found, updates = event.metrics["attempts"], event.metrics["updates"]
+        metrics = event.metrics
+        if "attempts" not in metrics:
+            return []
+        found, updates = metrics["attempts"], metrics["updates"]
         parts = [
             f"right {found['right']} of {found['n']}",
             f"trained on {found['teaches']:.0%}",
@@ -61,13 +63,13 @@ class SelfDisplay(Display):
         if updates:
             losses = updates[-1]["losses"]
             parts.append(" ".join(f"{name} {number(value)}" for name, value in losses.items()))
-        if any(event.metrics["clipped"]):
-            parts.append(f"clipped {max(event.metrics['clipped']):.1%}")
+        if any(metrics["clipped"]):
+            parts.append(f"clipped {max(metrics['clipped']):.1%}")
         skipped = sum(update["skipped"] for update in updates)
         if skipped:
             parts.append(f"{skipped} steps skipped: gradient not finite")
-        if event.metrics["probe"]:
-            parts.append(f"held out {1 - event.metrics['probe'][WRONG]:.1%} right")
+        if metrics["probe"]:
+            parts.append(f"held out {1 - metrics['probe'][WRONG]:.1%} right")
         return parts
 
     def _panel(self) -> RenderableType:
@@ -81,11 +83,11 @@ class SelfDisplay(Display):
         return self._framed(rows)
 
 
-def summary_table(summary: Mapping[str, Any]) -> NamedValues:
+def summary_table(summary: SelfSummary) -> NamedValues:
     """A run's totals, printed at its end."""
     table = NamedValues("Summary")
 
-    def accuracy(value: Mapping[str, Any]) -> str:
+    def accuracy(value: ShareRow) -> str:
         if not value["n"]:
             return "-"
         low, high = value["interval"]
@@ -98,17 +100,18 @@ def summary_table(summary: Mapping[str, Any]) -> NamedValues:
     table.add_row("held out, after", accuracy(held_out["after"]))
     table.add_row("attempts right, first half", accuracy(summary["first_half"]))
     table.add_row("attempts right, second half", accuracy(summary["second_half"]))
-    if head["taught"]:
+    if head and head["taught"]:
         table.add_row(
             "headroom",
             f"{head['without']} right without the context, {head['with_context']} with it, of "
             f"{head['taught']} held-out problems with a context",
         )
-    table.add_row(
-        "mixed attempts",
-        f"{head['mixed']} of {head['problems']} held-out problems have both right and wrong "
-        "attempts, before the first update",
-    )
+    if head:
+        table.add_row(
+            "mixed attempts",
+            f"{head['mixed']} of {head['problems']} held-out problems have both right and wrong "
+            "attempts, before the first update",
+        )
     if found:
         table.add_row(
             "attempts",

@@ -32,12 +32,12 @@ function parts(entry, row) {
     ...block("First answer", row.answer.text, `${finalNumber(row.answer.final)}, ${verdict(row.correct_before)}`, cut(row, "answer")),
     feedbacks(row),
   ];
-  if (row.merged !== null) steps.push(...block("Merged feedback", row.merged, cut(row, "merge")));
-  if (row.revised !== null) {
+  if (row.merged) steps.push(...block("Merged feedback", row.merged, cut(row, "merge")));
+  if (row.revised) {
     steps.push(...block("Revision", compared(row.answer.text, row.revised, "changed") ?? row.revised, "words that the first answer does not have are marked", cut(row, "revise")));
   }
   if (row.critique !== null) steps.push(...block("Self-critique", row.critique, cut(row, "critique")));
-  if (row.revised !== null) {
+  if (row.revised) {
     steps.push(...block("Final answer", row.final.text, `${finalNumber(row.final.final)}, ${verdict(row.correct_after)}`, cut(row, "final")));
   } else {
     steps.push(element("p", {}, "The combined score reached the target: the first answer stayed as it was."));
@@ -64,9 +64,9 @@ function feedbacks(row) {
   const sides = expert ? bothCompared(expert.text, student.text) : null;
   const written = student.written_score === null ? "not readable" : student.written_score.toFixed(2);
   const left = expert
-    ? block("Expert's feedback", sides?.[0] ?? expert.text, `score ${number(expert.score)}`, cut(row, "expert_feedback"))
+    ? block("Expert's feedback", sides?.[0] ?? expert.text, `score ${number(expert.written_score)}`, cut(row, "expert_feedback"))
     : [element("h4", {}, "Expert's feedback"), element("p", {}, "The expert was skipped.")];
-  const right = block("Student's feedback", sides?.[1] ?? student.text, `score ${number(student.score)}, written ${written}`, cut(row, "student_feedback"));
+  const right = block("Student's feedback", sides?.[1] ?? student.text, `score ${number(student.head_score)}, written ${written}`, cut(row, "student_feedback"));
   const pair = element("div", { class: "pair" }, element("div", { class: "expert" }, ...left), element("div", { class: "student" }, ...right));
   const group = element("div", {}, pair);
   if (sides) {

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -31,26 +31,20 @@ from mlx_fd.problems import Problem
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.checkpoints import Checkpoint
-from mlx_fd.runs.events import (
-    BatchDone,
-    Event,
-    Note,
-    Probed,
-    Probing,
-    Started,
-    Step,
-    Warned,
-)
+from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Probing, Started, Step, Warned
+from mlx_fd.runs.records import AttemptRow, SelfHeadroomRow, SelfMetricsRow, SelfSummary
 from mlx_fd.runs.self_distillation_summary import WRONG, attempts_summary, summarise
 from mlx_fd.training.checkpoint import (
-    Progress,
     Records,
+    RunState,
     finished_summary,
     finite,
+    first_state,
     go_back,
     kept,
     restore,
     save,
+    stop_row,
     update_row,
     with_probe,
 )
@@ -109,6 +103,17 @@ class Headroom:
     without: int
     with_context: int
 
+    def to_json(self) -> SelfHeadroomRow:
+        """For the files that keep it."""
+        return {
+            "problems": self.problems,
+            "right": self.right,
+            "mixed": self.mixed,
+            "taught": self.taught,
+            "without": self.without,
+            "with_context": self.with_context,
+        }
+
     def concerns(self, config: Config) -> list[str]:
         """What the user should know before hours are spent; empty where all is well."""
         options, found = config.selfdistill, []
@@ -157,7 +162,7 @@ def run(
     stop: Callable[[], bool] = lambda: False,
     *,
     redo: bool = False,
-) -> dict[str, Any] | None:
+) -> SelfSummary | None:
     """Begin a run or go on with it. The caller holds the run directory's lock.
 
     Args:
@@ -182,8 +187,8 @@ def run(
     at_end = checkpoint is not None and (
         checkpoint.batch >= total or checkpoint.state["gate"]["frozen"]
     )
-    if (summary := finished_summary(records, at_end, report)) is not None:
-        return summary
+    if (whole := finished_summary(records, at_end, report)) is not None:
+        return cast(SelfSummary, whole)
     model = models.student_lm.model
     # The rate is set before each update.
     optimizer = optim.AdamW(
@@ -202,7 +207,7 @@ def run(
         begin = time.perf_counter()
         headroom = measure_headroom(learner, probe_problems)
         seconds = round(time.perf_counter() - begin, 3)
-        content = {**vars(headroom), "seconds": seconds}
+        content = {**headroom.to_json(), "seconds": seconds}
         with runs.wrap_write_errors(folder):
             write_json(folder / runs.HEADROOM, with_digest(content))
     else:
@@ -211,7 +216,7 @@ def run(
         losses = {WRONG: 1 - headroom.right / headroom.problems}
         state = gate.initial_state(config.gate, (WRONG,))
         state, _ = gate.observe_probe(state, losses, config.gate, cost=0.0)
-        progress = Progress(0, state, {}, 0, 0, losses, losses, 1.0, 0)
+        progress = first_state(state, losses, scales={})
         with runs.wrap_write_errors(folder):
             _save(records, progress, learner)
     else:
@@ -220,7 +225,7 @@ def run(
     if stop():
         return None
     _say_headroom(headroom, config, report)
-    report(Probed(progress.probe_first, progress.probe_last, vars(headroom)))
+    report(Probed(progress.probe_first, progress.probe_last, headroom.to_json()))
     report(Started(min(progress.batch * size, len(problems)), len(problems)))
     saved = progress.batch
     while progress.batch < total and not progress.gate.frozen:
@@ -250,12 +255,12 @@ def run(
     with runs.wrap_write_errors(folder):
         _save(records, progress, learner)
         summary = summarise(
-            runs.read_lines(folder / runs.ATTEMPTS),
-            runs.read_lines(folder / runs.METRICS),
+            runs.read_attempts(folder),
+            runs.read_self_metrics(folder),
             progress.probe_first,
             progress.probe_last,
             len(probe_problems),
-            vars(headroom),
+            headroom.to_json(),
             {"headroom": seconds},
         )
         summary["best_checkpoint"] = f"{progress.best_batch:06d}"
@@ -278,17 +283,17 @@ def _load_headroom(folder: Path) -> tuple[tuple[Headroom, float], bool] | None:
         raise ChangedFile(f"it is not what mlx-fd writes ({error!r})") from error
 
 
-def _save(records: Records, progress: Progress, learner: _Learner) -> None:
+def _save(records: Records, progress: RunState, learner: _Learner) -> None:
     models, config = learner.models, learner.config
     moves = config.selfdistill.self_teacher in ("ema", "snapshot")
     save(
         *(records, progress, config, models.student, models.student_lm.path, learner.optimizer),
         arrays={TEACHER_WEIGHTS: learner.teacher} if moves else {},
-        state={"playbook": learner.playbook.to_json()},
+        more={"playbook": learner.playbook.to_json()},
     )
 
 
-def _restored(learner: _Learner, checkpoint: Checkpoint) -> Progress:
+def _restored(learner: _Learner, checkpoint: Checkpoint) -> RunState:
     """Put a checkpoint's weights and state in place."""
     progress = restore(checkpoint, learner.models.student, learner.optimizer)
     options, model = learner.config.selfdistill, learner.models.student_lm.model
@@ -396,11 +401,11 @@ def _probe(learner: _Learner, problems: Sequence[Problem], batch: int) -> dict[s
 
 
 def _batch(
-    progress: Progress,
+    progress: RunState,
     problems: Sequence[Problem],
     probe_problems: Sequence[Problem],
     learner: _Learner,
-) -> tuple[Progress, list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[RunState, list[AttemptRow], SelfMetricsRow]:
     """One batch: the state after it, its rows, its metrics."""
     begin = time.perf_counter()
     config, student_lm, number = learner.config, learner.models.student_lm, progress.batch
@@ -450,13 +455,13 @@ def _batch(
                 "recomputed; the policy ratios of this batch are off by as much"
             )
         )
-    metrics = {
+    metrics: SelfMetricsRow = {
         "batch": number,
         "lagging": sum(row["teaches"] for row in rows),
         "weights": {},
         "updates": [update_row(update) for update in updates],
         "probe": progress.probe_last if decision else None,
-        "stop": dataclasses.asdict(decision) if decision else None,
+        "stop": stop_row(decision),
         "frozen": progress.gate.frozen,
         "attempts": attempts_summary(rows),
         "clipped": [round(update.clipped, 6) for update in updates],
@@ -470,7 +475,7 @@ def _batch(
 
 def _learn(
     learner: _Learner,
-    progress: Progress,
+    progress: RunState,
     groups: Sequence[Sequence[Attempt]],
     views: Sequence[View],
     known: Sequence[RolloutStats],
@@ -518,12 +523,12 @@ def _rows(
     views: Sequence[View],
     known: Sequence[RolloutStats],
     weighed: TokenWeights | None,
-) -> list[dict[str, Any]]:
+) -> list[AttemptRow]:
     """The batch's lines of ``attempts.jsonl``."""
     first = number * config.generation.batch_size * config.selfdistill.num_generations
     attempts = [attempt for group in groups for attempt in group]
     teaches = weighed.teaches() if weighed else [False] * len(attempts)
-    rows = []
+    rows: list[AttemptRow] = []
     for place, (attempt, view, item) in enumerate(zip(attempts, views, known, strict=True)):
         advantages = item.advantages
         final = attempt.final
