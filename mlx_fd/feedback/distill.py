@@ -15,6 +15,7 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_fd.config import LossOptions, TrainingOptions
+from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import Sample
 from mlx_fd.losses.attention import attention_matching_loss
 from mlx_fd.losses.divergence import Target, TopK, fused_linear_divergences, one_hot, top_k_gap
@@ -361,16 +362,13 @@ def make_optimizer(student: Student, options: TrainingOptions) -> optim.MultiOpt
 
 
 def update(
-    student: Student,
-    expert: Loaded,
+    pair: Pair,
     optimizer: optim.Optimizer,
     samples: Sequence[Sample],
     weights: Mapping[str, float],
-    loss_options: LossOptions,
+    losses: LossOptions,
     training: TrainingOptions,
-    vocab: int,
     auxiliary_loss: Callable[[], tuple[Any, float]] | None = None,
-    auxiliary_weight: float = 1.0,
 ) -> Update:
     """One optimiser step on the weighted losses.
 
@@ -379,25 +377,28 @@ def update(
     give the same gradient.
 
     Args:
-        student: changed in place, unless a loss or gradient is not finite.
-        expert: gives the expert's logits.
+        pair: the student is changed in place, unless a loss or gradient is not finite.
         optimizer: of :func:`make_optimizer`.
         samples: at least one.
         weights: the gate's weight times the loss's scale, for each loss.
-        loss_options: which losses, and how.
+        losses: which of them, and how.
         training: clipping, micro-batch and checkpointing.
-        vocab: tokens the two models share.
         auxiliary_loss: gives the gradient of one more loss by the language model's weights, and
-            that loss, which is called ``self``.
-        auxiliary_weight: what it counts.
+            that loss, which is called ``self`` and weighed by ``student_context_weight``.
     """
     begin = time.perf_counter()
-    norms = counts(samples, loss_options)
+    student = pair.student
+    norms = counts(samples, losses)
     factors = {name: weights[name] / norms[name] if norms[name] else 0.0 for name in norms}
 
     def weighted(batch: Batch) -> tuple[mx.array, Sums]:
         total, sums = loss_sums(
-            *(student, expert, batch, loss_options, vocab, factors),
+            student,
+            pair.expert,
+            batch,
+            losses,
+            pair.vocab,
+            factors,
             recompute=training.grad_checkpoint,
         )
         return total * scale, sums
@@ -414,20 +415,24 @@ def update(
         total += float(value) / scale
         for name, (loss, _) in sums.items():
             values[name] += float(loss)
-    losses = {name: values[name] / norms[name] for name in norms if norms[name]}
+    means = {name: values[name] / norms[name] for name in norms if norms[name]}
     gradients = tree_map(lambda gradient: gradient / scale, gradients)
     if auxiliary_loss is not None:
-        grads, losses["self"] = auxiliary_loss()
+        share = losses.student_context_weight
+        grads, means["self"] = auxiliary_loss()
         gradients["model"] = tree_map(
-            lambda on_feedback, more: on_feedback + auxiliary_weight * more,
-            gradients["model"],
-            grads,
+            lambda main, auxiliary: main + share * auxiliary, gradients["model"], grads
         )
-        total += auxiliary_weight * losses["self"]
+        total += share * means["self"]
     gradient_norm, skipped = take_step(student, optimizer, gradients, total, training)
-    tokens = sum(len(s.prompt) + len(s.target) - 1 for s in samples)
-    seconds = time.perf_counter() - begin
-    return Update(losses, total, gradient_norm, skipped, tokens, seconds)
+    return Update(
+        losses=means,
+        total=total,
+        gradient_norm=gradient_norm,
+        skipped=skipped,
+        tokens=sum(len(s.prompt) + len(s.target) - 1 for s in samples),
+        seconds=time.perf_counter() - begin,
+    )
 
 
 def take_step(

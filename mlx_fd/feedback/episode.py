@@ -33,6 +33,7 @@ from mlx_fd.models.generation import (
     forward,
     generate,
     prefill,
+    sampling_for,
     without_repeated_eos,
 )
 from mlx_fd.models.loading import Loaded
@@ -211,12 +212,9 @@ def answer(
     """
     blank = [Draft(p, Answer("", None, ()), Conversation()) for p in problems]
     prompts = [first_prompt(loaded.tokenizer, answer_prompt(p.question)) for p in problems]
-    sampling = Sampling(
-        options.max_answer_tokens,
-        options.answer_temperature if temperature is None else temperature,
-        options.expert_repetition_penalty,
-        seed,
-    )
+    sampling = sampling_for(options, "answer", seed)
+    if temperature is not None:
+        sampling = dataclasses.replace(sampling, temperature=temperature)
     drafts, turns = write(
         loaded,
         blank,
@@ -321,12 +319,7 @@ def student_feedback(
                 seconds={**draft.seconds, "student_feedback": time.perf_counter() - begin},
             )
         )
-    sampling = Sampling(
-        options.max_feedback_tokens,
-        options.student_temperature,
-        options.student_repetition_penalty,
-        seed,
-    )
+    sampling = sampling_for(options, "student_feedback", seed)
     done, turns = write(
         pair.student_lm,
         read,
@@ -359,12 +352,7 @@ def expert_feedback(
     progress: Progress,
 ) -> list[Draft]:
     """Step 2, the expert's half: its feedback, and the score parsed from it."""
-    sampling = Sampling(
-        options.max_feedback_tokens,
-        options.expert_temperature,
-        options.expert_repetition_penalty,
-        seed,
-    )
+    sampling = sampling_for(options, "expert_feedback", seed)
     done, turns = write(
         pair.expert,
         list(drafts),
@@ -393,7 +381,7 @@ def expert_turn(
     step: str,
     before: Sequence[Conversation],
     requests: Sequence[tuple[int, ...]],
-    limit: int,
+    role: str,
     options: GenerationOptions,
     seed: int,
     progress: Progress,
@@ -408,8 +396,8 @@ def expert_turn(
         before: the expert's conversations.
         requests: tokens of what it is asked, as :func:`mlx_fd.models.generation.followup_prompt`
         gives them.
-        limit: most tokens of the turn.
-        options: sampling.
+        role: the step of :func:`mlx_fd.models.generation.sampling_for` that it is drawn like.
+        options: token limits and sampling.
         seed: of the draws.
         progress: told of every token.
         keep: keep the caches, to go on from the turns.
@@ -421,7 +409,7 @@ def expert_turn(
         without_repeated_eos(conversation, asked)
         for conversation, asked in zip(before, requests, strict=True)
     ]
-    sampling = Sampling(limit, options.expert_temperature, options.expert_repetition_penalty, seed)
+    sampling = sampling_for(options, role, seed)
     reuse = not options.sequential
     return write(pair.expert, drafts, step, before, prompts, sampling, reuse, progress, keep)
 
@@ -467,12 +455,11 @@ def finish(
         todo: list[Draft],
         before: list[Conversation],
         messages: list[str],
-        limit: int,
         keep: bool = True,
     ) -> tuple[list[Draft], list[Turn]]:
         requests = [followup_prompt(pair.expert.tokenizer, text) for text in messages]
         return expert_turn(
-            pair, todo, step, before, requests, limit, options, seeds(step), progress, keep
+            pair, todo, step, before, requests, step, options, seeds(step), progress, keep
         )
 
     todo = [draft for _, draft, _ in open_drafts]
@@ -495,19 +482,18 @@ def finish(
         [todo[place] for place in merging],
         [before[place] for place in merging],
         [_merge_message(todo[place]) for place in merging],
-        options.max_merge_tokens,
     )
     for place, draft, turn in zip(merging, merged, turns, strict=True):
         todo[place], before[place], feedback[place] = draft, turn.conversation, turn.text
 
     # Each step's conversations take the place of the last one's, whose caches are let go.
     written: dict[str, list[str]] = {}
-    for step, messages, limit in (
-        ("revise", [revise_prompt(text) for text in revision_requests], options.max_answer_tokens),
-        ("critique", [critique_prompt()] * len(todo), options.max_merge_tokens),
-        ("final", [final_prompt()] * len(todo), options.max_answer_tokens),
+    for step, messages in (
+        ("revise", [revise_prompt(text) for text in revision_requests]),
+        ("critique", [critique_prompt()] * len(todo)),
+        ("final", [final_prompt()] * len(todo)),
     ):
-        todo, turns = turn_of(step, todo, before, messages, limit, keep=step != "final")
+        todo, turns = turn_of(step, todo, before, messages, keep=step != "final")
         before = [turn.conversation for turn in turns]
         written[step] = [turn.text for turn in turns]
     for (place, _, score), draft, text, revised, critique, turn in zip(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from mlx_fd.config import GenerationOptions
 from mlx_fd.errors import UserError
 from mlx_fd.models import chat_template, taps
 from mlx_fd.models.loading import Loaded
@@ -79,6 +81,32 @@ class Sampling:
     seed: int = 0
     top_p: float = 1.0
     top_k: int = 0
+
+
+def sampling_for(options: GenerationOptions, step: str, seed: int) -> Sampling:
+    """How one step of an episode draws its tokens.
+
+    Args:
+        options: the token limits, temperatures and penalties of both models.
+        step: ``"answer"`` (whoever answers), ``"student_feedback"``, or one of the expert's:
+            ``"expert_feedback"``, ``"merge"``, ``"revise"``, ``"critique"``, ``"final"``.
+        seed: of the draws.
+    """
+    limits = {
+        "answer": options.max_answer_tokens,
+        "student_feedback": options.max_feedback_tokens,
+        "expert_feedback": options.max_feedback_tokens,
+        "merge": options.max_merge_tokens,
+        "revise": options.max_answer_tokens,
+        "critique": options.max_merge_tokens,
+        "final": options.max_answer_tokens,
+    }
+    temperature, penalty = options.expert_temperature, options.expert_repetition_penalty
+    if step == "answer":
+        temperature = options.answer_temperature
+    elif step == "student_feedback":
+        temperature, penalty = options.student_temperature, options.student_repetition_penalty
+    return Sampling(limits[step], temperature, penalty, seed)
 
 
 def first_prompt(tokenizer: Any, message: str) -> tuple[int, ...]:
@@ -206,30 +234,21 @@ def generate(
     if not conversations:
         return []
     mx.random.seed(sampling.seed)
-    if not reuse:
-        return [
-            _generate(
-                *(loaded, [Conversation(old.tokens)], [prompt], sampling),
-                keep_cache=False,
-                logprobs=logprobs,
-                on_token=on_token,
-            )[0]
-            for old, prompt in zip(conversations, prompts, strict=True)
-        ]
-    return _generate(
-        *(loaded, conversations, prompts, sampling),
-        keep_cache=keep,
-        logprobs=logprobs,
-        on_token=on_token,
-    )
+    write = partial(_generate, loaded, sampling=sampling, logprobs=logprobs, on_token=on_token)
+    if reuse:
+        return write(conversations, prompts, keep_cache=keep)
+    return [
+        write([Conversation(old.tokens)], [prompt], keep_cache=False)[0]
+        for old, prompt in zip(conversations, prompts, strict=True)
+    ]
 
 
 def _generate(
     loaded: Loaded,
     conversations: Sequence[Conversation],
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
     *,
+    sampling: Sampling,
     keep_cache: bool,
     logprobs: bool,
     on_token: Callable[[int], None] | None,

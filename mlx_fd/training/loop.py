@@ -523,16 +523,13 @@ def _distil(
     for _ in range(config.training.kd_steps):
         done.append(
             update(
-                pair.student,
-                pair.expert,
+                pair,
                 learner.optimizer,
                 samples,
                 scaled,
                 config.losses,
                 config.training,
-                pair.vocab,
                 itself if own is not None and own.attempts else None,
-                config.losses.student_context_weight,
             )
         )
         on_progress("distil", sum(len(sample.target) for sample in samples))
