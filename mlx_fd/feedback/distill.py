@@ -15,6 +15,7 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_fd.config import LossOptions, TrainingOptions
+from mlx_fd.feedback.collate import collate_tokens, concatenate_targets, micro_batches, pad
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import Sample
 from mlx_fd.losses.attention import attention_matching_loss
@@ -65,7 +66,7 @@ class Batch:
     tokens: mx.array  # [B, S]
     positions: mx.array  # [B, T]: where each token of the text is predicted
     mask: mx.array  # [B, T], float32
-    rows: mx.array  # [N]: the places of all tokens among B * T positions
+    rows: mx.array  # [N]: the indices of all tokens among B * T positions
     targets: mx.array  # [N]
     weights: dict[str, mx.array]  # [N]: of a loss on tokens, what each counts
     counts: dict[str, float]  # what each loss is divided by
@@ -79,33 +80,28 @@ class Batch:
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples as one batch."""
     length = max(len(s.target) for s in samples)
-    width = max(len(s.prompt) + len(s.target) for s in samples) - 1
-
-    def padded(rows: Sequence[Sequence[int]], to: int) -> mx.array:
-        return mx.array([[*row, *[0] * (to - len(row))] for row in rows])
+    tokens, positions = collate_tokens(samples)
+    width = tokens.shape[1]
 
     def attention(layer: mx.array) -> mx.array:
         _, queries, keys = layer.shape
         padding = [(0, 0), (0, length - queries), (0, width - keys)]
         return mx.pad(layer, padding, constant_values=LOG_ZERO)
 
-    starts = [len(s.prompt) - 1 for s in samples]
-    places = [number * length + t for number, s in enumerate(samples) for t in range(len(s.target))]
+    rows = [number * length + t for number, s in enumerate(samples) for t in range(len(s.target))]
     of_tokens = [_token_weights(sample) for sample in samples]
     return Batch(
-        tokens=padded([(*s.prompt, *s.target[:-1]) for s in samples], width),
-        positions=padded(
-            [range(at, at + len(s.target)) for at, s in zip(starts, samples, strict=True)], length
-        ),
+        tokens=tokens,
+        positions=pad(positions, length),
         mask=mx.array([[float(t < len(s.target)) for t in range(length)] for s in samples]),
-        rows=mx.array(places),
+        rows=mx.array(rows),
         targets=mx.array([token for s in samples for token in s.target]),
         weights={
             name: mx.array([weight for weights in of_tokens for weight in weights[name]])
             for name in of_tokens[0]
         },
         counts=_counts(samples),
-        expert_expects=_joined([s.expert.targets for s in samples]),
+        expert_expects=concatenate_targets([s.expert.targets for s in samples]),
         expert_pooled=_stacked([s.expert.pooled for s in samples]),
         expert_attention=_stacked([[attention(a) for a in s.expert.attention] for s in samples]),
         scores=mx.array([s.expert_score or 0.0 for s in samples]),
@@ -123,13 +119,6 @@ def _token_weights(sample: Sample) -> dict[str, list[float]]:
         "answer": [float(writes) for writes in sample.answer] or nothing,
         "reasoning": list(sample.steps) or nothing,
     }
-
-
-def _joined(parts: Sequence[mx.array | TopK]) -> mx.array | TopK:
-    if isinstance(parts[0], TopK):
-        columns = zip(*(tuple(vars(part).values()) for part in parts), strict=True)
-        return TopK(*(mx.concatenate(list(column)) for column in columns))
-    return mx.concatenate([part for part in parts if isinstance(part, mx.array)])
 
 
 def _stacked(of_samples: Sequence[Sequence[mx.array]]) -> list[mx.array]:
@@ -296,8 +285,9 @@ def measure(
 ) -> dict[str, float]:
     """The mean losses on some samples, without learning; a loss nothing is known of is left out."""
     totals: dict[str, tuple[float, float]] = dict.fromkeys(options.losses, (0.0, 0.0))
-    for chunk in _chunks(samples, micro_batch):
-        _, sums = loss_sums(student, expert, collate(chunk), options, vocab)
+    for chunk in micro_batches(samples, micro_batch):
+        batch = collate([samples[index] for index in chunk])
+        _, sums = loss_sums(student, expert, batch, options, vocab)
         mx.eval(sums)
         for name, (value, count) in sums.items():
             so_far = totals[name]
@@ -408,8 +398,8 @@ def update(
     gradients: Any = None
     total = 0.0
     values = dict.fromkeys(norms, 0.0)
-    for chunk in _chunks(samples, training.micro_batch):
-        (value, sums), part = step(collate(chunk))
+    for chunk in micro_batches(samples, training.micro_batch):
+        (value, sums), part = step(collate([samples[index] for index in chunk]))
         gradients = part if gradients is None else tree_map(mx.add, gradients, part)
         mx.eval(value, sums, gradients)
         total += float(value) / scale
@@ -466,12 +456,6 @@ def loss_scale(model: nn.Module) -> float:
     """Keeps small gradients of a float16 model above what float16 can hold; 1 for other types."""
     weights = tree_flatten(model.parameters())
     return _FLOAT16_SCALE if any(value.dtype == mx.float16 for _, value in weights) else 1.0
-
-
-def _chunks(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
-    """Micro-batches of samples of about the same length, so that little of them is padding."""
-    by_length = sorted(samples, key=lambda s: len(s.prompt) + len(s.target))
-    return [by_length[i : i + size] for i in range(0, len(by_length), size)]
 
 
 def optimizer_arrays(optimizer: optim.Optimizer) -> dict[str, mx.array]:

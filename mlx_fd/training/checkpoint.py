@@ -1,6 +1,8 @@
-"""Where a run stands, and the checkpoints that keep it: what both loops share.
+"""What both loops share: where a run stands, its checkpoints, and the way from batch to batch.
 
-:mod:`mlx_fd.training.loop` and :mod:`mlx_fd.training.selfdistill.training` are the loops.
+:mod:`mlx_fd.training.loop` and :mod:`mlx_fd.training.selfdistill.training` are the loops. Each of
+them calls, in this order, :func:`go_back`, :func:`begin_or_restore`, :func:`run_batches` and
+:func:`write_summary`, and says itself what a batch is.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from mlx_fd import runs
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import distill, gate
+from mlx_fd.files import write_json
 from mlx_fd.models.student import Student, load_student, read_arrays, save_student
-from mlx_fd.runs.checked import ChangedFile, read_checked
+from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.checkpoints import (
     Checkpoint,
     check_nothing_lost,
@@ -29,7 +32,7 @@ from mlx_fd.runs.checkpoints import (
     roll_back,
     save_checkpoint,
 )
-from mlx_fd.runs.events import Event, Note, Warned
+from mlx_fd.runs.events import BatchDone, Event, Note, Warned
 from mlx_fd.runs.logs import Log
 
 OPTIMIZER = "optimizer.safetensors"
@@ -230,6 +233,160 @@ def kept(
     return value
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run in this process: what it trains, where that is kept, and who watches.
+
+    Attributes:
+        records: its logs.
+        config: its configuration.
+        student: what is trained, whole, as checkpoints hold it.
+        base: the folder of the model that the student is made of.
+        optimizer: of the student's trainable weights.
+        report: takes every event.
+        stop: asked after each batch; when true, a checkpoint is written and the run ends there.
+        extra: gives what else a checkpoint is to hold: arrays by the names of their files, and
+            entries of ``state.json``.
+    """
+
+    records: Records
+    config: Config
+    student: Student
+    base: Path
+    optimizer: optim.Optimizer
+    report: Callable[[Event], None]
+    stop: Callable[[], bool]
+    extra: Callable[[], tuple[Mapping[str, dict[str, mx.array]], Mapping[str, Any]]] = lambda: (
+        {},
+        {},
+    )
+
+
+@dataclass(frozen=True)
+class Done:
+    """A batch that was made, and is not on the disk yet.
+
+    Attributes:
+        progress: the state after it.
+        logs: rows to append, by the names of their files.
+        rows: what watchers are shown of it.
+        metrics: likewise.
+        done: problems so far, over all epochs.
+        total: problems of the run, over all epochs.
+        warnings: what the user should know of by now.
+    """
+
+    progress: Progress
+    logs: Mapping[str, Sequence[dict[str, Any]]]
+    rows: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    done: int
+    total: int
+    warnings: Sequence[str] = ()
+
+
+def begin_or_restore(
+    run: Run, checkpoint: Checkpoint | None, first: Callable[[], Progress]
+) -> Progress:
+    """The state that a run goes on from: a checkpoint's, or a new one, which is saved.
+
+    Raises:
+        UserError: the checkpoint does not fit, or the folder cannot be written.
+    """
+    if checkpoint is not None:
+        progress = restore(checkpoint, run.student, run.optimizer)
+        run.report(Note(f"going on after batch {progress.batch}"))
+        return progress
+    progress = first()
+    with runs.wrap_write_errors(run.records.folder):
+        save(run, progress)
+    return progress
+
+
+def run_batches(
+    run: Run,
+    progress: Progress,
+    batch: Callable[[Progress], Done],
+    total: int,
+    *,
+    ends_frozen: bool = False,
+) -> Progress | None:
+    """Make batch after batch, with its rows on the disk and checkpoints where they are due.
+
+    Args:
+        run: the run.
+        progress: where it stands.
+        batch: makes the next batch.
+        total: batches of the run, those before ``progress`` too.
+        ends_frozen: whether the run is at its end, too, when the gate is frozen.
+
+    Returns:
+        The state at the end; ``None`` where the run was stopped before it.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    saved = progress.batch
+    while progress.batch < total and not (ends_frozen and progress.gate.frozen):
+        best_before = progress.best_batch
+        done = batch(progress)
+        progress = done.progress
+        with runs.wrap_write_errors(run.records.folder):
+            for name, rows in done.logs.items():
+                run.records.append(name, rows)
+            stopping = run.stop()
+            due = progress.batch - saved >= run.config.episode.checkpoint_every
+            if due or stopping or progress.best_batch != best_before:
+                save(run, progress)
+                saved = progress.batch
+        run.report(BatchDone(done.done, done.total, done.rows, done.metrics))
+        for text in done.warnings:
+            run.report(Warned(text))
+        # Buffers of the largest batch so far would otherwise stay with the process.
+        mx.clear_cache()
+        if stopping and progress.batch < total:
+            return None
+    return progress
+
+
+def write_summary(run: Run, progress: Progress, summary: dict[str, Any]) -> dict[str, Any]:
+    """Write ``summary.json``: that of the trainer, with the best checkpoint and the peak memory.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    summary["best_checkpoint"] = f"{progress.best_batch:06d}"
+    summary["peak_memory_bytes"] = run.records.peak_memory()
+    write_json(run.records.folder / runs.SUMMARY, with_digest(summary))
+    return summary
+
+
+def first_progress(
+    config: Config, losses: dict[str, float], scales: Mapping[str, float] | None = None
+) -> Progress:
+    """The state before the first batch.
+
+    Args:
+        config: the run's; the gate watches ``losses`` from now on.
+        losses: on the probe set.
+        scales: the fixed factor of each loss.
+    """
+    names = tuple(scales or losses)
+    state = gate.initial_state(config.gate, names)
+    state, _ = gate.observe_probe(state, losses, config.gate, cost=0.0)
+    return Progress(
+        batch=0,
+        gate=state,
+        scales=dict(scales or {}),
+        distilled=0,
+        spent=0,
+        probe_first=losses,
+        probe_last=losses,
+        best=1.0,
+        best_batch=0,
+    )
+
+
 def restore(checkpoint: Checkpoint, student: Student, optimizer: optim.Optimizer) -> Progress:
     """Put a checkpoint's weights and optimiser in place; where the run stood.
 
@@ -247,47 +404,32 @@ def restore(checkpoint: Checkpoint, student: Student, optimizer: optim.Optimizer
         ) from error
 
 
-def save(
-    records: Records,
-    progress: Progress,
-    config: Config,
-    student: Student,
-    base: Path,
-    optimizer: optim.Optimizer,
-    *,
-    arrays: Mapping[str, dict[str, mx.array]] | None = None,
-    state: Mapping[str, Any] | None = None,
-) -> None:
+def save(run: Run, progress: Progress) -> None:
     """Write a checkpoint.
 
-    Args:
-        records: its logs.
-        progress: where the run stands.
-        config: its configuration.
-        student: what was trained.
-        base: the folder of the model that the student is made of.
-        optimizer: with its state.
-        arrays: more arrays, by the names of their files.
-        state: more for ``state.json``.
+    Raises:
+        OSError: the folder cannot be written.
     """
+    config = run.config
+    arrays, state = run.extra()
 
     def write(to: Path) -> None:
-        save_student(student, config.models, base, to)
-        mx.save_safetensors(str(to / OPTIMIZER), distill.optimizer_arrays(optimizer))
-        for name, found in (arrays or {}).items():
-            mx.save_safetensors(str(to / name), found)
+        save_student(run.student, config.models, run.base, to)
+        mx.save_safetensors(str(to / OPTIMIZER), distill.optimizer_arrays(run.optimizer))
+        for name, content in arrays.items():
+            mx.save_safetensors(str(to / name), content)
 
     save_checkpoint(
-        records.folder,
+        run.records.folder,
         progress.batch,
         write,
         {
             **progress.to_json(),
-            **(state or {}),
+            **state,
             "checkpoint_every": config.episode.checkpoint_every,
-            "peak_memory_bytes": records.peak_memory(),
+            "peak_memory_bytes": run.records.peak_memory(),
         },
-        records.logs,
+        run.records.logs,
         best=progress.best_batch,
         keep=config.episode.keep_checkpoints,
     )

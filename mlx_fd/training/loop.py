@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlx_fd import runs
@@ -38,23 +37,27 @@ from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.phases import PhaseSchedule, combined, phase_weights
 from mlx_fd.feedback.samples import Sample, cache_fingerprint, read_text, sample_of, solution_of
 from mlx_fd.feedback.teacher_cache import TeacherCache
-from mlx_fd.files import clear_unfinished, write_json
+from mlx_fd.files import clear_unfinished
 from mlx_fd.models.generation import Conversation
 from mlx_fd.problems import Problem
-from mlx_fd.runs.checked import with_digest
-from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Step, Warned
+from mlx_fd.runs.events import Event, Note, Probed, Step, Warned
 from mlx_fd.runs.summary import find_warnings, summarise
 from mlx_fd.training.checkpoint import (
+    Done,
     Progress,
     Records,
+    Run,
+    begin_or_restore,
     finished_summary,
     finite,
+    first_progress,
     go_back,
     kept,
-    restore,
+    run_batches,
     save,
     update_row,
     with_probe,
+    write_summary,
 )
 from mlx_fd.training.probe import PROBE_ROWS, Probe, load_probe, make_probe, save_probe
 from mlx_fd.training.selfdistill.in_loop import Lessons, lessons, self_distillation_loss
@@ -116,13 +119,16 @@ def run(
             save_probe(probe, folder)
     optimizer = make_optimizer(pair.student, config.training)
     before = _examined_before(records, config, pair, exam, begun, report)
-    if checkpoint is None:
-        progress = _first(pair, probe, config)
-        with runs.wrap_write_errors(folder):
-            save(records, progress, config, pair.student, pair.student_lm.path, optimizer)
-    else:
-        progress = restore(checkpoint, pair.student, optimizer)
-        report(Note(f"going on after batch {progress.batch}"))
+    this = Run(
+        records=records,
+        config=config,
+        student=pair.student,
+        base=pair.student_lm.path,
+        optimizer=optimizer,
+        report=report,
+        stop=stop,
+    )
+    progress = begin_or_restore(this, checkpoint, lambda: _first(pair, probe, config))
     if stop():
         return None
     report(Probed(progress.probe_first, progress.probe_last, vars(probe.headroom)))
@@ -134,46 +140,43 @@ def run(
     )
     warned: set[str] = set()
     recent: list[dict[str, Any]] = []
-    saved = progress.batch
-    while progress.batch < total:
-        epoch, place = divmod(progress.batch, batches)
-        chunk = problems[place * size : (place + 1) * size]
-        best_before = progress.best_batch
+
+    def batch(progress: Progress) -> Done:
+        nonlocal recent
+        epoch, index = divmod(progress.batch, batches)
         rows: list[dict[str, Any]] = []
+        samples: list[Sample] = []
         if epoch == 0:
+            chunk = problems[index * size : (index + 1) * size]
             progress, rows, metrics, samples = _batch(progress, chunk, learner)
         else:
-            texts = [r for r in runs.read_lines(folder / runs.SAMPLES) if r["batch"] == place]
+            texts = [r for r in runs.read_lines(folder / runs.SAMPLES) if r["batch"] == index]
             progress, metrics = _rehearse(progress, texts, learner)
-            samples = []
-        with runs.wrap_write_errors(folder):
-            records.append(runs.EPISODES, rows)
-            records.append(runs.METRICS, [metrics])
-            if config.training.epochs > 1:
-                records.append(runs.SAMPLES, [{"batch": place, **s.to_json()} for s in samples])
-            stopping = stop()
-            due = progress.batch - saved >= config.episode.checkpoint_every
-            if due or stopping or progress.best_batch != best_before:
-                save(records, progress, config, pair.student, pair.student_lm.path, optimizer)
-                saved = progress.batch
-        done = epoch * len(problems) + min((place + 1) * size, len(problems))
-        report(BatchDone(done, config.training.epochs * len(problems), rows, metrics))
+        logs = {runs.EPISODES: rows, runs.METRICS: [metrics]}
+        if config.training.epochs > 1:
+            logs[runs.SAMPLES] = [{"batch": index, **s.to_json()} for s in samples]
         recent = [*recent, *rows][-_WATCHED:]
-        for kind, text in find_warnings(recent).items():
-            if kind not in warned:
-                warned.add(kind)
-                report(Warned(text))
-        # Buffers of the largest batch so far would otherwise stay with the process.
-        mx.clear_cache()
-        if stopping and progress.batch < total:
-            return None
+        new = {kind: text for kind, text in find_warnings(recent).items() if kind not in warned}
+        warned.update(new)
+        return Done(
+            progress=progress,
+            logs=logs,
+            rows=rows,
+            metrics=metrics,
+            done=epoch * len(problems) + min((index + 1) * size, len(problems)),
+            total=config.training.epochs * len(problems),
+            warnings=list(new.values()),
+        )
 
+    reached = run_batches(this, progress, batch, total)
+    if reached is None:
+        return None
     looking = time.perf_counter()
     last = probe.losses(pair, config)
-    progress = with_probe(progress, last)
+    progress = with_probe(reached, last)
     seconds = {"headroom": probe.seconds + time.perf_counter() - looking}
     with runs.wrap_write_errors(folder):
-        save(records, progress, config, pair.student, pair.student_lm.path, optimizer)
+        save(this, progress)
     parts: dict[str, Any] = {}
     if config.losses.teacher_top_k:
         parts["top_k"] = top_k_error(pair.student, probe.samples, config.losses, pair.vocab)
@@ -194,11 +197,7 @@ def run(
             vars(probe.headroom),
             seconds,
         )
-        summary |= parts
-        summary["best_checkpoint"] = f"{progress.best_batch:06d}"
-        summary["peak_memory_bytes"] = records.peak_memory()
-        write_json(folder / runs.SUMMARY, with_digest(summary))
-    return summary
+    return write_summary(this, progress, summary | parts)
 
 
 @dataclass(frozen=True)
@@ -248,9 +247,7 @@ def _first(pair: Pair, probe: Probe, config: Config) -> Progress:
         scales = {
             name: 1 / max(losses[name], _MIN_SCALED) if name in losses else 1.0 for name in names
         }
-    state = gate.initial_state(config.gate, names)
-    state, _ = gate.observe_probe(state, losses, config.gate, cost=0.0)
-    return Progress(0, state, scales, 0, 0, losses, losses, 1.0, 0)
+    return first_progress(config, losses, scales)
 
 
 def _check_finite(losses: dict[str, float], batch: int, config: Config) -> None:

@@ -71,13 +71,13 @@ def lessons(outcomes: Sequence[Outcome], context: str) -> Lessons:
 
 
 def self_distillation_loss(
-    student: Loaded, found: Lessons, training: TrainingOptions
+    student: Loaded, lessons: Lessons, training: TrainingOptions
 ) -> tuple[Any, float]:
     """The term that an update of the student gains.
 
     Args:
         student: as it is now, teacher and student in one.
-        found: at least one.
+        lessons: at least one answer.
         training: micro-batch and checkpointing.
 
     Returns:
@@ -85,14 +85,14 @@ def self_distillation_loss(
         its value.
     """
     model = student.model
-    known = forward_teacher_and_student(
+    stats = forward_teacher_and_student(
         student,
         adapter(model),
-        [[attempt] for attempt in found.attempts],
-        found.views,
+        [[attempt] for attempt in lessons.attempts],
+        lessons.views,
         _METHOD,
         training.micro_batch,
     )
-    weighed = token_weights(known, _METHOD, max(len(item.text.target) for item in known))
-    grads, matched = gradients(model, known, weighed, _METHOD, training, student.vocab)
-    return grads, loss_value(weighed, matched, _METHOD)
+    weights = token_weights(stats, _METHOD, max(len(item.text.target) for item in stats))
+    grads, matched = gradients(model, stats, weights, _METHOD, training, student.vocab)
+    return grads, loss_value(weights, matched, _METHOD)

@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlx_fd import runs
-from mlx_fd.config import Config
+from mlx_fd.config import Config, Method
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import gate
 from mlx_fd.feedback.episode import derive_seed
@@ -30,19 +30,23 @@ from mlx_fd.problems import Problem
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.checkpoints import Checkpoint
-from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Step, Warned
+from mlx_fd.runs.events import Event, Note, Probed, Step, Warned
 from mlx_fd.runs.self_distillation_summary import WRONG, attempts_summary, summarise
 from mlx_fd.training.checkpoint import (
+    Done,
     Progress,
-    Records,
+    Run,
+    begin_or_restore,
     finished_summary,
     finite,
+    first_progress,
     go_back,
     kept,
-    restore,
+    run_batches,
     save,
     update_row,
     with_probe,
+    write_summary,
 )
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View, remember
 from mlx_fd.training.selfdistill.learning import (
@@ -134,6 +138,11 @@ class _Learner:
     report: Report
     playbook: Playbook = field(default_factory=Playbook)
 
+    def extra(self) -> tuple[dict[str, Weights], dict[str, Any]]:
+        """What a checkpoint holds beside the student: the teacher's weights, the playbook."""
+        arrays = {TEACHER_WEIGHTS: self.teacher} if _keeps_teacher(self.config.selfdistill) else {}
+        return arrays, {"playbook": self.playbook.to_json()}
+
     def on_progress(self, batch: int, step: str) -> Callable[[int], None]:
         return lambda tokens: self.report(Step(batch, step, tokens))
 
@@ -198,47 +207,52 @@ def run(
             write_json(folder / runs.HEADROOM, with_digest(content))
     else:
         headroom, seconds = measured
-    if checkpoint is None:
-        losses = {WRONG: 1 - headroom.right / headroom.problems}
-        state = gate.initial_state(config.gate, (WRONG,))
-        state, _ = gate.observe_probe(state, losses, config.gate, cost=0.0)
-        progress = Progress(0, state, {}, 0, 0, losses, losses, 1.0, 0)
-        with runs.wrap_write_errors(folder):
-            _save(records, progress, learner)
-    else:
-        progress = _restored(learner, checkpoint)
-        report(Note(f"going on after batch {progress.batch}"))
+    this = Run(
+        records=records,
+        config=config,
+        student=models.student,
+        base=models.student_lm.path,
+        optimizer=optimizer,
+        report=report,
+        stop=stop,
+        extra=learner.extra,
+    )
+    progress = begin_or_restore(
+        this,
+        checkpoint,
+        lambda: first_progress(config, {WRONG: 1 - headroom.right / headroom.problems}),
+    )
+    if checkpoint is not None:
+        _restore_teacher(learner, checkpoint)
     if stop():
         return None
     _say_headroom(headroom, config, report)
     report(Probed(progress.probe_first, progress.probe_last, vars(headroom)))
-    saved = progress.batch
-    while progress.batch < total and not progress.gate.frozen:
-        place = progress.batch
-        best_before = progress.best_batch
-        progress, rows, metrics = _batch(
-            progress, problems[place * size : (place + 1) * size], probe_problems, learner
+
+    def batch(progress: Progress) -> Done:
+        index = progress.batch
+        chunk = problems[index * size : (index + 1) * size]
+        progress, rows, metrics = _batch(progress, chunk, probe_problems, learner)
+        return Done(
+            progress=progress,
+            logs={runs.ATTEMPTS: rows, runs.METRICS: [metrics]},
+            rows=rows,
+            metrics=metrics,
+            done=min((index + 1) * size, len(problems)),
+            total=len(problems),
         )
-        with runs.wrap_write_errors(folder):
-            records.append(runs.ATTEMPTS, rows)
-            records.append(runs.METRICS, [metrics])
-            stopping = stop()
-            due = progress.batch - saved >= config.episode.checkpoint_every
-            if due or stopping or progress.best_batch != best_before:
-                _save(records, progress, learner)
-                saved = progress.batch
-        report(BatchDone(min((place + 1) * size, len(problems)), len(problems), rows, metrics))
-        # Buffers of the largest batch so far would otherwise stay with the process.
-        mx.clear_cache()
-        if stopping and progress.batch < total:
-            return None
+
+    reached = run_batches(this, progress, batch, total, ends_frozen=True)
+    if reached is None:
+        return None
+    progress = reached
     if progress.gate.frozen:
         report(Note(f"the gate ends the run: {progress.gate.reason}"))
     looking = time.perf_counter()
     progress = with_probe(progress, _probe(learner, probe_problems, progress.batch))
     seconds += time.perf_counter() - looking
     with runs.wrap_write_errors(folder):
-        _save(records, progress, learner)
+        save(this, progress)
         summary = summarise(
             runs.read_lines(folder / runs.ATTEMPTS),
             runs.read_lines(folder / runs.METRICS),
@@ -248,10 +262,7 @@ def run(
             vars(headroom),
             {"headroom": seconds},
         )
-        summary["best_checkpoint"] = f"{progress.best_batch:06d}"
-        summary["peak_memory_bytes"] = records.peak_memory()
-        write_json(folder / runs.SUMMARY, with_digest(summary))
-    return summary
+        return write_summary(this, progress, summary)
 
 
 def _load_headroom(folder: Path) -> tuple[tuple[Headroom, float], bool] | None:
@@ -268,27 +279,20 @@ def _load_headroom(folder: Path) -> tuple[tuple[Headroom, float], bool] | None:
         raise ChangedFile(f"it is not what mlx-fd writes ({error!r})") from error
 
 
-def _save(records: Records, progress: Progress, learner: _Learner) -> None:
-    models, config = learner.models, learner.config
-    moves = config.selfdistill.self_teacher in ("ema", "snapshot")
-    save(
-        *(records, progress, config, models.student, models.student_lm.path, learner.optimizer),
-        arrays={TEACHER_WEIGHTS: learner.teacher} if moves else {},
-        state={"playbook": learner.playbook.to_json()},
-    )
-
-
-def _restored(learner: _Learner, checkpoint: Checkpoint) -> Progress:
-    """Put a checkpoint's weights and state in place."""
-    progress = restore(checkpoint, learner.models.student, learner.optimizer)
+def _restore_teacher(learner: _Learner, checkpoint: Checkpoint) -> None:
+    """The teacher's weights and the playbook of a checkpoint whose student is in place."""
     options, model = learner.config.selfdistill, learner.models.student_lm.model
-    if options.self_teacher in ("ema", "snapshot"):
+    if _keeps_teacher(options):
         learner.teacher = read_arrays(checkpoint.folder / TEACHER_WEIGHTS)
         mx.eval(learner.teacher)
     else:
         learner.teacher = first_teacher(model, options)
     learner.playbook = Playbook.from_json(checkpoint.state["playbook"])
-    return progress
+
+
+def _keeps_teacher(options: Method) -> bool:
+    """Whether the teacher's weights are neither the base model's nor the student's."""
+    return options.self_teacher in ("ema", "snapshot")
 
 
 def _say_headroom(headroom: Headroom, config: Config, report: Report) -> None:
@@ -373,7 +377,10 @@ def _probe(learner: _Learner, problems: Sequence[Problem], batch: int) -> dict[s
     """The share of held-out problems that the student answers wrong."""
     messages = [answer_prompt(as_read(problem, learner.config)) for problem in problems]
     right = grade_answers(
-        *(learner.models.student_lm, problems, messages, learner.config),
+        learner.models.student_lm,
+        problems,
+        messages,
+        learner.config,
         learner.on_progress(batch, "probe"),
     )
     return {WRONG: 1 - sum(right) / len(right)}
@@ -389,24 +396,25 @@ def _batch(
     begin = time.perf_counter()
     config, student_lm, number = learner.config, learner.models.student_lm, progress.batch
     groups, prefilled = sample_rollouts(
-        *(student_lm, problems, config, _seeds(config, number, "attempt")),
+        student_lm,
+        problems,
+        config,
+        _seeds(config, number, "attempt"),
         learner.on_progress(number, "attempt"),
     )
     seconds = {"attempt": time.perf_counter() - begin}
     views = build_views(learner, groups, number)
     seconds["context"] = time.perf_counter() - begin - seconds["attempt"]
-    known = forward_teacher_and_student(
-        *(
-            student_lm,
-            learner.teacher,
-            groups,
-            views,
-            config.selfdistill,
-            config.training.micro_batch,
-        )
+    stats = forward_teacher_and_student(
+        student_lm,
+        learner.teacher,
+        groups,
+        views,
+        config.selfdistill,
+        config.training.micro_batch,
     )
-    mx.eval([item.now for item in known])
-    updates, weighed = _learn(learner, progress, groups, views, known)
+    mx.eval([item.now for item in stats])
+    updates, weights = _learn(learner, progress, groups, views, stats)
     if config.selfdistill.context == "reflection":
         attempts = [attempt for group in groups for attempt in group]
         learner.playbook = remember(learner.playbook, attempts, views)
@@ -425,7 +433,7 @@ def _batch(
             progress.gate, losses, config.gate, cost=float(progress.spent)
         )
         progress = with_probe(dataclasses.replace(progress, gate=state, spent=0), losses)
-    rows = _rows(number, config, groups, views, known, weighed)
+    rows = _rows(number, config, groups, views, stats, weights)
     gap = max(row["logprob_gap"] for row in rows)
     if gap > _LOGPROB_TOLERANCE:
         learner.report(
@@ -457,12 +465,11 @@ def _learn(
     progress: Progress,
     groups: Sequence[Sequence[Attempt]],
     views: Sequence[View],
-    known: Sequence[RolloutStats],
+    stats: Sequence[RolloutStats],
 ) -> tuple[list[Update], TokenWeights | None]:
     """The batch's optimiser steps; the teacher follows each."""
     config = learner.config
     options, training, student_lm = config.selfdistill, config.training, learner.models.student_lm
-    limit = config.generation.max_answer_tokens
     on_progress = learner.on_progress(progress.batch, "learn")
     updates: list[Update] = []
     first: TokenWeights | None = None
@@ -471,26 +478,28 @@ def _learn(
     echoes: list[RolloutStats] = []
     if options.objective == "echo":
         echoes = echoes_of(
-            *(student_lm, learner.teacher, groups, views, config),
+            student_lm,
+            learner.teacher,
+            groups,
+            views,
+            config,
             learner.on_progress(progress.batch, "echo"),
         )
     for step in range(training.kd_steps):
         done = progress.distilled * training.kd_steps + step
         if step:
-            known = forward_teacher_and_student(
-                *(student_lm, learner.teacher, groups, views, options, training.micro_batch)
+            stats = forward_teacher_and_student(
+                student_lm, learner.teacher, groups, views, options, training.micro_batch
             )
         rise = min(1.0, (done + 1) / options.warmup_steps) if options.warmup_steps else 1.0
         learner.optimizer.learning_rate = training.lora_rate * rise
         near = nearness(student_lm, echoes, options, training.micro_batch) if echoes else None
-        update, weighed = learn(
-            *(student_lm, learner.optimizer, known, options, training, limit, near, echoes)
-        )
-        first = first or weighed
+        update, weights = learn(student_lm, learner.optimizer, stats, config, near, echoes)
+        first = first or weights
         if update is None:
             break
         updates.append(update)
-        on_progress(sum(len(item.text.target) for item in known))
+        on_progress(sum(len(item.text.target) for item in stats))
         learner.teacher = next_teacher(learner.teacher, student_lm.model, options, done + 1)
     return updates, first
 
@@ -500,20 +509,20 @@ def _rows(
     config: Config,
     groups: Sequence[Sequence[Attempt]],
     views: Sequence[View],
-    known: Sequence[RolloutStats],
-    weighed: TokenWeights | None,
+    stats: Sequence[RolloutStats],
+    weights: TokenWeights | None,
 ) -> list[dict[str, Any]]:
     """The batch's lines of ``attempts.jsonl``."""
     first = number * config.generation.batch_size * config.selfdistill.num_generations
     attempts = [attempt for group in groups for attempt in group]
-    teaches = weighed.teaches() if weighed else [False] * len(attempts)
+    teaches = weights.teaches() if weights else [False] * len(attempts)
     rows = []
-    for place, (attempt, view, item) in enumerate(zip(attempts, views, known, strict=True)):
+    for index, (attempt, view, item) in enumerate(zip(attempts, views, stats, strict=True)):
         advantages = item.advantages
         final = attempt.final
         rows.append(
             {
-                "attempt": first + place,
+                "attempt": first + index,
                 "id": attempt.problem.id,
                 "question": attempt.question,
                 "reference": str(attempt.problem.answer),
@@ -525,11 +534,11 @@ def _rows(
                 "teacher": view.teacher if wants_teacher(config.selfdistill) else None,
                 "note": view.note,
                 "wrong": len(view.wrong),
-                "teaches": teaches[place],
-                "reward": weighed.rewards[place] if weighed else item.reward,
+                "teaches": teaches[index],
+                "reward": weights.rewards[index] if weights else item.reward,
                 "group_advantage": (
-                    weighed.group_advantages[place]
-                    if weighed and weighed.group_advantages
+                    weights.group_advantages[index]
+                    if weights and weights.group_advantages
                     else None
                 ),
                 "mean_abs_advantage": _mean(None if advantages is None else mx.abs(advantages)),
