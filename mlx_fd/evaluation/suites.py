@@ -34,7 +34,7 @@ from mlx_fd.evaluation.solving import Solving
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.target import Models, Target
 from mlx_fd.files import append_lines, check_way, read_text, write_atomic, write_json
-from mlx_fd.models.context import fitting, short_enough
+from mlx_fd.models.context import Surroundings, fitting, short_enough
 from mlx_fd.models.storage import slug
 from mlx_fd.problems import prompts
 from mlx_fd.runs.checked import with_digest
@@ -132,7 +132,7 @@ def make_sets(
     readers = load_readers(options.encoder, options.toxicity)
 
     paths = [path for path in (target.student, target.expert) if path is not None]
-    written = target.config.generation.max_answer_tokens
+    around = Surroundings("", target.config.generation.max_answer_tokens)
 
     def solving(source: str, split: str) -> Solving:
         found = problems.load(source, split, skip_bad_rows=options.skip_bad_rows)
@@ -144,17 +144,22 @@ def make_sets(
         for text in notes:
             warn(text)
         name = Path(source).stem if found.name == source and "/" in source else found.name
-        return Solving(f"{name}/{split}", found.problems[:limit], solvers, options.samples, readers)
+        return Solving(
+            name=f"{name}/{split}",
+            items=found.problems[:limit],
+            systems=solvers,
+            samples=options.samples,
+            readers=readers,
+        )
 
     def short(path: Path, items: Sequence[Any], texts: Sequence[str]) -> tuple[Any, ...]:
-        places, notes = short_enough(
-            *(str(path), [item.id for item in items], texts, paths, "", written),
-            skip=options.skip_bad_rows,
-            option="",
+        ids = [item.id for item in items]
+        indices, notes = short_enough(
+            str(path), ids, texts, paths, around, skip=options.skip_bad_rows
         )
         for text in notes:
             warn(text)
-        return tuple(items[place] for place in places)
+        return tuple(items[index] for index in indices)
 
     sets: list[Set] = [solving(source, options.split)]
     if source == ARITHMETIC:
@@ -295,7 +300,14 @@ def make_bench(
     if options.samples > 1 and temperatures is None:
         first, bare = first or WARM, WARM
     return Bench(
-        target, Models(target), cache, options.seed, options.samples, first, bare, progress
+        target=target,
+        models=Models(target),
+        cache=cache,
+        seed=options.seed,
+        samples=options.samples,
+        first_temperature=first,
+        bare_temperature=bare,
+        progress=progress,
     )
 
 
