@@ -97,12 +97,12 @@ class Bench:
         """What the baselines share."""
         config = self.target.config
         return Setting(
-            pair,
-            config.generation,
-            config.episode,
-            config.gate,
-            answered_by,
-            self.target.gate,
+            pair=pair,
+            generation=config.generation,
+            episode=config.episode,
+            gate=config.gate,
+            answered_by=answered_by,
+            state=self.target.gate,
         )
 
     def rows(

@@ -106,12 +106,14 @@ def processbench_items(exam: Sequence[Question]) -> tuple[processbench.Item, ...
     """
     return tuple(
         processbench.Item(
-            question.problem.id,
-            "mlx-fd arithmetic",
-            question.problem.question,
-            tuple(question.answer.split("\n")),
-            parsing.same_answer(parsing.final_answer(question.answer), question.problem.answer),
-            question.first_error - 1,
+            id=question.problem.id,
+            generator="mlx-fd arithmetic",
+            problem=question.problem.question,
+            steps=tuple(question.answer.split("\n")),
+            final_answer_correct=parsing.same_answer(
+                parsing.final_answer(question.answer), question.problem.answer
+            ),
+            label=question.first_error - 1,
         )
         for question in exam
     )
@@ -172,12 +174,12 @@ def examine(
             named = arithmetic.first_error(feedback.text)
             found.append(
                 Result(
-                    question.first_error > 0,
-                    abs(score - question.score),
-                    abs((feedback.score or 0.0) - question.score),
-                    feedback.score is not None and named is not None,
-                    named == question.first_error,
-                    is_correct(draft.answer.final, question.problem),
+                    wrong=question.first_error > 0,
+                    score_error=abs(score - question.score),
+                    written_error=abs((feedback.score or 0.0) - question.score),
+                    readable=feedback.score is not None and named is not None,
+                    found=named == question.first_error,
+                    solved=is_correct(draft.answer.final, question.problem),
                 )
             )
     return found

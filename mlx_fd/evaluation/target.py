@@ -218,9 +218,15 @@ class Models:
 
         target = self._target
         plan = Plan(
-            target.config, target.expert or target.student, target.student, target.vocab,
-            (), (), {}, (),
-        )  # fmt: skip
+            config=target.config,
+            expert_path=target.expert or target.student,
+            student_path=target.student,
+            vocab=target.vocab,
+            probe=(),
+            problems=(),
+            manifest={},
+            notes=(),
+        )
         if target.adapter is not None:
             return _with_adapter(plan, target.adapter)
         if target.checkpoint is None:

@@ -330,7 +330,14 @@ def _answered(
     for problem, (_, text) in zip(problems, reference.write(texts, _ANSWER_TOKENS), strict=True):
         final = parsing.final_answer(text)
         right = parsing.same_answer(final, problem.answer)
-        yield Item(problem.id, problem.question.strip(), problem.answer, text, final, right)
+        yield Item(
+            id=problem.id,
+            question=problem.question.strip(),
+            answer=problem.answer,
+            text=text,
+            final=final,
+            right=right,
+        )
 
 
 # ----------------------------------------------------------------------------------------- writing

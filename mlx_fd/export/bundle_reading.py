@@ -163,7 +163,14 @@ def _item(row: _Fields) -> Item:
     answer, right = row.number("answer"), row.flag("right")
     if right != parsing.same_answer(final, answer):
         raise UserError(f"{row.where}: right is {right}, but its answers say otherwise; {_AGAIN}")
-    return Item(row.text("id"), row.text("question"), answer, row.text("text"), final, right)
+    return Item(
+        id=row.text("id"),
+        question=row.text("question"),
+        answer=answer,
+        text=row.text("text"),
+        final=final,
+        right=right,
+    )
 
 
 def _pieces(fields: _Fields, vocab: int) -> dict[int, str]:

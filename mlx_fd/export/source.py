@@ -74,7 +74,9 @@ def open_source(name: str) -> Source:
         _check_file(file)
     if ref.run is None or ref.config is None:
         base, on_hub, local = _base_name(name)
-        return Source(ref, base, base, on_hub, local, {}, {})
+        return Source(
+            ref=ref, name=base, base=base, on_hub=on_hub, local=local, manifest={}, summary={}
+        )
     assert ref.checkpoint is not None
     for part in (ADAPTER_WEIGHTS, HEADS):
         _check_file(ref.checkpoint / part)

@@ -144,7 +144,9 @@ def _loaded(path: Path, model: nn.Module, config: dict[str, Any]) -> Loaded:
     floating = (v.dtype for _, v in tree_flatten(model.parameters()))
     dtype = next(d for d in floating if mx.issubdtype(d, mx.floating))
     vocab = max(tokenizer.get_vocab().values()) + 1
-    return Loaded(model, tokenizer, config, path, dtype, vocab)
+    return Loaded(
+        model=model, tokenizer=tokenizer, config=config, path=path, dtype=dtype, vocab=vocab
+    )
 
 
 def check_weights(path: Path, model: nn.Module) -> None:

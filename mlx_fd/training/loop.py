@@ -136,7 +136,13 @@ def run(
         report(Warned(concern))
 
     learner = _Learner(
-        pair, probe, optimizer, config, report, total, _cache(folder, config, pair, report)
+        pair=pair,
+        probe=probe,
+        optimizer=optimizer,
+        config=config,
+        report=report,
+        batches=total,
+        cache=_cache(folder, config, pair, report),
     )
     warned: set[str] = set()
     recent: list[dict[str, Any]] = []

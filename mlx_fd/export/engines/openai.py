@@ -380,12 +380,12 @@ class OpenAIEngine:
             if forced == length or not self._by_ids:
                 break
         return Continuation(
-            agreed,
-            np.array(rows, np.int64),
-            np.array(logprobs, np.float64).reshape(len(rows), -1),
-            np.array(top, np.bool_),
-            np.array(following, np.float64),
-            timing,
+            agreed=agreed,
+            rows=np.array(rows, np.int64),
+            logprobs=np.array(logprobs, np.float64).reshape(len(rows), -1),
+            top=np.array(top, np.bool_),
+            next_logprobs=np.array(following, np.float64),
+            timing=timing,
         )
 
     def _known(self, step: _Step, ids: Sequence[int]) -> list[float]:

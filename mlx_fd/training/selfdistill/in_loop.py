@@ -64,7 +64,14 @@ def lessons(outcomes: Sequence[Outcome], context: str) -> Lessons:
             answer = draft.answer
             right = is_correct(answer.final, problem)
             attempts.append(
-                Attempt(problem, problem.question, answer.tokens, answer.text, answer.final, right)
+                Attempt(
+                    problem=problem,
+                    question=problem.question,
+                    tokens=answer.tokens,
+                    text=answer.text,
+                    final=answer.final,
+                    correct=right,
+                )
             )
             views.append(View(prompts.answer_prompt(problem.question), message))
     return Lessons(tuple(attempts), tuple(views))

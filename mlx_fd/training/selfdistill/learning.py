@@ -505,8 +505,8 @@ def total(
         matches = mx.concatenate(weights.matches)
         targets.append(
             Target(
-                teacher=_teacher_targets_of(stats),
-                head=head,
+                _teacher_targets_of(stats),
+                head,
                 weights=matches / temperature**2,
                 kind=_KINDS[options.objective],
                 temperature=temperature,
@@ -522,8 +522,8 @@ def total(
         tokens = mx.array([token for item in stats for token in item.text.target])
         targets.append(
             Target(
-                teacher=one_hot(tokens),
-                head=None,
+                one_hot(tokens),
+                None,
                 weights=-grads / temperature**2,
                 kind="forward",
                 temperature=temperature,

@@ -192,7 +192,13 @@ def run(
         bias_correction=True,
     )
     optimizer.init(model.trainable_parameters())
-    learner = _Learner(models, optimizer, first_teacher(model, config.selfdistill), config, report)
+    learner = _Learner(
+        models=models,
+        optimizer=optimizer,
+        teacher=first_teacher(model, config.selfdistill),
+        config=config,
+        report=report,
+    )
     # Whatever the checkpoint holds, the student is still untrained here.
     measured = kept(
         records, runs.HEADROOM, lambda: _load_headroom(folder), checkpoint is not None, report
