@@ -58,14 +58,14 @@ def answer_span(text: str, mark: str = "####") -> Span | None:
     Returns:
         The half-open range, mark included; ``None`` where no mark has a number.
     """
-    behind = place = len(text)
-    while (place := text.rfind(mark, 0, place)) >= 0:
+    behind = position = len(text)
+    while (position := text.rfind(mark, 0, position)) >= 0:
         # From the next mark on this line has no digit: that was looked at already.
-        rest = text[place + len(mark) : behind].lstrip()
+        rest = text[position + len(mark) : behind].lstrip()
         if any(map(str.isdigit, rest.partition("\n")[0])):
             begin = behind - len(rest)
-            return place, begin + len(text[begin:].partition("\n")[0].rstrip())
-        behind = place
+            return position, begin + len(text[begin:].partition("\n")[0].rstrip())
+        behind = position
     return None
 
 

@@ -38,7 +38,7 @@ def step_weights(text: str, spans: Sequence[Span], answer: Span | None) -> list[
         One weight for each token; their sum is the number of steps.
     """
     stop = len(text) if answer is None else answer[0]
-    breaks = [place for place, char in enumerate(text) if char == "\n"]
+    breaks = [index for index, char in enumerate(text) if char == "\n"]
     line = bisect_left(breaks, len(text) - len(text.lstrip()))
     lines = []
     for begin, end in spans:
