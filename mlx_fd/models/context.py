@@ -80,7 +80,7 @@ def too_long(texts: Sequence[str], path: Path, around: Surroundings) -> dict[int
 
 
 def fitting(
-    found: ProblemSet,
+    problem_set: ProblemSet,
     paths: Sequence[Path],
     config: Config,
     *,
@@ -93,7 +93,7 @@ def fitting(
     A model that reads beyond its context writes nonsense, from which nobody should learn.
 
     Args:
-        found: what a source gave.
+        problem_set: what a source gave.
         paths: the models' directories.
         config: the most tokens of answers and feedback.
         skip: leave the others out instead of refusing them.
@@ -114,14 +114,14 @@ def fitting(
         written = options.max_answer_tokens + max(
             options.max_feedback_tokens, options.max_merge_tokens
         )
-    texts = [problem.question for problem in found.problems]
+    texts = [problem.question for problem in problem_set.problems]
     if with_solutions:
-        texts = [f"{problem.question}\n{problem.solution}" for problem in found.problems]
-    ids = [problem.id for problem in found.problems]
+        texts = [f"{problem.question}\n{problem.solution}" for problem in problem_set.problems]
+    ids = [problem.id for problem in problem_set.problems]
     around = Surroundings(prompts, written, option)
-    indices, notes = short_enough(found.name, ids, texts, paths, around, skip=skip)
-    kept = tuple(found.problems[index] for index in indices)
-    return dataclasses.replace(found, problems=kept), notes
+    indices, notes = short_enough(problem_set.name, ids, texts, paths, around, skip=skip)
+    kept = tuple(problem_set.problems[index] for index in indices)
+    return dataclasses.replace(problem_set, problems=kept), notes
 
 
 def short_enough(

@@ -126,12 +126,12 @@ def chat_text(tokenizer: Any, turns: Sequence[str]) -> str:
         tokenizer: whose template it is.
         turns: what user and assistant say in turn; the user's are first and last.
     """
-    said = [
-        {"role": ("user", "assistant")[place % 2], "content": text}
-        for place, text in enumerate(turns)
+    messages = [
+        {"role": ("user", "assistant")[index % 2], "content": text}
+        for index, text in enumerate(turns)
     ]
     with chat_template.rendering(tokenizer):
-        return tokenizer.apply_chat_template(said, tokenize=False, **chat_template.ARGUMENTS)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **chat_template.ARGUMENTS)
 
 
 def followup_prompt(tokenizer: Any, message: str) -> tuple[int, ...]:
@@ -140,8 +140,8 @@ def followup_prompt(tokenizer: Any, message: str) -> tuple[int, ...]:
     They begin with the end-of-turn token. Text that the assistant wrote is never tokenised again,
     so the conversation keeps the very tokens that were generated.
     """
-    _, found, tail = chat_text(tokenizer, ["?", _SENTINEL, message]).partition(_SENTINEL)
-    if not found:
+    _, separator, tail = chat_text(tokenizer, ["?", _SENTINEL, message]).partition(_SENTINEL)
+    if not separator:
         raise UserError(
             f"{getattr(tokenizer, 'name_or_path', 'the model')}: its chat template leaves out what "
             "the assistant said, so that no conversation can go on; take an Instruct model's"
@@ -281,7 +281,7 @@ def _generate(
     written: dict[int, list[int]] = {}
     finished: dict[int, bool] = {}
     kept: dict[int, Cache] = {}
-    known: dict[int, list[float]] = {}
+    drawn_logprobs: dict[int, list[float]] = {}
     try:
         # The generator merges caches into new arrays, so conversations stay as they are.
         uids = generator.insert(
@@ -292,7 +292,7 @@ def _generate(
         )
         while responses := generator.next_generated():
             if logprobs:
-                _keep_logprobs(responses, sampling.temperature or 1.0, loaded.vocab, known)
+                _keep_logprobs(responses, sampling.temperature or 1.0, loaded.vocab, drawn_logprobs)
             for response in responses:
                 written.setdefault(response.uid, []).append(response.token)
                 if response.finish_reason is not None:
@@ -316,7 +316,7 @@ def _generate(
                 finished=finished[uid],
                 conversation=Conversation((*old.tokens, *prompt, *tokens), kept.get(uid)),
                 prefilled=len(start),
-                logprobs=tuple(known.get(uid, ())),
+                logprobs=tuple(drawn_logprobs.get(uid, ())),
             )
         )
     return turns
@@ -338,7 +338,7 @@ def _sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
 
 
 def _keep_logprobs(
-    responses: Sequence[Any], temperature: float, vocab: int, known: dict[int, list[float]]
+    responses: Sequence[Any], temperature: float, vocab: int, drawn_logprobs: dict[int, list[float]]
 ) -> None:
     """Add the log-probability of each response's token to what is known of its turn."""
     rows = mx.stack([response.logprobs[:vocab] for response in responses]).astype(mx.float32)
@@ -347,4 +347,4 @@ def _keep_logprobs(
     drawn = mx.take_along_axis(rows, tokens[:, None], axis=-1).squeeze(-1)
     values: Any = (drawn - mx.logsumexp(rows, axis=-1)).tolist()
     for response, value in zip(responses, values, strict=True):
-        known.setdefault(response.uid, []).append(value)
+        drawn_logprobs.setdefault(response.uid, []).append(value)

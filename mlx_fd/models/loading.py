@@ -250,13 +250,13 @@ def load_pair(
         # Dequantised or not, the student goes the expert's way, to have the same arrays.
         _make_fast(model, dense=not _is_quantized(expert.model))
     expert_arrays = dict(tree_flatten(expert.model.parameters()))
-    own = dict(tree_flatten(model.parameters()))
+    parameters = dict(tree_flatten(model.parameters()))
     # The module must not keep alive what is compared and dropped, array by array.
     model.update(tree_map(lambda _: mx.array(0.0), model.parameters()))
     same_files = expert_path.resolve() == student_path.resolve()
     chosen = []
-    for name in list(own):
-        array = own.pop(name)
+    for name in list(parameters):
+        array = parameters.pop(name)
         candidate = expert_arrays.get(renamed(name, layer_of) or "")
         if candidate is not None and (same_files or _equal(candidate, array)):
             array = candidate
