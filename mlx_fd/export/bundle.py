@@ -170,15 +170,15 @@ class _Reference:
         """Greedy continuations of prompts: tokens, and the text without the end token."""
         from mlx_fd.models.generation import Conversation, Sampling, generate
 
-        found: list[tuple[tuple[int, ...], str]] = []
-        for place in range(0, len(texts), _BATCH):
-            prompts = [self.encode(text) for text in texts[place : place + _BATCH]]
+        replies: list[tuple[tuple[int, ...], str]] = []
+        for begin in range(0, len(texts), _BATCH):
+            prompts = [self.encode(text) for text in texts[begin : begin + _BATCH]]
             turns = generate(
                 self.loaded, [Conversation()] * len(prompts), prompts, Sampling(most), keep=False
             )
-            found.extend((turn.tokens, turn.text) for turn in turns)
+            replies.extend((turn.tokens, turn.text) for turn in turns)
             self.did(len(turns))
-        return found
+        return replies
 
 
 def _say_nothing(done: int, total: int) -> None:
@@ -267,15 +267,15 @@ def _conversations(
     chats: list[list[str]] = [[] for _ in problems]
     feedbacks: list[Feedback] = []
     for role in ROLES:
-        for place, (chat, problem) in enumerate(zip(chats, problems, strict=True)):
+        for index, (chat, problem) in enumerate(zip(chats, problems, strict=True)):
             if role == "answer":
                 message = answer_prompt(problem.question)
             elif role == "feedback":
                 message = feedback_prompt()
             elif role == "merge":
                 # The next problem's feedback stands in for the amateur's.
-                other = feedbacks[(place + 1) % len(feedbacks)]
-                message = merge_prompt(feedbacks[place], other)
+                other = feedbacks[(index + 1) % len(feedbacks)]
+                message = merge_prompt(feedbacks[index], other)
             elif role == "revise":
                 message = revise_prompt("")
             elif role == "critique":

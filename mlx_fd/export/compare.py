@@ -131,8 +131,8 @@ def questions(
     """
     if source is None:
         return lambda job: job.bundle.items[:limit]
-    found = problems.load(source, "test", skip_bad_rows=skip_bad_rows)
-    chosen = found.problems[: _PROBLEMS if limit is None else limit]
+    problem_set = problems.load(source, "test", skip_bad_rows=skip_bad_rows)
+    chosen = problem_set.problems[: _PROBLEMS if limit is None else limit]
     return lambda job: chosen
 
 
@@ -171,25 +171,32 @@ def plan(folders: Sequence[Path], engines: Sequence[str]) -> list[Job]:
     return jobs
 
 
-def _as_request(job: Job, asked: Sequence[Problem | Item]) -> str:
+def _as_request(job: Job, problems_to_solve: Sequence[Problem | Item]) -> str:
     return json.dumps(
         {
             "engine": job.engine,
             "target": job.target,
             "folder": str(job.folder),
-            "asked": [{"id": p.id, "question": p.question, "answer": str(p.answer)} for p in asked],
+            "asked": [
+                {"id": p.id, "question": p.question, "answer": str(p.answer)}
+                for p in problems_to_solve
+            ],
         }
     )
 
 
 def run(
-    job: Job, asked: Sequence[Problem | Item], progress: Progress, *, debug: bool = False
+    job: Job,
+    problems_to_solve: Sequence[Problem | Item],
+    progress: Progress,
+    *,
+    debug: bool = False,
 ) -> dict[str, Any]:
     """Measure an engine, in a process of its own.
 
     Args:
         job: what to run.
-        asked: problems to answer.
+        problems_to_solve: problems to answer.
         progress: told of every prompt and problem.
         debug: let through what the engine prints on standard error.
 
@@ -209,7 +216,7 @@ def run(
         assert process.stdin is not None and process.stdout is not None
         try:
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(_as_request(job, asked))
+                process.stdin.write(_as_request(job, problems_to_solve))
                 process.stdin.close()
             for line in process.stdout:
                 message = json.loads(line)
@@ -226,23 +233,23 @@ def run(
 
 def _reasons(measures: Mapping[str, Any], tolerance: Tolerance) -> list[str]:
     """Why it is not the same model; empty where it is."""
-    found = []
+    reasons = []
     tokens, kl, clear = measures["tokenisation"], measures["kl"], measures["clear"]
     perplexity = measures["perplexity"]
     if tokens["equal"] < tokens["n"]:
-        found.append(f"{tokens['n'] - tokens['equal']} of {tokens['n']} prompts get other tokens")
+        reasons.append(f"{tokens['n'] - tokens['equal']} of {tokens['n']} prompts get other tokens")
     if kl["mean"] is not None and kl["mean"] > tolerance.mean_kl:
-        found.append(f"mean KL {kl['mean']:.2g} is above {tolerance.mean_kl:g}")
+        reasons.append(f"mean KL {kl['mean']:.2g} is above {tolerance.mean_kl:g}")
     if kl["mean"] is None and kl["n"]:
-        found.append("the mean KL is not finite")
+        reasons.append("the mean KL is not finite")
     if perplexity["engine"] is None and 0 < perplexity["n"] == perplexity["known"]:
-        found.append("the perplexity is not finite")
+        reasons.append("the perplexity is not finite")
     if clear["agreeing"] < tolerance.top1 * clear["n"]:
         share = clear["agreeing"] / clear["n"]
-        found.append(f"{share:.1%} of the likeliest tokens agree, not {tolerance.top1:.0%}")
+        reasons.append(f"{share:.1%} of the likeliest tokens agree, not {tolerance.top1:.0%}")
     if not measures["top1"]["n"]:
-        found.append("nothing could be compared")
-    return found
+        reasons.append("nothing could be compared")
+    return reasons
 
 
 def judged(job: Job, outcome: Mapping[str, Any], weights: str = "auto") -> Row:
