@@ -220,13 +220,13 @@ def read_baseline(path: Path, layer: int) -> Triple:
     """
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-        found = {int(row["LAYER"]): Triple(*(float(row[k]) for k in "PRF")) for row in rows}
+        by_layer = {int(row["LAYER"]): Triple(*(float(row[k]) for k in "PRF")) for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} cannot be read as a baseline, with the columns LAYER, P, R and F: {error}"
         ) from error
-    if layer not in found:
+    if layer not in by_layer:
         raise UserError(
-            f"{path} has no layer {layer}; it has {', '.join(map(str, found)) or 'none'}"
+            f"{path} has no layer {layer}; it has {', '.join(map(str, by_layer)) or 'none'}"
         )
-    return found[layer]
+    return by_layer[layer]

@@ -58,9 +58,9 @@ class Cache:
         name = digest(key)
         path = self.folder / name[:2] / f"{name}.json"
         try:
-            found, digested = read_checked(path)
-            if digested and found["key"] == key and len(found["rows"]) == size:
-                kept: Rows = found["rows"]
+            content, digested = read_checked(path)
+            if digested and content["key"] == key and len(content["rows"]) == size:
+                kept: Rows = content["rows"]
                 return kept
             fault = "it is of another batch, or has no digest"
         except FileNotFoundError:

@@ -24,9 +24,9 @@ def _known(*columns: Column) -> list[Rows]:
 
 def _ranks(values: Rows) -> Rows:
     """Ranks from 1; equal values share the mean of theirs."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(count)
-    return (last - (count - 1) / 2)[place]
+    return (last - (count - 1) / 2)[inverse]
 
 
 def roc_auc(scores: Column, positive: Column) -> float:
@@ -68,9 +68,9 @@ def pr_auc(scores: Column, positive: Column) -> float:
     descending = np.argsort(-values, kind="stable")
     values, truth = values[descending], (truth != 0)[descending]
     last_of_equals = np.append(np.diff(values) != 0, True)
-    found = np.cumsum(truth)[last_of_equals]
+    hits = np.cumsum(truth)[last_of_equals]
     taken = np.flatnonzero(last_of_equals) + 1
-    return float(np.sum(np.diff(found, prepend=0) * found / taken) / found[-1])
+    return float(np.sum(np.diff(hits, prepend=0) * hits / taken) / hits[-1])
 
 
 def brier(probabilities: Column, positive: Column) -> float:

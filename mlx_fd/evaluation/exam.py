@@ -135,7 +135,7 @@ def examine(
         progress: told of every token.
         batch_size: questions at once.
     """
-    found: list[Result] = []
+    results: list[Result] = []
     tokenizer = pair.student_lm.tokenizer
     request = feedback_request(tokenizer)
     for begin in range(0, len(exam), batch_size):
@@ -157,7 +157,7 @@ def examine(
             keep=False,
             on_token=lambda count: progress("exam", count),
         )
-        own = answer(
+        drafts = answer(
             pair.student_lm,
             [q.problem for q in chunk],
             options,
@@ -167,12 +167,12 @@ def examine(
             keep=False,
         )
         for question, prompt, (hidden, before), turn, draft in zip(
-            chunk, prompts, read, turns, own, strict=True
+            chunk, prompts, read, turns, drafts, strict=True
         ):
             feedback = parsed(turn)
             score = head_score(pair.student, pair.student_lm, hidden, before, prompt, turn)
             named = arithmetic.first_error(feedback.text)
-            found.append(
+            results.append(
                 Result(
                     wrong=question.first_error > 0,
                     score_error=abs(score - question.score),
@@ -182,7 +182,7 @@ def examine(
                     solved=is_correct(draft.answer.final, question.problem),
                 )
             )
-    return found
+    return results
 
 
 def save_results(path: Path, results: Sequence[Result], seconds: float) -> None:
@@ -220,8 +220,8 @@ def load_results(
             for result in results
             for name, kind in _KINDS.items()
         )
-        asked = [question.first_error > 0 for question in exam]
-        if not typed or [result.wrong for result in results] != asked:
+        wrong = [question.first_error > 0 for question in exam]
+        if not typed or [result.wrong for result in results] != wrong:
             raise ChangedFile("it is not of this examination's questions")
         return (results, float(content["seconds"])), digested
     except (KeyError, TypeError, AttributeError) as error:

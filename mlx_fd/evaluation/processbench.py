@@ -183,21 +183,21 @@ def columns(predicted: Sequence[int | None], labels: Sequence[int]) -> tuple[Row
     Raises:
         ValueError: they are not equally many.
     """
-    found = [named == label for named, label in zip(predicted, labels, strict=True)]
-    return np.array(found, float), np.array([label != ALL_RIGHT for label in labels], float)
+    hits = [named == label for named, label in zip(predicted, labels, strict=True)]
+    return np.array(hits, float), np.array([label != ALL_RIGHT for label in labels], float)
 
 
-def f1(found: Rows, wrong: Rows) -> float:
+def f1(hits: Rows, wrong: Rows) -> float:
     """The harmonic mean of the shares found among the wrong and among the right solutions.
 
     Args:
-        found: 1 where the first wrong step (or that there is none) was named rightly.
+        hits: 1 where the first wrong step (or that there is none) was named rightly.
         wrong: 1 where the solution had an error.
 
     Returns:
         In [0, 1]; NaN where there are no wrong, or no right solutions.
     """
-    on_wrong, on_right = mean(found[wrong == 1]), mean(found[wrong == 0])
+    on_wrong, on_right = mean(hits[wrong == 1]), mean(hits[wrong == 0])
     if math.isnan(on_wrong + on_right):
         return math.nan
     return 2 * on_wrong * on_right / (on_wrong + on_right) if on_wrong + on_right else 0.0
@@ -211,11 +211,11 @@ def score(predicted: Sequence[int | None], labels: Sequence[int], seed: int = 0)
         labels: the truth.
         seed: of the intervals.
     """
-    found, wrong = columns(predicted, labels)
+    hits, wrong = columns(predicted, labels)
     return Score(
-        bootstrap([found[wrong == 1]], mean, seed),
-        bootstrap([found[wrong == 0]], mean, seed),
-        bootstrap([found, wrong], f1, seed),
+        bootstrap([hits[wrong == 1]], mean, seed),
+        bootstrap([hits[wrong == 0]], mean, seed),
+        bootstrap([hits, wrong], f1, seed),
     )
 
 
@@ -233,8 +233,8 @@ def mean_f1(
         has no F1.
     """
     tables = [columns(*subset) for subset in subsets.values()]
-    n = sum(len(found) for found, _ in tables)
-    if not tables or not all(len(found) for found, _ in tables):
+    n = sum(len(hits) for hits, _ in tables)
+    if not tables or not all(len(hits) for hits, _ in tables):
         return Estimate(math.nan, math.nan, math.nan, n)
     draws = np.mean([resample(table, f1, seed + k) for k, table in enumerate(tables)], axis=0)
     return percentile_interval(float(np.mean([f1(*table) for table in tables])), draws, n)

@@ -127,7 +127,7 @@ class Solving:
         def mean_of(name: str) -> list[float]:
             return [float(np.mean([row[name] for row in samples])) for samples in rows]
 
-        found = [
+        measures = [
             Measure("accuracy", mean_of("correct"), compared=True),
             Measure("accuracy_strict", mean_of("strict")),
             Measure("accuracy_flexible", mean_of("flexible")),
@@ -136,7 +136,7 @@ class Solving:
         k = self.samples
         if k > 1:
             right = [sum(row["correct"] for row in samples) for samples in rows]
-            found += [
+            measures += [
                 Measure(f"avg@{k}", mean_of("correct")),
                 Measure(f"maj@{k}", [_majority(samples) for samples in rows]),
                 Measure(f"pass@{k}", [pass_at_k(count, k, k) for count in right]),
@@ -145,10 +145,10 @@ class Solving:
         scores = [_known(samples[0]["score"]) for samples in rows]
         if not all(map(math.isnan, scores)):
             positive = [float(samples[0]["first_correct"]) for samples in rows]
-            found.append(Measure("score_roc_auc", scores, roc_auc, (positive,)))
+            measures.append(Measure("score_roc_auc", scores, roc_auc, (positive,)))
         firsts = [samples[0] for samples in rows]
-        found += self.readers.likeness(firsts)
-        return found + self.readers.toxicity([row["turns"][row["last"]] for row in firsts])
+        measures += self.readers.likeness(firsts)
+        return measures + self.readers.toxicity([row["turns"][row["last"]] for row in firsts])
 
 
 def _known(value: float | None) -> float:

@@ -78,8 +78,8 @@ def bootstrap(
 
 def mean(column: Rows) -> float:
     """The mean of the values that are there; NaN where there are none."""
-    known = column[~np.isnan(column)]
-    return float(known.mean()) if len(known) else float("nan")
+    numbers = column[~np.isnan(column)]
+    return float(numbers.mean()) if len(numbers) else float("nan")
 
 
 def mean_gain(after: Rows, before: Rows) -> float:
@@ -173,9 +173,9 @@ def holm(ps: Sequence[float]) -> list[float]:
         The adjusted ones, in the same order.
     """
     adjusted = [math.nan] * len(ps)
-    order = sorted((place for place, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
+    order = sorted((index for index, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
     largest = 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * ps[place]))
-        adjusted[place] = largest
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * ps[index]))
+        adjusted[index] = largest
     return adjusted

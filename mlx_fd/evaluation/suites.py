@@ -237,10 +237,10 @@ def choose_folder(target: Target, options: Options, out: Path | None = None) -> 
         UserError: there is another evaluation in ``out``, or something that is not ours; or the way
             into the run leads through a link.
     """
-    asked = _asked(target, options)
+    request = _asked(target, options)
     if out is not None:
         check_free(out, EVALUATION)
-        if not _is_free(out, asked):
+        if not _is_free(out, request):
             raise UserError(
                 f"{out / RESULTS}: there is another evaluation, and it was left alone; choose "
                 "another --out."
@@ -248,25 +248,25 @@ def choose_folder(target: Target, options: Options, out: Path | None = None) -> 
         return out
     folder = _folder(target, options.suite)
     numbered = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
-    free = next(one for one in itertools.chain([folder], numbered) if _is_free(one, asked))
+    free = next(one for one in itertools.chain([folder], numbered) if _is_free(one, request))
     if target.run is not None:
         check_way(target.run, *free.relative_to(target.run).parts)
     return free
 
 
-def _is_free(folder: Path, asked: dict[str, Any]) -> bool:
+def _is_free(folder: Path, request: dict[str, Any]) -> bool:
     """Whether a folder is new or ours, without a finished evaluation but the one asked for."""
     try:
         check_free(folder, EVALUATION)
     except UserError:
         return False
     try:
-        found = json.loads(read_text(folder / RESULTS))
+        saved = json.loads(read_text(folder / RESULTS))
     except FileNotFoundError:
         return True
     except (OSError, ValueError, UserError):
         return False
-    return isinstance(found, dict) and found.get("asked") == asked
+    return isinstance(saved, dict) and saved.get("asked") == request
 
 
 def _asked(target: Target, options: Options) -> dict[str, Any]:
@@ -286,8 +286,8 @@ def _folder(target: Target, suite: str) -> Path:
         return Path("eval") / slug(target.name) / suite
     assert target.checkpoint is not None
     best = (target.run / runs.CHECKPOINTS / "best").resolve()
-    own = suite if target.checkpoint == best else f"{suite}-{target.checkpoint.name}"
-    return target.run / "eval" / own
+    name = suite if target.checkpoint == best else f"{suite}-{target.checkpoint.name}"
+    return target.run / "eval" / name
 
 
 def make_bench(
@@ -346,8 +346,8 @@ def evaluate(
             for batch in _batches(bench, one, system, report):
                 with runs.wrap_write_errors(folder, advice):
                     append_lines(outputs, [row for _, row in batch])
-                for place, row in batch:
-                    by_system[system][place].append(row)
+                for index, row in batch:
+                    by_system[system][index].append(row)
         found.append(_results(one, by_system))
     results = {
         "format": 1,
@@ -384,7 +384,7 @@ def _batches(
             trials = one.attempt(bench, system, batch, sample, chunk)
             yield [
                 (
-                    batch * size + place,
+                    batch * size + index,
                     {
                         "set": one.name,
                         "system": system,
@@ -393,7 +393,7 @@ def _batches(
                         **dataclasses.asdict(trial),
                     },
                 )
-                for place, (item, trial) in enumerate(zip(chunk, trials, strict=True))
+                for index, (item, trial) in enumerate(zip(chunk, trials, strict=True))
             ]
             mx.clear_cache()
             done += len(chunk)
@@ -431,12 +431,12 @@ def _comparisons(measures: dict[str, dict[str, Measure | Known]]) -> list[dict[s
     """The first system against each other one; p corrected over all of them."""
     compared = {
         system: {
-            name: one for name, one in own.items() if isinstance(one, Measure) and one.compared
+            name: one for name, one in by_name.items() if isinstance(one, Measure) and one.compared
         }
-        for system, own in measures.items()
+        for system, by_name in measures.items()
     }
     ours, *others = compared
-    found = [
+    comparisons = [
         {
             "measure": name,
             "system": ours,
@@ -446,10 +446,10 @@ def _comparisons(measures: dict[str, dict[str, Measure | Known]]) -> list[dict[s
         for name, measure in compared[ours].items()
         for other in others
     ]
-    corrected = holm([float("nan") if row["p"] is None else row["p"] for row in found])
+    corrected = holm([float("nan") if row["p"] is None else row["p"] for row in comparisons])
     return [
         {**row, "p_holm": None if np.isnan(p) else p}
-        for row, p in zip(found, corrected, strict=True)
+        for row, p in zip(comparisons, corrected, strict=True)
     ]
 
 
@@ -464,7 +464,7 @@ def _costs(rows: Sequence[Rows]) -> dict[str, Any]:
             value for step, value in row[key].items() if who is None or row["by"][step] == who
         )
 
-    found = {
+    costs = {
         "tokens": column(by("tokens", None)),
         "expert_tokens": column(by("tokens", "expert")),
         "student_tokens": column(by("tokens", "student")),
@@ -473,6 +473,6 @@ def _costs(rows: Sequence[Rows]) -> dict[str, Any]:
         "seconds": column(by("seconds", None)),
     }
     return {
-        "cost": {name: round(estimate.value, 4) for name, estimate in found.items()},
-        "cost_estimates": {name: estimate.to_json() for name, estimate in found.items()},
+        "cost": {name: round(estimate.value, 4) for name, estimate in costs.items()},
+        "cost_estimates": {name: estimate.to_json() for name, estimate in costs.items()},
     }
