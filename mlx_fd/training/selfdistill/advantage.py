@@ -170,8 +170,8 @@ def score(
         text_so_far = token_logprobs(loaded.model, states, texts, options, loaded.vocab)
         return [values.tolist() for values, _ in text_so_far]  # type: ignore[misc]
 
-    own = logprobs([prompts.answer_prompt(a.question) for a in attempts], attempts)
-    found: list[dict[str, tuple[float, ...]]] = [{} for _ in attempts]
+    student = logprobs([prompts.answer_prompt(a.question) for a in attempts], attempts)
+    of_attempts: list[dict[str, tuple[float, ...]]] = [{} for _ in attempts]
     for done, name in enumerate(names):
         progress("contexts", done, len(names))
         views = CONTEXTS[name](attempts, materials)
@@ -180,9 +180,9 @@ def score(
             [views[k].teacher or "" for k in taught], [attempts[k] for k in taught]
         )
         for k, teacher in zip(taught, teacher_rows, strict=True):
-            found[k][name] = tuple(t - s for t, s in zip(teacher, own[k], strict=True))
+            of_attempts[k][name] = tuple(t - s for t, s in zip(teacher, student[k], strict=True))
     scored = []
-    for attempt, advantages in zip(attempts, found, strict=True):
+    for attempt, advantages in zip(attempts, of_attempts, strict=True):
         pieces = pieces_of(tokenizer, attempt.tokens)
         # The end of the turn is no part of the last line.
         ended = attempt.tokens[-1] in tokenizer.eos_token_ids
@@ -245,9 +245,9 @@ def summarise(scored: Sequence[Scored], name: str) -> Summary:
     # By problem and part: tokens, sum of A, sum of abs(A), tokens with a negative A.
     sums = {part: np.zeros((4, len(problems))) for part in PARTS}
     for item in taught:
-        place = problems.index(item.attempt.problem.id)
+        column = problems.index(item.attempt.problem.id)
         for part, value in zip(item.parts, item.advantages[name], strict=True):
-            sums[part][:, place] += (1, value, abs(value), value < -LEAST)
+            sums[part][:, column] += (1, value, abs(value), value < -LEAST)
     wrong = sums[BEFORE] + sums[IN] + sums[AFTER]
     good = sums[RIGHT] + sums[BEFORE]
     return Summary(

@@ -106,25 +106,25 @@ class Headroom:
 
     def concerns(self, config: Config) -> list[str]:
         """What the user should know before hours are spent; empty where all is well."""
-        options, found = config.selfdistill, []
+        options, concerns = config.selfdistill, []
         matches = options.objective not in ("grpo", "contrastive") and options.context != "none"
         if matches and not self.taught:
-            found.append(
+            concerns.append(
                 f"the context {options.context} had nothing to say about any of the "
                 f"{self.problems} held-out problems: there is nothing to learn from"
             )
         elif matches and self.with_context <= self.without:
-            found.append(
+            concerns.append(
                 f"the model answers {self.with_context} of {self.taught} held-out problems right "
                 f"with the context {options.context}, {self.without} without: it does not know "
                 "how to use that, and there may be nothing to learn from"
             )
         if not matches and options.num_generations > 1 and not self.mixed:
-            found.append(
+            concerns.append(
                 f"all attempts at each of the {self.problems} held-out problems are right, or all "
                 "wrong: rewards tell nothing apart there"
             )
-        return found
+        return concerns
 
 
 @dataclass
@@ -340,14 +340,14 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
     )
     taught: dict[int, str] = {}
     at = 0
-    for place, group in enumerate(groups):
+    for index, group in enumerate(groups):
         seen = [view.teacher for view in views[at : at + len(group)] if view.teacher is not None]
         at += len(group)
         if seen:
-            taught[place] = seen[0]
+            taught[index] = seen[0]
     informed = grade_answers(
         student_lm,
-        [problems[place] for place in taught],
+        [problems[index] for index in taught],
         list(taught.values()),
         config,
         on_progress,
@@ -357,7 +357,7 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
         right=sum(plain),
         mixed=sum(0 < sum(a.correct for a in group) < len(group) for group in groups),
         taught=len(taught),
-        without=sum(plain[place] for place in taught),
+        without=sum(plain[index] for index in taught),
         with_context=sum(informed),
     )
 
