@@ -209,9 +209,9 @@ def trigger(
         return TriggerDecision(options.gate == "always", f"gate = {options.gate}")
     if options.trigger == "always":
         return TriggerDecision(True, "trigger = always")
-    known = _known(losses)
+    finite = _known(losses)
     if options.gate == "published":
-        _, skip = gate_published.should_skip(state.published, known)
+        _, skip = gate_published.should_skip(state.published, finite)
         return TriggerDecision(not skip, "published gate: " + ("skip" if skip else "run"))
 
     if not any(tracker.count for tracker in state.samples.values()):
@@ -221,7 +221,7 @@ def trigger(
         gap = abs(expert_score - student_score)
         if gap > options.score_gap:
             lags.append(f"score gap {gap:.3g} > {options.score_gap:.3g}")
-    for name, value in known.items():
+    for name, value in finite.items():
         tracker = state.samples[name]
         if tracker.count and value > tracker.ema:
             lags.append(
@@ -242,10 +242,10 @@ def observe_sample(state: GateState, losses: Losses, options: GateOptions) -> Ga
         losses: the sample's losses; missing ones leave their trackers as they are.
         options: the gate's options.
     """
-    known = _known(losses)
-    state = replace(state, samples=_observed(state.samples, known, options, 0.0, state.frozen))
+    finite = _known(losses)
+    state = replace(state, samples=_observed(state.samples, finite, options, 0.0, state.frozen))
     if options.gate == "published":
-        published, _ = gate_published.should_skip(state.published, known)
+        published, _ = gate_published.should_skip(state.published, finite)
         return replace(state, published=published)
     if options.gate == "ema" and state.frozen:
         regressed = _regressed(state.samples, options)
@@ -269,11 +269,11 @@ def observe_probe(
     Returns:
         The new state and the decision.
     """
-    known = _known(losses)
+    finite = _known(losses)
     spent = state.kd_cost + cost
     state = replace(
         state,
-        probe=_observed(state.probe, known, options, spent, state.frozen),
+        probe=_observed(state.probe, finite, options, spent, state.frozen),
         kd_cost=spent,
         paid_looks=state.paid_looks + (cost > 0),
     )
@@ -281,7 +281,7 @@ def observe_probe(
     if options.gate == "ema":
         state, reason = (_look_frozen if was_frozen else _look_training)(state, options)
     elif options.gate == "published":
-        state, reason = _look_published(state, known)
+        state, reason = _look_published(state, finite)
     else:
         reason = f"gate = {options.gate}"
     action = "freeze" if state.frozen else "thaw" if was_frozen else "train"
@@ -389,14 +389,14 @@ def _ratio(value: float, reference: float) -> float:
 
 def _observed(
     trackers: Mapping[str, Tracker],
-    known: Mapping[str, float],
+    losses: Mapping[str, float],
     options: GateOptions,
     cost: float,
     frozen: bool,
 ) -> dict[str, Tracker]:
     """The trackers after one observation of each known loss."""
     return {
-        name: _observe(tracker, known[name], options, cost, frozen) if name in known else tracker
+        name: _observe(tracker, losses[name], options, cost, frozen) if name in losses else tracker
         for name, tracker in trackers.items()
     }
 
@@ -564,11 +564,11 @@ def _look_frozen(state: GateState, options: GateOptions) -> tuple[GateState, str
     return _thaw(state, reason), reason
 
 
-def _look_published(state: GateState, known: dict[str, float]) -> tuple[GateState, str]:
+def _look_published(state: GateState, losses: dict[str, float]) -> tuple[GateState, str]:
     """The published rule; the probe set is the one batch it knows."""
     if state.frozen:
         return state, "published gate: frozen for good"
-    published, skip, freeze = gate_published.update_weights(state.published, known, "probe")
+    published, skip, freeze = gate_published.update_weights(state.published, losses, "probe")
     state = replace(state, published=published)
     if freeze:
         reason = "published gate: every loss 90 % below its mean first value"
@@ -578,7 +578,7 @@ def _look_published(state: GateState, known: dict[str, float]) -> tuple[GateStat
 
 def _regressed(trackers: Mapping[str, Tracker], options: GateOptions) -> str:
     """The losses above their level at the freeze, in words; empty where there is none."""
-    found = []
+    reasons = []
     for name, tracker in trackers.items():
         if tracker.level is None:
             continue
@@ -586,11 +586,11 @@ def _regressed(trackers: Mapping[str, Tracker], options: GateOptions) -> str:
         allowed = 1 + options.regression + REGRESSION_ERRORS * error
         risen = _ratio(tracker.ema, tracker.level)
         if risen > allowed:
-            found.append(
+            reasons.append(
                 f"{name} {tracker.ema:.4g} is {risen - 1:.1%} above {tracker.level:.4g} at the "
                 f"freeze (allowed {allowed - 1:.1%})"
             )
-    return ", ".join(found)
+    return ", ".join(reasons)
 
 
 def _freeze(state: GateState, reason: str, options: GateOptions) -> GateState:

@@ -50,12 +50,12 @@ class TeacherOutputs:
 
     def arrays(self) -> dict[str, mx.array]:
         """Everything by its name, to be kept."""
-        found = {"expects": self.targets} if isinstance(self.targets, mx.array) else {}
+        arrays = {"expects": self.targets} if isinstance(self.targets, mx.array) else {}
         if isinstance(self.targets, TopK):
-            found |= {f"top_k.{name}": array for name, array in vars(self.targets).items()}
+            arrays |= {f"top_k.{name}": array for name, array in vars(self.targets).items()}
         for kind, layers in (("pooled", self.pooled), ("attention", self.attention)):
-            found |= {f"{kind}.{place}": layer for place, layer in enumerate(layers)}
-        return found
+            arrays |= {f"{kind}.{index}": layer for index, layer in enumerate(layers)}
+        return arrays
 
     @classmethod
     def of(cls, arrays: Mapping[str, mx.array]) -> TeacherOutputs:
@@ -67,7 +67,7 @@ class TeacherOutputs:
 
         def layers(kind: str) -> tuple[mx.array, ...]:
             count = sum(name.startswith(f"{kind}.") for name in arrays)
-            return tuple(arrays[f"{kind}.{place}"] for place in range(count))
+            return tuple(arrays[f"{kind}.{index}"] for index in range(count))
 
         if "expects" in arrays:
             return cls(arrays["expects"], layers("pooled"), layers("attention"))
@@ -148,8 +148,8 @@ def read_text(
         reading = _read(pair, before, prompt, target, options)
         mx.eval(reading.arrays())
         return reading
-    if (known := cache.load(prompt, target)) is not None:
-        return TeacherOutputs.of(known)
+    if (cached := cache.load(prompt, target)) is not None:
+        return TeacherOutputs.of(cached)
     # What a conversation's keys and values are in their last digits depends on the batch that it
     # was generated in, and an entry must not.
     reading = _read(pair, Conversation(), prompt, target, options)
@@ -183,11 +183,11 @@ def _read(
         )
     if "attention" not in options.losses:
         return TeacherOutputs(targets, pooled)
-    places = mx.arange(first, seen.final.shape[1])[None]
+    positions = mx.arange(first, seen.final.shape[1])[None]
 
     def attention(index: int) -> mx.array:
         block, hidden = expert.layers[index], seen.layers[index]
-        return log_attention(block, hidden, positions=places, cache=caches[index])[0]
+        return log_attention(block, hidden, positions=positions, cache=caches[index])[0]
 
     heads = student.args.num_attention_heads
     blocks = _aligned(len(student.layers), len(expert.layers), options)
