@@ -36,7 +36,7 @@ def token_spans(
 
     Args:
         decode: tokens to text, as the tokenizer does it.
-        tokens: of one text.
+        tokens: of one text, N of them.
 
     Returns:
         The text, and for each token the half-open range of its characters; together they cover it.
@@ -73,8 +73,8 @@ def answer_mask(spans: Sequence[Span], answer: Span | None) -> list[bool]:
     """Which tokens write some of the answer.
 
     Args:
-        spans: of :func:`token_spans`.
-        answer: of :func:`answer_span`.
+        spans: the characters that each of N tokens writes.
+        answer: the characters of the final answer; ``None``: there is none.
 
     Returns:
         One truth value for each token; an empty span goes with the token before it.

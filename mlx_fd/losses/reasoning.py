@@ -29,7 +29,7 @@ def step_weights(text: str, spans: Sequence[Span], answer: Span | None) -> list[
     them (at the beginning with the first step), so that line ends make no steps of their own.
 
     Args:
-        text: the solution.
+        text: the whole solution, a step in each line.
         spans: of :func:`mlx_fd.losses.answer.token_spans`.
         answer: of :func:`mlx_fd.losses.answer.answer_span`; the reasoning is what stands before it,
             the whole text where it is ``None``.
