@@ -70,7 +70,7 @@ class Sampling:
         max_tokens: the most to write.
         temperature: 0 is greedy.
         repetition_penalty: 1 is none.
-        seed: of the draws.
+        seed: of MLX's random numbers; without effect where the temperature is 0.
         top_p: draw among the likeliest tokens that together have this probability; 1: all.
         top_k: draw among the k likeliest; 0: all.
     """
@@ -90,7 +90,7 @@ def sampling_for(options: GenerationOptions, step: str, seed: int) -> Sampling:
         options: the token limits, temperatures and penalties of both models.
         step: ``"answer"`` (whoever answers), ``"student_feedback"``, or one of the expert's:
             ``"expert_feedback"``, ``"merge"``, ``"revise"``, ``"critique"``, ``"final"``.
-        seed: of the draws.
+        seed: of MLX's random numbers; without effect where the temperature is 0.
     """
     limits = {
         "answer": options.max_answer_tokens,
@@ -218,7 +218,7 @@ def generate(
     """Let the model write the next turn of each conversation.
 
     Args:
-        loaded: model and tokenizer.
+        loaded: who writes; rows of its logits beyond ``vocab`` are never drawn.
         conversations: what was said so far.
         prompts: the new tokens of each, at least one.
         sampling: how to draw, and the most tokens to write.

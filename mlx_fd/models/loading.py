@@ -71,7 +71,7 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
 
     Args:
         path: the directory.
-        config: of :func:`open_lazily`.
+        config: the model's, of :func:`open_lazily`.
 
     Raises:
         UserError: it is damaged, needs code of its own, has a chat template that cannot be
@@ -187,7 +187,7 @@ def load(path: Path, *, dequantize: str = "auto") -> Loaded:
 
     Args:
         path: the directory.
-        dequantize: ``"auto"`` or ``"never"``.
+        dequantize: ``"never"``: keep quantised and half-precision weights on a CPU, too.
 
     Returns:
         The model with its weights in memory.

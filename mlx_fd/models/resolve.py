@@ -102,7 +102,7 @@ def why_changed(name: str, versions: Mapping[str, str]) -> str:
     """Why a model is not the one that a run was made with, and what to do about it.
 
     Args:
-        name: the model's.
+        name: as the run's manifest has it.
         versions: those that the run was made with, of its manifest.
     """
     if parse_name(name).base not in _SHIPPED:
