@@ -195,8 +195,8 @@ def run(
     """Measure an engine, in a process of its own.
 
     Args:
-        job: what to run.
-        problems_to_solve: problems to answer.
+        job: the engine, the export and its bundle.
+        problems_to_solve: the engine answers them greedily; none: no accuracy.
         progress: told of every prompt and problem.
         debug: let through what the engine prints on standard error.
 
@@ -256,7 +256,7 @@ def judged(job: Job, outcome: Mapping[str, Any], weights: str = "auto") -> Row:
     """A row of the report.
 
     Args:
-        job: what was run.
+        job: the engine, the export and its bundle.
         outcome: what :func:`run` returned.
         weights: whose tolerances apply; ``"auto"``: as the engine says of the weights, float where
             it does not.

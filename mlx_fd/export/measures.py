@@ -165,8 +165,8 @@ def measure(
     """Run a bundle on an engine.
 
     Args:
-        engine: the engine.
-        bundle: the bundle.
+        engine: open, with the exported model in it.
+        bundle: the reference's outputs.
         problems: problems to be answered; the bundle's have the reference's answers beside them.
         progress: told of prompts and problems done, and of their number.
 
