@@ -118,7 +118,7 @@ class Bench:
             key: what it depends on beside models, code and versions.
             size: how many rows it has.
             uses: whose weights take part.
-            make: makes it.
+            make: generates the rows with the two models.
         """
         models = self.target.models
         parts = [part for one in uses for part in _PARTS[one] if part in models]

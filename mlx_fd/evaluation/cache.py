@@ -50,7 +50,7 @@ class Cache:
         Args:
             key: everything that the rows depend on.
             size: how many rows a batch has.
-            make: generates them.
+            make: generates the rows; called where the file is not there or damaged.
 
         Raises:
             UserError: the folder cannot be written.

@@ -36,7 +36,7 @@ def roc_auc(scores: Column, positive: Column) -> float:
 
     Args:
         scores: higher: more likely positive. Only their order counts.
-        positive: the truth.
+        positive: for each score, whether it is one of a positive.
 
     Returns:
         In [0, 1], 0.5 for scores that say nothing; NaN without positives or without negatives.
@@ -57,7 +57,7 @@ def pr_auc(scores: Column, positive: Column) -> float:
 
     Args:
         scores: higher: more likely positive. Equal ones are taken together.
-        positive: the truth.
+        positive: for each score, whether it is one of a positive.
 
     Returns:
         In (0, 1]; NaN without positives.
@@ -78,7 +78,7 @@ def brier(probabilities: Column, positive: Column) -> float:
 
     Args:
         probabilities: in [0, 1]; a score s in [-1, 1] is read as (1 + s) / 2.
-        positive: the truth.
+        positive: for each score, whether it is one of a positive.
 
     Returns:
         0 is best, and 0.25 is what a constant 0.5 gets; NaN without rows.

@@ -130,10 +130,10 @@ def examine(
 
     Args:
         pair: the student, and the tokenizer that it shares with the expert.
-        exam: the questions.
-        options: token limits.
+        exam: answers with known scores and first errors.
+        options: token limits of feedback and answers.
         progress: told of every token.
-        batch_size: questions at once.
+        batch_size: questions that are answered together.
     """
     results: list[Result] = []
     tokenizer = pair.student_lm.tokenizer

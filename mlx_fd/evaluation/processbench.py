@@ -175,7 +175,7 @@ def columns(predicted: Sequence[int | None], labels: Sequence[int]) -> tuple[Row
 
     Args:
         predicted: what the critic named, ``None`` where it could not be read: not found.
-        labels: the truth.
+        labels: the first wrong step, from 0; -1: there is none.
 
     Returns:
         1 where the critic is right, and 1 where the solution is wrong.
@@ -208,8 +208,8 @@ def score(predicted: Sequence[int | None], labels: Sequence[int], seed: int = 0)
 
     Args:
         predicted: as for :func:`columns`.
-        labels: the truth.
-        seed: of the intervals.
+        labels: the first wrong step, from 0; -1: there is none.
+        seed: of the intervals' resampling.
     """
     hits, wrong = columns(predicted, labels)
     return Score(

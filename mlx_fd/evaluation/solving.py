@@ -96,8 +96,8 @@ class Solving:
         """What ``outputs.jsonl`` says of a trial beside the trial itself.
 
         Args:
-            problem: the problem.
-            trial: the trial.
+            problem: its answer says what is right.
+            trial: the final answer and the first one.
             how: how a final number is read.
         """
         final = parsing.final_answer(trial.final, how)

@@ -36,7 +36,7 @@ def resample(
     Args:
         columns: as for :func:`bootstrap`; at least one row.
         statistic: as for :func:`bootstrap`.
-        seed: of the resampling.
+        seed: of the resampling; the same seed draws the same rows.
     """
     table = [np.asarray(column, dtype=np.float64) for column in columns]
     n = len(table[0])
@@ -63,7 +63,7 @@ def bootstrap(
             are drawn whole, so a difference of two columns is a paired one.
         statistic: takes as many arrays as there are columns, and gives a number, or NaN where a
             resample has none.
-        seed: of the resampling.
+        seed: of the resampling; the same seed draws the same rows.
 
     Returns:
         The statistic of all rows and the 2.5 and 97.5 percentiles over the resamples that have
@@ -105,7 +105,7 @@ def paired_bootstrap(
         b: the second system's. A problem counts where both have a value.
         statistic: takes a column, and those of ``shared`` after it.
         shared: columns that belong to the problems, not to a system (such as the labels).
-        seed: of the resampling.
+        seed: of the resampling; the same seed draws the same rows.
 
     Returns:
         ``statistic(a, *shared) - statistic(b, *shared)`` with its interval and the number of

@@ -112,8 +112,8 @@ def make_sets(
     """The sets of a suite, with the systems that meet them.
 
     Args:
-        target: what is evaluated.
-        options: what is asked.
+        target: the student, its expert and the run they are of.
+        options: the suite, its size and its files.
         warn: told of problems that are left out.
 
     Raises:
@@ -229,8 +229,8 @@ def choose_folder(target: Target, options: Options, out: Path | None = None) -> 
     asked for again the same folder.
 
     Args:
-        target: what is evaluated.
-        options: what is asked.
+        target: the student, its expert and the run they are of.
+        options: the suite, its size and its files.
         out: a folder that was named instead.
 
     Raises:
@@ -321,8 +321,8 @@ def evaluate(
     Args:
         bench: what is generated with.
         sets: of :func:`make_sets`.
-        options: what was asked.
-        folder: where to write.
+        options: the suite, its size and its files.
+        folder: gets ``eval.json`` and ``outputs.jsonl``.
         report: told after each batch.
 
     Returns:

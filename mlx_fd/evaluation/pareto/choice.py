@@ -29,7 +29,7 @@ def objectives_of(points: Sequence[Point], cost: str, requested: Sequence[str] =
     """The names of the objectives, the cost first.
 
     Args:
-        points: a run's points.
+        points: the stops of one run.
         cost: one of :data:`mlx_fd.evaluation.pareto.names.COSTS`.
         requested: losses and metrics to judge by; empty: every loss, and of the metrics those of
             the examination. How many final answers were right up to a stop says how the run went,
@@ -60,7 +60,7 @@ def judge(
     Args:
         folder: the run directory.
         curve: what was read from it.
-        points: its points.
+        points: its stops, as :func:`mlx_fd.evaluation.pareto.points.points_of` gives them.
         objectives: names of the objectives, the cost first.
     """
     worst = {**cost_of(curve.batches), **curve.first}
