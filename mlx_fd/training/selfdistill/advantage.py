@@ -67,11 +67,11 @@ def attempts_of(
     """Let a model try each problem as often, and as warm, as a run of self-distillation would.
 
     Args:
-        loaded: the model.
-        problems: the problems.
-        config: of a run.
-        progress: told of the problems.
-        size: problems at once.
+        loaded: who attempts them.
+        problems: with or without solutions; contexts need these later.
+        config: attempts per problem, temperature, token limit and seed are a run's.
+        progress: called with ``"problems"``, those done, and all.
+        size: problems whose attempts are generated together.
 
     Returns:
         The attempts, problem by problem.
@@ -103,7 +103,7 @@ def parts_of(pieces: Sequence[str], span: tuple[int, int] | None) -> tuple[str, 
     """The part of each token.
 
     Args:
-        pieces: the tokens' texts.
+        pieces: of :func:`pieces_of`.
         span: the characters of the first wrong step; ``None``: all is right. A token that has one
             of them is in it.
     """
@@ -149,10 +149,10 @@ def score(
     Args:
         loaded: the model, student and self-teacher in one.
         attempts: attempts, problem by problem; those at one problem are siblings.
-        names: of the contexts.
+        names: of contexts, as in ``--context``.
         materials: what the contexts are made of.
-        progress: told of the contexts.
-        temperature: of both distributions.
+        progress: called with ``"contexts"``, those done, and all.
+        temperature: that student's and teacher's logits are divided by.
         size: texts read at once.
     """
     check_known([attempt.problem for attempt in attempts])

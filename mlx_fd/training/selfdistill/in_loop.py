@@ -85,7 +85,7 @@ def self_distillation_loss(
     Args:
         student: as it is now, teacher and student in one.
         lessons: at least one answer.
-        training: micro-batch and checkpointing.
+        training: texts per forward pass, and gradient checkpointing.
 
     Returns:
         The mean divergence per token's gradient by the language model's trainable weights, and

@@ -156,7 +156,7 @@ def token_logprobs(
 
     Args:
         model: whose head it is.
-        states: of :func:`read`.
+        states: the final hidden states of :func:`read`, one array for each text.
         texts: N tokens in all.
         options: the temperature that logits are divided by.
         vocab: V, the tokenizer's tokens; rows of the head beyond are padding.
@@ -195,7 +195,7 @@ def forward_teacher_and_student(
 
     Args:
         student: the student and its tokenizer; its adapter is on.
-        teacher: the self-teacher's adapter.
+        teacher: the self-teacher's LoRA weights, by name.
         groups: attempts, problem by problem.
         views: one for each attempt, in the same order.
         options: which of them are wanted, and at which temperature.
@@ -492,9 +492,9 @@ def total(
     Args:
         final: [N, d], the student's final hidden states where the N tokens of all texts are
             predicted.
-        head: student's and teacher's.
-        stats: of these texts.
-        weights: for these texts.
+        head: one output head; it does not train.
+        stats: of these texts, N tokens in all.
+        weights: of the same texts, in the same order.
         options: the divergence, its temperature and bounds.
         vocab: V, the tokenizer's tokens.
         differentiable: whether a gradient is wanted.
@@ -614,8 +614,8 @@ def learn(
 
     Args:
         student: changed in place, unless something is not finite.
-        optimizer: of the adapter.
-        stats: of the attempts.
+        optimizer: of the LoRA weights; its learning rate is set before.
+        stats: of all attempts of the batch.
         config: the method; clipping, micro-batch and checkpointing; the most tokens of an attempt.
         near: as for :func:`token_weights`.
         echoes: for EchoDistill, the teacher's own answers, which are matched in the attempts'
@@ -654,7 +654,7 @@ def loss_value(weights: TokenWeights, matched: float, options: Method) -> float:
     """The loss, of which :func:`total` has the gradient.
 
     Args:
-        weights: of all texts.
+        weights: of all texts of the update.
         matched: the second of :func:`total`, summed over all texts.
         options: what each part of the loss counts.
     """

@@ -95,7 +95,7 @@ def noisy(question: str, kind: str, level: float, seed: int) -> str:
             alike, numbers their words (``23``: ``twenty three``); above :data:`NUMBERS_SAFE`
             fifteen is heard as fifty, and the like. Words without such a twin stay.
         level: the share of words that are hit, 0 to 1.
-        seed: of the draws.
+        seed: with the question, it fixes every slip.
 
     Raises:
         ValueError: there is no such kind, or the level is not in [0, 1].

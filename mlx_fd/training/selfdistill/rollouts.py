@@ -50,9 +50,9 @@ def sample_rollouts(
     """``num_generations`` attempts at each problem; each question is read once for all of its own.
 
     Args:
-        student: the student; what it writes is drawn as the method says.
+        student: what it writes is drawn as the method says.
         problems: at least one.
-        config: of the run.
+        config: sampling, token limit and batch sizes.
         seed: of the draws of the n-th call to the generator.
         on_token: called with the number of tokens written in each step.
 
@@ -161,10 +161,10 @@ def echoes_of(
 
     Args:
         student: the model; its adapter is put aside while the teacher writes.
-        teacher: the self-teacher's adapter.
+        teacher: the self-teacher's LoRA weights, by name.
         groups: attempts, problem by problem.
         views: one for each attempt.
-        config: of the run.
+        config: sampling, token limit and batch sizes.
         on_token: called with the number of tokens written in each step.
     """
     firsts, at = [], 0

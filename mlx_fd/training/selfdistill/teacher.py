@@ -52,8 +52,8 @@ def next_teacher(teacher: Weights, model: nn.Module, options: Method, updates: i
     """The self-teacher's adapter after an update of the student.
 
     Args:
-        teacher: what it was.
-        model: the student.
+        teacher: its LoRA weights before the update.
+        model: the student after the update.
         options: which teacher: ``"ema"`` keeps ``teacher_decay`` of itself.
         updates: how many there have been, with this one.
     """
