@@ -159,14 +159,14 @@ def loss_sums(
     """Each enabled loss on a batch.
 
     Args:
-        student: the student.
+        student: its forward pass is what the total is differentiated through.
         expert: its head turns the kept hidden states into the expert's logits.
         batch: B samples of at most T tokens.
         options: which losses, and how.
         vocab: tokens the two models share.
         factors: what each loss's sum is multiplied by in the total; ``None`` where nothing is to be
             learned.
-        recompute: gradient checkpointing.
+        recompute: keep no activations of a block, and run it again for its gradient.
 
     Returns:
         The total, differentiable, and for each loss (sum, count).
@@ -303,7 +303,7 @@ def top_k_error(
     Args:
         student: as it is now.
         samples: each with a top k.
-        options: the divergence.
+        options: its kind, its temperature and k.
         vocab: tokens the two models share.
 
     Returns:
@@ -369,7 +369,7 @@ def update(
     Args:
         pair: the student is changed in place, unless a loss or gradient is not finite.
         optimizer: of :func:`make_optimizer`.
-        samples: at least one.
+        samples: at least one; a loss is over the tokens (samples) of all of them.
         weights: the gate's weight times the loss's scale, for each loss.
         losses: which of them, and how.
         training: clipping, micro-batch and checkpointing.
@@ -438,8 +438,8 @@ def take_step(
         model: changed in place.
         optimizer: of its trainable weights.
         gradients: of the same, as a tree.
-        total: the loss.
-        training: the largest norm.
+        total: the loss; where it is not finite, nothing is changed.
+        training: the norm that gradients are clipped to.
 
     Returns:
         The gradients' norm before clipping, and whether the step was skipped.

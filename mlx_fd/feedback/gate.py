@@ -173,8 +173,8 @@ def initial_state(options: GateOptions, names: Sequence[str]) -> GateState:
     """The state before any observation.
 
     Args:
-        options: the gate's options.
-        names: the enabled losses.
+        options: which gate, and its thresholds and decays.
+        names: the losses that are tracked, in the order in which weights are listed.
     """
     return GateState(
         probe={name: Tracker() for name in names},
@@ -197,11 +197,11 @@ def trigger(
     every sample counts as lagging until the student is frozen.
 
     Args:
-        state: the gate's state.
+        state: before this call; it is left as it is.
         expert_score: in [-1, 1]; ``None`` where it could not be read.
-        student_score: likewise.
+        student_score: the score head's, in [-1, 1]; ``None`` where there is none.
         losses: the sample's losses; a missing one (absent, ``None``, NaN, infinite) says nothing.
-        options: the gate's options.
+        options: which gate, and its thresholds and decays.
     """
     if state.frozen:
         return TriggerDecision(False, "frozen")
@@ -238,9 +238,9 @@ def observe_sample(state: GateState, losses: Losses, options: GateOptions) -> Ga
     ``frozen`` is then false in the new state, and ``reason`` says why.
 
     Args:
-        state: the gate's state.
+        state: before this call; it is left as it is.
         losses: the sample's losses; missing ones leave their trackers as they are.
-        options: the gate's options.
+        options: which gate, and its thresholds and decays.
     """
     finite = _known(losses)
     state = replace(state, samples=_observed(state.samples, finite, options, 0.0, state.frozen))
@@ -260,9 +260,9 @@ def observe_probe(
     """Take note of a look at the probe set; decide whether to go on, freeze or thaw.
 
     Args:
-        state: the gate's state.
+        state: before this call; it is left as it is.
         losses: mean losses on the probe set; missing ones leave their trackers as they are.
-        options: the gate's options.
+        options: which gate, and its thresholds and decays.
         cost: what was spent on distillation since the last look, in any unit (steps, tokens,
             seconds); 0 for a look before which the student did not learn.
 
@@ -296,8 +296,8 @@ def weights(state: GateState, options: GateOptions) -> dict[str, float]:
     :data:`MAX_REMAINING`]; equal before any observation. The published gate has its own.
 
     Args:
-        state: the gate's state.
-        options: the gate's options.
+        state: before this call; it is left as it is.
+        options: which gate, and its thresholds and decays.
     """
     if options.gate == "published":
         return dict(state.published.weights)
@@ -317,10 +317,10 @@ def observe_scores(
     Two scores say the same where both are positive (the answer is right) or neither is.
 
     Args:
-        state: the gate's state.
+        state: before this call; it is left as it is.
         student_score: the score head's value in [-1, 1], if there is one.
         expert_score: the expert's; ``None`` where it could not be read.
-        options: the gate's options.
+        options: which gate, and its thresholds and decays.
     """
     if student_score is None or expert_score is None or not _is_sure(student_score, options):
         return state
@@ -336,8 +336,8 @@ def trusted(state: GateState, options: GateOptions) -> bool:
     in, the audits among them.
 
     Args:
-        state: the gate's state.
-        options: the gate's options.
+        state: before this call; it is left as it is.
+        options: which gate, and its thresholds and decays.
     """
     if not state.frozen or not options.trust:
         return state.frozen
@@ -349,9 +349,9 @@ def stands_alone(state: GateState, student_score: float | None, options: GateOpt
     """Whether the student's feedback on an answer needs no expert.
 
     Args:
-        state: the gate's state.
+        state: before this call; it is left as it is.
         student_score: the score head's value in [-1, 1], if there is one.
-        options: the gate's options.
+        options: which gate, and its thresholds and decays.
     """
     sure = student_score is not None and _is_sure(student_score, options)
     return sure and trusted(state, options)
@@ -368,9 +368,9 @@ def audited(problem_id: str, seed: int, options: GateOptions) -> bool:
     share ``audit_fraction`` is drawn.
 
     Args:
-        problem_id: the problem's identifier.
-        seed: the run's seed.
-        options: the gate's options.
+        problem_id: unique within the source.
+        seed: of the run: another seed audits other problems.
+        options: which gate, and its thresholds and decays.
     """
     digest = hashlib.sha256(f"{seed}:{problem_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < options.audit_fraction * 2.0**64

@@ -136,7 +136,7 @@ def read_text(
     """Let the expert read a text, if it has not read it already.
 
     Args:
-        pair: the models.
+        pair: only the expert reads; the student says how many layers and heads it needs.
         before: a conversation that ``prompt`` begins with, without its last token at least.
         prompt: all tokens before the text.
         target: tokens of the text, at least one.
@@ -244,7 +244,7 @@ def sample_of(
     """What the student can learn from a problem that the expert gave feedback on.
 
     Args:
-        pair: the models.
+        pair: only the expert reads; the student says how many layers and heads it needs.
         draft: after step 2 of the episode.
         options: what of the expert is wanted.
         on_policy: learn from the student's own feedback, read by the expert.
@@ -270,8 +270,8 @@ def solution_of(
     """What the student can learn of solving from a right solution.
 
     Args:
-        pair: the models.
-        question: the problem's.
+        pair: only the expert reads; the student says how many layers and heads it needs.
+        question: of the problem, without any instruction.
         solution: as one of the models wrote it.
         options: what of the expert is wanted.
         cache: as for :func:`read_text`.
