@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_fd.losses.divergence import TopK
 
 
-class Text(Protocol):
+class PromptAndTarget(Protocol):
     """Tokens before a text, and the tokens of the text."""
 
     @property
@@ -24,13 +24,13 @@ class Text(Protocol):
         ...
 
 
-def micro_batches(texts: Sequence[Text], size: int) -> list[list[int]]:
+def micro_batches(texts: Sequence[PromptAndTarget], size: int) -> list[list[int]]:
     """Indices of texts, ``size`` of about the same length at a time: little of it is padding."""
     order = sorted(range(len(texts)), key=lambda k: len(texts[k].prompt) + len(texts[k].target))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def collate_tokens(texts: Sequence[Text]) -> tuple[mx.array, list[range]]:
+def collate_tokens(texts: Sequence[PromptAndTarget]) -> tuple[mx.array, list[range]]:
     """What a model reads to predict every token of some texts.
 
     Returns:

@@ -209,7 +209,7 @@ def trigger(
         return TriggerDecision(options.gate == "always", f"gate = {options.gate}")
     if options.trigger == "always":
         return TriggerDecision(True, "trigger = always")
-    finite = _known(losses)
+    finite = _finite(losses)
     if options.gate == "published":
         _, skip = gate_published.should_skip(state.published, finite)
         return TriggerDecision(not skip, "published gate: " + ("skip" if skip else "run"))
@@ -242,7 +242,7 @@ def observe_sample(state: GateState, losses: Losses, options: GateOptions) -> Ga
         losses: the sample's losses; missing ones leave their trackers as they are.
         options: which gate, and its thresholds and decays.
     """
-    finite = _known(losses)
+    finite = _finite(losses)
     state = replace(state, samples=_observed(state.samples, finite, options, 0.0, state.frozen))
     if options.gate == "published":
         published, _ = gate_published.should_skip(state.published, finite)
@@ -269,7 +269,7 @@ def observe_probe(
     Returns:
         The new state and the decision.
     """
-    finite = _known(losses)
+    finite = _finite(losses)
     spent = state.kd_cost + cost
     state = replace(
         state,
@@ -376,7 +376,7 @@ def audited(problem_id: str, seed: int, options: GateOptions) -> bool:
     return int.from_bytes(digest[:8], "big") < options.audit_fraction * 2.0**64
 
 
-def _known(losses: Losses) -> dict[str, float]:
+def _finite(losses: Losses) -> dict[str, float]:
     return {
         name: value for name, value in losses.items() if value is not None and math.isfinite(value)
     }
