@@ -71,7 +71,7 @@ class Bench:
         samples: how often each problem is tried.
         first_temperature: of the first answers.
         bare_temperature: of the bare models' answers.
-        progress: told of every token.
+        progress: called with a step's name and its new tokens.
     """
 
     target: Target

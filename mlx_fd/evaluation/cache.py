@@ -35,7 +35,7 @@ class Cache:
 
     Attributes:
         folder: need not be there yet.
-        warn: told of files that cannot be used.
+        warn: called with a sentence about each file that cannot be used.
     """
 
     folder: Path

@@ -23,7 +23,7 @@ def _known(*columns: Column) -> list[Rows]:
 
 
 def _ranks(values: Rows) -> Rows:
-    """Ranks from 1; equal values share the mean of theirs."""
+    """Ranks from 1; equal values share the mean of their ranks."""
     _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(count)
     return (last - (count - 1) / 2)[inverse]
@@ -104,6 +104,6 @@ def pearson(a: Column, b: Column) -> float:
 
 
 def spearman(a: Column, b: Column) -> float:
-    """Spearman's correlation: Pearson's of the ranks, equal values sharing theirs."""
+    """Spearman's correlation: Pearson's of the ranks, equal values sharing one."""
     x, y = _known(a, b)
     return pearson(_ranks(x), _ranks(y))

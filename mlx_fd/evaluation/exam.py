@@ -132,7 +132,7 @@ def examine(
         pair: the student, and the tokenizer that it shares with the expert.
         exam: answers with known scores and first errors.
         options: token limits of feedback and answers.
-        progress: told of every token.
+        progress: called with a step's name and its new tokens.
         batch_size: questions that are answered together.
     """
     results: list[Result] = []

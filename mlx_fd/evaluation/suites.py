@@ -114,7 +114,7 @@ def make_sets(
     Args:
         target: the student, its expert and the run they are of.
         options: the suite, its size and its files.
-        warn: told of problems that are left out.
+        warn: called with a sentence about problems that are left out.
 
     Raises:
         UserError: a file or source that cannot be read, or baselines without an expert.
@@ -323,7 +323,7 @@ def evaluate(
         sets: of :func:`make_sets`.
         options: the suite, its size and its files.
         folder: gets ``eval.json`` and ``outputs.jsonl``.
-        report: told after each batch.
+        report: called after each batch.
 
     Returns:
         What ``eval.json`` holds.

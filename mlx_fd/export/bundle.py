@@ -203,7 +203,7 @@ def make_bundle(
         problems: at least one, in words that the model's tokenizer knows.
         seed: chooses the problems that go through the roles.
         source: what to say of the export's origin; JSON values.
-        progress: told of every turn.
+        progress: called with the turns done and their number.
 
     Raises:
         UserError: there is no problem, no chat template, or the model's logits are not finite.

@@ -152,17 +152,17 @@ def plan(folders: Sequence[Path], engines: Sequence[str]) -> list[Job]:
     bundles = {folder: read_bundle(folder) for folder in dict.fromkeys(folders)}
     jobs = []
     for name, address in named:
-        found = [
+        openable = [
             Job(name, target, folder, bundle)
             for folder, bundle in bundles.items()
             for target in _targets(name, address, folder)
         ]
-        if not found and engines:
+        if not openable and engines:
             opens = "a .gguf file" if name == "llama.cpp" else "config.json (an mlx or hf export)"
             raise UserError(
                 f"--engine {name}: nothing in {', '.join(map(str, folders))} has {opens}"
             )
-        jobs.extend(found)
+        jobs.extend(openable)
     if not jobs:
         raise UserError(
             f"{', '.join(map(str, folders))}: neither config.json nor a .gguf file to open; an "
@@ -197,7 +197,7 @@ def run(
     Args:
         job: the engine, the export and its bundle.
         problems_to_solve: the engine answers them greedily; none: no accuracy.
-        progress: told of every prompt and problem.
+        progress: called with a label, the prompts and problems done, and their number.
         debug: let through what the engine prints on standard error.
 
     Returns:

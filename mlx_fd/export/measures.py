@@ -81,8 +81,10 @@ def _parity(prompts: Sequence[Prompt], followed: Sequence[Continuation]) -> Meas
     clear = margin >= NEAR_TIE
     # Rows of the continuation: those that predict a token after the prompt's last.
     aligned = [(p, f, f.rows + p.begin >= len(p.tokens) - 1) for p, f in pairs]
-    engine = np.concatenate([f.next_logprobs[own] for _, f, own in aligned])
-    reference = np.concatenate([p.next_logprobs[f.rows[own]] for p, f, own in aligned])
+    engine = np.concatenate([f.next_logprobs[after_prompt] for _, f, after_prompt in aligned])
+    reference = np.concatenate(
+        [p.next_logprobs[f.rows[after_prompt]] for p, f, after_prompt in aligned]
+    )
     broken = [f.agreed + 1 for p, f in pairs if f.agreed < len(p.greedy)]
     with np.errstate(over="ignore"):
         mean = kl.mean() if len(kl) else np.nan
@@ -168,7 +170,7 @@ def measure(
         engine: open, with the exported model in it.
         bundle: the reference's outputs.
         problems: problems to be answered; the bundle's have the reference's answers beside them.
-        progress: told of prompts and problems done, and of their number.
+        progress: called with the prompts and problems done, and their number.
 
     Returns:
         JSON values; a measure that the engine cannot give is ``None``, and ``missing`` says why.

@@ -101,7 +101,7 @@ class GateState:
         samples: a tracker per loss, fed by :func:`observe_sample`.
         frozen: whether distillation is stopped.
         reason: why the student last froze or thawed; empty before that.
-        kd_cost: sum of the costs told to :func:`observe_probe`, in the caller's unit.
+        kd_cost: sum of the costs that :func:`observe_probe` was given, in the caller's unit.
         paid_looks: looks at the probe set before which something was spent.
         sure: of the student's last :data:`SURE_SCORES` sure scores, the newest last, whether the
             expert's score said the same of the answer.
@@ -190,7 +190,7 @@ def trigger(
     losses: Losses,
     options: GateOptions,
 ) -> TriggerDecision:
-    """Does this sample show the student lagging? Ask before :func:`observe_sample` is told of it.
+    """Does this sample show the student lagging? To be called before :func:`observe_sample`.
 
     Under ``ema`` it lags where the two scores are more than ``score_gap`` apart, or a loss is above
     its EMA over the samples so far; the very first sample lags. With ``options.trigger`` always
@@ -234,7 +234,7 @@ def trigger(
 def observe_sample(state: GateState, losses: Losses, options: GateOptions) -> GateState:
     """Take note of one sample's losses, as they were before any update on it.
 
-    While the student is frozen (tell it of audited samples only), a regression thaws it:
+    While the student is frozen (call it with audited samples only), a regression thaws it:
     ``frozen`` is then false in the new state, and ``reason`` says why.
 
     Args:

@@ -203,8 +203,8 @@ def _digest(file: Path) -> str:
             if before.st_size < _CACHED_BYTES:
                 return hashlib.sha256(handle.read()).hexdigest()
             key = _key(file, before)
-            if (known := _known.get(_sealed(key)) or _cached(key)) is not None:
-                return known
+            if (cached_digest := _known.get(_sealed(key)) or _cached(key)) is not None:
+                return cached_digest
             digest = _read(handle, before.st_size)
             after = os.fstat(handle.fileno())
     except OSError as error:

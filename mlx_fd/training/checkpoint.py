@@ -127,7 +127,7 @@ def go_back(
     Args:
         folder: the run directory.
         config: the run's configuration.
-        report: told of what is passed over or put right.
+        report: takes a warning for each thing that is passed over or put right.
         redo: go back even where finished work is cut by it.
 
     Returns:
@@ -175,7 +175,7 @@ def finished_summary(
         records: the run's.
         at_end: whether the run's last checkpoint is that of its end. Where it is not, the run was
             made longer, and what was its summary is put aside.
-        report: told what becomes of it.
+        report: takes a note or warning of what becomes of it.
     """
     path = records.folder / runs.SUMMARY
     if not path.exists():
@@ -213,7 +213,7 @@ def kept(
             there. It raises :class:`mlx_fd.runs.checked.ChangedFile` where it is not what was
             written.
         begun: whether there is a checkpoint, and so the file should be there.
-        report: told where it is not what was written, or not there.
+        report: takes a warning where it is not what was written, or not there.
     """
     again = "it is made again by the student as it was before the run"
     try:

@@ -91,7 +91,7 @@ def run(
         pair: the models; the student untrained (a checkpoint's weights are put into it).
         probe_problems: the held-out problems that the gate watches.
         problems: the run's problems, in order.
-        report: told of everything worth showing.
+        report: takes every event.
         stop: asked after each batch; when true, a checkpoint is written and the run ends there.
         exam: what the student is examined on before the run and after it, if the truth is known.
         redo: go back to the newest whole checkpoint, whatever was done after it.

@@ -124,7 +124,7 @@ def make_probe(
         pair: the models; the student untrained.
         problems: held out from the run's.
         config: token limits, seed, losses.
-        progress: told of every token.
+        progress: called with a step's name and its new tokens.
     """
     begun = time.perf_counter()
     options, size = config.generation, config.generation.batch_size

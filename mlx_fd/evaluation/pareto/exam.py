@@ -35,7 +35,7 @@ def examine_points(
         folder: the run directory.
         curve: what was read from it.
         points: its points.
-        progress: told of each student examined: step, done, of how many.
+        progress: called with a step, the students examined, and their number.
 
     Returns:
         The points, and notes on those without a checkpoint.

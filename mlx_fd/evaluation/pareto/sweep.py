@@ -42,7 +42,7 @@ def sweep(
         folder: the run directory whose frontier it is.
         config: its configuration.
         frontier: its frontier, as :func:`mlx_fd.evaluation.pareto.choice.judge` gave it.
-        progress: told of each run: its name, batches done, batches in all.
+        progress: called with the name of a run, its batches done, and all of its batches.
         came: signals that came so far, as :mod:`mlx_fd.cli.signals` collects them; they are passed
             on to the run under way, and the sweep ends with it.
 

@@ -104,7 +104,7 @@ class LlamaCppEngine(LocalEngine):
         for start in range(0, len(tokens), _BATCH):
             chunk = tokens[start : start + _BATCH]
             batch.n_tokens = len(chunk)
-            asked = []
+            scored = []
             for index, token in enumerate(chunk):
                 batch.token[index] = token
                 batch.pos[index] = at + start + index
@@ -112,10 +112,10 @@ class LlamaCppEngine(LocalEngine):
                 batch.seq_id[index][0] = 0
                 batch.logits[index] = start + index >= len(tokens) - wanted
                 if batch.logits[index]:
-                    asked.append(index)
+                    scored.append(index)
             if self._c.llama_decode(self._context, batch):
                 raise UserError(f"{self._name}: llama.cpp could not read {len(chunk)} tokens")
-            for index in asked:
+            for index in scored:
                 row = self._c.llama_get_logits_ith(self._context, index)
                 rows.append(np.ctypeslib.as_array(row, (self.bundle.vocab,)).copy())
         return np.stack(rows)

@@ -112,17 +112,17 @@ def _steps(choice: Mapping[str, Any]) -> list[_Step]:
     else:
         parts = (logprobs.get(name) or () for name in ("tokens", "token_logprobs", "top_logprobs"))
         rows = [
-            [*(top or {}).items(), *([(token, own)] if own is not None else [])]
-            for token, own, top in zip(*parts, strict=False)
+            [*(top or {}).items(), *([(token, token_logprob)] if token_logprob is not None else [])]
+            for token, token_logprob, top in zip(*parts, strict=False)
         ]
-    known = [
+    steps = [
         {_token(token): float(value) for token, value in row if math.isfinite(float(value))}
         for row in rows
     ]
-    if not all(known) or any(value > _ROUNDING for row in known for value in row.values()):
+    if not all(steps) or any(value > _ROUNDING for row in steps for value in row.values()):
         raise ValueError("they are not numbers up to 0")
     # Greedy: what was chosen is what is likeliest. Some servers list their tokens in any order.
-    return [_Step(max(row, key=row.__getitem__), row) for row in known]
+    return [_Step(max(row, key=row.__getitem__), row) for row in steps]
 
 
 class OpenAIEngine:

@@ -166,7 +166,7 @@ def run(
         models: the student untrained (a checkpoint's weights are put into it).
         probe_problems: held out: headroom is measured on them, and the best checkpoint.
         problems: the run's problems, in order.
-        report: told of everything worth showing.
+        report: takes every event.
         stop: asked after each batch; when true, a checkpoint is written and the run ends there.
         redo: go back to the newest whole checkpoint, whatever was done after it.
 
