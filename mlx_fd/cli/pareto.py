@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +15,7 @@ from mlx_fd.evaluation.pareto.names import COSTS
 
 if TYPE_CHECKING:
     from mlx_fd.config import Config
+    from mlx_fd.runs.records import ParetoFile, ParetoPointRow
 
 
 @click.command(
@@ -114,7 +115,7 @@ def pareto(
     )
 
 
-def _write(run: Path, found: dict[str, Any], config: Config) -> None:
+def _write(run: Path, found: ParetoFile, config: Config) -> None:
     from mlx_fd import runs
     from mlx_fd.evaluation.pareto.choice import write
     from mlx_fd.files import clear_unfinished
@@ -126,7 +127,7 @@ def _write(run: Path, found: dict[str, Any], config: Config) -> None:
         plot(found, run / PLOT)
 
 
-def _swept(run: Path, found: dict[str, Any], config: Config, quiet: bool) -> list[dict[str, Any]]:
+def _swept(run: Path, found: ParetoFile, config: Config, quiet: bool) -> list[ParetoPointRow]:
     from rich.console import Console
 
     from mlx_fd.cli.terminal.run import Steps

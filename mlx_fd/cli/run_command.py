@@ -36,7 +36,7 @@ class Job:
     models: str
     opened: Callable[[], Callable[..., dict[str, Any] | None]]
     display: Callable[..., Any]
-    table: Callable[[dict[str, Any]], Any]
+    table: Callable[[Any], Any]
     readme: str
 
 

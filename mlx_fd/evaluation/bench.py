@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,11 +15,10 @@ from mlx_fd.evaluation.baselines import Setting, Trial
 from mlx_fd.evaluation.baselines.trials import Who, trial
 from mlx_fd.evaluation.cache import Cache, Rows
 from mlx_fd.evaluation.target import Models, Target
-from mlx_fd.feedback.episode import Draft, Progress, derive_seed, write
+from mlx_fd.feedback.episode import OnTokens, derive_seed, generate_step
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.backend import backend
 from mlx_fd.models.generation import Conversation, Sampling
-from mlx_fd.problems import Problem
 from mlx_fd.problems.prompts import Answer
 
 Item = TypeVar("Item")
@@ -42,7 +39,6 @@ _CODE = (
     "mlx_fd.evaluation.baselines",
 )
 _PACKAGES = ("mlx", "mlx-lm", "transformers")
-_BLANK = Draft(Problem("", "", "", Fraction(0)), Answer("", None), Conversation())
 
 
 @functools.cache
@@ -81,7 +77,7 @@ class Bench:
     samples: int
     first_temperature: float
     bare_temperature: float
-    progress: Progress
+    progress: OnTokens
 
     def batches(self, items: Sequence[Item]) -> Iterator[tuple[int, Sequence[Item]]]:
         """Items by batch, each with its number; the last may be short."""
@@ -159,19 +155,18 @@ class Bench:
     ) -> list[Trial]:
         """One turn of a model in each of some new conversations."""
         loaded = pair.expert if who == "expert" else pair.student_lm
-        drafts, turns = write(
+        turns, usages = generate_step(
             loaded,
-            [_BLANK] * len(prompts),
             "answer",
             [Conversation()] * len(prompts),
             prompts,
             sampling,
-            not self.target.config.generation.sequential,
             self.progress,
+            reuse=not self.target.config.generation.sequential,
             keep=False,
         )
         setting = self.setting(pair, who)
         return [
-            trial(setting, dataclasses.replace(draft, answer=Answer(turn.text, None)), {})
-            for draft, turn in zip(drafts, turns, strict=True)
+            trial(setting, Answer(turn.text, None), usage, {})
+            for turn, usage in zip(turns, usages, strict=True)
         ]

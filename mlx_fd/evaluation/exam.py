@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -22,11 +22,10 @@ from mlx_fd.evaluation import processbench
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.statistics import Rows, bootstrap, mean, mean_gain
 from mlx_fd.feedback.episode import (
-    Progress,
+    OnTokens,
     answer,
     feedback_request,
     head_score,
-    is_correct,
     parsed,
 )
 from mlx_fd.feedback.pair import Pair
@@ -35,6 +34,7 @@ from mlx_fd.models.generation import Conversation, Sampling, first_prompt, gener
 from mlx_fd.problems import Problem, arithmetic, parsing
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
+from mlx_fd.runs.records import BeforeAfterRow, ExamFile, ExamResultRow
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def examine(
     pair: Pair,
     exam: Sequence[Question],
     options: GenerationOptions,
-    progress: Progress,
+    on_tokens: OnTokens,
     batch_size: int = 32,
 ) -> list[Result]:
     """Let the student, as it is now, take an examination; greedily.
@@ -132,7 +132,7 @@ def examine(
         pair: the student, and the tokenizer that it shares with the expert.
         exam: answers with known scores and first errors.
         options: token limits of feedback and answers.
-        progress: called with a step's name and its new tokens.
+        on_tokens: called with a step's name and its new tokens.
         batch_size: questions that are answered together.
     """
     results: list[Result] = []
@@ -155,19 +155,19 @@ def examine(
             [prompt[-1:] for prompt in prompts],
             Sampling(options.max_feedback_tokens),
             keep=False,
-            on_token=lambda count: progress("exam", count),
+            on_token=lambda count: on_tokens("exam", count),
         )
-        drafts = answer(
+        solutions = answer(
             pair.student_lm,
             [q.problem for q in chunk],
             options,
             0,
-            progress,
+            on_tokens,
             temperature=0.0,
             keep=False,
         )
-        for question, prompt, (hidden, before), turn, draft in zip(
-            chunk, prompts, read, turns, drafts, strict=True
+        for question, prompt, (hidden, before), turn, solution in zip(
+            chunk, prompts, read, turns, solutions, strict=True
         ):
             feedback = parsed(turn)
             score = head_score(pair.student, pair.student_lm, hidden, before, prompt, turn)
@@ -176,10 +176,10 @@ def examine(
                 Result(
                     wrong=question.first_error > 0,
                     score_error=abs(score - question.score),
-                    written_error=abs((feedback.score or 0.0) - question.score),
-                    readable=feedback.score is not None and named is not None,
+                    written_error=abs((feedback.written_score or 0.0) - question.score),
+                    readable=feedback.written_score is not None and named is not None,
                     found=named == question.first_error,
-                    solved=is_correct(draft.answer.final, question.problem),
+                    solved=solution.is_correct,
                 )
             )
     return results
@@ -187,8 +187,9 @@ def examine(
 
 def save_results(path: Path, results: Sequence[Result], seconds: float) -> None:
     """Keep what the student made of an examination, and how many seconds it took."""
-    rows = [dataclasses.asdict(result) for result in results]
-    write_json(path, with_digest({"seconds": round(seconds, 3), "results": rows}))
+    rows = cast(list[ExamResultRow], [dataclasses.asdict(result) for result in results])
+    content: ExamFile = {"seconds": round(seconds, 3), "results": rows}
+    write_json(path, with_digest(content))
 
 
 def load_results(
@@ -228,7 +229,7 @@ def load_results(
         raise ChangedFile(f"it is not what mlx-fd writes ({error!r})") from error
 
 
-def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, dict[str, Any]]:
+def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, BeforeAfterRow]:
     """Two examinations on the same questions, side by side.
 
     Returns:
@@ -244,7 +245,7 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, dict
             ]
         )
 
-    def sides(name: str, only: bool | None = None) -> dict[str, Any]:
+    def sides(name: str, only: bool | None = None) -> BeforeAfterRow:
         old, new = column(before, name, only), column(after, name, only)
         if only is not None:
             keep = ~np.isnan(old)

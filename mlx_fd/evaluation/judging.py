@@ -20,7 +20,14 @@ from mlx_fd.evaluation.calibration import brier, pr_auc, roc_auc, spearman
 from mlx_fd.evaluation.exam import Question
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.processbench import f1
-from mlx_fd.feedback.episode import Draft, expert_feedback, feedback_request, student_feedback
+from mlx_fd.feedback.episode import (
+    Answered,
+    ExpertFeedback,
+    StudentFeedback,
+    expert_feedback,
+    feedback_request,
+    student_feedback,
+)
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.generation import Conversation, first_prompt
 from mlx_fd.problems import arithmetic, parsing, prompts
@@ -33,7 +40,6 @@ LABELS = {
     "cod": "Chain-of-drafts critic",
 }
 FEEDBACK = "feedback"
-_NOTHING = prompts.Feedback("", None)
 
 
 @dataclass(frozen=True)
@@ -71,38 +77,45 @@ class Judging:
         by_head = system == "student" and bench.target.helps_expert
 
         def make(pair: Pair) -> list[Trial]:
-            drafts = [_draft(pair, question) for question in chunk]
+            answered = [_answered(pair, question) for question in chunk]
             setting = bench.setting(pair, "expert")
             if system in STAGES:
                 stages = STAGES[system](pair.expert.tokenizer)
-                judged = criticise(setting, drafts, stages, seeds, bench.progress)
+                judged = criticise(setting, answered, stages, seeds, bench.progress)
                 return [
                     trial(
                         setting,
-                        item.draft,
+                        item.answered.answer,
+                        item.usage,
                         {**item.turns, FEEDBACK: prompts.format_feedback(item.feedback)},
                         FEEDBACK,
-                        item.feedback.score,
+                        item.feedback.written_score,
                     )
                     for item in judged
                 ]
             if system == "expert":
                 step = "expert_feedback"
-                done = expert_feedback(pair, drafts, options, seeds(step), bench.progress)
-                feedbacks = [draft.expert_feedback or _NOTHING for draft in done]
+                experts = expert_feedback(pair, answered, options, seeds(step), bench.progress)
+                given: list[tuple[ExpertFeedback | StudentFeedback, float | None]] = [
+                    (one, one.feedback.written_score) for one in experts
+                ]
             else:
                 step = "student_feedback"
-                done = student_feedback(pair, drafts, options, seeds(step), bench.progress)
-                feedbacks = [draft.student_feedback for draft in done]
+                students = student_feedback(pair, answered, options, seeds(step), bench.progress)
+                given = [
+                    (one, one.head_score if by_head else one.feedback.written_score)
+                    for one in students
+                ]
             return [
                 trial(
                     setting,
-                    draft,
-                    {step: prompts.format_feedback(one)},
+                    one.answer,
+                    one.usage + found.usage,
+                    {step: prompts.format_feedback(found.feedback)},
                     step,
-                    draft.student_score if by_head else one.score,
+                    score,
                 )
-                for draft, one in zip(done, feedbacks, strict=True)
+                for one, (found, score) in zip(answered, given, strict=True)
             ]
 
         uses: Uses = "expert"
@@ -130,7 +143,7 @@ class Judging:
             "correct": named == question.first_error,
             "deserved": question.score,
             "score": given.score,
-            "written_score": feedback.score,
+            "written_score": feedback.written_score,
         }
 
     def measures(self, rows: Sequence[Rows]) -> list[Measure]:
@@ -169,14 +182,14 @@ def _where(mask: Sequence[float], values: Sequence[float]) -> list[float]:
     return [value if kept else math.nan for kept, value in zip(mask, values, strict=True)]
 
 
-def _draft(pair: Pair, question: Question) -> Draft:
+def _answered(pair: Pair, question: Question) -> Answered:
     """An answer as if the expert had given it."""
     tokenizer = pair.expert.tokenizer
     tokens = (
         *first_prompt(tokenizer, prompts.answer_prompt(question.problem.question)),
         *tokenizer.encode(question.answer, add_special_tokens=False),
     )
-    return Draft(
+    return Answered(
         question.problem,
         prompts.Answer(question.answer, None),
         Conversation(tokens),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, mcnemar, mean, paired_bootstrap
+from mlx_fd.runs.records import DifferenceRow
 from mlx_fd.runs.summary import wilson
 
 
@@ -65,7 +65,7 @@ class Known:
         return self.value
 
 
-def compare(first: Measure, second: Measure) -> dict[str, Any]:
+def compare(first: Measure, second: Measure) -> DifferenceRow:
     """The difference of two systems on the same problems.
 
     Returns:

@@ -19,7 +19,7 @@ from mlx_fd.evaluation.calibration import roc_auc
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
-from mlx_fd.feedback.episode import Draft, answer, feedback_request
+from mlx_fd.feedback.episode import Answered, Usage, answer, feedback_request
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.generation import Conversation, first_prompt, without_repeated_eos
 from mlx_fd.problems import Problem, parsing, prompts
@@ -70,8 +70,8 @@ class Solving:
         seeds = bench.seeds(batch, sample)
 
         def make(pair: Pair) -> list[Trial]:
-            drafts = [_draft(pair, *both) for both in zip(chunk, begun, strict=True)]
-            return found.run(bench.setting(pair, who), drafts, seeds, bench.progress)
+            answered = [_answered(pair, *both) for both in zip(chunk, begun, strict=True)]
+            return found.run(bench.setting(pair, who), answered, seeds, bench.progress)
 
         uses: list[Uses] = [by] if found.begins_with != "first" else ["expert"]
         uses += [found.amateur] if found.amateur else []
@@ -184,7 +184,7 @@ def _answers(
     }
 
     def make(pair: Pair) -> Rows:
-        drafts = answer(
+        answered = answer(
             pair.expert if by == "expert" else pair.student_lm,
             chunk,
             options,
@@ -195,19 +195,19 @@ def _answers(
         )
         return [
             {
-                "tokens": list(draft.answer.tokens),
-                "text": draft.answer.text,
-                "prefilled": draft.prefilled["answer"],
-                "seconds": draft.seconds["answer"],
-                "capped": list(draft.capped),
+                "tokens": list(one.answer.tokens),
+                "text": one.answer.text,
+                "prefilled": one.usage.prefilled["answer"],
+                "seconds": one.usage.seconds["answer"],
+                "capped": list(one.usage.capped),
             }
-            for draft in drafts
+            for one in answered
         ]
 
     return bench.rows(key, len(chunk), [by], make)
 
 
-def _draft(pair: Pair, problem: Problem, row: dict[str, Any]) -> Draft:
+def _answered(pair: Pair, problem: Problem, row: dict[str, Any]) -> Answered:
     """An answered problem, to go on from.
 
     Its keys and values are not kept, so every system reads the answer anew, whoever wrote it and
@@ -218,13 +218,15 @@ def _draft(pair: Pair, problem: Problem, row: dict[str, Any]) -> Draft:
     conversation = Conversation(
         (*first_prompt(tokenizer, prompts.answer_prompt(problem.question)), *tokens)
     )
-    return Draft(
+    return Answered(
         problem,
         prompts.Answer(row["text"], None, tokens),
         conversation,
         without_repeated_eos(conversation, feedback_request(tokenizer)),
-        tokens={"answer": len(tokens)},
-        prefilled={"answer": row["prefilled"]},
-        seconds={"answer": row["seconds"]},
-        capped=tuple(row["capped"]),
+        Usage(
+            {"answer": len(tokens)},
+            {"answer": row["prefilled"]},
+            {"answer": row["seconds"]},
+            tuple(row["capped"]),
+        ),
     )

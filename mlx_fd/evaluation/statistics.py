@@ -10,6 +10,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_fd.runs.records import EstimateRow
+
 Rows = NDArray[np.float64]
 RESAMPLES = 2000
 
@@ -23,9 +25,12 @@ class Estimate:
     high: float
     n: int
 
-    def to_json(self) -> dict[str, float | int | None]:
+    def to_json(self) -> EstimateRow:
         """For JSON, which has no NaN: ``None`` where there is no number."""
-        return {name: value if math.isfinite(value) else None for name, value in vars(self).items()}
+        value, low, high = (
+            found if math.isfinite(found) else None for found in (self.value, self.low, self.high)
+        )
+        return {"value": value, "low": low, "high": high, "n": self.n}
 
 
 def resample(

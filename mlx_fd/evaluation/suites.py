@@ -40,6 +40,7 @@ from mlx_fd.problems import prompts
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.manifest import versions
 from mlx_fd.runs.marks import EVALUATION, check_free
+from mlx_fd.runs.records import ComparisonRow, CostsRow, EvaluationFile, EvaluationSetRow, PairRow
 
 FAST, FULL = "fast", "full"
 FAST_LIMIT = 100
@@ -313,7 +314,7 @@ def make_bench(
 
 def evaluate(
     bench: Bench, sets: Sequence[Set], options: Options, folder: Path, report: Report
-) -> dict[str, Any]:
+) -> EvaluationFile:
     """Put every set before its systems and write the folder, which the caller has claimed.
 
     After a kill the same call goes on: batches that were done come out of the cache.
@@ -349,7 +350,7 @@ def evaluate(
                 for index, row in batch:
                     by_system[system][index].append(row)
         found.append(_results(one, by_system))
-    results = {
+    results: EvaluationFile = {
         "format": 1,
         "target": target.name,
         "suite": options.suite,
@@ -403,7 +404,7 @@ def _batches(
 # ---------------------------------------------------------------------------------------- results
 
 
-def _results(one: Set, by_system: dict[str, list[Rows]]) -> dict[str, Any]:
+def _results(one: Set, by_system: dict[str, list[Rows]]) -> EvaluationSetRow:
     """What the rows of a set add up to."""
     measures = {
         system: {measure.name: measure for measure in one.measures(rows)}
@@ -427,7 +428,7 @@ def _results(one: Set, by_system: dict[str, list[Rows]]) -> dict[str, Any]:
     }
 
 
-def _comparisons(measures: dict[str, dict[str, Measure | Known]]) -> list[dict[str, Any]]:
+def _comparisons(measures: dict[str, dict[str, Measure | Known]]) -> list[ComparisonRow]:
     """The first system against each other one; p corrected over all of them."""
     compared = {
         system: {
@@ -436,7 +437,7 @@ def _comparisons(measures: dict[str, dict[str, Measure | Known]]) -> list[dict[s
         for system, by_name in measures.items()
     }
     ours, *others = compared
-    comparisons = [
+    comparisons: list[PairRow] = [
         {
             "measure": name,
             "system": ours,
@@ -453,7 +454,7 @@ def _comparisons(measures: dict[str, dict[str, Measure | Known]]) -> list[dict[s
     ]
 
 
-def _costs(rows: Sequence[Rows]) -> dict[str, Any]:
+def _costs(rows: Sequence[Rows]) -> CostsRow:
     """Tokens and seconds of one attempt, as means over problems; ``cost`` has them bare."""
 
     def column(of: Callable[[dict[str, Any]], float]) -> Estimate:

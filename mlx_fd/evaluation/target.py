@@ -8,7 +8,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mlx_fd import runs
 from mlx_fd.config import Config, override, preset
@@ -32,6 +32,7 @@ from mlx_fd.models.student import (
 )
 from mlx_fd.runs.checked import read_checked
 from mlx_fd.runs.plan import Plan
+from mlx_fd.runs.records import Manifest
 
 if TYPE_CHECKING:
     from mlx_fd.feedback.pair import Pair
@@ -217,6 +218,7 @@ class Models:
         from mlx_fd.models.student import load_student
 
         target = self._target
+        # Nothing is run: there is no manifest to write.
         plan = Plan(
             config=target.config,
             expert_path=target.expert or target.student,
@@ -224,7 +226,7 @@ class Models:
             vocab=target.vocab,
             probe=(),
             problems=(),
-            manifest={},
+            manifest=cast(Manifest, {}),
             notes=(),
         )
         if target.adapter is not None:

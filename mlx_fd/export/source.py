@@ -18,6 +18,7 @@ from mlx_fd.models.resolve import parse_name
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS, read_arrays
 from mlx_fd.runs.checked import DIGEST, content_digest
+from mlx_fd.runs.records import Manifest
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -55,7 +56,7 @@ class Source:
     base: str
     on_hub: bool
     local: bool
-    manifest: dict[str, Any]
+    manifest: Manifest | dict[str, Any]
     summary: dict[str, Any]
 
 

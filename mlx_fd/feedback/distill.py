@@ -26,6 +26,7 @@ from mlx_fd.models import taps
 from mlx_fd.models.attention_taps import LOG_ZERO, log_attention
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, parameter_group
+from mlx_fd.runs.records import TopKRow
 
 _FLOAT16_SCALE = 1024.0
 Sums = dict[str, tuple[mx.array, float]]
@@ -297,7 +298,7 @@ def measure(
 
 def top_k_error(
     student: Student, samples: Sequence[Sample], options: LossOptions, vocab: int
-) -> dict[str, float | int | None]:
+) -> TopKRow:
     """What a top k of the expert's distributions leaves out, on some samples.
 
     Args:

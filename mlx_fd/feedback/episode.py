@@ -1,10 +1,14 @@
 """One episode of Online Feedback Distillation: its six steps, over a batch of problems.
 
 1. The expert answers.                         :func:`first_answers`
-2. Expert and student each give feedback.      :func:`student_feedback`, :func:`expert_feedback`
-3. The gate looks; 4. the student learns.      :mod:`.gate`, :mod:`.distill`
-5. The feedback is merged, expert first.       :func:`finish`
-6. The expert revises, criticises itself and gives the final answer.
+2. Student and expert each give feedback.      :func:`student_feedback`, :func:`expert_feedback`
+3. The gate decides who learns.                :mod:`.gate`
+4. The feedback is merged, expert first.       :func:`merge_and_revise`
+5. The expert revises, criticises itself and gives the final answer.
+6. The student learns.                         :mod:`.distill`
+
+After step 1 an episode is :class:`Answered`, after step 2 :class:`Judged`, after step 5
+:class:`Finished`; each holds the one before it.
 
 The expert's turns on a problem are one growing conversation, so each token is prefilled once. The
 student reads the same conversation up to the request for feedback, token for token.
@@ -15,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -50,69 +54,165 @@ from mlx_fd.problems.prompts import (
     merge_prompt,
     revise_prompt,
 )
+from mlx_fd.runs.records import AnswerRow, EpisodeRow, GateRow
 
-Progress = Callable[[str, int], None]
-"""Called with the step's name and the tokens just written."""
+OnTokens = Callable[[str, int], None]
+"""Called with the step's name and how many tokens were just written or learned from."""
 
 
 @dataclass(frozen=True)
-class Draft:
-    """An episode under way, after step 2.
+class Usage:
+    """What steps of an episode took, each by the step's name.
 
     Attributes:
-        problem: the problem.
-        answer: the first answer, the expert's unless ``answers_by`` says otherwise.
-        after_answer: the expert's conversation up to and with that answer.
-        request: tokens of the request for feedback, as they follow the answer.
-        student_feedback: its text, the score parsed from it, and its tokens.
-        student_score: its score head's score in (-1, 1), read where ``score_at`` says; ``None``:
-            it has no opinion.
-        expert_feedback: ``None`` where the student stands alone.
-        after_feedback: the expert's conversation up to and with its feedback.
-        tokens: tokens written, by step.
-        prefilled: tokens read, by step.
-        seconds: this problem's share of each step's time.
+        tokens: tokens written.
+        prefilled: tokens read.
+        seconds: this problem's share of the batch's time.
         capped: steps that ended at the token limit.
     """
 
-    problem: Problem
-    answer: Answer
-    after_answer: Conversation
-    request: tuple[int, ...] = ()
-    student_feedback: Feedback = field(default_factory=lambda: Feedback("", None, ()))
-    student_score: float | None = 0.0
-    expert_feedback: Feedback | None = None
-    after_feedback: Conversation | None = None
     tokens: dict[str, int] = field(default_factory=dict)
     prefilled: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     capped: tuple[str, ...] = ()
 
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        """All tokens that both models read before they write their feedback."""
-        return (*self.after_answer.tokens, *self.request)
+    def __add__(self, other: Usage) -> Usage:
+        """The steps of both, this one's first; a step is in one of them only."""
+        return Usage(
+            {**self.tokens, **other.tokens},
+            {**self.prefilled, **other.prefilled},
+            {**self.seconds, **other.seconds},
+            (*self.capped, *other.capped),
+        )
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The end of an episode, after step 6.
+class Answered:
+    """An episode after step 1.
 
     Attributes:
-        draft: steps 1 and 2, with the counts of all steps.
+        problem: the problem.
+        answer: the first answer, the expert's unless ``answers_by`` says otherwise.
+        conversation: the expert's conversation up to and with that answer.
+        request: tokens of the request for feedback, as they follow the answer.
+        usage: of the answer.
+    """
+
+    problem: Problem
+    answer: Answer
+    conversation: Conversation
+    request: tuple[int, ...]
+    usage: Usage = field(default_factory=Usage)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """All tokens that both models read before they write their feedback."""
+        return (*self.conversation.tokens, *self.request)
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the first answer is right."""
+        return is_correct(self.answer.final, self.problem)
+
+
+@dataclass(frozen=True)
+class StudentFeedback:
+    """What the student says of an answer.
+
+    Attributes:
+        feedback: its text, the score written in it, and its tokens.
+        head_score: its score head's score in (-1, 1), read where ``score_at`` says; ``None``: it
+            has no trained head.
+        usage: of the feedback.
+    """
+
+    feedback: Feedback
+    head_score: float | None
+    usage: Usage = field(default_factory=Usage)
+
+    @property
+    def score(self) -> float | None:
+        """The score that counts in the combined one: the head's, else the written one."""
+        return self.feedback.written_score if self.head_score is None else self.head_score
+
+
+@dataclass(frozen=True)
+class ExpertFeedback:
+    """What the expert says of an answer.
+
+    Attributes:
+        feedback: its text, the score written in it, and its tokens.
+        conversation: the expert's conversation up to and with it.
+        usage: of the feedback.
+    """
+
+    feedback: Feedback
+    conversation: Conversation
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An episode after step 2.
+
+    Attributes:
+        answered: the episode after step 1.
+        student: the student's feedback.
+        expert: the expert's; ``None`` where the student stands alone.
+    """
+
+    answered: Answered
+    student: StudentFeedback
+    expert: ExpertFeedback | None
+
+    @property
+    def problem(self) -> Problem:
+        """The episode's problem."""
+        return self.answered.problem
+
+    @property
+    def conversation(self) -> Conversation:
+        """The expert's conversation so far."""
+        return self.expert.conversation if self.expert else self.answered.conversation
+
+    @property
+    def usage(self) -> Usage:
+        """Of steps 1 and 2."""
+        found = self.answered.usage + self.student.usage
+        return found + self.expert.usage if self.expert else found
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of an episode, after step 5.
+
+    Attributes:
+        judged: the episode after step 2.
         score: the combined score, ``None`` where neither model gave one.
         merged: the feedback that the revision follows; empty where none was needed.
         revised: the revised answer's text; empty where the first answer was good enough.
-        critique: the expert's critique of its revision.
+        critique: the expert's critique of its revision; empty likewise.
         final: the final answer.
+        usage: of all steps.
     """
 
-    draft: Draft
+    judged: Judged
     score: float | None
     merged: str
     revised: str
     critique: str
     final: Answer
+    usage: Usage
+
+    @property
+    def problem(self) -> Problem:
+        """The episode's problem."""
+        return self.judged.problem
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the final answer is right."""
+        return is_correct(self.final.final, self.problem)
 
 
 def combined_score(expert: float | None, student: float | None, weight: float) -> float | None:
@@ -133,32 +233,31 @@ def derive_seed(seed: int, batch: int, step: str) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def write(
+def generate_step(
     loaded: Loaded,
-    drafts: Sequence[Draft],
     step: str,
     conversations: Sequence[Conversation],
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
+    on_tokens: OnTokens,
+    *,
     reuse: bool,
-    progress: Progress,
     keep: bool = True,
-) -> tuple[list[Draft], list[Turn]]:
-    """One step: a turn in each conversation, and the drafts with its counts.
+) -> tuple[list[Turn], list[Usage]]:
+    """One step: a turn in each conversation.
 
     Args:
         loaded: who writes.
-        drafts: what the counts are added to.
         step: the step's name.
         conversations: what was said so far.
         prompts: the new tokens of each.
         sampling: how to draw.
+        on_tokens: called for every token.
         reuse: go on from the conversations' caches.
-        progress: told of every token.
         keep: keep the caches, to go on from the turns.
 
     Returns:
-        The drafts and the turns, in order.
+        The turns and what each took, in order.
     """
     begin = time.perf_counter()
     turns = generate(
@@ -168,19 +267,18 @@ def write(
         sampling,
         reuse=reuse,
         keep=keep,
-        on_token=lambda count: progress(step, count),
+        on_token=lambda count: on_tokens(step, count),
     )
     share = (time.perf_counter() - begin) / max(len(turns), 1)
-    return [
-        dataclasses.replace(
-            draft,
-            tokens={**draft.tokens, step: len(turn.tokens)},
-            prefilled={**draft.prefilled, step: turn.prefilled},
-            seconds={**draft.seconds, step: draft.seconds.get(step, 0.0) + share},
-            capped=draft.capped if turn.finished else (*draft.capped, step),
+    return turns, [
+        Usage(
+            {step: len(turn.tokens)},
+            {step: turn.prefilled},
+            {step: share},
+            () if turn.finished else (step,),
         )
-        for draft, turn in zip(drafts, turns, strict=True)
-    ], turns
+        for turn in turns
+    ]
 
 
 def read_answer(turn: Turn, options: GenerationOptions) -> Answer:
@@ -194,11 +292,11 @@ def answer(
     problems: Sequence[Problem],
     options: GenerationOptions,
     seed: int,
-    progress: Progress,
+    on_tokens: OnTokens,
     *,
     temperature: float | None = None,
     keep: bool = True,
-) -> list[Draft]:
+) -> list[Answered]:
     """Step 1: answers to the problems, by the expert (or, for comparison, another model).
 
     Args:
@@ -206,35 +304,33 @@ def answer(
         problems: the problems.
         options: token limit and sampling.
         seed: of the draws.
-        progress: told of every token.
+        on_tokens: called for every token.
         temperature: ``None``: that of first answers.
         keep: keep the caches, to go on from the answers.
     """
-    blank = [Draft(p, Answer("", None, ()), Conversation()) for p in problems]
-    prompts = [first_prompt(loaded.tokenizer, answer_prompt(p.question)) for p in problems]
     sampling = sampling_for(options, "answer", seed)
     if temperature is not None:
         sampling = dataclasses.replace(sampling, temperature=temperature)
-    drafts, turns = write(
+    turns, usages = generate_step(
         loaded,
-        blank,
         "answer",
         [Conversation()] * len(problems),
-        prompts,
+        [first_prompt(loaded.tokenizer, answer_prompt(p.question)) for p in problems],
         sampling,
-        not options.sequential,
-        progress,
+        on_tokens,
+        reuse=not options.sequential,
         keep=keep,
     )
     request = feedback_request(loaded.tokenizer)
     return [
-        dataclasses.replace(
-            draft,
-            answer=read_answer(turn, options),
-            after_answer=turn.conversation,
-            request=without_repeated_eos(turn.conversation, request),
+        Answered(
+            problem,
+            read_answer(turn, options),
+            turn.conversation,
+            without_repeated_eos(turn.conversation, request),
+            usage,
         )
-        for draft, turn in zip(drafts, turns, strict=True)
+        for problem, turn, usage in zip(problems, turns, usages, strict=True)
     ]
 
 
@@ -243,19 +339,20 @@ def first_answers(
     problems: Sequence[Problem],
     options: GenerationOptions,
     seed: int,
-    progress: Progress,
-) -> list[Draft]:
+    on_tokens: OnTokens,
+) -> list[Answered]:
     """Step 1: the answers that are judged, by the model that ``answers_by`` names.
 
     What the student answers stands in the expert's conversation as if the expert had said it.
     """
     if options.answers_by == "expert":
-        return answer(pair.expert, problems, options, seed, progress)
-    drafts = answer(pair.student_lm, problems, options, seed, progress, keep=False)
-    return [
-        dataclasses.replace(draft, after_answer=Conversation(draft.after_answer.tokens))
-        for draft in drafts
-    ]
+        return answer(pair.expert, problems, options, seed, on_tokens)
+    answered = answer(pair.student_lm, problems, options, seed, on_tokens, keep=False)
+    return [_without_cache(one) for one in answered]
+
+
+def _without_cache(answered: Answered) -> Answered:
+    return dataclasses.replace(answered, conversation=Conversation(answered.conversation.tokens))
 
 
 def feedback_request(tokenizer: Any, prompt: str = "") -> tuple[int, ...]:
@@ -299,252 +396,279 @@ def head_score(
 
 def student_feedback(
     pair: Pair,
-    drafts: Sequence[Draft],
+    answered: Sequence[Answered],
     options: GenerationOptions,
     seed: int,
-    progress: Progress,
-) -> list[Draft]:
+    on_tokens: OnTokens,
+) -> list[StudentFeedback]:
     """Step 2, the student's half: its feedback, and its score head's score."""
-    read, conversations, states = [], [], []
-    for draft in drafts:
+    conversations, states, reading = [], [], []
+    for one in answered:
         begin = time.perf_counter()
         hidden, before = prefill(
-            pair.student_lm, Conversation(), draft.prompt, reuse=not options.sequential
+            pair.student_lm, Conversation(), one.prompt, reuse=not options.sequential
         )
         conversations.append(before)
         states.append(hidden)
-        read.append(
-            dataclasses.replace(
-                draft,
-                seconds={**draft.seconds, "student_feedback": time.perf_counter() - begin},
-            )
-        )
+        reading.append(time.perf_counter() - begin)
     sampling = sampling_for(options, "student_feedback", seed)
-    done, turns = write(
+    step = "student_feedback"
+    turns, usages = generate_step(
         pair.student_lm,
-        read,
-        "student_feedback",
+        step,
         conversations,
-        [draft.prompt[-1:] for draft in read],
+        [one.prompt[-1:] for one in answered],
         sampling,
-        not options.sequential,
-        progress,
+        on_tokens,
+        reuse=not options.sequential,
         keep=False,
     )
     return [
-        dataclasses.replace(
-            draft,
-            student_feedback=parsed(turn),
-            student_score=head_score(
-                pair.student, pair.student_lm, hidden, before, draft.prompt, turn
+        StudentFeedback(
+            parsed(turn),
+            head_score(pair.student, pair.student_lm, hidden, before, one.prompt, turn),
+            dataclasses.replace(
+                usage,
+                prefilled={step: len(one.prompt)},
+                seconds={step: usage.seconds[step] + seconds},
             ),
-            prefilled={**draft.prefilled, "student_feedback": len(draft.prompt)},
         )
-        for draft, turn, hidden, before in zip(done, turns, states, conversations, strict=True)
+        for one, turn, usage, hidden, before, seconds in zip(
+            answered, turns, usages, states, conversations, reading, strict=True
+        )
     ]
 
 
 def expert_feedback(
     pair: Pair,
-    drafts: Sequence[Draft],
+    answered: Sequence[Answered],
     options: GenerationOptions,
     seed: int,
-    progress: Progress,
-) -> list[Draft]:
-    """Step 2, the expert's half: its feedback, and the score parsed from it."""
+    on_tokens: OnTokens,
+) -> list[ExpertFeedback]:
+    """Step 2, the expert's half: its feedback, and the score written in it."""
     sampling = sampling_for(options, "expert_feedback", seed)
-    done, turns = write(
+    turns, usages = generate_step(
         pair.expert,
-        list(drafts),
         "expert_feedback",
-        [draft.after_answer for draft in drafts],
-        [draft.request for draft in drafts],
+        [one.conversation for one in answered],
+        [one.request for one in answered],
         sampling,
-        not options.sequential,
-        progress,
+        on_tokens,
+        reuse=not options.sequential,
     )
     return [
-        dataclasses.replace(
-            draft,
-            expert_feedback=parsed(turn),
-            # The longer conversation's cache holds all of the shorter one's.
-            after_answer=Conversation(draft.after_answer.tokens),
-            after_feedback=turn.conversation,
-        )
-        for draft, turn in zip(done, turns, strict=True)
+        ExpertFeedback(parsed(turn), turn.conversation, usage)
+        for turn, usage in zip(turns, usages, strict=True)
+    ]
+
+
+def judge(
+    answered: Sequence[Answered],
+    students: Sequence[StudentFeedback],
+    experts: Mapping[int, ExpertFeedback],
+) -> list[Judged]:
+    """Episodes with the feedback that was given on them.
+
+    Args:
+        answered: after step 1.
+        students: the student's feedback on each.
+        experts: the expert's by index, where it was asked.
+    """
+    return [
+        # The cache of the conversation with the feedback holds all of the one without it.
+        Judged(_without_cache(one) if index in experts else one, student, experts.get(index))
+        for index, (one, student) in enumerate(zip(answered, students, strict=True))
     ]
 
 
 def expert_turn(
     pair: Pair,
-    drafts: Sequence[Draft],
     step: str,
     before: Sequence[Conversation],
     requests: Sequence[tuple[int, ...]],
     role: str,
     options: GenerationOptions,
     seed: int,
-    progress: Progress,
+    on_tokens: OnTokens,
+    *,
     keep: bool = True,
-) -> tuple[list[Draft], list[Turn]]:
+) -> tuple[list[Turn], list[Usage]]:
     """One more turn of the expert in each conversation.
 
     Args:
         pair: the models; only the expert writes.
-        drafts: what the step's counts are added to.
         step: the step's name.
         before: the expert's conversations.
         requests: tokens of what it is asked, as :func:`mlx_fd.models.generation.followup_prompt`
-        gives them.
+            gives them.
         role: the step of :func:`mlx_fd.models.generation.sampling_for` that it is drawn like.
         options: token limits and sampling.
         seed: of the draws.
-        progress: told of every token.
+        on_tokens: called for every token.
         keep: keep the caches, to go on from the turns.
 
     Returns:
-        The drafts and the turns, in order.
+        The turns and what each took, in order.
     """
     prompts = [
-        without_repeated_eos(conversation, asked)
-        for conversation, asked in zip(before, requests, strict=True)
+        without_repeated_eos(conversation, request)
+        for conversation, request in zip(before, requests, strict=True)
     ]
     sampling = sampling_for(options, role, seed)
-    reuse = not options.sequential
-    return write(pair.expert, drafts, step, before, prompts, sampling, reuse, progress, keep)
+    return generate_step(
+        pair.expert,
+        step,
+        before,
+        prompts,
+        sampling,
+        on_tokens,
+        reuse=not options.sequential,
+        keep=keep,
+    )
 
 
-def finish(
+def _score(judged: Judged, student_weight: float) -> float | None:
+    if judged.expert is None:
+        return judged.student.score
+    # An expert whose score cannot be read is not overruled by the student that learns from it.
+    if judged.expert.feedback.written_score is None:
+        return None
+    return combined_score(
+        judged.expert.feedback.written_score, judged.student.score, student_weight
+    )
+
+
+def merge_and_revise(
     pair: Pair,
-    drafts: Sequence[Draft],
+    judged: Sequence[Judged],
     options: GenerationOptions,
     episode: EpisodeOptions,
     seeds: Callable[[str], int],
-    progress: Progress,
-) -> list[Outcome]:
-    """Steps 5 and 6: merge, revise, criticise, final answer.
+    on_tokens: OnTokens,
+) -> list[Finished]:
+    """Steps 4 and 5: merge, revise, criticise, final answer.
 
     An answer whose combined score reaches ``target_score`` is left as it is.
 
     Args:
         pair: the models; only the expert writes here.
-        drafts: after step 2.
+        judged: episodes after step 2.
         options: token limits and sampling.
         episode: the target score and the student's weight in the combined score.
         seeds: step name to the seed of its draws.
-        progress: told of every token.
+        on_tokens: called for every token.
 
     Returns:
-        One outcome for each draft, in order.
+        One finished episode for each, in order.
     """
-    outcomes: dict[int, Outcome] = {}
-    open_drafts: list[tuple[int, Draft, float | None]] = []
-    for place, draft in enumerate(drafts):
-        expert_score = draft.expert_feedback.score if draft.expert_feedback else None
-        # An expert whose score cannot be read is not overruled by the student that learns from it.
-        unread = draft.expert_feedback is not None and expert_score is None
-        student_score = None if unread else draft.student_score
-        score = combined_score(expert_score, student_score, episode.student_weight)
+    finished: dict[int, Finished] = {}
+    scores = [_score(one, episode.student_weight) for one in judged]
+    for index, (one, score) in enumerate(zip(judged, scores, strict=True)):
         if score is not None and score >= episode.target_score:
-            outcomes[place] = Outcome(draft, score, "", "", "", draft.answer)
-        else:
-            open_drafts.append((place, draft, score))
+            finished[index] = Finished(one, score, "", "", "", one.answered.answer, one.usage)
+    wanting = [index for index in range(len(judged)) if index not in finished]
+    todo = [judged[index] for index in wanting]
+    before = [one.conversation for one in todo]
+    usages = [one.usage for one in todo]
 
-    def turn_of(
-        step: str,
-        todo: list[Draft],
-        before: list[Conversation],
-        messages: list[str],
-        keep: bool = True,
-    ) -> tuple[list[Draft], list[Turn]]:
-        requests = [followup_prompt(pair.expert.tokenizer, text) for text in messages]
-        return expert_turn(
-            pair, todo, step, before, requests, step, options, seeds(step), progress, keep
+    def take_turn(step: str, which: Sequence[int], messages: Sequence[str]) -> list[Turn]:
+        """A turn in some of the open conversations, which go on from it."""
+        turns, added = expert_turn(
+            pair,
+            step,
+            [before[place] for place in which],
+            [followup_prompt(pair.expert.tokenizer, text) for text in messages],
+            step,
+            options,
+            seeds(step),
+            on_tokens,
+            keep=step != "final",
         )
+        # Each step's conversations take the place of the last one's, whose caches are let go.
+        for place, turn, usage in zip(which, turns, added, strict=True):
+            before[place] = turn.conversation
+            usages[place] = usages[place] + usage
+        return turns
 
-    todo = [draft for _, draft, _ in open_drafts]
-    before = [draft.after_feedback or draft.after_answer for draft in todo]
-    # Where the expert gave feedback it stands in the conversation, and need not be said again.
-    expert_texts = [draft.expert_feedback.text if draft.expert_feedback else "" for draft in todo]
-    student_texts = [draft.student_feedback.text for draft in todo]
-    revision_requests = [
-        "" if own else other for own, other in zip(expert_texts, student_texts, strict=True)
-    ]
-    feedback = [own or other for own, other in zip(expert_texts, student_texts, strict=True)]
-    merging = [
-        place
-        for place, draft in enumerate(todo)
-        if draft.expert_feedback
-        and parsing.needs_merge(draft.expert_feedback, draft.student_feedback)
-    ]
-    merged, turns = turn_of(
+    merged = [(one.expert or one.student).feedback.text for one in todo]
+    merging = {
+        place: (one.expert.feedback, one.student.feedback)
+        for place, one in enumerate(todo)
+        if one.expert and parsing.needs_merge(one.expert.feedback, one.student.feedback)
+    }
+    turns = take_turn(
         "merge",
-        [todo[place] for place in merging],
-        [before[place] for place in merging],
-        [_merge_message(todo[place]) for place in merging],
+        list(merging),
+        [merge_prompt(expert, student) for expert, student in merging.values()],
     )
-    for place, draft, turn in zip(merging, merged, turns, strict=True):
-        todo[place], before[place], feedback[place] = draft, turn.conversation, turn.text
+    for place, turn in zip(merging, turns, strict=True):
+        merged[place] = turn.text
 
-    # Each step's conversations take the place of the last one's, whose caches are let go.
-    written: dict[str, list[str]] = {}
-    for step, messages in (
-        ("revise", [revise_prompt(text) for text in revision_requests]),
-        ("critique", [critique_prompt()] * len(todo)),
-        ("final", [final_prompt()] * len(todo)),
-    ):
-        todo, turns = turn_of(step, todo, before, messages, keep=step != "final")
-        before = [turn.conversation for turn in turns]
-        written[step] = [turn.text for turn in turns]
-    for (place, _, score), draft, text, revised, critique, turn in zip(
-        open_drafts, todo, feedback, written["revise"], written["critique"], turns, strict=True
-    ):
-        final = read_answer(turn, options)
-        outcomes[place] = Outcome(draft, score, text, revised, critique, final)
-    return [outcomes[place] for place in range(len(drafts))]
-
-
-def _merge_message(draft: Draft) -> str:
-    assert draft.expert_feedback is not None
-    return merge_prompt(draft.expert_feedback, draft.student_feedback)
+    everyone = range(len(todo))
+    # Where the expert gave feedback it stands in the conversation, and need not be said again.
+    requests = [
+        "" if one.expert and one.expert.feedback.text else one.student.feedback.text for one in todo
+    ]
+    revised = take_turn("revise", everyone, [revise_prompt(text) for text in requests])
+    critiques = take_turn("critique", everyone, [critique_prompt()] * len(todo))
+    finals = take_turn("final", everyone, [final_prompt()] * len(todo))
+    for place, index in enumerate(wanting):
+        finished[index] = Finished(
+            judged[index],
+            scores[index],
+            merged[place],
+            revised[place].text,
+            critiques[place].text,
+            read_answer(finals[place], options),
+            usages[place],
+        )
+    return [finished[index] for index in range(len(judged))]
 
 
 def _number(value: Fraction | None) -> str | None:
     return None if value is None else str(value)
 
 
-def to_json(outcome: Outcome, index: int, gate: dict[str, Any]) -> dict[str, Any]:
+def _answer_row(given: Answer) -> AnswerRow:
+    return {"text": given.text, "final": _number(given.final)}
+
+
+def episode_row(finished: Finished, index: int, gate: GateRow) -> EpisodeRow:
     """An episode as one line of ``episodes.jsonl``.
 
     Args:
-        outcome: the episode.
+        finished: the episode.
         index: its place in the run, from 0.
         gate: what the gate decided, and the losses before and after the update.
     """
-    draft = outcome.draft
-    expert, student = draft.expert_feedback, draft.student_feedback
+    judged, usage = finished.judged, finished.usage
+    answered, student = judged.answered, judged.student
+    expert = judged.expert.feedback if judged.expert else None
     return {
         "episode": index,
-        "id": draft.problem.id,
-        "question": draft.problem.question,
-        "reference": _number(draft.problem.answer),
-        "answer": {"text": draft.answer.text, "final": _number(draft.answer.final)},
-        "expert_feedback": expert and {"text": expert.text, "score": expert.score},
+        "id": finished.problem.id,
+        "question": finished.problem.question,
+        "reference": _number(finished.problem.answer),
+        "answer": _answer_row(answered.answer),
+        "expert_feedback": None
+        if expert is None
+        else {"text": expert.text, "written_score": expert.written_score},
         "student_feedback": {
-            "text": student.text,
-            "score": draft.student_score,
-            "written_score": student.score,
+            "text": student.feedback.text,
+            "head_score": student.head_score,
+            "written_score": student.feedback.written_score,
         },
         "gate": gate,
-        "score": outcome.score,
-        "merged": outcome.merged,
-        "revised": outcome.revised,
-        "critique": outcome.critique,
-        "final": {"text": outcome.final.text, "final": _number(outcome.final.final)},
-        "correct_before": is_correct(draft.answer.final, draft.problem),
-        "correct_after": is_correct(outcome.final.final, draft.problem),
-        "tokens": draft.tokens,
-        "prefilled": draft.prefilled,
-        "capped": list(draft.capped),
-        "seconds": {step: round(value, 3) for step, value in draft.seconds.items()},
+        "score": finished.score,
+        "merged": finished.merged,
+        "revised": finished.revised,
+        "critique": finished.critique,
+        "final": _answer_row(finished.final),
+        "correct_before": answered.is_correct,
+        "correct_after": finished.is_correct,
+        "tokens": usage.tokens,
+        "prefilled": usage.prefilled,
+        "capped": list(usage.capped),
+        "seconds": {step: round(value, 3) for step, value in usage.seconds.items()},
     }

@@ -38,7 +38,7 @@ Vector = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchLosses:
     """What is remembered of a batch key: its first losses and its moving baseline."""
 
     first: Vector
@@ -64,13 +64,13 @@ class PublishedState:
     thresholds: Vector = field(default_factory=dict)
     previous: Vector = field(default_factory=dict)
     weights: Vector = field(default_factory=dict)
-    batches: dict[str, Batch] = field(default_factory=dict)
+    batches: dict[str, BatchLosses] = field(default_factory=dict)
     rung: int = 0
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PublishedState:
         """What :func:`dataclasses.asdict` gave, also after a trip through JSON text."""
-        batches = {key: Batch(**batch) for key, batch in value["batches"].items()}
+        batches = {key: BatchLosses(**batch) for key, batch in value["batches"].items()}
         return cls(**{**value, "window": tuple(value["window"]), "batches": batches})
 
 
@@ -134,8 +134,8 @@ def update_weights(
         return state, False, False
     if not state.window:
         return _begin(state, losses), False, False
-    batch = state.batches.get(key, Batch(first=losses, baseline=state.baseline))
-    batch = Batch(
+    batch = state.batches.get(key, BatchLosses(first=losses, baseline=state.baseline))
+    batch = BatchLosses(
         first={**losses, **batch.first},
         baseline={
             **batch.baseline,

@@ -143,7 +143,7 @@ def give_feedback(name: str, problem: str, answer: str, max_tokens: int) -> dict
         score = {}
     else:
         score = {"score": round(head_score(student, loaded, hidden, before, prompt, turn), 4)}
-    return {**score, "written_score": written.score, "feedback": written.text}
+    return {**score, "written_score": written.written_score, "feedback": written.text}
 
 
 def _check_length(model: Path, problem: str, answer: str, max_tokens: int) -> None:

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_fd.config import LossOptions
-from mlx_fd.feedback.episode import Draft
+from mlx_fd.feedback.episode import Judged
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.losses.answer import answer_mask, answer_span, token_spans
@@ -30,6 +30,7 @@ from mlx_fd.models.backend import backend
 from mlx_fd.models.fingerprint import content_hash
 from mlx_fd.models.generation import Conversation, first_prompt, forward_with_cache, rewind
 from mlx_fd.problems import prompts
+from mlx_fd.runs.records import SampleRow
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,19 @@ class Sample:
     answer: tuple[bool, ...] = ()
     steps: tuple[float, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> SampleRow:
         """All but what the expert says."""
         return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name != "expert"
+            "prompt": list(self.prompt),
+            "target": list(self.target),
+            "expert_score": self.expert_score,
+            "on_policy": self.on_policy,
+            "answer": list(self.answer),
+            "steps": list(self.steps),
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], expert: TeacherOutputs) -> Sample:
+    def from_json(cls, value: SampleRow, expert: TeacherOutputs) -> Sample:
         """What :meth:`to_json` gave, also after a trip through JSON text.
 
         Raises:
@@ -235,7 +239,7 @@ def _compared_heads(log_attention: mx.array, n_student: int, options: LossOption
 
 def sample_of(
     pair: Pair,
-    draft: Draft,
+    judged: Judged,
     options: LossOptions,
     *,
     on_policy: bool = False,
@@ -245,18 +249,17 @@ def sample_of(
 
     Args:
         pair: only the expert reads; the student says how many layers and heads it needs.
-        draft: after step 2 of the episode.
+        judged: an episode after step 2, with the expert's feedback.
         options: what of the expert is wanted.
         on_policy: learn from the student's own feedback, read by the expert.
         cache: as for :func:`read_text`.
     """
-    assert draft.expert_feedback is not None and draft.after_feedback is not None
-    feedback = draft.student_feedback if on_policy else draft.expert_feedback
-    before = rewind(draft.after_feedback, len(draft.prompt) - 1)
-    reading = read_text(pair, before, draft.prompt, feedback.tokens, options, cache)
-    return Sample(
-        draft.prompt, feedback.tokens, reading, draft.expert_feedback.score, on_policy=on_policy
-    )
+    assert judged.expert is not None
+    prompt, expert = judged.answered.prompt, judged.expert.feedback
+    feedback = judged.student.feedback if on_policy else expert
+    before = rewind(judged.conversation, len(prompt) - 1)
+    reading = read_text(pair, before, prompt, feedback.tokens, options, cache)
+    return Sample(prompt, feedback.tokens, reading, expert.written_score, on_policy=on_policy)
 
 
 def solution_of(

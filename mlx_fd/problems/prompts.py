@@ -27,12 +27,12 @@ class Feedback:
 
     Attributes:
         text: the paragraph, without labels and score.
-        score: in [-1, 1]; ``None`` where none could be read.
+        written_score: in [-1, 1]; ``None`` where none could be read.
         tokens: ids of the generated tokens, labels and score included.
     """
 
     text: str
-    score: float | None
+    written_score: float | None
     tokens: tuple[int, ...] = ()
 
 
@@ -49,9 +49,9 @@ def format_feedback(feedback: Feedback) -> str:
     Args:
         feedback: the score is written with at most four decimals, and left out where ``None``.
     """
-    if feedback.score is None:
+    if feedback.written_score is None:
         return f"Feedback: {feedback.text}"
-    score = f"{feedback.score:.4f}".rstrip("0").rstrip(".")
+    score = f"{feedback.written_score:.4f}".rstrip("0").rstrip(".")
     return f"Score: {'0' if score == '-0' else score}\nFeedback: {feedback.text}"
 
 

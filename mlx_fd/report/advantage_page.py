@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mlx_fd.evaluation.statistics import Estimate
 from mlx_fd.report.rendering import render
-from mlx_fd.report.tables import Cell, Row, Table, table
+from mlx_fd.report.tables import Cell, Table, TableRow, table
 from mlx_fd.training.selfdistill.advantage import AFTER, BEFORE, IN, PARTS, RIGHT, Scored, Summary
 from mlx_fd.training.selfdistill.contexts import describe
 
@@ -87,7 +87,7 @@ def _interval(found: Estimate, form: str) -> Cell:
 
 
 def _table(rows: Sequence[Summary]) -> Table:
-    lines: list[Row] = [
+    lines: list[TableRow] = [
         (
             row.context,
             Cell(str(row.attempts or "no attempt"), f"{row.wrong} wrong"),

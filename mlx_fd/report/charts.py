@@ -17,6 +17,7 @@ from mlx_fd.report.run import Run
 from mlx_fd.report.tables import STEP_NAMES, losses_table, measures_of, steps_table
 from mlx_fd.report.theme import PAGE
 from mlx_fd.runs.labels import EXAM_NAMES
+from mlx_fd.runs.records import EpisodeRow, ShareRow
 from mlx_fd.runs.self_distillation_summary import WRONG
 
 # What gains, where its name alone does not say it.
@@ -87,7 +88,7 @@ def _loss_says(runs: Sequence[Run], loss: str) -> str:
 
 def weight_figure(run: Run) -> Figure | None:
     """What each loss counted, by batch."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"batch": row["batch"] + 1, "loss": name, "weight": value}
         for row in run.metrics
         for name, value in row["weights"].items()
@@ -182,7 +183,7 @@ def no_gains(run: Run) -> str:
 _DECISIONS = ("learned from", "not learned from", "student alone")
 
 
-def _decision(row: Mapping[str, Any]) -> str:
+def _decision(row: EpisodeRow) -> str:
     if not row["expert_feedback"]:
         return _DECISIONS[2]
     return _DECISIONS[0] if row["gate"]["distilled"] else _DECISIONS[1]
@@ -192,7 +193,7 @@ def decision_figure(run: LoopRun) -> Figure | None:
     """What the gate decided for the episodes."""
     if not run.episodes:
         return None
-    rows = []
+    rows: list[dict[str, Any]] = []
     for chunk in draw.binned(run.episodes):
         below = 0
         for name in _DECISIONS:
@@ -236,33 +237,37 @@ def accuracy_figure(runs: Sequence[LoopRun]) -> Figure | None:
         " ".join(_accuracy_says(run, len(runs) > 1) for run in runs),
         {run.name: run.episodes for run in runs},
         "episode",
-        {"first answers": "correct_before", "final answers": "correct_after"},
+        lambda row: row["episode"],
+        {
+            "first answers": lambda row: row["correct_before"],
+            "final answers": lambda row: row["correct_after"],
+        },
     )
 
 
 def _accuracy_says(run: LoopRun, several: bool) -> str:
-    def share(name: str) -> str:
-        value = run.totals["accuracy"][name]
+    def share(value: ShareRow) -> str:
         return f"{value['right'] / value['n']:.1%}" if value["n"] else "-"
 
     whose = f"{run.name}: " if several else "Over all: "
-    first, final = share("first_answers"), share("final_answers")
+    accuracy = run.totals["accuracy"]
+    first, final = share(accuracy["first_answers"]), share(accuracy["final_answers"])
     return f"{whose}{first} of the first, {final} of the final answers."
 
 
-def exam_figure(runs: Sequence[Run]) -> Figure | None:
+def exam_figure(runs: Sequence[LoopRun]) -> Figure | None:
     """The examination before and after, with intervals."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "run": run.name,
             "measure": _exam_name(name),
             "when": when,
-            **{key: sides[side][key] for key in ("value", "low", "high", "n")},
+            **found,
         }
         for run in runs
         for name, sides in run.totals.get("exam", {}).items()
-        for side, when in (("before", "before"), ("after", "after"))
-        if sides[side]["value"] is not None
+        for when, found in (("before", sides["before"]), ("after", sides["after"]))
+        if found["value"] is not None
     ]
     if not rows:
         return None
@@ -303,14 +308,14 @@ def _exam_name(name: str) -> str:
     return EXAM_NAMES.get(name, name).removeprefix("exam: ")
 
 
-def budget_figures(runs: Sequence[Run]) -> list[Figure]:
+def budget_figures(runs: Sequence[LoopRun]) -> list[Figure]:
     """Tokens and seconds by step."""
-    kinds = {"tokens": "written", "prefilled": "read first (prefilled)"}
+    written, read = "written", "read first (prefilled)"
     tokens = [
         {"run": run.name, "step": STEP_NAMES.get(step, step), "kind": kind, "value": value}
         for run in runs
-        for key, kind in kinds.items()
-        for step, value in run.totals[key].items()
+        for kind, by_step in ((written, run.totals["tokens"]), (read, run.totals["prefilled"]))
+        for step, value in by_step.items()
     ]
     tokens += [
         {"run": run.name, "step": STEP_NAMES["distil"], "kind": "learned from", "value": n}
@@ -325,7 +330,7 @@ def budget_figures(runs: Sequence[Run]) -> list[Figure]:
     ]
     figures = []
     if tokens:
-        chart = draw.bars(runs, tokens, [*kinds.values(), "learned from"], "tokens")
+        chart = draw.bars(runs, tokens, [written, read, "learned from"], "tokens")
         says = "; ".join(
             f"{draw.whose(run, runs)}{sum(run.totals['tokens'].values()):,.0f} "
             f"tokens written, {sum(run.totals['prefilled'].values()):,.0f} read first"

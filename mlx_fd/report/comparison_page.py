@@ -13,7 +13,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.export import wording
 from mlx_fd.files import write_atomic, write_json
 from mlx_fd.report.rendering import render
-from mlx_fd.report.tables import Cell, Row, Table, table
+from mlx_fd.report.tables import Cell, Table, TableRow, table
 from mlx_fd.runs import failed_write
 from mlx_fd.runs.marks import COMPARISON, claimed
 
@@ -41,7 +41,7 @@ def page(report: Mapping[str, Any]) -> str:
 def _measures(rows: list[Mapping[str, Any]]) -> Table:
     texts = [wording.measured(row) for row in rows]
     verdicts = [Cell(wording.verdict(row), kind="good" if row["parity"] else "bad") for row in rows]
-    lines: list[Row] = [("verdict", *verdicts)]
+    lines: list[TableRow] = [("verdict", *verdicts)]
     for label in dict.fromkeys(label for found in texts for label in found):
         lines.append((label, *(found.get(label, _NOTHING) for found in texts)))
     return table(
@@ -56,7 +56,7 @@ def _roles(row: Mapping[str, Any]) -> Table:
     """Agreement and divergence by role: where an engine parts from the reference."""
     found = row["measures"]["roles"]
     largest = max((role["kl"]["mean"] or 0.0 for role in found.values()), default=0.0)
-    lines: list[Row] = []
+    lines: list[TableRow] = []
     for name, role in found.items():
         mean, top = role["kl"]["mean"], role["top1"]
         kl = Cell(_NOTHING)
@@ -77,7 +77,7 @@ def _bundle(folder: str, bundle: Mapping[str, Any]) -> tuple[str, str, Table]:
         "made with": bundle["versions"],
         "source": bundle["source"],
     }
-    lines: list[Row] = [
+    lines: list[TableRow] = [
         (name, json.dumps(value, ensure_ascii=False)) for name, value in facts.items()
     ]
     return folder, counts, table("Where it comes from", ("", "value"), lines, numbers=False)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import altair as alt
 
-from mlx_fd.report.files import Row
 from mlx_fd.report.run import Run
 from mlx_fd.report.tables import Table
 from mlx_fd.report.theme import PAGE, themed
@@ -17,6 +16,7 @@ from mlx_fd.runs.summary import wilson
 
 # Bins of the accuracy curve: a batch alone is too few episodes for an interval worth drawing.
 _BINS = 16
+_Record = TypeVar("_Record")
 HEIGHT = 220
 # Batches of a curve that can be pointed at, at most.
 _POINTS = 100
@@ -193,14 +193,19 @@ def layered(*charts: Any) -> Any:
     return alt.layer(*(chart for chart in charts if chart is not None)).properties(height=HEIGHT)
 
 
-def binned(rows: Sequence[dict[str, Any]]) -> list[Sequence[dict[str, Any]]]:
+def binned(rows: Sequence[_Record]) -> list[Sequence[_Record]]:
     """Rows in at most 16 runs of the same length, but for the last."""
     size = max(1, math.ceil(len(rows) / _BINS))
     return [rows[begin : begin + size] for begin in range(0, len(rows), size)]
 
 
 def accuracy_along(
-    title: str, says: str, found: Mapping[str, Sequence[Row]], number: str, kinds: Mapping[str, str]
+    title: str,
+    says: str,
+    found: Mapping[str, Sequence[_Record]],
+    one: str,
+    number: Callable[[_Record], int],
+    kinds: Mapping[str, Callable[[_Record], bool]],
 ) -> Figure | None:
     """Shares that are right along one run or several, with 95 % Wilson intervals.
 
@@ -208,20 +213,21 @@ def accuracy_along(
         title: the figure's.
         says: what stands under it, after what its points are.
         found: the rows of each run, by its name.
-        number: the key of a row's number in its run; its plural names the axis.
-        kinds: what is counted: keys that are true or false, by their names.
+        one: what a row is called; its plural names the axis.
+        number: a row's number in its run.
+        kinds: whether a row counts, by what is counted.
     """
     rows = []
     for name, of_run in found.items():
         for chunk in binned(of_run):
-            for kind, key in kinds.items():
-                right = sum(row[key] for row in chunk)
+            for kind, counts in kinds.items():
+                right = sum(counts(row) for row in chunk)
                 low, high = wilson(right, len(chunk))
                 rows.append(
                     {
                         "run": name,
                         "answers": kind,
-                        number: (chunk[0][number] + chunk[-1][number]) / 2,
+                        one: (number(chunk[0]) + number(chunk[-1])) / 2,
                         "right": right / len(chunk),
                         "low": low,
                         "high": high,
@@ -232,7 +238,7 @@ def accuracy_along(
         return None
     several = len(found) > 1
     base = alt.Chart(ROWS).encode(
-        x=alt.X(f"{number}:Q", title=f"{number}s", axis=alt.Axis(grid=False, format="d")),
+        x=alt.X(f"{one}:Q", title=f"{one}s", axis=alt.Axis(grid=False, format="d")),
         y=alt.Y("right:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
         color=colour("run", list(found))
         if several
@@ -252,7 +258,7 @@ def accuracy_along(
         "Each point is a sixteenth of its run; pointing at one gives its 95 % Wilson interval. "
         f"{says}"
         if several
-        else f"Each point is {rows[0]['n']} {number}s; the bands are 95 % Wilson intervals. {says}"
+        else f"Each point is {rows[0]['n']} {one}s; the bands are 95 % Wilson intervals. {says}"
     )
     lines = with_points(base.encode(strokeDash=dashes), series)
     return figure(title, under, layered(bands, lines), rows)

@@ -41,7 +41,7 @@ def json_file(
     return None
 
 
-def log_file(folder: Path, name: str, take: Callable[[Row], Row], missing: list[str]) -> list[Row]:
+def log_file(folder: Path, name: str, take: Callable[[Row], _T], missing: list[str]) -> list[_T]:
     """The rows of a log that are whole, in their order."""
     path = folder / name
     if not path.is_file():
@@ -94,6 +94,16 @@ def truth(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError
     return value
+
+
+def whole_or_none(value: Any) -> int | None:
+    """A whole number or ``None``."""
+    return None if value is None else int(number(value))
+
+
+def counts(value: Any) -> dict[str, int]:
+    """Named whole numbers."""
+    return {text(name): int(number(item)) for name, item in value.items()}
 
 
 def numbers(value: Any) -> dict[str, float]:

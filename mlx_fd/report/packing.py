@@ -9,8 +9,11 @@ import base64
 import gzip
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+from mlx_fd.runs.records import AttemptRow, EpisodeRow
+
+_Record = TypeVar("_Record")
 # Records unpacked at once.
 PART = 100
 _LISTED = 140
@@ -36,10 +39,10 @@ def script_json(value: Any) -> str:
     return text.replace("<", "\\u003c")
 
 
-def listed_episode(row: Mapping[str, Any]) -> list[Any]:
+def listed_episode(row: EpisodeRow) -> list[Any]:
     """An episode's line in the list: number, id, beginning of the question, flags."""
     expert, student = row["expert_feedback"], row["student_feedback"]
-    unreadable = student["written_score"] is None or (expert and expert["score"] is None)
+    unreadable = student["written_score"] is None or (expert and expert["written_score"] is None)
     flags = (
         RIGHT_BEFORE * row["correct_before"]
         | RIGHT_AFTER * row["correct_after"]
@@ -51,7 +54,7 @@ def listed_episode(row: Mapping[str, Any]) -> list[Any]:
     return [row["episode"], row["id"], _beginning(row["question"]), flags]
 
 
-def listed_attempt(row: Mapping[str, Any]) -> list[Any]:
+def listed_attempt(row: AttemptRow) -> list[Any]:
     """An attempt's line in the list: number, id, beginning of the question, flags."""
     flags = (
         RIGHT * row["correct"]
@@ -63,7 +66,7 @@ def listed_attempt(row: Mapping[str, Any]) -> list[Any]:
     return [row["attempt"], row["id"], _beginning(row["question"]), flags]
 
 
-def without_tokens(row: Mapping[str, Any]) -> dict[str, Any]:
+def without_tokens(row: AttemptRow) -> dict[str, Any]:
     """An attempt with its length in its tokens' place: nobody reads their ids."""
     rest = {key: value for key, value in row.items() if key != "tokens"}
     return {**rest, "length": len(row["tokens"])}
@@ -78,7 +81,7 @@ def parts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [pack(rows[begin : begin + PART]) for begin in range(0, len(rows), PART)]
 
 
-def spread(rows: Sequence[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
+def spread(rows: Sequence[_Record], most: int | None) -> list[_Record]:
     """At most so many rows, evenly spread over all, the first and the last among them."""
     if most is None or most >= len(rows):
         return list(rows)

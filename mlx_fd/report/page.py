@@ -12,7 +12,6 @@ from mlx_fd.errors import UserError
 from mlx_fd.files import clear_unfinished, open_to_read, write_atomic
 from mlx_fd.report import charts, packing, self_charts, self_tables, tables
 from mlx_fd.report.drawing import Figure
-from mlx_fd.report.files import Row
 from mlx_fd.report.reading import LoopRun
 from mlx_fd.report.rendering import GENERATOR, asset, render
 from mlx_fd.report.run import Run
@@ -48,9 +47,9 @@ class _Kind:
 
     one: str
     sections: Mapping[str, str]
-    rows: Callable[[Any], list[Row]]
-    listed: Callable[[Row], list[Any]]
-    packed: Callable[[Row], Row]
+    rows: Callable[[Any], Sequence[Mapping[str, Any]]]
+    listed: Callable[[Any], list[Any]]
+    packed: Callable[[Any], Mapping[str, Any]]
     parts: Callable[[Any], dict[str, Any]]
 
 

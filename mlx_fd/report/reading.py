@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from mlx_fd import runs
 from mlx_fd.errors import UserError
 from mlx_fd.report.files import (
     Row,
+    counts,
     json_file,
     known,
     log_file,
@@ -19,8 +22,10 @@ from mlx_fd.report.files import (
     text,
     text_or_none,
     truth,
+    whole_or_none,
 )
 from mlx_fd.report.run import (
+    KnownTotals,
     Run,
     estimate,
     is_finished,
@@ -32,10 +37,59 @@ from mlx_fd.report.run import (
     summary_of,
 )
 from mlx_fd.report.self_reading import SelfRun, is_self_distillation, read_self_run
+from mlx_fd.runs.records import (
+    AnswerRow,
+    BeforeAfterRow,
+    EpisodeRow,
+    EstimateRow,
+    HeadroomRow,
+    MetricsRow,
+    Summary,
+)
 from mlx_fd.runs.summary import summarise
 
 _PROBE = "probe.json"
 _PARETO = "pareto.json"
+
+
+class FrontierPoint(TypedDict):
+    """What the report shows of a point of ``pareto.json``.
+
+    Attributes:
+        stop_threshold: the threshold.
+        stopped_after_batch: where it stops; ``None``: it does not.
+        cost: by name.
+        losses: on the probe set there.
+        metrics: further measures, with their intervals.
+        dominated: whether another point is at least as good in everything.
+        recommended: whether it is the one to take.
+    """
+
+    stop_threshold: float
+    stopped_after_batch: int | None
+    cost: dict[str, float]
+    losses: dict[str, float]
+    metrics: dict[str, EstimateRow]
+    dominated: bool
+    recommended: bool
+
+
+class Frontier(TypedDict):
+    """What the report shows of ``pareto.json``.
+
+    Attributes:
+        objectives: names, the cost first.
+        points: every distinct stop.
+        hypervolume: of the frontier.
+        knee: threshold at its knee.
+        product_rule: threshold by the product rule.
+    """
+
+    objectives: list[str]
+    points: list[FrontierPoint]
+    hypervolume: float | None
+    knee: float | None
+    product_rule: float | None
 
 
 @dataclass(frozen=True)
@@ -43,12 +97,16 @@ class LoopRun(Run):
     """A run of the loop.
 
     Attributes:
+        metrics: the rows of ``metrics.jsonl`` that are whole.
+        totals: what the rows add up to, with what only ``summary.json`` knows beside it.
         episodes: the rows of ``episodes.jsonl`` that are whole.
         pareto: ``pareto.json``, if there is one.
     """
 
-    episodes: list[Row]
-    pareto: Row | None
+    metrics: list[MetricsRow]
+    totals: Summary
+    episodes: list[EpisodeRow]
+    pareto: Frontier | None
 
 
 def read_runs(folders: Sequence[Path]) -> list[LoopRun] | list[SelfRun]:
@@ -81,6 +139,11 @@ def _check(folder: Path) -> None:
             f"{folder}: this is no run directory (it has none of {', '.join(files)}). Name the "
             "folder that `mlx-fd loop` or `mlx-fd self-distill` printed when it began."
         )
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        manifest = json.loads((folder / runs.MANIFEST).read_text(encoding="utf-8"))
+        # One that is damaged is left out with a sentence; one of another version is refused.
+        if isinstance(manifest, dict) and isinstance(manifest.get("versions"), dict):
+            runs.check_schema(folder, manifest)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -104,17 +167,17 @@ def _read(folder: Path, name: str) -> LoopRun:
     missing: list[str] = []
     manifest = read_manifest(folder, missing)
     episodes = log_file(folder, runs.EPISODES, _episode, missing)
-    metrics = log_file(folder, runs.METRICS, metric, missing)
+    metrics = log_file(folder, runs.METRICS, _metric, missing)
     say_changed_logs(folder, missing)
     summary = json_file(folder, runs.SUMMARY, _summary, missing, needed=False)
     finished = is_finished(folder, len(episodes), "episodes", missing)
     first, last = probes_of(folder, summary, metrics)
     if metrics and not first:
         missing.append("The losses before the first update are not known any more.")
-    headroom = json_file(folder, _PROBE, _headroom, missing, needed=False) or {}
-    totals = summarise(episodes, metrics, first, last, headroom) | {
-        key: value for key, value in (summary or {}).items() if key != "probe"
-    }
+    headroom = json_file(folder, _PROBE, _headroom, missing, needed=False)
+    totals = summarise(episodes, metrics, first, last, headroom)
+    if summary:
+        totals |= {**summary, "probe": totals["probe"]}
     if "exam" not in totals and finished:
         missing.append(f"There was no examination: {_why_no_exam(manifest)}.")
     pareto = json_file(folder, _PARETO, _pareto, missing, needed=False)
@@ -133,21 +196,43 @@ def _read(folder: Path, name: str) -> LoopRun:
     )
 
 
-def _summary(value: Row) -> Row:
-    found = summary_of(value)
+class _LoopTotals(KnownTotals):
+    """What only ``summary.json`` knows of a run of the loop.
+
+    Attributes:
+        exam: each measure before and after.
+    """
+
+    exam: NotRequired[dict[str, BeforeAfterRow]]
+
+
+def _metric(row: Row) -> MetricsRow:
+    sure = row["sure"]
+    return {
+        **metric(row),
+        "sure": {"agreed": int(number(sure["agreed"])), "of": int(number(sure["of"]))},
+    }
+
+
+def _summary(value: Row) -> _LoopTotals:
+    found: _LoopTotals = {**summary_of(value)}
     if value.get("exam"):
         found["exam"] = {
-            text(name): {side: estimate(sides[side]) for side in ("before", "after", "change")}
+            text(name): {
+                "before": estimate(sides["before"]),
+                "after": estimate(sides["after"]),
+                "change": estimate(sides["change"]),
+            }
             for name, sides in value["exam"].items()
         }
     return found
 
 
-def _written(value: Mapping[str, Any]) -> Row:
+def _written(value: Mapping[str, Any]) -> AnswerRow:
     return {"text": text(value["text"]), "final": text_or_none(value["final"])}
 
 
-def _episode(row: Row) -> Row:
+def _episode(row: Row) -> EpisodeRow:
     expert, student, decision = row["expert_feedback"], row["student_feedback"], row["gate"]
     return {
         "episode": int(number(row["episode"])),
@@ -155,11 +240,15 @@ def _episode(row: Row) -> Row:
         "question": text(row["question"]),
         "reference": str(row["reference"]),
         "answer": _written(row["answer"]),
-        "expert_feedback": expert
-        and {"text": text(expert["text"]), "score": known(expert["score"])},
+        "expert_feedback": None
+        if expert is None
+        else {
+            "text": text(expert["text"]),
+            "written_score": known(expert["written_score"]),
+        },
         "student_feedback": {
             "text": text(student["text"]),
-            "score": number(student["score"]),
+            "head_score": number(student["head_score"]),
             "written_score": known(student["written_score"]),
         },
         "gate": {
@@ -169,30 +258,39 @@ def _episode(row: Row) -> Row:
             "losses_after": numbers(decision.get("losses_after") or {}),
         },
         "score": known(row["score"]),
-        "merged": text_or_none(row["merged"]),
-        "revised": text_or_none(row["revised"]),
-        "critique": text_or_none(row["critique"]),
+        "merged": text(row["merged"]),
+        "revised": text(row["revised"]),
+        "critique": text(row["critique"]),
         "final": _written(row["final"]),
         "correct_before": truth(row["correct_before"]),
         "correct_after": truth(row["correct_after"]),
-        "tokens": numbers(row["tokens"]),
-        "prefilled": numbers(row.get("prefilled", {})),
+        "tokens": counts(row["tokens"]),
+        "prefilled": counts(row["prefilled"]),
         "seconds": numbers(row["seconds"]),
         "capped": [text(step) for step in row["capped"]],
     }
 
 
-def _headroom(value: Row) -> dict[str, int]:
-    return {name: int(count) for name, count in numbers(value["headroom"]).items()}
+def _headroom(value: Row) -> HeadroomRow:
+    found = counts(value["headroom"])
+    return {
+        "problems": found["problems"],
+        "expert_right": found["expert_right"],
+        "student_right": found["student_right"],
+        "expert_judged": found["expert_judged"],
+        "expert_judged_right": found["expert_judged_right"],
+        "student_judged": found["student_judged"],
+        "student_judged_right": found["student_judged_right"],
+    }
 
 
-def _pareto(value: Row) -> Row:
+def _pareto(value: Row) -> Frontier:
     return {
         "objectives": [text(name) for name in value["objectives"]],
         "points": [
             {
                 "stop_threshold": number(point["stop_threshold"]),
-                "stopped_after_batch": known(point["stopped_after_batch"]),
+                "stopped_after_batch": whole_or_none(point["stopped_after_batch"]),
                 "cost": numbers(point["cost"]),
                 "losses": numbers(point["losses"]),
                 "metrics": {

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from mlx_fd import runs
 from mlx_fd.report.files import Row, json_file, known, number, numbers, text, truth
 from mlx_fd.runs.checkpoints import changed_logs
+from mlx_fd.runs.records import (
+    BatchMetricsRow,
+    EstimateRow,
+    ProbeLossesRow,
+    SelfSummary,
+    Summary,
+)
 
 _EVAL = "eval"
 _EVAL_FILE = "eval.json"
@@ -36,10 +43,10 @@ class Run:
     name: str
     folder: Path
     manifest: Row
-    metrics: list[Row]
+    metrics: Sequence[BatchMetricsRow]
     finished: bool
-    totals: Row
-    probe_first: dict[str, float]
+    totals: Summary | SelfSummary
+    probe_first: Mapping[str, float]
     evaluations: list[Row]
     missing: list[str]
 
@@ -78,10 +85,29 @@ def say_changed_logs(folder: Path, missing: list[str]) -> None:
     ]
 
 
-def summary_of(value: Row) -> Row:
+class KnownTotals(TypedDict):
+    """What only ``summary.json`` knows of a run of either kind.
+
+    Attributes:
+        probe: losses on the probe set, before and after.
+        peak_memory_bytes: most memory of MLX.
+        seconds: seconds by step.
+        best_checkpoint: its name.
+    """
+
+    probe: ProbeLossesRow
+    peak_memory_bytes: NotRequired[float]
+    seconds: NotRequired[dict[str, float]]
+    best_checkpoint: NotRequired[str]
+
+
+def summary_of(value: Row) -> KnownTotals:
     """What only ``summary.json`` knows of a run of either kind."""
-    found: Row = {
-        "probe": {side: numbers(value["probe"][side]) for side in ("before", "after")},
+    found: KnownTotals = {
+        "probe": {
+            "before": numbers(value["probe"]["before"]),
+            "after": numbers(value["probe"]["after"]),
+        },
     }
     if "peak_memory_bytes" in value:
         found["peak_memory_bytes"] = number(value["peak_memory_bytes"])
@@ -94,18 +120,19 @@ def summary_of(value: Row) -> Row:
 
 
 def probes_of(
-    folder: Path, summary: Row | None, metrics: Sequence[Row]
-) -> tuple[dict[str, float], dict[str, float]]:
+    folder: Path, summary: KnownTotals | None, metrics: Sequence[BatchMetricsRow]
+) -> tuple[Mapping[str, float], Mapping[str, float]]:
     """Losses on the probe set, at first and at last."""
     if summary:
         return summary["probe"]["before"], summary["probe"]["after"]
-    last: dict[str, float] = next((row["probe"] for row in reversed(metrics) if row["probe"]), {})
+    probes = [probe for row in metrics if (probe := row["probe"])]
+    last = probes[-1] if probes else {}
     state = f"{runs.CHECKPOINTS}/last/{runs.STATE}"
     first = json_file(folder, state, lambda found: numbers(found["probe_first"]), [], needed=False)
     return first or {}, last or first or {}
 
 
-def metric(row: Row) -> Row:
+def metric(row: Row) -> BatchMetricsRow:
     """A row of ``metrics.jsonl``: what those of both kinds of run have."""
     stop = row["stop"]
     return {
@@ -115,8 +142,10 @@ def metric(row: Row) -> Row:
         "updates": [
             {
                 "losses": numbers(update["losses"]),
+                "total": known(update["total"]),
+                "gradient_norm": known(update["gradient_norm"]),
                 "skipped": truth(update["skipped"]),
-                "tokens": number(update.get("tokens", 0)),
+                "tokens": int(number(update["tokens"])),
             }
             for update in row["updates"]
         ],
@@ -126,17 +155,22 @@ def metric(row: Row) -> Row:
             "action": text(stop["action"]),
             "reason": text(stop["reason"]),
             "gains": numbers(stop["gains"]),
+            "weights": numbers(stop["weights"]),
         },
         "frozen": truth(row["frozen"]),
-        "distil_seconds": number(row.get("distil_seconds", 0.0)),
+        "distil_seconds": number(row["distil_seconds"]),
         "seconds": number(row["seconds"]),
     }
 
 
-def estimate(value: Mapping[str, Any]) -> Row:
+def estimate(value: Mapping[str, Any]) -> EstimateRow:
     """A number with its interval and its n."""
-    found = {name: known(value[name]) for name in ("value", "low", "high")}
-    return {**found, "n": int(number(value["n"]))}
+    return {
+        "value": known(value["value"]),
+        "low": known(value["low"]),
+        "high": known(value["high"]),
+        "n": int(number(value["n"])),
+    }
 
 
 def _manifest(value: Row) -> Row:

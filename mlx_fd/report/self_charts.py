@@ -9,14 +9,14 @@ import altair as alt
 from mlx_fd.report import drawing as draw
 from mlx_fd.report.charts import loss_figure
 from mlx_fd.report.drawing import Figure
-from mlx_fd.report.files import Row
 from mlx_fd.report.run import Run
 from mlx_fd.report.self_reading import SelfRun
 from mlx_fd.report.self_tables import STEP_NAMES, share_says
+from mlx_fd.runs.records import SelfMetricsRow
 from mlx_fd.runs.self_distillation_summary import WRONG
 from mlx_fd.runs.summary import wilson
 
-Values = Mapping[str, Callable[[Row], float | None]]
+Values = Mapping[str, Callable[[SelfMetricsRow], float | None]]
 
 
 def held_out_figure(runs: Sequence[SelfRun]) -> Figure | None:
@@ -24,7 +24,7 @@ def held_out_figure(runs: Sequence[SelfRun]) -> Figure | None:
     rows = [
         {"run": run.name, "batch": batch, "right": 1 - wrong, "low": low, "high": high, "n": n}
         for run in runs
-        if (n := run.totals["headroom"].get("problems"))
+        if (headroom := run.totals["headroom"]) and (n := headroom["problems"])
         for batch, wrong in _held_out(run).items()
         for low, high in [wilson(round((1 - wrong) * n), n)]
     ]
@@ -97,13 +97,17 @@ def attempt_figures(runs: Sequence[SelfRun]) -> list[Figure]:
             ),
             {run.name: run.attempts for run in runs},
             "attempt",
-            {"attempts": "correct"},
+            lambda row: row["attempt"],
+            {"attempts": lambda row: row["correct"]},
         ),
         _by_batch(
             runs,
             "Attempts that count",
             "Those that moved the student, and those that ended themselves before the token limit.",
-            {"teach": _mean("teaches"), "end themselves": _mean("finished")},
+            {
+                "teach": lambda row: row["attempts"]["teaches"],
+                "end themselves": lambda row: row["attempts"]["finished"],
+            },
             share=True,
         ),
         _by_batch(
@@ -111,23 +115,26 @@ def attempt_figures(runs: Sequence[SelfRun]) -> list[Figure]:
             "Advantage of a token",
             "log p(token | question, context) - log p(token | question) in nats, whatever its "
             "sign, in the mean over attempts: how much the self-teacher has to say.",
-            {"mean |A|": _mean("mean_abs_advantage")},
+            {"mean |A|": lambda row: row["attempts"]["mean_abs_advantage"]},
         ),
         _by_batch(
             runs,
             "Right attempts spoken against",
             "The share of the tokens of right attempts that have a negative advantage.",
-            {"negative": _mean("negative_on_right")},
+            {"negative": lambda row: row["attempts"]["negative_on_right"]},
             share=True,
         ),
         _by_batch(
             runs,
             "Entropy of the student",
             "In nats a token, in the mean over attempts; near 0 it tries nothing new.",
-            {"entropy": _mean("entropy")},
+            {"entropy": lambda row: row["attempts"]["entropy"]},
         ),
         _by_batch(
-            runs, "Length of attempts", "In tokens, in the mean.", {"tokens": _mean("tokens")}
+            runs,
+            "Length of attempts",
+            "In tokens, in the mean.",
+            {"tokens": lambda row: row["attempts"]["tokens"]},
         ),
     ]
     if any(any(row["clipped"]) for run in runs for row in run.metrics):
@@ -141,10 +148,6 @@ def attempt_figures(runs: Sequence[SelfRun]) -> list[Figure]:
             )
         )
     return [it for it in found if it]
-
-
-def _mean(name: str) -> Callable[[Row], float | None]:
-    return lambda row: row["attempts"].get(name)
 
 
 def _by_batch(

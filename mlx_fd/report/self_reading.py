@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from mlx_fd.report.run import (
     say_changed_logs,
     summary_of,
 )
+from mlx_fd.runs.records import AttemptRow, SelfHeadroomRow, SelfMetricsRow, SelfSummary
 from mlx_fd.runs.self_distillation_summary import WRONG, summarise
 
 _STEPS = ("attempt", "context", "learn")
@@ -38,10 +40,14 @@ class SelfRun(Run):
     """A run of self-distillation.
 
     Attributes:
+        metrics: the rows of ``metrics.jsonl`` that are whole.
+        totals: what the rows add up to, with what only ``summary.json`` knows beside it.
         attempts: the rows of ``attempts.jsonl`` that are whole.
     """
 
-    attempts: list[Row]
+    metrics: list[SelfMetricsRow]
+    totals: SelfSummary
+    attempts: list[AttemptRow]
 
     @property
     def options(self) -> Row:
@@ -81,9 +87,9 @@ def read_self_run(folder: Path, name: str) -> SelfRun:
         first = {WRONG: 1 - headroom["right"] / headroom["problems"]}
         last = last or first
     size = headroom["problems"] if headroom else 0
-    totals = summarise(attempts, metrics, first, last, size, headroom or {}) | {
-        key: value for key, value in (summary or {}).items() if key != "probe"
-    }
+    totals = summarise(attempts, metrics, first, last, size, headroom)
+    if summary:
+        totals |= {**summary, "probe": totals["probe"]}
     return SelfRun(
         name=name,
         folder=folder,
@@ -98,19 +104,20 @@ def read_self_run(folder: Path, name: str) -> SelfRun:
     )
 
 
-def _attempt(row: Row) -> Row:
+def _attempt(row: Row) -> AttemptRow:
     return {
         "attempt": int(number(row["attempt"])),
         "id": str(row["id"]),
         "question": text(row["question"]),
         "reference": str(row["reference"]),
         "text": text(row["text"]),
-        "tokens": [number(token) for token in row["tokens"]],
+        "tokens": [int(number(token)) for token in row["tokens"]],
         "final": text_or_none(row["final"]),
         "correct": truth(row["correct"]),
         "finished": truth(row["finished"]),
         "teacher": text_or_none(row["teacher"]),
         "note": text(row["note"]),
+        "wrong": int(number(row["wrong"])),
         "teaches": truth(row["teaches"]),
         "reward": number(row["reward"]),
         "group_advantage": known(row["group_advantage"]),
@@ -122,20 +129,31 @@ def _attempt(row: Row) -> Row:
     }
 
 
-def _metric(row: Row) -> Row:
+def _metric(row: Row) -> SelfMetricsRow:
     found = row["attempts"]
     usual = metric(row)
     return {
         **usual,
         "probe": usual["probe"] and _shares(usual["probe"]),
-        "attempts": {name: known(value) for name, value in found.items()},
+        "attempts": {
+            "n": int(number(found["n"])),
+            "right": int(number(found["right"])),
+            "reward": known(found["reward"]),
+            "teaches": known(found["teaches"]),
+            "finished": known(found["finished"]),
+            "tokens": known(found["tokens"]),
+            "entropy": known(found["entropy"]),
+            "mean_abs_advantage": known(found["mean_abs_advantage"]),
+            "negative_on_right": known(found["negative_on_right"]),
+            "logprob_gap": known(found["logprob_gap"]),
+        },
         "clipped": [number(share) for share in row["clipped"]],
-        "prefilled": number(row["prefilled"]),
+        "prefilled": int(number(row["prefilled"])),
         "step_seconds": {step: number(row["step_seconds"][step]) for step in _STEPS},
     }
 
 
-def _headroom(value: Row) -> dict[str, int]:
+def _headroom(value: Row) -> SelfHeadroomRow:
     names = ("problems", "right", "mixed", "taught", "without", "with_context")
     found = {name: int(numbers(value)[name]) for name in names}
     of_all, of_taught = ("right", "mixed", "taught"), ("without", "with_context")
@@ -144,9 +162,16 @@ def _headroom(value: Row) -> dict[str, int]:
         and all(0 <= found[name] <= found["taught"] for name in of_taught)
     ):
         raise ValueError
-    return found
+    return {
+        "problems": found["problems"],
+        "right": found["right"],
+        "mixed": found["mixed"],
+        "taught": found["taught"],
+        "without": found["without"],
+        "with_context": found["with_context"],
+    }
 
 
-def _shares(losses: dict[str, float]) -> dict[str, float]:
+def _shares(losses: Mapping[str, float]) -> dict[str, float]:
     """Without what can be no share of the held-out problems."""
     return {name: value for name, value in losses.items() if 0 <= value <= 1}

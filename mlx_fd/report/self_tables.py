@@ -9,8 +9,8 @@ from mlx_fd.report.self_reading import SelfRun
 from mlx_fd.report.tables import (
     NONE,
     Cell,
-    Row,
     Table,
+    TableRow,
     count,
     memory,
     share,
@@ -19,6 +19,7 @@ from mlx_fd.report.tables import (
     table,
 )
 from mlx_fd.runs.labels import duration
+from mlx_fd.runs.records import AttemptsRow, SelfHeadroomRow, SelfSummary
 from mlx_fd.runs.summary import wilson
 
 STEP_NAMES = {
@@ -87,39 +88,52 @@ def _headroom(run: SelfRun) -> Cell:
     head = run.totals["headroom"]
     if not run.has_context:
         return Cell(NONE, "there is no context")
-    if not (n := head.get("taught")):
-        return Cell(NONE, "the context had nothing to say" if head else "")
+    if not head:
+        return Cell(NONE)
+    if not (n := head["taught"]):
+        return Cell(NONE, "the context had nothing to say")
     return Cell(f"{head['without'] / n:.1%} → {head['with_context'] / n:.1%}", f"n {n}")
 
 
-def _of(name: str, form: str) -> Callable[[Mapping[str, Any]], Cell]:
+def _attempts(
+    of: Callable[[AttemptsRow], float | None], form: str
+) -> Callable[[SelfSummary], Cell]:
     """A statistic of the attempts."""
 
-    def cell(totals: Mapping[str, Any]) -> Cell:
-        value = (totals["attempts"] or {}).get(name)
+    def cell(totals: SelfSummary) -> Cell:
+        value = of(totals["attempts"]) if totals["attempts"] else None
         return Cell(NONE if value is None else format(value, form))
 
     return cell
 
 
-def _cut(totals: Mapping[str, Any]) -> Cell:
+def _cut(totals: SelfSummary) -> Cell:
     value = totals["updates"]["clipped"]
     return Cell(NONE if value is None else f"{value:.2%}")
 
 
-_SUMMARY: tuple[tuple[str, Callable[[Mapping[str, Any]], Cell]], ...] = (
+_SUMMARY: tuple[tuple[str, Callable[[SelfSummary], Cell]], ...] = (
     ("held-out problems right, before", lambda t: share(t["held_out"]["before"])),
     ("held-out problems right, after", lambda t: share(t["held_out"]["after"])),
-    ("attempts", lambda t: Cell(count((t["attempts"] or {"n": 0})["n"]))),
+    ("attempts", lambda t: Cell(count(t["attempts"]["n"] if t["attempts"] else 0))),
     ("attempts right, first half", lambda t: share(t["first_half"])),
     ("attempts right, second half", lambda t: share(t["second_half"])),
-    ("attempts that teach", _of("teaches", ".1%")),
-    ("attempts that end themselves", _of("finished", ".1%")),
-    ("tokens of an attempt", _of("tokens", ".1f")),
-    ("entropy, nats a token", _of("entropy", ".4g")),
-    ("advantage of a token, whatever its sign", _of("mean_abs_advantage", ".4g")),
-    ("tokens of right attempts spoken against", _of("negative_on_right", ".1%")),
-    ("largest difference of a log-probability, read again", _of("logprob_gap", ".2g")),
+    ("attempts that teach", _attempts(lambda a: a["teaches"], ".1%")),
+    ("attempts that end themselves", _attempts(lambda a: a["finished"], ".1%")),
+    ("tokens of an attempt", _attempts(lambda a: a["tokens"], ".1f")),
+    ("entropy, nats a token", _attempts(lambda a: a["entropy"], ".4g")),
+    (
+        "advantage of a token, whatever its sign",
+        _attempts(lambda a: a["mean_abs_advantage"], ".4g"),
+    ),
+    (
+        "tokens of right attempts spoken against",
+        _attempts(lambda a: a["negative_on_right"], ".1%"),
+    ),
+    (
+        "largest difference of a log-probability, read again",
+        _attempts(lambda a: a["logprob_gap"], ".2g"),
+    ),
     ("optimiser steps", lambda t: Cell(count(t["updates"]["steps"]), steps_note(t["updates"]))),
     ("ratios that were cut", _cut),
     ("tokens learned from", lambda t: Cell(count(t["updates"]["tokens"]))),
@@ -140,7 +154,7 @@ def summary_table(runs: Sequence[SelfRun]) -> Table:
 
 def method_table(runs: Sequence[SelfRun]) -> Table:
     """What was done, a column for each run."""
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         (label, *(shown(run.options.get(name)) or NONE for run in runs))
         for name, label in _METHOD.items()
     ]
@@ -149,16 +163,37 @@ def method_table(runs: Sequence[SelfRun]) -> Table:
 
 def headroom_table(runs: Sequence[SelfRun]) -> Table | None:
     """Answers with the context against answers without, before the first update."""
-    if not any(run.totals["headroom"] for run in runs):
+    checks = [(run, run.totals["headroom"]) for run in runs]
+    if not any(check for _, check in checks):
         return None
-    kinds = (
-        ("right, of all held-out problems", "right", "problems"),
-        ("right and wrong attempts, of all held-out problems", "mixed", "problems"),
-        ("right without the context, where it has something to say", "without", "taught"),
-        ("right with the context, where it has something to say", "with_context", "taught"),
-    )
-    rows: list[Row] = [
-        (label, *(_counted(run, key, of) for run in runs)) for label, key, of in kinds
+
+    def row(label: str, of: Callable[[SelfHeadroomRow], tuple[int, int]], told: bool) -> TableRow:
+        """A line; with ``told``, only of runs whose self-teacher reads more than the problem."""
+        return (
+            label,
+            *(
+                _counted(*of(check)) if check and (run.has_context or not told) else Cell(NONE)
+                for run, check in checks
+            ),
+        )
+
+    rows: list[TableRow] = [
+        row("right, of all held-out problems", lambda h: (h["right"], h["problems"]), False),
+        row(
+            "right and wrong attempts, of all held-out problems",
+            lambda h: (h["mixed"], h["problems"]),
+            False,
+        ),
+        row(
+            "right without the context, where it has something to say",
+            lambda h: (h["without"], h["taught"]),
+            True,
+        ),
+        row(
+            "right with the context, where it has something to say",
+            lambda h: (h["with_context"], h["taught"]),
+            True,
+        ),
     ]
     return table(
         "Held-out problems, before the first update, with 95 % Wilson intervals.",
@@ -167,9 +202,5 @@ def headroom_table(runs: Sequence[SelfRun]) -> Table | None:
     )
 
 
-def _counted(run: SelfRun, key: str, of: str) -> Cell:
-    head = run.totals["headroom"]
-    if not head or (of == "taught" and not run.has_context):
-        return Cell(NONE)
-    right, n = head[key], head[of]
-    return share({"right": right, "n": n, "interval": wilson(right, n)})
+def _counted(right: int, n: int) -> Cell:
+    return share({"right": right, "n": n, "interval": list(wilson(right, n))})

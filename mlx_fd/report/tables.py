@@ -9,8 +9,21 @@ from typing import Any
 
 from mlx_fd.evaluation.names import is_share, shown_name
 from mlx_fd.evaluation.pareto.names import METRICS, remarks_on
+from mlx_fd.report.reading import Frontier, LoopRun
 from mlx_fd.report.run import Run
 from mlx_fd.runs.labels import EXAM_NAMES, duration
+from mlx_fd.runs.records import (
+    EstimateRow,
+    ExpertUseRow,
+    HeadroomRow,
+    ScoreGapRow,
+    SelfSummary,
+    SelfUpdatesRow,
+    ShareRow,
+    Summary,
+    UnreadableRow,
+    UpdatesRow,
+)
 
 NONE = "-"
 STEP_NAMES = {
@@ -27,7 +40,7 @@ STEP_NAMES = {
 }
 
 
-Row = Sequence["Cell | str"]
+TableRow = Sequence["Cell | str"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ class Table:
     numbers: bool = True
 
 
-def table(caption: str, columns: Sequence[str], rows: Sequence[Row], **options: bool) -> Table:
+def table(caption: str, columns: Sequence[str], rows: Sequence[TableRow], **options: bool) -> Table:
     """A table of cells and plain strings."""
     cells = tuple(
         tuple(item if isinstance(item, Cell) else Cell(item) for item in row) for row in rows
@@ -74,19 +87,19 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Row], **options: 
     return Table(caption, tuple(columns), cells, **options)
 
 
-def estimate(value: Mapping[str, Any] | None, form: str = ".3f", sign: str = "") -> Cell:
+def estimate(value: EstimateRow | None, form: str = ".3f", sign: str = "") -> Cell:
     """A number with its 95 % interval and its n."""
     if value is None or value["value"] is None:
         return Cell(NONE)
     text = format(value["value"], f"{sign}{form}")
     if value["low"] is None or value["high"] is None:
         return Cell(text, f"n {value['n']}")
-    low, high = (format(value[side], f"{sign}{form}") for side in ("low", "high"))
+    low, high = (format(side, f"{sign}{form}") for side in (value["low"], value["high"]))
     surely = bool(sign) and (value["low"] > 0 or value["high"] < 0)
     return Cell(text, f"{low} to {high}, n {value['n']}", strong=surely)
 
 
-def points(value: Mapping[str, Any] | None) -> Cell:
+def points(value: EstimateRow | None) -> Cell:
     """A difference of two shares, in percentage points: per cent would be of the first share."""
     if value is None:
         return Cell(NONE)
@@ -96,13 +109,15 @@ def points(value: Mapping[str, Any] | None) -> Cell:
     return replace(found, value=f"{found.value} points")
 
 
-def _in_percent(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: found if key == "n" or found is None else 100 * found for key, found in value.items()
-    }
+def _in_percent(value: EstimateRow) -> EstimateRow:
+    middle, low, high = (
+        None if found is None else 100 * found
+        for found in (value["value"], value["low"], value["high"])
+    )
+    return {"value": middle, "low": low, "high": high, "n": value["n"]}
 
 
-def share(value: Mapping[str, Any]) -> Cell:
+def share(value: ShareRow) -> Cell:
     """A share that is right, with its interval and its n."""
     if not value["n"]:
         return Cell(NONE)
@@ -115,7 +130,7 @@ def count(value: float | None) -> str:
     return NONE if value is None else f"{value:,.0f}"
 
 
-def lead(run: Run) -> str:
+def lead(run: LoopRun) -> str:
     """Who teaches whom, on what."""
     expert, student, problems = (
         shown(run.manifest[part].get("name", "unknown"))
@@ -126,7 +141,7 @@ def lead(run: Run) -> str:
     return sentence if run.finished else f"{sentence}, unfinished"
 
 
-def headlines(run: Run) -> list[tuple[str, Cell]]:
+def headlines(run: LoopRun) -> list[tuple[str, Cell]]:
     """What one wants to know of a run first."""
     totals = run.totals
     found = [
@@ -162,13 +177,13 @@ def headlines(run: Run) -> list[tuple[str, Cell]]:
     return found
 
 
-def memory(totals: Mapping[str, Any]) -> str:
+def memory(totals: Summary | SelfSummary) -> str:
     """The peak of memory, where it is known."""
     peak = totals.get("peak_memory_bytes")
     return f"peak memory {peak / 2**30:.2f} GiB" if peak else ""
 
 
-_SUMMARY: tuple[tuple[str, Callable[[Mapping[str, Any]], Cell]], ...] = (
+_SUMMARY: tuple[tuple[str, Callable[[Summary], Cell]], ...] = (
     ("episodes", lambda t: Cell(count(t["episodes"]))),
     ("first answers right", lambda t: share(t["accuracy"]["first_answers"])),
     ("final answers right", lambda t: share(t["accuracy"]["final_answers"])),
@@ -193,14 +208,14 @@ _SUMMARY: tuple[tuple[str, Callable[[Mapping[str, Any]], Cell]], ...] = (
 )
 
 
-def _gap(gap: Mapping[str, Any]) -> Cell:
-    halves = [gap["first_half"], gap["second_half"]]
-    if None in halves:
+def _gap(gap: ScoreGapRow) -> Cell:
+    first, second = gap["first_half"], gap["second_half"]
+    if first is None or second is None:
         return Cell(NONE)
-    return Cell(" → ".join(f"{half:.3f}" for half in halves), f"n {gap['n']}")
+    return Cell(f"{first:.3f} → {second:.3f}", f"n {gap['n']}")
 
 
-def steps_note(updates: Mapping[str, Any]) -> str:
+def steps_note(updates: UpdatesRow | SelfUpdatesRow) -> str:
     """What stands beside the number of optimiser steps."""
     return f"{updates['batches']} batches, {updates['skipped']} skipped"
 
@@ -209,17 +224,17 @@ def _frozen(batch: int | None) -> str:
     return f"after batch {batch}" if batch else "never"
 
 
-def _asked(feedback: Mapping[str, Any]) -> Cell:
+def _asked(feedback: ExpertUseRow) -> Cell:
     of = feedback["asked"] + feedback["not_asked"]
     return Cell(f"{feedback['asked']} of {of}", f"{count(feedback['tokens_written'])} tokens")
 
 
-def _unread(unread: Mapping[str, int], episodes: int) -> Cell:
+def _unread(unread: UnreadableRow, episodes: int) -> Cell:
     return Cell(f"expert {unread['expert']}, student {unread['student']}", f"n {episodes}")
 
 
-def _headroom(headroom: Mapping[str, int]) -> Cell:
-    if not {"problems", "expert_right", "student_right"} <= set(headroom):
+def _headroom(headroom: HeadroomRow | None) -> Cell:
+    if headroom is None:
         return Cell(NONE)
     return Cell(
         f"expert {headroom['expert_right']}, student {headroom['student_right']}",
@@ -227,7 +242,7 @@ def _headroom(headroom: Mapping[str, int]) -> Cell:
     )
 
 
-def summary_table(runs: Sequence[Run]) -> Table:
+def summary_table(runs: Sequence[LoopRun]) -> Table:
     """The runs' totals, a column for each."""
     return table(
         "Totals. Shares are with their 95 % Wilson intervals.",
@@ -236,7 +251,7 @@ def summary_table(runs: Sequence[Run]) -> Table:
     )
 
 
-def exam_table(runs: Sequence[Run]) -> Table | None:
+def exam_table(runs: Sequence[LoopRun]) -> Table | None:
     """The examination's measures before and after each run, and the change."""
     names = list(dict.fromkeys(name for run in runs for name in run.totals.get("exam", {})))
     if not names:
@@ -246,13 +261,13 @@ def exam_table(runs: Sequence[Run]) -> Table | None:
         for run in runs
         for side in ("before", "after", "change")
     ]
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for name in names:
         cells = []
         for run in runs:
-            sides = run.totals.get("exam", {}).get(name, {})
-            cells += [estimate(sides.get("before")), estimate(sides.get("after"))]
-            cells.append(estimate(sides.get("change"), sign="+"))
+            sides = run.totals.get("exam", {}).get(name)
+            cells += [estimate(sides and sides["before"]), estimate(sides and sides["after"])]
+            cells.append(estimate(sides and sides["change"], sign="+"))
         rows.append((EXAM_NAMES.get(name, name).removeprefix("exam: "), *cells))
     return table(
         "With 95 % bootstrap intervals over the questions; the change is paired, and bold where "
@@ -267,7 +282,7 @@ def probe_table(runs: Sequence[Run]) -> Table | None:
     names = list(dict.fromkeys(name for run in runs for name in run.totals["probe"]["after"]))
     if not names:
         return None
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for name in names:
         cells = []
         for run in runs:
@@ -297,7 +312,7 @@ def losses_table(runs: Sequence[Run], loss: str) -> Table:
     batches = sorted({batch for curve in curves for batch in curve})
     every = max(1, len(batches) // 12)
     shown = sorted({*batches[::every], *batches[-1:]})
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         (str(batch), *(Cell(_figures(curve.get(batch))) for curve in curves)) for batch in shown
     ]
     return table(
@@ -328,57 +343,54 @@ def decision_table(run: Run) -> Table | None:
     )
 
 
-def steps_table(runs: Sequence[Run]) -> Table:
+def steps_table(runs: Sequence[LoopRun]) -> Table:
     """Tokens and seconds by step."""
-    kinds = (("tokens", "written"), ("prefilled", "read first"), ("seconds", "seconds"))
+    kinds = ("written", "read first", "seconds")
     steps = [step for step in STEP_NAMES if any(step in run.totals["seconds"] for run in runs)]
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         (
             STEP_NAMES[step],
-            *(_amount(run.totals[key].get(step), key) for run in runs for key, _ in kinds),
+            *(cell for run in runs for cell in _amounts(run.totals, step)),
         )
         for step in steps
     ]
-    columns = [
-        f"{run.name}: {kind}" if len(runs) > 1 else kind for run in runs for _, kind in kinds
-    ]
+    columns = [f"{run.name}: {kind}" if len(runs) > 1 else kind for run in runs for kind in kinds]
     return table("Tokens and seconds by step", ("", *columns), rows)
 
 
-def _amount(value: float | None, key: str) -> Cell:
-    if value is None:
-        return Cell(NONE)
-    return Cell(f"{value:,.1f}" if key == "seconds" else count(value))
+def _amounts(totals: Summary, step: str) -> list[Cell]:
+    seconds = totals["seconds"].get(step)
+    return [
+        Cell(count(totals["tokens"].get(step))),
+        Cell(count(totals["prefilled"].get(step))),
+        Cell(NONE if seconds is None else f"{seconds:,.1f}"),
+    ]
 
 
-def pareto_table(pareto: Mapping[str, Any]) -> Table:
+def pareto_table(pareto: Frontier) -> Table:
     """Every stopping threshold that was looked at."""
     points = pareto["points"]
-    names = {
-        key: list(dict.fromkeys(name for point in points for name in point[key]))
-        for key in ("cost", "losses", "metrics")
-    }
+    costs = list(dict.fromkeys(name for point in points for name in point["cost"]))
+    losses = list(dict.fromkeys(name for point in points for name in point["losses"]))
+    metrics = list(dict.fromkeys(name for point in points for name in point["metrics"]))
     columns = [
         "stop_threshold",
         "stops after batch",
-        *(name.replace("_", " ") for name in names["cost"]),
-        *(f"{name} loss" for name in names["losses"]),
-        *(METRICS[name].full if name in METRICS else name for name in names["metrics"]),
+        *(name.replace("_", " ") for name in costs),
+        *(f"{name} loss" for name in losses),
+        *(METRICS[name].full if name in METRICS else name for name in metrics),
         "",
     ]
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for point in points:
         stopped = point["stopped_after_batch"]
         rows.append(
             (
                 Cell(f"{point['stop_threshold']:g}", strong=point["recommended"]),
                 "never" if stopped is None else count(stopped),
-                *(
-                    f"{point['cost'][n]:,.6g}" if n in point["cost"] else NONE
-                    for n in names["cost"]
-                ),
-                *(_figures(point["losses"].get(name)) for name in names["losses"]),
-                *(estimate(point["metrics"].get(name), ".1%") for name in names["metrics"]),
+                *(f"{point['cost'][n]:,.6g}" if n in point["cost"] else NONE for n in costs),
+                *(_figures(point["losses"].get(name)) for name in losses),
+                *(estimate(point["metrics"].get(name), ".1%") for name in metrics),
                 ", ".join(remark.full for remark in remarks_on(point, pareto)),
             )
         )
@@ -416,7 +428,7 @@ def measures_of(found: Mapping[str, Any]) -> list[str]:
 def systems_table(found: Mapping[str, Any]) -> Table:
     """The systems of an evaluation set: measures with intervals."""
     measures = measures_of(found)
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         (system["label"], *(_measure(name, system["measures"].get(name)) for name in measures))
         for system in found["systems"]
     ]
@@ -432,7 +444,7 @@ def costs_table(found: Mapping[str, Any]) -> Table | None:
     costs = list(dict.fromkeys(name for system in found["systems"] for name in system["cost"]))
     if not costs:
         return None
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         (system["label"], *(estimate(system["cost"].get(name), ",.4g") for name in costs))
         for system in found["systems"]
     ]
@@ -444,14 +456,14 @@ def costs_table(found: Mapping[str, Any]) -> Table | None:
     )
 
 
-def _measure(name: str, value: Mapping[str, Any] | None) -> Cell:
+def _measure(name: str, value: EstimateRow | None) -> Cell:
     """A measure; per cent where its name says so."""
     if value is None or not is_share(name):
         return estimate(value)
     return estimate(_in_percent(value), ".1f")
 
 
-def _difference(name: str, value: Mapping[str, Any]) -> Cell:
+def _difference(name: str, value: EstimateRow) -> Cell:
     """A difference of two measures."""
     return points(value) if is_share(name) else estimate(value, sign="+")
 
@@ -461,7 +473,7 @@ def comparisons_table(found: Mapping[str, Any]) -> Table | None:
     if not found["comparisons"]:
         return None
     labels = {system["name"]: system["label"] for system in found["systems"]}
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         (
             f"{labels.get(row['system'], row['system'])} against "
             f"{labels.get(row['against'], row['against'])}",

@@ -13,9 +13,9 @@ import fcntl
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlx_fd.errors import UserError
 from mlx_fd.files import (
@@ -29,6 +29,15 @@ from mlx_fd.files import (
 )
 from mlx_fd.runs.checked import DIGEST, ChangedFile, read_checked, with_digest
 from mlx_fd.runs.marks import MARK, RUN, check_free, read_mark, write_mark
+from mlx_fd.runs.records import (
+    SCHEMA_VERSION,
+    AttemptRow,
+    EpisodeRow,
+    LoggedSampleRow,
+    Manifest,
+    MetricsRow,
+    SelfMetricsRow,
+)
 
 CONFIG = "config.toml"
 MANIFEST = "manifest.json"
@@ -94,7 +103,55 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def create(folder: Path, config_toml: str, manifest: dict[str, Any], readme: str = README) -> None:
+def read_episodes(folder: Path) -> list[EpisodeRow]:
+    """The rows of a run's ``episodes.jsonl``; raises as :func:`read_lines`."""
+    return cast(list[EpisodeRow], read_lines(folder / EPISODES))
+
+
+def read_metrics(folder: Path) -> list[MetricsRow]:
+    """The rows of ``metrics.jsonl`` of a run of the loop; raises as :func:`read_lines`."""
+    return cast(list[MetricsRow], read_lines(folder / METRICS))
+
+
+def read_samples(folder: Path) -> list[LoggedSampleRow]:
+    """The rows of a run's ``samples.jsonl``; raises as :func:`read_lines`."""
+    return cast(list[LoggedSampleRow], read_lines(folder / SAMPLES))
+
+
+def read_attempts(folder: Path) -> list[AttemptRow]:
+    """The rows of a run's ``attempts.jsonl``; raises as :func:`read_lines`."""
+    return cast(list[AttemptRow], read_lines(folder / ATTEMPTS))
+
+
+def read_self_metrics(folder: Path) -> list[SelfMetricsRow]:
+    """The rows of ``metrics.jsonl`` of self-distillation; raises as :func:`read_lines`."""
+    return cast(list[SelfMetricsRow], read_lines(folder / METRICS))
+
+
+def check_schema(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Make sure that a run's rows have the keys that this version reads.
+
+    Args:
+        folder: the run directory.
+        manifest: its ``manifest.json``.
+
+    Raises:
+        UserError: another version wrote them.
+    """
+    found = manifest.get("schema_version")
+    if found == SCHEMA_VERSION:
+        return
+    versions = manifest.get("versions")
+    version = versions.get("mlx-fd") if isinstance(versions, dict) else None
+    named = f"mlx-fd {version}" if isinstance(version, str) else "another mlx-fd"
+    kind = "older" if found is None else "other"
+    raise UserError(
+        f"{folder}: this run was made by an {kind} version ({named}), whose rows have other names; "
+        "begin a new run, or use that version."
+    )
+
+
+def create(folder: Path, config_toml: str, manifest: Manifest, readme: str = README) -> None:
     """Make a run directory.
 
     Args:
@@ -139,11 +196,12 @@ def _is_manifest(content: Any) -> bool:
     return isinstance(versions, dict) and "mlx-fd" in versions
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """A run's manifest.
 
     Raises:
-        UserError: the folder holds no run, or the manifest cannot be read.
+        UserError: the folder holds no run, the manifest cannot be read, or another version of
+            mlx-fd made the run.
     """
     if not is_run(folder):
         raise UserError(
@@ -151,7 +209,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "Name the folder that `mlx-fd loop` or `mlx-fd self-distill` printed when it began."
         )
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / MANIFEST}: cannot be read: {error}") from error
     if not is_ours(folder):
@@ -159,9 +217,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder}: this is no run directory of mlx-fd (neither its {MANIFEST} nor a file "
             f"{MARK} says so), and it was left alone"
         )
-    if isinstance(manifest, dict):
-        manifest.pop(DIGEST, None)
-    return manifest
+    if not isinstance(manifest, dict):
+        raise UserError(f"{folder / MANIFEST}: cannot be read: it is no JSON object")
+    check_schema(folder, manifest)
+    manifest.pop(DIGEST, None)
+    return cast(Manifest, manifest)
 
 
 def manifest_fault(folder: Path) -> str | None:

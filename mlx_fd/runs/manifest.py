@@ -9,7 +9,7 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from mlx_fd import __version__, runs
 from mlx_fd import problems as problem_sets
@@ -17,9 +17,11 @@ from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint
 from mlx_fd.models.resolve import why_changed
+from mlx_fd.runs.records import SCHEMA_VERSION, Manifest, ModelRow
 
-if TYPE_CHECKING:
-    pass
+Part = Literal["expert", "student", "problems"]
+_PARTS: tuple[Part, ...] = ("expert", "student", "problems")
+_COMPARED: tuple[Literal["versions", "backend"], ...] = ("versions", "backend")
 
 
 def manifest_of(
@@ -28,7 +30,7 @@ def manifest_of(
     student: Path,
     found: problem_sets.ProblemSet,
     vocab: int,
-) -> dict[str, Any]:
+) -> Manifest:
     """What ``manifest.json`` holds.
 
     Args:
@@ -39,7 +41,7 @@ def manifest_of(
         vocab: tokens that student and expert share.
     """
 
-    def model(name: str, path: Path | None) -> dict[str, Any]:
+    def model(name: str, path: Path | None) -> ModelRow:
         if path is None:
             return {"name": name, "path": "", "sha256": ""}
         digest = fingerprint.content_hash(path)
@@ -47,6 +49,7 @@ def manifest_of(
         return {"name": name, "path": str(path), "sha256": digest, "fingerprint": kind}
 
     return {
+        "schema_version": SCHEMA_VERSION,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "backend": backend_settings(),
@@ -84,7 +87,7 @@ def flat_options(config: Config) -> dict[str, Any]:
     return {name: value for options in sections.values() for name, value in options.items()}
 
 
-def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[str]:
+def check_same(old: Manifest, new: Manifest, folder: Path) -> list[str]:
     """Compare a run's manifest with what is here now, before it is resumed.
 
     Returns:
@@ -95,7 +98,7 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
     """
     try:
         unclear = []
-        for part in ("expert", "student", "problems"):
+        for part in _PARTS:
             found = fingerprint.compare(old[part], new[part])
             if found is None:
                 unclear.append(
@@ -127,7 +130,7 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
         uncertain = unclear + [
             f"{name} was {value}, is {new[part].get(name)}: the run goes on, but its last digits "
             "may differ from an uninterrupted one's"
-            for part in ("versions", "backend")
+            for part in _COMPARED
             for name, value in old[part].items()
             if new[part].get(name) != value
         ]
@@ -147,7 +150,7 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[s
     return uncertain
 
 
-def _why_other(part: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+def _why_other(part: Part, old: Manifest, new: Manifest) -> str:
     """Why the models or problems of two manifests differ, and what to do about it."""
     name = old[part]["name"]
     if part == "problems" or name != new[part]["name"]:
@@ -168,7 +171,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def changed_options(old: Manifest, new: Manifest) -> list[str]:
     """What the user is told of options that were changed, and may be, since the run began.
 
     Args:

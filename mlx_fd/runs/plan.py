@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlx_fd import problems as problem_sets
 from mlx_fd import runs
@@ -23,6 +22,7 @@ from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.resolve import default_student, parse_name, resolve
 from mlx_fd.problems import Problem, ProblemSet
 from mlx_fd.runs.manifest import manifest_of
+from mlx_fd.runs.records import Manifest
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Plan:
     vocab: int
     probe: tuple[Problem, ...]
     problems: tuple[Problem, ...]
-    manifest: dict[str, Any]
+    manifest: Manifest
     notes: tuple[str, ...]
 
 

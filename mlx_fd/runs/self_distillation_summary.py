@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from mlx_fd.runs.records import (
+    AttemptRow,
+    AttemptsRow,
+    SelfHeadroomRow,
+    SelfMetricsRow,
+    SelfSummary,
+    ShareRow,
+)
 from mlx_fd.runs.summary import seconds_of, wilson
 
-Row = Mapping[str, Any]
 # What the gate watches here: the share of held-out problems that are answered wrong.
 WRONG = "wrong"
 
@@ -18,7 +24,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return round(math.fsum(known) / len(known), 6) if known else None
 
 
-def attempts_summary(rows: Sequence[Row]) -> dict[str, Any]:
+def attempts_summary(rows: Sequence[AttemptRow]) -> AttemptsRow:
     """The statistics of some attempts.
 
     Args:
@@ -44,24 +50,24 @@ def attempts_summary(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _share(right: int, n: int) -> dict[str, Any]:
+def _share(right: int, n: int) -> ShareRow:
     low, high = wilson(right, n)
     return {"right": right, "n": n, "interval": [round(low, 4), round(high, 4)]}
 
 
-def _held_out(losses: Mapping[str, float], n: int) -> dict[str, Any]:
+def _held_out(losses: Mapping[str, float], n: int) -> ShareRow:
     return _share(round((1 - losses[WRONG]) * n), n) if WRONG in losses else _share(0, 0)
 
 
 def summarise(
-    attempts: Sequence[Row],
-    metrics: Sequence[Row],
+    attempts: Sequence[AttemptRow],
+    metrics: Sequence[SelfMetricsRow],
     probe_before: Mapping[str, float],
     probe_after: Mapping[str, float],
     probe_size: int,
-    headroom: Mapping[str, int],
+    headroom: SelfHeadroomRow | None,
     seconds: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
+) -> SelfSummary:
     """The totals of a run: what ``summary.json`` holds.
 
     Args:
@@ -86,7 +92,7 @@ def summarise(
             "after": _held_out(probe_after, probe_size),
         },
         "probe": {"before": dict(probe_before), "after": dict(probe_after)},
-        "headroom": dict(headroom),
+        "headroom": headroom,
         "updates": {
             "batches": sum(bool(row["updates"]) for row in metrics),
             "steps": len(updates),

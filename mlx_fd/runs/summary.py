@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Literal
 
-Row = Mapping[str, Any]
+from mlx_fd.runs.records import (
+    BatchMetricsRow,
+    EpisodeRow,
+    HeadroomRow,
+    MetricsRow,
+    ShareRow,
+    Summary,
+)
 
 # A share of episodes above this is worth a warning, once there are enough of them.
 _WORRYING_SHARE = 0.2
@@ -24,13 +31,17 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _accuracy(rows: Sequence[Row], key: str) -> dict[str, Any]:
+def _accuracy(
+    rows: Sequence[EpisodeRow], key: Literal["correct_before", "correct_after"]
+) -> ShareRow:
     right = sum(row[key] for row in rows)
     low, high = wilson(right, len(rows))
     return {"right": right, "n": len(rows), "interval": [round(low, 4), round(high, 4)]}
 
 
-def _sums(rows: Sequence[Row], key: str) -> dict[str, float]:
+def _sums(
+    rows: Sequence[EpisodeRow], key: Literal["tokens", "prefilled", "seconds"]
+) -> dict[str, float]:
     total: dict[str, float] = {}
     for row in rows:
         for step, value in row[key].items():
@@ -39,13 +50,13 @@ def _sums(rows: Sequence[Row], key: str) -> dict[str, float]:
 
 
 def summarise(
-    episodes: Sequence[Row],
-    metrics: Sequence[Row],
+    episodes: Sequence[EpisodeRow],
+    metrics: Sequence[MetricsRow],
     probe_before: Mapping[str, float],
     probe_after: Mapping[str, float],
-    headroom: Mapping[str, int],
+    headroom: HeadroomRow | None,
     seconds: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     """The totals of a run.
 
     Args:
@@ -64,11 +75,14 @@ def summarise(
     updates = [update for row in metrics for update in row["updates"]]
     asked = [row for row in episodes if row["expert_feedback"]]
     alone = [row for row in episodes if not row["expert_feedback"]]
+    given = [row["expert_feedback"] for row in asked if row["expert_feedback"]]
     written = sum(row["tokens"].get("expert_feedback", 0) for row in asked)
     gaps = [
-        abs(row["expert_feedback"]["score"] - row["student_feedback"]["score"])
-        for row in asked
-        if row["expert_feedback"]["score"] is not None
+        abs(expert["written_score"] - head)
+        for row in episodes
+        if (expert := row["expert_feedback"])
+        and expert["written_score"] is not None
+        and (head := row["student_feedback"]["head_score"]) is not None
     ]
     half = len(gaps) // 2
     return {
@@ -78,7 +92,7 @@ def summarise(
             "final_answers": _accuracy(episodes, "correct_after"),
         },
         "probe": {"before": dict(probe_before), "after": dict(probe_after)},
-        "headroom": dict(headroom),
+        "headroom": headroom,
         "score_gap": {
             "first_half": round(sum(gaps[:half]) / half, 4) if half else None,
             "second_half": round(sum(gaps[half:]) / len(gaps[half:]), 4) if gaps else None,
@@ -88,7 +102,7 @@ def summarise(
             "batches": sum(bool(row["updates"]) for row in metrics),
             "steps": len(updates),
             "skipped": sum(update["skipped"] for update in updates),
-            "tokens": sum(update.get("tokens", 0) for update in updates),
+            "tokens": sum(update["tokens"] for update in updates),
             "frozen_after_batch": next(
                 (row["batch"] + 1 for row in metrics if row["frozen"]), None
             ),
@@ -98,37 +112,37 @@ def summarise(
             "not_asked": len(alone),
             "tokens_written": written,
             "tokens_saved": round(written / len(asked) * len(alone)) if asked else 0,
-            "sure_scores": metrics[-1].get("sure") if metrics else None,
+            "sure_scores": metrics[-1]["sure"] if metrics else None,
             "accuracy_when_asked": _accuracy(asked, "correct_after"),
             "accuracy_when_not_asked": _accuracy(alone, "correct_after"),
         },
         "unreadable_scores": {
-            "expert": sum(row["expert_feedback"]["score"] is None for row in asked),
+            "expert": sum(expert["written_score"] is None for expert in given),
             "student": sum(row["student_feedback"]["written_score"] is None for row in episodes),
         },
         "tokens": _sums(episodes, "tokens"),
         "prefilled": _sums(episodes, "prefilled"),
         "seconds": {
             **{step: round(value, 1) for step, value in _sums(episodes, "seconds").items()},
-            "distil": round(sum(row.get("distil_seconds", 0.0) for row in metrics), 1),
+            "distil": round(sum(row["distil_seconds"] for row in metrics), 1),
             **seconds_of(metrics, seconds or {}),
         },
     }
 
 
-def seconds_of(metrics: Sequence[Row], beside: Mapping[str, float]) -> dict[str, float]:
+def seconds_of(metrics: Sequence[BatchMetricsRow], beside: Mapping[str, float]) -> dict[str, float]:
     """The seconds of what was done beside the batches, and all of a run's in ``total``."""
     total = sum(row["seconds"] for row in metrics) + sum(beside.values())
     return {**{name: round(value, 1) for name, value in beside.items()}, "total": round(total, 1)}
 
 
-def find_warnings(episodes: Sequence[Row]) -> dict[str, str]:
+def find_warnings(episodes: Sequence[EpisodeRow]) -> dict[str, str]:
     """What a user should know of the last episodes, by kind of trouble; mostly empty."""
     if len(episodes) < _ENOUGH:
         return {}
     found = {}
-    asked = [row for row in episodes if row["expert_feedback"]]
-    scores = [row["expert_feedback"]["score"] for row in asked]
+    asked = [expert for row in episodes if (expert := row["expert_feedback"])]
+    scores = [expert["written_score"] for expert in asked]
     unread = sum(score is None for score in scores)
     if asked and unread > _WORRYING_SHARE * len(asked):
         found["unreadable"] = (

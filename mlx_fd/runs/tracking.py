@@ -19,6 +19,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.files import check_way, write_json
 from mlx_fd.runs.checked import read_checked, with_digest
 from mlx_fd.runs.events import BatchDone, Event, Probed
+from mlx_fd.runs.records import TrackerRow
 
 # What each has seen of a run, in the run directory.
 STATE = "tracking.json"
@@ -99,13 +100,6 @@ _WRITERS: dict[str, Callable[[Path, str, Mapping[str, Any]], Writer]] = {
     "trackio": _Trackio,
 }
 TRACKERS = tuple(_WRITERS)
-# Answers of which it is known whether they are right, and where an episode's or attempt's row
-# says so.
-_ANSWERS = {
-    "first_answers": "correct_before",
-    "final_answers": "correct_after",
-    "attempts": "correct",
-}
 
 
 def check_installed(names: Sequence[str]) -> None:
@@ -140,17 +134,28 @@ def values_of(event: Event) -> tuple[int, dict[str, float]] | None:
     if row["updates"]:
         last = row["updates"][-1]
         values |= {f"loss/{name}": value for name, value in last["losses"].items()}
-        values |= {f"update/{name}": last[name] for name in ("total", "gradient_norm")}
-    if row.get("clipped"):
-        values["update/clipped"] = row["clipped"][-1]
-    counts = ("n", "right")
-    values |= {
-        f"attempts/{name}": value
-        for name, value in row.get("attempts", {}).items()
-        if name not in counts
+        values |= {"update/total": last["total"], "update/gradient_norm": last["gradient_norm"]}
+    if "attempts" in row:
+        if row["clipped"]:
+            values["update/clipped"] = row["clipped"][-1]
+        attempts = row["attempts"]
+        values |= {
+            "attempts/reward": attempts["reward"],
+            "attempts/teaches": attempts["teaches"],
+            "attempts/finished": attempts["finished"],
+            "attempts/tokens": attempts["tokens"],
+            "attempts/entropy": attempts["entropy"],
+            "attempts/mean_abs_advantage": attempts["mean_abs_advantage"],
+            "attempts/negative_on_right": attempts["negative_on_right"],
+            "attempts/logprob_gap": attempts["logprob_gap"],
+        }
+    # Answers of which it is known whether they are right.
+    answers = {
+        "first_answers": [one["correct_before"] for one in event.rows if "correct_before" in one],
+        "final_answers": [one["correct_after"] for one in event.rows if "correct_after" in one],
+        "attempts": [one["correct"] for one in event.rows if "correct" in one],
     }
-    for name, key in _ANSWERS.items():
-        right = [answered[key] for answered in event.rows if key in answered]
+    for name, right in answers.items():
         if right:
             values[f"accuracy/{name}"] = sum(right) / len(right)
     return row["batch"] + 1, {name: value for name, value in values.items() if value is not None}
@@ -220,7 +225,7 @@ class Tracking:
             self._warn(f"{name} fails, and the run goes on without it: {error}")
 
 
-def _read_state(path: Path, warn: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+def _read_state(path: Path, warn: Callable[[str], None]) -> dict[str, TrackerRow]:
     """What trackers have seen of the run; nothing where that cannot be read."""
     try:
         state = dict(read_checked(path)[0])

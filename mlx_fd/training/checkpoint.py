@@ -34,13 +34,24 @@ from mlx_fd.runs.checkpoints import (
 )
 from mlx_fd.runs.events import BatchDone, Event, Note, Warned
 from mlx_fd.runs.logs import Log
+from mlx_fd.runs.records import (
+    AttemptRow,
+    EpisodeRow,
+    MetricsRow,
+    SelfMetricsRow,
+    SelfSummary,
+    StopRow,
+    Summary,
+    UpdateRow,
+)
 
 OPTIMIZER = "optimizer.safetensors"
 Kept = TypeVar("Kept")
+AnySummary = TypeVar("AnySummary", Summary, SelfSummary)
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunState:
     """Where a run stands: all of a checkpoint but the weights.
 
     Attributes:
@@ -48,7 +59,7 @@ class Progress:
         gate: the gate's state.
         scales: the fixed factor of each loss.
         distilled: batches in which the student learned.
-        spent: optimiser steps since the last look at the probe set.
+        spent: optimiser steps since the last probe evaluation.
         probe_first: losses on the probe set before the first update.
         probe_last: the same, last time they were looked at.
         best: the least mean of probe losses relative to ``probe_first``.
@@ -70,27 +81,27 @@ class Progress:
         return {**dataclasses.asdict(self), "gate": self.gate.to_json()}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Progress:
+    def from_json(cls, value: dict[str, Any]) -> RunState:
         """What :meth:`to_json` gave."""
         names = [item.name for item in dataclasses.fields(cls)]
         fields = {name: value[name] for name in names}
         return cls(**{**fields, "gate": gate.GateState.from_json(value["gate"])})
 
 
-def with_probe(progress: Progress, losses: dict[str, float]) -> Progress:
-    """The state after a look at the probe set."""
-    known = [name for name in losses if progress.probe_first.get(name, 0) > 0]
+def with_probe(state: RunState, losses: dict[str, float]) -> RunState:
+    """The state after a probe evaluation."""
+    known = [name for name in losses if state.probe_first.get(name, 0) > 0]
     if known:
-        level = sum(losses[name] / progress.probe_first[name] for name in known) / len(known)
-        better = math.isfinite(level) and level < progress.best
+        level = sum(losses[name] / state.probe_first[name] for name in known) / len(known)
+        better = math.isfinite(level) and level < state.best
     else:
         # Nothing tells the batches apart: the newest has learned the most.
-        level, better = progress.best, True
+        level, better = state.best, True
     return dataclasses.replace(
-        progress,
+        state,
         probe_last=losses,
-        best=level if better else progress.best,
-        best_batch=progress.batch if better else progress.best_batch,
+        best=level if better else state.best,
+        best_batch=state.batch if better else state.best_batch,
     )
 
 
@@ -110,7 +121,7 @@ class Records:
     peak_before: int
     cut: Path
 
-    def append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows to a log."""
         self.logs[name].append(rows)
 
@@ -267,7 +278,7 @@ class Done:
     """A batch that was made, and is not on the disk yet.
 
     Attributes:
-        progress: the state after it.
+        state: the state after it.
         logs: rows to append, by the names of their files.
         rows: what watchers are shown of it.
         metrics: likewise.
@@ -276,48 +287,48 @@ class Done:
         warnings: what the user should know of by now.
     """
 
-    progress: Progress
-    logs: Mapping[str, Sequence[dict[str, Any]]]
-    rows: list[dict[str, Any]]
-    metrics: dict[str, Any]
+    state: RunState
+    logs: Mapping[str, Sequence[Mapping[str, Any]]]
+    rows: Sequence[EpisodeRow] | Sequence[AttemptRow]
+    metrics: MetricsRow | SelfMetricsRow
     done: int
     total: int
     warnings: Sequence[str] = ()
 
 
 def begin_or_restore(
-    run: Run, checkpoint: Checkpoint | None, first: Callable[[], Progress]
-) -> Progress:
+    run: Run, checkpoint: Checkpoint | None, first: Callable[[], RunState]
+) -> RunState:
     """The state that a run goes on from: a checkpoint's, or a new one, which is saved.
 
     Raises:
         UserError: the checkpoint does not fit, or the folder cannot be written.
     """
     if checkpoint is not None:
-        progress = restore(checkpoint, run.student, run.optimizer)
-        run.report(Note(f"going on after batch {progress.batch}"))
-        return progress
-    progress = first()
+        state = restore(checkpoint, run.student, run.optimizer)
+        run.report(Note(f"going on after batch {state.batch}"))
+        return state
+    state = first()
     with runs.wrap_write_errors(run.records.folder):
-        save(run, progress)
-    return progress
+        save(run, state)
+    return state
 
 
 def run_batches(
     run: Run,
-    progress: Progress,
-    batch: Callable[[Progress], Done],
+    state: RunState,
+    batch: Callable[[RunState], Done],
     total: int,
     *,
     ends_frozen: bool = False,
-) -> Progress | None:
+) -> RunState | None:
     """Make batch after batch, with its rows on the disk and checkpoints where they are due.
 
     Args:
         run: the run.
-        progress: where it stands.
+        state: where it stands.
         batch: makes the next batch.
-        total: batches of the run, those before ``progress`` too.
+        total: batches of the run, those before ``state`` too.
         ends_frozen: whether the run is at its end, too, when the gate is frozen.
 
     Returns:
@@ -326,44 +337,44 @@ def run_batches(
     Raises:
         UserError: the folder cannot be written.
     """
-    saved = progress.batch
-    while progress.batch < total and not (ends_frozen and progress.gate.frozen):
-        best_before = progress.best_batch
-        done = batch(progress)
-        progress = done.progress
+    saved = state.batch
+    while state.batch < total and not (ends_frozen and state.gate.frozen):
+        best_before = state.best_batch
+        done = batch(state)
+        state = done.state
         with runs.wrap_write_errors(run.records.folder):
             for name, rows in done.logs.items():
                 run.records.append(name, rows)
             stopping = run.stop()
-            due = progress.batch - saved >= run.config.episode.checkpoint_every
-            if due or stopping or progress.best_batch != best_before:
-                save(run, progress)
-                saved = progress.batch
+            due = state.batch - saved >= run.config.episode.checkpoint_every
+            if due or stopping or state.best_batch != best_before:
+                save(run, state)
+                saved = state.batch
         run.report(BatchDone(done.done, done.total, done.rows, done.metrics))
         for text in done.warnings:
             run.report(Warned(text))
         # Buffers of the largest batch so far would otherwise stay with the process.
         mx.clear_cache()
-        if stopping and progress.batch < total:
+        if stopping and state.batch < total:
             return None
-    return progress
+    return state
 
 
-def write_summary(run: Run, progress: Progress, summary: dict[str, Any]) -> dict[str, Any]:
+def write_summary(run: Run, state: RunState, summary: AnySummary) -> AnySummary:
     """Write ``summary.json``: that of the trainer, with the best checkpoint and the peak memory.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    summary["best_checkpoint"] = f"{progress.best_batch:06d}"
+    summary["best_checkpoint"] = f"{state.best_batch:06d}"
     summary["peak_memory_bytes"] = run.records.peak_memory()
     write_json(run.records.folder / runs.SUMMARY, with_digest(summary))
     return summary
 
 
-def first_progress(
+def first_state(
     config: Config, losses: dict[str, float], scales: Mapping[str, float] | None = None
-) -> Progress:
+) -> RunState:
     """The state before the first batch.
 
     Args:
@@ -372,11 +383,11 @@ def first_progress(
         scales: the fixed factor of each loss.
     """
     names = tuple(scales or losses)
-    state = gate.initial_state(config.gate, names)
-    state, _ = gate.observe_probe(state, losses, config.gate, cost=0.0)
-    return Progress(
+    before = gate.initial_state(config.gate, names)
+    before, _ = gate.observe_probe(before, losses, config.gate, cost=0.0)
+    return RunState(
         batch=0,
-        gate=state,
+        gate=before,
         scales=dict(scales or {}),
         distilled=0,
         spent=0,
@@ -387,7 +398,7 @@ def first_progress(
     )
 
 
-def restore(checkpoint: Checkpoint, student: Student, optimizer: optim.Optimizer) -> Progress:
+def restore(checkpoint: Checkpoint, student: Student, optimizer: optim.Optimizer) -> RunState:
     """Put a checkpoint's weights and optimiser in place; where the run stood.
 
     Raises:
@@ -396,7 +407,7 @@ def restore(checkpoint: Checkpoint, student: Student, optimizer: optim.Optimizer
     load_student(student, checkpoint.folder)
     optimizer.state = tree_unflatten(list(read_arrays(checkpoint.folder / OPTIMIZER).items()))
     try:
-        return Progress.from_json(checkpoint.state)
+        return RunState.from_json(checkpoint.state)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{checkpoint.folder / runs.STATE}: this is not what mlx-fd wrote ({error!r}). Bring "
@@ -404,14 +415,14 @@ def restore(checkpoint: Checkpoint, student: Student, optimizer: optim.Optimizer
         ) from error
 
 
-def save(run: Run, progress: Progress) -> None:
+def save(run: Run, state: RunState) -> None:
     """Write a checkpoint.
 
     Raises:
         OSError: the folder cannot be written.
     """
     config = run.config
-    arrays, state = run.extra()
+    arrays, entries = run.extra()
 
     def write(to: Path) -> None:
         save_student(run.student, config.models, run.base, to)
@@ -421,16 +432,16 @@ def save(run: Run, progress: Progress) -> None:
 
     save_checkpoint(
         run.records.folder,
-        progress.batch,
+        state.batch,
         write,
         {
-            **progress.to_json(),
-            **state,
+            **state.to_json(),
+            **entries,
             "checkpoint_every": config.episode.checkpoint_every,
             "peak_memory_bytes": run.records.peak_memory(),
         },
         run.records.logs,
-        best=progress.best_batch,
+        best=state.best_batch,
         keep=config.episode.keep_checkpoints,
     )
 
@@ -440,7 +451,19 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def update_row(update: distill.Update) -> dict[str, Any]:
+def stop_row(decision: gate.StopDecision | None) -> StopRow | None:
+    """A decision's part of a line of ``metrics.jsonl``."""
+    if decision is None:
+        return None
+    return {
+        "action": decision.action,
+        "reason": decision.reason,
+        "gains": decision.gains,
+        "weights": decision.weights,
+    }
+
+
+def update_row(update: distill.Update) -> UpdateRow:
     """An optimiser step's part of a line of ``metrics.jsonl``."""
     return {
         "losses": {name: finite(value) for name, value in update.losses.items()},

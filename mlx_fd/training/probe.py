@@ -17,12 +17,12 @@ from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.distill import measure
 from mlx_fd.feedback.episode import (
-    Progress,
+    OnTokens,
     answer,
     derive_seed,
     expert_feedback,
     first_answers,
-    is_correct,
+    judge,
     student_feedback,
 )
 from mlx_fd.feedback.pair import Pair
@@ -31,6 +31,7 @@ from mlx_fd.files import digest_of, write_json, write_with
 from mlx_fd.models.student import read_arrays
 from mlx_fd.problems import Problem
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
+from mlx_fd.runs.records import HeadroomRow
 
 PROBE_ROWS = "probe.json"
 PROBE_ARRAYS = "probe.safetensors"
@@ -61,6 +62,18 @@ class Headroom:
     expert_judged_right: int
     student_judged: int
     student_judged_right: int
+
+    def to_json(self) -> HeadroomRow:
+        """For the files that keep it."""
+        return {
+            "problems": self.problems,
+            "expert_right": self.expert_right,
+            "student_right": self.student_right,
+            "expert_judged": self.expert_judged,
+            "expert_judged_right": self.expert_judged_right,
+            "student_judged": self.student_judged,
+            "student_judged_right": self.student_judged_right,
+        }
 
     def concerns(self) -> list[str]:
         """What the user should know before hours are spent; empty where all is well."""
@@ -116,7 +129,7 @@ def _judged(scores: Sequence[float | None], right: Sequence[bool]) -> tuple[int,
 
 
 def make_probe(
-    pair: Pair, problems: Sequence[Problem], config: Config, progress: Progress
+    pair: Pair, problems: Sequence[Problem], config: Config, on_tokens: OnTokens
 ) -> Probe:
     """Run both models over the probe problems, in batches of the run's size.
 
@@ -124,7 +137,7 @@ def make_probe(
         pair: the models; the student untrained.
         problems: held out from the run's.
         config: token limits, seed, losses.
-        progress: called with a step's name and its new tokens.
+        on_tokens: called with a step's name and its new tokens.
     """
     begun = time.perf_counter()
     options, size = config.generation, config.generation.batch_size
@@ -133,37 +146,39 @@ def make_probe(
     for number, begin in enumerate(range(0, len(problems), size)):
         chunk = problems[begin : begin + size]
         seeds = _seeds(config.episode.seed, number)
-        drafts = first_answers(pair, chunk, options, seeds("answer"), progress)
-        drafts = expert_feedback(pair, drafts, options, seeds("expert_feedback"), progress)
-        drafts = student_feedback(pair, drafts, options, seeds("student_feedback"), progress)
+        answered = first_answers(pair, chunk, options, seeds("answer"), on_tokens)
+        students = student_feedback(pair, answered, options, seeds("student_feedback"), on_tokens)
+        experts = expert_feedback(pair, answered, options, seeds("expert_feedback"), on_tokens)
+        judged = judge(answered, students, dict(enumerate(experts)))
+        answered = [one.answered for one in judged]
         own = answer(
             pair.student_lm,
             chunk,
             options,
             seeds("student_answer"),
-            progress,
+            on_tokens,
             temperature=options.student_temperature,
             keep=False,
         )
-        right = [is_correct(draft.answer.final, draft.problem) for draft in drafts]
-        best = drafts
+        right = [one.is_correct for one in answered]
+        best = answered
         if options.answers_by == "student":
-            best = answer(pair.expert, chunk, options, 0, progress, temperature=0.0, keep=False)
-        expert_scores = [d.expert_feedback.score if d.expert_feedback else None for d in drafts]
-        student_scores = [draft.student_feedback.score for draft in drafts]
+            best = answer(pair.expert, chunk, options, 0, on_tokens, temperature=0.0, keep=False)
+        expert_scores = [one.feedback.written_score for one in experts]
+        student_scores = [one.feedback.written_score for one in students]
         found = [
-            sum(is_correct(draft.answer.final, draft.problem) for draft in best),
-            sum(is_correct(draft.answer.final, draft.problem) for draft in own),
+            sum(one.is_correct for one in best),
+            sum(one.is_correct for one in own),
             *_judged(expert_scores, right),
             *_judged(student_scores, right),
         ]
         counts = [so_far + more for so_far, more in zip(counts, found, strict=True)]
-        samples.extend(sample_of(pair, draft, config.losses) for draft in drafts)
+        samples.extend(sample_of(pair, one, config.losses) for one in judged)
         if config.losses.on_solutions:
             samples.extend(
-                solution_of(pair, draft.problem.question, draft.answer, config.losses)
-                for draft in best
-                if is_correct(draft.answer.final, draft.problem)
+                solution_of(pair, one.problem.question, one.answer, config.losses)
+                for one in best
+                if one.is_correct
             )
     seconds = round(time.perf_counter() - begun, 3)
     return Probe(tuple(samples), Headroom(len(problems), *counts), seconds)
@@ -184,7 +199,7 @@ def save_probe(probe: Probe, folder: Path) -> None:
     digest = write_with(folder / PROBE_ARRAYS, lambda path: mx.save_safetensors(str(path), arrays))
     content = {
         "sha256": digest,
-        "headroom": vars(probe.headroom),
+        "headroom": probe.headroom.to_json(),
         "seconds": probe.seconds,
         "samples": rows,
     }

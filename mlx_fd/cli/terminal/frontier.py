@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mlx_fd.evaluation.pareto.choice import recommended
 from mlx_fd.evaluation.pareto.names import COSTS, METRICS, remarks_on
+from mlx_fd.runs.records import ParetoFile
 
 
 def table(found: Mapping[str, Any]) -> Table:
@@ -60,7 +61,7 @@ def _real(real: Mapping[str, Any]) -> str:
     )
 
 
-def summary(found: Mapping[str, Any]) -> str:
+def summary(found: ParetoFile) -> str:
     """What the table's words mean, and the recommendation."""
     point = recommended(found)
     low, high = point["thresholds"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -23,10 +23,11 @@ from rich.text import Text
 
 from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Step, Warned
 from mlx_fd.runs.labels import EXAM_NAMES, STEP_NAMES, duration, number
+from mlx_fd.runs.records import EstimateRow, ShareRow, Summary
 from mlx_fd.text import strip_control_chars
 
 
-def _estimate(value: Mapping[str, float | None], sign: str = "") -> str:
+def _estimate(value: EstimateRow, sign: str = "") -> str:
     """A number with its 95 % interval."""
     if value["value"] is None:
         return "-"
@@ -54,7 +55,7 @@ class Display:
         self._done_at_begin: int | None = None
         self._step, self._step_tokens, self._step_begin = "", 0, time.monotonic()
         self._right_before = self._right_after = self._seen = 0
-        self._losses_first: dict[str, float] = {}
+        self._losses_first: Mapping[str, float] = {}
         self._losses_last: Mapping[str, float | None] = {}
         self._last: BatchDone | None = None
         self._reason = "waiting for the first batch"
@@ -111,6 +112,7 @@ class Display:
     def _take_probe(self, event: Probed) -> None:
         self._losses_first, self._losses_last = event.first, event.last
         counts = event.headroom
+        assert "expert_right" in counts  # self-distillation has a display of its own
         self._say(
             f"headroom on {counts['problems']} held-out problems: expert answers "
             f"{counts['expert_right']} right, student {counts['student_right']}; judged rightly, "
@@ -135,15 +137,16 @@ class Display:
 
     def _count(self, event: BatchDone) -> None:
         self._seen += len(event.rows)
-        self._right_before += sum(row["correct_before"] for row in event.rows)
-        self._right_after += sum(row["correct_after"] for row in event.rows)
+        episodes = [row for row in event.rows if "correct_after" in row]
+        self._right_before += sum(row["correct_before"] for row in episodes)
+        self._right_after += sum(row["correct_after"] for row in episodes)
         if event.metrics["probe"]:
             self._losses_last = event.metrics["probe"]
         stop = event.metrics["stop"]
         if stop:
             self._reason = stop["reason"]
-        elif event.rows:
-            self._reason = event.rows[-1]["gate"]["reason"]
+        elif episodes:
+            self._reason = episodes[-1]["gate"]["reason"]
 
     def _eta(self, event: BatchDone) -> str:
         done = event.done - (self._done_at_begin or 0)
@@ -157,7 +160,7 @@ class Display:
         if event.rows:  # else a later epoch's
             parts += [
                 f"right {self._right_before} -> {self._right_after} of {self._seen}",
-                f"score expert {self._mean_score('expert')} student {self._mean_score('student')}",
+                f"score expert {self._expert_score()} student {self._student_score()}",
             ]
         parts.append(
             "frozen" if event.metrics["frozen"] else f"distilled {event.metrics['lagging']}"
@@ -169,11 +172,23 @@ class Display:
             parts.append(f"{skipped} steps skipped: not finite")
         return "  ".join([*parts, f"ETA {eta}"])
 
-    def _mean_score(self, who: str) -> str:
+    def _expert_score(self) -> str:
+        """The mean written score of the last batch's expert feedback."""
         assert self._last is not None
-        found = [row[f"{who}_feedback"] for row in self._last.rows]
-        scores = [item["score"] for item in found if item and item["score"] is not None]
-        return number(sum(scores) / len(scores), "+.2f") if scores else "-"
+        return _mean(
+            expert["written_score"]
+            for row in self._last.rows
+            if "expert_feedback" in row and (expert := row["expert_feedback"])
+        )
+
+    def _student_score(self) -> str:
+        """The mean head score of the last batch's student feedback."""
+        assert self._last is not None
+        return _mean(
+            row["student_feedback"]["head_score"]
+            for row in self._last.rows
+            if "student_feedback" in row
+        )
 
     def _step_line(self) -> Text:
         elapsed = max(time.monotonic() - self._step_begin, 1e-9)
@@ -201,8 +216,8 @@ class Display:
             rows.append(
                 Text.assemble(
                     f"right: {self._right_before} before, {self._right_after} after, of "
-                    f"{self._seen}; score: expert {self._mean_score('expert')}, student "
-                    f"{self._mean_score('student')}\ngate: ",
+                    f"{self._seen}; score: expert {self._expert_score()}, student "
+                    f"{self._student_score()}\ngate: ",
                     (state, "cyan"),
                     f" ({self._reason})",
                 )
@@ -248,13 +263,18 @@ class Steps:
         self._bar.update(self._tasks[step], completed=done, total=total)
 
 
-def summary_table(summary: Mapping[str, Any]) -> Table:
+def _mean(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return number(sum(known) / len(known), "+.2f") if known else "-"
+
+
+def summary_table(summary: Summary) -> Table:
     """A run's totals, as the run's last word."""
     table = Table(title="Summary", title_justify="left", show_header=False, box=None)
     table.add_column(style="dim")
     table.add_column()
 
-    def accuracy(value: Mapping[str, Any]) -> str:
+    def accuracy(value: ShareRow) -> str:
         low, high = value["interval"]
         if not value["n"]:
             return "-"
@@ -286,7 +306,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         f"asked {feedback['asked']} times ({feedback['tokens_written']} tokens), not asked "
         f"{feedback['not_asked']} times (about {feedback['tokens_saved']} tokens saved)",
     )
-    sure = feedback.get("sure_scores")
+    sure = feedback["sure_scores"]
     if frozen and sure:
         table.add_row(
             "sure scores like the expert's", f"{sure['agreed']} of the last {sure['of']} at the end"

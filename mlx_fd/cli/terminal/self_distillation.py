@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -14,6 +12,7 @@ from rich.text import Text
 from mlx_fd.cli.terminal.run import Display
 from mlx_fd.runs.events import BatchDone, Probed
 from mlx_fd.runs.labels import duration, number
+from mlx_fd.runs.records import SelfSummary, ShareRow
 from mlx_fd.runs.self_distillation_summary import WRONG
 
 _STEPS = {
@@ -39,7 +38,7 @@ class SelfDisplay(Display):
 
     def _count(self, event: BatchDone) -> None:
         self._seen += len(event.rows)
-        self._right_before += sum(row["correct"] for row in event.rows)
+        self._right_before += sum(row["correct"] for row in event.rows if "correct" in row)
         if event.metrics["probe"]:
             self._held_out = 1 - event.metrics["probe"][WRONG]
 
@@ -50,7 +49,10 @@ class SelfDisplay(Display):
         return "  ".join([f"{event.done}/{event.total}", *self._parts(event), f"ETA {eta}"])
 
     def _parts(self, event: BatchDone) -> list[str]:
-        found, updates = event.metrics["attempts"], event.metrics["updates"]
+        metrics = event.metrics
+        if "attempts" not in metrics:
+            return []
+        found, updates = metrics["attempts"], metrics["updates"]
         parts = [
             f"right {found['right']} of {found['n']}",
             f"teaching {found['teaches']:.0%}",
@@ -62,13 +64,13 @@ class SelfDisplay(Display):
         if updates:
             losses = updates[-1]["losses"]
             parts.append(" ".join(f"{name} {number(value)}" for name, value in losses.items()))
-        if any(event.metrics["clipped"]):
-            parts.append(f"clipped {max(event.metrics['clipped']):.1%}")
+        if any(metrics["clipped"]):
+            parts.append(f"clipped {max(metrics['clipped']):.1%}")
         skipped = sum(update["skipped"] for update in updates)
         if skipped:
             parts.append(f"{skipped} steps skipped: not finite")
-        if event.metrics["probe"]:
-            parts.append(f"held out {1 - event.metrics['probe'][WRONG]:.1%} right")
+        if metrics["probe"]:
+            parts.append(f"held out {1 - metrics['probe'][WRONG]:.1%} right")
         return parts
 
     def _panel(self) -> RenderableType:
@@ -82,13 +84,13 @@ class SelfDisplay(Display):
         return Panel(Group(*rows), title=self.title, title_align="left", border_style="dim")
 
 
-def summary_table(summary: Mapping[str, Any]) -> Table:
+def summary_table(summary: SelfSummary) -> Table:
     """A run's totals, as the run's last word."""
     table = Table(title="Summary", title_justify="left", show_header=False, box=None)
     table.add_column(style="dim")
     table.add_column()
 
-    def accuracy(value: Mapping[str, Any]) -> str:
+    def accuracy(value: ShareRow) -> str:
         if not value["n"]:
             return "-"
         low, high = value["interval"]
@@ -101,16 +103,17 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("held out, after", accuracy(held_out["after"]))
     table.add_row("attempts right, first half", accuracy(summary["first_half"]))
     table.add_row("attempts right, second half", accuracy(summary["second_half"]))
-    if head["taught"]:
+    if head and head["taught"]:
         table.add_row(
             "headroom",
             f"{head['without']} right without the context, {head['with_context']} with it, of the "
             f"{head['taught']} held-out problems that it has something to say about",
         )
-    table.add_row(
-        "right and wrong attempts",
-        f"at {head['mixed']} of {head['problems']} held-out problems, before the first update",
-    )
+    if head:
+        table.add_row(
+            "right and wrong attempts",
+            f"at {head['mixed']} of {head['problems']} held-out problems, before the first update",
+        )
     if found:
         table.add_row(
             "attempts",

@@ -7,78 +7,80 @@ from collections.abc import Sequence
 
 from mlx_fd.evaluation.baselines.trials import Seeds, Setting, Trial, trial
 from mlx_fd.feedback.episode import (
-    Draft,
-    Outcome,
-    Progress,
+    Answered,
+    Finished,
+    Judged,
+    OnTokens,
     expert_feedback,
-    finish,
+    judge,
+    merge_and_revise,
     student_feedback,
 )
 from mlx_fd.feedback.gate import stands_alone
 
 
 def clear(
-    setting: Setting, drafts: Sequence[Draft], seeds: Seeds, progress: Progress
+    setting: Setting, answered: Sequence[Answered], seeds: Seeds, on_tokens: OnTokens
 ) -> list[Trial]:
     """Both give feedback; it is merged, the expert revises, criticises itself and answers.
 
     The amateur never learns. It has no score head, so the score that it wrote stands for its own.
     """
-    options = setting.generation
-    judged = [
-        dataclasses.replace(draft, student_score=draft.student_feedback.score)
-        for draft in student_feedback(
-            setting.pair, drafts, options, seeds("student_feedback"), progress
+    pair, options = setting.pair, setting.generation
+    students = [
+        dataclasses.replace(student, head_score=None)
+        for student in student_feedback(
+            pair, answered, options, seeds("student_feedback"), on_tokens
         )
     ]
-    judged = expert_feedback(setting.pair, judged, options, seeds("expert_feedback"), progress)
-    return _finished(setting, judged, seeds, progress)
+    experts = expert_feedback(pair, answered, options, seeds("expert_feedback"), on_tokens)
+    judged = judge(answered, students, dict(enumerate(experts)))
+    return _finished(setting, judged, seeds, on_tokens)
 
 
 def loop(
-    setting: Setting, drafts: Sequence[Draft], seeds: Seeds, progress: Progress
+    setting: Setting, answered: Sequence[Answered], seeds: Seeds, on_tokens: OnTokens
 ) -> list[Trial]:
     """The same with the distilled student, as the run would be deployed.
 
     Where its training ended frozen and the gate trusts it, its feedback stands alone where it is
     sure; the expert is asked for the rest. Nothing is audited, because nothing learns.
     """
-    options = setting.generation
-    judged = student_feedback(setting.pair, drafts, options, seeds("student_feedback"), progress)
+    pair, options = setting.pair, setting.generation
+    students = student_feedback(pair, answered, options, seeds("student_feedback"), on_tokens)
     asked = [
-        place
-        for place, draft in enumerate(judged)
+        index
+        for index, student in enumerate(students)
         if setting.state is None
-        or not stands_alone(setting.state, draft.student_score, setting.gate)
+        or not stands_alone(setting.state, student.head_score, setting.gate)
     ]
-    answered = expert_feedback(
-        setting.pair,
-        [judged[place] for place in asked],
-        options,
-        seeds("expert_feedback"),
-        progress,
+    experts = expert_feedback(
+        pair, [answered[index] for index in asked], options, seeds("expert_feedback"), on_tokens
     )
-    for place, draft in zip(asked, answered, strict=True):
-        judged[place] = draft
-    return _finished(setting, judged, seeds, progress)
+    judged = judge(answered, students, dict(zip(asked, experts, strict=True)))
+    return _finished(setting, judged, seeds, on_tokens)
 
 
 def _finished(
-    setting: Setting, drafts: Sequence[Draft], seeds: Seeds, progress: Progress
+    setting: Setting, judged: Sequence[Judged], seeds: Seeds, on_tokens: OnTokens
 ) -> list[Trial]:
-    outcomes = finish(setting.pair, drafts, setting.generation, setting.episode, seeds, progress)
-    return [_trial(setting, outcome) for outcome in outcomes]
+    finished = merge_and_revise(
+        setting.pair, judged, setting.generation, setting.episode, seeds, on_tokens
+    )
+    return [_trial(setting, one) for one in finished]
 
 
-def _trial(setting: Setting, outcome: Outcome) -> Trial:
-    draft = outcome.draft
+def _trial(setting: Setting, finished: Finished) -> Trial:
+    judged = finished.judged
     written = {
-        "student_feedback": draft.student_feedback.text,
-        "expert_feedback": draft.expert_feedback.text if draft.expert_feedback else "",
-        "merge": outcome.merged,
-        "revise": outcome.revised,
-        "critique": outcome.critique,
-        "final": outcome.final.text,
+        "student_feedback": judged.student.feedback.text,
+        "expert_feedback": judged.expert.feedback.text if judged.expert else "",
+        "merge": finished.merged,
+        "revise": finished.revised,
+        "critique": finished.critique,
+        "final": finished.final.text,
     }
-    turns = {step: text for step, text in written.items() if step in draft.tokens}
-    return trial(setting, draft, turns, "final" if "final" in turns else "answer", outcome.score)
+    usage = finished.usage
+    turns = {step: text for step, text in written.items() if step in usage.tokens}
+    last = "final" if "final" in turns else "answer"
+    return trial(setting, judged.answered.answer, usage, turns, last, finished.score)

@@ -12,7 +12,14 @@ from typing import Any
 
 from mlx_fd.config import EpisodeOptions, GenerationOptions
 from mlx_fd.evaluation.baselines.trials import Seeds, Setting, Trial, trial
-from mlx_fd.feedback.episode import Draft, Progress, expert_turn, feedback_request, parsed
+from mlx_fd.feedback.episode import (
+    Answered,
+    OnTokens,
+    Usage,
+    expert_turn,
+    feedback_request,
+    parsed,
+)
 from mlx_fd.models.generation import Conversation, followup_prompt
 from mlx_fd.problems import prompts
 
@@ -37,13 +44,15 @@ class Criticised:
     """An answer after a critic's last stage.
 
     Attributes:
-        draft: with the stages' counts.
+        answered: the answer.
+        usage: of the answer and of all turns since.
         feedback: what the last stage came to.
         turns: what each stage wrote.
         conversation: the expert's, up to and with the last stage.
     """
 
-    draft: Draft
+    answered: Answered
+    usage: Usage
     feedback: prompts.Feedback
     turns: dict[str, str]
     conversation: Conversation
@@ -75,38 +84,39 @@ STAGES = {"cot": thoughts, "cod": drafts_of_feedback}
 
 def good_enough(feedback: prompts.Feedback, options: EpisodeOptions) -> bool:
     """Whether an answer stays as it is."""
-    return feedback.score is not None and feedback.score >= options.target_score
+    return feedback.written_score is not None and feedback.written_score >= options.target_score
 
 
 def criticise(
     setting: Setting,
-    drafts: Sequence[Draft],
+    answered: Sequence[Answered],
     stages: Sequence[Stage],
     seeds: Seeds,
-    progress: Progress,
+    on_tokens: OnTokens,
 ) -> list[Criticised]:
     """Let the expert go through a critic's stages, one turn each."""
     options = setting.generation
-    before = [draft.after_answer for draft in drafts]
-    written: list[dict[str, str]] = [{} for _ in drafts]
+    before = [one.conversation for one in answered]
+    usages = [one.usage for one in answered]
+    written: list[dict[str, str]] = [{} for _ in answered]
     for stage in stages:
-        drafts, turns = expert_turn(
+        turns, added = expert_turn(
             setting.pair,
-            drafts,
             stage.step,
             before,
-            [stage.request] * len(drafts),
+            [stage.request] * len(answered),
             "expert_feedback",
             options,
             seeds(stage.step),
-            progress,
+            on_tokens,
         )
         before = [turn.conversation for turn in turns]
+        usages = [so_far + more for so_far, more in zip(usages, added, strict=True)]
         for stage_texts, turn in zip(written, turns, strict=True):
             stage_texts[stage.step] = stage.begun + turn.text
     return [
-        Criticised(draft, parsed(turn), stage_texts, turn.conversation)
-        for draft, turn, stage_texts in zip(drafts, turns, written, strict=True)
+        Criticised(one, usage, parsed(turn), stage_texts, turn.conversation)
+        for one, usage, turn, stage_texts in zip(answered, usages, turns, written, strict=True)
     ]
 
 
@@ -115,57 +125,67 @@ def revise(
     judged: Sequence[Criticised],
     step: str,
     seeds: Seeds,
-    progress: Progress,
+    on_tokens: OnTokens,
     *,
     keep: bool = True,
 ) -> list[Criticised]:
     """Let the expert apply the feedback that it has just given."""
     options: GenerationOptions = setting.generation
     request = followup_prompt(setting.pair.expert.tokenizer, prompts.revise_prompt(""))
-    drafts, turns = expert_turn(
+    turns, added = expert_turn(
         setting.pair,
-        [item.draft for item in judged],
         step,
         [item.conversation for item in judged],
         [request] * len(judged),
         "revise",
         options,
         seeds(step),
-        progress,
-        keep,
+        on_tokens,
+        keep=keep,
     )
     return [
-        Criticised(draft, item.feedback, {**item.turns, step: turn.text}, turn.conversation)
-        for item, draft, turn in zip(judged, drafts, turns, strict=True)
+        Criticised(
+            item.answered,
+            item.usage + usage,
+            item.feedback,
+            {**item.turns, step: turn.text},
+            turn.conversation,
+        )
+        for item, usage, turn in zip(judged, added, turns, strict=True)
     ]
 
 
 def _system(
-    name: str, setting: Setting, drafts: Sequence[Draft], seeds: Seeds, progress: Progress
+    name: str, setting: Setting, answered: Sequence[Answered], seeds: Seeds, on_tokens: OnTokens
 ) -> list[Trial]:
     stages = STAGES[name](setting.pair.expert.tokenizer)
-    judged = criticise(setting, drafts, stages, seeds, progress)
+    judged = criticise(setting, answered, stages, seeds, on_tokens)
     todo = [k for k, item in enumerate(judged) if not good_enough(item.feedback, setting.episode)]
-    revised = revise(setting, [judged[k] for k in todo], "revise", seeds, progress, keep=False)
+    revised = revise(setting, [judged[k] for k in todo], "revise", seeds, on_tokens, keep=False)
     for k, item in zip(todo, revised, strict=True):
         judged[k] = item
     return [
         trial(
             setting,
-            item.draft,
+            item.answered.answer,
+            item.usage,
             item.turns,
             "revise" if "revise" in item.turns else "answer",
-            item.feedback.score,
+            item.feedback.written_score,
         )
         for item in judged
     ]
 
 
-def cot(setting: Setting, drafts: Sequence[Draft], seeds: Seeds, progress: Progress) -> list[Trial]:
+def cot(
+    setting: Setting, answered: Sequence[Answered], seeds: Seeds, on_tokens: OnTokens
+) -> list[Trial]:
     """Chain of thought (arXiv 2201.11903) as a critic, and one revision."""
-    return _system("cot", setting, drafts, seeds, progress)
+    return _system("cot", setting, answered, seeds, on_tokens)
 
 
-def cod(setting: Setting, drafts: Sequence[Draft], seeds: Seeds, progress: Progress) -> list[Trial]:
+def cod(
+    setting: Setting, answered: Sequence[Answered], seeds: Seeds, on_tokens: OnTokens
+) -> list[Trial]:
     """Chain of drafts as a critic: three staged drafts of the feedback, and one revision."""
-    return _system("cod", setting, drafts, seeds, progress)
+    return _system("cod", setting, answered, seeds, on_tokens)

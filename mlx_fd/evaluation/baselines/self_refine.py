@@ -13,14 +13,14 @@ from mlx_fd.evaluation.baselines.critics import (
     revise,
 )
 from mlx_fd.evaluation.baselines.trials import Seeds, Setting, Trial, trial
-from mlx_fd.feedback.episode import Draft, Progress
+from mlx_fd.feedback.episode import Answered, OnTokens
 
 ATTEMPTS = 4
 """Feedbacks at most, as in their code for GSM8K."""
 
 
 def self_refine(
-    setting: Setting, drafts: Sequence[Draft], seeds: Seeds, progress: Progress
+    setting: Setting, answered: Sequence[Answered], seeds: Seeds, on_tokens: OnTokens
 ) -> list[Trial]:
     """The expert judges and refines until its score says that the answer is right.
 
@@ -29,28 +29,35 @@ def self_refine(
     """
     tokenizer = setting.pair.expert.tokenizer
     ended: dict[int, Trial] = {}
-    places = list(range(len(drafts)))
+    places = list(range(len(answered)))
     first_scores: dict[int, float | None] = {}
-    turns: list[dict[str, str]] = [{} for _ in drafts]
-    last, todo = "answer", list(drafts)
+    turns: list[dict[str, str]] = [{} for _ in answered]
+    last, todo = "answer", list(answered)
     for attempt in range(1, ATTEMPTS + 1):
         stage = feedback_stage(f"feedback_{attempt}", tokenizer)
-        judged = criticise(setting, todo, [stage], seeds, progress)
+        judged = criticise(setting, todo, [stage], seeds, on_tokens)
         open_places: list[int] = []
         wanting: list[Criticised] = []
         for place, item in zip(places, judged, strict=True):
             turns[place].update(item.turns)
-            score = first_scores.setdefault(place, item.feedback.score)
+            score = first_scores.setdefault(place, item.feedback.written_score)
             if good_enough(item.feedback, setting.episode):
-                ended[place] = trial(setting, item.draft, turns[place], last, score)
+                ended[place] = trial(
+                    setting, item.answered.answer, item.usage, turns[place], last, score
+                )
             else:
                 open_places.append(place)
                 wanting.append(item)
         last, places = f"refine_{attempt}", open_places
-        refined = revise(setting, wanting, last, seeds, progress, keep=attempt < ATTEMPTS)
+        refined = revise(setting, wanting, last, seeds, on_tokens, keep=attempt < ATTEMPTS)
         for place, item in zip(places, refined, strict=True):
             turns[place].update(item.turns)
-        todo = [dataclasses.replace(item.draft, after_answer=item.conversation) for item in refined]
-    for place, draft in zip(places, todo, strict=True):
-        ended[place] = trial(setting, draft, turns[place], last, first_scores[place])
-    return [ended[place] for place in range(len(drafts))]
+        todo = [
+            dataclasses.replace(item.answered, conversation=item.conversation, usage=item.usage)
+            for item in refined
+        ]
+    for place, one in zip(places, todo, strict=True):
+        ended[place] = trial(
+            setting, one.answer, one.usage, turns[place], last, first_scores[place]
+        )
+    return [ended[place] for place in range(len(answered))]

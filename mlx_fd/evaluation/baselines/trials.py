@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_fd.config import EpisodeOptions, GateOptions, GenerationOptions
-from mlx_fd.feedback.episode import Draft, Progress
+from mlx_fd.feedback.episode import Answered, OnTokens, Usage
 from mlx_fd.feedback.gate import GateState
 from mlx_fd.feedback.pair import Pair
+from mlx_fd.problems.prompts import Answer
 
 Seeds = Callable[[str], int]
 """Step name to the seed of its draws."""
@@ -92,36 +93,38 @@ class System:
     label: str
     begins_with: Literal["first", "expert", "student", "untrained"]
     amateur: Literal["student", "untrained"] | None
-    run: Callable[[Setting, Sequence[Draft], Seeds, Progress], list[Trial]]
+    run: Callable[[Setting, Sequence[Answered], Seeds, OnTokens], list[Trial]]
 
 
 def trial(
     setting: Setting,
-    draft: Draft,
+    answer: Answer,
+    usage: Usage,
     turns: Mapping[str, str],
     last: str = "answer",
     score: float | None = None,
 ) -> Trial:
-    """A trial with the counts of a draft.
+    """A trial with what its steps took.
 
     Args:
         setting: who wrote the first answer.
-        draft: the draft after the last step.
+        answer: the first answer.
+        usage: of all steps.
         turns: what was written after the first answer, by step.
         last: the step whose text is the final answer.
         score: the score of the first answer.
     """
-    by: dict[str, Who] = dict.fromkeys(draft.tokens, "expert")
+    by: dict[str, Who] = dict.fromkeys(usage.tokens, "expert")
     by["answer"] = setting.answered_by
     if "student_feedback" in by:
         by["student_feedback"] = "student"
     return Trial(
-        turns={"answer": draft.answer.text, **turns},
+        turns={"answer": answer.text, **turns},
         last=last,
         score=score,
-        tokens=draft.tokens,
-        prefilled=draft.prefilled,
-        seconds={step: round(value, 4) for step, value in draft.seconds.items()},
+        tokens=usage.tokens,
+        prefilled=usage.prefilled,
+        seconds={step: round(value, 4) for step, value in usage.seconds.items()},
         by=by,
-        capped=draft.capped,
+        capped=usage.capped,
     )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from mlx_fd.evaluation.pareto.names import ACCURACY
 from mlx_fd.evaluation.pareto.points import Point, cost_of
 from mlx_fd.files import write_atomic, write_json
 from mlx_fd.runs.checked import with_digest
+from mlx_fd.runs.records import ParetoFile, ParetoPointRow
 
 JSON = "pareto.json"
 PRESET = "pareto.toml"
@@ -54,7 +54,7 @@ def objectives_of(points: Sequence[Point], cost: str, requested: Sequence[str] =
 
 def judge(
     folder: Path, curve: Curve, points: Sequence[Point], objectives: Sequence[str]
-) -> dict[str, Any]:
+) -> ParetoFile:
     """Judge a run's points; what ``pareto.json`` holds.
 
     Args:
@@ -120,10 +120,9 @@ def judge(
     }
 
 
-def recommended(frontier: Mapping[str, Any]) -> dict[str, Any]:
+def recommended(frontier: ParetoFile) -> ParetoPointRow:
     """The point of a frontier that is recommended."""
-    point: dict[str, Any] = next(p for p in frontier["points"] if p["recommended"])
-    return point
+    return next(point for point in frontier["points"] if point["recommended"])
 
 
 def gated(config: Config, stop_threshold: float) -> Config:
@@ -132,7 +131,7 @@ def gated(config: Config, stop_threshold: float) -> Config:
     return override(config, changes, "mlx-fd pareto")
 
 
-def preset_toml(frontier: Mapping[str, Any], config: Config) -> str:
+def preset_toml(frontier: ParetoFile, config: Config) -> str:
     """The recommendation as a configuration that ``mlx-fd loop --config`` takes."""
     point = recommended(frontier)
     stopped = point["stopped_after_batch"]
@@ -144,7 +143,7 @@ def preset_toml(frontier: Mapping[str, Any], config: Config) -> str:
     )
 
 
-def write(folder: Path, frontier: Mapping[str, Any], config: Config) -> None:
+def write(folder: Path, frontier: ParetoFile, config: Config) -> None:
     """Write ``pareto.json`` and ``pareto.toml`` into the run directory."""
     write_json(folder / JSON, with_digest(frontier))
     write_atomic(folder / PRESET, preset_toml(frontier, config))

@@ -15,10 +15,11 @@ from mlx_fd.errors import UserError
 from mlx_fd.evaluation.pareto.thresholds import Look
 from mlx_fd.runs.checked import read_checked
 from mlx_fd.runs.checkpoints import changed_logs, newest_checkpoint
+from mlx_fd.runs.records import Summary
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchCost:
     """What learning from a batch of episodes cost: optimiser steps, tokens in them, seconds."""
 
     steps: int
@@ -44,7 +45,7 @@ class Curve:
     first: dict[str, float]
     last: dict[str, float]
     looks: list[Look]
-    batches: list[Batch]
+    batches: list[BatchCost]
     right: list[bool]
     finished: bool
 
@@ -84,10 +85,9 @@ def _always(folder: Path) -> str:
 
 
 def _curve(folder: Path, config: Config) -> Curve:
-    rows = runs.read_lines(folder / runs.METRICS)
-    episodes = runs.read_lines(folder / runs.EPISODES)
+    rows, episodes = runs.read_metrics(folder), runs.read_episodes(folder)
     summary_file = folder / runs.SUMMARY
-    summary = read_checked(summary_file)[0] if summary_file.exists() else None
+    summary: Summary | None = read_checked(summary_file)[0] if summary_file.exists() else None
     if summary is not None:
         first, last = summary["probe"]["before"], summary["probe"]["after"]
         whole = summary["updates"]["steps"] == sum(len(row["updates"]) for row in rows)
@@ -113,7 +113,7 @@ def _curve(folder: Path, config: Config) -> Curve:
     for row in rows:
         updates = row["updates"]
         tokens = sum(int(update["tokens"]) for update in updates)
-        batches.append(Batch(len(updates), tokens, _finite(row["distil_seconds"])))
+        batches.append(BatchCost(len(updates), tokens, _finite(row["distil_seconds"])))
         spent += len(updates)
         if row["probe"]:
             looks.append(Look(row["batch"] + 1, _losses(row["probe"]), float(spent)))

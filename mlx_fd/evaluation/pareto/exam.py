@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from mlx_fd import runs
 from mlx_fd.errors import UserError
@@ -18,6 +17,7 @@ from mlx_fd.runs.checked import ChangedFile
 from mlx_fd.runs.checkpoints import checkpoint_after
 from mlx_fd.runs.manifest import check_same
 from mlx_fd.runs.plan import make_plan
+from mlx_fd.runs.records import EstimateRow
 
 # Measures of the examination that are objectives; more of them is better, and all are shares.
 EXAM_MEASURES = ("first_error_f1", "solved")
@@ -49,7 +49,7 @@ def examine_points(
     before = _results(folder, questions)
     pair = open_pair(plan)
     wanted = sorted({batch_of(point, curve) for point in points})
-    measured: dict[int, dict[str, Any]] = {}
+    measured: dict[int, dict[str, EstimateRow]] = {}
     for done, batch in enumerate(wanted):
         progress("students examined", done, len(wanted))
         checkpoint = checkpoint_after(folder, batch)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation.pareto.curve import Batch, Curve
+from mlx_fd.evaluation.pareto.curve import BatchCost, Curve
 from mlx_fd.evaluation.pareto.names import ACCURACY
-from mlx_fd.evaluation.pareto.thresholds import Look, Outcome, replay
+from mlx_fd.evaluation.pareto.thresholds import Look, Stop, replay
 from mlx_fd.feedback.gate import SETTLED_OBSERVATIONS
+from mlx_fd.runs.records import EstimateRow
 from mlx_fd.runs.summary import wilson
 
 
@@ -23,20 +23,18 @@ class Point:
         outcome: the thresholds, and where they stop.
         cost: by the names in :data:`mlx_fd.evaluation.pareto.names.COSTS`.
         losses: on the probe set at the stop.
-        metrics: what is measured beside them, each with ``value``, ``low``, ``high`` (a 95 %
-            interval) and ``n``.
+        metrics: what is measured beside them.
     """
 
-    outcome: Outcome
+    outcome: Stop
     cost: dict[str, float]
     losses: dict[str, float]
-    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, EstimateRow] = field(default_factory=dict)
 
     def value(self, name: str) -> float | None:
         """Of a cost, a loss or a metric; ``None`` where it is not known."""
         if name in self.metrics:
-            value: float | None = self.metrics[name]["value"]
-            return value
+            return self.metrics[name]["value"]
         return {**self.cost, **self.losses}.get(name)
 
 
@@ -64,7 +62,7 @@ def points_of(folder: Path, curve: Curve) -> list[Point]:
     return [_point(outcome, curve) for outcome in outcomes]
 
 
-def _point(outcome: Outcome, curve: Curve) -> Point:
+def _point(outcome: Stop, curve: Curve) -> Point:
     stopped = outcome.stopped_after_batch
     batches = curve.batches[:stopped]
     losses = curve.last if stopped is None else _at(curve.looks, stopped)
@@ -80,7 +78,7 @@ def _point(outcome: Outcome, curve: Curve) -> Point:
     )
 
 
-def cost_of(batches: Sequence[Batch]) -> dict[str, float]:
+def cost_of(batches: Sequence[BatchCost]) -> dict[str, float]:
     """What learning from some batches cost, by the names in :data:`~.names.COSTS`."""
     return {
         "kd_steps": sum(batch.steps for batch in batches),

@@ -12,10 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mlx_fd import runs
 from mlx_fd.config import Config, read, to_toml
@@ -24,6 +23,7 @@ from mlx_fd.evaluation.pareto.choice import gated
 from mlx_fd.files import check_way
 from mlx_fd.runs.checked import ChangedFile, read_checked
 from mlx_fd.runs.marks import RUN, check_free
+from mlx_fd.runs.records import ParetoFile, ParetoPointRow, RealStopRow, Summary
 
 FOLDER = "sweep"
 _POLL_SECONDS = 0.2
@@ -32,10 +32,10 @@ _POLL_SECONDS = 0.2
 def sweep(
     folder: Path,
     config: Config,
-    frontier: Mapping[str, Any],
+    frontier: ParetoFile,
     progress: Callable[[str, int, int], None],
     came: list[int],
-) -> list[dict[str, Any]] | None:
+) -> list[ParetoPointRow] | None:
     """Train every point's threshold; runs that are done are read, begun ones are gone on with.
 
     Args:
@@ -63,31 +63,25 @@ def sweep(
         elif runs.is_run(run) and read(run / runs.CONFIG) != wanted:
             raise UserError(f"{run}: the run here has another configuration; move it away.")
         planned.append((point, name, run, wanted))
-    done = []
+    done: list[ParetoPointRow] = []
     for point, name, run, wanted in planned:
         if not (run / runs.SUMMARY).exists():
             _train(run, wanted, partial(progress, name), frontier["batches"], came)
         if came:
             return None
-        done.append({**point, "real": {"run": f"{FOLDER}/{name}", **_real(run, point)}})
+        done.append({**point, "real": _real(run, f"{FOLDER}/{name}", point)})
     return done
 
 
-def _real(run: Path, point: Mapping[str, Any]) -> dict[str, Any]:
-    """What became of a threshold's run.
-
-    Returns:
-        ``stopped_after_batch``, ``kd_steps`` until then, and whether these and the losses there are
-        ``as_predicted``; ``thawed_after_batch``, or ``None``; and ``final_accuracy``, over all
-        episodes, also those after the stop.
-    """
-    rows = runs.read_lines(run / runs.METRICS)
+def _real(run: Path, name: str, point: ParetoPointRow) -> RealStopRow:
+    """What became of a threshold's run, named ``name``, in the folder ``run``."""
+    rows = runs.read_metrics(run)
     frozen = [row["frozen"] for row in rows]
     stopped = frozen.index(True) + 1 if True in frozen else None
     steps = sum(len(row["updates"]) for row in rows[:stopped])
     thawed = frozen.index(False, stopped) + 1 if stopped and False in frozen[stopped:] else None
     try:
-        summary = read_checked(run / runs.SUMMARY)[0]
+        summary: Summary = read_checked(run / runs.SUMMARY)[0]
     except ChangedFile as error:
         raise UserError(
             f"{run / runs.SUMMARY}: {error}; make it again with: "
@@ -98,6 +92,7 @@ def _real(run: Path, point: Mapping[str, Any]) -> dict[str, Any]:
     finals = summary["accuracy"]["final_answers"]
     low, high = finals["interval"]
     return {
+        "run": name,
         "stopped_after_batch": stopped,
         "kd_steps": steps,
         "as_predicted": (stopped, steps, losses) == predicted,

@@ -32,7 +32,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Stop:
     """What the thresholds from ``low`` up to ``high`` all lead to.
 
     Attributes:
@@ -48,7 +48,7 @@ class Outcome:
     stopped_after_batch: int | None
 
 
-def replay(first: gate.Losses, looks: Sequence[Look], options: GateOptions) -> list[Outcome]:
+def replay(first: gate.Losses, looks: Sequence[Look], options: GateOptions) -> list[Stop]:
     """Where the EMA gate would have stopped a run, for every threshold from 0 to 1.
 
     Up to its first freeze the gate remembers the same whatever ``stop_threshold`` is, so one pass
@@ -75,11 +75,11 @@ def replay(first: gate.Losses, looks: Sequence[Look], options: GateOptions) -> l
         state, _ = gate.observe_probe(state, look.losses, options, cost=look.cost)
         below = 1.0 if state.frozen else gate.stops_below(state, options)
         if below - reached >= RESOLUTION:
-            outcomes.append(Outcome(_between(reached, below), reached, below, look.batch))
+            outcomes.append(Stop(_between(reached, below), reached, below, look.batch))
         if state.frozen:
             return outcomes
         reached = max(reached, below)
-    return [*outcomes, Outcome(1.0, reached, 1.0, None)]
+    return [*outcomes, Stop(1.0, reached, 1.0, None)]
 
 
 def _between(low: float, high: float) -> float:

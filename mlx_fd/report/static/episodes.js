@@ -64,9 +64,9 @@ function feedbacks(row) {
   const sides = expert ? bothCompared(expert.text, student.text) : null;
   const written = student.written_score === null ? "not readable" : student.written_score.toFixed(2);
   const left = expert
-    ? block("Expert's feedback", sides?.[0] ?? expert.text, `score ${number(expert.score)}`, cut(row, "expert_feedback"))
+    ? block("Expert's feedback", sides?.[0] ?? expert.text, `score ${number(expert.written_score)}`, cut(row, "expert_feedback"))
     : [element("h4", {}, "Expert's feedback"), element("p", {}, "The expert was not asked.")];
-  const right = block("Student's feedback", sides?.[1] ?? student.text, `score ${number(student.score)}, written ${written}`, cut(row, "student_feedback"));
+  const right = block("Student's feedback", sides?.[1] ?? student.text, `score ${number(student.head_score)}, written ${written}`, cut(row, "student_feedback"));
   const pair = element("div", { class: "pair" }, element("div", { class: "expert" }, ...left), element("div", { class: "student" }, ...right));
   const group = element("div", {}, pair);
   if (sides) {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_fd.config import Method, TrainingOptions
-from mlx_fd.feedback.episode import Outcome, is_correct
+from mlx_fd.feedback.episode import Finished, is_correct
 from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import parsing, prompts
 from mlx_fd.training.selfdistill.contexts import Attempt, View, critique_message, feedback_message
@@ -41,28 +41,27 @@ class Lessons:
     views: tuple[View, ...]
 
 
-def lessons(outcomes: Sequence[Outcome], context: str) -> Lessons:
+def lessons(finished: Sequence[Finished], context: str) -> Lessons:
     """What the student can learn from the expert's word on its answers.
 
     Args:
-        outcomes: of episodes whose first answers are the student's.
+        finished: episodes whose first answers are the student's.
         context: ``"feedback"``: it reads the expert's feedback; ``"step-critique"``: the expert's
             revision of its answer where that is right, or the answer itself where it was right and
             good enough to stay.
     """
     attempts, views = [], []
-    for outcome in outcomes:
-        draft, problem = outcome.draft, outcome.draft.problem
+    for one in finished:
+        problem, expert, answered = one.problem, one.judged.expert, one.judged.answered
         message = None
-        if context == "feedback" and draft.expert_feedback is not None:
-            message = feedback_message(problem.question, draft.expert_feedback.text)
+        if context == "feedback" and expert is not None:
+            message = feedback_message(problem.question, expert.feedback.text)
         elif context == "step-critique":
-            rewrite = outcome.revised or draft.answer.text
+            rewrite = one.revised or answered.answer.text
             if is_correct(parsing.final_answer(rewrite), problem):
                 message = critique_message(problem.question, rewrite)
         if message is not None:
-            answer = draft.answer
-            right = is_correct(answer.final, problem)
+            answer, right = answered.answer, answered.is_correct
             attempts.append(
                 Attempt(
                     problem=problem,

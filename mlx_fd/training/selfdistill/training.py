@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -31,19 +31,21 @@ from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.checkpoints import Checkpoint
 from mlx_fd.runs.events import Event, Note, Probed, Step, Warned
+from mlx_fd.runs.records import AttemptRow, SelfHeadroomRow, SelfMetricsRow, SelfSummary
 from mlx_fd.runs.self_distillation_summary import WRONG, attempts_summary, summarise
 from mlx_fd.training.checkpoint import (
     Done,
-    Progress,
     Run,
+    RunState,
     begin_or_restore,
     finished_summary,
     finite,
-    first_progress,
+    first_state,
     go_back,
     kept,
     run_batches,
     save,
+    stop_row,
     update_row,
     with_probe,
     write_summary,
@@ -104,6 +106,17 @@ class Headroom:
     without: int
     with_context: int
 
+    def to_json(self) -> SelfHeadroomRow:
+        """For the files that keep it."""
+        return {
+            "problems": self.problems,
+            "right": self.right,
+            "mixed": self.mixed,
+            "taught": self.taught,
+            "without": self.without,
+            "with_context": self.with_context,
+        }
+
     def concerns(self, config: Config) -> list[str]:
         """What the user should know before hours are spent; empty where all is well."""
         options, concerns = config.selfdistill, []
@@ -157,7 +170,7 @@ def run(
     stop: Callable[[], bool] = lambda: False,
     *,
     redo: bool = False,
-) -> dict[str, Any] | None:
+) -> SelfSummary | None:
     """Begin a run or go on with it. The caller holds the run directory's lock.
 
     Args:
@@ -182,8 +195,8 @@ def run(
     at_end = checkpoint is not None and (
         checkpoint.batch >= total or checkpoint.state["gate"]["frozen"]
     )
-    if (summary := finished_summary(records, at_end, report)) is not None:
-        return summary
+    if (whole := finished_summary(records, at_end, report)) is not None:
+        return cast(SelfSummary, whole)
     model = models.student_lm.model
     # The rate is set before each update.
     optimizer = optim.AdamW(
@@ -208,7 +221,7 @@ def run(
         begin = time.perf_counter()
         headroom = measure_headroom(learner, probe_problems)
         seconds = round(time.perf_counter() - begin, 3)
-        content = {**vars(headroom), "seconds": seconds}
+        content = {**headroom.to_json(), "seconds": seconds}
         with runs.wrap_write_errors(folder):
             write_json(folder / runs.HEADROOM, with_digest(content))
     else:
@@ -223,24 +236,24 @@ def run(
         stop=stop,
         extra=learner.extra,
     )
-    progress = begin_or_restore(
+    state = begin_or_restore(
         this,
         checkpoint,
-        lambda: first_progress(config, {WRONG: 1 - headroom.right / headroom.problems}),
+        lambda: first_state(config, {WRONG: 1 - headroom.right / headroom.problems}),
     )
     if checkpoint is not None:
         _restore_teacher(learner, checkpoint)
     if stop():
         return None
     _say_headroom(headroom, config, report)
-    report(Probed(progress.probe_first, progress.probe_last, vars(headroom)))
+    report(Probed(state.probe_first, state.probe_last, headroom.to_json()))
 
-    def batch(progress: Progress) -> Done:
-        index = progress.batch
+    def batch(state: RunState) -> Done:
+        index = state.batch
         chunk = problems[index * size : (index + 1) * size]
-        progress, rows, metrics = _batch(progress, chunk, probe_problems, learner)
+        state, rows, metrics = _batch(state, chunk, probe_problems, learner)
         return Done(
-            progress=progress,
+            state=state,
             logs={runs.ATTEMPTS: rows, runs.METRICS: [metrics]},
             rows=rows,
             metrics=metrics,
@@ -248,27 +261,27 @@ def run(
             total=len(problems),
         )
 
-    reached = run_batches(this, progress, batch, total, ends_frozen=True)
+    reached = run_batches(this, state, batch, total, ends_frozen=True)
     if reached is None:
         return None
-    progress = reached
-    if progress.gate.frozen:
-        report(Note(f"the gate ends the run: {progress.gate.reason}"))
+    state = reached
+    if state.gate.frozen:
+        report(Note(f"the gate ends the run: {state.gate.reason}"))
     looking = time.perf_counter()
-    progress = with_probe(progress, _probe(learner, probe_problems, progress.batch))
+    state = with_probe(state, _probe(learner, probe_problems, state.batch))
     seconds += time.perf_counter() - looking
     with runs.wrap_write_errors(folder):
-        save(this, progress)
+        save(this, state)
         summary = summarise(
-            runs.read_lines(folder / runs.ATTEMPTS),
-            runs.read_lines(folder / runs.METRICS),
-            progress.probe_first,
-            progress.probe_last,
+            runs.read_attempts(folder),
+            runs.read_self_metrics(folder),
+            state.probe_first,
+            state.probe_last,
             len(probe_problems),
-            vars(headroom),
+            headroom.to_json(),
             {"headroom": seconds},
         )
-        return write_summary(this, progress, summary)
+        return write_summary(this, state, summary)
 
 
 def _load_headroom(folder: Path) -> tuple[tuple[Headroom, float], bool] | None:
@@ -393,14 +406,14 @@ def _probe(learner: _Learner, problems: Sequence[Problem], batch: int) -> dict[s
 
 
 def _batch(
-    progress: Progress,
+    state: RunState,
     problems: Sequence[Problem],
     probe_problems: Sequence[Problem],
     learner: _Learner,
-) -> tuple[Progress, list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[RunState, list[AttemptRow], SelfMetricsRow]:
     """One batch: the state after it, its rows, its metrics."""
     begin = time.perf_counter()
-    config, student_lm, number = learner.config, learner.models.student_lm, progress.batch
+    config, student_lm, number = learner.config, learner.models.student_lm, state.batch
     groups, prefilled = sample_rollouts(
         student_lm,
         problems,
@@ -420,25 +433,25 @@ def _batch(
         config.training.micro_batch,
     )
     mx.eval([item.now for item in stats])
-    updates, weights = _learn(learner, progress, groups, views, stats)
+    updates, weights = _learn(learner, state, groups, views, stats)
     if config.selfdistill.context == "reflection":
         attempts = [attempt for group in groups for attempt in group]
         learner.playbook = remember(learner.playbook, attempts, views)
     seconds["learn"] = time.perf_counter() - begin - sum(seconds.values())
 
-    progress = dataclasses.replace(
-        progress,
+    state = dataclasses.replace(
+        state,
         batch=number + 1,
-        distilled=progress.distilled + bool(updates),
-        spent=progress.spent + len(updates),
+        distilled=state.distilled + bool(updates),
+        spent=state.spent + len(updates),
     )
     decision = None
-    if updates and not progress.distilled % config.episode.probe_every:
+    if updates and not state.distilled % config.episode.probe_every:
         losses = _probe(learner, probe_problems, number)
-        state, decision = gate.observe_probe(
-            progress.gate, losses, config.gate, cost=float(progress.spent)
+        gate_state, decision = gate.observe_probe(
+            state.gate, losses, config.gate, cost=float(state.spent)
         )
-        progress = with_probe(dataclasses.replace(progress, gate=state, spent=0), losses)
+        state = with_probe(dataclasses.replace(state, gate=gate_state, spent=0), losses)
     rows = _rows(number, config, groups, views, stats, weights)
     gap = max(row["logprob_gap"] for row in rows)
     if gap > _LOGPROB_TOLERANCE:
@@ -448,14 +461,14 @@ def _batch(
                 "read again; ratios of this batch are off by that"
             )
         )
-    metrics = {
+    metrics: SelfMetricsRow = {
         "batch": number,
         "lagging": sum(row["teaches"] for row in rows),
         "weights": {},
         "updates": [update_row(update) for update in updates],
-        "probe": progress.probe_last if decision else None,
-        "stop": dataclasses.asdict(decision) if decision else None,
-        "frozen": progress.gate.frozen,
+        "probe": state.probe_last if decision else None,
+        "stop": stop_row(decision),
+        "frozen": state.gate.frozen,
         "attempts": attempts_summary(rows),
         "clipped": [round(update.clipped, 6) for update in updates],
         "prefilled": prefilled,
@@ -463,12 +476,12 @@ def _batch(
         "step_seconds": {name: round(value, 3) for name, value in seconds.items()},
         "seconds": round(time.perf_counter() - begin, 3),
     }
-    return progress, rows, metrics
+    return state, rows, metrics
 
 
 def _learn(
     learner: _Learner,
-    progress: Progress,
+    state: RunState,
     groups: Sequence[Sequence[Attempt]],
     views: Sequence[View],
     stats: Sequence[RolloutStats],
@@ -476,7 +489,7 @@ def _learn(
     """The batch's optimiser steps; the teacher follows each."""
     config = learner.config
     options, training, student_lm = config.selfdistill, config.training, learner.models.student_lm
-    on_progress = learner.on_progress(progress.batch, "learn")
+    on_progress = learner.on_progress(state.batch, "learn")
     updates: list[Update] = []
     first: TokenWeights | None = None
     if config.gate.gate == "never":
@@ -489,10 +502,10 @@ def _learn(
             groups,
             views,
             config,
-            learner.on_progress(progress.batch, "echo"),
+            learner.on_progress(state.batch, "echo"),
         )
     for step in range(training.kd_steps):
-        done = progress.distilled * training.kd_steps + step
+        done = state.distilled * training.kd_steps + step
         if step:
             stats = forward_teacher_and_student(
                 student_lm, learner.teacher, groups, views, options, training.micro_batch
@@ -517,12 +530,12 @@ def _rows(
     views: Sequence[View],
     stats: Sequence[RolloutStats],
     weights: TokenWeights | None,
-) -> list[dict[str, Any]]:
+) -> list[AttemptRow]:
     """The batch's lines of ``attempts.jsonl``."""
     first = number * config.generation.batch_size * config.selfdistill.num_generations
     attempts = [attempt for group in groups for attempt in group]
     teaches = weights.teaches() if weights else [False] * len(attempts)
-    rows = []
+    rows: list[AttemptRow] = []
     for index, (attempt, view, item) in enumerate(zip(attempts, views, stats, strict=True)):
         advantages = item.advantages
         final = attempt.final

@@ -1,0 +1,1115 @@
+"""Every row and file that a run, an evaluation or an export leaves, declared once.
+
+They are plain JSON objects: a writer makes one, mypy checks its keys, a reader gets the same type.
+``docs/reference.md`` lists them (``scripts/make_reference.py`` takes the text from the docstrings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict, final
+
+SCHEMA_VERSION = 1
+"""Of the rows of a run, in its manifest. It changes where a key does; mlx-fd 0.2 wrote none."""
+
+
+# ------------------------------------------------------------------------------------- parts
+
+
+class ShareRow(TypedDict):
+    """A share of right ones.
+
+    Attributes:
+        right: how many were right.
+        n: of how many.
+        interval: 95 % Wilson interval of ``right / n``.
+    """
+
+    right: int
+    n: int
+    interval: list[float]
+
+
+class EstimateRow(TypedDict):
+    """A number with its interval.
+
+    Attributes:
+        value: the number; null where it is not defined.
+        low: lower end of the 95 % interval; null where it is not known.
+        high: upper end.
+        n: items that it comes from.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+class BeforeAfterRow(TypedDict):
+    """A measure before training and after it.
+
+    Attributes:
+        before: before the first update.
+        after: at the run's end.
+        change: after minus before, paired.
+    """
+
+    before: EstimateRow
+    after: EstimateRow
+    change: EstimateRow
+
+
+class AnswerRow(TypedDict):
+    """An answer.
+
+    Attributes:
+        text: as it was written.
+        final: the final number read in it, as a fraction; null where none could be read.
+    """
+
+    text: str
+    final: str | None
+
+
+class ExpertFeedbackRow(TypedDict):
+    """The expert's feedback on an answer.
+
+    Attributes:
+        text: the paragraph, without its score.
+        written_score: the score in the text, in [-1, 1]; null where none could be read.
+    """
+
+    text: str
+    written_score: float | None
+
+
+class StudentFeedbackRow(TypedDict):
+    """The student's feedback on an answer.
+
+    Attributes:
+        text: the paragraph, without its score.
+        head_score: its score head's score, in (-1, 1).
+        written_score: the score in the text, in [-1, 1]; null where none could be read.
+    """
+
+    text: str
+    head_score: float | None
+    written_score: float | None
+
+
+class GateRow(TypedDict):
+    """What the gate decided on a sample.
+
+    Attributes:
+        distilled: whether the student was to learn from it.
+        reason: why, in words and numbers.
+        on_policy: whether the text was the student's own feedback; absent where the expert was not
+            asked, as are the losses.
+        losses_before: the student's losses on the sample before the update, by name; null where
+            not finite.
+        losses_after: the same after it; null where nothing was learned.
+    """
+
+    distilled: bool
+    reason: str
+    on_policy: NotRequired[bool]
+    losses_before: NotRequired[Mapping[str, float | None]]
+    losses_after: NotRequired[Mapping[str, float] | None]
+
+
+class UpdateRow(TypedDict):
+    """One optimiser step.
+
+    Attributes:
+        losses: mean losses before the step, by name; null where not finite.
+        total: the weighted sum that was minimised; null where not finite.
+        gradient_norm: before clipping; null where not finite.
+        skipped: loss or gradient was not finite, and nothing was changed.
+        tokens: tokens that the student read.
+    """
+
+    losses: Mapping[str, float | None]
+    total: float | None
+    gradient_norm: float | None
+    skipped: bool
+    tokens: int
+
+
+class StopRow(TypedDict):
+    """What a probe evaluation led to.
+
+    Attributes:
+        action: ``train``, ``freeze`` or ``thaw``.
+        reason: why, in words and numbers.
+        gains: 1 - EMA / first value of each loss.
+        weights: what each loss counts from then on; sum 1.
+    """
+
+    action: str
+    reason: str
+    gains: Mapping[str, float]
+    weights: Mapping[str, float]
+
+
+class SureRow(TypedDict):
+    """The student's last confident scores.
+
+    Attributes:
+        agreed: those that the expert's score agreed with.
+        of: how many there were.
+    """
+
+    agreed: int
+    of: int
+
+
+# ------------------------------------------------------------------------------- rows of logs
+
+
+@final
+class EpisodeRow(TypedDict):
+    """A line of ``episodes.jsonl``: one problem.
+
+    Attributes:
+        episode: its index in the run, from 0.
+        id: the problem's.
+        question: the problem's text.
+        reference: the right answer, as a fraction; null where it is not known.
+        answer: the first answer.
+        expert_feedback: the expert's; null where the student stood alone.
+        student_feedback: the student's.
+        gate: what the gate decided.
+        score: the combined score of the first answer; null where neither model gave one.
+        merged: the feedback that the revision follows; empty where none was needed.
+        revised: the revised answer's text; empty where the first answer stayed.
+        critique: the expert's critique of its revision.
+        final: the final answer.
+        correct_before: whether the first answer was right.
+        correct_after: whether the final answer was right.
+        tokens: tokens written, by step.
+        prefilled: tokens read, by step.
+        capped: steps that ended at the token limit.
+        seconds: this problem's share of the batch's time, by step.
+    """
+
+    episode: int
+    id: str
+    question: str
+    reference: str | None
+    answer: AnswerRow
+    expert_feedback: ExpertFeedbackRow | None
+    student_feedback: StudentFeedbackRow
+    gate: GateRow
+    score: float | None
+    merged: str
+    revised: str
+    critique: str
+    final: AnswerRow
+    correct_before: bool
+    correct_after: bool
+    tokens: Mapping[str, int]
+    prefilled: Mapping[str, int]
+    capped: list[str]
+    seconds: Mapping[str, float]
+
+
+class BatchMetricsRow(TypedDict):
+    """What a line of ``metrics.jsonl`` has in both kinds of run: one batch.
+
+    Attributes:
+        batch: its index, from 0, over all epochs.
+        lagging: samples (attempts) that the student was to learn from.
+        weights: what each loss counted; sum 1. Empty in self-distillation.
+        updates: the optimiser steps.
+        probe: losses on the probe set; null where it was not evaluated after this batch.
+        stop: what the gate made of them; null likewise.
+        frozen: whether the gate has stopped distillation.
+        distil_seconds: seconds of the optimiser steps.
+        seconds: seconds of the whole batch.
+    """
+
+    batch: int
+    lagging: int
+    weights: Mapping[str, float]
+    updates: list[UpdateRow]
+    probe: Mapping[str, float] | None
+    stop: StopRow | None
+    frozen: bool
+    distil_seconds: float
+    seconds: float
+
+
+@final
+class MetricsRow(BatchMetricsRow):
+    """A line of ``metrics.jsonl`` of the loop.
+
+    Attributes:
+        sure: the student's last confident scores.
+    """
+
+    sure: SureRow
+
+
+class AttemptsRow(TypedDict):
+    """Statistics of some attempts; null where nothing is known.
+
+    Attributes:
+        n: how many.
+        right: how many are right.
+        reward: mean reward.
+        teaches: share that teaches.
+        finished: share that ended itself.
+        tokens: mean length in tokens.
+        entropy: mean entropy in nats.
+        mean_abs_advantage: mean of abs(A_t).
+        negative_on_right: mean share of tokens with negative A_t on right attempts.
+        logprob_gap: largest difference of a token's log-probability from when it was drawn.
+    """
+
+    n: int
+    right: int
+    reward: float | None
+    teaches: float | None
+    finished: float | None
+    tokens: float | None
+    entropy: float | None
+    mean_abs_advantage: float | None
+    negative_on_right: float | None
+    logprob_gap: float | None
+
+
+@final
+class SelfMetricsRow(BatchMetricsRow):
+    """A line of ``metrics.jsonl`` of self-distillation.
+
+    Attributes:
+        attempts: statistics of the batch's attempts.
+        clipped: of each optimiser step, the share of tokens whose ratio was clipped.
+        prefilled: tokens read for the attempts.
+        step_seconds: seconds by step: attempt, context, learn.
+    """
+
+    attempts: AttemptsRow
+    clipped: list[float]
+    prefilled: int
+    step_seconds: Mapping[str, float]
+
+
+@final
+class AttemptRow(TypedDict):
+    """A line of ``attempts.jsonl``: one attempt of self-distillation.
+
+    Attributes:
+        attempt: its index in the run, from 0.
+        id: the problem's.
+        question: the problem's text as the student read it.
+        reference: the right answer.
+        text: the attempt.
+        tokens: its token ids.
+        final: the final number read in it; null where none could be read.
+        correct: whether that is right.
+        finished: whether it ended itself (else the token limit did).
+        teacher: what the self-teacher read; null: the same as the student.
+        note: what the context says of the attempt.
+        wrong: how many wrong hints the context gave.
+        teaches: whether something was learned from it.
+        reward: its reward.
+        group_advantage: reward against the group's; null where there is no group.
+        mean_abs_advantage: mean of abs(A_t) over tokens; null without a teacher.
+        negative_advantage: share of tokens with negative A_t; null without a teacher.
+        entropy: mean entropy in nats.
+        logprob: mean log-probability of its tokens.
+        logprob_gap: largest difference of a token's log-probability from when it was drawn.
+    """
+
+    attempt: int
+    id: str
+    question: str
+    reference: str
+    text: str
+    tokens: list[int]
+    final: str | None
+    correct: bool
+    finished: bool
+    teacher: str | None
+    note: str
+    wrong: int
+    teaches: bool
+    reward: float
+    group_advantage: float | None
+    mean_abs_advantage: float | None
+    negative_advantage: float | None
+    entropy: float | None
+    logprob: float | None
+    logprob_gap: float
+
+
+class SampleRow(TypedDict):
+    """A sample of ``probe.json`` and ``samples.jsonl``: a text to learn from.
+
+    Attributes:
+        prompt: token ids before the text.
+        target: token ids of the text.
+        expert_score: the expert's written score; null where none could be read.
+        on_policy: whether the text is the student's own feedback.
+        answer: of a solution, for each token whether it writes some of the final answer.
+        steps: of a solution, what each token counts in its step of the reasoning.
+    """
+
+    prompt: list[int]
+    target: list[int]
+    expert_score: float | None
+    on_policy: bool
+    answer: list[bool]
+    steps: list[float]
+
+
+class LoggedSampleRow(SampleRow):
+    """A line of ``samples.jsonl``.
+
+    Attributes:
+        batch: the batch in which the sample was made.
+    """
+
+    batch: int
+
+
+# -------------------------------------------------------------------------------- a run's files
+
+
+class ModelRow(TypedDict):
+    """A model of a run; empty texts where there is none.
+
+    Attributes:
+        name: as it was named.
+        path: where it was.
+        sha256: of its content.
+        fingerprint: how the digest was made.
+    """
+
+    name: str
+    path: str
+    sha256: str
+    fingerprint: NotRequired[int | str]
+
+
+class ProblemsRow(TypedDict):
+    """The problems of a run.
+
+    Attributes:
+        name: of the source.
+        split: of it.
+        sha256: of all problems that the run's were drawn from.
+        skipped_rows: rows of the source that were no problems.
+    """
+
+    name: str
+    split: str
+    sha256: str
+    skipped_rows: Any
+
+
+class Manifest(TypedDict):
+    """``manifest.json``: what a run was made of.
+
+    Attributes:
+        schema_version: of the run's rows.
+        created: when, in UTC.
+        versions: of Python, the system, mlx-fd and the packages that numbers depend on.
+        backend: device, BLAS, threads and cores.
+        seed: of all draws.
+        expert: the expert; of self-distillation, the critic.
+        student: the student's base model.
+        problems: where the problems come from.
+        shared_vocabulary: tokens that student and expert share.
+        options: every option by name.
+    """
+
+    schema_version: int
+    created: str
+    versions: dict[str, str]
+    backend: dict[str, Any]
+    seed: int
+    expert: ModelRow
+    student: ModelRow
+    problems: ProblemsRow
+    shared_vocabulary: int
+    options: dict[str, Any]
+
+
+class ProbeLossesRow(TypedDict):
+    """Losses on the probe set, by name.
+
+    Attributes:
+        before: before the first update.
+        after: at the run's end.
+    """
+
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+
+
+class AccuracyRow(TypedDict):
+    """How many answers were right.
+
+    Attributes:
+        first_answers: of the first answers.
+        final_answers: of the final answers.
+    """
+
+    first_answers: ShareRow
+    final_answers: ShareRow
+
+
+class ScoreGapRow(TypedDict):
+    """Mean of abs(expert's written score - student's head score).
+
+    Attributes:
+        first_half: over the first half of the scored episodes; null where there are none.
+        second_half: over the second half.
+        n: scored episodes.
+    """
+
+    first_half: float | None
+    second_half: float | None
+    n: int
+
+
+class UpdatesRow(TypedDict):
+    """A run's optimiser steps.
+
+    Attributes:
+        batches: batches with at least one.
+        steps: how many.
+        skipped: those that were not finite and changed nothing.
+        tokens: tokens read in them.
+        frozen_after_batch: number (from 1) of the first batch after which the gate had stopped;
+            null where it did not.
+    """
+
+    batches: int
+    steps: int
+    skipped: int
+    tokens: int
+    frozen_after_batch: int | None
+
+
+class ExpertUseRow(TypedDict):
+    """How much the expert's feedback was used.
+
+    Attributes:
+        asked: episodes with it.
+        not_asked: episodes in which the student stood alone.
+        tokens_written: tokens of the expert's feedbacks.
+        tokens_saved: estimate: mean length times ``not_asked``.
+        sure_scores: the student's last confident scores; null before the first batch.
+        accuracy_when_asked: final answers right where it was asked.
+        accuracy_when_not_asked: where it was not.
+    """
+
+    asked: int
+    not_asked: int
+    tokens_written: int
+    tokens_saved: int
+    sure_scores: SureRow | None
+    accuracy_when_asked: ShareRow
+    accuracy_when_not_asked: ShareRow
+
+
+class UnreadableRow(TypedDict):
+    """Feedbacks in which no written score could be read.
+
+    Attributes:
+        expert: of the expert's.
+        student: of the student's.
+    """
+
+    expert: int
+    student: int
+
+
+class TopKRow(TypedDict):
+    """What keeping the expert's k likeliest tokens leaves out.
+
+    Attributes:
+        k: how many are kept.
+        tail_mass: mean probability of all others.
+        missing_at_most: bound of what the logit loss misses; null where it is unknown.
+    """
+
+    k: int
+    tail_mass: float
+    missing_at_most: float | None
+
+
+@final
+class HeadroomRow(TypedDict):
+    """The headroom check of the loop: counts on the probe problems, before any update.
+
+    Attributes:
+        problems: how many there were.
+        expert_right: problems the expert answers right.
+        student_right: problems the student answers right.
+        expert_judged: answers with a readable written score of the expert.
+        expert_judged_right: those it judged well.
+        student_judged: answers with a readable written score of the student.
+        student_judged_right: those it judged well.
+    """
+
+    problems: int
+    expert_right: int
+    student_right: int
+    expert_judged: int
+    expert_judged_right: int
+    student_judged: int
+    student_judged_right: int
+
+
+class Summary(TypedDict):
+    """``summary.json`` of the loop: a run's totals.
+
+    Attributes:
+        episodes: how many.
+        accuracy: answers right.
+        probe: losses on the probe set.
+        headroom: the headroom check; null where it is not known any more.
+        score_gap: distance between the two models' scores.
+        updates: the optimiser steps.
+        expert_feedback: how much the expert was asked.
+        unreadable_scores: feedbacks without a readable score.
+        tokens: tokens written, by step.
+        prefilled: tokens read, by step.
+        seconds: seconds by step, and in ``total``.
+        top_k: with ``teacher_top_k``: what is left out.
+        exam: with an examination: each measure before and after.
+        best_checkpoint: name of the checkpoint with the least probe losses.
+        peak_memory_bytes: most memory of MLX in any of the run's processes.
+    """
+
+    episodes: int
+    accuracy: AccuracyRow
+    probe: ProbeLossesRow
+    headroom: HeadroomRow | None
+    score_gap: ScoreGapRow
+    updates: UpdatesRow
+    expert_feedback: ExpertUseRow
+    unreadable_scores: UnreadableRow
+    tokens: Mapping[str, float]
+    prefilled: Mapping[str, float]
+    seconds: Mapping[str, float]
+    top_k: NotRequired[TopKRow]
+    exam: NotRequired[dict[str, BeforeAfterRow]]
+    best_checkpoint: NotRequired[str]
+    peak_memory_bytes: NotRequired[float]
+
+
+class HeldOutRow(TypedDict):
+    """Held-out problems answered right.
+
+    Attributes:
+        before: before the first update.
+        after: at the run's end.
+    """
+
+    before: ShareRow
+    after: ShareRow
+
+
+class SelfUpdatesRow(TypedDict):
+    """The optimiser steps of a run of self-distillation.
+
+    Attributes:
+        batches: batches with at least one.
+        steps: how many.
+        skipped: those that were not finite and changed nothing.
+        tokens: tokens read in them.
+        clipped: mean share of clipped tokens; null where there was no step.
+    """
+
+    batches: int
+    steps: int
+    skipped: int
+    tokens: int
+    clipped: float | None
+
+
+@final
+class SelfHeadroomRow(TypedDict):
+    """``headroom.json``: the headroom check of self-distillation.
+
+    Attributes:
+        problems: held-out problems.
+        right: answered right.
+        mixed: with right and with wrong attempts.
+        taught: with an attempt that the self-teacher has something to read about.
+        without: of those, answered right without the context.
+        with_context: of those, answered right with it.
+        seconds: what the check took.
+    """
+
+    problems: int
+    right: int
+    mixed: int
+    taught: int
+    without: int
+    with_context: int
+    seconds: NotRequired[float]
+
+
+class SelfSummary(TypedDict):
+    """``summary.json`` of self-distillation.
+
+    Attributes:
+        attempts: statistics of all attempts; null where there are none.
+        first_half: attempts right in the first half.
+        second_half: in the second half.
+        held_out: held-out problems answered right.
+        probe: the share of held-out problems answered wrong.
+        headroom: the headroom check; null where it is not known any more.
+        updates: the optimiser steps.
+        tokens: tokens of the attempts, and tokens read for them.
+        seconds: seconds by step, and in ``total``.
+        best_checkpoint: name of the checkpoint with the fewest wrong answers.
+        peak_memory_bytes: most memory of MLX in any of the run's processes.
+    """
+
+    attempts: AttemptsRow | None
+    first_half: ShareRow
+    second_half: ShareRow
+    held_out: HeldOutRow
+    probe: ProbeLossesRow
+    headroom: SelfHeadroomRow | None
+    updates: SelfUpdatesRow
+    tokens: Mapping[str, float]
+    seconds: Mapping[str, float]
+    best_checkpoint: NotRequired[str]
+    peak_memory_bytes: NotRequired[float]
+
+
+class ExamResultRow(TypedDict):
+    """What the student made of one question of the examination.
+
+    Attributes:
+        wrong: whether the answer to judge had an error.
+        score_error: abs(head score - the score it deserves).
+        written_error: abs(written score - the score it deserves).
+        readable: whether a score and a verdict on the steps could be read.
+        found: whether the first wrong step it names is the truth.
+        solved: whether its own solution is right.
+    """
+
+    wrong: bool
+    score_error: float
+    written_error: float
+    readable: bool
+    found: bool
+    solved: bool
+
+
+class ExamFile(TypedDict):
+    """``exam_before.json`` and ``exam_after.json``.
+
+    Attributes:
+        seconds: what the examination took.
+        results: one for each question.
+    """
+
+    seconds: float
+    results: list[ExamResultRow]
+
+
+class TrackerRow(TypedDict):
+    """Of ``tracking.json``, which has one for each tracker: what it has of the run.
+
+    Attributes:
+        id: the run's id there.
+        step: the last step that was written to it; -1: none.
+    """
+
+    id: str
+    step: int
+
+
+# ----------------------------------------------------------------------------- evaluation's files
+
+
+class TrialRow(TypedDict):
+    """What every line of ``outputs.jsonl`` has of a system's attempt.
+
+    Attributes:
+        turns: what was written, by step.
+        last: the step whose text is the final answer.
+        score: the score that the first answer was given; null where there is none.
+        tokens: tokens written, by step.
+        prefilled: tokens read, by step.
+        seconds: this problem's share of the batch's time, by step.
+        by: whose tokens they are, by step.
+        capped: steps that ended at the token limit.
+    """
+
+    turns: dict[str, str]
+    last: str
+    score: float | None
+    tokens: dict[str, int]
+    prefilled: dict[str, int]
+    seconds: dict[str, float]
+    by: dict[str, str]
+    capped: list[str]
+
+
+class OutputRow(TrialRow):
+    """A line of ``outputs.jsonl``; which of the later fields it has, the kind of set decides.
+
+    Attributes:
+        set: name of the set.
+        system: name of the system.
+        sample: index of the sample, from 0.
+        id: the problem's.
+        question: the problem's text.
+        reference: the right answer, or the first wrong step.
+        final: what was read in the final text; null where nothing could be.
+        correct: whether that is right.
+        strict: whether lm-evaluation-harness's strict filter finds it right.
+        flexible: whether its flexible filter does.
+        first_correct: whether the first answer was right.
+        deserved: the score that the judged answer deserves.
+        written_score: the score in the feedback's text; null where none could be read.
+    """
+
+    set: str
+    system: str
+    sample: int
+    id: str
+    question: str
+    reference: str
+    final: str | None
+    correct: bool
+    strict: NotRequired[bool]
+    flexible: NotRequired[bool]
+    first_correct: NotRequired[bool]
+    deserved: NotRequired[float]
+    written_score: NotRequired[float | None]
+
+
+class CostsRow(TypedDict):
+    """What a system cost.
+
+    Attributes:
+        cost: means per problem, by name.
+        cost_estimates: the same with intervals.
+    """
+
+    cost: dict[str, float]
+    cost_estimates: dict[str, EstimateRow]
+
+
+class SystemRow(CostsRow):
+    """A system of an evaluation set.
+
+    Attributes:
+        name: its name.
+        label: what tables call it.
+        measures: by name.
+    """
+
+    name: str
+    label: str
+    measures: dict[str, EstimateRow]
+
+
+class DifferenceRow(TypedDict):
+    """The difference of two systems in a measure.
+
+    Attributes:
+        difference: first minus other.
+        p: two-sided; null where there was no test.
+        test: the test's name.
+    """
+
+    difference: EstimateRow
+    p: float | None
+    test: str
+
+
+class PairRow(DifferenceRow):
+    """The difference, and of what.
+
+    Attributes:
+        measure: what is compared.
+        system: the first system.
+        against: the other.
+    """
+
+    measure: str
+    system: str
+    against: str
+
+
+class ComparisonRow(PairRow):
+    """Two systems on the same problems.
+
+    Attributes:
+        p_holm: p after Holm's correction over the set.
+    """
+
+    p_holm: float | None
+
+
+class EvaluationSetRow(TypedDict):
+    """A set of an evaluation.
+
+    Attributes:
+        name: its name.
+        n: its items.
+        systems: what each got.
+        comparisons: the first system against each other one.
+    """
+
+    name: str
+    n: int
+    systems: list[SystemRow]
+    comparisons: list[ComparisonRow]
+
+
+class EvaluationFile(TypedDict):
+    """``eval.json``.
+
+    Attributes:
+        format: of the file.
+        target: what was evaluated.
+        suite: the suite's name.
+        asked: all that tells it from another evaluation.
+        created: when, in UTC.
+        versions: as in the manifest.
+        models: name and digest of each model.
+        seed: of all draws.
+        k: samples of each problem.
+        temperature: of first and of bare answers.
+        answers_by: who gave the first answers.
+        stands_alone: whether the student stood alone where it was sure.
+        text_models: the models that measured texts.
+        sets: the results.
+    """
+
+    format: int
+    target: str
+    suite: str
+    asked: dict[str, Any]
+    created: str
+    versions: dict[str, str]
+    models: dict[str, dict[str, str]]
+    seed: int
+    k: int
+    temperature: dict[str, float]
+    answers_by: str
+    stands_alone: bool
+    text_models: dict[str, str]
+    sets: list[EvaluationSetRow]
+
+
+class RealStopRow(TypedDict):
+    """With ``mlx-fd pareto --sweep``: what became of a threshold's own run.
+
+    Attributes:
+        run: its directory, within the run's.
+        stopped_after_batch: where it stopped; null: it did not.
+        kd_steps: optimiser steps until then.
+        as_predicted: whether these, and the losses there, are those of the replay.
+        thawed_after_batch: where it went on learning; null: it did not.
+        final_accuracy: final answers right over all episodes.
+    """
+
+    run: str
+    stopped_after_batch: int | None
+    kd_steps: int
+    as_predicted: bool
+    thawed_after_batch: int | None
+    final_accuracy: EstimateRow
+
+
+class ParetoPointRow(TypedDict):
+    """A stopping threshold, replayed on a run.
+
+    Attributes:
+        stop_threshold: the threshold.
+        thresholds: the interval of thresholds with the same stop.
+        stopped_after_batch: where it stops; null: it does not.
+        cost: by name.
+        losses: on the probe set at that point.
+        metrics: further measures, without their intervals.
+        estimates: the same with intervals.
+        dominated: whether another point is at least as good in everything.
+        recommended: whether it is the one to take.
+        real: with a sweep: what became of it.
+    """
+
+    stop_threshold: float
+    thresholds: list[float]
+    stopped_after_batch: int | None
+    cost: Mapping[str, float]
+    losses: Mapping[str, float]
+    metrics: Mapping[str, float | None]
+    estimates: Mapping[str, EstimateRow]
+    dominated: bool
+    recommended: bool
+    real: NotRequired[RealStopRow]
+
+
+class ParetoStartRow(TypedDict):
+    """The student before the first update.
+
+    Attributes:
+        losses: on the probe set.
+    """
+
+    losses: Mapping[str, float]
+
+
+class ParetoFile(TypedDict):
+    """``pareto.json``.
+
+    Attributes:
+        format: of the file.
+        run: the run directory.
+        batches: batches done.
+        finished: whether the run came to its end.
+        objectives: names, the cost first.
+        start: the student before the first update.
+        points: every distinct stop.
+        hypervolume: of the frontier.
+        reference: the reference point, as a share of each objective's worst.
+        knee: threshold at the frontier's knee; null where it has none.
+        product_rule: threshold by the product rule.
+        notes: what there is to know of the recommendation.
+    """
+
+    format: int
+    run: str
+    batches: int
+    finished: bool
+    objectives: list[str]
+    start: ParetoStartRow
+    points: list[ParetoPointRow]
+    hypervolume: float | None
+    reference: float
+    knee: float | None
+    product_rule: float | None
+    notes: list[str]
+
+
+# --------------------------------------------------------------------------------- parity bundle
+
+
+class BundlePromptRow(TypedDict):
+    """A role's prompt of a parity bundle; its log-probabilities are in ``reference.safetensors``.
+
+    Attributes:
+        role: the turn: answer, feedback, merge, revise, critique or final.
+        problem: index of the problem.
+        text: the prompt as the chat template writes it.
+        tokens: its token ids.
+        greedy: token ids of the greedy continuation.
+        begin: index of the first position that is kept.
+    """
+
+    role: str
+    problem: int
+    text: str
+    tokens: list[int]
+    greedy: list[int]
+    begin: int
+
+
+class BundleItemRow(TypedDict):
+    """A problem of a parity bundle.
+
+    Attributes:
+        id: the problem's.
+        question: its text.
+        answer: the right answer.
+        text: the model's greedy answer.
+        final: the final number read in it; null where none could be read.
+        right: whether that is right.
+    """
+
+    id: str
+    question: str
+    answer: str
+    text: str
+    final: str | None
+    right: bool
+
+
+class BundleFile(TypedDict):
+    """``parity/bundle.json``.
+
+    Attributes:
+        format: of the file.
+        vocab: tokens that can be drawn.
+        eos: ids of the end tokens.
+        before: what the chat template writes before a message.
+        after: what it writes after it.
+        max_answer_tokens: maximum tokens of an answer.
+        prompts: one for each role and problem.
+        items: the problems.
+        pieces: the text of tokens, by id.
+        reference: the model and the machine that the bundle was made with.
+        versions: of the packages.
+        source: what was exported.
+        reference_sha256: digest of the arrays' file.
+    """
+
+    format: int
+    vocab: int
+    eos: list[int]
+    before: str
+    after: str
+    max_answer_tokens: int
+    prompts: list[BundlePromptRow]
+    items: list[BundleItemRow]
+    pieces: dict[str, str]
+    reference: dict[str, Any]
+    versions: dict[str, str]
+    source: dict[str, Any]
+    reference_sha256: str
+
+
+FILES: Mapping[str, tuple[type, ...]] = {
+    "manifest.json": (Manifest, ModelRow, ProblemsRow),
+    "episodes.jsonl": (
+        EpisodeRow,
+        AnswerRow,
+        ExpertFeedbackRow,
+        StudentFeedbackRow,
+        GateRow,
+    ),
+    "metrics.jsonl": (MetricsRow, SelfMetricsRow, UpdateRow, StopRow, SureRow, AttemptsRow),
+    "attempts.jsonl": (AttemptRow,),
+    "samples.jsonl and probe.json": (LoggedSampleRow,),
+    "headroom.json": (SelfHeadroomRow,),
+    "summary.json": (
+        Summary,
+        SelfSummary,
+        AccuracyRow,
+        HeldOutRow,
+        ShareRow,
+        ProbeLossesRow,
+        HeadroomRow,
+        ScoreGapRow,
+        UpdatesRow,
+        SelfUpdatesRow,
+        ExpertUseRow,
+        UnreadableRow,
+        TopKRow,
+        BeforeAfterRow,
+        EstimateRow,
+    ),
+    "exam_before.json and exam_after.json": (ExamFile, ExamResultRow),
+    "tracking.json": (TrackerRow,),
+    "outputs.jsonl": (OutputRow,),
+    "eval.json": (EvaluationFile, EvaluationSetRow, SystemRow, ComparisonRow),
+    "pareto.json": (ParetoFile, ParetoPointRow, RealStopRow, ParetoStartRow),
+    "parity/bundle.json": (BundleFile, BundlePromptRow, BundleItemRow),
+}
+"""Each file with the types of what is in it, the outermost first."""
