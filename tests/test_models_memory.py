@@ -192,10 +192,7 @@ def test_the_experts_attention_of_all_samples_is_counted(tmp_path: Path, heads: 
         samples.append(Sample(before, target, reading, None))
     optimizer = make_optimizer(pair.student, plan.config.training)
     weights = {"lm": 1.0, "attention": 1.0}
-    update(
-        *(pair.student, pair.expert, optimizer, samples, weights, options),
-        *(plan.config.training, pair.vocab),
-    )
+    update(pair, optimizer, samples, weights, options, plan.config.training)
     measured = mx.get_peak_memory() - start
     work = Workload(
         batch_size=batch,

@@ -105,16 +105,16 @@ def test_the_term_is_added_to_the_update(dirs):
     found = {}
     for weight in (None, 0.5):
         recorder = Recorder()
-        more = {}
-        if weight is not None:
-            more = {"auxiliary_loss": lambda: (grads, 3.0), "auxiliary_weight": weight}
+        losses = {"losses": ["lm"], "student_context_weight": weight or 1.0}
         sample = distill.Sample((3, 4, 5), (7, 8), _reading(pair, plan), 0.5)
         update = distill.update(
-            *(pair.student, pair.expert, recorder, [sample], {"lm": 1.0}),
-            override(plan.config, {"losses": ["lm"]}, "test").losses,
+            pair,
+            recorder,
+            [sample],
+            {"lm": 1.0},
+            override(plan.config, losses, "test").losses,
             training,
-            pair.vocab,
-            **more,
+            None if weight is None else lambda: (grads, 3.0),
         )
         found[weight] = (update, recorder.gradients)
     plain, both = found[None][1], found[0.5][1]

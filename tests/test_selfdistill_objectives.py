@@ -17,8 +17,8 @@ from mlx_fd.training.selfdistill.learning import (
     Text,
     TokenWeights,
     echo_weights,
-    expected,
     loss_value,
+    teacher_targets,
     token_weights,
     total,
 )
@@ -264,7 +264,9 @@ def computed(case, options):
             now=now,
             entropy=mx.zeros(len(tokens)),
             teacher=None if zt is None else mx.array(picked(zt, tokens, warmth)),
-            expects=expected(model, mx.array(z), mx.array(zt), options, V) if wants else None,
+            targets=teacher_targets(model, mx.array(z), mx.array(zt), options, V)
+            if wants
+            else None,
             **more,
         )
 
@@ -287,7 +289,7 @@ def computed(case, options):
     if options.objective == "echo":
         echoes = [
             dataclasses.replace(
-                known(z, None, y, g, 0.0, old=mx.zeros(len(y))), expects=mx.array(zt)
+                known(z, None, y, g, 0.0, old=mx.zeros(len(y))), targets=mx.array(zt)
             )
             for g, (z, zt, y) in enumerate(
                 zip(case.echo_student, case.echo_teacher, case.echo_tokens, strict=True)

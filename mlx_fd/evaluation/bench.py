@@ -67,7 +67,7 @@ class Bench:
         samples: how often each problem is tried.
         first_temperature: of the first answers.
         bare_temperature: of the bare models' answers.
-        progress: called for every token.
+        progress: called with a step's name and its new tokens.
     """
 
     target: Target
@@ -93,12 +93,12 @@ class Bench:
         """What the baselines share."""
         config = self.target.config
         return Setting(
-            pair,
-            config.generation,
-            config.episode,
-            config.gate,
-            answered_by,
-            self.target.gate,
+            pair=pair,
+            generation=config.generation,
+            episode=config.episode,
+            gate=config.gate,
+            answered_by=answered_by,
+            state=self.target.gate,
         )
 
     def rows(
@@ -114,7 +114,7 @@ class Bench:
             key: what it depends on beside models, code and versions.
             size: how many rows it has.
             uses: whose weights take part.
-            make: makes it.
+            make: generates the rows with the two models.
         """
         models = self.target.models
         parts = [part for one in uses for part in _PARTS[one] if part in models]

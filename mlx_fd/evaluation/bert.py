@@ -152,12 +152,14 @@ def load_model(path: Path, classifier: bool) -> tuple[Bert, dict[str, Any]]:
         raise UserError(f"{path}/config.json: hidden_size is no multiple of num_attention_heads")
     if classifier and not _numbered(config.get("id2label", {"0": ""})):
         raise UserError(f"{path}/config.json: id2label does not number the labels from 0")
-    for key, known in (
+    for key, supported in (
         ("hidden_act", tuple(_ACTIVATIONS)),
         ("position_embedding_type", ("absolute",)),
     ):
-        if config.get(key, known[0]) not in known:
-            raise UserError(f"{path}/config.json: {key} {config[key]!r} is not {', '.join(known)}")
+        if config.get(key, supported[0]) not in supported:
+            raise UserError(
+                f"{path}/config.json: {key} {config[key]!r} is not {', '.join(supported)}"
+            )
     model = Bert(config, len(label_names(config)) if classifier else 0)
     try:
         model.load_weights(_weights(path, model), strict=True)
@@ -171,13 +173,13 @@ def load_model(path: Path, classifier: bool) -> tuple[Bert, dict[str, Any]]:
 
 def _weights(path: Path, model: Bert) -> list[tuple[str, mx.array]]:
     """The arrays of the checkpoint that the model has a place for, under our names."""
-    known = {name for name, _ in tree_flatten(model.parameters())}
-    found: list[tuple[str, mx.array]] = []
+    names = {name for name, _ in tree_flatten(model.parameters())}
+    renamed: list[tuple[str, mx.array]] = []
     for file in sorted(path.glob("model*.safetensors")):
         arrays = mx.load(str(file))
         assert isinstance(arrays, dict)  # what safetensors hold
-        found += [(_our_name(name), array) for name, array in arrays.items()]
-    return [(name, array) for name, array in found if name in known]
+        renamed += [(_our_name(name), array) for name, array in arrays.items()]
+    return [(name, array) for name, array in renamed if name in names]
 
 
 def _our_name(name: str) -> str:

@@ -35,7 +35,7 @@ class Cache:
 
     Attributes:
         folder: need not be there yet.
-        warn: told of files that cannot be used.
+        warn: called with a sentence about each file that cannot be used.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ class Cache:
         Args:
             key: everything that the rows depend on.
             size: how many rows a batch has.
-            make: generates them.
+            make: generates the rows; called where the file is not there or damaged.
 
         Raises:
             UserError: the folder cannot be written.
@@ -58,9 +58,9 @@ class Cache:
         name = digest(key)
         path = self.folder / name[:2] / f"{name}.json"
         try:
-            found, digested = read_checked(path)
-            if digested and found["key"] == key and len(found["rows"]) == size:
-                kept: Rows = found["rows"]
+            content, digested = read_checked(path)
+            if digested and content["key"] == key and len(content["rows"]) == size:
+                kept: Rows = content["rows"]
                 return kept
             fault = "it is of another batch, or has no digest"
         except FileNotFoundError:

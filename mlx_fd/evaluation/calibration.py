@@ -23,10 +23,10 @@ def _known(*columns: Column) -> list[Rows]:
 
 
 def _ranks(values: Rows) -> Rows:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    """Ranks from 1; equal values share the mean of their ranks."""
+    _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(count)
-    return (last - (count - 1) / 2)[place]
+    return (last - (count - 1) / 2)[inverse]
 
 
 def roc_auc(scores: Column, positive: Column) -> float:
@@ -36,7 +36,7 @@ def roc_auc(scores: Column, positive: Column) -> float:
 
     Args:
         scores: higher: more likely positive. Only their order counts.
-        positive: the truth.
+        positive: for each score, whether it is one of a positive.
 
     Returns:
         In [0, 1], 0.5 for scores that say nothing; NaN without positives or without negatives.
@@ -57,7 +57,7 @@ def pr_auc(scores: Column, positive: Column) -> float:
 
     Args:
         scores: higher: more likely positive. Equal ones are taken together.
-        positive: the truth.
+        positive: for each score, whether it is one of a positive.
 
     Returns:
         In (0, 1]; NaN without positives.
@@ -68,9 +68,9 @@ def pr_auc(scores: Column, positive: Column) -> float:
     descending = np.argsort(-values, kind="stable")
     values, truth = values[descending], (truth != 0)[descending]
     last_of_equals = np.append(np.diff(values) != 0, True)
-    found = np.cumsum(truth)[last_of_equals]
+    hits = np.cumsum(truth)[last_of_equals]
     taken = np.flatnonzero(last_of_equals) + 1
-    return float(np.sum(np.diff(found, prepend=0) * found / taken) / found[-1])
+    return float(np.sum(np.diff(hits, prepend=0) * hits / taken) / hits[-1])
 
 
 def brier(probabilities: Column, positive: Column) -> float:
@@ -78,7 +78,7 @@ def brier(probabilities: Column, positive: Column) -> float:
 
     Args:
         probabilities: in [0, 1]; a score s in [-1, 1] is read as (1 + s) / 2.
-        positive: the truth.
+        positive: for each score, whether it is one of a positive.
 
     Returns:
         0 is best, and 0.25 is what a constant 0.5 gets; NaN without rows.
@@ -104,6 +104,6 @@ def pearson(a: Column, b: Column) -> float:
 
 
 def spearman(a: Column, b: Column) -> float:
-    """Spearman's correlation: Pearson's of the ranks, equal values sharing theirs."""
+    """Spearman's correlation: Pearson's of the ranks, equal values sharing one."""
     x, y = _known(a, b)
     return pearson(_ranks(x), _ranks(y))

@@ -68,7 +68,7 @@ class Encoder:
         self, tokens: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], mx.array, mx.array]]:
         """Rows of similar length together: their places, padded ids, and mask."""
-        order = sorted(range(len(tokens)), key=lambda place: len(tokens[place]))
+        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
         for begin in range(0, len(order), _BATCH):
             rows = order[begin : begin + _BATCH]
             longest = len(tokens[rows[-1]])
@@ -86,8 +86,8 @@ class Encoder:
 
     def hidden(self, tokens: Sequence[Sequence[int]], layers: int | None = None) -> list[Vectors]:
         """The hidden states of each text behind ``layers`` blocks, (its tokens, width)."""
-        found = dict(self._states(tokens, layers))
-        return [found[row] for row in range(len(tokens))]
+        states = dict(self._states(tokens, layers))
+        return [states[row] for row in range(len(tokens))]
 
     def sentences(self, texts: Sequence[str]) -> Vectors:
         """A vector of length 1 for each text, (texts, width), as sentence-transformers pools it."""

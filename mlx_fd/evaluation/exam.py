@@ -108,12 +108,12 @@ def examine(
 
     Args:
         pair: the student, and the tokenizer that it shares with the expert.
-        exam: the questions.
-        options: token limits.
-        on_tokens: called for every token.
-        batch_size: questions at once.
+        exam: answers with known scores and first errors.
+        options: token limits of feedback and answers.
+        on_tokens: called with a step's name and its new tokens.
+        batch_size: questions that are answered together.
     """
-    found: list[Result] = []
+    results: list[Result] = []
     tokenizer = pair.student_lm.tokenizer
     request = feedback_request(tokenizer)
     for begin in range(0, len(exam), batch_size):
@@ -135,7 +135,7 @@ def examine(
             keep=False,
             on_token=lambda count: on_tokens("exam", count),
         )
-        own = answer(
+        solutions = answer(
             pair.student_lm,
             [q.problem for q in chunk],
             options,
@@ -144,23 +144,23 @@ def examine(
             temperature=0.0,
             keep=False,
         )
-        for question, prompt, (hidden, before), turn, solved in zip(
-            chunk, prompts, read, turns, own, strict=True
+        for question, prompt, (hidden, before), turn, solution in zip(
+            chunk, prompts, read, turns, solutions, strict=True
         ):
             feedback = parsed(turn)
             score = head_score(pair.student, pair.student_lm, hidden, before, prompt, turn)
             named = arithmetic.first_error(feedback.text)
-            found.append(
+            results.append(
                 Result(
-                    question.first_error > 0,
-                    abs(score - question.score),
-                    abs((feedback.written_score or 0.0) - question.score),
-                    feedback.written_score is not None and named is not None,
-                    named == question.first_error,
-                    solved.is_correct,
+                    wrong=question.first_error > 0,
+                    score_error=abs(score - question.score),
+                    written_error=abs((feedback.written_score or 0.0) - question.score),
+                    readable=feedback.written_score is not None and named is not None,
+                    found=named == question.first_error,
+                    solved=solution.is_correct,
                 )
             )
-    return found
+    return results
 
 
 def save_results(path: Path, results: Sequence[Result], seconds: float) -> None:
@@ -199,8 +199,8 @@ def load_results(
             for result in results
             for name, kind in _KINDS.items()
         )
-        asked = [question.first_error > 0 for question in exam]
-        if not typed or [result.wrong for result in results] != asked:
+        wrong = [question.first_error > 0 for question in exam]
+        if not typed or [result.wrong for result in results] != wrong:
             raise ChangedFile("it is not of this examination's questions")
         return (results, float(content["seconds"])), digested
     except (KeyError, TypeError, AttributeError) as error:

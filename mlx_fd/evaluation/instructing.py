@@ -47,8 +47,8 @@ def read(path: Path) -> tuple[Instruction, ...]:
         UserError: the file cannot be read, or a row is not one of Alpaca's.
     """
     rows = tuple(
-        _instruction(where, f"{path.stem}-{place:05d}", row)
-        for place, (where, row) in enumerate(json_rows(path))
+        _instruction(where, f"{path.stem}-{index:05d}", row)
+        for index, (where, row) in enumerate(json_rows(path))
     )
     if not rows:
         raise UserError(f"{path} has no instruction; {_COLUMNS}")

@@ -147,16 +147,16 @@ class Judging:
     def measures(self, rows: Sequence[Sequence[OutputRow]]) -> list[Measure]:
         """What a system got: the examination's measures, and how good its scores are."""
         only = [samples[0] for samples in rows]
-        found = [float(bool(row["correct"])) for row in only]
+        hits = [float(bool(row["correct"])) for row in only]
         wrong = [float(row["reference"] != "0") for row in only]
         right = [1 - value for value in wrong]
         scores = [math.nan if row["score"] is None else row["score"] for row in only]
         deserved = [row["deserved"] for row in only]
         chances = [(score + 1) / 2 for score in scores]
         return [
-            Measure("first_error_f1", found, f1, (wrong,), compared=True),
-            Measure("first_error_on_wrong", _where(wrong, found)),
-            Measure("first_error_on_right", _where(right, found)),
+            Measure("first_error_f1", hits, f1, (wrong,), compared=True),
+            Measure("first_error_on_wrong", _where(wrong, hits)),
+            Measure("first_error_on_right", _where(right, hits)),
             Measure(
                 "readable",
                 [

@@ -68,11 +68,11 @@ class Locating:
     def measures(self, rows: Sequence[Sequence[OutputRow]]) -> list[Measure]:
         """Their accuracies and F1."""
         only = [samples[0] for samples in rows]
-        found = [float(bool(row["correct"])) for row in only]
+        hits = [float(bool(row["correct"])) for row in only]
         wrong = [float(row["reference"] != str(ALL_RIGHT)) for row in only]
-        pairs = list(zip(found, wrong, strict=True))
+        pairs = list(zip(hits, wrong, strict=True))
         return [
-            Measure("processbench_f1", found, f1, (wrong,), compared=True),
+            Measure("processbench_f1", hits, f1, (wrong,), compared=True),
             Measure("accuracy_on_wrong", [hit if bad else math.nan for hit, bad in pairs]),
             Measure("accuracy_on_right", [math.nan if bad else hit for hit, bad in pairs]),
             Measure("readable", [float(row["final"] is not None) for row in only]),

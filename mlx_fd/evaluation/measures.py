@@ -34,8 +34,8 @@ class Measure:
     @property
     def is_share(self) -> bool:
         """Whether it is a share of problems: a mean of zeros and ones."""
-        known = [value for value in self.values if not math.isnan(value)]
-        return self.statistic is mean and set(known) <= {0.0, 1.0}
+        numbers = [value for value in self.values if not math.isnan(value)]
+        return self.statistic is mean and set(numbers) <= {0.0, 1.0}
 
     def estimate(self) -> Estimate:
         """Its value with n and interval: Wilson's for a share, else the percentile bootstrap."""

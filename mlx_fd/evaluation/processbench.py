@@ -141,7 +141,7 @@ def columns(predicted: Sequence[int | None], labels: Sequence[int]) -> tuple[Row
 
     Args:
         predicted: what the critic named, ``None`` where it could not be read: not found.
-        labels: the truth.
+        labels: the first wrong step, from 0; -1: there is none.
 
     Returns:
         1 where the critic is right, and 1 where the solution is wrong.
@@ -149,21 +149,21 @@ def columns(predicted: Sequence[int | None], labels: Sequence[int]) -> tuple[Row
     Raises:
         ValueError: they are not equally many.
     """
-    found = [named == label for named, label in zip(predicted, labels, strict=True)]
-    return np.array(found, float), np.array([label != ALL_RIGHT for label in labels], float)
+    hits = [named == label for named, label in zip(predicted, labels, strict=True)]
+    return np.array(hits, float), np.array([label != ALL_RIGHT for label in labels], float)
 
 
-def f1(found: Rows, wrong: Rows) -> float:
+def f1(hits: Rows, wrong: Rows) -> float:
     """The harmonic mean of the shares found among the wrong and among the right solutions.
 
     Args:
-        found: 1 where the first wrong step (or that there is none) was named rightly.
+        hits: 1 where the first wrong step (or that there is none) was named rightly.
         wrong: 1 where the solution had an error.
 
     Returns:
         In [0, 1]; NaN where there are no wrong, or no right solutions.
     """
-    on_wrong, on_right = mean(found[wrong == 1]), mean(found[wrong == 0])
+    on_wrong, on_right = mean(hits[wrong == 1]), mean(hits[wrong == 0])
     if math.isnan(on_wrong + on_right):
         return math.nan
     return 2 * on_wrong * on_right / (on_wrong + on_right) if on_wrong + on_right else 0.0

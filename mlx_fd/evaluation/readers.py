@@ -29,13 +29,13 @@ class Readers:
 
     def about(self) -> dict[str, str]:
         """Which models ran; numbers of others are not comparable."""
-        found = {}
+        signatures = {}
         if self.encoder is not None:
-            found["encoder"] = bertscore(["."], ["."], self.encoder).signature
+            signatures["encoder"] = bertscore(["."], ["."], self.encoder).signature
         if self.judge is not None:
             nothing = self.judge([])
-            found["toxicity"] = f"{nothing.judge}: {nothing.measures}"
-        return found
+            signatures["toxicity"] = f"{nothing.judge}: {nothing.measures}"
+        return signatures
 
     def nearness(self, candidates: Sequence[str], wanted: Sequence[str]) -> list[Measure]:
         """How near texts are to their references."""

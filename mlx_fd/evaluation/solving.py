@@ -97,8 +97,8 @@ class Solving:
         """What ``outputs.jsonl`` says of a trial beside the trial itself.
 
         Args:
-            problem: the problem.
-            trial: the trial.
+            problem: its answer says what is right.
+            trial: the final answer and the first one.
             how: how a final number is read.
         """
         final = parsing.final_answer(trial.final, how)
@@ -128,7 +128,7 @@ class Solving:
             return [float(np.mean([bool(right(row)) for row in samples])) for samples in rows]
 
         accuracy = mean_of(lambda row: row["correct"])
-        found = [
+        measures = [
             Measure("accuracy", accuracy, compared=True),
             Measure("accuracy_strict", mean_of(lambda row: row["strict"])),
             Measure("accuracy_flexible", mean_of(lambda row: row["flexible"])),
@@ -137,7 +137,7 @@ class Solving:
         k = self.samples
         if k > 1:
             right = [sum(bool(row["correct"]) for row in samples) for samples in rows]
-            found += [
+            measures += [
                 Measure(f"avg@{k}", accuracy),
                 Measure(f"maj@{k}", [_majority(samples) for samples in rows]),
                 Measure(f"pass@{k}", [pass_at_k(count, k, k) for count in right]),
@@ -146,10 +146,10 @@ class Solving:
         scores = [_known(samples[0]["score"]) for samples in rows]
         if not all(map(math.isnan, scores)):
             positive = [float(samples[0]["first_correct"]) for samples in rows]
-            found.append(Measure("score_roc_auc", scores, roc_auc, (positive,)))
+            measures.append(Measure("score_roc_auc", scores, roc_auc, (positive,)))
         firsts = [samples[0] for samples in rows]
-        found += self.readers.likeness(firsts)
-        return found + self.readers.toxicity([row["turns"][row["last"]] for row in firsts])
+        measures += self.readers.likeness(firsts)
+        return measures + self.readers.toxicity([row["turns"][row["last"]] for row in firsts])
 
 
 def _known(value: float | None) -> float:

@@ -41,7 +41,7 @@ def resample(
     Args:
         columns: as for :func:`bootstrap`; at least one row.
         statistic: as for :func:`bootstrap`.
-        seed: of the resampling.
+        seed: of the resampling; the same seed draws the same rows.
     """
     table = [np.asarray(column, dtype=np.float64) for column in columns]
     n = len(table[0])
@@ -68,7 +68,7 @@ def bootstrap(
             are drawn whole, so a difference of two columns is a paired one.
         statistic: takes as many arrays as there are columns, and gives a number, or NaN where a
             resample has none.
-        seed: of the resampling.
+        seed: of the resampling; the same seed draws the same rows.
 
     Returns:
         The statistic of all rows and the 2.5 and 97.5 percentiles over the resamples that have
@@ -83,8 +83,8 @@ def bootstrap(
 
 def mean(column: Rows) -> float:
     """The mean of the values that are there; NaN where there are none."""
-    known = column[~np.isnan(column)]
-    return float(known.mean()) if len(known) else float("nan")
+    numbers = column[~np.isnan(column)]
+    return float(numbers.mean()) if len(numbers) else float("nan")
 
 
 def mean_gain(after: Rows, before: Rows) -> float:
@@ -110,7 +110,7 @@ def paired_bootstrap(
         b: the second system's. A problem counts where both have a value.
         statistic: takes a column, and those of ``shared`` after it.
         shared: columns that belong to the problems, not to a system (such as the labels).
-        seed: of the resampling.
+        seed: of the resampling; the same seed draws the same rows.
 
     Returns:
         ``statistic(a, *shared) - statistic(b, *shared)`` with its interval and the number of
@@ -178,9 +178,9 @@ def holm(ps: Sequence[float]) -> list[float]:
         The adjusted ones, in the same order.
     """
     adjusted = [math.nan] * len(ps)
-    order = sorted((place for place, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
+    order = sorted((index for index, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
     largest = 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * ps[place]))
-        adjusted[place] = largest
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * ps[index]))
+        adjusted[index] = largest
     return adjusted

@@ -34,7 +34,7 @@ from mlx_fd.evaluation.solving import Solving
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.target import Models, Target
 from mlx_fd.files import append_lines, check_way, read_text, write_atomic, write_json
-from mlx_fd.models.context import fitting, short_enough
+from mlx_fd.models.context import Surroundings, fitting, short_enough
 from mlx_fd.models.storage import slug
 from mlx_fd.problems import prompts
 from mlx_fd.runs.checked import with_digest
@@ -122,9 +122,9 @@ def make_sets(
     """The sets of a suite, with the systems that meet them.
 
     Args:
-        target: what is evaluated.
-        options: what is asked.
-        warn: told of problems that are left out.
+        target: the student, its expert and the run they are of.
+        options: the suite, its size and its files.
+        warn: called with a sentence about problems that are left out.
 
     Raises:
         UserError: a file or source that cannot be read, or baselines without an expert.
@@ -142,7 +142,7 @@ def make_sets(
     readers = load_readers(options.encoder, options.toxicity)
 
     paths = [path for path in (target.student, target.expert) if path is not None]
-    written = target.config.generation.max_answer_tokens
+    around = Surroundings("", target.config.generation.max_answer_tokens)
 
     def solving(source: str, split: str) -> Solving:
         found = problems.load(source, split, skip_bad_rows=options.skip_bad_rows)
@@ -154,17 +154,22 @@ def make_sets(
         for text in notes:
             warn(text)
         name = Path(source).stem if found.name == source and "/" in source else found.name
-        return Solving(f"{name}/{split}", found.problems[:limit], solvers, options.samples, readers)
+        return Solving(
+            name=f"{name}/{split}",
+            items=found.problems[:limit],
+            systems=solvers,
+            samples=options.samples,
+            readers=readers,
+        )
 
     def short(path: Path, items: Sequence[Any], texts: Sequence[str]) -> tuple[Any, ...]:
-        places, notes = short_enough(
-            *(str(path), [item.id for item in items], texts, paths, "", written),
-            skip=options.skip_bad_rows,
-            option="",
+        ids = [item.id for item in items]
+        indices, notes = short_enough(
+            str(path), ids, texts, paths, around, skip=options.skip_bad_rows
         )
         for text in notes:
             warn(text)
-        return tuple(items[place] for place in places)
+        return tuple(items[index] for index in indices)
 
     sets: list[Set] = [solving(source, options.split)]
     if source == ARITHMETIC:
@@ -234,18 +239,18 @@ def choose_folder(target: Target, options: Options, out: Path | None = None) -> 
     asked for again the same folder.
 
     Args:
-        target: what is evaluated.
-        options: what is asked.
+        target: the student, its expert and the run they are of.
+        options: the suite, its size and its files.
         out: a folder that was named instead.
 
     Raises:
         UserError: there is another evaluation in ``out``, or something that is not ours; or the way
             into the run leads through a link.
     """
-    asked = _asked(target, options)
+    request = _asked(target, options)
     if out is not None:
         check_free(out, EVALUATION)
-        if not _is_free(out, asked):
+        if not _is_free(out, request):
             raise UserError(
                 f"{out / RESULTS}: there is another evaluation, and it was left alone; choose "
                 "another --out."
@@ -253,25 +258,25 @@ def choose_folder(target: Target, options: Options, out: Path | None = None) -> 
         return out
     folder = _folder(target, options.suite)
     numbered = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
-    free = next(one for one in itertools.chain([folder], numbered) if _is_free(one, asked))
+    free = next(one for one in itertools.chain([folder], numbered) if _is_free(one, request))
     if target.run is not None:
         check_way(target.run, *free.relative_to(target.run).parts)
     return free
 
 
-def _is_free(folder: Path, asked: dict[str, Any]) -> bool:
+def _is_free(folder: Path, request: dict[str, Any]) -> bool:
     """Whether a folder is new or ours, without a finished evaluation but the one asked for."""
     try:
         check_free(folder, EVALUATION)
     except UserError:
         return False
     try:
-        found = json.loads(read_text(folder / RESULTS))
+        saved = json.loads(read_text(folder / RESULTS))
     except FileNotFoundError:
         return True
     except (OSError, ValueError, UserError):
         return False
-    return isinstance(found, dict) and found.get("asked") == asked
+    return isinstance(saved, dict) and saved.get("asked") == request
 
 
 def _asked(target: Target, options: Options) -> dict[str, Any]:
@@ -291,8 +296,8 @@ def _folder(target: Target, suite: str) -> Path:
         return Path("eval") / slug(target.name) / suite
     assert target.checkpoint is not None
     best = (target.run / runs.CHECKPOINTS / "best").resolve()
-    own = suite if target.checkpoint == best else f"{suite}-{target.checkpoint.name}"
-    return target.run / "eval" / own
+    name = suite if target.checkpoint == best else f"{suite}-{target.checkpoint.name}"
+    return target.run / "eval" / name
 
 
 def make_bench(
@@ -305,7 +310,14 @@ def make_bench(
     if options.samples > 1 and temperatures is None:
         first, bare = first or WARM, WARM
     return Bench(
-        target, Models(target), cache, options.seed, options.samples, first, bare, progress
+        target=target,
+        models=Models(target),
+        cache=cache,
+        seed=options.seed,
+        samples=options.samples,
+        first_temperature=first,
+        bare_temperature=bare,
+        progress=progress,
     )
 
 
@@ -319,9 +331,9 @@ def evaluate(
     Args:
         bench: what is generated with.
         sets: of :func:`make_sets`.
-        options: what was asked.
-        folder: where to write.
-        report: told after each batch.
+        options: the suite, its size and its files.
+        folder: gets ``eval.json`` and ``outputs.jsonl``.
+        report: called after each batch.
 
     Returns:
         What ``eval.json`` holds.
@@ -344,8 +356,8 @@ def evaluate(
             for batch in _batches(bench, one, system, report):
                 with runs.wrap_write_errors(folder, advice):
                     append_lines(outputs, [row for _, row in batch])
-                for place, row in batch:
-                    by_system[system][place].append(row)
+                for index, row in batch:
+                    by_system[system][index].append(row)
         found.append(_results(one, by_system))
     results: EvaluationFile = {
         "format": 1,
@@ -382,7 +394,7 @@ def _batches(
             trials = one.attempt(bench, system, batch, sample, chunk)
             yield [
                 (
-                    batch * size + place,
+                    batch * size + index,
                     {
                         "set": one.name,
                         "system": system,
@@ -391,7 +403,7 @@ def _batches(
                         **trial.to_json(),
                     },
                 )
-                for place, (item, trial) in enumerate(zip(chunk, trials, strict=True))
+                for index, (item, trial) in enumerate(zip(chunk, trials, strict=True))
             ]
             mx.clear_cache()
             done += len(chunk)
@@ -429,12 +441,12 @@ def _comparisons(measures: dict[str, dict[str, Measure | Known]]) -> list[Compar
     """The first system against each other one; p corrected over all of them."""
     compared = {
         system: {
-            name: one for name, one in own.items() if isinstance(one, Measure) and one.compared
+            name: one for name, one in by_name.items() if isinstance(one, Measure) and one.compared
         }
-        for system, own in measures.items()
+        for system, by_name in measures.items()
     }
     ours, *others = compared
-    found: list[PairRow] = [
+    comparisons: list[PairRow] = [
         {
             "measure": name,
             "system": ours,
@@ -444,10 +456,10 @@ def _comparisons(measures: dict[str, dict[str, Measure | Known]]) -> list[Compar
         for name, measure in compared[ours].items()
         for other in others
     ]
-    corrected = holm([float("nan") if row["p"] is None else row["p"] for row in found])
+    corrected = holm([float("nan") if row["p"] is None else row["p"] for row in comparisons])
     return [
         {**row, "p_holm": None if np.isnan(p) else p}
-        for row, p in zip(found, corrected, strict=True)
+        for row, p in zip(comparisons, corrected, strict=True)
     ]
 
 
@@ -463,7 +475,7 @@ def _costs(rows: Sequence[Sequence[OutputRow]]) -> CostsRow:
     def read_by_expert(row: OutputRow) -> float:
         return sum(n for step, n in row["prefilled"].items() if row["by"][step] == "expert")
 
-    found = {
+    costs = {
         "tokens": column(lambda row: sum(row["tokens"].values())),
         "expert_tokens": column(written("expert")),
         "student_tokens": column(written("student")),
@@ -472,6 +484,6 @@ def _costs(rows: Sequence[Sequence[OutputRow]]) -> CostsRow:
         "seconds": column(lambda row: sum(row["seconds"].values())),
     }
     return {
-        "cost": {name: round(estimate.value, 4) for name, estimate in found.items()},
-        "cost_estimates": {name: estimate.to_json() for name, estimate in found.items()},
+        "cost": {name: round(estimate.value, 4) for name, estimate in costs.items()},
+        "cost_estimates": {name: estimate.to_json() for name, estimate in costs.items()},
     }

@@ -218,9 +218,15 @@ class Models:
         target = self._target
         # Nothing is run: there is no manifest to write.
         plan = Plan(
-            target.config, target.expert or target.student, target.student, target.vocab,
-            (), (), cast(Manifest, {}), (),
-        )  # fmt: skip
+            config=target.config,
+            expert_path=target.expert or target.student,
+            student_path=target.student,
+            vocab=target.vocab,
+            probe=(),
+            problems=(),
+            manifest=cast(Manifest, {}),
+            notes=(),
+        )
         if target.adapter is not None:
             return _with_adapter(plan, target.adapter)
         pair: Pair

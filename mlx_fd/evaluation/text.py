@@ -67,11 +67,11 @@ def rouge(predictions: Sequence[str], references: References) -> dict[str, list[
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(ROUGE_TYPES, use_stemmer=True)
-    found = [
+    scored = [
         scorer.score_multi(right, text)
         for text, right in zip(predictions, as_lists(predictions, references), strict=True)
     ]
-    return {kind: [float(scores[kind].fmeasure) for scores in found] for kind in ROUGE_TYPES}
+    return {kind: [float(scores[kind].fmeasure) for scores in scored] for kind in ROUGE_TYPES}
 
 
 def bleu(predictions: Sequence[str], references: References) -> CorpusScore:

@@ -94,8 +94,8 @@ def _bert_judge(name: str, label: str | None) -> Judge:
         values = dict.fromkeys(range(len(texts)), 0.0)
         for rows, tokens, mask in encoder.batches(encoder.tokens(texts)):
             logits = encoder.model.classify(tokens, mask)
-            found = mx.softmax(logits, axis=-1) if exclusive else mx.sigmoid(logits)
-            values |= {row: float(found[k, column]) for k, row in enumerate(rows)}
+            probabilities = mx.softmax(logits, axis=-1) if exclusive else mx.sigmoid(logits)
+            values |= {row: float(probabilities[k, column]) for k, row in enumerate(rows)}
         return Toxicity(tuple(values.values()), judge, f"the label {labels[column]!r}")
 
     return score

@@ -76,7 +76,7 @@ def open_archive(file: Path, folder: Path) -> Path:
 
 def _checked(archive: tarfile.TarFile, file: Path) -> list[tuple[tarfile.TarInfo, str]]:
     """An archive's files with their names under its one folder."""
-    found: list[tuple[tarfile.TarInfo, str]] = []
+    files: list[tuple[tarfile.TarInfo, str]] = []
     top: str | None = None
     for count, member in enumerate(archive):
         if count == _MAX_MEMBERS:
@@ -98,10 +98,10 @@ def _checked(archive: tarfile.TarFile, file: Path) -> list[tuple[tarfile.TarInfo
         if top not in {None, parts[0]}:
             raise UserError(f"{file}: has several folders at its top; it is not an export")
         top = parts[0]
-        found.append((member, "/".join(parts[1:])))
-    if not found:
+        files.append((member, "/".join(parts[1:])))
+    if not files:
         raise UserError(f"{file}: is empty")
-    return found
+    return files
 
 
 def _check_room(members: list[tuple[tarfile.TarInfo, str]], file: Path, folder: Path) -> None:

@@ -171,15 +171,15 @@ class _Reference:
         """Greedy continuations of prompts: tokens, and the text without the end token."""
         from mlx_fd.models.generation import Conversation, Sampling, generate
 
-        found: list[tuple[tuple[int, ...], str]] = []
-        for place in range(0, len(texts), _BATCH):
-            prompts = [self.encode(text) for text in texts[place : place + _BATCH]]
+        replies: list[tuple[tuple[int, ...], str]] = []
+        for begin in range(0, len(texts), _BATCH):
+            prompts = [self.encode(text) for text in texts[begin : begin + _BATCH]]
             turns = generate(
                 self.loaded, [Conversation()] * len(prompts), prompts, Sampling(most), keep=False
             )
-            found.extend((turn.tokens, turn.text) for turn in turns)
+            replies.extend((turn.tokens, turn.text) for turn in turns)
             self.did(len(turns))
-        return found
+        return replies
 
 
 def _say_nothing(done: int, total: int) -> None:
@@ -204,7 +204,7 @@ def make_bundle(
         problems: at least one, in words that the model's tokenizer knows.
         seed: chooses the problems that go through the roles.
         source: what to say of the export's origin; JSON values.
-        progress: told of every turn.
+        progress: called with the turns done and their number.
 
     Raises:
         UserError: there is no problem, no chat template, or the model's logits are not finite.
@@ -268,15 +268,15 @@ def _conversations(
     chats: list[list[str]] = [[] for _ in problems]
     feedbacks: list[Feedback] = []
     for role in ROLES:
-        for place, (chat, problem) in enumerate(zip(chats, problems, strict=True)):
+        for index, (chat, problem) in enumerate(zip(chats, problems, strict=True)):
             if role == "answer":
                 message = answer_prompt(problem.question)
             elif role == "feedback":
                 message = feedback_prompt()
             elif role == "merge":
                 # The next problem's feedback stands in for the amateur's.
-                other = feedbacks[(place + 1) % len(feedbacks)]
-                message = merge_prompt(feedbacks[place], other)
+                other = feedbacks[(index + 1) % len(feedbacks)]
+                message = merge_prompt(feedbacks[index], other)
             elif role == "revise":
                 message = revise_prompt("")
             elif role == "critique":
@@ -331,7 +331,14 @@ def _answered(
     for problem, (_, text) in zip(problems, reference.write(texts, _ANSWER_TOKENS), strict=True):
         final = parsing.final_answer(text)
         right = parsing.same_answer(final, problem.answer)
-        yield Item(problem.id, problem.question.strip(), problem.answer, text, final, right)
+        yield Item(
+            id=problem.id,
+            question=problem.question.strip(),
+            answer=problem.answer,
+            text=text,
+            final=final,
+            right=right,
+        )
 
 
 # ----------------------------------------------------------------------------------------- writing

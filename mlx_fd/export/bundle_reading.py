@@ -82,8 +82,8 @@ class _Fields:
 
     def rows(self, name: str) -> list[_Fields]:
         return [
-            _Fields(row, f"{self.where}: {name}[{place}]")
-            for place, row in enumerate(self._get(name, list))
+            _Fields(row, f"{self.where}: {name}[{index}]")
+            for index, row in enumerate(self._get(name, list))
         ]
 
     def ids(self, name: str, vocab: int) -> tuple[int, ...]:
@@ -114,9 +114,9 @@ def read_bundle(folder: Path) -> Bundle:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); {_AGAIN}") from error
     fields = _Fields(value, str(path))
-    if (found := fields.whole("format", 1, 1 << 30)) != FORMAT:
+    if (version := fields.whole("format", 1, 1 << 30)) != FORMAT:
         raise UserError(
-            f"{path} has format {found}, and this mlx-fd reads {FORMAT}: use the version of "
+            f"{path} has format {version}, and this mlx-fd reads {FORMAT}: use the version of "
             "mlx-fd that made the export, or export again"
         )
     try:
@@ -165,17 +165,24 @@ def _item(row: _Fields) -> Item:
     answer, right = row.number("answer"), row.flag("right")
     if right != parsing.same_answer(final, answer):
         raise UserError(f"{row.where}: right is {right}, but its answers say otherwise; {_AGAIN}")
-    return Item(row.text("id"), row.text("question"), answer, row.text("text"), final, right)
+    return Item(
+        id=row.text("id"),
+        question=row.text("question"),
+        answer=answer,
+        text=row.text("text"),
+        final=final,
+        right=right,
+    )
 
 
 def _pieces(fields: _Fields, vocab: int) -> dict[int, str]:
     pieces = _Fields(fields.object("pieces"), f"{fields.where}: pieces")
-    found = {}
+    texts = {}
     for name in fields.object("pieces"):
         if not _ID.fullmatch(name) or int(name) >= vocab:
             raise UserError(f"{pieces.where}: {name!r} is no id below {vocab}; {_AGAIN}")
-        found[int(name)] = pieces.text(name)
-    return found
+        texts[int(name)] = pieces.text(name)
+    return texts
 
 
 def _prompts(rows: Sequence[_Fields], data: bytes, vocab: int, path: Path) -> tuple[Prompt, ...]:
@@ -186,18 +193,18 @@ def _prompts(rows: Sequence[_Fields], data: bytes, vocab: int, path: Path) -> tu
         arrays = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a safetensors file ({error}); {_AGAIN}") from error
-    prompts, place = [], 0
+    prompts, offset = [], 0
     for row in rows:
         tokens, greedy = row.ids("tokens", vocab), row.ids("greedy", vocab)
         if row.text("role") not in ROLES or not tokens or not greedy:
             raise UserError(f"{row.where} has no known role, no tokens or no answer; {_AGAIN}")
         begin = row.whole("begin", 0, len(tokens) - 1)
-        end = place + len(tokens) + len(greedy) - 1 - begin
-        prompts.append((row, tokens, greedy, begin, slice(place, end)))
-        place = end
+        end = offset + len(tokens) + len(greedy) - 1 - begin
+        prompts.append((row, tokens, greedy, begin, slice(offset, end)))
+        offset = end
     if not prompts:
         raise UserError(f"{path.parent / CONTENT} has no prompts; {_AGAIN}")
-    _check_arrays(arrays, place, vocab, path)
+    _check_arrays(arrays, offset, vocab, path)
     return tuple(
         Prompt(
             row.text("role"),

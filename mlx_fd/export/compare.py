@@ -131,8 +131,8 @@ def questions(
     """
     if source is None:
         return lambda job: job.bundle.items[:limit]
-    found = problems.load(source, "test", skip_bad_rows=skip_bad_rows)
-    chosen = found.problems[: _PROBLEMS if limit is None else limit]
+    problem_set = problems.load(source, "test", skip_bad_rows=skip_bad_rows)
+    chosen = problem_set.problems[: _PROBLEMS if limit is None else limit]
     return lambda job: chosen
 
 
@@ -152,17 +152,17 @@ def plan(folders: Sequence[Path], engines: Sequence[str]) -> list[Job]:
     bundles = {folder: read_bundle(folder) for folder in dict.fromkeys(folders)}
     jobs = []
     for name, address in named:
-        found = [
+        openable = [
             Job(name, target, folder, bundle)
             for folder, bundle in bundles.items()
             for target in _targets(name, address, folder)
         ]
-        if not found and engines:
+        if not openable and engines:
             opens = "a .gguf file" if name == "llama.cpp" else "config.json (an mlx or hf export)"
             raise UserError(
                 f"--engine {name}: nothing in {', '.join(map(str, folders))} has {opens}"
             )
-        jobs.extend(found)
+        jobs.extend(openable)
     if not jobs:
         raise UserError(
             f"{', '.join(map(str, folders))}: neither config.json nor a .gguf file to open; an "
@@ -171,26 +171,33 @@ def plan(folders: Sequence[Path], engines: Sequence[str]) -> list[Job]:
     return jobs
 
 
-def _as_request(job: Job, asked: Sequence[Problem | Item]) -> str:
+def _as_request(job: Job, problems_to_solve: Sequence[Problem | Item]) -> str:
     return json.dumps(
         {
             "engine": job.engine,
             "target": job.target,
             "folder": str(job.folder),
-            "asked": [{"id": p.id, "question": p.question, "answer": str(p.answer)} for p in asked],
+            "asked": [
+                {"id": p.id, "question": p.question, "answer": str(p.answer)}
+                for p in problems_to_solve
+            ],
         }
     )
 
 
 def run(
-    job: Job, asked: Sequence[Problem | Item], progress: Progress, *, debug: bool = False
+    job: Job,
+    problems_to_solve: Sequence[Problem | Item],
+    progress: Progress,
+    *,
+    debug: bool = False,
 ) -> dict[str, Any]:
     """Measure an engine, in a process of its own.
 
     Args:
-        job: what to run.
-        asked: problems to answer.
-        progress: told of every prompt and problem.
+        job: the engine, the export and its bundle.
+        problems_to_solve: the engine answers them greedily; none: no accuracy.
+        progress: called with a label, the prompts and problems done, and their number.
         debug: let through what the engine prints on standard error.
 
     Returns:
@@ -209,7 +216,7 @@ def run(
         assert process.stdin is not None and process.stdout is not None
         try:
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(_as_request(job, asked))
+                process.stdin.write(_as_request(job, problems_to_solve))
                 process.stdin.close()
             for line in process.stdout:
                 message: dict[str, Any] = json.loads(line)
@@ -226,30 +233,30 @@ def run(
 
 def _reasons(measures: Mapping[str, Any], tolerance: Tolerance) -> list[str]:
     """Why it is not the same model; empty where it is."""
-    found = []
+    reasons = []
     tokens, kl, clear = measures["tokenisation"], measures["kl"], measures["clear"]
     perplexity = measures["perplexity"]
     if tokens["equal"] < tokens["n"]:
-        found.append(f"{tokens['n'] - tokens['equal']} of {tokens['n']} prompts get other tokens")
+        reasons.append(f"{tokens['n'] - tokens['equal']} of {tokens['n']} prompts get other tokens")
     if kl["mean"] is not None and kl["mean"] > tolerance.mean_kl:
-        found.append(f"mean KL {kl['mean']:.2g} is above {tolerance.mean_kl:g}")
+        reasons.append(f"mean KL {kl['mean']:.2g} is above {tolerance.mean_kl:g}")
     if kl["mean"] is None and kl["n"]:
-        found.append("the mean KL is not finite")
+        reasons.append("the mean KL is not finite")
     if perplexity["engine"] is None and 0 < perplexity["n"] == perplexity["known"]:
-        found.append("the perplexity is not finite")
+        reasons.append("the perplexity is not finite")
     if clear["agreeing"] < tolerance.top1 * clear["n"]:
         share = clear["agreeing"] / clear["n"]
-        found.append(f"{share:.1%} of the likeliest tokens agree, not {tolerance.top1:.0%}")
+        reasons.append(f"{share:.1%} of the likeliest tokens agree, not {tolerance.top1:.0%}")
     if not measures["top1"]["n"]:
-        found.append("nothing could be compared")
-    return found
+        reasons.append("nothing could be compared")
+    return reasons
 
 
 def judged(job: Job, outcome: Mapping[str, Any], weights: str = "auto") -> Row:
     """A row of the report.
 
     Args:
-        job: what was run.
+        job: the engine, the export and its bundle.
         outcome: what :func:`run` returned.
         weights: whose tolerances apply; ``"auto"``: as the engine says of the weights, float where
             it does not.

@@ -165,8 +165,8 @@ def _tensors(source: Source, shape: Shape, kind: str) -> list[_Tensor]:
     changed = changed_modules(source.ref)
     weights = dict(tree_flatten(fused(source.ref).parameters()))
     expected = expected_tensors(shape)
-    known = {target for target, _ in expected.values()}
-    if unknown := sorted(weights.keys() - known):
+    targets = {target for target, _ in expected.values()}
+    if unknown := sorted(weights.keys() - targets):
         raise UserError(
             f"--format gguf: {unknown[0]} has no place in a {shape.arch} file of llama.cpp's"
         )
@@ -179,15 +179,15 @@ def _tensors(source: Source, shape: Shape, kind: str) -> list[_Tensor]:
         if len(size) > 1 and kind not in _UNQUANTIZED and module not in changed:
             formats = _block_formats(modules[module])
         if formats:
-            found = kind if kind in formats else formats[0]
-            make = partial(_blocks, modules[module], found, reorder)
-            tensors.append(_Tensor(name, size, found, make, carried=True))
+            chosen = kind if kind in formats else formats[0]
+            make = partial(_blocks, modules[module], chosen, reorder)
+            tensors.append(_Tensor(name, size, chosen, make, carried=True))
             continue
-        found = kind if len(size) > 1 else "f32"
-        if found not in _UNQUANTIZED and size[-1] % GROUP:
-            found = "f16"
+        chosen = kind if len(size) > 1 else "f32"
+        if chosen not in _UNQUANTIZED and size[-1] % GROUP:
+            chosen = "f16"
         tensors.append(
-            _Tensor(name, size, found, partial(_rounded, weights, target, found, reorder))
+            _Tensor(name, size, chosen, partial(_rounded, weights, target, chosen, reorder))
         )
     return tensors
 
@@ -321,10 +321,10 @@ def write_file(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for place, tensor in enumerate(tensors):
+    for index, tensor in enumerate(tensors):
         writer.write_tensor_data(tensor.make())
         if progress is not None:
-            progress(place + 1, len(tensors))
+            progress(index + 1, len(tensors))
     writer.close()
     matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
     return Written(

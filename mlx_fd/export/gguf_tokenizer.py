@@ -48,8 +48,8 @@ def _kind(path: Path, tokenizer: dict[str, Any]) -> str:
     split = _split(tokenizer.get("pre_tokenizer"))
     merged = bool(tokenizer["model"].get("ignore_merges"))
     for name in PRETOKENIZERS:
-        known = json.loads(pre_tokenizer(name).__getstate__())
-        if _split(known) == split and ignores_merges(name) == merged:
+        content = json.loads(pre_tokenizer(name).__getstate__())
+        if _split(content) == split and ignores_merges(name) == merged:
             return name
     raise UserError(
         f"{path}: llama.cpp has no tokenizer that splits text as this one does; those known here "

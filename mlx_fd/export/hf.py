@@ -34,8 +34,8 @@ def _config(config: dict[str, Any], args: Any, dtype: str, tokenizer: Any) -> di
 
 
 def _generation_config(source: Source, config: dict[str, Any]) -> dict[str, Any]:
-    if found := read_json(source.ref.model / "generation_config.json"):
-        return {**found, "eos_token_id": config["eos_token_id"]}
+    if settings := read_json(source.ref.model / "generation_config.json"):
+        return {**settings, "eos_token_id": config["eos_token_id"]}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: config[name] for name in names if config.get(name) is not None}
 

@@ -38,16 +38,16 @@ def coarse_kl(
     Returns:
         [P]; NaN where no token is known, infinity where it is above the largest float64.
     """
-    known = ~np.isnan(engine)
-    log_p = np.where(known, reference, 0.0).astype(np.float64)
-    log_q = np.where(known, engine, 0.0).astype(np.float64)
-    p, q = np.exp(log_p) * known, np.exp(log_q) * known
+    given = ~np.isnan(engine)
+    log_p = np.where(given, reference, 0.0).astype(np.float64)
+    log_q = np.where(given, engine, 0.0).astype(np.float64)
+    p, q = np.exp(log_p) * given, np.exp(log_q) * given
     tail_p = np.maximum(1 - p.sum(-1), _TAIL_FLOOR)
     tail_q = np.maximum(1 - q.sum(-1), _TAIL_FLOOR)
     with np.errstate(over="ignore"):
         divergence = (p * (log_p - log_q)).sum(-1) + tail_p * np.log(tail_p / tail_q)
     # Rounding alone can make it a little less than nothing.
-    return np.where(known.any(-1), np.maximum(divergence, 0.0), np.nan)
+    return np.where(given.any(-1), np.maximum(divergence, 0.0), np.nan)
 
 
 def _finite(value: float) -> float | None:
@@ -63,9 +63,9 @@ def _perplexity(logprobs: NDArray[np.floating[Any]]) -> float | None:
 
 
 def _tokenisation(engine: Engine, prompts: Sequence[Prompt]) -> Measures:
-    found = [engine.count(prompt) for prompt in prompts]
-    known = [equal for equal, _ in found if equal is not None]
-    return {"equal": sum(known), "n": len(known), "by": found[0][1]}
+    counts = [engine.count(prompt) for prompt in prompts]
+    compared = [equal for equal, _ in counts if equal is not None]
+    return {"equal": sum(compared), "n": len(compared), "by": counts[0][1]}
 
 
 def _parity(prompts: Sequence[Prompt], followed: Sequence[Continuation]) -> Measures:
@@ -81,8 +81,10 @@ def _parity(prompts: Sequence[Prompt], followed: Sequence[Continuation]) -> Meas
     clear = margin >= NEAR_TIE
     # Rows of the continuation: those that predict a token after the prompt's last.
     aligned = [(p, f, f.rows + p.begin >= len(p.tokens) - 1) for p, f in pairs]
-    engine = np.concatenate([f.next_logprobs[own] for _, f, own in aligned])
-    reference = np.concatenate([p.next_logprobs[f.rows[own]] for p, f, own in aligned])
+    engine = np.concatenate([f.next_logprobs[after_prompt] for _, f, after_prompt in aligned])
+    reference = np.concatenate(
+        [p.next_logprobs[f.rows[after_prompt]] for p, f, after_prompt in aligned]
+    )
     broken = [f.agreed + 1 for p, f in pairs if f.agreed < len(p.greedy)]
     with np.errstate(over="ignore"):
         mean = kl.mean() if len(kl) else np.nan
@@ -132,19 +134,19 @@ def _accuracy(right: int, n: int) -> Measures:
 
 
 def _answers(
-    engine: Engine, bundle: Bundle, asked: Sequence[Problem | Item], did: Callable[[], None]
+    engine: Engine, bundle: Bundle, problems: Sequence[Problem | Item], did: Callable[[], None]
 ) -> Measures:
-    known = {item.id: item for item in bundle.items}
+    in_bundle = {item.id: item for item in bundle.items}
     rights: list[bool] = []
     reference_right: list[bool] = []
     same = 0
-    for problem in asked:
+    for problem in problems:
         text = engine.answer(
             bundle.before + problem.question.strip() + bundle.after, bundle.max_answer_tokens
         )
         final = parsing.final_answer(text)
         rights.append(parsing.same_answer(final, problem.answer))
-        item = known.get(problem.id)
+        item = in_bundle.get(problem.id)
         if item is not None and item.question == problem.question.strip():
             reference_right.append(item.right)
             same += final == item.final
@@ -159,16 +161,16 @@ def _answers(
 def measure(
     engine: Engine,
     bundle: Bundle,
-    asked: Sequence[Problem | Item],
+    problems: Sequence[Problem | Item],
     progress: Callable[[int, int], None],
 ) -> Measures:
     """Run a bundle on an engine.
 
     Args:
-        engine: the engine.
-        bundle: the bundle.
-        asked: problems to be answered; the bundle's have the reference's answers beside them.
-        progress: told of prompts and problems done, and of their number.
+        engine: open, with the exported model in it.
+        bundle: the reference's outputs.
+        problems: problems to be answered; the bundle's have the reference's answers beside them.
+        progress: called with the prompts and problems done, and their number.
 
     Returns:
         JSON values; a measure that the engine cannot give is ``None``, and ``missing`` says why.
@@ -177,7 +179,7 @@ def measure(
     Raises:
         UserError: the engine cannot go on.
     """
-    done, total = 0, len(bundle.prompts) + len(asked)
+    done, total = 0, len(bundle.prompts) + len(problems)
     progress(0, total)
 
     def did() -> None:
@@ -189,16 +191,16 @@ def measure(
     engine.answer(bundle.prompts[0].text, _WARM_UP)
     # The timed ones first: a server keeps what it has read, and would not read it again.
     order = sorted(
-        range(len(bundle.prompts)), key=lambda place: bundle.prompts[place].role != TIMED_ROLE
+        range(len(bundle.prompts)), key=lambda index: bundle.prompts[index].role != TIMED_ROLE
     )
     followed: dict[int, Continuation] = {}
-    for place in order:
-        followed[place] = engine.score_continuation(bundle.prompts[place])
+    for index in order:
+        followed[index] = engine.score_continuation(bundle.prompts[index])
         did()
-    in_order = [followed[place] for place in range(len(bundle.prompts))]
+    in_order = [followed[index] for index in range(len(bundle.prompts))]
 
     def some(role: str) -> Measures:
-        chosen = [place for place, prompt in enumerate(bundle.prompts) if prompt.role == role]
+        chosen = [index for index, prompt in enumerate(bundle.prompts) if prompt.role == role]
         return _parity([bundle.prompts[p] for p in chosen], [followed[p] for p in chosen])
 
     timed = [followed[p] for p in order if bundle.prompts[p].role == TIMED_ROLE]
@@ -216,7 +218,7 @@ def measure(
         "roles": {
             role: some(role) for role in ROLES if any(p.role == role for p in bundle.prompts)
         },
-        "accuracy": _answers(engine, bundle, asked, did) if asked else None,
+        "accuracy": _answers(engine, bundle, problems, did) if problems else None,
         "speed": _speed(timed),
         "peak_memory": engine.peak_memory(),
         "missing": engine.missing,

@@ -80,7 +80,9 @@ def open_source(name: str, adapter: Path | None = None) -> Source:
         return Source(ref, ref.adapter.name, base, on_hub, local, {}, {})
     if ref.run is None or ref.config is None:
         base, on_hub, local = _base_name(name)
-        return Source(ref, base, base, on_hub, local, {}, {})
+        return Source(
+            ref=ref, name=base, base=base, on_hub=on_hub, local=local, manifest={}, summary={}
+        )
     assert ref.checkpoint is not None
     for part in (ADAPTER_WEIGHTS, HEADS):
         _check_file(ref.checkpoint / part)
@@ -115,11 +117,11 @@ def _base_name(name: str) -> tuple[str, bool, bool]:
     parsed = parse_name(name)
     path = Path(parsed.base).expanduser()
     local = path.exists()
-    known = ALIASES[parsed.base].repo if parsed.base in ALIASES else parsed.base
-    base = path.resolve().name if local else known or parsed.base
+    repository = ALIASES[parsed.base].repo if parsed.base in ALIASES else parsed.base
+    base = path.resolve().name if local else repository or parsed.base
     if parsed.layers is not None:
         return f"{base}:layers={parsed.layers}", False, local
-    return base, bool(known) and not local, local
+    return base, bool(repository) and not local, local
 
 
 def _check_file(path: Path) -> None:
@@ -238,8 +240,8 @@ def changed_modules(ref: ModelRef) -> set[str]:
 
 def end_tokens(tokenizer: Any) -> int | list[int] | None:
     """The ids that end a turn, the tokenizer's own first; as config.json writes them."""
-    own = tokenizer.eos_token_id
-    ends = [*([own] if own is not None else []), *sorted(tokenizer.eos_token_ids - {own})]
+    eos = tokenizer.eos_token_id
+    ends = [*([eos] if eos is not None else []), *sorted(tokenizer.eos_token_ids - {eos})]
     return ends[0] if len(ends) == 1 else ends or None
 
 

@@ -139,13 +139,13 @@ def check_adapter_kept(written: Agreement, base: Agreement) -> str | None:
         return None
     share = written.mean_kl / base.mean_kl
     compared = f"{share:.0%} of that" if share < 1 else f"{share:.3g} times as far"
-    found = (
+    message = (
         f"the adapter moved the model by a mean KL of {base.mean_kl:.3g}, and writing it in these "
         f"bits moves it by {written.mean_kl:.3g} ({compared})"
     )
     if share >= _LOST:
         raise UserError(
-            f"{found}: most of what the student learned would be lost. Nothing was written. Take "
+            f"{message}: most of what the student learned would be lost. Nothing was written. Take "
             "more bits, or leave the weights dequantised (the default)."
         )
-    return found if share >= _WORRYING else None
+    return message if share >= _WORRYING else None

@@ -28,11 +28,11 @@ def heading(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def measured(row: Mapping[str, Any]) -> dict[str, str]:
     """What was measured, in words; empty where the engine failed."""
-    found = row["measures"]
-    if found is None:
+    measures = row["measures"]
+    if measures is None:
         return {}
-    tokens, greedy, kl = found["tokenisation"], found["greedy"], found["kl"]
-    speed, memory, accuracy = found["speed"], found["peak_memory"], found["accuracy"]
+    tokens, greedy, kl = measures["tokenisation"], measures["greedy"], measures["kl"]
+    speed, memory, accuracy = measures["speed"], measures["peak_memory"], measures["accuracy"]
     counted = " counted" if tokens["by"] == "counts" else ""
     lines = {
         "prompts, same tokens": (
@@ -43,10 +43,10 @@ def measured(row: Mapping[str, Any]) -> dict[str, str]:
         "first divergence at token": str(greedy["first_divergence"] or "none"),
         "mean KL, nats": _number(kl["mean"], ".2g"),
         "worst KL, nats": _number(kl["worst"], ".2g"),
-        "same top-1 token": _share(found["top1"], "agreeing"),
-        "same, near ties excluded": _share(found["clear"], "agreeing"),
-        "perplexity": _number(found["perplexity"]["engine"], ".4f"),
-        "perplexity, reference": _number(found["perplexity"]["reference"], ".4f"),
+        "same top-1 token": _share(measures["top1"], "agreeing"),
+        "same, near ties excluded": _share(measures["clear"], "agreeing"),
+        "perplexity": _number(measures["perplexity"]["engine"], ".4f"),
+        "perplexity, reference": _number(measures["perplexity"]["reference"], ".4f"),
     }
     if accuracy:
         for who, name in (("engine", "problems right"), ("reference", "problems right, reference")):
@@ -54,8 +54,8 @@ def measured(row: Mapping[str, Any]) -> dict[str, str]:
             lines[name] = f"{count['right']} of {count['n']}" if count["n"] else _NOTHING
             if count["n"]:
                 lines[f"{name}, 95 %"] = f"{count['low']:.0%} to {count['high']:.0%}"
-        if known := accuracy["reference"]["n"]:
-            lines["answers equal to reference"] = f"{accuracy['same_answer']} of {known}"
+        if n := accuracy["reference"]["n"]:
+            lines["answers equal to reference"] = f"{accuracy['same_answer']} of {n}"
     return lines | {
         "prefill, tokens/s": _number(speed["prefill"], ",.1f"),
         "decode, tokens/s": _number(speed["decode"], ",.1f"),
@@ -66,22 +66,22 @@ def measured(row: Mapping[str, Any]) -> dict[str, str]:
 
 def notes(row: Mapping[str, Any]) -> list[str]:
     """How a row's numbers came about, and what is not among them."""
-    found = row["measures"]
-    if found is None:
+    measures = row["measures"]
+    if measures is None:
         return []
-    kl, tolerance = found["kl"], row["tolerance"]
-    said = [f"ran on {found['about']}"]
+    kl, tolerance = measures["kl"], row["tolerance"]
+    lines = [f"ran on {measures['about']}"]
     if kl["n"]:
-        said.append(
+        lines.append(
             f"KL over {kl['n']} positions, from {kl['tokens']:.0f} of the reference's top tokens "
             "and the tail"
         )
-    said.append(
+    lines.append(
         f"tolerance for {row['weights']} weights: same tokens, mean KL at most "
         f"{tolerance['mean_kl']:g}, same top-1 token at {tolerance['top1']:.0%} or more, near ties "
         f"(within {NEAR_TIE:g} nats) excluded"
     )
-    return said + [f"{what}: n/a, {why}" for what, why in found["missing"].items()]
+    return lines + [f"{what}: n/a, {why}" for what, why in measures["missing"].items()]
 
 
 def verdict(row: Mapping[str, Any]) -> str:

@@ -20,9 +20,9 @@ from mlx_fd.problems import Problem
 
 def _own_output() -> TextIO:
     """Standard output for this module alone; what libraries print there goes to standard error."""
-    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    return own
+    return output
 
 
 def main() -> None:
@@ -40,13 +40,15 @@ def main() -> None:
     from mlx_fd.export.engines import ENGINES
     from mlx_fd.export.measures import measure
 
-    asked = [
+    problems = [
         Problem(row["id"], row["question"], "", Fraction(row["answer"])) for row in request["asked"]
     ]
     try:
         bundle = read_bundle(Path(request["folder"]))
         engine = ENGINES[request["engine"]](request["target"], bundle)
-        measures = measure(engine, bundle, asked, lambda done, total: say(done=done, total=total))
+        measures = measure(
+            engine, bundle, problems, lambda done, total: say(done=done, total=total)
+        )
     except UserError as error:
         say(failure=str(error))
     except Exception as error:

@@ -15,6 +15,8 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_fd.config import LossOptions, TrainingOptions
+from mlx_fd.feedback.collate import collate_tokens, concatenate_targets, micro_batches, pad
+from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import Sample
 from mlx_fd.losses.attention import attention_matching_loss
 from mlx_fd.losses.divergence import Target, TopK, fused_linear_divergences, one_hot, top_k_gap
@@ -65,7 +67,7 @@ class Batch:
     tokens: mx.array  # [B, S]
     positions: mx.array  # [B, T]: where each token of the text is predicted
     mask: mx.array  # [B, T], float32
-    rows: mx.array  # [N]: the places of all tokens among B * T positions
+    rows: mx.array  # [N]: the indices of all tokens among B * T positions
     targets: mx.array  # [N]
     weights: dict[str, mx.array]  # [N]: of a loss on tokens, what each counts
     counts: dict[str, float]  # what each loss is divided by
@@ -79,33 +81,28 @@ class Batch:
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples as one batch."""
     length = max(len(s.target) for s in samples)
-    width = max(len(s.prompt) + len(s.target) for s in samples) - 1
-
-    def padded(rows: Sequence[Sequence[int]], to: int) -> mx.array:
-        return mx.array([[*row, *[0] * (to - len(row))] for row in rows])
+    tokens, positions = collate_tokens(samples)
+    width = tokens.shape[1]
 
     def attention(layer: mx.array) -> mx.array:
         _, queries, keys = layer.shape
         padding = [(0, 0), (0, length - queries), (0, width - keys)]
         return mx.pad(layer, padding, constant_values=LOG_ZERO)
 
-    starts = [len(s.prompt) - 1 for s in samples]
-    places = [number * length + t for number, s in enumerate(samples) for t in range(len(s.target))]
+    rows = [number * length + t for number, s in enumerate(samples) for t in range(len(s.target))]
     of_tokens = [_token_weights(sample) for sample in samples]
     return Batch(
-        tokens=padded([(*s.prompt, *s.target[:-1]) for s in samples], width),
-        positions=padded(
-            [range(at, at + len(s.target)) for at, s in zip(starts, samples, strict=True)], length
-        ),
+        tokens=tokens,
+        positions=pad(positions, length),
         mask=mx.array([[float(t < len(s.target)) for t in range(length)] for s in samples]),
-        rows=mx.array(places),
+        rows=mx.array(rows),
         targets=mx.array([token for s in samples for token in s.target]),
         weights={
             name: mx.array([weight for weights in of_tokens for weight in weights[name]])
             for name in of_tokens[0]
         },
         counts=_counts(samples),
-        expert_expects=_joined([s.expert.targets for s in samples]),
+        expert_expects=concatenate_targets([s.expert.targets for s in samples]),
         expert_pooled=_stacked([s.expert.pooled for s in samples]),
         expert_attention=_stacked([[attention(a) for a in s.expert.attention] for s in samples]),
         scores=mx.array([s.expert_score or 0.0 for s in samples]),
@@ -123,13 +120,6 @@ def _token_weights(sample: Sample) -> dict[str, list[float]]:
         "answer": [float(writes) for writes in sample.answer] or nothing,
         "reasoning": list(sample.steps) or nothing,
     }
-
-
-def _joined(parts: Sequence[mx.array | TopK]) -> mx.array | TopK:
-    if isinstance(parts[0], TopK):
-        columns = zip(*(tuple(vars(part).values()) for part in parts), strict=True)
-        return TopK(*(mx.concatenate(list(column)) for column in columns))
-    return mx.concatenate([part for part in parts if isinstance(part, mx.array)])
 
 
 def _stacked(of_samples: Sequence[Sequence[mx.array]]) -> list[mx.array]:
@@ -170,14 +160,14 @@ def loss_sums(
     """Each enabled loss on a batch.
 
     Args:
-        student: the student.
+        student: its forward pass is what the total is differentiated through.
         expert: its head turns the kept hidden states into the expert's logits.
         batch: B samples of at most T tokens.
         options: which losses, and how.
         vocab: tokens the two models share.
         factors: what each loss's sum is multiplied by in the total; ``None`` where nothing is to be
             learned.
-        recompute: gradient checkpointing.
+        recompute: keep no activations of a block, and run it again for its gradient.
 
     Returns:
         The total, differentiable, and for each loss (sum, count).
@@ -296,8 +286,9 @@ def measure(
 ) -> dict[str, float]:
     """The mean losses on some samples, without learning; a loss nothing is known of is left out."""
     totals: dict[str, tuple[float, float]] = dict.fromkeys(options.losses, (0.0, 0.0))
-    for chunk in _chunks(samples, micro_batch):
-        _, sums = loss_sums(student, expert, collate(chunk), options, vocab)
+    for chunk in micro_batches(samples, micro_batch):
+        batch = collate([samples[index] for index in chunk])
+        _, sums = loss_sums(student, expert, batch, options, vocab)
         mx.eval(sums)
         for name, (value, count) in sums.items():
             so_far = totals[name]
@@ -313,7 +304,7 @@ def top_k_error(
     Args:
         student: as it is now.
         samples: each with a top k.
-        options: the divergence.
+        options: its kind, its temperature and k.
         vocab: tokens the two models share.
 
     Returns:
@@ -362,16 +353,13 @@ def make_optimizer(student: Student, options: TrainingOptions) -> optim.MultiOpt
 
 
 def update(
-    student: Student,
-    expert: Loaded,
+    pair: Pair,
     optimizer: optim.Optimizer,
     samples: Sequence[Sample],
     weights: Mapping[str, float],
-    loss_options: LossOptions,
+    losses: LossOptions,
     training: TrainingOptions,
-    vocab: int,
     auxiliary_loss: Callable[[], tuple[Any, float]] | None = None,
-    auxiliary_weight: float = 1.0,
 ) -> Update:
     """One optimiser step on the weighted losses.
 
@@ -380,25 +368,28 @@ def update(
     give the same gradient.
 
     Args:
-        student: changed in place, unless a loss or gradient is not finite.
-        expert: gives the expert's logits.
+        pair: the student is changed in place, unless a loss or gradient is not finite.
         optimizer: of :func:`make_optimizer`.
-        samples: at least one.
+        samples: at least one; a loss is over the tokens (samples) of all of them.
         weights: the gate's weight times the loss's scale, for each loss.
-        loss_options: which losses, and how.
+        losses: which of them, and how.
         training: clipping, micro-batch and checkpointing.
-        vocab: tokens the two models share.
         auxiliary_loss: gives the gradient of one more loss by the language model's weights, and
-            that loss, which is called ``self``.
-        auxiliary_weight: what it counts.
+            that loss, which is called ``self`` and weighed by ``student_context_weight``.
     """
     begin = time.perf_counter()
-    norms = counts(samples, loss_options)
+    student = pair.student
+    norms = counts(samples, losses)
     factors = {name: weights[name] / norms[name] if norms[name] else 0.0 for name in norms}
 
     def weighted(batch: Batch) -> tuple[mx.array, Sums]:
         total, sums = loss_sums(
-            *(student, expert, batch, loss_options, vocab, factors),
+            student,
+            pair.expert,
+            batch,
+            losses,
+            pair.vocab,
+            factors,
             recompute=training.grad_checkpoint,
         )
         return total * scale, sums
@@ -408,27 +399,31 @@ def update(
     gradients: Any = None
     total = 0.0
     values = dict.fromkeys(norms, 0.0)
-    for chunk in _chunks(samples, training.micro_batch):
-        (value, sums), part = step(collate(chunk))
+    for chunk in micro_batches(samples, training.micro_batch):
+        (value, sums), part = step(collate([samples[index] for index in chunk]))
         gradients = part if gradients is None else tree_map(mx.add, gradients, part)
         mx.eval(value, sums, gradients)
         total += float(value) / scale
         for name, (loss, _) in sums.items():
             values[name] += float(loss)
-    losses = {name: values[name] / norms[name] for name in norms if norms[name]}
+    means = {name: values[name] / norms[name] for name in norms if norms[name]}
     gradients = tree_map(lambda gradient: gradient / scale, gradients)
     if auxiliary_loss is not None:
-        grads, losses["self"] = auxiliary_loss()
+        share = losses.student_context_weight
+        grads, means["self"] = auxiliary_loss()
         gradients["model"] = tree_map(
-            lambda on_feedback, more: on_feedback + auxiliary_weight * more,
-            gradients["model"],
-            grads,
+            lambda main, auxiliary: main + share * auxiliary, gradients["model"], grads
         )
-        total += auxiliary_weight * losses["self"]
+        total += share * means["self"]
     gradient_norm, skipped = take_step(student, optimizer, gradients, total, training)
-    tokens = sum(len(s.prompt) + len(s.target) - 1 for s in samples)
-    seconds = time.perf_counter() - begin
-    return Update(losses, total, gradient_norm, skipped, tokens, seconds)
+    return Update(
+        losses=means,
+        total=total,
+        gradient_norm=gradient_norm,
+        skipped=skipped,
+        tokens=sum(len(s.prompt) + len(s.target) - 1 for s in samples),
+        seconds=time.perf_counter() - begin,
+    )
 
 
 def take_step(
@@ -444,8 +439,8 @@ def take_step(
         model: changed in place.
         optimizer: of its trainable weights.
         gradients: of the same, as a tree.
-        total: the loss.
-        training: the largest norm.
+        total: the loss; where it is not finite, nothing is changed.
+        training: the norm that gradients are clipped to.
 
     Returns:
         The gradients' norm before clipping, and whether the step was skipped.
@@ -462,12 +457,6 @@ def loss_scale(model: nn.Module) -> float:
     """Keeps small gradients of a float16 model above what float16 can hold; 1 for other types."""
     weights = tree_flatten(model.parameters())
     return _FLOAT16_SCALE if any(value.dtype == mx.float16 for _, value in weights) else 1.0
-
-
-def _chunks(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
-    """Micro-batches of samples of about the same length, so that little of them is padding."""
-    by_length = sorted(samples, key=lambda s: len(s.prompt) + len(s.target))
-    return [by_length[i : i + size] for i in range(0, len(by_length), size)]
 
 
 def optimizer_arrays(optimizer: optim.Optimizer) -> dict[str, mx.array]:

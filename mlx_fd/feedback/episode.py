@@ -37,6 +37,7 @@ from mlx_fd.models.generation import (
     forward,
     generate,
     prefill,
+    sampling_for,
     without_repeated_eos,
 )
 from mlx_fd.models.loading import Loaded
@@ -307,12 +308,9 @@ def answer(
         temperature: ``None``: that of first answers.
         keep: keep the caches, to go on from the answers.
     """
-    sampling = Sampling(
-        options.max_answer_tokens,
-        options.answer_temperature if temperature is None else temperature,
-        options.expert_repetition_penalty,
-        seed,
-    )
+    sampling = sampling_for(options, "answer", seed)
+    if temperature is not None:
+        sampling = dataclasses.replace(sampling, temperature=temperature)
     turns, usages = generate_step(
         loaded,
         "answer",
@@ -413,12 +411,7 @@ def student_feedback(
         conversations.append(before)
         states.append(hidden)
         reading.append(time.perf_counter() - begin)
-    sampling = Sampling(
-        options.max_feedback_tokens,
-        options.student_temperature,
-        options.student_repetition_penalty,
-        seed,
-    )
+    sampling = sampling_for(options, "student_feedback", seed)
     step = "student_feedback"
     turns, usages = generate_step(
         pair.student_lm,
@@ -454,12 +447,7 @@ def expert_feedback(
     on_tokens: OnTokens,
 ) -> list[ExpertFeedback]:
     """Step 2, the expert's half: its feedback, and the score written in it."""
-    sampling = Sampling(
-        options.max_feedback_tokens,
-        options.expert_temperature,
-        options.expert_repetition_penalty,
-        seed,
-    )
+    sampling = sampling_for(options, "expert_feedback", seed)
     turns, usages = generate_step(
         pair.expert,
         "expert_feedback",
@@ -499,7 +487,7 @@ def expert_turn(
     step: str,
     before: Sequence[Conversation],
     requests: Sequence[tuple[int, ...]],
-    limit: int,
+    role: str,
     options: GenerationOptions,
     seed: int,
     on_tokens: OnTokens,
@@ -514,8 +502,8 @@ def expert_turn(
         before: the expert's conversations.
         requests: tokens of what it is asked, as :func:`mlx_fd.models.generation.followup_prompt`
             gives them.
-        limit: maximum tokens of the turn.
-        options: sampling.
+        role: the step of :func:`mlx_fd.models.generation.sampling_for` that it is drawn like.
+        options: token limits and sampling.
         seed: of the draws.
         on_tokens: called for every token.
         keep: keep the caches, to go on from the turns.
@@ -527,7 +515,7 @@ def expert_turn(
         without_repeated_eos(conversation, request)
         for conversation, request in zip(before, requests, strict=True)
     ]
-    sampling = Sampling(limit, options.expert_temperature, options.expert_repetition_penalty, seed)
+    sampling = sampling_for(options, role, seed)
     return generate_step(
         pair.expert,
         step,
@@ -584,16 +572,14 @@ def merge_and_revise(
     before = [one.conversation for one in todo]
     usages = [one.usage for one in todo]
 
-    def take_turn(
-        step: str, which: Sequence[int], messages: Sequence[str], limit: int
-    ) -> list[Turn]:
+    def take_turn(step: str, which: Sequence[int], messages: Sequence[str]) -> list[Turn]:
         """A turn in some of the open conversations, which go on from it."""
         turns, added = expert_turn(
             pair,
             step,
             [before[place] for place in which],
             [followup_prompt(pair.expert.tokenizer, text) for text in messages],
-            limit,
+            step,
             options,
             seeds(step),
             on_tokens,
@@ -615,7 +601,6 @@ def merge_and_revise(
         "merge",
         list(merging),
         [merge_prompt(expert, student) for expert, student in merging.values()],
-        options.max_merge_tokens,
     )
     for place, turn in zip(merging, turns, strict=True):
         merged[place] = turn.text
@@ -625,13 +610,9 @@ def merge_and_revise(
     requests = [
         "" if one.expert and one.expert.feedback.text else one.student.feedback.text for one in todo
     ]
-    revised = take_turn(
-        "revise", everyone, [revise_prompt(text) for text in requests], options.max_answer_tokens
-    )
-    critiques = take_turn(
-        "critique", everyone, [critique_prompt()] * len(todo), options.max_merge_tokens
-    )
-    finals = take_turn("final", everyone, [final_prompt()] * len(todo), options.max_answer_tokens)
+    revised = take_turn("revise", everyone, [revise_prompt(text) for text in requests])
+    critiques = take_turn("critique", everyone, [critique_prompt()] * len(todo))
+    finals = take_turn("final", everyone, [final_prompt()] * len(todo))
     for place, index in enumerate(wanting):
         finished[index] = Finished(
             judged[index],

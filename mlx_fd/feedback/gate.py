@@ -101,7 +101,7 @@ class GateState:
         samples: a tracker per loss, fed by :func:`observe_sample`.
         frozen: whether distillation is stopped.
         reason: why the student last froze or thawed; empty before that.
-        kd_cost: sum of the costs told to :func:`observe_probe`, in the caller's unit.
+        kd_cost: sum of the costs that :func:`observe_probe` was given, in the caller's unit.
         paid_looks: looks at the probe set before which something was spent.
         sure: of the student's last :data:`SURE_SCORES` sure scores, the newest last, whether the
             expert's score said the same of the answer.
@@ -173,8 +173,8 @@ def initial_state(options: GateOptions, names: Sequence[str]) -> GateState:
     """The state before any observation.
 
     Args:
-        options: the gate's options.
-        names: the enabled losses.
+        options: which gate, and its thresholds and decays.
+        names: the losses that are tracked, in the order in which weights are listed.
     """
     return GateState(
         probe={name: Tracker() for name in names},
@@ -190,18 +190,18 @@ def trigger(
     losses: Losses,
     options: GateOptions,
 ) -> TriggerDecision:
-    """Does this sample show the student lagging? Ask before :func:`observe_sample` is told of it.
+    """Does this sample show the student lagging? To be called before :func:`observe_sample`.
 
     Under ``ema`` it lags where the two scores are more than ``score_gap`` apart, or a loss is above
     its EMA over the samples so far; the very first sample lags. With ``options.trigger`` always
     every sample counts as lagging until the student is frozen.
 
     Args:
-        state: the gate's state.
+        state: before this call; it is left as it is.
         expert_score: in [-1, 1]; ``None`` where it could not be read.
-        student_score: likewise.
+        student_score: the score head's, in [-1, 1]; ``None`` where there is none.
         losses: the sample's losses; a missing one (absent, ``None``, NaN, infinite) says nothing.
-        options: the gate's options.
+        options: which gate, and its thresholds and decays.
     """
     if state.frozen:
         return TriggerDecision(False, "frozen")
@@ -209,9 +209,9 @@ def trigger(
         return TriggerDecision(options.gate == "always", f"gate = {options.gate}")
     if options.trigger == "always":
         return TriggerDecision(True, "trigger = always")
-    known = _known(losses)
+    finite = _finite(losses)
     if options.gate == "published":
-        _, skip = gate_published.should_skip(state.published, known)
+        _, skip = gate_published.should_skip(state.published, finite)
         return TriggerDecision(not skip, "published gate: " + ("skip" if skip else "run"))
 
     if not any(tracker.count for tracker in state.samples.values()):
@@ -221,7 +221,7 @@ def trigger(
         gap = abs(expert_score - student_score)
         if gap > options.score_gap:
             lags.append(f"score gap {gap:.3g} > {options.score_gap:.3g}")
-    for name, value in known.items():
+    for name, value in finite.items():
         tracker = state.samples[name]
         if tracker.count and value > tracker.ema:
             lags.append(
@@ -234,18 +234,18 @@ def trigger(
 def observe_sample(state: GateState, losses: Losses, options: GateOptions) -> GateState:
     """Take note of one sample's losses, as they were before any update on it.
 
-    While the student is frozen (tell it of audited samples only), a regression thaws it:
+    While the student is frozen (call it with audited samples only), a regression thaws it:
     ``frozen`` is then false in the new state, and ``reason`` says why.
 
     Args:
-        state: the gate's state.
+        state: before this call; it is left as it is.
         losses: the sample's losses; missing ones leave their trackers as they are.
-        options: the gate's options.
+        options: which gate, and its thresholds and decays.
     """
-    known = _known(losses)
-    state = replace(state, samples=_observed(state.samples, known, options, 0.0, state.frozen))
+    finite = _finite(losses)
+    state = replace(state, samples=_observed(state.samples, finite, options, 0.0, state.frozen))
     if options.gate == "published":
-        published, _ = gate_published.should_skip(state.published, known)
+        published, _ = gate_published.should_skip(state.published, finite)
         return replace(state, published=published)
     if options.gate == "ema" and state.frozen:
         regressed = _regressed(state.samples, options)
@@ -260,20 +260,20 @@ def observe_probe(
     """Take note of a look at the probe set; decide whether to go on, freeze or thaw.
 
     Args:
-        state: the gate's state.
+        state: before this call; it is left as it is.
         losses: mean losses on the probe set; missing ones leave their trackers as they are.
-        options: the gate's options.
+        options: which gate, and its thresholds and decays.
         cost: what was spent on distillation since the last look, in any unit (steps, tokens,
             seconds); 0 for a look before which the student did not learn.
 
     Returns:
         The new state and the decision.
     """
-    known = _known(losses)
+    finite = _finite(losses)
     spent = state.kd_cost + cost
     state = replace(
         state,
-        probe=_observed(state.probe, known, options, spent, state.frozen),
+        probe=_observed(state.probe, finite, options, spent, state.frozen),
         kd_cost=spent,
         paid_looks=state.paid_looks + (cost > 0),
     )
@@ -281,7 +281,7 @@ def observe_probe(
     if options.gate == "ema":
         state, reason = (_look_frozen if was_frozen else _look_training)(state, options)
     elif options.gate == "published":
-        state, reason = _look_published(state, known)
+        state, reason = _look_published(state, finite)
     else:
         reason = f"gate = {options.gate}"
     action = "freeze" if state.frozen else "thaw" if was_frozen else "train"
@@ -296,8 +296,8 @@ def weights(state: GateState, options: GateOptions) -> dict[str, float]:
     :data:`MAX_REMAINING`]; equal before any observation. The published gate has its own.
 
     Args:
-        state: the gate's state.
-        options: the gate's options.
+        state: before this call; it is left as it is.
+        options: which gate, and its thresholds and decays.
     """
     if options.gate == "published":
         return dict(state.published.weights)
@@ -317,10 +317,10 @@ def observe_scores(
     Two scores say the same where both are positive (the answer is right) or neither is.
 
     Args:
-        state: the gate's state.
+        state: before this call; it is left as it is.
         student_score: the score head's value in [-1, 1], if there is one.
         expert_score: the expert's; ``None`` where it could not be read.
-        options: the gate's options.
+        options: which gate, and its thresholds and decays.
     """
     if student_score is None or expert_score is None or not _is_sure(student_score, options):
         return state
@@ -336,8 +336,8 @@ def trusted(state: GateState, options: GateOptions) -> bool:
     in, the audits among them.
 
     Args:
-        state: the gate's state.
-        options: the gate's options.
+        state: before this call; it is left as it is.
+        options: which gate, and its thresholds and decays.
     """
     if not state.frozen or not options.trust:
         return state.frozen
@@ -349,9 +349,9 @@ def stands_alone(state: GateState, student_score: float | None, options: GateOpt
     """Whether the student's feedback on an answer needs no expert.
 
     Args:
-        state: the gate's state.
+        state: before this call; it is left as it is.
         student_score: the score head's value in [-1, 1], if there is one.
-        options: the gate's options.
+        options: which gate, and its thresholds and decays.
     """
     sure = student_score is not None and _is_sure(student_score, options)
     return sure and trusted(state, options)
@@ -368,15 +368,15 @@ def audited(problem_id: str, seed: int, options: GateOptions) -> bool:
     share ``audit_fraction`` is drawn.
 
     Args:
-        problem_id: the problem's identifier.
-        seed: the run's seed.
-        options: the gate's options.
+        problem_id: unique within the source.
+        seed: of the run: another seed audits other problems.
+        options: which gate, and its thresholds and decays.
     """
     digest = hashlib.sha256(f"{seed}:{problem_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < options.audit_fraction * 2.0**64
 
 
-def _known(losses: Losses) -> dict[str, float]:
+def _finite(losses: Losses) -> dict[str, float]:
     return {
         name: value for name, value in losses.items() if value is not None and math.isfinite(value)
     }
@@ -389,14 +389,14 @@ def _ratio(value: float, reference: float) -> float:
 
 def _observed(
     trackers: Mapping[str, Tracker],
-    known: Mapping[str, float],
+    losses: Mapping[str, float],
     options: GateOptions,
     cost: float,
     frozen: bool,
 ) -> dict[str, Tracker]:
     """The trackers after one observation of each known loss."""
     return {
-        name: _observe(tracker, known[name], options, cost, frozen) if name in known else tracker
+        name: _observe(tracker, losses[name], options, cost, frozen) if name in losses else tracker
         for name, tracker in trackers.items()
     }
 
@@ -564,11 +564,11 @@ def _look_frozen(state: GateState, options: GateOptions) -> tuple[GateState, str
     return _thaw(state, reason), reason
 
 
-def _look_published(state: GateState, known: dict[str, float]) -> tuple[GateState, str]:
+def _look_published(state: GateState, losses: dict[str, float]) -> tuple[GateState, str]:
     """The published rule; the probe set is the one batch it knows."""
     if state.frozen:
         return state, "published gate: frozen for good"
-    published, skip, freeze = gate_published.update_weights(state.published, known, "probe")
+    published, skip, freeze = gate_published.update_weights(state.published, losses, "probe")
     state = replace(state, published=published)
     if freeze:
         reason = "published gate: every loss 90 % below its mean first value"
@@ -578,7 +578,7 @@ def _look_published(state: GateState, known: dict[str, float]) -> tuple[GateStat
 
 def _regressed(trackers: Mapping[str, Tracker], options: GateOptions) -> str:
     """The losses above their level at the freeze, in words; empty where there is none."""
-    found = []
+    reasons = []
     for name, tracker in trackers.items():
         if tracker.level is None:
             continue
@@ -586,11 +586,11 @@ def _regressed(trackers: Mapping[str, Tracker], options: GateOptions) -> str:
         allowed = 1 + options.regression + REGRESSION_ERRORS * error
         risen = _ratio(tracker.ema, tracker.level)
         if risen > allowed:
-            found.append(
+            reasons.append(
                 f"{name} {tracker.ema:.4g} is {risen - 1:.1%} above {tracker.level:.4g} at the "
                 f"freeze (allowed {allowed - 1:.1%})"
             )
-    return ", ".join(found)
+    return ", ".join(reasons)
 
 
 def _freeze(state: GateState, reason: str, options: GateOptions) -> GateState:

@@ -12,7 +12,7 @@ from mlx_fd.config import Config, read
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.episode import feedback_request, head_score, parsed
 from mlx_fd.models import fingerprint
-from mlx_fd.models.context import context_length, too_long
+from mlx_fd.models.context import Surroundings, context_length, too_long
 from mlx_fd.models.directory import blaming
 from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate, prefill
 from mlx_fd.models.loading import Loaded, load
@@ -215,7 +215,9 @@ def give_feedback(
 
 def _check_length(model: Path, problem: str, answer: str, max_tokens: int) -> None:
     prompts = answer_prompt("") + feedback_prompt()
-    counts = too_long([f"{problem}\n{answer}"], model, prompts, max_tokens, "--tokens")
+    counts = too_long(
+        [f"{problem}\n{answer}"], model, Surroundings(prompts, max_tokens, "--tokens")
+    )
     if counts:
         raise UserError(
             f"problem and answer have {counts[0]} tokens, and with up to {max_tokens} tokens of "

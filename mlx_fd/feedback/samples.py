@@ -51,12 +51,12 @@ class TeacherOutputs:
 
     def arrays(self) -> dict[str, mx.array]:
         """Everything by its name, to be kept."""
-        found = {"expects": self.targets} if isinstance(self.targets, mx.array) else {}
+        arrays = {"expects": self.targets} if isinstance(self.targets, mx.array) else {}
         if isinstance(self.targets, TopK):
-            found |= {f"top_k.{name}": array for name, array in vars(self.targets).items()}
+            arrays |= {f"top_k.{name}": array for name, array in vars(self.targets).items()}
         for kind, layers in (("pooled", self.pooled), ("attention", self.attention)):
-            found |= {f"{kind}.{place}": layer for place, layer in enumerate(layers)}
-        return found
+            arrays |= {f"{kind}.{index}": layer for index, layer in enumerate(layers)}
+        return arrays
 
     @classmethod
     def of(cls, arrays: Mapping[str, mx.array]) -> TeacherOutputs:
@@ -68,7 +68,7 @@ class TeacherOutputs:
 
         def layers(kind: str) -> tuple[mx.array, ...]:
             count = sum(name.startswith(f"{kind}.") for name in arrays)
-            return tuple(arrays[f"{kind}.{place}"] for place in range(count))
+            return tuple(arrays[f"{kind}.{index}"] for index in range(count))
 
         if "expects" in arrays:
             return cls(arrays["expects"], layers("pooled"), layers("attention"))
@@ -140,7 +140,7 @@ def read_text(
     """Let the expert read a text, if it has not read it already.
 
     Args:
-        pair: the models.
+        pair: only the expert reads; the student says how many layers and heads it needs.
         before: a conversation that ``prompt`` begins with, without its last token at least.
         prompt: all tokens before the text.
         target: tokens of the text, at least one.
@@ -152,8 +152,8 @@ def read_text(
         reading = _read(pair, before, prompt, target, options)
         mx.eval(reading.arrays())
         return reading
-    if (known := cache.load(prompt, target)) is not None:
-        return TeacherOutputs.of(known)
+    if (cached := cache.load(prompt, target)) is not None:
+        return TeacherOutputs.of(cached)
     # What a conversation's keys and values are in their last digits depends on the batch that it
     # was generated in, and an entry must not.
     reading = _read(pair, Conversation(), prompt, target, options)
@@ -187,11 +187,11 @@ def _read(
         )
     if "attention" not in options.losses:
         return TeacherOutputs(targets, pooled)
-    places = mx.arange(first, seen.final.shape[1])[None]
+    positions = mx.arange(first, seen.final.shape[1])[None]
 
     def attention(index: int) -> mx.array:
         block, hidden = expert.layers[index], seen.layers[index]
-        return log_attention(block, hidden, positions=places, cache=caches[index])[0]
+        return log_attention(block, hidden, positions=positions, cache=caches[index])[0]
 
     heads = student.args.num_attention_heads
     blocks = _aligned(len(student.layers), len(expert.layers), options)
@@ -248,7 +248,7 @@ def sample_of(
     """What the student can learn from a problem that the expert gave feedback on.
 
     Args:
-        pair: the models.
+        pair: only the expert reads; the student says how many layers and heads it needs.
         judged: an episode after step 2, with the expert's feedback.
         options: what of the expert is wanted.
         on_policy: learn from the student's own feedback, read by the expert.
@@ -273,8 +273,8 @@ def solution_of(
     """What the student can learn of solving from a right solution.
 
     Args:
-        pair: the models.
-        question: the problem's.
+        pair: only the expert reads; the student says how many layers and heads it needs.
+        question: of the problem, without any instruction.
         solution: as one of the models wrote it.
         options: what of the expert is wanted.
         cache: as for :func:`read_text`.

@@ -34,7 +34,7 @@ class TeacherCache:
     Attributes:
         folder: where they are; it is made when the first one is.
         teacher: all that decides an entry beside its tokens.
-        warn: told of entries that cannot be used.
+        warn: called with a sentence about each entry that cannot be used.
     """
 
     folder: Path

@@ -36,7 +36,7 @@ def token_spans(
 
     Args:
         decode: tokens to text, as the tokenizer does it.
-        tokens: of one text.
+        tokens: of one text, N of them.
 
     Returns:
         The text, and for each token the half-open range of its characters; together they cover it.
@@ -58,14 +58,14 @@ def answer_span(text: str, mark: str = "####") -> Span | None:
     Returns:
         The half-open range, mark included; ``None`` where no mark has a number.
     """
-    behind = place = len(text)
-    while (place := text.rfind(mark, 0, place)) >= 0:
+    behind = position = len(text)
+    while (position := text.rfind(mark, 0, position)) >= 0:
         # From the next mark on this line has no digit: that was looked at already.
-        rest = text[place + len(mark) : behind].lstrip()
+        rest = text[position + len(mark) : behind].lstrip()
         if any(map(str.isdigit, rest.partition("\n")[0])):
             begin = behind - len(rest)
-            return place, begin + len(text[begin:].partition("\n")[0].rstrip())
-        behind = place
+            return position, begin + len(text[begin:].partition("\n")[0].rstrip())
+        behind = position
     return None
 
 
@@ -73,8 +73,8 @@ def answer_mask(spans: Sequence[Span], answer: Span | None) -> list[bool]:
     """Which tokens write some of the answer.
 
     Args:
-        spans: of :func:`token_spans`.
-        answer: of :func:`answer_span`.
+        spans: the characters that each of N tokens writes.
+        answer: the characters of the final answer; ``None``: there is none.
 
     Returns:
         One truth value for each token; an empty span goes with the token before it.

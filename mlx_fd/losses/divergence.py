@@ -127,8 +127,8 @@ def token_log_probabilities(
         entropy = -(mx.exp(rows) * mx.maximum(rows, -1e20)).sum(axis=-1)
         parts.append((picked, entropy))
         mx.eval(parts[-1])
-    found, entropies = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
-    return mx.stop_gradient(found), mx.stop_gradient(entropies)
+    logprobs, entropies = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
+    return mx.stop_gradient(logprobs), mx.stop_gradient(entropies)
 
 
 def top_k_gap(
@@ -170,7 +170,7 @@ def top_k_gap(
     """
     student = linear_head(student_head, vocab)
     chunk = chunk_size(len(student_hidden), vocab, 5 + student.widen)
-    found: list[tuple[mx.array, mx.array]] = []
+    parts: list[tuple[mx.array, mx.array]] = []
     for start in range(0, len(student_hidden), chunk):
         part = slice(start, start + chunk)
         rows = student.logits(student_hidden[part]).astype(mx.float32) / temperature
@@ -178,23 +178,23 @@ def top_k_gap(
         log_p = teacher.values[part] / temperature - teacher.log_sum_exp[part][:, None]
         tail = mx.maximum(1 - mx.exp(log_p).sum(axis=-1), 0)
         if chosen.shape[1] == vocab:
-            found.append((mx.zeros_like(tail), tail))
+            parts.append((mx.zeros_like(tail), tail))
         elif kind == "jsd":
             others = mx.put_along_axis(rows, chosen, mx.array(-math.inf), axis=-1)
             of_student = mx.exp(mx.logsumexp(others, axis=-1) - mx.logsumexp(rows, axis=-1))
             a, b = beta * tail, (1 - beta) * of_student
-            found.append((_mixed(a, a + b) + _mixed(b, a + b), tail))
+            parts.append((_mixed(a, a + b) + _mixed(b, a + b), tail))
         elif kind == "forward":
             others = mx.put_along_axis(rows, chosen, mx.array(-math.inf), axis=-1)
             least = mx.put_along_axis(rows, chosen, mx.array(math.inf), axis=-1).min(axis=-1)
             spread = mx.logsumexp(others, axis=-1) - least
             likeliest = mx.minimum(log_p.min(axis=-1) - mx.log(tail), 0)
             bound = tail * mx.maximum(likeliest + spread, 0)
-            found.append((mx.where(tail > 0, bound, 0), tail))
+            parts.append((mx.where(tail > 0, bound, 0), tail))
         else:
-            found.append((mx.full(tail.shape, math.inf), tail))
-        mx.eval(found[-1])
-    bounds, tails = (mx.concatenate(list(part)) for part in zip(*found, strict=True))
+            parts.append((mx.full(tail.shape, math.inf), tail))
+        mx.eval(parts[-1])
+    bounds, tails = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
     return temperature**2 * bounds, tails
 
 

@@ -28,7 +28,7 @@ def step_weights(text: str, spans: Sequence[Span], answer: Span | None) -> list[
     them (at the beginning with the first step), so that line ends make no steps of their own.
 
     Args:
-        text: the solution.
+        text: the whole solution, a step in each line.
         spans: of :func:`mlx_fd.losses.answer.token_spans`.
         answer: of :func:`mlx_fd.losses.answer.answer_span`; the reasoning is what stands before it,
             the whole text where it is ``None``.
@@ -37,7 +37,7 @@ def step_weights(text: str, spans: Sequence[Span], answer: Span | None) -> list[
         One weight for each token; their sum is the number of steps.
     """
     stop = len(text) if answer is None else answer[0]
-    breaks = [place for place, char in enumerate(text) if char == "\n"]
+    breaks = [index for index, char in enumerate(text) if char == "\n"]
     line = bisect_left(breaks, len(text) - len(text.lstrip()))
     lines = []
     for begin, end in spans:

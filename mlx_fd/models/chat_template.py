@@ -188,8 +188,8 @@ def main() -> int:
         template = _environment().from_string(given["template"])
         for turns in (_TURNS[:1], _TURNS):
             written = 0
-            said = {"messages": _messages(turns), **ARGUMENTS, **given["tokens"]}
-            for piece in template.generate(said):
+            variables = {"messages": _messages(turns), **ARGUMENTS, **given["tokens"]}
+            for piece in template.generate(variables):
                 written += len(piece)
                 if written > _MAX_CHARS:
                     return _BEYOND

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_fd.config import Config
@@ -24,20 +25,31 @@ def context_length(path: Path) -> int | None:
     return value if type(value) is int and value > 0 else None
 
 
-def too_long(
-    texts: Sequence[str], path: Path, prompts: str, written: int, option: str
-) -> dict[int, int]:
+@dataclass(frozen=True)
+class Surroundings:
+    """What a conversation holds beside a problem.
+
+    Attributes:
+        prompts: all other text that models read in it.
+        max_tokens: the most that models write in it.
+        option: the command line's option for that; empty: it has none.
+    """
+
+    prompts: str
+    max_tokens: int
+    option: str = ""
+
+
+def too_long(texts: Sequence[str], path: Path, around: Surroundings) -> dict[int, int]:
     """Which texts a model cannot read together with what stands around them.
 
     Args:
-        texts: the texts.
+        texts: problems, each alone in its conversation.
         path: the model's directory.
-        prompts: all other text of the conversation.
-        written: most tokens that models write in it.
-        option: the command line's for that; empty: it has none.
+        around: the rest of the conversation.
 
     Returns:
-        Place of each text that does not fit -> its tokens.
+        Index of each text that does not fit -> its tokens.
 
     Raises:
         UserError: not even an empty text fits.
@@ -45,28 +57,30 @@ def too_long(
     context = context_length(path)
     if context is None:
         return {}
-    room = context - written - _TEMPLATE
+    room = context - around.max_tokens - _TEMPLATE
     # No token is shorter than a byte, so the tokenizer is needed for long texts only.
-    if room >= len(prompts.encode()) + max((len(text.encode()) for text in texts), default=0):
+    if room >= len(around.prompts.encode()) + max(
+        (len(text.encode()) for text in texts), default=0
+    ):
         return {}
     tokenizer = read_tokenizer(path)
-    room -= len(tokenizer.encode(prompts).ids)
+    room -= len(tokenizer.encode(around.prompts).ids)
     if room <= 0:
-        advice = f"; take a smaller {option}" if option else ""
+        advice = f"; take a smaller {around.option}" if around.option else ""
         raise UserError(
-            f"{path}: the model's context is {context} tokens, and up to {written} are to be "
-            f"written in it, which leaves no room for a problem{advice}"
+            f"{path}: the model's context is {context} tokens, and up to {around.max_tokens} are "
+            f"to be written in it, which leaves no room for a problem{advice}"
         )
     counts = {
-        place: len(tokenizer.encode(text, add_special_tokens=False).ids)
-        for place, text in enumerate(texts)
+        index: len(tokenizer.encode(text, add_special_tokens=False).ids)
+        for index, text in enumerate(texts)
         if len(text.encode()) > room
     }
-    return {place: count for place, count in counts.items() if count > room}
+    return {index: count for index, count in counts.items() if count > room}
 
 
 def fitting(
-    found: ProblemSet,
+    problem_set: ProblemSet,
     paths: Sequence[Path],
     config: Config,
     *,
@@ -79,12 +93,12 @@ def fitting(
     A model that reads beyond its context writes nonsense, from which nobody should learn.
 
     Args:
-        found: problems.
+        problem_set: what a source gave.
         paths: the models' directories.
-        config: how much is written.
+        config: the most tokens of answers and feedback.
         skip: leave the others out instead of refusing them.
         with_solutions: a problem's reference solution, or something about as long, is read with it.
-        option: as for :func:`too_long`.
+        option: as in :class:`Surroundings`.
 
     Returns:
         The problems, and what to tell the user of those that were left out.
@@ -100,16 +114,14 @@ def fitting(
         written = options.max_answer_tokens + max(
             options.max_feedback_tokens, options.max_merge_tokens
         )
-    texts = [problem.question for problem in found.problems]
+    texts = [problem.question for problem in problem_set.problems]
     if with_solutions:
-        texts = [f"{problem.question}\n{problem.solution}" for problem in found.problems]
-    places, notes = short_enough(
-        *(found.name, [problem.id for problem in found.problems], texts, paths, prompts, written),
-        skip=skip,
-        option=option,
-    )
-    kept = tuple(found.problems[place] for place in places)
-    return dataclasses.replace(found, problems=kept), notes
+        texts = [f"{problem.question}\n{problem.solution}" for problem in problem_set.problems]
+    ids = [problem.id for problem in problem_set.problems]
+    around = Surroundings(prompts, written, option)
+    indices, notes = short_enough(problem_set.name, ids, texts, paths, around, skip=skip)
+    kept = tuple(problem_set.problems[index] for index in indices)
+    return dataclasses.replace(problem_set, problems=kept), notes
 
 
 def short_enough(
@@ -117,43 +129,39 @@ def short_enough(
     ids: Sequence[str],
     texts: Sequence[str],
     paths: Sequence[Path],
-    prompts: str,
-    written: int,
+    around: Surroundings,
     *,
     skip: bool,
-    option: str,
 ) -> tuple[list[int], tuple[str, ...]]:
-    """Places of the texts that every model can read, and what to tell the user of the others.
+    """Indices of the texts that every model can read, and what to tell the user of the others.
 
     Args:
         name: where the texts are from.
         ids: what each is called.
-        texts: the texts.
+        texts: problems, each alone in its conversation.
         paths: the models' directories.
-        prompts: as for :func:`too_long`.
-        written: as for :func:`too_long`.
+        around: the rest of the conversation.
         skip: leave texts out that are too long, instead of refusing them.
-        option: as for :func:`too_long`.
 
     Raises:
         UserError: texts are too long, and not to be left out, or all are.
     """
-    places, notes = list(range(len(texts))), []
+    indices, notes = list(range(len(texts))), []
     for path in dict.fromkeys(paths):
-        counts = too_long([texts[place] for place in places], path, prompts, written, option)
+        counts = too_long([texts[index] for index in indices], path, around)
         if not counts:
             continue
         worst = max(counts, key=lambda number: counts[number])
         text = (
-            f"{name}: {len(counts)} of {len(places)} problems are too long for {path}, whose "
-            f"context is {context_length(path)} tokens, with up to {written} to be written: the "
-            f"longest, {ids[places[worst]]}, has {counts[worst]}"
+            f"{name}: {len(counts)} of {len(indices)} problems are too long for {path}, whose "
+            f"context is {context_length(path)} tokens, with up to {around.max_tokens} to be "
+            f"written: the longest, {ids[indices[worst]]}, has {counts[worst]}"
         )
         if not skip:
-            advice = f" take a smaller {option}," if option else ""
+            advice = f" take a smaller {around.option}," if around.option else ""
             raise UserError(f"{text}. Shorten them,{advice} or skip them with --skip-bad-rows")
-        places = [place for number, place in enumerate(places) if number not in counts]
+        indices = [index for number, index in enumerate(indices) if number not in counts]
         notes.append(f"{text}; they are left out")
-        if not places:
+        if not indices:
             raise UserError(f"{text}. None is left")
-    return places, tuple(notes)
+    return indices, tuple(notes)

@@ -78,9 +78,9 @@ def blaming(what: str, advice: str = "") -> Iterator[None]:
     except BaseException as error:  # a panic in the tokenizers package is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        said = " ".join(str(error).split())[:500]
-        plain = isinstance(error, OSError | ValueError | RuntimeError) and said
-        reason = said if plain else f"{type(error).__name__}: {said}".rstrip(": ")
+        message = " ".join(str(error).split())[:500]
+        plain = isinstance(error, OSError | ValueError | RuntimeError) and message
+        reason = message if plain else f"{type(error).__name__}: {message}".rstrip(": ")
         raise UserError(f"{what}: {reason}{advice and f'; {advice}'}") from error
 
 
@@ -142,18 +142,18 @@ def check_files(path: Path) -> None:
 
 def _check_file(file: Path) -> None:
     try:
-        found = file.stat()
+        info = file.stat()
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}; {AGAIN}") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(info.st_mode):
         raise UserError(f"{file}: is not a regular file; take it away, or {AGAIN}")
     if not os.access(file, os.R_OK):
         raise UserError(f"{file}: may not be read by this user; change its permissions")
     if file.suffix == ".safetensors":
         return
     most = _MAX_CONFIG_BYTES if file.name == CONFIG else _MAX_TEXT_BYTES
-    if found.st_size > most:
-        raise UserError(f"{file}: has {found.st_size} bytes, more than {most}; {AGAIN}")
+    if info.st_size > most:
+        raise UserError(f"{file}: has {info.st_size} bytes, more than {most}; {AGAIN}")
 
 
 # --------------------------------------------------------------------------------------------- JSON
@@ -180,12 +180,12 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in content:
             raise ValueError(f"the key {name!r} is there twice")
-        found[name] = value
-    return found
+        content[name] = value
+    return content
 
 
 # ---------------------------------------------------------------------------------------- the sizes
@@ -291,15 +291,15 @@ def read_header(file: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise bad("its header is not a JSON object")
     content.pop("__metadata__", None)
-    found = {name: _tensor(name, about, bad) for name, about in content.items()}
+    tensors = {name: _tensor(name, about, bad) for name, about in content.items()}
     end = 0
-    for name, tensor in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if tensor.begin != end:
             raise bad(f"{name} overlaps another tensor, or there is a gap before it")
         end = tensor.end
     if end != size - 8 - length:
         raise bad(f"its tensors take {end} bytes and it has {size - 8 - length}")
-    return found
+    return tensors
 
 
 def _tensor(name: str, about: Any, bad: Callable[[str], UserError]) -> Tensor:

@@ -154,8 +154,8 @@ def _kind(recorded: Mapping[str, Any]) -> Any:
 
 def deciding_files(path: Path) -> list[Path]:
     """The files that a model's fingerprint covers, in order of name."""
-    found = {file for pattern in _DECIDING for file in path.glob(pattern)}
-    return sorted(file for file in found if not file.name.startswith("."))
+    files = {file for pattern in _DECIDING for file in path.glob(pattern)}
+    return sorted(file for file in files if not file.name.startswith("."))
 
 
 # ------------------------------------------------------------------------------------------ hashing
@@ -203,8 +203,8 @@ def _digest(file: Path) -> str:
             if before.st_size < _CACHED_BYTES:
                 return hashlib.sha256(handle.read()).hexdigest()
             key = _key(file, before)
-            if (known := _known.get(_sealed(key)) or _cached(key)) is not None:
-                return known
+            if (cached_digest := _known.get(_sealed(key)) or _cached(key)) is not None:
+                return cached_digest
             digest = _read(handle, before.st_size)
             after = os.fstat(handle.fileno())
     except OSError as error:
@@ -232,14 +232,14 @@ def _read(handle: Any, size: int) -> str:
 # --------------------------------------------------------------------------------- digests on disk
 
 
-def _key(file: Path, found: os.stat_result) -> dict[str, Any]:
+def _key(file: Path, info: os.stat_result) -> dict[str, Any]:
     return {
         "path": str(file.resolve()),
-        "size": found.st_size,
-        "mtime_ns": found.st_mtime_ns,
-        "ctime_ns": found.st_ctime_ns,
-        "inode": found.st_ino,
-        "device": found.st_dev,
+        "size": info.st_size,
+        "mtime_ns": info.st_mtime_ns,
+        "ctime_ns": info.st_ctime_ns,
+        "inode": info.st_ino,
+        "device": info.st_dev,
     }
 
 
@@ -258,9 +258,9 @@ def _cached(key: Mapping[str, Any]) -> str | None:
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         with os.fdopen(os.open(_entry_path(key), flags), "rb") as handle:
-            found = os.fstat(handle.fileno())
-            others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or others:
+            info = os.fstat(handle.fileno())
+            others = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or others:
                 return None
             entry = json.loads(handle.read(_ENTRY_BYTES))
         content = {"key": dict(key), "sha256": entry["sha256"]}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from mlx_fd.config import GenerationOptions
 from mlx_fd.errors import UserError
 from mlx_fd.models import chat_template, taps
 from mlx_fd.models.loading import Loaded
@@ -68,7 +70,7 @@ class Sampling:
         max_tokens: the most to write.
         temperature: 0 is greedy.
         repetition_penalty: 1 is none.
-        seed: of the draws.
+        seed: of MLX's random numbers; without effect where the temperature is 0.
         top_p: draw among the likeliest tokens that together have this probability; 1: all.
         top_k: draw among the k likeliest; 0: all.
     """
@@ -79,6 +81,32 @@ class Sampling:
     seed: int = 0
     top_p: float = 1.0
     top_k: int = 0
+
+
+def sampling_for(options: GenerationOptions, step: str, seed: int) -> Sampling:
+    """How one step of an episode draws its tokens.
+
+    Args:
+        options: the token limits, temperatures and penalties of both models.
+        step: ``"answer"`` (whoever answers), ``"student_feedback"``, or one of the expert's:
+            ``"expert_feedback"``, ``"merge"``, ``"revise"``, ``"critique"``, ``"final"``.
+        seed: of MLX's random numbers; without effect where the temperature is 0.
+    """
+    limits = {
+        "answer": options.max_answer_tokens,
+        "student_feedback": options.max_feedback_tokens,
+        "expert_feedback": options.max_feedback_tokens,
+        "merge": options.max_merge_tokens,
+        "revise": options.max_answer_tokens,
+        "critique": options.max_merge_tokens,
+        "final": options.max_answer_tokens,
+    }
+    temperature, penalty = options.expert_temperature, options.expert_repetition_penalty
+    if step == "answer":
+        temperature = options.answer_temperature
+    elif step == "student_feedback":
+        temperature, penalty = options.student_temperature, options.student_repetition_penalty
+    return Sampling(limits[step], temperature, penalty, seed)
 
 
 def first_prompt(tokenizer: Any, message: str) -> tuple[int, ...]:
@@ -98,12 +126,14 @@ def chat_text(tokenizer: Any, turns: Sequence[str]) -> str:
         tokenizer: whose template it is.
         turns: what user and assistant say in turn; the user's are first and last.
     """
-    said = [
-        {"role": ("user", "assistant")[place % 2], "content": text}
-        for place, text in enumerate(turns)
+    messages = [
+        {"role": ("user", "assistant")[index % 2], "content": text}
+        for index, text in enumerate(turns)
     ]
     with chat_template.rendering(tokenizer):
-        return str(tokenizer.apply_chat_template(said, tokenize=False, **chat_template.ARGUMENTS))
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, **chat_template.ARGUMENTS)
+        )
 
 
 def followup_prompt(tokenizer: Any, message: str) -> tuple[int, ...]:
@@ -112,8 +142,8 @@ def followup_prompt(tokenizer: Any, message: str) -> tuple[int, ...]:
     They begin with the end-of-turn token. Text that the assistant wrote is never tokenised again,
     so the conversation keeps the very tokens that were generated.
     """
-    _, found, tail = chat_text(tokenizer, ["?", _SENTINEL, message]).partition(_SENTINEL)
-    if not found:
+    _, separator, tail = chat_text(tokenizer, ["?", _SENTINEL, message]).partition(_SENTINEL)
+    if not separator:
         raise UserError(
             f"{getattr(tokenizer, 'name_or_path', 'the model')}: its chat template leaves out what "
             "the assistant said, so that no conversation can go on; take an Instruct model's"
@@ -190,7 +220,7 @@ def generate(
     """Let the model write the next turn of each conversation.
 
     Args:
-        loaded: model and tokenizer.
+        loaded: who writes; rows of its logits beyond ``vocab`` are never drawn.
         conversations: what was said so far.
         prompts: the new tokens of each, at least one.
         sampling: how to draw, and the most tokens to write.
@@ -206,30 +236,21 @@ def generate(
     if not conversations:
         return []
     mx.random.seed(sampling.seed)
-    if not reuse:
-        return [
-            _generate(
-                *(loaded, [Conversation(old.tokens)], [prompt], sampling),
-                keep_cache=False,
-                logprobs=logprobs,
-                on_token=on_token,
-            )[0]
-            for old, prompt in zip(conversations, prompts, strict=True)
-        ]
-    return _generate(
-        *(loaded, conversations, prompts, sampling),
-        keep_cache=keep,
-        logprobs=logprobs,
-        on_token=on_token,
-    )
+    write = partial(_generate, loaded, sampling=sampling, logprobs=logprobs, on_token=on_token)
+    if reuse:
+        return write(conversations, prompts, keep_cache=keep)
+    return [
+        write([Conversation(old.tokens)], [prompt], keep_cache=False)[0]
+        for old, prompt in zip(conversations, prompts, strict=True)
+    ]
 
 
 def _generate(
     loaded: Loaded,
     conversations: Sequence[Conversation],
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
     *,
+    sampling: Sampling,
     keep_cache: bool,
     logprobs: bool,
     on_token: Callable[[int], None] | None,
@@ -262,7 +283,7 @@ def _generate(
     written: dict[int, list[int]] = {}
     finished: dict[int, bool] = {}
     kept: dict[int, Cache] = {}
-    known: dict[int, list[float]] = {}
+    drawn_logprobs: dict[int, list[float]] = {}
     try:
         # The generator merges caches into new arrays, so conversations stay as they are.
         uids = generator.insert(
@@ -273,7 +294,7 @@ def _generate(
         )
         while responses := generator.next_generated():
             if logprobs:
-                _keep_logprobs(responses, sampling.temperature or 1.0, loaded.vocab, known)
+                _keep_logprobs(responses, sampling.temperature or 1.0, loaded.vocab, drawn_logprobs)
             for response in responses:
                 written.setdefault(response.uid, []).append(response.token)
                 if response.finish_reason is not None:
@@ -297,7 +318,7 @@ def _generate(
                 finished=finished[uid],
                 conversation=Conversation((*old.tokens, *prompt, *tokens), kept.get(uid)),
                 prefilled=len(start),
-                logprobs=tuple(known.get(uid, ())),
+                logprobs=tuple(drawn_logprobs.get(uid, ())),
             )
         )
     return turns
@@ -322,7 +343,7 @@ def _sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
 
 
 def _keep_logprobs(
-    responses: Sequence[Any], temperature: float, vocab: int, known: dict[int, list[float]]
+    responses: Sequence[Any], temperature: float, vocab: int, drawn_logprobs: dict[int, list[float]]
 ) -> None:
     """Add the log-probability of each response's token to what is known of its turn."""
     rows = mx.stack([response.logprobs[:vocab] for response in responses]).astype(mx.float32)
@@ -331,4 +352,4 @@ def _keep_logprobs(
     drawn = mx.take_along_axis(rows, tokens[:, None], axis=-1).squeeze(-1)
     values: Any = (drawn - mx.logsumexp(rows, axis=-1)).tolist()
     for response, value in zip(responses, values, strict=True):
-        known.setdefault(response.uid, []).append(value)
+        drawn_logprobs.setdefault(response.uid, []).append(value)

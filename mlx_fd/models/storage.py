@@ -23,8 +23,8 @@ def cache_dir() -> Path:
         ``$MLX_FD_CACHE``, else ``$XDG_CACHE_HOME/mlx-fd``, else ``~/.cache/mlx-fd``; it need not
         exist yet.
     """
-    if own := os.environ.get("MLX_FD_CACHE"):
-        return Path(own).expanduser()
+    if configured := os.environ.get("MLX_FD_CACHE"):
+        return Path(configured).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "mlx-fd"
 

@@ -99,9 +99,10 @@ def load_hub(name: str, split: str, *, skip_bad_rows: bool) -> ProblemSet:
             huggingface_hub.HfApi().dataset_info(repository, timeout=_HUB_SECONDS)
         with _no_progress_bars(datasets):
             loaded = datasets.load_dataset(
-                # Unset, older releases ask on the terminal whether to run the data set's code.
-                *(repository, config or None),
+                repository,
+                config or None,
                 split=split,
+                # Unset, older releases ask on the terminal whether to run the data set's code.
                 trust_remote_code=False,
             )
     except Exception as error:

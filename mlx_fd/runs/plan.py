@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlx_fd import problems as problem_sets
 from mlx_fd import runs
@@ -21,11 +20,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.resolve import default_student, parse_name, resolve
-from mlx_fd.problems import Problem
-
-if TYPE_CHECKING:
-    pass
-
+from mlx_fd.problems import Problem, ProblemSet
 from mlx_fd.runs.manifest import manifest_of
 from mlx_fd.runs.records import Manifest
 
@@ -62,49 +57,102 @@ def make_plan(config: Config) -> Plan:
         UserError: a name, file, pair of models or amount of memory that will not do.
     """
     config = with_absolute_names(config)
-    options = config.problems
-    problem_sets.check_split(options.split, options.train_on_test)
     # Problems first: a model may be a download of hours.
-    found = problem_sets.load(options.problems, options.split, skip_bad_rows=options.skip_bad_rows)
-    probe, chosen = problem_sets.probe_and_train(
-        found, config.episode.probe_size, options.episodes, config.episode.seed
-    )
+    drawn = draw_problems(config)
     expert_path = resolve(config.models.expert)
     student_path = resolve(config.models.student)
 
     fingerprint.prefetch(expert_path, student_path)
 
     from mlx_fd.models.backend import backend
-    from mlx_fd.models.context import fitting
     from mlx_fd.models.pairing import check_pair
 
     pairing = check_pair(expert_path, student_path)
-    skip = options.skip_bad_rows
-    used = found if skip else dataclasses.replace(found, problems=(*probe, *chosen))
-    fits, left_out = fitting(used, (expert_path, student_path), config, skip=skip)
-    if left_out:
-        probe, chosen = problem_sets.probe_and_train(
-            fits, config.episode.probe_size, options.episodes, config.episode.seed
-        )
+    drawn, notes = without_long(drawn, (expert_path, student_path), config)
     here = backend()
     if "attention" in config.losses.losses:
         _check_attention(expert_path, student_path)
-    questions = [problem.question for problem in (*probe, *chosen)]
+    questions = [problem.question for problem in (*drawn.probe, *drawn.problems)]
     check_run_memory(expert_path, student_path, questions, config, here.on_cpu)
-    manifest = manifest_of(config, expert_path, student_path, found, pairing.shared_vocab)
-    notes = [*pairing.warnings, *left_out]
-    if found.skipped:
-        notes.append(f"{found.skipped} rows of {found.name} could not be read and were skipped")
+    vocab = pairing.shared_vocab
     return Plan(
-        config,
-        expert_path,
-        student_path,
-        pairing.shared_vocab,
-        tuple(probe),
-        tuple(chosen),
-        manifest,
-        tuple(notes),
+        config=config,
+        expert_path=expert_path,
+        student_path=student_path,
+        vocab=vocab,
+        probe=drawn.probe,
+        problems=drawn.problems,
+        manifest=manifest_of(config, expert_path, student_path, drawn.source, vocab),
+        notes=(*pairing.warnings, *notes),
     )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The problems of a run.
+
+    Attributes:
+        source: all that could be read, from which they were drawn.
+        probe: held-out problems.
+        problems: the run's problems, in order.
+    """
+
+    source: ProblemSet
+    probe: tuple[Problem, ...]
+    problems: tuple[Problem, ...]
+
+
+def draw_problems(config: Config) -> Drawn:
+    """Read the problems that a configuration names, and draw the run's.
+
+    Raises:
+        UserError: they cannot be read, there are too few, or it is a test split.
+    """
+    options = config.problems
+    problem_sets.check_split(options.split, options.train_on_test)
+    source = problem_sets.load(options.problems, options.split, skip_bad_rows=options.skip_bad_rows)
+    return Drawn(source, *_drawn_from(source, config))
+
+
+def _drawn_from(
+    source: ProblemSet, config: Config
+) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+    episode = config.episode
+    return problem_sets.probe_and_train(
+        source, episode.probe_size, config.problems.episodes, episode.seed
+    )
+
+
+def without_long(
+    drawn: Drawn, paths: Sequence[Path], config: Config, *, with_solutions: bool = False
+) -> tuple[Drawn, tuple[str, ...]]:
+    """The problems that every model can read, drawn again where some had to be left out.
+
+    Args:
+        drawn: of :func:`draw_problems`.
+        paths: the models' directories.
+        config: the most tokens of answers and feedback, and whether bad rows may be left out.
+        with_solutions: a problem's solution is read with it.
+
+    Returns:
+        The problems, and what to tell the user of those that are left out.
+
+    Raises:
+        UserError: problems are too long, and not to be left out, or too few are left.
+    """
+    from mlx_fd.models.context import fitting
+
+    source, skip = drawn.source, config.problems.skip_bad_rows
+    used = source
+    if not skip:
+        used = dataclasses.replace(source, problems=(*drawn.probe, *drawn.problems))
+    fits, notes = fitting(used, paths, config, skip=skip, with_solutions=with_solutions)
+    if notes:
+        drawn = Drawn(source, *_drawn_from(fits, config))
+    if source.skipped:
+        unread = f"{source.skipped} rows of {source.name} could not be read and were skipped"
+        notes = (*notes, unread)
+    return drawn, notes
 
 
 def with_absolute_names(config: Config) -> Config:

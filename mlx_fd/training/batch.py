@@ -310,16 +310,13 @@ def _learn(
     for _ in range(config.training.kd_steps):
         done.append(
             update(
-                pair.student,
-                pair.expert,
+                pair,
                 learner.optimizer,
                 samples,
                 scaled,
                 config.losses,
                 config.training,
-                pair.vocab,
                 itself if own is not None and own.attempts else None,
-                config.losses.student_context_weight,
             )
         )
         on_tokens("distil", sum(len(sample.target) for sample in samples))

@@ -1,6 +1,8 @@
-"""Where a run stands, and the checkpoints that keep it: what both loops share.
+"""What both loops share: where a run stands, its checkpoints, and the way from batch to batch.
 
-:mod:`mlx_fd.training.loop` and :mod:`mlx_fd.training.selfdistill.training` are the loops.
+:mod:`mlx_fd.training.loop` and :mod:`mlx_fd.training.selfdistill.training` are the loops. Each of
+them calls, in this order, :func:`go_back`, :func:`begin_or_restore`, :func:`run_batches` and
+:func:`write_summary`, and says itself what a batch is.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from mlx_fd import runs
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import distill, gate
+from mlx_fd.files import write_json
 from mlx_fd.models.student import Student, load_student, read_arrays, save_student
-from mlx_fd.runs.checked import ChangedFile, read_checked
+from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.checkpoints import (
     Checkpoint,
     check_nothing_lost,
@@ -29,12 +32,22 @@ from mlx_fd.runs.checkpoints import (
     roll_back,
     save_checkpoint,
 )
-from mlx_fd.runs.events import Event, Note, Warned
+from mlx_fd.runs.events import BatchDone, Event, Note, Warned
 from mlx_fd.runs.logs import Log
-from mlx_fd.runs.records import StopRow, UpdateRow
+from mlx_fd.runs.records import (
+    AttemptRow,
+    EpisodeRow,
+    MetricsRow,
+    SelfMetricsRow,
+    SelfSummary,
+    StopRow,
+    Summary,
+    UpdateRow,
+)
 
 OPTIMIZER = "optimizer.safetensors"
 Kept = TypeVar("Kept")
+AnySummary = TypeVar("AnySummary", Summary, SelfSummary)
 
 
 @dataclass(frozen=True)
@@ -92,29 +105,6 @@ def with_probe(state: RunState, losses: dict[str, float]) -> RunState:
     )
 
 
-def first_state(
-    state: gate.GateState, losses: dict[str, float], scales: dict[str, float]
-) -> RunState:
-    """Where a run stands before its first batch.
-
-    Args:
-        state: the gate's.
-        losses: on the probe set.
-        scales: the fixed factor of each loss.
-    """
-    return RunState(
-        batch=0,
-        gate=state,
-        scales=scales,
-        distilled=0,
-        spent=0,
-        probe_first=losses,
-        probe_last=losses,
-        best=1.0,
-        best_batch=0,
-    )
-
-
 @dataclass(frozen=True)
 class Records:
     """What a run writes as it goes on, and what was measured before this process.
@@ -148,7 +138,7 @@ def go_back(
     Args:
         folder: the run directory.
         config: the run's configuration.
-        report: told of what is passed over or put right.
+        report: takes a warning for each thing that is passed over or put right.
         redo: go back even where finished work is cut by it.
 
     Returns:
@@ -196,7 +186,7 @@ def finished_summary(
         records: the run's.
         at_end: whether the run's last checkpoint is that of its end. Where it is not, the run was
             made longer, and what was its summary is put aside.
-        report: told what becomes of it.
+        report: takes a note or warning of what becomes of it.
     """
     path = records.folder / runs.SUMMARY
     if not path.exists():
@@ -234,7 +224,7 @@ def kept(
             there. It raises :class:`mlx_fd.runs.checked.ChangedFile` where it is not what was
             written.
         begun: whether there is a checkpoint, and so the file should be there.
-        report: told where it is not what was written, or not there.
+        report: takes a warning where it is not what was written, or not there.
     """
     again = "it is made again by the student as it was before the run"
     try:
@@ -254,6 +244,160 @@ def kept(
     return value
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run in this process: what it trains, where that is kept, and who watches.
+
+    Attributes:
+        records: its logs.
+        config: its configuration.
+        student: what is trained, whole, as checkpoints hold it.
+        base: the folder of the model that the student is made of.
+        optimizer: of the student's trainable weights.
+        report: takes every event.
+        stop: asked after each batch; when true, a checkpoint is written and the run ends there.
+        extra: gives what else a checkpoint is to hold: arrays by the names of their files, and
+            entries of ``state.json``.
+    """
+
+    records: Records
+    config: Config
+    student: Student
+    base: Path
+    optimizer: optim.Optimizer
+    report: Callable[[Event], None]
+    stop: Callable[[], bool]
+    extra: Callable[[], tuple[Mapping[str, dict[str, mx.array]], Mapping[str, Any]]] = lambda: (
+        {},
+        {},
+    )
+
+
+@dataclass(frozen=True)
+class Done:
+    """A batch that was made, and is not on the disk yet.
+
+    Attributes:
+        state: the state after it.
+        logs: rows to append, by the names of their files.
+        rows: what watchers are shown of it.
+        metrics: likewise.
+        done: problems so far, over all epochs.
+        total: problems of the run, over all epochs.
+        warnings: what the user should know of by now.
+    """
+
+    state: RunState
+    logs: Mapping[str, Sequence[Mapping[str, Any]]]
+    rows: Sequence[EpisodeRow] | Sequence[AttemptRow]
+    metrics: MetricsRow | SelfMetricsRow
+    done: int
+    total: int
+    warnings: Sequence[str] = ()
+
+
+def begin_or_restore(
+    run: Run, checkpoint: Checkpoint | None, first: Callable[[], RunState]
+) -> RunState:
+    """The state that a run goes on from: a checkpoint's, or a new one, which is saved.
+
+    Raises:
+        UserError: the checkpoint does not fit, or the folder cannot be written.
+    """
+    if checkpoint is not None:
+        state = restore(checkpoint, run.student, run.optimizer)
+        run.report(Note(f"resuming after batch {state.batch}"))
+        return state
+    state = first()
+    with runs.wrap_write_errors(run.records.folder):
+        save(run, state)
+    return state
+
+
+def run_batches(
+    run: Run,
+    state: RunState,
+    batch: Callable[[RunState], Done],
+    total: int,
+    *,
+    ends_frozen: bool = False,
+) -> RunState | None:
+    """Make batch after batch, with its rows on the disk and checkpoints where they are due.
+
+    Args:
+        run: the run.
+        state: where it stands.
+        batch: makes the next batch.
+        total: batches of the run, those before ``state`` too.
+        ends_frozen: whether the run is at its end, too, when the gate is frozen.
+
+    Returns:
+        The state at the end; ``None`` where the run was stopped before it.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    saved = state.batch
+    while state.batch < total and not (ends_frozen and state.gate.frozen):
+        best_before = state.best_batch
+        done = batch(state)
+        state = done.state
+        with runs.wrap_write_errors(run.records.folder):
+            for name, rows in done.logs.items():
+                run.records.append(name, rows)
+            stopping = run.stop()
+            due = state.batch - saved >= run.config.episode.checkpoint_every
+            if due or stopping or state.best_batch != best_before:
+                save(run, state)
+                saved = state.batch
+        run.report(BatchDone(done.done, done.total, done.rows, done.metrics))
+        for text in done.warnings:
+            run.report(Warned(text))
+        # Buffers of the largest batch so far would otherwise stay with the process.
+        mx.clear_cache()
+        if stopping and state.batch < total:
+            return None
+    return state
+
+
+def write_summary(run: Run, state: RunState, summary: AnySummary) -> AnySummary:
+    """Write ``summary.json``: that of the trainer, with the best checkpoint and the peak memory.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    summary["best_checkpoint"] = f"{state.best_batch:06d}"
+    summary["peak_memory_bytes"] = run.records.peak_memory()
+    write_json(run.records.folder / runs.SUMMARY, with_digest(summary))
+    return summary
+
+
+def first_state(
+    config: Config, losses: dict[str, float], scales: Mapping[str, float] | None = None
+) -> RunState:
+    """The state before the first batch.
+
+    Args:
+        config: the run's; the gate watches ``losses`` from now on.
+        losses: on the probe set.
+        scales: the fixed factor of each loss.
+    """
+    names = tuple(scales or losses)
+    before = gate.initial_state(config.gate, names)
+    before, _ = gate.observe_probe(before, losses, config.gate, cost=0.0)
+    return RunState(
+        batch=0,
+        gate=before,
+        scales=dict(scales or {}),
+        distilled=0,
+        spent=0,
+        probe_first=losses,
+        probe_last=losses,
+        best=1.0,
+        best_batch=0,
+    )
+
+
 def restore(checkpoint: Checkpoint, student: Student, optimizer: optim.Optimizer) -> RunState:
     """Put a checkpoint's weights and optimiser in place; where the run stood.
 
@@ -271,47 +415,32 @@ def restore(checkpoint: Checkpoint, student: Student, optimizer: optim.Optimizer
         ) from error
 
 
-def save(
-    records: Records,
-    state: RunState,
-    config: Config,
-    student: Student,
-    base: Path,
-    optimizer: optim.Optimizer,
-    *,
-    arrays: Mapping[str, dict[str, mx.array]] | None = None,
-    more: Mapping[str, Any] | None = None,
-) -> None:
+def save(run: Run, state: RunState) -> None:
     """Write a checkpoint.
 
-    Args:
-        records: its logs.
-        state: where the run stands.
-        config: its configuration.
-        student: what was trained.
-        base: the folder of the model that the student is made of.
-        optimizer: with its state.
-        arrays: more arrays, by the names of their files.
-        more: further entries of ``state.json``.
+    Raises:
+        OSError: the folder cannot be written.
     """
+    config = run.config
+    arrays, entries = run.extra()
 
     def write(to: Path) -> None:
-        save_student(student, config.models, base, to)
-        mx.save_safetensors(str(to / OPTIMIZER), distill.optimizer_arrays(optimizer))
-        for name, found in (arrays or {}).items():
-            mx.save_safetensors(str(to / name), found)
+        save_student(run.student, config.models, run.base, to)
+        mx.save_safetensors(str(to / OPTIMIZER), distill.optimizer_arrays(run.optimizer))
+        for name, content in arrays.items():
+            mx.save_safetensors(str(to / name), content)
 
     save_checkpoint(
-        records.folder,
+        run.records.folder,
         state.batch,
         write,
         {
             **state.to_json(),
-            **(more or {}),
+            **entries,
             "checkpoint_every": config.episode.checkpoint_every,
-            "peak_memory_bytes": records.peak_memory(),
+            "peak_memory_bytes": run.records.peak_memory(),
         },
-        records.logs,
+        run.records.logs,
         best=state.best_batch,
         keep=config.episode.keep_checkpoints,
     )

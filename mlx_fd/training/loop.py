@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
-
-import mlx.core as mx
+from typing import Any, cast
 
 from mlx_fd import runs
 from mlx_fd.config import Config
 from mlx_fd.evaluation.exam import Question, Result, compare, examine, load_results, save_results
-from mlx_fd.feedback import gate
 from mlx_fd.feedback.distill import make_optimizer, top_k_error
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import cache_fingerprint
 from mlx_fd.feedback.teacher_cache import TeacherCache
-from mlx_fd.files import clear_unfinished, write_json
+from mlx_fd.files import clear_unfinished
 from mlx_fd.problems import Problem
-from mlx_fd.runs.checked import with_digest
-from mlx_fd.runs.events import BatchDone, Note, Probed, Probing, Started, Warned
+from mlx_fd.runs.events import Note, Probed, Probing, Started, Warned
 from mlx_fd.runs.records import BeforeAfterRow, EpisodeRow, LoggedSampleRow, Summary, TopKRow
 from mlx_fd.runs.summary import find_warnings, summarise
 from mlx_fd.training.batch import (
@@ -41,15 +37,19 @@ from mlx_fd.training.batch import (
     run_batch,
 )
 from mlx_fd.training.checkpoint import (
+    Done,
     Records,
+    Run,
     RunState,
+    begin_or_restore,
     finished_summary,
     first_state,
     go_back,
     kept,
-    restore,
+    run_batches,
     save,
     with_probe,
+    write_summary,
 )
 from mlx_fd.training.probe import PROBE_ROWS, Probe, load_probe, make_probe, save_probe
 
@@ -81,7 +81,7 @@ def run(
         pair: the models; the student untrained (a checkpoint's weights are put into it).
         probe_problems: the held-out problems that the gate watches.
         problems: the run's problems, in order.
-        report: told of everything worth showing.
+        report: takes every event.
         stop: asked after each batch; when true, a checkpoint is written and the run ends there.
         exam: what the student is examined on before the run and after it, if the truth is known.
         redo: go back to the newest whole checkpoint, whatever was done after it.
@@ -117,70 +117,76 @@ def run(
             save_probe(probe, folder)
     optimizer = make_optimizer(pair.student, config.training)
     before = _examined_before(records, config, pair, exam, begun, report)
-    if checkpoint is None:
-        state = _first(pair, probe, config)
-        with runs.wrap_write_errors(folder):
-            save(records, state, config, pair.student, pair.student_lm.path, optimizer)
-    else:
-        state = restore(checkpoint, pair.student, optimizer)
-        report(Note(f"resuming after batch {state.batch}"))
+    this = Run(
+        records=records,
+        config=config,
+        student=pair.student,
+        base=pair.student_lm.path,
+        optimizer=optimizer,
+        report=report,
+        stop=stop,
+    )
+    state = begin_or_restore(this, checkpoint, lambda: _first(pair, probe, config))
     if stop():
         return None
     report(Probed(state.probe_first, state.probe_last, probe.headroom.to_json()))
     for concern in probe.headroom.concerns():
         report(Warned(concern))
-    epoch, place = divmod(state.batch, batches)
-    begun_with = epoch * len(problems) + min(place * size, len(problems))
-    report(Started(begun_with, config.training.epochs * len(problems)))
+    epoch, index = divmod(state.batch, batches)
+    before_this = epoch * len(problems) + min(index * size, len(problems))
+    report(Started(before_this, config.training.epochs * len(problems)))
 
     learner = Learner(
-        pair, probe, optimizer, config, report, total, _cache(folder, config, pair, report)
+        pair=pair,
+        probe=probe,
+        optimizer=optimizer,
+        config=config,
+        report=report,
+        batches=total,
+        cache=_cache(folder, config, pair, report),
     )
     warned: set[str] = set()
     recent: list[EpisodeRow] = []
-    saved = state.batch
-    while state.batch < total:
-        epoch, place = divmod(state.batch, batches)
-        chunk = problems[place * size : (place + 1) * size]
-        best_before = state.best_batch
-        if epoch == 0:
-            done = run_batch(state, chunk, learner)
-        else:
-            again = [row for row in runs.read_samples(folder) if row["batch"] == place]
-            done = rehearse_batch(state, again, learner)
-        state = done.state
-        with runs.wrap_write_errors(folder):
-            records.append(runs.EPISODES, done.rows)
-            records.append(runs.METRICS, [done.metrics])
-            if config.training.epochs > 1:
-                texts: list[LoggedSampleRow] = [
-                    {"batch": place, **sample.to_json()} for sample in done.samples
-                ]
-                records.append(runs.SAMPLES, texts)
-            stopping = stop()
-            due = state.batch - saved >= config.episode.checkpoint_every
-            if due or stopping or state.best_batch != best_before:
-                save(records, state, config, pair.student, pair.student_lm.path, optimizer)
-                saved = state.batch
-        count = epoch * len(problems) + min((place + 1) * size, len(problems))
-        total_count = config.training.epochs * len(problems)
-        report(BatchDone(count, total_count, done.rows, done.metrics))
-        recent = [*recent, *done.rows][-_WATCHED:]
-        for kind, text in find_warnings(recent).items():
-            if kind not in warned:
-                warned.add(kind)
-                report(Warned(text))
-        # Buffers of the largest batch so far would otherwise stay with the process.
-        mx.clear_cache()
-        if stopping and state.batch < total:
-            return None
 
+    def batch(state: RunState) -> Done:
+        nonlocal recent
+        epoch, index = divmod(state.batch, batches)
+        if epoch == 0:
+            result = run_batch(state, problems[index * size : (index + 1) * size], learner)
+        else:
+            again = [row for row in runs.read_samples(folder) if row["batch"] == index]
+            result = rehearse_batch(state, again, learner)
+        logs: dict[str, Sequence[Mapping[str, Any]]] = {
+            runs.EPISODES: result.rows,
+            runs.METRICS: [result.metrics],
+        }
+        if config.training.epochs > 1:
+            texts: list[LoggedSampleRow] = [
+                {"batch": index, **sample.to_json()} for sample in result.samples
+            ]
+            logs[runs.SAMPLES] = texts
+        recent = [*recent, *result.rows][-_WATCHED:]
+        new = {kind: text for kind, text in find_warnings(recent).items() if kind not in warned}
+        warned.update(new)
+        return Done(
+            state=result.state,
+            logs=logs,
+            rows=result.rows,
+            metrics=result.metrics,
+            done=epoch * len(problems) + min((index + 1) * size, len(problems)),
+            total=config.training.epochs * len(problems),
+            warnings=list(new.values()),
+        )
+
+    reached = run_batches(this, state, batch, total)
+    if reached is None:
+        return None
     looking = time.perf_counter()
     last = probe.losses(pair, config)
-    state = with_probe(state, last)
+    state = with_probe(reached, last)
     seconds = {"headroom": probe.seconds + time.perf_counter() - looking}
     with runs.wrap_write_errors(folder):
-        save(records, state, config, pair.student, pair.student_lm.path, optimizer)
+        save(this, state)
     top_k: TopKRow | None = None
     if config.losses.teacher_top_k:
         top_k = top_k_error(pair.student, probe.samples, config.losses, pair.vocab)
@@ -206,10 +212,7 @@ def run(
             summary["top_k"] = top_k
         if compared is not None:
             summary["exam"] = compared
-        summary["best_checkpoint"] = f"{state.best_batch:06d}"
-        summary["peak_memory_bytes"] = records.peak_memory()
-        write_json(folder / runs.SUMMARY, with_digest(summary))
-    return summary
+        return write_summary(this, state, summary)
 
 
 @dataclass(frozen=True)
@@ -255,9 +258,7 @@ def _first(pair: Pair, probe: Probe, config: Config) -> RunState:
         scales = {
             name: 1 / max(losses[name], _MIN_SCALED) if name in losses else 1.0 for name in names
         }
-    state = gate.initial_state(config.gate, names)
-    state, _ = gate.observe_probe(state, losses, config.gate, cost=0.0)
-    return first_state(state, losses, scales)
+    return first_state(config, losses, scales)
 
 
 def _cache(folder: Path, config: Config, pair: Pair, report: Report) -> TeacherCache | None:

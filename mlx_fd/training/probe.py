@@ -141,7 +141,7 @@ def make_probe(
         pair: the models; the student untrained.
         problems: held out from the run's.
         config: token limits, seed, losses.
-        on_tokens: called for every token.
+        on_tokens: called with a step's name and its new tokens.
         on_problems: called after each batch with the number of problems evaluated so far.
     """
     begun = time.perf_counter()

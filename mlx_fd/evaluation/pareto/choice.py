@@ -25,31 +25,31 @@ PRESET = "pareto.toml"
 REFERENCE = 1.1
 
 
-def objectives_of(points: Sequence[Point], cost: str, asked: Sequence[str] = ()) -> list[str]:
+def objectives_of(points: Sequence[Point], cost: str, requested: Sequence[str] = ()) -> list[str]:
     """The names of the objectives, the cost first.
 
     Args:
-        points: a run's points.
+        points: the stops of one run.
         cost: one of :data:`mlx_fd.evaluation.pareto.names.COSTS`.
-        asked: losses and metrics to judge by; empty: every loss, and of the metrics those of the
-            examination. How many final answers were right up to a stop says how the run went, not
-            what a stop there leads to, and is an objective only where it is asked for.
+        requested: losses and metrics to judge by; empty: every loss, and of the metrics those of
+            the examination. How many final answers were right up to a stop says how the run went,
+            not what a stop there leads to, and is an objective only where it is asked for.
 
     Raises:
         UserError: something is asked for that is not known at every point.
     """
-    known = [
+    available = [
         name
         for name in (*points[0].losses, *points[0].metrics)
         if all(point.value(name) is not None for point in points)
     ]
-    unknown = [name for name in asked if name not in known]
+    unknown = [name for name in requested if name not in available]
     if unknown:
         raise UserError(
             f"--objectives: {unknown[0]} is not known at every point; choose from "
-            f"{', '.join(known)}"
+            f"{', '.join(available)}"
         )
-    return [cost, *(asked or [name for name in known if name != ACCURACY])]
+    return [cost, *(requested or [name for name in available if name != ACCURACY])]
 
 
 def judge(
@@ -60,7 +60,7 @@ def judge(
     Args:
         folder: the run directory.
         curve: what was read from it.
-        points: its points.
+        points: its stops, as :func:`mlx_fd.evaluation.pareto.points.points_of` gives them.
         objectives: names of the objectives, the cost first.
     """
     worst = {**cost_of(curve.batches), **curve.first}
@@ -75,11 +75,11 @@ def judge(
 
     shares = np.array([[share(point, name) for name in objectives] for point in points])
     kept = non_dominated(shares)
-    front = [place for place, keep in enumerate(kept) if keep]
+    front = [index for index, keep in enumerate(kept) if keep]
     costs = shares[front, 0]
     bend = knee(costs, shares[front, 1:])
     chosen = front[int(np.argmax(costs)) if bend is None else bend]
-    losses = np.array([np.mean(list(points[place].losses.values())) for place in front])
+    losses = np.array([np.mean(list(points[index].losses.values())) for index in front])
     by_product = points[front[product_rule(costs, losses)]]
     notes = []
     if bend is None:
@@ -105,12 +105,12 @@ def judge(
                 "stopped_after_batch": point.outcome.stopped_after_batch,
                 "cost": point.cost,
                 "losses": point.losses,
-                "metrics": {name: found["value"] for name, found in point.metrics.items()},
+                "metrics": {name: estimate["value"] for name, estimate in point.metrics.items()},
                 "estimates": point.metrics,
-                "dominated": not kept[place],
-                "recommended": place == chosen,
+                "dominated": not kept[index],
+                "recommended": index == chosen,
             }
-            for place, point in enumerate(points)
+            for index, point in enumerate(points)
         ],
         "hypervolume": hypervolume(shares, np.full(len(objectives), REFERENCE)),
         "reference": REFERENCE,
@@ -120,9 +120,9 @@ def judge(
     }
 
 
-def recommended(found: ParetoFile) -> ParetoPointRow:
+def recommended(frontier: ParetoFile) -> ParetoPointRow:
     """The point of a frontier that is recommended."""
-    return next(point for point in found["points"] if point["recommended"])
+    return next(point for point in frontier["points"] if point["recommended"])
 
 
 def gated(config: Config, stop_threshold: float) -> Config:
@@ -131,19 +131,19 @@ def gated(config: Config, stop_threshold: float) -> Config:
     return override(config, changes, "mlx-fd pareto")
 
 
-def preset_toml(found: ParetoFile, config: Config) -> str:
+def preset_toml(frontier: ParetoFile, config: Config) -> str:
     """The recommendation as a configuration that ``mlx-fd loop --config`` takes."""
-    point = recommended(found)
+    point = recommended(frontier)
     stopped = point["stopped_after_batch"]
     where = f"stops after batch {stopped}" if stopped else "does not stop it"
     return (
-        f"# Recommended by mlx-fd pareto {json.dumps(found['run'])[1:-1]}\n"
+        f"# Recommended by mlx-fd pareto {json.dumps(frontier['run'])[1:-1]}\n"
         f"# With the same seed the gate {where}, after {point['cost']['kd_steps']} steps.\n"
         + to_toml(gated(config, point["stop_threshold"]))
     )
 
 
-def write(folder: Path, found: ParetoFile, config: Config) -> None:
+def write(folder: Path, frontier: ParetoFile, config: Config) -> None:
     """Write ``pareto.json`` and ``pareto.toml`` into the run directory."""
-    write_json(folder / JSON, with_digest(found))
-    write_atomic(folder / PRESET, preset_toml(found, config))
+    write_json(folder / JSON, with_digest(frontier))
+    write_atomic(folder / PRESET, preset_toml(frontier, config))

@@ -122,7 +122,15 @@ def _curve(folder: Path, config: Config) -> Curve:
     if last is None:
         last = looks[-1].losses if looks else first
     right = [bool(row["correct_after"]) for row in episodes]
-    return Curve(config, first, _losses(last), looks, batches, right, summary is not None)
+    return Curve(
+        config=config,
+        first=first,
+        last=_losses(last),
+        looks=looks,
+        batches=batches,
+        right=right,
+        finished=summary is not None,
+    )
 
 
 def _losses(given: Mapping[str, Any]) -> dict[str, float]:

@@ -35,7 +35,7 @@ def examine_points(
         folder: the run directory.
         curve: what was read from it.
         points: its points.
-        progress: told of each student examined: step, done, of how many.
+        progress: called with a step, the students examined, and their number.
 
     Returns:
         The points, and notes on those without a checkpoint.
@@ -49,7 +49,7 @@ def examine_points(
     before = _results(folder, questions)
     pair = open_pair(plan)
     wanted = sorted({batch_of(point, curve) for point in points})
-    found: dict[int, dict[str, EstimateRow]] = {}
+    measured: dict[int, dict[str, EstimateRow]] = {}
     for done, batch in enumerate(wanted):
         progress("students examined", done, len(wanted))
         checkpoint = checkpoint_after(folder, batch)
@@ -58,9 +58,9 @@ def examine_points(
         load_student(pair.student, checkpoint)
         after = examine(pair, questions, curve.config.generation, lambda step, tokens: None)
         measures = compare(before, after)
-        found[batch] = {name: measures[name]["after"] for name in EXAM_MEASURES}
+        measured[batch] = {name: measures[name]["after"] for name in EXAM_MEASURES}
     progress("students examined", len(wanted), len(wanted))
-    missing = [str(batch) for batch in wanted if batch not in found]
+    missing = [str(batch) for batch in wanted if batch not in measured]
     notes = []
     if missing:
         notes.append(
@@ -69,7 +69,7 @@ def examine_points(
             f"{len(curve.batches)} keeps all"
         )
     examined = [
-        dataclasses.replace(p, metrics={**p.metrics, **found.get(batch_of(p, curve), {})})
+        dataclasses.replace(p, metrics={**p.metrics, **measured.get(batch_of(p, curve), {})})
         for p in points
     ]
     return examined, notes
@@ -78,15 +78,15 @@ def examine_points(
 def _results(folder: Path, questions: Sequence[Question]) -> list[Result]:
     """What the student made of the examination before the run."""
     try:
-        found = load_results(folder / runs.EXAM, questions) if questions else None
+        saved = load_results(folder / runs.EXAM, questions) if questions else None
     except (ChangedFile, OSError) as error:
         raise UserError(
             f"{folder / runs.EXAM}: {error}. Restore the old file, or leave --exam out."
         ) from error
-    if found is None:
+    if saved is None:
         raise UserError(
             f"{folder}: this run has no examination; --exam is for runs on --problems arithmetic "
             "with --exam-size above 0."
         )
-    (results, _), _ = found
+    (results, _), _ = saved
     return results

@@ -47,8 +47,8 @@ def _volume(values: Values, reference: Values) -> float:
     # From the greatest first objective to the least: what comes after a point is no worse there.
     front = front[non_dominated(front)][::-1]
     total = 0.0
-    for place, point in enumerate(front):
-        both = np.maximum(front[place + 1 :, 1:], point[1:])
+    for index, point in enumerate(front):
+        both = np.maximum(front[index + 1 :, 1:], point[1:])
         alone = float(np.prod(reference[1:] - point[1:])) - _volume(both, reference[1:])
         total += float(reference[0] - point[0]) * alone
     return total

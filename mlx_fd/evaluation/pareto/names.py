@@ -33,9 +33,9 @@ def kind_of(point: Mapping[str, Any]) -> str:
     return KINDS[0 if point["recommended"] else 2 if point["dominated"] else 1]
 
 
-def remarks_on(point: Mapping[str, Any], found: Mapping[str, Any]) -> list[Name]:
+def remarks_on(point: Mapping[str, Any], frontier: Mapping[str, Any]) -> list[Name]:
     """What a table says of a point of the frontier's file, beside its numbers."""
-    by_product = point["stop_threshold"] == found["product_rule"]
+    by_product = point["stop_threshold"] == frontier["product_rule"]
     remarks = (
         (Name("recommended", "best"), point["recommended"]),
         (Name("product rule", "product"), by_product),

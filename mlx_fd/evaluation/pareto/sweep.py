@@ -32,7 +32,7 @@ _POLL_SECONDS = 0.2
 def sweep(
     folder: Path,
     config: Config,
-    found: ParetoFile,
+    frontier: ParetoFile,
     progress: Callable[[str, int, int], None],
     came: list[int],
 ) -> list[ParetoPointRow] | None:
@@ -41,8 +41,8 @@ def sweep(
     Args:
         folder: the run directory whose frontier it is.
         config: its configuration.
-        found: its frontier, as :func:`mlx_fd.evaluation.pareto.choice.judge` gave it.
-        progress: told of each run: its name, batches done, batches in all.
+        frontier: its frontier, as :func:`mlx_fd.evaluation.pareto.choice.judge` gave it.
+        progress: called with the name of a run, its batches done, and all of its batches.
         came: signals that came so far, as :mod:`mlx_fd.cli.signals` collects them; they are passed
             on to the run under way, and the sweep ends with it.
 
@@ -54,7 +54,7 @@ def sweep(
         UserError: a run failed, or there is something else in its place.
     """
     planned = []
-    for point in found["points"]:
+    for point in frontier["points"]:
         name = f"stop-{point['stop_threshold']:.16g}"
         run = check_way(folder, FOLDER, name)
         wanted = gated(config, point["stop_threshold"])
@@ -66,7 +66,7 @@ def sweep(
     done: list[ParetoPointRow] = []
     for point, name, run, wanted in planned:
         if not (run / runs.SUMMARY).exists():
-            _train(run, wanted, partial(progress, name), found["batches"], came)
+            _train(run, wanted, partial(progress, name), frontier["batches"], came)
         if came:
             return None
         done.append({**point, "real": _real(run, f"{FOLDER}/{name}", point)})

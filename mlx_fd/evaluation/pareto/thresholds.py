@@ -23,7 +23,7 @@ class Look:
     Attributes:
         batch: batches done by then.
         losses: mean losses on the probe set.
-        cost: what was spent since the look before, as the run told its gate: optimiser steps.
+        cost: what was spent since the look before, in the gate's unit: optimiser steps.
     """
 
     batch: int

@@ -34,21 +34,21 @@ def without_secrets(url: str) -> str:
     Works for what is no URL too: whatever stands before the last ``@`` is taken for a password.
     """
     scheme, mark, rest = url.rpartition("://") if url.count("://") == 1 else ("", "", url)
-    place, hash_mark, model = rest.partition("#")
-    if "@" in place or not _has_port(place):
+    location, hash_mark, model = rest.partition("#")
+    if "@" in location or not _has_port(location):
         # A password may hold any character, # and ? too.
         before, at, rest = rest.rpartition("@")
-        place, hash_mark, model = rest.partition("#")
-        place = (_HIDDEN + at if at else before) + place
-    path, question, _ = place.partition("?")
+        location, hash_mark, model = rest.partition("#")
+        location = (_HIDDEN + at if at else before) + location
+    path, question, _ = location.partition("?")
     shown = path + (question + _HIDDEN if question else "")
     return strip_control_chars(scheme + mark + shown + hash_mark + model)
 
 
-def _has_port(place: str) -> bool:
+def _has_port(location: str) -> bool:
     """Whether what stands before the path is a host, with a port that is a number if any."""
     try:
-        return urllib.parse.urlsplit(f"//{place}").port is not None or ":" not in place
+        return urllib.parse.urlsplit(f"//{location}").port is not None or ":" not in location
     except ValueError:
         return False
 
@@ -59,9 +59,9 @@ def parse_address(url: str) -> Address:
     Raises:
         UserError: it is none, or has a password or a query, which would get into files.
     """
-    place, _, model = url.partition("#")
+    location, _, model = url.partition("#")
     try:
-        parts = urllib.parse.urlsplit(place)
+        parts = urllib.parse.urlsplit(location)
         port = parts.port
     except ValueError:
         parts, port = urllib.parse.urlsplit(""), None
@@ -69,7 +69,7 @@ def parse_address(url: str) -> Address:
         parts.scheme not in ("http", "https")
         or not parts.hostname
         or "@" in parts.netloc
-        or "?" in place
+        or "?" in location
         or port == 0
     ):
         raise UserError(
@@ -77,5 +77,5 @@ def parse_address(url: str) -> Address:
             "http://HOST:PORT, without a password or a query (OPENAI_API_KEY in the environment "
             "is sent)"
         )
-    root = place.rstrip("/").removesuffix("/v1")
+    root = location.rstrip("/").removesuffix("/v1")
     return Address(root, parts.scheme, parts.hostname, model)

@@ -100,25 +100,25 @@ class LlamaCppEngine(LocalEngine):
                 f"{self._name}: a prompt of {at + len(tokens)} tokens is longer than the context "
                 f"of {self._length}; take shorter problems"
             )
-        found, batch = [], self._batch
+        rows, batch = [], self._batch
         for start in range(0, len(tokens), _BATCH):
             chunk = tokens[start : start + _BATCH]
             batch.n_tokens = len(chunk)
-            asked = []
-            for place, token in enumerate(chunk):
-                batch.token[place] = token
-                batch.pos[place] = at + start + place
-                batch.n_seq_id[place] = 1
-                batch.seq_id[place][0] = 0
-                batch.logits[place] = start + place >= len(tokens) - wanted
-                if batch.logits[place]:
-                    asked.append(place)
+            scored = []
+            for index, token in enumerate(chunk):
+                batch.token[index] = token
+                batch.pos[index] = at + start + index
+                batch.n_seq_id[index] = 1
+                batch.seq_id[index][0] = 0
+                batch.logits[index] = start + index >= len(tokens) - wanted
+                if batch.logits[index]:
+                    scored.append(index)
             if self._c.llama_decode(self._context, batch):
                 raise UserError(f"{self._name}: llama.cpp could not read {len(chunk)} tokens")
-            for place in asked:
-                row = self._c.llama_get_logits_ith(self._context, place)
-                found.append(np.ctypeslib.as_array(row, (self.bundle.vocab,)).copy())
-        return np.stack(found)
+            for index in scored:
+                row = self._c.llama_get_logits_ith(self._context, index)
+                rows.append(np.ctypeslib.as_array(row, (self.bundle.vocab,)).copy())
+        return np.stack(rows)
 
     def logits(self, tokens: Sequence[int], begin: int) -> NDArray[np.float32]:
         """As the base class says."""

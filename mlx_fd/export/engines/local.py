@@ -75,12 +75,12 @@ class LocalEngine(abc.ABC):
             )
         rows = np.arange(prompt.positions)
         return Continuation(
-            agreed,
-            rows,
-            np.take_along_axis(logprobs, prompt.top_ids.astype(np.int64), -1),
-            logprobs.argmax(-1) == prompt.top_ids[:, 0],
-            logprobs[rows, prompt.sequence[prompt.begin + 1 :]],
-            Timing(len(prompt.tokens), first - begin, end - first, written),
+            agreed=agreed,
+            rows=rows,
+            logprobs=np.take_along_axis(logprobs, prompt.top_ids.astype(np.int64), -1),
+            top=logprobs.argmax(-1) == prompt.top_ids[:, 0],
+            next_logprobs=logprobs[rows, prompt.sequence[prompt.begin + 1 :]],
+            timing=Timing(len(prompt.tokens), first - begin, end - first, written),
         )
 
     def answer(self, text: str, most: int) -> str:

@@ -99,30 +99,30 @@ def _steps(choice: Mapping[str, Any]) -> list[_Step]:
     Raises:
         One of ``_MALFORMED``: the response is of neither form.
     """
-    found = choice.get("logprobs") or {}
-    if "content" in found:
+    logprobs = choice.get("logprobs") or {}
+    if "content" in logprobs:
         rows = [
             [
                 (entry["id"] if isinstance(entry.get("id"), int) else entry.get("token"), logprob)
                 for entry in (*(row.get("top_logprobs") or ()), row)
                 if (logprob := entry.get("logprob")) is not None
             ]
-            for row in found["content"] or ()
+            for row in logprobs["content"] or ()
         ]
     else:
-        parts = (found.get(name) or () for name in ("tokens", "token_logprobs", "top_logprobs"))
+        parts = (logprobs.get(name) or () for name in ("tokens", "token_logprobs", "top_logprobs"))
         rows = [
-            [*(top or {}).items(), *([(token, own)] if own is not None else [])]
-            for token, own, top in zip(*parts, strict=False)
+            [*(top or {}).items(), *([(token, token_logprob)] if token_logprob is not None else [])]
+            for token, token_logprob, top in zip(*parts, strict=False)
         ]
-    known = [
+    steps = [
         {_token(token): float(value) for token, value in row if math.isfinite(float(value))}
         for row in rows
     ]
-    if not all(known) or any(value > _ROUNDING for row in known for value in row.values()):
+    if not all(steps) or any(value > _ROUNDING for row in steps for value in row.values()):
         raise ValueError("they are not numbers up to 0")
     # Greedy: what was chosen is what is likeliest. Some servers list their tokens in any order.
-    return [_Step(max(row, key=row.__getitem__), row) for row in known]
+    return [_Step(max(row, key=row.__getitem__), row) for row in steps]
 
 
 class OpenAIEngine:
@@ -160,8 +160,8 @@ class OpenAIEngine:
 
     def _plainly(self, text: object) -> str:
         """A server's words as they may be shown: one line, no control characters, no key."""
-        said = str(text).replace(self._key, "***") if self._key else str(text)
-        return strip_control_chars(" ".join(said.split()))[:_LONGEST_WORDS]
+        plain = str(text).replace(self._key, "***") if self._key else str(text)
+        return strip_control_chars(" ".join(plain.split()))[:_LONGEST_WORDS]
 
     @contextlib.contextmanager
     def _open(self, path: str, body: Any) -> Iterator[Any]:
@@ -218,12 +218,12 @@ class OpenAIEngine:
         if 300 <= error.code < 400:
             away = without_secrets(str(error.headers.get("Location")))[:_LONGEST_WORDS]
             return UserError(f"{where} redirects to {away}; name that server if you mean it")
-        said = error.read(2000).decode(errors="replace")
+        body = error.read(2000).decode(errors="replace")
         with contextlib.suppress(*_MALFORMED):
-            inner = json.loads(said)
-            found = inner.get("error", inner.get("message", said))
-            said = str(found["message"] if isinstance(found, dict) else found)
-        plain = self._plainly(said) or self._plainly(error.reason)
+            inner = json.loads(body)
+            detail = inner.get("error", inner.get("message", body))
+            body = str(detail["message"] if isinstance(detail, dict) else detail)
+        plain = self._plainly(body) or self._plainly(error.reason)
         return Unusable(f"{where} answers {error.code}: {plain}")
 
     def _json(self, path: str, body: Any) -> dict[str, Any]:
@@ -274,9 +274,9 @@ class OpenAIEngine:
             (_PLAIN, {}), (True, False), _DIALECTS
         ):
             try:
-                asked = list(prompt.tokens[:_PROBE]) if by_ids else prompt.text
-                choice, counted = self._complete(asked, 1, **dialect)
-                if (by_ids and counted not in (len(asked), None)) or (
+                request = list(prompt.tokens[:_PROBE]) if by_ids else prompt.text
+                choice, counted = self._complete(request, 1, **dialect)
+                if (by_ids and counted not in (len(request), None)) or (
                     dialect and not _steps(choice)
                 ):
                     continue
@@ -301,11 +301,11 @@ class OpenAIEngine:
 
     def _tokenise(self, text: str) -> tuple[int, ...] | None:
         """What ``/tokenize`` of vLLM, SGLang or llama-server says."""
-        asked = {"prompt": text, "content": text, "add_special_tokens": False}
-        asked |= {"add_special": False, "parse_special": True}
+        request = {"prompt": text, "content": text, "add_special_tokens": False}
+        request |= {"add_special": False, "parse_special": True}
         model = {"model": self._model} if self._model else {}
         try:
-            return tuple(int(token) for token in self._json("/tokenize", model | asked)["tokens"])
+            return tuple(int(token) for token in self._json("/tokenize", model | request)["tokens"])
         except (Unusable, *_MALFORMED):
             return None
 
@@ -338,12 +338,12 @@ class OpenAIEngine:
 
     def _as_text(self, prompt: Prompt, text: str) -> list[_Step]:
         """The reference's tokens as far as a text is theirs, and then one that is none."""
-        said = "".join(text.split())
+        written = "".join(text.split())
         steps: list[_Step] = []
         read = ""
         for token in prompt.greedy:
             read += "".join(self.bundle.pieces.get(token, "").split())
-            if token not in self.bundle.eos and not said.startswith(read):
+            if token not in self.bundle.eos and not written.startswith(read):
                 return [*steps, _Step("", {})]
             steps.append(_Step(token, {}))
         return steps
@@ -380,12 +380,12 @@ class OpenAIEngine:
             if forced == length or not self._by_ids:
                 break
         return Continuation(
-            agreed,
-            np.array(rows, np.int64),
-            np.array(logprobs, np.float64).reshape(len(rows), -1),
-            np.array(top, np.bool_),
-            np.array(following, np.float64),
-            timing,
+            agreed=agreed,
+            rows=np.array(rows, np.int64),
+            logprobs=np.array(logprobs, np.float64).reshape(len(rows), -1),
+            top=np.array(top, np.bool_),
+            next_logprobs=np.array(following, np.float64),
+            timing=timing,
         )
 
     def _known(self, step: _Step, ids: Sequence[int]) -> list[float]:
@@ -400,7 +400,7 @@ class OpenAIEngine:
 
     def _timed(self, prompt: Prompt) -> Timing | None:
         """A streamed continuation's times; ``None`` where the server does not stream."""
-        asked = self._body(
+        request = self._body(
             self._prompt(prompt, 0),
             len(prompt.greedy),
             stream=True,
@@ -410,7 +410,7 @@ class OpenAIEngine:
         first = last = 0.0
         chunks, counted = 0, None
         try:
-            with self._open("/v1/completions", asked) as response:
+            with self._open("/v1/completions", request) as response:
                 for line in response:
                     if not line.startswith(b"data:") or b"[DONE]" in line:
                         continue

@@ -67,11 +67,11 @@ def attempts_of(
     """Let a model try each problem as often, and as warm, as a run of self-distillation would.
 
     Args:
-        loaded: the model.
-        problems: the problems.
-        config: of a run.
-        progress: told of the problems.
-        size: problems at once.
+        loaded: who attempts them.
+        problems: with or without solutions; contexts need these later.
+        config: attempts per problem, temperature, token limit and seed are a run's.
+        progress: called with ``"problems"``, those done, and all.
+        size: problems whose attempts are generated together.
 
     Returns:
         The attempts, problem by problem.
@@ -103,7 +103,7 @@ def parts_of(pieces: Sequence[str], span: tuple[int, int] | None) -> tuple[str, 
     """The part of each token.
 
     Args:
-        pieces: the tokens' texts.
+        pieces: of :func:`pieces_of`.
         span: the characters of the first wrong step; ``None``: all is right. A token that has one
             of them is in it.
     """
@@ -149,10 +149,10 @@ def score(
     Args:
         loaded: the model, student and self-teacher in one.
         attempts: attempts, problem by problem; those at one problem are siblings.
-        names: of the contexts.
+        names: of contexts, as in ``--context``.
         materials: what the contexts are made of.
-        progress: told of the contexts.
-        temperature: of both distributions.
+        progress: called with ``"contexts"``, those done, and all.
+        temperature: that student's and teacher's logits are divided by.
         size: texts read at once.
     """
     check_known([attempt.problem for attempt in attempts])
@@ -170,8 +170,8 @@ def score(
         text_so_far = token_logprobs(loaded.model, states, texts, options, loaded.vocab)
         return [values.tolist() for values, _ in text_so_far]  # type: ignore[misc]
 
-    own = logprobs([prompts.answer_prompt(a.question) for a in attempts], attempts)
-    found: list[dict[str, tuple[float, ...]]] = [{} for _ in attempts]
+    student = logprobs([prompts.answer_prompt(a.question) for a in attempts], attempts)
+    of_attempts: list[dict[str, tuple[float, ...]]] = [{} for _ in attempts]
     for done, name in enumerate(names):
         progress("contexts", done, len(names))
         views = CONTEXTS[name](attempts, materials)
@@ -180,9 +180,9 @@ def score(
             [views[k].teacher or "" for k in taught], [attempts[k] for k in taught]
         )
         for k, teacher in zip(taught, teacher_rows, strict=True):
-            found[k][name] = tuple(t - s for t, s in zip(teacher, own[k], strict=True))
+            of_attempts[k][name] = tuple(t - s for t, s in zip(teacher, student[k], strict=True))
     scored = []
-    for attempt, advantages in zip(attempts, found, strict=True):
+    for attempt, advantages in zip(attempts, of_attempts, strict=True):
         pieces = pieces_of(tokenizer, attempt.tokens)
         # The end of the turn is no part of the last line.
         ended = attempt.tokens[-1] in tokenizer.eos_token_ids
@@ -245,9 +245,9 @@ def summarise(scored: Sequence[Scored], name: str) -> Summary:
     # By problem and part: tokens, sum of A, sum of abs(A), tokens with a negative A.
     sums = {part: np.zeros((4, len(problems))) for part in PARTS}
     for item in taught:
-        place = problems.index(item.attempt.problem.id)
+        column = problems.index(item.attempt.problem.id)
         for part, value in zip(item.parts, item.advantages[name], strict=True):
-            sums[part][:, place] += (1, value, abs(value), value < -LEAST)
+            sums[part][:, column] += (1, value, abs(value), value < -LEAST)
     wrong = sums[BEFORE] + sums[IN] + sums[AFTER]
     good = sums[RIGHT] + sums[BEFORE]
     return Summary(

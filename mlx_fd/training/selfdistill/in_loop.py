@@ -63,35 +63,42 @@ def lessons(finished: Sequence[Finished], context: str) -> Lessons:
         if message is not None:
             answer, right = answered.answer, answered.is_correct
             attempts.append(
-                Attempt(problem, problem.question, answer.tokens, answer.text, answer.final, right)
+                Attempt(
+                    problem=problem,
+                    question=problem.question,
+                    tokens=answer.tokens,
+                    text=answer.text,
+                    final=answer.final,
+                    correct=right,
+                )
             )
             views.append(View(prompts.answer_prompt(problem.question), message))
     return Lessons(tuple(attempts), tuple(views))
 
 
 def self_distillation_loss(
-    student: Loaded, found: Lessons, training: TrainingOptions
+    student: Loaded, lessons: Lessons, training: TrainingOptions
 ) -> tuple[Any, float]:
     """The term that an update of the student gains.
 
     Args:
         student: as it is now, teacher and student in one.
-        found: at least one.
-        training: micro-batch and checkpointing.
+        lessons: at least one answer.
+        training: texts per forward pass, and gradient checkpointing.
 
     Returns:
         The mean divergence per token's gradient by the language model's trainable weights, and
         its value.
     """
     model = student.model
-    known = forward_teacher_and_student(
+    stats = forward_teacher_and_student(
         student,
         adapter(model),
-        [[attempt] for attempt in found.attempts],
-        found.views,
+        [[attempt] for attempt in lessons.attempts],
+        lessons.views,
         _METHOD,
         training.micro_batch,
     )
-    weighed = token_weights(known, _METHOD, max(len(item.text.target) for item in known))
-    grads, matched = gradients(model, known, weighed, _METHOD, training, student.vocab)
-    return grads, loss_value(weighed, matched, _METHOD)
+    weights = token_weights(stats, _METHOD, max(len(item.text.target) for item in stats))
+    grads, matched = gradients(model, stats, weights, _METHOD, training, student.vocab)
+    return grads, loss_value(weights, matched, _METHOD)

@@ -18,7 +18,8 @@ import mlx.optimizers as optim
 from mlx import nn
 from mlx.utils import tree_map
 
-from mlx_fd.config import Method, TrainingOptions
+from mlx_fd.config import Config, Method, TrainingOptions
+from mlx_fd.feedback.collate import collate_tokens, concatenate_targets, micro_batches
 from mlx_fd.feedback.distill import Update, loss_scale, take_step
 from mlx_fd.losses.divergence import (
     Target,
@@ -63,8 +64,8 @@ class RolloutStats:
         now: [T], the student's, at the beginning of the update.
         entropy: [T], of the student's distributions.
         teacher: [T], the self-teacher's; ``None``: this text teaches nothing.
-        expects: what the self-teacher expects, where distributions are matched: its final hidden
-            states [T, d], or some tokens.
+        targets: the self-teacher's distributions, where they are matched: its final hidden states
+            [T, d], or its logits of some tokens.
         wrong: [K, T], the self-teacher's with wrong hints; ``None``: there are none.
         reference: [T], the base model's, where the loss needs them.
     """
@@ -77,7 +78,7 @@ class RolloutStats:
     now: mx.array
     entropy: mx.array
     teacher: mx.array | None = None
-    expects: mx.array | TopK | None = None
+    targets: mx.array | TopK | None = None
     wrong: mx.array | None = None
     reference: mx.array | None = None
 
@@ -91,12 +92,12 @@ class RolloutStats:
 
 @dataclass(frozen=True)
 class TokenWeights:
-    """What each token of some texts counts in the loss, and what is known of the loss by then.
+    """What each token of some texts counts in the loss; the parts of it that numbers alone give.
 
     Attributes:
         matches: for each text [T], the factor of each token's divergence.
         pushes: for each text [T], the derivative of the rest of the loss by each log-probability.
-        losses: the parts of the loss that are known already, by name.
+        losses: the loss on sampled tokens and the policy's, where there are such, by name.
         clipped: share of tokens whose ratio is cut.
         rewards: of each text, after shaping.
         group_advantages: of each text; empty where the loss has none.
@@ -115,49 +116,37 @@ class TokenWeights:
             mx.any(match != 0) | mx.any(push != 0)
             for match, push in zip(self.matches, self.pushes, strict=True)
         ]
-        found: Any = mx.stack(some).tolist()
-        return list(found)
+        counts: Any = mx.stack(some).tolist()
+        return list(counts)
 
 
 def read(model: nn.Module, texts: Sequence[Text], size: int) -> list[mx.array]:
     """Final hidden states [T, d] where each text's tokens are predicted, ``size`` texts at once."""
-    found: dict[int, mx.array] = {}
-    for places in by_length(texts, size):
-        tokens, rows = _collated([texts[place] for place in places])
-        final = taps.forward(model, tokens).final
-        states = mx.stop_gradient(final.reshape(-1, final.shape[-1])[rows])
-        for place, part in zip(places, _split(states, [texts[p] for p in places]), strict=True):
-            found[place] = part
-        mx.eval([found[place] for place in places])
-    return [found[place] for place in range(len(texts))]
+    states: dict[int, mx.array] = {}
+    for indices in micro_batches(texts, size):
+        chunk = [texts[index] for index in indices]
+        rows = mx.stop_gradient(_final_states(model, chunk))
+        states.update(zip(indices, _split(rows, chunk), strict=True))
+        mx.eval([states[index] for index in indices])
+    return [states[index] for index in range(len(texts))]
 
 
-def by_length(texts: Sequence[Text], size: int) -> list[list[int]]:
-    """Places of texts of about the same length, so that little of a micro-batch is padding."""
-    order = sorted(range(len(texts)), key=lambda k: len(texts[k].prompt) + len(texts[k].target))
-    return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-def _collated(texts: Sequence[Text]) -> tuple[mx.array, mx.array]:
-    """Tokens [B, S], padded on the right, and the rows of B * S where the texts are predicted."""
-    width = max(len(text.prompt) + len(text.target) for text in texts) - 1
-    tokens: list[list[int]] = []
-    rows: list[int] = []
-    for number, text in enumerate(texts):
-        scored = [*text.prompt, *text.target[:-1]]
-        tokens.append([*scored, *[0] * (width - len(scored))])
-        first = number * width + len(text.prompt) - 1
-        rows += range(first, first + len(text.target))
-    return mx.array(tokens), mx.array(rows)
+def _final_states(model: nn.Module, texts: Sequence[Text], *, recompute: bool = False) -> mx.array:
+    """Final hidden states [N, d] where the N tokens of all texts are predicted, texts in a row."""
+    tokens, positions = collate_tokens(texts)
+    width = tokens.shape[1]
+    rows = [number * width + at for number, part in enumerate(positions) for at in part]
+    final = taps.forward(model, tokens, recompute=recompute).final
+    return final.reshape(-1, final.shape[-1])[mx.array(rows)]
 
 
 def _split(rows: mx.array, texts: Sequence[Text]) -> list[mx.array]:
     """Rows of all texts' tokens, text by text."""
-    found, at = [], 0
+    parts, at = [], 0
     for text in texts:
-        found.append(rows[at : at + len(text.target)])
+        parts.append(rows[at : at + len(text.target)])
         at += len(text.target)
-    return found
+    return parts
 
 
 def token_logprobs(
@@ -167,10 +156,10 @@ def token_logprobs(
 
     Args:
         model: whose head it is.
-        states: of :func:`read`.
-        texts: the texts.
-        options: the temperature.
-        vocab: V.
+        states: the final hidden states of :func:`read`, one array for each text.
+        texts: N tokens in all.
+        options: the temperature that logits are divided by.
+        vocab: V, the tokenizer's tokens; rows of the head beyond are padding.
     """
     tokens = mx.array([token for text in texts for token in text.target])
     both = token_log_probabilities(
@@ -206,11 +195,14 @@ def forward_teacher_and_student(
 
     Args:
         student: the student and its tokenizer; its adapter is on.
-        teacher: the self-teacher's adapter.
+        teacher: the self-teacher's LoRA weights, by name.
         groups: attempts, problem by problem.
         views: one for each attempt, in the same order.
-        options: the method.
+        options: which of them are wanted, and at which temperature.
         size: texts to read at once.
+
+    Returns:
+        One for each attempt, in order.
     """
     model, tokenizer, vocab = student.model, student.tokenizer, student.vocab
     attempts = [attempt for group in groups for attempt in group]
@@ -221,7 +213,7 @@ def forward_teacher_and_student(
     ]
     states = read(model, texts, size)
     scored = token_logprobs(model, states, texts, options, vocab)
-    known = [
+    stats = [
         RolloutStats(
             text=text,
             group=number,
@@ -238,31 +230,37 @@ def forward_teacher_and_student(
     if options.kl_coef:
         with adapter_swapped(model, zero_adapter(adapter(model))):
             base = token_logprobs(model, read(model, texts, size), texts, options, vocab)
-        known = [
+        stats = [
             dataclasses.replace(item, reference=logprobs)
-            for item, (logprobs, _) in zip(known, base, strict=True)
+            for item, (logprobs, _) in zip(stats, base, strict=True)
         ]
     if not wants_teacher(options):
-        return known
-    taught = [place for place, view in enumerate(views) if view.teacher is not None]
+        return stats
+    taught = [index for index, view in enumerate(views) if view.teacher is not None]
     with adapter_swapped(model, teacher):
-        found = _taught(student, [known[p] for p in taught], [views[p] for p in taught],
-                        [states[p] for p in taught], options, size)  # fmt: skip
-    for place, item in zip(taught, found, strict=True):
-        known[place] = item
-    return known
+        with_teacher = _with_teacher(
+            student,
+            [stats[index] for index in taught],
+            [views[index] for index in taught],
+            [states[index] for index in taught],
+            options,
+            size,
+        )
+    for index, item in zip(taught, with_teacher, strict=True):
+        stats[index] = item
+    return stats
 
 
-def _taught(
+def _with_teacher(
     student: Loaded,
-    known: Sequence[RolloutStats],
+    stats: Sequence[RolloutStats],
     views: Sequence[View],
     states: Sequence[mx.array],
     options: Method,
     size: int,
 ) -> list[RolloutStats]:
-    """The same with what the teacher says; the teacher's weights are in place."""
-    if not known:
+    """``stats`` with the teacher's numbers; the teacher's weights are in the model."""
+    if not stats:
         return []
     model, tokenizer, vocab = student.model, student.tokenizer, student.vocab
 
@@ -272,41 +270,43 @@ def _taught(
             for message, text in zip(messages, targets, strict=True)
         ]
 
-    texts = texts_of([view.teacher or "" for view in views], [item.text for item in known])
+    texts = texts_of([view.teacher or "" for view in views], [item.text for item in stats])
     teacher_rows = read(model, texts, size)
     scored = token_logprobs(model, teacher_rows, texts, options, vocab)
     result = [
         dataclasses.replace(item, teacher=logprobs)
-        for item, (logprobs, _) in zip(known, scored, strict=True)
+        for item, (logprobs, _) in zip(stats, scored, strict=True)
     ]
     if options.objective in DIVERGENCES:
         result = [
-            dataclasses.replace(item, expects=expected(model, own, other, options, vocab))
-            for item, own, other in zip(result, states, teacher_rows, strict=True)
+            dataclasses.replace(
+                item, targets=teacher_targets(model, student_row, row, options, vocab)
+            )
+            for item, student_row, row in zip(result, states, teacher_rows, strict=True)
         ]
-    hints = [(place, hint) for place, view in enumerate(views) for hint in view.wrong]
+    hints = [(index, hint) for index, view in enumerate(views) for hint in view.wrong]
     if hints:
-        texts = texts_of([hint for _, hint in hints], [known[place].text for place, _ in hints])
+        texts = texts_of([hint for _, hint in hints], [stats[index].text for index, _ in hints])
         of_hints = token_logprobs(model, read(model, texts, size), texts, options, vocab)
         rows: dict[int, list[mx.array]] = {}
-        for (place, _), (logprobs, _) in zip(hints, of_hints, strict=True):
-            rows.setdefault(place, []).append(logprobs)
-        for place, found in rows.items():
-            result[place] = dataclasses.replace(result[place], wrong=mx.stack(found))
+        for (index, _), (logprobs, _) in zip(hints, of_hints, strict=True):
+            rows.setdefault(index, []).append(logprobs)
+        for index, wrong in rows.items():
+            result[index] = dataclasses.replace(result[index], wrong=mx.stack(wrong))
     return result
 
 
-def expected(
-    model: nn.Module, own: mx.array, teacher: mx.array, options: Method, vocab: int
+def teacher_targets(
+    model: nn.Module, student: mx.array, teacher: mx.array, options: Method, vocab: int
 ) -> mx.array | TopK:
-    """What of the teacher's distributions is kept.
+    """What of the teacher's distributions is kept: its states, or its logits of some tokens.
 
     Args:
         model: its head is student's and teacher's.
-        own: [T, d], the student's final hidden states.
+        student: [T, d], the student's final hidden states.
         teacher: [T, d], the teacher's.
         options: on which tokens distributions are compared.
-        vocab: V.
+        vocab: V, the tokenizer's tokens.
     """
     if options.support == "all":
         return teacher
@@ -314,12 +314,12 @@ def expected(
     how: dict[str, Any] = {"temperature": options.temperature, "vocab": vocab}
     if options.support == "teacher":
         return teacher_top_k(teacher, head, k=options.loss_top_k, **how)
-    likeliest = teacher_top_k(own, head, k=options.loss_top_k, **how).indices
+    likeliest = teacher_top_k(student, head, k=options.loss_top_k, **how).indices
     return teacher_at(teacher, head, likeliest, **how)
 
 
 def token_weights(
-    known: Sequence[RolloutStats],
+    stats: Sequence[RolloutStats],
     options: Method,
     max_tokens: int,
     near: Mapping[int, float] | None = None,
@@ -327,46 +327,47 @@ def token_weights(
     """What each token counts, from numbers alone.
 
     Args:
-        known: of all texts of the update.
-        options: the method.
-        max_tokens: the most tokens of an attempt.
+        stats: of all texts of the update.
+        options: the objective, its weights and bounds.
+        max_tokens: the most tokens of an attempt, by which Dr. GRPO divides.
         near: for EchoDistill, by group the student's divergence from the clean teacher.
     """
-    lengths = [len(item.text.target) for item in known]
+    lengths = [len(item.text.target) for item in stats]
     mask = mx.array([[t < n for t in range(max(lengths))] for n in lengths])
     width = mask.shape[1]
-    now = _padded([item.now for item in known], width)
-    old = _padded([item.old for item in known], width)
-    teaches = mx.array([item.teacher is not None for item in known])
+    now = _padded([item.now for item in stats], width)
+    old = _padded([item.old for item in stats], width)
+    teaches = mx.array([item.teacher is not None for item in stats])
     taught = mask & teaches[:, None] & (mx.arange(width) >= options.skip_tokens)
     stale = objectives.truncated_ratio(now, old, options.stale_cap or math.inf)
     share = stale * taught / mx.maximum(taught.sum(), 1)
-    rewards, losses = [item.reward for item in known], {}
+    rewards, losses = [item.reward for item in stats], {}
     matches = mx.zeros(mask.shape)
     pushes = mx.zeros(mask.shape)
     if options.objective in DIVERGENCES:
         matches = options.match_weight * share
     elif options.objective == "sampled":
-        teacher = _padded([item.teacher for item in known], width)
+        teacher = _padded([item.teacher for item in stats], width)
         sampled, grad = mx.value_and_grad(objectives.sampled_loss)(now, teacher, share, taught)
         losses["sampled"] = float(sampled)
         pushes = options.match_weight * grad
-    clipped, of_groups = 0.0, list[float]()
+    clipped, advantages = 0.0, list[float]()
     if options.objective in _POLICIES or options.policy_weight:
         if options.objective == "echo" and near is not None:
-            rewards = _shaped(known, near, options)
-        of_groups = _group_advantages(known, rewards, options)
-        found = _policy(known, now, old, mask, of_groups, options, max_tokens)
-        losses["policy"], grad, clipped = found
+            rewards = _shaped(stats, near, options)
+        advantages = _group_advantages(stats, rewards, options)
+        losses["policy"], grad, clipped = _policy(
+            stats, now, old, mask, advantages, options, max_tokens
+        )
         pushes = pushes + policy_share(options) * grad
     mx.eval(matches, pushes)
     return TokenWeights(
-        [row[:n] for row, n in zip(matches, lengths, strict=True)],
-        [row[:n] for row, n in zip(pushes, lengths, strict=True)],
-        losses,
-        clipped,
-        rewards,
-        of_groups,
+        matches=[row[:n] for row, n in zip(matches, lengths, strict=True)],
+        pushes=[row[:n] for row, n in zip(pushes, lengths, strict=True)],
+        losses=losses,
+        clipped=clipped,
+        rewards=rewards,
+        group_advantages=advantages,
     )
 
 
@@ -377,76 +378,80 @@ def _padded(rows: Sequence[mx.array | None], width: int) -> mx.array:
     )
 
 
-def _by_group(known: Sequence[RolloutStats]) -> list[list[int]]:
+def _by_group(stats: Sequence[RolloutStats]) -> list[list[int]]:
     groups: dict[int, list[int]] = {}
-    for place, item in enumerate(known):
-        groups.setdefault(item.group, []).append(place)
+    for index, item in enumerate(stats):
+        groups.setdefault(item.group, []).append(index)
     return list(groups.values())
 
 
 def _shaped(
-    known: Sequence[RolloutStats], near: Mapping[int, float], options: Method
+    stats: Sequence[RolloutStats], near: Mapping[int, float], options: Method
 ) -> list[float]:
-    rewards = mx.array([item.reward for item in known])[:, None]
-    divergences = mx.array([near[item.group] for item in known])
+    rewards = mx.array([item.reward for item in stats])[:, None]
+    divergences = mx.array([near[item.group] for item in stats])
     shaped: Any = objectives.shaped_rewards(rewards, divergences, options.near_bonus).tolist()
     return [value for (value,) in shaped]
 
 
 def _group_advantages(
-    known: Sequence[RolloutStats], rewards: Sequence[float], options: Method
+    stats: Sequence[RolloutStats], rewards: Sequence[float], options: Method
 ) -> list[float]:
-    places = _by_group(known)
-    table = mx.array([[rewards[place] for place in group] for group in places])
+    groups = _by_group(stats)
+    table = mx.array([[rewards[index] for index in group] for group in groups])
     values: Any = objectives.group_advantages(table, options.scale_rewards).tolist()
-    found = dict[int, float]()
-    for group, row in zip(places, values, strict=True):
-        found.update(zip(group, row, strict=True))
-    return [found[place] for place in range(len(known))]
+    advantages = dict[int, float]()
+    for group, row in zip(groups, values, strict=True):
+        advantages.update(zip(group, row, strict=True))
+    return [advantages[index] for index in range(len(stats))]
 
 
 def _policy(
-    known: Sequence[RolloutStats],
+    stats: Sequence[RolloutStats],
     now: mx.array,
     old: mx.array,
     mask: mx.array,
-    of_groups: Sequence[float],
+    advantages: Sequence[float],
     options: Method,
     max_tokens: int,
 ) -> tuple[float, mx.array, float]:
     """A policy's loss, its derivative by each log-probability, and the share of cut ratios."""
     if options.mask_truncated_completions:
-        mask = mask & mx.array([item.finished for item in known])[:, None]
-    advantages = mx.array(list(of_groups))
+        mask = mask & mx.array([item.finished for item in stats])[:, None]
+    moved = mx.array(list(advantages))
     weights = objectives.aggregation_weights(mask, options.loss_type, max_tokens)
     if options.objective == "contrastive":
         moved, selected = objectives.modulated(
-            advantages,
-            _contrasts(known, mask),
+            moved,
+            _contrasts(stats, mask),
             tau=options.contrast_tau,
             scale=options.contrast_scale,
             clip=options.contrast_clip,
             gate=options.contrast_gate,
         )
-        advantages = moved
         weights = objectives.contrastive_weights(selected, mask, options.contrast_weight)
     if options.objective == "echo":
         # Its ratio is against the clean teacher, which reads something else than the student did.
-        before = [item.old if item.teacher is None else item.teacher for item in known]
+        before = [item.old if item.teacher is None else item.teacher for item in stats]
         old = _padded(before, mask.shape[1])
     reference = None
     if options.kl_coef:
-        reference = _padded([item.reference for item in known], mask.shape[1])
+        reference = _padded([item.reference for item in stats], mask.shape[1])
     clipping = objectives.Clipping(
-        options.epsilon,
-        options.epsilon_high,
-        options.delta or math.inf,
-        options.importance_sampling_level,
+        low=options.epsilon,
+        high=options.epsilon_high,
+        cap=options.delta or math.inf,
+        level=options.importance_sampling_level,
     )
 
     def loss(now: mx.array) -> tuple[mx.array, mx.array]:
         return objectives.policy_loss(
-            *(now, old, advantages, weights, mask, clipping),
+            now,
+            old,
+            moved,
+            weights,
+            mask,
+            clipping,
             reference=reference,
             kl_weight=options.kl_coef,
         )
@@ -455,25 +460,25 @@ def _policy(
     return float(value), grad, float(clipped)
 
 
-def _contrasts(known: Sequence[RolloutStats], mask: mx.array) -> mx.array:
+def _contrasts(stats: Sequence[RolloutStats], mask: mx.array) -> mx.array:
     width = mask.shape[1]
-    most = max([1, *(len(item.wrong) for item in known if item.wrong is not None)])
+    most = max([1, *(len(item.wrong) for item in stats if item.wrong is not None)])
     wrong = []
-    for item in known:
+    for item in stats:
         rows = mx.zeros((0, 0)) if item.wrong is None else item.wrong
         wrong.append(mx.pad(rows, [(0, most - rows.shape[0]), (0, width - rows.shape[1])]))
     hints = mx.array(
-        [[item.wrong is not None and k < len(item.wrong) for k in range(most)] for item in known]
+        [[item.wrong is not None and k < len(item.wrong) for k in range(most)] for item in stats]
     )
-    teacher = _padded([item.teacher for item in known], width)
+    teacher = _padded([item.teacher for item in stats], width)
     return mx.where(mask, objectives.contrast(teacher, mx.stack(wrong), hints), 0)
 
 
 def total(
     final: mx.array,
     head: nn.Module,
-    known: Sequence[RolloutStats],
-    weighed: TokenWeights,
+    stats: Sequence[RolloutStats],
+    weights: TokenWeights,
     options: Method,
     vocab: int,
     *,
@@ -482,41 +487,48 @@ def total(
     """What the student minimises on some texts, and the part of it that are divergences.
 
     The gradient of the first is the loss's; its value is not, because the policy's part has its
-    derivatives in the place of its value. The second is right in value.
+    derivatives where its value would be. The second is right in value.
 
     Args:
         final: [N, d], the student's final hidden states where the N tokens of all texts are
             predicted.
-        head: student's and teacher's.
-        known: of these texts.
-        weighed: for these texts.
-        options: the method.
-        vocab: V.
+        head: one output head; it does not train.
+        stats: of these texts, N tokens in all.
+        weights: of the same texts, in the same order.
+        options: the divergence, its temperature and bounds.
+        vocab: V, the tokenizer's tokens.
         differentiable: whether a gradient is wanted.
     """
     temperature = options.temperature
     targets = []
-    if any(item.expects is not None for item in known):
-        weights = mx.concatenate(weighed.matches)
+    if any(item.targets is not None for item in stats):
+        matches = mx.concatenate(weights.matches)
         targets.append(
             Target(
-                _joined([item.expects for item in known], known),
+                _teacher_targets_of(stats),
                 head,
-                weights / temperature**2,
-                _KINDS[options.objective],
-                temperature,
-                vocab,
+                weights=matches / temperature**2,
+                kind=_KINDS[options.objective],
+                temperature=temperature,
+                vocab=vocab,
                 beta=options.jsd_beta,
-                mask=weights != 0,
+                mask=matches != 0,
                 tail=options.tail,
                 clip=options.token_clip or math.inf,
             )
         )
-    grads = mx.concatenate(weighed.pushes)
+    grads = mx.concatenate(weights.pushes)
     if not targets or bool(mx.any(grads != 0).item()):
-        tokens = mx.array([token for item in known for token in item.text.target])
+        tokens = mx.array([token for item in stats for token in item.text.target])
         targets.append(
-            Target(one_hot(tokens), None, -grads / temperature**2, "forward", temperature, vocab)
+            Target(
+                one_hot(tokens),
+                None,
+                weights=-grads / temperature**2,
+                kind="forward",
+                temperature=temperature,
+                vocab=vocab,
+            )
         )
     value, every = fused_linear_divergences(final, head, targets, differentiable=differentiable)
     matched = mx.array(0.0)
@@ -525,19 +537,15 @@ def total(
     return value, matched
 
 
-def _joined(
-    parts: Sequence[mx.array | TopK | None], known: Sequence[RolloutStats]
-) -> mx.array | TopK:
-    """What the teacher expects of all texts' tokens in a row; anything where it says nothing."""
-    like = next(part for part in parts if part is not None)
-    filled = [
-        _nothing(like, len(item.text.target)) if part is None else part
-        for part, item in zip(parts, known, strict=True)
-    ]
-    if isinstance(like, TopK):
-        columns = zip(*(tuple(vars(part).values()) for part in filled), strict=True)
-        return TopK(*(mx.concatenate(list(column)) for column in columns))
-    return mx.concatenate([part for part in filled if isinstance(part, mx.array)])
+def _teacher_targets_of(stats: Sequence[RolloutStats]) -> mx.array | TopK:
+    """The teacher's distributions of all texts' tokens in a row; anything where it has none."""
+    like = next(item.targets for item in stats if item.targets is not None)
+    return concatenate_targets(
+        [
+            _nothing(like, len(item.text.target)) if item.targets is None else item.targets
+            for item in stats
+        ]
+    )
 
 
 def _nothing(like: mx.array | TopK, length: int) -> mx.array | TopK:
@@ -550,8 +558,8 @@ def _nothing(like: mx.array | TopK, length: int) -> mx.array | TopK:
 
 def gradients(
     model: nn.Module,
-    known: Sequence[RolloutStats],
-    weighed: TokenWeights,
+    stats: Sequence[RolloutStats],
+    weights: TokenWeights,
     options: Method,
     training: TrainingOptions,
     vocab: int,
@@ -564,44 +572,41 @@ def gradients(
     parts = [
         (item, match, push)
         for item, match, push, teaches in zip(
-            known, weighed.matches, weighed.pushes, weighed.teaches(), strict=True
+            stats, weights.matches, weights.pushes, weights.teaches(), strict=True
         )
         if teaches
     ]
 
-    def loss(places: Sequence[int]) -> tuple[mx.array, mx.array]:
-        chosen = [parts[place] for place in places]
+    def loss(indices: Sequence[int]) -> tuple[mx.array, mx.array]:
+        chosen = [parts[index] for index in indices]
         some = [item for item, _, _ in chosen]
-        tokens, rows = _collated([item.text for item in some])
-        final = taps.forward(model, tokens, recompute=training.grad_checkpoint).final
-        here = dataclasses.replace(
-            weighed,
+        final = _final_states(
+            model, [item.text for item in some], recompute=training.grad_checkpoint
+        )
+        of_some = dataclasses.replace(
+            weights,
             matches=[match for _, match, _ in chosen],
             pushes=[push for _, _, push in chosen],
         )
-        value, matched = total(
-            final.reshape(-1, final.shape[-1])[rows], taps.head(model), some, here, options, vocab
-        )
+        value, matched = total(final, taps.head(model), some, of_some, options, vocab)
         return value * scale, matched
 
     step = nn.value_and_grad(model, loss)
-    found: Any = tree_map(mx.zeros_like, model.trainable_parameters())
+    sums: Any = tree_map(mx.zeros_like, model.trainable_parameters())
     matched = 0.0
-    for places in by_length([item.text for item, _, _ in parts], training.micro_batch):
-        (value, part), grads = step(places)
-        found = tree_map(mx.add, found, grads)
-        mx.eval(value, part, found)
+    for indices in micro_batches([item.text for item, _, _ in parts], training.micro_batch):
+        (value, part), grads = step(indices)
+        sums = tree_map(mx.add, sums, grads)
+        mx.eval(value, part, sums)
         matched += float(part)
-    return tree_map(lambda gradient: gradient / scale, found), matched
+    return tree_map(lambda gradient: gradient / scale, sums), matched
 
 
 def learn(
     student: Loaded,
     optimizer: optim.Optimizer,
-    known: Sequence[RolloutStats],
-    options: Method,
-    training: TrainingOptions,
-    max_tokens: int,
+    stats: Sequence[RolloutStats],
+    config: Config,
     near: Mapping[int, float] | None = None,
     echoes: Sequence[RolloutStats] = (),
 ) -> tuple[Update | None, TokenWeights]:
@@ -609,47 +614,52 @@ def learn(
 
     Args:
         student: changed in place, unless something is not finite.
-        optimizer: of the adapter.
-        known: the attempts.
-        options: the method.
-        training: clipping, micro-batch, checkpointing.
-        max_tokens: the most tokens of an attempt.
+        optimizer: of the LoRA weights; its learning rate is set before.
+        stats: of all attempts of the batch.
+        config: the method; clipping, micro-batch and checkpointing; the most tokens of an attempt.
         near: as for :func:`token_weights`.
         echoes: for EchoDistill, the teacher's own answers, which are matched in the attempts'
             stead.
     """
-    model, vocab = student.model, student.vocab
-    weighed = token_weights(known, options, max_tokens, near)
-    texts = [*known, *echoes]
+    model, options, training = student.model, config.selfdistill, config.training
+    weights = token_weights(stats, options, config.generation.max_answer_tokens, near)
+    texts = [*stats, *echoes]
     if echoes:
-        weighed = dataclasses.replace(
-            weighed,
-            matches=[*weighed.matches, *echo_weights(echoes, options)],
-            pushes=[*weighed.pushes, *(mx.zeros(len(item.text.target)) for item in echoes)],
+        weights = dataclasses.replace(
+            weights,
+            matches=[*weights.matches, *echo_weights(echoes, options)],
+            pushes=[*weights.pushes, *(mx.zeros(len(item.text.target)) for item in echoes)],
         )
-    if not any(weighed.teaches()):
-        return None, weighed
-    grads, matched = gradients(model, texts, weighed, options, training, vocab)
-    losses = dict(weighed.losses)
+    if not any(weights.teaches()):
+        return None, weights
+    grads, matched = gradients(model, texts, weights, options, training, student.vocab)
+    losses = dict(weights.losses)
     if matches_distributions(options):
         losses = {"match": matched / (options.match_weight or 1.0), **losses}
-    value = loss_value(weighed, matched, options)
+    value = loss_value(weights, matched, options)
     norm, skipped = take_step(model, optimizer, grads, value, training)
     read_tokens = sum(len(item.text.prompt) + len(item.text.target) - 1 for item in texts)
-    update = Update(losses, value, norm, skipped, read_tokens, clipped=weighed.clipped)
-    return update, weighed
+    update = Update(
+        losses=losses,
+        total=value,
+        gradient_norm=norm,
+        skipped=skipped,
+        tokens=read_tokens,
+        clipped=weights.clipped,
+    )
+    return update, weights
 
 
-def loss_value(weighed: TokenWeights, matched: float, options: Method) -> float:
+def loss_value(weights: TokenWeights, matched: float, options: Method) -> float:
     """The loss, of which :func:`total` has the gradient.
 
     Args:
-        weighed: of all texts.
-        matched: the second of :func:`total`, of all texts.
-        options: the method.
+        weights: of all texts of the update.
+        matched: the second of :func:`total`, summed over all texts.
+        options: what each part of the loss counts.
     """
-    sampled = options.match_weight * weighed.losses.get("sampled", 0.0)
-    return matched + sampled + policy_share(options) * weighed.losses.get("policy", 0.0)
+    sampled = options.match_weight * weights.losses.get("sampled", 0.0)
+    return matched + sampled + policy_share(options) * weights.losses.get("policy", 0.0)
 
 
 def policy_share(options: Method) -> float:
@@ -669,12 +679,18 @@ def nearness(
     """By group, the mean divergence of student and clean teacher on the teacher's answer."""
     model = student.model
     states = read(model, [item.text for item in echoes], size)
-    found = {}
+    divergences = {}
     for item, final in zip(echoes, states, strict=True):
         length = len(item.text.target)
-        even = TokenWeights([mx.full((length,), 1 / length)], [mx.zeros(length)], {}, 0.0, [], [])
-        _, value = total(
-            *(final, taps.head(model), [item], even, options, student.vocab), differentiable=False
+        even = TokenWeights(
+            matches=[mx.full((length,), 1 / length)],
+            pushes=[mx.zeros(length)],
+            losses={},
+            clipped=0.0,
+            rewards=[],
+            group_advantages=[],
         )
-        found[item.group] = float(value)
-    return found
+        head, vocab = taps.head(model), student.vocab
+        _, value = total(final, head, [item], even, options, vocab, differentiable=False)
+        divergences[item.group] = float(value)
+    return divergences

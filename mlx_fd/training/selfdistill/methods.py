@@ -199,9 +199,9 @@ def configured(
     model = given.get("student") or DEFAULT_MODEL
     if preset is None and model in (TINY, TINY_STUDENT, TINY_BASE):
         preset = TINY
-    for kind, name, known in (("method", method, METHODS), ("preset", preset, PRESETS)):
-        if name and name != CUSTOM and name not in known:
-            raise UserError(f"there is no {kind} {name!r} (there are: {', '.join(known)})")
+    for kind, name, table in (("method", method, METHODS), ("preset", preset, PRESETS)):
+        if name and name != CUSTOM and name not in table:
+            raise UserError(f"there is no {kind} {name!r} (there are: {', '.join(table)})")
     config = override(Config(), {**_DEFAULTS, "student": model, "method": method}, "defaults")
     config = override(config, METHODS.get(method, {}), f"method {method}")
     config = override(config, PRESETS.get(preset or "", {}), f"preset {preset}")

@@ -50,27 +50,27 @@ def spoken(number: int) -> str:
 
 def _slip(rng: random.Random, word: str) -> str:
     """A word as a hurried finger types it: a key beside, two keys swapped, one lost or doubled."""
-    place = rng.randrange(len(word))
+    index = rng.randrange(len(word))
     how = rng.choice(("beside", "swapped", "lost", "doubled"))
     if how == "swapped" and len(word) > 1:
-        place = min(place, len(word) - 2)
-        return word[:place] + word[place + 1] + word[place] + word[place + 2 :]
+        index = min(index, len(word) - 2)
+        return word[:index] + word[index + 1] + word[index] + word[index + 2 :]
     if how == "lost" and len(word) > 2:
-        return word[:place] + word[place + 1 :]
-    row = next((row for row in _ROWS if word[place].lower() in row), "")
+        return word[:index] + word[index + 1 :]
+    row = next((row for row in _ROWS if word[index].lower() in row), "")
     if how == "beside" and row:
-        at = row.index(word[place].lower())
+        at = row.index(word[index].lower())
         near = row[at - 1] if at and (at == len(row) - 1 or rng.random() < 0.5) else row[at + 1]
-        return word[:place] + (near.upper() if word[place].isupper() else near) + word[place + 1 :]
-    return word[:place] + word[place] + word[place:]
+        return word[:index] + (near.upper() if word[index].isupper() else near) + word[index + 1 :]
+    return word[:index] + word[index] + word[index:]
 
 
 def _struck(rng: random.Random, digits: str) -> str:
     """Digits with one replaced by the key beside it: what they were is lost."""
-    place = rng.randrange(len(digits))
-    digit = int(digits[place])
+    index = rng.randrange(len(digits))
+    digit = int(digits[index])
     near = rng.choice([d for d in (digit - 1, digit + 1) if 0 <= d <= 9])
-    return f"{digits[:place]}{near}{digits[place + 1 :]}"
+    return f"{digits[:index]}{near}{digits[index + 1 :]}"
 
 
 def _heard(rng: random.Random, word: str, *, safe: bool) -> str:
@@ -95,7 +95,7 @@ def noisy(question: str, kind: str, level: float, seed: int) -> str:
             alike, numbers their words (``23``: ``twenty three``); above :data:`NUMBERS_SAFE`
             fifteen is heard as fifty, and the like. Words without such a twin stay.
         level: the share of words that are hit, 0 to 1.
-        seed: of the draws.
+        seed: with the question, it fixes every slip.
 
     Raises:
         ValueError: there is no such kind, or the level is not in [0, 1].

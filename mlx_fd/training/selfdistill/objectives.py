@@ -96,10 +96,10 @@ def sampled_loss(now: mx.array, teacher: mx.array, weights: mx.array, mask: mx.a
     distillation; SDPO's and OPSD's sampled-token form).
 
     Args:
-        now: [B, T].
+        now: [B, T], the student's log-probabilities.
         teacher: [B, T], the self-teacher's log-probabilities.
         weights: [B, T], what each token counts; for a mean, 1 / tokens.
-        mask: [B, T].
+        mask: [B, T], true where there is a token.
     """
     valid = mask.astype(mx.bool_)
     advantages = token_advantages(mx.where(valid, teacher, 0), mx.where(valid, now, 0))
@@ -111,7 +111,7 @@ def aggregation_weights(mask: mx.array, how: str, max_tokens: int) -> mx.array:
     """What each token counts in a policy's loss: [B, T], float32.
 
     Args:
-        mask: [B, T].
+        mask: [B, T], true where there is a token.
         how: ``"grpo"``: mean over attempts of the mean over tokens; ``"bnpo"`` and ``"dapo"``: mean
             over all tokens (of one update they are the same); ``"dr_grpo"``: sum over tokens / (B
             ``max_tokens``), so that long wrong attempts are not spared.
@@ -144,14 +144,14 @@ def policy_loss(
     reference).
 
     Args:
-        now: [B, T].
+        now: [B, T], the student's log-probabilities.
         old: [B, T], log pi of the policy that the ratio is against: the one that drew the tokens.
         advantages: [B] or [B, T].
         weights: [B, T], of :func:`aggregation_weights`.
-        mask: [B, T].
+        mask: [B, T], true where there is a token.
         clipping: bounds of the ratio.
         reference: [B, T], the untrained model's log-probabilities; needed with ``kl_weight``.
-        kl_weight: beta.
+        kl_weight: beta, of the KL to the untrained model; 0: none.
 
     Returns:
         The loss, and the share of tokens whose ratio is cut where that takes their gradient.
@@ -210,12 +210,12 @@ def modulated(
     there A'_t is A + r_t, or 0 where that has the other sign than A.
 
     Args:
-        advantages: [B].
+        advantages: [B], of the verifier's reward.
         contrasts: [B, T], of :func:`contrast`.
         tau: softness of the tanh.
         scale: beta times lambda in the paper's words.
         clip: bound of r_t.
-        gate: delta.
+        gate: delta, the least move that selects a token.
 
     Returns:
         A' and which tokens are selected, [B, T] each.
@@ -235,8 +235,8 @@ def contrastive_weights(selected: mx.array, mask: mx.array, selected_weight: flo
     among many others.
 
     Args:
-        selected: [B, T].
-        mask: [B, T].
+        selected: [B, T], of :func:`modulated`.
+        mask: [B, T], true where there is a token.
         selected_weight: eta, of the selected tokens' mean.
     """
     valid = mask.astype(mx.bool_)
@@ -253,9 +253,9 @@ def shaped_rewards(rewards: mx.array, divergences: mx.array, bonus: float) -> mx
     number for all attempts of a group.
 
     Args:
-        rewards: [P, G].
+        rewards: [P, G], of G attempts at each of P problems.
         divergences: [P], mean per token.
-        bonus: beta.
+        bonus: beta, the most that a right attempt can gain.
     """
     near = mx.exp(-divergences)[:, None]
     return mx.clip(rewards + bonus * (rewards > 0) * near, -1, 2)

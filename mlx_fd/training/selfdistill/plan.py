@@ -5,11 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mlx_fd import problems as problem_sets
 from mlx_fd.config import Config
 from mlx_fd.models.resolve import resolve
 from mlx_fd.runs.manifest import manifest_of
-from mlx_fd.runs.plan import Plan, absolute_model_name, check_run_memory, with_absolute_names
+from mlx_fd.runs.plan import (
+    Plan,
+    absolute_model_name,
+    check_run_memory,
+    draw_problems,
+    with_absolute_names,
+    without_long,
+)
 
 README = """\
 # A run of mlx-fd self-distill
@@ -44,7 +50,6 @@ def make_plan(config: Config) -> Plan:
         UserError: a name, file, combination of options or amount of memory that will not do.
     """
     from mlx_fd.models.backend import backend
-    from mlx_fd.models.context import fitting
     from mlx_fd.training.selfdistill.training import TRUTH, check_combination
 
     check_combination(config)
@@ -56,44 +61,31 @@ def make_plan(config: Config) -> Plan:
             config, selfdistill=dataclasses.replace(options, critic=critic_name)
         )
     options = config.selfdistill
-    source = config.problems
-    problem_sets.check_split(source.split, source.train_on_test)
-    found = problem_sets.load(source.problems, source.split, skip_bad_rows=source.skip_bad_rows)
-    probe, chosen = problem_sets.probe_and_train(
-        found, config.episode.probe_size, source.episodes, config.episode.seed
-    )
+    drawn = draw_problems(config)
     student = resolve(config.models.student)
     critic = resolve(options.critic) if options.critic not in ("", TRUTH) else None
-    skip = source.skip_bad_rows
-    fits, left_out = fitting(
-        found if skip else dataclasses.replace(found, problems=(*probe, *chosen)),
+    drawn, notes = without_long(
+        drawn,
         [path for path in (student, critic) if path],
         config,
-        skip=skip,
         with_solutions=options.context != "none",
     )
-    if left_out:
-        probe, chosen = problem_sets.probe_and_train(
-            fits, config.episode.probe_size, source.episodes, config.episode.seed
-        )
     side_by_side = dataclasses.replace(
         config,
         generation=dataclasses.replace(config.generation, batch_size=options.generation_batch_size),
     )
-    questions = [problem.question for problem in (*probe, *chosen)] * options.num_generations
+    questions = [problem.question for problem in (*drawn.probe, *drawn.problems)]
+    questions *= options.num_generations
     check_run_memory(critic or student, student, questions, side_by_side, backend().on_cpu)
-    notes = list(left_out)
-    if found.skipped:
-        notes.append(f"{found.skipped} rows of {found.name} could not be read and were skipped")
     return Plan(
-        config,
-        critic or student,
-        student,
-        0,
-        tuple(probe),
-        tuple(chosen),
-        manifest_of(config, critic, student, found, 0),
-        tuple(notes),
+        config=config,
+        expert_path=critic or student,
+        student_path=student,
+        vocab=0,
+        probe=drawn.probe,
+        problems=drawn.problems,
+        manifest=manifest_of(config, critic, student, drawn.source, 0),
+        notes=notes,
     )
 
 

@@ -49,14 +49,14 @@ class Playbook:
             lessons: one for each failure that taught something; the same one may come often.
             solutions: by problem id, right solutions of this round.
         """
-        known = {lesson.text: lesson for lesson in self.lessons}
+        by_text = {lesson.text: lesson for lesson in self.lessons}
         for text in lessons:
-            failures = known[text].failures if text in known else 0
-            known[text] = Lesson(text, failures + 1, self.rounds)
-        kept = sorted(known.values(), key=lambda lesson: (-lesson.last, -lesson.failures))
+            failures = by_text[text].failures if text in by_text else 0
+            by_text[text] = Lesson(text, failures + 1, self.rounds)
+        kept = sorted(by_text.values(), key=lambda lesson: (-lesson.last, -lesson.failures))
         names = {lesson.text for lesson in kept[:MAX_LESSONS]}
         return Playbook(
-            tuple(lesson for text, lesson in known.items() if text in names),
+            tuple(lesson for text, lesson in by_text.items() if text in names),
             {**self.solutions, **solutions},
             self.rounds + 1,
         )

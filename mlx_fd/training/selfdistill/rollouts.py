@@ -47,45 +47,45 @@ def sample_rollouts(
     seed: Callable[[int], int],
     on_token: OnToken | None = None,
 ) -> tuple[list[list[Attempt]], int]:
-    """Attempts at problems, ``rollouts`` at each; each question is read once for all of them.
+    """``num_generations`` attempts at each problem; each question is read once for all of its own.
 
     Args:
-        student: the student; what it writes is drawn as the method says.
+        student: what it writes is drawn as the method says.
         problems: at least one.
-        config: of the run.
+        config: sampling, token limit and batch sizes.
         seed: of the draws of the n-th call to the generator.
-        on_token: told of tokens as they are written.
+        on_token: called with the number of tokens written in each step.
 
     Returns:
         The groups, and how many tokens were prefilled.
     """
     options = config.selfdistill
     questions = [as_read(problem, config) for problem in problems]
-    rows = [place for place in range(len(problems)) for _ in range(options.num_generations)]
+    rows = [index for index in range(len(problems)) for _ in range(options.num_generations)]
     turns: list[Turn] = []
     prefilled = 0
     for number, begin in enumerate(range(0, len(rows), options.generation_batch_size)):
         chunk = rows[begin : begin + options.generation_batch_size]
         prompts = {
-            place: first_prompt(student.tokenizer, answer_prompt(questions[place]))
-            for place in dict.fromkeys(chunk)
+            index: first_prompt(student.tokenizer, answer_prompt(questions[index]))
+            for index in dict.fromkeys(chunk)
         }
         read_once = {
-            place: prefill(student, Conversation(), prompt)[1] for place, prompt in prompts.items()
+            index: prefill(student, Conversation(), prompt)[1] for index, prompt in prompts.items()
         }
         prefilled += sum(map(len, prompts.values()))
         turns += generate(
             student,
-            [read_once[place] for place in chunk],
-            [prompts[place][-1:] for place in chunk],
+            [read_once[index] for index in chunk],
+            [prompts[index][-1:] for index in chunk],
             rollout_sampling(config, seed(number)),
             keep=False,
             logprobs=True,
             on_token=on_token,
         )
     attempts = [
-        _attempt(problems[place], questions[place], turn, config)
-        for place, turn in zip(rows, turns, strict=True)
+        _attempt(problems[index], questions[index], turn, config)
+        for index, turn in zip(rows, turns, strict=True)
     ]
     size = options.num_generations
     return [attempts[i : i + size] for i in range(0, len(attempts), size)], prefilled
@@ -94,7 +94,15 @@ def sample_rollouts(
 def _attempt(problem: Problem, question: str, turn: Turn, config: Config) -> Attempt:
     final = parsing.final_answer(turn.text, config.generation.answer_filter)
     right = is_correct(final, problem)
-    return Attempt(problem, question, turn.tokens, turn.text, final, right, turn.logprobs)
+    return Attempt(
+        problem=problem,
+        question=question,
+        tokens=turn.tokens,
+        text=turn.text,
+        final=final,
+        correct=right,
+        logprobs=turn.logprobs,
+    )
 
 
 def answers_to(
@@ -105,10 +113,10 @@ def answers_to(
     on_token: OnToken | None = None,
 ) -> list[Turn]:
     """Answers to a user's messages, ``size`` at a time."""
-    found = []
+    turns: list[Turn] = []
     for begin in range(0, len(messages), size):
         prompts = [first_prompt(student.tokenizer, text) for text in messages[begin : begin + size]]
-        found += generate(
+        turns += generate(
             student,
             [Conversation()] * len(prompts),
             prompts,
@@ -116,7 +124,7 @@ def answers_to(
             keep=False,
             on_token=on_token,
         )
-    return found
+    return turns
 
 
 def grade_answers(
@@ -153,27 +161,29 @@ def echoes_of(
 
     Args:
         student: the model; its adapter is put aside while the teacher writes.
-        teacher: the self-teacher's adapter.
+        teacher: the self-teacher's LoRA weights, by name.
         groups: attempts, problem by problem.
         views: one for each attempt.
-        config: of the run.
-        on_token: told of tokens as they are written.
+        config: sampling, token limit and batch sizes.
+        on_token: called with the number of tokens written in each step.
     """
     firsts, at = [], 0
     for group in groups:
         firsts.append(views[at])
         at += len(group)
-    asked = [view.teacher or view.student for view in firsts]
+    messages = [view.teacher or view.student for view in firsts]
     tokenizer = student.tokenizer
     with adapter_swapped(student.model, teacher):
         turns = answers_to(
-            *(student, asked, Sampling(config.generation.max_answer_tokens)),
+            student,
+            messages,
+            Sampling(config.generation.max_answer_tokens),
             config.selfdistill.generation_batch_size,
             on_token,
         )
         clean = [
             Text(first_prompt(tokenizer, message), turn.tokens)
-            for message, turn in zip(asked, turns, strict=True)
+            for message, turn in zip(messages, turns, strict=True)
         ]
         states = read(student.model, clean, config.training.micro_batch)
     return [
@@ -185,7 +195,7 @@ def echoes_of(
             old=mx.zeros(len(turn.tokens)),
             now=mx.zeros(len(turn.tokens)),
             entropy=mx.zeros(len(turn.tokens)),
-            expects=expects,
+            targets=targets,
         )
-        for number, (view, turn, expects) in enumerate(zip(firsts, turns, states, strict=True))
+        for number, (view, turn, targets) in enumerate(zip(firsts, turns, states, strict=True))
     ]

@@ -34,37 +34,39 @@ def zero_adapter(weights: Weights) -> Weights:
 @contextmanager
 def adapter_swapped(model: nn.Module, weights: Weights) -> Iterator[None]:
     """Let a model read with another adapter; its own is back in place afterwards."""
-    own = adapter(model)
+    before = adapter(model)
     model.load_weights(list(weights.items()), strict=False)
     try:
         yield
     finally:
-        model.load_weights(list(own.items()), strict=False)
+        model.load_weights(list(before.items()), strict=False)
 
 
 def first_teacher(model: nn.Module, options: Method) -> Weights:
     """The self-teacher's adapter before any update."""
-    own = adapter(model)
-    return zero_adapter(own) if options.self_teacher == "base" else own
+    student = adapter(model)
+    return zero_adapter(student) if options.self_teacher == "base" else student
 
 
 def next_teacher(teacher: Weights, model: nn.Module, options: Method, updates: int) -> Weights:
     """The self-teacher's adapter after an update of the student.
 
     Args:
-        teacher: what it was.
-        model: the student.
+        teacher: its LoRA weights before the update.
+        model: the student after the update.
         options: which teacher: ``"ema"`` keeps ``teacher_decay`` of itself.
         updates: how many there have been, with this one.
     """
     if options.self_teacher == "base":
         return teacher
-    own = adapter(model)
+    student = adapter(model)
     if options.self_teacher == "ema":
         # Rounded: 1 - 0.95 is not the float 0.05.
         rate = round(1 - options.teacher_decay, 12)
-        own = {name: (1 - rate) * value + rate * own[name] for name, value in teacher.items()}
-        mx.eval(own)
+        student = {
+            name: (1 - rate) * value + rate * student[name] for name, value in teacher.items()
+        }
+        mx.eval(student)
     elif options.self_teacher == "snapshot" and updates % options.teacher_sync_steps:
         return teacher
-    return own
+    return student

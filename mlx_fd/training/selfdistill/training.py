@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlx_fd import runs
-from mlx_fd.config import Config
+from mlx_fd.config import Config, Method
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import gate
 from mlx_fd.feedback.distill import Update
@@ -31,22 +31,25 @@ from mlx_fd.problems import Problem
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.checkpoints import Checkpoint
-from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Probing, Started, Step, Warned
+from mlx_fd.runs.events import Event, Note, Probed, Probing, Started, Step, Warned
 from mlx_fd.runs.records import AttemptRow, SelfHeadroomRow, SelfMetricsRow, SelfSummary
 from mlx_fd.runs.self_distillation_summary import WRONG, attempts_summary, summarise
 from mlx_fd.training.checkpoint import (
-    Records,
+    Done,
+    Run,
     RunState,
+    begin_or_restore,
     finished_summary,
     finite,
     first_state,
     go_back,
     kept,
-    restore,
+    run_batches,
     save,
     stop_row,
     update_row,
     with_probe,
+    write_summary,
 )
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View, remember
 from mlx_fd.training.selfdistill.learning import (
@@ -116,25 +119,25 @@ class Headroom:
 
     def concerns(self, config: Config) -> list[str]:
         """What the user should know before hours are spent; empty where all is well."""
-        options, found = config.selfdistill, []
+        options, concerns = config.selfdistill, []
         matches = options.objective not in ("grpo", "contrastive") and options.context != "none"
         if matches and not self.taught:
-            found.append(
+            concerns.append(
                 f"the context {options.context} is empty for all {self.problems} held-out "
                 "problems: there is nothing to learn from"
             )
         elif matches and self.with_context <= self.without:
-            found.append(
+            concerns.append(
                 f"the model answers {self.with_context} of {self.taught} held-out problems right "
                 f"with the context {options.context}, {self.without} without: it may be unable "
                 "to use that context, and there may be nothing to learn"
             )
         if not matches and options.num_generations > 1 and not self.mixed:
-            found.append(
+            concerns.append(
                 f"on each of the {self.problems} held-out problems all attempts are right or "
                 "all are wrong: group advantages are zero there"
             )
-        return found
+        return concerns
 
 
 @dataclass
@@ -147,6 +150,11 @@ class _Learner:
     config: Config
     report: Report
     playbook: Playbook = field(default_factory=Playbook)
+
+    def extra(self) -> tuple[dict[str, Weights], dict[str, Any]]:
+        """What a checkpoint holds beside the student: the teacher's weights, the playbook."""
+        arrays = {TEACHER_WEIGHTS: self.teacher} if _keeps_teacher(self.config.selfdistill) else {}
+        return arrays, {"playbook": self.playbook.to_json()}
 
     def on_progress(self, batch: int, step: str) -> Callable[[int], None]:
         return lambda tokens: self.report(Step(batch, step, tokens))
@@ -171,7 +179,7 @@ def run(
         models: the student untrained (a checkpoint's weights are put into it).
         probe_problems: held out: headroom is measured on them, and the best checkpoint.
         problems: the run's problems, in order.
-        report: told of everything worth showing.
+        report: takes every event.
         stop: asked after each batch; when true, a checkpoint is written and the run ends there.
         redo: go back to the newest whole checkpoint, whatever was done after it.
 
@@ -197,7 +205,13 @@ def run(
         bias_correction=True,
     )
     optimizer.init(model.trainable_parameters())
-    learner = _Learner(models, optimizer, first_teacher(model, config.selfdistill), config, report)
+    learner = _Learner(
+        models=models,
+        optimizer=optimizer,
+        teacher=first_teacher(model, config.selfdistill),
+        config=config,
+        report=report,
+    )
     # Whatever the checkpoint holds, the student is still untrained here.
     measured = kept(
         records, runs.HEADROOM, lambda: _load_headroom(folder), checkpoint is not None, report
@@ -212,61 +226,63 @@ def run(
             write_json(folder / runs.HEADROOM, with_digest(content))
     else:
         headroom, seconds = measured
-    if checkpoint is None:
-        losses = {WRONG: 1 - headroom.right / headroom.problems}
-        state = gate.initial_state(config.gate, (WRONG,))
-        state, _ = gate.observe_probe(state, losses, config.gate, cost=0.0)
-        progress = first_state(state, losses, scales={})
-        with runs.wrap_write_errors(folder):
-            _save(records, progress, learner)
-    else:
-        progress = _restored(learner, checkpoint)
-        report(Note(f"resuming after batch {progress.batch}"))
+    this = Run(
+        records=records,
+        config=config,
+        student=models.student,
+        base=models.student_lm.path,
+        optimizer=optimizer,
+        report=report,
+        stop=stop,
+        extra=learner.extra,
+    )
+    state = begin_or_restore(
+        this,
+        checkpoint,
+        lambda: first_state(config, {WRONG: 1 - headroom.right / headroom.problems}),
+    )
+    if checkpoint is not None:
+        _restore_teacher(learner, checkpoint)
     if stop():
         return None
     _say_headroom(headroom, config, report)
-    report(Probed(progress.probe_first, progress.probe_last, headroom.to_json()))
-    report(Started(min(progress.batch * size, len(problems)), len(problems)))
-    saved = progress.batch
-    while progress.batch < total and not progress.gate.frozen:
-        place = progress.batch
-        best_before = progress.best_batch
-        progress, rows, metrics = _batch(
-            progress, problems[place * size : (place + 1) * size], probe_problems, learner
+    report(Probed(state.probe_first, state.probe_last, headroom.to_json()))
+    report(Started(min(state.batch * size, len(problems)), len(problems)))
+
+    def batch(state: RunState) -> Done:
+        index = state.batch
+        chunk = problems[index * size : (index + 1) * size]
+        state, rows, metrics = _batch(state, chunk, probe_problems, learner)
+        return Done(
+            state=state,
+            logs={runs.ATTEMPTS: rows, runs.METRICS: [metrics]},
+            rows=rows,
+            metrics=metrics,
+            done=min((index + 1) * size, len(problems)),
+            total=len(problems),
         )
-        with runs.wrap_write_errors(folder):
-            records.append(runs.ATTEMPTS, rows)
-            records.append(runs.METRICS, [metrics])
-            stopping = stop()
-            due = progress.batch - saved >= config.episode.checkpoint_every
-            if due or stopping or progress.best_batch != best_before:
-                _save(records, progress, learner)
-                saved = progress.batch
-        report(BatchDone(min((place + 1) * size, len(problems)), len(problems), rows, metrics))
-        # Buffers of the largest batch so far would otherwise stay with the process.
-        mx.clear_cache()
-        if stopping and progress.batch < total:
-            return None
-    if progress.gate.frozen:
-        report(Note(f"the gate ends the run: {progress.gate.reason}"))
+
+    reached = run_batches(this, state, batch, total, ends_frozen=True)
+    if reached is None:
+        return None
+    state = reached
+    if state.gate.frozen:
+        report(Note(f"the gate ends the run: {state.gate.reason}"))
     looking = time.perf_counter()
-    progress = with_probe(progress, _probe(learner, probe_problems, progress.batch))
+    state = with_probe(state, _probe(learner, probe_problems, state.batch))
     seconds += time.perf_counter() - looking
     with runs.wrap_write_errors(folder):
-        _save(records, progress, learner)
+        save(this, state)
         summary = summarise(
             runs.read_attempts(folder),
             runs.read_self_metrics(folder),
-            progress.probe_first,
-            progress.probe_last,
+            state.probe_first,
+            state.probe_last,
             len(probe_problems),
             headroom.to_json(),
             {"headroom": seconds},
         )
-        summary["best_checkpoint"] = f"{progress.best_batch:06d}"
-        summary["peak_memory_bytes"] = records.peak_memory()
-        write_json(folder / runs.SUMMARY, with_digest(summary))
-    return summary
+        return write_summary(this, state, summary)
 
 
 def _load_headroom(folder: Path) -> tuple[tuple[Headroom, float], bool] | None:
@@ -283,27 +299,20 @@ def _load_headroom(folder: Path) -> tuple[tuple[Headroom, float], bool] | None:
         raise ChangedFile(f"it is not what mlx-fd writes ({error!r})") from error
 
 
-def _save(records: Records, progress: RunState, learner: _Learner) -> None:
-    models, config = learner.models, learner.config
-    moves = config.selfdistill.self_teacher in ("ema", "snapshot")
-    save(
-        *(records, progress, config, models.student, models.student_lm.path, learner.optimizer),
-        arrays={TEACHER_WEIGHTS: learner.teacher} if moves else {},
-        more={"playbook": learner.playbook.to_json()},
-    )
-
-
-def _restored(learner: _Learner, checkpoint: Checkpoint) -> RunState:
-    """Put a checkpoint's weights and state in place."""
-    progress = restore(checkpoint, learner.models.student, learner.optimizer)
+def _restore_teacher(learner: _Learner, checkpoint: Checkpoint) -> None:
+    """The teacher's weights and the playbook of a checkpoint whose student is in place."""
     options, model = learner.config.selfdistill, learner.models.student_lm.model
-    if options.self_teacher in ("ema", "snapshot"):
+    if _keeps_teacher(options):
         learner.teacher = read_arrays(checkpoint.folder / TEACHER_WEIGHTS)
         mx.eval(learner.teacher)
     else:
         learner.teacher = first_teacher(model, options)
     learner.playbook = Playbook.from_json(checkpoint.state["playbook"])
-    return progress
+
+
+def _keeps_teacher(options: Method) -> bool:
+    """Whether the teacher's weights are neither the base model's nor the student's."""
+    return options.self_teacher in ("ema", "snapshot")
 
 
 def _say_headroom(headroom: Headroom, config: Config, report: Report) -> None:
@@ -338,8 +347,8 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
     groups, _ = sample_rollouts(
         student_lm, problems, config, _seeds(config, 0, "headroom"), on_progress
     )
-    views = build_views(learner, groups, 0)
     learner.report(Probing(count, 3 * count))
+    views = build_views(learner, groups, 0)
     plain = grade_answers(
         student_lm,
         problems,
@@ -349,16 +358,16 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
     )
     taught: dict[int, str] = {}
     at = 0
-    for place, group in enumerate(groups):
+    for index, group in enumerate(groups):
         seen = [view.teacher for view in views[at : at + len(group)] if view.teacher is not None]
         at += len(group)
         if seen:
-            taught[place] = seen[0]
-    # The context may have nothing to say about some.
+            taught[index] = seen[0]
+    # The context may be empty for some.
     learner.report(Probing(2 * count, 2 * count + len(taught)))
     informed = grade_answers(
         student_lm,
-        [problems[place] for place in taught],
+        [problems[index] for index in taught],
         list(taught.values()),
         config,
         on_progress,
@@ -368,7 +377,7 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
         right=sum(plain),
         mixed=sum(0 < sum(a.correct for a in group) < len(group) for group in groups),
         taught=len(taught),
-        without=sum(plain[place] for place in taught),
+        without=sum(plain[index] for index in taught),
         with_context=sum(informed),
     )
 
@@ -394,59 +403,63 @@ def _probe(learner: _Learner, problems: Sequence[Problem], batch: int) -> dict[s
     """The share of held-out problems that the student answers wrong."""
     messages = [answer_prompt(as_read(problem, learner.config)) for problem in problems]
     right = grade_answers(
-        *(learner.models.student_lm, problems, messages, learner.config),
+        learner.models.student_lm,
+        problems,
+        messages,
+        learner.config,
         learner.on_progress(batch, "probe"),
     )
     return {WRONG: 1 - sum(right) / len(right)}
 
 
 def _batch(
-    progress: RunState,
+    state: RunState,
     problems: Sequence[Problem],
     probe_problems: Sequence[Problem],
     learner: _Learner,
 ) -> tuple[RunState, list[AttemptRow], SelfMetricsRow]:
     """One batch: the state after it, its rows, its metrics."""
     begin = time.perf_counter()
-    config, student_lm, number = learner.config, learner.models.student_lm, progress.batch
+    config, student_lm, number = learner.config, learner.models.student_lm, state.batch
     groups, prefilled = sample_rollouts(
-        *(student_lm, problems, config, _seeds(config, number, "attempt")),
+        student_lm,
+        problems,
+        config,
+        _seeds(config, number, "attempt"),
         learner.on_progress(number, "attempt"),
     )
     seconds = {"attempt": time.perf_counter() - begin}
     views = build_views(learner, groups, number)
     seconds["context"] = time.perf_counter() - begin - seconds["attempt"]
-    known = forward_teacher_and_student(
-        *(
-            student_lm,
-            learner.teacher,
-            groups,
-            views,
-            config.selfdistill,
-            config.training.micro_batch,
-        )
+    stats = forward_teacher_and_student(
+        student_lm,
+        learner.teacher,
+        groups,
+        views,
+        config.selfdistill,
+        config.training.micro_batch,
     )
-    mx.eval([item.now for item in known])
-    updates, weighed = _learn(learner, progress, groups, views, known)
+    mx.eval([item.now for item in stats])
+    updates, weights = _learn(learner, state, groups, views, stats)
     if config.selfdistill.context == "reflection":
         attempts = [attempt for group in groups for attempt in group]
         learner.playbook = remember(learner.playbook, attempts, views)
     seconds["learn"] = time.perf_counter() - begin - sum(seconds.values())
 
-    progress = dataclasses.replace(
-        progress,
+    state = dataclasses.replace(
+        state,
         batch=number + 1,
-        distilled=progress.distilled + bool(updates),
-        spent=progress.spent + len(updates),
+        distilled=state.distilled + bool(updates),
+        spent=state.spent + len(updates),
     )
     decision = None
-    if updates and not progress.distilled % config.episode.probe_every:
+    if updates and not state.distilled % config.episode.probe_every:
         losses = _probe(learner, probe_problems, number)
-        state, decision = gate.observe_probe(
-            progress.gate, losses, config.gate, cost=float(progress.spent)
+        gate_state, decision = gate.observe_probe(
+            state.gate, losses, config.gate, cost=float(state.spent)
         )
-        progress = with_probe(dataclasses.replace(progress, gate=state, spent=0), losses)
-    rows = _rows(number, config, groups, views, known, weighed)
+        state = with_probe(dataclasses.replace(state, gate=gate_state, spent=0), losses)
+    rows = _rows(number, config, groups, views, stats, weights)
     gap = max(row["logprob_gap"] for row in rows)
     if gap > _LOGPROB_TOLERANCE:
         learner.report(
@@ -460,9 +473,9 @@ def _batch(
         "lagging": sum(row["teaches"] for row in rows),
         "weights": {},
         "updates": [update_row(update) for update in updates],
-        "probe": progress.probe_last if decision else None,
+        "probe": state.probe_last if decision else None,
         "stop": stop_row(decision),
-        "frozen": progress.gate.frozen,
+        "frozen": state.gate.frozen,
         "attempts": attempts_summary(rows),
         "clipped": [round(update.clipped, 6) for update in updates],
         "prefilled": prefilled,
@@ -470,21 +483,20 @@ def _batch(
         "step_seconds": {name: round(value, 3) for name, value in seconds.items()},
         "seconds": round(time.perf_counter() - begin, 3),
     }
-    return progress, rows, metrics
+    return state, rows, metrics
 
 
 def _learn(
     learner: _Learner,
-    progress: RunState,
+    state: RunState,
     groups: Sequence[Sequence[Attempt]],
     views: Sequence[View],
-    known: Sequence[RolloutStats],
+    stats: Sequence[RolloutStats],
 ) -> tuple[list[Update], TokenWeights | None]:
     """The batch's optimiser steps; the teacher follows each."""
     config = learner.config
     options, training, student_lm = config.selfdistill, config.training, learner.models.student_lm
-    limit = config.generation.max_answer_tokens
-    on_progress = learner.on_progress(progress.batch, "learn")
+    on_progress = learner.on_progress(state.batch, "learn")
     updates: list[Update] = []
     first: TokenWeights | None = None
     if config.gate.gate == "never":
@@ -492,26 +504,28 @@ def _learn(
     echoes: list[RolloutStats] = []
     if options.objective == "echo":
         echoes = echoes_of(
-            *(student_lm, learner.teacher, groups, views, config),
-            learner.on_progress(progress.batch, "echo"),
+            student_lm,
+            learner.teacher,
+            groups,
+            views,
+            config,
+            learner.on_progress(state.batch, "echo"),
         )
     for step in range(training.kd_steps):
-        done = progress.distilled * training.kd_steps + step
+        done = state.distilled * training.kd_steps + step
         if step:
-            known = forward_teacher_and_student(
-                *(student_lm, learner.teacher, groups, views, options, training.micro_batch)
+            stats = forward_teacher_and_student(
+                student_lm, learner.teacher, groups, views, options, training.micro_batch
             )
         rise = min(1.0, (done + 1) / options.warmup_steps) if options.warmup_steps else 1.0
         learner.optimizer.learning_rate = training.lora_rate * rise
         near = nearness(student_lm, echoes, options, training.micro_batch) if echoes else None
-        update, weighed = learn(
-            *(student_lm, learner.optimizer, known, options, training, limit, near, echoes)
-        )
-        first = first or weighed
+        update, weights = learn(student_lm, learner.optimizer, stats, config, near, echoes)
+        first = first or weights
         if update is None:
             break
         updates.append(update)
-        on_progress(sum(len(item.text.target) for item in known))
+        on_progress(sum(len(item.text.target) for item in stats))
         learner.teacher = next_teacher(learner.teacher, student_lm.model, options, done + 1)
     return updates, first
 
@@ -521,20 +535,20 @@ def _rows(
     config: Config,
     groups: Sequence[Sequence[Attempt]],
     views: Sequence[View],
-    known: Sequence[RolloutStats],
-    weighed: TokenWeights | None,
+    stats: Sequence[RolloutStats],
+    weights: TokenWeights | None,
 ) -> list[AttemptRow]:
     """The batch's lines of ``attempts.jsonl``."""
     first = number * config.generation.batch_size * config.selfdistill.num_generations
     attempts = [attempt for group in groups for attempt in group]
-    teaches = weighed.teaches() if weighed else [False] * len(attempts)
+    teaches = weights.teaches() if weights else [False] * len(attempts)
     rows: list[AttemptRow] = []
-    for place, (attempt, view, item) in enumerate(zip(attempts, views, known, strict=True)):
+    for index, (attempt, view, item) in enumerate(zip(attempts, views, stats, strict=True)):
         advantages = item.advantages
         final = attempt.final
         rows.append(
             {
-                "attempt": first + place,
+                "attempt": first + index,
                 "id": attempt.problem.id,
                 "question": attempt.question,
                 "reference": str(attempt.problem.answer),
@@ -546,11 +560,11 @@ def _rows(
                 "teacher": view.teacher if wants_teacher(config.selfdistill) else None,
                 "note": view.note,
                 "wrong": len(view.wrong),
-                "teaches": teaches[place],
-                "reward": weighed.rewards[place] if weighed else item.reward,
+                "teaches": teaches[index],
+                "reward": weights.rewards[index] if weights else item.reward,
                 "group_advantage": (
-                    weighed.group_advantages[place]
-                    if weighed and weighed.group_advantages
+                    weights.group_advantages[index]
+                    if weights and weights.group_advantages
                     else None
                 ),
                 "mean_abs_advantage": _mean(None if advantages is None else mx.abs(advantages)),
