@@ -828,7 +828,7 @@ def test_quiet_prints_warnings_and_the_result(home, mlx_fd, tmp_path):
     done = mlx_fd("loop", *tiny(home), "--out", tmp_path / "out", "--quiet")
     warnings, _, result = done.out.partition("Summary")
     assert all(line.startswith("warning: ") for line in warnings.splitlines())
-    assert "first answers right" in result and result.endswith(f"in {tmp_path}/out\n")
+    assert "first answers right" in result and result.endswith(f"results: {tmp_path}/out\n")
 
 
 def test_a_log_file_gets_plain_lines(home, tmp_path):

@@ -73,8 +73,8 @@ Examples:
     help="Samples per problem, for Avg@k, Maj@k and Pass@k.",
 )
 @click.option(
-    "--temp",
     "--temperature",
+    "--temp",
     "temperature",
     type=Number(0),
     help="Sampling temperature of the first and the direct answers. [default: the run's for first "

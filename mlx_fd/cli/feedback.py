@@ -42,8 +42,8 @@ Examples:
     help="Maximum tokens of the feedback.",
 )
 @click.option(
-    "--temp",
     "--temperature",
+    "--temp",
     "temperature",
     type=Number(0),
     default=0.0,
