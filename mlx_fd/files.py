@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,7 +83,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Append rows as JSON lines and flush them to the disk.
 
     Returns:

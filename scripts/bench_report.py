@@ -61,10 +61,10 @@ def episodes(count, seed=0):
             question=problem.question,
             reference=str(problem.answer),
             answer={"text": "\n".join(wrong), "final": str(rng.integers(1000))},
-            expert_feedback={"text": expert, "score": round(float(rng.uniform(-1, 1)), 2)},
+            expert_feedback={"text": expert, "written_score": round(float(rng.uniform(-1, 1)), 2)},
             student_feedback={
                 "text": student,
-                "score": float(rng.uniform(-1, 1)),
+                "head_score": float(rng.uniform(-1, 1)),
                 "written_score": round(float(rng.uniform(-1, 1)), 2),
             },
             merged=expert + " " + feedback(lines[:2]),

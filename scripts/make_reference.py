@@ -6,14 +6,17 @@ python scripts/make_reference.py --check    # fails where it is not up to date
 
 import argparse
 import inspect
+import re
 import sys
 from pathlib import Path
+from typing import is_typeddict
 
 import click
 
 from mlx_fd.cli.app import cli
 from mlx_fd.cli.options import ConfiguredCommand
 from mlx_fd.config import MAX_COUNT, OPTIONS, PRESETS
+from mlx_fd.runs import records
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 
@@ -40,6 +43,45 @@ def limits(option):
 def cell(text):
     """A text in a table, where a bar would begin the next column."""
     return (text or "").replace("|", "\\|")
+
+
+def documented(record):
+    """What a record is, and the meaning of the fields that its docstring lists."""
+    page = inspect.cleandoc(record.__doc__).replace("``", "`")
+    text, _, listed = page.partition("\n\nAttributes:\n")
+    found = re.findall(r"^    ([\w.]+): (.*(?:\n        .*)*)", listed, re.MULTILINE)
+    return " ".join(text.split()), {name: " ".join(meaning.split()) for name, meaning in found}
+
+
+def meanings(record):
+    """What a record is, and each field's meaning; that of a base's field is the base's."""
+    fields = {}
+    for base in vars(records).values():
+        # At runtime a TypedDict knows no base: it has all of its fields, with their types.
+        if (
+            is_typeddict(base)
+            and base.__doc__
+            and base.__annotations__.items() <= record.__annotations__.items()
+        ):
+            fields |= documented(base)[1]
+    text, own = documented(record)
+    return text, fields | own
+
+
+def record_lines(record):
+    """A record as a table of its fields."""
+    text, fields = meanings(record)
+    types = record.__annotations__
+    if set(fields) != set(types):
+        sys.exit(f"{record.__name__}: its docstring does not have the fields that it has")
+    lines = ["", f"**{record.__name__}**: {cell(text)}", "", "| key | type | |", "|---|---|---|"]
+    for name, annotation in types.items():
+        kind = annotation.__forward_arg__
+        optional = re.fullmatch(r"NotRequired\[(.*)\]", kind)
+        absent = ", may be absent" if optional else ""
+        kind = cell(optional[1] if optional else kind)
+        lines.append(f"| `{name}` | `{kind}`{absent} | {cell(fields[name])} |")
+    return lines
 
 
 def page():
@@ -89,6 +131,18 @@ def page():
     for name, changes in PRESETS.items():
         settings = ", ".join(f"`{key} = {shown(value)}`" for key, value in changes.items())
         lines += [f"- **{name}**: {settings}"]
+    lines += [
+        "",
+        "## Files",
+        "",
+        "Every row and file is JSON. The types are those of `mlx_fd/runs/records.py`; the "
+        f"manifest's `schema_version` is {records.SCHEMA_VERSION}, and runs with another one are "
+        "refused.",
+    ]
+    for name, found in records.FILES.items():
+        lines += ["", f"### {name}"]
+        for record in found:
+            lines += record_lines(record)
     return "\n".join(lines) + "\n"
 
 

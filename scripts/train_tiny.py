@@ -638,7 +638,7 @@ def _write(loaded: Loaded, prompts: list[tuple[int, ...]], before=None, limit: i
 
 def parse_first(reply: str) -> float | None:
     """The score at first sight of a reply to the request for feedback."""
-    return parsing.parse_feedback(f"{FEEDBACK_OPENING} {reply.partition(chr(10))[0]}").score
+    return parsing.parse_feedback(f"{FEEDBACK_OPENING} {reply.partition(chr(10))[0]}").written_score
 
 
 def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> dict[str, dict]:
@@ -686,7 +686,7 @@ def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> d
     )
     seen["score_sign"] = count(
         [
-            f.score is not None and (f.score > 0) == (t.score > 0)
+            f.written_score is not None and (f.written_score > 0) == (t.score > 0)
             for f, t in zip(judged, truth, strict=True)
         ]
     )
@@ -694,9 +694,11 @@ def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> d
     seen["first_sight_sign"] = count(
         [s is not None and (s > 0) == (t.score > 0) for s, t in zip(sights, truth, strict=True)]
     )
-    seen["score_exact"] = count([f.score == t.score for f, t in zip(judged, truth, strict=True)])
+    seen["score_exact"] = count(
+        [f.written_score == t.score for f, t in zip(judged, truth, strict=True)]
+    )
     seen["parsable"] = count(
-        [f.score is not None and e is not None for f, e in zip(judged, errors, strict=True)]
+        [f.written_score is not None and e is not None for f, e in zip(judged, errors, strict=True)]
     )
     # Revision of wrong answers with the right feedback in the conversation, to the final answer.
     wrong = [k for k, t in enumerate(truth) if t.first_error]

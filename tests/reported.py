@@ -12,6 +12,7 @@ from mlx_fd.config import Config, to_toml
 from mlx_fd.files import write_json
 from mlx_fd.problems import Problem
 from mlx_fd.report.advantage_page import page as make_advantage_page
+from mlx_fd.runs.records import SCHEMA_VERSION
 from mlx_fd.training.selfdistill.advantage import AFTER, BEFORE, IN, RIGHT, Scored, summarise
 from mlx_fd.training.selfdistill.contexts import Attempt
 
@@ -38,8 +39,8 @@ def episode(number: int, **changes: Any) -> dict[str, Any]:
         "question": f"Ann has {number} apples and buys 2. How many has she?",
         "reference": str(number + 2),
         "answer": {"text": f"{number} + 2 = {number + 3}\n#### {number + 3}", "final": "1"},
-        "expert_feedback": {"text": "Step 1 should be one less.", "score": -0.8},
-        "student_feedback": {"text": "Step 1 is right.", "score": 0.25, "written_score": 1.0},
+        "expert_feedback": {"text": "Step 1 should be one less.", "written_score": -0.8},
+        "student_feedback": {"text": "Step 1 is right.", "head_score": 0.25, "written_score": 1.0},
         "gate": {
             "distilled": True,
             "reason": "score gap 1.05 > 0.25",
@@ -69,9 +70,9 @@ def alone(number: int, **changes: Any) -> dict[str, Any]:
         expert_feedback=None,
         gate={"distilled": False, "reason": "the student stands alone"},
         score=0.95,
-        merged=None,
-        revised=None,
-        critique=None,
+        merged="",
+        revised="",
+        critique="",
         **changes,
     )
 
@@ -96,6 +97,7 @@ def metric(batch: int, *, frozen: bool = False, reason: str = "still gaining") -
         "probe": losses,
         "stop": {"action": action, "reason": reason, "gains": gains, "weights": losses},
         "frozen": frozen,
+        "sure": {"agreed": 0, "of": 0},
         "distil_seconds": 0.5,
         "seconds": 4.0,
     }
@@ -219,6 +221,7 @@ def _write(
     options: dict[str, Any] | None,
 ) -> None:
     manifest = {
+        "schema_version": SCHEMA_VERSION,
         "created": "2026-11-24T10:00:00+00:00",
         "versions": {"mlx-fd": "0.2.0", "mlx": "0.32.4"},
         "backend": {"device": "cpu"},
@@ -245,7 +248,7 @@ def hostile_run(folder):
     for number in range(3):
         row = episode(number, question=bad, reference=bad, merged=bad, id=f"{number} {bad}")
         row["answer"] = row["final"] = {"text": bad, "final": bad}
-        row["expert_feedback"] = {"text": bad, "score": 0.5}
+        row["expert_feedback"] = {"text": bad, "written_score": 0.5}
         row["student_feedback"] |= {"text": bad + " and more"}
         row["gate"] |= {"reason": bad, "losses_before": {loss: 0.5}}
         rows.append({**row, "revised": bad, "critique": bad, "capped": [bad]})
@@ -308,6 +311,7 @@ def self_metric(batch: int, *, wrong: float | None = None, frozen: bool = False)
     row = metric(batch, frozen=frozen)
     update = {**row["updates"][0], "losses": {"match": 1 / (batch + 2)}}
     stop = {**row["stop"], "gains": {"wrong": 1 - wrong}} if wrong is not None else None
+    del row["sure"]
     return {
         **row,
         "weights": {},

@@ -229,7 +229,7 @@ def test_wrong_answers(seed, kind, transfer):
         assert text.endswith(f"#### {marks[-1][3]}")
     said = feedback(drawn.solution, text)
     assert first_error(said.text) == verdict.first_error
-    assert said.score == verdict.score < 0
+    assert said.written_score == verdict.score < 0
 
 
 def eval_step(mark):
@@ -260,7 +260,7 @@ def test_feedback_goes_through_the_parser(seed, right):
     assert parsing.parse_feedback(prompts.format_feedback(said)) == said
     amateur = amateur_feedback(rng, drawn, answer)
     parsed = parsing.parse_feedback(prompts.format_feedback(prompts.Feedback(amateur, 0.5)))
-    assert (parsed.text, parsed.score) == (amateur, 0.5)
+    assert (parsed.text, parsed.written_score) == (amateur, 0.5)
 
 
 def test_amateurs_are_often_wrong():

@@ -13,9 +13,10 @@ from mlx_fd.feedback.episode import (
     answer,
     derive_seed,
     expert_feedback,
-    finish,
     first_answers,
     is_correct,
+    judge,
+    merge_and_revise,
     student_feedback,
 )
 from mlx_fd.feedback.gate import initial_state
@@ -46,10 +47,11 @@ def pair():
 @pytest.fixture(scope="module")
 def answered(pair):
     """The student's answers, some right and some wrong."""
-    drafts = answer(pair.student_lm, PROBLEMS, OPTIONS, 0, quiet, keep=False)
-    assert len({is_correct(d.answer.final, d.problem) for d in drafts}) == 2
+    answers = answer(pair.student_lm, PROBLEMS, OPTIONS, 0, quiet, keep=False)
+    assert len({one.is_correct for one in answers}) == 2
     return [
-        dataclasses.replace(d, after_answer=Conversation(d.after_answer.tokens)) for d in drafts
+        dataclasses.replace(one, conversation=Conversation(one.conversation.tokens))
+        for one in answers
     ]
 
 
@@ -109,12 +111,13 @@ def test_one_at_a_time_without_caches_says_the_same(pair, answered, ran, name):
 
 def test_the_loop_is_the_episode_without_learning(pair):
     first = first_answers(pair, PROBLEMS, OPTIONS, 0, quiet)
-    drafts = student_feedback(pair, first, OPTIONS, seeds("student_feedback"), quiet)
-    drafts = expert_feedback(pair, drafts, OPTIONS, seeds("expert_feedback"), quiet)
-    outcomes = finish(pair, drafts, OPTIONS, CONFIG.episode, seeds, quiet)
+    students = student_feedback(pair, first, OPTIONS, seeds("student_feedback"), quiet)
+    experts = expert_feedback(pair, first, OPTIONS, seeds("expert_feedback"), quiet)
+    judged = judge(first, students, dict(enumerate(experts)))
+    finished = merge_and_revise(pair, judged, OPTIONS, CONFIG.episode, seeds, quiet)
     trials = SYSTEMS["loop"].run(setting_of(pair), first, seeds, quiet)
-    assert [t.final for t in trials] == [o.final.text for o in outcomes]
-    assert [t.score for t in trials] == [o.score for o in outcomes]
+    assert [t.final for t in trials] == [one.final.text for one in finished]
+    assert [t.score for t in trials] == [one.score for one in finished]
 
 
 def test_a_frozen_student_stands_alone_where_it_is_sure(pair, answered):
@@ -132,12 +135,13 @@ def test_a_frozen_student_stands_alone_where_it_is_sure(pair, answered):
 
 def test_clear_takes_the_score_that_its_amateur_wrote(pair, answered, ran):
     """The untrained score head says 0 to everything; that is no opinion."""
-    written = student_feedback(pair, answered, OPTIONS, seeds("student_feedback"), quiet)
-    judged = expert_feedback(pair, written, OPTIONS, seeds("expert_feedback"), quiet)
+    students = student_feedback(pair, answered, OPTIONS, seeds("student_feedback"), quiet)
+    experts = expert_feedback(pair, answered, OPTIONS, seeds("expert_feedback"), quiet)
     weight = CONFIG.episode.student_weight
-    for trial, draft in zip(ran["clear"][0], judged, strict=True):
-        ours, theirs = draft.student_feedback.score, draft.expert_feedback.score
-        assert trial.score == pytest.approx((weight * ours + theirs) / (1 + weight))
+    for trial, student, expert in zip(ran["clear"][0], students, experts, strict=True):
+        assert student.head_score == 0
+        both = student.feedback.written_score, expert.feedback.written_score
+        assert trial.score == pytest.approx((weight * both[0] + both[1]) / (1 + weight))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +153,7 @@ def test_a_critic_goes_through_its_stages_and_one_revision_follows(pair, answere
     for trial in run(setting_of(pair, target=math.inf), answered[:2], seeds, quiet):
         assert tuple(trial.turns) == ("answer", *stages, "revise")
         assert trial.last == "revise"
-        assert trial.score == parsing.parse_feedback(trial.turns[stages[-1]]).score
+        assert trial.score == parsing.parse_feedback(trial.turns[stages[-1]]).written_score
     for trial in run(setting_of(pair, target=-1.0), answered[:2], seeds, quiet):
         stays = trial.score is not None
         assert (trial.last == "answer") == stays
@@ -163,16 +167,16 @@ def test_self_refine_goes_on_until_its_feedback_says_right_or_four_times(pair, a
         assert list(trial.turns) == ["answer", *steps]
         assert trial.last == "refine_4"
     right_before = right_after = 0
-    for trial, draft in zip(ran["self-refine"][0], answered, strict=True):
+    for trial, first in zip(ran["self-refine"][0], answered, strict=True):
         feedbacks = [step for step in trial.turns if step.startswith("feedback")]
-        scores = [parsing.parse_feedback(trial.turns[step]).score for step in feedbacks]
+        scores = [parsing.parse_feedback(trial.turns[step]).written_score for step in feedbacks]
         assert trial.score == scores[0]
         target = CONFIG.episode.target_score
         assert all(score is None or score < target for score in scores[:-1])
         if len(feedbacks) < 4:
             assert scores[-1] >= target
-        right_before += is_correct(draft.answer.final, draft.problem)
-        right_after += is_correct(parsing.final_answer(trial.final), draft.problem)
+        right_before += first.is_correct
+        right_after += is_correct(parsing.final_answer(trial.final), first.problem)
     # This expert is good at its trade.
     assert right_after > right_before
 

@@ -123,8 +123,8 @@ def test_a_megabyte_and_a_half_takes_seconds_at_most(unit):
 def test_many_labels_and_marks_are_read_as_few_are():
     """Above the limits, of which no text of a model comes near, the first and the last count."""
     many = 3 * parsing._MAX_LABELS
-    assert parsing.parse_feedback("Score: 0.5\n" + "Score: x\n" * many).score == 0.5
-    assert parsing.parse_feedback("Score: x\n" * 5000 + "Score: 0.5\n").score == 0.5
+    assert parsing.parse_feedback("Score: 0.5\n" + "Score: x\n" * many).written_score == 0.5
+    assert parsing.parse_feedback("Score: x\n" * 5000 + "Score: 0.5\n").written_score == 0.5
     assert parsing.final_answer("#### 1\n" + "#### x\n" * 5000) == 1
     assert parsing.final_answer("#### x\n" * many + "#### 7\n") == 7
 

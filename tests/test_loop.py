@@ -25,8 +25,8 @@ from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.checkpoints import newest_checkpoint
-from mlx_fd.runs.events import BatchDone, Warned
-from mlx_fd.training.checkpoint import Progress, with_probe
+from mlx_fd.runs.events import BatchDone, Probed, Step, Warned
+from mlx_fd.training.checkpoint import first_state, with_probe
 from mlx_fd.training.loop import run
 
 WEIGHTS = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")
@@ -86,6 +86,20 @@ def finished(dirs, tmp_path_factory):
     return folder, plan, summary, events
 
 
+def test_the_steps_run_in_the_order_of_the_text(finished):
+    """That of README's diagram and docs/methods.md: the student learns last."""
+    events = finished[3]
+    begin, end = (
+        next(place for place, event in enumerate(events) if isinstance(event, kind))
+        for kind in (Probed, BatchDone)
+    )
+    steps = [event.step for event in events[begin:end] if isinstance(event, Step)]
+    assert [step for step in dict.fromkeys(steps) if step != "merge"] == [
+        *("answer", "student_feedback", "expert_feedback"),
+        *("revise", "critique", "final", "distil"),
+    ]
+
+
 def test_a_run_leaves_what_it_says(finished):
     folder, plan, summary, events = finished
     names = {path.name for path in folder.iterdir()}
@@ -113,7 +127,7 @@ def test_a_run_leaves_what_it_says(finished):
 
 def test_the_best_batch_is_the_least_on_the_probe_set_or_the_newest():
     def best_batches(first, looks):
-        progress = Progress(0, None, {}, 0, 0, first, first, 1.0, 0)
+        progress = first_state(None, first, scales={})
         found = []
         for batch, losses in enumerate(looks, 1):
             progress = with_probe(dataclasses.replace(progress, batch=batch), losses)

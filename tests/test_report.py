@@ -481,3 +481,13 @@ def test_what_goes_wrong_is_said(tmp_path, monkeypatch, capsys):
     status, _, err = run_cli(monkeypatch, capsys, run, "--out", run / "config.toml" / "x.html")
     assert status == 2
     assert "choose another --out" in err
+
+
+def test_a_run_of_another_schema_is_refused(tmp_path):
+    folder = reported.write_run(tmp_path / "run")
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["schema_version"]
+    path.write_text(json.dumps(manifest | {"versions": {"mlx-fd": "0.2.0"}}))
+    with pytest.raises(UserError, match=r"older version \(mlx-fd 0\.2\.0\).*begin a new run"):
+        read_runs([folder])

@@ -173,7 +173,7 @@ FEEDBACK = [
 @pytest.mark.parametrize(("text", "score", "prose"), FEEDBACK)
 def test_feedback_table(text, score, prose):
     found = parse_feedback(text, (1, 2))
-    assert found.score == (None if score is None else pytest.approx(score, abs=1e-12))
+    assert found.written_score == (None if score is None else pytest.approx(score, abs=1e-12))
     if prose is not None:
         assert found.text == prose
     assert found.text or not text.strip()
@@ -184,9 +184,9 @@ def test_feedback_table(text, score, prose):
 def test_echoed_rubric_is_not_a_score_but_a_score_beside_it_is(words):
     rubric = prompts.feedback_prompt().splitlines()[1].partition(". The")[0]
     echo = " ".join(rubric.split()[:words])
-    assert parse_feedback(f"Score: {echo}").score is None
+    assert parse_feedback(f"Score: {echo}").written_score is None
     both = parse_feedback(f"{echo}\n\nScore: 0.4\nFeedback: {GOOD}")
-    assert (both.score, both.text) == (0.4, GOOD)
+    assert (both.written_score, both.text) == (0.4, GOOD)
 
 
 ANSWERS = [
@@ -422,14 +422,14 @@ def has_digit(text):
 @given(MODEL_TEXT)
 def test_feedback_properties(text):
     found = parse_feedback(text)
-    assert found.score is None or -1 <= found.score <= 1
+    assert found.written_score is None or -1 <= found.written_score <= 1
     if not has_digit(text):
-        assert found.score is None
+        assert found.written_score is None
     if text.strip():
         assert found.text
     again = parse_feedback(prompts.format_feedback(found))
-    if found.score is not None:
-        assert again.score == pytest.approx(found.score, abs=5.1e-5)
+    if found.written_score is not None:
+        assert again.written_score == pytest.approx(found.written_score, abs=5.1e-5)
 
 
 @settings(max_examples=10_000, deadline=None)
@@ -457,10 +457,10 @@ SENTENCES = st.lists(
 def test_formatted_feedback_comes_back(score, text):
     written = prompts.format_feedback(Feedback(text, score))
     found = parse_feedback(written)
-    assert found.score == pytest.approx(score, abs=5.1e-5)
+    assert found.written_score == pytest.approx(score, abs=5.1e-5)
     assert found.text == text
     assert prompts.format_feedback(found) == written
-    assert not math.copysign(1, found.score) < 0 or found.score < 0
+    assert not math.copysign(1, found.written_score) < 0 or found.written_score < 0
 
 
 @settings(max_examples=500, deadline=None)
@@ -474,7 +474,7 @@ def test_feedback_without_a_score_comes_back(text):
 def test_scales_are_ratios(value, scale):
     for written in (f"Score: {value}/{scale}", f"Rating: {value} out of {scale}."):
         expected = value / scale if value <= scale else None
-        assert parse_feedback(written).score == expected
+        assert parse_feedback(written).written_score == expected
 
 
 @settings(max_examples=2000, deadline=None)
@@ -524,7 +524,7 @@ def test_prompts_ask_for_what_is_parsed():
         assert prompt.endswith("#### <number>")
         assert final_answer(prompt) is None
     assert "a score from -1 to 1" in prompts.feedback_prompt()
-    assert parse_feedback(f"{prompts.FEEDBACK_OPENING} 0.5\n{GOOD}").score == 0.5
+    assert parse_feedback(f"{prompts.FEEDBACK_OPENING} 0.5\n{GOOD}").written_score == 0.5
     assert "70 words" in prompts.merge_prompt(Feedback("a", 0.1), Feedback("b", 0.2))
     assert "not rewrite" in prompts.critique_prompt()
 

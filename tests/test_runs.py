@@ -13,10 +13,11 @@ from mlx_fd.files import append_lines, digest_of, write_atomic, write_json
 from mlx_fd.runs import checkpoints
 from mlx_fd.runs.checked import DIGEST
 from mlx_fd.runs.logs import Log, log_size
+from mlx_fd.runs.records import SCHEMA_VERSION
 
 
 def make_run(folder: Path) -> Path:
-    runs.create(folder, "seed = 1\n", {"seed": 1})
+    runs.create(folder, "seed = 1\n", {"schema_version": SCHEMA_VERSION, "seed": 1})
     return folder
 
 
@@ -361,10 +362,28 @@ def test_manifest_of_something_else(tmp_path):
     with pytest.raises(UserError, match="no run directory"):
         runs.read_manifest(tmp_path)
     run = make_run(tmp_path / "run")
-    assert runs.read_manifest(run) == {"seed": 1} and runs.manifest_fault(run) is None
+    assert runs.read_manifest(run) == {"schema_version": SCHEMA_VERSION, "seed": 1}
+    assert runs.manifest_fault(run) is None
     text = (run / runs.MANIFEST).read_text()
     (run / runs.MANIFEST).write_text(text.replace('"seed": 1', '"seed": 2'))
     assert "something changed it" in runs.manifest_fault(run)
     (run / runs.MANIFEST).write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
+        runs.read_manifest(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"schema_version": None, "versions": {"mlx-fd": "0.2.0"}}, r"older version \(mlx-fd 0\.2"),
+        ({"schema_version": None}, r"older version \(another mlx-fd\)"),
+        ({"schema_version": SCHEMA_VERSION + 1}, "other version"),
+    ],
+)
+def test_a_run_whose_rows_have_other_names_is_refused_in_one_sentence(changes, said, tmp_path):
+    run = make_run(tmp_path / "run")
+    manifest = {"schema_version": SCHEMA_VERSION, "seed": 1} | changes
+    kept = {name: value for name, value in manifest.items() if value is not None}
+    (run / runs.MANIFEST).write_text(json.dumps(kept))
+    with pytest.raises(UserError, match=f"{said}.*begin a new run, or use that version"):
         runs.read_manifest(run)

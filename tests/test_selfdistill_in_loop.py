@@ -15,7 +15,14 @@ from mlx_fd import runs
 from mlx_fd.config import Config, override
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import distill
-from mlx_fd.feedback.episode import Draft, Outcome
+from mlx_fd.feedback.episode import (
+    Answered,
+    ExpertFeedback,
+    Finished,
+    Judged,
+    StudentFeedback,
+    Usage,
+)
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models import taps
 from mlx_fd.models.generation import Conversation, first_prompt
@@ -31,10 +38,14 @@ def dirs(tmp_path_factory):
 def outcome(final, revised, feedback="The first step is wrong."):
     problem = Problem("p", "2 + 3?", "2 + 3 = 5\n#### 5", Fraction(5))
     answer = prompts.Answer(f"#### {final}", Fraction(final), (7, 8, 9))
-    given = prompts.Feedback(feedback, 0.5, (1,)) if feedback else None
-    draft = Draft(problem, answer, Conversation(), expert_feedback=given)
+    given = prompts.Feedback(feedback, 0.5, (1,))
+    judged = Judged(
+        Answered(problem, answer, Conversation(), ()),
+        StudentFeedback(prompts.Feedback("", None), 0.0),
+        ExpertFeedback(given, Conversation()) if feedback else None,
+    )
     end = prompts.Answer(revised or answer.text, None)
-    return Outcome(draft, 0.5, "", revised, "", end)
+    return Finished(judged, 0.5, "", revised, "", end, Usage())
 
 
 def test_what_the_student_reads_of_its_own():

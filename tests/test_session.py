@@ -26,6 +26,7 @@ from mlx_fd.runs.plan import (
     make_plan,
     with_absolute_names,
 )
+from mlx_fd.runs.records import SCHEMA_VERSION
 
 
 def config(**changes) -> Config:
@@ -34,6 +35,7 @@ def config(**changes) -> Config:
 
 def manifest(**changes) -> dict:
     return {
+        "schema_version": SCHEMA_VERSION,
         "versions": {"mlx": "0.32.4", "python": "3.12"},
         "backend": {"device": "cpu", "threads": "1"},
         "expert": {"name": "e", "sha256": "1"},

@@ -7,8 +7,8 @@ def row(before, after, expert=0.5, student=0.1, written=None, capped=(), alone=F
     return {
         "correct_before": before,
         "correct_after": after,
-        "expert_feedback": None if alone else {"text": "t", "score": expert},
-        "student_feedback": {"text": "t", "score": student, "written_score": written},
+        "expert_feedback": None if alone else {"text": "t", "written_score": expert},
+        "student_feedback": {"text": "t", "head_score": student, "written_score": written},
         "tokens": {"answer": 10} | ({} if alone else {"expert_feedback": 20}),
         "prefilled": {"answer": 30},
         "seconds": {"answer": 0.5},
@@ -39,12 +39,20 @@ def test_summary_adds_up():
             "batch": 0,
             "updates": [update, {**update, "skipped": True}],
             "frozen": False,
+            "sure": {"agreed": 1, "of": 1},
             "distil_seconds": 0.5,
             "seconds": 2,
         },
-        {"batch": 1, "updates": [], "frozen": True, "distil_seconds": 0.0, "seconds": 1},
+        {
+            "batch": 1,
+            "updates": [],
+            "frozen": True,
+            "sure": {"agreed": 2, "of": 3},
+            "distil_seconds": 0.0,
+            "seconds": 1,
+        },
     ]
-    found = summarise(episodes, metrics, {"lm": 2.0}, {"lm": 1.0}, {"problems": 4})
+    found = summarise(episodes, metrics, {"lm": 2.0}, {"lm": 1.0}, None)
     assert found["accuracy"]["first_answers"]["right"] == 1
     assert found["accuracy"]["final_answers"]["right"] == 3
     assert found["accuracy"]["final_answers"]["n"] == 4
@@ -58,6 +66,7 @@ def test_summary_adds_up():
     }
     feedback = found["expert_feedback"]
     assert (feedback["asked"], feedback["not_asked"]) == (3, 1)
+    assert feedback["sure_scores"] == {"agreed": 2, "of": 3}
     assert (feedback["tokens_written"], feedback["tokens_saved"]) == (60, 20)
     assert feedback["accuracy_when_asked"]["right"] == 2
     assert feedback["accuracy_when_not_asked"] == {
@@ -71,7 +80,7 @@ def test_summary_adds_up():
 
 
 def test_an_empty_run_can_be_summed_up():
-    found = summarise([], [], {}, {}, {})
+    found = summarise([], [], {}, {}, None)
     assert found["episodes"] == 0
     assert found["expert_feedback"]["tokens_saved"] == 0
 

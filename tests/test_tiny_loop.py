@@ -11,9 +11,9 @@ from mlx_fd.config import Config, override, preset
 from mlx_fd.feedback.episode import (
     answer,
     expert_feedback,
-    finish,
     first_answers,
-    is_correct,
+    judge,
+    merge_and_revise,
     student_feedback,
 )
 from mlx_fd.feedback.pair import open_pair
@@ -44,51 +44,55 @@ def pair(plan):
 
 
 @pytest.fixture(scope="module")
-def drafts(pair, plan, config):
+def judged(pair, plan, config):
     options = config.generation
-    drafts = first_answers(pair, plan.problems, options, 1, quiet)
-    drafts = student_feedback(pair, drafts, options, 2, quiet)
-    return expert_feedback(pair, drafts, options, 3, quiet)
+    answered = first_answers(pair, plan.problems, options, 1, quiet)
+    students = student_feedback(pair, answered, options, 2, quiet)
+    experts = expert_feedback(pair, answered, options, 3, quiet)
+    return judge(answered, students, dict(enumerate(experts)))
 
 
 def test_the_student_writes_the_first_answers_and_the_expert_judges_them(
-    pair, plan, config, drafts
+    pair, plan, config, judged
 ):
     own = answer(pair.student_lm, plan.problems, config.generation, 1, quiet, keep=False)
-    assert [d.answer for d in drafts] == [d.answer for d in own]
-    right = [is_correct(d.answer.final, d.problem) for d in drafts]
-    assert not all(right)
-    for draft, is_right in zip(drafts, right, strict=True):
-        assert draft.expert_feedback.score is not None
-        if is_right:
-            assert draft.expert_feedback.score > 0
+    answered = [one.answered for one in judged]
+    assert [one.answer for one in answered] == [one.answer for one in own]
+    assert not all(one.is_correct for one in answered)
+    for one in judged:
+        assert one.expert.feedback.written_score is not None
+        if one.answered.is_correct:
+            assert one.expert.feedback.written_score > 0
         # The student's tokens stand in the expert's conversation, one by one.
-        begun = first_prompt(pair.expert.tokenizer, prompts.answer_prompt(draft.problem.question))
-        assert draft.prompt[: len(begun) + len(draft.answer.tokens)] == (
-            *begun,
-            *draft.answer.tokens,
-        )
+        begun = first_prompt(pair.expert.tokenizer, prompts.answer_prompt(one.problem.question))
+        tokens = one.answered.answer.tokens
+        assert one.answered.prompt[: len(begun) + len(tokens)] == (*begun, *tokens)
 
 
-def test_the_score_head_reads_the_end_of_the_feedback(pair, drafts, monkeypatch):
+def test_the_score_head_reads_the_end_of_the_feedback(pair, judged, monkeypatch):
     monkeypatch.setattr(
         pair.student.score_head, "weight", mx.random.normal(pair.student.score_head.weight.shape)
     )
     options = preset("tiny").generation
-    for draft in student_feedback(pair, drafts, options, 2, quiet):
-        tokens = mx.array([[*draft.prompt, *draft.student_feedback.tokens[:-1]]])
+    answered = [one.answered for one in judged]
+    for one, student in zip(
+        answered, student_feedback(pair, answered, options, 2, quiet), strict=True
+    ):
+        tokens = mx.array([[*one.prompt, *student.feedback.tokens[:-1]]])
         whole = taps.forward(pair.student_lm.model, tokens).final[0, -1]
-        assert draft.student_score == pytest.approx(pair.student.score(whole).item(), abs=1e-4)
+        assert student.head_score == pytest.approx(pair.student.score(whole).item(), abs=1e-4)
 
 
-def test_a_solution_to_learn_from_is_the_final_answer_after_the_bare_question(pair, config, drafts):
-    outcomes = finish(pair, drafts, config.generation, config.episode, lambda step: 0, quiet)
-    assert sum(is_correct(o.final.final, o.draft.problem) for o in outcomes) >= 6
-    for outcome in outcomes:
-        question = outcome.draft.problem.question
-        sample = solution_of(pair, question, outcome.final, config.losses)
+def test_a_solution_to_learn_from_is_the_final_answer_after_the_bare_question(pair, config, judged):
+    finished = merge_and_revise(
+        pair, judged, config.generation, config.episode, lambda step: 0, quiet
+    )
+    assert sum(one.is_correct for one in finished) >= 6
+    for one in finished:
+        question = one.problem.question
+        sample = solution_of(pair, question, one.final, config.losses)
         text = pair.expert.tokenizer.decode(sample.target)
-        assert text.removesuffix("<|end|>") == outcome.final.text
+        assert text.removesuffix("<|end|>") == one.final.text
         begun = first_prompt(pair.expert.tokenizer, prompts.answer_prompt(question))
         assert sample.prompt == begun
         assert sample.expert_score is None

@@ -22,7 +22,8 @@ from mlx_fd.feedback.episode import (
     answer,
     expert_feedback,
     feedback_request,
-    finish,
+    judge,
+    merge_and_revise,
     student_feedback,
 )
 from mlx_fd.feedback.pair import Pair
@@ -191,17 +192,20 @@ def test_an_episode(expert):
     """The expert mends a wrong answer of its own conversation, through the package's six steps."""
     problems = load_problems("arithmetic", "validation").problems[:6]
     options = GenerationOptions(max_answer_tokens=96, max_feedback_tokens=96, max_merge_tokens=96)
-    drafts = answer(expert, problems, options, 0, lambda *_: None)
-    assert sum(d.answer.final == p.answer for d, p in zip(drafts, problems, strict=True)) >= 5
-    assert all(isinstance(d.answer.final, Fraction) for d in drafts)
+    answered = answer(expert, problems, options, 0, lambda *_: None)
+    assert sum(a.answer.final == p.answer for a, p in zip(answered, problems, strict=True)) >= 5
+    assert all(isinstance(one.answer.final, Fraction) for one in answered)
     pair = _pair(expert)
-    drafts = student_feedback(pair, drafts, options, 0, lambda *_: None)
-    drafts = expert_feedback(pair, drafts, options, 0, lambda *_: None)
-    outcomes = finish(pair, drafts, options, EpisodeOptions(), lambda _: 0, lambda *_: None)
-    assert all(not draft.capped for draft in drafts)
-    right = [o.final.final == p.answer for o, p in zip(outcomes, problems, strict=True)]
+    students = student_feedback(pair, answered, options, 0, lambda *_: None)
+    experts = expert_feedback(pair, answered, options, 0, lambda *_: None)
+    judged = judge(answered, students, dict(enumerate(experts)))
+    finished = merge_and_revise(
+        pair, judged, options, EpisodeOptions(), lambda _: 0, lambda *_: None
+    )
+    assert all(not one.usage.capped for one in judged)
+    right = [one.final.final == p.answer for one, p in zip(finished, problems, strict=True)]
     assert sum(right) >= 5
-    assert all(arithmetic.first_error(o.critique) is not None for o in outcomes if o.critique)
+    assert all(arithmetic.first_error(one.critique) is not None for one in finished if one.critique)
 
 
 def _pair(expert):
@@ -257,7 +261,7 @@ def test_careless_feedback_sees_the_error_and_finds_it_right(script):
         drawn = next(stream)
         answer = arithmetic.wrong_answer(rng, drawn)
         said = arithmetic.careless_feedback(drawn.solution, answer)
-        assert arithmetic.first_error(said.text) == 0 and said.score == 1
+        assert arithmetic.first_error(said.text) == 0 and said.written_score == 1
         steps, final = arithmetic.read(answer)
         for step in (*drawn.steps[: len(steps)], *steps[: len(drawn.steps)], final):
             assert str(step) in said.text

@@ -143,7 +143,7 @@ class Bench:
         make: Callable[[Pair], list[Trial]],
     ) -> list[Trial]:
         """A batch of trials; arguments as for :meth:`rows`."""
-        rows = self.rows(key, size, uses, lambda pair: [one.to_json() for one in make(pair)])
+        rows = self.rows(key, size, uses, lambda pair: [dict(one.to_json()) for one in make(pair)])
         return [Trial.from_json(row) for row in rows]
 
     def ask(

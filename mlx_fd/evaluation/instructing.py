@@ -11,7 +11,6 @@ from mlx_fd.errors import UserError
 from mlx_fd.evaluation.baselines import Trial
 from mlx_fd.evaluation.baselines.trials import Who
 from mlx_fd.evaluation.bench import Bench
-from mlx_fd.evaluation.cache import Rows
 from mlx_fd.evaluation.measures import Known, Measure
 from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.text import bleu, chrf, rouge
@@ -19,6 +18,7 @@ from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.generation import Sampling, first_prompt
 from mlx_fd.problems import prompts
 from mlx_fd.problems.files import json_rows
+from mlx_fd.runs.records import ItemRow, OutputRow
 
 LABELS = {"student": "Student", "expert": "Expert"}
 _FIELDS = ("instruction", "input", "output")
@@ -102,7 +102,7 @@ class Instructing:
         key = {"ask": [item.prompt for item in chunk], "sampling": vars(sampling)}
         return bench.trials(key, len(chunk), [who], make)
 
-    def row(self, item: Instruction, candidates: Trial, how: str) -> dict[str, Any]:
+    def row(self, item: Instruction, candidates: Trial, how: str) -> ItemRow:
         """What ``outputs.jsonl`` says of a reply beside the reply itself."""
         return {
             "id": item.id,
@@ -112,10 +112,11 @@ class Instructing:
             "correct": None,
         }
 
-    def measures(self, rows: Sequence[Rows]) -> list[Measure | Known]:
+    def measures(self, rows: Sequence[Sequence[OutputRow]]) -> list[Measure | Known]:
         """Text metrics against the references."""
         only = [samples[0] for samples in rows]
-        candidates, wanted = [row["final"] for row in only], [row["reference"] for row in only]
+        candidates = [row["final"] or "" for row in only]
+        wanted = [row["reference"] for row in only]
         overlap = rouge(candidates, wanted)
         return [
             *(Measure(name, values, compared=name == "rougeL") for name, values in overlap.items()),

@@ -9,13 +9,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mlx_fd.evaluation.baselines import Trial
 from mlx_fd.evaluation.baselines.critics import STAGES, criticise
 from mlx_fd.evaluation.baselines.trials import trial
 from mlx_fd.evaluation.bench import Bench, Uses
-from mlx_fd.evaluation.cache import Rows
 from mlx_fd.evaluation.calibration import brier, pr_auc, roc_auc, spearman
 from mlx_fd.evaluation.exam import Question
 from mlx_fd.evaluation.measures import Measure
@@ -31,6 +29,7 @@ from mlx_fd.feedback.episode import (
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.generation import Conversation, first_prompt
 from mlx_fd.problems import arithmetic, parsing, prompts
+from mlx_fd.runs.records import ItemRow, OutputRow
 
 LABELS = {
     "student": "Student",
@@ -131,7 +130,7 @@ class Judging:
         }
         return bench.trials(key, len(chunk), [uses], make)
 
-    def row(self, question: Question, given: Trial, how: str) -> dict[str, Any]:
+    def row(self, question: Question, given: Trial, how: str) -> ItemRow:
         """What ``outputs.jsonl`` says of a feedback beside the feedback itself."""
         feedback = parsing.parse_feedback(given.final)
         named = arithmetic.first_error(feedback.text)
@@ -142,14 +141,13 @@ class Judging:
             "final": None if named is None else str(named),
             "correct": named == question.first_error,
             "deserved": question.score,
-            "score": given.score,
             "written_score": feedback.written_score,
         }
 
-    def measures(self, rows: Sequence[Rows]) -> list[Measure]:
+    def measures(self, rows: Sequence[Sequence[OutputRow]]) -> list[Measure]:
         """What a system got: the examination's measures, and how good its scores are."""
         only = [samples[0] for samples in rows]
-        hits = [float(row["correct"]) for row in only]
+        hits = [float(bool(row["correct"])) for row in only]
         wrong = [float(row["reference"] != "0") for row in only]
         right = [1 - value for value in wrong]
         scores = [math.nan if row["score"] is None else row["score"] for row in only]

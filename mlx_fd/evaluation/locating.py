@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mlx_fd.evaluation.baselines import Trial
 from mlx_fd.evaluation.baselines.trials import Who
 from mlx_fd.evaluation.bench import Bench
-from mlx_fd.evaluation.cache import Rows
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.processbench import ALL_RIGHT, Item, critique_prompt, f1, predicted_step
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.generation import Sampling, first_prompt
+from mlx_fd.runs.records import ItemRow, OutputRow
 
 LABELS = {"student": "Student", "expert": "Expert"}
 
@@ -55,7 +54,7 @@ class Locating:
         key = {"ask": prompts, "sampling": vars(sampling)}
         return bench.trials(key, len(chunk), [who], make)
 
-    def row(self, item: Item, trial: Trial, how: str) -> dict[str, Any]:
+    def row(self, item: Item, trial: Trial, how: str) -> ItemRow:
         """What ``outputs.jsonl`` says of a reply beside the reply itself."""
         step = predicted_step(trial.final)
         return {
@@ -66,10 +65,10 @@ class Locating:
             "correct": step == item.label,
         }
 
-    def measures(self, rows: Sequence[Rows]) -> list[Measure]:
+    def measures(self, rows: Sequence[Sequence[OutputRow]]) -> list[Measure]:
         """Their accuracies and F1."""
         only = [samples[0] for samples in rows]
-        hits = [float(row["correct"]) for row in only]
+        hits = [float(bool(row["correct"])) for row in only]
         wrong = [float(row["reference"] != str(ALL_RIGHT)) for row in only]
         pairs = list(zip(hits, wrong, strict=True))
         return [

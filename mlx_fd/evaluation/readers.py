@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_fd.evaluation.bertscore import bertscore
-from mlx_fd.evaluation.cache import Rows
 from mlx_fd.evaluation.encoder import Encoder, load_encoder
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.toxicity import Judge, load_judge
+from mlx_fd.runs.records import OutputRow
 
 WORDS = "words"
 
@@ -51,7 +51,7 @@ class Readers:
         """The classifier's probability for each text."""
         return [] if self.judge is None else [Measure("toxicity", self.judge(texts).values)]
 
-    def likeness(self, rows: Rows) -> list[Measure]:
+    def likeness(self, rows: Sequence[OutputRow]) -> list[Measure]:
         """How alike expert's and student's feedback are, where both were given."""
         if self.encoder is None:
             return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -23,6 +23,7 @@ from mlx_fd.feedback.episode import Answered, Usage, answer, feedback_request
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.generation import Conversation, first_prompt, without_repeated_eos
 from mlx_fd.problems import Problem, parsing, prompts
+from mlx_fd.runs.records import ItemRow, OutputRow
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Solving:
         }
         return bench.trials(key, len(chunk), uses, make)
 
-    def row(self, problem: Problem, trial: Trial, how: str) -> dict[str, Any]:
+    def row(self, problem: Problem, trial: Trial, how: str) -> ItemRow:
         """What ``outputs.jsonl`` says of a trial beside the trial itself.
 
         Args:
@@ -114,30 +115,30 @@ class Solving:
             "strict": parsing.lm_eval_match(trial.final, gold, "strict"),
             "flexible": parsing.lm_eval_match(trial.final, gold, "flexible"),
             "first_correct": parsing.same_answer(first, problem.answer),
-            "score": trial.score,
         }
 
-    def measures(self, rows: Sequence[Rows]) -> list[Measure]:
+    def measures(self, rows: Sequence[Sequence[OutputRow]]) -> list[Measure]:
         """What a system got.
 
         Args:
             rows: of each problem, its samples.
         """
 
-        def mean_of(name: str) -> list[float]:
-            return [float(np.mean([row[name] for row in samples])) for samples in rows]
+        def mean_of(right: Callable[[OutputRow], bool | None]) -> list[float]:
+            return [float(np.mean([bool(right(row)) for row in samples])) for samples in rows]
 
+        accuracy = mean_of(lambda row: row["correct"])
         measures = [
-            Measure("accuracy", mean_of("correct"), compared=True),
-            Measure("accuracy_strict", mean_of("strict")),
-            Measure("accuracy_flexible", mean_of("flexible")),
-            Measure("first_accuracy", mean_of("first_correct")),
+            Measure("accuracy", accuracy, compared=True),
+            Measure("accuracy_strict", mean_of(lambda row: row["strict"])),
+            Measure("accuracy_flexible", mean_of(lambda row: row["flexible"])),
+            Measure("first_accuracy", mean_of(lambda row: row["first_correct"])),
         ]
         k = self.samples
         if k > 1:
-            right = [sum(row["correct"] for row in samples) for samples in rows]
+            right = [sum(bool(row["correct"]) for row in samples) for samples in rows]
             measures += [
-                Measure(f"avg@{k}", mean_of("correct")),
+                Measure(f"avg@{k}", accuracy),
                 Measure(f"maj@{k}", [_majority(samples) for samples in rows]),
                 Measure(f"pass@{k}", [pass_at_k(count, k, k) for count in right]),
             ]
@@ -159,7 +160,7 @@ def _first_by(bench: Bench) -> Who:
     return "student" if bench.target.config.generation.answers_by == "student" else "expert"
 
 
-def _majority(samples: Rows) -> float:
+def _majority(samples: Sequence[OutputRow]) -> float:
     finals = [None if row["final"] is None else Fraction(row["final"]) for row in samples]
     return maj_at_k(finals, Fraction(samples[0]["reference"]))
 

@@ -24,7 +24,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.evaluation import exam, instructing, processbench
 from mlx_fd.evaluation.baselines import BASE, CLEAR, LOOP, STUDENT, SYSTEMS
 from mlx_fd.evaluation.bench import Bench
-from mlx_fd.evaluation.cache import Cache, Rows
+from mlx_fd.evaluation.cache import Cache
 from mlx_fd.evaluation.instructing import Instructing
 from mlx_fd.evaluation.judging import Judging
 from mlx_fd.evaluation.locating import Locating
@@ -40,7 +40,14 @@ from mlx_fd.problems import prompts
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.manifest import versions
 from mlx_fd.runs.marks import EVALUATION, check_free
-from mlx_fd.runs.records import ComparisonRow, CostsRow, EvaluationFile, EvaluationSetRow, PairRow
+from mlx_fd.runs.records import (
+    ComparisonRow,
+    CostsRow,
+    EvaluationFile,
+    EvaluationSetRow,
+    OutputRow,
+    PairRow,
+)
 
 FAST, FULL = "fast", "full"
 FAST_LIMIT = 100
@@ -341,7 +348,7 @@ def evaluate(
         write_atomic(outputs, b"")
     found = []
     for one in sets:
-        by_system: dict[str, list[Rows]] = {}
+        by_system: dict[str, list[list[OutputRow]]] = {}
         for system in one.systems:
             by_system[system] = [[] for _ in one.items]
             for batch in _batches(bench, one, system, report):
@@ -374,7 +381,7 @@ def evaluate(
 
 def _batches(
     bench: Bench, one: Set, system: str, report: Report
-) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+) -> Iterator[list[tuple[int, OutputRow]]]:
     """A system's batches of rows, each with its item's place."""
     size = bench.target.config.generation.batch_size
     how = bench.target.config.generation.answer_filter
@@ -391,7 +398,7 @@ def _batches(
                         "system": system,
                         "sample": sample,
                         **one.row(item, trial, how),
-                        **dataclasses.asdict(trial),
+                        **trial.to_json(),
                     },
                 )
                 for index, (item, trial) in enumerate(zip(chunk, trials, strict=True))
@@ -404,7 +411,7 @@ def _batches(
 # ---------------------------------------------------------------------------------------- results
 
 
-def _results(one: Set, by_system: dict[str, list[Rows]]) -> EvaluationSetRow:
+def _results(one: Set, by_system: dict[str, list[list[OutputRow]]]) -> EvaluationSetRow:
     """What the rows of a set add up to."""
     measures = {
         system: {measure.name: measure for measure in one.measures(rows)}
@@ -454,24 +461,25 @@ def _comparisons(measures: dict[str, dict[str, Measure | Known]]) -> list[Compar
     ]
 
 
-def _costs(rows: Sequence[Rows]) -> CostsRow:
+def _costs(rows: Sequence[Sequence[OutputRow]]) -> CostsRow:
     """Tokens and seconds of one attempt, as means over problems; ``cost`` has them bare."""
 
-    def column(of: Callable[[dict[str, Any]], float]) -> Estimate:
+    def column(of: Callable[[OutputRow], float]) -> Estimate:
         return bootstrap([[float(np.mean([of(row) for row in samples])) for samples in rows]], mean)
 
-    def by(key: str, who: str | None) -> Callable[[dict[str, Any]], float]:
-        return lambda row: sum(
-            value for step, value in row[key].items() if who is None or row["by"][step] == who
-        )
+    def written(who: str) -> Callable[[OutputRow], float]:
+        return lambda row: sum(n for step, n in row["tokens"].items() if row["by"][step] == who)
+
+    def read_by_expert(row: OutputRow) -> float:
+        return sum(n for step, n in row["prefilled"].items() if row["by"][step] == "expert")
 
     costs = {
-        "tokens": column(by("tokens", None)),
-        "expert_tokens": column(by("tokens", "expert")),
-        "student_tokens": column(by("tokens", "student")),
-        "prefilled": column(by("prefilled", None)),
-        "expert_prefilled": column(by("prefilled", "expert")),
-        "seconds": column(by("seconds", None)),
+        "tokens": column(lambda row: sum(row["tokens"].values())),
+        "expert_tokens": column(written("expert")),
+        "student_tokens": column(written("student")),
+        "prefilled": column(lambda row: sum(row["prefilled"].values())),
+        "expert_prefilled": column(read_by_expert),
+        "seconds": column(lambda row: sum(row["seconds"].values())),
     }
     return {
         "cost": {name: round(estimate.value, 4) for name, estimate in costs.items()},

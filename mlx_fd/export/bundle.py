@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +32,14 @@ from mlx_fd.problems.prompts import (
     merge_prompt,
     revise_prompt,
 )
+from mlx_fd.runs.records import BundleFile
 
 if TYPE_CHECKING:
     from mlx_fd.models.loading import Loaded
 
 FOLDER = "parity"
 CONTENT = "bundle.json"
-REFERENCE = "reference.safetensors"
+REFERENCE: Final = "reference.safetensors"
 FORMAT = 1
 ROLES = ("answer", "feedback", "merge", "revise", "critique", "final")
 ARRAYS = ("top_ids", "top_logprobs", "next_logprobs")  # of a prompt; in the file, all in a row
@@ -367,7 +368,7 @@ def write_bundle(bundle: Bundle, folder: Path) -> None:
         for name in ARRAYS
     }
     data = save(arrays)
-    content = {
+    content: BundleFile = {
         "format": FORMAT,
         "vocab": bundle.vocab,
         "eos": list(bundle.eos),

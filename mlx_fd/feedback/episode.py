@@ -1,13 +1,13 @@
-"""One episode of Online Feedback Distillation: its six steps, over a batch of problems.
+"""One episode of Online Feedback Distillation: its five steps, over a batch of problems.
 
 1. The expert answers.                         :func:`first_answers`
 2. Student and expert each give feedback.      :func:`student_feedback`, :func:`expert_feedback`
 3. The gate decides who learns.                :mod:`.gate`
-4. The feedback is merged, expert first.       :func:`merge_and_revise`
-5. The expert revises, criticises itself and gives the final answer.
-6. The student learns.                         :mod:`.distill`
+4. The expert merges both feedbacks, revises, criticises its revision and gives the final answer.
+                                               :func:`merge_and_revise`
+5. The student learns.                         :mod:`.distill`
 
-After step 1 an episode is :class:`Answered`, after step 2 :class:`Judged`, after step 5
+After step 1 an episode is :class:`Answered`, after step 2 :class:`Judged`, after step 4
 :class:`Finished`; each holds the one before it.
 
 The expert's turns on a problem are one growing conversation, so each token is prefilled once. The
@@ -184,7 +184,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an episode, after step 5.
+    """The end of an episode, after step 4.
 
     Attributes:
         judged: the episode after step 2.
@@ -547,7 +547,7 @@ def merge_and_revise(
     seeds: Callable[[str], int],
     on_tokens: OnTokens,
 ) -> list[Finished]:
-    """Steps 4 and 5: merge, revise, criticise, final answer.
+    """Step 4: merge, revise, criticise, final answer.
 
     An answer whose combined score reaches ``target_score`` is left as it is.
 

@@ -81,9 +81,10 @@ def locate_model(name: str) -> ModelRef:
             f"checkpoint within a run directory (RUN/{runs.CHECKPOINTS}/NNNNNN)"
         )
     check_weights(checkpoint, (ADAPTER_WEIGHTS, HEADS))
+    # First: options of another version are none of this one's.
+    manifest = runs.read_manifest(folder)
     config = read(folder / runs.CONFIG)
     path = resolve(config.models.student)
-    manifest = runs.read_manifest(folder)
     if not fingerprint.is_same(manifest.get("student", {}), path):
         why = why_changed(config.models.student, manifest.get("versions", {}))
         raise UserError(

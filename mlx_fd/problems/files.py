@@ -28,7 +28,7 @@ _HUB_SECONDS = 5.0
 _COLUMNS = "columns are question (or problem) and answer, and optionally solution and id"
 
 # Where a row is, and what is in it: its columns, or why it could not even be split into columns.
-Row = tuple[str, "dict[str, Any] | str"]
+SourceRow = tuple[str, "dict[str, Any] | str"]
 
 
 def load_file(path: Path, name: str, split: str, *, skip_bad_rows: bool) -> ProblemSet:
@@ -40,7 +40,7 @@ def load_file(path: Path, name: str, split: str, *, skip_bad_rows: bool) -> Prob
     content = _content(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        rows: Iterable[Row] = _parquet(path)
+        rows: Iterable[SourceRow] = _parquet(path)
     else:
         text = _decoded(path, content)
         rows = _csv(path, text) if suffix == ".csv" else _json(path, text)
@@ -48,7 +48,7 @@ def load_file(path: Path, name: str, split: str, *, skip_bad_rows: bool) -> Prob
     return ProblemSet(name, split, problems, hashlib.sha256(content).hexdigest(), skipped)
 
 
-def json_rows(path: Path) -> Iterator[Row]:
+def json_rows(path: Path) -> Iterator[SourceRow]:
     """The objects of a JSON array, or of a file with one per line, each with its place.
 
     Raises:
@@ -133,7 +133,7 @@ def _no_progress_bars(datasets: Any) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[SourceRow]:
     import datasets
 
     # A cache of its own: datasets would otherwise return what an older file of this name held.
@@ -149,7 +149,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     yield from ((f"{path}: row {place}", row) for place, row in enumerate(listed))
 
 
-def _json(path: Path, text: str) -> Iterator[Row]:
+def _json(path: Path, text: str) -> Iterator[SourceRow]:
     if not text.lstrip().startswith("["):
         for count, content in enumerate(text.split("\n"), start=1):
             if content.strip():
@@ -206,7 +206,7 @@ def _json_reason(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)[:80]
 
 
-def _csv(path: Path, text: str) -> Iterator[Row]:
+def _csv(path: Path, text: str) -> Iterator[SourceRow]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     while True:
@@ -238,7 +238,7 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
 
 
 def _read(
-    rows: Iterable[Row], name: str, stem: str, skip_bad_rows: bool
+    rows: Iterable[SourceRow], name: str, stem: str, skip_bad_rows: bool
 ) -> tuple[tuple[Problem, ...], int]:
     """Turn rows into problems.
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from mlx_fd.runs.checked import read_checked
 
-Row = dict[str, Any]
+JsonObject = dict[str, Any]
 _T = TypeVar("_T")
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
@@ -41,7 +41,9 @@ def json_file(
     return None
 
 
-def log_file(folder: Path, name: str, take: Callable[[Row], _T], missing: list[str]) -> list[_T]:
+def log_file(
+    folder: Path, name: str, take: Callable[[JsonObject], _T], missing: list[str]
+) -> list[_T]:
     """The rows of a log that are whole, in their order."""
     path = folder / name
     if not path.is_file():

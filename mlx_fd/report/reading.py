@@ -12,7 +12,7 @@ from typing import Any, NotRequired, TypedDict
 from mlx_fd import runs
 from mlx_fd.errors import UserError
 from mlx_fd.report.files import (
-    Row,
+    JsonObject,
     counts,
     json_file,
     known,
@@ -206,7 +206,7 @@ class _LoopTotals(KnownTotals):
     exam: NotRequired[dict[str, BeforeAfterRow]]
 
 
-def _metric(row: Row) -> MetricsRow:
+def _metric(row: JsonObject) -> MetricsRow:
     sure = row["sure"]
     return {
         **metric(row),
@@ -214,7 +214,7 @@ def _metric(row: Row) -> MetricsRow:
     }
 
 
-def _summary(value: Row) -> _LoopTotals:
+def _summary(value: JsonObject) -> _LoopTotals:
     found: _LoopTotals = {**summary_of(value)}
     if value.get("exam"):
         found["exam"] = {
@@ -232,7 +232,7 @@ def _written(value: Mapping[str, Any]) -> AnswerRow:
     return {"text": text(value["text"]), "final": text_or_none(value["final"])}
 
 
-def _episode(row: Row) -> EpisodeRow:
+def _episode(row: JsonObject) -> EpisodeRow:
     expert, student, decision = row["expert_feedback"], row["student_feedback"], row["gate"]
     return {
         "episode": int(number(row["episode"])),
@@ -271,7 +271,7 @@ def _episode(row: Row) -> EpisodeRow:
     }
 
 
-def _headroom(value: Row) -> HeadroomRow:
+def _headroom(value: JsonObject) -> HeadroomRow:
     found = counts(value["headroom"])
     return {
         "problems": found["problems"],
@@ -284,7 +284,7 @@ def _headroom(value: Row) -> HeadroomRow:
     }
 
 
-def _pareto(value: Row) -> Frontier:
+def _pareto(value: JsonObject) -> Frontier:
     return {
         "objectives": [text(name) for name in value["objectives"]],
         "points": [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from mlx_fd import runs
-from mlx_fd.report.files import Row, json_file, known, number, numbers, text, truth
+from mlx_fd.report.files import JsonObject, json_file, known, number, numbers, text, truth
 from mlx_fd.runs.checkpoints import changed_logs
 from mlx_fd.runs.records import (
     BatchMetricsRow,
@@ -42,21 +42,21 @@ class Run:
 
     name: str
     folder: Path
-    manifest: Row
+    manifest: JsonObject
     metrics: Sequence[BatchMetricsRow]
     finished: bool
     totals: Summary | SelfSummary
     probe_first: Mapping[str, float]
-    evaluations: list[Row]
+    evaluations: list[JsonObject]
     missing: list[str]
 
 
-def read_manifest(folder: Path, missing: list[str]) -> Row:
+def read_manifest(folder: Path, missing: list[str]) -> JsonObject:
     """``manifest.json``, or empty tables in its place."""
     return json_file(folder, runs.MANIFEST, _manifest, missing) or _manifest({"options": {}})
 
 
-def read_evaluations(folder: Path, missing: list[str]) -> list[Row]:
+def read_evaluations(folder: Path, missing: list[str]) -> list[JsonObject]:
     """What ``mlx-fd eval`` left in a run."""
     return [
         {**found, "folder": path.parent.name}
@@ -101,7 +101,7 @@ class KnownTotals(TypedDict):
     best_checkpoint: NotRequired[str]
 
 
-def summary_of(value: Row) -> KnownTotals:
+def summary_of(value: JsonObject) -> KnownTotals:
     """What only ``summary.json`` knows of a run of either kind."""
     found: KnownTotals = {
         "probe": {
@@ -132,7 +132,7 @@ def probes_of(
     return first or {}, last or first or {}
 
 
-def metric(row: Row) -> BatchMetricsRow:
+def metric(row: JsonObject) -> BatchMetricsRow:
     """A row of ``metrics.jsonl``: what those of both kinds of run have."""
     stop = row["stop"]
     return {
@@ -173,7 +173,7 @@ def estimate(value: Mapping[str, Any]) -> EstimateRow:
     }
 
 
-def _manifest(value: Row) -> Row:
+def _manifest(value: JsonObject) -> JsonObject:
     parts = {name: value.get(name, {}) for name in _ORIGINS}
     if not isinstance(value["options"], dict) or any(
         not isinstance(p, dict) for p in parts.values()
@@ -182,7 +182,7 @@ def _manifest(value: Row) -> Row:
     return {**parts, "created": str(value.get("created", ""))}
 
 
-def _evaluation(value: Row) -> Row:
+def _evaluation(value: JsonObject) -> JsonObject:
     return {
         "suite": text(value["suite"]),
         "target": text(value["target"]),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlx_fd import runs
 from mlx_fd.report.files import (
-    Row,
+    JsonObject,
     json_file,
     known,
     log_file,
@@ -50,9 +50,9 @@ class SelfRun(Run):
     attempts: list[AttemptRow]
 
     @property
-    def options(self) -> Row:
+    def options(self) -> JsonObject:
         """The run's options, as far as they are known."""
-        found: Row = self.manifest["options"]
+        found: JsonObject = self.manifest["options"]
         return found
 
     @property
@@ -104,7 +104,7 @@ def read_self_run(folder: Path, name: str) -> SelfRun:
     )
 
 
-def _attempt(row: Row) -> AttemptRow:
+def _attempt(row: JsonObject) -> AttemptRow:
     return {
         "attempt": int(number(row["attempt"])),
         "id": str(row["id"]),
@@ -129,7 +129,7 @@ def _attempt(row: Row) -> AttemptRow:
     }
 
 
-def _metric(row: Row) -> SelfMetricsRow:
+def _metric(row: JsonObject) -> SelfMetricsRow:
     found = row["attempts"]
     usual = metric(row)
     return {
@@ -153,7 +153,7 @@ def _metric(row: Row) -> SelfMetricsRow:
     }
 
 
-def _headroom(value: Row) -> SelfHeadroomRow:
+def _headroom(value: JsonObject) -> SelfHeadroomRow:
     names = ("problems", "right", "mixed", "taught", "without", "with_context")
     found = {name: int(numbers(value)[name]) for name in names}
     of_all, of_taught = ("right", "mixed", "taught"), ("without", "with_context")

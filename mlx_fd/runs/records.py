@@ -758,18 +758,15 @@ class TrialRow(TypedDict):
     capped: list[str]
 
 
-class OutputRow(TrialRow):
-    """A line of ``outputs.jsonl``; which of the later fields it has, the kind of set decides.
+class ItemRow(TypedDict):
+    """What a set says of an item; which of the later fields it has, the kind of set decides.
 
     Attributes:
-        set: name of the set.
-        system: name of the system.
-        sample: index of the sample, from 0.
         id: the problem's.
         question: the problem's text.
-        reference: the right answer, or the first wrong step.
+        reference: the right answer, the first wrong step, or the reference text.
         final: what was read in the final text; null where nothing could be.
-        correct: whether that is right.
+        correct: whether that is right; null where nothing is right or wrong.
         strict: whether lm-evaluation-harness's strict filter finds it right.
         flexible: whether its flexible filter does.
         first_correct: whether the first answer was right.
@@ -777,19 +774,30 @@ class OutputRow(TrialRow):
         written_score: the score in the feedback's text; null where none could be read.
     """
 
-    set: str
-    system: str
-    sample: int
     id: str
     question: str
     reference: str
     final: str | None
-    correct: bool
+    correct: bool | None
     strict: NotRequired[bool]
     flexible: NotRequired[bool]
     first_correct: NotRequired[bool]
     deserved: NotRequired[float]
     written_score: NotRequired[float | None]
+
+
+class OutputRow(ItemRow, TrialRow):
+    """A line of ``outputs.jsonl``: one trial.
+
+    Attributes:
+        set: name of the set.
+        system: name of the system.
+        sample: index of the sample, from 0.
+    """
+
+    set: str
+    system: str
+    sample: int
 
 
 class CostsRow(TypedDict):
@@ -1006,7 +1014,7 @@ class BundlePromptRow(TypedDict):
 
     Attributes:
         role: the turn: answer, feedback, merge, revise, critique or final.
-        problem: index of the problem.
+        problem: the problem's id.
         text: the prompt as the chat template writes it.
         tokens: its token ids.
         greedy: token ids of the greedy continuation.
@@ -1014,7 +1022,7 @@ class BundlePromptRow(TypedDict):
     """
 
     role: str
-    problem: int
+    problem: str
     text: str
     tokens: list[int]
     greedy: list[int]
@@ -1041,7 +1049,11 @@ class BundleItemRow(TypedDict):
     right: bool
 
 
-class BundleFile(TypedDict):
+# Its key is the arrays' file: no name of a field.
+_BundleDigest = TypedDict("_BundleDigest", {"reference.safetensors": "str"})
+
+
+class BundleFile(_BundleDigest):
     """``parity/bundle.json``.
 
     Attributes:
@@ -1057,7 +1069,7 @@ class BundleFile(TypedDict):
         reference: the model and the machine that the bundle was made with.
         versions: of the packages.
         source: what was exported.
-        reference_sha256: digest of the arrays' file.
+        reference.safetensors: digest of the file with the arrays.
     """
 
     format: int
@@ -1072,7 +1084,6 @@ class BundleFile(TypedDict):
     reference: dict[str, Any]
     versions: dict[str, str]
     source: dict[str, Any]
-    reference_sha256: str
 
 
 FILES: Mapping[str, tuple[type, ...]] = {

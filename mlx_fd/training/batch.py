@@ -2,11 +2,11 @@
 
 :func:`run_batch` reads like :mod:`mlx_fd.feedback.episode`:
 
-1. answer                              :func:`first_answers`
-2. student's and expert's feedback     :func:`_judge`
-3. the gate                            :func:`_ask_gate`
-4. merge, 5. revise, criticise, final  :func:`merge_and_revise`
-6. learn, and measure what it brought  :func:`_learn`, :func:`_measure_learned`
+1. answer                                   :func:`first_answers`
+2. student's and expert's feedback          :func:`_judge`
+3. the gate                                 :func:`_ask_gate`
+4. merge, revise, criticise, final answer   :func:`merge_and_revise`
+5. learn, and measure what it brought       :func:`_learn`, :func:`_measure_learned`
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class _Gated:
 
 
 def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) -> BatchResult:
-    """One batch of episodes: steps 1 to 6."""
+    """One batch of episodes: steps 1 to 5."""
     begin = time.perf_counter()
     pair, config, number = learner.pair, learner.config, state.batch
     on_tokens = learner.on_tokens(number)
@@ -141,9 +141,9 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
     )
     # 3.
     gate_state, gated = _ask_gate(state.gate, judged, learner)
-    # 4. and 5. The student can learn from what they end in.
+    # 4. Before the student learns: it can learn from what this ends in.
     finished = merge_and_revise(pair, judged, config.generation, config.episode, seeds, on_tokens)
-    # 6.
+    # 5.
     lagging = [index for index, one in gated.items() if one.decision.distil]
     samples = _samples(gated, finished, lagging, learner)
     weights = loss_weights(gate_state, learner, number)
@@ -296,7 +296,7 @@ def _learn(
     on_tokens: OnTokens,
     own: Lessons | None = None,
 ) -> list[Update]:
-    """Step 6: the batch's optimiser steps; ``own`` is what the student learns from itself."""
+    """Step 5: the batch's optimiser steps; ``own`` is what the student learns from itself."""
     if not samples:
         return []
     pair, config = learner.pair, learner.config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from mlx_fd.feedback.episode import Answered, OnTokens, Usage
 from mlx_fd.feedback.gate import GateState
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.problems.prompts import Answer
+from mlx_fd.runs.records import TrialRow
 
 Seeds = Callable[[str], int]
 """Step name to the seed of its draws."""
@@ -68,12 +68,21 @@ class Trial:
         """The final answer's text."""
         return self.turns[self.last]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> TrialRow:
         """For a JSON file."""
-        return dataclasses.asdict(self)
+        return {
+            "turns": self.turns,
+            "last": self.last,
+            "score": self.score,
+            "tokens": self.tokens,
+            "prefilled": self.prefilled,
+            "seconds": self.seconds,
+            "by": dict(self.by),
+            "capped": list(self.capped),
+        }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Trial:
+    def from_json(cls, value: Mapping[str, Any]) -> Trial:
         """What :meth:`to_json` gave."""
         return cls(**{**value, "capped": tuple(value["capped"])})
 

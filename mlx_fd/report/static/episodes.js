@@ -32,12 +32,12 @@ function parts(entry, row) {
     ...block("First answer", row.answer.text, `${finalNumber(row.answer.final)}, ${verdict(row.correct_before)}`, cut(row, "answer")),
     feedbacks(row),
   ];
-  if (row.merged !== null) steps.push(...block("Merged feedback", row.merged, cut(row, "merge")));
-  if (row.revised !== null) {
+  if (row.merged) steps.push(...block("Merged feedback", row.merged, cut(row, "merge")));
+  if (row.revised) {
     steps.push(...block("Revision", compared(row.answer.text, row.revised, "changed") ?? row.revised, "words that the first answer does not have are marked", cut(row, "revise")));
   }
   if (row.critique !== null) steps.push(...block("Self-critique", row.critique, cut(row, "critique")));
-  if (row.revised !== null) {
+  if (row.revised) {
     steps.push(...block("Final answer", row.final.text, `${finalNumber(row.final.final)}, ${verdict(row.correct_after)}`, cut(row, "final")));
   } else {
     steps.push(element("p", {}, "The combined score reached the target: the first answer stayed as it was."));
