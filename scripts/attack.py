@@ -50,7 +50,6 @@ from mlx_fd.errors import UserError
 from mlx_fd.problems import parsing
 
 _MICRO = {
-    "problems": "arithmetic",
     "episodes": 4,
     "batch_size": 1,
     "max_answer_tokens": 6,
@@ -64,7 +63,7 @@ _MICRO = {
 }
 _KINDS = {
     "loop": {"epochs": 2, "teacher_top_k": 4, "gate": "always", "exam_size": 0, "kd_steps": 1},
-    "self-distill": {"num_generations": 2, "critic": "truth"},
+    "self-distill": {"num_generations": 2},
 }
 _SECONDS, _BYTES = 20, 400 << 20  # bounds of one hostile file, on a slow and busy machine
 _attack = [
@@ -162,7 +161,10 @@ class _Runs:
         from pairs import make_dirs
 
         assert _wait(_fork(lambda: make_dirs(folder), self.log)) == 0, self.said()
-        given = {**_MICRO, **_KINDS[kind], **changes}
+        rows = [{"question": f"What is {n} + 1?", "answer": n + 1} for n in range(40)]
+        questions = folder / "questions.jsonl"
+        questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        given = {**_MICRO, **_KINDS[kind], "problems": questions, **changes}
         if kind == "self-distill":
             given.pop("max_merge_tokens")
         options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
@@ -340,7 +342,7 @@ class _Disk:
 @cli.command()
 @_attacks
 @click.option("--kind", type=click.Choice(list(_KINDS)), required=True)
-@click.option("--chain", default=4, show_default=True, help="Errors in a row before going on.")
+@click.option("--chain", default=6, show_default=True, help="Errors in a row before going on.")
 def disk(seed, count, kind, chain):
     """Let the n-th call on a run's files fail, for n = 1, 2, ... and in what goes on after that."""
     begin, draw = time.monotonic(), random.Random(seed)
@@ -353,13 +355,7 @@ def disk(seed, count, kind, chain):
             note.unlink(missing_ok=True)
             hit = _Disk(target, at, code, stays=stays, note=note)
 
-            def report():
-                hit.install()
-                import atexit
-
-                atexit.register(lambda: None)
-
-            status = _wait(runs.start(target, report), 60 + 20 * runs.seconds)
+            status = _wait(runs.start(target, hit.install), 60 + 20 * runs.seconds)
             said = runs.said()
             where = f"{note.read_text() if note.exists() else None}, {at}, {code}, {stays}"
             assert status in (0, 2), (where, status, said)
@@ -391,13 +387,40 @@ def disk(seed, count, kind, chain):
 _PIECES = (
     *("score", "Score:", "**Score**: ", "Rating =", "Grade", "overall", "Verdict:", "/10", "/ 5"),
     *("out of ", "-0.5", "+1", "1.0", "1e9", "1e-400", "9" * 61, "0" * 40, ".", ",", "-", "−", "–"),
-    *("####", "#### ", "＃＃＃＃", "\\boxed{", "\\frac{1}{", "\\dfrac12", "}", "{", "$", "\\$", "%"),
+    *(
+        "####",
+        "#### ",
+        "＃＃＃＃",
+        "\\boxed{",
+        "\\frac{1}{",
+        "\\dfrac12",
+        "}",
+        "{",
+        "$",
+        "\\$",
+        "%",
+    ),
     *("<think>", "</think>", "<|im_end|>", "The answer is", "I give", "I rate this", "==", ">>"),
     *('{"score": ', '"feedback": "', '"}', "```json\n", "```", "null", "NaN", "Infinity", "true"),
     *("1,234", "1.234,5", "1 234", "1\u202f234", "½", "⅓", "٣", "３", "²", "𝟗", "१", "三", "Ⅷ"),
     *("1/0", "0/0", "3/4", "1 1/2", "1:30", "10^3", "10**9", "× 10^5", "2e5", "E", "i", "\\times"),
     *("\n", "\n\n", "\r\n", "\t", " ", "\x00", "\x1b[31m", "\u2028", "\u200b", "\ufeff", "\ud800"),
-    *("\udfff", "\U0010ffff", "e\u0301", "\u202e", "ß", "İ", "ſ", "K", "a", "Z", "_", "*", "`", "|"),
+    *(
+        "\udfff",
+        "\U0010ffff",
+        "e\u0301",
+        "\u202e",
+        "ß",
+        "İ",
+        "ſ",
+        "K",
+        "a",
+        "Z",
+        "_",
+        "*",
+        "`",
+        "|",
+    ),
     *("because step 2", "wrong", "correct", "no errors", "is", "was", "of", "be", "a", "to", "("),
     *(")", "[", "]", "<<", "&", ";", ":", "'", '"', "\\", "/", "..", "!", "?", "~", "@", "\u066b"),
 )
@@ -484,7 +507,11 @@ _NAMES = (
     *("s/../../x", "s/./a", "s//a", "s/\x01", "s/\u202ex", "s\\a", "s/" + "n" * 300, "s/é", ""),
     *("s/" + "d/" * 60 + "f", "s/\ud800", "~/x", "s/..", "/", ".", "C:/x", "s/con", "s/a\nb"),
 )
-_TYPES = (*[tarfile.REGTYPE] * 8, *(b"12345670"[i : i + 1] for i in range(8)), *(b"LKxgSVMDNX", b"\xff"))
+_TYPES = (
+    *[tarfile.REGTYPE] * 8,
+    *(b"12345670"[i : i + 1] for i in range(8)),
+    *(b"LKxgSVMDNX", b"\xff"),
+)
 _PAX = ("path", "size", "linkpath", "GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.name", "mtime")
 
 
@@ -515,7 +542,9 @@ def _tar(draw):
         if data:
             header = 512 * draw.randrange(len(data) // 512 + 1)
             place = min(header + draw.randrange(512), len(data) - 1)
-            data[place] = draw.choice((0, 0x2E, 0x2F, 0x32, 0x37, 0x78, 0x67, 0x4C, 0x53, 0x80, 0xFF))
+            data[place] = draw.choice(
+                (0, 0x2E, 0x2F, 0x32, 0x37, 0x78, 0x67, 0x4C, 0x53, 0x80, 0xFF)
+            )
             if draw.random() < 0.3 and header + 136 <= len(data):
                 # A size in base 256, which may be anything.
                 data[header + 124 : header + 136] = bytes([0x80]) + draw.randbytes(11)
@@ -640,7 +669,9 @@ def bundles(seed, count):
                     elif change == 1:
                         harmed[name] = harmed[name][: draw.randrange(3)]
                     elif change == 2:
-                        harmed[name] = harmed[name].astype(draw.choice(("f8", "f2", "i8", "u1", "?")))
+                        harmed[name] = harmed[name].astype(
+                            draw.choice(("f8", "f2", "i8", "u1", "?"))
+                        )
                     elif change == 3:
                         del harmed[name]
                     else:
@@ -651,7 +682,9 @@ def bundles(seed, count):
                 data = bytearray(files[name])
                 for _ in range(draw.choice((1, 3))):
                     place = draw.randrange(min(len(data), draw.choice((200, 1 << 30))))
-                    data[place : place + draw.choice((0, 1, 9))] = draw.randbytes(draw.choice((0, 1, 3)))
+                    data[place : place + draw.choice((0, 1, 9))] = draw.randbytes(
+                        draw.choice((0, 1, 3))
+                    )
                 (parity / name).write_bytes(data)
                 if name == tests.REFERENCE:
                     sealed(folder, content)  # the digest belongs to the damaged arrays
