@@ -92,6 +92,10 @@ def _arena():
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _progress(name, done, count):
+    click.echo(f"{name}: {done} of {count}", err=True)
+
+
 def _figure(name, begin, **found):
     counts = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in found.items())
     click.echo(f"{name}: {counts}; {time.monotonic() - begin:.0f} s")
@@ -220,11 +224,11 @@ class _Runs:
 
         if not (target / runs.SUMMARY).exists():
             assert self.run(target) == 0, self.said()
+            left = [p for p in target.rglob(".tmp-*") if runs.CUT not in p.parts]
+            assert not left, left
         found = self.outcome(target)
         differ = [n for n in {*found, *self.whole} if found.get(n) != self.whole.get(n)]
         assert not differ, (str(target), differ)
-        left = [p for p in target.rglob(".tmp-*") if "cut" not in p.parts]
-        assert not left, left
         shutil.rmtree(target)
 
 
@@ -247,6 +251,7 @@ def kills(seed, count, kind, chain):
             if status == 0 or not chain:
                 runs.check_whole(target)
                 whole += 1
+            _progress("kills", killed, count)
         if target.exists():
             runs.check_whole(target)
             whole += 1
@@ -373,6 +378,7 @@ def disk(seed, count, kind, chain):
                 injected, refused = injected + hit, refused + (hit and status == 2)
             runs.check_whole(target)
             whole += 1
+            _progress("disk errors", injected, count)
     _figure(
         f"disk errors in {kind}",
         begin,
