@@ -17,12 +17,12 @@ of scripts/test.sh, whose tests have a few of each. Runs are of a pair of tiny r
 processes forked from this one so that the packages are imported once; they need no network.
 """
 
-# ruff: noqa: E402
 import builtins
 import collections
 import contextlib
 import copy
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -65,7 +65,7 @@ _KINDS = {
     "loop": {"epochs": 2, "teacher_top_k": 4, "gate": "always", "exam_size": 0, "kd_steps": 1},
     "self-distill": {"num_generations": 2},
 }
-_SECONDS, _BYTES = 20, 400 << 20  # bounds of one hostile file, on a slow and busy machine
+_SECONDS, _BYTES = 120, 400 << 20  # bounds of one hostile file, on a slow and busy machine
 _attack = [
     click.option("--seed", default=0, show_default=True),
     click.option("--count", type=click.IntRange(1), required=True, help="How many."),
@@ -279,7 +279,7 @@ class _Disk:
             path = place
             if isinstance(place, int):
                 with contextlib.suppress(OSError):
-                    path = os.readlink(f"/proc/self/fd/{place}")
+                    path = Path(f"/proc/self/fd/{place}").readlink()
             if str(path).startswith(self.folder):
                 break
         else:
@@ -600,7 +600,7 @@ def archives(seed, count):
             file = folder / "a.tar"
             file.write_bytes(data)
             shown = f"archive {number} of seed {seed}: {data[:1200]!r}"
-            if _bounded(lambda: open_archive(file, inside / "out"), shown):
+            if _bounded(functools.partial(open_archive, file, inside / "out"), shown):
                 opened += 1
                 for path in inside.rglob("*"):
                     assert path.is_file() != path.is_dir() and not path.is_symlink(), shown
@@ -661,7 +661,8 @@ def bundles(seed, count):
                     with contextlib.suppress(KeyError, IndexError, TypeError):
                         for key in parents:
                             target = target[key]
-                        target[last] = draw.choice(odd)
+                        if isinstance(target, dict) == isinstance(last, str):
+                            target[last] = copy.deepcopy(draw.choice(odd))
                 sealed(folder, harmed)
             elif form < 0.8:
                 harmed = {name: array.copy() for name, array in arrays.items()}
@@ -747,7 +748,7 @@ def models(seed, count):
                 with contextlib.suppress(Exception):
                     breaks[name](path)
             shown = f"model {number} of seed {seed}: {names}"
-            used += _bounded(lambda: tests.use(path), shown)
+            used += _bounded(functools.partial(tests.use, path), shown)
             shutil.rmtree(path)
     _figure("models", begin, attacked=count, used=used, refused=count - used)
 
