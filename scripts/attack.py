@@ -17,6 +17,7 @@ of scripts/test.sh, whose tests have a few of each. Runs are of a pair of tiny r
 processes forked from this one so that the packages are imported once; they need no network.
 """
 
+# ruff: noqa: RUF001 - look-alike characters are what some attacks are made of
 import builtins
 import collections
 import contextlib

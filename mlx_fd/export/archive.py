@@ -71,13 +71,15 @@ def open_archive(file: Path, folder: Path) -> Path:
                         raise UserError(f"{file} is incomplete: it ends within {member.name}")
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{file}: two of its members are {error.filename}") from error
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise UserError(f"{file} is no tar file, or is damaged ({error})") from error
-    except OSError as error:
-        # A size that a header only claims leads to a place before the beginning of the file.
-        if error.errno != errno.EINVAL:
+    except (OSError, MemoryError) as error:
+        # Headers may claim any size: more than any memory, or a place before the file's beginning.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        raise UserError(f"{file} is no tar file, or is damaged ({error.strerror})") from error
+        raise UserError(
+            f"{file} is no tar file, or is damaged (a member has an impossible size)"
+        ) from error
     return folder
 
 
