@@ -20,6 +20,7 @@ from pairs import MEASURED, make_dirs, without_seconds
 from mlx_fd import cli, runs
 from mlx_fd.config import Config, override, to_toml
 from mlx_fd.errors import UserError
+from mlx_fd.evaluation.exam import exam_questions
 from mlx_fd.evaluation.pareto.curve import read_curve
 from mlx_fd.export.source import open_source
 from mlx_fd.feedback import pair
@@ -79,7 +80,7 @@ def go_on(folder: Path, options: dict, stop: Callable[[], bool] = lambda: False)
             runs.create(folder, to_toml(plan.config), plan.manifest)
         run(
             *(folder, plan.config, pair.open_pair(plan), plan.probe, plan.problems),
-            *(report, stop, plan.exam()),
+            *(report, stop, exam_questions(plan.config)),
         )
     return warned
 
@@ -354,6 +355,25 @@ def test_a_damaged_summary_is_made_again(way, finished, stopped, resume, tmp_pat
     assert status == 0
     assert outcome(folder)[runs.SUMMARY] == strip_control_chars
     assert way == "gone" or any(runs.SUMMARY in text for text in stopped.noticed(said))
+
+
+def test_run_and_models_may_move(stopped, resume, tmp_path):
+    """What a run is does not depend on where it is."""
+    target = copy_of(stopped.folder, tmp_path / "moved here")
+    config = target / runs.CONFIG
+    expert = Path(options_of(target)["expert"])
+    moved = copy_of(expert, tmp_path / "moved expert")
+    gone = tmp_path / "gone"
+    config.write_text(config.read_text().replace(f'"{expert}"', f'"{gone}"'))
+    before = outcome(target)
+    status, said = resume(target)
+    assert status == 2 and f"its expert, {gone}, does not exist" in said and str(config) in said
+    assert outcome(target) == before
+    config.write_text(config.read_text().replace(f'"{gone}"', f'"{moved}"'))
+    assert resume(target)[0] == 0
+    found = outcome(target)
+    config.write_text(config.read_text().replace(f'"{moved}"', f'"{expert}"'))
+    assert {**found, runs.CONFIG: outcome(target)[runs.CONFIG]} == stopped.comes_to
 
 
 def test_a_run_that_is_made_longer_keeps_its_first_summary(finished, resume, tmp_path):

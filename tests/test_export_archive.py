@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 import tarfile
 from pathlib import Path
@@ -81,6 +82,8 @@ REFUSED = [
     "a/b\nc",
     "evil",
     "a/b/c/d/e",
+    "a/" + 256 * "n",
+    "a/" + 128 * "é",
     "",
     special("a/link", tarfile.SYMTYPE, "/etc/passwd"),
     special("a/link", tarfile.LNKTYPE, "a/b"),
@@ -110,6 +113,9 @@ def test_other_refusals(folder, tmp_path):
 
     refuse("several folders", packed(tmp_path / "a.tar", "a/x", "b/x"))
     refuse("two of its members", packed(tmp_path / "a.tar", "a/x", "a/x"))
+    refuse("two of its members", packed(tmp_path / "a.tar", "a/x", "a/x/y"))
+    refuse("two of its members", packed(tmp_path / "a.tar", "a/x", "a/x/y/z"))
+    refuse("two of its members", packed(tmp_path / "a.tar", "a/x/y", "a/x"))
     refuse("more than 1000", packed(tmp_path / "a.tar", *(f"a/{i}" for i in range(1001))))
     with tarfile.open(tmp_path / "a.tar", "w"):
         pass
@@ -121,6 +127,16 @@ def test_other_refusals(folder, tmp_path):
     info.size = 1 << 40
     (tmp_path / "a.tar").write_bytes(info.tobuf() + bytes(1024))
     refuse(r"1099\.5 GB|damaged", tmp_path / "a.tar")
+    # Sizes in base 256, which lead before the beginning of the file, or to more than any memory.
+    for kind, size in itertools.product((tarfile.REGTYPE, tarfile.XHDTYPE), (-(1 << 40), 1 << 62)):
+        info.type, header = kind, bytearray(info.tobuf())
+        header[124:136] = (
+            (size % (1 << 96)).to_bytes(12) if size < 0 else bytes([0x80, *size.to_bytes(11)])
+        )
+        header[148:156] = b" " * 8
+        header[148:156] = f"{sum(header):06o}\0 ".encode()
+        (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(1024))
+        refuse("damaged", tmp_path / "a.tar")
     pack(folder, tmp_path / "a.tar")
     whole = (tmp_path / "a.tar").read_bytes()
     # A compressed one could hold anything in a few bytes.

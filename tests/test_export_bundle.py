@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import time
+import warnings
 
 import mlx.core as mx
 import numpy as np
@@ -235,6 +236,10 @@ def too_much_mass(arrays):
     arrays["top_logprobs"][0] = 0.0
 
 
+def no_exponential(arrays):
+    arrays["top_logprobs"][0, 0] = 1e30
+
+
 def out_of_order(arrays):
     arrays["top_logprobs"][4] = arrays["top_logprobs"][4][::-1]
 
@@ -254,6 +259,7 @@ def another_type(arrays):
         one_id_outside,
         one_nan,
         too_much_mass,
+        no_exponential,
         out_of_order,
         one_row_less,
         another_type,
@@ -264,8 +270,10 @@ def test_impossible_numbers_are_refused_even_when_sealed(written, harm):
     content, arrays = content_of(written), arrays_of(written)
     harm(arrays)
     sealed(written, content, arrays)
-    with pytest.raises(UserError, match=r"reference\.safetensors: .*export the model again"):
-        read_bundle(written)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a user would see it beside the sentence
+        with pytest.raises(UserError, match=r"reference\.safetensors: .*export the model again"):
+            read_bundle(written)
 
 
 @pytest.mark.parametrize(

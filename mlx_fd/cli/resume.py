@@ -15,7 +15,8 @@ from mlx_fd.cli.options import (
     track_option,
 )
 from mlx_fd.cli.run_command import run_loop
-from mlx_fd.config import read
+from mlx_fd.config import Config, read
+from mlx_fd.errors import UserError
 from mlx_fd.files import write_json
 from mlx_fd.runs.tracking import check_installed
 
@@ -65,6 +66,7 @@ def resume(
         if not redo:
             # Before models are loaded and anything is written.
             check_nothing_lost(run, config.episode.checkpoint_every)
+        _check_models(run, config)
         plan = selfdistilling.plan_of(config) if config.self_distils else make_plan(config)
         warnings = check_same(manifest, plan.manifest, run)
         warnings += changed_options(manifest, plan.manifest)
@@ -80,3 +82,22 @@ def resume(
             )
         else:
             run_loop(run, plan, warnings, trackers, as_json, quiet, new=False, redo=redo)
+
+
+def _check_models(run: Path, config: Config) -> None:
+    """Make sure that the run's models are where they were.
+
+    Raises:
+        UserError: a model's directory is gone; the message says how the run is told of another.
+    """
+    from mlx_fd import runs
+    from mlx_fd.models.resolve import parse_name
+
+    roles = ("student",) if config.self_distils else ("expert", "student")
+    for role in roles:
+        path = Path(parse_name(getattr(config.models, role)).base)
+        if path.is_absolute() and not path.exists():
+            raise UserError(
+                f"{run}: the directory of its {role}, {path}, does not exist; bring it back, or "
+                f"write where it is now as {role} in {run / runs.CONFIG}"
+            )

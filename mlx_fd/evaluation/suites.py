@@ -341,7 +341,7 @@ def evaluate(
     Raises:
         UserError: the folder cannot be written.
     """
-    advice = "then run the same command again: it goes on"
+    advice = "free some space, then run the same command again: it goes on"
     target = bench.target
     # Where an evaluation is done, its outputs stay until they are there again.
     outputs = folder / (_UNFINISHED if (folder / RESULTS).exists() else OUTPUTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tarfile
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,7 @@ from mlx_fd.models.storage import new_directory
 _MAX_MEMBERS = 1000
 _MAX_BYTES = 200 << 30
 _DEEPEST = 4
+_MAX_NAME = 255  # bytes, of file systems
 
 
 def write_archive(folder: Path, top: str, file: BinaryIO) -> None:
@@ -67,10 +69,17 @@ def open_archive(file: Path, folder: Path) -> Path:
                         shutil.copyfileobj(content, copy, 1 << 20)
                     if target.stat().st_size != member.size:
                         raise UserError(f"{file} is incomplete: it ends within {member.name}")
-    except FileExistsError as error:
+    except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{file}: two of its members are {error.filename}") from error
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise UserError(f"{file} is not a tar file, or is damaged ({error})") from error
+    except (OSError, MemoryError) as error:
+        # Headers may claim any size: more than any memory, or a place before the file's beginning.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise UserError(
+            f"{file} is not a tar file, or is damaged (a member has an impossible size)"
+        ) from error
     return folder
 
 
@@ -89,7 +98,10 @@ def _checked(archive: tarfile.TarFile, file: Path) -> list[tuple[tarfile.TarInfo
                 "nothing was unpacked"
             )
         parts = member.name.split("/")
-        unsafe = any(part in {"", ".", ".."} or not part.isprintable() for part in parts)
+        unsafe = any(
+            part in {"", ".", ".."} or not part.isprintable() or len(part.encode()) > _MAX_NAME
+            for part in parts
+        )
         if path.is_absolute() or unsafe or "\\" in member.name or not 2 <= len(parts) <= _DEEPEST:
             raise UserError(
                 f"{file}: {shown} would be unpacked outside its folder, or is no file of an "

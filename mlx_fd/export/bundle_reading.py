@@ -239,6 +239,7 @@ def _check_arrays(
         raise UserError(f"{path}: top_ids are not different ids below {vocab}; {_AGAIN}")
     if not (np.isfinite(top).all() and np.isfinite(following).all()):
         raise UserError(f"{path}: log-probabilities are not all finite numbers; {_AGAIN}")
-    mass = np.exp(top.astype(np.float64)).sum(-1)
+    # Absurd ones have no exponential; they are above 0 either way.
+    mass = np.exp(np.minimum(top.astype(np.float64), 1)).sum(-1)
     if (np.diff(top) > 0).any() or (mass > 1 + _ROUNDING).any() or (following > 0).any():
         raise UserError(f"{path}: log-probabilities do not fall, or are above 0; {_AGAIN}")
