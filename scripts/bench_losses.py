@@ -101,14 +101,15 @@ def contender(name, cell, student, teacher, hidden, target):
     from mlx_lm.tuner.losses import js_div_loss, kl_div_loss
 
     from mlx_fd.losses.dense import logit_loss
-    from mlx_fd.losses.divergence import fused_linear_divergence
+    from mlx_fd.losses.divergence import Target, fused_linear_divergence
 
     mask = mx.ones((cell["tokens"],))
     kind = {"kl": "forward", "jsd": "jsd"}[cell["kind"]]
     options = {"temperature": 1.0, "vocab": cell["vocab"]}
 
     def engine(x):
-        return fused_linear_divergence(x, student, target, teacher, mask, kind=kind, **options)[0]
+        wanted = Target.teacher(target, teacher, mask=mask, kind=kind, **options)
+        return fused_linear_divergence(x, student, wanted)[0]
 
     def dense(x):
         logits = [student(x)[None], teacher(target)[None]]

@@ -94,7 +94,9 @@ def test_the_term_is_added_to_the_update(dirs):
     found = {}
     for weight in (None, 0.5):
         recorder = Recorder()
-        more = {} if weight is None else {"also": lambda: (grads, 3.0), "also_weight": weight}
+        more = {}
+        if weight is not None:
+            more = {"auxiliary_loss": lambda: (grads, 3.0), "auxiliary_weight": weight}
         sample = distill.Sample((3, 4, 5), (7, 8), _reading(pair, plan), 0.5)
         update = distill.update(
             *(pair.student, pair.expert, recorder, [sample], {"lm": 1.0}),

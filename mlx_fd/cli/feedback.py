@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mlx_fd.cli.options import Count, debug_option, json_option
+from mlx_fd.cli.options import Count, PathType, debug_option, json_option, quiet_option
 from mlx_fd.errors import UserError
 from mlx_fd.text import strip_control_chars
 
@@ -16,14 +16,41 @@ from mlx_fd.text import strip_control_chars
 @click.command(
     epilog="""\b
 Examples:
-  mlx-fd feedback runs/20260101-120000 --problem "Tom has 3 apples and buys 5. How many?" \\
-      --answer "3 + 5 = 9. #### 9"
   mlx-fd feedback qwen2.5-1.5b-4bit --problem @problem.txt --answer - < answer.txt
+  mlx-fd feedback runs/20260101-120000 --problems answers.jsonl --out judged.jsonl
+\b
+A student of the tiny pair understands only problems and answers as its generator
+writes them (--problems arithmetic); of any others its scores mean nothing:
+  printf 'Step 1: <<8+5=14>>14\\n#### 14' | mlx-fd feedback runs/20260101-120000 --answer - \\
+      --problem "Tom has 8 apples. Tom buys 5 more. How many apples does Tom have now?"
 """,
 )
 @click.argument("model")
-@click.option("--problem", required=True, help="The problem; @FILE reads a file, - standard input.")
-@click.option("--answer", required=True, help="The answer to judge; likewise.")
+@click.option("--problem", help="The problem; @FILE reads a file, - standard input.")
+@click.option("--answer", help="The answer to judge; likewise.")
+@click.option(
+    "--problems",
+    "file",
+    type=PathType(),
+    metavar="FILE",
+    help="Judge all answers of a .jsonl, .json, .csv or .parquet file instead: rows with question "
+    "(or problem) and answer.",
+)
+@click.option(
+    "--out",
+    type=PathType(),
+    metavar="FILE",
+    help="Where to write its rows, with written_score, readable, feedback and, of a student, "
+    "head_score, as JSON lines. The same command goes on after a stop.",
+)
+@click.option("--overwrite", is_flag=True, help="Write over --out where it is there already.")
+@click.option(
+    "--batch-size",
+    type=Count(),
+    default=8,
+    show_default=True,
+    help="Answers of a file that are judged side by side.",
+)
 @click.option(
     "--tokens",
     type=Count(),
@@ -32,31 +59,112 @@ Examples:
     help="Most tokens of the feedback.",
 )
 @json_option
+@quiet_option
 @debug_option
 def feedback(
-    model: str, problem: str, answer: str, tokens: int, as_json: bool, debug: bool
+    model: str,
+    problem: str | None,
+    answer: str | None,
+    file: Path | None,
+    out: Path | None,
+    overwrite: bool,
+    batch_size: int,
+    tokens: int,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
 ) -> None:
-    """Score and criticise an answer with a distilled student.
+    """Score and criticise an answer, or a file of answers, with a distilled student.
 
     MODEL is a run directory (its best checkpoint), one of its checkpoints, or any model.
     """
     from mlx_fd.models.backend import backend
 
+    if file is None and out is None:
+        for name, value in (("--problem", problem), ("--answer", answer)):
+            if value is None:
+                raise click.UsageError(f"Missing option '{name}'.")
+        backend()
+        _one(model, problem or "", answer or "", tokens, as_json)
+        return
+    if problem is not None or answer is not None:
+        raise UserError("--problem and --answer are of one answer, --problems and --out of a file")
+    if file is None or out is None:
+        raise UserError("--problems FILE and --out FILE go together")
     backend()
+    _file(model, file, out, overwrite, batch_size, tokens, as_json, quiet)
+
+
+def _one(model: str, problem: str, answer: str, tokens: int, as_json: bool) -> None:
     if problem == answer == "-":
         raise UserError("--problem - and --answer -: only one of them can be standard input")
     question, text = _text(problem, "--problem"), _text(answer, "--answer")
-    from mlx_fd.feedback.judge import give_feedback
+    from mlx_fd.feedback.judge import check_lengths, give_feedback, locate_model, open_student
+    from mlx_fd.feedback.judge_file import judged_columns
 
-    found = give_feedback(model, question, text, tokens)
+    ref = locate_model(model)
+    check_lengths(ref.model, [(question, text)], tokens, "--tokens")
+    found = judged_columns(give_feedback(open_student(ref), question, text, tokens))
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    for name in ("score", "written_score"):
+    for name in ("head_score", "written_score"):
         if name in found:
             value = "none could be read" if found[name] is None else f"{found[name]:+.2f}"
             click.echo(f"{name.replace('_', ' ')}: {value}")
     click.echo(strip_control_chars(found["feedback"]))
+
+
+def _file(
+    model: str,
+    file: Path,
+    out: Path,
+    overwrite: bool,
+    batch_size: int,
+    tokens: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from mlx_fd.feedback.judge import check_lengths, locate_model, open_student
+    from mlx_fd.feedback.judge_file import COLUMNS, check_out_file, judge_file, partial_of
+    from mlx_fd.problems.files import load_answers
+
+    answers = load_answers(file, COLUMNS)
+    check_out_file(out, file, overwrite=overwrite)
+    ref = locate_model(model)
+    pairs = list(zip(answers.problems, answers.answers, strict=True))
+    check_lengths(ref.model, pairs, tokens, "--tokens", f"{file}: row")
+    console = Console(stderr=True)
+    bar = Progress(
+        *("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+        console=console,
+        disable=quiet or not console.is_interactive,
+    )
+    try:
+        with bar:
+            task = bar.add_task("answers judged", total=len(answers.rows))
+            rows = judge_file(
+                lambda: open_student(ref),
+                ref,
+                answers,
+                out,
+                max_tokens=tokens,
+                batch_size=batch_size,
+                on_progress=lambda done: bar.update(task, completed=done),
+            )
+    except KeyboardInterrupt:
+        click.echo(f"what is judged is in {partial_of(out)}; the same command goes on", err=True)
+        raise
+    readable = sum(row["readable"] for row in rows)
+    if as_json:
+        click.echo(json.dumps({"out": str(out), "judged": len(rows), "readable": readable}))
+        return
+    click.echo(
+        f"{len(rows)} answers judged, a written score could be read in {readable}: {out}",
+    )
 
 
 def _text(value: str, option: str) -> str:

@@ -1,8 +1,7 @@
-"""``mlx-fd loop`` and ``mlx-fd resume``."""
+"""``mlx-fd loop``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from mlx_fd.cli.options import (
     track_option,
     with_configuration,
 )
-from mlx_fd.cli.run_command import Job, new_folder, run_command
+from mlx_fd.cli.run_command import begin
 from mlx_fd.config import PRESETS
 from mlx_fd.errors import UserError
 from mlx_fd.runs.tracking import check_installed
@@ -77,8 +76,6 @@ def loop(
     Exits with 0 when the run is done, with 130 after Ctrl-C (143 after SIGTERM, 129 after SIGHUP,
     as from a terminal that was closed), with 2 when something has to be mended first.
     """
-    from mlx_fd.models.backend import backend
-
     check_installed(trackers)
     config = configuration(preset_name, config_file, given)
     if config.self_distils:
@@ -86,49 +83,4 @@ def loop(
             f"{config_file} is of a run of self-distillation: mlx-fd self-distill --config "
             f"{config_file}"
         )
-    backend()
-    from mlx_fd.runs.plan import check_out, make_plan
-
-    folder = out or new_folder()
-    check_out(folder)
-    _run(folder, make_plan(config), [], trackers, as_json, quiet, new=True)
-
-
-def _run(
-    folder: Path,
-    plan: Any,
-    warnings: list[str],
-    trackers: tuple[str, ...],
-    as_json: bool,
-    quiet: bool,
-    *,
-    new: bool,
-    redo: bool = False,
-) -> None:
-    from mlx_fd.cli.terminal.run import Display, summary_table
-    from mlx_fd.evaluation.exam import exam_questions
-    from mlx_fd.feedback.pair import open_pair
-    from mlx_fd.runs import README
-    from mlx_fd.training.loop import run
-
-    models = plan.config.models
-
-    def opened() -> Callable[..., Any]:
-        pair = open_pair(plan)
-        return lambda report, stop: run(
-            *(
-                folder,
-                plan.config,
-                pair,
-                plan.probe,
-                plan.problems,
-                report,
-                stop,
-                exam_questions(plan.config),
-            ),
-            redo=redo,
-        )
-
-    names = f"expert {models.expert}, student {models.student}"
-    job = Job(names, opened, Display, summary_table, README)
-    run_command(folder, plan, job, warnings, trackers, as_json, quiet, new=new)
+    begin(out, config, trackers, as_json, quiet)

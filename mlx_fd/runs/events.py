@@ -1,4 +1,7 @@
-"""What a run tells whoever watches it. The display is a view of these; a run needs no display."""
+"""What a run tells whoever watches it. The display is a view of these; a run needs no display.
+
+``str`` of an event is a line to print.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,18 @@ class Note:
 
     text: str
 
+    def __str__(self) -> str:
+        return self.text
+
 
 @dataclass(frozen=True)
 class Warned:
     """Something to worry about."""
 
     text: str
+
+    def __str__(self) -> str:
+        return f"warning: {self.text}"
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,9 @@ class Step:
     step: str
     tokens: int
 
+    def __str__(self) -> str:
+        return f"batch {self.batch + 1}: {self.step.replace('_', ' ')}, {self.tokens} tokens"
+
 
 @dataclass(frozen=True)
 class Probed:
@@ -36,6 +48,9 @@ class Probed:
     first: dict[str, float]
     last: dict[str, float]
     headroom: dict[str, int]
+
+    def __str__(self) -> str:
+        return f"probe set: {_losses(self.last)}"
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,18 @@ class BatchDone:
     total: int
     rows: list[dict[str, Any]]
     metrics: dict[str, Any]
+
+    def __str__(self) -> str:
+        updates = len(self.metrics["updates"])
+        probe = self.metrics["probe"]
+        return (
+            f"{self.done}/{self.total} episodes: {self.metrics['lagging']} of this batch learned "
+            f"from in {updates} updates" + (f"; probe set: {_losses(probe)}" if probe else "")
+        )
+
+
+def _losses(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
 
 Event = Note | Warned | Step | Probed | BatchDone
