@@ -27,7 +27,9 @@ from trained import make_run
 
 from mlx_fd import cli, runs
 from mlx_fd.config import OPTIONS, PRESETS, read
+from mlx_fd.files import digest_of, write_json
 from mlx_fd.problems import arithmetic
+from mlx_fd.runs.checked import read_checked, with_digest
 from mlx_fd.runs.checkpoints import newest_checkpoint
 from mlx_fd.text import strip_control_chars
 
@@ -1184,6 +1186,10 @@ def test_feedback_comes_from_the_best_checkpoint(run, mlx_fd):
     adapter = dict(mx.load(str(best / "adapters.safetensors")))
     loud = {name: value + 1.0 for name, value in adapter.items()}
     mx.save_safetensors(str(best / "adapters.safetensors"), loud)
+    failed(mlx_fd("feedback", run, *asked), "something changed it after the run wrote it")
+    state, _ = read_checked(best / "state.json")
+    state["files"] = {name: digest_of(best / name) for name in state["files"]}
+    write_json(best / "state.json", with_digest(state))
     after = json.loads(mlx_fd("feedback", run, *asked).out)
     assert after["head_score"] == pytest.approx(math.tanh(0.5), abs=1e-4)
     assert after["feedback"] != before["feedback"]

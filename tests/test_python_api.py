@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import typing
@@ -43,6 +44,7 @@ from mlx_fd.feedback.judge import locate_model  # noqa: E402
 from mlx_fd.feedback.judge_file import judge_file, judged_columns, partial_of  # noqa: E402
 from mlx_fd.problems import arithmetic  # noqa: E402
 from mlx_fd.problems.files import load_answers  # noqa: E402
+from mlx_fd.runs.checked import read_checked  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")
@@ -161,7 +163,7 @@ def random_run(dirs, tmp_path_factory):
 def test_a_run_gives_its_summary_and_its_events(random_run):
     result, events, steps = random_run
     assert result.done and result.summary["episodes"] == 8
-    assert result.summary == json.loads((result.folder / runs.SUMMARY).read_text())
+    assert (result.summary, True) == read_checked(result.folder / runs.SUMMARY)
     assert {type(event) for event in events} - {Warned} == {Note, Probed, BatchDone}
     batches = [event for event in events if isinstance(event, BatchDone)]
     assert [event.done for event in batches] == [2, 4, 6, 8]
@@ -218,6 +220,17 @@ def test_an_interrupt_leaves_a_run_that_can_be_resumed(dirs, random_run, tmp_pat
         run_loop(expert, student=student, out=tmp_path / "run", on_event=interrupt, **SMALL)
     resume_run(tmp_path / "run", on_event=lambda event: None)
     same(random_run[0].folder, tmp_path / "run")
+
+
+def test_lost_checkpoints_are_done_again_only_where_that_is_said(dirs, random_run, tmp_path):
+    run = shutil.copytree(random_run[0].folder, tmp_path / "run", symlinks=True)
+    shutil.rmtree(run / runs.CHECKPOINTS)
+    before = (run / runs.EPISODES).read_bytes()
+    with pytest.raises(UserError, match="redo-from-checkpoint"):
+        resume_run(run)
+    assert (run / runs.EPISODES).read_bytes() == before
+    assert resume_run(run, redo_from_checkpoint=True, on_event=lambda event: None).done
+    same(random_run[0].folder, run)
 
 
 def test_without_a_listener_warnings_are_python_s(dirs, tmp_path):
@@ -316,6 +329,8 @@ def test_a_plain_model_has_no_score_head(dirs):
         (("", "2"), {}, "its problem is empty"),
         (("1 + 1?", "2"), {"batch_size": 0}, "batch_size must be at least 1"),
         (("1 + 1?", "2"), {"max_tokens": 0}, "max_tokens must be at least 1"),
+        (("1 + 1?", "\ud800"), {}, "its answer is not UTF-8 text"),
+        (("1 + 1 " * 2000, "2"), {}, "tokens of feedback do not fit into the 2048 of"),
     ):
         with pytest.raises(UserError, match=message):
             judge.judge([pair], **options)
@@ -406,10 +421,50 @@ def test_a_stopped_file_is_gone_on_with(dirs, file, tmp_path):
     assert not partial.exists()
 
 
+def test_rows_of_others_are_left_alone(dirs, file, tmp_path):
+    """A file in the place of the rows, a changed row in it, and another process that writes it."""
+    ref, out, answers = locate_model(str(dirs[1])), tmp_path / "judged.jsonl", load_answers(file)
+    options = {"max_tokens": 3, "batch_size": 5}
+    partial = partial_of(out)
+    partial.write_text("somebody's notes\n")
+    with pytest.raises(UserError, match="another file of answers"):
+        judge_file(lambda: open_student(ref), ref, answers, out, **options)
+    assert partial.read_text() == "somebody's notes\n"
+    partial.unlink()
+
+    def stop(done):
+        if done == 0:
+            with pytest.raises(UserError, match="another mlx-fd process is writing this file"):
+                judge_file(lambda: open_student(ref), ref, answers, out, **options)
+        else:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judge_file(lambda: open_student(ref), ref, answers, out, on_progress=stop, **options)
+    lines = partial.read_text().splitlines(keepends=True)
+    assert len(lines) == 6
+    # Without the second row the others would stand beside answers that are not theirs.
+    partial.write_text("".join(lines[:2] + lines[3:]))
+    seen = []
+    judge_file(lambda: open_student(ref), ref, answers, out, on_progress=seen.append, **options)
+    assert seen == [1, 5] and out.read_text().splitlines(keepends=True) == lines[1:]
+
+
+def test_an_answer_longer_than_the_context_is_not_judged(dirs, file, tmp_path):
+    with file.open("a") as handle:
+        handle.write(json.dumps({"question": "1 + 1 " * 2000, "answer": "2"}) + "\n")
+    done = command(dirs[1], "--problems", file, "--out", tmp_path / "judged.jsonl")
+    flat = " ".join(done.stderr.split())
+    assert done.returncode == 2 and f"{file}: row 5: problem and answer have" in flat
+    assert "take a smaller --tokens" in flat
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", ":2: not JSON"),
+        ('{"question": "1?", "answer": "1", "x": "\\ud800"}', "which JSON cannot hold"),
         ('{"question": "1?"}', ":2: no 'answer'"),
         ('{"answer": "1"}', ":2: no 'question'"),
         ('{"question": "1?", "answer": " "}', ":2: 'answer' is empty"),
@@ -422,7 +477,7 @@ def test_a_bad_row_is_refused_before_a_model_is_looked_for(line, message, tmp_pa
     file = tmp_path / "answers.jsonl"
     file.write_text('{"question": "1 + 1?", "answer": 2}\n' + line + "\n")
     done = command("no-such-model", "--problems", file, "--out", tmp_path / "out.jsonl")
-    assert done.returncode == 2 and f"{file}{message}" in done.stderr
+    assert done.returncode == 2 and message in done.stderr and f"{file}:2: " in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
