@@ -447,7 +447,7 @@ def _text(draw):
 
 def _read_text(text, gold):
     feedback = parsing.parse_feedback(text)
-    assert feedback.score is None or -1 <= feedback.score <= 1
+    assert feedback.written_score is None or -1 <= feedback.score <= 1
     assert isinstance(feedback.text, str)
     parsing.needs_merge(feedback, parsing.parse_feedback(gold))
     for how in ("auto", "strict", "flexible"):

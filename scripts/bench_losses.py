@@ -117,15 +117,15 @@ def contender(
     from dense_losses import logit_loss
     from mlx_lm.tuner.losses import js_div_loss, kl_div_loss
 
-    from mlx_fd.losses.divergence import fused_linear_divergence
+    from mlx_fd.losses.divergence import Target, fused_linear_divergence
 
     mask = mx.ones((cell["tokens"],))
     kind = {"kl": "forward", "jsd": "jsd"}[cell["kind"]]
     options: dict[str, Any] = {"temperature": 1.0, "vocab": cell["vocab"]}
 
     def engine(x: mx.array) -> mx.array:
-        total, _ = fused_linear_divergence(x, student, target, teacher, mask, kind=kind, **options)
-        return total
+        wanted = Target.teacher(target, teacher, mask=mask, kind=kind, **options)
+        return fused_linear_divergence(x, student, wanted)[0]
 
     def dense(x: mx.array) -> mx.array:
         logits = student(x)[None], teacher(target)[None]

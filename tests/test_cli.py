@@ -27,7 +27,9 @@ from trained import make_run
 
 from mlx_fd import cli, runs
 from mlx_fd.config import OPTIONS, PRESETS, read
+from mlx_fd.files import digest_of, write_json
 from mlx_fd.problems import arithmetic
+from mlx_fd.runs.checked import read_checked, with_digest
 from mlx_fd.runs.checkpoints import newest_checkpoint
 from mlx_fd.text import strip_control_chars
 
@@ -1155,18 +1157,18 @@ def test_feedback_of_a_run_a_checkpoint_and_a_model(home, finished, mlx_fd, tmp_
     asked = ["--problem", f"@{file}", "--answer", "3 + 5 = 8 #### 8", "--tokens", 5]
     best = finished / "checkpoints" / "best"
     of_run = json.loads(mlx_fd("feedback", finished, *asked, "--json").out)
-    assert set(of_run) == {"score", "written_score", "feedback"}
-    assert -1 < of_run["score"] < 1 and of_run["feedback"].startswith("Score:")
+    assert set(of_run) == {"head_score", "written_score", "readable", "feedback"}
+    assert -1 < of_run["head_score"] < 1 and of_run["feedback"].startswith("Score:")
     assert json.loads(mlx_fd("feedback", best, *asked, "--json").out) == of_run
     first = finished / "checkpoints" / "000000"
     untrained = json.loads(mlx_fd("feedback", first, *asked, "--json").out)
-    assert untrained["score"] == 0
+    assert untrained["head_score"] == 0
     plain = json.loads(mlx_fd("feedback", home / "student", *asked, "--json").out)
-    assert set(plain) == {"written_score", "feedback"}
+    assert set(plain) == {"written_score", "readable", "feedback"}
     # LoRA begins as nothing: the untrained student says what its base model says.
     assert plain["feedback"] == untrained["feedback"]
     text = mlx_fd("feedback", finished, *asked).out
-    assert text.startswith("score: ") and "written score: none could be read\nScore:" in text
+    assert text.startswith("head score: ") and "written score: none could be read\nScore:" in text
     assert not CONTROL.search(text)
 
 
@@ -1184,11 +1186,15 @@ def test_feedback_comes_from_the_best_checkpoint(run, mlx_fd):
     adapter = dict(mx.load(str(best / "adapters.safetensors")))
     loud = {name: value + 1.0 for name, value in adapter.items()}
     mx.save_safetensors(str(best / "adapters.safetensors"), loud)
+    failed(mlx_fd("feedback", run, *asked), "something changed it after the run wrote it")
+    state, _ = read_checked(best / "state.json")
+    state["files"] = {name: digest_of(best / name) for name in state["files"]}
+    write_json(best / "state.json", with_digest(state))
     after = json.loads(mlx_fd("feedback", run, *asked).out)
-    assert after["score"] == pytest.approx(math.tanh(0.5), abs=1e-4)
+    assert after["head_score"] == pytest.approx(math.tanh(0.5), abs=1e-4)
     assert after["feedback"] != before["feedback"]
     text = mlx_fd("feedback", run, *asked[:-1]).out
-    assert text.startswith("score: +0.46\n")
+    assert text.startswith("head score: +0.46\n")
 
 
 def test_feedback_reads_standard_input(home, finished):
@@ -1196,7 +1202,7 @@ def test_feedback_reads_standard_input(home, finished):
     done = subprocess.run(
         ["bash", "-c", line + " --tokens 3 --json"], cwd=home, capture_output=True, check=True
     )
-    assert "score" in json.loads(done.stdout)
+    assert "head_score" in json.loads(done.stdout)
 
 
 def test_feedback_of_half_a_run(home, run, mlx_fd, tmp_path):

@@ -387,16 +387,10 @@ def models(rows, width, student="bias", teacher="linear", dtype=mx.float32, padd
 
 
 def fused(hidden, ours, teacher, theirs, weights, vocab, kind="forward", **options):
-    return fused_linear_divergence(
-        hidden,
-        ours,
-        teacher,
-        theirs,
-        mx.array(weights),
-        kind=kind,
-        vocab=vocab,
-        **{"temperature": 1.0, "beta": KINDS["jsd"], **options},
-    )
+    chunk = options.pop("chunk", None)
+    given = {"beta": KINDS["jsd"], "mask": mx.array(weights), "vocab": vocab, **options}
+    target = Target.teacher(teacher, theirs, kind=kind, **given)
+    return fused_linear_divergence(hidden, ours, target, chunk=chunk)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -485,9 +479,8 @@ def test_it_is_the_dense_loss(kind, standardize):
         return logit_loss(*logits, mask[None], kl=kind, **shared)[0]
 
     def engine(x):
-        return fused_linear_divergence(x, ours, target, theirs, mask, kind=kind, chunk=4, **shared)[
-            0
-        ]
+        wanted = Target.teacher(target, theirs, mask=mask, kind=kind, **shared)
+        return fused_linear_divergence(x, ours, wanted, chunk=4)[0]
 
     expected, expected_slope = mx.value_and_grad(dense)(hidden)
     value, grad = mx.value_and_grad(engine)(hidden)
@@ -861,18 +854,7 @@ def several(n=23, vocab=301, width=32, dtype=mx.float32):
 
 def one_by_one(hidden, head, targets):
     return sum(
-        fused_linear_divergence(
-            hidden,
-            head,
-            t.teacher,
-            t.head,
-            t.weights,
-            kind=t.kind,
-            temperature=t.temperature,
-            vocab=t.vocab,
-            standardize=t.standardize,
-        )[0]
-        for t in targets
+        fused_linear_divergence(hidden, head, replace(t, mask=t.weights != 0))[0] for t in targets
     )
 
 
@@ -929,8 +911,8 @@ def test_a_target_s_mask_is_its_own():
     mask = mx.arange(23) % 3 != 0
     weights = mx.where(mask, jsd.weights, 0)
     clean = [cross_entropy, replace(jsd, weights=weights)]
-    teacher = mx.where(mask[:, None], jsd.teacher, mx.nan)
-    masked = replace(jsd, teacher=teacher, weights=weights, mask=mask)
+    teacher = mx.where(mask[:, None], jsd.outputs, mx.nan)
+    masked = replace(jsd, outputs=teacher, weights=weights, mask=mask)
     expected = mx.value_and_grad(lambda x: fused_linear_divergences(x, head, clean)[0])(hidden)
     found = mx.value_and_grad(
         lambda x: fused_linear_divergences(x, head, [cross_entropy, masked])[0]

@@ -25,12 +25,12 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from mlx_fd.cli.app import cli  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
-from mlx_fd.export import exporter, gguf_file, hf, verify  # noqa: E402
+from mlx_fd.export import gguf_file, hf, verify  # noqa: E402
 from mlx_fd.export.bundle_reading import read_bundle  # noqa: E402
 from mlx_fd.export.exporter import Exported, as_json_value, export  # noqa: E402
-from mlx_fd.export.form import Form  # noqa: E402
+from mlx_fd.export.form import DTYPES, FORMATS, Q_BITS, Q_GROUP_SIZES, Form  # noqa: E402
 from mlx_fd.export.source import open_source  # noqa: E402
-from mlx_fd.feedback.judge import give_feedback, locate_model, open_student  # noqa: E402
+from mlx_fd.feedback.judge import give_feedback, open_student  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402
 
 SIZES = {"hidden": 64, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate": 96}
@@ -140,7 +140,7 @@ def test_default_types(run, quantized_run, tmp_path):
 def test_logits_are_the_live_students(run, base, tmp_path):
     """Against an evaluation of our own, and not only the exporter's word."""
     done = write(run, tmp_path / "out", dtype="float32")
-    live, _ = open_student(locate_model(str(run)))
+    live = open_student(run).student_lm
     model, tokenizer = mlx_lm.load(str(tmp_path / "out"))
     ids = mx.array([tokenizer.encode("Tom has 3 apples. How many?")])
     ours, theirs, plain = (
@@ -229,7 +229,7 @@ def test_adapter_for_mlx_lm(run, base, tmp_path):
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["model"] == str(base)
     model, tokenizer = mlx_lm.load(str(base), adapter_path=str(tmp_path / "out"))
-    live, _ = open_student(locate_model(str(run)))
+    live = open_student(run).student_lm
     ids = mx.array([tokenizer.encode("Tom has 3 apples.")])
     assert mx.array_equal(model(ids), live.model(ids))
 
@@ -399,7 +399,7 @@ def test_the_cards_ten_lines_give_the_score(tmp_path, monkeypatch, capsys, score
     exec(code, {})
     score = float(capsys.readouterr().out)
     problem, answer = "Tom has 3 apples and buys 5. How many?", "3 + 5 = 9. #### 9"
-    wanted = give_feedback(str(run), problem, answer, 192)["score"]
+    wanted = give_feedback(str(run), problem, answer, 192).head_score
     assert score == pytest.approx(wanted, abs=2e-4)
     assert abs(wanted) > 0.01
 
@@ -575,10 +575,10 @@ def test_the_command_line_offers_what_can_be_written():
         if isinstance(param.type, click.Choice)
     }
     assert offered == {
-        "form": exporter.FORMATS,
-        "dtype": exporter.DTYPES,
-        "q_bits": tuple(map(str, exporter.Q_BITS)),
-        "q_group_size": tuple(map(str, exporter.Q_GROUP_SIZES)),
+        "form": FORMATS,
+        "dtype": DTYPES,
+        "q_bits": tuple(map(str, Q_BITS)),
+        "q_group_size": tuple(map(str, Q_GROUP_SIZES)),
         "gguf_type": gguf_file.TYPES,
     }
 

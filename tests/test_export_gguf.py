@@ -30,7 +30,7 @@ from mlx_fd.export.exporter import export  # noqa: E402
 from mlx_fd.export.form import Form  # noqa: E402
 from mlx_fd.export.gguf_tokenizer import read_vocabulary  # noqa: E402
 from mlx_fd.export.source import open_source  # noqa: E402
-from mlx_fd.feedback.judge import give_feedback, locate_model, open_student  # noqa: E402
+from mlx_fd.feedback.judge import give_feedback, open_student  # noqa: E402
 from mlx_fd.models.gguf import (  # noqa: E402
     CONTROL,
     NORMAL,
@@ -420,7 +420,7 @@ def llama(file: Path) -> Any:
 
 def against_llama_cpp(name: str, file: Path) -> verify.Agreement:
     """The live model against llama.cpp on the same text, which both split themselves."""
-    live, _ = open_student(locate_model(name))
+    live = open_student(name).student_lm
     chat = verify.role_chat(live.tokenizer)
     engine = llama(file)
     text = live.tokenizer.decode(list(chat))
@@ -462,7 +462,7 @@ def test_the_cards_lines_give_the_score_in_llama_cpp(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path / "out")
     exec(code, {})
     problem, answer = "Tom has 3 apples and buys 5. How many?", "3 + 5 = 9. #### 9"
-    wanted = give_feedback(str(run), problem, answer, 192)["score"]
+    wanted = give_feedback(str(run), problem, answer, 192).head_score
     # llama.cpp keeps keys and values in float16.
     assert float(capsys.readouterr().out) == pytest.approx(wanted, abs=5e-3)
     assert abs(wanted) > 0.01

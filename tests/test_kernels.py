@@ -11,10 +11,9 @@ from metal.cases import ROWS, close, hidden, numbers, of_twin
 from metal.emulator import Kernel, cuda_text
 from mlx import nn
 
-import mlx_fd
 from mlx_fd.errors import UserError
 from mlx_fd.losses import kernels
-from mlx_fd.losses.divergence import fused_linear_divergence, teacher_top_k
+from mlx_fd.losses.divergence import Target, fused_linear_divergence, teacher_top_k
 from mlx_fd.losses.hidden import hidden_alignment_loss
 from mlx_fd.losses.kernel_checks import (
     divergence_reference,
@@ -373,14 +372,9 @@ def test_the_losses_run_through_the_kernels(device, emulator, monkeypatch):
     projection = some(6, 7)
 
     def divergence(hidden, kind, standardize):
-        return fused_linear_divergence(
-            *(hidden, ours, teacher, theirs, mask),
-            kind=kind,
-            temperature=2.0,
-            vocab=301,
-            standardize=standardize,
-            chunk=2,
-        )[0]
+        options = {"temperature": 2.0, "vocab": 301, "standardize": standardize}
+        target = Target.teacher(teacher, theirs, mask=mask, kind=kind, **options)
+        return fused_linear_divergence(hidden, ours, target, chunk=2)[0]
 
     def alignment(states):
         return hidden_alignment_loss([states, states], pooled, valid, lambda x: x @ projection)[0]
@@ -433,5 +427,5 @@ def test_the_graph_passes_its_checks():
 
 def test_the_texts_are_found_where_the_wheel_puts_them(monkeypatch, tmp_path):
     (tmp_path / "kernel_sources").mkdir()
-    monkeypatch.setattr(mlx_fd, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "losses" / "kernels.py"))
     assert kernels.source_folder() == tmp_path / "kernel_sources"

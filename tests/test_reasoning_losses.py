@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlx_fd.losses.answer import answer_mask, answer_span, token_spans
 from mlx_fd.losses.attention import attention_matching_loss
-from mlx_fd.losses.divergence import fused_linear_divergence, one_hot
+from mlx_fd.losses.divergence import Target, fused_linear_divergence
 from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.models.attention_taps import LOG_ZERO
 from mlx_fd.models.loading import load
@@ -232,17 +232,9 @@ def identity(width):
     return head
 
 
-def flat(logits):
-    return logits.reshape(-1, logits.shape[-1])
-
-
 def answer_matching_loss(logits, targets, mask):
-    vocab = logits.shape[-1]
-    sure = one_hot(targets.flatten())
-    options = {"kind": "forward", "temperature": 1.0, "vocab": vocab}
-    total, _ = fused_linear_divergence(
-        flat(logits), identity(vocab), sure, None, mask.flatten(), **options
-    )
+    target = Target.tokens(targets, mask=mask)
+    total, _ = fused_linear_divergence(logits, identity(logits.shape[-1]), target)
     return total, mask.astype(mx.bool_).any(axis=1).astype(mx.float32).sum()
 
 
@@ -289,9 +281,8 @@ def test_answer_and_rest_are_the_language_model_loss():
 
 def reasoning_path_loss(student, teacher, weights, *, kl, **options):
     heads = [identity(logits.shape[-1]) for logits in (student, teacher)]
-    return fused_linear_divergence(
-        *(flat(student), heads[0], flat(teacher), heads[1], weights.flatten()), kind=kl, **options
-    )
+    target = Target.teacher(teacher, heads[1], mask=weights, kind=kl, **options)
+    return fused_linear_divergence(student, heads[0], target)
 
 
 def reason(student, teacher, weights, kl="forward", temperature=1.0, standardize=False):

@@ -395,7 +395,7 @@ def test_what_learned_from_itself_is_exported_without_a_score_head(learned, tmp_
     assert "Held-out problems answered right" in card and "score_head" not in card
     assert not (tmp_path / "out" / "score_head.safetensors").exists()
     given = give_feedback(str(learned), "Tom has 3 apples and buys 5. How many?", "8", 16)
-    assert set(given) == {"written_score", "feedback"}
+    assert given.head_score is None and given.text
 
 
 def test_a_run_is_evaluated_beside_the_model_that_it_was(learned, tmp_path):

@@ -201,7 +201,7 @@ def advantage(
     unread = f"{found.skipped} rows of {found.name} could not be read and were skipped"
     for text in [*([unread] if found.skipped else []), *left_out]:
         click.echo(f"warning: {text}", err=True)
-    loaded, _ = open_student(place)
+    loaded = open_student(place).student_lm
     with Steps(Console(stderr=True), quiet=quiet) as progress:
         attempts = analysis.attempts_of(loaded, taken, config, progress)
         scored = analysis.score(

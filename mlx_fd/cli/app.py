@@ -10,7 +10,7 @@ import traceback
 
 import click
 
-from mlx_fd import __version__
+from mlx_fd._version import __version__
 from mlx_fd.cli.advantage import advantage
 from mlx_fd.cli.compare import compare
 from mlx_fd.cli.doctor import doctor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -11,10 +12,12 @@ import click
 from mlx_fd.cli.options import (
     Count,
     Number,
+    PathType,
     chosen_model,
     debug_option,
     json_option,
     model_options,
+    quiet_option,
 )
 from mlx_fd.errors import UserError
 from mlx_fd.text import strip_control_chars
@@ -24,14 +27,41 @@ from mlx_fd.text import strip_control_chars
     short_help="Score and criticise an answer with a distilled student.",
     epilog="""\b
 Examples:
-  mlx-fd feedback runs/20260101-120000 --problem "Tom has 3 apples and buys 5. How many?" \\
-      --answer "3 + 5 = 9. #### 9"
   mlx-fd feedback qwen2.5-1.5b-4bit --problem @problem.txt --answer - < answer.txt
+  mlx-fd feedback runs/20260101-120000 --problems answers.jsonl --out judged.jsonl
+\b
+A student of the tiny pair understands only problems and answers as its generator
+writes them (--problems arithmetic); of any others its scores mean nothing:
+  printf 'Step 1: <<8+5=14>>14\\n#### 14' | mlx-fd feedback runs/20260101-120000 --answer - \\
+      --problem "Tom has 8 apples. Tom buys 5 more. How many apples does Tom have now?"
 """,
 )
 @model_options("model")
-@click.option("--problem", required=True, help="The problem; @FILE reads a file, - standard input.")
-@click.option("--answer", required=True, help="The answer to judge; likewise.")
+@click.option("--problem", help="The problem; @FILE reads a file, - standard input.")
+@click.option("--answer", help="The answer to judge; likewise.")
+@click.option(
+    "--problems",
+    "file",
+    type=PathType(),
+    metavar="FILE",
+    help="Judge all answers of a .jsonl, .json, .csv or .parquet file instead: rows with question "
+    "(or problem) and answer.",
+)
+@click.option(
+    "--out",
+    type=PathType(),
+    metavar="FILE",
+    help="Where to write its rows, with written_score, readable, feedback and, of a student, "
+    "head_score, as JSON lines. The same command goes on after a stop.",
+)
+@click.option("--overwrite", is_flag=True, help="Write over --out where it is there already.")
+@click.option(
+    "--batch-size",
+    type=Count(),
+    default=8,
+    show_default=True,
+    help="Answers of a file that are judged side by side.",
+)
 @click.option(
     "--tokens",
     "--max-tokens",
@@ -51,41 +81,135 @@ Examples:
     help="Sampling temperature of the feedback; 0 is greedy.",
 )
 @json_option
+@quiet_option
 @debug_option
 def feedback(
     model: str | None,
     model_option: str | None,
     adapter_path: Path | None,
-    problem: str,
-    answer: str,
+    problem: str | None,
+    answer: str | None,
+    file: Path | None,
+    out: Path | None,
+    overwrite: bool,
+    batch_size: int,
     tokens: int,
     temperature: float,
     as_json: bool,
+    quiet: bool,
     debug: bool,
 ) -> None:
-    """Score and criticise an answer with a distilled student.
+    """Score and criticise an answer, or a file of answers, with a distilled student.
 
     MODEL is a run directory (its best checkpoint), one of its checkpoints, or any model.
     """
     from mlx_fd.models.backend import backend
 
     name = chosen_model(model, model_option, adapter_path)
+    if file is None and out is None:
+        for option, value in (("--problem", problem), ("--answer", answer)):
+            if value is None:
+                raise click.UsageError(f"Missing option '{option}'.")
+        backend()
+        _one(name, adapter_path, problem or "", answer or "", tokens, temperature, as_json)
+        return
+    if problem is not None or answer is not None:
+        raise UserError("--problem and --answer are of one answer, --problems and --out of a file")
+    if file is None or out is None:
+        raise UserError("--problems FILE and --out FILE go together")
     backend()
+    options = JudgeOptions(batch_size, tokens, temperature, overwrite)
+    _file(name, adapter_path, file, out, options, as_json, quiet)
+
+
+def _one(
+    model: str,
+    adapter_path: Path | None,
+    problem: str,
+    answer: str,
+    tokens: int,
+    temperature: float,
+    as_json: bool,
+) -> None:
     if problem == answer == "-":
         raise UserError("--problem - and --answer -: only one of them can be standard input")
     question, text = _text(problem, "--problem"), _text(answer, "--answer")
-    from mlx_fd.feedback.judge import give_feedback, locate_model
+    from mlx_fd.feedback.judge import check_lengths, give_feedback, locate_model, open_student
+    from mlx_fd.feedback.judge_file import judged_columns
 
-    ref = locate_model(name, adapter_path)
-    found = give_feedback(ref, question, text, tokens, temperature)
+    ref = locate_model(model, adapter_path)
+    check_lengths(ref.model, [(question, text)], tokens, "--tokens")
+    found = judged_columns(give_feedback(open_student(ref), question, text, tokens, temperature))
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    for name in ("score", "written_score"):
+    for name in ("head_score", "written_score"):
         if name in found:
             value = "none could be read" if found[name] is None else f"{found[name]:+.2f}"
             click.echo(f"{name.replace('_', ' ')}: {value}")
     click.echo(strip_control_chars(found["feedback"]))
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """How a file is judged."""
+
+    batch_size: int
+    tokens: int
+    temperature: float
+    overwrite: bool
+
+
+def _file(
+    model: str,
+    adapter_path: Path | None,
+    file: Path,
+    out: Path,
+    options: JudgeOptions,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from mlx_fd.feedback.judge import check_lengths, locate_model, open_student
+    from mlx_fd.feedback.judge_file import COLUMNS, check_out_file, judge_file, partial_of
+    from mlx_fd.problems.files import load_answers
+
+    answers = load_answers(file, COLUMNS)
+    check_out_file(out, file, overwrite=options.overwrite)
+    ref = locate_model(model, adapter_path)
+    pairs = list(zip(answers.problems, answers.answers, strict=True))
+    check_lengths(ref.model, pairs, options.tokens, "--tokens", f"{file}: row")
+    console = Console(stderr=True)
+    bar = Progress(
+        *("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+        console=console,
+        disable=quiet or not console.is_interactive,
+    )
+    try:
+        with bar:
+            task = bar.add_task("answers judged", total=len(answers.rows))
+            rows = judge_file(
+                lambda: open_student(ref),
+                ref,
+                answers,
+                out,
+                max_tokens=options.tokens,
+                batch_size=options.batch_size,
+                temperature=options.temperature,
+                on_progress=lambda done: bar.update(task, completed=done),
+            )
+    except KeyboardInterrupt:
+        click.echo(f"what is judged is in {partial_of(out)}; the same command goes on", err=True)
+        raise
+    readable = sum(row["readable"] for row in rows)
+    if as_json:
+        click.echo(json.dumps({"out": str(out), "judged": len(rows), "readable": readable}))
+        return
+    click.echo(
+        f"{len(rows)} answers judged, a written score could be read in {readable}: {out}",
+    )
 
 
 def _text(value: str, option: str) -> str:

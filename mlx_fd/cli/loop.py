@@ -18,7 +18,7 @@ from mlx_fd.cli.options import (
     track_option,
     with_configuration,
 )
-from mlx_fd.cli.run_command import new_folder, run_loop
+from mlx_fd.cli.run_command import begin
 from mlx_fd.config import PRESETS
 from mlx_fd.errors import UserError
 from mlx_fd.runs.tracking import check_installed
@@ -83,8 +83,6 @@ def loop(
     Exit status: 0 when the run is complete, 2 on invalid input, 130 after Ctrl-C, 143 after
     SIGTERM, 129 after SIGHUP (a closed terminal).
     """
-    from mlx_fd.models.backend import backend
-
     check_installed(trackers)
     config = configuration(preset_name, config_file, given)
     if config.self_distils:
@@ -92,9 +90,4 @@ def loop(
             f"{config_file} is of a run of self-distillation: mlx-fd self-distill --config "
             f"{config_file}"
         )
-    backend()
-    from mlx_fd.runs.plan import check_out, make_plan
-
-    folder = out or new_folder()
-    check_out(folder)
-    run_loop(folder, make_plan(config), [], trackers, as_json, quiet, new=True)
+    begin(out, config, trackers, as_json, quiet)

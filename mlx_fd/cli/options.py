@@ -11,8 +11,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from mlx_fd.config import MAX_COUNT, MAX_SEED, OPTIONS, Config, Option, override, preset, read
-from mlx_fd.models.aliases import TINY
+from mlx_fd.config import MAX_COUNT, MAX_SEED, OPTIONS, Config, Option
 from mlx_fd.runs.tracking import TRACKERS
 
 _SECTIONS = {
@@ -280,15 +279,6 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 
 def configuration(preset_name: str | None, file: Path | None, given: dict[str, Any]) -> Config:
     """Defaults, then the preset, then the file, then what was given on the command line."""
-    changes = {name: value for name, value in given.items() if value is not None}
+    from mlx_fd.runs import plan
 
-    def over(config: Config) -> Config:
-        if file is not None:
-            config = read(file, config)
-        return override(config, changes, "command line")
-
-    config = over(preset(preset_name) if preset_name else Config())
-    if config.models.expert == TINY and not preset_name:
-        # It knows no other problems than those of its preset.
-        return over(preset(TINY))
-    return config
+    return plan.configuration(preset_name, file, given, "command line")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from mlx_fd.cli.options import (
     shown_default,
     track_option,
 )
-from mlx_fd.cli.run_command import Job, new_folder, run_command
+from mlx_fd.cli.run_command import begin
 from mlx_fd.config import OPTIONS, Config, read
 from mlx_fd.errors import UserError
 from mlx_fd.runs.tracking import check_installed
@@ -145,14 +144,7 @@ def self_distill(
     check_installed(trackers)
     changes = {name: value for name, value in given.items() if value is not None}
     config = _configuration(method, preset_name, config_file, changes)
-    from mlx_fd.models.backend import backend
-
-    backend()
-    from mlx_fd.runs.plan import check_out
-
-    folder = out or new_folder()
-    check_out(folder)
-    start(folder, plan_of(config), [], trackers, as_json, quiet, new=True)
+    begin(out, config, trackers, as_json, quiet)
 
 
 def _configuration(
@@ -171,43 +163,3 @@ def _configuration(
             "--objective."
         )
     return configured(method or CUSTOM, changes, preset=preset_name)
-
-
-def plan_of(config: Config) -> Any:
-    """A run of self-distillation that passed every check; nothing large is loaded yet."""
-    from mlx_fd.training.selfdistill.plan import make_plan
-
-    return make_plan(config)
-
-
-def start(
-    folder: Path,
-    plan: Any,
-    warnings: list[str],
-    trackers: tuple[str, ...],
-    as_json: bool,
-    quiet: bool,
-    *,
-    new: bool,
-    redo: bool = False,
-) -> None:
-    """Begin a run or go on with it, and show it."""
-    from mlx_fd.cli.terminal.self_distillation import SelfDisplay, summary_table
-    from mlx_fd.training.selfdistill.plan import README, open_models
-    from mlx_fd.training.selfdistill.training import run
-
-    options = plan.config.selfdistill
-
-    def opened() -> Callable[..., Any]:
-        models = open_models(plan)
-        return lambda report, stop: run(
-            folder, plan.config, models, plan.probe, plan.problems, report, stop, redo=redo
-        )
-
-    critic = f", critic {options.critic}" if options.critic else ""
-    names = (
-        f"{plan.config.models.student}{critic}, method {options.method}: context "
-        f"{options.context}, objective {options.objective}, teacher {options.self_teacher}"
-    )
-    job = Job(names, opened, SelfDisplay, summary_table, README)
-    run_command(folder, plan, job, warnings, trackers, as_json, quiet, new=new)

@@ -1,4 +1,4 @@
-"""How a long command stops: signals, and what MLX says when the machine gives out."""
+"""How a long command stops."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_fd.errors import UserError
-
 
 class Stopped(Exception):
     """Work that a signal ended before its end, and that can go on."""
@@ -22,20 +20,6 @@ class Stopped(Exception):
         super().__init__(f"{how}; continue with: {command} {shlex.quote(str(folder))}")
         # What a shell reports of a process that such a signal ended.
         self.status = 128 + signals[0]
-
-
-def explain_memory_error(error: RuntimeError, folder: Path) -> Exception:
-    """What MLX says when the GPU or the memory gives out, with what to do about it."""
-    text = str(error)
-    signs = ("kIOGPUCommandBuffer", "Command buffer execution failed", "allocate")
-    if not any(sign in text for sign in signs):
-        return error
-    return UserError(
-        f"a computation was too large ({text.splitlines()[0]}). Memory ran out, or macOS ended a "
-        "long one because a display was on (let it sleep). Set micro_batch = 1 and "
-        f"grad_checkpoint = true in {folder}/config.toml, then: mlx-fd resume {folder}; or begin "
-        "a new run with a smaller --batch-size."
-    )
 
 
 @contextlib.contextmanager

@@ -114,7 +114,8 @@ def export(
     check_out(folder, with_archive=with_archive)
     source = open_source(name, adapter)
     progress("loading", 0, 1)
-    live, student = open_student(source.ref)
+    judge = open_student(source.ref)
+    live, student = judge.student_lm, judge.student
     chat = role_chat(live.tokenizer)
     with contextlib.ExitStack() as archived, contextlib.ExitStack() as held:
         with _wrap_write_errors(folder):

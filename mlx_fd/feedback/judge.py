@@ -1,17 +1,18 @@
-"""The distilled student in use: a score and a criticism of one answer."""
+"""The distilled student in use: scores and criticisms of answers."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlx_fd import runs
 from mlx_fd.config import Config, read
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.episode import feedback_request, head_score, parsed
 from mlx_fd.models import fingerprint
+from mlx_fd.models.backend import backend
 from mlx_fd.models.context import Surroundings, context_length, too_long
 from mlx_fd.models.directory import blaming
 from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate, prefill
@@ -143,20 +144,171 @@ def locate_model(name: str, adapter: Path | None = None) -> ModelRef:
     return ModelRef(path, checkpoint, folder, config)
 
 
-def open_student(ref: ModelRef) -> tuple[Loaded, Student | None]:
-    """Load a model to give feedback with.
+@dataclass(frozen=True)
+class Judgement:
+    """What a judge makes of an answer.
 
-    Returns:
-        The language model with its tokenizer, and the student around it (``None`` for a plain
-        model, which has no score head).
+    Attributes:
+        text: its criticism; of one whose score could not be read, all that was written.
+        written_score: the score in that text, in [-1, 1]; ``None`` where none could be read.
+        head_score: its score head's, in (-1, 1); ``None`` for a judge without a trained one.
+        finished: whether it ended the text itself (else the token limit did).
+    """
+
+    text: str
+    written_score: float | None
+    head_score: float | None
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A student (or any model) in memory, ready to judge answers.
+
+    Attributes:
+        ref: where it came from.
+        student_lm: the language model with its tokenizer.
+        student: the student around it; ``None`` for a plain model.
+    """
+
+    ref: ModelRef
+    student_lm: Loaded
+    student: Student | None
+
+    def judge(
+        self,
+        answers: Iterable[tuple[str, str]],
+        *,
+        max_tokens: int = 192,
+        batch_size: int = 8,
+        temperature: float = 0.0,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[Judgement]:
+        """Judge answers to problems, several at a time.
+
+        The judge reads each problem and answer as it did in its run. At temperature 0 a judgement
+        does not depend on the others of its batch (but for the rounding of
+        sums of another shape).
+
+        Args:
+            answers: (problem, answer) of each.
+            max_tokens: most tokens of a criticism.
+            batch_size: criticisms that are written side by side.
+            temperature: of the sampling; at 0, the default, the likeliest tokens are written.
+            on_token: called with the number of tokens written in each step, for progress.
+
+        Returns:
+            One judgement for each answer, in order.
+
+        Raises:
+            UserError: a problem or an answer is empty, is not UTF-8 text, or is too long for the
+                model; or a limit is below 1.
+        """
+        pairs = list(answers)
+        for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        for index, pair in enumerate(pairs):
+            for name, text in zip(("problem", "answer"), pair, strict=True):
+                if not text.strip():
+                    raise UserError(f"answer {index} to judge: its {name} is empty")
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise UserError(
+                        f"answer {index} to judge: its {name} is not UTF-8 text (at character "
+                        f"{error.start})"
+                    ) from None
+        check_lengths(self.ref.model, pairs, max_tokens)
+        judgements: list[Judgement] = []
+        for start in range(0, len(pairs), batch_size):
+            batch = pairs[start : start + batch_size]
+            judgements += self._judge_batch(batch, Sampling(max_tokens, temperature), on_token)
+        return judgements
+
+    def _judge_batch(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        sampling: Sampling,
+        on_token: Callable[[int], None] | None,
+    ) -> list[Judgement]:
+        loaded = self.student_lm
+        request = feedback_request(loaded.tokenizer)
+        requests = [
+            (
+                *first_prompt(loaded.tokenizer, answer_prompt(problem.strip())),
+                *loaded.tokenizer.encode(answer.strip(), add_special_tokens=False),
+                *request,
+            )
+            for problem, answer in pairs
+        ]
+        states = [prefill(loaded, Conversation(), tokens) for tokens in requests]
+        turns = generate(
+            loaded,
+            [before for _, before in states],
+            [tokens[-1:] for tokens in requests],
+            sampling,
+            keep=False,
+            on_token=on_token,
+        )
+        judgements = []
+        for tokens, (hidden, before), turn in zip(requests, states, turns, strict=True):
+            written = parsed(turn)
+            score = None
+            if self.student is not None and self.ref.scores:
+                score = head_score(self.student, loaded, hidden, before, tokens, turn)
+            judgements.append(Judgement(written.text, written.written_score, score, turn.finished))
+        return judgements
+
+
+def check_lengths(
+    model: Path,
+    answers: Sequence[tuple[str, str]],
+    max_tokens: int,
+    option: str = "max_tokens",
+    name: str = "answer",
+) -> None:
+    """Make sure that a model can read problems and answers, and write of each; nothing is loaded.
+
+    A model that reads beyond its context writes nonsense.
+
+    Args:
+        model: its directory.
+        answers: (problem, answer) of each, UTF-8 text.
+        max_tokens: most tokens of a criticism.
+        option: what the user knows ``max_tokens`` as.
+        name: what one of several answers is called in the message, before its index.
 
     Raises:
-        UserError: files are missing or damaged, or do not belong together.
+        UserError: a problem with its answer is too long; the message says which.
     """
+    texts = [f"{problem.strip()}\n{answer.strip()}" for problem, answer in answers]
+    prompts = answer_prompt("") + feedback_prompt()
+    for index, count in too_long(texts, model, Surroundings(prompts, max_tokens, option)).items():
+        where = f"{name} {index}: " if len(texts) > 1 else ""
+        raise UserError(
+            f"{where}problem and answer have {count} tokens, and with up to {max_tokens} tokens of "
+            f"feedback do not fit into the {context_length(model)} of {model}; shorten them, or "
+            f"take a smaller {option}"
+        )
+
+
+def open_student(name: str | Path | ModelRef) -> Judge:
+    """Load a model to give feedback with.
+
+    Args:
+        name: a run directory (its best checkpoint), one of its checkpoints, or a model's name; or
+            what :func:`locate_model` made of it.
+
+    Raises:
+        UserError: nothing of that name; files are missing or damaged, or do not belong together.
+    """
+    backend()
+    ref = name if isinstance(name, ModelRef) else locate_model(str(name))
     if ref.adapter is not None:
-        return _with_adapter(load(ref.model), ref.adapter), None
+        return Judge(ref, _with_adapter(load(ref.model), ref.adapter), None)
     if ref.checkpoint is None or ref.config is None:
-        return load(ref.model), None
+        return Judge(ref, load(ref.model), None)
     options = ref.config.models
     loaded = load(ref.model, dequantize=options.dequantize)
     # The projection is not used here, but load_student wants its place: as wide as it was.
@@ -164,7 +316,7 @@ def open_student(ref: ModelRef) -> tuple[Loaded, Student | None]:
     student = make_student(loaded.model, width, options, ref.config.episode.seed)
     load_student(student, ref.checkpoint)
     student.eval()
-    return dataclasses.replace(loaded, model=student.model), student
+    return Judge(ref, dataclasses.replace(loaded, model=student.model), student)
 
 
 def _with_adapter(loaded: Loaded, adapter: Path) -> Loaded:
@@ -179,48 +331,23 @@ def _with_adapter(loaded: Loaded, adapter: Path) -> Loaded:
 
 
 def give_feedback(
-    name: str | ModelRef, problem: str, answer: str, max_tokens: int, temperature: float = 0.0
-) -> dict[str, Any]:
-    """Judge an answer to a problem.
+    student: Judge | str | Path,
+    problem: str,
+    answer: str,
+    max_tokens: int = 192,
+    temperature: float = 0.0,
+) -> Judgement:
+    """Judge one answer to a problem; :meth:`Judge.judge` takes many.
 
     Args:
-        name: what :func:`locate_model` takes, or what it gave.
+        student: what :func:`open_student` gave, or what it takes; then it is loaded for this alone.
         problem: the problem's text.
         answer: the answer's text.
         max_tokens: maximum tokens of the feedback.
         temperature: of the sampling; 0 is greedy.
 
-    Returns:
-        ``feedback`` (text), ``written_score`` (parsed from it, or ``None``) and, for a distilled
-        student, ``score``: its score head's, in (-1, 1).
+    Raises:
+        UserError: as :func:`open_student` and :meth:`Judge.judge`.
     """
-    ref = name if isinstance(name, ModelRef) else locate_model(name)
-    _check_length(ref.model, problem, answer, max_tokens)
-    loaded, student = open_student(ref)
-    tokenizer = loaded.tokenizer
-    prompt = (
-        *first_prompt(tokenizer, answer_prompt(problem)),
-        *tokenizer.encode(answer, add_special_tokens=False),
-        *feedback_request(tokenizer),
-    )
-    hidden, before = prefill(loaded, Conversation(), prompt)
-    turn = generate(loaded, [before], [prompt[-1:]], Sampling(max_tokens, temperature))[0]
-    written = parsed(turn)
-    if student is None or not ref.scores:
-        score = {}
-    else:
-        score = {"score": round(head_score(student, loaded, hidden, before, prompt, turn), 4)}
-    return {**score, "written_score": written.written_score, "feedback": written.text}
-
-
-def _check_length(model: Path, problem: str, answer: str, max_tokens: int) -> None:
-    prompts = answer_prompt("") + feedback_prompt()
-    counts = too_long(
-        [f"{problem}\n{answer}"], model, Surroundings(prompts, max_tokens, "--tokens")
-    )
-    if counts:
-        raise UserError(
-            f"problem and answer have {counts[0]} tokens, and with up to {max_tokens} tokens of "
-            f"feedback do not fit into the {context_length(model)} of {model}; shorten them, or "
-            "take a smaller --tokens"
-        )
+    judge = student if isinstance(student, Judge) else open_student(student)
+    return judge.judge([(problem, answer)], max_tokens=max_tokens, temperature=temperature)[0]

@@ -19,7 +19,7 @@ from mlx import nn
 
 from mlx_fd.losses import graph, kernels
 from mlx_fd.losses.graph import Rows
-from mlx_fd.losses.head import Head, Parameters, linear_head
+from mlx_fd.losses.head import Head, Parameters, head_rows, linear_head
 from mlx_fd.models.backend import backend
 from mlx_fd.models.memory import LOGIT_BUDGET
 
@@ -207,13 +207,17 @@ def _mixed(part: mx.array, whole: mx.array) -> mx.array:
 class Target:
     """What the student's distributions at N positions are to be like.
 
+    :meth:`tokens` and :meth:`teacher` make the usual ones; leading dimensions are flattened there,
+    so that hidden states [B, T, d] need no reshaping.
+
     Attributes:
-        teacher: final hidden states [N, d_teacher], or the teacher's top k.
+        outputs: of the teacher: final hidden states [N, d_teacher], or its top k.
         head: the teacher's, like the student's; ``None`` with a :class:`TopK`.
         weights: [N], what each token counts in the sum.
         kind: ``"forward"``, ``"reverse"`` or ``"jsd"``.
         temperature: T, above 0.
         vocab: V, the real tokens that the models share; the heads' rows beyond are padding.
+            ``None``: as many as each head has that takes part.
         beta: the teacher's part in the mixture of ``"jsd"``, between 0 and 1.
         standardize: z-score the rows first.
         mask: [N], 1 (true) where there is a token at all; elsewhere anything may stand, NaN too.
@@ -222,31 +226,80 @@ class Target:
         clip: the most that one token of the vocabulary may add to the divergence, before T^2.
     """
 
-    teacher: mx.array | TopK
+    outputs: mx.array | TopK
     head: nn.Module | None
     weights: mx.array
     kind: str
     temperature: float
-    vocab: int
+    vocab: int | None
     beta: float = 0.5
     standardize: bool = False
     mask: mx.array | None = None
     tail: bool = True
     clip: float = math.inf
 
+    @classmethod
+    def tokens(
+        cls, token_ids: mx.array, *, mask: mx.array | None = None, vocab: int | None = None
+    ) -> Target:
+        """The tokens themselves: the divergence is the cross entropy.
+
+        Args:
+            token_ids: [...], integers below ``vocab``; where negative (the -100 of other
+                libraries), there is no token.
+            mask: [...], each token's weight, 0 (false) to leave it out; ``None``: 1.
+            vocab: V; ``None``: all rows of the student's head.
+        """
+        flat = token_ids.reshape(-1)
+        weights = mx.ones(flat.shape) if mask is None else mask.reshape(-1).astype(mx.float32)
+        weights = mx.where(flat >= 0, weights, 0)
+        return cls(one_hot(flat), None, weights, "forward", 1.0, vocab, mask=weights != 0)
+
+    @classmethod
+    def teacher(
+        cls,
+        outputs: mx.array | TopK,
+        head: nn.Module | None = None,
+        *,
+        kind: str = "forward",
+        temperature: float = 1.0,
+        mask: mx.array | None = None,
+        vocab: int | None = None,
+        **options: Any,
+    ) -> Target:
+        """Another model's distributions.
+
+        Args:
+            outputs: its hidden states [..., d_teacher] after the final norm, or its top k.
+            head: its ``nn.Linear``, ``nn.Embedding`` (a tied head) or the quantised form of one;
+                ``None`` with a :class:`TopK`.
+            kind: ``"forward"`` is KL(teacher || student), ``"reverse"`` KL(student || teacher),
+                ``"jsd"`` the generalised Jensen-Shannon divergence.
+            temperature: T, above 0; the divergence is multiplied by T^2.
+            mask: [...], each token's weight, 0 (false) to leave it out; where it is 0 anything may
+                stand, NaN too. ``None``: 1.
+            vocab: V, the real tokens that the models share; ``None``: the rows that both heads
+                have.
+            **options: further attributes: ``beta``, ``standardize``, ``tail``, ``clip``.
+        """
+        if isinstance(outputs, TopK):
+            count = len(outputs.values)
+        else:
+            outputs = outputs.reshape(-1, outputs.shape[-1])
+            count = len(outputs)
+        if mask is None:
+            weights, valid = mx.ones((count,)), None
+        else:
+            weights = mask.reshape(-1).astype(mx.float32)
+            valid = weights != 0
+        return cls(outputs, head, weights, kind, temperature, vocab, mask=valid, **options)
+
 
 def fused_linear_divergence(
     student_hidden: mx.array,
     student_head: nn.Module,
-    teacher: mx.array | TopK,
-    teacher_head: nn.Module | None,
-    mask: mx.array,
+    target: Target,
     *,
-    kind: str,
-    temperature: float,
-    vocab: int,
-    beta: float = 0.5,
-    standardize: bool = False,
     chunk: int | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Sum over the tokens of T^2 times the divergence of the softened distributions.
@@ -264,32 +317,21 @@ def fused_linear_divergence(
     They are made together with the value: there is nothing to differentiate twice.
 
     Args:
-        student_hidden: [N, d_student], after the final norm, any float type.
+        student_hidden: [..., d_student], after the final norm, any float type.
         student_head: ``nn.Linear``, ``nn.Embedding`` (a tied head) or the quantised form of one.
-        teacher: final hidden states [N, d_teacher], or the teacher's top k.
-        teacher_head: like ``student_head``; ``None`` with a :class:`TopK`.
-        mask: [N], each token's weight; where it is 0 anything may stand, NaN too.
-        kind: as in :class:`Target`, like all that follows but the last.
-        temperature: T, above 0.
-        vocab: V.
-        beta: of ``"jsd"``.
-        standardize: z-score the rows first.
+        target: what the distributions are to be like, at as many positions.
         chunk: tokens at a time; ``None`` for as many as :data:`LOGIT_BUDGET` bytes allow.
 
     Returns:
-        The weighted sum and the sum of the weights, float32.
+        The weighted sum and the sum of the weights, float32; their quotient is the mean.
 
     Raises:
         ValueError: an unknown ``kind``, a ``beta`` at or beyond the ends, a head that is missing,
-            not linear or narrower than ``vocab``, or standardised top k.
+            not linear or narrower than ``vocab``, standardised top k, or a target for another
+            number of positions.
     """
-    weights = mx.stop_gradient(mask.astype(mx.float32))
-    target = Target(
-        *(teacher, teacher_head, weights, kind, temperature, vocab, beta, standardize),
-        mask=weights != 0,
-    )
     total, _ = fused_linear_divergences(student_hidden, student_head, [target], chunk=chunk)
-    return total, weights.sum()
+    return total, mx.stop_gradient(target.weights.astype(mx.float32)).sum()
 
 
 def fused_linear_divergences(
@@ -303,7 +345,7 @@ def fused_linear_divergences(
     """Several divergences of the same tokens, for which the student's logits are made once.
 
     Args:
-        student_hidden: [N, d_student], after the final norm, any float type.
+        student_hidden: [..., d_student], after the final norm, any float type; N positions.
         student_head: ``nn.Linear``, ``nn.Embedding`` (a tied head) or the quantised form of one.
         targets: at least one; :func:`fused_linear_divergence` says what each adds.
         chunk: tokens at a time; ``None`` for as many as :data:`LOGIT_BUDGET` bytes allow.
@@ -317,8 +359,14 @@ def fused_linear_divergences(
     Raises:
         ValueError: as :func:`fused_linear_divergence`.
     """
-    plans = [_Plan(target) for target in targets]
-    student = linear_head(student_head, max(target.vocab for target in targets))
+    student_hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+    plans = [_Plan(target, _vocab(target, student_head)) for target in targets]
+    for plan in plans:
+        if len(plan.weights) != len(student_hidden):
+            raise ValueError(
+                f"{len(student_hidden)} hidden states, but a target for {len(plan.weights)} tokens"
+            )
+    student = linear_head(student_head, max(plan.vocab for plan in plans))
     widen = student.widen or any(plan.head is not None and plan.head.widen for plan in plans)
     # The student's logits, their gradient, and the teacher's; sums of gradients; tiles, of which
     # MLX makes many ahead; and what operations that are no kernel make on their way, where not a
@@ -349,6 +397,13 @@ def fused_linear_divergences(
     return made[0], mx.stop_gradient(made[1])
 
 
+def _vocab(target: Target, student_head: nn.Module) -> int:
+    """A target's vocabulary; where it names none, the rows of the heads that take part."""
+    if target.vocab is not None:
+        return target.vocab
+    return min(head_rows(head) for head in (student_head, target.head) if head is not None)
+
+
 def chunk_size(n: int, vocab: int, arrays: int) -> int:
     """How many of n tokens to take at a time: all that :data:`LOGIT_BUDGET` allows, equal parts.
 
@@ -373,19 +428,19 @@ class _Plan:
         vocab: V.
     """
 
-    def __init__(self, target: Target):
+    def __init__(self, target: Target, vocab: int):
         self.rows = _row_function(target)
-        self.vocab = target.vocab
+        self.vocab = vocab
         self.weights = mx.stop_gradient(target.weights.astype(mx.float32))
         self.mask = None if target.mask is None else target.mask.astype(mx.bool_)
         self.head: Head | None = None
-        teacher = target.teacher
-        if isinstance(teacher, TopK):
-            known = [teacher.values, teacher.indices, teacher.log_sum_exp]
+        outputs = target.outputs
+        if isinstance(outputs, TopK):
+            known = [outputs.values, outputs.indices, outputs.log_sum_exp]
         elif target.head is None:
             raise ValueError("the teacher's hidden states need its head")
         else:
-            known, self.head = [teacher], linear_head(target.head, target.vocab)
+            known, self.head = [outputs], linear_head(target.head, vocab)
         self.known = [mx.stop_gradient(values) for values in known]
 
     def reads(self, part: slice) -> list[mx.array]:
@@ -512,7 +567,7 @@ def _row_function(target: Target) -> Rows:
     if target.kind == "jsd" and not 0 < target.beta < 1:
         raise ValueError(f"beta must be between 0 and 1, not {target.beta}")
     beta, temperature = betas[target.kind], target.temperature
-    if isinstance(target.teacher, TopK):
+    if isinstance(target.outputs, TopK):
         if target.standardize:
             raise ValueError("k of a teacher's logits do not give the spread of all of them")
         return partial(

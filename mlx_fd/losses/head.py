@@ -147,6 +147,18 @@ class Head:
         return mx.dequantize(weight, **packing).astype(mx.float32)
 
 
+def head_rows(module: nn.Module) -> int:
+    """How many logits a head makes.
+
+    Raises:
+        ValueError: it is no head that :func:`linear_head` takes.
+    """
+    heads = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
+    if not isinstance(module, heads):
+        raise ValueError(f"a head is a linear layer or an embedding, not {type(module).__name__}")
+    return int(module.weight.shape[0])
+
+
 def linear_head(module: nn.Module, vocab: int) -> Head:
     """The part of a head that makes the first ``vocab`` logits.
 
@@ -158,10 +170,8 @@ def linear_head(module: nn.Module, vocab: int) -> Head:
         ValueError: it is none of these, or has fewer rows.
     """
     quantized = isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
-    if not quantized and not isinstance(module, (nn.Linear, nn.Embedding)):
-        raise ValueError(f"a head is a linear layer or an embedding, not {type(module).__name__}")
-    if vocab > module.weight.shape[0]:
-        raise ValueError(f"vocab = {vocab}, but the head has {module.weight.shape[0]} rows")
+    if vocab > (rows := head_rows(module)):
+        raise ValueError(f"vocab = {vocab}, but the head has {rows} rows")
     bias = module.get("bias")
     names = ("scales", "biases", "group_size", "bits", "mode") if quantized else ()
     return Head(

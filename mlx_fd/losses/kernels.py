@@ -17,7 +17,6 @@ from typing import Any
 
 import mlx.core as mx
 
-import mlx_fd
 from mlx_fd.errors import UserError
 from mlx_fd.losses import graph, kernel_checks
 from mlx_fd.models.backend import backend
@@ -31,7 +30,7 @@ _MAX_CAPACITY = 2048
 
 def source_folder() -> Path:
     """Where the kernels' texts are: in the installed package, or next to it in the repository."""
-    package = Path(mlx_fd.__file__).parent
+    package = Path(__file__).parents[1]
     installed = package / "kernel_sources"
     return installed if installed.is_dir() else package.parent / "kernels"
 

@@ -120,10 +120,8 @@ def _messages(turns: tuple[str, ...]) -> list[dict[str, str]]:
 
 @functools.lru_cache(maxsize=64)
 def _keeps_limits(template: str, tokens: str) -> bool:
-    import mlx_fd
-
     # -P: no module of the folder that the user is in; but the package itself must be found.
-    root = str(Path(mlx_fd.__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     search = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
     try:
         done = subprocess.run(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_fd import __version__
+from mlx_fd._version import __version__
 from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import ALIASES, SMOLLM2, TINY, TINY_BASE, TINY_STUDENT

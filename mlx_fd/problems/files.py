@@ -14,12 +14,13 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.problems import Problem, ProblemSet, parsing
+from mlx_fd.problems import FILE_SUFFIXES, Problem, ProblemSet, parsing
 from mlx_fd.text import shown
 
 _SHOWN = 10
@@ -37,6 +38,79 @@ def load_file(path: Path, name: str, split: str, *, skip_bad_rows: bool) -> Prob
     Raises:
         UserError: the file cannot be read, or has bad rows that are not to be skipped.
     """
+    rows, sha256 = _rows(path)
+    problems, skipped = _read(rows, str(path), path.stem, skip_bad_rows)
+    return ProblemSet(name, split, problems, sha256, skipped)
+
+
+@dataclass(frozen=True)
+class AnswerFile:
+    """Answers to judge, in the file's order.
+
+    Attributes:
+        rows: the columns of each, as they stand in the file.
+        problems: the problem of each.
+        answers: the answer of each.
+        sha256: of the file's bytes.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    problems: tuple[str, ...]
+    answers: tuple[str, ...]
+    sha256: str
+
+
+def load_answers(path: Path, reserved: Collection[str] = ()) -> AnswerFile:
+    """Answers to judge, of a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file.
+
+    Rows have ``question`` (or ``problem``) and ``answer``, the text that is judged; other columns
+    are kept.
+
+    Args:
+        path: the file.
+        reserved: columns that the file must not have.
+
+    Raises:
+        UserError: the file cannot be read, or has bad rows; the message names the first ten.
+    """
+    if path.suffix.lower() not in FILE_SUFFIXES:
+        raise UserError(f"{path}: a file of answers ends in one of {', '.join(FILE_SUFFIXES)}")
+    rows, sha256 = _rows(path)
+    good: list[tuple[dict[str, Any], str, str]] = []
+    bad: list[str] = []
+    for where, row in rows:
+        try:
+            if isinstance(row, str):
+                raise ValueError(row)
+            taken = sorted(set(reserved) & row.keys())
+            if taken:
+                raise ValueError(f"has {', '.join(map(repr, taken))}, which judging would write")
+            _check_json(row)
+            good.append((row, _question(row), _text(_as_text(row), "answer", "answer")))
+        except ValueError as error:
+            bad.append(f"{where}: {error}")
+    if bad:
+        raise UserError(
+            f"{path}: {len(bad)} of {len(bad) + len(good)} rows cannot be read:\n  "
+            f"{_listed(bad)}\nCorrect them (columns are question (or problem) and answer)"
+        )
+    if not good:
+        raise UserError(f"{path} has no rows")
+    raws, problems, answers = zip(*good, strict=True)
+    return AnswerFile(raws, problems, answers, sha256)
+
+
+def _check_json(row: dict[str, Any]) -> None:
+    """Refuse a row that could not be written again."""
+    for column, value in row.items():
+        try:
+            json.dumps({column: value}, allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError):
+            raise ValueError(f"{shown(column)} is {shown(value)}, which JSON cannot hold") from None
+
+
+def _rows(path: Path) -> tuple[Iterable[SourceRow], str]:
+    """A file's rows, each with its place, and the SHA-256 of its bytes."""
     content = _content(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -44,8 +118,7 @@ def load_file(path: Path, name: str, split: str, *, skip_bad_rows: bool) -> Prob
     else:
         text = _decoded(path, content)
         rows = _csv(path, text) if suffix == ".csv" else _json(path, text)
-    problems, skipped = _read(rows, str(path), path.stem, skip_bad_rows)
-    return ProblemSet(name, split, problems, hashlib.sha256(content).hexdigest(), skipped)
+    return rows, hashlib.sha256(content).hexdigest()
 
 
 def json_rows(path: Path) -> Iterator[SourceRow]:
@@ -265,25 +338,26 @@ def _read(
         return tuple(problems), len(bad)
     if not bad:
         raise UserError(f"{name} has no rows ({_COLUMNS})")
-    listed = "\n  ".join(bad[:_SHOWN])
-    more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    listed = _listed(bad)
     if not problems:
-        raise UserError(f"{name} has no row that can be read:\n  {listed}{more}\n({_COLUMNS})")
+        raise UserError(f"{name} has no row that can be read:\n  {listed}\n({_COLUMNS})")
     raise UserError(
         f"{name}: {len(bad)} of {len(bad) + len(problems)} rows cannot be read:\n"
-        f"  {listed}{more}\nCorrect them, or skip them with --skip-bad-rows ({_COLUMNS})"
+        f"  {listed}\nCorrect them, or skip them with --skip-bad-rows ({_COLUMNS})"
     )
+
+
+def _listed(bad: Sequence[str]) -> str:
+    more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    return "\n  ".join(bad[:_SHOWN]) + more
 
 
 def _problem(row: dict[str, Any] | str, default_id: str) -> Problem:
     """One row as a problem; ``ValueError`` with the reason where it is not one."""
     if isinstance(row, str):
         raise ValueError(row)
-    question = _text(row, "problem" if row.get("question") is None else "question", "question")
-    answer = row.get("answer")
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)  # of a float: the shortest text that is this float
-    answer = _text({"answer": answer}, "answer", "answer")
+    question = _question(row)
+    answer = _text(_as_text(row), "answer", "answer")
     marked = "####" in answer
     value = (
         parsing.final_answer(answer[answer.rindex("####") :]) if marked else parsing.number(answer)
@@ -295,6 +369,17 @@ def _problem(row: dict[str, Any] | str, default_id: str) -> Problem:
     if isinstance(name, bool | float | list | dict):
         raise ValueError(f"'id' is not text but {type(name).__name__}")
     return Problem(default_id if name in (None, "") else str(name), question, solution, value)
+
+
+def _question(row: dict[str, Any]) -> str:
+    return _text(row, "problem" if row.get("question") is None else "question", "question")
+
+
+def _as_text(row: dict[str, Any]) -> dict[str, Any]:
+    """The row's answer, a number as text: of a float the shortest that is this float."""
+    answer = row.get("answer")
+    number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    return {"answer": str(answer) if number else answer}
 
 
 def _text(row: dict[str, Any], column: str, shown: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from mlx_fd import __version__
+from mlx_fd._version import __version__
 from mlx_fd.report import packing
 from mlx_fd.text import strip_control_chars
 

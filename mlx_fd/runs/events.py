@@ -1,4 +1,7 @@
-"""What a run tells whoever watches it. The display is a view of these; a run needs no display."""
+"""What a run tells whoever watches it. The display is a view of these; a run needs no display.
+
+``str`` of an event is a line to print.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,18 @@ class Note:
 
     text: str
 
+    def __str__(self) -> str:
+        return self.text
+
 
 @dataclass(frozen=True)
 class Warned:
     """Something to worry about."""
 
     text: str
+
+    def __str__(self) -> str:
+        return f"warning: {self.text}"
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,9 @@ class Step:
     batch: int
     step: str
     tokens: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch + 1}: {self.step.replace('_', ' ')}, {self.tokens} tokens"
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,9 @@ class Probed:
     last: Mapping[str, float]
     headroom: HeadroomRow | SelfHeadroomRow
 
+    def __str__(self) -> str:
+        return f"probe set: {_losses(self.last)}"
+
 
 @dataclass(frozen=True)
 class BatchDone:
@@ -89,6 +104,17 @@ class BatchDone:
     total: int
     rows: Sequence[EpisodeRow] | Sequence[AttemptRow]
     metrics: MetricsRow | SelfMetricsRow
+
+    def __str__(self) -> str:
+        updates = len(self.metrics["updates"])
+        probe = self.metrics["probe"]
+        return f"{self.done}/{self.total} episodes, {updates} updates in this batch" + (
+            f"; probe set: {_losses(probe)}" if probe else ""
+        )
+
+
+def _losses(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
 
 Event = Note | Warned | Step | Probing | Probed | Started | BatchDone

@@ -11,8 +11,9 @@ import platform
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_fd import __version__, runs
 from mlx_fd import problems as problem_sets
+from mlx_fd import runs
+from mlx_fd._version import __version__
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint

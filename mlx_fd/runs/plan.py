@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlx_fd import problems as problem_sets
 from mlx_fd import runs
-from mlx_fd.config import Config
+from mlx_fd.config import Config, override, preset, read
 from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint
-from mlx_fd.models.aliases import ALIASES
+from mlx_fd.models.aliases import ALIASES, TINY
 from mlx_fd.models.resolve import default_student, parse_name, resolve
 from mlx_fd.problems import Problem, ProblemSet
 from mlx_fd.runs.manifest import manifest_of
@@ -48,6 +49,34 @@ class Plan:
     problems: tuple[Problem, ...]
     manifest: Manifest
     notes: tuple[str, ...]
+
+
+def configuration(
+    preset_name: str | None, file: Path | None, given: Mapping[str, Any], where: str
+) -> Config:
+    """Defaults, then the preset, then the file, then what was given.
+
+    Args:
+        preset_name: ``None``: no preset, but that of the embedded pair where it is named.
+        file: a TOML file.
+        given: option name to value; ``None`` where it was not given.
+        where: named in errors as what gave the options.
+
+    Raises:
+        UserError: an unknown preset or option, or a value that will not do.
+    """
+    changes = {name: value for name, value in given.items() if value is not None}
+
+    def over(config: Config) -> Config:
+        if file is not None:
+            config = read(file, config)
+        return override(config, changes, where)
+
+    config = over(preset(preset_name) if preset_name else Config())
+    if config.models.expert == TINY and not preset_name:
+        # It knows no other problems than those of its preset.
+        return over(preset(TINY))
+    return config
 
 
 def make_plan(config: Config) -> Plan:

@@ -1,0 +1,375 @@
+"""A run from its configuration to its end, for the command line and for Python alike.
+
+What can fail is checked first, then the models are loaded, and only then is there a run directory:
+models that cannot be loaded leave no run behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_fd import runs
+from mlx_fd.config import Config, read, to_toml
+from mlx_fd.errors import UserError
+from mlx_fd.files import write_json
+from mlx_fd.models.resolve import parse_name
+from mlx_fd.runs.events import Event, Note, Step, Warned
+from mlx_fd.runs.plan import Plan, check_out, configuration
+from mlx_fd.runs.records import SelfSummary, Summary
+from mlx_fd.runs.tracking import Tracking, check_installed
+
+Report = Callable[[Event], None]
+Stop = Callable[[], bool]
+Totals = Summary | SelfSummary
+Run = Callable[[Report, Stop], Totals | None]
+
+
+def new_folder() -> Path:
+    """A run directory of this second that is not there yet."""
+    name = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder, number = Path("runs", name), 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs", f"{name}-{number}")
+    return folder
+
+
+def plan_of(config: Config) -> Plan:
+    """Check everything a run needs, of the loop or of self-distillation; nothing large is loaded.
+
+    Raises:
+        UserError: a name, file, combination of options or amount of memory that will not do.
+    """
+    if config.self_distils:
+        from mlx_fd.training.selfdistill.plan import make_plan
+    else:
+        from mlx_fd.runs.plan import make_plan
+    return make_plan(config)
+
+
+def new_plan(folder: Path, config: Config) -> Plan:
+    """:func:`plan_of`, of a run that shall be made in a folder.
+
+    Raises:
+        UserError: as there; or the folder will not do, or there is no MLX backend.
+    """
+    from mlx_fd.models.backend import backend
+
+    backend()
+    check_out(folder)
+    return plan_of(config)
+
+
+@contextlib.contextmanager
+def resumed_plan(folder: Path, *, redo: bool = False) -> Iterator[tuple[Plan, list[str]]]:
+    """The plan of a run that is there, while its lock is held.
+
+    Args:
+        folder: the run directory.
+        redo: let checkpoints be lost or damaged.
+
+    Yields:
+        The plan, and what the user should know: differences that make a bit-identical resume
+        uncertain, options that were changed, a manifest that was.
+
+    Raises:
+        UserError: no run, or not what it began with; checkpoints are lost; or another process
+            holds it.
+    """
+    from mlx_fd.models.backend import backend
+    from mlx_fd.runs.checked import with_digest
+    from mlx_fd.runs.checkpoints import check_nothing_lost
+    from mlx_fd.runs.manifest import changed_options, check_same
+
+    backend()
+    manifest = runs.read_manifest(folder)
+    with runs.locked(folder):
+        config = read(folder / runs.CONFIG)
+        if not redo:
+            # Before models are loaded and anything is written.
+            check_nothing_lost(folder, config.episode.checkpoint_every)
+        _check_models(folder, config)
+        plan = plan_of(config)
+        warnings = check_same(manifest, plan.manifest, folder)
+        warnings += changed_options(manifest, plan.manifest)
+        if fault := runs.manifest_fault(folder):
+            warnings.append(fault)
+        with runs.wrap_write_errors(folder):
+            # A run that was made longer is compared with its new length next time.
+            manifest["options"] = plan.manifest["options"]
+            write_json(folder / runs.MANIFEST, with_digest(manifest))
+        yield plan, warnings
+
+
+def _check_models(folder: Path, config: Config) -> None:
+    """Make sure that a run's models are where they were.
+
+    Raises:
+        UserError: a model's directory is gone; the message says how the run is told of another.
+    """
+    roles = ("student",) if config.self_distils else ("expert", "student")
+    for role in roles:
+        path = Path(parse_name(getattr(config.models, role)).base)
+        if path.is_absolute() and not path.exists():
+            raise UserError(
+                f"{folder}: the directory of its {role}, {path}, does not exist; bring it back, or "
+                f"write where it is now as {role} in {folder / runs.CONFIG}"
+            )
+
+
+def open_run(
+    folder: Path,
+    plan: Plan,
+    report: Report,
+    warnings: Sequence[str] = (),
+    trackers: Sequence[str] = (),
+    *,
+    new: bool,
+    redo: bool = False,
+) -> Callable[[Stop], Totals | None]:
+    """Load a plan's models; nothing is written yet.
+
+    Args:
+        folder: the run directory; where the run is not ``new`` it is there, and its lock is held.
+        plan: what is run.
+        report: told of everything worth showing.
+        warnings: what the user should know before it begins, beside the plan's notes.
+        trackers: names from :data:`mlx_fd.runs.tracking.TRACKERS`.
+        new: the run begins.
+        redo: go back to the newest whole checkpoint, whatever was done after it.
+
+    Returns:
+        What runs it: asks after each batch whether to stop, and gives the summary, ``None`` where
+        it was stopped. It makes and locks the directory of a new run.
+
+    Raises:
+        UserError: something has to be mended first.
+    """
+    from mlx_fd.models.backend import backend
+    from mlx_fd.models.fingerprint import time_note
+
+    report(Note(f"run directory: {folder}"))
+    report(Note(f"{_models_of(plan.config)}, {backend().device}"))
+    if note := time_note():
+        report(Note(note))
+    for text in (*plan.notes, *warnings):
+        report(Warned(text))
+    if backend().device == "metal":
+        report(Note("a sleeping Mac stops the run: `caffeinate -is mlx-fd ...` keeps it awake"))
+    import mlx.core as mx
+
+    # The summary names this run's peak, not that of another one in this process.
+    mx.reset_peak_memory()
+    run, readme = _opened(folder, plan, redo=redo)
+
+    def go(stop: Stop) -> Totals | None:
+        with contextlib.ExitStack() as stack:
+            if new:
+                # Only now: models that cannot be loaded leave no run behind.
+                stack.enter_context(runs.locked(folder))
+                with runs.wrap_write_errors(folder):
+                    runs.create(folder, to_toml(plan.config), plan.manifest, readme)
+            tracking = stack.enter_context(
+                Tracking(
+                    trackers, folder, plan.manifest["options"], lambda text: report(Warned(text))
+                )
+            )
+
+            def report_and_track(event: Event) -> None:
+                for listener in (report, tracking):
+                    listener(event)
+
+            try:
+                return run(report_and_track, stop)
+            except RuntimeError as error:
+                raise explain_memory_error(error, folder) from error
+
+    return go
+
+
+def _models_of(config: Config) -> str:
+    models, options = config.models, config.selfdistill
+    if not config.self_distils:
+        return f"expert {models.expert}, student {models.student}"
+    critic = f", critic {options.critic}" if options.critic else ""
+    return (
+        f"{models.student}{critic}, method {options.method}: context {options.context}, objective "
+        f"{options.objective}, teacher {options.self_teacher}"
+    )
+
+
+def _opened(folder: Path, plan: Plan, *, redo: bool) -> tuple[Run, str]:
+    """What runs a plan, its models loaded; and what explains the files of its run directory."""
+    config = plan.config
+    if config.self_distils:
+        from mlx_fd.training.selfdistill import training
+        from mlx_fd.training.selfdistill.plan import README, open_models
+
+        models = open_models(plan)
+        return lambda report, stop: training.run(
+            folder, config, models, plan.probe, plan.problems, report, stop, redo=redo
+        ), README
+    from mlx_fd.evaluation.exam import exam_questions
+    from mlx_fd.feedback.pair import open_pair
+    from mlx_fd.training import loop
+
+    pair = open_pair(plan)
+    questions = exam_questions(config)
+    return lambda report, stop: loop.run(
+        folder, config, pair, plan.probe, plan.problems, report, stop, questions, redo=redo
+    ), runs.README
+
+
+def explain_memory_error(error: RuntimeError, folder: Path) -> Exception:
+    """What MLX says when the GPU or the memory gives out, with what to do about it."""
+    text = str(error)
+    signs = ("kIOGPUCommandBuffer", "Command buffer execution failed", "allocate")
+    if not any(sign in text for sign in signs):
+        return error
+    return UserError(
+        f"a computation was too large ({text.splitlines()[0]}). Memory ran out, or macOS ended a "
+        "long one because a display was on (let it sleep). Set micro_batch = 1 and "
+        f"grad_checkpoint = true in {folder}/config.toml, then: mlx-fd resume {folder}; or begin "
+        "a new run with a smaller --batch-size."
+    )
+
+
+# ------------------------------------------------------------------------------ for use in Python
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came of a run.
+
+    Attributes:
+        folder: the run directory; :func:`mlx_fd.open_student`, :func:`resume_run` and the commands
+            take it.
+        summary: what ``summary.json`` holds; ``None`` where ``stop`` ended the run early.
+    """
+
+    folder: Path
+    summary: Totals | None
+
+    @property
+    def done(self) -> bool:
+        """Whether the run came to its end; else :func:`resume_run` goes on with it."""
+        return self.summary is not None
+
+
+def _listener(
+    on_event: Callable[[Event], None] | None, on_step: Callable[[Step], None] | None
+) -> Report:
+    def report(event: Event) -> None:
+        if isinstance(event, Step):
+            if on_step is not None:
+                on_step(event)
+        elif on_event is not None:
+            on_event(event)
+        elif isinstance(event, Warned):
+            warnings.warn(event.text, stacklevel=2)
+
+    return report
+
+
+def run_loop(
+    expert: str | None = None,
+    *,
+    student: str | None = None,
+    problems: str | Path | None = None,
+    episodes: int | None = None,
+    out: str | Path | None = None,
+    preset: str | None = None,
+    config: str | Path | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    on_step: Callable[[Step], None] | None = None,
+    stop: Stop = lambda: False,
+    track: Sequence[str] = (),
+    **options: Any,
+) -> RunResult:
+    """Distil the expert's feedback into the student while the expert solves problems.
+
+    What ``mlx-fd loop`` does, with the same checks and the same run directory. What is given here
+    wins over ``config``, which wins over ``preset``. An interrupt ends it at once;
+    :func:`resume_run` goes on.
+
+    Args:
+        expert: an alias, a hub name or an mlx-lm directory; ``tiny`` brings its preset.
+        student: likewise; ``None``: the expert's default student.
+        problems: a source of problems: a name, or a file.
+        episodes: problems to go through.
+        out: the run directory; ``None``: ``runs/DATE-TIME``.
+        preset: a preset's name.
+        config: a TOML file with options, for instance an earlier run's ``config.toml``.
+        on_event: told of notes, warnings, the probe set and each batch that is done; ``print``
+            gives a line of each. ``None``: warnings are Python's.
+        on_step: told of the tokens of each step as they are written, for a progress bar.
+        stop: asked after each batch; when true, a checkpoint is written and the run ends there.
+        track: trackers to send the run's numbers to, ``"tensorboard"`` for instance.
+        **options: any other option of docs/reference.md, by its name in the TOML file.
+
+    Returns:
+        The run directory and the summary.
+
+    Raises:
+        UserError: an option, name, file, pair of models or amount of memory that will not do; or
+            the run directory cannot be written.
+    """
+    check_installed(track)
+    given = {
+        "expert": expert,
+        "student": student,
+        "problems": None if problems is None else str(problems),
+        "episodes": episodes,
+        **options,
+    }
+    file = None if config is None else Path(config).expanduser()
+    chosen = configuration(preset, file, given, "run_loop")
+    if chosen.self_distils:
+        raise UserError(
+            f"{file}: is of a run of self-distillation, which `mlx-fd self-distill` makes."
+        )
+    folder = new_folder() if out is None else Path(out).expanduser()
+    plan = new_plan(folder, chosen)
+    run = open_run(folder, plan, _listener(on_event, on_step), trackers=track, new=True)
+    return RunResult(folder, run(stop))
+
+
+def resume_run(
+    folder: str | Path,
+    *,
+    redo_from_checkpoint: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+    on_step: Callable[[Step], None] | None = None,
+    stop: Stop = lambda: False,
+    track: Sequence[str] = (),
+) -> RunResult:
+    """Go on with a run of the loop or of self-distillation exactly where it stopped.
+
+    Args:
+        folder: the run directory.
+        redo_from_checkpoint: where checkpoints are lost or damaged, do again what came after the
+            newest that is whole, or all of the run where there is none.
+        on_event: as for :func:`run_loop`, like all that follow.
+        on_step: told of the tokens of each step.
+        stop: asked after each batch.
+        track: trackers.
+
+    Returns:
+        The run directory and the summary.
+
+    Raises:
+        UserError: no run, not what it began with, or its checkpoints are missing or damaged.
+    """
+    check_installed(track)
+    folder = Path(folder).expanduser()
+    report = _listener(on_event, on_step)
+    redo = redo_from_checkpoint
+    with resumed_plan(folder, redo=redo) as (plan, uncertain):
+        run = open_run(folder, plan, report, uncertain, track, new=False, redo=redo)
+        return RunResult(folder, run(stop))
