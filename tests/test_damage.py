@@ -349,11 +349,11 @@ def test_a_finished_run_whose_checkpoints_are_gone_keeps_what_it_has(
 @pytest.mark.parametrize("way", TEXT)
 def test_a_damaged_summary_is_made_again(way, finished, stopped, resume, tmp_path):
     folder = copy_of(finished, tmp_path / "run")
-    strip_control_chars = outcome(folder)[runs.SUMMARY]
+    summary = outcome(folder)[runs.SUMMARY]
     damage(folder, runs.SUMMARY, way)
     status, said = resume(folder)
     assert status == 0
-    assert outcome(folder)[runs.SUMMARY] == strip_control_chars
+    assert outcome(folder)[runs.SUMMARY] == summary
     assert way == "gone" or any(runs.SUMMARY in text for text in stopped.noticed(said))
 
 
