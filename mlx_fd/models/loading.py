@@ -91,7 +91,7 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
             {"trust_remote_code": False},
             eos_token_ids=config.get("eos_token_id"),
         )
-        count = max(tokenizer.get_vocab().values()) + 1
+        count = token_count(path, tokenizer)
     rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if isinstance(rows, int) and count > rows:
         raise UserError(
@@ -100,6 +100,19 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
         )
     chat_template.check(tokenizer, path)
     return tokenizer
+
+
+def token_count(path: Path, tokenizer: TokenizerWrapper) -> int:
+    """Tokens of a model directory: those of its own tokenizer.json, where there is one.
+
+    transformers may add one of its own beside them, such as ``<unk>``, which no text becomes.
+    """
+    file = path / "tokenizer.json"
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        return max(Tokenizer.from_file(str(file)).get_vocab().values()) + 1
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _wants_float32(dequantize: str) -> bool:
@@ -146,7 +159,7 @@ def _loaded(path: Path, model: nn.Module, config: dict[str, Any]) -> Loaded:
     # Scales or unquantised weights; norms are among them in every architecture.
     floating = (v.dtype for _, v in tree_flatten(model.parameters()))
     dtype = next(d for d in floating if mx.issubdtype(d, mx.floating))
-    vocab = max(tokenizer.get_vocab().values()) + 1
+    vocab = token_count(path, tokenizer)
     return Loaded(
         model=model, tokenizer=tokenizer, config=config, path=path, dtype=dtype, vocab=vocab
     )
