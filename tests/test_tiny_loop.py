@@ -97,7 +97,7 @@ def test_a_solution_to_learn_from_is_the_final_answer_after_the_bare_question(pa
         assert sample.prompt == begun
         assert sample.expert_score is None
         whole = taps.forward(pair.expert.model, mx.array([[*sample.prompt, *sample.target[:-1]]]))
-        assert mx.allclose(sample.expert.expects, whole.final[0, len(begun) - 1 :], atol=1e-4)
+        assert mx.allclose(sample.expert.targets, whole.final[0, len(begun) - 1 :], atol=1e-4)
 
 
 def test_the_expert_alone_brings_its_preset(tmp_path):
