@@ -814,7 +814,7 @@ def test_json_is_all_that_standard_output_gets(home, run, mlx_fd, tmp_path):
     assert done.status == 0 and summary["done"] is True
     assert summary["run"] == str(tmp_path / "out") and summary["episodes"] == 4
     assert "run directory" in done.err
-    saved = json.loads((tmp_path / "out" / runs.SUMMARY).read_text())
+    saved, _ = read_checked(tmp_path / "out" / runs.SUMMARY)
     assert saved.items() <= summary.items()
     done = mlx_fd("loop", *tiny(home), "--out", tmp_path / "quiet", "--json", "--quiet")
     assert json.loads(done.out)["episodes"] == 4
@@ -1186,7 +1186,7 @@ def test_feedback_comes_from_the_best_checkpoint(run, mlx_fd):
     adapter = dict(mx.load(str(best / "adapters.safetensors")))
     loud = {name: value + 1.0 for name, value in adapter.items()}
     mx.save_safetensors(str(best / "adapters.safetensors"), loud)
-    failed(mlx_fd("feedback", run, *asked), "something changed it after the run wrote it")
+    failed(mlx_fd("feedback", run, *asked), "it was changed after the run wrote it")
     state, _ = read_checked(best / "state.json")
     state["files"] = {name: digest_of(best / name) for name in state["files"]}
     write_json(best / "state.json", with_digest(state))
@@ -1216,7 +1216,7 @@ def test_feedback_of_half_a_run(home, run, mlx_fd, tmp_path):
         heads.write_bytes(harmed)
         failed(mlx_fd("feedback", run, *asked), "heads.safetensors: it was changed")
     (best / "heads.safetensors").unlink()
-    failed(mlx_fd("feedback", run, *asked), "heads.safetensors: is damaged or incomplete")
+    failed(mlx_fd("feedback", run, *asked), "heads.safetensors: cannot be read: it is not there")
     shutil.rmtree(run / "checkpoints")
     failed(mlx_fd("feedback", run, *asked), "has no checkpoint yet", "mlx-fd resume")
 
