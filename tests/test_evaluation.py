@@ -262,7 +262,8 @@ def test_a_run_says_whether_its_student_may_stand_alone(run, tmp_path):
     shutil.copytree(checkpoints / "000001", checkpoints / "000002")
     for number, is_frozen in (("000001", False), ("000002", True)):
         sure = [True] * ENOUGH_SURE
-        state = {"gate": {**initial_state(GateOptions(), ["lm"]).to_json(), "sure": sure}}
+        found = initial_state(GateOptions(), ["lm"]).to_json()
+        state = {"files": {}, "gate": {**found, "sure": sure}}
         state["gate"]["frozen"] = is_frozen
         (checkpoints / number / runs.STATE).write_text(json.dumps(state))
     (checkpoints / "last").symlink_to("000002")
