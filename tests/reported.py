@@ -156,7 +156,7 @@ def evaluation() -> dict[str, Any]:
         "target": "runs/mine",
         "suite": "fast",
         "created": "2026-11-24T12:00:00+00:00",
-        "versions": {"mlx-fd": "0.2.0"},
+        "versions": {"mlx-fd": "0.3.0"},
         "models": {"expert": {"name": "tiny"}, "student": {"name": "tiny-student"}},
         "seed": 0,
         "k": 1,
@@ -223,7 +223,7 @@ def _write(
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "created": "2026-11-24T10:00:00+00:00",
-        "versions": {"mlx-fd": "0.2.0", "mlx": "0.32.4"},
+        "versions": {"mlx-fd": "0.3.0", "mlx": "0.32.4"},
         "backend": {"device": "cpu"},
         "seed": 0,
         "expert": {"name": expert, "sha256": "ab" * 32},

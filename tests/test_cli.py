@@ -560,7 +560,7 @@ def test_out_that_cannot_be_used(home, mlx_fd, run, tmp_path):
     failed(out(tmp_path / "file"), "is a file", "choose another --out")
     failed(out(tmp_path / "file" / "run"), "is a file", "choose another --out")
     failed(out(tmp_path / "folder"), "something in this folder", "choose another --out")
-    failed(out(run), "is a run already", f"mlx-fd resume {run}")
+    failed(out(run), "is already a run", f"mlx-fd resume {run}")
     assert (tmp_path / "file").read_text() == "mine"
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["file"]
 

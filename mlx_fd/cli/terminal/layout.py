@@ -20,7 +20,8 @@ _MIN_VALUE_WIDTH = 40
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 # A number with its interval, a bracket of numbers, a change, a number with its unit or its total.
 _UNITS = re.compile(
-    r"\S+ \[[^\]]*\]|\([^)]{0,40}\)|\S+ -> \S+|[\d.]+ (?:of [\d.]+|min|s|h|GiB|tokens|steps)\b"
+    r"(?<!\S)\S++ (?:\[[^\]]{0,80}\]|-> \S++)|\([^)]{0,40}\)"
+    r"|(?<![\d.])[\d.]++ (?:of [\d.]++|min|s|h|GiB|tokens|steps)\b"
 )
 
 
