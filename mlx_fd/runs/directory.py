@@ -146,8 +146,8 @@ def check_schema(folder: Path, manifest: Mapping[str, Any]) -> None:
     named = f"mlx-fd {version}" if isinstance(version, str) else "another mlx-fd"
     kind = "older" if found is None else "other"
     raise UserError(
-        f"{folder}: this run was made by an {kind} version ({named}), whose rows have other names; "
-        "begin a new run, or use that version."
+        f"{folder / MANIFEST}: this run was made by an {kind} version ({named}), whose rows have "
+        "other names; begin a new run, or use that version."
     )
 
 

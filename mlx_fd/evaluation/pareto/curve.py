@@ -13,7 +13,7 @@ from mlx_fd import runs
 from mlx_fd.config import Config, read
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.pareto.thresholds import Look
-from mlx_fd.runs.checked import read_checked
+from mlx_fd.runs.checked import ChangedFile, read_checked
 from mlx_fd.runs.checkpoints import changed_logs, newest_checkpoint
 from mlx_fd.runs.records import Summary
 
@@ -72,8 +72,9 @@ def read_curve(folder: Path) -> Curve:
     try:
         return _curve(folder, config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        why = str(error) if isinstance(error, ChangedFile) else repr(error)
         raise UserError(
-            f"{folder}: its files are not what this mlx-fd writes ({error!r}). Bring the old ones "
+            f"{folder}: its files are not what this mlx-fd writes ({why}). Bring the old ones "
             f"back, or make a new run: {_always(folder)}"
         ) from error
 
