@@ -112,7 +112,7 @@ def token_count(path: Path, tokenizer: TokenizerWrapper) -> int:
         from tokenizers import Tokenizer
 
         return max(Tokenizer.from_file(str(file)).get_vocab().values()) + 1
-    return max(tokenizer.get_vocab().values()) + 1
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def _wants_float32(dequantize: str) -> bool:
