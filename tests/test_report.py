@@ -192,7 +192,7 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(UserError, match="not a run directory"):
         read_runs([tmp_path])
 
 
@@ -238,7 +238,7 @@ def test_a_loss_that_was_nothing_at_first_gains_nothing(tmp_path):
     write_json(folder / runs.SUMMARY, summary)
     (run,) = read_runs([folder])
     assert charts.gain_figure(run) is None
-    assert "was 0 before the first update" in " ".join(parsed(make_page([run])).text)
+    assert "were 0 before the first update" in " ".join(parsed(make_page([run])).text)
 
 
 def test_charts_have_the_rows_numbers(tmp_path):
@@ -472,7 +472,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 def test_what_goes_wrong_is_said(tmp_path, monkeypatch, capsys):
     status, _, err = run_cli(monkeypatch, capsys, tmp_path / "none")
     assert status == 2
-    assert "no run directory" in err
+    assert "not a run directory" in err
     run = reported.write_run(tmp_path / "run")
     (run / "report.html").write_text("mine")
     status, _, err = run_cli(monkeypatch, capsys, run)
