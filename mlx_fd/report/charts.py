@@ -140,7 +140,7 @@ def gain_figure(run: Run) -> Figure | None:
     line, above = None, ""
     if isinstance(threshold, (int, float)):
         line = (
-            alt.Chart(alt.InlineData(values=[{"threshold": threshold}]))
+            alt.Chart(draw.inline([{"threshold": threshold}]))
             .mark_rule(color=PAGE.soft)
             .encode(y="threshold:Q", tooltip=[alt.Tooltip("threshold:Q", title="stop_threshold")])
         )

@@ -49,6 +49,12 @@ class Figure:
     wide: bool = False
 
 
+def inline(rows: Sequence[Mapping[str, Any]]) -> alt.Data:
+    """Rows as a chart's data, in their place: altair's InlineData moves them to the page's top."""
+    data: Callable[..., alt.Data] = alt.Data
+    return data(values=list(rows))
+
+
 def figure(
     title: str,
     says: str,

@@ -82,7 +82,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     ]
     # Room above the curves for the thresholds.
     remaining = alt.Scale(domain=[0, 1.2 * max(row["remaining"] for row in rows)])
-    points = alt.Chart(alt.InlineData(values=rows)).encode(
+    points = alt.Chart(draw.inline(rows)).encode(
         x=alt.X("cost:Q", title=COSTS[cost], scale=alt.Scale(zero=False)),
         y=alt.Y(
             "remaining:Q",
@@ -97,7 +97,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
         points, {"strokeWidth": 1.5}, dominated=True, size=alt.Size("kind:N", scale=sizes)
     )
     thresholds = (
-        alt.Chart(alt.InlineData(values=[row for row in rows if row["loss"] == names[0]]))
+        alt.Chart(draw.inline([row for row in rows if row["loss"] == names[0]]))
         .mark_text(angle=270, align="left", fontSize=10)
         .encode(x="cost:Q", y=alt.value(34), text="label:N")
     )
