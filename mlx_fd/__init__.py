@@ -21,7 +21,16 @@ if TYPE_CHECKING:
         fused_linear_divergences,
         teacher_top_k,
     )
-    from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Step, Warned
+    from mlx_fd.runs.events import (
+        BatchDone,
+        Event,
+        Note,
+        Probed,
+        Probing,
+        Started,
+        Step,
+        Warned,
+    )
     from mlx_fd.training.session import RunResult, resume_run, run_loop
 
 # Before anything imports MLX, whose BLAS symbols bind once.
@@ -35,7 +44,9 @@ __all__ = [
     "Note",
     "Pair",
     "Probed",
+    "Probing",
     "RunResult",
+    "Started",
     "Step",
     "Target",
     "TopK",
@@ -63,7 +74,16 @@ _MODULES = {
         "fused_linear_divergences",
         "teacher_top_k",
     ),
-    "mlx_fd.runs.events": ("BatchDone", "Event", "Note", "Probed", "Step", "Warned"),
+    "mlx_fd.runs.events": (
+        "BatchDone",
+        "Event",
+        "Note",
+        "Probed",
+        "Probing",
+        "Started",
+        "Step",
+        "Warned",
+    ),
     "mlx_fd.training.session": ("RunResult", "resume_run", "run_loop"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

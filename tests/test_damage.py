@@ -420,7 +420,7 @@ def test_a_frontier_and_a_model_card_are_not_made_of_changed_files(finished, tmp
         read_curve(folder)
     folder = copy_of(finished, tmp_path / "run")
     damage(folder, "checkpoints/best/adapters.safetensors", "bit")
-    with pytest.raises(UserError, match=r"adapters\.safetensors: something changed it"):
+    with pytest.raises(UserError, match=r"adapters\.safetensors: it was changed"):
         open_source(str(folder))
 
 

@@ -128,7 +128,7 @@ def test_what_is_no_file_is_neither_grown_nor_cut(change, to, tmp_path):
         path.symlink_to("there")
     else:
         path.symlink_to("victim" if to == "file" else "nowhere")
-    with pytest.raises(UserError, match="no ordinary file"):
+    with pytest.raises(UserError, match="not a regular file"):
         files.append_lines(path, [{"a": 1}]) if change == "append" else files.truncate(path, 0)
     assert victim.read_text() == "precious" and not (tmp_path / "nowhere").exists()
 
@@ -148,7 +148,7 @@ def test_another_name_of_a_file_keeps_its_content(tmp_path):
 @pytest.mark.parametrize("read", [runs.read_lines, files.digest_of], ids=["lines", "digest"])
 def test_reading_a_pipe_does_not_hang(read, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="no ordinary file"):
+    with pytest.raises(UserError, match="not a regular file"):
         read(tmp_path / "pipe")
 
 

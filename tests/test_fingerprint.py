@@ -196,7 +196,7 @@ def test_a_fifo_is_no_file(name: str, tmp_path: Path) -> None:
     path = tiny.make_model_dir(tmp_path / "m")
     (path / name).unlink(missing_ok=True)
     os.mkfifo(path / name)
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         content_hash(path)
 
 

@@ -17,7 +17,7 @@ from pairs import MEASURED, SMALL, make_dirs, make_plan, without_seconds
 from tiny import make_model_dir
 
 from mlx_fd import runs
-from mlx_fd.config import override, preset, to_toml
+from mlx_fd.config import Config, override, preset, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import gate
 from mlx_fd.feedback.episode import combined_score
@@ -127,7 +127,7 @@ def test_a_run_leaves_what_it_says(finished):
 
 def test_the_best_batch_is_the_least_on_the_probe_set_or_the_newest():
     def best_batches(first, looks):
-        progress = first_state(None, first, scales={})
+        progress = first_state(Config(), first)
         found = []
         for batch, losses in enumerate(looks, 1):
             progress = with_probe(dataclasses.replace(progress, batch=batch), losses)

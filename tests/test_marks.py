@@ -273,7 +273,7 @@ def test_what_grows_in_place_is_an_ordinary_file(name, what, run, mlx_fd, tmp_pa
     path.symlink_to(victim) if what == "link" else os.mkfifo(path)
     status, said = mlx_fd("resume", run, "--quiet")
     assert status == 2 and name in said, said
-    assert "no ordinary file" in said or "has lost lines" in said
+    assert "not a regular file" in said or "has lost lines" in said
     assert victim.read_bytes() == before
     if name != ".lock" and what == "pipe":
         status, said = mlx_fd("report", run)

@@ -27,6 +27,8 @@ from mlx_fd import (  # noqa: E402
     BatchDone,
     Note,
     Probed,
+    Probing,
+    Started,
     Step,
     Target,
     UserError,
@@ -164,7 +166,8 @@ def test_a_run_gives_its_summary_and_its_events(random_run):
     result, events, steps = random_run
     assert result.done and result.summary["episodes"] == 8
     assert (result.summary, True) == read_checked(result.folder / runs.SUMMARY)
-    assert {type(event) for event in events} - {Warned} == {Note, Probed, BatchDone}
+    kinds = {Note, Probing, Probed, Started, BatchDone}
+    assert {type(event) for event in events} - {Warned} == kinds
     batches = [event for event in events if isinstance(event, BatchDone)]
     assert [event.done for event in batches] == [2, 4, 6, 8]
     assert [len(event.rows) for event in batches] == [2] * 4
@@ -260,7 +263,7 @@ def test_what_is_wrong_is_said_before_there_is_a_run(dirs, tmp_path, monkeypatch
     (tmp_path / "own.toml").write_text('[selfdistill]\nmethod = "grpo"\n')
     with pytest.raises(UserError, match="self-distil"):
         run_loop(config="own.toml")
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(UserError, match="not a run directory"):
         resume_run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["own.toml"]
 

@@ -240,7 +240,7 @@ def test_the_digest_of_a_log_runs_on_from_where_it_was_read(tmp_path):
     assert again.sha256 == log.sha256 == digest_of(path)
     assert Log.read(path, log.size + 1) is None
     (tmp_path / "link.jsonl").symlink_to(path)
-    with pytest.raises(UserError, match="no ordinary file"):
+    with pytest.raises(UserError, match="not a regular file"):
         Log(tmp_path / "link.jsonl").append([{"a": 1}])
 
 
@@ -359,14 +359,14 @@ def test_only_a_failed_write_counts_as_one(tmp_path):
 
 
 def test_manifest_of_something_else(tmp_path):
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(UserError, match="not a run directory"):
         runs.read_manifest(tmp_path)
     run = make_run(tmp_path / "run")
     assert runs.read_manifest(run) == {"schema_version": SCHEMA_VERSION, "seed": 1}
     assert runs.manifest_fault(run) is None
     text = (run / runs.MANIFEST).read_text()
     (run / runs.MANIFEST).write_text(text.replace('"seed": 1', '"seed": 2'))
-    assert "something changed it" in runs.manifest_fault(run)
+    assert "it was changed" in runs.manifest_fault(run)
     (run / runs.MANIFEST).write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         runs.read_manifest(run)
