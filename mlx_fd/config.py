@@ -12,7 +12,7 @@ import math
 import tomllib
 import typing
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import tomli_w
 
 from mlx_fd.errors import UserError
+from mlx_fd.registry import CONTEXTS, LOSSES, SOURCES
 from mlx_fd.text import shown
 
 MAX_COUNT = 2**31 - 1
@@ -29,10 +30,17 @@ MAX_SEED = 2**63 - 1
 _MAX_FLOAT = 3e38  # float32, in which all that is computed with them is, has nothing larger
 _MAX_BYTES = 1 << 20
 
+Words = Collection[str] | Callable[[], Collection[str]]
+"""The words that an option takes, a registry for its names, or what gives them when asked."""
 
-def _option(default: Any, help: str, **limits: Any) -> Any:
-    """A field with its help text and its limits (``choices``, ``low``, ``high``)."""
-    return field(default=default, metadata={"help": help, **limits})
+
+def _option(default: Any, help: str, *, choices: Words = (), **limits: Any) -> Any:
+    """A field with its help text and its limits (``choices``, ``low``, ``high``).
+
+    Choices that are names in a registry are looked up when they are asked for, so that what is
+    registered later than this module is imported is among them.
+    """
+    return field(default=default, metadata={"help": help, "words": choices, **limits})
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,9 @@ class ProblemOptions:
 
     problems: str = _option(
         "gsm8k",
-        "gsm8k, arithmetic (made up), a .jsonl, .json, .csv or .parquet file, or a hub data set.",
+        "Where problems come from: a name, a .jsonl, .json, .csv or .parquet file, or a hub data "
+        "set.",
+        names=SOURCES,
     )
     split: str = _option("train", "Split to run on.")
     train_on_test: bool = _option(False, "Allow a run on the test split.")
@@ -123,7 +133,7 @@ class LossOptions:
     losses: tuple[str, ...] = _option(
         ("lm", "hidden", "score", "logit"),
         "Losses in use.",
-        choices=("lm", "hidden", "score", "logit", "answer", "reasoning", "attention"),
+        choices=LOSSES,
     )
     kl: str = _option(
         "forward",
@@ -167,7 +177,7 @@ class LossOptions:
         "none",
         "Match the student, on its own answers, to itself reading what the expert made of them: "
         "its feedback, or its revision (step-critique). Needs answers_by = student.",
-        choices=("none", "feedback", "step-critique"),
+        choices=lambda: ("none", *(name for name, c in CONTEXTS.items() if c.from_episode)),
     )
     student_context_weight: float = _option(
         1.0, "Weight of that divergence beside the other losses.", low=0.001
@@ -184,7 +194,12 @@ class LossOptions:
     @property
     def on_solutions(self) -> bool:
         """Whether a loss is on solutions only."""
-        return bool({"answer", "reasoning"} & set(self.losses))
+        return any(LOSSES[name].on_solutions for name in self.losses)
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether a loss reads the attention of both models."""
+        return any(LOSSES[name].needs_attention for name in self.losses)
 
 
 @dataclass(frozen=True)
@@ -283,19 +298,13 @@ class EpisodeOptions:
     exam_size: int = _option(
         100,
         "Answers with known errors that the student judges before the run and after it; 0: no "
-        "examination. Only with --problems arithmetic, where the truth is known.",
+        "examination. Only with problems whose source knows the truth about any answer.",
         low=0,
     )
     probe_every: int = _option(1, "Distilled batches between two looks at the probe set.", low=1)
     checkpoint_every: int = _option(4, "Batches between two checkpoints.", low=1)
     keep_checkpoints: int = _option(3, "Checkpoints kept beside the best one.", low=2)
     seed: int = _option(0, "One seed gives one run.", low=0, high=MAX_SEED)
-
-
-CONTEXTS = (
-    *("none", "reference", "step-critique", "feedback", "rubric", "demonstration"),
-    *("sibling", "reflection", "clean", "contrast"),
-)
 
 
 @dataclass(frozen=True)
@@ -322,8 +331,8 @@ class Method:
     )
     critic: str = _option(
         "",
-        "Frozen model that writes critiques, feedback and reflections; truth: the generator's own, "
-        "with --problems arithmetic. Empty: none.",
+        "Frozen model that writes critiques, feedback and reflections; truth: the problem "
+        "source's own, where it knows the truth about any answer. Empty: none.",
     )
     critic_sees: str = _option(
         "reference",
@@ -459,7 +468,8 @@ class Option:
         kind: ``bool``, ``int``, ``float``, ``str`` or ``tuple``.
         default: the default value.
         help: one sentence.
-        choices: the allowed words, or empty.
+        words: the allowed words, or empty.
+        names: a registry whose names are among the allowed words, or empty.
         low: smallest value, or ``None``.
         high: largest value, or ``None``.
     """
@@ -469,9 +479,15 @@ class Option:
     kind: type
     default: Any
     help: str
-    choices: tuple[str, ...] = ()
+    words: Words = ()
+    names: Collection[str] = ()
     low: float | None = None
     high: float | None = None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The allowed words, or empty."""
+        return tuple(self.words() if callable(self.words) else self.words)
 
 
 def _options() -> dict[str, Option]:

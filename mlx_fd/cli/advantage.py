@@ -13,6 +13,7 @@ import click
 from mlx_fd.cli.options import (
     SEED,
     Count,
+    LateOption,
     Number,
     PathType,
     Words,
@@ -22,6 +23,7 @@ from mlx_fd.cli.options import (
     skip_bad_rows_option,
 )
 from mlx_fd.errors import UserError
+from mlx_fd.registry import CONTEXTS
 
 if TYPE_CHECKING:
     from mlx_fd.evaluation.statistics import Estimate
@@ -46,9 +48,15 @@ Examples:
     type=Words(numbers=False),
     default=",".join(DEFAULT),
     show_default=True,
-    help="What the self-teacher sees.",
+    cls=LateOption,
+    late_help=lambda: f"What the self-teacher sees, of {', '.join(CONTEXTS)}.",
 )
-@click.option("--problems", default="arithmetic", show_default=True, help="Generated problems.")
+@click.option(
+    "--problems",
+    default="arithmetic",
+    show_default=True,
+    help="Problems of a source that knows the truth about any answer.",
+)
 @click.option("--split", default="validation", show_default=True, help="Split of the problems.")
 @click.option("--limit", type=Count(), default=40, show_default=True, help="Problems to take.")
 @click.option(

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import click
 
-from mlx_fd.cli.options import Count, PathType, debug_option, json_option, quiet_option
+from mlx_fd.cli.options import (
+    Count,
+    LateOption,
+    PathType,
+    debug_option,
+    json_option,
+    quiet_option,
+)
+from mlx_fd.registry import SOURCES
 
 
 @click.command(
@@ -34,8 +42,11 @@ Examples:
 @click.option(
     "--problems",
     metavar="SOURCE",
-    help="Answer problems of gsm8k, arithmetic, a file or a hub data set. [default: the bundle's, "
-    "which the reference answered too]",
+    cls=LateOption,
+    late_help=lambda: (
+        f"Answer problems of {', '.join(SOURCES)}, a file or a hub data set. [default: the "
+        "bundle's, which the reference answered too]"
+    ),
 )
 @click.option(
     "--limit",

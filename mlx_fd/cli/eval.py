@@ -11,6 +11,7 @@ import click
 from mlx_fd.cli.options import (
     SEED,
     Count,
+    LateOption,
     Number,
     PathType,
     debug_option,
@@ -18,7 +19,12 @@ from mlx_fd.cli.options import (
     quiet_option,
     skip_bad_rows_option,
 )
+from mlx_fd.registry import SYSTEMS
 from mlx_fd.text import strip_control_chars
+
+
+def _baselines() -> str:
+    return ", ".join(name for name, system in SYSTEMS.items() if system.is_baseline)
 
 
 @click.command(
@@ -46,8 +52,8 @@ Examples:
 @click.option(
     "--baselines",
     is_flag=True,
-    help="CLEAR, the chain-of-thought and chain-of-drafts critics, Self-Refine and the bare expert "
-    "too.",
+    cls=LateOption,
+    late_help=lambda: f"Compare with other ways to an answer, too: {_baselines()}.",
 )
 @click.option(
     "--expert",
@@ -77,7 +83,8 @@ Examples:
 @click.option(
     "--problems",
     metavar="SOURCE",
-    help="As for mlx-fd loop. [default: gsm8k; arithmetic for a run on it and the tiny models]",
+    help="As for mlx-fd loop. [default: what the run learned from, where that has a name; "
+    "arithmetic for the tiny models; else gsm8k]",
 )
 @click.option("--split", default="test", show_default=True, help="Split of the problems.")
 @click.option(

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import click
 
-from mlx_fd.cli.options import Count, PathType, debug_option, json_option, quiet_option
+from mlx_fd.cli.options import (
+    Count,
+    LateOption,
+    NameOf,
+    PathType,
+    debug_option,
+    json_option,
+    quiet_option,
+)
+from mlx_fd.registry import FORMATS
 from mlx_fd.text import strip_control_chars
 
 
@@ -27,10 +36,11 @@ Examples:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["mlx", "hf", "gguf"]),
+    type=NameOf(FORMATS),
     default="mlx",
     show_default=True,
-    help="mlx: for mlx-lm; hf: for Hugging Face transformers; gguf: for llama.cpp.",
+    cls=LateOption,
+    late_help=lambda: f"{FORMATS.described()}.",
 )
 @click.option(
     "--out",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,40 @@ class PathType(click.ParamType):
             return Path(value)
 
 
+class NameOf(click.Choice):
+    """A name in a registry, looked up when it is asked for."""
+
+    def __init__(self, registry: Mapping[str, Any]):
+        self._registry = registry
+        super().__init__(())
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The names."""
+        return tuple(self._registry)
+
+    @choices.setter
+    def choices(self, words: tuple[str, ...]) -> None:
+        pass  # click's own, of which there are none
+
+
+class LateOption(click.Option):
+    """An option whose help text is made when it is shown, after everything was registered."""
+
+    def __init__(self, *args: Any, late_help: Callable[[], str], **kwargs: Any):
+        self._late_help = late_help
+        super().__init__(*args, **kwargs)
+
+    @property
+    def help(self) -> str:
+        """The help text."""
+        return self._late_help()
+
+    @help.setter
+    def help(self, text: str | None) -> None:
+        pass  # click's own, which is empty
+
+
 def click_option(
     option: Option, *, flag: str = "", default: str = "", help: str = ""
 ) -> click.Option:
@@ -97,17 +132,21 @@ def click_option(
         help: what is said of it, where it means something else there.
     """
     flag = flag or "--" + option.name.replace("_", "-")
-    text = help or option.help
-    if option.choices:
-        text += f" One of: {', '.join(option.choices)}."
-    text += f" [default: {default or shown_default(option.default)}]"
+
+    def text() -> str:
+        words = f" One of: {', '.join(option.choices)}." if option.choices else ""
+        if option.names:
+            words = f" Names: {', '.join(option.names)}."
+        shown = default or shown_default(option.default)
+        return f"{help or option.help}{words} [default: {shown}]"
+
     if option.kind is bool:
-        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
+        return LateOption([f"{flag}/--no-{flag[2:]}"], default=None, late_help=text)
     if option.kind is tuple:
-        kind: Any = Words(numbers=not option.choices)
+        kind: Any = Words(numbers=option.words == ())
     else:
         kind = {int: click.INT, float: click.FLOAT, str: click.STRING}[option.kind]
-    return click.Option([flag, option.name], type=kind, default=None, help=text)
+    return LateOption([flag, option.name], type=kind, default=None, late_help=text)
 
 
 def shown_default(value: Any) -> str:

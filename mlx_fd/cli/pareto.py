@@ -44,8 +44,9 @@ Examples:
 @click.option(
     "--exam",
     is_flag=True,
-    help="Examine the student at each stop whose checkpoint is there (--problems arithmetic; keep "
-    "them with --checkpoint-every 1 --keep-checkpoints N).",
+    help="Examine the student at each stop whose checkpoint is there (where the truth about "
+    "answers is known: --problems arithmetic; keep them with --checkpoint-every 1 "
+    "--keep-checkpoints N).",
 )
 @click.option(
     "--sweep",

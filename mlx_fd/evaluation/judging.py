@@ -11,27 +11,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_fd.evaluation.baselines import Trial
-from mlx_fd.evaluation.baselines.critics import STAGES, criticise
+from mlx_fd.evaluation.baselines import SYSTEMS, Trial
+from mlx_fd.evaluation.baselines.critics import criticise
 from mlx_fd.evaluation.baselines.trials import trial
-from mlx_fd.evaluation.bench import Bench, Uses
+from mlx_fd.evaluation.bench import Bench, Uses, outside_code
 from mlx_fd.evaluation.cache import Rows
 from mlx_fd.evaluation.calibration import brier, pr_auc, roc_auc, spearman
-from mlx_fd.evaluation.exam import Question
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.feedback.episode import Draft, expert_feedback, feedback_request, student_feedback
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.generation import Conversation, first_prompt
 from mlx_fd.problems import arithmetic, parsing, prompts
+from mlx_fd.problems.sources import Question
 
 LABELS = {
     "student": "Student",
     "clear": "Untrained student",
     "expert": "Expert",
-    "cot": "Chain-of-thought critic",
-    "cod": "Chain-of-drafts critic",
 }
+"""What judges are called that are called otherwise where they solve."""
 FEEDBACK = "feedback"
 _NOTHING = prompts.Feedback("", None)
 
@@ -43,7 +42,7 @@ class Judging:
     Attributes:
         name: of the set.
         items: the answers, with the truth about each.
-        systems: names in :data:`LABELS`, the one that is compared first.
+        systems: ``student``, ``clear``, ``expert`` and critics, the one that is compared first.
     """
 
     name: str
@@ -60,7 +59,7 @@ class Judging:
 
     def label(self, system: str) -> str:
         """What a table calls a system."""
-        return LABELS[system]
+        return LABELS.get(system, SYSTEMS[system].label)
 
     def attempt(
         self, bench: Bench, system: str, batch: int, sample: int, chunk: Sequence[Question]
@@ -73,8 +72,8 @@ class Judging:
         def make(pair: Pair) -> list[Trial]:
             drafts = [_draft(pair, question) for question in chunk]
             setting = bench.setting(pair, "expert")
-            if system in STAGES:
-                stages = STAGES[system](pair.expert.tokenizer)
+            if (stages_of := SYSTEMS[system].stages) is not None:
+                stages = stages_of(pair.expert.tokenizer)
                 judged = criticise(setting, drafts, stages, seeds, bench.progress)
                 return [
                     trial(
@@ -115,6 +114,7 @@ class Judging:
             "score_at": bench.target.config.models.score_at,
             "by_head": by_head,
             "seed": [bench.seed, batch, sample],
+            **outside_code(system),
         }
         return bench.trials(key, len(chunk), [uses], make)
 

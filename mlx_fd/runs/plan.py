@@ -22,6 +22,7 @@ from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.resolve import default_student, parse_name, resolve
 from mlx_fd.problems import Problem
+from mlx_fd.problems.sources import SOURCES
 
 if TYPE_CHECKING:
     pass
@@ -86,7 +87,7 @@ def make_plan(config: Config) -> Plan:
             fits, config.episode.probe_size, options.episodes, config.episode.seed
         )
     here = backend()
-    if "attention" in config.losses.losses:
+    if config.losses.needs_attention:
         _check_attention(expert_path, student_path)
     questions = [problem.question for problem in (*probe, *chosen)]
     check_run_memory(expert_path, student_path, questions, config, here.on_cpu)
@@ -112,7 +113,7 @@ def settled(config: Config) -> Config:
     The default student is named, and files and directories of this machine get their whole path.
     """
     models, source = config.models, config.problems.problems
-    if source not in problem_sets.EMBEDDED:  # they are meant, whatever lies in this folder
+    if source not in SOURCES:  # they are meant, whatever lies in this folder
         source = _whole_path(source) or source
     student = models.student or _default_student(models.expert)
     losses = config.losses
@@ -223,7 +224,7 @@ def check_run_memory(
             max_answer_tokens=options.max_answer_tokens,
             max_feedback_tokens=max(options.max_feedback_tokens, options.max_merge_tokens),
             solutions=losses.learns_solutions,
-            attention="attention" in losses.losses,
+            attention=losses.needs_attention,
             head_by_head=losses.attention_heads == "aligned",
             lora_rank=config.models.lora_rank,
             train_full=config.models.train == "full",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_fd.config import EpisodeOptions, GateOptions, GenerationOptions
-from mlx_fd.feedback.episode import Draft, Progress
-from mlx_fd.feedback.gate import GateState
-from mlx_fd.feedback.pair import Pair
+from mlx_fd.registry import Entry
+
+if TYPE_CHECKING:
+    from mlx_fd.feedback.episode import Draft, Progress
+    from mlx_fd.feedback.gate import GateState
+    from mlx_fd.feedback.pair import Pair
 
 Seeds = Callable[[str], int]
 """Step name to the seed of its draws."""
@@ -78,7 +81,22 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class System:
+class Stage:
+    """One turn of a critic.
+
+    Attributes:
+        step: its name.
+        request: tokens of what the expert is asked.
+        begun: what those put into its mouth.
+    """
+
+    step: str
+    request: tuple[int, ...]
+    begun: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class System(Entry):
     """A way to an answer.
 
     Attributes:
@@ -87,12 +105,17 @@ class System:
             ``untrained`` those of the student as it was before.
         amateur: the student that it uses beside the expert, as trained or as it was before.
         run: does it.
+        stages: for a critic, the turns in which it writes its feedback, by the tokenizer; it then
+            judges answers with known errors, too.
+        is_baseline: it takes part with ``--baselines`` only.
     """
 
     label: str
     begins_with: Literal["first", "expert", "student", "untrained"]
     amateur: Literal["student", "untrained"] | None
     run: Callable[[Setting, Sequence[Draft], Seeds, Progress], list[Trial]]
+    stages: Callable[[Any], Sequence[Stage]] | None = None
+    is_baseline: bool = True
 
 
 def trial(

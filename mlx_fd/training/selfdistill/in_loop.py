@@ -14,8 +14,8 @@ from typing import Any
 from mlx_fd.config import Method, TrainingOptions
 from mlx_fd.feedback.episode import Outcome, is_correct
 from mlx_fd.models.loading import Loaded
-from mlx_fd.problems import parsing, prompts
-from mlx_fd.training.selfdistill.contexts import Attempt, View, critique_message, feedback_message
+from mlx_fd.problems import prompts
+from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, View
 from mlx_fd.training.selfdistill.learning import (
     forward_teacher_and_student,
     gradients,
@@ -46,22 +46,15 @@ def lessons(outcomes: Sequence[Outcome], context: str) -> Lessons:
 
     Args:
         outcomes: of episodes whose first answers are the student's.
-        context: ``"feedback"``: it reads the expert's feedback; ``"step-critique"``: the expert's
-            revision of its answer where that is right, or the answer itself where it was right and
-            good enough to stay.
+        context: one that can be made from an episode.
     """
+    from_episode = CONTEXTS[context].from_episode
+    assert from_episode is not None, context
     attempts, views = [], []
     for outcome in outcomes:
-        draft, problem = outcome.draft, outcome.draft.problem
-        message = None
-        if context == "feedback" and draft.expert_feedback is not None:
-            message = feedback_message(problem.question, draft.expert_feedback.text)
-        elif context == "step-critique":
-            rewrite = outcome.revised or draft.answer.text
-            if is_correct(parsing.final_answer(rewrite), problem):
-                message = critique_message(problem.question, rewrite)
+        message = from_episode(outcome)
         if message is not None:
-            answer = draft.answer
+            problem, answer = outcome.draft.problem, outcome.draft.answer
             right = is_correct(answer.final, problem)
             attempts.append(
                 Attempt(problem, problem.question, answer.tokens, answer.text, answer.final, right)

@@ -28,6 +28,7 @@ from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, read_arrays
 from mlx_fd.problems import Problem
 from mlx_fd.problems.prompts import answer_prompt
+from mlx_fd.problems.sources import names_with_truth, truth_of
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.checkpoints import Checkpoint
 from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Step, Warned
@@ -44,7 +45,7 @@ from mlx_fd.training.checkpoint import (
     update_row,
     with_probe,
 )
-from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View, remember
+from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View
 from mlx_fd.training.selfdistill.learning import (
     RolloutStats,
     TokenWeights,
@@ -272,7 +273,12 @@ def _save(records: Records, progress: Progress, learner: _Learner) -> None:
     models, config = learner.models, learner.config
     moves = config.selfdistill.self_teacher in ("ema", "snapshot")
     save(
-        *(records, progress, config, models.student, models.student_lm.path, learner.optimizer),
+        records,
+        progress,
+        config,
+        models.student,
+        models.student_lm.path,
+        learner.optimizer,
         arrays={TEACHER_WEIGHTS: learner.teacher} if moves else {},
         state={"playbook": learner.playbook.to_json()},
     )
@@ -366,14 +372,17 @@ def build_views(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: i
         most_wrong=options.wrong_hints,
         seed=derive_seed(config.episode.seed, batch, "context"),
     )
-    return CONTEXTS[options.context]([a for group in groups for a in group], materials)
+    return CONTEXTS[options.context].views([a for group in groups for a in group], materials)
 
 
 def _probe(learner: _Learner, problems: Sequence[Problem], batch: int) -> dict[str, float]:
     """The share of held-out problems that the student answers wrong."""
     messages = [answer_prompt(as_read(problem, learner.config)) for problem in problems]
     right = grade_answers(
-        *(learner.models.student_lm, problems, messages, learner.config),
+        learner.models.student_lm,
+        problems,
+        messages,
+        learner.config,
         learner.on_progress(batch, "probe"),
     )
     return {WRONG: 1 - sum(right) / len(right)}
@@ -389,25 +398,21 @@ def _batch(
     begin = time.perf_counter()
     config, student_lm, number = learner.config, learner.models.student_lm, progress.batch
     groups, prefilled = sample_rollouts(
-        *(student_lm, problems, config, _seeds(config, number, "attempt")),
+        student_lm,
+        problems,
+        config,
+        _seeds(config, number, "attempt"),
         learner.on_progress(number, "attempt"),
     )
     seconds = {"attempt": time.perf_counter() - begin}
     views = build_views(learner, groups, number)
     seconds["context"] = time.perf_counter() - begin - seconds["attempt"]
     known = forward_teacher_and_student(
-        *(
-            student_lm,
-            learner.teacher,
-            groups,
-            views,
-            config.selfdistill,
-            config.training.micro_batch,
-        )
+        student_lm, learner.teacher, groups, views, config.selfdistill, config.training.micro_batch
     )
     mx.eval([item.now for item in known])
     updates, weighed = _learn(learner, progress, groups, views, known)
-    if config.selfdistill.context == "reflection":
+    if (remember := CONTEXTS[config.selfdistill.context].remember) is not None:
         attempts = [attempt for group in groups for attempt in group]
         learner.playbook = remember(learner.playbook, attempts, views)
     seconds["learn"] = time.perf_counter() - begin - sum(seconds.values())
@@ -471,20 +476,24 @@ def _learn(
     echoes: list[RolloutStats] = []
     if options.objective == "echo":
         echoes = echoes_of(
-            *(student_lm, learner.teacher, groups, views, config),
+            student_lm,
+            learner.teacher,
+            groups,
+            views,
+            config,
             learner.on_progress(progress.batch, "echo"),
         )
     for step in range(training.kd_steps):
         done = progress.distilled * training.kd_steps + step
         if step:
             known = forward_teacher_and_student(
-                *(student_lm, learner.teacher, groups, views, options, training.micro_batch)
+                student_lm, learner.teacher, groups, views, options, training.micro_batch
             )
         rise = min(1.0, (done + 1) / options.warmup_steps) if options.warmup_steps else 1.0
         learner.optimizer.learning_rate = training.lora_rate * rise
         near = nearness(student_lm, echoes, options, training.micro_batch) if echoes else None
         update, weighed = learn(
-            *(student_lm, learner.optimizer, known, options, training, limit, near, echoes)
+            student_lm, learner.optimizer, known, options, training, limit, near, echoes
         )
         first = first or weighed
         if update is None:
@@ -566,17 +575,21 @@ def check_combination(config: Config) -> None:
         raise UserError(
             "--objective grpo compares attempts at one problem: set --num-generations to 8."
         )
-    if options.objective == "contrastive" and options.context != "contrast":
-        raise UserError("--objective contrastive needs right and wrong hints: --context contrast.")
-    if options.context in ("sibling", "contrast") and options.num_generations < 2:
+    context = CONTEXTS[options.context]
+    if options.objective == "contrastive" and not context.gives_wrong_hints:
+        names = [name for name, other in CONTEXTS.items() if other.gives_wrong_hints]
+        raise UserError(
+            f"--objective contrastive needs right and wrong hints: --context {' or '.join(names)}."
+        )
+    if context.needs_siblings and options.num_generations < 2:
         raise UserError(
             f"--context {options.context} shows other attempts at the same problem: set "
             "--num-generations to 8."
         )
-    if options.context == "step-critique" and not options.critic:
+    if context.needs_critic and not options.critic:
         raise UserError(
-            "--context step-critique needs a critic: name one with --critic, or take the truth "
+            f"--context {context.name} needs a critic: name one with --critic, or take the truth "
             "about generated problems with --critic truth."
         )
-    if options.critic == TRUTH and config.problems.problems != "arithmetic":
-        raise UserError("--critic truth is known for --problems arithmetic only.")
+    if options.critic == TRUTH and truth_of(config.problems.problems) is None:
+        raise UserError(f"--critic truth is known for --problems {names_with_truth()} only.")
