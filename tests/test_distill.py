@@ -338,7 +338,7 @@ def test_weights_of_another_student_are_refused(pair, plan, tmp_path):
     with pytest.raises(UserError, match="another student"):
         load_student(stranger, tmp_path)
     (tmp_path / "heads.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is damaged"):
         load_student(pair.student, tmp_path)
 
 
