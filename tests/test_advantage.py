@@ -120,7 +120,7 @@ def by_hand(loaded, message, tokens):
 def test_advantages_are_the_difference_of_two_readings(base, scored):
     attempts = [item.attempt for item in scored]
     for name in ("reference", "step-critique", "sibling"):
-        views = CONTEXTS[name](attempts, TRUTH)
+        views = CONTEXTS[name].views(attempts, TRUTH)
         for item, view in list(zip(scored, views, strict=True))[::4]:
             tokens = item.attempt.tokens
             expected = by_hand(base, view.teacher, tokens) - by_hand(base, view.student, tokens)
