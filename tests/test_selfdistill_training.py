@@ -360,10 +360,10 @@ def test_the_command_line_says_what_is_wrong(tmp_path):
     (tmp_path / "loop.toml").write_text(to_toml(Config()))
     (tmp_path / "self.toml").write_text(to_toml(config_of("grpo")))
     for arguments, wanted in (
-        (["self-distill"], "say what to do"),
-        (["self-distill", "--method", "gppo"], "there is no method 'gppo' (there are: grpo"),
+        (["self-distill"], "choose a method: --method with one of grpo"),
+        (["self-distill", "--method", "gppo"], "'gppo' is not one of 'grpo',"),
         (["self-distill", "--objective", "grpo"], "set --num-generations to 8"),
-        (["self-distill", "--config", str(tmp_path / "loop.toml")], "is no self-distillation"),
+        (["self-distill", "--config", str(tmp_path / "loop.toml")], "is not a self-distillation"),
         (["loop", "--config", str(tmp_path / "self.toml")], "mlx-fd self-distill --config"),
     ):
         done = cli(*arguments)
