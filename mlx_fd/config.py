@@ -12,7 +12,7 @@ import math
 import tomllib
 import typing
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import tomli_w
 
 from mlx_fd.errors import UserError
+from mlx_fd.registry import CONTEXTS, LOSSES, SOURCES
 from mlx_fd.text import shown
 
 MAX_COUNT = 2**31 - 1
@@ -29,10 +30,22 @@ MAX_SEED = 2**63 - 1
 _MAX_FLOAT = 3e38  # float32, in which all that is computed with them is, has nothing larger
 _MAX_BYTES = 1 << 20
 
+Words = Collection[str] | Callable[[], Collection[str]]
+"""The words that an option takes, a registry for its names, or what gives them when asked."""
 
-def _option(default: Any, help: str, **limits: Any) -> Any:
-    """A field with its help text and its limits (``choices``, ``low``, ``high``)."""
-    return field(default=default, metadata={"help": help, **limits})
+
+def names_of(words: Words) -> tuple[str, ...]:
+    """The words as they are now."""
+    return tuple(words() if callable(words) else words)
+
+
+def _option(default: Any, help: str, *, choices: Words = (), **limits: Any) -> Any:
+    """A field with its help text and its limits (``choices``, ``low``, ``high``).
+
+    Choices that are names in a registry are looked up when they are asked for, so that what is
+    registered later than this module is imported is among them.
+    """
+    return field(default=default, metadata={"help": help, "words": choices, **limits})
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,8 @@ class ProblemOptions:
 
     problems: str = _option(
         "gsm8k",
-        "gsm8k, arithmetic (generated), a .jsonl, .json, .csv or .parquet file, or a hub dataset.",
+        "Problem source: a name, a .jsonl, .json, .csv or .parquet file, or a hub dataset.",
+        names=SOURCES,
     )
     split: str = _option("train", "Dataset split to train on.")
     train_on_test: bool = _option(False, "Allow training on the test split.")
@@ -129,7 +143,7 @@ class LossOptions:
     losses: tuple[str, ...] = _option(
         ("lm", "hidden", "score", "logit"),
         "Losses to train with, separated by commas.",
-        choices=("lm", "hidden", "score", "logit", "answer", "reasoning", "attention"),
+        choices=LOSSES,
     )
     kl: str = _option(
         "forward",
@@ -175,7 +189,7 @@ class LossOptions:
         "none",
         "Self-distillation on the student's own answers: match the student to itself reading the "
         "expert's feedback, or its revision (step-critique). Needs answers_by = student.",
-        choices=("none", "feedback", "step-critique"),
+        choices=lambda: ("none", *(name for name, c in CONTEXTS.items() if c.from_episode)),
     )
     student_context_weight: float = _option(
         1.0, "Weight of the student_context divergence relative to the other losses.", low=0.001
@@ -192,7 +206,12 @@ class LossOptions:
     @property
     def on_solutions(self) -> bool:
         """Whether a loss is on solutions only."""
-        return bool({"answer", "reasoning"} & set(self.losses))
+        return any(LOSSES[name].on_solutions for name in self.losses)
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether a loss reads the attention of both models."""
+        return any(LOSSES[name].needs_attention for name in self.losses)
 
 
 @dataclass(frozen=True)
@@ -299,7 +318,7 @@ class EpisodeOptions:
     exam_size: int = _option(
         100,
         "Answers with known errors that the student judges before and after the run; 0: no exam. "
-        "Only with --problems arithmetic, where the truth is known.",
+        "Only with problems whose source knows the truth about any answer (arithmetic).",
         low=0,
     )
     probe_every: int = _option(1, "Distilled batches between probe evaluations.", low=1)
@@ -308,12 +327,6 @@ class EpisodeOptions:
     seed: int = _option(
         0, "Random seed; runs with the same seed are identical.", low=0, high=MAX_SEED
     )
-
-
-CONTEXTS = (
-    *("none", "reference", "step-critique", "feedback", "rubric", "demonstration"),
-    *("sibling", "reflection", "clean", "contrast"),
-)
 
 
 @dataclass(frozen=True)
@@ -341,7 +354,7 @@ class Method:
     critic: str = _option(
         "",
         "Frozen model that writes critiques, feedback and reflections, or truth: the problem "
-        "generator's own, with --problems arithmetic. Empty: none.",
+        "source's own, where it knows the truth about any answer. Empty: none.",
     )
     critic_sees: str = _option(
         "reference",
@@ -485,7 +498,8 @@ class Option:
         kind: ``bool``, ``int``, ``float``, ``str`` or ``tuple``.
         default: the default value.
         help: one sentence.
-        choices: the allowed words, or empty.
+        words: the allowed words, or empty.
+        names: a registry whose names are among the allowed words, or empty.
         low: smallest value, or ``None``.
         high: largest value, or ``None``.
     """
@@ -495,9 +509,15 @@ class Option:
     kind: type
     default: Any
     help: str
-    choices: tuple[str, ...] = ()
+    words: Words = ()
+    names: Collection[str] = ()
     low: float | None = None
     high: float | None = None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The allowed words, or empty."""
+        return names_of(self.words)
 
 
 def _options() -> dict[str, Option]:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import reported
 
-from mlx_fd.problems import gsm8k
+from mlx_fd.problems.sources import gsm8k
 from mlx_fd.report.page import make_page, write_page
 from mlx_fd.report.reading import read_runs
 

@@ -16,6 +16,7 @@ import click
 from mlx_fd.cli.app import cli
 from mlx_fd.cli.options import ConfiguredCommand
 from mlx_fd.config import MAX_COUNT, OPTIONS, PRESETS, Option
+from mlx_fd.registry import REGISTRIES
 from mlx_fd.runs import records
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
@@ -32,6 +33,8 @@ def shown(value: Any) -> str:
 def limits(option: Option) -> str:
     if option.choices:
         return ", ".join(option.choices)
+    if option.names:
+        return ", ".join([*option.names, "..."])
     if option.kind in (int, float):
         low = "" if option.low is None else f"{option.low:g}"
         # What no integer of 32 bits can be goes without saying.
@@ -129,6 +132,9 @@ def page() -> str:
             cell(option.help),
         )
         lines.append(f"| {' | '.join(cells)} |")
+    for title, registry in REGISTRIES.items():
+        lines += ["", f"## {title}", "", "| name | |", "|---|---|"]
+        lines += [f"| `{entry.name}` | {cell(entry.help)} |" for entry in registry.values()]
     lines += ["", "## Presets", "", "What each changes against the defaults.", ""]
     for name, changes in PRESETS.items():
         settings = ", ".join(f"`{key} = {shown(value)}`" for key, value in changes.items())

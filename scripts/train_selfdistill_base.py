@@ -5,7 +5,7 @@ python scripts/train_selfdistill_base.py --out DIR --quick    # hardly any train
 
 It begins as the tiny expert with most of its MLPs' neurons gone, as the tiny student does. Then it
 reads solutions of which most are wrong, so that it solves problems as mediocre as its reading; and
-problems with a context (`mlx_fd/training/selfdistill/contexts.py`), after which the solution is
+problems with a context (`mlx_fd/training/selfdistill/contexts`), after which the solution is
 right. So it answers better with a context than without: what self-distillation is made of. It
 judges answers too, which the bench takes as the other task, the one that may be forgotten.
 """
@@ -56,8 +56,20 @@ from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import Problem, arithmetic, parsing
 from mlx_fd.problems.prompts import answer_prompt
-from mlx_fd.training.selfdistill import contexts, noise
-from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials
+from mlx_fd.training.selfdistill import noise
+from mlx_fd.training.selfdistill.contexts import (
+    CONTEXTS,
+    Attempt,
+    Materials,
+    contrast,
+    demonstration,
+    feedback,
+    reference,
+    reflection,
+    rubric,
+    sibling,
+    step_critique,
+)
 from mlx_fd.training.selfdistill.playbook import Playbook
 
 RECIPE = Recipe(
@@ -83,14 +95,14 @@ def context_pieces() -> list[str]:
     """The fixed pieces of the contexts' messages, and what is often quoted in them."""
     one, two, three = "\u241fone\u241f", "\u241ftwo\u241f", "\u241fthree\u241f"
     messages = [
-        contexts.reference_message(one, two),
-        contexts.critique_message(one, two),
-        contexts.feedback_message(one, two),
-        contexts.rubric_message(one, two),
-        contexts.demonstration_message(one, two),
-        contexts.hint_message(one, two),
-        contexts.sibling_message(one, two),
-        contexts.reflection_message(one, [two], one, two, three),
+        reference.reference_message(one, two),
+        step_critique.critique_message(one, two),
+        feedback.feedback_message(one, two),
+        rubric.rubric_message(one, two),
+        demonstration.demonstration_message(one, two),
+        contrast.hint_message(one, two),
+        sibling.sibling_message(one, two),
+        reflection.reflection_message(one, [two], one, two, three),
     ]
     pieces = [
         piece
@@ -100,10 +112,10 @@ def context_pieces() -> list[str]:
     rubrics = {
         line
         for drawn, _ in zip(arithmetic.exercises("train", 0), range(200), strict=False)
-        for line in contexts.rubric(_problem(drawn)).split("\n")
+        for line in rubric.rubric(_problem(drawn)).split("\n")
     }
     prose = [" plus ", " minus ", " times ", " is ", ". ", "So the answer is "]
-    lessons = contexts.lessons()
+    lessons = reflection.lessons()
     return list(dict.fromkeys([*pieces, *lessons, *sorted(rubrics), *prose]))
 
 
@@ -155,7 +167,7 @@ def context_sequence(rng: random.Random, drawn: arithmetic.Exercise) -> list[Pie
     siblings = [_attempt(problem, drawn.solution)]
     if name == "contrast":
         siblings.append(_attempt(problem, arithmetic.wrong_answer(rng, drawn)))
-    lessons = rng.sample(contexts.lessons(), rng.randint(0, 4))
+    lessons = rng.sample(reflection.lessons(), rng.randint(0, 4))
     playbook = Playbook().after(lessons, {})
     if rng.random() < 0.3:
         playbook = playbook.after([], {problem.id: drawn.solution})
@@ -164,7 +176,7 @@ def context_sequence(rng: random.Random, drawn: arithmetic.Exercise) -> list[Pie
         reference_style="prose",
         playbook=playbook,
     )
-    view = CONTEXTS[name]([own, *siblings], materials)[0]
+    view = CONTEXTS[name].views([own, *siblings], materials)[0]
     message, solution = view.teacher, drawn.solution
     if view.wrong and rng.random() < 0.5:
         message = view.wrong[0]
@@ -228,7 +240,7 @@ def evaluate(loaded: Loaded, split: str, size: int, temperature: float = 1.0) ->
     materials = Materials(truth=True, reference_style="prose")
     seen = {}
     for name in ("none", *TAUGHT):
-        views = [CONTEXTS[name](group, materials)[0] for group in groups]
+        views = [CONTEXTS[name].views(group, materials)[0] for group in groups]
         prompts = [first_prompt(loaded.tokenizer, view.teacher or view.student) for view in views]
         right = []
         for begin in range(0, size, 50):

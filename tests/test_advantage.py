@@ -120,7 +120,7 @@ def by_hand(loaded, message, tokens):
 def test_advantages_are_the_difference_of_two_readings(base, scored):
     attempts = [item.attempt for item in scored]
     for name in ("reference", "step-critique", "sibling"):
-        views = CONTEXTS[name](attempts, TRUTH)
+        views = CONTEXTS[name].views(attempts, TRUTH)
         for item, view in list(zip(scored, views, strict=True))[::4]:
             tokens = item.attempt.tokens
             expected = by_hand(base, view.teacher, tokens) - by_hand(base, view.student, tokens)
@@ -240,10 +240,11 @@ def test_shades_and_words(problems):
     assert visible("\n<\x07") == "\u21b5\n<\N{REPLACEMENT CHARACTER}"
     told = in_words(scored_by_hand(problems[0], [BEFORE, IN, AFTER], [1, -4, -1]), "reference")
     assert told == (
-        "3 tokens, 1 spoken for, 2 against; most against 't1' in the first wrong step, -4.0."
+        "3 tokens, 1 with positive advantage, 2 negative; most negative at 't1' in the first wrong "
+        "step, -4.0."
     )
     assert in_words(scored_by_hand(problems[0], [RIGHT], [0.0]), "reference") == (
-        "1 tokens, 0 spoken for, 0 against."
+        "1 tokens, 0 with positive advantage, 0 negative."
     )
 
 
@@ -282,13 +283,22 @@ def test_contexts_that_teach_no_attempt_are_rows_of_the_table(tmp_path):
     found = json.loads((out / "advantage.json").read_text())["contexts"]
     assert [row["attempts"] for row in found] == [0, 2]
     html = (out / "advantage.html").read_text()
-    assert ">none<" in html and "nan" not in html.lower()
+    assert "<td>none <small>0 wrong</small></td>" in html and "nan" not in html.lower()
+
+
+def test_an_unknown_context_is_refused_with_the_known_ones(tmp_path):
+    done = CliRunner().invoke(
+        cli, ["advantage", "tiny-base", "--out", str(tmp_path / "x"), "--contexts", "step-critic"]
+    )
+    assert done.exit_code == 2
+    assert "'step-critic' is not one of 'none', 'reference'," in done.output
+    assert 'did you mean "step-critique"?' in done.output
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["--contexts", "critique"], "there is no context 'critique'"),
         (["--problems", "gsm8k", "--split", "test"], "known for generated problems only"),
         (["--critic", "tinny"], "tinny"),
     ],

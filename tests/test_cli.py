@@ -29,6 +29,7 @@ from mlx_fd import cli, runs
 from mlx_fd.config import OPTIONS, PRESETS, read
 from mlx_fd.files import digest_of, write_json
 from mlx_fd.problems import arithmetic
+from mlx_fd.registry import FORMATS
 from mlx_fd.runs.checked import read_checked, with_digest
 from mlx_fd.runs.checkpoints import newest_checkpoint
 from mlx_fd.text import strip_control_chars
@@ -792,7 +793,7 @@ def test_export_to_a_full_disk(finished, tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000,) * 2)\n"
         "main()"
     )
-    for form in ("mlx", "hf", "gguf"):
+    for form in FORMATS:
         done = subprocess.run(
             [sys.executable, "-c", code, "export", finished, "--out", "x", "--format", form],
             cwd=tmp_path,

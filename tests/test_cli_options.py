@@ -116,7 +116,7 @@ def test_feedback_takes_a_model_as_mlx_lm_does(run, adapter):
     plain = feedback("tiny-student", "--tokens", 20)
     assert feedback("--model", "tiny-student", "--max-tokens", 20, "--temp", 0) == plain
     distilled = feedback("--model", run, "--max-tokens", 20)
-    assert distilled["feedback"] != plain["feedback"] and "score" in distilled
+    assert distilled["feedback"] != plain["feedback"] and "head_score" in distilled
     # A checkpoint keeps its score head; an adapter has none that is known to be trained.
     assert feedback("--adapter-path", run / "checkpoints" / "best", "--max-tokens", 20) == distilled
     for chosen in ((), ("tiny-student",), ("--model", "tiny-student")):

@@ -24,6 +24,7 @@ from mlx_fd.feedback.distill import (
     top_k_error,
     update,
 )
+from mlx_fd.feedback.loss_terms import LOSSES
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import Sample, TeacherOutputs, read_text, solution_of
 from mlx_fd.losses.graph import pool
@@ -229,7 +230,7 @@ def test_on_policy_samples_have_no_language_model_loss(pair):
     assert set(found) == {"hidden", "score", "logit"}
 
 
-@pytest.mark.parametrize("name", ["lm", "hidden", "score", "logit"])
+@pytest.mark.parametrize("name", OPTIONS.losses)
 def test_each_loss_falls_on_what_it_is_trained_on(pair, name):
     options = LossOptions(losses=(name,))
     samples = samples_of(pair, options)
@@ -501,7 +502,7 @@ def test_reasoning_losses_are_their_definitions(pair, heads, layers):
         assert found[name] == pytest.approx(total / norms[name], rel=2e-4), name
 
 
-@pytest.mark.parametrize("name", ["answer", "reasoning", "attention"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in OPTIONS.losses])
 def test_each_reasoning_loss_falls_on_what_it_is_trained_on(pair, name):
     options = dataclasses.replace(REASONING, losses=(name,))
     samples = solutions_of(pair, options)

@@ -29,13 +29,13 @@ from mlx_fd.evaluation import suites
 from mlx_fd.evaluation.baselines import SYSTEMS
 from mlx_fd.evaluation.cache import Cache
 from mlx_fd.evaluation.encoder import MINILM
-from mlx_fd.evaluation.exam import questions
 from mlx_fd.evaluation.instructing import read as read_instructions
 from mlx_fd.evaluation.measures import Measure, compare
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.target import Models, open_target
 from mlx_fd.feedback.gate import ENOUGH_SURE, initial_state
 from mlx_fd.problems import load, parsing
+from mlx_fd.problems.sources.arithmetic import questions
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.summary import wilson
 

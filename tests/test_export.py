@@ -28,7 +28,8 @@ from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.export import gguf_file, hf, verify  # noqa: E402
 from mlx_fd.export.bundle_reading import read_bundle  # noqa: E402
 from mlx_fd.export.exporter import Exported, as_json_value, export  # noqa: E402
-from mlx_fd.export.form import DTYPES, FORMATS, Q_BITS, Q_GROUP_SIZES, Form  # noqa: E402
+from mlx_fd.export.form import DTYPES, Q_BITS, Q_GROUP_SIZES, Form  # noqa: E402
+from mlx_fd.export.formats import FORMATS  # noqa: E402
 from mlx_fd.export.source import open_source  # noqa: E402
 from mlx_fd.feedback.judge import give_feedback, open_student  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402
@@ -575,7 +576,7 @@ def test_the_command_line_offers_what_can_be_written():
         if isinstance(param.type, click.Choice)
     }
     assert offered == {
-        "form": FORMATS,
+        "form": tuple(FORMATS),
         "dtype": DTYPES,
         "q_bits": tuple(map(str, Q_BITS)),
         "q_group_size": tuple(map(str, Q_GROUP_SIZES)),

@@ -12,7 +12,8 @@ from mlx_fd.evaluation import processbench
 from mlx_fd.losses.answer import answer_span
 from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.problems import arithmetic, parsing, prompts
-from mlx_fd.training.selfdistill import contexts, noise
+from mlx_fd.training.selfdistill import noise
+from mlx_fd.training.selfdistill.contexts import reflection
 
 PATTERNS = patterns.compiled(mlx_fd)
 USES = patterns.uses(mlx_fd)
@@ -88,7 +89,7 @@ READERS = {
     "judge": lambda text: arithmetic.error_span(RIGHT, text),
     "first_error": arithmetic.first_error,
     "predicted_step": processbench.predicted_step,
-    "lesson": contexts.lesson,
+    "lesson": reflection.lesson,
     "noisy": lambda text: noise.noisy(text, "typed", 0.4, 0),
     "answer_span": answer_span,
     "step_weights": weights,

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from steps import processbench_items, to_json_lines
 
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation import exam, processbench
+from mlx_fd.evaluation import processbench
 from mlx_fd.evaluation.statistics import paired_bootstrap
 from mlx_fd.problems import arithmetic
+from mlx_fd.problems.sources.arithmetic import questions
 
 ROW = {
     "id": "gsm8k-0",
@@ -167,7 +168,7 @@ def test_two_critics_are_compared_on_the_same_solutions():
 
 
 def test_generated_solutions_have_their_first_error_at_the_label():
-    items = processbench_items(exam.questions(200, seed=3))
+    items = processbench_items(questions(200, seed=3))
     assert len({item.id for item in items}) == 200
     labels = np.array([item.label for item in items])
     assert (labels == -1).sum() == 100 and set(labels[1::2]) >= {0, 1, 2}
@@ -182,11 +183,11 @@ def test_generated_solutions_have_their_first_error_at_the_label():
 
 
 def test_the_right_feedback_has_an_f1_of_1_and_a_careless_one_of_0():
-    questions = exam.questions(60, seed=4)
-    labels = [item.label for item in processbench_items(questions)]
+    exam = questions(60, seed=4)
+    labels = [item.label for item in processbench_items(exam)]
 
     def score(feedback):
-        said = [feedback(q.problem.solution, q.answer) for q in questions]
+        said = [feedback(q.problem.solution, q.answer) for q in exam]
         # ProcessBench counts the steps from 0, and -1 is all right.
         return processbench.columns([arithmetic.first_error(text) - 1 for text in said], labels)
 

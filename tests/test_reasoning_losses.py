@@ -32,7 +32,8 @@ from mlx_fd.losses.divergence import Target, fused_linear_divergence
 from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.models.attention_taps import LOG_ZERO
 from mlx_fd.models.loading import load
-from mlx_fd.problems import gsm8k, parsing
+from mlx_fd.problems import parsing
+from mlx_fd.problems.sources import gsm8k
 
 KLS = ("forward", "reverse", "jsd")
 SHAPES = [(1, 1, 2), (1, 5, 7), (3, 1, 33), (2, 7, 31)]

@@ -14,7 +14,15 @@ from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import Problem, arithmetic, parsing, prompts
 from mlx_fd.training.selfdistill import contexts
-from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View
+from mlx_fd.training.selfdistill.contexts import (
+    CONTEXTS,
+    Attempt,
+    Materials,
+    View,
+    reflection,
+    rubric,
+    step_critique,
+)
 from mlx_fd.training.selfdistill.noise import KINDS, NUMBERS_SAFE, noisy, spoken
 from mlx_fd.training.selfdistill.playbook import MAX_LESSONS, Playbook
 
@@ -50,9 +58,9 @@ def fifty():
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_a_context_is_a_function_of_attempts_and_seed(name, fifty):
     flat = [a for group in fifty[:5] for a in group]
-    views = CONTEXTS[name](flat, TRUTH)
-    assert views == CONTEXTS[name](flat, TRUTH)
-    assert views == [v for group in fifty[:5] for v in CONTEXTS[name](group, TRUTH)]
+    views = CONTEXTS[name].views(flat, TRUTH)
+    assert views == CONTEXTS[name].views(flat, TRUTH)
+    assert views == [v for group in fifty[:5] for v in CONTEXTS[name].views(group, TRUTH)]
     for own, view in zip(flat, views, strict=True):
         assert view.student == prompts.answer_prompt(own.question)
         if view.teacher is not None:
@@ -75,7 +83,7 @@ def test_only_known_contexts_are_described():
 def test_right_steps_are_copied_verbatim_and_the_rest_is_right(fifty):
     mended = 0
     for group in groups(200, seed=1):
-        for own, view in zip(group, CONTEXTS["step-critique"](group, TRUTH), strict=True):
+        for own, view in zip(group, CONTEXTS["step-critique"].views(group, TRUTH), strict=True):
             solution = own.problem.solution
             error = arithmetic.judge(solution, own.text).first_error
             assert arithmetic.judge(solution, view.note).first_error == 0
@@ -95,7 +103,7 @@ def test_right_steps_are_copied_verbatim_and_the_rest_is_right(fifty):
 def test_a_commuted_right_step_is_copied_as_it_was_written():
     solution = "Step 1: <<3*4=12>>12\nStep 2: <<5+12=17>>17\n#### 17"
     answer = "Step 1: <<4*3=12>>12\nStep 2: <<5+12=18>>18\n#### 18"
-    assert contexts.true_rewrite(solution, answer) == (
+    assert arithmetic.true_rewrite(solution, answer) == (
         "Step 1: <<4*3=12>>12\nStep 2: <<5+12=17>>17\n#### 17"
     )
 
@@ -104,21 +112,21 @@ def test_the_truth_is_refused_where_it_is_not_known():
     problem = Problem("x", "How many?", "3 + 4 = <<3+4=7>>7\n#### 7", Fraction(7))
     for name in ("step-critique", "feedback", "reflection"):
         with pytest.raises(UserError, match="x: the true critique is known for generated"):
-            CONTEXTS[name]([attempt(problem, "#### 8")], TRUTH)
+            CONTEXTS[name].views([attempt(problem, "#### 8")], TRUTH)
     with pytest.raises(UserError, match="needs a critic"):
-        CONTEXTS["step-critique"]([attempt(problem, "#### 8")], Materials())
+        CONTEXTS["step-critique"].views([attempt(problem, "#### 8")], Materials())
 
 
 def test_the_tiny_expert_is_a_critic(fifty):
     group = [a for g in fifty[:6] for a in g]
     critic = Materials(critic=load(resolve("tiny")), critic_sees="problem", critic_tokens=112)
-    views = CONTEXTS["step-critique"](group, critic)
+    views = CONTEXTS["step-critique"].views(group, critic)
     verbatim = 0
     for own, view in zip(group, views, strict=True):
         if view.teacher is None:
             continue
         assert parsing.final_answer(view.note) == own.problem.answer
-        verbatim += view.note == contexts.true_rewrite(own.problem.solution, own.text)
+        verbatim += view.note == arithmetic.true_rewrite(own.problem.solution, own.text)
     assert verbatim >= 15  # of 18: it is not always right
 
 
@@ -127,7 +135,7 @@ def test_the_tiny_expert_is_a_critic(fifty):
 
 def test_a_rubric_has_no_digit_and_names_each_operation(fifty):
     for (first, *_), drawn in zip(fifty, arithmetic.problems_of("validation"), strict=False):
-        text = contexts.rubric(first.problem)
+        text = rubric.rubric(first.problem)
         assert not re.search(r"\d", text)
         assert len(re.findall(r"The \w+ step (?:adds|subtracts|multiplies)\.", text)) == len(
             drawn.steps
@@ -136,11 +144,11 @@ def test_a_rubric_has_no_digit_and_names_each_operation(fifty):
 
 def test_a_rubric_of_gsm8k_reads_its_marks():
     solution = "She eats 16/2=<<16/2=8>>8.\nShe sells (9-3)*2=<<(9-3)*2=12>>12.\n#### 12"
-    text = contexts.rubric(Problem("x", "?", solution, Fraction(12)))
+    text = rubric.rubric(Problem("x", "?", solution, Fraction(12)))
     assert "The first step divides.\n" in text
     assert "The second step subtracts and multiplies.\n" in text
     assert "The third" not in text
-    plain = contexts.rubric(Problem("x", "?", "#### 12", Fraction(12)))
+    plain = rubric.rubric(Problem("x", "?", "#### 12", Fraction(12)))
     assert "step" not in plain
 
 
@@ -149,19 +157,19 @@ def test_a_rubric_of_gsm8k_reads_its_marks():
 
 def test_a_sibling_is_right_and_not_the_attempt_itself(fifty):
     first, right, last = fifty[0]
-    views = CONTEXTS["sibling"]([first, right, last], Materials())
+    views = CONTEXTS["sibling"].views([first, right, last], Materials())
     assert right.text in views[0].teacher
     assert right.text in views[2].teacher
     assert views[1].teacher is None  # alone: no feedback without critic or truth
-    told = CONTEXTS["sibling"]([first, right, last], TRUTH)[1].teacher
+    told = CONTEXTS["sibling"].views([first, right, last], TRUTH)[1].teacher
     assert "Feedback on an earlier attempt" in told
     # Another problem's right attempt is no sibling.
-    assert CONTEXTS["sibling"]([first, fifty[1][1]], Materials())[0].teacher is None
+    assert CONTEXTS["sibling"].views([first, fifty[1][1]], Materials())[0].teacher is None
 
 
 def test_contrast_puts_right_and_wrong_hints_into_the_same_words():
     (group,) = groups(1, wrong=6)
-    views = CONTEXTS["contrast"](group, Materials(most_wrong=4))
+    views = CONTEXTS["contrast"].views(group, Materials(most_wrong=4))
     right = group[1].text
     assert views[1].teacher is None  # no other right one
     for own, view in zip(group, views, strict=True):
@@ -175,7 +183,7 @@ def test_contrast_puts_right_and_wrong_hints_into_the_same_words():
             assert message.endswith(shell[1])
             hint = message[len(shell[0]) : len(message) - len(shell[1])]
             assert hint in [other.text for other in group if not other.correct]
-    alone = CONTEXTS["contrast"](group[:1], Materials())
+    alone = CONTEXTS["contrast"].views(group[:1], Materials())
     assert alone == [View(prompts.answer_prompt(group[0].question), None)]
 
 
@@ -184,15 +192,15 @@ def test_contrast_puts_right_and_wrong_hints_into_the_same_words():
 
 def test_reflection_remembers_lessons_and_solutions(fifty):
     first, right, last = fifty[0]
-    views = CONTEXTS["reflection"]([first, right, last], TRUTH)
+    views = CONTEXTS["reflection"].views([first, right, last], TRUTH)
     assert views[1].teacher is None
     assert first.text in views[0].teacher
-    book = contexts.remember(Playbook(), [first, right, last], views)
+    book = reflection.remember(Playbook(), [first, right, last], views)
     assert book.solutions == {first.problem.id: right.text}
-    assert {lesson.text for lesson in book.lessons} <= set(contexts.lessons())
+    assert {lesson.text for lesson in book.lessons} <= set(reflection.lessons())
     assert sum(lesson.failures for lesson in book.lessons) == 2
     later = dataclasses.replace(TRUTH, playbook=book)
-    again, solved, _ = CONTEXTS["reflection"]([first, right, last], later)
+    again, solved, _ = CONTEXTS["reflection"].views([first, right, last], later)
     for lesson in book.lessons:
         assert f"- {lesson.text}" in again.teacher
     assert right.text in solved.teacher
@@ -212,8 +220,8 @@ def test_a_playbook_keeps_the_latest_and_most_frequent_lessons():
 
 
 def test_a_lesson_is_known_or_the_last_sentence():
-    assert contexts.lesson("Step 1 should be 3+4=7, it is 3+4=8: a slip.").startswith("Calculate")
-    assert contexts.lesson("Step 2 is wrong.\nCheck units next time.") == "Check units next time."
+    assert reflection.lesson("Step 1 should be 3+4=7, it is 3+4=8: a slip.").startswith("Calculate")
+    assert reflection.lesson("Step 2 is wrong.\nCheck units next time.") == "Check units next time."
 
 
 # --------------------------------------------------------------------------------------- quoting
@@ -223,8 +231,8 @@ def test_a_lesson_is_known_or_the_last_sentence():
 def test_no_text_poses_as_another_part_of_the_message(text, place):
     """Parts are set apart by blank lines; no quoted text has one."""
     question = "How many?"
-    count = contexts.critique_message(question, "x").count("\n\n")
-    assert contexts.critique_message(question, f"{text}\n\n \n{place}").count("\n\n") == count
+    count = step_critique.critique_message(question, "x").count("\n\n")
+    assert step_critique.critique_message(question, f"{text}\n\n \n{place}").count("\n\n") == count
 
 
 # ----------------------------------------------------------------------------------------- noise

@@ -11,6 +11,7 @@ import click
 from mlx_fd.cli.options import (
     SEED,
     Count,
+    LateOption,
     NameList,
     Number,
     PathType,
@@ -19,8 +20,8 @@ from mlx_fd.cli.options import (
     quiet_option,
     skip_bad_rows_option,
 )
-from mlx_fd.config import CONTEXTS
 from mlx_fd.errors import UserError
+from mlx_fd.registry import CONTEXTS
 
 DEFAULT = ("reference", "step-critique", "feedback", "rubric", "demonstration", "sibling",
            "reflection", "contrast")  # fmt: skip
@@ -41,11 +42,17 @@ Examples:
     "--contexts",
     type=NameList(CONTEXTS),
     default=",".join(DEFAULT),
-    help=f"Contexts of the self-teacher. One of: {', '.join(CONTEXTS)}. [default: all but none and "
-    "clean]",
+    cls=LateOption,
+    late_help=lambda: (
+        f"Contexts of the self-teacher. One of: {', '.join(CONTEXTS)}. [default: all "
+        "but none and clean]"
+    ),
 )
 @click.option(
-    "--problems", default="arithmetic", show_default=True, help="Generator of the problems."
+    "--problems",
+    default="arithmetic",
+    show_default=True,
+    help="Problem source that knows the truth about any answer.",
 )
 @click.option("--split", default="validation", show_default=True, help="Split of the problems.")
 @click.option("--limit", type=Count(), default=40, show_default=True, help="Number of problems.")

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import click
 
-from mlx_fd.cli.options import Count, PathType, debug_option, json_option, quiet_option
+from mlx_fd.cli.options import (
+    Count,
+    LateOption,
+    PathType,
+    debug_option,
+    json_option,
+    quiet_option,
+)
+from mlx_fd.registry import SOURCES
 
 
 @click.command(
@@ -35,8 +43,11 @@ Examples:
 @click.option(
     "--problems",
     metavar="SOURCE",
-    help="Problems to answer: gsm8k, arithmetic, a file or a hub dataset. [default: the bundle's, "
-    "which the reference model answered too]",
+    cls=LateOption,
+    late_help=lambda: (
+        f"Problems to answer: {', '.join(SOURCES)}, a file or a hub dataset. [default: the "
+        "bundle's, which the reference model answered too]"
+    ),
 )
 @click.option(
     "--limit",

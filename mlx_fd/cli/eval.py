@@ -11,6 +11,7 @@ import click
 from mlx_fd.cli.options import (
     SEED,
     Count,
+    LateOption,
     Number,
     PathType,
     chosen_model,
@@ -20,7 +21,12 @@ from mlx_fd.cli.options import (
     quiet_option,
     skip_bad_rows_option,
 )
+from mlx_fd.registry import SYSTEMS
 from mlx_fd.text import strip_control_chars
+
+
+def _baselines() -> str:
+    return ", ".join(name for name, system in SYSTEMS.items() if system.is_baseline)
 
 
 @click.command(
@@ -49,8 +55,8 @@ Examples:
 @click.option(
     "--baselines",
     is_flag=True,
-    help="Also evaluate CLEAR, the chain-of-thought and chain-of-draft critics, Self-Refine and "
-    "the expert alone.",
+    cls=LateOption,
+    late_help=lambda: f"Also evaluate the baselines: {_baselines()}.",
 )
 @click.option(
     "--expert",
@@ -88,8 +94,8 @@ Examples:
 @click.option(
     "--problems",
     metavar="SOURCE",
-    help="Problems, as for mlx-fd loop. [default: gsm8k; arithmetic for a run on it and for the "
-    "tiny models]",
+    help="Problems, as for mlx-fd loop. [default: those the run learned from, if their source has "
+    "a name; arithmetic for the tiny models; else gsm8k]",
 )
 @click.option("--split", default="test", show_default=True, metavar="NAME", help="Dataset split.")
 @click.option("--transfer", metavar="SOURCE", help="full: a second dataset, not used in training.")

@@ -8,7 +8,9 @@ from pathlib import Path
 import click
 
 from mlx_fd.cli.options import (
+    Choice,
     Count,
+    LateOption,
     PathType,
     chosen_model,
     debug_option,
@@ -16,6 +18,7 @@ from mlx_fd.cli.options import (
     model_options,
     quiet_option,
 )
+from mlx_fd.registry import FORMATS
 from mlx_fd.text import strip_control_chars
 
 
@@ -37,10 +40,11 @@ Examples:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["mlx", "hf", "gguf"]),
+    type=Choice(FORMATS),
     default="mlx",
     show_default=True,
-    help="Output format: mlx for mlx-lm, hf for Hugging Face transformers, gguf for llama.cpp.",
+    cls=LateOption,
+    late_help=lambda: f"Output format. {FORMATS.described()}.",
 )
 @click.option(
     "--out",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from mlx_fd.config import MAX_COUNT, MAX_SEED, OPTIONS, Config, Option
+from mlx_fd.config import MAX_COUNT, MAX_SEED, OPTIONS, Config, Option, Words, names_of
 from mlx_fd.runs.tracking import TRACKERS
 
 _SECTIONS = {
@@ -74,7 +74,20 @@ def _not_one_of(value: Any, choices: Sequence[str]) -> str:
 
 
 class Choice(click.Choice[str]):
-    """One of some names; a wrong one is told which may have been meant."""
+    """One of some names, looked up late; a wrong one is told which may have been meant."""
+
+    def __init__(self, words: Words):
+        self._words = words
+        super().__init__(())
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The names."""
+        return names_of(self._words)
+
+    @choices.setter
+    def choices(self, words: Iterable[str]) -> None:
+        pass  # click's own, of which there are none
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         """The name."""
@@ -84,12 +97,17 @@ class Choice(click.Choice[str]):
 
 
 class NameList(click.ParamType[list[str]]):
-    """Names separated by commas, each one of the choices."""
+    """Names separated by commas, each one of the choices, which are looked up late."""
 
     name = "NAME,..."
 
-    def __init__(self, choices: Sequence[str]):
-        self._choices = choices
+    def __init__(self, words: Words):
+        self._words = words
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The names."""
+        return names_of(self._words)
 
     def convert(self, value: Any, param: Any, ctx: Any) -> list[str]:
         """The names."""
@@ -97,8 +115,8 @@ class NameList(click.ParamType[list[str]]):
             return list(value)
         names = [name.strip() for name in value.split(",") if name.strip()]
         for name in names:
-            if name not in self._choices:
-                self.fail(_not_one_of(name, self._choices), param, ctx)
+            if name not in self.choices:
+                self.fail(_not_one_of(name, self.choices), param, ctx)
         return names
 
     def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
@@ -107,7 +125,7 @@ class NameList(click.ParamType[list[str]]):
         given = before.split(",")
         return [
             CompletionItem(before + comma + name)
-            for name in self._choices
+            for name in self.choices
             if name.startswith(begun) and name not in given
         ]
 
@@ -140,6 +158,23 @@ class PathType(click.ParamType[Path]):
             return Path(value)
 
 
+class LateOption(click.Option):
+    """An option whose help text is made when it is shown, after everything was registered."""
+
+    def __init__(self, *args: Any, late_help: Callable[[], str], **kwargs: Any):
+        self._late_help = late_help
+        super().__init__(*args, **kwargs)
+
+    @property
+    def help(self) -> str:
+        """The help text."""
+        return self._late_help()
+
+    @help.setter
+    def help(self, text: str | None) -> None:
+        pass  # click's own, which is empty
+
+
 def click_option(
     option: Option,
     *,
@@ -158,28 +193,35 @@ def click_option(
         choices: its choices, where those are not the option's.
     """
     flags = flags or ("--" + option.name.replace("_", "-"),)
-    choices = choices or option.choices
-    text = help or option.help
-    metavar = _METAVARS.get(option.name)
+    words = choices or option.words
     kind: click.ParamType[Any]
+    metavar = _METAVARS.get(option.name)
+    listed = bool(option.names)
     if option.kind is tuple:
-        kind = NameList(choices) if choices else NumberList()
+        listed = words != ()
+        kind = NameList(words) if listed else NumberList()
         metavar = metavar or kind.name
-        if choices:
-            text += f" One of: {', '.join(choices)}."
-    elif choices:
-        kind = Choice(choices)
-        if len("|".join(choices)) > _CHOICES_WIDTH:
-            metavar = "NAME"
-            text += f" One of: {', '.join(choices)}."
+    elif words != ():
+        kind = Choice(words)
+        # What is looked up late may be longer by then.
+        listed = not isinstance(words, tuple) or len("|".join(words)) > _CHOICES_WIDTH
+        metavar = "NAME" if listed else metavar
     else:
         kind = {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}[
             option.kind
         ]
-    text += f" [default: {default or shown_default(option.default)}]"
+
+    def text() -> str:
+        among = f" One of: {', '.join(names_of(words))}." if listed else ""
+        if option.names:
+            among = f" Names: {', '.join(option.names)}."
+        return f"{help or option.help}{among} [default: {default or shown_default(option.default)}]"
+
     if option.kind is bool:
-        return click.Option([f"{flags[0]}/--no-{flags[0][2:]}"], default=None, help=text)
-    return click.Option([*flags, option.name], type=kind, metavar=metavar, default=None, help=text)
+        return LateOption([f"{flags[0]}/--no-{flags[0][2:]}"], default=None, late_help=text)
+    return LateOption(
+        [*flags, option.name], type=kind, metavar=metavar, default=None, late_help=text
+    )
 
 
 def shown_default(value: Any) -> str:

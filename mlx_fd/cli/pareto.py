@@ -11,8 +11,8 @@ import click
 
 from mlx_fd.cli.options import NameList, PathType, debug_option, json_option, quiet_option
 from mlx_fd.cli.signals import Stopped, stopping_on_signals
-from mlx_fd.config import OPTIONS
 from mlx_fd.evaluation.pareto.names import COSTS, METRICS
+from mlx_fd.registry import LOSSES
 
 if TYPE_CHECKING:
     from mlx_fd.config import Config
@@ -39,7 +39,7 @@ Examples:
 )
 @click.option(
     "--objectives",
-    type=NameList([*(OPTIONS["losses"].choices), *METRICS]),
+    type=NameList(lambda: (*LOSSES, *METRICS)),
     default="",
     help="Losses and metrics to trade off against the cost. [default: all losses; with --exam also "
     "first_error_f1 and solved]",
@@ -47,8 +47,9 @@ Examples:
 @click.option(
     "--exam",
     is_flag=True,
-    help="Examine the student at each stop that has a checkpoint (--problems arithmetic; keep "
-    "checkpoints with --checkpoint-every 1 --keep-checkpoints N).",
+    help="Examine the student at each stop that has a checkpoint (where the truth about answers is "
+    "known: --problems arithmetic; keep checkpoints with --checkpoint-every 1 --keep-checkpoints "
+    "N).",
 )
 @click.option(
     "--sweep",

@@ -6,12 +6,14 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from mlx_fd.evaluation.baselines import Setting, Trial
+from mlx_fd.evaluation.baselines import SYSTEMS, Setting, Trial
 from mlx_fd.evaluation.baselines.trials import Who, trial
 from mlx_fd.evaluation.cache import Cache, Rows
 from mlx_fd.evaluation.target import Models, Target
@@ -53,6 +55,23 @@ def code_digest() -> str:
         for one in sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]:
             digest.update(one.read_bytes())
     return digest.hexdigest()
+
+
+def outside_code(system: str) -> dict[str, str]:
+    """What a cache key says of a system that is registered from outside; empty for our own."""
+    run = SYSTEMS[system].run
+    own = getattr(run, "__module__", "").partition(".")[0] == __name__.partition(".")[0]
+    return {} if own else {"outside_code": _file_digest(run)}
+
+
+@functools.cache
+def _file_digest(run: Callable[..., Any]) -> str:
+    """A digest of the file that a function is in; one of its own where there is no such file."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(run)).read_bytes()).hexdigest()
+    except (TypeError, OSError):
+        # In a notebook, say. Nobody can tell later whether it is still the same.
+        return uuid.uuid4().hex
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,15 @@
 """An examination of the student where the truth is known: before a run, and after it.
 
-The questions are answers to generated problems, half of them with one known error. The student
-gives its feedback on each, and solves the problem itself.
+The questions are answers to problems of which all is known, half of them with one error. The
+student gives its feedback on each, and solves the problem itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
@@ -30,27 +28,11 @@ from mlx_fd.feedback.episode import (
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.files import write_json
 from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate, prefill
-from mlx_fd.problems import Problem, arithmetic
+from mlx_fd.problems import arithmetic
 from mlx_fd.problems.prompts import answer_prompt
+from mlx_fd.problems.sources import Question, truth_of
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.records import BeforeAfterRow, ExamFile, ExamResultRow
-
-
-@dataclass(frozen=True)
-class Question:
-    """An answer to judge, and the truth about it.
-
-    Attributes:
-        problem: the problem.
-        answer: an answer to it.
-        first_error: its first wrong step from 1; 0: it is right.
-        score: the score it deserves, in [-1, 1].
-    """
-
-    problem: Problem
-    answer: str
-    first_error: int
-    score: float
 
 
 @dataclass(frozen=True)
@@ -76,25 +58,6 @@ class Result:
 
 
 _KINDS = {field.name: str(field.type) for field in dataclasses.fields(Result)}
-
-
-def questions(size: int, seed: int, split: str = "test") -> tuple[Question, ...]:
-    """Draw an examination: ``size`` problems of a held-out split, every second answer wrong."""
-    rng = random.Random(f"exam/{seed}")
-    drawn = arithmetic.exercises(split, seed)
-    found = []
-    for place in range(size):
-        exercise = next(drawn)
-        text = arithmetic.wrong_answer(rng, exercise) if place % 2 else exercise.solution
-        verdict = arithmetic.judge(exercise.solution, text)
-        problem = Problem(
-            f"exam-{split}-{place:04d}",
-            exercise.question,
-            exercise.solution,
-            Fraction(exercise.steps[-1].result),
-        )
-        found.append(Question(problem, text, verdict.first_error, verdict.score))
-    return tuple(found)
 
 
 def examine(
@@ -252,8 +215,7 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, Befo
 
 
 def exam_questions(config: Config) -> tuple[Question, ...]:
-    """The questions of a run's examination; none where the truth of its problems is unknown."""
+    """The questions of a run's examination; none where the truth about answers is not known."""
     size = config.episode.exam_size
-    if config.problems.problems != "arithmetic" or not size:
-        return ()
-    return questions(size, config.episode.seed)
+    truth = truth_of(config.problems.problems)
+    return () if truth is None or not size else truth.questions(size, config.episode.seed, "test")

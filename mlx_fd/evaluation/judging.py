@@ -10,12 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_fd.evaluation.baselines import Trial
-from mlx_fd.evaluation.baselines.critics import STAGES, criticise
+from mlx_fd.evaluation.baselines import SYSTEMS, Trial
+from mlx_fd.evaluation.baselines.critics import criticise
 from mlx_fd.evaluation.baselines.trials import trial
-from mlx_fd.evaluation.bench import Bench, Uses
+from mlx_fd.evaluation.bench import Bench, Uses, outside_code
 from mlx_fd.evaluation.calibration import brier, pr_auc, roc_auc, spearman
-from mlx_fd.evaluation.exam import Question
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.feedback.episode import (
@@ -29,15 +28,15 @@ from mlx_fd.feedback.episode import (
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.generation import Conversation, first_prompt
 from mlx_fd.problems import arithmetic, parsing, prompts
+from mlx_fd.problems.sources import Question
 from mlx_fd.runs.records import ItemRow, OutputRow
 
 LABELS = {
     "student": "Student",
     "clear": "Untrained student",
     "expert": "Expert",
-    "cot": "Chain-of-thought critic",
-    "cod": "Chain-of-drafts critic",
 }
+"""What judges are called that are called otherwise where they solve."""
 FEEDBACK = "feedback"
 
 
@@ -48,7 +47,7 @@ class Judging:
     Attributes:
         name: of the set.
         items: the answers, with the truth about each.
-        systems: names in :data:`LABELS`, the one that is compared first.
+        systems: ``student``, ``clear``, ``expert`` and critics, the one that is compared first.
     """
 
     name: str
@@ -65,7 +64,7 @@ class Judging:
 
     def label(self, system: str) -> str:
         """What a table calls a system."""
-        return LABELS[system]
+        return LABELS.get(system, SYSTEMS[system].label)
 
     def attempt(
         self, bench: Bench, system: str, batch: int, sample: int, chunk: Sequence[Question]
@@ -78,8 +77,8 @@ class Judging:
         def make(pair: Pair) -> list[Trial]:
             answered = [_answered(pair, question) for question in chunk]
             setting = bench.setting(pair, "expert")
-            if system in STAGES:
-                stages = STAGES[system](pair.expert.tokenizer)
+            if (stages_of := SYSTEMS[system].stages) is not None:
+                stages = stages_of(pair.expert.tokenizer)
                 judged = criticise(setting, answered, stages, seeds, bench.progress)
                 return [
                     trial(
@@ -127,6 +126,7 @@ class Judging:
             "score_at": bench.target.config.models.score_at,
             "by_head": by_head,
             "seed": [bench.seed, batch, sample],
+            **outside_code(system),
         }
         return bench.trials(key, len(chunk), [uses], make)
 

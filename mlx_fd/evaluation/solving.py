@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_fd.evaluation.baselines import LOOP, SYSTEMS, Trial
 from mlx_fd.evaluation.baselines.trials import Who
-from mlx_fd.evaluation.bench import Bench, Uses
+from mlx_fd.evaluation.bench import Bench, Uses, outside_code
 from mlx_fd.evaluation.cache import Rows, digest
 from mlx_fd.evaluation.calibration import roc_auc
 from mlx_fd.evaluation.measures import Measure
@@ -34,7 +34,7 @@ class Solving:
         name: ``gsm8k/test``.
         items: the problems.
         systems: names in :data:`mlx_fd.evaluation.baselines.SYSTEMS`, the one that is compared
-        first.
+            first.
         samples: how often each problem is tried.
         readers: of the texts.
     """
@@ -90,6 +90,7 @@ class Solving:
             "student_weight": config.episode.student_weight,
             "alone": config.gate.confidence if system == LOOP and bench.target.trusted else None,
             "seed": [bench.seed, batch, sample],
+            **outside_code(system),
         }
         return bench.trials(key, len(chunk), uses, make)
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_fd import problems, runs
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation import exam, instructing, processbench
+from mlx_fd.evaluation import instructing, processbench
 from mlx_fd.evaluation.baselines import BASE, CLEAR, LOOP, STUDENT, SYSTEMS
 from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.cache import Cache
@@ -37,6 +37,7 @@ from mlx_fd.files import append_lines, check_way, read_text, write_atomic, write
 from mlx_fd.models.context import Surroundings, fitting, short_enough
 from mlx_fd.models.storage import slug
 from mlx_fd.problems import prompts
+from mlx_fd.problems.sources import SOURCES, truth_of
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.manifest import versions
 from mlx_fd.runs.marks import EVALUATION, check_free
@@ -53,7 +54,7 @@ FAST = "fast"
 FAST_LIMIT = 100
 OUTPUTS, RESULTS = "outputs.jsonl", "eval.json"
 _UNFINISHED = ".outputs.jsonl.tmp"
-ARITHMETIC = "arithmetic"
+DEFAULT_SOURCE = "gsm8k"
 # Not a run's own: its seed there is its run's.
 _EXAM_SEED = 1_000_003
 # Where several samples are asked for and nothing says how warm they are.
@@ -74,8 +75,8 @@ class Options:
         temperature: of first answers and bare answers; ``None``: the run's for first answers and
             0 for bare ones, 0.7 where several samples would be alike.
         max_tokens: maximum tokens per answer; ``None``: the run's.
-        problems: where the problems come from; ``None``: arithmetic for who learned from it, else
-            GSM8K.
+        problems: where the problems come from; ``None``: for who learned from a source with a name
+            that source, else GSM8K.
         split: of the problems.
         transfer: a second source of problems.
         instructions: an Alpaca-format file.
@@ -172,9 +173,9 @@ def make_sets(
         return tuple(items[index] for index in indices)
 
     sets: list[Set] = [solving(source, options.split)]
-    if source == ARITHMETIC:
-        asked = exam.questions(len(sets[0].items), _EXAM_SEED, options.split)
-        sets.append(Judging(f"{ARITHMETIC}/first errors", asked, judges))
+    if (truth := truth_of(source)) is not None:
+        asked = truth.questions(len(sets[0].items), _EXAM_SEED, options.split)
+        sets.append(Judging(f"{source}/first errors", asked, judges))
     if options.suite == FAST:
         return sets
     if options.instructions is not None:
@@ -192,7 +193,11 @@ def make_sets(
             ],
         )
         sets.append(Locating(options.processbench.stem, items, both))
-    elsewhere = [solving(ARITHMETIC, "transfer")]
+    elsewhere = [
+        solving(known.name, known.transfer_split)
+        for known in SOURCES.values()
+        if known.transfer_split
+    ]
     if options.transfer is not None:
         elsewhere.append(solving(options.transfer, options.split))
     return sets + [one for one in elsewhere if one.name != sets[0].name]
@@ -200,7 +205,7 @@ def make_sets(
 
 def _source(target: Target, options: Options) -> str:
     learned = target.config.problems.problems
-    return options.problems or (ARITHMETIC if learned == ARITHMETIC else "gsm8k")
+    return options.problems or (learned if learned in SOURCES else DEFAULT_SOURCE)
 
 
 def concerns(target: Target, options: Options) -> list[str]:
@@ -218,7 +223,7 @@ def concerns(target: Target, options: Options) -> list[str]:
 
 
 def _solvers(target: Target, options: Options) -> tuple[str, ...]:
-    others = tuple(name for name in SYSTEMS if name not in (LOOP, STUDENT, BASE))
+    others = tuple(name for name, system in SYSTEMS.items() if system.is_baseline)
     baselines = others if options.baselines else ()
     if target.helps_expert:
         return (LOOP, *baselines, STUDENT)
@@ -226,7 +231,8 @@ def _solvers(target: Target, options: Options) -> tuple[str, ...]:
 
 
 def _judges(target: Target, options: Options) -> tuple[str, ...]:
-    baselines = ("expert", "cot", "cod") if options.baselines else ()
+    critics = tuple(name for name, system in SYSTEMS.items() if system.stages is not None)
+    baselines = ("expert", *critics) if options.baselines else ()
     # Beside a student that learned from itself stands what it was, as in the set it solves.
     amateur = (CLEAR,) if target.run and (baselines or not target.helps_expert) else ()
     return (STUDENT, *amateur, *baselines)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_fd.export.gguf_file import Written, file_name
+from mlx_fd.export.gguf_file import Written
 from mlx_fd.export.guide import how_to_compare
 from mlx_fd.export.verify import Agreement
 from mlx_fd.problems import prompts
+from mlx_fd.registry import FORMATS
 from mlx_fd.runs.labels import EXAM_NAMES
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ _LICENCES = {
     "smollm2-135m": ("apache-2.0", "the Apache License 2.0"),
     "tiny": ("mit", "the MIT licence of mlx-fd"),
 }
-_LIBRARIES = {"mlx": "mlx", "hf": "transformers", "gguf": "gguf"}
 
 
 def write_card(
@@ -56,7 +56,7 @@ def write_card(
         _origin(source, student),
         _results(source),
         "## Use\n",
-        _use(source, form),
+        FORMATS[form.format].use(source, form),
         _score_head(source, form, student.score_at)
         if student is not None and source.ref.scores
         else "",
@@ -78,10 +78,9 @@ def _licence(base: str) -> tuple[str, str]:
 
 
 def _front_matter(source: Source, form: Form, licence: str) -> str:
-    peft = form.format == "hf" and form.adapter
     lines = [
         "---",
-        f"library_name: {'peft' if peft else _LIBRARIES[form.format]}",
+        f"library_name: {FORMATS[form.format].library(form)}",
         f"license: {licence}",
         "pipeline_tag: text-generation",
         "tags: [mlx-fd, feedback-distillation]",
@@ -223,46 +222,13 @@ def _interval(value: dict[str, Any]) -> str:
     return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}] (n = {value['n']})"
 
 
-def _use(source: Source, form: Form) -> str:
-    if form.format == "gguf":
-        name = file_name(form.gguf_type)
-        return f'    llama-cli -m {name} -p "..."      # or: llama-server -m {name}\n'
-    if form.adapter and form.format == "mlx":
-        base = _base(source)
-        return (
-            f'    mlx_lm.generate --model {base} --adapter-path . --prompt "..."\n'
-            + _how_to_base(source, base, "mlx")
-        )
-    if form.adapter:
-        base = form.base_model or _base(source)
-        return (
-            "```python\n"
-            "from peft import PeftModel\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{base}")\n'
-            'model = PeftModel.from_pretrained(base, ".")\n'
-            "```\n\n"
-            f"The adapter was trained on `{source.base}`; on weights of another precision it is an "
-            "approximation.\n" + _how_to_base(source, base, "hf")
-        )
-    if form.format == "hf":
-        return (
-            "```python\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'model = AutoModelForCausalLM.from_pretrained(".")\n'
-            'tokenizer = AutoTokenizer.from_pretrained(".")\n'
-            "```\n\n"
-            '    mlx_lm.generate --model . --prompt "..."      # mlx-lm opens it too\n'
-        )
-    return '    mlx_lm.generate --model . --prompt "..."\n'
-
-
-def _base(source: Source) -> str:
+def named_base(source: Source) -> str:
+    """What a card calls the base model of an adapter: its name on the hub, or ``BASE``."""
     return source.base if source.on_hub else "BASE"
 
 
-def _how_to_base(source: Source, base: str, form: str) -> str:
+def how_to_base(source: Source, base: str, form: str) -> str:
+    """How to get at ``BASE``, for a format's name; empty where the base has a name on the hub."""
     if base != "BASE":
         return ""
     name, where = source.base, ""
@@ -283,25 +249,23 @@ def _score_head(source: Source, form: Form, score_at: str) -> str:
         f"hidden state (after the final norm) {_read_at(score_at)}. Its tanh is the "
         "student's score of an answer"
     )
-    if form.format == "hf" and form.adapter:
+    code = FORMATS[form.format].score_code(source, form, score_at)
+    if not code:
         return f"{text}.\n"
-    if form.format == "gguf":
-        code = _gguf_score(form, score_at)
-    else:
-        code = _mlx_score(source, form, score_at)
     return f"{text}:\n\n```python\n{code}```\n"
 
 
 # Prompts that a student was trained on, so that its head reads what it knows.
-_EXAMPLE = f"""\
+EXAMPLE = f"""\
 problem, answer = "Tom has 3 apples and buys 5. How many?", "3 + 5 = 9. #### 9"
 turns = [problem + {prompts.answer_prompt("")!r}, answer, {prompts.feedback_prompt()!r}]
 chat = [{{"role": ("user", "assistant")[i % 2], "content": text}} for i, text in enumerate(turns)]
 """
 
 
-def _mlx_score(source: Source, form: Form, score_at: str) -> str:
-    load = f'"{_base(source)}", adapter_path="."' if form.adapter else '"."'
+def mlx_score_code(source: Source, form: Form, score_at: str) -> str:
+    """Python code that reads the score head with mlx-lm."""
+    load = f'"{named_base(source)}", adapter_path="."' if form.adapter else '"."'
     written = (
         "ids += [r.token for r in mlx_lm.stream_generate(model, tokenizer, ids, max_tokens=192)]"
         "[:-1]\n"
@@ -312,39 +276,12 @@ def _mlx_score(source: Source, form: Form, score_at: str) -> str:
 import mlx.core as mx, mlx_lm
 model, tokenizer = mlx_lm.load({load})
 head = mx.load("score_head.safetensors")
-{_EXAMPLE}\
+{EXAMPLE}\
 ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, date_string="26 Jul 2024")
 ids += tokenizer.encode({prompts.FEEDBACK_OPENING!r}, add_special_tokens=False)
 {written}\
 hidden = model.model(mx.array([ids]))[0, -1].astype(mx.float32)
 print(mx.tanh(head["weight"] @ hidden + head["bias"]).item())  # from -1, harmful, to 1, excellent
-"""
-
-
-def _gguf_score(form: Form, score_at: str) -> str:
-    written = """\
-said = []
-for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0):
-    said.append(token)
-    if token == llm.token_eos() or len(said) == 192:
-        break
-ids += said[:-1]
-"""
-    return f"""\
-import llama_cpp, numpy as np
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-from safetensors.numpy import load_file
-llm = llama_cpp.Llama("{file_name(form.gguf_type)}", n_ctx=4096, embedding=True, verbose=False,
-                      pooling_type=llama_cpp.LLAMA_POOLING_TYPE_NONE)
-head = load_file("score_head.safetensors")
-{_EXAMPLE}\
-written = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], "", "")(messages=chat).prompt
-ids = llm.tokenize((written + {prompts.FEEDBACK_OPENING!r}).encode(), special=True)
-{written if score_at == "feedback" else ""}\
-llm.reset()
-llm.eval(ids)
-hidden = np.ctypeslib.as_array(llama_cpp.llama_get_embeddings_ith(llm.ctx, -1), (llm.n_embd(),))
-print(np.tanh(head["weight"] @ hidden + head["bias"]).item())  # from -1, harmful, to 1, excellent
 """
 
 

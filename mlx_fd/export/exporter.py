@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.export import archive, gguf_file, hf, mlx_dir, peft
+from mlx_fd.export import archive, gguf_file
 from mlx_fd.export.bundle import make_bundle, write_bundle
 from mlx_fd.export.card import write_card
 from mlx_fd.export.form import Form, check_form
+from mlx_fd.export.formats import FORMATS
 from mlx_fd.export.source import Source, open_source, write_score_head
 from mlx_fd.export.verify import (
     Agreement,
@@ -210,55 +211,27 @@ def _write(
     source: Source, live: Loaded, folder: Path, form: Form, progress: Progress
 ) -> gguf_file.Written | None:
     progress("writing", 0, 1)
-    if form.format == "gguf":
-        return gguf_file.write_file(
-            source,
-            live.tokenizer,
-            folder / gguf_file.file_name(form.gguf_type),
-            kind=form.gguf_type,
-            progress=lambda done, total: progress("writing", done, total),
-        )
-    if form.format == "hf" and form.adapter:
-        peft.write_adapter(source, folder, base_model=form.base_model)
-    elif form.format == "hf":
-        hf.write_model(source, live.tokenizer, folder, dtype=form.dtype)
-    elif form.adapter:
-        mlx_dir.write_adapter(source, folder)
-    else:
-        mlx_dir.write_model(
-            source,
-            folder,
-            dtype=form.dtype,
-            q_bits=form.q_bits,
-            q_group_size=form.q_group_size or 64,
-        )
-    return None
+    return FORMATS[form.format].write(
+        source, live, folder, form, lambda done, total: progress("writing", done, total)
+    )
 
 
 def _logits_again(
     source: Source, folder: Path, final: Path, form: Form, chat: tuple[int, ...]
 ) -> Logits:
     """Logits of what was written, read back from the disk."""
-    if form.format == "gguf":
-        from mlx_fd.models.gguf import convert
-
-        with working_folder(folder.parent) as scratch:
-            again = scratch / "model"
-            with _wrap_write_errors(final):
-                convert(folder / gguf_file.file_name(form.gguf_type), again)
-            return logits_of(load(again), chat)
-    if not form.adapter:
-        return logits_of(load(folder), chat)
-    loaded = load(source.ref.model)
-    put = peft.put_adapter if form.format == "hf" else mlx_dir.put_adapter
-    put(loaded.model, folder)
-    return logits_of(loaded, chat)
+    chosen = FORMATS[form.format]
+    if chosen.convert_back is None:
+        return logits_of(chosen.load_back(source, folder, form), chat)
+    with working_folder(folder.parent) as scratch:
+        with _wrap_write_errors(final):
+            converted = chosen.convert_back(folder, scratch, form)
+        return logits_of(chosen.load_back(source, converted, form), chat)
 
 
 def _kept(source: Source, form: Form, chat: tuple[int, ...], reference: Logits) -> Agreement | None:
     """The student against its base, where few bits may have lost what lies between them."""
-    rounded = form.q_bits is not None or (form.gguf_type or "").startswith("q")
-    if source.ref.adapter_folder is None or not rounded:
+    if source.ref.adapter_folder is None or not FORMATS[form.format].rounds(form):
         return None
     return agreement(reference, logits_of(load(source.ref.model), chat))
 
@@ -276,11 +249,14 @@ def _untrained(source: Source) -> str | None:
 def _problems(source: Source, count: int) -> tuple[Problem, ...]:
     """Problems of the kind that the model was made for."""
     from mlx_fd import problems
+    from mlx_fd.config import PRESETS
+    from mlx_fd.problems.sources import SOURCES
 
     config = source.ref.config
     wanted = config.problems.problems if config is not None else ""
-    tiny = source.base.startswith("tiny")
-    name = wanted if wanted in problems.EMBEDDED else "arithmetic" if tiny else "gsm8k"
+    # The tiny models know no other problems than those of their preset.
+    usual = PRESETS["tiny"]["problems"] if source.base.startswith("tiny") else "gsm8k"
+    name = wanted if wanted in SOURCES else usual
     return problems.load(name, "test").problems[:count]
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from mlx_fd.errors import UserError
 from mlx_fd.export import gguf_file
+from mlx_fd.registry import FORMATS
 
-FORMATS = ("mlx", "hf", "gguf")
 DTYPES = ("float16", "bfloat16", "float32")
 Q_BITS = (4, 8)
 Q_GROUP_SIZES = (32, 64, 128)
@@ -18,7 +18,7 @@ class Form:
     """What an export shall look like.
 
     Attributes:
-        format: one of ``FORMATS``.
+        format: a name in :data:`mlx_fd.registry.FORMATS`.
         adapter: the adapter alone.
         dtype: of the weights; ``None``: the base's own (mlx), bfloat16 (hf).
         q_bits: for mlx: quantise; ``None``: leave dequantised.
@@ -47,7 +47,7 @@ def check_form(form: Form) -> None:
         UserError: they do not.
     """
     for value, known in (
-        (form.format, FORMATS),
+        (form.format, tuple(FORMATS)),
         (form.dtype, (None, *DTYPES)),
         (form.gguf_type, (None, *gguf_file.TYPES)),
         (form.q_bits, (None, *Q_BITS)),
@@ -55,24 +55,27 @@ def check_form(form: Form) -> None:
     ):
         if value not in known:
             raise UserError(f"{value} is none of {', '.join(str(k) for k in known if k)}")
-    gguf = form.format == "gguf"
+    chosen = FORMATS[form.format]
+    for option in ("adapter", "dtype", "q_bits", "gguf_type"):
+        if getattr(form, option) not in (None, False) and option not in chosen.options:
+            instead = chosen.instead.get(option, f"--format {form.format} does without")
+            raise UserError(
+                f"--{option.replace('_', '-')} is for --format {_taking(option)}; {instead}"
+            )
     refused = {
-        "--adapter: a GGUF file holds the whole model; leave --adapter out": gguf and form.adapter,
-        "--dtype is for --format mlx and hf; for gguf choose --gguf-type f16, bf16 or f32": (
-            gguf and form.dtype is not None
-        ),
-        "--q-bits is for --format mlx; for gguf choose --gguf-type q8_0, q4_1 or q4_0": (
-            form.format != "mlx" and form.q_bits is not None
-        ),
         "--q-group-size goes with --q-bits": form.q_group_size is not None and form.q_bits is None,
-        "--gguf-type is for --format gguf": not gguf and form.gguf_type is not None,
         "--adapter: an adapter is written as it was trained; leave --dtype and --q-bits out": (
             form.adapter and (form.dtype is not None or form.q_bits is not None)
         ),
-        "--base-model goes with --format hf --adapter": (
-            form.base_model is not None and not (form.format == "hf" and form.adapter)
+        f"--base-model goes with --format {_taking('base_model')} --adapter": (
+            form.base_model is not None and not (form.adapter and "base_model" in chosen.options)
         ),
     }
     for text, wrong in refused.items():
         if wrong:
             raise UserError(text)
+
+
+def _taking(option: str) -> str:
+    """The formats that take an option: ``mlx and hf``."""
+    return " and ".join(name for name, known in FORMATS.items() if option in known.options)

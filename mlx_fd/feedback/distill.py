@@ -16,22 +16,18 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_fd.config import LossOptions, TrainingOptions
 from mlx_fd.feedback.collate import collate_tokens, concatenate_targets, micro_batches, pad
+from mlx_fd.feedback.loss_terms import LOSSES, Forwarded
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.feedback.samples import Sample
-from mlx_fd.losses.attention import attention_matching_loss
+from mlx_fd.feedback.samples import Batch, Sample
 from mlx_fd.losses.divergence import Target, TopK, fused_linear_divergences, one_hot, top_k_gap
-from mlx_fd.losses.hidden import hidden_alignment_loss
-from mlx_fd.losses.score import score_loss
 from mlx_fd.models import taps
-from mlx_fd.models.attention_taps import LOG_ZERO, log_attention
+from mlx_fd.models.attention_taps import LOG_ZERO
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, parameter_group
 from mlx_fd.runs.records import TopKRow
 
 _FLOAT16_SCALE = 1024.0
 Sums = dict[str, tuple[mx.array, float]]
-# The losses on next-token distributions, by what the student's are compared with.
-_WITH_TOKENS, _WITH_EXPERT = ("lm", "answer"), ("logit", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -57,27 +53,6 @@ class Update:
     clipped: float = 0.0
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Samples side by side, padded on the right to S tokens and T positions of the texts.
-
-    What belongs to a token of a text is not padded: it is for the N tokens of all texts in a row.
-    """
-
-    tokens: mx.array  # [B, S]
-    positions: mx.array  # [B, T]: where each token of the text is predicted
-    mask: mx.array  # [B, T], float32
-    rows: mx.array  # [N]: the indices of all tokens among B * T positions
-    targets: mx.array  # [N]
-    weights: dict[str, mx.array]  # [N]: of a loss on tokens, what each counts
-    counts: dict[str, float]  # what each loss is divided by
-    expert_expects: mx.array | TopK  # [N, d_expert], or the top k of N
-    expert_pooled: list[mx.array]  # of [B, d_expert]
-    expert_attention: list[mx.array]  # of [B, heads, T, S]
-    scores: mx.array  # [B]
-    score_mask: mx.array  # [B], float32
-
-
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples as one batch."""
     length = max(len(s.target) for s in samples)
@@ -90,7 +65,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
         return mx.pad(layer, padding, constant_values=LOG_ZERO)
 
     rows = [number * length + t for number, s in enumerate(samples) for t in range(len(s.target))]
-    of_tokens = [_token_weights(sample) for sample in samples]
     return Batch(
         tokens=tokens,
         positions=pad(positions, length),
@@ -98,28 +72,17 @@ def collate(samples: Sequence[Sample]) -> Batch:
         rows=mx.array(rows),
         targets=mx.array([token for s in samples for token in s.target]),
         weights={
-            name: mx.array([weight for weights in of_tokens for weight in weights[name]])
-            for name in of_tokens[0]
+            name: mx.array([weight for s in samples for weight in loss.token_weights(s)])
+            for name, loss in LOSSES.items()
+            if loss.token_weights is not None
         },
-        counts=_counts(samples),
+        counts={name: loss.count(samples) for name, loss in LOSSES.items()},
         expert_expects=concatenate_targets([s.expert.targets for s in samples]),
         expert_pooled=_stacked([s.expert.pooled for s in samples]),
         expert_attention=_stacked([[attention(a) for a in s.expert.attention] for s in samples]),
         scores=mx.array([s.expert_score or 0.0 for s in samples]),
         score_mask=mx.array([float(s.expert_score is not None) for s in samples]),
     )
-
-
-def _token_weights(sample: Sample) -> dict[str, list[float]]:
-    """What each token of a text counts in each loss on tokens."""
-    length = len(sample.target)
-    nothing = [0.0] * length
-    return {
-        "lm": nothing if sample.on_policy else [1.0] * length,
-        "logit": [1.0] * length,
-        "answer": [float(writes) for writes in sample.answer] or nothing,
-        "reasoning": list(sample.steps) or nothing,
-    }
 
 
 def _stacked(of_samples: Sequence[Sequence[mx.array]]) -> list[mx.array]:
@@ -129,22 +92,7 @@ def _stacked(of_samples: Sequence[Sequence[mx.array]]) -> list[mx.array]:
 
 def counts(samples: Sequence[Sample], options: LossOptions) -> dict[str, float]:
     """What each loss of an update is divided by: its valid tokens, samples or steps."""
-    every = _counts(samples)
-    return {name: every[name] for name in options.losses}
-
-
-def _counts(samples: Sequence[Sample]) -> dict[str, float]:
-    tokens = float(sum(len(s.target) for s in samples))
-    on_feedback = float(sum(len(s.target) for s in samples if s.on_policy))
-    return {
-        "lm": tokens - on_feedback,
-        "hidden": float(len(samples)),
-        "score": float(sum(s.expert_score is not None for s in samples)),
-        "logit": tokens,
-        "answer": float(sum(any(s.answer) for s in samples)),
-        "reasoning": math.fsum(weight for s in samples for weight in s.steps),
-        "attention": tokens,
-    }
+    return {name: LOSSES[name].count(samples) for name in options.losses}
 
 
 def loss_sums(
@@ -173,26 +121,12 @@ def loss_sums(
         The total, differentiable, and for each loss (sum, count).
     """
     seen = taps.forward(student.model, batch.tokens, recompute=recompute)
-
-    def at_text(hidden: mx.array) -> mx.array:
-        return mx.take_along_axis(hidden, batch.positions[..., None], axis=1)
-
-    final = at_text(seen.final)
-    total, found = _token_losses(student, expert, final, batch, options, vocab, factors)
-    if "hidden" in options.losses:
-        layers = seen.layers[-1:] if options.hidden_layers == "last" else seen.layers
-        found["hidden"], _ = hidden_alignment_loss(
-            [at_text(layer) for layer in layers],
-            batch.expert_pooled,
-            batch.mask,
-            student.projection,
-        )
-    if "score" in options.losses:
-        found["score"], _ = score_loss(
-            student.score(_scored(student, final, batch)), batch.scores, batch.score_mask
-        )
-    if "attention" in options.losses:
-        found["attention"] = _attention_loss(student, seen, batch, options)
+    final = mx.take_along_axis(seen.final, batch.positions[..., None], axis=1)
+    made = Forwarded(student, seen, final, batch, options)
+    total, found = _token_losses(made, expert, vocab, factors)
+    for name in options.losses:
+        if (compute := LOSSES[name].compute) is not None:
+            found[name] = compute(made)
     for name in options.losses:
         if factors is not None and name not in batch.weights:
             total = total + factors[name] * found[name]
@@ -200,39 +134,35 @@ def loss_sums(
 
 
 def _token_losses(
-    student: Student,
-    expert: Loaded,
-    final: mx.array,
-    batch: Batch,
-    options: LossOptions,
-    vocab: int,
-    factors: Mapping[str, float] | None,
+    made: Forwarded, expert: Loaded, vocab: int, factors: Mapping[str, float] | None
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """The losses on next-token distributions: their weighted sum, and each one's own."""
+    final, batch, options = made.final, made.batch, made.options
     groups = [
-        [name for name in options.losses if name in kinds] for kinds in (_WITH_TOKENS, _WITH_EXPERT)
+        [name for name in options.losses if LOSSES[name].matches == what]
+        for what in ("tokens", "teacher")
     ]
-    on_feedback, on_solutions = groups
-    if not on_feedback and not on_solutions:
+    with_tokens, with_teacher = groups
+    if not with_tokens and not with_teacher:
         return mx.array(0.0), {}
 
     def weights(names: Sequence[str]) -> mx.array:
         weighted = [(factors or {}).get(name, 1.0) * batch.weights[name] for name in names]
         return mx.stack(weighted).sum(axis=0)
 
-    head = taps.head(student.model)
+    head = taps.head(made.student.model)
     targets = []
-    if on_feedback:
+    if with_tokens:
         # Over padding too, as when the student generates.
         rows = head.weight.shape[0]
         sure = one_hot(batch.targets)
-        targets.append(Target(sure, None, weights(on_feedback), "forward", 1.0, rows))
-    if on_solutions:
+        targets.append(Target(sure, None, weights(with_tokens), "forward", 1.0, rows))
+    if with_teacher:
         targets.append(
             Target(
                 batch.expert_expects,
                 taps.head(expert.model),
-                weights(on_solutions),
+                weights(with_teacher),
                 options.kl,
                 options.loss_temperature,
                 vocab,
@@ -251,29 +181,6 @@ def _token_losses(
         for place, group in enumerate(columns)
         for name in group
     }
-
-
-def _attention_loss(
-    student: Student, seen: taps.Forward, batch: Batch, options: LossOptions
-) -> mx.array:
-    blocks = list(zip(student.model.layers, seen.layers, strict=False))
-    if options.hidden_layers == "last":
-        blocks = blocks[-1:]
-    total, _ = attention_matching_loss(
-        [log_attention(block, hidden, positions=batch.positions) for block, hidden in blocks],
-        batch.expert_attention,
-        batch.mask,
-        heads=options.attention_heads,
-    )
-    return total
-
-
-def _scored(student: Student, final: mx.array, batch: Batch) -> mx.array:
-    """The final hidden states [B, d] that the score head reads."""
-    if student.score_at == "prompt":
-        return final[:, 0]
-    last = batch.mask.sum(axis=1).astype(mx.int32) - 1
-    return mx.take_along_axis(final, last[:, None, None], axis=1).squeeze(1)
 
 
 def measure(

@@ -18,7 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from mlx_fd.feedback.loss_terms import LOSSES
+
+
+def _of_phase(phase: str) -> tuple[str, ...]:
+    return tuple(name for name, loss in LOSSES.items() if loss.phase == phase)
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,8 @@ class PhaseSchedule:
     """Which losses come first, which later, and when the weight moves.
 
     Attributes:
-        correctness: losses of the first phase.
-        reasoning: losses of the last phase.
+        correctness: losses of the first phase; by default those that say so of themselves.
+        reasoning: losses of the last phase, likewise.
         begin: progress at which the weight begins to move.
         end: progress at which it has moved; where both are the same, it jumps there.
         floor: what a loss counts out of its phase, against 1 in it; in (0, 1].
@@ -36,8 +42,8 @@ class PhaseSchedule:
         ValueError: not 0 <= begin <= end <= 1, a floor out of range, or a loss in both phases.
     """
 
-    correctness: tuple[str, ...] = ("answer", "score")
-    reasoning: tuple[str, ...] = ("reasoning", "attention")
+    correctness: tuple[str, ...] = field(default_factory=lambda: _of_phase("correctness"))
+    reasoning: tuple[str, ...] = field(default_factory=lambda: _of_phase("reasoning"))
     begin: float = 0.25
     end: float = 0.75
     floor: float = 0.1

@@ -129,6 +129,27 @@ class Sample:
         )
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side, padded on the right to S tokens and T positions of the texts.
+
+    What belongs to a token of a text is not padded: it is for the N tokens of all texts in a row.
+    """
+
+    tokens: mx.array  # [B, S]
+    positions: mx.array  # [B, T]: where each token of the text is predicted
+    mask: mx.array  # [B, T], float32
+    rows: mx.array  # [N]: the indices of all tokens among B * T positions
+    targets: mx.array  # [N]
+    weights: dict[str, mx.array]  # [N]: of a loss on tokens, what each counts
+    counts: dict[str, float]  # what each loss is divided by
+    expert_expects: mx.array | TopK  # [N, d_expert], or the top k of N
+    expert_pooled: list[mx.array]  # of [B, d_expert]
+    expert_attention: list[mx.array]  # of [B, heads, T, S]
+    scores: mx.array  # [B]
+    score_mask: mx.array  # [B], float32
+
+
 def read_text(
     pair: Pair,
     before: Conversation,
@@ -185,7 +206,7 @@ def _read(
             temperature=options.loss_temperature,
             vocab=pair.vocab,
         )
-    if "attention" not in options.losses:
+    if not options.needs_attention:
         return TeacherOutputs(targets, pooled)
     positions = mx.arange(first, seen.final.shape[1])[None]
 
@@ -219,7 +240,7 @@ def cache_fingerprint(pair: Pair, options: LossOptions) -> dict[str, Any]:
         "top_k": options.teacher_top_k,
         "temperature": options.loss_temperature,
         "layers": [options.hidden_layers, len(student.layers)],
-        "heads": heads if "attention" in options.losses else None,
+        "heads": heads if options.needs_attention else None,
     }
 
 

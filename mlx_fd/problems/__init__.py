@@ -10,14 +10,10 @@ from fractions import Fraction
 from pathlib import Path
 
 from mlx_fd.errors import UserError
+from mlx_fd.registry import SOURCES
 
-EMBEDDED = ("gsm8k", "arithmetic")
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-_ACCEPTED = (
-    "a source is gsm8k, arithmetic, a file ending in .jsonl, .json, .csv or .parquet, or a data "
-    "set of the hub as owner/name (owner/name:config where it has several)"
-)
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,27 @@ class ProblemSet:
     skipped: int = 0
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """The truth about an answer.
+
+    Attributes:
+        first_error: the first wrong step from 1, one past the last right step where a step or the
+            final number is missing or wrong; 0: all is right.
+        kind: one of the source's kinds of error; empty where all is right.
+    """
+
+    first_error: int
+    kind: str
+
+    @property
+    def score(self) -> float:
+        """1 for a right answer; else from -1 (the first step is wrong) to -0.2 (the fifth)."""
+        if not self.first_error:
+            return 1.0
+        return round(-1 + 0.2 * min(self.first_error - 1, 4), 1)
+
+
 def load(source: str = "gsm8k", split: str = "train", *, skip_bad_rows: bool = False) -> ProblemSet:
     """Load the problems of one split.
 
@@ -65,7 +82,8 @@ def load(source: str = "gsm8k", split: str = "train", *, skip_bad_rows: bool = F
     is used where there is one.
 
     Args:
-        source: ``gsm8k``, ``arithmetic``, a path, or ``owner/name`` of a hub data set.
+        source: a name in :data:`mlx_fd.registry.SOURCES`, a path, or ``owner/name`` of a hub data
+            set.
         split: the split to read; a file has only one, whatever it is called.
         skip_bad_rows: count rows that cannot be read instead of refusing the source.
 
@@ -73,21 +91,16 @@ def load(source: str = "gsm8k", split: str = "train", *, skip_bad_rows: bool = F
         UserError: the source is unknown or cannot be read, the split does not exist, or rows are
             bad; the message names file and line of the first ten.
     """
-    if source == "gsm8k":
-        from mlx_fd.problems import gsm8k
-
-        return gsm8k.load(split)
-    if source == "arithmetic":
-        from mlx_fd.problems import arithmetic
-
-        return arithmetic.load(split)
+    if source in SOURCES:
+        found: ProblemSet = SOURCES[source].load(split)
+        return found
     path = Path(source).expanduser()
     is_file_name = path.suffix.lower() in FILE_SUFFIXES
     if not is_file_name and not path.exists():
         if not _HUB_NAME.fullmatch(source):
-            near = difflib.get_close_matches(source.lower(), EMBEDDED, cutoff=0.5)
+            near = difflib.get_close_matches(source.lower(), list(SOURCES), cutoff=0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"unknown problems {source!r}: {hint}{_ACCEPTED}")
+            raise UserError(f"unknown problems {source!r}: {hint}{_accepted()}")
         from mlx_fd.problems import files
 
         return files.load_hub(source, split, skip_bad_rows=skip_bad_rows)
@@ -97,12 +110,19 @@ def load(source: str = "gsm8k", split: str = "train", *, skip_bad_rows: bool = F
         hint = f": did you mean {str(path.parent / near[0])!r}?" if near else ""
         raise UserError(f"{source}: there is no such file{hint}")
     if path.is_dir():
-        raise UserError(f"{source} is a directory: name one file in it; {_ACCEPTED}")
+        raise UserError(f"{source} is a directory: name one file in it; {_accepted()}")
     if not is_file_name:
-        raise UserError(f"{source}: cannot tell what is in it; {_ACCEPTED}")
+        raise UserError(f"{source}: cannot tell what is in it; {_accepted()}")
     from mlx_fd.problems import files
 
     return files.load_file(path, source, split, skip_bad_rows=skip_bad_rows)
+
+
+def _accepted() -> str:
+    return (
+        f"a source is {', '.join(SOURCES)}, a file ending in .jsonl, .json, .csv or .parquet, or a "
+        "data set of the hub as owner/name (owner/name:config where it has several)"
+    )
 
 
 def check_split(split: str, train_on_test: bool) -> None:

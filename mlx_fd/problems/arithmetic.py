@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from mlx_fd.errors import UserError
-from mlx_fd.problems import Problem, ProblemSet
+from mlx_fd.problems import Problem, ProblemSet, Verdict
 from mlx_fd.problems.prompts import Feedback
 
 SPLITS = ("train", "validation", "test", "transfer")
@@ -323,27 +323,6 @@ FINAL = "the wrong final answer"
 KINDS = (SLIP, OPERATION, QUANTITY, MISSED, FINAL)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The truth about an answer.
-
-    Attributes:
-        first_error: the first wrong step from 1, one past the last right step where a step or the
-            final number is missing or wrong; 0: all is right.
-        kind: one of the kinds of error; empty where all is right.
-    """
-
-    first_error: int
-    kind: str
-
-    @property
-    def score(self) -> float:
-        """1 for a right answer; else from -1 (the first step is wrong) to -0.2 (the fifth)."""
-        if not self.first_error:
-            return 1.0
-        return round(-1 + 0.2 * min(self.first_error - 1, 4), 1)
-
-
 def _same(a: Step, b: Step) -> bool:
     swapped = Step(b.right, b.op, b.left, b.result)
     return a == b or (b.op in "+*" and a == swapped)
@@ -389,6 +368,24 @@ def is_generated(solution: str) -> bool:
     """Whether a solution is one of this module's, so that :func:`judge` knows about answers."""
     steps, _ = read(solution)
     return bool(steps) and write(steps) == solution
+
+
+def true_rewrite(solution: str, answer: str) -> str:
+    """An answer to a generated problem with its right steps verbatim and the others mended.
+
+    Args:
+        solution: the right solution.
+        answer: the answer's text.
+    """
+    error = judge(solution, answer).first_error
+    if not error:
+        return answer
+    kept: list[str] = []
+    for line in answer.strip().split("\n"):
+        if len(kept) == error - 1 or not read(line)[0]:
+            break
+        kept.append(line)
+    return "\n".join([*kept, *solution.split("\n")[len(kept) :]])
 
 
 def error_span(solution: str, answer: str) -> tuple[int, int] | None:

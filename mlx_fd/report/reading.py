@@ -11,6 +11,7 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from mlx_fd import runs
 from mlx_fd.errors import UserError
+from mlx_fd.problems.sources import truth_of
 from mlx_fd.report.files import (
     JsonObject,
     counts,
@@ -158,7 +159,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _why_no_exam(manifest: Mapping[str, Any]) -> str:
     options = manifest.get("options", {})
-    if options.get("problems") == "arithmetic" and not options.get("exam_size"):
+    if truth_of(str(options.get("problems"))) is not None and not options.get("exam_size"):
         return "none was asked for (exam_size = 0)"
     return "its problems do not come with the truth"
 

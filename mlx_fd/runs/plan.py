@@ -22,6 +22,7 @@ from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import ALIASES, TINY
 from mlx_fd.models.resolve import default_student, parse_name, resolve
 from mlx_fd.problems import Problem, ProblemSet
+from mlx_fd.problems.sources import SOURCES
 from mlx_fd.runs.manifest import manifest_of
 from mlx_fd.runs.records import Manifest
 
@@ -99,7 +100,7 @@ def make_plan(config: Config) -> Plan:
     pairing = check_pair(expert_path, student_path)
     drawn, notes = without_long(drawn, (expert_path, student_path), config)
     here = backend()
-    if "attention" in config.losses.losses:
+    if config.losses.needs_attention:
         _check_attention(expert_path, student_path)
     questions = [problem.question for problem in (*drawn.probe, *drawn.problems)]
     check_run_memory(expert_path, student_path, questions, config, here.on_cpu)
@@ -190,7 +191,7 @@ def with_absolute_names(config: Config) -> Config:
     The default student is named, and files and directories of this machine get their whole path.
     """
     models, source = config.models, config.problems.problems
-    if source not in problem_sets.EMBEDDED:  # they are meant, whatever lies in this folder
+    if source not in SOURCES:  # they are meant, whatever lies in this folder
         source = _whole_path(source) or source
     student = models.student or _default_student(models.expert)
     losses = config.losses
@@ -301,7 +302,7 @@ def check_run_memory(
             max_answer_tokens=options.max_answer_tokens,
             max_feedback_tokens=max(options.max_feedback_tokens, options.max_merge_tokens),
             solutions=losses.learns_solutions,
-            attention="attention" in losses.losses,
+            attention=losses.needs_attention,
             head_by_head=losses.attention_heads == "aligned",
             lora_rank=config.models.lora_rank,
             train_full=config.models.train == "full",

@@ -18,13 +18,14 @@ from typing import Any, cast
 
 from mlx_fd import runs
 from mlx_fd.config import Config
-from mlx_fd.evaluation.exam import Question, Result, compare, examine, load_results, save_results
+from mlx_fd.evaluation.exam import Result, compare, examine, load_results, save_results
 from mlx_fd.feedback.distill import make_optimizer, top_k_error
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import cache_fingerprint
 from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.files import clear_unfinished
 from mlx_fd.problems import Problem
+from mlx_fd.problems.sources import Question
 from mlx_fd.runs.events import Note, Probed, Probing, Started, Warned
 from mlx_fd.runs.records import BeforeAfterRow, EpisodeRow, LoggedSampleRow, Summary, TopKRow
 from mlx_fd.runs.summary import find_warnings, summarise

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from mlx_fd.evaluation.baselines.trials import Seeds, Setting, Trial, trial
-from mlx_fd.feedback.episode import (
-    Answered,
-    Finished,
-    Judged,
-    OnTokens,
-    expert_feedback,
-    judge,
-    merge_and_revise,
-    student_feedback,
-)
-from mlx_fd.feedback.gate import stands_alone
+from mlx_fd.evaluation.baselines import CLEAR, LOOP, register_system
+from mlx_fd.evaluation.baselines.trials import Seeds, Setting, System, Trial, trial
+
+if TYPE_CHECKING:
+    from mlx_fd.feedback.episode import Answered, Finished, Judged, OnTokens
 
 
 def clear(
@@ -26,6 +20,8 @@ def clear(
 
     The amateur never learns. It has no score head, so the score that it wrote stands for its own.
     """
+    from mlx_fd.feedback.episode import expert_feedback, judge, student_feedback
+
     pair, options = setting.pair, setting.generation
     students = [
         dataclasses.replace(student, head_score=None)
@@ -46,6 +42,9 @@ def loop(
     Where its training ended frozen and the gate trusts it, its feedback stands alone where it is
     sure; the expert is asked for the rest. Nothing is audited, because nothing learns.
     """
+    from mlx_fd.feedback.episode import expert_feedback, judge, student_feedback
+    from mlx_fd.feedback.gate import stands_alone
+
     pair, options = setting.pair, setting.generation
     students = student_feedback(pair, answered, options, seeds("student_feedback"), on_tokens)
     asked = [
@@ -64,6 +63,8 @@ def loop(
 def _finished(
     setting: Setting, judged: Sequence[Judged], seeds: Seeds, on_tokens: OnTokens
 ) -> list[Trial]:
+    from mlx_fd.feedback.episode import merge_and_revise
+
     finished = merge_and_revise(
         setting.pair, judged, setting.generation, setting.episode, seeds, on_tokens
     )
@@ -84,3 +85,28 @@ def _trial(setting: Setting, finished: Finished) -> Trial:
     turns = {step: text for step, text in written.items() if step in usage.tokens}
     last = "final" if "final" in turns else "answer"
     return trial(setting, judged.answered.answer, usage, turns, last, finished.score)
+
+
+register_system(
+    System(
+        name=LOOP,
+        help="expert and trained student, as the run would be deployed",
+        order=10,
+        label="Online feedback distillation",
+        begins_with="first",
+        amateur="student",
+        run=loop,
+        is_baseline=False,
+    )
+)
+register_system(
+    System(
+        name=CLEAR,
+        help="expert and untrained student give feedback together (CLEAR, arXiv 2504.07116)",
+        order=20,
+        label="CLEAR, fixed amateur",
+        begins_with="first",
+        amateur="untrained",
+        run=clear,
+    )
+)

@@ -8,35 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_fd.config import EpisodeOptions, GenerationOptions
-from mlx_fd.evaluation.baselines.trials import Seeds, Setting, Trial, trial
-from mlx_fd.feedback.episode import (
-    Answered,
-    OnTokens,
-    Usage,
-    expert_turn,
-    feedback_request,
-    parsed,
-)
-from mlx_fd.models.generation import Conversation, followup_prompt
+from mlx_fd.evaluation.baselines import register_system
+from mlx_fd.evaluation.baselines.trials import Seeds, Setting, Stage, System, Trial, trial
 from mlx_fd.problems import prompts
 
-
-@dataclass(frozen=True)
-class Stage:
-    """One turn of a critic.
-
-    Attributes:
-        step: its name.
-        request: tokens of what the expert is asked.
-        begun: what those put into its mouth.
-    """
-
-    step: str
-    request: tuple[int, ...]
-    begun: str = ""
+if TYPE_CHECKING:
+    from mlx_fd.feedback.episode import Answered, OnTokens, Usage
+    from mlx_fd.models.generation import Conversation
 
 
 @dataclass(frozen=True)
@@ -60,11 +41,15 @@ class Criticised:
 
 def feedback_stage(step: str, tokenizer: Any, prompt: str = "") -> Stage:
     """A stage that writes a score and feedback; ``prompt`` as for ``feedback_request``."""
+    from mlx_fd.feedback.episode import feedback_request
+
     return Stage(step, feedback_request(tokenizer, prompt), f"{prompts.FEEDBACK_OPENING} ")
 
 
 def thoughts(tokenizer: Any) -> tuple[Stage, ...]:
     """Chain of thought: stepwise reasoning, then the feedback."""
+    from mlx_fd.models.generation import followup_prompt
+
     return (
         Stage("reasoning", followup_prompt(tokenizer, prompts.reasoning_prompt())),
         feedback_stage("feedback", tokenizer),
@@ -77,9 +62,6 @@ def drafts_of_feedback(tokenizer: Any) -> tuple[Stage, ...]:
         feedback_stage(f"draft_{stage}", tokenizer, prompts.draft_prompt(stage))
         for stage in range(1, prompts.DRAFTS + 1)
     )
-
-
-STAGES = {"cot": thoughts, "cod": drafts_of_feedback}
 
 
 def good_enough(feedback: prompts.Feedback, options: EpisodeOptions) -> bool:
@@ -95,6 +77,8 @@ def criticise(
     on_tokens: OnTokens,
 ) -> list[Criticised]:
     """Let the expert go through a critic's stages, one turn each."""
+    from mlx_fd.feedback.episode import expert_turn, parsed
+
     options = setting.generation
     before = [one.conversation for one in answered]
     usages = [one.usage for one in answered]
@@ -130,6 +114,9 @@ def revise(
     keep: bool = True,
 ) -> list[Criticised]:
     """Let the expert apply the feedback that it has just given."""
+    from mlx_fd.feedback.episode import expert_turn
+    from mlx_fd.models.generation import followup_prompt
+
     options: GenerationOptions = setting.generation
     request = followup_prompt(setting.pair.expert.tokenizer, prompts.revise_prompt(""))
     turns, added = expert_turn(
@@ -155,10 +142,14 @@ def revise(
     ]
 
 
-def _system(
-    name: str, setting: Setting, answered: Sequence[Answered], seeds: Seeds, on_tokens: OnTokens
+def criticise_and_revise(
+    setting: Setting,
+    answered: Sequence[Answered],
+    stages: Sequence[Stage],
+    seeds: Seeds,
+    on_tokens: OnTokens,
 ) -> list[Trial]:
-    stages = STAGES[name](setting.pair.expert.tokenizer)
+    """Let the expert go through a critic's stages, and revise what is not good enough once."""
     judged = criticise(setting, answered, stages, seeds, on_tokens)
     todo = [k for k, item in enumerate(judged) if not good_enough(item.feedback, setting.episode)]
     revised = revise(setting, [judged[k] for k in todo], "revise", seeds, on_tokens, keep=False)
@@ -181,11 +172,39 @@ def cot(
     setting: Setting, answered: Sequence[Answered], seeds: Seeds, on_tokens: OnTokens
 ) -> list[Trial]:
     """Chain of thought (arXiv 2201.11903) as a critic, and one revision."""
-    return _system("cot", setting, answered, seeds, on_tokens)
+    stages = thoughts(setting.pair.expert.tokenizer)
+    return criticise_and_revise(setting, answered, stages, seeds, on_tokens)
 
 
 def cod(
     setting: Setting, answered: Sequence[Answered], seeds: Seeds, on_tokens: OnTokens
 ) -> list[Trial]:
     """Chain of drafts as a critic: three staged drafts of the feedback, and one revision."""
-    return _system("cod", setting, answered, seeds, on_tokens)
+    stages = drafts_of_feedback(setting.pair.expert.tokenizer)
+    return criticise_and_revise(setting, answered, stages, seeds, on_tokens)
+
+
+register_system(
+    System(
+        name="cot",
+        help="the expert thinks step by step, then criticises (arXiv 2201.11903), then revises",
+        order=30,
+        label="Chain-of-thought critic",
+        begins_with="first",
+        amateur=None,
+        run=cot,
+        stages=thoughts,
+    )
+)
+register_system(
+    System(
+        name="cod",
+        help="the expert criticises in three drafts, then revises",
+        order=40,
+        label="Chain-of-drafts critic",
+        begins_with="first",
+        amateur=None,
+        run=cod,
+        stages=drafts_of_feedback,
+    )
+)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from mlx_fd.evaluation.baselines import register_system
 from mlx_fd.evaluation.baselines.critics import (
     Criticised,
     criticise,
@@ -12,8 +14,10 @@ from mlx_fd.evaluation.baselines.critics import (
     good_enough,
     revise,
 )
-from mlx_fd.evaluation.baselines.trials import Seeds, Setting, Trial, trial
-from mlx_fd.feedback.episode import Answered, OnTokens
+from mlx_fd.evaluation.baselines.trials import Seeds, Setting, System, Trial, trial
+
+if TYPE_CHECKING:
+    from mlx_fd.feedback.episode import Answered, OnTokens
 
 ATTEMPTS = 4
 """Feedbacks at most, as in their code for GSM8K."""
@@ -61,3 +65,16 @@ def self_refine(
             setting, one.answer, one.usage, turns[place], last, first_scores[place]
         )
     return [ended[place] for place in range(len(answered))]
+
+
+register_system(
+    System(
+        name="self-refine",
+        help="the expert criticises and refines until it is content (arXiv 2303.17651)",
+        order=50,
+        label="Self-Refine",
+        begins_with="first",
+        amateur=None,
+        run=self_refine,
+    )
+)

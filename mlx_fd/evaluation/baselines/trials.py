@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_fd.config import EpisodeOptions, GateOptions, GenerationOptions
-from mlx_fd.feedback.episode import Answered, OnTokens, Usage
-from mlx_fd.feedback.gate import GateState
-from mlx_fd.feedback.pair import Pair
-from mlx_fd.problems.prompts import Answer
+from mlx_fd.registry import Entry
 from mlx_fd.runs.records import TrialRow
+
+if TYPE_CHECKING:
+    from mlx_fd.feedback.episode import Answered, OnTokens, Usage
+    from mlx_fd.feedback.gate import GateState
+    from mlx_fd.feedback.pair import Pair
+    from mlx_fd.problems.prompts import Answer
 
 Seeds = Callable[[str], int]
 """Step name to the seed of its draws."""
@@ -88,7 +91,22 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class System:
+class Stage:
+    """One turn of a critic.
+
+    Attributes:
+        step: its name.
+        request: tokens of what the expert is asked.
+        begun: what those put into its mouth.
+    """
+
+    step: str
+    request: tuple[int, ...]
+    begun: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class System(Entry):
     """A way to an answer.
 
     Attributes:
@@ -97,12 +115,17 @@ class System:
             ``untrained`` those of the student as it was before.
         amateur: the student that it uses beside the expert, as trained or as it was before.
         run: does it.
+        stages: for a critic, the turns in which it writes its feedback, by the tokenizer; it then
+            judges answers with known errors, too.
+        is_baseline: it takes part with ``--baselines`` only.
     """
 
     label: str
     begins_with: Literal["first", "expert", "student", "untrained"]
     amateur: Literal["student", "untrained"] | None
     run: Callable[[Setting, Sequence[Answered], Seeds, OnTokens], list[Trial]]
+    stages: Callable[[Any], Sequence[Stage]] | None = None
+    is_baseline: bool = True
 
 
 def trial(

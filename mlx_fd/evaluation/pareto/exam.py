@@ -8,11 +8,12 @@ from pathlib import Path
 
 from mlx_fd import runs
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation.exam import Question, Result, compare, exam_questions, examine, load_results
+from mlx_fd.evaluation.exam import Result, compare, exam_questions, examine, load_results
 from mlx_fd.evaluation.pareto.curve import Curve
 from mlx_fd.evaluation.pareto.points import Point, batch_of
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models.student import load_student
+from mlx_fd.problems.sources import Question, names_with_truth
 from mlx_fd.runs.checked import ChangedFile
 from mlx_fd.runs.checkpoints import checkpoint_after
 from mlx_fd.runs.manifest import check_same
@@ -85,8 +86,8 @@ def _results(folder: Path, questions: Sequence[Question]) -> list[Result]:
         ) from error
     if saved is None:
         raise UserError(
-            f"{folder}: this run has no examination; --exam is for runs on --problems arithmetic "
-            "with --exam-size above 0."
+            f"{folder}: this run has no examination; --exam is for runs on --problems "
+            f"{names_with_truth()} with --exam-size above 0."
         )
     (results, _), _ = saved
     return results

@@ -21,7 +21,8 @@ from mlx_fd.evaluation.statistics import Estimate, Rows, bootstrap
 from mlx_fd.feedback.episode import derive_seed
 from mlx_fd.models.generation import first_prompt
 from mlx_fd.models.loading import Loaded
-from mlx_fd.problems import Problem, arithmetic, prompts
+from mlx_fd.problems import Problem, prompts
+from mlx_fd.problems.sources import names_with_truth, truth_about
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials
 from mlx_fd.training.selfdistill.learning import Text, read, token_logprobs
 from mlx_fd.training.selfdistill.rollouts import sample_rollouts
@@ -124,10 +125,10 @@ def check_known(problems: Sequence[Problem]) -> None:
         UserError: one of them is not a generated problem.
     """
     for problem in problems:
-        if not arithmetic.is_generated(problem.solution):
+        if truth_about(problem) is None:
             raise UserError(
                 f"{problem.id}: the first wrong step of an attempt is known for generated problems "
-                "only: use --problems arithmetic"
+                f"only: use --problems {names_with_truth()}"
             )
 
 
@@ -174,7 +175,7 @@ def score(
     of_attempts: list[dict[str, tuple[float, ...]]] = [{} for _ in attempts]
     for done, name in enumerate(names):
         progress("contexts", done, len(names))
-        views = CONTEXTS[name](attempts, materials)
+        views = CONTEXTS[name].views(attempts, materials)
         taught = [k for k, view in enumerate(views) if view.teacher is not None]
         teacher_rows = logprobs(
             [views[k].teacher or "" for k in taught], [attempts[k] for k in taught]
@@ -187,7 +188,9 @@ def score(
         # The end of the turn is no part of the last line.
         ended = attempt.tokens[-1] in tokenizer.eos_token_ids
         text = "".join(pieces[:-1] if ended else pieces)
-        span = arithmetic.error_span(attempt.problem.solution, text)
+        truth = truth_about(attempt.problem)
+        assert truth is not None
+        span = truth.span(attempt.problem, text)
         scored.append(Scored(attempt, pieces, parts_of(pieces, span), advantages))
     return scored
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_fd.config import Method, TrainingOptions
-from mlx_fd.feedback.episode import Finished, is_correct
+from mlx_fd.feedback.episode import Finished
 from mlx_fd.models.loading import Loaded
-from mlx_fd.problems import parsing, prompts
-from mlx_fd.training.selfdistill.contexts import Attempt, View, critique_message, feedback_message
+from mlx_fd.problems import prompts
+from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, View
 from mlx_fd.training.selfdistill.learning import (
     forward_teacher_and_student,
     gradients,
@@ -46,21 +46,15 @@ def lessons(finished: Sequence[Finished], context: str) -> Lessons:
 
     Args:
         finished: episodes whose first answers are the student's.
-        context: ``"feedback"``: it reads the expert's feedback; ``"step-critique"``: the expert's
-            revision of its answer where that is right, or the answer itself where it was right and
-            good enough to stay.
+        context: one that can be made from an episode.
     """
+    from_episode = CONTEXTS[context].from_episode
+    assert from_episode is not None, context
     attempts, views = [], []
     for one in finished:
-        problem, expert, answered = one.problem, one.judged.expert, one.judged.answered
-        message = None
-        if context == "feedback" and expert is not None:
-            message = feedback_message(problem.question, expert.feedback.text)
-        elif context == "step-critique":
-            rewrite = one.revised or answered.answer.text
-            if is_correct(parsing.final_answer(rewrite), problem):
-                message = critique_message(problem.question, rewrite)
+        message = from_episode(one)
         if message is not None:
+            problem, answered = one.problem, one.judged.answered
             answer, right = answered.answer, answered.is_correct
             attempts.append(
                 Attempt(

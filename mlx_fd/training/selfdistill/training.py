@@ -29,6 +29,7 @@ from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, read_arrays
 from mlx_fd.problems import Problem
 from mlx_fd.problems.prompts import answer_prompt
+from mlx_fd.problems.sources import names_with_truth, truth_of
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.checkpoints import Checkpoint
 from mlx_fd.runs.events import Event, Note, Probed, Probing, Started, Step, Warned
@@ -51,7 +52,7 @@ from mlx_fd.training.checkpoint import (
     with_probe,
     write_summary,
 )
-from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View, remember
+from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View
 from mlx_fd.training.selfdistill.learning import (
     RolloutStats,
     TokenWeights,
@@ -396,7 +397,7 @@ def build_views(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: i
         most_wrong=options.wrong_hints,
         seed=derive_seed(config.episode.seed, batch, "context"),
     )
-    return CONTEXTS[options.context]([a for group in groups for a in group], materials)
+    return CONTEXTS[options.context].views([a for group in groups for a in group], materials)
 
 
 def _probe(learner: _Learner, problems: Sequence[Problem], batch: int) -> dict[str, float]:
@@ -441,7 +442,7 @@ def _batch(
     )
     mx.eval([item.now for item in stats])
     updates, weights = _learn(learner, state, groups, views, stats)
-    if config.selfdistill.context == "reflection":
+    if (remember := CONTEXTS[config.selfdistill.context].remember) is not None:
         attempts = [attempt for group in groups for attempt in group]
         learner.playbook = remember(learner.playbook, attempts, views)
     seconds["learn"] = time.perf_counter() - begin - sum(seconds.values())
@@ -601,17 +602,21 @@ def check_combination(config: Config) -> None:
         raise UserError(
             "--objective grpo compares attempts at one problem: set --num-generations to 8."
         )
-    if options.objective == "contrastive" and options.context != "contrast":
-        raise UserError("--objective contrastive needs right and wrong hints: --context contrast.")
-    if options.context in ("sibling", "contrast") and options.num_generations < 2:
+    context = CONTEXTS[options.context]
+    if options.objective == "contrastive" and not context.gives_wrong_hints:
+        names = [name for name, other in CONTEXTS.items() if other.gives_wrong_hints]
+        raise UserError(
+            f"--objective contrastive needs right and wrong hints: --context {' or '.join(names)}."
+        )
+    if context.needs_siblings and options.num_generations < 2:
         raise UserError(
             f"--context {options.context} shows other attempts at the same problem: set "
             "--num-generations to 8."
         )
-    if options.context == "step-critique" and not options.critic:
+    if context.needs_critic and not options.critic:
         raise UserError(
-            "--context step-critique needs a critic: name one with --critic, or take the truth "
+            f"--context {context.name} needs a critic: name one with --critic, or take the truth "
             "about generated problems with --critic truth."
         )
-    if options.critic == TRUTH and config.problems.problems != "arithmetic":
-        raise UserError("--critic truth is known for --problems arithmetic only.")
+    if options.critic == TRUTH and truth_of(config.problems.problems) is None:
+        raise UserError(f"--critic truth is known for --problems {names_with_truth()} only.")

@@ -14,6 +14,7 @@ from importlib import resources
 
 from mlx_fd.errors import UserError
 from mlx_fd.problems import Problem, ProblemSet
+from mlx_fd.problems.sources import ProblemSource, register_source
 
 SPLITS = ("train", "test")
 
@@ -37,3 +38,13 @@ def load(split: str) -> ProblemSet:
         name = f"gsm8k-{split}-{place:05d}"
         problems.append(Problem(name, row["question"], row["answer"], Fraction(final)))
     return ProblemSet("gsm8k", split, tuple(problems), hashlib.sha256(published).hexdigest())
+
+
+register_source(
+    ProblemSource(
+        name="gsm8k",
+        help="grade-school word problems as published, 7,473 to train and 1,319 to test",
+        order=10,
+        load=load,
+    )
+)

@@ -1,0 +1,115 @@
+"""One GGUF file, for llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_fd.export.formats import ExportFormat, OnSteps, register_format
+from mlx_fd.problems import prompts
+
+if TYPE_CHECKING:
+    from mlx_fd.export.form import Form
+    from mlx_fd.export.gguf_file import Written
+    from mlx_fd.export.source import Source
+    from mlx_fd.models.loading import Loaded
+
+_ON_A_GPU = """\
+With an NVIDIA GPU llama.cpp is built for it:
+
+    pip install "mlx-fd[cuda]"
+    CMAKE_ARGS="-DGGML_CUDA=on" pip install llama-cpp-python
+    mlx-fd compare . --engine llama.cpp
+"""
+
+
+def write(source: Source, live: Loaded, folder: Path, form: Form, on_steps: OnSteps) -> Written:
+    """Write the file."""
+    from mlx_fd.export import gguf_file
+
+    return gguf_file.write_file(
+        source,
+        live.tokenizer,
+        folder / gguf_file.file_name(form.gguf_type),
+        kind=form.gguf_type,
+        progress=on_steps,
+    )
+
+
+def convert_back(folder: Path, scratch: Path, form: Form) -> Path:
+    """The file as a directory of mlx-lm."""
+    from mlx_fd.export.gguf_file import file_name
+    from mlx_fd.models.gguf import convert
+
+    convert(folder / file_name(form.gguf_type), scratch / "model")
+    return scratch / "model"
+
+
+def load_back(source: Source, folder: Path, form: Form) -> Loaded:
+    """What the file was converted to."""
+    from mlx_fd.models.loading import load
+
+    return load(folder)
+
+
+def use(source: Source, form: Form) -> str:
+    """With llama.cpp."""
+    from mlx_fd.export.gguf_file import file_name
+
+    name = file_name(form.gguf_type)
+    return f'    llama-cli -m {name} -p "..."      # or: llama-server -m {name}\n'
+
+
+def score_code(source: Source, form: Form, score_at: str) -> str:
+    """With llama.cpp."""
+    from mlx_fd.export.card import EXAMPLE
+    from mlx_fd.export.gguf_file import file_name
+
+    written = """\
+reply = []
+for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0):
+    reply.append(token)
+    if token == llm.token_eos() or len(reply) == 192:
+        break
+ids += reply[:-1]
+"""
+    return f"""\
+import llama_cpp, numpy as np
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from safetensors.numpy import load_file
+llm = llama_cpp.Llama("{file_name(form.gguf_type)}", n_ctx=4096, embedding=True, verbose=False,
+                      pooling_type=llama_cpp.LLAMA_POOLING_TYPE_NONE)
+head = load_file("score_head.safetensors")
+{EXAMPLE}\
+written = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], "", "")(messages=chat).prompt
+ids = llm.tokenize((written + {prompts.FEEDBACK_OPENING!r}).encode(), special=True)
+{written if score_at == "feedback" else ""}\
+llm.reset()
+llm.eval(ids)
+hidden = np.ctypeslib.as_array(llama_cpp.llama_get_embeddings_ith(llm.ctx, -1), (llm.n_embd(),))
+print(np.tanh(head["weight"] @ hidden + head["bias"]).item())  # from -1, harmful, to 1, excellent
+"""
+
+
+register_format(
+    ExportFormat(
+        name="gguf",
+        help="for llama.cpp",
+        order=30,
+        write=write,
+        convert_back=convert_back,
+        load_back=load_back,
+        use=use,
+        score_code=score_code,
+        library=lambda form: "gguf",
+        options=frozenset({"gguf_type"}),
+        instead={
+            "adapter": "a GGUF file holds the whole model",
+            "dtype": "for gguf choose --gguf-type f16, bf16 or f32",
+            "q_bits": "for gguf choose --gguf-type q8_0, q4_1 or q4_0",
+        },
+        rounds=lambda form: (form.gguf_type or "").startswith("q"),
+        install='pip install "mlx-fd[llama-cpp]"  # on Linux: "mlx-fd[cpu,llama-cpp]"',
+        on_a_gpu=_ON_A_GPU,
+    )
+)

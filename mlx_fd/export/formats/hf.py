@@ -1,0 +1,84 @@
+"""The directory of Hugging Face transformers, or an adapter of PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_fd.export.formats import ExportFormat, OnSteps, register_format
+
+if TYPE_CHECKING:
+    from mlx_fd.export.form import Form
+    from mlx_fd.export.source import Source
+    from mlx_fd.models.loading import Loaded
+
+
+def write(source: Source, live: Loaded, folder: Path, form: Form, on_steps: OnSteps) -> None:
+    """Write the model, or its adapter alone."""
+    from mlx_fd.export import hf, peft
+
+    if form.adapter:
+        peft.write_adapter(source, folder, base_model=form.base_model)
+    else:
+        hf.write_model(source, live.tokenizer, folder, dtype=form.dtype)
+
+
+def load_back(source: Source, folder: Path, form: Form) -> Loaded:
+    """The model, or its base with the adapter."""
+    from mlx_fd.export import peft
+    from mlx_fd.models.loading import load
+
+    if not form.adapter:
+        return load(folder)
+    loaded = load(source.ref.model)
+    peft.put_adapter(loaded.model, folder)
+    return loaded
+
+
+def use(source: Source, form: Form) -> str:
+    """With transformers, and PEFT for an adapter."""
+    from mlx_fd.export.card import how_to_base, named_base
+
+    if not form.adapter:
+        return (
+            "```python\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained(".")\n'
+            'tokenizer = AutoTokenizer.from_pretrained(".")\n'
+            "```\n\n"
+            '    mlx_lm.generate --model . --prompt "..."      # mlx-lm opens it too\n'
+        )
+    base = form.base_model or named_base(source)
+    return (
+        "```python\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{base}")\n'
+        'model = PeftModel.from_pretrained(base, ".")\n'
+        "```\n\n"
+        f"The adapter was trained on `{source.base}`; on weights of another precision it is an "
+        "approximation.\n" + how_to_base(source, base, "hf")
+    )
+
+
+def score_code(source: Source, form: Form, score_at: str) -> str:
+    """With mlx-lm, which opens whole models of this format."""
+    from mlx_fd.export.card import mlx_score_code
+
+    return "" if form.adapter else mlx_score_code(source, form, score_at)
+
+
+register_format(
+    ExportFormat(
+        name="hf",
+        help="for Hugging Face transformers",
+        order=20,
+        write=write,
+        load_back=load_back,
+        use=use,
+        score_code=score_code,
+        library=lambda form: "peft" if form.adapter else "transformers",
+        options=frozenset({"adapter", "dtype", "base_model"}),
+    )
+)

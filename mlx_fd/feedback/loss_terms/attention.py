@@ -1,0 +1,41 @@
+"""The student's attention beside the expert's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlx_fd.feedback.loss_terms import Forwarded, Loss, count_tokens, register_loss
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+def compute(made: Forwarded) -> mx.array:
+    """The sum over tokens of the divergence of attention, averaged over layers."""
+    from mlx_fd.losses.attention import attention_matching_loss
+    from mlx_fd.models.attention_taps import log_attention
+
+    batch, options = made.batch, made.options
+    blocks = list(zip(made.student.model.layers, made.seen.layers, strict=False))
+    if options.hidden_layers == "last":
+        blocks = blocks[-1:]
+    total, _ = attention_matching_loss(
+        [log_attention(block, hidden, positions=batch.positions) for block, hidden in blocks],
+        batch.expert_attention,
+        batch.mask,
+        heads=options.attention_heads,
+    )
+    return total
+
+
+register_loss(
+    Loss(
+        name="attention",
+        help="divergence of the attention from the expert's, layer by layer",
+        order=70,
+        compute=compute,
+        count=count_tokens,
+        needs_attention=True,
+        phase="reasoning",
+    )
+)

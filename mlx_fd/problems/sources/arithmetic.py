@@ -1,0 +1,59 @@
+"""Generated word problems as a source (:mod:`mlx_fd.problems.arithmetic`), and what it knows."""
+
+from __future__ import annotations
+
+import random
+from fractions import Fraction
+
+from mlx_fd.problems import Problem, arithmetic
+from mlx_fd.problems.sources import ProblemSource, Question, Truth, register_source
+
+
+def questions(size: int, seed: int, split: str = "test") -> tuple[Question, ...]:
+    """Draw an examination: ``size`` problems of a split, every second answer wrong."""
+    rng = random.Random(f"exam/{seed}")
+    drawn = arithmetic.exercises(split, seed)
+    found = []
+    for place in range(size):
+        exercise = next(drawn)
+        text = arithmetic.wrong_answer(rng, exercise) if place % 2 else exercise.solution
+        verdict = arithmetic.judge(exercise.solution, text)
+        problem = Problem(
+            f"exam-{split}-{place:04d}",
+            exercise.question,
+            exercise.solution,
+            Fraction(exercise.steps[-1].result),
+        )
+        found.append(Question(problem, text, verdict.first_error, verdict.score))
+    return tuple(found)
+
+
+register_source(
+    ProblemSource(
+        name="arithmetic",
+        help="generated word problems of one to four steps with numbers below 100, which the tiny "
+        "models know; the truth about any answer is known",
+        order=20,
+        load=arithmetic.load,
+        transfer_split="transfer",
+        truth=Truth(
+            knows=lambda problem: arithmetic.is_generated(problem.solution),
+            judge=lambda problem, answer: arithmetic.judge(problem.solution, answer),
+            feedback=lambda problem, answer: arithmetic.feedback_text(problem.solution, answer),
+            rewrite=lambda problem, answer: arithmetic.true_rewrite(problem.solution, answer),
+            questions=questions,
+            error_span=lambda problem, answer: arithmetic.error_span(problem.solution, answer),
+            prose=lambda problem: arithmetic.prose(problem.solution),
+            lessons={
+                arithmetic.SLIP: "Calculate every step a second time before going on.",
+                arithmetic.OPERATION: "Ask of each sentence whether things come, go or multiply.",
+                arithmetic.QUANTITY: "Look up each number in the question again before using it.",
+                arithmetic.MISSED: (
+                    "Make a step of every sentence that changes the number asked for."
+                ),
+                arithmetic.EXTRA: "Leave out what does not change the number asked for.",
+                arithmetic.FINAL: "Repeat the last result as the final number.",
+            },
+        ),
+    )
+)

@@ -1,0 +1,57 @@
+"""Right and wrong attempts as hints."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from mlx_fd.training.selfdistill.contexts import (
+    Attempt,
+    Context,
+    Materials,
+    View,
+    message,
+    quoted,
+    register_context,
+    siblings_of,
+    student_prompt,
+)
+
+
+def hint_message(question: str, attempt: str) -> str:
+    """The question with another attempt at it, of which is not said whether it is right."""
+    return message(question, f"Another attempt at it:\n{quoted(attempt)}")
+
+
+def views(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
+    """A right sibling as hint, and wrong ones in the same words (RLCSD, 2606.11709)."""
+    found = []
+    for place, attempt in enumerate(attempts):
+        right = siblings_of(attempts, place, correct=True)
+        wrong = siblings_of(attempts, place, correct=False)
+        if not right or not wrong:
+            found.append(View(student_prompt(attempt), None))
+            continue
+        rng = random.Random(f"contrast/{materials.seed}/{attempt.problem.id}/{place}")
+        drawn = rng.sample(wrong, min(materials.most_wrong, len(wrong)))
+        question = attempt.problem.question
+        found.append(
+            View(
+                student_prompt(attempt),
+                hint_message(question, right[0].text),
+                tuple(hint_message(question, other.text) for other in drawn),
+            )
+        )
+    return found
+
+
+register_context(
+    Context(
+        name="contrast",
+        help="a right sibling as hint, and wrong ones in the same words (RLCSD, 2606.11709)",
+        order=100,
+        views=views,
+        needs_siblings=True,
+        gives_wrong_hints=True,
+    )
+)

@@ -1,0 +1,67 @@
+"""Criteria of a good answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from mlx_fd.problems import Problem
+from mlx_fd.training.selfdistill.contexts import (
+    Attempt,
+    Context,
+    Materials,
+    View,
+    message,
+    quoted,
+    register_context,
+    student_prompt,
+)
+
+
+def rubric_message(question: str, rubric: str) -> str:
+    """The question with the criteria of a good answer."""
+    return message(question, f"A good answer meets these criteria:\n{quoted(rubric)}")
+
+
+_ORDER = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+_VERBS = {"+": "adds", "-": "subtracts", "*": "multiplies", "x": "multiplies", "/": "divides"}
+_MARK = re.compile(r"<<([^<>=]*)=[^<>]*>>")
+_OPERATION = re.compile(r"(?<=[\d.%)])\s*([-+*x/])")
+_GENERAL = (
+    "Every number of the question that bears on what is asked is used, and no other.",
+    "Every calculation is written out and right.",
+    "The last line gives the final number.",
+)
+
+
+def rubric(problem: Problem) -> str:
+    """Criteria of a good answer to a problem, without a digit of the answer or of any other number.
+
+    Where the solution marks its calculations, as GSM8K's do, the rubric says what kind each is.
+    """
+    marks = [_OPERATION.findall(mark) for mark in _MARK.findall(problem.solution)]
+    kinds = [" and ".join(dict.fromkeys(_VERBS[sign] for sign in mark)) for mark in marks if mark]
+    lines = [
+        f"The {order} step {verb}."
+        for order, verb in zip(_ORDER, kinds, strict=False)
+        if len(kinds) <= len(_ORDER)
+    ]
+    return "\n".join(f"- {line}" for line in [*lines, *_GENERAL])
+
+
+def views(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
+    """Criteria of a good answer, without the answer (RCSD, 2606.19327)."""
+    return [
+        View(student_prompt(a), rubric_message(a.problem.question, text), note=text)
+        for a, text in ((a, rubric(a.problem)) for a in attempts)
+    ]
+
+
+register_context(
+    Context(
+        name="rubric",
+        help="criteria of a good answer, without the answer (RCSD, 2606.19327)",
+        order=50,
+        views=views,
+    )
+)

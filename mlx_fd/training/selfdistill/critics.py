@@ -1,0 +1,171 @@
+"""What contexts have written: rewrites, feedback and reflections, by a critic or by the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mlx_fd.errors import UserError
+from mlx_fd.feedback.episode import feedback_request
+from mlx_fd.models.generation import (
+    Conversation,
+    Sampling,
+    first_prompt,
+    followup_prompt,
+    generate,
+    without_repeated_eos,
+)
+from mlx_fd.models.loading import Loaded
+from mlx_fd.problems import parsing
+from mlx_fd.problems.prompts import FEEDBACK_OPENING, answer_prompt, revise_prompt
+from mlx_fd.problems.sources import Truth, names_with_truth, truth_about
+from mlx_fd.training.selfdistill.materials import Attempt, Materials, quoted, reference_of
+
+
+def rewrite_request(question: str, reference: str, attempt: str) -> str:
+    """What a critic is asked who is to mend an attempt step by step, with the reference at hand."""
+    return (
+        f"Problem: {question.strip()}\n\n"
+        f"A solution known to be right:\n{quoted(reference)}\n\n"
+        f"A student's attempt:\n{quoted(attempt)}\n\n"
+        "Write the attempt anew, step by step. Copy each right step word for word. Mend the first "
+        "wrong step, and what follows from it, as close to the student's own way as can be. "
+        "Write nothing but that solution. End with a line of its own: #### <number>"
+    )
+
+
+def reflection_request() -> str:
+    """What the author of a failed attempt, just given, is asked."""
+    return (
+        "This answer is wrong. In one sentence, say which step goes wrong first and why. In a "
+        "second sentence, say what to do otherwise in problems of this kind."
+    )
+
+
+def _truths(attempts: Sequence[Attempt]) -> list[Truth]:
+    """What is known of each attempt's problem."""
+    found = []
+    for attempt in attempts:
+        if (truth := truth_about(attempt.problem)) is None:
+            raise UserError(
+                f"{attempt.problem.id}: the true critique is known for generated problems only: "
+                f"use --problems {names_with_truth()}, or a critic model"
+            )
+        found.append(truth)
+    return found
+
+
+def _needed(materials: Materials) -> Loaded:
+    if materials.critic is None:
+        raise UserError(
+            "step-aligned critique needs a critic: name one with --critic, or take the truth "
+            "about generated problems with --critic truth"
+        )
+    return materials.critic
+
+
+def _batched(
+    critic: Loaded, before: Sequence[tuple[int, ...]], limit: int, size: int = 32
+) -> list[tuple[tuple[int, ...], str]]:
+    """Greedy turns after token prompts: all tokens of each conversation, and the turn's text."""
+    written = []
+    for begin in range(0, len(before), size):
+        chunk = before[begin : begin + size]
+        turns = generate(critic, [Conversation()] * len(chunk), chunk, Sampling(limit), keep=False)
+        written += [(turn.conversation.tokens, turn.text) for turn in turns]
+    return written
+
+
+def _answered(critic: Loaded, attempts: Sequence[Attempt]) -> list[tuple[int, ...]]:
+    """Conversations in which the problem was put and the attempt is the answer."""
+    return [
+        (
+            *first_prompt(critic.tokenizer, answer_prompt(attempt.problem.question)),
+            *critic.tokenizer.encode(attempt.text, add_special_tokens=False),
+        )
+        for attempt in attempts
+    ]
+
+
+def _replies(
+    critic: Loaded, before: Sequence[tuple[int, ...]], request: tuple[int, ...], limit: int
+) -> list[tuple[tuple[int, ...], str]]:
+    prompts = [(*said, *without_repeated_eos(Conversation(said), request)) for said in before]
+    return _batched(critic, prompts, limit)
+
+
+def _feedback(
+    critic: Loaded, attempts: Sequence[Attempt], limit: int
+) -> list[tuple[tuple[int, ...], str]]:
+    """The critic's feedback on each attempt: the conversation's tokens, and the paragraph."""
+    request = feedback_request(critic.tokenizer)
+    replies = _replies(critic, _answered(critic, attempts), request, limit)
+    return [
+        (tokens, parsing.parse_feedback(f"{FEEDBACK_OPENING}{text}").text)
+        for tokens, text in replies
+    ]
+
+
+def rewrites(attempts: Sequence[Attempt], materials: Materials) -> list[str]:
+    """Each attempt mended step by step; empty where the critic did not come to the answer.
+
+    Raises:
+        UserError: there is neither critic nor truth, or the truth is not known.
+    """
+    if materials.truth:
+        truths = zip(_truths(attempts), attempts, strict=True)
+        return [truth.rewrite(a.problem, a.text) for truth, a in truths]
+    critic = _needed(materials)
+    if materials.critic_sees == "reference":
+        requests = [
+            rewrite_request(
+                a.problem.question,
+                reference_of(a.problem, materials),
+                a.text,
+            )
+            for a in attempts
+        ]
+        asked = [first_prompt(critic.tokenizer, request) for request in requests]
+        written = _batched(critic, asked, materials.critic_tokens)
+    else:
+        judged = _feedback(critic, attempts, materials.critic_tokens)
+        request = followup_prompt(critic.tokenizer, revise_prompt(""))
+        written = _replies(
+            critic, [tokens for tokens, _ in judged], request, materials.critic_tokens
+        )
+    return [
+        text if parsing.same_answer(parsing.final_answer(text), attempt.problem.answer) else ""
+        for (_, text), attempt in zip(written, attempts, strict=True)
+    ]
+
+
+def feedbacks(attempts: Sequence[Attempt], materials: Materials) -> list[str]:
+    """Feedback on each attempt: true, a critic's, or else whether its final number is right."""
+    if materials.truth:
+        truths = zip(_truths(attempts), attempts, strict=True)
+        return [truth.feedback(a.problem, a.text) for truth, a in truths]
+    if materials.critic is not None:
+        given = _feedback(materials.critic, attempts, materials.critic_tokens)
+        return [text for _, text in given]
+    return [
+        f"The final number is {'right' if a.correct else 'wrong'}."
+        if a.final is not None
+        else "It has no final number."
+        for a in attempts
+    ]
+
+
+def reflections(attempts: Sequence[Attempt], materials: Materials) -> list[str]:
+    """A reflection on each failed attempt: where it goes wrong, and what to do otherwise."""
+    if materials.truth:
+        written = []
+        for truth, attempt in zip(_truths(attempts), attempts, strict=True):
+            kind = truth.judge(attempt.problem, attempt.text).kind
+            text = truth.feedback(attempt.problem, attempt.text)
+            written.append(" ".join(filter(None, [text, truth.lessons.get(kind)])))
+        return written
+    if materials.critic is None or materials.critic_sees == "problem":
+        return feedbacks(attempts, materials)
+    critic = materials.critic
+    request = followup_prompt(critic.tokenizer, reflection_request())
+    written_by = _replies(critic, _answered(critic, attempts), request, materials.critic_tokens)
+    return [text for _, text in written_by]
