@@ -63,7 +63,7 @@ def no_expert(monkeypatch):
     def read(*args):
         raise AssertionError("the expert was asked")
 
-    return lambda: monkeypatch.setattr(samples, "read_on", read)
+    return lambda: monkeypatch.setattr(samples, "forward_with_cache", read)
 
 
 def test_an_entry_comes_back_to_the_last_bit_without_the_expert(tmp_path, pair, no_expert):
@@ -280,7 +280,7 @@ def test_later_epochs_learn_from_the_same_and_need_no_expert(whole, dirs, tmp_pa
     def read(*args):
         raise AssertionError("the expert was asked")
 
-    monkeypatch.setattr(samples, "read_on", read)
+    monkeypatch.setattr(samples, "forward_with_cache", read)
     assert start(target, plan) is not None
     assert_same(folder, target)
 
