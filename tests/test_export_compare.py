@@ -26,6 +26,7 @@ from mlx_fd.export.compare import Job, judged, run
 from mlx_fd.models.loading import load
 from mlx_fd.problems import load as load_problems
 from mlx_fd.report.comparison_page import page
+from mlx_fd.runs.marks import COMPARISON, write_mark
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +149,8 @@ def large():
 @pytest.mark.parametrize(
     ("harm", "text"),
     [
-        (nan, "the logits are not finite numbers"),
-        (cut, "cannot be loaded"),
+        (nan, "has numbers that are not finite"),
+        (cut, "is damaged or incomplete"),
         (without_tokenizer, "it has no tokenizer.json"),
         (of_another_model, "has a vocabulary of"),
     ],
@@ -244,9 +245,10 @@ def test_where_the_report_cannot_be_written(exports, tmp_path):
     env = {"PYTHONPATH": str(package)}
     (tmp_path / "file").write_text("")
     done = shell("compare", exports / "gguf", "--out", "file/out", cwd=tmp_path, env=env)
-    failed(done, "file/out: the comparison cannot be written there (Not a directory)")
+    failed(done, "file/out: cannot be written (Not a directory)")
     assert not (tmp_path / "ran").exists()
     (tmp_path / "out" / "compare.json").mkdir(parents=True)
+    write_mark(tmp_path / "out", COMPARISON)
     done = shell("compare", exports / "gguf", "--out", "out", cwd=tmp_path, env=env)
     assert (tmp_path / "ran").exists()
     assert done.status == 2 and "could not be compared" in done.out

@@ -171,7 +171,7 @@ def test_a_folder_of_ours_leads_nowhere_else(tmp_path):
 )
 def test_permissions_are_those_of_the_umask(umask, file, folder, tmp_path):
     code = (
-        "from mlx_fd import checkpoints, marks, runs\n"
+        "from mlx_fd import runs\nfrom mlx_fd.runs import checkpoints, marks\n"
         "from mlx_fd.models.storage import new_directory\n"
         "os.umask(int(argv[1])); here = Path(argv[0])\n"
         "with runs.locked(here / 'run'):\n"

@@ -26,6 +26,7 @@ from mlx_fd.models.generation import Conversation, Sampling, first_prompt, gener
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.checkpoints import newest_checkpoint
 from mlx_fd.runs.events import BatchDone, Probed, Step, Warned
+from mlx_fd.runs.plan import make_plan as plan_of
 from mlx_fd.training.checkpoint import first_state, with_probe
 from mlx_fd.training.loop import run
 
@@ -534,7 +535,7 @@ def test_the_losses_on_solutions_learn_from_right_answers(tmp_path):
     # Hot enough for the expert to err.
     answers = {"answers_by": "expert", "answer_temperature": 2.0}
     sizes = {"episodes": 8, "batch_size": 4, "probe_size": 8, "exam_size": 0}
-    plan = make_plan(override(preset("tiny"), losses | answers | sizes, "test"))
+    plan = plan_of(override(preset("tiny"), losses | answers | sizes, "test"))
     summary = start(tmp_path / "run", plan)
     found = rows(tmp_path / "run")
     assert sum(row["correct_after"] for row in found) > len(found) / 2

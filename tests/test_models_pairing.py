@@ -146,7 +146,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         check_pair(good, bad)
     (bad / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(UserError, match="no JSON object"):
+    with pytest.raises(UserError, match="not a JSON object"):
         check_pair(good, bad)
 
 
