@@ -104,19 +104,20 @@ def compare(
         asked = comparison.questions(problems, limit, skip_bad_rows=skip_bad_rows)
         if out is not None:
             stack.enter_context(report_folder(out))
-        steps = stack.enter_context(Steps(Console(stderr=True), quiet=quiet))
-        rows = [
-            comparison.judged(job, comparison.run(job, asked(job), steps, debug=debug), weights)
-            for job in jobs
-        ]
+        with Steps(Console(stderr=True), quiet=quiet) as steps:
+            rows = [
+                comparison.judged(job, comparison.run(job, asked(job), steps, debug=debug), weights)
+                for job in jobs
+            ]
         found = comparison.report(jobs, rows)
+        # First the result, which a report that cannot be written must not cost.
+        if as_json:
+            click.echo(json.dumps(found, indent=2))
+        else:
+            print_comparison(rows, output_console())
         if out is not None:
             write_report(found, out)
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
-        print_comparison(rows, output_console())
-        if out is not None:
-            click.echo(f"wrote {out / 'compare.html'} and compare.json")
+            if not as_json:
+                click.echo(f"wrote {out / 'compare.html'} and compare.json")
     if not found["parity"]:
         sys.exit(1)
