@@ -167,12 +167,16 @@ def headroom_table(runs: Sequence[SelfRun]) -> Table | None:
     if not any(check for _, check in checks):
         return None
 
-    def row(label: str, of: Callable[[SelfHeadroomRow], tuple[int, int]], told: bool) -> TableRow:
-        """A line; with ``told``, only of runs whose self-teacher reads more than the problem."""
+    def row(
+        label: str, of: Callable[[SelfHeadroomRow], tuple[int, int]], with_context: bool
+    ) -> TableRow:
+        """A line; with ``with_context``, only of runs whose self-teacher reads more than the problem."""
         return (
             label,
             *(
-                _counted(*of(check)) if check and (run.has_context or not told) else Cell(NONE)
+                _counted(*of(check))
+                if check and (run.has_context or not with_context)
+                else Cell(NONE)
                 for run, check in checks
             ),
         )
