@@ -367,6 +367,10 @@ def test_manifest_of_something_else(tmp_path):
     text = (run / runs.MANIFEST).read_text()
     (run / runs.MANIFEST).write_text(text.replace('"seed": 1', '"seed": 2'))
     assert "it was changed" in runs.manifest_fault(run)
+    # A digit of the digest's own name, too.
+    text = (run / runs.MANIFEST).read_text()
+    (run / runs.MANIFEST).write_text(text.replace(DIGEST, DIGEST.replace("6", "7")))
+    assert "digest is missing" in runs.manifest_fault(run)
     (run / runs.MANIFEST).write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         runs.read_manifest(run)

@@ -170,7 +170,7 @@ def headroom_table(runs: Sequence[SelfRun]) -> Table | None:
     def row(
         label: str, of: Callable[[SelfHeadroomRow], tuple[int, int]], with_context: bool
     ) -> TableRow:
-        """A line; with ``with_context``, only of runs whose self-teacher reads more than the problem."""
+        """A line; ``with_context``: of the runs alone whose self-teacher reads a context."""
         return (
             label,
             *(

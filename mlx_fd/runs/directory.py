@@ -230,13 +230,15 @@ def manifest_fault(folder: Path) -> str | None:
     A digit changed in it costs no run: all in it that decides one is compared with what is here.
     """
     try:
-        read_checked(folder / MANIFEST)
+        _, digested = read_checked(folder / MANIFEST)
+        fault = "" if digested else "its digest is missing"
     except ChangedFile as error:
-        return (
-            f"{MANIFEST}: {error}; what decides the run in it is the same as here, and the run "
-            "goes on"
-        )
-    return None
+        fault = str(error)
+    if not fault:
+        return None
+    return (
+        f"{MANIFEST}: {fault}; what decides the run in it is the same as here, and the run goes on"
+    )
 
 
 def cut_folder(folder: Path) -> Path:
