@@ -175,7 +175,7 @@ def test_a_run_gives_its_summary_and_its_events(random_run):
     lines = [str(event) for event in (*events, *steps)]
     assert all(lines) and max(map(len, lines)) < 400
     assert lines[0] == f"run directory: {result.folder}"
-    assert any(line.startswith("8/8 episodes: ") for line in lines)
+    assert any(line.startswith("8/8 episodes, ") for line in lines)
 
 
 def test_it_is_the_run_of_the_command_line(dirs, random_run, tmp_path):
@@ -205,7 +205,7 @@ def test_a_stopped_run_is_resumed_to_the_run_that_was_not(dirs, random_run, tmp_
         **SMALL,
     )
     assert (begun.done, begun.summary, len(rows(begun.folder))) == (False, None, 4)
-    with pytest.raises(UserError, match="this is a run already"):
+    with pytest.raises(UserError, match="this is already a run"):
         run_loop(expert, student=student, out=begun.folder, **SMALL)
     resumed = resume_run(begun.folder, on_event=count)
     assert resumed.done and resumed.folder == begun.folder

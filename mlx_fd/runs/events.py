@@ -62,6 +62,9 @@ class Probing:
     done: int
     total: int
 
+    def __str__(self) -> str:
+        return f"first probe evaluation: {self.done}/{self.total} problems"
+
 
 @dataclass(frozen=True)
 class Started:
@@ -74,6 +77,9 @@ class Started:
 
     done: int
     total: int
+
+    def __str__(self) -> str:
+        return f"{self.done}/{self.total} episodes done before"
 
 
 @dataclass(frozen=True)
