@@ -5,7 +5,6 @@ Each carries the digest of all that is in it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -15,14 +14,9 @@ from typing import Any
 
 from mlx_fd import runs
 from mlx_fd.files import clear_unfinished, write_with
-from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
+from mlx_fd.runs.checked import ChangedFile, content_digest, read_checked, with_digest
 
 Rows = list[dict[str, Any]]
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value that JSON can write; the order of keys does not matter."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _warn(text: str) -> None:
@@ -55,7 +49,7 @@ class Cache:
         Raises:
             UserError: the folder cannot be written.
         """
-        name = digest(key)
+        name = content_digest(key)
         path = self.folder / name[:2] / f"{name}.json"
         try:
             content, digested = read_checked(path)

@@ -14,7 +14,7 @@ import numpy as np
 from mlx_fd.evaluation.baselines import LOOP, SYSTEMS, Trial
 from mlx_fd.evaluation.baselines.trials import Who
 from mlx_fd.evaluation.bench import Bench, Uses, outside_code
-from mlx_fd.evaluation.cache import Rows, digest
+from mlx_fd.evaluation.cache import Rows
 from mlx_fd.evaluation.calibration import roc_auc
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.readers import Readers
@@ -23,6 +23,7 @@ from mlx_fd.feedback.episode import Answered, Usage, answer, feedback_request
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.generation import Conversation, first_prompt, without_repeated_eos
 from mlx_fd.problems import Problem, parsing, prompts
+from mlx_fd.runs.checked import content_digest
 from mlx_fd.runs.records import ItemRow, OutputRow
 
 
@@ -80,7 +81,7 @@ class Solving:
         key = {
             "system": system,
             "questions": [problem.question for problem in chunk],
-            "answers": digest([row["tokens"] for row in begun]),
+            "answers": content_digest([row["tokens"] for row in begun]),
             "answered_by": who,
             "generation": dataclasses.asdict(
                 dataclasses.replace(options, answers_by="expert", answer_filter="auto")

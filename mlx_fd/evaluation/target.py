@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 from mlx_fd import runs
 from mlx_fd.config import Config, override, preset
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation.cache import digest
 from mlx_fd.feedback.gate import GateState, trusted
 from mlx_fd.feedback.judge import locate_model
 from mlx_fd.feedback.pair import open_pair
@@ -30,7 +29,7 @@ from mlx_fd.models.student import (
     projection_width,
     read_arrays,
 )
-from mlx_fd.runs.checked import read_checked
+from mlx_fd.runs.checked import content_digest, read_checked
 from mlx_fd.runs.plan import Plan
 from mlx_fd.runs.records import Manifest
 
@@ -166,7 +165,7 @@ def _adapter_hash(folder: Path, run: Config) -> str:
     config.pop("model", None)
     # A run's student is made as the run's configuration has it, whatever the adapter's says.
     made = {name: getattr(run.models, name) for name in _LORA}
-    return digest([config, made, *map(fingerprint.file_hash, files)])
+    return content_digest([config, made, *map(fingerprint.file_hash, files)])
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

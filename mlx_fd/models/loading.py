@@ -69,8 +69,10 @@ def open_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return opened
 
 
-def open_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
-    """A model directory's tokenizer. No code that comes with it is run, and nobody is asked.
+def open_tokenizer(path: Path, config: dict[str, Any]) -> tuple[TokenizerWrapper, int]:
+    """A model directory's tokenizer, and how many tokens it has.
+
+    No code that comes with it is run, and nobody is asked.
 
     Args:
         path: the directory.
@@ -91,7 +93,7 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
             {"trust_remote_code": False},
             eos_token_ids=config.get("eos_token_id"),
         )
-        count = token_count(path, tokenizer)
+        count = _token_count(path, tokenizer)
     rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if isinstance(rows, int) and count > rows:
         raise UserError(
@@ -99,10 +101,10 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
             "config.json); its tokenizer does not belong to it"
         )
     chat_template.check(tokenizer, path)
-    return tokenizer
+    return tokenizer, count
 
 
-def token_count(path: Path, tokenizer: TokenizerWrapper) -> int:
+def _token_count(path: Path, tokenizer: TokenizerWrapper) -> int:
     """Tokens of a model directory: those of its own tokenizer.json, where there is one.
 
     transformers may add one of its own beside them, such as ``<unk>``, which no text becomes.
@@ -149,7 +151,7 @@ def _loaded(path: Path, model: nn.Module, config: dict[str, Any]) -> Loaded:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    tokenizer = open_tokenizer(path, config)
+    tokenizer, vocab = open_tokenizer(path, config)
     with blaming(f"the model in {path} cannot be loaded"):
         mx.eval(model.parameters())
     check_weights(path, model)
@@ -159,7 +161,6 @@ def _loaded(path: Path, model: nn.Module, config: dict[str, Any]) -> Loaded:
     # Scales or unquantised weights; norms are among them in every architecture.
     floating = (v.dtype for _, v in tree_flatten(model.parameters()))
     dtype = next(d for d in floating if mx.issubdtype(d, mx.floating))
-    vocab = token_count(path, tokenizer)
     return Loaded(
         model=model, tokenizer=tokenizer, config=config, path=path, dtype=dtype, vocab=vocab
     )
