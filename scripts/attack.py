@@ -107,15 +107,14 @@ def _figure(name, begin, **found):
 
 def _import_all():
     """Import what a run needs, so that forked processes begin at once; compute nothing."""
-    import pairs  # noqa: F401
-    import test_damage  # noqa: F401
-
     import mlx_fd.cli.terminal.run
     import mlx_fd.cli.terminal.self_distillation
     import mlx_fd.evaluation.exam
     import mlx_fd.feedback.pair
     import mlx_fd.training.loop
     import mlx_fd.training.selfdistill.training  # noqa: F401
+    import training.test_damage  # noqa: F401
+    from support import pairs  # noqa: F401
 
 
 def _fork(function, log):
@@ -163,7 +162,7 @@ class _Runs:
         _import_all()
         self.folder, self.log, self.kind = folder, folder / "log", kind
         os.environ["MLX_FD_CACHE"] = str(folder / "cache")
-        from pairs import make_dirs
+        from support.pairs import make_dirs
 
         assert _wait(_fork(lambda: make_dirs(folder), self.log)) == 0, self.said()
         rows = [{"question": f"What is {n} + 1?", "answer": n + 1} for n in range(40)]
@@ -208,7 +207,7 @@ class _Runs:
         found = self.folder / "outcome.json"
 
         def write():
-            from test_damage import outcome
+            from training.test_damage import outcome
 
             digests = {
                 name: hashlib.sha256(repr(value).encode()).hexdigest()
@@ -617,9 +616,8 @@ def archives(seed, count):
 @_attacks
 def bundles(seed, count):
     """Read hostile parity bundles: nothing but a UserError is raised."""
-    import test_export_bundle as tests
-    from test_export_bundle import ODD, arrays_of, content_of, places, sealed
-
+    import export.test_bundle as tests
+    from export.test_bundle import ODD, arrays_of, content_of, places, sealed
     from mlx_fd.export.bundle_reading import read_bundle
 
     begin, draw = time.monotonic(), random.Random(seed)
@@ -627,10 +625,9 @@ def bundles(seed, count):
     with _arena() as folder:
 
         def write():
-            from tiny import make_model_dir
-
             from mlx_fd import problems
             from mlx_fd.models.loading import load
+            from support.tiny import make_model_dir
 
             student = load(make_model_dir(folder / "model"))
             chosen = problems.load("arithmetic", "test").problems[:2]
@@ -719,7 +716,7 @@ def configs(seed, count):
 @_attacks
 def problems(seed, count):
     """Read made-up files of problems: each has problems, or is refused with its name."""
-    from test_problems import fuzz
+    from problems.test_sources import fuzz
 
     begin = time.monotonic()
     with _arena() as folder:
@@ -731,8 +728,8 @@ def problems(seed, count):
 @_attacks
 def models(seed, count):
     """Open model directories that are broken in up to three ways at once."""
-    import test_hostile_models as tests
-    from tiny import make_model_dir
+    import models.test_hostile_models as tests
+    from support.tiny import make_model_dir
 
     begin, draw = time.monotonic(), random.Random(seed)
     breaks = {**tests._REFUSED, **tests._ODD}

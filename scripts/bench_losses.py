@@ -8,7 +8,7 @@ python scripts/bench_losses.py --table         # the table of docs/benchmarks.md
 Four contenders make the value and its gradient by the student's final hidden states:
 
 - engine: mlx_fd.losses.divergence.fused_linear_divergence
-- dense: logit_loss of tests/dense_losses.py on both models' whole logits, differentiated by MLX
+- dense: logit_loss of tests/support/dense_losses.py on whole logits, differentiated by MLX
 - mlx-lm: kl_div_loss and js_div_loss of mlx_lm.tuner.losses likewise (on Metal they are kernels)
 - matmuls: the products that no way around exists to, alone: the student's logits, their gradient's
   way back, and the teacher's logits (of a 4-bit head: unpacked once, then multiplied)
@@ -114,10 +114,10 @@ def contender(
 ) -> Callable[[], Any]:
     """A function of nothing that evaluates one step and returns its value and gradient."""
     import mlx.core as mx
-    from dense_losses import logit_loss
     from mlx_lm.tuner.losses import js_div_loss, kl_div_loss
 
     from mlx_fd.losses.divergence import Target, fused_linear_divergence
+    from support.dense_losses import logit_loss
 
     mask = mx.ones((cell["tokens"],))
     kind = {"kl": "forward", "jsd": "jsd"}[cell["kind"]]

@@ -22,11 +22,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import reported
-
 from mlx_fd.problems.sources import gsm8k
 from mlx_fd.report.page import make_page, write_page
 from mlx_fd.report.reading import read_runs
+from support import reported
 
 BATCH = 8
 REMARKS = (

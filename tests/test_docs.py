@@ -14,8 +14,8 @@ import yaml
 
 import mlx_fd
 from mlx_fd.cli.app import cli
+from support import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 GITHUB = "https://github.com/mlx-fd/mlx-fd/"

@@ -8,14 +8,12 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx import nn
-from pairs import logits_of, make_dirs, make_plan
 
 from mlx_fd import problems
 from mlx_fd.config import OPTIONS, Config, LossOptions, TrainingOptions, override
@@ -36,8 +34,9 @@ from mlx_fd.registry import REGISTRIES, Entry, Registry
 from mlx_fd.runs.plan import make_plan as real_plan
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, student_prompt
 from mlx_fd.training.selfdistill.training import check_combination
+from support import ROOT
+from support.pairs import logits_of, make_dirs, make_plan
 
-ROOT = Path(__file__).parents[1]
 RUN = '\nif __name__ == "__main__":\n    from mlx_fd.cli import main\n\n    main()\n'
 
 

@@ -4,7 +4,6 @@ import random
 import re
 
 import numpy as np
-import patterns
 import pytest
 
 import mlx_fd
@@ -14,6 +13,7 @@ from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.problems import arithmetic, parsing, prompts
 from mlx_fd.training.selfdistill import noise
 from mlx_fd.training.selfdistill.contexts import reflection
+from support import patterns
 
 PATTERNS = patterns.compiled(mlx_fd)
 USES = patterns.uses(mlx_fd)

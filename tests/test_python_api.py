@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pairs import SMALL, make_dirs, without_seconds
 
 import mlx_fd
 from mlx_fd.models.backend import backend
+from support.pairs import SMALL, make_dirs, without_seconds
 
 backend()
 
@@ -47,8 +47,8 @@ from mlx_fd.feedback.judge_file import judge_file, judged_columns, partial_of  #
 from mlx_fd.problems import arithmetic  # noqa: E402
 from mlx_fd.problems.files import load_answers  # noqa: E402
 from mlx_fd.runs.checked import read_checked  # noqa: E402
+from support import ROOT  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
 WEIGHTS = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")
 
 

@@ -16,7 +16,7 @@ two lengths (losses have names here, and a missing one neither passes nor blocks
 
 Against a baseline that moves along with it, a loss never gains more than 9.1 % (a tenth of 1.1).
 The freeze looks at the first losses instead, needs 90 % of them, and takes a single lucky value as
-proof. What that does on curves is in tests/test_gate.py.
+proof. What that does on curves is in tests/feedback/test_gate.py.
 """
 
 from __future__ import annotations

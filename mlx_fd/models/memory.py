@@ -1,7 +1,7 @@
 """How much memory a run needs, from the two models' configurations alone, and how much there is.
 
 The estimate errs on the high side on purpose: a run that is refused can be made smaller at once,
-one that dies after an hour cannot. Its coefficients were measured (``tests/test_models_memory.py``
+one that dies after an hour cannot. Its coefficients were measured (``tests/models/test_memory.py``
 compares it with real updates).
 """
 

@@ -1,0 +1,217 @@
+"""Loading, and what expert and student share in memory."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlx_fd.models.backend import backend
+from support import tiny
+
+backend()
+
+import mlx.core as mx  # noqa: E402
+import mlx_lm  # noqa: E402
+from mlx import nn  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+
+from mlx_fd.errors import UserError  # noqa: E402
+from mlx_fd.models import loading  # noqa: E402
+from mlx_fd.models.fingerprint import content_hash  # noqa: E402
+from mlx_fd.models.loading import load, load_pair  # noqa: E402
+from mlx_fd.models.prune import prune  # noqa: E402
+
+on_cpu = pytest.mark.skipif(not backend().on_cpu, reason="what the CPU backend does")
+
+
+def tokens(loaded: loading.Loaded) -> mx.array:
+    return mx.array([loaded.tokenizer.encode("Tom has 3 apples and buys 5 more")])
+
+
+def quantized_modules(model: nn.Module) -> int:
+    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    return sum(isinstance(module, kinds) for module in model.modules())
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dense_float32_is_the_same_model(tmp_path: Path, dtype: str) -> None:
+    path = tiny.make_model_dir(tmp_path / "m", quantize=(4, 32), dtype=dtype)
+    loaded = load(path)
+    assert loaded.dtype == mx.float32
+    assert quantized_modules(loaded.model) == 0
+    assert {v.dtype for _, v in tree_flatten(loaded.model.parameters())} == {mx.float32}
+    kept = load(path, dequantize="never")
+    assert quantized_modules(kept.model) == 15
+    assert kept.dtype == getattr(mx, dtype)
+    exact, _ = mlx_lm.load(str(path))
+    exact.set_dtype(mx.float32)
+    ids = tokens(loaded)
+    assert mx.allclose(loaded.model(ids), exact(ids), atol=1e-4)
+    assert loaded.config["model_type"] == "llama"
+    assert loaded.path == path
+
+
+@on_cpu
+def test_short_memory_keeps_the_quantised_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny.make_model_dir(tmp_path / "m", quantize=(4, 32), dtype="float16")
+    half = tiny.make_model_dir(tmp_path / "h", dtype="float16")
+    full = load(path)
+    need = sum(v.nbytes for _, v in tree_flatten(full.model.parameters()))
+    monkeypatch.setattr(loading, "available_memory", lambda: 2 * need - 8)
+    short = load(path)
+    assert quantized_modules(short.model) == 15
+    assert short.dtype == mx.float32
+    assert mx.allclose(short.model(tokens(short)), full.model(tokens(full)), atol=1e-4)
+    assert load(half).dtype == mx.float16
+    monkeypatch.setattr(loading, "available_memory", lambda: 2 * need + 8)
+    assert quantized_modules(load(path).model) == 0
+
+
+@pytest.mark.parametrize("dequantize", ["auto", "never"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_same_path_shares_every_array(tmp_path: Path, dequantize: str, tie: bool) -> None:
+    path = tiny.make_model_dir(
+        tmp_path / "m", arch="qwen2", hidden=128, vocab_size=20000, quantize=(4, 64), tie=tie
+    )
+    alone = load(path, dequantize=dequantize)
+    gc.collect()
+    before = mx.get_active_memory()
+    size = sum(v.nbytes for _, v in tree_flatten(alone.model.parameters()))
+    expert, student = load_pair(path, path, dequantize=dequantize)
+    gc.collect()
+    assert mx.get_active_memory() - before < 1.1 * size
+    theirs = dict(tree_flatten(expert.model.parameters()))
+    for name, array in tree_flatten(student.model.parameters()):
+        assert array is theirs[name], name
+    experts = {id(module) for module in expert.model.modules()}
+    assert not experts & {id(module) for module in student.model.modules()}
+    ids = tokens(expert)
+    assert mx.array_equal(expert.model(ids), student.model(ids))
+    # What is put on the student leaves the expert as it was.
+    reference = expert.model(ids)
+    student.model.model.norm.weight = student.model.model.norm.weight * 2
+    assert mx.array_equal(expert.model(ids), reference)
+    assert not mx.array_equal(student.model(ids), reference)
+
+
+@pytest.mark.parametrize("dequantize", ["auto", "never"])
+def test_pruned_student_shares_its_layers(tmp_path: Path, dequantize: str) -> None:
+    path = tiny.make_model_dir(tmp_path / "m", layers=5, quantize=(4, 32))
+    prune(path, 3, tmp_path / "p")
+    expert, student = load_pair(path, tmp_path / "p", dequantize=dequantize)
+    alone = load(tmp_path / "p", dequantize=dequantize)
+    assert mx.array_equal(student.model(tokens(student)), alone.model(tokens(alone)))
+    theirs = dict(tree_flatten(expert.model.parameters()))
+    for name, array in tree_flatten(student.model.parameters()):
+        parts = name.split(".")
+        if "layers" in parts:
+            parts[2] = {"0": "0", "1": "2", "2": "4"}[parts[2]]
+        assert array is theirs[".".join(parts)], name
+
+
+def test_changed_weights_of_a_pruned_student_stay_its_own(tmp_path: Path) -> None:
+    path = tiny.make_model_dir(tmp_path / "m", layers=3)
+    prune(path, 2, tmp_path / "p")
+    file = tmp_path / "p" / "model.safetensors"
+    weights = mx.load(str(file))
+    changed = "model.layers.1.mlp.up_proj.weight"
+    weights[changed] = weights[changed] + 1e-3
+    mx.eval(weights)
+    mx.save_safetensors(str(file), weights)
+    expert, student = load_pair(path, tmp_path / "p")
+    shared = {id(v) for _, v in tree_flatten(expert.model.parameters())}
+    own = [name for name, v in tree_flatten(student.model.parameters()) if id(v) not in shared]
+    assert own == [changed]
+    assert mx.array_equal(student.model.model.layers[1].mlp.up_proj.weight, weights[changed])
+
+
+def test_other_models_share_nothing(tmp_path: Path) -> None:
+    a = tiny.make_model_dir(tmp_path / "a", seed=1)
+    b = tmp_path / "b"
+    shutil.copytree(a, b)
+    expert, student = load_pair(a, b)
+    theirs = {id(v) for _, v in tree_flatten(expert.model.parameters())}
+    assert not theirs & {id(v) for _, v in tree_flatten(student.model.parameters())}
+    assert mx.array_equal(expert.model(tokens(expert)), student.model(tokens(student)))
+
+
+def test_models_that_cannot_be_loaded(tmp_path: Path) -> None:
+    path = tiny.make_model_dir(tmp_path / "unknown")
+    config = (path / "config.json").read_text()
+    (path / "config.json").write_text(config.replace('"llama"', '"no_such_model"'))
+    with pytest.raises(UserError, match="no_such_model not supported"):
+        load(path)
+    (path / "config.json").write_text(
+        config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load(path)
+    (path / "config.json").write_text(config)
+    data = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"model\.safetensors: is damaged or incomplete"):
+        load(path)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\*\.safetensors is missing"):
+        load(path)
+
+
+def test_content_hash(tmp_path: Path) -> None:
+    path = tiny.make_model_dir(tmp_path / "m", hidden=256, vocab_size=4000, intermediate=1024)
+    original = content_hash(path)
+    assert len(original) == 64
+    assert content_hash(path) == original
+    shutil.copytree(path, tmp_path / "copy")
+    assert content_hash(tmp_path / "copy") == original
+    data = bytearray((path / "model.safetensors").read_bytes())
+    assert len(data) > 3 << 20
+    for position in (1 << 19, len(data) - (1 << 19)):
+        damaged = bytearray(data)
+        damaged[position] ^= 1
+        (path / "model.safetensors").write_bytes(damaged)
+        assert content_hash(path) != original
+    (path / "model.safetensors").write_bytes(data)
+    assert content_hash(path) == original
+    (path / "config.json").write_text("{}")
+    assert content_hash(path) != original
+
+
+def test_a_pruned_model_is_the_same_wherever_its_origin_lies(tmp_path: Path) -> None:
+    path = tiny.make_model_dir(tmp_path / "m", layers=4)
+    prune(path, 3, tmp_path / "one")
+    shutil.copytree(path, tmp_path / "moved")
+    prune(tmp_path / "moved", 3, tmp_path / "two")
+    one, two = (tmp_path / name / "config.json" for name in ("one", "two"))
+    assert one.read_text() != two.read_text()
+    assert content_hash(tmp_path / "one") == content_hash(tmp_path / "two")
+    prune(path, 2, tmp_path / "fewer")
+    two.write_text(two.read_text().replace("1e-05", "1e-06"))
+    hashes = {content_hash(tmp_path / name) for name in ("m", "one", "two", "fewer")}
+    assert len(hashes) == 4
+
+
+@pytest.mark.model
+def test_a_pruned_smollm2_costs_next_to_nothing(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tiny.smollm2(tmp_path_factory)
+    prune(path, 15, tmp_path / "p")
+    gc.collect()
+    before = mx.get_active_memory()
+    expert = load(path)
+    gc.collect()
+    alone = mx.get_active_memory() - before
+    del expert
+    gc.collect()
+    pair = load_pair(path, tmp_path / "p")
+    gc.collect()
+    both = mx.get_active_memory() - before
+    assert alone > 5e8
+    assert both < 1.01 * alone
+    assert len(pair[1].model.layers) == 15

@@ -1,0 +1,168 @@
+"""Which pairs of models may learn from each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+
+from mlx_fd.errors import UserError
+from mlx_fd.models.pairing import check_pair
+from support import tiny
+
+
+def model_files(path: Path, tokenizer: Tokenizer, vocab_size: int, **kwargs: Any) -> Path:
+    """A model directory as far as pairing looks: no weights."""
+    tiny.write_tokenizer(path, tokenizer, **kwargs)
+    eos = tokenizer.token_to_id("<|im_end|>")
+    (path / "config.json").write_text(json.dumps({"vocab_size": vocab_size, "eos_token_id": eos}))
+    return path
+
+
+def changed(change: Callable[[dict[str, Any]], None], size: int = 400) -> Tokenizer:
+    content = json.loads(tiny.make_tokenizer(size).to_str())
+    change(content)
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def test_padding_is_not_a_difference(tmp_path: Path) -> None:
+    tokenizer = tiny.make_tokenizer(400)
+    expert = model_files(tmp_path / "e", tokenizer, 152064)
+    student = model_files(tmp_path / "s", tokenizer, 151936)
+    pairing = check_pair(expert, student)
+    assert (pairing.shared_vocab, pairing.expert_vocab, pairing.student_vocab) == (
+        400,
+        152064,
+        151936,
+    )
+    assert pairing.warnings == ()
+
+
+def test_a_changed_token_is_named(tmp_path: Path) -> None:
+    expert = model_files(tmp_path / "e", tiny.make_tokenizer(), 400)
+
+    def rename(content: dict[str, Any]) -> None:
+        vocabulary = content["model"]["vocab"]
+        vocabulary["@@"] = vocabulary.pop("!")
+
+    student = model_files(tmp_path / "s", changed(rename), 400)
+    number = tiny.make_tokenizer().token_to_id("!")
+    with pytest.raises(UserError, match=f"token {number} is '!' for the expert and '@@'"):
+        check_pair(expert, student)
+
+
+def test_same_strings_in_another_order(tmp_path: Path) -> None:
+    expert = model_files(tmp_path / "e", tiny.make_tokenizer(), 400)
+
+    def swap(content: dict[str, Any]) -> None:
+        v = content["model"]["vocab"]
+        v["!"], v["#"] = v["#"], v["!"]
+
+    with pytest.raises(UserError, match="different tokenizers"):
+        check_pair(expert, model_files(tmp_path / "s", changed(swap), 400))
+
+
+def test_added_tokens_count(tmp_path: Path) -> None:
+    expert = model_files(tmp_path / "e", tiny.make_tokenizer(), 512)
+    other = changed(lambda content: content["added_tokens"][-1].update(content="<|other|>"))
+    with pytest.raises(UserError, match=r"token 399 is '<\|im_end\|>' .* '<\|other\|>'"):
+        check_pair(expert, model_files(tmp_path / "s", other, 512))
+    more = tiny.make_tokenizer()
+    more.add_special_tokens([AddedToken("<tool>", special=True), AddedToken("<x>", special=True)])
+    longer = model_files(tmp_path / "more", more, 512)
+    for pair in ((expert, longer), (longer, expert)):
+        pairing = check_pair(*pair)
+        assert pairing.shared_vocab == 400
+        assert any("the first 400" in warning for warning in pairing.warnings)
+
+
+def test_splitting_is_compared(tmp_path: Path) -> None:
+    expert = model_files(tmp_path / "e", tiny.make_tokenizer(), 400)
+    other = tiny.make_tokenizer()
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(UserError, match="split text differently"):
+        check_pair(expert, model_files(tmp_path / "s", other, 400))
+
+
+def test_merges_are_compared(tmp_path: Path) -> None:
+    expert = model_files(tmp_path / "e", tiny.make_tokenizer(), 400)
+    other = changed(lambda content: content["model"]["merges"].reverse())
+    with pytest.raises(UserError, match="split text differently"):
+        check_pair(expert, model_files(tmp_path / "s", other, 400))
+
+
+def test_fewer_rows_than_tokens(tmp_path: Path) -> None:
+    tokenizer = tiny.make_tokenizer(400)
+    good = model_files(tmp_path / "good", tokenizer, 400)
+    short = model_files(tmp_path / "short", tokenizer, 399)
+    for pair in ((good, short), (short, good)):
+        with pytest.raises(UserError, match="short has 400 tokens but only 399 rows"):
+            check_pair(*pair)
+
+
+def test_chat_templates(tmp_path: Path) -> None:
+    tokenizer = tiny.make_tokenizer()
+    good = model_files(tmp_path / "good", tokenizer, 400)
+    base = model_files(tmp_path / "base", tokenizer, 400, chat_template=None)
+    with pytest.raises(UserError, match=r"the expert .*base has no chat template: an Instruct"):
+        check_pair(base, good)
+    with pytest.raises(UserError, match=r"the student .*base has no chat template"):
+        check_pair(good, base)
+    (base / "chat_template.jinja").write_text(tiny.CHAT_TEMPLATE)
+    assert check_pair(good, base).warnings == ()
+    (base / "chat_template.jinja").unlink()
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert check_pair(good, base).warnings == ("expert and student have different chat templates",)
+
+
+def test_end_tokens(tmp_path: Path) -> None:
+    tokenizer = tiny.make_tokenizer()
+    good = model_files(tmp_path / "good", tokenizer, 400)
+    base = model_files(tmp_path / "base", tokenizer, 400, eos="<|endoftext|>")
+    (base / "config.json").write_text(json.dumps({"vocab_size": 400, "eos_token_id": 397}))
+    (warning,) = check_pair(good, base).warnings
+    assert "[399] for the expert, [397] for the student" in warning
+    # generation_config.json counts for more than config.json, as in mlx-lm.
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [399, 397]}))
+    (good / "generation_config.json").write_text(json.dumps({"eos_token_id": [397, 399]}))
+    assert check_pair(good, base).warnings == ()
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    tokenizer = tiny.make_tokenizer()
+    good = model_files(tmp_path / "good", tokenizer, 400)
+    bad = model_files(tmp_path / "bad", tokenizer, 400)
+    (bad / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no vocab_size"):
+        check_pair(good, bad)
+    (bad / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer\.json:? cannot be read"):
+        check_pair(good, bad)
+    (bad / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        check_pair(good, bad)
+    (bad / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match="not a JSON object"):
+        check_pair(good, bad)
+
+
+@pytest.mark.model
+def test_smollm2(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tiny.smollm2(tmp_path_factory)
+    assert check_pair(path, path).shared_vocab == 49152
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("config.json", "tokenizer_config.json"):
+        (other / name).write_bytes((path / name).read_bytes())
+    content = json.loads((path / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    # A token that no merge makes: only the comparison of the strings can find it.
+    vocabulary["a new token"] = vocabulary.pop("<jupyter_code>")
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] in vocabulary]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="'<jupyter_code>' for the expert and 'a new token'"):
+        check_pair(path, other)

@@ -1,0 +1,447 @@
+"""The report without a browser: what is read, what is said of what is missing, what is written."""
+
+import json
+import re
+
+import pytest
+
+from mlx_fd import runs
+from mlx_fd.errors import UserError
+from mlx_fd.files import write_json
+from mlx_fd.report import charts, packing, tables, theme
+from mlx_fd.report.page import check_out, make_page, write_page
+from mlx_fd.report.reading import read_runs
+from support import ROOT, reported
+from support.pages import parsed, run_cli, unpacked
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reports") / "a <b>&'\"run"
+    return make_page(read_runs([reported.hostile_run(folder)]))
+
+
+def test_a_run_is_read_and_its_numbers_are_its_rows(tmp_path):
+    episodes = [*(reported.episode(n) for n in range(6)), *(reported.alone(n) for n in range(6, 8))]
+    episodes[0]["correct_after"] = False
+    episodes[1]["student_feedback"]["written_score"] = None
+    folder = reported.write_run(tmp_path / "run", episodes)
+    (run,) = read_runs([folder])
+    assert run.missing == []
+    assert run.finished
+    assert run.totals["accuracy"]["final_answers"]["right"] == 7
+    assert run.totals["expert_feedback"]["not_asked"] == 2
+    assert run.totals["unreadable_scores"] == {"expert": 0, "student": 1}
+    cells = {row[0].value: row[1] for row in tables.summary_table([run]).rows}
+    # Wilson's interval of 7 of 8, by the formula.
+    assert cells["final answers right"] == tables.Cell("87.5%", "52.9% to 97.8%, n 8")
+    assert cells["expert feedback requested"].value == "6 of 8"
+    lists = [packing.listed_episode(row) for row in run.episodes]
+    assert lists[0][3] == packing.LEARNED
+    assert lists[1][3] == packing.RIGHT_AFTER | packing.UNREADABLE | packing.LEARNED
+    assert lists[7][3] == packing.RIGHT_AFTER | packing.ALONE
+
+
+def test_intervals_and_what_is_surely_so():
+    better = {"value": 0.4, "low": 0.1, "high": 0.7, "n": 40}
+    assert tables.estimate(better, sign="+") == tables.Cell(
+        "+0.400", "+0.100 to +0.700, n 40", strong=True
+    )
+    assert not tables.estimate({**better, "low": -0.1}, sign="+").strong
+    assert not tables.estimate(better).strong
+    assert tables.estimate({**better, "low": None}).note == "n 40"
+    assert tables.estimate({**better, "value": None}).value == "-"
+
+
+def test_a_difference_of_shares_is_in_points(tmp_path):
+    (run,) = read_runs([reported.write_run(tmp_path / "run")])
+    found = dict(tables.headlines(run))["problems the student solves, before → after"]
+    assert found.value == "30.0% → 70.0%"
+    # Not per cent: 40 % more than 30 % are 42 %.
+    assert found.note == "change +40.0 points, +30.0 to +50.0, n 40"
+    assert tables.points(None) == tables.Cell("-")
+    unknown = {"value": None, "low": None, "high": None, "n": 0}
+    assert tables.points(unknown) == tables.Cell("-")
+
+
+def test_an_unfinished_run_is_counted_so_far(tmp_path):
+    folder = reported.write_run(tmp_path / "run", finished=False)
+    state = folder / runs.CHECKPOINTS / "last"
+    state.mkdir()
+    (state / runs.STATE).write_text(json.dumps({"probe_first": {"lm": 2.0}}))
+    (run,) = read_runs([folder])
+    assert not run.finished
+    assert "12 episodes so far" in run.missing[0]
+    assert run.probe_first == {"lm": 2.0}
+    assert run.totals["probe"]["after"]["lm"] == 0.25  # the last batch's
+    assert "unfinished" in make_page([run])
+
+
+@pytest.mark.parametrize("name", [runs.MANIFEST, runs.EPISODES, runs.METRICS, runs.SUMMARY])
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "null", '{"a": 1}\n', "\x00\xff\n", "9\n"]
+)
+def test_missing_and_damaged_files_are_named_on_the_page(tmp_path, name, content):
+    folder = reported.write_run(tmp_path / "run")
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content, encoding="latin-1")
+    (run,) = read_runs([folder])
+    assert any(name in said for said in run.missing), run.missing
+    if content == "{":
+        page = parsed(make_page([run]))
+        assert any(name in text for text in page.text)
+
+
+def test_every_key_of_a_row_may_be_lost(tmp_path):
+    """A row without one of its keys, or with another kind of value there, never stops a report."""
+    whole, metrics = reported.episode(0), reported.metric(0)
+    rows = [whole]
+    for key in whole:
+        rows += [
+            {k: v for k, v in whole.items() if k != key},
+            whole | {key: [[1]]},
+            whole | {key: 7},
+        ]
+    batches = [metrics]
+    for key in metrics:
+        batches += [{k: v for k, v in metrics.items() if k != key}, metrics | {key: "no"}]
+    (run,) = read_runs([reported.write_run(tmp_path / "run", rows, batches)])
+    assert 0 < len(run.episodes) < len(rows)
+    assert 0 < len(run.metrics) < len(batches)
+    assert sum("damaged" in said for said in run.missing) == 2
+    make_page([run])
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path):
+    folder = reported.write_run(tmp_path / "run")
+    with (folder / runs.EPISODES).open("a") as file:
+        file.write('{"episode": 12, "id"')
+    (run,) = read_runs([folder])
+    assert run.missing == ["1 of 13 lines of episodes.jsonl are damaged and left out."]
+    assert len(run.episodes) == 12
+
+
+def test_a_run_without_an_examination_says_so(tmp_path):
+    folder = reported.write_run(tmp_path / "run")
+    summary = json.loads((folder / runs.SUMMARY).read_text())
+    del summary["exam"]
+    (folder / runs.SUMMARY).write_text(json.dumps(summary))
+    (run,) = read_runs([folder])
+    assert run.missing == ["There was no examination: its problems do not come with the truth."]
+    assert tables.exam_table([run]) is None
+    assert charts.exam_figure([run]) is None
+    make_page([run])
+
+
+def test_an_examination_that_was_not_asked_for(tmp_path):
+    folder = reported.write_run(tmp_path / "run")
+    (folder / runs.SUMMARY).unlink()
+    summary = {"exam_size": 0, "problems": "arithmetic"}
+    manifest = json.loads((folder / runs.MANIFEST).read_text())
+    manifest["options"] |= summary
+    (folder / runs.MANIFEST).write_text(json.dumps(manifest))
+    (folder / runs.SUMMARY).write_text("{}")
+    (run,) = read_runs([folder])
+    said = [text for text in run.missing if "examination" in text]
+    assert said == ["There was no examination: none was asked for (exam_size = 0)."]
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    folders = [reported.write_run(tmp_path / name / "run") for name in ("a", "b")]
+    assert [run.name for run in read_runs([*folders, folders[0]])] == ["a/run", "b/run"]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a run directory"):
+        read_runs([tmp_path])
+
+
+def test_the_freeze_is_marked_with_its_reason(tmp_path):
+    metrics = [reported.metric(0), reported.metric(1, frozen=True, reason="every loss is done")]
+    thawed = reported.metric(2) | {"stop": None}
+    (run,) = read_runs([reported.write_run(tmp_path / "run", None, [*metrics, thawed])])
+    figure = charts.gain_figure(run)
+    assert "Freeze after batch 2: every loss is done." in figure.says
+    assert "Thaw after batch 3: the losses on audited samples have risen." in figure.says
+    rules = json.dumps(figure.specification)
+    assert "every loss is done" in rules
+    rows = tables.decision_table(run).rows
+    assert [[cell.value for cell in row] for row in rows] == [
+        ["1", "learning", "train", "still gaining"],
+        ["2", "frozen", "freeze", "every loss is done"],
+    ]
+
+
+def gains(figure):
+    rows = figure.specification["datasets"]["rows"]
+    return {
+        name: [(row["batch"], row["gain"]) for row in rows if row["loss"] == name]
+        for name in {row["loss"] for row in rows}
+    }
+
+
+def test_gains_begin_at_nothing(tmp_path):
+    metrics = [reported.metric(0) | {"stop": None}, reported.metric(1)]
+    (run,) = read_runs([reported.write_run(tmp_path / "run", None, metrics)])
+    found = gains(charts.gain_figure(run))
+    assert found["lm"] == [(0, 0.0), (2, 1 - 1 / 3)]
+
+
+def test_a_loss_that_was_nothing_at_first_gains_nothing(tmp_path):
+    folder = reported.write_run(tmp_path / "run")
+    summary = json.loads((folder / runs.SUMMARY).read_text())
+    summary["probe"]["before"]["lm"] = 0.0
+    write_json(folder / runs.SUMMARY, summary)
+    (run,) = read_runs([folder])
+    assert set(gains(charts.gain_figure(run))) == {"hidden", "score", "logit"}
+    summary["probe"]["before"] = dict.fromkeys(reported.LOSSES, 0.0)
+    write_json(folder / runs.SUMMARY, summary)
+    (run,) = read_runs([folder])
+    assert charts.gain_figure(run) is None
+    assert "were 0 before the first update" in " ".join(parsed(make_page([run])).text)
+
+
+def test_charts_have_the_rows_numbers(tmp_path):
+    (run,) = read_runs([reported.write_run(tmp_path / "run")])
+    figure = next(f for f in charts.loss_figures([run]) if f.title == "lm loss")
+    held_out = [
+        (row["batch"], row["loss"])
+        for row in figure.specification["datasets"]["rows"]
+        if row["on"] == "held out"
+    ]
+    assert held_out == [(0, 1.0), (1, 1 / 2), (2, 1 / 3), (3, 1 / 4)]
+    assert figure.says == "1 to 0.2 on held-out problems (-80%)."
+    (accuracy,) = [charts.accuracy_figure([run])]
+    assert "0.0% of the first, 100.0% of the final answers" in accuracy.says
+
+
+def test_a_pareto_frontier_and_an_evaluation_are_shown(tmp_path):
+    folder = reported.write_run(tmp_path / "run")
+    write_json(folder / "pareto.json", reported.pareto(folder))
+    (folder / "eval" / "fast").mkdir(parents=True)
+    write_json(folder / "eval" / "fast" / "eval.json", reported.evaluation())
+    (run,) = read_runs([folder])
+    assert run.missing == []
+    lm, _ = charts.pareto_figures(run)
+    assert lm.says == (
+        "4 stopping thresholds, 3 of them on the frontier. Recommended: 0.3, at 36 kd steps a lm "
+        "loss of 0.2."
+    )
+    rows = {
+        row[0].value: [cell.value for cell in row] for row in tables.pareto_table(run.pareto).rows
+    }
+    assert rows["0.9"][1] == "never"
+    assert rows["0.1"][-1] == "product rule"
+    assert rows["0.4"][-1] == "dominated"
+    (right,) = {row[-2] for row in tables.pareto_table(run.pareto).rows}
+    assert right == tables.Cell("50.0%", "40.0% to 60.0%, n 40")
+    (found,) = run.evaluations[0]["sets"]
+    table = tables.systems_table(found)
+    assert table.columns == ("", "right, %")
+    assert table.rows[1][1] == tables.Cell("70.0", "62.0 to 78.0, n 100")
+    costs = tables.costs_table(found)
+    assert costs.rows[1][1] == tables.Cell("200", "180 to 220, n 100")
+    assert charts.system_figure(found).title == "gsm8k/test: right"
+    compared = tables.comparisons_table(found).rows[0]
+    assert compared[0].value == "Online feedback distillation against CLEAR"
+    assert compared[1].value == "right"
+    assert compared[2] == tables.Cell("+10.0 points", "+5.0 to +15.0, n 100", strong=True)
+    assert [compared[3].value, compared[4].value] == ["< 0.001", "0.041"]
+    page = " ".join(parsed(make_page([run])).text)
+    assert "Hypervolume of the frontier: 0.61" in page
+    assert "gsm8k/test: n = 100" in page
+
+
+@pytest.mark.parametrize("name", ["pareto.json", "eval/fast/eval.json"])
+def test_results_of_another_shape_are_left_out(tmp_path, name):
+    folder = reported.write_run(tmp_path / "run")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text('{"format": 9, "sets": 3, "points": [{}], "objectives": []}')
+    (run,) = read_runs([folder])
+    assert run.missing == [f"{name} is damaged, or of another version, and was left out."]
+    make_page([run])
+
+
+def test_nothing_that_was_written_into_a_run_becomes_markup(hostile):
+    page = parsed(hostile)
+    code = [attributes for attributes, _ in page.scripts if attributes.get("type") == "module"]
+    kinds = {attributes.get("type") for attributes, _ in page.scripts}
+    assert len(code) == 2
+    assert kinds == {"module", "application/json", "text/plain"}
+    assert not {name for name, _ in page.elements} & {"img", "b", "iframe", "object", "link"}
+    for name, attributes in page.elements:
+        assert not [key for key in attributes if key.startswith("on") or key == "style"], name
+        assert attributes.get("href", "#").startswith("#")
+    # Jinja's own syntax in a text stays text.
+    assert any("{{ 7 * 7 }}" in text for text in page.text)
+
+
+def test_nothing_that_was_written_into_a_run_becomes_an_expression_of_a_chart(tmp_path):
+    """Vega runs expressions; texts are data for them, never a part of them."""
+    import vl_convert
+
+    (run,) = read_runs([reported.hostile_run(tmp_path / "<run>")])
+    (found,) = run.evaluations[0]["sets"]
+    figures = [
+        *charts.loss_figures([run]),
+        charts.gain_figure(run),
+        charts.weight_figure(run),
+        charts.decision_figure(run),
+        charts.accuracy_figure([run]),
+        charts.exam_figure([run, run]),
+        *charts.budget_figures([run]),
+        *charts.pareto_figures(run),
+        charts.system_figure(found),
+    ]
+
+    def expressions(part):
+        if isinstance(part, dict):
+            for key, value in part.items():
+                if key in ("signal", "expr", "test", "update", "init", "filter", "encode"):
+                    yield value if isinstance(value, str) else ""
+                if key != "values":
+                    yield from expressions(value)
+        elif isinstance(part, list):
+            for value in part:
+                yield from expressions(value)
+
+    seen = 0
+    for figure in figures:
+        specification = json.dumps(figure.specification).replace("\\ud800", "?")
+        for expression in expressions(vl_convert.vegalite_to_vega(specification)):
+            assert "harmed" not in expression, figure.title
+            seen += 1
+    assert seen > 100
+
+
+def test_what_html_cannot_hold_is_not_in_the_page(hostile):
+    hostile.encode()  # a half of a surrogate pair would raise
+    found = re.findall("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]", hostile)
+    assert found == []
+
+
+def test_the_policy_allows_what_is_in_the_page_and_nothing_else(hostile):
+    page = parsed(hostile)
+    (policy,) = [
+        attributes["content"]
+        for name, attributes in page.elements
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy
+    assert policy.count("sha256-") == 3
+
+
+def test_every_text_comes_back_out_of_the_page_whole(hostile):
+    page = parsed(hostile)
+    data = {a["id"]: "".join(text) for a, text in page.scripts if a.get("type") == "text/plain"}
+    for text in data.values():
+        assert re.fullmatch(r"[A-Za-z0-9+/=]+", text)
+    rows = unpacked(data["part-0-0"])
+    assert len(rows[3]["critique"]) == 100_000
+    bad = " ".join(reported.HOSTILE).replace("\ud800", "?")
+    assert rows[0]["answer"]["text"] == rows[0]["gate"]["reason"] == bad
+    assert unpacked(data["index-0"])[0][1] == f"0 {bad}"
+    for attributes, text in page.scripts:
+        if attributes.get("type") == "application/json":
+            assert "<" not in "".join(text)
+            json.loads("".join(text))
+
+
+def test_the_same_runs_make_the_same_page(tmp_path):
+    folder = reported.write_run(tmp_path / "run")
+    assert make_page(read_runs([folder])) == make_page(read_runs([folder]))
+
+
+def test_some_episodes_evenly_spread(tmp_path):
+    rows = [{"episode": n} for n in range(101)]
+    assert [row["episode"] for row in packing.spread(rows, 5)] == [0, 25, 50, 75, 100]
+    assert packing.spread(rows, 1) == rows[:1]
+    assert packing.spread(rows, 200) == rows
+    (run,) = read_runs([reported.write_run(tmp_path / "run")])
+    assert "5 of 12 episodes are in this page" in " ".join(
+        " ".join(parsed(make_page([run], most=5)).text).split()
+    )
+
+
+def test_five_thousand_episodes_of_gsm8k_fit_in_ten_megabytes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from bench_report import BATCH, episodes
+
+    metrics = [reported.metric(n) for n in range(5000 // BATCH)]
+    folder = reported.write_run(tmp_path / "run", list(episodes(5000)), metrics)
+    page = make_page(read_runs([folder]))
+    assert (folder / runs.EPISODES).stat().st_size > 20e6
+    assert len(page.encode()) < 10e6
+    rows = [
+        row
+        for attributes, text in parsed(page).scripts
+        if attributes.get("id", "").startswith("part-")
+        for row in unpacked("".join(text))
+    ]
+    assert [row["episode"] for row in rows] == list(range(5000))
+
+
+def test_only_a_report_is_overwritten(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("<h1>mine</h1>")
+    with pytest.raises(UserError, match="left alone"):
+        write_page("<!doctype html>", path)
+    assert path.read_text() == "<h1>mine</h1>"
+    with pytest.raises(UserError, match="a folder"):
+        check_out(tmp_path)
+    path.unlink()
+    page = make_page(read_runs([reported.write_run(tmp_path / "run")]))
+    write_page(page, path)
+    write_page(page, path)
+
+
+def test_a_chart_in_a_file_has_colours_of_its_own(tmp_path):
+    import altair as alt
+
+    chart = alt.Chart(alt.Data(values=[{"x": 1, "y": 2}])).mark_point().encode(x="x:Q", y="y:Q")
+    theme.save_svg(chart, tmp_path / "chart.svg")
+    svg = (tmp_path / "chart.svg").read_text()
+    assert svg.startswith("<svg")
+    assert "var(" not in svg
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    one = reported.write_run(tmp_path / "one")
+    two = reported.write_run(tmp_path / "two", finished=False)
+    status, out, err = run_cli(monkeypatch, capsys, one)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{one / 'report.html'} (")
+    assert (one / "report.html").is_file()
+    status, out, _ = run_cli(monkeypatch, capsys, one, two, "--json")
+    result = json.loads(out)
+    assert (status, result["report"]) == (0, "report.html")
+    assert [run["finished"] for run in result["runs"]] == [True, False]
+    assert (tmp_path / "report.html").stat().st_size == result["bytes"]
+
+
+def test_what_goes_wrong_is_said(tmp_path, monkeypatch, capsys):
+    status, _, err = run_cli(monkeypatch, capsys, tmp_path / "none")
+    assert status == 2
+    assert "not a run directory" in err
+    run = reported.write_run(tmp_path / "run")
+    (run / "report.html").write_text("mine")
+    status, _, err = run_cli(monkeypatch, capsys, run)
+    assert status == 2
+    assert "left alone" in err
+    status, _, err = run_cli(monkeypatch, capsys, run, "--out", run / "config.toml" / "x.html")
+    assert status == 2
+    assert "choose another --out" in err
+
+
+def test_a_run_of_another_schema_is_refused(tmp_path):
+    folder = reported.write_run(tmp_path / "run")
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["schema_version"]
+    path.write_text(json.dumps(manifest | {"versions": {"mlx-fd": "0.2.0"}}))
+    with pytest.raises(UserError, match=r"older version \(mlx-fd 0\.2\.0\).*begin a new run"):
+        read_runs([folder])

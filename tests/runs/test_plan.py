@@ -1,0 +1,256 @@
+import dataclasses
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+import tomli_w
+
+from mlx_fd import __version__
+from mlx_fd.config import Config, read, to_toml
+from mlx_fd.errors import UserError
+from mlx_fd.models.aliases import ALIASES
+from mlx_fd.runs.manifest import (
+    backend_settings,
+    changed_options,
+    check_same,
+    flat_options,
+    versions,
+)
+from mlx_fd.runs.plan import (
+    check_out,
+    check_run_memory,
+    make_plan,
+    with_absolute_names,
+)
+from support import ROOT
+from support.manifests import config, manifest
+from support.tiny import make_model_dir
+
+
+def test_the_default_student_is_named():
+    for alias, what in ALIASES.items():
+        assert with_absolute_names(config(expert=alias)).models.student == what.student
+    with pytest.raises(UserError, match="no default student"):
+        with_absolute_names(config(expert="someone/model"))
+    with pytest.raises(UserError, match=r"Did you mean qwen2\.5-7b-4bit"):
+        with_absolute_names(config(expert="qwen2.5-7b-4bits"))
+
+
+def test_names_are_made_absolute_once(tmp_path, monkeypatch):
+    """Paths become whole, names stay, and what is settled stays as it is in any folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "gsm8k", "someone/model"):
+        (tmp_path / name).mkdir(parents=True)
+    found = with_absolute_names(config(expert="./mine/:layers=3", student="someone/else"))
+    assert found.models.expert == f"{tmp_path}/mine:layers=3"
+    assert found.models.student == "someone/else"
+    assert found.problems.problems == "gsm8k"
+    local = with_absolute_names(
+        config(expert="someone/model", student="mine", problems="mine/../mine")
+    )
+    assert local.models.expert == f"{tmp_path}/someone/model"
+    assert local.problems.problems == f"{tmp_path}/mine"
+    monkeypatch.chdir("/")
+    (tmp_path / "c.toml").write_text(to_toml(local))
+    assert with_absolute_names(read(tmp_path / "c.toml")) == local
+
+
+def test_solutions_fill_larger_micro_batches(tmp_path):
+    """An update on feedback and solutions has up to two samples of each problem."""
+    path = make_model_dir(tmp_path / "m")
+
+    def needed(**changes) -> float:
+        sizes = {"batch_size": 2, "max_answer_tokens": 400_000, "max_feedback_tokens": 50}
+        with pytest.raises(UserError, match="this run needs up to") as error:
+            check_run_memory(path, path, ["1 + 1?"] * 9, config(**sizes, **changes), True)
+        return float(re.search(r"up to ([0-9.]+) GiB", str(error.value))[1])
+
+    assert needed(micro_batch=4) == needed(micro_batch=2)
+    assert needed(micro_batch=4, solutions=True) > needed(micro_batch=2, solutions=True)
+    assert needed(micro_batch=8, solutions=True) == needed(micro_batch=4, solutions=True)
+
+
+def test_attention_that_cannot_be_compared_is_refused_before_anything_is_loaded(tmp_path):
+    qwen2 = make_model_dir(tmp_path / "qwen2", arch="qwen2")
+    layers = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}
+    sliding = make_model_dir(tmp_path / "sliding", arch="llama", **layers)
+    # What qwen3 has more than llama: norms of queries and keys.
+    qwen3 = make_model_dir(tmp_path / "qwen3", arch="llama", head_dim=16)
+    weights = mx.load(str(qwen3 / "model.safetensors"))
+    names = [f"model.layers.{i}.self_attn.{x}_norm.weight" for i in (0, 1) for x in "qk"]
+    mx.save_safetensors(
+        str(qwen3 / "model.safetensors"), weights | dict.fromkeys(names, mx.ones(16))
+    )
+    content = json.loads((qwen3 / "config.json").read_text())
+    (qwen3 / "config.json").write_text(json.dumps({**content, "model_type": "qwen3"}))
+
+    def plan(expert, student, losses):
+        names = {"expert": str(expert), "student": str(student), "losses": losses}
+        return make_plan(config(**names, batch_size=1, max_answer_tokens=8, max_feedback_tokens=8))
+
+    for other, message in ((sliding, "attend to a sliding window"), (qwen3, "llama and qwen2")):
+        for pair in ((qwen2, other), (other, qwen2)):
+            with pytest.raises(UserError, match=f"{message}.*leave it out of the losses"):
+                plan(*pair, ("lm", "attention"))
+            assert plan(*pair, ("lm",)).expert_path == pair[0]
+    assert plan(qwen2, qwen2, ("lm", "attention")).student_path == qwen2
+
+
+def test_options_in_the_manifest_survive_json():
+    options = flat_options(config(scales=(1.0, 2.0, 3.0, 4.0)))
+    assert json.loads(json.dumps(options)) == options
+    assert options["scales"] == [1.0, 2.0, 3.0, 4.0] and options["batch_size"] == 8
+    assert len(options) == sum(
+        len(dataclasses.fields(getattr(Config(), item.name))) for item in dataclasses.fields(Config)
+    )
+
+
+def test_the_same_run_raises_no_doubt(tmp_path):
+    assert check_same(manifest(), manifest(), tmp_path) == []
+
+
+@pytest.mark.parametrize("part", ["expert", "student", "problems"])
+def test_other_content_is_refused(part, tmp_path):
+    new = manifest()
+    new[part] = {"name": "another", "sha256": "4"}
+    with pytest.raises(UserError, match=f"began with another {part}"):
+        check_same(manifest(), new, tmp_path)
+    new[part]["sha256"] = manifest()[part]["sha256"]
+    assert check_same(manifest(), new, tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-student:layers=1"])
+def test_an_embedded_model_of_another_version_is_named(name, tmp_path):
+    old, new = manifest(), manifest()
+    old["versions"]["mlx-fd"] = "0.1.0"
+    old["student"]["name"] = new["student"]["name"] = name
+    new["student"]["sha256"] = "4"
+    with pytest.raises(UserError, match=r"ships other weights under that name.* 0\.1\.0") as found:
+        check_same(old, new, tmp_path)
+    assert __version__ in str(found.value) and "Bring the old one" not in str(found.value)
+    # Another model in its place is another matter.
+    new["student"]["name"] = "/my/model"
+    with pytest.raises(UserError, match="Bring the old one back"):
+        check_same(old, new, tmp_path)
+
+
+def test_the_version_is_one_and_is_written_down():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert versions()["mlx-fd"] == __version__ == project["project"]["version"]
+    old, new = manifest(), manifest()
+    old["versions"]["mlx-fd"], new["versions"]["mlx-fd"] = "0.1.0", __version__
+    [doubt] = check_same(old, new, Path("run"))
+    assert doubt.startswith(f"mlx-fd was 0.1.0, is {__version__}: the run goes on")
+
+
+def test_other_versions_are_doubtful(tmp_path):
+    new = manifest()
+    new["versions"]["mlx"] = "0.40"
+    new["backend"]["device"] = "metal"
+    found = check_same(manifest(), new, tmp_path)
+    assert [text.split(":")[0] for text in found] == [
+        "mlx was 0.32.4, is 0.40",
+        "device was cpu, is metal",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 4), ("lora_rate", 0.5), ("losses", ("lm",)), ("seed", 1), ("sequential", True)],
+)
+def test_other_options_are_refused(name, value, tmp_path):
+    with pytest.raises(UserError, match=rf"config\.toml: {name} was .* --out ANOTHER"):
+        check_same(manifest(), manifest(**{name: value}), tmp_path)
+
+
+def test_what_does_not_matter_may_change(tmp_path):
+    new = manifest(micro_batch=1, grad_checkpoint=True, checkpoint_every=9, keep_checkpoints=9)
+    assert check_same(manifest(), new, tmp_path) == []
+    moved = manifest(expert="/moved/expert", student="/moved/student", problems="/moved/p.jsonl")
+    assert check_same(manifest(), moved, tmp_path) == []
+
+
+def test_options_that_an_older_version_lacked_had_their_defaults(tmp_path):
+    """A run of a version without them goes on without them, and not with another value."""
+    later = ("epochs", "loss_weights", "teacher_top_k", "teacher_cache", "solutions")
+    old = manifest(episodes=16)
+    for name in later:
+        del old["options"][name]
+    sections = tomllib.loads(to_toml(config(episodes=16)))
+    kept = {
+        section: {name: value for name, value in options.items() if name not in later}
+        for section, options in sections.items()
+    }
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(kept))
+    new = manifest()
+    new["options"] = flat_options(read(tmp_path / "config.toml"))
+    assert check_same(old, new, tmp_path) == []
+    assert check_same(old, manifest(episodes=24), tmp_path) == []
+    for name, default, value in (
+        ("epochs", 1, 3),
+        ("teacher_top_k", 0, 16),
+        ("loss_weights", "'ema'", "phases"),
+    ):
+        with pytest.raises(UserError, match=rf"config\.toml: {name} was {default} when"):
+            check_same(old, manifest(episodes=16, **{name: value}), tmp_path)
+
+
+def test_a_run_grows_where_its_last_batch_was_full(tmp_path):
+    old = manifest(episodes=16)
+    assert check_same(old, manifest(episodes=20), tmp_path) == []
+    with pytest.raises(UserError, match="episodes was 20"):
+        check_same(manifest(episodes=20), manifest(episodes=24), tmp_path)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"expert": None}, "text"])
+def test_a_harmed_manifest_is_explained(content, tmp_path):
+    with pytest.raises(UserError, match="not what mlx-fd wrote"):
+        check_same(content, manifest(), tmp_path)
+
+
+def test_out_is_checked_without_being_made(tmp_path):
+    check_out(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "empty").mkdir()
+    check_out(tmp_path / "empty")
+    (tmp_path / "empty" / "file").touch()
+    with pytest.raises(UserError, match="something in this folder"):
+        check_out(tmp_path / "empty")
+    with pytest.raises(UserError, match="is a file"):
+        check_out(tmp_path / "empty" / "file" / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="leads nowhere"):
+        check_out(tmp_path / "link")
+
+
+@pytest.mark.parametrize(
+    "name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"]
+)
+def test_other_numbers_of_threads_are_said(name, monkeypatch, tmp_path):
+    monkeypatch.delenv(name, raising=False)
+    old, new = manifest(), manifest()
+    old["backend"] = backend_settings()
+    monkeypatch.setenv(name, "3")
+    new["backend"] = backend_settings()
+    [doubt] = check_same(old, new, tmp_path)
+    assert "is 3: " in doubt and "its last digits may differ" in doubt
+    # What an older version did not write down cannot be compared.
+    old["backend"] = {key: old["backend"][key] for key in ("device", "blas", "threads")}
+    assert len(check_same(old, new, tmp_path)) == (name == "OPENBLAS_NUM_THREADS")
+
+
+def test_another_number_of_cores_is_said(tmp_path):
+    old, new = manifest(), manifest()
+    old["backend"], new["backend"] = backend_settings(), backend_settings()
+    old["backend"]["cores"] += 1
+    [doubt] = check_same(old, new, tmp_path)
+    assert doubt.startswith(f"cores was {old['backend']['cores']}, is ")
+
+
+def test_options_that_may_be_changed_are_said():
+    assert changed_options(manifest(), manifest()) == []
+    [said] = changed_options(manifest(), manifest(micro_batch=1, checkpoint_every=9))
+    assert "checkpoint_every was 4, is 9" in said and "micro_batch was" in said

@@ -1,0 +1,80 @@
+"""A pair of tiny random models, opened as a run opens them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mlx_fd import problems
+from mlx_fd.config import Config, override
+from mlx_fd.models import taps
+from mlx_fd.runs.plan import Plan
+from support.tiny import make_model_dir
+
+SMALL = {
+    "batch_size": 2,
+    "max_answer_tokens": 8,
+    "max_feedback_tokens": 6,
+    "max_merge_tokens": 5,
+    "probe_size": 2,
+    "episodes": 8,
+    "checkpoint_every": 2,
+    "lora_rank": 2,
+    "lora_rate": 1e-2,
+    "score_rate": 1e-2,
+}
+
+# What of a checkpoint's state is not the same in two runs that are: seconds are in the logs.
+MEASURED = ("files", "log_bytes", "log_sha256", "peak_memory_bytes", "content_sha256")
+
+
+def make_home(folder: Path) -> None:
+    """``expert``, ``student`` and ``problems.jsonl``, for the command line."""
+    sizes = {"heads": 2, "kv_heads": 1}
+    make_model_dir(folder / "expert", hidden=32, intermediate=64, **sizes)
+    make_model_dir(folder / "student", hidden=16, layers=1, intermediate=32, seed=1, **sizes)
+    rows = [
+        {"question": f"Tom has {n} apples and buys {n + 1}. How many?", "answer": str(2 * n + 1)}
+        for n in range(40)
+    ]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_dirs(folder: Path) -> tuple[Path, Path]:
+    """An expert and a smaller student with the same tokenizer."""
+    expert = make_model_dir(folder / "expert", arch="qwen2", hidden=32, layers=3, intermediate=64)
+    student = make_model_dir(
+        folder / "student",
+        arch="qwen2",
+        hidden=16,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        intermediate=32,
+        seed=1,
+    )
+    return expert, student
+
+
+def make_plan(expert: Path, student: Path, **changes) -> Plan:
+    """A plan without the checks of a real one, which have tests of their own."""
+    names = {"expert": str(expert), "student": str(student)}
+    config = override(Config(), {**SMALL, **names, **changes}, "test")
+    found = problems.load("gsm8k", "train")
+    probe, chosen = problems.probe_and_train(
+        found, config.episode.probe_size, config.problems.episodes, config.episode.seed
+    )
+    return Plan(config, expert, student, 400, probe, chosen, {}, ())
+
+
+def logits_of(model, final):
+    """A model's logits [..., V] of its final hidden states [..., d]."""
+    head = taps.head(model)
+    return head.as_linear(final) if hasattr(head, "as_linear") else head(final)
+
+
+def without_seconds(rows):
+    """Rows of a log without their timings."""
+    return [
+        {key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows
+    ]
