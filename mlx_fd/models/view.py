@@ -1,0 +1,473 @@
+"""What distillation needs of an mlx-lm model, found in the model itself.
+
+mlx-lm's models agree on little: blocks are in ``model.layers``, ``transformer.h``,
+``backbone.layers`` or ``language_model.model.layers``, heads are tied or not, and some scale or
+bound what a head gives. None of it is read from names. The blocks are those that the model lists
+in its property ``layers``; where its hidden states become logits is found by running its own
+``__call__`` with a module of it replaced by one that returns given states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from mlx_fd.errors import UserError
+from mlx_fd.models.logit_transform import DenseLogits, LinearLogits, LogitTransform
+
+# Where a module stands: attributes and indices from the model down to it.
+ModulePath = tuple[str | int, ...]
+
+_PROBE_TOKENS = (1, 2, 3, 5)
+_HEADS = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
+# Largest logits at which a head is tried: a soft cap of up to 100 shows at the last of them, and
+# one that does not would change no logit of real size. Half precision holds 512 and its sums.
+_SIZES = (0.5, 4.0, 32.0, 512.0)
+# A cap is taken to be reached where the product is this many times as large as the logits.
+_SATURATED = 4.0
+# Relative to the largest logit: what rounding makes of a product, a scale and a tanh.
+_ROUNDING = {mx.float32: 1e-3, mx.float16: 0.02, mx.bfloat16: 0.02}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one pass over tokens of shape [B, T] gives.
+
+    Attributes:
+        layers: the embeddings, then the output of each block: n_layers + 1 arrays [B, T, d].
+        final: what the head reads [B, T, d]: the last one after the model's final norm.
+    """
+
+    layers: list[mx.array]
+    final: mx.array
+
+
+@dataclass(frozen=True)
+class View:
+    """Where a model's parts are; see :func:`find_view`.
+
+    The parts are looked up at each use, since LoRA replaces modules.
+
+    Attributes:
+        model: mlx-lm's module.
+        block_paths: where its blocks are, in the order in which they run.
+        final_path: the module whose output are the final hidden states: the one that holds the
+            blocks, or the last norm.
+        head_path: the module whose product with them makes the logits; ``None``: no one module
+            does, and logits are made by the model itself.
+        transform: what the model does to that product.
+        width: size d of its hidden states.
+        rows: how many logits it makes of each, padding included.
+    """
+
+    model: nn.Module
+    block_paths: tuple[ModulePath, ...]
+    final_path: ModulePath
+    head_path: ModulePath | None
+    transform: LogitTransform
+    width: int
+    rows: int
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, in the order in which they run."""
+        return [_at(self.model, path) for path in self.block_paths]
+
+    @property
+    def head(self) -> LinearLogits | DenseLogits:
+        """What makes logits of final hidden states."""
+        if self.head_path is None:
+            return DenseLogits(self.logits, self.rows)
+        return LinearLogits(_at(self.model, self.head_path), self.transform)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits [n, rows] of final hidden states [n, d], made by the model's own ``__call__``."""
+        return _logits_by_model(self.model, self.final_path, hidden)
+
+    def forward(
+        self, tokens: mx.array, cache: list[Any] | None = None, *, recompute: bool = False
+    ) -> Forward:
+        """Run the model as far as its final hidden states.
+
+        Its own ``__call__`` is run; the logits that it would make too are never computed.
+
+        Args:
+            tokens: [B, T]; right padding is harmless under the causal mask.
+            cache: the prompt cache of what comes before ``tokens``; it is extended in place.
+            recompute: keep only the blocks' outputs for the backward pass and compute the rest
+                again.
+        """
+        return self.forward_with_logits(tokens, cache, recompute=recompute)[0]
+
+    def forward_with_logits(
+        self, tokens: mx.array, cache: list[Any] | None = None, *, recompute: bool = False
+    ) -> tuple[Forward, mx.array]:
+        """:meth:`forward`, and the model's own logits [B, T, rows]."""
+        layers: list[mx.array] = []
+        finals: list[mx.array] = []
+        taps: dict[ModulePath, Any] = {
+            path: _Tap(_at(self.model, path), layers, recompute) for path in self.block_paths
+        }
+        taps[self.final_path] = _Recorder(_at(self.model, self.final_path), finals.append)
+        with _replaced(self.model, taps):
+            logits = self.model(tokens, cache=cache)
+        return Forward(layers, finals[-1]), logits
+
+
+class _StandIn:
+    """Stands in for a module of a model, and has everything else of it."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._module[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._module
+
+
+class _Tap(_StandIn):
+    """Stands in for a block: calls it, and keeps what came out."""
+
+    def __init__(self, block: nn.Module, layers: list[mx.array], recompute: bool):
+        super().__init__(block)
+        self._call = nn.utils.checkpoint(block) if recompute else block
+        self._layers = layers
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._layers:
+            self._layers.append(_first_array((*args, *kwargs.values())))
+        out = self._call(*args, **kwargs)
+        self._layers.append(_first_array(out))
+        return out
+
+
+class _Recorder(_StandIn):
+    """Stands in for a module: calls it, and tells what came out."""
+
+    def __init__(self, module: nn.Module, tell: Callable[[Any], None]):
+        super().__init__(module)
+        self._tell = tell
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self._module(*args, **kwargs)
+        self._tell(out)
+        return out
+
+
+class _Returns(_StandIn):
+    """Stands in for a module: gives what it was told to, whatever it is given."""
+
+    def __init__(self, module: nn.Module, value: mx.array):
+        super().__init__(module)
+        self._value = value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        return self._value
+
+
+def _first_array(value: Any) -> mx.array:
+    """An array, or the first one of several: a block may give its state beside its output."""
+    if isinstance(value, mx.array):
+        return value
+    parts = value if isinstance(value, (tuple, list)) else ()
+    found = next((part for part in parts if isinstance(part, mx.array)), None)
+    if found is None:
+        raise TypeError(f"no array in {type(value).__name__}")
+    return found
+
+
+def _at(model: nn.Module, path: ModulePath) -> Any:
+    part: Any = model
+    for key in path:
+        part = part[key]
+    return part
+
+
+@contextmanager
+def _replaced(model: nn.Module, stand_ins: Mapping[ModulePath, Any]) -> Iterator[None]:
+    """Other things in place of some modules, for a while.
+
+    A module is a dictionary: its entries are set as such, to keep their order and leave alone what
+    ``nn.Module`` does where an attribute is set.
+    """
+    holders = [(_at(model, path[:-1]), path[-1]) for path in stand_ins]
+    before = [
+        dict.get(holder, key) if isinstance(holder, dict) else holder[key]
+        for holder, key in holders
+    ]
+    try:
+        for (holder, key), stand_in in zip(holders, stand_ins.values(), strict=True):
+            _put(holder, key, stand_in)
+        yield
+    finally:
+        for (holder, key), module in zip(holders, before, strict=True):
+            _put(holder, key, module)
+
+
+def _put(holder: Any, key: str | int, value: Any) -> None:
+    if isinstance(holder, dict):
+        dict.__setitem__(holder, key, value)
+    else:
+        holder[key] = value
+
+
+def _modules(part: Any, path: ModulePath = ()) -> Iterator[tuple[ModulePath, nn.Module]]:
+    """Every module of a model with its path, whatever lists or dictionaries hold it."""
+    if isinstance(part, nn.Module):
+        yield path, part
+    if isinstance(part, dict):
+        children: Iterable[tuple[str | int, Any]] = part.items()
+    elif isinstance(part, list):
+        children = enumerate(part)
+    else:
+        return
+    for key, child in children:
+        yield from _modules(child, (*path, key))
+
+
+def _refusal(model: nn.Module, why: str) -> UserError:
+    kind = type(model).__module__.rpartition(".")[2]
+    return UserError(f"mlx-fd cannot distil mlx-lm's {kind} models: {why}; choose another model")
+
+
+def block_paths(model: nn.Module) -> tuple[ModulePath, ...]:
+    """Where a model's blocks are, in its own order; nothing is run and no weight is read.
+
+    Raises:
+        UserError: it lists none, or they are not among its modules.
+    """
+    blocks = list(getattr(model, "layers", None) or ())
+    if not blocks:
+        raise _refusal(model, "they list no blocks (layers)")
+    where: dict[int, ModulePath] = {}
+    for path, module in _modules(model):
+        where.setdefault(id(module), path)
+    missing = [index for index, block in enumerate(blocks) if id(block) not in where]
+    if missing or len({id(block) for block in blocks}) < len(blocks):
+        raise _refusal(model, "their blocks are not modules of their own")
+    return tuple(where[id(block)] for block in blocks)
+
+
+def find_view(model: nn.Module) -> View:
+    """Find the parts of a model by running it, on four tokens and then on given hidden states.
+
+    Args:
+        model: any text model of mlx-lm, its weights in memory. It is left as it was, and MLX's
+            random numbers too.
+
+    Raises:
+        UserError: it has no blocks that are run one after the other, once each, over hidden
+            states [B, T, d], or no module gives final hidden states that its logits depend on
+            alone.
+    """
+    paths = block_paths(model)
+    called: list[tuple[ModulePath, Any]] = []
+    tokens = mx.array([_PROBE_TOKENS])
+    stand_ins = {}
+    for path in (*paths, *_above(model, paths)):
+        tell = _teller(called, path)
+        stand_ins[path] = _Recorder(_at(model, path), tell)
+    with _replaced(model, stand_ins):
+        logits = model(tokens, cache=None)
+    width = _check_blocks(model, paths, called)
+    rows = int(logits.shape[-1])
+    last = max(index for index, (path, _) in enumerate(called) if path in set(paths))
+    after = [(path, out) for path, out in called[last + 1 :] if path not in set(paths)]
+    # From the outside in: what the model does to its body's output, then to its norm's.
+    states = [
+        (path, out)
+        for path, out in reversed(after)
+        if isinstance(out, mx.array) and out.shape == (*tokens.shape, width)
+    ]
+    dense = None
+    for path, final in states:
+        if not _is_final(model, path, final, logits):
+            continue
+        view = View(model, paths, path, None, LogitTransform(), width, rows)
+        fitted = _linear(view, final.dtype)
+        if fitted is not None:
+            return fitted
+        dense = dense or view
+    if dense is None:
+        raise _refusal(model, "no module of them gives the hidden states that their logits are of")
+    return dense
+
+
+def _teller(called: list[tuple[ModulePath, Any]], path: ModulePath) -> Callable[[Any], None]:
+    return lambda out: called.append((path, out))
+
+
+def _above(model: nn.Module, blocks: Sequence[ModulePath]) -> list[ModulePath]:
+    """The modules that blocks are in, and what else those consist of."""
+    holders = {path[:depth] for path in blocks for depth in range(len(path))}
+    inside = set(blocks)
+    return [
+        path
+        for path, _ in _modules(model)
+        if path
+        and path not in inside
+        and path[:-1] in holders
+        # A list of blocks is no module; what stands in one beside them is none of these.
+        and isinstance(_at(model, path[:-1]), nn.Module)
+    ]
+
+
+def _check_blocks(
+    model: nn.Module, paths: Sequence[ModulePath], called: Sequence[tuple[ModulePath, Any]]
+) -> int:
+    """Make sure that each block ran once, in order, on states [B, T, d]; d."""
+    ran = [(path, out) for path, out in called if path in set(paths)]
+    if [path for path, _ in ran] != list(paths):
+        raise _refusal(model, "their blocks are not run one after the other, once each")
+    shapes = set()
+    for _, out in ran:
+        try:
+            shapes.add(tuple(_first_array(out).shape))
+        except TypeError as error:
+            raise _refusal(model, "their blocks give no hidden states") from error
+    shape = shapes.pop()
+    if shapes or len(shape) != 3 or shape[:2] != (1, len(_PROBE_TOKENS)):
+        raise _refusal(model, "their blocks do not pass on one hidden state for each token")
+    return shape[-1]
+
+
+def _logits_by_model(model: nn.Module, path: ModulePath, hidden: mx.array) -> mx.array:
+    """A model's logits [n, rows] where the module at a path gives ``hidden`` [n, d]."""
+    tokens = mx.zeros((1, len(hidden)), mx.int32)
+    with _replaced(model, {path: _Returns(_at(model, path), hidden[None])}):
+        logits: mx.array = model(tokens, cache=None)
+    return logits[0]
+
+
+def _is_final(model: nn.Module, path: ModulePath, final: mx.array, logits: mx.array) -> bool:
+    """Whether a module's output alone makes the model's logits."""
+    made = _logits_by_model(model, path, final[0])
+    return made.shape == logits.shape[1:] and _close(made, logits[0])
+
+
+def _close(made: mx.array, wanted: mx.array) -> bool:
+    """Whether logits are the same but for their type's rounding, relative to the largest."""
+    wide, other = made.astype(mx.float32), wanted.astype(mx.float32)
+    # Rows that a model rules out are at minus infinity in both.
+    both = mx.isinf(wide) & (wide == other)
+    wide, other = mx.where(both, 0.0, wide), mx.where(both, 0.0, other)
+    error = mx.abs(wide - other).max()
+    rounding = _ROUNDING.get(wanted.dtype, _ROUNDING[mx.float32])
+    return bool((error <= rounding * mx.abs(other).max()).item())
+
+
+def _linear(view: View, dtype: mx.Dtype) -> View | None:
+    """The view with the head whose product, scaled and bounded, are the model's logits."""
+    blocks = set(view.block_paths)
+    for path, module in _modules(view.model):
+        if any(path[: len(block)] == block for block in blocks) or not isinstance(module, _HEADS):
+            continue
+        if _shape(module) != (view.rows, view.width):
+            continue
+        transform = _fit(view.logits, _product(module), view.width, dtype)
+        if transform is not None:
+            return View(
+                view.model,
+                view.block_paths,
+                view.final_path,
+                path,
+                transform,
+                view.width,
+                view.rows,
+            )
+    return None
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Rows and columns of a head's weight, packed or not."""
+    rows, columns = module.weight.shape
+    if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        columns = columns * 32 // module.bits
+    return rows, columns
+
+
+def _product(module: nn.Module) -> Callable[[mx.array], mx.array]:
+    """What a head multiplies hidden states with."""
+    tied = isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
+    multiply: Callable[[mx.array], mx.array] = module.as_linear if tied else module
+    return multiply
+
+
+def _fit(
+    logits: Callable[[mx.array], mx.array],
+    product: Callable[[mx.array], mx.array],
+    width: int,
+    dtype: mx.Dtype,
+) -> LogitTransform | None:
+    """What makes logits of a head's product, if a scale and a soft cap do.
+
+    Args:
+        logits: of hidden states [n, d], by the model.
+        product: of hidden states [n, d], by the head.
+        width: d.
+        dtype: of the model's hidden states.
+    """
+    # Keys of its own: whoever loads a model draws as if nothing had been drawn here.
+    states = mx.random.normal((2, width), key=mx.random.key(0))
+
+    def at(size: float) -> tuple[mx.array, mx.array]:
+        hidden = (states * size).astype(dtype)
+        return logits(hidden).astype(mx.float32), product(hidden).astype(mx.float32)
+
+    def largest(array: mx.array) -> float:
+        size: Any = mx.abs(array).max().item()
+        return float(size)
+
+    # The size of hidden states at which the product, as the model scales it, is near the smallest:
+    # there a cap bends nothing, and the logits tell the scale.
+    unit = 1.0
+    for _ in range(3):
+        size = largest(at(unit)[0])
+        if not math.isfinite(size) or size == 0:
+            return None
+        unit *= _SIZES[0] / size
+    small, raw = at(unit)
+    scale = _slope(raw, small)
+    if not math.isfinite(scale) or scale == 0:
+        return None
+    rounding = _ROUNDING.get(dtype, _ROUNDING[mx.float32])
+    top, raw_top = at(unit * _SIZES[-1] / _SIZES[0])
+    cap = None
+    if largest(top) * _SATURATED < abs(scale) * largest(raw_top):
+        cap = _shortest(largest(top), rounding / 4)
+        share = mx.clip(small / cap, -0.999, 0.999)
+        scale = _slope(raw, cap * mx.arctanh(share))
+    # Sums over all rows: rounding cancels in them.
+    transform = LogitTransform(_shortest(scale, 1e-5 if dtype == mx.float32 else 1e-3), cap)
+    for size in _SIZES:
+        made, raw = at(unit * size / _SIZES[0])
+        error = largest(made - transform.apply(raw))
+        if not error <= rounding * largest(made):
+            return None
+    return transform
+
+
+def _slope(raw: mx.array, logits: mx.array) -> float:
+    """The factor from one array to another, by least squares."""
+    slope: Any = ((raw * logits).sum() / (raw * raw).sum()).item()
+    return float(slope)
+
+
+def _shortest(value: float, rounding: float) -> float:
+    """The number with the fewest digits, or one over it, within a relative error of a value."""
+    for digits in range(1, 9):
+        for candidate in (float(f"{value:.{digits}g}"), 1 / float(f"{1 / value:.{digits}g}")):
+            if abs(candidate - value) <= rounding * abs(value):
+                return candidate
+    return value
