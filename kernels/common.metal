@@ -64,6 +64,24 @@ METAL_FUNC float bounded(float logit, float temperature) {
   return logit < least ? least : logit;
 }
 
+// What a model does to its head's product: its scale, and its soft cap (0: it has none).
+struct Transform {
+  float scale;
+  float cap;
+};
+
+METAL_FUNC float transformed(float product, Transform model) {
+  const float logit = model.scale * product;
+  return model.cap > 0.0f ? model.cap * tanh(logit / model.cap) : logit;
+}
+
+// The derivative of a logit by the product that it is made of.
+METAL_FUNC float by_product(float logit, Transform model) {
+  const float share = model.cap > 0.0f ? logit / model.cap : 0.0f;
+  // 1 - tanh^2 as a product: next to the cap a difference of squares keeps fewer digits.
+  return model.scale * (1.0f - share) * (1.0f + share);
+}
+
 // log(q / m) and log(p / m) where m = beta p + (1 - beta) q.
 struct LogRatios {
   float student;

@@ -1,6 +1,8 @@
-// Generalised Jensen-Shannon divergence of two rows of logits, and its gradient by the student's.
+// Generalised Jensen-Shannon divergence of two rows of logits, and its gradient by the student's
+// product, of which its logits are made.
 //
-// inputs   student [n, V] T, teacher [n, V] U, settings [2] float: temperature, beta
+// inputs   student [n, V] T and teacher [n, V] U, the heads' products; settings [6] float:
+//          temperature, beta, the student's scale and soft cap (0: none), the teacher's
 // outputs  value [n] float, gradient [n, V] T
 // template T, U, THREADS, KIND: 0 forward KL (beta 0), 1 reverse KL (beta 1), 2 between them
 // launch   a threadgroup of THREADS for each row
@@ -17,6 +19,8 @@ const size_t begin = size_t(row) * width;
 const float temperature = settings[0];
 const float beta = settings[1];
 const float scale = 1.0f / temperature;
+const Transform student_model = {settings[2], settings[3]};
+const Transform teacher_model = {settings[4], settings[5]};
 
 // First reading: both normalisers.
 Softmax mine = empty_softmax();
@@ -24,8 +28,10 @@ Softmax mine_teacher = empty_softmax();
 // The reverse KL's sum of exp(scale (s - s_most)) gap, where gap = (s - s_most) - (t - t_most).
 float gaps = 0.0f;
 for (uint j = self; j < width; j += THREADS) {
-  const float s = bounded(static_cast<float>(student[begin + j]), temperature);
-  const float t = bounded(static_cast<float>(teacher[begin + j]), temperature);
+  const float s = bounded(
+      transformed(static_cast<float>(student[begin + j]), student_model), temperature);
+  const float t = bounded(
+      transformed(static_cast<float>(teacher[begin + j]), teacher_model), temperature);
   const Softmax next = with_another(mine, s, scale);
   const Softmax next_teacher = with_another(mine_teacher, t, scale);
   if (KIND == 1) {
@@ -52,8 +58,10 @@ if (KIND == 1) {
 }
 if (KIND == 2) {
   for (uint j = self; j < width; j += THREADS) {
-    const float s = bounded(static_cast<float>(student[begin + j]), temperature);
-    const float t = bounded(static_cast<float>(teacher[begin + j]), temperature);
+    const float s = bounded(
+      transformed(static_cast<float>(student[begin + j]), student_model), temperature);
+    const float t = bounded(
+      transformed(static_cast<float>(teacher[begin + j]), teacher_model), temperature);
     const float log_q = scale * (s - ours.most) - log_sum;
     const float log_p = scale * (t - theirs.most) - log_sum_teacher;
     const LogRatios ratios = log_ratios(log_q, log_p, beta);
@@ -65,8 +73,10 @@ if (KIND == 2) {
 
 // Last reading: the gradient.
 for (uint j = self; j < width; j += THREADS) {
-  const float s = bounded(static_cast<float>(student[begin + j]), temperature);
-  const float t = bounded(static_cast<float>(teacher[begin + j]), temperature);
+  const float s = bounded(
+      transformed(static_cast<float>(student[begin + j]), student_model), temperature);
+  const float t = bounded(
+      transformed(static_cast<float>(teacher[begin + j]), teacher_model), temperature);
   const float log_q = scale * (s - ours.most) - log_sum;
   const float log_p = scale * (t - theirs.most) - log_sum_teacher;
   const float q = exp(log_q);
@@ -81,7 +91,7 @@ for (uint j = self; j < width; j += THREADS) {
   } else {
     slope = (1.0f - beta) * q * (log_ratios(log_q, log_p, beta).student - of_student);
   }
-  gradient[begin + j] = static_cast<T>(temperature * slope);
+  gradient[begin + j] = static_cast<T>(temperature * slope * by_product(s, student_model));
 }
 of_teacher = block_sum(of_teacher, scratch, lane, simdgroup, THREADS / 32);
 if (self == 0) {

@@ -20,6 +20,7 @@ from mlx_fd.feedback.loss_terms import LOSSES, Forwarded
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import Batch, Sample
 from mlx_fd.losses.divergence import Target, TopK, fused_linear_divergences, one_hot, top_k_gap
+from mlx_fd.losses.head import head_rows
 from mlx_fd.models import taps
 from mlx_fd.models.attention_taps import LOG_ZERO
 from mlx_fd.models.loading import Loaded
@@ -154,7 +155,7 @@ def _token_losses(
     targets = []
     if with_tokens:
         # Over padding too, as when the student generates.
-        rows = head.weight.shape[0]
+        rows = head_rows(head)
         sure = one_hot(batch.targets)
         targets.append(Target(sure, None, weights(with_tokens), "forward", 1.0, rows))
     if with_teacher:

@@ -15,12 +15,12 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
-from mlx import nn
 
 from mlx_fd.losses import graph, kernels
 from mlx_fd.losses.graph import Rows
-from mlx_fd.losses.head import Head, Parameters, head_rows, linear_head
+from mlx_fd.losses.head import DenseHead, Head, Parameters, head_rows, logit_head
 from mlx_fd.models.backend import backend
+from mlx_fd.models.logit_transform import LogitSource, LogitTransform
 from mlx_fd.models.memory import LOGIT_BUDGET
 
 # Of logits that stay in a CPU's cache while dozens of operations pass over them.
@@ -52,7 +52,7 @@ def one_hot(targets: mx.array) -> TopK:
 
 
 def teacher_top_k(
-    hidden: mx.array, head: nn.Module, *, k: int, temperature: float, vocab: int
+    hidden: mx.array, head: LogitSource, *, k: int, temperature: float, vocab: int
 ) -> TopK:
     """The k likeliest tokens of a teacher, logits a chunk at a time.
 
@@ -63,8 +63,8 @@ def teacher_top_k(
         temperature: T, above 0.
         vocab: V, the real tokens that the models share.
     """
-    teacher = linear_head(head, vocab)
-    chunk = chunk_size(len(hidden), vocab, 3 + teacher.widen)
+    teacher = logit_head(head, vocab)
+    chunk = chunk_size(len(hidden), vocab, 3 + teacher.extra_arrays)
     parts: list[tuple[mx.array, ...]] = []
     for start in range(0, len(hidden), chunk):
         logits = teacher.logits(hidden[start : start + chunk]).astype(mx.float32) / temperature
@@ -75,7 +75,7 @@ def teacher_top_k(
 
 
 def teacher_at(
-    hidden: mx.array, head: nn.Module, tokens: mx.array, *, temperature: float, vocab: int
+    hidden: mx.array, head: LogitSource, tokens: mx.array, *, temperature: float, vocab: int
 ) -> TopK:
     """What a teacher says of chosen tokens, logits a chunk at a time.
 
@@ -86,8 +86,8 @@ def teacher_at(
         temperature: T, above 0.
         vocab: V, the real tokens that the models share.
     """
-    teacher = linear_head(head, vocab)
-    chunk = chunk_size(len(hidden), vocab, 3 + teacher.widen)
+    teacher = logit_head(head, vocab)
+    chunk = chunk_size(len(hidden), vocab, 3 + teacher.extra_arrays)
     parts: list[tuple[mx.array, mx.array]] = []
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
@@ -100,7 +100,7 @@ def teacher_at(
 
 
 def token_log_probabilities(
-    hidden: mx.array, head: nn.Module, tokens: mx.array, *, temperature: float, vocab: int
+    hidden: mx.array, head: LogitSource, tokens: mx.array, *, temperature: float, vocab: int
 ) -> tuple[mx.array, mx.array]:
     """Log-probabilities of tokens, and the entropies of the distributions they are of.
 
@@ -115,8 +115,8 @@ def token_log_probabilities(
         log softmax(z / T) of each token and the entropy of softmax(z / T), in nats, [N] each,
         float32; nothing is differentiable.
     """
-    student = linear_head(head, vocab)
-    chunk = chunk_size(len(hidden), vocab, 4 + student.widen)
+    student = logit_head(head, vocab)
+    chunk = chunk_size(len(hidden), vocab, 4 + student.extra_arrays)
     parts: list[tuple[mx.array, mx.array]] = []
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
@@ -133,7 +133,7 @@ def token_log_probabilities(
 
 def top_k_gap(
     student_hidden: mx.array,
-    student_head: nn.Module,
+    student_head: LogitSource,
     teacher: TopK,
     *,
     kind: str,
@@ -168,8 +168,8 @@ def top_k_gap(
     Returns:
         The bound [N], and p_t [N], float32, exact to float32's rounding.
     """
-    student = linear_head(student_head, vocab)
-    chunk = chunk_size(len(student_hidden), vocab, 5 + student.widen)
+    student = logit_head(student_head, vocab)
+    chunk = chunk_size(len(student_hidden), vocab, 5 + student.extra_arrays)
     parts: list[tuple[mx.array, mx.array]] = []
     for start in range(0, len(student_hidden), chunk):
         part = slice(start, start + chunk)
@@ -227,7 +227,7 @@ class Target:
     """
 
     outputs: mx.array | TopK
-    head: nn.Module | None
+    head: LogitSource | None
     weights: mx.array
     kind: str
     temperature: float
@@ -259,7 +259,7 @@ class Target:
     def teacher(
         cls,
         outputs: mx.array | TopK,
-        head: nn.Module | None = None,
+        head: LogitSource | None = None,
         *,
         kind: str = "forward",
         temperature: float = 1.0,
@@ -271,7 +271,7 @@ class Target:
 
         Args:
             outputs: its hidden states [..., d_teacher] after the final norm, or its top k.
-            head: its ``nn.Linear``, ``nn.Embedding`` (a tied head) or the quantised form of one;
+            head: what makes its logits, as :func:`~mlx_fd.losses.head.logit_head` takes it;
                 ``None`` with a :class:`TopK`.
             kind: ``"forward"`` is KL(teacher || student), ``"reverse"`` KL(student || teacher),
                 ``"jsd"`` the generalised Jensen-Shannon divergence.
@@ -297,7 +297,7 @@ class Target:
 
 def fused_linear_divergence(
     student_hidden: mx.array,
-    student_head: nn.Module,
+    student_head: LogitSource,
     target: Target,
     *,
     chunk: int | None = None,
@@ -318,7 +318,7 @@ def fused_linear_divergence(
 
     Args:
         student_hidden: [..., d_student], after the final norm, any float type.
-        student_head: ``nn.Linear``, ``nn.Embedding`` (a tied head) or the quantised form of one.
+        student_head: as :func:`~mlx_fd.losses.head.logit_head` takes it.
         target: what the distributions are to be like, at as many positions.
         chunk: tokens at a time; ``None`` for as many as :data:`LOGIT_BUDGET` bytes allow.
 
@@ -336,7 +336,7 @@ def fused_linear_divergence(
 
 def fused_linear_divergences(
     student_hidden: mx.array,
-    student_head: nn.Module,
+    student_head: LogitSource,
     targets: Sequence[Target],
     *,
     chunk: int | None = None,
@@ -346,7 +346,7 @@ def fused_linear_divergences(
 
     Args:
         student_hidden: [..., d_student], after the final norm, any float type; N positions.
-        student_head: ``nn.Linear``, ``nn.Embedding`` (a tied head) or the quantised form of one.
+        student_head: as :func:`~mlx_fd.losses.head.logit_head` takes it.
         targets: at least one; :func:`fused_linear_divergence` says what each adds.
         chunk: tokens at a time; ``None`` for as many as :data:`LOGIT_BUDGET` bytes allow.
         differentiable: whether the gradient is made; where only the value is wanted, it saves a
@@ -360,20 +360,25 @@ def fused_linear_divergences(
         ValueError: as :func:`fused_linear_divergence`.
     """
     student_hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
-    plans = [_Plan(target, _vocab(target, student_head)) for target in targets]
-    for plan in plans:
-        if len(plan.weights) != len(student_hidden):
+    for target in targets:
+        if len(target.weights) != len(student_hidden):
             raise ValueError(
-                f"{len(student_hidden)} hidden states, but a target for {len(plan.weights)} tokens"
+                f"{len(student_hidden)} hidden states, but a target for {len(target.weights)} "
+                "tokens"
             )
-    student = linear_head(student_head, max(plan.vocab for plan in plans))
-    widen = student.widen or any(plan.head is not None and plan.head.widen for plan in plans)
+    vocabs = [_vocab(target, student_head) for target in targets]
+    student = logit_head(student_head, max(vocabs))
+    plans = [
+        _Plan(target, vocab, student.transform)
+        for target, vocab in zip(targets, vocabs, strict=True)
+    ]
+    heads = [student, *(plan.head for plan in plans if plan.head is not None)]
     # The student's logits, their gradient, and the teacher's; sums of gradients; tiles, of which
-    # MLX makes many ahead; and what operations that are no kernel make on their way, where not a
-    # few rows at a time.
-    arrays = 2 + sum(plan.head is not None for plan in plans) + (len(plans) > 1) + widen
+    # MLX makes many ahead, and transformed logits; and what operations that are no kernel make on
+    # their way, where not a few rows at a time.
+    arrays = 1 + len(heads) + (len(plans) > 1) + max(head.extra_arrays for head in heads)
     arrays += 0 if backend().on_cpu else 2
-    per_chunk = chunk or chunk_size(len(student_hidden), student.weight.shape[0], arrays)
+    per_chunk = chunk or chunk_size(len(student_hidden), max(vocabs), arrays)
     if not differentiable:
         result, values, _, _ = _in_chunks(student_hidden, student, plans, per_chunk, backward=False)
         return mx.stop_gradient(result), mx.stop_gradient(values)
@@ -397,7 +402,7 @@ def fused_linear_divergences(
     return made[0], mx.stop_gradient(made[1])
 
 
-def _vocab(target: Target, student_head: nn.Module) -> int:
+def _vocab(target: Target, student_head: LogitSource) -> int:
     """A target's vocabulary; where it names none, the rows of the heads that take part."""
     if target.vocab is not None:
         return target.vocab
@@ -420,28 +425,28 @@ class _Plan:
     """A target made ready: its row function, and what that reads, token by token.
 
     Attributes:
-        rows: of the student's logits [n, V] and what is known of the teacher.
+        rows: of the student's product [n, V] and what is known of the teacher.
         known: arrays [N, ...].
-        head: makes logits of the only one of them, where there is one.
+        head: makes the teacher's product of the only one of them, where there is one.
         weights: [N], float32.
         mask: [N], or ``None``.
         vocab: V.
     """
 
-    def __init__(self, target: Target, vocab: int):
-        self.rows = _row_function(target)
+    def __init__(self, target: Target, vocab: int, student: LogitTransform):
         self.vocab = vocab
         self.weights = mx.stop_gradient(target.weights.astype(mx.float32))
         self.mask = None if target.mask is None else target.mask.astype(mx.bool_)
-        self.head: Head | None = None
+        self.head: Head | DenseHead | None = None
         outputs = target.outputs
         if isinstance(outputs, TopK):
             known = [outputs.values, outputs.indices, outputs.log_sum_exp]
         elif target.head is None:
             raise ValueError("the teacher's hidden states need its head")
         else:
-            known, self.head = [outputs], linear_head(target.head, vocab)
+            known, self.head = [outputs], logit_head(target.head, vocab)
         self.known = [mx.stop_gradient(values) for values in known]
+        self.rows = _row_function(target, student, self.head.transform if self.head else None)
 
     def reads(self, part: slice) -> list[mx.array]:
         """What is known of some tokens, 0 where there are none."""
@@ -449,7 +454,7 @@ class _Plan:
 
 
 def _in_chunks(
-    hidden: mx.array, head: Head, plans: list[_Plan], chunk: int, *, backward: bool
+    hidden: mx.array, head: Head | DenseHead, plans: list[_Plan], chunk: int, *, backward: bool
 ) -> tuple[mx.array, mx.array, mx.array, Parameters]:
     """The weighted sum, its terms, its gradient by ``hidden``, and by what of the head is learned.
 
@@ -479,7 +484,7 @@ def _in_chunks(
         if values:
             done = [total, values[-1], *grad_hidden[-1:], *grad_head.values()]
             student, *known = mx.depends([student, *known], done)
-        logits = head.logits(student, logits)
+        logits = head.product(student, logits)
         if logits.dtype == mx.float16:
             # The gradient comes in the logits' type, and float16 has nothing as small.
             logits = logits.astype(mx.float32)
@@ -492,7 +497,7 @@ def _in_chunks(
         for place, plan in enumerate(plans):
             mine, known = known[: len(plan.known)], known[len(plan.known) :]
             if plan.head is not None:
-                teacher[place] = plan.head.logits(mine[0], teacher[place])
+                teacher[place] = plan.head.product(mine[0], teacher[place])
                 mine = [teacher[place]]
             arrays += mine
         found, grad = _in_cache(rows, arrays, grad)
@@ -500,7 +505,7 @@ def _in_chunks(
         total = total + (found * weights).sum()
         values.append(found)
         if backward:
-            grad_hidden.append(head.input_gradient(grad, hidden.dtype) * counts[:, None])
+            grad_hidden.append(head.input_gradient(grad, student) * counts[:, None])
             now = head.parameter_gradients(grad, student, counts)
             grad_head = {name: value + grad_head.get(name, 0) for name, value in now.items()}
     every = mx.concatenate(values)[:n]
@@ -560,7 +565,14 @@ def _in_cache(
     return mx.concatenate(values), grads
 
 
-def _row_function(target: Target) -> Rows:
+def _row_function(target: Target, student: LogitTransform, teacher: LogitTransform | None) -> Rows:
+    """Of the models' products: what each does to its own is done by the rows.
+
+    Args:
+        target: the divergence and its options.
+        student: what the student does to its product.
+        teacher: what the teacher does; ``None`` where its logits are known as they are.
+    """
     betas = {"forward": 0.0, "reverse": 1.0, "jsd": target.beta}
     if target.kind not in betas:
         raise ValueError(f'kind must be "forward", "reverse" or "jsd", not {target.kind!r}')
@@ -570,17 +582,24 @@ def _row_function(target: Target) -> Rows:
     if isinstance(target.outputs, TopK):
         if target.standardize:
             raise ValueError("k of a teacher's logits do not give the spread of all of them")
-        return partial(
+        top_k = partial(
             graph.top_k_divergence_rows,
             beta=beta,
             temperature=temperature,
             tail=target.tail,
             clip=target.clip,
         )
+        return partial(graph.transformed_rows, top_k, student, None)
+    assert teacher is not None
     if math.isfinite(target.clip):
-        clipped = partial(
+        rows = partial(
             graph.clipped_divergence_rows, beta=beta, temperature=temperature, clip=target.clip
         )
-        return partial(graph.standardized_rows, clipped) if target.standardize else clipped
-    rows = partial(kernels.divergence_rows, beta=beta, temperature=temperature, on=kernels.chosen())
-    return partial(graph.standardized_rows, rows) if target.standardize else rows
+    else:
+        on = kernels.chosen()
+        rows = partial(kernels.divergence_rows, beta=beta, temperature=temperature, on=on)
+        if not target.standardize:
+            return partial(rows, transforms=(student, teacher))
+    if target.standardize:
+        rows = partial(graph.standardized_rows, rows)
+    return partial(graph.transformed_rows, rows, student, teacher)

@@ -13,6 +13,7 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_fd.models.backend import backend
+from mlx_fd.models.logit_transform import LogitTransform
 
 # Stands in for a logit of -inf, so that 0 * log 0 is 0: far below any logit, and still a number.
 _MIN_LOGIT = -1e20
@@ -287,6 +288,32 @@ def top_k_divergence_rows(
         shared = powers * (grad[:, -1:] / total)
         grad = mx.put_along_axis(shared, indices, grad[:, :-1], axis=-1)
     return temperature**2 * value, (temperature * grad).astype(student_logits.dtype)
+
+
+def transformed_rows(
+    rows: Rows,
+    student: LogitTransform,
+    teacher: LogitTransform | None,
+    student_product: mx.array,
+    *known: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """``rows`` of logits, from the heads' products that the models make them of.
+
+    Args:
+        rows: gives values [n] and the gradient by the student's logits [n, V].
+        student: what the student does to its product.
+        teacher: what the teacher does to the first array that is known of it; ``None``: nothing.
+        student_product: [n, V], any float type.
+        *known: of the teacher, as ``rows`` takes it.
+
+    Returns:
+        The values [n], float32, and the gradient [n, V] by ``student_product``, in its type.
+    """
+    if teacher is not None:
+        known = (teacher.apply(known[0]), *known[1:])
+    logits = student.apply(student_product)
+    value, grad = rows(logits, *known)
+    return value, student.raw_gradient(grad, logits).astype(student_product.dtype)
 
 
 def standardized_rows(

@@ -1,19 +1,21 @@
-"""A language model's head as a matrix: its product with hidden states, and that product's gradient.
+"""A language model's head: what it makes of hidden states, and the gradient of that.
 
 MLX can differentiate a head itself. Here both directions are plain functions, for a loss that makes
-its gradient along with its value.
+its gradient along with its value. What a model does to its head's product (a scale, a soft cap) is
+with the head; the row functions apply it and differentiate it, a logit at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 from mlx import nn
 
 from mlx_fd.models.backend import backend
+from mlx_fd.models.logit_transform import DenseLogits, LinearLogits, LogitSource, LogitTransform
 
 # What a weight may take in float32 where it is widened a tile at a time.
 _TILE_BYTES = 4 * 2**20
@@ -28,7 +30,7 @@ Parameters = dict[str, Any]
 
 @dataclass(frozen=True)
 class Head:
-    """The first V rows of a head: logits = hidden @ weight.T + bias.
+    """The first V rows of a linear head: logits = transform(hidden @ weight.T + bias).
 
     Attributes:
         weight: [V, d], or packed integers.
@@ -37,6 +39,7 @@ class Head:
             biases), group_size, bits and mode.
         trained: which of ``weight`` and ``bias`` are learned.
         widen: multiply in float32, with a tile of the vocabulary's weights widened at a time.
+        transform: what the model does to the product.
     """
 
     weight: mx.array
@@ -44,18 +47,28 @@ class Head:
     packing: Mapping[str, Any]
     trained: tuple[str, ...]
     widen: bool
+    transform: LogitTransform
+
+    @property
+    def extra_arrays(self) -> int:
+        """How many arrays of the logits' shape there are on the way to them."""
+        return int(self.widen) + (not self.transform.is_identity)
 
     def parameters(self) -> Parameters:
         """What is learned, by its name."""
         return {name: getattr(self, name) for name in self.trained}
 
-    def logits(self, hidden: mx.array, used: mx.array | None = None) -> mx.array:
-        """Logits [n, V] of hidden states [n, d]; float32 where it widens.
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits [n, V] of hidden states [n, d]; float32 where it widens or transforms."""
+        return self.transform.apply(self.product(hidden))
+
+    def product(self, hidden: mx.array, used: mx.array | None = None) -> mx.array:
+        """Logits [n, V] before their transform; float32 where it widens.
 
         Args:
-            hidden: any float type.
-            used: logits [n, V] of other states, which nothing needs any more. On a CPU these are
-                written over them, tile by tile: fresh memory from the system costs as much as ten
+            hidden: [n, d], any float type.
+            used: a product [n, V] of other states, which nothing needs any more. On a CPU this one
+                is written over it, tile by tile: fresh memory from the system costs as much as ten
                 operations.
         """
         if self.widen or (used is not None and self._tiled):
@@ -76,12 +89,12 @@ class Head:
             logits = hidden @ self.weight.T
         return logits if self.bias is None else logits + self.bias
 
-    def input_gradient(self, grad: mx.array, dtype: mx.Dtype) -> mx.array:
-        """The gradient by the hidden states [n, d], from that by the logits [n, V].
+    def input_gradient(self, grad: mx.array, hidden: mx.array) -> mx.array:
+        """The gradient by the hidden states [n, d], from that by the product [n, V].
 
         Args:
-            grad: float32, or the type of the logits.
-            dtype: of the hidden states, in which the product is made unless the head widens.
+            grad: float32, or the type of the product.
+            hidden: [n, d]; its type is the one to multiply in, unless the head widens.
         """
         if self._tiled:
             sums: list[mx.array] = []
@@ -89,9 +102,11 @@ class Head:
                 part = grad[:, tile] @ self._rows(tile, sums)
                 sums = [sums[0] + part] if sums else [part]
             return sums[0]
-        if dtype == mx.float16:
-            return self._way_back((grad * _FLOAT16_SCALE).astype(dtype)) / _FLOAT16_SCALE
-        return self._way_back(grad.astype(dtype))
+        if hidden.dtype == mx.float16:
+            # By the logits again: their scale may have made it much smaller.
+            scale = _FLOAT16_SCALE / abs(self.transform.scale)
+            return self._way_back((grad * scale).astype(hidden.dtype)) / scale
+        return self._way_back(grad.astype(hidden.dtype))
 
     def parameter_gradients(
         self, grad: mx.array, hidden: mx.array, weights: mx.array
@@ -99,7 +114,7 @@ class Head:
         """The gradients by what is learned, float32.
 
         Args:
-            grad: [n, V], by the logits of each row.
+            grad: [n, V], by the product of each row.
             hidden: [n, d].
             weights: [n], what each row counts.
         """
@@ -147,31 +162,87 @@ class Head:
         return mx.dequantize(weight, **packing).astype(mx.float32)
 
 
-def head_rows(module: nn.Module) -> int:
-    """How many logits a head makes.
+@dataclass(frozen=True)
+class DenseHead:
+    """The first V logits of a model that makes them in a way of its own; it learns nothing.
+
+    Value and gradient are MLX's, of the model's own function: right whatever that does, and slower.
+
+    Attributes:
+        source: what makes the logits.
+        vocab: V.
+        transform: none, as there is no product that something would be done to.
+    """
+
+    source: DenseLogits
+    vocab: int
+    transform: ClassVar[LogitTransform] = LogitTransform()
+    # How many of them the model makes on its way is not known: a cap and a type make two.
+    extra_arrays: ClassVar[int] = 2
+
+    def parameters(self) -> Parameters:
+        """Nothing is learned."""
+        return {}
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits [n, V] of hidden states [n, d], in the type that the model makes them in."""
+        return self.source.call(hidden)[:, : self.vocab]
+
+    def product(self, hidden: mx.array, used: mx.array | None = None) -> mx.array:
+        """The same, as :class:`Head` calls what its transform is still to be applied to."""
+        return self.logits(hidden)
+
+    def input_gradient(self, grad: mx.array, hidden: mx.array) -> mx.array:
+        """The gradient by the hidden states [n, d], float32, from that by the logits [n, V]."""
+        scale = _FLOAT16_SCALE if hidden.dtype == mx.float16 else 1.0
+
+        def logits(states: mx.array) -> mx.array:
+            return self.logits(states).astype(mx.float32)
+
+        _, (gradient,) = mx.vjp(logits, [hidden], [grad.astype(mx.float32) * scale])
+        return gradient.astype(mx.float32) / scale
+
+    def parameter_gradients(
+        self, grad: mx.array, hidden: mx.array, weights: mx.array
+    ) -> Parameters:
+        """Nothing is learned."""
+        return {}
+
+
+def head_rows(source: LogitSource) -> int:
+    """How many logits a model makes, those of padding included.
 
     Raises:
-        ValueError: it is no head that :func:`linear_head` takes.
+        ValueError: it has no head that :func:`logit_head` takes.
     """
+    if isinstance(source, DenseLogits):
+        return source.rows
+    module = source.module if isinstance(source, LinearLogits) else source
     heads = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
     if not isinstance(module, heads):
         raise ValueError(f"a head is a linear layer or an embedding, not {type(module).__name__}")
     return int(module.weight.shape[0])
 
 
-def linear_head(module: nn.Module, vocab: int) -> Head:
-    """The part of a head that makes the first ``vocab`` logits.
+def logit_head(source: LogitSource, vocab: int) -> Head | DenseHead:
+    """What makes the first ``vocab`` logits, as the model makes them.
 
     Args:
-        module: ``nn.Linear``, ``nn.Embedding`` (a tied head) or the quantised form of one.
-        vocab: V; rows beyond are padding.
+        source: a linear head with what the model does after it, or its own function. A bare
+            ``nn.Linear``, ``nn.Embedding`` (a tied head) or the quantised form of one is a head
+            with nothing after it.
+        vocab: V; logits beyond are padding.
 
     Raises:
-        ValueError: it is none of these, or has fewer rows.
+        ValueError: it is none of these, or makes fewer logits.
     """
-    quantized = isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
-    if vocab > (rows := head_rows(module)):
+    if vocab > (rows := head_rows(source)):
         raise ValueError(f"vocab = {vocab}, but the head has {rows} rows")
+    if isinstance(source, DenseLogits):
+        return DenseHead(source, vocab)
+    linear = source if isinstance(source, LinearLogits) else LinearLogits(source)
+    module = linear.module
+    quantized = isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
     bias = module.get("bias")
     names = ("scales", "biases", "group_size", "bits", "mode") if quantized else ()
     return Head(
@@ -181,6 +252,7 @@ def linear_head(module: nn.Module, vocab: int) -> Head:
         tuple(name for name in ("weight", "bias") if name in module.trainable_parameters()),
         # A CPU's half precision and quantised products are scalar loops.
         backend().on_cpu and (quantized or module.weight.dtype != mx.float32),
+        linear.transform,
     )
 
 

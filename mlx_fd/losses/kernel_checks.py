@@ -11,6 +11,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mlx_fd.models.logit_transform import LogitTransform
+
 Array = NDArray[np.float64]
 
 _MIN_SQUARED_NORM = 1e-12
@@ -20,6 +22,8 @@ _LIMITS = {mx.float32: 1e-5, mx.bfloat16: 1e-2, mx.float16: 2e-3}
 _EXACT = 1e-9
 # Odd, and not much more than a threadgroup's threads.
 _ROWS, _VOCAB, _WIDTH, _POSITIONS, _K = 3, 1003, 321, 5, 20
+# Tight caps: of logits of about 3, some come near them.
+_TRANSFORMS = (LogitTransform(2.0, 10.0), LogitTransform(0.5, 5.0))
 
 
 class RowFunctions(NamedTuple):
@@ -56,12 +60,19 @@ class Check:
 
 
 def divergence_reference(
-    student: ArrayLike, teacher: ArrayLike, *, beta: float, temperature: float
+    student: ArrayLike,
+    teacher: ArrayLike,
+    *,
+    beta: float,
+    temperature: float,
+    transforms: Sequence[LogitTransform] = (),
 ) -> tuple[Array, Array]:
     """:func:`mlx_fd.losses.kernels.divergence_rows` in float64."""
-    log_q, log_p = (
-        _log_softmax(np.asarray(logits, np.float64) / temperature) for logits in (student, teacher)
-    )
+    rows = [np.asarray(logits, np.float64) for logits in (student, teacher)]
+    slopes: Array | float = 1.0
+    if transforms:
+        (rows[0], slopes), (rows[1], _) = map(_transformed, rows, transforms)
+    log_q, log_p = (_log_softmax(logits / temperature) for logits in rows)
     q, p = np.exp(log_q), np.exp(log_p)
 
     def kl(weights: Array, log_ratio: Array) -> Array:
@@ -80,7 +91,18 @@ def divergence_reference(
             of_student = kl(q, log_q - middle)
             value = beta * kl(p, log_p - middle) + (1 - beta) * of_student
             grad = np.where(q > 0, (1 - beta) * q * (log_q - middle - of_student[:, None]), 0)
-    return temperature**2 * value, temperature * grad
+    return temperature**2 * value, temperature * grad * slopes
+
+
+def _transformed(raw: Array, transform: LogitTransform) -> tuple[Array, Array]:
+    """Logits, and their derivatives by the product that they are made of."""
+    scaled = transform.scale * raw
+    if transform.soft_cap is None:
+        return scaled, np.full_like(raw, transform.scale)
+    cap = transform.soft_cap
+    # cosh overflows to inf where the cap is reached, and the derivative is 0.
+    with np.errstate(over="ignore"):
+        return cap * np.tanh(scaled / cap), transform.scale / np.cosh(scaled / cap) ** 2
 
 
 def alignment_reference(
@@ -157,6 +179,9 @@ def _cases(rows: RowFunctions, dtypes: Sequence[mx.Dtype]) -> Iterator[_Case]:
                 what = f"{kind}, {name}{near}"
                 options = {"beta": beta, "temperature": 2.0}
                 yield _Case(what, rows.divergence, divergence_reference, pair, options)
+        what = f"JSD of scaled and capped logits, {name}"
+        capped = {"beta": 0.3, "temperature": 2.0, "transforms": _TRANSFORMS}
+        yield _Case(what, rows.divergence, divergence_reference, pairs[""], capped)
         hidden = some(_ROWS, _POSITIONS, _WIDTH).astype(dtype)
         each = some(_ROWS, _POSITIONS, _WIDTH).astype(dtype)
         mask = mx.array(random.random((_ROWS, _POSITIONS)) < 0.6)

@@ -12,14 +12,20 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 
 from mlx_fd.errors import UserError
 from mlx_fd.losses import graph, kernel_checks
 from mlx_fd.models.backend import backend
+from mlx_fd.models.logit_transform import LogitTransform
+
+# The student's and the teacher's.
+Transforms: TypeAlias = tuple[LogitTransform, LogitTransform]
+IDENTITY: Transforms = (LogitTransform(), LogitTransform())
 
 VARIABLE = "MLX_FD_KERNELS"
 # Threads of a threadgroup.
@@ -110,6 +116,7 @@ def divergence_rows(
     *,
     beta: float,
     temperature: float,
+    transforms: Transforms = IDENTITY,
     on: str | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Generalised Jensen-Shannon divergence of each row, and its gradient.
@@ -130,6 +137,8 @@ def divergence_rows(
         teacher_logits: [n, V], any float type.
         beta: in [0, 1].
         temperature: T, above 0.
+        transforms: the student's and the teacher's: what still makes logits of the two arrays,
+            which are then the heads' products; the gradient is by the product.
         on: ``"graph"``, ``"metal"`` or ``"cuda"``; ``None`` for :func:`chosen`.
 
     Returns:
@@ -137,14 +146,17 @@ def divergence_rows(
     """
     where = on or chosen()
     if where == "graph":
-        return graph.divergence_rows(
-            student_logits, teacher_logits, beta=beta, temperature=temperature
-        )
+        plain = partial(graph.divergence_rows, beta=beta, temperature=temperature)
+        return graph.transformed_rows(plain, *transforms, student_logits, teacher_logits)
+    settings = [temperature, beta]
+    for transform in transforms:
+        # Of 0 the kernel makes no cap.
+        settings += [transform.scale, transform.soft_cap or 0.0]
     rows = student_logits.shape[0]
     value, gradient = _launch(
         where,
         "divergence",
-        [student_logits, teacher_logits, mx.array([temperature, beta], mx.float32)],
+        [student_logits, teacher_logits, mx.array(settings, mx.float32)],
         [((rows,), mx.float32), (student_logits.shape, student_logits.dtype)],
         rows,
         T=student_logits.dtype,

@@ -23,7 +23,7 @@ from mlx_fd.losses.divergence import (
     teacher_top_k,
     top_k_gap,
 )
-from mlx_fd.losses.head import linear_head
+from mlx_fd.losses.head import logit_head
 from mlx_fd.losses.hidden import hidden_alignment_loss
 from mlx_fd.losses.kernel_checks import (
     alignment_reference,
@@ -343,22 +343,22 @@ def test_a_heads_products(form, dtype, widen, monkeypatch):
     """As on a GPU, and as on a CPU: with so little room that the weight takes several tiles."""
     monkeypatch.setattr("mlx_fd.losses.head._TILE_BYTES", 7 * 4 * 128)
     module, weight, bias = head(form, 45, 128, dtype)
-    matrix = replace(linear_head(module, 41), widen=widen)
+    matrix = replace(logit_head(module, 41), widen=widen)
     hidden, hidden64 = as_type(numbers(5, 6, 128), dtype)
     # Unwidened, a CPU even sums in the type.
     tolerance = 1e-5 if widen else 5 * TOLERANCE[dtype]
     close(matrix.logits(hidden), hidden64 @ weight[:41].T + bias[:41], tolerance)
     # As small as a softmax's over a large vocabulary.
     grad = numbers(6, 6, 41, scale=1e-6)
-    grad_hidden = matrix.input_gradient(mx.array(grad), dtype)
+    grad_hidden = matrix.input_gradient(mx.array(grad), hidden)
     close(grad_hidden, grad.astype(np.float64) @ weight[:41], tolerance)
 
 
 def test_what_is_no_head_is_named():
     with pytest.raises(ValueError, match="not Conv1d"):
-        linear_head(nn.Conv1d(1, 1, 1), 1)
+        logit_head(nn.Conv1d(1, 1, 1), 1)
     with pytest.raises(ValueError, match="vocab = 9, but the head has 8 rows"):
-        linear_head(nn.Linear(4, 8), 9)
+        logit_head(nn.Linear(4, 8), 9)
 
 
 # --- the fused loss ---

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_fd.losses import kernels
+from mlx_fd.models.logit_transform import LogitTransform
 from support.metal.cases import ROWS, close, hidden, numbers, of_twin
 from support.metal.emulator import KernelError
 
@@ -42,6 +43,16 @@ MUTATIONS = {
     "rows that overlap": ("divergence.metal", "size_t(row) * width", "size_t(row) * (width - 1)"),
     "a stride one too long": ("divergence.metal", "j += THREADS", "j += THREADS + 1"),
     "all threads write the value": ("divergence.metal", "if (self == 0)", "if (self >= 0)"),
+    "no scale": ("common.metal", "model.scale * product", "product"),
+    "no cap": ("common.metal", "model.cap > 0.0f ? model.cap * tanh(", "false ? model.cap * tanh("),
+    "a cap that is not divided by": ("common.metal", "tanh(logit / model.cap)", "tanh(logit)"),
+    "no scale in the gradient": ("common.metal", "return model.scale * (1.0f", "return (1.0f"),
+    "no cap in the gradient": ("common.metal", "(1.0f + share)", "1.0f"),
+    "the student's transform for the teacher": (
+        "divergence.metal",
+        "{settings[4], settings[5]}",
+        "{settings[2], settings[3]}",
+    ),
     "no temperature in the gradient": ("divergence.metal", "temperature * slope", "slope"),
     "a moved maximum forgotten": ("divergence.metal", "moved * mine.sum", "0.0f"),
     "masked positions read": ("alignment.metal", "if (mask[first + i])", "if (true)"),
@@ -64,6 +75,7 @@ MUTATIONS = {
     "only lanes below 16 summed": ("cuda.h", "int apart = 16", "int apart = 8"),
     "a warp of 16": ("cuda.h", "threadIdx.x % 32", "threadIdx.x % 16"),
 }
+TRANSFORMS = (LogitTransform(0.5, 3.0), LogitTransform(3.0, 15.0))
 
 
 def runs(dialect):
@@ -76,6 +88,11 @@ def runs(dialect):
             (kernels.divergence_rows, [student, theirs], {"beta": beta, "temperature": 2.0})
             for beta in (0.0, 1.0, 0.3)
             for student in (ours, rising)
+        ),
+        (
+            kernels.divergence_rows,
+            [ours, theirs],
+            {"beta": 0.3, "temperature": 2.0, "transforms": TRANSFORMS},
         ),
         (kernels.alignment_rows, hidden(mx.float32, 3, 5, 300, per_token=False), {}),
         *(

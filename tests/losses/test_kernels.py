@@ -19,6 +19,7 @@ from mlx_fd.losses.kernel_checks import (
     top_k_reference,
 )
 from mlx_fd.models.backend import Backend
+from mlx_fd.models.logit_transform import LinearLogits, LogitTransform
 from support.metal.cases import ROWS, close, hidden, numbers, of_twin
 from support.metal.emulator import Kernel, cuda_text
 
@@ -137,6 +138,29 @@ def test_divergence_of_a_nan_is_nan(emulator):
         value, grad = kernels.divergence_rows(*pair, beta=beta, temperature=1.0, on=dialect)
         assert np.isnan(np.array(value)).tolist() == [True, False]
         assert np.isnan(np.array(grad)[0]).all() and not np.isnan(np.array(grad)[1]).any()
+
+
+TRANSFORMS = {
+    "scales": (LogitTransform(0.125), LogitTransform(-2.0)),
+    "a cap for the student": (LogitTransform(1.0, 4.0), LogitTransform()),
+    "a cap for the teacher": (LogitTransform(), LogitTransform(1.0, 4.0)),
+    "all": (LogitTransform(0.5, 3.0), LogitTransform(3.0, 15.0)),
+}
+
+
+@pytest.mark.parametrize("transforms", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("beta", BETAS.values(), ids=BETAS)
+def test_divergence_of_scaled_and_capped_logits(emulator, beta, transforms):
+    """The gradient is by the products that the logits are made of."""
+    options = {"beta": beta, "temperature": 2.0, "transforms": transforms}
+    for dtype in DTYPES:
+        arrays = [numbers(seed, 2, 301, dtype=dtype) for seed in (0, 1)]
+        same_anywhere(emulator, kernels.divergence_rows, arrays, **options)
+    # Of a forbidden token a cap makes one that is just not likely, as the model itself does.
+    forbidden = mx.where(mx.arange(301) % 7 == 0, -mx.inf, numbers(0, 2, 301))
+    if all(transform.soft_cap for transform in transforms):
+        arrays = [forbidden, numbers(1, 2, 301)]
+        same_anywhere(emulator, kernels.divergence_rows, arrays, **options)
 
 
 @pytest.mark.parametrize("beta", BETAS.values(), ids=BETAS)
@@ -366,7 +390,9 @@ def test_the_losses_run_through_the_kernels(device, emulator, monkeypatch):
         module.weight, module.bias = some(rows, width), some(rows)
         return module
 
-    ours, theirs = head(310, 8), head(303, 12)
+    # Both do something to their products, and not the same.
+    ours = LinearLogits(head(310, 8), LogitTransform(0.5))
+    theirs = LinearLogits(head(303, 12), LogitTransform(1.5, 6.0))
     student, teacher, mask = some(5, 8), some(5, 12), mx.array([1.0, 0, 2, 1, 1])
     layers, pooled, valid = [some(2, 4, 6)] * 2, [some(2, 7)] * 2, mx.array([[1, 1, 0, 1], [1] * 4])
     projection = some(6, 7)

@@ -33,6 +33,7 @@ from mlx_fd.losses.divergence import (
 from mlx_fd.models import taps
 from mlx_fd.models.generation import first_prompt
 from mlx_fd.models.loading import Loaded
+from mlx_fd.models.logit_transform import LogitSource
 from mlx_fd.training.selfdistill import objectives
 from mlx_fd.training.selfdistill.contexts import Attempt, View
 from mlx_fd.training.selfdistill.teacher import Weights, adapter, adapter_swapped, zero_adapter
@@ -476,7 +477,7 @@ def _contrasts(stats: Sequence[RolloutStats], mask: mx.array) -> mx.array:
 
 def total(
     final: mx.array,
-    head: nn.Module,
+    head: LogitSource,
     stats: Sequence[RolloutStats],
     weights: TokenWeights,
     options: Method,
@@ -532,7 +533,7 @@ def total(
         )
     value, every = fused_linear_divergences(final, head, targets, differentiable=differentiable)
     matched = mx.array(0.0)
-    if isinstance(targets[0].head, nn.Module):
+    if targets[0].head is not None:
         matched = (every[:, 0] * targets[0].weights).sum()
     return value, matched
 

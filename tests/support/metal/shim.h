@@ -88,6 +88,7 @@ EMULATOR_OWN T __shfl_up_sync(uint, T value, uint delta, EMULATOR_LINE) {
 inline float exp(float x) { return ::expf(x); }
 inline float log(float x) { return ::logf(x); }
 inline float sqrt(float x) { return ::sqrtf(x); }
+inline float tanh(float x) { return ::tanhf(x); }
 inline float fabs(float x) { return ::fabsf(x); }
 inline float max(float a, float b) { return ::fmaxf(a, b); }
 
@@ -99,6 +100,7 @@ namespace metal {
 inline float exp(float x) { return ::expf(x); }
 inline float log(float x) { return ::logf(x); }
 inline float sqrt(float x) { return ::sqrtf(x); }
+inline float tanh(float x) { return ::tanhf(x); }
 inline float fabs(float x) { return ::fabsf(x); }
 inline float max(float a, float b) { return ::fmaxf(a, b); }
 inline int max(int a, int b) { return a < b ? b : a; }
