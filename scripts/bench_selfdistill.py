@@ -47,7 +47,14 @@ from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean, paired_bootstrap
 from mlx_fd.feedback.episode import feedback_request, parsed
 from mlx_fd.models import taps
-from mlx_fd.models.generation import Conversation, Sampling, Turn, first_prompt, generate
+from mlx_fd.models.generation import (
+    Conversation,
+    GenerateOptions,
+    Sampling,
+    Turn,
+    first_prompt,
+    generate,
+)
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import Problem, arithmetic, parsing
@@ -128,7 +135,9 @@ def written(
     for begin in range(0, len(prompts), size):
         chunk = prompts[begin : begin + size]
         sampling = Sampling(limit, temperature, seed=seed + begin)
-        turns += generate(loaded, [Conversation()] * len(chunk), chunk, sampling, keep=False)
+        turns += generate(
+            loaded, [Conversation()] * len(chunk), chunk, sampling, GenerateOptions(keep=False)
+        )
     return turns
 
 

@@ -51,7 +51,7 @@ from train_tiny import (
     write_tokenizer,
 )
 
-from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate
+from mlx_fd.models.generation import Conversation, GenerateOptions, Sampling, first_prompt, generate
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import Problem, arithmetic, parsing
@@ -250,7 +250,7 @@ def evaluate(loaded: Loaded, split: str, size: int, temperature: float = 1.0) ->
                 [Conversation()] * len(chunk),
                 chunk,
                 Sampling(80, temperature, seed=begin),
-                keep=False,
+                GenerateOptions(keep=False),
             )
             right += [
                 parsing.final_answer(turn.text) == exercise.steps[-1].result

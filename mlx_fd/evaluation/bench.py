@@ -20,7 +20,7 @@ from mlx_fd.evaluation.target import Models, Target
 from mlx_fd.feedback.episode import OnTokens, derive_seed, generate_step
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.backend import backend
-from mlx_fd.models.generation import Conversation, Sampling
+from mlx_fd.models.generation import Conversation, GenerateOptions, Sampling
 from mlx_fd.problems.prompts import Answer
 
 Item = TypeVar("Item")
@@ -181,8 +181,7 @@ class Bench:
             prompts,
             sampling,
             self.progress,
-            reuse=not self.target.config.generation.sequential,
-            keep=False,
+            GenerateOptions(reuse=not self.target.config.generation.sequential, keep=False),
         )
         setting = self.setting(pair, who)
         return [

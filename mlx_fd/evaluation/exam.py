@@ -27,7 +27,14 @@ from mlx_fd.feedback.episode import (
 )
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.files import write_json
-from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate, prefill
+from mlx_fd.models.generation import (
+    Conversation,
+    GenerateOptions,
+    Sampling,
+    first_prompt,
+    generate,
+    prefill,
+)
 from mlx_fd.problems import arithmetic
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.problems.sources import Question, truth_of
@@ -95,8 +102,7 @@ def examine(
             [before for _, before in read],
             [prompt[-1:] for prompt in prompts],
             Sampling(options.max_feedback_tokens),
-            keep=False,
-            on_token=lambda count: on_tokens("exam", count),
+            GenerateOptions(keep=False, on_token=lambda count: on_tokens("exam", count)),
         )
         solutions = answer(
             pair.student_lm,

@@ -169,13 +169,17 @@ class _Reference:
 
     def write(self, texts: Sequence[str], most: int) -> list[tuple[tuple[int, ...], str]]:
         """Greedy continuations of prompts: tokens, and the text without the end token."""
-        from mlx_fd.models.generation import Conversation, Sampling, generate
+        from mlx_fd.models.generation import Conversation, GenerateOptions, Sampling, generate
 
         replies: list[tuple[tuple[int, ...], str]] = []
         for begin in range(0, len(texts), _BATCH):
             prompts = [self.encode(text) for text in texts[begin : begin + _BATCH]]
             turns = generate(
-                self.loaded, [Conversation()] * len(prompts), prompts, Sampling(most), keep=False
+                self.loaded,
+                [Conversation()] * len(prompts),
+                prompts,
+                Sampling(most),
+                GenerateOptions(keep=False),
             )
             replies.extend((turn.tokens, turn.text) for turn in turns)
             self.did(len(turns))

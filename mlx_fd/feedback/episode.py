@@ -30,6 +30,7 @@ from mlx_fd.config import EpisodeOptions, GenerationOptions
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.generation import (
     Conversation,
+    GenerateOptions,
     Sampling,
     Turn,
     first_prompt,
@@ -240,9 +241,7 @@ def generate_step(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     on_tokens: OnTokens,
-    *,
-    reuse: bool,
-    keep: bool = True,
+    options: GenerateOptions,
 ) -> tuple[list[Turn], list[Usage]]:
     """One step: a turn in each conversation.
 
@@ -253,8 +252,7 @@ def generate_step(
         prompts: the new tokens of each.
         sampling: how to draw.
         on_tokens: called for every token.
-        reuse: go on from the conversations' caches.
-        keep: keep the caches, to go on from the turns.
+        options: what is kept.
 
     Returns:
         The turns and what each took, in order.
@@ -265,9 +263,7 @@ def generate_step(
         conversations,
         prompts,
         sampling,
-        reuse=reuse,
-        keep=keep,
-        on_token=lambda count: on_tokens(step, count),
+        dataclasses.replace(options, on_token=lambda count: on_tokens(step, count)),
     )
     share = (time.perf_counter() - begin) / max(len(turns), 1)
     return turns, [
@@ -318,8 +314,7 @@ def answer(
         [first_prompt(loaded.tokenizer, answer_prompt(p.question)) for p in problems],
         sampling,
         on_tokens,
-        reuse=not options.sequential,
-        keep=keep,
+        GenerateOptions(reuse=not options.sequential, keep=keep),
     )
     request = feedback_request(loaded.tokenizer)
     return [
@@ -420,8 +415,7 @@ def student_feedback(
         [one.prompt[-1:] for one in answered],
         sampling,
         on_tokens,
-        reuse=not options.sequential,
-        keep=False,
+        GenerateOptions(reuse=not options.sequential, keep=False),
     )
     return [
         StudentFeedback(
@@ -455,7 +449,8 @@ def expert_feedback(
         [one.request for one in answered],
         sampling,
         on_tokens,
-        reuse=not options.sequential,
+        # Whoever learns from it reads it from where it begins.
+        GenerateOptions(reuse=not options.sequential, mark=True),
     )
     return [
         ExpertFeedback(parsed(turn), turn.conversation, usage)
@@ -523,8 +518,7 @@ def expert_turn(
         prompts,
         sampling,
         on_tokens,
-        reuse=not options.sequential,
-        keep=keep,
+        GenerateOptions(reuse=not options.sequential, keep=keep),
     )
 
 

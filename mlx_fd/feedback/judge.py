@@ -15,7 +15,14 @@ from mlx_fd.models import fingerprint
 from mlx_fd.models.backend import backend
 from mlx_fd.models.context import Surroundings, context_length, too_long
 from mlx_fd.models.directory import blaming
-from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate, prefill
+from mlx_fd.models.generation import (
+    Conversation,
+    GenerateOptions,
+    Sampling,
+    first_prompt,
+    generate,
+    prefill,
+)
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.storage import read_json
@@ -248,8 +255,7 @@ class Judge:
             [before for _, before in states],
             [tokens[-1:] for tokens in requests],
             sampling,
-            keep=False,
-            on_token=on_token,
+            GenerateOptions(keep=False, on_token=on_token),
         )
         judgements = []
         for tokens, (hidden, before), turn in zip(requests, states, turns, strict=True):

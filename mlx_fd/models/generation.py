@@ -1,21 +1,24 @@
 """Batched generation over growing conversations, on mlx-lm's generator and prompt caches.
 
-A conversation is the tokens so far and the keys and values of exactly those tokens. Each turn adds
+A conversation is the tokens so far and the model's state after exactly those tokens. Each turn adds
 only its own tokens, so nothing is prefilled twice; ``reuse=False`` prefills everything again, the
 naive way that tests and benchmarks compare with.
+
+Keys and values can be cut back to any length. The state of a recurrence cannot, nor can a sliding
+window that has run full; there a copy is made where somebody will come back to.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_fd.config import GenerationOptions
@@ -30,14 +33,28 @@ _SENTINEL = "\u241fanswer\u241f"
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A model's state after a conversation's first ``length`` tokens, to come back to."""
+
+    length: int
+    cache: Cache
+
+
+@dataclass(frozen=True)
 class Conversation:
     """Tokens so far, and the prompt cache that holds exactly them (``None``: not kept).
 
     Conversations are values: generating from one leaves it as it was.
+
+    Attributes:
+        tokens: what was said.
+        cache: the model's state after all of it.
+        mark: its state further back, where ``cache`` cannot be cut back to it.
     """
 
     tokens: tuple[int, ...] = ()
     cache: Cache | None = None
+    mark: Mark | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,30 @@ class Sampling:
     seed: int = 0
     top_p: float = 1.0
     top_k: int = 0
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What :func:`generate` does beside writing.
+
+    Attributes:
+        reuse: go on from the conversations' caches, all together; ``False`` takes them one by one
+            and prefills everything.
+        keep: keep the caches, to go on from the turns; not where nobody will.
+        mark: make sure that the turns' conversations can be rewound to all but the last token of
+            the prompt.
+        logprobs: keep the tokens' log-probabilities.
+        on_token: called with the number of tokens written in each step, for progress.
+    """
+
+    reuse: bool = True
+    keep: bool = True
+    mark: bool = False
+    logprobs: bool = False
+    on_token: Callable[[int], None] | None = None
+
+
+_DEFAULTS = GenerateOptions()
 
 
 def sampling_for(options: GenerationOptions, step: str, seed: int) -> Sampling:
@@ -158,13 +199,39 @@ def without_repeated_eos(conversation: Conversation, turn: tuple[int, ...]) -> t
 
 
 def rewind(conversation: Conversation, length: int) -> Conversation:
-    """The conversation's first ``length`` tokens, with a cache of its own where one can be cut."""
-    cache = conversation.cache
-    if cache is None or not can_trim_prompt_cache(cache):
-        return Conversation(conversation.tokens[:length])
+    """The conversation's first ``length`` tokens, with a cache of its own where there is one.
+
+    It is cut from the conversation's, or copied from its mark.
+    """
+    tokens, mark = conversation.tokens[:length], conversation.mark
+    if (cut := _cut_back(conversation.cache, len(conversation.tokens) - length)) is not None:
+        return Conversation(tokens, cut)
+    if mark is not None and mark.length == length:
+        return Conversation(tokens, copy.deepcopy(mark.cache))
+    return Conversation(tokens)
+
+
+def _cut_back(cache: Cache | None, count: int) -> Cache | None:
+    """A copy without the last ``count`` tokens; ``None`` where some layer no longer knows how."""
+    if cache is None or not all(layer.is_trimmable() for layer in cache):
+        return None
     cache = copy.deepcopy(cache)
-    trim_prompt_cache(cache, len(conversation.tokens) - length)
-    return Conversation(conversation.tokens[:length], cache)
+    # A layer that lets go of what is far back may give less than it is asked for.
+    return cache if all(layer.trim(count) == count for layer in cache) else None
+
+
+def _can_be_cut_back(cache: Cache, length: int) -> bool:
+    """Whether a cache that is extended to ``length`` tokens can still be cut back then."""
+    return all(
+        layer.is_trimmable() and length < min(_window(layer), default=length + 1) for layer in cache
+    )
+
+
+def _window(layer: Any) -> list[int]:
+    """How many tokens a cache's layer can hold before it lets go of some, where that is limited."""
+    parts = [layer, *getattr(layer, "caches", ())]
+    limits = [getattr(part, name, None) for part in parts for name in ("max_size", "chunk_size")]
+    return [limit for limit in limits if limit is not None]
 
 
 def forward(loaded: Loaded, conversation: Conversation, tokens: Sequence[int]) -> taps.Forward:
@@ -195,15 +262,25 @@ def prefill(
         prompt but for that token: what :func:`generate` wants to go on from.
     """
     tokens = (*conversation.tokens, *prompt)
-    cache = copy.deepcopy(conversation.cache) if reuse else None
-    start = len(conversation.tokens) if cache is not None else 0
-    if cache is None:
-        cache = make_prompt_cache(loaded.model)
-    final = taps.forward(loaded.model, mx.array(tokens[start:])[None], cache).final[0, -1]
-    mx.eval(final, [layer.state for layer in cache])
     if not reuse:
-        return final, Conversation(tokens[:-1])
-    return final, rewind(Conversation(tokens, cache), len(tokens) - 1)
+        return _read(loaded, make_prompt_cache(loaded.model), tokens), Conversation(tokens[:-1])
+    cache, start = copy.deepcopy(conversation.cache), len(conversation.tokens)
+    if cache is None:
+        cache, start = make_prompt_cache(loaded.model), 0
+    if _can_be_cut_back(cache, len(tokens)):
+        final = _read(loaded, cache, tokens[start:])
+        return final, rewind(Conversation(tokens, cache), len(tokens) - 1)
+    if tokens[start:-1]:
+        _read(loaded, cache, tokens[start:-1])
+    before = Conversation(tokens[:-1], copy.deepcopy(cache))
+    return _read(loaded, cache, tokens[-1:]), before
+
+
+def _read(loaded: Loaded, cache: Cache, tokens: Sequence[int]) -> mx.array:
+    """The final hidden state [d] at the last of some tokens; ``cache`` then holds them."""
+    final = taps.forward(loaded.model, mx.array([*tokens])[None], cache).final[0, -1]
+    mx.eval(final, [layer.state for layer in cache])
+    return final
 
 
 def generate(
@@ -211,11 +288,7 @@ def generate(
     conversations: Sequence[Conversation],
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-    *,
-    reuse: bool = True,
-    keep: bool = True,
-    logprobs: bool = False,
-    on_token: Callable[[int], None] | None = None,
+    options: GenerateOptions = _DEFAULTS,
 ) -> list[Turn]:
     """Let the model write the next turn of each conversation.
 
@@ -224,11 +297,7 @@ def generate(
         conversations: what was said so far.
         prompts: the new tokens of each, at least one.
         sampling: how to draw, and the most tokens to write.
-        reuse: go on from the conversations' caches, all together; ``False`` takes them one by one
-            and prefills everything.
-        keep: keep the caches, to go on from the turns; not where nobody will.
-        logprobs: keep the tokens' log-probabilities.
-        on_token: called with the number of tokens written in each step, for progress.
+        options: what is kept and told.
 
     Returns:
         One turn for each conversation, in order.
@@ -236,11 +305,11 @@ def generate(
     if not conversations:
         return []
     mx.random.seed(sampling.seed)
-    write = partial(_generate, loaded, sampling=sampling, logprobs=logprobs, on_token=on_token)
-    if reuse:
-        return write(conversations, prompts, keep_cache=keep)
+    if options.reuse:
+        return _generate(loaded, conversations, prompts, sampling, options)
+    alone = dataclasses.replace(options, keep=False, mark=False)
     return [
-        write([Conversation(old.tokens)], [prompt], keep_cache=False)[0]
+        _generate(loaded, [Conversation(old.tokens)], [prompt], sampling, alone)[0]
         for old, prompt in zip(conversations, prompts, strict=True)
     ]
 
@@ -249,11 +318,8 @@ def _generate(
     loaded: Loaded,
     conversations: Sequence[Conversation],
     prompts: Sequence[Sequence[int]],
-    *,
     sampling: Sampling,
-    keep_cache: bool,
-    logprobs: bool,
-    on_token: Callable[[int], None] | None,
+    options: GenerateOptions,
 ) -> list[Turn]:
     eos = set(loaded.tokenizer.eos_token_ids)
     starts = [
@@ -292,31 +358,49 @@ def _generate(
             caches=caches,
             all_tokens=cached,
         )
-        while responses := generator.next_generated():
-            if logprobs:
+        marks = {
+            uid: cache
+            for uid, cache, old, prompt in zip(uids, caches, conversations, prompts, strict=True)
+            if options.mark
+            and not _can_be_cut_back(cache, len(old.tokens) + len(prompt) + sampling.max_tokens)
+        }
+        while True:
+            prompted, responses = generator.next()
+            if not prompted and not responses:
+                break
+            for part in prompted:
+                # The generator stops before a prompt's last token, which is a part of its own.
+                if part.uid in marks and part.end_of_segment and not part.end_of_prompt:
+                    marks[part.uid] = generator.extract_cache([part.uid])[part.uid][0]
+                    mx.eval([layer.state for layer in marks[part.uid]])
+            if not responses:
+                continue
+            if options.logprobs:
                 _keep_logprobs(responses, sampling.temperature or 1.0, loaded.vocab, drawn_logprobs)
             for response in responses:
                 written.setdefault(response.uid, []).append(response.token)
                 if response.finish_reason is not None:
                     finished[response.uid] = response.finish_reason == "stop"
-                    if keep_cache:
+                    if options.keep:
                         # Lazy slices would hold the whole batch's cache of this very step.
                         mx.eval([layer.state for layer in response.prompt_cache])
                         kept[response.uid] = response.prompt_cache
-            if on_token is not None:
-                on_token(len(responses))
+            if options.on_token is not None:
+                options.on_token(len(responses))
     finally:
         generator.close()
     turns = []
     for uid, old, prompt, start in zip(uids, conversations, prompts, starts, strict=True):
         tokens = tuple(written[uid])
         text = tokens[:-1] if finished[uid] else tokens
+        before = (*old.tokens, *prompt)
+        mark = Mark(len(before) - 1, marks[uid]) if uid in marks else None
         turns.append(
             Turn(
                 text=loaded.tokenizer.decode(list(text)).strip(),
                 tokens=tokens,
                 finished=finished[uid],
-                conversation=Conversation((*old.tokens, *prompt, *tokens), kept.get(uid)),
+                conversation=Conversation((*before, *tokens), kept.get(uid), mark),
                 prefilled=len(start),
                 logprobs=tuple(drawn_logprobs.get(uid, ())),
             )

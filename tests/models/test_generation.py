@@ -8,6 +8,7 @@ from mlx_lm.generate import generate_step
 from mlx_fd.models import taps
 from mlx_fd.models.generation import (
     Conversation,
+    GenerateOptions,
     Sampling,
     first_prompt,
     followup_prompt,
@@ -60,7 +61,7 @@ def test_going_on_from_the_cache_equals_prefilling_everything(loaded, turns):
     before = [turn.conversation for turn in turns]
     prompts = [without_repeated_eos(conversation, message) for conversation in before]
     reused = generate(loaded, before, prompts, Sampling(8))
-    naive = generate(loaded, before, prompts, Sampling(8), reuse=False)
+    naive = generate(loaded, before, prompts, Sampling(8), GenerateOptions(reuse=False))
     assert [turn.tokens for turn in reused] == [turn.tokens for turn in naive]
     assert all(turn.conversation.cache is None for turn in naive)
     assert [turn.prefilled for turn in reused] == [len(prompt) for prompt in prompts]

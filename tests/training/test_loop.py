@@ -18,7 +18,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback import gate
 from mlx_fd.feedback.episode import combined_score
 from mlx_fd.feedback.pair import open_pair
-from mlx_fd.models.generation import Conversation, Sampling, first_prompt, generate
+from mlx_fd.models.generation import Conversation, GenerateOptions, Sampling, first_prompt, generate
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.checkpoints import newest_checkpoint
 from mlx_fd.runs.events import BatchDone, Probed, Step, Warned
@@ -394,7 +394,9 @@ def test_conversations_of_different_lengths_hold_their_own_caches_only(dirs, tmp
     needed = sum(c.keys.nbytes + c.values.nbytes for t in turns for c in t.conversation.cache)
     assert len({len(turn.tokens) for turn in turns}) > 3
     assert held < 1.5 * needed + 1e5
-    turns = generate(pair.expert, [Conversation()] * 8, prompts, Sampling(60), keep=False)
+    turns = generate(
+        pair.expert, [Conversation()] * 8, prompts, Sampling(60), GenerateOptions(keep=False)
+    )
     assert all(turn.conversation.cache is None for turn in turns)
 
 

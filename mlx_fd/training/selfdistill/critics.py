@@ -8,6 +8,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback.episode import feedback_request
 from mlx_fd.models.generation import (
     Conversation,
+    GenerateOptions,
     Sampling,
     first_prompt,
     followup_prompt,
@@ -70,7 +71,13 @@ def _batched(
     written = []
     for begin in range(0, len(before), size):
         chunk = before[begin : begin + size]
-        turns = generate(critic, [Conversation()] * len(chunk), chunk, Sampling(limit), keep=False)
+        turns = generate(
+            critic,
+            [Conversation()] * len(chunk),
+            chunk,
+            Sampling(limit),
+            GenerateOptions(keep=False),
+        )
         written += [(turn.conversation.tokens, turn.text) for turn in turns]
     return written
 

@@ -8,7 +8,15 @@ import mlx.core as mx
 
 from mlx_fd.config import Config
 from mlx_fd.feedback.episode import derive_seed, is_correct
-from mlx_fd.models.generation import Conversation, Sampling, Turn, first_prompt, generate, prefill
+from mlx_fd.models.generation import (
+    Conversation,
+    GenerateOptions,
+    Sampling,
+    Turn,
+    first_prompt,
+    generate,
+    prefill,
+)
 from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import Problem, parsing
 from mlx_fd.problems.prompts import answer_prompt
@@ -63,6 +71,7 @@ def sample_rollouts(
     questions = [as_read(problem, config) for problem in problems]
     rows = [index for index in range(len(problems)) for _ in range(options.num_generations)]
     turns: list[Turn] = []
+    begun: dict[int, Conversation] = {}
     prefilled = 0
     for number, begin in enumerate(range(0, len(rows), options.generation_batch_size)):
         chunk = rows[begin : begin + options.generation_batch_size]
@@ -70,18 +79,18 @@ def sample_rollouts(
             index: first_prompt(student.tokenizer, answer_prompt(questions[index]))
             for index in dict.fromkeys(chunk)
         }
-        read_once = {
-            index: prefill(student, Conversation(), prompt)[1] for index, prompt in prompts.items()
+        prefilled += sum(len(prompt) for index, prompt in prompts.items() if index not in begun)
+        # A problem whose attempts go on from the last call's is not read again.
+        begun = {
+            index: begun.get(index) or prefill(student, Conversation(), prompt)[1]
+            for index, prompt in prompts.items()
         }
-        prefilled += sum(map(len, prompts.values()))
         turns += generate(
             student,
-            [read_once[index] for index in chunk],
+            [begun[index] for index in chunk],
             [prompts[index][-1:] for index in chunk],
             rollout_sampling(config, seed(number)),
-            keep=False,
-            logprobs=True,
-            on_token=on_token,
+            GenerateOptions(keep=False, logprobs=True, on_token=on_token),
         )
     attempts = [
         _attempt(problems[index], questions[index], turn, config)
@@ -121,8 +130,7 @@ def answers_to(
             [Conversation()] * len(prompts),
             prompts,
             sampling,
-            keep=False,
-            on_token=on_token,
+            GenerateOptions(keep=False, on_token=on_token),
         )
     return turns
 

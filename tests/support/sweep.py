@@ -1,0 +1,191 @@
+"""Whether a pair of one architecture is right in every way that the method needs of it.
+
+The references know nothing of this package's view of a model: logits are ``model(tokens)``, hidden
+states are what the blocks' own classes return while that runs, and replies are written by asking
+for the whole text's logits again for each token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from mlx_fd.config import LossOptions, TrainingOptions
+from mlx_fd.export.exporter import export
+from mlx_fd.export.form import Form
+from mlx_fd.feedback.distill import collate, loss_sums, update
+from mlx_fd.feedback.pair import Pair
+from mlx_fd.feedback.samples import Sample, read_text
+from mlx_fd.losses.hidden import aligned_layers
+from mlx_fd.models.generation import Conversation, Sampling, generate
+from mlx_fd.models.loading import Loaded, load
+from mlx_fd.models.student import save_student
+from support.dense_losses import language_model_loss, logit_loss
+
+OPTIONS = LossOptions(losses=("lm", "hidden", "logit"))
+FACTORS = {"lm": 0.01, "hidden": 0.7, "logit": 0.03}
+# Longer than the small models' windows together, of three lengths, none the number of heads.
+LENGTHS = ((30, 9), (5, 12), (17, 4))
+
+
+def tokens_of(length: int, seed: int) -> tuple[int, ...]:
+    """Tokens that end no turn."""
+    rng = np.random.default_rng(seed)
+    return tuple(map(int, rng.integers(3, 380, length)))
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module) -> Iterator[list[mx.array]]:
+    """What goes into the first block and comes out of each, while a model runs."""
+    seen: list[mx.array] = []
+    blocks = {id(block) for block in model.layers if block is not None}
+    kinds = {type(block): type(block).__call__ for block in model.layers if block is not None}
+
+    def watching(call: Any) -> Any:
+        def called(block: nn.Module, hidden: mx.array, *args: Any, **kwargs: Any) -> Any:
+            made = call(block, hidden, *args, **kwargs)
+            if id(block) in blocks:
+                if not seen:
+                    seen.append(hidden)
+                seen.append(made[0] if isinstance(made, tuple) else made)
+            return made
+
+        return called
+
+    for kind, call in kinds.items():
+        kind.__call__ = watching(call)
+    try:
+        yield seen
+    finally:
+        for kind, call in kinds.items():
+            kind.__call__ = call
+
+
+def reference_losses(pair: Pair, samples: Sequence[Sample]) -> tuple[mx.array, dict[str, mx.array]]:
+    """The weighted losses, sample by sample, from the models' own logits."""
+    sums = {name: mx.array(0.0) for name in FACTORS}
+    for sample in samples:
+        tokens = mx.array([[*sample.prompt, *sample.target]])
+        span = slice(len(sample.prompt) - 1, -1)
+        with watched(pair.student.model) as ours:
+            student = pair.student.model(tokens)[:, span]
+        with watched(pair.expert.model) as theirs:
+            expert = mx.stop_gradient(pair.expert.model(tokens)[:, span])
+        mask = mx.ones((1, len(sample.target)))
+        sums["lm"] += language_model_loss(student, mx.array([sample.target]), mask)[0]
+        sums["logit"] += logit_loss(
+            student,
+            expert,
+            mask,
+            kl=OPTIONS.kl,
+            temperature=OPTIONS.loss_temperature,
+            vocab=pair.vocab,
+            standardize=False,
+        )[0]
+        cosines = []
+        for mine, pick in zip(ours, aligned_layers(len(ours), len(theirs)), strict=True):
+            a = pair.student.projection(mine[0, span].astype(mx.float32).mean(axis=0))
+            b = theirs[pick][0, span].astype(mx.float32).mean(axis=0)
+            cosines.append((a * b).sum() / mx.sqrt((a * a).sum() * (b * b).sum()))
+        sums["hidden"] += 1 - mx.stack(cosines).mean()
+    return sum(FACTORS[name] * value for name, value in sums.items()), sums
+
+
+def samples_of(pair: Pair) -> list[Sample]:
+    """Texts of three lengths, as the expert reads them."""
+    found = []
+    for number, (before, length) in enumerate(LENGTHS):
+        prompt, target = tokens_of(before, number), tokens_of(length, 10 + number)
+        reading = read_text(pair, Conversation(prompt[:-1]), prompt, target, OPTIONS)
+        found.append(Sample(prompt, target, reading, None))
+    return found
+
+
+def check_gradient(pair: Pair) -> None:
+    """Losses and gradients of a padded batch are those of the models' own logits and blocks."""
+    samples = samples_of(pair)
+    batch = collate(samples)
+    # Away from where LoRA begins, at which half of its gradient is 0.
+    for _, layer in pair.student.model.named_modules():
+        if "lora_b" in layer:
+            layer.lora_b = 0.05 * mx.random.normal(layer.lora_b.shape)
+
+    def ours() -> tuple[mx.array, dict[str, mx.array]]:
+        total, sums = loss_sums(pair.student, pair.expert, batch, OPTIONS, pair.vocab, FACTORS)
+        return total, {name: value for name, (value, _) in sums.items()}
+
+    (_, found), gradient = nn.value_and_grad(pair.student, ours)()
+    (_, wanted), reference = nn.value_and_grad(
+        pair.student, lambda: reference_losses(pair, samples)
+    )()
+    for name, value in wanted.items():
+        assert math.isclose(float(found[name]), float(value), rel_tol=1e-3, abs_tol=1e-4), (
+            f"{name}: {float(found[name])}, not {float(value)}"
+        )
+    theirs = dict(tree_flatten(reference))
+    named = {name: value for name, value in tree_flatten(gradient) if "score_head" not in name}
+    whole = math.sqrt(sum(float(mx.square(theirs[name]).sum()) for name in named))
+    assert whole > 1e-4
+    for name, value in named.items():
+        apart = math.sqrt(float(mx.square(value - theirs[name]).sum()))
+        assert apart < 2e-3 * whole, f"gradient of {name}: {apart / whole:.2g} of the whole apart"
+
+
+def write_by_hand(loaded: Loaded, tokens: Sequence[int], count: int) -> tuple[int, ...]:
+    """Greedy tokens, each from the whole text's logits."""
+    written: list[int] = []
+    ends = set(loaded.tokenizer.eos_token_ids)
+    while len(written) < count and not ends & set(written):
+        logits = loaded.model(mx.array([[*tokens, *written]]))[0, -1, : loaded.vocab]
+        written.append(int(mx.argmax(logits).item()))
+    return tuple(written)
+
+
+def check_generation(loaded: Loaded) -> None:
+    """Two turns of a ragged batch are what each conversation alone gives, without a cache."""
+    first = [tokens_of(length, length) for length in (21, 3, 40)]
+    second = [tokens_of(length, 90 + length) for length in (2, 30, 9)]
+    turns = generate(loaded, [Conversation()] * 3, first, Sampling(6))
+    for prompt, turn in zip(first, turns, strict=True):
+        wanted = write_by_hand(loaded, prompt, 6)
+        assert turn.tokens == wanted, f"first turn: {turn.tokens}, not {wanted}"
+    again = generate(loaded, [turn.conversation for turn in turns], second, Sampling(6))
+    for old, prompt, turn in zip(turns, second, again, strict=True):
+        wanted = write_by_hand(loaded, (*old.conversation.tokens, *prompt), 6)
+        assert turn.tokens == wanted, f"second turn: {turn.tokens}, not {wanted}"
+
+
+def check_update(pair: Pair) -> None:
+    """A LoRA step down the gradient lowers the loss."""
+    samples = samples_of(pair)
+    training = TrainingOptions(max_grad_norm=0.05)
+    done = [update(pair, optim.SGD(1.0), samples, FACTORS, OPTIONS, training) for _ in range(2)]
+    assert not any(one.skipped for one in done)
+    assert done[1].total < done[0].total
+
+
+def check_export(pair: Pair, folder: Path, options: Any) -> None:
+    """What is written is the live student, adapter and all."""
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    save_student(pair.student, options, pair.student_lm.path, adapter)
+    tokens = mx.array([tokens_of(40, 7)])
+    pair.student.eval()
+    live = pair.student.model(tokens)
+    base = load(pair.student_lm.path).model(tokens)
+    form = Form(format="mlx", parity_problems=0)
+    made = export(
+        str(pair.student_lm.path), folder / "out", form, adapter=adapter, progress=lambda *_: None
+    )
+    again = load(made.folder).model(tokens)
+    assert mx.abs(again - live).max().item() < 1e-3
+    assert mx.abs(base - live).max().item() > 1e-2
