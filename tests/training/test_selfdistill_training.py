@@ -178,8 +178,8 @@ def test_a_prompt_is_read_once_for_its_attempts_and_log_probabilities_are_kept(o
         len(first_prompt(student_lm.tokenizer, answer_prompt(p.question)))
         for p in plan.problems[:3]
     ]
-    # Of fifteen prompts, three and the one that two calls share.
-    assert prefilled == sum(prompts) + prompts[1]
+    # Of fifteen prompts, three, one of which two calls share.
+    assert prefilled == sum(prompts)
     views = CONTEXTS["none"].views([a for group in groups for a in group], None)
     known = forward_teacher_and_student(
         student_lm, zero_adapter(adapter(student_lm.model)), groups, views, config.selfdistill, 4
