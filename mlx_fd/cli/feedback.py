@@ -183,7 +183,10 @@ def _file(
     check_lengths(ref.model, pairs, options.tokens, "--tokens", f"{file}: row")
     console = Console(stderr=True)
     bar = Progress(
-        *("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
         console=console,
         disable=quiet or not console.is_interactive,
     )

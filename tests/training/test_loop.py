@@ -191,7 +191,7 @@ def test_a_full_disk_ends_in_a_message_and_a_true_resume(finished, tmp_path):
         "import resource, signal, sys\n"
         "sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
-        "from pairs import make_plan\n"
+        "from support.pairs import make_plan\n"
         "from support.loops import start\n"
         "from mlx_fd.errors import UserError\n"
         "plan = make_plan(Path(sys.argv[3]), Path(sys.argv[4]))\n"
