@@ -144,7 +144,7 @@ def written(
 def sampled(loaded: Loaded, problems: Sequence[Problem], seed: int) -> Finals:
     """For each problem the finals of its samples."""
     prompts = [
-        first_prompt(loaded.tokenizer, answer_prompt(problem.question))
+        first_prompt(loaded, answer_prompt(problem.question))
         for problem in problems
         for _ in range(SAMPLES)
     ]
@@ -164,7 +164,7 @@ def solved(
 ) -> str:
     """Which problems are solved greedily, with noise on their questions or without: 0 and 1."""
     questions = [noisy(p.question, *noise, 0) if noise else p.question for p in problems]
-    prompts = [first_prompt(loaded.tokenizer, answer_prompt(question)) for question in questions]
+    prompts = [first_prompt(loaded, answer_prompt(question)) for question in questions]
     return "".join(
         str(int(parsing.same_answer(parsing.final_answer(turn.text), problem.answer)))
         for turn, problem in zip(written(loaded, prompts, LIMIT), problems, strict=True)
@@ -174,14 +174,14 @@ def solved(
 def judged(loaded: Loaded, exercises: Sequence[arithmetic.Exercise]) -> str:
     """On which answers the first wrong step is found (or none where all is right): 0 and 1."""
     rng = random.Random("bench/judging")
-    request = feedback_request(loaded.tokenizer)
+    request = feedback_request(loaded)
     answers = [
         arithmetic.wrong_answer(rng, e) if place % 2 else e.solution
         for place, e in enumerate(exercises)
     ]
     prompts = [
         (
-            *first_prompt(loaded.tokenizer, answer_prompt(exercise.question)),
+            *first_prompt(loaded, answer_prompt(exercise.question)),
             *loaded.tokenizer.encode(answer, add_special_tokens=False),
             *request,
         )
@@ -210,7 +210,7 @@ def drift(loaded: Loaded, base: Loaded, exercises: Sequence[arithmetic.Exercise]
     tokenizer = base.tokenizer
     texts = [
         Text(
-            first_prompt(tokenizer, answer_prompt(exercise.question)),
+            first_prompt(base, answer_prompt(exercise.question)),
             (
                 *tokenizer.encode(exercise.solution, add_special_tokens=False),
                 tokenizer.eos_token_id,

@@ -241,7 +241,7 @@ def evaluate(loaded: Loaded, split: str, size: int, temperature: float = 1.0) ->
     seen = {}
     for name in ("none", *TAUGHT):
         views = [CONTEXTS[name].views(group, materials)[0] for group in groups]
-        prompts = [first_prompt(loaded.tokenizer, view.teacher or view.student) for view in views]
+        prompts = [first_prompt(loaded, view.teacher or view.student) for view in views]
         right = []
         for begin in range(0, size, 50):
             chunk = prompts[begin : begin + 50]

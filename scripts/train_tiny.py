@@ -682,7 +682,7 @@ def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> S
     tokenizer = loaded.tokenizer
     drawn = arithmetic.problems_of(split)[:size]
     rng = random.Random(f"evaluate/{split}")
-    begun = [first_prompt(tokenizer, answer_prompt(e.question)) for e in drawn]
+    begun = [first_prompt(loaded, answer_prompt(e.question)) for e in drawn]
     turns = _write(loaded, begun)
     seen = {
         "answers": count(
@@ -702,7 +702,7 @@ def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> S
         (*b, *tokenizer.encode(a, add_special_tokens=False))
         for b, a in zip(begun, answers, strict=True)
     ]
-    request = feedback_request(tokenizer)
+    request = feedback_request(loaded)
     replies = _write(loaded, [(*a, *request) for a in answered])
     judged = [parsed(t) for t in replies]
     errors = [arithmetic.first_error(f.text) for f in judged]
@@ -736,7 +736,7 @@ def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> S
     for k in wrong:
         right = arithmetic.feedback(drawn[k].solution, answers[k])
         given = tokenizer.encode("".join(written_feedback(right)), add_special_tokens=False)
-        ask = followup_prompt(tokenizer, revise_prompt(""))
+        ask = followup_prompt(loaded, revise_prompt(""))
         prompts.append((*answered[k], *request, *given, *ask))
     final = [drawn[k].steps[-1].result for k in wrong]
     turns = _write(loaded, prompts)
@@ -744,7 +744,7 @@ def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> S
         [parsing.final_answer(t.text) == f for t, f in zip(turns, final, strict=True)]
     )
     for prompt in (critique_prompt(), final_prompt()):
-        ask = followup_prompt(tokenizer, prompt)
+        ask = followup_prompt(loaded, prompt)
         before = [t.conversation for t in turns]
         turns = _write(loaded, [ask[1:] if t.finished else ask for t in turns], before)
     seen["final_after_check"] = count(

@@ -85,12 +85,12 @@ def examine(
     """
     results: list[Result] = []
     tokenizer = pair.student_lm.tokenizer
-    request = feedback_request(tokenizer)
+    request = feedback_request(pair.student_lm)
     for begin in range(0, len(exam), batch_size):
         chunk = exam[begin : begin + batch_size]
         prompts = [
             (
-                *first_prompt(tokenizer, answer_prompt(question.problem.question)),
+                *first_prompt(pair.student_lm, answer_prompt(question.problem.question)),
                 *tokenizer.encode(question.answer, add_special_tokens=False),
                 *request,
             )

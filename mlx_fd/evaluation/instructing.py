@@ -96,7 +96,7 @@ class Instructing:
         sampling = Sampling(bench.target.config.generation.max_answer_tokens)
 
         def make(pair: Pair) -> list[Trial]:
-            requests = [first_prompt(pair.expert.tokenizer, item.prompt) for item in chunk]
+            requests = [first_prompt(pair.expert, item.prompt) for item in chunk]
             return bench.ask(who, pair, requests, sampling)
 
         key = {"ask": [item.prompt for item in chunk], "sampling": vars(sampling)}

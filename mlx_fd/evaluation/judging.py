@@ -78,7 +78,7 @@ class Judging:
             answered = [_answered(pair, question) for question in chunk]
             setting = bench.setting(pair, "expert")
             if (stages_of := SYSTEMS[system].stages) is not None:
-                stages = stages_of(pair.expert.tokenizer)
+                stages = stages_of(pair.expert)
                 judged = criticise(setting, answered, stages, seeds, bench.progress)
                 return [
                     trial(
@@ -182,14 +182,14 @@ def _where(mask: Sequence[float], values: Sequence[float]) -> list[float]:
 
 def _answered(pair: Pair, question: Question) -> Answered:
     """An answer as if the expert had given it."""
-    tokenizer = pair.expert.tokenizer
+    expert = pair.expert
     tokens = (
-        *first_prompt(tokenizer, prompts.answer_prompt(question.problem.question)),
-        *tokenizer.encode(question.answer, add_special_tokens=False),
+        *first_prompt(expert, prompts.answer_prompt(question.problem.question)),
+        *expert.tokenizer.encode(question.answer, add_special_tokens=False),
     )
     return Answered(
         question.problem,
         prompts.Answer(question.answer, None),
         Conversation(tokens),
-        feedback_request(tokenizer),
+        feedback_request(expert),
     )

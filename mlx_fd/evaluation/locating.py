@@ -48,7 +48,7 @@ class Locating:
         sampling = Sampling(bench.target.config.generation.max_answer_tokens)
 
         def make(pair: Pair) -> list[Trial]:
-            requests = [first_prompt(pair.expert.tokenizer, prompt) for prompt in prompts]
+            requests = [first_prompt(pair.expert, prompt) for prompt in prompts]
             return bench.ask(who, pair, requests, sampling)
 
         key = {"ask": prompts, "sampling": vars(sampling)}

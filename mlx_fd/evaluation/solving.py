@@ -216,16 +216,15 @@ def _answered(pair: Pair, problem: Problem, row: dict[str, Any]) -> Answered:
     Its keys and values are not kept, so every system reads the answer anew, whoever wrote it and
     whenever: what comes next does not depend on what was in the cache.
     """
-    tokenizer = pair.expert.tokenizer
     tokens = tuple(row["tokens"])
     conversation = Conversation(
-        (*first_prompt(tokenizer, prompts.answer_prompt(problem.question)), *tokens)
+        (*first_prompt(pair.expert, prompts.answer_prompt(problem.question)), *tokens)
     )
     return Answered(
         problem,
         prompts.Answer(row["text"], None, tokens),
         conversation,
-        without_repeated_eos(conversation, feedback_request(tokenizer)),
+        without_repeated_eos(conversation, feedback_request(pair.expert)),
         Usage(
             {"answer": len(tokens)},
             {"answer": row["prefilled"]},

@@ -272,6 +272,10 @@ def _with_adapter(plan: Plan, adapter: Path) -> Pair:
     student = Student(model, taps.width(expert.model))
     student.eval()
     student_lm = dataclasses.replace(
-        base, model=model, tokenizer=expert.tokenizer, vocab=plan.vocab
+        base,
+        model=model,
+        tokenizer=expert.tokenizer,
+        vocab=plan.vocab,
+        template=expert.template,
     )
     return Pair(dataclasses.replace(expert, vocab=plan.vocab), student, student_lm, plan.vocab)

@@ -214,17 +214,13 @@ def make_bundle(
         UserError: there is no problem, no chat template, or the model's logits are not finite.
     """
     from mlx_fd.models.backend import backend
+    from mlx_fd.models.chat_template import check_conversation
     from mlx_fd.models.fingerprint import content_hash
-    from mlx_fd.models.generation import chat_text
     from mlx_fd.runs.manifest import versions
 
     if not problems:
         raise UserError("a parity bundle needs at least one problem")
-    if not loaded.tokenizer.has_chat_template:
-        raise UserError(
-            f"{loaded.path}: its tokenizer has no chat template, and the roles' prompts are chats; "
-            "use an instruction-tuned model"
-        )
+    check_conversation(loaded.template)
     chosen = random.Random(seed).sample(list(problems), min(ROLE_PROBLEMS, len(problems)))
     total = 2 * len(ROLES) * len(chosen) + len(problems)
     reference = _Reference(loaded, progress, total)
@@ -234,7 +230,7 @@ def make_bundle(
         for problem, drawn in zip(chosen, row, strict=True)
     ]
     prompts = tuple(_scored(reference, *draft) for draft in drafts)
-    around = chat_text(loaded.tokenizer, [answer_prompt(_SENTINEL)]).split(_SENTINEL)
+    around = loaded.template.render([answer_prompt(_SENTINEL)]).split(_SENTINEL)
     if len(around) != 2:
         raise UserError(
             f"{loaded.path}: its chat template writes a message {len(around) - 1} times, so that "
@@ -267,8 +263,6 @@ def _conversations(
     reference: _Reference, problems: Sequence[Problem]
 ) -> Iterator[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
     """Each role with, for each problem, the prompt's text and the greedy continuation."""
-    from mlx_fd.models.generation import chat_text
-
     chats: list[list[str]] = [[] for _ in problems]
     feedbacks: list[Feedback] = []
     for role in ROLES:
@@ -289,7 +283,7 @@ def _conversations(
                 message = final_prompt()
             chat.append(message)
         begun = FEEDBACK_OPENING if role == "feedback" else ""
-        texts = [chat_text(reference.loaded.tokenizer, chat) + begun for chat in chats]
+        texts = [reference.loaded.template.render(chat) + begun for chat in chats]
         written = reference.write(texts, _CONTINUATION)
         for chat, (_, text) in zip(chats, written, strict=True):
             chat.append(f"{begun} {text}".strip())

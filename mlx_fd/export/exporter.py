@@ -117,7 +117,7 @@ def export(
     progress("loading", 0, 1)
     judge = open_student(source.ref)
     live, student = judge.student_lm, judge.student
-    chat = role_chat(live.tokenizer)
+    chat = role_chat(live)
     with contextlib.ExitStack() as archived, contextlib.ExitStack() as held:
         with _wrap_write_errors(folder):
             working = held.enter_context(new_directory(folder, shared=False))

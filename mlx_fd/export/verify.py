@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,17 +49,12 @@ class Agreement:
     top1: float
 
 
-def role_chat(tokenizer: Any) -> tuple[int, ...]:
+def role_chat(loaded: Loaded) -> tuple[int, ...]:
     """Tokens of one chat in which every role has its say.
 
     Raises:
-        UserError: the tokenizer has no chat template.
+        UserError: the model has no chat template, or none for a chat of several turns.
     """
-    if not tokenizer.has_chat_template:
-        raise UserError(
-            "this model has no chat template, and the roles' prompts are chats: an Instruct model "
-            "is needed, not a base model"
-        )
     feedback = prompts.Feedback(_FEEDBACK, 1.0)
     replies = (
         (prompts.feedback_prompt(), prompts.format_feedback(feedback)),
@@ -70,11 +65,11 @@ def role_chat(tokenizer: Any) -> tuple[int, ...]:
     )
 
     def encode_reply(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer.encode(text, add_special_tokens=False))
+        return tuple(loaded.tokenizer.encode(text, add_special_tokens=False))
 
-    tokens = (*first_prompt(tokenizer, prompts.answer_prompt(_QUESTION)), *encode_reply(_SOLUTION))
+    tokens = (*first_prompt(loaded, prompts.answer_prompt(_QUESTION)), *encode_reply(_SOLUTION))
     for message, reply in replies:
-        tokens = (*tokens, *followup_prompt(tokenizer, message), *encode_reply(reply))
+        tokens = (*tokens, *followup_prompt(loaded, message), *encode_reply(reply))
     return tokens
 
 

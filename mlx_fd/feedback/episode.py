@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
 
 import mlx.core as mx
 
@@ -311,12 +310,12 @@ def answer(
         loaded,
         "answer",
         [Conversation()] * len(problems),
-        [first_prompt(loaded.tokenizer, answer_prompt(p.question)) for p in problems],
+        [first_prompt(loaded, answer_prompt(p.question)) for p in problems],
         sampling,
         on_tokens,
         GenerateOptions(reuse=not options.sequential, keep=keep),
     )
-    request = feedback_request(loaded.tokenizer)
+    request = feedback_request(loaded)
     return [
         Answered(
             problem,
@@ -350,15 +349,15 @@ def _without_cache(answered: Answered) -> Answered:
     return dataclasses.replace(answered, conversation=Conversation(answered.conversation.tokens))
 
 
-def feedback_request(tokenizer: Any, prompt: str = "") -> tuple[int, ...]:
+def feedback_request(loaded: Loaded, prompt: str = "") -> tuple[int, ...]:
     """Tokens of a request for feedback, up to and with the reply's first word.
 
     Args:
-        tokenizer: whose tokens.
+        loaded: whose template and tokens.
         prompt: what is asked; empty: the role's own prompt.
     """
-    begun = tokenizer.encode(FEEDBACK_OPENING, add_special_tokens=False)
-    return (*followup_prompt(tokenizer, prompt or feedback_prompt()), *begun)
+    begun = loaded.tokenizer.encode(FEEDBACK_OPENING, add_special_tokens=False)
+    return (*followup_prompt(loaded, prompt or feedback_prompt()), *begun)
 
 
 def parsed(turn: Turn) -> Feedback:
@@ -572,7 +571,7 @@ def merge_and_revise(
             pair,
             step,
             [before[place] for place in which],
-            [followup_prompt(pair.expert.tokenizer, text) for text in messages],
+            [followup_prompt(pair.expert, text) for text in messages],
             step,
             options,
             seeds(step),

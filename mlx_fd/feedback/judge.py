@@ -240,10 +240,10 @@ class Judge:
         on_token: Callable[[int], None] | None,
     ) -> list[Judgement]:
         loaded = self.student_lm
-        request = feedback_request(loaded.tokenizer)
+        request = feedback_request(loaded)
         requests = [
             (
-                *first_prompt(loaded.tokenizer, answer_prompt(problem.strip())),
+                *first_prompt(loaded, answer_prompt(problem.strip())),
                 *loaded.tokenizer.encode(answer.strip(), add_special_tokens=False),
                 *request,
             )

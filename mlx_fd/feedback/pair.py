@@ -86,6 +86,10 @@ def _open(
     student = make_student(base.model, width, options, config.episode.seed)
     # One tokenizer for both: they were compared token by token, and so read the same prompts.
     student_lm = dataclasses.replace(
-        base, model=student.model, tokenizer=expert.tokenizer, vocab=vocab
+        base,
+        model=student.model,
+        tokenizer=expert.tokenizer,
+        vocab=vocab,
+        template=expert.template,
     )
     return Pair(dataclasses.replace(expert, vocab=vocab), student, student_lm, vocab)

@@ -301,7 +301,7 @@ def solution_of(
         cache: as for :func:`read_text`.
     """
     tokenizer = pair.expert.tokenizer
-    prompt = first_prompt(tokenizer, prompts.answer_prompt(question))
+    prompt = first_prompt(pair.expert, prompts.answer_prompt(question))
     text, spans = token_spans(tokenizer.decode, solution.tokens)
     answer = answer_span(text)
     return Sample(

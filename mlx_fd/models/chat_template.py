@@ -1,200 +1,230 @@
-"""Chat templates are programs of strangers: they get little time, little memory, and no more.
+"""How a chat is written for a model, as a value that travels with a run.
 
-Jinja's sandbox keeps a template from files and Python's insides. It does not keep it from running
-for ever, or from writing gigabytes. So every template is rendered first in a process of its own,
-which the system stops at limits that hold inside a single operation too, and later renderings,
-where what is said may lead a template elsewhere, have a deadline that is looked at on each line.
-
-Run as a program, this module is that process.
+A student knows one way of writing a chat: that in which it was trained, which is its expert's. So
+the template is no property of a directory here: :class:`ChatTemplate` is read from one once
+(:func:`mlx_fd.models.loading.open_template`), with what else decides what it writes (the special
+tokens it names, the user's further variables, the day it may print), is kept by the run, and is
+what everything after the training writes its prompts with.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import functools
+import hashlib
 import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping
+import keyword
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.models.directory import blaming
+from mlx_fd.models import template_sandbox
+from mlx_fd.models.storage import read_json
 
-# Llama's templates print the day; a run must not change with it.
-ARGUMENTS = {"add_generation_prompt": True, "date_string": "26 Jul 2024"}
-# Published templates take milliseconds and write as much as was said and some hundred characters.
-_SECONDS = 5.0
-_MAX_CHARS = 4 << 20
-_MAX_TEMPLATE_CHARS = 1 << 20
-_CHILD_BYTES = 1 << 30
-_BEYOND = 3
-_TOO_MUCH = "takes more time or memory than any template needs"
-_ADVICE = "take the model's published template"
-_TURNS = ("What is 1 + 2?", "It is 3.", "Is that right?")
+DEFAULT_DATE = "2024-07-26"
+"""The day that templates print outside of a run: the one that Llama's print where none is given."""
+# What every rendering sets itself; tools would choose another template.
+_RESERVED = frozenset(
+    {"messages", "add_generation_prompt", "tools", "documents", template_sandbox.CLOCK}
+)
+_NAMED_DEFAULT = "default"
+# Texts that a template must write as they are: quotes, markup and line ends are where some do not.
+_ASKED = 'What is 1 + 2,\nif "1 < 2" & so on?'
+_CHAT = (_ASKED, "It is 3.", "Is that right?", "Yes, 1 + 2 = 3.", "And what is 2 + 3?")
+# Ways to hand over messages, the usual one first: (content as a list of parts, with a system
+# message that says nothing).
+_FORMS = ((False, False), (True, False), (False, True), (True, True))
 
 
-def check(tokenizer: Any, path: Path) -> None:
-    """Make sure that a tokenizer's chat template can be rendered, where it has one.
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template with everything that decides what it writes.
+
+    A model of a run is given one by :func:`mlx_fd.models.loading.load` and carries it in
+    ``Loaded.template``. Roles may differ in ``kwargs`` alone: what only the expert, or only the
+    student, shall have is added with :meth:`with_kwargs` where the pair is opened
+    (:mod:`mlx_fd.feedback.pair`), as in
+    ``dataclasses.replace(expert, template=plan.template.with_kwargs(enable_thinking=True))``.
+    :meth:`knows` says whether the template reads such a variable at all.
+
+    Attributes:
+        source: Jinja's source; empty: there is none, as in a base model.
+        special_tokens: texts by name, as in ``{"eos_token": "<|im_end|>"}``.
+        kwargs: further variables (``chat_template_kwargs``), JSON values.
+        date: the day that the template prints where it asks for the date, ``YYYY-MM-DD``.
+        end_tokens: ids of the tokens that end a turn; empty: those of the tokenizer at hand.
+        parts: whether it takes a message's content as a list of parts.
+        system: whether it cannot do without a system message; then there is an empty one.
+        owner: the model's or the run's directory, for errors.
+    """
+
+    source: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    date: str = DEFAULT_DATE
+    end_tokens: tuple[int, ...] = ()
+    parts: bool = False
+    system: bool = False
+    owner: str = field(default="the model", compare=False)
+
+    def render(self, turns: Sequence[str]) -> str:
+        """A chat's text, up to where the assistant begins.
+
+        Args:
+            turns: what user and assistant say in turn; the user's are first and last.
+
+        Raises:
+            UserError: there is no template, or it cannot be rendered, takes too long, or writes
+                too much.
+        """
+        if not self.source:
+            raise UserError(
+                f"{self.owner} has no chat template: an Instruct model is needed, not a base model"
+            )
+        return template_sandbox.render(
+            self.source, self._variables(turns), self.date, where=self.owner
+        )
+
+    def with_kwargs(self, **more: Any) -> ChatTemplate:
+        """The template with further variables; of two of one name the later counts."""
+        return dataclasses.replace(self, kwargs={**self.kwargs, **more})
+
+    def knows(self, name: str) -> bool:
+        """Whether the template reads a variable, so that setting it may change what is written."""
+        return name in template_sandbox.variables_read(self.source, self.owner)
+
+    def digest(self) -> str:
+        """SHA-256 of everything that decides what is written."""
+        content = dataclasses.asdict(self)
+        del content["owner"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _variables(self, turns: Sequence[str]) -> dict[str, Any]:
+        roles = ("user", "assistant")
+        said = [(roles[index % 2], text) for index, text in enumerate(turns)]
+        if self.system:
+            said = [("system", ""), *said]
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text}
+            for role, text in said
+        ]
+        return {
+            **self.special_tokens,
+            **self.kwargs,
+            "messages": messages,
+            "add_generation_prompt": True,
+            "tools": None,
+            "documents": None,
+        }
+
+
+def choose_source(found: Any, path: Path) -> str:
+    """The template that a chat without tools is written with.
 
     Args:
-        tokenizer: mlx-lm's wrapper.
-        path: the model's directory.
+        found: what a tokenizer has: a text, several by name, or ``None``.
+        path: the model's directory, whose chat_template.json counts where a tokenizer has none.
+
+    Returns:
+        Jinja's source; empty where there is none.
 
     Raises:
-        UserError: the template is damaged, or wants more time or memory than it may have.
+        UserError: there are several, none of them the default, or one is no text.
     """
-    template = tokenizer.chat_template
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    if isinstance(template, str):
-        check_source(template, tokenizer.special_tokens_map, path)
-    if tokenizer.has_chat_template:
-        for turns in (_TURNS[:1], _TURNS):
-            with rendering(tokenizer):
-                tokenizer.apply_chat_template(_messages(turns), tokenize=False, **ARGUMENTS)
+    if not found:
+        found = read_json(path / "chat_template.json").get("chat_template")
+    if isinstance(found, list):
+        named = [one for one in found if isinstance(one, dict)]
+        found = {one.get("name"): one.get("template") for one in named}
+    if isinstance(found, Mapping):
+        if _NAMED_DEFAULT not in found:
+            names = ", ".join(sorted(map(str, found))) or "none"
+            raise UserError(
+                f"{path} has several chat templates ({names}) and none is named "
+                f'"{_NAMED_DEFAULT}"; write the one to use as {path / "chat_template.jinja"}'
+            )
+        found = found[_NAMED_DEFAULT]
+    if found and not isinstance(found, str):
+        raise UserError(f"{path} has a chat template that is no text: {found!r:.80}")
+    return found or ""
 
 
-def check_source(template: str, special_tokens: Mapping[str, Any], path: Path) -> None:
-    """Make sure, in a process of its own, that a template keeps to its limits.
+def fitted(template: ChatTemplate) -> ChatTemplate:
+    """A template in the form of messages that it understands, tried and kept to its limits.
 
-    Its other faults are not looked for here: what a template may use is transformers' to say.
-
-    Args:
-        template: Jinja's source.
-        special_tokens: by name, as in ``{"eos_token": "<|im_end|>"}``.
-        path: the model's directory.
+    A message's content is a text, or else a list of parts; and a template that cannot do without a
+    system message gets an empty one.
 
     Raises:
-        UserError: it is too long, or wants more time, memory or output than it may have.
+        UserError: it cannot be rendered, wants more time or memory than it may have, leaves out or
+            changes what the user says, or does not know one of the variables it is given.
     """
-    if len(template) > _MAX_TEMPLATE_CHARS:
-        raise UserError(f"{path}: its chat template has {len(template)} characters; {_ADVICE}")
-    tokens = {name: str(token) for name, token in special_tokens.items()}
-    if not _keeps_limits(template, json.dumps(tokens, sort_keys=True)):
-        raise UserError(f"{path}: its chat template {_TOO_MUCH}; {_ADVICE}")
-
-
-@contextlib.contextmanager
-def rendering(tokenizer: Any) -> Iterator[None]:
-    """Give a block that renders a tokenizer's chat template a deadline, and name its errors.
-
-    The deadline is looked at on each line of the template, which works in any thread and needs no
-    signal. (A single operation is not interrupted; :func:`check` has tried those.)
-
-    Raises:
-        UserError: the template cannot be rendered, or takes too long or writes too much.
-    """
-    where = getattr(tokenizer, "name_or_path", None) or "the model"
-    deadline, written = time.monotonic() + _SECONDS, 0
-
-    def trace(frame: Any, event: str, value: Any) -> Any:
-        nonlocal written
-        if frame.f_code.co_filename != "<template>":
-            return None
-        if event == "return" and isinstance(value, str):  # templates yield what they write
-            written += len(value)
-        if written > _MAX_CHARS or time.monotonic() > deadline:
-            raise UserError(f"{where}: its chat template {_TOO_MUCH}; {_ADVICE}")
-        return trace
-
-    before = sys.gettrace()
-    with blaming(f"{where}: its chat template cannot be rendered"):
-        sys.settrace(trace)
+    _check_kwargs(template)
+    first_fault: UserError | None = None
+    for parts, system in _FORMS:
+        candidate = dataclasses.replace(template, parts=parts, system=system)
+        template_sandbox.check_limits(
+            candidate.source,
+            [candidate._variables(_CHAT[:1]), candidate._variables(_CHAT[:3])],
+            candidate.date,
+            candidate.owner,
+        )
         try:
-            yield
-        finally:
-            sys.settrace(before)
+            if _ASKED in candidate.render(_CHAT[:1]):
+                return candidate
+        except template_sandbox.TooMuch:
+            raise
+        except UserError as error:
+            first_fault = first_fault or error
+    raise first_fault or UserError(
+        f"{template.owner}: its chat template leaves out or changes what the user says; "
+        "take an Instruct model's"
+    )
 
 
-def _messages(turns: tuple[str, ...]) -> list[dict[str, str]]:
-    roles = ("user", "assistant")
-    return [{"role": roles[k % 2], "content": text} for k, text in enumerate(turns)]
+def check_conversation(template: ChatTemplate) -> None:
+    """Make sure that a chat of several turns is written with all that was said in it.
 
+    Thoughts of earlier turns may be left out: what is written here has none.
 
-# ------------------------------------------------------------------------------- the other process
+    Raises:
+        UserError: it is not, so that a conversation could not go on; or it cannot be rendered.
+    """
+    content = dataclasses.asdict(template)
+    if fault := _conversation_fault(json.dumps(content, sort_keys=True)):
+        raise UserError(f"{template.owner}: its chat template {fault}")
 
 
 @functools.lru_cache(maxsize=64)
-def _keeps_limits(template: str, tokens: str) -> bool:
-    # -P: no module of the folder that the user is in; but the package itself must be found.
-    root = str(Path(__file__).parents[2])
-    search = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "mlx_fd.models.chat_template"],
-            input=json.dumps({"template": template, "tokens": json.loads(tokens)}),
-            env={**os.environ, "PYTHONPATH": search},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            timeout=4 * _SECONDS,
-            check=False,
+def _conversation_fault(content: str) -> str:
+    """What a template does to a chat that goes on; empty where it keeps all of it."""
+    template = ChatTemplate(**json.loads(content))
+    text, end = template.render(_CHAT), 0
+    for index, said in enumerate(_CHAT):
+        begin = text.find(said, end)
+        if begin < 0:
+            who = ("user", "assistant")[index % 2]
+            return (
+                f"leaves out or changes what the {who} said in an earlier turn, so that no "
+                "conversation can go on; take an Instruct model's"
+            )
+        end = begin + len(said)
+    return ""
+
+
+def _check_kwargs(template: ChatTemplate) -> None:
+    """Make sure that a template reads each of the variables that it is given."""
+    for name in template.kwargs:
+        if name in _RESERVED:
+            raise UserError(f"chat_template_kwargs: {name} is set by mlx-fd itself; leave it out")
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise UserError(f"chat_template_kwargs: {name!r} is no name of a variable")
+    if unknown := [name for name in template.kwargs if not template.knows(name)]:
+        read = template_sandbox.variables_read(template.source, template.owner)
+        known = sorted(read - _RESERVED - set(template.special_tokens) - {"raise_exception"})
+        raise UserError(
+            f"chat_template_kwargs: the chat template of {template.owner} does not know "
+            f"{', '.join(unknown)}; it knows {', '.join(known) or 'no further variables'}"
         )
-    except subprocess.TimeoutExpired:
-        return False
-    # Anything but a signal or its own word is the template's other faults, for transformers to say.
-    return 0 <= done.returncode != _BEYOND
-
-
-def _environment() -> Any:
-    """Jinja as transformers sets it up for chat templates."""
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012 - Jinja's own way
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("written"), [], [], body).set_lineno(line)
-
-        def written(self, caller: Any) -> str:
-            return str(caller())
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = json.dumps
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = time.strftime
-    return environment
-
-
-def main() -> int:
-    """Render the template on standard input within the limits.
-
-    Returns:
-        The exit status; :data:`_BEYOND` where they were too narrow.
-    """
-    import resource
-
-    given = json.load(sys.stdin)
-    seconds = int(_SECONDS)
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    with contextlib.suppress(ValueError, OSError):  # macOS has no limit of memory
-        resource.setrlimit(resource.RLIMIT_AS, (_CHILD_BYTES, _CHILD_BYTES))
-    try:
-        template = _environment().from_string(given["template"])
-        for turns in (_TURNS[:1], _TURNS):
-            written = 0
-            variables = {"messages": _messages(turns), **ARGUMENTS, **given["tokens"]}
-            for piece in template.generate(variables):
-                written += len(piece)
-                if written > _MAX_CHARS:
-                    return _BEYOND
-    except MemoryError:
-        return _BEYOND
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -22,8 +22,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_fd.config import GenerationOptions
-from mlx_fd.errors import UserError
-from mlx_fd.models import chat_template, taps
+from mlx_fd.models import taps
+from mlx_fd.models.chat_template import check_conversation
 from mlx_fd.models.loading import Loaded
 
 Cache = list[Any]
@@ -150,46 +150,34 @@ def sampling_for(options: GenerationOptions, step: str, seed: int) -> Sampling:
     return Sampling(limits[step], temperature, penalty, seed)
 
 
-def first_prompt(tokenizer: Any, message: str) -> tuple[int, ...]:
-    """Tokens of a conversation's first user message, up to where the assistant begins."""
-    with chat_template.rendering(tokenizer):
-        return tuple(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": message}], tokenize=True, **chat_template.ARGUMENTS
-            )
-        )
-
-
-def chat_text(tokenizer: Any, turns: Sequence[str]) -> str:
-    """A conversation as the chat template writes it, up to where the assistant begins.
+def first_prompt(loaded: Loaded, message: str) -> tuple[int, ...]:
+    """Tokens of a conversation's first user message, up to where the assistant begins.
 
     Args:
-        tokenizer: whose template it is.
-        turns: what user and assistant say in turn; the user's are first and last.
+        loaded: whose template and tokens.
+        message: what the user says.
     """
-    messages = [
-        {"role": ("user", "assistant")[index % 2], "content": text}
-        for index, text in enumerate(turns)
-    ]
-    with chat_template.rendering(tokenizer):
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, **chat_template.ARGUMENTS)
-        )
+    text = loaded.template.render([message])
+    return tuple(loaded.tokenizer.encode(text, add_special_tokens=False))
 
 
-def followup_prompt(tokenizer: Any, message: str) -> tuple[int, ...]:
+def followup_prompt(loaded: Loaded, message: str) -> tuple[int, ...]:
     """Tokens from the end of an assistant's turn, over a user message, to the assistant's next.
 
     They begin with the end-of-turn token. Text that the assistant wrote is never tokenised again,
     so the conversation keeps the very tokens that were generated.
+
+    Args:
+        loaded: whose template and tokens.
+        message: what the user says.
+
+    Raises:
+        UserError: the template does not keep what was said in earlier turns.
     """
-    _, separator, tail = chat_text(tokenizer, ["?", _SENTINEL, message]).partition(_SENTINEL)
-    if not separator:
-        raise UserError(
-            f"{getattr(tokenizer, 'name_or_path', 'the model')}: its chat template leaves out what "
-            "the assistant said, so that no conversation can go on; take an Instruct model's"
-        )
-    return tuple(tokenizer.encode(tail, add_special_tokens=False))
+    check_conversation(loaded.template)
+    text = loaded.template.render(["?", _SENTINEL, message])
+    tail = text.partition(_SENTINEL)[2]
+    return tuple(loaded.tokenizer.encode(tail, add_special_tokens=False))
 
 
 def without_repeated_eos(conversation: Conversation, turn: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.models import chat_template
 from mlx_fd.models.backend import backend
-from mlx_fd.models.directory import blaming, check_directory
+from mlx_fd.models.chat_template import (
+    DEFAULT_DATE,
+    ChatTemplate,
+    choose_source,
+    fitted,
+)
+from mlx_fd.models.directory import blaming, check_directory, check_files
 from mlx_fd.models.memory import available_memory
+from mlx_fd.models.storage import read_json
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -32,6 +39,7 @@ class Loaded:
         path: the directory it came from.
         dtype: of its activations.
         vocab: tokens it may write: ids below this. The model's rows beyond them are padding.
+        template: how chats are written for it: its own way, or that of the run it belongs to.
     """
 
     model: nn.Module
@@ -40,6 +48,7 @@ class Loaded:
     path: Path
     dtype: mx.Dtype
     vocab: int
+    template: ChatTemplate
 
 
 def _float32_bytes(model: nn.Module) -> int:
@@ -79,8 +88,8 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> tuple[TokenizerWrapper
         config: the model's, of :func:`open_lazily`.
 
     Raises:
-        UserError: it is damaged, needs code of its own, has a chat template that cannot be
-            rendered, or has tokens for which the model has no weights.
+        UserError: it is damaged, needs code of its own, or has tokens for which the model has no
+            weights.
     """
     from mlx_lm.utils import load_tokenizer
 
@@ -100,21 +109,98 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> tuple[TokenizerWrapper
             f"{path} has {count} tokens but only {rows} rows of logits (vocab_size in "
             "config.json); its tokenizer does not belong to it"
         )
-    chat_template.check(tokenizer, path)
     return tokenizer, count
 
 
-def _token_count(path: Path, tokenizer: TokenizerWrapper) -> int:
-    """Tokens of a model directory: those of its own tokenizer.json, where there is one.
+def template_of(
+    tokenizer: TokenizerWrapper,
+    path: Path,
+    kwargs: Mapping[str, Any] | None = None,
+    date: str = "",
+) -> ChatTemplate:
+    """A model's own chat template, tried; without a source where it has none.
 
-    transformers may add one of its own beside them, such as ``<unk>``, which no text becomes.
+    Args:
+        tokenizer: of :func:`open_tokenizer`.
+        path: the model's directory.
+        kwargs: further variables that the template reads.
+        date: the day that it prints, ``YYYY-MM-DD``; empty: that outside of a run.
+
+    Raises:
+        UserError: as :func:`mlx_fd.models.chat_template.fitted`; or mlx-lm writes its chats with
+            code instead of a template.
     """
-    file = path / "tokenizer.json"
-    if file.is_file():
-        from tokenizers import Tokenizer
+    if tokenizer._chat_template is not None:
+        kind = read_json(path / "tokenizer_config.json").get("chat_template_type")
+        raise UserError(
+            f"{path}: its chats are written by code ({kind or 'mlx-lm has some for this kind'}), "
+            "and a template is needed that can go with what is trained; write one as "
+            f"{path / 'chat_template.jinja'} and take chat_template_type out of "
+            "tokenizer_config.json"
+        )
+    template = ChatTemplate(
+        source=choose_source(tokenizer.chat_template, path),
+        special_tokens=dict(tokenizer.special_tokens_map),
+        kwargs=dict(kwargs or {}),
+        date=date or DEFAULT_DATE,
+        end_tokens=tuple(sorted(tokenizer.eos_token_ids)),
+        owner=str(path),
+    )
+    return fitted(template) if template.source else template
 
-        return max(Tokenizer.from_file(str(file)).get_vocab().values()) + 1
-    return int(max(tokenizer.get_vocab().values())) + 1
+
+def read_end_tokens(path: Path) -> dict[str, Any]:
+    """config.json as it is, with the end tokens that mlx-lm finds: generation_config.json's first.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    ends = read_json(path / "generation_config.json").get("eos_token_id")
+    return {**read_json(path / "config.json"), **({"eos_token_id": ends} if ends else {})}
+
+
+def open_template(
+    path: Path, kwargs: Mapping[str, Any] | None = None, date: str = ""
+) -> ChatTemplate:
+    """:func:`template_of` a directory, before any weight is read.
+
+    Raises:
+        UserError: as there, as :func:`open_tokenizer`; or the directory has no chat template.
+    """
+    check_files(path)
+    tokenizer, _ = open_tokenizer(path, read_end_tokens(path))
+    template = template_of(tokenizer, path, kwargs, date)
+    if not template.source:
+        raise UserError(
+            f"{path} has no chat template: an Instruct model is needed, not a base model"
+        )
+    return template
+
+
+def _token_count(path: Path, tokenizer: TokenizerWrapper) -> int:
+    """Tokens of a model directory: those that its files name, at the ids at which they are used.
+
+    tokenizer.json need not have all: transformers adds what the other files have, such as the
+    token that ends a turn. It may add one of its own beside them, too, such as ``<unk>``, which no
+    text becomes.
+    """
+    file, vocab = path / "tokenizer.json", tokenizer.get_vocab()
+    if not file.is_file():
+        return int(max(vocab.values())) + 1
+    from tokenizers import Tokenizer
+
+    settings = read_json(path / "tokenizer_config.json")
+    named = {*Tokenizer.from_file(str(file)).get_vocab(), *read_json(path / "added_tokens.json")}
+    for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+        added = settings.get(key) or {}
+        named.update(map(_token_text, added.values() if isinstance(added, dict) else added))
+    named.update(_token_text(value) for key, value in settings.items() if key.endswith("_token"))
+    return 1 + max(int(number) for token, number in vocab.items() if token in named)
+
+
+def _token_text(token: Any) -> str:
+    """A token's text as tokenizer_config.json has it: alone, or with how it is looked for."""
+    return str(token.get("content") if isinstance(token, dict) else token)
 
 
 def _wants_float32(dequantize: str) -> bool:
@@ -147,11 +233,18 @@ def _fits_dense(model: nn.Module) -> bool:
     return _float32_bytes(model) < _WEIGHT_SHARE * available_memory()
 
 
-def _loaded(path: Path, model: nn.Module, config: dict[str, Any]) -> Loaded:
+def _loaded(
+    path: Path, model: nn.Module, config: dict[str, Any], template: ChatTemplate | None = None
+) -> Loaded:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
     tokenizer, vocab = open_tokenizer(path, config)
+    if template is None:
+        template = template_of(tokenizer, path)
+    elif template.end_tokens:
+        # What a student learned to end its turns with may not be what its base ends them with.
+        tokenizer.eos_token_ids = set(template.end_tokens)
     with blaming(f"the model in {path} cannot be loaded"):
         mx.eval(model.parameters())
     check_weights(path, model)
@@ -162,7 +255,13 @@ def _loaded(path: Path, model: nn.Module, config: dict[str, Any]) -> Loaded:
     floating = (v.dtype for _, v in tree_flatten(model.parameters()))
     dtype = next(d for d in floating if mx.issubdtype(d, mx.floating))
     return Loaded(
-        model=model, tokenizer=tokenizer, config=config, path=path, dtype=dtype, vocab=vocab
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        path=path,
+        dtype=dtype,
+        vocab=vocab,
+        template=template,
     )
 
 
@@ -195,7 +294,7 @@ def check_weights(path: Path, model: nn.Module) -> None:
             )
 
 
-def load(path: Path, *, dequantize: str = "auto") -> Loaded:
+def load(path: Path, *, dequantize: str = "auto", template: ChatTemplate | None = None) -> Loaded:
     """Load an mlx-lm model directory.
 
     On the CPU backend ``"auto"`` makes it float32 (dequantised where half of the free memory is
@@ -205,6 +304,7 @@ def load(path: Path, *, dequantize: str = "auto") -> Loaded:
     Args:
         path: the directory.
         dequantize: ``"never"``: keep quantised and half-precision weights on a CPU, too.
+        template: how chats are written for it, that of the run it belongs to; ``None``: its own.
 
     Returns:
         The model with its weights in memory.
@@ -219,7 +319,7 @@ def load(path: Path, *, dequantize: str = "auto") -> Loaded:
         # A 16-bit model that does not fit as float32 is left as it is: slow, but it runs.
         if dense or _is_quantized(model):
             _make_fast(model, dense=dense)
-    return _loaded(path, model, config)
+    return _loaded(path, model, config, template)
 
 
 def _origin(expert_path: Path, student_path: Path, config: dict[str, Any]) -> dict[int, int] | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.models import chat_template
-from mlx_fd.models.directory import AGAIN, blaming
+from mlx_fd.models.chat_template import ChatTemplate, check_conversation
+from mlx_fd.models.directory import AGAIN, blaming, check_files
 from mlx_fd.models.storage import read_json
 
 if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
     from tokenizers import Tokenizer
 
 # Digits, spaces, contractions, accents, several scripts, markup: where splitting rules differ.
@@ -36,12 +38,14 @@ class Pairing:
             taken over them.
         expert_vocab: width of the expert's logits (padding included).
         student_vocab: width of the student's.
+        template: how chats are written for both: as for the expert.
         warnings: differences that do not stop a run.
     """
 
     shared_vocab: int
     expert_vocab: int
     student_vocab: int
+    template: ChatTemplate
     warnings: tuple[str, ...]
 
 
@@ -69,59 +73,64 @@ def _vocab_size(path: Path) -> int:
     return value
 
 
-def _end_tokens(path: Path, tokenizer: Tokenizer) -> set[int]:
-    """All ids that end a turn, as mlx-lm gathers them."""
-    ids = read_json(path / "generation_config.json").get("eos_token_id")
-    ids = ids or read_json(path / "config.json").get("eos_token_id")
-    ends = {end for end in (ids if isinstance(ids, list) else [ids]) if isinstance(end, int)}
-    token = read_json(path / "tokenizer_config.json").get("eos_token")
-    if isinstance(token, dict):
-        token = token.get("content")
-    if isinstance(token, str):
-        with blaming(f"{path}/tokenizer_config.json: its eos_token is no text"):
-            number = tokenizer.token_to_id(token)
-        ends |= set() if number is None else {number}
-    return ends
+@dataclass(frozen=True)
+class _Side:
+    """One model of a pair, as far as it can be known without its weights.
+
+    Attributes:
+        path: its directory.
+        tokenizer: as it is used: transformers' with mlx-lm's wrapper around it.
+        count: how many tokens it has.
+        template: how its chats are written.
+    """
+
+    path: Path
+    tokenizer: TokenizerWrapper
+    count: int
+    template: ChatTemplate
+
+    def encode(self, text: str) -> list[int]:
+        with blaming(f"the tokenizer of {self.path} fails on {text!r:.80}"):
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def tokens(self, text: str) -> list[str]:
+        return list(self.tokenizer.convert_ids_to_tokens(self.encode(text)))
+
+    def names(self) -> dict[int, str]:
+        """Its tokens by id; ids may have holes."""
+        found = self.tokenizer.get_vocab().items()
+        return {number: token for token, number in found if number < self.count}
+
+    def added(self) -> set[str]:
+        """Tokens that are looked for in a text before it is split."""
+        found = self.tokenizer.added_tokens_decoder.items()
+        return {str(token) for number, token in found if number < self.count}
 
 
-def _chat_template(path: Path) -> Any:
-    """The chat template, from any of the three places transformers knows."""
-    jinja = path / "chat_template.jinja"
-    if jinja.is_file():
-        with blaming(f"{jinja}: cannot be read"):
-            return jinja.read_text(encoding="utf-8")
-    in_config = read_json(path / "tokenizer_config.json").get("chat_template")
-    return in_config or read_json(path / "chat_template.json").get("chat_template")
+def _open(role: str, path: Path, kwargs: Mapping[str, Any], date: str) -> _Side:
+    from mlx_fd.models.loading import open_tokenizer, read_end_tokens, template_of
+
+    file = path / "tokenizer.json"
+    if not file.exists():
+        raise UserError(f"{path} has no tokenizer.json, which is needed to compare tokenizers")
+    check_files(path)
+    tokenizer, count = open_tokenizer(path, read_end_tokens(path))
+    template = template_of(tokenizer, path, kwargs, date)
+    if not template.source:
+        raise UserError(
+            f"the {role} {path} has no chat template: an Instruct model is needed, not a base model"
+        )
+    return _Side(path, tokenizer, count, template)
 
 
-def _check_template(path: Path, template: Any) -> None:
-    """Make sure that a chat template keeps to its limits, before anything is loaded."""
-    if isinstance(template, list):  # several, by name
-        named = [one for one in template if isinstance(one, dict)]
-        template = next((one.get("template") for one in named if one.get("name") == "default"), "")
-    if not isinstance(template, str):
-        raise UserError(f"{path} has a chat template that is no text: {template!r:.80}")
-    tokens = {}
-    for name, token in read_json(path / "tokenizer_config.json").items():
-        content = token.get("content") if isinstance(token, dict) else token
-        if name.endswith("_token") and isinstance(content, str):
-            tokens[name] = content
-    chat_template.check_source(template, tokens, path)
-
-
-def _shared(expert: Tokenizer, student: Tokenizer) -> tuple[int, int, int]:
-    """(shared ids, the expert's ids, the student's ids); ids may have holes.
+def _shared(expert: _Side, student: _Side) -> int:
+    """How many ids mean the same to both.
 
     Raises:
         UserError: some id means two different things.
     """
-    expert_tokens = {number: token for token, number in expert.get_vocab().items()}
-    student_tokens = {number: token for token, number in student.get_vocab().items()}
-    expert_count, student_count = (
-        max(expert_tokens, default=-1) + 1,
-        max(student_tokens, default=-1) + 1,
-    )
-    shared = min(expert_count, student_count)
+    expert_tokens, student_tokens = expert.names(), student.names()
+    shared = min(expert.count, student.count)
     # Not each number below: an id may be anything that a file says.
     for number in sorted(number for number in {*expert_tokens, *student_tokens} if number < shared):
         if expert_tokens.get(number) != student_tokens.get(number):
@@ -131,69 +140,90 @@ def _shared(expert: Tokenizer, student: Tokenizer) -> tuple[int, int, int]:
                 f"{student_tokens.get(number)!r} for the student. The logit loss compares the two "
                 "models token by token: choose a student of the expert's family"
             )
-    return shared, expert_count, student_count
+    return shared
 
 
-def check_pair(expert_dir: Path, student_dir: Path) -> Pairing:
+def _check_splits(expert: _Side, student: _Side, shared: int) -> None:
+    """Make sure that both split the same texts into the same tokens.
+
+    Raises:
+        UserError: they do not.
+    """
+    added = sorted(
+        token
+        for token in expert.added() | student.added()
+        if expert.tokenizer.get_vocab().get(token, shared) < shared
+    )
+    around = [f"is{token} it" for token in added]
+    probes = [*_PROBES, "".join(around)]
+    for probe in probes:
+        if expert.encode(probe) == student.encode(probe):
+            continue
+        # Of hundreds of added tokens, name the one.
+        single = (one for one in around if expert.encode(one) != student.encode(one))
+        shown = probe if probe in _PROBES else next(single, probe[:200])
+        raise UserError(
+            f"expert and student have the same tokens but split text differently: {shown!r} "
+            f"becomes {expert.tokens(shown)} for the expert and {student.tokens(shown)} for the "
+            "student. The logit loss needs one tokenizer: choose a student of the expert's family"
+        )
+
+
+def check_pair(
+    expert_dir: Path,
+    student_dir: Path,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    date: str = "",
+) -> Pairing:
     """Compare two models' tokenizers, chat templates and end tokens.
 
-    Tokens are compared one by one, added ones too, and eight probe texts must be split the same
-    way. The widths of the models may differ by padding (Qwen2.5 7B has 152064 rows, 1.5B 151936,
-    for the same 151665 tokens).
+    Tokenizers are compared as they are used, with what transformers makes of all their files.
+    Tokens are compared one by one, added ones too, and texts must be split the same way, with
+    added tokens in them and without. The widths of the models may differ by padding (Qwen2.5 7B
+    has 152064 rows, 1.5B 151936, for the same 151665 tokens).
 
     Args:
         expert_dir: the expert's directory.
         student_dir: the student's.
+        kwargs: further variables of the chat template.
+        date: the day that it prints, ``YYYY-MM-DD``; empty: that outside of a run.
 
     Returns:
-        The sizes of the vocabularies, and warnings.
+        The sizes of the vocabularies, the chat template of both, and warnings.
 
     Raises:
         UserError: the tokenizers differ, a model has fewer rows than tokens, or one has no chat
-            template.
+            template that a conversation can be written with.
     """
-    for role, path in (("expert", expert_dir), ("student", student_dir)):
-        template = _chat_template(path)
-        if not template:
-            raise UserError(
-                f"the {role} {path} has no chat template: an Instruct model is needed, not a base "
-                "model"
-            )
-        _check_template(path, template)
-    expert, student = read_tokenizer(expert_dir), read_tokenizer(student_dir)
-    shared, expert_count, student_count = _shared(expert, student)
-    for probe in _PROBES:
-        with blaming(f"the tokenizers of {expert_dir} and {student_dir} fail on {probe!r}"):
-            expert_tokens, student_tokens = expert.encode(probe), student.encode(probe)
-        if expert_tokens.ids != student_tokens.ids:
-            raise UserError(
-                f"expert and student have the same tokens but split text differently: {probe!r} "
-                f"becomes {expert_tokens.tokens} for the expert and {student_tokens.tokens} for "
-                "the student. The "
-                "logit loss needs one tokenizer: choose a student of the expert's family"
-            )
+    expert = _open("expert", expert_dir, kwargs or {}, date)
+    student = _open("student", student_dir, {}, date)
+    check_conversation(expert.template)
     expert_vocab, student_vocab = _vocab_size(expert_dir), _vocab_size(student_dir)
-    for path, rows, count in (
-        (expert_dir, expert_vocab, expert_count),
-        (student_dir, student_vocab, student_count),
-    ):
-        if rows < count:
-            raise UserError(
-                f"{path} has {count} tokens but only {rows} rows of logits (vocab_size in "
-                "config.json); its tokenizer does not belong to it"
-            )
+    shared = _shared(expert, student)
+    _check_splits(expert, student, shared)
     warnings = []
-    if expert_count != student_count:
+    if expert.count != student.count:
         warnings.append(
-            f"the expert has {expert_count} tokens and the student {student_count}; the logit "
+            f"the expert has {expert.count} tokens and the student {student.count}; the logit "
             f"loss uses the first {shared}"
         )
-    ends = _end_tokens(expert_dir, expert), _end_tokens(student_dir, student)
+    ends = expert.template.end_tokens, student.template.end_tokens
     if ends[0] != ends[1]:
         warnings.append(
-            f"different tokens end a turn: {sorted(ends[0])} for the expert, {sorted(ends[1])} "
-            "for the student (a base model as the student?)"
+            f"different tokens end a turn: {list(ends[0])} for the expert, {list(ends[1])} "
+            "for the student (a base model as the student?); the student learns to end with the "
+            "expert's"
         )
-    if _chat_template(expert_dir) != _chat_template(student_dir):
-        warnings.append("expert and student have different chat templates")
-    return Pairing(shared, expert_vocab, student_vocab, tuple(warnings))
+    if expert.template.source != student.template.source:
+        warnings.append(
+            "expert and student have different chat templates; the expert's is used for both, and "
+            "the student keeps it"
+        )
+    ids = [expert.encode(probe) for probe in _PROBES]
+    if [expert.tokenizer.decode(i) for i in ids] != [student.tokenizer.decode(i) for i in ids]:
+        warnings.append(
+            "expert and student write the same tokens as different text (spaces, for instance); "
+            "the student's texts are written by its own tokenizer after the run"
+        )
+    return Pairing(shared, expert_vocab, student_vocab, expert.template, tuple(warnings))

@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_rounded_anew(tmp_path):
         done = write(model, tmp_path / f"{name}.gguf", "q8_0")
         assert done.carried == 0 and done.kinds == {"q8_0": 15}
         convert(tmp_path / f"{name}.gguf", tmp_path / f"{name}-back")
-        chat = verify.role_chat(load(model).tokenizer)
+        chat = verify.role_chat(load(model))
         ours, theirs = (
             verify.logits_of(load(path), chat) for path in (model, tmp_path / f"{name}-back")
         )
@@ -420,7 +420,7 @@ def llama(file: Path) -> Any:
 def against_llama_cpp(name: str, file: Path) -> verify.Agreement:
     """The live model against llama.cpp on the same text, which both split themselves."""
     live = open_student(name).student_lm
-    chat = verify.role_chat(live.tokenizer)
+    chat = verify.role_chat(live)
     engine = llama(file)
     text = live.tokenizer.decode(list(chat))
     assert tuple(engine.tokenize(text.encode(), add_bos=False, special=True)) == chat

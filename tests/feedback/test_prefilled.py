@@ -76,7 +76,7 @@ def judged_by(pair, options, problems):
 
 def test_an_episode_reads_everything_once(pair):
     options = GenerationOptions(**GREEDY, **LIMITS)
-    request = followup_prompt(pair.expert.tokenizer, critique_prompt())
+    request = followup_prompt(pair.expert, critique_prompt())
     with counted(pair.expert.model) as by_expert, counted(pair.student.model) as by_student:
         (judged,) = judged_by(pair, options, PROBLEMS[:1])
         sample = sample_of(pair, judged, LossOptions())
@@ -119,7 +119,7 @@ def test_a_batch_of_attempts_reads_each_question_once(pair):
     loaded = pair.student_lm
     with counted(loaded.model) as seen:
         groups, prefilled = rollouts.sample_rollouts(loaded, PROBLEMS[:2], config, lambda n: 5 + n)
-    prompts = [first_prompt(loaded.tokenizer, answer_prompt(p.question)) for p in PROBLEMS[:2]]
+    prompts = [first_prompt(loaded, answer_prompt(p.question)) for p in PROBLEMS[:2]]
     needed = sum(map(len, prompts))
     assert prefilled == needed
     assert needed - 4 <= seen.tokens <= 1.1 * needed

@@ -33,7 +33,7 @@ def loaded(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def turns(loaded):
-    prompts = [first_prompt(loaded.tokenizer, text) for text in MESSAGES]
+    prompts = [first_prompt(loaded, text) for text in MESSAGES]
     return generate(loaded, [Conversation()] * 3, prompts, Sampling(10))
 
 
@@ -42,7 +42,7 @@ def test_a_batch_writes_what_mlx_lm_writes_for_each_alone(loaded, turns):
         alone = mlx_generate(
             loaded.model,
             loaded.tokenizer,
-            list(first_prompt(loaded.tokenizer, text)),
+            list(first_prompt(loaded, text)),
             max_tokens=10,
         )
         assert turn.text == alone.strip()
@@ -51,13 +51,13 @@ def test_a_batch_writes_what_mlx_lm_writes_for_each_alone(loaded, turns):
 def test_conversation_holds_exactly_what_was_said(loaded, turns):
     for text, turn in zip(MESSAGES, turns, strict=True):
         tokens = turn.conversation.tokens
-        assert tokens == (*first_prompt(loaded.tokenizer, text), *turn.tokens)
+        assert tokens == (*first_prompt(loaded, text), *turn.tokens)
         assert all(layer.offset == len(tokens) for layer in turn.conversation.cache)
         assert turn.prefilled == len(tokens) - len(turn.tokens)
 
 
 def test_going_on_from_the_cache_equals_prefilling_everything(loaded, turns):
-    message = followup_prompt(loaded.tokenizer, "Are you sure?")
+    message = followup_prompt(loaded, "Are you sure?")
     before = [turn.conversation for turn in turns]
     prompts = [without_repeated_eos(conversation, message) for conversation in before]
     reused = generate(loaded, before, prompts, Sampling(8))
@@ -71,7 +71,7 @@ def test_going_on_from_the_cache_equals_prefilling_everything(loaded, turns):
 
 
 def test_conversations_are_values(loaded, turns):
-    message = followup_prompt(loaded.tokenizer, "Again?")
+    message = followup_prompt(loaded, "Again?")
     before = turns[0].conversation
     kept = [(mx.array(layer.keys), layer.offset) for layer in copy.deepcopy(before.cache)]
     first = generate(loaded, [before], [without_repeated_eos(before, message)], Sampling(5))
@@ -83,7 +83,7 @@ def test_conversations_are_values(loaded, turns):
 
 
 def test_sampling_depends_on_its_seed_alone(loaded):
-    prompts = [first_prompt(loaded.tokenizer, text) for text in MESSAGES]
+    prompts = [first_prompt(loaded, text) for text in MESSAGES]
 
     def draw(seed):
         mx.random.uniform(shape=(seed + 1,))
@@ -95,7 +95,7 @@ def test_sampling_depends_on_its_seed_alone(loaded):
 
 
 def test_repetition_penalty_sees_the_whole_conversation(loaded):
-    prompt = first_prompt(loaded.tokenizer, MESSAGES[0])
+    prompt = first_prompt(loaded, MESSAGES[0])
     plain = generate(loaded, [Conversation()], [prompt], Sampling(12))[0]
     strong = generate(loaded, [Conversation()], [prompt], Sampling(12, 0.0, 50.0))[0]
     assert len(set(strong.tokens)) == len(strong.tokens)
@@ -105,7 +105,7 @@ def test_repetition_penalty_sees_the_whole_conversation(loaded):
 def test_next_message_continues_what_the_template_would_write(loaded):
     tokenizer = loaded.tokenizer
     said = tokenizer.encode("It is 8.", add_special_tokens=False)
-    ours = [*first_prompt(tokenizer, "How many?"), *said, *followup_prompt(tokenizer, "Sure?")]
+    ours = [*first_prompt(loaded, "How many?"), *said, *followup_prompt(loaded, "Sure?")]
     whole = tokenizer.apply_chat_template(
         [
             {"role": "user", "content": "How many?"},
@@ -118,7 +118,7 @@ def test_next_message_continues_what_the_template_would_write(loaded):
 
 
 def test_an_end_of_turn_is_not_said_twice(loaded):
-    message = followup_prompt(loaded.tokenizer, "Sure?")
+    message = followup_prompt(loaded, "Sure?")
     end = message[0]
     assert end in loaded.tokenizer.eos_token_ids
     assert without_repeated_eos(Conversation((1, 2, end)), message) == message[1:]
@@ -126,7 +126,7 @@ def test_an_end_of_turn_is_not_said_twice(loaded):
 
 
 def test_taps_give_the_models_own_logits_and_every_layer(loaded):
-    tokens = mx.array([first_prompt(loaded.tokenizer, MESSAGES[1])])
+    tokens = mx.array([first_prompt(loaded, MESSAGES[1])])
     seen = taps.forward(loaded.model, tokens)
     assert len(seen.layers) == len(loaded.model.layers) + 1
     assert mx.array_equal(seen.layers[0], loaded.model.model.embed_tokens(tokens))
@@ -157,7 +157,7 @@ def test_prefill_run_on_and_rewind_agree_with_one_pass(loaded, turns):
 
 def test_stops_at_the_models_own_end(tmp_path):
     loaded = load(make_model_dir(tmp_path / "m", arch="llama"))
-    prompt = first_prompt(loaded.tokenizer, "Hi")
+    prompt = first_prompt(loaded, "Hi")
     stream = generate_step(mx.array(prompt), loaded.model, max_tokens=6)
     tokens = [int(token) for token, _ in stream]
     loaded.tokenizer.add_eos_token(str(tokens[3]))

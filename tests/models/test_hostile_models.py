@@ -58,8 +58,8 @@ def use(path: Path) -> str:
     sizes = {"episodes": 2, "batch_size": 1, "max_answer_tokens": 8, "max_feedback_tokens": 8}
     plan = make_plan(override(Config(), {**given, **sizes, "probe_size": 1}, "test"))
     loaded = open_pair(plan).expert
-    prompt = first_prompt(loaded.tokenizer, "What is 1 + 2?")
-    followup_prompt(loaded.tokenizer, "Is that right?")
+    prompt = first_prompt(loaded, "What is 1 + 2?")
+    followup_prompt(loaded, "Is that right?")
     return generate(loaded, [Conversation()], [prompt], Sampling(2))[0].text
 
 
@@ -476,9 +476,9 @@ def test_a_template_that_goes_wrong_later_has_a_deadline(sound: Path, tmp_path: 
         )
         loaded = load(broken(sound, tmp_path / str(len(bad)), template(source)))
         before = sys.gettrace()
-        assert first_prompt(loaded.tokenizer, "What is 1 + 2?")
+        assert first_prompt(loaded, "What is 1 + 2?")
         with bounded(), pytest.raises(UserError, match="more time or memory") as refused:
-            first_prompt(loaded.tokenizer, "magic")
+            first_prompt(loaded, "magic")
         assert str(loaded.path) in str(refused.value)
         assert sys.gettrace() is before
 

@@ -62,34 +62,32 @@ def student():
 # -------------------------------------------------------------------------------------- tokenizer
 
 
-def test_every_prompt_is_a_handful_of_tokens(tokenizer):
+def test_every_prompt_is_a_handful_of_tokens(expert):
     said = prompts.Feedback("?", None)
     lengths = {
-        "answer": len(first_prompt(tokenizer, prompts.answer_prompt("?"))) - 1,
-        "feedback": len(feedback_request(tokenizer)) - 1,
-        "merge": len(followup_prompt(tokenizer, prompts.merge_prompt(said, said))) - 4,
-        "revise": len(followup_prompt(tokenizer, prompts.revise_prompt(""))),
-        "revise by": len(followup_prompt(tokenizer, prompts.revise_prompt("?"))) - 2,
-        "critique": len(followup_prompt(tokenizer, prompts.critique_prompt())),
-        "final": len(followup_prompt(tokenizer, prompts.final_prompt())),
+        "answer": len(first_prompt(expert, prompts.answer_prompt("?"))) - 1,
+        "feedback": len(feedback_request(expert)) - 1,
+        "merge": len(followup_prompt(expert, prompts.merge_prompt(said, said))) - 4,
+        "revise": len(followup_prompt(expert, prompts.revise_prompt(""))),
+        "revise by": len(followup_prompt(expert, prompts.revise_prompt("?"))) - 2,
+        "critique": len(followup_prompt(expert, prompts.critique_prompt())),
+        "final": len(followup_prompt(expert, prompts.final_prompt())),
     }
     # End of turn, user, the prompt, assistant; the first message has no end before it.
     assert lengths == {**dict.fromkeys(lengths, 4), "answer": 3}, RETRAIN
 
 
-def test_prompts_are_those_of_the_training(tokenizer, script):
+def test_prompts_are_those_of_the_training(tokenizer, expert, script):
     """The strings that training sequences are put together from give the very tokens of a run."""
     user, assistant, end = script.USER, script.ASSISTANT, script.END
     question = "Tom has 7 apples. How many apples are left?"
     start = f"{user}{prompts.answer_prompt(question)}{assistant}"
-    assert tuple(tokenizer.encode(start)) == first_prompt(
-        tokenizer, prompts.answer_prompt(question)
-    )
+    assert tuple(tokenizer.encode(start)) == first_prompt(expert, prompts.answer_prompt(question))
     ask = f"{end}{user}{prompts.feedback_prompt()}{assistant}{prompts.FEEDBACK_OPENING}"
-    assert tuple(tokenizer.encode(ask)) == feedback_request(tokenizer)
+    assert tuple(tokenizer.encode(ask)) == feedback_request(expert)
     for prompt in (prompts.revise_prompt("Step 1 should be"), prompts.critique_prompt()):
         text = f"{end}{user}{prompt}{assistant}"
-        assert tuple(tokenizer.encode(text)) == followup_prompt(tokenizer, prompt)
+        assert tuple(tokenizer.encode(text)) == followup_prompt(expert, prompt)
 
 
 def test_every_word_of_the_generator_is_one_token(tokenizer):

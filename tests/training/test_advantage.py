@@ -108,7 +108,7 @@ def test_pieces_are_the_text(base):
 
 def by_hand(loaded, message, tokens):
     """Log-probabilities of tokens after a message, one forward pass, float64."""
-    prompt = first_prompt(loaded.tokenizer, message)
+    prompt = first_prompt(loaded, message)
     logits = loaded.model(mx.array([[*prompt, *tokens]]))[0]
     rows = np.array(logits, dtype=np.float64)[len(prompt) - 1 : -1, : loaded.vocab]
     rows -= np.log(np.exp(rows - rows.max(-1, keepdims=True)).sum(-1, keepdims=True)) + rows.max(

@@ -384,7 +384,7 @@ def test_conversations_of_different_lengths_hold_their_own_caches_only(dirs, tmp
     tokenizer = pair.expert.tokenizer
     # A third of all tokens end a turn, so the turns end at many different steps.
     tokenizer._eos_token_ids = set(range(0, 400, 25))
-    prompts = [first_prompt(tokenizer, f"How many {word}?") for word in "abcdefgh"]
+    prompts = [first_prompt(pair.expert, f"How many {word}?") for word in "abcdefgh"]
     mx.clear_cache()
     before = mx.get_active_memory()
     turns = generate(
@@ -409,7 +409,7 @@ def test_padding_of_the_vocabulary_is_never_written(dirs, tmp_path):
     plan = make_plan(wide, narrow, answer_temperature=1.0, student_temperature=1.0, episodes=4)
     pair = open_pair(plan)
     assert pair.expert.vocab == pair.student_lm.vocab == 400
-    prompts = [first_prompt(pair.expert.tokenizer, "Hi")] * 4
+    prompts = [first_prompt(pair.expert, "Hi")] * 4
     turns = generate(pair.expert, [Conversation()] * 4, prompts, Sampling(40, 1.0))
     assert max(max(turn.tokens) for turn in turns) < 400
     start(tmp_path / "one", plan)

@@ -76,7 +76,7 @@ def test_the_term_is_the_forward_kl_to_the_student_with_the_feedback(dirs):
     grads, value = self_distillation_loss(pair.student_lm, found, plan.config.training)
 
     def distributions(message):
-        prompt = first_prompt(pair.student_lm.tokenizer, message)
+        prompt = first_prompt(pair.student_lm, message)
         final = taps.forward(model, mx.array([[*prompt, 7, 8]])).final[0, -3:]
         rows = np.array(logits_of(model, final), np.float64)[:, : pair.student_lm.vocab]
         rows = rows - rows.max(axis=1, keepdims=True)

@@ -174,10 +174,7 @@ def test_a_prompt_is_read_once_for_its_attempts_and_log_probabilities_are_kept(o
     for group, problem in zip(groups, plan.problems, strict=False):
         assert {attempt.problem.id for attempt in group} == {problem.id}
         assert len({attempt.tokens for attempt in group}) > 1
-    prompts = [
-        len(first_prompt(student_lm.tokenizer, answer_prompt(p.question)))
-        for p in plan.problems[:3]
-    ]
+    prompts = [len(first_prompt(student_lm, answer_prompt(p.question))) for p in plan.problems[:3]]
     # Of fifteen prompts, three, one of which two calls share.
     assert prefilled == sum(prompts)
     views = CONTEXTS["none"].views([a for group in groups for a in group], None)

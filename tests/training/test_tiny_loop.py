@@ -64,7 +64,7 @@ def test_the_student_writes_the_first_answers_and_the_expert_judges_them(
         if one.answered.is_correct:
             assert one.expert.feedback.written_score > 0
         # The student's tokens stand in the expert's conversation, one by one.
-        begun = first_prompt(pair.expert.tokenizer, prompts.answer_prompt(one.problem.question))
+        begun = first_prompt(pair.expert, prompts.answer_prompt(one.problem.question))
         tokens = one.answered.answer.tokens
         assert one.answered.prompt[: len(begun) + len(tokens)] == (*begun, *tokens)
 
@@ -93,7 +93,7 @@ def test_a_solution_to_learn_from_is_the_final_answer_after_the_bare_question(pa
         sample = solution_of(pair, question, one.final, config.losses)
         text = pair.expert.tokenizer.decode(sample.target)
         assert text.removesuffix("<|end|>") == one.final.text
-        begun = first_prompt(pair.expert.tokenizer, prompts.answer_prompt(question))
+        begun = first_prompt(pair.expert, prompts.answer_prompt(question))
         assert sample.prompt == begun
         assert sample.expert_score is None
         whole = taps.forward(pair.expert.model, mx.array([[*sample.prompt, *sample.target[:-1]]]))

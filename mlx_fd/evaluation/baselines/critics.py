@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_fd.config import EpisodeOptions, GenerationOptions
 from mlx_fd.evaluation.baselines import register_system
@@ -18,6 +18,7 @@ from mlx_fd.problems import prompts
 if TYPE_CHECKING:
     from mlx_fd.feedback.episode import Answered, OnTokens, Usage
     from mlx_fd.models.generation import Conversation
+    from mlx_fd.models.loading import Loaded
 
 
 @dataclass(frozen=True)
@@ -39,27 +40,27 @@ class Criticised:
     conversation: Conversation
 
 
-def feedback_stage(step: str, tokenizer: Any, prompt: str = "") -> Stage:
+def feedback_stage(step: str, expert: Loaded, prompt: str = "") -> Stage:
     """A stage that writes a score and feedback; ``prompt`` as for ``feedback_request``."""
     from mlx_fd.feedback.episode import feedback_request
 
-    return Stage(step, feedback_request(tokenizer, prompt), f"{prompts.FEEDBACK_OPENING} ")
+    return Stage(step, feedback_request(expert, prompt), f"{prompts.FEEDBACK_OPENING} ")
 
 
-def thoughts(tokenizer: Any) -> tuple[Stage, ...]:
+def thoughts(expert: Loaded) -> tuple[Stage, ...]:
     """Chain of thought: stepwise reasoning, then the feedback."""
     from mlx_fd.models.generation import followup_prompt
 
     return (
-        Stage("reasoning", followup_prompt(tokenizer, prompts.reasoning_prompt())),
-        feedback_stage("feedback", tokenizer),
+        Stage("reasoning", followup_prompt(expert, prompts.reasoning_prompt())),
+        feedback_stage("feedback", expert),
     )
 
 
-def drafts_of_feedback(tokenizer: Any) -> tuple[Stage, ...]:
+def drafts_of_feedback(expert: Loaded) -> tuple[Stage, ...]:
     """Chain of drafts: three feedbacks with a score each, the last one counts."""
     return tuple(
-        feedback_stage(f"draft_{stage}", tokenizer, prompts.draft_prompt(stage))
+        feedback_stage(f"draft_{stage}", expert, prompts.draft_prompt(stage))
         for stage in range(1, prompts.DRAFTS + 1)
     )
 
@@ -118,7 +119,7 @@ def revise(
     from mlx_fd.models.generation import followup_prompt
 
     options: GenerationOptions = setting.generation
-    request = followup_prompt(setting.pair.expert.tokenizer, prompts.revise_prompt(""))
+    request = followup_prompt(setting.pair.expert, prompts.revise_prompt(""))
     turns, added = expert_turn(
         setting.pair,
         step,
@@ -172,7 +173,7 @@ def cot(
     setting: Setting, answered: Sequence[Answered], seeds: Seeds, on_tokens: OnTokens
 ) -> list[Trial]:
     """Chain of thought (arXiv 2201.11903) as a critic, and one revision."""
-    stages = thoughts(setting.pair.expert.tokenizer)
+    stages = thoughts(setting.pair.expert)
     return criticise_and_revise(setting, answered, stages, seeds, on_tokens)
 
 
@@ -180,7 +181,7 @@ def cod(
     setting: Setting, answered: Sequence[Answered], seeds: Seeds, on_tokens: OnTokens
 ) -> list[Trial]:
     """Chain of drafts as a critic: three staged drafts of the feedback, and one revision."""
-    stages = drafts_of_feedback(setting.pair.expert.tokenizer)
+    stages = drafts_of_feedback(setting.pair.expert)
     return criticise_and_revise(setting, answered, stages, seeds, on_tokens)
 
 

@@ -31,14 +31,13 @@ def self_refine(
     One growing conversation: each refinement sees all earlier attempts and feedbacks. Where their
     code looks for a phrase, a score that reaches ``target_score`` ends it.
     """
-    tokenizer = setting.pair.expert.tokenizer
     ended: dict[int, Trial] = {}
     places = list(range(len(answered)))
     first_scores: dict[int, float | None] = {}
     turns: list[dict[str, str]] = [{} for _ in answered]
     last, todo = "answer", list(answered)
     for attempt in range(1, ATTEMPTS + 1):
-        stage = feedback_stage(f"feedback_{attempt}", tokenizer)
+        stage = feedback_stage(f"feedback_{attempt}", setting.pair.expert)
         judged = criticise(setting, todo, [stage], seeds, on_tokens)
         open_places: list[int] = []
         wanting: list[Criticised] = []

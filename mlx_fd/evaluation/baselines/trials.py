@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlx_fd.feedback.episode import Answered, OnTokens, Usage
     from mlx_fd.feedback.gate import GateState
     from mlx_fd.feedback.pair import Pair
+    from mlx_fd.models.loading import Loaded
     from mlx_fd.problems.prompts import Answer
 
 Seeds = Callable[[str], int]
@@ -115,7 +116,7 @@ class System(Entry):
             ``untrained`` those of the student as it was before.
         amateur: the student that it uses beside the expert, as trained or as it was before.
         run: does it.
-        stages: for a critic, the turns in which it writes its feedback, by the tokenizer; it then
+        stages: for a critic, the turns in which it writes its feedback, by the expert; it then
             judges answers with known errors, too.
         is_baseline: it takes part with ``--baselines`` only.
     """
@@ -124,7 +125,7 @@ class System(Entry):
     begins_with: Literal["first", "expert", "student", "untrained"]
     amateur: Literal["student", "untrained"] | None
     run: Callable[[Setting, Sequence[Answered], Seeds, OnTokens], list[Trial]]
-    stages: Callable[[Any], Sequence[Stage]] | None = None
+    stages: Callable[[Loaded], Sequence[Stage]] | None = None
     is_baseline: bool = True
 
 

@@ -162,7 +162,7 @@ def score(
 
     def logprobs(messages: Sequence[str], of: Sequence[Attempt]) -> list[list[float]]:
         texts = [
-            Text(first_prompt(tokenizer, message), attempt.tokens)
+            Text(first_prompt(loaded, message), attempt.tokens)
             for message, attempt in zip(messages, of, strict=True)
         ]
         if not texts:  # a context that teaches no attempt

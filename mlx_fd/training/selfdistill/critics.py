@@ -86,7 +86,7 @@ def _answered(critic: Loaded, attempts: Sequence[Attempt]) -> list[tuple[int, ..
     """Conversations in which the problem was put and the attempt is the answer."""
     return [
         (
-            *first_prompt(critic.tokenizer, answer_prompt(attempt.problem.question)),
+            *first_prompt(critic, answer_prompt(attempt.problem.question)),
             *critic.tokenizer.encode(attempt.text, add_special_tokens=False),
         )
         for attempt in attempts
@@ -104,7 +104,7 @@ def _feedback(
     critic: Loaded, attempts: Sequence[Attempt], limit: int
 ) -> list[tuple[tuple[int, ...], str]]:
     """The critic's feedback on each attempt: the conversation's tokens, and the paragraph."""
-    request = feedback_request(critic.tokenizer)
+    request = feedback_request(critic)
     replies = _replies(critic, _answered(critic, attempts), request, limit)
     return [
         (tokens, parsing.parse_feedback(f"{FEEDBACK_OPENING}{text}").text)
@@ -131,11 +131,11 @@ def rewrites(attempts: Sequence[Attempt], materials: Materials) -> list[str]:
             )
             for a in attempts
         ]
-        asked = [first_prompt(critic.tokenizer, request) for request in requests]
+        asked = [first_prompt(critic, request) for request in requests]
         written = _batched(critic, asked, materials.critic_tokens)
     else:
         judged = _feedback(critic, attempts, materials.critic_tokens)
-        request = followup_prompt(critic.tokenizer, revise_prompt(""))
+        request = followup_prompt(critic, revise_prompt(""))
         written = _replies(
             critic, [tokens for tokens, _ in judged], request, materials.critic_tokens
         )
@@ -173,6 +173,6 @@ def reflections(attempts: Sequence[Attempt], materials: Materials) -> list[str]:
     if materials.critic is None or materials.critic_sees == "problem":
         return feedbacks(attempts, materials)
     critic = materials.critic
-    request = followup_prompt(critic.tokenizer, reflection_request())
+    request = followup_prompt(critic, reflection_request())
     written_by = _replies(critic, _answered(critic, attempts), request, materials.critic_tokens)
     return [text for _, text in written_by]

@@ -209,7 +209,7 @@ def forward_teacher_and_student(
     attempts = [attempt for group in groups for attempt in group]
     numbers = [number for number, group in enumerate(groups) for _ in group]
     texts = [
-        Text(first_prompt(tokenizer, view.student), attempt.tokens)
+        Text(first_prompt(student, view.student), attempt.tokens)
         for view, attempt in zip(views, attempts, strict=True)
     ]
     states = read(model, texts, size)
@@ -263,11 +263,11 @@ def _with_teacher(
     """``stats`` with the teacher's numbers; the teacher's weights are in the model."""
     if not stats:
         return []
-    model, tokenizer, vocab = student.model, student.tokenizer, student.vocab
+    model, vocab = student.model, student.vocab
 
     def texts_of(messages: Sequence[str], targets: Sequence[Text]) -> list[Text]:
         return [
-            Text(first_prompt(tokenizer, message), text.target)
+            Text(first_prompt(student, message), text.target)
             for message, text in zip(messages, targets, strict=True)
         ]
 

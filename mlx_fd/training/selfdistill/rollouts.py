@@ -76,7 +76,7 @@ def sample_rollouts(
     for number, begin in enumerate(range(0, len(rows), options.generation_batch_size)):
         chunk = rows[begin : begin + options.generation_batch_size]
         prompts = {
-            index: first_prompt(student.tokenizer, answer_prompt(questions[index]))
+            index: first_prompt(student, answer_prompt(questions[index]))
             for index in dict.fromkeys(chunk)
         }
         prefilled += sum(len(prompt) for index, prompt in prompts.items() if index not in begun)
@@ -124,7 +124,7 @@ def answers_to(
     """Answers to a user's messages, ``size`` at a time."""
     turns: list[Turn] = []
     for begin in range(0, len(messages), size):
-        prompts = [first_prompt(student.tokenizer, text) for text in messages[begin : begin + size]]
+        prompts = [first_prompt(student, text) for text in messages[begin : begin + size]]
         turns += generate(
             student,
             [Conversation()] * len(prompts),
@@ -180,7 +180,6 @@ def echoes_of(
         firsts.append(views[at])
         at += len(group)
     messages = [view.teacher or view.student for view in firsts]
-    tokenizer = student.tokenizer
     with adapter_swapped(student.model, teacher):
         turns = answers_to(
             student,
@@ -190,13 +189,13 @@ def echoes_of(
             on_token,
         )
         clean = [
-            Text(first_prompt(tokenizer, message), turn.tokens)
+            Text(first_prompt(student, message), turn.tokens)
             for message, turn in zip(messages, turns, strict=True)
         ]
         states = read(student.model, clean, config.training.micro_batch)
     return [
         RolloutStats(
-            text=Text(first_prompt(tokenizer, view.student), turn.tokens),
+            text=Text(first_prompt(student, view.student), turn.tokens),
             group=number,
             reward=0.0,
             finished=turn.finished,
