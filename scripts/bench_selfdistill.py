@@ -46,7 +46,6 @@ from mlx_fd.config import Config, to_toml
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean, paired_bootstrap
 from mlx_fd.feedback.episode import feedback_request, parsed
-from mlx_fd.models import taps
 from mlx_fd.models.generation import (
     Conversation,
     GenerateOptions,
@@ -57,6 +56,7 @@ from mlx_fd.models.generation import (
 )
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve
+from mlx_fd.models.view import View
 from mlx_fd.problems import Problem, arithmetic, parsing
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.training.selfdistill import plan as session
@@ -219,15 +219,13 @@ def drift(loaded: Loaded, base: Loaded, exercises: Sequence[arithmetic.Exercise]
         for exercise in exercises
     ]
 
-    def logprobs(model: Any) -> mx.array:
-        states = mx.concatenate(read(model, texts, 32))
-        head = taps.head(model)
-        logits = head.as_linear(states) if hasattr(head, "as_linear") else head(states)
-        logits = logits[:, : base.vocab].astype(mx.float32)
+    def logprobs(view: View) -> mx.array:
+        states = mx.concatenate(read(view, texts, 32))
+        logits = view.logits(states)[:, : base.vocab].astype(mx.float32)
         normalised: mx.array = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return normalised
 
-    ours, theirs = logprobs(loaded.model), logprobs(base.model)
+    ours, theirs = logprobs(loaded.view), logprobs(base.view)
     kl = np.array((mx.exp(theirs) * (theirs - ours)).sum(-1))
     pieces = [tokenizer.decode([token]) for text in texts for token in text.target]
     reasoning = np.array([is_reasoning(piece) for piece in pieces])

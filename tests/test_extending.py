@@ -27,7 +27,6 @@ from mlx_fd.export.form import Form
 from mlx_fd.feedback.distill import measure, update
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import Sample, read_text
-from mlx_fd.models import taps
 from mlx_fd.models.generation import Conversation
 from mlx_fd.problems import arithmetic, sources
 from mlx_fd.registry import REGISTRIES, Entry, Registry
@@ -148,8 +147,8 @@ def test_a_loss_is_what_its_file_says_and_is_learned(added, plan):
     samples = [sample(pair, options)]
     # By the definition, from the whole logits.
     tokens = mx.array([[*samples[0].prompt, *samples[0].target[:-1]]])
-    final = taps.forward(pair.student.model, tokens).final[0, len(samples[0].prompt) - 1 :]
-    logits = logits_of(pair.student.model, final)
+    final = pair.student.view.forward(tokens).final[0, len(samples[0].prompt) - 1 :]
+    logits = logits_of(pair.student.view, final)
     each = nn.losses.cross_entropy(logits, mx.array(samples[0].target))
     weights = np.array([1, 1 / 2, 1 / 3, 1 / 4])
     wanted = float((np.array(each, dtype=np.float64) * weights).sum() / weights.sum())

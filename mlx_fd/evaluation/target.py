@@ -261,7 +261,6 @@ def _with_adapter(plan: Plan, adapter: Path) -> Pair:
     from mlx_lm.tuner.utils import load_adapters
 
     from mlx_fd.feedback.pair import Pair
-    from mlx_fd.models import taps
     from mlx_fd.models.loading import load_pair
     from mlx_fd.models.student import Student
 
@@ -269,7 +268,7 @@ def _with_adapter(plan: Plan, adapter: Path) -> Pair:
     read_arrays(adapter / ADAPTER_WEIGHTS)  # is it whole?
     with blaming(f"{adapter}: this adapter does not fit its model"):
         model = load_adapters(base.model, str(adapter))
-    student = Student(model, taps.width(expert.model))
+    student = Student(base.view, expert.view.width)
     student.eval()
     student_lm = dataclasses.replace(
         base,

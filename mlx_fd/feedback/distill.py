@@ -20,8 +20,6 @@ from mlx_fd.feedback.loss_terms import LOSSES, Forwarded
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import Batch, Sample
 from mlx_fd.losses.divergence import Target, TopK, fused_linear_divergences, one_hot, top_k_gap
-from mlx_fd.losses.head import head_rows
-from mlx_fd.models import taps
 from mlx_fd.models.attention_taps import LOG_ZERO
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, parameter_group
@@ -121,7 +119,7 @@ def loss_sums(
     Returns:
         The total, differentiable, and for each loss (sum, count).
     """
-    seen = taps.forward(student.model, batch.tokens, recompute=recompute)
+    seen = student.view.forward(batch.tokens, recompute=recompute)
     final = mx.take_along_axis(seen.final, batch.positions[..., None], axis=1)
     made = Forwarded(student, seen, final, batch, options)
     total, found = _token_losses(made, expert, vocab, factors)
@@ -151,18 +149,18 @@ def _token_losses(
         weighted = [(factors or {}).get(name, 1.0) * batch.weights[name] for name in names]
         return mx.stack(weighted).sum(axis=0)
 
-    head = taps.head(made.student.model)
+    head = made.student.view.head
     targets = []
     if with_tokens:
         # Over padding too, as when the student generates.
-        rows = head_rows(head)
+        rows = made.student.view.rows
         sure = one_hot(batch.targets)
         targets.append(Target(sure, None, weights(with_tokens), "forward", 1.0, rows))
     if with_teacher:
         targets.append(
             Target(
                 batch.expert_expects,
-                taps.head(expert.model),
+                expert.view.head,
                 weights(with_teacher),
                 options.kl,
                 options.loss_temperature,
@@ -224,10 +222,10 @@ def top_k_error(
     for sample in samples:
         batch = collate([sample])
         assert isinstance(batch.expert_expects, TopK)
-        final = taps.forward(student.model, batch.tokens).final[0]
+        final = student.view.forward(batch.tokens).final[0]
         bound, tail = top_k_gap(
             final[batch.positions[0]],
-            taps.head(student.model),
+            student.view.head,
             batch.expert_expects,
             kind=options.kl,
             temperature=options.loss_temperature,

@@ -319,7 +319,7 @@ def open_student(name: str | Path | ModelRef) -> Judge:
     loaded = load(ref.model, dequantize=options.dequantize)
     # The projection is not used here, but load_student wants its place: as wide as it was.
     width = projection_width(ref.checkpoint)
-    student = make_student(loaded.model, width, options, ref.config.episode.seed)
+    student = make_student(loaded.view, width, options, ref.config.episode.seed)
     load_student(student, ref.checkpoint)
     student.eval()
     return Judge(ref, dataclasses.replace(loaded, model=student.model), student)

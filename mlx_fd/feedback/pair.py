@@ -76,14 +76,13 @@ def load_pair(expert: str, student: str = "", *, seed: int = 0, **options: Any) 
 def _open(
     expert_path: Path, student_path: Path, config: Config, vocab: int, projection: int | None
 ) -> Pair:
-    from mlx_fd.models import taps
     from mlx_fd.models.loading import load_pair as load_models
     from mlx_fd.models.student import make_student
 
     options = config.models
     expert, base = load_models(expert_path, student_path, dequantize=options.dequantize)
-    width = projection or taps.width(expert.model)
-    student = make_student(base.model, width, options, config.episode.seed)
+    width = projection or expert.view.width
+    student = make_student(base.view, width, options, config.episode.seed)
     # One tokenizer for both: they were compared token by token, and so read the same prompts.
     student_lm = dataclasses.replace(
         base,

@@ -24,8 +24,7 @@ from mlx_fd.losses.divergence import TopK, teacher_top_k
 from mlx_fd.losses.graph import pool
 from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.losses.reasoning import step_weights
-from mlx_fd.models import taps
-from mlx_fd.models.attention_taps import log_attention
+from mlx_fd.models.attention_taps import attention_heads, log_attention
 from mlx_fd.models.backend import backend
 from mlx_fd.models.fingerprint import content_hash
 from mlx_fd.models.generation import Conversation, first_prompt, forward_with_cache, rewind
@@ -189,19 +188,19 @@ def _read(
     target: tuple[int, ...],
     options: LossOptions,
 ) -> TeacherOutputs:
-    expert, student = pair.expert.model, pair.student.model
+    expert, student = pair.expert.view, pair.student.view
     rest = prompt[len(before.tokens) :]
     seen, caches = forward_with_cache(pair.expert, before, [*rest, *target[:-1]])
     first = len(rest) - 1  # where the target's first token is predicted
     mask = mx.ones((1, len(target)))
-    states = _aligned(len(student.layers) + 1, len(seen.layers), options)
+    states = _aligned(len(student.blocks) + 1, len(seen.layers), options)
     pooled = tuple(pool(seen.layers[index][:, first:], mask)[0] for index in states)
     final = seen.final[0, first:]
     targets: mx.array | TopK = final
     if options.teacher_top_k:
         targets = teacher_top_k(
             final,
-            taps.head(expert),
+            expert.head,
             k=options.teacher_top_k,
             temperature=options.loss_temperature,
             vocab=pair.vocab,
@@ -211,11 +210,11 @@ def _read(
     positions = mx.arange(first, seen.final.shape[1])[None]
 
     def attention(index: int) -> mx.array:
-        block, hidden = expert.layers[index], seen.layers[index]
+        block, hidden = expert.blocks[index], seen.layers[index]
         return log_attention(block, hidden, positions=positions, cache=caches[index])[0]
 
-    heads = student.args.num_attention_heads
-    blocks = _aligned(len(student.layers), len(expert.layers), options)
+    heads = attention_heads(student.blocks[0])
+    blocks = _aligned(len(student.blocks), len(expert.blocks), options)
     return TeacherOutputs(
         targets,
         pooled,
@@ -228,9 +227,8 @@ def cache_fingerprint(pair: Pair, options: LossOptions) -> dict[str, Any]:
 
     The expert, what is kept, and what its last digits come from.
     """
-    student, here = pair.student.model, backend()
+    student, here = pair.student.view, backend()
     modules = (nn.QuantizedLinear, nn.QuantizedEmbedding)
-    heads = [options.attention_heads, student.args.num_attention_heads]
     return {
         "backend": [here.device, here.blas, version("mlx")],
         "expert": content_hash(pair.expert.path),
@@ -239,8 +237,10 @@ def cache_fingerprint(pair: Pair, options: LossOptions) -> dict[str, Any]:
         "vocab": pair.vocab,
         "top_k": options.teacher_top_k,
         "temperature": options.loss_temperature,
-        "layers": [options.hidden_layers, len(student.layers)],
-        "heads": heads if options.needs_attention else None,
+        "layers": [options.hidden_layers, len(student.blocks)],
+        "heads": [options.attention_heads, attention_heads(student.blocks[0])]
+        if options.needs_attention
+        else None,
     }
 
 

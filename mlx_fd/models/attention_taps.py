@@ -1,8 +1,8 @@
 """The attention distributions of a block, which mlx-lm's fused attention does not give out.
 
-They are computed again from the block's own input, which :func:`mlx_fd.models.taps.forward` keeps:
-norm, query and key projections (with LoRA and biases, where there are), rotary positions, grouped
-queries, causal mask; for the blocks of mlx-lm's ``llama`` and ``qwen2``.
+They are computed again from the block's own input, which :meth:`mlx_fd.models.view.View.forward`
+keeps: norm, query and key projections (with LoRA and biases, where there are), rotary positions,
+grouped queries, causal mask; for the blocks of mlx-lm's ``llama`` and ``qwen2``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,16 @@ def check_block(block: nn.Module) -> None:
         )
 
 
+def attention_heads(block: nn.Module) -> int:
+    """How many heads a block attends with.
+
+    Raises:
+        UserError: as for :func:`check_block`.
+    """
+    check_block(block)
+    return int(block.self_attn.n_heads)
+
+
 def log_attention(
     block: nn.Module,
     hidden: mx.array,
@@ -47,8 +57,8 @@ def log_attention(
     """Logarithm of a block's attention weights, differentiable.
 
     Args:
-        block: a block of the model, ``model.layers[i]``.
-        hidden: [B, T, d], its input: ``forward(model, tokens).layers[i]``.
+        block: a block of the model, ``view.blocks[i]``.
+        hidden: [B, T, d], its input: ``view.forward(tokens).layers[i]``.
         positions: [B, Q], the places in ``hidden`` of the queries that are wanted; ``None``: all T.
         cache: the block's prompt cache after that pass, where there was one: ``hidden`` then holds
             its newest T positions.

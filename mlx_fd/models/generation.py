@@ -22,9 +22,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_fd.config import GenerationOptions
-from mlx_fd.models import taps
 from mlx_fd.models.chat_template import check_conversation
 from mlx_fd.models.loading import Loaded
+from mlx_fd.models.view import Forward
 
 Cache = list[Any]
 # mlx-lm's penalty looks at the last 20 tokens; the published ones at all.
@@ -222,22 +222,22 @@ def _window(layer: Any) -> list[int]:
     return [limit for limit in limits if limit is not None]
 
 
-def forward(loaded: Loaded, conversation: Conversation, tokens: Sequence[int]) -> taps.Forward:
+def forward(loaded: Loaded, conversation: Conversation, tokens: Sequence[int]) -> Forward:
     """Hidden states [1, len(tokens), d] of ``tokens`` after a conversation, left unchanged."""
     return forward_with_cache(loaded, conversation, tokens)[0]
 
 
 def forward_with_cache(
     loaded: Loaded, conversation: Conversation, tokens: Sequence[int]
-) -> tuple[taps.Forward, Cache]:
+) -> tuple[Forward, Cache]:
     """:func:`forward`, and the prompt cache after it, of the conversation and ``tokens``."""
     cache = copy.deepcopy(conversation.cache)
     if cache is not None:
-        return taps.forward(loaded.model, mx.array([*tokens])[None], cache), cache
+        return loaded.view.forward(mx.array([*tokens])[None], cache), cache
     cache = make_prompt_cache(loaded.model)
-    whole = taps.forward(loaded.model, mx.array([*conversation.tokens, *tokens])[None], cache)
+    whole = loaded.view.forward(mx.array([*conversation.tokens, *tokens])[None], cache)
     begin = len(conversation.tokens)
-    return taps.Forward([layer[:, begin:] for layer in whole.layers], whole.final[:, begin:]), cache
+    return Forward([layer[:, begin:] for layer in whole.layers], whole.final[:, begin:]), cache
 
 
 def prefill(
@@ -266,7 +266,7 @@ def prefill(
 
 def _read(loaded: Loaded, cache: Cache, tokens: Sequence[int]) -> mx.array:
     """The final hidden state [d] at the last of some tokens; ``cache`` then holds them."""
-    final = taps.forward(loaded.model, mx.array([*tokens])[None], cache).final[0, -1]
+    final = loaded.view.forward(mx.array([*tokens])[None], cache).final[0, -1]
     mx.eval(final, [layer.state for layer in cache])
     return final
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mlx import nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from mlx_fd.models.view import View
+
 # Share of the free memory that float32 weights may take; generation and training need the rest.
 _WEIGHT_SHARE = 0.5
 
@@ -34,6 +36,7 @@ class Loaded:
 
     Attributes:
         model: mlx-lm's module.
+        view: its parts.
         tokenizer: mlx-lm's tokenizer wrapper.
         config: the checkpoint's configuration.
         path: the directory it came from.
@@ -43,6 +46,7 @@ class Loaded:
     """
 
     model: nn.Module
+    view: View
     tokenizer: TokenizerWrapper
     config: dict[str, Any]
     path: Path
@@ -249,13 +253,19 @@ def _loaded(
         mx.eval(model.parameters())
     check_weights(path, model)
     # What config.json has of a wrong kind may show only now.
-    with blaming(f"the model in {path} cannot be loaded: it fails on a single token"):
-        mx.eval(model(mx.array([[0]])))
+    with blaming(f"the model in {path} cannot be loaded: it fails on four tokens"):
+        view = _view_of(path, model)
+    if vocab > view.rows:
+        raise UserError(
+            f"{path} has {vocab} tokens but makes only {view.rows} logits; its tokenizer does not "
+            "belong to it"
+        )
     # Scales or unquantised weights; norms are among them in every architecture.
     floating = (v.dtype for _, v in tree_flatten(model.parameters()))
     dtype = next(d for d in floating if mx.issubdtype(d, mx.floating))
     return Loaded(
         model=model,
+        view=view,
         tokenizer=tokenizer,
         config=config,
         path=path,
@@ -263,6 +273,16 @@ def _loaded(
         vocab=vocab,
         template=template,
     )
+
+
+def _view_of(path: Path, model: nn.Module) -> View:
+    """:func:`find_view`, its refusals with the model's directory in them."""
+    from mlx_fd.models.view import find_view
+
+    try:
+        return find_view(model)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def check_weights(path: Path, model: nn.Module) -> None:

@@ -13,8 +13,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_fd.config import ModelOptions
 from mlx_fd.errors import UserError
-from mlx_fd.models import taps
 from mlx_fd.models.directory import blaming, read_header
+from mlx_fd.models.view import View
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -26,6 +26,7 @@ class Student(nn.Module):
 
     Attributes:
         model: the mlx-lm model, with LoRA layers unless it trains whole.
+        view: its parts.
         score_head: linear d -> 1; its tanh is the student's score. It starts at zero: no opinion.
         score_at: where it reads: ``"prompt"``, at the last token before the feedback, or
             ``"feedback"``, where the feedback's last token is predicted.
@@ -33,11 +34,12 @@ class Student(nn.Module):
             the identity where the widths are equal.
     """
 
-    def __init__(self, model: nn.Module, expert_width: int, score_at: str = "prompt"):
+    def __init__(self, view: View, expert_width: int, score_at: str = "prompt"):
         super().__init__()
         self.score_at = score_at
-        width = taps.width(model)
-        self.model = model
+        width = view.width
+        self.model = view.model
+        self.view = view
         self.score_head = nn.Linear(width, 1)
         self.score_head.weight = mx.zeros((1, width))
         self.score_head.bias = mx.zeros((1,))
@@ -55,26 +57,33 @@ def lora_layers(model: nn.Module, options: ModelOptions) -> int:
     return min(options.lora_layers or len(model.layers), len(model.layers))
 
 
-def make_student(model: nn.Module, expert_width: int, options: ModelOptions, seed: int) -> Student:
+def make_student(view: View, expert_width: int, options: ModelOptions, seed: int) -> Student:
     """Freeze the base and put the trainable parts on it.
 
     Args:
-        model: the student's language model; it is changed in place.
+        view: of the student's language model, which is changed in place.
         expert_width: size of the expert's hidden states.
         options: what trains, and LoRA's rank, scale and layers.
         seed: of the LoRA and projection initialisation.
 
     Raises:
-        UserError: ``train="full"`` on quantised weights, which cannot be trained.
+        UserError: ``train="full"`` on quantised weights, which cannot be trained, or on a model
+            whose head is no linear layer, which would not be learned.
     """
     # Seeded right here: MLX is lazy, and arrays made earlier must not shift this draw.
     mx.random.seed(seed)
+    model = view.model
     if options.train == "full":
         quantized = (nn.QuantizedLinear, nn.QuantizedEmbedding)
         if any(isinstance(module, quantized) for module in model.modules()):
             raise UserError(
                 "--train full needs a student with unquantised weights: choose a bf16 form "
                 "(for instance --student qwen2.5-0.5b-bf16), or train LoRA."
+            )
+        if view.head_path is None:
+            raise UserError(
+                "--train full needs a head that is one linear layer, and this model's logits are "
+                "made in another way: train LoRA."
             )
         # In bfloat16 most steps of an ordinary learning rate round to nothing.
         model.set_dtype(mx.float32)
@@ -86,7 +95,7 @@ def make_student(model: nn.Module, expert_width: int, options: ModelOptions, see
             lora_layers(model, options),
             {"rank": options.lora_rank, "scale": options.lora_scale, "dropout": 0.0},
         )
-    student = Student(model, expert_width, options.score_at)
+    student = Student(view, expert_width, options.score_at)
     mx.eval(student.parameters())
     student.train()
     return student

@@ -19,7 +19,11 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_fd.errors import UserError
-from mlx_fd.models.logit_transform import DenseLogits, LinearLogits, LogitTransform
+from mlx_fd.models.logit_transform import (
+    DenseLogits,
+    LinearLogits,
+    LogitTransform,
+)
 
 # Where a module stands: attributes and indices from the model down to it.
 ModulePath = tuple[str | int, ...]
@@ -259,6 +263,15 @@ def block_paths(model: nn.Module) -> tuple[ModulePath, ...]:
     return tuple(where[id(block)] for block in blocks)
 
 
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """A model's blocks, in its own order; nothing is run and no weight is read.
+
+    Raises:
+        UserError: as for :func:`block_paths`.
+    """
+    return [_at(model, path) for path in block_paths(model)]
+
+
 def find_view(model: nn.Module) -> View:
     """Find the parts of a model by running it, on four tokens and then on given hidden states.
 
@@ -269,7 +282,7 @@ def find_view(model: nn.Module) -> View:
     Raises:
         UserError: it has no blocks that are run one after the other, once each, over hidden
             states [B, T, d], or no module gives final hidden states that its logits depend on
-            alone.
+            alone; or its logits are not numbers.
     """
     paths = block_paths(model)
     called: list[tuple[ModulePath, Any]] = []
@@ -280,6 +293,10 @@ def find_view(model: nn.Module) -> View:
         stand_ins[path] = _Recorder(_at(model, path), tell)
     with _replaced(model, stand_ins):
         logits = model(tokens, cache=None)
+    if mx.isnan(logits).any().item():
+        raise _refusal(
+            model, "logits of this one are not numbers: its weights or config.json are damaged"
+        )
     width = _check_blocks(model, paths, called)
     rows = int(logits.shape[-1])
     last = max(index for index, (path, _) in enumerate(called) if path in set(paths))

@@ -255,10 +255,10 @@ def _check_attention(*paths: Path) -> None:
     """Make sure that the attention of models can be compared; no weight is read."""
     from mlx_fd.models.attention_taps import check_block
     from mlx_fd.models.loading import open_lazily
+    from mlx_fd.models.view import find_blocks
 
     for path in paths:
-        model, _ = open_lazily(path)
-        for block in model.layers:
+        for block in find_blocks(open_lazily(path)[0]):
             check_block(block)
 
 

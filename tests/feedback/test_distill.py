@@ -27,7 +27,6 @@ from mlx_fd.feedback.samples import Sample, TeacherOutputs, read_text, solution_
 from mlx_fd.losses.graph import pool
 from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.losses.score import score_loss
-from mlx_fd.models import taps
 from mlx_fd.models.attention_taps import log_attention
 from mlx_fd.models.generation import Conversation, prefill
 from mlx_fd.models.student import load_student, make_student, save_student
@@ -85,16 +84,16 @@ def test_losses_are_their_definitions_over_whole_sequences(pair, monkeypatch, sc
     totals = dict.fromkeys(WEIGHTS, 0.0)
     for sample in samples:
         tokens = mx.array([[*sample.prompt, *sample.target]])
-        ours = taps.forward(pair.student.model, tokens)
-        theirs = taps.forward(pair.expert.model, tokens)
+        ours = pair.student.view.forward(tokens)
+        theirs = pair.expert.view.forward(tokens)
         span = slice(len(sample.prompt) - 1, -1)
         mask = np.ones((1, len(sample.target)))
 
-        def logits(model, seen, span=span):
-            return np.array(logits_of(model, seen.final[:, span]), dtype=np.float64)
+        def logits(view, seen, span=span):
+            return np.array(logits_of(view, seen.final[:, span]), dtype=np.float64)
 
-        student_logits = logits(pair.student.model, ours)
-        expert_logits = logits(pair.expert.model, theirs)
+        student_logits = logits(pair.student.view, ours)
+        expert_logits = logits(pair.expert.view, theirs)
         targets = np.array([sample.target])
         if not sample.on_policy:
             totals["lm"] += reference.language_model_loss(student_logits, targets, mask)[0]
@@ -311,7 +310,7 @@ def test_weights_of_another_student_are_refused(pair, plan, tmp_path):
     save_student(pair.student, plan.config.models, plan.student_path, tmp_path)
     other = dataclasses.replace(plan.config.models, lora_rank=3)
     model = open_pair(dataclasses.replace(plan, config=dataclasses.replace(plan.config))).expert
-    stranger = make_student(model.model, 32, other, 0)
+    stranger = make_student(model.view, 32, other, 0)
     with pytest.raises(UserError, match="another student"):
         load_student(stranger, tmp_path)
     (tmp_path / "heads.safetensors").write_bytes(b"")
@@ -361,7 +360,7 @@ def dense_total(student, expert, samples, options, factors):
     """The total of an update's losses on whole logits, differentiated by MLX: the definition."""
     batch = collate(samples)
     length = batch.mask.shape[1]
-    seen = taps.forward(student.model, batch.tokens)
+    seen = student.view.forward(batch.tokens)
 
     def at_text(hidden):
         return mx.take_along_axis(hidden, batch.positions[..., None], axis=1)
@@ -370,8 +369,8 @@ def dense_total(student, expert, samples, options, factors):
         rows = [mx.pad(r, [(0, length - len(r))] + [(0, 0)] * (r.ndim - 1)) for r in rows]
         return mx.stack(rows)
 
-    logits = logits_of(student.model, at_text(seen.final))
-    theirs = logits_of(expert.model, padded([s.expert.targets for s in samples]))
+    logits = logits_of(student.view, at_text(seen.final))
+    theirs = logits_of(expert.view, padded([s.expert.targets for s in samples]))
     targets = padded([mx.array(s.target) for s in samples])
     lm_mask = batch.mask * mx.array([[float(not s.on_policy)] for s in samples])
     shared = {
@@ -468,10 +467,10 @@ def test_reasoning_losses_are_their_definitions(pair, heads, layers):
     for sample in samples:
         tokens = mx.array([[*sample.prompt, *sample.target[:-1]]])
         span = slice(len(sample.prompt) - 1, None)
-        ours, theirs = (taps.forward(m, tokens) for m in (pair.student.model, pair.expert.model))
+        ours, theirs = (m.view.forward(tokens) for m in (pair.student, pair.expert))
         logits = [
-            np.array(logits_of(model, seen.final[:, span]), dtype=np.float64)
-            for model, seen in ((pair.student.model, ours), (pair.expert.model, theirs))
+            np.array(logits_of(view, seen.final[:, span]), dtype=np.float64)
+            for view, seen in ((pair.student.view, ours), (pair.expert.view, theirs))
         ]
         if sample.answer:
             targets, mask = np.array([sample.target]), np.array([sample.answer])
@@ -487,9 +486,9 @@ def test_reasoning_losses_are_their_definitions(pair, heads, layers):
         blocks = [
             [
                 np.array(log_attention(block, hidden)[:, :, span])
-                for block, hidden in zip(model.layers, seen.layers, strict=False)
+                for block, hidden in zip(view.blocks, seen.layers, strict=False)
             ]
-            for model, seen in ((pair.student.model, ours), (pair.expert.model, theirs))
+            for view, seen in ((pair.student.view, ours), (pair.expert.view, theirs))
         ]
         if layers == "last":
             blocks = [each[-1:] for each in blocks]

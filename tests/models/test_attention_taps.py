@@ -14,7 +14,6 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_fd.errors import UserError
 from mlx_fd.losses.attention import attention_matching_loss
-from mlx_fd.models import taps
 from mlx_fd.models.attention_taps import log_attention
 from mlx_fd.models.loading import load
 from support.tiny import make_model_dir
@@ -45,7 +44,7 @@ MODELS = {
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("taps")
     return {
-        name: load(make_model_dir(folder / name, seed=7, **changes)).model
+        name: load(make_model_dir(folder / name, seed=7, **changes)).view
         for name, changes in MODELS.items()
     }
 
@@ -74,8 +73,8 @@ def block_output(block, hidden, weights):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("length", [1, 2, 9, 33])
 def test_weights_times_values_are_the_blocks_own_output(models, name, length):
-    seen = taps.forward(models[name], some_tokens(2, length))
-    for i, block in enumerate(models[name].layers):
+    seen = models[name].forward(some_tokens(2, length))
+    for i, block in enumerate(models[name].blocks):
         weights = mx.exp(log_attention(block, seen.layers[i]))
         assert weights.shape == (2, block.self_attn.n_heads, length, length)
         assert weights.dtype == mx.float32
@@ -92,10 +91,10 @@ def test_weights_times_values_are_the_fused_kernels(models, name, monkeypatch):
         calls.append((values, scaled_dot_product_attention(queries, keys, values, **options)))
         return calls[-1][1]
 
-    module = importlib.import_module(type(models[name]).__module__)
+    module = importlib.import_module(type(models[name].model).__module__)
     monkeypatch.setattr(module, "scaled_dot_product_attention", spy)
-    seen = taps.forward(models[name], some_tokens(2, 12))
-    for i, block in enumerate(models[name].layers):
+    seen = models[name].forward(some_tokens(2, 12))
+    for i, block in enumerate(models[name].blocks):
         values, fused = calls[i]
         values = mx.repeat(values, fused.shape[1] // values.shape[1], axis=1)
         ours = mx.exp(log_attention(block, seen.layers[i])) @ values
@@ -104,8 +103,8 @@ def test_weights_times_values_are_the_fused_kernels(models, name, monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_are_causal_distributions(models, name):
-    seen = taps.forward(models[name], some_tokens(1, 7))
-    weights = np.array(mx.exp(log_attention(models[name].layers[1], seen.layers[1])))
+    seen = models[name].forward(some_tokens(1, 7))
+    weights = np.array(mx.exp(log_attention(models[name].blocks[1], seen.layers[1])))
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
     assert (weights[..., np.triu(np.ones((7, 7), bool), 1)] == 0).all()
     assert (weights[..., np.tril(np.ones((7, 7), bool))] > 0).all()
@@ -113,10 +112,10 @@ def test_rows_are_causal_distributions(models, name):
 
 def test_chosen_rows(models):
     model = models["qwen2"]
-    seen = taps.forward(model, some_tokens(2, 9))
+    seen = model.forward(some_tokens(2, 9))
     positions = mx.array([[3, 4, 5], [8, 0, 0]])
-    whole = np.array(log_attention(model.layers[0], seen.layers[0]))
-    some = np.array(log_attention(model.layers[0], seen.layers[0], positions=positions))
+    whole = np.array(log_attention(model.blocks[0], seen.layers[0]))
+    some = np.array(log_attention(model.blocks[0], seen.layers[0], positions=positions))
     for sample, row in np.ndindex(2, 3):
         place = positions[sample, row].item()
         np.testing.assert_allclose(
@@ -128,12 +127,12 @@ def test_chosen_rows(models):
 def test_rows_after_a_cache(models, name):
     """A prompt read first, then the rest: the rows are those of the text read at once."""
     model, tokens = models[name], some_tokens(1, 11)
-    whole = taps.forward(model, tokens)
-    cache = make_prompt_cache(model)
-    taps.forward(model, tokens[:, :6], cache)
-    seen = taps.forward(model, tokens[:, 6:], cache)
+    whole = model.forward(tokens)
+    cache = make_prompt_cache(model.model)
+    model.forward(tokens[:, :6], cache)
+    seen = model.forward(tokens[:, 6:], cache)
     positions = mx.array([[1, 4]])
-    for i, block in enumerate(model.layers):
+    for i, block in enumerate(model.blocks):
         expected = np.array(log_attention(block, whole.layers[i]))[:, :, 6:]
         ours = np.array(log_attention(block, seen.layers[i], cache=cache[i]))
         np.testing.assert_allclose(np.exp(ours), np.exp(expected), atol=1e-5)
@@ -145,7 +144,7 @@ def test_right_padding_is_not_seen(models):
     model, tokens = models["llama"], some_tokens(1, 8)
     padded = mx.concatenate([tokens[:, :5], mx.zeros((1, 3), mx.int32)], axis=1)
     rows = [
-        np.array(log_attention(model.layers[1], taps.forward(model, text).layers[1]))[:, :, :5]
+        np.array(log_attention(model.blocks[1], model.forward(text).layers[1]))[:, :, :5]
         for text in (tokens[:, :5], padded)
     ]
     np.testing.assert_allclose(np.exp(rows[1][..., :5]), np.exp(rows[0]), atol=1e-6)
@@ -155,32 +154,33 @@ def test_right_padding_is_not_seen(models):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2), ("float16", 3e-3)])
 def test_half_precision(tmp_path, dtype, tolerance):
     directory = make_model_dir(tmp_path, arch="qwen2", dtype=dtype)
-    model = load(directory, dequantize="never").model
-    seen = taps.forward(model, some_tokens(1, 6))
+    model = load(directory, dequantize="never").view
+    seen = model.forward(some_tokens(1, 6))
     assert seen.layers[0].dtype == getattr(mx, dtype)
-    half = log_attention(model.layers[0], seen.layers[0])
+    half = log_attention(model.blocks[0], seen.layers[0])
     assert half.dtype == mx.float32
-    model.set_dtype(mx.float32)
-    exact = log_attention(model.layers[0], seen.layers[0].astype(mx.float32))
+    model.model.set_dtype(mx.float32)
+    exact = log_attention(model.blocks[0], seen.layers[0].astype(mx.float32))
     np.testing.assert_allclose(np.array(mx.exp(half)), np.array(mx.exp(exact)), atol=tolerance)
 
 
 def test_the_student_learns_to_look_where_the_expert_looks(tmp_path, models):
     """Through LoRA on query and key, whose weights the tap must see: the loss falls."""
-    student = load(make_model_dir(tmp_path, heads=2, kv_heads=1, layers=2, seed=3)).model
+    student = load(make_model_dir(tmp_path, heads=2, kv_heads=1, layers=2, seed=3))
+    student, view = student.model, student.view
     student.freeze()
     linear_to_lora_layers(student, 2, {"rank": 4, "scale": 4.0, "dropout": 0.0})
     tokens = some_tokens(2, 8)
-    theirs = taps.forward(models["qwen2"], tokens)
-    blocks = zip(models["qwen2"].layers, theirs.layers, strict=False)
+    theirs = models["qwen2"].forward(tokens)
+    blocks = zip(models["qwen2"].blocks, theirs.layers, strict=False)
     teacher = [log_attention(block, hidden) for block, hidden in blocks]
     mask = mx.array([[1] * 8, [1] * 5 + [0] * 3])
 
     def loss(model):
-        seen = taps.forward(model, tokens)
+        seen = view.forward(tokens)
         ours = [
             log_attention(block, hidden)
-            for block, hidden in zip(model.layers, seen.layers, strict=False)
+            for block, hidden in zip(view.blocks, seen.layers, strict=False)
         ]
         total, count = attention_matching_loss(ours, teacher, mask, heads="mean")
         return total / count

@@ -5,7 +5,6 @@ import pytest
 from mlx_lm import generate as mlx_generate
 from mlx_lm.generate import generate_step
 
-from mlx_fd.models import taps
 from mlx_fd.models.generation import (
     Conversation,
     GenerateOptions,
@@ -127,18 +126,18 @@ def test_an_end_of_turn_is_not_said_twice(loaded):
 
 def test_taps_give_the_models_own_logits_and_every_layer(loaded):
     tokens = mx.array([first_prompt(loaded, MESSAGES[1])])
-    seen = taps.forward(loaded.model, tokens)
+    seen = loaded.view.forward(tokens)
     assert len(seen.layers) == len(loaded.model.layers) + 1
     assert mx.array_equal(seen.layers[0], loaded.model.model.embed_tokens(tokens))
     assert mx.array_equal(loaded.model.model.norm(seen.layers[-1]), seen.final)
-    assert mx.allclose(logits_of(loaded.model, seen.final), loaded.model(tokens), atol=1e-5)
+    assert mx.allclose(logits_of(loaded.view, seen.final), loaded.model(tokens), atol=1e-5)
     assert type(loaded.model.layers[0]).__name__ == "TransformerBlock"
 
 
 def test_prefill_run_on_and_rewind_agree_with_one_pass(loaded, turns):
     conversation = turns[1].conversation
     extra = [5, 6, 7, 8]
-    whole = taps.forward(loaded.model, mx.array([[*conversation.tokens, *extra]]))
+    whole = loaded.view.forward(mx.array([[*conversation.tokens, *extra]]))
     for before in (conversation, Conversation(conversation.tokens)):
         seen = forward(loaded, before, extra)
         assert mx.allclose(seen.final, whole.final[:, -4:], atol=1e-4)

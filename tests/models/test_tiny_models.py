@@ -208,7 +208,7 @@ def test_an_episode(expert):
 
 def _pair(expert):
     student_lm = load(resolve("tiny-student"))
-    made = make_student(student_lm.model, 128, ModelOptions(), 0)
+    made = make_student(student_lm.view, 128, ModelOptions(), 0)
     vocab = expert.config["vocab_size"]
     return Pair(expert, made, dataclasses.replace(student_lm, model=made.model), vocab)
 

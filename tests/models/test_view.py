@@ -196,7 +196,7 @@ def test_gradients_are_those_of_the_models_own_logits(opened):
     def by_view(params):
         model.update(params)
         return (
-            view.head.transform.apply(
+            view.transform.apply(
                 model.model.embed_tokens.as_linear(view.forward(TOKENS, recompute=True).final)
             )
             .square()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from mlx_fd import problems
 from mlx_fd.config import Config, override
-from mlx_fd.models import taps
 from mlx_fd.runs.plan import Plan
 from support.tiny import make_model_dir
 
@@ -67,10 +66,10 @@ def make_plan(expert: Path, student: Path, **changes) -> Plan:
     return Plan(config, expert, student, 400, probe, chosen, {}, ())
 
 
-def logits_of(model, final):
-    """A model's logits [..., V] of its final hidden states [..., d]."""
-    head = taps.head(model)
-    return head.as_linear(final) if hasattr(head, "as_linear") else head(final)
+def logits_of(view, final):
+    """A model's own logits [..., V] of its final hidden states [..., d]."""
+    logits = view.logits(final.reshape(-1, final.shape[-1]))
+    return logits.reshape(*final.shape[:-1], -1)
 
 
 def without_seconds(rows):

@@ -17,7 +17,6 @@ from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 
 from mlx_fd import runs  # noqa: E402
 from mlx_fd.config import Config, override, to_toml  # noqa: E402
-from mlx_fd.models import taps  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402
 from mlx_fd.models.student import make_student, save_student  # noqa: E402
 from mlx_fd.runs.plan import make_plan  # noqa: E402
@@ -48,7 +47,7 @@ def make_run(
     plan = make_plan(override(Config(), given, "test"))
     runs.create(folder, to_toml(plan.config), plan.manifest)
     base = load(plan.student_path)
-    student = make_student(base.model, taps.width(base.model), plan.config.models, seed)
+    student = make_student(base.view, base.view.width, plan.config.models, seed)
     rng = np.random.default_rng(seed)
     changed = []
     for name, value in tree_flatten(student.trainable_parameters()):

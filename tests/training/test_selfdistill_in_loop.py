@@ -22,7 +22,6 @@ from mlx_fd.feedback.episode import (
     Usage,
 )
 from mlx_fd.feedback.pair import open_pair
-from mlx_fd.models import taps
 from mlx_fd.models.generation import Conversation, first_prompt
 from mlx_fd.problems import Problem, prompts
 from mlx_fd.training.selfdistill.in_loop import lessons, self_distillation_loss
@@ -66,7 +65,7 @@ def test_the_term_is_the_forward_kl_to_the_student_with_the_feedback(dirs):
     plan = make_plan(*dirs)
     pair = open_pair(plan)
     # The freshly made adapter does nothing; this one does.
-    model = pair.student_lm.model
+    model, view = pair.student_lm.model, pair.student_lm.view
     changed = [
         (name, mx.full(value.shape, 0.05))
         for name, value in tree_flatten(model.trainable_parameters())
@@ -77,8 +76,8 @@ def test_the_term_is_the_forward_kl_to_the_student_with_the_feedback(dirs):
 
     def distributions(message):
         prompt = first_prompt(pair.student_lm, message)
-        final = taps.forward(model, mx.array([[*prompt, 7, 8]])).final[0, -3:]
-        rows = np.array(logits_of(model, final), np.float64)[:, : pair.student_lm.vocab]
+        final = view.forward(mx.array([[*prompt, 7, 8]])).final[0, -3:]
+        rows = np.array(logits_of(view, final), np.float64)[:, : pair.student_lm.vocab]
         rows = rows - rows.max(axis=1, keepdims=True)
         return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
 

@@ -236,21 +236,17 @@ def numeric_gradient(loss, students, echoes):
 # --------------------------------------------------------------------------- what is under test
 
 
-class Unembedded:
-    """Stands for a model whose hidden states are its logits."""
-
-    class args:
-        tie_word_embeddings = False
-
-    def __init__(self):
-        self.lm_head = nn.Linear(V, V, bias=False)
-        self.lm_head.weight = mx.eye(V)
-        self.lm_head.freeze()
+def identity_head():
+    """A head whose logits are the hidden states."""
+    head = nn.Linear(V, V, bias=False)
+    head.weight = mx.eye(V)
+    head.freeze()
+    return head
 
 
 def computed(case, options):
     """Value and gradient as the package computes them."""
-    model = Unembedded()
+    head = identity_head()
     warmth = options.temperature
 
     def known(z, zt, tokens, group, reward, **more):
@@ -264,9 +260,7 @@ def computed(case, options):
             now=now,
             entropy=mx.zeros(len(tokens)),
             teacher=None if zt is None else mx.array(picked(zt, tokens, warmth)),
-            targets=teacher_targets(model, mx.array(z), mx.array(zt), options, V)
-            if wants
-            else None,
+            targets=teacher_targets(head, mx.array(z), mx.array(zt), options, V) if wants else None,
             **more,
         )
 
@@ -299,7 +293,7 @@ def computed(case, options):
         for item, z in zip(echoes, case.echo_student, strict=True):
             n = len(z)
             even = TokenWeights([mx.full((n,), 1 / n)], [mx.zeros(n)], {}, 0.0, [], [])
-            found = total(mx.array(z), model.lm_head, [item], even, options, V)
+            found = total(mx.array(z), head, [item], even, options, V)
             near[item.group] = float(found[1])
     weighed = token_weights(attempts, options, MOST, near)
     if echoes:
@@ -313,7 +307,7 @@ def computed(case, options):
     final = mx.array(np.concatenate(states))
 
     def loss(final):
-        return total(final, model.lm_head, everything, weighed, options, V)
+        return total(final, head, everything, weighed, options, V)
 
     (_, matching), grad = mx.value_and_grad(loss)(final)
     lengths = [len(z) for z in states]

@@ -18,7 +18,6 @@ from mlx_fd.feedback.episode import (
 )
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import solution_of
-from mlx_fd.models import taps
 from mlx_fd.models.generation import first_prompt
 from mlx_fd.problems import prompts
 from mlx_fd.runs.plan import make_plan
@@ -79,7 +78,7 @@ def test_the_score_head_reads_the_end_of_the_feedback(pair, judged, monkeypatch)
         answered, student_feedback(pair, answered, options, 2, quiet), strict=True
     ):
         tokens = mx.array([[*one.prompt, *student.feedback.tokens[:-1]]])
-        whole = taps.forward(pair.student_lm.model, tokens).final[0, -1]
+        whole = pair.student_lm.view.forward(tokens).final[0, -1]
         assert student.head_score == pytest.approx(pair.student.score(whole).item(), abs=1e-4)
 
 
@@ -96,7 +95,7 @@ def test_a_solution_to_learn_from_is_the_final_answer_after_the_bare_question(pa
         begun = first_prompt(pair.expert, prompts.answer_prompt(question))
         assert sample.prompt == begun
         assert sample.expert_score is None
-        whole = taps.forward(pair.expert.model, mx.array([[*sample.prompt, *sample.target[:-1]]]))
+        whole = pair.expert.view.forward(mx.array([[*sample.prompt, *sample.target[:-1]]]))
         assert mx.allclose(sample.expert.targets, whole.final[0, len(begun) - 1 :], atol=1e-4)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlx_fd.config import LossOptions
     from mlx_fd.feedback.samples import Batch, Sample
     from mlx_fd.models.student import Student
-    from mlx_fd.models.taps import Forward
+    from mlx_fd.models.view import Forward
 
 
 @dataclass(frozen=True)

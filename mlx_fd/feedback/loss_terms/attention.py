@@ -16,7 +16,7 @@ def compute(made: Forwarded) -> mx.array:
     from mlx_fd.models.attention_taps import log_attention
 
     batch, options = made.batch, made.options
-    blocks = list(zip(made.student.model.layers, made.seen.layers, strict=False))
+    blocks = list(zip(made.student.view.blocks, made.seen.layers, strict=False))
     if options.hidden_layers == "last":
         blocks = blocks[-1:]
     total, _ = attention_matching_loss(

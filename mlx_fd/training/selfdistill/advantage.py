@@ -167,8 +167,8 @@ def score(
         ]
         if not texts:  # a context that teaches no attempt
             return []
-        states = read(loaded.model, texts, size)
-        text_so_far = token_logprobs(loaded.model, states, texts, options, loaded.vocab)
+        states = read(loaded.view, texts, size)
+        text_so_far = token_logprobs(loaded.view.head, states, texts, options, loaded.vocab)
         return [values.tolist() for values, _ in text_so_far]  # type: ignore[misc]
 
     student = logprobs([prompts.answer_prompt(a.question) for a in attempts], attempts)

@@ -94,5 +94,5 @@ def self_distillation_loss(
         training.micro_batch,
     )
     weights = token_weights(stats, _METHOD, max(len(item.text.target) for item in stats))
-    grads, matched = gradients(model, stats, weights, _METHOD, training, student.vocab)
+    grads, matched = gradients(student, stats, weights, _METHOD, training)
     return grads, loss_value(weights, matched, _METHOD)

@@ -30,10 +30,10 @@ from mlx_fd.losses.divergence import (
     teacher_top_k,
     token_log_probabilities,
 )
-from mlx_fd.models import taps
 from mlx_fd.models.generation import first_prompt
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.logit_transform import LogitSource
+from mlx_fd.models.view import View as ModelView
 from mlx_fd.training.selfdistill import objectives
 from mlx_fd.training.selfdistill.contexts import Attempt, View
 from mlx_fd.training.selfdistill.teacher import Weights, adapter, adapter_swapped, zero_adapter
@@ -121,7 +121,7 @@ class TokenWeights:
         return list(counts)
 
 
-def read(model: nn.Module, texts: Sequence[Text], size: int) -> list[mx.array]:
+def read(model: ModelView, texts: Sequence[Text], size: int) -> list[mx.array]:
     """Final hidden states [T, d] where each text's tokens are predicted, ``size`` texts at once."""
     states: dict[int, mx.array] = {}
     for indices in micro_batches(texts, size):
@@ -132,12 +132,12 @@ def read(model: nn.Module, texts: Sequence[Text], size: int) -> list[mx.array]:
     return [states[index] for index in range(len(texts))]
 
 
-def _final_states(model: nn.Module, texts: Sequence[Text], *, recompute: bool = False) -> mx.array:
+def _final_states(model: ModelView, texts: Sequence[Text], *, recompute: bool = False) -> mx.array:
     """Final hidden states [N, d] where the N tokens of all texts are predicted, texts in a row."""
     tokens, positions = collate_tokens(texts)
     width = tokens.shape[1]
     rows = [number * width + at for number, part in enumerate(positions) for at in part]
-    final = taps.forward(model, tokens, recompute=recompute).final
+    final = model.forward(tokens, recompute=recompute).final
     return final.reshape(-1, final.shape[-1])[mx.array(rows)]
 
 
@@ -151,12 +151,16 @@ def _split(rows: mx.array, texts: Sequence[Text]) -> list[mx.array]:
 
 
 def token_logprobs(
-    model: nn.Module, states: Sequence[mx.array], texts: Sequence[Text], options: Method, vocab: int
+    head: LogitSource,
+    states: Sequence[mx.array],
+    texts: Sequence[Text],
+    options: Method,
+    vocab: int,
 ) -> list[tuple[mx.array, mx.array]]:
     """Log-probabilities of texts' tokens and the distributions' entropies, [T] each.
 
     Args:
-        model: whose head it is.
+        head: of the model that gave the states.
         states: the final hidden states of :func:`read`, one array for each text.
         texts: N tokens in all.
         options: the temperature that logits are divided by.
@@ -165,7 +169,7 @@ def token_logprobs(
     tokens = mx.array([token for text in texts for token in text.target])
     both = token_log_probabilities(
         mx.concatenate(list(states)),
-        taps.head(model),
+        head,
         tokens,
         temperature=options.temperature,
         vocab=vocab,
@@ -206,14 +210,15 @@ def forward_teacher_and_student(
         One for each attempt, in order.
     """
     model, tokenizer, vocab = student.model, student.tokenizer, student.vocab
+    lm = student.view
     attempts = [attempt for group in groups for attempt in group]
     numbers = [number for number, group in enumerate(groups) for _ in group]
     texts = [
         Text(first_prompt(student, view.student), attempt.tokens)
         for view, attempt in zip(views, attempts, strict=True)
     ]
-    states = read(model, texts, size)
-    scored = token_logprobs(model, states, texts, options, vocab)
+    states = read(lm, texts, size)
+    scored = token_logprobs(lm.head, states, texts, options, vocab)
     stats = [
         RolloutStats(
             text=text,
@@ -230,7 +235,7 @@ def forward_teacher_and_student(
     ]
     if options.kl_coef:
         with adapter_swapped(model, zero_adapter(adapter(model))):
-            base = token_logprobs(model, read(model, texts, size), texts, options, vocab)
+            base = token_logprobs(lm.head, read(lm, texts, size), texts, options, vocab)
         stats = [
             dataclasses.replace(item, reference=logprobs)
             for item, (logprobs, _) in zip(stats, base, strict=True)
@@ -263,7 +268,7 @@ def _with_teacher(
     """``stats`` with the teacher's numbers; the teacher's weights are in the model."""
     if not stats:
         return []
-    model, vocab = student.model, student.vocab
+    lm, vocab = student.view, student.vocab
 
     def texts_of(messages: Sequence[str], targets: Sequence[Text]) -> list[Text]:
         return [
@@ -272,8 +277,8 @@ def _with_teacher(
         ]
 
     texts = texts_of([view.teacher or "" for view in views], [item.text for item in stats])
-    teacher_rows = read(model, texts, size)
-    scored = token_logprobs(model, teacher_rows, texts, options, vocab)
+    teacher_rows = read(lm, texts, size)
+    scored = token_logprobs(lm.head, teacher_rows, texts, options, vocab)
     result = [
         dataclasses.replace(item, teacher=logprobs)
         for item, (logprobs, _) in zip(stats, scored, strict=True)
@@ -281,14 +286,14 @@ def _with_teacher(
     if options.objective in DIVERGENCES:
         result = [
             dataclasses.replace(
-                item, targets=teacher_targets(model, student_row, row, options, vocab)
+                item, targets=teacher_targets(lm.head, student_row, row, options, vocab)
             )
             for item, student_row, row in zip(result, states, teacher_rows, strict=True)
         ]
     hints = [(index, hint) for index, view in enumerate(views) for hint in view.wrong]
     if hints:
         texts = texts_of([hint for _, hint in hints], [stats[index].text for index, _ in hints])
-        of_hints = token_logprobs(model, read(model, texts, size), texts, options, vocab)
+        of_hints = token_logprobs(lm.head, read(lm, texts, size), texts, options, vocab)
         rows: dict[int, list[mx.array]] = {}
         for (index, _), (logprobs, _) in zip(hints, of_hints, strict=True):
             rows.setdefault(index, []).append(logprobs)
@@ -298,12 +303,12 @@ def _with_teacher(
 
 
 def teacher_targets(
-    model: nn.Module, student: mx.array, teacher: mx.array, options: Method, vocab: int
+    head: LogitSource, student: mx.array, teacher: mx.array, options: Method, vocab: int
 ) -> mx.array | TopK:
     """What of the teacher's distributions is kept: its states, or its logits of some tokens.
 
     Args:
-        model: its head is student's and teacher's.
+        head: of student and teacher.
         student: [T, d], the student's final hidden states.
         teacher: [T, d], the teacher's.
         options: on which tokens distributions are compared.
@@ -311,7 +316,6 @@ def teacher_targets(
     """
     if options.support == "all":
         return teacher
-    head = taps.head(model)
     how: dict[str, Any] = {"temperature": options.temperature, "vocab": vocab}
     if options.support == "teacher":
         return teacher_top_k(teacher, head, k=options.loss_top_k, **how)
@@ -558,17 +562,17 @@ def _nothing(like: mx.array | TopK, length: int) -> mx.array | TopK:
 
 
 def gradients(
-    model: nn.Module,
+    student: Loaded,
     stats: Sequence[RolloutStats],
     weights: TokenWeights,
     options: Method,
     training: TrainingOptions,
-    vocab: int,
 ) -> tuple[Any, float]:
-    """The gradient of the loss by the model's trainable weights, and the divergences' part of it.
+    """The gradient of the loss by the student's trainable weights, and the divergences' part of it.
 
     Texts that nothing depends on are not read.
     """
+    model, lm = student.model, student.view
     scale = loss_scale(model)
     parts = [
         (item, match, push)
@@ -581,15 +585,13 @@ def gradients(
     def loss(indices: Sequence[int]) -> tuple[mx.array, mx.array]:
         chosen = [parts[index] for index in indices]
         some = [item for item, _, _ in chosen]
-        final = _final_states(
-            model, [item.text for item in some], recompute=training.grad_checkpoint
-        )
+        final = _final_states(lm, [item.text for item in some], recompute=training.grad_checkpoint)
         of_some = dataclasses.replace(
             weights,
             matches=[match for _, match, _ in chosen],
             pushes=[push for _, _, push in chosen],
         )
-        value, matched = total(final, taps.head(model), some, of_some, options, vocab)
+        value, matched = total(final, lm.head, some, of_some, options, student.vocab)
         return value * scale, matched
 
     step = nn.value_and_grad(model, loss)
@@ -633,7 +635,7 @@ def learn(
         )
     if not any(weights.teaches()):
         return None, weights
-    grads, matched = gradients(model, texts, weights, options, training, student.vocab)
+    grads, matched = gradients(student, texts, weights, options, training)
     losses = dict(weights.losses)
     if matches_distributions(options):
         losses = {"match": matched / (options.match_weight or 1.0), **losses}
@@ -678,8 +680,8 @@ def nearness(
     student: Loaded, echoes: Sequence[RolloutStats], options: Method, size: int
 ) -> dict[int, float]:
     """By group, the mean divergence of student and clean teacher on the teacher's answer."""
-    model = student.model
-    states = read(model, [item.text for item in echoes], size)
+    lm = student.view
+    states = read(lm, [item.text for item in echoes], size)
     divergences = {}
     for item, final in zip(echoes, states, strict=True):
         length = len(item.text.target)
@@ -691,7 +693,7 @@ def nearness(
             rewards=[],
             group_advantages=[],
         )
-        head, vocab = taps.head(model), student.vocab
+        head, vocab = lm.head, student.vocab
         _, value = total(final, head, [item], even, options, vocab, differentiable=False)
         divergences[item.group] = float(value)
     return divergences

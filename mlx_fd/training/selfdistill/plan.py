@@ -106,5 +106,5 @@ def open_models(plan: Plan) -> Any:
     else:
         critic, base = load_pair(plan.expert_path, plan.student_path, dequantize=options.dequantize)
     # Nothing is aligned here; one column stands for the projection that a checkpoint has.
-    student = make_student(base.model, 1, options, plan.config.episode.seed)
+    student = make_student(base.view, 1, options, plan.config.episode.seed)
     return Models(student, dataclasses.replace(base, model=student.model), critic)

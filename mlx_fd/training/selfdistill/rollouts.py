@@ -192,7 +192,7 @@ def echoes_of(
             Text(first_prompt(student, message), turn.tokens)
             for message, turn in zip(messages, turns, strict=True)
         ]
-        states = read(student.model, clean, config.training.micro_batch)
+        states = read(student.view, clean, config.training.micro_batch)
     return [
         RolloutStats(
             text=Text(first_prompt(student, view.student), turn.tokens),
