@@ -9,8 +9,9 @@ from pathlib import Path
 
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
+from mlx_fd.models.directory import CONFIG
 from mlx_fd.models.pairing import read_tokenizer
-from mlx_fd.models.storage import read_json
+from mlx_fd.models.published_config import read_config, text_config
 from mlx_fd.problems import ProblemSet
 from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 
@@ -21,7 +22,7 @@ _TEMPLATE = 64
 
 def context_length(path: Path) -> int | None:
     """Tokens that a model was made to read at most; ``None`` where its config.json does not say."""
-    value = read_json(path / "config.json").get("max_position_embeddings")
+    value = text_config(read_config(path), path / CONFIG).get("max_position_embeddings")
     return value if type(value) is int and value > 0 else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from mlx_fd.models.chat_template import (
     choose_source,
     fitted,
 )
-from mlx_fd.models.directory import blaming, check_directory, check_files
+from mlx_fd.models.directory import CONFIG, blaming, check_directory, check_files
 from mlx_fd.models.memory import available_memory
+from mlx_fd.models.published_config import check_positions, read_config, text_config
 from mlx_fd.models.storage import read_json
 
 if TYPE_CHECKING:
@@ -75,11 +77,16 @@ def open_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{path} is not an mlx-lm model: config.json or model*.safetensors is missing"
         )
     check_directory(path)
+    # mlx-lm takes the end tokens from generation_config.json, where that has some.
+    read = {key: value for key, value in read_config(path).items() if key != "eos_token_id"}
     with blaming(f"the model in {path} cannot be loaded"):
-        opened: tuple[nn.Module, dict[str, Any]] = load_model(
-            path, lazy=True, trust_remote_code=False
+        model, config = load_model(
+            path, lazy=True, trust_remote_code=False, model_config=copy.deepcopy(read)
         )
-    return opened
+    check_positions(model, read, path / CONFIG)
+    # It changes what it is given; of that only what it found out about the weights is kept.
+    found = ("quantization", "quantization_config")
+    return model, {**config, **{key: read[key] for key in read if key not in found}}
 
 
 def open_tokenizer(path: Path, config: dict[str, Any]) -> tuple[TokenizerWrapper, int]:
@@ -107,7 +114,7 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> tuple[TokenizerWrapper
             eos_token_ids=config.get("eos_token_id"),
         )
         count = _token_count(path, tokenizer)
-    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    rows = text_config(config, path / CONFIG).get("vocab_size")
     if isinstance(rows, int) and count > rows:
         raise UserError(
             f"{path} has {count} tokens but only {rows} rows of logits (vocab_size in "
@@ -154,13 +161,13 @@ def template_of(
 
 
 def read_end_tokens(path: Path) -> dict[str, Any]:
-    """config.json as it is, with the end tokens that mlx-lm finds: generation_config.json's first.
+    """config.json as mlx-lm reads it, with the end tokens that mlx-lm finds: generation_config.json's first.
 
     Raises:
         UserError: a file cannot be read.
     """
     ends = read_json(path / "generation_config.json").get("eos_token_id")
-    return {**read_json(path / "config.json"), **({"eos_token_id": ends} if ends else {})}
+    return {**read_config(path), **({"eos_token_id": ends} if ends else {})}
 
 
 def open_template(
@@ -345,7 +352,8 @@ def load(path: Path, *, dequantize: str = "auto", template: ChatTemplate | None 
 def _origin(expert_path: Path, student_path: Path, config: dict[str, Any]) -> dict[int, int] | None:
     """Student layer -> the expert's layer that it is a copy of; ``None``: another model."""
     if expert_path.resolve() == student_path.resolve():
-        return {i: i for i in range(config["num_hidden_layers"])}
+        total = text_config(config, expert_path / CONFIG)["num_hidden_layers"]
+        return {i: i for i in range(total)}
     origin = config.get("mlx_fd") or {}
     if origin.get("source") != str(expert_path.resolve()):
         return None

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.models.chat_template import ChatTemplate, check_conversation
-from mlx_fd.models.directory import AGAIN, blaming, check_files
+from mlx_fd.models.directory import AGAIN, CONFIG, blaming, check_files
+from mlx_fd.models.published_config import read_config, text_config
 from mlx_fd.models.storage import read_json
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def _vocab_size(path: Path) -> int:
-    value = read_json(path / "config.json").get("vocab_size")
+    value = text_config(read_config(path), path / CONFIG).get("vocab_size")
     if not isinstance(value, int) or value < 1:
         raise UserError(f"{path}/config.json has no vocab_size")
     return value

@@ -15,11 +15,17 @@ from mlx_fd.models.pairing import check_pair
 from support import tiny
 
 
+def write_config(path: Path, **entries: object) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
+    more = {"model_type": "llama", "num_attention_heads": 1, "rms_norm_eps": 1e-5}
+    (path / "config.json").write_text(json.dumps({**more, **sizes, **entries}))
+
+
 def model_files(path: Path, tokenizer: Tokenizer, vocab_size: int, **kwargs: Any) -> Path:
     """A model directory as far as pairing looks: no weights."""
     tiny.write_tokenizer(path, tokenizer, **kwargs)
     eos = tokenizer.token_to_id("<|im_end|>")
-    (path / "config.json").write_text(json.dumps({"vocab_size": vocab_size, "eos_token_id": eos}))
+    write_config(path, vocab_size=vocab_size, eos_token_id=eos)
     return path
 
 
@@ -126,7 +132,7 @@ def test_end_tokens(tmp_path: Path) -> None:
     tokenizer = tiny.make_tokenizer()
     good = model_files(tmp_path / "good", tokenizer, 400)
     base = model_files(tmp_path / "base", tokenizer, 400, eos="<|endoftext|>")
-    (base / "config.json").write_text(json.dumps({"vocab_size": 400, "eos_token_id": 397}))
+    write_config(base, vocab_size=400, eos_token_id=397)
     (warning,) = check_pair(good, base).warnings
     assert "[399] for the expert, [397] for the student" in warning
     # generation_config.json counts for more than config.json, as in mlx-lm.
@@ -140,7 +146,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     good = model_files(tmp_path / "good", tokenizer, 400)
     bad = model_files(tmp_path / "bad", tokenizer, 400)
     (bad / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="no vocab_size"):
+    with pytest.raises(UserError, match="has no model_type"):
         check_pair(good, bad)
     (bad / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"bad cannot be loaded .*tokenizer\.json"):

@@ -1,0 +1,481 @@
+"""config.json as it is published, and as mlx-lm reads it.
+
+The hub's config.json files are written for transformers, in the words of the version that wrote
+them. mlx-lm reads the entries that its own ``ModelArgs`` classes name, passes over all others
+without a word, and takes a default of its own where one is missing: of a llama model that
+transformers 5 has saved it takes the rotary base 10000. Here the words are translated, by the
+fields that those classes have, and what cannot be said in them is refused. No weight is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mlx_fd.errors import UserError
+from mlx_fd.models.backend import backend
+from mlx_fd.models.directory import AGAIN, CONFIG, blaming, read_header, read_object
+
+if TYPE_CHECKING:
+    from mlx import nn
+
+# Names that mlx-lm's classes have for what transformers calls by the first of each.
+_BASE_FIELDS = ("rope_theta", "rotary_emb_base", "rope_embedding_base", "rope_freq_constant")
+_PARTIAL_FIELDS = ("partial_rotary_factor", "rotary_pct")
+# The rotary base of the sliding layers, where a model has two.
+_LOCAL_BASE_FIELDS = ("rope_local_base_freq", "rope_local_theta", "swa_rope_theta")
+_PERIOD_FIELDS = ("sliding_window_pattern", "full_attention_interval")
+# Positions are turned as by "default" on text: the three sections of mrope are equal there.
+_UNSCALED = ("default", "mrope")
+# Entries that transformers 5 has under another name, or not at all.
+_SYNONYMS = {
+    "num_experts": "num_local_experts",
+    "num_local_experts": "num_experts",
+    "block_dim": "hidden_size",
+}
+_LAYER_NAMES = {"granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"}}
+# An entry that the weights' names may answer.
+_TIED = "tie_word_embeddings"
+_HEADS = ("lm_head.weight", "lm_head.scales")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A model directory's config.json as mlx-lm reads it.
+
+    Args:
+        path: the directory.
+
+    Returns:
+        As :func:`as_mlx_lm_reads`. Where config.json does not say whether the embedding is the
+        head, the weights' names do.
+
+    Raises:
+        UserError: it cannot be read, or mlx-lm cannot be told what it says.
+    """
+    file = path / CONFIG
+    config = read_object(file)
+    has_head = None
+    if config.get(_TIED) is None and _language_part(config).get(_TIED) is None:
+        shards = sorted(path.glob("model*.safetensors"))
+        names = [name for shard in shards for name in read_header(shard)]
+        has_head = any(name.endswith(_HEADS) for name in names) if names else None
+    return as_mlx_lm_reads(config, file, has_head=has_head)
+
+
+def text_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What a configuration says of the language model alone, in one flat dictionary.
+
+    Args:
+        config: of :func:`read_config`.
+        file: where it is from, for messages.
+
+    Returns:
+        The entries of ``text_config`` beside those of the wrapper around it, where there is one.
+        What is missing has the value that mlx-lm gives it.
+
+    Raises:
+        UserError: an entry is missing that mlx-lm has no default for.
+    """
+    part = _language_part(config)
+    if part is config:
+        flat = dict(config)
+    else:
+        outer = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
+        kept = ("quantization", "quantization_config", "mlx_fd")
+        outer |= {key: config[key] for key in kept if key in config}
+        flat = {**outer, **part}
+    with blaming(f"{file}: mlx-lm cannot make a model of it", AGAIN):
+        args = _text_arguments(config, file)
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if value is not None:
+            flat[field.name] = value
+    return flat
+
+
+def as_mlx_lm_reads(
+    config: Mapping[str, Any], file: Path, *, has_head: bool | None = None
+) -> dict[str, Any]:
+    """A published configuration in the words that mlx-lm reads.
+
+    Entries are added and none is taken away, so that transformers reads the result as before.
+
+    Args:
+        config: what config.json holds.
+        file: where it is from, for messages.
+        has_head: whether the weights have a head beside the embedding; ``None``: not known. It
+            counts where the configuration does not say whether the embedding is the head.
+
+    Returns:
+        A copy. A ``text_config`` stays where it is; infinities, which transformers writes as
+        objects, are numbers.
+
+    Raises:
+        UserError: mlx-lm does not know the architecture, entries contradict each other, or one
+            says what mlx-lm cannot do.
+    """
+    backend()
+    from mlx_lm.utils import _decode_tagged_floats
+
+    translated = _decode_tagged_floats(copy.deepcopy(dict(config)))
+    if not isinstance(translated.get("model_type"), str):
+        raise UserError(f"{file}: has no model_type; {AGAIN}")
+    translated = _wrapped(translated, file)
+    args_class = _text_args(translated, file)
+    fields = _field_names(args_class)
+    part = _language_part(translated)
+    if part is not translated:
+        _fill_wrapper(translated, part, file)
+        if _TIED in fields and part.get(_TIED) is None and translated.get(_TIED) is not None:
+            part[_TIED] = translated[_TIED]
+    required = _required(args_class)
+    if part.get(_TIED) is None and (_TIED in required or _TIED in fields and has_head is not None):
+        part[_TIED] = not has_head
+    _translate_names(part, fields, required)
+    _translate_rope(part, fields, file)
+    _translate_period(part, fields, file)
+    missing = [name for name in required if name not in part]
+    if missing:
+        raise UserError(
+            f"{file}: has no {missing[0]}, which mlx-lm needs for {part.get('model_type')} models; "
+            f"{AGAIN}"
+        )
+    return translated
+
+
+# ------------------------------------------------------------------------------ mlx-lm's classes
+
+
+def _module(config: Mapping[str, Any], file: Path) -> ModuleType:
+    """mlx-lm's module of a configuration's architecture."""
+    backend()
+    from mlx_lm.utils import _get_classes
+
+    try:
+        model_class, _ = _get_classes(dict(config))
+    except (Exception, SystemExit) as error:  # one module of mlx-lm ends the process
+        raise UserError(
+            f"{file}: mlx-lm has no architecture {config['model_type']!r:.80}; use a model of one "
+            "that it has"
+        ) from error
+    return importlib.import_module(model_class.__module__)
+
+
+def _language_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The dictionary in a configuration that describes the language model; maybe all of it."""
+    part = config.get("text_config")
+    return part if isinstance(part, dict) else config  # type: ignore[return-value]
+
+
+def _wrapped(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A text model that mlx-lm only has inside its multimodal wrapper, in that wrapper."""
+    from mlx_lm.models.base import BaseModelArgs
+
+    name = config["model_type"]
+    if not name.endswith("_text"):
+        return config
+    try:
+        _module(config, file)
+    except UserError:
+        outer = {**config, "model_type": name.removesuffix("_text"), "text_config": config}
+        reader = _module(outer, file).ModelArgs.from_dict
+        if reader.__func__ is BaseModelArgs.from_dict.__func__:
+            raise  # it would not take weights without the wrapper's names
+        return outer
+    return config
+
+
+def _text_args(config: Mapping[str, Any], file: Path) -> Any:
+    """mlx-lm's class of arguments of the language model in a configuration.
+
+    Of a wrapper's module it is one that the module has or imports beside its own, which has
+    hidden layers; where there are several, the one of the ``model_type`` in ``text_config``.
+    """
+    from mlx_lm.models.base import BaseModelArgs
+
+    module = _module(config, file)
+    own = module.ModelArgs
+    part = _language_part(config)
+    if part is config or "text_config" not in _field_names(own):
+        return own
+    modules = [module]
+    for parent in (*own.__mro__, *module.Model.__mro__):
+        if parent.__module__.startswith("mlx_lm.models."):
+            modules.append(importlib.import_module(parent.__module__))
+    candidates = {}
+    for value in (value for one in modules for value in vars(one).values()):
+        args = getattr(value, "ModelArgs", None) if inspect.ismodule(value) else value
+        if inspect.isclass(args) and issubclass(args, BaseModelArgs):
+            if "num_hidden_layers" in _field_names(args):
+                candidates[args] = args.__module__
+    if not candidates:
+        raise UserError(
+            f"{file}: mlx-fd does not find the language model in {module.__name__}; use a model of "
+            "another architecture"
+        )
+    # mlx-lm itself takes a llama for all that it does not tell apart.
+    for wanted in (_module_of_type(str(part.get("model_type"))), "mlx_lm.models.llama"):
+        for args, its_module in candidates.items():
+            if its_module == wanted:
+                return args
+    return next(iter(candidates))
+
+
+def _text_arguments(config: Mapping[str, Any], file: Path) -> Any:
+    """The arguments that mlx-lm makes the language model of."""
+    args_class = _text_args(config, file)
+    own = _module(config, file).ModelArgs
+    if own is args_class:
+        return own.from_dict(copy.deepcopy(dict(config)))
+    # A wrapper gives its own sizes to the model in it.
+    inner = own.from_dict(copy.deepcopy(dict(config))).text_config
+    return args_class.from_dict(inner) if isinstance(inner, dict) else inner
+
+
+def _module_of_type(model_type: str) -> str:
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    return f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}"
+
+
+def _field_names(args_class: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(args_class))
+
+
+def _required(args_class: Any) -> list[str]:
+    """Entries without which a class of arguments cannot be made."""
+    from mlx_lm.models.base import BaseModelArgs
+
+    if args_class.from_dict.__func__ is not BaseModelArgs.from_dict.__func__:
+        return []
+    none = dataclasses.MISSING
+    return [
+        field.name
+        for field in dataclasses.fields(args_class)
+        if field.init and field.default is none and field.default_factory is none
+    ]
+
+
+def _fill_wrapper(config: dict[str, Any], part: Mapping[str, Any], file: Path) -> None:
+    """Give a wrapper what it has a field for and only its language model says, such as sizes."""
+    for name in _field_names(_module(config, file).ModelArgs):
+        if config.get(name) is None and part.get(name) is not None:
+            config[name] = part[name]
+
+
+def _translate_names(part: dict[str, Any], fields: Sequence[str], required: Sequence[str]) -> None:
+    """Say what transformers 5 names in another way than before, or works out itself."""
+    for name, other in _SYNONYMS.items():
+        needed = name in required or (name in fields and other not in fields)
+        if needed and part.get(name) is None and other in part:
+            part[name] = part[other]
+    heads, hidden = part.get("num_attention_heads"), part.get("hidden_size")
+    if "num_key_value_heads" in required and isinstance(heads, int):
+        part.setdefault("num_key_value_heads", heads)
+    if "head_dim" in required and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        part.setdefault("head_dim", hidden // heads)
+    if "rope_scaling" in required:
+        part.setdefault("rope_scaling", None)  # some classes have no default for "none"
+    types, names = part.get("layer_types"), _LAYER_NAMES.get(str(part.get("model_type")), {})
+    if isinstance(types, list):
+        part["layer_types"] = [names.get(kind, kind) for kind in types]
+
+
+# ------------------------------------------------------------------------------------- positions
+
+
+def _translate_rope(part: dict[str, Any], fields: Sequence[str], file: Path) -> None:
+    """Say ``rope_parameters`` in the words that a class of arguments has fields for."""
+    published = part.get("rope_parameters")
+    if published is not None and not isinstance(published, Mapping):
+        raise UserError(f"{file}: rope_parameters is {published!r:.80}, not an object; {AGAIN}")
+    by_type = {key: one for key, one in (published or {}).items() if isinstance(one, Mapping)}
+    if by_type and "rope_parameters" in fields:
+        return
+    if by_type:
+        _translate_by_type(part, by_type, fields, file)
+    elif published:
+        _translate_flat(part, published, fields, file)
+    scaling = part.get("rope_scaling")
+    if isinstance(scaling, dict) and _kind(scaling) not in _UNSCALED:
+        if not {"rope_scaling", "rope_parameters"} & set(fields):
+            raise UserError(
+                f"{file}: its positions are scaled ({_kind(scaling)}), and mlx-lm has no scaled "
+                f"positions for {part.get('model_type')} models; use a model of another "
+                "architecture"
+            )
+        # Some classes ask for the one name, some for the other.
+        scaling.setdefault("type", _kind(scaling))
+        scaling.setdefault("rope_type", _kind(scaling))
+
+
+def _translate_flat(
+    part: dict[str, Any], rope: Mapping[str, Any], fields: Sequence[str], file: Path
+) -> None:
+    for names, key in ((_BASE_FIELDS, "rope_theta"), (_PARTIAL_FIELDS, "partial_rotary_factor")):
+        field = next((name for name in names if name in fields), None)
+        if field is not None and rope.get(key) is not None:
+            _set(part, field, rope[key], f"rope_parameters' {key}", file)
+    old = part.get("rope_scaling")
+    if isinstance(old, Mapping) and _kind(old) != _kind(rope):
+        raise UserError(
+            f"{file}: rope_scaling is of the type {_kind(old)} and rope_parameters of the type "
+            f"{_kind(rope)}; take out the one that is wrong"
+        )
+    if _kind(rope) in _UNSCALED:
+        return
+    name = "original_max_position_embeddings"
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if part.get(name) is not None:
+        scaling.setdefault(name, part[name])
+    elif name in fields and name in scaling:
+        part[name] = scaling[name]
+    if not old:
+        part["rope_scaling"] = scaling
+
+
+def _translate_by_type(
+    part: dict[str, Any],
+    by_type: Mapping[str, Mapping[str, Any]],
+    fields: Sequence[str],
+    file: Path,
+) -> None:
+    """As for one set of parameters, of the full layers; the others may have a base of their own."""
+    full = by_type.get("full_attention") or next(iter(by_type.values()))
+    _translate_flat(part, full, fields, file)
+    local = next((name for name in _LOCAL_BASE_FIELDS if name in fields), None)
+    for layer_type, rope in by_type.items():
+        if rope is full:
+            continue
+        base = rope.get("rope_theta")
+        same = {key: rope.get(key) == full.get(key) for key in ("rope_theta", _PARTIAL_FIELDS[0])}
+        if _kind(rope) in _UNSCALED and local is not None and base is not None:
+            _set(part, local, base, f"rope_parameters' rope_theta of {layer_type}", file)
+        elif _kind(rope) not in _UNSCALED or not all(same.values()):
+            raise UserError(
+                f"{file}: rope_parameters has positions of their own for {layer_type}, and mlx-lm "
+                f"has one kind for all layers of {part.get('model_type')} models; use a model of "
+                "another architecture"
+            )
+
+
+def _set(part: dict[str, Any], name: str, value: Any, source: str, file: Path) -> None:
+    there = part.get(name)
+    if there is not None and there != value:
+        raise UserError(
+            f"{file}: {name} is {there!r:.80} and {source} is {value!r:.80}; take out the one that "
+            "is wrong"
+        )
+    part[name] = value
+
+
+def _kind(rope: Mapping[str, Any]) -> str:
+    return str(rope.get("type") or rope.get("rope_type") or "default")
+
+
+# ---------------------------------------------------------------------------- the kinds of layers
+
+
+def _translate_period(part: dict[str, Any], fields: Sequence[str], file: Path) -> None:
+    """Say ``layer_types`` as a period, where a class of arguments has a field only for that."""
+    types = part.get("layer_types")
+    name = next((name for name in _PERIOD_FIELDS if name in fields), None)
+    if name is None or "layer_types" in fields:
+        return
+    if isinstance(part.get(name), str) or name in part and part[name] is None:
+        return  # exaone4: "LLLG", or all layers are full
+    period = part.get(name)
+    if isinstance(types, list) and "full_attention" in types:
+        found = types.index("full_attention") + 1
+        for index, kind in enumerate(types):
+            if (kind == "full_attention") != ((index + 1) % found == 0):
+                raise UserError(
+                    f"{file}: layer {index} in layer_types is {kind!r:.80}, and mlx-lm wants every "
+                    f"{found}th layer of {part.get('model_type')} models to be the full one; use "
+                    "a model whose layers go by a period"
+                )
+        if period is None:
+            period = found
+        elif isinstance(period, int) and period != found and not _same(period, found, len(types)):
+            raise UserError(
+                f"{file}: {name} is {period} and in layer_types each {found}th layer is the full "
+                "one; take out the entry that is wrong"
+            )
+    if part.get("model_type") == "exaone4":  # the words of the version before
+        part[name] = None if period is None else "L" * (period - 1) + "G"
+    elif period is not None:
+        part[name] = period
+
+
+def _same(period: int, other: int, layers: int) -> bool:
+    """Whether two periods are one, for so few layers."""
+    return all((i % period == period - 1) == (i % other == other - 1) for i in range(layers))
+
+
+# ---------------------------------------------------------------- what the model itself says of it
+
+
+def check_positions(model: nn.Module, config: Mapping[str, Any], file: Path) -> None:
+    """Make sure that a model turns positions as its configuration says. No weight is read.
+
+    mlx-lm's classes read some entries and pass over others, each in its own way; here the modules
+    that they made are compared with the entries: base, scaling, share of the head's dimensions.
+
+    Args:
+        model: mlx-lm's, of that configuration.
+        config: of :func:`read_config`.
+        file: where it is from, for messages.
+
+    Raises:
+        UserError: it does not; it is another model than the one that was published.
+    """
+    from mlx import nn
+
+    part = _language_part(config)
+    ropes = [
+        module
+        for name, module in model.named_modules()
+        if "vision" not in name and _turns(type(module).__name__)
+    ]
+    plain = [rope for rope in ropes if type(rope) is nn.RoPE]
+    parameters = part.get("rope_parameters") or {}
+    by_type = [one for one in parameters.values() if isinstance(one, Mapping)] or [parameters]
+
+    def bad(what: str, says: object) -> UserError:
+        return UserError(
+            f"{file}: mlx-lm makes a {part.get('model_type')} model {what}, and the configuration "
+            f"says {says}: it would be another model than the published one; use a model of "
+            "another architecture"
+        )
+
+    bases = [part.get(name) for name in (*_BASE_FIELDS, *_LOCAL_BASE_FIELDS)]
+    bases = [*bases, *(one.get("rope_theta") for one in by_type)]
+    stated = {float(base) for base in bases if isinstance(base, int | float)}
+    for rope in plain:
+        if stated and float(rope.base) not in stated:
+            raise bad(f"with the rotary base {rope.base:g}", " and ".join(map(str, sorted(stated))))
+    scaled = [
+        one
+        for one in (part.get("rope_scaling") or {}, *by_type)
+        if _kind(one) not in _UNSCALED and one.get("factor", 2) != 1
+    ]
+    if scaled and ropes and all(rope.scale == 1 for rope in plain) and len(plain) == len(ropes):
+        raise bad("without scaled positions", f"that they are scaled ({_kind(scaled[0])})")
+    share = next((part[name] for name in _PARTIAL_FIELDS if part.get(name) is not None), None)
+    share = by_type[0].get("partial_rotary_factor", share) if len(by_type) == 1 else share
+    heads, hidden = part.get("num_attention_heads"), part.get("hidden_size")
+    if not (isinstance(share, float) and isinstance(heads, int) and isinstance(hidden, int)):
+        return
+    width = part.get("head_dim") or hidden // heads
+    if share < 1 and plain and all(rope.dims == width for rope in plain):
+        raise bad(f"that turns all {width} dimensions of a head", f"partial_rotary_factor {share}")
+
+
+def _turns(class_name: str) -> bool:
+    return any(word in class_name.lower() for word in ("rope", "rotary"))

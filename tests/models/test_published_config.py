@@ -1,0 +1,364 @@
+"""config.json as transformers writes it against what mlx-lm makes of it.
+
+The reference is transformers itself: its own classes write the configurations, and what stands in
+them is compared with the modules of the models that come out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from support import tiny
+from support.any_model import SIZES, build, edit_config, write_model
+
+import mlx.core as mx  # isort: skip
+import mlx_lm  # isort: skip
+from mlx import nn  # isort: skip
+
+from mlx_fd.errors import UserError
+from mlx_fd.export.mlx_dir import write_model as export_model
+from mlx_fd.export.source import open_source
+from mlx_fd.models.context import context_length
+from mlx_fd.models.loading import load, open_lazily
+from mlx_fd.models.pairing import check_pair
+from mlx_fd.models.published_config import (
+    as_mlx_lm_reads,
+    check_positions,
+    read_config,
+    text_config,
+)
+
+HERE = Path("config.json")
+IDS = mx.array([[(7 * i + 3) % 380 for i in range(60)]])
+SOFT_CAPS = {
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "query_pre_attn_scalar": 16,
+}
+SIZES_5 = {key: SIZES[key] for key in SIZES if key not in ("head_dim", "rms_norm_eps")}
+# Each with bases that no class has as its default.
+FLAT = {"rope_theta": 54321.0, "rope_type": "default"}
+BY_TYPE = {
+    "full_attention": {"rope_theta": 654321.0, "rope_type": "default"},
+    "sliding_attention": {"rope_theta": 54321.0, "rope_type": "default"},
+}
+SOME_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+WRITTEN: dict[str, tuple[str, dict[str, Any], set[float]]] = {
+    "llama": ("LlamaConfig", {}, {54321.0}),
+    "mistral": ("MistralConfig", {}, {54321.0}),
+    "smollm3": ("SmolLM3Config", {}, {54321.0}),
+    "olmo2": ("Olmo2Config", {}, {54321.0}),
+    "phi3": ("Phi3Config", {}, {54321.0}),
+    "gemma": ("GemmaConfig", {}, {54321.0}),
+    "gemma2": ("Gemma2Config", {}, {54321.0}),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        {"num_hidden_layers": 8, "rope_parameters": BY_TYPE},
+        {54321.0, 654321.0},
+    ),
+    "qwen2": ("Qwen2Config", {}, {54321.0}),
+    "qwen3": ("Qwen3Config", {}, {54321.0}),
+    "qwen3_moe": ("Qwen3MoeConfig", SOME_EXPERTS, {54321.0}),
+    "qwen3_next": ("Qwen3NextConfig", SOME_EXPERTS, {54321.0}),
+    "qwen3_5_text": ("Qwen3_5TextConfig", {}, {54321.0}),
+    "granite": ("GraniteConfig", {}, {54321.0}),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            "layer_types": ["mamba", "attention", "mamba", "attention"],
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_expand": 2,
+            "mamba_d_state": 16,
+        },
+        {54321.0},
+    ),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2}, {54321.0}),
+    "olmo3": (
+        "Olmo3Config",
+        {"rope_parameters": {name: FLAT for name in BY_TYPE}},
+        {54321.0},
+    ),
+    "cohere2": ("Cohere2Config", {}, {54321.0}),
+    "exaone4": ("Exaone4Config", {}, {54321.0}),
+    "starcoder2": ("Starcoder2Config", {}, {54321.0}),
+    "glm4": ("Glm4Config", {}, {54321.0}),
+    "stablelm": ("StableLmConfig", {}, {54321.0}),
+    "gpt_neox": ("GPTNeoXConfig", {}, {54321.0}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}, {54321.0}),
+}
+
+
+def plain_ropes(model: nn.Module) -> list[nn.RoPE]:
+    return [module for _, module in model.named_modules() if type(module) is nn.RoPE]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_rotary_base_that_transformers_writes_is_the_one_used(
+    tmp_path: Path, name: str
+) -> None:
+    class_name, more, bases = WRITTEN[name]
+    made = getattr(transformers, class_name)(**{**SIZES_5, "rope_parameters": FLAT, **more})
+    made.save_pretrained(tmp_path)
+    published = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_theta" not in published
+    config = read_config(tmp_path)
+    model = build(config)
+    assert {rope.base for rope in plain_ropes(model)} == bases
+    check_positions(model, config, HERE)
+    # What transformers wrote is still there: it reads the same model.
+    part = config.get("text_config", config)
+    assert part["rope_parameters"] == published["rope_parameters"]
+
+
+WRAPPERS = {
+    "Gemma3Config": ({"num_hidden_layers": 8, "rope_parameters": BY_TYPE}, {54321.0, 654321.0}),
+    "Qwen3_5Config": ({"rope_parameters": FLAT}, {54321.0}),
+    "Llama4Config": ({"rope_parameters": FLAT}, {54321.0}),
+    "Mistral3Config": ({"model_type": "mistral", "rope_parameters": FLAT}, {54321.0}),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_language_models_in_multimodal_wrappers(tmp_path: Path, name: str) -> None:
+    more, bases = WRAPPERS[name]
+    getattr(transformers, name)(text_config={**SIZES_5, **more}).save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    model = build(config)
+    assert {rope.base for rope in plain_ropes(model)} == bases
+    flat = text_config(config, HERE)
+    assert flat["vocab_size"] == 400
+    assert flat["hidden_size"] == 64
+    assert flat["num_hidden_layers"] == len(model.layers)
+    assert context_length(tmp_path) == 4096
+
+
+def test_yarn_as_gpt_oss_and_ministral_have_it(tmp_path: Path) -> None:
+    for name in ("GptOssConfig", "Ministral3Config"):
+        made = getattr(transformers, name)(**SIZES_5, num_local_experts=4)
+        made.rope_parameters["rope_theta"] = 54321.0
+        made.save_pretrained(tmp_path)
+        config = read_config(tmp_path)
+        model = build(config)
+        rope = model.layers[0].self_attn.rope
+        assert type(rope).__name__ == "YarnRoPE"
+        # YaRN leaves the fastest turns as they are: theta ** (2 i / dims).
+        fastest = rope._freqs[:2].tolist()
+        assert fastest == pytest.approx([1.0, 54321.0 ** (2 / rope.dims)], rel=1e-5)
+        check_positions(model, config, HERE)
+
+
+@pytest.mark.parametrize(
+    "arch", ["llama", "qwen2", "mistral", "qwen3", "smollm3", "olmo2", "phi3", "gemma2"]
+)
+def test_a_config_of_version_5_is_the_same_model(tmp_path: Path, arch: str) -> None:
+    more: dict[str, Any] = {"gemma2": SOFT_CAPS, "phi3": {"original_max_position_embeddings": 4096}}
+    config = {**SIZES, "model_type": arch, "tie_word_embeddings": False, "rope_theta": 5e5}
+    path = write_model(tmp_path / "m", {**config, **more.get(arch, {})})
+    before = mlx_lm.load(str(path))[0](IDS)
+    edit_config(path, rope_theta=..., rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    model, read = open_lazily(path)
+    assert mx.array_equal(model(IDS), before)
+    assert read["rope_theta"] == 5e5
+
+
+def test_scaled_positions_of_version_5(tmp_path: Path) -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    config = {**SIZES, "model_type": "llama", "rope_theta": 5e5}
+    plain = write_model(tmp_path / "p", config)
+    scaled = write_model(tmp_path / "s", {**config, "rope_scaling": scaling})
+    before = mlx_lm.load(str(scaled))[0](IDS)
+    assert mx.abs(mlx_lm.load(str(plain))[0](IDS) - before).max() > 0.1
+    parameters = {**scaling, "rope_theta": 5e5}
+    edit_config(scaled, rope_theta=..., rope_scaling=..., rope_parameters=parameters)
+    assert mx.array_equal(open_lazily(scaled)[0](IDS), before)
+
+
+def test_smollm2_saved_by_version_5(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source = tiny.smollm2(tmp_path_factory)
+    path = tmp_path / "m"
+    shutil.copytree(source, path)
+    base = json.loads((path / "config.json").read_text())["rope_theta"]
+    parameters = {"rope_type": "default", "rope_theta": base}
+    edit_config(path, rope_theta=..., rope_parameters=parameters)
+    assert open_lazily(path)[0].args == open_lazily(source)[0].args
+    assert open_lazily(path)[0].args.rope_theta == base == 1e5
+
+
+def test_an_export_carries_the_right_values(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m", {**SIZES, "model_type": "llama", "rope_theta": 5e5})
+    parameters = {"rope_type": "default", "rope_theta": 5e5}
+    edit_config(path, rope_theta=..., rope_parameters=parameters)
+    (tmp_path / "out").mkdir()
+    export_model(open_source(str(path)), tmp_path / "out")
+    # By mlx-lm alone, which knows nothing of rope_parameters.
+    exported = mlx_lm.load(str(tmp_path / "out"))[0]
+    assert mx.allclose(exported(IDS), open_lazily(path)[0](IDS), atol=1e-5)
+    assert exported.args.rope_theta == 5e5
+
+
+# -------------------------------------------------------------------------- wrappers with weights
+
+
+def test_vision_weights_are_not_loaded(tmp_path: Path) -> None:
+    text = {**SIZES, "num_hidden_layers": 6, "model_type": "gemma3_text", "sliding_window": 32}
+    config = {"model_type": "gemma3", "text_config": text, "vocab_size": 400}
+    path = write_model(tmp_path / "m", {**config, "vision_config": {"hidden_size": 8}})
+    weights = mx.load(str(path / "model.safetensors"))
+    expected = mlx_lm.load(str(path))[0](IDS)
+    vision = {f"vision_tower.encoder.layers.{i}.weight": mx.ones((8, 8)) for i in range(2)}
+    mx.save_safetensors(str(path / "model.safetensors"), {**weights, **vision})
+    # As published, only the language model says how large its vocabulary is.
+    edit_config(path, vocab_size=...)
+    loaded = load(path)
+    assert mx.array_equal(loaded.model(IDS), expected)
+    assert not [name for name, _ in loaded.model.named_modules() if "vision" in name]
+    assert check_pair(path, path).expert_vocab == 400
+
+
+def test_what_a_published_gemma_3_leaves_out() -> None:
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    config = as_mlx_lm_reads({"model_type": "gemma3", "text_config": text}, HERE)
+    flat = text_config(config, HERE)
+    # The sizes of the published 4B weights.
+    assert flat["vocab_size"] == 262208
+    assert (flat["num_attention_heads"], flat["num_key_value_heads"]) == (8, 4)
+    assert (flat["head_dim"], flat["rope_theta"]) == (256, 1e6)
+    assert flat["model_type"] == "gemma3_text"
+    assert "vocab_size" not in text  # what is given stays as it is
+
+
+def test_is_the_embedding_the_head(tmp_path: Path) -> None:
+    """Where config.json does not say, the weights do; mlx-lm alone drops a head then."""
+    for tied in (True, False):
+        config = {**SIZES, "model_type": "llama", "tie_word_embeddings": tied}
+        path = write_model(tmp_path / str(tied), config)
+        before = mlx_lm.load(str(path))[0](IDS)
+        edit_config(path, tie_word_embeddings=...)
+        assert read_config(path)["tie_word_embeddings"] is tied
+        assert mx.array_equal(open_lazily(path)[0](IDS), before)
+
+
+def test_infinities_are_numbers() -> None:
+    config = {**SIZES, "model_type": "llama", "limit": [0.0, {"__float__": "Infinity"}]}
+    assert as_mlx_lm_reads(config, HERE)["limit"] == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("types", "period"), [(["s", "s", "f"] * 2, 3), (["s", "f"] * 3, 2), (["f"] * 6, 1)]
+)
+def test_layer_types_as_a_period(types: list[str], period: int) -> None:
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    config = {**SIZES, "num_hidden_layers": 6, "layer_types": [names[kind] for kind in types]}
+    read = as_mlx_lm_reads({**config, "model_type": "gemma3_text"}, HERE)
+    assert read["sliding_window_pattern"] == period
+    model = build(read)
+    assert [layer.self_attn.is_sliding for layer in model.layers] == [kind == "s" for kind in types]
+
+
+# ----------------------------------------------------------------------------------- what is refused
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "two bases": (
+        {"model_type": "llama", "rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}},
+        "rope_theta is 10000.0 and rope_parameters' rope_theta is 1000000.0",
+    ),
+    "two types": (
+        {"model_type": "llama", "rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e6}},
+        "rope_scaling is of the type yarn and rope_parameters of the type default",
+    ),
+    "not an object": ({"model_type": "llama", "rope_parameters": 3}, "rope_parameters is 3"),
+    "no field for scaling": (
+        {"model_type": "gemma2", **SOFT_CAPS, "rope_parameters": {**YARN, "rope_theta": 1e4}},
+        r"scaled \(yarn\), and mlx-lm has no scaled positions for gemma2",
+    ),
+    "scaling that the class drops": (
+        {"model_type": "phi3", "rope_scaling": {**YARN, "long_factor": [1], "short_factor": [1]}},
+        r"without scaled positions.*scaled \(yarn\)",
+    ),
+    "scaling that the class never looks at": (
+        {
+            **{"model_type": "qwen3_moe", "rope_theta": 1e6, "rope_scaling": YARN},
+            **{**SOME_EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": []},
+            **{"norm_topk_prob": True, "tie_word_embeddings": True},
+        },
+        r"without scaled positions.*scaled \(yarn\)",
+    ),
+    "part of a head": (
+        {"model_type": "glm", "partial_rotary_factor": 0.5},
+        "turns all 16 dimensions of a head.*partial_rotary_factor 0.5",
+    ),
+    "a base that the class does not read": (
+        {"model_type": "gptj", "rope_theta": 5e5, "n_head": 4, "n_embd": 64, "n_layer": 2}
+        | {"n_positions": 64, "n_inner": 128, "layer_norm_epsilon": 1e-5, "rotary_dim": 8},
+        "rotary base 10000.*500000.0",
+    ),
+    "two kinds of positions": (
+        {"model_type": "llama", "rope_parameters": BY_TYPE},
+        "positions of their own for sliding_attention",
+    ),
+    "no period": (
+        {
+            **{"model_type": "gemma3_text", "num_hidden_layers": 3},
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+        "layer 1 in layer_types is 'sliding_attention'",
+    ),
+    "another period": (
+        {
+            **{"model_type": "gemma3_text", "sliding_window_pattern": 4},
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        "sliding_window_pattern is 4",
+    ),
+    "no such architecture": ({"model_type": "nonesuch"}, "no architecture 'nonesuch'"),
+    "no model_type": ({}, "has no model_type"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_mlx_lm_cannot_be_told_is_refused(name: str) -> None:
+    entries, message = REFUSED[name]
+    with pytest.raises(UserError, match=message):
+        config = as_mlx_lm_reads({**SIZES, **entries}, HERE)
+        check_positions(build(config), config, HERE)
+
+
+def test_opening_a_directory_refuses_it(tmp_path: Path) -> None:
+    more = {"model_type": "phi3", "original_max_position_embeddings": 64}
+    path = write_model(tmp_path / "m", {**SIZES, **more})
+    edit_config(path, rope_scaling={**YARN, "long_factor": [1], "short_factor": [1]})
+    with pytest.raises(UserError, match=r"m/config\.json: .*scaled \(yarn\)"):
+        load(path)
+    edit_config(path, model_type="llama", rope_scaling={"rope_type": "spiral", "factor": 2.0})
+    with pytest.raises(UserError, match=r"m cannot be loaded: .*RoPE type spiral"):
+        load(path)
+
+
+def test_a_missing_size_is_named() -> None:
+    config = {key: value for key, value in SIZES.items() if key != "hidden_size"}
+    with pytest.raises(UserError, match=r"config\.json: has no hidden_size"):
+        as_mlx_lm_reads({**config, "model_type": "llama"}, HERE)
