@@ -161,7 +161,7 @@ def template_of(
 
 
 def read_end_tokens(path: Path) -> dict[str, Any]:
-    """config.json as mlx-lm reads it, with the end tokens that mlx-lm finds: generation_config.json's first.
+    """config.json as mlx-lm reads it, with the end tokens of generation_config.json, if it has any.
 
     Raises:
         UserError: a file cannot be read.

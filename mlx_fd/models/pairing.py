@@ -11,7 +11,6 @@ from mlx_fd.errors import UserError
 from mlx_fd.models.chat_template import ChatTemplate, check_conversation
 from mlx_fd.models.directory import AGAIN, CONFIG, blaming, check_files
 from mlx_fd.models.published_config import read_config, text_config
-from mlx_fd.models.storage import read_json
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

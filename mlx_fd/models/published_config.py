@@ -135,7 +135,8 @@ def as_mlx_lm_reads(
         if _TIED in fields and part.get(_TIED) is None and translated.get(_TIED) is not None:
             part[_TIED] = translated[_TIED]
     required = _required(args_class)
-    if part.get(_TIED) is None and (_TIED in required or _TIED in fields and has_head is not None):
+    answered = _TIED in fields and has_head is not None
+    if part.get(_TIED) is None and (answered or _TIED in required):
         part[_TIED] = not has_head
     _translate_names(part, fields, required)
     _translate_rope(part, fields, file)
@@ -208,12 +209,17 @@ def _text_args(config: Mapping[str, Any], file: Path) -> Any:
     for parent in (*own.__mro__, *module.Model.__mro__):
         if parent.__module__.startswith("mlx_lm.models."):
             modules.append(importlib.import_module(parent.__module__))
-    candidates = {}
-    for value in (value for one in modules for value in vars(one).values()):
-        args = getattr(value, "ModelArgs", None) if inspect.ismodule(value) else value
-        if inspect.isclass(args) and issubclass(args, BaseModelArgs):
-            if "num_hidden_layers" in _field_names(args):
-                candidates[args] = args.__module__
+    values = [value for one in modules for value in vars(one).values()]
+    classes = [
+        getattr(value, "ModelArgs", None) if inspect.ismodule(value) else value for value in values
+    ]
+    candidates = {
+        args: args.__module__
+        for args in classes
+        if inspect.isclass(args)
+        and issubclass(args, BaseModelArgs)
+        and "num_hidden_layers" in _field_names(args)
+    }
     if not candidates:
         raise UserError(
             f"{file}: mlx-fd does not find the language model in {module.__name__}; use a model of "
@@ -388,7 +394,7 @@ def _translate_period(part: dict[str, Any], fields: Sequence[str], file: Path) -
     name = next((name for name in _PERIOD_FIELDS if name in fields), None)
     if name is None or "layer_types" in fields:
         return
-    if isinstance(part.get(name), str) or name in part and part[name] is None:
+    if isinstance(part.get(name), str) or (name in part and part[name] is None):
         return  # exaone4: "LLLG", or all layers are full
     period = part.get(name)
     if isinstance(types, list) and "full_attention" in types:

@@ -148,6 +148,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     (bad / "config.json").write_text("{}")
     with pytest.raises(UserError, match="has no model_type"):
         check_pair(good, bad)
+    write_config(bad, vocab_size=400)
     (bad / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"bad cannot be loaded .*tokenizer\.json"):
         check_pair(good, bad)

@@ -83,7 +83,7 @@ WRITTEN: dict[str, tuple[str, dict[str, Any], set[float]]] = {
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2}, {54321.0}),
     "olmo3": (
         "Olmo3Config",
-        {"rope_parameters": {name: FLAT for name in BY_TYPE}},
+        {"rope_parameters": dict.fromkeys(BY_TYPE, FLAT)},
         {54321.0},
     ),
     "cohere2": ("Cohere2Config", {}, {54321.0}),
@@ -278,7 +278,7 @@ def test_layer_types_as_a_period(types: list[str], period: int) -> None:
     assert [layer.self_attn.is_sliding for layer in model.layers] == [kind == "s" for kind in types]
 
 
-# ----------------------------------------------------------------------------------- what is refused
+# --------------------------------------------------------------------------------- what is refused
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
