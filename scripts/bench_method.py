@@ -26,9 +26,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from several_runs import of_problems, over_runs
 
 from mlx_fd.evaluation.processbench import f1
-from mlx_fd.evaluation.statistics import Estimate, bootstrap, mean, mean_gain
+from mlx_fd.evaluation.statistics import Estimate
 
 Row = dict[str, Any]
 
@@ -147,10 +148,9 @@ def latest(path: Path) -> dict[str, list[Row]]:
 BEFORE, AFTER = 0, 1
 
 
-def column(rows: Sequence[Row], name: str, when: int | None = None) -> NDArray[np.float64]:
-    """All seeds' questions below each other."""
-    parts = [row[name] if when is None else row[name][when] for row in rows]
-    return np.concatenate([np.array([float(value) for value in part]) for part in parts])
+def column(row: Row, name: str, when: int | None = None) -> NDArray[np.float64]:
+    """One number for each of a run's questions."""
+    return np.array([float(value) for value in (row[name] if when is None else row[name][when])])
 
 
 def shown(estimate: Estimate, form: str = "+.1f", times: float = 100) -> str:
@@ -167,23 +167,37 @@ def bold(estimate: Estimate) -> str:
 
 def quality(rows: Sequence[Row]) -> Estimate:
     """F1 of the first errors after the run, with its interval."""
-    return bootstrap([column(rows, "found", AFTER), column(rows, "wrong")], f1)
+    return over_runs(
+        [of_problems([column(row, "found", AFTER), column(row, "wrong")], f1) for row in rows]
+    )[0]
 
 
 def change(rows: Sequence[Row], name: str, only_wrong: bool = False) -> Estimate:
     """After the run against before it, paired."""
-    sides = [column(rows, name, when) for when in (AFTER, BEFORE)]
-    if only_wrong:
-        sides = [side[column(rows, "wrong") == 1] for side in sides]
-    return bootstrap(sides, mean_gain)
+    gains = []
+    for row in rows:
+        gain = column(row, name, AFTER) - column(row, name, BEFORE)
+        gains.append(of_problems([gain[column(row, "wrong") == 1] if only_wrong else gain]))
+    return over_runs(gains)[0]
+
+
+def head_error(rows: Sequence[Row]) -> Estimate:
+    """The score head's mean error after the run."""
+    return over_runs([of_problems([column(row, "score_error", AFTER)]) for row in rows])[0]
 
 
 def against(rows: Sequence[Row], others: Sequence[Row]) -> Estimate:
     """The difference of F1 to another arm on the same questions and seeds, paired."""
-    seeds = {row["seed"] for row in rows} & {row["seed"] for row in others}
-    ours, theirs = ([r for r in side if r["seed"] in seeds] for side in (rows, others))
-    columns = [*(column(side, "found", AFTER) for side in (ours, theirs)), column(ours, "wrong")]
-    return bootstrap(columns, lambda a, b, wrong: f1(a, wrong) - f1(b, wrong))
+    reference = {row["seed"]: column(row, "found", AFTER) for row in others}
+    differences = [
+        of_problems(
+            [column(row, "found", AFTER), reference[row["seed"]], column(row, "wrong")],
+            lambda a, b, wrong: f1(a, wrong) - f1(b, wrong),
+        )
+        for row in rows
+        if row["seed"] in reference
+    ]
+    return over_runs(differences)[0]
 
 
 def table(path: Path) -> str:
@@ -192,7 +206,7 @@ def table(path: Path) -> str:
     lines = [
         f"Tiny pair, seeds {', '.join(str(row['seed']) for row in some)}, "
         f"{len(some[0]['wrong'])} questions a seed, half of the answers wrong. In brackets 95 % "
-        "bootstrap intervals over questions and seeds, paired where it is a change or a "
+        "t intervals over runs, each with questions of its own, paired where it is a change or a "
         "difference; bold where they leave 0 out. Tokens are what the student read while it "
         "learned, each step counted; seconds are those of one core, shared with other work.",
     ]
@@ -221,7 +235,7 @@ def table(path: Path) -> str:
                 shown(quality(rows), ".1f"),
                 "" if name == reference else bold(against(rows, arms[reference])),
                 bold(change(rows, "solved")),
-                shown(bootstrap([column(rows, "score_error", AFTER)], mean), ".2f", 1),
+                shown(head_error(rows), ".2f", 1),
                 f"{total('updates'):.0f}",
                 f"{total('tokens') / 1000:.0f}",
                 f"{total('distil_seconds'):.0f}",

@@ -40,11 +40,12 @@ backend()
 
 import mlx.core as mx
 import numpy as np
+from several_runs import of_problems, over_runs
 
 from mlx_fd import runs
 from mlx_fd.config import Config, to_toml
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
-from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean, paired_bootstrap
+from mlx_fd.evaluation.statistics import Estimate, holm
 from mlx_fd.feedback.episode import feedback_request, parsed
 from mlx_fd.models.generation import (
     Conversation,
@@ -376,19 +377,23 @@ def bits(name: str, inner: str | None = None) -> Values:
     return lambda row: [float(bit) for bit in (row[name][inner] if inner else row[name])]
 
 
-def paired(
+def level(rows: dict[int, Row], values: Values) -> Estimate:
+    """An arm's mean over its runs."""
+    return over_runs([of_problems([values(row)]) for row in rows.values()])[0]
+
+
+def change(
     rows: dict[int, Row],
     others: dict[int, Row],
     values: Values,
     kept: Callable[[int], list[bool]] | None = None,
-) -> tuple[list[float], list[float]]:
-    """Two arms' values on the problems of the seeds that both have, below each other."""
-    columns: tuple[list[float], list[float]] = ([], [])
+) -> tuple[Estimate, float]:
+    """One arm against another over the seeds that both have, on the same problems; and its p."""
+    differences = []
     for seed in sorted(rows.keys() & others.keys()):
-        keep = kept(seed) if kept else [True] * PROBLEMS
-        for column, side in zip(columns, (rows, others), strict=True):
-            column += [v for v, k in zip(values(side[seed]), keep, strict=True) if k]
-    return columns
+        gain = np.array(values(rows[seed])) - values(others[seed])
+        differences.append(of_problems([gain if kept is None else gain[np.array(kept(seed))]]))
+    return over_runs(differences)
 
 
 def shown(estimate: Estimate, form: str = "+.1f", times: float = 100) -> str:
@@ -415,9 +420,7 @@ ORDERINGS = (
 def orderings(rows: Rows) -> list[tuple[str, str, str, Estimate, float]]:
     """[(better, worse, source, estimate of the difference of Avg@12, adjusted p)]."""
     known = [names for names in ORDERINGS if names[0] in rows and names[1] in rows]
-    found = [
-        paired_bootstrap(*paired(rows[better], rows[worse], average)) for better, worse, _ in known
-    ]
+    found = [change(rows[better], rows[worse], average) for better, worse, _ in known]
     adjusted = holm([p for _, p in found])
     return [
         (*names, estimate, p)
@@ -439,8 +442,8 @@ def table(path: Path) -> str:
         f"Tiny base, {' to '.join(map(str, dict.fromkeys(counts)))} seeds, "
         f"{PROBLEMS} held-out problems a seed, {SAMPLES} samples of each at temperature 1. "
         f"{next(iter(some.values()))['attempts']} attempts a run. Changes are against the base on "
-        "the same problems, in points; in brackets 95 % bootstrap intervals over problems and "
-        "seeds, paired where it is a change, bold where they leave 0 out.",
+        "the same problems, in points; in brackets 95 % t intervals over runs, each with problems "
+        "of its own, paired where it is a change, bold where they leave 0 out.",
         "",
         "| | seeds | Avg@12 (%) | change | Maj@12, change | Pass@12, change | rare problems, "
         "Avg@12, change | greedy, typed noise, change | greedy, transcribed noise, change | "
@@ -449,18 +452,18 @@ def table(path: Path) -> str:
         "|---|--:|---|---|---|---|---|---|---|---|---|--:|--:|--:|",
     ]
     for arm, seeds in rows.items():
-        own = bootstrap([paired(seeds, seeds, average)[0]], mean)
+        own = level(seeds, average)
         cells = [arm, str(len(seeds)), shown(own, ".1f")]
         if arm == BASE:
             cells += [""] * 11
         else:
 
-            def change(
+            def against_base(
                 values: Values,
                 kept: Callable[[int], list[bool]] | None = None,
                 seeds: dict[int, Row] = seeds,
             ) -> str:
-                return shown(paired_bootstrap(*paired(seeds, base, values, kept))[0])
+                return shown(change(seeds, base, values, kept)[0])
 
             style, reasoning = np.mean([row["drift"] for row in seeds.values()], axis=0) * 1000
 
@@ -468,12 +471,12 @@ def table(path: Path) -> str:
                 return float(np.mean([row[key] for row in seeds.values()]))
 
             cells += [
-                change(average),
-                change(lambda row: row["majority"]),
-                change(passed),
-                change(average, rare),
-                *(change(bits("noisy", f"{kind} {level}")) for kind, level in NOISES),
-                change(bits("judged")),
+                against_base(average),
+                against_base(lambda row: row["majority"]),
+                against_base(passed),
+                against_base(average, rare),
+                *(against_base(bits("noisy", f"{kind} {level}")) for kind, level in NOISES),
+                against_base(bits("judged")),
                 f"{style:.1f} / {reasoning:.1f}",
                 f"{total('taught') / total('attempts'):.0%}",
                 f"{total('updates'):.0f}",
@@ -482,7 +485,7 @@ def table(path: Path) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "Published orderings, as differences of Avg@12 in points; p by the paired bootstrap, "
+        "Published orderings, as differences of Avg@12 in points; p by the t test over runs, "
         "corrected by Holm.",
         "",
         "| published | difference here | p |",
@@ -501,11 +504,11 @@ def short(path: Path) -> list[str]:
         "|---|--:|---|---|---|",
     ]
     for arm, seeds in rows.items():
-        own = shown(bootstrap([paired(seeds, seeds, average)[0]], mean), ".1f")
+        own = shown(level(seeds, average), ".1f")
         changes = ["", ""]
         if arm != BASE:
             both = (average, bits("judged"))
-            changes = [shown(paired_bootstrap(*paired(seeds, rows[BASE], v))[0]) for v in both]
+            changes = [shown(change(seeds, rows[BASE], v)[0]) for v in both]
         lines.append(f"| {' | '.join([arm, str(len(seeds)), own, *changes])} |")
     lines += ["", "| published | difference here (points) | p |", "|---|---|---|"]
     for better, worse, _, estimate, p in orderings(rows):
