@@ -27,7 +27,7 @@ from mlx_fd.models.student import (
     ADAPTER_WEIGHTS,
     HEADS,
     projection_width,
-    read_arrays,
+    read_trained,
 )
 from mlx_fd.runs.checked import content_digest, read_checked
 from mlx_fd.runs.plan import Plan
@@ -265,7 +265,7 @@ def _with_adapter(plan: Plan, adapter: Path) -> Pair:
     from mlx_fd.models.student import Student
 
     expert, base = load_pair(plan.expert_path, plan.student_path)
-    read_arrays(adapter / ADAPTER_WEIGHTS)  # is it whole?
+    read_trained(adapter / ADAPTER_WEIGHTS)  # is it whole, and are its numbers finite?
     with blaming(f"{adapter}: this adapter does not fit its model"):
         model = load_adapters(base.model, str(adapter))
     student = Student(base.view, expert.view.width)

@@ -16,7 +16,7 @@ from mlx_fd.models.gguf import ARCHITECTURES
 from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.resolve import parse_name
 from mlx_fd.models.storage import read_json
-from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS, read_arrays
+from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS, read_arrays, read_trained
 from mlx_fd.runs.checked import DIGEST, content_digest
 from mlx_fd.runs.records import Manifest
 
@@ -130,7 +130,6 @@ def _check_file(path: Path) -> None:
     Raises:
         UserError: it is not; the message names file and tensor.
     """
-    import mlx.core as mx
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -141,12 +140,7 @@ def _check_file(path: Path) -> None:
         raise UserError(
             f"{path}: is damaged or incomplete ({error}); download or make it again"
         ) from error
-    for name, array in read_arrays(path).items():
-        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-            raise UserError(
-                f"{path}: {name} has numbers that are not finite: these weights are damaged, or "
-                "the training went wrong; take another checkpoint"
-            )
+    read_trained(path)
 
 
 def check_architecture(model_type: str, what: str) -> None:

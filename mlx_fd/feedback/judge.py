@@ -34,7 +34,7 @@ from mlx_fd.models.student import (
     load_student,
     make_student,
     projection_width,
-    read_arrays,
+    read_trained,
 )
 from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 from mlx_fd.runs.checkpoints import check_weights
@@ -329,7 +329,7 @@ def _with_adapter(loaded: Loaded, adapter: Path) -> Loaded:
     """A model with an mlx-lm adapter on it."""
     from mlx_lm.tuner.utils import load_adapters
 
-    read_arrays(adapter / ADAPTER_WEIGHTS)  # is it whole?
+    read_trained(adapter / ADAPTER_WEIGHTS)  # is it whole, and are its numbers finite?
     with blaming(f"{adapter}: this adapter does not fit its model"):
         model = load_adapters(loaded.model, str(adapter))
     model.eval()

@@ -158,6 +158,25 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
     return arrays
 
 
+def read_trained(path: Path) -> dict[str, mx.array]:
+    """The arrays of an adapter or of heads: what a training wrote, which must be numbers.
+
+    An adapter with NaN loads like any other, and what it then says is chosen by nothing.
+
+    Raises:
+        UserError: it is missing, cannot be read, or has numbers that are not finite; the message
+            names file and tensor.
+    """
+    arrays = read_arrays(path)
+    for name, array in arrays.items():
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            raise UserError(
+                f"{path}: {name} has numbers that are not finite: these weights are damaged, or "
+                "the training went wrong; take another checkpoint"
+            )
+    return arrays
+
+
 def projection_width(folder: Path) -> int:
     """Size of the expert's hidden states that a checkpoint's projection was made for.
 
@@ -174,9 +193,9 @@ def load_student(student: Student, folder: Path) -> None:
     """Read what :func:`save_student` wrote, in place.
 
     Raises:
-        UserError: a file is missing or does not fit this student.
+        UserError: a file is missing, has numbers that are not finite, or does not fit this student.
     """
-    adapter, heads = read_arrays(folder / ADAPTER_WEIGHTS), read_arrays(folder / HEADS)
+    adapter, heads = read_trained(folder / ADAPTER_WEIGHTS), read_trained(folder / HEADS)
     for module, weights, wanted in (
         (student.model, adapter, adapter_weights(student)),
         (student, heads, head_weights(student)),

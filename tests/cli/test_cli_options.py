@@ -16,7 +16,12 @@ from mlx_fd.cli.options import NameList
 from mlx_fd.config import OPTIONS
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.judge import locate_model
+from mlx_fd.models.backend import backend
 from support.trained import make_run
+
+backend()
+
+import mlx.core as mx  # noqa: E402
 
 SCRIPT = str(Path(sysconfig.get_path("scripts")) / "mlx-fd")
 
@@ -150,6 +155,25 @@ def test_an_adapter_that_is_none_or_anothers_is_refused(run, tmp_path):
         locate_model("tiny-student", tmp_path)
     with pytest.raises(UserError, match=r"a checkpoint of a run whose student is .*tiny/student"):
         locate_model("tiny-base", run / "checkpoints" / "best")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_an_adapter_whose_numbers_are_not_finite_is_refused_everywhere(adapter, tmp_path, number):
+    """mlx-lm loads it like any other, and the model then answers the same to everything."""
+    bad = shutil.copytree(adapter, tmp_path / "bad")
+    arrays = mx.load(str(bad / "adapters.safetensors"))
+    name = sorted(arrays)[-1]
+    arrays[name] = mx.full(arrays[name].shape, number)
+    mx.save_safetensors(str(bad / "adapters.safetensors"), arrays)
+    text = ("--problem", PROBLEM, "--answer", ANSWER)
+    for command in (
+        ("feedback", "--adapter-path", bad, *text),
+        ("eval", "--adapter-path", bad, "--limit", 1, "--out", tmp_path / "eval", "--quiet"),
+        ("export", "--adapter-path", bad, "--out", tmp_path / "out"),
+    ):
+        error = CliRunner().invoke(cli, list(map(str, command))).exception
+        assert isinstance(error, UserError), command
+        assert f"{name} has numbers that are not finite" in str(error), command
 
 
 def test_eval_takes_a_model_as_mlx_lm_does(run, adapter, tmp_path):

@@ -26,7 +26,7 @@ from mlx_fd.feedback.distill import Update
 from mlx_fd.feedback.episode import derive_seed
 from mlx_fd.files import write_json
 from mlx_fd.models.loading import Loaded
-from mlx_fd.models.student import Student, read_arrays
+from mlx_fd.models.student import Student, read_trained
 from mlx_fd.problems import Problem
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.problems.sources import names_with_truth, truth_of
@@ -304,7 +304,7 @@ def _restore_teacher(learner: _Learner, checkpoint: Checkpoint) -> None:
     """The teacher's weights and the playbook of a checkpoint whose student is in place."""
     options, model = learner.config.selfdistill, learner.models.student_lm.model
     if _keeps_teacher(options):
-        learner.teacher = read_arrays(checkpoint.folder / TEACHER_WEIGHTS)
+        learner.teacher = read_trained(checkpoint.folder / TEACHER_WEIGHTS)
         mx.eval(learner.teacher)
     else:
         learner.teacher = first_teacher(model, options)
