@@ -1,4 +1,4 @@
-"""What can be added in one file: losses, self-teacher contexts, baselines, formats, sources.
+"""What can be added in one file: losses, contexts, baselines, formats, sources, model families.
 
 Each kind has a registry here and a package of small files, one for each thing. A file makes one
 entry and registers it; everything that lists the kind (an option's choices and help, the checks of
@@ -126,6 +126,7 @@ SOURCES: Registry[Any] = Registry("problem source", "mlx_fd.problems.sources")
 CONTEXTS: Registry[Any] = Registry("self-teacher context", "mlx_fd.training.selfdistill.contexts")
 SYSTEMS: Registry[Any] = Registry("baseline", "mlx_fd.evaluation.baselines")
 FORMATS: Registry[Any] = Registry("export format", "mlx_fd.export.formats")
+FAMILIES: Registry[Any] = Registry("model family", "mlx_fd.models.families")
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "Losses": LOSSES,
@@ -133,5 +134,6 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "Self-teacher contexts": CONTEXTS,
     "Systems of an evaluation": SYSTEMS,
     "Export formats": FORMATS,
+    "Model families of hf, PEFT and GGUF": FAMILIES,
 }
 """All of them, by the title that docs/reference.md gives them."""

@@ -34,6 +34,7 @@ from mlx_fd.runs.plan import make_plan as real_plan
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, student_prompt
 from mlx_fd.training.selfdistill.training import check_combination
 from support import ROOT
+from support.architectures import make_architecture
 from support.pairs import logits_of, make_dirs, make_plan
 
 RUN = '\nif __name__ == "__main__":\n    from mlx_fd.cli import main\n\n    main()\n'
@@ -77,7 +78,7 @@ def shell(*arguments):
 
 
 def test_every_kind_has_an_example():
-    assert list(FILES) == ["early", "units", "units_critic", "ollama", "sums"]
+    assert list(FILES) == ["early", "units", "units_critic", "ollama", "sums", "seed_oss"]
     assert len(FILES) == len(REGISTRIES)
 
 
@@ -304,6 +305,21 @@ def test_a_format_is_written_read_back_and_described(added, tmp_path):
     status, text = shell(path, "export", "--help")
     assert status == 0
     assert "[mlx|hf|gguf|ollama]" in text and "ollama: for Ollama." in " ".join(text.split())
+
+
+# ----------------------------------------------------------------------------------------- family
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_a_family_is_exported_and_its_file_read(added, tmp_path, form):
+    model = make_architecture(tmp_path / "model", "seed_oss")
+    wanted = Form(format=form, parity_problems=0)
+    with pytest.raises(UserError, match="this one is seed_oss"):
+        export(str(model), tmp_path / "a", wanted, progress=lambda *_: None)
+    added("seed_oss")
+    # What was written is read back and compared.
+    done = export(str(model), tmp_path / "b", wanted, progress=lambda *_: None)
+    assert done.agreement.mean_kl < 1e-3
 
 
 # ----------------------------------------------------------------------------------------- source

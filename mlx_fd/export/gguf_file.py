@@ -1,12 +1,8 @@
-"""One GGUF file with the whole model, for llama.cpp: llama and qwen2.
+"""One GGUF file with the whole model, for llama.cpp: the families in ``models/families``.
 
 A quantised tensor whose integers, scales and biases a block format of GGUF holds exactly is carried
-over as it is. The layouts are those of ggml-common.h:
-
-    Q4_1: w = d q + m, q in 0 .. 15        Q4_0: m = -8 d        Q8_0: w = d q, q in -128 .. 127
-
-with d and m in float16 for each 32 weights; MLX's affine groups of 64 or 128 are two or four of
-them. Everything else is fused in float32 and rounded once.
+over as it is (``models/gguf_layout.py``); MLX's affine groups of 64 or 128 are two or four blocks.
+Everything else is fused in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -22,17 +18,31 @@ import numpy as np
 
 from mlx_fd.errors import UserError
 from mlx_fd.export.gguf_tokenizer import read_vocabulary
-from mlx_fd.export.source import Source, changed_modules, check_architecture, end_tokens, fused
-from mlx_fd.models.gguf import GROUP, Shape, expected_tensors, llama3_divisors, permuted_heads
+from mlx_fd.export.source import Source, changed_modules, end_tokens, family_of, fused
+from mlx_fd.models import gguf_rope
+from mlx_fd.models.families import COMMON, Family
+from mlx_fd.models.gguf_layout import (
+    GROUP,
+    Packed,
+    interleave,
+    interleaved_heads,
+    is_norm,
+    tensor_names,
+    to_blocks,
+    unpack,
+)
 from mlx_fd.models.loading import open_lazily
 
 if TYPE_CHECKING:
     import gguf
     from mlx import nn
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0")
+TYPES = ("f32", "f16", "bf16", "q8_0", "mxfp4", "q4_1", "q4_0")
 _UNQUANTIZED = ("f32", "f16", "bf16")
 _DEFAULT = "f16"
+# What a matrix becomes whose own numbers are not MXFP4 where that was asked for.
+_BESIDE_MXFP4 = "q8_0"
+_MXFP4_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -57,34 +67,57 @@ class _Tensor:
     carried: bool = False
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """Sizes of a model that its ``ModelArgs`` may leave to a rule."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rows: int
+
+
+def _sizes(args: Any) -> _Sizes:
+    heads = args.num_attention_heads
+    return _Sizes(
+        layers=args.num_hidden_layers,
+        heads=heads,
+        kv_heads=args.num_key_value_heads or heads,
+        head_dim=getattr(args, "head_dim", None) or args.hidden_size // heads,
+        rows=args.vocab_size,
+    )
+
+
 # ----------------------------------------------------------------------------------- blocks of 32
 
 
-def _unpack(words: np.ndarray, bits: int) -> np.ndarray:
-    """MLX's 32-bit words (rows, words) as unsigned bytes (rows, columns)."""
-    octets = np.ascontiguousarray(words, dtype="<u4").view(np.uint8)
-    if bits == 8:
-        return octets
-    return np.stack([octets & 15, octets >> 4], axis=-1).reshape(len(octets), -1)
-
-
-def _scales(module: nn.Module) -> list[np.ndarray]:
-    """A quantised module's scales and biases for each 32 weights, in float32."""
+def _packed(module: nn.Module) -> Packed:
+    """A quantised module's numbers in groups of 32; affine scales and biases in float32."""
     import mlx.core as mx
 
-    return [
+    integers = unpack(np.array(module.weight), module.bits)
+    if module.mode != "affine":
+        return Packed(integers, np.array(module.scales), None, module.bits)
+    scales, biases = (
         np.repeat(np.array(array.astype(mx.float32)), module.group_size // GROUP, axis=-1)
         for array in (module.scales, module.biases)
-    ]
+    )
+    return Packed(integers, scales, biases, module.bits)
 
 
 def _block_formats(module: nn.Module) -> tuple[str, ...]:
     """The block formats that hold a module's quantised numbers exactly, the smallest first."""
-    if not hasattr(module, "scales") or getattr(module, "mode", "affine") != "affine":
+    if not hasattr(module, "scales"):
         return ()
-    if module.bits not in (4, 8) or module.group_size % GROUP:
+    mode = getattr(module, "mode", "affine")
+    if mode == "mxfp4":
+        return ("mxfp4",) if module.group_size == _MXFP4_GROUP else ()
+    if mode != "affine" or module.bits not in (4, 8) or module.group_size % GROUP:
         return ()
-    scales, biases = _scales(module)
+    packed = _packed(module)
+    scales, biases = packed.scales, packed.biases
+    assert biases is not None
     with np.errstate(over="ignore"):
         halves = [array.astype(np.float16) for array in (scales, biases)]
     if not all(map(np.array_equal, halves, (scales, biases))):
@@ -98,65 +131,33 @@ def _block_formats(module: nn.Module) -> tuple[str, ...]:
 def _blocks(
     module: nn.Module, kind: str, reorder: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """A quantised module's matrix as the bytes of a block format (rows, bytes per row)."""
-    integers = reorder(_unpack(np.array(module.weight), module.bits))
-    rows = len(integers)
-    values = integers.reshape(rows, -1, GROUP)
-    heads = _scales(module)[: 2 if kind == "q4_1" else 1]
-    parts: list[np.ndarray] = [
-        np.ascontiguousarray(reorder(head).astype(np.float16))[..., None].view(np.uint8)
-        for head in heads
-    ]
-    if kind == "q8_0":
-        # Taking 128 off an unsigned byte is flipping its top bit.
-        parts.append(values ^ 128)
-    else:
-        # The first half of a block is in the low halves of its bytes.
-        parts.append(values[..., : GROUP // 2] | values[..., GROUP // 2 :] << 4)
-    return np.concatenate(parts, axis=-1).reshape(rows, -1)
-
-
-def _permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's row order of q and k: the two halves of every head interleaved."""
-    half = len(rows) // heads // 2
-    return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    """A quantised module's matrix as the bytes of a block format [..., bytes per row]."""
+    packed = _packed(module)
+    scales, biases = packed.scales, packed.biases
+    if biases is not None:
+        scales, biases = scales.astype(np.float16), biases.astype(np.float16)
+    ordered = Packed(
+        reorder(packed.integers),
+        reorder(scales),
+        None if biases is None else reorder(biases),
+        packed.bits,
+    )
+    return to_blocks(ordered, kind.upper())
 
 
 # --------------------------------------------------------------------------------------- the model
 
 
-def _shape(args: Any) -> Shape:
-    head_dim = getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads
-    return Shape(
-        arch=args.model_type,
-        layers=args.num_hidden_layers,
-        hidden=args.hidden_size,
-        heads=args.num_attention_heads,
-        kv_heads=args.num_key_value_heads,
-        head_dim=head_dim,
-        intermediate=args.intermediate_size,
-        vocab=args.vocab_size,
-        tied=bool(args.tie_word_embeddings),
-    )
+def _kind(name: str, shape: tuple[int, ...], kind: str) -> str:
+    """The type of a tensor whose numbers are rounded to it."""
+    # llama.cpp adds and multiplies these in float32 only; a router is small, and decides much.
+    if len(shape) == 1 or name.endswith((".bias", "ffn_gate_inp.weight")):
+        return "f32"
+    kind = _BESIDE_MXFP4 if kind == "mxfp4" else kind
+    return "f16" if kind not in _UNQUANTIZED and shape[-1] % GROUP else kind
 
 
-def _rope_scaling(args: Any) -> dict[str, Any]:
-    """The model's ``rope_scaling`` with its type under ``type``.
-
-    Raises:
-        UserError: a kind that is not written.
-    """
-    scaling = dict(args.rope_scaling or {})
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ("default", "linear", "llama3") or getattr(args, "rope_traditional", False):
-        raise UserError(
-            f"--format gguf: rotary positions of type {kind} are not written; default, linear and "
-            "llama3 are"
-        )
-    return {**scaling, "type": kind}
-
-
-def _tensors(source: Source, shape: Shape, kind: str) -> list[_Tensor]:
+def _tensors(source: Source, family: Family, sizes: _Sizes, kind: str) -> list[_Tensor]:
     """Every matrix and vector of the model, with how to make it when its turn comes."""
     from mlx.utils import tree_flatten
 
@@ -164,32 +165,42 @@ def _tensors(source: Source, shape: Shape, kind: str) -> list[_Tensor]:
     modules: dict[str, Any] = dict(base.named_modules())
     changed = changed_modules(source.ref)
     weights = dict(tree_flatten(fused(source.ref).parameters()))
-    expected = expected_tensors(shape)
-    targets = {target for target, _ in expected.values()}
-    if unknown := sorted(weights.keys() - targets):
-        raise UserError(
-            f"--format gguf: {unknown[0]} has no place in a {shape.arch} file of llama.cpp's"
-        )
+    name_of = tensor_names(family, sizes.layers)
     tensors = []
-    for name, (target, size) in expected.items():
-        heads = permuted_heads(shape, name)
-        reorder = partial(_permute, heads=heads) if heads else np.ascontiguousarray
-        module = target.removesuffix(".weight")
+    for target, array in weights.items():
+        name = name_of(target)
+        if name is None:
+            raise UserError(
+                f"--format gguf: {target} has no place in a {family.gguf} file of llama.cpp's"
+            )
+        shape = tuple(array.shape)
+        heads = interleaved_heads(family, name, sizes.heads, sizes.kv_heads)
+        reorder = partial(interleave, heads=heads) if heads else np.ascontiguousarray
+        module, _, part = target.rpartition(".")
+        wanted = _kind(name, shape, kind)
         formats: tuple[str, ...] = ()
-        if len(size) > 1 and kind not in _UNQUANTIZED and module not in changed:
-            formats = _block_formats(modules[module])
+        if part == "weight" and module not in changed and wanted != "f32":
+            formats = _block_formats(modules[module]) if kind not in _UNQUANTIZED else ()
         if formats:
             chosen = kind if kind in formats else formats[0]
             make = partial(_blocks, modules[module], chosen, reorder)
-            tensors.append(_Tensor(name, size, chosen, make, carried=True))
+            tensors.append(_Tensor(name, shape, chosen, make, carried=True))
             continue
-        chosen = kind if len(size) > 1 else "f32"
-        if chosen not in _UNQUANTIZED and size[-1] % GROUP:
-            chosen = "f16"
-        tensors.append(
-            _Tensor(name, size, chosen, partial(_rounded, weights, target, chosen, reorder))
+        shift = family.norm_shift if is_norm(name) else 0.0
+        make = partial(_rounded, weights, target, wanted, partial(_shifted, reorder, shift))
+        tensors.append(_Tensor(name, shape, wanted, make))
+    if kind == "mxfp4" and not any(tensor.kind == kind for tensor in tensors):
+        raise UserError(
+            "--gguf-type mxfp4 keeps the matrices of a model that is in MXFP4, and none of this "
+            f"one is; choose {_BESIDE_MXFP4}"
         )
     return tensors
+
+
+def _shifted(
+    reorder: Callable[[np.ndarray], np.ndarray], shift: float, array: np.ndarray
+) -> np.ndarray:
+    return reorder(array + np.float32(shift) if shift else array)
 
 
 def _rounded(
@@ -220,31 +231,56 @@ def _quantization(kind: str) -> gguf.GGMLQuantizationType:
 # ---------------------------------------------------------------------------------------- the file
 
 
-def _add_model(writer: gguf.GGUFWriter, source: Source, shape: Shape, args: Any) -> None:
-    writer.add_name(source.name)
-    writer.add_block_count(shape.layers)
-    writer.add_context_length(args.max_position_embeddings or 2048)
-    writer.add_embedding_length(shape.hidden)
-    writer.add_feed_forward_length(shape.intermediate)
-    writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(float(args.rope_theta))
-    writer.add_layer_norm_rms_eps(float(args.rms_norm_eps))
-    writer.add_vocab_size(shape.vocab)
-    scaling = _rope_scaling(args)
-    if scaling["type"] == "linear":
-        import gguf
-
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(scaling["factor"]))
+def _metadata(family: Family, args: Any, config: dict[str, Any], sizes: _Sizes) -> dict[str, Any]:
+    """Key (after the architecture) -> value of all that llama.cpp computes with."""
+    found: dict[str, Any] = {}
+    for key in (*COMMON, *family.keys):
+        value = getattr(args, key.option, None)
+        value = config.get(key.option) if value is None else value
+        value = key.default if value is None else value
+        if value is None:
+            raise UserError(f"--format gguf: config.json has no {key.option}")
+        found[key.name] = key.kind(value)
+    return {
+        **found,
+        "attention.head_count_kv": sizes.kv_heads,
+        "attention.key_length": sizes.head_dim,
+        "attention.value_length": sizes.head_dim,
+        "rope.dimension_count": gguf_rope.rotary_dims(args, sizes.head_dim),
+        "vocab_size": sizes.rows,
+    }
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: Any, shape: Shape) -> None:
+def _check(family: Family, args: Any) -> None:
+    """Make sure that llama.cpp computes what mlx-lm does.
+
+    Raises:
+        UserError: it does not.
+    """
+    differs = family.check(args)
+    for option, value in family.constants.items():
+        if getattr(args, option, value) != value:
+            differs = f"takes {option} = {value}, and this model has {getattr(args, option)}"
+    if differs is not None:
+        raise UserError(f"--format gguf: llama.cpp {differs}; --format mlx and hf keep it")
+
+
+def _add(writer: gguf.GGUFWriter, family: Family, metadata: dict[str, Any]) -> None:
+    for name, value in metadata.items():
+        key = f"{family.gguf}.{name}"
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_uint32(key, value)
+
+
+def _add_tokenizer(
+    writer: gguf.GGUFWriter, source: Source, tokenizer: Any, rows: int, arch: str
+) -> None:
     path = source.ref.model / "tokenizer.json"
-    vocabulary = read_vocabulary(path, shape.vocab, shape.arch)
+    vocabulary = read_vocabulary(path, rows, arch)
     ends = end_tokens(tokenizer)
     if ends is None:
         raise UserError(f"{path}: no token ends a turn, so llama.cpp would never stop")
@@ -258,12 +294,14 @@ def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: Any, shap
     # llama.cpp ends a turn at any of the three.
     for add, token in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
         add(token)
-    if tokenizer.bos_token_id is not None:
-        writer.add_bos_token_id(tokenizer.bos_token_id)
-    if tokenizer.pad_token_id is not None:
-        writer.add_pad_token_id(tokenizer.pad_token_id)
-    if tokenizer.unk_token_id is not None:
-        writer.add_unk_token_id(tokenizer.unk_token_id)
+    for add, token in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+    ):
+        # transformers may add a token of its own, for which the model has no row.
+        if token is not None and token < rows:
+            add(token)
     begins = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
     writer.add_add_bos_token(begins)
     writer.add_add_space_prefix(False)
@@ -288,7 +326,7 @@ def write_file(
     """Write the whole model, the adapter fused into it.
 
     Args:
-        source: what to write: a llama or qwen2 model with a byte-level BPE tokenizer.
+        source: what to write: a model of one of the families, with a byte-level BPE tokenizer.
         tokenizer: its tokenizer, as mlx-lm loads it.
         file: the file to write.
         kind: one of ``TYPES``, ``None``: f16. With a quantised type, matrices whose quantised
@@ -296,23 +334,25 @@ def write_file(
         progress: called with the tensors written, and their number in all.
 
     Raises:
-        UserError: another architecture or tokenizer, or weights that the type cannot hold.
+        UserError: another architecture or tokenizer, a model that llama.cpp would compute
+            otherwise, or weights that the type cannot hold.
     """
     import gguf
 
     kind = kind or _DEFAULT
     base, config = open_lazily(source.ref.model)
-    check_architecture(config["model_type"], "--format gguf")
+    family = family_of(config["model_type"], "--format gguf")
     args: Any = base.args
-    shape = _shape(args)
-    scaling = _rope_scaling(args)
-    tensors = _tensors(source, shape, kind)
-    if scaling["type"] == "llama3":
-        divisors = _divisors(args, shape, scaling)
-        tensors.append(_Tensor("rope_freqs.weight", divisors.shape, "f32", lambda: divisors))
-    writer = gguf.GGUFWriter(file, shape.arch)
-    _add_model(writer, source, shape, args)
-    _add_tokenizer(writer, source, tokenizer, shape)
+    _check(family, args)
+    sizes = _sizes(args)
+    scaling = gguf_rope.to_file(family, args, sizes.head_dim)
+    tensors = _tensors(source, family, sizes, kind)
+    for name, table in scaling.tables.items():
+        tensors.append(_Tensor(name, table.shape, "f32", partial(np.copy, table)))
+    writer = gguf.GGUFWriter(file, family.gguf)
+    writer.add_name(source.name)
+    _add(writer, family, {**_metadata(family, args, config, sizes), **scaling.metadata})
+    _add_tokenizer(writer, source, tokenizer, sizes.rows, family.gguf)
     writer.add_file_type(gguf.LlamaFileType[_file_type(kind)])
     if kind not in _UNQUANTIZED:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -333,19 +373,8 @@ def write_file(
     )
 
 
-def _divisors(args: Any, shape: Shape, scaling: dict[str, Any]) -> np.ndarray:
-    return llama3_divisors(
-        args.rope_theta,
-        shape.head_dim,
-        scaling["factor"],
-        scaling["low_freq_factor"],
-        scaling["high_freq_factor"],
-        scaling["original_max_position_embeddings"],
-    ).astype(np.float32)
-
-
 def _file_type(kind: str) -> str:
-    return "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
+    return {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}.get(kind, f"MOSTLY_{kind.upper()}")
 
 
 def _announce(writer: gguf.GGUFWriter, tensor: _Tensor) -> None:

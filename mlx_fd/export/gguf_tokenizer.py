@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.models.gguf import (
+from mlx_fd.models.gguf_tokens import (
     CONTROL,
     NORMAL,
     PRETOKENIZERS,
     UNUSED,
     USER_DEFINED,
-    ignores_merges,
+    is_qwen2,
     pre_tokenizer,
 )
 
@@ -47,9 +47,9 @@ def _kind(path: Path, tokenizer: dict[str, Any]) -> str:
     """llama.cpp's name of the tokenizer's split; where it has several, the first in the table."""
     split = _split(tokenizer.get("pre_tokenizer"))
     merged = bool(tokenizer["model"].get("ignore_merges"))
-    for name in PRETOKENIZERS:
+    for name, known in PRETOKENIZERS.items():
         content = json.loads(pre_tokenizer(name).__getstate__())
-        if _split(content) == split and ignores_merges(name) == merged:
+        if _split(content) == split and known.ignore_merges == merged:
             return name
     raise UserError(
         f"{path}: llama.cpp has no tokenizer that splits text as this one does; those known here "
@@ -94,7 +94,7 @@ def read_vocabulary(path: Path, rows: int, arch: str) -> Vocabulary:
         for token in added
         if token["lstrip"] or token["rstrip"] or token["single_word"]
     ]
-    if arch == "qwen2" and PRETOKENIZERS[pre] != PRETOKENIZERS["qwen2"]:
+    if arch == "qwen2" and not is_qwen2(pre):
         raise UserError(f"{path}: a qwen2 model with the split of {pre} is not supported")
     if (tokenizer.get("normalizer") or {"type": "NFC"}) != {"type": "NFC"}:
         raise UserError(f"{path}: llama.cpp does not normalise text as this tokenizer does")

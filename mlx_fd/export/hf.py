@@ -3,33 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_fd.export.mlx_dir import MLX_KEYS
-from mlx_fd.export.source import Source, check_architecture, copy_tokenizer, end_tokens, fused
+from mlx_fd.export.source import (
+    TOKENIZER_FILES,
+    Source,
+    copy_file,
+    copy_tokenizer,
+    end_tokens,
+    family_of,
+    fused,
+)
 from mlx_fd.files import write_json
-from mlx_fd.models.gguf import ARCHITECTURES
+from mlx_fd.models.families import FAMILIES, Family
+from mlx_fd.models.gguf_rope import kind_of
 from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.storage import read_json
+from mlx_fd.models.student import read_arrays
+
+if TYPE_CHECKING:
+    from mlx import nn
 
 # The hub's own limit for one file of a model.
 _SHARD_BYTES = 5_000_000_000
 
 
-def _config(config: dict[str, Any], args: Any, dtype: str, tokenizer: Any) -> dict[str, Any]:
+# Entries of config.json for which mlx-lm and transformers have defaults of their own.
+_SAID = ("num_key_value_heads", "head_dim", "rope_theta", "rope_local_base_freq")
+
+
+def _config(
+    config: dict[str, Any], model: nn.Module, family: Family, dtype: str, tokenizer: Any
+) -> dict[str, Any]:
     """config.json with all that mlx-lm and transformers would fill in differently."""
+    args: Any = model.args
     written = {key: value for key, value in config.items() if key not in MLX_KEYS}
     written.pop("dtype", None)
+    said = {name: getattr(args, name, None) for name in (*_SAID, *(k.option for k in family.keys))}
     overrides = {
-        "architectures": [ARCHITECTURES[args.model_type]],
-        "num_key_value_heads": args.num_key_value_heads,
-        "rope_theta": args.rope_theta,
-        "tie_word_embeddings": args.tie_word_embeddings,
+        **{name: value for name, value in said.items() if value is not None},
+        "architectures": [family.hf_class],
+        "tie_word_embeddings": "lm_head" not in model,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": end_tokens(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "torch_dtype": dtype,
     }
+    scaling: dict[str, Any] = written.get("rope_scaling") or {}
+    if kind_of(scaling) == "longrope":
+        # mlx-lm takes the long factors for every text, and so was the student trained.
+        overrides["rope_scaling"] = {**scaling, "short_factor": scaling["long_factor"]}
     return dict(sorted({**written, **overrides}.items()))
 
 
@@ -51,7 +75,7 @@ def write_model(
     """Write the whole model, the adapter fused into it.
 
     Args:
-        source: what to write: a llama or qwen2 model.
+        source: what to write: a model of one of the families in ``models/families``.
         tokenizer: its tokenizer, as mlx-lm loads it.
         folder: an empty folder.
         dtype: of the weights; ``None``: bfloat16.
@@ -65,12 +89,12 @@ def write_model(
     from mlx.utils import tree_flatten
 
     _, config = open_lazily(source.ref.model)
-    check_architecture(config["model_type"], "--format hf")
+    family = family_of(config["model_type"], "--format hf")
     model = fused(source.ref)
     dtype = dtype or "bfloat16"
     model.set_dtype(getattr(mx, dtype))
-    weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    config = _config(config, model.args, dtype, tokenizer)
+    weights: dict[str, mx.array] = family.to_hf(dict(tree_flatten(model.parameters())))
+    config = _config(config, model, family, dtype, tokenizer)
     del model
     split = split_state_dict_into_shards_factory(
         weights,
@@ -91,3 +115,30 @@ def write_model(
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", _generation_config(source, config))
     copy_tokenizer(source.ref.model, folder)
+
+
+def read_back(folder: Path, scratch: Path) -> Path:
+    """What :func:`write_model` wrote as a directory that mlx-lm opens.
+
+    Args:
+        folder: where it is.
+        scratch: an empty folder, for families whose form in transformers mlx-lm cannot read.
+
+    Returns:
+        ``folder``, or a directory within ``scratch``.
+    """
+    import mlx.core as mx
+
+    family = FAMILIES[read_json(folder / "config.json")["model_type"]]
+    if family.from_hf is None:
+        return folder
+    out = scratch / "model"
+    out.mkdir()
+    for file in sorted(folder.iterdir()):
+        # Each tensor by itself says what it becomes, so that parts may be read one after another.
+        if file.suffix == ".safetensors" and file.name.startswith("model"):
+            weights = family.from_hf(read_arrays(file))
+            mx.save_safetensors(str(out / file.name), weights, metadata={"format": "mlx"})
+        elif file.name in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
+            copy_file(file, out)
+    return out

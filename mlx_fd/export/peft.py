@@ -1,62 +1,117 @@
-"""LoRA adapters as the PEFT library has them.
+"""LoRA and DoRA adapters as the PEFT library has them.
 
 mlx-lm computes y = x W^T + s (x A) B with A [in, r] and B [r, out]; PEFT computes
 y = x W^T + (alpha / r) (x A'^T) B'^T with A' [r, in] and B' [out, r]. So A' = A^T, B' = B^T and
-alpha = s r.
+alpha = s r. DoRA scales each row of the adapted W to a length of its own in both.
 """
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_fd.errors import UserError
-from mlx_fd.export.source import Source, adapter_config, check_architecture
+from mlx_fd.export.source import Source, adapter_config, family_of
 from mlx_fd.files import write_json
+from mlx_fd.models.dense import dequantize
+from mlx_fd.models.families import Family
 from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.student import ADAPTER_WEIGHTS, read_arrays
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     from mlx import nn
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
+_LAYERS = "model.layers."
+_PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
+
+
+class _Place(NamedTuple):
+    layer: int
+    module: str
+
+
+def _place(module: str, family: Family, arrays: dict[str, mx.array]) -> _Place:
+    """Where in a block a module is.
+
+    Raises:
+        UserError: PEFT's format has no place for an adapter on it.
+    """
+    layer, _, within = module.removeprefix(_LAYERS).partition(".")
+    if not module.startswith(_LAYERS) or not within:
+        raise UserError(f"--adapter: {module} is in no block, and PEFT adapters here are on blocks")
+    experts = any(array.ndim > 2 for array in arrays.values())
+    if experts or within in family.not_in_peft or not arrays.keys() <= _PARTS.keys():
+        raise UserError(
+            f"--adapter: PEFT has no place for an adapter on {module} of a {family.name} model"
+            + (" (transformers keeps all experts in one tensor)" if experts else "")
+            + "; leave --adapter out, or train without it (--lora-keys)"
+        )
+    return _Place(int(layer), within)
+
+
+def _targets(adapted: set[_Place], model: nn.Module) -> list[str]:
+    """Names that select these modules and no others: the last part where that is enough."""
+    places = set()
+    for name, module in model.named_modules():
+        layer, _, within = name.removeprefix(_LAYERS).partition(".")
+        if name.startswith(_LAYERS) and layer.isdecimal() and "weight" in module:
+            places.add(_Place(int(layer), within))
+    layers, modules = {place.layer for place in adapted}, {place.module for place in adapted}
+    short = {name.rsplit(".", 1)[-1] for name in modules}
+    others = {place.module for place in places if place.layer in layers} - modules
+    taken = {name.rsplit(".", 1)[-1] for name in others}
+    return sorted(
+        {name if (last := name.rsplit(".", 1)[-1]) in taken else last for name in modules}
+        if short & taken
+        else short
+    )
 
 
 def write_adapter(source: Source, folder: Path, *, base_model: str | None = None) -> None:
-    """Write a student's LoRA as PEFT reads it.
+    """Write a student's LoRA or DoRA as PEFT reads it.
 
     Args:
-        source: a student that was trained with LoRA.
+        source: a student that was trained with it.
         folder: an empty folder.
         base_model: the base's name for ``base_model_name_or_path``; ``None``: the name under which
             it was trained.
 
     Raises:
-        UserError: there is no adapter, or it is no LoRA of a known architecture.
+        UserError: there is no adapter, it is none of a known family, or on modules for which PEFT
+            has no place.
     """
     import mlx.core as mx
 
     config = adapter_config(source.ref)
-    if config["fine_tune_type"] != "lora":
+    if config["fine_tune_type"] not in ("lora", "dora"):
         raise UserError(
             "--adapter: this student was trained in all its weights, and PEFT's format holds "
             "LoRA; leave --adapter out"
         )
     model, base_config = open_lazily(source.ref.model)
-    check_architecture(base_config["model_type"], "--format hf")
+    family = family_of(base_config["model_type"], "--format hf")
     assert source.ref.adapter_folder is not None
     rank = int(config["lora_parameters"]["rank"])
     alpha = config["lora_parameters"]["scale"] * rank
-    arrays, targets, layers = {}, set(), set()
+    modules: dict[str, dict[str, mx.array]] = defaultdict(dict)
     for name, array in read_arrays(source.ref.adapter_folder / ADAPTER_WEIGHTS).items():
         module, part = name.rsplit(".", 1)
-        arrays[f"{_PREFIX}{module}.lora_{part[-1].upper()}.weight"] = mx.contiguous(array.T)
-        targets.add(module.rsplit(".", 1)[1])
-        layers.add(int(module.split(".")[2]))
+        modules[module][part] = array
+    places = {_place(module, family, parts) for module, parts in modules.items()}
+    arrays = {
+        f"{_PREFIX}{module}.{_PARTS[part]}": mx.contiguous(array.T)
+        for module, parts in modules.items()
+        for part, array in parts.items()
+    }
     mx.save_safetensors(str(folder / WEIGHTS), arrays, metadata={"format": "pt"})
+    layers = sorted({place.layer for place in places})
+    some = len(layers) < len(model.layers)
     written: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -64,13 +119,13 @@ def write_adapter(source: Source, folder: Path, *, base_model: str | None = None
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(targets),
-        "layers_to_transform": None if len(layers) == len(model.layers) else sorted(layers),
-        "layers_pattern": None if len(layers) == len(model.layers) else "layers",
+        "target_modules": _targets(places, model),
+        "layers_to_transform": layers if some else None,
+        "layers_pattern": "layers" if some else None,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": config["fine_tune_type"] == "dora",
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},
@@ -87,9 +142,9 @@ def put_adapter(model: nn.Module, folder: Path) -> None:
         model: the base model; it is dequantised and changed in place.
         folder: where the adapter is.
     """
-    from mlx_lm.utils import dequantize_model
+    import mlx.core as mx
 
-    dequantize_model(model)
+    dequantize(model)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     arrays = read_arrays(folder / WEIGHTS)
     modules: dict[str, Any] = dict(model.named_modules())
@@ -97,6 +152,11 @@ def put_adapter(model: nn.Module, folder: Path) -> None:
         if not name.endswith(".lora_A.weight"):
             continue
         high = arrays[name.replace(".lora_A.", ".lora_B.")]
-        module = modules[name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")]
-        scale = config["lora_alpha"] / config["r"]
-        module.weight = module.weight + (scale * (high @ low)).astype(module.weight.dtype)
+        path = name.removesuffix(".lora_A.weight")
+        module = modules[path.removeprefix(_PREFIX)]
+        dtype = module.weight.dtype
+        weight = module.weight + config["lora_alpha"] / config["r"] * (high @ low)
+        if config["use_dora"]:
+            length = arrays[f"{path}.lora_magnitude_vector"]
+            weight = (length / mx.linalg.norm(weight, axis=1))[:, None] * weight
+        module.weight = weight.astype(dtype)

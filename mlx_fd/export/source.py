@@ -12,7 +12,8 @@ from mlx_fd.config import ModelOptions
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.judge import ModelRef, adapter_base, locate_model
 from mlx_fd.models.aliases import ALIASES
-from mlx_fd.models.gguf import ARCHITECTURES
+from mlx_fd.models.dense import dequantize
+from mlx_fd.models.families import FAMILIES, Family
 from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.resolve import parse_name
 from mlx_fd.models.storage import read_json
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from mlx import nn
 
 # What a tokenizer needs beside the weights, under the names that transformers knows.
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -143,17 +144,22 @@ def _check_file(path: Path) -> None:
     read_trained(path)
 
 
-def check_architecture(model_type: str, what: str) -> None:
-    """Make sure that tensors have the same names and shapes in MLX as everywhere else.
+def family_of(model_type: str, what: str) -> Family:
+    """What transformers and llama.cpp make of an architecture of mlx-lm's.
+
+    Args:
+        model_type: mlx-lm's name.
+        what: what is to be written, for the message.
 
     Raises:
-        UserError: that has not been made sure of for this architecture.
+        UserError: that is not known of this one.
     """
-    if model_type not in ARCHITECTURES:
+    if model_type not in FAMILIES:
         raise UserError(
-            f"{what} is written for {' and '.join(ARCHITECTURES)} models, and this one is "
+            f"{what} is written for {', '.join(FAMILIES)} models, and this one is "
             f"{model_type}; --format mlx takes every architecture"
         )
+    return FAMILIES[model_type]
 
 
 def stored_dtype(model: nn.Module) -> mx.Dtype:
@@ -179,23 +185,22 @@ def fused(ref: ModelRef) -> nn.Module:
     import mlx.core as mx
     from mlx.utils import tree_unflatten
     from mlx_lm.tuner.utils import load_adapters
-    from mlx_lm.utils import dequantize_model
 
     model, _ = open_lazily(ref.model)
     model.set_dtype(mx.float32)
+    # Before the adapter: fused into a module of floating-point blocks it would become bfloat16.
+    dequantize(model)
     if ref.adapter_folder is not None:
         try:
             load_adapters(model, str(ref.adapter_folder))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{ref.adapter_folder}: this adapter does not fit: {error}") from error
     merged = [
-        (name, module.fuse(dequantize=True))
-        for name, module in model.named_modules()
-        if hasattr(module, "fuse")
+        (name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")
     ]
     if merged:
         model.update_modules(tree_unflatten(merged))
-    return dequantize_model(model)
+    return model
 
 
 def adapter_config(ref: ModelRef) -> dict[str, Any]:
@@ -245,7 +250,7 @@ def copy_tokenizer(model: Path, folder: Path) -> None:
     Raises:
         UserError: one of the model's files cannot be read.
     """
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         copy_file(model / name, folder)
 
 

@@ -16,6 +16,7 @@ from mlx_fd.models.chat_template import (
     choose_source,
     fitted,
 )
+from mlx_fd.models.dense import dequantize
 from mlx_fd.models.directory import CONFIG, blaming, check_directory, check_files
 from mlx_fd.models.memory import available_memory
 from mlx_fd.models.published_config import check_positions, read_config, text_config
@@ -232,12 +233,11 @@ def _make_fast(model: nn.Module, *, dense: bool) -> None:
         dense: whether quantised weights are dequantised too, or only their scales converted.
     """
     import mlx.core as mx
-    from mlx_lm.utils import dequantize_model
 
     # First the scales: 16-bit ones would round every dequantised weight.
     model.set_dtype(mx.float32)
     if dense:
-        dequantize_model(model)
+        dequantize(model)
 
 
 def _fits_dense(model: nn.Module) -> bool:

@@ -160,11 +160,12 @@ def smollm2_file() -> Path:
 def _converted(file: Path) -> Path:
     """The mlx-lm directory of a GGUF file, converted the first time."""
     from mlx_fd.models.gguf import FORMAT, convert
+    from mlx_fd.models.gguf_reading import name_without_part, parts
 
     # By content: another file under the same path and times is another model.
-    key = f"{FORMAT}|{fingerprint.file_hash(file)}"
+    key = "|".join([str(FORMAT), *map(fingerprint.file_hash, parts(file))])
     short = hashlib.sha256(key.encode()).hexdigest()[:12]
-    out = cache_dir() / "gguf" / f"{slug(file.stem)}-{short}"
+    out = cache_dir() / "gguf" / f"{slug(name_without_part(file))}-{short}"
     if not out.is_dir():
         _writing(lambda: convert(file, out))
     return out

@@ -561,10 +561,12 @@ def test_models_that_cannot_be_written(run, tmp_path):
     with pytest.raises(UserError, match="mistral3x"):
         write(plain, tmp_path / "out")
     # The same definition under another name: mlx-lm opens it, but nothing is known of the others.
-    (plain / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
-    write(plain, tmp_path / "mistral")
+    (plain / "config.json").write_text(json.dumps({**config, "model_type": "xverse"}))
+    write(plain, tmp_path / "xverse")
     for form in ("hf", "gguf"):
-        with pytest.raises(UserError, match=f"--format {form} is written for llama and qwen2"):
+        with pytest.raises(
+            UserError, match=f"--format {form} is written for llama, mistral, qwen2"
+        ):
             write(plain, tmp_path / "out", format=form)
 
 

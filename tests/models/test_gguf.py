@@ -203,7 +203,6 @@ def test_special_and_user_defined_tokens(tmp_path: Path) -> None:
 def test_files_that_cannot_be_converted(tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any]]] = [
         ("architecture mamba", {"arch": "mamba"}),
-        ("Q5_0", {"kind": Kind.Q5_0}),
         ("kind weird", {"pre": "weird"}),
         ("kind gpt-2 is not supported for qwen2", {"arch": "qwen2"}),
         ("tokenizer model llama", {"change": {"tokenizer.ggml.model": ("llama", "string")}}),
@@ -216,7 +215,8 @@ def test_files_that_cannot_be_converted(tmp_path: Path) -> None:
         ("unexpected type", {"change": {"llama.block_count": ("two", "string")}}),
         ("outside the vocabulary", {"change": {"tokenizer.ggml.eos_token_id": (999, "uint32")}}),
         ("merges do not fit", {"change": {"tokenizer.ggml.merges": (["zz yy"], "array")}}),
-        ("scaling of type yarn", {"change": {"llama.rope.scaling.type": ("yarn", "string")}}),
+        ("scaling of type dynamic", {"change": {"llama.rope.scaling.type": ("dynamic", "string")}}),
+        ("scaling.factor is missing", {"change": {"llama.rope.scaling.type": ("yarn", "string")}}),
     ]
     for message, options in cases:
         write_gguf(tmp_path / "m.gguf", **options)

@@ -23,6 +23,13 @@ def write(source: Source, live: Loaded, folder: Path, form: Form, on_steps: OnSt
         hf.write_model(source, live.tokenizer, folder, dtype=form.dtype)
 
 
+def convert_back(folder: Path, scratch: Path, form: Form) -> Path:
+    """Where mlx-lm finds the model."""
+    from mlx_fd.export.hf import read_back
+
+    return folder if form.adapter else read_back(folder, scratch)
+
+
 def load_back(source: Source, folder: Path, form: Form) -> Loaded:
     """The model, or its base with the adapter."""
     from mlx_fd.export import peft
@@ -75,6 +82,7 @@ register_format(
         help="for Hugging Face transformers",
         order=20,
         write=write,
+        convert_back=convert_back,
         load_back=load_back,
         use=use,
         score_code=score_code,

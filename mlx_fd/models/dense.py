@@ -1,0 +1,58 @@
+"""Quantised weights as float32 numbers, whatever their mode (affine, mxfp4, nvfp4, mxfp8).
+
+mlx-lm's own ``dequantize_model`` gives bfloat16 for the floating-point modes, which rounds what is
+added to them later, and leaves nvfp4's global scale out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlx import nn
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Replace a model's quantised modules by dense ones in float32; weights stay lazy.
+
+    Args:
+        model: the model, changed in place.
+
+    Returns:
+        The same model.
+    """
+    import mlx.core as mx
+    from mlx import nn
+    from mlx.utils import tree_unflatten
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    dense: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if not isinstance(
+            module, nn.QuantizedLinear | nn.QuantizedEmbedding | QuantizedSwitchLinear
+        ):
+            continue
+        weight = mx.dequantize(
+            module.weight,
+            module.scales,
+            module.get("biases"),
+            group_size=module.group_size,
+            bits=module.bits,
+            mode=module.mode,
+            global_scale=module.get("global_scale"),
+            dtype=mx.float32,
+        )
+        sizes, has_bias = weight.shape[::-1], "bias" in module
+        if isinstance(module, nn.QuantizedEmbedding):
+            replaced: nn.Module = nn.Embedding(*sizes[::-1])
+        elif isinstance(module, QuantizedSwitchLinear):
+            replaced = SwitchLinear(*sizes, bias=has_bias)
+        else:
+            replaced = nn.Linear(*sizes, bias=has_bias)
+        replaced.weight = weight
+        if has_bias:
+            replaced.bias = module.bias
+        dense.append((name, replaced))
+    if dense:
+        model.update_modules(tree_unflatten(dense))
+    return model
