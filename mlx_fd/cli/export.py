@@ -77,9 +77,10 @@ Examples:
 )
 @click.option(
     "--gguf-type",
-    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q4_1", "q4_0"]),
+    type=click.Choice(["f32", "f16", "bf16", "q8_0", "mxfp4", "q4_1", "q4_0"]),
     help="gguf: data type of the weight matrices. With a quantised type, matrices not changed by "
-    "the training keep the base's quantised values if those fit exactly. [default: f16]",
+    "the training keep the base's quantised values if those fit exactly; mxfp4 is for a base "
+    "in MXFP4 (gpt-oss), whose other matrices become q8_0. [default: f16]",
 )
 @click.option(
     "--base-model",
