@@ -82,7 +82,7 @@ def write(model: Path, file: Path, kind: str = "f32") -> gguf_file.Written:
 def logits(path: Path) -> tuple[Loaded, tuple[int, ...], np.ndarray]:
     """A model, a chat in which every role speaks (hundreds of tokens), and the logits on it."""
     loaded = load(path)
-    chat = verify.role_chat(loaded.tokenizer)
+    chat = verify.role_chat(loaded)
     return loaded, chat, verify.logits_of(loaded, chat)
 
 
