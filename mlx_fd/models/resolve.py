@@ -173,13 +173,13 @@ def _converted(file: Path) -> Path:
 
 def _pruned(path: Path, base: str, layers: int) -> Path:
     """The checkpoint with ``layers`` of a model's layers, made the first time."""
+    from mlx_fd.models.prune import FORMAT, prune
+
     # The path is part of it: a pruned checkpoint says where its weights came from.
-    material = f"{path.resolve()}|{fingerprint.content_hash(path)}"
+    material = f"{FORMAT}|{path.resolve()}|{fingerprint.content_hash(path)}"
     key = hashlib.sha256(material.encode("utf-8", "surrogateescape")).hexdigest()[:12]
     out = cache_dir() / "pruned" / f"{slug(base)}-layers{layers}-{key}"
     if not out.is_dir():
-        from mlx_fd.models.prune import prune
-
         _writing(lambda: prune(path, layers, out))
     return out
 

@@ -18,9 +18,14 @@ backend()
 import mlx.core as mx  # noqa: E402
 import mlx_lm  # noqa: E402
 from mlx import nn  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 from mlx_fd.errors import UserError  # noqa: E402
+from mlx_fd.models.layer_kinds import nearest  # noqa: E402
+from mlx_fd.models.loading import load_pair, open_lazily  # noqa: E402
 from mlx_fd.models.prune import kept_layers, prune, renamed  # noqa: E402
+from support.any_model import SIZES, write_model  # noqa: E402
 
 
 @given(st.integers(1, 200), st.data())
@@ -145,3 +150,188 @@ def test_errors_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
         prune(source, 2, tmp_path / "p")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+# ---------------------------------------------------------------------------- the kind of each layer
+
+SLIDING = ["sliding_attention"] * 3 + ["full_attention"]
+SOFT_CAPS = {
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "query_pre_attn_scalar": 16,
+}
+LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+}
+# Architecture, entries, layers that stay, which.
+MIXED: dict[str, tuple[dict[str, object], int, list[int] | None]] = {
+    "smollm3 by its interval": (
+        {"model_type": "smollm3", "num_hidden_layers": 12, "no_rope_layer_interval": 4},
+        6,
+        [0, 2, 4, 7, 9, 11],
+    ),
+    "smollm3 by its list": (
+        {
+            **{"model_type": "smollm3", "num_hidden_layers": 12, "no_rope_layer_interval": 4},
+            "no_rope_layers": [1, 1, 1, 0] * 3,
+        },
+        6,
+        [0, 2, 4, 7, 9, 11],
+    ),
+    "gemma3, deep as the 1B": (
+        {
+            **{"model_type": "gemma3_text", "num_hidden_layers": 26, "sliding_window": 32},
+            **{"sliding_window_pattern": 6, "query_pre_attn_scalar": 16},
+        },
+        13,
+        None,
+    ),
+    "gemma3 by its list": (
+        {
+            **{"model_type": "gemma3_text", "num_hidden_layers": 8, "sliding_window": 32},
+            "layer_types": SLIDING * 2,
+        },
+        4,
+        None,
+    ),
+    "cohere2": (
+        {
+            **{"model_type": "cohere2", "num_hidden_layers": 8, "logit_scale": 0.0625},
+            **{"layer_norm_eps": 1e-5, "sliding_window": 32, "sliding_window_pattern": 4},
+        },
+        4,
+        None,
+    ),
+    "olmo3": (
+        {
+            **{"model_type": "olmo3", "num_hidden_layers": 8, "sliding_window": 32},
+            **{"layer_types": SLIDING * 2, "rope_theta": 1e4, "tie_word_embeddings": False},
+        },
+        4,
+        [0, 2, 5, 7],
+    ),
+    "gpt_oss": (
+        {
+            **{"model_type": "gpt_oss", "num_hidden_layers": 8, "sliding_window": 32},
+            **{"layer_types": ["sliding_attention", "full_attention"] * 4, "rope_theta": 1e4},
+            **{"num_local_experts": 4, "num_experts_per_tok": 2},
+        },
+        4,
+        [0, 2, 5, 7],
+    ),
+    "gemma2": ({"model_type": "gemma2", "num_hidden_layers": 8, **SOFT_CAPS}, 4, [0, 2, 5, 7]),
+    "minicpm": (
+        {
+            **{"model_type": "minicpm", "num_hidden_layers": 8, "scale_depth": 1.4},
+            **{"scale_emb": 12, "dim_model_base": 16, "tie_word_embeddings": False},
+        },
+        4,
+        [0, 2, 5, 7],
+    ),
+    "qwen3_5": (
+        {"model_type": "qwen3_5", "num_hidden_layers": 8, "full_attention_interval": 4, **LINEAR}
+        | {"layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2},
+        4,
+        None,
+    ),
+    "deepseek, whose first layers are dense": (
+        {
+            **{"model_type": "deepseek", "num_hidden_layers": 8, "first_k_dense_replace": 3},
+            **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+            **{"n_shared_experts": 1, "num_key_value_heads": 4},
+        },
+        4,
+        [0, 2, 5, 7],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_layers_keep_their_kind(tmp_path: Path, name: str) -> None:
+    """Each kept block, its cache and its weights are what they were in the whole model."""
+    entries, count, expected = MIXED[name]
+    source = write_model(tmp_path / "m", {**SIZES, **entries})
+    prune(source, count, tmp_path / "p")
+    whole, cut = open_lazily(source)[0], open_lazily(tmp_path / "p")[0]
+    kept = json.loads((tmp_path / "p" / "config.json").read_text())["mlx_fd"]["layers"]
+    assert len(kept) == count == len(cut.layers)
+    assert kept == sorted(set(kept))
+    assert expected is None or kept == expected
+    caches = make_prompt_cache(whole), make_prompt_cache(cut)
+    for new, old in enumerate(kept):
+        one, other = whole.layers[old], cut.layers[new]
+        assert type(caches[0][old]) is type(caches[1][new])
+        assert getattr(caches[0][old], "max_size", 0) == getattr(caches[1][new], "max_size", 0)
+        # The block alone, on the same states: what is not the same in it shows.
+        states = mx.random.normal((1, 5, 64), key=mx.random.key(new))
+        assert mx.array_equal(block_output(one, states), block_output(other, states))
+    # And the blocks as the two models put them together.
+    assert mx.isfinite(cut(mx.array([[5, 6, 7]]))).all()
+
+
+def block_output(block: nn.Module, states: mx.array) -> mx.array:
+    made = block(states, None, None)
+    return made[0] if isinstance(made, tuple) else made
+
+
+def test_the_kept_layers_are_the_nearest(tmp_path: Path) -> None:
+    """Against all choices of the right kinds, one by one."""
+    types = [(i + 1) % 3 == 0 for i in range(9)]
+    kinds: list[dict[str, object]] = [{"full": full} for full in types]
+    for count in range(1, 10):
+        even = kept_layers(9, count)
+        wanted = kinds[:count]
+        cost = {
+            choice: sum((a - b) ** 2 for a, b in zip(choice, even, strict=True))
+            for choice in itertools.combinations(range(9), count)
+            if [kinds[index] for index in choice] == wanted
+        }
+        chosen = nearest(kinds, wanted, even)
+        assert cost[tuple(chosen)] == min(cost.values())
+    assert nearest(kinds, [{"full": None}], [0]) == []
+
+
+def test_a_cut_that_would_change_a_kind_is_refused(tmp_path: Path) -> None:
+    # Each layer of Lightning attention forgets at a rate of its own, by its place among all.
+    entries = {
+        **{"model_type": "bailing_moe_linear", "num_hidden_layers": 4, "layer_group_size": 4},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        **{"num_shared_experts": 1, "norm_topk_prob": True, "first_k_dense_replace": 1},
+        **{"rope_theta": 1e4, "use_bias": False, "use_qkv_bias": False, "use_qk_norm": True},
+        **{"max_window_layers": 4, "n_group": 1, "topk_group": 1, "group_norm_size": 1},
+        **{"tie_word_embeddings": False, "norm_head": False, "routed_scaling_factor": 1.0},
+        **{"num_nextn_predict_layers": 0, "score_function": "sigmoid"},
+    }
+    source = write_model(tmp_path / "m", {**SIZES, **entries})
+    with pytest.raises(UserError, match=r"m:layers=3: no 3 of its 4 layers make a model in which"):
+        prune(source, 3, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_language_model_is_cut_out_of_its_wrapper(tmp_path: Path) -> None:
+    text = {**SIZES, "model_type": "gemma3_text", "sliding_window": 32, "num_hidden_layers": 6}
+    text["sliding_window_pattern"] = 3
+    source = write_model(
+        tmp_path / "m", {"model_type": "gemma3", "vocab_size": 400, "text_config": text}
+    )
+    weights = mx.load(str(source / "model.safetensors"))
+    vision = {f"vision_tower.encoder.layers.{i}.weight": mx.ones((8, 8)) for i in range(6)}
+    mx.save_safetensors(str(source / "model.safetensors"), {**weights, **vision})
+    prune(source, 3, tmp_path / "p")
+    stored = mx.load(str(tmp_path / "p" / "model.safetensors"))
+    assert not [name for name in stored if "vision" in name]
+    config = json.loads((tmp_path / "p" / "config.json").read_text())
+    assert config["text_config"]["num_hidden_layers"] == 3
+    kept = config["mlx_fd"]["layers"]
+    name = "language_model.model.layers.{}.mlp.up_proj.weight"
+    for new, old in enumerate(kept):
+        assert mx.array_equal(stored[name.format(new)], weights[name.format(old)])
+    expert, student = load_pair(source, tmp_path / "p")
+    # Of a pruned student's weights those of the expert are used.
+    one = dict(tree_flatten(expert.model.parameters()))
+    other = dict(tree_flatten(student.model.parameters()))
+    assert other[name.format(1)] is one[name.format(kept[1])]
