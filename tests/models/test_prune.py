@@ -152,7 +152,7 @@ def test_errors_leave_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-# ---------------------------------------------------------------------------- the kind of each layer
+# ----------------------------------------------------------------------- the kind of each layer
 
 SLIDING = ["sliding_attention"] * 3 + ["full_attention"]
 SOFT_CAPS = {
