@@ -6,10 +6,32 @@ added to them later, and leaves nvfp4's global scale out.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     from mlx import nn
+
+
+def _numbers(module: nn.Module) -> mx.array:
+    """The weights of a quantised module, in float32."""
+    import mlx.core as mx
+
+    dequantized = partial(
+        mx.dequantize,
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+        dtype=mx.float32,
+    )
+    weight, scales, biases = module.weight, module.scales, module.get("biases")
+    scale = module.get("global_scale")
+    if scale is None or scale.ndim == 0:
+        return dequantized(weight, scales, biases, global_scale=scale)
+    # One of each expert's.
+    parts = zip(weight, scales, scale, strict=True)
+    return mx.stack([dequantized(w, s, global_scale=g) for w, s, g in parts])
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -21,7 +43,6 @@ def dequantize(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
     """
-    import mlx.core as mx
     from mlx import nn
     from mlx.utils import tree_unflatten
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
@@ -32,16 +53,7 @@ def dequantize(model: nn.Module) -> nn.Module:
             module, nn.QuantizedLinear | nn.QuantizedEmbedding | QuantizedSwitchLinear
         ):
             continue
-        weight = mx.dequantize(
-            module.weight,
-            module.scales,
-            module.get("biases"),
-            group_size=module.group_size,
-            bits=module.bits,
-            mode=module.mode,
-            global_scale=module.get("global_scale"),
-            dtype=mx.float32,
-        )
+        weight = _numbers(module)
         sizes, has_bias = weight.shape[::-1], "bias" in module
         if isinstance(module, nn.QuantizedEmbedding):
             replaced: nn.Module = nn.Embedding(*sizes[::-1])

@@ -1,0 +1,160 @@
+"""Models in MLX's floating-point block formats, and what becomes of them in GGUF files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from mlx_fd.models.backend import backend
+from support import trained
+from support.architectures import make_architecture
+
+backend()
+
+import mlx.core as mx  # noqa: E402
+from mlx import nn  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+from mlx_lm.models.switch_layers import SwitchLinear  # noqa: E402
+
+from mlx_fd.errors import UserError  # noqa: E402
+from mlx_fd.export import gguf_file, verify  # noqa: E402
+from mlx_fd.export.source import fused, open_source  # noqa: E402
+from mlx_fd.models.dense import dequantize  # noqa: E402
+from mlx_fd.models.families import FAMILIES  # noqa: E402
+from mlx_fd.models.gguf import convert  # noqa: E402
+from mlx_fd.models.gguf_layout import interleave, interleaved_heads, tensor_names  # noqa: E402
+from mlx_fd.models.loading import load, open_lazily  # noqa: E402
+
+MODES = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
+
+
+def make(folder: Path, name: str, mode: str, **options: Any) -> Path:
+    """A random model in one of MLX's modes; what is not quantised is in bfloat16."""
+    model_dir = make_architecture(folder / "model", name, **options)
+    group, bits = MODES[mode]
+    model, _ = open_lazily(model_dir)
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, group_size=group, bits=bits, mode=mode)
+    config = json.loads((model_dir / "config.json").read_text())
+    config["quantization"] = {"group_size": group, "bits": bits, "mode": mode}
+    (model_dir / "config.json").write_text(json.dumps(config))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(model_dir / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return model_dir
+
+
+def write(model: Path, file: Path, kind: str) -> gguf_file.Written:
+    source = open_source(str(model))
+    return gguf_file.write_file(source, load(source.ref.model).tokenizer, file, kind=kind)
+
+
+def tensors(file: Path) -> dict[str, Any]:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_mxfp4_keeps_its_numbers_both_ways(tmp_path, name):
+    """As the gguf package reads them, and read back as they were, to the bit."""
+    model = make(tmp_path, name, "mxfp4")
+    done = write(model, tmp_path / "m.gguf", "mxfp4")
+    base, _ = open_lazily(model)
+    quantized = {n: m for n, m in base.named_modules() if hasattr(m, "scales")}
+    router = [n for n in quantized if n.endswith("router")]
+    assert done.carried == done.kinds["mxfp4"] == len(quantized) - len(router) > 20
+    found = tensors(tmp_path / "m.gguf")
+    name_of = tensor_names(FAMILIES[name], 4)
+    for module in quantized.keys() - set(router):
+        part = quantized[module]
+        wanted = np.array(
+            mx.dequantize(
+                part.weight, part.scales, group_size=32, bits=4, mode="mxfp4", dtype=mx.float32
+            )
+        )
+        file_name = name_of(f"{module}.weight")
+        heads = interleaved_heads(FAMILIES[name], file_name, 4, 2)
+        wanted = interleave(wanted, heads) if heads else wanted
+        tensor = found[file_name]
+        assert tensor.tensor_type.name == "MXFP4"
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(values, wanted), module
+    convert(tmp_path / "m.gguf", tmp_path / "back")
+    before, after = (
+        mx.load(str(path / "model.safetensors")) for path in (model, tmp_path / "back")
+    )
+    kept = [n for n in before if n.rpartition(".")[0] in quantized.keys() - set(router)]
+    assert all(mx.array_equal(before[n], after[n]).item() for n in kept) and len(kept) > 40
+    chat = verify.role_chat(load(model))
+    ours, theirs = (verify.logits_of(load(path), chat) for path in (model, tmp_path / "back"))
+    assert verify.agreement(ours, theirs).mean_kl < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "kl"),
+    [
+        ("mxfp4", "f16", 1e-4),
+        ("mxfp4", "mxfp4", 0.03),
+        ("mxfp4", "q8_0", 0.03),
+        ("nvfp4", "f16", 1e-4),
+        ("nvfp4", "q8_0", 0.03),
+        ("mxfp8", "bf16", 1e-3),
+    ],
+)
+def test_llama_cpp_reads_every_mode(tmp_path, mode, kind, kl):
+    """llama.cpp rounds what it multiplies with blocks to 8 bits."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    model = make(tmp_path, "llama", mode)
+    done = write(model, tmp_path / "m.gguf", kind)
+    # The nearest that keeps all numbers: a base in MXFP4 stays what it is.
+    assert done.kinds == {("mxfp4" if (mode, kind) == ("mxfp4", "q8_0") else kind): 30}
+    loaded = load(model)
+    chat = verify.role_chat(loaded)
+    engine = llama_cpp.Llama(
+        str(tmp_path / "m.gguf"), n_ctx=512, logits_all=True, verbose=False, n_threads=1
+    )
+    engine.eval(list(chat))
+    theirs = np.array(engine.scores[: len(chat) - 1])
+    assert verify.agreement(verify.logits_of(loaded, chat), theirs).mean_kl < kl
+
+
+def test_mxfp4_is_for_models_in_it(tmp_path):
+    model = make(tmp_path, "llama", "nvfp4")
+    with pytest.raises(UserError, match=r"none of this one is; choose q8_0"):
+        write(model, tmp_path / "m.gguf", "mxfp4")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_small_adapter_is_not_rounded_away(tmp_path, mode):
+    """Fused in float32, whatever the base: in bfloat16 this one would be gone."""
+    model = make(tmp_path, "llama", mode)
+    run = trained.make_run(tmp_path / "run", model, strength=1e-5)
+    module = "model.layers.1.mlp.up_proj"
+    base, _ = open_lazily(model)
+    part = dict(base.named_modules())[module]
+    group, bits = MODES[mode]
+    before = np.array(
+        mx.dequantize(
+            part.weight, part.scales, group_size=group, bits=bits, mode=mode, dtype=mx.float32
+        )
+    ).astype(np.float64)
+    after = np.array(dict(fused(open_source(str(run)).ref).named_modules())[module].weight)
+    delta = trained.delta(run, module)
+    assert np.abs(after - before - delta).max() < 1e-6 < np.abs(delta).max()
+
+
+def test_a_global_scale_is_part_of_the_numbers():
+    """nvfp4 of experts may have a scale of each expert's, which mlx-lm's dequantize_model drops."""
+    mx.random.seed(0)
+    experts = SwitchLinear(32, 16, 3, bias=True)
+    experts.weight = 100 * experts.weight
+    model = nn.Module()
+    model.experts = experts.to_quantized(16, 4, "nvfp4", global_scale=True)
+    dense = dequantize(model).experts
+    assert dense.weight.dtype == mx.float32
+    # The widest step of four bits is from 4 to 6, the largest.
+    assert mx.abs(dense.weight - experts.weight).max() < 0.18 * mx.abs(experts.weight).max()
+    assert mx.array_equal(dense.bias, experts.bias)
