@@ -9,6 +9,7 @@ from mlx_fd.export.mlx_dir import MLX_KEYS
 from mlx_fd.export.source import (
     TOKENIZER_FILES,
     Source,
+    changed_modules,
     copy_file,
     copy_tokenizer,
     end_tokens,
@@ -16,7 +17,7 @@ from mlx_fd.export.source import (
     fused,
 )
 from mlx_fd.files import write_json
-from mlx_fd.models.families import FAMILIES, Family
+from mlx_fd.models.families import FAMILIES, Family, Weights
 from mlx_fd.models.gguf_rope import kind_of
 from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.storage import read_json
@@ -57,6 +58,24 @@ def _config(
     return dict(sorted({**written, **overrides}.items()))
 
 
+def _blocks(source: Source, family: Family) -> Weights:
+    """The modules that stay in MXFP4, as blocks and scales: all that can, untouched, or none."""
+    import mlx.core as mx
+
+    base, _ = open_lazily(source.ref.model)
+    changed = changed_modules(source.ref)
+    found: Weights = {}
+    for name, module in base.named_modules():
+        if not family.mxfp4 or family.mxfp4 not in name or "weight" not in module:
+            continue
+        if getattr(module, "mode", None) != "mxfp4" or name in changed:
+            return {}
+        scales = module.scales
+        found[f"{name}.weight"] = module.weight.view(mx.uint8).reshape(*scales.shape, -1)
+        found[f"{name}.scales"] = scales
+    return found
+
+
 def _generation_config(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     if settings := read_json(source.ref.model / "generation_config.json"):
         return {**settings, "eos_token_id": config["eos_token_id"]}
@@ -93,8 +112,17 @@ def write_model(
     model = fused(source.ref)
     dtype = dtype or "bfloat16"
     model.set_dtype(getattr(mx, dtype))
-    weights: dict[str, mx.array] = family.to_hf(dict(tree_flatten(model.parameters())))
+    blocks = _blocks(source, family)
+    dense = {n: w for n, w in tree_flatten(model.parameters()) if n not in blocks}
+    weights = {**family.to_hf(dense), **family.blocks_to_hf(blocks)}
     config = _config(config, model, family, dtype, tokenizer)
+    if blocks:
+        # What transformers is not to look for blocks of.
+        plain = {n.rpartition(".")[0] for n, w in dense.items() if family.mxfp4 not in n}
+        config["quantization_config"] = {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": sorted(plain),
+        }
     del model
     split = split_state_dict_into_shards_factory(
         weights,
@@ -117,6 +145,13 @@ def write_model(
     copy_tokenizer(source.ref.model, folder)
 
 
+def mlx_opens(source: Source) -> bool:
+    """Whether mlx-lm opens what :func:`write_model` writes, as it is."""
+    _, config = open_lazily(source.ref.model)
+    family = family_of(config["model_type"], "--format hf")
+    return family.from_hf is None or bool(_blocks(source, family))
+
+
 def read_back(folder: Path, scratch: Path) -> Path:
     """What :func:`write_model` wrote as a directory that mlx-lm opens.
 
@@ -129,8 +164,9 @@ def read_back(folder: Path, scratch: Path) -> Path:
     """
     import mlx.core as mx
 
-    family = FAMILIES[read_json(folder / "config.json")["model_type"]]
-    if family.from_hf is None:
+    config = read_json(folder / "config.json")
+    family = FAMILIES[config["model_type"]]
+    if family.from_hf is None or "quantization_config" in config:
         return folder
     out = scratch / "model"
     out.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.models.switch_layers import SwitchLinear  # noqa: E402
 
 from mlx_fd.errors import UserError  # noqa: E402
-from mlx_fd.export import gguf_file, verify  # noqa: E402
+from mlx_fd.export import gguf_file, hf, verify  # noqa: E402
 from mlx_fd.export.source import fused, open_source  # noqa: E402
 from mlx_fd.models.dense import dequantize  # noqa: E402
 from mlx_fd.models.families import FAMILIES  # noqa: E402
@@ -144,6 +145,39 @@ def test_a_small_adapter_is_not_rounded_away(tmp_path, mode):
     after = np.array(dict(fused(open_source(str(run)).ref).named_modules())[module].weight)
     delta = trained.delta(run, module)
     assert np.abs(after - before - delta).max() < 1e-6 < np.abs(delta).max()
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_the_experts_of_gpt_oss_stay_in_mxfp4(tmp_path, touched):
+    """As the published ones are, which mlx-lm reads; trained experts are written as numbers."""
+    model = make(tmp_path, "gpt_oss", "mxfp4")
+    run = trained.make_run(tmp_path / "run", model, strength=0.2)
+    adapter = run / "checkpoints" / "best" / "adapters.safetensors"
+    if not touched:
+        arrays = mx.load(str(adapter))
+        mx.save_safetensors(str(adapter), {n: a for n, a in arrays.items() if ".self_attn." in n})
+    source = open_source(str(run))
+    loaded = load(model)
+    chat = verify.role_chat(loaded)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "scratch").mkdir()
+    hf.write_model(source, loaded.tokenizer, tmp_path / "hf", dtype="float32")
+    assert hf.mlx_opens(source) is not touched
+    written = mx.load(str(tmp_path / "hf" / "model.safetensors"))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    before = "model.layers.1.mlp.experts.gate_up_proj"
+    if touched:
+        assert written[before].shape == (4, 64, 192) and "quantization_config" not in config
+    else:
+        assert written[f"{before}_blocks"].shape == (4, 192, 2, 16)
+        assert written[f"{before}_scales"].shape == (4, 192, 2)
+        assert config["quantization_config"]["quant_method"] == "mxfp4"
+    back = load(hf.read_back(tmp_path / "hf", tmp_path / "scratch"))
+    dense = fused(source.ref)
+    wanted = verify.logits_of(dataclasses.replace(loaded, model=dense), chat)
+    found = verify.agreement(wanted, verify.logits_of(back, chat))
+    assert found.mean_kl < 1e-8
+    assert verify.agreement(wanted, verify.logits_of(loaded, chat)).mean_kl > 1e-3
 
 
 def test_a_global_scale_is_part_of_the_numbers():

@@ -45,15 +45,16 @@ def load_back(source: Source, folder: Path, form: Form) -> Loaded:
 def use(source: Source, form: Form) -> str:
     """With transformers, and PEFT for an adapter."""
     from mlx_fd.export.card import how_to_base, named_base
+    from mlx_fd.export.hf import mlx_opens
 
     if not form.adapter:
+        too = '\n    mlx_lm.generate --model . --prompt "..."      # mlx-lm opens it too\n'
         return (
             "```python\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'model = AutoModelForCausalLM.from_pretrained(".")\n'
             'tokenizer = AutoTokenizer.from_pretrained(".")\n'
-            "```\n\n"
-            '    mlx_lm.generate --model . --prompt "..."      # mlx-lm opens it too\n'
+            "```\n" + (too if mlx_opens(source) else "")
         )
     base = form.base_model or named_base(source)
     return (
@@ -72,8 +73,11 @@ def use(source: Source, form: Form) -> str:
 def score_code(source: Source, form: Form, score_at: str) -> str:
     """With mlx-lm, which opens whole models of this format."""
     from mlx_fd.export.card import mlx_score_code
+    from mlx_fd.export.hf import mlx_opens
 
-    return "" if form.adapter else mlx_score_code(source, form, score_at)
+    if form.adapter or not mlx_opens(source):
+        return ""
+    return mlx_score_code(source, form, score_at)
 
 
 register_format(

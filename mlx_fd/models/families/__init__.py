@@ -81,6 +81,9 @@ class Family(Entry):
         modules: parts of mlx-lm's names of modules -> what they are in transformers' checkpoints.
         to_hf: mlx-lm's weights under transformers' names, in its shapes.
         from_hf: the way back, where mlx-lm cannot read what transformers writes; ``None``: it can.
+        mxfp4: part of the names of modules that transformers keeps in MXFP4; empty: none.
+        blocks_to_hf: their blocks [..., groups, 16] and scales [..., groups], both uint8, as
+            ``.weight`` and ``.scales`` under mlx-lm's names, under transformers' names.
         not_in_peft: modules (names within a block) that are no ``torch.nn.Linear`` in transformers,
             so that PEFT's format has no place for LoRA on them.
     """
@@ -98,6 +101,8 @@ class Family(Entry):
     modules: Mapping[str, str] = field(default_factory=dict)
     to_hf: Callable[[Weights], Weights] = _as_it_is
     from_hf: Callable[[Weights], Weights] | None = None
+    mxfp4: str = ""
+    blocks_to_hf: Callable[[Weights], Weights] = _as_it_is
     not_in_peft: frozenset[str] = frozenset()
 
 

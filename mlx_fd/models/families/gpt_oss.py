@@ -45,8 +45,26 @@ def to_hf(weights: Weights) -> Weights:
     return written
 
 
+def blocks_to_hf(weights: Weights) -> Weights:
+    """Gate and up in one tensor here, too; outputs before inputs."""
+    import mlx.core as mx
+
+    written = {}
+    for name, array in weights.items():
+        before, _, part = name.partition(_EXPERTS)
+        module, _, kind = part.partition(".")
+        suffix = "blocks" if kind == "weight" else "scales"
+        if module == "down_proj":
+            written[f"{before}{_EXPERTS}down_proj_{suffix}"] = array
+        elif module == "gate_proj":
+            up = weights[f"{before}{_EXPERTS}up_proj.{kind}"]
+            both = mx.stack([array, up], axis=2).flatten(1, 2)
+            written[f"{before}{_EXPERTS}gate_up_proj_{suffix}"] = both
+    return written
+
+
 def from_hf(weights: Weights) -> Weights:
-    """mlx-lm reads experts in MXFP4 only."""
+    """The way back of :func:`to_hf`: mlx-lm reads experts in MXFP4 only."""
     read = {}
     for name, array in weights.items():
         before, merged, part = name.partition(_EXPERTS)
@@ -80,6 +98,8 @@ register_family(
         check=check,
         to_hf=to_hf,
         from_hf=from_hf,
+        mxfp4=_EXPERTS,
+        blocks_to_hf=blocks_to_hf,
         not_in_peft=frozenset({"mlp.router"}),
     )
 )
