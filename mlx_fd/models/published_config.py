@@ -150,6 +150,15 @@ def as_mlx_lm_reads(
     return translated
 
 
+def has_architecture(config: Mapping[str, Any]) -> bool:
+    """Whether mlx-lm has the architecture of a configuration."""
+    try:
+        _module(config, Path(CONFIG))
+    except UserError:
+        return False
+    return True
+
+
 # ------------------------------------------------------------------------------ mlx-lm's classes
 
 
@@ -162,8 +171,8 @@ def _module(config: Mapping[str, Any], file: Path) -> ModuleType:
         model_class, _ = _get_classes(dict(config))
     except (Exception, SystemExit) as error:  # one module of mlx-lm ends the process
         raise UserError(
-            f"{file}: mlx-lm has no architecture {config['model_type']!r:.80}; use a model of one "
-            "that it has"
+            f"{file}: mlx-lm has no architecture {config.get('model_type')!r:.80}; use a model of "
+            "one that it has"
         ) from error
     return importlib.import_module(model_class.__module__)
 

@@ -21,7 +21,7 @@ from typing import Any
 from mlx_fd._version import __version__
 from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint
-from mlx_fd.models.aliases import ALIASES, SMOLLM2, TINY, TINY_BASE, TINY_STUDENT
+from mlx_fd.models.aliases import ALIASES, SMOLLM2, TINY, TINY_BASE, TINY_STUDENT, alias_of
 from mlx_fd.models.directory import check_directory, check_files, read_object
 from mlx_fd.models.storage import cache_dir, slug
 
@@ -34,6 +34,8 @@ _OPTION = re.compile(r"(.+?):(\w+)=(.*)")
 _LAYERS = re.compile(r"[1-9][0-9]{0,5}")
 _WEIGHTS = re.compile(r"model.*\.safetensors")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Of architectures that write text.
+_GENERATING = ("ForCausalLM", "ForConditionalGeneration")
 # The first question to the hub; without a network the answer must not be long in coming.
 _TIMEOUT_SECONDS = 3.0
 
@@ -87,11 +89,13 @@ def default_student(expert: str) -> str:
     """The student of an expert for which none was chosen.
 
     Raises:
-        UserError: the expert is no alias, so there is no default.
+        UserError: the expert is no alias and no name on the hub that one stands for, so there is
+            no default.
     """
     parsed = parse_name(expert)
-    if parsed.layers is None and parsed.base in ALIASES:
-        return ALIASES[parsed.base].student
+    alias = parsed.base if parsed.base in ALIASES else alias_of(parsed.base)
+    if parsed.layers is None and alias is not None:
+        return ALIASES[alias].student
     raise UserError(
         f"{expert} has no default student: name one with --student "
         f"(for instance {parsed.base}:layers=K, the same model with K of its layers)"
@@ -210,11 +214,10 @@ def local_models() -> list[LocalModel]:
         its package is installed.
     """
     models = [LocalModel(name, "in this package") for name in _SHIPPED]
-    alias_of = {alias.repo: name for name, alias in ALIASES.items() if alias.repo}
     for config in sorted(_hub_cache().glob("models--*/snapshots/*/config.json")):
         repo = config.parents[2].name.removeprefix("models--").replace("--", "/", 1)
         if _what_is_missing(config.parent) is None and _is_language_model(config):
-            models.append(LocalModel(alias_of.get(repo, repo), str(config.parent)))
+            models.append(LocalModel(alias_of(repo) or repo, str(config.parent)))
     packaged: str | None = None
     with contextlib.suppress(UserError):
         packaged = smollm2_file().stem
@@ -226,8 +229,33 @@ def local_models() -> list[LocalModel]:
 
 
 def _is_language_model(config: Path) -> bool:
-    names = read_object(config).get("architectures")
-    return isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
+    """Whether a config.json is of a model that writes text, maybe inside a multimodal one."""
+    content = read_object(config)
+    if _writes_text(content, ("ForCausalLM",)):
+        return True
+    # Speech and translation models are called so, too; mlx-lm has none of them.
+    from mlx_fd.models.published_config import has_architecture
+
+    return _writes_text(content, _GENERATING) and has_architecture(content)
+
+
+def _writes_text(config: Mapping[str, Any], endings: tuple[str, ...]) -> bool:
+    names = config.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith(endings) for name in names)
+
+
+def _check_config(path: Path) -> None:
+    """Make sure that mlx-lm can open a model, from its config.json alone.
+
+    Raises:
+        UserError: it cannot, or would make another model of it.
+    """
+    from mlx_fd.models.published_config import as_mlx_lm_reads
+
+    check_directory(path)
+    config = read_object(path / "config.json")
+    if _writes_text(config, _GENERATING):  # an encoder is none of mlx-lm's
+        as_mlx_lm_reads(config, path / "config.json")
 
 
 def _advice() -> str:
@@ -320,7 +348,11 @@ def _from_hub(name: str, repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
+        if "config.json" in files:  # what it shows need not cost the weights' download
+            _check_config(Path(snapshot_download(repo, allow_patterns=["config.json"])))
         path = Path(snapshot_download(repo, allow_patterns=_PATTERNS))
+    except UserError:
+        raise
     except Exception as error:  # as in _ask_hub
         raise UserError(
             f"{repo} could not be downloaded ({type(error).__name__}: {error}); run the command "

@@ -109,8 +109,15 @@ def test_models_found_here_are_marked(tmp_path, monkeypatch):
         make_model_dir(
             tmp_path / f"models--{repo.replace('/', '--')}" / "snapshots" / "abc", **sizes
         )
+    multimodal = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+    speech = {"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper"}
+    for name, entries in (("vision", multimodal), ("speech", speech)):
+        path = make_model_dir(tmp_path / f"models--someone--{name}" / "snapshots" / "abc", **sizes)
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, **entries}))
     listed = doctor.model_rows()
     rows = {row["name"]: row for row in listed}
+    assert "someone/vision" in rows and "someone/speech" not in rows
     assert len(rows) == len(listed)
     assert rows["qwen2.5-0.5b-4bit"]["here"] and not rows["qwen2.5-7b-4bit"]["here"]
     assert rows["someone/model"]["here"] and "someone" in rows["someone/model"]["source"]

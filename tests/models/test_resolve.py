@@ -83,6 +83,13 @@ def test_every_alias_has_a_student_that_exists() -> None:
         assert student.base in ALIASES
         assert alias.repo == "" or re.fullmatch(r"mlx-community/[\w.-]+", alias.repo)
         assert student.layers is not None or student.base != name
+        # Pasted from the hub it is the same model.
+        if alias.repo:
+            assert default_student(alias.repo) == default_student(alias.repo.upper())
+            assert default_student(alias.repo) == alias.student
+    assert len({alias.repo for alias in ALIASES.values() if alias.repo}) == len(
+        [alias for alias in ALIASES.values() if alias.repo]
+    )
     with pytest.raises(UserError, match=r"--student .*some/model:layers=K"):
         default_student("some/model")
     with pytest.raises(UserError, match="--student"):
@@ -287,6 +294,21 @@ def test_what_the_hub_may_refuse(tmp_path: Path, hub: Hub) -> None:
     (hub.files / "model.safetensors").rename(hub.files / "consolidated.safetensors")
     error = Answer("good/model", tmp_path, HF_ENDPOINT=endpoint).error
     assert "has no model*.safetensors" in error
+
+
+def test_what_config_json_shows_is_told_before_weights_are_downloaded(
+    tmp_path: Path, hub: Hub
+) -> None:
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    config = json.loads((hub.files / "config.json").read_text())
+    for entries, message in (
+        ({"model_type": "nonesuch"}, "mlx-lm has no architecture 'nonesuch'"),
+        ({"rope_parameters": {"rope_theta": 3.0}}, "rope_theta is 10000.0 and rope_parameters'"),
+    ):
+        (hub.files / "config.json").write_text(json.dumps({**config, **entries}))
+        answer = Answer("good/model", tmp_path / message[:5], HF_ENDPOINT=endpoint)
+        assert message in answer.error
+    assert not any("model.safetensors" in request for request in hub.requested)
 
 
 def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
