@@ -29,6 +29,8 @@ from mlx_fd.models.view import Forward
 Cache = list[Any]
 # mlx-lm's penalty looks at the last 20 tokens; the published ones at all.
 _WHOLE_CONTEXT = 1 << 20
+# Tokens of a prompt that are read at once, as in mlx-lm.
+_PREFILL = 2048
 _SENTINEL = "\u241fanswer\u241f"
 
 
@@ -105,8 +107,8 @@ class GenerateOptions:
     """What :func:`generate` does beside writing.
 
     Attributes:
-        reuse: go on from the conversations' caches, all together; ``False`` takes them one by one
-            and prefills everything.
+        reuse: go on from the conversations' caches, all together where the model can; ``False``
+            takes them one by one and prefills everything.
         keep: keep the caches, to go on from the turns; not where nobody will.
         mark: make sure that the turns' conversations can be rewound to all but the last token of
             the prompt.
@@ -293,11 +295,18 @@ def generate(
     if not conversations:
         return []
     mx.random.seed(sampling.seed)
-    if options.reuse:
+    if options.reuse and loaded.batched:
         return _generate(loaded, conversations, prompts, sampling, options)
-    alone = dataclasses.replace(options, keep=False, mark=False)
+    if not options.reuse:
+        options = dataclasses.replace(options, keep=False, mark=False)
+        conversations = [Conversation(old.tokens) for old in conversations]
+    if not loaded.batched:
+        return [
+            _generate_alone(loaded, old, prompt, sampling, options)
+            for old, prompt in zip(conversations, prompts, strict=True)
+        ]
     return [
-        _generate(loaded, [Conversation(old.tokens)], [prompt], sampling, alone)[0]
+        _generate(loaded, [old], [prompt], sampling, options)[0]
         for old, prompt in zip(conversations, prompts, strict=True)
     ]
 
@@ -319,18 +328,13 @@ def _generate(
         old.cache if old.cache is not None else make_prompt_cache(loaded.model)
         for old in conversations
     ]
-    penalty = sampling.repetition_penalty
     draw = _sampler(sampling)
     generator = BatchGenerator(
         loaded.model,
         stop_tokens=[[token] for token in eos],
         # Rows beyond the tokenizer are padding, and the other model may have fewer of them.
         sampler=lambda logprobs: draw(logprobs[..., : loaded.vocab]),
-        logits_processors=make_logits_processors(
-            repetition_penalty=penalty, repetition_context_size=_WHOLE_CONTEXT
-        )
-        if penalty != 1
-        else None,
+        logits_processors=_processors(sampling) or None,
         completion_batch_size=len(conversations),
         prefill_batch_size=len(conversations),
     )
@@ -396,6 +400,66 @@ def _generate(
     return turns
 
 
+def _generate_alone(
+    loaded: Loaded,
+    old: Conversation,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    options: GenerateOptions,
+) -> Turn:
+    """One turn, for models that mlx-lm's batched generator does not get right."""
+    before = [*old.tokens, *prompt]
+    cache = copy.deepcopy(old.cache) if old.cache is not None else make_prompt_cache(loaded.model)
+    start = [*prompt] if old.cache is not None else before
+
+    def run(tokens: Sequence[int]) -> mx.array:
+        logits: mx.array = loaded.model(mx.array([[*tokens]]), cache=cache)[:, -1]
+        mx.eval([layer.state for layer in cache])
+        return logits
+
+    for begin in range(0, len(start) - 1, _PREFILL):
+        run(start[begin : min(begin + _PREFILL, len(start) - 1)])
+    kept = _can_be_cut_back(cache, len(before) + sampling.max_tokens)
+    mark = Mark(len(before) - 1, copy.deepcopy(cache)) if options.mark and not kept else None
+    draw, processors = _sampler(sampling), _processors(sampling)
+    eos = set(loaded.tokenizer.eos_token_ids)
+    written: list[int] = []
+    logprobs: list[float] = []
+    while len(written) < sampling.max_tokens and not (written and written[-1] in eos):
+        logits = run([*before, *written][-1:])
+        for process in processors:
+            logits = process(mx.array([*before, *written]), logits)
+        rows = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        token: Any = draw(rows[..., : loaded.vocab]).item()
+        written.append(token)
+        if options.logprobs:
+            drawn = _logprobs(rows, [token], sampling.temperature or 1.0, loaded.vocab)
+            logprobs += drawn
+        if options.on_token is not None:
+            options.on_token(1)
+    if options.keep:
+        run(written[-1:])
+    finished = written[-1] in eos
+    return Turn(
+        text=loaded.tokenizer.decode(written[:-1] if finished else written).strip(),
+        tokens=tuple(written),
+        finished=finished,
+        conversation=Conversation((*before, *written), cache if options.keep else None, mark),
+        prefilled=len(start),
+        logprobs=tuple(logprobs),
+    )
+
+
+def _processors(sampling: Sampling) -> list[Callable[[mx.array, mx.array], mx.array]]:
+    """What changes logits [1, V] before a token is drawn, by the tokens so far."""
+    if sampling.repetition_penalty == 1:
+        return []
+    made: list[Callable[[mx.array, mx.array], mx.array]] = make_logits_processors(
+        repetition_penalty=sampling.repetition_penalty, repetition_context_size=_WHOLE_CONTEXT
+    )
+    return made
+
+
 def _sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
     """Draws tokens from rows of log-probabilities [n, V]."""
     temperature = sampling.temperature
@@ -418,10 +482,15 @@ def _keep_logprobs(
     responses: Sequence[Any], temperature: float, vocab: int, drawn_logprobs: dict[int, list[float]]
 ) -> None:
     """Add the log-probability of each response's token to what is known of its turn."""
-    rows = mx.stack([response.logprobs[:vocab] for response in responses]).astype(mx.float32)
-    rows = rows / temperature
-    tokens = mx.array([response.token for response in responses])
-    drawn = mx.take_along_axis(rows, tokens[:, None], axis=-1).squeeze(-1)
-    values: Any = (drawn - mx.logsumexp(rows, axis=-1)).tolist()
+    rows = mx.stack([response.logprobs for response in responses])
+    values = _logprobs(rows, [response.token for response in responses], temperature, vocab)
     for response, value in zip(responses, values, strict=True):
         drawn_logprobs.setdefault(response.uid, []).append(value)
+
+
+def _logprobs(rows: mx.array, tokens: Sequence[int], temperature: float, vocab: int) -> list[float]:
+    """Log-probabilities of tokens at a temperature, of rows [n, V] of log-probabilities at 1."""
+    rows = rows[:, :vocab].astype(mx.float32) / temperature
+    drawn = mx.take_along_axis(rows, mx.array([*tokens])[:, None], axis=-1).squeeze(-1)
+    values: Any = (drawn - mx.logsumexp(rows, axis=-1)).tolist()
+    return [*values]

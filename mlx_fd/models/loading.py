@@ -46,6 +46,8 @@ class Loaded:
         dtype: of its activations.
         vocab: tokens it may write: ids below this. The model's rows beyond them are padding.
         template: how chats are written for it: its own way, or that of the run it belongs to.
+        batched: whether conversations in a batch are written as each one alone would be; else they
+            are written one by one.
     """
 
     model: nn.Module
@@ -56,6 +58,7 @@ class Loaded:
     dtype: mx.Dtype
     vocab: int
     template: ChatTemplate
+    batched: bool = True
 
 
 def _float32_bytes(model: nn.Module) -> int:
@@ -260,13 +263,8 @@ def _loaded(
         mx.eval(model.parameters())
     check_weights(path, model)
     # What config.json has of a wrong kind may show only now.
-    with blaming(f"the model in {path} cannot be loaded: it fails on four tokens"):
-        view = _view_of(path, model)
-    if vocab > view.rows:
-        raise UserError(
-            f"{path} has {vocab} tokens but makes only {view.rows} logits; its tokenizer does not "
-            "belong to it"
-        )
+    with blaming(f"the model in {path} cannot be loaded: it fails on a few tokens"):
+        view, batched = _checked_view(path, model, vocab)
     # Scales or unquantised weights; norms are among them in every architecture.
     floating = (v.dtype for _, v in tree_flatten(model.parameters()))
     dtype = next(d for d in floating if mx.issubdtype(d, mx.floating))
@@ -279,15 +277,23 @@ def _loaded(
         dtype=dtype,
         vocab=vocab,
         template=template,
+        batched=batched,
     )
 
 
-def _view_of(path: Path, model: nn.Module) -> View:
-    """:func:`find_view`, its refusals with the model's directory in them."""
+def _checked_view(path: Path, model: nn.Module, vocab: int) -> tuple[View, bool]:
+    """A model's parts, held against itself; refusals have its directory in them."""
+    from mlx_fd.models.checking import check_model
     from mlx_fd.models.view import find_view
 
     try:
-        return find_view(model)
+        view = find_view(model)
+        if vocab > view.rows:
+            raise UserError(
+                f"it has {vocab} tokens but makes only {view.rows} logits; its tokenizer does not "
+                "belong to it"
+            )
+        return check_model(view, vocab)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -68,6 +68,8 @@ class View:
         transform: what the model does to that product.
         width: size d of its hidden states.
         rows: how many logits it makes of each, padding included.
+        batched: whether a batch of texts gives each one the hidden states that it has alone; else
+            they are read one by one.
     """
 
     model: nn.Module
@@ -77,6 +79,7 @@ class View:
     transform: LogitTransform
     width: int
     rows: int
+    batched: bool = True
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -107,7 +110,17 @@ class View:
             recompute: keep only the blocks' outputs for the backward pass and compute the rest
                 again.
         """
-        return self.forward_with_logits(tokens, cache, recompute=recompute)[0]
+        if self.batched or len(tokens) == 1:
+            return self.forward_with_logits(tokens, cache, recompute=recompute)[0]
+        rows = [
+            self.forward_with_logits(row, cache, recompute=recompute)[0]
+            for row in mx.split(tokens, len(tokens))
+        ]
+        layers = zip(*(row.layers for row in rows), strict=True)
+        return Forward(
+            [mx.concatenate(list(layer)) for layer in layers],
+            mx.concatenate([row.final for row in rows]),
+        )
 
     def forward_with_logits(
         self, tokens: mx.array, cache: list[Any] | None = None, *, recompute: bool = False
@@ -392,7 +405,7 @@ def _linear(view: View, dtype: mx.Dtype) -> View | None:
             continue
         if _shape(module) != (view.rows, view.width):
             continue
-        transform = _fit(view.logits, _product(module), view.width, dtype)
+        transform = _fit(view.logits, product(module), view.width, dtype)
         if transform is not None:
             return View(
                 view.model,
@@ -414,7 +427,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return rows, columns
 
 
-def _product(module: nn.Module) -> Callable[[mx.array], mx.array]:
+def product(module: nn.Module) -> Callable[[mx.array], mx.array]:
     """What a head multiplies hidden states with."""
     tied = isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
     multiply: Callable[[mx.array], mx.array] = module.as_linear if tied else module
