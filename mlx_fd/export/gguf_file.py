@@ -285,11 +285,14 @@ def _add_tokenizer(
     if ends is None:
         raise UserError(f"{path}: no token ends a turn, so llama.cpp would never stop")
     first, *others = ends if isinstance(ends, list) else [ends]
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
-    writer.add_token_merges(vocabulary.merges)
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
     writer.add_eos_token_id(first)
     # llama.cpp ends a turn at any of the three.
     for add, token in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
@@ -304,7 +307,7 @@ def _add_tokenizer(
             add(token)
     begins = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
     writer.add_add_bos_token(begins)
-    writer.add_add_space_prefix(False)
+    writer.add_add_space_prefix(vocabulary.space_prefix)
     template = tokenizer.chat_template
     if template is not None:
         writer.add_chat_template(template)

@@ -1,10 +1,12 @@
-"""Byte-level BPE tokenizers as GGUF files hold them, and as tokenizer.json does."""
+"""Tokenizers as GGUF files hold them, and as tokenizer.json does: byte-level BPE, SentencePiece."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mlx_fd.models import gguf_sentencepiece
 
 if TYPE_CHECKING:
     from mlx_fd.models.gguf_reading import GgufFile
@@ -63,6 +65,8 @@ PRETOKENIZERS = {
 }
 # Their models normalise text to NFC before it is split.
 _NFC = (_QWEN2, _QWEN35)
+# Kinds of tokenizer in `tokenizer.ggml.model`.
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
 # Kinds of token in `tokenizer.ggml.token_type`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -115,8 +119,11 @@ def read_tokens(file: GgufFile, rows: int) -> list[str]:
         UserError: it has another kind of tokenizer, or more tokens than rows.
     """
     model = file.need("tokenizer.ggml.model", str)
-    if model != "gpt2":
-        raise file.bad(f"the tokenizer model {model} is not supported; gpt2 (byte-level BPE) is")
+    if model not in (BYTE_LEVEL, SENTENCEPIECE):
+        raise file.bad(
+            f"the tokenizer model {model} is not supported; {BYTE_LEVEL} (byte-level BPE) and "
+            f"{SENTENCEPIECE} (SentencePiece) are"
+        )
     tokens: list[str] = file.need("tokenizer.ggml.tokens", list)
     if not tokens or not all(isinstance(token, str) for token in tokens):
         raise file.bad("its vocabulary is not a list of strings")
@@ -125,32 +132,13 @@ def read_tokens(file: GgufFile, rows: int) -> list[str]:
     return tokens
 
 
-def write_tokenizer(file: GgufFile, arch: str, tokens: list[str], out: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json for a byte-level BPE vocabulary.
+def _byte_level(
+    file: GgufFile, known: PreTokenizer, kind: str, tokens: list[str], types: list[int]
+) -> Any:
+    """The tokenizer of a byte-level BPE vocabulary, without added tokens."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
-    Args:
-        file: the file.
-        arch: its architecture.
-        tokens: of :func:`read_tokens`.
-        out: the folder to write to.
-
-    Raises:
-        UserError: the tokenizer is damaged, or splits text in a way that is not known here.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-    from tokenizers.processors import TemplateProcessing
-
-    kind = file.need("tokenizer.ggml.pre", str)
-    known = PRETOKENIZERS.get(kind)
-    if known is None or (arch == "qwen2" and not is_qwen2(kind)):
-        raise file.bad(
-            f"the tokenizer kind {kind} is not supported for {arch}; "
-            f"supported are {', '.join(PRETOKENIZERS)} (qwen2 models: qwen2)"
-        )
-    types = file.need("tokenizer.ggml.token_type", list)
     merges = [tuple(m.split(" ", 1)) for m in file.need("tokenizer.ggml.merges", list)]
-    if len(set(tokens)) != len(tokens) or len(types) != len(tokens):
-        raise file.bad("its vocabulary has duplicate tokens or lacks token types")
     # Unused ones fill the padding rows of the embedding; no text has them.
     vocabulary = {token: number for number, token in enumerate(tokens) if types[number] != UNUSED}
     try:
@@ -163,11 +151,64 @@ def write_tokenizer(file: GgufFile, arch: str, tokens: list[str], out: Path) -> 
     if known.split in _NFC:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(file: GgufFile, tokens: list[str], types: list[int]) -> Any:
+    """The tokenizer of a SentencePiece vocabulary, without added tokens."""
+    scores = file.need("tokenizer.ggml.scores", list)
+    if len(scores) != len(tokens) or not all(isinstance(score, float) for score in scores):
+        raise file.bad("its vocabulary lacks scores")
+    vocabulary = {token: number for number, token in enumerate(tokens) if types[number] != UNUSED}
+    if missing := sorted(gguf_sentencepiece.BYTES - vocabulary.keys()):
+        raise file.bad(f"its vocabulary has no token for the byte {missing[0]}")
+    joined = {t: scores[n] for t, n in vocabulary.items() if types[n] == NORMAL}
+    unknown = next((token for token, n in vocabulary.items() if types[n] == UNKNOWN), None)
+    prefix = file.get("tokenizer.ggml.add_space_prefix", bool, True)
+    try:
+        return gguf_sentencepiece.new_tokenizer(joined, vocabulary, unknown, prefix=prefix)
+    except Exception as error:  # tokenizers raises the bare class
+        raise file.bad(f"its scores do not fit its vocabulary ({error})") from error
+
+
+def write_tokenizer(file: GgufFile, arch: str, tokens: list[str], out: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json.
+
+    Args:
+        file: the file.
+        arch: its architecture.
+        tokens: of :func:`read_tokens`.
+        out: the folder to write to.
+
+    Raises:
+        UserError: the tokenizer is damaged, or splits text in a way that is not known here.
+    """
+    from tokenizers import AddedToken
+    from tokenizers.processors import TemplateProcessing
+
+    types = file.need("tokenizer.ggml.token_type", list)
+    if len(set(tokens)) != len(tokens) or len(types) != len(tokens):
+        raise file.bad("its vocabulary has duplicate tokens or lacks token types")
+    pieces = file.need("tokenizer.ggml.model", str) == SENTENCEPIECE
+    tokenizer_class = "PreTrainedTokenizerFast"
+    if pieces:
+        tokenizer, begins = _sentencepiece(file, tokens, types), True
+    else:
+        kind = file.need("tokenizer.ggml.pre", str)
+        if kind not in PRETOKENIZERS or (arch == "qwen2" and not is_qwen2(kind)):
+            raise file.bad(
+                f"the tokenizer kind {kind} is not supported for {arch}; "
+                f"supported are {', '.join(PRETOKENIZERS)} (qwen2 models: qwen2)"
+            )
+        tokenizer = _byte_level(file, PRETOKENIZERS[kind], kind, tokens, types)
+        # llama.cpp adds the first token for Llama 3's tokenizer unless the file says otherwise.
+        begins = PRETOKENIZERS[kind] == PRETOKENIZERS["llama-bpe"]
+        tokenizer_class = "Qwen2Tokenizer" if is_qwen2(kind) else tokenizer_class
     tokenizer.add_tokens(
         [
-            AddedToken(token, special=number == CONTROL, normalized=False)
+            AddedToken(token, special=number != USER_DEFINED, normalized=False)
             for token, number in zip(tokens, types, strict=True)
-            if number in (CONTROL, USER_DEFINED)
+            if number in (CONTROL, USER_DEFINED, UNKNOWN)
         ]
     )
     names = {
@@ -177,16 +218,14 @@ def write_tokenizer(file: GgufFile, arch: str, tokens: list[str], out: Path) -> 
         "unk_token": token_id(file, "unknown", len(tokens)),
     }
     bos = names["bos_token"]
-    # llama.cpp adds the first token for Llama 3's tokenizer unless the file says otherwise.
-    begins = file.get("tokenizer.ggml.add_bos_token", bool, known == PRETOKENIZERS["llama-bpe"])
-    if bos is not None and begins:
+    if bos is not None and file.get("tokenizer.ggml.add_bos_token", bool, begins):
         tokenizer.post_processor = TemplateProcessing(
             single=[tokens[bos], "$A"],
             pair=[tokens[bos], "$A", tokens[bos], "$B"],
             special_tokens=[(tokens[bos], bos)],
         )
     settings: dict[str, Any] = {
-        "tokenizer_class": "Qwen2Tokenizer" if is_qwen2(kind) else "PreTrainedTokenizerFast",
+        "tokenizer_class": tokenizer_class,
         "clean_up_tokenization_spaces": False,
         "add_prefix_space": False,
         "model_max_length": file.size(f"{arch}.context_length", 2048),

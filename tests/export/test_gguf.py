@@ -335,8 +335,11 @@ def test_tokenizers_that_llama_cpp_does_not_have(tmp_path):
         with pytest.raises(UserError, match=text):
             read_vocabulary(made(tmp_path / "tokenizer.json", change), 400, arch)
     for options, text in (
-        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "byte-level BPE"),
-        ({"byte_fallback": True}, "writes byte-level BPE"),
+        (
+            {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}},
+            "byte-level BPE, Sent",
+        ),
+        ({"byte_fallback": True}, "text is split by Sequence first"),
         ({"vocab": None}, "no tokenizer.json"),
         ({"added_tokens": [{}]}, "no tokenizer.json"),
     ):
