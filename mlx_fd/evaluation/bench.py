@@ -34,7 +34,9 @@ _PARTS: dict[Uses, tuple[str, ...]] = {
 _CODE = (
     "mlx_fd.problems.prompts",
     "mlx_fd.problems.parsing",
+    "mlx_fd.models.chat_template",
     "mlx_fd.models.generation",
+    "mlx_fd.models.template_sandbox",
     "mlx_fd.feedback.episode",
     "mlx_fd.feedback.judge",
     "mlx_fd.feedback.gate",
@@ -144,7 +146,7 @@ class Bench:
             "device": backend().device,
             "dequantize": self.target.config.models.dequantize,
             "vocab": self.target.vocab,
-            "models": {part: models[part]["sha256"] for part in parts},
+            "models": {part: models[part]["sha256"] for part in (*parts, "chat_template")},
             **key,
         }
 

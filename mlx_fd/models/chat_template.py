@@ -99,6 +99,8 @@ class ChatTemplate:
         """SHA-256 of everything that decides what is written."""
         content = dataclasses.asdict(self)
         del content["owner"]
+        if template_sandbox.CLOCK not in self.source:
+            del content["date"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _variables(self, turns: Sequence[str]) -> dict[str, Any]:

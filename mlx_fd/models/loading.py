@@ -164,6 +164,24 @@ def template_of(
     return fitted(template) if template.source else template
 
 
+def adopt(tokenizer: TokenizerWrapper, template: ChatTemplate) -> None:
+    """Let a tokenizer write and end turns as a template does: what else asks it finds the same.
+
+    What a student learned to end its turns with may not be what its base ends them with.
+
+    Args:
+        tokenizer: of the model that the template is not from; changed in place.
+        template: the run's, or the model's own in its one form.
+    """
+    if template.source:
+        tokenizer.chat_template = template.source
+    for name, token in template.special_tokens.items():
+        if getattr(tokenizer, name) != token:
+            setattr(tokenizer, name, token)
+    if template.end_tokens:
+        tokenizer.eos_token_ids = set(template.end_tokens)
+
+
 def read_end_tokens(path: Path) -> dict[str, Any]:
     """config.json as mlx-lm reads it, with the end tokens of generation_config.json, if it has any.
 
@@ -256,9 +274,7 @@ def _loaded(
     tokenizer, vocab = open_tokenizer(path, config)
     if template is None:
         template = template_of(tokenizer, path)
-    elif template.end_tokens:
-        # What a student learned to end its turns with may not be what its base ends them with.
-        tokenizer.eos_token_ids = set(template.end_tokens)
+    adopt(tokenizer, template)
     with blaming(f"the model in {path} cannot be loaded"):
         mx.eval(model.parameters())
     check_weights(path, model)

@@ -410,6 +410,22 @@ class ProblemsRow(TypedDict):
     skipped_rows: Any
 
 
+class ChatTemplateRow(TypedDict):
+    """How chats are written for a run's student, beside the options that say so, too.
+
+    Attributes:
+        source: the template, in Jinja.
+        special_tokens: texts by the name that the template has for them.
+        end_tokens: ids of the tokens that end a turn.
+        sha256: of the three as JSON.
+    """
+
+    source: str
+    special_tokens: dict[str, str]
+    end_tokens: list[int]
+    sha256: str
+
+
 class Manifest(TypedDict):
     """``manifest.json``: what a run was made of.
 
@@ -423,6 +439,7 @@ class Manifest(TypedDict):
         student: the student's base model.
         problems: where the problems come from.
         shared_vocabulary: tokens that student and expert share.
+        chat_template: how chats are written; runs of older versions have none.
         options: every option by name.
     """
 
@@ -435,6 +452,7 @@ class Manifest(TypedDict):
     student: ModelRow
     problems: ProblemsRow
     shared_vocabulary: int
+    chat_template: NotRequired[ChatTemplateRow]
     options: dict[str, Any]
 
 
