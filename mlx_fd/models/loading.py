@@ -16,10 +16,11 @@ from mlx_fd.models.chat_template import (
     choose_source,
     fitted,
 )
+from mlx_fd.models.config_check import check_model
 from mlx_fd.models.dense import dequantize
 from mlx_fd.models.directory import CONFIG, blaming, check_directory, check_files
 from mlx_fd.models.memory import available_memory
-from mlx_fd.models.published_config import check_positions, read_config, text_config
+from mlx_fd.models.published_config import read_config, text_config
 from mlx_fd.models.storage import read_json
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def open_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         model, config = load_model(
             path, lazy=True, trust_remote_code=False, model_config=copy.deepcopy(read)
         )
-    check_positions(model, read, path / CONFIG)
+    check_model(model, read, path / CONFIG)
     # It changes what it is given; of that only what it found out about the weights is kept.
     found = ("quantization", "quantization_config")
     return model, {**config, **{key: read[key] for key in read if key not in found}}
