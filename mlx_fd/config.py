@@ -88,7 +88,7 @@ class ModelOptions:
     )
     chat_template_kwargs: Mapping[str, Any] = _option(
         {},
-        "Variables for the chat template, such as enable_thinking: a table in a file, JSON on the "
+        "Variables for the chat template, such as reasoning_effort: a table in a file, JSON on the "
         "command line. The template must know them.",
     )
     template_date: str = _option(
@@ -140,6 +140,18 @@ class GenerationOptions:
     student_temperature: float = _option(0.0, "Sampling temperature of the student.", low=0)
     expert_repetition_penalty: float = _option(1.0, "Of the expert; 1: none.", low=1)
     student_repetition_penalty: float = _option(1.0, "Of the student; 1: none.", low=1)
+    expert_thinking: str = _option(
+        "off",
+        "Whether the expert thinks before each text it writes, if it is a model that can; off "
+        "closes a thought that its chat template opens.",
+        choices=("off", "on"),
+    )
+    student_thinking: str = _option(
+        "off", "Whether the student thinks, likewise.", choices=("off", "on")
+    )
+    max_thinking_tokens: int = _option(
+        1024, "Maximum tokens per thought, which is closed there; the text comes on top.", low=1
+    )
     answer_filter: str = _option(
         "auto",
         "How the final number is extracted: auto takes ####, then \\boxed{}, then the last number; "
@@ -149,6 +161,12 @@ class GenerationOptions:
     sequential: bool = _option(
         False, "One problem at a time, without KV cache reuse (the reference implementation)."
     )
+
+    @property
+    def thought_tokens(self) -> int:
+        """The most tokens of a thought of either model; 0 where neither thinks."""
+        thinks = "on" in (self.expert_thinking, self.student_thinking)
+        return self.max_thinking_tokens if thinks else 0
 
 
 @dataclass(frozen=True)
@@ -193,6 +211,11 @@ class LossOptions:
     )
     teacher_cache: str = _option(
         "", "Directory of the teacher cache; runs may share one. Empty: in the run directory."
+    )
+    distil_thoughts: bool = _option(
+        False,
+        "Also train on the thought before each feedback. Needs expert_thinking and "
+        "student_thinking, and score_at = feedback.",
     )
     on_policy_fraction: float = _option(
         0.0,
@@ -758,6 +781,15 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
         raise UserError(
             f"{where}: student_context is about the student's own answers; set answers_by to "
             "student, or student_context to none."
+        )
+    thinking = config.generation.expert_thinking, config.generation.student_thinking
+    if losses.distil_thoughts and (
+        thinking != ("on", "on") or config.models.score_at != "feedback"
+    ):
+        raise UserError(
+            f"{where}: distil_thoughts needs both models to think and a score head that reads "
+            "behind the thought: set expert_thinking and student_thinking to on and score_at to "
+            "feedback, or leave distil_thoughts off."
         )
     if losses.teacher_top_k and losses.standardize_logits:
         raise UserError(

@@ -336,7 +336,7 @@ chat_template_option = click.option(
     "template_kwargs",
     type=JsonTable(),
     metavar="JSON",
-    help="Variables for the chat template, such as '{\"enable_thinking\": false}'. "
+    help="Variables for the chat template as JSON, such as the reasoning_effort of gpt-oss. "
     "[default: the run's; none for a model]",
 )
 skip_bad_rows_option = click.option(

@@ -272,7 +272,7 @@ def _with_adapter(plan: Plan, adapter: Path) -> Pair:
     """A pair whose student is a model with an mlx-lm adapter on it."""
     from mlx_lm.tuner.utils import load_adapters
 
-    from mlx_fd.feedback.pair import Pair, share_tokens
+    from mlx_fd.feedback.pair import Pair, share_tokens, thinking_as
     from mlx_fd.models.loading import load_pair
     from mlx_fd.models.student import Student
 
@@ -283,4 +283,5 @@ def _with_adapter(plan: Plan, adapter: Path) -> Pair:
     student = Student(base.view, expert.view.width)
     student.eval()
     expert, base = share_tokens(expert, base, plan.vocab, plan.template)
-    return Pair(expert, student, dataclasses.replace(base, model=model), plan.vocab)
+    pair = Pair(expert, student, dataclasses.replace(base, model=model), plan.vocab)
+    return thinking_as(pair, plan.config.generation)

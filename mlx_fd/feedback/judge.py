@@ -11,20 +11,13 @@ from typing import Any
 from mlx_fd import runs
 from mlx_fd.config import Config, read
 from mlx_fd.errors import UserError
-from mlx_fd.feedback.episode import feedback_request, head_score, parsed
+from mlx_fd.feedback.episode import criticisms, feedback_request, head_score, parsed
 from mlx_fd.models import fingerprint
 from mlx_fd.models.backend import backend
 from mlx_fd.models.chat_template import ChatTemplate, fitted
 from mlx_fd.models.context import Surroundings, context_length, too_long
 from mlx_fd.models.directory import blaming
-from mlx_fd.models.generation import (
-    Conversation,
-    GenerateOptions,
-    Sampling,
-    first_prompt,
-    generate,
-    prefill,
-)
+from mlx_fd.models.generation import GenerateOptions, Sampling, said
 from mlx_fd.models.loading import Loaded, load, open_template
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.storage import read_json
@@ -180,12 +173,14 @@ class Judgement:
         written_score: the score in that text, in [-1, 1]; ``None`` where none could be read.
         head_score: its score head's, in (-1, 1); ``None`` for a judge without a trained one.
         finished: whether it ended the text itself (else the token limit did).
+        thought: what it thought before; empty: nothing.
     """
 
     text: str
     written_score: float | None
     head_score: float | None
     finished: bool
+    thought: str = ""
 
 
 @dataclass(frozen=True)
@@ -263,27 +258,23 @@ class Judge:
         request = feedback_request(loaded)
         requests = [
             (
-                *first_prompt(loaded, answer_prompt(problem.strip())),
-                *loaded.tokenizer.encode(answer.strip(), add_special_tokens=False),
+                *said(
+                    loaded,
+                    answer_prompt(problem.strip()),
+                    loaded.tokenizer.encode(answer.strip(), add_special_tokens=False),
+                ),
                 *request,
             )
             for problem, answer in pairs
         ]
-        states = [prefill(loaded, Conversation(), tokens) for tokens in requests]
-        turns = generate(
-            loaded,
-            [before for _, before in states],
-            [tokens[-1:] for tokens in requests],
-            sampling,
-            GenerateOptions(keep=False, on_token=on_token),
-        )
         judgements = []
-        for tokens, (hidden, before), turn in zip(requests, states, turns, strict=True):
-            written = parsed(turn)
-            score = None
+        for one in criticisms(loaded, requests, sampling, GenerateOptions(on_token=on_token)):
+            read, score = parsed(one.turn), None
             if self.student is not None and self.ref.scores:
-                score = head_score(self.student, loaded, hidden, before, tokens, turn)
-            judgements.append(Judgement(written.text, written.written_score, score, turn.finished))
+                score = head_score(self.student, loaded, one)
+            judgements.append(
+                Judgement(read.text, read.written_score, score, one.turn.finished, one.turn.thought)
+            )
         return judgements
 
 

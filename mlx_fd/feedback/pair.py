@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_fd.config import Config, override
+from mlx_fd.config import Config, GenerationOptions, override
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student
@@ -113,4 +113,23 @@ def _open(
     width = projection or expert.view.width
     student = make_student(base.view, width, options, config.episode.seed)
     expert, base = share_tokens(expert, base, vocab, template)
-    return Pair(expert, student, dataclasses.replace(base, model=student.model), vocab)
+    pair = Pair(expert, student, dataclasses.replace(base, model=student.model), vocab)
+    return thinking_as(pair, config.generation)
+
+
+def thinking_as(pair: Pair, options: GenerationOptions) -> Pair:
+    """A pair whose models think, or do not, as a run's options say.
+
+    Raises:
+        UserError: one shall think, and cannot.
+    """
+    from mlx_fd.models.loading import with_thinking
+
+    def told(loaded: Loaded, switch: str) -> Loaded:
+        return with_thinking(loaded, on=switch == "on", limit=options.max_thinking_tokens)
+
+    return dataclasses.replace(
+        pair,
+        expert=told(pair.expert, options.expert_thinking),
+        student_lm=told(pair.student_lm, options.student_thinking),
+    )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd.errors import UserError
+from mlx_fd.models import thinking
 from mlx_fd.models.backend import backend
 from mlx_fd.models.chat_template import (
     DEFAULT_DATE,
@@ -22,6 +24,7 @@ from mlx_fd.models.directory import CONFIG, blaming, check_directory, check_file
 from mlx_fd.models.memory import available_memory
 from mlx_fd.models.published_config import read_config, text_config
 from mlx_fd.models.storage import read_json
+from mlx_fd.models.thinking import Thinking
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -49,6 +52,7 @@ class Loaded:
         template: how chats are written for it: its own way, or that of the run it belongs to.
         batched: whether conversations in a batch are written as each one alone would be; else they
             are written one by one.
+        thinking: how it thinks before it replies; ``None``: it has no marks of a thought.
     """
 
     model: nn.Module
@@ -60,6 +64,7 @@ class Loaded:
     vocab: int
     template: ChatTemplate
     batched: bool = True
+    thinking: Thinking | None = None
 
 
 def _float32_bytes(model: nn.Module) -> int:
@@ -285,7 +290,7 @@ def _loaded(
     # Scales or unquantised weights; norms are among them in every architecture.
     floating = (v.dtype for _, v in tree_flatten(model.parameters()))
     dtype = next(d for d in floating if mx.issubdtype(d, mx.floating))
-    return Loaded(
+    loaded = Loaded(
         model=model,
         view=view,
         tokenizer=tokenizer,
@@ -296,6 +301,23 @@ def _loaded(
         template=template,
         batched=batched,
     )
+    return with_thinking(loaded, on=False)
+
+
+def with_thinking(loaded: Loaded, *, on: bool, limit: int = 0) -> Loaded:
+    """A model that thinks before it replies, or does not.
+
+    Args:
+        loaded: the model.
+        on: whether it shall think.
+        limit: the most tokens of a thought.
+
+    Raises:
+        UserError: it shall think, and cannot.
+    """
+    template = thinking.switched(loaded.template, on)
+    found = thinking.find(template, loaded.tokenizer, on=on, limit=limit)
+    return dataclasses.replace(loaded, template=template, thinking=found)
 
 
 def _checked_view(path: Path, model: nn.Module, vocab: int) -> tuple[View, bool]:

@@ -310,7 +310,7 @@ def check_run_memory(
             batch_size=batch_size,
             micro_batch=min(config.training.micro_batch, samples),
             # Fewer than 3 characters a token are rare in English and in arithmetic.
-            prompt_tokens=sum(map(len, said)) // 3,
+            prompt_tokens=sum(map(len, said)) // 3 + options.thought_tokens,
             max_answer_tokens=options.max_answer_tokens,
             max_feedback_tokens=max(options.max_feedback_tokens, options.max_merge_tokens),
             solutions=losses.learns_solutions,

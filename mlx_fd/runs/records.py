@@ -6,7 +6,7 @@ They are plain JSON objects: a writer makes one, mypy checks its keys, a reader 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict, final
 
 SCHEMA_VERSION = 1
@@ -164,11 +164,33 @@ class SureRow(TypedDict):
     of: int
 
 
+class ThoughtColumns(TypedDict, total=False):
+    """Of models that think before they write; absent where nothing was thought.
+
+    Attributes:
+        thoughts: what was thought before a text, by step.
+        closed_thoughts: steps whose thought was closed at its token limit.
+    """
+
+    thoughts: Mapping[str, str]
+    closed_thoughts: list[str]
+
+
+def thought_columns(thoughts: Mapping[str, str], closed: Sequence[str]) -> ThoughtColumns:
+    """The columns of what was thought, and of the steps whose thought was closed."""
+    columns: ThoughtColumns = {}
+    if thoughts:
+        columns["thoughts"] = thoughts
+    if closed:
+        columns["closed_thoughts"] = list(closed)
+    return columns
+
+
 # ------------------------------------------------------------------------------- rows of logs
 
 
 @final
-class EpisodeRow(TypedDict):
+class EpisodeRow(ThoughtColumns):
     """A line of ``episodes.jsonl``: one problem.
 
     Attributes:
@@ -306,7 +328,8 @@ class AttemptRow(TypedDict):
         question: the problem's text as the student read it.
         reference: the right answer.
         text: the attempt.
-        tokens: its token ids.
+        thought: what was thought before it; absent where nothing was.
+        tokens: its token ids, without those of the thought.
         final: the final number read in it; null where none could be read.
         correct: whether that is right.
         finished: whether it ended itself (else the token limit did).
@@ -328,6 +351,7 @@ class AttemptRow(TypedDict):
     question: str
     reference: str
     text: str
+    thought: NotRequired[str]
     tokens: list[int]
     final: str | None
     correct: bool
@@ -752,7 +776,7 @@ class TrackerRow(TypedDict):
 # ----------------------------------------------------------------------------- evaluation's files
 
 
-class TrialRow(TypedDict):
+class TrialRow(ThoughtColumns):
     """What every line of ``outputs.jsonl`` has of a system's attempt.
 
     Attributes:

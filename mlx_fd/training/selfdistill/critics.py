@@ -13,6 +13,7 @@ from mlx_fd.models.generation import (
     first_prompt,
     followup_prompt,
     generate,
+    said,
     without_repeated_eos,
 )
 from mlx_fd.models.loading import Loaded
@@ -85,9 +86,10 @@ def _batched(
 def _answered(critic: Loaded, attempts: Sequence[Attempt]) -> list[tuple[int, ...]]:
     """Conversations in which the problem was put and the attempt is the answer."""
     return [
-        (
-            *first_prompt(critic, answer_prompt(attempt.problem.question)),
-            *critic.tokenizer.encode(attempt.text, add_special_tokens=False),
+        said(
+            critic,
+            answer_prompt(attempt.problem.question),
+            critic.tokenizer.encode(attempt.text, add_special_tokens=False),
         )
         for attempt in attempts
     ]
@@ -96,7 +98,7 @@ def _answered(critic: Loaded, attempts: Sequence[Attempt]) -> list[tuple[int, ..
 def _replies(
     critic: Loaded, before: Sequence[tuple[int, ...]], request: tuple[int, ...], limit: int
 ) -> list[tuple[tuple[int, ...], str]]:
-    prompts = [(*said, *without_repeated_eos(Conversation(said), request)) for said in before]
+    prompts = [(*chat, *without_repeated_eos(Conversation(chat), request)) for chat in before]
     return _batched(critic, prompts, limit)
 
 
@@ -107,7 +109,7 @@ def _feedback(
     request = feedback_request(critic)
     replies = _replies(critic, _answered(critic, attempts), request, limit)
     return [
-        (tokens, parsing.parse_feedback(f"{FEEDBACK_OPENING}{text}").text)
+        (tokens, parsing.parse_feedback(f"{FEEDBACK_OPENING}{text}").text if text else "")
         for tokens, text in replies
     ]
 

@@ -64,6 +64,7 @@ def lessons(finished: Sequence[Finished], context: str) -> Lessons:
                     text=answer.text,
                     final=answer.final,
                     correct=right,
+                    opening=answer.opening,
                 )
             )
             views.append(View(prompts.answer_prompt(problem.question), message))

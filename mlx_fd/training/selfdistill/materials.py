@@ -30,6 +30,8 @@ class Attempt:
         final: the number arrived at, ``None`` where none could be read.
         correct: whether it is the problem's answer.
         logprobs: log-probability of each token when it was drawn, as long as ``tokens``.
+        opening: ids of the thought before it, with its marks; empty where there was none.
+        thought: the same as text.
     """
 
     problem: Problem
@@ -39,6 +41,8 @@ class Attempt:
     final: Fraction | None
     correct: bool
     logprobs: tuple[float, ...] = ()
+    opening: tuple[int, ...] = ()
+    thought: str = ""
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def open_models(plan: Plan) -> Any:
     Returns:
         The :class:`mlx_fd.training.selfdistill.training.Models`, the student with fresh LoRA.
     """
-    from mlx_fd.models.loading import load, load_pair
+    from mlx_fd.models.loading import load, load_pair, with_thinking
     from mlx_fd.models.student import make_student
     from mlx_fd.training.selfdistill.training import TRUTH, Models
 
@@ -133,7 +133,12 @@ def open_models(plan: Plan) -> Any:
         critic, base = load_pair(plan.expert_path, plan.student_path, dequantize=options.dequantize)
         template = _template(plan.expert_path, plan.config, trains=False)
         critic = dataclasses.replace(critic, template=template)
+    generation = plan.config.generation
+    limit = generation.max_thinking_tokens
+    if critic is not None:
+        critic = with_thinking(critic, on=generation.expert_thinking == "on", limit=limit)
     # Nothing is aligned here; one column stands for the projection that a checkpoint has.
     student = make_student(base.view, 1, options, plan.config.episode.seed)
     student_lm = dataclasses.replace(base, model=student.model, template=plan.template)
-    return Models(student, student_lm, critic)
+    thinks = generation.student_thinking == "on"
+    return Models(student, with_thinking(student_lm, on=thinks, limit=limit), critic)
