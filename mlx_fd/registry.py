@@ -123,6 +123,7 @@ class Registry(Mapping[str, E], Generic[E]):
 # What the entries are is said where their kind is defined, in the package named here.
 LOSSES: Registry[Any] = Registry("loss", "mlx_fd.feedback.loss_terms")
 SOURCES: Registry[Any] = Registry("problem source", "mlx_fd.problems.sources")
+KINDS: Registry[Any] = Registry("kind of answer", "mlx_fd.problems.kinds")
 CONTEXTS: Registry[Any] = Registry("self-teacher context", "mlx_fd.training.selfdistill.contexts")
 SYSTEMS: Registry[Any] = Registry("baseline", "mlx_fd.evaluation.baselines")
 FORMATS: Registry[Any] = Registry("export format", "mlx_fd.export.formats")
@@ -131,6 +132,7 @@ FAMILIES: Registry[Any] = Registry("model family", "mlx_fd.models.families")
 REGISTRIES: dict[str, Registry[Any]] = {
     "Losses": LOSSES,
     "Problem sources": SOURCES,
+    "Kinds of answers": KINDS,
     "Self-teacher contexts": CONTEXTS,
     "Systems of an evaluation": SYSTEMS,
     "Export formats": FORMATS,

@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,8 @@ from mlx_fd.models.generation import (
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.models.view import View
-from mlx_fd.problems import Problem, arithmetic, parsing
+from mlx_fd.problems import Problem, arithmetic
+from mlx_fd.problems.kinds import is_right, read_final
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.training.selfdistill import plan as session
 from mlx_fd.training.selfdistill import training
@@ -109,7 +109,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "echodistill": {"method": "echodistill", "noise_level": 0.15},
 }
 PROBLEMS, SAMPLES, LIMIT = 60, 12, 64
-Finals = list[list[Fraction | None]]
+Finals = list[list[str | None]]
 Values = Callable[[Row], Sequence[float]]
 NOISES = (("typed", 0.15), ("transcribed", 0.15))
 RARE = 0.25
@@ -149,13 +149,15 @@ def sampled(loaded: Loaded, problems: Sequence[Problem], seed: int) -> Finals:
         for problem in problems
         for _ in range(SAMPLES)
     ]
-    finals = [parsing.final_answer(t.text) for t in written(loaded, prompts, LIMIT, 1.0, seed)]
+    asked = [problem for problem in problems for _ in range(SAMPLES)]
+    turns = written(loaded, prompts, LIMIT, 1.0, seed)
+    finals = [read_final(turn.text, p) for turn, p in zip(turns, asked, strict=True)]
     return [finals[k * SAMPLES : (k + 1) * SAMPLES] for k in range(len(problems))]
 
 
 def right_of(finals: Finals, problems: Sequence[Problem]) -> list[int]:
     return [
-        sum(parsing.same_answer(final, problem.answer) for final in group)
+        sum(is_right(final, problem) for final in group)
         for group, problem in zip(finals, problems, strict=True)
     ]
 
@@ -167,7 +169,7 @@ def solved(
     questions = [noisy(p.question, *noise, 0) if noise else p.question for p in problems]
     prompts = [first_prompt(loaded, answer_prompt(question)) for question in questions]
     return "".join(
-        str(int(parsing.same_answer(parsing.final_answer(turn.text), problem.answer)))
+        str(int(is_right(read_final(turn.text, problem), problem)))
         for turn, problem in zip(written(loaded, prompts, LIMIT), problems, strict=True)
     )
 
@@ -240,7 +242,7 @@ def measured(loaded: Loaded, base: Loaded, seed: int) -> Row:
     return {
         "right": right_of(finals, problems),
         "majority": [
-            round(maj_at_k(group, problem.answer), 3)
+            round(maj_at_k(group, problem.answer.__eq__), 3)
             for group, problem in zip(finals, problems, strict=True)
         ],
         "judged": judged(loaded, exercises),

@@ -15,7 +15,6 @@ import json
 import os
 import random
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,7 @@ from mlx_fd.models.generation import Conversation, GenerateOptions, Sampling, fi
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import Problem, arithmetic, parsing
+from mlx_fd.problems.kinds import is_right, read_final
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.training.selfdistill import noise
 from mlx_fd.training.selfdistill.contexts import (
@@ -94,15 +94,16 @@ SHARES = [2 if name in ("reference", "feedback", "rubric", "reflection") else 1 
 def context_pieces() -> list[str]:
     """The fixed pieces of the contexts' messages, and what is often quoted in them."""
     one, two, three = "\u241fone\u241f", "\u241ftwo\u241f", "\u241fthree\u241f"
+    asked = Problem("", one, "", "")
     messages = [
-        reference.reference_message(one, two),
-        step_critique.critique_message(one, two),
-        feedback.feedback_message(one, two),
-        rubric.rubric_message(one, two),
-        demonstration.demonstration_message(one, two),
-        contrast.hint_message(one, two),
-        sibling.sibling_message(one, two),
-        reflection.reflection_message(one, [two], one, two, three),
+        reference.reference_message(asked, two),
+        step_critique.critique_message(asked, two),
+        feedback.feedback_message(asked, two),
+        rubric.rubric_message(asked, two),
+        demonstration.demonstration_message(asked, two),
+        contrast.hint_message(asked, two),
+        sibling.sibling_message(asked, two),
+        reflection.reflection_message(asked, [two], one, two, three),
     ]
     pieces = [
         piece
@@ -149,12 +150,12 @@ def widened(
 
 
 def _problem(drawn: arithmetic.Exercise) -> Problem:
-    return Problem(drawn.question, drawn.question, drawn.solution, Fraction(drawn.steps[-1].result))
+    return Problem(drawn.question, drawn.question, drawn.solution, str(drawn.steps[-1].result))
 
 
 def _attempt(problem: Problem, text: str, question: str = "") -> Attempt:
-    final = parsing.final_answer(text)
-    right = parsing.same_answer(final, problem.answer)
+    final = read_final(text, problem)
+    right = is_right(final, problem)
     return Attempt(problem, question or problem.question, (), text, final, right)
 
 

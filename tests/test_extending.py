@@ -28,8 +28,10 @@ from mlx_fd.feedback.distill import measure, update
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import Sample, read_text
 from mlx_fd.models.generation import Conversation
-from mlx_fd.problems import arithmetic, sources
-from mlx_fd.registry import REGISTRIES, Entry, Registry
+from mlx_fd.problems import Problem, arithmetic, sources
+from mlx_fd.problems.kinds import form_of, is_right, read_final
+from mlx_fd.problems.prompts import answer_prompt
+from mlx_fd.registry import KINDS, REGISTRIES, Entry, Registry
 from mlx_fd.runs.plan import make_plan as real_plan
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, student_prompt
 from mlx_fd.training.selfdistill.training import check_combination
@@ -78,7 +80,7 @@ def shell(*arguments):
 
 
 def test_every_kind_has_an_example():
-    assert list(FILES) == ["early", "units", "units_critic", "ollama", "sums", "seed_oss"]
+    assert list(FILES) == ["early", "units", "units_critic", "ollama", "yes_no", "sums", "seed_oss"]
     assert len(FILES) == len(REGISTRIES)
 
 
@@ -95,6 +97,17 @@ def test_entries_keep_their_order_and_names(registry, added):
     assert list(registry)[:-1] == before
     with pytest.raises(ValueError, match=f"two entries '{before[0]}'"):
         registry.register(registry[before[0]])
+
+
+def test_a_kind_of_answers_reads_and_judges(added):
+    added("yes_no")
+    problem = Problem("p", "Is it so?", "", KINDS["yes-no"].gold(True, ()), kind="yes-no")
+    assert answer_prompt(problem.question, form_of(problem)).endswith("#### <yes or no>")
+    assert read_final("It rains.\n#### Yes.", problem) == "yes"
+    assert is_right("yes", problem) and not is_right("no", problem)
+    assert read_final("#### maybe", problem) is None and not is_right(None, problem)
+    with pytest.raises(ValueError, match="neither yes nor no"):
+        KINDS["yes-no"].gold("perhaps", ())
 
 
 def test_reference_lists_every_entry():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -15,7 +14,6 @@ from mlx_fd.cli.options import (
     LateOption,
     Number,
     PathType,
-    chat_template_option,
     chosen_model,
     debug_option,
     json_option,
@@ -137,7 +135,6 @@ Examples:
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
 @skip_bad_rows_option
-@chat_template_option
 @json_option
 @quiet_option
 @debug_option
@@ -163,7 +160,6 @@ def evaluate(
     cache: Path | None,
     seed: int,
     skip_bad_rows: bool,
-    template_kwargs: dict[str, Any] | None,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -211,7 +207,7 @@ def evaluate(
         seed=seed,
         skip_bad_rows=skip_bad_rows,
     )
-    target = open_target(name, expert, adapter_path, max_tokens, template_kwargs)
+    target = open_target(name, expert, adapter_path, max_tokens)
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
     if (note := time_note()) and not quiet:

@@ -21,15 +21,22 @@ from mlx_fd.evaluation.statistics import Rows, bootstrap, mean, mean_gain
 from mlx_fd.feedback.episode import (
     OnTokens,
     answer,
-    criticisms,
     feedback_request,
     head_score,
     parsed,
 )
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.files import write_json
-from mlx_fd.models.generation import GenerateOptions, Sampling, said
+from mlx_fd.models.generation import (
+    Conversation,
+    GenerateOptions,
+    Sampling,
+    first_prompt,
+    generate,
+    prefill,
+)
 from mlx_fd.problems import arithmetic
+from mlx_fd.problems.kinds import form_of
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.problems.sources import Question, truth_of
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
@@ -78,26 +85,28 @@ def examine(
         batch_size: questions that are answered together.
     """
     results: list[Result] = []
-    loaded = pair.student_lm
-    request = feedback_request(loaded)
+    tokenizer = pair.student_lm.tokenizer
+    request = feedback_request(pair.student_lm)
     for begin in range(0, len(exam), batch_size):
         chunk = exam[begin : begin + batch_size]
         prompts = [
             (
-                *said(
-                    loaded,
-                    answer_prompt(question.problem.question),
-                    loaded.tokenizer.encode(question.answer, add_special_tokens=False),
+                *first_prompt(
+                    pair.student_lm,
+                    answer_prompt(question.problem.question, form_of(question.problem)),
                 ),
+                *tokenizer.encode(question.answer, add_special_tokens=False),
                 *request,
             )
             for question in chunk
         ]
-        written = criticisms(
-            loaded,
-            prompts,
+        read = [prefill(pair.student_lm, Conversation(), prompt) for prompt in prompts]
+        turns = generate(
+            pair.student_lm,
+            [before for _, before in read],
+            [prompt[-1:] for prompt in prompts],
             Sampling(options.max_feedback_tokens),
-            GenerateOptions(on_token=lambda count: on_tokens("exam", count)),
+            GenerateOptions(keep=False, on_token=lambda count: on_tokens("exam", count)),
         )
         solutions = answer(
             pair.student_lm,
@@ -108,9 +117,11 @@ def examine(
             temperature=0.0,
             keep=False,
         )
-        for question, one, solution in zip(chunk, written, solutions, strict=True):
-            feedback = parsed(one.turn)
-            score = head_score(pair.student, loaded, one)
+        for question, prompt, (hidden, before), turn, solution in zip(
+            chunk, prompts, read, turns, solutions, strict=True
+        ):
+            feedback = parsed(turn)
+            score = head_score(pair.student, pair.student_lm, hidden, before, prompt, turn)
             named = arithmetic.first_error(feedback.text)
             results.append(
                 Result(

@@ -26,8 +26,9 @@ from mlx_fd.feedback.episode import (
     student_feedback,
 )
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.models.generation import Conversation, said
+from mlx_fd.models.generation import Conversation, first_prompt
 from mlx_fd.problems import arithmetic, parsing, prompts
+from mlx_fd.problems.kinds import form_of
 from mlx_fd.problems.sources import Question
 from mlx_fd.runs.records import ItemRow, OutputRow
 
@@ -183,11 +184,15 @@ def _where(mask: Sequence[float], values: Sequence[float]) -> list[float]:
 def _answered(pair: Pair, question: Question) -> Answered:
     """An answer as if the expert had given it."""
     expert = pair.expert
-    reply = tuple(expert.tokenizer.encode(question.answer, add_special_tokens=False))
-    chat = said(expert, prompts.answer_prompt(question.problem.question), reply)
+    tokens = (
+        *first_prompt(
+            expert, prompts.answer_prompt(question.problem.question, form_of(question.problem))
+        ),
+        *expert.tokenizer.encode(question.answer, add_special_tokens=False),
+    )
     return Answered(
         question.problem,
-        prompts.Answer(question.answer, None, reply),
-        Conversation(chat),
+        prompts.Answer(question.answer, None),
+        Conversation(tokens),
         feedback_request(expert),
     )

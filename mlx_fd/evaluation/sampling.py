@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 
@@ -23,17 +23,17 @@ def pass_at_k(right: int, n: int, k: int) -> float:
     return float(1 - Fraction(math.comb(n - right, k), math.comb(n, k)))
 
 
-def maj_at_k(finals: Sequence[Fraction | None], answer: Fraction) -> float:
+def maj_at_k(finals: Sequence[str | None], right: Callable[[str], bool]) -> float:
     """The probability that the vote of k samples is right (self-consistency, arXiv 2203.11171).
 
     Args:
         finals: the final answer of each sample; those that could not be read (``None``) do not
             vote.
-        answer: the right one.
+        right: whether a final answer is right.
 
     Returns:
-        1 where it has the most votes, 1/m where it shares them with m - 1 others (a tie is broken
-        by lot), else 0; 0 too where no sample votes.
+        1 where a right one has the most votes, 1/m where it shares them with m - 1 wrong ones (a
+        tie is broken by lot), else 0; 0 too where no sample votes.
 
     Raises:
         ValueError: there is no sample.
@@ -43,4 +43,4 @@ def maj_at_k(finals: Sequence[Fraction | None], answer: Fraction) -> float:
     votes = Counter(final for final in finals if final is not None)
     most = max(votes.values(), default=0)
     winners = [final for final, count in votes.items() if count == most]
-    return 1 / len(winners) if answer in winners else 0.0
+    return sum(map(right, winners)) / len(winners) if winners else 0.0

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,9 @@ from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
 from mlx_fd.feedback.episode import Answered, Usage, answer, feedback_request
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.models.generation import Conversation, said, without_repeated_eos
+from mlx_fd.models.generation import Conversation, first_prompt, without_repeated_eos
 from mlx_fd.problems import Problem, parsing, prompts
+from mlx_fd.problems.kinds import form_of, is_right, read_final
 from mlx_fd.runs.checked import content_digest
 from mlx_fd.runs.records import ItemRow, OutputRow
 
@@ -103,20 +103,20 @@ class Solving:
             trial: the final answer and the first one.
             how: how a final number is read.
         """
-        final = parsing.final_answer(trial.final, how)
-        first = parsing.final_answer(trial.turns["answer"], how)
+        final = read_final(trial.final, problem, how)
+        first = read_final(trial.turns["answer"], problem, how)
         gold = problem.solution
         if "####" not in gold:
             gold = f"{gold}\n#### {problem.answer}"
         return {
             "id": problem.id,
             "question": problem.question,
-            "reference": str(problem.answer),
-            "final": None if final is None else str(final),
-            "correct": parsing.same_answer(final, problem.answer),
+            "reference": problem.answer,
+            "final": final,
+            "correct": is_right(final, problem),
             "strict": parsing.lm_eval_match(trial.final, gold, "strict"),
             "flexible": parsing.lm_eval_match(trial.final, gold, "flexible"),
-            "first_correct": parsing.same_answer(first, problem.answer),
+            "first_correct": is_right(first, problem),
         }
 
     def measures(self, rows: Sequence[Sequence[OutputRow]]) -> list[Measure]:
@@ -163,8 +163,8 @@ def _first_by(bench: Bench) -> Who:
 
 
 def _majority(samples: Sequence[OutputRow]) -> float:
-    finals = [None if row["final"] is None else Fraction(row["final"]) for row in samples]
-    return maj_at_k(finals, Fraction(samples[0]["reference"]))
+    right = {row["final"] for row in samples if row["correct"]}
+    return maj_at_k([row["final"] for row in samples], right.__contains__)
 
 
 def _answers(
@@ -203,9 +203,6 @@ def _answers(
                 "prefilled": one.usage.prefilled["answer"],
                 "seconds": one.usage.seconds["answer"],
                 "capped": list(one.usage.capped),
-                "written": one.usage.tokens["answer"],
-                "thoughts": one.usage.thoughts,
-                "closed": list(one.usage.closed),
             }
             for one in answered
         ]
@@ -220,19 +217,21 @@ def _answered(pair: Pair, problem: Problem, row: dict[str, Any]) -> Answered:
     whenever: what comes next does not depend on what was in the cache.
     """
     tokens = tuple(row["tokens"])
-    chat = said(pair.expert, prompts.answer_prompt(problem.question), tokens)
-    conversation = Conversation(chat)
+    conversation = Conversation(
+        (
+            *first_prompt(pair.expert, prompts.answer_prompt(problem.question, form_of(problem))),
+            *tokens,
+        )
+    )
     return Answered(
         problem,
         prompts.Answer(row["text"], None, tokens),
         conversation,
         without_repeated_eos(conversation, feedback_request(pair.expert)),
         Usage(
-            {"answer": row["written"]},
+            {"answer": len(tokens)},
             {"answer": row["prefilled"]},
             {"answer": row["seconds"]},
             tuple(row["capped"]),
-            row["thoughts"],
-            tuple(row["closed"]),
         ),
     )

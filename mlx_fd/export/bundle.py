@@ -12,7 +12,6 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from mlx_fd.errors import UserError
 from mlx_fd.files import write_atomic
 from mlx_fd.problems import Problem, parsing
+from mlx_fd.problems.kinds import form_of, is_right, read_final
 from mlx_fd.problems.prompts import (
     FEEDBACK_OPENING,
     Feedback,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 FOLDER = "parity"
 CONTENT = "bundle.json"
 REFERENCE: Final = "reference.safetensors"
-FORMAT = 1
+FORMAT = 2
 ROLES = ("answer", "feedback", "merge", "revise", "critique", "final")
 ARRAYS = ("top_ids", "top_logprobs", "next_logprobs")  # of a prompt; in the file, all in a row
 TOP = 64  # tokens a position whose log-probabilities are kept
@@ -102,18 +102,31 @@ class Item:
     Attributes:
         id: the problem's.
         question: the problem's text.
-        answer: the right number.
+        answer: the right one, in the canonical form of its kind.
         text: the reference's greedy answer.
-        final: the number it arrives at; ``None`` where none can be read.
-        right: whether that is the right one.
+        final: what it arrives at; ``None`` where that cannot be read.
+        right: whether that is right.
+        kind: of the answer.
+        choices: what there is to choose from.
+        also_right: other right answers.
     """
 
     id: str
     question: str
-    answer: Fraction
+    answer: str
     text: str
-    final: Fraction | None
+    final: str | None
     right: bool
+    kind: str = "number"
+    choices: tuple[str, ...] = ()
+    also_right: tuple[str, ...] = ()
+
+    @property
+    def problem(self) -> Problem:
+        """The problem that is answered."""
+        return Problem(
+            self.id, self.question, "", self.answer, self.kind, self.choices, self.also_right
+        )
 
 
 @dataclass(frozen=True)
@@ -205,22 +218,24 @@ def make_bundle(
 
     Args:
         loaded: the model as it is here; what is exported shall be the same.
-        problems: at least one, in words that the model's tokenizer knows.
+        problems: at least one, of one kind, in words that the model's tokenizer knows.
         seed: chooses the problems that go through the roles.
         source: what to say of the export's origin; JSON values.
         progress: called with the turns done and their number.
 
     Raises:
-        UserError: there is no problem, no chat template, or the model's logits are not finite.
+        UserError: there is no problem, they are of several kinds, there is no chat
+            template, or the model's logits are not finite.
     """
     from mlx_fd.models.backend import backend
     from mlx_fd.models.chat_template import check_conversation
     from mlx_fd.models.fingerprint import content_hash
-    from mlx_fd.models.generation import chat_text
     from mlx_fd.runs.manifest import versions
 
     if not problems:
         raise UserError("a parity bundle needs at least one problem")
+    if len({problem.kind for problem in problems}) > 1:
+        raise UserError("a parity bundle needs problems with one kind of answers")
     check_conversation(loaded.template)
     chosen = random.Random(seed).sample(list(problems), min(ROLE_PROBLEMS, len(problems)))
     total = 2 * len(ROLES) * len(chosen) + len(problems)
@@ -231,7 +246,8 @@ def make_bundle(
         for problem, drawn in zip(chosen, row, strict=True)
     ]
     prompts = tuple(_scored(reference, *draft) for draft in drafts)
-    around = chat_text(loaded, [answer_prompt(_SENTINEL)]).split(_SENTINEL)
+    form = form_of(problems[0])
+    around = loaded.template.render([answer_prompt(_SENTINEL, form)]).split(_SENTINEL)
     if len(around) != 2:
         raise UserError(
             f"{loaded.path}: its chat template writes a message {len(around) - 1} times, so that "
@@ -264,14 +280,12 @@ def _conversations(
     reference: _Reference, problems: Sequence[Problem]
 ) -> Iterator[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
     """Each role with, for each problem, the prompt's text and the greedy continuation."""
-    from mlx_fd.models.generation import chat_text
-
     chats: list[list[str]] = [[] for _ in problems]
     feedbacks: list[Feedback] = []
     for role in ROLES:
         for index, (chat, problem) in enumerate(zip(chats, problems, strict=True)):
             if role == "answer":
-                message = answer_prompt(problem.question)
+                message = answer_prompt(problem.question, form_of(problem))
             elif role == "feedback":
                 message = feedback_prompt()
             elif role == "merge":
@@ -279,14 +293,14 @@ def _conversations(
                 other = feedbacks[(index + 1) % len(feedbacks)]
                 message = merge_prompt(feedbacks[index], other)
             elif role == "revise":
-                message = revise_prompt("")
+                message = revise_prompt("", form_of(problem))
             elif role == "critique":
                 message = critique_prompt()
             else:
-                message = final_prompt()
+                message = final_prompt(form_of(problem))
             chat.append(message)
         begun = FEEDBACK_OPENING if role == "feedback" else ""
-        texts = [chat_text(reference.loaded, chat) + begun for chat in chats]
+        texts = [reference.loaded.template.render(chat) + begun for chat in chats]
         written = reference.write(texts, _CONTINUATION)
         for chat, (_, text) in zip(chats, written, strict=True):
             chat.append(f"{begun} {text}".strip())
@@ -330,15 +344,17 @@ def _answered(
 ) -> Iterator[Item]:
     texts = [before + problem.question.strip() + after for problem in problems]
     for problem, (_, text) in zip(problems, reference.write(texts, _ANSWER_TOKENS), strict=True):
-        final = parsing.final_answer(text)
-        right = parsing.same_answer(final, problem.answer)
+        final = read_final(text, problem)
         yield Item(
             id=problem.id,
             question=problem.question.strip(),
             answer=problem.answer,
             text=text,
             final=final,
-            right=right,
+            right=is_right(final, problem),
+            kind=problem.kind,
+            choices=problem.choices,
+            also_right=problem.also_right,
         )
 
 
@@ -391,10 +407,13 @@ def write_bundle(bundle: Bundle, folder: Path) -> None:
             {
                 "id": item.id,
                 "question": item.question,
-                "answer": str(item.answer),
+                "answer": item.answer,
                 "text": item.text,
-                "final": None if item.final is None else str(item.final),
+                "final": item.final,
                 "right": item.right,
+                "kind": item.kind,
+                "choices": list(item.choices),
+                "also_right": list(item.also_right),
             }
             for item in bundle.items
         ],

@@ -30,7 +30,8 @@ from mlx_fd.export.bundle import (
     Prompt,
     content_digest,
 )
-from mlx_fd.problems import parsing
+from mlx_fd.problems.kinds import is_right
+from mlx_fd.registry import KINDS
 
 # Far above what is ever written: 18 prompts of 64 positions are 0.6 MB.
 _LARGEST = {CONTENT: 32 << 20, REFERENCE: 64 << 20}
@@ -92,12 +93,16 @@ class _Fields:
             raise UserError(f"{self.where}: {name} are not all ids below {vocab}; {_AGAIN}")
         return tuple(values)
 
-    def number(self, name: str) -> Fraction:
+    def texts(self, name: str) -> tuple[str, ...]:
+        values = _Fields(dict(enumerate(self._get(name, list))), f"{self.where}: {name}")
+        return tuple(values.text(place) for place in values._value)
+
+    def final(self, name: str, kind: str) -> str:
         text = self.text(name)
-        # Fraction itself would spend hours on 1e999999999.
-        if not _FRACTION.fullmatch(text):
+        # Of one value there is one way to write it, and nobody computes 1e999999999.
+        if kind == "number" and not (_FRACTION.fullmatch(text) and str(Fraction(text)) == text):
             raise UserError(f"{self.where}: {name} is no number; {_AGAIN}")
-        return Fraction(text)
+        return text
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -160,19 +165,24 @@ def _bytes(path: Path) -> bytes:
 
 
 def _item(row: _Fields) -> Item:
-    # A final answer that could not be read is null.
-    final = None if row.null("final") else row.number("final")
-    answer, right = row.number("answer"), row.flag("right")
-    if right != parsing.same_answer(final, answer):
-        raise UserError(f"{row.where}: right is {right}, but its answers say otherwise; {_AGAIN}")
-    return Item(
+    kind, right = row.text("kind"), row.flag("right")
+    if kind not in KINDS:
+        raise UserError(f"{row.where}: there is no kind of answers {kind!r}; {_AGAIN}")
+    item = Item(
         id=row.text("id"),
         question=row.text("question"),
-        answer=answer,
+        answer=row.final("answer", kind),
         text=row.text("text"),
-        final=final,
+        # A final answer that could not be read is null.
+        final=None if row.null("final") else row.final("final", kind),
         right=right,
+        kind=kind,
+        choices=row.texts("choices"),
+        also_right=row.texts("also_right"),
     )
+    if right != is_right(item.final, item.problem):
+        raise UserError(f"{row.where}: right is {right}, but its answers say otherwise; {_AGAIN}")
+    return item
 
 
 def _pieces(fields: _Fields, vocab: int) -> dict[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import json
 import subprocess
@@ -178,7 +179,7 @@ def _as_request(job: Job, problems_to_solve: Sequence[Problem | Item]) -> str:
             "target": job.target,
             "folder": str(job.folder),
             "asked": [
-                {"id": p.id, "question": p.question, "answer": str(p.answer)}
+                dataclasses.asdict(p.problem if isinstance(p, Item) else p)
                 for p in problems_to_solve
             ],
         }

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from mlx_fd.errors import UserError
 from mlx_fd.export.bundle import ROLES, Bundle, Item, Prompt
 from mlx_fd.export.engines import TIMED_ROLE, Continuation, Engine
-from mlx_fd.problems import Problem, parsing
+from mlx_fd.problems import Problem
+from mlx_fd.problems.kinds import is_right, read_final
 from mlx_fd.runs.summary import wilson
 
 # Below what is left of 1 after 64 float32 log-probabilities are taken from it.
@@ -140,12 +141,13 @@ def _answers(
     rights: list[bool] = []
     reference_right: list[bool] = []
     same = 0
-    for problem in problems:
+    for asked in problems:
+        problem = asked.problem if isinstance(asked, Item) else asked
         text = engine.answer(
             bundle.before + problem.question.strip() + bundle.after, bundle.max_answer_tokens
         )
-        final = parsing.final_answer(text)
-        rights.append(parsing.same_answer(final, problem.answer))
+        final = read_final(text, problem)
+        rights.append(is_right(final, problem))
         item = in_bundle.get(problem.id)
         if item is not None and item.question == problem.question.strip():
             reference_right.append(item.right)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,7 +40,8 @@ def main() -> None:
     from mlx_fd.export.measures import measure
 
     problems = [
-        Problem(row["id"], row["question"], "", Fraction(row["answer"])) for row in request["asked"]
+        Problem(**{**row, "choices": tuple(row["choices"]), "also_right": tuple(row["also_right"])})
+        for row in request["asked"]
     ]
     try:
         bundle = read_bundle(Path(request["folder"]))

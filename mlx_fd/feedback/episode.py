@@ -21,7 +21,6 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 import mlx.core as mx
 
@@ -32,22 +31,18 @@ from mlx_fd.models.generation import (
     GenerateOptions,
     Sampling,
     Turn,
-    after_thought,
     first_prompt,
     followup_prompt,
     forward,
     generate,
     prefill,
-    replying,
-    said,
     sampling_for,
-    think,
-    with_thought,
     without_repeated_eos,
 )
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student
 from mlx_fd.problems import Problem, parsing
+from mlx_fd.problems.kinds import form_of, is_right, read_final
 from mlx_fd.problems.prompts import (
     FEEDBACK_OPENING,
     Answer,
@@ -59,7 +54,7 @@ from mlx_fd.problems.prompts import (
     merge_prompt,
     revise_prompt,
 )
-from mlx_fd.runs.records import AnswerRow, EpisodeRow, GateRow, thought_columns
+from mlx_fd.runs.records import AnswerRow, EpisodeRow, GateRow
 
 OnTokens = Callable[[str, int], None]
 """Called with the step's name and how many tokens were just written or learned from."""
@@ -74,16 +69,12 @@ class Usage:
         prefilled: tokens read.
         seconds: this problem's share of the batch's time.
         capped: steps that ended at the token limit.
-        thoughts: what was thought before a step's text, where something was.
-        closed: steps whose thought was closed at its limit.
     """
 
     tokens: dict[str, int] = field(default_factory=dict)
     prefilled: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     capped: tuple[str, ...] = ()
-    thoughts: dict[str, str] = field(default_factory=dict)
-    closed: tuple[str, ...] = ()
 
     def __add__(self, other: Usage) -> Usage:
         """The steps of both, this one's first; a step is in one of them only."""
@@ -92,8 +83,6 @@ class Usage:
             {**self.prefilled, **other.prefilled},
             {**self.seconds, **other.seconds},
             (*self.capped, *other.capped),
-            {**self.thoughts, **other.thoughts},
-            (*self.closed, *other.closed),
         )
 
 
@@ -117,13 +106,13 @@ class Answered:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """All tokens that the expert reads before its feedback, but for what it thinks."""
+        """All tokens that both models read before they write their feedback."""
         return (*self.conversation.tokens, *self.request)
 
     @property
     def is_correct(self) -> bool:
         """Whether the first answer is right."""
-        return is_correct(self.answer.final, self.problem)
+        return is_right(self.answer.final, self.problem)
 
 
 @dataclass(frozen=True)
@@ -223,7 +212,7 @@ class Finished:
     @property
     def is_correct(self) -> bool:
         """Whether the final answer is right."""
-        return is_correct(self.final.final, self.problem)
+        return is_right(self.final.final, self.problem)
 
 
 def combined_score(expert: float | None, student: float | None, weight: float) -> float | None:
@@ -231,11 +220,6 @@ def combined_score(expert: float | None, student: float | None, weight: float) -
     if expert is None or student is None:
         return student if expert is None else expert
     return (weight * student + expert) / (1 + weight)
-
-
-def is_correct(answer: Fraction | None, problem: Problem) -> bool:
-    """Whether a final answer is the problem's, as a number."""
-    return parsing.same_answer(answer, problem.answer)
 
 
 def derive_seed(seed: int, batch: int, step: str) -> int:
@@ -276,25 +260,21 @@ def generate_step(
         dataclasses.replace(options, on_token=lambda count: on_tokens(step, count)),
     )
     share = (time.perf_counter() - begin) / max(len(turns), 1)
-    return turns, [usage_of(step, turn, share) for turn in turns]
+    return turns, [
+        Usage(
+            {step: len(turn.tokens)},
+            {step: turn.prefilled},
+            {step: share},
+            () if turn.finished else (step,),
+        )
+        for turn in turns
+    ]
 
 
-def usage_of(step: str, turn: Turn, seconds: float) -> Usage:
-    """What a step took whose text is a turn."""
-    return Usage(
-        tokens={step: turn.written},
-        prefilled={step: turn.prefilled},
-        seconds={step: seconds},
-        capped=() if turn.finished else (step,),
-        thoughts={step: turn.thought} if turn.thought else {},
-        closed=(step,) if turn.closed else (),
-    )
-
-
-def read_answer(turn: Turn, options: GenerationOptions) -> Answer:
-    """A turn's text and the final number in it."""
-    final = parsing.final_answer(turn.text, options.answer_filter)
-    return Answer(turn.text, final, turn.tokens, turn.opening)
+def read_answer(turn: Turn, problem: Problem, options: GenerationOptions) -> Answer:
+    """A turn's text and the final answer in it."""
+    final = read_final(turn.text, problem, options.answer_filter)
+    return Answer(turn.text, final, turn.tokens)
 
 
 def answer(
@@ -325,7 +305,7 @@ def answer(
         loaded,
         "answer",
         [Conversation()] * len(problems),
-        [first_prompt(loaded, answer_prompt(p.question)) for p in problems],
+        [first_prompt(loaded, answer_prompt(p.question, form_of(p))) for p in problems],
         sampling,
         on_tokens,
         GenerateOptions(reuse=not options.sequential, keep=keep),
@@ -334,7 +314,7 @@ def answer(
     return [
         Answered(
             problem,
-            read_answer(turn, options),
+            read_answer(turn, problem, options),
             turn.conversation,
             without_repeated_eos(turn.conversation, request),
             usage,
@@ -357,25 +337,7 @@ def first_answers(
     if options.answers_by == "expert":
         return answer(pair.expert, problems, options, seed, on_tokens)
     answered = answer(pair.student_lm, problems, options, seed, on_tokens, keep=False)
-    request = feedback_request(pair.expert)
-    return [
-        dataclasses.replace(one, conversation=before, request=without_repeated_eos(before, request))
-        for one in answered
-        for before in (Conversation(_answered_chat(pair.expert, one)),)
-    ]
-
-
-def _answered_chat(loaded: Loaded, answered: Answered) -> tuple[int, ...]:
-    """The chat of an answer, as if a model had given it itself."""
-    return said(loaded, answer_prompt(answered.problem.question), answered.answer.tokens)
-
-
-def student_prompt(pair: Pair, answered: Answered) -> tuple[int, ...]:
-    """All tokens that the student reads before its feedback, but for what it thinks."""
-    if pair.student_lm.template == pair.expert.template:
-        return answered.prompt
-    chat = _answered_chat(pair.student_lm, answered)
-    return (*chat, *without_repeated_eos(Conversation(chat), feedback_request(pair.student_lm)))
+    return [_without_cache(one) for one in answered]
 
 
 def _without_cache(answered: Answered) -> Answered:
@@ -394,81 +356,30 @@ def feedback_request(loaded: Loaded, prompt: str = "") -> tuple[int, ...]:
 
 
 def parsed(turn: Turn) -> Feedback:
-    """What a model wrote after :func:`feedback_request`; nothing where its thought was cut off."""
-    if not turn.text:
-        return Feedback("", None, turn.tokens, turn.opening)
-    read = parsing.parse_feedback(f"{FEEDBACK_OPENING} {turn.text}", turn.tokens)
-    return dataclasses.replace(read, opening=turn.opening)
-
-
-@dataclass(frozen=True)
-class Criticism:
-    """A feedback that was written by itself, with the state that score heads read.
-
-    Attributes:
-        turn: the feedback, with what was thought before it.
-        prompt: all tokens before the feedback, the thought among them.
-        hidden: the final hidden state [d] at the prompt's last token.
-        before: the conversation up to that token, which it does not hold.
-    """
-
-    turn: Turn
-    prompt: tuple[int, ...]
-    hidden: mx.array
-    before: Conversation
-
-
-def criticisms(
-    loaded: Loaded,
-    prompts: Sequence[tuple[int, ...]],
-    sampling: Sampling,
-    options: GenerateOptions,
-) -> list[Criticism]:
-    """Feedback after each of some prompts, which end as :func:`feedback_request` does.
-
-    Args:
-        loaded: who writes.
-        prompts: all tokens before each.
-        sampling: how to draw.
-        options: whether caches are used, and who is told of tokens.
-    """
-    thoughts = think(loaded, prompts, sampling, options)
-    prompts = [
-        with_thought(loaded, prompt, thought.opening if thought else ())
-        for prompt, thought in zip(prompts, thoughts, strict=True)
-    ]
-    read = [prefill(loaded, Conversation(), prompt, reuse=options.reuse) for prompt in prompts]
-    turns = generate(
-        replying(loaded),
-        [before for _, before in read],
-        [prompt[-1:] for prompt in prompts],
-        sampling,
-        dataclasses.replace(options, keep=False),
-    )
-    return [
-        Criticism(after_thought(turn, thought), prompt, hidden, before)
-        for turn, thought, prompt, (hidden, before) in zip(
-            turns, thoughts, prompts, read, strict=True
-        )
-    ]
+    """What a model wrote after :func:`feedback_request`."""
+    return parsing.parse_feedback(f"{FEEDBACK_OPENING} {turn.text}", turn.tokens)
 
 
 def head_score(
     student: Student,
     student_lm: Loaded,
-    criticism: Criticism,
+    hidden: mx.array,
+    before: Conversation,
+    prompt: Sequence[int],
+    turn: Turn,
 ) -> float:
     """The score of the student's head on an answer that it gave feedback on.
 
     Args:
         student: the student.
         student_lm: its language model.
-        criticism: its feedback.
+        hidden: its final hidden state [d] at the prompt's last token.
+        before: its conversation up to that token, which it does not hold.
+        prompt: all tokens before the feedback.
+        turn: its feedback.
     """
-    hidden = criticism.hidden
     if student.score_at == "feedback":
-        written = [criticism.prompt[-1], *criticism.turn.tokens[:-1]]
-        hidden = forward(student_lm, criticism.before, written).final[0, -1]
+        hidden = forward(student_lm, before, [prompt[-1], *turn.tokens[:-1]]).final[0, -1]
     return float(student.score(hidden))
 
 
@@ -480,24 +391,39 @@ def student_feedback(
     on_tokens: OnTokens,
 ) -> list[StudentFeedback]:
     """Step 2, the student's half: its feedback, and its score head's score."""
-    step, begin = "student_feedback", time.perf_counter()
-    prompts = [student_prompt(pair, one) for one in answered]
-    written = criticisms(
+    conversations, states, reading = [], [], []
+    for one in answered:
+        begin = time.perf_counter()
+        hidden, before = prefill(
+            pair.student_lm, Conversation(), one.prompt, reuse=not options.sequential
+        )
+        conversations.append(before)
+        states.append(hidden)
+        reading.append(time.perf_counter() - begin)
+    sampling = sampling_for(options, "student_feedback", seed)
+    step = "student_feedback"
+    turns, usages = generate_step(
         pair.student_lm,
-        prompts,
-        sampling_for(options, step, seed),
-        GenerateOptions(
-            reuse=not options.sequential, on_token=lambda count: on_tokens(step, count)
-        ),
+        step,
+        conversations,
+        [one.prompt[-1:] for one in answered],
+        sampling,
+        on_tokens,
+        GenerateOptions(reuse=not options.sequential, keep=False),
     )
-    share = (time.perf_counter() - begin) / max(len(written), 1)
     return [
         StudentFeedback(
-            parsed(one.turn),
-            head_score(pair.student, pair.student_lm, one),
-            dataclasses.replace(usage_of(step, one.turn, share), prefilled={step: len(one.prompt)}),
+            parsed(turn),
+            head_score(pair.student, pair.student_lm, hidden, before, one.prompt, turn),
+            dataclasses.replace(
+                usage,
+                prefilled={step: len(one.prompt)},
+                seconds={step: usage.seconds[step] + seconds},
+            ),
         )
-        for one in written
+        for one, turn, usage, hidden, before, seconds in zip(
+            answered, turns, usages, states, conversations, reading, strict=True
+        )
     ]
 
 
@@ -672,9 +598,14 @@ def merge_and_revise(
     requests = [
         "" if one.expert and one.expert.feedback.text else one.student.feedback.text for one in todo
     ]
-    revised = take_turn("revise", everyone, [revise_prompt(text) for text in requests])
+    forms = [form_of(one.problem) for one in todo]
+    revised = take_turn(
+        "revise",
+        everyone,
+        [revise_prompt(text, form) for text, form in zip(requests, forms, strict=True)],
+    )
     critiques = take_turn("critique", everyone, [critique_prompt()] * len(todo))
-    finals = take_turn("final", everyone, [final_prompt()] * len(todo))
+    finals = take_turn("final", everyone, [final_prompt(form) for form in forms])
     for place, index in enumerate(wanting):
         finished[index] = Finished(
             judged[index],
@@ -682,18 +613,14 @@ def merge_and_revise(
             merged[place],
             revised[place].text,
             critiques[place].text,
-            read_answer(finals[place], options),
+            read_answer(finals[place], judged[index].problem, options),
             usages[place],
         )
     return [finished[index] for index in range(len(judged))]
 
 
-def _number(value: Fraction | None) -> str | None:
-    return None if value is None else str(value)
-
-
 def _answer_row(given: Answer) -> AnswerRow:
-    return {"text": given.text, "final": _number(given.final)}
+    return {"text": given.text, "final": given.final}
 
 
 def episode_row(finished: Finished, index: int, gate: GateRow) -> EpisodeRow:
@@ -711,7 +638,7 @@ def episode_row(finished: Finished, index: int, gate: GateRow) -> EpisodeRow:
         "episode": index,
         "id": finished.problem.id,
         "question": finished.problem.question,
-        "reference": _number(finished.problem.answer),
+        "reference": finished.problem.answer,
         "answer": _answer_row(answered.answer),
         "expert_feedback": None
         if expert is None
@@ -733,5 +660,4 @@ def episode_row(finished: Finished, index: int, gate: GateRow) -> EpisodeRow:
         "prefilled": usage.prefilled,
         "capped": list(usage.capped),
         "seconds": {step: round(value, 3) for step, value in usage.seconds.items()},
-        **thought_columns(usage.thoughts, usage.closed),
     }

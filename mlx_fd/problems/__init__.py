@@ -6,7 +6,6 @@ import difflib
 import random
 import re
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 from mlx_fd.errors import UserError
@@ -22,15 +21,22 @@ class Problem:
 
     Attributes:
         id: unique in its set, the same on every load: ``gsm8k-train-00017`` is row 17 from 0.
-        question: the text a model is asked.
+        question: the text a model is asked; choices stand in it.
         solution: the reference solution; where the source has none, its answer.
-        answer: the exact number the solution arrives at.
+        answer: what the solution arrives at, in the canonical form of its kind (of a number,
+            ``str(Fraction)``); empty where the kind has no right answer.
+        kind: a name in :data:`mlx_fd.registry.KINDS`.
+        choices: what there is to choose from, where there is.
+        also_right: other right answers.
     """
 
     id: str
     question: str
     solution: str
-    answer: Fraction
+    answer: str
+    kind: str = "number"
+    choices: tuple[str, ...] = ()
+    also_right: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 
 from mlx_fd.errors import UserError
 from mlx_fd.problems import Problem, ProblemSet, Verdict
@@ -259,7 +258,7 @@ def load(split: str) -> ProblemSet:
             f"arithmetic-{split}-{place:05d}",
             drawn.question,
             drawn.solution,
-            Fraction(drawn.steps[-1].result),
+            str(drawn.steps[-1].result),
         )
         for place, drawn in enumerate(problems_of(split))
     )

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.problems import FILE_SUFFIXES, Problem, ProblemSet, parsing
+from mlx_fd.problems import FILE_SUFFIXES, Problem, ProblemSet
+from mlx_fd.registry import KINDS
 from mlx_fd.text import shown
 
 _SHOWN = 10
@@ -358,12 +359,7 @@ def _problem(row: dict[str, Any] | str, default_id: str) -> Problem:
         raise ValueError(row)
     question = _question(row)
     answer = _text(_as_text(row), "answer", "answer")
-    marked = "####" in answer
-    value = (
-        parsing.final_answer(answer[answer.rindex("####") :]) if marked else parsing.number(answer)
-    )
-    if value is None:
-        raise ValueError("no final number in 'answer': it is a number, or ends in '#### <number>'")
+    value = KINDS["number"].gold(answer, ())
     solution = answer if row.get("solution") is None else _text(row, "solution", "solution")
     name = row.get("id")
     if isinstance(name, bool | float | list | dict):

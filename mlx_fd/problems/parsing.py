@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from mlx_fd.problems.prompts import SCALE, Feedback
-from mlx_fd.problems.thoughts import without_thoughts
 
 
 def needs_merge(expert: Feedback, student: Feedback | None) -> bool:
@@ -67,6 +66,12 @@ class _Plain(dict[int, str]):
 
 
 _PLAIN = _Plain()
+
+
+def _after_thinking(text: str) -> str:
+    """What follows a reasoning model's block of thoughts; the whole text where nothing does."""
+    rest = text.rpartition("</think>")[2]
+    return rest if rest.strip() else text
 
 
 # --------------------------------------------------------------------------------- final answers
@@ -176,7 +181,7 @@ def _leading_number(segment: str) -> tuple[Fraction | None, str]:
     return (_value(match), line[match.end() :]) if match else (None, line)
 
 
-def _boxed(text: str) -> str | None:
+def boxed(text: str) -> str | None:
     r"""What stands in the last ``\boxed{...}``; the rest of the text where it is never closed."""
     box = _last(_BOX, text)
     if box is None:
@@ -259,20 +264,20 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
     Returns:
         The exact value; ``None`` where there is no number or one of more than 60 characters.
     """
-    text = without_thoughts(text)
     if how != "auto":
         found = lm_eval_answer(text, how).replace(",", "").replace("$", "")
         found = _FULL_STOP.sub("", found)
         readable = len(found) <= _LONGEST_NUMBER and _PLAIN_DECIMAL.fullmatch(found)
         return Fraction(found) if readable else None
+    text = _after_thinking(text)
     marks = text.translate(_PLAIN) if "\uff03" in text else text
     for mark in reversed(deque(_MARK.finditer(marks), maxlen=_MAX_MARKS)):
         value, _ = _leading_number(text[mark.end() : mark.end() + 120])
         if value is not None:
             return value
-    if (boxed := _boxed(text)) is not None:
-        value, _ = _leading_number(boxed)
-        if value is None and (first := _NUMBER.search(_plain_number(boxed))):
+    if (box := boxed(text)) is not None:
+        value, _ = _leading_number(box)
+        if value is None and (first := _NUMBER.search(_plain_number(box))):
             value = _value(first)
         if value is not None:
             return value
@@ -280,9 +285,15 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
     return _value(last) if last else None
 
 
-def same_answer(a: Fraction | None, b: Fraction | None) -> bool:
-    """Whether two final answers are the same number; an unreadable one equals nothing."""
-    return a is not None and a == b
+def after_mark(text: str) -> str | None:
+    """What follows on its line the last ``####`` that anything follows; ``None``: none does."""
+    text = _after_thinking(text)
+    marks = text.translate(_PLAIN) if "\uff03" in text else text
+    for mark in reversed(deque(_MARK.finditer(marks), maxlen=_MAX_MARKS)):
+        line = text[mark.end() :].lstrip(" \t").partition("\n")[0].strip()
+        if line:
+            return line
+    return None
 
 
 # -------------------------------------------------------------------------------------- feedback
@@ -569,7 +580,7 @@ def parse_feedback(text: str, tokens: tuple[int, ...] = ()) -> Feedback:
         The feedback. Its text is the paragraph without labels and score, the whole text where
         nothing else is left.
     """
-    whole = without_thoughts(text)
+    whole = _after_thinking(text)
     own = _ECHO.sub("", whole)
     plain = own.translate(_PLAIN)
     labelled = _labelled(plain)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 
 @dataclass(frozen=True)
@@ -12,15 +11,14 @@ class Answer:
 
     Attributes:
         text: what it wrote.
-        final: the number it arrived at, ``None`` where none could be read.
+        final: what it arrived at, in its kind's canonical form
+            (:mod:`mlx_fd.problems.kinds`); ``None`` where that could not be read.
         tokens: ids of the generated tokens.
-        opening: ids of the thought before it, with its marks; empty where there was none.
     """
 
     text: str
-    final: Fraction | None
+    final: str | None
     tokens: tuple[int, ...] = ()
-    opening: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,18 +29,30 @@ class Feedback:
         text: the paragraph, without labels and score.
         written_score: in [-1, 1]; ``None`` where none could be read.
         tokens: ids of the generated tokens, labels and score included.
-        opening: ids of the thought before it, with its marks; empty where there was none.
     """
 
     text: str
     written_score: float | None
     tokens: tuple[int, ...] = ()
-    opening: tuple[int, ...] = ()
 
 
 # --------------------------------------------------------------------------------------- prompts
 
-_END = "End with a line of its own: #### <number>"
+
+@dataclass(frozen=True)
+class Form:
+    """How a reply to a problem is asked for.
+
+    Attributes:
+        end: how it is to end; empty: as it likes.
+        steps: whether it is to go step by step.
+    """
+
+    end: str
+    steps: bool = True
+
+
+NUMBER = Form("End with a line of its own: #### <number>")
 SCALE = "1 is excellent, 0.5 fair, 0 useless, -0.5 mostly wrong, -1 harmful"
 FEEDBACK_OPENING = "Score:"
 
@@ -59,9 +69,10 @@ def format_feedback(feedback: Feedback) -> str:
     return f"Score: {'0' if score == '-0' else score}\nFeedback: {feedback.text}"
 
 
-def answer_prompt(question: str) -> str:
+def answer_prompt(question: str, form: Form = NUMBER) -> str:
     """Turn 1: solve the problem."""
-    return f"{question.strip()}\n\nSolve step by step. {_END}"
+    asked = " ".join(filter(None, ("Solve step by step." if form.steps else "", form.end)))
+    return "\n\n".join(filter(None, (question.strip(), asked)))
 
 
 def feedback_prompt() -> str:
@@ -94,15 +105,16 @@ def merge_prompt(expert: Feedback, student: Feedback | None) -> str:
     )
 
 
-def revise_prompt(feedback_text: str) -> str:
+def revise_prompt(feedback_text: str, form: Form = NUMBER) -> str:
     """Turn 4: the corrected solution.
 
     Args:
         feedback_text: the feedback to apply; empty: the one in the turn before.
+        form: how the solution is to be written.
     """
     text = feedback_text.strip()
     source = f"this feedback: {text}\n\n" if text else "the feedback above. "
-    return f"Apply {source}Write the full corrected solution, step by step. {_END}"
+    return f"Apply {source}{_written('Write the full corrected', form)}"
 
 
 def critique_prompt() -> str:
@@ -113,9 +125,15 @@ def critique_prompt() -> str:
     )
 
 
-def final_prompt() -> str:
+def final_prompt(form: Form = NUMBER) -> str:
     """Turn 6: the last solution."""
-    return f"Apply that check and write the final solution, step by step. {_END}"
+    return f"Apply that check and {_written('write the final', form)}"
+
+
+def _written(what: str, form: Form) -> str:
+    if not form.steps:
+        return " ".join(filter(None, (f"{what} answer.", form.end)))
+    return f"{what} solution, step by step. {form.end}"
 
 
 # What the baselines ask beside these (mlx_fd/baselines).

@@ -181,7 +181,7 @@ def make_probe(
         samples.extend(sample_of(pair, one, config.losses) for one in judged)
         if config.losses.on_solutions:
             samples.extend(
-                solution_of(pair, one.problem.question, one.answer, config.losses)
+                solution_of(pair, one.problem, one.answer, config.losses)
                 for one in best
                 if one.is_correct
             )

@@ -14,7 +14,6 @@ from mlx_fd.feedback.episode import (
     derive_seed,
     expert_feedback,
     first_answers,
-    is_correct,
     judge,
     merge_and_revise,
     student_feedback,
@@ -22,9 +21,9 @@ from mlx_fd.feedback.episode import (
 from mlx_fd.feedback.gate import initial_state
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models.generation import Conversation
-from mlx_fd.models.loading import open_template
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import parsing
+from mlx_fd.problems.kinds import is_right, read_final
 from mlx_fd.runs.plan import Plan
 
 CONFIG = preset("tiny")
@@ -42,9 +41,7 @@ def seeds(step):
 
 @pytest.fixture(scope="module")
 def pair():
-    expert, student = resolve("tiny"), resolve("tiny-student")
-    plan = Plan(CONFIG, expert, student, 2000, open_template(expert), (), (), {}, ())
-    return open_pair(plan)
+    return open_pair(Plan(CONFIG, resolve("tiny"), resolve("tiny-student"), 2000, (), (), {}, ()))
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +176,7 @@ def test_self_refine_goes_on_until_its_feedback_says_right_or_four_times(pair, a
         if len(feedbacks) < 4:
             assert scores[-1] >= target
         right_before += first.is_correct
-        right_after += is_correct(parsing.final_answer(trial.final), first.problem)
+        right_after += is_right(read_final(trial.final, first.problem), first.problem)
     # This expert is good at its trade.
     assert right_after > right_before
 
@@ -187,4 +184,4 @@ def test_self_refine_goes_on_until_its_feedback_says_right_or_four_times(pair, a
 def test_a_bare_model_answers_and_no_more(ran, answered):
     for trial, draft in zip(ran["student"][0], answered, strict=True):
         assert trial.turns == {"answer": draft.answer.text} and trial.last == "answer"
-        assert parsing.final_answer(trial.final) == draft.answer.final
+        assert read_final(trial.final, draft.problem) == draft.answer.final

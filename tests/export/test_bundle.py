@@ -19,7 +19,8 @@ from mlx_fd.export.bundle import CONTENT, FOLDER, REFERENCE, ROLES, make_bundle,
 from mlx_fd.export.bundle_reading import read_bundle
 from mlx_fd.models.loading import load as load_model
 from mlx_fd.models.resolve import resolve
-from mlx_fd.problems import parsing, prompts
+from mlx_fd.problems import prompts
+from mlx_fd.problems.kinds import read_final
 from support.tiny import make_model_dir
 
 KEPT = 64
@@ -94,7 +95,7 @@ def test_items_are_judged_and_their_prompt_can_be_built_without_a_template(made,
     assert len(made.items) == 3
     for item in made.items:
         assert item.right == (item.final == item.answer)
-        assert item.final == parsing.final_answer(item.text)
+        assert item.final == read_final(item.text, item.problem)
         asked = student.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompts.answer_prompt(item.question)}],
             add_generation_prompt=True,
@@ -200,8 +201,8 @@ def test_another_bundles_numbers_are_refused(written):
 
 def test_another_format_says_what_to_do(written):
     content = content_of(written)
-    sealed(written, {**content, "format": 2})
-    with pytest.raises(UserError, match="has format 2, and this mlx-fd reads 1"):
+    sealed(written, {**content, "format": 3})
+    with pytest.raises(UserError, match="has format 3, and this mlx-fd reads 2"):
         read_bundle(written)
 
 

@@ -30,6 +30,7 @@ from mlx_fd.losses.score import score_loss
 from mlx_fd.models.attention_taps import log_attention
 from mlx_fd.models.generation import Conversation, prefill
 from mlx_fd.models.student import load_student, make_student, save_student
+from mlx_fd.problems import Problem
 from mlx_fd.problems.prompts import Answer
 from support import reference_losses as reference
 from support.dense_losses import language_model_loss, logit_loss
@@ -437,7 +438,9 @@ REASONING = LossOptions(losses=("lm", "answer", "reasoning", "attention"), solut
 
 def solutions_of(pair, options=REASONING):
     tokens = tuple(pair.expert.tokenizer.encode(TEXT, add_special_tokens=False))
-    solution = solution_of(pair, "2 + 3?", Answer(TEXT, None, tokens), options)
+    solution = solution_of(
+        pair, Problem("p", "2 + 3?", "", "5"), Answer(TEXT, None, tokens), options
+    )
     return [solution, *samples_of(pair, options)[:3]]
 
 

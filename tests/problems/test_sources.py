@@ -26,7 +26,7 @@ ROWS = [
     {"question": "What is 3/4 of 6?", "answer": "#### 4.5"},
     {"question": "Wie viel ist 1000 + 234? \u20ac", "answer": "Zusammen 1,234.\n#### 1,234"},
 ]
-VALUES = [Fraction(2), Fraction(9, 2), Fraction(1234)]
+VALUES = ["2", "9/2", "1234"]
 
 
 def lines(path, rows):
@@ -62,7 +62,7 @@ def test_gsm8k_first_row():
     first = load().problems[0]
     assert first.question.startswith("Natalia sold clips to 48 of her friends in April")
     assert first.solution.endswith("#### 72")
-    assert first.answer == 72
+    assert first.answer == "72"
 
 
 def test_gsm8k_brings_its_licence():
@@ -154,13 +154,13 @@ def test_json_file_of_lines_and_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     ("row", "answer", "solution"),
     [
-        ({"question": "q", "solution": "s", "answer": "18"}, 18, "s"),
-        ({"problem": "q", "solution": "s", "answer": 18}, 18, "s"),
-        ({"problem": "q", "answer": 0.1}, Fraction(1, 10), "0.1"),
-        ({"question": "q", "answer": "$1,234.50"}, Fraction(2469, 2), "$1,234.50"),
-        ({"question": "q", "answer": "3/4", "solution": None}, Fraction(3, 4), "3/4"),
-        ({"question": "q", "answer": "-2 and so\n#### -2"}, -2, "-2 and so\n#### -2"),
-        ({"question": "q", "answer": r"\frac{1}{2}"}, Fraction(1, 2), r"\frac{1}{2}"),
+        ({"question": "q", "solution": "s", "answer": "18"}, "18", "s"),
+        ({"problem": "q", "solution": "s", "answer": 18}, "18", "s"),
+        ({"problem": "q", "answer": 0.1}, "1/10", "0.1"),
+        ({"question": "q", "answer": "$1,234.50"}, "2469/2", "$1,234.50"),
+        ({"question": "q", "answer": "3/4", "solution": None}, "3/4", "3/4"),
+        ({"question": "q", "answer": "-2 and so\n#### -2"}, "-2", "-2 and so\n#### -2"),
+        ({"question": "q", "answer": r"\frac{1}{2}"}, "1/2", r"\frac{1}{2}"),
     ],
 )
 def test_columns(tmp_path, row, answer, solution):
@@ -315,10 +315,10 @@ def test_parquet_damage(tmp_path):
 def test_parquet_is_never_stale(tmp_path):
     path = tmp_path / "p.parquet"
     write_parquet(path, [{"question": "a", "answer": 1}])
-    assert load(str(path)).problems[0].answer == 1
+    assert load(str(path)).problems[0].answer == "1"
     write_parquet(path, [{"question": "a", "answer": 2}])
     os.utime(path, (0, 0))
-    assert load(str(path)).problems[0].answer == 2
+    assert load(str(path)).problems[0].answer == "2"
 
 
 def test_files_that_are_none(tmp_path):
@@ -442,7 +442,7 @@ def fuzz(folder, count: int, seed: int) -> int:
         taken += 1
         for problem in found.problems:
             json.dumps([problem.question, problem.solution, problem.id]).encode()
-            assert problem.question.strip() and isinstance(problem.answer, Fraction)
+            assert problem.question.strip() and problem.answer == str(Fraction(problem.answer))
     return taken
 
 
@@ -475,7 +475,7 @@ def problem_set(questions):
     return ProblemSet(
         "mine",
         "train",
-        tuple(Problem(f"p{n}", q, "#### 1", Fraction(1)) for n, q in enumerate(questions)),
+        tuple(Problem(f"p{n}", q, "#### 1", "1") for n, q in enumerate(questions)),
         "",
     )
 

@@ -239,7 +239,6 @@ ARCHITECTURES: dict[str, Config] = {
         **_MOE_ROUTED,
         **_LATENT,
         rope_parameters={**_MINISTRAL3["rope_parameters"]},
-        rope_theta=None,
     ),
     "mixtral": _text(num_local_experts=4, num_experts_per_tok=2),
     "qwen": _text(kv_channels=16, layer_norm_epsilon=1e-5, no_bias=True, intermediate_size=192),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -453,7 +452,7 @@ def advantages(text: str = "3 + 4 = 8") -> list[Scored]:
     values = [6.0, 3.0, 1.0, 0.2, 0.0, -0.2, -1.0, -3.0, -6.0, 0.0]
     parts = [BEFORE] * 5 + [IN] * 4 + [AFTER]
     solution = "Step 1: <<3+4=7>>7\n#### 7"
-    one, two = (Problem(f"{n} {text}", text, solution, Fraction(7)) for n in range(2))
+    one, two = (Problem(f"{n} {text}", text, solution, "7") for n in range(2))
     return [
         scored(one, parts, values, text, tuple(f"{text} " for _ in parts)),
         scored(two, [RIGHT] * 3, [0.5, -0.5, 0.0], text, ("right ", text, "\n")),

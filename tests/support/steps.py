@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 
 from mlx_fd.evaluation import processbench
-from mlx_fd.problems import parsing
+from mlx_fd.problems.kinds import is_right, read_final
 
 
 def processbench_items(exam):
@@ -19,7 +19,7 @@ def processbench_items(exam):
             "mlx-fd arithmetic",
             question.problem.question,
             tuple(question.answer.split("\n")),
-            parsing.same_answer(parsing.final_answer(question.answer), question.problem.answer),
+            is_right(read_final(question.answer, question.problem), question.problem),
             question.first_error - 1,
         )
         for question in exam

@@ -1,6 +1,5 @@
 import itertools
 from collections import Counter
-from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -34,19 +33,17 @@ def test_pass_at_k_that_is_not_defined(right, n, k):
         pass_at_k(right, n, k)
 
 
-@given(
-    st.lists(st.sampled_from([None, Fraction(1), Fraction(2), Fraction(3)]), min_size=1, max_size=6)
-)
+@given(st.lists(st.sampled_from([None, "1", "2", "3"]), min_size=1, max_size=6))
 def test_maj_at_k_is_a_vote_where_the_first_of_equals_wins_in_a_random_order(finals):
     won = Counter()
     orders = list(itertools.permutations(finals))
     for order in orders:
         votes = Counter(final for final in order if final is not None).most_common(1)
         won[votes[0][0] if votes else None] += 1
-    for answer in (Fraction(1), Fraction(2), Fraction(4)):
-        assert maj_at_k(finals, answer) == pytest.approx(won[answer] / len(orders))
+    for answer in ("1", "2", "4"):
+        assert maj_at_k(finals, answer.__eq__) == pytest.approx(won[answer] / len(orders))
 
 
 def test_no_sample_is_no_number():
     with pytest.raises(ValueError, match="needs a sample"):
-        maj_at_k([], Fraction(1))
+        maj_at_k([], "1".__eq__)

@@ -3,7 +3,6 @@
 import dataclasses
 import random
 import re
-from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -12,7 +11,8 @@ from hypothesis import strategies as st
 from mlx_fd.errors import UserError
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
-from mlx_fd.problems import Problem, arithmetic, parsing, prompts
+from mlx_fd.problems import Problem, arithmetic, prompts
+from mlx_fd.problems.kinds import is_right, read_final
 from mlx_fd.training.selfdistill import contexts
 from mlx_fd.training.selfdistill.contexts import (
     CONTEXTS,
@@ -30,8 +30,8 @@ TRUTH = Materials(truth=True)
 
 
 def attempt(problem, text, question=None):
-    final = parsing.final_answer(text)
-    right = parsing.same_answer(final, problem.answer)
+    final = read_final(text, problem)
+    right = is_right(final, problem)
     return Attempt(problem, question or problem.question, (), text, final, right)
 
 
@@ -109,7 +109,7 @@ def test_a_commuted_right_step_is_copied_as_it_was_written():
 
 
 def test_the_truth_is_refused_where_it_is_not_known():
-    problem = Problem("x", "How many?", "3 + 4 = <<3+4=7>>7\n#### 7", Fraction(7))
+    problem = Problem("x", "How many?", "3 + 4 = <<3+4=7>>7\n#### 7", "7")
     for name in ("step-critique", "feedback", "reflection"):
         with pytest.raises(UserError, match="x: the true critique is known for generated"):
             CONTEXTS[name].views([attempt(problem, "#### 8")], TRUTH)
@@ -125,7 +125,7 @@ def test_the_tiny_expert_is_a_critic(fifty):
     for own, view in zip(group, views, strict=True):
         if view.teacher is None:
             continue
-        assert parsing.final_answer(view.note) == own.problem.answer
+        assert read_final(view.note, own.problem) == own.problem.answer
         verbatim += view.note == arithmetic.true_rewrite(own.problem.solution, own.text)
     assert verbatim >= 15  # of 18: it is not always right
 
@@ -144,11 +144,11 @@ def test_a_rubric_has_no_digit_and_names_each_operation(fifty):
 
 def test_a_rubric_of_gsm8k_reads_its_marks():
     solution = "She eats 16/2=<<16/2=8>>8.\nShe sells (9-3)*2=<<(9-3)*2=12>>12.\n#### 12"
-    text = rubric.rubric(Problem("x", "?", solution, Fraction(12)))
+    text = rubric.rubric(Problem("x", "?", solution, "12"))
     assert "The first step divides.\n" in text
     assert "The second step subtracts and multiplies.\n" in text
     assert "The third" not in text
-    plain = rubric.rubric(Problem("x", "?", "#### 12", Fraction(12)))
+    plain = rubric.rubric(Problem("x", "?", "#### 12", "12"))
     assert "step" not in plain
 
 
@@ -230,7 +230,7 @@ def test_a_lesson_is_known_or_the_last_sentence():
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=80), st.integers(0, 9))
 def test_no_text_poses_as_another_part_of_the_message(text, place):
     """Parts are set apart by blank lines; no quoted text has one."""
-    question = "How many?"
+    question = Problem("p", "How many?", "", "")
     count = step_critique.critique_message(question, "x").count("\n\n")
     assert step_critique.critique_message(question, f"{text}\n\n \n{place}").count("\n\n") == count
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -35,8 +33,8 @@ def dirs(tmp_path_factory):
 
 
 def outcome(final, revised, feedback="The first step is wrong."):
-    problem = Problem("p", "2 + 3?", "2 + 3 = 5\n#### 5", Fraction(5))
-    answer = prompts.Answer(f"#### {final}", Fraction(final), (7, 8, 9))
+    problem = Problem("p", "2 + 3?", "2 + 3 = 5\n#### 5", "5")
+    answer = prompts.Answer(f"#### {final}", str(final), (7, 8, 9))
     given = prompts.Feedback(feedback, 0.5, (1,))
     judged = Judged(
         Answered(problem, answer, Conversation(), ()),

@@ -19,7 +19,7 @@ from mlx_fd.feedback.episode import (
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import solution_of
 from mlx_fd.models.generation import first_prompt
-from mlx_fd.problems import prompts
+from mlx_fd.problems import Problem, prompts
 from mlx_fd.runs.plan import make_plan
 
 
@@ -89,7 +89,7 @@ def test_a_solution_to_learn_from_is_the_final_answer_after_the_bare_question(pa
     assert sum(one.is_correct for one in finished) >= 6
     for one in finished:
         question = one.problem.question
-        sample = solution_of(pair, question, one.final, config.losses)
+        sample = solution_of(pair, Problem("p", question, "", ""), one.final, config.losses)
         text = pair.expert.tokenizer.decode(sample.target)
         assert text.removesuffix("<|end|>") == one.final.text
         begun = first_prompt(pair.expert, prompts.answer_prompt(question))

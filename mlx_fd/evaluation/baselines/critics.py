@@ -14,6 +14,7 @@ from mlx_fd.config import EpisodeOptions, GenerationOptions
 from mlx_fd.evaluation.baselines import register_system
 from mlx_fd.evaluation.baselines.trials import Seeds, Setting, Stage, System, Trial, trial
 from mlx_fd.problems import prompts
+from mlx_fd.problems.kinds import form_of
 
 if TYPE_CHECKING:
     from mlx_fd.feedback.episode import Answered, OnTokens, Usage
@@ -119,12 +120,17 @@ def revise(
     from mlx_fd.models.generation import followup_prompt
 
     options: GenerationOptions = setting.generation
-    request = followup_prompt(setting.pair.expert, prompts.revise_prompt(""))
+    requests = [
+        followup_prompt(
+            setting.pair.expert, prompts.revise_prompt("", form_of(item.answered.problem))
+        )
+        for item in judged
+    ]
     turns, added = expert_turn(
         setting.pair,
         step,
         [item.conversation for item in judged],
-        [request] * len(judged),
+        requests,
         "revise",
         options,
         seeds(step),

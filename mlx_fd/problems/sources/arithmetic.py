@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from fractions import Fraction
 
 from mlx_fd.problems import Problem, arithmetic
 from mlx_fd.problems.sources import ProblemSource, Question, Truth, register_source
@@ -22,7 +21,7 @@ def questions(size: int, seed: int, split: str = "test") -> tuple[Question, ...]
             f"exam-{split}-{place:04d}",
             exercise.question,
             exercise.solution,
-            Fraction(exercise.steps[-1].result),
+            str(exercise.steps[-1].result),
         )
         found.append(Question(problem, text, verdict.first_error, verdict.score))
     return tuple(found)

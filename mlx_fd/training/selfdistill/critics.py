@@ -13,11 +13,11 @@ from mlx_fd.models.generation import (
     first_prompt,
     followup_prompt,
     generate,
-    said,
     without_repeated_eos,
 )
 from mlx_fd.models.loading import Loaded
-from mlx_fd.problems import parsing
+from mlx_fd.problems import Problem, parsing
+from mlx_fd.problems.kinds import form_of, is_right, read_final
 from mlx_fd.problems.prompts import FEEDBACK_OPENING, answer_prompt, revise_prompt
 from mlx_fd.problems.sources import Truth, names_with_truth, truth_about
 from mlx_fd.training.selfdistill.materials import Attempt, Materials, quoted, reference_of
@@ -86,19 +86,26 @@ def _batched(
 def _answered(critic: Loaded, attempts: Sequence[Attempt]) -> list[tuple[int, ...]]:
     """Conversations in which the problem was put and the attempt is the answer."""
     return [
-        said(
-            critic,
-            answer_prompt(attempt.problem.question),
-            critic.tokenizer.encode(attempt.text, add_special_tokens=False),
+        (
+            *first_prompt(
+                critic, answer_prompt(attempt.problem.question, form_of(attempt.problem))
+            ),
+            *critic.tokenizer.encode(attempt.text, add_special_tokens=False),
         )
         for attempt in attempts
     ]
 
 
 def _replies(
-    critic: Loaded, before: Sequence[tuple[int, ...]], request: tuple[int, ...], limit: int
+    critic: Loaded,
+    before: Sequence[tuple[int, ...]],
+    requests: Sequence[tuple[int, ...]],
+    limit: int,
 ) -> list[tuple[tuple[int, ...], str]]:
-    prompts = [(*chat, *without_repeated_eos(Conversation(chat), request)) for chat in before]
+    prompts = [
+        (*said, *without_repeated_eos(Conversation(said), request))
+        for said, request in zip(before, requests, strict=True)
+    ]
     return _batched(critic, prompts, limit)
 
 
@@ -106,10 +113,10 @@ def _feedback(
     critic: Loaded, attempts: Sequence[Attempt], limit: int
 ) -> list[tuple[tuple[int, ...], str]]:
     """The critic's feedback on each attempt: the conversation's tokens, and the paragraph."""
-    request = feedback_request(critic)
-    replies = _replies(critic, _answered(critic, attempts), request, limit)
+    requests = [feedback_request(critic)] * len(attempts)
+    replies = _replies(critic, _answered(critic, attempts), requests, limit)
     return [
-        (tokens, parsing.parse_feedback(f"{FEEDBACK_OPENING}{text}").text if text else "")
+        (tokens, parsing.parse_feedback(f"{FEEDBACK_OPENING}{text}").text)
         for tokens, text in replies
     ]
 
@@ -137,18 +144,24 @@ def rewrites(attempts: Sequence[Attempt], materials: Materials) -> list[str]:
         written = _batched(critic, asked, materials.critic_tokens)
     else:
         judged = _feedback(critic, attempts, materials.critic_tokens)
-        request = followup_prompt(critic, revise_prompt(""))
+        follow_ups = [
+            followup_prompt(critic, revise_prompt("", form_of(a.problem))) for a in attempts
+        ]
         written = _replies(
-            critic, [tokens for tokens, _ in judged], request, materials.critic_tokens
+            critic, [tokens for tokens, _ in judged], follow_ups, materials.critic_tokens
         )
     return [
-        text if parsing.same_answer(parsing.final_answer(text), attempt.problem.answer) else ""
+        text if is_right(read_final(text, attempt.problem), attempt.problem) else ""
         for (_, text), attempt in zip(written, attempts, strict=True)
     ]
 
 
+def _noun(problem: Problem) -> str:
+    return "number" if problem.kind == "number" else "answer"
+
+
 def feedbacks(attempts: Sequence[Attempt], materials: Materials) -> list[str]:
-    """Feedback on each attempt: true, a critic's, or else whether its final number is right."""
+    """Feedback on each attempt: true, a critic's, or else whether its final answer is right."""
     if materials.truth:
         truths = zip(_truths(attempts), attempts, strict=True)
         return [truth.feedback(a.problem, a.text) for truth, a in truths]
@@ -156,9 +169,9 @@ def feedbacks(attempts: Sequence[Attempt], materials: Materials) -> list[str]:
         given = _feedback(materials.critic, attempts, materials.critic_tokens)
         return [text for _, text in given]
     return [
-        f"The final number is {'right' if a.correct else 'wrong'}."
+        f"The final {_noun(a.problem)} is {'right' if a.correct else 'wrong'}."
         if a.final is not None
-        else "It has no final number."
+        else f"It has no final {_noun(a.problem)}."
         for a in attempts
     ]
 
@@ -175,6 +188,6 @@ def reflections(attempts: Sequence[Attempt], materials: Materials) -> list[str]:
     if materials.critic is None or materials.critic_sees == "problem":
         return feedbacks(attempts, materials)
     critic = materials.critic
-    request = followup_prompt(critic, reflection_request())
-    written_by = _replies(critic, _answered(critic, attempts), request, materials.critic_tokens)
+    requests = [followup_prompt(critic, reflection_request())] * len(attempts)
+    written_by = _replies(critic, _answered(critic, attempts), requests, materials.critic_tokens)
     return [text for _, text in written_by]

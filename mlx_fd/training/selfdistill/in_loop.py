@@ -15,6 +15,7 @@ from mlx_fd.config import Method, TrainingOptions
 from mlx_fd.feedback.episode import Finished
 from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import prompts
+from mlx_fd.problems.kinds import form_of
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, View
 from mlx_fd.training.selfdistill.learning import (
     forward_teacher_and_student,
@@ -64,10 +65,9 @@ def lessons(finished: Sequence[Finished], context: str) -> Lessons:
                     text=answer.text,
                     final=answer.final,
                     correct=right,
-                    opening=answer.opening,
                 )
             )
-            views.append(View(prompts.answer_prompt(problem.question), message))
+            views.append(View(prompts.answer_prompt(problem.question, form_of(problem)), message))
     return Lessons(tuple(attempts), tuple(views))
 
 

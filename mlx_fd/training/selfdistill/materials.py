@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from mlx_fd.problems import Problem
@@ -27,22 +26,18 @@ class Attempt:
         question: its text as the student read it, with noise if there was any.
         tokens: ids that were written, with the end-of-turn token where it came.
         text: the same without that token.
-        final: the number arrived at, ``None`` where none could be read.
+        final: what it arrived at, ``None`` where that could not be read.
         correct: whether it is the problem's answer.
         logprobs: log-probability of each token when it was drawn, as long as ``tokens``.
-        opening: ids of the thought before it, with its marks; empty where there was none.
-        thought: the same as text.
     """
 
     problem: Problem
     question: str
     tokens: tuple[int, ...]
     text: str
-    final: Fraction | None
+    final: str | None
     correct: bool
     logprobs: tuple[float, ...] = ()
-    opening: tuple[int, ...] = ()
-    thought: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from mlx_fd.config import Config
-from mlx_fd.feedback.episode import derive_seed, is_correct
+from mlx_fd.feedback.episode import derive_seed
 from mlx_fd.models.generation import (
     Conversation,
     GenerateOptions,
@@ -18,10 +18,11 @@ from mlx_fd.models.generation import (
     prefill,
 )
 from mlx_fd.models.loading import Loaded
-from mlx_fd.problems import Problem, parsing
+from mlx_fd.problems import Problem
+from mlx_fd.problems.kinds import form_of, is_right, read_final
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.training.selfdistill.contexts import Attempt, View
-from mlx_fd.training.selfdistill.learning import RolloutStats, read, text_after
+from mlx_fd.training.selfdistill.learning import RolloutStats, Text, read
 from mlx_fd.training.selfdistill.noise import noisy
 from mlx_fd.training.selfdistill.teacher import Weights, adapter_swapped
 
@@ -76,17 +77,9 @@ def sample_rollouts(
     for number, begin in enumerate(range(0, len(rows), options.generation_batch_size)):
         chunk = rows[begin : begin + options.generation_batch_size]
         prompts = {
-            index: first_prompt(student, answer_prompt(questions[index]))
+            index: first_prompt(student, answer_prompt(questions[index], form_of(problems[index])))
             for index in dict.fromkeys(chunk)
         }
-        keep = GenerateOptions(keep=False, logprobs=True, on_token=on_token)
-        sampling = rollout_sampling(config, seed(number))
-        if student.thinking is not None and student.thinking.on:
-            none, wholes = [Conversation()] * len(chunk), [prompts[index] for index in chunk]
-            thought = generate(student, none, wholes, sampling, keep)
-            prefilled += sum(turn.prefilled for turn in thought)
-            turns += thought
-            continue
         prefilled += sum(len(prompt) for index, prompt in prompts.items() if index not in begun)
         # A problem whose attempts go on from the last call's is not read again.
         begun = {
@@ -97,8 +90,8 @@ def sample_rollouts(
             student,
             [begun[index] for index in chunk],
             [prompts[index][-1:] for index in chunk],
-            sampling,
-            keep,
+            rollout_sampling(config, seed(number)),
+            GenerateOptions(keep=False, logprobs=True, on_token=on_token),
         )
     attempts = [
         _attempt(problems[index], questions[index], turn, config)
@@ -109,8 +102,8 @@ def sample_rollouts(
 
 
 def _attempt(problem: Problem, question: str, turn: Turn, config: Config) -> Attempt:
-    final = parsing.final_answer(turn.text, config.generation.answer_filter)
-    right = is_correct(final, problem)
+    final = read_final(turn.text, problem, config.generation.answer_filter)
+    right = is_right(final, problem)
     return Attempt(
         problem=problem,
         question=question,
@@ -119,8 +112,6 @@ def _attempt(problem: Problem, question: str, turn: Turn, config: Config) -> Att
         final=final,
         correct=right,
         logprobs=turn.logprobs,
-        opening=turn.opening,
-        thought=turn.thought,
     )
 
 
@@ -162,7 +153,7 @@ def grade_answers(
         student, messages, sampling, config.selfdistill.generation_batch_size, on_token
     )
     return [
-        is_correct(parsing.final_answer(turn.text, config.generation.answer_filter), problem)
+        is_right(read_final(turn.text, problem, config.generation.answer_filter), problem)
         for turn, problem in zip(turns, problems, strict=True)
     ]
 
@@ -199,13 +190,13 @@ def echoes_of(
             on_token,
         )
         clean = [
-            text_after(student, message, turn.tokens, turn.opening)
+            Text(first_prompt(student, message), turn.tokens)
             for message, turn in zip(messages, turns, strict=True)
         ]
         states = read(student.view, clean, config.training.micro_batch)
     return [
         RolloutStats(
-            text=text_after(student, view.student, turn.tokens, turn.opening),
+            text=Text(first_prompt(student, view.student), turn.tokens),
             group=number,
             reward=0.0,
             finished=turn.finished,

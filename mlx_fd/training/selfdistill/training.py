@@ -28,6 +28,7 @@ from mlx_fd.files import write_json
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, read_trained
 from mlx_fd.problems import Problem
+from mlx_fd.problems.kinds import form_of
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.problems.sources import names_with_truth, truth_of
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
@@ -353,7 +354,7 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
     plain = grade_answers(
         student_lm,
         problems,
-        [answer_prompt(as_read(p, config)) for p in problems],
+        [answer_prompt(as_read(p, config), form_of(p)) for p in problems],
         config,
         on_progress,
     )
@@ -402,7 +403,7 @@ def build_views(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: i
 
 def _probe(learner: _Learner, problems: Sequence[Problem], batch: int) -> dict[str, float]:
     """The share of held-out problems that the student answers wrong."""
-    messages = [answer_prompt(as_read(problem, learner.config)) for problem in problems]
+    messages = [answer_prompt(as_read(p, learner.config), form_of(p)) for p in problems]
     right = grade_answers(
         learner.models.student_lm,
         problems,
@@ -552,7 +553,7 @@ def _rows(
                 "attempt": first + index,
                 "id": attempt.problem.id,
                 "question": attempt.question,
-                "reference": str(attempt.problem.answer),
+                "reference": attempt.problem.answer,
                 "text": attempt.text,
                 "tokens": list(attempt.tokens),
                 "final": None if final is None else str(final),
@@ -575,8 +576,6 @@ def _rows(
                 "logprob_gap": float(mx.abs(item.old - item.now).max()),
             }
         )
-        if attempt.thought:
-            rows[-1]["thought"] = attempt.thought
     return rows
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from mlx_fd import registry
 from mlx_fd.errors import UserError
+from mlx_fd.problems import Problem
+from mlx_fd.problems.kinds import form_of
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.registry import Entry, Registry
 from mlx_fd.training.selfdistill.materials import Attempt, Materials, quoted
@@ -83,14 +85,14 @@ CONTEXTS: Registry[Context] = registry.CONTEXTS
 register_context = CONTEXTS.register
 
 
-def message(question: str, *parts: str) -> str:
-    """A question with what else the self-teacher reads, and how an answer has to look."""
-    return answer_prompt("\n\n".join([question.strip(), *parts]))
+def message(problem: Problem, *parts: str) -> str:
+    """A problem with what else the self-teacher reads, and how an answer has to look."""
+    return answer_prompt("\n\n".join([problem.question.strip(), *parts]), form_of(problem))
 
 
 def student_prompt(attempt: Attempt) -> str:
     """What the student read before its attempt."""
-    return answer_prompt(attempt.question)
+    return answer_prompt(attempt.question, form_of(attempt.problem))
 
 
 def siblings_of(attempts: Sequence[Attempt], place: int, *, correct: bool) -> list[Attempt]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from mlx_fd.problems import Problem
 from mlx_fd.training.selfdistill.contexts import (
     Attempt,
     Context,
@@ -18,9 +19,9 @@ from mlx_fd.training.selfdistill.contexts import (
 )
 
 
-def hint_message(question: str, attempt: str) -> str:
+def hint_message(problem: Problem, attempt: str) -> str:
     """The question with another attempt at it, of which is not said whether it is right."""
-    return message(question, f"Another attempt at it:\n{quoted(attempt)}")
+    return message(problem, f"Another attempt at it:\n{quoted(attempt)}")
 
 
 def views(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
@@ -34,12 +35,11 @@ def views(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
             continue
         rng = random.Random(f"contrast/{materials.seed}/{attempt.problem.id}/{place}")
         drawn = rng.sample(wrong, min(materials.most_wrong, len(wrong)))
-        question = attempt.problem.question
         found.append(
             View(
                 student_prompt(attempt),
-                hint_message(question, right[0].text),
-                tuple(hint_message(question, other.text) for other in drawn),
+                hint_message(attempt.problem, right[0].text),
+                tuple(hint_message(attempt.problem, other.text) for other in drawn),
             )
         )
     return found

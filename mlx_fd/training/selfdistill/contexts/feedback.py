@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mlx_fd.problems import Problem
 from mlx_fd.training.selfdistill.contexts import (
     Attempt,
     Context,
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from mlx_fd.feedback.episode import Finished
 
 
-def feedback_message(question: str, feedback: str) -> str:
+def feedback_message(problem: Problem, feedback: str) -> str:
     """The question with feedback on an earlier attempt, which itself is not shown."""
     return message(
-        question,
+        problem,
         f"Feedback on an earlier attempt of yours:\n{quoted(feedback)}",
         "Mind it, and solve the problem anew.",
     )
@@ -34,7 +35,7 @@ def views(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
     from mlx_fd.training.selfdistill.critics import feedbacks
 
     return [
-        View(student_prompt(a), feedback_message(a.problem.question, text), note=text)
+        View(student_prompt(a), feedback_message(a.problem, text), note=text)
         for a, text in zip(attempts, feedbacks(attempts, materials), strict=True)
     ]
 
@@ -44,7 +45,7 @@ def from_episode(finished: Finished) -> str | None:
     expert = finished.judged.expert
     if expert is None:
         return None
-    return feedback_message(finished.problem.question, expert.feedback.text)
+    return feedback_message(finished.problem, expert.feedback.text)
 
 
 register_context(

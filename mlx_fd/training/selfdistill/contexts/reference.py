@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mlx_fd.problems import Problem
 from mlx_fd.training.selfdistill.contexts import (
     Attempt,
     Context,
@@ -17,10 +18,10 @@ from mlx_fd.training.selfdistill.contexts import (
 from mlx_fd.training.selfdistill.materials import reference_of
 
 
-def reference_message(question: str, solution: str) -> str:
+def reference_message(problem: Problem, solution: str) -> str:
     """The question with a reference solution."""
     return message(
-        question,
+        problem,
         f"A solution known to be right:\n{quoted(solution)}",
         "Understand it, then give your own; do not mention it.",
     )
@@ -31,7 +32,7 @@ def views(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
     return [
         View(
             student_prompt(a),
-            reference_message(a.problem.question, reference_of(a.problem, materials)),
+            reference_message(a.problem, reference_of(a.problem, materials)),
         )
         for a in attempts
     ]

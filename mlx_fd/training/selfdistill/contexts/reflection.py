@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from mlx_fd.problems import Problem
 from mlx_fd.problems.sources import SOURCES
 from mlx_fd.training.selfdistill.contexts import (
     Attempt,
@@ -22,12 +23,12 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 def reflection_message(
-    question: str, lessons: Sequence[str], attempt: str, reflection: str, solution: str
+    problem: Problem, lessons: Sequence[str], attempt: str, reflection: str, solution: str
 ) -> str:
     """The question with what was learned from failing at it, and at others.
 
     Args:
-        question: the question.
+        problem: whose question it is.
         lessons: of the playbook.
         attempt: the failed attempt; empty: it did not fail.
         reflection: on that attempt.
@@ -41,7 +42,7 @@ def reflection_message(
         parts.append(f"Your reflection on it:\n{quoted(reflection)}")
     if solution:
         parts.append(f"An earlier solution of yours that was right:\n{quoted(solution)}")
-    return message(question, *parts)
+    return message(problem, *parts)
 
 
 def lessons() -> list[str]:
@@ -73,13 +74,12 @@ def views(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
     found = []
     for attempt in attempts:
         solution = materials.playbook.solutions.get(attempt.problem.id, "")
-        question = attempt.problem.question
         if not attempt.correct:
             note = next(notes)
-            text = reflection_message(question, lessons, attempt.text, note, solution)
+            text = reflection_message(attempt.problem, lessons, attempt.text, note, solution)
             found.append(View(student_prompt(attempt), text, note=note))
         elif lessons or solution:
-            text = reflection_message(question, lessons, "", "", solution)
+            text = reflection_message(attempt.problem, lessons, "", "", solution)
             found.append(View(student_prompt(attempt), text))
         else:
             found.append(View(student_prompt(attempt), None))

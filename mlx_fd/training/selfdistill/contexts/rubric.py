@@ -18,9 +18,9 @@ from mlx_fd.training.selfdistill.contexts import (
 )
 
 
-def rubric_message(question: str, rubric: str) -> str:
+def rubric_message(problem: Problem, rubric: str) -> str:
     """The question with the criteria of a good answer."""
-    return message(question, f"A good answer meets these criteria:\n{quoted(rubric)}")
+    return message(problem, f"A good answer meets these criteria:\n{quoted(rubric)}")
 
 
 _ORDER = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
@@ -52,7 +52,7 @@ def rubric(problem: Problem) -> str:
 def views(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
     """Criteria of a good answer, without the answer (RCSD, 2606.19327)."""
     return [
-        View(student_prompt(a), rubric_message(a.problem.question, text), note=text)
+        View(student_prompt(a), rubric_message(a.problem, text), note=text)
         for a, text in ((a, rubric(a.problem)) for a in attempts)
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mlx_fd.problems import Problem
 from mlx_fd.training.selfdistill.contexts import (
     Attempt,
     Context,
@@ -18,9 +19,9 @@ from mlx_fd.training.selfdistill.contexts import (
 )
 
 
-def sibling_message(question: str, attempt: str) -> str:
+def sibling_message(problem: Problem, attempt: str) -> str:
     """The question with an attempt of the student's own that came out right."""
-    return message(question, f"An attempt of yours that came out right:\n{quoted(attempt)}")
+    return message(problem, f"An attempt of yours that came out right:\n{quoted(attempt)}")
 
 
 def views(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
@@ -35,7 +36,7 @@ def views(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
     else:
         said = iter([View(student_prompt(a), None) for a in alone])
     return [
-        View(student_prompt(a), sibling_message(a.problem.question, others[0].text))
+        View(student_prompt(a), sibling_message(a.problem, others[0].text))
         if others
         else next(said)
         for a, others in zip(attempts, right, strict=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mlx_fd.problems import parsing
+from mlx_fd.problems import Problem
+from mlx_fd.problems.kinds import is_right, read_final
 from mlx_fd.training.selfdistill.contexts import (
     Attempt,
     Context,
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
     from mlx_fd.feedback.episode import Finished
 
 
-def critique_message(question: str, rewrite: str) -> str:
+def critique_message(problem: Problem, rewrite: str) -> str:
     """The question with an attempt that a critic has mended."""
     return message(
-        question,
+        problem,
         f"Your attempt, kept as it was up to its first wrong step and mended from there:\n"
         f"{quoted(rewrite)}",
         "Give the solution; do not mention the attempt.",
@@ -38,7 +39,7 @@ def views(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
     return [
         View(
             student_prompt(a),
-            critique_message(a.problem.question, text) if text else None,
+            critique_message(a.problem, text) if text else None,
             note=text,
         )
         for a, text in zip(attempts, rewrites(attempts, materials), strict=True)
@@ -47,13 +48,11 @@ def views(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
 
 def from_episode(finished: Finished) -> str | None:
     """The expert's revision where it is right, or the answer where it was good enough to stay."""
-    from mlx_fd.feedback.episode import is_correct
-
     problem = finished.problem
     rewrite = finished.revised or finished.judged.answered.answer.text
-    if not is_correct(parsing.final_answer(rewrite), problem):
+    if not is_right(read_final(rewrite, problem), problem):
         return None
-    return critique_message(problem.question, rewrite)
+    return critique_message(problem, rewrite)
 
 
 register_context(

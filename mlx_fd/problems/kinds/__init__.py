@@ -1,0 +1,62 @@
+"""Kinds of answers, one file each: how a reply is to end, what is read from it, what is right.
+
+A value is text in the kind's own canonical form (a number's is that of ``fractions.Fraction``), so
+that rows, votes and bundles need not know kinds. What cannot be read is ``None`` and never a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_fd import registry
+from mlx_fd.problems import Problem
+from mlx_fd.problems.prompts import Form
+from mlx_fd.registry import Entry, Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerKind(Entry):
+    """What an answer is.
+
+    Attributes:
+        form: how a reply is asked for.
+        read: the final answer of a reply to a problem, and how it is to be found (``auto``; of
+            numbers ``strict`` and ``flexible``, too); ``None`` where it has none.
+        same: whether a final answer is the right one of a problem.
+        gold: the canonical form of a right answer as a file has it, given what there is to choose
+            from; ``ValueError`` with the reason where it is none of this kind.
+        available: raises :class:`mlx_fd.errors.UserError` where what it needs is not installed or
+            not allowed.
+    """
+
+    form: Form
+    read: Callable[[str, Problem, str], str | None]
+    same: Callable[[str, Problem], bool]
+    gold: Callable[[Any, tuple[str, ...]], str]
+    available: Callable[[], None] = lambda: None
+
+
+KINDS: Registry[AnswerKind] = registry.KINDS
+register_kind = KINDS.register
+
+
+def kind_of(problem: Problem) -> AnswerKind:
+    """The kind of a problem's answer."""
+    return KINDS[problem.kind]
+
+
+def form_of(problem: Problem) -> Form:
+    """How a reply to a problem is asked for."""
+    return KINDS[problem.kind].form
+
+
+def read_final(text: str, problem: Problem, how: str = "auto") -> str | None:
+    """The final answer of a reply, in its kind's canonical form; ``None`` where it has none."""
+    return KINDS[problem.kind].read(text, problem, how)
+
+
+def is_right(final: str | None, problem: Problem) -> bool:
+    """Whether a final answer is right; one that could not be read is wrong."""
+    return final is not None and KINDS[problem.kind].same(final, problem)

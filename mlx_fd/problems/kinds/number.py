@@ -1,0 +1,36 @@
+"""One number, compared exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_fd.problems import Problem, parsing
+from mlx_fd.problems.kinds import AnswerKind, register_kind
+from mlx_fd.problems.prompts import NUMBER
+
+
+def _read(text: str, problem: Problem, how: str) -> str | None:
+    value = parsing.final_answer(text, how)
+    return None if value is None else str(value)
+
+
+def _gold(answer: Any, choices: tuple[str, ...]) -> str:
+    text = str(answer)
+    marked = "####" in text
+    value = parsing.final_answer(text[text.rindex("####") :]) if marked else parsing.number(text)
+    if value is None:
+        raise ValueError("no final number in 'answer': it is a number, or ends in '#### <number>'")
+    return str(value)
+
+
+register_kind(
+    AnswerKind(
+        name="number",
+        help="one number, compared exactly",
+        order=10,
+        form=NUMBER,
+        read=_read,
+        same=lambda final, problem: final == problem.answer,
+        gold=_gold,
+    )
+)
