@@ -19,7 +19,7 @@ import numpy as np
 from mlx_fd.errors import UserError
 from mlx_fd.export.gguf_tokenizer import read_vocabulary
 from mlx_fd.export.source import Source, changed_modules, end_tokens, family_of, fused
-from mlx_fd.models import gguf_rope
+from mlx_fd.models import rope_scaling
 from mlx_fd.models.families import COMMON, Family
 from mlx_fd.models.gguf_layout import (
     GROUP,
@@ -246,7 +246,7 @@ def _metadata(family: Family, args: Any, config: dict[str, Any], sizes: _Sizes) 
         "attention.head_count_kv": sizes.kv_heads,
         "attention.key_length": sizes.head_dim,
         "attention.value_length": sizes.head_dim,
-        "rope.dimension_count": gguf_rope.rotary_dims(args, sizes.head_dim),
+        "rope.dimension_count": rope_scaling.rotary_dims(args, sizes.head_dim),
         "vocab_size": sizes.rows,
     }
 
@@ -348,7 +348,7 @@ def write_file(
     args: Any = base.args
     _check(family, args)
     sizes = _sizes(args)
-    scaling = gguf_rope.to_file(family, args, sizes.head_dim)
+    scaling = rope_scaling.to_file(family, args, sizes.head_dim)
     tensors = _tensors(source, family, sizes, kind)
     for name, table in scaling.tables.items():
         tensors.append(_Tensor(name, table.shape, "f32", partial(np.copy, table)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_fd.errors import UserError
 from mlx_fd.export.mlx_dir import MLX_KEYS
 from mlx_fd.export.source import (
     TOKENIZER_FILES,
@@ -17,9 +18,9 @@ from mlx_fd.export.source import (
     fused,
 )
 from mlx_fd.files import write_json
-from mlx_fd.models.families import FAMILIES, Family, Weights
-from mlx_fd.models.gguf_rope import kind_of
+from mlx_fd.models.families import COMMON, FAMILIES, Family, Weights
 from mlx_fd.models.loading import open_lazily
+from mlx_fd.models.rope_scaling import for_transformers, kind_of
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import read_arrays
 
@@ -31,7 +32,7 @@ _SHARD_BYTES = 5_000_000_000
 
 
 # Entries of config.json for which mlx-lm and transformers have defaults of their own.
-_SAID = ("num_key_value_heads", "head_dim", "rope_theta", "rope_local_base_freq")
+_SAID = ("num_key_value_heads", "head_dim", "vocab_size")
 
 
 def _config(
@@ -41,7 +42,8 @@ def _config(
     args: Any = model.args
     written = {key: value for key, value in config.items() if key not in MLX_KEYS}
     written.pop("dtype", None)
-    said = {name: getattr(args, name, None) for name in (*_SAID, *(k.option for k in family.keys))}
+    options = (*_SAID, *(key.option for key in (*COMMON, *family.keys)))
+    said = {name: getattr(args, name, None) for name in options}
     overrides = {
         **{name: value for name, value in said.items() if value is not None},
         "architectures": [family.hf_class],
@@ -51,11 +53,40 @@ def _config(
         "pad_token_id": tokenizer.pad_token_id,
         "torch_dtype": dtype,
     }
-    scaling: dict[str, Any] = written.get("rope_scaling") or {}
-    if kind_of(scaling) == "longrope":
-        # mlx-lm takes the long factors for every text, and so was the student trained.
-        overrides["rope_scaling"] = {**scaling, "short_factor": scaling["long_factor"]}
+    if scaling := for_transformers(family, args):
+        overrides["rope_scaling"] = scaling
+        parameters = written.get("rope_parameters")
+        if parameters and "rope_type" in parameters:
+            overrides["rope_parameters"] = {**parameters, **scaling}
     return dict(sorted({**written, **overrides}.items()))
+
+
+def _check(folder: Path, args: Any, family: Family) -> None:
+    """Make sure that transformers reads the configuration as mlx-lm does.
+
+    Raises:
+        UserError: it reads a number otherwise.
+    """
+    from transformers import AutoConfig
+
+    read = AutoConfig.from_pretrained(folder)
+    told = getattr(read, "rope_parameters", None) or {}
+    told = told.get("full_attention", told)
+    for key in (*COMMON, *family.keys):
+        ours = getattr(args, key.option, None)
+        theirs = told.get("rope_theta") if key.option == "rope_theta" else None
+        theirs = getattr(read, key.option, ours) if theirs is None else theirs
+        if ours is not None and theirs != ours:
+            raise UserError(
+                f"--format hf: transformers would read {key.option} as {theirs} where mlx-lm has "
+                f"{ours}, so that it would be another model; --format mlx keeps it"
+            )
+    kinds = kind_of(told), kind_of(getattr(args, "rope_scaling", None))
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"--format hf: transformers would scale rotary positions as {kinds[0]} where mlx-lm "
+            f"does as {kinds[1]}, so that it would be another model; --format mlx keeps it"
+        )
 
 
 def _blocks(source: Source, family: Family) -> Weights:
@@ -115,6 +146,7 @@ def write_model(
     blocks = _blocks(source, family)
     dense = {n: w for n, w in tree_flatten(model.parameters()) if n not in blocks}
     weights = {**family.to_hf(dense), **family.blocks_to_hf(blocks)}
+    args: Any = model.args
     config = _config(config, model, family, dtype, tokenizer)
     if blocks:
         # What transformers is not to look for blocks of.
@@ -141,6 +173,7 @@ def write_model(
         }
         write_json(folder / "model.safetensors.index.json", index)
     write_json(folder / "config.json", config)
+    _check(folder, args, family)
     write_json(folder / "generation_config.json", _generation_config(source, config))
     copy_tokenizer(source.ref.model, folder)
 

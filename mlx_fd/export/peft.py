@@ -31,12 +31,14 @@ _LAYERS = "model.layers."
 _PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
+    """Where a module is: the number of its block, and its name within it."""
+
     layer: int
     module: str
 
 
-def _place(module: str, family: Family, arrays: dict[str, mx.array]) -> _Place:
+def _place(module: str, family: Family, arrays: dict[str, mx.array]) -> Place:
     """Where in a block a module is.
 
     Raises:
@@ -52,16 +54,24 @@ def _place(module: str, family: Family, arrays: dict[str, mx.array]) -> _Place:
             + (" (transformers keeps all experts in one tensor)" if experts else "")
             + "; leave --adapter out, or train without it (--lora-keys)"
         )
-    return _Place(int(layer), within)
+    return Place(int(layer), within)
 
 
-def _targets(adapted: set[_Place], model: nn.Module) -> list[str]:
-    """Names that select these modules and no others: the last part where that is enough."""
+def targets(adapted: set[Place], model: nn.Module) -> list[str]:
+    """PEFT's ``target_modules``: names that select these modules of these blocks and no others.
+
+    Args:
+        adapted: the modules; the blocks that they are in are selected by number.
+        model: the one that has them.
+
+    Returns:
+        The last part of each name where that is enough, in order.
+    """
     places = set()
     for name, module in model.named_modules():
         layer, _, within = name.removeprefix(_LAYERS).partition(".")
         if name.startswith(_LAYERS) and layer.isdecimal() and "weight" in module:
-            places.add(_Place(int(layer), within))
+            places.add(Place(int(layer), within))
     layers, modules = {place.layer for place in adapted}, {place.module for place in adapted}
     short = {name.rsplit(".", 1)[-1] for name in modules}
     others = {place.module for place in places if place.layer in layers} - modules
@@ -119,7 +129,7 @@ def write_adapter(source: Source, folder: Path, *, base_model: str | None = None
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": 0.0,
-        "target_modules": _targets(places, model),
+        "target_modules": targets(places, model),
         "layers_to_transform": layers if some else None,
         "layers_pattern": "layers" if some else None,
         "bias": "none",

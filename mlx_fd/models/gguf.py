@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_fd.models import gguf_rope
+from mlx_fd.models import rope_scaling
 from mlx_fd.models.families import COMMON, FAMILIES, Family, Key
 from mlx_fd.models.gguf_layout import (
     CARRIED,
@@ -128,7 +128,7 @@ def _rope_scaling(
     file: GgufFile, family: Family, config: dict[str, Any], rotary: int
 ) -> dict[str, Any] | None:
     before = f"{family.gguf}.rope.scaling"
-    stored = gguf_rope.Stored(
+    stored = rope_scaling.Stored(
         kind=file.get(f"{before}.type", str, "none"),
         factor=file.get(f"{before}.factor", float),
         original=file.get(f"{before}.original_context_length", int),
@@ -137,11 +137,11 @@ def _rope_scaling(
         beta_slow=file.get(f"{before}.yarn_beta_slow", float),
         tables={
             name: np.asarray(file.tensors[name].data, dtype=np.float64).reshape(-1)
-            for name in gguf_rope.TABLES & file.tensors.keys()
+            for name in rope_scaling.TABLES & file.tensors.keys()
         },
     )
     try:
-        return gguf_rope.from_file(stored, family, config, rotary)
+        return rope_scaling.from_file(stored, family, config, rotary)
     except ValueError as error:
         raise file.bad(str(error)) from error
 
@@ -179,7 +179,7 @@ def _expected(file: GgufFile, family: Family, config: dict[str, Any]) -> dict[st
     name_of = tensor_names(family, config["num_hidden_layers"])
     expected = {name_of(name) or name: (name, shape) for name, shape in shapes.items()}
     missing = sorted(expected.keys() - file.tensors.keys())
-    extra = sorted(file.tensors.keys() - expected.keys() - gguf_rope.TABLES)
+    extra = sorted(file.tensors.keys() - expected.keys() - rope_scaling.TABLES)
     if missing or extra:
         what = f"the tensor {missing[0]} is missing" if missing else f"unknown tensor {extra[0]}"
         raise file.bad(f"{what}; this is not a plain {family.gguf} model")

@@ -63,7 +63,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"no_rope_layer_interval": 4}),
     "granite": ("granite", {"attention_bias": True, "mlp_bias": True}),
     "granite-llama3": ("granite", {"rope_scaling": LLAMA3, "tie_word_embeddings": False}),
-    "gpt_oss": ("gpt_oss", {"rope_scaling": YARN}),
+    "gpt_oss": ("gpt_oss", {}),
+    "gpt_oss-yarn": ("gpt_oss", {"rope_scaling": {**YARN, "truncate": False}}),
     "olmo2": ("olmo2", {}),
 }
 NAMES = list(VARIANTS)

@@ -21,6 +21,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.export.exporter import export  # noqa: E402
 from mlx_fd.export.form import Form  # noqa: E402
+from mlx_fd.export.peft import Place, targets  # noqa: E402
 from mlx_fd.models.loading import open_lazily  # noqa: E402
 
 ATTENTION = ["self_attn.q_proj", "self_attn.v_proj"]
@@ -97,27 +98,26 @@ def test_dora(tmp_path):
     assert np.abs(fused - adapted).max() < 1e-5 < np.abs(fused - weight).max()
 
 
-def test_a_last_name_that_others_have_too_is_given_whole(tmp_path):
-    """The first block's own gate_proj, and not the experts' of the other blocks."""
-    keys = ["mlp.gate_proj", "self_attn.q_proj"]
-    _, adapter = make_adapter(tmp_path, "qwen3_moe", keys=keys, layers=4)
-    done, config, arrays = written(adapter, tmp_path / "out")
-    assert done.agreement.mean_kl < 1e-8 and len(arrays) == 2 * (4 + 1)
-    assert config["target_modules"] == ["mlp.gate_proj", "q_proj"]
-    assert config["layers_to_transform"] is None
+def test_modules_of_one_name_are_told_apart(tmp_path):
+    """Where only some of the modules whose name ends alike carry an adapter, more is given."""
+    model, _ = open_lazily(make_architecture(tmp_path / "model", "qwen3_moe"))
+    both = {Place(0, "mlp.gate_proj"), Place(1, "self_attn.q_proj")}
+    assert targets(both, model) == ["mlp.gate_proj", "q_proj"]
+    assert targets({Place(0, "mlp.gate_proj")}, model) == ["gate_proj"]
 
 
 @pytest.mark.parametrize(
     ("name", "keys", "text"),
     [
         ("qwen3_moe", ["mlp.switch_mlp.up_proj"], "keeps all experts in one tensor"),
+        ("qwen3_moe", ["mlp.gate_proj"], r"layers\.0\.mlp\.gate_proj of a qwen3_moe model"),
         ("qwen3_moe", ["mlp.gate"], r"mlp\.gate of a qwen3_moe model"),
         ("gpt_oss", ["mlp.router"], r"mlp\.router of a gpt_oss model"),
         ("gpt_oss", None, "PEFT has no place for an adapter on"),
     ],
 )
 def test_what_peft_has_no_place_for(tmp_path, name, keys, text):
-    _, adapter = make_adapter(tmp_path, name, keys=keys)
+    _, adapter = make_adapter(tmp_path, name, keys=keys, layers=4)
     with pytest.raises(UserError, match=text):
         written(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -74,6 +74,8 @@ class Family(Entry):
         biases: option of config.json -> the module of a block whose bias is there where it is true.
         pairs: llama.cpp rotates neighbouring pairs: rows of q and k are interleaved in its files.
         norm_shift: added to the weights of norms there (Gemma's norms multiply by 1 + w).
+        scaled_in_transformers: its class there scales rotary positions where config.json does not
+            say anything of it.
         rope: kinds of rotary scaling that llama.cpp computes as mlx-lm does.
         check: what of a model's ``ModelArgs`` llama.cpp would compute otherwise, as the rest of a
             sentence that begins with "llama.cpp"; ``None``: nothing.
@@ -95,6 +97,7 @@ class Family(Entry):
     biases: Mapping[str, str] = field(default_factory=dict)
     pairs: bool = False
     norm_shift: float = 0.0
+    scaled_in_transformers: bool = False
     rope: frozenset[str] = frozenset({"default", "linear", "yarn"})
     check: Callable[[Any], str | None] = _always_right
     complete: Callable[[dict[str, Any]], None] = _complete

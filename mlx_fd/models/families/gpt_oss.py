@@ -95,6 +95,7 @@ register_family(
             Key("expert_feed_forward_length", "intermediate_size", int),
             Key("attention.sliding_window", "sliding_window", int),
         ),
+        scaled_in_transformers=True,
         check=check,
         to_hf=to_hf,
         from_hf=from_hf,

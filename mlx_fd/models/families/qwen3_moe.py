@@ -38,6 +38,7 @@ register_family(
         constants={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
         modules={".switch_mlp.": ".experts."},
         to_hf=to_hf,
-        not_in_peft=frozenset({"mlp.gate"}),
+        # PEFT takes those of a block without experts for parts of the experts' one tensor.
+        not_in_peft=frozenset({"mlp.gate", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}),
     )
 )

@@ -1,4 +1,4 @@
-"""Scaled rotary positions: ``rope_scaling`` of config.json, and what GGUF has for it."""
+"""Scaled rotary positions as mlx-lm computes them, in the words of GGUF and of transformers."""
 
 from __future__ import annotations
 
@@ -57,6 +57,37 @@ def long_attention_factor(longest: int, original: int) -> float:
     if longest <= original:
         return 1.0
     return math.sqrt(1 + math.log(longest / original) / math.log(original))
+
+
+def for_transformers(family: Family, args: Any) -> dict[str, Any] | None:
+    """A ``rope_scaling`` from which transformers computes what mlx-lm does; ``None``: no entry.
+
+    transformers reads entries that mlx-lm passes over, and has other values for missing ones.
+
+    Args:
+        family: the model's.
+        args: its ``ModelArgs``.
+    """
+    scaling: dict[str, Any] = dict(getattr(args, "rope_scaling", None) or {})
+    kind = kind_of(scaling)
+    if kind == "default":
+        return {"rope_type": "default"} if family.scaled_in_transformers else None
+    if kind == "yarn":
+        told = {**_YARN, **_PLAIN_YARN, **scaling}
+        top, bottom = (
+            0.1 * scale * math.log(told["factor"]) + 1.0 if told["factor"] > 1 else 1.0
+            for scale in (told["mscale"], told["mscale_all_dim"])
+        )
+        del told["mscale"], told["mscale_all_dim"]
+        # The range of frequencies that are mixed has whole numbers for its ends.
+        return {**scaling, **told, "attention_factor": top / bottom, "truncate": True}
+    if kind == "longrope":
+        original = getattr(args, "original_max_position_embeddings", None)
+        original = original or scaling["original_max_position_embeddings"]
+        factor = long_attention_factor(args.max_position_embeddings, original)
+        # It takes the long factors for every text, and so was a student trained.
+        return {**scaling, "short_factor": scaling["long_factor"], "attention_factor": factor}
+    return scaling
 
 
 def to_file(family: Family, args: Any, head_dim: int) -> Scaling:
