@@ -89,6 +89,10 @@ def make_student(view: View, expert_width: int, options: ModelOptions, seed: int
         model.set_dtype(mx.float32)
         model.unfreeze()
     else:
+        for module in model.modules():
+            # A class of mlx-lm's (recurrent_gemma) leaves out what every module begins with.
+            if not hasattr(module, "_no_grad"):
+                nn.Module.__init__(module)
         model.freeze()
         linear_to_lora_layers(
             model,

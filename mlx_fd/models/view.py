@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx import nn
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_fd.errors import UserError
 from mlx_fd.models.logit_transform import (
@@ -70,6 +71,8 @@ class View:
         rows: how many logits it makes of each, padding included.
         batched: whether a batch of texts gives each one the hidden states that it has alone; else
             they are read one by one.
+        needs_cache: whether a text is read right only with a prompt cache at hand, from which later
+            blocks take the keys of earlier ones (Gemma 3n); one is made for it.
     """
 
     model: nn.Module
@@ -80,6 +83,7 @@ class View:
     width: int
     rows: int
     batched: bool = True
+    needs_cache: bool = False
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -126,6 +130,8 @@ class View:
         self, tokens: mx.array, cache: list[Any] | None = None, *, recompute: bool = False
     ) -> tuple[Forward, mx.array]:
         """:meth:`forward`, and the model's own logits [B, T, rows]."""
+        if cache is None and self.needs_cache:
+            cache = make_prompt_cache(self.model)
         layers: list[mx.array] = []
         finals: list[mx.array] = []
         taps: dict[ModulePath, Any] = {
@@ -142,6 +148,11 @@ class _StandIn:
 
     def __init__(self, module: nn.Module):
         self._module = module
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # Some models ask isinstance of which kind a block is (olmo_hybrid).
+        return type(self._module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -163,9 +174,9 @@ class _Tap(_StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._layers:
-            self._layers.append(_first_array((*args, *kwargs.values())))
+            self._layers.append(_states((*args, *kwargs.values())))
         out = self._call(*args, **kwargs)
-        self._layers.append(_first_array(out))
+        self._layers.append(_states(out))
         return out
 
 
@@ -202,6 +213,16 @@ def _first_array(value: Any) -> mx.array:
     if found is None:
         raise TypeError(f"no array in {type(value).__name__}")
     return found
+
+
+def _states(value: Any) -> mx.array:
+    """The hidden states [B, T, d] in what a block is given or gives.
+
+    Gemma 3n's blocks pass on several streams [n, B, T, d], of which the first is the one that
+    predicts; transformers gives the same for its hidden states.
+    """
+    found = _first_array(value)
+    return found[0] if found.ndim == 4 else found
 
 
 def _at(model: nn.Module, path: ModulePath) -> Any:
@@ -363,7 +384,7 @@ def _check_blocks(
     shapes = set()
     for _, out in ran:
         try:
-            shapes.add(tuple(_first_array(out).shape))
+            shapes.add(tuple(_states(out).shape))
         except TypeError as error:
             raise _refusal(model, "their blocks give no hidden states") from error
     shape = shapes.pop()

@@ -142,8 +142,8 @@ def test_a_kept_state_is_a_value(pair):
     loaded = pair.expert
     _, before = prefill(loaded, Conversation(), sweep.tokens_of(40, 1))
     first, second = (
-        generate(loaded, [before], [sweep.tokens_of(9, 2)], rollouts.Sampling(6))[0].tokens
+        generate(loaded, [before], [sweep.tokens_of(9, 2)], rollouts.Sampling(6))[0]
         for _ in range(2)
     )
     whole = (*before.tokens, *sweep.tokens_of(9, 2))
-    assert first == second == sweep.write_by_hand(loaded, whole, 6)
+    assert first.tokens == second.tokens == tuple(sweep.greedy(loaded, whole, first))

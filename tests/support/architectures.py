@@ -95,6 +95,7 @@ _MAMBA2: Config = {
     "mamba_n_groups": 1,
     "mamba_conv_bias": True,
     "mamba_proj_bias": False,
+    "mamba_expand": 1,
 }
 _LINEAR: Config = {
     "num_heads": 4,
@@ -136,7 +137,7 @@ _QWEN3_5 = _text(
     rope_theta=None,
 )
 _GEMMA2 = _text(
-    attn_logit_softcapping=20.0, final_logit_softcapping=4.0, query_pre_attn_scalar=16, head_dim=16
+    attn_logit_softcapping=20.0, final_logit_softcapping=10.0, query_pre_attn_scalar=16, head_dim=16
 )
 _GEMMA3 = _text(
     query_pre_attn_scalar=16,
@@ -151,7 +152,7 @@ _GEMMA3N = _text(
     hidden_size_per_layer_input=16,
     sliding_window=WINDOW,
     rope_local_base_freq=10000.0,
-    final_logit_softcapping=4.0,
+    final_logit_softcapping=10.0,
     layer_types=_SLIDING,
     activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
     altup_num_inputs=2,
@@ -168,7 +169,7 @@ _GEMMA4 = _text(
     num_kv_shared_layers=2,
     sliding_window=WINDOW,
     layer_types=_SLIDING,
-    final_logit_softcapping=4.0,
+    final_logit_softcapping=10.0,
     rope_theta=None,
 )
 _LLAMA4 = _text(
@@ -238,7 +239,8 @@ ARCHITECTURES: dict[str, Config] = {
     "mistral4": _text(
         **_MOE_ROUTED,
         **_LATENT,
-        rope_parameters={**_MINISTRAL3["rope_parameters"]},
+        rope_parameters=_MINISTRAL3["rope_parameters"],
+        rope_theta=None,
     ),
     "mixtral": _text(num_local_experts=4, num_experts_per_tok=2),
     "qwen": _text(kv_channels=16, layer_norm_epsilon=1e-5, no_bias=True, intermediate_size=192),
@@ -291,7 +293,7 @@ ARCHITECTURES: dict[str, Config] = {
     "recurrent_gemma": _text(
         attention_bias=False,
         conv1d_width=4,
-        logits_soft_cap=4.0,
+        logits_soft_cap=10.0,
         attention_window_size=WINDOW,
         block_types=["recurrent", "recurrent", "attention"],
         num_key_value_heads=1,
@@ -431,6 +433,7 @@ ARCHITECTURES: dict[str, Config] = {
     "exaone4": _text(
         sliding_window=WINDOW,
         sliding_window_pattern="LG",
+        layer_types=_SLIDING,
         tie_word_embeddings=True,
         rope_scaling={"rope_type": "default"},
     ),
@@ -590,7 +593,7 @@ ARCHITECTURES: dict[str, Config] = {
     "muse_glimmer": _text(
         sliding_window=WINDOW,
         layer_types=_SLIDING,
-        final_logit_softcapping=4.0,
+        final_logit_softcapping=10.0,
         output_multiplier=0.5,
     ),
     "baichuan_m1": _text(
