@@ -26,8 +26,8 @@ EXPECTED = {
     "granite": ("model", "model.embed_tokens", LogitTransform(0.25)),
     "minicpm": ("model", "lm_head", LogitTransform(0.25)),
     "falcon_h1": ("model", "model.embed_tokens", LogitTransform(0.125)),
-    "muse_glimmer": ("model", "lm_head", LogitTransform(0.5, 4.0)),
-    "gemma2": ("model", "model.embed_tokens", LogitTransform(1.0, 4.0)),
+    "muse_glimmer": ("model", "lm_head", LogitTransform(0.5, 10.0)),
+    "gemma2": ("model", "model.embed_tokens", LogitTransform(1.0, 10.0)),
     "nanochat": ("transformer", "lm_head", LogitTransform(1.0, 15.0)),
     "gemma3": ("language_model.model", "language_model.lm_head", PLAIN),
     "gpt_oss": ("model", "lm_head", PLAIN),
@@ -213,6 +213,5 @@ def test_gradients_are_those_of_the_models_own_logits(opened):
 
 
 def test_blocks_that_do_not_run_one_after_the_other_are_refused(opened):
-    for name in ("iquestloopcoder", "gemma3n"):
-        with pytest.raises(UserError, match=f"{name} models: their blocks"):
-            find_view(opened(name))
+    with pytest.raises(UserError, match="iquestloopcoder models: their blocks"):
+        find_view(opened("iquestloopcoder"))
