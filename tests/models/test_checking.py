@@ -12,6 +12,7 @@ backend()
 
 import mlx.core as mx  # noqa: E402
 from mlx_lm.generate import generate_step  # noqa: E402
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 
 from mlx_fd.models.checking import check_model  # noqa: E402
