@@ -1,4 +1,4 @@
-"""GGUF files as llama.cpp itself quantises them, and files in several parts."""
+"""GGUF files as llama.cpp itself quantises and splits them, and files in several parts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from mlx_fd.models.backend import backend
 from support.architectures import make_architecture
@@ -23,6 +24,7 @@ from mlx_fd.export import gguf_file, verify  # noqa: E402
 from mlx_fd.export.source import open_source  # noqa: E402
 from mlx_fd.models import gguf as gguf_module  # noqa: E402
 from mlx_fd.models.gguf import convert  # noqa: E402
+from mlx_fd.models.gguf_tokens import PRETOKENIZERS  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402
 from mlx_fd.models.resolve import resolve  # noqa: E402
 
@@ -179,3 +181,25 @@ def test_a_type_that_nobody_can_read_is_refused(tmp_path):
     (tmp_path / "m.gguf").write_bytes(whole)
     with pytest.raises(UserError, match="tensors of type I32 are not supported"):
         convert(tmp_path / "m.gguf", tmp_path / "out")
+
+
+TEXTS = [
+    "Tom's 12345 apples cost $3.50, he'LL say: don't!!\n\n  Two  spaces\tand a tab \n",
+    "HelloWorld camelCase ABCdef XMLHttpRequest aB Ab I'm we'VE",
+    "naïve café ÉCOLE straße 日本語のテキスト Привет МИР 🙂👍🏽 x²",
+    "def f(x):\n    return {'a': [1, 2]}  # ok/\r\n\r\n\t\tend   ",
+    "100 000,5 % 1/2 ½ 3e-10 __init__ ->=> <tag/> ...",
+]
+
+
+@pytest.mark.parametrize("kind", sorted(PRETOKENIZERS))
+def test_llama_cpp_splits_text_alike(tmp_path, kind):
+    """What each name of a split stands for in llama.cpp, asked of it."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    write_gguf(tmp_path / "m.gguf", pre=kind)
+    convert(tmp_path / "m.gguf", tmp_path / "out")
+    engine = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    used = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    for text in TEXTS:
+        wanted = used.encode(text, add_special_tokens=False).ids
+        assert engine.tokenize(text.encode(), add_bos=False, special=True) == wanted, text

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_fd.errors import UserError
 from mlx_fd.export.formats import ExportFormat, OnSteps, register_format
 from mlx_fd.problems import prompts
 
@@ -46,10 +47,26 @@ def convert_back(folder: Path, scratch: Path, form: Form) -> Path:
 
 
 def load_back(source: Source, folder: Path, form: Form) -> Loaded:
-    """What the file was converted to."""
-    from mlx_fd.models.loading import load
+    """What the file was converted to.
 
-    return load(folder)
+    Raises:
+        UserError: its tokenizer splits text otherwise than the model's.
+    """
+    from mlx_fd.export.verify import role_chat
+    from mlx_fd.models.loading import load, open_tokenizer
+
+    back = load(folder)
+    tokenizer, _ = open_tokenizer(source.ref.model, back.config)
+    text = tokenizer.decode(list(role_chat(back)))
+    ours, theirs = (
+        one.encode(text, add_special_tokens=False) for one in (tokenizer, back.tokenizer)
+    )
+    if ours != theirs:
+        raise UserError(
+            "--format gguf: the tokenizer that the file holds splits text otherwise than the "
+            "model's; --format mlx and --format hf keep any tokenizer"
+        )
+    return back
 
 
 def use(source: Source, form: Form) -> str:
