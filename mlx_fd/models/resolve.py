@@ -22,7 +22,7 @@ from mlx_fd._version import __version__
 from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import ALIASES, SMOLLM2, TINY, TINY_BASE, TINY_STUDENT, alias_of
-from mlx_fd.models.directory import check_directory, check_files, read_object
+from mlx_fd.models.directory import blaming, check_directory, check_files, read_object
 from mlx_fd.models.storage import cache_dir, slug
 
 _PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "model*.safetensors"]
@@ -248,14 +248,20 @@ def _check_config(path: Path) -> None:
     """Make sure that mlx-lm can open a model, from its config.json alone.
 
     Raises:
-        UserError: it cannot, or would make another model of it.
+        UserError: it cannot, would make another model of it, or makes one that cannot be distilled.
     """
     from mlx_fd.models.published_config import as_mlx_lm_reads
 
     check_directory(path)
     config = read_object(path / "config.json")
     if _writes_text(config, _GENERATING):  # an encoder is none of mlx-lm's
-        as_mlx_lm_reads(config, path / "config.json")
+        readable = as_mlx_lm_reads(config, path / "config.json")
+        # Only here: MLX is loaded with it.
+        from mlx_fd.models.layer_kinds import build
+        from mlx_fd.models.view import check_blocks
+
+        with blaming(f"{path / 'config.json'}: mlx-lm makes no model of it"):
+            check_blocks(build(readable))
 
 
 def _advice() -> str:

@@ -306,6 +306,41 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return [_at(model, path) for path in block_paths(model)]
 
 
+def check_blocks(model: nn.Module) -> None:
+    """Make sure that a model's blocks are run as distillation needs it, from shapes alone.
+
+    Nothing is computed and no weight is made, so that a configuration can be judged by it.
+
+    Args:
+        model: as mlx-lm makes it; its weights may be anything.
+
+    Raises:
+        UserError: it has no blocks that are run one after the other, once each, over hidden
+            states [B, T, d].
+    """
+    paths = block_paths(model)
+    called: list[tuple[ModulePath, Any]] = []
+    try:
+        mx.compile(lambda tokens: _watched(model, paths, called, tokens))(mx.array([_PROBE_TOKENS]))
+    except Exception:  # code that needs numbers to go on is asked again when there are some
+        return
+    _check_order(model, paths, called)
+
+
+def _watched(
+    model: nn.Module,
+    paths: Sequence[ModulePath],
+    called: list[tuple[ModulePath, Any]],
+    tokens: mx.array,
+) -> mx.array:
+    """A model's logits; what its blocks and the modules around them give is added to ``called``."""
+    watched = [*paths, *_above(model, paths)]
+    recorders = {path: _Recorder(_at(model, path), _teller(called, path)) for path in watched}
+    with _replaced(model, recorders):
+        logits: mx.array = model(tokens, cache=None)
+    return logits
+
+
 def find_view(model: nn.Module) -> View:
     """Find the parts of a model by running it, on four tokens and then on given hidden states.
 
@@ -321,17 +356,12 @@ def find_view(model: nn.Module) -> View:
     paths = block_paths(model)
     called: list[tuple[ModulePath, Any]] = []
     tokens = mx.array([_PROBE_TOKENS])
-    stand_ins = {}
-    for path in (*paths, *_above(model, paths)):
-        tell = _teller(called, path)
-        stand_ins[path] = _Recorder(_at(model, path), tell)
-    with _replaced(model, stand_ins):
-        logits = model(tokens, cache=None)
+    logits = _watched(model, paths, called, tokens)
     if mx.isnan(logits).any().item():
         raise _refusal(
             model, "logits of this one are not numbers: its weights or config.json are damaged"
         )
-    width = _check_blocks(model, paths, called)
+    width = _check_order(model, paths, called)
     rows = int(logits.shape[-1])
     last = max(index for index, (path, _) in enumerate(called) if path in set(paths))
     after = [(path, out) for path, out in called[last + 1 :] if path not in set(paths)]
@@ -374,7 +404,7 @@ def _above(model: nn.Module, blocks: Sequence[ModulePath]) -> list[ModulePath]:
     ]
 
 
-def _check_blocks(
+def _check_order(
     model: nn.Module, paths: Sequence[ModulePath], called: Sequence[tuple[ModulePath, Any]]
 ) -> int:
     """Make sure that each block ran once, in order, on states [B, T, d]; d."""

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_fd.errors import UserError
 from mlx_fd.models.backend import backend
-from support.architectures import make_architecture
+from support.architectures import config_of, make_architecture
 
 backend()
 
@@ -15,8 +15,9 @@ from mlx import nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 
+from mlx_fd.models.layer_kinds import build  # noqa: E402
 from mlx_fd.models.logit_transform import DenseLogits, LinearLogits, LogitTransform  # noqa: E402
-from mlx_fd.models.view import find_view  # noqa: E402
+from mlx_fd.models.view import check_blocks, find_view  # noqa: E402
 
 PLAIN = LogitTransform()
 # Final hidden states, head, and what becomes of its product, read off mlx-lm's source.
@@ -210,6 +211,23 @@ def test_gradients_are_those_of_the_models_own_logits(opened):
     ours, theirs = (dict(tree_flatten(mx.grad(f)(model.parameters()))) for f in (by_view, by_model))
     for name, grad in theirs.items():
         assert distance(ours[name], grad) <= 1e-3 * mx.abs(grad).max().item(), name
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_blocks_are_checked_without_a_weight(name):
+    """At a size that no machine here could hold: nothing is computed."""
+    sizes = {} if "text_config" in config_of(name) else {"vocab_size": 10**9}
+    model = build({**config_of(name), **sizes})
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    check_blocks(model)
+    assert mx.get_peak_memory() - before < 1e6
+
+
+def test_what_shapes_show_is_refused_without_a_weight():
+    for name in ("iquestloopcoder", "gemma3n"):
+        with pytest.raises(UserError, match=f"{name} models: their blocks"):
+            check_blocks(build(config_of(name)))
 
 
 def test_blocks_that_do_not_run_one_after_the_other_are_refused(opened):
