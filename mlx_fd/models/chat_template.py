@@ -174,14 +174,17 @@ def fitted(template: ChatTemplate) -> ChatTemplate:
         try:
             if _ASKED in candidate.render(_CHAT[:1]):
                 return candidate
+            raise UserError(
+                f"{template.owner}: its chat template leaves out or changes what the user says; "
+                "take an Instruct model's"
+            )
         except template_sandbox.TooMuch:
             raise
         except UserError as error:
+            # What it does to messages as most templates take them is the fault to tell.
             first_fault = first_fault or error
-    raise first_fault or UserError(
-        f"{template.owner}: its chat template leaves out or changes what the user says; "
-        "take an Instruct model's"
-    )
+    assert first_fault is not None
+    raise first_fault
 
 
 def check_conversation(template: ChatTemplate) -> None:

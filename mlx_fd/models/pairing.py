@@ -154,7 +154,7 @@ def _check_splits(expert: _Side, student: _Side, shared: int) -> None:
         for token in expert.added() | student.added()
         if expert.tokenizer.get_vocab().get(token, shared) < shared
     )
-    around = [f"is{token} it" for token in added]
+    around = [f"is {token} it" for token in added]
     probes = [*_PROBES, "".join(around)]
     for probe in probes:
         if expert.encode(probe) == student.encode(probe):
