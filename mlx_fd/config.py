@@ -7,6 +7,7 @@ reference page are all made from this file and cannot drift apart.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import math
 import tomllib
@@ -29,6 +30,7 @@ MAX_SEED = 2**63 - 1
 """The largest integer that every reader of TOML takes."""
 _MAX_FLOAT = 3e38  # float32, in which all that is computed with them is, has nothing larger
 _MAX_BYTES = 1 << 20
+_MAX_DEPTH = 16  # of tables in tables
 
 Words = Collection[str] | Callable[[], Collection[str]]
 """The words that an option takes, a registry for its names, or what gives them when asked."""
@@ -45,7 +47,10 @@ def _option(default: Any, help: str, *, choices: Words = (), **limits: Any) -> A
     Choices that are names in a registry are looked up when they are asked for, so that what is
     registered later than this module is imported is among them.
     """
-    return field(default=default, metadata={"help": help, "words": choices, **limits})
+    metadata = {"help": help, "words": choices, **limits}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,16 @@ class ModelOptions:
         "auto",
         "Dequantise to float32: auto does so on the CPU backend where memory allows.",
         choices=("auto", "never"),
+    )
+    chat_template_kwargs: Mapping[str, Any] = _option(
+        {},
+        "Variables for the chat template, such as reasoning_effort: a table in a file, JSON on the "
+        "command line. The template must know them.",
+    )
+    template_date: str = _option(
+        "",
+        "Day that a chat template prints where it asks for the date, YYYY-MM-DD. Empty: the day "
+        "the run begins; outside of a run 2024-07-26.",
     )
 
 
@@ -125,6 +140,18 @@ class GenerationOptions:
     student_temperature: float = _option(0.0, "Sampling temperature of the student.", low=0)
     expert_repetition_penalty: float = _option(1.0, "Of the expert; 1: none.", low=1)
     student_repetition_penalty: float = _option(1.0, "Of the student; 1: none.", low=1)
+    expert_thinking: str = _option(
+        "off",
+        "Whether the expert thinks before each text it writes, if it is a model that can; off "
+        "closes a thought that its chat template opens.",
+        choices=("off", "on"),
+    )
+    student_thinking: str = _option(
+        "off", "Whether the student thinks, likewise.", choices=("off", "on")
+    )
+    max_thinking_tokens: int = _option(
+        1024, "Maximum tokens per thought, which is closed there; the text comes on top.", low=1
+    )
     answer_filter: str = _option(
         "auto",
         "How the final number is extracted: auto takes ####, then \\boxed{}, then the last number; "
@@ -134,6 +161,12 @@ class GenerationOptions:
     sequential: bool = _option(
         False, "One problem at a time, without KV cache reuse (the reference implementation)."
     )
+
+    @property
+    def thought_tokens(self) -> int:
+        """The most tokens of a thought of either model; 0 where neither thinks."""
+        thinks = "on" in (self.expert_thinking, self.student_thinking)
+        return self.max_thinking_tokens if thinks else 0
 
 
 @dataclass(frozen=True)
@@ -178,6 +211,11 @@ class LossOptions:
     )
     teacher_cache: str = _option(
         "", "Directory of the teacher cache; runs may share one. Empty: in the run directory."
+    )
+    distil_thoughts: bool = _option(
+        False,
+        "Also train on the thought before each feedback. Needs expert_thinking and "
+        "student_thinking, and score_at = feedback.",
     )
     on_policy_fraction: float = _option(
         0.0,
@@ -495,7 +533,7 @@ class Option:
     Attributes:
         section: TOML table, e.g. ``"gate"``.
         name: key within it, unique over all sections; ``--name-with-dashes`` on the command line.
-        kind: ``bool``, ``int``, ``float``, ``str`` or ``tuple``.
+        kind: ``bool``, ``int``, ``float``, ``str``, ``tuple`` or ``dict``.
         default: the default value.
         help: one sentence.
         words: the allowed words, or empty.
@@ -528,9 +566,11 @@ def _options() -> dict[str, Option]:
         hints = typing.get_type_hints(sections[section.name])
         for item in fields(sections[section.name]):
             kind = typing.get_origin(hints[item.name]) or hints[item.name]
+            kind = dict if kind is Mapping else kind
             limits = {"high": largest[kind]} if kind in largest else {}
+            default = {} if kind is dict else item.default
             found[item.name] = Option(
-                section.name, item.name, kind, item.default, **{**limits, **item.metadata}
+                section.name, item.name, kind, default, **{**limits, **item.metadata}
             )
     return found
 
@@ -623,6 +663,10 @@ def _checked(option: Option, value: Any, where: str) -> Any:
 
     if option.kind is tuple:
         value = _checked_list(option, value, wrong)
+    elif option.kind is dict:
+        if not isinstance(value, Mapping) or not _is_json(dict(value)):
+            raise wrong("a table of numbers, texts, true, false, lists and tables")
+        value = dict(value)
     elif option.kind is float:
         if not _is_number(value):
             raise wrong("a finite number")
@@ -662,6 +706,24 @@ def _checked_list(option: Option, value: Any, wrong: Callable[[str], UserError])
     if len(set(value)) != len(value):
         raise wrong("a list without repetitions")
     return tuple(value)
+
+
+def _is_json(value: Any, depth: int = 0) -> bool:
+    """Whether TOML and JSON both have a value: JSON has no dates, and TOML no null."""
+    if depth > _MAX_DEPTH:
+        return False
+    if isinstance(value, dict):
+        items = [*value, *value.values()]
+        return all(isinstance(key, str) for key in value) and _are_json(items, depth)
+    if isinstance(value, list):
+        return _are_json(value, depth)
+    if isinstance(value, str):
+        return not any(unicodedata.category(c) == "Cs" for c in value)
+    return isinstance(value, bool) or _is_number(value)
+
+
+def _are_json(values: list[Any], depth: int) -> bool:
+    return all(_is_json(value, depth + 1) for value in values)
 
 
 def _is_number(value: Any) -> bool:
@@ -713,10 +775,21 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
         },
     )
     losses, gate = config.losses, config.gate
+    if date := config.models.template_date:
+        _check_date(date, where)
     if losses.student_context != "none" and config.generation.answers_by != "student":
         raise UserError(
             f"{where}: student_context is about the student's own answers; set answers_by to "
             "student, or student_context to none."
+        )
+    thinking = config.generation.expert_thinking, config.generation.student_thinking
+    if losses.distil_thoughts and (
+        thinking != ("on", "on") or config.models.score_at != "feedback"
+    ):
+        raise UserError(
+            f"{where}: distil_thoughts needs both models to think and a score head that reads "
+            "behind the thought: set expert_thinking and student_thinking to on and score_at to "
+            "feedback, or leave distil_thoughts off."
         )
     if losses.teacher_top_k and losses.standardize_logits:
         raise UserError(
@@ -739,6 +812,17 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
     return config
 
 
+def _check_date(text: str, where: str) -> None:
+    try:
+        whole = datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{where}: template_date must be a day such as 2026-11-28, not {shown(text)}."
+        )
+
+
 def read(path: Path, config: Config | None = None) -> Config:
     """The configuration in a TOML file, over ``config`` (default: the defaults).
 
@@ -751,8 +835,9 @@ def read(path: Path, config: Config | None = None) -> Config:
     changes: dict[str, Any] = {}
     for key, value in _parsed(path).items():
         # At the top of the file, or in a table.
-        given = value if isinstance(value, dict) else {key: value}
-        if isinstance(value, dict):
+        table = isinstance(value, dict) and not (key in OPTIONS and OPTIONS[key].kind is dict)
+        given = value if table else {key: value}
+        if table:
             # Some names (gate, losses, problems) are an option's and a table's.
             if key not in sections and key in OPTIONS:
                 raise UserError(f"{path}: {key} is an option, not a table: write {key} = ...")
@@ -763,7 +848,7 @@ def read(path: Path, config: Config | None = None) -> Config:
         elif key in sections and key not in OPTIONS:
             raise UserError(f"{path}: {key} is a table: write [{key}], and its options below it.")
         for name, setting in given.items():
-            if isinstance(value, dict) and name in OPTIONS and OPTIONS[name].section != key:
+            if table and name in OPTIONS and OPTIONS[name].section != key:
                 raise UserError(
                     f"{path}: {name} belongs in [{OPTIONS[name].section}], not [{key}]."
                 )

@@ -25,6 +25,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 def shown(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(shown(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {shown(item)}" for name, item in value.items()) + "}"
     if isinstance(value, bool):
         return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else f"{value:g}"

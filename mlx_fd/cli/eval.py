@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,6 +15,7 @@ from mlx_fd.cli.options import (
     LateOption,
     Number,
     PathType,
+    chat_template_option,
     chosen_model,
     debug_option,
     json_option,
@@ -135,6 +137,7 @@ Examples:
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
 @skip_bad_rows_option
+@chat_template_option
 @json_option
 @quiet_option
 @debug_option
@@ -160,6 +163,7 @@ def evaluate(
     cache: Path | None,
     seed: int,
     skip_bad_rows: bool,
+    template_kwargs: dict[str, Any] | None,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -207,7 +211,7 @@ def evaluate(
         seed=seed,
         skip_bad_rows=skip_bad_rows,
     )
-    target = open_target(name, expert, adapter_path, max_tokens)
+    target = open_target(name, expert, adapter_path, max_tokens, template_kwargs)
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
     if (note := time_note()) and not quiet:

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +14,7 @@ from mlx_fd.cli.options import (
     Count,
     Number,
     PathType,
+    chat_template_option,
     chosen_model,
     debug_option,
     json_option,
@@ -21,6 +23,9 @@ from mlx_fd.cli.options import (
 )
 from mlx_fd.errors import UserError
 from mlx_fd.text import strip_control_chars
+
+if TYPE_CHECKING:
+    from mlx_fd.feedback.judge import ModelRef
 
 
 @click.command(
@@ -80,6 +85,7 @@ writes them (--problems arithmetic); of any others its scores mean nothing:
     show_default=True,
     help="Sampling temperature of the feedback; 0 is greedy.",
 )
+@chat_template_option
 @json_option
 @quiet_option
 @debug_option
@@ -95,6 +101,7 @@ def feedback(
     batch_size: int,
     tokens: int,
     temperature: float,
+    template_kwargs: dict[str, Any] | None,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -111,7 +118,13 @@ def feedback(
             if value is None:
                 raise click.UsageError(f"Missing option '{option}'.")
         backend()
-        _one(name, adapter_path, problem or "", answer or "", tokens, temperature, as_json)
+        _one(
+            _Named(name, adapter_path, template_kwargs),
+            (problem or "", answer or ""),
+            tokens,
+            temperature,
+            as_json,
+        )
         return
     if problem is not None or answer is not None:
         raise UserError("--problem and --answer are of one answer, --problems and --out of a file")
@@ -119,25 +132,34 @@ def feedback(
         raise UserError("--problems FILE and --out FILE go together")
     backend()
     options = JudgeOptions(batch_size, tokens, temperature, overwrite)
-    _file(name, adapter_path, file, out, options, as_json, quiet)
+    _file(_Named(name, adapter_path, template_kwargs), file, out, options, as_json, quiet)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A model as it was named."""
+
+    name: str
+    adapter_path: Path | None
+    template_kwargs: dict[str, Any] | None
+
+    def locate(self) -> ModelRef:
+        from mlx_fd.feedback.judge import locate_model
+
+        return locate_model(self.name, self.adapter_path, self.template_kwargs)
 
 
 def _one(
-    model: str,
-    adapter_path: Path | None,
-    problem: str,
-    answer: str,
-    tokens: int,
-    temperature: float,
-    as_json: bool,
+    model: _Named, asked: tuple[str, str], tokens: int, temperature: float, as_json: bool
 ) -> None:
+    problem, answer = asked
     if problem == answer == "-":
         raise UserError("--problem - and --answer -: only one of them can be standard input")
     question, text = _text(problem, "--problem"), _text(answer, "--answer")
-    from mlx_fd.feedback.judge import check_lengths, give_feedback, locate_model, open_student
+    from mlx_fd.feedback.judge import check_lengths, give_feedback, open_student
     from mlx_fd.feedback.judge_file import judged_columns
 
-    ref = locate_model(model, adapter_path)
+    ref = model.locate()
     check_lengths(ref.model, [(question, text)], tokens, "--tokens")
     found = judged_columns(give_feedback(open_student(ref), question, text, tokens, temperature))
     if as_json:
@@ -161,8 +183,7 @@ class JudgeOptions:
 
 
 def _file(
-    model: str,
-    adapter_path: Path | None,
+    model: _Named,
     file: Path,
     out: Path,
     options: JudgeOptions,
@@ -172,13 +193,13 @@ def _file(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from mlx_fd.feedback.judge import check_lengths, locate_model, open_student
+    from mlx_fd.feedback.judge import check_lengths, open_student
     from mlx_fd.feedback.judge_file import COLUMNS, check_out_file, judge_file, partial_of
     from mlx_fd.problems.files import load_answers
 
     answers = load_answers(file, COLUMNS)
     check_out_file(out, file, overwrite=options.overwrite)
-    ref = locate_model(model, adapter_path)
+    ref = model.locate()
     pairs = list(zip(answers.problems, answers.answers, strict=True))
     check_lengths(ref.model, pairs, options.tokens, "--tokens", f"{file}: row")
     console = Console(stderr=True)

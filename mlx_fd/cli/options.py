@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -33,7 +34,11 @@ _METAVARS = {
     "problems": "SOURCE",
     "split": "NAME",
     "teacher_cache": "DIR",
+    "chat_template_kwargs": "JSON",
+    "template_date": "YYYY-MM-DD",
 }
+# mlx-lm's name for it, beside ours.
+_FLAGS = {"chat_template_kwargs": ("--chat-template-args", "--chat-template-kwargs")}
 # Longer lists of choices stand in the help text: the first column does not wrap.
 _CHOICES_WIDTH = 40
 
@@ -143,6 +148,24 @@ class NumberList(click.ParamType[list[float]]):
             self.fail(f"{value!r} is not a list of numbers such as 1,1,1,0.03")
 
 
+class JsonTable(click.ParamType[dict[str, Any]]):
+    """A JSON object."""
+
+    name = "JSON"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> dict[str, Any]:
+        """The object."""
+        if isinstance(value, dict):
+            return value
+        try:
+            table = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            self.fail(f"{value!r} is not JSON ({error}); write '{{\"name\": true}}'", param, ctx)
+        if not isinstance(table, dict):
+            self.fail(f"{value!r} is not a JSON object such as '{{\"name\": true}}'", param, ctx)
+        return table
+
+
 class PathType(click.ParamType[Path]):
     """A path; ``~`` is seen to here, because shells leave it alone in ``--out=~/runs``."""
 
@@ -192,7 +215,7 @@ def click_option(
         help: its help text, where that is not the option's.
         choices: its choices, where those are not the option's.
     """
-    flags = flags or ("--" + option.name.replace("_", "-"),)
+    flags = flags or _FLAGS.get(option.name) or ("--" + option.name.replace("_", "-"),)
     words = choices or option.words
     kind: click.ParamType[Any]
     metavar = _METAVARS.get(option.name)
@@ -207,9 +230,13 @@ def click_option(
         listed = not isinstance(words, tuple) or len("|".join(words)) > _CHOICES_WIDTH
         metavar = "NAME" if listed else metavar
     else:
-        kind = {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}[
-            option.kind
-        ]
+        kind = {
+            bool: click.BOOL,
+            int: click.INT,
+            float: click.FLOAT,
+            str: click.STRING,
+            dict: JsonTable(),
+        }[option.kind]
 
     def text() -> str:
         among = f" One of: {', '.join(names_of(words))}." if listed else ""
@@ -229,7 +256,7 @@ def shown_default(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return shown or "empty"
+    return "empty" if value == {} else shown or "empty"
 
 
 class ConfiguredCommand(click.Command):
@@ -304,6 +331,14 @@ def chosen_model(
     return model or ""
 
 
+chat_template_option = click.option(
+    "--chat-template-args",
+    "template_kwargs",
+    type=JsonTable(),
+    metavar="JSON",
+    help="Variables for the chat template as JSON, such as the reasoning_effort of gpt-oss. "
+    "[default: the run's; none for a model]",
+)
 skip_bad_rows_option = click.option(
     "--skip-bad-rows", is_flag=True, help=OPTIONS["skip_bad_rows"].help
 )

@@ -27,6 +27,7 @@ from mlx_fd.training.selfdistill.methods import CUSTOM, DEFAULT_MODEL, METHODS, 
 # Options of the loop that have a meaning here, beside all of the method's.
 _SHARED = (
     *("student", "lora_rank", "lora_scale", "lora_layers", "dequantize"),
+    *("chat_template_kwargs", "template_date"),
     *("problems", "split", "train_on_test", "episodes", "skip_bad_rows"),
     *("batch_size", "max_answer_tokens", "max_feedback_tokens", "answer_filter"),
     *("gate", "ema_decay", "stop_threshold", "plateau_steps", "plateau_gain", "minimum_gain"),

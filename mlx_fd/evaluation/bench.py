@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mlx_fd.config import GenerationOptions
 from mlx_fd.evaluation.baselines import SYSTEMS, Setting, Trial
 from mlx_fd.evaluation.baselines.trials import Who, trial
 from mlx_fd.evaluation.cache import Cache, Rows
@@ -34,13 +35,23 @@ _PARTS: dict[Uses, tuple[str, ...]] = {
 _CODE = (
     "mlx_fd.problems.prompts",
     "mlx_fd.problems.parsing",
+    "mlx_fd.models.chat_template",
+    "mlx_fd.problems.thoughts",
     "mlx_fd.models.generation",
+    "mlx_fd.models.template_sandbox",
+    "mlx_fd.models.thinking",
     "mlx_fd.feedback.episode",
     "mlx_fd.feedback.judge",
     "mlx_fd.feedback.gate",
     "mlx_fd.evaluation.baselines",
 )
 _PACKAGES = ("mlx", "mlx-lm", "transformers")
+
+
+def _thinking(one: Uses, options: GenerationOptions) -> list[Any]:
+    """Whether a model thinks, and how much at most."""
+    switch = options.expert_thinking if one == "expert" else options.student_thinking
+    return [switch, options.max_thinking_tokens if switch == "on" else 0]
 
 
 @functools.cache
@@ -144,7 +155,8 @@ class Bench:
             "device": backend().device,
             "dequantize": self.target.config.models.dequantize,
             "vocab": self.target.vocab,
-            "models": {part: models[part]["sha256"] for part in parts},
+            "models": {part: models[part]["sha256"] for part in (*parts, "chat_template")},
+            "thinking": {one: _thinking(one, self.target.config.generation) for one in uses},
             **key,
         }
 

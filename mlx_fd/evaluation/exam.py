@@ -21,20 +21,14 @@ from mlx_fd.evaluation.statistics import Rows, bootstrap, mean, mean_gain
 from mlx_fd.feedback.episode import (
     OnTokens,
     answer,
+    criticisms,
     feedback_request,
     head_score,
     parsed,
 )
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.files import write_json
-from mlx_fd.models.generation import (
-    Conversation,
-    GenerateOptions,
-    Sampling,
-    first_prompt,
-    generate,
-    prefill,
-)
+from mlx_fd.models.generation import GenerateOptions, Sampling, said
 from mlx_fd.problems import arithmetic
 from mlx_fd.problems.kinds import form_of
 from mlx_fd.problems.prompts import answer_prompt
@@ -85,28 +79,26 @@ def examine(
         batch_size: questions that are answered together.
     """
     results: list[Result] = []
-    tokenizer = pair.student_lm.tokenizer
-    request = feedback_request(pair.student_lm)
+    loaded = pair.student_lm
+    request = feedback_request(loaded)
     for begin in range(0, len(exam), batch_size):
         chunk = exam[begin : begin + batch_size]
         prompts = [
             (
-                *first_prompt(
-                    pair.student_lm,
+                *said(
+                    loaded,
                     answer_prompt(question.problem.question, form_of(question.problem)),
+                    loaded.tokenizer.encode(question.answer, add_special_tokens=False),
                 ),
-                *tokenizer.encode(question.answer, add_special_tokens=False),
                 *request,
             )
             for question in chunk
         ]
-        read = [prefill(pair.student_lm, Conversation(), prompt) for prompt in prompts]
-        turns = generate(
-            pair.student_lm,
-            [before for _, before in read],
-            [prompt[-1:] for prompt in prompts],
+        written = criticisms(
+            loaded,
+            prompts,
             Sampling(options.max_feedback_tokens),
-            GenerateOptions(keep=False, on_token=lambda count: on_tokens("exam", count)),
+            GenerateOptions(on_token=lambda count: on_tokens("exam", count)),
         )
         solutions = answer(
             pair.student_lm,
@@ -117,11 +109,9 @@ def examine(
             temperature=0.0,
             keep=False,
         )
-        for question, prompt, (hidden, before), turn, solution in zip(
-            chunk, prompts, read, turns, solutions, strict=True
-        ):
-            feedback = parsed(turn)
-            score = head_score(pair.student, pair.student_lm, hidden, before, prompt, turn)
+        for question, one, solution in zip(chunk, written, solutions, strict=True):
+            feedback = parsed(one.turn)
+            score = head_score(pair.student, loaded, one)
             named = arithmetic.first_error(feedback.text)
             results.append(
                 Result(

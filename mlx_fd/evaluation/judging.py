@@ -26,7 +26,7 @@ from mlx_fd.feedback.episode import (
     student_feedback,
 )
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.models.generation import Conversation, first_prompt
+from mlx_fd.models.generation import Conversation, said
 from mlx_fd.problems import arithmetic, parsing, prompts
 from mlx_fd.problems.kinds import form_of
 from mlx_fd.problems.sources import Question
@@ -184,15 +184,12 @@ def _where(mask: Sequence[float], values: Sequence[float]) -> list[float]:
 def _answered(pair: Pair, question: Question) -> Answered:
     """An answer as if the expert had given it."""
     expert = pair.expert
-    tokens = (
-        *first_prompt(
-            expert, prompts.answer_prompt(question.problem.question, form_of(question.problem))
-        ),
-        *expert.tokenizer.encode(question.answer, add_special_tokens=False),
-    )
+    reply = tuple(expert.tokenizer.encode(question.answer, add_special_tokens=False))
+    asked = prompts.answer_prompt(question.problem.question, form_of(question.problem))
+    chat = said(expert, asked, reply)
     return Answered(
         question.problem,
-        prompts.Answer(question.answer, None),
-        Conversation(tokens),
+        prompts.Answer(question.answer, None, reply),
+        Conversation(chat),
         feedback_request(expert),
     )

@@ -20,7 +20,7 @@ from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
 from mlx_fd.feedback.episode import Answered, Usage, answer, feedback_request
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.models.generation import Conversation, first_prompt, without_repeated_eos
+from mlx_fd.models.generation import Conversation, said, without_repeated_eos
 from mlx_fd.problems import Problem, parsing, prompts
 from mlx_fd.problems.kinds import form_of, is_right, read_final
 from mlx_fd.runs.checked import content_digest
@@ -203,6 +203,9 @@ def _answers(
                 "prefilled": one.usage.prefilled["answer"],
                 "seconds": one.usage.seconds["answer"],
                 "capped": list(one.usage.capped),
+                "written": one.usage.tokens["answer"],
+                "thoughts": one.usage.thoughts,
+                "closed": list(one.usage.closed),
             }
             for one in answered
         ]
@@ -217,21 +220,20 @@ def _answered(pair: Pair, problem: Problem, row: dict[str, Any]) -> Answered:
     whenever: what comes next does not depend on what was in the cache.
     """
     tokens = tuple(row["tokens"])
-    conversation = Conversation(
-        (
-            *first_prompt(pair.expert, prompts.answer_prompt(problem.question, form_of(problem))),
-            *tokens,
-        )
-    )
+    asked = prompts.answer_prompt(problem.question, form_of(problem))
+    chat = said(pair.expert, asked, tokens)
+    conversation = Conversation(chat)
     return Answered(
         problem,
         prompts.Answer(row["text"], None, tokens),
         conversation,
         without_repeated_eos(conversation, feedback_request(pair.expert)),
         Usage(
-            {"answer": len(tokens)},
+            {"answer": row["written"]},
             {"answer": row["prefilled"]},
             {"answer": row["seconds"]},
             tuple(row["capped"]),
+            row["thoughts"],
+            tuple(row["closed"]),
         ),
     )

@@ -143,7 +143,8 @@ def make_sets(
     readers = load_readers(options.encoder, options.toxicity)
 
     paths = [path for path in (target.student, target.expert) if path is not None]
-    around = Surroundings("", target.config.generation.max_answer_tokens)
+    generation = target.config.generation
+    around = Surroundings("", generation.max_answer_tokens + generation.thought_tokens)
 
     def solving(source: str, split: str) -> Solving:
         found = problems.load(source, split, skip_bad_rows=options.skip_bad_rows)

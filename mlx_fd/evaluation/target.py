@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +18,7 @@ from mlx_fd.feedback.judge import locate_model
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
+from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.directory import blaming
 from mlx_fd.models.pairing import check_pair
 from mlx_fd.models.resolve import resolve, why_changed
@@ -55,6 +56,7 @@ class Target:
         adapter: an mlx-lm adapter that belongs to no run.
         gate: the gate as the run ended; ``None`` where no loop trained the student.
         vocab: tokens that expert and student share.
+        template: how chats are written for both.
         models: what ``eval.json`` says of them.
     """
 
@@ -67,6 +69,7 @@ class Target:
     adapter: Path | None
     gate: GateState | None
     vocab: int
+    template: ChatTemplate
     models: dict[str, dict[str, str]]
 
     @property
@@ -85,6 +88,7 @@ def open_target(
     expert: str | None,
     adapter_path: Path | None = None,
     max_tokens: int | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Target:
     """Find and check what is to be evaluated.
 
@@ -96,15 +100,16 @@ def open_target(
         adapter_path: an mlx-lm adapter, or a run's checkpoint, on the model ``name`` (empty: on
             the model that it was trained on).
         max_tokens: maximum tokens per answer; ``None``: the run's.
+        template_kwargs: further variables of the chat template, beside the run's.
 
     Raises:
         UserError: nothing of that name, an expert that is not the run's any more, or one that does
             not fit the student.
     """
     if adapter_path is None and (folder := _adapter(name)) is not None:
-        ref = locate_model("", folder)
+        ref = locate_model("", folder, template_kwargs)
     else:
-        ref = locate_model(name, adapter_path)
+        ref = locate_model(name, adapter_path, template_kwargs)
         name = str(adapter_path or name)
     student, run, checkpoint, adapter = ref.model, ref.run, ref.checkpoint, ref.adapter
     config = ref.config or Config()
@@ -135,6 +140,11 @@ def open_target(
             "name": config.models.expert,
             "sha256": fingerprint.content_hash(expert_path),
         }
+    kwargs = template_kwargs if run is None else None
+    pairing = check_pair(expert_path or student, student, kwargs=kwargs)
+    # A run's student is asked in the way that it was trained in, whoever is the expert now.
+    template = (ref.template if run is not None else None) or pairing.template
+    models["chat_template"] = {"name": template.owner, "sha256": template.digest()}
     return Target(
         name=name,
         config=config,
@@ -144,7 +154,8 @@ def open_target(
         checkpoint=checkpoint,
         adapter=adapter,
         gate=_gate(run, checkpoint) if run and looped else None,
-        vocab=check_pair(expert_path or student, student).shared_vocab,
+        vocab=pairing.shared_vocab,
+        template=template,
         models=models,
     )
 
@@ -221,6 +232,7 @@ class Models:
             expert_path=target.expert or target.student,
             student_path=target.student,
             vocab=target.vocab,
+            template=target.template,
             probe=(),
             problems=(),
             manifest=cast(Manifest, {}),
@@ -260,7 +272,7 @@ def _with_adapter(plan: Plan, adapter: Path) -> Pair:
     """A pair whose student is a model with an mlx-lm adapter on it."""
     from mlx_lm.tuner.utils import load_adapters
 
-    from mlx_fd.feedback.pair import Pair
+    from mlx_fd.feedback.pair import Pair, share_tokens, thinking_as
     from mlx_fd.models.loading import load_pair
     from mlx_fd.models.student import Student
 
@@ -270,11 +282,6 @@ def _with_adapter(plan: Plan, adapter: Path) -> Pair:
         model = load_adapters(base.model, str(adapter))
     student = Student(base.view, expert.view.width)
     student.eval()
-    student_lm = dataclasses.replace(
-        base,
-        model=model,
-        tokenizer=expert.tokenizer,
-        vocab=plan.vocab,
-        template=expert.template,
-    )
-    return Pair(dataclasses.replace(expert, vocab=plan.vocab), student, student_lm, plan.vocab)
+    expert, base = share_tokens(expert, base, plan.vocab, plan.template)
+    pair = Pair(expert, student, dataclasses.replace(base, model=model), plan.vocab)
+    return thinking_as(pair, plan.config.generation)

@@ -230,6 +230,7 @@ def make_bundle(
     from mlx_fd.models.backend import backend
     from mlx_fd.models.chat_template import check_conversation
     from mlx_fd.models.fingerprint import content_hash
+    from mlx_fd.models.generation import chat_text
     from mlx_fd.runs.manifest import versions
 
     if not problems:
@@ -247,7 +248,7 @@ def make_bundle(
     ]
     prompts = tuple(_scored(reference, *draft) for draft in drafts)
     form = form_of(problems[0])
-    around = loaded.template.render([answer_prompt(_SENTINEL, form)]).split(_SENTINEL)
+    around = chat_text(loaded, [answer_prompt(_SENTINEL, form)]).split(_SENTINEL)
     if len(around) != 2:
         raise UserError(
             f"{loaded.path}: its chat template writes a message {len(around) - 1} times, so that "
@@ -280,6 +281,8 @@ def _conversations(
     reference: _Reference, problems: Sequence[Problem]
 ) -> Iterator[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
     """Each role with, for each problem, the prompt's text and the greedy continuation."""
+    from mlx_fd.models.generation import chat_text
+
     chats: list[list[str]] = [[] for _ in problems]
     feedbacks: list[Feedback] = []
     for role in ROLES:
@@ -300,7 +303,7 @@ def _conversations(
                 message = final_prompt(form_of(problem))
             chat.append(message)
         begun = FEEDBACK_OPENING if role == "feedback" else ""
-        texts = [reference.loaded.template.render(chat) + begun for chat in chats]
+        texts = [chat_text(reference.loaded, chat) + begun for chat in chats]
         written = reference.write(texts, _CONTINUATION)
         for chat, (_, text) in zip(chats, written, strict=True):
             chat.append(f"{begun} {text}".strip())

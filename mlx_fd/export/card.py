@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_fd.export.chat import JINJA, template_arguments, template_note
 from mlx_fd.export.gguf_file import Written
 from mlx_fd.export.guide import how_to_compare
 from mlx_fd.export.verify import Agreement
@@ -57,6 +58,7 @@ def write_card(
         _results(source),
         "## Use\n",
         FORMATS[form.format].use(source, form),
+        template_note(source.ref.template, folder) if source.ref.template else "",
         _score_head(source, form, student.score_at)
         if student is not None and source.ref.scores
         else "",
@@ -266,6 +268,15 @@ chat = [{{"role": ("user", "assistant")[i % 2], "content": text}} for i, text in
 def mlx_score_code(source: Source, form: Form, score_at: str) -> str:
     """Python code that reads the score head with mlx-lm."""
     load = f'"{named_base(source)}", adapter_path="."' if form.adapter else '"."'
+    template, own_template, further = source.ref.template, "", ""
+    if template is not None:
+        further = "".join(f", {name}={v!r}" for name, v in template_arguments(template).items())
+        if form.adapter:
+            own_template = (
+                "import pathlib\n"
+                f'if (path := pathlib.Path("{JINJA}")).exists():\n'
+                "    tokenizer.chat_template = path.read_text()\n"
+            )
     written = (
         "ids += [r.token for r in mlx_lm.stream_generate(model, tokenizer, ids, max_tokens=192)]"
         "[:-1]\n"
@@ -277,7 +288,8 @@ import mlx.core as mx, mlx_lm
 model, tokenizer = mlx_lm.load({load})
 head = mx.load("score_head.safetensors")
 {EXAMPLE}\
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, date_string="26 Jul 2024")
+{own_template}\
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True{further})
 ids += tokenizer.encode({prompts.FEEDBACK_OPENING!r}, add_special_tokens=False)
 {written}\
 hidden = model.model(mx.array([ids]))[0, -1].astype(mx.float32)

@@ -17,6 +17,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.export import archive, gguf_file
 from mlx_fd.export.bundle import make_bundle, write_bundle
 from mlx_fd.export.card import write_card
+from mlx_fd.export.chat import carry_template
 from mlx_fd.export.form import Form, check_form
 from mlx_fd.export.formats import FORMATS
 from mlx_fd.export.source import Source, open_source, write_score_head
@@ -122,6 +123,8 @@ def export(
         with _wrap_write_errors(folder):
             working = held.enter_context(new_directory(folder, shared=False))
             written = _write(source, live, working, form, progress)
+            if source.ref.template is not None:
+                carry_template(source.ref.template, source.ref.model, working)
             if student is not None and source.ref.scores:
                 write_score_head(source.ref, student.score_at, working / SCORE_HEAD)
         progress("comparing", 0, 2)

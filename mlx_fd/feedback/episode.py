@@ -31,12 +31,17 @@ from mlx_fd.models.generation import (
     GenerateOptions,
     Sampling,
     Turn,
+    after_thought,
     first_prompt,
     followup_prompt,
     forward,
     generate,
     prefill,
+    replying,
+    said,
     sampling_for,
+    think,
+    with_thought,
     without_repeated_eos,
 )
 from mlx_fd.models.loading import Loaded
@@ -54,7 +59,7 @@ from mlx_fd.problems.prompts import (
     merge_prompt,
     revise_prompt,
 )
-from mlx_fd.runs.records import AnswerRow, EpisodeRow, GateRow
+from mlx_fd.runs.records import AnswerRow, EpisodeRow, GateRow, thought_columns
 
 OnTokens = Callable[[str, int], None]
 """Called with the step's name and how many tokens were just written or learned from."""
@@ -69,12 +74,16 @@ class Usage:
         prefilled: tokens read.
         seconds: this problem's share of the batch's time.
         capped: steps that ended at the token limit.
+        thoughts: what was thought before a step's text, where something was.
+        closed: steps whose thought was closed at its limit.
     """
 
     tokens: dict[str, int] = field(default_factory=dict)
     prefilled: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     capped: tuple[str, ...] = ()
+    thoughts: dict[str, str] = field(default_factory=dict)
+    closed: tuple[str, ...] = ()
 
     def __add__(self, other: Usage) -> Usage:
         """The steps of both, this one's first; a step is in one of them only."""
@@ -83,6 +92,8 @@ class Usage:
             {**self.prefilled, **other.prefilled},
             {**self.seconds, **other.seconds},
             (*self.capped, *other.capped),
+            {**self.thoughts, **other.thoughts},
+            (*self.closed, *other.closed),
         )
 
 
@@ -106,7 +117,7 @@ class Answered:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """All tokens that both models read before they write their feedback."""
+        """All tokens that the expert reads before its feedback, but for what it thinks."""
         return (*self.conversation.tokens, *self.request)
 
     @property
@@ -260,21 +271,25 @@ def generate_step(
         dataclasses.replace(options, on_token=lambda count: on_tokens(step, count)),
     )
     share = (time.perf_counter() - begin) / max(len(turns), 1)
-    return turns, [
-        Usage(
-            {step: len(turn.tokens)},
-            {step: turn.prefilled},
-            {step: share},
-            () if turn.finished else (step,),
-        )
-        for turn in turns
-    ]
+    return turns, [usage_of(step, turn, share) for turn in turns]
+
+
+def usage_of(step: str, turn: Turn, seconds: float) -> Usage:
+    """What a step took whose text is a turn."""
+    return Usage(
+        tokens={step: turn.written},
+        prefilled={step: turn.prefilled},
+        seconds={step: seconds},
+        capped=() if turn.finished else (step,),
+        thoughts={step: turn.thought} if turn.thought else {},
+        closed=(step,) if turn.closed else (),
+    )
 
 
 def read_answer(turn: Turn, problem: Problem, options: GenerationOptions) -> Answer:
     """A turn's text and the final answer in it."""
     final = read_final(turn.text, problem, options.answer_filter)
-    return Answer(turn.text, final, turn.tokens)
+    return Answer(turn.text, final, turn.tokens, turn.opening)
 
 
 def answer(
@@ -337,7 +352,25 @@ def first_answers(
     if options.answers_by == "expert":
         return answer(pair.expert, problems, options, seed, on_tokens)
     answered = answer(pair.student_lm, problems, options, seed, on_tokens, keep=False)
-    return [_without_cache(one) for one in answered]
+    request = feedback_request(pair.expert)
+    return [
+        dataclasses.replace(one, conversation=before, request=without_repeated_eos(before, request))
+        for one in answered
+        for before in (Conversation(_answered_chat(pair.expert, one)),)
+    ]
+
+
+def _answered_chat(loaded: Loaded, answered: Answered) -> tuple[int, ...]:
+    """The chat of an answer, as if a model had given it itself."""
+    return said(loaded, answer_prompt(answered.problem.question), answered.answer.tokens)
+
+
+def student_prompt(pair: Pair, answered: Answered) -> tuple[int, ...]:
+    """All tokens that the student reads before its feedback, but for what it thinks."""
+    if pair.student_lm.template == pair.expert.template:
+        return answered.prompt
+    chat = _answered_chat(pair.student_lm, answered)
+    return (*chat, *without_repeated_eos(Conversation(chat), feedback_request(pair.student_lm)))
 
 
 def _without_cache(answered: Answered) -> Answered:
@@ -356,30 +389,81 @@ def feedback_request(loaded: Loaded, prompt: str = "") -> tuple[int, ...]:
 
 
 def parsed(turn: Turn) -> Feedback:
-    """What a model wrote after :func:`feedback_request`."""
-    return parsing.parse_feedback(f"{FEEDBACK_OPENING} {turn.text}", turn.tokens)
+    """What a model wrote after :func:`feedback_request`; nothing where its thought was cut off."""
+    if not turn.text:
+        return Feedback("", None, turn.tokens, turn.opening)
+    read = parsing.parse_feedback(f"{FEEDBACK_OPENING} {turn.text}", turn.tokens)
+    return dataclasses.replace(read, opening=turn.opening)
+
+
+@dataclass(frozen=True)
+class Criticism:
+    """A feedback that was written by itself, with the state that score heads read.
+
+    Attributes:
+        turn: the feedback, with what was thought before it.
+        prompt: all tokens before the feedback, the thought among them.
+        hidden: the final hidden state [d] at the prompt's last token.
+        before: the conversation up to that token, which it does not hold.
+    """
+
+    turn: Turn
+    prompt: tuple[int, ...]
+    hidden: mx.array
+    before: Conversation
+
+
+def criticisms(
+    loaded: Loaded,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: Sampling,
+    options: GenerateOptions,
+) -> list[Criticism]:
+    """Feedback after each of some prompts, which end as :func:`feedback_request` does.
+
+    Args:
+        loaded: who writes.
+        prompts: all tokens before each.
+        sampling: how to draw.
+        options: whether caches are used, and who is told of tokens.
+    """
+    thoughts = think(loaded, prompts, sampling, options)
+    prompts = [
+        with_thought(loaded, prompt, thought.opening if thought else ())
+        for prompt, thought in zip(prompts, thoughts, strict=True)
+    ]
+    read = [prefill(loaded, Conversation(), prompt, reuse=options.reuse) for prompt in prompts]
+    turns = generate(
+        replying(loaded),
+        [before for _, before in read],
+        [prompt[-1:] for prompt in prompts],
+        sampling,
+        dataclasses.replace(options, keep=False),
+    )
+    return [
+        Criticism(after_thought(turn, thought), prompt, hidden, before)
+        for turn, thought, prompt, (hidden, before) in zip(
+            turns, thoughts, prompts, read, strict=True
+        )
+    ]
 
 
 def head_score(
     student: Student,
     student_lm: Loaded,
-    hidden: mx.array,
-    before: Conversation,
-    prompt: Sequence[int],
-    turn: Turn,
+    criticism: Criticism,
 ) -> float:
     """The score of the student's head on an answer that it gave feedback on.
 
     Args:
         student: the student.
         student_lm: its language model.
-        hidden: its final hidden state [d] at the prompt's last token.
-        before: its conversation up to that token, which it does not hold.
-        prompt: all tokens before the feedback.
-        turn: its feedback.
+        criticism: its feedback.
     """
+    hidden = criticism.hidden
     if student.score_at == "feedback":
-        hidden = forward(student_lm, before, [prompt[-1], *turn.tokens[:-1]]).final[0, -1]
+        written = [criticism.prompt[-1], *criticism.turn.tokens[:-1]]
+        hidden = forward(student_lm, criticism.before, written).final[0, -1]
     return float(student.score(hidden))
 
 
@@ -391,39 +475,24 @@ def student_feedback(
     on_tokens: OnTokens,
 ) -> list[StudentFeedback]:
     """Step 2, the student's half: its feedback, and its score head's score."""
-    conversations, states, reading = [], [], []
-    for one in answered:
-        begin = time.perf_counter()
-        hidden, before = prefill(
-            pair.student_lm, Conversation(), one.prompt, reuse=not options.sequential
-        )
-        conversations.append(before)
-        states.append(hidden)
-        reading.append(time.perf_counter() - begin)
-    sampling = sampling_for(options, "student_feedback", seed)
-    step = "student_feedback"
-    turns, usages = generate_step(
+    step, begin = "student_feedback", time.perf_counter()
+    prompts = [student_prompt(pair, one) for one in answered]
+    written = criticisms(
         pair.student_lm,
-        step,
-        conversations,
-        [one.prompt[-1:] for one in answered],
-        sampling,
-        on_tokens,
-        GenerateOptions(reuse=not options.sequential, keep=False),
+        prompts,
+        sampling_for(options, step, seed),
+        GenerateOptions(
+            reuse=not options.sequential, on_token=lambda count: on_tokens(step, count)
+        ),
     )
+    share = (time.perf_counter() - begin) / max(len(written), 1)
     return [
         StudentFeedback(
-            parsed(turn),
-            head_score(pair.student, pair.student_lm, hidden, before, one.prompt, turn),
-            dataclasses.replace(
-                usage,
-                prefilled={step: len(one.prompt)},
-                seconds={step: usage.seconds[step] + seconds},
-            ),
+            parsed(one.turn),
+            head_score(pair.student, pair.student_lm, one),
+            dataclasses.replace(usage_of(step, one.turn, share), prefilled={step: len(one.prompt)}),
         )
-        for one, turn, usage, hidden, before, seconds in zip(
-            answered, turns, usages, states, conversations, reading, strict=True
-        )
+        for one in written
     ]
 
 
@@ -660,4 +729,5 @@ def episode_row(finished: Finished, index: int, gate: GateRow) -> EpisodeRow:
         "prefilled": usage.prefilled,
         "capped": list(usage.capped),
         "seconds": {step: round(value, 3) for step, value in usage.seconds.items()},
+        **thought_columns(usage.thoughts, usage.closed),
     }

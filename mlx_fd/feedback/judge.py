@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlx_fd import runs
 from mlx_fd.config import Config, read
 from mlx_fd.errors import UserError
-from mlx_fd.feedback.episode import feedback_request, head_score, parsed
+from mlx_fd.feedback.episode import criticisms, feedback_request, head_score, parsed
 from mlx_fd.models import fingerprint
 from mlx_fd.models.backend import backend
+from mlx_fd.models.chat_template import ChatTemplate, fitted
 from mlx_fd.models.context import Surroundings, context_length, too_long
 from mlx_fd.models.directory import blaming
-from mlx_fd.models.generation import (
-    Conversation,
-    GenerateOptions,
-    Sampling,
-    first_prompt,
-    generate,
-    prefill,
-)
-from mlx_fd.models.loading import Loaded, load
+from mlx_fd.models.generation import GenerateOptions, Sampling, said
+from mlx_fd.models.loading import Loaded, load, open_template
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import (
@@ -38,6 +33,7 @@ from mlx_fd.models.student import (
 )
 from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 from mlx_fd.runs.checkpoints import check_weights
+from mlx_fd.runs.manifest import trained_template
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,7 @@ class ModelRef:
         run: the run directory it belongs to.
         config: the run's configuration.
         adapter: an mlx-lm adapter of the model that belongs to no run.
+        template: how chats are written for it; ``None``: as its directory says.
     """
 
     model: Path
@@ -57,6 +54,7 @@ class ModelRef:
     run: Path | None = None
     config: Config | None = None
     adapter: Path | None = None
+    template: ChatTemplate | None = None
 
     @property
     def scores(self) -> bool:
@@ -105,7 +103,7 @@ def _locate_adapter(name: str, adapter: Path) -> ModelRef:
     folder = adapter.resolve()
     if not runs.is_run(folder.parents[1]):
         return ModelRef(resolve(name or adapter_base(folder)), adapter=folder)
-    ref = locate_model(str(folder))
+    ref = _locate(str(folder))
     if name and resolve(name) != ref.model:
         raise UserError(
             f"--adapter-path {adapter}: this is a checkpoint of a run whose student is {ref.model}"
@@ -114,20 +112,34 @@ def _locate_adapter(name: str, adapter: Path) -> ModelRef:
     return ref
 
 
-def locate_model(name: str, adapter: Path | None = None) -> ModelRef:
+def locate_model(
+    name: str, adapter: Path | None = None, template_kwargs: Mapping[str, Any] | None = None
+) -> ModelRef:
     """A model or a student by its name, not loaded yet.
+
+    A run's student comes with the chat template that it was trained with.
 
     Args:
         name: a run directory (its best checkpoint), one of its checkpoints, or a model's name.
         adapter: an mlx-lm adapter to put on the model ``name``; on the model that the adapter
             itself names where ``name`` is empty.
+        template_kwargs: further variables of the chat template, beside the run's.
 
     Raises:
         UserError: nothing of that name, a checkpoint outside its run or with other weights than
             the run wrote, or another base model than the one that was trained.
     """
-    if adapter is not None:
-        return _locate_adapter(name, adapter)
+    ref = _locate(name) if adapter is None else _locate_adapter(name, adapter)
+    if not template_kwargs:
+        return ref
+    if ref.template is None:
+        template = open_template(ref.model, template_kwargs)
+    else:
+        template = fitted(ref.template.with_kwargs(**template_kwargs))
+    return dataclasses.replace(ref, template=template)
+
+
+def _locate(name: str) -> ModelRef:
     checkpoint = _checkpoint(name)
     if checkpoint is None:
         return ModelRef(resolve(name))
@@ -148,7 +160,8 @@ def locate_model(name: str, adapter: Path | None = None) -> ModelRef:
         raise UserError(
             f"{name}: the student's base model {path} is not the one that was trained: {why}."
         )
-    return ModelRef(path, checkpoint, folder, config)
+    template = trained_template(manifest, config, folder)
+    return ModelRef(path, checkpoint, folder, config, template=template)
 
 
 @dataclass(frozen=True)
@@ -160,12 +173,14 @@ class Judgement:
         written_score: the score in that text, in [-1, 1]; ``None`` where none could be read.
         head_score: its score head's, in (-1, 1); ``None`` for a judge without a trained one.
         finished: whether it ended the text itself (else the token limit did).
+        thought: what it thought before; empty: nothing.
     """
 
     text: str
     written_score: float | None
     head_score: float | None
     finished: bool
+    thought: str = ""
 
 
 @dataclass(frozen=True)
@@ -243,27 +258,23 @@ class Judge:
         request = feedback_request(loaded)
         requests = [
             (
-                *first_prompt(loaded, answer_prompt(problem.strip())),
-                *loaded.tokenizer.encode(answer.strip(), add_special_tokens=False),
+                *said(
+                    loaded,
+                    answer_prompt(problem.strip()),
+                    loaded.tokenizer.encode(answer.strip(), add_special_tokens=False),
+                ),
                 *request,
             )
             for problem, answer in pairs
         ]
-        states = [prefill(loaded, Conversation(), tokens) for tokens in requests]
-        turns = generate(
-            loaded,
-            [before for _, before in states],
-            [tokens[-1:] for tokens in requests],
-            sampling,
-            GenerateOptions(keep=False, on_token=on_token),
-        )
         judgements = []
-        for tokens, (hidden, before), turn in zip(requests, states, turns, strict=True):
-            written = parsed(turn)
-            score = None
+        for one in criticisms(loaded, requests, sampling, GenerateOptions(on_token=on_token)):
+            read, score = parsed(one.turn), None
             if self.student is not None and self.ref.scores:
-                score = head_score(self.student, loaded, hidden, before, tokens, turn)
-            judgements.append(Judgement(written.text, written.written_score, score, turn.finished))
+                score = head_score(self.student, loaded, one)
+            judgements.append(
+                Judgement(read.text, read.written_score, score, one.turn.finished, one.turn.thought)
+            )
         return judgements
 
 
@@ -312,11 +323,12 @@ def open_student(name: str | Path | ModelRef) -> Judge:
     backend()
     ref = name if isinstance(name, ModelRef) else locate_model(str(name))
     if ref.adapter is not None:
-        return Judge(ref, _with_adapter(load(ref.model), ref.adapter), None)
+        loaded = load(ref.model, template=ref.template)
+        return Judge(ref, _with_adapter(loaded, ref.adapter), None)
     if ref.checkpoint is None or ref.config is None:
-        return Judge(ref, load(ref.model), None)
+        return Judge(ref, load(ref.model, template=ref.template), None)
     options = ref.config.models
-    loaded = load(ref.model, dequantize=options.dequantize)
+    loaded = load(ref.model, dequantize=options.dequantize, template=ref.template)
     # The projection is not used here, but load_student wants its place: as wide as it was.
     width = projection_width(ref.checkpoint)
     student = make_student(loaded.view, width, options, ref.config.episode.seed)

@@ -137,6 +137,8 @@ def _fingerprint(ref: ModelRef) -> str:
     if ref.checkpoint is not None:
         for name in (ADAPTER_WEIGHTS, HEADS):
             digest.update(digest_of(ref.checkpoint / name).encode())
+    if ref.template is not None:
+        digest.update(ref.template.digest().encode())
     return digest.hexdigest()
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_fd.config import Config, override
+from mlx_fd.config import Config, GenerationOptions, override
+from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student
 from mlx_fd.runs.plan import Plan, with_absolute_names
@@ -42,7 +43,8 @@ def open_pair(plan: Plan, projection: int | None = None) -> Pair:
     Returns:
         The models, the student with fresh LoRA and heads.
     """
-    return _open(plan.expert_path, plan.student_path, plan.config, plan.vocab, projection)
+    paths = plan.expert_path, plan.student_path
+    return _open(paths, plan.config, plan.vocab, plan.template, projection)
 
 
 def load_pair(expert: str, student: str = "", *, seed: int = 0, **options: Any) -> Pair:
@@ -56,7 +58,8 @@ def load_pair(expert: str, student: str = "", *, seed: int = 0, **options: Any) 
         student: likewise; empty: the expert's default student.
         seed: of the LoRA and projection initialisation.
         **options: of the models, by their names in docs/reference.md: ``train``, ``lora_rank``,
-            ``lora_scale``, ``lora_layers``, ``score_at``, ``dequantize``.
+            ``lora_scale``, ``lora_layers``, ``score_at``, ``dequantize``,
+            ``chat_template_kwargs``, ``template_date``.
 
     Returns:
         The models, the student with fresh LoRA and heads, ready to train.
@@ -70,25 +73,63 @@ def load_pair(expert: str, student: str = "", *, seed: int = 0, **options: Any) 
     given = {"expert": str(expert), "student": str(student), "seed": seed, **options}
     config = with_absolute_names(override(Config(), given, "load_pair"))
     paths = resolve(config.models.expert), resolve(config.models.student)
-    return _open(*paths, config, check_pair(*paths).shared_vocab, None)
+    chosen = config.models
+    pairing = check_pair(*paths, kwargs=chosen.chat_template_kwargs, date=chosen.template_date)
+    return _open(paths, config, pairing.shared_vocab, pairing.template, None)
+
+
+def share_tokens(
+    expert: Loaded, student: Loaded, vocab: int, template: ChatTemplate
+) -> tuple[Loaded, Loaded]:
+    """Expert and student that read the same tokens.
+
+    They were compared token by token, so one tokenizer does for both, and one chat template: the
+    one that the student is trained with.
+
+    Args:
+        expert: the expert as it was loaded.
+        student: the student, likewise.
+        vocab: tokens that they share.
+        template: the run's.
+    """
+    tokenizer = expert.tokenizer
+    tokenizer.eos_token_ids = tokenizer.eos_token_ids | set(template.end_tokens)
+    shared = {"tokenizer": tokenizer, "vocab": vocab, "template": template}
+    return dataclasses.replace(expert, **shared), dataclasses.replace(student, **shared)
 
 
 def _open(
-    expert_path: Path, student_path: Path, config: Config, vocab: int, projection: int | None
+    paths: tuple[Path, Path],
+    config: Config,
+    vocab: int,
+    template: ChatTemplate,
+    projection: int | None,
 ) -> Pair:
     from mlx_fd.models.loading import load_pair as load_models
     from mlx_fd.models.student import make_student
 
     options = config.models
-    expert, base = load_models(expert_path, student_path, dequantize=options.dequantize)
+    expert, base = load_models(*paths, dequantize=options.dequantize)
     width = projection or expert.view.width
     student = make_student(base.view, width, options, config.episode.seed)
-    # One tokenizer for both: they were compared token by token, and so read the same prompts.
-    student_lm = dataclasses.replace(
-        base,
-        model=student.model,
-        tokenizer=expert.tokenizer,
-        vocab=vocab,
-        template=expert.template,
+    expert, base = share_tokens(expert, base, vocab, template)
+    pair = Pair(expert, student, dataclasses.replace(base, model=student.model), vocab)
+    return thinking_as(pair, config.generation)
+
+
+def thinking_as(pair: Pair, options: GenerationOptions) -> Pair:
+    """A pair whose models think, or do not, as a run's options say.
+
+    Raises:
+        UserError: one shall think, and cannot.
+    """
+    from mlx_fd.models.loading import with_thinking
+
+    def told(loaded: Loaded, switch: str) -> Loaded:
+        return with_thinking(loaded, on=switch == "on", limit=options.max_thinking_tokens)
+
+    return dataclasses.replace(
+        pair,
+        expert=told(pair.expert, options.expert_thinking),
+        student_lm=told(pair.student_lm, options.student_thinking),
     )
-    return Pair(dataclasses.replace(expert, vocab=vocab), student, student_lm, vocab)

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_fd.config import LossOptions
-from mlx_fd.feedback.episode import Judged
+from mlx_fd.feedback.episode import Judged, student_prompt
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.losses.answer import answer_mask, answer_span, token_spans
@@ -27,7 +27,13 @@ from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.models.attention_taps import attention_heads, log_attention
 from mlx_fd.models.backend import backend
 from mlx_fd.models.fingerprint import content_hash
-from mlx_fd.models.generation import Conversation, first_prompt, forward_with_cache, rewind
+from mlx_fd.models.generation import (
+    Conversation,
+    first_prompt,
+    forward_with_cache,
+    rewind_to,
+    with_thought,
+)
 from mlx_fd.problems import Problem, prompts
 from mlx_fd.problems.kinds import form_of
 from mlx_fd.runs.records import SampleRow
@@ -277,11 +283,21 @@ def sample_of(
         cache: as for :func:`read_text`.
     """
     assert judged.expert is not None
-    prompt, expert = judged.answered.prompt, judged.expert.feedback
+    expert = judged.expert.feedback
     feedback = judged.student.feedback if on_policy else expert
-    before = rewind(judged.conversation, len(prompt) - 1)
-    reading = read_text(pair, before, prompt, feedback.tokens, options, cache)
-    return Sample(prompt, feedback.tokens, reading, expert.written_score, on_policy=on_policy)
+    prompt, target = student_prompt(pair, judged.answered), feedback.tokens
+    thinking = pair.student_lm.thinking
+    if thinking is not None and thinking.on and feedback.opening:
+        # It reads the thought that the feedback came from, as it will read its own.
+        whole = with_thought(pair.student_lm, prompt, feedback.opening)
+        begin = len(whole)
+        apart = thinking.taken_apart(prompt)
+        if options.distil_thoughts and apart is not None:
+            begin = len(apart[0]) + len(thinking.opened_ids)
+        prompt, target = whole[:begin], (*whole[begin:], *target)
+    before = rewind_to(judged.conversation, prompt)
+    reading = read_text(pair, before, prompt, target, options, cache)
+    return Sample(prompt, target, reading, expert.written_score, on_policy=on_policy)
 
 
 def solution_of(
@@ -302,7 +318,8 @@ def solution_of(
         cache: as for :func:`read_text`.
     """
     tokenizer = pair.expert.tokenizer
-    prompt = first_prompt(pair.expert, prompts.answer_prompt(problem.question, form_of(problem)))
+    asked = prompts.answer_prompt(problem.question, form_of(problem))
+    prompt = first_prompt(pair.student_lm, asked)
     text, spans = token_spans(tokenizer.decode, solution.tokens)
     answer = answer_span(text)
     return Sample(

@@ -29,6 +29,8 @@ DEFAULT_DATE = "2024-07-26"
 _RESERVED = frozenset(
     {"messages", "add_generation_prompt", "tools", "documents", template_sandbox.CLOCK}
 )
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+"""The variables that turn thinking on and off in published templates."""
 _NAMED_DEFAULT = "default"
 # Texts that a template must write as they are: quotes, markup and line ends are where some do not.
 _ASKED = 'What is 1 + 2,\nif "1 < 2" & so on?'
@@ -46,7 +48,7 @@ class ChatTemplate:
     ``Loaded.template``. Roles may differ in ``kwargs`` alone: what only the expert, or only the
     student, shall have is added with :meth:`with_kwargs` where the pair is opened
     (:mod:`mlx_fd.feedback.pair`), as in
-    ``dataclasses.replace(expert, template=plan.template.with_kwargs(enable_thinking=True))``.
+    ``dataclasses.replace(expert, template=plan.template.with_kwargs(language="German"))``.
     :meth:`knows` says whether the template reads such a variable at all.
 
     Attributes:
@@ -99,6 +101,8 @@ class ChatTemplate:
         """SHA-256 of everything that decides what is written."""
         content = dataclasses.asdict(self)
         del content["owner"]
+        if template_sandbox.CLOCK not in self.source:
+            del content["date"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _variables(self, turns: Sequence[str]) -> dict[str, Any]:
@@ -222,6 +226,11 @@ def _check_kwargs(template: ChatTemplate) -> None:
     for name in template.kwargs:
         if name in _RESERVED:
             raise UserError(f"chat_template_kwargs: {name} is set by mlx-fd itself; leave it out")
+        if name in THINKING_SWITCHES and template.kwargs[name] is not False:
+            raise UserError(
+                f"chat_template_kwargs: {name} alone does not tell a thought from an answer; leave "
+                "it out, and set expert_thinking or student_thinking (--thinking) to on"
+            )
         if not name.isidentifier() or keyword.iskeyword(name):
             raise UserError(f"chat_template_kwargs: {name!r} is no name of a variable")
     if unknown := [name for name in template.kwargs if not template.knows(name)]:

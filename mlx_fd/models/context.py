@@ -115,6 +115,7 @@ def fitting(
         written = options.max_answer_tokens + max(
             options.max_feedback_tokens, options.max_merge_tokens
         )
+    written += options.thought_tokens  # those of earlier turns are not read again
     texts = [problem.question for problem in problem_set.problems]
     if with_solutions:
         texts = [f"{problem.question}\n{problem.solution}" for problem in problem_set.problems]

@@ -171,5 +171,7 @@ def _lists_beside(model: nn.Module, count: int) -> Iterator[tuple[str, Sequence[
     for name, value in {**vars(holder), **holder}.items():
         if not isinstance(value, list | tuple) or len(value) != count:
             continue
+        if list(value) == list(range(count)):
+            continue  # their places: gemma4 lists whose keys each block reads, here its own
         if all(isinstance(one, _SCALARS) for one in value):
             yield f"{name} of the model", value

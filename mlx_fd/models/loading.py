@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd.errors import UserError
+from mlx_fd.models import thinking
 from mlx_fd.models.backend import backend
 from mlx_fd.models.chat_template import (
     DEFAULT_DATE,
@@ -16,11 +18,13 @@ from mlx_fd.models.chat_template import (
     choose_source,
     fitted,
 )
+from mlx_fd.models.config_check import check_model
 from mlx_fd.models.dense import dequantize
 from mlx_fd.models.directory import CONFIG, blaming, check_directory, check_files
 from mlx_fd.models.memory import available_memory
-from mlx_fd.models.published_config import check_positions, read_config, text_config
+from mlx_fd.models.published_config import read_config, text_config
 from mlx_fd.models.storage import read_json
+from mlx_fd.models.thinking import Thinking
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -48,6 +52,7 @@ class Loaded:
         template: how chats are written for it: its own way, or that of the run it belongs to.
         batched: whether conversations in a batch are written as each one alone would be; else they
             are written one by one.
+        thinking: how it thinks before it replies; ``None``: it has no marks of a thought.
     """
 
     model: nn.Module
@@ -59,6 +64,7 @@ class Loaded:
     vocab: int
     template: ChatTemplate
     batched: bool = True
+    thinking: Thinking | None = None
 
 
 def _float32_bytes(model: nn.Module) -> int:
@@ -87,7 +93,7 @@ def open_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         model, config = load_model(
             path, lazy=True, trust_remote_code=False, model_config=copy.deepcopy(read)
         )
-    check_positions(model, read, path / CONFIG)
+    check_model(model, read, path / CONFIG)
     # It changes what it is given; of that only what it found out about the weights is kept.
     found = ("quantization", "quantization_config")
     return model, {**config, **{key: read[key] for key in read if key not in found}}
@@ -162,6 +168,24 @@ def template_of(
         owner=str(path),
     )
     return fitted(template) if template.source else template
+
+
+def adopt(tokenizer: TokenizerWrapper, template: ChatTemplate) -> None:
+    """Let a tokenizer write and end turns as a template does: what else asks it finds the same.
+
+    What a student learned to end its turns with may not be what its base ends them with.
+
+    Args:
+        tokenizer: of the model that the template is not from; changed in place.
+        template: the run's, or the model's own in its one form.
+    """
+    if template.source:
+        tokenizer.chat_template = template.source
+    for name, token in template.special_tokens.items():
+        if getattr(tokenizer, name) != token:
+            setattr(tokenizer, name, token)
+    if template.end_tokens:
+        tokenizer.eos_token_ids = set(template.end_tokens)
 
 
 def read_end_tokens(path: Path) -> dict[str, Any]:
@@ -256,9 +280,7 @@ def _loaded(
     tokenizer, vocab = open_tokenizer(path, config)
     if template is None:
         template = template_of(tokenizer, path)
-    elif template.end_tokens:
-        # What a student learned to end its turns with may not be what its base ends them with.
-        tokenizer.eos_token_ids = set(template.end_tokens)
+    adopt(tokenizer, template)
     with blaming(f"the model in {path} cannot be loaded"):
         mx.eval(model.parameters())
     check_weights(path, model)
@@ -268,7 +290,7 @@ def _loaded(
     # Scales or unquantised weights; norms are among them in every architecture.
     floating = (v.dtype for _, v in tree_flatten(model.parameters()))
     dtype = next(d for d in floating if mx.issubdtype(d, mx.floating))
-    return Loaded(
+    loaded = Loaded(
         model=model,
         view=view,
         tokenizer=tokenizer,
@@ -279,6 +301,23 @@ def _loaded(
         template=template,
         batched=batched,
     )
+    return with_thinking(loaded, on=False)
+
+
+def with_thinking(loaded: Loaded, *, on: bool, limit: int = 0) -> Loaded:
+    """A model that thinks before it replies, or does not.
+
+    Args:
+        loaded: the model.
+        on: whether it shall think.
+        limit: the most tokens of a thought.
+
+    Raises:
+        UserError: it shall think, and cannot.
+    """
+    template = thinking.switched(loaded.template, on)
+    found = thinking.find(template, loaded.tokenizer, on=on, limit=limit)
+    return dataclasses.replace(loaded, template=template, thinking=found)
 
 
 def _checked_view(path: Path, model: nn.Module, vocab: int) -> tuple[View, bool]:

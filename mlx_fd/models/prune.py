@@ -117,6 +117,8 @@ def _chosen(
     Raises:
         UserError: there are no such layers, or weights beside the layers depend on their number.
     """
+    import mlx.core as mx
+
     from mlx_fd.models.layer_kinds import build, difference, layer_kinds, nearest, shapes_beside
     from mlx_fd.models.view import block_paths
 
@@ -134,7 +136,10 @@ def _chosen(
 
     def cut(source: Mapping[str, Any], kept: list[int]) -> tuple[dict[str, Any], Any]:
         pruned = as_mlx_lm_reads(_pruned_config(source, kept, total, holder), file)
-        return pruned, build(pruned)
+        model = build(pruned)
+        # Some look for their first full layer at a fixed place. Nothing is computed: MLX is lazy.
+        model(mx.array([[0]]))
+        return pruned, model
 
     lists, periods = _with_lists(config, total, file), _without_lists(config)
     reason = ""
@@ -145,17 +150,17 @@ def _chosen(
             if moved and (kept := nearest(kinds, wanted, even)):
                 pruned, model = cut(config, kept)
         except Exception as error:  # mlx-lm's own checks of a configuration, of any kind
-            reason = " ".join(str(error).split())
+            reason = reason or " ".join(str(error).split())
             continue
         changed = [i for i, at in enumerate(kept or even) if layer_kinds(model)[i] != kinds[at]]
         beside = shapes_beside(model)
         resized = [key for key, shape in shapes_beside(whole).items() if beside.get(key) != shape]
         if resized:
-            reason = f"the size of {resized[0]} depends on the number of layers"
+            reason = reason or f"the size of {resized[0]} depends on the number of layers"
         elif changed:
             at = (kept or even)[changed[0]]
             what = difference(kinds[at], layer_kinds(model)[changed[0]])
-            reason = f"layer {at} would change its kind: {what}"
+            reason = reason or f"layer {at} would change its kind: {what}"
         elif kept:
             return kept, pruned, holder
     raise UserError(

@@ -15,24 +15,20 @@ import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.models.backend import backend
 from mlx_fd.models.directory import AGAIN, CONFIG, blaming, read_header, read_object
 
-if TYPE_CHECKING:
-    from mlx import nn
-
 # Names that mlx-lm's classes have for what transformers calls by the first of each.
-_BASE_FIELDS = ("rope_theta", "rotary_emb_base", "rope_embedding_base", "rope_freq_constant")
-_PARTIAL_FIELDS = ("partial_rotary_factor", "rotary_pct")
+BASE_FIELDS = ("rope_theta", "rotary_emb_base", "rope_embedding_base", "rope_freq_constant")
+PARTIAL_FIELDS = ("partial_rotary_factor", "rotary_pct")
 # The rotary base of the sliding layers, where a model has two.
-_LOCAL_BASE_FIELDS = ("rope_local_base_freq", "rope_local_theta", "swa_rope_theta")
+LOCAL_BASE_FIELDS = ("rope_local_base_freq", "rope_local_theta", "swa_rope_theta")
 _PERIOD_FIELDS = ("sliding_window_pattern", "full_attention_interval")
 # Positions are turned as by "default" on text: the three sections of mrope are equal there.
-_UNSCALED = ("default", "mrope")
+UNSCALED = ("default", "mrope")
 # Entries that transformers 5 has under another name, or not at all.
 _SYNONYMS = {
     "num_experts": "num_local_experts",
@@ -42,7 +38,7 @@ _SYNONYMS = {
 _LAYER_NAMES = {"granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"}}
 # An entry that the weights' names may answer.
 _TIED = "tie_word_embeddings"
-_HEADS = ("lm_head.weight", "lm_head.scales")
+_HEADS = ("lm_head", "output", "embed_out")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -61,11 +57,18 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     config = read_object(file)
     has_head = None
-    if config.get(_TIED) is None and _language_part(config).get(_TIED) is None:
+    if config.get(_TIED) is None and language_part(config).get(_TIED) is None:
         shards = sorted(path.glob("model*.safetensors"))
         names = [name for shard in shards for name in read_header(shard)]
-        has_head = any(name.endswith(_HEADS) for name in names) if names else None
+        has_head = any(_is_head(name) for name in names) if names else None
     return as_mlx_lm_reads(config, file, has_head=has_head)
+
+
+def _is_head(name: str) -> bool:
+    """Whether a weight's name is that of a head; blocks may have an ``output`` of their own."""
+    module, _, kind = name.rpartition(".")
+    last = module.rpartition(".")[2]
+    return kind in ("weight", "scales") and last in _HEADS and (last == module or last == _HEADS[0])
 
 
 def text_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def text_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     Raises:
         UserError: an entry is missing that mlx-lm has no default for.
     """
-    part = _language_part(config)
+    part = language_part(config)
     if part is config:
         flat = dict(config)
     else:
@@ -129,7 +132,7 @@ def as_mlx_lm_reads(
     translated = _wrapped(translated, file)
     args_class = _text_args(translated, file)
     fields = _field_names(args_class)
-    part = _language_part(translated)
+    part = language_part(translated)
     if part is not translated:
         _fill_wrapper(translated, part, file)
         if _TIED in fields and part.get(_TIED) is None and translated.get(_TIED) is not None:
@@ -153,7 +156,7 @@ def as_mlx_lm_reads(
 def has_architecture(config: Mapping[str, Any]) -> bool:
     """Whether mlx-lm has the architecture of a configuration."""
     try:
-        _module(config, Path(CONFIG))
+        _classes(config, Path(CONFIG))
     except UserError:
         return False
     return True
@@ -162,22 +165,22 @@ def has_architecture(config: Mapping[str, Any]) -> bool:
 # ------------------------------------------------------------------------------ mlx-lm's classes
 
 
-def _module(config: Mapping[str, Any], file: Path) -> ModuleType:
-    """mlx-lm's module of a configuration's architecture."""
+def _classes(config: Mapping[str, Any], file: Path) -> tuple[Any, Any]:
+    """mlx-lm's classes of a configuration's architecture: of the model and of its arguments."""
     backend()
     from mlx_lm.utils import _get_classes
 
     try:
-        model_class, _ = _get_classes(dict(config))
+        classes: tuple[Any, Any] = _get_classes(dict(config))
     except (Exception, SystemExit) as error:  # one module of mlx-lm ends the process
         raise UserError(
             f"{file}: mlx-lm has no architecture {config.get('model_type')!r:.80}; use a model of "
             "one that it has"
         ) from error
-    return importlib.import_module(model_class.__module__)
+    return classes
 
 
-def _language_part(config: Mapping[str, Any]) -> dict[str, Any]:
+def language_part(config: Mapping[str, Any]) -> dict[str, Any]:
     """The dictionary in a configuration that describes the language model; maybe all of it."""
     part = config.get("text_config")
     return part if isinstance(part, dict) else config  # type: ignore[return-value]
@@ -191,10 +194,10 @@ def _wrapped(config: dict[str, Any], file: Path) -> dict[str, Any]:
     if not name.endswith("_text"):
         return config
     try:
-        _module(config, file)
+        _classes(config, file)
     except UserError:
         outer = {**config, "model_type": name.removesuffix("_text"), "text_config": config}
-        reader = _module(outer, file).ModelArgs.from_dict
+        reader = _classes(outer, file)[1].from_dict
         if reader.__func__ is BaseModelArgs.from_dict.__func__:
             raise  # it would not take weights without the wrapper's names
         return outer
@@ -209,13 +212,12 @@ def _text_args(config: Mapping[str, Any], file: Path) -> Any:
     """
     from mlx_lm.models.base import BaseModelArgs
 
-    module = _module(config, file)
-    own = module.ModelArgs
-    part = _language_part(config)
+    model, own = _classes(config, file)
+    part = language_part(config)
     if part is config or "text_config" not in _field_names(own):
         return own
-    modules = [module]
-    for parent in (*own.__mro__, *module.Model.__mro__):
+    modules = []
+    for parent in (*own.__mro__, *model.__mro__):
         if parent.__module__.startswith("mlx_lm.models."):
             modules.append(importlib.import_module(parent.__module__))
     values = [value for one in modules for value in vars(one).values()]
@@ -231,7 +233,7 @@ def _text_args(config: Mapping[str, Any], file: Path) -> Any:
     }
     if not candidates:
         raise UserError(
-            f"{file}: mlx-fd does not find the language model in {module.__name__}; use a model of "
+            f"{file}: mlx-fd does not find the language model in {own.__module__}; use a model of "
             "another architecture"
         )
     # mlx-lm itself takes a llama for all that it does not tell apart.
@@ -245,7 +247,7 @@ def _text_args(config: Mapping[str, Any], file: Path) -> Any:
 def _text_arguments(config: Mapping[str, Any], file: Path) -> Any:
     """The arguments that mlx-lm makes the language model of."""
     args_class = _text_args(config, file)
-    own = _module(config, file).ModelArgs
+    _, own = _classes(config, file)
     if own is args_class:
         return own.from_dict(copy.deepcopy(dict(config)))
     # A wrapper gives its own sizes to the model in it.
@@ -279,7 +281,7 @@ def _required(args_class: Any) -> list[str]:
 
 def _fill_wrapper(config: dict[str, Any], part: Mapping[str, Any], file: Path) -> None:
     """Give a wrapper what it has a field for and only its language model says, such as sizes."""
-    for name in _field_names(_module(config, file).ModelArgs):
+    for name in _field_names(_classes(config, file)[1]):
         if config.get(name) is None and part.get(name) is not None:
             config[name] = part[name]
 
@@ -318,32 +320,32 @@ def _translate_rope(part: dict[str, Any], fields: Sequence[str], file: Path) -> 
     elif published:
         _translate_flat(part, published, fields, file)
     scaling = part.get("rope_scaling")
-    if isinstance(scaling, dict) and _kind(scaling) not in _UNSCALED:
+    if isinstance(scaling, dict) and rope_kind(scaling) not in UNSCALED:
         if not {"rope_scaling", "rope_parameters"} & set(fields):
             raise UserError(
-                f"{file}: its positions are scaled ({_kind(scaling)}), and mlx-lm has no scaled "
-                f"positions for {part.get('model_type')} models; use a model of another "
+                f"{file}: its positions are scaled ({rope_kind(scaling)}), and mlx-lm has no "
+                f"scaled positions for {part.get('model_type')} models; use a model of another "
                 "architecture"
             )
         # Some classes ask for the one name, some for the other.
-        scaling.setdefault("type", _kind(scaling))
-        scaling.setdefault("rope_type", _kind(scaling))
+        scaling.setdefault("type", rope_kind(scaling))
+        scaling.setdefault("rope_type", rope_kind(scaling))
 
 
 def _translate_flat(
     part: dict[str, Any], rope: Mapping[str, Any], fields: Sequence[str], file: Path
 ) -> None:
-    for names, key in ((_BASE_FIELDS, "rope_theta"), (_PARTIAL_FIELDS, "partial_rotary_factor")):
+    for names, key in ((BASE_FIELDS, "rope_theta"), (PARTIAL_FIELDS, "partial_rotary_factor")):
         field = next((name for name in names if name in fields), None)
         if field is not None and rope.get(key) is not None:
             _set(part, field, rope[key], f"rope_parameters' {key}", file)
     old = part.get("rope_scaling")
-    if isinstance(old, Mapping) and _kind(old) != _kind(rope):
+    if isinstance(old, Mapping) and rope_kind(old) != rope_kind(rope):
         raise UserError(
-            f"{file}: rope_scaling is of the type {_kind(old)} and rope_parameters of the type "
-            f"{_kind(rope)}; take out the one that is wrong"
+            f"{file}: rope_scaling is of the type {rope_kind(old)} and rope_parameters of the type "
+            f"{rope_kind(rope)}; take out the one that is wrong"
         )
-    if _kind(rope) in _UNSCALED:
+    if rope_kind(rope) in UNSCALED:
         return
     name = "original_max_position_embeddings"
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -364,15 +366,15 @@ def _translate_by_type(
     """As for one set of parameters, of the full layers; the others may have a base of their own."""
     full = by_type.get("full_attention") or next(iter(by_type.values()))
     _translate_flat(part, full, fields, file)
-    local = next((name for name in _LOCAL_BASE_FIELDS if name in fields), None)
+    local = next((name for name in LOCAL_BASE_FIELDS if name in fields), None)
     for layer_type, rope in by_type.items():
         if rope is full:
             continue
         base = rope.get("rope_theta")
-        same = {key: rope.get(key) == full.get(key) for key in ("rope_theta", _PARTIAL_FIELDS[0])}
-        if _kind(rope) in _UNSCALED and local is not None and base is not None:
+        same = {key: rope.get(key) == full.get(key) for key in ("rope_theta", PARTIAL_FIELDS[0])}
+        if rope_kind(rope) in UNSCALED and local is not None and base is not None:
             _set(part, local, base, f"rope_parameters' rope_theta of {layer_type}", file)
-        elif _kind(rope) not in _UNSCALED or not all(same.values()):
+        elif rope_kind(rope) not in UNSCALED or not all(same.values()):
             raise UserError(
                 f"{file}: rope_parameters has positions of their own for {layer_type}, and mlx-lm "
                 f"has one kind for all layers of {part.get('model_type')} models; use a model of "
@@ -390,7 +392,8 @@ def _set(part: dict[str, Any], name: str, value: Any, source: str, file: Path) -
     part[name] = value
 
 
-def _kind(rope: Mapping[str, Any]) -> str:
+def rope_kind(rope: Mapping[str, Any]) -> str:
+    """How positions are scaled, by transformers' name for it."""
     return str(rope.get("type") or rope.get("rope_type") or "default")
 
 
@@ -431,66 +434,3 @@ def _translate_period(part: dict[str, Any], fields: Sequence[str], file: Path) -
 def _same(period: int, other: int, layers: int) -> bool:
     """Whether two periods are one, for so few layers."""
     return all((i % period == period - 1) == (i % other == other - 1) for i in range(layers))
-
-
-# ---------------------------------------------------------------- what the model itself says of it
-
-
-def check_positions(model: nn.Module, config: Mapping[str, Any], file: Path) -> None:
-    """Make sure that a model turns positions as its configuration says. No weight is read.
-
-    mlx-lm's classes read some entries and pass over others, each in its own way; here the modules
-    that they made are compared with the entries: base, scaling, share of the head's dimensions.
-
-    Args:
-        model: mlx-lm's, of that configuration.
-        config: of :func:`read_config`.
-        file: where it is from, for messages.
-
-    Raises:
-        UserError: it does not; it is another model than the one that was published.
-    """
-    from mlx import nn
-
-    part = _language_part(config)
-    ropes = [
-        module
-        for name, module in model.named_modules()
-        if "vision" not in name and _turns(type(module).__name__)
-    ]
-    plain = [rope for rope in ropes if type(rope) is nn.RoPE]
-    parameters = part.get("rope_parameters") or {}
-    by_type = [one for one in parameters.values() if isinstance(one, Mapping)] or [parameters]
-
-    def bad(what: str, says: object) -> UserError:
-        return UserError(
-            f"{file}: mlx-lm makes a {part.get('model_type')} model {what}, and the configuration "
-            f"says {says}: it would be another model than the published one; use a model of "
-            "another architecture"
-        )
-
-    bases = [part.get(name) for name in (*_BASE_FIELDS, *_LOCAL_BASE_FIELDS)]
-    bases = [*bases, *(one.get("rope_theta") for one in by_type)]
-    stated = {float(base) for base in bases if isinstance(base, int | float)}
-    for rope in plain:
-        if stated and float(rope.base) not in stated:
-            raise bad(f"with the rotary base {rope.base:g}", " and ".join(map(str, sorted(stated))))
-    scaled = [
-        one
-        for one in (part.get("rope_scaling") or {}, *by_type)
-        if _kind(one) not in _UNSCALED and one.get("factor", 2) != 1
-    ]
-    if scaled and ropes and all(rope.scale == 1 for rope in plain) and len(plain) == len(ropes):
-        raise bad("without scaled positions", f"that they are scaled ({_kind(scaled[0])})")
-    share = next((part[name] for name in _PARTIAL_FIELDS if part.get(name) is not None), None)
-    share = by_type[0].get("partial_rotary_factor", share) if len(by_type) == 1 else share
-    heads, hidden = part.get("num_attention_heads"), part.get("hidden_size")
-    if not (isinstance(share, float) and isinstance(heads, int) and isinstance(hidden, int)):
-        return
-    width = part.get("head_dim") or hidden // heads
-    if share < 1 and plain and all(rope.dims == width for rope in plain):
-        raise bad(f"that turns all {width} dimensions of a head", f"partial_rotary_factor {share}")
-
-
-def _turns(class_name: str) -> bool:
-    return any(word in class_name.lower() for word in ("rope", "rotary"))

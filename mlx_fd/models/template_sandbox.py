@@ -35,6 +35,8 @@ _MAX_TEMPLATE_CHARS = 1 << 20
 _CHILD_BYTES = 1 << 30
 _BEYOND = 3
 _TOO_MUCH = "takes more time or memory than any template needs"
+# Tests and filters by which a template finds out whether it was given something.
+_ASKS = ("defined", "undefined", "none", "default", "d")
 _ADVICE = "take the model's published template"
 
 
@@ -104,16 +106,25 @@ def check_limits(
 
 
 def variables_read(source: str, where: str) -> frozenset[str]:
-    """Names that a template reads and does not always set itself.
+    """Names of the variables that a template takes from outside.
+
+    What it sets itself is none of them, unless it asks first whether it is there.
 
     Raises:
         UserError: it is no template.
     """
-    from jinja2 import meta
+    from jinja2 import meta, nodes
 
     with blaming(f"{where}: its chat template cannot be rendered"):
-        environment = _environment()
-        return frozenset(meta.find_undeclared_variables(environment.parse(source)))
+        tree = _environment().parse(source)
+        read = meta.find_undeclared_variables(tree)
+        own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+        asked = {
+            node.node.name
+            for node in tree.find_all((nodes.Test, nodes.Filter))
+            if node.name in _ASKS and isinstance(node.node, nodes.Name)
+        }
+        return frozenset(read - (own - asked))
 
 
 def _clock(date: str) -> Any:

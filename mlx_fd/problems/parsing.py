@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from mlx_fd.problems.prompts import SCALE, Feedback
+from mlx_fd.problems.thoughts import without_thoughts
 
 
 def needs_merge(expert: Feedback, student: Feedback | None) -> bool:
@@ -66,12 +67,6 @@ class _Plain(dict[int, str]):
 
 
 _PLAIN = _Plain()
-
-
-def _after_thinking(text: str) -> str:
-    """What follows a reasoning model's block of thoughts; the whole text where nothing does."""
-    rest = text.rpartition("</think>")[2]
-    return rest if rest.strip() else text
 
 
 # --------------------------------------------------------------------------------- final answers
@@ -264,12 +259,12 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
     Returns:
         The exact value; ``None`` where there is no number or one of more than 60 characters.
     """
+    text = without_thoughts(text)
     if how != "auto":
         found = lm_eval_answer(text, how).replace(",", "").replace("$", "")
         found = _FULL_STOP.sub("", found)
         readable = len(found) <= _LONGEST_NUMBER and _PLAIN_DECIMAL.fullmatch(found)
         return Fraction(found) if readable else None
-    text = _after_thinking(text)
     marks = text.translate(_PLAIN) if "\uff03" in text else text
     for mark in reversed(deque(_MARK.finditer(marks), maxlen=_MAX_MARKS)):
         value, _ = _leading_number(text[mark.end() : mark.end() + 120])
@@ -287,7 +282,7 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
 
 def after_mark(text: str) -> str | None:
     """What follows on its line the last ``####`` that anything follows; ``None``: none does."""
-    text = _after_thinking(text)
+    text = without_thoughts(text)
     marks = text.translate(_PLAIN) if "\uff03" in text else text
     for mark in reversed(deque(_MARK.finditer(marks), maxlen=_MAX_MARKS)):
         line = text[mark.end() :].lstrip(" \t").partition("\n")[0].strip()
@@ -580,7 +575,7 @@ def parse_feedback(text: str, tokens: tuple[int, ...] = ()) -> Feedback:
         The feedback. Its text is the paragraph without labels and score, the whole text where
         nothing else is left.
     """
-    whole = _after_thinking(text)
+    whole = without_thoughts(text)
     own = _ECHO.sub("", whole)
     plain = own.translate(_PLAIN)
     labelled = _labelled(plain)

@@ -14,11 +14,13 @@ class Answer:
         final: what it arrived at, in its kind's canonical form
             (:mod:`mlx_fd.problems.kinds`); ``None`` where that could not be read.
         tokens: ids of the generated tokens.
+        opening: ids of the thought before it, with its marks; empty where there was none.
     """
 
     text: str
     final: str | None
     tokens: tuple[int, ...] = ()
+    opening: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,13 @@ class Feedback:
         text: the paragraph, without labels and score.
         written_score: in [-1, 1]; ``None`` where none could be read.
         tokens: ids of the generated tokens, labels and score included.
+        opening: ids of the thought before it, with its marks; empty where there was none.
     """
 
     text: str
     written_score: float | None
     tokens: tuple[int, ...] = ()
+    opening: tuple[int, ...] = ()
 
 
 # --------------------------------------------------------------------------------------- prompts

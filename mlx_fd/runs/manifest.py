@@ -8,8 +8,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from mlx_fd import problems as problem_sets
 from mlx_fd import runs
@@ -17,8 +19,10 @@ from mlx_fd._version import __version__
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint
+from mlx_fd.models.chat_template import DEFAULT_DATE, ChatTemplate, fitted
 from mlx_fd.models.resolve import why_changed
-from mlx_fd.runs.records import SCHEMA_VERSION, Manifest, ModelRow
+from mlx_fd.runs.checked import content_digest
+from mlx_fd.runs.records import SCHEMA_VERSION, ChatTemplateRow, Manifest, ModelRow
 
 Part = Literal["expert", "student", "problems"]
 _PARTS: tuple[Part, ...] = ("expert", "student", "problems")
@@ -31,6 +35,7 @@ def manifest_of(
     student: Path,
     found: problem_sets.ProblemSet,
     vocab: int,
+    template: ChatTemplate,
 ) -> Manifest:
     """What ``manifest.json`` holds.
 
@@ -40,6 +45,7 @@ def manifest_of(
         student: the student's.
         found: the problems that the run's were drawn from.
         vocab: tokens that student and expert share.
+        template: how chats are written for the student.
     """
 
     def model(name: str, path: Path | None) -> ModelRow:
@@ -64,8 +70,61 @@ def manifest_of(
             "skipped_rows": found.skipped,
         },
         "shared_vocabulary": vocab,
+        "chat_template": _template_row(template),
         "options": flat_options(config),
     }
+
+
+def _template_row(template: ChatTemplate) -> ChatTemplateRow:
+    content = {
+        "source": template.source,
+        "special_tokens": dict(template.special_tokens),
+        "end_tokens": list(template.end_tokens),
+    }
+    return cast(ChatTemplateRow, {**content, "sha256": content_digest(content)})
+
+
+def trained_template(
+    manifest: Mapping[str, Any], config: Config, folder: Path
+) -> ChatTemplate | None:
+    """The chat template that a run's student was trained with, tried.
+
+    Args:
+        manifest: the run's.
+        config: the run's, with the template's further variables and the day that it prints.
+        folder: the run directory, for errors.
+
+    Returns:
+        ``None`` where the run is of an older version and the student's own is the one.
+
+    Raises:
+        UserError: a run of an older version did not record it, or it was changed since.
+    """
+    row = manifest.get("chat_template")
+    if row is None:
+        if config.self_distils:
+            return None
+        raise UserError(
+            f"{folder}: it began with a version of mlx-fd that did not record the chat template "
+            "its student was trained with, its expert's; `mlx-fd resume "
+            f"{shlex.quote(str(folder))}` adds it, where expert and student are here"
+        )
+    content = {name: row.get(name) for name in ("source", "special_tokens", "end_tokens")}
+    if content_digest(content) != row.get("sha256"):
+        raise UserError(
+            f"{folder / runs.MANIFEST}: the chat template in it was changed after it was written; "
+            "bring the old file back"
+        )
+    return fitted(
+        ChatTemplate(
+            source=row["source"],
+            special_tokens=row["special_tokens"],
+            kwargs=config.models.chat_template_kwargs,
+            date=config.models.template_date or DEFAULT_DATE,
+            end_tokens=tuple(row["end_tokens"]),
+            owner=str(folder),
+        )
+    )
 
 
 # Where the run goes on is the same with another value of these; models and problems are compared by

@@ -20,6 +20,7 @@ from mlx_fd.config import Config, override, preset, read
 from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import ALIASES, TINY
+from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.resolve import default_student, parse_name, resolve
 from mlx_fd.problems import Problem, ProblemSet
 from mlx_fd.problems.sources import SOURCES
@@ -36,6 +37,7 @@ class Plan:
         expert_path: the expert's directory.
         student_path: the student's directory.
         vocab: tokens the two share.
+        template: how chats are written for both, and for the student ever after.
         probe: held-out problems.
         problems: the run's problems, in order.
         manifest: what ``manifest.json`` holds.
@@ -46,6 +48,7 @@ class Plan:
     expert_path: Path
     student_path: Path
     vocab: int
+    template: ChatTemplate
     probe: tuple[Problem, ...]
     problems: tuple[Problem, ...]
     manifest: Manifest
@@ -97,7 +100,13 @@ def make_plan(config: Config) -> Plan:
     from mlx_fd.models.backend import backend
     from mlx_fd.models.pairing import check_pair
 
-    pairing = check_pair(expert_path, student_path)
+    options = config.models
+    pairing = check_pair(
+        expert_path,
+        student_path,
+        kwargs=options.chat_template_kwargs,
+        date=options.template_date,
+    )
     drawn, notes = without_long(drawn, (expert_path, student_path), config)
     here = backend()
     if config.losses.needs_attention:
@@ -110,9 +119,12 @@ def make_plan(config: Config) -> Plan:
         expert_path=expert_path,
         student_path=student_path,
         vocab=vocab,
+        template=pairing.template,
         probe=drawn.probe,
         problems=drawn.problems,
-        manifest=manifest_of(config, expert_path, student_path, drawn.source, vocab),
+        manifest=manifest_of(
+            config, expert_path, student_path, drawn.source, vocab, pairing.template
+        ),
         notes=(*pairing.warnings, *notes),
     )
 
@@ -298,7 +310,7 @@ def check_run_memory(
             batch_size=batch_size,
             micro_batch=min(config.training.micro_batch, samples),
             # Fewer than 3 characters a token are rare in English and in arithmetic.
-            prompt_tokens=sum(map(len, said)) // 3,
+            prompt_tokens=sum(map(len, said)) // 3 + options.thought_tokens,
             max_answer_tokens=options.max_answer_tokens,
             max_feedback_tokens=max(options.max_feedback_tokens, options.max_merge_tokens),
             solutions=losses.learns_solutions,

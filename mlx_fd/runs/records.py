@@ -6,7 +6,7 @@ They are plain JSON objects: a writer makes one, mypy checks its keys, a reader 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict, final
 
 SCHEMA_VERSION = 1
@@ -164,11 +164,33 @@ class SureRow(TypedDict):
     of: int
 
 
+class ThoughtColumns(TypedDict, total=False):
+    """Of models that think before they write; absent where nothing was thought.
+
+    Attributes:
+        thoughts: what was thought before a text, by step.
+        closed_thoughts: steps whose thought was closed at its token limit.
+    """
+
+    thoughts: Mapping[str, str]
+    closed_thoughts: list[str]
+
+
+def thought_columns(thoughts: Mapping[str, str], closed: Sequence[str]) -> ThoughtColumns:
+    """The columns of what was thought, and of the steps whose thought was closed."""
+    columns: ThoughtColumns = {}
+    if thoughts:
+        columns["thoughts"] = thoughts
+    if closed:
+        columns["closed_thoughts"] = list(closed)
+    return columns
+
+
 # ------------------------------------------------------------------------------- rows of logs
 
 
 @final
-class EpisodeRow(TypedDict):
+class EpisodeRow(ThoughtColumns):
     """A line of ``episodes.jsonl``: one problem.
 
     Attributes:
@@ -306,7 +328,8 @@ class AttemptRow(TypedDict):
         question: the problem's text as the student read it.
         reference: the right answer.
         text: the attempt.
-        tokens: its token ids.
+        thought: what was thought before it; absent where nothing was.
+        tokens: its token ids, without those of the thought.
         final: the final number read in it; null where none could be read.
         correct: whether that is right.
         finished: whether it ended itself (else the token limit did).
@@ -328,6 +351,7 @@ class AttemptRow(TypedDict):
     question: str
     reference: str
     text: str
+    thought: NotRequired[str]
     tokens: list[int]
     final: str | None
     correct: bool
@@ -410,6 +434,22 @@ class ProblemsRow(TypedDict):
     skipped_rows: Any
 
 
+class ChatTemplateRow(TypedDict):
+    """How chats are written for a run's student, beside the options that say so, too.
+
+    Attributes:
+        source: the template, in Jinja.
+        special_tokens: texts by the name that the template has for them.
+        end_tokens: ids of the tokens that end a turn.
+        sha256: of the three as JSON.
+    """
+
+    source: str
+    special_tokens: dict[str, str]
+    end_tokens: list[int]
+    sha256: str
+
+
 class Manifest(TypedDict):
     """``manifest.json``: what a run was made of.
 
@@ -423,6 +463,7 @@ class Manifest(TypedDict):
         student: the student's base model.
         problems: where the problems come from.
         shared_vocabulary: tokens that student and expert share.
+        chat_template: how chats are written; runs of older versions have none.
         options: every option by name.
     """
 
@@ -435,6 +476,7 @@ class Manifest(TypedDict):
     student: ModelRow
     problems: ProblemsRow
     shared_vocabulary: int
+    chat_template: NotRequired[ChatTemplateRow]
     options: dict[str, Any]
 
 
@@ -734,7 +776,7 @@ class TrackerRow(TypedDict):
 # ----------------------------------------------------------------------------- evaluation's files
 
 
-class TrialRow(TypedDict):
+class TrialRow(ThoughtColumns):
     """What every line of ``outputs.jsonl`` has of a system's attempt.
 
     Attributes:

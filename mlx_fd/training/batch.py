@@ -215,7 +215,10 @@ def _ask_gate(
             cache=learner.cache,
         )
         losses, score = learner.losses(sample), one.student.head_score
-        decision = _decide(state, sample, score, losses, config)
+        if not one.expert.feedback.text and one.expert.feedback.opening:
+            decision = gate.TriggerDecision(False, "the expert's thought has no feedback after it")
+        else:
+            decision = _decide(state, sample, score, losses, config)
         gated[index] = _Gated(sample, losses, decision)
         state = gate.observe_scores(state, score, sample.expert_score, config.gate)
         if not state.frozen or _audited(one.problem, config):

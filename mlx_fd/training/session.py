@@ -7,6 +7,7 @@ models that cannot be loaded leave no run behind.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +64,15 @@ def new_plan(folder: Path, config: Config) -> Plan:
 
     backend()
     check_out(folder)
-    return plan_of(config)
+    return plan_of(_dated(config))
+
+
+def _dated(config: Config) -> Config:
+    """The configuration with the day on which its run begins: also its templates' tomorrow."""
+    if config.models.template_date:
+        return config
+    models = dataclasses.replace(config.models, template_date=datetime.date.today().isoformat())
+    return dataclasses.replace(config, models=models)
 
 
 @contextlib.contextmanager
@@ -85,7 +94,7 @@ def resumed_plan(folder: Path, *, redo: bool = False) -> Iterator[tuple[Plan, li
     from mlx_fd.models.backend import backend
     from mlx_fd.runs.checked import with_digest
     from mlx_fd.runs.checkpoints import check_nothing_lost
-    from mlx_fd.runs.manifest import changed_options, check_same
+    from mlx_fd.runs.manifest import changed_options, check_same, trained_template
 
     backend()
     manifest = runs.read_manifest(folder)
@@ -100,7 +109,12 @@ def resumed_plan(folder: Path, *, redo: bool = False) -> Iterator[tuple[Plan, li
         warnings += changed_options(manifest, plan.manifest)
         if fault := runs.manifest_fault(folder):
             warnings.append(fault)
+        if "chat_template" in manifest:
+            template = trained_template(manifest, plan.config, folder)
+            plan = dataclasses.replace(plan, template=template or plan.template)
         with runs.wrap_write_errors(folder):
+            # A run of an older version recorded none.
+            manifest.setdefault("chat_template", plan.manifest["chat_template"])
             # A run that was made longer is compared with its new length next time.
             manifest["options"] = plan.manifest["options"]
             write_json(folder / runs.MANIFEST, with_digest(manifest))

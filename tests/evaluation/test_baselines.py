@@ -21,6 +21,7 @@ from mlx_fd.feedback.episode import (
 from mlx_fd.feedback.gate import initial_state
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models.generation import Conversation
+from mlx_fd.models.loading import open_template
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import parsing
 from mlx_fd.problems.kinds import is_right, read_final
@@ -41,7 +42,9 @@ def seeds(step):
 
 @pytest.fixture(scope="module")
 def pair():
-    return open_pair(Plan(CONFIG, resolve("tiny"), resolve("tiny-student"), 2000, (), (), {}, ()))
+    expert, student = resolve("tiny"), resolve("tiny-student")
+    plan = Plan(CONFIG, expert, student, 2000, open_template(expert), (), (), {}, ())
+    return open_pair(plan)
 
 
 @pytest.fixture(scope="module")

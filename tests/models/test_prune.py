@@ -232,6 +232,15 @@ MIXED: dict[str, tuple[dict[str, object], int, list[int] | None]] = {
         4,
         [0, 2, 5, 7],
     ),
+    "gemma4 without weights for all layers at once": (
+        {
+            **{"model_type": "gemma4_text", "num_hidden_layers": 6, "sliding_window": 32},
+            **{"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "global_head_dim": 32},
+            "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2,
+        },
+        4,
+        [0, 2, 3, 5],
+    ),
     "qwen3_5": (
         {"model_type": "qwen3_5", "num_hidden_layers": 8, "full_attention_interval": 4, **LINEAR}
         | {"layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2},
@@ -298,7 +307,7 @@ def test_the_kept_layers_are_the_nearest(tmp_path: Path) -> None:
 def test_a_cut_that_would_change_a_kind_is_refused(tmp_path: Path) -> None:
     # Each layer of Lightning attention forgets at a rate of its own, by its place among all.
     entries = {
-        **{"model_type": "bailing_moe_linear", "num_hidden_layers": 4, "layer_group_size": 4},
+        **{"model_type": "bailing_moe_linear", "num_hidden_layers": 8, "layer_group_size": 4},
         **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
         **{"num_shared_experts": 1, "norm_topk_prob": True, "first_k_dense_replace": 1},
         **{"rope_theta": 1e4, "use_bias": False, "use_qkv_bias": False, "use_qk_norm": True},
@@ -307,9 +316,16 @@ def test_a_cut_that_would_change_a_kind_is_refused(tmp_path: Path) -> None:
         **{"num_nextn_predict_layers": 0, "score_function": "sigmoid"},
     }
     source = write_model(tmp_path / "m", {**SIZES, **entries})
-    with pytest.raises(UserError, match=r"m:layers=3: no 3 of its 4 layers make a model in which"):
-        prune(source, 3, tmp_path / "p")
+    with pytest.raises(UserError, match=r"no 4 of its 8 layers .*layer 2 .*its kind: .*_slope"):
+        prune(source, 4, tmp_path / "p")
     assert not (tmp_path / "p").exists()
+
+
+def test_a_cut_without_the_layer_that_the_model_looks_for_is_refused(tmp_path: Path) -> None:
+    entries, _, _ = MIXED["gemma3, deep as the 1B"]
+    source = write_model(tmp_path / "m", {**SIZES, **entries})
+    with pytest.raises(UserError, match=r"m:layers=3: no 3 of its 26 layers"):
+        prune(source, 3, tmp_path / "p")
 
 
 def test_a_language_model_is_cut_out_of_its_wrapper(tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ from mlx import nn  # isort: skip
 from mlx_fd.errors import UserError
 from mlx_fd.export.mlx_dir import write_model as export_model
 from mlx_fd.export.source import open_source
+from mlx_fd.models.config_check import check_model
 from mlx_fd.models.context import context_length
 from mlx_fd.models.loading import load, open_lazily
 from mlx_fd.models.pairing import check_pair
 from mlx_fd.models.published_config import (
     as_mlx_lm_reads,
-    check_positions,
     read_config,
     text_config,
 )
@@ -112,7 +112,7 @@ def test_the_rotary_base_that_transformers_writes_is_the_one_used(
     config = read_config(tmp_path)
     model = build(config)
     assert {rope.base for rope in plain_ropes(model)} == bases
-    check_positions(model, config, HERE)
+    check_model(model, config, HERE)
     # What transformers wrote is still there: it reads the same model.
     part = config.get("text_config", config)
     assert part["rope_parameters"] == published["rope_parameters"]
@@ -152,7 +152,7 @@ def test_yarn_as_gpt_oss_and_ministral_have_it(tmp_path: Path) -> None:
         # YaRN leaves the fastest turns as they are: theta ** (2 i / dims).
         fastest = rope._freqs[:2].tolist()
         assert fastest == pytest.approx([1.0, 54321.0 ** (2 / rope.dims)], rel=1e-5)
-        check_positions(model, config, HERE)
+        check_model(model, config, HERE)
 
 
 @pytest.mark.parametrize(
@@ -334,6 +334,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "sliding_window_pattern is 4",
     ),
+    "layers that turn positions by mlx-lm's own count": (
+        {
+            **{"model_type": "llama4", "num_hidden_layers": 4},
+            "text_config": {
+                **{**SIZES, "model_type": "llama4_text", "attention_bias": False},
+                **{"attention_chunk_size": 32, "interleave_moe_layer_step": 2},
+                **{"intermediate_size_mlp": 128, "num_experts_per_tok": 1, "rope_theta": 5e5},
+                **{"num_local_experts": 4, "use_qk_norm": True, "no_rope_layers": [1, 0, 1, 0]},
+            },
+        },
+        r"llama4_text model whose layer 1 turns positions.*0 for it in no_rope_layers",
+    ),
+    "layers of one type that are not of one kind": (
+        {
+            **{"model_type": "recurrent_gemma", "attention_bias": False, "conv1d_width": 4},
+            **{"attention_window_size": 32, "logits_soft_cap": 30.0, "rope_theta": 1e4},
+            **{"embeddings_scale_by_sqrt_dim": True, "block_types": ["recurrent", "attention"]},
+            "layer_types": ["recurrent", "recurrent", "attention", "recurrent"],
+        },
+        r"whose layer 1 keeps a RotatingKVCache and an earlier one of its type a ArraysCache",
+    ),
     "no such architecture": ({"model_type": "nonesuch"}, "no architecture 'nonesuch'"),
     "no model_type": ({}, "has no model_type"),
 }
@@ -344,7 +365,7 @@ def test_what_mlx_lm_cannot_be_told_is_refused(name: str) -> None:
     entries, message = REFUSED[name]
     with pytest.raises(UserError, match=message):
         config = as_mlx_lm_reads({**SIZES, **entries}, HERE)
-        check_positions(build(config), config, HERE)
+        check_model(build(config), config, HERE)
 
 
 def test_opening_a_directory_refuses_it(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from mlx_fd import problems
 from mlx_fd.problems import parsing, prompts
 from mlx_fd.problems.parsing import final_answer, parse_feedback
 from mlx_fd.problems.prompts import Feedback
+from mlx_fd.problems.thoughts import without_thoughts
 
 GOOD = "The second step adds 3 instead of taking it away, so the total is 4 too high."
 
@@ -116,6 +117,10 @@ FEEDBACK = [
     ("{'score': '0.5'}", 0.5, None),
     # thoughts
     (f"<think>Score: 0.1? No.</think>Score: 0.9\nFeedback: {GOOD}", 0.9, GOOD),
+    (f"Score: 0.4\nFeedback: Step 2.</think>\n\n{GOOD}", None, GOOD),
+    (f"Score: 0.4\nNo.</think>\n\nScore: 0.5\nFeedback: {GOOD}", 0.5, GOOD),
+    ("<think>Score: 0.1", None, ""),
+    ("[THINK]Score: 0.1[/THINK]Score: 0.2", 0.2, None),
     # out of range: not clamped
     ("Score: 5", None, "Score: 5"),
     ("Score: 85", None, None),
@@ -176,7 +181,7 @@ def test_feedback_table(text, score, prose):
     assert found.written_score == (None if score is None else pytest.approx(score, abs=1e-12))
     if prose is not None:
         assert found.text == prose
-    assert found.text or not text.strip()
+    assert found.text or not without_thoughts(text).strip()
     assert found.tokens == (1, 2)
 
 
@@ -273,6 +278,10 @@ ANSWERS = [
     ("an area of 10 m2", "10"),
     ("1,2345", "2345"),
     ("<think>It is 4.</think>It is 5.", "5"),
+    ("<think>It is 72", None),
+    ("<think>It is 4.</think>", None),
+    ("[THINK]It is 5[/THINK]It is 4.", "4"),
+    ("<|channel>thought\nIt is 5<channel|>It is 4.", "4"),
     ("...18", "18"),
     # nothing
     ("", None),
@@ -417,7 +426,7 @@ def test_feedback_properties(text):
     assert found.written_score is None or -1 <= found.written_score <= 1
     if not has_digit(text):
         assert found.written_score is None
-    if text.strip():
+    if without_thoughts(text).strip():
         assert found.text
     again = parse_feedback(prompts.format_feedback(found))
     if found.written_score is not None:

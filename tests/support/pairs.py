@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlx_fd import problems
 from mlx_fd.config import Config, override
+from mlx_fd.models.loading import open_template
 from mlx_fd.runs.plan import Plan
 from support.tiny import make_model_dir
 
@@ -63,7 +64,8 @@ def make_plan(expert: Path, student: Path, **changes) -> Plan:
     probe, chosen = problems.probe_and_train(
         found, config.episode.probe_size, config.problems.episodes, config.episode.seed
     )
-    return Plan(config, expert, student, 400, probe, chosen, {}, ())
+    template = open_template(expert)
+    return Plan(config, expert, student, 400, template, probe, chosen, {}, ())
 
 
 def logits_of(view, final):

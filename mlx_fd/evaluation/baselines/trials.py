@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_fd.config import EpisodeOptions, GateOptions, GenerationOptions
 from mlx_fd.registry import Entry
-from mlx_fd.runs.records import TrialRow
+from mlx_fd.runs.records import ThoughtColumns, TrialRow, thought_columns
 
 if TYPE_CHECKING:
     from mlx_fd.feedback.episode import Answered, OnTokens, Usage
@@ -56,6 +56,8 @@ class Trial:
         seconds: this problem's share of each step's time.
         by: whose tokens they are, by step.
         capped: steps that ended at the token limit.
+        thoughts: what was thought before a step's text, where something was.
+        closed: steps whose thought was closed at its limit.
     """
 
     turns: dict[str, str]
@@ -66,6 +68,8 @@ class Trial:
     seconds: dict[str, float]
     by: dict[str, Who]
     capped: tuple[str, ...]
+    thoughts: dict[str, str] = field(default_factory=dict)
+    closed: tuple[str, ...] = ()
 
     @property
     def final(self) -> str:
@@ -83,12 +87,19 @@ class Trial:
             "seconds": self.seconds,
             "by": dict(self.by),
             "capped": list(self.capped),
+            **thought_columns(self.thoughts, self.closed),
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Trial:
         """What :meth:`to_json` gave."""
-        return cls(**{**value, "capped": tuple(value["capped"])})
+        own = {key: value[key] for key in value if key not in ThoughtColumns.__annotations__}
+        own |= {
+            "capped": tuple(value["capped"]),
+            "thoughts": value.get("thoughts", {}),
+            "closed": tuple(value.get("closed_thoughts", ())),
+        }
+        return cls(**own)
 
 
 @dataclass(frozen=True)
@@ -160,4 +171,6 @@ def trial(
         seconds={step: round(value, 4) for step, value in usage.seconds.items()},
         by=by,
         capped=usage.capped,
+        thoughts=usage.thoughts,
+        closed=usage.closed,
     )

@@ -19,12 +19,11 @@ from mlx_fd.config import Config, Method
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.statistics import Estimate, Rows, bootstrap
 from mlx_fd.feedback.episode import derive_seed
-from mlx_fd.models.generation import first_prompt
 from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import Problem, prompts
 from mlx_fd.problems.sources import names_with_truth, truth_about
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials
-from mlx_fd.training.selfdistill.learning import Text, read, token_logprobs
+from mlx_fd.training.selfdistill.learning import read, text_after, token_logprobs
 from mlx_fd.training.selfdistill.rollouts import sample_rollouts
 
 RIGHT, BEFORE, IN, AFTER = "right", "before", "in", "after"
@@ -162,7 +161,7 @@ def score(
 
     def logprobs(messages: Sequence[str], of: Sequence[Attempt]) -> list[list[float]]:
         texts = [
-            Text(first_prompt(loaded, message), attempt.tokens)
+            text_after(loaded, message, attempt.tokens, attempt.opening)
             for message, attempt in zip(messages, of, strict=True)
         ]
         if not texts:  # a context that teaches no attempt

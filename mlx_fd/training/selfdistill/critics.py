@@ -13,6 +13,7 @@ from mlx_fd.models.generation import (
     first_prompt,
     followup_prompt,
     generate,
+    said,
     without_repeated_eos,
 )
 from mlx_fd.models.loading import Loaded
@@ -86,11 +87,10 @@ def _batched(
 def _answered(critic: Loaded, attempts: Sequence[Attempt]) -> list[tuple[int, ...]]:
     """Conversations in which the problem was put and the attempt is the answer."""
     return [
-        (
-            *first_prompt(
-                critic, answer_prompt(attempt.problem.question, form_of(attempt.problem))
-            ),
-            *critic.tokenizer.encode(attempt.text, add_special_tokens=False),
+        said(
+            critic,
+            answer_prompt(attempt.problem.question, form_of(attempt.problem)),
+            critic.tokenizer.encode(attempt.text, add_special_tokens=False),
         )
         for attempt in attempts
     ]
@@ -103,8 +103,8 @@ def _replies(
     limit: int,
 ) -> list[tuple[tuple[int, ...], str]]:
     prompts = [
-        (*said, *without_repeated_eos(Conversation(said), request))
-        for said, request in zip(before, requests, strict=True)
+        (*chat, *without_repeated_eos(Conversation(chat), request))
+        for chat, request in zip(before, requests, strict=True)
     ]
     return _batched(critic, prompts, limit)
 
@@ -116,7 +116,7 @@ def _feedback(
     requests = [feedback_request(critic)] * len(attempts)
     replies = _replies(critic, _answered(critic, attempts), requests, limit)
     return [
-        (tokens, parsing.parse_feedback(f"{FEEDBACK_OPENING}{text}").text)
+        (tokens, parsing.parse_feedback(f"{FEEDBACK_OPENING}{text}").text if text else "")
         for tokens, text in replies
     ]
 

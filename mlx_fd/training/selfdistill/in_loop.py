@@ -65,6 +65,7 @@ def lessons(finished: Sequence[Finished], context: str) -> Lessons:
                     text=answer.text,
                     final=answer.final,
                     correct=right,
+                    opening=answer.opening,
                 )
             )
             views.append(View(prompts.answer_prompt(problem.question, form_of(problem)), message))

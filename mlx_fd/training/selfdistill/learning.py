@@ -30,7 +30,7 @@ from mlx_fd.losses.divergence import (
     teacher_top_k,
     token_log_probabilities,
 )
-from mlx_fd.models.generation import first_prompt
+from mlx_fd.models.generation import first_prompt, with_thought
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.logit_transform import LogitSource
 from mlx_fd.models.view import View as ModelView
@@ -46,10 +46,25 @@ _POLICIES = ("grpo", "contrastive", "echo")
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens before a text, and the T tokens of the text."""
+    """Tokens before a text, and the T tokens of the text.
+
+    Attributes:
+        prompt: all that is read before it, a thought among it.
+        target: the text.
+        opening: the tokens of that thought, with its marks.
+    """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
+    opening: tuple[int, ...] = ()
+
+
+def text_after(
+    loaded: Loaded, message: str, target: tuple[int, ...], opening: tuple[int, ...]
+) -> Text:
+    """A text as the reply to a user's first message, after the thought that it came from."""
+    prompt = with_thought(loaded, first_prompt(loaded, message), opening)
+    return Text(prompt, target, opening)
 
 
 @dataclass(frozen=True)
@@ -214,7 +229,7 @@ def forward_teacher_and_student(
     attempts = [attempt for group in groups for attempt in group]
     numbers = [number for number, group in enumerate(groups) for _ in group]
     texts = [
-        Text(first_prompt(student, view.student), attempt.tokens)
+        text_after(student, view.student, attempt.tokens, attempt.opening)
         for view, attempt in zip(views, attempts, strict=True)
     ]
     states = read(lm, texts, size)
@@ -272,7 +287,7 @@ def _with_teacher(
 
     def texts_of(messages: Sequence[str], targets: Sequence[Text]) -> list[Text]:
         return [
-            Text(first_prompt(student, message), text.target)
+            text_after(student, message, text.target, text.opening)
             for message, text in zip(messages, targets, strict=True)
         ]
 

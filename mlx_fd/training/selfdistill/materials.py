@@ -29,6 +29,8 @@ class Attempt:
         final: what it arrived at, ``None`` where that could not be read.
         correct: whether it is the problem's answer.
         logprobs: log-probability of each token when it was drawn, as long as ``tokens``.
+        opening: ids of the thought before it, with its marks; empty where there was none.
+        thought: the same as text.
     """
 
     problem: Problem
@@ -38,6 +40,8 @@ class Attempt:
     final: str | None
     correct: bool
     logprobs: tuple[float, ...] = ()
+    opening: tuple[int, ...] = ()
+    thought: str = ""
 
 
 @dataclass(frozen=True)

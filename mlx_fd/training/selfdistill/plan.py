@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from mlx_fd.config import Config
+from mlx_fd.models.chat_template import ChatTemplate, check_conversation, fitted
+from mlx_fd.models.loading import open_template
 from mlx_fd.models.resolve import resolve
 from mlx_fd.runs.manifest import manifest_of
 from mlx_fd.runs.plan import (
@@ -77,16 +80,39 @@ def make_plan(config: Config) -> Plan:
     questions = [problem.question for problem in (*drawn.probe, *drawn.problems)]
     questions *= options.num_generations
     check_run_memory(critic or student, student, questions, side_by_side, backend().on_cpu)
+    template = _template(student, config)
+    if critic is not None:
+        _template(critic, config, trains=False)
     return Plan(
         config=config,
         expert_path=critic or student,
         student_path=student,
         vocab=0,
+        template=template,
         probe=drawn.probe,
         problems=drawn.problems,
-        manifest=manifest_of(config, critic, student, drawn.source, 0),
+        manifest=manifest_of(config, critic, student, drawn.source, 0, template),
         notes=notes,
     )
+
+
+def _template(path: Path, config: Config, *, trains: bool = True) -> ChatTemplate:
+    """A model's own chat template with the run's variables and its day.
+
+    Args:
+        path: the model's directory.
+        config: of the run.
+        trains: whether it is the model that is trained, whose template must know all variables; a
+            critic of another kind gets those that its own knows.
+    """
+    options = config.models
+    if trains:
+        return open_template(path, options.chat_template_kwargs, options.template_date)
+    template = open_template(path, date=options.template_date)
+    known = {k: v for k, v in options.chat_template_kwargs.items() if template.knows(k)}
+    template = fitted(template.with_kwargs(**known))
+    check_conversation(template)
+    return template
 
 
 def open_models(plan: Plan) -> Any:
@@ -95,7 +121,7 @@ def open_models(plan: Plan) -> Any:
     Returns:
         The :class:`mlx_fd.training.selfdistill.training.Models`, the student with fresh LoRA.
     """
-    from mlx_fd.models.loading import load, load_pair
+    from mlx_fd.models.loading import load, load_pair, with_thinking
     from mlx_fd.models.student import make_student
     from mlx_fd.training.selfdistill.training import TRUTH, Models
 
@@ -105,6 +131,14 @@ def open_models(plan: Plan) -> Any:
         base = load(plan.student_path, dequantize=options.dequantize)
     else:
         critic, base = load_pair(plan.expert_path, plan.student_path, dequantize=options.dequantize)
+        template = _template(plan.expert_path, plan.config, trains=False)
+        critic = dataclasses.replace(critic, template=template)
+    generation = plan.config.generation
+    limit = generation.max_thinking_tokens
+    if critic is not None:
+        critic = with_thinking(critic, on=generation.expert_thinking == "on", limit=limit)
     # Nothing is aligned here; one column stands for the projection that a checkpoint has.
     student = make_student(base.view, 1, options, plan.config.episode.seed)
-    return Models(student, dataclasses.replace(base, model=student.model), critic)
+    student_lm = dataclasses.replace(base, model=student.model, template=plan.template)
+    thinks = generation.student_thinking == "on"
+    return Models(student, with_thinking(student_lm, on=thinks, limit=limit), critic)

@@ -22,7 +22,7 @@ from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import form_of, is_right, read_final
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.training.selfdistill.contexts import Attempt, View
-from mlx_fd.training.selfdistill.learning import RolloutStats, Text, read
+from mlx_fd.training.selfdistill.learning import RolloutStats, read, text_after
 from mlx_fd.training.selfdistill.noise import noisy
 from mlx_fd.training.selfdistill.teacher import Weights, adapter_swapped
 
@@ -80,6 +80,14 @@ def sample_rollouts(
             index: first_prompt(student, answer_prompt(questions[index], form_of(problems[index])))
             for index in dict.fromkeys(chunk)
         }
+        keep = GenerateOptions(keep=False, logprobs=True, on_token=on_token)
+        sampling = rollout_sampling(config, seed(number))
+        if student.thinking is not None and student.thinking.on:
+            none, wholes = [Conversation()] * len(chunk), [prompts[index] for index in chunk]
+            thought = generate(student, none, wholes, sampling, keep)
+            prefilled += sum(turn.prefilled for turn in thought)
+            turns += thought
+            continue
         prefilled += sum(len(prompt) for index, prompt in prompts.items() if index not in begun)
         # A problem whose attempts go on from the last call's is not read again.
         begun = {
@@ -90,8 +98,8 @@ def sample_rollouts(
             student,
             [begun[index] for index in chunk],
             [prompts[index][-1:] for index in chunk],
-            rollout_sampling(config, seed(number)),
-            GenerateOptions(keep=False, logprobs=True, on_token=on_token),
+            sampling,
+            keep,
         )
     attempts = [
         _attempt(problems[index], questions[index], turn, config)
@@ -112,6 +120,8 @@ def _attempt(problem: Problem, question: str, turn: Turn, config: Config) -> Att
         final=final,
         correct=right,
         logprobs=turn.logprobs,
+        opening=turn.opening,
+        thought=turn.thought,
     )
 
 
@@ -190,13 +200,13 @@ def echoes_of(
             on_token,
         )
         clean = [
-            Text(first_prompt(student, message), turn.tokens)
+            text_after(student, message, turn.tokens, turn.opening)
             for message, turn in zip(messages, turns, strict=True)
         ]
         states = read(student.view, clean, config.training.micro_batch)
     return [
         RolloutStats(
-            text=Text(first_prompt(student, view.student), turn.tokens),
+            text=text_after(student, view.student, turn.tokens, turn.opening),
             group=number,
             reward=0.0,
             finished=turn.finished,

@@ -576,6 +576,8 @@ def _rows(
                 "logprob_gap": float(mx.abs(item.old - item.now).max()),
             }
         )
+        if attempt.thought:
+            rows[-1]["thought"] = attempt.thought
     return rows
 
 

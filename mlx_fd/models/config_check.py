@@ -1,0 +1,111 @@
+"""Is a model of mlx-lm the one that its configuration describes? No weight is read.
+
+mlx-lm's classes read some entries of config.json and pass over others, each in its own way. Here
+the modules that they made are compared with the entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx import nn
+
+from mlx_fd.errors import UserError
+from mlx_fd.models.published_config import (
+    BASE_FIELDS,
+    LOCAL_BASE_FIELDS,
+    PARTIAL_FIELDS,
+    UNSCALED,
+    language_part,
+    rope_kind,
+)
+from mlx_fd.models.view import find_blocks
+
+
+def check_model(model: nn.Module, config: Mapping[str, Any], file: Path) -> None:
+    """Make sure that a model turns positions and mixes layers as its configuration says.
+
+    Args:
+        model: mlx-lm's, of that configuration.
+        config: of :func:`mlx_fd.models.published_config.read_config`.
+        file: where it is from, for messages.
+
+    Raises:
+        UserError: it does not; it is another model than the one that was published.
+    """
+    part = language_part(config)
+    for made, says in (*_wrong_positions(model, part), *_wrong_layers(model, part)):
+        raise UserError(
+            f"{file}: mlx-lm makes a {part.get('model_type')} model {made}, and the configuration "
+            f"says {says}: it would be another model than the published one; use a model of "
+            "another architecture"
+        )
+
+
+def _wrong_positions(model: nn.Module, part: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is not as published: how the model is made, and what the configuration says of it."""
+    ropes = [
+        module
+        for name, module in model.named_modules()
+        if "vision" not in name and _turns(type(module).__name__)
+    ]
+    plain = [rope for rope in ropes if type(rope) is nn.RoPE]
+    parameters = part.get("rope_parameters") or {}
+    by_type = [one for one in parameters.values() if isinstance(one, Mapping)] or [parameters]
+
+    bases = [part.get(name) for name in (*BASE_FIELDS, *LOCAL_BASE_FIELDS)]
+    bases = [*bases, *(one.get("rope_theta") for one in by_type)]
+    stated = {float(base) for base in bases if isinstance(base, int | float)}
+    for rope in plain:
+        if stated and float(rope.base) not in stated:
+            yield f"with the rotary base {rope.base:g}", " and ".join(map(str, sorted(stated)))
+
+    scaled = [
+        one
+        for one in (part.get("rope_scaling") or {}, *by_type)
+        if rope_kind(one) not in UNSCALED and one.get("factor", 2) != 1
+    ]
+    if scaled and ropes and len(plain) == len(ropes) and all(rope.scale == 1 for rope in plain):
+        yield "without scaled positions", f"that they are scaled ({rope_kind(scaled[0])})"
+
+    share = next((part[name] for name in PARTIAL_FIELDS if part.get(name) is not None), None)
+    share = by_type[0].get("partial_rotary_factor", share) if len(by_type) == 1 else share
+    heads, hidden = part.get("num_attention_heads"), part.get("hidden_size")
+    if isinstance(share, float) and isinstance(heads, int) and isinstance(hidden, int):
+        width = part.get("head_dim") or hidden // heads
+        if share < 1 and plain and all(rope.dims == width for rope in plain):
+            yield f"that turns all {width} dimensions of a head", f"partial_rotary_factor {share}"
+
+
+def _wrong_layers(model: nn.Module, part: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """As for positions, of what each layer keeps of a text and whether it turns positions."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    blocks = find_blocks(model)
+    types = part.get("layer_types")
+    caches = make_prompt_cache(model)
+    if isinstance(types, list) and len(types) == len(blocks) == len(caches):
+        keeps: dict[str, str] = {}
+        for index, (kind, cache) in enumerate(zip(types, caches, strict=True)):
+            name = type(cache).__name__
+            if keeps.setdefault(str(kind), name) != name:
+                yield (
+                    f"whose layer {index} keeps a {name} and an earlier one of its type a "
+                    f"{keeps[str(kind)]}",
+                    f"that both are {kind!r:.40}",
+                )
+    turning = part.get("no_rope_layers")
+    if isinstance(turning, list) and len(turning) == len(blocks):
+        for index, (turns, block) in enumerate(zip(turning, blocks, strict=True)):
+            made = any(_turns(type(module).__name__) for _, module in block.named_modules())
+            if made != bool(turns):
+                yield (
+                    f"whose layer {index} {'turns' if made else 'does not turn'} positions",
+                    f"{turns} for it in no_rope_layers",
+                )
+
+
+def _turns(class_name: str) -> bool:
+    return any(word in class_name.lower() for word in ("rope", "rotary"))

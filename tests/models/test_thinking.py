@@ -1,0 +1,176 @@
+"""A thought is told from the reply, is limited, and leaves no trace in the conversation."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_fd.errors import UserError
+from mlx_fd.models.generation import (
+    Conversation,
+    GenerateOptions,
+    Sampling,
+    chat_text,
+    first_prompt,
+    followup_prompt,
+    generate,
+    without_repeated_eos,
+)
+from mlx_fd.models.loading import with_thinking
+from support.thinkers import TEMPLATES, Line, scripted, tokens_in
+
+ASK, AGAIN = "What is 1 + 2?", "Sure?"
+FAMILIES = sorted(TEMPLATES)
+PLAIN = GenerateOptions()
+
+
+def marked(name, thought):
+    """A thought as a model of the family writes it within a reply."""
+    loaded_family = {
+        "mistral": ("[THINK]", "[/THINK]"),
+        "gemma4": ("<|channel>thought\n", "<channel|>"),
+        "harmony": (
+            "<|end|><|start|>assistant<|channel|>analysis<|message|>",
+            "<|end|><|start|>assistant<|channel|>final<|message|>",
+        ),
+    }.get(name, ("<think>\n", "\n</think>\n\n"))
+    return thought.join(loaded_family)
+
+
+def two_turns(loaded, script, options=PLAIN, most=40):
+    """The first turn to ``ASK``, and the second to ``AGAIN``."""
+    prompt = first_prompt(loaded, ASK)
+    [first] = generate(loaded, [Conversation()], [prompt], Sampling(most), options)
+    request = without_repeated_eos(first.conversation, followup_prompt(loaded, AGAIN))
+    [second] = generate(loaded, [first.conversation], [request], Sampling(most), options)
+    return first, second
+
+
+def checked(loaded, *said):
+    """Conversations are the template's chat without any thought, and so are their caches.
+
+    Args:
+        loaded: whose they are.
+        *said: each turn, with all that was said up to its end.
+    """
+    for turn, turns in said:
+        goes_on = without_repeated_eos(turn.conversation, followup_prompt(loaded, "And?"))
+        whole = chat_text(loaded, [*turns, "And?"])
+        wanted = loaded.tokenizer.encode(whole, add_special_tokens=False)
+        assert [*turn.conversation.tokens, *goes_on] == wanted
+        assert tokens_in(turn.conversation.cache) == list(turn.conversation.tokens)
+
+
+SCRIPTS = {
+    "complete": (Line("It is 3.", "Say 7."), "Say 7.", "It is 3.", False),
+    "number and score in it": (
+        Line("Score: 0.5\nIt is 3.", "Score: -1\n#### 8"),
+        "Score: -1\n#### 8",
+        "Score: 0.5\nIt is 3.",
+        False,
+    ),
+    "empty": (Line("It is 3.", ""), "", "It is 3.", False),
+    "too long": (Line("It is 3.", "Well", ends=False), None, "It is 3.", True),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_model_thinks_and_then_replies(tmp_path, name, kind):
+    line, thought, says, closed = SCRIPTS[kind]
+    script = {ASK: line, AGAIN: Line("Yes.", "Hm.")}
+    loaded = scripted(tmp_path, name, script, on=True, limit=20)
+    first, second = two_turns(loaded, script)
+    assert (first.text, second.text) == (says, "Yes.")
+    assert second.thought == "Hm."
+    assert first.closed == closed
+    if thought is None:
+        assert first.thought.startswith("Well and and")
+        assert first.written == 20 + len(first.tokens)
+    else:
+        assert first.thought == thought
+    assert loaded.tokenizer.decode(list(first.tokens)) == says + TEMPLATES[name].eos
+    assert first.finished
+    checked(loaded, (first, (ASK, says)), (second, (ASK, says, AGAIN, "Yes.")))
+    # Whoever prefills everything writes the same.
+    naive, naive_second = two_turns(loaded, script, GenerateOptions(reuse=False))
+    assert (naive.tokens, naive.opening) == (first.tokens, first.opening)
+    assert naive_second.conversation.tokens == second.conversation.tokens
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_that_shall_not_think_replies_at_once(tmp_path, name):
+    script = {ASK: Line("It is 3.", "Say 7."), AGAIN: Line("Yes.", "Hm.")}
+    loaded = scripted(tmp_path, name, script, on=False)
+    first, second = two_turns(loaded, script)
+    assert (first.text, first.thought, second.text) == ("It is 3.", "", "Yes.")
+    assert first.written == len(first.tokens)
+    assert first.opening == ()
+    checked(loaded, (first, (ASK, "It is 3.")), (second, (ASK, "It is 3.", AGAIN, "Yes.")))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_thought_within_a_reply_is_none_of_it(tmp_path, name):
+    says = f"It is 9.{marked(name, 'No: 3.')}It is 3."
+    script = {ASK: Line(says, "Say 7."), AGAIN: Line("Yes.", "Hm.")}
+    loaded = scripted(tmp_path, name, script, on=True)
+    first, second = two_turns(loaded, script, most=80)
+    if name == "harmony":  # the first message ends the turn
+        assert (first.text, first.thought) == ("It is 9.", "Say 7.")
+        checked(loaded, (first, (ASK, "It is 9.")), (second, (ASK, "It is 9.", AGAIN, "Yes.")))
+        return
+    assert (first.text, first.thought) == ("It is 3.", "Say 7.\nNo: 3.")
+    assert loaded.tokenizer.decode(list(first.tokens)).strip() == "It is 3." + TEMPLATES[name].eos
+    assert loaded.tokenizer.decode(first.conversation.tokens).count("It is 9.") == 0
+    assert tokens_in(second.conversation.cache) == list(second.conversation.tokens)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_turn_that_ends_within_its_thought_says_nothing(tmp_path, name):
+    script = {ASK: Line("It is 3.", "#### 7", stops=True), AGAIN: Line("Yes.", "Hm.")}
+    loaded = scripted(tmp_path, name, script, on=True)
+    first, second = two_turns(loaded, script, GenerateOptions(logprobs=True))
+    assert (first.text, first.thought, second.text) == ("", "#### 7", "Yes.")
+    assert first.tokens == (loaded.tokenizer.eos_token_id,)
+    assert len(first.logprobs) == 1
+    checked(loaded, (first, (ASK, "")), (second, (ASK, "", AGAIN, "Yes.")))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_many_think_side_by_side_as_one_by_one(tmp_path, name):
+    lines = {
+        "A?": Line("It is 3.", "Say 7."),
+        "BB?": Line("It is 4, and that is sure.", ""),
+        "CCC?": Line("It is 5.", "Well", ends=False),
+        "DDDD?": Line("It is 6.", "Oh", stops=True),
+    }
+    loaded = scripted(tmp_path, name, lines, on=True, limit=12)
+    prompts = [first_prompt(loaded, message) for message in lines]
+    none = [Conversation()] * len(prompts)
+    together = generate(loaded, none, prompts, Sampling(30))
+    alone = [generate(loaded, none[:1], [prompt], Sampling(30))[0] for prompt in prompts]
+    for one, other in zip(together, alone, strict=True):
+        assert (one.text, one.thought, one.tokens) == (other.text, other.thought, other.tokens)
+        assert tokens_in(one.conversation.cache) == list(one.conversation.tokens)
+        assert one.conversation.tokens == other.conversation.tokens
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_put_into_its_mouth_comes_after_its_thought(tmp_path, name):
+    script = {ASK: Line("Score: 0.5\nFeedback: Right.", "Score: -1")}
+    loaded = scripted(tmp_path, name, script, on=True)
+    begun = loaded.tokenizer.encode("Score:", add_special_tokens=False)
+    [turn] = generate(
+        loaded, [Conversation()], [(*first_prompt(loaded, ASK), *begun)], Sampling(40)
+    )
+    assert (turn.text, turn.thought) == ("0.5\nFeedback: Right.", "Score: -1")
+    checked(loaded, (turn, (ASK, "Score: 0.5\nFeedback: Right.")))
+
+
+def test_who_has_no_marks_of_thoughts_cannot_think(tmp_path):
+    from mlx_fd.models.loading import load
+    from support.tiny import make_model_dir
+
+    loaded = load(make_model_dir(tmp_path / "m"))
+    assert loaded.thinking is None
+    with pytest.raises(UserError, match="does not think"):
+        with_thinking(loaded, on=True, limit=8)
