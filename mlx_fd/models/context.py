@@ -11,7 +11,7 @@ from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.models.directory import CONFIG
 from mlx_fd.models.pairing import read_tokenizer
-from mlx_fd.models.published_config import read_config, text_config
+from mlx_fd.models.published_config import ignored_window, read_config, text_config
 from mlx_fd.problems import ProblemSet
 from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 
@@ -21,9 +21,14 @@ _TEMPLATE = 64
 
 
 def context_length(path: Path) -> int | None:
-    """Tokens that a model was made to read at most; ``None`` where its config.json does not say."""
-    value = text_config(read_config(path), path / CONFIG).get("max_position_embeddings")
-    return value if type(value) is int and value > 0 else None
+    """Tokens that a model was made to read at most; ``None`` where its config.json does not say.
+
+    No more than the window of its layers, where mlx-lm lets them read beyond it.
+    """
+    config, file = read_config(path), path / CONFIG
+    length = text_config(config, file).get("max_position_embeddings")
+    limits = (length, ignored_window(config, file))
+    return min((one for one in limits if type(one) is int and one > 0), default=None)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,32 @@ def text_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return flat
 
 
+def ignored_window(config: Mapping[str, Any], file: Path) -> int | None:
+    """The window that layers were made to read, where mlx-lm lets them read everything.
+
+    Up to so many tokens it is the same.
+
+    Args:
+        config: of :func:`read_config`.
+        file: where it is from, for messages.
+
+    Returns:
+        Tokens; ``None``: there is no window, or mlx-lm keeps to it.
+    """
+    part = language_part(config)
+    window, types = part.get("sliding_window"), part.get("layer_types")
+    if type(window) is not int or window < 1 or part.get("use_sliding_window") is False:
+        return None
+    if isinstance(types, list) and "sliding_attention" not in types:
+        return None
+    args = _text_arguments(config, file)
+    if "sliding_window" not in _field_names(type(args)):
+        return window
+    # llama, which mlx-lm takes for mistral, too, has windows in the layers that are said to.
+    made = getattr(args, "layer_types", None)
+    return window if isinstance(made, list) and "sliding_attention" not in made else None
+
+
 def as_mlx_lm_reads(
     config: Mapping[str, Any], file: Path, *, has_head: bool | None = None
 ) -> dict[str, Any]:

@@ -212,6 +212,56 @@ def test_an_export_carries_the_right_values(tmp_path: Path) -> None:
     assert exported.args.rope_theta == 5e5
 
 
+WINDOWS: dict[str, tuple[dict[str, Any], int]] = {
+    "mistral's": ({"model_type": "mistral", "sliding_window": 512}, 512),
+    "none": ({"model_type": "mistral", "sliding_window": None}, 4096),
+    "switched off": (
+        {"model_type": "qwen2", "sliding_window": 512, "use_sliding_window": False},
+        4096,
+    ),
+    "gemma2's, of which mlx-lm knows nothing": (
+        {
+            **{"model_type": "gemma2", "sliding_window": 512, **SOFT_CAPS},
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        512,
+    ),
+    "of no layer": (
+        {
+            **{"model_type": "smollm3", "sliding_window": 512},
+            "layer_types": ["full_attention"] * 4,
+        },
+        4096,
+    ),
+    "llama's layers": (
+        {
+            **{"model_type": "llama", "sliding_window": 512},
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        4096,
+    ),
+    "gpt_oss's": ({"model_type": "gpt_oss", "sliding_window": 512, "rope_theta": 1e4}, 4096),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_the_context_is_no_longer_than_a_window_that_mlx_lm_passes_over(
+    tmp_path: Path, name: str
+) -> None:
+    entries, length = WINDOWS[name]
+    (tmp_path / "config.json").write_text(json.dumps({**SIZES, **entries}))
+    assert context_length(tmp_path) == length
+
+
+def test_mlx_lm_reads_beyond_gemma2s_window(tmp_path: Path) -> None:
+    """What the limit is for: a token before the window changes what comes long after it."""
+    config = {**SIZES, "model_type": "gemma2", "num_hidden_layers": 1, **SOFT_CAPS}
+    path = write_model(tmp_path / "m", {**config, "sliding_window": 8})
+    model = open_lazily(path)[0]
+    other = mx.concatenate([mx.array([[399]]), IDS[:, 1:]], axis=1)
+    assert mx.abs(model(IDS) - model(other))[0, -1].max() > 1e-4
+
+
 # -------------------------------------------------------------------------- wrappers with weights
 
 
