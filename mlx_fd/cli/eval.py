@@ -22,6 +22,7 @@ from mlx_fd.cli.options import (
     model_options,
     quiet_option,
     skip_bad_rows_option,
+    thinking_options,
 )
 from mlx_fd.registry import SYSTEMS
 from mlx_fd.text import strip_control_chars
@@ -138,6 +139,12 @@ Examples:
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
 @skip_bad_rows_option
 @chat_template_option
+@thinking_options
+@click.option(
+    "--expert-thinking",
+    type=click.Choice(("off", "on")),
+    help="Whether the expert thinks. [default: as in the run; off with --expert]",
+)
 @json_option
 @quiet_option
 @debug_option
@@ -164,6 +171,9 @@ def evaluate(
     seed: int,
     skip_bad_rows: bool,
     template_kwargs: dict[str, Any] | None,
+    thinking: str | None,
+    expert_thinking: str | None,
+    max_thinking_tokens: int | None,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -211,7 +221,14 @@ def evaluate(
         seed=seed,
         skip_bad_rows=skip_bad_rows,
     )
-    target = open_target(name, expert, adapter_path, max_tokens, template_kwargs)
+    changes = {
+        "max_answer_tokens": max_tokens,
+        "student_thinking": thinking,
+        "expert_thinking": expert_thinking,
+        "max_thinking_tokens": max_thinking_tokens,
+    }
+    given = {option: value for option, value in changes.items() if value is not None}
+    target = open_target(name, expert, adapter_path, given, template_kwargs)
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
     if (note := time_note()) and not quiet:

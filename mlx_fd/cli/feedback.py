@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from mlx_fd.cli.options import (
     json_option,
     model_options,
     quiet_option,
+    thinking_options,
 )
 from mlx_fd.errors import UserError
 from mlx_fd.text import strip_control_chars
@@ -86,6 +87,7 @@ writes them (--problems arithmetic); of any others its scores mean nothing:
     help="Sampling temperature of the feedback; 0 is greedy.",
 )
 @chat_template_option
+@thinking_options
 @json_option
 @quiet_option
 @debug_option
@@ -102,6 +104,8 @@ def feedback(
     tokens: int,
     temperature: float,
     template_kwargs: dict[str, Any] | None,
+    thinking: str | None,
+    max_thinking_tokens: int | None,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -113,13 +117,14 @@ def feedback(
     from mlx_fd.models.backend import backend
 
     name = chosen_model(model, model_option, adapter_path)
+    named = _Named(name, adapter_path, template_kwargs, thinking, max_thinking_tokens)
     if file is None and out is None:
         for option, value in (("--problem", problem), ("--answer", answer)):
             if value is None:
                 raise click.UsageError(f"Missing option '{option}'.")
         backend()
         _one(
-            _Named(name, adapter_path, template_kwargs),
+            named,
             (problem or "", answer or ""),
             tokens,
             temperature,
@@ -132,7 +137,7 @@ def feedback(
         raise UserError("--problems FILE and --out FILE go together")
     backend()
     options = JudgeOptions(batch_size, tokens, temperature, overwrite)
-    _file(_Named(name, adapter_path, template_kwargs), file, out, options, as_json, quiet)
+    _file(named, file, out, options, as_json, quiet)
 
 
 @dataclass(frozen=True)
@@ -142,11 +147,16 @@ class _Named:
     name: str
     adapter_path: Path | None
     template_kwargs: dict[str, Any] | None
+    thinking: str | None
+    max_thinking_tokens: int | None
 
     def locate(self) -> ModelRef:
         from mlx_fd.feedback.judge import locate_model
 
-        return locate_model(self.name, self.adapter_path, self.template_kwargs)
+        ref = locate_model(self.name, self.adapter_path, self.template_kwargs)
+        limit = self.max_thinking_tokens or ref.thinking.limit
+        on = ref.thinking.on if self.thinking is None else self.thinking == "on"
+        return replace(ref, thinking=replace(ref.thinking, on=on, limit=limit))
 
 
 def _one(
@@ -160,7 +170,7 @@ def _one(
     from mlx_fd.feedback.judge_file import judged_columns
 
     ref = model.locate()
-    check_lengths(ref.model, [(question, text)], tokens, "--tokens")
+    check_lengths(ref.model, [(question, text)], tokens + ref.thinking.tokens, "--tokens")
     found = judged_columns(give_feedback(open_student(ref), question, text, tokens, temperature))
     if as_json:
         click.echo(json.dumps(found, indent=2))
@@ -201,7 +211,8 @@ def _file(
     check_out_file(out, file, overwrite=options.overwrite)
     ref = model.locate()
     pairs = list(zip(answers.problems, answers.answers, strict=True))
-    check_lengths(ref.model, pairs, options.tokens, "--tokens", f"{file}: row")
+    most = options.tokens + ref.thinking.tokens
+    check_lengths(ref.model, pairs, most, "--tokens", f"{file}: row")
     console = Console(stderr=True)
     bar = Progress(
         "{task.description}",

@@ -339,6 +339,22 @@ chat_template_option = click.option(
     help="Variables for the chat template as JSON, such as the reasoning_effort of gpt-oss. "
     "[default: the run's; none for a model]",
 )
+
+
+def thinking_options(command: Any) -> Any:
+    """Give a command ``thinking`` and ``max_thinking_tokens``, of which neither has a default."""
+    command = click.option(
+        "--max-thinking-tokens",
+        type=Count(),
+        help="Maximum tokens per thought. [default: the run's; 1024 for a model]",
+    )(command)
+    return click.option(
+        "--thinking",
+        type=click.Choice(("off", "on")),
+        help="Whether the model thinks before it writes. [default: as in its run; off for a model]",
+    )(command)
+
+
 skip_bad_rows_option = click.option(
     "--skip-bad-rows", is_flag=True, help=OPTIONS["skip_bad_rows"].help
 )

@@ -30,6 +30,7 @@ _SHARED = (
     *("chat_template_kwargs", "template_date"),
     *("problems", "split", "train_on_test", "episodes", "skip_bad_rows"),
     *("batch_size", "max_answer_tokens", "max_feedback_tokens", "answer_filter"),
+    *("student_thinking", "expert_thinking", "max_thinking_tokens"),
     *("gate", "ema_decay", "stop_threshold", "plateau_steps", "plateau_gain", "minimum_gain"),
     *("lora_rate", "weight_decay", "max_grad_norm", "kd_steps", "micro_batch", "grad_checkpoint"),
     *("probe_size", "probe_every", "checkpoint_every", "keep_checkpoints", "seed"),
@@ -48,6 +49,9 @@ _HELP = {
     "batch_size": "Problems per update.",
     "max_answer_tokens": "Maximum tokens per attempt.",
     "max_feedback_tokens": "Maximum tokens that the critic writes per attempt.",
+    "student_thinking": "Whether the student thinks before an attempt; its thought is not learned "
+    "from.",
+    "expert_thinking": "Whether the critic thinks before it writes.",
     "gate": "Gate that ends the run; published is for the loop only.",
     "stop_threshold": "End the run once the error rate on held-out problems has fallen by this "
     "fraction.",

@@ -87,7 +87,7 @@ def open_target(
     name: str,
     expert: str | None,
     adapter_path: Path | None = None,
-    max_tokens: int | None = None,
+    changes: Mapping[str, Any] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Target:
     """Find and check what is to be evaluated.
@@ -99,7 +99,8 @@ def open_target(
             self-distillation.
         adapter_path: an mlx-lm adapter, or a run's checkpoint, on the model ``name`` (empty: on
             the model that it was trained on).
-        max_tokens: maximum tokens per answer; ``None``: the run's.
+        changes: options of the run's configuration that are others here, such as
+            ``max_answer_tokens``.
         template_kwargs: further variables of the chat template, beside the run's.
 
     Raises:
@@ -126,8 +127,7 @@ def open_target(
         config = override(config, {"expert": expert_name}, name)
     else:
         config = override(config, {"answers_by": "student"}, name)
-    if max_tokens is not None:
-        config = override(config, {"max_answer_tokens": max_tokens}, "--max-tokens")
+    config = override(config, changes or {}, "command line")
     fingerprint.prefetch(student, *([expert_path] if expert_path else []))
     models = {
         "student": {"name": config.models.student, "sha256": fingerprint.content_hash(student)}

@@ -18,7 +18,7 @@ from mlx_fd.models.chat_template import ChatTemplate, fitted
 from mlx_fd.models.context import Surroundings, context_length, too_long
 from mlx_fd.models.directory import blaming
 from mlx_fd.models.generation import GenerateOptions, Sampling, said
-from mlx_fd.models.loading import Loaded, load, open_template
+from mlx_fd.models.loading import Loaded, load, open_template, with_thinking
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import (
@@ -31,6 +31,7 @@ from mlx_fd.models.student import (
     projection_width,
     read_trained,
 )
+from mlx_fd.models.thinking import NOT_THINKING, ThinkingOptions
 from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 from mlx_fd.runs.checkpoints import check_weights
 from mlx_fd.runs.manifest import trained_template
@@ -47,6 +48,7 @@ class ModelRef:
         config: the run's configuration.
         adapter: an mlx-lm adapter of the model that belongs to no run.
         template: how chats are written for it; ``None``: as its directory says.
+        thinking: whether it thinks before its feedback.
     """
 
     model: Path
@@ -55,6 +57,7 @@ class ModelRef:
     config: Config | None = None
     adapter: Path | None = None
     template: ChatTemplate | None = None
+    thinking: ThinkingOptions = NOT_THINKING
 
     @property
     def scores(self) -> bool:
@@ -113,7 +116,9 @@ def _locate_adapter(name: str, adapter: Path) -> ModelRef:
 
 
 def locate_model(
-    name: str, adapter: Path | None = None, template_kwargs: Mapping[str, Any] | None = None
+    name: str,
+    adapter: Path | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> ModelRef:
     """A model or a student by its name, not loaded yet.
 
@@ -161,7 +166,15 @@ def _locate(name: str) -> ModelRef:
             f"{name}: the student's base model {path} is not the one that was trained: {why}."
         )
     template = trained_template(manifest, config, folder)
-    return ModelRef(path, checkpoint, folder, config, template=template)
+    return ModelRef(
+        path, checkpoint, folder, config, template=template, thinking=student_thinking(config)
+    )
+
+
+def student_thinking(config: Config) -> ThinkingOptions:
+    """Whether a run's student thinks."""
+    options = config.generation
+    return ThinkingOptions(options.student_thinking == "on", options.max_thinking_tokens)
 
 
 @dataclass(frozen=True)
@@ -241,7 +254,7 @@ class Judge:
                         f"answer {index} to judge: its {name} is not UTF-8 text (at character "
                         f"{error.start})"
                     ) from None
-        check_lengths(self.ref.model, pairs, max_tokens)
+        check_lengths(self.ref.model, pairs, max_tokens + self.ref.thinking.tokens)
         judgements: list[Judgement] = []
         for start in range(0, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]
@@ -310,31 +323,44 @@ def check_lengths(
         )
 
 
-def open_student(name: str | Path | ModelRef) -> Judge:
+def open_student(
+    name: str | Path | ModelRef, *, thinking: bool | None = None, max_thinking_tokens: int = 1024
+) -> Judge:
     """Load a model to give feedback with.
 
     Args:
         name: a run directory (its best checkpoint), one of its checkpoints, or a model's name; or
             what :func:`locate_model` made of it.
+        thinking: whether it thinks before its feedback; ``None``: as in its run; a model of no run
+            does not.
+        max_thinking_tokens: the most tokens of a thought, where ``thinking`` is given.
 
     Raises:
-        UserError: nothing of that name; files are missing or damaged, or do not belong together.
+        UserError: nothing of that name; files are missing or damaged, or do not belong together;
+            or it shall think, and cannot.
     """
     backend()
     ref = name if isinstance(name, ModelRef) else locate_model(str(name))
+    if thinking is not None:
+        ref = dataclasses.replace(ref, thinking=ThinkingOptions(thinking, max_thinking_tokens))
     if ref.adapter is not None:
-        loaded = load(ref.model, template=ref.template)
+        loaded = _told(load(ref.model, template=ref.template), ref)
         return Judge(ref, _with_adapter(loaded, ref.adapter), None)
     if ref.checkpoint is None or ref.config is None:
-        return Judge(ref, load(ref.model, template=ref.template), None)
+        return Judge(ref, _told(load(ref.model, template=ref.template), ref), None)
     options = ref.config.models
-    loaded = load(ref.model, dequantize=options.dequantize, template=ref.template)
+    loaded = _told(load(ref.model, dequantize=options.dequantize, template=ref.template), ref)
     # The projection is not used here, but load_student wants its place: as wide as it was.
     width = projection_width(ref.checkpoint)
     student = make_student(loaded.view, width, options, ref.config.episode.seed)
     load_student(student, ref.checkpoint)
     student.eval()
     return Judge(ref, dataclasses.replace(loaded, model=student.model), student)
+
+
+def _told(loaded: Loaded, ref: ModelRef) -> Loaded:
+    """A model that thinks, or does not."""
+    return with_thinking(loaded, on=ref.thinking.on, limit=ref.thinking.limit)
 
 
 def _with_adapter(loaded: Loaded, adapter: Path) -> Loaded:

@@ -37,7 +37,7 @@ def judged_columns(judgement: Judgement) -> dict[str, Any]:
     """A judgement as JSON has it: scores with four decimals, ``None`` where there is none.
 
     ``readable`` says whether a score could be read in the text; ``head_score`` is there for a
-    student only.
+    student only, ``thought`` where something was thought.
     """
     head = judgement.head_score
     return {
@@ -45,6 +45,7 @@ def judged_columns(judgement: Judgement) -> dict[str, Any]:
         "written_score": judgement.written_score,
         "readable": judgement.written_score is not None,
         "feedback": judgement.text,
+        **({"thought": judgement.thought} if judgement.thought else {}),
     }
 
 
@@ -103,6 +104,8 @@ def judge_file(
             written.
     """
     header = {"judge": _fingerprint(ref), "answers": answers.sha256, "max_tokens": max_tokens}
+    if ref.thinking.on:
+        header["max_thinking_tokens"] = ref.thinking.limit
     if temperature:
         header["temperature"] = temperature
     partial = partial_of(out)

@@ -304,6 +304,20 @@ def _loaded(
     return with_thinking(loaded, on=False)
 
 
+def check_can_think(path: Path, template: ChatTemplate) -> None:
+    """Make sure that a model can think before it replies, before any weight is read.
+
+    Args:
+        path: the model's directory.
+        template: how chats are written for it.
+
+    Raises:
+        UserError: it cannot, or in a way that is not understood.
+    """
+    tokenizer, _ = open_tokenizer(path, read_config(path))
+    thinking.find(thinking.switched(template, True), tokenizer, on=True, limit=1)
+
+
 def with_thinking(loaded: Loaded, *, on: bool, limit: int = 0) -> Loaded:
     """A model that thinks before it replies, or does not.
 

@@ -26,6 +26,27 @@ _ANCHOR = 4
 
 
 @dataclass(frozen=True)
+class ThinkingOptions:
+    """Whether a model shall think.
+
+    Attributes:
+        on: whether it shall.
+        limit: the most tokens of a thought, which is closed there.
+    """
+
+    on: bool = False
+    limit: int = 1024
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that are thought before a text."""
+        return self.limit if self.on else 0
+
+
+NOT_THINKING = ThinkingOptions()
+
+
+@dataclass(frozen=True)
 class Thinking:
     """How a model thinks.
 

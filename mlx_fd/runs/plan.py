@@ -98,6 +98,7 @@ def make_plan(config: Config) -> Plan:
     fingerprint.prefetch(expert_path, student_path)
 
     from mlx_fd.models.backend import backend
+    from mlx_fd.models.loading import check_can_think
     from mlx_fd.models.pairing import check_pair
 
     options = config.models
@@ -107,6 +108,8 @@ def make_plan(config: Config) -> Plan:
         kwargs=options.chat_template_kwargs,
         date=options.template_date,
     )
+    if config.generation.thought_tokens:  # both have the expert's tokens and template
+        check_can_think(expert_path, pairing.template)
     drawn, notes = without_long(drawn, (expert_path, student_path), config)
     here = backend()
     if config.losses.needs_attention:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_fd.config import Config
 from mlx_fd.models.chat_template import ChatTemplate, check_conversation, fitted
-from mlx_fd.models.loading import open_template
+from mlx_fd.models.loading import check_can_think, open_template
 from mlx_fd.models.resolve import resolve
 from mlx_fd.runs.manifest import manifest_of
 from mlx_fd.runs.plan import (
@@ -81,8 +81,12 @@ def make_plan(config: Config) -> Plan:
     questions *= options.num_generations
     check_run_memory(critic or student, student, questions, side_by_side, backend().on_cpu)
     template = _template(student, config)
+    if config.generation.student_thinking == "on":
+        check_can_think(student, template)
     if critic is not None:
-        _template(critic, config, trains=False)
+        template_of_critic = _template(critic, config, trains=False)
+        if config.generation.expert_thinking == "on":
+            check_can_think(critic, template_of_critic)
     return Plan(
         config=config,
         expert_path=critic or student,
