@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import AddedToken
 
 from mlx_fd.errors import UserError
 from mlx_fd.models.generation import (
@@ -13,10 +14,13 @@ from mlx_fd.models.generation import (
     first_prompt,
     followup_prompt,
     generate,
+    rewind_to,
     without_repeated_eos,
 )
-from mlx_fd.models.loading import with_thinking
+from mlx_fd.models.loading import load, with_thinking
+from support.architectures import make_architecture
 from support.thinkers import TEMPLATES, Line, scripted, tokens_in
+from support.tiny import make_model_dir, make_tokenizer, write_tokenizer
 
 ASK, AGAIN = "What is 1 + 2?", "Sure?"
 FAMILIES = sorted(TEMPLATES)
@@ -168,9 +172,41 @@ def test_what_is_put_into_its_mouth_comes_after_its_thought(tmp_path, name):
 
 def test_who_has_no_marks_of_thoughts_cannot_think(tmp_path):
     from mlx_fd.models.loading import load
-    from support.tiny import make_model_dir
 
     loaded = load(make_model_dir(tmp_path / "m"))
     assert loaded.thinking is None
     with pytest.raises(UserError, match="does not think"):
         with_thinking(loaded, on=True, limit=8)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_5", "gemma3_text"])
+@pytest.mark.parametrize("name", ["qwen3", "nemotron3"])
+@pytest.mark.parametrize("on", [True, False])
+def test_states_that_cannot_be_cut_back_lose_the_thought_too(tmp_path, architecture, name, on):
+    kind, tokenizer = TEMPLATES[name], make_tokenizer()
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in kind.tokens]
+    )
+    make_architecture(tmp_path / "m", architecture, vocab_size=402)
+    write_tokenizer(tmp_path / "m", tokenizer, chat_template=kind.source)
+    loaded = with_thinking(load(tmp_path / "m"), on=on, limit=6)
+    prompts = [first_prompt(loaded, text) for text in (ASK, "How many apples does Tom have?")]
+    none = [Conversation()] * 2
+
+    def turns(options):
+        first = generate(loaded, none, prompts, Sampling(9), options)
+        befores = [turn.conversation for turn in first]
+        request = followup_prompt(loaded, AGAIN)
+        requests = [without_repeated_eos(before, request) for before in befores]
+        return first, generate(loaded, befores, requests, Sampling(9), options)
+
+    kept, naive = turns(GenerateOptions(mark=True)), turns(GenerateOptions(reuse=False))
+    for ours, theirs in zip(kept, naive, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one.tokens, one.opening) == (other.tokens, other.opening)
+            assert one.conversation.tokens == other.conversation.tokens
+    for turn, after in zip(*kept, strict=True):
+        # What is read for the second turn does not hold the first one's prompt again.
+        assert after.prefilled < len(turn.conversation.tokens)
+        ready = (*turn.conversation.tokens, *followup_prompt(loaded, AGAIN))
+        assert rewind_to(after.conversation, ready).cache is not None
