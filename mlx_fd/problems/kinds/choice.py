@@ -12,6 +12,7 @@ from mlx_fd.problems.kinds import AnswerKind, register_kind
 from mlx_fd.problems.kinds.text import normal
 from mlx_fd.problems.parsing import after_mark, boxed
 from mlx_fd.problems.prompts import Form
+from mlx_fd.problems.thoughts import without_thoughts
 
 LETTERS = string.ascii_uppercase
 # A letter by itself: "B", "(b)", "**B**", "B.", "B) the second", "Answer: B", "option B".
@@ -53,6 +54,7 @@ def letter_of(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _read(text: str, problem: Problem, how: str) -> str | None:
+    text = without_thoughts(text)
     for piece in (after_mark(text), boxed(text)):
         if piece is not None and (letter := letter_of(piece, problem.choices)):
             return letter
