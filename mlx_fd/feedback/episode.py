@@ -405,12 +405,14 @@ class Criticism:
         prompt: all tokens before the feedback, the thought among them.
         hidden: the final hidden state [d] at the prompt's last token.
         before: the conversation up to that token, which it does not hold.
+        prefilled: tokens that were read for the thought and for the feedback.
     """
 
     turn: Turn
     prompt: tuple[int, ...]
     hidden: mx.array
     before: Conversation
+    prefilled: int
 
 
 def criticisms(
@@ -441,7 +443,13 @@ def criticisms(
         dataclasses.replace(options, keep=False),
     )
     return [
-        Criticism(after_thought(turn, thought), prompt, hidden, before)
+        Criticism(
+            after_thought(turn, thought),
+            prompt,
+            hidden,
+            before,
+            len(prompt) + (thought.prefilled if thought else 0),
+        )
         for turn, thought, prompt, (hidden, before) in zip(
             turns, thoughts, prompts, read, strict=True
         )
@@ -490,7 +498,7 @@ def student_feedback(
         StudentFeedback(
             parsed(one.turn),
             head_score(pair.student, pair.student_lm, one),
-            dataclasses.replace(usage_of(step, one.turn, share), prefilled={step: len(one.prompt)}),
+            dataclasses.replace(usage_of(step, one.turn, share), prefilled={step: one.prefilled}),
         )
         for one in written
     ]

@@ -431,7 +431,9 @@ def think(
     found: list[Thought | None] = []
     for begin in range(0, len(prompts), size):
         starts = [_Start(Conversation(), tuple(one)) for one in prompts[begin : begin + size]]
-        found += _thoughts(loaded, thinking, starts, sampling, options)
+        found += _thoughts(
+            loaded, thinking, starts, sampling, dataclasses.replace(options, keep=False)
+        )
     return found
 
 
@@ -502,7 +504,8 @@ def _turns(
     thoughts: list[Thought | None] = [None] * len(starts)
     going_on = starts
     if thinking.on:
-        found = _thoughts(loaded, thinking, starts, sampling, options)
+        going_on_from = dataclasses.replace(options, keep=True)
+        found = _thoughts(loaded, thinking, starts, sampling, going_on_from)
         thoughts = [*found]
         going_on = [_Start(one.conversation, one.rest) for one in found if one.end is None]
     written = iter(
@@ -578,7 +581,7 @@ def _thoughts(
         [one.conversation for one in starts],
         [(*head, *thinking.opened_ids) for head, _ in parts],
         dataclasses.replace(sampling, max_tokens=thinking.limit),
-        dataclasses.replace(options, keep=True, mark=False, logprobs=True),
+        dataclasses.replace(options, mark=False, logprobs=True),
         frozenset((thinking.end_id,)),
     )
     thoughts = []
