@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx import nn
+from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -32,6 +33,8 @@ _MAX_ROWS = 16
 # be off by some times what it is alone. One that reads its padding is off by 0.06 and more.
 _FLOAT32, _HALF, _HALF_ROW = 1e-3, 0.2, 0.04
 _ROUNDINGS = 4
+# How far a gradient may be from that without recomputing, which is the same arithmetic.
+_RECOMPUTED = 1e-2
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,41 @@ def check_model(view: View, vocab: int) -> tuple[View, bool]:
     return dataclasses.replace(view, batched=reads), _writes_batches(
         view.model, batches, truth, history
     )
+
+
+def check_recompute(view: View) -> None:
+    """Make sure that recomputed activations give a student the gradient that kept ones give.
+
+    Where a block gives keys to a later one through their caches (Gemma 3n, AFM), what is computed
+    again does not reach it.
+
+    Args:
+        view: of the student, with what it trains.
+
+    Raises:
+        UserError: they do not.
+    """
+    tokens = mx.array([[(37 * index + 11) % view.rows for index in range(_LENGTH)]])
+
+    def squares(recompute: bool) -> mx.array:
+        return mx.square(view.forward(tokens, recompute=recompute).final.astype(mx.float32)).mean()
+
+    def gradient(recompute: bool) -> mx.array:
+        _, tree = nn.value_and_grad(view.model, lambda: squares(recompute))()
+        return mx.concatenate([part.astype(mx.float32).flatten() for _, part in tree_flatten(tree)])
+
+    kept = gradient(False)
+    mx.eval(kept)
+    try:
+        error = mx.linalg.norm(gradient(True) - kept) / mx.linalg.norm(kept)
+        fits = bool((error <= _RECOMPUTED).item())
+    except Exception:  # whatever a model's own code does not do twice
+        fits = False
+    if not fits:
+        raise UserError(
+            "--grad-checkpoint would teach this student something else, since its blocks give keys "
+            "to each other: leave it out"
+        )
 
 
 def _logits(view: View, final: mx.array) -> mx.array:

@@ -24,6 +24,7 @@ from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import cache_fingerprint
 from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.files import clear_unfinished
+from mlx_fd.models.checking import check_recompute
 from mlx_fd.problems import Problem
 from mlx_fd.problems.sources import Question
 from mlx_fd.runs.events import Note, Probed, Probing, Started, Warned
@@ -100,6 +101,8 @@ def run(
     at_end = checkpoint is not None and checkpoint.batch >= total
     if (whole := finished_summary(records, at_end, report)) is not None:
         return cast(Summary, whole)
+    if config.training.grad_checkpoint:
+        check_recompute(pair.student.view)
     begun = checkpoint is not None
     # Whatever the checkpoint holds, the student is still untrained here.
     probe = kept(records, PROBE_ROWS, lambda: load_probe(folder), begun, report)

@@ -15,7 +15,7 @@ from mlx_lm.generate import generate_step  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 
-from mlx_fd.models.checking import check_model  # noqa: E402
+from mlx_fd.models.checking import check_model, check_recompute  # noqa: E402
 from mlx_fd.models.generation import (  # noqa: E402
     Conversation,
     GenerateOptions,
@@ -221,3 +221,11 @@ def test_a_block_that_is_asked_for_its_kind_has_it_while_it_is_watched(directory
     tokens = mx.array([[(29 * place + 5) % 380 for place in range(40)]])
     made = loaded.view.forward_with_logits(tokens)[1]
     assert mx.abs(made - loaded.model(tokens)).max().item() < 1e-3
+
+
+def test_recomputing_that_would_teach_something_else_is_refused(directory):
+    for name in ("llama", "gemma4", "qwen3_5"):
+        check_recompute(load(directory(name)).view)
+    for name in ("gemma3n", "afm7"):
+        with pytest.raises(UserError, match="--grad-checkpoint would teach"):
+            check_recompute(load(directory(name)).view)

@@ -25,6 +25,7 @@ from mlx_fd.feedback import gate
 from mlx_fd.feedback.distill import Update
 from mlx_fd.feedback.episode import derive_seed
 from mlx_fd.files import write_json
+from mlx_fd.models.checking import check_recompute
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, read_trained
 from mlx_fd.problems import Problem
@@ -200,6 +201,8 @@ def run(
     if (whole := finished_summary(records, at_end, report)) is not None:
         return cast(SelfSummary, whole)
     model = models.student_lm.model
+    if config.training.grad_checkpoint:
+        check_recompute(models.student_lm.view)
     # The rate is set before each update.
     optimizer = optim.AdamW(
         config.training.lora_rate,
