@@ -175,7 +175,9 @@ class _Tap(_StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._layers:
             self._layers.append(_states((*args, *kwargs.values())))
-        out = self._call(*args, **kwargs)
+        # What a block leaves in a cache for others is lost to a gradient that runs it again.
+        call = self._call if _is_plain((args, kwargs)) else self._module
+        out = call(*args, **kwargs)
         self._layers.append(_states(out))
         return out
 
@@ -202,6 +204,15 @@ class _Returns(_StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         return self._value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether something is made of arrays and what cannot be changed: no cache is among it."""
+    if isinstance(value, dict):
+        return all(_is_plain(part) for part in value.values())
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, (mx.array, str, int, float))
 
 
 def _first_array(value: Any) -> mx.array:
