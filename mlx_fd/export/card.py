@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_fd.export.chat import JINJA, template_arguments, template_note
+from mlx_fd.export.chat import JINJA, reply_opening, template_arguments, template_note
 from mlx_fd.export.gguf_file import Written
 from mlx_fd.export.guide import how_to_compare
 from mlx_fd.export.verify import Agreement
@@ -58,7 +58,7 @@ def write_card(
         _results(source),
         "## Use\n",
         FORMATS[form.format].use(source, form),
-        template_note(source.ref.template, folder) if source.ref.template else "",
+        template_note(source.ref, folder),
         _score_head(source, form, student.score_at)
         if student is not None and source.ref.scores
         else "",
@@ -268,7 +268,7 @@ chat = [{{"role": ("user", "assistant")[i % 2], "content": text}} for i, text in
 def mlx_score_code(source: Source, form: Form, score_at: str) -> str:
     """Python code that reads the score head with mlx-lm."""
     load = f'"{named_base(source)}", adapter_path="."' if form.adapter else '"."'
-    template, own_template, further = source.ref.template, "", ""
+    template, own_template, further = source.ref.chat, "", ""
     if template is not None:
         further = "".join(f", {name}={v!r}" for name, v in template_arguments(template).items())
         if form.adapter:
@@ -277,6 +277,11 @@ def mlx_score_code(source: Source, form: Form, score_at: str) -> str:
                 f'if (path := pathlib.Path("{JINJA}")).exists():\n'
                 "    tokenizer.chat_template = path.read_text()\n"
             )
+    rendered = f"ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True{further})\n"
+    if opening := reply_opening(source.ref):
+        rendered = rendered.replace(f"True{further}", f"True, tokenize=False{further}")
+        rendered = rendered.replace("ids", "text", 1)
+        rendered += f"ids = tokenizer.encode(text + {opening!r}, add_special_tokens=False)\n"
     written = (
         "ids += [r.token for r in mlx_lm.stream_generate(model, tokenizer, ids, max_tokens=192)]"
         "[:-1]\n"
@@ -289,7 +294,7 @@ model, tokenizer = mlx_lm.load({load})
 head = mx.load("score_head.safetensors")
 {EXAMPLE}\
 {own_template}\
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True{further})
+{rendered}\
 ids += tokenizer.encode({prompts.FEEDBACK_OPENING!r}, add_special_tokens=False)
 {written}\
 hidden = model.model(mx.array([ids]))[0, -1].astype(mx.float32)

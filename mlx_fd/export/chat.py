@@ -7,11 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mlx_fd.feedback.judge import ModelRef
 from mlx_fd.files import write_json
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.loading import open_tokenizer, read_end_tokens, template_of
+from mlx_fd.models.published_config import read_config
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.template_sandbox import CLOCK
+from mlx_fd.models.thinking import find
 
 JINJA = "chat_template.jinja"
 _TOKENIZER = "tokenizer_config.json"
@@ -81,9 +84,35 @@ def template_arguments(template: ChatTemplate) -> dict[str, Any]:
     return arguments
 
 
-def template_note(template: ChatTemplate, folder: Path) -> str:
+def reply_opening(ref: ModelRef) -> str:
+    """What a student's replies begin after, beyond what its template writes; mostly nothing.
+
+    A template that opens a thought whatever it is told is one; the student was trained behind the
+    thought, closed at once.
+    """
+    if ref.chat is None or ref.thinking.on:
+        return ""
+    tokenizer, _ = open_tokenizer(ref.model, read_config(ref.model))
+    found = find(ref.chat, tokenizer)
+    return "" if found is None else found.closed.removeprefix(found.tail)
+
+
+def template_note(ref: ModelRef, folder: Path) -> str:
     """What the model card says of the template; empty where there is nothing to say."""
+    template = ref.chat
+    if template is None:
+        return ""
     lines = []
+    if ref.thinking.on:
+        lines.append(
+            "It was trained to think before its feedback: what it thinks is no part of that, and "
+            "its score head reads behind the thought."
+        )
+    if opening := reply_opening(ref):
+        lines.append(
+            f"It was trained without thoughts: append `{json.dumps(opening)}` to what the chat "
+            "template writes."
+        )
     if (folder / JINJA).exists() and not (folder / _TOKENIZER).exists():
         lines.append(
             f"`{JINJA}` is the chat template that the student was trained with; its base has "

@@ -31,7 +31,7 @@ from mlx_fd.models.student import (
     projection_width,
     read_trained,
 )
-from mlx_fd.models.thinking import NOT_THINKING, ThinkingOptions
+from mlx_fd.models.thinking import NOT_THINKING, ThinkingOptions, switched
 from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 from mlx_fd.runs.checkpoints import check_weights
 from mlx_fd.runs.manifest import trained_template
@@ -63,6 +63,11 @@ class ModelRef:
     def scores(self) -> bool:
         """Whether a score head was trained: in the loop it is, by self-distillation it is not."""
         return self.config is not None and not self.config.self_distils
+
+    @property
+    def chat(self) -> ChatTemplate | None:
+        """:attr:`template`, told whether the model thinks."""
+        return None if self.template is None else switched(self.template, self.thinking.on)
 
     @property
     def adapter_folder(self) -> Path | None:

@@ -1,0 +1,35 @@
+"""What an export says of its chat template is what its student read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from tokenizers import AddedToken
+
+from mlx_fd.export.chat import reply_opening, template_note
+from mlx_fd.feedback.judge import ModelRef
+from mlx_fd.models.generation import first_prompt
+from mlx_fd.models.loading import load, open_template
+from mlx_fd.models.thinking import ThinkingOptions
+from support.thinkers import TEMPLATES
+from support.tiny import make_model_dir, make_tokenizer
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_student_that_did_not_think_reads_no_open_thought(tmp_path, name):
+    kind, tokenizer = TEMPLATES[name], make_tokenizer()
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in kind.tokens]
+    )
+    make_model_dir(tmp_path, tokenizer=tokenizer, eos=kind.eos, chat_template=kind.source)
+    ref, loaded = ModelRef(tmp_path, template=open_template(tmp_path)), load(tmp_path)
+    text = ref.chat.render(["Hi"]) + reply_opening(ref)
+    tokens = tuple(loaded.tokenizer.encode(text, add_special_tokens=False))
+    assert tokens == first_prompt(loaded, "Hi")
+    note = template_note(ref, tmp_path)
+    assert ("append" in note) == (name in ("r1", "harmony"))
+    assert ('"enable_thinking": false' in note) == ("enable_thinking" in kind.source)
+    thinks = dataclasses.replace(ref, thinking=ThinkingOptions(True, 9))
+    assert reply_opening(thinks) == ""
+    assert "trained to think" in template_note(thinks, tmp_path)
