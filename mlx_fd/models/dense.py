@@ -26,6 +26,9 @@ def _numbers(module: nn.Module) -> mx.array:
         dtype=mx.float32,
     )
     weight, scales, biases = module.weight, module.scales, module.get("biases")
+    if biases is not None:
+        # From 16-bit ones the products would be rounded to 16 bits.
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     scale = module.get("global_scale")
     if scale is None or scale.ndim == 0:
         return dequantized(weight, scales, biases, global_scale=scale)

@@ -191,6 +191,11 @@ def write_tokenizer(file: GgufFile, arch: str, tokens: list[str], out: Path) -> 
         raise file.bad("its vocabulary has duplicate tokens or lacks token types")
     pieces = file.need("tokenizer.ggml.model", str) == SENTENCEPIECE
     tokenizer_class = "PreTrainedTokenizerFast"
+    if pieces and arch == "phi3":
+        raise file.bad(
+            "tokens of Phi-3 take the spaces after them, which a GGUF file does not say; take the "
+            "model from the hub (an mlx-community conversion)"
+        )
     if pieces:
         tokenizer, begins = _sentencepiece(file, tokens, types), True
     else:

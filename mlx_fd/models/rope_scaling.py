@@ -211,8 +211,11 @@ def from_file(
     Raises:
         ValueError: what is wrong with it, or not supported.
     """
-    kind = "llama3" if stored.kind == "none" and FREQS in stored.tables else stored.kind
-    kind = "default" if kind == "none" else kind
+    kind = stored.kind
+    if kind == "none":
+        # Llama 3's is said by its table alone, and longrope was once.
+        by_table = "longrope" if {LONG, SHORT} <= stored.tables.keys() else "default"
+        kind = "llama3" if FREQS in stored.tables else by_table
     tables = {"llama3": {FREQS}, "longrope": {LONG, SHORT}}.get(kind, set())
     if kind not in family.rope or stored.tables.keys() != tables:
         raise ValueError(

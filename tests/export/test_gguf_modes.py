@@ -122,6 +122,33 @@ def test_llama_cpp_reads_every_mode(tmp_path, mode, kind, kl):
     assert verify.agreement(verify.logits_of(loaded, chat), theirs).mean_kl < kl
 
 
+@pytest.mark.parametrize(("bits", "group", "kind"), [(4, 64, "q4_1"), (8, 32, "q8_0")])
+def test_experts_in_affine_blocks(tmp_path, bits, group, kind):
+    """Each expert's rows are blocks like any matrix's; what no block holds is rounded to one."""
+    model_dir = make_architecture(
+        tmp_path / "model", "qwen3_moe", mlp_only_layers=[], moe_intermediate_size=64
+    )
+    model, _ = open_lazily(model_dir)
+    model.set_dtype(mx.float16)
+    nn.quantize(model, group_size=group, bits=bits)
+    config = json.loads((model_dir / "config.json").read_text())
+    config["quantization"] = {"group_size": group, "bits": bits}
+    (model_dir / "config.json").write_text(json.dumps(config))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(model_dir / "model.safetensors"), weights, metadata={"format": "mlx"})
+    done = write(model_dir, tmp_path / "m.gguf", kind)
+    # 8 bits of MLX have a bias of their own, which Q8_0 has not.
+    assert done.carried == (29 if bits == 4 else 0) and done.kinds == {kind: 29, "f32": 4}
+    wanted = dict(dequantize(model).named_modules())["model.layers.1.mlp.switch_mlp.up_proj"]
+    tensor = tensors(tmp_path / "m.gguf")["blk.1.ffn_up_exps.weight"]
+    found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    difference = np.abs(found.reshape(wanted.weight.shape) - np.array(wanted.weight)).max()
+    assert difference == 0 if bits == 4 else difference < 0.01
+    convert(tmp_path / "m.gguf", tmp_path / "back")
+    read = dict(dequantize(load(tmp_path / "back").model).named_modules())
+    assert np.array_equal(read["model.layers.1.mlp.switch_mlp.up_proj"].weight, found)
+
+
 def test_mxfp4_is_for_models_in_it(tmp_path):
     model = make(tmp_path, "llama", "nvfp4")
     with pytest.raises(UserError, match=r"none of this one is; choose q8_0"):
