@@ -20,6 +20,7 @@ from typing import Any
 from mlx_fd.errors import UserError
 from mlx_fd.models.backend import backend
 from mlx_fd.models.directory import AGAIN, CONFIG, blaming, read_header, read_object
+from mlx_fd.models.quantization import check_quantization
 
 # Names that mlx-lm's classes have for what transformers calls by the first of each.
 BASE_FIELDS = ("rope_theta", "rotary_emb_base", "rope_embedding_base", "rope_freq_constant")
@@ -155,6 +156,7 @@ def as_mlx_lm_reads(
     translated = _decode_tagged_floats(copy.deepcopy(dict(config)))
     if not isinstance(translated.get("model_type"), str):
         raise UserError(f"{file}: has no model_type; {AGAIN}")
+    check_quantization(translated, file)
     translated = _wrapped(translated, file)
     args_class = _text_args(translated, file)
     fields = _field_names(args_class)
