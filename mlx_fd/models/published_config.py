@@ -368,11 +368,14 @@ def _translate_flat(
         if field is not None and rope.get(key) is not None:
             _set(part, field, rope[key], f"rope_parameters' {key}", file)
     old = part.get("rope_scaling")
-    if isinstance(old, Mapping) and rope_kind(old) != rope_kind(rope):
-        raise UserError(
-            f"{file}: rope_scaling is of the type {rope_kind(old)} and rope_parameters of the type "
-            f"{rope_kind(rope)}; take out the one that is wrong"
-        )
+    if isinstance(old, Mapping):
+        if rope_kind(old) != rope_kind(rope):
+            raise UserError(
+                f"{file}: rope_scaling is of the type {rope_kind(old)} and rope_parameters of the "
+                f"type {rope_kind(rope)}; take out the one that is wrong"
+            )
+        for key in sorted((old.keys() & rope.keys()) - {"type", "rope_type"}):
+            _check_equal(f"rope_scaling's {key}", old[key], "rope_parameters'", rope[key], file)
     if rope_kind(rope) in UNSCALED:
         return
     name = "original_max_position_embeddings"
@@ -411,13 +414,17 @@ def _translate_by_type(
 
 
 def _set(part: dict[str, Any], name: str, value: Any, source: str, file: Path) -> None:
-    there = part.get(name)
-    if there is not None and there != value:
-        raise UserError(
-            f"{file}: {name} is {there!r:.80} and {source} is {value!r:.80}; take out the one that "
-            "is wrong"
-        )
+    if part.get(name) is not None:
+        _check_equal(name, part[name], source, value, file)
     part[name] = value
+
+
+def _check_equal(name: str, value: Any, other: str, its_value: Any, file: Path) -> None:
+    if value != its_value:
+        raise UserError(
+            f"{file}: {name} is {value!r:.80} and {other} is {its_value!r:.80}; take out the one "
+            "that is wrong"
+        )
 
 
 def rope_kind(rope: Mapping[str, Any]) -> str:

@@ -247,6 +247,44 @@ MIXED: dict[str, tuple[dict[str, object], int, list[int] | None]] = {
         4,
         None,
     ),
+    # The students that aliases bring, as deep as they are.
+    "gemma-3-270m": (
+        {
+            **{"model_type": "gemma3_text", "num_hidden_layers": 18, "sliding_window": 32},
+            "sliding_window_pattern": 6,
+        },
+        9,
+        None,
+    ),
+    "qwen3.5-0.8b": (
+        {"model_type": "qwen3_5", "num_hidden_layers": 24, "full_attention_interval": 4, **LINEAR},
+        12,
+        None,
+    ),
+    "gpt-oss-20b": (
+        {
+            **{"model_type": "gpt_oss", "num_hidden_layers": 24, "sliding_window": 32},
+            **{"layer_types": ["sliding_attention", "full_attention"] * 12, "rope_theta": 1e4},
+            **{"num_local_experts": 4, "num_experts_per_tok": 2},
+        },
+        6,
+        [0, 5, 9, 14, 18, 23],
+    ),
+    "granite-4.0-h-350m": (
+        {
+            **{"model_type": "granitemoehybrid", "num_hidden_layers": 32, "rope_theta": 1e4},
+            "layer_types": ["attention" if i in (10, 13, 17, 27) else "mamba" for i in range(32)],
+            **{"embedding_multiplier": 12.0, "attention_multiplier": 0.25, "logits_scaling": 4.0},
+            **{"residual_multiplier": 0.22, "position_embedding_type": "nope"},
+            **{"attention_bias": False, "mamba_n_heads": 8, "mamba_d_head": 16},
+            **{"mamba_d_state": 16, "mamba_d_conv": 4, "mamba_n_groups": 1},
+            **{"mamba_conv_bias": True, "mamba_proj_bias": False, "shared_intermediate_size": 128},
+            **{"num_local_experts": 0, "num_experts_per_tok": 0, "mlp_bias": False},
+            "tie_word_embeddings": True,
+        },
+        16,
+        [0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31],
+    ),
     "deepseek, whose first layers are dense": (
         {
             **{"model_type": "deepseek", "num_hidden_layers": 8, "first_k_dense_replace": 3},

@@ -340,6 +340,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "llama", "rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e6}},
         "rope_scaling is of the type yarn and rope_parameters of the type default",
     ),
+    "two factors": (
+        {
+            **{"model_type": "llama", "rope_scaling": YARN},
+            "rope_parameters": {**YARN, "factor": 8.0, "rope_theta": 1e6},
+        },
+        "rope_scaling's factor is 4.0 and rope_parameters' is 8.0",
+    ),
     "not an object": ({"model_type": "llama", "rope_parameters": 3}, "rope_parameters is 3"),
     "no field for scaling": (
         {"model_type": "gemma2", **SOFT_CAPS, "rope_parameters": {**YARN, "rope_theta": 1e4}},
