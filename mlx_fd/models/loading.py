@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -408,15 +408,19 @@ def load(path: Path, *, dequantize: str = "auto", template: ChatTemplate | None 
     return _loaded(path, model, config, template)
 
 
-def _origin(expert_path: Path, student_path: Path, config: dict[str, Any]) -> dict[int, int] | None:
-    """Student layer -> the expert's layer that it is a copy of; ``None``: another model."""
-    if expert_path.resolve() == student_path.resolve():
-        total = text_config(config, expert_path / CONFIG)["num_hidden_layers"]
-        return {i: i for i in range(total)}
+def _origin(
+    expert: Loaded, student_path: Path, config: dict[str, Any]
+) -> Callable[[str], str | None] | None:
+    """What the expert calls a student's weight; ``None``: the student is another model."""
+    from mlx_fd.models.prune import list_of_layers, renamed
+
+    if expert.path.resolve() == student_path.resolve():
+        return str
     origin = config.get("mlx_fd") or {}
-    if origin.get("source") != str(expert_path.resolve()):
+    if origin.get("source") != str(expert.path.resolve()):
         return None
-    return dict(enumerate(origin["layers"]))
+    layer_of, holder = dict(enumerate(origin["layers"])), list_of_layers(expert.model)
+    return lambda name: renamed(name, layer_of, holder)
 
 
 def load_pair(
@@ -443,12 +447,10 @@ def load_pair(
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-    from mlx_fd.models.prune import renamed
-
     expert = load(expert_path, dequantize=dequantize)
     model, config = open_lazily(student_path)
-    layer_of = _origin(expert_path, student_path, config)
-    if layer_of is None:
+    name_of = _origin(expert, student_path, config)
+    if name_of is None:
         return expert, load(student_path, dequantize=dequantize)
     if _wants_float32(dequantize) and expert.dtype == mx.float32:
         # Dequantised or not, the student goes the expert's way, to have the same arrays.
@@ -461,7 +463,7 @@ def load_pair(
     chosen = []
     for name in list(parameters):
         array = parameters.pop(name)
-        candidate = expert_arrays.get(renamed(name, layer_of) or "")
+        candidate = expert_arrays.get(name_of(name) or "")
         if candidate is not None and (same_files or _equal(candidate, array)):
             array = candidate
         chosen.append((name, array))

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from mlx_fd.errors import UserError
 from mlx_fd.models.directory import AGAIN, CONFIG, blaming
 from mlx_fd.models.published_config import as_mlx_lm_reads, read_config, text_config
 from mlx_fd.models.storage import new_directory
+
+if TYPE_CHECKING:
+    from mlx import nn
 
 # Of what prune writes; another number where it writes other layers of the same model.
 FORMAT = 2
@@ -60,6 +63,13 @@ def renamed(name: str, new_index: dict[int, int], holder: str = "layers") -> str
                 else ".".join([*parts[:place], str(index), *parts[place + 1 :]])
             )
     return name
+
+
+def list_of_layers(model: nn.Module) -> str:
+    """What a model calls its list of layers: ``layers`` mostly, or ``h`` or ``blocks``."""
+    from mlx_fd.models.view import block_paths
+
+    return next(part for part in reversed(block_paths(model)[0]) if isinstance(part, str))
 
 
 # -------------------------------------------------------------------------------- which layers stay
@@ -120,13 +130,12 @@ def _chosen(
     import mlx.core as mx
 
     from mlx_fd.models.layer_kinds import build, difference, layer_kinds, nearest, shapes_beside
-    from mlx_fd.models.view import block_paths
 
     file = model_dir / CONFIG
     name = f"{model_dir}:layers={count}"
     with blaming(f"{file}: mlx-lm cannot make a model of it", AGAIN):
         whole = build(config)
-    holder = next(part for part in reversed(block_paths(whole)[0]) if isinstance(part, str))
+    holder = list_of_layers(whole)
     kinds, even = layer_kinds(whole), kept_layers(total, count)
     if len(kinds) != total:
         raise UserError(

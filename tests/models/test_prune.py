@@ -247,6 +247,14 @@ MIXED: dict[str, tuple[dict[str, object], int, list[int] | None]] = {
         4,
         None,
     ),
+    "gpt2, whose layers are called h": (
+        {
+            **{"model_type": "gpt2", "n_layer": 5, "n_embd": 64, "n_head": 4, "n_ctx": 512},
+            **{"n_positions": 512, "layer_norm_epsilon": 1e-5, "num_hidden_layers": 5},
+        },
+        3,
+        [0, 2, 4],
+    ),
     # The students that aliases bring, as deep as they are.
     "gemma-3-270m": (
         {
@@ -389,3 +397,18 @@ def test_a_language_model_is_cut_out_of_its_wrapper(tmp_path: Path) -> None:
     one = dict(tree_flatten(expert.model.parameters()))
     other = dict(tree_flatten(student.model.parameters()))
     assert other[name.format(1)] is one[name.format(kept[1])]
+
+
+def test_weights_are_shared_whatever_the_layers_are_called(tmp_path: Path) -> None:
+    entries, count, kept = MIXED["gpt2, whose layers are called h"]
+    assert kept is not None
+    source = write_model(tmp_path / "m", {**SIZES, **entries})
+    prune(source, count, tmp_path / "p")
+    for path, index in ((tmp_path / "p", kept), (source, range(5))):
+        expert, student = load_pair(source, path)
+        one = dict(tree_flatten(expert.model.parameters()))
+        other = dict(tree_flatten(student.model.parameters()))
+        assert len(student.model.layers) == len(index)
+        for new, old in enumerate(index):
+            name = "model.h.{}.mlp.c_fc.weight"
+            assert other[name.format(new)] is one[name.format(old)]
