@@ -21,7 +21,7 @@ from mlx_fd.evaluation.target import Models, Target
 from mlx_fd.feedback.episode import OnTokens, derive_seed, generate_step
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.backend import backend
-from mlx_fd.models.generation import Conversation, GenerateOptions, Sampling
+from mlx_fd.models.generation import Conversation, GenerateOptions, Sampling, first_prompt
 from mlx_fd.problems.prompts import Answer
 
 Item = TypeVar("Item")
@@ -181,16 +181,16 @@ class Bench:
         self,
         who: Who,
         pair: Pair,
-        prompts: Sequence[tuple[int, ...]],
+        messages: Sequence[str],
         sampling: Sampling,
     ) -> list[Trial]:
-        """One turn of a model in each of some new conversations."""
+        """One turn of a model in each of some new conversations, which begin with a message."""
         loaded = pair.expert if who == "expert" else pair.student_lm
         turns, usages = generate_step(
             loaded,
             "answer",
-            [Conversation()] * len(prompts),
-            prompts,
+            [Conversation()] * len(messages),
+            [first_prompt(loaded, message) for message in messages],
             sampling,
             self.progress,
             GenerateOptions(reuse=not self.target.config.generation.sequential, keep=False),

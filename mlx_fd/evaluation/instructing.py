@@ -15,7 +15,7 @@ from mlx_fd.evaluation.measures import Known, Measure
 from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.text import bleu, chrf, rouge
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.models.generation import Sampling, first_prompt
+from mlx_fd.models.generation import Sampling
 from mlx_fd.problems import prompts
 from mlx_fd.problems.files import json_rows
 from mlx_fd.runs.records import ItemRow, OutputRow
@@ -96,8 +96,7 @@ class Instructing:
         sampling = Sampling(bench.target.config.generation.max_answer_tokens)
 
         def make(pair: Pair) -> list[Trial]:
-            requests = [first_prompt(pair.expert, item.prompt) for item in chunk]
-            return bench.ask(who, pair, requests, sampling)
+            return bench.ask(who, pair, [item.prompt for item in chunk], sampling)
 
         key = {"ask": [item.prompt for item in chunk], "sampling": vars(sampling)}
         return bench.trials(key, len(chunk), [who], make)

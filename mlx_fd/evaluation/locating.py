@@ -12,7 +12,7 @@ from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.processbench import ALL_RIGHT, Item, critique_prompt, f1, predicted_step
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.models.generation import Sampling, first_prompt
+from mlx_fd.models.generation import Sampling
 from mlx_fd.runs.records import ItemRow, OutputRow
 
 LABELS = {"student": "Student", "expert": "Expert"}
@@ -48,8 +48,7 @@ class Locating:
         sampling = Sampling(bench.target.config.generation.max_answer_tokens)
 
         def make(pair: Pair) -> list[Trial]:
-            requests = [first_prompt(pair.expert, prompt) for prompt in prompts]
-            return bench.ask(who, pair, requests, sampling)
+            return bench.ask(who, pair, prompts, sampling)
 
         key = {"ask": prompts, "sampling": vars(sampling)}
         return bench.trials(key, len(chunk), [who], make)

@@ -20,6 +20,7 @@ from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
 from mlx_fd.feedback.episode import Answered, Usage, answer, feedback_request
 from mlx_fd.feedback.pair import Pair
+from mlx_fd.feedback.two_tokenizers import to_expert
 from mlx_fd.models.generation import Conversation, said, without_repeated_eos
 from mlx_fd.problems import Problem, parsing, prompts
 from mlx_fd.problems.kinds import form_of, is_right, read_final
@@ -72,7 +73,7 @@ class Solving:
         seeds = bench.seeds(batch, sample)
 
         def make(pair: Pair) -> list[Trial]:
-            answered = [_answered(pair, *both) for both in zip(chunk, begun, strict=True)]
+            answered = [_answered(pair, *both, who) for both in zip(chunk, begun, strict=True)]
             return found.run(bench.setting(pair, who), answered, seeds, bench.progress)
 
         uses: list[Uses] = [by] if found.begins_with != "first" else ["expert"]
@@ -213,13 +214,15 @@ def _answers(
     return bench.rows(key, len(chunk), [by], make)
 
 
-def _answered(pair: Pair, problem: Problem, row: dict[str, Any]) -> Answered:
+def _answered(pair: Pair, problem: Problem, row: dict[str, Any], who: Who) -> Answered:
     """An answered problem, to go on from.
 
     Its keys and values are not kept, so every system reads the answer anew, whoever wrote it and
     whenever: what comes next does not depend on what was in the cache.
     """
     tokens = tuple(row["tokens"])
+    if who == "student":
+        tokens = to_expert(pair, tokens)
     asked = prompts.answer_prompt(problem.question, form_of(problem))
     chat = said(pair.expert, asked, tokens)
     conversation = Conversation(chat)

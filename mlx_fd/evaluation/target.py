@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -58,6 +57,7 @@ class Target:
         vocab: tokens that expert and student share.
         template: how chats are written for both.
         models: what ``eval.json`` says of them.
+        expert_template: the expert's way to write chats, where the tokenizers differ.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Target:
     vocab: int
     template: ChatTemplate
     models: dict[str, dict[str, str]]
+    expert_template: ChatTemplate | None = None
 
     @property
     def helps_expert(self) -> bool:
@@ -140,8 +141,14 @@ def open_target(
             "name": config.models.expert,
             "sha256": fingerprint.content_hash(expert_path),
         }
-    kwargs = template_kwargs if run is None else None
-    pairing = check_pair(expert_path or student, student, kwargs=kwargs)
+    # With two tokenizers the run's expert is asked as the run asked it, too.
+    asked = config.models if looped and not expert else Config().models
+    pairing = check_pair(
+        expert_path or student,
+        student,
+        kwargs=template_kwargs if run is None else asked.chat_template_kwargs,
+        date=asked.template_date,
+    )
     # A run's student is asked in the way that it was trained in, whoever is the expert now.
     template = (ref.template if run is not None else None) or pairing.template
     models["chat_template"] = {"name": template.owner, "sha256": template.digest()}
@@ -157,6 +164,7 @@ def open_target(
         vocab=pairing.shared_vocab,
         template=template,
         models=models,
+        expert_template=pairing.expert_template,
     )
 
 
@@ -233,6 +241,7 @@ class Models:
             student_path=target.student,
             vocab=target.vocab,
             template=target.template,
+            expert_template=target.expert_template,
             probe=(),
             problems=(),
             manifest=cast(Manifest, {}),
@@ -272,16 +281,15 @@ def _with_adapter(plan: Plan, adapter: Path) -> Pair:
     """A pair whose student is a model with an mlx-lm adapter on it."""
     from mlx_lm.tuner.utils import load_adapters
 
-    from mlx_fd.feedback.pair import Pair, share_tokens, thinking_as
+    from mlx_fd.feedback.pair import joined, thinking_as
     from mlx_fd.models.loading import load_pair
     from mlx_fd.models.student import Student
 
     expert, base = load_pair(plan.expert_path, plan.student_path)
     read_trained(adapter / ADAPTER_WEIGHTS)  # is it whole, and are its numbers finite?
     with blaming(f"{adapter}: this adapter does not fit its model"):
-        model = load_adapters(base.model, str(adapter))
+        load_adapters(base.model, str(adapter))
     student = Student(base.view, expert.view.width)
     student.eval()
-    expert, base = share_tokens(expert, base, plan.vocab, plan.template)
-    pair = Pair(expert, student, dataclasses.replace(base, model=model), plan.vocab)
+    pair = joined(expert, base, student, plan.vocab, plan.template, plan.expert_template)
     return thinking_as(pair, plan.config.generation)

@@ -26,6 +26,7 @@ import mlx.core as mx
 
 from mlx_fd.config import EpisodeOptions, GenerationOptions
 from mlx_fd.feedback.pair import Pair
+from mlx_fd.feedback.two_tokenizers import to_expert, to_student
 from mlx_fd.models.generation import (
     Conversation,
     GenerateOptions,
@@ -354,22 +355,33 @@ def first_answers(
     answered = answer(pair.student_lm, problems, options, seed, on_tokens, keep=False)
     request = feedback_request(pair.expert)
     return [
-        dataclasses.replace(one, conversation=before, request=without_repeated_eos(before, request))
+        dataclasses.replace(
+            one,
+            answer=dataclasses.replace(one.answer, tokens=tokens),
+            conversation=before,
+            request=without_repeated_eos(before, request),
+        )
         for one in answered
-        for before in (Conversation(_answered_chat(pair.expert, one)),)
+        for tokens in (to_expert(pair, one.answer.tokens),)
+        for before in (Conversation(_answered_chat(pair.expert, one.problem, tokens)),)
     ]
 
 
-def _answered_chat(loaded: Loaded, answered: Answered) -> tuple[int, ...]:
+def _answered_chat(loaded: Loaded, problem: Problem, tokens: tuple[int, ...]) -> tuple[int, ...]:
     """The chat of an answer, as if a model had given it itself."""
-    return said(loaded, answer_prompt(answered.problem.question), answered.answer.tokens)
+    return said(loaded, answer_prompt(problem.question, form_of(problem)), tokens)
 
 
 def student_prompt(pair: Pair, answered: Answered) -> tuple[int, ...]:
-    """All tokens that the student reads before its feedback, but for what it thinks."""
-    if pair.student_lm.template == pair.expert.template:
+    """All tokens that the student reads before its feedback, but for what it thinks.
+
+    They are the expert's, or where the two have different templates or tokenizers, the same text as
+    the student's write it.
+    """
+    if pair.shared is None and pair.student_lm.template == pair.expert.template:
         return answered.prompt
-    chat = _answered_chat(pair.student_lm, answered)
+    tokens = to_student(pair, answered.answer.tokens)
+    chat = _answered_chat(pair.student_lm, answered.problem, tokens)
     return (*chat, *without_repeated_eos(Conversation(chat), feedback_request(pair.student_lm)))
 
 

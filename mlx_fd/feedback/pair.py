@@ -10,6 +10,7 @@ from typing import Any
 from mlx_fd.config import Config, GenerationOptions, override
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.loading import Loaded
+from mlx_fd.models.shared_tokens import SharedTokens, shared_tokens
 from mlx_fd.models.student import Student
 from mlx_fd.runs.plan import Plan, with_absolute_names
 
@@ -22,14 +23,17 @@ class Pair:
         expert: answers, gives feedback, merges, revises and criticises itself.
         student: the student's trainable parts around its language model.
         student_lm: that language model with the expert's tokenizer, so that both read the same
-            tokens.
-        vocab: tokens the two share (padding of either vocabulary is left out).
+            tokens; with its own where the two have different ones.
+        vocab: tokens the two share (padding of either vocabulary is left out); where they have
+            different tokenizers, the student's.
+        shared: tokens of both that write the same, where they have different tokenizers.
     """
 
     expert: Loaded
     student: Student
     student_lm: Loaded
     vocab: int
+    shared: SharedTokens | None = None
 
 
 def open_pair(plan: Plan, projection: int | None = None) -> Pair:
@@ -44,13 +48,14 @@ def open_pair(plan: Plan, projection: int | None = None) -> Pair:
         The models, the student with fresh LoRA and heads.
     """
     paths = plan.expert_path, plan.student_path
-    return _open(paths, plan.config, plan.vocab, plan.template, projection)
+    templates = plan.template, plan.expert_template
+    return _open(paths, plan.config, plan.vocab, templates, projection)
 
 
 def load_pair(expert: str, student: str = "", *, seed: int = 0, **options: Any) -> Pair:
     """Load an expert and a student by their names, for training code of one's own.
 
-    The pair is checked as a run's is: the same tokenizer, token by token. Weights that both have
+    The pair is checked as a run's is, and may have two tokenizers as there. Weights that both have
     are one array in memory.
 
     Args:
@@ -75,7 +80,8 @@ def load_pair(expert: str, student: str = "", *, seed: int = 0, **options: Any) 
     paths = resolve(config.models.expert), resolve(config.models.student)
     chosen = config.models
     pairing = check_pair(*paths, kwargs=chosen.chat_template_kwargs, date=chosen.template_date)
-    return _open(paths, config, pairing.shared_vocab, pairing.template, None)
+    templates = pairing.template, pairing.expert_template
+    return _open(paths, config, pairing.shared_vocab, templates, None)
 
 
 def share_tokens(
@@ -102,7 +108,7 @@ def _open(
     paths: tuple[Path, Path],
     config: Config,
     vocab: int,
-    template: ChatTemplate,
+    templates: tuple[ChatTemplate, ChatTemplate | None],
     projection: int | None,
 ) -> Pair:
     from mlx_fd.models.loading import load_pair as load_models
@@ -112,9 +118,43 @@ def _open(
     expert, base = load_models(*paths, dequantize=options.dequantize)
     width = projection or expert.view.width
     student = make_student(base.view, width, options, config.episode.seed)
-    expert, base = share_tokens(expert, base, vocab, template)
-    pair = Pair(expert, student, dataclasses.replace(base, model=student.model), vocab)
+    pair = joined(expert, base, student, vocab, *templates)
     return thinking_as(pair, config.generation)
+
+
+def joined(
+    expert: Loaded,
+    base: Loaded,
+    student: Student,
+    vocab: int,
+    template: ChatTemplate,
+    expert_template: ChatTemplate | None,
+) -> Pair:
+    """Two loaded models as a pair.
+
+    Args:
+        expert: the expert as it was loaded.
+        base: the student's language model, likewise.
+        student: the student's trainable parts around it.
+        vocab: tokens that the two share; 0: they have different tokenizers.
+        template: the run's.
+        expert_template: the expert's, where the tokenizers differ.
+    """
+    if vocab:
+        expert, base = share_tokens(expert, base, vocab, template)
+        return Pair(expert, student, dataclasses.replace(base, model=student.model), vocab)
+    expert = _with_template(expert, expert_template or expert.template)
+    base = _with_template(base, template)
+    shared = shared_tokens(expert.tokenizer, base.tokenizer, (expert.vocab, base.vocab))
+    student_lm = dataclasses.replace(base, model=student.model)
+    return Pair(expert, student, student_lm, base.vocab, shared)
+
+
+def _with_template(loaded: Loaded, template: ChatTemplate) -> Loaded:
+    """A model whose chats are written in a given way, and end as that says."""
+    tokenizer = loaded.tokenizer
+    tokenizer.eos_token_ids = tokenizer.eos_token_ids | set(template.end_tokens)
+    return dataclasses.replace(loaded, template=template)
 
 
 def thinking_as(pair: Pair, options: GenerationOptions) -> Pair:

@@ -6,8 +6,8 @@ what it says is kept with the text, for as many looks at the student as there ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -18,10 +18,12 @@ from mlx_fd.config import LossOptions
 from mlx_fd.feedback.episode import Judged, student_prompt
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.teacher_cache import TeacherCache
+from mlx_fd.feedback.two_tokenizers import same_tokens, to_expert, to_student
 from mlx_fd.losses.answer import answer_mask, answer_span, token_spans
 from mlx_fd.losses.attention import head_mean
 from mlx_fd.losses.divergence import TopK, teacher_top_k
 from mlx_fd.losses.graph import pool
+from mlx_fd.losses.head import logit_head
 from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.models.attention_taps import attention_heads, log_attention
@@ -36,7 +38,11 @@ from mlx_fd.models.generation import (
 )
 from mlx_fd.problems import Problem, prompts
 from mlx_fd.problems.kinds import form_of
+from mlx_fd.runs.checked import content_digest
 from mlx_fd.runs.records import SampleRow
+
+# Of the expert's distribution over tokens that both models have; the rest is one more outcome.
+_SHARED_TOP_K = 256
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,17 @@ class TeacherOutputs:
         top_k = TopK(**{name: arrays[f"top_k.{name}"] for name in names})
         return cls(top_k, layers("pooled"), layers("attention"))
 
+    def at(self, matches: Sequence[int | None]) -> TeacherOutputs:
+        """The top k of some of the T tokens, for another tokenizer's tokens of the text.
+
+        Args:
+            matches: for each of those the token to take, ``None`` for any.
+        """
+        assert isinstance(self.targets, TopK)
+        rows = mx.array([match or 0 for match in matches])
+        picked = TopK(**{name: array[rows] for name, array in vars(self.targets).items()})
+        return replace(self, targets=picked)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -96,6 +113,10 @@ class Sample:
             leaves it out.
         answer: for each token of a solution, whether it writes some of the final answer.
         steps: for each token of a solution, what it counts in its step of the reasoning.
+        matched: where the models have different tokenizers, for each token whether the expert has
+            the same at the same place, so that its distribution is known.
+        expert_prompt: ``prompt`` as the expert read it; empty: the same tokens.
+        expert_target: ``target`` likewise.
     """
 
     prompt: tuple[int, ...]
@@ -105,10 +126,13 @@ class Sample:
     on_policy: bool = False
     answer: tuple[bool, ...] = ()
     steps: tuple[float, ...] = ()
+    matched: tuple[bool, ...] = ()
+    expert_prompt: tuple[int, ...] = ()
+    expert_target: tuple[int, ...] = ()
 
     def to_json(self) -> SampleRow:
         """All but what the expert says."""
-        return {
+        row: SampleRow = {
             "prompt": list(self.prompt),
             "target": list(self.target),
             "expert_score": self.expert_score,
@@ -116,6 +140,11 @@ class Sample:
             "answer": list(self.answer),
             "steps": list(self.steps),
         }
+        if self.expert_target:
+            row["matched"] = list(self.matched)
+            row["expert_prompt"] = list(self.expert_prompt)
+            row["expert_target"] = list(self.expert_target)
+        return row
 
     @classmethod
     def from_json(cls, value: SampleRow, expert: TeacherOutputs) -> Sample:
@@ -132,6 +161,9 @@ class Sample:
             value["on_policy"],
             tuple(value["answer"]),
             tuple(value["steps"]),
+            tuple(value.get("matched", ())),
+            tuple(value.get("expert_prompt", ())),
+            tuple(value.get("expert_target", ())),
         )
 
 
@@ -188,6 +220,35 @@ def read_text(
     return reading
 
 
+def read_both(
+    pair: Pair,
+    before: Conversation,
+    prompt: tuple[int, ...],
+    target: tuple[int, ...],
+    student_target: tuple[int, ...],
+    options: LossOptions,
+    cache: TeacherCache | None = None,
+) -> tuple[TeacherOutputs, tuple[bool, ...]]:
+    """:func:`read_text` for a student with a tokenizer of its own.
+
+    Args:
+        pair: the models.
+        before: as for :func:`read_text`.
+        prompt: all tokens before the text, the expert's.
+        target: the expert's tokens of the text.
+        student_target: the student's, T of them.
+        options: what of the expert is wanted.
+        cache: as for :func:`read_text`.
+
+    Returns:
+        What the expert says at each of the student's tokens, and whether it has the same token
+        there; where it has not, its distribution is another token's.
+    """
+    matches = same_tokens(pair, target, student_target)
+    outputs = read_text(pair, before, prompt, target, options, cache).at(matches)
+    return outputs, tuple(match is not None for match in matches)
+
+
 def _read(
     pair: Pair,
     before: Conversation,
@@ -204,14 +265,18 @@ def _read(
     pooled = tuple(pool(seen.layers[index][:, first:], mask)[0] for index in states)
     final = seen.final[0, first:]
     targets: mx.array | TopK = final
-    if options.teacher_top_k:
+    if options.teacher_top_k or pair.shared:
+        shared = pair.shared
         targets = teacher_top_k(
             final,
             expert.head,
-            k=options.teacher_top_k,
+            k=options.teacher_top_k or _SHARED_TOP_K,
             temperature=options.loss_temperature,
-            vocab=pair.vocab,
+            vocab=pair.expert.vocab,
+            among=None if shared is None else mx.array(shared.expert),
         )
+        if shared is not None:
+            targets = replace(targets, indices=mx.array(shared.student)[targets.indices])
     if not options.needs_attention:
         return TeacherOutputs(targets, pooled)
     positions = mx.arange(first, seen.final.shape[1])[None]
@@ -234,7 +299,8 @@ def cache_fingerprint(pair: Pair, options: LossOptions) -> dict[str, Any]:
 
     The expert, what is kept, and what its last digits come from.
     """
-    student, here = pair.student.view, backend()
+    student, here, shared = pair.student.view, backend(), pair.shared
+    head = logit_head(pair.expert.view.head, pair.expert.vocab)
     modules = (nn.QuantizedLinear, nn.QuantizedEmbedding)
     return {
         "backend": [here.device, here.blas, version("mlx")],
@@ -242,6 +308,8 @@ def cache_fingerprint(pair: Pair, options: LossOptions) -> dict[str, Any]:
         "dtype": str(pair.expert.dtype),
         "quantized": any(isinstance(part, modules) for part in pair.expert.model.modules()),
         "vocab": pair.vocab,
+        "logits": [type(head).__name__, head.transform.scale, head.transform.soft_cap],
+        "shared": shared and content_digest([shared.expert, shared.student]),
         "top_k": options.teacher_top_k,
         "temperature": options.loss_temperature,
         "layers": [options.hidden_layers, len(student.blocks)],
@@ -285,6 +353,8 @@ def sample_of(
     assert judged.expert is not None
     expert = judged.expert.feedback
     feedback = judged.student.feedback if on_policy else expert
+    if pair.shared is not None:
+        return _sample_in_two(pair, judged, options, on_policy=on_policy, cache=cache)
     prompt, target = student_prompt(pair, judged.answered), feedback.tokens
     thinking = pair.student_lm.thinking
     if thinking is not None and thinking.on and feedback.opening:
@@ -298,6 +368,37 @@ def sample_of(
     before = rewind_to(judged.conversation, prompt)
     reading = read_text(pair, before, prompt, target, options, cache)
     return Sample(prompt, target, reading, expert.written_score, on_policy=on_policy)
+
+
+def _sample_in_two(
+    pair: Pair,
+    judged: Judged,
+    options: LossOptions,
+    *,
+    on_policy: bool,
+    cache: TeacherCache | None,
+) -> Sample:
+    """:func:`sample_of` for two tokenizers: each model reads the feedback in its own tokens."""
+    assert judged.expert is not None
+    prompt, before = judged.answered.prompt, prompts.FEEDBACK_OPENING
+    if on_policy:
+        own = judged.student.feedback.tokens
+        theirs = to_expert(pair, own, before=before)
+    else:
+        theirs = judged.expert.feedback.tokens
+        own = to_student(pair, theirs, before=before)
+    read = rewind_to(judged.conversation, prompt)
+    outputs, matched = read_both(pair, read, prompt, theirs, own, options, cache)
+    return Sample(
+        student_prompt(pair, judged.answered),
+        own,
+        outputs,
+        judged.expert.feedback.written_score,
+        on_policy=on_policy,
+        matched=matched,
+        expert_prompt=prompt,
+        expert_target=theirs,
+    )
 
 
 def solution_of(
@@ -317,16 +418,32 @@ def solution_of(
         options: what of the expert is wanted.
         cache: as for :func:`read_text`.
     """
-    tokenizer = pair.expert.tokenizer
     asked = prompts.answer_prompt(problem.question, form_of(problem))
-    prompt = first_prompt(pair.student_lm, asked)
-    text, spans = token_spans(tokenizer.decode, solution.tokens)
+    prompt, target = first_prompt(pair.expert, asked), to_student(pair, solution.tokens)
+    own = first_prompt(pair.student_lm, asked)
+    matched: tuple[bool, ...] = ()
+    if pair.shared is None:
+        reading = read_text(pair, Conversation(), own, target, options, cache)
+    else:
+        reading, matched = read_both(
+            pair, Conversation(), prompt, solution.tokens, target, options, cache
+        )
+    text, spans = token_spans(pair.student_lm.tokenizer.decode, target)
     answer = answer_span(text)
-    return Sample(
-        prompt,
-        solution.tokens,
-        read_text(pair, Conversation(), prompt, solution.tokens, options, cache),
+    sample = Sample(
+        own,
+        target,
+        reading,
         None,
         answer=tuple(answer_mask(spans, answer)),
         steps=tuple(step_weights(text, spans, answer)),
+    )
+    if pair.shared is None:
+        return sample
+    return replace(
+        sample,
+        steps=tuple(weight * known for weight, known in zip(sample.steps, matched, strict=True)),
+        matched=matched,
+        expert_prompt=prompt,
+        expert_target=solution.tokens,
     )

@@ -52,7 +52,13 @@ def one_hot(targets: mx.array) -> TopK:
 
 
 def teacher_top_k(
-    hidden: mx.array, head: LogitSource, *, k: int, temperature: float, vocab: int
+    hidden: mx.array,
+    head: LogitSource,
+    *,
+    k: int,
+    temperature: float,
+    vocab: int,
+    among: mx.array | None = None,
 ) -> TopK:
     """The k likeliest tokens of a teacher, logits a chunk at a time.
 
@@ -61,14 +67,23 @@ def teacher_top_k(
         head: the teacher's, as :func:`fused_linear_divergence` takes it.
         k: how many; all of them where there are no more.
         temperature: T, above 0.
-        vocab: V, the real tokens that the models share.
+        vocab: V, the teacher's real tokens, or those that the models share.
+        among: [M], the only tokens that are looked at, all different; ``None``: all.
+
+    Returns:
+        The top k; where it is ``among`` some tokens, ``indices`` count in these. The log-sum-exp is
+        over all V either way.
     """
     teacher = logit_head(head, vocab)
-    chunk = chunk_size(len(hidden), vocab, 3 + teacher.extra_arrays)
+    chunk = chunk_size(len(hidden), vocab, 3 + teacher.extra_arrays + (among is not None))
     parts: list[tuple[mx.array, ...]] = []
     for start in range(0, len(hidden), chunk):
         logits = teacher.logits(hidden[start : start + chunk]).astype(mx.float32) / temperature
-        values, indices, log_sum_exp = kernels.top_k_rows(logits, min(k, vocab))
+        if among is None:
+            values, indices, log_sum_exp = kernels.top_k_rows(logits, min(k, vocab))
+        else:
+            values, indices, _ = kernels.top_k_rows(logits[:, among], min(k, len(among)))
+            log_sum_exp = mx.logsumexp(logits, axis=-1)
         parts.append((values * temperature, indices, log_sum_exp))
         mx.eval(parts[-1])
     return TopK(*(mx.concatenate(list(part)) for part in zip(*parts, strict=True)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.models.chat_template import ChatTemplate, check_conversation
+from mlx_fd.models.chat_template import ChatTemplate, check_conversation, fitted
 from mlx_fd.models.directory import AGAIN, CONFIG, blaming, check_files
 from mlx_fd.models.published_config import read_config, text_config
 
@@ -35,11 +35,14 @@ class Pairing:
 
     Attributes:
         shared_vocab: number of token ids, from 0, that mean the same to both; the logit loss is
-            taken over them.
+            taken over them. 0: they have different tokenizers, and each reads the same text in
+            its own tokens.
         expert_vocab: width of the expert's logits (padding included).
         student_vocab: width of the student's.
-        template: how chats are written for both: as for the expert.
+        template: how chats are written for both: as for the expert; with different tokenizers, for
+            the student.
         warnings: differences that do not stop a run.
+        expert_template: with different tokenizers, how chats are written for the expert.
     """
 
     shared_vocab: int
@@ -47,6 +50,7 @@ class Pairing:
     student_vocab: int
     template: ChatTemplate
     warnings: tuple[str, ...]
+    expert_template: ChatTemplate | None = None
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -123,32 +127,21 @@ def _open(role: str, path: Path, kwargs: Mapping[str, Any], date: str) -> _Side:
     return _Side(path, tokenizer, count, template)
 
 
-def _shared(expert: _Side, student: _Side) -> int:
-    """How many ids mean the same to both.
-
-    Raises:
-        UserError: some id means two different things.
-    """
+def _other_tokens(expert: _Side, student: _Side, shared: int) -> str:
+    """An id below ``shared`` that means two different things; empty where there is none."""
     expert_tokens, student_tokens = expert.names(), student.names()
-    shared = min(expert.count, student.count)
     # Not each number below: an id may be anything that a file says.
     for number in sorted(number for number in {*expert_tokens, *student_tokens} if number < shared):
         if expert_tokens.get(number) != student_tokens.get(number):
-            raise UserError(
-                f"expert and student have different tokenizers: token {number} is "
-                f"{expert_tokens.get(number)!r} for the expert and "
-                f"{student_tokens.get(number)!r} for the student. The logit loss compares the two "
-                "models token by token: choose a student of the expert's family"
+            return (
+                f"token {number} is {expert_tokens.get(number)!r} for the expert and "
+                f"{student_tokens.get(number)!r} for the student"
             )
-    return shared
+    return ""
 
 
-def _check_splits(expert: _Side, student: _Side, shared: int) -> None:
-    """Make sure that both split the same texts into the same tokens.
-
-    Raises:
-        UserError: they do not.
-    """
+def _other_splits(expert: _Side, student: _Side, shared: int) -> str:
+    """A text that both split into different tokens; empty where there is none."""
     added = sorted(
         token
         for token in expert.added() | student.added()
@@ -162,11 +155,11 @@ def _check_splits(expert: _Side, student: _Side, shared: int) -> None:
         # Of hundreds of added tokens, name the one.
         single = (one for one in around if expert.encode(one) != student.encode(one))
         shown = probe if probe in _PROBES else next(single, probe[:200])
-        raise UserError(
-            f"expert and student have the same tokens but split text differently: {shown!r} "
-            f"becomes {expert.tokens(shown)} for the expert and {student.tokens(shown)} for the "
-            "student. The logit loss needs one tokenizer: choose a student of the expert's family"
+        return (
+            f"{shown!r} becomes {expert.tokens(shown)} for the expert and "
+            f"{student.tokens(shown)} for the student"
         )
+    return ""
 
 
 def check_pair(
@@ -186,22 +179,34 @@ def check_pair(
     Args:
         expert_dir: the expert's directory.
         student_dir: the student's.
-        kwargs: further variables of the chat template.
+        kwargs: further variables of the chat template; with different tokenizers, of both.
         date: the day that it prints, ``YYYY-MM-DD``; empty: that outside of a run.
 
     Returns:
         The sizes of the vocabularies, the chat template of both, and warnings.
 
     Raises:
-        UserError: the tokenizers differ, a model has fewer rows than tokens, or one has no chat
-            template that a conversation can be written with.
+        UserError: a model has fewer rows than tokens, or one has no chat template that a
+            conversation can be written with.
     """
     expert = _open("expert", expert_dir, kwargs or {}, date)
     student = _open("student", student_dir, {}, date)
     check_conversation(expert.template)
     expert_vocab, student_vocab = _vocab_size(expert_dir), _vocab_size(student_dir)
-    shared = _shared(expert, student)
-    _check_splits(expert, student, shared)
+    shared = min(expert.count, student.count)
+    difference = _other_tokens(expert, student, shared) or _other_splits(expert, student, shared)
+    if difference:
+        student_template = fitted(student.template.with_kwargs(**(kwargs or {})))
+        check_conversation(student_template)
+        warning = (
+            f"expert and student have different tokenizers ({difference}): each reads the same "
+            "text in its own tokens, with its own chat template, and logit and reasoning compare "
+            "the two where both write the text with the same token; a student of the expert's "
+            "family learns from every token"
+        )
+        return Pairing(
+            0, expert_vocab, student_vocab, student_template, (warning,), expert.template
+        )
     warnings = []
     if expert.count != student.count:
         warnings.append(

@@ -36,12 +36,14 @@ class Plan:
         config: the configuration, with the student's name filled in.
         expert_path: the expert's directory.
         student_path: the student's directory.
-        vocab: tokens the two share.
+        vocab: tokens the two share; 0: they have different tokenizers.
         template: how chats are written for both, and for the student ever after.
         probe: held-out problems.
         problems: the run's problems, in order.
         manifest: what ``manifest.json`` holds.
         notes: what the user should know of the pair.
+        expert_template: how chats are written for the expert, where the tokenizers differ and
+            ``template`` is the student's alone.
     """
 
     config: Config
@@ -53,6 +55,7 @@ class Plan:
     problems: tuple[Problem, ...]
     manifest: Manifest
     notes: tuple[str, ...]
+    expert_template: ChatTemplate | None = None
 
 
 def configuration(
@@ -108,6 +111,8 @@ def make_plan(config: Config) -> Plan:
         kwargs=options.chat_template_kwargs,
         date=options.template_date,
     )
+    if not pairing.shared_vocab:
+        _check_two_tokenizers(config)
     if config.generation.thought_tokens:  # both have the expert's tokens and template
         check_can_think(expert_path, pairing.template)
     drawn, notes = without_long(drawn, (expert_path, student_path), config)
@@ -129,6 +134,7 @@ def make_plan(config: Config) -> Plan:
             config, expert_path, student_path, drawn.source, vocab, pairing.template
         ),
         notes=(*pairing.warnings, *notes),
+        expert_template=pairing.expert_template,
     )
 
 
@@ -264,6 +270,28 @@ def check_out(folder: Path) -> None:
         raise UserError(f"{folder}: {there} is a file, not a folder; choose another --out")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: {there} cannot be written; choose another --out")
+
+
+def _check_two_tokenizers(config: Config) -> None:
+    """Make sure that nothing is asked for that compares two models token by token.
+
+    Raises:
+        UserError: something is.
+    """
+    losses, generation = config.losses, config.generation
+    wanted = {
+        "the attention loss": losses.needs_attention,
+        "standardize_logits": losses.standardize_logits,
+        "expert_thinking": generation.expert_thinking == "on",
+        "student_thinking": generation.student_thinking == "on",
+        f"student_context = {losses.student_context}": losses.student_context != "none",
+    }
+    for what, is_wanted in wanted.items():
+        if is_wanted:
+            raise UserError(
+                f"expert and student have different tokenizers, and {what} needs one: leave it "
+                "out, or choose a student of the expert's family"
+            )
 
 
 def _check_attention(*paths: Path) -> None:

@@ -379,6 +379,10 @@ class SampleRow(TypedDict):
         on_policy: whether the text is the student's own feedback.
         answer: of a solution, for each token whether it writes some of the final answer.
         steps: of a solution, what each token counts in its step of the reasoning.
+        matched: where the models have different tokenizers, for each token whether the expert has
+            the same at the same place.
+        expert_prompt: likewise, the expert's token ids before the text.
+        expert_target: likewise, its token ids of the text.
     """
 
     prompt: list[int]
@@ -387,6 +391,9 @@ class SampleRow(TypedDict):
     on_policy: bool
     answer: list[bool]
     steps: list[float]
+    matched: NotRequired[list[bool]]
+    expert_prompt: NotRequired[list[int]]
+    expert_target: NotRequired[list[int]]
 
 
 class LoggedSampleRow(SampleRow):
@@ -462,7 +469,7 @@ class Manifest(TypedDict):
         expert: the expert; of self-distillation, the critic.
         student: the student's base model.
         problems: where the problems come from.
-        shared_vocabulary: tokens that student and expert share.
+        shared_vocabulary: tokens that student and expert share; 0: they have different tokenizers.
         chat_template: how chats are written; runs of older versions have none.
         options: every option by name.
     """

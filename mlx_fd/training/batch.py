@@ -40,7 +40,7 @@ from mlx_fd.feedback.episode import (
 )
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.phases import PhaseSchedule, combined, phase_weights
-from mlx_fd.feedback.samples import Sample, read_text, sample_of, solution_of
+from mlx_fd.feedback.samples import Sample, read_both, read_text, sample_of, solution_of
 from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.models.generation import Conversation
 from mlx_fd.problems import Problem
@@ -378,9 +378,12 @@ def rehearse_batch(state: RunState, rows: Sequence[SampleRow], learner: Learner)
 
 def _sample_again(row: SampleRow, learner: Learner) -> Sample:
     prompt, target = tuple(row["prompt"]), tuple(row["target"])
-    outputs = read_text(
-        learner.pair, Conversation(), prompt, target, learner.config.losses, learner.cache
-    )
+    pair, losses, begin = learner.pair, learner.config.losses, Conversation()
+    if pair.shared is None:
+        outputs = read_text(pair, begin, prompt, target, losses, learner.cache)
+    else:
+        theirs = tuple(row["expert_prompt"]), tuple(row["expert_target"])
+        outputs, _ = read_both(pair, begin, *theirs, target, losses, learner.cache)
     return Sample.from_json(row, outputs)
 
 

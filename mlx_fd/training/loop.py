@@ -192,7 +192,8 @@ def run(
     with runs.wrap_write_errors(folder):
         save(this, state)
     top_k: TopKRow | None = None
-    if config.losses.teacher_top_k:
+    # No bound is known of tokens that only one of two tokenizers has.
+    if config.losses.teacher_top_k and pair.shared is None:
         top_k = top_k_error(pair.student, probe.samples, config.losses, pair.vocab)
     compared: dict[str, BeforeAfterRow] | None = None
     if exam:

@@ -313,7 +313,8 @@ def test_models_that_do_not_fit_together(home, mlx_fd, tmp_path):
     sizes = {"hidden": 16, "layers": 1, "intermediate": 32, "heads": 2, "kv_heads": 1}
     other = make_model_dir(tmp_path / "other", tokenizer=make_tokenizer(380), **sizes)
     base = make_model_dir(tmp_path / "base", chat_template=None, **sizes)
-    failed(mlx_fd("loop", *tiny(home), "--student", other), "different tokenizers")
+    attention = ["--student", other, "--losses", "attention"]
+    failed(mlx_fd("loop", *tiny(home), *attention), "different tokenizers", "attention")
     failed(mlx_fd("loop", *tiny(home), "--student", base), str(base), "no chat template")
     failed(mlx_fd("loop", *tiny(home), "--student", ""), "no default student", "--student")
 

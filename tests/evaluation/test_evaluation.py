@@ -511,7 +511,6 @@ def test_differences_of_shares_are_in_points():
         (["tiny-student", "--instructions", "none.json"], "--suite full"),
         (["tiny-student", "--problems", "arithmetik"], "did you mean 'arithmetic'"),
         (["tiny-student", "--encoder", "none/such"], "none/such"),
-        (["tiny-student", "--expert", "smollm2-135m"], "tokenizer"),
         (["tiny-student", "--out", "/proc/none"], "/proc/none"),
     ],
 )

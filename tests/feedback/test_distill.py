@@ -129,7 +129,7 @@ def test_counts():
     class Item:
         def __init__(self, length, score, own):
             self.target, self.expert_score, self.on_policy = (0,) * length, score, own
-            self.answer, self.steps = (), ()
+            self.answer, self.steps, self.matched = (), (), ()
 
     found = counts([Item(3, 0.5, False), Item(4, None, True)], OPTIONS)
     assert found == {"lm": 3.0, "hidden": 2.0, "score": 1.0, "logit": 7.0}

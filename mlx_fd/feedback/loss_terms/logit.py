@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mlx_fd.feedback.loss_terms import Loss, count_tokens, register_loss
+from mlx_fd.feedback.loss_terms import Loss, register_loss
 
 if TYPE_CHECKING:
     from mlx_fd.feedback.samples import Sample
 
 
 def token_weights(sample: Sample) -> Sequence[float]:
-    """All tokens alike."""
-    return [1.0] * len(sample.target)
+    """All tokens alike; with two tokenizers, those that both models have there."""
+    return [float(known) for known in sample.matched] or [1.0] * len(sample.target)
+
+
+def count(samples: Sequence[Sample]) -> float:
+    """The tokens that count."""
+    return math.fsum(weight for sample in samples for weight in token_weights(sample))
 
 
 register_loss(
@@ -23,6 +29,6 @@ register_loss(
         order=40,
         matches="teacher",
         token_weights=token_weights,
-        count=count_tokens,
+        count=count,
     )
 )
