@@ -123,8 +123,8 @@ def check_model(view: View, vocab: int) -> tuple[View, bool]:
 def check_recompute(view: View) -> None:
     """Make sure that recomputed activations give a student the gradient that kept ones give.
 
-    Where a block gives keys to a later one through their caches (Gemma 3n, AFM), what is computed
-    again does not reach it.
+    Where a block leaves something for a later one beside what it returns, what is computed again
+    does not reach it. (Blocks with caches between them are not run again: see :class:`View`.)
 
     Args:
         view: of the student, with what it trains.
@@ -150,8 +150,8 @@ def check_recompute(view: View) -> None:
         fits = False
     if not fits:
         raise UserError(
-            "--grad-checkpoint would teach this student something else, since its blocks give keys "
-            "to each other: leave it out"
+            "--grad-checkpoint would teach this student something else, since its blocks leave "
+            "states to each other: leave it out"
         )
 
 
