@@ -227,12 +227,12 @@ def test_recomputing_that_would_teach_something_else_is_refused(directory):
     for name in ("llama", "gemma4", "qwen3_5", "gemma3n", "afm7"):
         check_recompute(load(directory(name)).view)
     model, _ = load_model(directory("llama"))
-    left = []
+    left, last = [], model.layers[-1]
 
     def leave(self, own, hidden, *args, **kwargs):
         out = own(self, hidden, *args, **kwargs)
         left.append(out)
-        return out + left[0] if self is model.layers[-1] else out
+        return out + left[0] if self is last else out
 
     for block in model.layers:
         changed(block, leave)
