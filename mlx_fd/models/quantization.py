@@ -42,6 +42,11 @@ def _what_is_unknown(published: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _is_count(value: Any) -> bool:
+    """Whether a number of bits or of weights can be one; where it is missing, MLX has its own."""
+    return value is None or (type(value) is int and value > 0)
+
+
 def check_quantization(config: Mapping[str, Any], file: Path) -> None:
     """Make sure that MLX has the formats that a configuration says its weights are in.
 
@@ -68,6 +73,9 @@ def check_quantization(config: Mapping[str, Any], file: Path) -> None:
     for module, form in _forms(quantization):
         bits, group, mode = form.get("bits"), form.get("group_size"), form.get("mode", "affine")
         try:
+            # MLX divides by what it is given, and a division by zero ends the process.
+            if not (_is_count(bits) and _is_count(group)):
+                raise ValueError("no count")
             # Of the form alone: nothing is computed.
             mx.quantize(mx.zeros((1, _COLUMNS)), group, bits, mode=mode)
         except (ValueError, TypeError) as error:
