@@ -46,17 +46,12 @@ from mlx_fd.config import Config, to_toml
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
 from mlx_fd.evaluation.statistics import Estimate, holm
 from mlx_fd.feedback.episode import feedback_request, parsed
-from mlx_fd.models.generation import (
-    Conversation,
-    GenerateOptions,
-    Sampling,
-    Turn,
-    first_prompt,
-    generate,
-)
+from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.generation import first_prompt, generate
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.models.view import View
+from mlx_fd.models.writing import GenerateOptions, Sampling, Turn
 from mlx_fd.problems import Problem, arithmetic
 from mlx_fd.problems.kinds import is_right, read_final
 from mlx_fd.problems.prompts import answer_prompt

@@ -50,9 +50,11 @@ from train_tiny import (
     write_tokenizer,
 )
 
-from mlx_fd.models.generation import Conversation, GenerateOptions, Sampling, first_prompt, generate
+from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.generation import first_prompt, generate
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import resolve
+from mlx_fd.models.writing import GenerateOptions, Sampling
 from mlx_fd.problems import Problem, arithmetic, parsing
 from mlx_fd.problems.kinds import is_right, read_final
 from mlx_fd.problems.prompts import answer_prompt

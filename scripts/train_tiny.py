@@ -44,15 +44,10 @@ from rich.progress import Progress
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlx_fd.feedback.episode import feedback_request, parsed
-from mlx_fd.models.generation import (
-    Conversation,
-    Sampling,
-    Turn,
-    first_prompt,
-    followup_prompt,
-    generate,
-)
+from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.generation import first_prompt, followup_prompt, generate
 from mlx_fd.models.loading import Loaded, load
+from mlx_fd.models.writing import Sampling, Turn
 from mlx_fd.problems import arithmetic, parsing
 from mlx_fd.problems.arithmetic import Exercise
 from mlx_fd.problems.prompts import (

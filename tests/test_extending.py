@@ -27,7 +27,7 @@ from mlx_fd.export.form import Form
 from mlx_fd.feedback.distill import measure, update
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import Sample, read_text
-from mlx_fd.models.generation import Conversation
+from mlx_fd.models.conversation import Conversation
 from mlx_fd.problems import Problem, arithmetic, sources
 from mlx_fd.problems.kinds import form_of, is_right, read_final
 from mlx_fd.problems.prompts import answer_prompt

@@ -21,7 +21,9 @@ from mlx_fd.evaluation.target import Models, Target
 from mlx_fd.feedback.episode import OnTokens, derive_seed, generate_step
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.backend import backend
-from mlx_fd.models.generation import Conversation, GenerateOptions, Sampling, first_prompt
+from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.generation import first_prompt
+from mlx_fd.models.writing import GenerateOptions, Sampling
 from mlx_fd.problems.prompts import Answer
 
 Item = TypeVar("Item")
@@ -37,9 +39,11 @@ _CODE = (
     "mlx_fd.problems.parsing",
     "mlx_fd.models.chat_template",
     "mlx_fd.problems.thoughts",
+    "mlx_fd.models.conversation",
     "mlx_fd.models.generation",
     "mlx_fd.models.template_sandbox",
     "mlx_fd.models.thinking",
+    "mlx_fd.models.writing",
     "mlx_fd.feedback.episode",
     "mlx_fd.feedback.judge",
     "mlx_fd.feedback.gate",

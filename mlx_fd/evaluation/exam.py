@@ -28,7 +28,8 @@ from mlx_fd.feedback.episode import (
 )
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.files import write_json
-from mlx_fd.models.generation import GenerateOptions, Sampling, said
+from mlx_fd.models.generation import said
+from mlx_fd.models.writing import GenerateOptions, Sampling
 from mlx_fd.problems import arithmetic
 from mlx_fd.problems.kinds import form_of
 from mlx_fd.problems.prompts import answer_prompt

@@ -15,7 +15,7 @@ from mlx_fd.evaluation.measures import Known, Measure
 from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.text import bleu, chrf, rouge
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.models.generation import Sampling
+from mlx_fd.models.writing import Sampling
 from mlx_fd.problems import prompts
 from mlx_fd.problems.files import json_rows
 from mlx_fd.runs.records import ItemRow, OutputRow

@@ -26,7 +26,8 @@ from mlx_fd.feedback.episode import (
     student_feedback,
 )
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.models.generation import Conversation, said
+from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.generation import said
 from mlx_fd.problems import arithmetic, parsing, prompts
 from mlx_fd.problems.kinds import form_of
 from mlx_fd.problems.sources import Question

@@ -12,7 +12,7 @@ from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.processbench import ALL_RIGHT, Item, critique_prompt, f1, predicted_step
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.models.generation import Sampling
+from mlx_fd.models.writing import Sampling
 from mlx_fd.runs.records import ItemRow, OutputRow
 
 LABELS = {"student": "Student", "expert": "Expert"}

@@ -21,7 +21,8 @@ from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
 from mlx_fd.feedback.episode import Answered, Usage, answer, feedback_request
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.two_tokenizers import to_expert
-from mlx_fd.models.generation import Conversation, said, without_repeated_eos
+from mlx_fd.models.conversation import Conversation, without_repeated_eos
+from mlx_fd.models.generation import said
 from mlx_fd.problems import Problem, parsing, prompts
 from mlx_fd.problems.kinds import form_of, is_right, read_final
 from mlx_fd.runs.checked import content_digest

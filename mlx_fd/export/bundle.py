@@ -182,7 +182,9 @@ class _Reference:
 
     def write(self, texts: Sequence[str], most: int) -> list[tuple[tuple[int, ...], str]]:
         """Greedy continuations of prompts: tokens, and the text without the end token."""
-        from mlx_fd.models.generation import Conversation, GenerateOptions, Sampling, generate
+        from mlx_fd.models.conversation import Conversation
+        from mlx_fd.models.generation import generate
+        from mlx_fd.models.writing import GenerateOptions, Sampling
 
         replies: list[tuple[tuple[int, ...], str]] = []
         for begin in range(0, len(texts), _BATCH):

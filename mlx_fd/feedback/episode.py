@@ -27,26 +27,20 @@ import mlx.core as mx
 from mlx_fd.config import EpisodeOptions, GenerationOptions
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.two_tokenizers import to_expert, to_student
+from mlx_fd.models.conversation import Conversation, forward, prefill, without_repeated_eos
 from mlx_fd.models.generation import (
-    Conversation,
-    GenerateOptions,
-    Sampling,
-    Turn,
     after_thought,
     first_prompt,
     followup_prompt,
-    forward,
     generate,
-    prefill,
     replying,
     said,
-    sampling_for,
     think,
     with_thought,
-    without_repeated_eos,
 )
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student
+from mlx_fd.models.writing import GenerateOptions, Sampling, Turn, sampling_for
 from mlx_fd.problems import Problem, parsing
 from mlx_fd.problems.kinds import form_of, is_right, read_final
 from mlx_fd.problems.prompts import (
@@ -580,7 +574,7 @@ def expert_turn(
         before: the expert's conversations.
         requests: tokens of what it is asked, as :func:`mlx_fd.models.generation.followup_prompt`
             gives them.
-        role: the step of :func:`mlx_fd.models.generation.sampling_for` that it is drawn like.
+        role: the step of :func:`mlx_fd.models.writing.sampling_for` that it is drawn like.
         options: token limits and sampling.
         seed: of the draws.
         on_tokens: called for every token.

@@ -17,7 +17,7 @@ from mlx_fd.models.backend import backend
 from mlx_fd.models.chat_template import ChatTemplate, fitted
 from mlx_fd.models.context import Surroundings, context_length, too_long
 from mlx_fd.models.directory import blaming
-from mlx_fd.models.generation import GenerateOptions, Sampling, said
+from mlx_fd.models.generation import said
 from mlx_fd.models.loading import Loaded, load, open_template, with_thinking
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.storage import read_json
@@ -32,6 +32,7 @@ from mlx_fd.models.student import (
     read_trained,
 )
 from mlx_fd.models.thinking import NOT_THINKING, ThinkingOptions, switched
+from mlx_fd.models.writing import GenerateOptions, Sampling
 from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 from mlx_fd.runs.checkpoints import check_weights
 from mlx_fd.runs.manifest import trained_template

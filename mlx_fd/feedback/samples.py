@@ -28,14 +28,9 @@ from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.models.attention_taps import attention_heads, log_attention
 from mlx_fd.models.backend import backend
+from mlx_fd.models.conversation import Conversation, forward_with_cache, rewind_to
 from mlx_fd.models.fingerprint import content_hash
-from mlx_fd.models.generation import (
-    Conversation,
-    first_prompt,
-    forward_with_cache,
-    rewind_to,
-    with_thought,
-)
+from mlx_fd.models.generation import first_prompt, with_thought
 from mlx_fd.problems import Problem, prompts
 from mlx_fd.problems.kinds import form_of
 from mlx_fd.runs.checked import content_digest

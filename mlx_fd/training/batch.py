@@ -42,7 +42,7 @@ from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.phases import PhaseSchedule, combined, phase_weights
 from mlx_fd.feedback.samples import Sample, read_both, read_text, sample_of, solution_of
 from mlx_fd.feedback.teacher_cache import TeacherCache
-from mlx_fd.models.generation import Conversation
+from mlx_fd.models.conversation import Conversation
 from mlx_fd.problems import Problem
 from mlx_fd.runs.events import Event, Step
 from mlx_fd.runs.records import EpisodeRow, GateRow, MetricsRow, SampleRow

@@ -20,7 +20,7 @@ from mlx_fd.feedback.episode import (
 )
 from mlx_fd.feedback.gate import initial_state
 from mlx_fd.feedback.pair import open_pair
-from mlx_fd.models.generation import Conversation
+from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.loading import open_template
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import parsing

@@ -28,7 +28,7 @@ from mlx_fd.losses.graph import pool
 from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.losses.score import score_loss
 from mlx_fd.models.attention_taps import log_attention
-from mlx_fd.models.generation import Conversation, prefill
+from mlx_fd.models.conversation import Conversation, prefill
 from mlx_fd.models.student import load_student, make_student, save_student
 from mlx_fd.problems import Problem
 from mlx_fd.problems.prompts import Answer

@@ -15,14 +15,9 @@ from mlx_fd.feedback.episode import (
 )
 from mlx_fd.feedback.pair import load_pair
 from mlx_fd.feedback.samples import sample_of
-from mlx_fd.models.generation import (
-    Conversation,
-    GenerateOptions,
-    first_prompt,
-    followup_prompt,
-    generate,
-    prefill,
-)
+from mlx_fd.models.conversation import Conversation, prefill
+from mlx_fd.models.generation import first_prompt, followup_prompt, generate
+from mlx_fd.models.writing import GenerateOptions
 from mlx_fd.problems import load as load_problems
 from mlx_fd.problems.prompts import answer_prompt, critique_prompt
 from mlx_fd.training.selfdistill import rollouts

@@ -19,7 +19,7 @@ from mlx_fd.feedback import samples
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import cache_fingerprint, read_text
 from mlx_fd.feedback.teacher_cache import TeacherCache
-from mlx_fd.models.generation import Conversation, forward_with_cache
+from mlx_fd.models.conversation import Conversation, forward_with_cache
 from mlx_fd.models.loading import load
 from mlx_fd.runs.events import BatchDone, Warned
 from mlx_fd.runs.manifest import check_same

@@ -16,15 +16,11 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 
 from mlx_fd.models.checking import check_model, check_recompute  # noqa: E402
-from mlx_fd.models.generation import (  # noqa: E402
-    Conversation,
-    GenerateOptions,
-    Sampling,
-    generate,
-    rewind,
-)
+from mlx_fd.models.conversation import Conversation, rewind  # noqa: E402
+from mlx_fd.models.generation import generate  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402
 from mlx_fd.models.view import find_view  # noqa: E402
+from mlx_fd.models.writing import GenerateOptions, Sampling  # noqa: E402
 
 PROMPTS = ((5, 9, 3), tuple(range(20, 42)), (7, 8, 30, 31, 2))
 

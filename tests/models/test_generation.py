@@ -5,19 +5,10 @@ import pytest
 from mlx_lm import generate as mlx_generate
 from mlx_lm.generate import generate_step
 
-from mlx_fd.models.generation import (
-    Conversation,
-    GenerateOptions,
-    Sampling,
-    first_prompt,
-    followup_prompt,
-    forward,
-    generate,
-    prefill,
-    rewind,
-    without_repeated_eos,
-)
+from mlx_fd.models.conversation import Conversation, forward, prefill, rewind, without_repeated_eos
+from mlx_fd.models.generation import first_prompt, followup_prompt, generate
 from mlx_fd.models.loading import load
+from mlx_fd.models.writing import GenerateOptions, Sampling
 from support.pairs import logits_of
 from support.tiny import make_model_dir
 

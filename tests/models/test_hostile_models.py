@@ -28,9 +28,11 @@ import pytest
 from mlx_fd.config import Config, override
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.pair import open_pair
-from mlx_fd.models.generation import Conversation, Sampling, first_prompt, followup_prompt, generate
+from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.generation import first_prompt, followup_prompt, generate
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
+from mlx_fd.models.writing import Sampling
 from mlx_fd.runs.plan import make_plan
 from support import ROOT, tiny
 

@@ -29,7 +29,7 @@ from mlx_fd.feedback.pair import open_pair  # noqa: E402
 from mlx_fd.feedback.samples import Sample, read_text  # noqa: E402
 from mlx_fd.losses.divergence import Target, fused_linear_divergences, one_hot  # noqa: E402
 from mlx_fd.models import memory  # noqa: E402
-from mlx_fd.models.generation import Conversation  # noqa: E402
+from mlx_fd.models.conversation import Conversation  # noqa: E402
 from mlx_fd.models.loading import load, load_pair  # noqa: E402
 from mlx_fd.models.memory import (  # noqa: E402
     Workload,

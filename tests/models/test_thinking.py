@@ -6,18 +6,10 @@ import pytest
 from tokenizers import AddedToken
 
 from mlx_fd.errors import UserError
-from mlx_fd.models.generation import (
-    Conversation,
-    GenerateOptions,
-    Sampling,
-    chat_text,
-    first_prompt,
-    followup_prompt,
-    generate,
-    rewind_to,
-    without_repeated_eos,
-)
+from mlx_fd.models.conversation import Conversation, rewind_to, without_repeated_eos
+from mlx_fd.models.generation import chat_text, first_prompt, followup_prompt, generate
 from mlx_fd.models.loading import load, with_thinking
+from mlx_fd.models.writing import GenerateOptions, Sampling
 from support.architectures import make_architecture
 from support.thinkers import TEMPLATES, Line, scripted, tokens_in
 from support.tiny import make_model_dir, make_tokenizer, write_tokenizer

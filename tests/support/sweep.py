@@ -27,9 +27,11 @@ from mlx_fd.feedback.distill import collate, loss_sums, update
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import Sample, read_text
 from mlx_fd.losses.hidden import aligned_layers
-from mlx_fd.models.generation import Conversation, Sampling, Turn, generate
+from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.generation import generate
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.student import save_student
+from mlx_fd.models.writing import Sampling, Turn
 from support.dense_losses import language_model_loss, logit_loss
 
 OPTIONS = LossOptions(losses=("lm", "hidden", "logit"))

@@ -18,7 +18,9 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback import gate
 from mlx_fd.feedback.episode import combined_score
 from mlx_fd.feedback.pair import open_pair
-from mlx_fd.models.generation import Conversation, GenerateOptions, Sampling, first_prompt, generate
+from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.generation import first_prompt, generate
+from mlx_fd.models.writing import GenerateOptions, Sampling
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.checkpoints import newest_checkpoint
 from mlx_fd.runs.events import BatchDone, Probed, Step, Warned

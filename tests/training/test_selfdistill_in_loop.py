@@ -20,7 +20,8 @@ from mlx_fd.feedback.episode import (
     Usage,
 )
 from mlx_fd.feedback.pair import open_pair
-from mlx_fd.models.generation import Conversation, first_prompt
+from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.generation import first_prompt
 from mlx_fd.problems import Problem, prompts
 from mlx_fd.training.selfdistill.in_loop import lessons, self_distillation_loss
 from support.loops import rows, start

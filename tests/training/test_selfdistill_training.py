@@ -23,7 +23,8 @@ from mlx_fd.errors import UserError
 from mlx_fd.export.exporter import export
 from mlx_fd.export.form import Form
 from mlx_fd.feedback.judge import give_feedback
-from mlx_fd.models.generation import Sampling, first_prompt
+from mlx_fd.models.generation import first_prompt
+from mlx_fd.models.writing import Sampling
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.events import Note, Warned
 from mlx_fd.runs.logs import log_size
@@ -187,7 +188,7 @@ def test_a_prompt_is_read_once_for_its_attempts_and_log_probabilities_are_kept(o
 
 
 def test_sampling_is_cut_after_the_temperature():
-    from mlx_fd.models.generation import _sampler
+    from mlx_fd.models.writing import _sampler
 
     logprobs = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05]] * 4000))
     mx.random.seed(1)

@@ -18,7 +18,7 @@ from mlx_fd.problems.kinds import form_of
 
 if TYPE_CHECKING:
     from mlx_fd.feedback.episode import Answered, OnTokens, Usage
-    from mlx_fd.models.generation import Conversation
+    from mlx_fd.models.conversation import Conversation
     from mlx_fd.models.loading import Loaded
 
 

@@ -6,17 +6,10 @@ from collections.abc import Sequence
 
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.episode import feedback_request
-from mlx_fd.models.generation import (
-    Conversation,
-    GenerateOptions,
-    Sampling,
-    first_prompt,
-    followup_prompt,
-    generate,
-    said,
-    without_repeated_eos,
-)
+from mlx_fd.models.conversation import Conversation, without_repeated_eos
+from mlx_fd.models.generation import first_prompt, followup_prompt, generate, said
 from mlx_fd.models.loading import Loaded
+from mlx_fd.models.writing import GenerateOptions, Sampling
 from mlx_fd.problems import Problem, parsing
 from mlx_fd.problems.kinds import form_of, is_right, read_final
 from mlx_fd.problems.prompts import FEEDBACK_OPENING, answer_prompt, revise_prompt

@@ -8,16 +8,10 @@ import mlx.core as mx
 
 from mlx_fd.config import Config
 from mlx_fd.feedback.episode import derive_seed
-from mlx_fd.models.generation import (
-    Conversation,
-    GenerateOptions,
-    Sampling,
-    Turn,
-    first_prompt,
-    generate,
-    prefill,
-)
+from mlx_fd.models.conversation import Conversation, prefill
+from mlx_fd.models.generation import first_prompt, generate
 from mlx_fd.models.loading import Loaded
+from mlx_fd.models.writing import GenerateOptions, Sampling, Turn
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import form_of, is_right, read_final
 from mlx_fd.problems.prompts import answer_prompt

@@ -1,0 +1,335 @@
+"""Writing on from conversations, many at once, on mlx-lm's batched generator.
+
+What is written here is all that the model says, its thoughts among it;
+:mod:`mlx_fd.models.generation` takes them apart.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+from mlx_fd.config import GenerationOptions
+from mlx_fd.models.conversation import Cache, Conversation, Mark, can_be_cut_back
+from mlx_fd.models.loading import Loaded
+
+# mlx-lm's penalty looks at the last 20 tokens; the published ones at all.
+_WHOLE_CONTEXT = 1 << 20
+# Tokens of a prompt that are read at once, as in mlx-lm.
+_PREFILL = 2048
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One generated turn.
+
+    Attributes:
+        text: what was said, without thoughts and the end-of-turn token; empty where a thought was
+            cut off before anything was.
+        tokens: the reply's tokens, with the end-of-turn token where it came; at least one.
+        finished: whether the model ended the turn itself (else the token limit did).
+        conversation: the conversation up to and with this turn, without its thought.
+        prefilled: prompt tokens that had to be run through the model for it.
+        logprobs: where they were asked for, the log-probability of each token when it was drawn, of
+            the whole vocabulary at the sampling temperature (1 where that is 0).
+        thought: what was thought before, without marks; empty: nothing.
+        opening: the tokens that the reply was written after in place of the prompt's own
+            (:attr:`mlx_fd.models.thinking.Thinking.closed_ids`): the thought with its marks.
+        written: how many tokens the model drew, those of thoughts included.
+        closed: whether a thought was closed by force, at its limit.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finished: bool
+    conversation: Conversation
+    prefilled: int
+    logprobs: tuple[float, ...] = ()
+    thought: str = ""
+    opening: tuple[int, ...] = ()
+    written: int = 0
+    closed: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw tokens.
+
+    Attributes:
+        max_tokens: the most to write.
+        temperature: 0 is greedy.
+        repetition_penalty: 1 is none.
+        seed: of MLX's random numbers; without effect where the temperature is 0.
+        top_p: draw among the likeliest tokens that together have this probability; 1: all.
+        top_k: draw among the k likeliest; 0: all.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What :func:`mlx_fd.models.generation.generate` does beside writing.
+
+    Attributes:
+        reuse: go on from the conversations' caches, all together where the model can; ``False``
+            takes them one by one and prefills everything.
+        keep: keep the caches, to go on from the turns; not where nobody will.
+        mark: make sure that the turns' conversations can be rewound to all but the last token of
+            the prompt.
+        logprobs: keep the tokens' log-probabilities.
+        on_token: called with the number of tokens written in each step, for progress.
+    """
+
+    reuse: bool = True
+    keep: bool = True
+    mark: bool = False
+    logprobs: bool = False
+    on_token: Callable[[int], None] | None = None
+
+
+DEFAULTS = GenerateOptions()
+
+
+def sampling_for(options: GenerationOptions, step: str, seed: int) -> Sampling:
+    """How one step of an episode draws its tokens.
+
+    Args:
+        options: the token limits, temperatures and penalties of both models.
+        step: ``"answer"`` (whoever answers), ``"student_feedback"``, or one of the expert's:
+            ``"expert_feedback"``, ``"merge"``, ``"revise"``, ``"critique"``, ``"final"``.
+        seed: of MLX's random numbers; without effect where the temperature is 0.
+    """
+    limits = {
+        "answer": options.max_answer_tokens,
+        "student_feedback": options.max_feedback_tokens,
+        "expert_feedback": options.max_feedback_tokens,
+        "merge": options.max_merge_tokens,
+        "revise": options.max_answer_tokens,
+        "critique": options.max_merge_tokens,
+        "final": options.max_answer_tokens,
+    }
+    temperature, penalty = options.expert_temperature, options.expert_repetition_penalty
+    if step == "answer":
+        temperature = options.answer_temperature
+    elif step == "student_feedback":
+        temperature, penalty = options.student_temperature, options.student_repetition_penalty
+    return Sampling(limits[step], temperature, penalty, seed)
+
+
+def write(
+    loaded: Loaded,
+    conversations: Sequence[Conversation],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    options: GenerateOptions,
+    ends: frozenset[int] = frozenset(),
+) -> list[Turn]:
+    """Let the model write until an end-of-turn token, or one of ``ends``."""
+    if not conversations:
+        return []
+    if not loaded.batched:
+        return [
+            _write_alone(loaded, old, prompt, sampling, options, ends)
+            for old, prompt in zip(conversations, prompts, strict=True)
+        ]
+    eos = {*loaded.tokenizer.eos_token_ids, *ends}
+    starts = [
+        list(prompt) if old.cache is not None else [*old.tokens, *prompt]
+        for old, prompt in zip(conversations, prompts, strict=True)
+    ]
+    cached = [list(old.tokens) if old.cache is not None else [] for old in conversations]
+    caches = [
+        old.cache if old.cache is not None else make_prompt_cache(loaded.model)
+        for old in conversations
+    ]
+    draw = _drawing(loaded, sampling)
+    generator = BatchGenerator(
+        loaded.model,
+        stop_tokens=[[token] for token in eos],
+        # Rows beyond the tokenizer are padding, and the other model may have fewer of them.
+        sampler=lambda logprobs: draw(logprobs[..., : loaded.vocab]),
+        logits_processors=_processors(sampling) or None,
+        completion_batch_size=len(conversations),
+        prefill_batch_size=len(conversations),
+    )
+    written: dict[int, list[int]] = {}
+    finished: dict[int, bool] = {}
+    kept: dict[int, Cache] = {}
+    drawn_logprobs: dict[int, list[float]] = {}
+    try:
+        # The generator merges caches into new arrays, so conversations stay as they are.
+        uids = generator.insert(
+            starts,
+            max_tokens=[sampling.max_tokens] * len(starts),
+            caches=caches,
+            all_tokens=cached,
+        )
+        marks = {
+            uid: cache
+            for uid, cache, old, prompt in zip(uids, caches, conversations, prompts, strict=True)
+            if options.mark
+            and not can_be_cut_back(cache, len(old.tokens) + len(prompt) + sampling.max_tokens)
+        }
+        while True:
+            prompted, responses = generator.next()
+            if not prompted and not responses:
+                break
+            for part in prompted:
+                # The generator stops before a prompt's last token, which is a part of its own.
+                if part.uid in marks and part.end_of_segment and not part.end_of_prompt:
+                    marks[part.uid] = generator.extract_cache([part.uid])[part.uid][0]
+                    mx.eval([layer.state for layer in marks[part.uid]])
+            if not responses:
+                continue
+            if options.logprobs:
+                _keep_logprobs(responses, sampling.temperature or 1.0, loaded.vocab, drawn_logprobs)
+            for response in responses:
+                written.setdefault(response.uid, []).append(response.token)
+                if response.finish_reason is not None:
+                    finished[response.uid] = response.finish_reason == "stop"
+                    if options.keep:
+                        # Lazy slices would hold the whole batch's cache of this very step.
+                        mx.eval([layer.state for layer in response.prompt_cache])
+                        kept[response.uid] = response.prompt_cache
+            if options.on_token is not None:
+                options.on_token(len(responses))
+    finally:
+        generator.close()
+    turns = []
+    for uid, old, prompt, start in zip(uids, conversations, prompts, starts, strict=True):
+        tokens = tuple(written[uid])
+        text = tokens[:-1] if finished[uid] else tokens
+        before = (*old.tokens, *prompt)
+        mark = Mark(len(before) - 1, marks[uid]) if uid in marks else None
+        turns.append(
+            Turn(
+                text=loaded.tokenizer.decode(list(text)).strip(),
+                tokens=tokens,
+                finished=finished[uid],
+                conversation=Conversation((*before, *tokens), kept.get(uid), mark),
+                prefilled=len(start),
+                logprobs=tuple(drawn_logprobs.get(uid, ())),
+                written=len(tokens),
+            )
+        )
+    return turns
+
+
+def _write_alone(
+    loaded: Loaded,
+    old: Conversation,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    options: GenerateOptions,
+    ends: frozenset[int],
+) -> Turn:
+    """One turn, for models that mlx-lm's batched generator does not get right."""
+    before = [*old.tokens, *prompt]
+    cache = copy.deepcopy(old.cache) if old.cache is not None else make_prompt_cache(loaded.model)
+    start = [*prompt] if old.cache is not None else before
+
+    def run(tokens: Sequence[int]) -> mx.array:
+        logits: mx.array = loaded.model(mx.array([[*tokens]]), cache=cache)[:, -1]
+        mx.eval([layer.state for layer in cache])
+        return logits
+
+    for begin in range(0, len(start) - 1, _PREFILL):
+        run(start[begin : min(begin + _PREFILL, len(start) - 1)])
+    kept = can_be_cut_back(cache, len(before) + sampling.max_tokens)
+    mark = Mark(len(before) - 1, copy.deepcopy(cache)) if options.mark and not kept else None
+    draw, processors = _drawing(loaded, sampling), _processors(sampling)
+    eos = {*loaded.tokenizer.eos_token_ids, *ends}
+    written: list[int] = []
+    logprobs: list[float] = []
+    while len(written) < sampling.max_tokens and not (written and written[-1] in eos):
+        logits = run([*before, *written][-1:])
+        for process in processors:
+            logits = process(mx.array([*before, *written]), logits)
+        rows = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        token: Any = draw(rows[..., : loaded.vocab]).item()
+        written.append(token)
+        if options.logprobs:
+            drawn = _logprobs(rows, [token], sampling.temperature or 1.0, loaded.vocab)
+            logprobs += drawn
+        if options.on_token is not None:
+            options.on_token(1)
+    if options.keep:
+        run(written[-1:])
+    finished = written[-1] in eos
+    return Turn(
+        text=loaded.tokenizer.decode(written[:-1] if finished else written).strip(),
+        tokens=tuple(written),
+        finished=finished,
+        conversation=Conversation((*before, *written), cache if options.keep else None, mark),
+        prefilled=len(start),
+        logprobs=tuple(logprobs),
+        written=len(written),
+    )
+
+
+def _processors(sampling: Sampling) -> list[Callable[[mx.array, mx.array], mx.array]]:
+    """What changes logits [1, V] before a token is drawn, by the tokens so far."""
+    if sampling.repetition_penalty == 1:
+        return []
+    made: list[Callable[[mx.array, mx.array], mx.array]] = make_logits_processors(
+        repetition_penalty=sampling.repetition_penalty, repetition_context_size=_WHOLE_CONTEXT
+    )
+    return made
+
+
+def _sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
+    """Draws tokens from rows of log-probabilities [n, V]."""
+    temperature = sampling.temperature
+    if not temperature or (sampling.top_p == 1 and not sampling.top_k):
+        plain: Callable[[mx.array], mx.array] = make_sampler(temp=temperature)
+        return plain
+    # Elsewhere, and so in every published setting, the temperature comes before what is cut off.
+    draw: Callable[[mx.array], mx.array] = make_sampler(
+        temp=1.0, top_p=sampling.top_p, top_k=sampling.top_k
+    )
+
+    def tempered(rows: mx.array) -> mx.array:
+        rows = rows.astype(mx.float32) / temperature
+        return draw(rows - mx.logsumexp(rows, axis=-1, keepdims=True))
+
+    return tempered
+
+
+def _drawing(loaded: Loaded, sampling: Sampling) -> Callable[[mx.array], mx.array]:
+    """Draws tokens, but never the one that would begin a thought unasked."""
+    draw, thinking = _sampler(sampling), loaded.thinking
+    if thinking is None or thinking.banned_id < 0:
+        return draw
+    banned = thinking.banned_id
+    return lambda rows: draw(mx.where(mx.arange(rows.shape[-1]) == banned, -mx.inf, rows))
+
+
+def _keep_logprobs(
+    responses: Sequence[Any], temperature: float, vocab: int, drawn_logprobs: dict[int, list[float]]
+) -> None:
+    """Add the log-probability of each response's token to what is known of its turn."""
+    rows = mx.stack([response.logprobs for response in responses])
+    values = _logprobs(rows, [response.token for response in responses], temperature, vocab)
+    for response, value in zip(responses, values, strict=True):
+        drawn_logprobs.setdefault(response.uid, []).append(value)
+
+
+def _logprobs(rows: mx.array, tokens: Sequence[int], temperature: float, vocab: int) -> list[float]:
+    """Log-probabilities of tokens at a temperature, of rows [n, V] of log-probabilities at 1."""
+    rows = rows[:, :vocab].astype(mx.float32) / temperature
+    drawn = mx.take_along_axis(rows, mx.array([*tokens])[:, None], axis=-1).squeeze(-1)
+    values: Any = (drawn - mx.logsumexp(rows, axis=-1)).tolist()
+    return [*values]
