@@ -59,9 +59,7 @@ def write_card(
         "## Use\n",
         FORMATS[form.format].use(source, form),
         template_note(source.ref, folder),
-        _score_head(source, form, student.score_at)
-        if student is not None and source.ref.scores
-        else "",
+        _score_head(source, form, student) if student is not None and source.ref.scores else "",
         "## Is it the same model?\n",
         _same(form, agreement, kept, gguf),
         "## Licence\n",
@@ -245,13 +243,13 @@ def how_to_base(source: Source, base: str, form: str) -> str:
     )
 
 
-def _score_head(source: Source, form: Form, score_at: str) -> str:
+def _score_head(source: Source, form: Form, student: Student) -> str:
     text = (
         "`score_head.safetensors` is a linear head, `weight` [1, d] and `bias` [1], on the last "
-        f"hidden state (after the final norm) {_read_at(score_at)}. Its tanh is the "
+        f"hidden state (after the final norm) {_read_at(student.score_at)}. Its tanh is the "
         "student's score of an answer"
     )
-    code = FORMATS[form.format].score_code(source, form, score_at)
+    code = FORMATS[form.format].score_code(source, form, student)
     if not code:
         return f"{text}.\n"
     return f"{text}:\n\n```python\n{code}```\n"
@@ -260,13 +258,19 @@ def _score_head(source: Source, form: Form, score_at: str) -> str:
 # Prompts that a student was trained on, so that its head reads what it knows.
 EXAMPLE = f"""\
 problem, answer = "Tom has 3 apples and buys 5. How many?", "3 + 5 = 9. #### 9"
-turns = [problem + {prompts.answer_prompt("")!r}, answer, {prompts.feedback_prompt()!r}]
+turns = [problem + {prompts.answer_prompt("?")[1:]!r}, answer, {prompts.feedback_prompt()!r}]
 chat = [{{"role": ("user", "assistant")[i % 2], "content": text}} for i, text in enumerate(turns)]
 """
 
 
-def mlx_score_code(source: Source, form: Form, score_at: str) -> str:
-    """Python code that reads the score head with mlx-lm."""
+def mlx_score_code(source: Source, form: Form, student: Student) -> str:
+    """Python code that reads the score head with mlx-lm.
+
+    Empty for the few architectures in which no module that reads tokens gives final hidden states.
+    """
+    body = student.view.body
+    if body is None:
+        return ""
     load = f'"{named_base(source)}", adapter_path="."' if form.adapter else '"."'
     template, own_template, further = source.ref.chat, "", ""
     if template is not None:
@@ -285,7 +289,7 @@ def mlx_score_code(source: Source, form: Form, score_at: str) -> str:
     written = (
         "ids += [r.token for r in mlx_lm.stream_generate(model, tokenizer, ids, max_tokens=192)]"
         "[:-1]\n"
-        if score_at == "feedback"
+        if student.score_at == "feedback"
         else ""
     )
     return f"""\
@@ -297,7 +301,7 @@ head = mx.load("score_head.safetensors")
 {rendered}\
 ids += tokenizer.encode({prompts.FEEDBACK_OPENING!r}, add_special_tokens=False)
 {written}\
-hidden = model.model(mx.array([ids]))[0, -1].astype(mx.float32)
+hidden = {body}(mx.array([ids]), cache=None)[0, -1].astype(mx.float32)
 print(mx.tanh(head["weight"] @ hidden + head["bias"]).item())  # from -1, harmful, to 1, excellent
 """
 

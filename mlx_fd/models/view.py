@@ -91,6 +91,19 @@ class View:
         return [_at(self.model, path) for path in self.block_paths]
 
     @property
+    def body(self) -> str | None:
+        """Python for the module that makes final hidden states of tokens, of a model ``model``.
+
+        ``None``: no one module does, from tokens alone.
+        """
+        depth = len(self.final_path)
+        holds_blocks = all(path[:depth] == self.final_path for path in self.block_paths)
+        if self.needs_cache or not holds_blocks:
+            return None
+        parts = (f".{key}" if isinstance(key, str) else f"[{key}]" for key in self.final_path)
+        return "".join(("model", *parts))
+
+    @property
     def head(self) -> LinearLogits | DenseLogits:
         """What makes logits of final hidden states."""
         if self.head_path is None:

@@ -52,6 +52,7 @@ def test_right_or_refused(name, tmp_path):
     # Where all logits are alike, nothing that is wrong shows.
     assert base.shape[-1] >= VOCAB
     assert 0.3 < mx.sqrt(mx.var(base, axis=-1)).min().item() < 10
+    sweep.check_body(pair.student.view)
     sweep.check_generation(pair.expert)
     samples = sweep.samples_of(pair)
     sweep.check_gradient(pair, samples)

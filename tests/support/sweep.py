@@ -31,6 +31,7 @@ from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import generate
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.student import save_student
+from mlx_fd.models.view import View
 from mlx_fd.models.writing import Sampling, Turn
 from support.dense_losses import language_model_loss, logit_loss
 
@@ -88,6 +89,14 @@ def watched(model: nn.Module) -> Iterator[list[mx.array]]:
     finally:
         for kind, call in kinds.items():
             kind.__call__ = call
+
+
+def check_body(view: View) -> None:
+    """The module that a model card names makes final hidden states of tokens."""
+    if view.body is not None:
+        body = eval(view.body, {"model": view.model})
+        made = body(TEXT, cache=None)
+        assert mx.abs(made - view.forward(TEXT).final).max().item() < 1e-3
 
 
 def reference_losses(pair: Pair, samples: Sequence[Sample]) -> tuple[mx.array, dict[str, mx.array]]:

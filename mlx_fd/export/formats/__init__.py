@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlx_fd.export.gguf_file import Written
     from mlx_fd.export.source import Source
     from mlx_fd.models.loading import Loaded
+    from mlx_fd.models.student import Student
 
 OnSteps = Callable[[int, int], None]
 """Called with steps done, and their number."""
@@ -34,7 +35,7 @@ def _same_bits(form: Form) -> bool:
     return False
 
 
-def _no_score_code(source: Source, form: Form, score_at: str) -> str:
+def _no_score_code(source: Source, form: Form, student: Student) -> str:
     return ""
 
 
@@ -64,7 +65,7 @@ class ExportFormat(Entry):
     use: Callable[[Source, Form], str]
     library: Callable[[Form], str]
     convert_back: Callable[[Path, Path, Form], Path] | None = None
-    score_code: Callable[[Source, Form, str], str] = _no_score_code
+    score_code: Callable[[Source, Form, Student], str] = _no_score_code
     options: frozenset[str] = frozenset()
     instead: Mapping[str, str] = field(default_factory=dict)
     rounds: Callable[[Form], bool] = _same_bits

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlx_fd.export.gguf_file import Written
     from mlx_fd.export.source import Source
     from mlx_fd.models.loading import Loaded
+    from mlx_fd.models.student import Student
 
 _ON_A_GPU = """\
 With an NVIDIA GPU llama.cpp is built for it:
@@ -77,7 +78,7 @@ def use(source: Source, form: Form) -> str:
     return f'    llama-cli -m {name} -p "..."      # or: llama-server -m {name}\n'
 
 
-def score_code(source: Source, form: Form, score_at: str) -> str:
+def score_code(source: Source, form: Form, student: Student) -> str:
     """With llama.cpp."""
     from mlx_fd.export.card import EXAMPLE
     from mlx_fd.export.gguf_file import file_name
@@ -100,7 +101,7 @@ head = load_file("score_head.safetensors")
 {EXAMPLE}\
 written = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], "", "")(messages=chat).prompt
 ids = llm.tokenize((written + {prompts.FEEDBACK_OPENING!r}).encode(), special=True)
-{written if score_at == "feedback" else ""}\
+{written if student.score_at == "feedback" else ""}\
 llm.reset()
 llm.eval(ids)
 hidden = np.ctypeslib.as_array(llama_cpp.llama_get_embeddings_ith(llm.ctx, -1), (llm.n_embd(),))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mlx_fd.export.form import Form
     from mlx_fd.export.source import Source
     from mlx_fd.models.loading import Loaded
+    from mlx_fd.models.student import Student
 
 
 def write(source: Source, live: Loaded, folder: Path, form: Form, on_steps: OnSteps) -> None:
@@ -70,14 +71,14 @@ def use(source: Source, form: Form) -> str:
     )
 
 
-def score_code(source: Source, form: Form, score_at: str) -> str:
+def score_code(source: Source, form: Form, student: Student) -> str:
     """With mlx-lm, which opens whole models of this format."""
     from mlx_fd.export.card import mlx_score_code
     from mlx_fd.export.hf import mlx_opens
 
     if form.adapter or not mlx_opens(source):
         return ""
-    return mlx_score_code(source, form, score_at)
+    return mlx_score_code(source, form, student)
 
 
 register_format(
