@@ -21,6 +21,7 @@ from mlx_fd.export.form import Form
 from mlx_fd.feedback.judge import locate_model, open_student
 from mlx_fd.models.generation import first_prompt
 from mlx_fd.training import session
+from mlx_fd.training.selfdistill.methods import configured
 from support.loops import assert_same
 from support.pairs import SMALL, make_home
 from support.tiny import CHAT_TEMPLATE
@@ -219,3 +220,26 @@ def test_a_run_that_did_not_record_it_is_told_how(run: Path, tmp_path: Path) -> 
         locate_model(str(tmp_path / "run"))
     assert mlx_fd.resume_run(tmp_path / "run", on_event=lambda event: None).done
     assert prompt(tmp_path / "run") == PROMPT
+
+
+def test_self_distillation_has_a_day_and_variables_too(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {
+        "student": str(home / "expert"),
+        "problems": str(home / "problems.jsonl"),
+        "episodes": 2,
+        "batch_size": 2,
+        "probe_size": 2,
+        "max_answer_tokens": 6,
+        "lora_rank": 2,
+        "chat_template_kwargs": {"style": "Be brief"},
+    }
+    monkeypatch.setattr(session, "datetime", Clock(BEGAN))
+    folder = tmp_path / "run"
+    plan = session.new_plan(folder, configured("grpo", given))
+    run = session.open_run(folder, plan, lambda event: None, new=True)
+    monkeypatch.setattr(session, "datetime", Clock(NEXT))
+    assert run(lambda: False) is not None
+    assert prompt(folder) == PROMPT
+    assert open_target(str(folder), None).template.render(["Hi"]) == PROMPT
