@@ -175,7 +175,8 @@ def _error(made: mx.array, truth: mx.array) -> float:
     made, truth = mx.where(both, 0.0, made), mx.where(both, 0.0, truth)
     error = mx.sqrt(((made - truth) ** 2).sum(axis=-1))
     size = mx.sqrt(((truth - truth.mean(axis=-1, keepdims=True)) ** 2).sum(axis=-1))
-    worst: Any = (error / size).max().item()
+    # Where nothing is spread there is nothing to be off by, either.
+    worst: Any = (error / mx.maximum(size, 1e-9)).max().item()
     return float(worst)
 
 

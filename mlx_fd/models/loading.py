@@ -66,6 +66,22 @@ class Loaded:
     batched: bool = True
     thinking: Thinking | None = None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how it is run."""
+        found = []
+        if not self.batched:
+            found.append(
+                f"{self.path.name} is written one conversation at a time, which takes longer: in "
+                "mlx-lm's batches its replies would be others"
+            )
+        if not self.view.batched:
+            found.append(
+                f"{self.path.name} is read one text at a time, which takes longer: in a batch its "
+                "hidden states would be others"
+            )
+        return tuple(found)
+
 
 def _float32_bytes(model: nn.Module) -> int:
     """Memory of the weights once they are dequantised to float32."""

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_fd import runs
 from mlx_fd.config import Config, read, to_toml
@@ -24,6 +24,9 @@ from mlx_fd.runs.events import Event, Note, Step, Warned
 from mlx_fd.runs.plan import Plan, check_out, configuration
 from mlx_fd.runs.records import SelfSummary, Summary
 from mlx_fd.runs.tracking import Tracking, check_installed
+
+if TYPE_CHECKING:
+    from mlx_fd.models.loading import Loaded
 
 Report = Callable[[Event], None]
 Stop = Callable[[], bool]
@@ -180,7 +183,9 @@ def open_run(
 
     # The summary names this run's peak, not that of another one in this process.
     mx.reset_peak_memory()
-    run, readme = _opened(folder, plan, redo=redo)
+    run, readme, notes = _opened(folder, plan, redo=redo)
+    for note in notes:
+        report(Note(note))
 
     def go(stop: Stop) -> Totals | None:
         with contextlib.ExitStack() as stack:
@@ -218,26 +223,43 @@ def _models_of(config: Config) -> str:
     )
 
 
-def _opened(folder: Path, plan: Plan, *, redo: bool) -> tuple[Run, str]:
-    """What runs a plan, its models loaded; and what explains the files of its run directory."""
+def _opened(folder: Path, plan: Plan, *, redo: bool) -> tuple[Run, str, list[str]]:
+    """What runs a plan, its models loaded.
+
+    Also what explains the files of its run directory, and what the user should know of the models.
+    """
     config = plan.config
     if config.self_distils:
         from mlx_fd.training.selfdistill import training
         from mlx_fd.training.selfdistill.plan import README, open_models
 
         models = open_models(plan)
-        return lambda report, stop: training.run(
-            folder, config, models, plan.probe, plan.problems, report, stop, redo=redo
-        ), README
+        loaded = [models.student_lm, *([models.critic] if models.critic else [])]
+        return (
+            lambda report, stop: training.run(
+                folder, config, models, plan.probe, plan.problems, report, stop, redo=redo
+            ),
+            README,
+            _notes(loaded),
+        )
     from mlx_fd.evaluation.exam import exam_questions
     from mlx_fd.feedback.pair import open_pair
     from mlx_fd.training import loop
 
     pair = open_pair(plan)
     questions = exam_questions(config)
-    return lambda report, stop: loop.run(
-        folder, config, pair, plan.probe, plan.problems, report, stop, questions, redo=redo
-    ), runs.README
+    return (
+        lambda report, stop: loop.run(
+            folder, config, pair, plan.probe, plan.problems, report, stop, questions, redo=redo
+        ),
+        runs.README,
+        _notes([pair.expert, pair.student_lm]),
+    )
+
+
+def _notes(models: Sequence[Loaded]) -> list[str]:
+    """What the user should know of some models, once."""
+    return list(dict.fromkeys(note for model in models for note in model.notes))
 
 
 def explain_memory_error(error: RuntimeError, folder: Path) -> Exception:

@@ -7,6 +7,7 @@ import pytest
 from mlx_fd.errors import UserError
 from mlx_fd.models.backend import backend
 from support.architectures import VOCAB, make_architecture
+from support.pairs import make_plan
 
 backend()
 
@@ -21,6 +22,7 @@ from mlx_fd.models.generation import generate  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402
 from mlx_fd.models.view import find_view  # noqa: E402
 from mlx_fd.models.writing import GenerateOptions, Sampling  # noqa: E402
+from mlx_fd.training.session import open_run  # noqa: E402
 
 PROMPTS = ((5, 9, 3), tuple(range(20, 42)), (7, 8, 30, 31, 2))
 
@@ -85,6 +87,16 @@ def test_a_model_that_mlx_lm_does_not_batch_right_is_written_alone(directory, na
     loaded = load(directory(name, **overrides))
     assert not loaded.batched
     assert loaded.view.batched
+
+
+def test_a_run_says_once_what_takes_longer(directory, tmp_path):
+    expert, student = directory("gemma2", num_key_value_heads=2), directory("llama")
+    said = []
+    open_run(tmp_path / "run", make_plan(expert, student), said.append, new=True)
+    assert [event.text for event in said if "at a time" in str(event)] == [
+        f"{expert.name} is written one conversation at a time, which takes longer: in mlx-lm's "
+        "batches its replies would be others"
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "llama4", "mamba", "nemotron_h", "qwen3_5"])
