@@ -21,7 +21,7 @@ from typing import Any
 import tomli_w
 
 from mlx_fd.errors import UserError
-from mlx_fd.registry import CONTEXTS, LOSSES, SOURCES
+from mlx_fd.registry import CONTEXTS, KINDS, LOSSES, SOURCES
 from mlx_fd.text import shown
 
 MAX_COUNT = 2**31 - 1
@@ -110,6 +110,14 @@ class ProblemOptions:
     split: str = _option("train", "Dataset split to train on.")
     train_on_test: bool = _option(False, "Allow training on the test split.")
     episodes: int = _option(400, "Number of problems to go through.", low=1)
+    columns: str = _option(
+        "", "Columns of a file or hub dataset by what they hold: question=NAME,answer=NAME,..."
+    )
+    answer_kind: str = _option(
+        "auto",
+        "Kind of answers in a file or hub dataset; auto: told by its rows.",
+        choices=lambda: ("auto", *KINDS),
+    )
     skip_bad_rows: bool = _option(
         False, "Skip problems that cannot be read or exceed a model's context length."
     )

@@ -15,8 +15,10 @@ from mlx_fd.cli.options import (
     LateOption,
     Number,
     PathType,
+    answer_kind_option,
     chat_template_option,
     chosen_model,
+    columns_option,
     debug_option,
     json_option,
     model_options,
@@ -137,6 +139,8 @@ Examples:
     help="Cache of generated outputs, shared by all evaluations. [default: eval in mlx-fd's cache]",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
+@columns_option
+@answer_kind_option
 @skip_bad_rows_option
 @chat_template_option
 @thinking_options
@@ -169,6 +173,8 @@ def evaluate(
     out: Path | None,
     cache: Path | None,
     seed: int,
+    columns: str,
+    answer_kind: str,
     skip_bad_rows: bool,
     template_kwargs: dict[str, Any] | None,
     thinking: str | None,
@@ -219,6 +225,8 @@ def evaluate(
         encoder=encoder,
         toxicity=toxicity,
         seed=seed,
+        columns=columns,
+        answer_kind=answer_kind,
         skip_bad_rows=skip_bad_rows,
     )
     changes = {

@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from mlx_fd.config import MAX_COUNT, MAX_SEED, OPTIONS, Config, Option, Words, names_of
+from mlx_fd.registry import KINDS
 from mlx_fd.runs.tracking import TRACKERS
 
 _SECTIONS = {
@@ -355,6 +356,14 @@ def thinking_options(command: Any) -> Any:
     )(command)
 
 
+columns_option = click.option("--columns", default="", metavar="LIST", help=OPTIONS["columns"].help)
+answer_kind_option = click.option(
+    "--answer-kind",
+    type=Choice(lambda: ("auto", *KINDS)),
+    default="auto",
+    show_default=True,
+    help=OPTIONS["answer_kind"].help,
+)
 skip_bad_rows_option = click.option(
     "--skip-bad-rows", is_flag=True, help=OPTIONS["skip_bad_rows"].help
 )

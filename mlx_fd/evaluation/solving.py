@@ -107,9 +107,7 @@ class Solving:
         """
         final = read_final(trial.final, problem, how)
         first = read_final(trial.turns["answer"], problem, how)
-        gold = problem.solution
-        if "####" not in gold:
-            gold = f"{gold}\n#### {problem.answer}"
+        gold = f"#### {problem.published or problem.answer}"
         return {
             "id": problem.id,
             "question": problem.question,

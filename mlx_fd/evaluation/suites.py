@@ -84,6 +84,8 @@ class Options:
         encoder: a BERT for BERTScore and cosines.
         toxicity: a BERT classifier, or ``words``.
         seed: of all draws.
+        columns: as for a run; for the problems that ``problems`` names.
+        answer_kind: likewise.
         skip_bad_rows: leave out problems that cannot be read or are longer than a model's context.
     """
 
@@ -101,6 +103,8 @@ class Options:
     encoder: str | None = None
     toxicity: str | None = None
     seed: int = 0
+    columns: str = ""
+    answer_kind: str = "auto"
     skip_bad_rows: bool = False
 
 
@@ -147,7 +151,13 @@ def make_sets(
     around = Surroundings("", generation.max_answer_tokens + generation.thought_tokens)
 
     def solving(source: str, split: str) -> Solving:
-        found = problems.load(source, split, skip_bad_rows=options.skip_bad_rows)
+        found = problems.load(
+            source,
+            split,
+            skip_bad_rows=options.skip_bad_rows,
+            kind=options.answer_kind,
+            columns=options.columns,
+        )
         if found.skipped:
             warn(f"{found.skipped} rows of {found.name} could not be read and were skipped")
         skip = options.skip_bad_rows
@@ -292,7 +302,8 @@ def _asked(target: Target, options: Options) -> dict[str, Any]:
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(options).items()
         # As evaluations had it that knew no such options.
-        if name not in ("skip_bad_rows", "max_tokens") or value
+        if name not in ("skip_bad_rows", "max_tokens", "columns", "answer_kind")
+        or value != getattr(Options, name)
     }
     hashes = {name: model["sha256"] for name, model in target.models.items()}
     return {**chosen, "sha256": hashes}

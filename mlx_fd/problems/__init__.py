@@ -28,6 +28,8 @@ class Problem:
         kind: a name in :data:`mlx_fd.registry.KINDS`.
         choices: what there is to choose from, where there is.
         also_right: other right answers.
+        published: the answer as its source writes it, for those who compare texts; empty: as
+            ``answer``.
     """
 
     id: str
@@ -37,6 +39,7 @@ class Problem:
     kind: str = "number"
     choices: tuple[str, ...] = ()
     also_right: tuple[str, ...] = ()
+    published: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,30 @@ class Verdict:
         return round(-1 + 0.2 * min(self.first_error - 1, 4), 1)
 
 
-def load(source: str = "gsm8k", split: str = "train", *, skip_bad_rows: bool = False) -> ProblemSet:
+def load(
+    source: str = "gsm8k",
+    split: str = "train",
+    *,
+    skip_bad_rows: bool = False,
+    kind: str = "auto",
+    columns: str = "",
+) -> ProblemSet:
     """Load the problems of one split.
 
-    Rows have ``question`` (or ``problem``) and ``answer``; the answer is a solution that ends in
-    ``#### <number>``, or a number, then with a ``solution`` beside it or without. An ``id`` column
-    is used where there is one.
+    Rows have ``question`` (or ``problem``) and ``answer``: a solution that ends in
+    ``#### <answer>`` or the answer alone, then with a ``solution`` beside it or without; maybe
+    ``choices``, a ``context`` and an ``id``. The names of published data sets are known
+    (:data:`mlx_fd.problems.rows.COLUMNS`).
 
     Args:
         source: a name in :data:`mlx_fd.registry.SOURCES`, a path, or ``owner/name`` of a hub data
             set.
         split: the split to read; a file has only one, whatever it is called.
         skip_bad_rows: count rows that cannot be read instead of refusing the source.
+        kind: of the answers in a file or hub data set, a name in
+            :data:`mlx_fd.registry.KINDS`; ``"auto"``: told by the rows.
+        columns: what a column stands for, where it has another name:
+            ``question=prompt,answer=gold``.
 
     Raises:
         UserError: the source is unknown or cannot be read, the split does not exist, or rows are
@@ -100,6 +115,9 @@ def load(source: str = "gsm8k", split: str = "train", *, skip_bad_rows: bool = F
     if source in SOURCES:
         found: ProblemSet = SOURCES[source].load(split)
         return found
+    from mlx_fd.problems import files, rows
+
+    reading = rows.Reading(rows.parse_columns(columns), kind, skip_bad_rows)
     path = Path(source).expanduser()
     is_file_name = path.suffix.lower() in FILE_SUFFIXES
     if not is_file_name and not path.exists():
@@ -107,9 +125,7 @@ def load(source: str = "gsm8k", split: str = "train", *, skip_bad_rows: bool = F
             near = difflib.get_close_matches(source.lower(), list(SOURCES), cutoff=0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UserError(f"unknown problems {source!r}: {hint}{_accepted()}")
-        from mlx_fd.problems import files
-
-        return files.load_hub(source, split, skip_bad_rows=skip_bad_rows)
+        return files.load_hub(source, split, reading)
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, beside, n=1)
@@ -119,9 +135,7 @@ def load(source: str = "gsm8k", split: str = "train", *, skip_bad_rows: bool = F
         raise UserError(f"{source} is a directory: name one file in it; {_accepted()}")
     if not is_file_name:
         raise UserError(f"{source}: cannot tell what is in it; {_accepted()}")
-    from mlx_fd.problems import files
-
-    return files.load_file(path, source, split, skip_bad_rows=skip_bad_rows)
+    return files.load_file(path, source, split, reading)
 
 
 def _accepted() -> str:

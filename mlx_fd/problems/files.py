@@ -21,26 +21,29 @@ from typing import Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.problems import FILE_SUFFIXES, Problem, ProblemSet
-from mlx_fd.registry import KINDS
+from mlx_fd.problems.rows import COLUMNS, Reading, problems_of, question_and_answer
 from mlx_fd.text import shown
 
 _SHOWN = 10
 _GAP = re.compile(r"[ \t\r\n,]*")
 _HUB_SECONDS = 5.0
-_COLUMNS = "columns are question (or problem) and answer, and optionally solution and id"
+_COLUMNS = (
+    "columns are question (or problem) and answer, and optionally choices, context, solution and "
+    "id; --columns question=NAME,answer=NAME names others"
+)
 
 # Where a row is, and what is in it: its columns, or why it could not even be split into columns.
 SourceRow = tuple[str, "dict[str, Any] | str"]
 
 
-def load_file(path: Path, name: str, split: str, *, skip_bad_rows: bool) -> ProblemSet:
+def load_file(path: Path, name: str, split: str, reading: Reading) -> ProblemSet:
     """Problems of one ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file.
 
     Raises:
         UserError: the file cannot be read, or has bad rows that are not to be skipped.
     """
-    rows, sha256 = _rows(path)
-    problems, skipped = _read(rows, str(path), path.stem, skip_bad_rows)
+    rows, sha256 = _rows(path, reading.columns)
+    problems, skipped = _read(rows, str(path), path.stem, reading)
     return ProblemSet(name, split, problems, sha256, skipped)
 
 
@@ -87,7 +90,7 @@ def load_answers(path: Path, reserved: Collection[str] = ()) -> AnswerFile:
             if taken:
                 raise ValueError(f"has {', '.join(map(repr, taken))}, which judging would write")
             _check_json(row)
-            good.append((row, _question(row), _text(_as_text(row), "answer", "answer")))
+            good.append((row, *question_and_answer(row)))
         except ValueError as error:
             bad.append(f"{where}: {error}")
     if bad:
@@ -110,7 +113,7 @@ def _check_json(row: dict[str, Any]) -> None:
             raise ValueError(f"{shown(column)} is {shown(value)}, which JSON cannot hold") from None
 
 
-def _rows(path: Path) -> tuple[Iterable[SourceRow], str]:
+def _rows(path: Path, columns: tuple[tuple[str, str], ...] = ()) -> tuple[Iterable[SourceRow], str]:
     """A file's rows, each with its place, and the SHA-256 of its bytes."""
     content = _content(path)
     suffix = path.suffix.lower()
@@ -118,7 +121,7 @@ def _rows(path: Path) -> tuple[Iterable[SourceRow], str]:
         rows: Iterable[SourceRow] = _parquet(path)
     else:
         text = _decoded(path, content)
-        rows = _csv(path, text) if suffix == ".csv" else _json(path, text)
+        rows = _csv(path, text, columns) if suffix == ".csv" else _json(path, text)
     return rows, hashlib.sha256(content).hexdigest()
 
 
@@ -152,13 +155,13 @@ def _decoded(path: Path, content: bytes) -> str:
     return content.decode("utf-8-sig", errors="surrogateescape")
 
 
-def load_hub(name: str, split: str, *, skip_bad_rows: bool) -> ProblemSet:
+def load_hub(name: str, split: str, reading: Reading) -> ProblemSet:
     """Problems of a data set of the Hugging Face hub.
 
     Args:
         name: ``owner/name`` or ``owner/name:config``.
         split: any split expression that ``datasets`` understands.
-        skip_bad_rows: as for :func:`mlx_fd.problems.load`.
+        reading: how rows are read.
 
     Raises:
         UserError: no network, no such data set, config or split, or bad rows.
@@ -192,7 +195,7 @@ def load_hub(name: str, split: str, *, skip_bad_rows: bool) -> ProblemSet:
     for row in listed:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     rows = ((f"{repository}: row {place}", row) for place, row in enumerate(listed))
-    problems, skipped = _read(rows, name, repository.rpartition("/")[2], skip_bad_rows)
+    problems, skipped = _read(rows, name, repository.rpartition("/")[2], reading)
     return ProblemSet(name, split, problems, digest.hexdigest(), skipped)
 
 
@@ -280,7 +283,7 @@ def _json_reason(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)[:80]
 
 
-def _csv(path: Path, text: str) -> Iterator[SourceRow]:
+def _csv(path: Path, text: str, columns: tuple[tuple[str, str], ...]) -> Iterator[SourceRow]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     while True:
@@ -296,7 +299,8 @@ def _csv(path: Path, text: str) -> Iterator[SourceRow]:
             continue
         if header is None:
             header = [cell.strip() for cell in cells]
-            if "answer" not in header or not {"question", "problem"} & set(header):
+            named = dict(columns).get("question")
+            if named not in header and not {n.lower() for n in header} & set(COLUMNS["question"]):
                 raise UserError(
                     f"{path}:{begin}: the first line names the columns "
                     f"{', '.join(map(repr, header))[:200]}; {_COLUMNS}"
@@ -312,7 +316,7 @@ def _csv(path: Path, text: str) -> Iterator[SourceRow]:
 
 
 def _read(
-    rows: Iterable[SourceRow], name: str, stem: str, skip_bad_rows: bool
+    rows: Iterable[SourceRow], name: str, stem: str, reading: Reading
 ) -> tuple[tuple[Problem, ...], int]:
     """Turn rows into problems.
 
@@ -322,28 +326,17 @@ def _read(
     Raises:
         UserError: rows are bad and not to be skipped, or there is no good one.
     """
-    problems: list[Problem] = []
-    bad: list[str] = []
-    seen: dict[str, str] = {}
-    for place, (where, row) in enumerate(rows):
-        try:
-            problem = _problem(row, f"{stem}-{place:05d}")
-            if problem.id in seen:
-                raise ValueError(f"duplicate id {shown(problem.id)} (first at {seen[problem.id]})")
-        except ValueError as error:
-            bad.append(f"{where}: {error}")
-            continue
-        seen[problem.id] = where
-        problems.append(problem)
-    if problems and (skip_bad_rows or not bad):
+    problems, bad, kind = problems_of(rows, stem, reading)
+    if problems and (reading.skip_bad_rows or not bad):
         return tuple(problems), len(bad)
     if not bad:
         raise UserError(f"{name} has no rows ({_COLUMNS})")
     listed = _listed(bad)
     if not problems:
         raise UserError(f"{name} has no row that can be read:\n  {listed}\n({_COLUMNS})")
+    as_kind = f" with answers of the kind {kind}" if reading.kind != kind else ""
     raise UserError(
-        f"{name}: {len(bad)} of {len(bad) + len(problems)} rows cannot be read:\n"
+        f"{name}: {len(bad)} of {len(bad) + len(problems)} rows cannot be read{as_kind}:\n"
         f"  {listed}\nCorrect them, or skip them with --skip-bad-rows ({_COLUMNS})"
     )
 
@@ -351,43 +344,3 @@ def _read(
 def _listed(bad: Sequence[str]) -> str:
     more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     return "\n  ".join(bad[:_SHOWN]) + more
-
-
-def _problem(row: dict[str, Any] | str, default_id: str) -> Problem:
-    """One row as a problem; ``ValueError`` with the reason where it is not one."""
-    if isinstance(row, str):
-        raise ValueError(row)
-    question = _question(row)
-    answer = _text(_as_text(row), "answer", "answer")
-    value = KINDS["number"].gold(answer, ())
-    solution = answer if row.get("solution") is None else _text(row, "solution", "solution")
-    name = row.get("id")
-    if isinstance(name, bool | float | list | dict):
-        raise ValueError(f"'id' is not text but {type(name).__name__}")
-    return Problem(default_id if name in (None, "") else str(name), question, solution, value)
-
-
-def _question(row: dict[str, Any]) -> str:
-    return _text(row, "problem" if row.get("question") is None else "question", "question")
-
-
-def _as_text(row: dict[str, Any]) -> dict[str, Any]:
-    """The row's answer, a number as text: of a float the shortest that is this float."""
-    answer = row.get("answer")
-    number = isinstance(answer, int | float) and not isinstance(answer, bool)
-    return {"answer": str(answer) if number else answer}
-
-
-def _text(row: dict[str, Any], column: str, shown: str) -> str:
-    value = row.get(column)
-    if value is None:
-        raise ValueError(f"no {shown!r}")
-    if not isinstance(value, str):
-        raise ValueError(f"{shown!r} is not text but {type(value).__name__}")
-    if not value.strip():
-        raise ValueError(f"{shown!r} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{shown!r} is not UTF-8 text (at character {error.start})") from None
-    return value

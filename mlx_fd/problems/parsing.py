@@ -82,7 +82,9 @@ _NUMBER = re.compile(
         (?P<whole>\d+)[ ](?P<top>\d+)/(?P<bottom>\d+)(?![\d/])      # 1 1/2
       | (?:
             (?P<continental>\d{1,3}(?:\.\d{3})+,\d{1,2}|\d+,\d{1,2})(?!,?\d)
-          | (?P<number>(?:\d{1,3}(?:[,'\u202f]\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+)
+          | (?P<number>(?:\d{1,3}(?:[,'\u202f]\d{3})+(?!\d)
+                |\d{1,2}(?:,\d{2}){1,4},\d{3}(?!\d)       # 1,00,000
+                |\d+)(?:\.\d+)?|(?<!\.)\.\d+)
         )
         (?:[eE](?P<exponent>[-+]?\d+)(?![A-Za-z\d])
           |[ ]?[*x\u00d7][ ]?10[ ]?\^[ ]?(?P<power>[-+]?\d+)
@@ -203,6 +205,34 @@ def number(text: str) -> Fraction | None:
         return None
     value, rest = _leading_number(text)
     return None if _DIGIT.search(rest) else value
+
+
+_GOLD_NUMBER = re.compile(
+    r"""\s*+[-+\u2212]?\s?[$\u20ac\u00a3]?\s?
+    (?:\d{1,3}(?:[,'\u202f]\d{2,3})++(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)
+    (?:[ ]\d++/\d++|\s?/\s?\d++|[eE][-+]?\d++)?\s?(?:\\?%)?
+    (?:\s\(?[A-Za-z\u00b0][A-Za-z .]{1,30}+\)?)?\s*+\.?\s*+""",
+    re.VERBOSE,
+)
+_LATEX_FRACTION = re.compile(r"\s*+[-+]?\\[dt]?frac\{\d++\}\{\d++\}\s*+")
+
+
+def gold_part(answer: str) -> str:
+    """The final answer in a gold solution: behind ``####``, or in its box; else all of it."""
+    if "####" in answer:
+        return answer.rpartition("####")[2].strip()
+    box = boxed(answer)
+    return answer.strip() if box is None else box.strip()
+
+
+def is_number(text: str) -> bool:
+    """Whether a gold answer is one number, maybe with a unit, and nothing else.
+
+    ``18``, ``$1,234.50``, ``3/4`` and ``18 eggs`` are; ``2k``, ``(2,4)`` and a root are not.
+    """
+    return bool(_GOLD_NUMBER.fullmatch(text) or _LATEX_FRACTION.fullmatch(text)) and (
+        number(text) is not None
+    )
 
 
 def lm_eval_answer(text: str, filter: str) -> str:

@@ -23,6 +23,7 @@ from mlx_fd.models.aliases import ALIASES, TINY
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.resolve import default_student, parse_name, resolve
 from mlx_fd.problems import Problem, ProblemSet
+from mlx_fd.problems.kinds import KINDS
 from mlx_fd.problems.sources import SOURCES
 from mlx_fd.runs.manifest import manifest_of
 from mlx_fd.runs.records import Manifest
@@ -161,7 +162,13 @@ def draw_problems(config: Config) -> Drawn:
     """
     options = config.problems
     problem_sets.check_split(options.split, options.train_on_test)
-    source = problem_sets.load(options.problems, options.split, skip_bad_rows=options.skip_bad_rows)
+    source = problem_sets.load(
+        options.problems,
+        options.split,
+        skip_bad_rows=options.skip_bad_rows,
+        kind=options.answer_kind,
+        columns=options.columns,
+    )
     return Drawn(source, *_drawn_from(source, config))
 
 
@@ -355,3 +362,23 @@ def check_run_memory(
             shared=student == expert or source == str(expert.resolve()),
         ),
     )
+
+
+_EXAMPLES, _SHOWN = 3, 200
+
+
+def sample_of_problems(source: str, problems: Sequence[Problem]) -> list[str]:
+    """How problems of a file or a hub data set were read: their kind, and the first as they are.
+
+    Returns:
+        A line for each thing to say; none where the source has a name, and so cannot be mistaken.
+    """
+    if source in SOURCES or not problems:
+        return []
+    kind = KINDS[problems[0].kind]
+    lines = [f"answers of {source}: {kind.help} ({kind.name})"]
+    for problem in problems[:_EXAMPLES]:
+        question = " ".join(problem.question.split())
+        cut = f"{question[:_SHOWN]}..." if len(question) > _SHOWN else question
+        lines.append(f"  {cut} -> {problem.answer}")
+    return lines

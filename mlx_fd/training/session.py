@@ -21,7 +21,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.files import write_json
 from mlx_fd.models.resolve import parse_name
 from mlx_fd.runs.events import Event, Note, Step, Warned
-from mlx_fd.runs.plan import Plan, check_out, configuration
+from mlx_fd.runs.plan import Plan, check_out, configuration, sample_of_problems
 from mlx_fd.runs.records import SelfSummary, Summary
 from mlx_fd.runs.tracking import Tracking, check_installed
 
@@ -175,6 +175,8 @@ def open_run(
     report(Note(f"{_models_of(plan.config)}, {backend().device}"))
     if note := time_note():
         report(Note(note))
+    for text in sample_of_problems(plan.config.problems.problems, plan.problems):
+        report(Note(text))
     for text in (*plan.notes, *warnings):
         report(Warned(text))
     if backend().device == "metal":

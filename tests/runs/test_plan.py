@@ -12,6 +12,7 @@ from mlx_fd import __version__
 from mlx_fd.config import Config, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
+from mlx_fd.problems import load as load_problems
 from mlx_fd.runs.manifest import (
     backend_settings,
     changed_options,
@@ -23,6 +24,7 @@ from mlx_fd.runs.plan import (
     check_out,
     check_run_memory,
     make_plan,
+    sample_of_problems,
     with_absolute_names,
 )
 from support import ROOT
@@ -254,3 +256,16 @@ def test_options_that_may_be_changed_are_said():
     assert changed_options(manifest(), manifest()) == []
     [said] = changed_options(manifest(), manifest(micro_batch=1, checkpoint_every=9))
     assert "checkpoint_every was 4, is 9" in said and "micro_batch was" in said
+
+
+def test_how_a_file_was_read_is_shown_with_its_first_problems(tmp_path):
+    path = tmp_path / "cities.jsonl"
+    row = '{{"question": "Which city {}?", "choices": ["Rome", "Paris"], "answer": 1}}\n'
+    path.write_text("".join(row.format(n) for n in range(9)))
+    problems = load_problems(str(path)).problems
+    first, *examples = sample_of_problems(str(path), problems)
+    assert first == (
+        f"answers of {path}: one of the choices that the question lists, by letter (choice)"
+    )
+    assert examples == [f"  Which city {n}? A. Rome B. Paris -> B" for n in range(3)]
+    assert sample_of_problems("gsm8k", problems) == []

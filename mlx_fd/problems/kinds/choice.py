@@ -18,7 +18,7 @@ LETTERS = string.ascii_uppercase
 # A letter by itself: "B", "(b)", "**B**", "B.", "B) the second", "Answer: B", "option B".
 _LETTER = re.compile(
     r"[\s*_`\"'(\[{$\\]*+(?:(?:the|correct|final|right|answer|option|choice|is)\b[\s:*_`(]*+){0,6}"
-    r"(?:text\{)?([A-Za-z])(?![A-Za-z0-9'])",
+    r"(?:text\{\(?)?([A-Za-z])(?![A-Za-z0-9'])",
     re.IGNORECASE,
 )
 _SAID = re.compile(

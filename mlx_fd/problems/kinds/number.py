@@ -15,12 +15,13 @@ def _read(text: str, problem: Problem, how: str) -> str | None:
 
 
 def _gold(answer: Any, choices: tuple[str, ...]) -> str:
-    text = str(answer)
-    marked = "####" in text
-    value = parsing.final_answer(text[text.rindex("####") :]) if marked else parsing.number(text)
-    if value is None:
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise ValueError(f"'answer' is not text but {type(answer).__name__}")
+    # Of a float the shortest text that is this float.
+    text = parsing.gold_part(str(answer))
+    if not parsing.is_number(text):
         raise ValueError("no final number in 'answer': it is a number, or ends in '#### <number>'")
-    return str(value)
+    return str(parsing.number(text))
 
 
 register_kind(

@@ -41,7 +41,7 @@ def _read(text: str, problem: Problem, how: str) -> str | None:
 
 
 def _gold(answer: Any, choices: tuple[str, ...]) -> str:
-    text = str(answer)
+    text = {True: "yes", False: "no"}[answer] if isinstance(answer, bool) else str(answer)
     final = after_mark(text) if "####" in text else text
     if final is None or not normal(final):
         raise ValueError("'answer' has no word in it")

@@ -36,7 +36,9 @@ def load(split: str) -> ProblemSet:
         row = json.loads(line)
         final = row["answer"].rpartition("#### ")[2].replace(",", "")
         name = f"gsm8k-{split}-{place:05d}"
-        problems.append(Problem(name, row["question"], row["answer"], str(Fraction(final))))
+        problems.append(
+            Problem(name, row["question"], row["answer"], str(Fraction(final)), published=final)
+        )
     return ProblemSet("gsm8k", split, tuple(problems), hashlib.sha256(published).hexdigest())
 
 

@@ -1,0 +1,128 @@
+"""Compares formulas in a process of its own, which can be stopped and may not grow.
+
+Reading ``9^{9^{9^9}}`` would take all memory, and no signal interrupts it. So the process has a
+limit of memory and each comparison a deadline; formulas that reach either are called different.
+
+Run as a program, this module is that process: a line of JSON in, a line of JSON out.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_SECONDS = 5.0
+_START_SECONDS = 60.0
+_BYTES = 4 << 30
+
+
+class _Worker:
+    """The process, begun when it is first needed."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, gold: str, final: str) -> bool | None:
+        """Whether two formulas mean the same; ``None``: that took too long or too much."""
+        begun = self._process is None or self._process.poll() is not None
+        if begun:
+            self._begin()
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps([gold, final]).encode() + b"\n")
+            process.stdin.flush()
+            # The first comparison of a process imports SymPy.
+            wait = _START_SECONDS if begun else _SECONDS
+            ready, _, _ = select.select([process.stdout], [], [], wait)
+            line = process.stdout.readline() if ready else b""
+        except BrokenPipeError:
+            line = b""
+        if not line:
+            self.end()
+            return None
+        return bool(json.loads(line))
+
+    def _begin(self) -> None:
+        self.end()
+        # -P: no module of the folder that the user is in; but the package itself must be found.
+        root = str(Path(__file__).parents[2])
+        search = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "mlx_fd.problems.math_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": search},
+            # A Ctrl-C is for the run, which still wants its answers.
+            start_new_session=True,
+        )
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):
+                    if pipe is not None:
+                        pipe.close()
+        self._process = None
+
+
+_worker = _Worker()
+atexit.register(_worker.end)
+
+
+@functools.lru_cache(maxsize=4096)
+def same(gold: str, final: str) -> bool:
+    """Whether two formulas mean the same, as math-verify reads LaTeX.
+
+    Args:
+        gold: the right one.
+        final: the other; which is which matters to math-verify for inequalities and units.
+
+    Returns:
+        False, too, where that cannot be told in five seconds and four gigabytes.
+    """
+    return bool(_worker.ask(gold, final))
+
+
+def _compare(gold: str, final: str) -> bool:
+    import math_verify
+
+    config = [math_verify.LatexExtractionConfig()]
+
+    def read(text: str) -> Any:
+        # No signals: the deadline is the other process's.
+        return math_verify.parse(f"${text}$", extraction_config=config, parsing_timeout=None)
+
+    return bool(math_verify.verify(read(gold), read(final), timeout_seconds=None))
+
+
+def main() -> None:
+    """Answer lines ``[gold, final]`` with true or false until there are no more."""
+    import resource
+
+    with contextlib.suppress(ValueError, OSError):  # macOS has no limit of memory
+        resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
+    for line in sys.stdin:
+        gold, final = json.loads(line)
+        try:
+            answer = _compare(gold, final)
+        except (Exception, MemoryError):
+            # Whatever a stranger's formula does to a parser, it is not the right answer.
+            answer = False
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""Rows of data sets, as people publish them, turned into problems.
+
+What a row holds is told by its columns' names, in any case and with the names that the published
+sets use. What kind of answers they are is told by all rows together, since one row with ``12`` says
+nothing. Whatever stands in a row and would be left out, such as an image or a passage in an unknown
+column of a question that needs it, is refused; and a number is never pulled out of a formula.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_fd.errors import UserError
+from mlx_fd.problems import Problem, parsing
+from mlx_fd.problems.kinds import KINDS
+from mlx_fd.problems.kinds.choice import LETTERS, listed
+from mlx_fd.text import shown
+
+#: What a column stands for -> the names it is published under, the first of which wins.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "question": ("question", "problem", "query", "prompt", "instruction"),
+    "context": ("context", "passage", "body", "input"),
+    "choices": ("choices", "options"),
+    "answer": (
+        "answer", "answerkey", "answers", "answers_spans", "final_answer", "expected_answer",
+        "target", "label", "gold", "output", "response",
+    ),
+    "solution": ("solution", "rationale", "explanation"),
+    "id": ("id", "task_id"),
+}  # fmt: skip
+_IMAGES = ("image", "images", "decoded_image", "image_path", "picture")
+# Answers that stand for "there is none".
+_MISSING = frozenset({"", "none", "null", "nan", "n/a"})
+# From this share of the rows on they are not bad rows among numbers, but another kind.
+_TEXTS, _FORMULAS = 1 / 3, 1 / 10
+_FORMULA = re.compile(
+    r"[\\^=_{}<>|]|[\d)\]][A-Za-z(\[]|[(\[][^()\[\],]*+,|[A-Za-z]\s?[+*/^]|\d\s?[-+*/]\s?[A-Za-z]\b"
+)
+_OWN_LETTER = re.compile(r"\s*+\(?([A-Z])[).:]\s*+")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read.
+
+    Attributes:
+        columns: what a column stands for (the keys of :data:`COLUMNS`) -> its name in the file.
+        kind: of the answers; ``"auto"``: told by the rows.
+        skip_bad_rows: count rows that cannot be read instead of refusing all.
+    """
+
+    columns: tuple[tuple[str, str], ...] = ()
+    kind: str = "auto"
+    skip_bad_rows: bool = False
+
+
+def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
+    """``question=problem,answer=solution`` as pairs.
+
+    Raises:
+        UserError: it is no such list, or names what no column stands for.
+    """
+    pairs = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        role, equals, name = (piece.strip() for piece in part.partition("="))
+        if not equals or not name or role not in COLUMNS:
+            raise UserError(
+                f"--columns {text}: {part!r} is not one of "
+                f"{', '.join(f'{known}=NAME' for known in COLUMNS)}"
+            )
+        pairs.append((role, name))
+    twice = [role for role, count in Counter(role for role, _ in pairs).items() if count > 1]
+    if twice:
+        raise UserError(f"--columns {text}: {twice[0]} is there twice")
+    return tuple(pairs)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row's parts: texts as they stand, the answer as the file has it."""
+
+    question: str
+    choices: tuple[str, ...]
+    labels: tuple[str, ...]
+    answer: Any
+    solution: str | None
+    id: str
+
+
+def problems_of(
+    rows: Iterable[tuple[str, Mapping[str, Any] | str]], stem: str, reading: Reading
+) -> tuple[list[Problem], list[str], str]:
+    """Problems of some rows.
+
+    Args:
+        rows: where each is, and its columns, or why it could not be split into columns.
+        stem: what ids begin with where rows have none.
+        reading: how.
+
+    Returns:
+        The problems, a line for each bad row, and the kind of the answers.
+
+    Raises:
+        UserError: a column that was named is in no row, or the kind's package is missing.
+    """
+    taken: list[tuple[str, int, _Row]] = []
+    bad: list[tuple[int, str]] = []
+    named = dict(reading.columns)
+    absent, found = set(named.values()), False
+    for place, (where, row) in enumerate(rows):
+        try:
+            if isinstance(row, str):
+                raise ValueError(row)
+            found = True
+            absent -= row.keys()
+            taken.append((where, place, _parts(row, named)))
+        except ValueError as error:
+            bad.append((place, f"{where}: {error}"))
+    if absent and found:
+        raise UserError(f"--columns: no row has a column {shown(min(absent))}")
+    kind = _kind_of([row for _, _, row in taken]) if reading.kind == "auto" else reading.kind
+    KINDS[kind].available()
+    problems: list[Problem] = []
+    seen: dict[str, str] = {}
+    for where, place, parts in taken:
+        try:
+            problem = _problem(parts, kind, f"{stem}-{place:05d}")
+        except ValueError as error:
+            bad.append((place, f"{where}: {error}"))
+            continue
+        if problem.id in seen:
+            first = seen[problem.id]
+            bad.append((place, f"{where}: duplicate id {shown(problem.id)} (first at {first})"))
+            continue
+        seen[problem.id] = where
+        problems.append(problem)
+    return problems, [line for _, line in sorted(bad)], kind
+
+
+# ------------------------------------------------------------------------------------------ columns
+
+
+def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
+    """A row's parts; ``ValueError`` with the reason where it cannot be read."""
+    by_name = {name.strip().lower(): name for name in reversed(list(row))}
+
+    def column(role: str) -> str | None:
+        if role in named:
+            return named[role] if named[role] in row else None
+        for name in COLUMNS[role]:
+            original = by_name.get(name)
+            if original is not None and row[original] is not None:
+                return original
+        return None
+
+    for name in _IMAGES:
+        if name in by_name and row[by_name[name]] not in (None, "", []):
+            raise ValueError(f"has an image ({by_name[name]!r}); mlx-fd reads text only")
+    asked = column("question")
+    if asked is None:
+        raise ValueError("no 'question'")
+    question = text_of(row, asked, "question")
+    context = column("context")
+    if context is not None and str(row[context]).strip():
+        question = f"{text_of(row, context, context).strip()}\n\n{question.strip()}"
+    choices, labels = _choices(row, column("choices"))
+    answer = column("answer")
+    solution = column("solution")
+    if answer is None and solution is not None:
+        # MATH has no other answer than the one in its solution's box.
+        answer = solution
+    identity = column("id")
+    number = None if identity is None else row[identity]
+    if isinstance(number, bool | float | list | dict):
+        raise ValueError(f"'id' is not text but {type(number).__name__}")
+    instance = row.get(by_name.get("instance", ""))
+    return _Row(
+        question=question,
+        choices=choices,
+        labels=labels,
+        answer=None if answer is None else row[answer],
+        solution=None if solution is None else text_of(row, solution, "solution"),
+        # GSM-Symbolic's ids are those of templates, each of which has instances.
+        id="-".join(str(part) for part in (number, instance) if part not in (None, "")),
+    )
+
+
+def text_of(row: Mapping[str, Any], column: str, named: str) -> str:
+    """A column's text; ``ValueError`` with the reason where it is none."""
+    value = row.get(column)
+    if value is None:
+        raise ValueError(f"no {named!r}")
+    if not isinstance(value, str):
+        raise ValueError(f"{named!r} is not text but {type(value).__name__}")
+    if not value.strip():
+        raise ValueError(f"{named!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{named!r} is not UTF-8 text (at character {error.start})") from None
+    return value
+
+
+def question_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
+    """A question and an answer to it that is to be judged; ``ValueError`` where one is missing."""
+    answer = row.get("answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    asked = "problem" if row.get("question") is None else "question"
+    return text_of(row, asked, "question"), text_of({"answer": answer}, "answer", "answer")
+
+
+def _choices(row: Mapping[str, Any], column: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The choices of a row, and the labels that its answer may name them by."""
+    value = None if column is None else row[column]
+    if isinstance(value, str):
+        raise ValueError(f"{column!r} is not a list of choices but text")
+    labels: Sequence[Any] = ()
+    if isinstance(value, Mapping):
+        if set(value) >= {"text", "label"}:  # ARC, CommonsenseQA
+            labels, value = value["label"], value["text"]
+        else:
+            labels, value = list(value), list(value.values())
+    if not value:
+        return (), ()
+    texts = [str(choice) for choice in value]
+    if len(texts) > len(LETTERS) or any(not text.strip() for text in texts):
+        raise ValueError(f"{column!r} has an empty choice, or more than {len(LETTERS)}")
+    own = [_OWN_LETTER.match(text) for text in texts]
+    if all(match and match[1] == letter for match, letter in zip(own, LETTERS, strict=False)):
+        # AGIEval writes each choice's letter before it.
+        texts = [text[match.end() :] for text, match in zip(texts, own, strict=True) if match]
+    if labels and len(labels) != len(texts):
+        raise ValueError(f"{column!r} has {len(texts)} choices, but {len(labels)} labels")
+    return tuple(texts), tuple(str(label) for label in labels)
+
+
+# -------------------------------------------------------------------------------------------- kinds
+
+
+def _missing(answer: Any) -> bool:
+    return answer is None or (isinstance(answer, str) and answer.strip().lower() in _MISSING)
+
+
+def _kind_of(rows: Sequence[_Row]) -> str:
+    """The kind of all rows: a number is a formula and a text, too, but not the other way round."""
+    counts = Counter(_own_kind(row) for row in rows if not _missing(row.answer))
+    total = counts.total()
+    if counts["choice"] > total / 2:
+        return "choice"
+    if counts["math"] and counts["math"] >= _FORMULAS * total:
+        return "math"
+    return "text" if counts["text"] and counts["text"] >= _TEXTS * total else "number"
+
+
+def _own_kind(row: _Row) -> str:
+    if row.choices:
+        return "choice"
+    answer = row.answer
+    if isinstance(answer, bool | list | tuple | Mapping):
+        return "text"
+    if isinstance(answer, int | float):
+        return "number"
+    text = parsing.gold_part(str(answer))
+    if parsing.is_number(text):
+        return "number"
+    return "math" if _FORMULA.search(text) else "text"
+
+
+def _problem(row: _Row, kind: str, default_id: str) -> Problem:
+    answer = row.answer
+    also: tuple[str, ...] = ()
+    if _missing(answer):
+        raise ValueError("no 'answer'")
+    if isinstance(answer, Mapping):  # SQuAD, DROP
+        parts = answer.get("text", answer.get("spans"))
+        if parts is None:
+            raise ValueError("'answer' is not text but dict")
+        answer = parts
+    if isinstance(answer, list | tuple):
+        if not answer:
+            raise ValueError("'answer' is empty")
+        answer, *rest = [_checked(part) for part in answer]
+        also = tuple(KINDS[kind].gold(other, row.choices) for other in dict.fromkeys(rest))
+    question = row.question
+    if kind == "choice":
+        if len(row.choices) < 2:
+            raise ValueError("no 'choices'")
+        if str(answer) in row.labels:
+            answer = row.labels.index(str(answer))
+        question = listed(question, row.choices)
+    elif row.choices:
+        raise ValueError(f"has choices, but its answers are read as {kind}")
+    gold = KINDS[kind].gold(_checked(answer), row.choices)
+    # Of a float the shortest text that is this float.
+    solution = str(answer) if row.solution is None else row.solution
+    return Problem(
+        id=row.id or default_id,
+        question=question,
+        solution=solution,
+        answer=gold,
+        kind=kind,
+        choices=row.choices,
+        also_right=tuple(other for other in dict.fromkeys(also) if other != gold),
+        published=parsing.gold_part(str(answer)),
+    )
+
+
+def _checked(answer: Any) -> Any:
+    if isinstance(answer, str):
+        return text_of({"answer": answer}, "answer", "answer")
+    if not isinstance(answer, bool | int | float):
+        raise ValueError(f"'answer' is not text but {type(answer).__name__}")
+    return answer

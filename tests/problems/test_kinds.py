@@ -1,0 +1,175 @@
+"""What is read from a reply of each kind, and what is right."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_fd.problems import Problem
+from mlx_fd.problems.kinds import KINDS, form_of, is_right, read_final
+from mlx_fd.problems.kinds.text import normal, token_f1
+from mlx_fd.problems.prompts import answer_prompt, final_prompt, revise_prompt
+
+ANIMALS = ("a cat", "a dog", "the bird", "A and B")
+
+
+def choice(answer="B", choices=ANIMALS):
+    return Problem("p", "Which barks?", "", answer, "choice", choices)
+
+
+def text(answer, *also):
+    return Problem("p", "Who?", "", answer, "text", (), also)
+
+
+def math(answer, *also):
+    return Problem("p", "What?", "", KINDS["math"].gold(answer, ()), "math", (), also)
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("It barks.\n#### B", "B"),
+        ("#### (b)", "B"),
+        ("#### B. a dog", "B"),
+        ("#### **B**", "B"),
+        ("#### B) a dog, of course", "B"),
+        ("#### a dog", "B"),
+        ("#### A dog.", "B"),
+        ("#### The bird", "C"),
+        ("#### A and B", "D"),
+        ("#### The answer is C", "C"),
+        (r"so \boxed{B}", "B"),
+        (r"so \boxed{\text{C}}", "C"),
+        (r"so $\boxed{\text{(D)}}$", "D"),
+        ("The correct answer is B.", "B"),
+        ("Answer: B", "B"),
+        ("First I thought the answer is A. No, the answer is (C).", "C"),
+        ("B", "B"),
+        ("b.", "B"),
+        ("#### E", None),
+        ("#### 2", None),
+        ("A dog barks, and a cat does not.", None),
+        ("I think that a cat meows.", None),
+        ("", None),
+        ("#### ", None),
+    ],
+)
+def test_a_choice_is_read_by_letter_or_in_its_words(reply, letter):
+    problem = choice()
+    assert read_final(reply, problem) == letter
+    assert is_right(letter, problem) == (letter == "B")
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "letter"),
+    [
+        (1, ("a", "b"), "B"),
+        (1, ("1", "0", "2"), "B"),  # an integer is a place, from 0 on, as in MMLU
+        ("1", ("1", "0", "2"), "A"),
+        ("b", ("x", "y"), "B"),
+        ("(A)", ("x", "y"), "A"),
+        ("y", ("x", "y"), "B"),
+        ("They agree.\n#### B", ("x", "y"), "B"),
+    ],
+)
+def test_gold_choices(answer, choices, letter):
+    assert KINDS["choice"].gold(answer, choices) == letter
+
+
+@pytest.mark.parametrize("answer", [2, -1, True, "C", "z", "", None])
+def test_what_is_no_choice_is_refused(answer):
+    with pytest.raises(ValueError, match="none of the 2 choices"):
+        KINDS["choice"].gold(answer, ("x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("reply", "gold", "right"),
+    [
+        ("#### Paris", "paris", True),
+        ("#### The Eiffel Tower.", "Eiffel tower", True),
+        ("#### **Zoë Ñandú**", "zoë ñandú", True),
+        ("#### London", "Paris", False),
+        ("#### Paris, France", "Paris", False),
+        ("Paris", "Paris", False),  # nothing is marked as the answer
+        ("#### the", "the", False),
+        ("first #### London\nno: #### Paris\nBye.", "Paris", True),
+    ],
+)
+def test_texts_are_compared_as_squad_does(reply, gold, right):
+    problem = text(gold)
+    assert is_right(read_final(reply, problem), problem) is right
+
+
+def test_several_references_are_right():
+    problem = text("United States", "USA", "America")
+    assert is_right(read_final("#### the U.S.A.", problem), problem)
+    assert not is_right(read_final("#### Canada", problem), problem)
+
+
+def test_token_f1_by_hand():
+    # two of three words and two of two
+    assert token_f1("the big red dog", "red dog") == pytest.approx(2 * 2 / (3 + 2))
+    assert token_f1("cat", "dog") == 0 and token_f1("", "the") == 1
+
+
+@given(st.text(max_size=60))
+def test_normal_texts_stay_as_they_are(some):
+    assert normal(normal(some)) == normal(some)
+
+
+@pytest.mark.parametrize(
+    ("reply", "gold", "right"),
+    [
+        (r"\boxed{\sqrt{51}}", r"\sqrt{51}", True),
+        (r"\boxed{51}", r"\sqrt{51}", False),
+        (r"#### $2\sqrt{3}$", r"\sqrt{12}", True),
+        (r"\boxed{(2,4)}", "(2,4)", True),
+        (r"\boxed{(4,2)}", "(2,4)", False),
+        (r"\boxed{2.4}", "(2,4)", False),
+        (r"\boxed{\{2, 1\}}", r"\{1,2\}", True),
+        (r"\boxed{[0,1)}", "[0,1)", True),
+        (r"\boxed{[0,1]}", "[0,1)", False),
+        (r"\boxed{\dfrac{\sqrt 3}{3}}", r"\frac{\sqrt{3}}{3}", True),
+        (r"\boxed{\left(3, \frac{\pi}{2}\right)}", r"(3,\frac{\pi}{2})", True),
+        (r"#### 7\pi", r"7 \pi", True),
+        (r"#### x = 5", "5", True),
+        (r"#### 1 - i", "1-i", True),
+        (r"\boxed{q-p}", "p-q", False),
+        (r"#### \text{Evelyn}", r"\text{Evelyn}", True),
+        ("It is 51.", "51", False),
+    ],
+)
+def test_formulas_are_compared_by_meaning(reply, gold, right):
+    problem = math(gold)
+    assert is_right(read_final(reply, problem), problem) is right
+
+
+def test_a_tower_of_powers_is_wrong_soon_and_the_next_answer_is_compared():
+    begin = time.monotonic()
+    assert not is_right("9^{9^{9^{9^9}}}", math("5"))
+    assert time.monotonic() - begin < 70
+    assert is_right(r"\frac{10}{2}", math("5"))
+
+
+@given(st.text(max_size=80))
+def test_no_reply_is_too_odd_to_be_read(some):
+    for problem in (choice(), text("a"), math("1"), Problem("p", "?", "", "1")):
+        for reply in (some, f"#### {some}", rf"\boxed{{{some}}}"):
+            final = read_final(reply, problem)
+            assert final is None or final == final.strip() != ""
+
+
+def test_each_kind_asks_for_its_own_ending():
+    for name, kind in KINDS.items():
+        problem = Problem("p", "?", "", "", name)
+        assert kind.form.end.startswith("End with a line of its own: #### <")
+        for prompt in (
+            answer_prompt("Why?", form_of(problem)),
+            revise_prompt("", form_of(problem)),
+            final_prompt(form_of(problem)),
+        ):
+            assert prompt.endswith(kind.form.end)
+    assert answer_prompt(" 2 + 3? ") == (
+        "2 + 3?\n\nSolve step by step. End with a line of its own: #### <number>"
+    )

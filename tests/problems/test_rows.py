@@ -1,0 +1,213 @@
+"""Data sets as they are published: small made-up files of the same shape."""
+
+import json
+
+import pytest
+
+from mlx_fd.errors import UserError
+from mlx_fd.problems import load
+
+CHOICES = ["red", "blue", "green", "white"]
+
+
+def written(tmp_path, *rows, name="p.jsonl"):
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def only(tmp_path, *rows, **options):
+    return load(written(tmp_path, *rows), **options).problems
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "kind", "answer"),
+    [
+        pytest.param(
+            {"question": "2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"},
+            "2 + 3?", "number", "5", id="GSM8K",
+        ),
+        pytest.param(
+            {"Body": "Ann has 3 pens.", "Question": "How many pens?", "Answer": 3.0},
+            "Ann has 3 pens.\n\nHow many pens?", "number", "3", id="SVAMP",
+        ),
+        pytest.param(
+            {"body": "Seven red apples and two green ones.", "question": "How many apples?",
+             "answer": "9 (apples)", "formula": "7+2=9"},
+            "Seven red apples and two green ones.\n\nHow many apples?", "number", "9", id="ASDiv",
+        ),
+        pytest.param(
+            {"problem": "Where do they meet?", "solution": r"So it is $\boxed{(2,4)}$.",
+             "answer": "(2,4)", "subject": "Algebra", "level": 3, "unique_id": "test/1.json"},
+            "Where do they meet?", "math", "(2,4)", id="MATH-500",
+        ),
+        pytest.param(
+            {"problem": "What is it?", "solution": r"So it is $\boxed{\sqrt{51}}$.", "level": "5"},
+            "What is it?", "math", r"\sqrt{51}", id="MATH",
+        ),
+        pytest.param(
+            {"id": 60, "problem": "Walk?", "solution": "...", "answer": "204", "year": "2024"},
+            "Walk?", "number", "204", id="AIME",
+        ),
+        pytest.param(
+            {"source": "cn_k12", "problem": "Find k.", "solution": r"Then $\boxed{2k}$ follows.",
+             "messages": []},
+            "Find k.", "math", "2k", id="NuminaMath",
+        ),
+        pytest.param(
+            {"question": "Which?", "subject": "art", "choices": CHOICES, "answer": 2},
+            "Which?\nA. red\nB. blue\nC. green\nD. white", "choice", "C", id="MMLU",
+        ),
+        pytest.param(
+            {"id": "x1", "question": "Which?", "answerKey": "2",
+             "choices": {"text": ["up", "down"], "label": ["1", "2"]}},
+            "Which?\nA. up\nB. down", "choice", "B", id="ARC",
+        ),
+        pytest.param(
+            {"id": "q", "question": "Which?", "question_concept": "c", "answerKey": "A",
+             "choices": {"label": ["A", "B"], "text": ["up", "down"]}},
+            "Which?\nA. up\nB. down", "choice", "A", id="CommonsenseQA",
+        ),
+        pytest.param(
+            {"passage": "It rains.", "question": "Why?", "options": ["(A)so", "(B)no"],
+             "label": "B", "answer": None},
+            "It rains.\n\nWhy?\nA. so\nB. no", "choice", "B", id="AGIEval",
+        ),
+        pytest.param(
+            {"passage": "Ann and Bob won.", "question": "Who won?",
+             "answers_spans": {"spans": ["Ann", "Ann and Bob"], "types": ["span", "span"]}},
+            "Ann and Bob won.\n\nWho won?", "text", "Ann", id="DROP",
+        ),
+        pytest.param(
+            {"context": "Paris is a city.", "question": "What is a city?",
+             "answers": {"text": ["Paris", "Paris"], "answer_start": [0, 0]}},
+            "Paris is a city.\n\nWhat is a city?", "text", "Paris", id="SQuAD",
+        ),
+        pytest.param(
+            {"qid": "1", "question": "Do fish fly?", "answer": False, "facts": []},
+            "Do fish fly?", "text", "no", id="StrategyQA",
+        ),
+        pytest.param(
+            {"question": "What is the capital of France?", "answer": "Paris"},
+            "What is the capital of France?", "text", "Paris", id="names",
+        ),
+    ],
+)  # fmt: skip
+def test_published_shapes(tmp_path, row, question, kind, answer):
+    (problem,) = only(tmp_path, row)
+    assert (problem.question, problem.kind, problem.answer) == (question, kind, answer)
+
+
+def test_several_right_answers_are_kept(tmp_path):
+    row = {"question": "Who?", "answer": ["Ann", "Anna", "Ann"]}
+    (problem,) = only(tmp_path, row)
+    assert (problem.answer, problem.also_right) == ("Ann", ("Anna",))
+
+
+def test_instances_of_one_template_are_problems_of_their_own(tmp_path):
+    rows = [
+        {"id": 1, "instance": place, "question": f"{place} + 1?", "answer": f"#### {place + 1}"}
+        for place in range(4)
+    ]
+    assert [p.id for p in only(tmp_path, *rows)] == ["1-0", "1-1", "1-2", "1-3"]
+
+
+def test_answers_that_say_none_are_missing(tmp_path):
+    rows = [{"question": f"{n}?", "answer": str(n)} for n in range(9)]
+    rows.append({"question": "What is missing?", "answer": "None"})
+    with pytest.raises(UserError, match=r"p\.jsonl:10: no 'answer'"):
+        only(tmp_path, *rows)
+    assert len(only(tmp_path, *rows, skip_bad_rows=True)) == 9
+
+
+def test_one_row_does_not_change_the_kind_of_all(tmp_path):
+    rows = [{"question": f"{n}?", "answer": str(n)} for n in range(20)]
+    rows.append({"question": "odd?", "answer": "unknown"})
+    with pytest.raises(UserError, match=r"p\.jsonl:21: no final number in 'answer'"):
+        only(tmp_path, *rows)
+
+
+def test_a_third_of_formulas_makes_all_of_them_formulas(tmp_path):
+    answers = ["12", r"\sqrt{2}", "3", "(1,2)", "7", "8"]
+    got = only(tmp_path, *({"problem": f"{a}?", "answer": a} for a in answers))
+    assert {p.kind for p in got} == {"math"}
+    assert [p.answer for p in got] == answers
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"\sqrt{51}", r"\frac{\sqrt{3}}{3}", "(2,4)", "(3,4]", r"(2,\infty)", r"7\pi", "2k",
+        "y = -2x", r"\frac{20000}{\pi}", "n=-6,9", "1-i", r"\frac{5}{24r}", "2^{k}",
+        "240/(x-2)-240/x=10", r"\{1,2\}", "x^2+1",
+    ],
+)  # fmt: skip
+def test_no_number_is_pulled_out_of_a_formula(tmp_path, answer):
+    (problem,) = only(tmp_path, {"problem": "?", "answer": answer})
+    assert problem.kind == "math"
+    with pytest.raises(UserError, match="no final number in 'answer'"):
+        only(tmp_path, {"problem": "?", "answer": answer}, kind="number")
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        ("18", "18"), ("$1,234.50", "2469/2"), ("3/4", "3/4"), ("1 1/2", "3/2"), ("18 eggs", "18"),
+        ("9 (apples)", "9"), (r"\frac{270}{7}", "270/7"), ("50%", "50"), ("-0.5", "-1/2"),
+        ("1,00,000", "100000"), ("12 sq. cm", "12"), ("5.", "5"),
+    ],
+)  # fmt: skip
+def test_numbers_as_people_write_them(tmp_path, answer, value):
+    (problem,) = only(tmp_path, {"question": "?", "answer": answer})
+    assert (problem.kind, problem.answer) == ("number", value)
+
+
+@pytest.mark.parametrize("column", ["image", "images", "decoded_image"])
+def test_images_are_refused(tmp_path, column):
+    row = {"question": "How many?", "answer": "3", column: "chart.png"}
+    with pytest.raises(UserError, match=rf"has an image \('{column}'\); mlx-fd reads text only"):
+        only(tmp_path, row)
+    assert only(tmp_path, {**row, column: None})
+
+
+def test_columns_can_be_named(tmp_path):
+    path = written(tmp_path, {"text": "2 + 3?", "key": "5", "question": "not this"})
+    (problem,) = load(path, columns="question=text, answer=key").problems
+    assert (problem.question, problem.answer) == ("2 + 3?", "5")
+    with pytest.raises(UserError, match="--columns: no row has a column 'texts'"):
+        load(path, columns="question=texts,answer=key,context=text")
+    with pytest.raises(UserError, match="'frage=text' is not one of question=NAME"):
+        load(path, columns="frage=text")
+    with pytest.raises(UserError, match="answer is there twice"):
+        load(path, columns="answer=a,answer=b")
+
+
+def test_a_kind_can_be_chosen(tmp_path):
+    path = written(tmp_path, {"question": "How many?", "answer": "12"})
+    assert load(path, kind="text").problems[0].kind == "text"
+    with pytest.raises(UserError, match="no 'choices'"):
+        load(path, kind="choice")
+
+
+@pytest.mark.parametrize(
+    ("choices", "reason"),
+    [
+        ("red or blue", "'choices' is not a list of choices but text"),
+        (["red", ""], "'choices' has an empty choice"),
+        ({"text": ["a", "b"], "label": ["A"]}, "2 choices, but 1 labels"),
+    ],
+)
+def test_odd_choices_are_refused(tmp_path, choices, reason):
+    with pytest.raises(UserError, match=reason):
+        only(tmp_path, {"question": "?", "choices": choices, "answer": 0})
+
+
+@pytest.mark.parametrize("answer", ["8.5", "8.50", 8.5])
+def test_lm_eval_compares_the_gold_as_it_is_published(tmp_path, answer):
+    from mlx_fd.problems import parsing
+
+    (problem,) = only(tmp_path, {"question": "17 for 2?", "answer": answer})
+    assert problem.answer == "17/2"
+    gold = f"#### {problem.published}"
+    assert parsing.lm_eval_match(f"17 / 2\n#### {problem.published}", gold, "strict")
+    assert not parsing.lm_eval_match("#### 17/2", gold, "strict")
