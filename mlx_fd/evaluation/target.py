@@ -19,6 +19,7 @@ from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.directory import blaming
+from mlx_fd.models.loading import check_can_think
 from mlx_fd.models.pairing import check_pair
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.storage import read_json
@@ -152,6 +153,10 @@ def open_target(
     # A run's student is asked in the way that it was trained in, whoever is the expert now.
     template = (ref.template if run is not None else None) or pairing.template
     models["chat_template"] = {"name": template.owner, "sha256": template.digest()}
+    if config.generation.student_thinking == "on":
+        check_can_think(student, template)
+    if expert_path is not None and config.generation.expert_thinking == "on":
+        check_can_think(expert_path, pairing.expert_template or template)
     return Target(
         name=name,
         config=config,

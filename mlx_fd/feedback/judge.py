@@ -18,7 +18,7 @@ from mlx_fd.models.chat_template import ChatTemplate, fitted
 from mlx_fd.models.context import Surroundings, context_length, too_long
 from mlx_fd.models.directory import blaming
 from mlx_fd.models.generation import said
-from mlx_fd.models.loading import Loaded, load, open_template, with_thinking
+from mlx_fd.models.loading import Loaded, check_can_think, load, open_template, with_thinking
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import (
@@ -349,6 +349,8 @@ def open_student(
     ref = name if isinstance(name, ModelRef) else locate_model(str(name))
     if thinking is not None:
         ref = dataclasses.replace(ref, thinking=ThinkingOptions(thinking, max_thinking_tokens))
+    if ref.thinking.on:
+        check_can_think(ref.model, ref.template or open_template(ref.model))
     if ref.adapter is not None:
         loaded = _told(load(ref.model, template=ref.template), ref)
         return Judge(ref, _with_adapter(loaded, ref.adapter), None)

@@ -18,7 +18,6 @@ from mlx_fd.models.chat_template import (
     choose_source,
     fitted,
 )
-from mlx_fd.models.config_check import check_model
 from mlx_fd.models.dense import dequantize
 from mlx_fd.models.directory import CONFIG, blaming, check_directory, check_files
 from mlx_fd.models.memory import available_memory
@@ -97,6 +96,8 @@ def open_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         UserError: files are missing or damaged, or mlx-lm does not know the architecture.
     """
     from mlx_lm.utils import load_model
+
+    from mlx_fd.models.config_check import check_model
 
     if not (path / "config.json").exists() or not any(path.glob("model*.safetensors")):
         raise UserError(

@@ -171,6 +171,12 @@ def test_self_distillation_learns_after_its_thoughts(used, dirs):
         assert row["logprob_gap"] < 1e-2
 
 
+def test_a_run_that_thinks_has_a_report(used):
+    result = CliRunner().invoke(cli, ["report", str(used / "run"), "--out", str(used / "r.html")])
+    assert result.exit_code == 0, result.output
+    assert (used / "r.html").stat().st_size
+
+
 def judged_by(dirs, **changes):
     """A pair, its options, and an episode after step 2."""
     plan = plan_of(dirs, **changes)
@@ -251,3 +257,6 @@ def test_a_model_that_cannot_think_is_refused_before_it_is_loaded(tmp_path):
     )
     with pytest.raises(UserError, match="does not think"):
         checked_plan(config)
+    (expert / "model.safetensors").write_bytes(b"")  # never read
+    with pytest.raises(UserError, match="does not think"):
+        open_student(str(expert), thinking=True)
