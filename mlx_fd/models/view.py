@@ -9,6 +9,7 @@ in its property ``layers``; where its hidden states become logits is found by ru
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -217,6 +218,26 @@ class _Returns(_StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         return self._value
+
+
+class _Silent(_StandIn):
+    """Stands in for a head: its product is 0, however a model makes it. It still embeds tokens."""
+
+    def __init__(self, module: nn.Module, rows: int):
+        super().__init__(module)
+        self._rows = rows
+
+    def __call__(self, states: mx.array) -> mx.array:
+        embeds = hasattr(self._module, "as_linear")
+        return self._module(states) if embeds else self.as_linear(states)
+
+    def as_linear(self, hidden: mx.array) -> mx.array:
+        return mx.zeros((*hidden.shape[:-1], self._rows), hidden.dtype)
+
+    @property
+    def weight(self) -> mx.array:
+        weight: mx.array = self._module.weight
+        return mx.broadcast_to(mx.zeros((), weight.dtype), weight.shape)
 
 
 def _is_plain(value: Any) -> bool:
@@ -481,17 +502,19 @@ def _linear(view: View, dtype: mx.Dtype) -> View | None:
         if _shape(module) != (view.rows, view.width):
             continue
         transform = _fit(view.logits, product(module), view.width, dtype)
-        if transform is not None:
-            return View(
-                view.model,
-                view.block_paths,
-                view.final_path,
-                path,
-                transform,
-                view.width,
-                view.rows,
-            )
+        # Embedding and head may hold the same numbers and still be two, of which one is learned.
+        if transform is not None and _makes_logits(view, path, dtype):
+            return dataclasses.replace(view, head_path=path, transform=transform)
     return None
+
+
+def _makes_logits(view: View, path: ModulePath, dtype: mx.Dtype) -> bool:
+    """Whether a module is what the model multiplies its final hidden states with."""
+    hidden = mx.ones((1, view.width), dtype)
+    before = view.logits(hidden)
+    with _replaced(view.model, {path: _Silent(_at(view.model, path), view.rows)}):
+        after = view.logits(hidden)
+    return not mx.array_equal(before, after, equal_nan=True).item()
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

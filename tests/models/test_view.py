@@ -177,6 +177,17 @@ def test_a_biased_head_whose_product_alone_is_scaled_is_left_to_the_model(opened
     assert isinstance(find_view(model).head, DenseLogits)
 
 
+def test_a_head_with_the_embeddings_numbers_is_told_from_them(opened):
+    """Where both are learned they part."""
+    model = opened("llama")
+    model.lm_head.weight = mx.array(model.model.embed_tokens.weight)
+    assert find_view(model).head_path == ("lm_head",)
+    tied = opened("llama_tied")
+    tied.lm_head = nn.Linear(64, tied.model.embed_tokens.weight.shape[0], bias=False)
+    tied.lm_head.weight = mx.array(tied.model.embed_tokens.weight)
+    assert find_view(tied).head_path == ("model", "embed_tokens")
+
+
 def test_finding_leaves_the_model_and_the_random_numbers_alone(opened):
     model = opened("qwen3_5")
     before = [name for name, _ in tree_flatten(model.parameters())]
