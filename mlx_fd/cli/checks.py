@@ -207,7 +207,11 @@ def models_table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(column, no_wrap=column != "what")
     for row in rows:
         what = row["note"] or row["source"]
-        texts = (row["name"], "yes" if row["here"] else "", row["student"], what)
+        student = row["student"]
+        if student.startswith(f"{row['name']}:"):
+            # The same model with fewer layers: its name stands at the line's beginning.
+            student = student.removeprefix(row["name"])
+        texts = (row["name"], "yes" if row["here"] else "", student, what)
         # A folder's name may hold anything.
         table.add_row(*(Text(strip_control_chars(text)) for text in texts))
     return table

@@ -257,11 +257,14 @@ def _check_config(path: Path) -> None:
     if _writes_text(config, _GENERATING):  # an encoder is none of mlx-lm's
         readable = as_mlx_lm_reads(config, path / "config.json")
         # Only here: MLX is loaded with it.
+        from mlx_fd.models.config_check import check_model
         from mlx_fd.models.layer_kinds import build
         from mlx_fd.models.view import check_blocks
 
         with blaming(f"{path / 'config.json'}: mlx-lm makes no model of it"):
-            check_blocks(build(readable))
+            model = build(readable)
+            check_blocks(model)
+            check_model(model, readable, path / "config.json")
 
 
 def _advice() -> str:

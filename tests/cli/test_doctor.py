@@ -126,7 +126,9 @@ def test_models_found_here_are_marked(tmp_path, monkeypatch):
     text = next(row for row in doctor.checks() if row["what"] == "models here")["text"]
     assert "qwen2.5-0.5b-4bit" in text and "someone/model" in text
     table = printed(doctor.models_table(list(rows.values())))
-    assert any(line.split()[:2] == ["qwen2.5-0.5b-4bit", "yes"] for line in table.splitlines())
+    words = [line.split() for line in table.splitlines()]
+    assert any(line[:3] == ["qwen2.5-0.5b-4bit", "yes", ":layers=12"] for line in words)
+    assert any(line[:2] == ["qwen2.5-7b-4bit", "qwen2.5-1.5b-4bit"] for line in words)
 
 
 def test_a_folder_whose_name_steers_the_terminal_is_listed_without_it():

@@ -304,6 +304,7 @@ def test_what_config_json_shows_is_told_before_weights_are_downloaded(
     for entries, message in (
         ({"model_type": "nonesuch"}, "mlx-lm has no architecture 'nonesuch'"),
         ({"rope_parameters": {"rope_theta": 3.0}}, "rope_theta is 10000.0 and rope_parameters'"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "spiral"),
         ({"model_type": "iquestloopcoder"}, "their blocks are not run one after the other"),
     ):
         (hub.files / "config.json").write_text(json.dumps({**config, **entries}))
