@@ -115,6 +115,7 @@ def export(
     check_form(form)
     check_out(folder, with_archive=with_archive)
     source = open_source(name, adapter)
+    FORMATS[form.format].check(source, form)
     progress("loading", 0, 1)
     judge = open_student(source.ref)
     live, student = judge.student_lm, judge.student

@@ -168,11 +168,7 @@ def _tensors(source: Source, family: Family, sizes: _Sizes, kind: str) -> list[_
     name_of = tensor_names(family, sizes.layers)
     tensors = []
     for target, array in weights.items():
-        name = name_of(target)
-        if name is None:
-            raise UserError(
-                f"--format gguf: {target} has no place in a {family.gguf} file of llama.cpp's"
-            )
+        name = _named(name_of(target), target, family)
         shape = tuple(array.shape)
         heads = interleaved_heads(family, name, sizes.heads, sizes.kv_heads)
         reorder = partial(interleave, heads=heads) if heads else np.ascontiguousarray
@@ -316,6 +312,38 @@ def _add_tokenizer(
 def file_name(kind: str | None) -> str:
     """What an export calls a file of one of ``TYPES``; ``None``: of the default one."""
     return f"model-{kind or _DEFAULT}.gguf"
+
+
+def check_source(source: Source) -> None:
+    """Make sure that llama.cpp has a model's architecture and tokenizer. No weight is read.
+
+    Args:
+        source: what is to be written.
+
+    Raises:
+        UserError: it has not, or would compute otherwise.
+    """
+    from mlx.utils import tree_flatten
+
+    base, config = open_lazily(source.ref.model)
+    family = family_of(config["model_type"], "--format gguf")
+    args: Any = base.args
+    _check(family, args)
+    sizes = _sizes(args)
+    rope_scaling.to_file(family, args, sizes.head_dim)
+    read_vocabulary(source.ref.model / "tokenizer.json", sizes.rows, family.gguf)
+    name_of = tensor_names(family, sizes.layers)
+    for name, _ in tree_flatten(base.parameters()):
+        if not name.endswith((".scales", ".biases", ".global_scale")):
+            _named(name_of(name), name, family)
+
+
+def _named(found: str | None, name: str, family: Family) -> str:
+    if found is None:
+        raise UserError(
+            f"--format gguf: {name} has no place in a {family.gguf} file of llama.cpp's"
+        )
+    return found
 
 
 def write_file(

@@ -114,6 +114,16 @@ def _generation_config(source: Source, config: dict[str, Any]) -> dict[str, Any]
     return {name: config[name] for name in names if config.get(name) is not None}
 
 
+def check_source(source: Source) -> None:
+    """Make sure that the model is of a known family. No weight is read.
+
+    Raises:
+        UserError: it is not.
+    """
+    _, config = open_lazily(source.ref.model)
+    family_of(config["model_type"], "--format hf")
+
+
 def write_model(
     source: Source,
     tokenizer: Any,
@@ -156,6 +166,8 @@ def write_model(
             "modules_to_not_convert": sorted(plain),
         }
     del model
+    write_json(folder / "config.json", config)
+    _check(folder, args, family)
     split = split_state_dict_into_shards_factory(
         weights,
         get_storage_size=lambda array: array.nbytes,
@@ -172,8 +184,6 @@ def write_model(
             "weight_map": dict(sorted(split.tensor_to_filename.items())),
         }
         write_json(folder / "model.safetensors.index.json", index)
-    write_json(folder / "config.json", config)
-    _check(folder, args, family)
     write_json(folder / "generation_config.json", _generation_config(source, config))
     copy_tokenizer(source.ref.model, folder)
 

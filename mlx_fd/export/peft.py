@@ -31,6 +31,9 @@ _LAYERS = "model.layers."
 _PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
 
 
+_Modules = dict[str, dict[str, "mx.array"]]
+
+
 class Place(NamedTuple):
     """Where a module is: the number of its block, and its name within it."""
 
@@ -83,6 +86,38 @@ def targets(adapted: set[Place], model: nn.Module) -> list[str]:
     )
 
 
+def _adapted(source: Source) -> tuple[dict[str, Any], nn.Module, _Modules, set[Place]]:
+    """The adapter's configuration, its base model, its arrays by module, and where those are.
+
+    Raises:
+        UserError: there is no adapter, it is none of a known family, or on modules for which PEFT
+            has no place.
+    """
+    config = adapter_config(source.ref)
+    if config.get("fine_tune_type", "lora") not in ("lora", "dora"):
+        raise UserError(
+            "--adapter: this student was trained in all its weights, and PEFT's format holds "
+            "LoRA; leave --adapter out"
+        )
+    model, base_config = open_lazily(source.ref.model)
+    family = family_of(base_config["model_type"], "--format hf")
+    assert source.ref.adapter_folder is not None
+    modules: _Modules = defaultdict(dict)
+    for name, array in read_arrays(source.ref.adapter_folder / ADAPTER_WEIGHTS).items():
+        module, part = name.rsplit(".", 1)
+        modules[module][part] = array
+    return config, model, modules, {_place(m, family, parts) for m, parts in modules.items()}
+
+
+def check_source(source: Source) -> None:
+    """Make sure that PEFT has a place for a student's adapter. No weight is computed.
+
+    Raises:
+        UserError: it has not.
+    """
+    _adapted(source)
+
+
 def write_adapter(source: Source, folder: Path, *, base_model: str | None = None) -> None:
     """Write a student's LoRA or DoRA as PEFT reads it.
 
@@ -98,22 +133,9 @@ def write_adapter(source: Source, folder: Path, *, base_model: str | None = None
     """
     import mlx.core as mx
 
-    config = adapter_config(source.ref)
-    if config["fine_tune_type"] not in ("lora", "dora"):
-        raise UserError(
-            "--adapter: this student was trained in all its weights, and PEFT's format holds "
-            "LoRA; leave --adapter out"
-        )
-    model, base_config = open_lazily(source.ref.model)
-    family = family_of(base_config["model_type"], "--format hf")
-    assert source.ref.adapter_folder is not None
+    config, model, modules, places = _adapted(source)
     rank = int(config["lora_parameters"]["rank"])
     alpha = config["lora_parameters"]["scale"] * rank
-    modules: dict[str, dict[str, mx.array]] = defaultdict(dict)
-    for name, array in read_arrays(source.ref.adapter_folder / ADAPTER_WEIGHTS).items():
-        module, part = name.rsplit(".", 1)
-        modules[module][part] = array
-    places = {_place(module, family, parts) for module, parts in modules.items()}
     arrays = {
         f"{_PREFIX}{module}.{_PARTS[part]}": mx.contiguous(array.T)
         for module, parts in modules.items()
@@ -135,7 +157,7 @@ def write_adapter(source: Source, folder: Path, *, base_model: str | None = None
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
-        "use_dora": config["fine_tune_type"] == "dora",
+        "use_dora": config.get("fine_tune_type") == "dora",
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},

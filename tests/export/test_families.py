@@ -19,6 +19,8 @@ import mlx.core as mx  # noqa: E402
 
 from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.export import gguf_file, hf, verify  # noqa: E402
+from mlx_fd.export.exporter import export  # noqa: E402
+from mlx_fd.export.form import Form  # noqa: E402
 from mlx_fd.export.source import open_source  # noqa: E402
 from mlx_fd.models.families import COMMON, FAMILIES  # noqa: E402
 from mlx_fd.models.gguf import convert  # noqa: E402
@@ -197,10 +199,16 @@ def test_names_of_metadata_are_the_gguf_packages_own():
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path, variant, options, text):
+    """By the command before the model is loaded, too."""
     model = make(tmp_path, variant, **options)
     with pytest.raises(UserError, match=text):
         write(model, tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
+    steps: list[str] = []
+    form = Form(format="gguf", parity_problems=0)
+    with pytest.raises(UserError, match=text):
+        export(str(model), tmp_path / "out", form, progress=lambda what, *_: steps.append(what))
+    assert steps == []
 
 
 def test_the_experts_of_gpt_oss_as_transformers_has_them(tmp_path):

@@ -35,6 +35,10 @@ def _same_bits(form: Form) -> bool:
     return False
 
 
+def _takes_any(source: Source, form: Form) -> None:
+    return None
+
+
 def _no_score_code(source: Source, form: Form, student: Student) -> str:
     return ""
 
@@ -47,6 +51,7 @@ class ExportFormat(Entry):
         write: writes the model of a source, with its live student, into a folder; gives what it
             has to report of a GGUF file, else ``None``.
         load_back: loads what was written, from the folder or from what ``convert_back`` made of it.
+        check: refuses a source that the format has no place for, before the model is loaded.
         convert_back: makes of the folder, in an empty scratch folder, something that ``load_back``
             can load, and says where it is; ``None``: the folder is loaded as it is.
         use: how to open it, as Markdown for the model card.
@@ -64,6 +69,7 @@ class ExportFormat(Entry):
     load_back: Callable[[Source, Path, Form], Loaded]
     use: Callable[[Source, Form], str]
     library: Callable[[Form], str]
+    check: Callable[[Source, Form], None] = _takes_any
     convert_back: Callable[[Path, Path, Form], Path] | None = None
     score_code: Callable[[Source, Form, Student], str] = _no_score_code
     options: frozenset[str] = frozenset()

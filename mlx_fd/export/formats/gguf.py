@@ -25,6 +25,13 @@ With an NVIDIA GPU llama.cpp is built for it:
 """
 
 
+def check(source: Source, form: Form) -> None:
+    """Whether llama.cpp has the model's architecture and tokenizer."""
+    from mlx_fd.export.gguf_file import check_source
+
+    check_source(source)
+
+
 def write(source: Source, live: Loaded, folder: Path, form: Form, on_steps: OnSteps) -> Written:
     """Write the file."""
     from mlx_fd.export import gguf_file
@@ -115,6 +122,7 @@ register_format(
         help="for llama.cpp",
         order=30,
         write=write,
+        check=check,
         convert_back=convert_back,
         load_back=load_back,
         use=use,

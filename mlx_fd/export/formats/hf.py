@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from mlx_fd.models.student import Student
 
 
+def check(source: Source, form: Form) -> None:
+    """Whether transformers, or PEFT, has a place for it."""
+    from mlx_fd.export import hf, peft
+
+    if form.adapter:
+        peft.check_source(source)
+    else:
+        hf.check_source(source)
+
+
 def write(source: Source, live: Loaded, folder: Path, form: Form, on_steps: OnSteps) -> None:
     """Write the model, or its adapter alone."""
     from mlx_fd.export import hf, peft
@@ -87,6 +97,7 @@ register_format(
         help="for Hugging Face transformers",
         order=20,
         write=write,
+        check=check,
         convert_back=convert_back,
         load_back=load_back,
         use=use,
