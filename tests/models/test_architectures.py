@@ -21,7 +21,7 @@ REFUSED = {"iquestloopcoder": "not run one after the other, once each"}
 # Their batches are not what each conversation alone is, with mlx-lm's own generator.
 ALONE = {
     *("gemma2", "recurrent_gemma", "olmo_hybrid", "nemotron_h", "llama4", "bailing_moe_linear"),
-    *("afm7", "baichuan_m1", "gpt_bigcode", "mamba", "jamba", "rwkv7"),
+    *("longcat_flash_ngram", "afm7", "baichuan_m1", "gpt_bigcode", "mamba", "jamba", "rwkv7"),
 }
 FAMILIES = {
     *("llama", "llama4", "mistral", "mistral3", "ministral3", "mixtral", "phi3", "smollm3"),
