@@ -10,6 +10,7 @@ in its property ``layers``; where its hidden states become logits is found by ru
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -95,11 +96,14 @@ class View:
     def body(self) -> str | None:
         """Python for the module that makes final hidden states of tokens, of a model ``model``.
 
-        ``None``: no one module does, from tokens alone.
+        It is called with the tokens and ``cache=None``. ``None``: no one module does from these.
         """
         depth = len(self.final_path)
         holds_blocks = all(path[:depth] == self.final_path for path in self.block_paths)
-        if self.needs_cache or not holds_blocks:
+        call = inspect.signature(type(_at(self.model, self.final_path)).__call__)
+        _, _, *further = call.parameters.values()
+        alone = all(one.default is not one.empty for one in further if one.name != "cache")
+        if self.needs_cache or not holds_blocks or not alone or "cache" not in call.parameters:
             return None
         parts = (f".{key}" if isinstance(key, str) else f"[{key}]" for key in self.final_path)
         return "".join(("model", *parts))

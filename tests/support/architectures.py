@@ -724,7 +724,7 @@ ARCHITECTURES: dict[str, Config] = {
         tie_word_embeddings=True,
     ),
     "gear": _text(
-        layer_types=["sliding_attention", "conv", "full_attention", "conv"],
+        layer_types=["sliding_attention", "conv_mixer", "full_attention", "conv_mixer"],
         sliding_window=WINDOW,
         query_pre_attn_scalar=16,
         final_logit_softcapping=10.0,
@@ -780,6 +780,7 @@ ARCHITECTURES: dict[str, Config] = {
         "n_heads": 4,
     },
     "phixtral": {
+        "vocab_size": VOCAB,
         "num_vocab": VOCAB,
         "model_dim": 64,
         "num_heads": 4,
