@@ -69,12 +69,22 @@ class ModelOptions:
     )
     train: str = _option(
         "lora",
-        "Student weights to train: a LoRA adapter, or all of them.",
-        choices=("lora", "full"),
+        "Student weights to train: a LoRA adapter, a DoRA adapter (LoRA and each row's length, "
+        "arXiv 2402.09353), or all of them.",
+        choices=("lora", "dora", "full"),
     )
     lora_rank: int = _option(16, "Rank of the LoRA matrices.", low=1)
     lora_scale: float = _option(2.0, "LoRA scale (alpha / rank).", low=0)
     lora_layers: int = _option(0, "Number of last layers with LoRA; 0: all.", low=0)
+    lora_keys: tuple[str, ...] = _option(
+        (),
+        "Modules with LoRA, by their names in a layer (self_attn.q_proj), separated by commas. "
+        "Empty: all linear ones; in a mixture of experts all but the experts and their router.",
+        free=True,
+    )
+    lora_dropout: float = _option(
+        0.0, "Dropout of what the LoRA matrices read, in training.", low=0, high=0.99
+    )
     score_at: str = _option(
         "prompt",
         "Position at which the student's score head reads: the end of the prompt, before the "
@@ -548,6 +558,7 @@ class Option:
         names: a registry whose names are among the allowed words, or empty.
         low: smallest value, or ``None``.
         high: largest value, or ``None``.
+        free: a list of names that only a model knows.
     """
 
     section: str
@@ -559,6 +570,7 @@ class Option:
     names: Collection[str] = ()
     low: float | None = None
     high: float | None = None
+    free: bool = False
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -703,6 +715,12 @@ def _checked_list(option: Option, value: Any, wrong: Callable[[str], UserError])
     """A list of words, where the option has choices, or of positive numbers."""
     if not isinstance(value, (list, tuple)):
         raise wrong("a list")
+    if option.free:
+        if not all(isinstance(item, str) and item and _is_plain(item) for item in value):
+            raise wrong("a list of names")
+        if len(set(value)) != len(value):
+            raise wrong("a list without repetitions")
+        return tuple(value)
     if not option.choices:
         if not all(_is_number(item) and 0 < item <= _MAX_FLOAT for item in value):
             raise wrong("a list of positive numbers")
@@ -782,7 +800,12 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
             for section, values in by_section.items()
         },
     )
-    losses, gate = config.losses, config.gate
+    losses, gate, models = config.losses, config.gate, config.models
+    if models.train == "full" and (models.lora_keys or models.lora_dropout):
+        raise UserError(
+            f"{where}: lora_keys and lora_dropout are of LoRA and DoRA; leave them out, or set "
+            "train to lora or dora."
+        )
     if date := config.models.template_date:
         _check_date(date, where)
     if losses.student_context != "none" and config.generation.answers_by != "student":

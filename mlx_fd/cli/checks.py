@@ -108,7 +108,7 @@ def kernel_rows() -> list[dict[str, Any]]:
 
 
 def _memory_row() -> dict[str, str]:
-    from mlx_fd.models.memory import available_memory
+    from mlx_fd.models.device_memory import available_memory
 
     return _row("memory", "good", f"{available_memory() / 2**30:.1f} GiB available")
 

@@ -136,6 +136,18 @@ class NameList(click.ParamType[list[str]]):
         ]
 
 
+class FreeNameList(click.ParamType[list[str]]):
+    """Names separated by commas, which only what they name can judge."""
+
+    name = "NAME,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[str]:
+        """The names."""
+        if not isinstance(value, str):
+            return list(value)
+        return [name.strip() for name in value.split(",") if name.strip()]
+
+
 class NumberList(click.ParamType[list[float]]):
     """Numbers separated by commas."""
 
@@ -223,7 +235,9 @@ def click_option(
     listed = bool(option.names)
     if option.kind is tuple:
         listed = words != ()
-        kind = NameList(words) if listed else NumberList()
+        kind = FreeNameList() if option.free else NumberList()
+        if listed:
+            kind = NameList(words)
         metavar = metavar or kind.name
     elif words != ():
         kind = Choice(words)

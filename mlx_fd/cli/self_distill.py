@@ -26,7 +26,7 @@ from mlx_fd.training.selfdistill.methods import CUSTOM, DEFAULT_MODEL, METHODS, 
 
 # Options of the loop that have a meaning here, beside all of the method's.
 _SHARED = (
-    *("student", "lora_rank", "lora_scale", "lora_layers", "dequantize"),
+    *("student", "lora_rank", "lora_scale", "lora_layers", "lora_keys", "dequantize"),
     *("chat_template_kwargs", "template_date"),
     *("problems", "split", "train_on_test", "episodes"),
     *("columns", "answer_kind", "skip_bad_rows"),

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 # Options of a run that decide, with the weights, what its student says.
-_LORA = ("train", "lora_rank", "lora_scale", "lora_layers", "score_at")
+_LORA = ("train", "lora_rank", "lora_scale", "lora_layers", "lora_keys", "score_at")
 
 
 @dataclass(frozen=True)

@@ -103,9 +103,10 @@ def _origin(source: Source, student: Student | None) -> str:
         )
     options = source.manifest["options"]
     what = (
-        f"LoRA of rank {options['lora_rank']} and scale {options['lora_scale']:g}"
-        if options["train"] == "lora"
-        else "all weights"
+        "all weights"
+        if options["train"] == "full"
+        else f"{'DoRA' if options['train'] == 'dora' else 'LoRA'} of rank {options['lora_rank']} "
+        f"and scale {options['lora_scale']:g}"
     )
     if not source.ref.scores:
         rows = {

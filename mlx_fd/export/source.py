@@ -220,10 +220,20 @@ def adapter_config(ref: ModelRef) -> dict[str, Any]:
 def _check_adapter_config(ref: ModelRef, options: ModelOptions) -> None:
     """Make sure that mlx-lm puts the adapter on as the run did; a user may edit this file."""
     config, path = adapter_config(ref), f"{ref.checkpoint}/{ADAPTER_CONFIG}"
-    lora = {"rank": options.lora_rank, "scale": options.lora_scale, "dropout": 0.0}
+    lora: dict[str, Any] = {
+        "rank": options.lora_rank,
+        "scale": options.lora_scale,
+        "dropout": options.lora_dropout,
+    }
+    found = dict(config.get("lora_parameters") or {})
+    # Which modules have LoRA is in the file where mlx-lm's own choice is not meant.
+    keys = found.pop("keys", None)
+    if options.lora_keys:
+        lora["keys"], found["keys"] = list(options.lora_keys), keys
     wanted = {"fine_tune_type": options.train, "lora_parameters": lora}
     for key, value in wanted.items():
-        if config.get(key) != value:
+        given = found if key == "lora_parameters" else config.get(key)
+        if given != value:
             raise UserError(f"{path}: {key} is {config.get(key)!r}, and the run had {value!r}")
     if type(config.get("num_layers")) is not int:
         raise UserError(f"{path}: num_layers is {config.get('num_layers')!r}, no whole number")

@@ -22,6 +22,7 @@ from mlx_fd.feedback.samples import Batch, Sample
 from mlx_fd.losses.divergence import Target, TopK, fused_linear_divergences, one_hot, top_k_gap
 from mlx_fd.models.attention_taps import LOG_ZERO
 from mlx_fd.models.loading import Loaded
+from mlx_fd.models.lora import dropping
 from mlx_fd.models.student import Student, parameter_group
 from mlx_fd.runs.records import TopKRow
 
@@ -305,8 +306,10 @@ def update(
     gradients: Any = None
     total = 0.0
     values = dict.fromkeys(norms, 0.0)
-    for chunk in micro_batches(samples, training.micro_batch):
-        (value, sums), part = step(collate([samples[index] for index in chunk]))
+    done = steps_taken(optimizer)
+    for number, chunk in enumerate(micro_batches(samples, training.micro_batch)):
+        with dropping(student.model, done, number):
+            (value, sums), part = step(collate([samples[index] for index in chunk]))
         gradients = part if gradients is None else tree_map(mx.add, gradients, part)
         mx.eval(value, sums, gradients)
         total += float(value) / scale
@@ -363,6 +366,12 @@ def loss_scale(model: nn.Module) -> float:
     """Keeps small gradients of a float16 model above what float16 can hold; 1 for other types."""
     weights = tree_flatten(model.parameters())
     return _FLOAT16_SCALE if any(value.dtype == mx.float16 for _, value in weights) else 1.0
+
+
+def steps_taken(optimizer: optim.Optimizer) -> int:
+    """How many steps an optimiser has taken, those before a checkpoint included."""
+    counts = [v for name, v in tree_flatten(optimizer.state) if name.rpartition(".")[2] == "step"]
+    return int(max((int(count) for count in counts), default=0))
 
 
 def optimizer_arrays(optimizer: optim.Optimizer) -> dict[str, mx.array]:

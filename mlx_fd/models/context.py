@@ -17,7 +17,7 @@ from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 
 # What a chat template adds to a question, an answer and a request for feedback: role names,
 # turn ends, the system prompt of some.
-_TEMPLATE = 64
+TEMPLATE_TOKENS = 64
 
 
 def context_length(path: Path) -> int | None:
@@ -63,7 +63,7 @@ def too_long(texts: Sequence[str], path: Path, around: Surroundings) -> dict[int
     context = context_length(path)
     if context is None:
         return {}
-    room = context - around.max_tokens - _TEMPLATE
+    room = context - around.max_tokens - TEMPLATE_TOKENS
     # No token is shorter than a byte, so the tokenizer is needed for long texts only.
     if room >= len(around.prompts.encode()) + max(
         (len(text.encode()) for text in texts), default=0

@@ -19,8 +19,8 @@ from mlx_fd.models.chat_template import (
     fitted,
 )
 from mlx_fd.models.dense import dequantize
+from mlx_fd.models.device_memory import available_memory
 from mlx_fd.models.directory import CONFIG, blaming, check_directory, check_files
-from mlx_fd.models.memory import available_memory
 from mlx_fd.models.published_config import read_config, text_config
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.thinking import Thinking
@@ -415,6 +415,19 @@ def load(path: Path, *, dequantize: str = "auto", template: ChatTemplate | None 
     Raises:
         UserError: files are missing or damaged, or mlx-lm does not know the architecture.
     """
+    return _loaded(path, *open_as_loaded(path, dequantize=dequantize), template)
+
+
+def open_as_loaded(path: Path, *, dequantize: str = "auto") -> tuple[nn.Module, dict[str, Any]]:
+    """A model as :func:`load` makes it, its weights still on the disk; and its configuration.
+
+    Args:
+        path: the directory.
+        dequantize: as for :func:`load`.
+
+    Raises:
+        UserError: files are missing or damaged, or mlx-lm does not know the architecture.
+    """
     backend()
     model, config = open_lazily(path)
     if _wants_float32(dequantize):
@@ -422,7 +435,7 @@ def load(path: Path, *, dequantize: str = "auto", template: ChatTemplate | None 
         # A 16-bit model that does not fit as float32 is left as it is: slow, but it runs.
         if dense or _is_quantized(model):
             _make_fast(model, dense=dense)
-    return _loaded(path, model, config, template)
+    return model, config
 
 
 def _origin(

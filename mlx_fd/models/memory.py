@@ -1,41 +1,59 @@
-"""How much memory a run needs, from the two models' configurations alone, and how much there is.
+"""How much memory a run needs, asked of the models and of MLX before a weight is read.
 
-The estimate errs on the high side on purpose: a run that is refused can be made smaller at once,
-one that dies after an hour cannot. Its coefficients were measured (``tests/models/test_memory.py``
-compares it with real updates).
+Weights are those that mlx-lm's class has, caches those that its cache objects hold, activations
+those of the graphs that a run computes (:mod:`.tracing`). What is left to count here is which of
+them are there at the same time. ``scripts/bench_memory.py`` compares the sum with real runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cache, cached_property, partial
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
 
 from mlx_fd.errors import UserError
 from mlx_fd.models.backend import backend
+from mlx_fd.models.device_memory import available_memory
+from mlx_fd.models.outline import (
+    CACHE_STEP,
+    cache_bytes,
+    filled_caches,
+    logit_rows,
+    weight_bytes,
+)
+from mlx_fd.models.outline import hidden_width as width
+from mlx_fd.models.tracing import Traced, grows_with_length, trace, trace_by_length
+from mlx_fd.models.view import block_states
 
 # Bytes that the logits and what is made of them may take at a time in the losses.
 LOGIT_BUDGET = 512 << 20
 _GIB = 1 << 30
-# Floats that a block keeps for its backward pass, for each token: of its width, of its MLP's
-# width, of its queries, keys and values. Measured 4.5, 5.5 and 2.7 on blocks with LoRA everywhere.
-_KEPT_HIDDEN, _KEPT_MLP, _KEPT_HEADS = 6, 7, 3
-# Copies of [heads, tokens, tokens] a block keeps where attention is not fused: 1.5 measured.
-_KEPT_SCORES = 2
-# Likewise where the attention loss is in use, of each head, text token and key.
+# Where the attention loss is in use, of each head, text token and key.
 _KEPT_ATTENTION = 4
 # Float32 [tokens, vocabulary] that the losses take at a time, within the budget, and those of the
 # few rows that stay in a CPU's cache.
-_LOGIT_ARRAYS, _CACHED_ARRAYS, _CACHED_BYTES = 6, 16, 32 << 20
+_LOGIT_ARRAYS, _CPU_LOGIT_ARRAYS = 6, 4
+_CACHED_ARRAYS, _CACHED_BYTES = 16, 32 << 20
 # Of what is generated, for each conversation.
 _DRAWN_ARRAYS = 4
-# Conversations keep their caches while the generator works on copies.
-_CACHE_COPIES = 3
-_CACHE_STEP = 256
+# Of what trains: the weight and AdamW's two moments stay; a step has the gradient and the clipped
+# one beside them, and a batch in parts the sum so far.
+_KEPT_OF_TRAINED, _STEP_OF_TRAINED = 2, 2
+# Where the graph of a gradient cannot be gone through: what it needs of all that is made on the way
+# forth; 0.49 to 0.56 where it can.
+_KEPT_OF_MADE = 0.75
+# With recomputed activations: blocks that are there as a whole, and copies of what blocks gave
+# (itself, for the next one, and its gradient). 2.1 to 3.1, and 3.0, were measured.
+_BLOCKS_RECOMPUTED, _COPIES_RECOMPUTED = 3.1, 3
+_SHORTEST = 8
+# What no graph shows: arrays of one number, samples, buffers of the device.
+_MARGIN = 1.12
+_SLACK = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -44,22 +62,17 @@ class Workload:
 
     Attributes:
         batch_size: conversations at once.
-        micro_batch: samples of a distillation step at once.
-        prompt_tokens: of all that a conversation's prompts say (problem and instructions).
+        micro_batch: samples of a distillation step at once; 0: nothing is learned.
+        prompt_tokens: of the problem and the request for feedback, which both models read.
+        later_tokens: of the requests that only the expert reads after them.
+        request_tokens: of the longest of those.
         max_answer_tokens: most tokens of an answer.
         max_feedback_tokens: most tokens of a feedback.
         solutions: answers are learned from, too.
-        lora_rank: rank of the LoRA matrices, on every linear layer.
-        train_full: the whole student trains instead of LoRA.
         grad_checkpoint: activations are recomputed.
-        on_cpu: float32 activations and attention that is not fused.
-        float32: the weights are dequantised to float32.
         shared: the student's base weights are the expert's arrays.
         attention: the attention loss is in use.
         head_by_head: it compares head by head, not the means over heads.
-        expert_bytes: size of the expert's weights in memory where it is known better than from
-            its configuration.
-        student_bytes: likewise the student's.
     """
 
     batch_size: int
@@ -67,17 +80,30 @@ class Workload:
     prompt_tokens: int
     max_answer_tokens: int
     max_feedback_tokens: int
-    lora_rank: int = 16
-    train_full: bool = False
+    later_tokens: int = 0
+    request_tokens: int = 0
     grad_checkpoint: bool = False
-    on_cpu: bool = False
-    float32: bool = False
     shared: bool = False
     solutions: bool = False
     attention: bool = False
     head_by_head: bool = False
-    expert_bytes: int | None = None
-    student_bytes: int | None = None
+
+    @property
+    def student_tokens(self) -> int:
+        """Of the longest conversation that the student reads: an answer and a feedback on it."""
+        return self.prompt_tokens + self.max_answer_tokens + self.max_feedback_tokens
+
+    @property
+    def expert_tokens(self) -> int:
+        """Of the expert's: three answers, and texts of a feedback's length between them."""
+        written = 2 * self.max_answer_tokens + 2 * self.max_feedback_tokens
+        return self.student_tokens + self.later_tokens + written
+
+    @property
+    def text_tokens(self) -> int:
+        """Of the longest text that is learned from."""
+        answer = self.max_answer_tokens if self.solutions else 0
+        return max(self.max_feedback_tokens, answer)
 
 
 @dataclass(frozen=True)
@@ -85,7 +111,7 @@ class Memory:
     """An estimate in bytes.
 
     Attributes:
-        parts: what the memory is for -> bytes.
+        parts: what the memory is for -> bytes, in the part of the run that needs most.
         total: their sum.
     """
 
@@ -93,276 +119,351 @@ class Memory:
     total: int
 
 
-def _head_dim(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+class Needs:
+    """What two models need for some work, in batches of any size.
+
+    The graphs are gone through when they are first asked for, and once.
+    """
+
+    def __init__(self, expert: nn.Module, student: nn.Module, work: Workload):
+        """Ask the models for their weights; for the rest they are asked later.
+
+        Args:
+            expert: a model whose weights may be on the disk still, or nowhere.
+            student: likewise, with what trains (LoRA) on it.
+            work: the lengths; its batch sizes are where the estimate is exact.
+        """
+        self._expert, self._student, self._work = expert, student, work
+        self._trained = sum(a.nbytes for _, a in tree_flatten(student.trainable_parameters()))
+        aligned = 4 * width(student) * (width(expert) + 1)
+        self._fixed = {
+            "expert weights": weight_bytes(expert),
+            "student weights": 0 if work.shared else weight_bytes(student) - self._trained,
+            "trained weights": self._trained + aligned,
+        }
+        if work.micro_batch:
+            self._trained += aligned
+            self._fixed["optimizer"] = _KEPT_OF_TRAINED * self._trained
+        self._row = 4 * max(logit_rows(expert), logit_rows(student))
+
+    def at(self, batch: int, micro: int) -> Memory:
+        """The estimate for batches of ``batch`` conversations, learned ``micro`` at a time."""
+        phases = [self._answering(batch), self._judging(batch)]
+        if self._work.micro_batch:
+            phases.append(self._learning(batch, micro))
+        most = max(phases, key=lambda parts: sum(parts.values()))
+        most = {name: int(_MARGIN * size) for name, size in most.items()}
+        parts = {**self._fixed, **most}
+        parts["activations"] += _SLACK
+        return Memory(parts, sum(parts.values()))
+
+    def _answering(self, batch: int) -> dict[str, int]:
+        """The expert's turns: what they go on from, what is written, and what is kept of it."""
+        work, cached = self._work, self._expert_cache
+        last = work.expert_tokens
+        before = last - work.max_answer_tokens
+        drawn = _DRAWN_ARRAYS * batch * self._row
+        first = {
+            "KV caches": batch * cached.written(work.prompt_tokens + work.max_answer_tokens),
+            "activations": max(self._expert_reads(batch), self._expert_text),
+            "logits": drawn,
+        }
+        # The last turn's prompt is read, while what it goes on from is still there; or the caches
+        # of the one before it are taken out of the batch's. What the feedback ended with is there.
+        judged = cached.exact(work.student_tokens)
+        reading = {
+            "KV caches": batch * (cached.written(last) + cached.exact(before) + judged),
+            "activations": self._expert_goes_on(batch),
+            "logits": drawn,
+        }
+        keeping = {
+            "KV caches": batch * (cached.written(before) + 2 * cached.exact(before) + judged),
+            "activations": 0,
+            "logits": drawn,
+        }
+        return max(first, reading, keeping, key=lambda parts: sum(parts.values()))
+
+    def _judging(self, batch: int) -> dict[str, int]:
+        """The student's feedback, while the expert's conversations wait."""
+        work, student = self._work, self._student_cache
+        answered = self._expert_cache.exact(work.student_tokens)
+        tokens = work.student_tokens
+        return {
+            "KV caches": batch * (student.written(tokens) + student.exact(tokens) + answered),
+            "activations": self._student_reads,
+            "logits": _DRAWN_ARRAYS * batch * self._row,
+        }
+
+    def _learning(self, batch: int, micro: int) -> dict[str, int]:
+        """A distillation step, while the expert's conversations may still be there."""
+        work = self._work
+        rows = micro * work.text_tokens * self._row
+        arrays = _CPU_LOGIT_ARRAYS if backend().on_cpu else _LOGIT_ARRAYS
+        logits = min(rows * arrays, LOGIT_BUDGET)
+        logits += min(rows * _CACHED_ARRAYS, _CACHED_BYTES)
+        # Logits are there when all that is kept of the way forth is, and the way back is not.
+        kept, peak = self._learns(micro)
+        logits = max(0, kept + logits - peak)
+        activations = max(peak, _STEP_OF_TRAINED * self._trained)
+        activations += self._trained  # the gradients of the samples before
+        # What the expert said of each sample, float32 at most.
+        said = batch * work.text_tokens * width(self._expert)
+        said += batch * (len(self._student.layers) + 1) * width(self._expert)
+        parts = {
+            "KV caches": batch * self._expert_cache.exact(work.student_tokens),
+            "activations": activations + 4 * said,
+            "logits": logits,
+        }
+        if work.attention:
+            parts["attention"] = self._attention(batch, micro)
+        return parts
+
+    def _attention(self, batch: int, micro: int) -> int:
+        """Of each sample the expert's, too, while the batch lasts: the heads that are compared."""
+        work, heads = self._work, _heads(self._student)
+        maps = micro * heads * _KEPT_ATTENTION
+        maps += 2 * batch * (heads if work.head_by_head else 1)
+        blocks = len(self._student.layers)
+        return 4 * blocks * maps * work.text_tokens * work.student_tokens
+
+    # ------------------------------------------------------------------------------------ measured
+
+    @cached_property
+    def _expert_cache(self) -> _Cache:
+        return _Cache(self._expert)
+
+    @cached_property
+    def _student_cache(self) -> _Cache:
+        return _Cache(self._student)
+
+    @cached_property
+    def _expert_grows(self) -> bool:
+        return grows_with_length(lambda n: _prefill(self._expert, 1, n))
+
+    @cached_property
+    def _student_grows(self) -> bool:
+        return grows_with_length(lambda n: _prefill(self._student, 1, n))
+
+    @cached_property
+    def _expert_reads(self) -> Callable[[int], int]:
+        work = self._work
+
+        def read(count: int) -> Traced:
+            prompts = partial(_prefill, self._expert, count)
+            return trace_by_length(prompts, work.prompt_tokens, grows=self._expert_grows)
+
+        return _by_batch(lambda count: read(count).peak, work.batch_size)
+
+    @cached_property
+    def _expert_goes_on(self) -> Callable[[int], int]:
+        work = self._work
+        request = max(1, work.request_tokens)
+        before = work.expert_tokens - work.max_answer_tokens - request
+
+        def read(count: int) -> Traced:
+            return _prefill(self._expert, count, request, before)
+
+        if self._expert_grows:  # a request is short beside the first prompt
+            return self._expert_reads
+        return _by_batch(lambda count: read(count).peak, work.batch_size)
+
+    @cached_property
+    def _student_reads(self) -> int:
+        # It reads the conversations one by one.
+        conversation = partial(_prefill, self._student, 1)
+        tokens = self._work.student_tokens
+        return trace_by_length(conversation, tokens, grows=self._student_grows).peak
+
+    @cached_property
+    def _expert_text(self) -> int:
+        """Of reading one text, with every block's hidden states."""
+        text = partial(_reading, self._expert)
+        return trace_by_length(text, self._work.student_tokens, grows=self._expert_grows).peak
+
+    @cached_property
+    def _learns(self) -> Callable[[int], tuple[int, int]]:
+        """What is kept of the way forth, and the peak, by the number of samples."""
+        work = self._work
+
+        @cache
+        def learn(count: int) -> Traced:
+            way = (self._student, count, work.student_tokens)
+            if work.grad_checkpoint:
+                return _recomputed(*way, grows=self._student_grows)
+            return _distillation(*way, grows=self._student_grows)
+
+        kept = _by_batch(lambda count: learn(count).first, work.micro_batch)
+        peak = _by_batch(lambda count: learn(count).peak, work.micro_batch)
+        return lambda count: (kept(count), peak(count))
 
 
-def _kv_heads(config: Mapping[str, Any]) -> int:
-    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+class _Cache:
+    """Bytes of one conversation's prompt cache."""
+
+    def __init__(self, model: nn.Module):
+        self.stored = cache(partial(cache_bytes, model))
+
+    def written(self, tokens: int) -> int:
+        """Of a batch that is written: it has room for up to a step more."""
+        return self.exact(tokens + CACHE_STEP)
+
+    def exact(self, tokens: int) -> int:
+        """Without room for more tokens."""
+        step = self.stored(CACHE_STEP + 1) - self.stored(1)
+        states = self.stored(1) - step
+        return min(self.stored(tokens), states + step * tokens // CACHE_STEP)
 
 
-def _matrices(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int, bool]]:
-    """(module, outputs, inputs, has a bias) of every matrix of a llama or qwen2 model."""
-    hidden, wide = config["hidden_size"], config["intermediate_size"]
-    query = config["num_attention_heads"] * _head_dim(config)
-    key = _kv_heads(config) * _head_dim(config)
-    qwen2 = config.get("model_type") == "qwen2"
-    bias = bool(config.get("attention_bias", False))
-    yield "model.embed_tokens", config["vocab_size"], hidden, False
-    # Both of mlx-lm's classes tie the embeddings where the configuration does not say.
-    if not config.get("tie_word_embeddings", True):
-        yield "lm_head", config["vocab_size"], hidden, False
-    mlp_bias = bool(config.get("mlp_bias", False))
-    for layer in range(config["num_hidden_layers"]):
-        block = f"model.layers.{layer}"
-        yield f"{block}.self_attn.q_proj", query, hidden, qwen2 or bias
-        yield f"{block}.self_attn.k_proj", key, hidden, qwen2 or bias
-        yield f"{block}.self_attn.v_proj", key, hidden, qwen2 or bias
-        yield f"{block}.self_attn.o_proj", hidden, query, bias
-        yield f"{block}.mlp.gate_proj", wide, hidden, mlp_bias
-        yield f"{block}.mlp.up_proj", wide, hidden, mlp_bias
-        yield f"{block}.mlp.down_proj", hidden, wide, mlp_bias
+def _by_batch(size_of: Callable[[int], int], asked: int) -> Callable[[int], int]:
+    """A size by the number of sequences: exact for as many as are asked for, and for one."""
+    found = cache(size_of)
+
+    def peak(count: int) -> int:
+        if asked in (count, 1):
+            return int(found(asked) * count / asked)
+        return int(found(1) + (found(asked) - found(1)) * (count - 1) / (asked - 1))
+
+    return peak
 
 
-def _vector_parameters(config: Mapping[str, Any]) -> int:
-    norms = (2 * config["num_hidden_layers"] + 1) * config["hidden_size"]
-    return int(norms + sum(rows for _, rows, _, bias in _matrices(config) if bias))
+def _tokens(count: int, length: int) -> mx.array:
+    return mx.zeros((count, length), dtype=mx.int32)
 
 
-def parameters(config: Mapping[str, Any]) -> int:
-    """Number of a llama or qwen2 model's parameters, tied embeddings counted once."""
-    return _vector_parameters(config) + sum(rows * cols for _, rows, cols, _ in _matrices(config))
+def _prefill(model: nn.Module, count: int, length: int, before: int = 0) -> Traced:
+    """Reading prompts; the caches, which are counted elsewhere, are not in the peak."""
+
+    def run(tokens: mx.array) -> object:
+        caches = filled_caches(model, count, before)
+        model(tokens, cache=caches)
+        return [cache.state for cache in caches if cache is not None]
+
+    traced = trace(model, run, _tokens(count, length))
+    return dataclasses.replace(traced, peak=traced.peak - traced.kept)
 
 
-def weight_bytes(config: Mapping[str, Any], *, float32: bool = False) -> int:
-    """Memory of a model's weights.
+def _reading(model: nn.Module, length: int) -> Traced:
+    """Reading one text after its prompt, with the hidden states of every block."""
+
+    def run(tokens: mx.array) -> object:
+        layers = block_states(model, tokens)
+        return layers[-1], [layer.mean(axis=1) for layer in layers]
+
+    return trace(model, run, _tokens(1, length))
+
+
+def _distillation(model: nn.Module, count: int, length: int, *, grows: bool) -> Traced:
+    """Samples forth and back, the losses aside."""
+
+    def loss(tokens: mx.array) -> mx.array:
+        layers = block_states(model, tokens)
+        pooled = sum((layer.astype(mx.float32).mean() for layer in layers), mx.array(0.0))
+        return layers[-1].astype(mx.float32).sum() + pooled
+
+    def learn(tokens: mx.array) -> object:
+        return nn.value_and_grad(model, loss)(tokens)
+
+    def read(tokens: mx.array) -> object:
+        return block_states(model, tokens)[-1]
+
+    def by_length(run: Callable[[mx.array], object]) -> Traced:
+        return trace_by_length(lambda n: trace(model, run, _tokens(count, n)), length, grows=grows)
+
+    model.train()
+    try:
+        return by_length(learn)
+    except ValueError:  # MLX cannot describe the gradient of a mixture's expert weights
+        found = by_length(read)
+    finally:
+        model.eval()
+    kept = sum(a.nbytes for _, a in tree_flatten(model.trainable_parameters()))
+    peak = int(_KEPT_OF_MADE * found.made)
+    return dataclasses.replace(found, peak=peak + kept, kept=kept, first=peak)
+
+
+def _recomputed(model: nn.Module, count: int, length: int, *, grows: bool) -> Traced:
+    """The same with recomputed activations, which MLX cannot describe.
+
+    Some blocks are there as a whole; of the others, what they gave.
+    """
+    found = _distillation(model, count, length, grows=grows)
+    layers = block_states(model, _tokens(count, min(length, _SHORTEST)))
+    given = sum(layer.nbytes for layer in layers) * length // min(length, _SHORTEST)
+    whole = min(1.0, _BLOCKS_RECOMPUTED / max(1, len(layers) - 1))
+    peak = int(whole * found.peak) + _COPIES_RECOMPUTED * given
+    return dataclasses.replace(found, peak=min(found.peak, peak), first=min(found.first, given))
+
+
+def _heads(model: nn.Module) -> int:
+    return int(model.args.num_attention_heads)
+
+
+def estimate(expert: nn.Module, student: nn.Module, work: Workload) -> Memory:
+    """Most memory that a run needs.
 
     Args:
-        config: an mlx-lm configuration of the llama or qwen2 kind.
-        float32: everything is dequantised to float32.
+        expert: the expert; its weights may be on the disk still, or nowhere
+            (:func:`mlx_fd.models.outline.build`).
+        student: the student, with what trains on it.
+        work: batch sizes and lengths.
 
     Returns:
-        Bytes: as stored on the disk, or 4 for each parameter.
+        Weights, and what the hungriest part of the run needs beside them: KV caches, activations,
+        logits, and the optimiser's state.
     """
-    if float32:
-        return 4 * parameters(config)
-    quantization = config.get("quantization") or {}
-    plain = 4 if (config.get("torch_dtype") or config.get("dtype")) == "float32" else 2
-    total = plain * _vector_parameters(config)
-    for module, rows, cols, _ in _matrices(config):
-        how = quantization.get(module, quantization)
-        if not how:
-            total += plain * rows * cols
-        else:
-            # A 16-bit scale and a 16-bit bias for each group.
-            total += rows * cols * how["bits"] // 8 + 4 * rows * cols // how["group_size"]
-    return int(total)
+    return Needs(expert, student, work).at(work.batch_size, work.micro_batch)
 
 
-def _cache_bytes(config: Mapping[str, Any], tokens: int, width: int) -> int:
-    """Keys and values of one conversation; caches grow in steps."""
-    rounded = -(-tokens // _CACHE_STEP) * _CACHE_STEP
-    layers = config["num_hidden_layers"]
-    return int(2 * layers * _kv_heads(config) * _head_dim(config) * rounded * width)
-
-
-def _kept_per_token(config: Mapping[str, Any], tokens: int, scores: bool) -> int:
-    """Floats that one block keeps for each token of a sequence of ``tokens``."""
-    heads = config["num_attention_heads"]
-    return int(
-        _KEPT_HIDDEN * config["hidden_size"]
-        + _KEPT_MLP * config["intermediate_size"]
-        + _KEPT_HEADS * (heads + 2 * _kv_heads(config)) * _head_dim(config)
-        + (_KEPT_SCORES * heads * tokens if scores else 0)
-    )
-
-
-def estimate(expert: Mapping[str, Any], student: Mapping[str, Any], work: Workload) -> Memory:
-    """Most memory that a run needs, estimated on the high side.
-
-    Args:
-        expert: the expert's config.json.
-        student: the student's.
-        work: batch sizes, lengths and what trains.
-
-    Returns:
-        Expert and student weights, KV caches, activations (of the hungrier of generation and
-        distillation), logits, and what the optimiser needs.
-    """
-    # LoRA's products are float32 beside the model's 16-bit activations: 3 is between the two.
-    width = 4 if work.on_cpu or work.float32 else 3
-    cache_width = 4 if work.on_cpu or work.float32 else 2
-    # A conversation holds two answers and three texts of a feedback's length; the student reads
-    # the first answer and one feedback.
-    student_tokens = work.prompt_tokens + work.max_answer_tokens + work.max_feedback_tokens
-    expert_tokens = student_tokens + work.max_answer_tokens + 2 * work.max_feedback_tokens
-    caches = work.batch_size * _CACHE_COPIES
-    caches *= _cache_bytes(expert, expert_tokens, cache_width) + _cache_bytes(
-        student, student_tokens, cache_width
-    )
-
-    # Generation holds one block's working set at a time, for as many tokens as a prompt has.
-    prompt = max(work.prompt_tokens, work.max_feedback_tokens)
-    generating = max(
-        work.batch_size * prompt * width * _kept_per_token(model, tokens, work.on_cpu)
-        for model, tokens in ((expert, expert_tokens), (student, student_tokens))
-    )
-    per_block = width * _kept_per_token(student, student_tokens, work.on_cpu)
-    blocks = student["num_hidden_layers"]
-    kept = per_block * blocks
-    if work.grad_checkpoint:
-        kept = per_block + 2 * width * student["hidden_size"] * blocks
-    training = work.micro_batch * student_tokens * kept
-
-    text = max(work.max_feedback_tokens, work.max_answer_tokens if work.solutions else 0)
-    row = 4 * max(expert["vocab_size"], student["vocab_size"])
-    rows = work.micro_batch * text
-    logits = max(
-        min(rows * row * _LOGIT_ARRAYS, LOGIT_BUDGET)
-        + min(rows * row * _CACHED_ARRAYS, _CACHED_BYTES),
-        work.batch_size * row * _DRAWN_ARRAYS,
-    )
-    if work.attention:
-        # Of each sample the expert's, too, while the batch lasts: the heads that are compared.
-        heads = student["num_attention_heads"]
-        maps = work.micro_batch * heads * _KEPT_ATTENTION
-        maps += 2 * work.batch_size * (heads if work.head_by_head else 1)
-        training += 4 * blocks * maps * text * student_tokens
-
-    rank = work.lora_rank
-    matrices = [(rows, cols) for name, rows, cols, _ in _matrices(student) if "layers." in name]
-    trained = sum(rank * (rows_ + cols) for rows_, cols in matrices)
-    if work.train_full:
-        trained = parameters(student)
-    trained += student["hidden_size"] * (expert["hidden_size"] + 1)
-
-    expert_bytes = work.expert_bytes or weight_bytes(expert, float32=work.float32)
-    student_bytes = work.student_bytes or weight_bytes(student, float32=work.float32)
-    parts = {
-        "expert weights": expert_bytes,
-        "student weights": 0 if work.shared else student_bytes,
-        "KV caches": caches,
-        "activations": max(generating, training),
-        "logits": logits,
-        # Weight, gradient and its accumulation, AdamW's two moments, all in float32.
-        "optimizer": trained * 4 * 5,
-    }
-    return Memory(parts, sum(parts.values()))
-
-
-def _cgroup_free(root: Path) -> int | None:
-    """Memory that the control group still allows, or ``None`` where it sets no limit."""
-    files = (
-        ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-        (
-            "sys/fs/cgroup/memory",
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            "total_inactive_file",
-        ),
-    )
-    for folder, limit_file, used_file, cache_key in files:
-        try:
-            limit = int((root / folder / limit_file).read_text())
-            used = int((root / folder / used_file).read_text())
-            stat = (root / folder / "memory.stat").read_text()
-        except (OSError, ValueError):
-            # Missing, or "max": no limit of this kind.
-            continue
-        # File cache is given back when memory is needed.
-        cached = dict(line.split() for line in stat.splitlines()).get(cache_key, 0)
-        return max(0, limit - used + int(cached))
-    return None
-
-
-def _linux_available(root: Path = Path("/")) -> int:
-    meminfo = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
-    available = 1024 * int(meminfo["MemAvailable"].split()[0])
-    limit = _cgroup_free(root)
-    return available if limit is None else min(available, limit)
-
-
-def available_memory() -> int:
-    """Bytes that MLX can use now.
-
-    Returns:
-        Metal: the working set that the system recommends. CUDA: the device's free memory. Else:
-        what the machine and its control group have left.
-    """
-    device = backend().device
-    if device != "cpu":
-        import mlx.core as mx
-
-        info = mx.device_info()
-        for key in ("max_recommended_working_set_size", "free_memory", "memory_size"):
-            if key in info:
-                return int(info[key])
-    if sys.platform == "linux":
-        return _linux_available()
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def largest_batch(
-    expert: Mapping[str, Any], student: Mapping[str, Any], work: Workload, available: int
-) -> Workload | None:
+def largest_batch(needs: Needs, work: Workload, available: int) -> tuple[int, int] | None:
     """The largest batch sizes, up to those asked for, that fit.
 
     Args:
-        expert: the expert's config.json.
-        student: the student's.
+        needs: of the two models.
         work: what is asked for.
         available: bytes that the run may take.
 
     Returns:
-        ``work`` with the largest ``batch_size``, and for it the largest ``micro_batch`` (from
-        halving); ``None`` where not even one conversation fits.
+        The largest batch size, and for it the largest micro-batch (from halving); ``None`` where
+        not even one conversation fits.
     """
-    best: Workload | None = None
+    best: tuple[int, int] | None = None
     micro = work.micro_batch
-    while micro >= 1:
+    while True:
         low, high = 0, work.batch_size
         while low < high:
             middle = (low + high + 1) // 2
-            fits = dataclasses.replace(work, batch_size=middle, micro_batch=micro)
-            if estimate(expert, student, fits).total <= available:
+            if needs.at(middle, micro).total <= available:
                 low = middle
             else:
                 high = middle - 1
-        if low > (best.batch_size if best else 0):
-            best = dataclasses.replace(work, batch_size=low, micro_batch=micro)
+        if low > (best[0] if best else 0):
+            best = low, micro
         micro //= 2
-    return best
+        if not micro:
+            return best
 
 
 def check_memory(
-    expert: Mapping[str, Any],
-    student: Mapping[str, Any],
-    work: Workload,
-    available: int | None = None,
+    expert: nn.Module, student: nn.Module, work: Workload, available: int | None = None
 ) -> Memory:
     """Make sure that a run fits before anything is loaded.
 
     Args:
-        expert: the expert's config.json.
-        student: the student's.
+        expert: as :func:`estimate` takes it.
+        student: likewise.
         work: what is asked for.
-        available: bytes; ``None`` asks ``available_memory``.
+        available: bytes; ``None`` asks :func:`mlx_fd.models.device_memory.available_memory`.
 
     Returns:
         The estimate.
 
     Raises:
-        UserError: it does not fit; the message says what is needed and what would fit. Or a
-            configuration is of another kind of model.
+        UserError: it does not fit; the message says what is needed and what would fit.
     """
     if available is None:
         available = available_memory()
-    try:
-        memory = estimate(expert, student, work)
-    except KeyError as error:
-        raise UserError(
-            f"config.json has no {error}: this is not a model of the llama or qwen2 kind"
-        ) from error
+    needs = Needs(expert, student, work)
+    memory = needs.at(work.batch_size, work.micro_batch)
     if memory.total <= available:
         return memory
     largest = sorted(memory.parts.items(), key=lambda item: -item[1])
@@ -371,12 +472,10 @@ def check_memory(
         f"this run needs up to {memory.total / _GIB:.1f} GiB ({shares}) "
         f"and {available / _GIB:.1f} GiB are free."
     )
-    smaller = largest_batch(expert, student, work, available)
+    smaller = largest_batch(needs, work, available)
     if smaller is not None:
-        raise UserError(
-            f"{message} It fits with --batch-size {smaller.batch_size} "
-            f"--micro-batch {smaller.micro_batch}."
-        )
+        micro = f" --micro-batch {smaller[1]}" if work.micro_batch else ""
+        raise UserError(f"{message} It fits with --batch-size {smaller[0]}{micro}.")
     raise UserError(
         f"{message} No batch size makes it fit: try --preset 16gb, shorter --max-answer-tokens and "
         "--max-feedback-tokens, --grad-checkpoint, a 4-bit expert, or a smaller expert."

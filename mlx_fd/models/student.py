@@ -9,11 +9,11 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_fd.config import ModelOptions
 from mlx_fd.errors import UserError
 from mlx_fd.models.directory import blaming, read_header
+from mlx_fd.models.lora import lora_layers, lora_parameters, put_lora
 from mlx_fd.models.view import View
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
@@ -52,9 +52,29 @@ class Student(nn.Module):
         return mx.tanh(self.score_head(final.astype(mx.float32))).squeeze(-1)
 
 
-def lora_layers(model: nn.Module, options: ModelOptions) -> int:
-    """How many of the model's last blocks carry LoRA."""
-    return min(options.lora_layers or len(model.layers), len(model.layers))
+def prepare(model: nn.Module, options: ModelOptions, seed: int = 0) -> None:
+    """Freeze a language model but for what trains, in place.
+
+    Args:
+        model: its weights may be on the disk still.
+        options: what trains, and LoRA's rank, scale, dropout, layers and modules.
+        seed: of the dropout; LoRA's matrices are drawn from MLX's random state.
+
+    Raises:
+        UserError: ``train="full"`` on quantised weights, which cannot be trained, or modules that
+            LoRA or DoRA cannot go on.
+    """
+    if options.train != "full":
+        put_lora(model, options, seed)
+        return
+    if any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters())):
+        raise UserError(
+            "--train full needs a student with unquantised weights: choose a bf16 form "
+            "(for instance --student qwen2.5-0.5b-bf16), or train LoRA."
+        )
+    # In bfloat16 most steps of an ordinary learning rate round to nothing.
+    model.set_dtype(mx.float32)
+    model.unfreeze()
 
 
 def make_student(view: View, expert_width: int, options: ModelOptions, seed: int) -> Student:
@@ -63,42 +83,21 @@ def make_student(view: View, expert_width: int, options: ModelOptions, seed: int
     Args:
         view: of the student's language model, which is changed in place.
         expert_width: size of the expert's hidden states.
-        options: what trains, and LoRA's rank, scale and layers.
-        seed: of the LoRA and projection initialisation.
+        options: as for :func:`prepare`.
+        seed: of the LoRA and projection initialisation, and of the dropout.
 
     Raises:
-        UserError: ``train="full"`` on quantised weights, which cannot be trained, or on a model
-            whose head is no linear layer, which would not be learned.
+        UserError: as for :func:`prepare`; or ``train="full"`` on a model whose head is no linear
+            layer, which would not be learned.
     """
     # Seeded right here: MLX is lazy, and arrays made earlier must not shift this draw.
     mx.random.seed(seed)
-    model = view.model
-    if options.train == "full":
-        quantized = (nn.QuantizedLinear, nn.QuantizedEmbedding)
-        if any(isinstance(module, quantized) for module in model.modules()):
-            raise UserError(
-                "--train full needs a student with unquantised weights: choose a bf16 form "
-                "(for instance --student qwen2.5-0.5b-bf16), or train LoRA."
-            )
-        if view.head_path is None:
-            raise UserError(
-                "--train full needs a head that is one linear layer, and this model's logits are "
-                "made in another way: train LoRA."
-            )
-        # In bfloat16 most steps of an ordinary learning rate round to nothing.
-        model.set_dtype(mx.float32)
-        model.unfreeze()
-    else:
-        for module in model.modules():
-            # A class of mlx-lm's (recurrent_gemma) leaves out what every module begins with.
-            if not hasattr(module, "_no_grad"):
-                nn.Module.__init__(module)
-        model.freeze()
-        linear_to_lora_layers(
-            model,
-            lora_layers(model, options),
-            {"rank": options.lora_rank, "scale": options.lora_scale, "dropout": 0.0},
+    if options.train == "full" and view.head_path is None:
+        raise UserError(
+            "--train full needs a head that is one linear layer, and this model's logits are made "
+            "in another way: train LoRA."
         )
+    prepare(view.model, options, seed)
     student = Student(view, expert_width, options.score_at)
     mx.eval(student.parameters())
     student.train()
@@ -131,11 +130,7 @@ def adapter_config(student: Student, options: ModelOptions, model_path: Path) ->
         "model": str(model_path),
         "fine_tune_type": options.train,
         "num_layers": lora_layers(student.model, options),
-        "lora_parameters": {
-            "rank": options.lora_rank,
-            "scale": options.lora_scale,
-            "dropout": 0.0,
-        },
+        "lora_parameters": lora_parameters(student.model, options),
     }
 
 

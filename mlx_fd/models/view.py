@@ -390,6 +390,34 @@ def _watched(
     return logits
 
 
+def block_states(
+    model: nn.Module,
+    tokens: mx.array,
+    cache: list[Any] | None = None,
+    *,
+    recompute: bool = False,
+) -> list[mx.array]:
+    """The hidden states before the first block and after each, as :class:`Forward` has them.
+
+    Nothing is evaluated: the model's weights may be on the disk still, or nowhere.
+
+    Args:
+        model: any text model of mlx-lm.
+        tokens: [B, T].
+        cache: as in :meth:`View.forward`.
+        recompute: as in :meth:`View.forward`.
+
+    Raises:
+        UserError: the model lists no blocks.
+    """
+    layers: list[mx.array] = []
+    paths = block_paths(model)
+    taps = {path: _Tap(_at(model, path), layers, recompute) for path in paths}
+    with _replaced(model, taps):
+        model(tokens, cache=cache)
+    return layers
+
+
 def find_view(model: nn.Module) -> View:
     """Find the parts of a model by running it, on four tokens and then on given hidden states.
 

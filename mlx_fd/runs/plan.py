@@ -7,12 +7,11 @@ memory. Everything slow or large comes after everything that can be wrong.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_fd import problems as problem_sets
 from mlx_fd import runs
@@ -27,6 +26,10 @@ from mlx_fd.problems.kinds import KINDS
 from mlx_fd.problems.sources import SOURCES
 from mlx_fd.runs.manifest import manifest_of
 from mlx_fd.runs.records import Manifest
+
+if TYPE_CHECKING:
+    from mlx_fd.models.chat_template import ChatTemplate
+    from mlx_fd.models.memory import Memory, Workload
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Plan:
         notes: what the user should know of the pair.
         expert_template: how chats are written for the expert, where the tokenizers differ and
             ``template`` is the student's alone.
+        memory: most bytes that the run needs; 0 where nobody has asked.
     """
 
     config: Config
@@ -57,6 +61,7 @@ class Plan:
     manifest: Manifest
     notes: tuple[str, ...]
     expert_template: ChatTemplate | None = None
+    memory: int = 0
 
 
 def configuration(
@@ -101,7 +106,6 @@ def make_plan(config: Config) -> Plan:
 
     fingerprint.prefetch(expert_path, student_path)
 
-    from mlx_fd.models.backend import backend
     from mlx_fd.models.loading import check_can_think
     from mlx_fd.models.pairing import check_pair
 
@@ -117,11 +121,12 @@ def make_plan(config: Config) -> Plan:
     if config.generation.thought_tokens:  # both have the expert's tokens and template
         check_can_think(expert_path, pairing.template)
     drawn, notes = without_long(drawn, (expert_path, student_path), config)
-    here = backend()
     if config.losses.needs_attention:
         _check_attention(expert_path, student_path)
     questions = [problem.question for problem in (*drawn.probe, *drawn.problems)]
-    check_run_memory(expert_path, student_path, questions, config, here.on_cpu)
+    memory = check_run_memory(
+        expert_path, student_path, questions, config, pairing.expert_template or pairing.template
+    )
     vocab = pairing.shared_vocab
     return Plan(
         config=config,
@@ -136,6 +141,7 @@ def make_plan(config: Config) -> Plan:
         ),
         notes=(*pairing.warnings, *notes),
         expert_template=pairing.expert_template,
+        memory=memory.total,
     )
 
 
@@ -313,54 +319,93 @@ def _check_attention(*paths: Path) -> None:
 
 
 def check_run_memory(
-    expert: Path, student: Path, questions: Sequence[str], config: Config, on_cpu: bool
-) -> None:
-    """Make sure the run fits into memory."""
-    from mlx_fd.models.directory import AGAIN, blaming
-    from mlx_fd.models.memory import Workload, check_memory, weight_bytes
+    expert: Path,
+    student: Path,
+    questions: Sequence[str],
+    config: Config,
+    template: ChatTemplate | None = None,
+) -> Memory:
+    """Make sure the run fits into memory, from the shapes of the models; no weight is read.
+
+    Args:
+        expert: the expert's directory.
+        student: the student's.
+        questions: all that the run will ask.
+        config: the run's.
+        template: how chats are written; ``None``: as most are.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        UserError: it does not fit, a model cannot be opened, or what trains cannot be put on it.
+    """
+    from mlx_fd.models.loading import open_as_loaded
+    from mlx_fd.models.memory import check_memory
+    from mlx_fd.models.student import prepare
+
+    models = config.models
+    opened, _ = open_as_loaded(expert, dequantize=models.dequantize)
+    trained, settings = open_as_loaded(student, dequantize=models.dequantize)
+    prepare(trained, models)
+    source = (settings.get("mlx_fd") or {}).get("source")
+    shared = student == expert or source == str(expert.resolve())
+    work = workload(expert, questions, config, template)
+    return check_memory(opened, trained, dataclasses.replace(work, shared=shared))
+
+
+def workload(
+    expert: Path, questions: Sequence[str], config: Config, template: ChatTemplate | None = None
+) -> Workload:
+    """How much a run does at a time.
+
+    Args:
+        expert: the expert's directory, whose tokenizer counts.
+        questions: all that the run will ask.
+        config: the run's.
+        template: how chats are written; ``None``: as most are.
+    """
+    from mlx_fd.models.context import TEMPLATE_TOKENS
+    from mlx_fd.models.memory import Workload
+    from mlx_fd.models.pairing import read_tokenizer
     from mlx_fd.problems import prompts
 
-    expert_config, student_config = (
-        json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (expert, student)
-    )
-    for path, sizes in ((expert, expert_config), (student, student_config)):
-        with blaming(f"{path}/config.json: no model of the llama or qwen2 kind has this", AGAIN):
-            weight_bytes(sizes)
-    longest = max(questions, key=len)
+    tokenizer = read_tokenizer(expert)
+
+    def tokens(messages: Sequence[str]) -> int:
+        if template is not None:
+            turns = [part for message in messages for part in (message, "x")][:-1]
+            text, around = template.render(turns), 0
+        else:
+            text, around = "\n".join(messages), TEMPLATE_TOKENS * len(messages) // 2
+        return len(tokenizer.encode(text, add_special_tokens=False).ids) + around
+
     nothing = prompts.Feedback("", None, ())
     said = [
-        prompts.answer_prompt(longest),
+        prompts.answer_prompt(max(questions, key=len)),
         prompts.feedback_prompt(),
         prompts.merge_prompt(nothing, nothing),
         prompts.revise_prompt(""),
         prompts.critique_prompt(),
         prompts.final_prompt(),
     ]
+    both = tokens(said[:2])
     options, losses = config.generation, config.losses
     batch_size = min(options.batch_size, len(questions))
     # Of each episode its feedback, and its solution where those are learned from.
     samples = batch_size * (2 if losses.learns_solutions else 1)
-    source = (student_config.get("mlx_fd") or {}).get("source")
-    check_memory(
-        expert_config,
-        student_config,
-        Workload(
-            batch_size=batch_size,
-            micro_batch=min(config.training.micro_batch, samples),
-            # Fewer than 3 characters a token are rare in English and in arithmetic.
-            prompt_tokens=sum(map(len, said)) // 3 + options.thought_tokens,
-            max_answer_tokens=options.max_answer_tokens,
-            max_feedback_tokens=max(options.max_feedback_tokens, options.max_merge_tokens),
-            solutions=losses.learns_solutions,
-            attention=losses.needs_attention,
-            head_by_head=losses.attention_heads == "aligned",
-            lora_rank=config.models.lora_rank,
-            train_full=config.models.train == "full",
-            grad_checkpoint=config.training.grad_checkpoint,
-            on_cpu=on_cpu,
-            float32=on_cpu and config.models.dequantize == "auto",
-            shared=student == expert or source == str(expert.resolve()),
-        ),
+    return Workload(
+        batch_size=batch_size,
+        micro_batch=min(config.training.micro_batch, samples),
+        prompt_tokens=both + options.thought_tokens,
+        later_tokens=tokens(said) - both,
+        request_tokens=max(tokens([text]) for text in said[2:]),
+        max_answer_tokens=options.max_answer_tokens,
+        max_feedback_tokens=max(options.max_feedback_tokens, options.max_merge_tokens),
+        solutions=losses.learns_solutions,
+        attention=losses.needs_attention,
+        head_by_head=losses.attention_heads == "aligned",
+        grad_checkpoint=config.training.grad_checkpoint,
     )
 
 

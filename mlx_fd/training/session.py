@@ -183,6 +183,9 @@ def open_run(
         report(Note("a sleeping Mac stops the run: `caffeinate -is mlx-fd ...` keeps it awake"))
     import mlx.core as mx
 
+    from mlx_fd.models.device_memory import limit_memory
+
+    limit_memory(plan.memory)
     # The summary names this run's peak, not that of another one in this process.
     mx.reset_peak_memory()
     run, readme, notes = _opened(folder, plan, redo=redo)

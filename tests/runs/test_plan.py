@@ -67,7 +67,7 @@ def test_solutions_fill_larger_micro_batches(tmp_path):
     def needed(**changes) -> float:
         sizes = {"batch_size": 2, "max_answer_tokens": 400_000, "max_feedback_tokens": 50}
         with pytest.raises(UserError, match="this run needs up to") as error:
-            check_run_memory(path, path, ["1 + 1?"] * 9, config(**sizes, **changes), True)
+            check_run_memory(path, path, ["1 + 1?"] * 9, config(**sizes, **changes))
         return float(re.search(r"up to ([0-9.]+) GiB", str(error.value))[1])
 
     assert needed(micro_batch=4) == needed(micro_batch=2)

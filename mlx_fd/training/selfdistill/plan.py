@@ -52,7 +52,6 @@ def make_plan(config: Config) -> Plan:
     Raises:
         UserError: a name, file, combination of options or amount of memory that will not do.
     """
-    from mlx_fd.models.backend import backend
     from mlx_fd.training.selfdistill.training import TRUTH, check_combination
 
     check_combination(config)
@@ -79,8 +78,8 @@ def make_plan(config: Config) -> Plan:
     )
     questions = [problem.question for problem in (*drawn.probe, *drawn.problems)]
     questions *= options.num_generations
-    check_run_memory(critic or student, student, questions, side_by_side, backend().on_cpu)
     template = _template(student, config)
+    memory = check_run_memory(critic or student, student, questions, side_by_side, template)
     if config.generation.student_thinking == "on":
         check_can_think(student, template)
     if critic is not None:
@@ -97,6 +96,7 @@ def make_plan(config: Config) -> Plan:
         problems=drawn.problems,
         manifest=manifest_of(config, critic, student, drawn.source, 0, template),
         notes=notes,
+        memory=memory.total,
     )
 
 

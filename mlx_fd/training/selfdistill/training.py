@@ -600,6 +600,11 @@ def check_combination(config: Config) -> None:
             "self-distill trains LoRA (--train lora): its teacher needs the base weights as they "
             "were, and there is one copy of them."
         )
+    if config.models.lora_dropout:
+        raise UserError(
+            "self-distill compares the student with what it was when it wrote, and dropout makes "
+            "it another one; set lora_dropout to 0."
+        )
     if config.training.epochs != 1:
         raise UserError("self-distill goes through its problems once; set epochs to 1.")
     if config.gate.gate == "published":

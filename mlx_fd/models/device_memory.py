@@ -1,0 +1,104 @@
+"""How much memory this machine has for MLX, and how much of it a run may keep."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from mlx_fd.models.backend import backend
+
+# What MLX may keep of freed buffers for its next arrays, where much is left: beyond it a cache only
+# takes memory from other programs.
+_LARGEST_CACHE = 8 << 30
+_SMALLEST_CACHE = 256 << 20
+# How the devices of MLX call what they can hold.
+_WORKING_SET = "max_recommended_working_set_size"
+
+
+def _cgroup_free(root: Path) -> int | None:
+    """Memory that the control group still allows, or ``None`` where it sets no limit."""
+    files = (
+        ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        (
+            "sys/fs/cgroup/memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    )
+    for folder, limit_file, used_file, cache_key in files:
+        try:
+            limit = int((root / folder / limit_file).read_text())
+            used = int((root / folder / used_file).read_text())
+            stat = (root / folder / "memory.stat").read_text()
+        except (OSError, ValueError):
+            # Missing, or "max": no limit of this kind.
+            continue
+        # File cache is given back when memory is needed.
+        cached = dict(line.split() for line in stat.splitlines()).get(cache_key, 0)
+        return max(0, limit - used + int(cached))
+    return None
+
+
+def _linux_available(root: Path = Path("/")) -> int:
+    meminfo = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
+    available = 1024 * int(meminfo["MemAvailable"].split()[0])
+    limit = _cgroup_free(root)
+    return available if limit is None else min(available, limit)
+
+
+def available_memory() -> int:
+    """Bytes that MLX can use now.
+
+    Returns:
+        Metal: the working set that the system recommends. CUDA: the device's free memory. Else:
+        what the machine and its control group have left.
+    """
+    device = backend().device
+    if device != "cpu":
+        import mlx.core as mx
+
+        info = mx.device_info()
+        for key in (_WORKING_SET, "free_memory", "memory_size"):
+            if key in info:
+                return int(info[key])
+    if sys.platform == "linux":
+        return _linux_available()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_limits(needed: int, working_set: int) -> tuple[int, int]:
+    """What MLX may wire, and what it may keep of freed buffers, in bytes.
+
+    Args:
+        needed: what the run needs at most.
+        working_set: what the device holds without slowing down.
+
+    Returns:
+        The wired limit, the run's need up to the working set; and the cache limit, half of the rest
+        within 256 MiB and 8 GiB, so that kept buffers never push out what is in use.
+    """
+    rest = max(0, working_set - needed) // 2
+    return min(needed, working_set), min(max(rest, _SMALLEST_CACHE), _LARGEST_CACHE)
+
+
+def limit_memory(needed: int) -> tuple[int, int] | None:
+    """Set MLX's wired limit and cache limit for a run, where the device has a working set (Metal).
+
+    Args:
+        needed: the estimate of what the run needs at most, in bytes.
+
+    Returns:
+        The limits of :func:`memory_limits`; ``None`` where MLX has nothing to wire.
+    """
+    backend()
+    import mlx.core as mx
+
+    working_set = mx.device_info().get(_WORKING_SET)
+    if working_set is None:
+        return None
+    wired, cache = memory_limits(needed, int(working_set))
+    mx.set_wired_limit(wired)
+    mx.set_cache_limit(cache)
+    return wired, cache

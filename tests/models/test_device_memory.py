@@ -1,0 +1,66 @@
+"""What this machine has for MLX, and the limits that a run sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mlx_fd.models import device_memory
+from mlx_fd.models.backend import backend
+from mlx_fd.models.device_memory import limit_memory, memory_limits
+
+GIB = 1 << 30
+
+
+def test_linux_memory_and_control_groups(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text(
+        "MemTotal:       24684084 kB\nMemAvailable:   8388608 kB\nHugePages_Total:   0\n"
+    )
+    assert device_memory._linux_available(tmp_path) == 8 * GIB
+    new = tmp_path / "sys/fs/cgroup"
+    new.mkdir(parents=True)
+    (new / "memory.current").write_text(f"{3 * GIB}\n")
+    (new / "memory.stat").write_text(f"anon 5\ninactive_file {GIB}\n")
+    (new / "memory.max").write_text("max\n")
+    assert device_memory._linux_available(tmp_path) == 8 * GIB
+    (new / "memory.max").write_text(f"{6 * GIB}\n")
+    assert device_memory._linux_available(tmp_path) == 4 * GIB
+    (new / "memory.max").write_text(f"{60 * GIB}\n")
+    assert device_memory._linux_available(tmp_path) == 8 * GIB
+    (new / "memory.max").unlink()
+    old = new / "memory"
+    old.mkdir()
+    (old / "memory.limit_in_bytes").write_text(f"{2 * GIB}\n")
+    (old / "memory.usage_in_bytes").write_text(f"{GIB}\n")
+    (old / "memory.stat").write_text(f"total_inactive_file {GIB // 2}\n")
+    assert device_memory._linux_available(tmp_path) == GIB * 3 // 2
+
+
+def test_available_memory_is_plausible() -> None:
+    assert 1 << 27 < device_memory.available_memory() < 1 << 45
+
+
+@pytest.mark.parametrize(
+    ("needed", "wired", "cache"),
+    [
+        # Half of what the run leaves, but never so little that every array is allocated anew.
+        (4, 4 * GIB, 6 * GIB),
+        (14, 14 * GIB, GIB),
+        (15.9, int(15.9 * GIB), 256 << 20),
+        (40, 16 * GIB, 256 << 20),
+        (0, 0, 8 * GIB),
+    ],
+)
+def test_limits_leave_the_working_set_to_the_run(needed: float, wired: int, cache: int) -> None:
+    assert memory_limits(int(needed * GIB), 16 * GIB) == (wired, cache)
+
+
+def test_nothing_is_limited_where_nothing_is_wired() -> None:
+    import mlx.core as mx
+
+    backend()
+    limits = limit_memory(GIB)
+    known = "max_recommended_working_set_size" in mx.device_info()
+    assert (limits is not None) == known
