@@ -258,7 +258,7 @@ def _check(family: Family, args: Any) -> None:
         if getattr(args, option, value) != value:
             differs = f"takes {option} = {value}, and this model has {getattr(args, option)}"
     if differs is not None:
-        raise UserError(f"--format gguf: llama.cpp {differs}; --format mlx and hf keep it")
+        raise UserError(f"--format gguf: llama.cpp {differs}; --format mlx keeps it")
 
 
 def _add(writer: gguf.GGUFWriter, family: Family, metadata: dict[str, Any]) -> None:

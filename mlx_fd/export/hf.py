@@ -115,13 +115,15 @@ def _generation_config(source: Source, config: dict[str, Any]) -> dict[str, Any]
 
 
 def check_source(source: Source) -> None:
-    """Make sure that the model is of a known family. No weight is read.
+    """Make sure that transformers computes what mlx-lm does. No weight is read.
 
     Raises:
-        UserError: it is not.
+        UserError: the model is of no known family, or transformers would compute otherwise.
     """
-    _, config = open_lazily(source.ref.model)
-    family_of(config["model_type"], "--format hf")
+    model, config = open_lazily(source.ref.model)
+    differs = family_of(config["model_type"], "--format hf").check_hf(model.args)
+    if differs is not None:
+        raise UserError(f"--format hf: transformers {differs}; --format mlx keeps it")
 
 
 def write_model(

@@ -55,7 +55,7 @@ def _place(module: str, family: Family, arrays: dict[str, mx.array]) -> Place:
         raise UserError(
             f"--adapter: PEFT has no place for an adapter on {module} of a {family.name} model"
             + (" (transformers keeps all experts in one tensor)" if experts else "")
-            + "; leave --adapter out, or train without it (--lora-keys)"
+            + "; leave --adapter out, and it is fused into the whole model"
         )
     return Place(int(layer), within)
 

@@ -211,6 +211,25 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path, variant, op
     assert steps == []
 
 
+@pytest.mark.parametrize(
+    ("variant", "options", "text"),
+    [
+        ("llama", {"rope_traditional": True}, "transformers rotates the halves"),
+        ("qwen2", {"rope_traditional": True}, "transformers rotates the halves"),
+        (
+            "llama",
+            {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 24},
+            "transformers attends to all tokens",
+        ),
+    ],
+)
+def test_what_transformers_would_compute_otherwise_is_refused(tmp_path, variant, options, text):
+    model = make(tmp_path, variant, **options)
+    form = Form(format="hf", parity_problems=0)
+    with pytest.raises(UserError, match=text):
+        export(str(model), tmp_path / "out", form, progress=lambda *_: None)
+
+
 def test_the_experts_of_gpt_oss_as_transformers_has_them(tmp_path):
     """Gate and up in turn along the outputs, inputs before outputs (its GptOssExperts)."""
     model = make(tmp_path, "gpt_oss")

@@ -53,7 +53,10 @@ def _as_it_is(weights: Weights) -> Weights:
     return weights
 
 
-def _always_right(args: Any) -> str | None:
+def neighbouring_pairs(args: Any) -> str | None:
+    """Whether a model rotates neighbouring pairs, which only mlx-lm can be told to."""
+    if getattr(args, "rope_traditional", False):
+        return "rotates the halves of a head, and this model neighbouring pairs"
     return None
 
 
@@ -79,6 +82,7 @@ class Family(Entry):
         rope: kinds of rotary scaling that llama.cpp computes as mlx-lm does.
         check: what of a model's ``ModelArgs`` llama.cpp would compute otherwise, as the rest of a
             sentence that begins with "llama.cpp"; ``None``: nothing.
+        check_hf: the same of transformers.
         complete: adds to a config.json that was made of a GGUF file what follows from the rest.
         modules: parts of mlx-lm's names of modules -> what they are in transformers' checkpoints.
         to_hf: mlx-lm's weights under transformers' names, in its shapes.
@@ -99,7 +103,8 @@ class Family(Entry):
     norm_shift: float = 0.0
     scaled_in_transformers: bool = False
     rope: frozenset[str] = frozenset({"default", "linear", "yarn"})
-    check: Callable[[Any], str | None] = _always_right
+    check: Callable[[Any], str | None] = neighbouring_pairs
+    check_hf: Callable[[Any], str | None] = neighbouring_pairs
     complete: Callable[[dict[str, Any]], None] = _complete
     modules: Mapping[str, str] = field(default_factory=dict)
     to_hf: Callable[[Weights], Weights] = _as_it_is

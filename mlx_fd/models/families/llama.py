@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_fd.models.families import Family, register_family
+from mlx_fd.models.families import Family, neighbouring_pairs, register_family
 
 
 def no_windows(args: Any) -> str | None:
@@ -16,9 +16,7 @@ def no_windows(args: Any) -> str | None:
 
 def check(args: Any) -> str | None:
     """A window, or rotation of neighbouring pairs."""
-    if args.rope_traditional:
-        return "rotates the halves of a head, and this model neighbouring pairs"
-    return no_windows(args)
+    return neighbouring_pairs(args) or no_windows(args)
 
 
 register_family(
@@ -32,5 +30,6 @@ register_family(
         pairs=True,
         rope=frozenset({"default", "linear", "llama3", "yarn"}),
         check=check,
+        check_hf=check,
     )
 )

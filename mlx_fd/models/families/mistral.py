@@ -16,5 +16,6 @@ register_family(
         pairs=True,
         rope=frozenset({"default", "linear", "llama3", "yarn"}),
         check=check,
+        check_hf=check,
     )
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_fd.models.families import Family, register_family
-from mlx_fd.models.families.qwen2 import check
 
 
 def complete(config: dict[str, Any]) -> None:
@@ -24,7 +23,6 @@ register_family(
         hf_class="Phi3ForCausalLM",
         gguf="phi3",
         rope=frozenset({"default", "linear", "longrope"}),
-        check=check,
         complete=complete,
     )
 )

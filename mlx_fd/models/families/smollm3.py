@@ -31,6 +31,7 @@ register_family(
         gguf="smollm3",
         pairs=True,
         check=check,
+        check_hf=llama.check,
         complete=complete,
     )
 )
