@@ -53,12 +53,14 @@ class Row:
     formats: str
 
 
-def row_of(name: str, found: Loaded | UserError) -> Row:
-    """The row of an architecture, from the model that was opened or the refusal."""
+def row_of(name: str, found: Loaded | UserError, folder: Path) -> Row:
+    """The row of an architecture, from the model that was opened in a folder, or the refusal."""
     model_type = config_of(name)["model_type"]
     if isinstance(found, UserError):
-        # The message begins with a directory that nobody has.
-        return Row(model_type, f"refused: {str(found).partition(': ')[2]}", "", "")
+        # The directory is nobody's, and what another library said is another one's next time.
+        own, directory, why = str(found).partition(f"{folder}: ")
+        why = why if directory else own.replace(f" in {folder}", "").partition(": ")[0]
+        return Row(model_type, f"refused: {why}", "", "")
     result = "right" if found.batched else "right, one conversation at a time"
     return Row(model_type, result, _states(found), _formats(model_type))
 
@@ -116,8 +118,9 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = {}
     for name in ARCHITECTURES:
-        with TemporaryDirectory() as folder:
-            rows[name] = row_of(name, opened(name, Path(folder) / "model"))
+        with TemporaryDirectory() as directory:
+            folder = Path(directory) / "model"
+            rows[name] = row_of(name, opened(name, folder), folder)
     page = PAGE.read_text(encoding="utf-8")
     made = with_table(page, rows)
     if arguments.check and made != page:
