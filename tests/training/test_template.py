@@ -24,6 +24,7 @@ from mlx_fd.training import session
 from mlx_fd.training.selfdistill.methods import configured
 from support.loops import assert_same
 from support.pairs import SMALL, make_home
+from support.shell import failed, shell
 from support.tiny import CHAT_TEMPLATE
 
 # As Llama's and SmolLM3's: the expert's prints the day, and knows a variable.
@@ -243,3 +244,13 @@ def test_self_distillation_has_a_day_and_variables_too(
     assert run(lambda: False) is not None
     assert prompt(folder) == PROMPT
     assert open_target(str(folder), None).template.render(["Hi"]) == PROMPT
+
+
+def test_the_command_line_takes_variables_as_mlx_lms_does(run: Path, tmp_path: Path) -> None:
+    asked = ("feedback", run, "--problem", "1 + 1?", "--answer", "2", "--tokens", 4)
+    done = shell(*asked, "--chat-template-args", '{"style": "At length"}', cwd=tmp_path)
+    assert done.status == 0, done
+    unknown = shell(*asked, "--chat-template-args", '{"tone": "kind"}', cwd=tmp_path)
+    failed(unknown, "does not know tone; it knows style")
+    for text in ('{"style"', "[1]"):
+        failed(shell(*asked, "--chat-template-args", text, cwd=tmp_path), "is not", "JSON")
