@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,6 +13,7 @@ from mlx_fd.cli.options import (
     Count,
     LateOption,
     PathType,
+    chat_template_option,
     chosen_model,
     debug_option,
     json_option,
@@ -101,6 +103,7 @@ Examples:
     help="Write the parity bundle for mlx-fd compare. [default: parity]",
 )
 @click.option("--archive", is_flag=True, help="Also write DIR.tar.")
+@chat_template_option
 @json_option
 @quiet_option
 @debug_option
@@ -119,6 +122,7 @@ def export(
     parity_problems: int,
     parity: bool,
     archive: bool,
+    template_kwargs: dict[str, Any] | None,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -149,6 +153,7 @@ def export(
         gguf_type=gguf_type,
         base_model=base_model,
         parity_problems=parity_problems if parity else 0,
+        template_kwargs=template_kwargs,
     )
     with Steps(Console(stderr=True), quiet=quiet) as steps:
         done = write(name, out, wanted, adapter=adapter_path, with_archive=archive, progress=steps)

@@ -121,9 +121,9 @@ def template_note(ref: ModelRef, folder: Path) -> str:
     if template.kwargs:
         given = json.dumps(template.kwargs)
         lines.append(
-            f"It was trained with the template's variables `{given}`: give them to "
+            f"Its chats are written with the template's variables `{given}`: give them to "
             f"`apply_chat_template`, or to mlx-lm with `--chat-template-config '{given}'`."
         )
     if CLOCK in template.source:
-        lines.append(f"The template prints the date; in the run it was {template.date}.")
+        lines.append(f"The template prints the date; here it was {template.date}.")
     return "".join(f"{line}\n" for line in lines)

@@ -114,7 +114,7 @@ def export(
     folder = Path(os.path.abspath(folder))  # noqa: PTH100
     check_form(form)
     check_out(folder, with_archive=with_archive)
-    source = open_source(name, adapter)
+    source = open_source(name, adapter, form.template_kwargs)
     FORMATS[form.format].check(source, form)
     progress("loading", 0, 1)
     judge = open_student(source.ref)

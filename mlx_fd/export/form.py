@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.export import gguf_file
@@ -27,6 +29,8 @@ class Form:
         base_model: what a PEFT adapter calls its base; ``None``: as it was trained.
         parity_problems: problems of the parity bundle; 0: no bundle.
         seed: of the bundle's choice of problems.
+        template_kwargs: further variables of the chat template, beside the run's, with which the
+            bundle's prompts are written.
     """
 
     format: str = "mlx"
@@ -38,6 +42,7 @@ class Form:
     base_model: str | None = None
     parity_problems: int = 8
     seed: int = 0
+    template_kwargs: Mapping[str, Any] | None = None
 
 
 def check_form(form: Form) -> None:

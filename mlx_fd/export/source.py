@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,18 +62,21 @@ class Source:
     summary: dict[str, Any]
 
 
-def open_source(name: str, adapter: Path | None = None) -> Source:
+def open_source(
+    name: str, adapter: Path | None = None, template_kwargs: Mapping[str, Any] | None = None
+) -> Source:
     """Find and check what is to be exported.
 
     Args:
         name: a run directory, one of its checkpoints, or a model's name.
         adapter: an mlx-lm adapter of that model, or of the model it names if ``name`` is empty.
+        template_kwargs: further variables of the chat template, beside the run's.
 
     Raises:
         UserError: nothing of that name, or its files are damaged: a file ends early, or numbers in
             it are not finite.
     """
-    ref = locate_model(name, adapter)
+    ref = locate_model(name, adapter, template_kwargs)
     for file in sorted(ref.model.glob("model*.safetensors")):
         _check_file(file)
     if ref.adapter is not None:

@@ -174,7 +174,7 @@ def test_a_whole_export_has_the_trained_template(run: Path, tmp_path: Path, form
     assert prompt(done.folder).startswith("<|im_start|>Today is 26 July 2024. <|im_start|>user")
     card = (done.folder / "README.md").read_text()
     assert '--chat-template-config \'{"style": "Be brief"}\'' in card
-    assert "in the run it was 2026-11-28" in card
+    assert "prints the date; here it was 2026-11-28" in card
     if form == "mlx":
         bundle = read_bundle(done.folder)
         assert bundle.eos == (399,)
@@ -254,3 +254,14 @@ def test_the_command_line_takes_variables_as_mlx_lms_does(run: Path, tmp_path: P
     failed(unknown, "does not know tone; it knows style")
     for text in ('{"style"', "[1]"):
         failed(shell(*asked, "--chat-template-args", text, cwd=tmp_path), "is not", "JSON")
+
+
+def test_a_plain_models_bundle_is_written_with_the_variables_that_it_is_given(
+    home: Path, tmp_path: Path
+) -> None:
+    form = Form(parity_problems=1, template_kwargs={"style": "At length"})
+    done = export(str(home / "expert"), tmp_path / "out", form, progress=lambda *_: None)
+    assert all("At length." in one.text for one in read_bundle(done.folder).prompts)
+    assert (done.folder / "tokenizer_config.json").read_bytes() == (
+        home / "expert" / "tokenizer_config.json"
+    ).read_bytes()
