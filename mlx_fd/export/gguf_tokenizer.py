@@ -94,7 +94,8 @@ def read_vocabulary(path: Path, rows: int, arch: str) -> Vocabulary:
             f"{path}: --format gguf writes tokenizers that merge (byte-level BPE, SentencePiece), "
             f"and this one is {model.get('type')}"
         )
-    added = tokenizer.get("added_tokens") or []
+    # Without a row they are plain text, as open_tokenizer has it (Gemma 3's token for images).
+    added = [one for one in tokenizer.get("added_tokens") or [] if one["id"] < rows]
     stripping = [
         token["content"]
         for token in added

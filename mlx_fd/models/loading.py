@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,11 +144,28 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> tuple[TokenizerWrapper
         count = _token_count(path, tokenizer)
     rows = text_config(config, path / CONFIG).get("vocab_size")
     if isinstance(rows, int) and count > rows:
+        # Gemma 3's text models have the token of the others' images, and no row for it.
+        _forget_added_tokens(tokenizer, rows)
+        count = _token_count(path, tokenizer)
+    if isinstance(rows, int) and count > rows:
         raise UserError(
             f"{path} has {count} tokens but only {rows} rows of logits (vocab_size in "
             "config.json); its tokenizer does not belong to it"
         )
     return tokenizer, count
+
+
+def _forget_added_tokens(tokenizer: TokenizerWrapper, rows: int) -> None:
+    """Take the added tokens from ``rows`` on out of a tokenizer: their text is plain text then."""
+    from tokenizers import Tokenizer
+
+    fast = tokenizer._tokenizer
+    backend_tokenizer = getattr(fast, "backend_tokenizer", None)
+    if backend_tokenizer is None:
+        return
+    content = json.loads(backend_tokenizer.to_str())
+    content["added_tokens"] = [one for one in content["added_tokens"] if one["id"] < rows]
+    fast._tokenizer = Tokenizer.from_str(json.dumps(content))
 
 
 def template_of(

@@ -307,6 +307,20 @@ def test_kinds_of_tokens(tmp_path):
         read_vocabulary(file, 300, "qwen2")
 
 
+def test_an_added_token_without_a_row_is_left_out(tmp_path):
+    tokenizer = tiny.make_tokenizer()
+    rows = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<image_soft_token>"])
+    model = tiny.make_model_dir(tmp_path / "m", tokenizer=tokenizer, vocab_size=rows)
+    found = read_vocabulary(model / "tokenizer.json", rows, "llama")
+    assert len(found.tokens) == rows and "<image_soft_token>" not in found.tokens
+    content = json.loads((model / "tokenizer.json").read_text())
+    content["model"]["vocab"]["zzz"] = rows
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"has {rows + 1} tokens"):
+        read_vocabulary(model / "tokenizer.json", rows, "llama")
+
+
 def test_tokenizers_that_llama_cpp_does_not_have(tmp_path):
     def other_split(tokenizer):
         tokenizer.pre_tokenizer = pre.Sequence(

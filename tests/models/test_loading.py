@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.models import loading  # noqa: E402
 from mlx_fd.models.fingerprint import content_hash  # noqa: E402
 from mlx_fd.models.loading import load, load_pair  # noqa: E402
+from mlx_fd.models.pairing import check_pair  # noqa: E402
 from mlx_fd.models.prune import prune  # noqa: E402
 
 on_cpu = pytest.mark.skipif(not backend().on_cpu, reason="what the CPU backend does")
@@ -215,3 +217,30 @@ def test_a_pruned_smollm2_costs_next_to_nothing(
     assert alone > 5e8
     assert both < 1.01 * alone
     assert len(pair[1].model.layers) == 15
+
+
+def test_an_added_token_without_a_row_is_plain_text(tmp_path: Path) -> None:
+    """Gemma 3 1B and 270M: their tokenizer has <image_soft_token> after the last row."""
+    tokenizer = tiny.make_tokenizer()
+    rows = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<image_soft_token>"])
+    assert tokenizer.token_to_id("<image_soft_token>") == rows
+    path = tiny.make_model_dir(tmp_path / "m", tokenizer=tokenizer, vocab_size=rows)
+    loaded = load(path)
+    assert loaded.vocab == rows
+    text = "an <image_soft_token> here<|im_end|>"
+    ids = loaded.tokenizer.encode(text)
+    assert max(ids) < rows
+    assert loaded.tokenizer.decode(ids) == text
+    # The other added tokens are what they were.
+    assert ids[-1] == tokenizer.token_to_id("<|im_end|>")
+    # Beside a model that has a row for it, as Gemma 3 4B has.
+    other = tiny.make_model_dir(tmp_path / "o", tokenizer=tokenizer, vocab_size=rows + 64)
+    pairing = check_pair(other, path)
+    assert (pairing.shared_vocab, pairing.student_vocab) == (rows, rows)
+    # A token that texts become is another matter.
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["model"]["vocab"]["zzz"] = rows + 7
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"only {rows} rows of logits"):
+        load(path)
