@@ -95,7 +95,9 @@ def read_vocabulary(path: Path, rows: int, arch: str) -> Vocabulary:
             f"and this one is {model.get('type')}"
         )
     # Without a row they are plain text, as open_tokenizer has it (Gemma 3's token for images).
-    added = [one for one in tokenizer.get("added_tokens") or [] if one["id"] < rows]
+    added = [
+        one for one in tokenizer.get("added_tokens") or [] if one["id"] < rows or not one["special"]
+    ]
     stripping = [
         token["content"]
         for token in added

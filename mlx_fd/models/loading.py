@@ -145,7 +145,7 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> tuple[TokenizerWrapper
     rows = text_config(config, path / CONFIG).get("vocab_size")
     if isinstance(rows, int) and count > rows:
         # Gemma 3's text models have the token of the others' images, and no row for it.
-        _forget_added_tokens(tokenizer, rows)
+        _forget_special_tokens(tokenizer, rows)
         count = _token_count(path, tokenizer)
     if isinstance(rows, int) and count > rows:
         raise UserError(
@@ -155,8 +155,11 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> tuple[TokenizerWrapper
     return tokenizer, count
 
 
-def _forget_added_tokens(tokenizer: TokenizerWrapper, rows: int) -> None:
-    """Take the added tokens from ``rows`` on out of a tokenizer: their text is plain text then."""
+def _forget_special_tokens(tokenizer: TokenizerWrapper, rows: int) -> None:
+    """Take the special tokens from ``rows`` on out of a tokenizer: their text is plain then.
+
+    Those that begin or end a text, or stand in the chat template, stay.
+    """
     from tokenizers import Tokenizer
 
     fast = tokenizer._tokenizer
@@ -164,7 +167,13 @@ def _forget_added_tokens(tokenizer: TokenizerWrapper, rows: int) -> None:
     if backend_tokenizer is None:
         return
     content = json.loads(backend_tokenizer.to_str())
-    content["added_tokens"] = [one for one in content["added_tokens"] if one["id"] < rows]
+    ends = {*tokenizer.eos_token_ids, tokenizer.bos_token_id}
+    template = str(tokenizer.chat_template)
+    content["added_tokens"] = [
+        one
+        for one in content["added_tokens"]
+        if one["id"] < rows or not one["special"] or one["id"] in ends or one["content"] in template
+    ]
     fast._tokenizer = Tokenizer.from_str(json.dumps(content))
 
 
