@@ -145,7 +145,8 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> tuple[TokenizerWrapper
     rows = text_config(config, path / CONFIG).get("vocab_size")
     if isinstance(rows, int) and count > rows:
         # Gemma 3's text models have the token of the others' images, and no row for it.
-        _forget_special_tokens(tokenizer, rows)
+        with blaming(f"the tokenizer in {path} has {count} tokens for {rows} rows of logits"):
+            _forget_special_tokens(tokenizer, rows)
         count = _token_count(path, tokenizer)
     if isinstance(rows, int) and count > rows:
         raise UserError(
