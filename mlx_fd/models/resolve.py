@@ -34,6 +34,7 @@ _OPTION = re.compile(r"(.+?):(\w+)=(.*)")
 _LAYERS = re.compile(r"[1-9][0-9]{0,5}")
 _WEIGHTS = re.compile(r"model.*\.safetensors")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB = "https://huggingface.co/"
 # Of architectures that write text.
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration")
 # The first question to the hub; without a network the answer must not be long in coming.
@@ -72,6 +73,7 @@ def parse_name(name: str) -> ModelName:
     Raises:
         UserError: K is not a positive whole number, or another option than ``layers`` is given.
     """
+    name = name.removeprefix(_HUB)  # pasted from the browser
     match = _OPTION.fullmatch(name)
     if match is None:
         if not name:

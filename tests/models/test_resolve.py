@@ -62,6 +62,7 @@ class Answer:
 def test_parse_name() -> None:
     assert parse_name("qwen2.5-7b-4bit") == ModelName("qwen2.5-7b-4bit", None)
     assert parse_name("a/b:layers=12") == ModelName("a/b", 12)
+    assert parse_name("https://huggingface.co/a/b:layers=12") == ModelName("a/b", 12)
     assert parse_name("/x:y/z") == ModelName("/x:y/z", None)
     for wrong in ("x:layers=0", "x:layers=-1", "x:layers=", "x:layers=1.5", "x:layers=9999999"):
         with pytest.raises(UserError, match="whole number"):
