@@ -31,13 +31,15 @@ from mlx_fd.models.student import (
     read_trained,
 )
 from mlx_fd.runs.checked import content_digest, read_checked
-from mlx_fd.runs.plan import Plan
+from mlx_fd.runs.plan import Plan, check_run_memory
 from mlx_fd.runs.records import Manifest
 
 if TYPE_CHECKING:
     from mlx_fd.feedback.pair import Pair
 
 
+# About as long as the longest of GSM8K.
+_LONG_PROBLEM = "How many? " * 100
 # Options of a run that decide, with the weights, what its student says.
 _LORA = ("train", "lora_rank", "lora_scale", "lora_layers", "lora_keys", "score_at")
 
@@ -236,6 +238,7 @@ class Models:
         """
         from mlx.utils import tree_flatten
 
+        from mlx_fd.models.device_memory import limit_memory
         from mlx_fd.models.student import load_student
 
         target = self._target
@@ -252,6 +255,16 @@ class Models:
             manifest=cast(Manifest, {}),
             notes=(),
         )
+        # One conversation at least must fit; of its problem nothing is known here.
+        memory = check_run_memory(
+            plan.expert_path,
+            plan.student_path,
+            [_LONG_PROBLEM],
+            plan.config,
+            plan.expert_template or plan.template,
+            learns=False,
+        )
+        limit_memory(memory.total)
         if target.adapter is not None:
             return _with_adapter(plan, target.adapter)
         pair: Pair

@@ -473,9 +473,12 @@ def check_memory(
         f"and {available / _GIB:.1f} GiB are free."
     )
     smaller = largest_batch(needs, work, available)
-    if smaller is not None:
-        micro = f" --micro-batch {smaller[1]}" if work.micro_batch else ""
-        raise UserError(f"{message} It fits with --batch-size {smaller[0]}{micro}.")
+    if smaller is not None and work.micro_batch:
+        raise UserError(
+            f"{message} It fits with --batch-size {smaller[0]} --micro-batch {smaller[1]}."
+        )
+    if not work.micro_batch:
+        raise UserError(f"{message} Take a 4-bit form of a model, or a smaller one.")
     raise UserError(
         f"{message} No batch size makes it fit: try --preset 16gb, shorter --max-answer-tokens and "
         "--max-feedback-tokens, --grad-checkpoint, a 4-bit expert, or a smaller expert."

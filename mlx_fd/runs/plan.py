@@ -324,6 +324,8 @@ def check_run_memory(
     questions: Sequence[str],
     config: Config,
     template: ChatTemplate | None = None,
+    *,
+    learns: bool = True,
 ) -> Memory:
     """Make sure the run fits into memory, from the shapes of the models; no weight is read.
 
@@ -333,6 +335,7 @@ def check_run_memory(
         questions: all that the run will ask.
         config: the run's.
         template: how chats are written; ``None``: as most are.
+        learns: whether the student is trained.
 
     Returns:
         The estimate.
@@ -350,8 +353,10 @@ def check_run_memory(
     prepare(trained, models)
     source = (settings.get("mlx_fd") or {}).get("source")
     shared = student == expert or source == str(expert.resolve())
-    work = workload(expert, questions, config, template)
-    return check_memory(opened, trained, dataclasses.replace(work, shared=shared))
+    work = dataclasses.replace(workload(expert, questions, config, template), shared=shared)
+    if not learns:
+        work = dataclasses.replace(work, micro_batch=0)
+    return check_memory(opened, trained, work)
 
 
 def workload(

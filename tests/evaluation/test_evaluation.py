@@ -80,6 +80,13 @@ def done(run, tmp_path_factory):
     return folder, cache, evaluate(run, folder, cache, baselines=True)
 
 
+def test_models_that_do_not_fit_are_refused_before_they_are_loaded(monkeypatch) -> None:
+    models = Models(open_target("tiny-student", None))
+    monkeypatch.setattr("mlx_fd.models.memory.available_memory", lambda: 1 << 20)
+    with pytest.raises(UserError, match=r"needs up to .* GiB .*Take a 4-bit form"):
+        _ = models.pair
+
+
 def test_every_system_meets_every_problem_from_the_same_first_answer(done):
     folder, _, results = done
     rows = [row for row in rows_of(folder) if row["set"] == "arithmetic/test"]
