@@ -136,6 +136,26 @@ def test_counts():
     assert counts([Item(3, None, False)], LossOptions(losses=("score",))) == {"score": 0.0}
 
 
+def test_each_step_drops_other_entries_and_looking_drops_none(plan):
+    models = dataclasses.replace(plan.config.models, lora_dropout=0.5)
+    pair = open_pair(
+        dataclasses.replace(plan, config=dataclasses.replace(plan.config, models=models))
+    )
+    samples = samples_of(pair)
+    plain = open_pair(plan)
+    # LoRA begins at zero, so the losses are the base's; only the gradient knows of the dropout.
+    assert measured(pair, samples) == measured(plain, samples)
+    training = TrainingOptions(max_grad_norm=0.0, lora_rate=0.0)
+    optimizer = make_optimizer(pair.student, training)
+    norms = [update(pair, optimizer, samples, WEIGHTS, OPTIONS, training) for _ in range(2)]
+    assert norms[0].gradient_norm != pytest.approx(norms[1].gradient_norm, rel=1e-6)
+    assert measured(pair, samples) == measured(pair, samples)
+
+
+def measured(pair, samples):
+    return measure(pair.student, pair.expert, samples, OPTIONS, 400, 4)
+
+
 @pytest.mark.parametrize("other", [{"micro_batch": 2}, {"micro_batch": 3}, {"micro_batch": 1}])
 def test_batch_of_8_is_the_same_update_in_micro_batches(plan, other):
     whole = TrainingOptions(micro_batch=8, max_grad_norm=0.0)
@@ -151,7 +171,10 @@ def test_batch_of_8_is_the_same_update_in_micro_batches(plan, other):
     assert max(np.abs(change).max() for change in delta.values()) > 1e-3
 
 
-def test_recomputing_activations_changes_nothing(plan):
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_recomputing_activations_changes_nothing(plan, dropout):
+    models = dataclasses.replace(plan.config.models, lora_dropout=dropout)
+    plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, models=models))
     results = []
     for recompute in (False, True):
         pair = open_pair(plan)
@@ -271,7 +294,18 @@ def test_last_layer_only(pair):
     assert 0 < found < 2 and found != pytest.approx(every)
 
 
-def test_saved_student_and_optimizer_go_on_bit_for_bit(plan, tmp_path):
+@pytest.mark.parametrize(
+    "models",
+    [
+        {},
+        {"lora_dropout": 0.4},
+        {"train": "dora", "lora_dropout": 0.2, "lora_keys": ("self_attn.v_proj", "mlp.up_proj")},
+    ],
+)
+def test_saved_student_and_optimizer_go_on_bit_for_bit(plan, tmp_path, models):
+    options = dataclasses.replace(plan.config.models, **models)
+    plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, models=options))
+
     def learn(pair, optimizer, steps):
         samples = samples_of(pair)
         for _ in range(steps):
