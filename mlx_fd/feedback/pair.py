@@ -63,8 +63,8 @@ def load_pair(expert: str, student: str = "", *, seed: int = 0, **options: Any) 
         student: likewise; empty: the expert's default student.
         seed: of the LoRA and projection initialisation.
         **options: of the models, by their names in docs/reference.md: ``train``, ``lora_rank``,
-            ``lora_scale``, ``lora_layers``, ``score_at``, ``dequantize``,
-            ``chat_template_kwargs``, ``template_date``.
+            ``lora_scale``, ``lora_layers``, ``lora_keys``, ``lora_dropout``, ``score_at``,
+            ``dequantize``, ``chat_template_kwargs``, ``template_date``.
 
     Returns:
         The models, the student with fresh LoRA and heads, ready to train.
