@@ -212,7 +212,24 @@ def find(
                 f"{template.owner}: where a thought begins and ends in its chat template is not "
                 "understood; turn thinking off"
             )
-        return None
+        # Thoughts that come all the same are told from what is said.
+        return Thinking(
+            family=family,
+            on=False,
+            limit=limit,
+            tail="",
+            closed="",
+            anchor=(),
+            closed_ids=(),
+            opened_ids=(),
+            visible_ids=(),
+            after_ids=(),
+            force_ids=(),
+            end_id=-1,
+            banned_id=-1,
+            tail_id=-1,
+            turn_end_id=-1,
+        )
     closed, opened = _closed(off, family), _opened(frame, family)
     if on and opened is None:
         raise UserError(

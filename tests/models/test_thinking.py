@@ -17,7 +17,7 @@ from support.thinkers import TEMPLATES, Line, scripted, tokens_in
 from support.tiny import make_model_dir, make_tokenizer, write_tokenizer
 
 ASK, AGAIN = "What is 1 + 2?", "Sure?"
-FAMILIES = sorted(TEMPLATES)
+FAMILIES = sorted(name for name, kind in TEMPLATES.items() if not kind.odd)
 PLAIN = GenerateOptions()
 
 
@@ -206,3 +206,14 @@ def test_states_that_cannot_be_cut_back_lose_the_thought_too(tmp_path, architect
         assert after.prefilled < len(turn.conversation.tokens)
         ready = (*turn.conversation.tokens, *followup_prompt(loaded, AGAIN))
         assert rewind_to(after.conversation, ready).cache is not None
+
+
+def test_a_template_that_is_not_understood_has_replies_without_thoughts_too(tmp_path):
+    script = {ASK: Line("It is 3.", "#### 7")}
+    with pytest.raises(UserError, match="is not understood"):
+        scripted(tmp_path / "on", "odd", script, on=True)
+    loaded = scripted(tmp_path / "off", "odd", script, on=False)
+    [turn] = generate(loaded, [Conversation()], [first_prompt(loaded, ASK)], Sampling(40), PLAIN)
+    assert (turn.text, turn.thought) == ("It is 3.", "#### 7")
+    assert "7" not in loaded.tokenizer.decode(list(turn.tokens))
+    assert tokens_in(turn.conversation.cache) == list(turn.conversation.tokens)

@@ -40,6 +40,7 @@ class Template:
     tokens: tuple[str, ...]
     eos: str = "<|im_end|>"
     family: str = "think"
+    odd: bool = False
 
 
 TEMPLATES = {
@@ -88,6 +89,10 @@ TEMPLATES = {
         ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"),
         eos="<|return|>",
         family="harmony",
+    ),
+    # Writes a chat's beginning anew in each turn, so that nobody knows where a thought may stand.
+    "odd": Template(
+        "{{ messages | length }}" + _chatml(_STRIPPED, ""), ("<think>", "</think>"), odd=True
     ),
     # Is told to think at the chat's beginning.
     "gemma4": Template(
