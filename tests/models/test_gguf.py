@@ -206,6 +206,10 @@ def test_files_that_cannot_be_converted(tmp_path: Path) -> None:
         ("kind weird", {"pre": "weird"}),
         ("kind gpt-2 is not supported for qwen2", {"arch": "qwen2"}),
         ("tokenizer model bert", {"change": {"tokenizer.ggml.model": ("bert", "string")}}),
+        (
+            "tokens of Phi-3 take the spaces",
+            {"arch": "phi3", "change": {"tokenizer.ggml.model": ("llama", "string")}},
+        ),
         ("scores is missing", {"change": {"tokenizer.ggml.model": ("llama", "string")}}),
         ("block_count is missing", {"drop": ("llama.block_count",)}),
         ("merges is missing", {"drop": ("tokenizer.ggml.merges",)}),
