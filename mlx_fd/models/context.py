@@ -10,14 +10,16 @@ from pathlib import Path
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.models.directory import CONFIG
+from mlx_fd.models.loading import open_template
 from mlx_fd.models.pairing import read_tokenizer
 from mlx_fd.models.published_config import ignored_window, read_config, text_config
 from mlx_fd.problems import ProblemSet
 from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 
-# What a chat template adds to a question, an answer and a request for feedback: role names,
-# turn ends, the system prompt of some.
+# What a chat template adds to a question, an answer and a request for feedback, at least: role
+# names, turn ends. The system prompt of some is longer, and is counted where it may matter.
 TEMPLATE_TOKENS = 64
+_LONG_TEMPLATE = 512
 
 
 def context_length(path: Path) -> int | None:
@@ -63,14 +65,15 @@ def too_long(texts: Sequence[str], path: Path, around: Surroundings) -> dict[int
     context = context_length(path)
     if context is None:
         return {}
-    room = context - around.max_tokens - TEMPLATE_TOKENS
+    room = context - around.max_tokens
     # No token is shorter than a byte, so the tokenizer is needed for long texts only.
-    if room >= len(around.prompts.encode()) + max(
-        (len(text.encode()) for text in texts), default=0
-    ):
+    longest = max((len(text.encode()) for text in texts), default=0)
+    if room >= _LONG_TEMPLATE + len(around.prompts.encode()) + longest:
         return {}
     tokenizer = read_tokenizer(path)
     room -= len(tokenizer.encode(around.prompts).ids)
+    chat = open_template(path).render(["?", "?", "?"]) if room > TEMPLATE_TOKENS else ""
+    room -= max(TEMPLATE_TOKENS, len(tokenizer.encode(chat, add_special_tokens=False).ids))
     if room <= 0:
         advice = f"; take a smaller {around.option}" if around.option else ""
         raise UserError(

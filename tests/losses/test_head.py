@@ -7,7 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx import nn
-from mlx_lm.models import cohere, falcon_h1, gemma2, gemma4_text, granite, minicpm
+from mlx.utils import tree_flatten
+from mlx_lm.models import cohere, falcon_h1, gemma2, gemma4_text, granite, llama, minicpm
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_fd.losses import divergence
 from mlx_fd.losses.divergence import (
@@ -25,6 +27,7 @@ from mlx_fd.losses.head import head_rows, logit_head
 from mlx_fd.losses.kernel_checks import divergence_reference, float64
 from mlx_fd.models.backend import Backend
 from mlx_fd.models.logit_transform import DenseLogits, LinearLogits, LogitTransform
+from mlx_fd.models.view import find_view
 from support.loss_numbers import numbers
 
 N, VOCAB, WIDTH = 9, 61, 32
@@ -408,3 +411,38 @@ def _eye(size):
     head = nn.Linear(size, size, bias=False)
     head.weight = mx.eye(size)
     return head
+
+
+def test_a_model_whose_logits_are_not_understood_learns_from_its_own():
+    """The gradient by LoRA below the head, where the model's own function makes the logits."""
+    mx.random.seed(0)
+    config = {**SHAPE, "model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+
+    class Bent(llama.Model):
+        def __call__(self, *args, **kwargs):
+            logits = super().__call__(*args, **kwargs)
+            return logits * mx.abs(logits)
+
+    model = Bent(llama.ModelArgs.from_dict(config))
+    model.lm_head.weight = mx.array(numbers(1, 90, WIDTH, scale=0.5))
+    view = find_view(model)
+    assert isinstance(view.head, DenseLogits)
+    model.freeze()
+    linear_to_lora_layers(model, 2, {"rank": 2, "scale": 2.0, "dropout": 0.0})
+    tokens = mx.array([[5, 17, 3, 88], [42, 7, 1, 61]])
+
+    def whole(trained):
+        return nn.losses.cross_entropy(trained(tokens[:, :-1]), tokens[:, 1:], reduction="sum")
+
+    def fused(_):
+        final = view.forward(tokens[:, :-1]).final
+        return fused_linear_divergence(final, view.head, Target.tokens(tokens[:, 1:]), chunk=4)[0]
+
+    expected, expected_grad = nn.value_and_grad(model, whole)(model)
+    found, grad = nn.value_and_grad(model, fused)(model)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected_grad = dict(tree_flatten(expected_grad))
+    for name, array in tree_flatten(grad):
+        wanted = float64(expected_grad[name])
+        np.testing.assert_allclose(float64(array), wanted, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert any(np.abs(float64(array)).max() > 1e-3 for array in expected_grad.values())

@@ -19,6 +19,7 @@ from mlx_fd.models.chat_template import (
     check_conversation,
     fitted,
 )
+from mlx_fd.models.context import Surroundings, too_long
 from mlx_fd.models.generation import first_prompt, followup_prompt
 from mlx_fd.models.loading import load, open_template
 from mlx_fd.models.pairing import check_pair
@@ -348,3 +349,19 @@ def test_a_pair_is_told_what_its_conversations_need(tmp_path: Path) -> None:
     pairing = check_pair(student, expert, date="2026-11-28")
     assert pairing.template.source == tiny.CHAT_TEMPLATE
     assert pairing.template.date == "2026-11-28"
+
+
+def test_what_a_template_says_of_itself_takes_room_in_the_context(tmp_path: Path) -> None:
+    """A long system prompt of the template's own: problems beside it may no longer fit."""
+    rules = "Be careful with every number. " * 8
+    path = tiny.make_model_dir(
+        tmp_path / "long", chat_template="{{ '" + rules + "' }}" + tiny.CHAT_TEMPLATE
+    )
+    texts = ["How many apples?", "How many apples does Tom have now? " * 4]
+    loaded = load(path)
+    read = len([*first_prompt(loaded, texts[1]), *followup_prompt(loaded, "?")])
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    for context, expected in ((100 + read - 4, [1]), (100 + read + 4, [])):
+        file.write_text(json.dumps({**config, "max_position_embeddings": context}))
+        assert list(too_long(texts, path, Surroundings("", 100))) == expected

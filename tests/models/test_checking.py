@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 
+from mlx_fd.config import ModelOptions
 from mlx_fd.errors import UserError
+from mlx_fd.feedback.pair import load_pair
 from mlx_fd.models.backend import backend
+from support import sweep
 from support.architectures import VOCAB, make_architecture
 from support.pairs import make_plan
 
@@ -20,6 +23,8 @@ from mlx_fd.models.checking import check_model, check_recompute  # noqa: E402
 from mlx_fd.models.conversation import Conversation, rewind  # noqa: E402
 from mlx_fd.models.generation import generate  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402
+from mlx_fd.models.logit_transform import DenseLogits  # noqa: E402
+from mlx_fd.models.student import make_student  # noqa: E402
 from mlx_fd.models.view import find_view  # noqa: E402
 from mlx_fd.models.writing import GenerateOptions, Sampling  # noqa: E402
 from mlx_fd.training.session import open_run  # noqa: E402
@@ -252,3 +257,21 @@ def test_recomputing_that_would_teach_something_else_is_refused(directory):
     view = find_view(changed(model, forget))
     with pytest.raises(UserError, match="--grad-checkpoint would teach"):
         check_recompute(view)
+
+
+def test_logits_that_only_the_model_can_make_are_learned_from(directory):
+    """Neither a scale nor a cap: losses and gradient are those of the model's own logits."""
+    pair = load_pair(directory("llama"), directory("llama", seed=2), lora_rank=2)
+    for model in (pair.expert.model, pair.student.model):
+        changed(model, lambda self, own, *a, **k: own(self, *a, **k) ** 3 / 9)
+    views = [find_view(model) for model in (pair.expert.model, pair.student.model)]
+    assert all(isinstance(view.head, DenseLogits) for view in views)
+    pair.student.view = views[1]
+    pair = dataclasses.replace(
+        pair,
+        expert=dataclasses.replace(pair.expert, view=views[0]),
+        student_lm=dataclasses.replace(pair.student_lm, view=views[1]),
+    )
+    sweep.check_gradient(pair, sweep.samples_of(pair))
+    with pytest.raises(UserError, match="--train full needs a head that is one linear layer"):
+        make_student(views[1], 64, ModelOptions(train="full"), 0)
