@@ -404,8 +404,12 @@ class Method:
         "forward",
         "Training objective: a divergence of the next-token distributions (forward is KL(teacher "
         "|| student), reverse, jsd); a policy gradient with per-token advantages from the teacher "
-        "(sampled) or group advantages (grpo, contrastive); or EchoDistill's sum (echo).",
-        choices=("forward", "reverse", "jsd", "sampled", "grpo", "contrastive", "echo"),
+        "(sampled) or group advantages (grpo, contrastive); EchoDistill's sum (echo); or the "
+        "attempts' own likelihood (likelihood), for what an expert wrote.",
+        choices=(
+            *("forward", "reverse", "jsd", "sampled"),
+            *("grpo", "contrastive", "echo", "likelihood"),
+        ),
     )
     critic: str = _option(
         "",
@@ -444,9 +448,10 @@ class Method:
     top_k: int = _option(0, "Sample from the k most likely tokens; 0: from all.", low=0)
     self_teacher: str = _option(
         "base",
-        "Weights of the self-teacher: base, without the adapter; ema, the adapter's moving "
-        "average; current; snapshot, the adapter of some updates ago.",
-        choices=("base", "ema", "current", "snapshot"),
+        "Weights of the teacher: base, the student without its adapter; ema, the adapter's moving "
+        "average; current; snapshot, the adapter of some updates ago; expert: the critic, another "
+        "model (mlx-fd distil).",
+        choices=("base", "ema", "current", "snapshot", "expert"),
     )
     teacher_decay: float = _option(
         0.95, "Decay of the self-teacher's moving average, per update.", low=0, high=1
@@ -469,6 +474,14 @@ class Method:
     )
     skip_tokens: int = _option(
         0, "First tokens of an attempt to leave out of the objective.", low=0
+    )
+    first_tokens: int = _option(
+        0, "Learn from so many first tokens of an attempt only; 0: from all.", low=0
+    )
+    expert_answers: str = _option(
+        "right",
+        "Which answers that the expert wrote are learned from: right ones, or all.",
+        choices=("right", "all"),
     )
     stale_cap: float = _option(
         0.0,

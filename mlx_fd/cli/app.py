@@ -13,6 +13,7 @@ import click
 from mlx_fd._version import __version__
 from mlx_fd.cli.advantage import advantage
 from mlx_fd.cli.compare import compare
+from mlx_fd.cli.distil import distil
 from mlx_fd.cli.doctor import doctor
 from mlx_fd.cli.eval import evaluate
 from mlx_fd.cli.export import export
@@ -49,7 +50,7 @@ def cli() -> None:
 
 
 for _command in (
-    *(loop, self_distill, resume, evaluate, pareto, report, feedback, advantage),
+    *(loop, distil, self_distill, resume, evaluate, pareto, report, feedback, advantage),
     *(export, compare, models, doctor),
 ):
     cli.add_command(_command)

@@ -163,7 +163,7 @@ def _headroom(value: JsonObject) -> SelfHeadroomRow:
         and all(0 <= found[name] <= found["taught"] for name in of_taught)
     ):
         raise ValueError
-    return {
+    row: SelfHeadroomRow = {
         "problems": found["problems"],
         "right": found["right"],
         "mixed": found["mixed"],
@@ -171,6 +171,11 @@ def _headroom(value: JsonObject) -> SelfHeadroomRow:
         "without": found["without"],
         "with_context": found["with_context"],
     }
+    if "expert" in value:
+        row["expert"] = int(numbers(value)["expert"])
+        if not 0 <= row["expert"] <= row["problems"]:
+            raise ValueError
+    return row
 
 
 def _shares(losses: Mapping[str, float]) -> dict[str, float]:

@@ -694,6 +694,7 @@ class SelfHeadroomRow(TypedDict):
         taught: with an attempt that the self-teacher has something to read about.
         without: of those, answered right without the context.
         with_context: of those, answered right with it.
+        expert: problems that the expert answers right, where it is the teacher.
         seconds: what the check took.
     """
 
@@ -703,6 +704,7 @@ class SelfHeadroomRow(TypedDict):
     taught: int
     without: int
     with_context: int
+    expert: NotRequired[int]
     seconds: NotRequired[float]
 
 

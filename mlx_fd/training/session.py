@@ -221,6 +221,11 @@ def _models_of(config: Config) -> str:
     models, options = config.models, config.selfdistill
     if not config.self_distils:
         return f"expert {models.expert}, student {models.student}"
+    if options.self_teacher == "expert":
+        return (
+            f"expert {options.critic}, student {models.student}, method {options.method}: "
+            f"objective {options.objective}"
+        )
     critic = f", critic {options.critic}" if options.critic else ""
     return (
         f"{models.student}{critic}, method {options.method}: context {options.context}, objective "

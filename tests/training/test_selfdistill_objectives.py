@@ -260,7 +260,9 @@ def computed(case, options):
             now=now,
             entropy=mx.zeros(len(tokens)),
             teacher=None if zt is None else mx.array(picked(zt, tokens, warmth)),
-            targets=teacher_targets(head, mx.array(z), mx.array(zt), options, V) if wants else None,
+            targets=teacher_targets((head, head), mx.array(z), mx.array(zt), options, V)
+            if wants
+            else None,
             **more,
         )
 

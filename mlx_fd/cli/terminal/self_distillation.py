@@ -106,6 +106,12 @@ def summary_table(summary: SelfSummary) -> NamedValues:
             f"{head['without']} right without the context, {head['with_context']} with it, of "
             f"{head['taught']} held-out problems with a context",
         )
+    if head and "expert" in head:
+        table.add_row(
+            "headroom",
+            f"student {head['right']} right, expert {head['expert']}, of {head['problems']} "
+            "held-out problems, before the first update",
+        )
     if head:
         table.add_row(
             "mixed attempts",

@@ -84,6 +84,7 @@ class RolloutStats:
             [T, d], or its logits of some tokens.
         wrong: [K, T], the self-teacher's with wrong hints; ``None``: there are none.
         reference: [T], the base model's, where the loss needs them.
+        likely: whether its own likelihood is raised, where that is the objective.
     """
 
     text: Text
@@ -97,6 +98,7 @@ class RolloutStats:
     targets: mx.array | TopK | None = None
     wrong: mx.array | None = None
     reference: mx.array | None = None
+    likely: bool = False
 
     @property
     def advantages(self) -> mx.array | None:
@@ -199,8 +201,8 @@ def matches_distributions(options: Method) -> bool:
 
 
 def wants_teacher(options: Method) -> bool:
-    """Whether the self-teacher has a part in the loss."""
-    return options.objective != "grpo"
+    """Whether the teacher has a part in the loss."""
+    return options.objective not in ("grpo", "likelihood")
 
 
 def forward_teacher_and_student(
@@ -210,8 +212,9 @@ def forward_teacher_and_student(
     views: Sequence[View],
     options: Method,
     size: int,
+    expert: Loaded | None = None,
 ) -> list[RolloutStats]:
-    """Read attempts as the student and as its self-teacher.
+    """Read attempts as the student and as its teacher.
 
     Args:
         student: the student and its tokenizer; its adapter is on.
@@ -220,6 +223,8 @@ def forward_teacher_and_student(
         views: one for each attempt, in the same order.
         options: which of them are wanted, and at which temperature.
         size: texts to read at once.
+        expert: the teacher, where it is another model with the same tokens and chat template;
+            ``teacher`` does not count then.
 
     Returns:
         One for each attempt, in order.
@@ -240,12 +245,14 @@ def forward_teacher_and_student(
             group=number,
             reward=float(attempt.correct),
             finished=attempt.tokens[-1] in tokenizer.eos_token_ids,
-            old=mx.array(attempt.logprobs),
+            # What another model wrote was not drawn from this one: no ratio is taken of it.
+            old=mx.array(attempt.logprobs) if attempt.own else now,
             now=now,
             entropy=entropy,
+            likely=not attempt.own and view.teacher is not None,
         )
-        for text, number, attempt, (now, entropy) in zip(
-            texts, numbers, attempts, scored, strict=True
+        for text, number, attempt, view, (now, entropy) in zip(
+            texts, numbers, attempts, views, scored, strict=True
         )
     ]
     if options.kl_coef:
@@ -258,15 +265,16 @@ def forward_teacher_and_student(
     if not wants_teacher(options):
         return stats
     taught = [index for index, view in enumerate(views) if view.teacher is not None]
-    with adapter_swapped(model, teacher):
-        with_teacher = _with_teacher(
-            student,
-            [stats[index] for index in taught],
-            [views[index] for index in taught],
-            [states[index] for index in taught],
-            options,
-            size,
-        )
+    chosen = (
+        [stats[index] for index in taught],
+        [views[index] for index in taught],
+        [states[index] for index in taught],
+    )
+    if expert is not None:
+        with_teacher = _with_teacher(student, expert, *chosen, options, size)
+    else:
+        with adapter_swapped(model, teacher):
+            with_teacher = _with_teacher(student, student, *chosen, options, size)
     for index, item in zip(taught, with_teacher, strict=True):
         stats[index] = item
     return stats
@@ -274,16 +282,17 @@ def forward_teacher_and_student(
 
 def _with_teacher(
     student: Loaded,
+    reader: Loaded,
     stats: Sequence[RolloutStats],
     views: Sequence[View],
     states: Sequence[mx.array],
     options: Method,
     size: int,
 ) -> list[RolloutStats]:
-    """``stats`` with the teacher's numbers; the teacher's weights are in the model."""
+    """``stats`` with the teacher's numbers; the teacher's weights are in the one who reads."""
     if not stats:
         return []
-    lm, vocab = student.view, student.vocab
+    lm, vocab = reader.view, student.vocab
 
     def texts_of(messages: Sequence[str], targets: Sequence[Text]) -> list[Text]:
         return [
@@ -301,7 +310,10 @@ def _with_teacher(
     if options.objective in DIVERGENCES:
         result = [
             dataclasses.replace(
-                item, targets=teacher_targets(lm.head, student_row, row, options, vocab)
+                item,
+                targets=teacher_targets(
+                    (student.view.head, lm.head), student_row, row, options, vocab
+                ),
             )
             for item, student_row, row in zip(result, states, teacher_rows, strict=True)
         ]
@@ -318,12 +330,16 @@ def _with_teacher(
 
 
 def teacher_targets(
-    head: LogitSource, student: mx.array, teacher: mx.array, options: Method, vocab: int
+    heads: tuple[LogitSource, LogitSource],
+    student: mx.array,
+    teacher: mx.array,
+    options: Method,
+    vocab: int,
 ) -> mx.array | TopK:
     """What of the teacher's distributions is kept: its states, or its logits of some tokens.
 
     Args:
-        head: of student and teacher.
+        heads: the student's and the teacher's.
         student: [T, d], the student's final hidden states.
         teacher: [T, d], the teacher's.
         options: on which tokens distributions are compared.
@@ -332,9 +348,10 @@ def teacher_targets(
     if options.support == "all":
         return teacher
     how: dict[str, Any] = {"temperature": options.temperature, "vocab": vocab}
+    own, head = heads
     if options.support == "teacher":
         return teacher_top_k(teacher, head, k=options.loss_top_k, **how)
-    likeliest = teacher_top_k(student, head, k=options.loss_top_k, **how).indices
+    likeliest = teacher_top_k(student, own, k=options.loss_top_k, **how).indices
     return teacher_at(teacher, head, likeliest, **how)
 
 
@@ -358,7 +375,11 @@ def token_weights(
     now = _padded([item.now for item in stats], width)
     old = _padded([item.old for item in stats], width)
     teaches = mx.array([item.teacher is not None for item in stats])
+    if options.objective == "likelihood":
+        teaches = mx.array([item.likely for item in stats])
     taught = mask & teaches[:, None] & (mx.arange(width) >= options.skip_tokens)
+    if options.first_tokens:
+        taught = taught & (mx.arange(width) < options.first_tokens)
     stale = objectives.truncated_ratio(now, old, options.stale_cap or math.inf)
     share = stale * taught / mx.maximum(taught.sum(), 1)
     rewards, losses = [item.reward for item in stats], {}
@@ -371,6 +392,9 @@ def token_weights(
         sampled, grad = mx.value_and_grad(objectives.sampled_loss)(now, teacher, share, taught)
         losses["sampled"] = float(sampled)
         pushes = options.match_weight * grad
+    elif options.objective == "likelihood":
+        losses["likelihood"] = -float((share * now).sum())
+        pushes = -options.match_weight * share
     clipped, advantages = 0.0, list[float]()
     if options.objective in _POLICIES or options.policy_weight:
         if options.objective == "echo" and near is not None:
@@ -502,6 +526,7 @@ def total(
     options: Method,
     vocab: int,
     *,
+    teacher_head: LogitSource | None = None,
     differentiable: bool = True,
 ) -> tuple[mx.array, mx.array]:
     """What the student minimises on some texts, and the part of it that are divergences.
@@ -512,11 +537,12 @@ def total(
     Args:
         final: [N, d], the student's final hidden states where the N tokens of all texts are
             predicted.
-        head: one output head; it does not train.
+        head: the student's output head; it does not train.
         stats: of these texts, N tokens in all.
         weights: of the same texts, in the same order.
         options: the divergence, its temperature and bounds.
         vocab: V, the tokenizer's tokens.
+        teacher_head: of the teacher; ``None``: the same one.
         differentiable: whether a gradient is wanted.
     """
     temperature = options.temperature
@@ -526,7 +552,7 @@ def total(
         targets.append(
             Target(
                 _teacher_targets_of(stats),
-                head,
+                teacher_head or head,
                 weights=matches / temperature**2,
                 kind=_KINDS[options.objective],
                 temperature=temperature,
@@ -582,6 +608,7 @@ def gradients(
     weights: TokenWeights,
     options: Method,
     training: TrainingOptions,
+    teacher_head: LogitSource | None = None,
 ) -> tuple[Any, float]:
     """The gradient of the loss by the student's trainable weights, and the divergences' part of it.
 
@@ -606,7 +633,9 @@ def gradients(
             matches=[match for _, match, _ in chosen],
             pushes=[push for _, _, push in chosen],
         )
-        value, matched = total(final, lm.head, some, of_some, options, student.vocab)
+        value, matched = total(
+            final, lm.head, some, of_some, options, student.vocab, teacher_head=teacher_head
+        )
         return value * scale, matched
 
     step = nn.value_and_grad(model, loss)
@@ -627,6 +656,7 @@ def learn(
     config: Config,
     near: Mapping[int, float] | None = None,
     echoes: Sequence[RolloutStats] = (),
+    teacher_head: LogitSource | None = None,
 ) -> tuple[Update | None, TokenWeights]:
     """One optimiser step (``None``: nothing taught), and what each token counted in it.
 
@@ -638,6 +668,7 @@ def learn(
         near: as for :func:`token_weights`.
         echoes: for EchoDistill, the teacher's own answers, which are matched in the attempts'
             stead.
+        teacher_head: of the teacher, where that is another model.
     """
     model, options, training = student.model, config.selfdistill, config.training
     weights = token_weights(stats, options, config.generation.max_answer_tokens, near)
@@ -650,7 +681,7 @@ def learn(
         )
     if not any(weights.teaches()):
         return None, weights
-    grads, matched = gradients(student, texts, weights, options, training)
+    grads, matched = gradients(student, texts, weights, options, training, teacher_head)
     losses = dict(weights.losses)
     if matches_distributions(options):
         losses = {"match": matched / (options.match_weight or 1.0), **losses}
@@ -676,8 +707,12 @@ def loss_value(weights: TokenWeights, matched: float, options: Method) -> float:
         matched: the second of :func:`total`, summed over all texts.
         options: what each part of the loss counts.
     """
-    sampled = options.match_weight * weights.losses.get("sampled", 0.0)
-    return matched + sampled + policy_share(options) * weights.losses.get("policy", 0.0)
+    tokens = sum(weights.losses.get(name, 0.0) for name in ("sampled", "likelihood"))
+    return (
+        matched
+        + options.match_weight * tokens
+        + policy_share(options) * weights.losses.get("policy", 0.0)
+    )
 
 
 def policy_share(options: Method) -> float:

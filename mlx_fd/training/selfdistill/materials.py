@@ -29,6 +29,7 @@ class Attempt:
         final: what it arrived at, ``None`` where that could not be read.
         correct: whether it is the problem's answer.
         logprobs: log-probability of each token when it was drawn, as long as ``tokens``.
+        own: whether the student wrote it, and not the expert.
         opening: ids of the thought before it, with its marks; empty where there was none.
         thought: the same as text.
     """
@@ -42,6 +43,7 @@ class Attempt:
     logprobs: tuple[float, ...] = ()
     opening: tuple[int, ...] = ()
     thought: str = ""
+    own: bool = True
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,39 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 
+# An expert as the teacher, on answers: `mlx-fd distil`.
+EXPERT_METHODS: dict[str, dict[str, Any]] = {
+    # Each token of the student's own answers, under the whole of the expert's distribution
+    # (Agarwal et al., arXiv 2306.13649, with reverse KL).
+    "on-policy": {"objective": "reverse", "on_policy_fraction": 1.0},
+    # GKD as published for reasoning (arXiv 2306.13649), and as TRL has it.
+    "gkd": {
+        "objective": "jsd",
+        "jsd_beta": 0.5,
+        "on_policy_fraction": 0.5,
+        "expert_answers": "all",
+        "temperature": 0.9,
+    },
+    # Reverse KL of the drawn tokens as their advantage, four attempts at each problem.
+    "tinker": {
+        "objective": "sampled",
+        "on_policy_fraction": 1.0,
+        "num_generations": 4,
+        "batch_size": 8,
+    },
+    # The expert's right answers under its own distributions (Hinton et al., arXiv 1503.02531).
+    "off-policy": {"objective": "forward", "on_policy_fraction": 0.0},
+    # The expert's right answers as texts (rejection sampling).
+    "sft": {"objective": "likelihood", "on_policy_fraction": 0.0},
+}
+_EXPERT_DEFAULTS: dict[str, Any] = {
+    "self_teacher": "expert",
+    "context": "none",
+    "lora_rate": 1e-4,
+    "batch_size": 16,
+    "warmup_steps": 10,
+}
+
 # Sizes for a kind of model, whatever the method.
 PRESETS: dict[str, dict[str, Any]] = {
     # The models in the package: short texts, a rate that moves them.
@@ -196,6 +229,8 @@ def configured(
     given = dict(given or {})
     if over is not None:
         return override(over, given, "command line")
+    if method in EXPERT_METHODS:
+        return _with_expert(method, given, preset)
     model = given.get("student") or DEFAULT_MODEL
     if preset is None and model in (TINY, TINY_STUDENT, TINY_BASE):
         preset = TINY
@@ -205,4 +240,19 @@ def configured(
     config = override(Config(), {**_DEFAULTS, "student": model, "method": method}, "defaults")
     config = override(config, METHODS.get(method, {}), f"method {method}")
     config = override(config, PRESETS.get(preset or "", {}), f"preset {preset}")
+    return override(config, given, "command line")
+
+
+def _with_expert(method: str, given: dict[str, Any], preset: str | None) -> Config:
+    """The configuration of a run whose teacher is an expert: the critic, in its run's words."""
+    expert = given.pop("expert", "") or Config().models.expert
+    if preset is None and expert == TINY:
+        preset = TINY
+    if preset and preset not in PRESETS:
+        raise UserError(f"there is no preset {preset!r} (there are: {', '.join(PRESETS)})")
+    names = {"expert": expert, "critic": expert, "method": method}
+    config = override(Config(), {**_DEFAULTS, **_EXPERT_DEFAULTS, **names}, "defaults")
+    config = override(config, EXPERT_METHODS[method], f"method {method}")
+    sizes = {k: v for k, v in PRESETS.get(preset or "", {}).items() if k != "critic_sees"}
+    config = override(config, sizes, f"preset {preset}")
     return override(config, given, "command line")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd.config import Config
+from mlx_fd.errors import UserError
 from mlx_fd.models.chat_template import ChatTemplate, check_conversation, fitted
 from mlx_fd.models.loading import check_can_think, open_template
 from mlx_fd.models.resolve import resolve
@@ -52,7 +53,7 @@ def make_plan(config: Config) -> Plan:
     Raises:
         UserError: a name, file, combination of options or amount of memory that will not do.
     """
-    from mlx_fd.training.selfdistill.training import TRUTH, check_combination
+    from mlx_fd.training.selfdistill.training import EXPERT, TRUTH, check_combination
 
     check_combination(config)
     config = with_absolute_names(config)
@@ -78,11 +79,14 @@ def make_plan(config: Config) -> Plan:
     )
     questions = [problem.question for problem in (*drawn.probe, *drawn.problems)]
     questions *= options.num_generations
-    template = _template(student, config)
+    template, vocab = _template(student, config), 0
+    if options.self_teacher == EXPERT:
+        assert critic is not None
+        template, vocab = _shared(critic, student, config)
     memory = check_run_memory(critic or student, student, questions, side_by_side, template)
     if config.generation.student_thinking == "on":
         check_can_think(student, template)
-    if critic is not None:
+    if critic is not None and not vocab:
         template_of_critic = _template(critic, config, trains=False)
         if config.generation.expert_thinking == "on":
             check_can_think(critic, template_of_critic)
@@ -90,14 +94,34 @@ def make_plan(config: Config) -> Plan:
         config=config,
         expert_path=critic or student,
         student_path=student,
-        vocab=0,
+        vocab=vocab,
         template=template,
         probe=drawn.probe,
         problems=drawn.problems,
-        manifest=manifest_of(config, critic, student, drawn.source, 0, template),
+        manifest=manifest_of(config, critic, student, drawn.source, vocab, template),
         notes=notes,
         memory=memory.total,
     )
+
+
+def _shared(expert: Path, student: Path, config: Config) -> tuple[ChatTemplate, int]:
+    """The chat template of an expert and its student, and how many tokens they share.
+
+    Raises:
+        UserError: they have different tokenizers.
+    """
+    from mlx_fd.models.pairing import check_pair
+
+    options = config.models
+    pairing = check_pair(
+        expert, student, kwargs=options.chat_template_kwargs, date=options.template_date
+    )
+    if not pairing.shared_vocab:
+        raise UserError(
+            f"{expert} and {student} have different tokenizers, and answers are distilled token by "
+            "token: choose a student with the expert's tokenizer (mlx-fd loop takes both)"
+        )
+    return pairing.template, pairing.shared_vocab
 
 
 def _template(path: Path, config: Config, *, trains: bool = True) -> ChatTemplate:
@@ -125,6 +149,7 @@ def open_models(plan: Plan) -> Any:
     Returns:
         The :class:`mlx_fd.training.selfdistill.training.Models`, the student with fresh LoRA.
     """
+    from mlx_fd.feedback.pair import share_tokens
     from mlx_fd.models.loading import load, load_pair, with_thinking
     from mlx_fd.models.student import make_student
     from mlx_fd.training.selfdistill.training import TRUTH, Models
@@ -135,8 +160,11 @@ def open_models(plan: Plan) -> Any:
         base = load(plan.student_path, dequantize=options.dequantize)
     else:
         critic, base = load_pair(plan.expert_path, plan.student_path, dequantize=options.dequantize)
-        template = _template(plan.expert_path, plan.config, trains=False)
-        critic = dataclasses.replace(critic, template=template)
+        if plan.vocab:
+            critic, base = share_tokens(critic, base, plan.vocab, plan.template)
+        else:
+            template = _template(plan.expert_path, plan.config, trains=False)
+            critic = dataclasses.replace(critic, template=template)
     generation = plan.config.generation
     limit = generation.max_thinking_tokens
     if critic is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -49,6 +50,8 @@ def sample_rollouts(
     config: Config,
     seed: Callable[[int], int],
     on_token: OnToken | None = None,
+    *,
+    own: bool = True,
 ) -> tuple[list[list[Attempt]], int]:
     """``num_generations`` attempts at each problem; each question is read once for all of its own.
 
@@ -58,6 +61,7 @@ def sample_rollouts(
         config: sampling, token limit and batch sizes.
         seed: of the draws of the n-th call to the generator.
         on_token: called with the number of tokens written in each step.
+        own: whether the writer is the student, and not the expert.
 
     Returns:
         The groups, and how many tokens were prefilled.
@@ -96,7 +100,7 @@ def sample_rollouts(
             keep,
         )
     attempts = [
-        _attempt(problems[index], questions[index], turn, config)
+        replace(_attempt(problems[index], questions[index], turn, config), own=own)
         for index, turn in zip(rows, turns, strict=True)
     ]
     size = options.num_generations

@@ -68,7 +68,7 @@ from mlx_fd.training.selfdistill.rollouts import as_read, echoes_of, grade_answe
 from mlx_fd.training.selfdistill.teacher import Weights, first_teacher, next_teacher
 
 TEACHER_WEIGHTS = "teacher.safetensors"
-TRUTH = "truth"
+TRUTH, EXPERT = "truth", "expert"
 # The generator's log-probabilities and a second reading's differ in their last digits only.
 _LOGPROB_TOLERANCE = 0.05
 Report = Callable[[Event], None]
@@ -88,6 +88,10 @@ class Models:
     student_lm: Loaded
     critic: Loaded | None = None
 
+    def teacher(self, options: Method) -> Loaded | None:
+        """The teacher, where it is another model than the student."""
+        return self.critic if options.self_teacher == EXPERT else None
+
 
 @dataclass(frozen=True)
 class Headroom:
@@ -100,6 +104,7 @@ class Headroom:
         taught: problems with an attempt that the self-teacher has something to read about.
         without: of those, answered right without the context.
         with_context: of those, answered right with it.
+        expert: problems that the expert answers right, where it is the teacher.
     """
 
     problems: int
@@ -108,10 +113,11 @@ class Headroom:
     taught: int
     without: int
     with_context: int
+    expert: int | None = None
 
     def to_json(self) -> SelfHeadroomRow:
         """For the files that keep it."""
-        return {
+        row: SelfHeadroomRow = {
             "problems": self.problems,
             "right": self.right,
             "mixed": self.mixed,
@@ -119,10 +125,18 @@ class Headroom:
             "without": self.without,
             "with_context": self.with_context,
         }
+        return row if self.expert is None else {**row, "expert": self.expert}
 
     def concerns(self, config: Config) -> list[str]:
         """What the user should know before hours are spent; empty where all is well."""
-        options, concerns = config.selfdistill, []
+        options, concerns = config.selfdistill, list[str]()
+        if self.expert is not None:
+            if self.expert <= self.right:
+                concerns.append(
+                    f"the expert answers {self.expert} of {self.problems} held-out problems right, "
+                    f"the student {self.right}: there may be nothing to learn"
+                )
+            return concerns
         matches = options.objective not in ("grpo", "contrastive") and options.context != "none"
         if matches and not self.taught:
             concerns.append(
@@ -325,7 +339,9 @@ def _say_headroom(headroom: Headroom, config: Config, report: Report) -> None:
         f"headroom on {headroom.problems} held-out problems: {headroom.right} right; "
         f"{headroom.mixed} with both right and wrong attempts"
     )
-    if headroom.taught and config.selfdistill.context != "none":
+    if headroom.expert is not None:
+        text += f"; the expert: {headroom.expert} right"
+    elif headroom.taught and config.selfdistill.context != "none":
         text += (
             f"; of {headroom.taught} with a context ({config.selfdistill.context}): "
             f"{headroom.without} right without it, {headroom.with_context} with it"
@@ -368,6 +384,12 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
         at += len(group)
         if seen:
             taught[index] = seen[0]
+    mixed = sum(0 < sum(a.correct for a in group) < len(group) for group in groups)
+    if (expert := learner.models.teacher(config.selfdistill)) is not None:
+        learner.report(Probing(2 * count, 3 * count))
+        asked = [answer_prompt(p.question, form_of(p)) for p in problems]
+        best = grade_answers(expert, problems, asked, config, on_progress)
+        return Headroom(count, sum(plain), mixed, 0, 0, 0, expert=sum(best))
     # The context may be empty for some.
     learner.report(Probing(2 * count, 2 * count + len(taught)))
     informed = grade_answers(
@@ -380,7 +402,7 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
     return Headroom(
         problems=len(problems),
         right=sum(plain),
-        mixed=sum(0 < sum(a.correct for a in group) < len(group) for group in groups),
+        mixed=mixed,
         taught=len(taught),
         without=sum(plain[index] for index in taught),
         with_context=sum(informed),
@@ -401,7 +423,14 @@ def build_views(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: i
         most_wrong=options.wrong_hints,
         seed=derive_seed(config.episode.seed, batch, "context"),
     )
-    return CONTEXTS[options.context].views([a for group in groups for a in group], materials)
+    attempts = [attempt for group in groups for attempt in group]
+    views = CONTEXTS[options.context].views(attempts, materials)
+    if options.self_teacher != EXPERT or options.expert_answers == "all":
+        return views
+    return [
+        view if attempt.own or attempt.correct else dataclasses.replace(view, teacher=None)
+        for view, attempt in zip(views, attempts, strict=True)
+    ]
 
 
 def _probe(learner: _Learner, problems: Sequence[Problem], batch: int) -> dict[str, float]:
@@ -426,13 +455,7 @@ def _batch(
     """One batch: the state after it, its rows, its metrics."""
     begin = time.perf_counter()
     config, student_lm, number = learner.config, learner.models.student_lm, state.batch
-    groups, prefilled = sample_rollouts(
-        student_lm,
-        problems,
-        config,
-        _seeds(config, number, "attempt"),
-        learner.on_progress(number, "attempt"),
-    )
+    groups, prefilled = _attempts(learner, problems, number)
     seconds = {"attempt": time.perf_counter() - begin}
     views = build_views(learner, groups, number)
     seconds["context"] = time.perf_counter() - begin - seconds["attempt"]
@@ -443,6 +466,7 @@ def _batch(
         views,
         config.selfdistill,
         config.training.micro_batch,
+        learner.models.teacher(config.selfdistill),
     )
     mx.eval([item.now for item in stats])
     updates, weights = _learn(learner, state, groups, views, stats)
@@ -491,6 +515,30 @@ def _batch(
     return state, rows, metrics
 
 
+def _attempts(
+    learner: _Learner, problems: Sequence[Problem], number: int
+) -> tuple[list[list[Attempt]], int]:
+    """Attempts at a batch's problems, the student's or the expert's, and the tokens read for them.
+
+    The expert writes those of the last problems of a batch, as many as ``on_policy_fraction``
+    leaves; where they are not right and only right ones are wanted, nothing is learned from them.
+    """
+    config, student_lm = learner.config, learner.models.student_lm
+    expert = learner.models.teacher(config.selfdistill)
+    progress, count = learner.on_progress(number, "attempt"), len(problems)
+    if expert is not None:
+        count = round(config.losses.on_policy_fraction * len(problems))
+    groups, prefilled = list[list[Attempt]](), 0
+    if problems[:count]:
+        seeds = _seeds(config, number, "attempt")
+        groups, prefilled = sample_rollouts(student_lm, problems[:count], config, seeds, progress)
+    if expert is not None and problems[count:]:
+        seeds = _seeds(config, number, "expert")
+        more, read = sample_rollouts(expert, problems[count:], config, seeds, progress, own=False)
+        groups, prefilled = [*groups, *more], prefilled + read
+    return groups, prefilled
+
+
 def _learn(
     learner: _Learner,
     state: RunState,
@@ -504,6 +552,8 @@ def _learn(
     on_progress = learner.on_progress(state.batch, "learn")
     updates: list[Update] = []
     first: TokenWeights | None = None
+    expert = learner.models.teacher(options)
+    teacher_head = expert.view.head if expert is not None else None
     if config.gate.gate == "never":
         return updates, first
     echoes: list[RolloutStats] = []
@@ -520,12 +570,14 @@ def _learn(
         done = state.distilled * training.kd_steps + step
         if step:
             stats = forward_teacher_and_student(
-                student_lm, learner.teacher, groups, views, options, training.micro_batch
+                student_lm, learner.teacher, groups, views, options, training.micro_batch, expert
             )
         rise = min(1.0, (done + 1) / options.warmup_steps) if options.warmup_steps else 1.0
         learner.optimizer.learning_rate = training.lora_rate * rise
         near = nearness(student_lm, echoes, options, training.micro_batch) if echoes else None
-        update, weights = learn(student_lm, learner.optimizer, stats, config, near, echoes)
+        update, weights = learn(
+            student_lm, learner.optimizer, stats, config, near, echoes, teacher_head
+        )
         first = first or weights
         if update is None:
             break
@@ -595,6 +647,15 @@ def check_combination(config: Config) -> None:
         UserError: options that contradict each other; the message says which.
     """
     options = config.selfdistill
+    if options.self_teacher == EXPERT and options.critic in ("", TRUTH):
+        raise UserError("a teacher that is an expert needs one: mlx-fd distil --expert NAME")
+    if options.self_teacher != EXPERT and options.objective == "likelihood":
+        raise UserError("--objective likelihood is for what an expert wrote: mlx-fd distil")
+    if options.self_teacher == EXPERT and options.objective in ("grpo", "contrastive", "echo"):
+        raise UserError(
+            f"--objective {options.objective} has no expert; take forward, reverse, jsd, sampled "
+            "or likelihood"
+        )
     if config.models.train != "lora":
         raise UserError(
             "self-distill trains LoRA (--train lora): its teacher needs the base weights as they "

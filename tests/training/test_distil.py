@@ -1,0 +1,226 @@
+"""An expert's answers and its word on the student's own: against whole logits, and end to end."""
+
+import json
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from mlx_fd import runs
+from mlx_fd.config import to_toml
+from mlx_fd.errors import UserError
+from mlx_fd.training.selfdistill import training
+from mlx_fd.training.selfdistill.learning import (
+    forward_teacher_and_student,
+    gradients,
+    token_weights,
+)
+from mlx_fd.training.selfdistill.methods import EXPERT_METHODS, configured
+from mlx_fd.training.selfdistill.plan import make_plan, open_models
+from mlx_fd.training.selfdistill.rollouts import sample_rollouts
+from mlx_fd.training.selfdistill.teacher import adapter, first_teacher
+from support.pairs import without_seconds
+
+SMALL = {
+    "expert": "tiny",
+    "episodes": 4,
+    "batch_size": 2,
+    "max_answer_tokens": 24,
+    "probe_size": 2,
+    "probe_every": 2,
+    "checkpoint_every": 1,
+    "lora_rank": 2,
+    "lora_rate": 1e-2,
+    "num_generations": 1,
+    "seed": 2,
+}
+
+
+def config_of(method, **changes):
+    return configured(method, {**SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def opened():
+    """The tiny pair, the student with an adapter that does something."""
+    models = open_models(make_plan(config_of("on-policy")))
+    model = models.student_lm.model
+    mx.random.seed(0)
+    changed = [
+        (name, 0.2 * mx.random.normal(value.shape) if name.endswith("lora_b") else value)
+        for name, value in adapter(model).items()
+    ]
+    model.load_weights(changed, strict=False)
+    return models
+
+
+def known(opened, config, own=True):
+    """What one update is made from: attempts at two problems, read by student and expert."""
+    problems = make_plan(config).problems[:2]
+    writer = opened.student_lm if own else opened.critic
+    groups, _ = sample_rollouts(writer, problems, config, lambda call: 7, own=own)
+    learner = training._Learner(opened, None, {}, config, lambda event: None)
+    views = training.build_views(learner, groups, 0)
+    teacher = first_teacher(opened.student_lm.model, config.selfdistill)
+    return groups, forward_teacher_and_student(
+        opened.student_lm, teacher, groups, views, config.selfdistill, 4, opened.critic
+    )
+
+
+def dense(opened, stats, options, divergence):
+    """The gradient of a mean over all tokens of a function of both models' whole logits."""
+    student, expert = opened.student_lm, opened.critic
+    most = options.first_tokens or 1 << 20
+
+    def logprobs(model, item):
+        tokens = mx.array([[*item.text.prompt, *item.text.target]])
+        at = len(item.text.prompt) - 1
+        rows = model(tokens)[0, at:-1, : student.vocab].astype(mx.float32) / options.temperature
+        return (rows - mx.logsumexp(rows, axis=-1, keepdims=True))[:most]
+
+    fixed = [mx.stop_gradient(logprobs(expert.model, item)) for item in stats]
+
+    def loss(model):
+        parts = [
+            divergence(logprobs(model, item), teacher, mx.array(item.text.target[:most]))
+            for item, teacher in zip(stats, fixed, strict=True)
+        ]
+        return mx.concatenate(parts).mean()
+
+    value, grads = nn.value_and_grad(student.model, loss)(student.model)
+    return float(value), dict(tree_flatten(grads))
+
+
+def reverse(ours, theirs, tokens):
+    return (mx.exp(ours) * (ours - theirs)).sum(-1)
+
+
+def forward(ours, theirs, tokens):
+    return (mx.exp(theirs) * (theirs - ours)).sum(-1)
+
+
+def jsd(ours, theirs, tokens):
+    middle = mx.logaddexp(ours, theirs) - np.log(2)
+    return 0.5 * (forward(middle, theirs, None) + forward(middle, ours, None))
+
+
+def likelihood(ours, theirs, tokens):
+    return -mx.take_along_axis(ours, tokens[:, None], axis=-1).squeeze(-1)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "divergence", "own"),
+    [
+        ("on-policy", {}, reverse, True),
+        ("on-policy", {"first_tokens": 5}, reverse, True),
+        ("on-policy", {"temperature": 1.5}, reverse, True),
+        ("off-policy", {"expert_answers": "all"}, forward, False),
+        ("gkd", {}, jsd, True),
+        ("sft", {"expert_answers": "all"}, likelihood, False),
+    ],
+)
+def test_the_gradient_is_that_of_whole_logits(opened, method, changes, divergence, own):
+    config = config_of(method, **changes)
+    options = config.selfdistill
+    _, stats = known(opened, config, own)
+    weights = token_weights(stats, options, 24)
+    head = opened.critic.view.head
+    found, _ = gradients(opened.student_lm, stats, weights, options, config.training, head)
+    found = dict(tree_flatten(found))
+    _, wanted = dense(opened, stats, options, divergence)
+    assert found.keys() == wanted.keys()
+    largest = max(float(mx.abs(value).max()) for value in wanted.values())
+    assert largest > 1e-4
+    for name, value in wanted.items():
+        assert float(mx.abs(found[name] - value).max()) < 1e-4 * largest, name
+
+
+def test_wrong_answers_of_the_expert_teach_only_where_all_are_wanted(opened):
+    # The student of the pair, which is often wrong, in the expert's place.
+    roles = {"expert": "tiny-student", "student": "tiny", "batch_size": 4, "episodes": 4}
+    for wanted, taught in (("right", False), ("all", True)):
+        config = config_of("off-policy", expert_answers=wanted, **roles)
+        groups, stats = known(opened_as(config), config, own=False)
+        wrong = [
+            item for (attempt,), item in zip(groups, stats, strict=True) if not attempt.correct
+        ]
+        assert wrong and all((item.teacher is not None) is taught for item in wrong)
+        right = [item for (attempt,), item in zip(groups, stats, strict=True) if attempt.correct]
+        assert all(item.teacher is not None for item in right)
+
+
+def opened_as(config):
+    return open_models(make_plan(config))
+
+
+def start(folder, config, stop=lambda: False):
+    plan = make_plan(config)
+    with runs.locked(folder):
+        if not runs.is_run(folder):
+            runs.create(folder, to_toml(plan.config), plan.manifest)
+        return training.run(
+            folder, plan.config, open_models(plan), plan.probe, plan.problems, lambda e: None, stop
+        )
+
+
+@pytest.mark.parametrize("method", EXPERT_METHODS)
+def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path, method):
+    config = config_of(method)
+    whole = start(tmp_path / "whole", config)
+    assert whole["headroom"]["expert"] >= 0 and whole["updates"]["steps"] >= 1
+    looks = iter([False, True])
+    assert start(tmp_path / "cut", config, lambda: next(looks, True)) is None
+    start(tmp_path / "cut", config)
+    both = [
+        without_seconds(runs.read_lines(tmp_path / name / runs.ATTEMPTS))
+        for name in ("whole", "cut")
+    ]
+    assert both[0] == both[1] and len(both[0]) == 4
+    one, two = (
+        mx.load(str(tmp_path / name / "checkpoints" / "last" / "adapters.safetensors"))
+        for name in ("whole", "cut")
+    )
+    assert all(mx.array_equal(one[name], two[name]) for name in one)
+
+
+def test_half_of_the_problems_are_the_experts(tmp_path):
+    start(tmp_path / "run", config_of("gkd", episodes=4, batch_size=4))
+    on = start(tmp_path / "on", config_of("on-policy", episodes=4, batch_size=4, temperature=0.9))
+    mixed, own = (
+        [row["text"] for row in runs.read_lines(tmp_path / name / runs.ATTEMPTS)]
+        for name in ("run", "on")
+    )
+    # The first two are drawn by the student with the same seeds, the others by the expert.
+    assert on and mixed[:2] == own[:2] and mixed[2:] != own[2:]
+
+
+def test_what_cannot_be_distilled_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--objective grpo has no expert"):
+        make_plan(config_of("on-policy", objective="grpo"))
+    with pytest.raises(UserError, match="likelihood is for what an expert wrote"):
+        make_plan(configured("sdft", {"objective": "likelihood", "student": "tiny-student"}))
+
+
+def test_the_command(tmp_path):
+    def mlx_fd(*arguments):
+        command = [sys.executable, "-m", "mlx_fd", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+    sizes = ["--episodes", 4, "--batch-size", 2, "--probe-size", 2, "--max-tokens", 24]
+    done = mlx_fd("distil", "--expert", "tiny", *sizes, "--out", tmp_path / "run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "expert tiny, student tiny-student, method on-policy: objective reverse" in done.stderr
+    assert set(json.loads(done.stdout)["headroom"]) >= {"right", "expert"}
+    again = mlx_fd(
+        "distil", "--config", tmp_path / "run" / "config.toml", "--seed", 1, "--out", tmp_path / "b"
+    )
+    assert again.returncode == 0, again.stderr
+    assert "expert 2, of 2 held-out problems" in again.stdout
+    shown = mlx_fd("report", tmp_path / "run")
+    assert shown.returncode == 0, shown.stderr
+    wrong = mlx_fd("distil", "--expert", "tiny", "--method", "rcsd")
+    assert wrong.returncode == 2 and "not one of 'on-policy', 'gkd'" in wrong.stderr
