@@ -929,6 +929,8 @@ def _parsed(path: Path) -> dict[str, Any]:
 def to_toml(config: Config) -> str:
     """The configuration as TOML that :func:`read` gives back unchanged."""
     tables = dataclasses.asdict(config)
+    if not config.models.chat_template_kwargs:  # a table without a line says nothing
+        del tables["models"]["chat_template_kwargs"]
     if config.selfdistill == Method():
         del tables["selfdistill"]
     return tomli_w.dumps(tables)

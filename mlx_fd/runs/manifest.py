@@ -109,6 +109,7 @@ def trained_template(
             "its student was trained with, its expert's; `mlx-fd resume "
             f"{shlex.quote(str(folder))}` adds it, where expert and student are here"
         )
+    row = row if isinstance(row, dict) else {}
     content = {name: row.get(name) for name in ("source", "special_tokens", "end_tokens")}
     if content_digest(content) != row.get("sha256"):
         raise UserError(

@@ -204,10 +204,11 @@ def test_a_template_that_was_changed_in_the_manifest_is_refused(run: Path, tmp_p
     shutil.copytree(run, tmp_path / "run", symlinks=True)
     file = tmp_path / "run" / "manifest.json"
     manifest = json.loads(file.read_text())
-    manifest["chat_template"]["source"] += " "
-    file.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="the chat template in it was changed after it was written"):
-        open_student(tmp_path / "run")
+    row = manifest["chat_template"]
+    for changed in ({**row, "source": DATED + " "}, {**row, "end_tokens": [397]}, 5):
+        file.write_text(json.dumps({**manifest, "chat_template": changed}))
+        with pytest.raises(UserError, match="the chat template in it was changed after it was"):
+            locate_model(str(tmp_path / "run"))
 
 
 def test_a_run_that_did_not_record_it_is_told_how(run: Path, tmp_path: Path) -> None:
