@@ -17,6 +17,8 @@ from mlx_fd.errors import UserError
 
 _EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
+# Linear modules that their blocks do not call but read the weight of: Gemma 3n's, Kimi K3's.
+_READ = ("prediction_coefs", "correction_coefs", "self_attention_res_proj", "mlp_res_proj")
 _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
@@ -97,24 +99,30 @@ def lora_keys(model: nn.Module, options: ModelOptions) -> list[str] | None:
     if options.train == "full":
         return None
     found = _modules(model, options)
+    fit = {name: module for name, module in found.items() if _takes_lora(name, module)}
     if options.lora_keys:
         for key in options.lora_keys:
-            if key not in found:
+            if key not in fit:
                 raise UserError(
                     f"lora_keys: no layer that trains has a module {key!r} for LoRA; there are "
-                    f"{', '.join(found)}"
+                    f"{', '.join(fit)}"
                 )
         return list(options.lora_keys)
     counts = {module.num_experts for module in found.values() if isinstance(module, _EXPERTS)}
-    if not counts:
-        return None
-    return [
+    chosen = [
         name
-        for name, module in found.items()
+        for name, module in fit.items()
         if not isinstance(module, _EXPERTS)
         # What is as wide as there are experts chooses among them.
         and not (isinstance(module, _LINEAR) and module.weight.shape[0] in counts)
     ]
+    return None if len(chosen) == len(found) else chosen
+
+
+def _takes_lora(name: str, module: nn.Module) -> bool:
+    """Whether a block still runs with LoRA on a module, and mlx-lm reads it back."""
+    # AFM's fused layers have a LoRA of their own, whose arrays mlx-lm's reader does not know.
+    return name.rpartition(".")[2] not in _READ and not hasattr(module, "to_lora")
 
 
 def _modules(model: nn.Module, options: ModelOptions) -> dict[str, nn.Module]:

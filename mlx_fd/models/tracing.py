@@ -84,9 +84,13 @@ def trace(model: nn.Module, function: Function, *inputs: mx.array) -> Traced:
         return [array for _, array in results if isinstance(array, mx.array)]
 
     found: list[dict[str, Any]] = []
+    contiguous = mx.contiguous
     try:
+        # MLX cannot describe this copy (of Qwen3.5's states); a sum is one of the same size.
+        vars(mx)["contiguous"] = lambda array, *_: array + mx.zeros((), array.dtype)
         mx.export_function(found.append, flat, *arrays, *inputs)
     finally:
+        vars(mx)["contiguous"] = contiguous
         model.update(tree_unflatten(parameters))
         model.train(was_training)
     return _walk(found)

@@ -29,8 +29,9 @@ from mlx_fd.feedback.samples import Sample, read_text
 from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import generate
-from mlx_fd.models.loading import Loaded, load
-from mlx_fd.models.student import save_student
+from mlx_fd.models.loading import Loaded, load, open_as_loaded
+from mlx_fd.models.memory import Memory, Workload, estimate
+from mlx_fd.models.student import prepare, save_student
 from mlx_fd.models.view import View
 from mlx_fd.models.writing import Sampling, Turn
 from support.dense_losses import language_model_loss, logit_loss
@@ -194,6 +195,22 @@ def check_update(pair: Pair, samples: Sequence[Sample]) -> None:
     done = [update(pair, optim.SGD(1.0), samples, FACTORS, OPTIONS, training) for _ in range(2)]
     assert not any(one.skipped for one in done)
     assert done[1].total < done[0].total
+
+
+def estimated(expert: Path, student: Path, options: ModelOptions) -> Memory:
+    """What a run of the size of these checks is said to need, from shapes alone."""
+    trained, _ = open_as_loaded(student)
+    prepare(trained, options)
+    work = Workload(
+        batch_size=len(LENGTHS),
+        micro_batch=len(LENGTHS),
+        prompt_tokens=40,
+        request_tokens=30,
+        later_tokens=30,
+        max_answer_tokens=6,
+        max_feedback_tokens=12,
+    )
+    return estimate(open_as_loaded(expert)[0], trained, work)
 
 
 def check_export(pair: Pair, base: mx.array, folder: Path, options: ModelOptions) -> None:
