@@ -454,10 +454,17 @@ def open_as_loaded(path: Path, *, dequantize: str = "auto") -> tuple[nn.Module, 
         dequantize: as for :func:`load`.
 
     Raises:
-        UserError: files are missing or damaged, or mlx-lm does not know the architecture.
+        UserError: files are missing or damaged, mlx-lm does not know the architecture, or its
+            blocks are not run as distillation needs it.
     """
     backend()
+    from mlx_fd.models.view import check_blocks
+
     model, config = open_lazily(path)
+    try:
+        check_blocks(model)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     if _wants_float32(dequantize):
         dense = _fits_dense(model)
         # A 16-bit model that does not fit as float32 is left as it is: slow, but it runs.

@@ -9,6 +9,7 @@ import pytest
 
 from mlx_fd import cli
 from mlx_fd.config import Config, override
+from mlx_fd.errors import UserError
 from mlx_fd.runs.plan import make_plan
 from support.architectures import make_architecture
 from support.loops import assert_same, start
@@ -76,3 +77,10 @@ def test_a_run_goes_through_and_is_the_same_when_it_is_resumed(name, mlx_fd, tmp
     )
     assert judged["feedback"] == again["feedback"]
     assert -1 <= judged["head_score"] <= 1
+
+
+def test_a_model_that_cannot_be_distilled_is_refused_before_its_memory_is_asked_for(tmp_path):
+    folder = make_architecture(tmp_path / "model", "iquestloopcoder")
+    names = {"expert": str(folder), "student": str(folder), "problems": "gsm8k"}
+    with pytest.raises(UserError, match=f"{folder}: .*not run one after the other"):
+        make_plan(override(Config(), {**names, **OPTIONS}, "test"))
