@@ -881,11 +881,11 @@ def main() -> None:
             recipe = dataclasses.replace(recipe, steps=args.steps)
         if args.quick:
             recipe = dataclasses.replace(
-                recipe, width=32, intermediate=recipe.intermediate // 3, steps=64
+                recipe, width=32, intermediate=recipe.intermediate // 3, steps=16
             )
         work = args.out / "work" / name
         train(name, recipe, work, args.seed, console, args.init, args.out / "expert")
-        splits = finish(name, recipe, work, args.out / name, args.seed, 20 if args.quick else 500)
+        splits = finish(name, recipe, work, args.out / name, args.seed, 4 if args.quick else 500)
         for split, seen in splits.items():
             console.print(name, split, {k: f"{v['right']}/{v['of']}" for k, v in seen.items()})
 

@@ -227,7 +227,7 @@ def test_a_full_disk_ends_in_a_message_and_a_true_resume(finished, tmp_path):
         assert_same(folder, target)
 
 
-def test_twenty_sigkills_at_random_moments_change_nothing(dirs, tmp_path):
+def test_sigkills_at_random_moments_change_nothing(dirs, tmp_path):
     """The command line, killed and resumed until it is through; bit for bit one whole run."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     options += ["--episodes=60", "--checkpoint-every=3"]
@@ -252,7 +252,7 @@ def test_twenty_sigkills_at_random_moments_change_nothing(dirs, tmp_path):
     draw = random.Random(0)
     target = tmp_path / "killed"
     kills = 0
-    while kills < 20:
+    while kills < 10:
         fresh = not runs.is_run(target)
         if fresh:
             shutil.rmtree(target, ignore_errors=True)
