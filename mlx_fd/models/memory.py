@@ -113,10 +113,12 @@ class Memory:
     Attributes:
         parts: what the memory is for -> bytes, in the part of the run that needs most.
         total: their sum.
+        note: what the user should know of the estimate; empty: nothing.
     """
 
     parts: dict[str, int]
     total: int
+    note: str = ""
 
 
 class Needs:
@@ -156,6 +158,21 @@ class Needs:
         parts = {**self._fixed, **most}
         parts["activations"] += _SLACK
         return Memory(parts, sum(parts.values()))
+
+    def without_activations(self, batch: int) -> Memory:
+        """What can be told of models whose computation MLX cannot describe."""
+        parts = {
+            **self._fixed,
+            "KV caches": batch * self._expert_cache.exact(self._work.expert_tokens),
+            "logits": _DRAWN_ARRAYS * batch * self._row,
+        }
+        total = sum(parts.values())
+        note = (
+            f"{total / _GIB:.1f} GiB are needed for weights and caches; how much more the "
+            "activations need cannot be told of these models, so take a smaller --batch-size "
+            "where memory runs out"
+        )
+        return Memory(parts, total, note)
 
     def _answering(self, batch: int) -> dict[str, int]:
         """The expert's turns: what they go on from, what is written, and what is kept of it."""
@@ -463,7 +480,13 @@ def check_memory(
     if available is None:
         available = available_memory()
     needs = Needs(expert, student, work)
-    memory = needs.at(work.batch_size, work.micro_batch)
+    smaller = None
+    try:
+        memory = needs.at(work.batch_size, work.micro_batch)
+        if memory.total > available:
+            smaller = largest_batch(needs, work, available)
+    except ValueError:
+        memory = needs.without_activations(work.batch_size)
     if memory.total <= available:
         return memory
     largest = sorted(memory.parts.items(), key=lambda item: -item[1])
@@ -472,7 +495,6 @@ def check_memory(
         f"this run needs up to {memory.total / _GIB:.1f} GiB ({shares}) "
         f"and {available / _GIB:.1f} GiB are free."
     )
-    smaller = largest_batch(needs, work, available)
     if smaller is not None and work.micro_batch:
         raise UserError(
             f"{message} It fits with --batch-size {smaller[0]} --micro-batch {smaller[1]}."

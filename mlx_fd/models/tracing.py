@@ -87,8 +87,10 @@ def trace(model: nn.Module, function: Function, *inputs: mx.array) -> Traced:
     contiguous = mx.contiguous
     try:
         # MLX cannot describe this copy (of Qwen3.5's states); a sum is one of the same size.
-        vars(mx)["contiguous"] = lambda array, *_: array + mx.zeros((), array.dtype)
+        vars(mx)["contiguous"] = lambda array, *_, **__: array + mx.zeros((), array.dtype)
         mx.export_function(found.append, flat, *arrays, *inputs)
+    except RuntimeError as error:  # what a device has in place of an operation
+        raise ValueError(f"MLX cannot describe this: {error}") from error
     finally:
         vars(mx)["contiguous"] = contiguous
         model.update(tree_unflatten(parameters))

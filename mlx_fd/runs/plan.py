@@ -139,7 +139,7 @@ def make_plan(config: Config) -> Plan:
         manifest=manifest_of(
             config, expert_path, student_path, drawn.source, vocab, pairing.template
         ),
-        notes=(*pairing.warnings, *notes),
+        notes=(*pairing.warnings, *notes, *filter(None, (memory.note,))),
         expert_template=pairing.expert_template,
         memory=memory.total,
     )

@@ -19,6 +19,7 @@ import mlx.core as mx  # noqa: E402
 from mlx_fd.config import Config, ModelOptions, override, preset  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.feedback.pair import open_pair  # noqa: E402
+from mlx_fd.models.loading import open_lazily  # noqa: E402
 from mlx_fd.models.memory import (  # noqa: E402
     Needs,
     Workload,
@@ -31,6 +32,7 @@ from mlx_fd.models.student import prepare  # noqa: E402
 from mlx_fd.runs.plan import make_plan  # noqa: E402
 from mlx_fd.training import loop  # noqa: E402
 from support import FIXTURES  # noqa: E402
+from support.architectures import make_architecture  # noqa: E402
 from support.tiny import make_model_dir  # noqa: E402
 
 CONFIGS = json.loads((FIXTURES / "configs.json").read_text())
@@ -224,3 +226,15 @@ def test_a_mixture_of_experts_does_not_fit_where_its_weights_do_not() -> None:
     # The weights of both, and what a batch of two needs.
     total = check_memory(build(experts), student, work, available=8 * GIB).total
     assert 2.5 * GIB < total < 6 * GIB
+
+
+def test_models_that_ask_for_numbers_on_their_way_are_told_without_activations(
+    tmp_path: Path,
+) -> None:
+    model, _ = open_lazily(make_architecture(tmp_path / "dbrx", "dbrx"))
+    work = Workload(2, 1, prompt_tokens=40, max_answer_tokens=10, max_feedback_tokens=10)
+    found = check_memory(model, model, work, 1 << 40)
+    assert "cannot be told of these models" in found.note
+    assert found.total >= found.parts["expert weights"] + found.parts["KV caches"]
+    with pytest.raises(UserError, match="GiB are free"):
+        check_memory(model, model, work, 1000)

@@ -99,7 +99,7 @@ def make_plan(config: Config) -> Plan:
         probe=drawn.probe,
         problems=drawn.problems,
         manifest=manifest_of(config, critic, student, drawn.source, vocab, template),
-        notes=notes,
+        notes=(*notes, *filter(None, (memory.note,))),
         memory=memory.total,
     )
 
