@@ -276,8 +276,9 @@ def test_a_pair_is_checked_and_ready_to_train(dirs):
     assert pair.student_lm.path == dirs[1] and pair.student.score_at == "prompt"
     with pytest.raises(UserError, match="load_pair: there is no option 'lora_rnk'"):
         load_pair(*map(str, dirs), lora_rnk=3)
-    with pytest.raises(UserError, match="tokenizer"):
-        load_pair("tiny", str(dirs[1]))
+    two = load_pair("tiny", str(dirs[1]))  # each with tokens of its own
+    assert two.expert.tokenizer is not two.student_lm.tokenizer
+    assert two.expert.template != two.student_lm.template
 
 
 # Judging
