@@ -74,6 +74,15 @@ def test_shared_parts_train_and_routers_do_not(name: str, more: set[str]) -> Non
     assert "mlp.gate" not in keys
 
 
+def test_what_a_block_reads_itself_keeps_its_module() -> None:
+    """Gemma 3n's blocks clip weights of their own, which died with LoRA in their place."""
+    model = build(config_of("gemma3n"))
+    put_lora(model, ModelOptions())
+    assert not any("_coefs" in name for name in trained(model))
+    assert any("altup.modality_router" in name for name in trained(model))
+    block_states(model, mx.array([[1, 2]]))
+
+
 def test_dense_models_are_left_to_mlx_lm(tmp_path: Path) -> None:
     model = build(config_of("llama"))
     assert lora_keys(model, ModelOptions()) is None

@@ -32,7 +32,7 @@ from mlx_fd.models.student import prepare  # noqa: E402
 from mlx_fd.runs.plan import make_plan  # noqa: E402
 from mlx_fd.training import loop  # noqa: E402
 from support import FIXTURES  # noqa: E402
-from support.architectures import make_architecture  # noqa: E402
+from support.architectures import config_of, make_architecture  # noqa: E402
 from support.tiny import make_model_dir  # noqa: E402
 
 CONFIGS = json.loads((FIXTURES / "configs.json").read_text())
@@ -152,6 +152,17 @@ def test_recomputed_activations_need_less() -> None:
     recomputed = dataclasses.replace(WORK, grad_checkpoint=True)
     totals = [estimate(expert, student, work).total for work in (recomputed, WORK)]
     assert totals[0] < 0.6 * totals[1]
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma3n", "mamba", "deepseek_v3"])
+def test_every_kind_of_model_has_an_estimate(name: str) -> None:
+    """Recurrences, latent attention, blocks with weights of their own."""
+    config = config_of(name)
+    expert, student = build(config), student_of(config)
+    small = dataclasses.replace(WORK, prompt_tokens=100, max_answer_tokens=30)
+    found = estimate(expert, student, small)
+    assert found.parts["expert weights"] == weight_bytes(expert)
+    assert found.parts["activations"] > 2 * 4 * 100 * 64
 
 
 def test_what_trains_needs_memory() -> None:

@@ -69,6 +69,13 @@ def test_what_is_there_at_the_same_time_is_counted() -> None:
     assert trace(model, lambda a: a.T.reshape(-1), x).peak == size
 
 
+def test_what_mlx_cannot_describe_is_counted_too() -> None:
+    x = mx.zeros((256, 256))
+    found = trace(Nothing(), lambda a: mx.contiguous(a.T) @ a, x)
+    assert (found.peak, found.kept) == (2 * x.nbytes, x.nbytes)
+    assert mx.array_equal(mx.contiguous(mx.array([1.0])), mx.array([1.0]))
+
+
 def test_nothing_is_made_and_the_model_stays_as_it_was() -> None:
     gc.collect()
     model = build(MODELS["experts"])
