@@ -72,7 +72,7 @@ def test_what_is_there_at_the_same_time_is_counted() -> None:
 def test_what_mlx_cannot_describe_is_counted_too() -> None:
     x = mx.zeros((256, 256))
     found = trace(Nothing(), lambda a: mx.contiguous(a.T) @ a, x)
-    assert (found.peak, found.kept) == (2 * x.nbytes, x.nbytes)
+    assert (found.peak, found.kept) == (pytest.approx(2 * x.nbytes, abs=16), x.nbytes)
     assert mx.array_equal(mx.contiguous(mx.array([1.0])), mx.array([1.0]))
 
 
