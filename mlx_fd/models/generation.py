@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -282,7 +283,7 @@ def _turns(
             turn = Turn("", (), True, thought.conversation, 0, logprobs)
         else:
             turn = next(written)
-        turn = _without_thoughts(loaded, thinking, after_thought(turn, thought))
+        turn = without_thoughts(loaded, thinking, after_thought(turn, thought))
         turn = dataclasses.replace(turn, prefilled=turn.prefilled + start.prefilled)
         said = (*old.tokens, *_said(thinking, prompt, turn))
         conversation = Conversation(said)
@@ -379,17 +380,31 @@ def _as_ended(thinking: Thinking | None, reply: tuple[int, ...], *, ended: bool)
     return reply[:-1]
 
 
-def _without_thoughts(loaded: Loaded, thinking: Thinking, turn: Turn) -> Turn:
-    """A turn whose reply has no thought in it; unchanged where it had none."""
+def without_thoughts(loaded: Loaded, thinking: Thinking, turn: Turn) -> Turn:
+    """A turn whose reply has no thought in it; unchanged where it had none.
+
+    Args:
+        loaded: who wrote it.
+        thinking: the marks of its thoughts.
+        turn: as it was written.
+    """
     decode, tokens = loaded.tokenizer.decode, turn.tokens
     whole = list(tokens[:-1] if turn.finished else tokens)
     text = decode(whole)
     if thinking.family.marks.search(text) is None:
         return turn
     found = split(text, thinking.family)
-    lengths = [len(decode(whole[:count])) for count in range(len(whole) + 1)]
-    first = max(k for k, length in enumerate(lengths) if length <= found.begin)
-    last = min(k for k, length in enumerate(lengths) if length >= found.end)
+
+    def writing(end: int) -> int:
+        """How many tokens it takes to write the text up to ``end``, whole characters of it."""
+        counts = range(len(whole) + 1)
+        return bisect_left(
+            counts, True, key=lambda count: decode(whole[:count]).startswith(text[:end])
+        )
+
+    first, last = writing(found.begin), writing(found.end)
+    if len(decode(whole[:first])) > found.begin:  # a token of both
+        first -= 1
     kept = list(range(first, last)) if found.reply else []
     if turn.finished or not kept:  # a reply has a token, if only the one at which it stopped
         kept.append(len(tokens) - 1)

@@ -9,9 +9,15 @@ from tokenizers import AddedToken
 
 from mlx_fd.errors import UserError
 from mlx_fd.models.conversation import Conversation, rewind_to, without_repeated_eos
-from mlx_fd.models.generation import chat_text, first_prompt, followup_prompt, generate
+from mlx_fd.models.generation import (
+    chat_text,
+    first_prompt,
+    followup_prompt,
+    generate,
+    without_thoughts,
+)
 from mlx_fd.models.loading import load, with_thinking
-from mlx_fd.models.writing import GenerateOptions, Sampling
+from mlx_fd.models.writing import GenerateOptions, Sampling, Turn
 from support.architectures import make_architecture
 from support.thinkers import TEMPLATES, Line, scripted, tokens_in
 from support.tiny import make_model_dir, make_tokenizer, write_tokenizer
@@ -120,6 +126,18 @@ def test_a_thought_within_a_reply_is_none_of_it(tmp_path, name):
     assert loaded.tokenizer.decode(list(first.tokens)).strip() == "It is 3." + TEMPLATES[name].eos
     assert loaded.tokenizer.decode(first.conversation.tokens).count("It is 9.") == 0
     assert tokens_in(second.conversation.cache) == list(second.conversation.tokens)
+
+
+def test_a_reply_after_a_thought_keeps_all_bytes_of_its_last_character(tmp_path):
+    script = {ASK: Line("", "Say 7."), AGAIN: Line("Yes.", "Hm.")}
+    loaded = scripted(tmp_path, "qwen3", script, on=True)
+    text = f"It is 9.{marked('qwen3', 'No: 3.')}It is \U0001f642"
+    tokens = loaded.tokenizer.encode(text, add_special_tokens=False)
+    assert loaded.tokenizer.decode(tokens[-3:]) != "\U0001f642"  # it is more than three tokens
+    turn = Turn(text, (*tokens, loaded.tokenizer.eos_token_id), True, Conversation(), 0)
+    found = without_thoughts(loaded, loaded.thinking, turn)
+    assert found.text == "It is \U0001f642"
+    assert loaded.tokenizer.decode(found.tokens[:-1]).strip() == found.text
 
 
 @pytest.mark.parametrize("name", FAMILIES)
