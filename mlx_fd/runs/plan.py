@@ -343,13 +343,19 @@ def check_run_memory(
     Raises:
         UserError: it does not fit, a model cannot be opened, or what trains cannot be put on it.
     """
+    from mlx_fd.models.directory import blaming
     from mlx_fd.models.loading import open_as_loaded
     from mlx_fd.models.memory import check_memory
+    from mlx_fd.models.outline import hidden_width
     from mlx_fd.models.student import prepare
 
     models = config.models
     opened, _ = open_as_loaded(expert, dequantize=models.dequantize)
     trained, settings = open_as_loaded(student, dequantize=models.dequantize)
+    for path, model in ((expert, opened), (student, trained)):
+        # What config.json has of a wrong kind may show only now.
+        with blaming(f"the model in {path} cannot be loaded: it fails on a single token"):
+            hidden_width(model)
     prepare(trained, models)
     source = (settings.get("mlx_fd") or {}).get("source")
     shared = student == expert or source == str(expert.resolve())

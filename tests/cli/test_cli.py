@@ -253,7 +253,7 @@ def test_configuration_files_are_checked(content, texts, mlx_fd, tmp_path):
         ("", ["is empty"]),
         ('{"question": "1+1?", "answer": "2"}\n{"question": ', [":2: not JSON", "--skip-bad-rows"]),
         ('{"question": "1+1?"}\n', [":1: no 'answer'"]),
-        ('{"question": "1+1?", "answer": "two"}\n', [":1: no final number"]),
+        ('{"question": "1+1?", "answer": ""}\n', [":1: no 'answer'"]),
         ('{"question": "1+1?", "answer": "2"}\n', ["has 1 problems"]),
     ],
 )
@@ -1234,6 +1234,4 @@ def test_models_can_be_read_at_80_columns(mlx_fd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = mlx_fd("models").out.splitlines()
     assert all(len(line) <= 80 and "…" not in line for line in lines)
-    assert any(
-        line.split()[:2] == ["qwen2.5-0.5b-4bit", "qwen2.5-0.5b-4bit:layers=12"] for line in lines
-    )
+    assert any(line.split()[:2] == ["qwen2.5-0.5b-4bit", ":layers=12"] for line in lines)
