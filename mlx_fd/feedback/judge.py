@@ -33,6 +33,7 @@ from mlx_fd.models.student import (
 )
 from mlx_fd.models.thinking import NOT_THINKING, ThinkingOptions, switched
 from mlx_fd.models.writing import GenerateOptions, Sampling
+from mlx_fd.problems.kinds import KINDS
 from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 from mlx_fd.runs.checkpoints import check_weights
 from mlx_fd.runs.manifest import trained_template
@@ -50,6 +51,7 @@ class ModelRef:
         adapter: an mlx-lm adapter of the model that belongs to no run.
         template: how chats are written for it; ``None``: as its directory says.
         thinking: whether it thinks before its feedback.
+        answer_kind: of the answers that it was trained to judge.
     """
 
     model: Path
@@ -59,6 +61,7 @@ class ModelRef:
     adapter: Path | None = None
     template: ChatTemplate | None = None
     thinking: ThinkingOptions = NOT_THINKING
+    answer_kind: str = "number"
 
     @property
     def scores(self) -> bool:
@@ -172,8 +175,20 @@ def _locate(name: str) -> ModelRef:
             f"{name}: the student's base model {path} is not the one that was trained: {why}."
         )
     template = trained_template(manifest, config, folder)
+    kind = manifest["problems"].get("kind", "number")
+    if kind not in KINDS:
+        raise UserError(
+            f"{folder}: its answers are of the kind {kind!r}, which this mlx-fd does not have; it "
+            "has " + ", ".join(KINDS)
+        )
     return ModelRef(
-        path, checkpoint, folder, config, template=template, thinking=student_thinking(config)
+        path,
+        checkpoint,
+        folder,
+        config,
+        template=template,
+        thinking=student_thinking(config),
+        answer_kind=kind,
     )
 
 
@@ -267,6 +282,22 @@ class Judge:
             judgements += self._judge_batch(batch, Sampling(max_tokens, temperature), on_token)
         return judgements
 
+    def requests(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, ...]]:
+        """All tokens before the feedback on each (problem, answer), as in the judge's training."""
+        loaded = self.student_lm
+        request, form = feedback_request(loaded), KINDS[self.ref.answer_kind].form
+        return [
+            (
+                *said(
+                    loaded,
+                    answer_prompt(problem.strip(), form),
+                    loaded.tokenizer.encode(answer.strip(), add_special_tokens=False),
+                ),
+                *request,
+            )
+            for problem, answer in pairs
+        ]
+
     def _judge_batch(
         self,
         pairs: Sequence[tuple[str, str]],
@@ -274,20 +305,9 @@ class Judge:
         on_token: Callable[[int], None] | None,
     ) -> list[Judgement]:
         loaded = self.student_lm
-        request = feedback_request(loaded)
-        requests = [
-            (
-                *said(
-                    loaded,
-                    answer_prompt(problem.strip()),
-                    loaded.tokenizer.encode(answer.strip(), add_special_tokens=False),
-                ),
-                *request,
-            )
-            for problem, answer in pairs
-        ]
+        options = GenerateOptions(on_token=on_token)
         judgements = []
-        for one in criticisms(loaded, requests, sampling, GenerateOptions(on_token=on_token)):
+        for one in criticisms(loaded, self.requests(pairs), sampling, options):
             read, score = parsed(one.turn), None
             if self.student is not None and self.ref.scores:
                 score = head_score(self.student, loaded, one)

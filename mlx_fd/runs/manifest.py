@@ -68,6 +68,7 @@ def manifest_of(
             "split": found.split,
             "sha256": found.sha256,
             "skipped_rows": found.skipped,
+            "kind": found.problems[0].kind,
         },
         "shared_vocabulary": vocab,
         "chat_template": _template_row(template),

@@ -433,12 +433,14 @@ class ProblemsRow(TypedDict):
         split: of it.
         sha256: of all problems that the run's were drawn from.
         skipped_rows: rows of the source that were no problems.
+        kind: of their answers; absent: number.
     """
 
     name: str
     split: str
     sha256: str
     skipped_rows: Any
+    kind: NotRequired[str]
 
 
 class ChatTemplateRow(TypedDict):

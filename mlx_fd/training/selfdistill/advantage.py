@@ -21,6 +21,7 @@ from mlx_fd.evaluation.statistics import Estimate, Rows, bootstrap
 from mlx_fd.feedback.episode import derive_seed
 from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import Problem, prompts
+from mlx_fd.problems.kinds import form_of
 from mlx_fd.problems.sources import names_with_truth, truth_about
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials
 from mlx_fd.training.selfdistill.learning import read, text_after, token_logprobs
@@ -170,7 +171,9 @@ def score(
         text_so_far = token_logprobs(loaded.view.head, states, texts, options, loaded.vocab)
         return [values.tolist() for values, _ in text_so_far]  # type: ignore[misc]
 
-    student = logprobs([prompts.answer_prompt(a.question) for a in attempts], attempts)
+    student = logprobs(
+        [prompts.answer_prompt(a.question, form_of(a.problem)) for a in attempts], attempts
+    )
     of_attempts: list[dict[str, tuple[float, ...]]] = [{} for _ in attempts]
     for done, name in enumerate(names):
         progress("contexts", done, len(names))
