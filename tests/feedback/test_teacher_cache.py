@@ -302,7 +302,7 @@ def test_dying_at_any_flush_of_a_run_with_a_cache_changes_nothing(
         seen = count_syncs(patch, limit=0)
         start(tmp_path / "count", plan)
         total = seen()
-    for limit in range(3, total, total // 9):
+    for limit in range(3, total, total // 6):
         target = tmp_path / f"died{limit}"
         with monkeypatch.context() as patch, pytest.raises(Killed):
             count_syncs(patch, limit)

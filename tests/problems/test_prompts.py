@@ -343,7 +343,7 @@ def restated_match(text, gold, name):
 WRITTEN = st.text(st.sampled_from("0123456789.,$-# \nab%"), max_size=40)
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(WRITTEN, WRITTEN)
 @example("#### 18.", "so\n#### 18")
 @example("#### 1,234\n#### 5", "#### 1234")
@@ -419,7 +419,7 @@ def has_digit(text):
     return any(unicodedata.category(char) == "Nd" for char in text)
 
 
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=5_000, deadline=None)
 @given(MODEL_TEXT)
 def test_feedback_properties(text):
     found = parse_feedback(text)
@@ -433,7 +433,7 @@ def test_feedback_properties(text):
         assert again.written_score == pytest.approx(found.written_score, abs=5.1e-5)
 
 
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=5_000, deadline=None)
 @given(MODEL_TEXT)
 def test_answer_properties(text):
     found = final_answer(text)

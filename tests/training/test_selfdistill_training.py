@@ -483,7 +483,7 @@ def test_smollm2_trains_on_real_problems(tmp_path):
     ):
         given = {
             **{"student": "smollm2-135m", "problems": str(easy), "episodes": 2, "batch_size": 2},
-            **{"max_answer_tokens": 24, "probe_size": 1, "lora_rank": 4, "temperature": 0.5},
+            **{"max_answer_tokens": 12, "probe_size": 1, "lora_rank": 4, "temperature": 0.5},
             **changes,
         }
         summary = start(tmp_path / method, configured(method, given, preset="quick"))
