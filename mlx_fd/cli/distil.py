@@ -10,10 +10,11 @@ import click
 from mlx_fd.cli.options import (
     Choice,
     ConfiguredCommand,
-    PathType,
     click_option,
+    config_file_option,
     debug_option,
     json_option,
+    out_option,
     quiet_option,
     shown_default,
     track_option,
@@ -109,16 +110,8 @@ Examples:
     type=Choice(list(PRESETS)),
     help="Sizes for a kind of model, overriding the method's. The expert tiny implies tiny.",
 )
-@click.option(
-    "--config",
-    "config_file",
-    type=PathType(),
-    metavar="FILE",
-    help="A TOML file with options, such as an earlier run's config.toml.",
-)
-@click.option(
-    "--out", type=PathType(), metavar="DIR", help="Run directory. [default: runs/DATE-TIME]"
-)
+@config_file_option
+@out_option
 @track_option
 @json_option
 @quiet_option

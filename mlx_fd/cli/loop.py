@@ -10,10 +10,11 @@ import click
 from mlx_fd.cli.options import (
     Choice,
     ConfiguredCommand,
-    PathType,
+    config_file_option,
     configuration,
     debug_option,
     json_option,
+    out_option,
     quiet_option,
     track_option,
     with_configuration,
@@ -47,19 +48,8 @@ Examples:
     type=Choice(list(PRESETS)),
     help="A set of options, which other options override.",
 )
-@click.option(
-    "--config",
-    "config_file",
-    type=PathType(),
-    metavar="FILE",
-    help="A TOML file with options, such as an earlier run's config.toml.",
-)
-@click.option(
-    "--out",
-    type=PathType(),
-    metavar="DIR",
-    help="Run directory. [default: runs/DATE-TIME]",
-)
+@config_file_option
+@out_option
 @track_option
 @json_option
 @quiet_option

@@ -370,6 +370,16 @@ def thinking_options(command: Any) -> Any:
     )(command)
 
 
+config_file_option = click.option(
+    "--config",
+    "config_file",
+    type=PathType(),
+    metavar="FILE",
+    help="A TOML file with options, such as an earlier run's config.toml.",
+)
+out_option = click.option(
+    "--out", type=PathType(), metavar="DIR", help="Run directory. [default: runs/DATE-TIME]"
+)
 columns_option = click.option("--columns", default="", metavar="LIST", help=OPTIONS["columns"].help)
 answer_kind_option = click.option(
     "--answer-kind",
