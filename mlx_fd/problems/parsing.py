@@ -104,6 +104,8 @@ _LATEX = (
     (re.compile(r"\\[A-Za-z]+"), " "),
     (re.compile(r"\\(?=[^A-Za-z\s])|[{}]"), ""),
     (re.compile(r"\$[ ]?([-+])(?=[\d.])"), r"\1$"),
+    # Of a unit or a variable: 20 m^2 is twenty of something.
+    (re.compile(r"(?<=[A-Za-z])[ ]?\^[ ]?\d"), ""),
 )
 _LEAD = re.compile(
     r"""(?:[\s*_`~:=>$\u2248"'(\[]++|[A-Za-z]\w{0,15}+\s*+=
@@ -123,6 +125,14 @@ _SPACED_SIGN = re.compile(r"^([-+])\s+(?=[$\d.])")
 _DIGIT = re.compile(r"\d")
 _FULL_STOP = re.compile(r"\.$")
 _MARK = re.compile("#{4,}")
+# Where a reply has answered, and goes on with a problem of its own.
+_NEXT_PROBLEM = re.compile(
+    r"\n[ \t*_#>]{0,9}(?:Question|Problem|Q)[ ]?\d{0,4}[*_]{0,3}:", re.IGNORECASE
+)
+_NOTE = re.compile(
+    r"\n[ \t*_(>]{0,9}(?:Notes?|N\.?B\.?|Remarks?|P\.?S\.?)[*_]{0,3}:", re.IGNORECASE
+)
+_MAX_PROBLEMS = 3  # that are looked for behind an answer, the first ones
 _MAX_MARKS = 10_000  # that are tried, the last ones: no solution has as many
 
 
@@ -276,11 +286,13 @@ def lm_eval_match(text: str, gold_text: str, filter: str) -> bool:
 def final_answer(text: str, how: str = "auto") -> Fraction | None:
     r"""The number a solution arrives at.
 
-    ``"auto"`` takes the number after the last ``####`` that has one; else the one in the last
-    ``\boxed{}``; else the last number of the text. It reads thousands separators, currency signs,
-    decimals (a decimal comma only where it can be nothing else), fractions, mixed numbers,
-    scientific notation, LaTeX and the digits of every script; units are ignored. As in GSM8K,
-    ``50%`` is 50. ``"strict"`` and ``"flexible"`` read what :func:`lm_eval_answer` extracts.
+    ``"auto"`` takes the number after the last ``####`` that has one, or the one in a ``\boxed{}``
+    behind it; else the one in the last ``\boxed{}``; else the last number of the text, notes below
+    it aside. A reply that goes on with the next question has answered before it. It reads thousands
+    separators, currency signs, decimals (a decimal comma only where it can be nothing else),
+    fractions, mixed numbers, scientific notation, LaTeX and the digits of every script; units are
+    ignored. As in GSM8K, ``50%`` is 50. ``"strict"`` and ``"flexible"`` read what
+    :func:`lm_eval_answer` extracts.
 
     Args:
         text: the solution.
@@ -295,24 +307,53 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
         found = _FULL_STOP.sub("", found)
         readable = len(found) <= _LONGEST_NUMBER and _PLAIN_DECIMAL.fullmatch(found)
         return Fraction(found) if readable else None
-    marks = text.translate(_PLAIN) if "\uff03" in text else text
-    for mark in reversed(deque(_MARK.finditer(marks), maxlen=_MAX_MARKS)):
-        value, _ = _leading_number(text[mark.end() : mark.end() + 120])
-        if value is not None:
-            return value
+    text = _until_next_problem(text)
+    marked, at = _marked_number(text)
+    # A heading may look like an answer ("#### 2. Money"); what is boxed below it is one.
+    if marked is not None and not _BOX.search(text, at):
+        return marked
     if (box := boxed(text)) is not None:
         value, _ = _leading_number(box)
         if value is None and (first := _NUMBER.search(_plain_number(box))):
             value = _value(first)
         if value is not None:
             return value
-    last = _last(_NUMBER, _plain_number(text))
-    return _value(last) if last else None
+    if marked is not None:
+        return marked
+    note = _NOTE.search(text)
+    for part in (text[: note.start()] if note else "", text):
+        last = _last(_NUMBER, _plain_number(part))
+        if last:
+            return _value(last)
+    return None
+
+
+def _marked_number(text: str) -> tuple[Fraction | None, int]:
+    """The number behind the last ``####`` that has one, and where that mark ends."""
+    marks = text.translate(_PLAIN) if "\uff03" in text else text
+    for mark in reversed(deque(_MARK.finditer(marks), maxlen=_MAX_MARKS)):
+        value, _ = _leading_number(text[mark.end() : mark.end() + 120])
+        if value is not None:
+            return value, mark.end()
+    return None, 0
+
+
+def _until_next_problem(text: str) -> str:
+    """A reply up to where it goes on with another problem after it has answered its own."""
+    for found in itertools.islice(_NEXT_PROBLEM.finditer(text), _MAX_PROBLEMS):
+        before = text[: found.start()]
+        if _marked_number(before)[0] is not None or _BOX.search(before):
+            return before
+    return text
 
 
 def after_mark(text: str) -> str | None:
     """What follows on its line the last ``####`` that anything follows; ``None``: none does."""
     text = without_thoughts(text)
+    for found in itertools.islice(_NEXT_PROBLEM.finditer(text), _MAX_PROBLEMS):
+        if _MARK.search(before := text[: found.start()]):
+            text = before
+            break
     marks = text.translate(_PLAIN) if "\uff03" in text else text
     for mark in reversed(deque(_MARK.finditer(marks), maxlen=_MAX_MARKS)):
         line = text[mark.end() :].lstrip(" \t").partition("\n")[0].strip()

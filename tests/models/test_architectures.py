@@ -36,7 +36,17 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+# Of the rest every other one, for time's sake; all of them are opened, and their batches compared,
+# for the documentation's table.
+FIRST = [
+    name
+    for name in ARCHITECTURES
+    if name in ALONE or name in REFUSED or config_of(name)["model_type"] in FAMILIES
+]
+TRIED = [*FIRST, *[name for name in ARCHITECTURES if name not in FIRST][::2]]
+
+
+@pytest.mark.parametrize("name", TRIED)
 def test_right_or_refused(name, tmp_path):
     options = ModelOptions(lora_rank=2)
     expert = make_architecture(tmp_path / "expert", name)
@@ -71,8 +81,8 @@ def test_right_or_refused(name, tmp_path):
 
 
 def test_the_families_of_today_are_right():
-    assert len(ARCHITECTURES) >= 60
-    assert len(set(ARCHITECTURES) - set(REFUSED)) >= 50
+    assert len(TRIED) >= 60
+    assert len(set(TRIED) - set(REFUSED)) >= 50
     assert {config_of(name)["model_type"] for name in ARCHITECTURES if name not in REFUSED} >= (
         FAMILIES
     )

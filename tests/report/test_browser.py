@@ -515,10 +515,9 @@ def test_a_long_text_is_folded_and_whole(opened):
     )
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["one", "both", "hostile", "methods", "harm"])
-def test_a_phone_scrolls_in_one_direction(opened, scheme, name):
-    page = opened(name, viewport={"width": 390, "height": 844}, color_scheme=scheme)
+def test_a_phone_scrolls_in_one_direction(opened, name):
+    page = opened(name, viewport={"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 

@@ -150,7 +150,7 @@ def test_dying_at_any_flush_and_resuming_changes_nothing(finished, tmp_path, mon
         start(tmp_path / "count", plan)
         total = seen()
     assert total > 40
-    for limit in range(1, total, 11):
+    for limit in range(1, total, 15):
         target = tmp_path / f"died{limit}"
         with monkeypatch.context() as patch, pytest.raises(Killed):
             count_syncs(patch, limit)
@@ -252,7 +252,7 @@ def test_sigkills_at_random_moments_change_nothing(dirs, tmp_path):
     draw = random.Random(0)
     target = tmp_path / "killed"
     kills = 0
-    while kills < 8:
+    while kills < 6:
         fresh = not runs.is_run(target)
         if fresh:
             shutil.rmtree(target, ignore_errors=True)

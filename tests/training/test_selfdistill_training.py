@@ -473,14 +473,11 @@ def test_a_run_for_a_script_and_its_refused_resume(tmp_path):
 
 @pytest.mark.model
 def test_smollm2_trains_on_real_problems(tmp_path):
-    """A policy, which reads nothing more, and a divergence over a real vocabulary."""
+    """A divergence over a real vocabulary."""
     easy = tmp_path / "easy.jsonl"
     asked = [{"question": f"What is {a} + {a + 1}?", "answer": f"{2 * a + 1}"} for a in range(1, 5)]
     easy.write_text("".join(json.dumps(row) + "\n" for row in asked))
-    for method, changes in (
-        ("grpo", {"num_generations": 4}),
-        ("opsd-reference", {"num_generations": 1}),
-    ):
+    for method, changes in (("opsd-reference", {"num_generations": 1}),):
         given = {
             **{"student": "smollm2-135m", "problems": str(easy), "episodes": 2, "batch_size": 2},
             **{"max_answer_tokens": 12, "probe_size": 1, "lora_rank": 4, "temperature": 0.5},
