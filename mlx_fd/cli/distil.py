@@ -10,7 +10,7 @@ import click
 from mlx_fd.cli.options import (
     Choice,
     ConfiguredCommand,
-    click_option,
+    add_options,
     config_file_option,
     debug_option,
     json_option,
@@ -72,15 +72,13 @@ def _with_options(command: click.Command) -> click.Command:
         name for changes in (*EXPERT_METHODS.values(), *PRESETS.values()) for name in changes
     }
     usual = configured(_METHOD)
-    for name in _OPTIONS:
-        option = OPTIONS[name]
-        default = shown_default(getattr(getattr(usual, option.section), name))
-        if name in changed:
-            default = "the method's"
-        flags = _FLAGS.get(name, ())
-        help = _HELP.get(name, "")
-        command.params.append(click_option(option, flags=flags, default=default, help=help))
-    return command
+    defaults = {
+        name: "the method's"
+        if name in changed
+        else shown_default(getattr(getattr(usual, OPTIONS[name].section), name))
+        for name in _OPTIONS
+    }
+    return add_options(command, defaults, _FLAGS, _HELP)
 
 
 @_with_options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +368,32 @@ def thinking_options(command: Any) -> Any:
         type=click.Choice(("off", "on")),
         help="Whether the model thinks before it writes. [default: as in its run; off for a model]",
     )(command)
+
+
+def add_options(
+    command: click.Command,
+    defaults: Mapping[str, str],
+    flags: Mapping[str, tuple[str, ...]],
+    helps: Mapping[str, str],
+) -> click.Command:
+    """Give a command options of a configuration.
+
+    Args:
+        command: which; it is changed.
+        defaults: what to show as each option's default, in the order of the help text.
+        flags: all spellings of those that have more than one.
+        helps: what those mean here that mean something else than elsewhere.
+    """
+    for name, default in defaults.items():
+        command.params.append(
+            click_option(
+                OPTIONS[name],
+                flags=flags.get(name, ()),
+                default=default,
+                help=helps.get(name, ""),
+            )
+        )
+    return command
 
 
 config_file_option = click.option(

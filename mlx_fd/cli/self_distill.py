@@ -10,7 +10,7 @@ import click
 from mlx_fd.cli.options import (
     Choice,
     ConfiguredCommand,
-    click_option,
+    add_options,
     config_file_option,
     debug_option,
     json_option,
@@ -69,16 +69,12 @@ _HELP = {
 def _with_options(command: click.Command) -> click.Command:
     """Give the command the options that a run of self-distillation has."""
     by_method = {name for changes in (*METHODS.values(), *PRESETS.values()) for name in changes}
+    defaults = {}
     for name, option in OPTIONS.items():
-        flags, default = _FLAGS.get(name, ()), _default(name)
-        if name == "student":
-            default = DEFAULT_MODEL
-        elif name in by_method:
-            default = "the method's"
         if name in _SHARED or (option.section == "selfdistill" and name != "method"):
-            help = _HELP.get(name, "")
-            command.params.append(click_option(option, flags=flags, default=default, help=help))
-    return command
+            defaults[name] = "the method's" if name in by_method else _default(name)
+    defaults["student"] = DEFAULT_MODEL
+    return add_options(command, defaults, _FLAGS, _HELP)
 
 
 def _default(name: str) -> str:

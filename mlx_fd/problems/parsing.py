@@ -14,6 +14,7 @@ import json
 import re
 import unicodedata
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -307,7 +308,7 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
         found = _FULL_STOP.sub("", found)
         readable = len(found) <= _LONGEST_NUMBER and _PLAIN_DECIMAL.fullmatch(found)
         return Fraction(found) if readable else None
-    text = _until_next_problem(text)
+    text = _until_next_problem(text, _has_number)
     marked, at = _marked_number(text)
     # A heading may look like an answer ("#### 2. Money"); what is boxed below it is one.
     if marked is not None and not _BOX.search(text, at):
@@ -328,35 +329,39 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
     return None
 
 
-def _marked_number(text: str) -> tuple[Fraction | None, int]:
-    """The number behind the last ``####`` that has one, and where that mark ends."""
+def _mark_ends(text: str) -> Iterator[int]:
+    """Where the marks of a final answer (``####``) end, the last first."""
     marks = text.translate(_PLAIN) if "\uff03" in text else text
     for mark in reversed(deque(_MARK.finditer(marks), maxlen=_MAX_MARKS)):
-        value, _ = _leading_number(text[mark.end() : mark.end() + 120])
+        yield mark.end()
+
+
+def _marked_number(text: str) -> tuple[Fraction | None, int]:
+    """The number behind the last ``####`` that has one, and where that mark ends."""
+    for end in _mark_ends(text):
+        value, _ = _leading_number(text[end : end + 120])
         if value is not None:
-            return value, mark.end()
+            return value, end
     return None, 0
 
 
-def _until_next_problem(text: str) -> str:
+def _until_next_problem(text: str, has_answer: Callable[[str], bool]) -> str:
     """A reply up to where it goes on with another problem after it has answered its own."""
     for found in itertools.islice(_NEXT_PROBLEM.finditer(text), _MAX_PROBLEMS):
-        before = text[: found.start()]
-        if _marked_number(before)[0] is not None or _BOX.search(before):
+        if has_answer(before := text[: found.start()]):
             return before
     return text
 
 
+def _has_number(text: str) -> bool:
+    return _marked_number(text)[0] is not None or _BOX.search(text) is not None
+
+
 def after_mark(text: str) -> str | None:
     """What follows on its line the last ``####`` that anything follows; ``None``: none does."""
-    text = without_thoughts(text)
-    for found in itertools.islice(_NEXT_PROBLEM.finditer(text), _MAX_PROBLEMS):
-        if _MARK.search(before := text[: found.start()]):
-            text = before
-            break
-    marks = text.translate(_PLAIN) if "\uff03" in text else text
-    for mark in reversed(deque(_MARK.finditer(marks), maxlen=_MAX_MARKS)):
-        line = text[mark.end() :].lstrip(" \t").partition("\n")[0].strip()
+    text = _until_next_problem(without_thoughts(text), lambda before: any(_mark_ends(before)))
+    for end in _mark_ends(text):
+        line = text[end:].lstrip(" \t").partition("\n")[0].strip()
         if line:
             return line
     return None
