@@ -48,7 +48,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import click
 
 from mlx_fd.errors import UserError
-from mlx_fd.problems import parsing
+from mlx_fd.problems import Problem, parsing
+from mlx_fd.problems.kinds import KINDS, read_final
 
 _MICRO = {
     "episodes": 4,
@@ -446,12 +447,15 @@ def _text(draw):
 
 def _read_text(text, gold):
     feedback = parsing.parse_feedback(text)
-    assert feedback.written_score is None or -1 <= feedback.score <= 1
+    assert feedback.written_score is None or -1 <= feedback.written_score <= 1
     assert isinstance(feedback.text, str)
     parsing.needs_merge(feedback, parsing.parse_feedback(gold))
     for how in ("auto", "strict", "flexible"):
         value = parsing.final_answer(text, how)
         assert value is None or (isinstance(value, Fraction) and len(str(value)) < 300)
+    for kind in KINDS:
+        final = read_final(text, Problem("p", "?", "", "", kind, ("a cat", "a dog")))
+        assert final is None or final == final.strip() != ""
     value = parsing.number(text)
     assert value is None or isinstance(value, Fraction)
     for name in ("strict", "flexible"):
