@@ -86,8 +86,8 @@ def make_plan(config: Config) -> Plan:
     memory = check_run_memory(critic or student, student, questions, side_by_side, template)
     if config.generation.student_thinking == "on":
         check_can_think(student, template)
-    if critic is not None and not vocab:
-        template_of_critic = _template(critic, config, trains=False)
+    if critic is not None:
+        template_of_critic = template if vocab else _template(critic, config, trains=False)
         if config.generation.expert_thinking == "on":
             check_can_think(critic, template_of_critic)
     return Plan(
