@@ -12,6 +12,8 @@ from mlx_fd.registry import Entry, Registry
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mlx import nn
+
     from mlx_fd.export.form import Form
     from mlx_fd.export.gguf_file import Written
     from mlx_fd.export.source import Source
@@ -81,3 +83,23 @@ class ExportFormat(Entry):
 
 FORMATS: Registry[ExportFormat] = registry.FORMATS
 register_format = FORMATS.register
+
+
+def load_or_add(
+    source: Source, folder: Path, form: Form, put_adapter: Callable[[nn.Module, Path], None]
+) -> Loaded:
+    """What was written: the model, or its base with the adapter that a folder has.
+
+    Args:
+        source: whose base it is.
+        folder: what was written.
+        form: as what.
+        put_adapter: adds the adapter of a folder to a base model, in place.
+    """
+    from mlx_fd.models.loading import load
+
+    if not form.adapter:
+        return load(folder)
+    loaded = load(source.ref.model)
+    put_adapter(loaded.model, folder)
+    return loaded

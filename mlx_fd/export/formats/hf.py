@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_fd.export.formats import ExportFormat, OnSteps, register_format
+from mlx_fd.export.formats import ExportFormat, OnSteps, load_or_add, register_format
 
 if TYPE_CHECKING:
     from mlx_fd.export.form import Form
@@ -44,13 +44,8 @@ def convert_back(folder: Path, scratch: Path, form: Form) -> Path:
 def load_back(source: Source, folder: Path, form: Form) -> Loaded:
     """The model, or its base with the adapter."""
     from mlx_fd.export import peft
-    from mlx_fd.models.loading import load
 
-    if not form.adapter:
-        return load(folder)
-    loaded = load(source.ref.model)
-    peft.put_adapter(loaded.model, folder)
-    return loaded
+    return load_or_add(source, folder, form, peft.put_adapter)
 
 
 def use(source: Source, form: Form) -> str:
