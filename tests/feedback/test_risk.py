@@ -1,0 +1,102 @@
+"""Risk control against exact binomials, and its promise in simulation."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from mlx_fd.feedback.risk import (
+    LEVEL,
+    NO_TRUST,
+    THRESHOLDS,
+    binomial_tail,
+    fewest_audits,
+    set_threshold,
+    upper_bound,
+)
+
+
+def exact_tail(k: int, n: int, p: Fraction) -> Fraction:
+    return sum((math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1)), Fraction(0))
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "p"), [(0, 59, "1/20"), (3, 200, "1/50"), (40, 90, "1/2"), (0, 1, "1"), (7, 7, "0")]
+)
+def test_the_binomial_tail_is_exact(k: int, n: int, p: str) -> None:
+    exact = exact_tail(k, n, Fraction(p))
+    assert binomial_tail(k, n, float(Fraction(p))) == pytest.approx(float(exact), rel=1e-11)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 1), (0, 59), (1, 93), (5, 100), (99, 100)])
+def test_the_bound_is_where_the_exact_tail_is_five_per_cent(k: int, n: int) -> None:
+    bound = Fraction(upper_bound(k, n))
+    assert float(exact_tail(k, n, bound)) == pytest.approx(1 - LEVEL, rel=1e-9)
+    if k == 0:
+        assert float(bound) == pytest.approx(1 - 0.05 ** (1 / n), rel=1e-12)
+
+
+def test_nothing_seen_and_nothing_but_disagreement_bound_nothing() -> None:
+    assert upper_bound(0, 0) == upper_bound(4, 4) == 1.0
+
+
+def test_the_fewest_audits_are_those_that_just_pass() -> None:
+    # 0.95^59 <= 0.05 < 0.95^58.
+    assert fewest_audits(0.05, disagreed=0) == 59
+    n = fewest_audits(0.05)
+    assert upper_bound(1, n) <= 0.05 < upper_bound(1, n - 1)
+    assert fewest_audits(1.0) == 2
+
+
+def test_the_threshold_is_the_lowest_of_the_sequence_that_passes() -> None:
+    # 0.95 and above: 100 verdicts, none differs; from 0.5 on half of another 100 do.
+    confidences = [0.97] * 100 + [0.55] * 100
+    agreements = [True] * 100 + [True, False] * 50
+    trust = set_threshold(confidences, agreements, 0.05)
+    assert (trust.threshold, trust.audited, trust.disagreed) == (0.6, 100, 0)
+    assert trust.coverage == 0.5
+    assert trust.bound == upper_bound(0, 100)
+    assert trust.covers(0.6) and not trust.covers(0.59) and not trust.covers(None)
+    # A threshold that fails ends the sequence, whatever follows.
+    assert set_threshold([0.97] * 100 + [0.1] * 5000, [False] * 5 + [True] * 5095, 0.05) == NO_TRUST
+    # Too few to show anything, and a bound that anything keeps.
+    assert set_threshold([0.9] * 50, [True] * 50, 0.05) == NO_TRUST
+    assert set_threshold([0.2] * 4, [False] * 4, 1.0).threshold == 0.0
+    assert set_threshold([], [], 0.05) == NO_TRUST
+    with pytest.raises(ValueError):
+        set_threshold([0.5], [], 0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "differs"),
+    [
+        # The worst case: every threshold is just above the bound.
+        ("just above the bound", lambda c: np.full_like(c, 0.1001)),
+        ("falls with confidence", lambda c: 0.6 * (1 - c)),
+        ("a step", lambda c: np.where(c > 0.8, 0.03, 0.3)),
+        # Where the assumption fails: the most confident are wrong.
+        ("confident and wrong", lambda c: np.where(c > 0.97, 0.4, 0.05)),
+    ],
+)
+def test_the_bound_is_broken_in_at_most_five_per_cent(name: str, differs: object) -> None:
+    assert callable(differs)
+    rng = np.random.default_rng(0)
+    many = rng.beta(3, 0.6, 100_000)
+    risk = differs(many)
+    true_risk = {t: risk[many >= t].mean() for t in THRESHOLDS}
+    draws, broken, kept = 400, 0, 0.0
+    for _ in range(draws):
+        confidences = rng.beta(3, 0.6, 150)
+        agreed = rng.random(150) >= differs(confidences)
+        trust = set_threshold(confidences.tolist(), agreed.tolist(), 0.1)
+        if trust.threshold is not None:
+            broken += true_risk[trust.threshold] > 0.1
+            kept += trust.coverage
+    monte_carlo = 2.6 * math.sqrt(0.05 * 0.95 / draws)
+    assert broken / draws <= 0.05 + monte_carlo, name
+    if name == "a step":
+        # It is not kept by trusting nothing.
+        assert kept / draws > 0.5
