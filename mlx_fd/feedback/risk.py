@@ -9,13 +9,15 @@ For a threshold t, let R(t) = P(the verdicts differ | confidence >= t). Of n aud
 least that confident, k differ. The hypothesis R(t) > ``max_disagreement`` is rejected where a
 binomial of n draws has at most k with probability at most 1 - ``LEVEL``; just there the upper bound
 of Clopper and Pearson (Biometrika 26, 1934) is at most ``max_disagreement``. Thresholds are tested
-in a fixed sequence, from the strictest on, and the first that fails ends it, so that testing many
-costs nothing (learn then test: Angelopoulos et al., arXiv 2110.01052).
+in a fixed sequence, from the strictest on: one that is rejected hands its share of 1 - ``LEVEL`` on
+to the next, so that testing many costs nothing (learn then test: Angelopoulos et al., arXiv
+2110.01052). The sequence has two starts, at the first threshold with enough verdicts and where half
+of the others are in, with half of 1 - ``LEVEL`` each (the fallback procedure: Wiens, Pharmaceutical
+Statistics 2, 2003); otherwise a few unlucky verdicts among the most confident would end it.
 
 Two things are exact only where a more confident verdict is no more often wrong than a less
-confident one: that the sequence begins at the first threshold with enough verdicts, and that
-verdicts may have been audited the less often the more confident they were. Both then err on the
-safe side.
+confident one: that the starts depend on how many verdicts there are, and that verdicts may have
+been audited the less often the more confident they were. Both then err on the safe side.
 
 Pure Python, no arrays: the gate (:mod:`mlx_fd.feedback.gate`) and whatever else passes hard cases
 on use the same functions.
@@ -37,9 +39,8 @@ THRESHOLDS = (
     *(0.9999, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9),
     *(0.87, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0),
 )
-# A threshold is tested from as many verdicts on as would pass with this many that differ: a single
-# one must not end the sequence where it begins.
-_SPARE = 1
+# Starts of the sequence of tests.
+_STARTS = 2
 # Halvings of the interval in which a bound is looked for: to the last bit of a float near 1e-4.
 _HALVINGS = 60
 
@@ -127,22 +128,22 @@ def upper_bound(k: int, n: int, level: float = LEVEL) -> float:
     return high
 
 
-def fewest_audits(max_disagreement: float, level: float = LEVEL, disagreed: int = _SPARE) -> int:
-    """The fewest audited verdicts that can show the share, ``disagreed`` of them differing.
+def fewest_audits(max_disagreement: float, level: float = LEVEL) -> int:
+    """The fewest audited verdicts that can set a threshold; none of them may differ then.
 
     Args:
         max_disagreement: in (0, 1].
         level: probability that the bound holds, in (0, 1).
-        disagreed: how many of them differ.
     """
-    n = disagreed + 1
-    while not _holds(disagreed, n, max_disagreement, level):
+    n = 1
+    while not _holds(0, n, max_disagreement, (1 - level) / _STARTS):
         n += 1
     return n
 
 
-def _holds(k: int, n: int, max_disagreement: float, level: float) -> bool:
-    return max_disagreement >= 1 or binomial_tail(k, n, max_disagreement) <= 1 - level
+def _holds(k: int, n: int, max_disagreement: float, error: float) -> bool:
+    """Whether at most k of n have no more than this probability under a larger share."""
+    return max_disagreement >= 1 or binomial_tail(k, n, max_disagreement) <= error
 
 
 def set_threshold(
@@ -178,11 +179,16 @@ def set_threshold(
             counts[index] += 1
             differ[index] += not agreed
     enough = fewest_audits(max_disagreement, level)
-    found = NO_TRUST
+    starts = [enough, (enough + len(confidences)) / 2]
+    found, error = NO_TRUST, 0.0
     for threshold, n, k in zip(thresholds, accumulate(counts), accumulate(differ), strict=True):
-        if n < enough:
+        while starts and n >= starts[0]:
+            starts = starts[1:]
+            error += (1 - level) / _STARTS
+        if not error:
             continue
-        if not _holds(k, n, max_disagreement, level):
-            break
-        found = Trust(threshold, n / len(confidences), n, k, upper_bound(k, n, level))
+        if _holds(k, n, max_disagreement, error):
+            found = Trust(threshold, n / len(confidences), n, k, upper_bound(k, n, level))
+        else:
+            error = 0.0
     return found
