@@ -19,13 +19,14 @@ from mlx_fd.feedback.episode import Judged, student_prompt
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.feedback.two_tokenizers import same_tokens, to_expert, to_student
-from mlx_fd.losses.answer import answer_mask, answer_span, token_spans
+from mlx_fd.losses.answer import answer_mask, answer_span
 from mlx_fd.losses.attention import head_mean
 from mlx_fd.losses.divergence import TopK, teacher_top_k
 from mlx_fd.losses.graph import pool
 from mlx_fd.losses.head import logit_head
 from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.losses.reasoning import step_weights
+from mlx_fd.losses.spans import token_spans
 from mlx_fd.models.attention_taps import attention_heads, log_attention
 from mlx_fd.models.backend import backend
 from mlx_fd.models.conversation import Conversation, forward_with_cache, rewind_to

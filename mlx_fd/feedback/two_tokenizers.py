@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlx_fd.losses.answer import token_spans
+from mlx_fd.losses.spans import token_spans
 from mlx_fd.models.shared_tokens import (
     decoder_within_text,
     encoded,

@@ -19,33 +19,9 @@ The sum is the engine's, :mod:`mlx_fd.losses.divergence`, with the weights that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
-Span = tuple[int, int]
-
-
-def token_spans(
-    decode: Callable[[list[int]], str], tokens: Sequence[int]
-) -> tuple[str, list[Span]]:
-    """Where in its text each token stands, for any tokenizer.
-
-    Found by decoding every prefix, so it holds for generated tokens too, which a tokenizer might
-    split otherwise. Of the tokens that share a character, the first stands on it; the others, as
-    tokens that write nothing, have empty spans.
-
-    Args:
-        decode: tokens to text, as the tokenizer does it.
-        tokens: of one text, N of them.
-
-    Returns:
-        The text, and for each token the half-open range of its characters; together they cover it.
-    """
-    ends = [len(decode(list(tokens[: i + 1]))) for i in range(len(tokens))]
-    # Half a character may decode to more characters than the whole.
-    for i in reversed(range(len(ends) - 1)):
-        ends[i] = min(ends[i], ends[i + 1])
-    return decode(list(tokens)), list(pairwise([0, *ends]))
+from mlx_fd.losses.spans import Span
 
 
 def answer_span(text: str, mark: str = "####") -> Span | None:

@@ -18,7 +18,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 
-from mlx_fd.losses.answer import Span
+from mlx_fd.losses.spans import Span
 
 
 def step_weights(text: str, spans: Sequence[Span], answer: Span | None) -> list[float]:
@@ -29,7 +29,7 @@ def step_weights(text: str, spans: Sequence[Span], answer: Span | None) -> list[
 
     Args:
         text: the whole solution, a step in each line.
-        spans: of :func:`mlx_fd.losses.answer.token_spans`.
+        spans: of :func:`mlx_fd.losses.spans.token_spans`.
         answer: of :func:`mlx_fd.losses.answer.answer_span`; the reasoning is what stands before it,
             the whole text where it is ``None``.
 

@@ -156,7 +156,7 @@ def split_alike(
 
     Args:
         expert: the expert's tokens, each with the characters that it writes, of
-            :func:`mlx_fd.losses.answer.token_spans`.
+            :func:`mlx_fd.losses.spans.token_spans`.
         student: the student's, of the same text.
         shared: the tokens of both that write the same.
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from mlx import nn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlx_fd.losses.answer import answer_mask, answer_span, token_spans
+from mlx_fd.losses.answer import answer_mask, answer_span
 from mlx_fd.losses.attention import attention_matching_loss
 from mlx_fd.losses.divergence import Target, fused_linear_divergence
 from mlx_fd.losses.reasoning import step_weights
+from mlx_fd.losses.spans import token_spans
 from mlx_fd.models.attention_taps import LOG_ZERO
 from mlx_fd.models.loading import load
 from mlx_fd.problems import parsing

@@ -6,7 +6,7 @@ import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from mlx_fd.losses.answer import token_spans
+from mlx_fd.losses.spans import token_spans
 from mlx_fd.models.shared_tokens import (
     SharedTokens,
     after_anchor,
