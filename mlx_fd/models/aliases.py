@@ -152,9 +152,67 @@ ALIASES: dict[str, Alias] = {
 }
 
 
+# Who published what was converted: an original is loaded from where it is, and its student is the
+# alias's. Of Qwen2.5 there are conversions in two precisions, and one is the original's.
+ORIGINALS = {
+    "Qwen/Qwen2.5-7B-Instruct": "qwen2.5-7b-bf16",
+    "Qwen/Qwen2.5-3B-Instruct": "qwen2.5-3b-bf16",
+    "Qwen/Qwen2.5-1.5B-Instruct": "qwen2.5-1.5b-bf16",
+    "Qwen/Qwen2.5-0.5B-Instruct": "qwen2.5-0.5b-bf16",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b-4bit",
+    "meta-llama/Meta-Llama-3.1-8B-Instruct": "llama-3.1-8b-4bit",
+    "meta-llama/Llama-3.2-3B-Instruct": "llama-3.2-3b-4bit",
+    "meta-llama/Llama-3.2-1B-Instruct": "llama-3.2-1b-4bit",
+    "meta-llama/Llama-3.3-70B-Instruct": "llama-3.3-70b-4bit",
+    "Qwen/Qwen3-30B-A3B": "qwen3-30b-a3b-4bit",
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": "qwen3-30b-a3b-2507-4bit",
+    "Qwen/Qwen3-14B": "qwen3-14b-4bit",
+    "Qwen/Qwen3-8B": "qwen3-8b-4bit",
+    "Qwen/Qwen3-4B": "qwen3-4b-4bit",
+    "Qwen/Qwen3-4B-Instruct-2507": "qwen3-4b-2507-4bit",
+    "Qwen/Qwen3-1.7B": "qwen3-1.7b-4bit",
+    "Qwen/Qwen3-0.6B": "qwen3-0.6b-4bit",
+    "Qwen/Qwen3.6-35B-A3B": "qwen3.6-35b-a3b-4bit",
+    "Qwen/Qwen3.5-9B": "qwen3.5-9b-4bit",
+    "Qwen/Qwen3.5-4B": "qwen3.5-4b-4bit",
+    "Qwen/Qwen3.5-2B": "qwen3.5-2b-4bit",
+    "Qwen/Qwen3.5-0.8B": "qwen3.5-0.8b-4bit",
+    "google/gemma-3-12b-it": "gemma-3-12b-4bit",
+    "google/gemma-3-4b-it": "gemma-3-4b-4bit",
+    "google/gemma-3-1b-it": "gemma-3-1b-4bit",
+    "google/gemma-3-270m-it": "gemma-3-270m-4bit",
+    "openai/gpt-oss-20b": "gpt-oss-20b",
+    "HuggingFaceTB/SmolLM3-3B": "smollm3-3b-4bit",
+    "ibm-granite/granite-4.0-h-tiny": "granite-4.0-h-tiny-4bit",
+    "ibm-granite/granite-4.0-h-1b": "granite-4.0-h-1b-4bit",
+    "ibm-granite/granite-4.0-h-350m": "granite-4.0-h-350m-4bit",
+}
+
+
 def alias_of(repo: str) -> str | None:
     """The alias that stands for a name on the hub, which takes no notice of case; or ``None``."""
     for name, alias in ALIASES.items():
         if alias.repo and alias.repo.lower() == repo.lower():
             return name
     return None
+
+
+def default_student(name: str) -> str | None:
+    """The student of an alias, of a repository that one stands for, or of what that was made of.
+
+    Args:
+        name: an alias or a name on the hub, of which the case does not matter.
+
+    Returns:
+        Its name; ``None`` where there is no default. What is its own student with fewer layers is
+        so under the name that was given.
+    """
+    published = {original.lower(): alias for original, alias in ORIGINALS.items()}
+    made_from = published.get(name.lower())
+    alias = name if name in ALIASES else alias_of(name) or made_from
+    if alias is None:
+        return None
+    student = ALIASES[alias].student
+    if made_from and student.startswith(f"{alias}:"):  # it need not be fetched twice
+        return name + student.removeprefix(alias)
+    return student

@@ -20,7 +20,7 @@ from typing import Any
 
 from mlx_fd._version import __version__
 from mlx_fd.errors import UserError
-from mlx_fd.models import fingerprint
+from mlx_fd.models import aliases, fingerprint
 from mlx_fd.models.aliases import ALIASES, SMOLLM2, TINY, TINY_BASE, TINY_STUDENT, alias_of
 from mlx_fd.models.directory import blaming, check_directory, check_files, read_object
 from mlx_fd.models.storage import cache_dir, slug
@@ -91,13 +91,13 @@ def default_student(expert: str) -> str:
     """The student of an expert for which none was chosen.
 
     Raises:
-        UserError: the expert is no alias and no name on the hub that one stands for, so there is
-            no default.
+        UserError: the expert is no alias, no name on the hub that one stands for and not what that
+            was converted from, so there is no default.
     """
     parsed = parse_name(expert)
-    alias = parsed.base if parsed.base in ALIASES else alias_of(parsed.base)
-    if parsed.layers is None and alias is not None:
-        return ALIASES[alias].student
+    student = aliases.default_student(parsed.base)
+    if parsed.layers is None and student is not None:
+        return student
     raise UserError(
         f"{expert} has no default student: name one with --student "
         f"(for instance {parsed.base}:layers=K, the same model with K of its layers)"

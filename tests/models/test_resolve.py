@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_fd.errors import UserError
-from mlx_fd.models.aliases import ALIASES
+from mlx_fd.models.aliases import ALIASES, ORIGINALS
 from mlx_fd.models.resolve import ModelName, default_student, parse_name, resolve
 from mlx_fd.models.storage import cache_dir, new_directory, slug
 from support import tiny
@@ -91,6 +91,20 @@ def test_every_alias_has_a_student_that_exists() -> None:
     assert len({alias.repo for alias in ALIASES.values() if alias.repo}) == len(
         [alias for alias in ALIASES.values() if alias.repo]
     )
+    # So it is for what the repository was converted from.
+    for original, student in {
+        "Qwen/Qwen3-8B": "qwen3-1.7b-4bit",
+        "qwen/qwen3-8b": "qwen3-1.7b-4bit",
+        "https://huggingface.co/Qwen/Qwen2.5-7B-Instruct": "qwen2.5-1.5b-bf16",
+        "meta-llama/Llama-3.1-8B-Instruct": "llama-3.2-1b-4bit",
+        "google/gemma-3-12b-it": "gemma-3-1b-4bit",
+        "openai/gpt-oss-20b": "openai/gpt-oss-20b:layers=6",
+    }.items():
+        assert default_student(original) == student
+    for name, alias in ALIASES.items():  # each has its original, in one precision at least
+        other = name.replace("-4bit", "-bf16")
+        assert not alias.repo or {name, other} & set(ORIGINALS.values())
+    assert set(ORIGINALS.values()) <= set(ALIASES)
     with pytest.raises(UserError, match=r"--student .*some/model:layers=K"):
         default_student("some/model")
     with pytest.raises(UserError, match="--student"):
