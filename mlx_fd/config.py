@@ -88,8 +88,9 @@ class ModelOptions:
     score_at: str = _option(
         "prompt",
         "Position at which the student's score head reads: the end of the prompt, before the "
-        "feedback is generated, or the end of the feedback.",
-        choices=("prompt", "feedback"),
+        "feedback is generated; or the end of the student's feedback, having learned on its own "
+        "(own) or on the expert's (feedback; it then copies the score written in the text).",
+        choices=("prompt", "own", "feedback"),
     )
     dequantize: str = _option(
         "auto",
@@ -233,7 +234,7 @@ class LossOptions:
     distil_thoughts: bool = _option(
         False,
         "Also train on the thought before each feedback. Needs expert_thinking and "
-        "student_thinking, and score_at = feedback.",
+        "student_thinking, and score_at = own or feedback.",
     )
     on_policy_fraction: float = _option(
         0.0,
@@ -346,6 +347,27 @@ class TrainingOptions:
     weight_decay: float = _option(0.01, "AdamW weight decay.", low=0)
     max_grad_norm: float = _option(1.0, "Maximum gradient norm; 0: no clipping.", low=0)
     kd_steps: int = _option(2, "Optimiser steps per batch on which the student lags.", low=1)
+    step_samples: int = _option(
+        0,
+        "Samples per optimiser step, new and earlier ones; 0: all new ones of the batch.",
+        low=0,
+    )
+    replay: float = _option(
+        0.0, "Earlier samples per new one in each optimiser step; 0: none.", low=0, high=100
+    )
+    replay_size: int = _option(512, "Maximum number of earlier samples to keep in memory.", low=1)
+    replay_by: str = _option(
+        "lag",
+        "Which earlier samples to draw: those on which the student lagged more often (lag), or "
+        "each as often (uniform).",
+        choices=("lag", "uniform"),
+    )
+    replay_balance: bool = _option(
+        False, "Draw feedback on wrong answers as often as on right ones."
+    )
+    measure_after: bool = _option(
+        False, "Also measure each sample's losses after the update, for the log."
+    )
     epochs: int = _option(
         1,
         "Passes over the training samples; after the first the expert generates nothing, and with "
@@ -364,6 +386,13 @@ class TrainingOptions:
 class EpisodeOptions:
     """The episode and what surrounds it."""
 
+    order: str = _option(
+        "published",
+        "Order of the steps. published: the student learns before both feedbacks are merged, and "
+        "gives its feedback again; right solutions are learned from in the next update. "
+        "learn-last: it learns at the end of the batch, as it always does with student_context.",
+        choices=("published", "learn-last"),
+    )
     target_score: float = _option(
         0.9, "Combined score at or above which an answer is not revised.", low=-1, high=1
     )
@@ -550,6 +579,11 @@ class Config:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     episode: EpisodeOptions = field(default_factory=EpisodeOptions)
     selfdistill: Method = field(default_factory=Method)
+
+    @property
+    def learns_last(self) -> bool:
+        """Whether the student learns after the final answers: it needs what they came from."""
+        return self.episode.order == "learn-last" or self.losses.student_context != "none"
 
     @property
     def self_distils(self) -> bool:
@@ -827,13 +861,11 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
             "student, or student_context to none."
         )
     thinking = config.generation.expert_thinking, config.generation.student_thinking
-    if losses.distil_thoughts and (
-        thinking != ("on", "on") or config.models.score_at != "feedback"
-    ):
+    if losses.distil_thoughts and (thinking != ("on", "on") or config.models.score_at == "prompt"):
         raise UserError(
             f"{where}: distil_thoughts needs both models to think and a score head that reads "
             "behind the thought: set expert_thinking and student_thinking to on and score_at to "
-            "feedback, or leave distil_thoughts off."
+            "own or feedback, or leave distil_thoughts off."
         )
     if losses.teacher_top_k and losses.standardize_logits:
         raise UserError(

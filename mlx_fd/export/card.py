@@ -290,7 +290,7 @@ def mlx_score_code(source: Source, form: Form, student: Student) -> str:
     written = (
         "ids += [r.token for r in mlx_lm.stream_generate(model, tokenizer, ids, max_tokens=192)]"
         "[:-1]\n"
-        if student.score_at == "feedback"
+        if student.scores_at_end
         else ""
     )
     return f"""\

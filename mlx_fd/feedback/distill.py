@@ -18,7 +18,7 @@ from mlx_fd.config import LossOptions, TrainingOptions
 from mlx_fd.feedback.collate import collate_tokens, concatenate_targets, micro_batches, pad
 from mlx_fd.feedback.loss_terms import LOSSES, Forwarded
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.feedback.samples import Batch, Sample
+from mlx_fd.feedback.samples import Batch, OwnTexts, Sample
 from mlx_fd.losses.divergence import Target, TopK, fused_linear_divergences, one_hot, top_k_gap
 from mlx_fd.models.attention_taps import LOG_ZERO
 from mlx_fd.models.loading import Loaded
@@ -42,6 +42,7 @@ class Update:
         tokens: what the student read, padding aside.
         seconds: what it took, where that was measured.
         clipped: share of tokens whose ratio a policy's loss clipped.
+        each: the mean losses of each sample before the step, in order.
     """
 
     losses: dict[str, float]
@@ -51,6 +52,7 @@ class Update:
     tokens: int
     seconds: float = 0.0
     clipped: float = 0.0
+    each: tuple[dict[str, float], ...] = ()
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -82,6 +84,19 @@ def collate(samples: Sequence[Sample]) -> Batch:
         expert_attention=_stacked([[attention(a) for a in s.expert.attention] for s in samples]),
         scores=mx.array([s.expert_score or 0.0 for s in samples]),
         score_mask=mx.array([float(s.expert_score is not None) for s in samples]),
+        own=_own_texts(samples),
+    )
+
+
+def _own_texts(samples: Sequence[Sample]) -> OwnTexts | None:
+    rows = [k for k, s in enumerate(samples) if s.own and s.expert_score is not None]
+    if not rows:
+        return None
+    texts = [samples[row].own[:-1] for row in rows]
+    return OwnTexts(
+        tokens=pad(texts, max(map(len, texts))),
+        ends=mx.array([len(text) - 1 for text in texts]),
+        rows=mx.array(rows),
     )
 
 
@@ -105,7 +120,22 @@ def loss_sums(
     *,
     recompute: bool = False,
 ) -> tuple[mx.array, Sums]:
-    """Each enabled loss on a batch.
+    """Each enabled loss on a batch: :func:`loss_rows`, with (sum, count) of each loss."""
+    total, rows = loss_rows(student, expert, batch, options, vocab, factors, recompute=recompute)
+    return total, {name: (of.sum(), batch.counts[name]) for name, of in rows.items()}
+
+
+def loss_rows(
+    student: Student,
+    expert: Loaded,
+    batch: Batch,
+    options: LossOptions,
+    vocab: int,
+    factors: Mapping[str, float] | None = None,
+    *,
+    recompute: bool = False,
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """Each enabled loss on each sample of a batch.
 
     Args:
         student: its forward pass is what the total is differentiated through.
@@ -118,25 +148,25 @@ def loss_sums(
         recompute: keep no activations of a block, and run it again for its gradient.
 
     Returns:
-        The total, differentiable, and for each loss (sum, count).
+        The total, differentiable; and for each loss its sum over the tokens of each sample, [B].
     """
     seen = student.view.forward(batch.tokens, recompute=recompute)
     final = mx.take_along_axis(seen.final, batch.positions[..., None], axis=1)
-    made = Forwarded(student, seen, final, batch, options)
+    made = Forwarded(student, seen, final, batch, options, recompute)
     total, found = _token_losses(made, expert, vocab, factors)
     for name in options.losses:
         if (compute := LOSSES[name].compute) is not None:
             found[name] = compute(made)
     for name in options.losses:
         if factors is not None and name not in batch.weights:
-            total = total + factors[name] * found[name]
-    return total, {name: (found[name], batch.counts[name]) for name in options.losses}
+            total = total + factors[name] * found[name].sum()
+    return total, {name: found[name] for name in options.losses}
 
 
 def _token_losses(
     made: Forwarded, expert: Loaded, vocab: int, factors: Mapping[str, float] | None
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """The losses on next-token distributions: their weighted sum, and each one's own."""
+    """The losses on next-token distributions: their weighted sum, and each one by sample."""
     final, batch, options = made.final, made.batch, made.options
     groups = [
         [name for name in options.losses if LOSSES[name].matches == what]
@@ -176,8 +206,10 @@ def _token_losses(
         differentiable=factors is not None,
     )
     columns = [group for group in groups if group]
+    owners = batch.rows // batch.mask.shape[1]
+    nothing = mx.zeros(len(batch.tokens))
     return total, {
-        name: (batch.weights[name] * values[:, place]).sum()
+        name: nothing.at[owners].add(batch.weights[name] * values[:, place])
         for place, group in enumerate(columns)
         for name in group
     }
@@ -192,15 +224,61 @@ def measure(
     micro_batch: int,
 ) -> dict[str, float]:
     """The mean losses on some samples, without learning; a loss nothing is known of is left out."""
-    totals: dict[str, tuple[float, float]] = dict.fromkeys(options.losses, (0.0, 0.0))
+    each = measure_each(student, expert, samples, options, vocab, micro_batch)
+    return mean_losses(each, samples, options)
+
+
+def mean_losses(
+    each: Sequence[Mapping[str, float]], samples: Sequence[Sample], options: LossOptions
+) -> dict[str, float]:
+    """The mean losses over all tokens (samples) of some samples, from those of each."""
+    norms = counts(samples, options)
+    sums = {
+        name: math.fsum(
+            of[name] * LOSSES[name].count([sample])
+            for of, sample in zip(each, samples, strict=True)
+            if name in of
+        )
+        for name in norms
+    }
+    return {name: sums[name] / norms[name] for name in norms if norms[name]}
+
+
+def measure_each(
+    student: Student,
+    expert: Loaded,
+    samples: Sequence[Sample],
+    options: LossOptions,
+    vocab: int,
+    micro_batch: int,
+) -> list[dict[str, float]]:
+    """:func:`measure` of each sample by itself, side by side in forward passes."""
+    found: list[dict[str, float]] = [{} for _ in samples]
     for chunk in micro_batches(samples, micro_batch):
-        batch = collate([samples[index] for index in chunk])
-        _, sums = loss_sums(student, expert, batch, options, vocab)
-        mx.eval(sums)
-        for name, (value, count) in sums.items():
-            so_far = totals[name]
-            totals[name] = (so_far[0] + float(value), so_far[1] + float(count))
-    return {name: value / count for name, (value, count) in totals.items() if count}
+        part = [samples[index] for index in chunk]
+        _, rows = loss_rows(student, expert, collate(part), options, vocab)
+        for index, losses in zip(chunk, means_of(rows, part), strict=True):
+            found[index] = losses
+    return found
+
+
+def means_of(rows: Mapping[str, mx.array], samples: Sequence[Sample]) -> list[dict[str, float]]:
+    """Each sample's mean losses; one that nothing is known of is left out.
+
+    Args:
+        rows: of :func:`loss_rows`.
+        samples: those of its batch.
+    """
+    mx.eval(rows)
+    values: dict[str, list[float]] = {name: of.tolist() for name, of in rows.items()}  # type: ignore[misc]
+    return [
+        {
+            name: of[place] / count
+            for name, of in values.items()
+            if (count := LOSSES[name].count([sample]))
+        }
+        for place, sample in enumerate(samples)
+    ]
 
 
 def top_k_error(
@@ -289,8 +367,8 @@ def update(
     norms = counts(samples, losses)
     factors = {name: weights[name] / norms[name] if norms[name] else 0.0 for name in norms}
 
-    def weighted(batch: Batch) -> tuple[mx.array, Sums]:
-        total, sums = loss_sums(
+    def weighted(batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
+        total, rows = loss_rows(
             student,
             pair.expert,
             batch,
@@ -299,23 +377,24 @@ def update(
             factors,
             recompute=training.grad_checkpoint,
         )
-        return total * scale, sums
+        return total * scale, rows
 
     scale = loss_scale(student.model)
     step = nn.value_and_grad(student, weighted)
     gradients: Any = None
     total = 0.0
-    values = dict.fromkeys(norms, 0.0)
+    each: list[dict[str, float]] = [{} for _ in samples]
     done = steps_taken(optimizer)
     for number, chunk in enumerate(micro_batches(samples, training.micro_batch)):
+        texts = [samples[index] for index in chunk]
         with dropping(student.model, done, number):
-            (value, sums), part = step(collate([samples[index] for index in chunk]))
+            (value, rows), part = step(collate(texts))
         gradients = part if gradients is None else tree_map(mx.add, gradients, part)
-        mx.eval(value, sums, gradients)
+        mx.eval(value, rows, gradients)
         total += float(value) / scale
-        for name, (loss, _) in sums.items():
-            values[name] += float(loss)
-    means = {name: values[name] / norms[name] for name in norms if norms[name]}
+        for index, losses_then in zip(chunk, means_of(rows, texts), strict=True):
+            each[index] = losses_then
+    means = mean_losses(each, samples, losses)
     gradients = tree_map(lambda gradient: gradient / scale, gradients)
     if auxiliary_loss is not None:
         share = losses.student_context_weight
@@ -332,6 +411,7 @@ def update(
         skipped=skipped,
         tokens=sum(len(s.prompt) + len(s.target) - 1 for s in samples),
         seconds=time.perf_counter() - begin,
+        each=tuple(each),
     )
 
 

@@ -3,11 +3,12 @@
 1. The expert answers.                         :func:`first_answers`
 2. Student and expert each give feedback.      :func:`student_feedback`, :func:`expert_feedback`
 3. The gate decides who learns.                :mod:`.gate`
-4. The expert merges both feedbacks, revises, criticises its revision and gives the final answer.
+4. The student learns,                         :mod:`.distill`
+   and gives its feedback again.               :func:`student_feedback`, :func:`said_again`
+5. The expert merges both feedbacks, revises, criticises its revision and gives the final answer.
                                                :func:`merge_and_revise`
-5. The student learns.                         :mod:`.distill`
 
-After step 1 an episode is :class:`Answered`, after step 2 :class:`Judged`, after step 4
+After step 1 an episode is :class:`Answered`, after step 2 :class:`Judged`, after step 5
 :class:`Finished`; each holds the one before it.
 
 The expert's turns on a problem are one growing conversation, so each token is prefilled once. The
@@ -54,7 +55,13 @@ from mlx_fd.problems.prompts import (
     merge_prompt,
     revise_prompt,
 )
-from mlx_fd.runs.records import AnswerRow, EpisodeRow, GateRow, thought_columns
+from mlx_fd.runs.records import (
+    AnswerRow,
+    EpisodeRow,
+    GateRow,
+    StudentFeedbackRow,
+    thought_columns,
+)
 
 OnTokens = Callable[[str, int], None]
 """Called with the step's name and how many tokens were just written or learned from."""
@@ -165,11 +172,13 @@ class Judged:
         answered: the episode after step 1.
         student: the student's feedback.
         expert: the expert's; ``None`` where the student stands alone.
+        before: the student's first feedback, where it gave another one after it learned.
     """
 
     answered: Answered
     student: StudentFeedback
     expert: ExpertFeedback | None
+    before: StudentFeedback | None = None
 
     @property
     def problem(self) -> Problem:
@@ -185,12 +194,13 @@ class Judged:
     def usage(self) -> Usage:
         """Of steps 1 and 2."""
         found = self.answered.usage + self.student.usage
+        found = found + self.before.usage if self.before else found
         return found + self.expert.usage if self.expert else found
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an episode, after step 4.
+    """The end of an episode, after step 5.
 
     Attributes:
         judged: the episode after step 2.
@@ -475,7 +485,7 @@ def head_score(
         criticism: its feedback.
     """
     hidden = criticism.hidden
-    if student.score_at == "feedback":
+    if student.scores_at_end:
         written = [criticism.prompt[-1], *criticism.turn.tokens[:-1]]
         hidden = forward(student_lm, criticism.before, written).final[0, -1]
     return float(student.score(hidden))
@@ -487,14 +497,15 @@ def student_feedback(
     options: GenerationOptions,
     seed: int,
     on_tokens: OnTokens,
+    step: str = "student_feedback",
 ) -> list[StudentFeedback]:
     """Step 2, the student's half: its feedback, and its score head's score."""
-    step, begin = "student_feedback", time.perf_counter()
+    begin = time.perf_counter()
     prompts = [student_prompt(pair, one) for one in answered]
     written = criticisms(
         pair.student_lm,
         prompts,
-        sampling_for(options, step, seed),
+        sampling_for(options, "student_feedback", seed),
         GenerateOptions(
             reuse=not options.sequential, on_token=lambda count: on_tokens(step, count)
         ),
@@ -552,6 +563,11 @@ def judge(
         Judged(_without_cache(one) if index in experts else one, student, experts.get(index))
         for index, (one, student) in enumerate(zip(answered, students, strict=True))
     ]
+
+
+def said_again(judged: Judged, student: StudentFeedback) -> Judged:
+    """An episode with what the student says after it learned; the gate saw what it said before."""
+    return dataclasses.replace(judged, student=student, before=judged.student)
 
 
 def expert_turn(
@@ -706,6 +722,14 @@ def _answer_row(given: Answer) -> AnswerRow:
     return {"text": given.text, "final": given.final}
 
 
+def _feedback_row(student: StudentFeedback) -> StudentFeedbackRow:
+    return {
+        "text": student.feedback.text,
+        "head_score": student.head_score,
+        "written_score": student.feedback.written_score,
+    }
+
+
 def episode_row(finished: Finished, index: int, gate: GateRow) -> EpisodeRow:
     """An episode as one line of ``episodes.jsonl``.
 
@@ -715,7 +739,7 @@ def episode_row(finished: Finished, index: int, gate: GateRow) -> EpisodeRow:
         gate: what the gate decided, and the losses before and after the update.
     """
     judged, usage = finished.judged, finished.usage
-    answered, student = judged.answered, judged.student
+    answered, student = judged.answered, judged.before or judged.student
     expert = judged.expert.feedback if judged.expert else None
     return {
         "episode": index,
@@ -726,11 +750,8 @@ def episode_row(finished: Finished, index: int, gate: GateRow) -> EpisodeRow:
         "expert_feedback": None
         if expert is None
         else {"text": expert.text, "written_score": expert.written_score},
-        "student_feedback": {
-            "text": student.feedback.text,
-            "head_score": student.head_score,
-            "written_score": student.feedback.written_score,
-        },
+        "student_feedback": _feedback_row(student),
+        "student_feedback_again": _feedback_row(judged.student) if judged.before else None,
         "gate": gate,
         "score": finished.score,
         "merged": finished.merged,

@@ -113,6 +113,8 @@ class Sample:
             the same at the same place, so that its distribution is known.
         expert_prompt: ``prompt`` as the expert read it; empty: the same tokens.
         expert_target: ``target`` likewise.
+        own: with ``score_at`` ``own``, all that the student read and wrote up to the end of its own
+            feedback on the same answer.
     """
 
     prompt: tuple[int, ...]
@@ -125,6 +127,7 @@ class Sample:
     matched: tuple[bool, ...] = ()
     expert_prompt: tuple[int, ...] = ()
     expert_target: tuple[int, ...] = ()
+    own: tuple[int, ...] = ()
 
     def to_json(self) -> SampleRow:
         """All but what the expert says."""
@@ -140,6 +143,8 @@ class Sample:
             row["matched"] = list(self.matched)
             row["expert_prompt"] = list(self.expert_prompt)
             row["expert_target"] = list(self.expert_target)
+        if self.own:
+            row["own"] = list(self.own)
         return row
 
     @classmethod
@@ -160,7 +165,17 @@ class Sample:
             tuple(value.get("matched", ())),
             tuple(value.get("expert_prompt", ())),
             tuple(value.get("expert_target", ())),
+            tuple(value.get("own", ())),
         )
+
+
+@dataclass(frozen=True)
+class OwnTexts:
+    """The student's own feedback in a batch, for the score head: K texts, padded on the right."""
+
+    tokens: mx.array  # [K, S], each without its last token
+    ends: mx.array  # [K]: where that is predicted
+    rows: mx.array  # [K]: whose they are, among the batch's samples
 
 
 @dataclass(frozen=True)
@@ -182,6 +197,7 @@ class Batch:
     expert_attention: list[mx.array]  # of [B, heads, T, S]
     scores: mx.array  # [B]
     score_mask: mx.array  # [B], float32
+    own: OwnTexts | None  # of the samples with a score; None: of none is it known
 
 
 def read_text(
@@ -336,6 +352,7 @@ def sample_of(
     *,
     on_policy: bool = False,
     cache: TeacherCache | None = None,
+    apart: bool = False,
 ) -> Sample:
     """What the student can learn from a problem that the expert gave feedback on.
 
@@ -345,25 +362,42 @@ def sample_of(
         options: what of the expert is wanted.
         on_policy: learn from the student's own feedback, read by the expert.
         cache: as for :func:`read_text`.
+        apart: let the expert read all of the prompt again, as with a cache.
     """
     assert judged.expert is not None
     expert = judged.expert.feedback
     feedback = judged.student.feedback if on_policy else expert
     if pair.shared is not None:
-        return _sample_in_two(pair, judged, options, on_policy=on_policy, cache=cache)
+        return _sample_in_two(pair, judged, options, on_policy=on_policy, cache=cache, apart=apart)
     prompt, target = student_prompt(pair, judged.answered), feedback.tokens
     thinking = pair.student_lm.thinking
     if thinking is not None and thinking.on and feedback.opening:
         # It reads the thought that the feedback came from, as it will read its own.
         whole = with_thought(pair.student_lm, prompt, feedback.opening)
         begin = len(whole)
-        apart = thinking.taken_apart(prompt)
-        if options.distil_thoughts and apart is not None:
-            begin = len(apart[0]) + len(thinking.opened_ids)
+        parts = thinking.taken_apart(prompt)
+        if options.distil_thoughts and parts is not None:
+            begin = len(parts[0]) + len(thinking.opened_ids)
         prompt, target = whole[:begin], (*whole[begin:], *target)
-    before = rewind_to(judged.conversation, prompt)
+    before = Conversation() if apart else rewind_to(judged.conversation, prompt)
     reading = read_text(pair, before, prompt, target, options, cache)
-    return Sample(prompt, target, reading, expert.written_score, on_policy=on_policy)
+    return Sample(
+        prompt,
+        target,
+        reading,
+        expert.written_score,
+        on_policy=on_policy,
+        own=_own_text(pair, judged),
+    )
+
+
+def _own_text(pair: Pair, judged: Judged) -> tuple[int, ...]:
+    """What the student read and wrote up to its feedback's end, where its head reads there."""
+    if pair.student.score_at != "own":
+        return ()
+    feedback = judged.student.feedback
+    prompt = student_prompt(pair, judged.answered)
+    return (*with_thought(pair.student_lm, prompt, feedback.opening), *feedback.tokens)
 
 
 def _sample_in_two(
@@ -373,6 +407,7 @@ def _sample_in_two(
     *,
     on_policy: bool,
     cache: TeacherCache | None,
+    apart: bool,
 ) -> Sample:
     """:func:`sample_of` for two tokenizers: each model reads the feedback in its own tokens."""
     assert judged.expert is not None
@@ -383,7 +418,7 @@ def _sample_in_two(
     else:
         theirs = judged.expert.feedback.tokens
         own = to_student(pair, theirs, before=before)
-    read = rewind_to(judged.conversation, prompt)
+    read = Conversation() if apart else rewind_to(judged.conversation, prompt)
     outputs, matched = read_both(pair, read, prompt, theirs, own, options, cache)
     return Sample(
         student_prompt(pair, judged.answered),
@@ -394,6 +429,7 @@ def _sample_in_two(
         matched=matched,
         expert_prompt=prompt,
         expert_target=theirs,
+        own=_own_text(pair, judged),
     )
 
 

@@ -54,6 +54,18 @@ def attention_matching_loss(
     Raises:
         ValueError: an unknown ``heads``, no layers, or different queries or keys.
     """
+    values = attention_matching_rows(student_layers, teacher_layers, mask, heads=heads)
+    return values.sum(), mask.astype(mx.bool_).astype(mx.float32).sum()
+
+
+def attention_matching_rows(
+    student_layers: Sequence[mx.array],
+    teacher_layers: Sequence[mx.array],
+    mask: mx.array,
+    *,
+    heads: str,
+) -> mx.array:
+    """:func:`attention_matching_loss` sample by sample: [B], float32."""
     if heads not in ("mean", "aligned"):
         raise ValueError(f'heads must be "mean" or "aligned", not {heads!r}')
     if not student_layers or not teacher_layers:
@@ -79,7 +91,7 @@ def attention_matching_loss(
             teacher = teacher[:, mx.array(aligned_layers(student.shape[1], teacher.shape[1]))]
         total = total + (mx.exp(teacher) * (teacher - student)).sum(axis=-1).mean(axis=1)
     losses = total / len(student_layers)
-    return mx.where(valid, losses, 0).sum(), valid.astype(mx.float32).sum()
+    return mx.where(valid, losses, 0).sum(axis=1)
 
 
 def head_mean(log_p: mx.array) -> mx.array:

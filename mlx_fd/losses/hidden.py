@@ -50,6 +50,17 @@ def hidden_alignment_loss(
     Raises:
         ValueError: there are no layers to align.
     """
+    values = hidden_alignment_rows(student_layers, teacher_layers, mask, projection)
+    return values.sum(), mask.astype(mx.bool_).any(axis=1).astype(mx.float32).sum()
+
+
+def hidden_alignment_rows(
+    student_layers: Sequence[mx.array],
+    teacher_layers: Sequence[mx.array],
+    mask: mx.array,
+    projection: Callable[[mx.array], mx.array] | None,
+) -> mx.array:
+    """:func:`hidden_alignment_loss` sample by sample: [B], float32; 0 without a valid position."""
     if not student_layers or not teacher_layers:
         raise ValueError("hidden_alignment_loss needs at least one layer of each model")
     picks = aligned_layers(len(student_layers), len(teacher_layers))
@@ -65,7 +76,7 @@ def hidden_alignment_loss(
         mx.stop_gradient(mx.concatenate([layer.astype(mx.float32) for layer in teacher])),
         mx.concatenate([present] * len(student_layers)),
     )
-    return values.sum() / len(student_layers), present.astype(mx.float32).sum()
+    return values.reshape(len(student_layers), -1).sum(axis=0) / len(student_layers)
 
 
 def _one_minus_cosine(student: mx.array, teacher: mx.array, present: mx.array) -> mx.array:

@@ -16,7 +16,12 @@ def score_loss(predicted: mx.array, target: mx.array, mask: mx.array) -> tuple[m
     Returns:
         The sum and the number of samples with a score, float32.
     """
+    return score_rows(predicted, target, mask).sum(), mask.astype(mx.bool_).astype(mx.float32).sum()
+
+
+def score_rows(predicted: mx.array, target: mx.array, mask: mx.array) -> mx.array:
+    """:func:`score_loss` sample by sample: [B], float32; 0 where the mask is."""
     valid = mask.astype(mx.bool_)
     student = mx.where(valid, predicted, 0).astype(mx.float32)
     teacher = mx.where(valid, target, 0).astype(mx.float32)
-    return mx.square(student - teacher).sum(), valid.astype(mx.float32).sum()
+    return mx.square(student - teacher)

@@ -29,7 +29,8 @@ class Student(nn.Module):
         view: its parts.
         score_head: linear d -> 1; its tanh is the student's score. It starts at zero: no opinion.
         score_at: where it reads: ``"prompt"``, at the last token before the feedback, or
-            ``"feedback"``, where the feedback's last token is predicted.
+            ``"own"`` and ``"feedback"``, where the feedback's last token is predicted; they differ
+            in whose feedback it learns on.
         projection: linear d -> d_expert of the hidden-alignment loss, without bias. It starts as
             the identity where the widths are equal.
     """
@@ -46,6 +47,11 @@ class Student(nn.Module):
         self.projection = nn.Linear(width, expert_width, bias=False)
         if width == expert_width:
             self.projection.weight = mx.eye(width)
+
+    @property
+    def scores_at_end(self) -> bool:
+        """Whether the head reads the end of a feedback, and not what comes before it."""
+        return self.score_at != "prompt"
 
     def score(self, final: mx.array) -> mx.array:
         """Scores in (-1, 1) of final hidden states [..., d]: shape [...], float32."""

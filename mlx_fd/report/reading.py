@@ -45,6 +45,7 @@ from mlx_fd.runs.records import (
     EstimateRow,
     HeadroomRow,
     MetricsRow,
+    StudentFeedbackRow,
     Summary,
 )
 from mlx_fd.runs.summary import summarise
@@ -233,8 +234,17 @@ def _written(value: Mapping[str, Any]) -> AnswerRow:
     return {"text": text(value["text"]), "final": text_or_none(value["final"])}
 
 
+def _student_feedback(value: Mapping[str, Any]) -> StudentFeedbackRow:
+    return {
+        "text": text(value["text"]),
+        "head_score": number(value["head_score"]),
+        "written_score": known(value["written_score"]),
+    }
+
+
 def _episode(row: JsonObject) -> EpisodeRow:
     expert, student, decision = row["expert_feedback"], row["student_feedback"], row["gate"]
+    again = row.get("student_feedback_again")
     return {
         "episode": int(number(row["episode"])),
         "id": str(row["id"]),
@@ -247,11 +257,9 @@ def _episode(row: JsonObject) -> EpisodeRow:
             "text": text(expert["text"]),
             "written_score": known(expert["written_score"]),
         },
-        "student_feedback": {
-            "text": text(student["text"]),
-            "head_score": number(student["head_score"]),
-            "written_score": known(student["written_score"]),
-        },
+        "student_feedback": _student_feedback(student),
+        # Older runs have none.
+        "student_feedback_again": None if again is None else _student_feedback(again),
         "gate": {
             "distilled": truth(decision["distilled"]),
             "reason": text(decision["reason"]),

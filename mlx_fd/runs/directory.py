@@ -65,7 +65,7 @@ README = """\
 | `manifest.json` | versions, seed, models and data with their digests |
 | `episodes.jsonl` | one line per problem: answer, both feedbacks, the gate, the final answer |
 | `metrics.jsonl` | one line per batch: losses, weights, gate decisions, probe evaluations |
-| `samples.jsonl` | with `epochs` > 1: the tokens of each training sample |
+| `samples.jsonl` | the tokens of each training sample |
 | `teacher/` | with `teacher_top_k`: the cache of the expert's top k tokens |
 | `checkpoints/` | `NNNNNN` by batch; `last` and `best` (on the probe set) point to them |
 | `probe.json` | the held-out problems of the gate; their arrays are in `probe.safetensors` |

@@ -108,7 +108,8 @@ class GateRow(TypedDict):
             asked, as are the losses.
         losses_before: the student's losses on the sample before the update, by name; null where
             not finite.
-        losses_after: the same after it; null where nothing was learned.
+        losses_after: the same after it; null without ``measure_after``, or where nothing was
+            learned.
     """
 
     distilled: bool
@@ -200,7 +201,9 @@ class EpisodeRow(ThoughtColumns):
         reference: the right answer, as a fraction; null where it is not known.
         answer: the first answer.
         expert_feedback: the expert's; null where the student stood alone.
-        student_feedback: the student's.
+        student_feedback: the student's, before it learned from this batch.
+        student_feedback_again: what it said after it learned, and what was merged; null where it
+            did not learn, or ``order`` is ``learn-last``.
         gate: what the gate decided.
         score: the combined score of the first answer; null where neither model gave one.
         merged: the feedback that the revision follows; empty where none was needed.
@@ -222,6 +225,7 @@ class EpisodeRow(ThoughtColumns):
     answer: AnswerRow
     expert_feedback: ExpertFeedbackRow | None
     student_feedback: StudentFeedbackRow
+    student_feedback_again: StudentFeedbackRow | None
     gate: GateRow
     score: float | None
     merged: str
@@ -383,6 +387,7 @@ class SampleRow(TypedDict):
             the same at the same place.
         expert_prompt: likewise, the expert's token ids before the text.
         expert_target: likewise, its token ids of the text.
+        own: with ``score_at`` ``own``, the student's token ids up to the end of its own feedback.
     """
 
     prompt: list[int]
@@ -394,6 +399,7 @@ class SampleRow(TypedDict):
     matched: NotRequired[list[bool]]
     expert_prompt: NotRequired[list[int]]
     expert_target: NotRequired[list[int]]
+    own: NotRequired[list[int]]
 
 
 class LoggedSampleRow(SampleRow):

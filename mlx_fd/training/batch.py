@@ -5,8 +5,11 @@
 1. answer                                   :func:`first_answers`
 2. student's and expert's feedback          :func:`_judge`
 3. the gate                                 :func:`_ask_gate`
-4. merge, revise, criticise, final answer   :func:`merge_and_revise`
-5. learn, and measure what it brought       :func:`_learn`, :func:`_measure_learned`
+4. learn; the student's feedback again      :func:`_learn_now`, :func:`_say_again`
+5. merge, revise, criticise, final answer   :func:`merge_and_revise`
+
+What this ends in, right final answers, is learned from in the next batch's update. With ``order``
+``learn-last`` step 4 comes after step 5, learns from those too, and nothing is said again.
 """
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.optimizers as optim
+import numpy as np
 
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import gate
-from mlx_fd.feedback.distill import Update, measure, update
+from mlx_fd.feedback.distill import Update, measure_each, update
 from mlx_fd.feedback.episode import (
     Answered,
     Finished,
@@ -36,6 +40,7 @@ from mlx_fd.feedback.episode import (
     first_answers,
     judge,
     merge_and_revise,
+    said_again,
     student_feedback,
 )
 from mlx_fd.feedback.pair import Pair
@@ -48,6 +53,7 @@ from mlx_fd.runs.events import Event, Step
 from mlx_fd.runs.records import EpisodeRow, GateRow, MetricsRow, SampleRow
 from mlx_fd.training.checkpoint import RunState, finite, stop_row, update_row, with_probe
 from mlx_fd.training.probe import Probe
+from mlx_fd.training.replay import Memory, Replay, choose
 from mlx_fd.training.selfdistill.in_loop import Lessons, lessons, self_distillation_loss
 
 Report = Callable[[Event], None]
@@ -65,6 +71,7 @@ class Learner:
         report: told of tokens as they come.
         batches: batches of all epochs.
         cache: of the expert's outputs; ``None``: there is none.
+        memory: of what the student learned from.
     """
 
     pair: Pair
@@ -74,15 +81,18 @@ class Learner:
     report: Report
     batches: int
     cache: TeacherCache | None
+    memory: Memory
 
     def on_tokens(self, batch: int) -> OnTokens:
         """What reports the tokens of a batch's steps."""
         return report_steps(self.report, batch)
 
-    def losses(self, sample: Sample) -> dict[str, float]:
-        """The student's losses on one sample, as it is now."""
-        pair = self.pair
-        return measure(pair.student, pair.expert, [sample], self.config.losses, pair.vocab, 1)
+    def losses(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
+        """The student's losses on each of some samples, as it is now."""
+        pair, micro_batch = self.pair, self.config.training.micro_batch
+        return measure_each(
+            pair.student, pair.expert, samples, self.config.losses, pair.vocab, micro_batch
+        )
 
 
 def report_steps(report: Report, batch: int) -> OnTokens:
@@ -98,7 +108,7 @@ class BatchResult:
         state: where the run stands after it.
         rows: its lines of ``episodes.jsonl``; none in a later epoch.
         metrics: its line of ``metrics.jsonl``.
-        samples: what was learned from.
+        samples: what there is to learn from since the batch before, for ``samples.jsonl``.
     """
 
     state: RunState
@@ -141,15 +151,29 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
     )
     # 3.
     gate_state, gated = _ask_gate(state.gate, judged, learner)
-    # 4. Before the student learns: it can learn from what this ends in.
-    finished = merge_and_revise(pair, judged, config.generation, config.episode, seeds, on_tokens)
-    # 5.
     lagging = [index for index, one in gated.items() if one.decision.distil]
-    samples = _samples(gated, finished, lagging, learner)
+    feedback = [gated[index].sample for index in lagging]
     weights = loss_weights(gate_state, learner, number)
-    updates = _learn(
-        learner, samples, weights, state.scales, on_tokens, _lessons(finished, lagging, learner)
-    )
+
+    def merged(judged: Sequence[Judged]) -> list[Finished]:
+        return merge_and_revise(pair, judged, config.generation, config.episode, seeds, on_tokens)
+
+    def learn(samples: Sequence[Sample], own: Lessons | None) -> list[Update]:
+        nonlocal state
+        done, replay = _learn_now(state, samples, weights, learner, own)
+        state = dataclasses.replace(state, replay=replay)
+        return done
+
+    # 4. and 5.
+    if config.learns_last:
+        finished = merged(judged)
+        solutions = _solutions(finished, lagging, learner)
+        updates = learn([*feedback, *solutions], _lessons(finished, lagging, learner))
+    else:
+        updates = learn(feedback, None)
+        finished = merged(_say_again(judged, lagging if updates else [], learner, seeds, on_tokens))
+        solutions = _solutions(finished, lagging, learner)
+        state = dataclasses.replace(state, replay=_hand_on(state.replay, solutions, learner))
     after = _measure_learned(gated, lagging if updates else [], learner, number)
 
     state, decision = _after_updates(dataclasses.replace(state, gate=gate_state), updates, learner)
@@ -159,7 +183,7 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
         for index, one in enumerate(finished)
     ]
     metrics = _metrics(state, len(lagging), weights, updates, decision, begin)
-    return BatchResult(state, rows, metrics, samples if updates else [])
+    return BatchResult(state, rows, metrics, [*feedback, *solutions])
 
 
 def _audited(problem: Problem, config: Config) -> bool:
@@ -202,19 +226,25 @@ def _ask_gate(
     Returns:
         The gate's state after them, and its decision by the episode's index in the batch.
     """
-    config, gated = learner.config, {}
-    for index, one in enumerate(judged):
-        if one.expert is None:
-            continue
-        share = _share(one.problem.id, config.episode.seed)
-        sample = sample_of(
+    config = learner.config
+    samples = {
+        index: sample_of(
             learner.pair,
             one,
             config.losses,
-            on_policy=share < config.losses.on_policy_fraction,
+            on_policy=_share(one.problem.id, config.episode.seed)
+            < config.losses.on_policy_fraction,
             cache=learner.cache,
+            apart=config.training.replay > 0,
         )
-        losses, score = learner.losses(sample), one.student.head_score
+        for index, one in enumerate(judged)
+        if one.expert is not None
+    }
+    measured = learner.losses(list(samples.values()))
+    gated = {}
+    for (index, sample), losses in zip(samples.items(), measured, strict=True):
+        one, score = judged[index], judged[index].student.head_score
+        assert one.expert is not None
         if not one.expert.feedback.text and one.expert.feedback.opening:
             decision = gate.TriggerDecision(False, "the expert's thought has no feedback after it")
         else:
@@ -245,27 +275,19 @@ def _decide(
     return gate.trigger(state, sample.expert_score, student_score, losses, config.gate)
 
 
-def _samples(
-    gated: Mapping[int, _Gated],
-    finished: Sequence[Finished],
-    lagging: Sequence[int],
-    learner: Learner,
+def _solutions(
+    finished: Sequence[Finished], lagging: Sequence[int], learner: Learner
 ) -> list[Sample]:
-    """What the student learns from: feedback where it lags, and right final answers there."""
-    samples = [gated[index].sample for index in lagging]
-    if learner.config.losses.learns_solutions:
-        samples += [
-            solution_of(
-                learner.pair,
-                one.problem,
-                one.final,
-                learner.config.losses,
-                cache=learner.cache,
-            )
-            for one in (finished[index] for index in lagging)
-            if one.is_correct
-        ]
-    return samples
+    """The right final answers to learn from, where the student lagged."""
+    if not learner.config.losses.learns_solutions:
+        return []
+    return [
+        solution_of(
+            learner.pair, one.problem, one.final, learner.config.losses, cache=learner.cache
+        )
+        for one in (finished[index] for index in lagging)
+        if one.is_correct
+    ]
 
 
 def _lessons(
@@ -291,46 +313,108 @@ def loss_weights(state: gate.GateState, learner: Learner, number: int) -> dict[s
     return phases if options.loss_weights == "phases" else combined(lagging, phases)
 
 
-def _learn(
-    learner: Learner,
+def _learn_now(
+    state: RunState,
     samples: Sequence[Sample],
     weights: Mapping[str, float],
-    scales: Mapping[str, float],
-    on_tokens: OnTokens,
-    own: Lessons | None = None,
-) -> list[Update]:
-    """Step 5: the batch's optimiser steps; ``own`` is what the student learns from itself."""
+    learner: Learner,
+    own: Lessons | None,
+) -> tuple[list[Update], Replay]:
+    """Step 4: the batch's optimiser steps, and what is remembered after them.
+
+    Args:
+        state: before the batch.
+        samples: of this batch; what is fresh in ``state`` is learned from with them, and earlier
+            ones are learned from again.
+        weights: what each loss counts.
+        learner: the run's.
+        own: what the student learns from itself.
+    """
+    config, number = learner.config, state.batch
+    replay = state.replay.added(samples, fresh=True)
+    learner.memory.samples.update(
+        zip(range(state.replay.lines, replay.lines), samples, strict=True)
+    )
+    new = replay.fresh()
     if not samples:
-        return []
+        return [], replay
+    rng = np.random.default_rng(derive_seed(config.episode.seed, number, "replay"))
+    scaled = {name: weights[name] * state.scales[name] for name in config.losses.losses}
+    updates, lags = [], {}
+    for lines in choose(replay, new, config.training, rng):
+        done = _step(learner, learner.memory.of(lines), scaled, own)
+        updates.append(done)
+        for line, losses in zip(lines, done.each, strict=True):
+            lags[line] = finite(sum(scaled[name] * value for name, value in losses.items())) or 0.0
+        learner.on_tokens(number)("distil", done.tokens)
+    replay = replay.learned(lags, config.training.replay_size if config.training.replay else 0)
+    learner.memory.keep(replay)
+    return updates, replay
+
+
+def _step(
+    learner: Learner,
+    samples: Sequence[Sample],
+    scaled: Mapping[str, float],
+    own: Lessons | None = None,
+) -> Update:
+    """One optimiser step."""
     pair, config = learner.pair, learner.config
-    scaled = {name: weights[name] * scales[name] for name in config.losses.losses}
 
     def itself() -> tuple[Any, float]:
         assert own is not None
         return self_distillation_loss(pair.student_lm, own, config.training)
 
-    done = []
-    for _ in range(config.training.kd_steps):
-        done.append(
-            update(
-                pair,
-                learner.optimizer,
-                samples,
-                scaled,
-                config.losses,
-                config.training,
-                itself if own is not None and own.attempts else None,
-            )
-        )
-        on_tokens("distil", sum(len(sample.target) for sample in samples))
-    return done
+    return update(
+        pair,
+        learner.optimizer,
+        samples,
+        scaled,
+        config.losses,
+        config.training,
+        itself if own is not None and own.attempts else None,
+    )
+
+
+def _say_again(
+    judged: Sequence[Judged],
+    learned: Sequence[int],
+    learner: Learner,
+    seeds: Callable[[str], int],
+    on_tokens: OnTokens,
+) -> list[Judged]:
+    """Step 4, its end: the student's feedback as it is after learning, where it learned."""
+    step = "student_feedback_again"
+    again = student_feedback(
+        learner.pair,
+        [judged[index].answered for index in learned],
+        learner.config.generation,
+        seeds(step),
+        on_tokens,
+        step,
+    )
+    said = dict(zip(learned, again, strict=True))
+    return [
+        one if index not in said else said_again(one, said[index])
+        for index, one in enumerate(judged)
+    ]
+
+
+def _hand_on(replay: Replay, solutions: Sequence[Sample], learner: Learner) -> Replay:
+    """What is remembered with solutions that the next update is to learn from."""
+    after = replay.added(solutions, fresh=True)
+    learner.memory.samples.update(zip(range(replay.lines, after.lines), solutions, strict=True))
+    return after
 
 
 def _measure_learned(
     gated: Mapping[int, _Gated], learned: Sequence[int], learner: Learner, number: int
 ) -> dict[int, dict[str, float]]:
-    """The losses on what was learned from, after the updates; by the episode's index."""
-    after = {index: learner.losses(gated[index].sample) for index in learned}
+    """With ``measure_after``, the losses on what was learned from; by the episode's index."""
+    if not learner.config.training.measure_after:
+        return {}
+    losses_after = learner.losses([gated[index].sample for index in learned])
+    after = dict(zip(learned, losses_after, strict=True))
     for losses in after.values():
         check_finite(losses, number + 1, learner.config)
     return after
@@ -370,20 +454,24 @@ def rehearse_batch(state: RunState, rows: Sequence[SampleRow], learner: Learner)
     weights = loss_weights(state.gate, learner, number)
     updates: list[Update] = []
     if not state.gate.frozen:
-        samples = [_sample_again(row, learner) for row in rows]
-        updates = _learn(learner, samples, weights, state.scales, learner.on_tokens(number))
+        samples = [sample_again(row, learner.pair, learner.config, learner.cache) for row in rows]
+        scaled = {name: weights[name] * state.scales[name] for name in weights}
+        for _ in range(learner.config.training.kd_steps if samples else 0):
+            updates.append(_step(learner, samples, scaled))
+            learner.on_tokens(number)("distil", updates[-1].tokens)
     state, decision = _after_updates(state, updates, learner)
     return BatchResult(state, [], _metrics(state, len(rows), weights, updates, decision, begin), [])
 
 
-def _sample_again(row: SampleRow, learner: Learner) -> Sample:
+def sample_again(row: SampleRow, pair: Pair, config: Config, cache: TeacherCache | None) -> Sample:
+    """A sample from its line of ``samples.jsonl``: the expert reads it again."""
     prompt, target = tuple(row["prompt"]), tuple(row["target"])
-    pair, losses, begin = learner.pair, learner.config.losses, Conversation()
+    losses, begin = config.losses, Conversation()
     if pair.shared is None:
-        outputs = read_text(pair, begin, prompt, target, losses, learner.cache)
+        outputs = read_text(pair, begin, prompt, target, losses, cache)
     else:
         theirs = tuple(row["expert_prompt"]), tuple(row["expert_target"])
-        outputs, _ = read_both(pair, begin, *theirs, target, losses, learner.cache)
+        outputs, _ = read_both(pair, begin, *theirs, target, losses, cache)
     return Sample.from_json(row, outputs)
 
 

@@ -44,6 +44,7 @@ from mlx_fd.runs.records import (
     Summary,
     UpdateRow,
 )
+from mlx_fd.training.replay import Replay
 
 OPTIMIZER = "optimizer.safetensors"
 Kept = TypeVar("Kept")
@@ -64,6 +65,7 @@ class RunState:
         probe_last: the same, last time they were looked at.
         best: the least mean of probe losses relative to ``probe_first``.
         best_batch: the batch after which that was.
+        replay: what is remembered of the samples so far.
     """
 
     batch: int
@@ -75,17 +77,23 @@ class RunState:
     probe_last: dict[str, float]
     best: float
     best_batch: int
+    replay: Replay = dataclasses.field(default_factory=Replay)
 
     def to_json(self) -> dict[str, Any]:
         """For ``state.json``."""
-        return {**dataclasses.asdict(self), "gate": self.gate.to_json()}
+        parts = {"gate": self.gate.to_json(), "replay": self.replay.to_json()}
+        return {**dataclasses.asdict(self), **parts}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RunState:
         """What :meth:`to_json` gave."""
-        names = [item.name for item in dataclasses.fields(cls)]
+        names = [item.name for item in dataclasses.fields(cls) if item.name != "replay"]
         fields = {name: value[name] for name in names}
-        return cls(**{**fields, "gate": gate.GateState.from_json(value["gate"])})
+        return cls(
+            **{**fields, "gate": gate.GateState.from_json(value["gate"])},
+            # Older runs have none.
+            replay=Replay.from_json(value["replay"]) if "replay" in value else Replay(),
+        )
 
 
 def with_probe(state: RunState, losses: dict[str, float]) -> RunState:

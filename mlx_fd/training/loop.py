@@ -21,7 +21,7 @@ from mlx_fd.config import Config
 from mlx_fd.evaluation.exam import Result, compare, examine, load_results, save_results
 from mlx_fd.feedback.distill import make_optimizer, top_k_error
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.feedback.samples import cache_fingerprint
+from mlx_fd.feedback.samples import Sample, cache_fingerprint
 from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.files import clear_unfinished
 from mlx_fd.models.checking import check_recompute
@@ -37,6 +37,7 @@ from mlx_fd.training.batch import (
     rehearse_batch,
     report_steps,
     run_batch,
+    sample_again,
 )
 from mlx_fd.training.checkpoint import (
     Done,
@@ -54,6 +55,7 @@ from mlx_fd.training.checkpoint import (
     write_summary,
 )
 from mlx_fd.training.probe import PROBE_ROWS, Probe, load_probe, make_probe, save_probe
+from mlx_fd.training.replay import Memory
 
 # A loss that is next to nothing from the start must not drown the others.
 _MIN_SCALED = 1e-3
@@ -140,6 +142,7 @@ def run(
     before_this = epoch * len(problems) + min(index * size, len(problems))
     report(Started(before_this, config.training.epochs * len(problems)))
 
+    cache = _cache(folder, config, pair, report)
     learner = Learner(
         pair=pair,
         probe=probe,
@@ -147,7 +150,8 @@ def run(
         config=config,
         report=report,
         batches=total,
-        cache=_cache(folder, config, pair, report),
+        cache=cache,
+        memory=Memory(lambda lines: _samples_again(folder, lines, pair, config, cache)),
     )
     warned: set[str] = set()
     recent: list[EpisodeRow] = []
@@ -164,7 +168,7 @@ def run(
             runs.EPISODES: result.rows,
             runs.METRICS: [result.metrics],
         }
-        if config.training.epochs > 1:
+        if result.samples:
             texts: list[LoggedSampleRow] = [
                 {"batch": index, **sample.to_json()} for sample in result.samples
             ]
@@ -264,6 +268,14 @@ def _first(pair: Pair, probe: Probe, config: Config) -> RunState:
             name: 1 / max(losses[name], _MIN_SCALED) if name in losses else 1.0 for name in names
         }
     return first_state(config, losses, scales)
+
+
+def _samples_again(
+    folder: Path, lines: Sequence[int], pair: Pair, config: Config, cache: TeacherCache | None
+) -> list[Sample]:
+    """The samples of some lines of a run's ``samples.jsonl``, after a resume."""
+    rows = runs.read_samples(folder)
+    return [sample_again(rows[line], pair, config, cache) for line in lines]
 
 
 def _cache(folder: Path, config: Config, pair: Pair, report: Report) -> TeacherCache | None:

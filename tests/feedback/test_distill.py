@@ -17,6 +17,7 @@ from mlx_fd.feedback.distill import (
     loss_sums,
     make_optimizer,
     measure,
+    measure_each,
     optimizer_arrays,
     top_k_error,
     update,
@@ -59,7 +60,9 @@ def samples_of(pair, options=OPTIONS, **changes):
         target = tuple(map(int, rng.integers(0, 390, length)))
         score = None if number in (1, 4) else float(rng.uniform(-1, 1))
         reading = read_text(pair, Conversation(prompt[:-1]), prompt, target, options)
-        found.append(Sample(prompt, target, reading, score, on_policy=number in (2, 5)))
+        own = (*prompt, *map(int, rng.integers(0, 390, length + 2))) if score is not None else ()
+        sample = Sample(prompt, target, reading, score, on_policy=number in (2, 5), own=own)
+        found.append(sample)
     return [dataclasses.replace(sample, **changes) for sample in found]
 
 
@@ -74,7 +77,7 @@ def step(pair, samples, training, weights=WEIGHTS, options=OPTIONS, rate=1.0):
     return done, {name: after[name] - before[name] for name in before}
 
 
-@pytest.mark.parametrize("score_at", ["prompt", "feedback"])
+@pytest.mark.parametrize("score_at", ["prompt", "feedback", "own"])
 def test_losses_are_their_definitions_over_whole_sequences(pair, monkeypatch, score_at):
     """Each loss recomputed sample by sample in float64 from full forward passes."""
     samples = samples_of(pair)
@@ -117,12 +120,24 @@ def test_losses_are_their_definitions_over_whole_sequences(pair, monkeypatch, sc
         )[0]
         if sample.expert_score is not None:
             place = len(sample.prompt) - 1 if score_at == "prompt" else -2
+            if score_at == "own":
+                ours = pair.student.view.forward(mx.array([sample.own]))
             score = pair.student.score(ours.final[0, place]).item()
             totals["score"] += (score - sample.expert_score) ** 2
     norms = counts(samples, OPTIONS)
     found = measure(pair.student, pair.expert, samples, OPTIONS, 400, 3)
     for name, total in totals.items():
         assert found[name] == pytest.approx(total / norms[name], rel=2e-4), name
+    # Each by itself, without a look and in an update's own pass.
+    each = measure_each(pair.student, pair.expert, samples, OPTIONS, 400, 3)
+    for sample, losses in zip(samples, each, strict=True):
+        alone = measure(pair.student, pair.expert, [sample], OPTIONS, 400, 1)
+        assert losses == pytest.approx(alone, rel=1e-5, abs=1e-6)
+    done, change = step(pair, samples, TrainingOptions(micro_batch=3, max_grad_norm=0.0))
+    assert done.losses == pytest.approx(found, rel=1e-5)
+    for losses, before in zip(done.each, each, strict=True):
+        assert losses == pytest.approx(before, rel=1e-5, abs=1e-6)
+    assert change["score_head.weight"].any()
 
 
 def test_counts():

@@ -48,17 +48,37 @@ def finished(dirs, tmp_path_factory):
 
 
 def test_the_steps_run_in_the_order_of_the_text(finished):
-    """That of README's diagram and docs/methods.md: the student learns last."""
-    events = finished[3]
-    begin, end = (
-        next(place for place, event in enumerate(events) if isinstance(event, kind))
-        for kind in (Probed, BatchDone)
-    )
-    steps = [event.step for event in events[begin:end] if isinstance(event, Step)]
+    """That of README's diagram and docs/methods.md: it learns before both feedbacks are merged."""
+    steps = steps_of(finished[3])
+    assert [step for step in dict.fromkeys(steps) if step != "merge"] == [
+        *("answer", "student_feedback", "expert_feedback", "distil", "student_feedback_again"),
+        *("revise", "critique", "final"),
+    ]
+    folder, _, summary, _ = finished
+    learned = [row for row in rows(folder) if row["gate"]["distilled"]]
+    assert learned and all(row["student_feedback_again"] for row in learned)
+    assert all(row["tokens"]["student_feedback_again"] for row in learned)
+    assert summary["tokens"]["student_feedback_again"] > 0
+
+
+def test_learning_may_come_last(dirs, tmp_path):
+    events = []
+    start(tmp_path / "run", make_plan(*dirs, order="learn-last", episodes=2), events.append)
+    steps = steps_of(events)
     assert [step for step in dict.fromkeys(steps) if step != "merge"] == [
         *("answer", "student_feedback", "expert_feedback"),
         *("revise", "critique", "final", "distil"),
     ]
+    assert all(row["student_feedback_again"] is None for row in rows(tmp_path / "run"))
+
+
+def steps_of(events):
+    """The steps of the first batch, each time some of it was done."""
+    begin, end = (
+        next(place for place, event in enumerate(events) if isinstance(event, kind))
+        for kind in (Probed, BatchDone)
+    )
+    return [event.step for event in events[begin:end] if isinstance(event, Step)]
 
 
 def test_a_run_leaves_what_it_says(finished):

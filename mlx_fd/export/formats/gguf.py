@@ -108,7 +108,7 @@ head = load_file("score_head.safetensors")
 {EXAMPLE}\
 written = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], "", "")(messages=chat).prompt
 ids = llm.tokenize((written + {prompts.FEEDBACK_OPENING!r}).encode(), special=True)
-{written if student.score_at == "feedback" else ""}\
+{written if student.scores_at_end else ""}\
 llm.reset()
 llm.eval(ids)
 hidden = np.ctypeslib.as_array(llama_cpp.llama_get_embeddings_ith(llm.ctx, -1), (llm.n_embd(),))

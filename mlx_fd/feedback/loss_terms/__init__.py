@@ -1,8 +1,8 @@
 """The losses of a distillation step, one file each.
 
 A loss is either on next-token distributions, and then says what each token of a text counts; all of
-those that are enabled are computed in one pass over the vocabulary. Or it computes its sum by
-itself from what the student and the expert made of a batch.
+those that are enabled are computed in one pass over the vocabulary. Or it computes itself what it
+is on each sample, from what the student and the expert made of a batch.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Forwarded:
         final: the last one's where the texts' tokens are predicted, [B, T, d].
         batch: the samples, with what the expert made of them.
         options: the losses' options.
+        recompute: whether another forward pass for the loss should keep no activations.
     """
 
     student: Student
@@ -40,6 +41,7 @@ class Forwarded:
     final: mx.array
     batch: Batch
     options: LossOptions
+    recompute: bool = False
 
     def at_text(self, hidden: mx.array) -> mx.array:
         """Hidden states [B, S, d] where the texts' tokens are predicted, [B, T, d]."""
@@ -57,7 +59,7 @@ class Loss(Entry):
         matches: what the student's next-token distributions are compared with: the tokens that
             were written, or the expert's distributions.
         token_weights: what each of a sample's T tokens counts in that.
-        compute: the loss's sum over a batch, a scalar, differentiable by the student.
+        compute: the loss's sum over each sample of a batch, [B], differentiable by the student.
         on_solutions: it is on solutions only, which are then learned from.
         needs_attention: it reads the attention of both models.
         phase: with ``loss_weights`` ``phases`` or ``both``, when it counts most; empty: it counts

@@ -11,21 +11,20 @@ if TYPE_CHECKING:
 
 
 def compute(made: Forwarded) -> mx.array:
-    """The sum over tokens of the divergence of attention, averaged over layers."""
-    from mlx_fd.losses.attention import attention_matching_loss
+    """Of each sample the sum over tokens of the divergence of attention, averaged over layers."""
+    from mlx_fd.losses.attention import attention_matching_rows
     from mlx_fd.models.attention_taps import log_attention
 
     batch, options = made.batch, made.options
     blocks = list(zip(made.student.view.blocks, made.seen.layers, strict=False))
     if options.hidden_layers == "last":
         blocks = blocks[-1:]
-    total, _ = attention_matching_loss(
+    return attention_matching_rows(
         [log_attention(block, hidden, positions=batch.positions) for block, hidden in blocks],
         batch.expert_attention,
         batch.mask,
         heads=options.attention_heads,
     )
-    return total
 
 
 register_loss(

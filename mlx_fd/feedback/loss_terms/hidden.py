@@ -14,19 +14,18 @@ if TYPE_CHECKING:
 
 
 def compute(made: Forwarded) -> mx.array:
-    """The sum over samples of 1 - cosine of the projected mean states, averaged over layers."""
-    from mlx_fd.losses.hidden import hidden_alignment_loss
+    """Of each sample 1 - cosine of the projected mean states, averaged over layers."""
+    from mlx_fd.losses.hidden import hidden_alignment_rows
 
     layers = made.seen.layers
     if made.options.hidden_layers == "last":
         layers = layers[-1:]
-    total, _ = hidden_alignment_loss(
+    return hidden_alignment_rows(
         [made.at_text(layer) for layer in layers],
         made.batch.expert_pooled,
         made.batch.mask,
         made.student.projection,
     )
-    return total
 
 
 def count(samples: Sequence[Sample]) -> float:

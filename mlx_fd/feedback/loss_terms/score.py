@@ -14,22 +14,39 @@ if TYPE_CHECKING:
 
 
 def compute(made: Forwarded) -> mx.array:
-    """The sum over samples of the squared distance of the two scores."""
-    from mlx_fd.losses.score import score_loss
+    """Of each sample the squared distance of the two scores."""
+    from mlx_fd.losses.score import score_rows
 
     batch = made.batch
-    total, _ = score_loss(made.student.score(_scored(made)), batch.scores, batch.score_mask)
-    return total
+    return score_rows(made.student.score(_scored(made)), batch.scores, batch.score_mask)
 
 
 def _scored(made: Forwarded) -> mx.array:
-    """The final hidden states [B, d] that the score head reads."""
+    """The final hidden states [B, d] that the score head reads; any where there is no score."""
     import mlx.core as mx
 
     if made.student.score_at == "prompt":
         return made.final[:, 0]
+    if made.student.score_at == "own":
+        return _at_own_end(made)
     last = made.batch.mask.sum(axis=1).astype(mx.int32) - 1
     return mx.take_along_axis(made.final, last[:, None, None], axis=1).squeeze(1)
+
+
+def _at_own_end(made: Forwarded) -> mx.array:
+    """The states [B, d] where the last token of the student's own feedback is predicted.
+
+    The expert's feedback, which has the score in it, is another text, so this is a pass of its own.
+    """
+    import mlx.core as mx
+
+    batch = made.batch
+    states = mx.zeros((len(batch.tokens), made.final.shape[-1]), made.final.dtype)
+    if batch.own is None:
+        return states
+    seen = made.student.view.forward(batch.own.tokens, recompute=made.recompute)
+    read = mx.take_along_axis(seen.final, batch.own.ends[:, None, None], axis=1).squeeze(1)
+    return states.at[batch.own.rows].add(read)
 
 
 def count(samples: Sequence[Sample]) -> float:

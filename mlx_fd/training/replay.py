@@ -1,0 +1,171 @@
+"""What the student learned from before, to learn from again: each update mixes it with what is new.
+
+What decides is pure and in the checkpoint (:class:`Replay`): which lines of ``samples.jsonl`` are
+remembered, how far the student lagged on each when it last learned from it, and which of them it
+has not learned from yet. The samples themselves (:class:`Memory`) are made again from the log after
+a resume; the expert then reads their texts as it did first, from the prompt's beginning, so that
+they come to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from mlx_fd.config import TrainingOptions
+from mlx_fd.feedback.samples import Sample
+
+# A sample on which nothing lags is drawn seldom, and not never: it may be forgotten.
+_MIN_LAG = 1e-3
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """One sample as a run's state knows it.
+
+    Attributes:
+        line: its line in ``samples.jsonl``, from 0.
+        kind: of what it is: ``wrong`` and ``right`` answers' feedback, by the expert's score, or
+            ``other``.
+        lag: the weighted sum of its losses when the student last learned from it.
+        fresh: whether the student has not learned from it yet.
+    """
+
+    line: int
+    kind: str
+    lag: float = 1.0
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What is remembered of a run so far.
+
+    Attributes:
+        lines: lines of ``samples.jsonl`` so far.
+        kept: what is remembered, the oldest first.
+    """
+
+    lines: int = 0
+    kept: tuple[Remembered, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists; floats survive JSON bit for bit."""
+        return {
+            "lines": self.lines,
+            "kept": [[one.line, one.kind, one.lag, one.fresh] for one in self.kept],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Replay:
+        """What :meth:`to_json` gave, also after a trip through JSON text."""
+        return cls(value["lines"], tuple(Remembered(*one) for one in value["kept"]))
+
+    def added(self, samples: Sequence[Sample], *, fresh: bool) -> Replay:
+        """With some more samples at the log's end."""
+        more = tuple(
+            Remembered(line, _kind(sample), fresh=fresh)
+            for line, sample in enumerate(samples, self.lines)
+        )
+        return Replay(self.lines + len(more), (*self.kept, *more))
+
+    def fresh(self) -> tuple[int, ...]:
+        """The lines that the student has not learned from yet."""
+        return tuple(one.line for one in self.kept if one.fresh)
+
+    def learned(self, lags: Mapping[int, float], most: int) -> Replay:
+        """After an update: nothing is fresh any more, and only the newest are kept.
+
+        Args:
+            lags: the lag of each line that was learned from.
+            most: how many to keep.
+        """
+        kept = [replace(one, lag=lags.get(one.line, one.lag), fresh=False) for one in self.kept]
+        return replace(self, kept=tuple(kept[len(kept) - min(most, len(kept)) :]))
+
+
+def _kind(sample: Sample) -> str:
+    if sample.expert_score is None:
+        return "other"
+    return "right" if sample.expert_score > 0 else "wrong"
+
+
+@dataclass
+class Memory:
+    """The samples that are remembered, by their lines; read again where they are not here.
+
+    Attributes:
+        read: gives the samples of some lines of ``samples.jsonl``.
+        samples: those in memory.
+    """
+
+    read: Callable[[Sequence[int]], Sequence[Sample]]
+    samples: dict[int, Sample] = field(default_factory=dict)
+
+    def of(self, lines: Sequence[int]) -> list[Sample]:
+        """The samples of some lines."""
+        missing = [line for line in lines if line not in self.samples]
+        if missing:
+            self.samples.update(zip(missing, self.read(missing), strict=True))
+        return [self.samples[line] for line in lines]
+
+    def keep(self, replay: Replay) -> None:
+        """Let go of what is not remembered."""
+        kept = {one.line for one in replay.kept}
+        self.samples = {line: s for line, s in self.samples.items() if line in kept}
+
+
+def choose(
+    replay: Replay, new: Sequence[int], options: TrainingOptions, rng: np.random.Generator
+) -> list[list[int]]:
+    """The lines of each of a batch's optimiser steps.
+
+    A step has all new samples, or with ``step_samples`` a part of that size, in which each new one
+    has its turn before any has a second; and for each new one ``replay`` earlier ones, drawn
+    without replacement.
+
+    Args:
+        replay: what is remembered.
+        new: lines that the student is to learn from now, at least one.
+        options: how many steps, of how many samples, and how earlier ones are drawn.
+        rng: of the draws.
+    """
+    known = set(new)
+    old = [one for one in replay.kept if one.line not in known]
+    share = 1 / (1 + options.replay)
+    size = len(new)
+    if options.step_samples:
+        size = min(size, max(round(options.step_samples * share), 1))
+    more = min(round(size * options.replay), len(old))
+    if options.step_samples:
+        # While little is remembered a step is filled up with new ones.
+        size = min(len(new), options.step_samples - more)
+    odds = np.log(_odds(old, options)) if old else np.zeros(0)
+    steps: list[list[int]] = []
+    queue: list[int] = []
+    for _ in range(options.kd_steps):
+        chosen: list[int] = []
+        while len(chosen) < size:
+            if not queue:
+                queue = [line for line in rng.permutation(new).tolist() if line not in chosen]
+            chosen.append(queue.pop())
+        # The k largest of log w + Gumbel are k drawn without replacement.
+        keys = odds + rng.gumbel(size=len(old))
+        chosen += [old[index].line for index in np.argsort(-keys, kind="stable")[:more]]
+        steps.append(chosen)
+    return steps
+
+
+def _odds(old: Sequence[Remembered], options: TrainingOptions) -> Any:
+    lagging = options.replay_by == "lag"
+    odds = np.array([max(one.lag, _MIN_LAG) if lagging else 1.0 for one in old])
+    if options.replay_balance:
+        kinds = np.array([one.kind for one in old])
+        total = odds[kinds != "other"].sum()
+        for kind in ("wrong", "right"):
+            if (of := kinds == kind).any():
+                odds[of] *= total / (2 * odds[of].sum())
+    return odds

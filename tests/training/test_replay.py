@@ -1,0 +1,131 @@
+import collections
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from mlx_fd import runs
+from mlx_fd.config import TrainingOptions
+from mlx_fd.feedback.pair import open_pair
+from mlx_fd.training import replay as replaying
+from mlx_fd.training.batch import sample_again
+from mlx_fd.training.replay import Memory, Remembered, Replay, choose
+from support.loops import assert_same, rows, start
+from support.pairs import make_dirs, make_plan
+
+MIXED = {
+    "replay": 1.0,
+    "step_samples": 3,
+    "kd_steps": 3,
+    "replay_size": 5,
+    "replay_balance": True,
+    "solutions": True,
+    "score_at": "own",
+    "trigger": "always",
+    "target_score": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def dirs(tmp_path_factory):
+    return make_dirs(tmp_path_factory.mktemp("pair"))
+
+
+def remembered(*kinds, lags=None):
+    lags = lags or [1.0] * len(kinds)
+    kept = [Remembered(n, kind, lag) for n, (kind, lag) in enumerate(zip(kinds, lags, strict=True))]
+    return Replay(len(kept), tuple(kept))
+
+
+def drawn(past, new, steps=1, seed=0, **options):
+    options = TrainingOptions(kd_steps=steps, **options)
+    return choose(past, new, options, np.random.default_rng(seed))
+
+
+def test_a_step_has_all_new_samples_and_for_each_some_earlier_ones():
+    replay = remembered(*["right"] * 20)
+    assert drawn(replay, [18, 19]) == [[18, 19]] or drawn(replay, [18, 19]) == [[19, 18]]
+    for lines in drawn(replay, [18, 19], steps=5, replay=3.0):
+        assert sorted(lines[:2]) == [18, 19]
+        assert len(lines) == len(set(lines)) == 8 and max(lines[2:]) < 18
+    # Where fewer are remembered, all of them.
+    assert sorted(drawn(remembered(*["right"] * 4), [3], replay=9.0)[0]) == [0, 1, 2, 3]
+
+
+def test_in_steps_of_some_samples_each_new_one_has_its_turn():
+    replay = remembered(*["right"] * 30)
+    new = list(range(20, 30))
+    steps = drawn(replay, new, steps=5, step_samples=4, replay=1.0)
+    assert all(len(lines) == len(set(lines)) == 4 for lines in steps)
+    turns = collections.Counter(line for lines in steps for line in lines if line >= 20)
+    assert turns == dict.fromkeys(new, 1)
+    # At the beginning there is nothing to mix in.
+    first = drawn(remembered(*["right"] * 10), list(range(10)), step_samples=4, replay=1.0)
+    assert len(first[0]) == 4
+
+
+def test_what_lags_and_what_is_wrong_is_drawn_more_often():
+    kinds = ["wrong"] * 5 + ["right"] * 20 + ["other"] * 5 + ["right"]
+    replay = remembered(*kinds, lags=[1.0] * 25 + [0.1] * 5 + [1.0])
+
+    def shares(**options):
+        steps = drawn(replay, [30], steps=3000, replay=1.0, **options)
+        counts = collections.Counter(kinds[lines[1]] for lines in steps)
+        return [counts[kind] / 3000 for kind in ("wrong", "right", "other")]
+
+    assert shares(replay_by="uniform") == pytest.approx([5 / 30, 20 / 30, 5 / 30], abs=0.03)
+    total = 25.5
+    assert shares() == pytest.approx([5 / total, 20 / total, 0.5 / total], abs=0.03)
+    balanced = shares(replay_by="uniform", replay_balance=True)
+    assert balanced == pytest.approx([12.5 / 30, 12.5 / 30, 5 / 30], abs=0.03)
+
+
+def test_what_is_remembered_is_bounded_and_survives_json():
+    replay = remembered("wrong", "right", "other")
+    replay = dataclasses.replace(
+        replay, kept=tuple(dataclasses.replace(one, fresh=True) for one in replay.kept)
+    )
+    assert replay.fresh() == (0, 1, 2)
+    after = replay.learned({1: 0.25}, most=2)
+    assert after.fresh() == () and after.lines == 3
+    assert after.kept == (Remembered(1, "right", 0.25), Remembered(2, "other", 1.0))
+    assert replay.learned({}, most=0).kept == ()
+    for one in (replay, after):
+        assert Replay.from_json(json.loads(json.dumps(one.to_json()))) == one
+    memory = Memory(lambda lines: [f"sample {line}" for line in lines], {0: "zero", 7: "seven"})
+    assert memory.of([7, 2]) == ["seven", "sample 2"]
+    memory.keep(after)
+    assert memory.samples == {2: "sample 2"}
+
+
+def test_a_run_that_mixes_is_resumed_bit_for_bit(dirs, tmp_path, monkeypatch):
+    """Stopped after each batch: what is replayed comes again from the log, to the same bits."""
+    monkeypatch.setattr("mlx_fd.feedback.episode.is_right", lambda final, problem: True)
+    plan = make_plan(*dirs, **MIXED)
+    sizes = []
+    kept = replaying.Memory.keep
+
+    def counting(memory, replay):
+        kept(memory, replay)
+        sizes.append(len(memory.samples))
+
+    monkeypatch.setattr(replaying.Memory, "keep", counting)
+    start(tmp_path / "whole", plan)
+    assert max(sizes) == 5
+    for _ in range(3):
+        answers = iter([False, True])
+        assert start(tmp_path / "stopped", plan, stop=lambda a=answers: next(a)) is None
+    start(tmp_path / "stopped", plan)
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+    assert rows(tmp_path / "whole", runs.SAMPLES) == rows(tmp_path / "stopped", runs.SAMPLES)
+
+    # Two feedbacks and two solutions of each batch; a solution is learned from a batch later.
+    logged = runs.read_samples(tmp_path / "whole")
+    assert [row["batch"] for row in logged] == [batch for batch in range(4) for _ in range(4)]
+    assert [bool(row.get("own")) for row in logged] == [True, True, False, False] * 4
+    pair = open_pair(plan)
+    first = sample_again(logged[0], pair, plan.config, None)
+    again = sample_again(logged[0], pair, plan.config, None)
+    for name, array in first.expert.arrays().items():
+        assert np.array_equal(array, again.expert.arrays()[name])
