@@ -503,7 +503,8 @@ def test_the_losses_on_solutions_learn_from_right_answers(tmp_path):
     assert sum(row["correct_after"] for row in found) > len(found) / 2
     assert set(summary["probe"]["before"]) == {"logit", "reasoning"}
     updates = [u for row in rows(tmp_path / "run", runs.METRICS) for u in row["updates"]]
-    assert updates and all(update["losses"]["reasoning"] > 0 for update in updates)
+    # Those of a batch are learned from in the next one's update.
+    assert "reasoning" not in updates[0]["losses"] and updates[1]["losses"]["reasoning"] > 0
     samples = json.loads((tmp_path / "run" / "probe.json").read_text())["samples"]
     solved = summary["headroom"]["expert_right"]
     # Each problem's feedback, and the solution where it is right.
