@@ -303,11 +303,18 @@ class GateOptions:
     )
     ema_decay: float = _option(0.9, "Decay of the exponential moving averages.", low=0, high=0.9999)
     stop_threshold: float = _option(
-        0.35, "Freeze once every loss has fallen by this fraction.", low=0, high=1
+        1.0,
+        "A loss that has fallen by this fraction need not be on a plateau for the freeze; 1: it "
+        "must.",
+        low=0,
+        high=1,
     )
     plateau_steps: int = _option(20, "Observations over which a loss must still improve.", low=2)
     plateau_gain: float = _option(
-        0.01, "Minimum improvement over plateau_steps, as a fraction of the initial loss.", low=0
+        0.01,
+        "Minimum improvement over plateau_steps, as a fraction of the initial loss, where each "
+        "observation costs as many of the expert's tokens as usual in the run.",
+        low=0,
     )
     minimum_gain: float = _option(0.1, "Mean gain required before a plateau counts.", low=0, high=1)
     regression: float = _option(
@@ -316,24 +323,24 @@ class GateOptions:
     score_gap: float = _option(
         0.25, "Distance from the expert's score at which the student lags.", low=0
     )
-    confidence: float = _option(
-        0.5,
-        "After the freeze, the student judges without the expert where its |score| reaches this.",
-        low=0,
-        high=1,
-    )
-    trust: float = _option(
-        0.9,
-        "It judges alone only if this fraction of its last confident scores agreed with the "
-        "expert's on whether the answer is right; 0: always.",
+    max_disagreement: float = _option(
+        0.1,
+        "Largest fraction of the verdicts that the student gives alone that may differ from the "
+        "expert's, kept with a probability of 95 %; 0: the expert is always asked.",
         low=0,
         high=1,
     )
     audit_fraction: float = _option(
         0.1,
-        "Fraction of problems on which the expert still gives feedback after the freeze.",
+        "Fraction of problems on which the expert gives feedback though the student could judge "
+        "alone.",
         low=0,
         high=1,
+    )
+    audit_window: int = _option(
+        200,
+        "Verdicts, the last ones, that trust at each level of confidence rests on; 0: all.",
+        low=0,
     )
 
 
@@ -677,8 +684,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "projection_rate": 1e-3,
         "probe_size": 32,
         "ema_decay": 0.7,
-        "stop_threshold": 0.25,
-        "confidence": 0.9,
         "exam_size": 200,
     },
     # The hyperparameters of the published code (docs/methods.md), with its gate.

@@ -130,7 +130,6 @@ class Bench:
             pair=pair,
             generation=config.generation,
             episode=config.episode,
-            gate=config.gate,
             answered_by=answered_by,
             state=self.target.gate,
         )

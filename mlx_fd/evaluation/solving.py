@@ -91,7 +91,7 @@ class Solving:
             "score_at": config.models.score_at,
             "target_score": config.episode.target_score,
             "student_weight": config.episode.student_weight,
-            "alone": config.gate.confidence if system == LOOP and bench.target.trusted else None,
+            "alone": bench.target.threshold if system == LOOP else None,
             "seed": [bench.seed, batch, sample],
             **outside_code(system),
         }

@@ -389,7 +389,7 @@ def evaluate(
         "k": options.samples,
         "temperature": {"first_answers": bench.first_temperature, "bare": bench.bare_temperature},
         "answers_by": target.config.generation.answers_by,
-        "stands_alone": target.trusted,
+        "stands_alone": target.threshold is not None,
         "text_models": next((one.readers.about() for one in sets if isinstance(one, Solving)), {}),
         "sets": found,
     }

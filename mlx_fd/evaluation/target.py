@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from mlx_fd import runs
 from mlx_fd.config import Config, override, preset
 from mlx_fd.errors import UserError
-from mlx_fd.feedback.gate import GateState, trusted
+from mlx_fd.feedback.gate import GateState
 from mlx_fd.feedback.judge import locate_model
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models import fingerprint
@@ -82,9 +82,9 @@ class Target:
         return self.run is not None and not self.config.self_distils
 
     @property
-    def trusted(self) -> bool:
-        """Whether the student stands alone where it is sure."""
-        return self.gate is not None and trusted(self.gate, self.config.gate)
+    def threshold(self) -> float | None:
+        """The confidence from which on the student stands alone; ``None``: it never does."""
+        return None if self.gate is None else self.gate.running.trust.threshold
 
 
 def open_target(

@@ -148,6 +148,11 @@ class StudentFeedback:
         """The score that counts in the combined one: the head's, else the written one."""
         return self.feedback.written_score if self.head_score is None else self.head_score
 
+    @property
+    def confidence(self) -> float | None:
+        """How sure it is of its verdict, in [0, 1]; ``None`` without a score."""
+        return None if self.score is None else abs(self.score)
+
 
 @dataclass(frozen=True)
 class ExpertFeedback:
@@ -727,6 +732,7 @@ def _feedback_row(student: StudentFeedback) -> StudentFeedbackRow:
         "text": student.feedback.text,
         "head_score": student.head_score,
         "written_score": student.feedback.written_score,
+        "confidence": student.confidence,
     }
 
 

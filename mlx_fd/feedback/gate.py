@@ -1,7 +1,7 @@
-"""The gate: when the student is distilled, with which weights, when that stops and starts again.
+"""The gate: when the student is distilled, with which weights, and when it needs no expert.
 
-Pure: state in, decision and new state out; no MLX, no numpy. Four functions decide, whichever gate
-is chosen (``options.gate``):
+Pure: state in, decision and new state out; no MLX, no numpy. Four functions decide about learning,
+whichever gate is chosen (``options.gate``):
 
 - :func:`trigger` asks, sample by sample, whether the student lags;
 - :func:`observe_sample` then takes note of that sample's losses;
@@ -12,12 +12,19 @@ is chosen (``options.gate``):
 :func:`stops_below` turns the stop rule round, for choosing a threshold.
 
 The ``ema`` gate in short. Each loss has a :class:`Tracker`; its gain is 1 - EMA / first value. A
-loss is *done* when it has passed (surely fallen by ``stop_threshold``) or is on a plateau (no
-longer improves for what it costs). When all are done and the mean gain is surely at least
-``minimum_gain``, the student freezes. When a loss rises ``regression`` above its level at the
+loss is *done* when it is on a plateau: it no longer improves for what it costs, which the loop
+counts in tokens that the expert wrote. (Or when it has surely fallen by ``stop_threshold``, where
+that is below 1.) When all are done and the mean gain is surely at least ``minimum_gain``, learning
+no longer pays, and the student freezes. When a loss rises ``regression`` above its level at the
 freeze, it thaws. "Surely" means that the noise seen on the curve is allowed for, so that a flat or
 merely noisy curve does not freeze the student. A random walk that has really wandered down counts
 as fallen: on one curve nothing tells the two apart.
+
+Whether the expert is asked is another question. :func:`observe_scores` takes note of both verdicts
+on an answer; by them :func:`set_trust` sets a threshold on the student's confidence, so that no
+more than ``max_disagreement`` of its own verdicts differ from the expert's
+(:mod:`mlx_fd.feedback.risk`); :func:`stands_alone` says where the expert need not be asked. No
+freeze is needed for that: the student goes on learning where the expert is asked, audits among it.
 
 ``always`` and ``never`` say what they do; ``published`` is :mod:`mlx_fd.feedback.gate_published`.
 """
@@ -31,8 +38,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mlx_fd.config import GateOptions
-from mlx_fd.feedback import gate_published
+from mlx_fd.feedback import gate_published, risk
 from mlx_fd.feedback.gate_published import PublishedState
+from mlx_fd.feedback.risk import RunningTrust
 
 Losses = Mapping[str, float | None]
 
@@ -49,8 +57,6 @@ REGRESSION_ERRORS = 2.5
 # Remaining share of a loss (EMA / first) as it counts in weights and mean gain: one loss that
 # vanishes or explodes must not decide alone.
 MIN_REMAINING, MAX_REMAINING = 0.05, 2.0
-# Sure scores that the student's right to stand alone is judged by, and how many are enough.
-SURE_SCORES, ENOUGH_SURE = 64, 16
 _TINY = 1e-9
 
 
@@ -103,8 +109,7 @@ class GateState:
         reason: why the student last froze or thawed; empty before that.
         kd_cost: sum of the costs that :func:`observe_probe` was given, in the caller's unit.
         paid_looks: looks at the probe set before which something was spent.
-        sure: of the student's last :data:`SURE_SCORES` sure scores, the newest last, whether the
-            expert's score said the same of the answer.
+        running: the student's audited verdicts, and the threshold that they have set.
         published: what the published gate remembers; empty with the other gates.
     """
 
@@ -114,7 +119,7 @@ class GateState:
     reason: str = ""
     kd_cost: float = 0.0
     paid_looks: int = 0
-    sure: tuple[bool, ...] = ()
+    running: RunningTrust = field(default_factory=RunningTrust)
     published: PublishedState = field(default_factory=PublishedState)
 
     def to_json(self) -> dict[str, Any]:
@@ -136,8 +141,7 @@ class GateState:
                 **value,
                 "probe": trackers(value["probe"]),
                 "samples": trackers(value["samples"]),
-                # Older runs have none.
-                "sure": tuple(value.get("sure", ())),
+                "running": RunningTrust.from_json(value["running"]),
                 "published": PublishedState.from_json(value["published"]),
             }
         )
@@ -263,8 +267,8 @@ def observe_probe(
         state: before this call; it is left as it is.
         losses: mean losses on the probe set; missing ones leave their trackers as they are.
         options: which gate, and its thresholds and decays.
-        cost: what was spent on distillation since the last look, in any unit (steps, tokens,
-            seconds); 0 for a look before which the student did not learn.
+        cost: what was spent on distillation since the last look, in any unit (the loop counts
+            tokens that the expert wrote); 0 for a look before which nothing was spent.
 
     Returns:
         The new state and the decision.
@@ -310,55 +314,55 @@ def weights(state: GateState, options: GateOptions) -> dict[str, float]:
 
 
 def observe_scores(
-    state: GateState, student_score: float | None, expert_score: float | None, options: GateOptions
+    state: GateState,
+    confidence: float | None,
+    student_score: float | None,
+    expert_score: float | None,
+    options: GateOptions,
 ) -> GateState:
-    """Take note of both scores of an answer: does a sure student say what the expert says?
+    """Take note of both verdicts on an answer: does the student say what the expert says?
 
-    Two scores say the same where both are positive (the answer is right) or neither is.
+    Two scores say the same where both are positive (the answer is right) or neither is. What is
+    missing says nothing.
 
     Args:
         state: before this call; it is left as it is.
-        student_score: the score head's value in [-1, 1], if there is one.
-        expert_score: the expert's; ``None`` where it could not be read.
+        confidence: the student's, in [0, 1].
+        student_score: in [-1, 1].
+        expert_score: in [-1, 1]; ``None`` where it could not be read.
         options: which gate, and its thresholds and decays.
     """
-    if student_score is None or expert_score is None or not _is_sure(student_score, options):
+    if student_score is None or expert_score is None:
         return state
     same = (student_score > 0) == (expert_score > 0)
-    return replace(state, sure=(*state.sure, same)[-SURE_SCORES:])
+    running = risk.audit(state.running, confidence, same, options.audit_window)
+    return replace(state, running=running)
 
 
-def trusted(state: GateState, options: GateOptions) -> bool:
-    """Whether the student may stand alone at all: it is frozen, and right where it is sure.
+def set_trust(state: GateState, progress: float, options: GateOptions) -> GateState:
+    """Set the threshold on the student's confidence, after a batch.
 
-    A score far from 0 is no promise: a head can be sure and wrong. So its sure scores are held
-    against the expert's, until the freeze in all episodes and after it in those that it is asked
-    in, the audits among them.
+    With the gates ``always`` and ``never`` the expert is always asked.
 
     Args:
         state: before this call; it is left as it is.
+        progress: share of the run's episodes that are done, in [0, 1].
         options: which gate, and its thresholds and decays.
     """
-    if not state.frozen or not options.trust:
-        return state.frozen
-    enough = len(state.sure) >= ENOUGH_SURE
-    return enough and sum(state.sure) >= options.trust * len(state.sure)
+    if options.gate in ("always", "never"):
+        return state
+    running = risk.look(state.running, progress, options.max_disagreement, options.audit_window)
+    return replace(state, running=running)
 
 
-def stands_alone(state: GateState, student_score: float | None, options: GateOptions) -> bool:
+def stands_alone(state: GateState, confidence: float | None) -> bool:
     """Whether the student's feedback on an answer needs no expert.
 
     Args:
         state: before this call; it is left as it is.
-        student_score: the score head's value in [-1, 1], if there is one.
-        options: which gate, and its thresholds and decays.
+        confidence: the student's, in [0, 1]; ``None`` where it has none.
     """
-    sure = student_score is not None and _is_sure(student_score, options)
-    return sure and trusted(state, options)
-
-
-def _is_sure(score: float, options: GateOptions) -> bool:
-    return abs(score) >= options.confidence
+    return state.running.trust.covers(confidence)
 
 
 def audited(problem_id: str, seed: int, options: GateOptions) -> bool:

@@ -26,9 +26,9 @@ on use the same functions.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -135,10 +135,10 @@ def fewest_audits(max_disagreement: float, level: float = LEVEL) -> int:
         max_disagreement: in (0, 1].
         level: probability that the bound holds, in (0, 1).
     """
-    n = 1
-    while not _holds(0, n, max_disagreement, (1 - level) / _STARTS):
-        n += 1
-    return n
+    if max_disagreement >= 1:
+        return 0
+    error = (1 - level) / _STARTS
+    return max(1, math.ceil(math.log(error) / math.log1p(-max_disagreement) - 1e-9))
 
 
 def _holds(k: int, n: int, max_disagreement: float, error: float) -> bool:
@@ -169,26 +169,160 @@ def set_threshold(
     Raises:
         ValueError: the columns are not equally long.
     """
-    counts = [0] * len(thresholds)
-    differ = [0] * len(thresholds)
-    ascending = sorted(thresholds)
+    seen, differ = [0] * len(thresholds), [0] * len(thresholds)
     for confidence, agreed in zip(confidences, agreements, strict=True):
-        # The strictest threshold that the confidence reaches, as an index into the sequence.
-        index = len(thresholds) - bisect_right(ascending, confidence)
+        index = _reached(confidence, thresholds)
         if index < len(thresholds):
-            counts[index] += 1
+            seen[index] += 1
             differ[index] += not agreed
+    seen, differ = list(accumulate(seen)), list(accumulate(differ))
+    lowest = _lowest(seen, differ, len(confidences), max_disagreement, level)
+    if lowest is None:
+        return NO_TRUST
+    n, k = seen[lowest], differ[lowest]
+    return Trust(thresholds[lowest], n / max(len(confidences), 1), n, k, upper_bound(k, n, level))
+
+
+def _reached(confidence: float, thresholds: Sequence[float]) -> int:
+    """The index of the strictest threshold that a confidence reaches; their number: of none."""
+    return bisect_left(thresholds, -confidence, key=lambda threshold: -threshold)
+
+
+def _lowest(
+    seen: Sequence[int], differ: Sequence[int], total: int, max_disagreement: float, level: float
+) -> int | None:
+    """The index of the lowest threshold that the sequence of tests comes to.
+
+    Args:
+        seen: for each threshold, how many audited verdicts count.
+        differ: how many of them differ.
+        total: of all audited verdicts.
+        max_disagreement: the share that is tested.
+        level: probability with which it holds.
+    """
     enough = fewest_audits(max_disagreement, level)
-    starts = [enough, (enough + len(confidences)) / 2]
-    found, error = NO_TRUST, 0.0
-    for threshold, n, k in zip(thresholds, accumulate(counts), accumulate(differ), strict=True):
+    starts = [enough, (enough + total) / 2]
+    found, error = None, 0.0
+    for index, (n, k) in enumerate(zip(seen, differ, strict=True)):
         while starts and n >= starts[0]:
             starts = starts[1:]
             error += (1 - level) / _STARTS
-        if not error:
-            continue
-        if _holds(k, n, max_disagreement, error):
-            found = Trust(threshold, n / len(confidences), n, k, upper_bound(k, n, level))
+        if error and _holds(k, n, max_disagreement, error):
+            found = index
         else:
             error = 0.0
     return found
+
+
+# ------------------------------------------------------------------------ while something learns
+
+# How often in a run a threshold may be lowered.
+LOOKS = 8
+
+
+@dataclass(frozen=True)
+class RunningTrust:
+    """Trust in a model that changes while verdicts come in.
+
+    Each threshold rests on the last ``window`` audited verdicts that reach it, so that what is long
+    ago is forgotten. Whoever tests again and again will once be lucky, and trust that came by luck
+    lasts, since fewer verdicts are audited under it. So a threshold is *granted* at one of
+    :data:`LOOKS` looks only, spread over the run, each with its part of 1 - :data:`LEVEL`
+    (Bonferroni): where risks do not change, no threshold above the bound is granted in the whole
+    run, with probability ``LEVEL``. It is *kept* as long as the verdicts in its window show the
+    bound by themselves; where they do not any more, the threshold rises at once.
+
+    Attributes:
+        verdicts: audited verdicts that still count, the newest last: the index of the strictest of
+            :data:`THRESHOLDS` that each reaches, and whether it agreed.
+        looks: looks so far.
+        granted: the lowest threshold that a look has granted.
+        trust: what holds now; its coverage is of the verdicts that count.
+    """
+
+    verdicts: tuple[tuple[int, bool], ...] = ()
+    looks: int = 0
+    granted: float | None = None
+    trust: Trust = NO_TRUST
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RunningTrust:
+        """What :func:`dataclasses.asdict` gave, also after a trip through JSON text."""
+        verdicts = tuple((index, agreed) for index, agreed in value["verdicts"])
+        return cls(**{**value, "verdicts": verdicts, "trust": Trust(**value["trust"])})
+
+
+def audit(state: RunningTrust, confidence: float | None, agreed: bool, window: int) -> RunningTrust:
+    """Take note of a verdict that the expert was asked about, too.
+
+    Args:
+        state: before this call; it is left as it is.
+        confidence: in [0, 1]; ``None`` where there is none, which says nothing.
+        agreed: whether the verdicts were the same.
+        window: the most verdicts that a threshold rests on; 0: all.
+    """
+    if confidence is None:
+        return state
+    verdict = (_reached(confidence, THRESHOLDS), agreed)
+    return replace(state, verdicts=_counting((*state.verdicts, verdict), window))
+
+
+def _counting(verdicts: tuple[tuple[int, bool], ...], window: int) -> tuple[tuple[int, bool], ...]:
+    """The verdicts that some threshold still rests on.
+
+    The strictest threshold that a verdict reaches has the fewest newer ones.
+    """
+    if not window:
+        return verdicts
+    newer = [0] * (len(THRESHOLDS) + 1)
+    kept = []
+    for index, agreed in reversed(verdicts):
+        if sum(newer[: index + 1]) < window:
+            newer[index] += 1
+            kept.append((index, agreed))
+    return tuple(reversed(kept))
+
+
+def look(
+    state: RunningTrust, progress: float, max_disagreement: float, window: int
+) -> RunningTrust:
+    """Set the threshold by the verdicts so far.
+
+    Args:
+        state: before this call; it is left as it is.
+        progress: share of the run that is done, in [0, 1]. A look, at which the threshold can be
+            lowered, is due whenever another of :data:`LOOKS` equal parts is done.
+        max_disagreement: the largest share of kept verdicts that may differ; 0: none are kept.
+        window: as in :func:`audit`.
+    """
+    if not max_disagreement:
+        return state
+    seen, differ = _windowed(state.verdicts, window)
+    due = int(progress * LOOKS + 1e-9)
+    granted = state.granted
+    if due > state.looks:
+        level = 1 - (1 - LEVEL) / LOOKS
+        shown = _lowest(seen, differ, seen[-1], max_disagreement, level)
+        if shown is not None:
+            granted = min(THRESHOLDS[shown], 1.0 if granted is None else granted)
+    upto = 0 if granted is None else THRESHOLDS.index(granted) + 1
+    kept = _lowest(seen[:upto], differ[:upto], seen[-1], max_disagreement, LEVEL)
+    trust = NO_TRUST if kept is None else _trust(kept, seen, differ)
+    return replace(state, looks=max(due, state.looks), granted=granted, trust=trust)
+
+
+def _trust(index: int, seen: Sequence[int], differ: Sequence[int]) -> Trust:
+    n, k = seen[index], differ[index]
+    return Trust(THRESHOLDS[index], n / max(seen[-1], 1), n, k, upper_bound(k, n))
+
+
+def _windowed(verdicts: Sequence[tuple[int, bool]], window: int) -> tuple[list[int], list[int]]:
+    """How many verdicts each threshold rests on, and how many of them differ."""
+    seen, differ = [0] * len(THRESHOLDS), [0] * len(THRESHOLDS)
+    for index, agreed in reversed(verdicts):
+        for place in range(index, len(THRESHOLDS)):
+            if window and seen[place] >= window:
+                break  # those below have as many or more
+            seen[place] += 1
+            differ[place] += not agreed
+    return seen, differ

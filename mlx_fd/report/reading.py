@@ -209,10 +209,18 @@ class _LoopTotals(KnownTotals):
 
 
 def _metric(row: JsonObject) -> MetricsRow:
-    sure = row["sure"]
+    # Older runs have neither.
+    trust = row.get("trust", {})
     return {
         **metric(row),
-        "sure": {"agreed": int(number(sure["agreed"])), "of": int(number(sure["of"]))},
+        "trust": {
+            "threshold": known(trust.get("threshold")),
+            "coverage": number(trust.get("coverage", 0)),
+            "audited": int(number(trust.get("audited", 0))),
+            "disagreed": int(number(trust.get("disagreed", 0))),
+            "bound": number(trust.get("bound", 1)),
+        },
+        "expert_tokens": int(number(row.get("expert_tokens", 0))),
     }
 
 
@@ -239,6 +247,7 @@ def _student_feedback(value: Mapping[str, Any]) -> StudentFeedbackRow:
         "text": text(value["text"]),
         "head_score": number(value["head_score"]),
         "written_score": known(value["written_score"]),
+        "confidence": known(value.get("confidence")),
     }
 
 
@@ -263,6 +272,7 @@ def _episode(row: JsonObject) -> EpisodeRow:
         "gate": {
             "distilled": truth(decision["distilled"]),
             "reason": text(decision["reason"]),
+            "trusted": truth(decision.get("trusted", False)),
             "losses_before": numbers(decision.get("losses_before") or {}),
             "losses_after": numbers(decision.get("losses_after") or {}),
         },

@@ -91,11 +91,13 @@ class StudentFeedbackRow(TypedDict):
         text: the paragraph, without its score.
         head_score: its score head's score, in (-1, 1).
         written_score: the score in the text, in [-1, 1]; null where none could be read.
+        confidence: in its verdict, in [0, 1]; null where it has no score.
     """
 
     text: str
     head_score: float | None
     written_score: float | None
+    confidence: float | None
 
 
 class GateRow(TypedDict):
@@ -104,6 +106,8 @@ class GateRow(TypedDict):
     Attributes:
         distilled: whether the student was to learn from it.
         reason: why, in words and numbers.
+        trusted: whether the student needed no expert here; where it was asked all the same, that
+            was an audit.
         on_policy: whether the text was the student's own feedback; absent where the expert was not
             asked, as are the losses.
         losses_before: the student's losses on the sample before the update, by name; null where
@@ -114,6 +118,7 @@ class GateRow(TypedDict):
 
     distilled: bool
     reason: str
+    trusted: bool
     on_policy: NotRequired[bool]
     losses_before: NotRequired[Mapping[str, float | None]]
     losses_after: NotRequired[Mapping[str, float] | None]
@@ -153,16 +158,22 @@ class StopRow(TypedDict):
     weights: Mapping[str, float]
 
 
-class SureRow(TypedDict):
-    """The student's last confident scores.
+class TrustRow(TypedDict):
+    """Where the student needs no expert, and the audited verdicts that this rests on.
 
     Attributes:
-        agreed: those that the expert's score agreed with.
-        of: how many there were.
+        threshold: the confidence from which on it needs none; null: it always does.
+        coverage: share of the audited verdicts that count that reach it.
+        audited: how many reach it.
+        disagreed: those of them that differed from the expert's.
+        bound: of the share that differs, with 95 % probability; 1 where there is no threshold.
     """
 
-    agreed: int
-    of: int
+    threshold: float | None
+    coverage: float
+    audited: int
+    disagreed: int
+    bound: float
 
 
 class ThoughtColumns(TypedDict, total=False):
@@ -271,10 +282,12 @@ class MetricsRow(BatchMetricsRow):
     """A line of ``metrics.jsonl`` of the loop.
 
     Attributes:
-        sure: the student's last confident scores.
+        trust: where the student needs no expert, after this batch.
+        expert_tokens: tokens of the expert's feedbacks in this batch.
     """
 
-    sure: SureRow
+    trust: TrustRow
+    expert_tokens: int
 
 
 class AttemptsRow(TypedDict):
@@ -552,6 +565,20 @@ class UpdatesRow(TypedDict):
     frozen_after_batch: int | None
 
 
+class AuditsRow(TypedDict):
+    """Episodes in which the student needed no expert, and the expert was asked all the same.
+
+    Attributes:
+        n: how many.
+        disagreed: those in which the verdicts differed.
+        interval: of that share, 95 % (Wilson).
+    """
+
+    n: int
+    disagreed: int
+    interval: list[float]
+
+
 class ExpertUseRow(TypedDict):
     """How much the expert's feedback was used.
 
@@ -560,7 +587,10 @@ class ExpertUseRow(TypedDict):
         not_asked: episodes in which the student stood alone.
         tokens_written: tokens of the expert's feedbacks.
         tokens_saved: estimate: mean length times ``not_asked``.
-        sure_scores: the student's last confident scores; null before the first batch.
+        share_saved: of the tokens written and saved, those saved; null before the first batch.
+        share_saved_second_half: the same in the second half of the episodes.
+        audits: episodes in which the student needed no expert, and the expert was asked.
+        trust: where the student needs no expert, at the end; null before the first batch.
         accuracy_when_asked: final answers right where it was asked.
         accuracy_when_not_asked: where it was not.
     """
@@ -569,7 +599,10 @@ class ExpertUseRow(TypedDict):
     not_asked: int
     tokens_written: int
     tokens_saved: int
-    sure_scores: SureRow | None
+    share_saved: float | None
+    share_saved_second_half: float | None
+    audits: AuditsRow
+    trust: TrustRow | None
     accuracy_when_asked: ShareRow
     accuracy_when_not_asked: ShareRow
 
@@ -954,7 +987,7 @@ class EvaluationFile(TypedDict):
         k: samples of each problem.
         temperature: of first and of bare answers.
         answers_by: who gave the first answers.
-        stands_alone: whether the student stood alone where it was sure.
+        stands_alone: whether the student stood alone where it was confident enough.
         text_models: the models that measured texts.
         sets: the results.
     """
@@ -1160,7 +1193,7 @@ FILES: Mapping[str, tuple[type, ...]] = {
         StudentFeedbackRow,
         GateRow,
     ),
-    "metrics.jsonl": (MetricsRow, SelfMetricsRow, UpdateRow, StopRow, SureRow, AttemptsRow),
+    "metrics.jsonl": (MetricsRow, SelfMetricsRow, UpdateRow, StopRow, TrustRow, AttemptsRow),
     "attempts.jsonl": (AttemptRow,),
     "samples.jsonl and probe.json": (LoggedSampleRow,),
     "headroom.json": (SelfHeadroomRow,),
@@ -1176,6 +1209,7 @@ FILES: Mapping[str, tuple[type, ...]] = {
         UpdatesRow,
         SelfUpdatesRow,
         ExpertUseRow,
+        AuditsRow,
         UnreadableRow,
         TopKRow,
         BeforeAfterRow,

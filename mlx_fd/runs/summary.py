@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from mlx_fd.runs.records import (
+    AuditsRow,
     BatchMetricsRow,
     EpisodeRow,
     HeadroomRow,
@@ -49,6 +50,44 @@ def _sums(
     return total
 
 
+def student_score(row: EpisodeRow) -> float | None:
+    """The student's score that counts: its head's, else the written one."""
+    student = row["student_feedback"]
+    return student["written_score"] if student["head_score"] is None else student["head_score"]
+
+
+def agreed(row: EpisodeRow) -> bool | None:
+    """Whether both verdicts on an answer were the same; ``None`` where one of them is missing."""
+    expert, score = row["expert_feedback"], student_score(row)
+    if expert is None or expert["written_score"] is None or score is None:
+        return None
+    return (expert["written_score"] > 0) == (score > 0)
+
+
+def _audits(rows: Sequence[EpisodeRow]) -> AuditsRow:
+    known = [same for row in rows if row["gate"]["trusted"] and (same := agreed(row)) is not None]
+    disagreed = len(known) - sum(known)
+    low, high = wilson(disagreed, len(known))
+    return {
+        "n": len(known),
+        "disagreed": disagreed,
+        "interval": [round(low, 4), round(high, 4)],
+    }
+
+
+def _share_saved(rows: Sequence[EpisodeRow], written: int, asked: int) -> float | None:
+    """Of the expert's feedback tokens in some episodes, the share that was saved.
+
+    A feedback that was not written counts as the run's mean, of ``written`` tokens in ``asked``.
+    """
+    if not rows:
+        return None
+    there = sum(row["tokens"].get("expert_feedback", 0) for row in rows)
+    alone = sum(row["expert_feedback"] is None for row in rows)
+    saved = alone * (written / asked if asked else 1.0)
+    return round(saved / (saved + there), 4) if saved + there else 0.0
+
+
 def summarise(
     episodes: Sequence[EpisodeRow],
     metrics: Sequence[MetricsRow],
@@ -85,6 +124,7 @@ def summarise(
         and (head := row["student_feedback"]["head_score"]) is not None
     ]
     half = len(gaps) // 2
+    later = episodes[len(episodes) // 2 :]
     return {
         "episodes": len(episodes),
         "accuracy": {
@@ -112,7 +152,10 @@ def summarise(
             "not_asked": len(alone),
             "tokens_written": written,
             "tokens_saved": round(written / len(asked) * len(alone)) if asked else 0,
-            "sure_scores": metrics[-1]["sure"] if metrics else None,
+            "share_saved": _share_saved(episodes, written, len(asked)),
+            "share_saved_second_half": _share_saved(later, written, len(asked)),
+            "audits": _audits(asked),
+            "trust": metrics[-1]["trust"] if metrics else None,
             "accuracy_when_asked": _accuracy(asked, "correct_after"),
             "accuracy_when_not_asked": _accuracy(alone, "correct_after"),
         },

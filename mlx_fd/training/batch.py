@@ -51,7 +51,14 @@ from mlx_fd.models.conversation import Conversation
 from mlx_fd.problems import Problem
 from mlx_fd.runs.events import Event, Step
 from mlx_fd.runs.records import EpisodeRow, GateRow, MetricsRow, SampleRow
-from mlx_fd.training.checkpoint import RunState, finite, stop_row, update_row, with_probe
+from mlx_fd.training.checkpoint import (
+    RunState,
+    finite,
+    stop_row,
+    trust_row,
+    update_row,
+    with_probe,
+)
 from mlx_fd.training.probe import Probe
 from mlx_fd.training.replay import Memory, Replay, choose
 from mlx_fd.training.selfdistill.in_loop import Lessons, lessons, self_distillation_loss
@@ -82,6 +89,10 @@ class Learner:
     batches: int
     cache: TeacherCache | None
     memory: Memory
+
+    def progress(self, batches: int) -> float:
+        """The share of the run's episodes that is done after so many batches, in [0, 1]."""
+        return min(1.0, batches * self.config.training.epochs / self.batches)
 
     def on_tokens(self, batch: int) -> OnTokens:
         """What reports the tokens of a batch's steps."""
@@ -176,14 +187,25 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
         state = dataclasses.replace(state, replay=_hand_on(state.replay, solutions, learner))
     after = _measure_learned(gated, lagging if updates else [], learner, number)
 
-    state, decision = _after_updates(dataclasses.replace(state, gate=gate_state), updates, learner)
+    trusted = [gate.stands_alone(state.gate, one.student.confidence) for one in judged]
+    gate_state = gate.set_trust(gate_state, learner.progress(number + 1), config.gate)
+    written = expert_tokens(judged)
+    state = dataclasses.replace(state, gate=gate_state, spent=state.spent + written)
+    state, decision = _after_updates(state, updates, learner)
     first = number * config.generation.batch_size
     rows = [
-        episode_row(one, first + index, _gate_row(gated.get(index), after.get(index)))
+        episode_row(
+            one, first + index, _gate_row(gated.get(index), after.get(index), trusted[index])
+        )
         for index, one in enumerate(finished)
     ]
-    metrics = _metrics(state, len(lagging), weights, updates, decision, begin)
+    metrics = _metrics(state, len(lagging), weights, updates, decision, begin, written)
     return BatchResult(state, rows, metrics, [*feedback, *solutions])
+
+
+def expert_tokens(judged: Sequence[Judged]) -> int:
+    """Tokens of the expert's feedbacks."""
+    return sum(one.expert.usage.tokens["expert_feedback"] for one in judged if one.expert)
 
 
 def _audited(problem: Problem, config: Config) -> bool:
@@ -205,8 +227,7 @@ def _judge(
     asked = [
         index
         for index, (one, student) in enumerate(zip(answered, students, strict=True))
-        if _audited(one.problem, config)
-        or not gate.stands_alone(state, student.head_score, config.gate)
+        if _audited(one.problem, config) or not gate.stands_alone(state, student.confidence)
     ]
     experts = expert_feedback(
         pair,
@@ -250,7 +271,9 @@ def _ask_gate(
         else:
             decision = _decide(state, sample, score, losses, config)
         gated[index] = _Gated(sample, losses, decision)
-        state = gate.observe_scores(state, score, sample.expert_score, config.gate)
+        state = gate.observe_scores(
+            state, one.student.confidence, one.student.score, sample.expert_score, config.gate
+        )
         if not state.frozen or _audited(one.problem, config):
             state = gate.observe_sample(state, losses, config.gate)
     return state, gated
@@ -429,7 +452,6 @@ def _after_updates(
         state,
         batch=state.batch + 1,
         distilled=state.distilled + bool(updates),
-        spent=state.spent + len(updates),
     )
     if not updates or state.distilled % config.episode.probe_every:
         return state, None
@@ -460,7 +482,8 @@ def rehearse_batch(state: RunState, rows: Sequence[SampleRow], learner: Learner)
             updates.append(_step(learner, samples, scaled))
             learner.on_tokens(number)("distil", updates[-1].tokens)
     state, decision = _after_updates(state, updates, learner)
-    return BatchResult(state, [], _metrics(state, len(rows), weights, updates, decision, begin), [])
+    metrics = _metrics(state, len(rows), weights, updates, decision, begin, 0)
+    return BatchResult(state, [], metrics, [])
 
 
 def sample_again(row: SampleRow, pair: Pair, config: Config, cache: TeacherCache | None) -> Sample:
@@ -482,6 +505,7 @@ def _metrics(
     updates: Sequence[Update],
     decision: gate.StopDecision | None,
     begin: float,
+    written: int,
 ) -> MetricsRow:
     """The batch's line of ``metrics.jsonl``; ``state`` is that after it."""
     return {
@@ -492,18 +516,20 @@ def _metrics(
         "probe": state.probe_last if decision else None,
         "stop": stop_row(decision),
         "frozen": state.gate.frozen,
-        "sure": {"agreed": sum(state.gate.sure), "of": len(state.gate.sure)},
+        "trust": trust_row(state.gate.running.trust),
+        "expert_tokens": written,
         "distil_seconds": round(sum(one.seconds for one in updates), 3),
         "seconds": round(time.perf_counter() - begin, 3),
     }
 
 
-def _gate_row(gated: _Gated | None, after: Mapping[str, float] | None) -> GateRow:
+def _gate_row(gated: _Gated | None, after: Mapping[str, float] | None, trusted: bool) -> GateRow:
     if gated is None:
-        return {"distilled": False, "reason": "the student stands alone"}
+        return {"distilled": False, "reason": "the student stands alone", "trusted": trusted}
     return {
         "distilled": gated.decision.distil,
         "reason": gated.decision.reason,
+        "trusted": trusted,
         "on_policy": gated.sample.on_policy,
         "losses_before": {name: finite(value) for name, value in gated.losses.items()},
         "losses_after": after,

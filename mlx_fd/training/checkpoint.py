@@ -22,6 +22,7 @@ from mlx_fd import runs
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import distill, gate
+from mlx_fd.feedback.risk import Trust
 from mlx_fd.files import write_json
 from mlx_fd.models.student import Student, load_student, read_arrays, save_student
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
@@ -42,6 +43,7 @@ from mlx_fd.runs.records import (
     SelfSummary,
     StopRow,
     Summary,
+    TrustRow,
     UpdateRow,
 )
 from mlx_fd.training.replay import Replay
@@ -60,7 +62,8 @@ class RunState:
         gate: the gate's state.
         scales: the fixed factor of each loss.
         distilled: batches in which the student learned.
-        spent: optimiser steps since the last probe evaluation.
+        spent: what was spent since the last probe evaluation: tokens of the expert's feedbacks; in
+            self-distillation, where no expert writes, optimiser steps.
         probe_first: losses on the probe set before the first update.
         probe_last: the same, last time they were looked at.
         best: the least mean of probe losses relative to ``probe_first``.
@@ -468,6 +471,17 @@ def stop_row(decision: gate.StopDecision | None) -> StopRow | None:
         "reason": decision.reason,
         "gains": decision.gains,
         "weights": decision.weights,
+    }
+
+
+def trust_row(trust: Trust) -> TrustRow:
+    """What a line of ``metrics.jsonl`` says of where the student needs no expert."""
+    return {
+        "threshold": trust.threshold,
+        "coverage": trust.coverage,
+        "audited": trust.audited,
+        "disagreed": trust.disagreed,
+        "bound": trust.bound,
     }
 
 

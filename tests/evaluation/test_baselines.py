@@ -20,6 +20,7 @@ from mlx_fd.feedback.episode import (
 )
 from mlx_fd.feedback.gate import initial_state
 from mlx_fd.feedback.pair import open_pair
+from mlx_fd.feedback.risk import RunningTrust, Trust
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.loading import open_template
 from mlx_fd.models.resolve import resolve
@@ -58,16 +59,13 @@ def answered(pair):
     ]
 
 
-def setting_of(pair, *, frozen=False, target=None, confidence=None, trust=0.0, **generation):
-    episode, gate = CONFIG.episode, CONFIG.gate
+def setting_of(pair, *, target=None, threshold=None, **generation):
+    episode = CONFIG.episode
     if target is not None:
         episode = dataclasses.replace(episode, target_score=target)
-    if confidence is not None:
-        gate = dataclasses.replace(gate, confidence=confidence, trust=trust)
-    state = dataclasses.replace(initial_state(gate, ["lm"]), frozen=frozen)
-    return Setting(
-        pair, dataclasses.replace(OPTIONS, **generation), episode, gate, "student", state
-    )
+    running = RunningTrust(trust=Trust(threshold))
+    state = dataclasses.replace(initial_state(CONFIG.gate, ["lm"]), running=running)
+    return Setting(pair, dataclasses.replace(OPTIONS, **generation), episode, "student", state)
 
 
 @pytest.fixture(scope="module")
@@ -123,16 +121,12 @@ def test_the_loop_is_the_episode_without_learning(pair):
     assert [t.score for t in trials] == [one.score for one in finished]
 
 
-def test_a_frozen_student_stands_alone_where_it_is_sure(pair, answered):
+def test_a_trusted_student_stands_alone(pair, answered):
     loop = SYSTEMS["loop"].run
-    sure = loop(setting_of(pair, frozen=True, confidence=0.0), answered, seeds, quiet)
-    assert all("expert_feedback" not in t.tokens for t in sure)
-    for options in (
-        {"frozen": True, "confidence": 1.0},
-        {"frozen": False, "confidence": 0.0},
-        {"frozen": True, "confidence": 0.0, "trust": 0.9},
-    ):
-        asked = loop(setting_of(pair, **options), answered[:1], seeds, quiet)
+    alone = loop(setting_of(pair, threshold=0.0), answered, seeds, quiet)
+    assert all("expert_feedback" not in t.tokens for t in alone)
+    for threshold in (None, 1.0):
+        asked = loop(setting_of(pair, threshold=threshold), answered[:1], seeds, quiet)
         assert all("expert_feedback" in t.tokens for t in asked)
 
 

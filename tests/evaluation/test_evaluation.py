@@ -1,5 +1,6 @@
 """Suites of an evaluation: what is cached, what is counted, and that a kill changes nothing."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -30,7 +31,8 @@ from mlx_fd.evaluation.instructing import read as read_instructions
 from mlx_fd.evaluation.measures import Measure, compare
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.target import Models, open_target
-from mlx_fd.feedback.gate import ENOUGH_SURE, initial_state
+from mlx_fd.feedback.gate import initial_state
+from mlx_fd.feedback.risk import RunningTrust, Trust
 from mlx_fd.problems import load, parsing
 from mlx_fd.problems.sources.arithmetic import questions
 from mlx_fd.runs.checked import with_digest
@@ -264,23 +266,22 @@ def test_a_killed_evaluation_goes_on_as_if_it_had_not_been(run, done, tmp_path):
 
 
 def test_a_run_says_whether_its_student_may_stand_alone(run, tmp_path):
-    frozen = shutil.copytree(run, tmp_path / "frozen", symlinks=True)
-    checkpoints = frozen / runs.CHECKPOINTS
+    trusting = shutil.copytree(run, tmp_path / "trusting", symlinks=True)
+    checkpoints = trusting / runs.CHECKPOINTS
     shutil.copytree(checkpoints / "000001", checkpoints / "000002")
-    for number, is_frozen in (("000001", False), ("000002", True)):
-        sure = [True] * ENOUGH_SURE
-        found = initial_state(GateOptions(), ["lm"]).to_json()
-        state = {"files": {}, "gate": {**found, "sure": sure}}
-        state["gate"]["frozen"] = is_frozen
+    for number, threshold in (("000001", None), ("000002", 0.9)):
+        running = RunningTrust(trust=Trust(threshold))
+        found = dataclasses.replace(initial_state(GateOptions(), ["lm"]), running=running)
+        state = {"files": {}, "gate": found.to_json()}
         (checkpoints / number / runs.STATE).write_text(json.dumps(state))
     (checkpoints / "last").symlink_to("000002")
-    assert not open_target(str(run), None).trusted
+    assert open_target(str(run), None).threshold is None
     # The best checkpoint is used as the run's end would have it; another as it was then.
-    assert open_target(str(frozen), None).trusted
-    assert open_target(str(checkpoints / "000002"), None).trusted
+    assert open_target(str(trusting), None).threshold == 0.9
+    assert open_target(str(checkpoints / "000002"), None).threshold == 0.9
     (checkpoints / "best").unlink()
     (checkpoints / "best").symlink_to("000002")
-    assert not open_target(str(checkpoints / "000001"), None).trusted
+    assert open_target(str(checkpoints / "000001"), None).threshold is None
 
 
 def test_the_untrained_student_steps_in_for_a_while_only(run):

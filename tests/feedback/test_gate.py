@@ -12,7 +12,7 @@ import pytest
 from mlx_fd.config import GateOptions
 from mlx_fd.feedback import gate, gate_published
 
-EMA = GateOptions(gate="ema")
+EMA = GateOptions(gate="ema", stop_threshold=0.35)
 DECAYS = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
 CONVERGING = DECAYS[:-1]
 NOISES = (0.0, 0.1, 0.3)
@@ -459,37 +459,26 @@ def test_a_frozen_student_is_never_triggered(trigger):
     )
 
 
-def test_a_trusted_student_stands_alone_where_it_is_sure():
-    options = GateOptions(confidence=0.5, trust=0)
-    frozen = gate.replace(gate.initial_state(options, ["lm"]), frozen=True)
-    scores = (0.5, -0.7, 0.49, 0.0, None)
-    alone = [gate.stands_alone(frozen, score, options) for score in scores]
-    assert alone == [True, True, *[False] * 3]
-    learning = gate.replace(frozen, frozen=False)
-    assert not any(gate.stands_alone(learning, score, options) for score in scores)
-
-
-def test_trust_is_the_share_of_sure_scores_that_agreed():
-    options = GateOptions(confidence=0.5, trust=0.75)
-    state = gate.replace(gate.initial_state(options, ["lm"]), frozen=True)
-    # Unsure scores and unread ones say nothing; 0 is no praise.
-    for student, expert in ((0.4, -1.0), (None, 1.0), (0.9, None)):
-        assert gate.observe_scores(state, student, expert, options) == state
+def test_a_student_stands_alone_where_its_verdicts_are_the_experts():
+    options = GateOptions(max_disagreement=0.1, audit_window=0)
+    state = gate.initial_state(options, ["lm"])
+    # What is missing says nothing; 0 is no praise.
+    for confidence, student, expert in ((None, 0.4, -1.0), (0.9, None, 1.0), (0.9, 0.9, None)):
+        assert gate.observe_scores(state, confidence, student, expert, options) == state
     for student, expert, same in ((0.9, 0.1, True), (-0.9, 0.0, True), (0.9, 0.0, False)):
-        assert gate.observe_scores(state, student, expert, options).sure == (same,)
-    for _ in range(gate.ENOUGH_SURE - 1):
-        state = gate.observe_scores(state, 0.9, 1.0, options)
-    assert not gate.trusted(state, options), "too few to know"
-    state = gate.observe_scores(state, 0.9, 1.0, options)
-    assert gate.trusted(state, options)
-    for wrong in range(1, 6):
-        state = gate.observe_scores(state, 0.9, -1.0, options)
-        assert gate.trusted(state, options) == (16 / (16 + wrong) >= 0.75)
-    assert not gate.trusted(gate.replace(state, frozen=False), options)
-    for _ in range(3 * gate.SURE_SCORES):
-        state = gate.observe_scores(state, -0.9, -0.2, options)
-    assert state.sure == (True,) * gate.SURE_SCORES, "what is long ago is forgotten"
-    assert gate.GateState.from_json(json.loads(json.dumps(state.to_json()))) == state
+        seen = gate.observe_scores(state, 0.9, student, expert, options)
+        assert [agreed for _, agreed in seen.running.verdicts] == [same]
+    for _ in range(100):
+        state = gate.observe_scores(state, 0.95, 1.0, 1.0, options)
+        state = gate.observe_scores(state, 0.4, -1.0, 1.0, options)
+    assert gate.set_trust(state, 0.1, options) == state, "no look is due"
+    trusting = gate.set_trust(state, 0.5, options)
+    alone = [gate.stands_alone(trusting, one) for one in (0.95, 0.5, 0.4, None)]
+    assert alone == [True, True, False, False] and not trusting.frozen
+    for name in ("always", "never"):
+        other = dataclasses.replace(options, gate=name)
+        assert gate.set_trust(state, 0.5, other) == state
+    assert gate.GateState.from_json(json.loads(json.dumps(trusting.to_json()))) == trusting
 
 
 def test_audits_are_a_fixed_share_drawn_by_seed():

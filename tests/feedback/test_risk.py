@@ -49,7 +49,7 @@ def test_the_fewest_audits_are_those_that_just_pass() -> None:
     assert upper_bound(0, n, 0.975) <= 0.05 < upper_bound(0, n - 1, 0.975)
     assert set_threshold([0.97] * n, [True] * n, 0.05).threshold == 0.0
     assert set_threshold([0.97] * (n - 1), [True] * (n - 1), 0.05) == NO_TRUST
-    assert fewest_audits(1.0) == 1
+    assert fewest_audits(1.0) == 0
 
 
 def test_the_threshold_is_the_lowest_of_the_sequence_that_passes() -> None:

@@ -3,7 +3,9 @@ import pytest
 from mlx_fd.runs.summary import find_warnings, summarise, wilson
 
 
-def row(before, after, expert=0.5, student=0.1, written=None, capped=(), alone=False):
+def row(
+    before, after, expert=0.5, student=0.1, written=None, capped=(), alone=False, trusted=False
+):
     return {
         "correct_before": before,
         "correct_after": after,
@@ -13,7 +15,12 @@ def row(before, after, expert=0.5, student=0.1, written=None, capped=(), alone=F
         "prefilled": {"answer": 30},
         "seconds": {"answer": 0.5},
         "capped": list(capped),
+        "gate": {"trusted": trusted},
     }
+
+
+def trust(threshold):
+    return {"threshold": threshold, "coverage": 0, "audited": 0, "disagreed": 0, "bound": 1}
 
 
 @pytest.mark.parametrize(
@@ -28,9 +35,9 @@ def test_wilson(right, n, low, high):
 
 def test_summary_adds_up():
     episodes = [
-        row(True, True, expert=0.5, student=0.0),
+        row(True, True, expert=0.5, student=0.0, trusted=True),
         row(False, True, expert=None),
-        row(False, False, expert=-0.5, student=0.0, written=0.3),
+        row(False, False, expert=-0.5, student=0.0, written=0.3, trusted=True),
         row(False, True, alone=True, student=0.9),
     ]
     update = {"losses": {}, "total": 1.0, "gradient_norm": 1.0, "skipped": False, "tokens": 70}
@@ -39,7 +46,7 @@ def test_summary_adds_up():
             "batch": 0,
             "updates": [update, {**update, "skipped": True}],
             "frozen": False,
-            "sure": {"agreed": 1, "of": 1},
+            "trust": trust(None),
             "distil_seconds": 0.5,
             "seconds": 2,
         },
@@ -47,7 +54,7 @@ def test_summary_adds_up():
             "batch": 1,
             "updates": [],
             "frozen": True,
-            "sure": {"agreed": 2, "of": 3},
+            "trust": trust(0.5),
             "distil_seconds": 0.0,
             "seconds": 1,
         },
@@ -66,7 +73,10 @@ def test_summary_adds_up():
     }
     feedback = found["expert_feedback"]
     assert (feedback["asked"], feedback["not_asked"]) == (3, 1)
-    assert feedback["sure_scores"] == {"agreed": 2, "of": 3}
+    assert feedback["trust"] == trust(0.5)
+    # Each feedback that was not written counts as 20 tokens, those that were as what they took.
+    assert feedback["share_saved"] == 0.25 and feedback["share_saved_second_half"] == 0.5
+    assert (feedback["audits"]["n"], feedback["audits"]["disagreed"]) == (2, 1)
     assert (feedback["tokens_written"], feedback["tokens_saved"]) == (60, 20)
     assert feedback["accuracy_when_asked"]["right"] == 2
     assert feedback["accuracy_when_not_asked"] == {

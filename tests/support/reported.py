@@ -39,10 +39,16 @@ def episode(number: int, **changes: Any) -> dict[str, Any]:
         "reference": str(number + 2),
         "answer": {"text": f"{number} + 2 = {number + 3}\n#### {number + 3}", "final": "1"},
         "expert_feedback": {"text": "Step 1 should be one less.", "written_score": -0.8},
-        "student_feedback": {"text": "Step 1 is right.", "head_score": 0.25, "written_score": 1.0},
+        "student_feedback": {
+            "text": "Step 1 is right.",
+            "head_score": 0.25,
+            "written_score": 1.0,
+            "confidence": 0.25,
+        },
         "gate": {
             "distilled": True,
             "reason": "score gap 1.05 > 0.25",
+            "trusted": False,
             "on_policy": False,
             "losses_before": dict.fromkeys(LOSSES, 0.5),
             "losses_after": dict.fromkeys(LOSSES, 0.25),
@@ -96,7 +102,8 @@ def metric(batch: int, *, frozen: bool = False, reason: str = "still gaining") -
         "probe": losses,
         "stop": {"action": action, "reason": reason, "gains": gains, "weights": losses},
         "frozen": frozen,
-        "sure": {"agreed": 0, "of": 0},
+        "trust": {"threshold": None, "coverage": 0.0, "audited": 0, "disagreed": 0, "bound": 1.0},
+        "expert_tokens": 12,
         "distil_seconds": 0.5,
         "seconds": 4.0,
     }
@@ -310,7 +317,7 @@ def self_metric(batch: int, *, wrong: float | None = None, frozen: bool = False)
     row = metric(batch, frozen=frozen)
     update = {**row["updates"][0], "losses": {"match": 1 / (batch + 2)}}
     stop = {**row["stop"], "gains": {"wrong": 1 - wrong}} if wrong is not None else None
-    del row["sure"]
+    del row["trust"], row["expert_tokens"]
     return {
         **row,
         "weights": {},

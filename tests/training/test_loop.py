@@ -15,7 +15,6 @@ import pytest
 from mlx_fd import runs
 from mlx_fd.config import Config, override, preset
 from mlx_fd.errors import UserError
-from mlx_fd.feedback import gate
 from mlx_fd.feedback.episode import combined_score
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models.conversation import Conversation
@@ -299,28 +298,28 @@ def test_sigkills_at_random_moments_change_nothing(dirs, tmp_path):
     assert_same(whole, target)
 
 
-def test_after_the_freeze_the_expert_is_asked_less(dirs, tmp_path, monkeypatch):
-    """A student that is sure of itself stands alone, but for audits."""
-    plan = make_plan(*dirs, confidence=0.0, trust=0.0, audit_fraction=0.0, episodes=4)
-    freeze = gate.initial_state
-
-    def frozen(options, names):
-        return gate.replace(freeze(options, names), frozen=True)
-
-    monkeypatch.setattr(gate, "initial_state", frozen)
+def test_a_trusted_student_is_asked_alone_and_goes_on_learning(dirs, tmp_path):
+    """With any disagreement allowed, the student is trusted from the first look on."""
+    plan = make_plan(*dirs, max_disagreement=1.0, audit_fraction=0.0, episodes=4, batch_size=2)
     summary = start(tmp_path / "run", plan)
-    assert summary["expert_feedback"]["asked"] == 0
-    assert summary["expert_feedback"]["not_asked"] == 4
-    assert summary["updates"]["steps"] == 0
-    for row in rows(tmp_path / "run"):
-        assert row["expert_feedback"] is None
+    assert summary["expert_feedback"]["asked"] == summary["expert_feedback"]["not_asked"] == 2
+    assert summary["expert_feedback"]["share_saved_second_half"] == 1.0
+    first, then = rows(tmp_path / "run")[:2], rows(tmp_path / "run")[2:]
+    assert all(row["expert_feedback"] and not row["gate"]["trusted"] for row in first)
+    for row in then:
+        assert row["gate"]["trusted"] and row["expert_feedback"] is None
         assert row["gate"]["reason"] == "the student stands alone"
         assert row["merged"] == row["student_feedback"]["text"]
         assert "expert_feedback" not in row["tokens"] and "merge" not in row["tokens"]
-    audited = make_plan(*dirs, confidence=0.0, trust=0.0, audit_fraction=1.0, episodes=4)
-    assert start(tmp_path / "audited", audited)["expert_feedback"]["asked"] == 4
-    untrusted = make_plan(*dirs, confidence=0.0, audit_fraction=0.0, episodes=4)
-    assert start(tmp_path / "untrusted", untrusted)["expert_feedback"]["asked"] == 4
+    audited = make_plan(*dirs, max_disagreement=1.0, audit_fraction=1.0, episodes=4, batch_size=2)
+    summary = start(tmp_path / "audited", audited)
+    assert summary["expert_feedback"]["asked"] == 4
+    assert [row["gate"]["trusted"] for row in rows(tmp_path / "audited")] == [False] * 2 + [
+        True
+    ] * 2
+    assert summary["updates"]["batches"] == 2, "it learns from audits"
+    never = make_plan(*dirs, max_disagreement=0.0, audit_fraction=0.0, episodes=4, batch_size=2)
+    assert start(tmp_path / "never", never)["expert_feedback"]["asked"] == 4
 
 
 @pytest.mark.parametrize("mode", ["never", "always", "published"])

@@ -24,7 +24,7 @@ from rich.text import Text
 from mlx_fd.cli.terminal.layout import NamedValues
 from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Probing, Started, Step, Warned
 from mlx_fd.runs.labels import EXAM_NAMES, STEP_NAMES, duration, number
-from mlx_fd.runs.records import EstimateRow, ShareRow, Summary
+from mlx_fd.runs.records import EstimateRow, ExpertUseRow, ShareRow, Summary
 from mlx_fd.text import strip_control_chars
 
 
@@ -290,6 +290,36 @@ def _mean(values: Iterable[float | None]) -> str:
     return number(sum(known) / len(known), "+.2f") if known else "-"
 
 
+def _saved(feedback: ExpertUseRow) -> str:
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    return (
+        f"{share(feedback['share_saved'])}; in the second half "
+        f"{share(feedback['share_saved_second_half'])}"
+    )
+
+
+def _trusted(feedback: ExpertUseRow) -> str:
+    """Where the student needs no expert, and what the audits showed there."""
+    trust, audits = feedback["trust"], feedback["audits"]
+    if trust is None or trust["threshold"] is None:
+        now = "nowhere at the end"
+    else:
+        now = (
+            f"from confidence {trust['threshold']:g} on; {trust['disagreed']} of its last "
+            f"{trust['audited']} verdicts there differ from the expert's, at most "
+            f"{trust['bound']:.1%} with 95 % probability"
+        )
+    if not audits["n"]:
+        return now
+    low, high = audits["interval"]
+    return (
+        f"{now}; in {audits['n']} audits {audits['disagreed']} differed "
+        f"({audits['disagreed'] / audits['n']:.1%}, 95 % {low:.1%} to {high:.1%})"
+    )
+
+
 def summary_table(summary: Summary) -> NamedValues:
     """A run's totals, printed at its end."""
     table = NamedValues("Summary")
@@ -326,12 +356,9 @@ def summary_table(summary: Summary) -> NamedValues:
         f"{feedback['asked']} requested ({feedback['tokens_written']} tokens), "
         f"{feedback['not_asked']} skipped (about {feedback['tokens_saved']} tokens saved)",
     )
-    sure = feedback["sure_scores"]
-    if frozen and sure:
-        table.add_row(
-            "confident scores",
-            f"{sure['agreed']} of {sure['of']} agreeing with the expert, at the end",
-        )
+    if feedback["not_asked"]:
+        table.add_row("saved, of its tokens", _saved(feedback))
+    table.add_row("trusted without it", _trusted(feedback))
     if feedback["not_asked"]:
         table.add_row(
             "right, requested / skipped",

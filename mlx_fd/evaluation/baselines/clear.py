@@ -39,8 +39,8 @@ def loop(
 ) -> list[Trial]:
     """The same with the distilled student, as the run would be deployed.
 
-    Where its training ended frozen and the gate trusts it, its feedback stands alone where it is
-    sure; the expert is asked for the rest. Nothing is audited, because nothing learns.
+    Where the gate trusts it, its feedback stands alone; the expert is asked for the rest. Nothing
+    is audited, because nothing learns.
     """
     from mlx_fd.feedback.episode import expert_feedback, judge, student_feedback
     from mlx_fd.feedback.gate import stands_alone
@@ -50,8 +50,7 @@ def loop(
     asked = [
         index
         for index, student in enumerate(students)
-        if setting.state is None
-        or not stands_alone(setting.state, student.head_score, setting.gate)
+        if setting.state is None or not stands_alone(setting.state, student.confidence)
     ]
     experts = expert_feedback(
         pair, [answered[index] for index in asked], options, seeds("expert_feedback"), on_tokens

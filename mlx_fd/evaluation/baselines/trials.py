@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_fd.config import EpisodeOptions, GateOptions, GenerationOptions
+from mlx_fd.config import EpisodeOptions, GenerationOptions
 from mlx_fd.registry import Entry
 from mlx_fd.runs.records import ThoughtColumns, TrialRow, thought_columns
 
@@ -30,7 +30,6 @@ class Setting:
         pair: the models.
         generation: token limits and sampling.
         episode: the target score, and the student's weight in the combined score.
-        gate: the gate's options.
         answered_by: who wrote the answers that a system goes on from.
         state: the gate as the student's training ended; ``None`` where no run trained it.
     """
@@ -38,7 +37,6 @@ class Setting:
     pair: Pair
     generation: GenerationOptions
     episode: EpisodeOptions
-    gate: GateOptions
     answered_by: Who
     state: GateState | None
 
