@@ -25,6 +25,7 @@ from mlx_fd.cli.pareto import pareto
 from mlx_fd.cli.report import report
 from mlx_fd.cli.resume import resume
 from mlx_fd.cli.self_distill import self_distill
+from mlx_fd.cli.serve import serve
 from mlx_fd.cli.signals import Stopped, interruptible
 from mlx_fd.errors import UserError
 from mlx_fd.text import shown, strip_control_chars
@@ -51,7 +52,7 @@ def cli() -> None:
 
 for _command in (
     *(loop, distil, self_distill, resume, evaluate, pareto, report, feedback, advantage),
-    *(export, compare, models, doctor),
+    *(serve, export, compare, models, doctor),
 ):
     cli.add_command(_command)
 

@@ -81,12 +81,23 @@ class ChatTemplate:
             UserError: there is no template, or it cannot be rendered, takes too long, or writes
                 too much.
         """
+        return self.render_said(_in_turn(turns))
+
+    def render_said(self, said: Sequence[tuple[str, str]]) -> str:
+        """A chat's text, up to where the assistant begins; anyone may have spoken.
+
+        Args:
+            said: (role, text) of each message.
+
+        Raises:
+            UserError: as for :meth:`render`.
+        """
         if not self.source:
             raise UserError(
                 f"{self.owner} has no chat template: an Instruct model is needed, not a base model"
             )
         return template_sandbox.render(
-            self.source, self._variables(turns), self.date, where=self.owner
+            self.source, self._variables(said), self.date, where=self.owner
         )
 
     def with_kwargs(self, **more: Any) -> ChatTemplate:
@@ -105,10 +116,8 @@ class ChatTemplate:
             del content["date"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def _variables(self, turns: Sequence[str]) -> dict[str, Any]:
-        roles = ("user", "assistant")
-        said = [(roles[index % 2], text) for index, text in enumerate(turns)]
-        if self.system:
+    def _variables(self, said: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        if self.system and all(role != "system" for role, _ in said):
             said = [("system", ""), *said]
         messages = [
             {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text}
@@ -122,6 +131,11 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
         }
+
+
+def _in_turn(turns: Sequence[str]) -> list[tuple[str, str]]:
+    """What user and assistant say in turn, with who says it."""
+    return [(("user", "assistant")[index % 2], text) for index, text in enumerate(turns)]
 
 
 def choose_source(found: Any, path: Path) -> str:
@@ -171,7 +185,7 @@ def fitted(template: ChatTemplate) -> ChatTemplate:
         candidate = dataclasses.replace(template, parts=parts, system=system)
         template_sandbox.check_limits(
             candidate.source,
-            [candidate._variables(_CHAT[:1]), candidate._variables(_CHAT[:3])],
+            [candidate._variables(_in_turn(_CHAT[:length])) for length in (1, 3)],
             candidate.date,
             candidate.owner,
         )

@@ -77,6 +77,31 @@ def chat_text(loaded: Loaded, turns: Sequence[str]) -> str:
     return text if loaded.thinking is None else loaded.thinking.ready(text)
 
 
+def messages_prompt(loaded: Loaded, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+    """Tokens of a conversation of anyone's messages, up to where the reply begins.
+
+    Args:
+        loaded: whose template and tokens.
+        messages: (role, text) of each: ``"system"``, ``"user"`` or ``"assistant"``.
+
+    Raises:
+        UserError: the template does not take such messages, or leaves out or changes what system
+            or user say.
+    """
+    text, end = loaded.template.render_said(messages), 0
+    for role, said in messages:
+        begin = text.find(said.strip(), end)
+        if begin >= 0:
+            end = begin + len(said.strip())
+        elif role != "assistant":  # of an assistant's message a thought may be left out
+            raise UserError(
+                f"{loaded.template.owner}: its chat template leaves out or changes what the {role} "
+                "says in such a conversation"
+            )
+    ready = text if loaded.thinking is None else loaded.thinking.ready(text)
+    return tuple(loaded.tokenizer.encode(ready, add_special_tokens=False))
+
+
 def said(loaded: Loaded, message: str, reply: Sequence[int]) -> tuple[int, ...]:
     """Tokens of a conversation in which a user's first message got a reply.
 
@@ -85,7 +110,18 @@ def said(loaded: Loaded, message: str, reply: Sequence[int]) -> tuple[int, ...]:
         message: what the user says.
         reply: the reply's tokens, without any thought.
     """
-    head, _ = _visible(loaded.thinking, first_prompt(loaded, message))
+    return replied(loaded, first_prompt(loaded, message), reply)
+
+
+def replied(loaded: Loaded, prompt: Sequence[int], reply: Sequence[int]) -> tuple[int, ...]:
+    """Tokens of a conversation as it stands after a reply.
+
+    Args:
+        loaded: whose template and tokens.
+        prompt: all tokens before the reply, as :func:`messages_prompt` gives them.
+        reply: the reply's tokens, without any thought.
+    """
+    head, _ = _visible(loaded.thinking, tuple(prompt))
     ends = {*loaded.tokenizer.eos_token_ids}
     return (*head, *_as_ended(loaded.thinking, tuple(reply), ended=ends.issuperset(reply[-1:])))
 

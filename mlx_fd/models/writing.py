@@ -7,7 +7,7 @@ What is written here is all that the model says, its thoughts among it;
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_fd.config import GenerationOptions
 from mlx_fd.models.conversation import Cache, Conversation, Mark, can_be_cut_back
 from mlx_fd.models.loading import Loaded
+
+Draw = Callable[[mx.array], mx.array]
+"""Draws tokens from rows of log-probabilities [n, V]."""
 
 # mlx-lm's penalty looks at the last 20 tokens; the published ones at all.
 _WHOLE_CONTEXT = 1 << 20
@@ -161,7 +164,7 @@ def write(
         stop_tokens=[[token] for token in eos],
         # Rows beyond the tokenizer are padding, and the other model may have fewer of them.
         sampler=lambda logprobs: draw(logprobs[..., : loaded.vocab]),
-        logits_processors=_processors(sampling) or None,
+        logits_processors=logits_processors(sampling) or None,
         completion_batch_size=len(conversations),
         prefill_batch_size=len(conversations),
     )
@@ -240,34 +243,24 @@ def _write_alone(
     before = [*old.tokens, *prompt]
     cache = copy.deepcopy(old.cache) if old.cache is not None else make_prompt_cache(loaded.model)
     start = [*prompt] if old.cache is not None else before
-
-    def run(tokens: Sequence[int]) -> mx.array:
-        logits: mx.array = loaded.model(mx.array([[*tokens]]), cache=cache)[:, -1]
-        mx.eval([layer.state for layer in cache])
-        return logits
-
-    for begin in range(0, len(start) - 1, _PREFILL):
-        run(start[begin : min(begin + _PREFILL, len(start) - 1)])
+    read_alone(loaded, cache, start[:-1])
     kept = can_be_cut_back(cache, len(before) + sampling.max_tokens)
     mark = Mark(len(before) - 1, copy.deepcopy(cache)) if options.mark and not kept else None
-    draw, processors = _drawing(loaded, sampling), _processors(sampling)
     eos = {*loaded.tokenizer.eos_token_ids, *ends}
     written: list[int] = []
     logprobs: list[float] = []
-    while len(written) < sampling.max_tokens and not (written and written[-1] in eos):
-        logits = run([*before, *written][-1:])
-        for process in processors:
-            logits = process(mx.array([*before, *written]), logits)
-        rows = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        token: Any = draw(rows[..., : loaded.vocab]).item()
+    draw, processors = _drawing(loaded, sampling), logits_processors(sampling)
+    for token, rows in drawn_alone(loaded, cache, before, draw, processors):
         written.append(token)
         if options.logprobs:
             drawn = _logprobs(rows, [token], sampling.temperature or 1.0, loaded.vocab)
             logprobs += drawn
         if options.on_token is not None:
             options.on_token(1)
+        if token in eos or len(written) == sampling.max_tokens:
+            break
     if options.keep:
-        run(written[-1:])
+        read_alone(loaded, cache, written[-1:])
     finished = written[-1] in eos
     return Turn(
         text=loaded.tokenizer.decode(written[:-1] if finished else written).strip(),
@@ -280,7 +273,42 @@ def _write_alone(
     )
 
 
-def _processors(sampling: Sampling) -> list[Callable[[mx.array, mx.array], mx.array]]:
+def read_alone(loaded: Loaded, cache: Cache, tokens: Sequence[int]) -> None:
+    """Let a model read on, one conversation by itself; ``cache`` then holds the tokens, too."""
+    for begin in range(0, len(tokens), _PREFILL):
+        loaded.model(mx.array([[*tokens[begin : begin + _PREFILL]]]), cache=cache)
+        mx.eval([layer.state for layer in cache])
+
+
+def drawn_alone(
+    loaded: Loaded,
+    cache: Cache,
+    before: Sequence[int],
+    draw: Draw,
+    processors: Sequence[Callable[[mx.array, mx.array], mx.array]],
+) -> Iterator[tuple[int, mx.array]]:
+    """Tokens of one conversation, for ever, each with the log-probabilities [1, V] it is drawn by.
+
+    Args:
+        loaded: who writes.
+        cache: holds all of ``before`` but its last token; it goes along, a token behind.
+        before: all tokens so far.
+        draw: of rows of log-probabilities of the model's vocabulary.
+        processors: of logits, by the tokens so far.
+    """
+    tokens = [*before]
+    while True:
+        logits: mx.array = loaded.model(mx.array([tokens[-1:]]), cache=cache)[:, -1]
+        mx.eval([layer.state for layer in cache])
+        for process in processors:
+            logits = process(mx.array(tokens), logits)
+        rows = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        token: Any = draw(rows[..., : loaded.vocab]).item()
+        tokens.append(token)
+        yield token, rows
+
+
+def logits_processors(sampling: Sampling) -> list[Callable[[mx.array, mx.array], mx.array]]:
     """What changes logits [1, V] before a token is drawn, by the tokens so far."""
     if sampling.repetition_penalty == 1:
         return []

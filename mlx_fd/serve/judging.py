@@ -1,0 +1,95 @@
+"""What the student makes of answers, written beside all else that it writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_fd.feedback.episode import Criticism, head_score, parsed
+from mlx_fd.models.conversation import Conversation, prefill, rewind_to
+from mlx_fd.models.writing import Sampling, Turn
+from mlx_fd.problems.arithmetic import first_error
+from mlx_fd.serve.lanes import Job
+from mlx_fd.serve.models import STUDENT, Served
+from mlx_fd.serve.service import Service
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judgement.
+
+    Attributes:
+        score: the head's, in (-1, 1); ``None``: there is no trained head.
+        written_score: the one in the text; ``None`` where none can be read, or no text is written.
+        text: the criticism.
+        first_wrong_step: the step that the text names, from 1; 0: it finds every step right;
+            ``None``: it does not say so that it can be read.
+        finished: whether the student ended the text itself.
+        written: tokens that were written.
+    """
+
+    score: float | None
+    written_score: float | None = None
+    text: str = ""
+    first_wrong_step: int | None = None
+    finished: bool = True
+    written: int = 0
+
+
+async def judge(
+    service: Service,
+    prompt: tuple[int, ...],
+    sampling: Sampling,
+    read: Conversation | None = None,
+    *,
+    text: bool,
+) -> Verdict:
+    """Judge one answer.
+
+    Args:
+        service: the models.
+        prompt: all tokens before the feedback.
+        sampling: of its text.
+        read: a conversation that begins alike, whose state is used where it can be.
+        text: whether its text is wanted; without it a score that is read before the text costs no
+            writing.
+    """
+    student = service.served.judge.student if service.served.scores else None
+    behind = student is not None and student.score_at == "feedback"
+
+    def begin(models: Served) -> tuple[Any, Conversation, float | None]:
+        loaded = models.student
+        start = Conversation() if read is None else rewind_to(read, prompt)
+        if start.cache is None:
+            start = Conversation()
+        hidden, before = prefill(loaded, start, prompt[len(start.tokens) :])
+        score = None if student is None or behind else float(student.score(hidden))
+        return hidden, before, score
+
+    hidden, before, score = await service.engine.call(begin)
+    if not text and not behind:
+        return Verdict(score)
+    writing = service.engine.write(STUDENT, Job(before, prompt[-1:], sampling))
+    try:
+        written = await writing.written()
+    finally:
+        writing.drop()
+    finished = written.reason == "stop"
+    said = Turn(written.text.strip(), written.tokens, finished, written.conversation, written.read)
+    if student is not None and behind:
+        trained = student
+
+        def end(models: Served) -> float:
+            criticism = Criticism(said, prompt, hidden, before, len(prompt))
+            return head_score(trained, models.student, criticism)
+
+        score = await service.engine.call(end)
+    feedback = parsed(said)
+    return Verdict(
+        score,
+        feedback.written_score,
+        feedback.text,
+        first_error(feedback.text),
+        finished,
+        len(written.tokens),
+    )

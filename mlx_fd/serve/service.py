@@ -1,0 +1,99 @@
+"""What the routes share: models, limits, rule, counters."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from mlx_fd.serve.limits import Admission, Limits
+
+if TYPE_CHECKING:
+    from mlx_fd.serve.engine import Engine
+    from mlx_fd.serve.logs import Log
+    from mlx_fd.serve.metrics import Metrics
+    from mlx_fd.serve.models import Served
+    from mlx_fd.serve.rule import Rule
+
+T = TypeVar("T")
+
+# Of models that are no run's.
+_TOKENS, _FEEDBACK_TOKENS = 512, 192
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the server was started.
+
+    Attributes:
+        student: the run, checkpoint or model, as it was named.
+        expert: likewise; ``None``: there is none.
+        host: where it listens.
+        port: likewise; 0: any free one.
+        key: what a client must show; ``None``: nothing.
+        limits: what clients may take.
+        threshold: below which the expert is asked; ``None``: as the run says.
+        verbatim: whether a single question is sent as it is, without the form of the training.
+        log_texts: whether logs have what was asked and answered.
+    """
+
+    student: str
+    expert: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8080
+    key: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    threshold: float | None = None
+    verbatim: bool = False
+    log_texts: bool = False
+
+
+@dataclass
+class Service:
+    """A server's parts; of one event loop.
+
+    Attributes:
+        options: how it was started.
+        engine: the thread with the models.
+        served: the models.
+        rule: when the expert is asked.
+        metrics: counters.
+        log: where requests are noted.
+        admission: who may come in.
+    """
+
+    options: Options
+    engine: Engine
+    served: Served
+    rule: Rule
+    metrics: Metrics
+    log: Log
+    admission: Admission
+    # One thread: a tokenizer is not made for several.
+    _aside: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="prompts")
+    )
+
+    @property
+    def default_tokens(self) -> int:
+        """The most tokens of a reply, where a request does not say: as in the run."""
+        config = self.served.judge.ref.config
+        tokens = _TOKENS if config is None else config.generation.max_answer_tokens
+        return min(tokens, self.options.limits.max_tokens)
+
+    @property
+    def feedback_tokens(self) -> int:
+        """The most tokens of a feedback, likewise."""
+        config = self.served.judge.ref.config
+        tokens = _FEEDBACK_TOKENS if config is None else config.generation.max_feedback_tokens
+        return min(tokens, self.options.limits.max_tokens)
+
+    async def aside(self, function: Callable[[], T]) -> T:
+        """Do what takes a while, such as making tokens of a long text, beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._aside, function)
+
+    def close(self) -> None:
+        """End the thread of :meth:`aside`."""
+        self._aside.shutdown(wait=False, cancel_futures=True)
