@@ -1,7 +1,6 @@
 """Ask a server that runs `mlx-fd serve --student RUN --expert NAME`: whole, as a stream, feedback.
 
-    pip install openai
-    python examples/ask_server.py [ADDRESS]
+Run `pip install openai`, then `python examples/ask_server.py [ADDRESS]`.
 """
 
 import os
