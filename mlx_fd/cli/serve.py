@@ -48,7 +48,7 @@ Examples:
     type=Number(-1, 1),
     metavar="NUMBER",
     help="Least score of the student's answer with which it stands. [default: the run's "
-    "calibrated threshold; not calibrated: the run's gate confidence]",
+    "calibrated threshold; not calibrated: 0, above which a score says right]",
 )
 @click.option(
     "--verbatim",
