@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import difflib
 import math
+import re
 import tomllib
 import typing
 import unicodedata
@@ -31,6 +32,7 @@ MAX_SEED = 2**63 - 1
 _MAX_FLOAT = 3e38  # float32, in which all that is computed with them is, has nothing larger
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 16  # of tables in tables
+_WARM_UP = re.compile(r"([a-z][a-z-]*):([1-9][0-9]{0,8})")
 
 Words = Collection[str] | Callable[[], Collection[str]]
 """The words that an option takes, a registry for its names, or what gives them when asked."""
@@ -413,12 +415,31 @@ class EpisodeOptions:
         "Only with problems whose source knows the truth about any answer (arithmetic).",
         low=0,
     )
+    warm_up: str = _option(
+        "",
+        "Distil answers into the student before the first batch, METHOD:PROBLEMS: distil:200, or "
+        "another method of mlx-fd distil (gkd:200). Its problems are of the same split as the "
+        "loop's, and others than those and the probe set's. Empty: none.",
+    )
+    warm_up_rate: float = _option(
+        0.0, "Learning rate of the warm-up; 0: that of mlx-fd distil.", low=0
+    )
     probe_every: int = _option(1, "Distilled batches between probe evaluations.", low=1)
     checkpoint_every: int = _option(4, "Batches between checkpoints.", low=1)
     keep_checkpoints: int = _option(3, "Checkpoints to keep besides the best one.", low=2)
     seed: int = _option(
         0, "Random seed; runs with the same seed are identical.", low=0, high=MAX_SEED
     )
+
+    @property
+    def warm_up_problems(self) -> int:
+        """How many problems the warm-up has; 0: there is none."""
+        return int(self.warm_up.partition(":")[2] or 0)
+
+    @property
+    def warm_up_method(self) -> str:
+        """The warm-up's method, as it was named."""
+        return self.warm_up.partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -860,6 +881,8 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
         )
     if date := config.models.template_date:
         _check_date(date, where)
+    if config.episode.warm_up:
+        _check_warm_up(config, where)
     if losses.student_context != "none" and config.generation.answers_by != "student":
         raise UserError(
             f"{where}: student_context is about the student's own answers; set answers_by to "
@@ -891,6 +914,17 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
             f"({', '.join(losses.losses)}); give one for each, or none."
         )
     return config
+
+
+def _check_warm_up(config: Config, where: str) -> None:
+    text = config.episode.warm_up
+    if not _WARM_UP.fullmatch(text):
+        raise UserError(
+            f"{where}: warm_up must be a method and a number of problems, such as distil:200, not "
+            f"{shown(text)}."
+        )
+    if config.self_distils:
+        raise UserError(f"{where}: warm_up is for mlx-fd loop; leave it out here.")
 
 
 def _check_date(text: str, where: str) -> None:

@@ -36,6 +36,7 @@ Examples:
   mlx-fd loop --preset tiny
   mlx-fd loop --preset tiny --losses lm,logit,score,answer,reasoning --loss-weights phases
   mlx-fd loop --expert qwen2.5-7b-4bit --teacher-top-k 64 --epochs 3
+  mlx-fd loop --expert qwen2.5-7b-4bit --warm-up distil:200
   mlx-fd loop --expert smollm2-135m --student smollm2-135m:layers=15 --preset quick
   mlx-fd loop --config runs/mine/config.toml --seed 1 --out runs/seed1
   mlx-fd loop --preset tiny --track tensorboard
@@ -76,8 +77,9 @@ def loop(
     check_installed(trackers)
     config = configuration(preset_name, config_file, given)
     if config.self_distils:
+        command = "distil" if config.selfdistill.self_teacher == "expert" else "self-distill"
         raise UserError(
-            f"{config_file} is of a run of self-distillation: mlx-fd self-distill --config "
+            f"{config_file} is of a run of mlx-fd {command}: mlx-fd {command} --config "
             f"{config_file}"
         )
     begin(out, config, trackers, as_json, quiet)

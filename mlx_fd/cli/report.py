@@ -66,8 +66,8 @@ def report(
 ) -> None:
     """Write an HTML report of one run, or of several side by side.
 
-    RUN is a run directory of `mlx-fd loop` or `mlx-fd self-distill`, finished or not; the runs in
-    one report are all of the same command. The report is one self-contained file.
+    RUN is a run directory of `mlx-fd loop`, `self-distill` or `distil`, finished or not; the runs
+    in one report are of the loop, or none is. The report is one self-contained file.
     """
     from rich.console import Console
 

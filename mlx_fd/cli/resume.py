@@ -43,8 +43,8 @@ def resume(
 ) -> None:
     """Continue a stopped run exactly where it stopped.
 
-    RUN is a run directory of `mlx-fd loop` or `mlx-fd self-distill`; the exit status is theirs. A
-    run whose checkpoints are missing or damaged is left unchanged, and a message says what to do.
+    RUN is a run directory of `mlx-fd loop`, `self-distill` or `distil`; the exit status is theirs.
+    A run whose checkpoints are missing or damaged is left unchanged, and a message says what to do.
     """
     check_installed(trackers)
     from mlx_fd.training.session import resumed_plan

@@ -110,4 +110,8 @@ def _views(config: Config) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
         return self_distillation.SelfDisplay, self_distillation.summary_table
     from mlx_fd.cli.terminal.run import Display, summary_table
 
+    if config.episode.warm_up:
+        from mlx_fd.cli.terminal.warm_up import WarmUpDisplay
+
+        return WarmUpDisplay, summary_table
     return Display, summary_table

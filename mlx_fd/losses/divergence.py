@@ -23,6 +23,8 @@ from mlx_fd.models.backend import backend
 from mlx_fd.models.logit_transform import LogitSource, LogitTransform
 from mlx_fd.models.memory import LOGIT_BUDGET
 
+# In the place of -inf, where it is multiplied with a probability of 0.
+_MIN_LOGPROB = -1e20
 # Of logits that stay in a CPU's cache while dozens of operations pass over them.
 _CACHE_BYTES = 3 * 2**19
 
@@ -139,11 +141,86 @@ def token_log_probabilities(
         rows = rows - mx.logsumexp(rows, axis=-1, keepdims=True)
         picked = mx.take_along_axis(rows, tokens[part, None], axis=-1).squeeze(-1)
         # A logit of -inf has no probability, and adds nothing.
-        entropy = -(mx.exp(rows) * mx.maximum(rows, -1e20)).sum(axis=-1)
+        entropy = -(mx.exp(rows) * mx.maximum(rows, _MIN_LOGPROB)).sum(axis=-1)
         parts.append((picked, entropy))
         mx.eval(parts[-1])
     logprobs, entropies = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
     return mx.stop_gradient(logprobs), mx.stop_gradient(entropies)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a student and a teacher say of the same N tokens: [N] each, float32, in nats.
+
+    Attributes:
+        logprobs: the student's log-probabilities of the tokens.
+        entropy: of the student's distributions.
+        teacher: the teacher's log-probabilities of the tokens.
+        overlap: of the teacher's k likeliest tokens the share that the student's k hold as well.
+        reverse_kl: KL(student || teacher).
+    """
+
+    logprobs: mx.array
+    entropy: mx.array
+    teacher: mx.array
+    overlap: mx.array
+    reverse_kl: mx.array
+
+
+def compare_distributions(
+    student: tuple[mx.array, LogitSource],
+    teacher: tuple[mx.array, LogitSource],
+    tokens: mx.array,
+    *,
+    k: int,
+    temperature: float,
+    vocab: int,
+) -> Compared:
+    """:func:`token_log_probabilities` of two models, and how near their distributions are.
+
+    Each model's logits are made once, a chunk of tokens at a time; nothing is differentiable.
+
+    Args:
+        student: its hidden states [N, d] after the final norm, and its head.
+        teacher: its hidden states [N, d_teacher], and its head.
+        tokens: [N], below ``vocab``.
+        k: how many of the likeliest tokens are compared; all of them where there are no more.
+        temperature: T, above 0, that both models' logits are divided by.
+        vocab: V, the tokens that the models share; rows of the heads beyond are padding.
+    """
+    heads = [logit_head(head, vocab) for _, head in (student, teacher)]
+    hidden = student[0], teacher[0]
+    chunk = chunk_size(len(tokens), vocab, 6 + max(head.extra_arrays for head in heads))
+    k = min(k, vocab)
+    parts: list[tuple[mx.array, ...]] = []
+    for start in range(0, len(tokens), chunk):
+        part = slice(start, start + chunk)
+        found = []
+        for states, head in zip(hidden, heads, strict=True):
+            logits = head.logits(states[part]).astype(mx.float32) / temperature
+            values, indices, total = kernels.top_k_rows(logits, k)
+            found.append((logits - total[:, None], values - total[:, None], indices))
+        (ours, least, _), (theirs, _, likeliest) = found
+        both = mx.take_along_axis(ours, likeliest, axis=-1) >= least.min(axis=-1, keepdims=True)
+        q = mx.exp(ours)
+        # A logit of -inf has no probability, and adds nothing.
+        plain = mx.maximum(ours, _MIN_LOGPROB)
+        picked = [
+            mx.take_along_axis(rows, tokens[part, None], axis=-1).squeeze(-1)
+            for rows in (ours, theirs)
+        ]
+        parts.append(
+            (
+                picked[0],
+                -(q * plain).sum(axis=-1),
+                picked[1],
+                both.astype(mx.float32).mean(axis=-1),
+                mx.maximum((q * (plain - mx.maximum(theirs, _MIN_LOGPROB))).sum(axis=-1), 0),
+            )
+        )
+        mx.eval(parts[-1])
+    columns = [mx.concatenate(list(part)) for part in zip(*parts, strict=True)]
+    return Compared(*map(mx.stop_gradient, columns))
 
 
 def top_k_gap(

@@ -169,21 +169,24 @@ def _key(problem: Problem) -> str:
 
 
 def probe_and_train(
-    problems: ProblemSet, probe_size: int, episodes: int, seed: int
-) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
-    """Draw a run's probe problems and the problems it goes through.
+    problems: ProblemSet, probe_size: int, episodes: int, seed: int, warm_up: int = 0
+) -> tuple[tuple[Problem, ...], tuple[Problem, ...], tuple[Problem, ...]]:
+    """Draw a run's probe problems, the problems it goes through, and those of its warm-up.
 
     The order depends on the seed alone, so more episodes only go further in the same order and
-    the probe stays the same. No probe question comes up again in training, under any id.
+    the probe stays the same. No probe question comes up again in training, under any id. The
+    warm-up's problems are the last of the order, so that they, too, stay the same, and with a
+    warm-up or without the run goes through the same ones.
 
     Args:
         problems: where to draw from.
         probe_size: probe problems, all with different questions.
         episodes: training problems.
         seed: of the shuffle.
+        warm_up: problems of the warm-up.
 
     Returns:
-        The probe's problems and the training problems, in order.
+        The probe's problems, the training problems, in order, and the warm-up's.
 
     Raises:
         UserError: there are not enough problems.
@@ -196,11 +199,16 @@ def probe_and_train(
             break
         probe.setdefault(_key(problem), problem)
     rest = [problem for problem in order if _key(problem) not in probe]
-    if len(probe) < probe_size or len(rest) < episodes:
-        most = f"at most {len(rest)} episodes" if rest else "a smaller probe (--probe-size)"
+    if len(probe) < probe_size or len(rest) < episodes + warm_up:
+        most = "a smaller probe (--probe-size)"
+        if rest and warm_up:
+            most = f"at most {len(rest)} of both together"
+        elif rest:
+            most = f"at most {len(rest)} episodes"
+        both = f" and {warm_up} problems of a warm-up" if warm_up else ""
         raise UserError(
             f"{problems.name} ({problems.split}) has {len(order)} problems: after {len(probe)} of "
-            f"the {probe_size} held out as probe {len(rest)} are left, but {episodes} episodes "
-            f"were asked for; ask for {most}"
+            f"the {probe_size} held out as probe {len(rest)} are left, but {episodes} episodes"
+            f"{both} were asked for; ask for {most}"
         )
-    return tuple(probe.values()), tuple(rest[:episodes])
+    return tuple(probe.values()), tuple(rest[:episodes]), tuple(rest[len(rest) - warm_up :])

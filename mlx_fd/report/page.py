@@ -160,10 +160,16 @@ def make_page(
 
 def _loop_parts(runs: Sequence[LoopRun]) -> dict[str, Any]:
     probes = tables.probe_table(runs)
+    warm_ups = [run.warm_up for run in runs if run.warm_up]
     return {
         "lead": tables.lead,
         "headlines": tables.headlines,
         "totals": [tables.summary_table(runs), *([probes] if probes else [])],
+        "warm_up": self_tables.summary_table(warm_ups) if warm_ups else None,
+        "warm_up_figures": [
+            *_there(self_charts.held_out_figure(warm_ups)),
+            *self_charts.attempt_figures(warm_ups),
+        ],
         "losses": charts.loss_figures(runs),
         "by_run": [
             _gate(run, charts.weight_figure(run), charts.decision_figure(run)) for run in runs
@@ -182,6 +188,7 @@ def _self_parts(runs: Sequence[SelfRun]) -> dict[str, Any]:
         "headlines": self_tables.headlines,
         "totals": [self_tables.summary_table(runs)],
         "method": self_tables.method_table(runs),
+        "by_expert": all(run.has_expert for run in runs),
         "headroom": self_tables.headroom_table(runs),
         "learning": [
             *_there(self_charts.held_out_figure(runs)),

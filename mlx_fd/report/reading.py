@@ -103,12 +103,14 @@ class LoopRun(Run):
         totals: what the rows add up to, with what only ``summary.json`` knows beside it.
         episodes: the rows of ``episodes.jsonl`` that are whole.
         pareto: ``pareto.json``, if there is one.
+        warm_up: the distillation before the first batch, if there was one.
     """
 
     metrics: list[MetricsRow]
     totals: Summary
     episodes: list[EpisodeRow]
     pareto: Frontier | None
+    warm_up: SelfRun | None = None
 
 
 def read_runs(folders: Sequence[Path]) -> list[LoopRun] | list[SelfRun]:
@@ -183,6 +185,10 @@ def _read(folder: Path, name: str) -> LoopRun:
     if "exam" not in totals and finished:
         missing.append(f"There was no examination: {_why_no_exam(manifest)}.")
     pareto = json_file(folder, _PARETO, _pareto, missing, needed=False)
+    warm_up = None
+    if (folder / runs.WARM_UP).is_dir():
+        warm_up = read_self_run(folder / runs.WARM_UP, name)
+        missing += [f"Warm-up: {said}" for said in warm_up.missing]
     return LoopRun(
         name=name,
         folder=folder,
@@ -195,6 +201,7 @@ def _read(folder: Path, name: str) -> LoopRun:
         missing=missing,
         episodes=episodes,
         pareto=pareto,
+        warm_up=warm_up,
     )
 
 

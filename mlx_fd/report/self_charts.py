@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import altair as alt
 
@@ -95,7 +96,7 @@ def attempt_figures(runs: Sequence[SelfRun]) -> list[Figure]:
                 f"half, {share_says(run.totals['second_half'])} in the second."
                 for run in runs
             ),
-            {run.name: run.attempts for run in runs},
+            {run.name: [row for row in run.attempts if not row.get("by_expert")] for run in runs},
             "attempt",
             lambda row: row["attempt"],
             {"attempts": lambda row: row["correct"]},
@@ -132,6 +133,21 @@ def attempt_figures(runs: Sequence[SelfRun]) -> list[Figure]:
         ),
         _by_batch(
             runs,
+            "Distance to the teacher",
+            _nearness_says(runs),
+            {"KL(student, teacher)": lambda row: _of_health(row, "reverse_kl")},
+        ),
+        _by_batch(
+            runs,
+            "Likeliest tokens shared with the teacher",
+            "Fraction of the teacher's likeliest tokens that are among as many of the student's, "
+            "mean over tokens.",
+            {"shared": lambda row: _of_health(row, "overlap")},
+            share=True,
+        ),
+        position_figure(runs),
+        _by_batch(
+            runs,
             "Length of attempts",
             "Mean, in tokens.",
             {"tokens": lambda row: row["attempts"]["tokens"]},
@@ -148,6 +164,59 @@ def attempt_figures(runs: Sequence[SelfRun]) -> list[Figure]:
             )
         )
     return [it for it in found if it]
+
+
+def _of_health(row: SelfMetricsRow, name: Literal["overlap", "reverse_kl"]) -> float | None:
+    return row["health"][name] if "health" in row else None
+
+
+def _nearness_says(runs: Sequence[SelfRun]) -> str:
+    says = "; ".join(
+        f"{draw.whose(run, runs)}{found['first']['reverse_kl']:.3g} in the first quarter of the "
+        f"batches, {found['last']['reverse_kl']:.3g} in the last"
+        for run in runs
+        if (found := run.totals.get("health"))
+    )
+    return f"KL(student, teacher) in nats per token, before each update: {says}."
+
+
+def position_figure(runs: Sequence[SelfRun]) -> Figure | None:
+    """Where in an attempt student and teacher differ: in the run's first quarter and its last."""
+    quarters: dict[Literal["first", "last"], str] = {
+        "first": "first quarter",
+        "last": "last quarter",
+    }
+    rows = [
+        {
+            "run": run.name,
+            "batches": name,
+            "position": place["first"],
+            "tokens": place["tokens"],
+            "KL": place["reverse_kl"],
+        }
+        for run in runs
+        if (health := run.totals.get("health"))
+        for key, name in quarters.items()
+        for place in health[key]["positions"]
+    ]
+    if not rows:
+        return None
+    several = len(runs) > 1
+    base = alt.Chart(draw.ROWS).encode(
+        x=alt.X("position:O", title="position in the attempt, from", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("KL:Q", title=None, scale=alt.Scale(domainMin=0)),
+        color=draw.colour("run", [run.name for run in runs])
+        if several
+        else draw.colour("batches", list(quarters.values())),
+        strokeDash=draw.dash("batches", list(quarters.values()), [[4, 3], [1, 0]]),
+        tooltip=["run:N", "batches:N", "position:O", alt.Tooltip("KL:Q", format=".4g"), "tokens:Q"],
+    )
+    return draw.figure(
+        "Distance to the teacher by position",
+        "KL(student, teacher) in nats per token, by where in the attempt a token is.",
+        draw.layered(draw.with_points(base, ("run", "batches"))),
+        rows,
+    )
 
 
 def _by_batch(

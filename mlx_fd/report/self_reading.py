@@ -30,7 +30,13 @@ from mlx_fd.report.run import (
     say_changed_logs,
     summary_of,
 )
-from mlx_fd.runs.records import AttemptRow, SelfHeadroomRow, SelfMetricsRow, SelfSummary
+from mlx_fd.runs.records import (
+    AttemptRow,
+    HealthRow,
+    SelfHeadroomRow,
+    SelfMetricsRow,
+    SelfSummary,
+)
 from mlx_fd.runs.self_distillation_summary import WRONG, summarise
 
 _STEPS = ("attempt", "context", "learn")
@@ -55,6 +61,11 @@ class SelfRun(Run):
         """The run's options, as far as they are known."""
         found: JsonObject = self.manifest["options"]
         return found
+
+    @property
+    def has_expert(self) -> bool:
+        """Whether the teacher is another model: a run of ``mlx-fd distil``."""
+        return self.options.get("self_teacher") == "expert"
 
     @property
     def has_context(self) -> bool:
@@ -106,7 +117,7 @@ def read_self_run(folder: Path, name: str) -> SelfRun:
 
 
 def _attempt(row: JsonObject) -> AttemptRow:
-    return {
+    found: AttemptRow = {
         "attempt": int(number(row["attempt"])),
         "id": str(row["id"]),
         "question": text(row["question"]),
@@ -128,12 +139,15 @@ def _attempt(row: JsonObject) -> AttemptRow:
         "logprob": known(row["logprob"]),
         "logprob_gap": number(row["logprob_gap"]),
     }
+    if "by_expert" in row:
+        found["by_expert"] = truth(row["by_expert"])
+    return found
 
 
 def _metric(row: JsonObject) -> SelfMetricsRow:
     found = row["attempts"]
     usual = metric(row)
-    return {
+    rest = {
         **usual,
         "probe": usual["probe"] and _shares(usual["probe"]),
         "attempts": {
@@ -152,6 +166,37 @@ def _metric(row: JsonObject) -> SelfMetricsRow:
         "prefilled": int(number(row["prefilled"])),
         "step_seconds": {step: number(row["step_seconds"][step]) for step in _STEPS},
     }
+    read = cast("SelfMetricsRow", rest)
+    if "expert_answers" in row:
+        written = numbers(row["expert_answers"])
+        read["expert_answers"] = {
+            "n": int(written["n"]),
+            "right": int(written["right"]),
+            "taught": int(written["taught"]),
+        }
+    if "health" in row:
+        read["health"] = _health(row["health"])
+    return read
+
+
+def _health(row: JsonObject) -> HealthRow:
+    found: HealthRow = {
+        "top_k": int(number(row["top_k"])),
+        "tokens": int(number(row["tokens"])),
+        "overlap": number(row["overlap"]),
+        "reverse_kl": number(row["reverse_kl"]),
+        "positions": [
+            {
+                "first": int(number(place["first"])),
+                "tokens": int(number(place["tokens"])),
+                "reverse_kl": number(place["reverse_kl"]),
+            }
+            for place in row["positions"]
+        ],
+    }
+    if min(found["tokens"], *(place["tokens"] for place in found["positions"])) < 1:
+        raise ValueError
+    return found
 
 
 def _headroom(value: JsonObject) -> SelfHeadroomRow:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from mlx_fd.report.self_reading import SelfRun
 from mlx_fd.report.tables import (
@@ -35,20 +35,25 @@ _METHOD = {
     "objective": "objective",
     "self_teacher": "self-teacher's weights",
     "critic": "critic",
+    "on_policy_fraction": "problems that the student answers",
+    "expert_answers": "expert's answers trained on",
+    "first_tokens": "first tokens of an answer trained on",
     "num_generations": "attempts per problem",
     "gate": "gate",
     "lora_rate": "learning rate",
 }
+_EXPERTS = ("on_policy_fraction", "expert_answers", "first_tokens")
 
 
 def lead(run: SelfRun) -> str:
     """What learns by which method, on what."""
     options, manifest = run.options, run.manifest
-    critic = f", critic {shown(options['critic'])}" if options.get("critic") else ""
+    role = "expert" if run.has_expert else "critic"
+    critic = f", {role} {shown(options['critic'])}" if options.get("critic") else ""
+    context = "" if run.has_expert else f"context {shown(options.get('context', 'unknown'))}, "
     sentence = (
         f"model {shown(manifest['student'].get('name', 'unknown'))}{critic}, method "
-        f"{shown(options.get('method', 'unknown'))}: context "
-        f"{shown(options.get('context', 'unknown'))}, objective "
+        f"{shown(options.get('method', 'unknown'))}: {context}objective "
         f"{shown(options.get('objective', 'unknown'))}; problems "
         f"{shown(manifest['problems'].get('name', 'unknown'))}; {len(run.attempts)} attempts"
     )
@@ -75,7 +80,12 @@ def headlines(run: SelfRun) -> list[tuple[str, Cell]]:
             "attempts right, first half → second",
             Cell(f"{share_says(halves[0])} → {second.value}", second.note),
         ),
-        ("headroom: right without the context → with it", _headroom(run)),
+        (
+            "headroom: student right → expert right"
+            if run.has_expert
+            else "headroom: right without the context → with it",
+            _headroom(run),
+        ),
         (
             "attempts trained on",
             Cell(f"{found['teaches']:.1%}" if found else NONE, f"n {len(run.attempts)}"),
@@ -86,6 +96,9 @@ def headlines(run: SelfRun) -> list[tuple[str, Cell]]:
 
 def _headroom(run: SelfRun) -> Cell:
     head = run.totals["headroom"]
+    if head and "expert" in head:
+        n = head["problems"]
+        return Cell(f"{head['right'] / n:.1%} → {head['expert'] / n:.1%}", f"n {n}")
     if not run.has_context:
         return Cell(NONE, "no context")
     if not head:
@@ -107,6 +120,28 @@ def _attempts(
     return cell
 
 
+def _health(
+    when: Literal["first", "last"], name: Literal["overlap", "reverse_kl"], form: str
+) -> Callable[[SelfSummary], Cell]:
+    """How near student and teacher are."""
+
+    def cell(totals: SelfSummary) -> Cell:
+        found = totals.get("health")
+        return Cell(format(found[when][name], form) if found else NONE)
+
+    return cell
+
+
+def _experts(totals: SelfSummary) -> Cell:
+    written = totals.get("expert_answers")
+    if not written:
+        return Cell(NONE)
+    return Cell(
+        f"{written['right'] / written['n']:.1%}",
+        f"n {written['n']}, {written['taught']} trained on",
+    )
+
+
 def _cut(totals: SelfSummary) -> Cell:
     value = totals["updates"]["clipped"]
     return Cell(NONE if value is None else f"{value:.2%}")
@@ -118,10 +153,15 @@ _SUMMARY: tuple[tuple[str, Callable[[SelfSummary], Cell]], ...] = (
     ("attempts", lambda t: Cell(count(t["attempts"]["n"] if t["attempts"] else 0))),
     ("attempts right, first half", lambda t: share(t["first_half"])),
     ("attempts right, second half", lambda t: share(t["second_half"])),
+    ("expert's answers right", _experts),
     ("attempts trained on", _attempts(lambda a: a["teaches"], ".1%")),
     ("attempts finished", _attempts(lambda a: a["finished"], ".1%")),
     ("tokens per attempt", _attempts(lambda a: a["tokens"], ".1f")),
     ("entropy, nats per token", _attempts(lambda a: a["entropy"], ".4g")),
+    ("KL(student, teacher), first quarter", _health("first", "reverse_kl", ".4g")),
+    ("KL(student, teacher), last quarter", _health("last", "reverse_kl", ".4g")),
+    ("likeliest tokens shared, first quarter", _health("first", "overlap", ".1%")),
+    ("likeliest tokens shared, last quarter", _health("last", "overlap", ".1%")),
     (
         "mean absolute token advantage",
         _attempts(lambda a: a["mean_abs_advantage"], ".4g"),
@@ -157,6 +197,7 @@ def method_table(runs: Sequence[SelfRun]) -> Table:
     rows: list[TableRow] = [
         (label, *(shown(run.options.get(name)) or NONE for run in runs))
         for name, label in _METHOD.items()
+        if name not in _EXPERTS or any(run.has_expert for run in runs)
     ]
     return table("The method", ("", *(run.name for run in runs)), rows, numbers=False)
 
@@ -199,6 +240,14 @@ def headroom_table(runs: Sequence[SelfRun]) -> Table | None:
             True,
         ),
     ]
+    if any(check and "expert" in check for _, check in checks):
+        experts = (
+            _counted(check["expert"], check["problems"])
+            if check and "expert" in check
+            else Cell(NONE)
+            for _, check in checks
+        )
+        rows.append(("the expert right, of all held-out problems", *experts))
     return table(
         "Held-out problems, before the first update, with 95 % Wilson intervals.",
         ("", *(run.name for run in runs)),

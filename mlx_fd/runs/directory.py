@@ -52,6 +52,7 @@ LOGS = (EPISODES, METRICS, SAMPLES, ATTEMPTS)
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 CUT = "cut"
+WARM_UP = "warm_up"
 TEACHER = "teacher"
 STATE = "state.json"
 _LOCK = ".lock"
@@ -69,6 +70,7 @@ README = """\
 | `teacher/` | with `teacher_top_k`: the cache of the expert's top k tokens |
 | `checkpoints/` | `NNNNNN` by batch; `last` and `best` (on the probe set) point to them |
 | `probe.json` | the held-out problems of the gate; their arrays are in `probe.safetensors` |
+| `warm_up/` | with `warm_up`: the run of `mlx-fd distil` that the student comes from |
 | `exam_*.json` | with an exam: the student's result on each question |
 | `summary.json` | the run's totals, written at its end |
 | `cut/` | what `resume` removed: `tail/` after the last stop; everything else by date |

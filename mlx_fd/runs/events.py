@@ -15,6 +15,7 @@ from mlx_fd.runs.records import (
     MetricsRow,
     SelfHeadroomRow,
     SelfMetricsRow,
+    SelfSummary,
 )
 
 
@@ -119,8 +120,22 @@ class BatchDone:
         )
 
 
+@dataclass(frozen=True)
+class WarmedUp:
+    """The warm-up is over, in this process or before; what follows is the loop's."""
+
+    summary: SelfSummary
+
+    def __str__(self) -> str:
+        sides = self.summary["held_out"]
+        return (
+            f"warm-up done: held-out problems right: {sides['before']['right']} before, "
+            f"{sides['after']['right']} after, of {sides['after']['n']}"
+        )
+
+
 def _losses(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
 
-Event = Note | Warned | Step | Probing | Probed | Started | BatchDone
+Event = Note | Warned | Step | Probing | Probed | Started | BatchDone | WarmedUp

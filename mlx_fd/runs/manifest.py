@@ -133,6 +133,7 @@ def trained_template(
 # content.
 _CHANGEABLE = (
     "expert",
+    "critic",
     "student",
     "problems",
     "teacher_cache",
@@ -202,6 +203,8 @@ def check_same(old: Manifest, new: Manifest, folder: Path) -> list[str]:
             "file back, or begin a new run."
         ) from error
     command = "self-distill" if options.get("method") else "loop"
+    if options.get("self_teacher") == "expert":
+        command = "distil"
     for name, (was, is_now) in changed.items():
         if name not in _CHANGEABLE and not (name == "episodes" and whole):
             raise UserError(

@@ -49,6 +49,7 @@ class Plan:
         expert_template: how chats are written for the expert, where the tokenizers differ and
             ``template`` is the student's alone.
         memory: most bytes that the run needs; 0 where nobody has asked.
+        warm_up: the problems of the warm-up, in order; empty: there is none.
     """
 
     config: Config
@@ -62,6 +63,7 @@ class Plan:
     notes: tuple[str, ...]
     expert_template: ChatTemplate | None = None
     memory: int = 0
+    warm_up: tuple[Problem, ...] = ()
 
 
 def configuration(
@@ -123,7 +125,7 @@ def make_plan(config: Config) -> Plan:
     drawn, notes = without_long(drawn, (expert_path, student_path), config)
     if config.losses.needs_attention:
         _check_attention(expert_path, student_path)
-    questions = [problem.question for problem in (*drawn.probe, *drawn.problems)]
+    questions = [problem.question for problem in drawn.every]
     memory = check_run_memory(
         expert_path, student_path, questions, config, pairing.expert_template or pairing.template
     )
@@ -142,6 +144,7 @@ def make_plan(config: Config) -> Plan:
         notes=(*pairing.warnings, *notes, *filter(None, (memory.note,))),
         expert_template=pairing.expert_template,
         memory=memory.total,
+        warm_up=drawn.warm_up,
     )
 
 
@@ -153,11 +156,18 @@ class Drawn:
         source: all that could be read, from which they were drawn.
         probe: held-out problems.
         problems: the run's problems, in order.
+        warm_up: the warm-up's, in order.
     """
 
     source: ProblemSet
     probe: tuple[Problem, ...]
     problems: tuple[Problem, ...]
+    warm_up: tuple[Problem, ...] = ()
+
+    @property
+    def every(self) -> tuple[Problem, ...]:
+        """All that the run reads."""
+        return (*self.probe, *self.problems, *self.warm_up)
 
 
 def draw_problems(config: Config) -> Drawn:
@@ -180,10 +190,14 @@ def draw_problems(config: Config) -> Drawn:
 
 def _drawn_from(
     source: ProblemSet, config: Config
-) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+) -> tuple[tuple[Problem, ...], tuple[Problem, ...], tuple[Problem, ...]]:
     episode = config.episode
     return problem_sets.probe_and_train(
-        source, episode.probe_size, config.problems.episodes, episode.seed
+        source,
+        episode.probe_size,
+        config.problems.episodes,
+        episode.seed,
+        episode.warm_up_problems,
     )
 
 
@@ -209,7 +223,7 @@ def without_long(
     source, skip = drawn.source, config.problems.skip_bad_rows
     used = source
     if not skip:
-        used = dataclasses.replace(source, problems=(*drawn.probe, *drawn.problems))
+        used = dataclasses.replace(source, problems=drawn.every)
     fits, notes = fitting(used, paths, config, skip=skip, with_solutions=with_solutions)
     if notes:
         drawn = Drawn(source, *_drawn_from(fits, config))

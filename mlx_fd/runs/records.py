@@ -318,18 +318,69 @@ class AttemptsRow(TypedDict):
     logprob_gap: float | None
 
 
+class PositionRow(TypedDict):
+    """Tokens of attempts by their position.
+
+    Attributes:
+        first: the first position, from 0; the next row's is one past the last.
+        tokens: how many there are.
+        reverse_kl: their mean KL(student || teacher) in nats.
+    """
+
+    first: int
+    tokens: int
+    reverse_kl: float
+
+
+class HealthRow(TypedDict):
+    """How near student and teacher are, before the update: means over the tokens of attempts.
+
+    Attributes:
+        top_k: how many likeliest tokens are compared.
+        tokens: tokens that the teacher read.
+        overlap: share of the teacher's likeliest tokens that are among the student's.
+        reverse_kl: KL(student || teacher) in nats.
+        positions: the same by position in the attempt.
+    """
+
+    top_k: int
+    tokens: int
+    overlap: float
+    reverse_kl: float
+    positions: list[PositionRow]
+
+
+class ExpertAnswersRow(TypedDict):
+    """What the expert wrote in the student's place.
+
+    Attributes:
+        n: answers.
+        right: how many are right.
+        taught: how many were learned from.
+    """
+
+    n: int
+    right: int
+    taught: int
+
+
 @final
 class SelfMetricsRow(BatchMetricsRow):
     """A line of ``metrics.jsonl`` of self-distillation.
 
     Attributes:
-        attempts: statistics of the batch's attempts.
+        attempts: statistics of the batch's attempts: of the student's, where it made some.
+        expert_answers: what the expert wrote; absent where it wrote nothing.
+        health: how near student and teacher are on the same attempts; absent where no teacher read
+            them.
         clipped: of each optimiser step, the share of tokens whose ratio was clipped.
         prefilled: tokens read for the attempts.
         step_seconds: seconds by step: attempt, context, learn.
     """
 
     attempts: AttemptsRow
+    expert_answers: NotRequired[ExpertAnswersRow]
+    health: NotRequired[HealthRow]
     clipped: list[float]
     prefilled: int
     step_seconds: Mapping[str, float]
@@ -349,6 +400,7 @@ class AttemptRow(TypedDict):
         tokens: its token ids, without those of the thought.
         final: the final number read in it; null where none could be read.
         correct: whether that is right.
+        by_expert: whether the expert wrote it in the student's place; absent: the student did.
         finished: whether it ended itself (else the token limit did).
         teacher: what the self-teacher read; null: the same as the student.
         note: what the context says of the attempt.
@@ -372,6 +424,7 @@ class AttemptRow(TypedDict):
     tokens: list[int]
     final: str | None
     correct: bool
+    by_expert: NotRequired[bool]
     finished: bool
     teacher: str | None
     note: str
@@ -672,7 +725,8 @@ class Summary(TypedDict):
         prefilled: tokens read, by step.
         seconds: seconds by step, and in ``total``.
         top_k: with ``teacher_top_k``: what is left out.
-        exam: with an examination: each measure before and after.
+        exam: with an examination: each measure before and after; before is before the warm-up.
+        warm_up: with a warm-up: its own totals.
         best_checkpoint: name of the checkpoint with the least probe losses.
         peak_memory_bytes: most memory of MLX in any of the run's processes.
     """
@@ -690,6 +744,7 @@ class Summary(TypedDict):
     seconds: Mapping[str, float]
     top_k: NotRequired[TopKRow]
     exam: NotRequired[dict[str, BeforeAfterRow]]
+    warm_up: NotRequired[SelfSummary]
     best_checkpoint: NotRequired[str]
     peak_memory_bytes: NotRequired[float]
 
@@ -749,12 +804,27 @@ class SelfHeadroomRow(TypedDict):
     seconds: NotRequired[float]
 
 
+class SelfHealthRow(TypedDict):
+    """How near student and teacher came.
+
+    Attributes:
+        first: over the first quarter of the batches.
+        last: over the last quarter.
+    """
+
+    first: HealthRow
+    last: HealthRow
+
+
 class SelfSummary(TypedDict):
     """``summary.json`` of self-distillation.
 
     Attributes:
-        attempts: statistics of all attempts; null where there are none.
-        first_half: attempts right in the first half.
+        attempts: statistics of the student's attempts, or of the expert's where it wrote all; null
+            where there are none.
+        expert_answers: what the expert wrote in the student's place; absent: nothing.
+        health: how near student and teacher came; absent where no teacher read attempts.
+        first_half: the student's attempts right in the first half.
         second_half: in the second half.
         held_out: held-out problems answered right.
         probe: the share of held-out problems answered wrong.
@@ -767,6 +837,8 @@ class SelfSummary(TypedDict):
     """
 
     attempts: AttemptsRow | None
+    expert_answers: NotRequired[ExpertAnswersRow]
+    health: NotRequired[SelfHealthRow]
     first_half: ShareRow
     second_half: ShareRow
     held_out: HeldOutRow

@@ -8,7 +8,11 @@ from collections.abc import Mapping, Sequence
 from mlx_fd.runs.records import (
     AttemptRow,
     AttemptsRow,
+    ExpertAnswersRow,
+    HealthRow,
+    PositionRow,
     SelfHeadroomRow,
+    SelfHealthRow,
     SelfMetricsRow,
     SelfSummary,
     ShareRow,
@@ -22,6 +26,56 @@ WRONG = "wrong"
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return round(math.fsum(known) / len(known), 6) if known else None
+
+
+def students_own(rows: Sequence[AttemptRow]) -> Sequence[AttemptRow]:
+    """The attempts that the student wrote; all of them where it wrote none."""
+    return [row for row in rows if not row.get("by_expert")] or rows
+
+
+def expert_answers(rows: Sequence[AttemptRow]) -> ExpertAnswersRow | None:
+    """What the expert wrote in the student's place; ``None``: nothing."""
+    written = [row for row in rows if row.get("by_expert")]
+    if not written:
+        return None
+    return {
+        "n": len(written),
+        "right": sum(row["correct"] for row in written),
+        "taught": sum(row["teaches"] for row in written),
+    }
+
+
+def health_over(metrics: Sequence[SelfMetricsRow]) -> SelfHealthRow | None:
+    """How near student and teacher came; ``None`` where no teacher read attempts."""
+    rows = [row["health"] for row in metrics if "health" in row]
+    quarter = math.ceil(len(rows) / 4)
+    if not rows:
+        return None
+    return {"first": _joined(rows[:quarter]), "last": _joined(rows[-quarter:])}
+
+
+def _joined(rows: Sequence[HealthRow]) -> HealthRow:
+    """The numbers of several batches as of one, every token counting the same."""
+
+    def mean(values: Sequence[tuple[int, float]]) -> float:
+        tokens = sum(count for count, _ in values)
+        return round(math.fsum(count * value for count, value in values) / tokens, 6)
+
+    at: dict[int, list[tuple[int, float]]] = {}
+    for row in rows:
+        for place in row["positions"]:
+            at.setdefault(place["first"], []).append((place["tokens"], place["reverse_kl"]))
+    positions: list[PositionRow] = [
+        {"first": first, "tokens": sum(count for count, _ in at[first]), "reverse_kl": mean(values)}
+        for first, values in sorted(at.items())
+    ]
+    return {
+        "top_k": rows[0]["top_k"],
+        "tokens": sum(row["tokens"] for row in rows),
+        "overlap": mean([(row["tokens"], row["overlap"]) for row in rows]),
+        "reverse_kl": mean([(row["tokens"], row["reverse_kl"]) for row in rows]),
+        "positions": positions,
+    }
 
 
 def attempts_summary(rows: Sequence[AttemptRow]) -> AttemptsRow:
@@ -81,12 +135,13 @@ def summarise(
         seconds: what was done beside the batches took, by its name.
     """
     updates = [update for row in metrics for update in row["updates"]]
-    half = len(attempts) // 2
+    own = [row for row in attempts if not row.get("by_expert")]
+    half = len(own) // 2
     clipped = [share for row in metrics for share in row["clipped"]]
-    return {
-        "attempts": attempts_summary(attempts) if attempts else None,
-        "first_half": _share(sum(row["correct"] for row in attempts[:half]), half),
-        "second_half": _share(sum(row["correct"] for row in attempts[half:]), len(attempts) - half),
+    summary: SelfSummary = {
+        "attempts": attempts_summary(students_own(attempts)) if attempts else None,
+        "first_half": _share(sum(row["correct"] for row in own[:half]), half),
+        "second_half": _share(sum(row["correct"] for row in own[half:]), len(own) - half),
         "held_out": {
             "before": _held_out(probe_before, probe_size),
             "after": _held_out(probe_after, probe_size),
@@ -112,3 +167,8 @@ def summarise(
             **seconds_of(metrics, seconds or {}),
         },
     }
+    if (written := expert_answers(attempts)) is not None:
+        summary["expert_answers"] = written
+    if (health := health_over(metrics)) is not None:
+        summary["health"] = health
+    return summary

@@ -149,11 +149,15 @@ def values_of(event: Event) -> tuple[int, dict[str, float]] | None:
             "attempts/negative_on_right": attempts["negative_on_right"],
             "attempts/logprob_gap": attempts["logprob_gap"],
         }
+        if health := row.get("health"):
+            values |= {f"health/{name}": health[name] for name in ("overlap", "reverse_kl")}
     # Answers of which it is known whether they are right.
     answers = {
         "first_answers": [one["correct_before"] for one in event.rows if "correct_before" in one],
         "final_answers": [one["correct_after"] for one in event.rows if "correct_after" in one],
-        "attempts": [one["correct"] for one in event.rows if "correct" in one],
+        "attempts": [
+            one["correct"] for one in event.rows if "correct" in one and not one.get("by_expert")
+        ],
     }
     for name, right in answers.items():
         if right:

@@ -28,7 +28,14 @@ from mlx_fd.models.checking import check_recompute
 from mlx_fd.problems import Problem
 from mlx_fd.problems.sources import Question
 from mlx_fd.runs.events import Note, Probed, Probing, Started, Warned
-from mlx_fd.runs.records import BeforeAfterRow, EpisodeRow, LoggedSampleRow, Summary, TopKRow
+from mlx_fd.runs.records import (
+    BeforeAfterRow,
+    EpisodeRow,
+    LoggedSampleRow,
+    SelfSummary,
+    Summary,
+    TopKRow,
+)
 from mlx_fd.runs.summary import find_warnings, summarise
 from mlx_fd.training.batch import (
     Learner,
@@ -74,6 +81,7 @@ def run(
     exam: Sequence[Question] = (),
     *,
     redo: bool = False,
+    warm_up: Callable[[Callable[[], bool]], SelfSummary | None] | None = None,
 ) -> Summary | None:
     """Begin a run or go on with it.
 
@@ -89,6 +97,8 @@ def run(
         stop: asked after each batch; when true, a checkpoint is written and the run ends there.
         exam: what the student is examined on before the run and after it, if the truth is known.
         redo: go back to the newest whole checkpoint, whatever was done after it.
+        warm_up: makes of the untrained student the one that the loop begins with, or takes what it
+            ended with; gives its summary, ``None`` where ``stop`` ended it early.
 
     Returns:
         The summary, or ``None`` where ``stop`` ended the run early.
@@ -107,6 +117,13 @@ def run(
         check_recompute(pair.student.view)
     begun = checkpoint is not None
     # Whatever the checkpoint holds, the student is still untrained here.
+    before = _examined_before(records, config, pair, exam, begun, report)
+    warmed_up: SelfSummary | None = None
+    if warm_up is not None:
+        warmed_up = warm_up(stop)
+        if warmed_up is None:
+            return None
+    # As it is before the loop's first update, likewise.
     probe = kept(records, PROBE_ROWS, lambda: load_probe(folder), begun, report)
     if probe is None:
         held_out = len(probe_problems)
@@ -122,7 +139,6 @@ def run(
         with runs.wrap_write_errors(folder):
             save_probe(probe, folder)
     optimizer = make_optimizer(pair.student, config.training)
-    before = _examined_before(records, config, pair, exam, begun, report)
     this = Run(
         records=records,
         config=config,
@@ -195,6 +211,8 @@ def run(
     seconds = {"headroom": probe.seconds + time.perf_counter() - looking}
     with runs.wrap_write_errors(folder):
         save(this, state)
+    if warmed_up is not None:
+        seconds["warm_up"] = warmed_up["seconds"]["total"]
     top_k: TopKRow | None = None
     # No bound is known of tokens that only one of two tokenizers has.
     if config.losses.teacher_top_k and pair.shared is None:
@@ -221,6 +239,8 @@ def run(
             summary["top_k"] = top_k
         if compared is not None:
             summary["exam"] = compared
+        if warmed_up is not None:
+            summary["warm_up"] = warmed_up
         return write_summary(this, state, summary)
 
 

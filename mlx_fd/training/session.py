@@ -52,9 +52,16 @@ def plan_of(config: Config) -> Plan:
     """
     if config.self_distils:
         from mlx_fd.training.selfdistill.plan import make_plan
-    else:
-        from mlx_fd.runs.plan import make_plan
-    return make_plan(config)
+
+        return make_plan(config)
+    from mlx_fd.runs import plan
+
+    made = plan.make_plan(config)
+    if not config.episode.warm_up:
+        return made
+    from mlx_fd.training.warm_up import check_warm_up
+
+    return check_warm_up(made)
 
 
 def new_plan(folder: Path, config: Config) -> Plan:
@@ -188,7 +195,7 @@ def open_run(
     limit_memory(plan.memory)
     # The summary names this run's peak, not that of another one in this process.
     mx.reset_peak_memory()
-    run, readme, notes = _opened(folder, plan, redo=redo)
+    run, readme, notes = _opened(folder, plan, report, trackers, redo=redo)
     for note in notes:
         report(Note(note))
 
@@ -233,10 +240,13 @@ def _models_of(config: Config) -> str:
     )
 
 
-def _opened(folder: Path, plan: Plan, *, redo: bool) -> tuple[Run, str, list[str]]:
+def _opened(
+    folder: Path, plan: Plan, report: Report, trackers: Sequence[str], *, redo: bool
+) -> tuple[Run, str, list[str]]:
     """What runs a plan, its models loaded.
 
     Also what explains the files of its run directory, and what the user should know of the models.
+    ``report`` and ``trackers`` are a warm-up's, which is tracked as a run of its own.
     """
     config = plan.config
     if config.self_distils:
@@ -258,9 +268,25 @@ def _opened(folder: Path, plan: Plan, *, redo: bool) -> tuple[Run, str, list[str
 
     pair = open_pair(plan)
     questions = exam_questions(config)
+    warm_up: Callable[[Stop], SelfSummary | None] | None = None
+    if config.episode.warm_up:
+        from mlx_fd.training.warm_up import run_warm_up
+
+        def warm_up(stop: Stop) -> SelfSummary | None:
+            return run_warm_up(folder, plan, pair, report, stop, trackers=trackers, redo=redo)
+
     return (
         lambda report, stop: loop.run(
-            folder, config, pair, plan.probe, plan.problems, report, stop, questions, redo=redo
+            folder,
+            config,
+            pair,
+            plan.probe,
+            plan.problems,
+            report,
+            stop,
+            questions,
+            redo=redo,
+            warm_up=warm_up,
         ),
         runs.README,
         _notes([pair.expert, pair.student_lm]),

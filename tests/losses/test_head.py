@@ -15,6 +15,7 @@ from mlx_fd.losses import divergence
 from mlx_fd.losses.divergence import (
     Target,
     TopK,
+    compare_distributions,
     fused_linear_divergence,
     fused_linear_divergences,
     one_hot,
@@ -189,6 +190,27 @@ def test_a_top_k_is_of_the_teachers_logits(student, teacher, kind, tail):
     ]
     found = mx.value_and_grad(lambda x: engine(ours, x, targets, 4))(hidden)
     same(found, mx.value_and_grad(lambda x: of_logits(ours, x, targets))(hidden), 2e-5)
+
+
+@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+def test_two_models_are_compared_by_their_logits(student, teacher):
+    ours, theirs, hidden, states = pair(student, teacher)
+    tokens, how = mx.arange(N), {"temperature": 1.5, "vocab": VOCAB}
+    found = compare_distributions((hidden, ours), (states, theirs), tokens, k=4, **how)
+    rows = []
+    for head, values in ((ours, hidden), (theirs, states)):
+        logits = float64(as_models_do(head, values))[:, :VOCAB] / 1.5
+        rows.append(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
+    q, p = rows
+    near(found.logprobs, mx.array(q[np.arange(N), np.arange(N)]))
+    near(found.teacher, mx.array(p[np.arange(N), np.arange(N)]))
+    near(found.entropy, mx.array(-(np.exp(q) * q).sum(axis=-1)))
+    near(found.reverse_kl, mx.array((np.exp(q) * (q - p)).sum(axis=-1)))
+    likeliest = [np.argsort(-logits, axis=-1)[:, :4] for logits in rows]
+    shared = [len(set(a) & set(b)) / 4 for a, b in zip(*likeliest, strict=True)]
+    assert np.array(found.overlap).tolist() == shared and len(set(shared)) > 1
+    same_model = compare_distributions((hidden, ours), (hidden, ours), tokens, k=4, **how)
+    assert float(same_model.overlap.min()) == 1 and float(same_model.reverse_kl.max()) < 1e-5
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)

@@ -488,13 +488,13 @@ def normal(problem):
 
 def test_probe_and_train_on_gsm8k():
     got = load()
-    probe, train = probe_and_train(got, 8, 200, 0)
+    probe, train, _ = probe_and_train(got, 8, 200, 0)
     assert (len(probe), len(train)) == (8, 200)
     assert not {p.id for p in probe} & {p.id for p in train}
-    assert probe_and_train(got, 8, 200, 0) == (probe, train)
+    assert probe_and_train(got, 8, 200, 0) == (probe, train, ())
     assert probe_and_train(got, 8, 300, 0)[1][:200] == train
     assert probe_and_train(got, 8, 300, 0)[0] == probe
-    assert probe_and_train(got, 8, 200, 1) != (probe, train)
+    assert probe_and_train(got, 8, 200, 1) != (probe, train, ())
     assert [p.id for p in train] != sorted(p.id for p in train)
     everything = probe_and_train(got, 8, 7465, 0)
     assert Counter(everything[0] + everything[1]) == Counter(got.problems)
@@ -511,7 +511,7 @@ def test_probe_questions_never_come_up_in_training(questions, probe_size, episod
     got = problem_set(questions)
     different = len({" ".join(q.split()) for q in questions})
     try:
-        probe, train = probe_and_train(got, probe_size, episodes, seed)
+        probe, train, _ = probe_and_train(got, probe_size, episodes, seed)
     except UserError as error:
         assert f"has {len(questions)} problems" in str(error)
         # the largest probe question may take all its duplicates out of training

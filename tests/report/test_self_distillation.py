@@ -80,6 +80,38 @@ def test_charts_have_the_rows_numbers(tmp_path):
     }
 
 
+def test_health_is_drawn_and_the_experts_answers_are_set_apart(tmp_path):
+    def health(batch):
+        places = [(0, 8, 0.5 / (batch + 1)), (8, 2 + batch, 0.25)]
+        names = ("first", "tokens", "reverse_kl")
+        positions = [dict(zip(names, place, strict=True)) for place in places]
+        nearness = {"overlap": 0.5 + batch / 10, "reverse_kl": 1 / (batch + 1)}
+        return {"top_k": 10, "tokens": 10 + batch, "positions": positions, **nearness}
+
+    attempts = [reported.attempt(n, correct=n < 2) for n in range(4)]
+    attempts[3]["by_expert"] = True
+    metrics = [reported.self_metric(n) | {"health": health(n)} for n in range(3)]
+    run = read(reported.write_self_run(tmp_path / "run", attempts, metrics))
+    totals = cells(self_tables.summary_table([run]))
+    assert totals["KL(student, teacher), last quarter"].value == "0.3333"
+    assert totals["likeliest tokens shared, first quarter"].value == "50.0%"
+    assert totals["expert's answers right"].value == "0.0%"
+    assert totals["attempts right, first half"].note.endswith("n 1")
+    assert totals["attempts right, second half"].note.endswith("n 2")
+    figures = {figure.title: figure for figure in self_charts.attempt_figures([run])}
+    places = figures["Distance to the teacher by position"].specification["datasets"]["rows"]
+    assert [(row["batches"], row["position"], row["KL"]) for row in places] == [
+        ("first quarter", 0, 0.5),
+        ("first quarter", 8, 0.25),
+        ("last quarter", 0, round(0.5 / 3, 6)),
+        ("last quarter", 8, 0.25),
+    ]
+    assert "1 in the first quarter" in figures["Distance to the teacher"].says
+    damaged = [metrics[0] | {"health": {**health(0), "tokens": 0}}, *metrics[1:]]
+    run = read(reported.write_self_run(tmp_path / "damaged", attempts, damaged))
+    assert len(run.metrics) == 2 and "metrics.jsonl" in run.missing[0]
+
+
 def test_one_look_at_the_held_out_problems_is_a_line_from_the_beginning(tmp_path):
     metrics = [reported.self_metric(n, wrong=0.5 if n == 2 else None) for n in range(4)]
     run = read(reported.write_self_run(tmp_path / "run", None, metrics))

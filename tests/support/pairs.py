@@ -61,11 +61,15 @@ def make_plan(expert: Path, student: Path, **changes) -> Plan:
     names = {"expert": str(expert), "student": str(student)}
     config = override(Config(), {**SMALL, **names, **changes}, "test")
     found = problems.load("gsm8k", "train")
-    probe, chosen = problems.probe_and_train(
-        found, config.episode.probe_size, config.problems.episodes, config.episode.seed
+    probe, chosen, warm_up = problems.probe_and_train(
+        found,
+        config.episode.probe_size,
+        config.problems.episodes,
+        config.episode.seed,
+        config.episode.warm_up_problems,
     )
     template = open_template(expert)
-    return Plan(config, expert, student, 400, template, probe, chosen, {}, ())
+    return Plan(config, expert, student, 400, template, probe, chosen, {}, (), warm_up=warm_up)
 
 
 def logits_of(view, final):

@@ -1,5 +1,6 @@
 """An expert's answers and its word on the student's own: against whole logits, and end to end."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from mlx_fd import runs
 from mlx_fd.config import to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.training.selfdistill import training
+from mlx_fd.training.selfdistill.health import health_of
 from mlx_fd.training.selfdistill.learning import (
     forward_teacher_and_student,
     gradients,
@@ -187,8 +189,44 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path, method):
     assert all(mx.array_equal(one[name], two[name]) for name in one)
 
 
+def test_health_is_of_both_models_distributions(opened):
+    """By the models' whole logits; positions in bins from 0, 8, 16, 32, ..."""
+    config = config_of("on-policy", max_answer_tokens=40)
+    _, stats = known(opened, config)
+    found = health_of(stats)
+    student, expert = opened.student_lm, opened.critic
+    kl, shared = [], []
+    for item in stats:
+        tokens = mx.array([[*item.text.prompt, *item.text.target]])
+        at = len(item.text.prompt) - 1
+        ours, theirs = (
+            nn.log_softmax(lm.model(tokens)[0, at:-1, : student.vocab].astype(mx.float32))
+            for lm in (student, expert)
+        )
+        kl.append(np.array(reverse(ours, theirs, None)))
+        tops = [np.argsort(-np.array(rows), axis=-1)[:, :10] for rows in (ours, theirs)]
+        shared += [len(set(a) & set(b)) / 10 for a, b in zip(*tops, strict=True)]
+    every = np.concatenate(kl)
+    assert found["tokens"] == len(every) == len(shared)
+    assert found["reverse_kl"] == pytest.approx(every.mean(), abs=1e-4)
+    assert found["overlap"] == pytest.approx(np.mean(shared), abs=0.02)
+    assert [row["first"] for row in found["positions"]] == [0, 8, 16, 32]
+    assert sum(row["tokens"] for row in found["positions"]) == len(every)
+    second = np.concatenate([row[8:16] for row in kl])
+    assert found["positions"][1]["reverse_kl"] == pytest.approx(second.mean(), abs=1e-4)
+    assert health_of([dataclasses.replace(item, reverse_kl=None) for item in stats]) is None
+
+
 def test_half_of_the_problems_are_the_experts(tmp_path):
-    start(tmp_path / "run", config_of("gkd", episodes=4, batch_size=4))
+    summary = start(tmp_path / "run", config_of("gkd", episodes=4, batch_size=4))
+    # What the expert wrote counts in no number of the student's.
+    assert summary["expert_answers"]["n"] == summary["attempts"]["n"] == 2
+    assert summary["first_half"]["n"] + summary["second_half"]["n"] == 2
+    by_expert = [row.get("by_expert") for row in runs.read_attempts(tmp_path / "run")]
+    assert by_expert == [None, None, True, True]
+    assert summary["health"]["first"]["tokens"] == sum(
+        len(row["tokens"]) for row in runs.read_attempts(tmp_path / "run")[:2]
+    )
     on = start(tmp_path / "on", config_of("on-policy", episodes=4, batch_size=4, temperature=0.9))
     mixed, own = (
         [row["text"] for row in runs.read_lines(tmp_path / name / runs.ATTEMPTS)]

@@ -22,7 +22,17 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_fd.cli.terminal.layout import NamedValues
-from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Probing, Started, Step, Warned
+from mlx_fd.runs.events import (
+    BatchDone,
+    Event,
+    Note,
+    Probed,
+    Probing,
+    Started,
+    Step,
+    WarmedUp,
+    Warned,
+)
 from mlx_fd.runs.labels import EXAM_NAMES, STEP_NAMES, duration, number
 from mlx_fd.runs.records import EstimateRow, ExpertUseRow, ShareRow, Summary
 from mlx_fd.text import strip_control_chars
@@ -98,6 +108,8 @@ class Display:
         elif isinstance(event, Started):
             self._done_at_begin = event.done
             self._show_count(self.counted, event.done, event.total)
+        elif isinstance(event, WarmedUp):
+            self._say(str(event))
         else:
             self._take_batch(event)
 
@@ -331,6 +343,19 @@ def summary_table(summary: Summary) -> NamedValues:
         share = value["right"] / value["n"]
         return f"{share:.1%} ({value['right']}/{value['n']}, 95 % {low:.1%} to {high:.1%})"
 
+    if warmed_up := summary.get("warm_up"):
+        held_out, found = warmed_up["held_out"], warmed_up.get("health")
+        nearness = (
+            f"; KL(student, expert) {number(found['first']['reverse_kl'])} -> "
+            f"{number(found['last']['reverse_kl'])}"
+            if found
+            else ""
+        )
+        table.add_row(
+            "warm-up",
+            f"held out right {accuracy(held_out['before'])} -> {accuracy(held_out['after'])}; "
+            f"{warmed_up['updates']['steps']} steps{nearness}",
+        )
     table.add_row("first answers right", accuracy(summary["accuracy"]["first_answers"]))
     table.add_row("final answers right", accuracy(summary["accuracy"]["final_answers"]))
     for name, before in summary["probe"]["before"].items():

@@ -36,8 +36,9 @@ class SelfDisplay(Display):
         self._begin = time.monotonic()
 
     def _count(self, event: BatchDone) -> None:
-        self._seen += len(event.rows)
-        self._right_before += sum(row["correct"] for row in event.rows if "correct" in row)
+        own = [row for row in event.rows if "correct" in row and not row.get("by_expert")]
+        self._seen += len(own)
+        self._right_before += sum(row["correct"] for row in own)
         if event.metrics["probe"]:
             self._held_out = 1 - event.metrics["probe"][WRONG]
 
@@ -60,6 +61,8 @@ class SelfDisplay(Display):
         ]
         if found["mean_abs_advantage"] is not None:
             parts.append(f"|A| {number(found['mean_abs_advantage'])}")
+        if health := metrics.get("health"):
+            parts.append(f"KL {number(health['reverse_kl'])} top-k shared {health['overlap']:.0%}")
         if updates:
             losses = updates[-1]["losses"]
             parts.append(" ".join(f"{name} {number(value)}" for name, value in losses.items()))
@@ -98,8 +101,14 @@ def summary_table(summary: SelfSummary) -> NamedValues:
     held_out = summary["held_out"]
     table.add_row("held out, before", accuracy(held_out["before"]))
     table.add_row("held out, after", accuracy(held_out["after"]))
-    table.add_row("attempts right, first half", accuracy(summary["first_half"]))
-    table.add_row("attempts right, second half", accuracy(summary["second_half"]))
+    if written := summary.get("expert_answers"):
+        table.add_row(
+            "expert's answers",
+            f"{written['right']} right of {written['n']}, {written['taught']} trained on",
+        )
+    if summary["second_half"]["n"]:
+        table.add_row("attempts right, first half", accuracy(summary["first_half"]))
+        table.add_row("attempts right, second half", accuracy(summary["second_half"]))
     if head and head["taught"]:
         table.add_row(
             "headroom",
@@ -129,6 +138,14 @@ def summary_table(summary: SelfSummary) -> NamedValues:
                 "token advantage",
                 f"mean absolute value {number(found['mean_abs_advantage'])}; negative on "
                 f"{number(found['negative_on_right'])} of the tokens of right attempts",
+            )
+        if health := summary.get("health"):
+            first, last = health["first"], health["last"]
+            table.add_row(
+                "student and teacher",
+                f"KL(student, teacher) {number(first['reverse_kl'])} in the first quarter, "
+                f"{number(last['reverse_kl'])} in the last; of the {first['top_k']} likeliest "
+                f"tokens {first['overlap']:.1%} shared, then {last['overlap']:.1%}",
             )
         table.add_row(
             "log-probabilities",

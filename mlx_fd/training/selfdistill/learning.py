@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,10 @@ from mlx_fd.config import Config, Method, TrainingOptions
 from mlx_fd.feedback.collate import collate_tokens, concatenate_targets, micro_batches
 from mlx_fd.feedback.distill import Update, loss_scale, take_step
 from mlx_fd.losses.divergence import (
+    Compared,
     Target,
     TopK,
+    compare_distributions,
     fused_linear_divergences,
     one_hot,
     teacher_at,
@@ -42,6 +45,8 @@ DIVERGENCES = ("forward", "reverse", "jsd")
 # EchoDistill's text names no direction; this is the one that keeps what the teacher may say.
 _KINDS = {"echo": "forward", **{name: name for name in DIVERGENCES}}
 _POLICIES = ("grpo", "contrastive", "echo")
+# Likeliest tokens that student and teacher are asked whether they share.
+OVERLAP_TOP_K = 10
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,9 @@ class RolloutStats:
         wrong: [K, T], the self-teacher's with wrong hints; ``None``: there are none.
         reference: [T], the base model's, where the loss needs them.
         likely: whether its own likelihood is raised, where that is the objective.
+        overlap: [T], of the teacher's :data:`OVERLAP_TOP_K` likeliest tokens the share that are
+            among the student's; ``None`` without a teacher.
+        reverse_kl: [T], KL(student || teacher) in nats; likewise.
     """
 
     text: Text
@@ -99,6 +107,8 @@ class RolloutStats:
     wrong: mx.array | None = None
     reference: mx.array | None = None
     likely: bool = False
+    overlap: mx.array | None = None
+    reverse_kl: mx.array | None = None
 
     @property
     def advantages(self) -> mx.array | None:
@@ -238,61 +248,80 @@ def forward_teacher_and_student(
         for view, attempt in zip(views, attempts, strict=True)
     ]
     states = read(lm, texts, size)
-    scored = token_logprobs(lm.head, states, texts, options, vocab)
-    stats = [
-        RolloutStats(
-            text=text,
-            group=number,
-            reward=float(attempt.correct),
-            finished=attempt.tokens[-1] in tokenizer.eos_token_ids,
-            # What another model wrote was not drawn from this one: no ratio is taken of it.
-            old=mx.array(attempt.logprobs) if attempt.own else now,
-            now=now,
-            entropy=entropy,
-            likely=not attempt.own and view.teacher is not None,
-        )
-        for text, number, attempt, view, (now, entropy) in zip(
-            texts, numbers, attempts, views, scored, strict=True
-        )
+    taught = [
+        index
+        for index, view in enumerate(views)
+        if view.teacher is not None and wants_teacher(options)
     ]
+    alone = sorted(set(range(len(texts))) - set(taught))
+    said: dict[int, _Said] = {}
+    if alone:
+        parts = [states[index] for index in alone], [texts[index] for index in alone]
+        scored = token_logprobs(lm.head, *parts, options, vocab)
+        said |= {
+            index: _Said(logprobs, entropy)
+            for index, (logprobs, entropy) in zip(alone, scored, strict=True)
+        }
+    if taught:
+        chosen = (
+            [texts[index] for index in taught],
+            [views[index] for index in taught],
+            [states[index] for index in taught],
+        )
+        reader = student if expert is None else expert
+        # A self-teacher is the student with another adapter.
+        with nullcontext() if expert is not None else adapter_swapped(model, teacher):
+            with_teacher = _read_by_teacher(student, reader, *chosen, options, size)
+        said |= dict(zip(taught, with_teacher, strict=True))
+    reference: Sequence[mx.array | None] = [None] * len(texts)
     if options.kl_coef:
         with adapter_swapped(model, zero_adapter(adapter(model))):
             base = token_logprobs(lm.head, read(lm, texts, size), texts, options, vocab)
-        stats = [
-            dataclasses.replace(item, reference=logprobs)
-            for item, (logprobs, _) in zip(stats, base, strict=True)
-        ]
-    if not wants_teacher(options):
-        return stats
-    taught = [index for index, view in enumerate(views) if view.teacher is not None]
-    chosen = (
-        [stats[index] for index in taught],
-        [views[index] for index in taught],
-        [states[index] for index in taught],
-    )
-    if expert is not None:
-        with_teacher = _with_teacher(student, expert, *chosen, options, size)
-    else:
-        with adapter_swapped(model, teacher):
-            with_teacher = _with_teacher(student, student, *chosen, options, size)
-    for index, item in zip(taught, with_teacher, strict=True):
-        stats[index] = item
-    return stats
+        reference = [logprobs for logprobs, _ in base]
+    return [
+        RolloutStats(
+            text=text,
+            group=numbers[index],
+            reward=float(attempt.correct),
+            finished=attempt.tokens[-1] in tokenizer.eos_token_ids,
+            # What another model wrote was not drawn from this one: no ratio is taken of it.
+            old=mx.array(attempt.logprobs) if attempt.own else said[index].now,
+            likely=not attempt.own and views[index].teacher is not None,
+            reference=reference[index],
+            **vars(said[index]),
+        )
+        for index, (text, attempt) in enumerate(zip(texts, attempts, strict=True))
+    ]
 
 
-def _with_teacher(
+@dataclass(frozen=True)
+class _Said:
+    """What of a text's :class:`RolloutStats` its readers say."""
+
+    now: mx.array
+    entropy: mx.array
+    teacher: mx.array | None = None
+    targets: mx.array | TopK | None = None
+    wrong: mx.array | None = None
+    overlap: mx.array | None = None
+    reverse_kl: mx.array | None = None
+
+
+def _read_by_teacher(
     student: Loaded,
     reader: Loaded,
-    stats: Sequence[RolloutStats],
+    texts: Sequence[Text],
     views: Sequence[View],
     states: Sequence[mx.array],
     options: Method,
     size: int,
-) -> list[RolloutStats]:
-    """``stats`` with the teacher's numbers; the teacher's weights are in the one who reads."""
-    if not stats:
-        return []
-    lm, vocab = reader.view, student.vocab
+) -> list[_Said]:
+    """What student and teacher say of texts; the teacher's weights are in the one who reads.
+
+    The student's states are known, and the head that makes its logits of them is no part of what
+    an adapter changes.
+    """
+    lm, own_head, vocab = reader.view, student.view.head, student.vocab
 
     def texts_of(messages: Sequence[str], targets: Sequence[Text]) -> list[Text]:
         return [
@@ -300,33 +329,44 @@ def _with_teacher(
             for message, text in zip(messages, targets, strict=True)
         ]
 
-    texts = texts_of([view.teacher or "" for view in views], [item.text for item in stats])
-    teacher_rows = read(lm, texts, size)
-    scored = token_logprobs(lm.head, teacher_rows, texts, options, vocab)
-    result = [
-        dataclasses.replace(item, teacher=logprobs)
-        for item, (logprobs, _) in zip(stats, scored, strict=True)
-    ]
+    teacher_rows = read(lm, texts_of([view.teacher or "" for view in views], texts), size)
+    compared = compare_distributions(
+        (mx.concatenate(list(states)), own_head),
+        (mx.concatenate(list(teacher_rows)), lm.head),
+        mx.array([token for text in texts for token in text.target]),
+        k=OVERLAP_TOP_K,
+        temperature=options.temperature,
+        vocab=vocab,
+    )
+    now, entropy, teacher, overlap, reverse_kl = (
+        _split(getattr(compared, field.name), texts) for field in dataclasses.fields(Compared)
+    )
+    targets: list[mx.array | TopK | None] = [None] * len(texts)
     if options.objective in DIVERGENCES:
-        result = [
-            dataclasses.replace(
-                item,
-                targets=teacher_targets(
-                    (student.view.head, lm.head), student_row, row, options, vocab
-                ),
-            )
-            for item, student_row, row in zip(result, states, teacher_rows, strict=True)
+        heads = own_head, lm.head
+        targets = [
+            teacher_targets(heads, student_row, row, options, vocab)
+            for student_row, row in zip(states, teacher_rows, strict=True)
         ]
+    wrong: dict[int, list[mx.array]] = {}
     hints = [(index, hint) for index, view in enumerate(views) for hint in view.wrong]
     if hints:
-        texts = texts_of([hint for _, hint in hints], [stats[index].text for index, _ in hints])
-        of_hints = token_logprobs(lm.head, read(lm, texts, size), texts, options, vocab)
-        rows: dict[int, list[mx.array]] = {}
+        hinted = texts_of([hint for _, hint in hints], [texts[index] for index, _ in hints])
+        of_hints = token_logprobs(lm.head, read(lm, hinted, size), hinted, options, vocab)
         for (index, _), (logprobs, _) in zip(hints, of_hints, strict=True):
-            rows.setdefault(index, []).append(logprobs)
-        for index, wrong in rows.items():
-            result[index] = dataclasses.replace(result[index], wrong=mx.stack(wrong))
-    return result
+            wrong.setdefault(index, []).append(logprobs)
+    return [
+        _Said(
+            now=now[index],
+            entropy=entropy[index],
+            teacher=teacher[index],
+            targets=targets[index],
+            wrong=mx.stack(wrong[index]) if index in wrong else None,
+            overlap=overlap[index],
+            reverse_kl=reverse_kl[index],
+        )
+        for index in range(len(texts))
+    ]
 
 
 def teacher_targets(

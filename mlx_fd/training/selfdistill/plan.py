@@ -73,17 +73,13 @@ def make_plan(config: Config) -> Plan:
         config,
         with_solutions=options.context != "none",
     )
-    side_by_side = dataclasses.replace(
-        config,
-        generation=dataclasses.replace(config.generation, batch_size=options.generation_batch_size),
-    )
-    questions = [problem.question for problem in (*drawn.probe, *drawn.problems)]
+    questions = [problem.question for problem in drawn.every]
     questions *= options.num_generations
     template, vocab = _template(student, config), 0
     if options.self_teacher == EXPERT:
         assert critic is not None
         template, vocab = _shared(critic, student, config)
-    memory = check_run_memory(critic or student, student, questions, side_by_side, template)
+    memory = check_run_memory(critic or student, student, questions, side_by_side(config), template)
     if config.generation.student_thinking == "on":
         check_can_think(student, template)
     if critic is not None:
@@ -101,6 +97,14 @@ def make_plan(config: Config) -> Plan:
         manifest=manifest_of(config, critic, student, drawn.source, vocab, template),
         notes=(*notes, *filter(None, (memory.note,))),
         memory=memory.total,
+    )
+
+
+def side_by_side(config: Config) -> Config:
+    """A configuration whose batch is as many attempts as are generated in parallel."""
+    size = config.selfdistill.generation_batch_size
+    return dataclasses.replace(
+        config, generation=dataclasses.replace(config.generation, batch_size=size)
     )
 
 

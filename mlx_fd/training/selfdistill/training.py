@@ -36,7 +36,13 @@ from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.checkpoints import Checkpoint
 from mlx_fd.runs.events import Event, Note, Probed, Probing, Started, Step, Warned
 from mlx_fd.runs.records import AttemptRow, SelfHeadroomRow, SelfMetricsRow, SelfSummary
-from mlx_fd.runs.self_distillation_summary import WRONG, attempts_summary, summarise
+from mlx_fd.runs.self_distillation_summary import (
+    WRONG,
+    attempts_summary,
+    expert_answers,
+    students_own,
+    summarise,
+)
 from mlx_fd.training.checkpoint import (
     Done,
     Run,
@@ -55,6 +61,7 @@ from mlx_fd.training.checkpoint import (
     write_summary,
 )
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View
+from mlx_fd.training.selfdistill.health import health_of
 from mlx_fd.training.selfdistill.learning import (
     RolloutStats,
     TokenWeights,
@@ -505,13 +512,18 @@ def _batch(
         "probe": state.probe_last if decision else None,
         "stop": stop_row(decision),
         "frozen": state.gate.frozen,
-        "attempts": attempts_summary(rows),
+        "attempts": attempts_summary(students_own(rows)),
         "clipped": [round(update.clipped, 6) for update in updates],
         "prefilled": prefilled,
         "distil_seconds": round(seconds["learn"], 3),
         "step_seconds": {name: round(value, 3) for name, value in seconds.items()},
         "seconds": round(time.perf_counter() - begin, 3),
     }
+    if (written := expert_answers(rows)) is not None:
+        metrics["expert_answers"] = written
+    own = [item for row, item in zip(rows, stats, strict=True) if not row.get("by_expert")]
+    if (health := health_of(own or stats)) is not None:
+        metrics["health"] = health
     return state, rows, metrics
 
 
@@ -631,6 +643,8 @@ def _rows(
                 "logprob_gap": float(mx.abs(item.old - item.now).max()),
             }
         )
+        if not attempt.own:
+            rows[-1]["by_expert"] = True
         if attempt.thought:
             rows[-1]["thought"] = attempt.thought
     return rows
