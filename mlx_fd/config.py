@@ -899,7 +899,10 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
         raise UserError(
             f"{where}: standardize_logits needs whole distributions; set teacher_top_k to 0."
         )
-    if losses.teacher_cache and not losses.teacher_top_k:
+    keeps_answers = (
+        config.selfdistill.self_teacher == "expert" and config.selfdistill.support == "teacher"
+    )
+    if losses.teacher_cache and not (losses.teacher_top_k or keeps_answers):
         raise UserError(
             f"{where}: teacher_cache is used with teacher_top_k only; set that (16, for instance), "
             "or leave teacher_cache empty."

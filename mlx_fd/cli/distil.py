@@ -33,9 +33,19 @@ _OPTIONS = (
     *("student_thinking", "expert_thinking", "max_thinking_tokens"),
     *("objective", "on_policy_fraction", "expert_answers", "first_tokens", "skip_tokens"),
     *("num_generations", "generation_batch_size", "temperature", "top_p", "top_k"),
-    *("jsd_beta", "support", "loss_top_k", "tail", "token_clip", "stale_cap", "warmup_steps"),
+    *(
+        "jsd_beta",
+        "support",
+        "loss_top_k",
+        "teacher_cache",
+        "tail",
+        "token_clip",
+        "stale_cap",
+        "warmup_steps",
+    ),
     *("gate", "ema_decay", "stop_threshold", "plateau_steps", "plateau_gain", "minimum_gain"),
-    *("lora_rate", "weight_decay", "max_grad_norm", "kd_steps", "micro_batch", "grad_checkpoint"),
+    *("lora_rate", "weight_decay", "max_grad_norm", "kd_steps", "epochs"),
+    *("micro_batch", "grad_checkpoint"),
     *("probe_size", "probe_every", "checkpoint_every", "keep_checkpoints", "seed"),
 )
 _HELP = {
@@ -48,6 +58,10 @@ _HELP = {
     "objective": "forward, reverse or jsd: a divergence of the next-token distributions; sampled: "
     "the expert's log-probability of each drawn token as its advantage; likelihood: the expert's "
     "answers as texts.",
+    "epochs": "Passes over the problems; the student draws new answers in each, and the expert's "
+    "are kept.",
+    "teacher_cache": "Directory of the expert's top k on what it wrote, with --support teacher; "
+    "runs may share one. Empty: in the run directory.",
     "gate": "Gate that ends the run.",
     "kd_steps": "Optimiser steps per batch.",
     "lora_rate": "Learning rate.",

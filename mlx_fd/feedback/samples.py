@@ -32,6 +32,7 @@ from mlx_fd.models.backend import backend
 from mlx_fd.models.conversation import Conversation, forward_with_cache, rewind_to
 from mlx_fd.models.fingerprint import content_hash
 from mlx_fd.models.generation import first_prompt, with_thought
+from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import Problem, prompts
 from mlx_fd.problems.kinds import form_of
 from mlx_fd.runs.checked import content_digest
@@ -306,21 +307,28 @@ def _read(
     )
 
 
+def reader_fingerprint(expert: Loaded) -> dict[str, Any]:
+    """All of an expert and of this machine that what it says of tokens depends on."""
+    here, head = backend(), logit_head(expert.view.head, expert.vocab)
+    modules = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    return {
+        "backend": [here.device, here.blas, version("mlx")],
+        "expert": content_hash(expert.path),
+        "dtype": str(expert.dtype),
+        "quantized": any(isinstance(part, modules) for part in expert.model.modules()),
+        "logits": [type(head).__name__, head.transform.scale, head.transform.soft_cap],
+    }
+
+
 def cache_fingerprint(pair: Pair, options: LossOptions) -> dict[str, Any]:
     """All that a :class:`TeacherOutputs` depends on beside the tokens.
 
     The expert, what is kept, and what its last digits come from.
     """
-    student, here, shared = pair.student.view, backend(), pair.shared
-    head = logit_head(pair.expert.view.head, pair.expert.vocab)
-    modules = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    student, shared = pair.student.view, pair.shared
     return {
-        "backend": [here.device, here.blas, version("mlx")],
-        "expert": content_hash(pair.expert.path),
-        "dtype": str(pair.expert.dtype),
-        "quantized": any(isinstance(part, modules) for part in pair.expert.model.modules()),
+        **reader_fingerprint(pair.expert),
         "vocab": pair.vocab,
-        "logits": [type(head).__name__, head.transform.scale, head.transform.soft_cap],
         "shared": shared and content_digest([shared.expert, shared.student]),
         "top_k": options.teacher_top_k,
         "temperature": options.loss_temperature,

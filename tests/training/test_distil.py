@@ -17,6 +17,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.training.selfdistill import training
 from mlx_fd.training.selfdistill.health import health_of
 from mlx_fd.training.selfdistill.learning import (
+    Expert,
     forward_teacher_and_student,
     gradients,
     token_weights,
@@ -69,7 +70,7 @@ def known(opened, config, own=True):
     views = training.build_views(learner, groups, 0)
     teacher = first_teacher(opened.student_lm.model, config.selfdistill)
     return groups, forward_teacher_and_student(
-        opened.student_lm, teacher, groups, views, config.selfdistill, 4, opened.critic
+        opened.student_lm, teacher, groups, views, config.selfdistill, 4, Expert(opened.critic)
     )
 
 
@@ -182,11 +183,7 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path, method):
         for name in ("whole", "cut")
     ]
     assert both[0] == both[1] and len(both[0]) == 4
-    one, two = (
-        mx.load(str(tmp_path / name / "checkpoints" / "last" / "adapters.safetensors"))
-        for name in ("whole", "cut")
-    )
-    assert all(mx.array_equal(one[name], two[name]) for name in one)
+    same_adapters(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_health_is_of_both_models_distributions(opened):
@@ -217,6 +214,41 @@ def test_health_is_of_both_models_distributions(opened):
     assert health_of([dataclasses.replace(item, reverse_kl=None) for item in stats]) is None
 
 
+def test_an_experts_answers_are_written_and_read_once(tmp_path):
+    """A second epoch, a stop within it and a shared cache leave every number as it is."""
+    options = {"support": "teacher", "loss_top_k": 20, "epochs": 2, "num_generations": 2}
+    options |= {"on_policy_fraction": 0.5, "expert_answers": "all"}
+    config = config_of("off-policy", **options)
+    whole = start(tmp_path / "whole", config)
+    entries = sorted((tmp_path / "whole" / runs.TEACHER).iterdir())
+    rows = runs.read_attempts(tmp_path / "whole")
+    texts = {tuple(row["tokens"]) for row in rows if row.get("by_expert")}
+    assert len(entries) == len(texts) and whole["expert_answers"]["n"] == 4
+    # The student's answers of the second epoch are others; the expert's are learned from again.
+    own = [row["text"] for row in rows if not row.get("by_expert")]
+    assert len(own) == 8 and own[:4] != own[4:]
+    metrics = runs.read_self_metrics(tmp_path / "whole")
+    assert [row["expert_answers"]["taught"] for row in metrics] == [2, 2, 2, 2]
+    assert all(row["health"]["tokens"] > 0 for row in metrics)
+    times = [entry.stat().st_mtime_ns for entry in entries]
+    looks = iter([False, False, False, True])
+    assert start(tmp_path / "cut", config, lambda: next(looks, True)) is None
+    start(tmp_path / "cut", config)
+    shared = {**options, "teacher_cache": str(tmp_path / "whole" / runs.TEACHER)}
+    start(tmp_path / "shared", config_of("off-policy", **shared))
+    assert times == [entry.stat().st_mtime_ns for entry in entries]
+    assert not (tmp_path / "shared" / runs.TEACHER).exists()
+    for other in ("cut", "shared"):
+        assert without_seconds(rows) == without_seconds(runs.read_attempts(tmp_path / other))
+        assert without_seconds(metrics) == without_seconds(runs.read_self_metrics(tmp_path / other))
+        same_adapters(tmp_path / "whole", tmp_path / other)
+
+
+def same_adapters(*folders):
+    one, two = (mx.load(str(f / "checkpoints/last/adapters.safetensors")) for f in folders)
+    assert all(mx.array_equal(one[name], two[name]) for name in one)
+
+
 def test_half_of_the_problems_are_the_experts(tmp_path):
     summary = start(tmp_path / "run", config_of("gkd", episodes=4, batch_size=4))
     # What the expert wrote counts in no number of the student's.
@@ -239,6 +271,8 @@ def test_half_of_the_problems_are_the_experts(tmp_path):
 def test_what_cannot_be_distilled_is_refused(tmp_path):
     with pytest.raises(UserError, match="--objective grpo has no expert"):
         make_plan(config_of("on-policy", objective="grpo"))
+    with pytest.raises(UserError, match="thoughts are not kept for a second epoch"):
+        make_plan(config_of("sft", epochs=2, expert_thinking="on"))
     with pytest.raises(UserError, match="likelihood is for what an expert wrote"):
         make_plan(configured("sdft", {"objective": "likelihood", "student": "tiny-student"}))
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +23,8 @@ from mlx.utils import tree_map
 from mlx_fd.config import Config, Method, TrainingOptions
 from mlx_fd.feedback.collate import collate_tokens, concatenate_targets, micro_batches
 from mlx_fd.feedback.distill import Update, loss_scale, take_step
+from mlx_fd.feedback.samples import reader_fingerprint
+from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.losses.divergence import (
     Compared,
     Target,
@@ -210,6 +213,42 @@ def matches_distributions(options: Method) -> bool:
     return options.objective in _KINDS
 
 
+@dataclass(frozen=True)
+class Expert:
+    """A teacher that is another model than the student, with the same tokens and chat template.
+
+    Attributes:
+        model: the expert.
+        cache: keeps its likeliest tokens on what it wrote itself; ``None``: it reads that again.
+    """
+
+    model: Loaded
+    cache: TeacherCache | None = None
+
+
+def expert_cache(
+    folder: Path, expert: Loaded, vocab: int, options: Method, warn: Callable[[str], None]
+) -> TeacherCache | None:
+    """Where an expert's likeliest tokens are kept; ``None`` where others are compared.
+
+    Args:
+        folder: of the entries.
+        expert: the expert.
+        vocab: tokens that it shares with the student.
+        options: the support and its size, the temperature.
+        warn: told of entries that cannot be used.
+    """
+    if options.support != "teacher" or options.objective not in DIVERGENCES:
+        return None
+    kept = {
+        "answers": True,
+        "vocab": vocab,
+        "top_k": options.loss_top_k,
+        "temperature": options.temperature,
+    }
+    return TeacherCache(folder, {**reader_fingerprint(expert), **kept}, warn)
+
+
 def wants_teacher(options: Method) -> bool:
     """Whether the teacher has a part in the loss."""
     return options.objective not in ("grpo", "likelihood")
@@ -222,7 +261,7 @@ def forward_teacher_and_student(
     views: Sequence[View],
     options: Method,
     size: int,
-    expert: Loaded | None = None,
+    expert: Expert | None = None,
 ) -> list[RolloutStats]:
     """Read attempts as the student and as its teacher.
 
@@ -233,8 +272,7 @@ def forward_teacher_and_student(
         views: one for each attempt, in the same order.
         options: which of them are wanted, and at which temperature.
         size: texts to read at once.
-        expert: the teacher, where it is another model with the same tokens and chat template;
-            ``teacher`` does not count then.
+        expert: the teacher, where it is another model; ``teacher`` does not count then.
 
     Returns:
         One for each attempt, in order.
@@ -253,6 +291,10 @@ def forward_teacher_and_student(
         for index, view in enumerate(views)
         if view.teacher is not None and wants_teacher(options)
     ]
+    kept = set[int]()
+    if expert is not None and expert.cache is not None:
+        kept = {index for index in taught if not attempts[index].own}
+    taught = [index for index in taught if index not in kept]
     alone = sorted(set(range(len(texts))) - set(taught))
     said: dict[int, _Said] = {}
     if alone:
@@ -262,13 +304,16 @@ def forward_teacher_and_student(
             index: _Said(logprobs, entropy)
             for index, (logprobs, entropy) in zip(alone, scored, strict=True)
         }
+    for index in kept:
+        assert expert is not None
+        said[index] = _with_kept(said[index], student, expert, texts[index], options)
     if taught:
         chosen = (
             [texts[index] for index in taught],
             [views[index] for index in taught],
             [states[index] for index in taught],
         )
-        reader = student if expert is None else expert
+        reader = student if expert is None else expert.model
         # A self-teacher is the student with another adapter.
         with nullcontext() if expert is not None else adapter_swapped(model, teacher):
             with_teacher = _read_by_teacher(student, reader, *chosen, options, size)
@@ -305,6 +350,27 @@ class _Said:
     wrong: mx.array | None = None
     overlap: mx.array | None = None
     reverse_kl: mx.array | None = None
+
+
+def _with_kept(said: _Said, student: Loaded, expert: Expert, text: Text, options: Method) -> _Said:
+    """What a text's readers say, the expert's part from its cache; else it reads the text alone.
+
+    Alone: in a batch the last digits depend on the texts beside it.
+    """
+    cache, lm = expert.cache, expert.model.view
+    assert cache is not None
+    found = cache.load(text.prompt, text.target)
+    if found is None:
+        (states,) = read(lm, [text], 1)
+        ((logprobs, _),) = token_logprobs(lm.head, [states], [text], options, student.vocab)
+        top_k = teacher_targets(
+            (student.view.head, lm.head), states, states, options, student.vocab
+        )
+        assert isinstance(top_k, TopK)
+        found = {"logprobs": logprobs, **vars(top_k)}
+        cache.save(text.prompt, text.target, found)
+    targets = TopK(**{name: value for name, value in found.items() if name != "logprobs"})
+    return dataclasses.replace(said, teacher=found["logprobs"], targets=targets)
 
 
 def _read_by_teacher(

@@ -24,7 +24,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback import gate
 from mlx_fd.feedback.distill import Update
 from mlx_fd.feedback.episode import derive_seed
-from mlx_fd.files import write_json
+from mlx_fd.files import clear_unfinished, write_json
 from mlx_fd.models.checking import check_recompute
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, read_trained
@@ -63,8 +63,10 @@ from mlx_fd.training.checkpoint import (
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View
 from mlx_fd.training.selfdistill.health import health_of
 from mlx_fd.training.selfdistill.learning import (
+    Expert,
     RolloutStats,
     TokenWeights,
+    expert_cache,
     forward_teacher_and_student,
     learn,
     nearness,
@@ -95,7 +97,7 @@ class Models:
     student_lm: Loaded
     critic: Loaded | None = None
 
-    def teacher(self, options: Method) -> Loaded | None:
+    def expert(self, options: Method) -> Loaded | None:
         """The teacher, where it is another model than the student."""
         return self.critic if options.self_teacher == EXPERT else None
 
@@ -174,6 +176,7 @@ class _Learner:
     config: Config
     report: Report
     playbook: Playbook = field(default_factory=Playbook)
+    expert: Expert | None = None
 
     def extra(self) -> tuple[dict[str, Weights], dict[str, Any]]:
         """What a checkpoint holds beside the student: the teacher's weights, the playbook."""
@@ -215,7 +218,8 @@ def run(
     """
     checkpoint, records = go_back(folder, config, report, redo=redo)
     size = config.generation.batch_size
-    total = math.ceil(len(problems) / size)
+    batches = math.ceil(len(problems) / size)
+    total = batches * config.training.epochs
     at_end = checkpoint is not None and (
         checkpoint.batch >= total or checkpoint.state["gate"]["frozen"]
     )
@@ -237,6 +241,7 @@ def run(
         teacher=first_teacher(model, config.selfdistill),
         config=config,
         report=report,
+        expert=_expert(folder, config, models, report),
     )
     # Whatever the checkpoint holds, the student is still untrained here.
     measured = kept(
@@ -273,20 +278,38 @@ def run(
         return None
     _say_headroom(headroom, config, report)
     report(Probed(state.probe_first, state.probe_last, headroom.to_json()))
-    report(Started(min(state.batch * size, len(problems)), len(problems)))
+    epochs = config.training.epochs
+
+    def problems_before(number: int) -> int:
+        epoch, index = divmod(number, batches)
+        return epoch * len(problems) + min(index * size, len(problems))
+
+    report(Started(problems_before(state.batch), epochs * len(problems)))
 
     def batch(state: RunState) -> Done:
-        index = state.batch
+        epoch, index = divmod(state.batch, batches)
         chunk = problems[index * size : (index + 1) * size]
-        state, rows, metrics = _batch(state, chunk, probe_problems, learner)
+        written = runs.read_attempts(folder) if epoch else []
+        begins = index * size * config.selfdistill.num_generations
+        again = [
+            row
+            for row in written
+            if row.get("by_expert") and begins <= row["attempt"] < begins + size_of(chunk)
+        ]
+        state, rows, metrics = _batch(state, chunk, probe_problems, learner, again)
+        # What the expert wrote in the first epoch is on the disk already.
+        new = [row for row in rows if not (epoch and row.get("by_expert"))]
         return Done(
             state=state,
-            logs={runs.ATTEMPTS: rows, runs.METRICS: [metrics]},
-            rows=rows,
+            logs={runs.ATTEMPTS: new, runs.METRICS: [metrics]},
+            rows=new,
             metrics=metrics,
-            done=min((index + 1) * size, len(problems)),
-            total=len(problems),
+            done=problems_before(state.batch),
+            total=epochs * len(problems),
         )
+
+    def size_of(chunk: Sequence[Problem]) -> int:
+        return len(chunk) * config.selfdistill.num_generations
 
     reached = run_batches(this, state, batch, total, ends_frozen=True)
     if reached is None:
@@ -309,6 +332,23 @@ def run(
             {"headroom": seconds},
         )
         return write_summary(this, state, summary)
+
+
+def _expert(folder: Path, config: Config, models: Models, report: Report) -> Expert | None:
+    """The expert that teaches, with its cache where there is one."""
+    model = models.expert(config.selfdistill)
+    if model is None:
+        return None
+    kept_in = Path(config.losses.teacher_cache or folder / runs.TEACHER)
+    clear_unfinished(kept_in)
+    cache = expert_cache(
+        kept_in,
+        model,
+        models.student_lm.vocab,
+        config.selfdistill,
+        lambda text: report(Warned(text)),
+    )
+    return Expert(model, cache)
 
 
 def _load_headroom(folder: Path) -> tuple[tuple[Headroom, float], bool] | None:
@@ -392,7 +432,7 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
         if seen:
             taught[index] = seen[0]
     mixed = sum(0 < sum(a.correct for a in group) < len(group) for group in groups)
-    if (expert := learner.models.teacher(config.selfdistill)) is not None:
+    if (expert := learner.models.expert(config.selfdistill)) is not None:
         learner.report(Probing(2 * count, 3 * count))
         asked = [answer_prompt(p.question, form_of(p)) for p in problems]
         best = grade_answers(expert, problems, asked, config, on_progress)
@@ -458,11 +498,15 @@ def _batch(
     problems: Sequence[Problem],
     probe_problems: Sequence[Problem],
     learner: _Learner,
+    again: Sequence[AttemptRow] = (),
 ) -> tuple[RunState, list[AttemptRow], SelfMetricsRow]:
-    """One batch: the state after it, its rows, its metrics."""
+    """One batch: the state after it, its rows, its metrics.
+
+    ``again`` are the expert's answers of an earlier epoch, which it does not write again.
+    """
     begin = time.perf_counter()
     config, student_lm, number = learner.config, learner.models.student_lm, state.batch
-    groups, prefilled = _attempts(learner, problems, number)
+    groups, prefilled = _attempts(learner, problems, number, again)
     seconds = {"attempt": time.perf_counter() - begin}
     views = build_views(learner, groups, number)
     seconds["context"] = time.perf_counter() - begin - seconds["attempt"]
@@ -473,7 +517,7 @@ def _batch(
         views,
         config.selfdistill,
         config.training.micro_batch,
-        learner.models.teacher(config.selfdistill),
+        learner.expert,
     )
     mx.eval([item.now for item in stats])
     updates, weights = _learn(learner, state, groups, views, stats)
@@ -528,15 +572,16 @@ def _batch(
 
 
 def _attempts(
-    learner: _Learner, problems: Sequence[Problem], number: int
+    learner: _Learner, problems: Sequence[Problem], number: int, again: Sequence[AttemptRow]
 ) -> tuple[list[list[Attempt]], int]:
     """Attempts at a batch's problems, the student's or the expert's, and the tokens read for them.
 
     The expert writes those of the last problems of a batch, as many as ``on_policy_fraction``
     leaves; where they are not right and only right ones are wanted, nothing is learned from them.
+    In a later epoch they are taken from its rows.
     """
     config, student_lm = learner.config, learner.models.student_lm
-    expert = learner.models.teacher(config.selfdistill)
+    expert = learner.models.expert(config.selfdistill)
     progress, count = learner.on_progress(number, "attempt"), len(problems)
     if expert is not None:
         count = round(config.losses.on_policy_fraction * len(problems))
@@ -544,11 +589,33 @@ def _attempts(
     if problems[:count]:
         seeds = _seeds(config, number, "attempt")
         groups, prefilled = sample_rollouts(student_lm, problems[:count], config, seeds, progress)
-    if expert is not None and problems[count:]:
+    if again:
+        groups = [*groups, *_as_written(again, problems[count:], config)]
+    elif expert is not None and problems[count:]:
         seeds = _seeds(config, number, "expert")
         more, read = sample_rollouts(expert, problems[count:], config, seeds, progress, own=False)
         groups, prefilled = [*groups, *more], prefilled + read
     return groups, prefilled
+
+
+def _as_written(
+    rows: Sequence[AttemptRow], problems: Sequence[Problem], config: Config
+) -> list[list[Attempt]]:
+    """The expert's answers in rows of ``attempts.jsonl``, by problem."""
+    size = config.selfdistill.num_generations
+    found = [
+        Attempt(
+            problem=problem,
+            question=row["question"],
+            tokens=tuple(row["tokens"]),
+            text=row["text"],
+            final=row["final"],
+            correct=row["correct"],
+            own=False,
+        )
+        for row, problem in zip(rows, [one for one in problems for _ in range(size)], strict=True)
+    ]
+    return [found[begin : begin + size] for begin in range(0, len(found), size)]
 
 
 def _learn(
@@ -564,8 +631,8 @@ def _learn(
     on_progress = learner.on_progress(state.batch, "learn")
     updates: list[Update] = []
     first: TokenWeights | None = None
-    expert = learner.models.teacher(options)
-    teacher_head = expert.view.head if expert is not None else None
+    expert = learner.expert
+    teacher_head = expert.model.view.head if expert is not None else None
     if config.gate.gate == "never":
         return updates, first
     echoes: list[RolloutStats] = []
@@ -680,8 +747,13 @@ def check_combination(config: Config) -> None:
             "self-distill compares the student with what it was when it wrote, and dropout makes "
             "it another one; set lora_dropout to 0."
         )
-    if config.training.epochs != 1:
+    if config.training.epochs != 1 and options.self_teacher != EXPERT:
         raise UserError("self-distill goes through its problems once; set epochs to 1.")
+    if config.training.epochs != 1 and config.generation.expert_thinking == "on":
+        raise UserError(
+            "the expert's thoughts are not kept for a second epoch; set epochs to 1, or "
+            "expert_thinking to off."
+        )
     if config.gate.gate == "published":
         raise UserError("--gate published is for the loop; take always, ema or never.")
     if options.objective == "grpo" and options.num_generations < 2:
