@@ -340,8 +340,8 @@ class GateOptions:
         high=1,
     )
     audit_window: int = _option(
-        200,
-        "Verdicts, the last ones, that trust at each level of confidence rests on; 0: all.",
+        0,
+        "Verdicts, the last ones, that trust rests on; 0: 20 / max_disagreement.",
         low=0,
     )
 

@@ -137,11 +137,13 @@ class StudentFeedback:
         head_score: its score head's score in (-1, 1), read where ``score_at`` says; ``None``: it
             has no trained head.
         usage: of the feedback.
+        logprob: log-probability of the feedback's tokens, all together, when they were drawn.
     """
 
     feedback: Feedback
     head_score: float | None
     usage: Usage = field(default_factory=Usage)
+    logprob: float = 0.0
 
     @property
     def score(self) -> float | None:
@@ -150,8 +152,18 @@ class StudentFeedback:
 
     @property
     def confidence(self) -> float | None:
-        """How sure it is of its verdict, in [0, 1]; ``None`` without a score."""
-        return None if self.score is None else abs(self.score)
+        """How sure it is of its verdict, in [0, 1]; ``None`` without a score.
+
+        1 / (1 + -log p) of the text that it wrote, and 0 where the score in the text and the head's
+        are different verdicts. Of what costs nothing more, that tells best where it says what the
+        expert says (docs/log.md); a score far from 0 does not.
+        """
+        if self.score is None:
+            return None
+        written = self.feedback.written_score
+        if written is not None and (written > 0) != (self.score > 0):
+            return 0.0
+        return round(1 / (1 - self.logprob), 6)
 
 
 @dataclass(frozen=True)
@@ -512,7 +524,9 @@ def student_feedback(
         prompts,
         sampling_for(options, "student_feedback", seed),
         GenerateOptions(
-            reuse=not options.sequential, on_token=lambda count: on_tokens(step, count)
+            reuse=not options.sequential,
+            logprobs=True,
+            on_token=lambda count: on_tokens(step, count),
         ),
     )
     share = (time.perf_counter() - begin) / max(len(written), 1)
@@ -521,6 +535,7 @@ def student_feedback(
             parsed(one.turn),
             head_score(pair.student, pair.student_lm, one),
             dataclasses.replace(usage_of(step, one.turn, share), prefilled={step: one.prefilled}),
+            min(sum(one.turn.logprobs), 0.0),
         )
         for one in written
     ]

@@ -57,6 +57,8 @@ REGRESSION_ERRORS = 2.5
 # Remaining share of a loss (EMA / first) as it counts in weights and mean gain: one loss that
 # vanishes or explodes must not decide alone.
 MIN_REMAINING, MAX_REMAINING = 0.05, 2.0
+# Audited verdicts that trust rests on, times the share of them that may differ.
+AUDITS = 20
 _TINY = 1e-9
 
 
@@ -318,7 +320,6 @@ def observe_scores(
     confidence: float | None,
     student_score: float | None,
     expert_score: float | None,
-    options: GateOptions,
 ) -> GateState:
     """Take note of both verdicts on an answer: does the student say what the expert says?
 
@@ -330,12 +331,11 @@ def observe_scores(
         confidence: the student's, in [0, 1].
         student_score: in [-1, 1].
         expert_score: in [-1, 1]; ``None`` where it could not be read.
-        options: which gate, and its thresholds and decays.
     """
     if student_score is None or expert_score is None:
         return state
     same = (student_score > 0) == (expert_score > 0)
-    running = risk.audit(state.running, confidence, same, options.audit_window)
+    running = risk.audit(state.running, confidence, same)
     return replace(state, running=running)
 
 
@@ -349,9 +349,9 @@ def set_trust(state: GateState, progress: float, options: GateOptions) -> GateSt
         progress: share of the run's episodes that are done, in [0, 1].
         options: which gate, and its thresholds and decays.
     """
-    if options.gate in ("always", "never"):
-        return state
-    running = risk.look(state.running, progress, options.max_disagreement, options.audit_window)
+    window = options.audit_window or math.ceil(AUDITS / (options.max_disagreement or 1.0))
+    allowed = 0.0 if options.gate in ("always", "never") else options.max_disagreement
+    running = risk.look(state.running, progress, allowed, window)
     return replace(state, running=running)
 
 

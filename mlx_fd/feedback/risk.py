@@ -29,15 +29,18 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
 # Probability that a bound holds.
 LEVEL = 0.95
-# The fixed sequence of thresholds; finer where confidences pile up.
+# The fixed sequence of thresholds. How many there are costs nothing.
 THRESHOLDS = (
-    *(0.9999, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9),
-    *(0.87, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0),
+    *(0.9999, 0.999, 0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.935, 0.92, 0.9),
+    *(0.88, 0.86, 0.83, 0.8, 0.78, 0.76, 0.74, 0.72, 0.7, 0.68, 0.66, 0.64, 0.62, 0.6),
+    *(0.58, 0.56, 0.54, 0.52, 0.5, 0.47, 0.44, 0.41, 0.38, 0.35, 0.32, 0.29, 0.26, 0.23, 0.2),
+    *(0.17, 0.14, 0.12, 0.1, 0.08, 0.065, 0.05, 0.04, 0.03, 0.02, 0.015, 0.01, 0.005, 0.0),
 )
 # Starts of the sequence of tests.
 _STARTS = 2
@@ -83,6 +86,7 @@ class Trust:
 NO_TRUST = Trust()
 
 
+@lru_cache(maxsize=1 << 14)
 def binomial_tail(k: int, n: int, p: float) -> float:
     """P(X <= k) for X binomial of n draws with probability p, by exact summation.
 
@@ -169,13 +173,9 @@ def set_threshold(
     Raises:
         ValueError: the columns are not equally long.
     """
-    seen, differ = [0] * len(thresholds), [0] * len(thresholds)
-    for confidence, agreed in zip(confidences, agreements, strict=True):
-        index = _reached(confidence, thresholds)
-        if index < len(thresholds):
-            seen[index] += 1
-            differ[index] += not agreed
-    seen, differ = list(accumulate(seen)), list(accumulate(differ))
+    reached = [_reached(confidence, thresholds) for confidence in confidences]
+    verdicts = list(zip(reached, agreements, strict=True))
+    seen, differ = _totals(verdicts, len(thresholds))
     lowest = _lowest(seen, differ, len(confidences), max_disagreement, level)
     if lowest is None:
         return NO_TRUST
@@ -186,6 +186,15 @@ def set_threshold(
 def _reached(confidence: float, thresholds: Sequence[float]) -> int:
     """The index of the strictest threshold that a confidence reaches; their number: of none."""
     return bisect_left(thresholds, -confidence, key=lambda threshold: -threshold)
+
+
+def _totals(verdicts: Sequence[tuple[int, bool]], thresholds: int) -> tuple[list[int], list[int]]:
+    """For each threshold the number of verdicts that reach it, and how many of them differ."""
+    seen, differ = [0] * (thresholds + 1), [0] * (thresholds + 1)
+    for index, agreed in verdicts:
+        seen[index] += 1
+        differ[index] += not agreed
+    return list(accumulate(seen[:-1])), list(accumulate(differ[:-1]))
 
 
 def _lowest(
@@ -224,25 +233,23 @@ LOOKS = 8
 class RunningTrust:
     """Trust in a model that changes while verdicts come in.
 
-    Each threshold rests on the last ``window`` audited verdicts that reach it, so that what is long
-    ago is forgotten. Whoever tests again and again will once be lucky, and trust that came by luck
-    lasts, since fewer verdicts are audited under it. So a threshold is *granted* at one of
-    :data:`LOOKS` looks only, spread over the run, each with its part of 1 - :data:`LEVEL`
-    (Bonferroni): where risks do not change, no threshold above the bound is granted in the whole
-    run, with probability ``LEVEL``. It is *kept* as long as the verdicts in its window show the
-    bound by themselves; where they do not any more, the threshold rises at once.
+    Whoever tests again and again will once be lucky, and trust that came by luck lasts, since fewer
+    verdicts are audited under it. So a threshold is *granted* only at one of :data:`LOOKS` looks,
+    spread over the run, each with its part of 1 - :data:`LEVEL` (Bonferroni): where risks do not
+    change, no threshold above the bound is granted in the whole run, with probability ``LEVEL``. A
+    look sees the last ``window`` audited verdicts, so that what is long ago is forgotten. A
+    threshold is *kept* as long as the last ``window`` verdicts that reach it show the bound by
+    themselves; where they do not any more, nothing is trusted until another look.
 
     Attributes:
         verdicts: audited verdicts that still count, the newest last: the index of the strictest of
             :data:`THRESHOLDS` that each reaches, and whether it agreed.
         looks: looks so far.
-        granted: the lowest threshold that a look has granted.
-        trust: what holds now; its coverage is of the verdicts that count.
+        trust: what holds now; its coverage is of the last ``window`` audited verdicts.
     """
 
     verdicts: tuple[tuple[int, bool], ...] = ()
     looks: int = 0
-    granted: float | None = None
     trust: Trust = NO_TRUST
 
     @classmethod
@@ -252,35 +259,18 @@ class RunningTrust:
         return cls(**{**value, "verdicts": verdicts, "trust": Trust(**value["trust"])})
 
 
-def audit(state: RunningTrust, confidence: float | None, agreed: bool, window: int) -> RunningTrust:
+def audit(state: RunningTrust, confidence: float | None, agreed: bool) -> RunningTrust:
     """Take note of a verdict that the expert was asked about, too.
 
     Args:
         state: before this call; it is left as it is.
         confidence: in [0, 1]; ``None`` where there is none, which says nothing.
         agreed: whether the verdicts were the same.
-        window: the most verdicts that a threshold rests on; 0: all.
     """
     if confidence is None:
         return state
     verdict = (_reached(confidence, THRESHOLDS), agreed)
-    return replace(state, verdicts=_counting((*state.verdicts, verdict), window))
-
-
-def _counting(verdicts: tuple[tuple[int, bool], ...], window: int) -> tuple[tuple[int, bool], ...]:
-    """The verdicts that some threshold still rests on.
-
-    The strictest threshold that a verdict reaches has the fewest newer ones.
-    """
-    if not window:
-        return verdicts
-    newer = [0] * (len(THRESHOLDS) + 1)
-    kept = []
-    for index, agreed in reversed(verdicts):
-        if sum(newer[: index + 1]) < window:
-            newer[index] += 1
-            kept.append((index, agreed))
-    return tuple(reversed(kept))
+    return replace(state, verdicts=(*state.verdicts, verdict))
 
 
 def look(
@@ -293,36 +283,44 @@ def look(
         progress: share of the run that is done, in [0, 1]. A look, at which the threshold can be
             lowered, is due whenever another of :data:`LOOKS` equal parts is done.
         max_disagreement: the largest share of kept verdicts that may differ; 0: none are kept.
-        window: as in :func:`audit`.
+        window: the most verdicts that a threshold rests on.
     """
+    verdicts, looks, before = _counting(state.verdicts, window), state.looks, state.trust.threshold
+    due = int(progress * LOOKS + 1e-9)
+    state = replace(state, verdicts=verdicts, looks=max(due, state.looks), trust=NO_TRUST)
     if not max_disagreement:
         return state
-    seen, differ = _windowed(state.verdicts, window)
-    due = int(progress * LOOKS + 1e-9)
-    granted = state.granted
-    if due > state.looks:
+    lately = verdicts[-window:]
+    granted = None if before is None else THRESHOLDS.index(before)
+    if due > looks:
         level = 1 - (1 - LEVEL) / LOOKS
-        shown = _lowest(seen, differ, seen[-1], max_disagreement, level)
+        shown = _lowest(*_totals(lately, len(THRESHOLDS)), len(lately), max_disagreement, level)
         if shown is not None:
-            granted = min(THRESHOLDS[shown], 1.0 if granted is None else granted)
-    upto = 0 if granted is None else THRESHOLDS.index(granted) + 1
-    kept = _lowest(seen[:upto], differ[:upto], seen[-1], max_disagreement, LEVEL)
-    trust = NO_TRUST if kept is None else _trust(kept, seen, differ)
-    return replace(state, looks=max(due, state.looks), granted=granted, trust=trust)
+            granted = max(shown, -1 if granted is None else granted)
+    if granted is None:
+        return state
+    n, k = _count(verdicts, granted, window)
+    if not _holds(k, n, max_disagreement, 1 - LEVEL):
+        return state
+    coverage = _count(lately, granted, window)[0] / max(len(lately), 1)
+    return replace(state, trust=Trust(THRESHOLDS[granted], coverage, n, k, upper_bound(k, n)))
 
 
-def _trust(index: int, seen: Sequence[int], differ: Sequence[int]) -> Trust:
-    n, k = seen[index], differ[index]
-    return Trust(THRESHOLDS[index], n / max(seen[-1], 1), n, k, upper_bound(k, n))
+def _count(verdicts: Sequence[tuple[int, bool]], place: int, window: int) -> tuple[int, int]:
+    """Of the last ``window`` verdicts that reach a threshold, their number and how many differ."""
+    agreements = [agreed for index, agreed in verdicts if index <= place][-window:]
+    return len(agreements), len(agreements) - sum(agreements)
 
 
-def _windowed(verdicts: Sequence[tuple[int, bool]], window: int) -> tuple[list[int], list[int]]:
-    """How many verdicts each threshold rests on, and how many of them differ."""
-    seen, differ = [0] * len(THRESHOLDS), [0] * len(THRESHOLDS)
+def _counting(verdicts: tuple[tuple[int, bool], ...], window: int) -> tuple[tuple[int, bool], ...]:
+    """The verdicts that some threshold rests on.
+
+    Of all thresholds that a verdict reaches, the strictest has the fewest newer verdicts.
+    """
+    newer = [0] * (len(THRESHOLDS) + 1)
+    kept = []
     for index, agreed in reversed(verdicts):
-        for place in range(index, len(THRESHOLDS)):
-            if window and seen[place] >= window:
-                break  # those below have as many or more
-            seen[place] += 1
-            differ[place] += not agreed
-    return seen, differ
+        if sum(newer[: index + 1]) < window:
+            newer[index] += 1
+            kept.append((index, agreed))
+    return tuple(reversed(kept))

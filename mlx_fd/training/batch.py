@@ -272,7 +272,7 @@ def _ask_gate(
             decision = _decide(state, sample, score, losses, config)
         gated[index] = _Gated(sample, losses, decision)
         state = gate.observe_scores(
-            state, one.student.confidence, one.student.score, sample.expert_score, config.gate
+            state, one.student.confidence, one.student.score, sample.expert_score
         )
         if not state.frozen or _audited(one.problem, config):
             state = gate.observe_sample(state, losses, config.gate)

@@ -460,24 +460,24 @@ def test_a_frozen_student_is_never_triggered(trigger):
 
 
 def test_a_student_stands_alone_where_its_verdicts_are_the_experts():
-    options = GateOptions(max_disagreement=0.1, audit_window=0)
+    options = GateOptions(max_disagreement=0.1, audit_window=300)
     state = gate.initial_state(options, ["lm"])
     # What is missing says nothing; 0 is no praise.
     for confidence, student, expert in ((None, 0.4, -1.0), (0.9, None, 1.0), (0.9, 0.9, None)):
-        assert gate.observe_scores(state, confidence, student, expert, options) == state
+        assert gate.observe_scores(state, confidence, student, expert) == state
     for student, expert, same in ((0.9, 0.1, True), (-0.9, 0.0, True), (0.9, 0.0, False)):
-        seen = gate.observe_scores(state, 0.9, student, expert, options)
+        seen = gate.observe_scores(state, 0.9, student, expert)
         assert [agreed for _, agreed in seen.running.verdicts] == [same]
     for _ in range(100):
-        state = gate.observe_scores(state, 0.95, 1.0, 1.0, options)
-        state = gate.observe_scores(state, 0.4, -1.0, 1.0, options)
+        state = gate.observe_scores(state, 0.95, 1.0, 1.0)
+        state = gate.observe_scores(state, 0.4, -1.0, 1.0)
     assert gate.set_trust(state, 0.1, options) == state, "no look is due"
     trusting = gate.set_trust(state, 0.5, options)
     alone = [gate.stands_alone(trusting, one) for one in (0.95, 0.5, 0.4, None)]
     assert alone == [True, True, False, False] and not trusting.frozen
     for name in ("always", "never"):
         other = dataclasses.replace(options, gate=name)
-        assert gate.set_trust(state, 0.5, other) == state
+        assert not gate.stands_alone(gate.set_trust(state, 0.5, other), 0.95)
     assert gate.GateState.from_json(json.loads(json.dumps(trusting.to_json()))) == trusting
 
 
