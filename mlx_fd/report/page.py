@@ -160,11 +160,16 @@ def make_page(
 
 def _loop_parts(runs: Sequence[LoopRun]) -> dict[str, Any]:
     probes = tables.probe_table(runs)
+    judged = tables.judging_table(runs)
     warm_ups = [run.warm_up for run in runs if run.warm_up]
     return {
         "lead": tables.lead,
         "headlines": tables.headlines,
-        "totals": [tables.summary_table(runs), *([probes] if probes else [])],
+        "totals": [
+            tables.summary_table(runs),
+            *([probes] if probes else []),
+            *([judged] if judged else []),
+        ],
         "warm_up": self_tables.summary_table(warm_ups) if warm_ups else None,
         "warm_up_figures": [
             *_there(self_charts.held_out_figure(warm_ups)),

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_fd.evaluation.names import is_share, shown_name
 from mlx_fd.evaluation.pareto.names import METRICS, remarks_on
+from mlx_fd.evaluation.reliability import BINS, judging
 from mlx_fd.report.reading import Frontier, LoopRun
 from mlx_fd.report.run import Run
 from mlx_fd.runs.labels import EXAM_NAMES, duration
@@ -29,6 +30,7 @@ NONE = "-"
 STEP_NAMES = {
     "answer": "first answer",
     "student_feedback": "student's feedback",
+    "student_feedback_again": "student's feedback after learning",
     "expert_feedback": "expert's feedback",
     "merge": "merged feedback",
     "revise": "revision",
@@ -273,6 +275,34 @@ def exam_table(runs: Sequence[LoopRun]) -> Table | None:
         "With 95 % bootstrap intervals over the questions; the change is paired, and bold where "
         "the interval excludes 0.",
         ("", *columns),
+        rows,
+    )
+
+
+def judging_table(runs: Sequence[LoopRun]) -> Table | None:
+    """What the student's scores said of the expert's verdicts: AUC, Brier, calibration curve."""
+    found = [(run, scores) for run in runs if (scores := judging(run.episodes))]
+    if not found:
+        return None
+    rows: list[TableRow] = []
+    for run, scores in found:
+        name = f"{run.name}: " if len(runs) > 1 else ""
+        for label, of in (("score head", scores["head"]), ("written score", scores["written"])):
+            bins = {round(bin["low"] * BINS): bin for bin in of["curve"]}
+            cells = [
+                Cell(f"{bin['right']:.0%}", f"n {bin['n']}")
+                if (bin := bins.get(at))
+                else Cell(NONE)
+                for at in range(BINS)
+            ]
+            figures = [Cell(_figures(of["auc"])), Cell(_figures(of["brier"]), f"n {of['n']}")]
+            rows.append((f"{name}{label}", *figures, *cells))
+    return table(
+        "The student's scores as verdicts, in the second half of the episodes, before it learned "
+        "from each: area under the ROC curve and Brier score against the expert's verdict; and, of "
+        "the answers that a score s gives a probability (1 + s) / 2 of being right, the share that "
+        "the expert calls right.",
+        ("", "AUC", "Brier", *(f"{at / BINS:.1f} to {(at + 1) / BINS:.1f}" for at in range(BINS))),
         rows,
     )
 

@@ -599,6 +599,52 @@ class ScoreGapRow(TypedDict):
     n: int
 
 
+class CalibrationBinRow(TypedDict):
+    """A bin of a calibration curve.
+
+    Attributes:
+        low: the least probability in it.
+        high: the largest.
+        n: answers.
+        probability: the mean probability, by the score, that the answer is right.
+        right: the share that the expert called right.
+    """
+
+    low: float
+    high: float
+    n: int
+    probability: float
+    right: float
+
+
+class ReliabilityRow(TypedDict):
+    """What a score of the student's says of the expert's verdict.
+
+    Attributes:
+        n: answers that both scored.
+        brier: Brier score of (1 + score) / 2; null where there is none.
+        auc: area under the ROC curve; null where the expert called all answers the same.
+        curve: the calibration curve, of the bins with answers.
+    """
+
+    n: int
+    brier: float | None
+    auc: float | None
+    curve: list[CalibrationBinRow]
+
+
+class JudgingRow(TypedDict):
+    """The student's scores in the second half of the scored episodes, before it learned from each.
+
+    Attributes:
+        head: its score head's.
+        written: the score in its text.
+    """
+
+    head: ReliabilityRow
+    written: ReliabilityRow
+
+
 class UpdatesRow(TypedDict):
     """A run's optimiser steps.
 
@@ -718,6 +764,7 @@ class Summary(TypedDict):
         probe: losses on the probe set.
         headroom: the headroom check; null where it is not known any more.
         score_gap: distance between the two models' scores.
+        judging: how well the student's scores tell what the expert says; null where it scored none.
         updates: the optimiser steps.
         expert_feedback: how much the expert was asked.
         unreadable_scores: feedbacks without a readable score.
@@ -736,6 +783,7 @@ class Summary(TypedDict):
     probe: ProbeLossesRow
     headroom: HeadroomRow | None
     score_gap: ScoreGapRow
+    judging: NotRequired[JudgingRow | None]
     updates: UpdatesRow
     expert_feedback: ExpertUseRow
     unreadable_scores: UnreadableRow
@@ -1278,6 +1326,9 @@ FILES: Mapping[str, tuple[type, ...]] = {
         ProbeLossesRow,
         HeadroomRow,
         ScoreGapRow,
+        JudgingRow,
+        ReliabilityRow,
+        CalibrationBinRow,
         UpdatesRow,
         SelfUpdatesRow,
         ExpertUseRow,

@@ -19,6 +19,7 @@ from typing import Any, cast
 from mlx_fd import runs
 from mlx_fd.config import Config
 from mlx_fd.evaluation.exam import Result, compare, examine, load_results, save_results
+from mlx_fd.evaluation.reliability import judging
 from mlx_fd.feedback.distill import make_optimizer, top_k_error
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import Sample, cache_fingerprint
@@ -235,6 +236,7 @@ def run(
             probe.headroom.to_json(),
             seconds,
         )
+        summary["judging"] = judging(runs.read_episodes(folder))
         if top_k is not None:
             summary["top_k"] = top_k
         if compared is not None:

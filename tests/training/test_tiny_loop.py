@@ -121,5 +121,12 @@ def test_the_expert_alone_brings_its_preset(tmp_path):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     distilled = [row for row in rows if row["updates"]]
     assert distilled and all(len(row["updates"]) == 4 for row in distilled)
-    for words in ("first answers right", "final answers right", "exam: first error found"):
+    # The second half of sixteen answers, by both scores.
+    assert [summary["judging"][score]["n"] for score in ("head", "written")] == [8, 8]
+    for words in (
+        "score head as a verdict",
+        "first answers right",
+        "final answers right",
+        "exam: first error found",
+    ):
         assert words in said

@@ -368,6 +368,13 @@ def summary_table(summary: Summary) -> NamedValues:
         f"{number(gap['first_half'])} in the first half, {number(gap['second_half'])} in the "
         f"second (n {gap['n']})",
     )
+    if judged := summary.get("judging"):
+        for name, score in (("score head", judged["head"]), ("written score", judged["written"])):
+            table.add_row(
+                f"{name} as a verdict",
+                f"AUC {number(score['auc'], '.2f')}, Brier {number(score['brier'], '.3f')} against "
+                f"the expert's, in the second half (n {score['n']})",
+            )
     updates = summary["updates"]
     frozen = updates["frozen_after_batch"]
     table.add_row(
