@@ -144,7 +144,7 @@ def _right(student: Any, problems: Sequence[Any], config: Any) -> str:
     messages = [answer_prompt(problem.question, form_of(problem)) for problem in problems]
     turns = answers_to(student, messages, Sampling(config.generation.max_answer_tokens), TEST)
     return "".join(
-        str(int(is_right(read_final(turn.text, problem), problem)))
+        str(int(bool(is_right(read_final(turn.text, problem), problem))))
         for turn, problem in zip(turns, problems, strict=True)
     )
 

@@ -152,7 +152,7 @@ def sampled(loaded: Loaded, problems: Sequence[Problem], seed: int) -> Finals:
 
 def right_of(finals: Finals, problems: Sequence[Problem]) -> list[int]:
     return [
-        sum(is_right(final, problem) for final in group)
+        sum(bool(is_right(final, problem)) for final in group)
         for group, problem in zip(finals, problems, strict=True)
     ]
 
@@ -164,7 +164,7 @@ def solved(
     questions = [noisy(p.question, *noise, 0) if noise else p.question for p in problems]
     prompts = [first_prompt(loaded, answer_prompt(question)) for question in questions]
     return "".join(
-        str(int(is_right(read_final(turn.text, problem), problem)))
+        str(int(bool(is_right(read_final(turn.text, problem), problem))))
         for turn, problem in zip(written(loaded, prompts, LIMIT), problems, strict=True)
     )
 

@@ -78,9 +78,17 @@ SUMMARY = {
     "peak_memory_bytes": 3 << 27,
 }
 SELF_SUMMARY = {
-    "headroom": {"taught": 32, "without": 14, "with_context": 30, "mixed": 3, "problems": 32},
+    "headroom": {
+        "taught": 32,
+        "without": 14,
+        "with_context": 30,
+        "right": 14,
+        "mixed": 3,
+        "problems": 32,
+    },
     "attempts": {
         "n": 1024,
+        "right": 600,
         "teaches": 0.912,
         "finished": 0.998,
         "tokens": 31.21,

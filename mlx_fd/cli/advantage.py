@@ -205,8 +205,7 @@ def advantage(
         with_solutions=True,
     )
     taken = fits.problems[:limit]
-    unread = f"{found.skipped} rows of {found.name} could not be read and were skipped"
-    for text in [*([unread] if found.skipped else []), *left_out]:
+    for text in filter(None, [found.skipped_note, *left_out]):
         click.echo(f"warning: {text}", err=True)
     loaded = open_student(place).student_lm
     with Steps(Console(stderr=True), quiet=quiet) as progress:
@@ -223,7 +222,7 @@ def advantage(
         "noise": None if noise == "none" else [noise, noise_level],
         "seed": seed,
         "attempts": len(attempts),
-        "right": sum(attempt.correct for attempt in attempts),
+        "right": sum(bool(attempt.correct) for attempt in attempts),
         "contexts": [row.to_json() for row in rows],
     }
     try:

@@ -16,6 +16,7 @@ from typing import cast
 import numpy as np
 
 from mlx_fd.config import Config, GenerationOptions
+from mlx_fd.errors import UserError
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.statistics import Rows, bootstrap, mean, mean_gain
 from mlx_fd.feedback.episode import (
@@ -31,7 +32,7 @@ from mlx_fd.files import write_json
 from mlx_fd.models.generation import said
 from mlx_fd.models.writing import GenerateOptions, Sampling
 from mlx_fd.problems import arithmetic
-from mlx_fd.problems.kinds import form_of
+from mlx_fd.problems.kinds import are_graded, form_of
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.problems.sources import Question, truth_of
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
@@ -121,7 +122,7 @@ def examine(
                     written_error=abs((feedback.written_score or 0.0) - question.score),
                     readable=feedback.written_score is not None and named is not None,
                     found=named == question.first_error,
-                    solved=solution.is_correct,
+                    solved=bool(solution.is_correct),
                 )
             )
     return results
@@ -216,7 +217,17 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, Befo
 
 
 def exam_questions(config: Config) -> tuple[Question, ...]:
-    """The questions of a run's examination; none where the truth about answers is not known."""
+    """The questions of a run's examination; none where the truth about answers is not known.
+
+    Raises:
+        UserError: its problems have no right answers.
+    """
     size = config.episode.exam_size
     truth = truth_of(config.problems.problems)
-    return () if truth is None or not size else truth.questions(size, config.episode.seed, "test")
+    questions = truth.questions(size, config.episode.seed, "test") if truth and size else ()
+    if not are_graded(question.problem for question in questions):
+        raise UserError(
+            f"{config.problems.problems}: the examination asks for problems with right answers, "
+            "and these have none; set exam_size to 0"
+        )
+    return questions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.text import bleu, chrf, rouge
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.writing import Sampling
-from mlx_fd.problems import prompts
-from mlx_fd.problems.files import json_rows
+from mlx_fd.problems import prompts, skipped_note
+from mlx_fd.problems.files import json_rows, listed
+from mlx_fd.problems.rows import BadRow, reasons_of
 from mlx_fd.runs.records import ItemRow, OutputRow
 
 LABELS = {"student": "Student", "expert": "Expert"}
@@ -40,28 +41,45 @@ class Instruction:
     output: str
 
 
-def read(path: Path) -> tuple[Instruction, ...]:
+def read(
+    path: Path, *, skip_bad_rows: bool = False, warn: Callable[[str], None] = lambda text: None
+) -> tuple[Instruction, ...]:
     """Instructions of a JSON array or of JSON lines.
+
+    Args:
+        path: the file.
+        skip_bad_rows: leave out rows that are not Alpaca's, such as those without an output.
+        warn: told how many were left out, and why.
 
     Raises:
         UserError: the file cannot be read, or a row is not one of Alpaca's.
     """
-    rows = tuple(
-        _instruction(where, f"{path.stem}-{index:05d}", row)
-        for index, (where, row) in enumerate(json_rows(path))
-    )
-    if not rows:
+    good: list[Instruction] = []
+    bad: list[BadRow] = []
+    for index, (where, row) in enumerate(json_rows(path)):
+        try:
+            good.append(_instruction(f"{path.stem}-{index:05d}", row))
+        except ValueError as error:
+            bad.append(BadRow(where, str(error)))
+    if bad and not (good and skip_bad_rows):
+        raise UserError(
+            f"{path}: {len(bad)} of {len(bad) + len(good)} rows cannot be read:\n  {listed(bad)}\n"
+            f"Correct them, or skip them with --skip-bad-rows ({_COLUMNS})"
+        )
+    if not good:
         raise UserError(f"{path} has no instruction; {_COLUMNS}")
-    return rows
+    if bad:
+        warn(skipped_note(str(path), reasons_of(bad)))
+    return tuple(good)
 
 
-def _instruction(where: str, name: str, row: dict[str, Any] | str) -> Instruction:
+def _instruction(name: str, row: dict[str, Any] | str) -> Instruction:
     if isinstance(row, str):
-        raise UserError(f"{where}: {row}; {_COLUMNS}")
-    instruction, given, output = (row.get(column, "") for column in _FIELDS)
+        raise ValueError(row)
+    instruction, given, output = ("" if row.get(c) is None else row[c] for c in _FIELDS)
     for column, text in zip(_FIELDS, (instruction, given, output), strict=True):
         if not isinstance(text, str) or not (text.strip() or column == "input"):
-            raise UserError(f"{where}: no text in {column!r}; {_COLUMNS}")
+            raise ValueError(f"no text in {column!r}")
     return Instruction(name, prompts.instruction_prompt(instruction, given), output)
 
 

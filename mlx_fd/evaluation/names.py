@@ -13,6 +13,11 @@ _NAMES = {
     "processbench_f1": "F1",
     "accuracy_on_wrong": "errors found",
     "accuracy_on_right": "right passed",
+    "agreement": "agreeing with the expert",
+    "expert_good": "good by the expert",
+    "ended": "ended by itself",
+    "score": "score of first answers",
+    "score_gap": "score gap to the expert",
     "score_error": "score error",
     "score_roc_auc": "score ROC-AUC",
     "score_pr_auc": "score PR-AUC",
@@ -24,7 +29,10 @@ _NAMES = {
     "bertscore_f1": "BERTScore",
 }
 # Shown as per cent, their differences in points.
-_SHARES = ("accuracy", "avg@", "maj@", "pass@", "first_", "processbench_", "readable")
+_SHARES = (
+    *("accuracy", "avg@", "maj@", "pass@", "first_", "processbench_", "readable"),
+    *("agreement", "expert_good", "ended"),
+)
 
 
 def is_share(measure: str) -> bool:

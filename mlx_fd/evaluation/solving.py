@@ -18,13 +18,14 @@ from mlx_fd.evaluation.calibration import roc_auc
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
+from mlx_fd.evaluation.text import rouge
 from mlx_fd.feedback.episode import Answered, Usage, answer, feedback_request
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.two_tokenizers import to_expert
 from mlx_fd.models.conversation import Conversation, without_repeated_eos
 from mlx_fd.models.generation import said
 from mlx_fd.problems import Problem, parsing, prompts
-from mlx_fd.problems.kinds import form_of, is_right, read_final
+from mlx_fd.problems.kinds import are_graded, form_of, is_right, read_final
 from mlx_fd.runs.checked import content_digest
 from mlx_fd.runs.records import ItemRow, OutputRow
 
@@ -49,8 +50,15 @@ class Solving:
     readers: Readers
 
     @property
+    def graded(self) -> bool:
+        """Whether its problems have right answers."""
+        return are_graded(self.items)
+
+    @property
     def shown(self) -> tuple[str, ...]:
         """Measures for the terminal's table."""
+        if not self.graded:
+            return ("rougeL", "ended", "score")
         votes = (f"maj@{self.samples}", f"pass@{self.samples}") if self.samples > 1 else ()
         return ("accuracy", "accuracy_strict", "accuracy_flexible", *votes)
 
@@ -66,15 +74,15 @@ class Solving:
         options = bench.target.config.generation
         by: Uses
         if found.begins_with == "first":
-            by, temperature = _first_by(bench), bench.first_temperature
+            by, temperature = first_by(bench), bench.first_temperature
         else:
             by, temperature = found.begins_with, bench.bare_temperature
         who: Who = "expert" if by == "expert" else "student"
-        begun = _answers(bench, by, temperature, batch, sample, chunk)
+        begun = answers_of(bench, by, temperature, batch, sample, chunk)
         seeds = bench.seeds(batch, sample)
 
         def make(pair: Pair) -> list[Trial]:
-            answered = [_answered(pair, *both, who) for both in zip(chunk, begun, strict=True)]
+            answered = [answered_by(pair, *both, who) for both in zip(chunk, begun, strict=True)]
             return found.run(bench.setting(pair, who), answered, seeds, bench.progress)
 
         uses: list[Uses] = [by] if found.begins_with != "first" else ["expert"]
@@ -105,6 +113,14 @@ class Solving:
             trial: the final answer and the first one.
             how: how a final number is read.
         """
+        if not self.graded:
+            return {
+                "id": problem.id,
+                "question": problem.question,
+                "reference": problem.solution,
+                "final": None,
+                "correct": None,
+            }
         final = read_final(trial.final, problem, how)
         first = read_final(trial.turns["answer"], problem, how)
         gold = f"#### {problem.published or problem.answer}"
@@ -125,6 +141,31 @@ class Solving:
         Args:
             rows: of each problem, its samples.
         """
+        firsts = [samples[0] for samples in rows]
+        measures = self._graded(rows) if self.graded else self._ungraded(rows)
+        measures += self.readers.likeness(firsts)
+        return measures + self.readers.toxicity([row["turns"][row["last"]] for row in firsts])
+
+    def _ungraded(self, rows: Sequence[Sequence[OutputRow]]) -> list[Measure]:
+        """What can be said where no right answer is known."""
+        firsts = [samples[0] for samples in rows]
+        wanted = [row["reference"] for row in firsts]
+        measures = []
+        if all(text.strip() for text in wanted):
+            likeness = rouge([row["turns"][row["last"]] for row in firsts], wanted)["rougeL"]
+            measures.append(Measure("rougeL", likeness, compared=True))
+        ended = [
+            float(np.mean([row["last"] not in row["capped"] for row in samples]))
+            for samples in rows
+        ]
+        measures.append(Measure("ended", ended))
+        scores = [_known(row["score"]) for row in firsts]
+        if not all(map(math.isnan, scores)):
+            measures.append(Measure("score", scores))
+        return measures
+
+    def _graded(self, rows: Sequence[Sequence[OutputRow]]) -> list[Measure]:
+        """What is right, by value and by the harness's filters."""
 
         def mean_of(right: Callable[[OutputRow], bool | None]) -> list[float]:
             return [float(np.mean([bool(right(row)) for row in samples])) for samples in rows]
@@ -147,18 +188,17 @@ class Solving:
         # How well the scores tell right first answers from wrong ones; one answer to each problem.
         scores = [_known(samples[0]["score"]) for samples in rows]
         if not all(map(math.isnan, scores)):
-            positive = [float(samples[0]["first_correct"]) for samples in rows]
+            positive = [float(bool(samples[0]["first_correct"])) for samples in rows]
             measures.append(Measure("score_roc_auc", scores, roc_auc, (positive,)))
-        firsts = [samples[0] for samples in rows]
-        measures += self.readers.likeness(firsts)
-        return measures + self.readers.toxicity([row["turns"][row["last"]] for row in firsts])
+        return measures
 
 
 def _known(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _first_by(bench: Bench) -> Who:
+def first_by(bench: Bench) -> Who:
+    """Who writes the first answers."""
     return "student" if bench.target.config.generation.answers_by == "student" else "expert"
 
 
@@ -167,7 +207,7 @@ def _majority(samples: Sequence[OutputRow]) -> float:
     return maj_at_k([row["final"] for row in samples], right.__contains__)
 
 
-def _answers(
+def answers_of(
     bench: Bench,
     by: Uses,
     temperature: float,
@@ -213,7 +253,7 @@ def _answers(
     return bench.rows(key, len(chunk), [by], make)
 
 
-def _answered(pair: Pair, problem: Problem, row: dict[str, Any], who: Who) -> Answered:
+def answered_by(pair: Pair, problem: Problem, row: dict[str, Any], who: Who) -> Answered:
     """An answered problem, to go on from.
 
     Its keys and values are not kept, so every system reads the answer anew, whoever wrote it and

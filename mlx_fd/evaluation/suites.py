@@ -22,6 +22,7 @@ import numpy as np
 from mlx_fd import problems, runs
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation import instructing, processbench
+from mlx_fd.evaluation.agreeing import Agreeing
 from mlx_fd.evaluation.baselines import BASE, CLEAR, LOOP, STUDENT, SYSTEMS
 from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.cache import Cache
@@ -60,7 +61,7 @@ _EXAM_SEED = 1_000_003
 # Where several samples are asked for and nothing says how warm they are.
 WARM = 0.7
 
-Set = Solving | Judging | Locating | Instructing
+Set = Solving | Agreeing | Judging | Locating | Instructing
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,8 @@ def make_sets(
             kind=options.answer_kind,
             columns=options.columns,
         )
-        if found.skipped:
-            warn(f"{found.skipped} rows of {found.name} could not be read and were skipped")
+        if found.skipped_note:
+            warn(found.skipped_note)
         skip = options.skip_bad_rows
         taken = found if skip else dataclasses.replace(found, problems=found.problems[:limit])
         found, notes = fitting(taken, paths, target.config, skip=skip, option="")
@@ -183,14 +184,25 @@ def make_sets(
             warn(text)
         return tuple(items[index] for index in indices)
 
-    sets: list[Set] = [solving(source, options.split)]
+    solved = solving(source, options.split)
+    sets: list[Set] = [solved]
+    if not solved.graded:
+        warn(
+            f"{solved.name} has no right answers: nothing here says how many replies are right"
+            + (", and judging is compared with the expert's verdicts" if target.expert else "")
+        )
+        if target.expert is not None:
+            judging = (STUDENT, CLEAR) if target.run else (STUDENT,)
+            sets.append(Agreeing(f"{solved.name}/verdicts", solved.items, judging))
     if (truth := truth_of(source)) is not None:
         asked = truth.questions(len(sets[0].items), _EXAM_SEED, options.split)
         sets.append(Judging(f"{source}/first errors", asked, judges))
     if options.suite == FAST:
         return sets
     if options.instructions is not None:
-        asked_for = instructing.read(options.instructions)[:limit]
+        asked_for = instructing.read(
+            options.instructions, skip_bad_rows=options.skip_bad_rows, warn=warn
+        )[:limit]
         asked_for = short(options.instructions, asked_for, [item.prompt for item in asked_for])
         sets.append(Instructing(options.instructions.stem, asked_for, both, readers))
     if options.processbench is not None:

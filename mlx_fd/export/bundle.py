@@ -105,7 +105,7 @@ class Item:
         answer: the right one, in the canonical form of its kind.
         text: the reference's greedy answer.
         final: what it arrives at; ``None`` where that cannot be read.
-        right: whether that is right.
+        right: whether that is right; ``None`` where nobody knows.
         kind: of the answer.
         choices: what there is to choose from.
         also_right: other right answers.
@@ -116,7 +116,7 @@ class Item:
     answer: str
     text: str
     final: str | None
-    right: bool
+    right: bool | None
     kind: str = "number"
     choices: tuple[str, ...] = ()
     also_right: tuple[str, ...] = ()

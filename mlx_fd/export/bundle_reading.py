@@ -165,7 +165,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _item(row: _Fields) -> Item:
-    kind, right = row.text("kind"), row.flag("right")
+    kind, right = row.text("kind"), None if row.null("right") else row.flag("right")
     if kind not in KINDS:
         raise UserError(f"{row.where}: there is no kind of answers {kind!r}; {_AGAIN}")
     item = Item(

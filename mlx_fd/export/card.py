@@ -191,6 +191,11 @@ def _results(source: Source) -> str:
         return "The run has not ended, so it has no summary yet.\n"
     if not source.ref.scores:
         before, after = (summary["held_out"][side] for side in ("before", "after"))
+        if not after["n"]:
+            return (
+                "## Measured in the run\n\nIts problems have no right answers, so it is not known "
+                "how many the model answers right.\n"
+            )
         return (
             "## Measured in the run\n\n"
             f"Held-out problems answered right: {before['right']} of {before['n']} before, "
@@ -206,15 +211,28 @@ def _results(source: Source) -> str:
         if name in summary.get("exam", {}):
             row = [_interval(summary["exam"][name][side]) for side in ("before", "after")]
             lines.append(f"| exam: {text} | {row[0]} | {row[1]} |")
-    accuracy = summary["accuracy"]
-    first, final = accuracy["first_answers"], accuracy["final_answers"]
     lines += [
         "",
-        f"In its {summary['episodes']} episodes {first['right']} of {first['n']} first answers "
-        f"were right, and {final['right']} of {final['n']} final ones. Held-out losses are means "
+        f"In its {summary['episodes']} episodes {_answers_of(summary)}. Held-out losses are means "
         "over the run's probe set; brackets are 95 % intervals.\n",
     ]
     return "\n".join(lines)
+
+
+def _answers_of(summary: dict[str, Any]) -> str:
+    if "verdicts" in summary:
+        verdicts = summary["verdicts"]
+        good, agreed = verdicts["first_answers"], verdicts["agreement"]
+        return (
+            f"no right answers were known; by the expert's verdict {good['right']} of {good['n']} "
+            f"first answers were good, and the student's verdict was the expert's on "
+            f"{agreed['right']} of {agreed['n']}"
+        )
+    first, final = (summary["accuracy"][name] for name in ("first_answers", "final_answers"))
+    return (
+        f"{first['right']} of {first['n']} first answers were right, and {final['right']} of "
+        f"{final['n']} final ones"
+    )
 
 
 def _interval(value: dict[str, Any]) -> str:

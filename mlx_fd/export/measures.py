@@ -12,7 +12,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.export.bundle import ROLES, Bundle, Item, Prompt
 from mlx_fd.export.engines import TIMED_ROLE, Continuation, Engine
 from mlx_fd.problems import Problem
-from mlx_fd.problems.kinds import is_right, read_final
+from mlx_fd.problems.kinds import is_right, known, read_final
 from mlx_fd.runs.summary import wilson
 
 # Below what is left of 1 after 64 float32 log-probabilities are taken from it.
@@ -129,7 +129,8 @@ def _speed(followed: Sequence[Continuation]) -> Measures:
     }
 
 
-def _accuracy(right: int, n: int) -> Measures:
+def _accuracy(rights: Sequence[bool]) -> Measures:
+    right, n = sum(rights), len(rights)
     low, high = wilson(right, n)
     return {"right": right, "n": n, "low": low, "high": high}
 
@@ -138,8 +139,8 @@ def _answers(
     engine: Engine, bundle: Bundle, problems: Sequence[Problem | Item], did: Callable[[], None]
 ) -> Measures:
     in_bundle = {item.id: item for item in bundle.items}
-    rights: list[bool] = []
-    reference_right: list[bool] = []
+    rights: list[bool | None] = []
+    reference_right: list[bool | None] = []
     same = 0
     for asked in problems:
         problem = asked.problem if isinstance(asked, Item) else asked
@@ -151,11 +152,11 @@ def _answers(
         item = in_bundle.get(problem.id)
         if item is not None and item.question == problem.question.strip():
             reference_right.append(item.right)
-            same += final == item.final
+            same += item.right is not None and final == item.final
         did()
     return {
-        "engine": _accuracy(sum(rights), len(rights)),
-        "reference": _accuracy(sum(reference_right), len(reference_right)),
+        "engine": _accuracy(known(rights)),
+        "reference": _accuracy(known(reference_right)),
         "same_answer": same,
     }
 

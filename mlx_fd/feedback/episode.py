@@ -123,8 +123,8 @@ class Answered:
         return (*self.conversation.tokens, *self.request)
 
     @property
-    def is_correct(self) -> bool:
-        """Whether the first answer is right."""
+    def is_correct(self) -> bool | None:
+        """Whether the first answer is right; ``None`` where nobody knows."""
         return is_right(self.answer.final, self.problem)
 
 
@@ -243,8 +243,8 @@ class Finished:
         return self.judged.problem
 
     @property
-    def is_correct(self) -> bool:
-        """Whether the final answer is right."""
+    def is_correct(self) -> bool | None:
+        """Whether the final answer is right; ``None`` where nobody knows."""
         return is_right(self.final.final, self.problem)
 
 
@@ -374,6 +374,11 @@ def first_answers(
     if options.answers_by == "expert":
         return answer(pair.expert, problems, options, seed, on_tokens)
     answered = answer(pair.student_lm, problems, options, seed, on_tokens, keep=False)
+    return said_by_expert(pair, answered)
+
+
+def said_by_expert(pair: Pair, answered: Sequence[Answered]) -> list[Answered]:
+    """The student's answers in conversations of the expert, as if that had given them."""
     request = feedback_request(pair.expert)
     return [
         dataclasses.replace(
@@ -766,7 +771,7 @@ def episode_row(finished: Finished, index: int, gate: GateRow) -> EpisodeRow:
         "episode": index,
         "id": finished.problem.id,
         "question": finished.problem.question,
-        "reference": finished.problem.answer,
+        "reference": finished.problem.answer or None,
         "answer": _answer_row(answered.answer),
         "expert_feedback": None
         if expert is None

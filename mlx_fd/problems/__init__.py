@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.registry import SOURCES
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+PACKED_SUFFIXES = (".gz", ".zst")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -53,6 +55,7 @@ class ProblemSet:
         sha256: of the published bytes (GSM8K), the file's bytes, or the rows of a hub data set
             written as JSON lines with sorted keys.
         skipped: rows left out because they could not be read.
+        reasons: why, each with the number of its rows, the most frequent first.
     """
 
     name: str
@@ -60,6 +63,19 @@ class ProblemSet:
     problems: tuple[Problem, ...]
     sha256: str
     skipped: int = 0
+    reasons: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def skipped_note(self) -> str:
+        """What to tell the user of rows that were left out; empty: none were."""
+        return skipped_note(self.name, self.reasons) if self.skipped else ""
+
+
+def skipped_note(name: str, reasons: Sequence[tuple[str, int]]) -> str:
+    """What to tell the user of rows that were left out, with a count for each reason."""
+    count = sum(n for _, n in reasons)
+    why = "; ".join(f"{n} {reason}" for reason, n in reasons)
+    return f"{count} rows of {name} could not be read and were skipped: {why}"
 
 
 @dataclass(frozen=True)
@@ -114,12 +130,13 @@ def load(
     """
     if source in SOURCES:
         found: ProblemSet = SOURCES[source].load(split)
+        _check_alike(found)
         return found
     from mlx_fd.problems import files, rows
 
     reading = rows.Reading(rows.parse_columns(columns), kind, skip_bad_rows)
     path = Path(source).expanduser()
-    is_file_name = path.suffix.lower() in FILE_SUFFIXES
+    is_file_name = bool(suffixes_of(path))
     if not is_file_name and not path.exists():
         if not _HUB_NAME.fullmatch(source):
             near = difflib.get_close_matches(source.lower(), list(SOURCES), cutoff=0.5)
@@ -138,10 +155,32 @@ def load(
     return files.load_file(path, source, split, reading)
 
 
+def _check_alike(found: ProblemSet) -> None:
+    """Refuse a source that has some problems with right answers and some without."""
+    from mlx_fd.problems.kinds import are_graded
+
+    if len({are_graded([problem]) for problem in found.problems}) > 1:
+        raise UserError(
+            f"{found.name}: some of its problems have right answers and some have none (kind "
+            "none); make two sources of them"
+        )
+
+
+def suffixes_of(path: Path) -> tuple[str, ...]:
+    """What a file of rows ends in: ``.jsonl``, or ``.jsonl`` and ``.gz``; empty: it is none."""
+    found = [suffix.lower() for suffix in path.suffixes]
+    if found[-1:] and found[-1] in FILE_SUFFIXES:
+        return (found[-1],)
+    if len(found) > 1 and found[-1] in PACKED_SUFFIXES and found[-2] in FILE_SUFFIXES[:3]:
+        return (found[-2], found[-1])
+    return ()
+
+
 def _accepted() -> str:
     return (
-        f"a source is {', '.join(SOURCES)}, a file ending in .jsonl, .json, .csv or .parquet, or a "
-        "data set of the hub as owner/name (owner/name:config where it has several)"
+        f"a source is {', '.join(SOURCES)}, a file ending in .jsonl, .json, .csv (each also with "
+        ".gz or .zst) or .parquet, or a data set of the hub as owner/name (owner/name:config "
+        "where it has several)"
     )
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gzip
 import hashlib
 import io
 import json
 import re
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,11 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.problems import FILE_SUFFIXES, Problem, ProblemSet
-from mlx_fd.problems.rows import COLUMNS, Reading, problems_of, question_and_answer
+from mlx_fd.problems import FILE_SUFFIXES, Problem, ProblemSet, suffixes_of
+from mlx_fd.problems.rows import (
+    COLUMNS,
+    BadRow,
+    Reading,
+    problems_of,
+    question_and_answer,
+    reasons_of,
+)
 from mlx_fd.text import shown
 
 _SHOWN = 10
+_MAX_UNPACKED = 4 << 30
 _GAP = re.compile(r"[ \t\r\n,]*")
 _HUB_SECONDS = 5.0
 _COLUMNS = (
@@ -43,8 +53,9 @@ def load_file(path: Path, name: str, split: str, reading: Reading) -> ProblemSet
         UserError: the file cannot be read, or has bad rows that are not to be skipped.
     """
     rows, sha256 = _rows(path, reading.columns)
-    problems, skipped = _read(rows, str(path), path.stem, reading)
-    return ProblemSet(name, split, problems, sha256, skipped)
+    stem = path.name[: -len("".join(suffixes_of(path)))]
+    problems, skipped = _read(rows, str(path), stem, reading)
+    return ProblemSet(name, split, problems, sha256, len(skipped), reasons_of(skipped))
 
 
 @dataclass(frozen=True)
@@ -77,11 +88,11 @@ def load_answers(path: Path, reserved: Collection[str] = ()) -> AnswerFile:
     Raises:
         UserError: the file cannot be read, or has bad rows; the message names the first ten.
     """
-    if path.suffix.lower() not in FILE_SUFFIXES:
+    if not suffixes_of(path):
         raise UserError(f"{path}: a file of answers ends in one of {', '.join(FILE_SUFFIXES)}")
     rows, sha256 = _rows(path)
     good: list[tuple[dict[str, Any], str, str]] = []
-    bad: list[str] = []
+    bad: list[BadRow] = []
     for where, row in rows:
         try:
             if isinstance(row, str):
@@ -92,11 +103,11 @@ def load_answers(path: Path, reserved: Collection[str] = ()) -> AnswerFile:
             _check_json(row)
             good.append((row, *question_and_answer(row)))
         except ValueError as error:
-            bad.append(f"{where}: {error}")
+            bad.append(BadRow(where, str(error)))
     if bad:
         raise UserError(
             f"{path}: {len(bad)} of {len(bad) + len(good)} rows cannot be read:\n  "
-            f"{_listed(bad)}\nCorrect them (columns are question (or problem) and answer)"
+            f"{listed(bad)}\nCorrect them (columns are question (or problem) and answer)"
         )
     if not good:
         raise UserError(f"{path} has no rows")
@@ -116,11 +127,11 @@ def _check_json(row: dict[str, Any]) -> None:
 def _rows(path: Path, columns: tuple[tuple[str, str], ...] = ()) -> tuple[Iterable[SourceRow], str]:
     """A file's rows, each with its place, and the SHA-256 of its bytes."""
     content = _content(path)
-    suffix = path.suffix.lower()
+    suffix, *_ = suffixes_of(path)
     if suffix == ".parquet":
         rows: Iterable[SourceRow] = _parquet(path)
     else:
-        text = _decoded(path, content)
+        text = _decoded(path, _unpacked(path, content))
         rows = _csv(path, text, columns) if suffix == ".csv" else _json(path, text)
     return rows, hashlib.sha256(content).hexdigest()
 
@@ -131,7 +142,7 @@ def json_rows(path: Path) -> Iterator[SourceRow]:
     Raises:
         UserError: the file cannot be read, is empty, or is no text.
     """
-    return _json(path, _decoded(path, _content(path)))
+    return _json(path, _decoded(path, _unpacked(path, _content(path))))
 
 
 def _content(path: Path) -> bytes:
@@ -144,6 +155,51 @@ def _content(path: Path) -> bytes:
     if not content.strip():
         raise UserError(f"{path} is empty")
     return content
+
+
+def _unpacked(path: Path, content: bytes) -> bytes:
+    """A file's content, unpacked where it is packed.
+
+    Raises:
+        UserError: it is damaged, it unpacks to too much, or its format's package is missing.
+    """
+    packed = suffixes_of(path)[1:]
+    if not packed:
+        return content
+    try:
+        whole = _unzipped(content) if packed[0] == ".gz" else _unzstandard(content)
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be unpacked ({error})") from error
+    except ImportError:
+        raise UserError(
+            f'{path}: is packed as Zstandard, which needs a package: pip install "mlx-fd[zstd]", '
+            "or unpack it"
+        ) from None
+    if len(whole) > _MAX_UNPACKED:
+        raise UserError(f"{path}: unpacks to more than {_MAX_UNPACKED >> 30} GiB; split it")
+    if not whole.strip():
+        raise UserError(f"{path} is empty")
+    return whole
+
+
+def _unzipped(content: bytes) -> bytes:
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
+            return stream.read(_MAX_UNPACKED + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(str(error)) from error
+
+
+def _unzstandard(content: bytes) -> bytes:
+    import zstandard
+
+    try:
+        decompressor = zstandard.ZstdDecompressor()
+        with decompressor.stream_reader(io.BytesIO(content), read_across_frames=True) as stream:
+            whole: bytes = stream.read(_MAX_UNPACKED + 1)
+            return whole
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
 
 
 def _decoded(path: Path, content: bytes) -> str:
@@ -196,7 +252,8 @@ def load_hub(name: str, split: str, reading: Reading) -> ProblemSet:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     rows = ((f"{repository}: row {place}", row) for place, row in enumerate(listed))
     problems, skipped = _read(rows, name, repository.rpartition("/")[2], reading)
-    return ProblemSet(name, split, problems, digest.hexdigest(), skipped)
+    digested = digest.hexdigest()
+    return ProblemSet(name, split, problems, digested, len(skipped), reasons_of(skipped))
 
 
 @contextlib.contextmanager
@@ -317,30 +374,31 @@ def _csv(path: Path, text: str, columns: tuple[tuple[str, str], ...]) -> Iterato
 
 def _read(
     rows: Iterable[SourceRow], name: str, stem: str, reading: Reading
-) -> tuple[tuple[Problem, ...], int]:
+) -> tuple[tuple[Problem, ...], list[BadRow]]:
     """Turn rows into problems.
 
     Returns:
-        The problems, and how many rows were left out.
+        The problems, and the rows that were left out.
 
     Raises:
         UserError: rows are bad and not to be skipped, or there is no good one.
     """
     problems, bad, kind = problems_of(rows, stem, reading)
     if problems and (reading.skip_bad_rows or not bad):
-        return tuple(problems), len(bad)
+        return tuple(problems), bad
     if not bad:
         raise UserError(f"{name} has no rows ({_COLUMNS})")
-    listed = _listed(bad)
+    first = listed(bad)
     if not problems:
-        raise UserError(f"{name} has no row that can be read:\n  {listed}\n({_COLUMNS})")
+        raise UserError(f"{name} has no row that can be read:\n  {first}\n({_COLUMNS})")
     as_kind = f" with answers of the kind {kind}" if reading.kind != kind else ""
     raise UserError(
         f"{name}: {len(bad)} of {len(bad) + len(problems)} rows cannot be read{as_kind}:\n"
-        f"  {listed}\nCorrect them, or skip them with --skip-bad-rows ({_COLUMNS})"
+        f"  {first}\nCorrect them, or skip them with --skip-bad-rows ({_COLUMNS})"
     )
 
 
-def _listed(bad: Sequence[str]) -> str:
+def listed(bad: Sequence[BadRow]) -> str:
+    """The first bad rows, a line each."""
     more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-    return "\n  ".join(bad[:_SHOWN]) + more
+    return "\n  ".join(map(str, bad[:_SHOWN])) + more

@@ -1,9 +1,10 @@
 """Rows of data sets, as people publish them, turned into problems.
 
 What a row holds is told by its columns' names, in any case and with the names that the published
-sets use. What kind of answers they are is told by all rows together, since one row with ``12`` says
-nothing. Whatever stands in a row and would be left out, such as an image or a passage in an unknown
-column of a question that needs it, is refused; and a number is never pulled out of a formula.
+sets use; chats are :mod:`mlx_fd.problems.chats`. What kind of answers they are is told by all rows
+together, since one row with ``12`` says nothing. Whatever stands in a row and would be left out,
+such as an image or a passage in an unknown column of a question that needs it, is refused; and a
+number is never pulled out of a formula.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.problems import Problem, parsing
+from mlx_fd.problems import Problem, chats, parsing
 from mlx_fd.problems.kinds import KINDS
 from mlx_fd.problems.kinds.choice import LETTERS, listed
+from mlx_fd.problems.kinds.text import MAX_TEXT
 from mlx_fd.text import shown
 
 #: What a column stands for -> the names it is published under, the first of which wins.
@@ -27,12 +29,25 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "choices": ("choices", "options"),
     "answer": (
         "answer", "answerkey", "answers", "answers_spans", "final_answer", "expected_answer",
-        "target", "label", "gold", "output", "response",
+        "target", "label", "gold", "output", "response", "completion",
     ),
     "solution": ("solution", "rationale", "explanation"),
     "id": ("id", "task_id"),
 }  # fmt: skip
-_IMAGES = ("image", "images", "decoded_image", "image_path", "picture")
+_IMAGE = re.compile(
+    r"(?:decoded_)?images?(?:_(?:path|url|bytes|\d++))?|pictures?|photos?|pixel_values"
+)
+# What stands in these is one of many good replies, unless it is a number or says what it comes to.
+_FREE = frozenset({"output", "response", "completion"})
+# What a row may say beside a question that has no answer.
+_ABOUT = frozenset(
+    {
+        "category", "dataset", "difficulty", "idx", "index", "instance", "lang", "language",
+        "level", "license", "meta", "metadata", "prompt_id", "seed_task_id", "source", "split",
+        "subject", "tags", "task", "topic", "type", "uid", "unique_id",
+        "url",
+    }
+)  # fmt: skip
 # Answers that stand for "there is none".
 _MISSING = frozenset({"", "none", "null", "nan", "n/a"})
 # From this share of the rows on they are not bad rows among numbers, but another kind.
@@ -80,6 +95,24 @@ def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
 
 
 @dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be read: where it is, and why."""
+
+    where: str
+    reason: str
+
+    @property
+    def kind(self) -> str:
+        """The reason without what is of this row alone."""
+        if self.reason.startswith("duplicate id"):
+            return "duplicate id"
+        return self.reason.partition(" (")[0].partition(";")[0]
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class _Row:
     """A row's parts: texts as they stand, the answer as the file has it."""
 
@@ -89,11 +122,12 @@ class _Row:
     answer: Any
     solution: str | None
     id: str
+    free: bool  # the answer is one of many good ones
 
 
 def problems_of(
     rows: Iterable[tuple[str, Mapping[str, Any] | str]], stem: str, reading: Reading
-) -> tuple[list[Problem], list[str], str]:
+) -> tuple[list[Problem], list[BadRow], str]:
     """Problems of some rows.
 
     Args:
@@ -102,27 +136,33 @@ def problems_of(
         reading: how.
 
     Returns:
-        The problems, a line for each bad row, and the kind of the answers.
+        The problems, the bad rows in the file's order, and the kind of the answers.
 
     Raises:
         UserError: a column that was named is in no row, or the kind's package is missing.
     """
     taken: list[tuple[str, int, _Row]] = []
-    bad: list[tuple[int, str]] = []
+    bad: list[tuple[int, BadRow]] = []
     named = dict(reading.columns)
-    absent, found = set(named.values()), False
+    absent, found, others = set(named.values()), False, dict[str, None]()
     for place, (where, row) in enumerate(rows):
         try:
             if isinstance(row, str):
                 raise ValueError(row)
             found = True
             absent -= row.keys()
+            others.update(dict.fromkeys(_others(row)))
             taken.append((where, place, _parts(row, named)))
         except ValueError as error:
-            bad.append((place, f"{where}: {error}"))
+            bad.append((place, BadRow(where, str(error))))
     if absent and found:
         raise UserError(f"--columns: no row has a column {shown(min(absent))}")
-    kind = _kind_of([row for _, _, row in taken]) if reading.kind == "auto" else reading.kind
+    kind = reading.kind
+    if kind == "auto":
+        kind = _kind_of([row for _, _, row in taken])
+        if kind == "none":
+            named_here = set(named.values())
+            _check_no_answer_is_missed(taken, [name for name in others if name not in named_here])
     KINDS[kind].available()
     problems: list[Problem] = []
     seen: dict[str, str] = {}
@@ -130,15 +170,21 @@ def problems_of(
         try:
             problem = _problem(parts, kind, f"{stem}-{place:05d}")
         except ValueError as error:
-            bad.append((place, f"{where}: {error}"))
+            bad.append((place, BadRow(where, str(error))))
             continue
         if problem.id in seen:
             first = seen[problem.id]
-            bad.append((place, f"{where}: duplicate id {shown(problem.id)} (first at {first})"))
+            twice = f"duplicate id {shown(problem.id)} (first at {first})"
+            bad.append((place, BadRow(where, twice)))
             continue
         seen[problem.id] = where
         problems.append(problem)
-    return problems, [line for _, line in sorted(bad)], kind
+    return problems, [row for _, row in sorted(bad, key=lambda one: one[0])], kind
+
+
+def reasons_of(bad: Iterable[BadRow]) -> tuple[tuple[str, int], ...]:
+    """Why rows are bad, each with the number of its rows, the most frequent first."""
+    return tuple(Counter(row.kind for row in bad).most_common())
 
 
 # ------------------------------------------------------------------------------------------ columns
@@ -157,22 +203,28 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
                 return original
         return None
 
-    for name in _IMAGES:
-        if name in by_name and row[by_name[name]] not in (None, "", []):
-            raise ValueError(f"has an image ({by_name[name]!r}); mlx-fd reads text only")
-    asked = column("question")
-    if asked is None:
+    for name, original in by_name.items():
+        if _IMAGE.fullmatch(name) and row[original] not in (None, "", []):
+            raise ValueError(f"has an image ({original!r}); mlx-fd reads text only")
+    asked, answer, solution = column("question"), column("answer"), column("solution")
+    reply = None if answer is None else row[answer]
+    if answer is None and solution is not None:
+        # MATH has no other answer than the one in its solution's box.
+        reply = row[solution]
+    free = answer is not None and answer.strip().lower() in _FREE
+    chat = _chat_of(row, by_name, asked, reply)
+    if chat is not None:
+        question, said = chats.read(chat, reply)
+        free = True
+        reply = said if reply is None or isinstance(reply, list) else reply
+    elif asked is None:
         raise ValueError("no 'question'")
-    question = text_of(row, asked, "question")
+    else:
+        question = text_of(row, asked, "question")
     context = column("context")
     if context is not None and str(row[context]).strip():
         question = f"{text_of(row, context, context).strip()}\n\n{question.strip()}"
     choices, labels = _choices(row, column("choices"))
-    answer = column("answer")
-    solution = column("solution")
-    if answer is None and solution is not None:
-        # MATH has no other answer than the one in its solution's box.
-        answer = solution
     identity = column("id")
     number = None if identity is None else row[identity]
     if isinstance(number, bool | float | list | dict):
@@ -182,11 +234,48 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
         question=question,
         choices=choices,
         labels=labels,
-        answer=None if answer is None else row[answer],
+        answer=reply,
         solution=None if solution is None else text_of(row, solution, "solution"),
         # GSM-Symbolic's ids are those of templates, each of which has instances.
         id="-".join(str(part) for part in (number, instance) if part not in (None, "")),
+        free=free,
     )
+
+
+def _chat_of(
+    row: Mapping[str, Any], by_name: Mapping[str, str], asked: str | None, reply: Any
+) -> list[Any] | None:
+    """A row's chat: in its question, or in ``messages`` where it has no answer beside them."""
+    if asked is not None and isinstance(row[asked], list):
+        return list(row[asked])
+    messages = row.get(by_name.get("messages", ""))
+    if row.get(by_name.get("tools", "")):
+        raise ValueError("has tools; mlx-fd reads text only")
+    if isinstance(messages, list) and messages and (asked is None or reply is None):
+        return messages
+    return None
+
+
+def _others(row: Mapping[str, Any]) -> list[str]:
+    """A row's columns that are not known, and that say something."""
+    known = {name for names in COLUMNS.values() for name in names} | _ABOUT | {"messages"}
+    return [
+        name
+        for name, value in row.items()
+        if name.strip().lower() not in known and value not in (None, "", [], {})
+    ]
+
+
+def _check_no_answer_is_missed(
+    rows: Sequence[tuple[str, int, _Row]], others: Sequence[str]
+) -> None:
+    """Refuse to take a file for one of prompts where another column may have the answers."""
+    if others and not any(row.free for _, _, row in rows):
+        raise UserError(
+            f"{rows[0][0]}: no row has an answer, and columns that are not known are there: "
+            f"{', '.join(map(repr, others))[:200]}; name what they are (--columns answer=NAME), "
+            "or say that there are no answers (--answer-kind none)"
+        )
 
 
 def text_of(row: Mapping[str, Any], column: str, named: str) -> str:
@@ -250,8 +339,12 @@ def _kind_of(rows: Sequence[_Row]) -> str:
     """The kind of all rows: a number is a formula and a text, too, but not the other way round."""
     counts = Counter(_own_kind(row) for row in rows if not _missing(row.answer))
     total = counts.total()
+    if not total and rows:
+        return "none"
     if counts["choice"] > total / 2:
         return "choice"
+    if counts["none"] and counts["none"] >= _TEXTS * total:
+        return "none"
     if counts["math"] and counts["math"] >= _FORMULAS * total:
         return "math"
     return "text" if counts["text"] and counts["text"] >= _TEXTS * total else "number"
@@ -265,15 +358,24 @@ def _own_kind(row: _Row) -> str:
         return "text"
     if isinstance(answer, int | float):
         return "number"
-    text = parsing.gold_part(str(answer))
+    whole = str(answer)
+    text = parsing.gold_part(whole)
     if parsing.is_number(text):
         return "number"
-    return "math" if _FORMULA.search(text) else "text"
+    # One of many good replies, unless it says itself what it comes to.
+    if row.free and text == whole.strip():
+        return "none"
+    if _FORMULA.search(text):
+        return "math"
+    # Longer ones are no replies to compare, word by word, with another.
+    return "none" if row.free or len(text) > MAX_TEXT else "text"
 
 
 def _problem(row: _Row, kind: str, default_id: str) -> Problem:
     answer = row.answer
     also: tuple[str, ...] = ()
+    if not KINDS[kind].graded:
+        return _ungraded(row, kind, default_id)
     if _missing(answer):
         raise ValueError("no 'answer'")
     if isinstance(answer, Mapping):  # SQuAD, DROP
@@ -308,6 +410,17 @@ def _problem(row: _Row, kind: str, default_id: str) -> Problem:
         also_right=tuple(other for other in dict.fromkeys(also) if other != gold),
         published=parsing.gold_part(str(answer)),
     )
+
+
+def _ungraded(row: _Row, kind: str, default_id: str) -> Problem:
+    """A problem without a right answer; what the row has as one is a reference text."""
+    solution, reply = row.solution, row.answer
+    if isinstance(reply, list | tuple) and reply:
+        reply = reply[0]
+    if solution is None and not _missing(reply):
+        solution = str(_checked(reply))
+    question = listed(row.question, row.choices) if row.choices else row.question
+    return Problem(row.id or default_id, question, solution or "", "", kind, row.choices)
 
 
 def _checked(answer: Any) -> Any:

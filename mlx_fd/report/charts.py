@@ -19,6 +19,7 @@ from mlx_fd.report.theme import PAGE
 from mlx_fd.runs.labels import EXAM_NAMES
 from mlx_fd.runs.records import EpisodeRow, ShareRow
 from mlx_fd.runs.self_distillation_summary import WRONG
+from mlx_fd.runs.summary import good_by_expert
 
 # What gains, where its name alone does not say it.
 _GAINING = {WRONG: "problems answered wrong"}
@@ -228,11 +229,26 @@ def decision_figure(run: LoopRun) -> Figure | None:
 
 
 def accuracy_figure(runs: Sequence[LoopRun]) -> Figure | None:
-    """First and final answers that are right, along the run."""
+    """First and final answers that are right, along the run.
+
+    Where no right answer is known: first answers that are good by the expert's verdict.
+    """
+    graded = [run for run in runs if "verdicts" not in run.totals]
+    found = {run.name: run.episodes for run in runs}
+    if not graded:
+        return draw.accuracy_along(
+            "First answers that are good by the expert's verdict, along the run",
+            "No right answers are known; a score above 0 counts as good. "
+            + " ".join(_verdict_says(run, len(runs) > 1) for run in runs),
+            found,
+            "episode",
+            lambda row: row["episode"],
+            {"first answers": good_by_expert},
+        )
     return draw.accuracy_along(
         "Right answers along the run",
-        " ".join(_accuracy_says(run, len(runs) > 1) for run in runs),
-        {run.name: run.episodes for run in runs},
+        " ".join(_accuracy_says(run, len(runs) > 1) for run in graded),
+        found,
         "episode",
         lambda row: row["episode"],
         {
@@ -240,6 +256,12 @@ def accuracy_figure(runs: Sequence[LoopRun]) -> Figure | None:
             "final answers": lambda row: row["correct_after"],
         },
     )
+
+
+def _verdict_says(run: LoopRun, several: bool) -> str:
+    found = run.totals["verdicts"]["first_answers"]
+    share = f"{found['right'] / found['n']:.1%} of {found['n']}" if found["n"] else "none"
+    return f"{run.name if several else 'Over all'}: {share}."
 
 
 def _accuracy_says(run: LoopRun, several: bool) -> str:

@@ -211,7 +211,7 @@ def accuracy_along(
     found: Mapping[str, Sequence[_Record]],
     one: str,
     number: Callable[[_Record], int],
-    kinds: Mapping[str, Callable[[_Record], bool]],
+    kinds: Mapping[str, Callable[[_Record], bool | None]],
 ) -> Figure | None:
     """Shares that are right along one run or several, with 95 % Wilson intervals.
 
@@ -221,23 +221,27 @@ def accuracy_along(
         found: the rows of each run, by its name.
         one: what a row is called; its plural names the axis.
         number: a row's number in its run.
-        kinds: whether a row counts, by what is counted.
+        kinds: whether a row counts, by what is counted; ``None``: nobody knows, and it is left
+            out.
     """
-    rows = []
+    rows, each = [], 0
     for name, of_run in found.items():
         for chunk in binned(of_run):
+            each = max(each, len(chunk))
             for kind, counts in kinds.items():
-                right = sum(counts(row) for row in chunk)
-                low, high = wilson(right, len(chunk))
+                rights = [right for row in chunk if (right := counts(row)) is not None]
+                if not rights:
+                    continue
+                low, high = wilson(sum(rights), len(rights))
                 rows.append(
                     {
                         "run": name,
                         "answers": kind,
                         one: (number(chunk[0]) + number(chunk[-1])) / 2,
-                        "right": right / len(chunk),
+                        "right": sum(rights) / len(rights),
                         "low": low,
                         "high": high,
-                        "n": len(chunk),
+                        "n": len(rights),
                     }
                 )
     if not rows:
@@ -264,7 +268,7 @@ def accuracy_along(
         "Each point is a sixteenth of its run; pointing at one gives its 95 % Wilson interval. "
         f"{says}"
         if several
-        else f"Each point is {rows[0]['n']} {one}s; the bands are 95 % Wilson intervals. {says}"
+        else f"Each point is {each} {one}s; the bands are 95 % Wilson intervals. {says}"
     )
     lines = with_points(base.encode(strokeDash=dashes), series)
     return figure(title, under, layered(bands, lines), rows)

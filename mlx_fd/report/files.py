@@ -98,6 +98,11 @@ def truth(value: Any) -> bool:
     return value
 
 
+def truth_or_none(value: Any) -> bool | None:
+    """True, false or ``None``."""
+    return None if value is None else truth(value)
+
+
 def whole_or_none(value: Any) -> int | None:
     """A whole number or ``None``."""
     return None if value is None else int(number(value))

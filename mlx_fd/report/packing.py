@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from mlx_fd.runs.records import AttemptRow, EpisodeRow
+from mlx_fd.runs.summary import good_by_expert
 
 _Record = TypeVar("_Record")
 # Records unpacked at once.
@@ -20,6 +21,8 @@ _LISTED = 140
 # What the lists can be filtered by; episodes.js and attempts.js read the same numbers.
 RIGHT_BEFORE, RIGHT_AFTER, UNREADABLE, ALONE, LEARNED, CAPPED = 1, 2, 4, 8, 16, 32
 RIGHT, TEACHES, CUT, UNREAD, TOLD = 1, 2, 4, 8, 16
+# Of problems without right answers: nobody knows; and the expert's verdict, where it gave one.
+UNGRADED, GOOD, POOR = 64, 128, 256
 
 
 def pack(value: Any) -> str:
@@ -43,9 +46,13 @@ def listed_episode(row: EpisodeRow) -> list[Any]:
     """An episode's line in the list: number, id, beginning of the question, flags."""
     expert, student = row["expert_feedback"], row["student_feedback"]
     unreadable = student["written_score"] is None or (expert and expert["written_score"] is None)
+    ungraded, good = row["correct_before"] is None, good_by_expert(row)
     flags = (
-        RIGHT_BEFORE * row["correct_before"]
-        | RIGHT_AFTER * row["correct_after"]
+        RIGHT_BEFORE * bool(row["correct_before"])
+        | RIGHT_AFTER * bool(row["correct_after"])
+        | UNGRADED * ungraded
+        | GOOD * (ungraded and good is True)
+        | POOR * (ungraded and good is False)
         | UNREADABLE * bool(unreadable)
         | ALONE * (not expert)
         | LEARNED * row["gate"]["distilled"]
@@ -57,10 +64,11 @@ def listed_episode(row: EpisodeRow) -> list[Any]:
 def listed_attempt(row: AttemptRow) -> list[Any]:
     """An attempt's line in the list: number, id, beginning of the question, flags."""
     flags = (
-        RIGHT * row["correct"]
+        RIGHT * bool(row["correct"])
+        | UNGRADED * (row["correct"] is None)
         | TEACHES * row["teaches"]
         | CUT * (not row["finished"])
-        | UNREAD * (row["final"] is None)
+        | UNREAD * (row["final"] is None and row["correct"] is not None)
         | TOLD * (row["teacher"] is not None)
     )
     return [row["attempt"], row["id"], _beginning(row["question"]), flags]

@@ -195,6 +195,7 @@ def _self_parts(runs: Sequence[SelfRun]) -> dict[str, Any]:
         "method": self_tables.method_table(runs),
         "by_expert": all(run.has_expert for run in runs),
         "headroom": self_tables.headroom_table(runs),
+        "ungraded": any(self_tables.is_ungraded(run) for run in runs),
         "learning": [
             *_there(self_charts.held_out_figure(runs)),
             *self_charts.update_figures(runs),

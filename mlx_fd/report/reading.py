@@ -23,6 +23,7 @@ from mlx_fd.report.files import (
     text,
     text_or_none,
     truth,
+    truth_or_none,
     whole_or_none,
 )
 from mlx_fd.report.run import (
@@ -41,6 +42,7 @@ from mlx_fd.report.self_reading import SelfRun, is_self_distillation, read_self_
 from mlx_fd.runs.records import (
     AnswerRow,
     BeforeAfterRow,
+    CountRow,
     EpisodeRow,
     EstimateRow,
     HeadroomRow,
@@ -265,7 +267,7 @@ def _episode(row: JsonObject) -> EpisodeRow:
         "episode": int(number(row["episode"])),
         "id": str(row["id"]),
         "question": text(row["question"]),
-        "reference": str(row["reference"]),
+        "reference": text_or_none(row["reference"]),
         "answer": _written(row["answer"]),
         "expert_feedback": None
         if expert is None
@@ -288,8 +290,8 @@ def _episode(row: JsonObject) -> EpisodeRow:
         "revised": text(row["revised"]),
         "critique": text(row["critique"]),
         "final": _written(row["final"]),
-        "correct_before": truth(row["correct_before"]),
-        "correct_after": truth(row["correct_after"]),
+        "correct_before": truth_or_none(row["correct_before"]),
+        "correct_after": truth_or_none(row["correct_after"]),
         "tokens": counts(row["tokens"]),
         "prefilled": counts(row["prefilled"]),
         "seconds": numbers(row["seconds"]),
@@ -298,16 +300,27 @@ def _episode(row: JsonObject) -> EpisodeRow:
 
 
 def _headroom(value: JsonObject) -> HeadroomRow:
-    found = counts(value["headroom"])
-    return {
-        "problems": found["problems"],
-        "expert_right": found["expert_right"],
-        "student_right": found["student_right"],
-        "expert_judged": found["expert_judged"],
-        "expert_judged_right": found["expert_judged_right"],
-        "student_judged": found["student_judged"],
-        "student_judged_right": found["student_judged_right"],
+    found = value["headroom"]
+    row: HeadroomRow = {
+        "problems": int(number(found["problems"])),
+        "expert_right": whole_or_none(found["expert_right"]),
+        "student_right": whole_or_none(found["student_right"]),
+        "expert_judged": int(number(found["expert_judged"])),
+        "expert_judged_right": whole_or_none(found["expert_judged_right"]),
+        "student_judged": int(number(found["student_judged"])),
+        "student_judged_right": whole_or_none(found["student_judged_right"]),
     }
+    if "verdicts" in found:
+        row["verdicts"] = {
+            "expert": _count(found["verdicts"]["expert"]),
+            "student": _count(found["verdicts"]["student"]),
+            "agreement": _count(found["verdicts"]["agreement"]),
+        }
+    return row
+
+
+def _count(value: Mapping[str, Any]) -> CountRow:
+    return {"count": int(number(value["count"])), "n": int(number(value["n"]))}
 
 
 def _pareto(value: JsonObject) -> Frontier:

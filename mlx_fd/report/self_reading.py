@@ -19,6 +19,8 @@ from mlx_fd.report.files import (
     text,
     text_or_none,
     truth,
+    truth_or_none,
+    whole_or_none,
 )
 from mlx_fd.report.run import (
     Run,
@@ -95,7 +97,7 @@ def read_self_run(folder: Path, name: str) -> SelfRun:
     summary = json_file(folder, runs.SUMMARY, summary_of, missing, needed=False)
     finished = is_finished(folder, len(attempts), "attempts", missing)
     first, last = map(_shares, probes_of(folder, summary, metrics))
-    if headroom and not first:
+    if headroom and headroom["right"] is not None and not first:
         first = {WRONG: 1 - headroom["right"] / headroom["problems"]}
         last = last or first
     size = headroom["problems"] if headroom else 0
@@ -121,17 +123,17 @@ def _attempt(row: JsonObject) -> AttemptRow:
         "attempt": int(number(row["attempt"])),
         "id": str(row["id"]),
         "question": text(row["question"]),
-        "reference": str(row["reference"]),
+        "reference": text_or_none(row["reference"]),
         "text": text(row["text"]),
         "tokens": [int(number(token)) for token in row["tokens"]],
         "final": text_or_none(row["final"]),
-        "correct": truth(row["correct"]),
+        "correct": truth_or_none(row["correct"]),
         "finished": truth(row["finished"]),
         "teacher": text_or_none(row["teacher"]),
         "note": text(row["note"]),
         "wrong": int(number(row["wrong"])),
         "teaches": truth(row["teaches"]),
-        "reward": number(row["reward"]),
+        "reward": known(row["reward"]),
         "group_advantage": known(row["group_advantage"]),
         "mean_abs_advantage": known(row["mean_abs_advantage"]),
         "negative_advantage": known(row["negative_advantage"]),
@@ -152,7 +154,7 @@ def _metric(row: JsonObject) -> SelfMetricsRow:
         "probe": usual["probe"] and _shares(usual["probe"]),
         "attempts": {
             "n": int(number(found["n"])),
-            "right": int(number(found["right"])),
+            "right": whole_or_none(found["right"]),
             "reward": known(found["reward"]),
             "teaches": known(found["teaches"]),
             "finished": known(found["finished"]),
@@ -171,7 +173,7 @@ def _metric(row: JsonObject) -> SelfMetricsRow:
         written = numbers(row["expert_answers"])
         read["expert_answers"] = {
             "n": int(written["n"]),
-            "right": int(written["right"]),
+            "right": whole_or_none(row["expert_answers"]["right"]),
             "taught": int(written["taught"]),
         }
     if "health" in row:
@@ -200,6 +202,15 @@ def _health(row: JsonObject) -> HealthRow:
 
 
 def _headroom(value: JsonObject) -> SelfHeadroomRow:
+    if value["right"] is None:
+        return {
+            "problems": int(number(value["problems"])),
+            "right": None,
+            "mixed": None,
+            "taught": int(number(value["taught"])),
+            "without": None,
+            "with_context": None,
+        }
     names = ("problems", "right", "mixed", "taught", "without", "with_context")
     found = {name: int(numbers(value)[name]) for name in names}
     of_all, of_taught = ("right", "mixed", "taught"), ("without", "with_context")

@@ -71,7 +71,7 @@ def headlines(run: SelfRun) -> list[tuple[str, Cell]]:
     sides, halves = totals["held_out"], (totals["first_half"], totals["second_half"])
     after, second = share(sides["after"]), share(halves[1])
     found = totals["attempts"]
-    return [
+    graded = [
         (
             "held-out problems right, before → after",
             Cell(f"{share_says(sides['before'])} → {after.value}", after.note),
@@ -86,6 +86,9 @@ def headlines(run: SelfRun) -> list[tuple[str, Cell]]:
             else "headroom: right without the context → with it",
             _headroom(run),
         ),
+    ]
+    return [
+        *([("right answers", Cell("none are known"))] if is_ungraded(run) else graded),
         (
             "attempts trained on",
             Cell(f"{found['teaches']:.1%}" if found else NONE, f"n {len(run.attempts)}"),
@@ -94,9 +97,15 @@ def headlines(run: SelfRun) -> list[tuple[str, Cell]]:
     ]
 
 
+def is_ungraded(run: SelfRun) -> bool:
+    """Whether the run's problems have no right answers."""
+    found = run.totals["attempts"]
+    return found is not None and found["right"] is None
+
+
 def _headroom(run: SelfRun) -> Cell:
     head = run.totals["headroom"]
-    if head and "expert" in head:
+    if head and "expert" in head and head["right"] is not None:
         n = head["problems"]
         return Cell(f"{head['right'] / n:.1%} → {head['expert'] / n:.1%}", f"n {n}")
     if not run.has_context:
@@ -105,6 +114,8 @@ def _headroom(run: SelfRun) -> Cell:
         return Cell(NONE)
     if not (n := head["taught"]):
         return Cell(NONE, "empty context")
+    if head["without"] is None or head["with_context"] is None:
+        return Cell(NONE, "no right answers are known")
     return Cell(f"{head['without'] / n:.1%} → {head['with_context'] / n:.1%}", f"n {n}")
 
 
@@ -205,11 +216,11 @@ def method_table(runs: Sequence[SelfRun]) -> Table:
 def headroom_table(runs: Sequence[SelfRun]) -> Table | None:
     """Answers with the context against answers without, before the first update."""
     checks = [(run, run.totals["headroom"]) for run in runs]
-    if not any(check for _, check in checks):
+    if not any(check and check["right"] is not None for _, check in checks):
         return None
 
     def row(
-        label: str, of: Callable[[SelfHeadroomRow], tuple[int, int]], with_context: bool
+        label: str, of: Callable[[SelfHeadroomRow], tuple[int | None, int]], with_context: bool
     ) -> TableRow:
         """A line; ``with_context``: of the runs alone whose self-teacher reads a context."""
         return (
@@ -255,5 +266,7 @@ def headroom_table(runs: Sequence[SelfRun]) -> Table | None:
     )
 
 
-def _counted(right: int, n: int) -> Cell:
+def _counted(right: int | None, n: int) -> Cell:
+    if right is None:
+        return Cell(NONE)
     return share({"right": right, "n": n, "interval": list(wilson(right, n))})

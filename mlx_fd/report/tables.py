@@ -24,6 +24,7 @@ from mlx_fd.runs.records import (
     Summary,
     UnreadableRow,
     UpdatesRow,
+    VerdictsRow,
 )
 
 NONE = "-"
@@ -150,6 +151,12 @@ def headlines(run: LoopRun) -> list[tuple[str, Cell]]:
         ("first answers right", share(totals["accuracy"]["first_answers"])),
         ("final answers right", share(totals["accuracy"]["final_answers"])),
     ]
+    if "verdicts" in totals:
+        verdicts = totals["verdicts"]
+        found = [
+            (_GOOD, share(verdicts["first_answers"])),
+            (_AGREED, share(verdicts["agreement"])),
+        ]
     exam = totals.get("exam", {})
     for name, form in (("first_error_f1", ".1%"), ("solved", ".1%")):
         if name in exam:
@@ -185,8 +192,15 @@ def memory(totals: Summary | SelfSummary) -> str:
     return f"peak memory {peak / 2**30:.2f} GiB" if peak else ""
 
 
-_SUMMARY: tuple[tuple[str, Callable[[Summary], Cell]], ...] = (
-    ("episodes", lambda t: Cell(count(t["episodes"]))),
+# Of runs whose problems have no right answers.
+_GOOD = "first answers good, by the expert's verdict"
+_AGREED = "the student's verdict is the expert's"
+_BY_VERDICT: tuple[tuple[str, Callable[[VerdictsRow], Cell]], ...] = (
+    (_GOOD, lambda v: share(v["first_answers"])),
+    (_AGREED, lambda v: share(v["agreement"])),
+    ("first answers kept", lambda v: Cell(f"{v['kept']} of {v['kept'] + v['revised']}")),
+)
+_BY_GOLD: tuple[tuple[str, Callable[[Summary], Cell]], ...] = (
     ("first answers right", lambda t: share(t["accuracy"]["first_answers"])),
     ("final answers right", lambda t: share(t["accuracy"]["final_answers"])),
     (
@@ -197,13 +211,15 @@ _SUMMARY: tuple[tuple[str, Callable[[Summary], Cell]], ...] = (
         "right, expert feedback skipped",
         lambda t: share(t["expert_feedback"]["accuracy_when_not_asked"]),
     ),
+)
+_SUMMARY: tuple[tuple[str, Callable[[Summary], Cell]], ...] = (
     ("score gap, first half → second", lambda t: _gap(t["score_gap"])),
     ("optimiser steps", lambda t: Cell(count(t["updates"]["steps"]), steps_note(t["updates"]))),
     ("tokens trained on", lambda t: Cell(count(t["updates"]["tokens"]))),
     ("frozen", lambda t: Cell(_frozen(t["updates"]["frozen_after_batch"]))),
     ("expert feedback requested", lambda t: _asked(t["expert_feedback"])),
     ("unreadable scores", lambda t: _unread(t["unreadable_scores"], t["episodes"])),
-    ("headroom: held-out problems right", lambda t: _headroom(t["headroom"])),
+    ("headroom, held-out problems", lambda t: _headroom(t["headroom"])),
     ("time", lambda t: Cell(duration(t["seconds"]["total"]))),
     ("peak memory", lambda t: Cell(memory(t).removeprefix("peak memory ") or NONE)),
     ("best checkpoint", lambda t: Cell(str(t.get("best_checkpoint", NONE)))),
@@ -238,18 +254,47 @@ def _unread(unread: UnreadableRow, episodes: int) -> Cell:
 def _headroom(headroom: HeadroomRow | None) -> Cell:
     if headroom is None:
         return Cell(NONE)
+    if "verdicts" in headroom:
+        expert, student = headroom["verdicts"]["expert"], headroom["verdicts"]["student"]
+        return Cell(
+            f"good: expert {expert['count']} of {expert['n']}, student {student['count']} of "
+            f"{student['n']}",
+            "by the expert's verdict",
+        )
     return Cell(
-        f"expert {headroom['expert_right']}, student {headroom['student_right']}",
+        f"right: expert {headroom['expert_right']}, student {headroom['student_right']}",
         f"n {headroom['problems']}",
     )
 
 
 def summary_table(runs: Sequence[LoopRun]) -> Table:
     """The runs' totals, a column for each."""
+    by_verdict = [run for run in runs if "verdicts" in run.totals]
+    episodes: TableRow = ("episodes", *(Cell(count(run.totals["episodes"])) for run in runs))
+    rows: list[TableRow] = [episodes]
+    if len(by_verdict) < len(runs):
+        rows += [(label, *(gold(run.totals) for run in runs)) for label, gold in _BY_GOLD]
+    if by_verdict:
+        rows += [
+            (
+                label,
+                *(
+                    verdict(run.totals["verdicts"]) if "verdicts" in run.totals else Cell(NONE)
+                    for run in runs
+                ),
+            )
+            for label, verdict in _BY_VERDICT
+        ]
+    rows += [(label, *(of(run.totals) for run in runs)) for label, of in _SUMMARY]
+    no_gold = (
+        " Where no right answer is known there are the models' verdicts (a score above 0: good)."
+        if by_verdict
+        else ""
+    )
     return table(
-        "Totals. Percentages have 95 % Wilson intervals.",
+        f"Totals. Percentages have 95 % Wilson intervals.{no_gold}",
         ("", *(run.name for run in runs)),
-        [(label, *(of(run.totals) for run in runs)) for label, of in _SUMMARY],
+        rows,
     )
 
 

@@ -22,8 +22,9 @@ from mlx_fd.models.aliases import ALIASES, TINY
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.resolve import default_student, parse_name, resolve
 from mlx_fd.problems import Problem, ProblemSet
-from mlx_fd.problems.kinds import KINDS
+from mlx_fd.problems.kinds import KINDS, are_graded
 from mlx_fd.problems.sources import SOURCES
+from mlx_fd.registry import CONTEXTS
 from mlx_fd.runs.manifest import manifest_of
 from mlx_fd.runs.records import Manifest
 
@@ -103,6 +104,7 @@ def make_plan(config: Config) -> Plan:
     config = with_absolute_names(config)
     # Problems first: a model may be a download of hours.
     drawn = draw_problems(config)
+    _check_gold(config, (*drawn.probe, *drawn.problems))
     expert_path = resolve(config.models.expert)
     student_path = resolve(config.models.student)
 
@@ -227,9 +229,8 @@ def without_long(
     fits, notes = fitting(used, paths, config, skip=skip, with_solutions=with_solutions)
     if notes:
         drawn = Drawn(source, *_drawn_from(fits, config))
-    if source.skipped:
-        unread = f"{source.skipped} rows of {source.name} could not be read and were skipped"
-        notes = (*notes, unread)
+    if source.skipped_note:
+        notes = (*notes, source.skipped_note)
     return drawn, notes
 
 
@@ -318,6 +319,28 @@ def _check_two_tokenizers(config: Config) -> None:
             raise UserError(
                 f"expert and student have different tokenizers, and {what} needs one: leave it "
                 "out, or choose a student of the expert's family"
+            )
+
+
+def _check_gold(config: Config, problems: Sequence[Problem]) -> None:
+    """Make sure that nothing asks for right answers where there are none.
+
+    Raises:
+        UserError: something does.
+    """
+    if are_graded(problems):
+        return
+    losses = config.losses
+    wanted = {
+        f"--losses {','.join(losses.losses)}": losses.on_solutions,
+        "--solutions (--no-solutions is without)": losses.solutions,
+        f"--student-context {losses.student_context}": CONTEXTS[losses.student_context].needs_gold,
+    }
+    for what, is_wanted in wanted.items():
+        if is_wanted:
+            raise UserError(
+                f"{config.problems.problems} has no right answers (kind none), and {what} learns "
+                "from right ones only: leave it out, or choose problems with answers"
             )
 
 
@@ -450,5 +473,5 @@ def sample_of_problems(source: str, problems: Sequence[Problem]) -> list[str]:
     for problem in problems[:_EXAMPLES]:
         question = " ".join(problem.question.split())
         cut = f"{question[:_SHOWN]}..." if len(question) > _SHOWN else question
-        lines.append(f"  {cut} -> {problem.answer}")
+        lines.append(f"  {cut} -> {problem.answer}" if kind.graded else f"  {cut}")
     return lines

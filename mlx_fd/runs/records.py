@@ -65,7 +65,7 @@ class AnswerRow(TypedDict):
 
     Attributes:
         text: as it was written.
-        final: the final number read in it, as a fraction; null where none could be read.
+        final: the final answer read in it, a number as a fraction; null where none could be read.
     """
 
     text: str
@@ -209,7 +209,7 @@ class EpisodeRow(ThoughtColumns):
         episode: its index in the run, from 0.
         id: the problem's.
         question: the problem's text.
-        reference: the right answer, as a fraction; null where it is not known.
+        reference: the right answer, a number as a fraction; null where it is not known.
         answer: the first answer.
         expert_feedback: the expert's; null where the student stood alone.
         student_feedback: the student's, before it learned from this batch.
@@ -221,8 +221,8 @@ class EpisodeRow(ThoughtColumns):
         revised: the revised answer's text; empty where the first answer stayed.
         critique: the expert's critique of its revision.
         final: the final answer.
-        correct_before: whether the first answer was right.
-        correct_after: whether the final answer was right.
+        correct_before: whether the first answer was right; null where no right answer is known.
+        correct_after: whether the final answer was right; null likewise.
         tokens: tokens written, by step.
         prefilled: tokens read, by step.
         capped: steps that ended at the token limit.
@@ -243,8 +243,8 @@ class EpisodeRow(ThoughtColumns):
     revised: str
     critique: str
     final: AnswerRow
-    correct_before: bool
-    correct_after: bool
+    correct_before: bool | None
+    correct_after: bool | None
     tokens: Mapping[str, int]
     prefilled: Mapping[str, int]
     capped: list[str]
@@ -295,7 +295,7 @@ class AttemptsRow(TypedDict):
 
     Attributes:
         n: how many.
-        right: how many are right.
+        right: how many are right; null where no right answer is known.
         reward: mean reward.
         teaches: share that teaches.
         finished: share that ended itself.
@@ -307,7 +307,7 @@ class AttemptsRow(TypedDict):
     """
 
     n: int
-    right: int
+    right: int | None
     reward: float | None
     teaches: float | None
     finished: float | None
@@ -355,12 +355,12 @@ class ExpertAnswersRow(TypedDict):
 
     Attributes:
         n: answers.
-        right: how many are right.
+        right: how many are right; null where no right answer is known.
         taught: how many were learned from.
     """
 
     n: int
-    right: int
+    right: int | None
     taught: int
 
 
@@ -394,19 +394,19 @@ class AttemptRow(TypedDict):
         attempt: its index in the run, from 0.
         id: the problem's.
         question: the problem's text as the student read it.
-        reference: the right answer.
+        reference: the right answer; null where none is known.
         text: the attempt.
         thought: what was thought before it; absent where nothing was.
         tokens: its token ids, without those of the thought.
-        final: the final number read in it; null where none could be read.
-        correct: whether that is right.
+        final: the final answer read in it; null where none could be read.
+        correct: whether that is right; null where no right answer is known.
         by_expert: whether the expert wrote it in the student's place; absent: the student did.
         finished: whether it ended itself (else the token limit did).
         teacher: what the self-teacher read; null: the same as the student.
         note: what the context says of the attempt.
         wrong: how many wrong hints the context gave.
         teaches: whether something was learned from it.
-        reward: its reward.
+        reward: its reward; null where no right answer is known.
         group_advantage: reward against the group's; null where there is no group.
         mean_abs_advantage: mean of abs(A_t) over tokens; null without a teacher.
         negative_advantage: share of tokens with negative A_t; null without a teacher.
@@ -418,19 +418,19 @@ class AttemptRow(TypedDict):
     attempt: int
     id: str
     question: str
-    reference: str
+    reference: str | None
     text: str
     thought: NotRequired[str]
     tokens: list[int]
     final: str | None
-    correct: bool
+    correct: bool | None
     by_expert: NotRequired[bool]
     finished: bool
     teacher: str | None
     note: str
     wrong: int
     teaches: bool
-    reward: float
+    reward: float | None
     group_advantage: float | None
     mean_abs_advantage: float | None
     negative_advantage: float | None
@@ -574,7 +574,7 @@ class ProbeLossesRow(TypedDict):
 
 
 class AccuracyRow(TypedDict):
-    """How many answers were right.
+    """How many answers were right, of those of which it is known: none where there is no gold.
 
     Attributes:
         first_answers: of the first answers.
@@ -583,6 +583,22 @@ class AccuracyRow(TypedDict):
 
     first_answers: ShareRow
     final_answers: ShareRow
+
+
+class VerdictsRow(TypedDict):
+    """What is known of answers without gold: the models' verdicts (a score above 0: good).
+
+    Attributes:
+        first_answers: first answers that are good by the expert's verdict, of those with one.
+        agreement: the student's verdicts that are the expert's, of the answers with both.
+        kept: first answers that were left as they were, since their score reached the target.
+        revised: those that were revised.
+    """
+
+    first_answers: ShareRow
+    agreement: ShareRow
+    kept: int
+    revised: int
 
 
 class ScoreGapRow(TypedDict):
@@ -732,27 +748,56 @@ class TopKRow(TypedDict):
     missing_at_most: float | None
 
 
+class CountRow(TypedDict):
+    """So many of so many.
+
+    Attributes:
+        count: how many.
+        n: of how many.
+    """
+
+    count: int
+    n: int
+
+
+class HeadroomVerdictsRow(TypedDict):
+    """The headroom check without gold: by the models' verdicts (a score above 0: good).
+
+    Attributes:
+        expert: answers of the expert that are good by its own verdict, of those with one.
+        student: answers of the student that are good by the expert's verdict, likewise.
+        agreement: the student's verdicts on first answers that are the expert's, of those with
+            both.
+    """
+
+    expert: CountRow
+    student: CountRow
+    agreement: CountRow
+
+
 @final
 class HeadroomRow(TypedDict):
     """The headroom check of the loop: counts on the probe problems, before any update.
 
     Attributes:
         problems: how many there were.
-        expert_right: problems the expert answers right.
-        student_right: problems the student answers right.
+        expert_right: problems the expert answers right; null where no right answer is known.
+        student_right: problems the student answers right; null likewise.
         expert_judged: answers with a readable written score of the expert.
-        expert_judged_right: those it judged well.
+        expert_judged_right: those it judged well; null likewise.
         student_judged: answers with a readable written score of the student.
-        student_judged_right: those it judged well.
+        student_judged_right: those it judged well; null likewise.
+        verdicts: in their place, where no right answer is known.
     """
 
     problems: int
-    expert_right: int
-    student_right: int
+    expert_right: int | None
+    student_right: int | None
     expert_judged: int
-    expert_judged_right: int
+    expert_judged_right: int | None
     student_judged: int
-    student_judged_right: int
+    student_judged_right: int | None
+    verdicts: NotRequired[HeadroomVerdictsRow]
 
 
 class Summary(TypedDict):
@@ -761,6 +806,7 @@ class Summary(TypedDict):
     Attributes:
         episodes: how many.
         accuracy: answers right.
+        verdicts: the models' verdicts on the answers, where no right answer is known.
         probe: losses on the probe set.
         headroom: the headroom check; null where it is not known any more.
         score_gap: distance between the two models' scores.
@@ -780,6 +826,7 @@ class Summary(TypedDict):
 
     episodes: int
     accuracy: AccuracyRow
+    verdicts: NotRequired[VerdictsRow]
     probe: ProbeLossesRow
     headroom: HeadroomRow | None
     score_gap: ScoreGapRow
@@ -833,7 +880,7 @@ class SelfHeadroomRow(TypedDict):
 
     Attributes:
         problems: held-out problems.
-        right: answered right.
+        right: answered right; null where no right answer is known, as are the next but ``taught``.
         mixed: with right and with wrong attempts.
         taught: with an attempt that the self-teacher has something to read about.
         without: of those, answered right without the context.
@@ -843,11 +890,11 @@ class SelfHeadroomRow(TypedDict):
     """
 
     problems: int
-    right: int
-    mixed: int
+    right: int | None
+    mixed: int | None
     taught: int
-    without: int
-    with_context: int
+    without: int | None
+    with_context: int | None
     expert: NotRequired[int]
     seconds: NotRequired[float]
 
@@ -875,12 +922,13 @@ class SelfSummary(TypedDict):
         first_half: the student's attempts right in the first half.
         second_half: in the second half.
         held_out: held-out problems answered right.
-        probe: the share of held-out problems answered wrong.
+        probe: the share of held-out problems answered wrong; empty where that is not known.
         headroom: the headroom check; null where it is not known any more.
         updates: the optimiser steps.
         tokens: tokens of the attempts, and tokens read for them.
         seconds: seconds by step, and in ``total``.
-        best_checkpoint: name of the checkpoint with the fewest wrong answers.
+        best_checkpoint: name of the checkpoint with the fewest wrong answers; the last one where
+            no right answer is known.
         peak_memory_bytes: most memory of MLX in any of the run's processes.
     """
 
@@ -976,14 +1024,16 @@ class ItemRow(TypedDict):
     Attributes:
         id: the problem's.
         question: the problem's text.
-        reference: the right answer, the first wrong step, or the reference text.
+        reference: the right answer, the first wrong step, or the reference text; empty where there
+            is none.
         final: what was read in the final text; null where nothing could be.
         correct: whether that is right; null where nothing is right or wrong.
-        strict: whether lm-evaluation-harness's strict filter finds it right.
-        flexible: whether its flexible filter does.
-        first_correct: whether the first answer was right.
+        strict: whether lm-evaluation-harness's strict filter finds it right; null likewise.
+        flexible: whether its flexible filter does; null likewise.
+        first_correct: whether the first answer was right; null likewise.
         deserved: the score that the judged answer deserves.
         written_score: the score in the feedback's text; null where none could be read.
+        expert_score: the score in the expert's feedback on the same answer; null likewise.
     """
 
     id: str
@@ -991,11 +1041,12 @@ class ItemRow(TypedDict):
     reference: str
     final: str | None
     correct: bool | None
-    strict: NotRequired[bool]
-    flexible: NotRequired[bool]
-    first_correct: NotRequired[bool]
+    strict: NotRequired[bool | None]
+    flexible: NotRequired[bool | None]
+    first_correct: NotRequired[bool | None]
     deserved: NotRequired[float]
     written_score: NotRequired[float | None]
+    expert_score: NotRequired[float | None]
 
 
 class OutputRow(ItemRow, TrialRow):
@@ -1137,7 +1188,8 @@ class RealStopRow(TypedDict):
         kd_steps: optimiser steps until then.
         as_predicted: whether these, and the losses there, are those of the replay.
         thawed_after_batch: where it went on learning; null: it did not.
-        final_accuracy: final answers right over all episodes.
+        final_accuracy: final answers right over all episodes; its value is null where no right
+            answer is known.
     """
 
     run: str
@@ -1250,7 +1302,7 @@ class BundleItemRow(TypedDict):
         answer: the right answer.
         text: the model's greedy answer.
         final: the final answer read in it; null where none could be read.
-        right: whether that is right.
+        right: whether that is right; null where no right answer is known.
         kind: of the answer.
         choices: what there is to choose from.
         also_right: other right answers.
@@ -1261,7 +1313,7 @@ class BundleItemRow(TypedDict):
     answer: str
     text: str
     final: str | None
-    right: bool
+    right: bool | None
     kind: str
     choices: list[str]
     also_right: list[str]

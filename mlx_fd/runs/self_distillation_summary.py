@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from mlx_fd.problems.kinds import known
 from mlx_fd.runs.records import (
     AttemptRow,
     AttemptsRow,
@@ -17,7 +18,7 @@ from mlx_fd.runs.records import (
     SelfSummary,
     ShareRow,
 )
-from mlx_fd.runs.summary import seconds_of, wilson
+from mlx_fd.runs.summary import seconds_of, share_of
 
 # What the gate watches here: the share of held-out problems that are answered wrong.
 WRONG = "wrong"
@@ -40,7 +41,7 @@ def expert_answers(rows: Sequence[AttemptRow]) -> ExpertAnswersRow | None:
         return None
     return {
         "n": len(written),
-        "right": sum(row["correct"] for row in written),
+        "right": sum(rights) if (rights := known(row["correct"] for row in written)) else None,
         "taught": sum(row["teaches"] for row in written),
     }
 
@@ -92,7 +93,7 @@ def attempts_summary(rows: Sequence[AttemptRow]) -> AttemptsRow:
     """
     return {
         "n": len(rows),
-        "right": sum(row["correct"] for row in rows),
+        "right": sum(rights) if (rights := known(row["correct"] for row in rows)) else None,
         "reward": _mean([row["reward"] for row in rows]),
         "teaches": _mean([row["teaches"] for row in rows]),
         "finished": _mean([row["finished"] for row in rows]),
@@ -104,13 +105,9 @@ def attempts_summary(rows: Sequence[AttemptRow]) -> AttemptsRow:
     }
 
 
-def _share(right: int, n: int) -> ShareRow:
-    low, high = wilson(right, n)
-    return {"right": right, "n": n, "interval": [round(low, 4), round(high, 4)]}
-
-
 def _held_out(losses: Mapping[str, float], n: int) -> ShareRow:
-    return _share(round((1 - losses[WRONG]) * n), n) if WRONG in losses else _share(0, 0)
+    right = round((1 - losses[WRONG]) * n) if WRONG in losses else 0
+    return share_of(place < right for place in range(n if WRONG in losses else 0))
 
 
 def summarise(
@@ -140,8 +137,8 @@ def summarise(
     clipped = [share for row in metrics for share in row["clipped"]]
     summary: SelfSummary = {
         "attempts": attempts_summary(students_own(attempts)) if attempts else None,
-        "first_half": _share(sum(row["correct"] for row in own[:half]), half),
-        "second_half": _share(sum(row["correct"] for row in own[half:]), len(own) - half),
+        "first_half": share_of(row["correct"] for row in own[:half]),
+        "second_half": share_of(row["correct"] for row in own[half:]),
         "held_out": {
             "before": _held_out(probe_before, probe_size),
             "after": _held_out(probe_after, probe_size),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
+from mlx_fd.problems.kinds import known
 from mlx_fd.runs.records import (
     AuditsRow,
     BatchMetricsRow,
@@ -14,6 +15,7 @@ from mlx_fd.runs.records import (
     MetricsRow,
     ShareRow,
     Summary,
+    VerdictsRow,
 )
 
 # A share of episodes above this is worth a warning, once there are enough of them.
@@ -32,12 +34,41 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def share_of(rights: Iterable[bool | None]) -> ShareRow:
+    """The share of right ones among those of which it is known; n is 0 where it is of none."""
+    of = known(rights)
+    low, high = wilson(sum(of), len(of))
+    return {"right": sum(of), "n": len(of), "interval": [round(low, 4), round(high, 4)]}
+
+
 def _accuracy(
     rows: Sequence[EpisodeRow], key: Literal["correct_before", "correct_after"]
 ) -> ShareRow:
-    right = sum(row[key] for row in rows)
-    low, high = wilson(right, len(rows))
-    return {"right": right, "n": len(rows), "interval": [round(low, 4), round(high, 4)]}
+    return share_of(row[key] for row in rows)
+
+
+def good_by_expert(row: EpisodeRow) -> bool | None:
+    """Whether a first answer is good by the expert's verdict; ``None`` where it has none."""
+    expert = row["expert_feedback"]
+    score = expert["written_score"] if expert else None
+    return None if score is None else score > 0
+
+
+def _verdicts(rows: Sequence[EpisodeRow]) -> VerdictsRow:
+    """The models' verdicts on answers of which nobody knows whether they are right."""
+    agreed: list[bool | None] = []
+    for row in rows:
+        student = row["student_feedback"]
+        score = student["written_score"] if student["head_score"] is None else student["head_score"]
+        good = good_by_expert(row)
+        agreed.append(None if good is None or score is None else (score > 0) == good)
+    revised = sum(bool(row["revised"]) for row in rows)
+    return {
+        "first_answers": share_of(good_by_expert(row) for row in rows),
+        "agreement": share_of(agreed),
+        "kept": len(rows) - revised,
+        "revised": revised,
+    }
 
 
 def _sums(
@@ -107,7 +138,8 @@ def summarise(
         seconds: what was done beside the batches took, by its name.
 
     Returns:
-        What ``summary.json`` holds. Accuracies come with their n and 95 % Wilson interval. Expert
+        What ``summary.json`` holds. Accuracies come with their n and 95 % Wilson interval; where
+        no right answer is known n is 0, and there are the models' verdicts. Expert
         feedback tokens saved are estimated as the mean length of those written, times the episodes
         in which the expert was not asked.
     """
@@ -125,7 +157,7 @@ def summarise(
     ]
     half = len(gaps) // 2
     later = episodes[len(episodes) // 2 :]
-    return {
+    summary: Summary = {
         "episodes": len(episodes),
         "accuracy": {
             "first_answers": _accuracy(episodes, "correct_before"),
@@ -171,6 +203,9 @@ def summarise(
             **seconds_of(metrics, seconds or {}),
         },
     }
+    if any(row["correct_before"] is None for row in episodes):
+        summary["verdicts"] = _verdicts(episodes)
+    return summary
 
 
 def seconds_of(metrics: Sequence[BatchMetricsRow], beside: Mapping[str, float]) -> dict[str, float]:

@@ -17,9 +17,11 @@ from typing import Any, Protocol
 
 from mlx_fd.errors import UserError
 from mlx_fd.files import check_way, write_json
+from mlx_fd.problems.kinds import known
 from mlx_fd.runs.checked import read_checked, with_digest
 from mlx_fd.runs.events import BatchDone, Event, Probed
 from mlx_fd.runs.records import TrackerRow
+from mlx_fd.runs.summary import good_by_expert
 
 # What each has seen of a run, in the run directory.
 STATE = "tracking.json"
@@ -151,17 +153,24 @@ def values_of(event: Event) -> tuple[int, dict[str, float]] | None:
         }
         if health := row.get("health"):
             values |= {f"health/{name}": health[name] for name in ("overlap", "reverse_kl")}
-    # Answers of which it is known whether they are right.
+    # Answers of which it is known whether they are right; without gold, by the expert's verdict.
     answers = {
-        "first_answers": [one["correct_before"] for one in event.rows if "correct_before" in one],
-        "final_answers": [one["correct_after"] for one in event.rows if "correct_after" in one],
-        "attempts": [
-            one["correct"] for one in event.rows if "correct" in one and not one.get("by_expert")
+        "accuracy/first_answers": [
+            o["correct_before"] for o in event.rows if "correct_before" in o
+        ],
+        "accuracy/final_answers": [o["correct_after"] for o in event.rows if "correct_after" in o],
+        "accuracy/attempts": [
+            o["correct"] for o in event.rows if "correct" in o and not o.get("by_expert")
+        ],
+        "expert_verdict/first_answers_good": [
+            good_by_expert(o)
+            for o in event.rows
+            if "correct_before" in o and o["correct_before"] is None
         ],
     }
-    for name, right in answers.items():
-        if right:
-            values[f"accuracy/{name}"] = sum(right) / len(right)
+    for name, rights in answers.items():
+        if of := known(rights):
+            values[name] = sum(of) / len(of)
     return row["batch"] + 1, {name: value for name, value in values.items() if value is not None}
 
 

@@ -13,16 +13,18 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_fd.config import Config
+from mlx_fd.config import Config, GenerationOptions
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.distill import measure
 from mlx_fd.feedback.episode import (
+    Answered,
     OnTokens,
     answer,
     derive_seed,
     expert_feedback,
     first_answers,
     judge,
+    said_by_expert,
     student_feedback,
 )
 from mlx_fd.feedback.pair import Pair
@@ -30,8 +32,9 @@ from mlx_fd.feedback.samples import Sample, TeacherOutputs, sample_of, solution_
 from mlx_fd.files import digest_of, write_json, write_with
 from mlx_fd.models.student import read_arrays
 from mlx_fd.problems import Problem
+from mlx_fd.problems.kinds import are_graded, known
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
-from mlx_fd.runs.records import HeadroomRow
+from mlx_fd.runs.records import CountRow, HeadroomRow, HeadroomVerdictsRow
 
 PROBE_ROWS = "probe.json"
 PROBE_ARRAYS = "probe.safetensors"
@@ -42,7 +45,8 @@ class Headroom:
     """Is there something to distil? Counts on the probe problems, before any update.
 
     A model judges well where its written score is positive on a right first answer and not positive
-    on a wrong one.
+    on a wrong one. Where no right answer is known there are the models' verdicts in the place of
+    what is right: an answer is good by the expert's verdict where the expert's score is positive.
 
     Attributes:
         problems: how many there were.
@@ -53,19 +57,21 @@ class Headroom:
         expert_judged_right: those it judged well.
         student_judged: answers the student scored in its text.
         student_judged_right: those it judged well.
+        verdicts: of problems without right answers.
     """
 
     problems: int
-    expert_right: int
-    student_right: int
+    expert_right: int | None
+    student_right: int | None
     expert_judged: int
-    expert_judged_right: int
+    expert_judged_right: int | None
     student_judged: int
-    student_judged_right: int
+    student_judged_right: int | None
+    verdicts: HeadroomVerdictsRow | None = None
 
     def to_json(self) -> HeadroomRow:
         """For the files that keep it."""
-        return {
+        row: HeadroomRow = {
             "problems": self.problems,
             "expert_right": self.expert_right,
             "student_right": self.student_right,
@@ -74,11 +80,16 @@ class Headroom:
             "student_judged": self.student_judged,
             "student_judged_right": self.student_judged_right,
         }
+        return row if self.verdicts is None else {**row, "verdicts": self.verdicts}
 
     def concerns(self) -> list[str]:
         """What the user should know before hours are spent; empty where all is well."""
-        found = []
-        if self.expert_right <= self.student_right:
+        found = [] if self.verdicts is None else _concerns_of_verdicts(self.verdicts)
+        if (
+            self.expert_right is not None
+            and self.student_right is not None
+            and self.expert_right <= self.student_right
+        ):
             found.append(
                 f"the expert answers {self.expert_right} of {self.problems} probe problems right, "
                 f"the student {self.student_right}: there may be nothing to learn at answering"
@@ -88,7 +99,12 @@ class Headroom:
                 f"the expert's score could be read in {self.expert_judged} of {self.problems} "
                 "feedbacks: the score loss has little to learn from"
             )
-        if self.expert_judged and self.student_judged:
+        if (
+            self.expert_judged
+            and self.student_judged
+            and self.expert_judged_right is not None
+            and self.student_judged_right is not None
+        ):
             expert = self.expert_judged_right / self.expert_judged
             student = self.student_judged_right / self.student_judged
             if expert <= student:
@@ -98,6 +114,28 @@ class Headroom:
                     "its feedback may be no better than the student's"
                 )
         return found
+
+
+def _concerns_of_verdicts(verdicts: HeadroomVerdictsRow) -> list[str]:
+    found = []
+    expert, student, agreed = verdicts["expert"], verdicts["student"], verdicts["agreement"]
+    # Of as many answers each, or nearly: shares are compared.
+    if (
+        expert["n"]
+        and student["n"]
+        and expert["count"] / expert["n"] <= (student["count"] / student["n"])
+    ):
+        found.append(
+            f"by the expert's own verdict {expert['count']} of {expert['n']} of its answers are "
+            f"good, and {student['count']} of {student['n']} of the student's: there may be "
+            "nothing to learn at answering"
+        )
+    if agreed["n"] and agreed["count"] == agreed["n"]:
+        found.append(
+            f"the student's verdict is the expert's on all of the {agreed['n']} answers that both "
+            "scored: there may be little to learn at judging"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -123,9 +161,57 @@ class Probe:
         )
 
 
-def _judged(scores: Sequence[float | None], right: Sequence[bool]) -> tuple[int, int]:
+def _judged(scores: Sequence[float | None], right: Sequence[bool | None]) -> tuple[int, int]:
+    """How many scores could be read, and how many of them are right about the answers."""
     read = [(s, ok) for s, ok in zip(scores, right, strict=True) if s is not None]
-    return len(read), sum((score > 0) == ok for score, ok in read)
+    return len(read), sum((score > 0) == ok for score, ok in read if ok is not None)
+
+
+def _scores(
+    pair: Pair,
+    answered: Sequence[Answered],
+    options: GenerationOptions,
+    seed: int,
+    on_tokens: OnTokens,
+) -> list[float | None]:
+    """The expert's written scores of some answers."""
+    given = expert_feedback(pair, answered, options, seed, on_tokens)
+    return [one.feedback.written_score for one in given]
+
+
+@dataclass(frozen=True)
+class _Verdicts:
+    """Written scores of a batch's answers, as its problems come; ``None`` could not be read.
+
+    Attributes:
+        best: the expert's, of its own answers.
+        own: the expert's, of the student's.
+        expert: the expert's, of the first answers.
+        student: the student's, of the first answers.
+    """
+
+    best: list[float | None]
+    own: list[float | None]
+    expert: list[float | None]
+    student: list[float | None]
+
+
+def _verdicts_row(batches: Sequence[_Verdicts]) -> HeadroomVerdictsRow:
+    def good(scores: Sequence[float | None]) -> CountRow:
+        read = [score > 0 for score in scores if score is not None]
+        return {"count": sum(read), "n": len(read)}
+
+    both = [
+        (expert > 0) == (student > 0)
+        for one in batches
+        for expert, student in zip(one.expert, one.student, strict=True)
+        if expert is not None and student is not None
+    ]
+    return {
+        "expert": good([score for one in batches for score in one.best]),
+        "student": good([score for one in batches for score in one.own]),
+        "agreement": {"count": sum(both), "n": len(both)},
+    }
 
 
 def make_probe(
@@ -148,6 +234,7 @@ def make_probe(
     options, size = config.generation, config.generation.batch_size
     samples: list[Sample] = []
     counts = [0] * 6
+    graded, verdicts = are_graded(problems), list[_Verdicts]()
     for number, begin in enumerate(range(0, len(problems), size)):
         chunk = problems[begin : begin + size]
         seeds = _seeds(config.episode.seed, number)
@@ -172,12 +259,29 @@ def make_probe(
         expert_scores = [one.feedback.written_score for one in experts]
         student_scores = [one.feedback.written_score for one in students]
         found = [
-            sum(one.is_correct for one in best),
-            sum(one.is_correct for one in own),
+            sum(known(one.is_correct for one in best)),
+            sum(known(one.is_correct for one in own)),
             *_judged(expert_scores, right),
             *_judged(student_scores, right),
         ]
         counts = [so_far + more for so_far, more in zip(counts, found, strict=True)]
+        if not graded:
+            verdicts.append(
+                _Verdicts(
+                    best=expert_scores
+                    if best is answered
+                    else _scores(pair, best, options, seeds("verdict/expert"), on_tokens),
+                    own=_scores(
+                        pair,
+                        said_by_expert(pair, own),
+                        options,
+                        seeds("verdict/student"),
+                        on_tokens,
+                    ),
+                    expert=expert_scores,
+                    student=student_scores,
+                )
+            )
         samples.extend(sample_of(pair, one, config.losses) for one in judged)
         if config.losses.on_solutions:
             samples.extend(
@@ -187,7 +291,18 @@ def make_probe(
             )
         on_problems(begin + len(chunk))
     seconds = round(time.perf_counter() - begun, 3)
-    return Probe(tuple(samples), Headroom(len(problems), *counts), seconds)
+    best_right, own_right, by_expert, well_by_expert, by_student, well_by_student = counts
+    headroom = Headroom(
+        problems=len(problems),
+        expert_right=best_right if graded else None,
+        student_right=own_right if graded else None,
+        expert_judged=by_expert,
+        expert_judged_right=well_by_expert if graded else None,
+        student_judged=by_student,
+        student_judged_right=well_by_student if graded else None,
+        verdicts=None if graded else _verdicts_row(verdicts),
+    )
+    return Probe(tuple(samples), headroom, seconds)
 
 
 def _seeds(seed: int, number: int) -> Callable[[str], int]:

@@ -26,6 +26,7 @@ from mlx_fd.runs.tracking import Tracking
 from mlx_fd.training.selfdistill import training
 from mlx_fd.training.selfdistill.methods import EXPERT_METHODS, configured
 from mlx_fd.training.selfdistill.plan import README, side_by_side
+from mlx_fd.training.selfdistill.ungraded import check_gold
 
 DISTIL, _ON_POLICY = "distil", "on-policy"
 
@@ -91,6 +92,7 @@ def check_warm_up(plan: Plan) -> Plan:
             "expert and student have different tokenizers, and a warm-up distils answers token by "
             "token: leave --warm-up out, or choose a student of the expert's family"
         )
+    check_gold(config, (*plan.probe, *plan.warm_up))
     questions = [problem.question for problem in (*plan.probe, *plan.warm_up)]
     questions *= config.selfdistill.num_generations
     memory = check_run_memory(

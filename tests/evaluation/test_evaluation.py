@@ -527,3 +527,18 @@ def test_what_is_wrong_is_said_before_anything_is_generated(mlx_fd, tmp_path, ar
     assert status == 2
     assert said in err and "Traceback" not in err
     assert not (tmp_path / "cache").exists()
+
+
+def test_instructions_without_an_output_are_skipped_where_that_is_wanted(tmp_path):
+    rows = [
+        {"instruction": "Name a colour.", "input": None, "output": "Red."},
+        {"instruction": "Draw a cat.", "input": "", "output": ""},
+    ]
+    path = tmp_path / "alpaca.json"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=r"alpaca\.json:1: no text in 'output'\n.*--skip-bad-rows"):
+        read_instructions(path)
+    warned = []
+    (only,) = read_instructions(path, skip_bad_rows=True, warn=warned.append)
+    assert (only.prompt, only.output) == ("Name a colour.", "Red.")
+    assert warned == [f"1 rows of {path} could not be read and were skipped: 1 no text in 'output'"]

@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_fd.problems import Problem
-from mlx_fd.problems.kinds import KINDS, form_of, is_right, read_final
+from mlx_fd.errors import UserError
+from mlx_fd.problems import Problem, ProblemSet, load
+from mlx_fd.problems.kinds import KINDS, are_graded, form_of, is_right, known, read_final
 from mlx_fd.problems.kinds.text import normal, token_f1
 from mlx_fd.problems.prompts import answer_prompt, final_prompt, revise_prompt
+from mlx_fd.problems.sources import SOURCES, ProblemSource, register_source
 
 ANIMALS = ("a cat", "a dog", "the bird", "A and B")
 
@@ -163,7 +165,8 @@ def test_no_reply_is_too_odd_to_be_read(some):
 def test_each_kind_asks_for_its_own_ending():
     for name, kind in KINDS.items():
         problem = Problem("p", "?", "", "", name)
-        assert kind.form.end.startswith("End with a line of its own: #### <")
+        asked = "End with a line of its own: #### <" if kind.graded else ""
+        assert kind.form.end.startswith(asked)
         for prompt in (
             answer_prompt("Why?", form_of(problem)),
             revise_prompt("", form_of(problem)),
@@ -173,3 +176,23 @@ def test_each_kind_asks_for_its_own_ending():
     assert answer_prompt(" 2 + 3? ") == (
         "2 + 3?\n\nSolve step by step. End with a line of its own: #### <number>"
     )
+
+
+def test_without_gold_nothing_is_right_and_nothing_wrong():
+    problem = Problem("p", "Tell a joke.", "", "", "none")
+    final = read_final("Why?\n#### 3", problem)
+    assert final is None
+    assert is_right(final, problem) is None
+    assert answer_prompt(problem.question, form_of(problem)) == "Tell a joke."
+    assert not are_graded([problem])
+    assert known([None, True, None, False]) == [True, False]
+
+
+def test_a_source_has_gold_for_all_its_problems_or_for_none():
+    mixed = ProblemSet("mixed", "x", (choice(), Problem("q", "?", "", "", "none")), "")
+    register_source(ProblemSource(name="mixed", help="both", load=lambda split: mixed))
+    try:
+        with pytest.raises(UserError, match="some of its problems have right answers"):
+            load("mixed", "x")
+    finally:
+        SOURCES.unregister("mixed")

@@ -1,6 +1,7 @@
 """GSM8K against its published checksums; files with every kind of damage."""
 
 import csv
+import gzip
 import hashlib
 import json
 import os
@@ -543,3 +544,53 @@ def test_test_split_needs_permission(split):
 @pytest.mark.parametrize("split", ["train", "validation", "latest", "train[:10%]", ""])
 def test_other_splits_do_not(split):
     check_split(split, False)
+
+
+@pytest.mark.parametrize("begin", ["", "\ufeff"], ids=["", "BOM"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+def test_a_file_may_be_packed_and_come_from_anywhere(tmp_path, begin, end, packed):
+    rows = [{"id": n, "question": f"{n} + 1?", "answer": str(n + 1)} for n in range(3)]
+    lines = begin + "".join(json.dumps(row) + end for row in rows)
+    cells = begin + "".join(f"{line}{end}" for line in ("question,answer", "0 + 1?,1"))
+    for name, text, count in (("p.jsonl", lines, 3), ("p.csv", cells, 1)):
+        content = text.encode()
+        if packed == ".gz":
+            content = gzip.compress(content)
+        if packed == ".zst":
+            content = pytest.importorskip("zstandard").compress(content)
+        path = tmp_path / f"{name}{packed}"
+        path.write_bytes(content)
+        found = load(str(path)).problems
+        assert [(one.question, one.answer) for one in found] == [
+            (f"{n} + 1?", str(n + 1)) for n in range(count)
+        ]
+    assert found[0].id == "p-00000"
+
+
+def test_a_packed_file_that_is_not_whole_is_refused(tmp_path):
+    whole = gzip.compress(b'{"question": "1?", "answer": "1"}\n' * 99)
+    path = tmp_path / "p.jsonl.gz"
+    for content, said in ((whole[:-20], "cannot be unpacked"), (b"no", "cannot be unpacked")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            load(str(path))
+    pytest.importorskip("zstandard")
+    path = tmp_path / "p.jsonl.zst"
+    path.write_bytes(b"no")
+    with pytest.raises(UserError, match="cannot be unpacked"):
+        load(str(path))
+
+
+def test_what_was_left_out_is_counted_by_reason(tmp_path):
+    rows = [{"id": n % 6, "question": f"{n}?", "answer": str(n)} for n in range(8)]
+    rows += [{"question": "?", "answer": "none"}, {"question": " ", "answer": "1"}]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    found = load(str(path), skip_bad_rows=True)
+    assert dict(found.reasons) == {
+        "duplicate id": 2, "'question' is empty": 1, "not JSON": 1, "no 'answer'": 1,
+    }  # fmt: skip
+    assert found.skipped_note.startswith(
+        f"5 rows of {path} could not be read and were skipped: 2 duplicate id; 1 "
+    )

@@ -11,6 +11,7 @@ from mlx_fd.files import write_json
 from mlx_fd.report import charts, packing, tables, theme
 from mlx_fd.report.page import check_out, make_page, write_page
 from mlx_fd.report.reading import read_runs
+from mlx_fd.runs.summary import wilson
 from support import ROOT, reported
 from support.pages import parsed, run_cli, unpacked
 
@@ -445,3 +446,43 @@ def test_a_run_of_another_schema_is_refused(tmp_path):
     path.write_text(json.dumps(manifest | {"versions": {"mlx-fd": "0.2.0"}}))
     with pytest.raises(UserError, match=r"older version \(mlx-fd 0\.2\.0\).*begin a new run"):
         read_runs([folder])
+
+
+def test_without_gold_the_page_says_so_and_shows_verdicts(tmp_path):
+    blind = {"reference": None, "correct_before": None, "correct_after": None}
+    episodes = [reported.episode(n, **blind) for n in range(3)]
+    episodes[0]["expert_feedback"]["written_score"] = 0.5
+    episodes.append(reported.alone(3, **blind))
+    folder = reported.write_run(tmp_path / "run", episodes)
+    none = {"count": 0, "n": 0}
+    counts = {"problems": 4, "expert_judged": 4, "student_judged": 4}
+    unknown = dict.fromkeys(("expert_right", "student_right"))
+    unknown |= dict.fromkeys(("expert_judged_right", "student_judged_right"))
+    verdicts = {"expert": {"count": 3, "n": 4}, "student": {"count": 1, "n": 3}, "agreement": none}
+    probe = {"headroom": {**counts, **unknown, "verdicts": verdicts}}
+    (folder / "probe.json").write_text(json.dumps(probe))
+    (run,) = read_runs([folder])
+    assert run.missing == []
+    cells = {row[0].value: row[1] for row in tables.summary_table([run]).rows}
+    low, high = (round(side, 4) for side in wilson(1, 3))
+    good = tables.Cell("33.3%", f"{low:.1%} to {high:.1%}, n 3")
+    assert cells["first answers good, by the expert's verdict"] == good
+    assert not any("right" in label.split() for label in cells)
+    assert cells["headroom, held-out problems"].value == "good: expert 3 of 4, student 1 of 3"
+    assert dict(tables.headlines(run))["first answers good, by the expert's verdict"] == good
+    figure = charts.accuracy_figure([run])
+    assert "No right answers are known" in figure.says
+    points = figure.specification["datasets"]["rows"]
+    assert sum(point["n"] for point in points) == 3
+    flags = [packing.listed_episode(row)[3] for row in run.episodes]
+    assert [flag & packing.GOOD > 0 for flag in flags] == [True, False, False, False]
+    assert [flag & packing.POOR > 0 for flag in flags] == [False, True, True, False]
+    # Beside a run with gold each shows what it has.
+    beside = read_runs([folder, reported.write_run(tmp_path / "graded")])
+    both = {row[0].value: row[1:] for row in tables.summary_table(beside).rows}
+    assert [cell.value for cell in both["final answers right"]] == ["-", "100.0%"]
+    assert [cell.value for cell in both["first answers good, by the expert's verdict"]] == [
+        "33.3%", "-",
+    ]  # fmt: skip
+    assert {row["run"] for row in charts.accuracy_figure(beside).specification["datasets"]["rows"]}
+    assert make_page(beside)

@@ -285,3 +285,29 @@ def test_the_command_compares_methods(tmp_path, monkeypatch, capsys):
     page = " ".join(" ".join(parsed((tmp_path / "report.html").read_text()).text).split())
     assert "10 of 24 attempts are in this page" in page
     assert "2 runs compared" in page
+
+
+def test_without_gold_no_share_is_shown(tmp_path):
+    unknown = {"correct": None, "reward": None, "reference": None, "final": None}
+    attempts = [reported.attempt(n, **unknown) for n in range(12)]
+    metrics = [reported.self_metric(n) for n in range(3)]
+    for row in metrics:
+        row["attempts"] |= {"right": None, "reward": None, "negative_on_right": None}
+    folder = reported.write_self_run(tmp_path / "run", attempts, metrics)
+    names = ("right", "mixed", "without", "with_context")
+    blind = {"problems": 4, "taught": 3, **dict.fromkeys(names), "seconds": 1.0}
+    (folder / runs.HEADROOM).write_text(json.dumps(blind))
+    summary = {"probe": {"before": {}, "after": {}}}
+    (folder / runs.SUMMARY).write_text(json.dumps(summary))
+    run = read(folder)
+    assert run.missing == []
+    assert dict(self_tables.headlines(run))["right answers"].value == "none are known"
+    totals = cells(self_tables.summary_table([run]))
+    assert totals["attempts right, first half"] == totals["held-out problems right, after"]
+    assert totals["attempts right, first half"] == tables.Cell("-")
+    assert self_tables.headroom_table([run]) is None
+    assert self_charts.held_out_figure([run]) is None
+    titles = [figure.title for figure in self_charts.attempt_figures([run])]
+    assert "Attempts that are right" not in titles and "Length of attempts" in titles
+    assert packing.listed_attempt(run.attempts[0])[3] & packing.UNGRADED
+    assert "the problems have no right answers" in make_page([run])

@@ -104,3 +104,24 @@ def test_warnings():
     assert set(find_warnings([*good, *[row(1, 1, capped=["answer"])] * 3])) == {"capped"}
     assert set(find_warnings([*good, *[row(1, 1, capped=["merge"])] * 3])) == set()
     assert set(find_warnings([row(1, 1, alone=True)] * 8)) == set()
+
+
+def test_without_gold_there_are_the_models_verdicts():
+    episodes = [
+        {**row(None, None, expert=0.5, student=0.2), "revised": "again"},
+        {**row(None, None, expert=-0.5, student=0.2), "revised": "again"},
+        {**row(None, None, expert=0.0, student=-0.2), "revised": ""},  # 0 is not above 0
+        {**row(None, None, expert=None, student=0.9), "revised": ""},
+        {**row(None, None, alone=True, student=0.9), "revised": ""},
+    ]
+    metrics = []
+    found = summarise(episodes, metrics, {}, {}, None)
+    assert found["accuracy"]["first_answers"]["n"] == 0
+    assert found["expert_feedback"]["accuracy_when_asked"]["n"] == 0
+    low, high = wilson(1, 3)
+    assert found["verdicts"]["first_answers"] == {
+        "right": 1, "n": 3, "interval": [round(low, 4), round(high, 4)],
+    }  # fmt: skip
+    assert (found["verdicts"]["agreement"]["right"], found["verdicts"]["agreement"]["n"]) == (2, 3)
+    assert (found["verdicts"]["kept"], found["verdicts"]["revised"]) == (3, 2)
+    assert "verdicts" not in summarise([row(True, True)], [], {}, {}, None)

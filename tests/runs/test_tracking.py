@@ -209,3 +209,13 @@ def test_wandb_keeps_it_offline(tmp_path, monkeypatch):
     assert track(tmp_path, FIRST, batch(0), names=["wandb"]) == []
     (kept,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert b"accuracy/final_answers" in kept.read_bytes()
+
+
+def test_without_gold_no_accuracy_is_tracked():
+    blind = {"correct_before": None, "correct_after": None}
+    scored = reported.episode(0, **blind)
+    scored["expert_feedback"]["written_score"] = 0.5
+    rows = [scored, reported.episode(1, **blind), reported.alone(2, **blind)]
+    _, values = values_of(BatchDone(3, 3, rows, reported.metric(0)))
+    assert not any(name.startswith("accuracy") for name in values)
+    assert values["expert_verdict/first_answers_good"] == 0.5

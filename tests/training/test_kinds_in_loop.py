@@ -7,11 +7,15 @@ import sys
 import pytest
 
 from mlx_fd import open_student
+from mlx_fd.errors import UserError
 from mlx_fd.problems import arithmetic, load
 from mlx_fd.problems.kinds import form_of
 from mlx_fd.problems.prompts import answer_prompt
+from mlx_fd.training.selfdistill.methods import configured
+from mlx_fd.training.session import plan_of
 
 SIZES = ["--batch-size", 2, "--probe-size", 2, "--seed", 1]
+PROMPTS = ["--answer-kind", "none", "--problems"]
 SHORT = ["--max-answer-tokens", 24, "--max-feedback-tokens", 24, "--max-merge-tokens", 24]
 
 
@@ -22,6 +26,100 @@ def choice(problem):
 
 def text(problem):
     return {"question": f"{problem.question} Who?", "answer": ["Ann", "Anna"]}
+
+
+def none(problem):
+    return {"prompt": answer_prompt(problem.question)}
+
+
+@pytest.fixture(scope="module")
+def ungraded(tmp_path_factory):
+    """A loop on prompts alone, and the file that they are in."""
+    folder = tmp_path_factory.mktemp("none")
+    rows = map(none, arithmetic.load("train").problems[:6])
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = mlx_fd("loop", "--preset", "tiny", "--no-solutions", *PROMPTS, folder / "p.jsonl",
+                  "--episodes", 4, *SIZES, *SHORT, "--out", folder / "run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder / "run", folder / "p.jsonl", done.stdout
+
+
+def test_without_gold_the_loop_goes_by_the_experts_verdict(ungraded):
+    run, _, printed = ungraded
+    summary = json.loads((run / "summary.json").read_text())
+    rows = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
+    assert {row["correct_before"] for row in rows} == {row["correct_after"] for row in rows}
+    assert {row["correct_after"] for row in rows} == {row["reference"] for row in rows} == {None}
+    scores = [row["expert_feedback"]["written_score"] for row in rows]
+    assert summary["verdicts"]["first_answers"]["right"] == sum(score > 0 for score in scores)
+    assert summary["verdicts"]["first_answers"]["n"] == len(scores) == 4
+    verdicts = summary["headroom"]["verdicts"]
+    assert verdicts["expert"]["n"] == verdicts["student"]["n"] == 2
+    assert summary["headroom"]["expert_right"] is None
+    assert "without right answers: good by the expert's verdict" in printed
+    assert "first answers right" not in printed
+    report = mlx_fd("report", run)
+    assert report.returncode == 0, report.stderr
+
+
+def test_without_gold_judging_is_evaluated_by_the_expert(ungraded):
+    run, file, _ = ungraded
+    done = mlx_fd("eval", run, *PROMPTS, file, "--limit", 3, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "has no right answers" in done.stderr
+    solved, judged = json.loads(done.stdout)["sets"]
+    assert {name for one in solved["systems"] for name in one["measures"]} == {"ended", "score"}
+    lines = (run / "eval" / "fast" / "outputs.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["set"] == judged["name"]]
+    assert [system["name"] for system in judged["systems"]] == ["student", "clear"]
+    for system in judged["systems"]:
+        own = [row for row in rows if row["system"] == system["name"]]
+        agreed = [(row["score"] > 0) == (row["expert_score"] > 0) for row in own]
+        found = system["measures"]["agreement"]
+        assert (found["value"], found["n"]) == (sum(agreed) / 3, 3)
+        gaps = [abs(row["score"] - row["expert_score"]) for row in own]
+        assert system["measures"]["score_gap"]["value"] == pytest.approx(sum(gaps) / 3)
+
+
+def test_without_gold_an_expert_is_distilled_all_the_same(ungraded, tmp_path):
+    _, file, _ = ungraded
+    out = tmp_path / "run"
+    done = mlx_fd("distil", "--expert", "tiny", *PROMPTS, file, "--episodes", 4, *SIZES, *SHORT[:2],
+                  "--probe-every", 1, "--out", out)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["attempts"]["right"] is None and summary["attempts"]["n"] == 4
+    assert summary["held_out"]["after"]["n"] == 0
+    assert summary["updates"]["steps"] == 2
+    assert summary["best_checkpoint"] == "000002"
+    assert "none are known" in done.stdout and "%" not in done.stdout.split("trained on")[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "grpo"}, "--objective grpo rewards right answers"),
+        ({"method": "sdpo"}, "--context sibling says which attempts are right"),
+        ({"given": {"context": "feedback"}}, "where there is no --critic"),
+        ({"given": {"policy_weight": 0.1}}, "--policy-weight"),
+        ({"given": {"gate": "ema"}}, "--gate ema"),
+        ({"method": "opsd-reference"}, "6 of the 6 problems drawn from"),
+        ({"method": "sft"}, "--expert-answers all takes all"),
+    ],
+)
+def test_what_needs_right_answers_is_refused_in_a_sentence(ungraded, options, said):
+    _, file, _ = ungraded
+    sizes = {"episodes": 4, "probe_size": 2, "answer_kind": "none", "problems": str(file)}
+    config = configured(options.get("method", "custom"), sizes | options.get("given", {}))
+    with pytest.raises(UserError, match=said):
+        plan_of(config)
+
+
+def test_the_loop_refuses_solutions_without_gold(ungraded):
+    _, file, _ = ungraded
+    done = mlx_fd("loop", "--preset", "tiny", *PROMPTS, file, "--episodes", 4, *SIZES)
+    assert done.returncode == 2
+    assert "--no-solutions" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.fixture(scope="module", params=[choice, text], ids=["choice", "text"])

@@ -34,7 +34,8 @@ from mlx_fd.runs.events import (
     Warned,
 )
 from mlx_fd.runs.labels import EXAM_NAMES, STEP_NAMES, duration, number
-from mlx_fd.runs.records import EstimateRow, ExpertUseRow, ShareRow, Summary
+from mlx_fd.runs.records import CountRow, EstimateRow, ExpertUseRow, HeadroomRow, ShareRow, Summary
+from mlx_fd.runs.summary import good_by_expert
 from mlx_fd.text import strip_control_chars
 
 
@@ -65,7 +66,9 @@ class Display:
         self._begin = time.monotonic()
         self._done_at_begin: int | None = None
         self._step, self._step_tokens, self._step_begin = "", 0, time.monotonic()
-        self._right_before = self._right_after = self._seen = 0
+        self._right_before = self._right_after = self._good = self._seen = 0
+        # How many of them it is known of whether they are right, and how many the expert scored.
+        self._known = self._judged = 0
         self._losses_first: Mapping[str, float] = {}
         self._losses_last: Mapping[str, float | None] = {}
         self._last: BatchDone | None = None
@@ -136,13 +139,7 @@ class Display:
         self._losses_first, self._losses_last = event.first, event.last
         counts = event.headroom
         assert "expert_right" in counts  # self-distillation has a display of its own
-        self._say(
-            f"headroom on {counts['problems']} held-out problems: right answers: expert "
-            f"{counts['expert_right']}, student {counts['student_right']}; right judgements, of "
-            f"readable scores: expert {counts['expert_judged_right']} of "
-            f"{counts['expert_judged']}, student {counts['student_judged_right']} of "
-            f"{counts['student_judged']}"
-        )
+        self._say(_headroom(counts))
         self._begin = time.monotonic()
 
     def _take_batch(self, event: BatchDone) -> None:
@@ -161,8 +158,12 @@ class Display:
     def _count(self, event: BatchDone) -> None:
         self._seen += len(event.rows)
         episodes = [row for row in event.rows if "correct_after" in row]
-        self._right_before += sum(row["correct_before"] for row in episodes)
-        self._right_after += sum(row["correct_after"] for row in episodes)
+        self._known += sum(row["correct_before"] is not None for row in episodes)
+        self._right_before += sum(bool(row["correct_before"]) for row in episodes)
+        self._right_after += sum(bool(row["correct_after"]) for row in episodes)
+        goods = [good_by_expert(row) for row in episodes]
+        self._judged += sum(good is not None for good in goods)
+        self._good += sum(bool(good) for good in goods)
         if event.metrics["probe"]:
             self._losses_last = event.metrics["probe"]
         stop = event.metrics["stop"]
@@ -182,7 +183,9 @@ class Display:
         parts = [f"{event.done}/{event.total}"]
         if event.rows:  # else a later epoch's
             parts += [
-                f"right {self._right_before} -> {self._right_after} of {self._seen}",
+                f"right {self._right_before} -> {self._right_after} of {self._known}"
+                if self._known
+                else f"good by the expert {self._good} of {self._judged}",
                 f"score expert {self._expert_score()} student {self._student_score()}",
             ]
         parts.append(
@@ -247,10 +250,14 @@ class Display:
             rows.append(table)
         if self._last is not None:
             state = "frozen" if self._last.metrics["frozen"] else "distilling"
+            answers = (
+                f"right: {self._right_before} before, {self._right_after} after, of {self._known}"
+                if self._known
+                else f"first answers good by the expert's verdict: {self._good} of {self._judged}"
+            )
             rows.append(
                 Text.assemble(
-                    f"right: {self._right_before} before, {self._right_after} after, of "
-                    f"{self._seen}; score: expert {self._expert_score()}, student "
+                    f"{answers}; score: expert {self._expert_score()}, student "
                     f"{self._student_score()}\ngate: ",
                     (state, "cyan"),
                     f" ({self._reason})",
@@ -332,6 +339,29 @@ def _trusted(feedback: ExpertUseRow) -> str:
     )
 
 
+def _of(value: CountRow) -> str:
+    return f"{value['count']} of {value['n']}"
+
+
+def _headroom(counts: HeadroomRow) -> str:
+    """The headroom check in a sentence."""
+    on = f"headroom on {counts['problems']} held-out problems"
+    if "verdicts" in counts:
+        verdicts = counts["verdicts"]
+        return (
+            f"{on}, without right answers: good by the expert's verdict (a score above 0), of "
+            f"those it scored: its own answers {_of(verdicts['expert'])}, the student's "
+            f"{_of(verdicts['student'])}; the student's verdict is the expert's on "
+            f"{_of(verdicts['agreement'])}"
+        )
+    return (
+        f"{on}: right answers: expert {counts['expert_right']}, student "
+        f"{counts['student_right']}; right judgements, of readable scores: expert "
+        f"{counts['expert_judged_right']} of {counts['expert_judged']}, student "
+        f"{counts['student_judged_right']} of {counts['student_judged']}"
+    )
+
+
 def summary_table(summary: Summary) -> NamedValues:
     """A run's totals, printed at its end."""
     table = NamedValues("Summary")
@@ -356,8 +386,15 @@ def summary_table(summary: Summary) -> NamedValues:
             f"held out right {accuracy(held_out['before'])} -> {accuracy(held_out['after'])}; "
             f"{warmed_up['updates']['steps']} steps{nearness}",
         )
-    table.add_row("first answers right", accuracy(summary["accuracy"]["first_answers"]))
-    table.add_row("final answers right", accuracy(summary["accuracy"]["final_answers"]))
+    if "verdicts" in summary:
+        verdicts = summary["verdicts"]
+        table.add_row("right answers", "none are known: what follows is by the models' verdicts")
+        table.add_row("first answers good, by the expert", accuracy(verdicts["first_answers"]))
+        table.add_row("student's verdict is the expert's", accuracy(verdicts["agreement"]))
+        table.add_row("answers", f"{verdicts['kept']} kept, {verdicts['revised']} revised")
+    else:
+        table.add_row("first answers right", accuracy(summary["accuracy"]["first_answers"]))
+        table.add_row("final answers right", accuracy(summary["accuracy"]["final_answers"]))
     for name, before in summary["probe"]["before"].items():
         after = summary["probe"]["after"].get(name)
         change = "" if after is None or not before else f" ({after / before - 1:+.1%})"
@@ -391,7 +428,7 @@ def summary_table(summary: Summary) -> NamedValues:
     if feedback["not_asked"]:
         table.add_row("saved, of its tokens", _saved(feedback))
     table.add_row("trusted without it", _trusted(feedback))
-    if feedback["not_asked"]:
+    if feedback["not_asked"] and "verdicts" not in summary:
         table.add_row(
             "right, requested / skipped",
             f"{accuracy(feedback['accuracy_when_asked'])} / "

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from mlx_fd.cli.terminal.layout import NamedValues
 from mlx_fd.cli.terminal.run import Display
+from mlx_fd.problems.kinds import known
 from mlx_fd.runs.events import BatchDone, Probed
 from mlx_fd.runs.labels import duration, number
 from mlx_fd.runs.records import SelfSummary, ShareRow
@@ -32,13 +33,16 @@ class SelfDisplay(Display):
     _held_out: float | None = None
 
     def _take_probe(self, event: Probed) -> None:
-        self._held_out = 1 - event.last[WRONG]
+        if WRONG in event.last:
+            self._held_out = 1 - event.last[WRONG]
         self._begin = time.monotonic()
 
     def _count(self, event: BatchDone) -> None:
         own = [row for row in event.rows if "correct" in row and not row.get("by_expert")]
         self._seen += len(own)
-        self._right_before += sum(row["correct"] for row in own)
+        rights = known(row["correct"] for row in own)
+        self._known += len(rights)
+        self._right_before += sum(rights)
         if event.metrics["probe"]:
             self._held_out = 1 - event.metrics["probe"][WRONG]
 
@@ -53,8 +57,9 @@ class SelfDisplay(Display):
         if "attempts" not in metrics:
             return []
         found, updates = metrics["attempts"], metrics["updates"]
+        right = [] if found["right"] is None else [f"right {found['right']} of {found['n']}"]
         parts = [
-            f"right {found['right']} of {found['n']}",
+            *right,
             f"trained on {found['teaches']:.0%}",
             f"tokens {number(found['tokens'])}",
             f"entropy {number(found['entropy'])}",
@@ -79,7 +84,11 @@ class SelfDisplay(Display):
         rows: list[RenderableType] = [self._bar, self._step_line()]
         if self._last is not None:
             rows.append(Text("  ".join(self._parts(self._last))))
-            right = f"{self._right_before} of {self._seen} attempts right"
+            right = (
+                f"{self._right_before} of {self._known} attempts right"
+                if self._known
+                else f"{self._seen} attempts; no right answers are known"
+            )
             if self._held_out is not None:
                 right += f"; held out {self._held_out:.1%} right"
             rows.append(Text(right))
@@ -99,17 +108,21 @@ def summary_table(summary: SelfSummary) -> NamedValues:
 
     head, found, updates = summary["headroom"], summary["attempts"], summary["updates"]
     held_out = summary["held_out"]
-    table.add_row("held out, before", accuracy(held_out["before"]))
-    table.add_row("held out, after", accuracy(held_out["after"]))
-    if written := summary.get("expert_answers"):
+    if found and found["right"] is None:
         table.add_row(
-            "expert's answers",
-            f"{written['right']} right of {written['n']}, {written['taught']} trained on",
+            "right answers",
+            "none are known, so it is not known either whether the model gives more of them now",
         )
+    else:
+        table.add_row("held out, before", accuracy(held_out["before"]))
+        table.add_row("held out, after", accuracy(held_out["after"]))
+    if written := summary.get("expert_answers"):
+        right = "" if written["right"] is None else f"{written['right']} right of "
+        table.add_row("expert's answers", f"{right}{written['n']}, {written['taught']} trained on")
     if summary["second_half"]["n"]:
         table.add_row("attempts right, first half", accuracy(summary["first_half"]))
         table.add_row("attempts right, second half", accuracy(summary["second_half"]))
-    if head and head["taught"]:
+    if head and head["taught"] and head["right"] is not None:
         table.add_row(
             "headroom",
             f"{head['without']} right without the context, {head['with_context']} with it, of "
@@ -121,7 +134,7 @@ def summary_table(summary: SelfSummary) -> NamedValues:
             f"student {head['right']} right, expert {head['expert']}, of {head['problems']} "
             "held-out problems, before the first update",
         )
-    if head:
+    if head and head["mixed"] is not None:
         table.add_row(
             "mixed attempts",
             f"{head['mixed']} of {head['problems']} held-out problems have both right and wrong "
@@ -136,8 +149,13 @@ def summary_table(summary: SelfSummary) -> NamedValues:
         if found["mean_abs_advantage"] is not None:
             table.add_row(
                 "token advantage",
-                f"mean absolute value {number(found['mean_abs_advantage'])}; negative on "
-                f"{number(found['negative_on_right'])} of the tokens of right attempts",
+                f"mean absolute value {number(found['mean_abs_advantage'])}"
+                + (
+                    ""
+                    if found["negative_on_right"] is None
+                    else f"; negative on {number(found['negative_on_right'])} of the tokens of "
+                    "right attempts"
+                ),
             )
         if health := summary.get("health"):
             first, last = health["first"], health["last"]

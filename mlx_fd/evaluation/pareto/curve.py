@@ -37,7 +37,7 @@ class Curve:
         last: the same at the run's end, or at its last look where it has not ended.
         looks: the looks between.
         batches: the batches done, in every epoch.
-        right: whether each episode's final answer was.
+        right: whether each episode's final answer was; ``None`` where nobody knows.
         finished: whether the run came to its end.
     """
 
@@ -46,7 +46,7 @@ class Curve:
     last: dict[str, float]
     looks: list[Look]
     batches: list[BatchCost]
-    right: list[bool]
+    right: list[bool | None]
     finished: bool
 
 
@@ -124,7 +124,7 @@ def _curve(folder: Path, config: Config) -> Curve:
     first = {name: value for name, value in _losses(first).items() if name in config.losses.losses}
     if last is None:
         last = looks[-1].losses if looks else first
-    right = [bool(row["correct_after"]) for row in episodes]
+    right = [row["correct_after"] for row in episodes]
     return Curve(
         config=config,
         first=first,

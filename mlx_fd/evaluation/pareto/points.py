@@ -11,6 +11,7 @@ from mlx_fd.evaluation.pareto.curve import BatchCost, Curve
 from mlx_fd.evaluation.pareto.names import ACCURACY
 from mlx_fd.evaluation.pareto.thresholds import Look, Stop, replay
 from mlx_fd.feedback.gate import SETTLED_OBSERVATIONS
+from mlx_fd.problems.kinds import known
 from mlx_fd.runs.records import EstimateRow
 from mlx_fd.runs.summary import wilson
 
@@ -67,15 +68,13 @@ def _point(outcome: Stop, curve: Curve) -> Point:
     batches = curve.batches[:stopped]
     losses = curve.last if stopped is None else _at(curve.looks, stopped)
     # In later epochs there are no more episodes.
-    answered = curve.right[: len(batches) * curve.config.generation.batch_size]
-    right, n = sum(answered), len(answered)
-    low, high = wilson(right, n)
-    return Point(
-        outcome,
-        cost_of(batches),
-        losses,
-        {ACCURACY: {"value": right / n, "low": low, "high": high, "n": n}},
-    )
+    answered = known(curve.right[: len(batches) * curve.config.generation.batch_size])
+    metrics: dict[str, EstimateRow] = {}
+    if n := len(answered):
+        right = sum(answered)
+        low, high = wilson(right, n)
+        metrics[ACCURACY] = {"value": right / n, "low": low, "high": high, "n": n}
+    return Point(outcome, cost_of(batches), losses, metrics)
 
 
 def cost_of(batches: Sequence[BatchCost]) -> dict[str, float]:

@@ -90,7 +90,7 @@ def _real(run: Path, name: str, point: ParetoPointRow) -> RealStopRow:
     losses = rows[stopped - 1]["probe"] if stopped else summary["probe"]["after"]
     predicted = (point["stopped_after_batch"], point["cost"]["kd_steps"], point["losses"])
     finals = summary["accuracy"]["final_answers"]
-    low, high = finals["interval"]
+    low, high = finals["interval"] if finals["n"] else (None, None)
     return {
         "run": name,
         "stopped_after_batch": stopped,
@@ -98,7 +98,7 @@ def _real(run: Path, name: str, point: ParetoPointRow) -> RealStopRow:
         "as_predicted": (stopped, steps, losses) == predicted,
         "thawed_after_batch": thawed,
         "final_accuracy": {
-            "value": finals["right"] / finals["n"],
+            "value": finals["right"] / finals["n"] if finals["n"] else None,
             "low": low,
             "high": high,
             "n": finals["n"],

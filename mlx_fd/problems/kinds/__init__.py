@@ -6,7 +6,7 @@ that rows, votes and bundles need not know kinds. What cannot be read is ``None`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class AnswerKind(Entry):
             from; ``ValueError`` with the reason where it is none of this kind.
         available: raises :class:`mlx_fd.errors.UserError` where what it needs is not installed or
             not allowed.
+        graded: whether there are right answers at all.
     """
 
     form: Form
@@ -36,6 +37,7 @@ class AnswerKind(Entry):
     same: Callable[[str, Problem], bool]
     gold: Callable[[Any, tuple[str, ...]], str]
     available: Callable[[], None] = lambda: None
+    graded: bool = True
 
 
 KINDS: Registry[AnswerKind] = registry.KINDS
@@ -57,6 +59,22 @@ def read_final(text: str, problem: Problem, how: str = "auto") -> str | None:
     return KINDS[problem.kind].read(text, problem, how)
 
 
-def is_right(final: str | None, problem: Problem) -> bool:
-    """Whether a final answer is right; one that could not be read is wrong."""
-    return final is not None and KINDS[problem.kind].same(final, problem)
+def is_right(final: str | None, problem: Problem) -> bool | None:
+    """Whether a final answer is right; one that could not be read is wrong.
+
+    ``None``: nobody knows, since problems of this kind have no right answers.
+    """
+    kind = KINDS[problem.kind]
+    if not kind.graded:
+        return None
+    return final is not None and kind.same(final, problem)
+
+
+def are_graded(problems: Iterable[Problem]) -> bool:
+    """Whether problems have right answers; a source's all have, or none has."""
+    return all(KINDS[problem.kind].graded for problem in problems)
+
+
+def known(rights: Iterable[bool | None]) -> list[bool]:
+    """Without those of which nobody knows whether they are right."""
+    return [right for right in rights if right is not None]

@@ -16,7 +16,8 @@ from mlx_fd.problems.parsing import after_mark
 from mlx_fd.problems.prompts import Form
 
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
-_LONGEST = 300  # characters: a reply that runs on is no answer
+MAX_TEXT = 300
+"""Characters of an answer; a reply that runs on is none."""
 
 
 def normal(text: str) -> str:
@@ -37,7 +38,7 @@ def token_f1(final: str, gold: str) -> float:
 
 def _read(text: str, problem: Problem, how: str) -> str | None:
     final = after_mark(text)
-    return normal(final) or None if final is not None and len(final) <= _LONGEST else None
+    return normal(final) or None if final is not None and len(final) <= MAX_TEXT else None
 
 
 def _gold(answer: Any, choices: tuple[str, ...]) -> str:

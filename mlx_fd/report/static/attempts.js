@@ -1,18 +1,19 @@
 // Attempts of self-distillation, as page.js shows them. The numbers of the flags are packing.py's.
 "use strict";
 
-const RIGHT = 1, TEACHES = 2, CUT = 4, UNREAD = 8, TOLD = 16;
+const RIGHT = 1, TEACHES = 2, CUT = 4, UNREAD = 8, TOLD = 16, UNGRADED = 64;
 const FILTERS = {
   all: ["all", () => true],
   right: ["right", (flags) => flags & RIGHT],
-  wrong: ["wrong", (flags) => !(flags & RIGHT)],
+  wrong: ["wrong", (flags) => !(flags & (RIGHT | UNGRADED))],
   teaches: ["moved the student", (flags) => flags & TEACHES],
   silent: ["did not move the student", (flags) => !(flags & TEACHES)],
   told: ["the self-teacher read more", (flags) => flags & TOLD],
   cut: ["cut at the token limit", (flags) => flags & CUT],
-  unread: ["no number could be read", (flags) => flags & UNREAD],
+  unread: ["no answer could be read", (flags) => flags & UNREAD],
 };
-const verdictOf = (flags) => verdict(flags & RIGHT);
+const verdictOf = (flags) => (flags & UNGRADED ? "" : verdict(flags & RIGHT));
+const grade = (flags) => (flags & UNGRADED ? "" : flags & RIGHT ? "good" : "bad");
 const nats = (value) => (value === null ? "not known" : `${value.toPrecision(3)} nats`);
 const percent = (value) => (value === null ? "not known" : `${(100 * value).toFixed(1)} %`);
 // More buttons than this are no help.
@@ -22,10 +23,11 @@ function parts(entry, row) {
   const { context } = facts.runs[entry.run];
   const items = {
     problem: row.id,
-    "reference answer": row.reference,
-    result: `${verdict(row.correct)}; ${finalNumber(row.final)}`,
+    ...(row.correct === null
+      ? { "right answer": UNKNOWN }
+      : { "reference answer": row.reference, result: `${verdict(row.correct)}; ${finalAnswer(row.final)}` }),
     "moved the student": row.teaches ? "yes" : "no",
-    reward: row.group_advantage === null
+    reward: row.reward === null ? "none: no right answer is known" : row.group_advantage === null
       ? number(row.reward)
       : `${number(row.reward)}, against its group ${row.group_advantage.toFixed(2)}`,
     length: `${row.length} tokens${row.finished ? "" : ", cut at the token limit"}`,
@@ -39,7 +41,7 @@ function parts(entry, row) {
     siblings(entry),
     definitions(items),
     ...block("Question", row.question),
-    ...block("Attempt", row.text, verdict(row.correct)),
+    ...block("Attempt", row.text, row.correct === null ? null : verdict(row.correct)),
   ];
   if (row.note) {
     const mended = context === "step-critique" ? compared(row.text, row.note) : null;
@@ -56,7 +58,7 @@ function siblings(entry) {
   const others = entries.filter((other) => other.run === entry.run && other.id === entry.id && other !== entry);
   if (!others.length) return null;
   const buttons = others.slice(0, SIBLINGS).map((other) =>
-    element("button", { type: "button", class: other.flags & RIGHT ? "good" : "bad", onclick: () => go(other) }, `#${other.number} ${verdictOf(other.flags)}`));
+    element("button", { type: "button", class: grade(other.flags), onclick: () => go(other) }, `#${other.number} ${verdictOf(other.flags)}`));
   const more = others.length > SIBLINGS ? ` ${others.length - SIBLINGS} more` : "";
   return element("p", { class: "moves" }, "The same problem:", ...buttons, more);
 }
@@ -64,7 +66,7 @@ function siblings(entry) {
 const KIND = {
   one: "attempt",
   filters: FILTERS,
-  good: RIGHT,
+  grade,
   verdict: verdictOf,
   texts: (row) => [row.text, row.note, row.teacher],
   parts,

@@ -2,12 +2,15 @@
 "use strict";
 
 const RIGHT_BEFORE = 1, RIGHT_AFTER = 2, UNREADABLE = 4, ALONE = 8, LEARNED = 16, CAPPED = 32;
+const UNGRADED = 64, GOOD = 128, POOR = 256;
 const FILTERS = {
   all: ["all", () => true],
+  good: ["first answer good, by the expert", (flags) => flags & GOOD],
+  poor: ["first answer not good, by the expert", (flags) => flags & POOR],
   mended: ["wrong to right", (flags) => !(flags & RIGHT_BEFORE) && flags & RIGHT_AFTER],
   spoiled: ["right to wrong", (flags) => flags & RIGHT_BEFORE && !(flags & RIGHT_AFTER)],
   right: ["right, and stayed so", (flags) => flags & RIGHT_BEFORE && flags & RIGHT_AFTER],
-  wrong: ["wrong, and stayed so", (flags) => !(flags & (RIGHT_BEFORE | RIGHT_AFTER))],
+  wrong: ["wrong, and stayed so", (flags) => !(flags & (RIGHT_BEFORE | RIGHT_AFTER | UNGRADED))],
   unreadable: ["a score could not be read", (flags) => flags & UNREADABLE],
   alone: ["student alone, expert skipped", (flags) => flags & ALONE],
   learned: ["distilled", (flags) => flags & LEARNED],
@@ -23,13 +26,17 @@ const STEPS = {
   final: "final answer",
 };
 
-const change = (flags) => `${verdict(flags & RIGHT_BEFORE)} → ${verdict(flags & RIGHT_AFTER)}`;
+const byExpert = (flags) => (flags & GOOD ? "good, by the expert" : flags & POOR ? "not good, by the expert" : "without a verdict");
+const change = (flags) => (flags & UNGRADED ? byExpert(flags) : `${verdict(flags & RIGHT_BEFORE)} → ${verdict(flags & RIGHT_AFTER)}`);
+const grade = (flags) => (flags & (RIGHT_AFTER | GOOD) ? "good" : flags & UNGRADED && !(flags & POOR) ? "" : "bad");
+/** What is known of an answer. */
+const found = (final, right) => (right === null ? null : `${finalAnswer(final)}, ${verdict(right)}`);
 
 function parts(entry, row) {
   const steps = [
     overview(row, entry),
     ...block("Question", row.question),
-    ...block("First answer", row.answer.text, `${finalNumber(row.answer.final)}, ${verdict(row.correct_before)}`, cut(row, "answer")),
+    ...block("First answer", row.answer.text, found(row.answer.final, row.correct_before), cut(row, "answer")),
     feedbacks(row),
   ];
   if (row.merged) steps.push(...block("Merged feedback", row.merged, cut(row, "merge")));
@@ -38,7 +45,7 @@ function parts(entry, row) {
   }
   if (row.critique !== null) steps.push(...block("Self-critique", row.critique, cut(row, "critique")));
   if (row.revised) {
-    steps.push(...block("Final answer", row.final.text, `${finalNumber(row.final.final)}, ${verdict(row.correct_after)}`, cut(row, "final")));
+    steps.push(...block("Final answer", row.final.text, found(row.final.final, row.correct_after), cut(row, "final")));
   } else {
     steps.push(element("p", {}, "The combined score reached the target: the first answer stayed as it was."));
   }
@@ -51,8 +58,9 @@ const cut = (row, step) => (row.capped.includes(step) ? "cut at the token limit"
 function overview(row, entry) {
   return definitions({
     problem: row.id,
-    "reference answer": row.reference,
-    "right before → after": change(entry.flags),
+    ...(row.correct_before === null
+      ? { "right answer": UNKNOWN, "first answer": change(entry.flags) }
+      : { "reference answer": row.reference, "right before → after": change(entry.flags) }),
     "combined score": number(row.score),
     gate: `${row.gate.distilled ? "distilled" : "not distilled"}: ${row.gate.reason}`,
   });
@@ -98,7 +106,7 @@ function costs(row) {
 const KIND = {
   one: "episode",
   filters: FILTERS,
-  good: RIGHT_AFTER,
+  grade,
   verdict: change,
   texts: (row) => [
     row.answer.text, row.expert_feedback?.text, row.student_feedback.text, row.gate.reason,

@@ -91,7 +91,8 @@ const visible = (text) =>
     .replaceAll("\u007f", "\u2421");
 
 const number = (value) => (value === null || value === undefined ? "not readable" : value.toFixed(2));
-const verdict = (right) => (right ? "right" : "wrong");
+const UNKNOWN = "no right answer is known";
+const verdict = (right) => (right === null ? UNKNOWN : right ? "right" : "wrong");
 
 async function openBrowser() {
   const linked = /^#e-(\d+)-(\d+)$/.exec(location.hash);
@@ -170,7 +171,7 @@ function line(entry) {
   const top = element(
     "span", { class: "top" },
     element("span", {}, facts.runs.length > 1 ? `${facts.runs[entry.run].name} #${entry.number}` : `#${entry.number}`),
-    element("span", { class: entry.flags & KIND.good ? "good" : "bad" }, KIND.verdict(entry.flags)),
+    element("span", { class: KIND.grade(entry.flags) }, KIND.verdict(entry.flags)),
   );
   const begin = element("span", { class: "begin", dir: "auto" }, visible(entry.question));
   const made = element("button", { type: "button", onclick: () => show(entry) }, top, begin);
@@ -255,7 +256,7 @@ function definitions(items) {
   return list;
 }
 
-const finalNumber = (final) => (final === null ? "no number could be read" : `number read: ${visible(final)}`);
+const finalAnswer = (final) => (final === null ? "no answer could be read" : `answer read: ${visible(final)}`);
 
 /** A titled text; `text` is a string, or a list of nodes. A long one is folded, and says how long it is. */
 function block(title, text, ...notes) {

@@ -82,7 +82,7 @@ class RolloutStats:
     Attributes:
         text: as the student reads it.
         group: which problem it is an attempt at, counted from 0.
-        reward: 1 for a right answer, 0 for a wrong one.
+        reward: 1 for a right answer, 0 for a wrong one and where nobody knows.
         finished: whether it ended itself, and not at the token limit.
         old: [T], log-probabilities when the tokens were drawn.
         now: [T], the student's, at the beginning of the update.
@@ -327,7 +327,7 @@ def forward_teacher_and_student(
         RolloutStats(
             text=text,
             group=numbers[index],
-            reward=float(attempt.correct),
+            reward=float(bool(attempt.correct)),
             finished=attempt.tokens[-1] in tokenizer.eos_token_ids,
             # What another model wrote was not drawn from this one: no ratio is taken of it.
             old=mx.array(attempt.logprobs) if attempt.own else said[index].now,

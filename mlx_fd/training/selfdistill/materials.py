@@ -27,7 +27,7 @@ class Attempt:
         tokens: ids that were written, with the end-of-turn token where it came.
         text: the same without that token.
         final: what it arrived at, ``None`` where that could not be read.
-        correct: whether it is the problem's answer.
+        correct: whether it is the problem's answer; ``None`` where nobody knows.
         logprobs: log-probability of each token when it was drawn, as long as ``tokens``.
         own: whether the student wrote it, and not the expert.
         opening: ids of the thought before it, with its marks; empty where there was none.
@@ -39,7 +39,7 @@ class Attempt:
     tokens: tuple[int, ...]
     text: str
     final: str | None
-    correct: bool
+    correct: bool | None
     logprobs: tuple[float, ...] = ()
     opening: tuple[int, ...] = ()
     thought: str = ""

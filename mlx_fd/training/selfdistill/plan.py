@@ -20,6 +20,7 @@ from mlx_fd.runs.plan import (
     with_absolute_names,
     without_long,
 )
+from mlx_fd.training.selfdistill.ungraded import check_gold
 
 README = """\
 # A run of mlx-fd self-distill
@@ -65,6 +66,7 @@ def make_plan(config: Config) -> Plan:
         )
     options = config.selfdistill
     drawn = draw_problems(config)
+    check_gold(config, (*drawn.probe, *drawn.problems))
     student = resolve(config.models.student)
     critic = resolve(options.critic) if options.critic not in ("", TRUTH) else None
     drawn, notes = without_long(

@@ -150,7 +150,7 @@ def grade_answers(
     messages: Sequence[str],
     config: Config,
     on_token: OnToken | None = None,
-) -> list[bool]:
+) -> list[bool | None]:
     """Whether each problem is answered right after a message, by one answer.
 
     It is drawn as attempts are, every time with the same seed, so that two looks differ by the

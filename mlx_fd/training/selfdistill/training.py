@@ -29,7 +29,7 @@ from mlx_fd.models.checking import check_recompute
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, read_trained
 from mlx_fd.problems import Problem
-from mlx_fd.problems.kinds import form_of
+from mlx_fd.problems.kinds import are_graded, form_of, known
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.problems.sources import names_with_truth, truth_of
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
@@ -106,6 +106,8 @@ class Models:
 class Headroom:
     """Is there something to learn from oneself? Counts on held-out problems, before any update.
 
+    Where no right answer is known only ``problems`` and ``taught`` are.
+
     Attributes:
         problems: how many there were.
         right: problems that the student answers right, by one answer drawn as attempts are.
@@ -117,12 +119,17 @@ class Headroom:
     """
 
     problems: int
-    right: int
-    mixed: int
+    right: int | None
+    mixed: int | None
     taught: int
-    without: int
-    with_context: int
+    without: int | None
+    with_context: int | None
     expert: int | None = None
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """What the gate watches: the share answered wrong; nothing where that is not known."""
+        return {} if self.right is None else {WRONG: 1 - self.right / self.problems}
 
     def to_json(self) -> SelfHeadroomRow:
         """For the files that keep it."""
@@ -139,7 +146,7 @@ class Headroom:
     def concerns(self, config: Config) -> list[str]:
         """What the user should know before hours are spent; empty where all is well."""
         options, concerns = config.selfdistill, list[str]()
-        if self.expert is not None:
+        if self.expert is not None and self.right is not None:
             if self.expert <= self.right:
                 concerns.append(
                     f"the expert answers {self.expert} of {self.problems} held-out problems right, "
@@ -152,13 +159,18 @@ class Headroom:
                 f"the context {options.context} is empty for all {self.problems} held-out "
                 "problems: there is nothing to learn from"
             )
-        elif matches and self.with_context <= self.without:
+        elif (
+            matches
+            and self.with_context is not None
+            and self.without is not None
+            and self.with_context <= self.without
+        ):
             concerns.append(
                 f"the model answers {self.with_context} of {self.taught} held-out problems right "
                 f"with the context {options.context}, {self.without} without: it may be unable "
                 "to use that context, and there may be nothing to learn"
             )
-        if not matches and options.num_generations > 1 and not self.mixed:
+        if not matches and options.num_generations > 1 and self.mixed == 0:
             concerns.append(
                 f"on each of the {self.problems} held-out problems all attempts are right or "
                 "all are wrong: group advantages are zero there"
@@ -270,7 +282,7 @@ def run(
     state = begin_or_restore(
         this,
         checkpoint,
-        lambda: first_state(config, {WRONG: 1 - headroom.right / headroom.problems}),
+        lambda: first_state(config, headroom.losses),
     )
     if checkpoint is not None:
         _restore_teacher(learner, checkpoint)
@@ -382,20 +394,33 @@ def _keeps_teacher(options: Method) -> bool:
 
 
 def _say_headroom(headroom: Headroom, config: Config, report: Report) -> None:
+    report(Note(_headroom_says(headroom, config)))
+    for concern in headroom.concerns(config):
+        report(Warned(concern))
+
+
+def _headroom_says(headroom: Headroom, config: Config) -> str:
+    context = config.selfdistill.context
+    if headroom.right is None:
+        told = (
+            f"; the context {context} has something to say on {headroom.taught} of the "
+            f"{headroom.problems} held-out problems"
+        )
+        return "no right answers are known: there is no headroom to measure" + (
+            told if context != "none" else ""
+        )
     text = (
         f"headroom on {headroom.problems} held-out problems: {headroom.right} right; "
         f"{headroom.mixed} with both right and wrong attempts"
     )
     if headroom.expert is not None:
-        text += f"; the expert: {headroom.expert} right"
-    elif headroom.taught and config.selfdistill.context != "none":
+        return f"{text}; the expert: {headroom.expert} right"
+    if headroom.taught and context != "none":
         text += (
-            f"; of {headroom.taught} with a context ({config.selfdistill.context}): "
+            f"; of {headroom.taught} with a context ({context}): "
             f"{headroom.without} right without it, {headroom.with_context} with it"
         )
-    report(Note(text))
-    for concern in headroom.concerns(config):
-        report(Warned(concern))
+    return text
 
 
 def _seeds(config: Config, batch: int, what: str) -> Callable[[int], int]:
@@ -411,12 +436,19 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
     )
     # Three times through the problems: attempts, answers without the context and with it.
     count = len(problems)
+    if not are_graded(problems) and config.selfdistill.context == "none":
+        return Headroom(count, None, None, 0, None, None)
     learner.report(Probing(0, 3 * count))
     groups, _ = sample_rollouts(
         student_lm, problems, config, _seeds(config, 0, "headroom"), on_progress
     )
     learner.report(Probing(count, 3 * count))
     views = build_views(learner, groups, 0)
+    if not are_graded(problems):
+        size = config.selfdistill.num_generations
+        told = [view.teacher is not None for view in views]
+        taught_of = sum(any(told[at : at + size]) for at in range(0, len(told), size))
+        return Headroom(count, None, None, taught_of, None, None)
     plain = grade_answers(
         student_lm,
         problems,
@@ -431,12 +463,13 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
         at += len(group)
         if seen:
             taught[index] = seen[0]
-    mixed = sum(0 < sum(a.correct for a in group) < len(group) for group in groups)
+    rights = [known(attempt.correct for attempt in group) for group in groups]
+    mixed = sum(0 < sum(right) < len(right) for right in rights)
     if (expert := learner.models.expert(config.selfdistill)) is not None:
         learner.report(Probing(2 * count, 3 * count))
         asked = [answer_prompt(p.question, form_of(p)) for p in problems]
-        best = grade_answers(expert, problems, asked, config, on_progress)
-        return Headroom(count, sum(plain), mixed, 0, 0, 0, expert=sum(best))
+        best = known(grade_answers(expert, problems, asked, config, on_progress))
+        return Headroom(count, sum(known(plain)), mixed, 0, 0, 0, expert=sum(best))
     # The context may be empty for some.
     learner.report(Probing(2 * count, 2 * count + len(taught)))
     informed = grade_answers(
@@ -448,11 +481,11 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
     )
     return Headroom(
         problems=len(problems),
-        right=sum(plain),
+        right=sum(known(plain)),
         mixed=mixed,
         taught=len(taught),
-        without=sum(plain[index] for index in taught),
-        with_context=sum(informed),
+        without=sum(known(plain[index] for index in taught)),
+        with_context=sum(known(informed)),
     )
 
 
@@ -481,7 +514,9 @@ def build_views(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: i
 
 
 def _probe(learner: _Learner, problems: Sequence[Problem], batch: int) -> dict[str, float]:
-    """The share of held-out problems that the student answers wrong."""
+    """The share of held-out problems that the student answers wrong; nothing where nobody knows."""
+    if not are_graded(problems):
+        return {}
     messages = [answer_prompt(as_read(p, learner.config), form_of(p)) for p in problems]
     right = grade_answers(
         learner.models.student_lm,
@@ -490,7 +525,7 @@ def _probe(learner: _Learner, problems: Sequence[Problem], batch: int) -> dict[s
         learner.config,
         learner.on_progress(batch, "probe"),
     )
-    return {WRONG: 1 - sum(right) / len(right)}
+    return {WRONG: 1 - sum(known(right)) / len(right)}
 
 
 def _batch(
@@ -535,10 +570,12 @@ def _batch(
     decision = None
     if updates and not state.distilled % config.episode.probe_every:
         losses = _probe(learner, probe_problems, number)
-        gate_state, decision = gate.observe_probe(
-            state.gate, losses, config.gate, cost=float(state.spent)
-        )
-        state = with_probe(dataclasses.replace(state, gate=gate_state, spent=0), losses)
+        if losses:
+            gate_state, decision = gate.observe_probe(
+                state.gate, losses, config.gate, cost=float(state.spent)
+            )
+            state = dataclasses.replace(state, gate=gate_state, spent=0)
+        state = with_probe(state, losses)
     rows = _rows(number, config, groups, views, stats, weights)
     gap = max(row["logprob_gap"] for row in rows)
     if gap > _LOGPROB_TOLERANCE:
@@ -687,7 +724,7 @@ def _rows(
                 "attempt": first + index,
                 "id": attempt.problem.id,
                 "question": attempt.question,
-                "reference": attempt.problem.answer,
+                "reference": attempt.problem.answer or None,
                 "text": attempt.text,
                 "tokens": list(attempt.tokens),
                 "final": None if final is None else str(final),
@@ -697,7 +734,11 @@ def _rows(
                 "note": view.note,
                 "wrong": len(view.wrong),
                 "teaches": teaches[index],
-                "reward": weights.rewards[index] if weights else item.reward,
+                "reward": None
+                if attempt.correct is None
+                else weights.rewards[index]
+                if weights
+                else item.reward,
                 "group_advantage": (
                     weights.group_advantages[index]
                     if weights and weights.group_advantages

@@ -69,6 +69,8 @@ class Context(Entry):
             ``None`` of an episode: it teaches nothing. ``None``: the loop has no such context.
         needs_siblings: it shows other attempts at the same problem.
         needs_critic: it wants a critic, or the truth.
+        needs_gold: it is made of what is right and wrong, which has to be known.
+        needs_solution: it shows a reference solution.
         gives_wrong_hints: its views have wrong hints beside the right one.
         remember: the playbook after a batch, from the one before it; ``None``: it stays empty.
     """
@@ -77,6 +79,8 @@ class Context(Entry):
     from_episode: Callable[[Finished], str | None] | None = None
     needs_siblings: bool = False
     needs_critic: bool = False
+    needs_gold: bool = False
+    needs_solution: bool = False
     gives_wrong_hints: bool = False
     remember: Callable[[Playbook, Sequence[Attempt], Sequence[View]], Playbook] | None = None
 

@@ -51,6 +51,7 @@ register_context(
         help="a right sibling as hint, and wrong ones in the same words (RLCSD, 2606.11709)",
         order=100,
         views=views,
+        needs_gold=True,
         needs_siblings=True,
         gives_wrong_hints=True,
     )

@@ -41,5 +41,6 @@ register_context(
         help="a demonstration for this very question (SDFT, 2601.19897)",
         order=60,
         views=views,
+        needs_solution=True,
     )
 )

@@ -44,5 +44,6 @@ register_context(
         help="the reference solution (OPSD, arXiv 2601.18734)",
         order=20,
         views=views,
+        needs_solution=True,
     )
 )

@@ -110,6 +110,7 @@ register_context(
         "2605.12741)",
         order=80,
         views=views,
+        needs_gold=True,
         remember=remember,
     )
 )

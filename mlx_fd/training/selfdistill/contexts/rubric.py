@@ -63,5 +63,6 @@ register_context(
         help="criteria of a good answer, without the answer (RCSD, 2606.19327)",
         order=50,
         views=views,
+        needs_gold=True,
     )
 )
