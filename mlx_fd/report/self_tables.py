@@ -147,8 +147,9 @@ def _experts(totals: SelfSummary) -> Cell:
     written = totals.get("expert_answers")
     if not written:
         return Cell(NONE)
+    right = written["right"]
     return Cell(
-        f"{written['right'] / written['n']:.1%}",
+        NONE if right is None else f"{right / written['n']:.1%}",
         f"n {written['n']}, {written['taught']} trained on",
     )
 
