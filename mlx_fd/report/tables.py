@@ -40,6 +40,7 @@ STEP_NAMES = {
     "distil": "student learns",
     "headroom": "held-out problems, before and after",
     "exam": "examinations",
+    "warm_up": "warm-up",
 }
 
 

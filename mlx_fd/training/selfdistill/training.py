@@ -508,7 +508,10 @@ def build_views(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: i
     if options.self_teacher != EXPERT or options.expert_answers == "all":
         return views
     return [
-        view if attempt.own or attempt.correct else dataclasses.replace(view, teacher=None)
+        # What nobody can call wrong is learned from, too.
+        dataclasses.replace(view, teacher=None)
+        if not attempt.own and attempt.correct is False
+        else view
         for view, attempt in zip(views, attempts, strict=True)
     ]
 
