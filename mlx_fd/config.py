@@ -219,6 +219,13 @@ class LossOptions:
         "made from some of the expert's layers.",
         choices=("mean", "aligned"),
     )
+    expert_verdicts: str = _option(
+        "checked",
+        "Expert feedback whose score the right answer contradicts (above 0 on a wrong answer, "
+        "below 0 on a right one): checked leaves it out of the training, privileged asks the "
+        "expert again with the right answer in its prompt, as-is trains on it.",
+        choices=("checked", "privileged", "as-is"),
+    )
     solutions: bool = _option(
         False,
         "Also train on the final answer of a distilled episode if it is correct. Always on with "
@@ -895,6 +902,8 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
             "behind the thought: set expert_thinking and student_thinking to on and score_at to "
             "own or feedback, or leave distil_thoughts off."
         )
+    if losses.expert_verdicts == "privileged":
+        _check_privileged(config, where)
     if losses.teacher_top_k and losses.standardize_logits:
         raise UserError(
             f"{where}: standardize_logits needs whole distributions; set teacher_top_k to 0."
@@ -928,6 +937,21 @@ def _check_warm_up(config: Config, where: str) -> None:
         )
     if config.self_distils:
         raise UserError(f"{where}: warm_up is for mlx-fd loop; leave it out here.")
+
+
+def _check_privileged(config: Config, where: str) -> None:
+    """What the right answer in the expert's prompt does not go with."""
+    if config.generation.expert_thinking == "on":
+        raise UserError(
+            f"{where}: expert_verdicts = privileged would put the right answer into thoughts that "
+            "the student reads; set expert_thinking to off, or expert_verdicts to checked."
+        )
+    if config.losses.needs_attention:
+        raise UserError(
+            f"{where}: the attention loss compares what both models attend to in one prompt, and "
+            "expert_verdicts = privileged gives the expert another one; leave attention out of "
+            "losses, or set expert_verdicts to checked."
+        )
 
 
 def _check_date(text: str, where: str) -> None:

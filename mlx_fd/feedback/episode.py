@@ -60,6 +60,7 @@ from mlx_fd.runs.records import (
     EpisodeRow,
     GateRow,
     StudentFeedbackRow,
+    VerdictRow,
     thought_columns,
 )
 
@@ -174,11 +175,14 @@ class ExpertFeedback:
         feedback: its text, the score written in it, and its tokens.
         conversation: the expert's conversation up to and with it.
         usage: of the feedback.
+        prompt: all tokens before it where they are not those of the episode: it was asked with the
+            right answer in sight (:mod:`mlx_fd.feedback.verdicts`).
     """
 
     feedback: Feedback
     conversation: Conversation
     usage: Usage = field(default_factory=Usage)
+    prompt: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -552,12 +556,23 @@ def expert_feedback(
     options: GenerationOptions,
     seed: int,
     on_tokens: OnTokens,
+    *,
+    step: str = "expert_feedback",
 ) -> list[ExpertFeedback]:
-    """Step 2, the expert's half: its feedback, and the score written in it."""
+    """Step 2, the expert's half: its feedback, and the score written in it.
+
+    Args:
+        pair: the models; only the expert writes.
+        answered: episodes after step 1.
+        options: token limits and sampling.
+        seed: of the draws.
+        on_tokens: called for every token.
+        step: what it is counted as.
+    """
     sampling = sampling_for(options, "expert_feedback", seed)
     turns, usages = generate_step(
         pair.expert,
-        "expert_feedback",
+        step,
         [one.conversation for one in answered],
         [one.request for one in answered],
         sampling,
@@ -756,13 +771,16 @@ def _feedback_row(student: StudentFeedback) -> StudentFeedbackRow:
     }
 
 
-def episode_row(finished: Finished, index: int, gate: GateRow) -> EpisodeRow:
+def episode_row(
+    finished: Finished, index: int, gate: GateRow, verdict: VerdictRow | None
+) -> EpisodeRow:
     """An episode as one line of ``episodes.jsonl``.
 
     Args:
         finished: the episode.
         index: its place in the run, from 0.
         gate: what the gate decided, and the losses before and after the update.
+        verdict: the expert's score against the right answer.
     """
     judged, usage = finished.judged, finished.usage
     answered, student = judged.answered, judged.before or judged.student
@@ -779,6 +797,7 @@ def episode_row(finished: Finished, index: int, gate: GateRow) -> EpisodeRow:
         "student_feedback": _feedback_row(student),
         "student_feedback_again": _feedback_row(judged.student) if judged.before else None,
         "gate": gate,
+        "verdict": verdict,
         "score": finished.score,
         "merged": finished.merged,
         "revised": finished.revised,

@@ -112,8 +112,9 @@ class Sample:
         steps: for each token of a solution, what it counts in its step of the reasoning.
         matched: where the models have different tokenizers, for each token whether the expert has
             the same at the same place, so that its distribution is known.
-        expert_prompt: ``prompt`` as the expert read it; empty: the same tokens.
-        expert_target: ``target`` likewise.
+        expert_prompt: what the expert read in the place of ``prompt``: the same in its own tokens,
+            or with the right answer in sight; empty: the same tokens.
+        expert_target: ``target`` in its own tokens; empty likewise.
         own: with ``score_at`` ``own``, all that the student read and wrote up to the end of its own
             feedback on the same answer.
     """
@@ -140,8 +141,9 @@ class Sample:
             "answer": list(self.answer),
             "steps": list(self.steps),
         }
-        if self.expert_target:
+        if self.matched:
             row["matched"] = list(self.matched)
+        if self.expert_target:
             row["expert_prompt"] = list(self.expert_prompt)
             row["expert_target"] = list(self.expert_target)
         if self.own:
@@ -387,14 +389,20 @@ def sample_of(
         if options.distil_thoughts and parts is not None:
             begin = len(parts[0]) + len(thinking.opened_ids)
         prompt, target = whole[:begin], (*whole[begin:], *target)
-    before = Conversation() if apart else rewind_to(judged.conversation, prompt)
-    reading = read_text(pair, before, prompt, target, options, cache)
+    # An expert that was told the right answer reads the text as it wrote it: it would not have
+    # given its score otherwise.
+    told = judged.expert.prompt
+    reads = told or prompt
+    before = Conversation() if apart else rewind_to(judged.conversation, reads)
+    reading = read_text(pair, before, reads, target, options, cache)
     return Sample(
         prompt,
         target,
         reading,
         expert.written_score,
         on_policy=on_policy,
+        expert_prompt=told,
+        expert_target=target if told else (),
         own=_own_text(pair, judged),
     )
 
@@ -419,7 +427,8 @@ def _sample_in_two(
 ) -> Sample:
     """:func:`sample_of` for two tokenizers: each model reads the feedback in its own tokens."""
     assert judged.expert is not None
-    prompt, before = judged.answered.prompt, prompts.FEEDBACK_OPENING
+    prompt = judged.expert.prompt or judged.answered.prompt
+    before = prompts.FEEDBACK_OPENING
     if on_policy:
         own = judged.student.feedback.tokens
         theirs = to_expert(pair, own, before=before)

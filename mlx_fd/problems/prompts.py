@@ -94,6 +94,18 @@ def feedback_prompt() -> str:
     )
 
 
+def privileged_feedback_prompt(gold: str) -> str:
+    """Turn 2 once more, for an expert whose first score the right answer contradicts.
+
+    Args:
+        gold: the right answer, which whoever learns from the reply will not see.
+    """
+    return (
+        f"The right final answer is {gold}. Judge by it, but write as if you had not been told: "
+        f"find the first wrong step by checking each one.\n{feedback_prompt()}"
+    )
+
+
 def merge_prompt(expert: Feedback, student: Feedback | None) -> str:
     """Turn 3: one feedback out of two. Ask for it only where :func:`needs_merge` says so.
 

@@ -45,10 +45,12 @@ from mlx_fd.runs.records import (
     CountRow,
     EpisodeRow,
     EstimateRow,
+    ExpertFeedbackRow,
     HeadroomRow,
     MetricsRow,
     StudentFeedbackRow,
     Summary,
+    VerdictRow,
 )
 from mlx_fd.runs.summary import summarise
 
@@ -230,6 +232,7 @@ def _metric(row: JsonObject) -> MetricsRow:
             "bound": number(trust.get("bound", 1)),
         },
         "expert_tokens": int(number(row.get("expert_tokens", 0))),
+        "expert_verdicts": counts(row.get("expert_verdicts") or {}),
     }
 
 
@@ -245,6 +248,20 @@ def _summary(value: JsonObject) -> _LoopTotals:
             for name, sides in value["exam"].items()
         }
     return found
+
+
+def _verdict(row: JsonObject) -> VerdictRow | None:
+    if row.get("verdict") is None:
+        return None
+    again = row["verdict"]["again"]
+    return {
+        "outcome": text(row["verdict"]["outcome"]),
+        "again": None if again is None else _feedback(again),
+    }
+
+
+def _feedback(value: Mapping[str, Any]) -> ExpertFeedbackRow:
+    return {"text": text(value["text"]), "written_score": known(value["written_score"])}
 
 
 def _written(value: Mapping[str, Any]) -> AnswerRow:
@@ -269,12 +286,7 @@ def _episode(row: JsonObject) -> EpisodeRow:
         "question": text(row["question"]),
         "reference": text_or_none(row["reference"]),
         "answer": _written(row["answer"]),
-        "expert_feedback": None
-        if expert is None
-        else {
-            "text": text(expert["text"]),
-            "written_score": known(expert["written_score"]),
-        },
+        "expert_feedback": None if expert is None else _feedback(expert),
         "student_feedback": _student_feedback(student),
         # Older runs have none.
         "student_feedback_again": None if again is None else _student_feedback(again),
@@ -285,6 +297,7 @@ def _episode(row: JsonObject) -> EpisodeRow:
             "losses_before": numbers(decision.get("losses_before") or {}),
             "losses_after": numbers(decision.get("losses_after") or {}),
         },
+        "verdict": _verdict(row),
         "score": known(row["score"]),
         "merged": text(row["merged"]),
         "revised": text(row["revised"]),

@@ -12,7 +12,7 @@ from mlx_fd.evaluation.pareto.names import METRICS, remarks_on
 from mlx_fd.evaluation.reliability import BINS, judging
 from mlx_fd.report.reading import Frontier, LoopRun
 from mlx_fd.report.run import Run
-from mlx_fd.runs.labels import EXAM_NAMES, duration
+from mlx_fd.runs.labels import EXAM_NAMES, duration, expert_verdicts_say
 from mlx_fd.runs.records import (
     EstimateRow,
     ExpertUseRow,
@@ -33,6 +33,7 @@ STEP_NAMES = {
     "student_feedback": "student's feedback",
     "student_feedback_again": "student's feedback after learning",
     "expert_feedback": "expert's feedback",
+    "privileged_feedback": "expert's feedback, told the right answer",
     "merge": "merged feedback",
     "revise": "revision",
     "critique": "self-critique",
@@ -220,6 +221,10 @@ _SUMMARY: tuple[tuple[str, Callable[[Summary], Cell]], ...] = (
     ("frozen", lambda t: Cell(_frozen(t["updates"]["frozen_after_batch"]))),
     ("expert feedback requested", lambda t: _asked(t["expert_feedback"])),
     ("unreadable scores", lambda t: _unread(t["unreadable_scores"], t["episodes"])),
+    (
+        "expert's scores contradicted by gold",
+        lambda t: Cell(expert_verdicts_say(t.get("expert_verdicts"))),
+    ),
     ("headroom, held-out problems", lambda t: _headroom(t["headroom"])),
     ("time", lambda t: Cell(duration(t["seconds"]["total"]))),
     ("peak memory", lambda t: Cell(memory(t).removeprefix("peak memory ") or NONE)),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from mlx_fd.runs.records import ExpertVerdictsRow
+
 STEP_NAMES = {
     "answer": "expert answers",
     "student_feedback": "student gives feedback",
     "expert_feedback": "expert gives feedback",
+    "privileged_feedback": "expert is told the right answer",
     "distil": "student learns",
     "merge": "expert merges feedback",
     "revise": "expert revises",
@@ -23,6 +26,20 @@ EXAM_NAMES = {
     "first_error_f1": "F1 of the two",
     "solved": "problems solved",
 }
+
+
+def expert_verdicts_say(verdicts: ExpertVerdictsRow | None) -> str:
+    """What became of the scores that the right answer contradicts; a dash where none is known."""
+    if verdicts is None or not verdicts["known"]:
+        return "-"
+    fates = {
+        "left out": verdicts["left_out"],
+        "asked again": verdicts["asked_again"],
+        "kept": verdicts["contradicted"] - verdicts["left_out"] - verdicts["asked_again"],
+    }
+    said = ", ".join(f"{count} {fate}" for fate, count in fates.items() if count)
+    found = f"{verdicts['contradicted']} of {verdicts['known']}"
+    return f"{found}: {said}" if said else found
 
 
 def duration(seconds: float) -> str:

@@ -124,6 +124,22 @@ class GateRow(TypedDict):
     losses_after: NotRequired[Mapping[str, float] | None]
 
 
+class VerdictRow(TypedDict):
+    """The expert's score against the right answer.
+
+    Attributes:
+        outcome: ``agrees``; ``unknown`` where the right answer is not known or no score could be
+            read; else it contradicts the right answer and was ``kept``, ``left out``, or the expert
+            was told the right answer: ``asked again``, or ``wrong again`` or ``leaks`` where that
+            is left out, too.
+        again: its feedback when it was told, which nothing but the training sees; null where it
+            was not.
+    """
+
+    outcome: str
+    again: ExpertFeedbackRow | None
+
+
 class UpdateRow(TypedDict):
     """One optimiser step.
 
@@ -216,6 +232,8 @@ class EpisodeRow(ThoughtColumns):
         student_feedback_again: what it said after it learned, and what was merged; null where it
             did not learn, or ``order`` is ``learn-last``.
         gate: what the gate decided.
+        verdict: the expert's score against the right answer; null where it was not asked, absent
+            in runs of older versions.
         score: the combined score of the first answer; null where neither model gave one.
         merged: the feedback that the revision follows; empty where none was needed.
         revised: the revised answer's text; empty where the first answer stayed.
@@ -238,6 +256,7 @@ class EpisodeRow(ThoughtColumns):
     student_feedback: StudentFeedbackRow
     student_feedback_again: StudentFeedbackRow | None
     gate: GateRow
+    verdict: NotRequired[VerdictRow | None]
     score: float | None
     merged: str
     revised: str
@@ -284,10 +303,13 @@ class MetricsRow(BatchMetricsRow):
     Attributes:
         trust: where the student needs no expert, after this batch.
         expert_tokens: tokens of the expert's feedbacks in this batch.
+        expert_verdicts: how many of the expert's scores had each outcome against the right answers;
+            absent in later epochs and in runs of older versions.
     """
 
     trust: TrustRow
     expert_tokens: int
+    expert_verdicts: NotRequired[Mapping[str, int]]
 
 
 class AttemptsRow(TypedDict):
@@ -451,7 +473,8 @@ class SampleRow(TypedDict):
         steps: of a solution, what each token counts in its step of the reasoning.
         matched: where the models have different tokenizers, for each token whether the expert has
             the same at the same place.
-        expert_prompt: likewise, the expert's token ids before the text.
+        expert_prompt: likewise, and where the expert was told the right answer, its token ids
+            before the text.
         expert_target: likewise, its token ids of the text.
         own: with ``score_at`` ``own``, the student's token ids up to the end of its own feedback.
     """
@@ -734,6 +757,23 @@ class UnreadableRow(TypedDict):
     student: int
 
 
+class ExpertVerdictsRow(TypedDict):
+    """The expert's scores against the right answers.
+
+    Attributes:
+        known: scores on answers of which it is known whether they are right.
+        contradicted: those that were above 0 on a wrong answer or below 0 on a right one.
+        left_out: of them, those whose feedback was not learned from.
+        asked_again: of them, those for which the feedback of an expert that was told the right
+            answer was learned from.
+    """
+
+    known: int
+    contradicted: int
+    left_out: int
+    asked_again: int
+
+
 class TopKRow(TypedDict):
     """What keeping the expert's k likeliest tokens leaves out.
 
@@ -814,6 +854,7 @@ class Summary(TypedDict):
         updates: the optimiser steps.
         expert_feedback: how much the expert was asked.
         unreadable_scores: feedbacks without a readable score.
+        expert_verdicts: the expert's scores against the right answers; absent in older runs.
         tokens: tokens written, by step.
         prefilled: tokens read, by step.
         seconds: seconds by step, and in ``total``.
@@ -834,6 +875,7 @@ class Summary(TypedDict):
     updates: UpdatesRow
     expert_feedback: ExpertUseRow
     unreadable_scores: UnreadableRow
+    expert_verdicts: NotRequired[ExpertVerdictsRow]
     tokens: Mapping[str, float]
     prefilled: Mapping[str, float]
     seconds: Mapping[str, float]

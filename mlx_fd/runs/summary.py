@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -11,6 +12,7 @@ from mlx_fd.runs.records import (
     AuditsRow,
     BatchMetricsRow,
     EpisodeRow,
+    ExpertVerdictsRow,
     HeadroomRow,
     MetricsRow,
     ShareRow,
@@ -195,6 +197,7 @@ def summarise(
             "expert": sum(expert["written_score"] is None for expert in given),
             "student": sum(row["student_feedback"]["written_score"] is None for row in episodes),
         },
+        "expert_verdicts": _expert_verdicts(episodes),
         "tokens": _sums(episodes, "tokens"),
         "prefilled": _sums(episodes, "prefilled"),
         "seconds": {
@@ -206,6 +209,19 @@ def summarise(
     if any(row["correct_before"] is None for row in episodes):
         summary["verdicts"] = _verdicts(episodes)
     return summary
+
+
+def _expert_verdicts(episodes: Sequence[EpisodeRow]) -> ExpertVerdictsRow:
+    # Runs of older versions did not look.
+    counts = Counter(found["outcome"] for row in episodes if (found := row.get("verdict")))
+    left_out = sum(counts[name] for name in ("left out", "wrong again", "leaks"))
+    contradicted = counts["kept"] + left_out + counts["asked again"]
+    return {
+        "known": counts["agrees"] + contradicted,
+        "contradicted": contradicted,
+        "left_out": left_out,
+        "asked_again": counts["asked again"],
+    }
 
 
 def seconds_of(metrics: Sequence[BatchMetricsRow], beside: Mapping[str, float]) -> dict[str, float]:
@@ -226,6 +242,14 @@ def find_warnings(episodes: Sequence[EpisodeRow]) -> dict[str, str]:
         found["unreadable"] = (
             f"no score could be read in {unread} of the last {len(asked)} expert feedbacks; "
             "raise --max-feedback-tokens, or choose an expert that follows instructions better"
+        )
+    verdicts = _expert_verdicts(episodes)
+    if verdicts["contradicted"] > _WORRYING_SHARE * len(asked):
+        found["contradicted"] = (
+            f"the right answer contradicts the expert's score in {verdicts['contradicted']} of its "
+            f"last {len(asked)} feedbacks (learned from: "
+            f"{verdicts['contradicted'] - verdicts['left_out']}); choose an expert that judges "
+            "better, or see what --expert-verdicts does"
         )
     capped = sum(bool({"answer", "final"} & set(row["capped"])) for row in episodes)
     if capped > _WORRYING_SHARE * len(episodes):

@@ -3,7 +3,7 @@
 :func:`run_batch` reads like :mod:`mlx_fd.feedback.episode`:
 
 1. answer                                   :func:`first_answers`
-2. student's and expert's feedback          :func:`_judge`
+2. student's and expert's feedback          :func:`_judge`, :func:`~.verdicts.review`
 3. the gate                                 :func:`_ask_gate`
 4. learn; the student's feedback again      :func:`_learn_now`, :func:`_say_again`
 5. merge, revise, criticise, final answer   :func:`merge_and_revise`
@@ -47,6 +47,7 @@ from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.phases import PhaseSchedule, combined, phase_weights
 from mlx_fd.feedback.samples import Sample, read_both, read_text, sample_of, solution_of
 from mlx_fd.feedback.teacher_cache import TeacherCache
+from mlx_fd.feedback.verdicts import REASONS, Reviewed, review, tally
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.problems import Problem
 from mlx_fd.runs.events import Event, Step
@@ -160,8 +161,12 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
         seeds,
         on_tokens,
     )
+    reviewed = review(
+        pair, judged, config.losses.expert_verdicts, config.generation, seeds, on_tokens
+    )
+    judged, taught = [one.judged for one in reviewed], [one.taught for one in reviewed]
     # 3.
-    gate_state, gated = _ask_gate(state.gate, judged, learner)
+    gate_state, gated = _ask_gate(state.gate, taught, learner)
     lagging = [index for index, one in gated.items() if one.decision.distil]
     feedback = [gated[index].sample for index in lagging]
     weights = loss_weights(gate_state, learner, number)
@@ -179,10 +184,13 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
     if config.learns_last:
         finished = merged(judged)
         solutions = _solutions(finished, lagging, learner)
-        updates = learn([*feedback, *solutions], _lessons(finished, lagging, learner))
+        own = _lessons(finished, taught, lagging, learner)
+        updates = learn([*feedback, *solutions], own)
     else:
         updates = learn(feedback, None)
-        finished = merged(_say_again(judged, lagging if updates else [], learner, seeds, on_tokens))
+        # Where the expert was told the right answer, what the student has of it stays out of this.
+        again = [index for index in lagging if updates and reviewed[index].again is None]
+        finished = merged(_say_again(judged, again, learner, seeds, on_tokens))
         solutions = _solutions(finished, lagging, learner)
         state = dataclasses.replace(state, replay=_hand_on(state.replay, solutions, learner))
     after = _measure_learned(gated, lagging if updates else [], learner, number)
@@ -195,11 +203,15 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
     first = number * config.generation.batch_size
     rows = [
         episode_row(
-            one, first + index, _gate_row(gated.get(index), after.get(index), trusted[index])
+            one,
+            first + index,
+            _gate_row(gated.get(index), after.get(index), reviewed[index], trusted[index]),
+            reviewed[index].to_json(),
         )
         for index, one in enumerate(finished)
     ]
     metrics = _metrics(state, len(lagging), weights, updates, decision, begin, written)
+    metrics["expert_verdicts"] = tally(reviewed)
     return BatchResult(state, rows, metrics, [*feedback, *solutions])
 
 
@@ -314,13 +326,18 @@ def _solutions(
 
 
 def _lessons(
-    finished: Sequence[Finished], lagging: Sequence[int], learner: Learner
+    finished: Sequence[Finished],
+    taught: Sequence[Judged],
+    lagging: Sequence[int],
+    learner: Learner,
 ) -> Lessons | None:
     """What the student learns from itself; ``None`` without a ``student_context``."""
     context = learner.config.losses.student_context
     if context == "none":
         return None
-    return lessons([finished[index] for index in lagging], context)
+    return lessons(
+        [dataclasses.replace(finished[index], judged=taught[index]) for index in lagging], context
+    )
 
 
 def loss_weights(state: gate.GateState, learner: Learner, number: int) -> dict[str, float]:
@@ -491,7 +508,8 @@ def sample_again(row: SampleRow, pair: Pair, config: Config, cache: TeacherCache
     prompt, target = tuple(row["prompt"]), tuple(row["target"])
     losses, begin = config.losses, Conversation()
     if pair.shared is None:
-        outputs = read_text(pair, begin, prompt, target, losses, cache)
+        reads = tuple(row.get("expert_prompt", prompt))
+        outputs = read_text(pair, begin, reads, target, losses, cache)
     else:
         theirs = tuple(row["expert_prompt"]), tuple(row["expert_target"])
         outputs, _ = read_both(pair, begin, *theirs, target, losses, cache)
@@ -523,9 +541,12 @@ def _metrics(
     }
 
 
-def _gate_row(gated: _Gated | None, after: Mapping[str, float] | None, trusted: bool) -> GateRow:
+def _gate_row(
+    gated: _Gated | None, after: Mapping[str, float] | None, reviewed: Reviewed, trusted: bool
+) -> GateRow:
     if gated is None:
-        return {"distilled": False, "reason": "the student stands alone", "trusted": trusted}
+        reason = REASONS[reviewed.outcome] if reviewed.outcome else "the student stands alone"
+        return {"distilled": False, "reason": reason, "trusted": trusted}
     return {
         "distilled": gated.decision.distil,
         "reason": gated.decision.reason,

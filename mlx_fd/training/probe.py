@@ -29,6 +29,7 @@ from mlx_fd.feedback.episode import (
 )
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import Sample, TeacherOutputs, sample_of, solution_of
+from mlx_fd.feedback.verdicts import review
 from mlx_fd.files import digest_of, write_json, write_with
 from mlx_fd.models.student import read_arrays
 from mlx_fd.problems import Problem
@@ -143,8 +144,8 @@ class Probe:
     """The probe set of a run.
 
     Attributes:
-        samples: the expert's feedback on the first answers, ready to measure the student with; and
-            where a loss is on solutions, the expert's right ones.
+        samples: the expert's feedback on the first answers as it is taught, ready to measure the
+            student with; and where a loss is on solutions, the expert's right ones.
         headroom: the check before the first update.
         seconds: what making it took.
     """
@@ -233,6 +234,7 @@ def make_probe(
     begun = time.perf_counter()
     options, size = config.generation, config.generation.batch_size
     samples: list[Sample] = []
+    left_out: set[int] = set()
     counts = [0] * 6
     graded, verdicts = are_graded(problems), list[_Verdicts]()
     for number, begin in enumerate(range(0, len(problems), size)):
@@ -282,7 +284,13 @@ def make_probe(
                     student=student_scores,
                 )
             )
-        samples.extend(sample_of(pair, one, config.losses) for one in judged)
+        reviewed = review(pair, judged, config.losses.expert_verdicts, options, seeds, on_tokens)
+        for one in reviewed:
+            is_taught = one.taught.expert is not None
+            given = one.taught if is_taught else one.judged
+            samples.append(sample_of(pair, given, config.losses))
+            if not is_taught:
+                left_out.add(len(samples) - 1)
         if config.losses.on_solutions:
             samples.extend(
                 solution_of(pair, one.problem, one.answer, config.losses)
@@ -291,6 +299,9 @@ def make_probe(
             )
         on_problems(begin + len(chunk))
     seconds = round(time.perf_counter() - begun, 3)
+    # With an expert that is wrong on all problems there is nothing better to measure.
+    if len(left_out) < len(problems):
+        samples = [one for place, one in enumerate(samples) if place not in left_out]
     best_right, own_right, by_expert, well_by_expert, by_student, well_by_student = counts
     headroom = Headroom(
         problems=len(problems),

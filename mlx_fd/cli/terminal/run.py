@@ -33,7 +33,7 @@ from mlx_fd.runs.events import (
     WarmedUp,
     Warned,
 )
-from mlx_fd.runs.labels import EXAM_NAMES, STEP_NAMES, duration, number
+from mlx_fd.runs.labels import EXAM_NAMES, STEP_NAMES, duration, expert_verdicts_say, number
 from mlx_fd.runs.records import CountRow, EstimateRow, ExpertUseRow, HeadroomRow, ShareRow, Summary
 from mlx_fd.runs.summary import good_by_expert
 from mlx_fd.text import strip_control_chars
@@ -191,6 +191,8 @@ class Display:
         parts.append(
             "frozen" if event.metrics["frozen"] else f"distilled {event.metrics['lagging']}"
         )
+        if wrong := self._wrong_verdicts():
+            parts.append(f"wrong verdicts {wrong}")
         if losses:
             parts.append(" ".join(f"{name} {number(value)}" for name, value in losses.items()))
         skipped = sum(update["skipped"] for update in updates)
@@ -206,6 +208,13 @@ class Display:
             for row in self._last.rows
             if "expert_feedback" in row and (expert := row["expert_feedback"])
         )
+
+    def _wrong_verdicts(self) -> int:
+        """The last batch's scores of the expert that the right answer contradicts."""
+        assert self._last is not None
+        metrics = self._last.metrics
+        verdicts = metrics.get("expert_verdicts", {}) if "trust" in metrics else {}
+        return sum(count for name, count in verdicts.items() if name not in ("agrees", "unknown"))
 
     def _student_score(self) -> str:
         """The mean head score of the last batch's student feedback."""
@@ -450,6 +459,9 @@ def summary_table(summary: Summary) -> NamedValues:
         "unreadable scores",
         f"expert {unread['expert']}, student {unread['student']} of {summary['episodes']}",
     )
+    if summary.get("expert_verdicts", {}).get("known"):
+        told = expert_verdicts_say(summary["expert_verdicts"])
+        table.add_row("scores contradicted by gold", told)
     for name, sides in summary.get("exam", {}).items():
         table.add_row(
             f"exam: {EXAM_NAMES[name]}",

@@ -20,6 +20,7 @@ const STEPS = {
   answer: "first answer",
   student_feedback: "student's feedback",
   expert_feedback: "expert's feedback",
+  privileged_feedback: "expert's feedback, told the right answer",
   merge: "merged feedback",
   revise: "revision",
   critique: "self-critique",
@@ -39,6 +40,8 @@ function parts(entry, row) {
     ...block("First answer", row.answer.text, found(row.answer.final, row.correct_before), cut(row, "answer")),
     feedbacks(row),
   ];
+  const again = row.verdict?.again;
+  if (again) steps.push(...block("Expert's feedback, told the right answer", again.text, `score ${number(again.written_score)}`, row.verdict.outcome, cut(row, "privileged_feedback")));
   if (row.merged) steps.push(...block("Merged feedback", row.merged, cut(row, "merge")));
   if (row.revised) {
     steps.push(...block("Revision", compared(row.answer.text, row.revised, "changed") ?? row.revised, "words that the first answer does not have are marked", cut(row, "revise")));
@@ -62,6 +65,7 @@ function overview(row, entry) {
       ? { "right answer": UNKNOWN, "first answer": change(entry.flags) }
       : { "reference answer": row.reference, "right before → after": change(entry.flags) }),
     "combined score": number(row.score),
+    "expert's score against gold": row.verdict?.outcome ?? "–",
     gate: `${row.gate.distilled ? "distilled" : "not distilled"}: ${row.gate.reason}`,
   });
 }
