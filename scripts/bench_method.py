@@ -94,11 +94,12 @@ def run_arm(arm: str, seed: int, runs: Path, extra: Sequence[str]) -> Path:
     return folder
 
 
-def row_of(arm: str, seed: int, folder: Path) -> Row:
+def row_of(arm: str, seed: int, folder: Path, options: Sequence[str]) -> Row:
     """A finished run as one row."""
     summary = json.loads((folder / "summary.json").read_text())
     before, after = (
-        json.loads((folder / f"exam_{when}.json").read_text()) for when in ("before", "after")
+        json.loads((folder / f"exam_{when}.json").read_text())["results"]
+        for when in ("before", "after")
     )
 
     def bits(results: Sequence[Row], name: str) -> str:
@@ -107,7 +108,7 @@ def row_of(arm: str, seed: int, folder: Path) -> Row:
     return {
         "arm": arm,
         "seed": seed,
-        "options": list(ARMS[arm]),
+        "options": list(options),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "mlx": version("mlx"),
         "episodes": summary["episodes"],
@@ -343,7 +344,8 @@ def main() -> None:
         for seed in map(int, args.seeds.split(",")):
             for arm in arms:
                 if (arm, seed) not in done:
-                    row = row_of(arm, seed, run_arm(arm, seed, args.runs, extra))
+                    folder = run_arm(arm, seed, args.runs, extra)
+                    row = row_of(arm, seed, folder, ARMS[arm])
                     with args.rows.open("a") as file:
                         file.write(json.dumps(row) + "\n")
     for wanted, path, make in ((args.table, TABLE, table), (args.plot, PLOT, plot)):

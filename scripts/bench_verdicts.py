@@ -1,0 +1,230 @@
+"""What wrong verdicts of the expert cost, and what leaving them out or asking again saves.
+
+python scripts/bench_verdicts.py --runs DIR     # every arm, five seeds; goes on where it stopped
+python scripts/bench_verdicts.py --arms 'as-is 40 %' --seeds 0 --runs DIR
+python scripts/bench_verdicts.py --table        # docs/bench_verdicts.md, from the rows alone
+
+The tiny expert judges nearly every answer rightly, so it is made worse on purpose: of a known
+share of the problems, drawn by seed and problem, its feedback is replaced by one that says the
+contrary in the same form (score and text: of a wrong answer that every step is right, of a right
+one a slip that is none). All arms of a seed have the same problems, wrong verdicts, numbers of
+steps and questions at the end. Only losses on the text and the score are taken: the tiny expert's
+states know better than the text that it is given, as those of a model that errs would not. No
+answer is revised, as no solution is learned from.
+
+Told the right answer, the expert is taken at its own word. It reads no English, so the right answer
+stands behind the question in the form that it knows, "#### 34". Rows go to
+docs/bench_verdicts.jsonl, one for each run.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_method import Row, against, bold, head_error, quality, row_of, shown
+
+DOCS = Path(__file__).parents[1] / "docs"
+ROWS, TABLE = (DOCS / f"bench_verdicts.{kind}" for kind in ("jsonl", "md"))
+HOW = ("as-is", "checked", "privileged")
+SHARES = (20, 40)
+NO_ERRORS = "as-is 0 %"
+# {arm: (share of wrong verdicts, what becomes of them)}
+ARMS: dict[str, tuple[float, str]] = {
+    NO_ERRORS: (0.0, "as-is"),
+    **{f"{how} {share} %": (share / 100, how) for share in SHARES for how in HOW},
+}
+OPTIONS = (
+    *("--preset", "tiny", "--gate", "always", "--losses", "lm,score", "--no-solutions"),
+    *("--episodes", "160", "--probe-size", "8", "--exam-size", "120", "--checkpoint-every", "8"),
+    *("--target-score", "-1"),
+)
+
+
+# ---- the worse expert ----
+
+
+def is_hit(seed: int, problem_id: str, share: float) -> bool:
+    """Whether the verdict on a problem is made wrong; a larger share has all of a smaller one."""
+    digest = hashlib.sha256(f"verdict/{seed}/{problem_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+def contrary(problem: Any, answer: str, right: bool, seed: int) -> Any:
+    """The feedback that says the contrary of the truth, in the tiny expert's form."""
+    from mlx_fd.problems import arithmetic, prompts
+
+    if not right:
+        steps, final = arithmetic.read(answer)
+        if not steps or final is None:
+            return prompts.Feedback("Every step is right.", 1.0)
+        return arithmetic.feedback(arithmetic.write(steps, final), answer)
+    rng = random.Random(f"{seed}/{problem.id}")
+    drawn = arithmetic.problems_of("train")[int(problem.id.rpartition("-")[2])]
+    return arithmetic.feedback(arithmetic.wrong_answer(rng, drawn), answer)
+
+
+def make_worse(share: float, seed: int) -> None:
+    """Replace the expert's first feedback where it is hit, and tell it the right answer its way."""
+    from mlx_fd.feedback import episode, verdicts
+    from mlx_fd.models.conversation import Conversation
+    from mlx_fd.models.generation import said
+    from mlx_fd.problems.kinds import form_of
+    from mlx_fd.problems.prompts import answer_prompt, format_feedback
+    from mlx_fd.training import batch, probe
+
+    honest = episode.expert_feedback
+
+    def flipped(pair: Any, one: Any, given: Any) -> Any:
+        if not is_hit(seed, one.problem.id, share):
+            return given
+        feedback = contrary(one.problem, one.answer.text, one.is_correct, seed)
+        text = format_feedback(feedback).removeprefix("Score:")
+        tokenizer = pair.expert.tokenizer
+        tokens = tuple(tokenizer.encode(text, add_special_tokens=False))
+        tokens += given.feedback.tokens[-1:]  # the token that ends a turn
+        said_so = Conversation((*one.prompt, *tokens))
+        feedback = dataclasses.replace(feedback, tokens=tokens)
+        return dataclasses.replace(given, feedback=feedback, conversation=said_so)
+
+    def worse(pair: Any, answered: Any, *rest: Any, **options: Any) -> Any:
+        found = honest(pair, answered, *rest, **options)
+        return [flipped(pair, *both) for both in zip(answered, found, strict=True)]
+
+    def told(pair: Any, judged: Any, options: Any, seed: int, on_tokens: Any) -> Any:
+        asked = []
+        for one in judged:
+            problem, tokens = one.problem, one.answered.answer.tokens
+            first = f"{answer_prompt(problem.question, form_of(problem))}\n\n#### {problem.answer}"
+            before = Conversation(said(pair.expert, first, tokens))
+            request = episode.without_repeated_eos(before, episode.feedback_request(pair.expert))
+            asked.append(dataclasses.replace(one.answered, conversation=before, request=request))
+        found = honest(pair, asked, options, seed, on_tokens, step=verdicts.STEP)
+        return [
+            dataclasses.replace(given, prompt=one.prompt)
+            for given, one in zip(found, asked, strict=True)
+        ]
+
+    batch.expert_feedback = probe.expert_feedback = worse  # type: ignore[attr-defined]
+    verdicts._ask_again = told
+
+
+def run_one(arm: str, seed: int, folder: Path, extra: Sequence[str]) -> None:
+    """One run in this process."""
+    from mlx_fd.models.backend import backend
+
+    backend()
+    share, how = ARMS[arm]
+    make_worse(share, seed)
+    from mlx_fd.cli import main
+
+    if (folder / "manifest.json").exists():
+        sys.argv = ["mlx-fd", "resume", str(folder), "--quiet", "--json"]
+    else:
+        given = ["--expert-verdicts", how, "--seed", str(seed), *extra]
+        out = ["--out", str(folder), "--quiet", "--json"]
+        sys.argv = ["mlx-fd", "loop", *OPTIONS, *given, *out]
+    main()
+
+
+# ---- rows and table ----
+
+
+def make_row(arm: str, seed: int, runs: Path, extra: Sequence[str]) -> Row:
+    """An arm's run of a seed, done where it is not yet, as a row."""
+    folder = runs / f"{arm.replace(' %', '').replace(' ', '-')}-seed{seed}"
+    if not (folder / "summary.json").exists():
+        command = [sys.executable, __file__, "--one", arm, str(seed), str(folder), "--", *extra]
+        print("$", *command[1:], flush=True)
+        subprocess.run(
+            command,
+            env={"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+    summary = json.loads((folder / "summary.json").read_text())
+    row = row_of(arm, seed, folder, [*OPTIONS, "--expert-verdicts", ARMS[arm][1], *extra])
+    return {**row, "verdicts": summary["verdicts"], "wrong_share": ARMS[arm][0]}
+
+
+def read_rows(path: Path) -> dict[str, list[Row]]:
+    """{arm: [the last row of each seed]}, in the order of the table."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = {(row["arm"], row["seed"]): row for row in map(json.loads, lines)}
+    found = {arm: [rows[key] for key in sorted(rows) if key[0] == arm] for arm in ARMS}
+    return {arm: of for arm, of in found.items() if of}
+
+
+def table(path: Path) -> str:
+    """The rows as a table in Markdown."""
+    arms = read_rows(path)
+    some = next(iter(arms.values()))
+    lines = [
+        f"Tiny pair, seeds {', '.join(str(row['seed']) for row in some)}, {some[0]['episodes']} "
+        f"episodes, losses `lm` and `score`, {len(some[0]['wrong'])} questions a seed, half of the "
+        "answers wrong. In brackets 95 % t intervals over runs, paired by seed and question where "
+        "it is a difference; bold where they leave 0 out.",
+        "",
+        "| wrong verdicts | `--expert-verdicts` | F1 (%) | F1 against as-is (points) | F1 against "
+        "no wrong verdicts (points) | error of the score head | contradicted | left out | asked "
+        "again | learned from |",
+        "|--:|---|---|---|---|---|--:|--:|--:|--:|",
+    ]
+    for arm, rows in arms.items():
+        share, how = ARMS[arm]
+        as_is = arms.get(f"as-is {share * 100:.0f} %", [])
+
+        def mean(name: str, rows: Sequence[Row] = rows) -> float:
+            return float(np.mean([row["verdicts"][name] for row in rows]))
+
+        known = float(np.mean([row["episodes"] for row in rows]))
+        cells = [
+            f"{share:.0%}",
+            f"`{how}`",
+            shown(quality(rows), ".1f"),
+            "" if how == "as-is" else bold(against(rows, as_is)),
+            "" if arm == NO_ERRORS else bold(against(rows, arms.get(NO_ERRORS, []))),
+            shown(head_error(rows), ".2f", 1),
+            f"{mean('contradicted') / known:.0%}",
+            f"{mean('left_out'):.0f}",
+            f"{mean('asked_again'):.0f}",
+            f"{known - mean('left_out'):.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """The command line."""
+    if sys.argv[1:2] == ["--one"]:
+        arm, seed, folder, _, *extra = sys.argv[2:]
+        run_one(arm, int(seed), Path(folder), extra)
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--runs", type=Path, help="where the run directories go")
+    parser.add_argument("--arms", default=";".join(ARMS), help="separated by ;")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="comma-separated")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="the file with the rows")
+    parser.add_argument("--table", action="store_true", help="write the table")
+    options, extra = parser.parse_known_args()
+    if options.runs:
+        options.runs.mkdir(parents=True, exist_ok=True)
+        for seed in map(int, options.seeds.split(",")):
+            for arm in options.arms.split(";"):
+                row = make_row(arm, seed, options.runs, extra)
+                with options.rows.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    if options.table:
+        TABLE.write_text(table(options.rows))
+
+
+if __name__ == "__main__":
+    main()
