@@ -75,7 +75,7 @@ def contrary(problem: Any, answer: str, right: bool, seed: int) -> Any:
 def make_worse(share: float, seed: int) -> None:
     """Replace the expert's first feedback where it is hit, and tell it the right answer its way."""
     from mlx_fd.feedback import episode, verdicts
-    from mlx_fd.models.conversation import Conversation
+    from mlx_fd.models.conversation import Conversation, without_repeated_eos
     from mlx_fd.models.generation import said
     from mlx_fd.problems.kinds import form_of
     from mlx_fd.problems.prompts import answer_prompt, format_feedback
@@ -105,7 +105,7 @@ def make_worse(share: float, seed: int) -> None:
             problem, tokens = one.problem, one.answered.answer.tokens
             first = f"{answer_prompt(problem.question, form_of(problem))}\n\n#### {problem.answer}"
             before = Conversation(said(pair.expert, first, tokens))
-            request = episode.without_repeated_eos(before, episode.feedback_request(pair.expert))
+            request = without_repeated_eos(before, episode.feedback_request(pair.expert))
             asked.append(dataclasses.replace(one.answered, conversation=before, request=request))
         found = honest(pair, asked, options, seed, on_tokens, step=verdicts.STEP)
         return [
@@ -205,8 +205,8 @@ def table(path: Path) -> str:
 def main() -> None:
     """The command line."""
     if sys.argv[1:2] == ["--one"]:
-        arm, seed, folder, _, *extra = sys.argv[2:]
-        run_one(arm, int(seed), Path(folder), extra)
+        which, number, folder, _, *rest = sys.argv[2:]
+        run_one(which, int(number), Path(folder), rest)
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--runs", type=Path, help="where the run directories go")
