@@ -217,7 +217,7 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
 
 def expert_tokens(judged: Sequence[Judged]) -> int:
     """Tokens of the expert's feedbacks."""
-    return sum(one.expert.usage.tokens["expert_feedback"] for one in judged if one.expert)
+    return sum(sum(one.expert.usage.tokens.values()) for one in judged if one.expert)
 
 
 def _audited(problem: Problem, config: Config) -> bool:
