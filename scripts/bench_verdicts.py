@@ -152,7 +152,7 @@ def make_row(arm: str, seed: int, runs: Path, extra: Sequence[str]) -> Row:
         )
     summary = json.loads((folder / "summary.json").read_text())
     row = row_of(arm, seed, folder, [*OPTIONS, "--expert-verdicts", ARMS[arm][1], *extra])
-    return {**row, "verdicts": summary["verdicts"], "wrong_share": ARMS[arm][0]}
+    return {**row, "verdicts": summary["expert_verdicts"], "wrong_share": ARMS[arm][0]}
 
 
 def read_rows(path: Path) -> dict[str, list[Row]]:

@@ -1429,6 +1429,7 @@ FILES: Mapping[str, tuple[type, ...]] = {
         ExpertUseRow,
         AuditsRow,
         UnreadableRow,
+        ExpertVerdictsRow,
         VerdictsRow,
         TopKRow,
         BeforeAfterRow,
