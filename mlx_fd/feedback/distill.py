@@ -150,7 +150,9 @@ def loss_rows(
     Returns:
         The total, differentiable; and for each loss its sum over the tokens of each sample, [B].
     """
-    seen = student.view.forward(batch.tokens, recompute=recompute)
+    seen = student.view.forward(
+        batch.tokens, recompute=recompute, attention=options.needs_attention
+    )
     final = mx.take_along_axis(seen.final, batch.positions[..., None], axis=1)
     made = Forwarded(student, seen, final, batch, options, recompute)
     total, found = _token_losses(made, expert, vocab, factors)

@@ -27,12 +27,13 @@ from mlx_fd.losses.head import logit_head
 from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.losses.spans import token_spans
-from mlx_fd.models.attention_taps import attention_heads, log_attention
+from mlx_fd.models.attention_taps import log_attention, only
 from mlx_fd.models.backend import backend
-from mlx_fd.models.conversation import Conversation, forward_with_cache, rewind_to
+from mlx_fd.models.conversation import Conversation, forward, rewind_to
 from mlx_fd.models.fingerprint import content_hash
 from mlx_fd.models.generation import first_prompt, with_thought
 from mlx_fd.models.loading import Loaded
+from mlx_fd.models.view import block_attention
 from mlx_fd.problems import Problem, prompts
 from mlx_fd.problems.kinds import form_of
 from mlx_fd.runs.checked import content_digest
@@ -273,7 +274,8 @@ def _read(
 ) -> TeacherOutputs:
     expert, student = pair.expert.view, pair.student.view
     rest = prompt[len(before.tokens) :]
-    seen, caches = forward_with_cache(pair.expert, before, [*rest, *target[:-1]])
+    wanted = options.needs_attention
+    seen = forward(pair.expert, before, [*rest, *target[:-1]], attention=wanted)
     first = len(rest) - 1  # where the target's first token is predicted
     mask = mx.ones((1, len(target)))
     states = _aligned(len(student.blocks) + 1, len(seen.layers), options)
@@ -292,21 +294,33 @@ def _read(
         )
         if shared is not None:
             targets = replace(targets, indices=mx.array(shared.student)[targets.indices])
-    if not options.needs_attention:
+    if not wanted:
         return TeacherOutputs(targets, pooled)
     positions = mx.arange(first, seen.final.shape[1])[None]
-
-    def attention(index: int) -> mx.array:
-        block, hidden = expert.blocks[index], seen.layers[index]
-        return log_attention(block, hidden, positions=positions, cache=caches[index])[0]
-
-    heads = attention_heads(student.blocks[0])
+    length = len(prompt) + len(target) - 1
     blocks = _aligned(len(student.blocks), len(expert.blocks), options)
+    maps = [
+        log_attention(seen.attention[index], positions=positions, keys=length)[0]
+        for index in blocks
+    ]
+    if options.attention_heads == "mean":
+        return TeacherOutputs(targets, pooled, tuple(head_mean(part[None])[0] for part in maps))
+    heads = _student_heads(pair, options)
     return TeacherOutputs(
         targets,
         pooled,
-        tuple(_compared_heads(attention(index), heads, options) for index in blocks),
+        tuple(
+            part[mx.array(aligned_layers(count, part.shape[0]))]
+            for part, count in zip(maps, heads, strict=True)
+        ),
     )
+
+
+def _student_heads(pair: Pair, options: LossOptions) -> list[int]:
+    """How many heads each block of the student has whose attention is compared."""
+    blocks = block_attention(pair.student.model)
+    compared = blocks[-1:] if options.hidden_layers == "last" else blocks
+    return [only(calls, "a block of the student").queries.shape[1] for calls in compared]
 
 
 def reader_fingerprint(expert: Loaded) -> dict[str, Any]:
@@ -335,7 +349,7 @@ def cache_fingerprint(pair: Pair, options: LossOptions) -> dict[str, Any]:
         "top_k": options.teacher_top_k,
         "temperature": options.loss_temperature,
         "layers": [options.hidden_layers, len(student.blocks)],
-        "heads": [options.attention_heads, attention_heads(student.blocks[0])]
+        "heads": [options.attention_heads, *_student_heads(pair, options)]
         if options.needs_attention
         else None,
     }
@@ -346,13 +360,6 @@ def _aligned(n_student: int, n_expert: int, options: LossOptions) -> list[int]:
     if options.hidden_layers == "last":
         return [n_expert - 1]
     return aligned_layers(n_student, n_expert)
-
-
-def _compared_heads(log_attention: mx.array, n_student: int, options: LossOptions) -> mx.array:
-    """Of the expert's heads [H, T, S], their mean, or those that go with the student's."""
-    if options.attention_heads == "mean":
-        return head_mean(log_attention[None])[0]
-    return log_attention[mx.array(aligned_layers(n_student, log_attention.shape[0]))]
 
 
 def sample_of(

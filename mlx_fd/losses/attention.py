@@ -15,6 +15,8 @@ and heads in one of two ways, which is our addition:
   m. For a student cut out of the expert, where heads of the same place are the same.
 
 Grouped-query attention changes nothing: heads are query heads. Both models read the same tokens.
+Where the student does not see a key that the expert sees, behind the end of a sliding window, the
+expert's distribution is taken over the keys that the student sees: no student could learn the rest.
 :mod:`mlx_fd.models.attention_taps` gives the distributions. The published code of the feedback
 method has no such loss.
 """
@@ -89,9 +91,17 @@ def attention_matching_rows(
             student, teacher = head_mean(student), head_mean(teacher)
         else:
             teacher = teacher[:, mx.array(aligned_layers(student.shape[1], teacher.shape[1]))]
+        teacher = _among_seen(teacher, student > LOG_ZERO / 2)
         total = total + (mx.exp(teacher) * (teacher - student)).sum(axis=-1).mean(axis=1)
     losses = total / len(student_layers)
     return mx.where(valid, losses, 0).sum(axis=1)
+
+
+def _among_seen(log_p: mx.array, seen: mx.array) -> mx.array:
+    """Distributions over keys, of which some are not to be seen; as they are where none is lost."""
+    lost = (~seen & (log_p > LOG_ZERO / 2)).any(axis=-1, keepdims=True)
+    left = mx.where(seen, log_p, LOG_ZERO)
+    return mx.where(lost, left - mx.logsumexp(left, axis=-1, keepdims=True), log_p)
 
 
 def head_mean(log_p: mx.array) -> mx.array:

@@ -1,100 +1,179 @@
-"""The attention distributions of a block, which mlx-lm's fused attention does not give out.
+"""The attention distributions of a model's blocks, which mlx-lm's fused attention does not give.
 
-They are computed again from the block's own input, which :meth:`mlx_fd.models.view.View.forward`
-keeps: norm, query and key projections (with LoRA and biases, where there are), rotary positions,
-grouped queries, causal mask; for the blocks of mlx-lm's ``llama`` and ``qwen2``.
+No architecture is read here. While a model runs, what each of its blocks gives to
+``mx.fast.scaled_dot_product_attention`` is kept: queries and keys as they are by then (normed,
+turned by their positions, of latents or of a cache), scale and mask. The weights are their softmax.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
 import mlx.core as mx
-from mlx import nn
-from mlx_lm.models import llama, qwen2
-from mlx_lm.models.cache import KVCache
 
 from mlx_fd.errors import UserError
 
 # Stands in for log 0, so that 0 * log 0 is 0: far below any log-probability, and still a number.
 LOG_ZERO = -1e30
+# Below it a key is one that a query does not see: half precision masks with -65504.
+_UNSEEN = -1e4
+_LOCK = threading.RLock()
 
 
-def check_block(block: nn.Module) -> None:
-    """Make sure that :func:`log_attention` can read a block.
+@dataclass(frozen=True)
+class Attention:
+    """One call of the fused attention.
+
+    Attributes:
+        queries: [B, H, T, D].
+        keys: [B, H_keys, K, D], each of which serves H / H_keys query heads; the last T of them
+            stand where the queries do.
+        values: [B, H_keys, K, D_values].
+        scale: of their products.
+        mask: ``"causal"``, true where a key is seen, or what is added to the products, of a shape
+            that broadcasts to [B, H, T, K]; ``None``: all keys are seen.
+        sinks: whether each query can give a part of its weight to no key at all.
+    """
+
+    queries: mx.array
+    keys: mx.array
+    values: mx.array
+    scale: float
+    mask: mx.array | str | None
+    sinks: bool
+
+    def last(self, count: int) -> Attention:
+        """That of the last queries alone."""
+        length = self.queries.shape[2]
+        mask = self.mask
+        if isinstance(mask, mx.array) and mask.ndim > 1 and mask.shape[-2] == length:
+            mask = mask[..., length - count :, :]
+        return replace(self, queries=self.queries[:, :, length - count :], mask=mask)
+
+
+# What one block calls; that is one attention mostly, or none.
+Attentions = tuple[Attention, ...]
+
+
+@contextmanager
+def recorded() -> Iterator[list[Attention]]:
+    """Keep what this thread gives to MLX's fused attention."""
+    calls: list[Attention] = []
+    thread = threading.get_ident()
+
+    def record(fused: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def call(
+            queries: mx.array,
+            keys: mx.array,
+            values: mx.array,
+            *,
+            scale: float,
+            mask: Any = None,
+            sinks: Any = None,
+            **more: Any,
+        ) -> mx.array:
+            if threading.get_ident() == thread:
+                calls.append(Attention(queries, keys, values, scale, mask, sinks is not None))
+            return fused(queries, keys, values, scale=scale, mask=mask, sinks=sinks, **more)
+
+        return call
+
+    fast: Any = mx.fast
+    with _LOCK:
+        fused = fast.scaled_dot_product_attention
+        fast.scaled_dot_product_attention = record(fused)
+        try:
+            yield calls
+        finally:
+            fast.scaled_dot_product_attention = fused
+
+
+def joined(rows: Sequence[Attentions]) -> Attentions:
+    """What a block called for each text of a batch, as for the batch at once."""
+
+    def one(of_rows: Sequence[Attention]) -> Attention:
+        first = of_rows[0]
+        masks = [row.mask for row in of_rows if isinstance(row.mask, mx.array)]
+        return replace(
+            first,
+            queries=mx.concatenate([row.queries for row in of_rows]),
+            keys=mx.concatenate([row.keys for row in of_rows]),
+            values=mx.concatenate([row.values for row in of_rows]),
+            mask=mx.concatenate(masks) if masks and masks[0].ndim == 4 else first.mask,
+        )
+
+    return tuple(one(of_rows) for of_rows in zip(*rows, strict=True))
+
+
+def only(attentions: Attentions, block: str) -> Attention:
+    """The attention of a block that has one.
+
+    Args:
+        attentions: what the block called.
+        block: what to call it in a message.
 
     Raises:
-        UserError: the block is of another architecture, or attends to a sliding window.
+        UserError: it has none, several, or one with sinks.
     """
-    attention = getattr(block, "self_attn", None)
-    if not isinstance(attention, (llama.Attention, qwen2.Attention)):
-        raise UserError(
-            "the attention loss reads the blocks of llama and qwen2 models, not "
-            f"{type(block).__module__}.{type(block).__name__}: leave it out of the losses"
-        )
-    if getattr(block, "use_sliding", False):
-        raise UserError(
-            "the attention loss does not read blocks that attend to a sliding window: "
-            "leave it out of the losses"
-        )
-
-
-def attention_heads(block: nn.Module) -> int:
-    """How many heads a block attends with.
-
-    Raises:
-        UserError: as for :func:`check_block`.
-    """
-    check_block(block)
-    return int(block.self_attn.n_heads)
+    if len(attentions) == 1 and not attentions[0].sinks:
+        return attentions[0]
+    if not attentions:
+        why = "has no attention, or one that is not MLX's own"
+    elif len(attentions) > 1:
+        why = "has several attentions"
+    else:
+        why = "has attention sinks, so that its weights are no distribution over the tokens"
+    raise UserError(
+        f"the attention loss reads blocks with one softmax attention, as those of llama, mistral, "
+        f"qwen3, gemma3 or granite, and {block} {why}: leave it out of the losses, or choose a "
+        "model without such blocks"
+    )
 
 
 def log_attention(
-    block: nn.Module,
-    hidden: mx.array,
-    *,
-    positions: mx.array | None = None,
-    cache: KVCache | None = None,
+    attentions: Attentions, *, positions: mx.array | None = None, keys: int | None = None
 ) -> mx.array:
     """Logarithm of a block's attention weights, differentiable.
 
     Args:
-        block: a block of the model, ``view.blocks[i]``.
-        hidden: [B, T, d], its input: ``view.forward(tokens).layers[i]``.
-        positions: [B, Q], the places in ``hidden`` of the queries that are wanted; ``None``: all T.
-        cache: the block's prompt cache after that pass, where there was one: ``hidden`` then holds
-            its newest T positions.
+        attentions: of the block, ``view.forward(tokens, attention=True).attention[i]``.
+        positions: [B, Q], the queries that are wanted of T; ``None``: all.
+        keys: S, how many tokens there are up to the last query; ``None``: those that the block has
+            keys of. Some let go of what is far back, which then nothing sees.
 
     Returns:
-        [B, heads, Q, K], float32, K being the T positions or all that the cache holds; keys that a
-        query does not see at :data:`LOG_ZERO` or below.
+        [B, heads, Q, S], float32; keys that a query does not see at :data:`LOG_ZERO`.
 
     Raises:
-        UserError: as for :func:`check_block`.
+        UserError: as for :func:`only`.
     """
-    check_block(block)
-    attention = block.self_attn
-    batch, length, _ = hidden.shape
-    states = block.input_layernorm(hidden)
-
-    def split(projected: mx.array, heads: int) -> mx.array:
-        return projected.reshape(batch, length, heads, -1).transpose(0, 2, 1, 3)
-
-    if cache is None:
-        offset = 0
-        keys = attention.rope(split(attention.k_proj(states), attention.n_kv_heads))
-    else:
-        offset = cache.offset - length
-        keys = cache.keys[..., : cache.offset, :]
-    queries = attention.rope(split(attention.q_proj(states), attention.n_heads), offset=offset)
+    attention = only(attentions, "one of these")
+    batch, heads, length, width = attention.queries.shape
+    groups, places = attention.keys.shape[1], attention.keys.shape[2]
     if positions is None:
         positions = mx.broadcast_to(mx.arange(length), (batch, length))
-    queries = mx.take_along_axis(queries, positions[:, None, :, None], axis=2).astype(mx.float32)
-
+    rows = positions[:, None, :, None]
+    queries = mx.take_along_axis(attention.queries, rows, axis=2).astype(mx.float32)
     # Each key head serves a group of neighbouring query heads.
-    grouped = queries.reshape(
-        batch, attention.n_kv_heads, -1, positions.shape[1], queries.shape[-1]
-    )
-    scores = (attention.scale * grouped) @ keys[:, :, None].astype(mx.float32).swapaxes(-1, -2)
-    scores = scores.reshape(batch, attention.n_heads, positions.shape[1], -1)
-    seen = mx.arange(scores.shape[-1]) <= (positions + offset)[:, None, :, None]
-    scores = mx.where(seen, scores, LOG_ZERO)
-    return scores - mx.logsumexp(scores, axis=-1, keepdims=True)
+    grouped = queries.reshape(batch, groups, -1, positions.shape[1], width)
+    transposed = attention.keys[:, :, None].astype(mx.float32).swapaxes(-1, -2)
+    scores = ((attention.scale * grouped) @ transposed).reshape(batch, heads, -1, places)
+    if isinstance(attention.mask, str):
+        scores = mx.where(mx.arange(places) <= rows + (places - length), scores, LOG_ZERO)
+    elif attention.mask is not None:
+        full = mx.broadcast_to(attention.mask, (batch, heads, length, places))
+        mask = mx.take_along_axis(full, rows, axis=2)
+        bare = mask.dtype == mx.bool_
+        scores = mx.where(mask, scores, LOG_ZERO) if bare else scores + mask.astype(mx.float32)
+    log_weights = scores - mx.logsumexp(scores, axis=-1, keepdims=True)
+    log_weights = mx.where(log_weights < _UNSEEN, LOG_ZERO, log_weights)
+    before = (keys or places) - places
+    if before:
+        log_weights = mx.pad(
+            log_weights, [(0, 0), (0, 0), (0, 0), (before, 0)], constant_values=LOG_ZERO
+        )
+    return log_weights

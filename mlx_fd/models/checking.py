@@ -22,6 +22,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_fd.errors import UserError
+from mlx_fd.models.attention_taps import log_attention
 from mlx_fd.models.logit_transform import LinearLogits
 from mlx_fd.models.view import View, product
 
@@ -153,6 +154,31 @@ def check_recompute(view: View) -> None:
             "--grad-checkpoint would teach this student something else, since its blocks leave "
             "states to each other: leave it out"
         )
+
+
+def check_attention(view: View) -> None:
+    """Make sure that the attention weights of a model make what its own attention makes.
+
+    Args:
+        view: of the model, its weights in memory.
+
+    Raises:
+        UserError: they do not.
+    """
+    tokens = mx.array([[(37 * index + 11) % view.rows for index in range(_LENGTH)]])
+    limit = _FLOAT32 if view.forward(tokens).final.dtype == mx.float32 else _HALF
+    for calls in view.forward(tokens, attention=True).attention:
+        for call in calls if len(calls) == 1 and not calls[0].sinks else ():
+            fused = mx.fast.scaled_dot_product_attention(
+                call.queries, call.keys, call.values, scale=call.scale, mask=call.mask
+            )
+            weights = mx.exp(log_attention(calls))
+            values = mx.repeat(call.values, weights.shape[1] // call.values.shape[1], axis=1)
+            if not _error(weights @ values.astype(mx.float32), fused) <= limit:
+                raise UserError(
+                    "its attention weights do not make what its own attention makes; leave "
+                    "attention out of the losses"
+                )
 
 
 def _logits(view: View, final: mx.array) -> mx.array:

@@ -98,22 +98,24 @@ def _window(layer: Any) -> list[int]:
     return [limit for limit in limits if limit is not None]
 
 
-def forward(loaded: Loaded, conversation: Conversation, tokens: Sequence[int]) -> Forward:
-    """Hidden states [1, len(tokens), d] of ``tokens`` after a conversation, left unchanged."""
-    return forward_with_cache(loaded, conversation, tokens)[0]
+def forward(
+    loaded: Loaded, conversation: Conversation, tokens: Sequence[int], *, attention: bool = False
+) -> Forward:
+    """Hidden states [1, len(tokens), d] of ``tokens`` after a conversation, left unchanged.
 
-
-def forward_with_cache(
-    loaded: Loaded, conversation: Conversation, tokens: Sequence[int]
-) -> tuple[Forward, Cache]:
-    """:func:`forward`, and the prompt cache after it, of the conversation and ``tokens``."""
+    Args:
+        loaded: the model.
+        conversation: what comes before.
+        tokens: at least one.
+        attention: keep what the attention weights are made of, too.
+    """
     cache = copy.deepcopy(conversation.cache)
-    if cache is not None:
-        return loaded.view.forward(mx.array([*tokens])[None], cache), cache
+    # A window's cache keeps its tokens in order only where it is given several.
+    if cache is not None and (len(tokens) > 1 or not attention):
+        return loaded.view.forward(mx.array([*tokens])[None], cache, attention=attention)
     cache = make_prompt_cache(loaded.model)
-    whole = loaded.view.forward(mx.array([*conversation.tokens, *tokens])[None], cache)
-    begin = len(conversation.tokens)
-    return Forward([layer[:, begin:] for layer in whole.layers], whole.final[:, begin:]), cache
+    whole = mx.array([*conversation.tokens, *tokens])[None]
+    return loaded.view.forward(whole, cache, attention=attention).last(len(tokens))
 
 
 def prefill(

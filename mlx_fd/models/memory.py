@@ -28,7 +28,7 @@ from mlx_fd.models.outline import (
 )
 from mlx_fd.models.outline import hidden_width as width
 from mlx_fd.models.tracing import Traced, grows_with_length, trace, trace_by_length
-from mlx_fd.models.view import block_states
+from mlx_fd.models.view import block_attention, block_states
 
 # Bytes that the logits and what is made of them may take at a time in the losses.
 LOGIT_BUDGET = 512 << 20
@@ -412,7 +412,8 @@ def _recomputed(model: nn.Module, count: int, length: int, *, grows: bool) -> Tr
 
 
 def _heads(model: nn.Module) -> int:
-    return int(model.args.num_attention_heads)
+    """The most heads that a block has."""
+    return max(call.queries.shape[1] for calls in block_attention(model) for call in calls)
 
 
 def estimate(expert: nn.Module, student: nn.Module, work: Workload) -> Memory:

@@ -22,6 +22,7 @@ from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_fd.errors import UserError
+from mlx_fd.models.attention_taps import Attentions, joined, recorded
 from mlx_fd.models.logit_transform import (
     DenseLogits,
     LinearLogits,
@@ -49,10 +50,22 @@ class Forward:
     Attributes:
         layers: the embeddings, then the output of each block: n_layers + 1 arrays [B, T, d].
         final: what the head reads [B, T, d]: the last one after the model's final norm.
+        attention: what each block gave to MLX's attention, for
+            :func:`mlx_fd.models.attention_taps.log_attention`; empty where it was not asked for.
     """
 
     layers: list[mx.array]
     final: mx.array
+    attention: list[Attentions] = dataclasses.field(default_factory=list)
+
+    def last(self, count: int) -> Forward:
+        """That of the last tokens alone."""
+        begin = self.final.shape[1] - count
+        return Forward(
+            [layer[:, begin:] for layer in self.layers],
+            self.final[:, begin:],
+            [tuple(call.last(count) for call in calls) for calls in self.attention],
+        )
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,12 @@ class View:
         return _logits_by_model(self.model, self.final_path, hidden)
 
     def forward(
-        self, tokens: mx.array, cache: list[Any] | None = None, *, recompute: bool = False
+        self,
+        tokens: mx.array,
+        cache: list[Any] | None = None,
+        *,
+        recompute: bool = False,
+        attention: bool = False,
     ) -> Forward:
         """Run the model as far as its final hidden states.
 
@@ -131,34 +149,45 @@ class View:
             cache: the prompt cache of what comes before ``tokens``; it is extended in place.
             recompute: keep only the blocks' outputs for the backward pass and compute the rest
                 again.
+            attention: keep what the attention weights are made of, too.
         """
+
+        def run(texts: mx.array) -> Forward:
+            return self.forward_with_logits(texts, cache, recompute=recompute, attention=attention)[
+                0
+            ]
+
         if self.batched or len(tokens) == 1:
-            return self.forward_with_logits(tokens, cache, recompute=recompute)[0]
-        rows = [
-            self.forward_with_logits(row, cache, recompute=recompute)[0]
-            for row in mx.split(tokens, len(tokens))
-        ]
+            return run(tokens)
+        rows = [run(row) for row in mx.split(tokens, len(tokens))]
         layers = zip(*(row.layers for row in rows), strict=True)
         return Forward(
             [mx.concatenate(list(layer)) for layer in layers],
             mx.concatenate([row.final for row in rows]),
+            [joined(calls) for calls in zip(*(row.attention for row in rows), strict=True)],
         )
 
     def forward_with_logits(
-        self, tokens: mx.array, cache: list[Any] | None = None, *, recompute: bool = False
+        self,
+        tokens: mx.array,
+        cache: list[Any] | None = None,
+        *,
+        recompute: bool = False,
+        attention: bool = False,
     ) -> tuple[Forward, mx.array]:
         """:meth:`forward`, and the model's own logits [B, T, rows]."""
         if cache is None and self.needs_cache:
             cache = make_prompt_cache(self.model)
         layers: list[mx.array] = []
         finals: list[mx.array] = []
+        calls: list[Attentions] | None = [] if attention else None
         taps: dict[ModulePath, Any] = {
-            path: _Tap(_at(self.model, path), layers, recompute) for path in self.block_paths
+            path: _Tap(_at(self.model, path), layers, recompute, calls) for path in self.block_paths
         }
         taps[self.final_path] = _Recorder(_at(self.model, self.final_path), finals.append)
         with _replaced(self.model, taps):
             logits = self.model(tokens, cache=cache)
-        return Forward(layers, finals[-1]), logits
+        return Forward(layers, finals[-1], calls or []), logits
 
 
 class _StandIn:
@@ -183,19 +212,35 @@ class _StandIn:
 
 
 class _Tap(_StandIn):
-    """Stands in for a block: calls it, and keeps what came out."""
+    """Stands in for a block: calls it, and keeps what came out, and its attention where asked."""
 
-    def __init__(self, block: nn.Module, layers: list[mx.array], recompute: bool):
+    def __init__(
+        self,
+        block: nn.Module,
+        layers: list[mx.array],
+        recompute: bool,
+        attention: list[Attentions] | None = None,
+    ):
         super().__init__(block)
         self._call = nn.utils.checkpoint(block) if recompute else block
         self._layers = layers
+        self._attention = attention
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._layers:
             self._layers.append(_states((*args, *kwargs.values())))
         # What a block leaves in a cache for others is lost to a gradient that runs it again.
         call = self._call if _is_plain((args, kwargs)) else self._module
-        out = call(*args, **kwargs)
+        if self._attention is None:
+            out = call(*args, **kwargs)
+        else:
+            with recorded() as calls:
+                out = self._module(*args, **kwargs)
+            self._attention.append(tuple(calls))
+            if call is not self._module:
+                # The gradient of what is run again does not go through what was seen of it; of the
+                # first run no more is computed than queries and keys.
+                out = call(*args, **kwargs)
         self._layers.append(_states(out))
         return out
 
@@ -416,6 +461,21 @@ def block_states(
     with _replaced(model, taps):
         model(tokens, cache=cache)
     return layers
+
+
+def block_attention(model: nn.Module) -> list[Attentions]:
+    """What each block gives to MLX's attention on a few tokens, as :class:`Forward` has it.
+
+    Nothing is evaluated: the model's weights may be on the disk still, or nowhere.
+
+    Raises:
+        UserError: the model lists no blocks.
+    """
+    calls: list[Attentions] = []
+    taps = {path: _Tap(_at(model, path), [], False, calls) for path in block_paths(model)}
+    with _replaced(model, taps):
+        model(mx.array([_PROBE_TOKENS]), cache=make_prompt_cache(model))
+    return calls
 
 
 def find_view(model: nn.Module) -> View:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_fd import problems as problem_sets
 from mlx_fd import runs
-from mlx_fd.config import Config, override, preset, read
+from mlx_fd.config import Config, LossOptions, override, preset, read
 from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import ALIASES, TINY
@@ -126,7 +126,7 @@ def make_plan(config: Config) -> Plan:
         check_can_think(expert_path, pairing.template)
     drawn, notes = without_long(drawn, (expert_path, student_path), config)
     if config.losses.needs_attention:
-        _check_attention(expert_path, student_path)
+        _check_attention(expert_path, student_path, config.losses)
     questions = [problem.question for problem in drawn.every]
     memory = check_run_memory(
         expert_path, student_path, questions, config, pairing.expert_template or pairing.template
@@ -344,15 +344,21 @@ def _check_gold(config: Config, problems: Sequence[Problem]) -> None:
             )
 
 
-def _check_attention(*paths: Path) -> None:
-    """Make sure that the attention of models can be compared; no weight is read."""
-    from mlx_fd.models.attention_taps import check_block
+def _check_attention(expert: Path, student: Path, losses: LossOptions) -> None:
+    """Make sure that the attention of two models can be compared; no weight is read."""
+    from mlx_fd.losses.hidden import aligned_layers
+    from mlx_fd.models.attention_taps import only
     from mlx_fd.models.loading import open_lazily
-    from mlx_fd.models.view import find_blocks
+    from mlx_fd.models.view import block_attention
 
-    for path in paths:
-        for block in find_blocks(open_lazily(path)[0]):
-            check_block(block)
+    theirs, ours = (block_attention(open_lazily(path)[0]) for path in (expert, student))
+    if losses.hidden_layers == "last":
+        compared = [len(ours) - 1], [len(theirs) - 1]
+    else:
+        compared = list(range(len(ours))), aligned_layers(len(ours), len(theirs))
+    for path, blocks, indices in zip((student, expert), (ours, theirs), compared, strict=True):
+        for index in indices:
+            only(blocks[index], f"block {index} of {path}")
 
 
 def check_run_memory(

@@ -25,7 +25,7 @@ from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import Sample, cache_fingerprint
 from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.files import clear_unfinished
-from mlx_fd.models.checking import check_recompute
+from mlx_fd.models.checking import check_attention, check_recompute
 from mlx_fd.problems import Problem
 from mlx_fd.problems.sources import Question
 from mlx_fd.runs.events import Note, Probed, Probing, Started, Warned
@@ -116,6 +116,9 @@ def run(
         return cast(Summary, whole)
     if config.training.grad_checkpoint:
         check_recompute(pair.student.view)
+    if config.losses.needs_attention:
+        check_attention(pair.expert.view)
+        check_attention(pair.student.view)
     begun = checkpoint is not None
     # Whatever the checkpoint holds, the student is still untrained here.
     before = _examined_before(records, config, pair, exam, begun, report)

@@ -519,7 +519,7 @@ def test_reasoning_losses_are_their_definitions(pair, heads, layers):
     for sample in samples:
         tokens = mx.array([[*sample.prompt, *sample.target[:-1]]])
         span = slice(len(sample.prompt) - 1, None)
-        ours, theirs = (m.view.forward(tokens) for m in (pair.student, pair.expert))
+        ours, theirs = (m.view.forward(tokens, attention=True) for m in (pair.student, pair.expert))
         logits = [
             np.array(logits_of(view, seen.final[:, span]), dtype=np.float64)
             for view, seen in ((pair.student.view, ours), (pair.expert.view, theirs))
@@ -536,11 +536,8 @@ def test_reasoning_losses_are_their_definitions(pair, heads, layers):
                 standardize=False,
             )[0]
         blocks = [
-            [
-                np.array(log_attention(block, hidden)[:, :, span])
-                for block, hidden in zip(view.blocks, seen.layers, strict=False)
-            ]
-            for view, seen in ((pair.student.view, ours), (pair.expert.view, theirs))
+            [np.array(log_attention(calls)[:, :, span]) for calls in seen.attention]
+            for seen in (ours, theirs)
         ]
         if layers == "last":
             blocks = [each[-1:] for each in blocks]

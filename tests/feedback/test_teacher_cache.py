@@ -19,7 +19,7 @@ from mlx_fd.feedback import samples
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import cache_fingerprint, read_text
 from mlx_fd.feedback.teacher_cache import TeacherCache
-from mlx_fd.models.conversation import Conversation, forward_with_cache
+from mlx_fd.models.conversation import Conversation, prefill
 from mlx_fd.models.loading import load
 from mlx_fd.runs.events import BatchDone, Warned
 from mlx_fd.runs.manifest import check_same
@@ -60,10 +60,10 @@ def same(one, two):
 def no_expert(monkeypatch):
     """From here on the expert must not read."""
 
-    def read(*args):
+    def read(*args, **options):
         raise AssertionError("the expert was asked")
 
-    return lambda: monkeypatch.setattr(samples, "forward_with_cache", read)
+    return lambda: monkeypatch.setattr(samples, "forward", read)
 
 
 def test_an_entry_comes_back_to_the_last_bit_without_the_expert(tmp_path, pair, no_expert):
@@ -220,10 +220,9 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, pair):
 def test_an_entry_does_not_depend_on_the_conversation_it_was_read_in(tmp_path, pair):
     """Other bits before a text are other last digits after it; the tokens are the same."""
     prompt = tuple(range(5, 60))
-    _, layers = forward_with_cache(pair.expert, Conversation(), prompt[:-1])
-    for layer in layers:
+    _, after = prefill(pair.expert, Conversation(), prompt)
+    for layer in after.cache:
         layer.keys = layer.keys * 1.001
-    after = Conversation(prompt[:-1], layers)
     alone, _ = cache_of(tmp_path / "alone", pair)
     within, _ = cache_of(tmp_path / "within", pair)
     read = read_text(pair, after, prompt, TARGET, OPTIONS, within).arrays()
@@ -277,10 +276,10 @@ def test_later_epochs_learn_from_the_same_and_need_no_expert(whole, dirs, tmp_pa
     plan = make_plan(*dirs, **EPOCHS)
     assert start(target, plan, stop=lambda: next(answers)) is None
 
-    def read(*args):
+    def read(*args, **options):
         raise AssertionError("the expert was asked")
 
-    monkeypatch.setattr(samples, "forward_with_cache", read)
+    monkeypatch.setattr(samples, "forward", read)
     assert start(target, plan) is not None
     assert_same(folder, target)
 

@@ -422,6 +422,23 @@ def test_attention_against_twin(heads, layers, n_heads, queries, keys):
 
 
 @pytest.mark.parametrize("heads", ["mean", "aligned"])
+def test_keys_that_the_student_does_not_see(heads):
+    """A window of the student's: of the teacher's distribution the part within it."""
+    ours, theirs = (log_rows(numbers(side, 1, 2, 5, 5)) for side in (0, 1))
+    window = np.triu(np.ones((5, 5), bool), -1)
+    ours = np.where(window, ours, -np.inf)
+    ours = ours - np.log(np.exp(ours).sum(axis=-1, keepdims=True))
+    got = pair(attend([mx.array(ours)], [mx.array(theirs)], np.ones((1, 5)), heads))
+    wanted = reference.attention_matching_loss([ours], [theirs], np.ones((1, 5)), heads=heads)
+    assert got == pytest.approx(wanted, rel=1e-4)
+    assert 0 < got[0] < 10
+    # The other way round nothing is lost: what the student sees beside it counts as it did.
+    got = pair(attend([mx.array(theirs)], [mx.array(ours)], np.ones((1, 5)), heads))
+    wanted = reference.attention_matching_loss([theirs], [ours], np.ones((1, 5)), heads=heads)
+    assert got == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("heads", ["mean", "aligned"])
 def test_attention_gradient(heads):
     mask = np.array([[1, 0, 1], [1, 1, 1]])
     teacher = [log_rows(numbers(i, 2, 4, 3, 5)) for i in range(3)]

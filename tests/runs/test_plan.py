@@ -4,7 +4,6 @@ import re
 import tomllib
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 import tomli_w
 
@@ -28,6 +27,7 @@ from mlx_fd.runs.plan import (
     with_absolute_names,
 )
 from support import ROOT
+from support.architectures import make_architecture
 from support.manifests import config, manifest
 from support.tiny import make_model_dir
 
@@ -76,29 +76,23 @@ def test_solutions_fill_larger_micro_batches(tmp_path):
 
 
 def test_attention_that_cannot_be_compared_is_refused_before_anything_is_loaded(tmp_path):
-    qwen2 = make_model_dir(tmp_path / "qwen2", arch="qwen2")
-    layers = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}
-    sliding = make_model_dir(tmp_path / "sliding", arch="llama", **layers)
-    # What qwen3 has more than llama: norms of queries and keys.
-    qwen3 = make_model_dir(tmp_path / "qwen3", arch="llama", head_dim=16)
-    weights = mx.load(str(qwen3 / "model.safetensors"))
-    names = [f"model.layers.{i}.self_attn.{x}_norm.weight" for i in (0, 1) for x in "qk"]
-    mx.save_safetensors(
-        str(qwen3 / "model.safetensors"), weights | dict.fromkeys(names, mx.ones(16))
-    )
-    content = json.loads((qwen3 / "config.json").read_text())
-    (qwen3 / "config.json").write_text(json.dumps({**content, "model_type": "qwen3"}))
+    makers = {"qwen3": "qwen3", "gpt_oss": "gpt_oss", "hybrid": "qwen3_next"}
+    made = {name: make_architecture(tmp_path / name, kind) for name, kind in makers.items()}
 
-    def plan(expert, student, losses):
-        names = {"expert": str(expert), "student": str(student), "losses": losses}
-        return make_plan(config(**names, batch_size=1, max_answer_tokens=8, max_feedback_tokens=8))
+    def plan(expert, student, **options):
+        names = {"expert": str(made[expert]), "student": str(made[student])}
+        sizes = {"batch_size": 1, "max_answer_tokens": 8, "max_feedback_tokens": 8}
+        return make_plan(config(**names, **sizes, **options))
 
-    for other, message in ((sliding, "attend to a sliding window"), (qwen3, "llama and qwen2")):
-        for pair in ((qwen2, other), (other, qwen2)):
-            with pytest.raises(UserError, match=f"{message}.*leave it out of the losses"):
-                plan(*pair, ("lm", "attention"))
-            assert plan(*pair, ("lm",)).expert_path == pair[0]
-    assert plan(qwen2, qwen2, ("lm", "attention")).student_path == qwen2
+    for pair in (("qwen3", "gpt_oss"), ("gpt_oss", "qwen3")):
+        with pytest.raises(UserError, match=r"block 0 of .*gpt_oss has attention sinks.*leave it"):
+            plan(*pair, losses=("lm", "attention"))
+        assert plan(*pair, losses=("lm",)).expert_path == made[pair[0]]
+    with pytest.raises(UserError, match=r"block 0 of .*hybrid has no attention"):
+        plan("qwen3", "hybrid", losses=("lm", "attention"))
+    # Its last block is one that attends, and it alone is compared.
+    last = plan("hybrid", "qwen3", losses=("lm", "attention"), hidden_layers="last")
+    assert last.student_path == made["qwen3"]
 
 
 def test_options_in_the_manifest_survive_json():

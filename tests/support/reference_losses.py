@@ -194,7 +194,10 @@ def attention_matching_loss(
             teacher = teacher[:, _evenly(student.shape[1], teacher.shape[1])]
         for sample, query in zip(*np.nonzero(valid), strict=True):
             for q, p in zip(student[sample, :, query], teacher[sample, :, query], strict=True):
-                value = sum(b * np.log(b / a) for a, b in zip(q, p, strict=True) if b > 0)
+                # Among the keys that the student sees, where it does not see all of the teacher's.
+                lost = (p[q == 0] > 0).any()
+                among = np.where(q > 0, p, 0) / p[q > 0].sum() if lost else p
+                value = sum(b * np.log(b / a) for a, b in zip(q, among, strict=True) if b > 0)
                 total += value / student.shape[1] / len(student_layers)
     return float(total), float(valid.sum())
 

@@ -16,11 +16,10 @@ def compute(made: Forwarded) -> mx.array:
     from mlx_fd.models.attention_taps import log_attention
 
     batch, options = made.batch, made.options
-    blocks = list(zip(made.student.view.blocks, made.seen.layers, strict=False))
-    if options.hidden_layers == "last":
-        blocks = blocks[-1:]
+    last = options.hidden_layers == "last"
+    blocks = made.seen.attention[-1:] if last else made.seen.attention
     return attention_matching_rows(
-        [log_attention(block, hidden, positions=batch.positions) for block, hidden in blocks],
+        [log_attention(calls, positions=batch.positions) for calls in blocks],
         batch.expert_attention,
         batch.mask,
         heads=options.attention_heads,
