@@ -70,6 +70,19 @@ def write_card(
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
+def text_alone(source: Source) -> str:
+    """Says of a multimodal model that no more than what it writes with is here; else nothing."""
+    from mlx_fd.export.source import language_model
+    from mlx_fd.models.loading import open_lazily
+
+    model, config = open_lazily(source.ref.model)
+    if language_model(model, config["model_type"])[0] is model:
+        return ""
+    return (
+        f"\nThis is the language model of `{source.base}` alone: it reads texts, and no pictures.\n"
+    )
+
+
 def _licence(base: str) -> tuple[str, str]:
     for beginning, found in _LICENCES.items():
         if base.startswith(beginning):

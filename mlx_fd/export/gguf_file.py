@@ -18,7 +18,7 @@ import numpy as np
 
 from mlx_fd.errors import UserError
 from mlx_fd.export.gguf_tokenizer import read_vocabulary
-from mlx_fd.export.source import Source, changed_modules, end_tokens, family_of, fused
+from mlx_fd.export.source import Source, changed_modules, end_tokens, fused_text, open_text
 from mlx_fd.models import rope_scaling
 from mlx_fd.models.families import COMMON, Family
 from mlx_fd.models.gguf_layout import (
@@ -31,7 +31,6 @@ from mlx_fd.models.gguf_layout import (
     to_blocks,
     unpack,
 )
-from mlx_fd.models.loading import open_lazily
 
 if TYPE_CHECKING:
     import gguf
@@ -161,10 +160,10 @@ def _tensors(source: Source, family: Family, sizes: _Sizes, kind: str) -> list[_
     """Every matrix and vector of the model, with how to make it when its turn comes."""
     from mlx.utils import tree_flatten
 
-    base, _ = open_lazily(source.ref.model)
+    base, _, _ = open_text(source.ref, "--format gguf")
     modules: dict[str, Any] = dict(base.named_modules())
     changed = changed_modules(source.ref)
-    weights = dict(tree_flatten(fused(source.ref).parameters()))
+    weights = dict(tree_flatten(fused_text(source.ref).parameters()))
     name_of = tensor_names(family, sizes.layers)
     tensors = []
     for target, array in weights.items():
@@ -325,8 +324,7 @@ def check_source(source: Source) -> None:
     """
     from mlx.utils import tree_flatten
 
-    base, config = open_lazily(source.ref.model)
-    family = family_of(config["model_type"], "--format gguf")
+    base, _, family = open_text(source.ref, "--format gguf")
     args: Any = base.args
     _check(family, args)
     sizes = _sizes(args)
@@ -371,8 +369,7 @@ def write_file(
     import gguf
 
     kind = kind or _DEFAULT
-    base, config = open_lazily(source.ref.model)
-    family = family_of(config["model_type"], "--format gguf")
+    base, config, family = open_text(source.ref, "--format gguf")
     args: Any = base.args
     _check(family, args)
     sizes = _sizes(args)

@@ -14,12 +14,11 @@ from mlx_fd.export.source import (
     copy_file,
     copy_tokenizer,
     end_tokens,
-    family_of,
-    fused,
+    fused_text,
+    open_text,
 )
 from mlx_fd.files import write_json
 from mlx_fd.models.families import COMMON, FAMILIES, Family, Weights
-from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.rope_scaling import for_transformers, kind_of
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import read_arrays
@@ -42,6 +41,9 @@ def _config(
     args: Any = model.args
     written = {key: value for key, value in config.items() if key not in MLX_KEYS}
     written.pop("dtype", None)
+    for name in ("rope_scaling", "rope_parameters"):  # positions of pictures are none of a text's
+        if isinstance(written.get(name), dict):
+            written[name] = {k: v for k, v in written[name].items() if not k.startswith("mrope_")}
     options = (*_SAID, *(key.option for key in (*COMMON, *family.keys)))
     said = {name: getattr(args, name, None) for name in options}
     overrides = {
@@ -93,7 +95,7 @@ def _blocks(source: Source, family: Family) -> Weights:
     """The modules that stay in MXFP4, as blocks and scales: all that can, untouched, or none."""
     import mlx.core as mx
 
-    base, _ = open_lazily(source.ref.model)
+    base, _, _ = open_text(source.ref, "--format hf")
     changed = changed_modules(source.ref)
     found: Weights = {}
     for name, module in base.named_modules():
@@ -120,8 +122,8 @@ def check_source(source: Source) -> None:
     Raises:
         UserError: the model is of no known family, or transformers would compute otherwise.
     """
-    model, config = open_lazily(source.ref.model)
-    differs = family_of(config["model_type"], "--format hf").check_hf(model.args)
+    model, _, family = open_text(source.ref, "--format hf")
+    differs = family.check_hf(model.args)
     if differs is not None:
         raise UserError(f"--format hf: transformers {differs}; --format mlx keeps it")
 
@@ -150,9 +152,8 @@ def write_model(
     from huggingface_hub import split_state_dict_into_shards_factory
     from mlx.utils import tree_flatten
 
-    _, config = open_lazily(source.ref.model)
-    family = family_of(config["model_type"], "--format hf")
-    model = fused(source.ref)
+    _, config, family = open_text(source.ref, "--format hf")
+    model = fused_text(source.ref)
     dtype = dtype or "bfloat16"
     model.set_dtype(getattr(mx, dtype))
     blocks = _blocks(source, family)
@@ -192,8 +193,7 @@ def write_model(
 
 def mlx_opens(source: Source) -> bool:
     """Whether mlx-lm opens what :func:`write_model` writes, as it is."""
-    _, config = open_lazily(source.ref.model)
-    family = family_of(config["model_type"], "--format hf")
+    _, _, family = open_text(source.ref, "--format hf")
     return family.from_hf is None or bool(_blocks(source, family))
 
 

@@ -16,6 +16,7 @@ from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.dense import dequantize
 from mlx_fd.models.families import FAMILIES, Family
 from mlx_fd.models.loading import open_lazily
+from mlx_fd.models.published_config import language_part
 from mlx_fd.models.resolve import parse_name
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS, read_arrays, read_trained
@@ -166,6 +167,47 @@ def family_of(model_type: str, what: str) -> Family:
     return FAMILIES[model_type]
 
 
+def language_model(model: nn.Module, model_type: str) -> tuple[nn.Module, str]:
+    """What of a model transformers and llama.cpp have a text model for, and its family's name.
+
+    That is all of it, or what a multimodal model writes with: mlx-lm has it in such a wrapper, with
+    the class of the text model. The name may be of no family.
+
+    Args:
+        model: as mlx-lm opens it.
+        model_type: of its config.json.
+    """
+    inner: Any = getattr(model, "language_model", None)
+    if model_type in FAMILIES or not hasattr(inner, "args"):
+        return model, model_type
+    names = inner.args.model_type, type(inner).__module__.rpartition(".")[2]
+    return inner, next((name for name in names if name in FAMILIES), model_type)
+
+
+def open_text(ref: ModelRef, what: str) -> tuple[Any, dict[str, Any], Family]:
+    """The text model to be written, its part of the configuration, and its family.
+
+    Weights stay on the disk.
+
+    Args:
+        ref: where it is.
+        what: what is to be written, for the message.
+
+    Raises:
+        UserError: it is of no known family, or cannot be opened.
+    """
+    whole, config = open_lazily(ref.model)
+    model, name = language_model(whole, config["model_type"])
+    family = family_of(name, what)
+    part = config if model is whole else language_part(config)
+    return model, {**part, "model_type": family.name}, family
+
+
+def fused_text(ref: ModelRef) -> nn.Module:
+    """The text model alone, as :func:`fused`."""
+    return language_model(fused(ref), read_json(ref.model / "config.json")["model_type"])[0]
+
+
 def stored_dtype(model: nn.Module) -> mx.Dtype:
     """The type of a model's matrices; of their scales where they are quantised."""
     import mlx.core as mx
@@ -244,11 +286,11 @@ def _check_adapter_config(ref: ModelRef, options: ModelOptions) -> None:
 
 
 def changed_modules(ref: ModelRef) -> set[str]:
-    """Names of the modules whose weights the training changed."""
+    """Names of the text model's modules whose weights the training changed."""
     if ref.adapter_folder is None:
         return set()
     weights = read_arrays(ref.adapter_folder / ADAPTER_WEIGHTS)
-    return {name.rsplit(".", 1)[0] for name in weights}
+    return {name.rsplit(".", 1)[0].removeprefix("language_model.") for name in weights}
 
 
 def end_tokens(tokenizer: Any) -> int | list[int] | None:

@@ -21,7 +21,7 @@ from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.export import gguf_file, hf, verify  # noqa: E402
 from mlx_fd.export.exporter import export  # noqa: E402
 from mlx_fd.export.form import Form  # noqa: E402
-from mlx_fd.export.source import open_source  # noqa: E402
+from mlx_fd.export.source import fused, open_source  # noqa: E402
 from mlx_fd.models.families import COMMON, FAMILIES  # noqa: E402
 from mlx_fd.models.gguf import convert  # noqa: E402
 from mlx_fd.models.loading import Loaded, load  # noqa: E402
@@ -267,3 +267,77 @@ def test_experts_of_qwen3_moe_by_themselves(tmp_path):
     for expert in range(merged.shape[0]):
         name = f"model.layers.0.mlp.experts.{expert}.down_proj.weight"
         assert mx.array_equal(theirs[name], merged[expert])
+
+
+# What a multimodal model writes with -> the family that transformers and llama.cpp have for it.
+WRAPPED = {"gemma3": "gemma3_text", "mistral3": "mistral", "qwen2_vl": "qwen2", "qwen3_vl": "qwen3"}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_the_language_model_of_a_multimodal_one(tmp_path, name):
+    """By itself, with what was learned: in both formats, read back and run."""
+    from transformers import AutoConfig
+
+    model = make_architecture(tmp_path / "model", name)
+    base = load(model)
+    inner = base.model.language_model
+    matrix = inner.model.layers[1].self_attn.q_proj
+    rank, lora = 2, {"num_layers": 1, "fine_tune_type": "lora"}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    keys = ["self_attn.q_proj"]
+    lora["lora_parameters"] = {"rank": rank, "scale": 4.0, "dropout": 0.0, "keys": keys}
+    (adapter / "adapter_config.json").write_text(json.dumps({"model": str(model), **lora}))
+    at = f"language_model.model.layers.{len(inner.model.layers) - 1}.self_attn.q_proj"
+    rows, columns = matrix.weight.shape
+    mx.save_safetensors(
+        str(adapter / "adapters.safetensors"),
+        {
+            f"{at}.lora_a": mx.random.normal((columns, rank), key=mx.random.key(0)) * 0.3,
+            f"{at}.lora_b": mx.random.normal((rank, rows), key=mx.random.key(1)) * 0.3,
+        },
+    )
+    source = open_source(str(model), adapter)
+    chat = verify.role_chat(base)
+    untrained = verify.logits_of(base, chat)
+    base.model.update(fused(source.ref).parameters())
+    ours = verify.logits_of(base, chat)
+    assert np.abs(ours - untrained).max() > 0.1
+
+    for folder in ("hf", "scratch"):
+        (tmp_path / folder).mkdir()
+    hf.check_source(source)
+    hf.write_model(source, base.tokenizer, tmp_path / "hf", dtype="float32")
+    back = load(hf.read_back(tmp_path / "hf", tmp_path / "scratch"))
+    assert np.array_equal(verify.logits_of(back, chat), ours)
+    config, family = AutoConfig.from_pretrained(tmp_path / "hf"), FAMILIES[WRAPPED[name]]
+    assert (config.architectures, config.model_type) == ([family.hf_class], family.name)
+    assert not any(name.startswith("language_model") for name, _ in hf_tensors(tmp_path / "hf"))
+
+    gguf_file.check_source(source)
+    gguf_file.write_file(source, base.tokenizer, tmp_path / "m.gguf", kind="f32")
+    found = verify.agreement(ours, llama_cpp_logits(tmp_path / "m.gguf", base, chat))
+    assert found.mean_kl < 1e-4 and found.worst_kl < 2e-3 and found.top1 >= 0.98
+    # In 8 bits, the matrix that was trained is not the base's.
+    written = gguf_file.write_file(source, base.tokenizer, tmp_path / "q.gguf", kind="q8_0")
+    assert written.kinds["q8_0"] > 4
+
+
+def hf_tensors(folder):
+    return mx.load(str(folder / "model.safetensors")).items()
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_the_whole_export_of_a_multimodal_model(tmp_path, kind):
+    model = make_architecture(tmp_path / "model", "gemma3")
+    form = Form(format=kind, parity_problems=0)
+    export(str(model), tmp_path / "out", form, progress=lambda *_: None)
+    assert "alone: it reads texts, and no pictures" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma3n"])
+def test_a_multimodal_model_of_no_family_is_refused(tmp_path, name):
+    source = open_source(str(make_architecture(tmp_path / "model", name)))
+    for check in (hf.check_source, gguf_file.check_source):
+        with pytest.raises(UserError, match=f"this one is {name}; --format mlx"):
+            check(source)

@@ -79,10 +79,12 @@ def load_back(source: Source, folder: Path, form: Form) -> Loaded:
 
 def use(source: Source, form: Form) -> str:
     """With llama.cpp."""
+    from mlx_fd.export.card import text_alone
     from mlx_fd.export.gguf_file import file_name
 
     name = file_name(form.gguf_type)
-    return f'    llama-cli -m {name} -p "..."      # or: llama-server -m {name}\n'
+    run = f'    llama-cli -m {name} -p "..."      # or: llama-server -m {name}\n'
+    return run + text_alone(source)
 
 
 def score_code(source: Source, form: Form, student: Student) -> str:

@@ -50,7 +50,7 @@ def load_back(source: Source, folder: Path, form: Form) -> Loaded:
 
 def use(source: Source, form: Form) -> str:
     """With transformers, and PEFT for an adapter."""
-    from mlx_fd.export.card import how_to_base, named_base
+    from mlx_fd.export.card import how_to_base, named_base, text_alone
     from mlx_fd.export.hf import mlx_opens
 
     if not form.adapter:
@@ -60,7 +60,7 @@ def use(source: Source, form: Form) -> str:
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'model = AutoModelForCausalLM.from_pretrained(".")\n'
             'tokenizer = AutoTokenizer.from_pretrained(".")\n'
-            "```\n" + (too if mlx_opens(source) else "")
+            "```\n" + (too if mlx_opens(source) else "") + text_alone(source)
         )
     base = form.base_model or named_base(source)
     return (
