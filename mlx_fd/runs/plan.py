@@ -346,19 +346,14 @@ def _check_gold(config: Config, problems: Sequence[Problem]) -> None:
 
 def _check_attention(expert: Path, student: Path, losses: LossOptions) -> None:
     """Make sure that the attention of two models can be compared; no weight is read."""
-    from mlx_fd.losses.hidden import aligned_layers
     from mlx_fd.models.attention_taps import only
     from mlx_fd.models.loading import open_lazily
     from mlx_fd.models.view import block_attention
 
-    theirs, ours = (block_attention(open_lazily(path)[0]) for path in (expert, student))
-    if losses.hidden_layers == "last":
-        compared = [len(ours) - 1], [len(theirs) - 1]
-    else:
-        compared = list(range(len(ours))), aligned_layers(len(ours), len(theirs))
-    for path, blocks, indices in zip((student, expert), (ours, theirs), compared, strict=True):
-        for index in indices:
-            only(blocks[index], f"block {index} of {path}")
+    for path in (expert, student):
+        blocks = list(enumerate(block_attention(open_lazily(path)[0])))
+        for index, calls in blocks[-1:] if losses.hidden_layers == "last" else blocks:
+            only(calls, f"block {index} of {path}")
 
 
 def check_run_memory(
