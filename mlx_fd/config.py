@@ -131,6 +131,11 @@ class ProblemOptions:
         "Kind of answers in a file or hub dataset; auto: told by its rows.",
         choices=lambda: ("auto", *KINDS),
     )
+    allow_code_execution: bool = _option(
+        False,
+        "Run programs that models write, to judge answers that are programs. A file with options "
+        "does not suffice: it is asked for on the command line, of resume too.",
+    )
     skip_bad_rows: bool = _option(
         False, "Skip problems that cannot be read or exceed a model's context length."
     )

@@ -29,6 +29,7 @@ _OPTIONS = (
     *("expert", "student", "lora_rank", "lora_scale", "lora_layers", "dequantize"),
     *("chat_template_kwargs", "template_date"),
     *("problems", "split", "train_on_test", "episodes", "columns", "answer_kind", "skip_bad_rows"),
+    "allow_code_execution",
     *("batch_size", "max_answer_tokens", "answer_filter"),
     *("student_thinking", "expert_thinking", "max_thinking_tokens"),
     *("objective", "on_policy_fraction", "expert_answers", "first_tokens", "skip_tokens"),

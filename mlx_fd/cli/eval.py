@@ -18,6 +18,7 @@ from mlx_fd.cli.options import (
     answer_kind_option,
     chat_template_option,
     chosen_model,
+    code_execution_option,
     columns_option,
     debug_option,
     json_option,
@@ -141,6 +142,7 @@ Examples:
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
 @columns_option
 @answer_kind_option
+@code_execution_option
 @skip_bad_rows_option
 @chat_template_option
 @thinking_options
@@ -175,6 +177,7 @@ def evaluate(
     seed: int,
     columns: str,
     answer_kind: str,
+    allow_code_execution: bool,
     skip_bad_rows: bool,
     template_kwargs: dict[str, Any] | None,
     thinking: str | None,
@@ -206,6 +209,7 @@ def evaluate(
     from mlx_fd.evaluation.target import open_target
     from mlx_fd.models.fingerprint import time_note
     from mlx_fd.models.storage import cache_dir
+    from mlx_fd.problems import execution
     from mlx_fd.runs.marks import EVALUATION, check_free, claimed
 
     if out is not None:
@@ -229,6 +233,9 @@ def evaluate(
         answer_kind=answer_kind,
         skip_bad_rows=skip_bad_rows,
     )
+    if allow_code_execution:
+        execution.allow()
+    suites.check_problems(options)
     changes = {
         "max_answer_tokens": max_tokens,
         "student_thinking": thinking,

@@ -414,6 +414,9 @@ answer_kind_option = click.option(
     show_default=True,
     help=OPTIONS["answer_kind"].help,
 )
+code_execution_option = click.option(
+    "--allow-code-execution", is_flag=True, help="Run programs that models write, to judge them."
+)
 skip_bad_rows_option = click.option(
     "--skip-bad-rows", is_flag=True, help=OPTIONS["skip_bad_rows"].help
 )

@@ -34,12 +34,24 @@ Examples:
     help="If checkpoints are missing or damaged, redo everything after the newest intact one (or "
     "the whole run). The files it replaces are kept in RUN/cut.",
 )
+@click.option(
+    "--allow-code-execution",
+    "allowed",
+    is_flag=True,
+    help="Run programs that models write, as the run did: it is asked for anew.",
+)
 @track_option
 @json_option
 @quiet_option
 @debug_option
 def resume(
-    run: Path, redo: bool, trackers: tuple[str, ...], as_json: bool, quiet: bool, debug: bool
+    run: Path,
+    redo: bool,
+    allowed: bool,
+    trackers: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
 ) -> None:
     """Continue a stopped run exactly where it stopped.
 
@@ -47,7 +59,10 @@ def resume(
     A run whose checkpoints are missing or damaged is left unchanged, and a message says what to do.
     """
     check_installed(trackers)
+    from mlx_fd.problems import execution
     from mlx_fd.training.session import resumed_plan
 
+    if allowed:
+        execution.allow()
     with resumed_plan(run, redo=redo) as (plan, warnings):
         run_command(run, plan, warnings, trackers, as_json, quiet, new=False, redo=redo)

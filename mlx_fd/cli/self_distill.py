@@ -30,7 +30,7 @@ _SHARED = (
     *("student", "lora_rank", "lora_scale", "lora_layers", "lora_keys", "dequantize"),
     *("chat_template_kwargs", "template_date"),
     *("problems", "split", "train_on_test", "episodes"),
-    *("columns", "answer_kind", "skip_bad_rows"),
+    *("columns", "answer_kind", "allow_code_execution", "skip_bad_rows"),
     *("batch_size", "max_answer_tokens", "max_feedback_tokens", "answer_filter"),
     *("student_thinking", "expert_thinking", "max_thinking_tokens"),
     *("gate", "ema_decay", "stop_threshold", "plateau_steps", "plateau_gain", "minimum_gain"),

@@ -124,14 +124,16 @@ class Solving:
         final = read_final(trial.final, problem, how)
         first = read_final(trial.turns["answer"], problem, how)
         gold = f"#### {problem.published or problem.answer}"
+        # The harness's filters look for numbers.
+        number = problem.kind == "number"
         return {
             "id": problem.id,
             "question": problem.question,
             "reference": problem.answer,
             "final": final,
             "correct": is_right(final, problem),
-            "strict": parsing.lm_eval_match(trial.final, gold, "strict"),
-            "flexible": parsing.lm_eval_match(trial.final, gold, "flexible"),
+            "strict": parsing.lm_eval_match(trial.final, gold, "strict") if number else None,
+            "flexible": parsing.lm_eval_match(trial.final, gold, "flexible") if number else None,
             "first_correct": is_right(first, problem),
         }
 
@@ -171,12 +173,13 @@ class Solving:
             return [float(np.mean([bool(right(row)) for row in samples])) for samples in rows]
 
         accuracy = mean_of(lambda row: row["correct"])
-        measures = [
-            Measure("accuracy", accuracy, compared=True),
-            Measure("accuracy_strict", mean_of(lambda row: row["strict"])),
-            Measure("accuracy_flexible", mean_of(lambda row: row["flexible"])),
-            Measure("first_accuracy", mean_of(lambda row: row["first_correct"])),
-        ]
+        measures = [Measure("accuracy", accuracy, compared=True)]
+        if all(problem.kind == "number" for problem in self.items):
+            measures += [
+                Measure("accuracy_strict", mean_of(lambda row: row["strict"])),
+                Measure("accuracy_flexible", mean_of(lambda row: row["flexible"])),
+            ]
+        measures.append(Measure("first_accuracy", mean_of(lambda row: row["first_correct"])))
         k = self.samples
         if k > 1:
             right = [sum(bool(row["correct"]) for row in samples) for samples in rows]

@@ -37,7 +37,7 @@ from mlx_fd.evaluation.target import Models, Target
 from mlx_fd.files import append_lines, check_way, read_text, write_atomic, write_json
 from mlx_fd.models.context import Surroundings, fitting, short_enough
 from mlx_fd.models.storage import slug
-from mlx_fd.problems import prompts
+from mlx_fd.problems import execution, prompts
 from mlx_fd.problems.sources import SOURCES, truth_of
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.manifest import versions
@@ -161,6 +161,8 @@ def make_sets(
         )
         if found.skipped_note:
             warn(found.skipped_note)
+        if found.problems[0].kind == "code":
+            warn(execution.isolation_note())
         skip = options.skip_bad_rows
         taken = found if skip else dataclasses.replace(found, problems=found.problems[:limit])
         found, notes = fitting(taken, paths, target.config, skip=skip, option="")
@@ -224,6 +226,23 @@ def make_sets(
     if options.transfer is not None:
         elsewhere.append(solving(options.transfer, options.split))
     return sets + [one for one in elsewhere if one.name != sets[0].name]
+
+
+def check_problems(options: Options) -> None:
+    """Refuse problems that cannot be read, before a model is fetched for them.
+
+    Raises:
+        UserError: they cannot, or their answers are programs that may not be run.
+    """
+    for source in (options.problems, options.transfer):
+        if source is not None and Path(source).exists():
+            problems.load(
+                source,
+                options.split,
+                skip_bad_rows=options.skip_bad_rows,
+                kind=options.answer_kind,
+                columns=options.columns,
+            )
 
 
 def _source(target: Target, options: Options) -> str:

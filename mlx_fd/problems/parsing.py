@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 from mlx_fd.problems.prompts import SCALE, Feedback
 from mlx_fd.problems.thoughts import without_thoughts
@@ -96,12 +97,30 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e\u2189]")
+# What no number is read out of stands for it.
+_SIGN = "\ue000"
+_FORMULA = re.compile(
+    r"""
+    \\(?:sqrt|pi|infty|log|ln|exp|sin|cos|tan|pm|mp|cup|cap|sum|int|binom
+        |alpha|beta|gamma|delta|theta|lambda|mu|sigma|phi|omega)(?![A-Za-z])
+    | \bsqrt(?=\s?\() | [\u221a\u03c0\u221e\u00b1] | \\\{                      # a root; a set
+    | [(\[]\s*+(?=[-+]?[\d./]++\s*+,(?!\d{3}(?!\d))\s*+(?:[-+]?[\d.]|\\))       # a pair
+    | (?<![A-Za-z\\])[a-z]\s?=\s?(?=[-+]?\d{1,3},\s?[-+]?\d{1,2}(?!\d))          # two roots
+    | (?<![A-Za-z</\\])[a-z]\s?(?:[<>]=?|\\[lgn]eq?(?![A-Za-z]))(?=\s?[-\d])     # x > 5
+    | (?<=[/(+*-])x(?![A-Za-z\d]) | (?<=[/(+*-][ ])x(?=[-+/)=])                  # 240/(x-2)
+    """,
+    re.VERBOSE,
+)
 _LATEX = (
+    (_FORMULA, _SIGN),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\[,!;:]"), ""),
     (re.compile(r"\\(?:times|cdot)(?![A-Za-z])"), "*"),
     (re.compile(r"(?<=\d)[ ]*(?=\\[dtc]?frac)"), " "),
-    (re.compile(r"\\[dtc]?frac[ ]?(?:\{([^{}]*)\}[ ]?\{([^{}]*)\}|(\d)(\d))"), r"\1\3/\2\4"),
+    (
+        re.compile(r"\\[dtc]?frac[ ]?(?:\{([^{}]*)\}|(\d))[ ]?(?:\{([^{}]*)\}|(\d))"),
+        r"\1\2/\3\4",
+    ),
     (re.compile(r"\\[A-Za-z]+"), " "),
     (re.compile(r"\\(?=[^A-Za-z\s])|[{}]"), ""),
     (re.compile(r"\$[ ]?([-+])(?=[\d.])"), r"\1$"),
@@ -177,7 +196,33 @@ def _value(match: re.Match[str]) -> Fraction | None:
     return -value if match["sign"] == "-" else value
 
 
-def _leading_number(segment: str) -> tuple[Fraction | None, str]:
+# What makes the number before it a part of something: a power, a variable or thousands behind it.
+_GOES_WITH = re.compile(
+    rf"[ ]?{_SIGN}|[ ]?\^[ ]?(?:[-+]?[\d(]|[a-np-z](?![A-Za-z]))|[xyzknriKMB](?![A-Za-z\d])"
+)
+# And where it should be all there is: an operation, or a second one beside it.
+_GOES_ON_WITH = re.compile(
+    rf"""[ ]?(?:[+/\u00d7\u00f7-]|\*(?!\*))[ ]?(?:[\d({_SIGN}]|[a-z](?![A-Za-z]|[ ]+[A-Za-z]))
+    |[ ]*+(?:[,;]|or\b|and\b)[ ]*+[-+$]?\d[\d.,/]*+[\s.*$]*+\Z
+    |[ ]?[,;][ ]?[a-z][ ]?=""",
+    re.VERBOSE,
+)
+_BEFORE_IT = re.compile(rf"(?:{_SIGN}|[A-Za-z)][ ]?[-+*/^])[ ]?\Z")
+
+
+class _Leading(NamedTuple):
+    """What a short piece of text begins with: a number, what follows it, or a formula."""
+
+    value: Fraction | None
+    rest: str
+    is_formula: bool = False
+
+
+def _is_part(rest: str) -> bool:
+    return bool(_GOES_WITH.match(rest) or _GOES_ON_WITH.match(rest))
+
+
+def _leading_number(segment: str) -> _Leading:
     """The number that a short piece of text begins with, and what follows it on its line."""
     line = _plain_number(segment).strip().partition("\n")[0]
     if lead := _LEAD.match(line):
@@ -186,7 +231,12 @@ def _leading_number(segment: str) -> tuple[Fraction | None, str]:
         line = line[calculation.end() :]
     line = _SPACED_SIGN.sub(r"\1", line)
     match = _NUMBER.match(line)
-    return (_value(match), line[match.end() :]) if match else (None, line)
+    if match is None:
+        return _Leading(None, line, line.lstrip("-+ ").startswith(_SIGN))
+    rest = line[match.end() :]
+    if _is_part(rest):
+        return _Leading(None, rest, is_formula=True)
+    return _Leading(_value(match), rest)
 
 
 def boxed(text: str) -> str | None:
@@ -214,8 +264,8 @@ def number(text: str) -> Fraction | None:
     text = text.strip()
     if "\n" in text or len(text) > 2 * _LONGEST_NUMBER:
         return None
-    value, rest = _leading_number(text)
-    return None if _DIGIT.search(rest) else value
+    found = _leading_number(text)
+    return None if _DIGIT.search(found.rest) else found.value
 
 
 _GOLD_NUMBER = re.compile(
@@ -225,7 +275,7 @@ _GOLD_NUMBER = re.compile(
     (?:\s\(?[A-Za-z\u00b0][A-Za-z .]{1,30}+\)?)?\s*+\.?\s*+""",
     re.VERBOSE,
 )
-_LATEX_FRACTION = re.compile(r"\s*+[-+]?\\[dt]?frac\{\d++\}\{\d++\}\s*+")
+_LATEX_FRACTION = re.compile(r"\s*+[-+]?\\[dt]?frac(?:\{\d++\}|\d)(?:\{\d++\}|\d)\s*+")
 
 
 def gold_part(answer: str) -> str:
@@ -292,7 +342,8 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
     it aside. A reply that goes on with the next question has answered before it. It reads thousands
     separators, currency signs, decimals (a decimal comma only where it can be nothing else),
     fractions, mixed numbers, scientific notation, LaTeX and the digits of every script; units are
-    ignored. As in GSM8K, ``50%`` is 50. ``"strict"`` and ``"flexible"`` read what
+    ignored. As in GSM8K, ``50%`` is 50. No number is taken out of a formula (``\sqrt{51}``, ``2^k``
+    or ``(2,4)``): a reply that comes to one has none. ``"strict"`` and ``"flexible"`` read what
     :func:`lm_eval_answer` extracts.
 
     Args:
@@ -312,21 +363,36 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
     marked, at = _marked_number(text)
     # A heading may look like an answer ("#### 2. Money"); what is boxed below it is one.
     if marked is not None and not _BOX.search(text, at):
-        return marked
+        return marked.value
     if (box := boxed(text)) is not None:
-        value, _ = _leading_number(box)
-        if value is None and (first := _NUMBER.search(_plain_number(box))):
-            value = _value(first)
-        if value is not None:
-            return value
+        in_box = _boxed_number(box)
+        if in_box.value is not None or in_box.is_formula:
+            return in_box.value
     if marked is not None:
-        return marked
+        return marked.value
     note = _NOTE.search(text)
     for part in (text[: note.start()] if note else "", text):
-        last = _last(_NUMBER, _plain_number(part))
-        if last:
-            return _value(last)
+        plain = _plain_number(part)
+        if last := _last(_NUMBER, plain):
+            before, rest = plain[: last.start()], plain[last.end() :]
+            part_of_formula = before.endswith(_SIGN) or _GOES_WITH.match(rest)
+            return None if part_of_formula else _value(last)
     return None
+
+
+def _boxed_number(box: str) -> _Leading:
+    """The number that a box begins with, else the first one in it."""
+    found = _leading_number(box)
+    if found.value is not None or found.is_formula:
+        return found
+    plain = _plain_number(box)
+    first = _NUMBER.search(plain)
+    if first is None:
+        return _Leading(None, plain, _SIGN in plain)
+    rest = plain[first.end() :]
+    if _BEFORE_IT.search(plain[: first.start()]) or _is_part(rest):
+        return _Leading(None, rest, is_formula=True)
+    return _Leading(_value(first), rest)
 
 
 def _mark_ends(text: str) -> Iterator[int]:
@@ -336,12 +402,12 @@ def _mark_ends(text: str) -> Iterator[int]:
         yield mark.end()
 
 
-def _marked_number(text: str) -> tuple[Fraction | None, int]:
-    """The number behind the last ``####`` that has one, and where that mark ends."""
+def _marked_number(text: str) -> tuple[_Leading | None, int]:
+    """What is behind the last ``####`` with a number or a formula, and where that mark ends."""
     for end in _mark_ends(text):
-        value, _ = _leading_number(text[end : end + 120])
-        if value is not None:
-            return value, end
+        found = _leading_number(text[end : end + 120])
+        if found.value is not None or found.is_formula:
+            return found, end
     return None, 0
 
 

@@ -31,7 +31,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "answer", "answerkey", "answers", "answers_spans", "final_answer", "expected_answer",
         "target", "label", "gold", "output", "response", "completion",
     ),
-    "solution": ("solution", "rationale", "explanation"),
+    "solution": ("solution", "rationale", "explanation", "canonical_solution"),
+    "tests": ("test", "test_list", "tests"),
     "id": ("id", "task_id"),
 }  # fmt: skip
 _IMAGE = re.compile(
@@ -123,6 +124,7 @@ class _Row:
     solution: str | None
     id: str
     free: bool  # the answer is one of many good ones
+    tests: str  # of a program
 
 
 def problems_of(
@@ -207,6 +209,10 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
         if _IMAGE.fullmatch(name) and row[original] not in (None, "", []):
             raise ValueError(f"has an image ({original!r}); mlx-fd reads text only")
     asked, answer, solution = column("question"), column("answer"), column("solution")
+    tests = _tests(row, by_name, column("tests"))
+    if tests:
+        # MBPP as first published.
+        asked, solution = asked or by_name.get("text"), solution or by_name.get("code")
     reply = None if answer is None else row[answer]
     if answer is None and solution is not None:
         # MATH has no other answer than the one in its solution's box.
@@ -239,7 +245,23 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
         # GSM-Symbolic's ids are those of templates, each of which has instances.
         id="-".join(str(part) for part in (number, instance) if part not in (None, "")),
         free=free,
+        tests=tests,
     )
+
+
+def _tests(row: Mapping[str, Any], by_name: Mapping[str, str], column: str | None) -> str:
+    """The tests of a program, as what follows it; empty where there are none."""
+    found = None if column is None else row[column]
+    if isinstance(found, str) and "assert" in found:  # HumanEval
+        entry = row.get(by_name.get("entry_point", ""))
+        named = isinstance(entry, str) and entry.isidentifier()
+        return f"{found.rstrip()}\n\ncheck({entry})" if named else found.rstrip()
+    if not isinstance(found, list) or not all(isinstance(t, str) and "assert" in t for t in found):
+        return ""
+    before = row.get(by_name.get("test_setup_code", "")) or ""
+    imports = row.get(by_name.get("test_imports", "")) or []
+    lines = [before, *(imports if isinstance(imports, list) else [imports]), *found]
+    return "\n".join(str(line).rstrip() for line in lines if line)
 
 
 def _chat_of(
@@ -337,10 +359,12 @@ def _missing(answer: Any) -> bool:
 
 def _kind_of(rows: Sequence[_Row]) -> str:
     """The kind of all rows: a number is a formula and a text, too, but not the other way round."""
-    counts = Counter(_own_kind(row) for row in rows if not _missing(row.answer))
+    counts = Counter(_own_kind(row) for row in rows if row.tests or not _missing(row.answer))
     total = counts.total()
     if not total and rows:
         return "none"
+    if counts["code"] > total / 2:
+        return "code"
     if counts["choice"] > total / 2:
         return "choice"
     if counts["none"] and counts["none"] >= _TEXTS * total:
@@ -351,6 +375,8 @@ def _kind_of(rows: Sequence[_Row]) -> str:
 
 
 def _own_kind(row: _Row) -> str:
+    if row.tests:
+        return "code"
     if row.choices:
         return "choice"
     answer = row.answer
@@ -376,6 +402,8 @@ def _problem(row: _Row, kind: str, default_id: str) -> Problem:
     also: tuple[str, ...] = ()
     if not KINDS[kind].graded:
         return _ungraded(row, kind, default_id)
+    if kind == "code":
+        return _program(row, default_id)
     if _missing(answer):
         raise ValueError("no 'answer'")
     if isinstance(answer, Mapping):  # SQuAD, DROP
@@ -410,6 +438,20 @@ def _problem(row: _Row, kind: str, default_id: str) -> Problem:
         also_right=tuple(other for other in dict.fromkeys(also) if other != gold),
         published=parsing.gold_part(str(answer)),
     )
+
+
+def _program(row: _Row, default_id: str) -> Problem:
+    """A problem whose answer is a program; its tests are its answer."""
+    tests = KINDS["code"].gold(row.tests, ())
+    question, solution = row.question, row.solution or ""
+    if "check(" not in tests:
+        # MBPP's: what the function is called stands in the tests alone.
+        question = f"{question.strip()}\n\nYour code should pass these tests:\n\n{tests}"
+    elif solution:
+        solution = f"{question}{solution}"
+    if solution:
+        solution = f"```python\n{solution.strip()}\n```"
+    return Problem(row.id or default_id, question, solution, tests, "code")
 
 
 def _ungraded(row: _Row, kind: str, default_id: str) -> Problem:

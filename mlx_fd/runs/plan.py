@@ -21,7 +21,7 @@ from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import ALIASES, TINY
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.resolve import default_student, parse_name, resolve
-from mlx_fd.problems import Problem, ProblemSet
+from mlx_fd.problems import Problem, ProblemSet, execution
 from mlx_fd.problems.kinds import KINDS, are_graded
 from mlx_fd.problems.sources import SOURCES
 from mlx_fd.registry import CONTEXTS
@@ -82,6 +82,9 @@ def configuration(
         UserError: an unknown preset or option, or a value that will not do.
     """
     changes = {name: value for name, value in given.items() if value is not None}
+    if changes.get("allow_code_execution"):
+        # Said here and now; what a file says of it allows nothing.
+        execution.allow()
 
     def over(config: Config) -> Config:
         if file is not None:
@@ -229,6 +232,8 @@ def without_long(
     fits, notes = fitting(used, paths, config, skip=skip, with_solutions=with_solutions)
     if notes:
         drawn = Drawn(source, *_drawn_from(fits, config))
+    if source.problems[0].kind == "code":
+        notes = (*notes, execution.isolation_note())
     if source.skipped_note:
         notes = (*notes, source.skipped_note)
     return drawn, notes

@@ -20,6 +20,7 @@ from mlx_fd.config import Config, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.files import write_json
 from mlx_fd.models.resolve import parse_name
+from mlx_fd.problems import execution
 from mlx_fd.runs.events import Event, Note, Step, Warned
 from mlx_fd.runs.plan import Plan, check_out, configuration, sample_of_problems
 from mlx_fd.runs.records import SelfSummary, Summary
@@ -416,6 +417,7 @@ def resume_run(
     folder: str | Path,
     *,
     redo_from_checkpoint: bool = False,
+    allow_code_execution: bool = False,
     on_event: Callable[[Event], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
     stop: Stop = lambda: False,
@@ -427,6 +429,7 @@ def resume_run(
         folder: the run directory.
         redo_from_checkpoint: where checkpoints are lost or damaged, do again what came after the
             newest that is whole, or all of the run where there is none.
+        allow_code_execution: run programs that models write, where the run's answers are programs.
         on_event: as for :func:`run_loop`, like all that follow.
         on_step: told of the tokens of each step.
         stop: asked after each batch.
@@ -442,6 +445,8 @@ def resume_run(
     folder = Path(folder).expanduser()
     report = _listener(on_event, on_step)
     redo = redo_from_checkpoint
+    if allow_code_execution:
+        execution.allow()
     with resumed_plan(folder, redo=redo) as (plan, uncertain):
         run = open_run(folder, plan, report, uncertain, track, new=False, redo=redo)
         return RunResult(folder, run(stop))

@@ -165,8 +165,8 @@ def test_no_reply_is_too_odd_to_be_read(some):
 def test_each_kind_asks_for_its_own_ending():
     for name, kind in KINDS.items():
         problem = Problem("p", "?", "", "", name)
-        asked = "End with a line of its own: #### <" if kind.graded else ""
-        assert kind.form.end.startswith(asked)
+        asked = {"none": "", "code": "Write the whole solution in one block of ```python"}
+        assert kind.form.end.startswith(asked.get(name, "End with a line of its own: #### <"))
         for prompt in (
             answer_prompt("Why?", form_of(problem)),
             revise_prompt("", form_of(problem)),

@@ -12,6 +12,7 @@ from typing import Any
 from mlx_fd.config import Config, override
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
+from mlx_fd.problems import execution
 
 CUSTOM = "custom"
 DEFAULT_MODEL = TINY_BASE
@@ -227,6 +228,9 @@ def configured(
         UserError: an unknown method, preset or option, or a value that will not do.
     """
     given = dict(given or {})
+    if given.get("allow_code_execution"):
+        # Said here and now; what a file says of it allows nothing.
+        execution.allow()
     if over is not None:
         return override(over, given, "command line")
     if method in EXPERT_METHODS:
