@@ -154,11 +154,18 @@ class GenerationOptions:
     answers_by: str = _option(
         "expert",
         "Model that writes the first answers, which are judged. An expert that is always right "
-        "leaves the student no errors to learn from.",
-        choices=("expert", "student"),
+        "leaves the student no errors to learn from. both: the expert's, at expert_temperature, go "
+        "on to the final answers, and the student's are judged beside them, to learn from.",
+        choices=("expert", "student", "both"),
     )
     answer_temperature: float = _option(
         0.0, "Sampling temperature of the first answers; higher values produce more errors.", low=0
+    )
+    max_answer_temperature: float = _option(
+        0.0,
+        "Temperature up to which answer_temperature rises by itself while the expert calls nearly "
+        "all of those answers right; it falls back while nearly all are wrong. 0: never.",
+        low=0,
     )
     expert_temperature: float = _option(
         0.0, "Sampling temperature of everything else the expert writes.", low=0

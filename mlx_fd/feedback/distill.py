@@ -154,7 +154,7 @@ def loss_rows(
         batch.tokens, recompute=recompute, attention=options.needs_attention
     )
     final = mx.take_along_axis(seen.final, batch.positions[..., None], axis=1)
-    made = Forwarded(student, seen, final, batch, options, recompute)
+    made = Forwarded(student, seen, final, batch, options)
     total, found = _token_losses(made, expert, vocab, factors)
     for name in options.losses:
         if (compute := LOSSES[name].compute) is not None:

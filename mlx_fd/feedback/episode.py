@@ -22,6 +22,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 
@@ -58,6 +59,7 @@ from mlx_fd.problems.prompts import (
 from mlx_fd.runs.records import (
     AnswerRow,
     EpisodeRow,
+    ExpertFeedbackRow,
     GateRow,
     StudentFeedbackRow,
     VerdictRow,
@@ -371,12 +373,24 @@ def first_answers(
     seed: int,
     on_tokens: OnTokens,
 ) -> list[Answered]:
-    """Step 1: the answers that are judged, by the model that ``answers_by`` names.
+    """Step 1: the answers that the episodes go on from, by the model that ``answers_by`` names."""
+    if options.answers_by == "student":
+        return student_answers(pair, problems, options, seed, on_tokens)
+    temperature = options.expert_temperature if options.answers_by == "both" else None
+    return answer(pair.expert, problems, options, seed, on_tokens, temperature=temperature)
 
-    What the student answers stands in the expert's conversation as if the expert had said it.
+
+def student_answers(
+    pair: Pair,
+    problems: Sequence[Problem],
+    options: GenerationOptions,
+    seed: int,
+    on_tokens: OnTokens,
+) -> list[Answered]:
+    """Step 1 by the student.
+
+    What it answers stands in the expert's conversation as if the expert had said it.
     """
-    if options.answers_by == "expert":
-        return answer(pair.expert, problems, options, seed, on_tokens)
     answered = answer(pair.student_lm, problems, options, seed, on_tokens, keep=False)
     return said_by_expert(pair, answered)
 
@@ -762,6 +776,41 @@ def _answer_row(given: Answer) -> AnswerRow:
     return {"text": given.text, "final": given.final}
 
 
+def with_second(row: EpisodeRow, judged: Judged, gate: GateRow) -> EpisodeRow:
+    """An episode's row with the student's answer beside the expert's (``answers_by`` ``both``).
+
+    What it took is among the row's tokens and seconds, each step's name after ``second_``.
+    """
+    usage = judged.usage
+
+    def named(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {f"second_{step}": value for step, value in values.items()}
+
+    return {
+        **row,
+        "tokens": {**row["tokens"], **named(usage.tokens)},
+        "prefilled": {**row["prefilled"], **named(usage.prefilled)},
+        "seconds": {
+            **row["seconds"],
+            **named({step: round(value, 3) for step, value in usage.seconds.items()}),
+        },
+        "second": {
+            "answer": _answer_row(judged.answered.answer),
+            "correct": judged.answered.is_correct,
+            "expert_feedback": _expert_row(judged),
+            "student_feedback": _feedback_row(judged.student),
+            "gate": gate,
+        },
+    }
+
+
+def _expert_row(judged: Judged) -> ExpertFeedbackRow | None:
+    if judged.expert is None:
+        return None
+    feedback = judged.expert.feedback
+    return {"text": feedback.text, "written_score": feedback.written_score}
+
+
 def _feedback_row(student: StudentFeedback) -> StudentFeedbackRow:
     return {
         "text": student.feedback.text,
@@ -784,16 +833,13 @@ def episode_row(
     """
     judged, usage = finished.judged, finished.usage
     answered, student = judged.answered, judged.before or judged.student
-    expert = judged.expert.feedback if judged.expert else None
     return {
         "episode": index,
         "id": finished.problem.id,
         "question": finished.problem.question,
         "reference": finished.problem.answer or None,
         "answer": _answer_row(answered.answer),
-        "expert_feedback": None
-        if expert is None
-        else {"text": expert.text, "written_score": expert.written_score},
+        "expert_feedback": _expert_row(judged),
         "student_feedback": _feedback_row(student),
         "student_feedback_again": _feedback_row(judged.student) if judged.before else None,
         "gate": gate,
@@ -805,6 +851,7 @@ def episode_row(
         "final": _answer_row(finished.final),
         "correct_before": answered.is_correct,
         "correct_after": finished.is_correct,
+        "second": None,
         "tokens": usage.tokens,
         "prefilled": usage.prefilled,
         "capped": list(usage.capped),

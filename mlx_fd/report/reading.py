@@ -233,6 +233,7 @@ def _metric(row: JsonObject) -> MetricsRow:
         },
         "expert_tokens": int(number(row.get("expert_tokens", 0))),
         "expert_verdicts": counts(row.get("expert_verdicts") or {}),
+        "answer_temperature": known(row.get("answer_temperature")),
     }
 
 
@@ -305,6 +306,7 @@ def _episode(row: JsonObject) -> EpisodeRow:
         "final": _written(row["final"]),
         "correct_before": truth_or_none(row["correct_before"]),
         "correct_after": truth_or_none(row["correct_after"]),
+        "second": None,  # shown by nothing yet; its tokens are among the row's
         "tokens": counts(row["tokens"]),
         "prefilled": counts(row["prefilled"]),
         "seconds": numbers(row["seconds"]),

@@ -214,6 +214,24 @@ def thought_columns(thoughts: Mapping[str, str], closed: Sequence[str]) -> Thoug
     return columns
 
 
+class SecondRow(TypedDict):
+    """With ``answers_by`` ``both``: the student's answer to the problem, judged to learn from.
+
+    Attributes:
+        answer: the answer.
+        correct: whether it is right; null where that is not known.
+        expert_feedback: the expert's.
+        student_feedback: the student's own.
+        gate: what the gate decided.
+    """
+
+    answer: AnswerRow
+    correct: bool | None
+    expert_feedback: ExpertFeedbackRow | None
+    student_feedback: StudentFeedbackRow
+    gate: GateRow
+
+
 # ------------------------------------------------------------------------------- rows of logs
 
 
@@ -245,6 +263,8 @@ class EpisodeRow(ThoughtColumns):
         prefilled: tokens read, by step.
         capped: steps that ended at the token limit.
         seconds: this problem's share of the batch's time, by step.
+        second: with ``answers_by`` ``both``, the student's answer; null else, and where the student
+            is frozen.
     """
 
     episode: int
@@ -268,6 +288,7 @@ class EpisodeRow(ThoughtColumns):
     prefilled: Mapping[str, int]
     capped: list[str]
     seconds: Mapping[str, float]
+    second: SecondRow | None
 
 
 class BatchMetricsRow(TypedDict):
@@ -305,11 +326,13 @@ class MetricsRow(BatchMetricsRow):
         expert_tokens: tokens of the expert's feedbacks in this batch.
         expert_verdicts: how many of the expert's scores had each outcome against the right answers;
             absent in later epochs and in runs of older versions.
+        answer_temperature: of this batch's answers; null in a later epoch.
     """
 
     trust: TrustRow
     expert_tokens: int
     expert_verdicts: NotRequired[Mapping[str, int]]
+    answer_temperature: float | None
 
 
 class AttemptsRow(TypedDict):
@@ -1402,6 +1425,7 @@ FILES: Mapping[str, tuple[type, ...]] = {
     "manifest.json": (Manifest, ModelRow, ProblemsRow),
     "episodes.jsonl": (
         EpisodeRow,
+        SecondRow,
         AnswerRow,
         ExpertFeedbackRow,
         StudentFeedbackRow,

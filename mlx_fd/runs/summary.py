@@ -115,10 +115,15 @@ def _share_saved(rows: Sequence[EpisodeRow], written: int, asked: int) -> float 
     """
     if not rows:
         return None
-    there = sum(row["tokens"].get("expert_feedback", 0) for row in rows)
+    there = sum(map(_feedback_tokens, rows))
     alone = sum(row["expert_feedback"] is None for row in rows)
     saved = alone * (written / asked if asked else 1.0)
     return round(saved / (saved + there), 4) if saved + there else 0.0
+
+
+def _feedback_tokens(row: EpisodeRow) -> int:
+    """Tokens of the expert's feedback on an episode's answers."""
+    return sum(row["tokens"].get(f"{of}expert_feedback", 0) for of in ("", "second_"))
 
 
 def summarise(
@@ -184,7 +189,7 @@ def summarise(
         "expert_feedback": {
             "asked": len(asked),
             "not_asked": len(alone),
-            "tokens_written": written,
+            "tokens_written": sum(map(_feedback_tokens, episodes)),
             "tokens_saved": round(written / len(asked) * len(alone)) if asked else 0,
             "share_saved": _share_saved(episodes, written, len(asked)),
             "share_saved_second_half": _share_saved(later, written, len(asked)),

@@ -41,7 +41,9 @@ from mlx_fd.feedback.episode import (
     judge,
     merge_and_revise,
     said_again,
+    student_answers,
     student_feedback,
+    with_second,
 )
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.phases import PhaseSchedule, combined, phase_weights
@@ -52,6 +54,7 @@ from mlx_fd.models.conversation import Conversation
 from mlx_fd.problems import Problem
 from mlx_fd.runs.events import Event, Step
 from mlx_fd.runs.records import EpisodeRow, GateRow, MetricsRow, SampleRow
+from mlx_fd.training.answering import Answering, observe, warmed
 from mlx_fd.training.checkpoint import (
     RunState,
     finite,
@@ -154,8 +157,9 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
         return derive_seed(config.episode.seed, number, step)
 
     # 1. and 2. Nothing but the result keeps the answers' caches.
+    options = warmed(config.generation, state.answering)
     judged = _judge(
-        first_answers(pair, problems, config.generation, seeds("answer"), on_tokens),
+        first_answers(pair, problems, options, seeds("answer"), on_tokens),
         state.gate,
         learner,
         seeds,
@@ -165,10 +169,18 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
         pair, judged, config.losses.expert_verdicts, config.generation, seeds, on_tokens
     )
     judged, taught = [one.judged for one in reviewed], [one.taught for one in reviewed]
+    second = _second_answers(state, problems, learner, seeds, on_tokens)
+    drawn = [one.judged for one in second] or judged
+    state = dataclasses.replace(state, answering=_observe_answers(state.answering, drawn, config))
     # 3.
     gate_state, gated = _ask_gate(state.gate, taught, learner)
+    gate_state, gated_second = _ask_gate(
+        gate_state, [one.taught for one in second], learner, to_learn=True
+    )
     lagging = [index for index, one in gated.items() if one.decision.distil]
+    lagging_second = [index for index, one in gated_second.items() if one.decision.distil]
     feedback = [gated[index].sample for index in lagging]
+    feedback += [gated_second[index].sample for index in lagging_second]
     weights = loss_weights(gate_state, learner, number)
 
     def merged(judged: Sequence[Judged]) -> list[Finished]:
@@ -197,7 +209,7 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
 
     trusted = [gate.stands_alone(state.gate, one.student.confidence) for one in judged]
     gate_state = gate.set_trust(gate_state, learner.progress(number + 1), config.gate)
-    written = expert_tokens(judged)
+    written = expert_tokens([*judged, *(one.judged for one in second)])
     state = dataclasses.replace(state, gate=gate_state, spent=state.spent + written)
     state, decision = _after_updates(state, updates, learner)
     first = number * config.generation.batch_size
@@ -210,8 +222,13 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
         )
         for index, one in enumerate(finished)
     ]
-    metrics = _metrics(state, len(lagging), weights, updates, decision, begin, written)
-    metrics["expert_verdicts"] = tally(reviewed)
+    for index, one in enumerate(second):
+        decided = _gate_row(gated_second.get(index), None, one, False)
+        rows[index] = with_second(rows[index], one.judged, decided)
+    learned = len(lagging) + len(lagging_second)
+    metrics = _metrics(state, learned, weights, updates, decision, begin, written)
+    metrics["answer_temperature"] = options.answer_temperature
+    metrics["expert_verdicts"] = tally([*reviewed, *second])
     return BatchResult(state, rows, metrics, [*feedback, *solutions])
 
 
@@ -251,10 +268,44 @@ def _judge(
     return judge(answered, students, dict(zip(asked, experts, strict=True)))
 
 
+def _second_answers(
+    state: RunState,
+    problems: Sequence[Problem],
+    learner: Learner,
+    seeds: Callable[[str], int],
+    on_tokens: OnTokens,
+) -> list[Reviewed]:
+    """Steps 1 and 2 for the student's answers, with ``answers_by`` ``both``: only to learn from."""
+    pair, config = learner.pair, learner.config
+    options = warmed(config.generation, state.answering)
+    if options.answers_by != "both" or state.gate.frozen:
+        return []
+
+    def second(step: str) -> int:
+        return seeds(f"second {step}")
+
+    answered = student_answers(pair, problems, options, second("answer"), on_tokens)
+    students = student_feedback(pair, answered, options, second("student_feedback"), on_tokens)
+    experts = expert_feedback(pair, answered, options, second("expert_feedback"), on_tokens)
+    judged = judge(answered, students, dict(enumerate(experts)))
+    return review(pair, judged, config.losses.expert_verdicts, options, second, on_tokens)
+
+
+def _observe_answers(state: Answering, judged: Sequence[Judged], config: Config) -> Answering:
+    scores = [one.expert.feedback.written_score for one in judged if one.expert]
+    return observe(state, scores, config.generation)
+
+
 def _ask_gate(
-    state: gate.GateState, judged: Sequence[Judged], learner: Learner
+    state: gate.GateState, judged: Sequence[Judged], learner: Learner, *, to_learn: bool = False
 ) -> tuple[gate.GateState, dict[int, _Gated]]:
     """Step 3: the gate sees every feedback of the expert, in order.
+
+    Args:
+        state: before it.
+        judged: episodes after step 2.
+        learner: the run's.
+        to_learn: they are answers that are only learned from, and say nothing of trust.
 
     Returns:
         The gate's state after them, and its decision by the episode's index in the batch.
@@ -283,9 +334,10 @@ def _ask_gate(
         else:
             decision = _decide(state, sample, score, losses, config)
         gated[index] = _Gated(sample, losses, decision)
-        state = gate.observe_scores(
-            state, one.student.confidence, one.student.score, sample.expert_score
-        )
+        if not to_learn:
+            state = gate.observe_scores(
+                state, one.student.confidence, one.student.score, sample.expert_score
+            )
         if not state.frozen or _audited(one.problem, config):
             state = gate.observe_sample(state, losses, config.gate)
     return state, gated
@@ -536,6 +588,7 @@ def _metrics(
         "frozen": state.gate.frozen,
         "trust": trust_row(state.gate.running.trust),
         "expert_tokens": written,
+        "answer_temperature": None,
         "distil_seconds": round(sum(one.seconds for one in updates), 3),
         "seconds": round(time.perf_counter() - begin, 3),
     }

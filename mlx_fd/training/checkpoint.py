@@ -46,6 +46,7 @@ from mlx_fd.runs.records import (
     TrustRow,
     UpdateRow,
 )
+from mlx_fd.training.answering import Answering
 from mlx_fd.training.replay import Replay
 
 OPTIMIZER = "optimizer.safetensors"
@@ -69,6 +70,7 @@ class RunState:
         best: the least mean of probe losses relative to ``probe_first``.
         best_batch: the batch after which that was.
         replay: what is remembered of the samples so far.
+        answering: how the answers that were judged have been.
     """
 
     batch: int
@@ -81,6 +83,7 @@ class RunState:
     best: float
     best_batch: int
     replay: Replay = dataclasses.field(default_factory=Replay)
+    answering: Answering = dataclasses.field(default_factory=Answering)
 
     def to_json(self) -> dict[str, Any]:
         """For ``state.json``."""
@@ -90,12 +93,14 @@ class RunState:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RunState:
         """What :meth:`to_json` gave."""
-        names = [item.name for item in dataclasses.fields(cls) if item.name != "replay"]
-        fields = {name: value[name] for name in names}
+        parts = ("gate", "replay", "answering")
+        names = [item.name for item in dataclasses.fields(cls) if item.name not in parts]
         return cls(
-            **{**fields, "gate": gate.GateState.from_json(value["gate"])},
-            # Older runs have none.
+            **{name: value[name] for name in names},
+            gate=gate.GateState.from_json(value["gate"]),
+            # Older runs have none of these.
             replay=Replay.from_json(value["replay"]) if "replay" in value else Replay(),
+            answering=Answering(**value.get("answering", {})),
         )
 
 

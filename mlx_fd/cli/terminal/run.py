@@ -72,6 +72,7 @@ class Display:
         self._losses_first: Mapping[str, float] = {}
         self._losses_last: Mapping[str, float | None] = {}
         self._last: BatchDone | None = None
+        self._temperature: float | None = None
         self._reason = "waiting for the first batch"
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -193,6 +194,11 @@ class Display:
         )
         if wrong := self._wrong_verdicts():
             parts.append(f"wrong verdicts {wrong}")
+        if "answer_temperature" in event.metrics:
+            temperature = event.metrics["answer_temperature"]
+            if None not in (temperature, self._temperature) and temperature != self._temperature:
+                parts.append(f"answers at temperature {temperature:g} from now on")
+            self._temperature = temperature
         if losses:
             parts.append(" ".join(f"{name} {number(value)}" for name, value in losses.items()))
         skipped = sum(update["skipped"] for update in updates)

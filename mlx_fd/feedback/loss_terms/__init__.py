@@ -33,7 +33,6 @@ class Forwarded:
         final: the last one's where the texts' tokens are predicted, [B, T, d].
         batch: the samples, with what the expert made of them.
         options: the losses' options.
-        recompute: whether another forward pass for the loss should keep no activations.
     """
 
     student: Student
@@ -41,7 +40,6 @@ class Forwarded:
     final: mx.array
     batch: Batch
     options: LossOptions
-    recompute: bool = False
 
     def at_text(self, hidden: mx.array) -> mx.array:
         """Hidden states [B, S, d] where the texts' tokens are predicted, [B, T, d]."""

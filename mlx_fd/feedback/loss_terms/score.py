@@ -36,7 +36,8 @@ def _scored(made: Forwarded) -> mx.array:
 def _at_own_end(made: Forwarded) -> mx.array:
     """The states [B, d] where the last token of the student's own feedback is predicted.
 
-    The expert's feedback, which has the score in it, is another text, so this is a pass of its own.
+    The expert's feedback, which has the score in it, is another text, so this is a pass of its own;
+    forward alone, for a gradient through it brought nothing (docs/log.md).
     """
     import mlx.core as mx
 
@@ -44,9 +45,9 @@ def _at_own_end(made: Forwarded) -> mx.array:
     states = mx.zeros((len(batch.tokens), made.final.shape[-1]), made.final.dtype)
     if batch.own is None:
         return states
-    seen = made.student.view.forward(batch.own.tokens, recompute=made.recompute)
+    seen = made.student.view.forward(batch.own.tokens)
     read = mx.take_along_axis(seen.final, batch.own.ends[:, None, None], axis=1).squeeze(1)
-    return states.at[batch.own.rows].add(read)
+    return states.at[batch.own.rows].add(mx.stop_gradient(read))
 
 
 def count(samples: Sequence[Sample]) -> float:
