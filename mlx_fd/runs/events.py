@@ -128,6 +128,8 @@ class WarmedUp:
 
     def __str__(self) -> str:
         sides = self.summary["held_out"]
+        if not sides["after"]["n"]:
+            return "warm-up done"
         return (
             f"warm-up done: held-out problems right: {sides['before']['right']} before, "
             f"{sides['after']['right']} after, of {sides['after']['n']}"
