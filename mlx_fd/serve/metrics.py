@@ -14,7 +14,8 @@ from prometheus_client import (
 from mlx_fd.serve.engine import Written
 from mlx_fd.serve.rule import Decision
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # when a counter began is of no use here, and doubles the text
+# When a counter began is of no use here, and doubles the text.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _SCORES = tuple(step / 5 for step in range(-5, 6))

@@ -1,0 +1,154 @@
+"""Throughput of `mlx-fd serve` with parallel clients, against bare batched generation.
+
+    python scripts/bench_serve.py --student smollm2-135m --prompts 64
+
+Both write the same replies to the same prompts, greedily, side by side in batches of as many as there
+are clients: bare in one process with mlx-lm's BatchGenerator, and over HTTP. The rounds alternate,
+so that what else the machine does falls on both. Per round: tokens per second of wall time, and per
+second of CPU time of the process with the models, which another load changes less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from support import serving
+
+
+def _bare(student: str, prompts: list[str], size: int, most: int, pipe: Any) -> None:
+    """Write the replies once for each message on a pipe; tokens, seconds, CPU seconds."""
+    from mlx_lm.generate import BatchGenerator
+
+    from mlx_fd.feedback.judge import open_student
+    from mlx_fd.models.generation import messages_prompt
+
+    loaded = open_student(student).student_lm
+    tokens = [list(messages_prompt(loaded, [("user", prompt)])) for prompt in prompts]
+    while pipe.recv():
+        begin, cpu = time.perf_counter(), _cpu()
+        generator = BatchGenerator(
+            loaded.model,
+            stop_tokens=[[end] for end in loaded.tokenizer.eos_token_ids],
+            completion_batch_size=size,
+            prefill_batch_size=min(size, 8),
+            max_tokens=most,
+        )
+        generator.insert(tokens)
+        written = 0
+        while True:
+            read, responses = generator.next()
+            if not read and not responses:
+                break
+            written += len(responses)
+        generator.close()
+        pipe.send((written, time.perf_counter() - begin, _cpu() - cpu))
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def _cpu_of(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def _clients(
+    server: serving.Server, prompts: list[str], size: int, most: int, stream: bool
+) -> tuple[int, list[float]]:
+    """As many clients as ``size``, each with one request at a time; tokens, first tokens' waits."""
+    left, waits, total = iter(prompts), [], 0
+
+    async def one() -> None:
+        nonlocal total
+        for prompt in left:
+            body = {
+                "model": "student",
+                "max_tokens": most,
+                "messages": [{"role": "user", "content": prompt}],
+                "mlx_fd": {"verbatim": True},
+                "stream": stream,
+                **({"stream_options": {"include_usage": True}} if stream else {}),
+            }
+            data = serving.post("/v1/chat/completions", json.dumps(body).encode())
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            begin = time.perf_counter()
+            writer.write(data)
+            found = b""
+            while chunk := await reader.read(65536):
+                if stream and b'"content": "' not in found and b'"content": "' in found + chunk:
+                    waits.append(time.perf_counter() - begin)
+                found += chunk
+            writer.close()
+            total += int(found.rpartition(b'"completion_tokens": ')[2].partition(b",")[0])
+
+    await asyncio.gather(*(one() for _ in range(size)))
+    return total, waits
+
+
+def main() -> None:
+    """Run the rounds and print a line of JSON for each, and the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--student", default="tiny-student")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--stream", action="store_true")
+    args = parser.parse_args()
+    prompts = serving.questions(args.prompts)
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    bare = context.Process(
+        target=_bare, args=(args.student, prompts, args.clients, args.max_tokens, there)
+    )
+    bare.start()
+    ratios = []
+    options = ("--batch-size", str(args.clients))
+    with serving.serving(Path(tempfile.mkdtemp()), args.student, *options) as server:
+        for number in range(args.rounds + 1):
+            here.send(True)
+            written, seconds, cpu = here.recv()
+            begin, before = time.perf_counter(), _cpu_of(server.process.pid)
+            served, waits = asyncio.run(
+                _clients(server, prompts, args.clients, args.max_tokens, args.stream)
+            )
+            took, used = time.perf_counter() - begin, _cpu_of(server.process.pid) - before
+            row = {
+                "round": number,
+                "bare": {
+                    "tokens": written,
+                    "per_second": written / seconds,
+                    "per_cpu": written / cpu,
+                },
+                "served": {"tokens": served, "per_second": served / took, "per_cpu": served / used},
+                "ratio": served / took / (written / seconds),
+                "ratio_cpu": served / used / (written / cpu),
+                "first_token_seconds": sorted(waits)[len(waits) // 2] if waits else None,
+                "load": os.getloadavg()[0],
+            }
+            if number:  # the first warms both up
+                ratios.append((row["ratio"], row["ratio_cpu"]))
+                print(json.dumps(row))
+    here.send(False)
+    bare.join()
+    for name, values in zip(("wall", "CPU"), zip(*ratios, strict=True), strict=True):
+        listed = ", ".join(f"{value:.2f}" for value in values)
+        print(f"served / bare by {name} time: {listed} (n {len(values)})")
+
+
+if __name__ == "__main__":
+    main()
