@@ -56,7 +56,7 @@ def main() -> int:
             print(f"ill {args.ill // parts * (part + 1)}: {memory:.0f} MiB, {files} open files")
         print(f"statuses (0: closed without a reply) {dict(sorted(statuses.items()))}")
         print("\n".join(faults) or "no faults")
-    return len(faults) + mixed
+    return len(faults) + int(mixed)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python scripts/bench_serve.py --student smollm2-135m --prompts 64
 
-Both write the same replies to the same prompts, greedily, side by side in batches of as many as there
-are clients: bare in one process with mlx-lm's BatchGenerator, and over HTTP. The rounds alternate,
-so that what else the machine does falls on both. Per round: tokens per second of wall time, and per
-second of CPU time of the process with the models, which another load changes less.
+Both write the same replies to the same prompts, greedily, side by side in batches of as many as
+there are clients: bare in one process with mlx-lm's BatchGenerator, and over HTTP. The rounds
+alternate, so that what else the machine does falls on both. Per round: tokens per second of wall
+time, and per second of CPU time of the process with the models, which another load changes less.
 """
 
 from __future__ import annotations

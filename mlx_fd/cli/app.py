@@ -12,6 +12,7 @@ import click
 
 from mlx_fd._version import __version__
 from mlx_fd.cli.advantage import advantage
+from mlx_fd.cli.cascade import cascade
 from mlx_fd.cli.compare import compare
 from mlx_fd.cli.distil import distil
 from mlx_fd.cli.doctor import doctor
@@ -52,7 +53,7 @@ def cli() -> None:
 
 for _command in (
     *(loop, distil, self_distill, resume, evaluate, pareto, report, feedback, advantage),
-    *(serve, export, compare, models, doctor),
+    *(cascade, serve, export, compare, models, doctor),
 ):
     cli.add_command(_command)
 

@@ -202,7 +202,7 @@ def _said(service: Service, address: str) -> dict[str, Any]:
     said: dict[str, Any] = {"address": address, "models": list(service.served.names)}
     if service.served.scores:
         said["threshold"] = rule.threshold
-        said["threshold_of"] = f"{rule.measure}: {rule.source}"
+        said["threshold_by"] = rule.source
     said["api_key"] = "needed" if service.options.key else "none (this machine only)"
     return said
 

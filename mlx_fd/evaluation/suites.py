@@ -142,7 +142,7 @@ def make_sets(
             if getattr(options, name) is not None:
                 raise UserError(f"--{name} belongs to the full suite; add --suite full")
     limit = options.limit or (FAST_LIMIT if options.suite == FAST else None)
-    source = _source(target, options)
+    source = source_of(target, options.problems)
     solvers, judges = _solvers(target, options), _judges(target, options)
     both = (STUDENT, "expert") if options.baselines else (STUDENT,)
     readers = load_readers(options.encoder, options.toxicity)
@@ -245,14 +245,20 @@ def check_problems(options: Options) -> None:
             )
 
 
-def _source(target: Target, options: Options) -> str:
+def source_of(target: Target, named: str | None) -> str:
+    """Where an evaluation's problems come from.
+
+    Args:
+        target: who is evaluated; one that learned from a source with a name gets that one.
+        named: what the user asked for, if anything.
+    """
     learned = target.config.problems.problems
-    return options.problems or (learned if learned in SOURCES else DEFAULT_SOURCE)
+    return named or (learned if learned in SOURCES else DEFAULT_SOURCE)
 
 
 def concerns(target: Target, options: Options) -> list[str]:
     """What makes an evaluation worth less than it looks."""
-    learned, source = target.config.problems, _source(target, options)
+    learned, source = target.config.problems, source_of(target, options.problems)
     # A file has one split, whatever it is called.
     is_file = Path(source).exists() and Path(source).resolve() == Path(learned.problems).resolve()
     same = source == learned.problems and options.split == learned.split

@@ -138,7 +138,7 @@ def open_target(
     }
     weights = checkpoint or adapter
     if weights is not None:
-        models["adapter"] = {"name": str(weights), "sha256": _adapter_hash(weights, config)}
+        models["adapter"] = {"name": str(weights), "sha256": adapter_hash(weights, config)}
     if expert_path is not None:
         models["expert"] = {
             "name": config.models.expert,
@@ -184,8 +184,13 @@ def _adapter(name: str) -> Path | None:
     return None if runs.is_run(folder.parents[1]) else folder
 
 
-def _adapter_hash(folder: Path, run: Config) -> str:
-    """A digest of all that an adapter changes about its model, and of the heads beside it."""
+def adapter_hash(folder: Path, run: Config) -> str:
+    """A digest of all that an adapter changes about its model, and of the heads beside it.
+
+    Args:
+        folder: the adapter's, a checkpoint for instance.
+        run: the configuration of its run; the defaults where it is of none.
+    """
     files = [folder / part for part in (ADAPTER_WEIGHTS, HEADS) if (folder / part).exists()]
     config = _read_config(folder)
     config.pop("model", None)

@@ -16,8 +16,9 @@ from mlx_fd.models import fingerprint
 from mlx_fd.models.backend import backend
 from mlx_fd.models.chat_template import ChatTemplate, fitted
 from mlx_fd.models.context import Surroundings, context_length, too_long
+from mlx_fd.models.conversation import Conversation, prefill, without_repeated_eos
 from mlx_fd.models.directory import blaming
-from mlx_fd.models.generation import said
+from mlx_fd.models.generation import replied, said
 from mlx_fd.models.loading import Loaded, check_can_think, load, open_template, with_thinking
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.storage import read_json
@@ -297,6 +298,34 @@ class Judge:
             )
             for problem, answer in pairs
         ]
+
+    def own_request(self, prompt: Sequence[int], reply: Sequence[int]) -> tuple[int, ...]:
+        """All tokens before the feedback on an answer that the judge has just given itself.
+
+        Args:
+            prompt: all tokens before the answer.
+            reply: the answer's, without any thought.
+        """
+        said = Conversation(replied(self.student_lm, prompt, reply))
+        request = feedback_request(self.student_lm)
+        return (*said.tokens, *without_repeated_eos(said, request))
+
+    def scores(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[float]:
+        """The score head's scores after each prompt, in (-1, 1).
+
+        No feedback is written where the head reads before it.
+
+        Args:
+            prompts: as :meth:`requests` and :meth:`own_request` give them.
+            max_tokens: most tokens of a criticism.
+        """
+        student, loaded = self.student, self.student_lm
+        assert student is not None
+        if student.score_at == "prompt" and not self.ref.thinking.on:
+            states = (prefill(loaded, Conversation(), prompt)[0] for prompt in prompts)
+            return [float(student.score(hidden)) for hidden in states]
+        written = criticisms(loaded, prompts, Sampling(max_tokens), GenerateOptions())
+        return [head_score(student, loaded, one) for one in written]
 
     def _judge_batch(
         self,

@@ -27,7 +27,7 @@ Layered = alt.LayerChart | alt.FacetChart
 """What Altair makes of charts over each other."""
 
 # Rows are put in at the end: Altair copies data with every step of making a chart.
-ROWS, _MARKS = alt.NamedData(name="rows"), alt.NamedData(name="marks")
+ROWS, MARKS = alt.NamedData(name="rows"), alt.NamedData(name="marks")
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _reason(row: Mapping[str, Any]) -> str:
 
 def rules() -> Layered:
     """The marks, as upright lines."""
-    base = alt.Chart(_MARKS).encode(x="batch:Q", tooltip=["run:N", "batch:Q", "what:N", "reason:N"])
+    base = alt.Chart(MARKS).encode(x="batch:Q", tooltip=["run:N", "batch:Q", "what:N", "reason:N"])
     rule = base.mark_rule(strokeDash=[2, 3], strokeWidth=1.5, color=PAGE.soft)
     text = base.mark_text(align="left", baseline="top", dx=4, color=PAGE.soft)
     return alt.layer(rule, text.encode(y=alt.value(0), text="what:N"))

@@ -10,9 +10,9 @@ from typing import Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.files import clear_unfinished, open_to_read, write_atomic
-from mlx_fd.report import charts, packing, self_charts, self_tables, tables
+from mlx_fd.report import cascade, charts, packing, self_charts, self_tables, tables
 from mlx_fd.report.drawing import Figure
-from mlx_fd.report.reading import LoopRun
+from mlx_fd.report.reading import CascadeShown, LoopRun
 from mlx_fd.report.rendering import GENERATOR, asset, render
 from mlx_fd.report.run import Run
 from mlx_fd.report.self_reading import SelfRun
@@ -183,8 +183,14 @@ def _loop_parts(runs: Sequence[LoopRun]) -> dict[str, Any]:
         "exam": _there(charts.exam_figure(runs)),
         "budget": charts.budget_figures(runs),
         "pareto": [(run, charts.pareto_figures(run)) for run in runs if run.pareto],
+        "cascade": [(run, [_cascade(run.cascade)]) for run in runs if run.cascade],
         "origin": tables.origin_table(runs),
     }
+
+
+def _cascade(found: CascadeShown) -> Figure:
+    where = "held out" if found["held_out"] else "the calibration's problems"
+    return cascade.figure(found["measured"], f"Accuracy against the share passed on, {where}")
 
 
 def _self_parts(runs: Sequence[SelfRun]) -> dict[str, Any]:
@@ -215,6 +221,7 @@ _LOOP = _Kind(
         "answers": "Answers",
         "budget": "Budget",
         "frontier": "Frontier",
+        "cascade": "Cascade",
         "evaluation": "Evaluation",
         "episodes": "Episodes",
         "configuration": "Configuration",

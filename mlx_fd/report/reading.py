@@ -11,6 +11,7 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from mlx_fd import runs
 from mlx_fd.errors import UserError
+from mlx_fd.evaluation.cascade.choice import promised
 from mlx_fd.problems.sources import truth_of
 from mlx_fd.report.files import (
     JsonObject,
@@ -42,6 +43,7 @@ from mlx_fd.report.self_reading import SelfRun, is_self_distillation, read_self_
 from mlx_fd.runs.records import (
     AnswerRow,
     BeforeAfterRow,
+    CascadeMeasuredRow,
     CountRow,
     EpisodeRow,
     EstimateRow,
@@ -55,7 +57,7 @@ from mlx_fd.runs.records import (
 from mlx_fd.runs.summary import summarise
 
 _PROBE = "probe.json"
-_PARETO = "pareto.json"
+_PARETO, _CASCADE = "pareto.json", "cascade.json"
 
 
 class FrontierPoint(TypedDict):
@@ -98,6 +100,20 @@ class Frontier(TypedDict):
     product_rule: float | None
 
 
+class CascadeShown(TypedDict):
+    """What the report shows of ``cascade.json``.
+
+    Attributes:
+        promised: the promise in words.
+        measured: on the evaluation's problems; before one, on the calibration's.
+        held_out: whether it is the evaluation's.
+    """
+
+    promised: str
+    measured: CascadeMeasuredRow
+    held_out: bool
+
+
 @dataclass(frozen=True)
 class LoopRun(Run):
     """A run of the loop.
@@ -108,6 +124,7 @@ class LoopRun(Run):
         episodes: the rows of ``episodes.jsonl`` that are whole.
         pareto: ``pareto.json``, if there is one.
         warm_up: the distillation before the first batch, if there was one.
+        cascade: ``cascade.json``, if there is one.
     """
 
     metrics: list[MetricsRow]
@@ -115,6 +132,7 @@ class LoopRun(Run):
     episodes: list[EpisodeRow]
     pareto: Frontier | None
     warm_up: SelfRun | None = None
+    cascade: CascadeShown | None = None
 
 
 def read_runs(folders: Sequence[Path]) -> list[LoopRun] | list[SelfRun]:
@@ -193,6 +211,7 @@ def _read(folder: Path, name: str) -> LoopRun:
     if (folder / runs.WARM_UP).is_dir():
         warm_up = read_self_run(folder / runs.WARM_UP, name)
         missing += [f"Warm-up: {said}" for said in warm_up.missing]
+    cascade = json_file(folder, _CASCADE, _cascade, missing, needed=False)
     return LoopRun(
         name=name,
         folder=folder,
@@ -206,6 +225,7 @@ def _read(folder: Path, name: str) -> LoopRun:
         episodes=episodes,
         pareto=pareto,
         warm_up=warm_up,
+        cascade=cascade,
     )
 
 
@@ -359,4 +379,46 @@ def _pareto(value: JsonObject) -> Frontier:
         "hypervolume": known(value.get("hypervolume")),
         "knee": known(value.get("knee")),
         "product_rule": known(value.get("product_rule")),
+    }
+
+
+def _cascade(value: JsonObject) -> CascadeShown:
+    promise, evaluation = value["promise"], value["evaluation"]
+    threshold = known(promise["threshold"])
+    kind, target = text(promise["kind"]), number(promise["target"])
+    return {
+        "promised": promised(kind, target, number(promise["level"]), threshold),
+        "measured": _cascade_measured(evaluation or value["calibration"]),
+        "held_out": evaluation is not None,
+    }
+
+
+def _cascade_measured(value: JsonObject) -> CascadeMeasuredRow:
+    return {
+        "problems": text(value["problems"]),
+        "n": int(number(value["n"])),
+        "created": text(value["created"]),
+        "against": int(number(value["against"])),
+        "of": int(number(value["of"])),
+        "above_random": estimate(value["above_random"]),
+        "systems": [
+            {
+                "name": text(row["name"]),
+                "accuracy": estimate(row["accuracy"]),
+                "passed_on": number(row["passed_on"]),
+                "expert_tokens": estimate(row["expert_tokens"]),
+            }
+            for row in value["systems"]
+        ],
+        "curve": [
+            {
+                "passed_on": number(point["passed_on"]),
+                "threshold": known(point["threshold"]),
+                "accuracy": number(point["accuracy"]),
+                "random": number(point["random"]),
+                "oracle": number(point["oracle"]),
+                "expert_tokens": number(point["expert_tokens"]),
+            }
+            for point in value["curve"]
+        ],
     }

@@ -14,6 +14,7 @@ from mlx_fd.report.reading import Frontier, LoopRun
 from mlx_fd.report.run import Run
 from mlx_fd.runs.labels import EXAM_NAMES, duration, expert_verdicts_say
 from mlx_fd.runs.records import (
+    CascadeMeasuredRow,
     EstimateRow,
     ExpertUseRow,
     HeadroomRow,
@@ -479,6 +480,21 @@ def pareto_table(pareto: Frontier) -> Table:
             )
         )
     return table("Stopping thresholds, replayed on this run", columns, rows)
+
+
+def cascade_table(measured: CascadeMeasuredRow) -> Table:
+    """A cascade at its threshold, and what it is held against."""
+    rows: list[TableRow] = [
+        (
+            Cell(row["name"], strong=row["name"] == "cascade"),
+            estimate(row["accuracy"], ".1%"),
+            f"{row['passed_on']:.1%}",
+            estimate(row["expert_tokens"], ".1f"),
+        )
+        for row in measured["systems"]
+    ]
+    columns = ["", "accuracy", "passed on", "expert tokens per problem"]
+    return table("The cascade at its threshold", columns, rows)
 
 
 def evaluation_says(evaluation: Mapping[str, Any]) -> str:

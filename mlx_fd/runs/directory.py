@@ -75,6 +75,7 @@ README = """\
 | `summary.json` | the run's totals, written at its end |
 | `cut/` | what `resume` removed: `tail/` after the last stop; everything else by date |
 | `pareto.*` | with `mlx-fd pareto`: where to stop next time; `sweep/`: a run per threshold |
+| `cascade.*` | with `mlx-fd cascade`: when the student passes on to the expert |
 | `eval/` | with `mlx-fd eval`: `eval.json` and `outputs.jsonl` of each evaluation |
 | `report.html` | the report of `mlx-fd report .` |
 | `tracking.json` | with `--track`: the batches that each tracker has received |

@@ -1335,6 +1335,131 @@ class ParetoFile(TypedDict):
     notes: list[str]
 
 
+# --------------------------------------------------------------------------------------- cascade
+
+
+class CascadePromiseRow(TypedDict):
+    """What a cascade's threshold promises.
+
+    Attributes:
+        kind: ``risk``: of wrong answers among those that the student keeps; ``accuracy``: of all
+            answers; ``cost``: the share of requests that the expert is asked.
+        target: at most this risk or cost, at least this accuracy.
+        level: the probability with which it holds on problems like the calibration's.
+        threshold: answers with at least this score stay the student's; null: all are passed on.
+        against: problems that count against it: wrong ones, for a cost those passed on.
+        of: of how many.
+        bound: what the promised share surely does not pass; null where nothing is known.
+        kept: whether a threshold keeps it.
+    """
+
+    kind: str
+    target: float
+    level: float
+    threshold: float | None
+    against: int
+    of: int
+    bound: float | None
+    kept: bool
+
+
+class CascadeStepRow(TypedDict):
+    """What scores mean, from one score to the next.
+
+    Attributes:
+        score: the lowest of the step.
+        right: the share of right answers in it.
+        n: answers in it.
+    """
+
+    score: float
+    right: float
+    n: int
+
+
+class CascadePointRow(TypedDict):
+    """A cascade that passes on a share of problems: those of the lowest scores.
+
+    Attributes:
+        passed_on: the share.
+        threshold: of the score; null where all are passed on.
+        accuracy: of all answers.
+        random: the accuracy where as many are passed on by lot.
+        oracle: the best accuracy with as many.
+        expert_tokens: that the expert writes, per problem.
+    """
+
+    passed_on: float
+    threshold: float | None
+    accuracy: float
+    random: float
+    oracle: float
+    expert_tokens: float
+
+
+class CascadeSystemRow(TypedDict):
+    """A cascade at its threshold, or what it is held against.
+
+    Attributes:
+        name: ``student`` (never asks), ``cascade``, ``random`` and ``oracle`` (ask as often), and
+            ``expert`` (is always asked).
+        accuracy: of all answers.
+        passed_on: the share of problems that the expert is asked.
+        expert_tokens: that the expert writes, per problem.
+    """
+
+    name: str
+    accuracy: EstimateRow
+    passed_on: float
+    expert_tokens: EstimateRow
+
+
+class CascadeMeasuredRow(TypedDict):
+    """A cascade on some problems.
+
+    Attributes:
+        problems: source and split.
+        n: how many.
+        created: when, in UTC.
+        against: problems that count against the promise.
+        of: of how many.
+        above_random: area between accuracy and that of a lottery, over all shares passed on.
+        systems: at the threshold.
+        curve: over all thresholds.
+    """
+
+    problems: str
+    n: int
+    created: str
+    against: int
+    of: int
+    above_random: EstimateRow
+    systems: list[CascadeSystemRow]
+    curve: list[CascadePointRow]
+
+
+class CascadeFile(TypedDict):
+    """``cascade.json``.
+
+    Attributes:
+        format: of this file.
+        models: name and digest of student, adapter and expert.
+        promise: what its threshold promises.
+        confidence: what scores mean, from the lowest on.
+        ids: of the calibration's problems, which no evaluation uses.
+        calibration: on those.
+        evaluation: on others; null before ``mlx-fd cascade eval``.
+    """
+
+    format: int
+    models: dict[str, dict[str, str]]
+    promise: CascadePromiseRow
+    confidence: list[CascadeStepRow]
+    ids: list[str]
+    calibration: CascadeMeasuredRow
+    evaluation: CascadeMeasuredRow | None
+
+
 # --------------------------------------------------------------------------------- parity bundle
 
 
@@ -1464,6 +1589,14 @@ FILES: Mapping[str, tuple[type, ...]] = {
     "outputs.jsonl": (OutputRow,),
     "eval.json": (EvaluationFile, EvaluationSetRow, SystemRow, ComparisonRow),
     "pareto.json": (ParetoFile, ParetoPointRow, RealStopRow, ParetoStartRow),
+    "cascade.json": (
+        CascadeFile,
+        CascadePromiseRow,
+        CascadeStepRow,
+        CascadeMeasuredRow,
+        CascadeSystemRow,
+        CascadePointRow,
+    ),
     "parity/bundle.json": (BundleFile, BundlePromptRow, BundleItemRow),
 }
 """Each file with the types of what is in it, the outermost first."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mlx_fd.models.conversation import Conversation, without_repeated_eos
-from mlx_fd.models.generation import replied
 from mlx_fd.models.writing import Sampling
 from mlx_fd.serve.engine import Written
 from mlx_fd.serve.judging import Verdict, judge
@@ -45,7 +43,6 @@ async def judge_own(service: Service, prompt: tuple[int, ...], answer: Written) 
     if answer.reason == "stop" and reply[-1] not in loaded.tokenizer.eos_token_ids:
         # A stop text ended it: what the client sees is judged.
         reply = tuple(loaded.tokenizer.encode(answer.text, add_special_tokens=False))
-    said = Conversation(replied(loaded, prompt, reply))
-    request = without_repeated_eos(said, served.request)
-    sampling, prompt = Sampling(service.feedback_tokens), (*said.tokens, *request)
-    return await judge(service, prompt, sampling, answer.conversation, text=False)
+    request = served.judge.own_request(prompt, reply)
+    sampling = Sampling(service.feedback_tokens)
+    return await judge(service, request, sampling, answer.conversation, text=False)

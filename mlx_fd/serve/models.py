@@ -23,14 +23,12 @@ class Served:
     Attributes:
         judge: the student, which answers and judges.
         expert: whom it passes requests on to; ``None``: there is nobody.
-        request: tokens of the request for feedback, as they follow an answer.
         form: how the student was asked for answers in its training; ``None``: it is no run's.
         context: tokens that each model reads at most; ``None`` where its config does not say.
     """
 
     judge: Judge
     expert: Loaded | None
-    request: tuple[int, ...]
     form: Form | None
     context: dict[str, int | None]
 
@@ -103,4 +101,5 @@ def open_served(student: str, expert: str | None) -> Served:
     if found is not None:
         paths[EXPERT] = found.path
     context = {name: context_length(path) for name, path in paths.items()}
-    return Served(judge, found, feedback_request(judge.student_lm), form, context)
+    feedback_request(judge.student_lm)  # a template that keeps no conversation is refused now
+    return Served(judge, found, form, context)

@@ -17,20 +17,15 @@ class Rule:
     """When the expert is asked.
 
     Attributes:
-        threshold: of the confidence where it is calibrated, else of the score; at least that much,
-            and the student's answer stands.
-        confidence: the probability that an answer is right, by its score; ``None``: not calibrated.
+        threshold: of the student's score; at least that much, and its answer stands; ``None``:
+            everything is passed on.
+        confidence: the share of right answers at a score; ``None``: not calibrated.
         source: who says so, in words.
     """
 
-    threshold: float
+    threshold: float | None
     confidence: Callable[[float], float] | None
     source: str
-
-    @property
-    def measure(self) -> str:
-        """What is compared with the threshold."""
-        return "score" if self.confidence is None else "confidence"
 
 
 @dataclass(frozen=True)
@@ -84,14 +79,15 @@ def _rounded(value: float | None) -> float | None:
 def decided(rule: Rule, score: float, answer: Written, *, has_expert: bool) -> Decision:
     """Whether an answer of a score stands."""
     confidence = None if rule.confidence is None else rule.confidence(score)
-    value = score if confidence is None else confidence
-    stands = value >= rule.threshold
-    measured = f"{rule.measure} {value:.2f}"
-    if stands:
-        reason = f"the student's {measured} is at least {rule.threshold:.2f}"
-    elif has_expert:
-        reason = f"the student's {measured} is below {rule.threshold:.2f}"
+    threshold = rule.threshold
+    stands = threshold is not None and score >= threshold
+    if threshold is None:
+        reason = "no score is high enough, by the calibration"
+    elif stands:
+        reason = f"the student's score {score:.2f} is at least {threshold:.2f}"
     else:
-        reason = f"the student's {measured} is below {rule.threshold:.2f}, and there is no expert"
+        reason = f"the student's score {score:.2f} is below {threshold:.2f}"
+    if not stands and not has_expert:
+        reason += ", and there is no expert"
     by = EXPERT if has_expert and not stands else STUDENT
-    return Decision(by, reason, score, confidence, rule.threshold, answer)
+    return Decision(by, reason, score, confidence, threshold, answer)

@@ -14,12 +14,14 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlx_fd.errors import UserError
+from mlx_fd.evaluation.cascade.confidence import confidence
+from mlx_fd.evaluation.cascade.file import read, why_other
 from mlx_fd.serve.app import make_app
 from mlx_fd.serve.engine import Engine
 from mlx_fd.serve.limits import Admission
 from mlx_fd.serve.logs import Log
 from mlx_fd.serve.metrics import Metrics
-from mlx_fd.serve.models import open_served
+from mlx_fd.serve.models import Served, open_served
 from mlx_fd.serve.rule import Rule
 from mlx_fd.serve.service import Options, Service
 
@@ -51,7 +53,7 @@ async def _serve(options: Options, on_ready: Callable[[Service, str], None]) -> 
             options=options,
             engine=engine,
             served=served,
-            rule=rule_of(options),
+            rule=rule_of(options, served),
             metrics=Metrics(),
             log=Log(texts=options.log_texts),
             admission=Admission(options.limits),
@@ -68,11 +70,28 @@ async def _serve(options: Options, on_ready: Callable[[Service, str], None]) -> 
         await engine.stop()
 
 
-def rule_of(options: Options) -> Rule:
-    """When the expert is asked."""
+def rule_of(options: Options, served: Served) -> Rule:
+    """When the expert is asked: as the options say, else as the run was calibrated.
+
+    Raises:
+        UserError: the run's calibration is damaged.
+    """
+    ref, calibrated = served.judge.ref, None
+    if served.scores and ref.run is not None:
+        calibrated = read(ref.run)
+    if calibrated is None:
+        threshold = 0.0 if options.threshold is None else options.threshold
+        plain = "above 0 it says that an answer is right; not calibrated"
+        return Rule(threshold, None, plain if options.threshold is None else "--threshold")
+    steps, promise = calibrated["confidence"], calibrated["promise"]
+    expert = None if served.expert is None else served.expert.path
+    why = why_other(calibrated, ref, expert)
+    # What scores meant before says little of a student that has learned on.
+    meaning = None if why else functools.partial(confidence, steps)
     if options.threshold is not None:
-        return Rule(options.threshold, None, "--threshold")
-    return Rule(0.0, None, "above 0 it says that an answer is right; not calibrated")
+        return Rule(options.threshold, meaning, "--threshold")
+    said = f"calibrated, {promise['kind']} {promise['target']:g}"
+    return Rule(promise["threshold"], meaning, f"{said}, but {why}" if why else said)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,0 +1,148 @@
+"""``mlx-fd cascade``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_fd.cli.options import Count, Number, PathType, debug_option, json_option, quiet_option
+from mlx_fd.errors import UserError
+
+if TYPE_CHECKING:
+    from mlx_fd.runs.records import CascadeFile
+
+_LIMIT = 500
+_SHARE = Number(0, 1, min_open=True, max_open=True)
+
+
+@click.command(
+    short_help="Choose when a student passes on to the expert, with a promise.",
+    epilog="""\b
+Examples:
+  mlx-fd cascade calibrate runs/mine --risk 0.1       of what it keeps, at most 10 % wrong
+  mlx-fd cascade calibrate runs/mine --accuracy 0.9   of all answers, at least 90 % right
+  mlx-fd cascade calibrate runs/mine --cost 0.3       at most 30 % passed on
+  mlx-fd cascade eval runs/mine                       is it kept on other problems?
+  mlx-fd serve --student runs/mine --expert tiny      serves with that threshold
+""",
+)
+@click.argument("action", type=click.Choice(["calibrate", "eval"]))
+@click.argument("run", type=PathType())
+@click.option(
+    "--risk",
+    type=_SHARE,
+    metavar="SHARE",
+    help="Promise: of the answers that the student keeps, at most this share is wrong.",
+)
+@click.option(
+    "--accuracy",
+    type=_SHARE,
+    metavar="SHARE",
+    help="Promise: of all answers, at least this share is right.",
+)
+@click.option(
+    "--cost",
+    type=_SHARE,
+    metavar="SHARE",
+    help="Promise: of all requests, at most this share is passed on.",
+)
+@click.option("--expert", metavar="NAME", help="Who is passed requests. [default: the run's]")
+@click.option(
+    "--problems",
+    metavar="SOURCE",
+    help="Held-out problems, as for mlx-fd loop. [default: those the run learned from, if their "
+    "source has a name; else gsm8k]",
+)
+@click.option("--split", default="test", show_default=True, metavar="NAME", help="Dataset split.")
+@click.option(
+    "--limit",
+    type=Count(),
+    default=_LIMIT,
+    show_default=True,
+    metavar="N",
+    help="Use at most N problems; eval leaves those of the calibration out.",
+)
+@json_option
+@quiet_option
+@debug_option
+def cascade(
+    action: str,
+    run: Path,
+    risk: float | None,
+    accuracy: float | None,
+    cost: float | None,
+    expert: str | None,
+    problems: str | None,
+    split: str,
+    limit: int,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Choose when a student passes requests on to the expert, and see what that brings.
+
+    RUN is a run directory of `mlx-fd loop`. calibrate lets both answer held-out problems and
+    chooses the threshold of the student's score that keeps one promise, --risk, --accuracy or
+    --cost, with 95 % on problems like those; `mlx-fd serve` takes it from the run. eval holds it
+    against other problems, and against the student alone, the expert alone, a lottery and an
+    oracle. Both write cascade.json and cascade.svg into RUN. Problems that were answered once are
+    not answered again.
+    """
+    given = {"risk": risk, "accuracy": accuracy, "cost": cost}
+    promises = {kind: value for kind, value in given.items() if value is not None}
+    if action == "calibrate" and len(promises) != 1:
+        raise click.UsageError("calibrate needs one of --risk, --accuracy and --cost.")
+    if action == "eval" and promises:
+        raise click.UsageError("--risk, --accuracy and --cost are for calibrate.")
+    from mlx_fd import runs
+    from mlx_fd.models.backend import backend
+
+    if not runs.is_run(run):
+        raise UserError(f"{run}: this is no run directory; a cascade needs a run of mlx-fd loop")
+    backend()
+    from rich.console import Console
+
+    from mlx_fd.cli.terminal.cascade import summary, table
+    from mlx_fd.cli.terminal.layout import output_console
+    from mlx_fd.cli.terminal.run import Steps
+    from mlx_fd.evaluation import suites
+    from mlx_fd.evaluation.cache import Cache
+    from mlx_fd.evaluation.cascade import file
+    from mlx_fd.evaluation.cascade.measuring import Held, calibrate, evaluate
+    from mlx_fd.evaluation.target import open_target
+    from mlx_fd.models.storage import cache_dir
+
+    calibrated = file.read(run)
+    if action == "eval" and calibrated is None:
+        raise UserError(
+            f"{run}: it has no calibration yet; mlx-fd cascade calibrate {run} --risk 0.1"
+        )
+    target = open_target(str(run), expert)
+    held = Held(problems, split, limit)
+    cache = Cache(cache_dir() / "eval")
+    bench = suites.make_bench(target, suites.Options(), cache, lambda step, tokens: None)
+    with Steps(Console(stderr=True), quiet=quiet or as_json) as steps:
+        if calibrated is not None and action == "eval":
+            found = evaluate(bench, held, calibrated, steps)
+        else:
+            [(kind, value)] = promises.items()
+            found = calibrate(bench, held, kind, value, steps)
+    _write(run, found)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    output_console().print(table(found["evaluation"] or found["calibration"]))
+    click.echo(summary(found))
+    if not quiet:
+        click.echo(f"results: {run / file.CASCADE}")
+
+
+def _write(run: Path, found: CascadeFile) -> None:
+    from mlx_fd.evaluation.cascade import file
+    from mlx_fd.report.cascade import PLOT, plot
+
+    file.write(run, found)
+    plot(found["evaluation"] or found["calibration"], run / PLOT)

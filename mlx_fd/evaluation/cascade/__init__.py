@@ -1,0 +1,6 @@
+"""A student that passes on what it is not sure of: what each threshold costs and brings.
+
+A problem is *passed on* where the student's score of its own answer is below a threshold; then the
+expert's answer counts. The mathematics are pure: :mod:`mlx_fd.evaluation.cascade.curve`,
+:mod:`mlx_fd.evaluation.cascade.choice`, :mod:`mlx_fd.evaluation.cascade.confidence`.
+"""

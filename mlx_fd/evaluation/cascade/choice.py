@@ -1,0 +1,109 @@
+"""The threshold that keeps a promise, with the risk control of :mod:`mlx_fd.feedback.risk`.
+
+The thresholds that are tried are fixed beforehand, as shares: a score stands there as
+(1 + score) / 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mlx_fd.evaluation.cascade.outcome import Outcome
+from mlx_fd.feedback.risk import LEVEL, THRESHOLDS, set_threshold, upper_bound
+from mlx_fd.runs.records import CascadePromiseRow
+
+RISK, ACCURACY, COST = "risk", "accuracy", "cost"
+PROMISES = {
+    RISK: "the share of wrong answers among those that the student keeps",
+    ACCURACY: "the accuracy of all answers",
+    COST: "the share of requests that the expert is asked",
+}
+
+
+def promised(kind: str, target: float, level: float, threshold: float | None) -> str:
+    """A promise in words; arguments as in ``cascade.json``."""
+    most = "at least" if kind == ACCURACY else "at most"
+    stands = (
+        "every request is passed on"
+        if threshold is None
+        else f"answers with a score of at least {threshold:g} stay the student's"
+    )
+    return f"promise, with {level:.0%}: {PROMISES[kind]} is {most} {target:.1%}; {stands}"
+
+
+def score_of(confidence: float) -> float:
+    """The score that is as confident: from [0, 1] to [-1, 1]."""
+    return 2 * confidence - 1
+
+
+def choose(found: Sequence[Outcome], kind: str, target: float) -> CascadePromiseRow:
+    """The threshold by which least is passed on, of those that surely keep a promise.
+
+    For a cost it is the one by which most is passed on. "Surely" is with probability
+    :data:`mlx_fd.feedback.risk.LEVEL` over the calibration's problems, if those to come are drawn
+    as they were.
+
+    Args:
+        found: what came of the calibration's problems.
+        kind: ``"risk"``, ``"accuracy"`` or ``"cost"``.
+        target: at most this risk or cost, at least this accuracy; in (0, 1).
+
+    Returns:
+        The promise, with the threshold of the score: ``None`` where all is passed on, and where no
+        threshold keeps it (then ``kept`` is false).
+    """
+    if kind == RISK:
+        confidences = [(1 + one.score) / 2 for one in found]
+        trust = set_threshold(confidences, [one.student for one in found], target)
+        threshold = None if trust.threshold is None else score_of(trust.threshold)
+        # Who keeps nothing has no wrong answer among what is kept.
+        return _row(kind, target, threshold, trust.disagreed, trust.audited, trust.bound, True)
+    best: CascadePromiseRow | None = None
+    # Strictest first for accuracy, where all is passed on at the start; for cost the other way.
+    tried: list[float | None] = [None, *map(score_of, THRESHOLDS)]
+    for threshold in tried if kind == ACCURACY else reversed(tried):
+        k, n = _against(found, kind, threshold), len(found)
+        bound = upper_bound(k, n)
+        limit = 1 - target if kind == ACCURACY else target
+        if bound > limit:
+            break
+        best = _row(kind, target, threshold, k, n, bound, True)
+    if best is not None:
+        return best
+    return _row(kind, target, None, 0, len(found), math.nan, False)
+
+
+def _against(found: Sequence[Outcome], kind: str, threshold: float | None) -> int:
+    """How many problems count against the promise: wrong in the end, or passed on."""
+    passed = [threshold is None or one.score < threshold for one in found]
+    if kind == COST:
+        return sum(passed)
+    return sum(
+        not (one.expert if asked else one.student) for one, asked in zip(found, passed, strict=True)
+    )
+
+
+def observed(found: Sequence[Outcome], kind: str, threshold: float | None) -> tuple[int, int]:
+    """What counts against a promise on other problems, and of how many."""
+    if kind != RISK:
+        return _against(found, kind, threshold), len(found)
+    kept = [one for one in found if threshold is not None and one.score >= threshold]
+    return sum(not one.student for one in kept), len(kept)
+
+
+def _row(
+    kind: str, target: float, threshold: float | None, k: int, n: int, bound: float, kept: bool
+) -> CascadePromiseRow:
+    if kind == ACCURACY:
+        bound = 1 - bound
+    return {
+        "kind": kind,
+        "target": target,
+        "level": LEVEL,
+        "threshold": threshold,
+        "against": k,
+        "of": n,
+        "bound": None if math.isnan(bound) else bound,
+        "kept": kept,
+    }

@@ -1,0 +1,60 @@
+"""``cascade.json`` of a run: its promise and threshold, what scores mean, what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from mlx_fd import runs
+from mlx_fd.errors import UserError
+from mlx_fd.evaluation.target import adapter_hash
+from mlx_fd.feedback.judge import ModelRef
+from mlx_fd.files import write_json
+from mlx_fd.models import fingerprint
+from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
+from mlx_fd.runs.records import CascadeFile
+
+CASCADE = "cascade.json"
+
+
+def write(run: Path, found: CascadeFile) -> None:
+    """Write a calibration, or one with its evaluation, into its run."""
+    with runs.wrap_write_errors(run, "free some space, then run the same command again."):
+        write_json(run / CASCADE, with_digest(found))
+
+
+def read(run: Path) -> CascadeFile | None:
+    """A run's calibration; ``None`` where there is none.
+
+    Raises:
+        UserError: it is not what was written.
+    """
+    path = run / CASCADE
+    try:
+        content, digested = read_checked(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ChangedFile) as error:
+        raise UserError(f"{path}: {error}; mlx-fd cascade calibrate makes it again") from error
+    if not digested or content.get("format") != 1:
+        raise UserError(f"{path}: is of another version; mlx-fd cascade calibrate makes it again")
+    return cast(CascadeFile, content)
+
+
+def why_other(found: CascadeFile, ref: ModelRef, expert: Path | None) -> str:
+    """Why a calibration does not hold for models; empty: it does.
+
+    Args:
+        found: the calibration.
+        ref: the student.
+        expert: the expert's directory; ``None``: there is none, and only scores have a meaning.
+    """
+    assert ref.checkpoint is not None and ref.config is not None
+    known = {name: row["sha256"] for name, row in found["models"].items()}
+    if known["adapter"] != adapter_hash(ref.checkpoint, ref.config):
+        return "the student has learned on since"
+    if known["student"] != fingerprint.content_hash(ref.model):
+        return "the student's base model is another one"
+    if expert is not None and known["expert"] != fingerprint.content_hash(expert):
+        return f"it was made with another expert, {found['models']['expert']['name']}"
+    return ""

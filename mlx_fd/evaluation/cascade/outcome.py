@@ -1,0 +1,26 @@
+"""What came of one problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One problem.
+
+    Attributes:
+        id: the problem's.
+        score: the student's score head's, of its own answer, in (-1, 1).
+        student: whether the student's answer is right.
+        expert: whether the expert's is.
+        student_tokens: that the student wrote.
+        expert_tokens: that the expert wrote.
+    """
+
+    id: str
+    score: float
+    student: bool
+    expert: bool
+    student_tokens: int
+    expert_tokens: int

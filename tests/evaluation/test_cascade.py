@@ -1,0 +1,193 @@
+"""The cascade: curves by brute force, promises by simulation, the command as a user calls it."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from scipy.optimize import isotonic_regression
+
+from mlx_fd.cli import cli
+from mlx_fd.errors import UserError
+from mlx_fd.evaluation.cascade import choice, confidence, curve, file
+from mlx_fd.evaluation.cascade.outcome import Outcome
+from mlx_fd.report.page import make_page
+from mlx_fd.report.reading import read_runs
+from mlx_fd.runs.records import EstimateRow
+from support.serving import tiny_run
+
+
+def drawn(rng, n, *, levels=None, student=0.6, expert=0.9):
+    """Problems of which a high score makes a right answer likelier."""
+    scores = rng.uniform(-1, 1, n)
+    if levels:
+        scores = np.round(scores * levels) / levels
+    right = rng.random(n) < student + (1 - student) * scores * 0.9
+    return [
+        Outcome(str(k), float(scores[k]), bool(right[k]), bool(rng.random() < expert), 5, 7 + k % 3)
+        for k in range(n)
+    ]
+
+
+def passed(found, threshold):
+    """Accuracy and expert tokens of a cascade, word by word."""
+    right = [one.student if one.score >= threshold else one.expert for one in found]
+    tokens = [0 if one.score >= threshold else one.expert_tokens for one in found]
+    return np.mean(right), np.mean(tokens)
+
+
+def test_a_curve_is_the_cascade_at_each_threshold():
+    found = drawn(np.random.default_rng(0), 60)
+    points = curve.curve(found)
+    assert len(points) == 61
+    for point in points[:-1]:
+        accuracy, tokens = passed(found, point["threshold"])
+        assert point["accuracy"] == pytest.approx(accuracy)
+        assert point["expert_tokens"] == pytest.approx(tokens)
+    last = points[-1]
+    assert (last["passed_on"], last["threshold"]) == (1, None)
+    assert last["accuracy"] == last["random"] == pytest.approx(np.mean([f.expert for f in found]))
+    assert last["oracle"] == pytest.approx(last["accuracy"])
+
+
+def test_an_oracle_is_the_best_of_all_choices_and_a_lottery_their_mean():
+    found = drawn(np.random.default_rng(3), 9, expert=0.7)
+    for k, point in enumerate(curve.curve(found)):
+        accuracies = [
+            np.mean(
+                [one.expert if place in chosen else one.student for place, one in enumerate(found)]
+            )
+            for chosen in map(set, itertools.combinations(range(9), k))
+        ]
+        assert point["oracle"] == pytest.approx(max(accuracies))
+        assert point["random"] == pytest.approx(np.mean(accuracies))
+
+
+def test_equal_scores_are_a_lottery_whatever_their_order():
+    rng = np.random.default_rng(1)
+    found = drawn(rng, 80, levels=3)
+    shuffled = [found[k] for k in rng.permutation(80)]
+    one, other = curve.curve(found), curve.curve(shuffled)
+    assert [p["accuracy"] for p in one] == pytest.approx([p["accuracy"] for p in other])
+    same = [Outcome(f.id, 0.5, f.student, f.expert, 5, 7) for f in found]
+    data = curve.columns(same)
+    area = curve.above_random(data["score"], data["student"], data["expert"])
+    assert area == pytest.approx(0, abs=1e-12)
+    data = curve.columns(found)
+    assert curve.above_random(data["score"], data["student"], data["expert"]) > 0.02
+
+
+@pytest.mark.parametrize(("kind", "target"), [("risk", 0.3), ("accuracy", 0.7), ("cost", 0.5)])
+def test_promises_are_kept_on_other_problems(kind, target):
+    """In 120 draws of 150 calibration problems a promise is broken in at most about 5 %."""
+    rng, broken, set_ = np.random.default_rng(7), 0, 0
+    whole = drawn(rng, 20_000)
+    for _ in range(120):
+        places = rng.integers(0, len(whole), 150)
+        promise = choice.choose([whole[k] for k in places], kind, target)
+        if not promise["kept"] or promise["threshold"] is None:
+            continue
+        set_ += 1
+        against, of = TRUTH[kind](promise["threshold"], whole)
+        share = 1 - against / of if kind == "accuracy" else against / of
+        broken += share < target if kind == "accuracy" else share > target
+    assert set_ > 100
+    # 5 % of 120 and three standard errors.
+    assert broken <= 6 + 3 * np.sqrt(120 * 0.05 * 0.95)
+
+
+def known(kind):
+    cache = {}
+
+    def of(threshold, whole):
+        if threshold not in cache:
+            cache[threshold] = choice.observed(whole, kind, threshold)
+        return cache[threshold]
+
+    return of
+
+
+TRUTH = {kind: known(kind) for kind in choice.PROMISES}
+
+
+def test_a_cost_passes_on_as_much_as_it_may_and_an_accuracy_as_little():
+    found = drawn(np.random.default_rng(2), 1000)
+    cost = choice.choose(found, "cost", 0.5)
+    assert 0.3 < cost["against"] / cost["of"] < 0.5
+    accuracy = choice.choose(found, "accuracy", 0.75)
+    lower = choice.choose(found, "accuracy", 0.65)
+    assert lower["threshold"] < accuracy["threshold"]
+    assert accuracy["bound"] >= 0.75
+    assert choice.choose(found, "accuracy", 0.99)["kept"] is False
+
+
+def test_scores_mean_what_isotonic_regression_says():
+    found = drawn(np.random.default_rng(5), 400)
+    ordered = sorted(found, key=lambda one: one.score)
+    bins = [ordered[k : k + 20] for k in range(0, 400, 20)]
+    shares = [np.mean([one.student for one in part]) for part in bins]
+    wanted = isotonic_regression(shares, weights=[len(part) for part in bins]).x
+    steps = confidence.steps(found)
+    for part, share in zip(bins, wanted, strict=True):
+        assert confidence.confidence(steps, part[0].score) == pytest.approx(share)
+    assert sum(step["n"] for step in steps) == 400
+    assert confidence.confidence(steps, -1.0) == steps[0]["right"]
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cascade")
+    run = tiny_run(folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_FD_CACHE", str(folder / "cache"))
+        call("calibrate", run, "--cost", "0.9", "--limit", "32")
+        yield run
+
+
+def call(action, run, *options):
+    cli(["cascade", action, str(run), *options], standalone_mode=False)
+
+
+def test_calibrate_and_eval_write_what_they_measured(run, capsys):
+    calibrated = file.read(run)
+    assert calibrated["evaluation"] is None
+    assert len(calibrated["ids"]) == 32
+    by = {row["name"]: row for row in calibrated["calibration"]["systems"]}
+    assert by["cascade"]["passed_on"] <= 0.9
+    assert by["expert"]["accuracy"]["value"] > by["student"]["accuracy"]["value"]
+    call("eval", run, "--limit", "16", "--json")
+    found = json.loads(capsys.readouterr().out)
+    measured = found["evaluation"]
+    assert measured["n"] == 16
+    assert found["promise"] == calibrated["promise"]
+    [cascade] = [row for row in measured["systems"] if row["name"] == "cascade"]
+    assert set(cascade["accuracy"]) == set(EstimateRow.__annotations__)
+    assert measured["against"] == round(cascade["passed_on"] * 16)
+    call("eval", run, "--limit", "16")
+    assert "promise, with 95%" in capsys.readouterr().out
+    assert (run / "cascade.svg").read_text().startswith("<svg")
+    page = make_page(read_runs([run]))
+    assert "When the student passes on" in page
+    assert "Accuracy against the share passed on, held out" in page
+
+
+def test_what_cannot_be_promised_is_said(run, tmp_path):
+    with pytest.raises(UserError, match="no threshold surely keeps it"):
+        call("calibrate", run, "--accuracy", "0.999", "--limit", "32")
+    with pytest.raises(UserError, match="the run learned from these problems"):
+        call("calibrate", run, "--risk", "0.1", "--split", "train")
+    with pytest.raises(Exception, match="needs one of --risk, --accuracy and --cost"):
+        call("calibrate", run)
+    with pytest.raises(UserError, match="no calibration yet"):
+        call("eval", tiny_run(tmp_path / "other"))
+    path = run / file.CASCADE
+    whole = path.read_text()
+    try:
+        path.write_text(whole.replace('"cost"', '"risk"', 1))
+        with pytest.raises(UserError, match="calibrate makes it again"):
+            call("eval", run)
+    finally:
+        path.write_text(whole)
