@@ -155,7 +155,12 @@ def test_a_frontier_keeps_numbers_whole():
     point = {
         "stop_threshold": 0.35,
         "stopped_after_batch": 11,
-        "cost": {"kd_steps": 44, "teacher_tokens": 25613, "seconds": 105.3},
+        "cost": {
+            "expert_tokens": 18_700,
+            "kd_steps": 44,
+            "teacher_tokens": 25613,
+            "seconds": 105.3,
+        },
         "losses": dict.fromkeys(("lm", "hidden", "score", "logit"), 0.01674),
         "metrics": {"final_accuracy": 0.97, "first_error_f1": 0.7, "solved": 0.6},
         "estimates": {n: interval() for n in ("final_accuracy", "first_error_f1", "solved")},

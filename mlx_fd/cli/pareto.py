@@ -33,9 +33,10 @@ Examples:
 @click.option(
     "--cost",
     type=click.Choice(list(COSTS)),
-    default="kd_steps",
+    default=next(iter(COSTS)),
     show_default=True,
-    help="Training cost: optimiser steps, tokens trained on, or seconds.",
+    help="Training cost: tokens of the expert's feedbacks, optimiser steps, tokens trained on, or "
+    "seconds.",
 )
 @click.option(
     "--objectives",
@@ -47,9 +48,9 @@ Examples:
 @click.option(
     "--exam",
     is_flag=True,
-    help="Examine the student at each stop that has a checkpoint (where the truth about answers is "
-    "known: --problems arithmetic; keep checkpoints with --checkpoint-every 1 --keep-checkpoints "
-    "N).",
+    help="Examine the student at each stop that has a checkpoint, on questions of the validation "
+    "split, which no evaluation reports (where the truth about answers is known: --problems "
+    "arithmetic; keep checkpoints with --checkpoint-every 1 --keep-checkpoints N).",
 )
 @click.option(
     "--sweep",

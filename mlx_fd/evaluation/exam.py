@@ -216,15 +216,20 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, Befo
     }
 
 
-def exam_questions(config: Config) -> tuple[Question, ...]:
+def exam_questions(config: Config, split: str = "test") -> tuple[Question, ...]:
     """The questions of a run's examination; none where the truth about answers is not known.
+
+    Args:
+        config: the run's.
+        split: whose problems they are: ``test`` for what is reported, ``validation`` for what
+            something is chosen by.
 
     Raises:
         UserError: its problems have no right answers.
     """
     size = config.episode.exam_size
     truth = truth_of(config.problems.problems)
-    questions = truth.questions(size, config.episode.seed, "test") if truth and size else ()
+    questions = truth.questions(size, config.episode.seed, split) if truth and size else ()
     if not are_graded(question.problem for question in questions):
         raise UserError(
             f"{config.problems.problems}: the examination asks for problems with right answers, "

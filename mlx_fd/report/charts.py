@@ -139,7 +139,7 @@ def gain_figure(run: Run) -> Figure | None:
     )
     threshold = run.manifest["options"].get("stop_threshold")
     line, above = None, ""
-    if isinstance(threshold, (int, float)):
+    if isinstance(threshold, (int, float)) and threshold < 1:
         line = (
             alt.Chart(draw.inline([{"threshold": threshold}]))
             .mark_rule(color=PAGE.soft)
@@ -372,7 +372,7 @@ def pareto_figures(run: LoopRun) -> list[Figure]:
     if not run.pareto or not run.pareto["points"]:
         return []
     points = run.pareto["points"]
-    cost = run.pareto["objectives"][0] if run.pareto["objectives"] else "kd_steps"
+    cost = run.pareto["objectives"][0] if run.pareto["objectives"] else "expert_tokens"
     if cost not in points[0]["cost"]:
         cost = next(iter(points[0]["cost"]), "")
     losses = list(dict.fromkeys(name for point in points for name in point["losses"]))

@@ -16,6 +16,7 @@ from mlx_fd.report.reading import CascadeShown, LoopRun
 from mlx_fd.report.rendering import GENERATOR, asset, render
 from mlx_fd.report.run import Run
 from mlx_fd.report.self_reading import SelfRun
+from mlx_fd.report.trust import trust_figure
 from mlx_fd.runs import failed_write
 
 _LOOKED_AT = 1000
@@ -177,7 +178,8 @@ def _loop_parts(runs: Sequence[LoopRun]) -> dict[str, Any]:
         ],
         "losses": charts.loss_figures(runs),
         "by_run": [
-            _gate(run, charts.weight_figure(run), charts.decision_figure(run)) for run in runs
+            _gate(run, charts.weight_figure(run), charts.decision_figure(run), trust_figure(run))
+            for run in runs
         ],
         "accuracy": _there(charts.accuracy_figure(runs)),
         "exam": _there(charts.exam_figure(runs)),

@@ -108,16 +108,22 @@ def _audits(rows: Sequence[EpisodeRow]) -> AuditsRow:
     }
 
 
-def _share_saved(rows: Sequence[EpisodeRow], written: int, asked: int) -> float | None:
+def mean_feedback(rows: Sequence[EpisodeRow]) -> float:
+    """Mean tokens of the expert's feedbacks; 0 where it gave none."""
+    written = [row["tokens"]["expert_feedback"] for row in rows if row["expert_feedback"]]
+    return sum(written) / len(written) if written else 0.0
+
+
+def _share_saved(rows: Sequence[EpisodeRow], mean: float) -> float | None:
     """Of the expert's feedback tokens in some episodes, the share that was saved.
 
-    A feedback that was not written counts as the run's mean, of ``written`` tokens in ``asked``.
+    A feedback that was not written counts as the run's mean.
     """
     if not rows:
         return None
     there = sum(map(_feedback_tokens, rows))
     alone = sum(row["expert_feedback"] is None for row in rows)
-    saved = alone * (written / asked if asked else 1.0)
+    saved = alone * (mean or 1.0)
     return round(saved / (saved + there), 4) if saved + there else 0.0
 
 
@@ -154,7 +160,6 @@ def summarise(
     asked = [row for row in episodes if row["expert_feedback"]]
     alone = [row for row in episodes if not row["expert_feedback"]]
     given = [row["expert_feedback"] for row in asked if row["expert_feedback"]]
-    written = sum(row["tokens"].get("expert_feedback", 0) for row in asked)
     gaps = [
         abs(expert["written_score"] - head)
         for row in episodes
@@ -163,7 +168,7 @@ def summarise(
         and (head := row["student_feedback"]["head_score"]) is not None
     ]
     half = len(gaps) // 2
-    later = episodes[len(episodes) // 2 :]
+    mean, later = mean_feedback(episodes), episodes[len(episodes) // 2 :]
     summary: Summary = {
         "episodes": len(episodes),
         "accuracy": {
@@ -190,9 +195,9 @@ def summarise(
             "asked": len(asked),
             "not_asked": len(alone),
             "tokens_written": sum(map(_feedback_tokens, episodes)),
-            "tokens_saved": round(written / len(asked) * len(alone)) if asked else 0,
-            "share_saved": _share_saved(episodes, written, len(asked)),
-            "share_saved_second_half": _share_saved(later, written, len(asked)),
+            "tokens_saved": round(mean * len(alone)),
+            "share_saved": _share_saved(episodes, mean),
+            "share_saved_second_half": _share_saved(later, mean),
             "audits": _audits(asked),
             "trust": metrics[-1]["trust"] if metrics else None,
             "accuracy_when_asked": _accuracy(asked, "correct_after"),

@@ -34,6 +34,7 @@ from mlx_fd.feedback.episode import (
     Finished,
     Judged,
     OnTokens,
+    StudentFeedback,
     derive_seed,
     episode_row,
     expert_feedback,
@@ -173,10 +174,8 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
     drawn = [one.judged for one in second] or judged
     state = dataclasses.replace(state, answering=_observe_answers(state.answering, drawn, config))
     # 3.
-    gate_state, gated = _ask_gate(state.gate, taught, learner)
-    gate_state, gated_second = _ask_gate(
-        gate_state, [one.taught for one in second], learner, to_learn=True
-    )
+    gate_state, gated = _ask_gate(_observe_verdicts(state.gate, judged), taught, learner)
+    gate_state, gated_second = _ask_gate(gate_state, [one.taught for one in second], learner)
     lagging = [index for index, one in gated.items() if one.decision.distil]
     lagging_second = [index for index, one in gated_second.items() if one.decision.distil]
     feedback = [gated[index].sample for index in lagging]
@@ -253,11 +252,7 @@ def _judge(
     students = student_feedback(
         pair, answered, config.generation, seeds("student_feedback"), on_tokens
     )
-    asked = [
-        index
-        for index, (one, student) in enumerate(zip(answered, students, strict=True))
-        if _audited(one.problem, config) or not gate.stands_alone(state, student.confidence)
-    ]
+    asked = _asked(answered, students, state, config)
     experts = expert_feedback(
         pair,
         [answered[index] for index in asked],
@@ -266,6 +261,20 @@ def _judge(
         on_tokens,
     )
     return judge(answered, students, dict(zip(asked, experts, strict=True)))
+
+
+def _asked(
+    answered: Sequence[Answered],
+    students: Sequence[StudentFeedback],
+    state: gate.GateState,
+    config: Config,
+) -> list[int]:
+    """Places of the answers on which the expert gives feedback: no trust, or an audit."""
+    return [
+        index
+        for index, (one, student) in enumerate(zip(answered, students, strict=True))
+        if _audited(one.problem, config) or not gate.stands_alone(state, student.confidence)
+    ]
 
 
 def _second_answers(
@@ -286,8 +295,10 @@ def _second_answers(
 
     answered = student_answers(pair, problems, options, second("answer"), on_tokens)
     students = student_feedback(pair, answered, options, second("student_feedback"), on_tokens)
-    experts = expert_feedback(pair, answered, options, second("expert_feedback"), on_tokens)
-    judged = judge(answered, students, dict(enumerate(experts)))
+    asked = _asked(answered, students, state.gate, config)
+    wanted = [answered[index] for index in asked]
+    experts = expert_feedback(pair, wanted, options, second("expert_feedback"), on_tokens)
+    judged = judge(answered, students, dict(zip(asked, experts, strict=True)))
     return review(pair, judged, config.losses.expert_verdicts, options, second, on_tokens)
 
 
@@ -296,8 +307,20 @@ def _observe_answers(state: Answering, judged: Sequence[Judged], config: Config)
     return observe(state, scores, config.generation)
 
 
+def _observe_verdicts(state: gate.GateState, judged: Sequence[Judged]) -> gate.GateState:
+    """The gate's state after both verdicts on each answer, the expert's as it gave it.
+
+    What is only learned from is none of it: trust is about the answers that episodes go on with.
+    """
+    for one in judged:
+        if one.expert is not None:
+            expert, student = one.expert.feedback.written_score, one.student
+            state = gate.observe_scores(state, student.confidence, student.score, expert)
+    return state
+
+
 def _ask_gate(
-    state: gate.GateState, judged: Sequence[Judged], learner: Learner, *, to_learn: bool = False
+    state: gate.GateState, judged: Sequence[Judged], learner: Learner
 ) -> tuple[gate.GateState, dict[int, _Gated]]:
     """Step 3: the gate sees every feedback of the expert, in order.
 
@@ -305,7 +328,6 @@ def _ask_gate(
         state: before it.
         judged: episodes after step 2.
         learner: the run's.
-        to_learn: they are answers that are only learned from, and say nothing of trust.
 
     Returns:
         The gate's state after them, and its decision by the episode's index in the batch.
@@ -334,10 +356,6 @@ def _ask_gate(
         else:
             decision = _decide(state, sample, score, losses, config)
         gated[index] = _Gated(sample, losses, decision)
-        if not to_learn:
-            state = gate.observe_scores(
-                state, one.student.confidence, one.student.score, sample.expert_score
-            )
         if not state.frozen or _audited(one.problem, config):
             state = gate.observe_sample(state, losses, config.gate)
     return state, gated

@@ -19,6 +19,9 @@ from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from mlx_fd import cli, runs
 from mlx_fd.config import read
+from mlx_fd.evaluation.exam import exam_questions
+from mlx_fd.evaluation.pareto.exam import CHOOSING
+from mlx_fd.problems.sources import truth_of
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.summary import wilson
 from support.pairs import make_home
@@ -139,14 +142,16 @@ def test_a_point_is_what_the_run_had_come_to(always, found):
     assert found["format"] == 1
     assert found["run"] == str(always)
     # Random models write no score that could be read: that loss is not known.
-    assert found["objectives"] == ["kd_steps", "lm", "hidden", "logit"]
+    assert found["objectives"] == ["expert_tokens", "lm", "hidden", "logit"]
     stops = [point["stopped_after_batch"] for point in found["points"]]
     assert len(stops) > 3
     assert stops[-1] is None and stops[:-1] == sorted(set(stops[:-1]))
     for point, stop in zip(found["points"], stops, strict=True):
         done = rows[:stop]
         updates = [update for row in done for update in row["updates"]]
+        written = runs.read_lines(always / runs.EPISODES)[: 2 * len(done)]
         assert point["cost"] == {
+            "expert_tokens": sum(row["tokens"]["expert_feedback"] for row in written),
             "kd_steps": len(updates),
             "teacher_tokens": sum(update["tokens"] for update in updates),
             "seconds": pytest.approx(sum(row["distil_seconds"] for row in done), abs=1e-3),
@@ -168,7 +173,7 @@ def test_a_point_is_what_the_run_had_come_to(always, found):
 def test_the_frontier_and_the_choice_are_of_these_points(found):
     table = np.array(
         [
-            [p["cost"]["kd_steps"], *map(p["losses"].get, found["objectives"][1:])]
+            [p["cost"]["expert_tokens"], *map(p["losses"].get, found["objectives"][1:])]
             for p in found["points"]
         ]
     )
@@ -308,9 +313,15 @@ def test_the_student_is_examined_where_its_checkpoint_is(tmp_path):
     found = json.loads(mlx_fd("pareto", run, "--exam", "--json").out)
     assert found["objectives"][-2:] == ["first_error_f1", "solved"]
     last = found["points"][-1]["estimates"]
-    summary = json.loads((run / "summary.json").read_text())
-    for name in ("first_error_f1", "solved"):
-        assert last[name] == summary["exam"][name]["after"]
+    assert [last[name]["n"] for name in ("first_error_f1", "solved")] == [4, 4]
+    # Chosen by other questions than those that are reported.
+    config = read(run / "config.toml")
+    chosen, reported = (
+        {question.problem.question for question in exam_questions(config, split)}
+        for split in (CHOOSING, "test")
+    )
+    assert len(chosen) == 4 and not chosen & reported
+    assert exam_questions(config) == truth_of("arithmetic").questions(4, 0, "test")
 
     stop = found["points"][0]["stopped_after_batch"]
     assert stop is not None

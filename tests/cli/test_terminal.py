@@ -27,7 +27,7 @@ def row(before: bool, after: bool, expert: float | None, student: float) -> dict
         "expert_feedback": None if expert is None else {"written_score": expert},
         "student_feedback": {"head_score": student, "written_score": None},
         "gate": {"reason": "the score is 0.5 from the expert's", "trusted": False},
-        "tokens": {"answer": 10, "expert_feedback": 6},
+        "tokens": {"answer": 10} | ({} if expert is None else {"expert_feedback": 6}),
         "prefilled": {"answer": 30},
         "seconds": {"answer": 1.5},
         "capped": [],
@@ -94,8 +94,23 @@ def test_lines_for_a_log():
     assert lines[1].startswith(
         "2/6  right 1 -> 2 of 2  score expert +0.75 student +0.25  distilled 1  lm 2.5 logit 0.125"
     )
-    assert lines[2].startswith("4/6  right 2 -> 2 of 4  score expert - student +0.75  frozen  ETA ")
-    assert len(lines) == 3
+    assert lines[2].startswith("gate: freeze: ")
+    assert lines[3].startswith(
+        "4/6  right 2 -> 2 of 4  score expert - student +0.75  frozen  expert not asked 2  ETA "
+    )
+    assert len(lines) == 4
+
+
+def test_where_the_student_is_trusted_is_told_when_it_changes():
+    trust = {"threshold": 0.62, "coverage": 0.405, "audited": 81, "disagreed": 1, "bound": 0.0574}
+    trusted = metrics(0, trust=trust)
+    seen = shown(*(BatchDone(2, 6, BATCHES[0].rows, row) for row in (trusted, trusted, metrics(2))))
+    said = [line for line in seen.splitlines() if line.startswith("gate: ")]
+    assert said == [
+        "gate: the expert is not asked from a confidence of 0.62 on (40% of verdicts); of the last "
+        "81 there 1 differ, with 95 % at most 5.7%",
+        "gate: the expert is always asked",
+    ]
 
 
 def test_a_skipped_step_is_told():

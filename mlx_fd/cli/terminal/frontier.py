@@ -17,7 +17,7 @@ def table(found: Mapping[str, Any]) -> FittingTable:
     metrics = dict.fromkeys(name for point in points for name in point["metrics"])
     swept = "real" in points[0]
     header = [
-        *("stop", "batch", "steps", "tokens", "time", *points[0]["losses"]),
+        *("stop", "batch", "expert", "steps", "time", *points[0]["losses"]),
         *(METRICS[name].short for name in metrics),
         *(["in the sweep"] if swept else []),
         "",
@@ -34,8 +34,8 @@ def _row(
     return [
         f"{point['stop_threshold']:g}",
         _batch(point["stopped_after_batch"]),
+        f"{cost['expert_tokens'] / 1000:.1f}k",
         f"{cost['kd_steps']}",
-        f"{cost['teacher_tokens'] / 1000:.0f}k",
         f"{cost['seconds']:.0f} s",
         *(f"{value:.3g}" for value in point["losses"].values()),
         *(_estimate(point["estimates"].get(name)) for name in metrics),
@@ -72,8 +72,8 @@ def summary(found: ParetoFile) -> str:
     name = found["objectives"][0]
     share = point["cost"][name] / whole[name] if whole[name] else 1.0
     return (
-        "Held-out losses at the stop. right: correct final answers up to there, with 95 % "
-        "intervals; n = "
+        "expert: tokens of its feedbacks. Held-out losses at the stop. right: correct final "
+        "answers up to there, with 95 % intervals; n = "
         f"{found['points'][-1]['estimates']['final_accuracy']['n']} in the last row.\n"
         "best: the recommendation. product: the published rule, minimum cost x mean loss.\n"
         f"recommended: stop_threshold = {point['stop_threshold']:g} (the same from {low:.3g} to "

@@ -34,7 +34,17 @@ from mlx_fd.runs.events import (
     Warned,
 )
 from mlx_fd.runs.labels import EXAM_NAMES, STEP_NAMES, duration, expert_verdicts_say, number
-from mlx_fd.runs.records import CountRow, EstimateRow, ExpertUseRow, HeadroomRow, ShareRow, Summary
+from mlx_fd.runs.records import (
+    CountRow,
+    EstimateRow,
+    ExpertUseRow,
+    HeadroomRow,
+    MetricsRow,
+    SelfMetricsRow,
+    ShareRow,
+    Summary,
+    TrustRow,
+)
 from mlx_fd.runs.summary import good_by_expert
 from mlx_fd.text import strip_control_chars
 
@@ -73,6 +83,8 @@ class Display:
         self._losses_last: Mapping[str, float | None] = {}
         self._last: BatchDone | None = None
         self._temperature: float | None = None
+        self._frozen = False
+        self._threshold: float | None = None
         self._reason = "waiting for the first batch"
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -150,8 +162,18 @@ class Display:
         self._count(event)
         eta = self._eta(event)
         self._show_count(self.counted, event.done, event.total, f"ETA {eta}")
+        self._say_gate(event.metrics)
         if self._live is None:
             self._say(self._line(event, eta))
+
+    def _say_gate(self, metrics: MetricsRow | SelfMetricsRow) -> None:
+        """Say what the gate changed: that the student freezes or thaws, or where it is trusted."""
+        if metrics["frozen"] != self._frozen:
+            self._frozen = metrics["frozen"]
+            self._say(f"gate: {'freeze' if self._frozen else 'thaw'}: {self._reason}")
+        if "trust" in metrics and metrics["trust"]["threshold"] != self._threshold:
+            self._threshold = metrics["trust"]["threshold"]
+            self._say(f"gate: {trust_says(metrics['trust'])}")
 
     def _begun_at(self, event: BatchDone) -> int:
         return event.done - len(event.rows)
@@ -201,6 +223,9 @@ class Display:
             self._temperature = temperature
         if losses:
             parts.append(" ".join(f"{name} {number(value)}" for name, value in losses.items()))
+        alone = sum("expert_feedback" in row and not row["expert_feedback"] for row in event.rows)
+        if alone:
+            parts.append(f"expert not asked {alone}")
         skipped = sum(update["skipped"] for update in updates)
         if skipped:
             parts.append(f"{skipped} steps skipped: gradient not finite")
@@ -275,7 +300,12 @@ class Display:
                     f"{answers}; score: expert {self._expert_score()}, student "
                     f"{self._student_score()}\ngate: ",
                     (state, "cyan"),
-                    f" ({self._reason})",
+                    f" ({self._reason})"
+                    + (
+                        f"\ntrust: {trust_says(self._last.metrics['trust'])}"
+                        if "trust" in self._last.metrics
+                        else ""
+                    ),
                 )
             )
         return self._framed(rows)
@@ -324,6 +354,17 @@ def _mean(values: Iterable[float | None]) -> str:
     return number(sum(known) / len(known), "+.2f") if known else "-"
 
 
+def trust_says(trust: TrustRow) -> str:
+    """Where the student needs no expert, and what that rests on."""
+    if trust["threshold"] is None:
+        return "the expert is always asked"
+    return (
+        f"the expert is not asked from a confidence of {trust['threshold']:g} on "
+        f"({trust['coverage']:.0%} of verdicts); of the last {trust['audited']} there "
+        f"{trust['disagreed']} differ, with 95 % at most {trust['bound']:.1%}"
+    )
+
+
 def _saved(feedback: ExpertUseRow) -> str:
     def share(value: float | None) -> str:
         return "-" if value is None else f"{value:.1%}"
@@ -337,19 +378,12 @@ def _saved(feedback: ExpertUseRow) -> str:
 def _trusted(feedback: ExpertUseRow) -> str:
     """Where the student needs no expert, and what the audits showed there."""
     trust, audits = feedback["trust"], feedback["audits"]
-    if trust is None or trust["threshold"] is None:
-        now = "nowhere at the end"
-    else:
-        now = (
-            f"from confidence {trust['threshold']:g} on; {trust['disagreed']} of its last "
-            f"{trust['audited']} verdicts there differ from the expert's, at most "
-            f"{trust['bound']:.1%} with 95 % probability"
-        )
+    now = "nowhere" if trust is None else trust_says(trust)
     if not audits["n"]:
-        return now
+        return f"at the end {now}"
     low, high = audits["interval"]
     return (
-        f"{now}; in {audits['n']} audits {audits['disagreed']} differed "
+        f"at the end {now}; in the run's {audits['n']} audits {audits['disagreed']} differed "
         f"({audits['disagreed'] / audits['n']:.1%}, 95 % {low:.1%} to {high:.1%})"
     )
 
@@ -442,7 +476,7 @@ def summary_table(summary: Summary) -> NamedValues:
     )
     if feedback["not_asked"]:
         table.add_row("saved, of its tokens", _saved(feedback))
-    table.add_row("trusted without it", _trusted(feedback))
+    table.add_row("trust", _trusted(feedback))
     if feedback["not_asked"] and "verdicts" not in summary:
         table.add_row(
             "right, requested / skipped",

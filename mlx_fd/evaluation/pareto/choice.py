@@ -126,8 +126,16 @@ def recommended(frontier: ParetoFile) -> ParetoPointRow:
 
 
 def gated(config: Config, stop_threshold: float) -> Config:
-    """A run's configuration with a gate that stops it, and lets every sample through until then."""
-    changes = {"gate": "ema", "trigger": "always", "stop_threshold": stop_threshold}
+    """A run's configuration with a gate that stops it, and lets every sample through until then.
+
+    The expert is always asked, as it was in the run that was replayed.
+    """
+    changes = {
+        "gate": "ema",
+        "trigger": "always",
+        "stop_threshold": stop_threshold,
+        "max_disagreement": 0.0,
+    }
     return override(config, changes, "mlx-fd pareto")
 
 
@@ -139,6 +147,7 @@ def preset_toml(frontier: ParetoFile, config: Config) -> str:
     return (
         f"# Recommended by mlx-fd pareto {json.dumps(frontier['run'])[1:-1]}\n"
         f"# With the same seed the gate {where}, after {point['cost']['kd_steps']} steps.\n"
+        "# The expert is always asked; with --max-disagreement above 0 it is asked less.\n"
         + to_toml(gated(config, point["stop_threshold"]))
     )
 

@@ -20,11 +20,19 @@ from mlx_fd.runs.records import Summary
 
 @dataclass(frozen=True)
 class BatchCost:
-    """What learning from a batch of episodes cost: optimiser steps, tokens in them, seconds."""
+    """What learning from a batch of episodes cost.
+
+    Attributes:
+        steps: optimiser steps.
+        tokens: tokens that the student read in them.
+        seconds: that they took.
+        expert_tokens: tokens of the expert's feedbacks.
+    """
 
     steps: int
     tokens: int
     seconds: float
+    expert_tokens: int
 
 
 @dataclass(frozen=True)
@@ -116,8 +124,9 @@ def _curve(folder: Path, config: Config) -> Curve:
     for row in rows:
         updates = row["updates"]
         tokens = sum(int(update["tokens"]) for update in updates)
-        batches.append(BatchCost(len(updates), tokens, _finite(row["distil_seconds"])))
-        spent += len(updates)
+        written = int(row["expert_tokens"])
+        batches.append(BatchCost(len(updates), tokens, _finite(row["distil_seconds"]), written))
+        spent += written
         if row["probe"]:
             looks.append(Look(row["batch"] + 1, _losses(row["probe"]), float(spent)))
             spent = 0

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mlx_fd import runs
+from mlx_fd.config import Config
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation.exam import Result, compare, exam_questions, examine, load_results
+from mlx_fd.evaluation.exam import compare, exam_questions, examine
 from mlx_fd.evaluation.pareto.curve import Curve
 from mlx_fd.evaluation.pareto.points import Point, batch_of
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models.student import load_student
 from mlx_fd.problems.sources import Question, names_with_truth
-from mlx_fd.runs.checked import ChangedFile
 from mlx_fd.runs.checkpoints import checkpoint_after
 from mlx_fd.runs.manifest import check_same
 from mlx_fd.runs.plan import make_plan
@@ -22,6 +22,8 @@ from mlx_fd.runs.records import EstimateRow
 
 # Measures of the examination that are objectives; more of them is better, and all are shares.
 EXAM_MEASURES = ("first_error_f1", "solved")
+# The split that stops are chosen by.
+CHOOSING = "validation"
 
 
 def examine_points(
@@ -46,8 +48,7 @@ def examine_points(
     """
     plan = make_plan(curve.config)
     check_same(runs.read_manifest(folder), plan.manifest, folder)
-    questions = exam_questions(plan.config)
-    before = _results(folder, questions)
+    questions = _questions(folder, plan.config)
     pair = open_pair(plan)
     wanted = sorted({batch_of(point, curve) for point in points})
     measured: dict[int, dict[str, EstimateRow]] = {}
@@ -57,8 +58,8 @@ def examine_points(
         if checkpoint is None:
             continue
         load_student(pair.student, checkpoint)
-        after = examine(pair, questions, curve.config.generation, lambda step, tokens: None)
-        measures = compare(before, after)
+        found = examine(pair, questions, curve.config.generation, lambda step, tokens: None)
+        measures = compare(found, found)
         measured[batch] = {name: measures[name]["after"] for name in EXAM_MEASURES}
     progress("students examined", len(wanted), len(wanted))
     missing = [str(batch) for batch in wanted if batch not in measured]
@@ -76,18 +77,17 @@ def examine_points(
     return examined, notes
 
 
-def _results(folder: Path, questions: Sequence[Question]) -> list[Result]:
-    """What the student made of the examination before the run."""
-    try:
-        saved = load_results(folder / runs.EXAM, questions) if questions else None
-    except (ChangedFile, OSError) as error:
+def _questions(folder: Path, config: Config) -> tuple[Question, ...]:
+    """Questions to choose by, which are none of those that an evaluation reports."""
+    if config.problems.split == CHOOSING:
         raise UserError(
-            f"{folder / runs.EXAM}: {error}. Restore the old file, or leave --exam out."
-        ) from error
-    if saved is None:
+            f"{folder}: this run learned from the split {CHOOSING}, whose questions --exam chooses "
+            "by; leave --exam out."
+        )
+    questions = exam_questions(config, CHOOSING)
+    if not questions:
         raise UserError(
             f"{folder}: this run has no examination; --exam is for runs on --problems "
             f"{names_with_truth()} with --exam-size above 0."
         )
-    (results, _), _ = saved
-    return results
+    return questions

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 ACCURACY = "final_accuracy"
+# The first is the cost where none is chosen.
 COSTS = {
+    "expert_tokens": "expert's feedback tokens",
     "kd_steps": "optimiser steps",
     "teacher_tokens": "tokens learned from",
     "seconds": "seconds",

@@ -80,6 +80,7 @@ def _point(outcome: Stop, curve: Curve) -> Point:
 def cost_of(batches: Sequence[BatchCost]) -> dict[str, float]:
     """What learning from some batches cost, by the names in :data:`~.names.COSTS`."""
     return {
+        "expert_tokens": sum(batch.expert_tokens for batch in batches),
         "kd_steps": sum(batch.steps for batch in batches),
         "teacher_tokens": sum(batch.tokens for batch in batches),
         "seconds": round(sum(batch.seconds for batch in batches), 3),

@@ -23,7 +23,8 @@ class Look:
     Attributes:
         batch: batches done by then.
         losses: mean losses on the probe set.
-        cost: what was spent since the look before, in the gate's unit: optimiser steps.
+        cost: what was spent since the look before, in the gate's unit: tokens of the expert's
+            feedbacks.
     """
 
     batch: int
