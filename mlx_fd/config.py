@@ -375,9 +375,15 @@ class TrainingOptions:
     weight_decay: float = _option(0.01, "AdamW weight decay.", low=0)
     max_grad_norm: float = _option(1.0, "Maximum gradient norm; 0: no clipping.", low=0)
     kd_steps: int = _option(2, "Optimiser steps per batch on which the student lags.", low=1)
+    lr_schedule: str = _option(
+        "constant",
+        "Learning rates over the run: constant, or falling to 0 (linear).",
+        choices=("constant", "linear"),
+    )
     step_samples: int = _option(
         0,
-        "Samples per optimiser step, new and earlier ones; 0: all new ones of the batch.",
+        "Samples per optimiser step, new and earlier ones; 0: all new ones of the batch, and "
+        "replay times as many earlier ones.",
         low=0,
     )
     replay: float = _option(

@@ -339,6 +339,20 @@ def make_optimizer(student: Student, options: TrainingOptions) -> optim.MultiOpt
     return optimizer
 
 
+def set_rates(optimizer: optim.MultiOptimizer, options: TrainingOptions, progress: float) -> None:
+    """Set the learning rates of :func:`make_optimizer`'s parts, by ``lr_schedule``.
+
+    Args:
+        optimizer: changed in place.
+        options: the rates at the run's beginning, and their schedule.
+        progress: share of the run's updates that is done, in [0, 1).
+    """
+    left = 1.0 - progress if options.lr_schedule == "linear" else 1.0
+    rates = (options.score_rate, options.projection_rate, options.lora_rate)
+    for part, rate in zip(optimizer.optimizers, rates, strict=True):
+        part.learning_rate = rate * left
+
+
 def update(
     pair: Pair,
     optimizer: optim.Optimizer,

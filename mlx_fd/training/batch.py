@@ -28,7 +28,7 @@ import numpy as np
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import gate
-from mlx_fd.feedback.distill import Update, measure_each, update
+from mlx_fd.feedback.distill import Update, measure_each, set_rates, update
 from mlx_fd.feedback.episode import (
     Answered,
     Finished,
@@ -88,7 +88,7 @@ class Learner:
 
     pair: Pair
     probe: Probe
-    optimizer: optim.Optimizer
+    optimizer: optim.MultiOptimizer
     config: Config
     report: Report
     batches: int
@@ -451,8 +451,8 @@ def _learn_now(
     rng = np.random.default_rng(derive_seed(config.episode.seed, number, "replay"))
     scaled = {name: weights[name] * state.scales[name] for name in config.losses.losses}
     updates, lags = [], {}
-    for lines in choose(replay, new, config.training, rng):
-        done = _step(learner, learner.memory.of(lines), scaled, own)
+    for step, lines in enumerate(choose(replay, new, config.training, rng)):
+        done = _step(learner, learner.memory.of(lines), scaled, (number, step), own)
         updates.append(done)
         for line, losses in zip(lines, done.each, strict=True):
             lags[line] = finite(sum(scaled[name] * value for name, value in losses.items())) or 0.0
@@ -466,10 +466,13 @@ def _step(
     learner: Learner,
     samples: Sequence[Sample],
     scaled: Mapping[str, float],
+    at: tuple[int, int],
     own: Lessons | None = None,
 ) -> Update:
-    """One optimiser step."""
+    """One optimiser step; ``at`` is the batch and the step in it, from 0."""
     pair, config = learner.pair, learner.config
+    done = (at[0] + at[1] / config.training.kd_steps) / learner.batches
+    set_rates(learner.optimizer, config.training, done)
 
     def itself() -> tuple[Any, float]:
         assert own is not None
@@ -565,8 +568,8 @@ def rehearse_batch(state: RunState, rows: Sequence[SampleRow], learner: Learner)
     if not state.gate.frozen:
         samples = [sample_again(row, learner.pair, learner.config, learner.cache) for row in rows]
         scaled = {name: weights[name] * state.scales[name] for name in weights}
-        for _ in range(learner.config.training.kd_steps if samples else 0):
-            updates.append(_step(learner, samples, scaled))
+        for step in range(learner.config.training.kd_steps if samples else 0):
+            updates.append(_step(learner, samples, scaled, (number, step)))
             learner.on_tokens(number)("distil", updates[-1].tokens)
     state, decision = _after_updates(state, updates, learner)
     metrics = _metrics(state, len(rows), weights, updates, decision, begin, 0)

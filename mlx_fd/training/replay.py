@@ -123,9 +123,10 @@ def choose(
 ) -> list[list[int]]:
     """The lines of each of a batch's optimiser steps.
 
-    A step has all new samples, or with ``step_samples`` a part of that size, in which each new one
-    has its turn before any has a second; and for each new one ``replay`` earlier ones, drawn
-    without replacement.
+    A step has all new samples, and for each of them ``replay`` earlier ones, drawn without
+    replacement. With ``step_samples`` it has that many, as far as there are any, in the same
+    proportion: each new one has its turn before any has a second, and where there are few new ones
+    earlier ones are in their place.
 
     Args:
         replay: what is remembered.
@@ -135,14 +136,12 @@ def choose(
     """
     known = set(new)
     old = [one for one in replay.kept if one.line not in known]
-    share = 1 / (1 + options.replay)
-    size = len(new)
-    if options.step_samples:
-        size = min(size, max(round(options.step_samples * share), 1))
-    more = min(round(size * options.replay), len(old))
-    if options.step_samples:
+    size, more = len(new), min(round(len(new) * options.replay), len(old))
+    if whole := options.step_samples:
+        size = min(size, max(round(whole / (1 + options.replay)), 1))
+        more = min(whole - size, len(old)) if options.replay else 0
         # While little is remembered a step is filled up with new ones.
-        size = min(len(new), options.step_samples - more)
+        size = min(len(new), whole - more)
     odds = np.log(_odds(old, options)) if old else np.zeros(0)
     steps: list[list[int]] = []
     queue: list[int] = []

@@ -19,6 +19,7 @@ from mlx_fd.feedback.distill import (
     measure,
     measure_each,
     optimizer_arrays,
+    set_rates,
     top_k_error,
     update,
 )
@@ -298,6 +299,16 @@ def test_each_part_has_its_own_learning_rate(pair, part):
         "lora": {name for name in before if name.startswith("model.")},
     }[part]
     assert moved and moved <= expected
+
+
+def test_rates_fall_to_nothing_over_the_run(pair):
+    options = TrainingOptions(score_rate=3e-3, projection_rate=2e-3, lora_rate=1e-3)
+    falling = dataclasses.replace(options, lr_schedule="linear")
+    optimizer = make_optimizer(pair.student, options)
+    for training, progress, share in ((falling, 0.75, 0.25), (falling, 0.0, 1), (options, 0.75, 1)):
+        set_rates(optimizer, training, progress)
+        rates = [part.learning_rate.item() for part in optimizer.optimizers]
+        assert rates == pytest.approx([share * rate for rate in (3e-3, 2e-3, 1e-3)])
 
 
 def test_last_layer_only(pair):

@@ -60,6 +60,10 @@ def test_in_steps_of_some_samples_each_new_one_has_its_turn():
     assert all(len(lines) == len(set(lines)) == 4 for lines in steps)
     turns = collections.Counter(line for lines in steps for line in lines if line >= 20)
     assert turns == dict.fromkeys(new, 1)
+    # Few new ones leave room for more earlier ones; without replay for none.
+    few = drawn(replay, new[:1], steps=2, step_samples=4, replay=1.0)
+    assert all(lines[0] == 20 and len(set(lines)) == 4 for lines in few)
+    assert drawn(replay, new[:1], step_samples=4) == [[20]]
     # At the beginning there is nothing to mix in.
     first = drawn(remembered(*["right"] * 10), list(range(10)), step_samples=4, replay=1.0)
     assert len(first[0]) == 4
