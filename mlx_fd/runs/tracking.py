@@ -199,14 +199,24 @@ class Tracking:
         self._warn = warn
         self._state = _read_state(folder / STATE, warn)
         self._writers: dict[str, Writer] = {}
+        self._begun = False
 
     def __enter__(self) -> Tracking:
+        return self
+
+    def _open(self) -> None:
+        """Open the writers, once: when there is something to write.
+
+        Some packages know one run at a time, and a loop's warm-up is one of its own before it.
+        """
+        if self._begun:
+            return
+        self._begun = True
         for name in self._names:
             known = self._state.setdefault(name, {"id": uuid.uuid4().hex[:8], "step": -1})
             with self._dropped_on_failure(name):
                 writer = _WRITERS[name](self._folder, known["id"], self._config)
                 self._writers[name] = writer
-        return self
 
     def __exit__(self, *failure: Any) -> None:
         for name, writer in list(self._writers.items()):
@@ -215,9 +225,10 @@ class Tracking:
 
     def __call__(self, event: Event) -> None:
         """Take an event of the run."""
-        found = values_of(event) if self._writers else None
+        found = values_of(event) if self._names else None
         if found is None:
             return
+        self._open()
         step, values = found
         for name, writer in list(self._writers.items()):
             if step <= self._state[name]["step"]:
