@@ -389,7 +389,7 @@ class TrainingOptions:
     replay: float = _option(
         0.0, "Earlier samples per new one in each optimiser step; 0: none.", low=0, high=100
     )
-    replay_size: int = _option(512, "Maximum number of earlier samples to keep in memory.", low=1)
+    replay_size: int = _option(128, "Maximum number of earlier samples to keep in memory.", low=1)
     replay_by: str = _option(
         "lag",
         "Which earlier samples to draw: those on which the student lagged more often (lag), or "

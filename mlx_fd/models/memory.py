@@ -73,6 +73,7 @@ class Workload:
         shared: the student's base weights are the expert's arrays.
         attention: the attention loss is in use.
         head_by_head: it compares head by head, not the means over heads.
+        remembered: earlier samples that are kept to learn from again.
     """
 
     batch_size: int
@@ -87,6 +88,7 @@ class Workload:
     solutions: bool = False
     attention: bool = False
     head_by_head: bool = False
+    remembered: int = 0
 
     @property
     def student_tokens(self) -> int:
@@ -146,6 +148,8 @@ class Needs:
         if work.micro_batch:
             self._trained += aligned
             self._fixed["optimizer"] = _KEPT_OF_TRAINED * self._trained
+        if work.remembered:
+            self._fixed["earlier samples"] = 4 * self._said(work.remembered)
         self._row = 4 * max(logit_rows(expert), logit_rows(student))
 
     def at(self, batch: int, micro: int) -> Memory:
@@ -223,17 +227,19 @@ class Needs:
         logits = max(0, kept + logits - peak)
         activations = max(peak, _STEP_OF_TRAINED * self._trained)
         activations += self._trained  # the gradients of the samples before
-        # What the expert said of each sample, float32 at most.
-        said = batch * work.text_tokens * width(self._expert)
-        said += batch * (len(self._student.layers) + 1) * width(self._expert)
         parts = {
             "KV caches": batch * self._expert_cache.exact(work.student_tokens),
-            "activations": activations + 4 * said,
+            "activations": activations + 4 * self._said(batch),
             "logits": logits,
         }
         if work.attention:
             parts["attention"] = self._attention(batch, micro)
         return parts
+
+    def _said(self, samples: int) -> int:
+        """Numbers, float32 at most, of what the expert said of some samples."""
+        places = self._work.text_tokens + len(self._student.layers) + 1
+        return samples * places * width(self._expert)
 
     def _attention(self, batch: int, micro: int) -> int:
         """Of each sample the expert's, too, while the batch lasts: the heads that are compared."""

@@ -448,6 +448,8 @@ def workload(
     batch_size = min(options.batch_size, len(questions))
     # Of each episode its feedback, and its solution where those are learned from.
     samples = batch_size * (2 if losses.learns_solutions else 1)
+    samples += batch_size if options.answers_by == "both" else 0
+    kept = config.training.replay_size if config.training.replay else 0
     return Workload(
         batch_size=batch_size,
         micro_batch=min(config.training.micro_batch, samples),
@@ -460,6 +462,7 @@ def workload(
         attention=losses.needs_attention,
         head_by_head=losses.attention_heads == "aligned",
         grad_checkpoint=config.training.grad_checkpoint,
+        remembered=min(kept, config.problems.episodes * samples // batch_size),
     )
 
 

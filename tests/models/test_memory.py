@@ -139,6 +139,7 @@ def test_caches_of_generation_are_counted() -> None:
         {"attention": True},
         {"solutions": True, "attention": True},
         {"attention": True, "head_by_head": True},
+        {"remembered": 64},
     ],
 )
 def test_more_work_needs_more_memory(change: dict[str, Any]) -> None:
