@@ -94,7 +94,7 @@ def run_arm(arm: str, seed: int, runs: Path, extra: Sequence[str]) -> Path:
     return folder
 
 
-def row_of(arm: str, seed: int, folder: Path, options: Sequence[str]) -> Row:
+def row_of(arm: str, seed: int, folder: Path) -> Row:
     """A finished run as one row."""
     summary = json.loads((folder / "summary.json").read_text())
     before, after = (
@@ -108,7 +108,7 @@ def row_of(arm: str, seed: int, folder: Path, options: Sequence[str]) -> Row:
     return {
         "arm": arm,
         "seed": seed,
-        "options": list(options),
+        "options": list(ARMS[arm]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "mlx": version("mlx"),
         "episodes": summary["episodes"],
@@ -344,8 +344,7 @@ def main() -> None:
         for seed in map(int, args.seeds.split(",")):
             for arm in arms:
                 if (arm, seed) not in done:
-                    folder = run_arm(arm, seed, args.runs, extra)
-                    row = row_of(arm, seed, folder, ARMS[arm])
+                    row = row_of(arm, seed, run_arm(arm, seed, args.runs, extra))
                     with args.rows.open("a") as file:
                         file.write(json.dumps(row) + "\n")
     for wanted, path, make in ((args.table, TABLE, table), (args.plot, PLOT, plot)):

@@ -18,19 +18,21 @@ docs/bench_verdicts.jsonl, one for each run.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import random
-import subprocess
-import sys
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_method import Row, against, bold, head_error, quality, row_of, shown
+from bench_method import Row, against, bold, head_error, quality, shown
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE = (DOCS / f"bench_verdicts.{kind}" for kind in ("jsonl", "md"))
@@ -42,11 +44,18 @@ ARMS: dict[str, tuple[float, str]] = {
     NO_ERRORS: (0.0, "as-is"),
     **{f"{how} {share} %": (share / 100, how) for share in SHARES for how in HOW},
 }
-OPTIONS = (
-    *("--preset", "tiny", "--gate", "always", "--losses", "lm,score", "--no-solutions"),
-    *("--episodes", "160", "--probe-size", "8", "--exam-size", "120", "--checkpoint-every", "8"),
-    *("--target-score", "-1"),
-)
+# Beside the preset tiny. Nothing is revised and no solution learned from, so that all of a run goes
+# into judging.
+OPTIONS: dict[str, Any] = {
+    "gate": "always",
+    "order": "learn-last",
+    "losses": ("lm", "score"),
+    "solutions": False,
+    "target_score": -1.0,
+    "episodes": 96,
+    "probe_size": 4,
+    "exam_size": 80,
+}
 
 
 # ---- the worse expert ----
@@ -72,8 +81,9 @@ def contrary(problem: Any, answer: str, right: bool, seed: int) -> Any:
     return arithmetic.feedback(arithmetic.wrong_answer(rng, drawn), answer)
 
 
-def make_worse(share: float, seed: int) -> None:
-    """Replace the expert's first feedback where it is hit, and tell it the right answer its way."""
+@contextlib.contextmanager
+def made_worse(share: float, seed: int) -> Iterator[None]:
+    """The expert's first feedback replaced where it is hit, and the right answer told its way."""
     from mlx_fd.feedback import episode, verdicts
     from mlx_fd.models.conversation import Conversation, without_repeated_eos
     from mlx_fd.models.generation import said
@@ -113,46 +123,61 @@ def make_worse(share: float, seed: int) -> None:
             for given, one in zip(found, asked, strict=True)
         ]
 
+    ours = verdicts._ask_again
     batch.expert_feedback = probe.expert_feedback = worse  # type: ignore[attr-defined]
     verdicts._ask_again = told
-
-
-def run_one(arm: str, seed: int, folder: Path, extra: Sequence[str]) -> None:
-    """One run in this process."""
-    from mlx_fd.models.backend import backend
-
-    backend()
-    share, how = ARMS[arm]
-    make_worse(share, seed)
-    from mlx_fd.cli import main
-
-    if (folder / "manifest.json").exists():
-        sys.argv = ["mlx-fd", "resume", str(folder), "--quiet", "--json"]
-    else:
-        given = ["--expert-verdicts", how, "--seed", str(seed), *extra]
-        out = ["--out", str(folder), "--quiet", "--json"]
-        sys.argv = ["mlx-fd", "loop", *OPTIONS, *given, *out]
-    main()
+    try:
+        yield
+    finally:
+        batch.expert_feedback = probe.expert_feedback = honest  # type: ignore[attr-defined]
+        verdicts._ask_again = ours
 
 
 # ---- rows and table ----
 
 
-def make_row(arm: str, seed: int, runs: Path, extra: Sequence[str]) -> Row:
-    """An arm's run of a seed, done where it is not yet, as a row."""
-    folder = runs / f"{arm.replace(' %', '').replace(' ', '-')}-seed{seed}"
-    if not (folder / "summary.json").exists():
-        command = [sys.executable, __file__, "--one", arm, str(seed), str(folder), "--", *extra]
-        print("$", *command[1:], flush=True)
-        subprocess.run(
-            command,
-            env={"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ,
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
-    summary = json.loads((folder / "summary.json").read_text())
-    row = row_of(arm, seed, folder, [*OPTIONS, "--expert-verdicts", ARMS[arm][1], *extra])
-    return {**row, "verdicts": summary["expert_verdicts"], "wrong_share": ARMS[arm][0]}
+def make_row(arm: str, seed: int, runs_folder: Path) -> Row:
+    """An arm's run of a seed, as a row."""
+    from mlx_fd import runs
+    from mlx_fd.config import override, preset, to_toml
+    from mlx_fd.evaluation.exam import exam_questions, examine
+    from mlx_fd.feedback.pair import open_pair
+    from mlx_fd.runs.plan import make_plan
+    from mlx_fd.training.loop import run
+
+    share, how = ARMS[arm]
+    # A run is short: one that was stopped begins anew.
+    folder = runs_folder / f"{arm.replace(' %', '').replace(' ', '-')}-seed{seed}"
+    config = override(
+        preset("tiny"), {**OPTIONS, "expert_verdicts": how, "seed": seed}, "bench_verdicts"
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    begun = time.process_time()
+    plan, questions = make_plan(config), exam_questions(config)
+    pair = open_pair(plan)
+    with made_worse(share, seed), runs.locked(folder):
+        runs.create(folder, to_toml(plan.config), plan.manifest)
+        summary = run(folder, plan.config, pair, plan.probe, plan.problems, lambda event: None)
+    assert summary is not None
+    after = examine(pair, questions, config.generation, lambda step, tokens: None)
+
+    def bits(name: str) -> str:
+        return "".join(str(int(getattr(result, name))) for result in after)
+
+    return {
+        "arm": arm,
+        "seed": seed,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "mlx": version("mlx"),
+        "episodes": summary["episodes"],
+        "updates": summary["updates"]["steps"],
+        "cpu_seconds": round(time.process_time() - begun, 1),
+        "verdicts": summary["expert_verdicts"],
+        "wrong": bits("wrong"),
+        # As bench_method's rows have it: before (not asked here) and after.
+        "found": ["", bits("found")],
+        "score_error": [[], [round(result.score_error, 3) for result in after]],
+    }
 
 
 def read_rows(path: Path) -> dict[str, list[Row]]:
@@ -204,24 +229,27 @@ def table(path: Path) -> str:
 
 def main() -> None:
     """The command line."""
-    if sys.argv[1:2] == ["--one"]:
-        which, number, folder, _, *rest = sys.argv[2:]
-        run_one(which, int(number), Path(folder), rest)
-        return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Wrong verdicts, and what is done about them.")
     parser.add_argument("--runs", type=Path, help="where the run directories go")
     parser.add_argument("--arms", default=";".join(ARMS), help="separated by ;")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="comma-separated")
     parser.add_argument("--rows", type=Path, default=ROWS, help="the file with the rows")
     parser.add_argument("--table", action="store_true", help="write the table")
-    options, extra = parser.parse_known_args()
+    options = parser.parse_args()
     if options.runs:
+        from mlx_fd.models.backend import backend
+
+        backend()
         options.runs.mkdir(parents=True, exist_ok=True)
+        done = {(arm, row["seed"]) for arm, rows in read_rows(options.rows).items() for row in rows}
         for seed in map(int, options.seeds.split(",")):
             for arm in options.arms.split(";"):
-                row = make_row(arm, seed, options.runs, extra)
+                if (arm, seed) in done:
+                    continue
+                row = make_row(arm, seed, options.runs)
                 with options.rows.open("a") as file:
                     file.write(json.dumps(row) + "\n")
+                print(arm, seed, row["cpu_seconds"], "s", flush=True)
     if options.table:
         TABLE.write_text(table(options.rows))
 
