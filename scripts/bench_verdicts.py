@@ -10,7 +10,7 @@ contrary in the same form (score and text: of a wrong answer that every step is 
 one a slip that is none). All arms of a seed have the same problems, wrong verdicts, numbers of
 steps and questions at the end. Only losses on the text and the score are taken: the tiny expert's
 states know better than the text that it is given, as those of a model that errs would not. No
-answer is revised, as no solution is learned from.
+answer is revised and no feedback of the student merged, as no solution is learned from.
 
 Told the right answer, the expert is taken at its own word. It reads no English, so the right answer
 stands behind the question in the form that it knows, "#### 34". Rows go to
@@ -83,12 +83,15 @@ def contrary(problem: Any, answer: str, right: bool, seed: int) -> Any:
 
 @contextlib.contextmanager
 def made_worse(share: float, seed: int) -> Iterator[None]:
-    """The expert's first feedback replaced where it is hit, and the right answer told its way."""
+    """The expert's first feedback replaced where it is hit, and the right answer told its way.
+
+    The student's own feedback, which nothing here depends on, is not written.
+    """
     from mlx_fd.feedback import episode, verdicts
     from mlx_fd.models.conversation import Conversation, without_repeated_eos
     from mlx_fd.models.generation import said
     from mlx_fd.problems.kinds import form_of
-    from mlx_fd.problems.prompts import answer_prompt, format_feedback
+    from mlx_fd.problems.prompts import Feedback, answer_prompt, format_feedback
     from mlx_fd.training import batch, probe
 
     honest = episode.expert_feedback
@@ -123,14 +126,23 @@ def made_worse(share: float, seed: int) -> Iterator[None]:
             for given, one in zip(found, asked, strict=True)
         ]
 
-    ours = verdicts._ask_again
-    batch.expert_feedback = probe.expert_feedback = worse  # type: ignore[attr-defined]
-    verdicts._ask_again = told
+    def silent(pair: Any, answered: Any, *rest: Any, **options: Any) -> Any:
+        return [episode.StudentFeedback(Feedback("", None), None) for _ in answered]
+
+    changed = {
+        (batch, "expert_feedback"): worse,
+        (probe, "expert_feedback"): worse,
+        (batch, "student_feedback"): silent,
+        (verdicts, "_ask_again"): told,
+    }
+    before = {(module, name): getattr(module, name) for module, name in changed}
     try:
+        for (module, name), function in changed.items():
+            setattr(module, name, function)
         yield
     finally:
-        batch.expert_feedback = probe.expert_feedback = honest  # type: ignore[attr-defined]
-        verdicts._ask_again = ours
+        for (module, name), function in before.items():
+            setattr(module, name, function)
 
 
 # ---- rows and table ----

@@ -46,6 +46,8 @@ Examples:
       --instructions alpaca.json --processbench gsm8k.json --transfer owner/name
   mlx-fd eval runs/self-distilled --temperature 1
   mlx-fd eval qwen2.5-1.5b-4bit --k 8 --limit 50
+  mlx-fd eval runs/20260101-120000 --best-of 8 --forgetting
+  mlx-fd eval runs/20260101-120000 --suite full --processbench gsm8k.json --votes 8
   mlx-fd eval qwen2.5-1.5b-4bit --expert qwen2.5-7b-4bit --baselines
 """,
 )
@@ -85,6 +87,31 @@ Examples:
     help="Samples per problem, for Avg@k, Maj@k and Pass@k.",
 )
 @click.option(
+    "--best-of",
+    type=Count(2, 256),
+    metavar="N",
+    help="Also draw N answers to each problem, pick one by the student's scores, and compare with "
+    "the majority (Maj@N), a random pick and Pass@N.",
+)
+@click.option(
+    "--answers-by",
+    type=click.Choice(("expert", "student")),
+    help="Model that writes the first answers, and those of --best-of. [default: as in the run]",
+)
+@click.option(
+    "--shots",
+    type=Count(0, 64),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Solved problems of the train split before each question.",
+)
+@click.option(
+    "--forgetting",
+    is_flag=True,
+    help="Also check whether the student follows other instructions as well as before its run.",
+)
+@click.option(
     "--temperature",
     "--temp",
     "temperature",
@@ -95,7 +122,8 @@ Examples:
 @click.option(
     "--max-tokens",
     type=Count(),
-    help="Maximum tokens per answer. [default: the run's max_answer_tokens]",
+    help="Maximum tokens per answer and reply. [default: the run's max_answer_tokens; 2048 for "
+    "ProcessBench, half of a shorter context]",
 )
 @click.option(
     "--problems",
@@ -113,6 +141,14 @@ Examples:
 )
 @click.option(
     "--processbench", type=PathType(), metavar="FILE", help="full: a file in ProcessBench format."
+)
+@click.option(
+    "--votes",
+    type=Count(1, 256),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Replies to each ProcessBench item, whose majority counts; 1: one greedy reply.",
 )
 @click.option(
     "--encoder",
@@ -163,6 +199,10 @@ def evaluate(
     expert: str | None,
     limit: int | None,
     samples: int,
+    best_of: int | None,
+    answers_by: str | None,
+    shots: int,
+    forgetting: bool,
     temperature: float | None,
     max_tokens: int | None,
     problems: str | None,
@@ -170,6 +210,7 @@ def evaluate(
     transfer: str | None,
     instructions: Path | None,
     processbench: Path | None,
+    votes: int,
     encoder: str | None,
     toxicity: str | None,
     out: Path | None,
@@ -232,11 +273,17 @@ def evaluate(
         columns=columns,
         answer_kind=answer_kind,
         skip_bad_rows=skip_bad_rows,
+        best_of=best_of or 0,
+        votes=votes,
+        shots=shots,
+        forgetting=forgetting,
+        answers_by=answers_by,
     )
     if allow_code_execution:
         execution.allow()
     suites.check_problems(options)
     changes = {
+        "answers_by": answers_by,
         "max_answer_tokens": max_tokens,
         "student_thinking": thinking,
         "expert_thinking": expert_thinking,

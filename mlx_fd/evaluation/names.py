@@ -13,6 +13,9 @@ _NAMES = {
     "processbench_f1": "F1",
     "accuracy_on_wrong": "errors found",
     "accuracy_on_right": "right passed",
+    "processbench_f1_single": "F1 of one reply",
+    "followed": "instructions followed",
+    "cut": "cut at the token limit",
     "agreement": "agreeing with the expert",
     "expert_good": "good by the expert",
     "ended": "ended by itself",
@@ -31,7 +34,7 @@ _NAMES = {
 # Shown as per cent, their differences in points.
 _SHARES = (
     *("accuracy", "avg@", "maj@", "pass@", "first_", "processbench_", "readable"),
-    *("agreement", "expert_good", "ended"),
+    *("agreement", "expert_good", "ended", "followed", "cut"),
 )
 
 

@@ -111,7 +111,7 @@ def _item(row: dict[str, Any] | str) -> Item:
 def critique_prompt(item: Item) -> str:
     r"""What a critic is asked: each step between tags with its index, the answer in ``\boxed{}``.
 
-    The task is the paper's and the words are ours, so numbers are not to be set beside the paper's.
+    The task and its form are the paper's and the words are ours.
     """
     steps = "\n\n".join(
         f"<paragraph_{k}>\n{step}\n</paragraph_{k}>" for k, step in enumerate(item.steps)

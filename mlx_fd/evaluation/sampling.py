@@ -1,4 +1,4 @@
-"""What several samples of one problem are worth: Pass@k and Maj@k."""
+"""What several samples of one problem are worth: Pass@k, Maj@k, and the pick by a score."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+
+WARM = 0.7
+"""The temperature of several answers where nothing says how warm they are."""
 
 
 def pass_at_k(right: int, n: int, k: int) -> float:
@@ -44,3 +47,23 @@ def maj_at_k(finals: Sequence[str | None], right: Callable[[str], bool]) -> floa
     most = max(votes.values(), default=0)
     winners = [final for final, count in votes.items() if count == most]
     return sum(map(right, winners)) / len(winners) if winners else 0.0
+
+
+def best_of(scores: Sequence[float | None], right: Sequence[bool]) -> float:
+    """The probability that the sample with the best score is right.
+
+    Args:
+        scores: of each sample; one without (``None``) is taken only where none has a score.
+        right: whether each is right.
+
+    Returns:
+        The share of right ones among those with the best score: a tie is broken by lot.
+
+    Raises:
+        ValueError: there is no sample, or they are not equally many.
+    """
+    best = max((score for score in scores if score is not None), default=None)
+    taken = [ok for score, ok in zip(scores, right, strict=True) if score == best]
+    if not taken:
+        raise ValueError("the best of no samples is not defined")
+    return sum(taken) / len(taken)

@@ -41,6 +41,7 @@ class Solving:
             first.
         samples: how often each problem is tried.
         readers: of the texts.
+        shots: what stands before each question.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Solving:
     systems: tuple[str, ...]
     samples: int
     readers: Readers
+    shots: str = ""
 
     @property
     def graded(self) -> bool:
@@ -70,6 +72,7 @@ class Solving:
         self, bench: Bench, system: str, batch: int, sample: int, chunk: Sequence[Problem]
     ) -> list[Trial]:
         """One batch of a system's trials."""
+        chunk = with_shots(chunk, self.shots)
         found = SYSTEMS[system]
         options = bench.target.config.generation
         by: Uses
@@ -194,6 +197,20 @@ class Solving:
             positive = [float(bool(samples[0]["first_correct"])) for samples in rows]
             measures.append(Measure("score_roc_auc", scores, roc_auc, (positive,)))
         return measures
+
+
+def with_shots(found: Sequence[Problem], shots: str) -> Sequence[Problem]:
+    """Problems as the models read them, with examples before each question."""
+    if not shots:
+        return found
+    return [dataclasses.replace(one, question=f"{shots}{one.question}") for one in found]
+
+
+def without_shots(found: Sequence[Problem], shots: str) -> tuple[Problem, ...]:
+    """What :func:`with_shots` was given."""
+    return tuple(
+        dataclasses.replace(one, question=one.question.removeprefix(shots)) for one in found
+    )
 
 
 def _known(value: float | None) -> float:

@@ -26,16 +26,20 @@ from mlx_fd.evaluation.agreeing import Agreeing
 from mlx_fd.evaluation.baselines import BASE, CLEAR, LOOP, STUDENT, SYSTEMS
 from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.cache import Cache
+from mlx_fd.evaluation.choosing import HEAD, MAJORITY, RANDOM, WRITTEN, Choosing
+from mlx_fd.evaluation.following import Following
 from mlx_fd.evaluation.instructing import Instructing
 from mlx_fd.evaluation.judging import Judging
-from mlx_fd.evaluation.locating import Locating
+from mlx_fd.evaluation.locating import TOKENS, Locating
 from mlx_fd.evaluation.measures import Known, Measure, compare
 from mlx_fd.evaluation.readers import load_readers
-from mlx_fd.evaluation.solving import Solving
+from mlx_fd.evaluation.sampling import WARM
+from mlx_fd.evaluation.shots import examples
+from mlx_fd.evaluation.solving import Solving, with_shots, without_shots
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.target import Models, Target
 from mlx_fd.files import append_lines, check_way, read_text, write_atomic, write_json
-from mlx_fd.models.context import Surroundings, fitting, short_enough
+from mlx_fd.models.context import Surroundings, context_length, fitting, short_enough
 from mlx_fd.models.storage import slug
 from mlx_fd.problems import execution, prompts
 from mlx_fd.problems.sources import SOURCES, truth_of
@@ -58,10 +62,13 @@ _UNFINISHED = ".outputs.jsonl.tmp"
 DEFAULT_SOURCE = "gsm8k"
 # Not a run's own: its seed there is its run's.
 _EXAM_SEED = 1_000_003
-# Where several samples are asked for and nothing says how warm they are.
-WARM = 0.7
 
-Set = Solving | Agreeing | Judging | Locating | Instructing
+Set = Solving | Choosing | Agreeing | Judging | Locating | Instructing | Following
+# What older evaluations did not know is in a request only where it is not the default.
+_NEW = frozenset(
+    {"skip_bad_rows", "max_tokens", "columns", "answer_kind"}
+    | {"best_of", "votes", "shots", "forgetting", "answers_by"}
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,11 @@ class Options:
         columns: as for a run; for the problems that ``problems`` names.
         answer_kind: likewise.
         skip_bad_rows: leave out problems that cannot be read or are longer than a model's context.
+        best_of: answers to each problem, of which one is picked; 0: none are.
+        votes: replies that vote on each ProcessBench item; 1: one greedy reply.
+        shots: solved problems before each question.
+        forgetting: whether the student follows instructions as well as before its run.
+        answers_by: who writes the first answers; ``None``: as in the run.
     """
 
     suite: str = FAST
@@ -107,6 +119,11 @@ class Options:
     columns: str = ""
     answer_kind: str = "auto"
     skip_bad_rows: bool = False
+    best_of: int = 0
+    votes: int = 1
+    shots: int = 0
+    forgetting: bool = False
+    answers_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +158,7 @@ def make_sets(
         for name in ("transfer", "instructions", "processbench"):
             if getattr(options, name) is not None:
                 raise UserError(f"--{name} belongs to the full suite; add --suite full")
+    _check_options(target, options)
     limit = options.limit or (FAST_LIMIT if options.suite == FAST else None)
     source = source_of(target, options.problems)
     solvers, judges = _solvers(target, options), _judges(target, options)
@@ -159,22 +177,27 @@ def make_sets(
             kind=options.answer_kind,
             columns=options.columns,
         )
+        shots = examples(
+            source, split, options.shots, kind=options.answer_kind, columns=options.columns
+        )
         if found.skipped_note:
             warn(found.skipped_note)
         if found.problems[0].kind == "code":
             warn(execution.isolation_note())
         skip = options.skip_bad_rows
-        taken = found if skip else dataclasses.replace(found, problems=found.problems[:limit])
-        found, notes = fitting(taken, paths, target.config, skip=skip, option="")
+        taken = found.problems if skip else found.problems[:limit]
+        read = dataclasses.replace(found, problems=tuple(with_shots(taken, shots)))
+        fits, notes = fitting(read, paths, target.config, skip=skip, option="")
         for text in notes:
             warn(text)
         name = Path(source).stem if found.name == source and "/" in source else found.name
         return Solving(
             name=f"{name}/{split}",
-            items=found.problems[:limit],
+            items=without_shots(fits.problems, shots)[:limit],
             systems=solvers,
             samples=options.samples,
             readers=readers,
+            shots=shots,
         )
 
     def short(path: Path, items: Sequence[Any], texts: Sequence[str]) -> tuple[Any, ...]:
@@ -196,6 +219,10 @@ def make_sets(
         if target.expert is not None:
             judging = (STUDENT, CLEAR) if target.run else (STUDENT,)
             sets.append(Agreeing(f"{solved.name}/verdicts", solved.items, judging))
+    if options.best_of:
+        sets.append(_choosing(target, options, solved))
+    if options.forgetting:
+        sets.append(Following((STUDENT, CLEAR), generation.max_answer_tokens))
     if (truth := truth_of(source)) is not None:
         asked = truth.questions(len(sets[0].items), _EXAM_SEED, options.split)
         sets.append(Judging(f"{source}/first errors", asked, judges))
@@ -209,6 +236,8 @@ def make_sets(
         sets.append(Instructing(options.instructions.stem, asked_for, both, readers))
     if options.processbench is not None:
         items = processbench.read(options.processbench)[:limit]
+        most = options.max_tokens or _reply_tokens(paths)
+        around = Surroundings("", most + generation.thought_tokens)
         items = short(
             options.processbench,
             items,
@@ -217,7 +246,16 @@ def make_sets(
                 for item in items
             ],
         )
-        sets.append(Locating(options.processbench.stem, items, both))
+        sets.append(
+            Locating(
+                name=options.processbench.stem,
+                items=items,
+                systems=both,
+                samples=options.votes,
+                max_tokens=most,
+                temperature=options.temperature,
+            )
+        )
     elsewhere = [
         solving(known.name, known.transfer_split)
         for known in SOURCES.values()
@@ -243,6 +281,44 @@ def check_problems(options: Options) -> None:
                 kind=options.answer_kind,
                 columns=options.columns,
             )
+
+
+def _check_options(target: Target, options: Options) -> None:
+    """Refuse what would be measured on nothing."""
+    if options.answers_by == "expert" and target.expert is None:
+        raise UserError("--answers-by expert: there is no expert; name one with --expert")
+    if options.votes > 1 and options.processbench is None:
+        raise UserError("--votes is for ProcessBench; name a file with --processbench")
+    if options.votes > 1 and options.temperature == 0:
+        raise UserError("--votes: greedy replies are all alike; leave --temperature 0 out")
+    if options.best_of and options.temperature == 0:
+        raise UserError("--best-of: greedy answers are all alike; leave --temperature 0 out")
+    if options.forgetting and target.checkpoint is None:
+        raise UserError(
+            "--forgetting compares a run's student with what it was before the run; name a run"
+        )
+
+
+def _choosing(target: Target, options: Options, solved: Solving) -> Choosing:
+    """The same problems with several answers each."""
+    if not solved.graded:
+        raise UserError(
+            f"--best-of: {solved.name} has no right answers, so no pick can be said to be right"
+        )
+    by_score = (HEAD, WRITTEN) if target.helps_expert else (WRITTEN,)
+    return Choosing(
+        name=f"{solved.name}, best of {options.best_of}",
+        items=solved.items,
+        systems=(*by_score, MAJORITY, RANDOM),
+        samples=options.best_of,
+        shots=solved.shots,
+    )
+
+
+def _reply_tokens(paths: Sequence[Path]) -> int:
+    """Maximum tokens of a reply on a ProcessBench item: half of the shortest context at most."""
+    contexts = [length for path in paths if (length := context_length(path)) is not None]
+    return min([TOKENS, *(length // 2 for length in contexts)])
 
 
 def source_of(target: Target, named: str | None) -> str:
@@ -338,9 +414,7 @@ def _asked(target: Target, options: Options) -> dict[str, Any]:
     chosen = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(options).items()
-        # As evaluations had it that knew no such options.
-        if name not in ("skip_bad_rows", "max_tokens", "columns", "answer_kind")
-        or value != getattr(Options, name)
+        if name not in _NEW or value != getattr(Options, name)
     }
     hashes = {name: model["sha256"] for name, model in target.models.items()}
     return {**chosen, "sha256": hashes}
@@ -470,8 +544,8 @@ def _batches(
 
 def _results(one: Set, by_system: dict[str, list[list[OutputRow]]]) -> EvaluationSetRow:
     """What the rows of a set add up to."""
-    measures = {
-        system: {measure.name: measure for measure in one.measures(rows)}
+    measures: dict[str, dict[str, Measure | Known]] = {
+        system: {measure.name: measure for measure in [*one.measures(rows), _cut(rows)]}
         for system, rows in by_system.items()
     }
     return {
@@ -490,6 +564,13 @@ def _results(one: Set, by_system: dict[str, list[list[OutputRow]]]) -> Evaluatio
         ],
         "comparisons": _comparisons(measures),
     }
+
+
+def _cut(rows: Sequence[Sequence[OutputRow]]) -> Measure:
+    """The share of trials in which some text ended at its token limit."""
+    return Measure(
+        "cut", [float(np.mean([bool(row["capped"]) for row in samples])) for samples in rows]
+    )
 
 
 def _comparisons(measures: dict[str, dict[str, Measure | Known]]) -> list[ComparisonRow]:

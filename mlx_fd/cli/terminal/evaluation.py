@@ -94,6 +94,8 @@ def print_results(
     for found, names in zip(results["sets"], shown, strict=True):
         console.print(_measures(found, names))
         console.print(_differences_and_costs(found))
+        if cut := _cut(found):
+            console.print(Text(strip_control_chars(cut), "yellow"), soft_wrap=True)
     temperatures = results["temperature"]
     said = [
         f"first answers by the {results['answers_by']} at temperature "
@@ -122,6 +124,16 @@ def _measures(found: Mapping[str, Any], shown: Sequence[str]) -> FittingTable:
     ]
     title = f"{found['name']}: n = {found['n']}, 95 % intervals"
     return FittingTable(["", *map(shown_name, known)], rows, title)
+
+
+def _cut(found: Mapping[str, Any]) -> str:
+    """Which share of each system's trials had a text cut at its limit; empty where none had."""
+    shares = [
+        f"{system['label']} {_estimate('cut', share, found['n'])} %"
+        for system in found["systems"]
+        if (share := system["measures"].get("cut")) and share["value"]
+    ]
+    return f"cut at the token limit (--max-tokens): {', '.join(shares)}" if shares else ""
 
 
 def _differences_and_costs(found: Mapping[str, Any]) -> FittingTable:

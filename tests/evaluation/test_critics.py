@@ -1,0 +1,238 @@
+"""Critics side by side: best of N, votes on ProcessBench, shots, tokens, forgetting."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mlx_fd.errors import UserError
+from mlx_fd.evaluation import suites
+from mlx_fd.evaluation.cache import Cache
+from mlx_fd.evaluation.following import INSTRUCTIONS
+from mlx_fd.evaluation.processbench import f1, predicted_step
+from mlx_fd.evaluation.sampling import best_of, maj_at_k
+from mlx_fd.evaluation.shots import examples
+from mlx_fd.evaluation.statistics import paired_bootstrap
+from mlx_fd.evaluation.target import open_target
+from mlx_fd.problems import load, parsing
+from mlx_fd.problems.sources.arithmetic import questions
+from support.steps import processbench_items, to_json_lines
+from support.trained import make_run
+
+SHORT = {"expert": "tiny", "batch_size": 3, "max_answer_tokens": 32, "max_feedback_tokens": 12}
+
+
+@pytest.mark.parametrize(
+    ("scores", "right", "wanted"),
+    [
+        ([0.1, 0.9, 0.5], [False, True, False], 1.0),
+        ([0.9, 0.9, 0.5], [False, True, True], 0.5),
+        ([None, -1.0], [True, False], 0.0),
+        ([None, None, None, None], [True, False, False, False], 0.25),
+    ],
+)
+def test_the_best_score_is_taken_and_a_tie_broken_by_lot(scores, right, wanted):
+    assert best_of(scores, right) == wanted
+
+
+def test_the_best_of_nothing_is_not_defined():
+    with pytest.raises(ValueError, match="no samples"):
+        best_of([], [])
+
+
+# What follows each instruction, in their order, and what just does not.
+REPLIES = [
+    ("Rain falls and puddles shine", "Rain falls, and puddles shine"),
+    ("Towel and water and a hat", "Towel, water and a hat"),
+    ("a bicycle has two wheels.", "A bicycle has two wheels."),
+    ("hello neighbour!", "Hello neighbour!"),
+    ("WATCH OUT: WET FLOOR!", "WATCH OUT: wet FLOOR!"),
+    ("SHOES FOR 5 POUNDS", "Shoes FOR 5 POUNDS"),
+    ("One reads there and borrows books.", " ".join(["word"] * 13)),
+    ("Short waves are scattered more.", ""),
+    (" ".join(["tea"] * 60), " ".join(["tea"] * 59)),
+    (" ".join(["rail"] * 81), "Dear Tom"),
+    ("one\ntwo\n\nthree\nfour", "one\ntwo\nthree"),
+    ("red\nblue\ngreen\nblack\nwhite\ngrey", "Here:\nred\nblue\ngreen\nblack\nwhite\ngrey"),
+    ("Snow is white. Snow falls; snow lies.", "Snowy snow, snow"),
+    ("Loyal and loyal.", "loyal"),
+    ("Round and sweet.", "A red, round thing."),
+    ("It is a means of exchange.", "A bank has it."),
+    ("Every night it shines. It is far.", "It shines every night."),
+    ("First of all, rest.", "First of all"),
+    ("Thank you!\nWith love, Ann", "With love, Ann."),
+    ("Bees make honey. That is all.", "Bees make honey. That's all."),
+    ('```json\n{"name": "Tom", "age": 3}\n```', '{"name": "Tom"}'),
+    ('{"city": "Bern", "country": "CH", "river": "Aare"}', 'Here: {"city": "Bern"}'),
+    ("* one\n* two\n* three", "- one\n- two\n- three"),
+    ("* a\n* b\n* c\n* d\n* e", "* a\n* b\n* c\n* d"),
+    ("1. wet\n2. soap\n3. rub\n4. rinse", "1. wet\n2. soap\n3. rub"),
+    ("1. milk\n2. eggs\n3. tea", "1) milk\n2) eggs\n3) tea"),
+    ('"One who stays."', "One who stays."),
+    ('"Good night."', 'I say "Good night."'),
+    ("<<The Fox>>\nA fox ran.", "<<The Fox>>"),
+    ("Come on [date] to [place], [name].", "Come on [date] to [place]."),
+    ("Cats sleep.\n***\nDogs run.", "Cats sleep. *** Dogs run."),
+    ("Dear teacher, he is ill.\nP.S. Thanks", "P.S. Thanks"),
+    ("Yes", "Yes, it is"),
+    ("smaller", "7 is smaller"),
+    ("Bread is brown and warm.", "Bread is brown, and warm."),
+    ("trees grow.\nthey are green.", "Trees grow.\nthey are green."),
+]
+
+
+@pytest.mark.parametrize(("item", "replies"), list(zip(INSTRUCTIONS, REPLIES, strict=True)))
+def test_each_form_is_told_from_what_has_it_not(item, replies):
+    assert [item.follows(reply) for reply in replies] == [True, False]
+    assert not item.follows("")
+
+
+def test_instructions_differ():
+    assert len({item.prompt for item in INSTRUCTIONS}) == len(INSTRUCTIONS)
+
+
+def test_shots_are_solved_problems_of_another_split(tmp_path):
+    text = examples("arithmetic", "test", 2)
+    train = load("arithmetic", "train").problems
+    for problem in train[:2]:
+        assert f"{problem.question}\n\n{problem.solution}" in text
+    assert train[2].question not in text
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps({"question": "1 + 1?", "answer": "2"}) + "\n")
+    for source, split in ((str(file), "test"), ("arithmetic", "train")):
+        with pytest.raises(UserError, match="all is evaluated"):
+            examples(source, split, 1)
+    with pytest.raises(UserError, match="has 4000 solutions"):
+        examples("arithmetic", "test", 4001)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"votes": 8}, "name a file with --processbench"),
+        ({"best_of": 4, "temperature": 0.0}, "alike"),
+        ({"forgetting": True}, "name a run"),
+        ({"answers_by": "expert"}, "name one with --expert"),
+    ],
+)
+def test_what_would_measure_nothing_is_refused(options, says):
+    with pytest.raises(UserError, match=says):
+        suites.make_sets(open_target("tiny-student", None), suites.Options(**options))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """An evaluation with all of them: its rows by set, and its results by set."""
+    folder = tmp_path_factory.mktemp("critics")
+    run = make_run(folder / "run", "tiny-student", strength=0.02, **SHORT)
+    steps = folder / "steps.jsonl"
+    steps.write_text(to_json_lines(processbench_items(questions(3, 0))))
+    options = suites.Options(
+        suite="full",
+        limit=3,
+        best_of=3,
+        forgetting=True,
+        shots=1,
+        processbench=steps,
+        votes=3,
+        max_tokens=24,
+    )
+    target = open_target(str(run), None, changes={"max_answer_tokens": 24})
+    sets = [one for one in suites.make_sets(target, options) if "transfer" not in one.name]
+    bench = suites.make_bench(target, options, Cache(folder / "cache"), lambda *_: None)
+    results = suites.evaluate(bench, sets, options, folder / "out", lambda _: None)
+    rows = [json.loads(line) for line in (folder / "out" / "outputs.jsonl").open()]
+    return rows, {one["name"]: one for one in results["sets"]}, sets
+
+
+def values(found, system, measure="accuracy"):
+    (one,) = (one for one in found["systems"] if one["name"] == system)
+    return one["measures"][measure]["value"]
+
+
+def grouped(rows, name, system):
+    """The rows of a set and system by item, in order."""
+    own = [row for row in rows if (row["set"], row["system"]) == (name, system)]
+    ids = dict.fromkeys(row["id"] for row in own)
+    return [[row for row in own if row["id"] == one] for one in ids]
+
+
+def majority(samples):
+    return maj_at_k([row["final"] for row in samples], samples[0]["reference"].__eq__)
+
+
+def test_picks_are_made_among_the_same_answers(done):
+    rows, found, _ = done
+    name = "arithmetic/test, best of 3"
+    by_way = {way: grouped(rows, name, way) for way in ("head", "written", "majority", "random")}
+    texts = [[[row["turns"]["answer"] for row in one] for one in by] for by in by_way.values()]
+    assert texts[0] == texts[1] == texts[2] == texts[3]
+    assert len(texts[0]) == 3 and {len(one) for one in texts[0]} == {3}
+    assert any(len(set(one)) > 1 for one in texts[0])  # they are drawn
+    answers = by_way["head"]
+    right = [[bool(row["correct"]) for row in one] for one in answers]
+    for one in answers:
+        for row in one:
+            assert row["correct"] == (str(parsing.final_answer(row["turns"]["answer"])) ==
+                                      row["reference"])  # fmt: skip
+            assert -1 < row["score"] < 1
+    scores = [[row["score"] for row in one] for one in answers]
+    head = [best_of(*both) for both in zip(scores, right, strict=True)]
+    votes = [majority(one) for one in answers]
+    one = found[name]
+    assert values(one, "head") == pytest.approx(np.mean(head))
+    assert values(one, "majority") == pytest.approx(np.mean(votes))
+    assert values(one, "random") == pytest.approx(np.mean(right))
+    assert values(one, "head", "pass@3") == pytest.approx(np.mean([any(ok) for ok in right]))
+    difference = next(row for row in one["comparisons"] if row["against"] == "majority")
+    expected, _ = paired_bootstrap(head, votes)
+    assert difference["difference"]["value"] == pytest.approx(expected.value)
+    # A pick without scores costs no feedback.
+    assert "student_feedback" not in by_way["random"][0][0]["tokens"]
+
+
+def test_votes_decide_where_the_error_is(done):
+    rows, found, _ = done
+    items = grouped(rows, "steps", "student")
+    assert {len(one) for one in items} == {3}
+    for one in items:
+        for row in one:
+            step = predicted_step(row["turns"]["answer"])
+            assert row["final"] == (None if step is None else str(step))
+            assert row["tokens"]["answer"] <= 24
+    hits = [majority(one) for one in items]
+    wrong = [float(one[0]["reference"] != "-1") for one in items]
+    assert values(found["steps"], "student", "processbench_f1") == pytest.approx(
+        f1(np.array(hits), np.array(wrong))
+    )
+
+
+def test_the_share_that_was_cut_is_said(done):
+    rows, found, _ = done
+    for name, one in found.items():
+        for system in one["systems"]:
+            by_item = grouped(rows, name, system["name"])
+            cut = np.mean([np.mean([bool(row["capped"]) for row in item]) for item in by_item])
+            assert system["measures"]["cut"]["value"] == pytest.approx(cut)
+    assert values(found["steps"], "student", "cut") > 0
+
+
+def test_the_student_before_its_run_follows_the_same_instructions(done):
+    rows, found, _ = done
+    name = "instructions with a form"
+    now, before = (grouped(rows, name, system) for system in ("student", "clear"))
+    assert [one[0]["question"] for one in now] == [item.prompt for item in INSTRUCTIONS]
+    assert [one[0]["question"] for one in before] == [item.prompt for item in INSTRUCTIONS]
+    assert [one[0]["final"] for one in now] != [one[0]["final"] for one in before]
+    (row,) = found[name]["comparisons"]
+    assert (row["measure"], row["against"]) == ("followed", "clear")
+
+
+def test_shots_stand_before_what_is_read_and_not_in_the_rows(done):
+    rows, _, sets = done
+    shots = examples("arithmetic", "test", 1)
+    assert sets[0].shots == shots
+    read = [row for row in rows if row["set"] == "arithmetic/test" and row["system"] == "student"]
+    assert not any(shots in row["question"] for row in read)
+    plain = len(shots)  # bytes; the tiny tokenizer makes fewer tokens of them
+    assert all(row["prefilled"]["answer"] > plain / 8 for row in read)
