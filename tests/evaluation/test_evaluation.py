@@ -369,7 +369,7 @@ def test_the_full_suite_reads_files_and_goes_out_of_domain(run, tmp_path):
         ("gsm8k/test", 2),
     ]
     by_name = {found["name"]: found["systems"][0]["measures"] for found in results["sets"]}
-    wanted = {"rouge1", "rouge2", "rougeL", "bleu", "chrf"}
+    wanted = {"rouge1", "rouge2", "rougeL", "bleu", "chrf", "cut"}
     if here:
         wanted |= {"bertscore_f1", "cosine", "toxicity"}
         assert {"feedback_cosine", "toxicity"} <= set(by_name["gsm8k/test"])
