@@ -11,6 +11,7 @@ from mlx_fd.files import write_json
 from mlx_fd.report import charts, packing, tables, theme
 from mlx_fd.report.page import check_out, make_page, write_page
 from mlx_fd.report.reading import read_runs
+from mlx_fd.report.trust import trust_figure
 from mlx_fd.runs.summary import wilson
 from support import ROOT, reported
 from support.pages import parsed, run_cli, unpacked
@@ -41,6 +42,28 @@ def test_a_run_is_read_and_its_numbers_are_its_rows(tmp_path):
     assert lists[0][3] == packing.LEARNED
     assert lists[1][3] == packing.RIGHT_AFTER | packing.UNREADABLE | packing.LEARNED
     assert lists[7][3] == packing.RIGHT_AFTER | packing.ALONE
+
+
+def test_trust_along_a_run(tmp_path):
+    episodes = [reported.episode(n) for n in range(6)]
+    episodes += [reported.alone(n, tokens={"answer": 10}) for n in range(6, 8)]
+    for row, score in zip(episodes[4:6], (-0.5, 0.5), strict=True):
+        # Audits: the expert says -0.8.
+        row["gate"]["trusted"], row["student_feedback"]["head_score"] = True, score
+    (run,) = read_runs([reported.write_run(tmp_path / "run", episodes)])
+    figure = trust_figure(run)
+    assert figure is not None
+    found = {}
+    for row in figure.specification["datasets"]["rows"]:
+        found.setdefault(row["what"], []).append(row["share"])
+    assert found == {
+        "expert not asked": [0] * 6 + [1] * 2,
+        "expert's feedback tokens, of always asking": [1] * 6 + [0] * 2,
+        "audited verdicts that differ": [0, 1],
+        "final answers right": [1] * 8,
+    }
+    assert "not asked in 2 of 8 episodes, which saves about 25.0%" in figure.says
+    assert "1 of 2 audited verdicts differ (50.0%, 95 % 9.5% to 90.5%)" in figure.says
 
 
 def test_intervals_and_what_is_surely_so():
