@@ -38,6 +38,7 @@ from mlx_fd.training.selfdistill.training import check_combination
 from support import ROOT
 from support.architectures import make_architecture
 from support.pairs import logits_of, make_dirs, make_plan
+from support.shell import shell
 
 RUN = '\nif __name__ == "__main__":\n    from mlx_fd.cli import main\n\n    main()\n'
 
@@ -70,10 +71,9 @@ def added(request, tmp_path):
             registry.unregister(name)
 
 
-def shell(*arguments):
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+def mlx_fd(*arguments, program=None):
+    done = shell(*arguments, cwd=ROOT, program=program)
+    return done.status, done.out + done.err
 
 
 # ------------------------------------------------------------------------------------- registries
@@ -123,7 +123,8 @@ def test_names_and_help_need_no_mlx():
         "assert all(r.described() for r in REGISTRIES.values())\n"
         "sys.exit('mlx' in sys.modules or 'mlx.core' in sys.modules)"
     )
-    assert shell("-c", code) == (0, "")
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 def test_a_registry_reads_its_package_once_and_sorts_it():
@@ -184,10 +185,10 @@ def test_a_loss_is_what_its_file_says_and_is_learned(added, plan):
     after = measure(pair.student, pair.expert, samples, options, 400, 1)
     assert after["early"] < found["early"]
     # The command line has it, and its help; without the file the name is refused in one sentence.
-    status, text = shell(path, "loop", "--help")
+    status, text = mlx_fd("loop", "--help", program=path)
     assert status == 0
     assert "attention, early." in " ".join(text.split())
-    status, text = shell("-m", "mlx_fd", "loop", "--expert", "tiny", "--losses", "lm,early")
+    status, text = mlx_fd("loop", "--expert", "tiny", "--losses", "lm,early")
     assert status == 2
     assert "'early' is not one of 'lm'," in text and "Traceback" not in text
 
@@ -199,7 +200,7 @@ def test_a_loss_on_states_takes_part_in_the_total(plan):
         Loss(
             name="small-states",
             help="mean square of the final states",
-            compute=lambda made: mx.square(made.final).mean(axis=-1).sum(),
+            compute=lambda made: mx.square(made.final).mean(axis=-1).sum(axis=-1),
             count=lambda samples: float(sum(len(s.target) for s in samples)),
             phase="reasoning",
         )
@@ -257,7 +258,7 @@ def test_a_context_is_read_by_the_self_teacher(added, tmp_path):
         *("self-distill", "--context", "units", "--episodes", 2, "--batch-size", 2),
         *("--probe-size", 2, "--max-answer-tokens", 24, "--lora-rank", 2, "--quiet"),
     )
-    status, text = shell(path, *command, "--out", tmp_path / "run")
+    status, text = mlx_fd(*command, "--out", tmp_path / "run", program=path)
     assert status == 0, text
     lines = (tmp_path / "run" / "attempts.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -266,7 +267,7 @@ def test_a_context_is_read_by_the_self_teacher(added, tmp_path):
         assert row["teacher"].startswith(row["question"])
         assert "Write the unit beside every number." in row["teacher"]
         assert row["teaches"]
-    status, text = shell("-m", "mlx_fd", "resume", tmp_path / "run")
+    status, text = mlx_fd("resume", tmp_path / "run")
     assert status == 2
     assert "context takes none," in text and "Traceback" not in text
 
@@ -315,7 +316,7 @@ def test_a_format_is_written_read_back_and_described(added, tmp_path):
     assert "ollama create student" in card and "mlx-fd compare ." in card
     with pytest.raises(UserError, match="--adapter is for --format mlx and hf; --format ollama"):
         export("tiny-student", tmp_path / "b", Form("ollama", True), progress=lambda *_: None)
-    status, text = shell(path, "export", "--help")
+    status, text = mlx_fd("export", "--help", program=path)
     assert status == 0
     assert "[mlx|hf|gguf|ollama]" in text and "ollama: for Ollama." in " ".join(text.split())
 

@@ -14,6 +14,7 @@ from mlx_fd.problems import arithmetic, parsing, prompts
 from mlx_fd.training.selfdistill import noise
 from mlx_fd.training.selfdistill.contexts import reflection
 from support import patterns
+from support.draws import draws
 
 PATTERNS = patterns.compiled(mlx_fd)
 USES = patterns.uses(mlx_fd)
@@ -159,7 +160,7 @@ def test_spans_and_weights_are_as_defined():
     rng = random.Random(0)
     pieces = ["#### ", "####", "\n", " ", "5", "\u00b2", "\u0665", "eggs", ".", "\x1c", "\u2003"]
     found = set()
-    for _ in range(5000):
+    for _ in range(draws(5000)):
         text = "".join(rng.choices(pieces, k=rng.randrange(12)))
         span = answer_span(text)
         # Marks do not overlap, from the right.

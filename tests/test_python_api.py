@@ -1,6 +1,7 @@
 """What a notebook imports from mlx_fd: names, runs, judging, files of answers, the divergence."""
 
 import ast
+import functools
 import json
 import re
 import runpy
@@ -17,6 +18,7 @@ import pytest
 import mlx_fd
 from mlx_fd.models.backend import backend
 from support.pairs import SMALL, make_dirs, without_seconds
+from support.shell import installed, shell
 
 backend()
 
@@ -54,7 +56,7 @@ WEIGHTS = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")
 
 @pytest.fixture(scope="module")
 def dirs(tmp_path_factory):
-    return make_dirs(tmp_path_factory.mktemp("pair"))
+    return make_dirs(tmp_path_factory.mktemp("pair"), layers=(2, 1))
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +182,9 @@ def test_a_run_gives_its_summary_and_its_events(random_run):
 
 def test_it_is_the_run_of_the_command_line(dirs, random_run, tmp_path):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    command = [sys.executable, "-m", "mlx_fd", "loop", "--expert", str(dirs[0]), "--student"]
-    command += [str(dirs[1]), *options, "--quiet", "--out", str(tmp_path / "run")]
-    subprocess.run(command, check=True, capture_output=True)
+    models = ("--expert", dirs[0], "--student", dirs[1])
+    done = installed("loop", *models, *options, "--quiet", "--out", "run", cwd=tmp_path)
+    assert done.status == 0, done.err
     same(random_run[0].folder, tmp_path / "run")
     ours, its = (runs.read_manifest(folder) for folder in (random_run[0].folder, tmp_path / "run"))
     assert {**ours, "created": ""} == {**its, "created": ""}
@@ -356,20 +358,18 @@ def file(tmp_path):
     return path
 
 
-def command(*arguments) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "mlx_fd", "feedback", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
+command = functools.partial(shell, "feedback", cwd=Path("/"))
 
 
 def test_a_file_is_judged(tiny_run, file, tmp_path):
     out = tmp_path / "judged.jsonl"
     options = ["--problems", file, "--out", out, "--batch-size", 2, "--tokens", 96]
     done = command(tiny_run, *options, "--json")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.status, done.err) == (0, "")
     judged, given = (
         [json.loads(line) for line in path.read_text().splitlines()] for path in (out, file)
     )
-    assert json.loads(done.stdout) == {
+    assert json.loads(done.out) == {
         "out": str(out),
         "judged": 5,
         "readable": sum(row["readable"] for row in judged),
@@ -383,9 +383,9 @@ def test_a_file_is_judged(tiny_run, file, tmp_path):
     assert not partial_of(out).exists()
     content = out.read_bytes()
     again = command(tiny_run, *options)
-    assert again.returncode == 2 and "--overwrite" in again.stderr
+    assert again.status == 2 and "--overwrite" in again.err
     assert out.read_bytes() == content
-    assert command(tiny_run, *options, "--overwrite").returncode == 0
+    assert command(tiny_run, *options, "--overwrite").status == 0
     assert out.read_bytes() == content
 
 
@@ -458,8 +458,8 @@ def test_an_answer_longer_than_the_context_is_not_judged(dirs, file, tmp_path):
     with file.open("a") as handle:
         handle.write(json.dumps({"question": "1 + 1 " * 2000, "answer": "2"}) + "\n")
     done = command(dirs[1], "--problems", file, "--out", tmp_path / "judged.jsonl")
-    flat = " ".join(done.stderr.split())
-    assert done.returncode == 2 and f"{file}: row 5: problem and answer have" in flat
+    flat = " ".join(done.err.split())
+    assert done.status == 2 and f"{file}: row 5: problem and answer have" in flat
     assert "take a smaller --tokens" in flat
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
@@ -481,7 +481,7 @@ def test_a_bad_row_is_refused_before_a_model_is_looked_for(line, message, tmp_pa
     file = tmp_path / "answers.jsonl"
     file.write_text('{"question": "1 + 1?", "answer": 2}\n' + line + "\n")
     done = command("no-such-model", "--problems", file, "--out", tmp_path / "out.jsonl")
-    assert done.returncode == 2 and message in done.stderr and f"{file}:2: " in done.stderr
+    assert done.status == 2 and message in done.err and f"{file}:2: " in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
@@ -492,14 +492,14 @@ def test_files_that_cannot_be_written_are_refused_first(file, tmp_path):
         (tmp_path / "none" / "out.jsonl", [], "there is no folder"),
     ):
         done = command("no-such-model", "--problems", file, "--out", out, *options)
-        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert done.status == 2 and message in done.err, done.err
     for options, message in (
         (["--problems", file], "go together"),
         (["--problems", file, "--out", "x", "--problem", "1"], "of one answer"),
         (["--answer", "1"], "Missing option '--problem'"),
     ):
         done = command("no-such-model", *options)
-        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert done.status == 2 and message in done.err, done.err
     empty = tmp_path / "empty.json"
     empty.write_text("[]")
     with pytest.raises(UserError, match="has no rows"):

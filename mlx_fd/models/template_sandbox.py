@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def check_limits(
     """
     if len(source) > _MAX_TEMPLATE_CHARS:
         raise TooMuch(f"{where}: its chat template has {len(source)} characters; {_ADVICE}")
-    task = {"source": source, "variables": list(variables), "date": date}
+    task = {"source": source, "variables": list(variables), "date": date, "seconds": _SECONDS}
     if not _keeps_limits(json.dumps(task, sort_keys=True)):
         raise TooMuch(f"{where}: its chat template {_TOO_MUCH}; {_ADVICE}")
 
@@ -113,18 +114,23 @@ def variables_read(source: str, where: str) -> frozenset[str]:
     Raises:
         UserError: it is no template.
     """
+    with blaming(f"{where}: its chat template cannot be rendered"):
+        return _variables_read(source)
+
+
+@functools.lru_cache(maxsize=64)
+def _variables_read(source: str) -> frozenset[str]:
     from jinja2 import meta, nodes
 
-    with blaming(f"{where}: its chat template cannot be rendered"):
-        tree = _environment().parse(source)
-        read = meta.find_undeclared_variables(tree)
-        own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
-        asked = {
-            node.node.name
-            for node in tree.find_all((nodes.Test, nodes.Filter))
-            if node.name in _ASKS and isinstance(node.node, nodes.Name)
-        }
-        return frozenset(read - (own - asked))
+    tree = _environment().parse(source)
+    read = meta.find_undeclared_variables(tree)
+    own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    asked = {
+        node.node.name
+        for node in tree.find_all((nodes.Test, nodes.Filter))
+        if node.name in _ASKS and isinstance(node.node, nodes.Name)
+    }
+    return frozenset(read - (own - asked))
 
 
 def _clock(date: str) -> Any:
@@ -241,7 +247,7 @@ def main() -> int:
     import resource
 
     task = json.load(sys.stdin)
-    seconds = int(_SECONDS)
+    seconds = math.ceil(task["seconds"])
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     with contextlib.suppress(ValueError, OSError):  # macOS has no limit of memory
         resource.setrlimit(resource.RLIMIT_AS, (_CHILD_BYTES, _CHILD_BYTES))

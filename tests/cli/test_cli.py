@@ -17,6 +17,7 @@ import sys
 import termios
 import time
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from mlx_fd.runs.checked import read_checked, with_digest
 from mlx_fd.runs.checkpoints import newest_checkpoint
 from mlx_fd.text import strip_control_chars
 from support import FIXTURES, ROOT
-from support.shell import SCRIPT, Done, failed, shell
+from support.shell import SCRIPT, Done, failed, limit_file_size, shell
 from support.tiny import make_model_dir, make_tokenizer
 from support.trained import make_run
 
@@ -422,14 +423,12 @@ LATIN = b"K\xf6ln"
     ],
 )
 def test_arguments_that_are_not_utf8(arguments, tmp_path):
-    done = subprocess.run(
-        [SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    failed(Done(done.returncode, done.stdout, done.stderr), "'K\\udcf6ln", "is not UTF-8 text")
+    done = shell(*map(os.fsdecode, arguments), cwd=tmp_path)
+    failed(done, "'K\\udcf6ln", "is not UTF-8 text")
     place = next(k for k, value in enumerate(arguments) if LATIN in os.fsencode(value))
     for option in (arguments[place - 1], arguments[place]):
         if b"--" in os.fsencode(option):
-            assert os.fsencode(option).partition(b"=")[0].decode() in done.stderr
+            assert os.fsencode(option).partition(b"=")[0].decode() in done.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -752,22 +751,12 @@ def test_export_for_a_script(mlx_fd, tmp_path):
 
 
 def test_export_to_a_full_disk(finished, tmp_path):
-    code = (
-        "import resource, signal, sys; from mlx_fd.cli import main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000,) * 2)\n"
-        "main()"
-    )
+    full = partial(limit_file_size, 20000)
     for form in FORMATS:
-        done = subprocess.run(
-            [sys.executable, "-c", code, "export", finished, "--out", "x", "--format", form],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 2 and done.stdout == ""
-        assert f"error: {tmp_path / 'x'}: cannot be written" in done.stderr
+        command = ("export", finished, "--out", "x", "--format", form)
+        done = shell(*command, cwd=tmp_path, before=full)
+        assert done.status == 2 and done.out == ""
+        assert f"error: {tmp_path / 'x'}: cannot be written" in done.err
         assert list(tmp_path.iterdir()) == []
 
 
@@ -892,20 +881,20 @@ class Started:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_ends_the_run_after_its_batch(number, status, home, mlx_fd, tmp_path):
     out = tmp_path / "the run"
-    run = Started(home, "--out", out, "--episodes", 40, "--checkpoint-every", 1000)
-    run.wait_for("2/40")
+    run = Started(home, "--out", out, "--episodes", 12, "--checkpoint-every", 1000)
+    run.wait_for("2/12")
     run.process.send_signal(number)
     done = run.end()
     assert done.status == status
     assert done.err == f"stopped; continue with: mlx-fd resume '{out}'\n"
     assert "stopping after this batch" in done.out and "Summary" not in done.out
     batches = len(runs.read_lines(out / runs.METRICS))
-    assert 1 <= batches < 20 and len(episodes(out)) == 2 * batches
+    assert 1 <= batches < 6 and len(episodes(out)) == 2 * batches
     checkpoint, broken = newest_checkpoint(out)
     assert checkpoint.batch == batches and not broken
     done = mlx_fd("resume", out)
     assert done.status == 0 and f"resuming after batch {batches}\n" in done.out
-    assert [row["episode"] for row in episodes(out)] == list(range(40))
+    assert [row["episode"] for row in episodes(out)] == list(range(12))
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -999,7 +988,7 @@ def test_a_closed_terminal_ends_the_run_with_a_checkpoint(home, mlx_fd, tmp_path
     run = subprocess.Popen(
         [
             *(sys.executable, "-c", f"{own}from mlx_fd.cli import main; main()", "loop"),
-            *(*tiny(home), "--out", out, "--episodes", "40", "--checkpoint-every", "99"),
+            *(*tiny(home), "--out", out, "--episodes", "12", "--checkpoint-every", "99"),
         ],
         stdin=slave, stdout=slave, stderr=slave,
         env={**os.environ, "TERM": "xterm"},
@@ -1014,7 +1003,7 @@ def test_a_closed_terminal_ends_the_run_with_a_checkpoint(home, mlx_fd, tmp_path
     assert run.wait(timeout=60) == 128 + signal.SIGHUP
     batches = len(runs.read_lines(out / runs.METRICS))
     checkpoint, broken = newest_checkpoint(out)
-    assert checkpoint.batch == batches < 20 and not broken
+    assert checkpoint.batch == batches < 6 and not broken
     assert mlx_fd("resume", out, "--quiet").status == 0
 
 

@@ -42,6 +42,7 @@ from mlx_fd.models.gguf_tokens import (  # noqa: E402
 )
 from mlx_fd.models.loading import load  # noqa: E402
 from mlx_fd.models.resolve import smollm2_file  # noqa: E402
+from support.draws import draws  # noqa: E402
 
 SIZES = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 96}
 LLAMA3 = {
@@ -371,7 +372,7 @@ def test_damaged_tokenizers_never_escape(tmp_path):
             read_vocabulary(file, 400, "llama")
     rng = np.random.default_rng(0)
     outcomes = set()
-    for _ in range(300):
+    for _ in range(draws(300)):
         value = json.loads(whole)
         node: Any = value
         while True:

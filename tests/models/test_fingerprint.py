@@ -23,6 +23,7 @@ from mlx_fd.models.resolve import resolve
 from mlx_fd.runs.manifest import check_same
 from support import tiny
 from support.manifests import manifest
+from support.shell import shell
 from support.trained import make_run
 
 
@@ -270,9 +271,9 @@ def test_a_run_of_this_version_is_held_to_every_byte(tmp_path: Path) -> None:
 
 def evaluate(model: Path, cache: str, out: str, folder: Path) -> list[Any]:
     """What an evaluation's model said, and whether it was right."""
-    command = [sys.executable, "-m", "mlx_fd", "eval", str(model), "--problems", "arithmetic"]
-    command += ["--limit", "6", "--cache", cache, "--out", out, "--quiet"]
-    subprocess.run(command, cwd=folder, capture_output=True, check=True)
+    options = ("--problems", "arithmetic", "--limit", "6", "--cache", cache, "--out", out)
+    done = shell("eval", model, *options, "--quiet", cwd=folder)
+    assert done.status == 0, done.err
     lines = (folder / out / "outputs.jsonl").read_text().splitlines()
     return [(row["turns"], row["correct"]) for row in map(json.loads, lines)]
 

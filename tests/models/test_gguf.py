@@ -28,6 +28,7 @@ from mlx_fd.models import loading  # noqa: E402
 from mlx_fd.models.gguf import convert  # noqa: E402
 from mlx_fd.models.resolve import resolve  # noqa: E402
 from support import FIXTURES  # noqa: E402
+from support.draws import draws  # noqa: E402
 from support.gguf_files import BASE, DIM, EPSILON, HEADS, KV_HEADS, LAYERS, write_gguf  # noqa: E402
 
 GOLDEN = FIXTURES / "smollm2_llama_cpp.json"
@@ -284,7 +285,7 @@ def test_flipped_bytes_never_escape(tmp_path: Path) -> None:
     student_lm = gguf.GGUFReader(tmp_path / "m.gguf")
     rng = random.Random(1)
     outcomes = []
-    for number in range(250):
+    for number in range(draws(250)):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 1, 4))):
             data[rng.randrange(student_lm.data_offset)] = rng.choice((0, 1, 0x7F, 0x80, 0xFF))

@@ -28,6 +28,7 @@ import pytest
 from mlx_fd.config import Config, override
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.pair import open_pair
+from mlx_fd.models import template_sandbox
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import first_prompt, followup_prompt, generate
 from mlx_fd.models.loading import load
@@ -425,8 +426,12 @@ def test_a_sound_directory_works(sound: Path) -> None:
 
 
 @pytest.mark.parametrize("name", _REFUSED)
-def test_it_is_refused_in_a_sentence(name: str, sound: Path, tmp_path: Path) -> None:
+def test_it_is_refused_in_a_sentence(
+    name: str, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = broken(sound, tmp_path, _REFUSED[name])
+    if name.startswith("a template"):
+        monkeypatch.setattr(template_sandbox, "_SECONDS", 1.0)  # instead of 5
     with bounded(), pytest.raises(UserError) as refused:
         use(path)
     assert str(path) in str(refused.value)
@@ -467,7 +472,9 @@ def test_an_absurd_size_is_refused_before_anything_is_made(
         assert time.monotonic() - begin < 2
 
 
-def test_a_template_that_goes_wrong_later_has_a_deadline(sound: Path, tmp_path: Path) -> None:
+def test_a_template_that_goes_wrong_later_has_a_deadline(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is said may lead a template elsewhere than where it was tried."""
     for bad in (
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -479,6 +486,7 @@ def test_a_template_that_goes_wrong_later_has_a_deadline(sound: Path, tmp_path: 
         loaded = load(broken(sound, tmp_path / str(len(bad)), template(source)))
         before = sys.gettrace()
         assert first_prompt(loaded, "What is 1 + 2?")
+        monkeypatch.setattr(template_sandbox, "_SECONDS", 1.0)  # instead of 5
         with bounded(), pytest.raises(UserError, match="more time or memory") as refused:
             first_prompt(loaded, "magic")
         assert str(loaded.path) in str(refused.value)

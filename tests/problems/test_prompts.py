@@ -16,6 +16,7 @@ from mlx_fd.problems import parsing, prompts
 from mlx_fd.problems.parsing import final_answer, parse_feedback
 from mlx_fd.problems.prompts import Feedback
 from mlx_fd.problems.thoughts import without_thoughts
+from support.draws import draws
 
 GOOD = "The second step adds 3 instead of taking it away, so the total is 4 too high."
 
@@ -399,7 +400,7 @@ def restated_match(text, gold, name):
 WRITTEN = st.text(st.sampled_from("0123456789.,$-# \nab%"), max_size=40)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=draws(1500), deadline=None)
 @given(WRITTEN, WRITTEN)
 @example("#### 18.", "so\n#### 18")
 @example("#### 1,234\n#### 5", "#### 1234")
@@ -475,7 +476,7 @@ def has_digit(text):
     return any(unicodedata.category(char) == "Nd" for char in text)
 
 
-@settings(max_examples=5_000, deadline=None)
+@settings(max_examples=draws(5_000), deadline=None)
 @given(MODEL_TEXT)
 def test_feedback_properties(text):
     found = parse_feedback(text)
@@ -489,7 +490,7 @@ def test_feedback_properties(text):
         assert again.written_score == pytest.approx(found.written_score, abs=5.1e-5)
 
 
-@settings(max_examples=5_000, deadline=None)
+@settings(max_examples=draws(5_000), deadline=None)
 @given(MODEL_TEXT)
 def test_answer_properties(text):
     found = final_answer(text)
@@ -509,7 +510,7 @@ SENTENCES = st.lists(
 ).map(" ".join)  # fmt: skip
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=draws(1000), deadline=None)
 @given(st.floats(-1, 1) | st.sampled_from([-1.0, 0.0, 1.0, -0.00001]), SENTENCES)
 def test_formatted_feedback_comes_back(score, text):
     written = prompts.format_feedback(Feedback(text, score))
@@ -520,13 +521,13 @@ def test_formatted_feedback_comes_back(score, text):
     assert not math.copysign(1, found.written_score) < 0 or found.written_score < 0
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=draws(500), deadline=None)
 @given(SENTENCES)
 def test_feedback_without_a_score_comes_back(text):
     assert parse_feedback(prompts.format_feedback(Feedback(text, None))) == Feedback(text, None)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=draws(1000), deadline=None)
 @given(st.integers(0, 10), st.sampled_from([10, 5, 100]))
 def test_scales_are_ratios(value, scale):
     for written in (f"Score: {value}/{scale}", f"Rating: {value} out of {scale}."):
@@ -534,7 +535,7 @@ def test_scales_are_ratios(value, scale):
         assert parse_feedback(written).written_score == expected
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=draws(2000), deadline=None)
 @given(st.integers(-(10**12), 10**12), st.integers(0, 4), st.sampled_from("#b "))
 def test_numbers_come_back(digits, places, form):
     value = Fraction(digits, 10**places)

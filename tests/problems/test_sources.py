@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from mlx_fd.errors import UserError
 from mlx_fd.problems import Problem, ProblemSet, check_split, load, probe_and_train
+from support.draws import draws
 
 ROWS = [
     {"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"},
@@ -360,7 +361,7 @@ def test_hub_without_network_fails_quickly(monkeypatch):
     assert "network" in text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=draws(300), deadline=None)
 @given(st.binary(max_size=200), st.sampled_from([".jsonl", ".json", ".csv"]))
 def test_any_bytes_give_problems_or_a_user_error(tmp_path_factory, content, suffix):
     path = tmp_path_factory.mktemp("any") / f"p{suffix}"
@@ -450,7 +451,8 @@ def fuzz(folder, count: int, seed: int) -> int:
 
 
 def test_any_file_gives_problems_or_is_refused_with_its_name(tmp_path):
-    assert 100 < fuzz(tmp_path, 1000, seed=0) < 900
+    count = draws(1000)
+    assert 0.1 * count < fuzz(tmp_path, count, seed=0) < 0.9 * count
 
 
 def test_any_parquet_file_gives_problems_or_is_refused_with_its_name(tmp_path):
@@ -501,7 +503,7 @@ def test_probe_and_train_on_gsm8k():
     assert Counter(everything[0] + everything[1]) == Counter(got.problems)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=draws(300), deadline=None)
 @given(
     st.lists(st.sampled_from(["a b", "a  b", " a\nb", "c", "d", "e", "e ", "f"]), max_size=30),
     st.integers(1, 4),

@@ -4,6 +4,8 @@ Needs Chromium (or Chrome) and the Python package playwright; skipped where one 
 """
 
 import base64
+import contextlib
+import functools
 import itertools
 import os
 import shutil
@@ -89,8 +91,11 @@ def has_script(name):
     return not name.endswith(("comparison", "advantage"))
 
 
-@pytest.fixture
-def opened(browser, pages):
+PHONE = {"width": 390, "height": 844}
+
+
+@contextlib.contextmanager
+def opening(browser, pages):
     """Opens a page as a file, waits for all of it, and checks that nothing complained."""
     contexts, said = [], []
 
@@ -118,6 +123,22 @@ def opened(browser, pages):
     for context in contexts:
         context.close()
     assert said == []
+
+
+@pytest.fixture
+def opened(browser, pages):
+    """Pages for one test, which may change what they show."""
+    with opening(browser, pages) as open_page:
+        yield open_page
+
+
+@pytest.fixture(scope="module")
+def shared(browser, pages):
+    """Pages that are only looked at: each is drawn once, for all tests that do so."""
+    with opening(browser, pages) as open_page:
+        yield functools.cache(
+            lambda name, phone=False: open_page(name, **({"viewport": PHONE} if phone else {}))
+        )
 
 
 def wait_title(page, title):
@@ -150,8 +171,8 @@ def wait_count(page, text):
 @pytest.mark.parametrize(
     ("name", "least"), [("one", 13), ("both", 13), ("attempts", 12), ("methods", 12)]
 )
-def test_every_chart_is_drawn_with_a_text_in_its_place(opened, name, least):
-    page = opened(name)
+def test_every_chart_is_drawn_with_a_text_in_its_place(shared, name, least):
+    page = shared(name)
     charts = page.query_selector_all(".chart")
     assert len(charts) >= least
     for chart in charts:
@@ -164,8 +185,8 @@ def test_every_chart_is_drawn_with_a_text_in_its_place(opened, name, least):
 
 
 @pytest.mark.parametrize("name", ["one", "both", "attempts", "methods", "brief", "once", "batch"])
-def test_no_chart_is_empty(opened, name):
-    page = opened(name)
+def test_no_chart_is_empty(shared, name):
+    page = shared(name)
     empty = page.evaluate(
         """[...document.querySelectorAll('figure')].filter(figure => ![...figure.querySelectorAll(
             '.mark-line path, .mark-symbol path, .mark-rect path'
@@ -200,9 +221,9 @@ CUT = """[...document.querySelectorAll('.chart svg text')].filter(text => {
 
 
 @pytest.mark.parametrize("name", ["one", "both", "attempts", "methods", "hostile", "harm"])
-def test_legends_are_whole_and_seen(opened, name):
+def test_legends_are_whole_and_seen(shared, name):
     """In both themes, on a phone, and when a window becomes as narrow as one."""
-    page = opened(name, viewport={"width": 390, "height": 844})
+    page = shared(name, phone=True)
     for width in (390, 800, 390):
         page.set_viewport_size({"width": width, "height": 844})
         page.wait_for_function(
@@ -302,7 +323,7 @@ def test_a_table_that_goes_on_shows_it_and_can_be_scrolled_by_keyboard(
 )
 def test_pages_without_a_script(opened, name, scheme):
     """The policy lets their styles through, and they are read on a phone and in both themes."""
-    page = opened(name, viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    page = opened(name, viewport=PHONE, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert page.evaluate("window.harmed") is None
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -516,8 +537,8 @@ def test_a_long_text_is_folded_and_whole(opened):
 
 
 @pytest.mark.parametrize("name", ["one", "both", "hostile", "methods", "harm"])
-def test_a_phone_scrolls_in_one_direction(opened, name):
-    page = opened(name, viewport={"width": 390, "height": 844})
+def test_a_phone_scrolls_in_one_direction(shared, name):
+    page = shared(name, phone=True)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
@@ -550,8 +571,8 @@ def test_contrast_in_both_themes_and_the_toggle(opened, scheme):
 
 
 @pytest.mark.parametrize("name", ["both", "methods"])
-def test_landmarks_headings_and_labels(opened, name):
-    page = opened(name)
+def test_landmarks_headings_and_labels(shared, name):
+    page = shared(name)
     assert [
         page.locator(tag).count() for tag in ("main", "header", "footer", "nav[aria-label]")
     ] == [1, 1, 1, 1]

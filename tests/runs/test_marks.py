@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from mlx_fd import cli, runs
 from mlx_fd.errors import UserError
 from mlx_fd.runs import marks
 from support.pairs import make_home
+from support.shell import Done, limit_file_size, shell
 from support.trained import make_run
 
 SMALL = shlex.split(
@@ -53,8 +55,9 @@ def models(tmp_path_factory) -> list[str]:
 def finished(models, tmp_path_factory) -> Path:
     """A run that is done; not to be written to."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    command = [sys.executable, "-m", "mlx_fd", "loop", *models, *SMALL, "--gate", "always"]
-    subprocess.run([*command, "--quiet", "--out", str(folder)], check=True, timeout=120)
+    options = (*SMALL, "--gate", "always", "--quiet")
+    done = shell("loop", *models, *options, "--out", folder, cwd=folder.parent)
+    assert done.status == 0, done.err
     return folder
 
 
@@ -355,50 +358,36 @@ def test_an_archive_on_a_full_disk(models, tmp_path):
     run = make_run(tmp_path / "run", models[3])
     there = tmp_path / "there"
     there.mkdir()
-    code = (
-        "import resource, signal, sys; from mlx_fd.cli import main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)\nmain()"
-    )
 
-    def export(limit: int) -> subprocess.CompletedProcess[str]:
-        command = ["export", str(run), "--out", "x", "--archive", "--no-parity"]
-        return subprocess.run(
-            [sys.executable, "-c", code, str(limit), *command],
-            cwd=there,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
+    def export(limit: int) -> Done:
+        command = ("export", run, "--out", "x", "--archive", "--no-parity")
+        return shell(*command, cwd=there, before=partial(limit_file_size, limit))
 
-    assert export(1 << 30).returncode == 0
+    assert export(1 << 30).status == 0
     whole = (there / "x.tar").read_bytes()
     largest = max(path.stat().st_size for path in (there / "x").iterdir())
     assert largest + 4096 < len(whole)
     shutil.rmtree(there / "x")
     (there / "x.tar").unlink()
     failed = export(largest + 4096)
-    assert failed.returncode == 2 and failed.stdout == ""
-    assert f"{there / 'x.tar'}: cannot be written" in failed.stderr
-    assert "nothing of this export was left behind" in failed.stderr
+    assert failed.status == 2 and failed.out == ""
+    assert f"{there / 'x.tar'}: cannot be written" in failed.err
+    assert "nothing of this export was left behind" in failed.err
     assert list(there.iterdir()) == []
-    assert export(1 << 30).returncode == 0
+    assert export(1 << 30).status == 0
     assert (there / "x.tar").read_bytes() == whole and (there / "x").is_dir()
 
 
 @pytest.mark.parametrize(("umask", "modes"), [(0o077, {0o600, 0o700}), (0o022, {0o644, 0o755})])
 def test_what_commands_write_has_the_permissions_of_the_umask(umask, modes, models, tmp_path):
-    code = f"import os; os.umask({umask}); from mlx_fd.cli import main; main()"
     for command in (
-        ["loop", *models, *SMALL, "--quiet", "--out", "run"],
+        ["loop", *models, *SMALL, "--episodes", 2, "--quiet", "--out", "run"],
         ["report", "run"],
         ["eval", "run", *SMALL_EVAL],
         ["export", "run", "--archive", "--parity-problems", "1", "--out", "x", "--quiet"],
     ):
-        subprocess.run(
-            [sys.executable, "-c", code, *command], cwd=tmp_path, check=True, timeout=120
-        )
+        done = shell(*command, cwd=tmp_path, before=partial(os.umask, umask))
+        assert done.status == 0, done.err
     for path in tmp_path.rglob("*"):
         if not path.is_symlink():
             assert stat.S_IMODE(path.stat().st_mode) in modes, path

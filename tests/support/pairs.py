@@ -40,14 +40,16 @@ def make_home(folder: Path) -> None:
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_dirs(folder: Path) -> tuple[Path, Path]:
-    """An expert and a smaller student with the same tokenizer."""
-    expert = make_model_dir(folder / "expert", arch="qwen2", hidden=32, layers=3, intermediate=64)
+def make_dirs(folder: Path, layers: tuple[int, int] = (3, 2)) -> tuple[Path, Path]:
+    """An expert and a smaller student with the same tokenizer, of so many layers."""
+    expert = make_model_dir(
+        folder / "expert", arch="qwen2", hidden=32, layers=layers[0], intermediate=64
+    )
     student = make_model_dir(
         folder / "student",
         arch="qwen2",
         hidden=16,
-        layers=2,
+        layers=layers[1],
         heads=2,
         kv_heads=1,
         intermediate=32,

@@ -17,11 +17,13 @@ from pathlib import Path
 from re import _constants as ops
 from re import _parser
 
+from support.draws import ALL
+
 SCANNING = {"search", "finditer", "findall", "sub", "subn", "split"}
 ANCHORED = {"match", "fullmatch"}
 METHODS = SCANNING | ANCHORED
 _SPREAD = " \t\na0_A9.-é"  # what classes and dots are tried with, beside their own characters
-_MAX_STARTS, _MAX_UNITS, _MAX_PAIRS = 16, 24, 16
+_MAX_STARTS, _MAX_UNITS, _MAX_PAIRS = (16, 24, 16) if ALL else (6, 12, 8)
 
 
 def _files(package):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,9 @@ def make_model_dir(
 
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of SmolLM2-135M-Instruct, converted once in a test session."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the session's; a worker has its own in it
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLX_FD_CACHE", str(tmp_path_factory.getbasetemp() / "mlx-fd"))
+        patch.setenv("MLX_FD_CACHE", str(folder / "mlx-fd"))
         return resolve("smollm2-135m")

@@ -59,7 +59,7 @@ STOPPED_AFTER = 4
 
 def make_stopped(folder: Path, **changes) -> Path:
     """A run that was stopped in its second epoch."""
-    expert, student = make_dirs(folder)
+    expert, student = make_dirs(folder, layers=(2, 1))
     options = {**OPTIONS, "expert": str(expert), "student": str(student), **changes}
     target, asked = folder / "stopped", iter(range(STOPPED_AFTER + 1))
     go_on(target, options, lambda: next(asked) == STOPPED_AFTER)

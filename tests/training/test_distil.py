@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +26,7 @@ from mlx_fd.training.selfdistill.plan import make_plan, open_models
 from mlx_fd.training.selfdistill.rollouts import sample_rollouts
 from mlx_fd.training.selfdistill.teacher import adapter, first_teacher
 from support.pairs import without_seconds
+from support.shell import shell
 
 SMALL = {
     "expert": "tiny",
@@ -278,21 +278,18 @@ def test_what_cannot_be_distilled_is_refused(tmp_path):
 
 
 def test_the_command(tmp_path):
-    def mlx_fd(*arguments):
-        command = [sys.executable, "-m", "mlx_fd", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-
+    mlx_fd = partial(shell, cwd=tmp_path)
     sizes = ["--episodes", 4, "--batch-size", 2, "--probe-size", 2, "--max-tokens", 24]
     done = mlx_fd("distil", "--expert", "tiny", *sizes, "--out", tmp_path / "run", "--json")
-    assert done.returncode == 0, done.stderr
-    assert "expert tiny, student tiny-student, method on-policy: objective reverse" in done.stderr
-    assert set(json.loads(done.stdout)["headroom"]) >= {"right", "expert"}
+    assert done.status == 0, done.err
+    assert "expert tiny, student tiny-student, method on-policy: objective reverse" in done.err
+    assert set(json.loads(done.out)["headroom"]) >= {"right", "expert"}
     again = mlx_fd(
         "distil", "--config", tmp_path / "run" / "config.toml", "--seed", 1, "--out", tmp_path / "b"
     )
-    assert again.returncode == 0, again.stderr
-    assert "expert 2, of 2 held-out problems" in again.stdout
+    assert again.status == 0, again.err
+    assert "expert 2, of 2 held-out problems" in again.out
     shown = mlx_fd("report", tmp_path / "run")
-    assert shown.returncode == 0, shown.stderr
+    assert shown.status == 0, shown.err
     wrong = mlx_fd("distil", "--expert", "tiny", "--method", "rcsd")
-    assert wrong.returncode == 2 and "not one of 'on-policy', 'gkd'" in wrong.stderr
+    assert wrong.status == 2 and "not one of 'on-policy', 'gkd'" in wrong.err

@@ -1,8 +1,8 @@
 """Problems with choices and with texts go through every command, as those with numbers do."""
 
 import json
-import subprocess
-import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +13,9 @@ from mlx_fd.problems.kinds import form_of
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.training.selfdistill.methods import configured
 from mlx_fd.training.session import plan_of
+from support.shell import shell
+
+mlx_fd = partial(shell, cwd=Path("/"))
 
 SIZES = ["--batch-size", 2, "--probe-size", 2, "--seed", 1]
 PROMPTS = ["--answer-kind", "none", "--problems"]
@@ -40,8 +43,8 @@ def ungraded(tmp_path_factory):
     (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = mlx_fd("loop", "--preset", "tiny", "--no-solutions", *PROMPTS, folder / "p.jsonl",
                   "--episodes", 4, *SIZES, *SHORT, "--out", folder / "run")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return folder / "run", folder / "p.jsonl", done.stdout
+    assert done.status == 0, done.err
+    return folder / "run", folder / "p.jsonl", done.out
 
 
 def test_without_gold_the_loop_goes_by_the_experts_verdict(ungraded):
@@ -59,15 +62,15 @@ def test_without_gold_the_loop_goes_by_the_experts_verdict(ungraded):
     assert "without right answers: good by the expert's verdict" in printed
     assert "first answers right" not in printed
     report = mlx_fd("report", run)
-    assert report.returncode == 0, report.stderr
+    assert report.status == 0, report.err
 
 
 def test_without_gold_judging_is_evaluated_by_the_expert(ungraded):
     run, file, _ = ungraded
     done = mlx_fd("eval", run, *PROMPTS, file, "--limit", 3, "--json")
-    assert done.returncode == 0, done.stderr
-    assert "has no right answers" in done.stderr
-    solved, judged = json.loads(done.stdout)["sets"]
+    assert done.status == 0, done.err
+    assert "has no right answers" in done.err
+    solved, judged = json.loads(done.out)["sets"]
     assert {name for one in solved["systems"] for name in one["measures"]} == {"ended", "score"}
     lines = (run / "eval" / "fast" / "outputs.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["set"] == judged["name"]]
@@ -86,13 +89,13 @@ def test_without_gold_an_expert_is_distilled_all_the_same(ungraded, tmp_path):
     out = tmp_path / "run"
     done = mlx_fd("distil", "--expert", "tiny", *PROMPTS, file, "--episodes", 4, *SIZES, *SHORT[:2],
                   "--probe-every", 1, "--out", out)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     summary = json.loads((out / "summary.json").read_text())
     assert summary["attempts"]["right"] is None and summary["attempts"]["n"] == 4
     assert summary["held_out"]["after"]["n"] == 0
     assert summary["updates"]["steps"] == 2
     assert summary["best_checkpoint"] == "000002"
-    assert "none are known" in done.stdout and "%" not in done.stdout.split("trained on")[0]
+    assert "none are known" in done.out and "%" not in done.out.split("trained on")[0]
 
 
 @pytest.mark.parametrize(
@@ -118,8 +121,8 @@ def test_what_needs_right_answers_is_refused_in_a_sentence(ungraded, options, sa
 def test_the_loop_refuses_solutions_without_gold(ungraded):
     _, file, _ = ungraded
     done = mlx_fd("loop", "--preset", "tiny", *PROMPTS, file, "--episodes", 4, *SIZES)
-    assert done.returncode == 2
-    assert "--no-solutions" in done.stderr and done.stderr.count("\n") == 1
+    assert done.status == 2
+    assert "--no-solutions" in done.err and done.err.count("\n") == 1
 
 
 @pytest.fixture(scope="module", params=[choice, text], ids=["choice", "text"])
@@ -130,13 +133,8 @@ def run(request, tmp_path_factory):
     (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = mlx_fd("loop", "--preset", "tiny", "--problems", folder / "p.jsonl", "--episodes", 4,
                   "--exam-size", 0, *SIZES, *SHORT, "--out", folder / "run")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     return folder, request.param
-
-
-def mlx_fd(*arguments):
-    command = [sys.executable, "-m", "mlx_fd", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
 
 
 def test_rows_have_the_kinds_own_answers(run):
@@ -167,14 +165,14 @@ def test_other_commands_take_them(tmp_path):
     few = ["--problems", file, "--episodes", 2, *SIZES, "--max-answer-tokens", 24]
     distil = tmp_path / "distil"
     done = mlx_fd("distil", "--expert", "tiny", *few, "--out", distil)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     done = mlx_fd("self-distill", "--method", "grpo", "--model", "tiny-student", *few,
                   "--num-generations", 2, "--out", tmp_path / "self")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     done = mlx_fd("eval", distil, "--problems", file, "--limit", 2, "--max-tokens", 24)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     outputs = (distil / "eval" / "fast" / "outputs.jsonl").read_text().splitlines()
     references = {row.get("reference") for row in map(json.loads, outputs)} - {None}
     assert references == {"B"}
     done = mlx_fd("report", distil)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err

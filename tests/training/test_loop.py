@@ -33,7 +33,7 @@ from support.tiny import make_model_dir
 
 @pytest.fixture(scope="module")
 def dirs(tmp_path_factory):
-    return make_dirs(tmp_path_factory.mktemp("pair"))
+    return make_dirs(tmp_path_factory.mktemp("pair"), layers=(2, 1))
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,22 @@ def finished(dirs, tmp_path_factory):
     events = []
     summary = start(folder, plan, events.append)
     return folder, plan, summary, events
+
+
+@pytest.fixture(scope="module")
+def begun(finished, tmp_path_factory):
+    """The same run, stopped after each of its first two batches of four."""
+    folder, plan = tmp_path_factory.mktemp("runs") / "begun", finished[1]
+    for _ in range(2):
+        answers = iter([False, True])
+        start(folder, plan, stop=lambda answers=answers: next(answers))
+    return folder
+
+
+@pytest.fixture
+def stopped(begun, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(begun, tmp_path / "stopped", symlinks=True)
 
 
 def test_the_steps_run_in_the_order_of_the_text(finished):
@@ -161,15 +177,15 @@ def test_stopping_after_any_batch_and_resuming_changes_nothing(finished, tmp_pat
     assert_same(folder, stopped)
 
 
-def test_dying_at_any_flush_and_resuming_changes_nothing(finished, tmp_path, monkeypatch):
+def test_dying_at_any_flush_and_resuming_changes_nothing(dirs, tmp_path, monkeypatch):
     """Every boundary between two writes is a place to die, and many are tried."""
-    folder, plan, _, _ = finished
+    plan, folder = make_plan(*dirs, episodes=4, checkpoint_every=1), tmp_path / "whole"
     with monkeypatch.context() as patch:
         seen = count_syncs(patch, limit=0)
-        start(tmp_path / "count", plan)
+        start(folder, plan)
         total = seen()
     assert total > 40
-    for limit in range(1, total, 15):
+    for limit in range(1, total, 9):
         target = tmp_path / f"died{limit}"
         with monkeypatch.context() as patch, pytest.raises(Killed):
             count_syncs(patch, limit)
@@ -180,12 +196,8 @@ def test_dying_at_any_flush_and_resuming_changes_nothing(finished, tmp_path, mon
 
 
 @pytest.mark.parametrize("harm", ["cut a weight", "flip a bit", "half a log line", "no state"])
-def test_a_harmed_last_checkpoint_is_passed_over(finished, tmp_path, harm):
-    folder, plan, _, _ = finished
-    target = tmp_path / "harmed"
-    for _ in range(2):
-        answers = iter([False, True])
-        start(target, plan, stop=lambda answers=answers: next(answers))
+def test_a_harmed_last_checkpoint_is_passed_over(finished, stopped, harm):
+    (folder, plan, _, _), target = finished, stopped
     last = (target / "checkpoints" / "last").resolve()
     weights_file = last / "adapters.safetensors"
     data = weights_file.read_bytes()
@@ -249,7 +261,7 @@ def test_a_full_disk_ends_in_a_message_and_a_true_resume(finished, tmp_path):
 def test_sigkills_at_random_moments_change_nothing(dirs, tmp_path):
     """The command line, killed and resumed until it is through; bit for bit one whole run."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    options += ["--episodes=60", "--checkpoint-every=3"]
+    options += ["--episodes=24", "--checkpoint-every=3"]
     mlx_fd = str(Path(sys.executable).with_name("mlx-fd"))
     loop = [mlx_fd, "loop", "--expert", str(dirs[0]), "--student", str(dirs[1]), *options]
 
@@ -375,11 +387,8 @@ def test_stopping_before_the_first_batch(finished, tmp_path):
     assert_same(folder, tmp_path / "run")
 
 
-def test_a_harmed_probe_set_is_made_again(finished, tmp_path):
-    folder, plan, _, _ = finished
-    target = tmp_path / "run"
-    answers = iter([False, True])
-    start(target, plan, stop=lambda: next(answers))
+def test_a_harmed_probe_set_is_made_again(finished, stopped):
+    (folder, plan, _, _), target = finished, stopped
     arrays = target / "probe.safetensors"
     data = bytearray(arrays.read_bytes())
     data[-400:] = bytes(400)
@@ -388,11 +397,8 @@ def test_a_harmed_probe_set_is_made_again(finished, tmp_path):
     assert_same(folder, target)
 
 
-def test_the_adapter_may_be_pointed_to_another_base(finished, tmp_path):
-    folder, plan, _, _ = finished
-    target = tmp_path / "run"
-    answers = iter([False, True])
-    start(target, plan, stop=lambda: next(answers))
+def test_the_adapter_may_be_pointed_to_another_base(finished, stopped):
+    (folder, plan, _, _), target = finished, stopped
     config = target / "checkpoints" / "last" / "adapter_config.json"
     config.write_text(config.read_text().replace("student", "elsewhere"))
     start(target, plan)
@@ -478,7 +484,7 @@ def test_phases_move_the_weight_and_a_resumed_run_moves_it_alike(dirs, tmp_path)
 
 
 def test_what_each_loss_counts_can_be_chosen(dirs, tmp_path):
-    options = {"episodes": 6, "losses": ["lm", "score", "attention"]}
+    options = {"episodes": 4, "losses": ["lm", "score", "attention"]}
     found = {}
     for how in ("fixed", "ema", "phases", "both"):
         start(tmp_path / how, make_plan(*dirs, loss_weights=how, **options))

@@ -36,6 +36,7 @@ from mlx_fd.training.selfdistill.plan import make_plan, open_models
 from mlx_fd.training.selfdistill.teacher import adapter, adapter_swapped, next_teacher, zero_adapter
 from mlx_fd.training.selfdistill.training import Models, run
 from support.pairs import MEASURED, without_seconds
+from support.shell import failed, shell
 
 SMALL = {
     "episodes": 4,
@@ -63,10 +64,14 @@ def config_of(method, **changes):
 def start(folder, config, report=lambda event: None, stop=lambda: False):
     """Begin or resume a run in this process, as the command line does."""
     plan = make_plan(config)
+    return begin(folder, plan, open_models(plan), report, stop)
+
+
+def begin(folder, plan, models, report=lambda event: None, stop=lambda: False):
+    """Begin or resume a planned run with models that were just opened."""
     with runs.locked(folder):
         if not runs.is_run(folder):
             runs.create(folder, to_toml(plan.config), plan.manifest)
-        models = open_models(plan)
         return run(folder, plan.config, models, plan.probe, plan.problems, report, stop)
 
 
@@ -215,8 +220,10 @@ def test_each_method_trains_and_resumes_exactly(method, tmp_path):
     events = []
     folder, stopped = tmp_path / "whole", tmp_path / "stopped"
     config = config_of(method, episodes=6, **KEPT.get(method, {}))
-    before = adapter(open_models(make_plan(config)).student_lm.model)
-    summary = start(folder, config, events.append)
+    plan = make_plan(config)
+    models = open_models(plan)
+    before = adapter(models.student_lm.model)
+    summary = begin(folder, plan, models, events.append)
     found = rows(folder)
     group = config.selfdistill.num_generations
     assert [row["attempt"] for row in found] == list(range(6 * group))
@@ -239,15 +246,9 @@ def test_each_method_trains_and_resumes_exactly(method, tmp_path):
     assert (folder / "checkpoints" / "best" / "adapter_config.json").exists()
     # Asked once before the first batch, then after each; there is no checkpoint of the first.
     answers = iter([False, True])
-    assert start(stopped, config, stop=lambda: next(answers)) is None
-    assert start(stopped, config) is not None
+    assert begin(stopped, plan, open_models(plan), stop=lambda: next(answers)) is None
+    assert begin(stopped, plan, open_models(plan)) is not None
     assert_same(folder, stopped)
-
-
-def test_another_seed_is_another_run(tmp_path):
-    for seed in (2, 3):
-        start(tmp_path / str(seed), config_of("sdpo", seed=seed))
-    assert rows(tmp_path / "2") != rows(tmp_path / "3")
 
 
 def test_kill_9_at_random_moments_changes_nothing(tmp_path):
@@ -261,7 +262,7 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path):
         "--method",
         "sdpo",
         *options,
-        "--episodes=10",
+        "--episodes=8",
         "--num-generations=2",
     ]
 
@@ -348,12 +349,6 @@ def test_a_frozen_critic_shares_what_it_can(tmp_path):
     assert all(id(value) in theirs for name, value in ours.items() if name not in own)
 
 
-def cli(*arguments):
-    """The command line as a user calls it."""
-    mlx_fd = str(Path(sys.executable).with_name("mlx-fd"))
-    return subprocess.run([mlx_fd, *arguments], capture_output=True, text=True, check=False)
-
-
 def test_the_command_line_says_what_is_wrong(tmp_path):
     (tmp_path / "loop.toml").write_text(to_toml(Config()))
     (tmp_path / "self.toml").write_text(to_toml(config_of("grpo")))
@@ -364,8 +359,7 @@ def test_the_command_line_says_what_is_wrong(tmp_path):
         (["self-distill", "--config", str(tmp_path / "loop.toml")], "is not a self-distillation"),
         (["loop", "--config", str(tmp_path / "self.toml")], "mlx-fd self-distill --config"),
     ):
-        done = cli(*arguments)
-        assert done.returncode == 2 and wanted in done.stderr and "Traceback" not in done.stderr
+        failed(shell(*arguments, cwd=tmp_path), wanted)
     assert not (tmp_path / "runs").exists()
 
 
@@ -381,6 +375,11 @@ def learned(tmp_path_factory):
     }
     start(folder, config_of("step-critique", **limits))
     return folder
+
+
+def test_another_seed_is_another_run(learned, tmp_path):
+    start(tmp_path / "run", config_of("step-critique", seed=3, episodes=2))
+    assert rows(tmp_path / "run") != rows(learned)[:2]
 
 
 def test_what_learned_from_itself_is_exported_without_a_score_head(learned, tmp_path):
@@ -404,17 +403,17 @@ def test_a_run_is_evaluated_beside_the_model_that_it_was(learned, tmp_path):
     said = {}
     for name, folder in folders.items():
         out = () if name == str(learned) else ("--out", str(folder))
-        options = ("--limit", "12", "--quiet")
-        done = cli("eval", name, *options, *out, "--cache", str(tmp_path / "cache"))
-        assert done.returncode == 0, done.stderr
+        options = ("--limit", "6", "--quiet")
+        done = shell("eval", name, *options, *out, "--cache", tmp_path / "cache", cwd=tmp_path)
+        assert done.status == 0, done.err
         for line in (folder / "outputs.jsonl").read_text().splitlines():
             row = json.loads(line)
             said.setdefault((name, row["set"], row["system"]), []).append(row["turns"])
         if name == str(learned):
-            assert "Student alone" in done.stdout and "Base model alone" in done.stdout
+            assert "Student alone" in done.out and "Base model alone" in done.out
     solved, judged = "arithmetic/test", "arithmetic/first errors"
     ours = said[str(learned), solved, "student"]
-    assert len(ours) == 12 and ours == said[str(adapter), solved, "student"]
+    assert len(ours) == 6 and ours == said[str(adapter), solved, "student"]
     base = said[str(learned), solved, "base"]
     assert base != ours and base == said["tiny-student", solved, "student"]
     assert said[str(learned), judged, "clear"] == said["tiny-student", judged, "student"]
@@ -430,45 +429,47 @@ def test_a_run_is_evaluated_beside_the_model_that_it_was(learned, tmp_path):
 
 def test_a_run_meets_the_baselines_with_an_expert_that_is_named(learned, tmp_path):
     command = ("eval", str(learned), "--baselines", "--limit", "1", "--out", str(tmp_path / "out"))
-    done = cli(*command)
-    assert done.returncode == 2 and "name one with --expert" in done.stderr
-    done = cli(*command, "--expert", "tiny", "--json", "--cache", str(tmp_path / "cache"))
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    done = shell(*command, cwd=tmp_path)
+    assert done.status == 2 and "name one with --expert" in done.err
+    cache = ("--cache", tmp_path / "cache")
+    done = shell(*command, "--expert", "tiny", "--json", *cache, cwd=tmp_path)
+    assert done.status == 0, done.err
+    result = json.loads(done.out)
     assert result["models"]["expert"]["name"] == "tiny"
     systems = [one["name"] for one in result["sets"][0]["systems"]]
     assert systems == ["student", "base", "clear", "cot", "cod", "self-refine", "expert"]
 
 
-def test_stopping_is_for_runs_of_the_loop(learned):
-    done = cli("pareto", str(learned))
-    assert done.returncode == 2 and "runs of mlx-fd loop alone" in done.stderr
-    assert "--config" not in done.stderr
+def test_stopping_is_for_runs_of_the_loop(learned, tmp_path):
+    done = shell("pareto", learned, cwd=tmp_path)
+    assert done.status == 2 and "runs of mlx-fd loop alone" in done.err
+    assert "--config" not in done.err
 
 
 def test_a_run_for_a_script_and_its_refused_resume(tmp_path):
     folder = tmp_path / "run"
     options = ["--episodes=2", "--batch-size=2", "--probe-size=2", "--lora-rank=2"]
-    done = cli(
+    done = shell(
         *("self-distill", "--context", "feedback", "--objective", "jsd", "--critic", "truth"),
-        *(*options, "--json", "--out", str(folder)),
+        *(*options, "--json", "--out", folder),
+        cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    assert done.status == 0, done.err
+    result = json.loads(done.out)
     assert result["done"] and result["attempts"]["n"] == 2
     assert re.search(
         r"headroom on 2 held-out problems: \d right; \d with both right and "
         "wrong attempts",
-        " ".join(done.stderr.split()),
+        " ".join(done.err.split()),
     )
     config = (folder / "config.toml").read_text()
     assert 'method = "custom"' in config and 'student = "tiny-base"' in config
     (folder / "config.toml").write_text(
         config.replace('objective = "jsd"', 'objective = "forward"')
     )
-    done = cli("resume", str(folder))
-    assert done.returncode == 2
-    assert "objective was 'jsd'" in done.stderr and "mlx-fd self-distill --config" in done.stderr
+    done = shell("resume", folder, cwd=tmp_path)
+    assert done.status == 2
+    assert "objective was 'jsd'" in done.err and "mlx-fd self-distill --config" in done.err
 
 
 @pytest.mark.model
@@ -479,7 +480,8 @@ def test_smollm2_trains_on_real_problems(tmp_path):
     easy.write_text("".join(json.dumps(row) + "\n" for row in asked))
     for method, changes in (("opsd-reference", {"num_generations": 1}),):
         given = {
-            **{"student": "smollm2-135m", "problems": str(easy), "episodes": 2, "batch_size": 2},
+            **{"student": "smollm2-135m:layers=8", "problems": str(easy)},
+            **{"episodes": 2, "batch_size": 2},
             **{"max_answer_tokens": 12, "probe_size": 1, "lora_rank": 4, "temperature": 0.5},
             **changes,
         }

@@ -1,8 +1,6 @@
 """The embedded pair through the whole loop: what its preset asks for is what happens."""
 
 import json
-import subprocess
-import sys
 
 import mlx.core as mx
 import pytest
@@ -21,6 +19,7 @@ from mlx_fd.feedback.samples import solution_of
 from mlx_fd.models.generation import first_prompt
 from mlx_fd.problems import Problem, prompts
 from mlx_fd.runs.plan import make_plan
+from support.shell import shell
 
 
 def quiet(step, tokens):
@@ -103,10 +102,9 @@ def test_the_expert_alone_brings_its_preset(tmp_path):
     """`mlx-fd loop --expert tiny`: other problems than its own would mean nothing to it."""
     out = tmp_path / "run"
     options = ["--expert", "tiny", "--episodes", "16", "--batch-size", "8", "--exam-size", "8"]
-    command = [sys.executable, "-m", "mlx_fd", "loop", *options, "--probe-size", "4", "--out", out]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    said = " ".join((done.stdout + done.stderr).split())
+    done = shell("loop", *options, "--probe-size", "4", "--out", out, cwd=tmp_path)
+    assert done.status == 0, done.err
+    said = done.flat
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary["exam"]) == {
         "score_error",

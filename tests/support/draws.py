@@ -1,0 +1,11 @@
+"""How many random inputs the tests draw: a part of them by day, all of them each night."""
+
+import os
+
+#: Set by .github/workflows/nightly.yml.
+ALL = bool(os.environ.get("MLX_FD_ALL_DRAWS"))
+
+
+def draws(number: int) -> int:
+    """How many of this number of random inputs a test tries now: the first fifth, or all."""
+    return number if ALL else max(number // 5, 100)
