@@ -63,7 +63,7 @@ def test_trust_along_a_run(tmp_path):
         "final answers right": [1] * 8,
     }
     assert "not asked in 2 of 8 episodes, which saves about 25.0%" in figure.says
-    assert "1 of 2 audited verdicts differ (50.0%, 95 % 9.5% to 90.5%)" in figure.says
+    assert "1 of 2 audited verdicts differ (50.0%, 95 % 9.4% to 90.5%)" in figure.says
 
 
 def test_intervals_and_what_is_surely_so():
