@@ -1,35 +1,40 @@
 """Best of N: several answers to each problem, and who picks one of them.
 
-The student judges each answer, with its score head and in writing; the pick by either score is held
-against the majority's (Maj@N), a random one (Avg@N), and the share of problems with a right answer
-among the N at all (Pass@N), which no pick can beat.
+The student judges each answer: with its score head, in writing, and by its written verdict with the
+probability of the text that it stands in. The pick by each of these scores is held against the
+majority's (Maj@N), a random one (Avg@N), and the share of problems that have a right answer among
+the N at all (Pass@N), which no pick can beat.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mlx_fd.evaluation.baselines import Trial
 from mlx_fd.evaluation.baselines.trials import Who, trial
 from mlx_fd.evaluation.bench import Bench, Uses
+from mlx_fd.evaluation.cache import Rows
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.sampling import WARM, best_of, maj_at_k, pass_at_k
 from mlx_fd.evaluation.solving import answered_by, answers_of, first_by, with_shots
-from mlx_fd.feedback.episode import student_feedback
+from mlx_fd.feedback.episode import StudentFeedback, student_feedback
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.problems import Problem, parsing, prompts
+from mlx_fd.problems import Problem, prompts
 from mlx_fd.problems.kinds import is_right, read_final
 from mlx_fd.runs.checked import content_digest
 from mlx_fd.runs.records import ItemRow, OutputRow
 
-HEAD, WRITTEN, MAJORITY, RANDOM = "head", "written", "majority", "random"
+HEAD, SURE, WRITTEN = "head", "sure", "written"
+MAJORITY, RANDOM = "majority", "random"
 _LABELS = {
     HEAD: "Pick by the student's score head",
-    WRITTEN: "Pick by the student's written score",
+    SURE: "Pick by its verdict, and how sure it is",
+    WRITTEN: "Pick by its written score",
     MAJORITY: "Majority of the answers",
     RANDOM: "An answer at random",
 }
@@ -70,76 +75,89 @@ class Choosing:
         chunk = with_shots(chunk, self.shots)
         by: Who = first_by(bench)
         begun = answers_of(bench, by, bench.first_temperature or WARM, batch, sample, chunk)
-        judged = system in (HEAD, WRITTEN)
+        judged, config = system in SCORES, bench.target.config
 
-        def answered(pair: Pair) -> list[Trial]:
+        def make(pair: Pair) -> Rows:
             setting = bench.setting(pair, by)
             read = [answered_by(pair, *both, by) for both in zip(chunk, begun, strict=True)]
             if not judged:
-                return [trial(setting, one.answer, one.usage, {}) for one in read]
-            options = bench.target.config.generation
+                return [_row(trial(setting, one.answer, one.usage, {})) for one in read]
             seed = bench.seeds(batch, sample)(_STEP)
-            given = student_feedback(pair, read, options, seed, bench.progress)
+            given = student_feedback(pair, read, config.generation, seed, bench.progress)
             return [
-                trial(
-                    setting,
-                    one.answer,
-                    one.usage + found.usage,
-                    {_STEP: prompts.format_feedback(found.feedback)},
-                    score=found.head_score,
+                _row(
+                    trial(
+                        setting,
+                        one.answer,
+                        one.usage + found.usage,
+                        {_STEP: prompts.format_feedback(found.feedback)},
+                    ),
+                    {name: of(found) for name, of in SCORES.items()},
                 )
                 for one, found in zip(read, given, strict=True)
             ]
 
-        uses: list[Uses] = [by, "student"] if judged else [by]
-        options = bench.target.config.generation
+        uses: tuple[Uses, ...] = (by, "student") if judged else (by,)
         key = {
             "best_of": _STEP if judged else None,
             "questions": [problem.question for problem in chunk],
             "answers": content_digest([row["tokens"] for row in begun]),
             "answered_by": by,
             "generation": dataclasses.asdict(
-                dataclasses.replace(options, answers_by="expert", answer_filter="auto")
+                dataclasses.replace(config.generation, answers_by="expert", answer_filter="auto")
             ),
-            "score_at": bench.target.config.models.score_at,
+            "score_at": config.models.score_at,
             "seed": [bench.seed, batch, sample],
         }
-        return bench.trials(key, len(chunk), list(dict.fromkeys(uses)), answered)
+        rows = bench.rows(key, len(chunk), list(dict.fromkeys(uses)), make)
+        return [
+            dataclasses.replace(Trial.from_json(row["trial"]), score=row["scores"].get(system))
+            for row in rows
+        ]
 
     def row(self, problem: Problem, given: Trial, how: str) -> ItemRow:
         """What ``outputs.jsonl`` says of an answer beside the answer itself."""
         final = read_final(given.turns["answer"], problem, how)
-        feedback = parsing.parse_feedback(given.turns.get(_STEP, ""))
         return {
             "id": problem.id,
             "question": problem.question,
             "reference": problem.answer,
             "final": final,
             "correct": is_right(final, problem),
-            "written_score": feedback.written_score,
         }
 
     def measures(self, rows: Sequence[Sequence[OutputRow]]) -> list[Measure]:
         """How often a way to pick finds a right answer."""
-        pick = _PICKS[rows[0][0]["system"]] if rows else _random
         right = [sum(bool(row["correct"]) for row in samples) for samples in rows]
         k = self.samples
         return [
-            Measure("accuracy", [pick(samples) for samples in rows], compared=True),
+            Measure(
+                "accuracy",
+                [_pick(samples[0]["system"], samples) for samples in rows],
+                compared=True,
+            ),
             Measure(f"pass@{k}", [pass_at_k(count, k, k) for count in right]),
         ]
 
 
-def _right(samples: Sequence[OutputRow]) -> list[bool]:
-    return [bool(row["correct"]) for row in samples]
+def _row(given: Trial, scores: Mapping[str, float | None] | None = None) -> dict[str, Any]:
+    return {"trial": dict(given.to_json()), "scores": dict(scores or {})}
 
 
-def _by_head(samples: Sequence[OutputRow]) -> float:
-    return best_of([row["score"] for row in samples], _right(samples))
+def _sure(given: StudentFeedback) -> float | None:
+    """The written verdict's sign, times 1 / (1 - log p) of the text that it stands in."""
+    written = given.feedback.written_score
+    if written is None:
+        return None
+    return (1 if written > 0 else -1) / (1 - given.logprob)
 
 
-def _by_written(samples: Sequence[OutputRow]) -> float:
-    return best_of([row["written_score"] for row in samples], _right(samples))
+SCORES: dict[str, Callable[[StudentFeedback], float | None]] = {
+    HEAD: lambda given: given.head_score,
+    SURE: _sure,
+    WRITTEN: lambda given: given.feedback.written_score,
+}
+"""What an answer can be picked by, the highest first."""
 
 
 def _by_majority(samples: Sequence[OutputRow]) -> float:
@@ -148,12 +166,15 @@ def _by_majority(samples: Sequence[OutputRow]) -> float:
 
 
 def _random(samples: Sequence[OutputRow]) -> float:
-    return float(np.mean(_right(samples)))
+    return float(np.mean([bool(row["correct"]) for row in samples]))
 
 
-_PICKS: dict[str, Callable[[Sequence[OutputRow]], float]] = {
-    HEAD: _by_head,
-    WRITTEN: _by_written,
-    MAJORITY: _by_majority,
-    RANDOM: _random,
-}
+def _by_score(samples: Sequence[OutputRow]) -> float:
+    return best_of([row["score"] for row in samples], [bool(row["correct"]) for row in samples])
+
+
+def _pick(system: str, samples: Sequence[OutputRow]) -> float:
+    """The probability that a way to pick finds a right answer."""
+    if system in SCORES:
+        return _by_score(samples)
+    return _by_majority(samples) if system == MAJORITY else _random(samples)

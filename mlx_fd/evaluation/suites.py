@@ -26,7 +26,7 @@ from mlx_fd.evaluation.agreeing import Agreeing
 from mlx_fd.evaluation.baselines import BASE, CLEAR, LOOP, STUDENT, SYSTEMS
 from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.cache import Cache
-from mlx_fd.evaluation.choosing import HEAD, MAJORITY, RANDOM, WRITTEN, Choosing
+from mlx_fd.evaluation.choosing import HEAD, MAJORITY, RANDOM, SCORES, Choosing
 from mlx_fd.evaluation.following import Following
 from mlx_fd.evaluation.instructing import Instructing
 from mlx_fd.evaluation.judging import Judging
@@ -305,7 +305,7 @@ def _choosing(target: Target, options: Options, solved: Solving) -> Choosing:
         raise UserError(
             f"--best-of: {solved.name} has no right answers, so no pick can be said to be right"
         )
-    by_score = (HEAD, WRITTEN) if target.helps_expert else (WRITTEN,)
+    by_score = tuple(name for name in SCORES if name != HEAD or target.helps_expert)
     return Choosing(
         name=f"{solved.name}, best of {options.best_of}",
         items=solved.items,

@@ -157,6 +157,9 @@ def grouped(rows, name, system):
     return [[row for row in own if row["id"] == one] for one in ids]
 
 
+WAYS = ("head", "sure", "written", "majority", "random")
+
+
 def majority(samples):
     return maj_at_k([row["final"] for row in samples], samples[0]["reference"].__eq__)
 
@@ -164,9 +167,9 @@ def majority(samples):
 def test_picks_are_made_among_the_same_answers(done):
     rows, found, _ = done
     name = "arithmetic/test, best of 3"
-    by_way = {way: grouped(rows, name, way) for way in ("head", "written", "majority", "random")}
+    by_way = {way: grouped(rows, name, way) for way in WAYS}
     texts = [[[row["turns"]["answer"] for row in one] for one in by] for by in by_way.values()]
-    assert texts[0] == texts[1] == texts[2] == texts[3]
+    assert all(one == texts[0] for one in texts)
     assert len(texts[0]) == 3 and {len(one) for one in texts[0]} == {3}
     assert any(len(set(one)) > 1 for one in texts[0])  # they are drawn
     answers = by_way["head"]
@@ -187,6 +190,15 @@ def test_picks_are_made_among_the_same_answers(done):
     difference = next(row for row in one["comparisons"] if row["against"] == "majority")
     expected, _ = paired_bootstrap(head, votes)
     assert difference["difference"]["value"] == pytest.approx(expected.value)
+    for way, name in (("sure", "sure"), ("written", "written")):
+        scores = [[row["score"] for row in item] for item in by_way[way]]
+        picked = [best_of(*both) for both in zip(scores, right, strict=True)]
+        assert values(one, name) == pytest.approx(np.mean(picked))
+    for sure, written in zip(sum(by_way["sure"], []), sum(by_way["written"], []), strict=True):
+        read = parsing.parse_feedback(written["turns"]["student_feedback"]).written_score
+        assert written["score"] == read
+        assert (sure["score"] is None) == (read is None)
+        assert read is None or (sure["score"] > 0) == (read > 0)
     # A pick without scores costs no feedback.
     assert "student_feedback" not in by_way["random"][0][0]["tokens"]
 
