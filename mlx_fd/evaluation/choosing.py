@@ -9,6 +9,7 @@ the N at all (Pass@N), which no pick can beat.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from mlx_fd.evaluation.baselines import Trial
 from mlx_fd.evaluation.baselines.trials import Who, trial
 from mlx_fd.evaluation.bench import Bench, Uses
 from mlx_fd.evaluation.cache import Rows
+from mlx_fd.evaluation.calibration import roc_auc
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.sampling import WARM, best_of, maj_at_k, pass_at_k
 from mlx_fd.evaluation.solving import answered_by, answers_of, first_by, with_shots
@@ -62,7 +64,7 @@ class Choosing:
     @property
     def shown(self) -> tuple[str, ...]:
         """Measures for the terminal's table."""
-        return ("accuracy", f"pass@{self.samples}")
+        return ("accuracy", f"pass@{self.samples}", "score_roc_auc")
 
     def label(self, system: str) -> str:
         """What a table calls a way to pick."""
@@ -129,15 +131,19 @@ class Choosing:
     def measures(self, rows: Sequence[Sequence[OutputRow]]) -> list[Measure]:
         """How often a way to pick finds a right answer."""
         right = [sum(bool(row["correct"]) for row in samples) for samples in rows]
+        picked = [_pick(samples[0]["system"], samples) for samples in rows]
         k = self.samples
-        return [
-            Measure(
-                "accuracy",
-                [_pick(samples[0]["system"], samples) for samples in rows],
-                compared=True,
-            ),
+        found = [
+            Measure("accuracy", picked, compared=True),
             Measure(f"pass@{k}", [pass_at_k(count, k, k) for count in right]),
         ]
+        # How well a score tells right answers from wrong ones; one answer to each problem.
+        firsts = [samples[0] for samples in rows]
+        scores = [math.nan if row["score"] is None else row["score"] for row in firsts]
+        if not all(map(math.isnan, scores)):
+            positive = [float(bool(row["correct"])) for row in firsts]
+            found.append(Measure("score_roc_auc", scores, roc_auc, (positive,)))
+        return found
 
 
 def _row(given: Trial, scores: Mapping[str, float | None] | None = None) -> dict[str, Any]:

@@ -194,7 +194,8 @@ def test_picks_are_made_among_the_same_answers(done):
         scores = [[row["score"] for row in item] for item in by_way[way]]
         picked = [best_of(*both) for both in zip(scores, right, strict=True)]
         assert values(one, name) == pytest.approx(np.mean(picked))
-    for sure, written in zip(sum(by_way["sure"], []), sum(by_way["written"], []), strict=True):
+    pairs = zip(by_way["sure"], by_way["written"], strict=True)
+    for sure, written in (both for items in pairs for both in zip(*items, strict=True)):
         read = parsing.parse_feedback(written["turns"]["student_feedback"]).written_score
         assert written["score"] == read
         assert (sure["score"] is None) == (read is None)
