@@ -205,7 +205,7 @@ def advantage(
         with_solutions=True,
     )
     taken = fits.problems[:limit]
-    for text in filter(None, [found.skipped_note, *left_out]):
+    for text in (*found.notes, *left_out):
         click.echo(f"warning: {text}", err=True)
     loaded = open_student(place).student_lm
     with Steps(Console(stderr=True), quiet=quiet) as progress:

@@ -101,7 +101,12 @@ def compare(
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(comparison.opened(path)) for path in exports]
         jobs = comparison.plan(folders, engines)
-        asked = comparison.questions(problems, limit, skip_bad_rows=skip_bad_rows)
+        asked = comparison.questions(
+            problems,
+            limit,
+            skip_bad_rows=skip_bad_rows,
+            warn=lambda text: click.echo(f"warning: {text}", err=True),
+        )
         if out is not None:
             stack.enter_context(report_folder(out))
         with Steps(Console(stderr=True), quiet=quiet) as steps:

@@ -180,8 +180,8 @@ def make_sets(
         shots = examples(
             source, split, options.shots, kind=options.answer_kind, columns=options.columns
         )
-        if found.skipped_note:
-            warn(found.skipped_note)
+        for text in found.notes:
+            warn(text)
         if found.problems[0].kind == "code":
             warn(execution.isolation_note())
         skip = options.skip_bad_rows

@@ -118,7 +118,11 @@ def opened(export: Path) -> Iterator[Path]:
 
 
 def questions(
-    source: str | None, limit: int | None, *, skip_bad_rows: bool = False
+    source: str | None,
+    limit: int | None,
+    *,
+    skip_bad_rows: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Callable[[Job], Sequence[Problem | Item]]:
     """What each job has to answer.
 
@@ -126,15 +130,29 @@ def questions(
         source: problems as :func:`mlx_fd.problems.load` takes them; ``None``: the bundle's.
         limit: the first so many; ``None``: all of the bundle's, 100 of a source.
         skip_bad_rows: leave out rows of the source that cannot be read.
+        warn: told how many were left out, and why.
 
     Raises:
-        UserError: the source cannot be read.
+        UserError: the source cannot be read; or, of what is returned, its answers are of another
+            kind than those that the export's prompts ask for.
     """
     if source is None:
         return lambda job: job.bundle.items[:limit]
     problem_set = problems.load(source, "test", skip_bad_rows=skip_bad_rows)
+    for text in problem_set.notes:
+        warn(text)
     chosen = problem_set.problems[: _PROBLEMS if limit is None else limit]
-    return lambda job: chosen
+
+    def asked(job: Job) -> Sequence[Problem | Item]:
+        wanted = job.bundle.items[0].kind
+        if chosen[0].kind != wanted:
+            raise UserError(
+                f"{source}: its answers are of the kind {chosen[0].kind}, but the prompts of "
+                f"{job.folder} ask for the kind {wanted}"
+            )
+        return chosen
+
+    return asked
 
 
 def plan(folders: Sequence[Path], engines: Sequence[str]) -> list[Job]:

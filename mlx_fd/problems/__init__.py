@@ -56,6 +56,7 @@ class ProblemSet:
             written as JSON lines with sorted keys.
         skipped: rows left out because they could not be read.
         reasons: why, each with the number of its rows, the most frequent first.
+        unread: columns that say something, and that nothing was taken from.
     """
 
     name: str
@@ -64,11 +65,18 @@ class ProblemSet:
     sha256: str
     skipped: int = 0
     reasons: tuple[tuple[str, int], ...] = ()
+    unread: tuple[str, ...] = ()
 
     @property
-    def skipped_note(self) -> str:
-        """What to tell the user of rows that were left out; empty: none were."""
-        return skipped_note(self.name, self.reasons) if self.skipped else ""
+    def notes(self) -> tuple[str, ...]:
+        """What to tell the user of rows and columns that were left out."""
+        found = []
+        if self.unread:
+            names = ", ".join(map(repr, self.unread))[:200]
+            found.append(f"columns of {self.name} that are not read: {names}")
+        if self.skipped:
+            found.append(skipped_note(self.name, self.reasons))
+        return tuple(found)
 
 
 def skipped_note(name: str, reasons: Sequence[tuple[str, int]]) -> str:

@@ -17,12 +17,12 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.problems import FILE_SUFFIXES, Problem, ProblemSet, suffixes_of
+from mlx_fd.problems import FILE_SUFFIXES, ProblemSet, suffixes_of
 from mlx_fd.problems.rows import (
     COLUMNS,
     BadRow,
@@ -39,7 +39,7 @@ _GAP = re.compile(r"[ \t\r\n,]*")
 _HUB_SECONDS = 5.0
 _COLUMNS = (
     "columns are question (or problem) and answer, and optionally choices, context, solution and "
-    "id; --columns question=NAME,answer=NAME names others"
+    "id; --columns question=NAME,answer=NAME names others, --answer-kind none is without answers"
 )
 
 # Where a row is, and what is in it: its columns, or why it could not even be split into columns.
@@ -54,8 +54,7 @@ def load_file(path: Path, name: str, split: str, reading: Reading) -> ProblemSet
     """
     rows, sha256 = _rows(path, reading.columns)
     stem = path.name[: -len("".join(suffixes_of(path)))]
-    problems, skipped = _read(rows, str(path), stem, reading)
-    return ProblemSet(name, split, problems, sha256, len(skipped), reasons_of(skipped))
+    return _read(ProblemSet(name, split, (), sha256), rows, (str(path), stem), reading)
 
 
 @dataclass(frozen=True)
@@ -251,9 +250,8 @@ def load_hub(name: str, split: str, reading: Reading) -> ProblemSet:
     for row in listed:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     rows = ((f"{repository}: row {place}", row) for place, row in enumerate(listed))
-    problems, skipped = _read(rows, name, repository.rpartition("/")[2], reading)
-    digested = digest.hexdigest()
-    return ProblemSet(name, split, problems, digested, len(skipped), reasons_of(skipped))
+    empty = ProblemSet(name, split, (), digest.hexdigest())
+    return _read(empty, rows, (name, repository.rpartition("/")[2]), reading)
 
 
 @contextlib.contextmanager
@@ -373,25 +371,36 @@ def _csv(path: Path, text: str, columns: tuple[tuple[str, str], ...]) -> Iterato
 
 
 def _read(
-    rows: Iterable[SourceRow], name: str, stem: str, reading: Reading
-) -> tuple[tuple[Problem, ...], list[BadRow]]:
+    empty: ProblemSet, rows: Iterable[SourceRow], names: tuple[str, str], reading: Reading
+) -> ProblemSet:
     """Turn rows into problems.
 
-    Returns:
-        The problems, and the rows that were left out.
+    Args:
+        empty: the set without them.
+        rows: of it.
+        names: what it is called in messages, and what its problems' ids begin with.
+        reading: how rows are read.
 
     Raises:
         UserError: rows are bad and not to be skipped, or there is no good one.
     """
-    problems, bad, kind = problems_of(rows, stem, reading)
+    name, stem = names
+    found = problems_of(rows, stem, reading)
+    bad, problems = found.bad, tuple(found.problems)
     if problems and (reading.skip_bad_rows or not bad):
-        return tuple(problems), bad
+        return replace(
+            empty,
+            problems=problems,
+            skipped=len(bad),
+            reasons=reasons_of(bad),
+            unread=found.unread,
+        )
     if not bad:
         raise UserError(f"{name} has no rows ({_COLUMNS})")
     first = listed(bad)
     if not problems:
         raise UserError(f"{name} has no row that can be read:\n  {first}\n({_COLUMNS})")
-    as_kind = f" with answers of the kind {kind}" if reading.kind != kind else ""
+    as_kind = f" with answers of the kind {found.kind}" if reading.kind != found.kind else ""
     raise UserError(
         f"{name}: {len(bad)} of {len(bad) + len(problems)} rows cannot be read{as_kind}:\n"
         f"  {first}\nCorrect them, or skip them with --skip-bad-rows ({_COLUMNS})"

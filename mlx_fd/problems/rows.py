@@ -36,10 +36,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "id": ("id", "task_id"),
 }  # fmt: skip
 _IMAGE = re.compile(
-    r"(?:decoded_)?images?(?:_(?:path|url|bytes|\d++))?|pictures?|photos?|pixel_values"
+    r"(?:decoded_)?images?(?:_(?:path|url|bytes|\d++))?|imgs?|pictures?|photos?|pixel_values"
 )
 # What stands in these is one of many good replies, unless it is a number or says what it comes to.
 _FREE = frozenset({"output", "response", "completion"})
+_ANSWERS = frozenset(COLUMNS["answer"]) - _FREE
 # What a row may say beside a question that has no answer.
 _ABOUT = frozenset(
     {
@@ -55,6 +56,10 @@ _MISSING = frozenset({"", "none", "null", "nan", "n/a"})
 _TEXTS, _FORMULAS = 1 / 3, 1 / 10
 _FORMULA = re.compile(
     r"[\\^=_{}<>|]|[\d)\]][A-Za-z(\[]|[(\[][^()\[\],]*+,|[A-Za-z]\s?[+*/^]|\d\s?[-+*/]\s?[A-Za-z]\b"
+)
+# What is read with other columns.
+_BESIDE = frozenset(
+    {"challenge_test_list", "entry_point", "messages", "test_imports", "test_setup_code"}
 )
 _OWN_LETTER = re.compile(r"\s*+\(?([A-Z])[).:]\s*+")
 
@@ -114,6 +119,23 @@ class BadRow:
 
 
 @dataclass(frozen=True)
+class Read:
+    """What was read of some rows.
+
+    Attributes:
+        problems: of the good rows.
+        bad: the others, in the file's order.
+        kind: of the answers.
+        unread: columns that say something, and that nothing was taken from.
+    """
+
+    problems: list[Problem]
+    bad: list[BadRow]
+    kind: str
+    unread: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class _Row:
     """A row's parts: texts as they stand, the answer as the file has it."""
 
@@ -124,21 +146,19 @@ class _Row:
     solution: str | None
     id: str
     free: bool  # the answer is one of many good ones
+    blank: bool  # there is a column for an answer, and nothing in it
     tests: str  # of a program
 
 
 def problems_of(
     rows: Iterable[tuple[str, Mapping[str, Any] | str]], stem: str, reading: Reading
-) -> tuple[list[Problem], list[BadRow], str]:
+) -> Read:
     """Problems of some rows.
 
     Args:
         rows: where each is, and its columns, or why it could not be split into columns.
         stem: what ids begin with where rows have none.
         reading: how.
-
-    Returns:
-        The problems, the bad rows in the file's order, and the kind of the answers.
 
     Raises:
         UserError: a column that was named is in no row, or the kind's package is missing.
@@ -159,12 +179,12 @@ def problems_of(
             bad.append((place, BadRow(where, str(error))))
     if absent and found:
         raise UserError(f"--columns: no row has a column {shown(min(absent))}")
+    unread = tuple(name for name in others if name not in named.values())
     kind = reading.kind
     if kind == "auto":
         kind = _kind_of([row for _, _, row in taken])
         if kind == "none":
-            named_here = set(named.values())
-            _check_no_answer_is_missed(taken, [name for name in others if name not in named_here])
+            _check_no_answer_is_missed(taken, unread)
     KINDS[kind].available()
     problems: list[Problem] = []
     seen: dict[str, str] = {}
@@ -181,7 +201,8 @@ def problems_of(
             continue
         seen[problem.id] = where
         problems.append(problem)
-    return problems, [row for _, row in sorted(bad, key=lambda one: one[0])], kind
+    in_order = [row for _, row in sorted(bad, key=lambda one: one[0])]
+    return Read(problems, in_order, kind, unread)
 
 
 def reasons_of(bad: Iterable[BadRow]) -> tuple[tuple[str, int], ...]:
@@ -245,6 +266,7 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
         # GSM-Symbolic's ids are those of templates, each of which has instances.
         id="-".join(str(part) for part in (number, instance) if part not in (None, "")),
         free=free,
+        blank=_missing(reply) and bool(_ANSWERS & by_name.keys()),
         tests=tests,
     )
 
@@ -280,7 +302,7 @@ def _chat_of(
 
 def _others(row: Mapping[str, Any]) -> list[str]:
     """A row's columns that are not known, and that say something."""
-    known = {name for names in COLUMNS.values() for name in names} | _ABOUT | {"messages"}
+    known = {name for names in COLUMNS.values() for name in names} | _ABOUT | _BESIDE
     return [
         name
         for name, value in row.items()
@@ -361,7 +383,7 @@ def _kind_of(rows: Sequence[_Row]) -> str:
     """The kind of all rows: a number is a formula and a text, too, but not the other way round."""
     counts = Counter(_own_kind(row) for row in rows if row.tests or not _missing(row.answer))
     total = counts.total()
-    if not total and rows:
+    if not total and rows and not any(row.blank for row in rows):
         return "none"
     if counts["code"] > total / 2:
         return "code"

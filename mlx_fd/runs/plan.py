@@ -234,9 +234,7 @@ def without_long(
         drawn = Drawn(source, *_drawn_from(fits, config))
     if source.problems[0].kind == "code":
         notes = (*notes, execution.isolation_note())
-    if source.skipped_note:
-        notes = (*notes, source.skipped_note)
-    return drawn, notes
+    return drawn, (*notes, *source.notes)
 
 
 def with_absolute_names(config: Config) -> Config:

@@ -114,6 +114,13 @@ def test_answers_in_an_unknown_column_are_not_passed_over(tmp_path):
     assert only(tmp_path, row, columns="answer=result")[0].answer == "8"
 
 
+def test_empty_answers_are_missing_and_no_prompts(tmp_path):
+    row = {"question": "3 + 5?", "answer": None}
+    with pytest.raises(UserError, match=r"no 'answer'\n.*--answer-kind none is without answers"):
+        only(tmp_path, row)
+    assert only(tmp_path, row, kind="none")[0].kind == "none"
+
+
 def test_a_chat_in_a_column_of_another_name(tmp_path):
     (problem,) = only(tmp_path, {"turns": [USER, REPLY]}, columns="question=turns")
     assert (problem.question, problem.solution) == ("And of Italy?", "Rome.")

@@ -162,7 +162,15 @@ def test_numbers_as_people_write_them(tmp_path, answer, value):
     assert (problem.kind, problem.answer) == ("number", value)
 
 
-@pytest.mark.parametrize("column", ["image", "images", "decoded_image"])
+def test_columns_that_are_not_read_are_named(tmp_path):
+    row = {"question": "3 + 5?", "answer": "8", "formula": "3+5=8", "level": 2, "hint": ""}
+    found = load(written(tmp_path, row))
+    assert found.unread == ("formula",)
+    assert found.notes == (f"columns of {found.name} that are not read: 'formula'",)
+    assert load(written(tmp_path, row), columns="context=formula").notes == ()
+
+
+@pytest.mark.parametrize("column", ["image", "images", "decoded_image", "img", "image_1"])
 def test_images_are_refused(tmp_path, column):
     row = {"question": "How many?", "answer": "3", column: "chart.png"}
     with pytest.raises(UserError, match=rf"has an image \('{column}'\); mlx-fd reads text only"):
