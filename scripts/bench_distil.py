@@ -115,21 +115,23 @@ def _points(arm: str, plan: Any, folder: Path, seconds: float) -> list[Row]:
 
 
 def _distil(arm: str, plan: Any, folder: Path) -> tuple[Callable[..., Any], Any]:
+    from mlx_fd.training.job import Job
     from mlx_fd.training.selfdistill import training
     from mlx_fd.training.selfdistill.plan import open_models
 
     models = open_models(plan)
-    given = folder, plan.config, models, plan.probe, plan.problems
-    return lambda report, stop: training.run(*given, report, stop), models.student_lm
+    given = folder, plan.config, plan.probe, plan.problems
+    return lambda *watching: training.run(Job(*given, *watching), models), models.student_lm
 
 
 def _loop(arm: str, plan: Any, folder: Path) -> tuple[Callable[..., Any], Any]:
     from mlx_fd.feedback.pair import open_pair
     from mlx_fd.training import loop
+    from mlx_fd.training.job import Job
 
     pair = open_pair(plan)
-    given = folder, plan.config, pair, plan.probe, plan.problems
-    return lambda report, stop: loop.run(*given, report, stop), pair.student_lm
+    given = folder, plan.config, plan.probe, plan.problems
+    return lambda *watching: loop.run(Job(*given, *watching), pair), pair.student_lm
 
 
 def _test_problems(seed: int) -> list[Any]:

@@ -88,6 +88,14 @@ def _hybrid(layers: int) -> dict[str, Any]:
     }
 
 
+def _granite(hidden: int, layers: int) -> dict[str, Any]:
+    return {
+        **_llama(hidden, layers, model_type="granite", num_key_value_heads=4, vocab_size=30_000),
+        **{"logits_scaling": 8.0, "attention_multiplier": 0.1, "embedding_multiplier": 12.0},
+        **{"residual_multiplier": 0.22, "attention_bias": False, "mlp_bias": False},
+    }
+
+
 def _sliding(layers: int) -> dict[str, Any]:
     return {
         **_llama(256, layers, model_type="gemma3_text", num_key_value_heads=1, head_dim=64),
@@ -105,12 +113,14 @@ class Row:
         expert: its config.json.
         student: likewise; empty: the expert.
         options: of the run.
+        held_out: the estimate's margins were not fitted to it.
     """
 
     what: str
     expert: dict[str, Any]
     student: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    held_out: bool = False
 
 
 _SHORT = {"max_answer_tokens": 16, "max_feedback_tokens": 12, "max_merge_tokens": 8}
@@ -193,6 +203,35 @@ ROWS = {
             **_LONG,
             **{"batch_size": 4, "micro_batch": 2, "losses": ["lm", "logit", "attention"]},
         },
+    ),
+    # What follows was written down before it was measured, and no rule was changed afterwards.
+    "held-out-qwen3": Row(
+        "qwen3 of 27M, long feedback, micro-batches of 3",
+        _llama(320, 14, model_type="qwen3", num_key_value_heads=2, head_dim=48),
+        options={
+            **{"max_answer_tokens": 32, "max_feedback_tokens": 72, "max_merge_tokens": 40},
+            **{"batch_size": 6, "micro_batch": 3},
+        },
+        held_out=True,
+    ),
+    "held-out-pair": Row(
+        "granite of 24M teaches one of 10M, vocabulary of 30,000",
+        _granite(384, 6),
+        _granite(192, 9),
+        {
+            **{"max_answer_tokens": 64, "max_feedback_tokens": 20, "max_merge_tokens": 12},
+            **{"batch_size": 12, "micro_batch": 2, "lora_rank": 24},
+        },
+        held_out=True,
+    ),
+    "held-out-full": Row(
+        "olmo2 of 12M trains whole, recomputed activations",
+        _llama(288, 10, model_type="olmo2", vocab_size=8192),
+        options={
+            **{"max_answer_tokens": 24, "max_feedback_tokens": 56, "max_merge_tokens": 16},
+            **{"batch_size": 10, "micro_batch": 5, "train": "full", "grad_checkpoint": True},
+        },
+        held_out=True,
     ),
 }
 
@@ -285,10 +324,11 @@ def table() -> str:
         "| pair and workload | estimate | peak of MLX | estimate / peak | resident |",
         "|---|---|---|---|---|",
     ]
-    for row in _rows().values():
+    for name, row in _rows().items():
+        what = f"{row['what']} (held out)" if ROWS[name].held_out else row["what"]
         sizes = [f"{row[key] / _MIB:,.0f} MiB" for key in ("estimate_bytes", "peak_bytes")]
         resident = f"{row['resident_bytes'] / _MIB:,.0f} MiB"
-        lines.append(f"| {row['what']} | {' | '.join(sizes)} | {row['ratio']:.2f} | {resident} |")
+        lines.append(f"| {what} | {' | '.join(sizes)} | {row['ratio']:.2f} | {resident} |")
     return "\n".join(lines)
 
 

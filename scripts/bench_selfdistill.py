@@ -55,6 +55,7 @@ from mlx_fd.models.writing import GenerateOptions, Sampling, Turn
 from mlx_fd.problems import Problem, arithmetic
 from mlx_fd.problems.kinds import is_right, read_final
 from mlx_fd.problems.prompts import answer_prompt
+from mlx_fd.training.job import Job
 from mlx_fd.training.selfdistill import plan as session
 from mlx_fd.training.selfdistill import training
 from mlx_fd.training.selfdistill.learning import Text, read
@@ -268,9 +269,8 @@ def trained(arm: str, seed: int, rate: float) -> tuple[Loaded, Row]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "run"
         runs.create(folder, to_toml(plan.config), plan.manifest)
-        summary = training.run(
-            folder, plan.config, models, plan.probe, plan.problems, lambda event: None
-        )
+        job = Job(folder, plan.config, plan.probe, plan.problems, lambda event: None)
+        summary = training.run(job, models)
         attempts = runs.read_lines(folder / runs.ATTEMPTS)
         metrics = runs.read_lines(folder / runs.METRICS)
     assert summary is not None

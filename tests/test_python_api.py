@@ -45,7 +45,7 @@ from mlx_fd import (  # noqa: E402
     teacher_top_k,
 )
 from mlx_fd.feedback.judge import locate_model  # noqa: E402
-from mlx_fd.feedback.judge_file import judge_file, judged_columns, partial_of  # noqa: E402
+from mlx_fd.feedback.judge_file import Judging, judge_file, judged_columns, partial_of  # noqa: E402
 from mlx_fd.problems import arithmetic  # noqa: E402
 from mlx_fd.problems.files import load_answers  # noqa: E402
 from mlx_fd.runs.checked import read_checked  # noqa: E402
@@ -402,9 +402,9 @@ def test_a_stopped_file_is_gone_on_with(dirs, file, tmp_path):
         if done == 4:
             raise KeyboardInterrupt
 
-    options = {"max_tokens": 4, "batch_size": 2}
+    options = Judging(max_tokens=4, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
-        judge_file(judge, ref, answers, out, on_progress=stop, **options)
+        judge_file(judge, ref, answers, out, options, stop)
     assert not out.exists()
     partial = partial_of(out)
     # A kill in the middle of a line; and a mark by which a row that is kept is known.
@@ -412,12 +412,12 @@ def test_a_stopped_file_is_gone_on_with(dirs, file, tmp_path):
     marked = json.dumps({**json.loads(lines[1]), "feedback": "kept"})
     partial.write_text("\n".join([lines[0], marked, lines[2], lines[3], lines[4][:9]]))
     with pytest.raises(UserError, match=r"judged\.jsonl\.partial is of another model"):
-        judge_file(judge, ref, answers, out, max_tokens=5, batch_size=2)
+        judge_file(judge, ref, answers, out, Judging(max_tokens=5, batch_size=2))
     other = locate_model(str(dirs[0]))
     with pytest.raises(UserError, match="another model"):
-        judge_file(judge, other, answers, out, **options)
+        judge_file(judge, other, answers, out, options)
     seen = []
-    found = judge_file(judge, ref, answers, out, on_progress=seen.append, **options)
+    found = judge_file(judge, ref, answers, out, options, seen.append)
     assert seen == [3, 5] and len(loaded) == 2
     assert [row["row"] for row in found] == [0, 1, 2, 3, 4]
     assert found[0]["feedback"] == "kept" and found[3]["feedback"] != "kept"
@@ -428,29 +428,29 @@ def test_a_stopped_file_is_gone_on_with(dirs, file, tmp_path):
 def test_rows_of_others_are_left_alone(dirs, file, tmp_path):
     """A file in the place of the rows, a changed row in it, and another process that writes it."""
     ref, out, answers = locate_model(str(dirs[1])), tmp_path / "judged.jsonl", load_answers(file)
-    options = {"max_tokens": 3, "batch_size": 5}
+    options = Judging(max_tokens=3, batch_size=5)
     partial = partial_of(out)
     partial.write_text("somebody's notes\n")
     with pytest.raises(UserError, match="another file of answers"):
-        judge_file(lambda: open_student(ref), ref, answers, out, **options)
+        judge_file(lambda: open_student(ref), ref, answers, out, options)
     assert partial.read_text() == "somebody's notes\n"
     partial.unlink()
 
     def stop(done):
         if done == 0:
             with pytest.raises(UserError, match="another mlx-fd process is writing this file"):
-                judge_file(lambda: open_student(ref), ref, answers, out, **options)
+                judge_file(lambda: open_student(ref), ref, answers, out, options)
         else:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        judge_file(lambda: open_student(ref), ref, answers, out, on_progress=stop, **options)
+        judge_file(lambda: open_student(ref), ref, answers, out, options, stop)
     lines = partial.read_text().splitlines(keepends=True)
     assert len(lines) == 6
     # Without the second row the others would stand beside answers that are not theirs.
     partial.write_text("".join(lines[:2] + lines[3:]))
     seen = []
-    judge_file(lambda: open_student(ref), ref, answers, out, on_progress=seen.append, **options)
+    judge_file(lambda: open_student(ref), ref, answers, out, options, seen.append)
     assert seen == [1, 5] and out.read_text().splitlines(keepends=True) == lines[1:]
 
 

@@ -204,7 +204,13 @@ def _file(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from mlx_fd.feedback.judge import check_lengths, open_student
-    from mlx_fd.feedback.judge_file import COLUMNS, check_out_file, judge_file, partial_of
+    from mlx_fd.feedback.judge_file import (
+        COLUMNS,
+        Judging,
+        check_out_file,
+        judge_file,
+        partial_of,
+    )
     from mlx_fd.problems.files import load_answers
 
     answers = load_answers(file, COLUMNS)
@@ -230,9 +236,7 @@ def _file(
                 ref,
                 answers,
                 out,
-                max_tokens=options.tokens,
-                batch_size=options.batch_size,
-                temperature=options.temperature,
+                Judging(options.tokens, options.batch_size, options.temperature),
                 on_progress=lambda done: bar.update(task, completed=done),
             )
     except KeyboardInterrupt:

@@ -629,12 +629,9 @@ def expert_turn(
     step: str,
     before: Sequence[Conversation],
     requests: Sequence[tuple[int, ...]],
-    role: str,
-    options: GenerationOptions,
-    seed: int,
+    sampling: Sampling,
     on_tokens: OnTokens,
-    *,
-    keep: bool = True,
+    options: GenerateOptions,
 ) -> tuple[list[Turn], list[Usage]]:
     """One more turn of the expert in each conversation.
 
@@ -644,11 +641,9 @@ def expert_turn(
         before: the expert's conversations.
         requests: tokens of what it is asked, as :func:`mlx_fd.models.generation.followup_prompt`
             gives them.
-        role: the step of :func:`mlx_fd.models.writing.sampling_for` that it is drawn like.
-        options: token limits and sampling.
-        seed: of the draws.
+        sampling: token limit, temperature and seed.
         on_tokens: called for every token.
-        keep: keep the caches, to go on from the turns.
+        options: how it is run; ``keep`` the caches to go on from the turns.
 
     Returns:
         The turns and what each took, in order.
@@ -657,16 +652,7 @@ def expert_turn(
         without_repeated_eos(conversation, request)
         for conversation, request in zip(before, requests, strict=True)
     ]
-    sampling = sampling_for(options, role, seed)
-    return generate_step(
-        pair.expert,
-        step,
-        before,
-        prompts,
-        sampling,
-        on_tokens,
-        GenerateOptions(reuse=not options.sequential, keep=keep),
-    )
+    return generate_step(pair.expert, step, before, prompts, sampling, on_tokens, options)
 
 
 def _score(judged: Judged, student_weight: float) -> float | None:
@@ -720,11 +706,9 @@ def merge_and_revise(
             step,
             [before[place] for place in which],
             [followup_prompt(pair.expert, text) for text in messages],
-            step,
-            options,
-            seeds(step),
+            sampling_for(options, step, seeds(step)),
             on_tokens,
-            keep=step != "final",
+            GenerateOptions(reuse=not options.sequential, keep=step != "final"),
         )
         # Each step's conversations take the place of the last one's, whose caches are let go.
         for place, turn, usage in zip(which, turns, added, strict=True):

@@ -7,10 +7,12 @@ goes on after it, another one is refused. At the end it becomes ``OUT`` at once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +75,27 @@ def check_out_file(out: Path, source: Path, *, overwrite: bool) -> None:
         raise UserError(f"{out} is there already; choose another --out, or say --overwrite")
 
 
+@dataclass(frozen=True)
+class Judging:
+    """How the answers of a file are judged.
+
+    Attributes:
+        max_tokens: most tokens of a criticism.
+        batch_size: criticisms that are written side by side.
+        temperature: of the sampling; 0 is greedy.
+    """
+
+    max_tokens: int
+    batch_size: int
+    temperature: float = 0.0
+
+
 def judge_file(
     judge: Callable[[], Judge],
     ref: ModelRef,
     answers: AnswerFile,
     out: Path,
-    *,
-    max_tokens: int,
-    batch_size: int,
-    temperature: float = 0.0,
+    how: Judging,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
     """Judge a file's answers.
@@ -91,9 +105,7 @@ def judge_file(
         ref: what it loads.
         answers: the file's rows.
         out: where to write them, each with :data:`COLUMNS`, as JSON lines.
-        max_tokens: most tokens of a criticism.
-        batch_size: criticisms that are written side by side.
-        temperature: of the sampling; 0 is greedy.
+        how: lengths, batch size and temperature.
         on_progress: called with the number of answers judged so far.
 
     Returns:
@@ -103,22 +115,20 @@ def judge_file(
         UserError: ``OUT.partial`` is of another judging, or of another process; or nothing can be
             written.
     """
-    header = {"judge": _fingerprint(ref), "answers": answers.sha256, "max_tokens": max_tokens}
+    header = {"judge": _fingerprint(ref), "answers": answers.sha256, "max_tokens": how.max_tokens}
     if ref.thinking.on:
         header["max_thinking_tokens"] = ref.thinking.limit
-    if temperature:
-        header["temperature"] = temperature
+    if how.temperature:
+        header["temperature"] = how.temperature
     partial = partial_of(out)
     with runs.wrap_write_errors(out, "free some space; the same command goes on."), _held(partial):
         rows = _continued(partial, header, answers)
         on_progress(len(rows))
         judging = judge() if len(rows) < len(answers.rows) else None
         while judging is not None and len(rows) < len(answers.rows):
-            part = slice(len(rows), len(rows) + batch_size)
+            part = slice(len(rows), len(rows) + how.batch_size)
             pairs = zip(answers.problems[part], answers.answers[part], strict=True)
-            found = judging.judge(
-                pairs, max_tokens=max_tokens, batch_size=batch_size, temperature=temperature
-            )
+            found = judging.judge(pairs, **dataclasses.asdict(how))
             new = [
                 {**row, **judged_columns(judgement)}
                 for row, judgement in zip(answers.rows[part], found, strict=True)

@@ -234,7 +234,7 @@ def top_k_rows(logits: mx.array, k: int) -> tuple[mx.array, mx.array, mx.array]:
     return values, indices, mx.logsumexp(rows, axis=-1)
 
 
-def top_k_divergence_rows(
+def top_k_divergence_rows(  # noqa: PLR0913
     student_logits: mx.array,
     values: mx.array,
     indices: mx.array,

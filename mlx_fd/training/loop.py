@@ -26,7 +26,6 @@ from mlx_fd.feedback.samples import Sample, cache_fingerprint
 from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.files import clear_unfinished
 from mlx_fd.models.checking import check_attention, check_recompute
-from mlx_fd.problems import Problem
 from mlx_fd.problems.sources import Question
 from mlx_fd.runs.events import Note, Probed, Probing, Started, Warned
 from mlx_fd.runs.records import (
@@ -62,6 +61,7 @@ from mlx_fd.training.checkpoint import (
     with_probe,
     write_summary,
 )
+from mlx_fd.training.job import Job
 from mlx_fd.training.probe import PROBE_ROWS, Probe, load_probe, make_probe, save_probe
 from mlx_fd.training.replay import Memory
 
@@ -72,32 +72,18 @@ _WATCHED = 64
 
 
 def run(
-    folder: Path,
-    config: Config,
+    job: Job,
     pair: Pair,
-    probe_problems: Sequence[Problem],
-    problems: Sequence[Problem],
-    report: Report,
-    stop: Callable[[], bool] = lambda: False,
     exam: Sequence[Question] = (),
     *,
-    redo: bool = False,
     warm_up: Callable[[Callable[[], bool]], SelfSummary | None] | None = None,
 ) -> Summary | None:
     """Begin a run or go on with it.
 
-    The caller holds the run directory's lock.
-
     Args:
-        folder: the run directory, as :func:`mlx_fd.runs.directory.create` made it.
-        config: the run's configuration.
+        job: its folder, configuration and problems, and who watches.
         pair: the models; the student untrained (a checkpoint's weights are put into it).
-        probe_problems: the held-out problems that the gate watches.
-        problems: the run's problems, in order.
-        report: takes every event.
-        stop: asked after each batch; when true, a checkpoint is written and the run ends there.
         exam: what the student is examined on before the run and after it, if the truth is known.
-        redo: go back to the newest whole checkpoint, whatever was done after it.
         warm_up: makes of the untrained student the one that the loop begins with, or takes what it
             ended with; gives its summary, ``None`` where ``stop`` ended it early.
 
@@ -107,7 +93,9 @@ def run(
     Raises:
         UserError: the run directory cannot be written, or does not fit the run.
     """
-    checkpoint, records = go_back(folder, config, report, redo=redo)
+    folder, config, report, stop = job.folder, job.config, job.report, job.stop
+    probe_problems, problems = job.probe_problems, job.problems
+    checkpoint, records = go_back(folder, config, report, redo=job.redo)
     size = config.generation.batch_size
     batches = math.ceil(len(problems) / size)
     total = batches * config.training.epochs

@@ -249,7 +249,13 @@ def _opened(
     Also what explains the files of its run directory, and what the user should know of the models.
     ``report`` and ``trackers`` are a warm-up's, which is tracked as a run of its own.
     """
+    from mlx_fd.training.job import Job
+
     config = plan.config
+
+    def job(report: Report, stop: Stop) -> Job:
+        return Job(folder, config, plan.probe, plan.problems, report, stop, redo)
+
     if config.self_distils:
         from mlx_fd.training.selfdistill import training
         from mlx_fd.training.selfdistill.plan import README, open_models
@@ -257,9 +263,7 @@ def _opened(
         models = open_models(plan)
         loaded = [models.student_lm, *([models.critic] if models.critic else [])]
         return (
-            lambda report, stop: training.run(
-                folder, config, models, plan.probe, plan.problems, report, stop, redo=redo
-            ),
+            lambda report, stop: training.run(job(report, stop), models),
             README,
             _notes(loaded),
         )
@@ -277,18 +281,7 @@ def _opened(
             return run_warm_up(folder, plan, pair, report, stop, trackers=trackers, redo=redo)
 
     return (
-        lambda report, stop: loop.run(
-            folder,
-            config,
-            pair,
-            plan.probe,
-            plan.problems,
-            report,
-            stop,
-            questions,
-            redo=redo,
-            warm_up=warm_up,
-        ),
+        lambda report, stop: loop.run(job(report, stop), pair, questions, warm_up=warm_up),
         runs.README,
         _notes([pair.expert, pair.student_lm]),
     )
@@ -350,7 +343,7 @@ def _listener(
     return report
 
 
-def run_loop(
+def run_loop(  # noqa: PLR0913
     expert: str | None = None,
     *,
     student: str | None = None,

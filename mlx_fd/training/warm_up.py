@@ -23,6 +23,7 @@ from mlx_fd.runs.manifest import check_same, flat_options
 from mlx_fd.runs.plan import Plan, check_run_memory
 from mlx_fd.runs.records import Manifest, SelfSummary
 from mlx_fd.runs.tracking import Tracking
+from mlx_fd.training.job import Job
 from mlx_fd.training.selfdistill import training
 from mlx_fd.training.selfdistill.methods import EXPERT_METHODS, configured
 from mlx_fd.training.selfdistill.plan import README, side_by_side
@@ -156,9 +157,8 @@ def run_warm_up(
                     f"{options.objective}, rate {config.training.lora_rate:g}"
                 )
             )
-            summary = training.run(
-                place, config, models, plan.probe, plan.warm_up, report_and_track, stop, redo=redo
-            )
+            job = Job(place, config, plan.probe, plan.warm_up, report_and_track, stop, redo)
+            summary = training.run(job, models)
     if summary is None:
         return None
     # Also where the warm-up ended in another process.

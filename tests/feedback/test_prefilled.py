@@ -17,7 +17,7 @@ from mlx_fd.feedback.pair import load_pair
 from mlx_fd.feedback.samples import sample_of
 from mlx_fd.models.conversation import Conversation, prefill
 from mlx_fd.models.generation import first_prompt, followup_prompt, generate
-from mlx_fd.models.writing import GenerateOptions
+from mlx_fd.models.writing import GenerateOptions, sampling_for
 from mlx_fd.problems import load as load_problems
 from mlx_fd.problems.prompts import answer_prompt, critique_prompt
 from mlx_fd.training.selfdistill import rollouts
@@ -76,8 +76,10 @@ def test_an_episode_reads_everything_once(pair):
         (judged,) = judged_by(pair, options, PROBLEMS[:1])
         sample = sample_of(pair, judged, LossOptions())
         on_policy = sample_of(pair, judged, LossOptions(), on_policy=True)
+        sampling = sampling_for(options, "critique", 4)
         (turn,), _ = expert_turn(
-            pair, "critique", [judged.conversation], [request], "critique", options, 4, say_nothing
+            *(pair, "critique", [judged.conversation], [request]),
+            *(sampling, say_nothing, GenerateOptions()),
         )
     answered = judged.answered
     written = (answered.answer.tokens, judged.expert.feedback.tokens, turn.tokens)

@@ -31,6 +31,7 @@ from mlx_fd.models.outline import build, cache_bytes, weight_bytes  # noqa: E402
 from mlx_fd.models.student import prepare  # noqa: E402
 from mlx_fd.runs.plan import make_plan  # noqa: E402
 from mlx_fd.training import loop  # noqa: E402
+from mlx_fd.training.job import Job  # noqa: E402
 from support import FIXTURES  # noqa: E402
 from support.architectures import config_of, make_architecture  # noqa: E402
 from support.tiny import make_model_dir  # noqa: E402
@@ -91,7 +92,8 @@ def test_a_run_needs_no_more_than_was_said_and_not_much_less(
 
     folder = tmp_path / "run"
     runs.create(folder, "", plan.manifest)
-    loop.run(folder, plan.config, pair, plan.probe, plan.problems, lambda event: None)
+    job = Job(folder, plan.config, plan.probe, plan.problems, lambda event: None)
+    loop.run(job, pair)
     measured = mx.get_peak_memory() - before
     assert measured <= plan.memory <= 1.5 * measured, plan.memory / measured
 

@@ -28,6 +28,7 @@ from mlx_fd.report.reading import read_runs
 from mlx_fd.runs.checked import read_checked, with_digest
 from mlx_fd.runs.events import Event, Warned
 from mlx_fd.runs.plan import make_plan
+from mlx_fd.training.job import Job
 from mlx_fd.training.loop import run
 from mlx_fd.training.probe import PROBE_ROWS
 from mlx_fd.training.selfdistill import plan as self_session
@@ -78,10 +79,8 @@ def go_on(folder: Path, options: dict, stop: Callable[[], bool] = lambda: False)
     with runs.locked(folder):
         if not runs.is_run(folder):
             runs.create(folder, to_toml(plan.config), plan.manifest)
-        run(
-            *(folder, plan.config, pair.open_pair(plan), plan.probe, plan.problems),
-            *(report, stop, exam_questions(plan.config)),
-        )
+        job = Job(folder, plan.config, plan.probe, plan.problems, report, stop)
+        run(job, pair.open_pair(plan), exam_questions(plan.config))
     return warned
 
 
@@ -513,10 +512,11 @@ def self_distilled(tmp_path_factory) -> Stopped:
         with runs.locked(target):
             if not runs.is_run(target):
                 runs.create(target, to_toml(plan.config), plan.manifest)
-            training.run(
-                *(target, plan.config, self_session.open_models(plan), plan.probe, plan.problems),
+            job = Job(
+                *(target, plan.config, plan.probe, plan.problems),
                 *(lambda e: warned.add(e.text) if isinstance(e, Warned) else None, stop),
             )
+            training.run(job, self_session.open_models(plan))
         return warned
 
     asked = iter([False, True])

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_fd import runs
 from mlx_fd.config import to_toml
 from mlx_fd.errors import UserError
+from mlx_fd.training.job import Job
 from mlx_fd.training.selfdistill import training
 from mlx_fd.training.selfdistill.health import health_of
 from mlx_fd.training.selfdistill.learning import (
@@ -165,9 +166,8 @@ def start(folder, config, stop=lambda: False):
     with runs.locked(folder):
         if not runs.is_run(folder):
             runs.create(folder, to_toml(plan.config), plan.manifest)
-        return training.run(
-            folder, plan.config, open_models(plan), plan.probe, plan.problems, lambda e: None, stop
-        )
+        job = Job(folder, plan.config, plan.probe, plan.problems, lambda e: None, stop)
+        return training.run(job, open_models(plan))
 
 
 @pytest.mark.parametrize("method", EXPERT_METHODS)

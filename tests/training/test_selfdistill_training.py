@@ -28,6 +28,7 @@ from mlx_fd.models.writing import Sampling
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.events import Note, Warned
 from mlx_fd.runs.logs import log_size
+from mlx_fd.training.job import Job
 from mlx_fd.training.selfdistill import rollouts
 from mlx_fd.training.selfdistill.contexts import CONTEXTS
 from mlx_fd.training.selfdistill.learning import forward_teacher_and_student
@@ -72,7 +73,8 @@ def begin(folder, plan, models, report=lambda event: None, stop=lambda: False):
     with runs.locked(folder):
         if not runs.is_run(folder):
             runs.create(folder, to_toml(plan.config), plan.manifest)
-        return run(folder, plan.config, models, plan.probe, plan.problems, report, stop)
+        job = Job(folder, plan.config, plan.probe, plan.problems, report, stop)
+        return run(job, models)
 
 
 def rows(folder, name=runs.ATTEMPTS):

@@ -18,6 +18,7 @@ from mlx_fd.report.page import make_page
 from mlx_fd.report.reading import read_runs
 from mlx_fd.runs.events import BatchDone, WarmedUp
 from mlx_fd.runs.records import SCHEMA_VERSION
+from mlx_fd.training.job import Job
 from mlx_fd.training.loop import run
 from mlx_fd.training.warm_up import run_warm_up, warm_up_config
 from support.loops import Killed, assert_same, count_syncs, rows
@@ -51,8 +52,8 @@ def start(folder, plan, stop=lambda: False, report=lambda event: None):
     with runs.locked(folder):
         if not runs.is_run(folder):
             runs.create(folder, to_toml(plan.config), plan.manifest)
-        problems = plan.probe, plan.problems
-        return run(folder, plan.config, pair, *problems, report, stop, warm_up=warm_up)
+        job = Job(folder, plan.config, plan.probe, plan.problems, report, stop)
+        return run(job, pair, warm_up=warm_up)
 
 
 def timeless(value):

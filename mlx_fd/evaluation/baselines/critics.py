@@ -80,6 +80,7 @@ def criticise(
 ) -> list[Criticised]:
     """Let the expert go through a critic's stages, one turn each."""
     from mlx_fd.feedback.episode import expert_turn, parsed
+    from mlx_fd.models.writing import GenerateOptions, sampling_for
 
     options = setting.generation
     before = [one.conversation for one in answered]
@@ -91,10 +92,9 @@ def criticise(
             stage.step,
             before,
             [stage.request] * len(answered),
-            "expert_feedback",
-            options,
-            seeds(stage.step),
+            sampling_for(options, "expert_feedback", seeds(stage.step)),
             on_tokens,
+            GenerateOptions(reuse=not options.sequential),
         )
         before = [turn.conversation for turn in turns]
         usages = [so_far + more for so_far, more in zip(usages, added, strict=True)]
@@ -118,6 +118,7 @@ def revise(
     """Let the expert apply the feedback that it has just given."""
     from mlx_fd.feedback.episode import expert_turn
     from mlx_fd.models.generation import followup_prompt
+    from mlx_fd.models.writing import GenerateOptions, sampling_for
 
     options: GenerationOptions = setting.generation
     requests = [
@@ -131,11 +132,9 @@ def revise(
         step,
         [item.conversation for item in judged],
         requests,
-        "revise",
-        options,
-        seeds(step),
+        sampling_for(options, "revise", seeds(step)),
         on_tokens,
-        keep=keep,
+        GenerateOptions(reuse=not options.sequential, keep=keep),
     )
     return [
         Criticised(

@@ -624,7 +624,7 @@ def _contrasts(stats: Sequence[RolloutStats], mask: mx.array) -> mx.array:
     return mx.where(mask, objectives.contrast(teacher, mx.stack(wrong), hints), 0)
 
 
-def total(
+def total(  # noqa: PLR0913
     final: mx.array,
     head: LogitSource,
     stats: Sequence[RolloutStats],

@@ -126,7 +126,7 @@ def aggregation_weights(mask: mx.array, how: str, max_tokens: int) -> mx.array:
     return valid / mx.maximum(valid.sum(), 1)
 
 
-def policy_loss(
+def policy_loss(  # noqa: PLR0913
     now: mx.array,
     old: mx.array,
     advantages: mx.array,

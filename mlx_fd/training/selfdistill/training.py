@@ -60,6 +60,7 @@ from mlx_fd.training.checkpoint import (
     with_probe,
     write_summary,
 )
+from mlx_fd.training.job import Job
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View
 from mlx_fd.training.selfdistill.health import health_of
 from mlx_fd.training.selfdistill.learning import (
@@ -199,28 +200,12 @@ class _Learner:
         return lambda tokens: self.report(Step(batch, step, tokens))
 
 
-def run(
-    folder: Path,
-    config: Config,
-    models: Models,
-    probe_problems: Sequence[Problem],
-    problems: Sequence[Problem],
-    report: Report,
-    stop: Callable[[], bool] = lambda: False,
-    *,
-    redo: bool = False,
-) -> SelfSummary | None:
-    """Begin a run or go on with it. The caller holds the run directory's lock.
+def run(job: Job, models: Models) -> SelfSummary | None:
+    """Begin a run or go on with it.
 
     Args:
-        folder: the run directory, as :func:`mlx_fd.runs.directory.create` made it.
-        config: the run's configuration.
+        job: its folder, configuration and problems, and who watches.
         models: the student untrained (a checkpoint's weights are put into it).
-        probe_problems: held out: headroom is measured on them, and the best checkpoint.
-        problems: the run's problems, in order.
-        report: takes every event.
-        stop: asked after each batch; when true, a checkpoint is written and the run ends there.
-        redo: go back to the newest whole checkpoint, whatever was done after it.
 
     Returns:
         The summary, or ``None`` where ``stop`` ended the run early.
@@ -228,7 +213,9 @@ def run(
     Raises:
         UserError: the run directory cannot be written, or does not fit the run.
     """
-    checkpoint, records = go_back(folder, config, report, redo=redo)
+    folder, config, report, stop = job.folder, job.config, job.report, job.stop
+    probe_problems, problems = job.probe_problems, job.problems
+    checkpoint, records = go_back(folder, config, report, redo=job.redo)
     size = config.generation.batch_size
     batches = math.ceil(len(problems) / size)
     total = batches * config.training.epochs
