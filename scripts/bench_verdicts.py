@@ -155,6 +155,7 @@ def make_row(arm: str, seed: int, runs_folder: Path) -> Row:
     from mlx_fd.evaluation.exam import exam_questions, examine
     from mlx_fd.feedback.pair import open_pair
     from mlx_fd.runs.plan import make_plan
+    from mlx_fd.training.job import Job
     from mlx_fd.training.loop import run
 
     share, how = ARMS[arm]
@@ -169,7 +170,8 @@ def make_row(arm: str, seed: int, runs_folder: Path) -> Row:
     pair = open_pair(plan)
     with made_worse(share, seed), runs.locked(folder):
         runs.create(folder, to_toml(plan.config), plan.manifest)
-        summary = run(folder, plan.config, pair, plan.probe, plan.problems, lambda event: None)
+        job = Job(folder, plan.config, plan.probe, plan.problems, lambda event: None)
+        summary = run(job, pair)
     assert summary is not None
     after = examine(pair, questions, config.generation, lambda step, tokens: None)
 

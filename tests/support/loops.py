@@ -9,6 +9,7 @@ import numpy as np
 from mlx_fd import runs
 from mlx_fd.config import to_toml
 from mlx_fd.feedback.pair import open_pair
+from mlx_fd.training.job import Job
 from mlx_fd.training.loop import run
 from support.pairs import MEASURED, without_seconds
 
@@ -20,7 +21,8 @@ def start(folder, plan, report=lambda event: None, stop=lambda: False):
     with runs.locked(folder):
         if not runs.is_run(folder):
             runs.create(folder, to_toml(plan.config), plan.manifest)
-        return run(folder, plan.config, open_pair(plan), plan.probe, plan.problems, report, stop)
+        job = Job(folder, plan.config, plan.probe, plan.problems, report, stop)
+        return run(job, open_pair(plan))
 
 
 def rows(folder, name=runs.EPISODES):
