@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -67,20 +67,11 @@ class Trust:
     disagreed: int = 0
     bound: float = 1.0
 
-    @property
-    def risk(self) -> float | None:
-        """The share of the audited ones that differed; ``None`` where there are none."""
-        return self.disagreed / self.audited if self.audited else None
-
     def covers(self, confidence: float | None) -> bool:
         """Whether a verdict of this confidence is kept; without a confidence it never is."""
         return (
             self.threshold is not None and confidence is not None and confidence >= self.threshold
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers and ``None``."""
-        return asdict(self)
 
 
 NO_TRUST = Trust()
