@@ -150,6 +150,7 @@ def test_a_rubric_of_gsm8k_reads_its_marks():
     assert "The third" not in text
     plain = rubric.rubric(Problem("x", "?", "#### 12", "12"))
     assert "step" not in plain
+    assert "number" not in rubric.rubric(Problem("x", "?", "", "A", "choice", ("a", "b")))
 
 
 # ------------------------------------------------------------------------------------- siblings

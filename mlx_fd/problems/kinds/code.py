@@ -15,9 +15,9 @@ from mlx_fd.problems.prompts import Form
 from mlx_fd.problems.thoughts import without_thoughts
 
 _MARK = "```"
-_LANGUAGE = re.compile(r"[ \t]*(?:python3?|py)?[ \t]*\n", re.IGNORECASE)
-_DEFINES = re.compile(r"^[ \t]*(?:async[ ]+)?(?:def|class)[ ]", re.MULTILINE)
-_FUNCTION = re.compile(r"^[ \t]*def[ ]+(\w++)", re.MULTILINE)
+_LANGUAGE = re.compile(r"[ \t]*+(?:python3?|py)?[ \t]*+\n", re.IGNORECASE)
+_DEFINES = re.compile(r"^[ \t]*+(?:async[ ]++)?(?:def|class)[ ]", re.MULTILINE)
+_FUNCTION = re.compile(r"^[ \t]*+def[ ]++(\w++)", re.MULTILINE)
 _CHECKED = re.compile(r"^check\((\w{1,80})\)\s*+\Z", re.MULTILINE)
 _LONGEST = 20_000  # characters of a program
 

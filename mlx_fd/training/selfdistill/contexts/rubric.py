@@ -32,6 +32,12 @@ _GENERAL = (
     "Every calculation is written out and right.",
     "The last line gives the final number.",
 )
+# Of answers that are no numbers.
+_OF_ANY_KIND = (
+    "All that the question asks is answered, and nothing else.",
+    "Every statement is right.",
+    "It ends in the form that is asked for.",
+)
 
 
 def rubric(problem: Problem) -> str:
@@ -46,7 +52,8 @@ def rubric(problem: Problem) -> str:
         for order, verb in zip(_ORDER, kinds, strict=False)
         if len(kinds) <= len(_ORDER)
     ]
-    return "\n".join(f"- {line}" for line in [*lines, *_GENERAL])
+    general = _GENERAL if problem.kind == "number" else _OF_ANY_KIND
+    return "\n".join(f"- {line}" for line in [*lines, *general])
 
 
 def views(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
