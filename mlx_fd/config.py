@@ -94,6 +94,11 @@ class ModelOptions:
         "(own) or on the expert's (feedback; it then copies the score written in the text).",
         choices=("prompt", "own", "feedback"),
     )
+    continue_from: str = _option(
+        "",
+        "A run of the loop whose student (its best checkpoint) this one goes on with; what is not "
+        "given is as there. Empty: LoRA and heads begin anew.",
+    )
     dequantize: str = _option(
         "auto",
         "Dequantise to float32: auto does so on the CPU backend where memory allows.",

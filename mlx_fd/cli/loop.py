@@ -41,6 +41,7 @@ Examples:
   mlx-fd loop --config runs/mine/config.toml --seed 1 --out runs/seed1
   mlx-fd loop --preset tiny --track tensorboard
   mlx-fd loop --config runs/always/pareto.toml    stop where mlx-fd pareto recommends
+  mlx-fd loop --problems kept.jsonl --continue runs/mine    go on with its student
 """,
 )
 @click.option(
@@ -75,6 +76,8 @@ def loop(
     SIGTERM, 129 after SIGHUP (a closed terminal).
     """
     check_installed(trackers)
+    if given.get("continue_from"):
+        config_file, given = _continued(config_file, given)
     config = configuration(preset_name, config_file, given)
     if config.self_distils:
         command = "distil" if config.selfdistill.self_teacher == "expert" else "self-distill"
@@ -83,3 +86,16 @@ def loop(
             f"{config_file}"
         )
     begin(out, config, trackers, as_json, quiet)
+
+
+def _continued(config_file: Path | None, given: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The configuration that a run with ``--continue`` is made from: the earlier run's."""
+    from mlx_fd.config import read
+    from mlx_fd.training.continuing import earlier_config, sizes
+
+    earlier = config_file or earlier_config(given["continue_from"])
+    # What an earlier run began with is learned already.
+    given = {**given, "warm_up": given.get("warm_up") or ""}
+    if given.get("problems") is not None and config_file is None:
+        given = {**given, **sizes(given, read(earlier).episode.probe_size)}
+    return earlier, given

@@ -37,9 +37,13 @@ _METAVARS = {
     "teacher_cache": "DIR",
     "chat_template_kwargs": "JSON",
     "template_date": "YYYY-MM-DD",
+    "continue_from": "RUN",
 }
 # mlx-lm's name for it, beside ours.
-_FLAGS = {"chat_template_kwargs": ("--chat-template-args", "--chat-template-kwargs")}
+_FLAGS = {
+    "chat_template_kwargs": ("--chat-template-args", "--chat-template-kwargs"),
+    "continue_from": ("--continue", "--continue-from"),
+}
 # Longer lists of choices stand in the help text: the first column does not wrap.
 _CHOICES_WIDTH = 40
 

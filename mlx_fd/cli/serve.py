@@ -25,6 +25,7 @@ _LARGEST_PORT = 65535
 Examples:
   mlx-fd serve --student runs/20260101-120000
   mlx-fd serve --student runs/20260101-120000 --expert qwen2.5-7b-4bit
+  mlx-fd serve --student runs/mine --expert tiny --keep kept.jsonl
   mlx-fd serve --student runs/mine --expert tiny --host 0.0.0.0 --api-key-file key.txt
 \b
   curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
@@ -126,6 +127,20 @@ Examples:
 @click.option(
     "--log-texts", is_flag=True, help="Log what is asked and answered, too. It is never kept else."
 )
+@click.option(
+    "--keep",
+    type=PathType(),
+    metavar="FILE",
+    help="Keep problems that the expert had to answer, and corrections, in this .jsonl file, for "
+    "mlx-fd loop --problems FILE --continue RUN. [default: nothing is kept]",
+)
+@click.option(
+    "--keep-most",
+    type=Count(),
+    default=1000,
+    show_default=True,
+    help="Problems that it holds; the oldest go first.",
+)
 @json_option
 @quiet_option
 @debug_option
@@ -145,6 +160,8 @@ def serve(
     seconds: float,
     read_seconds: float,
     log_texts: bool,
+    keep: Path | None,
+    keep_most: int,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -153,7 +170,8 @@ def serve(
 
     The student answers and scores its own answer; where the score is too low, the expert is asked.
     Each reply says who answered and why. Requests are logged as JSON lines on standard error,
-    without their texts. Ctrl-C or SIGTERM lets running requests finish.
+    without their texts. Ctrl-C or SIGTERM lets running requests finish; SIGHUP takes the newest
+    weights of the run.
     """
     from mlx_fd.models.backend import backend
 
@@ -182,7 +200,21 @@ def serve(
         places=places,
         queue=queue,
     )
-    options = Options(student, expert, host, port, key, limits, threshold, verbatim, log_texts)
+    if keep is not None and keep.suffix.lower() != ".jsonl":
+        raise UserError(f"--keep {keep}: the name must end in .jsonl, for mlx-fd loop to read it")
+    options = Options(
+        student=student,
+        expert=expert,
+        host=host,
+        port=port,
+        key=key,
+        limits=limits,
+        threshold=threshold,
+        verbatim=verbatim,
+        log_texts=log_texts,
+        keep=keep,
+        keep_most=keep_most,
+    )
 
     def on_ready(service: Service, address: str) -> None:
         said = _said(service, address)
@@ -204,6 +236,12 @@ def _said(service: Service, address: str) -> dict[str, Any]:
         said["threshold"] = rule.threshold
         said["threshold_by"] = rule.source
     said["api_key"] = "needed" if service.options.key else "none (this machine only)"
+    said["kept"] = "nothing"
+    if service.kept is not None:
+        said["kept"] = (
+            f"problems that the expert answers, and corrections, in {service.kept.path} (now "
+            f"{len(service.kept.rows())}, at most {service.options.keep_most})"
+        )
     return said
 
 

@@ -201,12 +201,15 @@ def load_student(student: Student, folder: Path) -> None:
         UserError: a file is missing, has numbers that are not finite, or does not fit this student.
     """
     adapter, heads = read_trained(folder / ADAPTER_WEIGHTS), read_trained(folder / HEADS)
-    for module, weights, wanted in (
+    parts = (
         (student.model, adapter, adapter_weights(student)),
         (student, heads, head_weights(student)),
-    ):
+    )
+    for _, weights, wanted in parts:
         shapes = {name: value.shape for name, value in weights.items()}
         if shapes != {name: value.shape for name, value in wanted.items()}:
             raise UserError(f"{folder}: these weights belong to another student or LoRA rank.")
+    # All of them fit before one is put in.
+    for module, weights, _ in parts:
         module.load_weights(list(weights.items()), strict=False)
     mx.eval(student.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mlx_fd.runs.directory import (
     ATTEMPTS,
+    BEGUN,
     CHECKPOINTS,
     CONFIG,
     CUT,
@@ -42,6 +43,7 @@ from mlx_fd.runs.directory import (
 
 __all__ = [
     "ATTEMPTS",
+    "BEGUN",
     "CHECKPOINTS",
     "CONFIG",
     "CUT",

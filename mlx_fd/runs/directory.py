@@ -53,6 +53,7 @@ SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 CUT = "cut"
 WARM_UP = "warm_up"
+BEGUN = "begun"
 TEACHER = "teacher"
 STATE = "state.json"
 _LOCK = ".lock"
@@ -68,6 +69,7 @@ README = """\
 | `metrics.jsonl` | one line per batch: losses, weights, gate decisions, probe evaluations |
 | `samples.jsonl` | the tokens of each training sample |
 | `teacher/` | with `teacher_top_k`: the cache of the expert's top k tokens |
+| `begun/` | with `--continue`: adapter and heads that the student began with |
 | `checkpoints/` | `NNNNNN` by batch; `last` and `best` (on the probe set) point to them |
 | `probe.json` | the held-out problems of the gate; their arrays are in `probe.safetensors` |
 | `warm_up/` | with `warm_up`: the run of `mlx-fd distil` that the student comes from |

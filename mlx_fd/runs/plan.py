@@ -256,6 +256,7 @@ def with_absolute_names(config: Config) -> Config:
             models,
             expert=absolute_model_name(models.expert) if models.expert else "",
             student=absolute_model_name(student),
+            continue_from=_whole_path(models.continue_from) or models.continue_from,
         ),
         problems=dataclasses.replace(config.problems, problems=source),
         losses=losses,

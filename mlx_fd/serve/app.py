@@ -16,11 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlx_fd.serve.errors import ApiError
 from mlx_fd.serve.exchange import CLIENT_GONE, ClientDisconnect, Reply
 from mlx_fd.serve.limits import is_loopback, same_key
-from mlx_fd.serve.routes import feedback, state, texts
+from mlx_fd.serve.routes import feedback, learning, state, texts
 from mlx_fd.serve.service import Service
 
 # A file of routes more is a line more here.
-_ROUTES = (texts, feedback, state)
+_ROUTES = (texts, feedback, learning, state)
 
 
 def make_app(service: Service) -> ASGIApp:

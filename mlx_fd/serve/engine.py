@@ -136,7 +136,7 @@ class _Drop:
 
 @dataclass(frozen=True)
 class _Call:
-    function: Callable[[Served], Any]
+    function: Callable[[_Work], Any]
     done: asyncio.Future[Any]
 
 
@@ -185,10 +185,25 @@ class Engine:
 
     async def call(self, function: Callable[[Served], T]) -> T:
         """What a function of the models gives, between two steps."""
+        return await self._order(lambda work: function(work.models))
+
+    async def _order(self, function: Callable[[_Work], T]) -> T:
         assert self._loop is not None
         done: asyncio.Future[T] = self._loop.create_future()
         self._orders.put(_Call(function, done))
         return await done
+
+    async def exchange(self, function: Callable[[Served], Served]) -> Served:
+        """Other models in the place of these, as a function makes them; no text is being written.
+
+        What it raises is raised here, and the models stay.
+        """
+
+        def call(work: _Work) -> Served:
+            work.models = function(work.models)
+            return work.models
+
+        return await self._order(call)
 
     async def stop(self) -> None:
         """End the thread; what is still being written is lost."""
@@ -243,7 +258,7 @@ class Engine:
                 work.drop(order.writing)
             else:
                 try:
-                    self._tell(_succeed, order.done, order.function(work.models))
+                    self._tell(_succeed, order.done, order.function(work))
                 except Exception as error:
                     self._tell(_fail, order.done, error)
 

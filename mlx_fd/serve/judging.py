@@ -55,7 +55,7 @@ async def judge(
             writing.
     """
     student = service.served.judge.student if service.served.scores else None
-    behind = student is not None and student.score_at == "feedback"
+    behind = student is not None and student.score_at != "prompt"
 
     def begin(models: Served) -> tuple[Any, Conversation, float | None]:
         loaded = models.student

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import h11
@@ -14,15 +15,16 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation.cascade.confidence import confidence
-from mlx_fd.evaluation.cascade.file import read, why_other
 from mlx_fd.serve.app import make_app
+from mlx_fd.serve.calibration import rule_of
 from mlx_fd.serve.engine import Engine
+from mlx_fd.serve.errors import ApiError
+from mlx_fd.serve.kept import Kept
 from mlx_fd.serve.limits import Admission
 from mlx_fd.serve.logs import Log
 from mlx_fd.serve.metrics import Metrics
 from mlx_fd.serve.models import Served, open_served
-from mlx_fd.serve.rule import Rule
+from mlx_fd.serve.reloading import reload
 from mlx_fd.serve.service import Options, Service
 
 _MOST_HEADERS = 32 << 10
@@ -57,41 +59,52 @@ async def _serve(options: Options, on_ready: Callable[[Service, str], None]) -> 
             metrics=Metrics(),
             log=Log(texts=options.log_texts),
             admission=Admission(options.limits),
+            kept=_kept(options, served),
+            student=options.student,
         )
         server = _Server(service)
         running = asyncio.ensure_future(server.serve(sockets=[listening]))
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
         on_ready(service, _address(listening))
-        await running
+        with _reloading(service):
+            await running
         service.close()
     finally:
         listening.close()
         await engine.stop()
 
 
-def rule_of(options: Options, served: Served) -> Rule:
-    """When the expert is asked: as the options say, else as the run was calibrated.
+@contextlib.contextmanager
+def _reloading(service: Service) -> Iterator[None]:
+    """Take new weights at each SIGHUP, unless that is ignored (``nohup``)."""
+    loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[None]]()
+    before = signal.getsignal(signal.SIGHUP)
+    if before is signal.SIG_IGN:
+        yield
+        return
 
-    Raises:
-        UserError: the run's calibration is damaged.
-    """
-    ref, calibrated = served.judge.ref, None
-    if served.scores and ref.run is not None:
-        calibrated = read(ref.run)
-    if calibrated is None:
-        threshold = 0.0 if options.threshold is None else options.threshold
-        plain = "above 0 it says that an answer is right; not calibrated"
-        return Rule(threshold, None, plain if options.threshold is None else "--threshold")
-    steps, promise = calibrated["confidence"], calibrated["promise"]
-    expert = None if served.expert is None else served.expert.path
-    why = why_other(calibrated, ref, expert)
-    # What scores meant before says little of a student that has learned on.
-    meaning = None if why else functools.partial(confidence, steps)
-    if options.threshold is not None:
-        return Rule(options.threshold, meaning, "--threshold")
-    said = f"calibrated, {promise['kind']} {promise['target']:g}"
-    return Rule(promise["threshold"], meaning, f"{said}, but {why}" if why else said)
+    async def take() -> None:
+        with contextlib.suppress(ApiError):  # it stands in the log
+            await reload(service)
+
+    def heard() -> None:
+        task = loop.create_task(take())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, heard)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, before)
+
+
+def _kept(options: Options, served: Served) -> Kept | None:
+    if options.keep is None:
+        return None
+    return Kept(options.keep, options.keep_most, served.judge.ref.answer_kind)
 
 
 def _listen(host: str, port: int) -> socket.socket:

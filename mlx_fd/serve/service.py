@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mlx_fd.serve.limits import Admission, Limits
 
 if TYPE_CHECKING:
     from mlx_fd.serve.engine import Engine
+    from mlx_fd.serve.kept import Kept
     from mlx_fd.serve.logs import Log
     from mlx_fd.serve.metrics import Metrics
     from mlx_fd.serve.models import Served
@@ -37,6 +39,8 @@ class Options:
         threshold: below which the expert is asked; ``None``: as the run says.
         verbatim: whether a single question is sent as it is, without the form of the training.
         log_texts: whether logs have what was asked and answered.
+        keep: a file that problems are kept in; ``None``: none are.
+        keep_most: problems that it holds.
     """
 
     student: str
@@ -48,6 +52,8 @@ class Options:
     threshold: float | None = None
     verbatim: bool = False
     log_texts: bool = False
+    keep: Path | None = None
+    keep_most: int = 1000
 
 
 @dataclass
@@ -62,6 +68,8 @@ class Service:
         metrics: counters.
         log: where requests are noted.
         admission: who may come in.
+        kept: problems that are kept to be learned from.
+        student: whose weights are served, as it was named last.
     """
 
     options: Options
@@ -71,6 +79,8 @@ class Service:
     metrics: Metrics
     log: Log
     admission: Admission
+    kept: Kept | None = None
+    student: str = ""
     # One thread: a tokenizer is not made for several.
     _aside: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="prompts")

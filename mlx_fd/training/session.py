@@ -75,7 +75,12 @@ def new_plan(folder: Path, config: Config) -> Plan:
 
     backend()
     check_out(folder)
-    return plan_of(_dated(config))
+    plan = plan_of(_dated(config))
+    if plan.config.models.continue_from:
+        from mlx_fd.training.continuing import check_continues
+
+        check_continues(plan)
+    return plan
 
 
 def _dated(config: Config) -> Config:
@@ -207,6 +212,10 @@ def open_run(
                 stack.enter_context(runs.locked(folder))
                 with runs.wrap_write_errors(folder):
                     runs.create(folder, to_toml(plan.config), plan.manifest, readme)
+                    if plan.config.models.continue_from:
+                        from mlx_fd.training.continuing import keep
+
+                        keep(folder, plan)
             tracking = stack.enter_context(
                 Tracking(
                     trackers, folder, plan.manifest["options"], lambda text: report(Warned(text))
@@ -272,6 +281,10 @@ def _opened(
     from mlx_fd.training import loop
 
     pair = open_pair(plan)
+    if config.models.continue_from:
+        from mlx_fd.training.continuing import begin
+
+        begin(folder, plan, pair.student)
     questions = exam_questions(config)
     warm_up: Callable[[Stop], SelfSummary | None] | None = None
     if config.episode.warm_up:

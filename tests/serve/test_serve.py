@@ -35,7 +35,8 @@ GET_HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return tiny_run(tmp_path_factory.mktemp("serve") / "run")
+    # As its preset has it: the score is read behind the student's own feedback.
+    return tiny_run(tmp_path_factory.mktemp("serve") / "run", score_at="own")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def judged(pair, judge):
     """Questions, the student's answers to them, and its scores of those."""
     asked = questions(24)
     students = written(pair, "student", asked)
-    truths = judge.judge(zip(asked, students, strict=True), max_tokens=1)
+    truths = judge.judge(zip(asked, students, strict=True), max_tokens=112)
     return asked, students, [truth.head_score for truth in truths]
 
 
@@ -277,11 +278,12 @@ def refuse_web_pages(server):
     assert b" 415 " in asyncio.run(exchange(server.port, form))[:16]
 
 
-def test_a_full_server_says_when_to_come_again_and_a_term_lets_it_finish(run):
+def test_a_full_server_says_when_to_come_again_and_a_term_lets_it_finish(tmp_path):
     """One server that is full, loses clients, and is then asked to stop under load."""
     [question] = questions(1)
+    run = tiny_run(tmp_path / "run", score_at="prompt")
     options = ("--batch-size", "1", "--queue", "3")
-    with serving(run.parent, run, *options, key="") as server:
+    with serving(tmp_path, run, *options, key="") as server:
         refuse_web_pages(server)
 
         async def health():
@@ -304,7 +306,7 @@ def test_a_full_server_says_when_to_come_again_and_a_term_lets_it_finish(run):
                 for stream in (streams[0], streams[2]):  # who runs and who waits: both leave
                     await stream.close()
                 await until(b'"inside": 2')
-                last = asyncio.ensure_future(ask(client, question))
+                last = asyncio.ensure_future(ask(client, question, model="cascade"))
                 await until(b'"inside": 3')
                 os.kill(server.process.pid, signal.SIGTERM)
                 await until(b" 503 ")
@@ -319,6 +321,7 @@ def test_a_full_server_says_when_to_come_again_and_a_term_lets_it_finish(run):
         reasons = [chunks[-1].choices[0].finish_reason for chunks in rest]
         assert set(reasons) <= {"stop", "length"}
         assert last.choices[0].finish_reason == "stop"
+        assert -1 < last.mlx_fd["score"] < 1
         assert server.process.wait(20) == 0
         assert {line["event"] for line in server.lines()} == {"request", "stopping"}
 

@@ -29,9 +29,11 @@ def questions(count: int) -> list[str]:
     return list(dict.fromkeys(found))[:count]
 
 
-def tiny_run(folder: Path) -> Path:
-    """A run of the tiny pair whose student scores at random."""
-    return make_run(folder, "tiny-student", strength=0.02, expert="tiny")
+def tiny_run(folder: Path, **options: Any) -> Path:
+    """A run of the tiny pair whose student scores at random; with its preset's token limits."""
+    given = {"max_answer_tokens": 64, "max_feedback_tokens": 112, "max_merge_tokens": 112}
+    given |= {"strength": 0.02, "expert": "tiny", **options}
+    return make_run(folder, "tiny-student", **given)
 
 
 @dataclass(frozen=True)

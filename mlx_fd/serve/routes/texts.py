@@ -16,6 +16,7 @@ from mlx_fd.models.conversation import Conversation
 from mlx_fd.serve.cascade import decide
 from mlx_fd.serve.engine import Written
 from mlx_fd.serve.exchange import Exchange, Reply, read_json
+from mlx_fd.serve.kept import EXPERT as BY_EXPERT
 from mlx_fd.serve.lanes import Job
 from mlx_fd.serve.models import EXPERT, STUDENT
 from mlx_fd.serve.prompts import Asked, ask_chat, ask_completion
@@ -40,7 +41,10 @@ def routes(service: Service) -> list[Route]:
                 asked = await service.aside(ask)
                 shape = _Shape("chat.completion", "chatcmpl-", read.common.model)
                 texts = {"asked": json.dumps(read.messages)}
-                await _answer(_Task(service, request, read.common, asked, shape, texts), reply)
+                task = _Task(
+                    service, request, read.common, asked, shape, texts, read.messages[-1][1]
+                )
+                await _answer(task, reply)
 
         return Exchange(work, limits.seconds)
 
@@ -126,6 +130,7 @@ class _Task:
     asked: Asked
     shape: _Shape
     texts: dict[str, str]
+    question: str = ""
 
     def job(self, prompt: tuple[int, ...], *, keep: bool = False, streams: bool = False) -> Job:
         """The job of a prompt."""
@@ -160,6 +165,7 @@ async def _answer(task: _Task, reply: Reply) -> None:
         finally:
             writing.drop()
         service.metrics.wrote(decision.by, written)
+    await _keep(task, decision, written)
     usage, ours = _usage(task, decision, written), _ours(task, decision, written)
     note = task.request.scope["mlx_fd"]
     note["fields"] = {"model": common.model, **ours, **usage}
@@ -172,6 +178,15 @@ async def _answer(task: _Task, reply: Reply) -> None:
         await reply.event(task.shape.usage(usage, ours))
     await reply.event("[DONE]")
     await reply.end()
+
+
+async def _keep(task: _Task, decision: Decision, written: Written) -> None:
+    """Keep a problem that the student had to pass on, where anything is kept."""
+    kept = task.service.kept
+    passed_on = decision.by == EXPERT and decision.answer is not None
+    if kept is None or not passed_on or not task.asked.problem or written.reason != "stop":
+        return
+    await task.service.aside(lambda: kept.add(task.question, written.text, BY_EXPERT))
 
 
 def _usage(task: _Task, decision: Decision, written: Written) -> dict[str, int]:

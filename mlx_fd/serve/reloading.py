@@ -1,0 +1,72 @@
+"""New weights for a student that is being served."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mlx_fd.errors import UserError
+from mlx_fd.evaluation.cascade.file import read
+from mlx_fd.feedback.judge import locate_model
+from mlx_fd.models.student import load_student
+from mlx_fd.serve.calibration import rule_of
+from mlx_fd.serve.errors import ApiError, bad
+from mlx_fd.serve.models import Served
+from mlx_fd.serve.service import Service
+
+_SAME = ("train", "lora_rank", "lora_scale", "lora_layers", "lora_keys", "score_at", "dequantize")
+
+
+async def reload(service: Service, student: str | None = None) -> str:
+    """Take the newest weights of the student, or those of another run of the same base.
+
+    Requests that run finish with the old ones; those that come wait.
+
+    Args:
+        service: the server.
+        student: a run or checkpoint; ``None``: the one that was named last.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        ApiError: they do not fit, or are damaged; then the old ones are served on.
+    """
+    name = student or service.student
+    try:
+        async with service.admission.alone():
+            served = await service.engine.exchange(lambda old: renewed(old, name))
+            rule = rule_of(service.options, served)
+    except UserError as error:
+        service.metrics.reloads.labels("refused").inc()
+        service.log.write("reload", student=name, error=str(error))
+        raise bad(f"{error}; the server goes on with what it has", "student") from None
+    except ApiError:
+        raise
+    service.served, service.rule, service.student = served, rule, name
+    checkpoint = str(served.judge.ref.checkpoint)
+    service.metrics.reloads.labels("taken").inc()
+    service.log.write("reload", student=name, checkpoint=checkpoint, threshold_by=rule.source)
+    return checkpoint
+
+
+def renewed(old: Served, name: str) -> Served:
+    """The models with a student's weights out of a checkpoint; on their thread.
+
+    Raises:
+        UserError: it is another model, or its files are damaged; nothing is changed then.
+    """
+    ref, before, student = locate_model(name), old.judge.ref, old.judge.student
+    if before.config is None or student is None or ref.config is None or ref.checkpoint is None:
+        raise UserError(f"{name}: only a run of mlx-fd loop can be reloaded")
+    now, then = ref.config.models, before.config.models
+    if ref.model != before.model or not ref.scores:
+        raise UserError(f"{name}: its student is another model; restart the server")
+    if any(getattr(now, part) != getattr(then, part) for part in _SAME):
+        raise UserError(f"{name}: its student has other LoRA; restart the server")
+    digests = {one.template.digest() for one in (ref, before) if one.template is not None}
+    if len(digests) > 1 or ref.answer_kind != before.answer_kind:
+        raise UserError(f"{name}: its student is asked in another way; restart the server")
+    if ref.run is not None:
+        read(ref.run)  # a damaged calibration is refused before anything is changed
+    load_student(student, ref.checkpoint)
+    return dataclasses.replace(old, judge=dataclasses.replace(old.judge, ref=ref))

@@ -1,0 +1,133 @@
+"""A run whose student goes on where that of an earlier run ended, on other problems."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_fd import problems, runs
+from mlx_fd.config import ModelOptions
+from mlx_fd.errors import UserError
+from mlx_fd.feedback.judge import ModelRef, locate_model
+from mlx_fd.files import sync_folder
+from mlx_fd.models.student import ADAPTER_WEIGHTS, HEADS, Student, load_student
+from mlx_fd.runs.plan import Plan
+
+# What the weights are made for; more than what load_student would find.
+_SAME = ("train", "lora_rank", "lora_scale", "lora_layers", "lora_keys", "score_at")
+_PARTS = (ADAPTER_WEIGHTS, HEADS)
+# Of few problems, the share that is held out for the gate.
+_PROBE = 5
+
+
+def earlier_config(run: str) -> Path:
+    """The configuration of the run that is gone on with.
+
+    Raises:
+        UserError: it is no run.
+    """
+    folder = Path(run).expanduser()
+    if not runs.is_run(folder):
+        raise UserError(f"--continue {run}: this is no run directory of mlx-fd loop")
+    return folder / runs.CONFIG
+
+
+def sizes(given: Mapping[str, Any], probe_size: int) -> dict[str, int]:
+    """How many problems of a file are learned from and held out, where the user does not say: all.
+
+    Args:
+        given: the options that were given; ``problems`` among them.
+        probe_size: of the earlier run.
+
+    Raises:
+        UserError: the problems cannot be read, or are fewer than two.
+    """
+    if given.get("episodes") is not None:
+        return {}
+    found = problems.load(
+        given["problems"],
+        given.get("split") or "train",
+        skip_bad_rows=bool(given.get("skip_bad_rows")),
+        kind=given.get("answer_kind") or "auto",
+        columns=given.get("columns") or "",
+    )
+    # One question counts once: a probe's must not come up again.
+    count = len({" ".join(problem.question.split()) for problem in found.problems})
+    if count < 2:
+        raise UserError(
+            f"{given['problems']}: it has {count} problem; one more at least is needed, to be held "
+            "out"
+        )
+    probe = given.get("probe_size") or min(probe_size, max(1, count // _PROBE))
+    return {"episodes": count - probe, "probe_size": probe}
+
+
+def check_continues(plan: Plan) -> None:
+    """Make sure that a plan's student can begin with the earlier run's.
+
+    Raises:
+        UserError: it is another model, has other LoRA, or was asked in another way.
+    """
+    ref, options = _earlier(plan), plan.config.models
+    assert ref.config is not None
+    name = options.continue_from
+    if ref.model != plan.student_path:
+        raise UserError(f"--continue {name}: its student is {ref.model}, not {plan.student_path}")
+    other = [one for one in _SAME if getattr(ref.config.models, one) != getattr(options, one)]
+    if other:
+        raise UserError(
+            f"--continue {name}: its student was made with other options ({_shown(other, ref)}); "
+            "leave them out here"
+        )
+    if ref.template is not None and ref.template.digest() != plan.template.digest():
+        raise UserError(
+            f"--continue {name}: its student knows another chat template than this expert's; take "
+            f"its expert, {ref.config.models.expert}"
+        )
+
+
+def _shown(names: list[str], ref: ModelRef) -> str:
+    options: ModelOptions | None = ref.config.models if ref.config else None
+    return ", ".join(f"{name} = {getattr(options, name)}" for name in names)
+
+
+def _earlier(plan: Plan) -> ModelRef:
+    name = plan.config.models.continue_from
+    earlier_config(name)
+    ref = locate_model(name)
+    if not ref.scores:
+        raise UserError(f"--continue {name}: its student has no score head: it is no loop's run")
+    return ref
+
+
+def begin(folder: Path, plan: Plan, student: Student) -> None:
+    """Put the weights into a student with which its run begins, or began.
+
+    Args:
+        folder: the run directory; where it is there, it has them.
+        plan: the run's.
+        student: freshly made.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    kept = folder / runs.BEGUN
+    if kept.is_dir() or runs.is_run(folder):
+        load_student(student, kept)
+        return
+    checkpoint = _earlier(plan).checkpoint
+    assert checkpoint is not None
+    load_student(student, checkpoint)
+
+
+def keep(folder: Path, plan: Plan) -> None:
+    """Copy those weights into a new run: the earlier run may go on, or go."""
+    checkpoint = _earlier(plan).checkpoint
+    assert checkpoint is not None
+    kept = folder / runs.BEGUN
+    kept.mkdir(exist_ok=True)
+    for part in _PARTS:
+        shutil.copyfile(checkpoint / part, kept / part)
+    sync_folder(kept)

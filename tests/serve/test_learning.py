@@ -1,0 +1,124 @@
+"""Learning that goes on: what the expert had to answer is kept, learned from, and served."""
+
+import asyncio
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from mlx_fd import problems, runs
+from mlx_fd.cli import cli
+from mlx_fd.errors import UserError
+from mlx_fd.problems import Problem
+from mlx_fd.problems.kinds import is_right, read_final
+from mlx_fd.serve.kept import CORRECTION, EXPERT, Kept
+from support.serving import ask, exchange, post, serving, tiny_run
+
+ASKED = 8
+SMALL = {"batch_size": 4, "losses": ["score"], "gate": "always", "answers_by": "student"}
+SMALL |= {"exam_size": 0, "probe_size": 4, "score_rate": 0.02, "trigger": "always"}
+
+
+def test_what_was_passed_on_is_learned_and_passed_on_less(tmp_path, monkeypatch):
+    """The whole circle: serve, keep, correct, learn, take the new weights, pass on less."""
+    monkeypatch.setenv("MLX_FD_CACHE", str(tmp_path / "cache"))
+    # A head that knows nothing yet: every score is 0, below the threshold.
+    first, second = tiny_run(tmp_path / "first", strength=0.0, **SMALL), tmp_path / "second"
+    current, kept = tmp_path / "current", tmp_path / "kept.jsonl"
+    current.symlink_to(first)
+    drawn = problems.load("arithmetic", "test").problems[:ASKED]
+    options = ("--expert", "tiny", "--threshold", "0.02", "--keep", str(kept))
+    with serving(tmp_path, current, *options) as server:
+
+        async def replies():
+            async with server.client() as client:
+                return await asyncio.gather(
+                    *(ask(client, one.question, model="cascade") for one in drawn)
+                )
+
+        def answered(replies):
+            by = [reply.mlx_fd["answered_by"] for reply in replies]
+            texts = [reply.choices[0].message.content for reply in replies]
+            right = [
+                is_right(read_final(text, one), one) for text, one in zip(texts, drawn, strict=True)
+            ]
+            return by.count("expert"), sum(right)
+
+        before, right_before = answered(asyncio.run(replies()))
+        assert before == ASKED
+        rows = [json.loads(line) for line in kept.read_text().splitlines()]
+        assert {row["question"] for row in rows} == {one.question for one in drawn}
+        assert {row["kept"] for row in rows} == {"expert"}
+
+        correction = {"problem": drawn[0].question, "answer": drawn[0].solution}
+        assert said(server, "/v1/corrections", correction)[0] == 200
+        status, error = said(server, "/v1/corrections", {**correction, "answer": "no number"})
+        assert (status, error["error"]["param"]) == (400, "answer")
+        assert kept.read_text().count("correction") == 1
+
+        command = ["loop", "--problems", str(kept), "--continue", str(current)]
+        cli([*command, "--out", str(second), "--quiet"], standalone_mode=False)
+        config = (second / runs.CONFIG).read_text()
+        assert f"episodes = {ASKED - 1}" in config  # one of a fifth is held out
+        begun = (second / runs.BEGUN / "adapters.safetensors").read_bytes()
+        assert begun == (first / "checkpoints" / "best" / "adapters.safetensors").read_bytes()
+
+        status, error = said(server, "/admin/reload", {"student": str(tmp_path / "nowhere")})
+        assert status == 400
+        assert "goes on with what it has" in error["error"]["message"]
+        current.unlink()
+        # Of so few problems the one that is held out says little of which is best.
+        current.symlink_to(second / "checkpoints" / "last")
+        os.kill(server.process.pid, signal.SIGHUP)
+        deadline = time.monotonic() + 60
+        while not (taken := [line for line in server.lines() if "checkpoint" in line]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert taken[-1]["checkpoint"].startswith(str(second))
+        after, right_after = answered(asyncio.run(replies()))
+    assert after < before
+    # What stays with the student is right no less often than the student is alone.
+    assert right_before == ASKED
+    assert right_after >= ASKED // 2
+
+
+def said(server, path, content):
+    """Status and content of a reply."""
+    found = asyncio.run(exchange(server.port, post(path, json.dumps(content).encode())))
+    head, _, body = found.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+def test_a_kept_file_is_bounded_and_the_users_own(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    kept = Kept(path, 3, "number")
+    for number in range(5):
+        assert kept.add(f"How much is {number} and 1?", f"#### {number + 1}", EXPERT)
+    assert [row["question"][12] for row in kept.rows()] == ["2", "3", "4"]
+    assert not kept.add("How much is  3 and 1?", "#### 9", EXPERT)
+    assert kept.add("How much is 3 and 1?", "It is 4.\n#### 4", CORRECTION)
+    assert [row["kept"] for row in kept.rows()] == ["expert", "expert", "correction"]
+    assert not kept.add("Why?", "I do not know", EXPERT)
+    # What a loop reads is what was kept.
+    loaded = problems.load(str(path)).problems
+    assert [(one.question, one.answer) for one in loaded][-1] == ("How much is 3 and 1?", "4")
+    assert isinstance(loaded[0], Problem)
+    with path.open("a") as file:
+        file.write("half a li")
+    assert len(kept.rows()) == 3
+    path.unlink()
+    assert kept.rows() == []
+    assert kept.add("Again, 1 and 1?", "#### 2", EXPERT)
+
+
+def test_a_run_that_does_not_fit_is_not_gone_on_with(tmp_path):
+    other = tiny_run(tmp_path / "other", lora_rank=2)
+    for options, says in (
+        (("--continue", str(tmp_path)), "no run directory"),
+        (("--continue", str(other), "--lora-rank", "4"), "lora_rank = 2"),
+    ):
+        with pytest.raises(UserError, match=says):
+            cli(["loop", *options, "--out", str(tmp_path / "new")], standalone_mode=False)
+    assert not (tmp_path / "new").exists()
