@@ -18,7 +18,6 @@ _NAMES = {
     "cut": "cut at the token limit",
     "agreement": "agreeing with the expert",
     "expert_good": "good by the expert",
-    "ended": "ended by itself",
     "score": "score of first answers",
     "score_gap": "score gap to the expert",
     "score_error": "score error",
@@ -34,7 +33,7 @@ _NAMES = {
 # Shown as per cent, their differences in points.
 _SHARES = (
     *("accuracy", "avg@", "maj@", "pass@", "first_", "processbench_", "readable"),
-    *("agreement", "expert_good", "ended", "followed", "cut"),
+    *("agreement", "expert_good", "followed", "cut"),
 )
 
 

@@ -60,7 +60,7 @@ class Solving:
     def shown(self) -> tuple[str, ...]:
         """Measures for the terminal's table."""
         if not self.graded:
-            return ("rougeL", "ended", "score")
+            return ("rougeL", "cut", "score")
         votes = (f"maj@{self.samples}", f"pass@{self.samples}") if self.samples > 1 else ()
         return ("accuracy", "accuracy_strict", "accuracy_flexible", *votes)
 
@@ -159,11 +159,6 @@ class Solving:
         if all(text.strip() for text in wanted):
             likeness = rouge([row["turns"][row["last"]] for row in firsts], wanted)["rougeL"]
             measures.append(Measure("rougeL", likeness, compared=True))
-        ended = [
-            float(np.mean([row["last"] not in row["capped"] for row in samples]))
-            for samples in rows
-        ]
-        measures.append(Measure("ended", ended))
         scores = [_known(row["score"]) for row in firsts]
         if not all(map(math.isnan, scores)):
             measures.append(Measure("score", scores))

@@ -71,7 +71,7 @@ def test_without_gold_judging_is_evaluated_by_the_expert(ungraded):
     assert done.status == 0, done.err
     assert "has no right answers" in done.err
     solved, judged = json.loads(done.out)["sets"]
-    assert {name for one in solved["systems"] for name in one["measures"]} == {"ended", "score"}
+    assert {name for one in solved["systems"] for name in one["measures"]} == {"cut", "score"}
     lines = (run / "eval" / "fast" / "outputs.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["set"] == judged["name"]]
     assert [system["name"] for system in judged["systems"]] == ["student", "clear"]
