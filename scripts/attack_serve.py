@@ -30,18 +30,22 @@ def main() -> int:
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     run = serving.tiny_run(folder / "run")
-    limits = ("--max-body", str(_BODY), "--read-timeout", "1", "--queue", str(args.parallel))
-    with serving.serving(folder, run, "--expert", "tiny", *limits) as server:
-        asked = serving.questions(args.parallel)
-        one_by_one = [asyncio.run(serving.in_parallel(server, [one]))[0] for one in asked]
+    asked = serving.questions(args.parallel)
+    options = ("--expert", "tiny", "--queue", str(args.parallel), "--read-timeout", "60")
+    with serving.serving(folder, run, *options) as server:
         begin = time.monotonic()
         together = asyncio.run(serving.in_parallel(server, asked))
-        mixed = sum(a != b for a, b in zip(one_by_one, together, strict=True))
         seconds = time.monotonic() - begin
+        # In another order they stand in other batches.
+        again = asyncio.run(serving.in_parallel(server, asked[::-1]))[::-1]
+        mixed = sum(a != b for a, b in zip(together, again, strict=True))
         print(
-            f"{len(asked)} parallel: {len(set(together))} different replies, {mixed} other than "
-            f"alone, {seconds:.1f} s"
+            f"{len(asked)} parallel: {len(set(together))} different replies, {mixed} other in "
+            f"another order, {seconds:.1f} s",
+            flush=True,
         )
+    options = ("--expert", "tiny", "--max-body", str(_BODY), "--read-timeout", "1")
+    with serving.serving(folder, run, *options) as server:
         faults: list[str] = []
         statuses: dict[int, int] = {}
         parts = 5
@@ -53,7 +57,10 @@ def main() -> int:
             for status, count in outcome.statuses.items():
                 statuses[status] = statuses.get(status, 0) + count
             memory, files = server.memory() / 2**20, server.files()
-            print(f"ill {args.ill // parts * (part + 1)}: {memory:.0f} MiB, {files} open files")
+            print(
+                f"ill {args.ill // parts * (part + 1)}: {memory:.0f} MiB, {files} open files",
+                flush=True,
+            )
         print(f"statuses (0: closed without a reply) {dict(sorted(statuses.items()))}")
         print("\n".join(faults) or "no faults")
     return len(faults) + int(mixed)
