@@ -28,6 +28,7 @@ from mlx_fd.cli.resume import resume
 from mlx_fd.cli.self_distill import self_distill
 from mlx_fd.cli.serve import serve
 from mlx_fd.cli.signals import Stopped, interruptible
+from mlx_fd.cli.tutor import tutor
 from mlx_fd.errors import UserError
 from mlx_fd.text import shown, strip_control_chars
 
@@ -53,7 +54,7 @@ def cli() -> None:
 
 for _command in (
     *(loop, distil, self_distill, resume, evaluate, pareto, report, feedback, advantage),
-    *(cascade, serve, export, compare, models, doctor),
+    *(cascade, serve, tutor, export, compare, models, doctor),
 ):
     cli.add_command(_command)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from mlx_fd.cli.options import (
     json_option,
     model_options,
     quiet_option,
+    text_of,
     thinking_options,
 )
 from mlx_fd.errors import UserError
@@ -165,7 +165,7 @@ def _one(
     problem, answer = asked
     if problem == answer == "-":
         raise UserError("--problem - and --answer -: only one of them can be standard input")
-    question, text = _text(problem, "--problem"), _text(answer, "--answer")
+    question, text = text_of(problem, "--problem"), text_of(answer, "--answer")
     from mlx_fd.feedback.judge import check_lengths, give_feedback, open_student
     from mlx_fd.feedback.judge_file import judged_columns
 
@@ -249,27 +249,3 @@ def _file(
     click.echo(
         f"{len(rows)} answers judged, a written score could be read in {readable}: {out}",
     )
-
-
-def _text(value: str, option: str) -> str:
-    """An option's text: itself, a file's after @, or standard input for -."""
-    try:
-        if value == "-":
-            # As bytes: what they mean is not the locale's to say.
-            stdin = getattr(sys.stdin, "buffer", None)
-            text = sys.stdin.read() if stdin is None else stdin.read().decode("utf-8-sig")
-        elif value.startswith("@"):
-            text = Path(value[1:]).expanduser().read_text(encoding="utf-8-sig")
-        else:
-            text = value
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~NAME of nobody
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{option} {value}: cannot be read: {reason}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{option} {value}: cannot be read: it is not UTF-8 text (at byte {error.start}); save "
-            "it as UTF-8"
-        ) from error
-    if not text.strip():
-        raise UserError(f"{option}: is empty")
-    return text.strip()

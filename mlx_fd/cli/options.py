@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from mlx_fd.config import MAX_COUNT, MAX_SEED, OPTIONS, Config, Option, Words, names_of
+from mlx_fd.errors import UserError
 from mlx_fd.registry import KINDS
 from mlx_fd.runs.tracking import TRACKERS
 
@@ -441,3 +443,27 @@ def configuration(preset_name: str | None, file: Path | None, given: dict[str, A
     from mlx_fd.runs import plan
 
     return plan.configuration(preset_name, file, given, "command line")
+
+
+def text_of(value: str, option: str) -> str:
+    """An option's text: itself, a file's after @, or standard input for -."""
+    try:
+        if value == "-":
+            # As bytes: what they mean is not the locale's to say.
+            stdin = getattr(sys.stdin, "buffer", None)
+            text = sys.stdin.read() if stdin is None else stdin.read().decode("utf-8-sig")
+        elif value.startswith("@"):
+            text = Path(value[1:]).expanduser().read_text(encoding="utf-8-sig")
+        else:
+            text = value
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~NAME of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{option} {value}: cannot be read: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{option} {value}: cannot be read: it is not UTF-8 text (at byte {error.start}); save "
+            "it as UTF-8"
+        ) from error
+    if not text.strip():
+        raise UserError(f"{option}: is empty")
+    return text.strip()

@@ -287,6 +287,20 @@ def write(steps: tuple[Step, ...], final: int | None = None) -> str:
     return "\n".join([*lines, f"#### {end}"])
 
 
+_TYPED = re.compile(
+    r"(\d{1,4})[ \t]{0,8}([-+*])[ \t]{0,8}(\d{1,4})[ \t]{0,8}=[ \t]{0,8}(-?\d{1,5})"
+)
+
+
+def write_step(step: str) -> str:
+    """A typed calculation, ``47 + 2 = 49``, as solutions have it; anything else as it is."""
+    found = _TYPED.fullmatch(step.strip())
+    if not found:
+        return step
+    left, op, right, result = found.groups()
+    return f"<<{left}{op}{right}={result}>>{result}"
+
+
 def read(text: str) -> tuple[tuple[Step, ...], int | None]:
     """The calculations in a solution's ``<<a+b=c>>`` marks, and its final number."""
     steps = tuple(

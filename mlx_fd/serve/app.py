@@ -16,11 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlx_fd.serve.errors import ApiError
 from mlx_fd.serve.exchange import CLIENT_GONE, ClientDisconnect, Reply
 from mlx_fd.serve.limits import is_loopback, same_key
-from mlx_fd.serve.routes import feedback, learning, state, texts
+from mlx_fd.serve.routes import feedback, learning, state, texts, tutor
 from mlx_fd.serve.service import Service
 
 # A file of routes more is a line more here.
-_ROUTES = (texts, feedback, learning, state)
+_ROUTES = (texts, feedback, tutor, learning, state)
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -110,7 +110,7 @@ class _Front:
                     code="wrong_host",
                 )
             return
-        if scope["path"] == state.HEALTH:
+        if scope["path"] == state.HEALTH or scope["path"] in tutor.PAGES:
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not same_key(given.strip(), key):

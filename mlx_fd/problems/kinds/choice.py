@@ -34,6 +34,15 @@ def listed(question: str, choices: Sequence[str]) -> str:
     return "\n".join([question.strip(), *lines])
 
 
+def choices_in(question: str) -> tuple[str, ...]:
+    """The choices that :func:`listed` put below a question; empty where there are none."""
+    found: list[str] = []
+    for line in question.splitlines():
+        if len(found) < len(LETTERS) and line.startswith(f"{LETTERS[len(found)]}. "):
+            found.append(line[3:].strip())
+    return tuple(found)
+
+
 def letter_of(text: str, choices: Sequence[str]) -> str | None:
     """Which of the choices a short text means, by its letter or in its words."""
     valid = LETTERS[: len(choices)]

@@ -75,6 +75,10 @@ class Truth:
         return _line_span(self.judge(problem, answer), answer)
 
 
+def _as_typed(step: str) -> str:
+    return step
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProblemSource(Entry):
     """A source of problems with a name.
@@ -85,11 +89,14 @@ class ProblemSource(Entry):
         truth: what it knows of answers; ``None``: nothing but each problem's final number.
         transfer_split: a split unlike the others, which every full evaluation has beside its own
             problems; empty: none.
+        write_step: a step of a solution as the source's solutions have it, where somebody typed it
+            in another way; by default as it was typed.
     """
 
     load: Callable[[str], ProblemSet]
     truth: Truth | None = None
     transfer_split: str = ""
+    write_step: Callable[[str], str] = _as_typed
 
 
 SOURCES: Registry[ProblemSource] = registry.SOURCES
@@ -105,6 +112,11 @@ def truth_about(problem: Problem) -> Truth | None:
 def truth_of(source: str) -> Truth | None:
     """What a source knows, by its name; ``None`` for one that knows nothing, a file or the hub."""
     return SOURCES[source].truth if source in SOURCES else None
+
+
+def step_writer(source: str) -> Callable[[str], str]:
+    """How steps are written in the solutions of a source, by its name; files, the hub: as typed."""
+    return SOURCES[source].write_step if source in SOURCES else _as_typed
 
 
 def names_with_truth() -> str:

@@ -35,6 +35,7 @@ register_source(
         order=20,
         load=arithmetic.load,
         transfer_split="transfer",
+        write_step=arithmetic.write_step,
         truth=Truth(
             knows=lambda problem: arithmetic.is_generated(problem.solution),
             judge=lambda problem, answer: arithmetic.judge(problem.solution, answer),

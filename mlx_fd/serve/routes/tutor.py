@@ -1,0 +1,172 @@
+"""The tutor: a page at ``/``, and ``POST /v1/tutor``, which it asks.
+
+The page is three files without a build step. It asks nobody but this server, runs no script but its
+own, and puts what models and learners write into the page as text, never as HTML.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from mlx_fd.feedback.tutoring import (
+    Attempt,
+    Heard,
+    agreement,
+    as_asked,
+    read_attempt,
+    told,
+    write_attempt,
+    write_step_of,
+)
+from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.writing import Sampling
+from mlx_fd.problems import Problem
+from mlx_fd.problems.kinds import read_final
+from mlx_fd.serve.cascade import decide
+from mlx_fd.serve.errors import bad
+from mlx_fd.serve.exchange import Exchange, Reply, read_json
+from mlx_fd.serve.judging import judge
+from mlx_fd.serve.lanes import Job
+from mlx_fd.serve.limits import Limits
+from mlx_fd.serve.models import CASCADE, STUDENT
+from mlx_fd.serve.prompts import ask_chat, ask_feedback
+from mlx_fd.serve.schema import ChatRequest, Common, Fields
+from mlx_fd.serve.service import Service
+
+# What a browser may have without a key: nobody's words stand in it.
+PAGES = {
+    "/": ("tutor.html", "text/html"),
+    "/tutor.css": ("tutor.css", "text/css"),
+    "/tutor.js": ("tutor.js", "text/javascript"),
+}
+_SAFE = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-cache",
+}
+_MOST_STEPS = 64
+# Problems whose own answer is remembered: a learner revises an attempt at the same one.
+_REMEMBERED = 256
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What the models arrived at, and who of them."""
+
+    final: str | None
+    by: str
+
+
+def routes(service: Service) -> list[Route]:
+    """The page's files, and ``/v1/tutor``."""
+    limits = service.options.limits
+    known: OrderedDict[tuple[int, str], _Own] = OrderedDict()
+
+    async def page(request: Request) -> Response:
+        name, kind = PAGES[request.url.path]
+        body = (files("mlx_fd.serve") / "static" / name).read_bytes()
+        return Response(body, media_type=kind, headers=_SAFE)
+
+    async def own_answer(asked: Problem) -> _Own:
+        # Other weights are another object.
+        key = id(service.served.judge), asked.question
+        if key not in known:
+            known[key] = await _solve(service, asked)
+            if len(known) > _REMEMBERED:
+                known.popitem(last=False)
+        known.move_to_end(key)
+        return known[key]
+
+    async def tutor(request: Request) -> Exchange:
+        content = await read_json(request, limits)
+
+        async def work(reply: Reply) -> None:
+            problem, attempt = _read(content)
+            asked = as_asked(problem, service.served.judge.ref.answer_kind)
+            answer = write_attempt(attempt, write_step_of(service.served.judge.ref))
+            sampling = Sampling(service.feedback_tokens)
+            ask = functools.partial(
+                ask_feedback, service.served, ((problem, answer),), sampling.max_tokens, limits
+            )
+            async with service.admission.enter(2):
+                [prompt] = await service.aside(ask)
+                async with asyncio.TaskGroup() as group:
+                    judging = group.create_task(judge(service, prompt, sampling, text=True))
+                    solving = group.create_task(own_answer(asked))
+            verdict, own = judging.result(), solving.result()
+            score = verdict.written_score if verdict.score is None else verdict.score
+            agrees = agreement(asked, answer, own.final)
+            heard = Heard(verdict.text, score, own.final, agrees)
+            found = told(problem, attempt, heard, own.by)
+            note = request.scope["mlx_fd"]
+            note["fields"] = {"state": found["state"], "steps": len(attempt.steps)}
+            note["texts"] = {"asked": json.dumps([problem, answer]), "answer": json.dumps(found)}
+            await reply.json(found)
+
+        return Exchange(work, limits.seconds)
+
+    return [
+        *(Route(path, page, methods=["GET"]) for path in PAGES),
+        Route("/v1/tutor", tutor, methods=["POST"]),
+    ]
+
+
+def _read(content: Any) -> tuple[str, Attempt]:
+    """The problem and the attempt of a request.
+
+    Raises:
+        ApiError: it cannot be read.
+    """
+    fields = Fields(content)
+    problem, text = fields.text("problem"), fields.text("attempt")
+    fields.end()
+    attempt = read_attempt(text)
+    if not attempt.steps and not attempt.final:
+        raise bad("'attempt' has neither a step nor an answer.", "attempt")
+    if len(attempt.steps) > _MOST_STEPS:
+        raise bad(
+            f"'attempt' has {len(attempt.steps)} steps, and may have {_MOST_STEPS}.", "attempt"
+        )
+    return problem.strip(), attempt
+
+
+async def _solve(service: Service, asked: Problem) -> _Own:
+    """The answer of the cascade, or of a student that has none, to a learner's problem."""
+    served = service.served
+    model = CASCADE if CASCADE in served.names else STUDENT
+    sampling = Sampling(service.default_tokens)
+    request = ChatRequest(
+        Common(model, sampling, (), stream=False, usage=False), (("user", asked.question),), None
+    )
+    limits: Limits = service.options.limits
+    prompts = await service.aside(
+        functools.partial(ask_chat, served, request, limits, verbatim=False)
+    )
+
+    def job(prompt: tuple[int, ...], *, keep: bool = False, streams: bool = False) -> Job:
+        return Job(Conversation(), prompt, sampling, (), keep, streams)
+
+    decision = await decide(service, model, prompts, job)
+    service.metrics.decided(model, decision)
+    written = decision.answer
+    if written is None or decision.by != STUDENT:
+        writing = service.engine.write(decision.by, job(prompts.prompts[decision.by]))
+        try:
+            written = await writing.written()
+        finally:
+            writing.drop()
+    service.metrics.wrote(decision.by, written)
+    return _Own(read_final(written.text, asked), decision.by)
