@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import weakref
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -38,7 +39,7 @@ from mlx_fd.serve.exchange import Exchange, Reply, read_json
 from mlx_fd.serve.judging import judge
 from mlx_fd.serve.lanes import Job
 from mlx_fd.serve.limits import Limits
-from mlx_fd.serve.models import CASCADE, STUDENT
+from mlx_fd.serve.models import CASCADE, STUDENT, Served
 from mlx_fd.serve.prompts import ask_chat, ask_feedback
 from mlx_fd.serve.schema import ChatRequest, Common, Fields
 from mlx_fd.serve.service import Service
@@ -70,10 +71,18 @@ class _Own:
     by: str
 
 
+@dataclass
+class _Known:
+    """What was asked lately, by models whose weights have not changed since."""
+
+    served: weakref.ref[Served]
+    answers: OrderedDict[str, _Own] = field(default_factory=OrderedDict)
+
+
 def routes(service: Service) -> list[Route]:
     """The page's files, and ``/v1/tutor``."""
     limits = service.options.limits
-    known: OrderedDict[tuple[int, str], _Own] = OrderedDict()
+    known = _Known(weakref.ref(service.served))
 
     async def page(request: Request) -> Response:
         name, kind = PAGES[request.url.path]
@@ -81,14 +90,16 @@ def routes(service: Service) -> list[Route]:
         return Response(body, media_type=kind, headers=_SAFE)
 
     async def own_answer(asked: Problem) -> _Own:
-        # Other weights are another object.
-        key = id(service.served.judge), asked.question
-        if key not in known:
-            known[key] = await _solve(service, asked)
-            if len(known) > _REMEMBERED:
-                known.popitem(last=False)
-        known.move_to_end(key)
-        return known[key]
+        if known.served() is not service.served:  # other weights
+            known.answers.clear()
+            known.served = weakref.ref(service.served)
+        answers = known.answers
+        own = answers.get(asked.question) or await _solve(service, asked)
+        answers[asked.question] = own
+        answers.move_to_end(asked.question)
+        if len(answers) > _REMEMBERED:
+            answers.popitem(last=False)
+        return own
 
     async def tutor(request: Request) -> Exchange:
         content = await read_json(request, limits)
