@@ -452,7 +452,7 @@ class EpisodeOptions:
         "loop's, and others than those and the probe set's. Empty: none.",
     )
     warm_up_rate: float = _option(
-        0.0, "Learning rate of the warm-up; 0: that of mlx-fd distil.", low=0
+        0.0, "Learning rate of the warm-up; 0: as distil has it.", low=0
     )
     probe_every: int = _option(1, "Distilled batches between probe evaluations.", low=1)
     checkpoint_every: int = _option(4, "Batches between checkpoints.", low=1)
