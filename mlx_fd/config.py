@@ -451,9 +451,7 @@ class EpisodeOptions:
         "another method of mlx-fd distil (gkd:200). Its problems are of the same split as the "
         "loop's, and others than those and the probe set's. Empty: none.",
     )
-    warm_up_rate: float = _option(
-        0.0, "Learning rate of the warm-up; 0: as distil has it.", low=0
-    )
+    warm_up_rate: float = _option(0.0, "Learning rate of the warm-up; 0: as distil has it.", low=0)
     probe_every: int = _option(1, "Distilled batches between probe evaluations.", low=1)
     checkpoint_every: int = _option(4, "Batches between checkpoints.", low=1)
     keep_checkpoints: int = _option(3, "Checkpoints to keep besides the best one.", low=2)
