@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from mlx_fd.models.backend import backend
+from support.draws import ALL
 
 # What a background job or nohup ignores stays ignored in every child, and in mlx-fd on purpose; the
 # tests of signals need them as a terminal has them.
@@ -25,7 +26,11 @@ signal.signal(signal.SIGTERM, signal.SIG_DFL)
 gc.disable()
 
 settings.register_profile(
-    "mlx-fd", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    "mlx-fd",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=True,
+    max_examples=100 if ALL else 50,
 )
 settings.load_profile("mlx-fd")
 

@@ -34,7 +34,7 @@ EPOCHS = {"teacher_top_k": 16, "epochs": 3, "episodes": 4, "checkpoint_every": 1
 
 @pytest.fixture(scope="module")
 def dirs(tmp_path_factory):
-    return make_dirs(tmp_path_factory.mktemp("pair"))
+    return make_dirs(tmp_path_factory.mktemp("pair"), layers=(2, 1))
 
 
 @pytest.fixture(scope="module")
@@ -250,15 +250,17 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, pair, monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(dirs, tmp_path_factory):
-    """A run of three epochs, uninterrupted, and what it told."""
+    """A run of three epochs, uninterrupted, what it told, and how often it flushed to the disk."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     events = []
-    summary = start(folder, make_plan(*dirs, **EPOCHS), events.append)
-    return folder, summary, events
+    with pytest.MonkeyPatch.context() as patch:
+        seen = count_syncs(patch, limit=0)
+        summary = start(folder, make_plan(*dirs, **EPOCHS), events.append)
+    return folder, summary, events, seen()
 
 
 def test_later_epochs_learn_from_the_same_and_need_no_expert(whole, dirs, tmp_path, monkeypatch):
-    folder, summary, events = whole
+    folder, summary, events, _ = whole
     metrics = rows(folder, runs.METRICS)
     assert [row["batch"] for row in metrics] == list(range(6))
     assert [len(row["updates"]) for row in metrics] == [2] * 6
@@ -296,11 +298,7 @@ def test_a_later_epoch_without_a_cache_reads_again(dirs, tmp_path):
 def test_dying_at_any_flush_of_a_run_with_a_cache_changes_nothing(
     whole, dirs, tmp_path, monkeypatch
 ):
-    plan = make_plan(*dirs, **EPOCHS)
-    with monkeypatch.context() as patch:
-        seen = count_syncs(patch, limit=0)
-        start(tmp_path / "count", plan)
-        total = seen()
+    plan, total = make_plan(*dirs, **EPOCHS), whole[3]
     for limit in range(3, total, total // 6):
         target = tmp_path / f"died{limit}"
         with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -283,7 +283,7 @@ def test_sigkills_at_random_moments_change_nothing(dirs, tmp_path):
     draw = random.Random(0)
     target = tmp_path / "killed"
     kills = 0
-    while kills < 6:
+    while kills < 4:
         fresh = not runs.is_run(target)
         if fresh:
             shutil.rmtree(target, ignore_errors=True)
