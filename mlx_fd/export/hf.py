@@ -72,18 +72,18 @@ def _check(folder: Path, args: Any, family: Family) -> None:
     from transformers import AutoConfig
 
     read = AutoConfig.from_pretrained(folder)
-    told = getattr(read, "rope_parameters", None) or {}
-    told = told.get("full_attention", told)
+    rope = getattr(read, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
     for key in (*COMMON, *family.keys):
         ours = getattr(args, key.option, None)
-        theirs = told.get("rope_theta") if key.option == "rope_theta" else None
-        theirs = getattr(read, key.option, ours) if theirs is None else theirs
-        if ours is not None and theirs != ours:
+        read_as = rope.get("rope_theta") if key.option == "rope_theta" else None
+        read_as = getattr(read, key.option, ours) if read_as is None else read_as
+        if ours is not None and read_as != ours:
             raise UserError(
-                f"--format hf: transformers would read {key.option} as {theirs} where mlx-lm has "
+                f"--format hf: transformers would read {key.option} as {read_as} where mlx-lm has "
                 f"{ours}, so that it would be another model; --format mlx keeps it"
             )
-    kinds = kind_of(told), kind_of(getattr(args, "rope_scaling", None))
+    kinds = kind_of(rope), kind_of(getattr(args, "rope_scaling", None))
     if kinds[0] != kinds[1]:
         raise UserError(
             f"--format hf: transformers would scale rotary positions as {kinds[0]} where mlx-lm "

@@ -165,11 +165,11 @@ def thinking_as(pair: Pair, options: GenerationOptions) -> Pair:
     """
     from mlx_fd.models.loading import with_thinking
 
-    def told(loaded: Loaded, switch: str) -> Loaded:
+    def with_switch(loaded: Loaded, switch: str) -> Loaded:
         return with_thinking(loaded, on=switch == "on", limit=options.max_thinking_tokens)
 
     return dataclasses.replace(
         pair,
-        expert=told(pair.expert, options.expert_thinking),
-        student_lm=told(pair.student_lm, options.student_thinking),
+        expert=with_switch(pair.expert, options.expert_thinking),
+        student_lm=with_switch(pair.student_lm, options.student_thinking),
     )

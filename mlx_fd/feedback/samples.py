@@ -398,8 +398,8 @@ def sample_of(
         prompt, target = whole[:begin], (*whole[begin:], *target)
     # An expert that was told the right answer reads the text as it wrote it: it would not have
     # given its score otherwise.
-    told = judged.expert.prompt
-    reads = told or prompt
+    own_prompt = judged.expert.prompt
+    reads = own_prompt or prompt
     before = Conversation() if apart else rewind_to(judged.conversation, reads)
     reading = read_text(pair, before, reads, target, options, cache)
     return Sample(
@@ -408,8 +408,8 @@ def sample_of(
         reading,
         expert.written_score,
         on_policy=on_policy,
-        expert_prompt=told,
-        expert_target=target if told else (),
+        expert_prompt=own_prompt,
+        expert_target=target if own_prompt else (),
         own=_own_text(pair, judged),
     )
 
@@ -438,12 +438,12 @@ def _sample_in_two(
     before = prompts.FEEDBACK_OPENING
     if on_policy:
         own = judged.student.feedback.tokens
-        theirs = to_expert(pair, own, before=before)
+        expert_tokens = to_expert(pair, own, before=before)
     else:
-        theirs = judged.expert.feedback.tokens
-        own = to_student(pair, theirs, before=before)
+        expert_tokens = judged.expert.feedback.tokens
+        own = to_student(pair, expert_tokens, before=before)
     read = Conversation() if apart else rewind_to(judged.conversation, prompt)
-    outputs, matched = read_both(pair, read, prompt, theirs, own, options, cache)
+    outputs, matched = read_both(pair, read, prompt, expert_tokens, own, options, cache)
     return Sample(
         student_prompt(pair, judged.answered),
         own,
@@ -452,7 +452,7 @@ def _sample_in_two(
         on_policy=on_policy,
         matched=matched,
         expert_prompt=prompt,
-        expert_target=theirs,
+        expert_target=expert_tokens,
         own=_own_text(pair, judged),
     )
 

@@ -200,14 +200,14 @@ def compare_distributions(
             logits = head.logits(states[part]).astype(mx.float32) / temperature
             values, indices, total = kernels.top_k_rows(logits, k)
             found.append((logits - total[:, None], values - total[:, None], indices))
-        (ours, least, _), (theirs, _, likeliest) = found
+        (ours, least, _), (of_teacher, _, likeliest) = found
         both = mx.take_along_axis(ours, likeliest, axis=-1) >= least.min(axis=-1, keepdims=True)
         q = mx.exp(ours)
         # A logit of -inf has no probability, and adds nothing.
         plain = mx.maximum(ours, _MIN_LOGPROB)
         picked = [
             mx.take_along_axis(rows, tokens[part, None], axis=-1).squeeze(-1)
-            for rows in (ours, theirs)
+            for rows in (ours, of_teacher)
         ]
         parts.append(
             (
@@ -215,7 +215,7 @@ def compare_distributions(
                 -(q * plain).sum(axis=-1),
                 picked[1],
                 both.astype(mx.float32).mean(axis=-1),
-                mx.maximum((q * (plain - mx.maximum(theirs, _MIN_LOGPROB))).sum(axis=-1), 0),
+                mx.maximum((q * (plain - mx.maximum(of_teacher, _MIN_LOGPROB))).sum(axis=-1), 0),
             )
         )
         mx.eval(parts[-1])

@@ -46,8 +46,8 @@ def tensor_names(family: Family, layers: int) -> Callable[[str], str | None]:
     names = gguf.get_tensor_name_map(arch, layers)
 
     def name_of(parameter: str) -> str | None:
-        for ours, theirs in family.modules.items():
-            parameter = parameter.replace(ours, theirs)
+        for ours, in_file in family.modules.items():
+            parameter = parameter.replace(ours, in_file)
         module, _, suffix = parameter.rpartition(".")
         if suffix not in ("weight", "bias"):
             # A parameter that is no module's, as attention sinks are.

@@ -73,14 +73,14 @@ def for_transformers(family: Family, args: Any) -> dict[str, Any] | None:
     if kind == "default":
         return {"rope_type": "default"} if family.scaled_in_transformers else None
     if kind == "yarn":
-        told = {**_YARN, **_PLAIN_YARN, **scaling}
+        filled = {**_YARN, **_PLAIN_YARN, **scaling}
         top, bottom = (
-            0.1 * scale * math.log(told["factor"]) + 1.0 if told["factor"] > 1 else 1.0
-            for scale in (told["mscale"], told["mscale_all_dim"])
+            0.1 * scale * math.log(filled["factor"]) + 1.0 if filled["factor"] > 1 else 1.0
+            for scale in (filled["mscale"], filled["mscale_all_dim"])
         )
-        del told["mscale"], told["mscale_all_dim"]
+        del filled["mscale"], filled["mscale_all_dim"]
         # The range of frequencies that are mixed has whole numbers for its ends.
-        return {**scaling, **told, "attention_factor": top / bottom, "truncate": True}
+        return {**scaling, **filled, "attention_factor": top / bottom, "truncate": True}
     if kind == "longrope":
         original = getattr(args, "original_max_position_embeddings", None)
         original = original or scaling["original_max_position_embeddings"]
@@ -115,25 +115,25 @@ def to_file(family: Family, args: Any, head_dim: int) -> Scaling:
             {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
         )
     if kind == "yarn":
-        told = {**_YARN, **scaling}
+        filled = {**_YARN, **scaling}
         return Scaling(
             {
                 "rope.scaling.type": "yarn",
-                "rope.scaling.factor": float(told["factor"]),
-                "rope.scaling.original_context_length": told["original_max_position_embeddings"],
-                "rope.scaling.yarn_beta_fast": float(told["beta_fast"]),
-                "rope.scaling.yarn_beta_slow": float(told["beta_slow"]),
+                "rope.scaling.factor": float(filled["factor"]),
+                "rope.scaling.original_context_length": filled["original_max_position_embeddings"],
+                "rope.scaling.yarn_beta_fast": float(filled["beta_fast"]),
+                "rope.scaling.yarn_beta_slow": float(filled["beta_slow"]),
             }
         )
     if kind == "llama3":
-        told = {**_LLAMA3, **scaling}
+        filled = {**_LLAMA3, **scaling}
         divisors = llama3_divisors(
             args.rope_theta,
             head_dim,
-            told["factor"],
-            told["low_freq_factor"],
-            told["high_freq_factor"],
-            told["original_max_position_embeddings"],
+            filled["factor"],
+            filled["low_freq_factor"],
+            filled["high_freq_factor"],
+            filled["original_max_position_embeddings"],
         )
         return Scaling(tables={FREQS: divisors.astype(np.float32)})
     if kind == "longrope":

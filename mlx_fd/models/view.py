@@ -680,8 +680,8 @@ def _fit(
 
 def _slope(raw: mx.array, logits: mx.array) -> float:
     """The factor from one array to another, by least squares."""
-    slope: Any = ((raw * logits).sum() / (raw * raw).sum()).item()
-    return float(slope)
+    ratio: Any = ((raw * logits).sum() / (raw * raw).sum()).item()
+    return float(ratio)
 
 
 def _shortest(value: float, rounding: float) -> float:

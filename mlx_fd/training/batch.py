@@ -584,8 +584,8 @@ def sample_again(row: SampleRow, pair: Pair, config: Config, cache: TeacherCache
         reads = tuple(row.get("expert_prompt", prompt))
         outputs = read_text(pair, begin, reads, target, losses, cache)
     else:
-        theirs = tuple(row["expert_prompt"]), tuple(row["expert_target"])
-        outputs, _ = read_both(pair, begin, *theirs, target, losses, cache)
+        expert_text = tuple(row["expert_prompt"]), tuple(row["expert_target"])
+        outputs, _ = read_both(pair, begin, *expert_text, target, losses, cache)
     return Sample.from_json(row, outputs)
 
 

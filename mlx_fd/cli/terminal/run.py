@@ -500,8 +500,8 @@ def summary_table(summary: Summary) -> NamedValues:
         f"expert {unread['expert']}, student {unread['student']} of {summary['episodes']}",
     )
     if summary.get("expert_verdicts", {}).get("known"):
-        told = expert_verdicts_say(summary["expert_verdicts"])
-        table.add_row("scores contradicted by gold", told)
+        message = expert_verdicts_say(summary["expert_verdicts"])
+        table.add_row("scores contradicted by gold", message)
     for name, sides in summary.get("exam", {}).items():
         table.add_row(
             f"exam: {EXAM_NAMES[name]}",

@@ -66,10 +66,10 @@ def load_back(source: Source, folder: Path, form: Form) -> Loaded:
     back = load(folder)
     tokenizer, _ = open_tokenizer(source.ref.model, back.config)
     text = tokenizer.decode(list(role_chat(back)))
-    ours, theirs = (
+    ours, read_back = (
         one.encode(text, add_special_tokens=False) for one in (tokenizer, back.tokenizer)
     )
-    if ours != theirs:
+    if ours != read_back:
         raise UserError(
             "--format gguf: the tokenizer that the file holds splits text otherwise than the "
             "model's; --format mlx and --format hf keep any tokenizer"

@@ -389,12 +389,12 @@ def _say_headroom(headroom: Headroom, config: Config, report: Report) -> None:
 def _headroom_says(headroom: Headroom, config: Config) -> str:
     context = config.selfdistill.context
     if headroom.right is None:
-        told = (
+        on_context = (
             f"; the context {context} has something to say on {headroom.taught} of the "
             f"{headroom.problems} held-out problems"
         )
         return "no right answers are known: there is no headroom to measure" + (
-            told if context != "none" else ""
+            on_context if context != "none" else ""
         )
     text = (
         f"headroom on {headroom.problems} held-out problems: {headroom.right} right; "
@@ -433,8 +433,8 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
     views = build_views(learner, groups, 0)
     if not are_graded(problems):
         size = config.selfdistill.num_generations
-        told = [view.teacher is not None for view in views]
-        taught_of = sum(any(told[at : at + size]) for at in range(0, len(told), size))
+        has_view = [view.teacher is not None for view in views]
+        taught_of = sum(any(has_view[at : at + size]) for at in range(0, len(has_view), size))
         return Headroom(count, None, None, taught_of, None, None)
     plain = grade_answers(
         student_lm,
