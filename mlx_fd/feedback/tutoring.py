@@ -179,7 +179,7 @@ def marked(problem: str, attempt: Attempt, heard: Heard) -> Marked:
     return Marked(state, marks, final, first, hints)
 
 
-def told(problem: str, attempt: Attempt, heard: Heard, by: str) -> dict[str, Any]:
+def as_json(problem: str, attempt: Attempt, heard: Heard, by: str) -> dict[str, Any]:
     """What a learner gets, as JSON.
 
     Args:
@@ -214,7 +214,7 @@ def tutor(judge: Judge, problem: str, attempt: Attempt) -> dict[str, Any]:
         attempt: the learner's; it has a step or an answer.
 
     Returns:
-        As :func:`told`.
+        As :func:`as_json`.
 
     Raises:
         UserError: as :meth:`mlx_fd.feedback.judge.Judge.judge`.
@@ -229,7 +229,7 @@ def tutor(judge: Judge, problem: str, attempt: Attempt) -> dict[str, Any]:
     head, written, final = judgement.head_score, judgement.written_score, own.answer.final
     score = written if head is None else head
     heard = Heard(judgement.text, score, final, agreement(asked, text, final))
-    return told(problem, attempt, heard, "student")
+    return as_json(problem, attempt, heard, "student")
 
 
 def _mark(number: int, first: int | None) -> Mark:

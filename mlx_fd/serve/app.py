@@ -82,15 +82,15 @@ class _Front:
             await reply.error(error)
             return error.code
         except HTTPException as wrong:
-            told = _wrong_route(scope, wrong)
-            await reply.error(told)
-            return told.code
+            answered = _wrong_route(scope, wrong)
+            await reply.error(answered)
+            return answered.code
         except ClientDisconnect:
             note["status"] = CLIENT_GONE
         except Exception as error:
             if note["status"] is None:
-                told = ApiError(500, "Something went wrong in the server.", code="internal")
-                await reply.error(told)
+                answered = ApiError(500, "Something went wrong in the server.", code="internal")
+                await reply.error(answered)
             return "".join(traceback.format_exception(error))[-4000:]
         return None
 

@@ -25,7 +25,7 @@ from mlx_fd.feedback.tutoring import (
     agreement,
     as_asked,
     read_attempt,
-    told,
+    as_json,
     write_attempt,
     write_step_of,
 )
@@ -121,7 +121,7 @@ def routes(service: Service) -> list[Route]:
             score = verdict.written_score if verdict.score is None else verdict.score
             agrees = agreement(asked, answer, own.final)
             heard = Heard(verdict.text, score, own.final, agrees)
-            found = told(problem, attempt, heard, own.by)
+            found = as_json(problem, attempt, heard, own.by)
             note = request.scope["mlx_fd"]
             note["fields"] = {"state": found["state"], "steps": len(attempt.steps)}
             note["texts"] = {"asked": json.dumps([problem, answer]), "answer": json.dumps(found)}
