@@ -24,8 +24,8 @@ from mlx_fd.feedback.tutoring import (
     Heard,
     agreement,
     as_asked,
-    read_attempt,
     as_json,
+    read_attempt,
     write_attempt,
     write_step_of,
 )
