@@ -102,6 +102,7 @@ def test_the_expert_alone_brings_its_preset(tmp_path):
     """`mlx-fd loop --expert tiny`: other problems than its own would mean nothing to it."""
     out = tmp_path / "run"
     options = ["--expert", "tiny", "--episodes", "16", "--batch-size", "8", "--exam-size", "8"]
+    options += ["--kd-steps", "4"]
     done = shell("loop", *options, "--probe-size", "4", "--out", out, cwd=tmp_path)
     assert done.status == 0, done.err
     said = done.flat
