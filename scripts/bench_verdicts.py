@@ -32,7 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_method import Row, against, bold, head_error, quality, shown
+from bench_method import AFTER, Row, against, bold, column, head_error, quality, shown
+from several_runs import of_problems, over_runs
+
+from mlx_fd.evaluation.statistics import Estimate
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE = (DOCS / f"bench_verdicts.{kind}" for kind in ("jsonl", "md"))
@@ -202,6 +205,16 @@ def read_rows(path: Path) -> dict[str, list[Row]]:
     return {arm: of for arm, of in found.items() if of}
 
 
+def found_among(rows: Sequence[Row], wrong: bool) -> Estimate:
+    """The share of wrong answers whose first error is named, or of right ones that are passed."""
+    return over_runs(
+        [
+            of_problems([column(row, "found", AFTER)[column(row, "wrong") == float(wrong)]])
+            for row in rows
+        ]
+    )[0]
+
+
 def table(path: Path) -> str:
     """The rows as a table in Markdown."""
     arms = read_rows(path)
@@ -213,9 +226,9 @@ def table(path: Path) -> str:
         "it is a difference; bold where they leave 0 out.",
         "",
         "| wrong verdicts | `--expert-verdicts` | F1 (%) | F1 against as-is (points) | F1 against "
-        "no wrong verdicts (points) | error of the score head | contradicted | left out | asked "
-        "again | learned from |",
-        "|--:|---|---|---|---|---|--:|--:|--:|--:|",
+        "no wrong verdicts (points) | first errors found (%) | right answers passed (%) | error of "
+        "the score head | contradicted | left out | asked again | learned from |",
+        "|--:|---|---|---|---|---|---|---|--:|--:|--:|--:|",
     ]
     for arm, rows in arms.items():
         share, how = ARMS[arm]
@@ -231,6 +244,8 @@ def table(path: Path) -> str:
             shown(quality(rows), ".1f"),
             "" if how == "as-is" else bold(against(rows, as_is)),
             "" if arm == NO_ERRORS else bold(against(rows, arms.get(NO_ERRORS, []))),
+            shown(found_among(rows, True), ".1f"),
+            shown(found_among(rows, False), ".1f"),
             shown(head_error(rows), ".2f", 1),
             f"{mean('contradicted') / known:.0%}",
             f"{mean('left_out'):.0f}",
