@@ -252,7 +252,7 @@ def test_configuration_files_are_checked(content, texts, mlx_fd, tmp_path):
     [
         ("", ["is empty"]),
         ('{"question": "1+1?", "answer": "2"}\n{"question": ', [":2: not JSON", "--skip-bad-rows"]),
-        ('{"question": "1+1?"}\n', [":1: no 'answer'"]),
+        ('{"question": "1+1?", "answer": "2"}\n{"question": "1+1?"}\n', [":2: no 'answer'"]),
         ('{"question": "1+1?", "answer": ""}\n', [":1: no 'answer'"]),
         ('{"question": "1+1?", "answer": "2"}\n', ["has 1 problems"]),
     ],
@@ -701,6 +701,9 @@ def test_without_a_backend_every_command_says_what_to_install(command, no_mlx, f
     arguments = {
         "resume": [finished],
         "feedback": [finished, "--problem", "1", "--answer", "1"],
+        "tutor": [finished, "--problem", "1", "--attempt", "1"],
+        "serve": ["--student", finished],
+        "cascade": ["calibrate", finished, "--risk", 0.1],
         "export": [finished, "--out", "exported"],
         "advantage": ["tiny-base"],
         "eval": ["tiny"],
