@@ -6,6 +6,7 @@ looking at the student again costs one forward pass.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -168,6 +169,15 @@ def _judged(scores: Sequence[float | None], right: Sequence[bool | None]) -> tup
     return len(read), sum((score > 0) == ok for score, ok in read if ok is not None)
 
 
+def _without_own(sample: Sample) -> Sample:
+    """With ``score_at`` ``own`` nothing is known of the score loss here.
+
+    Its text would be what the untrained student said, which the trained one no longer says, and a
+    loss on that rises while everything falls.
+    """
+    return dataclasses.replace(sample, own=(), expert_score=None) if sample.own else sample
+
+
 def _scores(
     pair: Pair,
     answered: Sequence[Answered],
@@ -288,7 +298,7 @@ def make_probe(
         for one in reviewed:
             is_taught = one.taught.expert is not None
             given = one.taught if is_taught else one.judged
-            samples.append(sample_of(pair, given, config.losses))
+            samples.append(_without_own(sample_of(pair, given, config.losses)))
             if not is_taught:
                 left_out.add(len(samples) - 1)
         if config.losses.on_solutions:

@@ -115,8 +115,10 @@ def test_a_run_that_mixes_is_resumed_bit_for_bit(dirs, tmp_path, monkeypatch):
         sizes.append(len(memory.samples))
 
     monkeypatch.setattr(replaying.Memory, "keep", counting)
-    start(tmp_path / "whole", plan)
+    summary = start(tmp_path / "whole", plan)
     assert max(sizes) == 5
+    # Of the score only texts that it writes while it learns say something.
+    assert set(summary["probe"]["after"]) == {"lm", "hidden", "logit"}
     for _ in range(3):
         answers = iter([False, True])
         assert start(tmp_path / "stopped", plan, stop=lambda a=answers: next(a)) is None
