@@ -215,6 +215,55 @@ def found_among(rows: Sequence[Row], wrong: bool) -> Estimate:
     )[0]
 
 
+PAIRS = (
+    ("as-is 40 %", NO_ERRORS),
+    ("checked 40 %", "as-is 40 %"),
+    ("privileged 40 %", "as-is 40 %"),
+    ("as-is 20 %", NO_ERRORS),
+    ("checked 20 %", "as-is 20 %"),
+    ("privileged 20 %", "as-is 20 %"),
+)
+
+
+def difference(rows: Sequence[Row], others: Sequence[Row], name: str, wrong: float | None) -> str:
+    """How far two arms are apart in a column, on wrong or right answers or all, paired."""
+    reference = {row["seed"]: row for row in others}
+    found = []
+    for row in rows:
+        if row["seed"] in reference:
+            apart = column(row, name, AFTER) - column(reference[row["seed"]], name, AFTER)
+            found.append(of_problems([apart[_of(row, wrong)]]))
+    estimate, _ = over_runs(found)
+    return bold(estimate)
+
+
+def _of(row: Row, wrong: float | None) -> Any:
+    marks = column(row, "wrong")
+    return marks == wrong if wrong is not None else marks >= 0
+
+
+def differences(arms: dict[str, list[Row]]) -> list[str]:
+    """The second table: pairs of arms."""
+    lines = [
+        "",
+        "Differences, paired by seed and question; intervals are not corrected for their number.",
+        "",
+        "| | against | first errors found (points) | right answers passed (points) | error of the "
+        "score head (hundredths) |",
+        "|---|---|---|---|---|",
+    ]
+    for arm, other in PAIRS:
+        if arm in arms and other in arms:
+            rows, others = arms[arm], arms[other]
+            cells = [
+                difference(rows, others, "found", 1.0),
+                difference(rows, others, "found", 0.0),
+                difference(rows, others, "score_error", None),
+            ]
+            lines.append(f"| {arm} | {other} | {' | '.join(cells)} |")
+    return lines
+
+
 def table(path: Path) -> str:
     """The rows as a table in Markdown."""
     arms = read_rows(path)
@@ -253,7 +302,7 @@ def table(path: Path) -> str:
             f"{known - mean('left_out'):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *differences(arms)]) + "\n"
 
 
 def main() -> None:

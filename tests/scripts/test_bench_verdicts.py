@@ -51,7 +51,7 @@ def test_the_table_is_made_of_the_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))
     lines = bench.table(path).splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:]]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:7]]
     assert [one[:2] for one in cells] == [
         ["0%", "`as-is`"],
         ["40%", "`as-is`"],
@@ -61,3 +61,5 @@ def test_the_table_is_made_of_the_rows(tmp_path):
     assert cells[2][3].strip("*").startswith("+50.0")
     assert cells[1][4].strip("*").startswith("-50.0")
     assert [one[-3:] for one in cells] == [["0", "0", "8"], ["0", "0", "8"], ["4", "0", "4"]]
+    pairs = [line for line in lines if line.startswith("| checked 40 % | as-is 40 %")]
+    assert "+50.0" in pairs[0].split("|")[3] and "+0.0" in pairs[0].split("|")[5]
