@@ -88,7 +88,7 @@ class ModelOptions:
         0.0, "Dropout of what the LoRA matrices read, in training.", low=0, high=0.99
     )
     score_at: str = _option(
-        "prompt",
+        "own",
         "Position at which the student's score head reads: the end of the prompt, before the "
         "feedback is generated; or the end of the student's feedback, having learned on its own "
         "(own) or on the expert's (feedback; it then copies the score written in the text).",
@@ -157,14 +157,14 @@ class GenerationOptions:
         128, "Maximum tokens of the merged feedback and of the critique.", low=1
     )
     answers_by: str = _option(
-        "expert",
+        "student",
         "Model that writes the first answers, which are judged. An expert that is always right "
         "leaves the student no errors to learn from. both: the expert's, at expert_temperature, go "
         "on to the final answers, and the student's are judged beside them, to learn from.",
         choices=("expert", "student", "both"),
     )
     answer_temperature: float = _option(
-        0.0, "Sampling temperature of the first answers; higher values produce more errors.", low=0
+        0.7, "Sampling temperature of the first answers; higher values produce more errors.", low=0
     )
     max_answer_temperature: float = _option(
         0.0,
@@ -244,9 +244,9 @@ class LossOptions:
         choices=("checked", "privileged", "as-is"),
     )
     solutions: bool = _option(
-        False,
-        "Also train on the final answer of a distilled episode if it is correct. Always on with "
-        "the losses answer and reasoning.",
+        True,
+        "Also train on the final answer of a distilled episode if it is known to be right. Always "
+        "on with the losses answer and reasoning.",
     )
     teacher_top_k: int = _option(
         0,
@@ -381,7 +381,7 @@ class TrainingOptions:
     max_grad_norm: float = _option(1.0, "Maximum gradient norm; 0: no clipping.", low=0)
     kd_steps: int = _option(2, "Optimiser steps per batch on which the student lags.", low=1)
     lr_schedule: str = _option(
-        "constant",
+        "linear",
         "Learning rates over the run: constant, or falling to 0 (linear).",
         choices=("constant", "linear"),
     )
@@ -392,7 +392,7 @@ class TrainingOptions:
         low=0,
     )
     replay: float = _option(
-        0.0, "Earlier samples per new one in each optimiser step; 0: none.", low=0, high=100
+        1.0, "Earlier samples per new one in each optimiser step; 0: none.", low=0, high=100
     )
     replay_size: int = _option(128, "Maximum number of earlier samples to keep in memory.", low=1)
     replay_by: str = _option(
@@ -714,23 +714,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lora_rate": 5e-4,
     },
     # The embedded pair: minutes on a CPU, and the truth of every answer is known (docs/log.md).
+    # It differs from the defaults in sizes and rates only.
     "tiny": {
         "expert": "tiny",
         "problems": "arithmetic",
         "episodes": 480,
         "batch_size": 32,
-        "answers_by": "student",
-        "answer_temperature": 0.7,
         "max_answer_tokens": 64,
         "max_feedback_tokens": 112,
         "max_merge_tokens": 112,
-        "score_at": "own",
-        "solutions": True,
-        "replay": 1.0,
-        "replay_size": 1024,
-        "step_samples": 32,
         "kd_steps": 20,
-        "lr_schedule": "linear",
+        "step_samples": 32,
+        "replay_size": 1024,
         "micro_batch": 8,
         "lora_rate": 1.5e-3,
         "score_rate": 3e-3,
@@ -742,6 +737,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The hyperparameters of the published code (docs/methods.md), with its gate.
     "published": {
         "gate": "published",
+        "answers_by": "expert",
+        "answer_temperature": 0.0,
+        "score_at": "prompt",
+        "solutions": False,
+        "replay": 0.0,
+        "lr_schedule": "constant",
         # 5e-7 there, for all weights; LoRA starts from nothing and learns nothing at that rate.
         "lora_rate": 1e-4,
         "score_rate": 5e-5,

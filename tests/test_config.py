@@ -24,6 +24,17 @@ def test_toml_gives_back_theconfiguration(name, tmp_path):
     assert read(file) == preset(name)
 
 
+def test_the_tiny_preset_is_the_default_in_other_sizes_and_rates():
+    what = {"expert", "problems"}
+    sizes = {
+        *("episodes", "batch_size", "micro_batch", "kd_steps", "step_samples", "replay_size"),
+        *("max_answer_tokens", "max_feedback_tokens", "max_merge_tokens"),
+        *("probe_size", "exam_size", "warm_up"),
+    }
+    rates = {"lora_rate", "score_rate", "projection_rate", "ema_decay"}
+    assert set(PRESETS["tiny"]) <= what | sizes | rates
+
+
 def test_published_preset_holds_the_published_numbers():
     config = preset("published")
     assert config.losses.loss_temperature == 4.0

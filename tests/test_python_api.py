@@ -275,7 +275,7 @@ def test_a_pair_is_checked_and_ready_to_train(dirs):
     trained = dict(nn.utils.tree_flatten(pair.student.trainable_parameters()))
     assert {value.shape[1] for name, value in trained.items() if name.endswith("lora_a")} == {3}
     assert pair.expert.tokenizer is pair.student_lm.tokenizer and pair.vocab == 400
-    assert pair.student_lm.path == dirs[1] and pair.student.score_at == "prompt"
+    assert pair.student_lm.path == dirs[1] and pair.student.score_at == "own"
     with pytest.raises(UserError, match="load_pair: there is no option 'lora_rnk'"):
         load_pair(*map(str, dirs), lora_rnk=3)
     two = load_pair("tiny", str(dirs[1]))  # each with tokens of its own

@@ -123,10 +123,13 @@ def open_target(
     expert_path = resolve(expert_name) if expert_name else None
     if run and looped and not expert:
         _check_expert(name, run, config, expert_path)
+    tiny = student in map(resolve, (TINY, TINY_STUDENT, TINY_BASE))
     if run is None:
-        if student in map(resolve, (TINY, TINY_STUDENT, TINY_BASE)):
-            config = preset(TINY)
+        config = preset(TINY) if tiny else config
         config = override(config, {"expert": name, "student": name}, name)
+    if not looped and not (run is None and tiny):
+        # The defaults of the loop are for learning, which needs answers with errors.
+        config = override(config, {"answers_by": "expert", "answer_temperature": 0.0}, name)
     if expert_name:
         config = override(config, {"expert": expert_name}, name)
     else:

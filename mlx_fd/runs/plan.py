@@ -108,6 +108,7 @@ def make_plan(config: Config) -> Plan:
     # Problems first: a model may be a download of hours.
     drawn = draw_problems(config)
     _check_gold(config, (*drawn.probe, *drawn.problems))
+    ungraded = _ungraded_note(config, (*drawn.probe, *drawn.problems))
     expert_path = resolve(config.models.expert)
     student_path = resolve(config.models.student)
 
@@ -146,7 +147,7 @@ def make_plan(config: Config) -> Plan:
         manifest=manifest_of(
             config, expert_path, student_path, drawn.source, vocab, pairing.template
         ),
-        notes=(*pairing.warnings, *notes, *filter(None, (memory.note,))),
+        notes=(*pairing.warnings, *notes, *filter(None, (memory.note, ungraded))),
         expert_template=pairing.expert_template,
         memory=memory.total,
         warm_up=drawn.warm_up,
@@ -337,7 +338,6 @@ def _check_gold(config: Config, problems: Sequence[Problem]) -> None:
     losses = config.losses
     wanted = {
         f"--losses {','.join(losses.losses)}": losses.on_solutions,
-        "--solutions (--no-solutions is without)": losses.solutions,
         f"--student-context {losses.student_context}": CONTEXTS[losses.student_context].needs_gold,
     }
     for what, is_wanted in wanted.items():
@@ -346,6 +346,15 @@ def _check_gold(config: Config, problems: Sequence[Problem]) -> None:
                 f"{config.problems.problems} has no right answers (kind none), and {what} learns "
                 "from right ones only: leave it out, or choose problems with answers"
             )
+
+
+def _ungraded_note(config: Config, problems: Sequence[Problem]) -> str:
+    if not config.losses.solutions or are_graded(problems):
+        return ""
+    return (
+        f"{config.problems.problems} has no right answers (kind none): the student learns from "
+        "feedback, and not from solutions"
+    )
 
 
 def _check_attention(expert: Path, student: Path, losses: LossOptions) -> None:

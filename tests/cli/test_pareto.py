@@ -39,6 +39,11 @@ SMALL = {
     "checkpoint_every": 1,
     "keep_checkpoints": 50,
     "ema_decay": 0.3,
+    "answers_by": "expert",
+    "answer_temperature": 0.0,
+    "score_at": "prompt",
+    "replay": 0.0,
+    "lr_schedule": "constant",
 }
 EPISODES = 18
 

@@ -23,6 +23,8 @@ from support.trained import make_run
 SMALL = shlex.split(
     "--episodes 18 --batch-size 2 --max-answer-tokens 6 --max-feedback-tokens 6 "
     "--max-merge-tokens 5 "
+    "--answers-by expert --answer-temperature 0 --score-at prompt --replay 0 "
+    "--lr-schedule constant "
     "--probe-size 2 --lora-rank 4 --lora-rate 2e-2 --projection-rate 2e-2 --ema-decay 0.3 "
     "--checkpoint-every 1"
 )

@@ -22,6 +22,12 @@ SMALL = {
     "lora_rank": 2,
     "lora_rate": 1e-2,
     "score_rate": 1e-2,
+    # The tests that are about these say so.
+    "answers_by": "expert",
+    "answer_temperature": 0.0,
+    "score_at": "prompt",
+    "replay": 0.0,
+    "lr_schedule": "constant",
 }
 
 # What of a checkpoint's state is not the same in two runs that are: seconds are in the logs.

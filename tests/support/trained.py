@@ -42,6 +42,10 @@ def make_run(
         "probe_size": 2,
         "lora_rank": 4,
         "lora_scale": 3.0,
+        # The tests that are about these say so.
+        "answers_by": "expert",
+        "answer_temperature": 0.0,
+        "score_at": "prompt",
         **options,
     }
     plan = make_plan(override(Config(), given, "test"))

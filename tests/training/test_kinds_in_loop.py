@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_fd import open_student
+from mlx_fd.config import override, preset
 from mlx_fd.errors import UserError
 from mlx_fd.problems import arithmetic, load
 from mlx_fd.problems.kinds import form_of
@@ -118,11 +119,13 @@ def test_what_needs_right_answers_is_refused_in_a_sentence(ungraded, options, sa
         plan_of(config)
 
 
-def test_the_loop_refuses_solutions_without_gold(ungraded):
+def test_the_loop_says_that_solutions_need_gold(ungraded):
     _, file, _ = ungraded
-    done = mlx_fd("loop", "--preset", "tiny", *PROMPTS, file, "--episodes", 4, *SIZES)
-    assert done.status == 2
-    assert "--no-solutions" in done.err and done.err.count("\n") == 1
+    sizes = {"episodes": 4, "probe_size": 2, "problems": str(file), "answer_kind": "none"}
+    config = override(preset("tiny"), sizes, "test")
+    assert any("not from solutions" in note for note in plan_of(config).notes)
+    quiet = override(config, {"solutions": False}, "test")
+    assert not any("solutions" in note for note in plan_of(quiet).notes)
 
 
 @pytest.fixture(scope="module", params=[choice, text], ids=["choice", "text"])
