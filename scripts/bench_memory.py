@@ -268,7 +268,7 @@ def _config(row: Row, folder: Path) -> Config:
     given = {
         **{"expert": str(expert), "student": str(student), "problems": str(problems)},
         **{"episodes": batch, "probe_size": 1, "kd_steps": 1, "exam_size": 0},
-        **{"gate": "always", "trigger": "always"},
+        **{"gate": "always", "trigger": "always", "solutions": False},
         **row.options,
     }
     return override(Config(), given, "bench_memory")

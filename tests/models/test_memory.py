@@ -80,6 +80,8 @@ def test_a_run_needs_no_more_than_was_said_and_not_much_less(
         **{"episodes": options["batch_size"], "probe_size": 1, "exam_size": 0, "kd_steps": 1},
         **{"max_answer_tokens": 12, "max_feedback_tokens": 10, "max_merge_tokens": 8},
         **{"gate": "always", "trigger": "always", "lora_rank": 4},
+        # Random weights are never right: there would be room for solutions, and none to learn from.
+        **{"solutions": False},
         **options,
     }
     plan = make_plan(override(Config(), given, "test"))
