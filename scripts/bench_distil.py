@@ -165,7 +165,8 @@ def _counts(event: Any) -> dict[str, int]:
     generated = expert = 0
     for row in event.rows:
         if "answer" in row:  # of the loop, whose first answers are the student's
-            of_student = row["tokens"].get("answer", 0) + row["tokens"].get("student_feedback", 0)
+            steps = ("answer", "student_feedback", "student_feedback_again")
+            of_student = sum(row["tokens"].get(step, 0) for step in steps)
             written = sum(row["tokens"].values())
         else:
             written = len(row["tokens"])

@@ -82,7 +82,7 @@ class Agreeing:
             "question": problem.question,
             "reference": "" if good is None else _VERDICTS[good],
             "final": None if own is None else _VERDICTS[own],
-            "correct": None if good is None else own == good,
+            "correct": None if good is None or own is None else own == good,
             "expert_score": expert,
         }
 
@@ -152,7 +152,7 @@ def _feedback(
     uses: Uses = "expert" if system == "expert" else "untrained" if system == "clear" else "student"
     key = {
         "verdict": "student" if system == "clear" else system,
-        "questions": [problem.question for problem in chunk],
+        "questions": [[problem.kind, problem.question] for problem in chunk],
         "answers": content_digest([row["tokens"] for row in begun]),
         "answered_by": who,
         "generation": dataclasses.asdict(dataclasses.replace(options, answers_by="expert")),

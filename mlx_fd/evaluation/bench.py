@@ -37,6 +37,7 @@ _PARTS: dict[Uses, tuple[str, ...]] = {
 _CODE = (
     "mlx_fd.problems.prompts",
     "mlx_fd.problems.parsing",
+    "mlx_fd.problems.kinds",
     "mlx_fd.models.chat_template",
     "mlx_fd.problems.thoughts",
     "mlx_fd.models.conversation",

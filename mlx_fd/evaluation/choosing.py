@@ -102,7 +102,7 @@ class Choosing:
         uses: tuple[Uses, ...] = (by, "student") if judged else (by,)
         key = {
             "best_of": _STEP if judged else None,
-            "questions": [problem.question for problem in chunk],
+            "questions": [[problem.kind, problem.question] for problem in chunk],
             "answers": content_digest([row["tokens"] for row in begun]),
             "answered_by": by,
             "generation": dataclasses.asdict(

@@ -29,7 +29,8 @@ def examples(source: str, split: str, count: int, *, kind: str = "auto", columns
     """
     if not count:
         return ""
-    if Path(source).exists() or split == _SPLIT:
+    parts = (part.strip() for part in split.split("+"))
+    if Path(source).exists() or any(part.startswith(_SPLIT) for part in parts):
         raise UserError(
             f"--shots takes its examples from the train split of the problems' source, and of "
             f"{source} all is evaluated; leave --shots out, or choose another --split"

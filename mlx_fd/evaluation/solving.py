@@ -19,7 +19,7 @@ from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
 from mlx_fd.evaluation.text import rouge
-from mlx_fd.feedback.episode import Answered, Usage, answer, feedback_request
+from mlx_fd.feedback.episode import Answered, Usage, answer, as_student, feedback_request
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.two_tokenizers import to_expert
 from mlx_fd.models.conversation import Conversation, without_repeated_eos
@@ -93,7 +93,7 @@ class Solving:
         config = bench.target.config
         key = {
             "system": system,
-            "questions": [problem.question for problem in chunk],
+            "questions": [[problem.kind, problem.question] for problem in chunk],
             "answers": content_digest([row["tokens"] for row in begun]),
             "answered_by": who,
             "generation": dataclasses.asdict(
@@ -232,8 +232,10 @@ def answers_of(
 ) -> Rows:
     """A model's answers to a batch, as rows; whoever else needs them finds them in the cache."""
     options = bench.target.config.generation
+    if by != "expert":
+        options = as_student(options)
     key = {
-        "answers": [problem.question for problem in chunk],
+        "answers": [[problem.kind, problem.question] for problem in chunk],
         "tokens": options.max_answer_tokens,
         "temperature": temperature,
         "penalty": options.expert_repetition_penalty,

@@ -35,13 +35,13 @@ from mlx_fd.evaluation.measures import Known, Measure, compare
 from mlx_fd.evaluation.readers import load_readers
 from mlx_fd.evaluation.sampling import WARM
 from mlx_fd.evaluation.shots import examples
-from mlx_fd.evaluation.solving import Solving, with_shots, without_shots
+from mlx_fd.evaluation.solving import Solving, first_by, with_shots, without_shots
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.target import Models, Target
 from mlx_fd.files import append_lines, check_way, read_text, write_atomic, write_json
 from mlx_fd.models.context import Surroundings, context_length, fitting, short_enough
 from mlx_fd.models.storage import slug
-from mlx_fd.problems import execution, prompts
+from mlx_fd.problems import execution
 from mlx_fd.problems.sources import SOURCES, truth_of
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.manifest import versions
@@ -241,10 +241,7 @@ def make_sets(
         items = short(
             options.processbench,
             items,
-            [
-                f"{item.problem}\n{prompts.feedback_prompt()}{chr(10).join(item.steps)}"
-                for item in items
-            ],
+            [processbench.critique_prompt(item) for item in items],
         )
         sets.append(
             Locating(
@@ -273,7 +270,7 @@ def check_problems(options: Options) -> None:
         UserError: they cannot, or their answers are programs that may not be run.
     """
     for source in (options.problems, options.transfer):
-        if source is not None and Path(source).exists():
+        if source is not None and source not in SOURCES:
             problems.load(
                 source,
                 options.split,
@@ -332,13 +329,18 @@ def source_of(target: Target, named: str | None) -> str:
     return named or (learned if learned in SOURCES else DEFAULT_SOURCE)
 
 
+def learned_from(target: Target, source: str, split: str) -> bool:
+    """Whether the run learned from these problems; a file has one split, whatever it is called."""
+    learned, path = target.config.problems, Path(source).expanduser()
+    is_file = path.exists() and path.resolve() == Path(learned.problems).expanduser().resolve()
+    same = source == learned.problems and split == learned.split
+    return target.run is not None and (is_file or same)
+
+
 def concerns(target: Target, options: Options) -> list[str]:
     """What makes an evaluation worth less than it looks."""
     learned, source = target.config.problems, source_of(target, options.problems)
-    # A file has one split, whatever it is called.
-    is_file = Path(source).exists() and Path(source).resolve() == Path(learned.problems).resolve()
-    same = source == learned.problems and options.split == learned.split
-    if target.run is None or not (is_file or same):
+    if not learned_from(target, source, options.split):
         return []
     return [
         f"the run learned from these problems ({source}, split {learned.split}): what follows is "
@@ -434,7 +436,10 @@ def make_bench(
 ) -> Bench:
     """What the sets are generated with."""
     temperatures = options.temperature
-    first = target.config.generation.answer_temperature if temperatures is None else temperatures
+    generation = target.config.generation
+    by_both = generation.answers_by == "both"
+    own = generation.expert_temperature if by_both else generation.answer_temperature
+    first = own if temperatures is None else temperatures
     bare = 0.0 if temperatures is None else temperatures
     if options.samples > 1 and temperatures is None:
         first, bare = first or WARM, WARM
@@ -499,7 +504,7 @@ def evaluate(
         "seed": options.seed,
         "k": options.samples,
         "temperature": {"first_answers": bench.first_temperature, "bare": bench.bare_temperature},
-        "answers_by": target.config.generation.answers_by,
+        "answers_by": first_by(bench),
         "stands_alone": target.threshold is not None,
         "text_models": next((one.readers.about() for one in sets if isinstance(one, Solving)), {}),
         "sets": found,

@@ -391,8 +391,15 @@ def student_answers(
 
     What it answers stands in the expert's conversation as if the expert had said it.
     """
-    answered = answer(pair.student_lm, problems, options, seed, on_tokens, keep=False)
+    answered = answer(pair.student_lm, problems, as_student(options), seed, on_tokens, keep=False)
     return said_by_expert(pair, answered)
+
+
+def as_student(options: GenerationOptions) -> GenerationOptions:
+    """The options of a student that answers: its own repetition penalty."""
+    return dataclasses.replace(
+        options, expert_repetition_penalty=options.student_repetition_penalty
+    )
 
 
 def said_by_expert(pair: Pair, answered: Sequence[Answered]) -> list[Answered]:
@@ -760,7 +767,9 @@ def _answer_row(given: Answer) -> AnswerRow:
     return {"text": given.text, "final": given.final}
 
 
-def with_second(row: EpisodeRow, judged: Judged, gate: GateRow) -> EpisodeRow:
+def with_second(
+    row: EpisodeRow, judged: Judged, gate: GateRow, verdict: VerdictRow | None
+) -> EpisodeRow:
     """An episode's row with the student's answer beside the expert's (``answers_by`` ``both``).
 
     What it took is among the row's tokens and seconds, each step's name after ``second_``.
@@ -784,6 +793,7 @@ def with_second(row: EpisodeRow, judged: Judged, gate: GateRow) -> EpisodeRow:
             "expert_feedback": _expert_row(judged),
             "student_feedback": _feedback_row(judged.student),
             "gate": gate,
+            "verdict": verdict,
         },
     }
 

@@ -125,14 +125,13 @@ def agreement(asked: Problem, answer: str, own: str | None) -> bool | None:
     return None if final is None else is_right(final, replace(asked, answer=own))
 
 
-def read_attempt(text: str, final: str = "") -> Attempt:
+def read_attempt(text: str) -> Attempt:
     """An attempt's lines: steps, numbered or not, and the answer.
 
     Args:
         text: one step to a line; a line that begins with ``####`` or ``Answer:`` is the answer.
-        final: the answer where it is not in the text.
     """
-    steps = []
+    steps, final = [], ""
     for line in text.splitlines():
         mark = _ANSWER.match(line)
         if mark:
@@ -173,7 +172,7 @@ def marked(problem: str, attempt: Attempt, heard: Heard) -> Marked:
     final: Mark = "open"
     if heard.agrees is not None:
         final = "right" if heard.agrees else "wrong"
-    elif first is not None:
+    elif first is not None and (attempt.final or first):
         final = _mark(steps + 1, first)
     hints = () if state == "right" else _hints(problem, attempt, heard, first)
     return Marked(state, marks, final, first, hints)

@@ -148,8 +148,9 @@ class Needs:
         if work.micro_batch:
             self._trained += aligned
             self._fixed["optimizer"] = _KEPT_OF_TRAINED * self._trained
-        if work.remembered:
-            self._fixed["earlier samples"] = 4 * self._said(work.remembered)
+        if work.micro_batch and work.remembered:
+            kept = self._said(work.remembered) + self._maps(work.remembered)
+            self._fixed["earlier samples"] = 4 * kept
         self._row = 4 * max(logit_rows(expert), logit_rows(student))
 
     def at(self, batch: int, micro: int) -> Memory:
@@ -240,6 +241,15 @@ class Needs:
         """Numbers, float32 at most, of what the expert said of some samples."""
         places = self._work.text_tokens + len(self._student.layers) + 1
         return samples * places * width(self._expert)
+
+    def _maps(self, samples: int) -> int:
+        """Numbers of the expert's attention on some samples: of the heads that are compared."""
+        work = self._work
+        if not work.attention:
+            return 0
+        heads = _heads(self._student) if work.head_by_head else 1
+        places = work.text_tokens * work.student_tokens
+        return samples * heads * len(self._student.layers) * places
 
     def _attention(self, batch: int, micro: int) -> int:
         """Of each sample the expert's, too, while the batch lasts: the heads that are compared."""

@@ -42,7 +42,7 @@ _SANDBOX = (
 )
 # What a program tries in the trial, and what it could do if it succeeds.
 _TRIAL = """
-import os, socket
+import os, resource, socket
 found = []
 def could(what, attempt):
     try:
@@ -60,6 +60,7 @@ def fill():
         open(str(number), "wb").write(bytes({size}))
 could("disk space without a limit", fill)
 could("signals to other processes", lambda: os.kill({pid}, 0))
+could("limits of other processes", lambda: resource.prlimit({pid}, resource.RLIMIT_CORE))
 def fork():
     if os.fork() == 0:
         os._exit(0)
@@ -99,7 +100,7 @@ def allow() -> None:
             size=FILE_SIZE,
             pid=os.getpid(),
         )
-        found = _run(program)
+        found = _run(program, "found")
     if found is None:
         raise UserError(
             "--allow-code-execution: a program cannot be run here in a process of its own with "
@@ -148,27 +149,35 @@ def passes(program: str) -> bool:
     return _run(program) is not None
 
 
-def _run(program: str) -> list[str] | None:
+def _run(program: str, wanted: str = "") -> list[str] | None:
     """Run a program.
 
+    Args:
+        program: its text.
+        wanted: the name of a list that it leaves; empty: none is looked for.
+
     Returns:
-        What it left in ``found`` (nothing where that is not there); ``None``: it did not come to
-        its end.
+        That list (nothing where it is not there); ``None``: it did not come to its end.
     """
     token = secrets.token_hex(16)
     job = {
         "program": program,
         "token": token,
+        "wanted": wanted,
         "seconds": SECONDS,
         "memory": MEMORY,
         "file_size": FILE_SIZE,
         "readable": sorted({sys.prefix, sys.base_prefix, sys.exec_prefix}),
     }
-    with tempfile.TemporaryDirectory(prefix="mlx-fd-", ignore_cleanup_errors=True) as folder:
+    # What it says goes into a file: RLIMIT_FSIZE bounds that, and a pipe would fill our memory.
+    with (
+        tempfile.TemporaryDirectory(prefix="mlx-fd-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as said,
+    ):
         process = subprocess.Popen(
             [*_prefix(folder), sys.executable, "-I", str(_WORKER)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=said,
             stderr=subprocess.DEVNULL,
             cwd=folder,
             env={"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"},
@@ -176,12 +185,13 @@ def _run(program: str) -> list[str] | None:
             start_new_session=True,
         )
         try:
-            said, _ = process.communicate(json.dumps(job).encode(), timeout=_PATIENCE * SECONDS)
+            process.communicate(json.dumps(job).encode(), timeout=_PATIENCE * SECONDS)
         except subprocess.TimeoutExpired:
-            said = b""
+            return None
         finally:
             _end(process)
-    return _result(said, token)
+        said.seek(0)
+        return _result(said.read(FILE_SIZE), token)
 
 
 def _prefix(folder: str) -> list[str]:
@@ -196,10 +206,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):
-                pipe.close()
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
 
 
 def _result(said: bytes, token: str) -> list[str] | None:
@@ -209,4 +218,5 @@ def _result(said: bytes, token: str) -> list[str] | None:
         return None
     if not isinstance(found, dict) or found.get("token") != token:
         return None
-    return [str(one) for one in found.get("found", [])]
+    told = found.get("found")
+    return [str(one) for one in told] if isinstance(told, list) else None

@@ -192,13 +192,21 @@ def _unzipped(content: bytes) -> bytes:
 def _unzstandard(content: bytes) -> bytes:
     import zstandard
 
+    parts: list[bytes] = []
+    size, reader = 0, None
     try:
-        decompressor = zstandard.ZstdDecompressor()
-        with decompressor.stream_reader(io.BytesIO(content), read_across_frames=True) as stream:
-            whole: bytes = stream.read(_MAX_UNPACKED + 1)
-            return whole
+        for begin in range(0, len(content), 4096):  # small pieces: each may unpack to very much
+            piece = content[begin : begin + 4096]
+            while piece and size <= _MAX_UNPACKED:
+                reader = reader or zstandard.ZstdDecompressor().decompressobj()
+                parts.append(reader.decompress(piece))
+                size += len(parts[-1])
+                piece, reader = (reader.unused_data, None) if reader.eof else (b"", reader)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from error
+    if reader is not None and size <= _MAX_UNPACKED:
+        raise ValueError("it ends too early")
+    return b"".join(parts)
 
 
 def _decoded(path: Path, content: bytes) -> str:

@@ -207,6 +207,11 @@ _GOES_ON_WITH = re.compile(
     |[ ]?[,;][ ]?[a-z][ ]?=""",
     re.VERBOSE,
 )
+# What a value is of: \mu = 3.5, f(2) = 8.
+_NAMED = re.compile(
+    r"\s*+(?:\\[A-Za-z]++(?:_\{?\w{1,10}\}?)?|[A-Za-z]{1,10}+[ ]?\([^()\n]{0,40}\))\s*+="
+    r"(?=[^=\n]*+(?:\n|\Z))"
+)
 _BEFORE_IT = re.compile(rf"(?:{_SIGN}|[A-Za-z)][ ]?[-+*/^])[ ]?\Z")
 
 
@@ -224,6 +229,8 @@ def _is_part(rest: str) -> bool:
 
 def _leading_number(segment: str) -> _Leading:
     """The number that a short piece of text begins with, and what follows it on its line."""
+    if named := _NAMED.match(segment):
+        segment = segment[named.end() :]
     line = _plain_number(segment).strip().partition("\n")[0]
     if lead := _LEAD.match(line):
         line = line[lead.end() :]

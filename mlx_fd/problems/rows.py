@@ -19,6 +19,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.problems import Problem, chats, parsing
 from mlx_fd.problems.kinds import KINDS
 from mlx_fd.problems.kinds.choice import LETTERS, listed
+from mlx_fd.problems.kinds.code import calls_check
 from mlx_fd.problems.kinds.text import MAX_TEXT
 from mlx_fd.text import shown
 
@@ -239,6 +240,16 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
         # MATH has no other answer than the one in its solution's box.
         reply = row[solution]
     free = answer is not None and answer.strip().lower() in _FREE
+    if (
+        answer is not None
+        and answer.strip().lower() == "label"
+        and isinstance(row[answer], bool)
+        and _FREE & by_name.keys()
+    ):
+        raise ValueError(
+            "'label' says whether a reply is good, and is no answer; name the answer "
+            "(--columns answer=NAME)"
+        )
     chat = _chat_of(row, by_name, asked, reply)
     if chat is not None:
         question, said = chats.read(chat, reply)
@@ -276,7 +287,7 @@ def _tests(row: Mapping[str, Any], by_name: Mapping[str, str], column: str | Non
     found = None if column is None else row[column]
     if isinstance(found, str) and "assert" in found:  # HumanEval
         entry = row.get(by_name.get("entry_point", ""))
-        named = isinstance(entry, str) and entry.isidentifier()
+        named = isinstance(entry, str) and entry.isidentifier() and "def check(" in found
         return f"{found.rstrip()}\n\ncheck({entry})" if named else found.rstrip()
     if not isinstance(found, list) or not all(isinstance(t, str) and "assert" in t for t in found):
         return ""
@@ -303,11 +314,16 @@ def _chat_of(
 def _others(row: Mapping[str, Any]) -> list[str]:
     """A row's columns that are not known, and that say something."""
     known = {name for names in COLUMNS.values() for name in names} | _ABOUT | _BESIDE
-    return [
+    there = {
+        name.strip().lower(): name for name, value in row.items() if value not in (None, "", [], {})
+    }
+    # Of several columns for the same thing one is read.
+    second = {
         name
-        for name, value in row.items()
-        if name.strip().lower() not in known and value not in (None, "", [], {})
-    ]
+        for role in ("question", "context", "choices")
+        for name in [one for one in COLUMNS[role] if one in there][1:]
+    }
+    return [name for low, name in there.items() if low not in known or low in second]
 
 
 def _check_no_answer_is_missed(
@@ -466,7 +482,7 @@ def _program(row: _Row, default_id: str) -> Problem:
     """A problem whose answer is a program; its tests are its answer."""
     tests = KINDS["code"].gold(row.tests, ())
     question, solution = row.question, row.solution or ""
-    if "check(" not in tests:
+    if not calls_check(tests):
         # MBPP's: what the function is called stands in the tests alone.
         question = f"{question.strip()}\n\nYour code should pass these tests:\n\n{tests}"
     elif solution:

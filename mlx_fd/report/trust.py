@@ -85,4 +85,4 @@ def _says(run: LoopRun) -> str:
             f". Where it need not be asked, {audits['disagreed']} of {audits['n']} audited "
             f"verdicts differ ({share:.1%}, 95 % {low:.1%} to {high:.1%})"
         )
-    return text + (f". At most {allowed:.0%} may." if allowed is not None else ".")
+    return text + (f". At most {allowed * 100:g} % may." if allowed is not None else ".")

@@ -183,12 +183,15 @@ def check_same(old: Manifest, new: Manifest, folder: Path) -> list[str]:
             for name, value in options.items()
             if now.get(name) != value
         }
-        # With a last batch that was not full, the next one would leave problems out. With epochs or
-        # phases, all that was done depends on how many episodes there were to be.
+        # With a last batch that was not full, the next one would leave problems out. With epochs,
+        # phases, falling rates or looks of trust, all that was done depends on how many episodes
+        # there were to be.
         whole = (
             options["episodes"] % options["batch_size"] == 0
             and options["epochs"] == 1
             and options["loss_weights"] in ("ema", "fixed")
+            and options["lr_schedule"] == "constant"
+            and (options["gate"] in ("always", "never") or not options["max_disagreement"])
         )
         uncertain = unclear + [
             f"{name} was {value}, is {new[part].get(name)}: the run goes on, but its last digits "

@@ -223,6 +223,7 @@ class SecondRow(TypedDict):
         expert_feedback: the expert's.
         student_feedback: the student's own.
         gate: what the gate decided.
+        verdict: what was made of the expert's score of it, where that is known to be wrong.
     """
 
     answer: AnswerRow
@@ -230,6 +231,7 @@ class SecondRow(TypedDict):
     expert_feedback: ExpertFeedbackRow | None
     student_feedback: StudentFeedbackRow
     gate: GateRow
+    verdict: VerdictRow | None
 
 
 # ------------------------------------------------------------------------------- rows of logs

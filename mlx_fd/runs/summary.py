@@ -223,7 +223,9 @@ def summarise(
 
 def _expert_verdicts(episodes: Sequence[EpisodeRow]) -> ExpertVerdictsRow:
     # Runs of older versions did not look.
-    counts = Counter(found["outcome"] for row in episodes if (found := row.get("verdict")))
+    given = [row.get("verdict") for row in episodes]
+    given += [second["verdict"] for row in episodes if (second := row.get("second"))]
+    counts = Counter(verdict["outcome"] for verdict in given if verdict)
     left_out = sum(counts[name] for name in ("left out", "wrong again", "leaks"))
     contradicted = counts["kept"] + left_out + counts["asked again"]
     return {
@@ -246,6 +248,11 @@ def find_warnings(episodes: Sequence[EpisodeRow]) -> dict[str, str]:
         return {}
     found = {}
     asked = [expert for row in episodes if (expert := row["expert_feedback"])]
+    asked += [
+        expert
+        for row in episodes
+        if (second := row.get("second")) and (expert := second["expert_feedback"])
+    ]
     scores = [expert["written_score"] for expert in asked]
     unread = sum(score is None for score in scores)
     if asked and unread > _WORRYING_SHARE * len(asked):

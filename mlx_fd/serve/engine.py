@@ -256,11 +256,13 @@ class Engine:
                     self._tell(order.writing.put, error)
             elif isinstance(order, _Drop):
                 work.drop(order.writing)
-            else:
+            elif not order.done.cancelled():  # else nobody waits
                 try:
                     self._tell(_succeed, order.done, order.function(work))
                 except Exception as error:
                     self._tell(_fail, order.done, error)
+                if not work.idle:
+                    return True  # who is being written for gets a token before the next is read
 
 
 def _succeed(future: asyncio.Future[T], value: T) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Kept:
         if not self.path.exists():
             return []
         with open_to_read(self.path) as file:
-            lines = file.read().decode("utf-8", "replace").splitlines()
+            lines = file.read().decode("utf-8", "replace").split("\n")
         found = []
         for line in lines:
             try:
@@ -76,12 +77,20 @@ class Kept:
             "kept": why,
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        if same or len(rows) >= self._most:
+        if same or len(rows) >= self._most or not self._is_ended():
             left = [one for one in rows if one not in same]
             self._write([*left, row][-self._most :])
         else:
             append_lines(self.path, [row])
         return True
+
+    def _is_ended(self) -> bool:
+        """Whether another line can be put behind the last: somebody may have edited the file."""
+        if not self.path.exists() or not self.path.stat().st_size:
+            return True
+        with open_to_read(self.path) as file:
+            file.seek(-1, os.SEEK_END)
+            return bool(file.read(1) == b"\n")
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         write_atomic(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

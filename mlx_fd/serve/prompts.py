@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_fd.errors import UserError
+from mlx_fd.feedback.episode import feedback_request
 from mlx_fd.models.generation import messages_prompt
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.serve.errors import ApiError, bad
@@ -73,7 +74,17 @@ def ask_chat(served: Served, request: ChatRequest, limits: Limits, *, verbatim: 
             prompts[who] = messages_prompt(served.model(who), messages)
         except UserError as error:
             raise bad(str(error), "messages") from None
-    return _fitting(served, Asked(prompts, problem), request.common.sampling.max_tokens, limits)
+    written = request.common.sampling.max_tokens
+    if request.common.model == CASCADE:
+        written += _judging(served)
+    return _fitting(served, Asked(prompts, problem), written, limits)
+
+
+def _judging(served: Served) -> int:
+    """Tokens after the student's answer, with which it judges that."""
+    config = served.judge.ref.config
+    assert config is not None  # a cascade is a run's
+    return len(feedback_request(served.student)) + config.generation.max_feedback_tokens
 
 
 def ask_completion(served: Served, request: CompletionRequest, limits: Limits) -> Asked:

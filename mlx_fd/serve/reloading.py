@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+from pathlib import Path
 
+from mlx_fd import runs
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cascade.file import read
 from mlx_fd.feedback.judge import locate_model
-from mlx_fd.models.student import load_student
+from mlx_fd.models.student import ADAPTER_WEIGHTS, load_student
 from mlx_fd.serve.calibration import rule_of
-from mlx_fd.serve.errors import ApiError, bad
+from mlx_fd.serve.errors import bad
 from mlx_fd.serve.models import Served
 from mlx_fd.serve.service import Service
 
@@ -31,17 +34,20 @@ async def reload(service: Service, student: str | None = None) -> str:
     Raises:
         ApiError: they do not fit, or are damaged; then the old ones are served on.
     """
-    name = student or service.student
+    # Who asked may leave meanwhile: weights and rule change together or not at all.
+    changing = asyncio.ensure_future(_reload(service, student or service.student))
+    return await asyncio.shield(changing)
+
+
+async def _reload(service: Service, name: str) -> str:
     try:
         async with service.admission.alone():
             served = await service.engine.exchange(lambda old: renewed(old, name))
             rule = rule_of(service.options, served)
-    except UserError as error:
+    except (UserError, OSError) as error:
         service.metrics.reloads.labels("refused").inc()
         service.log.write("reload", student=name, error=str(error))
         raise bad(f"{error}; the server goes on with what it has", "student") from None
-    except ApiError:
-        raise
     service.served, service.rule, service.student = served, rule, name
     checkpoint = str(served.judge.ref.checkpoint)
     service.metrics.reloads.labels("taken").inc()
@@ -55,7 +61,13 @@ def renewed(old: Served, name: str) -> Served:
     Raises:
         UserError: it is another model, or its files are damaged; nothing is changed then.
     """
+    folder = Path(name).expanduser()
+    if not (runs.is_run(folder) or (folder / ADAPTER_WEIGHTS).is_file()):
+        # A model's name would be downloaded while nobody is answered.
+        raise UserError(f"{name}: only a run of mlx-fd loop can be reloaded")
     ref, before, student = locate_model(name), old.judge.ref, old.judge.student
+    if ref.thinking.on:
+        raise UserError(f"{name}: its student thinks, and the server does not serve thoughts")
     if before.config is None or student is None or ref.config is None or ref.checkpoint is None:
         raise UserError(f"{name}: only a run of mlx-fd loop can be reloaded")
     now, then = ref.config.models, before.config.models

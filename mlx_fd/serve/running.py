@@ -166,8 +166,14 @@ class _Server(uvicorn.Server):
             self.force_exit = self.should_exit = True
             return
         admission.draining = True
-        self._service.log.write(
-            "stopping", signal=signal.Signals(sig).name, inside=admission.inside
+        # Not in the handler: the signal may have come in the middle of another line of the log.
+        asyncio.get_running_loop().call_soon_threadsafe(
+            functools.partial(
+                self._service.log.write,
+                "stopping",
+                signal=signal.Signals(sig).name,
+                inside=admission.inside,
+            )
         )
 
     async def on_tick(self, counter: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -147,7 +146,7 @@ class Fields:
         if value is None:
             return default
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not least <= value <= most:
+        if not is_number or not least <= value <= most:  # refuses NaN, too
             raise bad(
                 f"'{self._where}{name}' must be a number from {least:g} to {most:g}, not "
                 f"{_shown(value)}.",

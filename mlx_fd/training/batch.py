@@ -171,7 +171,7 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
     )
     judged, taught = [one.judged for one in reviewed], [one.taught for one in reviewed]
     second = _second_answers(state, problems, learner, seeds, on_tokens)
-    drawn = [one.judged for one in second] or judged
+    drawn = [one.judged for one in second] if config.generation.answers_by == "both" else judged
     state = dataclasses.replace(state, answering=_observe_answers(state.answering, drawn, config))
     # 3.
     gate_state, gated = _ask_gate(_observe_verdicts(state.gate, judged), taught, learner)
@@ -223,7 +223,7 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
     ]
     for index, one in enumerate(second):
         decided = _gate_row(gated_second.get(index), None, one, False)
-        rows[index] = with_second(rows[index], one.judged, decided)
+        rows[index] = with_second(rows[index], one.judged, decided, one.to_json())
     learned = len(lagging) + len(lagging_second)
     metrics = _metrics(state, learned, weights, updates, decision, begin, written)
     metrics["answer_temperature"] = options.answer_temperature
@@ -568,8 +568,11 @@ def rehearse_batch(state: RunState, rows: Sequence[SampleRow], learner: Learner)
     if not state.gate.frozen:
         samples = [sample_again(row, learner.pair, learner.config, learner.cache) for row in rows]
         scaled = {name: weights[name] * state.scales[name] for name in weights}
-        for step in range(learner.config.training.kd_steps if samples else 0):
-            updates.append(_step(learner, samples, scaled, (number, step)))
+        training, seed = learner.config.training, learner.config.episode.seed
+        rng = np.random.default_rng(derive_seed(seed, number, "replay"))
+        steps = choose(Replay(), range(len(samples)), training, rng) if samples else []
+        for step, chosen in enumerate(steps):
+            updates.append(_step(learner, [samples[k] for k in chosen], scaled, (number, step)))
             learner.on_tokens(number)("distil", updates[-1].tokens)
     state, decision = _after_updates(state, updates, learner)
     metrics = _metrics(state, len(rows), weights, updates, decision, begin, 0)

@@ -21,6 +21,7 @@ from mlx_fd.feedback.episode import (
     Answered,
     OnTokens,
     answer,
+    as_student,
     derive_seed,
     expert_feedback,
     first_answers,
@@ -258,7 +259,7 @@ def make_probe(
         own = answer(
             pair.student_lm,
             chunk,
-            options,
+            as_student(options),
             seeds("student_answer"),
             on_tokens,
             temperature=options.student_temperature,

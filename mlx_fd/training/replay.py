@@ -149,7 +149,11 @@ def choose(
         chosen: list[int] = []
         while len(chosen) < size:
             if not queue:
-                queue = [line for line in rng.permutation(new).tolist() if line not in chosen]
+                # Taken from the end: those that this step has already come last.
+                drawn = rng.permutation(new).tolist()
+                has = set(chosen)
+                queue = [line for line in drawn if line in has]
+                queue += [line for line in drawn if line not in has]
             chosen.append(queue.pop())
         # The k largest of log w + Gumbel are k drawn without replacement.
         keys = odds + rng.gumbel(size=len(old))

@@ -195,10 +195,18 @@ def test_options_that_an_older_version_lacked_had_their_defaults(tmp_path):
 
 
 def test_a_run_grows_where_its_last_batch_was_full(tmp_path):
-    old = manifest(episodes=16)
-    assert check_same(old, manifest(episodes=20), tmp_path) == []
+    alike = {"lr_schedule": "constant", "gate": "always"}
+    old = manifest(episodes=16, **alike)
+    assert check_same(old, manifest(episodes=20, **alike), tmp_path) == []
     with pytest.raises(UserError, match="episodes was 20"):
-        check_same(manifest(episodes=20), manifest(episodes=24), tmp_path)
+        check_same(manifest(episodes=20, **alike), manifest(episodes=24, **alike), tmp_path)
+    # What rates and trust were depends on how long the run was to be.
+    for name, value in (("lr_schedule", "linear"), ("gate", "ema")):
+        with pytest.raises(UserError, match="episodes was 16"):
+            old, new = (manifest(episodes=n, **{**alike, name: value}) for n in (16, 24))
+            check_same(old, new, tmp_path)
+    longer = {"gate": "ema", "max_disagreement": 0.0, "lr_schedule": "constant"}
+    assert check_same(*(manifest(episodes=n, **longer) for n in (16, 24)), tmp_path) == []
 
 
 @pytest.mark.parametrize("content", [[], {}, {"expert": None}, "text"])

@@ -13,10 +13,11 @@ from mlx_fd.evaluation.cascade import choice, confidence, curve, file
 from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.cascade.outcomes import outcomes
 from mlx_fd.evaluation.statistics import bootstrap
-from mlx_fd.evaluation.suites import source_of
+from mlx_fd.evaluation.suites import learned_from, source_of
 from mlx_fd.feedback.judge import locate_model
 from mlx_fd.models.context import fitting
 from mlx_fd.problems import Problem, ProblemSet
+from mlx_fd.problems.kinds import are_graded
 from mlx_fd.runs.records import CascadeFile, CascadeMeasuredRow, CascadePromiseRow
 
 Progress = Callable[[str, int, int], None]
@@ -92,13 +93,15 @@ def _problems(
     bench: Bench, held: Held, used: Sequence[str]
 ) -> tuple[ProblemSet, tuple[Problem, ...]]:
     target = bench.target
-    source, learned = source_of(target, held.source), target.config.problems
-    if source == learned.problems and held.split == learned.split:
+    source = source_of(target, held.source)
+    if learned_from(target, source, held.split):
         raise UserError(
             f"{target.name}: the run learned from these problems ({source}, split {held.split}), "
             "so nothing would be promised on others; choose another --split or --problems"
         )
     found = sources.load(source, held.split)
+    if not are_graded(found.problems):
+        raise UserError(f"{source}: no right answers are known; a cascade is calibrated on some")
     left = tuple(problem for problem in found.problems if problem.id not in set(used))
     chosen = left[: held.limit]
     if not chosen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,7 +60,9 @@ def outcomes(
 
 
 def _rows(bench: Bench, who: str, chunk: Sequence[Problem]) -> Rows:
-    target, options = bench.target, bench.target.config.generation
+    target = bench.target
+    # As the server writes, where a request does not ask for a penalty.
+    options = dataclasses.replace(target.config.generation, expert_repetition_penalty=1.0)
     key = {
         "cascade": who,
         "questions": [problem.question for problem in chunk],

@@ -19,6 +19,7 @@ _LANGUAGE = re.compile(r"[ \t]*+(?:python3?|py)?[ \t]*+\n", re.IGNORECASE)
 _DEFINES = re.compile(r"^[ \t]*+(?:async[ ]++)?(?:def|class)[ ]", re.MULTILINE)
 _FUNCTION = re.compile(r"^[ \t]*+def[ ]++(\w++)", re.MULTILINE)
 _CHECKED = re.compile(r"^check\((\w{1,80})\)\s*+\Z", re.MULTILINE)
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _LONGEST = 20_000  # characters of a program
 
 
@@ -69,9 +70,19 @@ def program_of(final: str, problem: Problem) -> str:
     return f"{before}\n{final}\n\n{problem.answer}\n"
 
 
+def calls_check(tests: str) -> bool:
+    """Whether tests are HumanEval's, which end in ``check(NAME)``."""
+    return _CHECKED.search(tests) is not None
+
+
 def _gold(answer: Any, choices: tuple[str, ...]) -> str:
     if not isinstance(answer, str) or "assert" not in answer:
         raise ValueError("no tests with 'assert' in 'test' or 'test_list'")
+    if not _is_python(answer):
+        raise ValueError("its tests are not Python")
+    run = [part for part in ast.parse(answer).body if not isinstance(part, _DEFINITIONS)]
+    if not any(isinstance(one, ast.Assert | ast.Call) for part in run for one in ast.walk(part)):
+        raise ValueError("nothing runs its tests; check(...) needs 'entry_point'")
     return answer
 
 

@@ -21,6 +21,7 @@ const STEPS = {
   student_feedback: "student's feedback",
   expert_feedback: "expert's feedback",
   privileged_feedback: "expert's feedback, told the right answer",
+  student_feedback_again: "student's feedback after learning",
   merge: "merged feedback",
   revise: "revision",
   critique: "self-critique",
@@ -42,6 +43,8 @@ function parts(entry, row) {
   ];
   const again = row.verdict?.again;
   if (again) steps.push(...block("Expert's feedback, told the right answer", again.text, `score ${number(again.written_score)}`, row.verdict.outcome, cut(row, "privileged_feedback")));
+  const later = row.student_feedback_again;
+  if (later) steps.push(...block("Student's feedback after learning", later.text, cut(row, "student_feedback_again")));
   if (row.merged) steps.push(...block("Merged feedback", row.merged, cut(row, "merge")));
   if (row.revised) {
     steps.push(...block("Revision", compared(row.answer.text, row.revised, "changed") ?? row.revised, "words that the first answer does not have are marked", cut(row, "revise")));

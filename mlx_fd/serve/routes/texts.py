@@ -12,7 +12,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.routing import Route
 
+from mlx_fd.errors import UserError
 from mlx_fd.models.conversation import Conversation
+from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.serve.cascade import decide
 from mlx_fd.serve.engine import Written
 from mlx_fd.serve.exchange import Exchange, Reply, read_json
@@ -186,7 +188,16 @@ async def _keep(task: _Task, decision: Decision, written: Written) -> None:
     passed_on = decision.by == EXPERT and decision.answer is not None
     if kept is None or not passed_on or not task.asked.problem or written.reason != "stop":
         return
-    await task.service.aside(lambda: kept.add(task.question, written.text, BY_EXPERT))
+    form = task.service.served.form
+    assert form is not None  # it was asked as a problem
+    # Who sends the form of the training along asks the question in it.
+    question = task.question.rstrip().removesuffix(answer_prompt("", form)).rstrip()
+    try:
+        await task.service.aside(
+            lambda: kept.add(question or task.question, written.text, BY_EXPERT)
+        )
+    except (OSError, UserError) as error:  # a full disk: the answer is worth more
+        task.service.log.write("not_kept", error=str(error))
 
 
 def _usage(task: _Task, decision: Decision, written: Written) -> dict[str, int]:

@@ -38,9 +38,8 @@ from mlx_fd.serve.errors import bad
 from mlx_fd.serve.exchange import Exchange, Reply, read_json
 from mlx_fd.serve.judging import judge
 from mlx_fd.serve.lanes import Job
-from mlx_fd.serve.limits import Limits
 from mlx_fd.serve.models import CASCADE, STUDENT, Served
-from mlx_fd.serve.prompts import ask_chat, ask_feedback
+from mlx_fd.serve.prompts import Asked, ask_chat, ask_feedback
 from mlx_fd.serve.schema import ChatRequest, Common, Fields
 from mlx_fd.serve.service import Service
 
@@ -89,12 +88,12 @@ def routes(service: Service) -> list[Route]:
         body = (files("mlx_fd.serve") / "static" / name).read_bytes()
         return Response(body, media_type=kind, headers=_SAFE)
 
-    async def own_answer(asked: Problem) -> _Own:
+    async def own_answer(asked: Problem, prompts: Asked) -> _Own:
         if known.served() is not service.served:  # other weights
             known.answers.clear()
             known.served = weakref.ref(service.served)
         answers = known.answers
-        own = answers.get(asked.question) or await _solve(service, asked)
+        own = answers.get(asked.question) or await _solve(service, asked, prompts)
         answers[asked.question] = own
         answers.move_to_end(asked.question)
         if len(answers) > _REMEMBERED:
@@ -112,11 +111,13 @@ def routes(service: Service) -> list[Route]:
             ask = functools.partial(
                 ask_feedback, service.served, ((problem, answer),), sampling.max_tokens, limits
             )
-            async with service.admission.enter(2):
+            async with service.admission.enter(min(2, limits.most)):
                 [prompt] = await service.aside(ask)
+                # Before the group, out of which a refusal would come as a group.
+                prompts = await service.aside(functools.partial(_prompts, service, asked))
                 async with asyncio.TaskGroup() as group:
                     judging = group.create_task(judge(service, prompt, sampling, text=True))
-                    solving = group.create_task(own_answer(asked))
+                    solving = group.create_task(own_answer(asked, prompts))
             verdict, own = judging.result(), solving.result()
             score = verdict.written_score if verdict.score is None else verdict.score
             agrees = agreement(asked, answer, own.final)
@@ -154,18 +155,26 @@ def _read(content: Any) -> tuple[str, Attempt]:
     return problem.strip(), attempt
 
 
-async def _solve(service: Service, asked: Problem) -> _Own:
+def _prompts(service: Service, asked: Problem) -> Asked:
+    """A learner's problem as the models are asked it.
+
+    Raises:
+        ApiError: it is too long for them.
+    """
+    common = Common(
+        _solver(service), Sampling(service.default_tokens), (), stream=False, usage=False
+    )
+    request = ChatRequest(common, (("user", asked.question),), None)
+    return ask_chat(service.served, request, service.options.limits, verbatim=False)
+
+
+def _solver(service: Service) -> str:
+    return CASCADE if CASCADE in service.served.names else STUDENT
+
+
+async def _solve(service: Service, asked: Problem, prompts: Asked) -> _Own:
     """The answer of the cascade, or of a student that has none, to a learner's problem."""
-    served = service.served
-    model = CASCADE if CASCADE in served.names else STUDENT
-    sampling = Sampling(service.default_tokens)
-    request = ChatRequest(
-        Common(model, sampling, (), stream=False, usage=False), (("user", asked.question),), None
-    )
-    limits: Limits = service.options.limits
-    prompts = await service.aside(
-        functools.partial(ask_chat, served, request, limits, verbatim=False)
-    )
+    model, sampling = _solver(service), Sampling(service.default_tokens)
 
     def job(prompt: tuple[int, ...], *, keep: bool = False, streams: bool = False) -> Job:
         return Job(Conversation(), prompt, sampling, (), keep, streams)
@@ -173,6 +182,8 @@ async def _solve(service: Service, asked: Problem) -> _Own:
     decision = await decide(service, model, prompts, job)
     service.metrics.decided(model, decision)
     written = decision.answer
+    if written is not None and decision.by != STUDENT:
+        service.metrics.wrote(STUDENT, written)
     if written is None or decision.by != STUDENT:
         writing = service.engine.write(decision.by, job(prompts.prompts[decision.by]))
         try:

@@ -39,6 +39,23 @@ function keep(list) {
   showPast();
 }
 
+function remember(key) {
+  try {
+    if (key) sessionStorage.setItem(KEY, key);
+    else sessionStorage.removeItem(KEY);
+  } catch {
+    // Then it is asked for again.
+  }
+}
+
+function remembered() {
+  try {
+    return sessionStorage.getItem(KEY);
+  } catch {
+    return null;
+  }
+}
+
 function element(name, text, kind) {
   const made = document.createElement(name);
   made.textContent = text;
@@ -167,7 +184,7 @@ async function ask(problem, attempt) {
   asking?.abort();
   asking = new AbortController();
   const headers = { "Content-Type": "application/json" };
-  const key = part("key").value || sessionStorage.getItem(KEY);
+  const key = part("key").value || remembered();
   if (key) headers.Authorization = `Bearer ${key}`;
   const reply = await fetch("v1/tutor", {
     method: "POST",
@@ -177,11 +194,11 @@ async function ask(problem, attempt) {
   });
   const found = await reply.json();
   if (reply.ok) {
-    if (key) sessionStorage.setItem(KEY, key);
+    if (key) remember(key);
     return found;
   }
   if (reply.status === 401) {
-    sessionStorage.removeItem(KEY);
+    remember(null);
     part("key-line").hidden = false;
     part("key").focus();
   }

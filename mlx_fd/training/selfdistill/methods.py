@@ -29,6 +29,8 @@ _DEFAULTS: dict[str, Any] = {
     "probe_size": 32,
     "probe_every": 5,
     "exam_size": 0,
+    "replay": 0.0,
+    "lr_schedule": "constant",
 }
 
 # OPSD's LoRA, which its followers keep (arXiv 2601.18734).
