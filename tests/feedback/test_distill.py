@@ -302,7 +302,8 @@ def test_each_part_has_its_own_learning_rate(pair, part):
 
 
 def test_rates_fall_to_nothing_over_the_run(pair):
-    options = TrainingOptions(score_rate=3e-3, projection_rate=2e-3, lora_rate=1e-3)
+    rates = {"score_rate": 3e-3, "projection_rate": 2e-3, "lora_rate": 1e-3}
+    options = TrainingOptions(**rates, lr_schedule="constant")
     falling = dataclasses.replace(options, lr_schedule="linear")
     optimizer = make_optimizer(pair.student, options)
     for training, progress, share in ((falling, 0.75, 0.25), (falling, 0.0, 1), (options, 0.75, 1)):

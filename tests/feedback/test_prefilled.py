@@ -70,7 +70,7 @@ def judged_by(pair, options, problems):
 
 
 def test_an_episode_reads_everything_once(pair):
-    options = GenerationOptions(**GREEDY, **LIMITS)
+    options = GenerationOptions(**GREEDY, **LIMITS, answers_by="expert")
     request = followup_prompt(pair.expert, critique_prompt())
     with counted(pair.expert.model) as by_expert, counted(pair.student.model) as by_student:
         (judged,) = judged_by(pair, options, PROBLEMS[:1])
