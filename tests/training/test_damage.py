@@ -386,7 +386,9 @@ def test_run_and_models_may_move(stopped, resume, tmp_path):
 
 def test_a_run_that_is_made_longer_keeps_its_first_summary(finished, resume, tmp_path):
     """Of one epoch: with more, all that was done depends on how many episodes there are."""
-    folder = make_stopped(tmp_path, exam_size=0, epochs=1, teacher_top_k=0, episodes=4, lr_schedule="constant")
+    folder = make_stopped(
+        tmp_path, exam_size=0, epochs=1, teacher_top_k=0, episodes=4, lr_schedule="constant"
+    )
     assert resume(folder)[0] == 0
     first = (folder / runs.SUMMARY).read_bytes()
     config = (folder / runs.CONFIG).read_text()
