@@ -64,7 +64,8 @@ def test_in_steps_of_some_samples_each_new_one_has_its_turn():
     for seed in range(20):
         steps = drawn(Replay(), [0, 1, 2], steps=3, seed=seed, step_samples=2, replay=0)
         assert all(len(set(lines)) == 2 for lines in steps)
-        assert collections.Counter(sum(steps, [])) == {0: 2, 1: 2, 2: 2}
+        turns = collections.Counter(line for lines in steps for line in lines)
+        assert turns == {0: 2, 1: 2, 2: 2}
     # Few new ones leave room for more earlier ones; without replay for none.
     few = drawn(replay, new[:1], steps=2, step_samples=4, replay=1.0)
     assert all(lines[0] == 20 and len(set(lines)) == 4 for lines in few)
