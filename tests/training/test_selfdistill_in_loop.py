@@ -145,4 +145,4 @@ def test_a_loop_learns_it_where_it_is_told_to(dirs, tmp_path):
 
 def test_it_is_about_the_students_own_answers():
     with pytest.raises(UserError, match="the student's own answers"):
-        override(Config(), {"student_context": "feedback"}, "test")
+        override(Config(), {"student_context": "feedback", "answers_by": "expert"}, "test")

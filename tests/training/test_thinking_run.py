@@ -223,7 +223,7 @@ def test_thoughts_are_learned_only_where_that_is_asked_for(dirs):
 def test_distilling_thoughts_needs_models_that_think():
     for given in (
         {},
-        {"expert_thinking": "on", "student_thinking": "on"},
+        {"expert_thinking": "on", "student_thinking": "on", "score_at": "prompt"},
         {"score_at": "feedback"},
     ):
         with pytest.raises(UserError, match="distil_thoughts needs"):
