@@ -33,6 +33,7 @@ from mlx_fd.models.resolve import default_student, resolve
 from mlx_fd.models.student import make_student
 from mlx_fd.problems import arithmetic, parsing, prompts
 from mlx_fd.problems import load as load_problems
+from support.draws import nightly
 from support.scripted import SCRIPTS, script
 
 SCRIPT = SCRIPTS / "train_tiny.py"
@@ -284,6 +285,7 @@ def test_a_student_is_cut_out_of_the_expert(script, expert):
         assert mx.array_equal(down, mlp.down_proj.weight[:, mx.array(kept)])
 
 
+@nightly
 def test_the_script_runs_and_repeats(tmp_path):
     def run(out, *options):
         command = [sys.executable, str(SCRIPT), "--quick", *options, "--out", str(out)]

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 #: Set by .github/workflows/nightly.yml.
 ALL = bool(os.environ.get("MLX_FD_ALL_DRAWS"))
 
@@ -9,3 +11,7 @@ ALL = bool(os.environ.get("MLX_FD_ALL_DRAWS"))
 def draws(number: int) -> int:
     """How many of this number of random inputs a test tries now: the first fifth, or all."""
     return number if ALL else max(number // 5, 100)
+
+
+#: Minutes of training that few changes touch.
+nightly = pytest.mark.skipif(not ALL, reason="runs each night (MLX_FD_ALL_DRAWS=1)")

@@ -26,6 +26,7 @@ from mlx_fd.runs.events import BatchDone, Probed, Step, Warned
 from mlx_fd.runs.plan import make_plan as plan_of
 from mlx_fd.training.checkpoint import first_state, with_probe
 from support import ROOT
+from support.draws import ALL
 from support.loops import Killed, assert_same, count_syncs, rows, start
 from support.pairs import SMALL, make_dirs, make_plan
 from support.tiny import make_model_dir
@@ -283,7 +284,7 @@ def test_sigkills_at_random_moments_change_nothing(dirs, tmp_path):
     draw = random.Random(0)
     target = tmp_path / "killed"
     kills = 0
-    while kills < 4:
+    while kills < (4 if ALL else 2):
         fresh = not runs.is_run(target)
         if fresh:
             shutil.rmtree(target, ignore_errors=True)

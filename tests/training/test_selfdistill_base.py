@@ -10,6 +10,7 @@ from mlx_lm.utils import load_tokenizer
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import arithmetic
+from support.draws import nightly
 from support.scripted import SCRIPTS, script
 
 
@@ -64,6 +65,7 @@ def test_training_problems_are_none_of_the_benchs():
         assert arithmetic.split_of(drawn.question) == "train"
 
 
+@nightly
 def test_the_script_trains(tmp_path):
     subprocess.run(
         [sys.executable, SCRIPTS / "train_selfdistill_base.py", "--quick", "--out", tmp_path],
