@@ -27,7 +27,6 @@ from mlx_fd.models.student import Student, parameter_group
 from mlx_fd.runs.records import TopKRow
 
 _FLOAT16_SCALE = 1024.0
-Sums = dict[str, tuple[mx.array, float]]
 
 
 @dataclass(frozen=True)
@@ -108,21 +107,6 @@ def _stacked(of_samples: Sequence[Sequence[mx.array]]) -> list[mx.array]:
 def counts(samples: Sequence[Sample], options: LossOptions) -> dict[str, float]:
     """What each loss of an update is divided by: its valid tokens, samples or steps."""
     return {name: LOSSES[name].count(samples) for name in options.losses}
-
-
-def loss_sums(
-    student: Student,
-    expert: Loaded,
-    batch: Batch,
-    options: LossOptions,
-    vocab: int,
-    factors: Mapping[str, float] | None = None,
-    *,
-    recompute: bool = False,
-) -> tuple[mx.array, Sums]:
-    """Each enabled loss on a batch: :func:`loss_rows`, with (sum, count) of each loss."""
-    total, rows = loss_rows(student, expert, batch, options, vocab, factors, recompute=recompute)
-    return total, {name: (of.sum(), batch.counts[name]) for name, of in rows.items()}
 
 
 def loss_rows(

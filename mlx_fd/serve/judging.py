@@ -25,7 +25,6 @@ class Verdict:
         first_wrong_step: the step that the text names, from 1; 0: it finds every step right;
             ``None``: it does not say so that it can be read.
         finished: whether the student ended the text itself.
-        written: tokens that were written.
     """
 
     score: float | None
@@ -33,7 +32,6 @@ class Verdict:
     text: str = ""
     first_wrong_step: int | None = None
     finished: bool = True
-    written: int = 0
 
 
 async def judge(
@@ -91,5 +89,4 @@ async def judge(
         feedback.text,
         first_error(feedback.text),
         finished,
-        len(written.tokens),
     )

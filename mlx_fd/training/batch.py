@@ -34,7 +34,6 @@ from mlx_fd.feedback.episode import (
     Finished,
     Judged,
     OnTokens,
-    StudentFeedback,
     derive_seed,
     episode_row,
     expert_feedback,
@@ -252,7 +251,12 @@ def _judge(
     students = student_feedback(
         pair, answered, config.generation, seeds("student_feedback"), on_tokens
     )
-    asked = _asked(answered, students, state, config)
+    # Where there is no trust, and for an audit.
+    asked = [
+        index
+        for index, (one, student) in enumerate(zip(answered, students, strict=True))
+        if _audited(one.problem, config) or not gate.stands_alone(state, student.confidence)
+    ]
     experts = expert_feedback(
         pair,
         [answered[index] for index in asked],
@@ -261,20 +265,6 @@ def _judge(
         on_tokens,
     )
     return judge(answered, students, dict(zip(asked, experts, strict=True)))
-
-
-def _asked(
-    answered: Sequence[Answered],
-    students: Sequence[StudentFeedback],
-    state: gate.GateState,
-    config: Config,
-) -> list[int]:
-    """Places of the answers on which the expert gives feedback: no trust, or an audit."""
-    return [
-        index
-        for index, (one, student) in enumerate(zip(answered, students, strict=True))
-        if _audited(one.problem, config) or not gate.stands_alone(state, student.confidence)
-    ]
 
 
 def _second_answers(
@@ -294,11 +284,7 @@ def _second_answers(
         return seeds(f"second {step}")
 
     answered = student_answers(pair, problems, options, second("answer"), on_tokens)
-    students = student_feedback(pair, answered, options, second("student_feedback"), on_tokens)
-    asked = _asked(answered, students, state.gate, config)
-    wanted = [answered[index] for index in asked]
-    experts = expert_feedback(pair, wanted, options, second("expert_feedback"), on_tokens)
-    judged = judge(answered, students, dict(zip(asked, experts, strict=True)))
+    judged = _judge(answered, state.gate, learner, second, on_tokens)
     return review(pair, judged, config.losses.expert_verdicts, options, second, on_tokens)
 
 

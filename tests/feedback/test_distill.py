@@ -14,7 +14,6 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback.distill import (
     collate,
     counts,
-    loss_sums,
     make_optimizer,
     measure,
     measure_each,
@@ -37,6 +36,7 @@ from mlx_fd.problems.prompts import Answer
 from support import reference_losses as reference
 from support.dense_losses import language_model_loss, logit_loss
 from support.pairs import logits_of, make_dirs, make_plan
+from support.sums import loss_sums
 
 OPTIONS = LossOptions()
 WEIGHTS = {"lm": 0.1, "hidden": 0.2, "score": 0.3, "logit": 0.4}

@@ -23,7 +23,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_fd.config import LossOptions, ModelOptions, TrainingOptions
 from mlx_fd.export import mlx_dir
 from mlx_fd.export.source import open_source
-from mlx_fd.feedback.distill import collate, loss_sums, update
+from mlx_fd.feedback.distill import collate, update
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import Sample, read_text
 from mlx_fd.losses.hidden import aligned_layers
@@ -35,6 +35,7 @@ from mlx_fd.models.student import prepare, save_student
 from mlx_fd.models.view import View
 from mlx_fd.models.writing import Sampling, Turn
 from support.dense_losses import language_model_loss, logit_loss
+from support.sums import loss_sums
 
 OPTIONS = LossOptions(losses=("lm", "hidden", "logit"))
 FACTORS = {"lm": 0.01, "hidden": 0.7, "logit": 0.03}
