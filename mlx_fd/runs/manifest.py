@@ -174,10 +174,14 @@ def check_same(old: Manifest, new: Manifest, folder: Path) -> list[str]:
                     f"{folder}: the run began with another {part} ({old[part]['name']}): "
                     f"{_why_other(part, old, new)}, or begin a new run."
                 )
-        # An older version had fewer options, and did what the others do by default.
-        options, now = (
-            {**flat_options(Config()), **manifest["options"]} for manifest in (old, new)
-        )
+        options, now = old["options"], new["options"]
+        # What a version did that had not the option yet need not be what its default does.
+        if added := sorted(now.keys() - options.keys()):
+            raise UserError(
+                f"{folder / runs.MANIFEST}: this run began with an older mlx-fd, which had no "
+                f"{added[0]}. Use that version, or begin a new run where it stopped: mlx-fd loop "
+                f"--continue {folder}"
+            )
         changed = {
             name: (value, now.get(name))
             for name, value in options.items()
@@ -210,9 +214,12 @@ def check_same(old: Manifest, new: Manifest, folder: Path) -> list[str]:
         command = "distil"
     for name, (was, is_now) in changed.items():
         if name not in _CHANGEABLE and not (name == "episodes" and whole):
+            why = (
+                " (what the run did depends on how long it was to be)" if name == "episodes" else ""
+            )
             raise UserError(
                 f"{folder / runs.CONFIG}: {name} was {was!r} when the run began and is {is_now!r} "
-                f"now. Put it back, or begin a new run: mlx-fd {command} "
+                f"now{why}. Put it back, or begin a new run: mlx-fd {command} "
                 f"--config {folder / runs.CONFIG} --out ANOTHER"
             )
     return uncertain

@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_fd import runs
-from mlx_fd.config import LossOptions
+from mlx_fd.config import Config, LossOptions
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import samples
 from mlx_fd.feedback.pair import open_pair
@@ -22,7 +22,7 @@ from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.models.conversation import Conversation, prefill
 from mlx_fd.models.loading import load
 from mlx_fd.runs.events import BatchDone, Warned
-from mlx_fd.runs.manifest import check_same
+from mlx_fd.runs.manifest import check_same, flat_options
 from support.loops import Killed, assert_same, count_syncs, rows, start
 from support.pairs import make_dirs, make_plan
 from support.tiny import make_model_dir
@@ -348,7 +348,11 @@ def test_runs_share_a_cache(dirs, tmp_path, monkeypatch):
 
 
 def test_a_run_of_epochs_cannot_be_made_longer(dirs):
-    options = {"episodes": 8, "batch_size": 2, "epochs": 2, "loss_weights": "ema"}
+    options = {
+        **flat_options(Config()),
+        **{"episodes": 8, "batch_size": 2, "epochs": 2, "loss_weights": "ema"},
+        **{"lr_schedule": "constant", "gate": "always"},
+    }
     part = {"sha256": "", "name": ""}
     old = dict.fromkeys(("expert", "student", "problems"), part)
     old |= {"options": options, "versions": {}, "backend": {}}

@@ -140,6 +140,7 @@ def test_a_real_run_is_tracked_and_so_is_what_was_added_to_it(tmp_path, call):
     run = tmp_path / "run"
 
     small = {"episodes": 4, "batch-size": 2, "probe-size": 2, "exam-size": 0, "kd-steps": 1}
+    small |= {"lr-schedule": "constant", "gate": "always"}
     options = [text for name, value in small.items() for text in (f"--{name}", value)]
     call("loop", "--preset", "tiny", *options, "--track", "tensorboard", "--out", run)
     config = (run / "config.toml").read_text()
