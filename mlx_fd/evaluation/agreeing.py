@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from mlx_fd.evaluation.baselines import Trial
 from mlx_fd.evaluation.baselines.trials import trial
 from mlx_fd.evaluation.bench import Bench, Uses
-from mlx_fd.evaluation.cache import Rows
+from mlx_fd.evaluation.cache import Rows, asked
 from mlx_fd.evaluation.calibration import spearman
 from mlx_fd.evaluation.judging import LABELS
 from mlx_fd.evaluation.measures import Measure
@@ -152,7 +152,7 @@ def _feedback(
     uses: Uses = "expert" if system == "expert" else "untrained" if system == "clear" else "student"
     key = {
         "verdict": "student" if system == "clear" else system,
-        "questions": [[problem.kind, problem.question] for problem in chunk],
+        "questions": asked(chunk),
         "answers": content_digest([row["tokens"] for row in begun]),
         "answered_by": who,
         "generation": dataclasses.asdict(dataclasses.replace(options, answers_by="expert")),

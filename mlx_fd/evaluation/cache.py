@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_fd import runs
 from mlx_fd.files import clear_unfinished, write_with
+from mlx_fd.problems import Problem
 from mlx_fd.runs.checked import ChangedFile, content_digest, read_checked, with_digest
 
 Rows = list[dict[str, Any]]
+
+
+def asked(problems: Iterable[Problem]) -> list[list[str]]:
+    """What a batch's key holds of its problems: kind of answer and question of each."""
+    return [[problem.kind, problem.question] for problem in problems]
 
 
 def _warn(text: str) -> None:

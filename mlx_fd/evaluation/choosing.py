@@ -19,7 +19,7 @@ import numpy as np
 from mlx_fd.evaluation.baselines import Trial
 from mlx_fd.evaluation.baselines.trials import Who, trial
 from mlx_fd.evaluation.bench import Bench, Uses
-from mlx_fd.evaluation.cache import Rows
+from mlx_fd.evaluation.cache import Rows, asked
 from mlx_fd.evaluation.calibration import roc_auc
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.sampling import WARM, best_of, maj_at_k, pass_at_k
@@ -102,7 +102,7 @@ class Choosing:
         uses: tuple[Uses, ...] = (by, "student") if judged else (by,)
         key = {
             "best_of": _STEP if judged else None,
-            "questions": [[problem.kind, problem.question] for problem in chunk],
+            "questions": asked(chunk),
             "answers": content_digest([row["tokens"] for row in begun]),
             "answered_by": by,
             "generation": dataclasses.asdict(

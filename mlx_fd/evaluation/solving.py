@@ -13,7 +13,7 @@ import numpy as np
 from mlx_fd.evaluation.baselines import LOOP, SYSTEMS, Trial
 from mlx_fd.evaluation.baselines.trials import Who
 from mlx_fd.evaluation.bench import Bench, Uses, outside_code
-from mlx_fd.evaluation.cache import Rows
+from mlx_fd.evaluation.cache import Rows, asked
 from mlx_fd.evaluation.calibration import roc_auc
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.readers import Readers
@@ -93,7 +93,7 @@ class Solving:
         config = bench.target.config
         key = {
             "system": system,
-            "questions": [[problem.kind, problem.question] for problem in chunk],
+            "questions": asked(chunk),
             "answers": content_digest([row["tokens"] for row in begun]),
             "answered_by": who,
             "generation": dataclasses.asdict(
@@ -235,7 +235,7 @@ def answers_of(
     if by != "expert":
         options = as_student(options)
     key = {
-        "answers": [[problem.kind, problem.question] for problem in chunk],
+        "answers": asked(chunk),
         "tokens": options.max_answer_tokens,
         "temperature": temperature,
         "penalty": options.expert_repetition_penalty,
