@@ -48,13 +48,16 @@ def dequantize(model: nn.Module) -> nn.Module:
     """
     from mlx import nn
     from mlx.utils import tree_unflatten
+    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+    packed = (
+        *(nn.QuantizedLinear, nn.QuantizedEmbedding),
+        *(QuantizedSwitchLinear, QuantizedMultiLinear),
+    )
     dense: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
-        if not isinstance(
-            module, nn.QuantizedLinear | nn.QuantizedEmbedding | QuantizedSwitchLinear
-        ):
+        if not isinstance(module, packed):
             continue
         weight = _numbers(module)
         sizes, has_bias = weight.shape[::-1], "bias" in module
@@ -62,6 +65,8 @@ def dequantize(model: nn.Module) -> nn.Module:
             replaced: nn.Module = nn.Embedding(*sizes[::-1])
         elif isinstance(module, QuantizedSwitchLinear):
             replaced = SwitchLinear(*sizes, bias=has_bias)
+        elif isinstance(module, QuantizedMultiLinear):
+            replaced = MultiLinear(*sizes)
         else:
             replaced = nn.Linear(*sizes, bias=has_bias)
         replaced.weight = weight

@@ -20,6 +20,7 @@ backend()
 import mlx.core as mx  # noqa: E402
 from mlx import nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
+from mlx_lm.models.mla import MultiLinear  # noqa: E402
 from mlx_lm.models.switch_layers import SwitchLinear  # noqa: E402
 
 from mlx_fd.errors import UserError  # noqa: E402
@@ -216,3 +217,17 @@ def test_a_global_scale_is_part_of_the_numbers():
     # The widest step of four bits is from 4 to 6, the largest.
     assert mx.abs(dense.weight - experts.weight).max() < 0.18 * mx.abs(experts.weight).max()
     assert mx.array_equal(dense.bias, experts.bias)
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_the_matrices_of_latent_attention_are_dequantised_too(mode):
+    """One of each head's (DeepSeek V3, GLM-4.7-Flash): left packed, no export of them opens."""
+    mx.random.seed(0)
+    block = nn.Module()
+    block.unembed_out = MultiLinear(64, 32, 3)
+    nn.quantize(block, group_size=32, bits=4, mode=mode)
+    x = mx.random.normal((1, 3, 5, 64))
+    wanted = block.unembed_out(x)
+    dense = dequantize(block).unembed_out
+    assert isinstance(dense, MultiLinear) and dense.weight.dtype == mx.float32
+    assert mx.allclose(dense(x), wanted, atol=1e-5)
