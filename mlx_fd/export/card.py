@@ -9,6 +9,7 @@ from mlx_fd.export.chat import JINJA, reply_opening, template_arguments, templat
 from mlx_fd.export.gguf_file import Written
 from mlx_fd.export.guide import how_to_compare
 from mlx_fd.export.verify import Agreement
+from mlx_fd.models.aliases import SMOLLM2, TINY, TINY_BASE, TINY_STUDENT
 from mlx_fd.problems import prompts
 from mlx_fd.registry import FORMATS
 from mlx_fd.runs.labels import EXAM_NAMES
@@ -18,15 +19,24 @@ if TYPE_CHECKING:
     from mlx_fd.export.source import Source
     from mlx_fd.models.student import Student
 
-# Beginnings of names -> licence of the weights, as the hub writes it, and what it asks for.
+_APACHE = ("apache-2.0", "the Apache License 2.0")
+# Licence of the weights, as the hub writes it, and what it asks for: by the beginnings of names on
+# the hub (sizes and kinds of one series may have others), and by the names of packaged models.
 _LICENCES = {
-    "mlx-community/Qwen2.5-3B": ("other", "the Qwen Research License: not for commercial use"),
-    "mlx-community/Qwen2.5": ("apache-2.0", "the Apache License 2.0"),
-    "mlx-community/Llama-3.1": ("llama3.1", "the Llama 3.1 Community License"),
-    "mlx-community/Llama-3.2": ("llama3.2", "the Llama 3.2 Community License"),
-    "mlx-community/Meta-Llama-3.1": ("llama3.1", "the Llama 3.1 Community License"),
-    "smollm2-135m": ("apache-2.0", "the Apache License 2.0"),
-    "tiny": ("mit", "the MIT licence of mlx-fd"),
+    "mlx-community/Qwen2.5-3B-": (
+        "other",
+        "the Qwen Research License: not for commercial use",
+    ),
+    "mlx-community/Qwen2.5-0.5B-": _APACHE,
+    "mlx-community/Qwen2.5-1.5B-": _APACHE,
+    "mlx-community/Qwen2.5-7B-": _APACHE,
+    "mlx-community/Llama-3.1-": ("llama3.1", "the Llama 3.1 Community License"),
+    "mlx-community/Llama-3.2-": ("llama3.2", "the Llama 3.2 Community License"),
+    "mlx-community/Meta-Llama-3.1-": ("llama3.1", "the Llama 3.1 Community License"),
+}
+_OF_PACKAGES = {
+    SMOLLM2: _APACHE,
+    **dict.fromkeys((TINY, TINY_STUDENT, TINY_BASE), ("mit", "the MIT licence of mlx-fd")),
 }
 
 
@@ -50,7 +60,7 @@ def write_card(
         gguf: what the GGUF file holds.
         folder: the export.
     """
-    licence, licence_text = _licence(source.base)
+    licence, licence_text = _licence(source)
     parts = [
         _front_matter(source, form, licence),
         f"# {source.name}\n",
@@ -83,11 +93,14 @@ def text_alone(source: Source) -> str:
     )
 
 
-def _licence(base: str) -> tuple[str, str]:
-    for beginning, found in _LICENCES.items():
-        if base.startswith(beginning):
-            return found
-    return "other", "the licence of that model"
+def _licence(source: Source) -> tuple[str, str]:
+    """The hub's word for a licence, and what to say of it; of a directory nothing is known."""
+    unknown = "other", "the licence of that model"
+    if source.local:
+        return unknown
+    name = source.base.partition(":layers=")[0]
+    beginning = next((one for one in _LICENCES if name.startswith(one)), name)
+    return _LICENCES.get(beginning) or _OF_PACKAGES.get(name, unknown)
 
 
 def _front_matter(source: Source, form: Form, licence: str) -> str:

@@ -32,7 +32,9 @@ from mlx_fd.export.verify import (
 )
 from mlx_fd.feedback.judge import open_student
 from mlx_fd.files import replacing, working_folder
+from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
 from mlx_fd.models.loading import Loaded, load
+from mlx_fd.models.resolve import parse_name
 from mlx_fd.models.storage import new_directory
 from mlx_fd.runs import MANIFEST, SUMMARY, failed_write
 
@@ -259,7 +261,8 @@ def _problems(source: Source, count: int) -> tuple[Problem, ...]:
     config = source.ref.config
     wanted = config.problems.problems if config is not None else ""
     # The tiny models know no other problems than those of their preset.
-    usual = PRESETS["tiny"]["problems"] if source.base.startswith("tiny") else "gsm8k"
+    tiny = not source.local and parse_name(source.base).base in (TINY, TINY_STUDENT, TINY_BASE)
+    usual = PRESETS["tiny"]["problems"] if tiny else "gsm8k"
     name = wanted if wanted in SOURCES else usual
     return problems.load(name, "test").problems[:count]
 

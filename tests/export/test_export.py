@@ -26,11 +26,13 @@ from mlx_fd.cli.app import cli  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.export import gguf_file, hf, verify  # noqa: E402
 from mlx_fd.export.bundle_reading import read_bundle  # noqa: E402
+from mlx_fd.export.card import write_card  # noqa: E402
 from mlx_fd.export.exporter import Exported, as_json_value, export  # noqa: E402
 from mlx_fd.export.form import DTYPES, Q_BITS, Q_GROUP_SIZES, Form  # noqa: E402
 from mlx_fd.export.formats import FORMATS  # noqa: E402
-from mlx_fd.export.source import open_source  # noqa: E402
-from mlx_fd.feedback.judge import give_feedback, open_student  # noqa: E402
+from mlx_fd.export.source import Source, _base_name, open_source  # noqa: E402
+from mlx_fd.export.verify import Agreement  # noqa: E402
+from mlx_fd.feedback.judge import ModelRef, give_feedback, open_student  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402
 
 SIZES = {"hidden": 64, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate": 96}
@@ -434,6 +436,32 @@ def test_card(run, quantized_run, tmp_path):
         assert text in card, text
 
 
+@pytest.mark.parametrize(
+    ("name", "licence"),
+    [
+        ("tiny-student:layers=1", "mit"),
+        ("smollm2-135m", "apache-2.0"),
+        ("mlx-community/Qwen2.5-7B-Instruct-4bit", "apache-2.0"),
+        ("mlx-community/Qwen2.5-3B-Instruct-4bit", "other"),
+        # Of the same series, under the Qwen licences.
+        ("mlx-community/Qwen2.5-72B-Instruct-4bit", "other"),
+        ("mlx-community/Qwen2.5-Coder-3B-Instruct-4bit", "other"),
+        ("tinyllama/TinyLlama-1.1B", "other"),
+        ("DIRECTORY/tiny-somebodys", "other"),
+        ("DIRECTORY/tiny", "other"),
+    ],
+)
+def test_the_card_claims_no_licence_that_is_not_known(tmp_path, name, licence):
+    directory = tmp_path / name.removeprefix("DIRECTORY/")
+    if name.startswith("DIRECTORY"):
+        directory.mkdir()
+        name = str(directory)
+    base, on_hub, local = _base_name(name)
+    source = Source(ModelRef(tmp_path), base, base, on_hub, local, {}, {})
+    write_card(source, Form(parity_problems=0), None, AGREEMENT, None, None, tmp_path)
+    assert f"\nlicense: {licence}\n" in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize("form", ["mlx", "hf"])
 def test_the_card_of_an_adapter_says_how_to_get_the_base(base, tmp_path, form):
     """A name that mlx-fd knows anywhere, and a directory, whose name it knows nowhere else."""
@@ -453,6 +481,7 @@ def test_the_card_of_an_adapter_says_how_to_get_the_base(base, tmp_path, form):
         assert told == named.startswith("DIRECTORY")
 
 
+AGREEMENT = Agreement(1, 0.0, 0.0, 0.0, 1.0)
 ESTIMATES = {
     "before": {"value": 0.4, "low": 0.35, "high": 0.48, "n": 200},
     "after": {"value": 0.55, "low": 0.48, "high": 0.62, "n": 200},
