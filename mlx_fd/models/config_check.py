@@ -6,11 +6,14 @@ the modules that they made are compared with the entries.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx import nn
+from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_fd.errors import UserError
 from mlx_fd.models.published_config import (
@@ -23,9 +26,21 @@ from mlx_fd.models.published_config import (
 )
 from mlx_fd.models.view import find_blocks
 
+# Feed-forward layers multiply a gate with something: names of the gate's activation in config.json,
+# and where the functions are told apart. The forms of GELU are one here.
+_ACTIVATION_FIELDS = ("hidden_activation", "hidden_act")
+_ACTIVATIONS = {
+    **dict.fromkeys(("silu", "swish"), nn.silu),
+    **dict.fromkeys(("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"), nn.gelu),
+    **dict.fromkeys(("relu", "fatrelu"), nn.relu),
+    "relu2": nn.relu2,
+}
+_GATES = (-2.0, -0.7, 0.5, 3.0)
+_SAME_ACTIVATION = 1e-2
+
 
 def check_model(model: nn.Module, config: Mapping[str, Any], file: Path) -> None:
-    """Make sure that a model turns positions and mixes layers as its configuration says.
+    """Make sure that a model turns positions, mixes layers and gates as its configuration says.
 
     Args:
         model: mlx-lm's, of that configuration.
@@ -36,7 +51,11 @@ def check_model(model: nn.Module, config: Mapping[str, Any], file: Path) -> None
         UserError: it does not; it is another model than the one that was published.
     """
     part = language_part(config)
-    for made, says in (*_wrong_positions(model, part), *_wrong_layers(model, part)):
+    for made, says in (
+        *_wrong_positions(model, part),
+        *_wrong_layers(model, part),
+        *_wrong_activation(model, part),
+    ):
         raise UserError(
             f"{file}: mlx-lm makes a {part.get('model_type')} model {made}, and the configuration "
             f"says {says}: it would be another model than the published one; use a model of "
@@ -105,6 +124,48 @@ def _wrong_layers(model: nn.Module, part: Mapping[str, Any]) -> Iterator[tuple[s
                     f"whose layer {index} {'turns' if made else 'does not turn'} positions",
                     f"{turns} for it in no_rope_layers",
                 )
+
+
+def _wrong_activation(model: nn.Module, part: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """As for positions, of what becomes of a gate: most classes have one function for all."""
+    says = next((part[name] for name in _ACTIVATION_FIELDS if part.get(name)), None)
+    wanted = _ACTIVATIONS.get(says) if isinstance(says, str) else None
+    if wanted is None:
+        return
+    gates, kinds = mx.array([[_GATES]]), set()
+    for name, module in model.named_modules():
+        if "vision" in name or not {"gate_proj", "up_proj", "down_proj"} <= set(module):
+            continue
+        if type(module) in kinds:
+            continue
+        kinds.add(type(module))
+        made = _gated(module, gates)
+        found = [
+            name
+            for name, function in _ACTIVATIONS.items()
+            if made is not None
+            and made.shape == gates.shape
+            and (mx.abs(made - function(gates)).max() < _SAME_ACTIVATION).item()
+        ]
+        # What is none of these (gpt-oss has its own) is the architecture's.
+        if found and says not in found:
+            yield f"with the activation {found[0]}", f"{says!r:.40}"
+
+
+def _gated(module: nn.Module, gates: mx.array) -> mx.array | None:
+    """What a feed-forward layer makes of gates [1, 1, n] where all else is 1; ``None``: unknown."""
+    bare: Any = copy.copy(module)
+    bare.gate_proj = lambda *_: gates
+    bare.up_proj = lambda *_: mx.ones_like(gates)
+    bare.down_proj = lambda x, *_: x
+    try:
+        if isinstance(module, SwitchGLU):
+            made: Any = module.activation(mx.ones_like(gates), gates)
+        else:
+            made = bare(gates)
+    except Exception:  # whatever else such a layer does
+        return None
+    return made if isinstance(made, mx.array) else None
 
 
 def _turns(class_name: str) -> bool:

@@ -37,11 +37,20 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 # Part of the cache's key: raised when a conversion comes to give other files.
-FORMAT = 3
+FORMAT = 4
 _PLAIN = ("F32", "F16", "BF16")
 # Bytes of weights in one file of the directory; as many are in memory at once.
 _SHARD_BYTES = 2_000_000_000
 _MODES = {"MXFP4": "mxfp4"}
+# Metadata by which llama.cpp computes something else, where its family has no entry for them, and
+# the values at which it does not.
+_PASSED_OVER: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(("attention.clamp_kqv", "attention.max_alibi_bias", "attention.scale"), (0,)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (0,)),
+    **dict.fromkeys(("embedding_scale", "residual_scale", "logit_scale"), (0, 1)),
+    **dict.fromkeys(("rope.scaling.yarn_log_multiplier", "attention.temperature_scale"), (0,)),
+    **dict.fromkeys(("rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor"), (1,)),
+}
 
 
 def _family(file: GgufFile) -> Family:
@@ -59,10 +68,29 @@ def _option(file: GgufFile, family: Family, key: Key) -> Any:
     return file.size(name, key.default) if key.kind is int else file.number(name, key.default)
 
 
+def _check_passed_over(file: GgufFile, family: Family, context: int) -> None:
+    """Make sure that a file says nothing that mlx-lm's class of its family does not compute."""
+    arch, known = family.gguf, {key.name for key in family.keys}
+    for name, harmless in _PASSED_OVER.items():
+        value = None if name in known else file.get(f"{arch}.{name}", (float, int))
+        if value is not None and value not in harmless:
+            raise file.bad(f"its {arch}.{name} is {value:g}, which mlx-lm does not compute")
+    window = file.get(f"{arch}.attention.sliding_window", int, 0)
+    # OLMo 3's files are called OLMo 2.
+    if 0 < window < context and "attention.sliding_window" not in known:
+        raise file.bad(
+            f"some of its layers see {window} tokens only, and mlx-lm's {family.name} models have "
+            "no such layers; take an mlx-community conversion"
+        )
+    if file.get(f"{arch}.rope.scaling.finetuned", bool) is False and family.name == "granite":
+        raise file.bad("its layers turn no positions, and mlx-lm's granite models do")
+
+
 def _options(file: GgufFile, family: Family) -> dict[str, Any]:
     """What the metadata says of the model's configuration."""
     arch = family.gguf
     options = {key.option: _option(file, family, key) for key in (*COMMON, *family.keys)}
+    _check_passed_over(file, family, options["max_position_embeddings"])
     heads, hidden = options["num_attention_heads"], options["hidden_size"]
     options["num_key_value_heads"] = file.size(f"{arch}.attention.head_count_kv", heads)
     options["head_dim"] = file.size(f"{arch}.attention.key_length", hidden // heads)
@@ -128,9 +156,14 @@ def _rope_scaling(
     file: GgufFile, family: Family, config: dict[str, Any], rotary: int
 ) -> dict[str, Any] | None:
     before = f"{family.gguf}.rope.scaling"
+    # The second is its name in older files.
+    names = (f"{before}.factor", f"{family.gguf}.rope.scale_linear")
+    factors = [value for name in names if (value := file.get(name, float)) is not None]
+    factor = factors[0] if factors else None
+    # As llama.cpp has it: without a type a factor is of linear scaling.
     stored = rope_scaling.Stored(
-        kind=file.get(f"{before}.type", str, "none"),
-        factor=file.get(f"{before}.factor", float),
+        kind=file.get(f"{before}.type", str, "none" if factor in (None, 0, 1) else "linear"),
+        factor=factor,
         original=file.get(f"{before}.original_context_length", int),
         attention=file.get(f"{before}.attn_factor", float),
         beta_fast=file.get(f"{before}.yarn_beta_fast", float),

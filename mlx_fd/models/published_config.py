@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import importlib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,16 @@ _SYNONYMS = {
     "block_dim": "hidden_size",
 }
 _LAYER_NAMES = {"granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"}}
+# Entries that mlx-lm gives another value than transformers where they are missing: recurrences would
+# have steps of at least 0.001 that have none in the published model.
+_MISSING: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"time_step_limit": [0.0, math.inf]},
+}
+# Entries that a class passes over, with the one value for which it makes the published model.
+_PASSED_OVER: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("qwen2_moe", "deepseek", "deepseek_v2"), {"norm_topk_prob": False}),
+    "olmoe": {"clip_qkv": None},
+}
 # An entry that the weights' names may answer.
 _TIED = "tie_word_embeddings"
 _HEADS = ("lm_head", "output", "embed_out")
@@ -170,6 +181,7 @@ def as_mlx_lm_reads(
     if part.get(_TIED) is None and (answered or _TIED in required):
         part[_TIED] = not has_head
     _translate_names(part, fields, required)
+    _complete(part, file)
     _translate_rope(part, fields, file)
     _translate_period(part, fields, file)
     missing = [name for name in required if name not in part]
@@ -330,6 +342,21 @@ def _translate_names(part: dict[str, Any], fields: Sequence[str], required: Sequ
     types, names = part.get("layer_types"), _LAYER_NAMES.get(str(part.get("model_type")), {})
     if isinstance(types, list):
         part["layer_types"] = [names.get(kind, kind) for kind in types]
+
+
+def _complete(part: dict[str, Any], file: Path) -> None:
+    """Say what mlx-lm would take for granted otherwise, and refuse what it passes over."""
+    name = str(part.get("model_type"))
+    for entry, value in _MISSING.get(name, {}).items():
+        if part.get(entry) is None:
+            part[entry] = value
+    for entry, value in _PASSED_OVER.get(name, {}).items():
+        if part.get(entry) not in (None, value):
+            raise UserError(
+                f"{file}: {entry} is {part[entry]!r:.80}, which mlx-lm passes over for {name} "
+                "models: it would be another model than the published one; use a model of another "
+                "architecture"
+            )
 
 
 # ------------------------------------------------------------------------------------- positions

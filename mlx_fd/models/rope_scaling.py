@@ -231,6 +231,8 @@ def from_file(
         raise ValueError("the metadata entry rope.scaling.factor is missing")
     if kind in ("yarn", "longrope") and not stored.original:
         raise ValueError("the metadata entry rope.scaling.original_context_length is missing")
+    if kind != "longrope" and stored.attention not in (None, 1):
+        raise ValueError(f"mlx-lm has no rope.scaling.attn_factor ({stored.attention}) for {kind}")
     if kind == "linear":
         return {"type": "linear", "factor": stored.factor}
     if kind == "yarn":

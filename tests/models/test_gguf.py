@@ -223,6 +223,13 @@ def test_files_that_cannot_be_converted(tmp_path: Path) -> None:
         ("merges do not fit", {"change": {"tokenizer.ggml.merges": (["zz yy"], "array")}}),
         ("scaling of type dynamic", {"change": {"llama.rope.scaling.type": ("dynamic", "string")}}),
         ("scaling.factor is missing", {"change": {"llama.rope.scaling.type": ("yarn", "string")}}),
+        ("see 64 tokens", {"change": {"llama.attention.sliding_window": (64, "uint32")}}),
+        ("softcapping is 30", {"change": {"llama.final_logit_softcapping": (30.0, "float32")}}),
+        ("logit_scale is 0.25", {"change": {"llama.logit_scale": (0.25, "float32")}}),
+        (
+            "yarn_log_multiplier is 0.1",
+            {"change": {"llama.rope.scaling.yarn_log_multiplier": (0.1, "float32")}},
+        ),
     ]
     for message, options in cases:
         write_gguf(tmp_path / "m.gguf", **options)
@@ -235,6 +242,41 @@ def test_files_that_cannot_be_converted(tmp_path: Path) -> None:
         convert(tmp_path / "text.gguf", tmp_path / "out")
     with pytest.raises(UserError, match="cannot be read"):
         convert(tmp_path / "absent.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "factor"),
+    [
+        ({"llama.rope.scaling.factor": (4.0, "float32")}, 4.0),
+        ({"llama.rope.scale_linear": (4.0, "float32")}, 4.0),
+        ({"llama.rope.scaling.factor": (1.0, "float32")}, None),
+        # Its words for "not at all".
+        (
+            {
+                "llama.rope.scaling.factor": (4.0, "float32"),
+                "llama.rope.scaling.type": ("none", "string"),
+            },
+            None,
+        ),
+        (
+            {
+                "llama.attention.sliding_window": (512, "uint32"),
+                "llama.logit_scale": (1.0, "float32"),
+                "llama.rope.scaling.finetuned": (False, "bool"),
+            },
+            None,
+        ),
+    ],
+)
+def test_positions_are_scaled_where_llama_cpp_scales_them(
+    tmp_path: Path, change: dict[str, Any], factor: float | None
+) -> None:
+    """A factor without a type is of linear scaling, and once had another name."""
+    write_gguf(tmp_path / "m.gguf", change=change)
+    convert(tmp_path / "m.gguf", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    scaling = {"type": "linear", "factor": factor} if factor else None
+    assert config.get("rope_scaling") == scaling
 
 
 def converts_or_refuses(data: bytes, folder: Path, number: int) -> bool:

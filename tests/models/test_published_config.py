@@ -16,6 +16,7 @@ import transformers
 
 from support import tiny
 from support.any_model import SIZES, build, edit_config, write_model
+from support.architectures import config_of
 
 import mlx.core as mx  # isort: skip
 import mlx_lm  # isort: skip
@@ -316,6 +317,28 @@ def test_infinities_are_numbers() -> None:
     assert as_mlx_lm_reads(config, HERE)["limit"] == [0.0, float("inf")]
 
 
+@pytest.mark.parametrize("said", [{}, {"time_step_limit": [0.01, 10.0]}])
+def test_granite_4s_recurrence_has_the_published_steps(said: dict[str, Any]) -> None:
+    """Where config.json leaves the limit out, mlx-lm alone takes 0.001 to 100."""
+    config = {**config_of("granitemoehybrid"), **said}
+    assert "time_step_limit" not in config_of("granitemoehybrid")
+    blocks = build(as_mlx_lm_reads(config, HERE)).layers
+    limits = {tuple(block.mamba.time_step_limit) for block in blocks if "mamba" in block}
+    assert limits == {tuple(said.get("time_step_limit", (0.0, float("inf"))))}
+
+
+@pytest.mark.parametrize(
+    ("name", "act"), [("gemma", "gelu"), ("gemma2", "gelu_pytorch_tanh"), ("gpt_oss", "silu")]
+)
+def test_an_activation_of_the_published_name_is_taken(name: str, act: str) -> None:
+    """Two forms of GELU are one; that of gpt-oss is its own, whatever its config.json calls it."""
+    config = as_mlx_lm_reads({**config_of(name), "hidden_act": act}, HERE)
+    model = build(config)
+    names = [key for key, _ in model.named_modules()]
+    check_model(model, config, HERE)
+    assert [key for key, _ in model.named_modules()] == names
+
+
 @pytest.mark.parametrize(
     ("types", "period"), [(["s", "s", "f"] * 2, 3), (["s", "f"] * 3, 2), (["f"] * 6, 1)]
 )
@@ -411,6 +434,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "layer_types": ["recurrent", "recurrent", "attention", "recurrent"],
         },
         r"whose layer 1 keeps a RotatingKVCache and an earlier one of its type a ArraysCache",
+    ),
+    "another activation": (
+        {"model_type": "llama", "hidden_act": "relu"},
+        r"llama model with the activation silu, and the configuration says 'relu'",
+    ),
+    "another activation of experts": (
+        {
+            **{"model_type": "qwen3_moe", "rope_theta": 1e6, "hidden_act": "gelu"},
+            **{**SOME_EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": []},
+            **{"norm_topk_prob": True, "tie_word_embeddings": True},
+        },
+        r"with the activation silu, and the configuration says 'gelu'",
+    ),
+    "experts' weights that the class does not normalise": (
+        {"model_type": "qwen2_moe", "norm_topk_prob": True},
+        "norm_topk_prob is True, which mlx-lm passes over for qwen2_moe",
+    ),
+    "queries that the class does not clip": (
+        {"model_type": "olmoe", "clip_qkv": 8.0},
+        "clip_qkv is 8.0, which mlx-lm passes over for olmoe",
     ),
     "no such architecture": ({"model_type": "nonesuch"}, "no architecture 'nonesuch'"),
     "no model_type": ({}, "has no model_type"),

@@ -79,6 +79,8 @@ def test_longrope_may_be_said_by_its_tables_alone():
             "unexpected shape",
         ),
         ("llama", {"kind": "linear"}, "factor is missing"),
+        ("llama", {"kind": "linear", "factor": 2.0, "attention": 1.2}, "no rope.scaling.attn_fac"),
+        ("llama", {"attention": 1.2}, "attn_factor .1.2. for default"),
         ("llama", {"kind": "yarn", "factor": 4.0}, "original_context_length is missing"),
         ("llama", {"tables": {rope.FREQS: FACTORS}}, "not Llama 3's"),
         ("gemma3_text", {"kind": "yarn", "factor": 4.0, "original": 64}, "of type yarn"),
