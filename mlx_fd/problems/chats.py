@@ -47,7 +47,7 @@ def read(messages: Sequence[Any], reply: Any = None) -> tuple[str, str | None]:
 
 def _turn(message: Any) -> tuple[str, str]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ValueError("'messages' are not of 'role' and 'content'")
+        raise ValueError("a list that is no chat: its messages are not of 'role' and 'content'")
     role = message["role"].lower()
     if message.get("tool_calls") or role not in (*_SAID, *_INSTRUCTIONS):
         raise ValueError(f"has a message of a tool ({role!r}); mlx-fd reads text only")

@@ -347,7 +347,7 @@ def _json_reason(error: Exception) -> str:
 
 
 def _csv(path: Path, text: str, columns: tuple[tuple[str, str], ...]) -> Iterator[SourceRow]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
     header: list[str] | None = None
     while True:
         begin = reader.line_num + 1
@@ -376,6 +376,12 @@ def _csv(path: Path, text: str, columns: tuple[tuple[str, str], ...]) -> Iterato
             yield f"{path}:{begin}", dict(zip(header, cells, strict=True))
         else:
             yield f"{path}:{begin}", f"{len(cells)} cells, but the header has {len(header)}"
+
+
+def _delimiter(text: str) -> str:
+    """What stands between the cells: a comma, or what a spreadsheet wrote into the header."""
+    header = text.lstrip().partition("\n")[0]
+    return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 def _read(
@@ -411,7 +417,8 @@ def _read(
     as_kind = f" with answers of the kind {found.kind}" if reading.kind != found.kind else ""
     raise UserError(
         f"{name}: {len(bad)} of {len(bad) + len(problems)} rows cannot be read{as_kind}:\n"
-        f"  {first}\nCorrect them, or skip them with --skip-bad-rows ({_COLUMNS})"
+        f"  {first}\nCorrect them, skip them with --skip-bad-rows, or choose another --answer-kind "
+        f"({_COLUMNS})"
     )
 
 

@@ -2,22 +2,23 @@
 
 What a row holds is told by its columns' names, in any case and with the names that the published
 sets use; chats are :mod:`mlx_fd.problems.chats`. What kind of answers they are is told by all rows
-together, since one row with ``12`` says nothing. Whatever stands in a row and would be left out,
-such as an image or a passage in an unknown column of a question that needs it, is refused; and a
-number is never pulled out of a formula.
+together, since one row with ``12`` says nothing. An image is refused, a column that is not known
+is named, and a number is never pulled out of a formula.
 """
 
 from __future__ import annotations
 
+import ast
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.problems import Problem, chats, parsing
-from mlx_fd.problems.kinds import KINDS
+from mlx_fd.problems.kinds import KINDS, is_right, read_final
 from mlx_fd.problems.kinds.choice import LETTERS, listed
 from mlx_fd.problems.kinds.code import calls_check
 from mlx_fd.problems.kinds.text import MAX_TEXT
@@ -47,8 +48,9 @@ _ABOUT = frozenset(
     {
         "category", "dataset", "difficulty", "idx", "index", "instance", "lang", "language",
         "level", "license", "meta", "metadata", "prompt_id", "seed_task_id", "source", "split",
-        "subject", "tags", "task", "topic", "type", "uid", "unique_id",
-        "url",
+        "subject", "tags", "task", "topic", "type", "uid", "unique_id", "url",
+        # A row's number as pandas writes it.
+        "", "unnamed: 0",
     }
 )  # fmt: skip
 # Answers that stand for "there is none".
@@ -62,6 +64,7 @@ _FORMULA = re.compile(
 _BESIDE = frozenset(
     {"challenge_test_list", "entry_point", "messages", "test_imports", "test_setup_code"}
 )
+_CHOICE = re.compile(r"(?P<named>(?:option|choice)[ _]?)?(?P<letter>[a-z])")
 _OWN_LETTER = re.compile(r"\s*+\(?([A-Z])[).:]\s*+")
 
 
@@ -174,7 +177,7 @@ def problems_of(
                 raise ValueError(row)
             found = True
             absent -= row.keys()
-            others.update(dict.fromkeys(_others(row)))
+            others.update(dict.fromkeys(_others(row, named)))
             taken.append((where, place, _parts(row, named)))
         except ValueError as error:
             bad.append((place, BadRow(where, str(error))))
@@ -187,6 +190,8 @@ def problems_of(
         if kind == "none":
             _check_no_answer_is_missed(taken, unread)
     KINDS[kind].available()
+    if kind == "choice":
+        _check_places([row for _, _, row in taken])
     problems: list[Problem] = []
     seen: dict[str, str] = {}
     for where, place, parts in taken:
@@ -253,8 +258,8 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
     chat = _chat_of(row, by_name, asked, reply)
     if chat is not None:
         question, said = chats.read(chat, reply)
-        free = True
-        reply = said if reply is None or isinstance(reply, list) else reply
+        if said is not None and (reply is None or isinstance(reply, list)):
+            reply, free = said, True
     elif asked is None:
         raise ValueError("no 'question'")
     else:
@@ -262,12 +267,12 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
     context = column("context")
     if context is not None and str(row[context]).strip():
         question = f"{text_of(row, context, context).strip()}\n\n{question.strip()}"
-    choices, labels = _choices(row, column("choices"))
+    choices, labels = _choices(row, column("choices"), _choice_columns(row, reply))
     identity = column("id")
     number = None if identity is None else row[identity]
     if isinstance(number, bool | float | list | dict):
         raise ValueError(f"'id' is not text but {type(number).__name__}")
-    instance = row.get(by_name.get("instance", ""))
+    instance = _value(row, by_name, "instance")
     return _Row(
         question=question,
         choices=choices,
@@ -282,17 +287,22 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
     )
 
 
+def _value(row: Mapping[str, Any], by_name: Mapping[str, str], name: str) -> Any:
+    """What a column holds, whatever the case of its name; ``None`` where there is none."""
+    return row[by_name[name]] if name in by_name else None
+
+
 def _tests(row: Mapping[str, Any], by_name: Mapping[str, str], column: str | None) -> str:
     """The tests of a program, as what follows it; empty where there are none."""
     found = None if column is None else row[column]
     if isinstance(found, str) and "assert" in found:  # HumanEval
-        entry = row.get(by_name.get("entry_point", ""))
+        entry = _value(row, by_name, "entry_point")
         named = isinstance(entry, str) and entry.isidentifier() and "def check(" in found
         return f"{found.rstrip()}\n\ncheck({entry})" if named else found.rstrip()
     if not isinstance(found, list) or not all(isinstance(t, str) and "assert" in t for t in found):
         return ""
-    before = row.get(by_name.get("test_setup_code", "")) or ""
-    imports = row.get(by_name.get("test_imports", "")) or []
+    before = _value(row, by_name, "test_setup_code") or ""
+    imports = _value(row, by_name, "test_imports") or []
     lines = [before, *(imports if isinstance(imports, list) else [imports]), *found]
     return "\n".join(str(line).rstrip() for line in lines if line)
 
@@ -303,20 +313,23 @@ def _chat_of(
     """A row's chat: in its question, or in ``messages`` where it has no answer beside them."""
     if asked is not None and isinstance(row[asked], list):
         return list(row[asked])
-    messages = row.get(by_name.get("messages", ""))
-    if row.get(by_name.get("tools", "")):
+    messages = _value(row, by_name, "messages")
+    if _value(row, by_name, "tools"):
         raise ValueError("has tools; mlx-fd reads text only")
     if isinstance(messages, list) and messages and (asked is None or reply is None):
         return messages
     return None
 
 
-def _others(row: Mapping[str, Any]) -> list[str]:
+def _others(row: Mapping[str, Any], named: Mapping[str, str]) -> list[str]:
     """A row's columns that are not known, and that say something."""
-    known = {name for names in COLUMNS.values() for name in names} | _ABOUT | _BESIDE
     there = {
         name.strip().lower(): name for name, value in row.items() if value not in (None, "", [], {})
     }
+    found = [named["answer"]] if "answer" in named else [there.get(n) for n in COLUMNS["answer"]]
+    answer = next((row.get(name) for name in found if name is not None), None)
+    known = {name for names in COLUMNS.values() for name in names} | _ABOUT | _BESIDE
+    known |= {name.strip().lower() for name in _choice_columns(row, answer)}
     # Of several columns for the same thing one is read.
     second = {
         name
@@ -363,11 +376,46 @@ def question_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
     return text_of(row, asked, "question"), text_of({"answer": answer}, "answer", "answer")
 
 
-def _choices(row: Mapping[str, Any], column: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The choices of a row, and the labels that its answer may name them by."""
-    value = None if column is None else row[column]
-    if isinstance(value, str):
-        raise ValueError(f"{column!r} is not a list of choices but text")
+def _choice_columns(row: Mapping[str, Any], answer: Any) -> list[str]:
+    """The columns that have a choice each: ``option_a``, ... or, where a letter answers, ``A``."""
+    is_letter = isinstance(answer, str) and len(answer.strip()) == 1
+    by_letter: dict[str, str] = {}
+    for name, value in row.items():
+        match = _CHOICE.fullmatch(name.strip().lower())
+        if match and (match["named"] or is_letter) and value not in (None, ""):
+            by_letter.setdefault(match["letter"].upper(), name)
+    letters = list(itertools.takewhile(by_letter.__contains__, LETTERS))
+    return [by_letter[letter] for letter in letters] if len(letters) > 1 else []
+
+
+def _listed(text: str, column: str) -> Any:
+    """The choices of a list that is written as text, as CSV has it."""
+    try:
+        found = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        found = None
+    if not isinstance(found, list | tuple | dict):
+        raise ValueError(
+            f'{column!r} is not a list of choices but text; write ["red", "blue"], or a column '
+            "for each (option_a, option_b, ...)"
+        )
+    return found
+
+
+def _choices(
+    row: Mapping[str, Any], column: str | None, alone: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The choices of a row, and the labels that its answer may name them by.
+
+    Args:
+        row: its columns.
+        column: the one with all choices.
+        alone: those with one choice each, where there is no such column.
+    """
+    value = [row[name] for name in alone] if column is None else row[column]
+    column = column or (alone[0] if alone else "choices")
+    if isinstance(value, str) and value.strip():
+        value = _listed(value, column)
     labels: Sequence[Any] = ()
     if isinstance(value, Mapping):
         if set(value) >= {"text", "label"}:  # ARC, CommonsenseQA
@@ -418,7 +466,11 @@ def _own_kind(row: _Row) -> str:
     if row.choices:
         return "choice"
     answer = row.answer
-    if isinstance(answer, bool | list | tuple | Mapping):
+    if isinstance(answer, list | tuple):
+        found = {_own_kind(replace(row, answer=part)) for part in answer}
+        # Several right answers of one kind are of that kind.
+        return found.pop() if len(found) == 1 else "math" if "math" in found else "text"
+    if isinstance(answer, bool | Mapping):
         return "text"
     if isinstance(answer, int | float):
         return "number"
@@ -433,6 +485,20 @@ def _own_kind(row: _Row) -> str:
         return "math"
     # Longer ones are no replies to compare, word by word, with another.
     return "none" if row.free or len(text) > MAX_TEXT else "text"
+
+
+def _check_places(rows: Sequence[_Row]) -> None:
+    """Refuse places that count from 1: those that can be read would mean another choice."""
+    places = [
+        (row.answer, len(row.choices))
+        for row in rows
+        if row.choices and isinstance(row.answer, int) and not isinstance(row.answer, bool)
+    ]
+    if places and all(place > 0 for place, _ in places) and any(a == n for a, n in places):
+        raise UserError(
+            "the answers name choices by place, and seem to count from 1: none is 0, and one is as "
+            "large as the number of choices; count from 0, or write letters"
+        )
 
 
 def _problem(row: _Row, kind: str, default_id: str) -> Problem:
@@ -464,18 +530,24 @@ def _problem(row: _Row, kind: str, default_id: str) -> Problem:
     elif row.choices:
         raise ValueError(f"has choices, but its answers are read as {kind}")
     gold = KINDS[kind].gold(_checked(answer), row.choices)
-    # Of a float the shortest text that is this float.
-    solution = str(answer) if row.solution is None else row.solution
-    return Problem(
+    others = tuple(other for other in dict.fromkeys(also) if other != gold)
+    if kind == "choice" and others:
+        raise ValueError("'answer' names several choices; mlx-fd asks for one")
+    problem = Problem(
         id=row.id or default_id,
         question=question,
-        solution=solution,
+        # Of a float the shortest text that is this float.
+        solution=str(answer) if row.solution is None else row.solution,
         answer=gold,
         kind=kind,
         choices=row.choices,
-        also_right=tuple(other for other in dict.fromkeys(also) if other != gold),
+        also_right=others,
         published=parsing.gold_part(str(answer)),
     )
+    if row.solution is None and not is_right(read_final(problem.solution, problem), problem):
+        # An answer alone: models are to see it as replies end.
+        return replace(problem, solution=f"#### {gold}")
+    return problem
 
 
 def _program(row: _Row, default_id: str) -> Problem:

@@ -46,6 +46,12 @@ def math(answer, *also):
         (r"so $\boxed{\text{(D)}}$", "D"),
         ("The correct answer is B.", "B"),
         ("Answer: B", "B"),
+        ("The answer is B, because option A is a cat.", "B"),
+        ("I choose option B.", "B"),
+        ("Option B barks. Option A does not.", None),  # both are spoken of, and none is said
+        ("#### <B>", "B"),
+        ("#### $B$", "B"),
+        (r"so \boxed{\textbf{(B)}}", "B"),
         ("First I thought the answer is A. No, the answer is (C).", "C"),
         ("B", "B"),
         ("b.", "B"),
@@ -94,7 +100,14 @@ def test_what_is_no_choice_is_refused(answer):
         ("#### London", "Paris", False),
         ("#### Paris, France", "Paris", False),
         ("Paris", "Paris", False),  # nothing is marked as the answer
-        ("#### the", "the", False),
+        ("#### A", "A", True),  # a vitamin: what is an article alone stays
+        ("#### B", "A", False),
+        ("#### <Paris>", "Paris", True),  # the brackets of the prompt's <answer>
+        ("#### The answer is Paris.", "Paris", True),
+        (r"#### $\text{Paris}$", "Paris", True),
+        (r"so \boxed{\text{Paris}}", "Paris", True),
+        ("<think>\n#### London\n</think>\n\n#### Paris", "Paris", True),
+        (r"<think>\n\boxed{Paris}\n</think>\n\nWho knows?", "Paris", False),
         ("first #### London\nno: #### Paris\nBye.", "Paris", True),
     ],
 )
@@ -112,7 +125,7 @@ def test_several_references_are_right():
 def test_token_f1_by_hand():
     # two of three words and two of two
     assert token_f1("the big red dog", "red dog") == pytest.approx(2 * 2 / (3 + 2))
-    assert token_f1("cat", "dog") == 0 and token_f1("", "the") == 1
+    assert token_f1("cat", "dog") == 0 and token_f1("", ".") == 1
 
 
 @given(st.text(max_size=60))

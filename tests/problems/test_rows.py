@@ -6,6 +6,7 @@ import pytest
 
 from mlx_fd.errors import UserError
 from mlx_fd.problems import load
+from mlx_fd.problems.kinds import is_right, read_final
 
 CHOICES = ["red", "blue", "green", "white"]
 
@@ -201,6 +202,7 @@ def test_a_kind_can_be_chosen(tmp_path):
     ("choices", "reason"),
     [
         ("red or blue", "'choices' is not a list of choices but text"),
+        ("[1,", r"write \[\"red\", \"blue\"\], or a column for each"),
         (["red", ""], "'choices' has an empty choice"),
         ({"text": ["a", "b"], "label": ["A"]}, "2 choices, but 1 labels"),
     ],
@@ -208,6 +210,90 @@ def test_a_kind_can_be_chosen(tmp_path):
 def test_odd_choices_are_refused(tmp_path, choices, reason):
     with pytest.raises(UserError, match=reason):
         only(tmp_path, {"question": "?", "choices": choices, "answer": 0})
+
+
+@pytest.mark.parametrize(
+    ("header", "cells"),
+    [
+        ("question,A,B,C,answer", "Which?,red,blue,white,B"),
+        ("question,option_a,option_b,option_c,answer", "Which?,red,blue,white,blue"),
+        ("question,Choice A,Choice B,Choice C,answerKey", "Which?,red,blue,white,B"),
+        ("question,choices,answer", 'Which?,"[""red"", ""blue"", ""white""]",B'),
+        ("question,options,answer", "Which?,\"['red', 'blue', 'white']\",B"),
+    ],
+)
+def test_choices_of_a_table(tmp_path, header, cells):
+    (tmp_path / "p.csv").write_text(f"{header}\n{cells}\n")
+    found = load(str(tmp_path / "p.csv"))
+    (problem,) = found.problems
+    assert (problem.kind, problem.answer, found.unread) == ("choice", "B", ())
+    assert problem.question == "Which?\nA. red\nB. blue\nC. white"
+
+
+def test_columns_of_letters_are_no_choices_where_no_letter_answers(tmp_path):
+    row = {"question": "a + b?", "a": 3, "b": 5, "answer": 8}
+    (problem,) = only(tmp_path, row)
+    assert (problem.kind, problem.choices) == ("number", ())
+
+
+@pytest.mark.parametrize(
+    ("header", "question"),
+    [(",question,answer", "0,How many?,5"), ("Unnamed: 0,question,answer", "0,How many?,5"),
+     ("question;answer", "How many?;5"), ("question\tanswer", "How many?\t5")],
+)  # fmt: skip
+def test_tables_as_pandas_and_spreadsheets_write_them(tmp_path, header, question):
+    (tmp_path / "p.csv").write_text(f"{header}\n{question}\n")
+    found = load(str(tmp_path / "p.csv"))
+    (problem,) = found.problems
+    assert (problem.question, problem.answer, found.unread) == ("How many?", "5", ())
+
+
+def test_an_answer_beside_a_chat_is_gold(tmp_path):
+    asked = [{"role": "user", "content": "The capital of Italy?"}]
+    reply = {"role": "assistant", "content": "That would be Rome."}
+    (one,) = only(tmp_path, {"prompt": asked, "answer": "Rome"})
+    (two,) = only(tmp_path, {"messages": [*asked, reply], "answer": "Rome"})
+    assert {(p.kind, p.answer) for p in (one, two)} == {("text", "Rome")}
+    with pytest.raises(UserError, match="'reward_model'; name what they are"):
+        only(tmp_path, {"prompt": asked, "reward_model": {"ground_truth": "Rome"}})
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind", "right"),
+    [
+        (["5", 5.5], "number", "11/2"),
+        ([r"2\sqrt{3}", "3"], "math", "3"),
+        (["5", "five"], "text", "five"),
+    ],
+)
+def test_a_list_of_answers_is_of_their_kind_and_each_is_right(tmp_path, answers, kind, right):
+    (problem,) = only(tmp_path, {"question": "?", "answer": answers})
+    assert problem.kind == kind
+    assert is_right(right, problem)
+
+
+def test_choices_counted_from_one_are_refused_even_with_bad_rows_skipped(tmp_path):
+    rows = [{"question": "?", "choices": CHOICES, "answer": place} for place in (1, 4, 2)]
+    with pytest.raises(UserError, match="seem to count from 1"):
+        only(tmp_path, *rows, skip_bad_rows=True)
+    with pytest.raises(UserError, match="'answer' names several choices"):
+        only(tmp_path, {"question": "?", "choices": CHOICES, "answer": ["A", "C"]})
+
+
+@pytest.mark.parametrize(
+    ("row", "solution"),
+    [
+        ({"choices": ["up", "down"], "answer": 1}, "#### B"),
+        ({"choices": {"text": ["up", "down"], "label": ["1", "2"]}, "answer": "2"}, "#### B"),
+        ({"choices": ["up", "down"], "answer": "B"}, "B"),
+        ({"answer": "Ann"}, "#### Ann"),
+        ({"answer": "48"}, "48"),
+    ],
+)
+def test_an_answer_alone_is_a_solution_that_ends_as_replies_do(tmp_path, row, solution):
+    (problem,) = only(tmp_path, {"question": "?", **row})
+    assert problem.solution == solution
+    assert is_right(read_final(problem.solution, problem), problem)
 
 
 @pytest.mark.parametrize("answer", ["8.5", "8.50", 8.5])

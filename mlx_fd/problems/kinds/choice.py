@@ -17,13 +17,15 @@ from mlx_fd.problems.thoughts import without_thoughts
 LETTERS = string.ascii_uppercase
 # A letter by itself: "B", "(b)", "**B**", "B.", "B) the second", "Answer: B", "option B".
 _LETTER = re.compile(
-    r"[\s*_`\"'(\[{$\\]*+(?:(?:the|correct|final|right|answer|option|choice|is)\b[\s:*_`(]*+){0,6}"
-    r"(?:text\{\(?)?([A-Za-z])(?![A-Za-z0-9'])",
+    r"[\s*_`\"'(\[{<$\\]*+(?:(?:the|correct|final|right|answer|option|choice|is)\b[\s:*_`(]*+){0,6}"
+    r"(?:(?:text|math)(?:bf|rm)?\{\(?)?([A-Za-z])(?![A-Za-z0-9'])",
     re.IGNORECASE,
 )
-_SAID = re.compile(
-    r"\b(?:answer|choice|option)\b(?:\s+is\b)?[\s:*_`\"'(\[]{0,12}+([A-Z])(?![A-Za-z0-9'])"
-)
+_WORD = r"\b(?i:answer|choice|option)\b"
+_BEGIN, _END = r"[\s:*_`\"'(\[$]{0,12}+", r"([A-Z])(?![A-Za-z0-9'])"
+_SAID = re.compile(rf"{_WORD}(?:\s++is\b|\s*+:){_BEGIN}{_END}")
+# One that is spoken of, be it right or wrong.
+_NAMED = re.compile(rf"{_WORD}{_BEGIN}{_END}")
 
 
 def listed(question: str, choices: Sequence[str]) -> str:
@@ -56,7 +58,7 @@ def letter_of(text: str, choices: Sequence[str]) -> str | None:
     if match is None or match[1].upper() not in valid:
         return None
     # "A dog" begins with an article, "A. a dog" with a letter: what follows must be the choice.
-    letter, rest = match[1].upper(), normal(text[match.end() :])
+    letter, rest = match[1].upper(), normal(text[match.end() :].strip(" $>})"))
     choice = normal(choices[valid.index(letter)])
     fits = not rest or rest == choice or choice.startswith(rest) or rest.startswith(choice)
     return letter if fits or text[match.end() : match.end() + 1] in ".):*" else None
@@ -67,8 +69,12 @@ def _read(text: str, problem: Problem, how: str) -> str | None:
     for piece in (after_mark(text), boxed(text)):
         if piece is not None and (letter := letter_of(piece, problem.choices)):
             return letter
-    said = [letter for letter in _SAID.findall(text) if letter in LETTERS[: len(problem.choices)]]
-    return said[-1] if said else letter_of(text, problem.choices)
+    valid = LETTERS[: len(problem.choices)]
+    said: list[str] = [letter for letter in _SAID.findall(text) if letter in valid]
+    if said:
+        return said[-1]
+    named: set[str] = {letter for letter in _NAMED.findall(text) if letter in valid}
+    return named.pop() if len(named) == 1 else letter_of(text, problem.choices)
 
 
 def _gold(answer: Any, choices: tuple[str, ...]) -> str:
@@ -80,7 +86,8 @@ def _gold(answer: Any, choices: tuple[str, ...]) -> str:
         letter = letter_of(((after_mark(text) or "") if "####" in text else text).strip(), choices)
     if letter is None:
         raise ValueError(
-            f"'answer' is none of the {len(choices)} choices, by letter, text or index"
+            f"'answer' is none of the {len(choices)} choices, by letter, text or, as an integer, "
+            "by its place from 0"
         )
     return letter
 

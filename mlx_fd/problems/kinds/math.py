@@ -16,6 +16,7 @@ from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import AnswerKind, register_kind
 from mlx_fd.problems.parsing import after_mark, boxed, gold_part
 from mlx_fd.problems.prompts import Form
+from mlx_fd.problems.thoughts import without_thoughts
 
 _LONGEST = 300  # characters
 _SPACE = re.compile(r"\\[,!;: ]|[ \t\n]|\\left(?![a-z])|\\right(?![a-z])")
@@ -37,7 +38,7 @@ def written(text: str) -> str:
 
 
 def _read(text: str, problem: Problem, how: str) -> str | None:
-    for piece in (after_mark(text), boxed(text)):
+    for piece in (after_mark(text), boxed(without_thoughts(text))):
         if piece is not None and len(piece) <= _LONGEST:
             inner = boxed(piece)
             return written(piece if inner is None else inner) or None

@@ -31,7 +31,7 @@ register_kind(
         order=10,
         form=NUMBER,
         read=_read,
-        same=lambda final, problem: final == problem.answer,
+        same=lambda final, problem: final in (problem.answer, *problem.also_right),
         gold=_gold,
     )
 )

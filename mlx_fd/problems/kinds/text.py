@@ -12,19 +12,25 @@ from typing import Any
 
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import AnswerKind, register_kind
-from mlx_fd.problems.parsing import after_mark
+from mlx_fd.problems.parsing import after_mark, boxed
 from mlx_fd.problems.prompts import Form
+from mlx_fd.problems.thoughts import without_thoughts
 
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+_TEX = re.compile(r"\\(?:boxed|fbox|(?:text|math)(?:bf|rm)?)\{([^{}]*+)\}")
+_LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is\b|:)[ *]*+", re.IGNORECASE)
 MAX_TEXT = 300
 """Characters of an answer; a reply that runs on is none."""
 
 
 def normal(text: str) -> str:
-    """A text without case, punctuation, articles and superfluous spaces."""
+    """A text without case, punctuation, articles and superfluous spaces.
+
+    A text of articles alone keeps them: ``A`` may be a vitamin, or a choice.
+    """
     text = unicodedata.normalize("NFKC", text).casefold()
-    kept = ("" if unicodedata.category(char)[0] == "P" else char for char in text)
-    return " ".join(_ARTICLE.sub(" ", "".join(kept)).split())
+    kept = "".join("" if unicodedata.category(char)[0] == "P" else char for char in text)
+    return " ".join((_ARTICLE.sub(" ", kept).split()) or kept.split())
 
 
 def token_f1(final: str, gold: str) -> float:
@@ -37,8 +43,10 @@ def token_f1(final: str, gold: str) -> float:
 
 
 def _read(text: str, problem: Problem, how: str) -> str | None:
-    final = after_mark(text)
-    return normal(final) or None if final is not None and len(final) <= MAX_TEXT else None
+    for piece in (after_mark(text), boxed(without_thoughts(text))):
+        if piece is not None and len(piece) <= MAX_TEXT:
+            return normal(_LEAD.sub("", _TEX.sub(r"\1", piece).strip(" *$<>"))) or None
+    return None
 
 
 def _gold(answer: Any, choices: tuple[str, ...]) -> str:
