@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_fd.export.chat import JINJA, reply_opening, template_arguments, template_note
+from mlx_fd.export.chat import reply_opening, template_arguments, template_note
 from mlx_fd.export.gguf_file import Written
 from mlx_fd.export.guide import how_to_compare
 from mlx_fd.export.verify import Agreement
 from mlx_fd.models.aliases import SMOLLM2, TINY, TINY_BASE, TINY_STUDENT
+from mlx_fd.models.loading import TEMPLATE_FILE
 from mlx_fd.problems import prompts
 from mlx_fd.registry import FORMATS
 from mlx_fd.runs.labels import EXAM_NAMES
@@ -323,7 +324,7 @@ def mlx_score_code(source: Source, form: Form, student: Student) -> str:
         if form.adapter:
             own_template = (
                 "import pathlib\n"
-                f'if (path := pathlib.Path("{JINJA}")).exists():\n'
+                f'if (path := pathlib.Path("{TEMPLATE_FILE}")).exists():\n'
                 "    tokenizer.chat_template = path.read_text()\n"
             )
     rendered = f"ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True{further})\n"

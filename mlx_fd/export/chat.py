@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from pathlib import Path
@@ -10,13 +11,18 @@ from typing import Any
 from mlx_fd.feedback.judge import ModelRef
 from mlx_fd.files import write_json
 from mlx_fd.models.chat_template import ChatTemplate
-from mlx_fd.models.loading import open_tokenizer, read_end_tokens, template_of
+from mlx_fd.models.loading import (
+    TEMPLATE_FILE,
+    open_tokenizer,
+    read_end_tokens,
+    template_of,
+)
 from mlx_fd.models.published_config import read_config
 from mlx_fd.models.storage import read_json
+from mlx_fd.models.student import ADAPTER_CONFIG
 from mlx_fd.models.template_sandbox import CLOCK
 from mlx_fd.models.thinking import find
 
-JINJA = "chat_template.jinja"
 _TOKENIZER = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 _OTHER = "chat_template.json"
@@ -34,25 +40,52 @@ def carry_template(template: ChatTemplate, base: Path, folder: Path) -> None:
         base: the directory of its base model.
         folder: an export: a whole directory that mlx-lm opens, where the template is put into the
             tokenizer's files; or an adapter, which has none, where ``chat_template.jinja`` stands
-            beside it if the base's template is another. (A GGUF file has its own metadata.)
+            beside it if the base's template is another; what else the base has otherwise is set in
+            it, and the tokens that end a turn are in mlx-lm's adapter_config.json. (A GGUF file has
+            its own metadata.)
 
     Raises:
         UserError: a tokenizer cannot be opened.
     """
     if (folder / _TOKENIZER).exists():
-        if _differs(template, folder):
+        if _differs(template, _template_of(folder)):
             _write(template, folder)
-    elif (folder / "adapter_config.json").exists() and _differs(template, base):
-        (folder / JINJA).write_text(template.source, encoding="utf-8")
+    elif (folder / ADAPTER_CONFIG).exists() and _differs(template, own := _template_of(base)):
+        (folder / TEMPLATE_FILE).write_text(_bound(template, own), encoding="utf-8")
+        config = read_json(folder / ADAPTER_CONFIG)
+        if "fine_tune_type" in config and template.end_tokens != own.end_tokens:
+            ends = {"eos_token_id": list(template.end_tokens)}
+            write_json(folder / ADAPTER_CONFIG, {**config, **ends})
 
 
-def _differs(template: ChatTemplate, folder: Path) -> bool:
-    """Whether a directory's own template, special tokens or end tokens are others."""
+def _template_of(folder: Path) -> ChatTemplate:
+    """A directory's own template; its source is what its tokenizer has."""
     tokenizer, _ = open_tokenizer(folder, read_end_tokens(folder))
     own = template_of(tokenizer, folder)
-    found = (tokenizer.chat_template, own.end_tokens)
-    special = {name: own.special_tokens.get(name) for name in template.special_tokens}
-    return found != (template.source, template.end_tokens) or special != template.special_tokens
+    return dataclasses.replace(own, source=tokenizer.chat_template)
+
+
+def _differs(template: ChatTemplate, own: ChatTemplate) -> bool:
+    """Whether a directory's own template, special tokens or end tokens are others."""
+    return (own.source, own.end_tokens) != (template.source, template.end_tokens) or bool(
+        _other_tokens(template, own)
+    )
+
+
+def _other_tokens(template: ChatTemplate, own: ChatTemplate) -> dict[str, str]:
+    """The special tokens of a template that are none of another's, by their names."""
+    named = template.special_tokens.items()
+    return {name: token for name, token in named if own.special_tokens.get(name) != token}
+
+
+def _bound(template: ChatTemplate, own: ChatTemplate) -> str:
+    """A template's source that writes the same with the special tokens of another's tokenizer."""
+    lines = [
+        f"{{% set {name} = {json.dumps(token, ensure_ascii=False)} %}}\n"
+        for name, token in _other_tokens(template, own).items()
+        if template.knows(name)
+    ]
+    return "".join((*lines, template.source))
 
 
 def _write(template: ChatTemplate, folder: Path) -> None:
@@ -63,8 +96,8 @@ def _write(template: ChatTemplate, folder: Path) -> None:
                 content["chat_template"] = template.source
             write_json(folder / name, content)
     (folder / _OTHER).unlink(missing_ok=True)
-    if (folder / JINJA).exists():  # it counts for more
-        (folder / JINJA).write_text(template.source, encoding="utf-8")
+    if (folder / TEMPLATE_FILE).exists():  # it counts for more
+        (folder / TEMPLATE_FILE).write_text(template.source, encoding="utf-8")
     ends = list(template.end_tokens)
     for name in _CONFIGS:
         if ends and (folder / name).exists():
@@ -113,11 +146,17 @@ def template_note(ref: ModelRef, folder: Path) -> str:
             f"It was trained without thoughts: append `{json.dumps(opening)}` to what the chat "
             "template writes."
         )
-    if (folder / JINJA).exists() and not (folder / _TOKENIZER).exists():
+    if (folder / TEMPLATE_FILE).exists() and not (folder / _TOKENIZER).exists():
         lines.append(
-            f"`{JINJA}` is the chat template that the student was trained with; its base has "
-            f'another: `tokenizer.chat_template = open("{JINJA}").read()`.'
+            f"`{TEMPLATE_FILE}` is the chat template that the student was trained with; its base "
+            f'has another: `tokenizer.chat_template = open("{TEMPLATE_FILE}").read()`.'
         )
+        own = _template_of(ref.model).end_tokens
+        if template.end_tokens != own:
+            lines.append(
+                f"Its turns end with the tokens {list(template.end_tokens)}, and its base's with "
+                f"{list(own)}: stop at the first ones, too."
+            )
     if template.kwargs:
         given = json.dumps(template.kwargs)
         lines.append(

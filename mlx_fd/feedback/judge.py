@@ -19,7 +19,14 @@ from mlx_fd.models.context import Surroundings, context_length, too_long
 from mlx_fd.models.conversation import Conversation, prefill, without_repeated_eos
 from mlx_fd.models.directory import blaming
 from mlx_fd.models.generation import replied, said
-from mlx_fd.models.loading import Loaded, check_can_think, load, open_template, with_thinking
+from mlx_fd.models.loading import (
+    Loaded,
+    check_can_think,
+    load,
+    open_template,
+    template_beside,
+    with_thinking,
+)
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import (
@@ -115,7 +122,8 @@ def _locate_adapter(name: str, adapter: Path) -> ModelRef:
         )
     folder = adapter.resolve()
     if not runs.is_run(folder.parents[1]):
-        return ModelRef(resolve(name or adapter_base(folder)), adapter=folder)
+        base = resolve(name or adapter_base(folder))
+        return ModelRef(base, adapter=folder, template=template_beside(folder, base))
     ref = _locate(str(folder))
     if name and resolve(name) != ref.model:
         raise UserError(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # Share of the free memory that float32 weights may take; generation and training need the rest.
 _WEIGHT_SHARE = 0.5
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,33 @@ def open_template(
             f"{path} has no chat template: an Instruct model is needed, not a base model"
         )
     return template
+
+
+def template_beside(adapter: Path, model: Path) -> ChatTemplate | None:
+    """The chat template that an adapter's directory has for it; ``None``: it has none.
+
+    An exported adapter has one where its student was trained with another than its base's, and the
+    tokens that end a turn in its adapter_config.json.
+
+    Args:
+        adapter: the adapter's directory.
+        model: its base's, whose tokens the template is written in.
+
+    Raises:
+        UserError: as :func:`open_template`.
+    """
+    file = adapter / TEMPLATE_FILE
+    if not file.exists():
+        return None
+    check_files(adapter)
+    tokenizer, _ = open_tokenizer(model, read_end_tokens(model))
+    with blaming(f"{file}: cannot be read"):
+        source = file.read_text(encoding="utf-8")
+    own = template_of(tokenizer, model)
+    ends = read_json(adapter / "adapter_config.json").get("eos_token_id")
+    if isinstance(ends, list) and ends and all(type(one) is int for one in ends):
+        own = dataclasses.replace(own, end_tokens=tuple(ends))
+    return fitted(dataclasses.replace(own, source=source, owner=str(file)))
 
 
 def _token_count(path: Path, tokenizer: TokenizerWrapper) -> int:

@@ -38,14 +38,14 @@ _SYNONYMS = {
     "block_dim": "hidden_size",
 }
 _LAYER_NAMES = {"granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"}}
-# Entries that mlx-lm gives another value than transformers where they are missing: recurrences would
-# have steps of at least 0.001 that have none in the published model.
+# Entries that mlx-lm gives another value than transformers where they are missing: recurrences
+# would have steps of at least 0.001, of which the published model knows nothing.
 _MISSING: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"time_step_limit": [0.0, math.inf]},
 }
 # Entries that a class passes over, with the one value for which it makes the published model.
 _PASSED_OVER: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("qwen2_moe", "deepseek", "deepseek_v2"), {"norm_topk_prob": False}),
+    **{name: {"norm_topk_prob": False} for name in ("qwen2_moe", "deepseek", "deepseek_v2")},
     "olmoe": {"clip_qkv": None},
 }
 # An entry that the weights' names may answer.

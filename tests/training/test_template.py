@@ -196,8 +196,19 @@ def test_an_adapter_has_the_trained_template_beside_it(
 ) -> None:
     form = Form(format="mlx", adapter=True, parity_problems=0)
     done = export(str(run), tmp_path / "out", form, progress=lambda *_: None)
-    assert (done.folder / "chat_template.jinja").read_text() == DATED
-    assert "its base has another" in (done.folder / "README.md").read_text()
+    template = (done.folder / "chat_template.jinja").read_text()
+    # Its base's tokenizer begins no text with that.
+    assert template == '{% set bos_token = "<|im_start|>" %}\n' + DATED
+    card = (done.folder / "README.md").read_text()
+    assert "its base has another" in card and "end with the tokens [399], and its base's" in card
+    # And whoever puts the adapter on its base again writes with it.
+    ref = locate_model("", done.folder)
+    assert ref.template is not None and ref.template.end_tokens == (399,)
+    asked = ref.template.with_kwargs(style="Be brief").render(["Hi"])
+    assert asked == PROMPT.replace("28 November 2026", "26 July 2024")
+    (done.folder / "chat_template.jinja").write_text("{{ messages[0]['role'] }}")
+    with pytest.raises(UserError, match=r"chat_template\.jinja: its chat template leaves out"):
+        locate_model("", done.folder)
 
 
 def test_a_template_that_was_changed_in_the_manifest_is_refused(run: Path, tmp_path: Path) -> None:
