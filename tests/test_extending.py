@@ -359,7 +359,7 @@ def test_a_source_that_knows_the_truth_criticises_and_is_judged(added):
     truth = sources.truth_about(problem)
     assert truth is sources.truth_of("sums")
     assert sources.truth_about(problems.load("gsm8k", "test").problems[0]) is None
-    assert sources.names_with_truth() == "arithmetic or sums"
+    assert sources.names_with_truth() == "arithmetic or arithmetic-hard or sums"
     for answer, error in ((problem.solution, 0), ("#### 7", 1)):
         assert truth.judge(problem, answer).first_error == error
         # The same reading of feedback as for all other sources.
@@ -377,7 +377,9 @@ def test_a_source_that_knows_the_truth_criticises_and_is_judged(added):
 
     given = {"critic": "truth", "method": "custom", "student": "tiny-student", "gate": "always"}
     check_combination(override(Config(), {**given, "problems": "sums"}, "test"))
-    with pytest.raises(UserError, match="for --problems arithmetic or sums only"):
+    with pytest.raises(
+        UserError, match="for --problems arithmetic or arithmetic-hard or sums only"
+    ):
         check_combination(override(Config(), {**given, "problems": "gsm8k"}, "test"))
     target = open_target("tiny-student", None)
     sets = suites.make_sets(target, suites.Options(problems="sums", limit=4))

@@ -5,7 +5,7 @@ what a right feedback says. All numbers are below 100 and every step is one calc
 
 The splits cannot overlap: a problem is in train, validation or test by the hash of its question,
 and the problems of ``transfer`` begin with numbers, and are told in sentences, that the other
-splits do not have.
+splits do not have. Problems that are ``hard`` have more calculations.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mlx_fd.problems.prompts import Feedback
 SPLITS = ("train", "validation", "test", "transfer")
 SIZES = {"train": 4000, "validation": 500, "test": 500, "transfer": 500}
 MAX_STEPS = 4
+HARD, HARD_STEPS = "arithmetic-hard", (3, 4, 5, 6)
 MOST = 99
 
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Leo", "Zoe", "Max", "Eva")
@@ -166,7 +167,7 @@ def exercise(rng: random.Random, *, steps: int | None = None, transfer: bool = F
 
     Args:
         rng: where the draws come from.
-        steps: the difficulty, 1 to 4 calculations; ``None``: drawn too.
+        steps: the difficulty, in calculations; ``None``: 1 to 4, drawn too.
         transfer: numbers to begin with, and sentences, that are held out.
     """
     phrases = _TRANSFER if transfer else _IN_DOMAIN
@@ -210,16 +211,22 @@ def split_of(question: str) -> str:
     return SPLITS[1 + digit] if digit < 2 else SPLITS[0]
 
 
-def exercises(split: str, seed: int) -> Iterator[Exercise]:
+def exercises(split: str, seed: int, *, steps: tuple[int, ...] = ()) -> Iterator[Exercise]:
     """Endless problems of a split, the same for the same seed; some may come twice.
+
+    Args:
+        split: one of :data:`SPLITS`.
+        seed: of the draws.
+        steps: numbers of calculations, each as likely; none: 1 to 4.
 
     Raises:
         UserError: there is no such split.
     """
     _check_split(split)
-    rng = random.Random(f"{split}/{seed}")
+    rng = random.Random(f"{'hard/' if steps else ''}{split}/{seed}")
     while True:
-        drawn = exercise(rng, transfer=split == "transfer")
+        wanted = rng.choice(steps) if steps else None
+        drawn = exercise(rng, steps=wanted, transfer=split == "transfer")
         if split in ("transfer", split_of(drawn.question)):
             yield drawn
 
@@ -232,14 +239,14 @@ def _check_split(split: str) -> None:
 
 
 @functools.cache
-def problems_of(split: str) -> tuple[Exercise, ...]:
+def problems_of(split: str, *, hard: bool = False) -> tuple[Exercise, ...]:
     """What :func:`load` gives, with all that is known of each problem.
 
     Raises:
         UserError: there is no such split.
     """
     different: dict[str, Exercise] = {}
-    for drawn in exercises(split, 0):
+    for drawn in exercises(split, 0, steps=HARD_STEPS if hard else ()):
         different.setdefault(drawn.question, drawn)
         if len(different) == SIZES[split]:
             break
@@ -247,25 +254,26 @@ def problems_of(split: str) -> tuple[Exercise, ...]:
 
 
 @functools.cache
-def load(split: str) -> ProblemSet:
+def load(split: str, *, hard: bool = False) -> ProblemSet:
     """The problems of ``train`` (4,000), ``validation``, ``test`` or ``transfer`` (500 each).
 
     Raises:
         UserError: there is no such split.
     """
+    name = HARD if hard else "arithmetic"
     problems = tuple(
         Problem(
-            f"arithmetic-{split}-{place:05d}",
+            f"{name}-{split}-{place:05d}",
             drawn.question,
             drawn.solution,
             str(drawn.steps[-1].result),
         )
-        for place, drawn in enumerate(problems_of(split))
+        for place, drawn in enumerate(problems_of(split, hard=hard))
     )
     rows = "".join(
         json.dumps({"answer": p.solution, "question": p.question}) + "\n" for p in problems
     )
-    return ProblemSet("arithmetic", split, problems, hashlib.sha256(rows.encode()).hexdigest())
+    return ProblemSet(name, split, problems, hashlib.sha256(rows.encode()).hexdigest())
 
 
 # ------------------------------------------------------------------------------------- solutions

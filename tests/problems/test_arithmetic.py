@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mlx_fd import problems
 from mlx_fd.errors import UserError
-from mlx_fd.problems import arithmetic, parsing, prompts
+from mlx_fd.problems import arithmetic, parsing, prompts, sources
 from mlx_fd.problems.arithmetic import (
     ALL_RIGHT,
     EXTRA,
@@ -72,7 +72,7 @@ def solve(question):
     return value
 
 
-@given(seeds, st.sampled_from([None, 1, 2, 3, 4]), st.booleans())
+@given(seeds, st.sampled_from([None, 1, 2, 3, 4, 5, 6]), st.booleans())
 def test_solutions_are_right(seed, steps, transfer):
     drawn = drawn_from(seed, steps=steps, transfer=transfer)
     assert parsing.final_answer(drawn.solution) == solve(drawn.question)
@@ -86,23 +86,40 @@ def test_solutions_are_right(seed, steps, transfer):
     assert drawn.solution.endswith(f"\n#### {marks[-1][1]}")
 
 
-def test_splits_are_fixed_and_apart():
-    loaded = {split: problems.load("arithmetic", split) for split in arithmetic.SPLITS}
+@pytest.mark.parametrize("name", ["arithmetic", "arithmetic-hard"])
+def test_splits_are_fixed_and_apart(name):
+    loaded = {split: problems.load(name, split) for split in arithmetic.SPLITS}
     sizes = {split: len(found.problems) for split, found in loaded.items()}
     assert sizes == {"train": 4000, "validation": 500, "test": 500, "transfer": 500}
     questions = [p.question for found in loaded.values() for p in found.problems]
     assert len(set(questions)) == len(questions)
     for split, found in loaded.items():
         assert [p.id for p in found.problems[:2]] == [
-            f"arithmetic-{split}-00000",
-            f"arithmetic-{split}-00001",
+            f"{name}-{split}-00000",
+            f"{name}-{split}-00001",
         ]
         assert all(p.answer == str(solve(p.question)) for p in found.problems)
         assert all(p.answer == str(Fraction(p.answer)) for p in found.problems)
     # Whatever the seed, a question belongs to one split.
     for split in arithmetic.SPLITS[:3]:
-        stream = exercises(split, 7)
+        stream = exercises(split, 7, steps=(3, 6) if name == "arithmetic-hard" else ())
         assert {arithmetic.split_of(next(stream).question) for _ in range(200)} == {split}
+
+
+def test_hard_problems_are_longer_and_each_belongs_to_one_source():
+    lengths = {
+        name: {len(arithmetic.read(p.solution)[0]) for p in problems.load(name, "test").problems}
+        for name in ("arithmetic", "arithmetic-hard")
+    }
+    assert lengths == {"arithmetic": {1, 2, 3, 4}, "arithmetic-hard": {3, 4, 5, 6}}
+    for name in lengths:
+        truth = sources.truth_of(name)
+        asked = truth.questions(6, 3, "test")
+        assert len({question.problem.question for question in asked}) == 6
+        for question in asked:
+            assert sources.truth_about(question.problem) is truth
+            assert truth.judge(question.problem, question.answer).score == question.score
+            assert (question.first_error > 0) == (question.answer != question.problem.solution)
 
 
 def test_the_same_in_another_process():
