@@ -442,7 +442,8 @@ class EpisodeOptions:
     exam_size: int = _option(
         100,
         "Answers with known errors that the student judges before and after the run; 0: no exam. "
-        "Only with problems whose source knows the truth about any answer (arithmetic).",
+        "Only with problems whose source knows the truth about any answer (arithmetic, "
+        "arithmetic-hard).",
         low=0,
     )
     warm_up: str = _option(
