@@ -19,7 +19,7 @@ from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.directory import blaming
-from mlx_fd.models.loading import check_can_think
+from mlx_fd.models.loading import TEMPLATE_FILE, check_can_think
 from mlx_fd.models.pairing import check_pair
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.storage import read_json
@@ -149,14 +149,16 @@ def open_target(
         }
     # With two tokenizers the run's expert is asked as the run asked it, too.
     asked = config.models if looped and not expert else Config().models
+    # A run's student is asked in the way that it was trained in, whoever is the expert now; so is
+    # an adapter with a template of its own.
+    its_own = run is not None or (adapter is not None and (adapter / TEMPLATE_FILE).exists())
     pairing = check_pair(
         expert_path or student,
         student,
-        kwargs=template_kwargs if run is None else asked.chat_template_kwargs,
+        kwargs=asked.chat_template_kwargs if its_own else template_kwargs,
         date=asked.template_date,
     )
-    # A run's student is asked in the way that it was trained in, whoever is the expert now.
-    template = (ref.template if run is not None else None) or pairing.template
+    template = (ref.template if its_own else None) or pairing.template
     models["chat_template"] = {"name": template.owner, "sha256": template.digest()}
     if config.generation.student_thinking == "on":
         check_can_think(student, template)

@@ -204,7 +204,8 @@ def test_an_adapter_has_the_trained_template_beside_it(
     # And whoever puts the adapter on its base again writes with it.
     ref = locate_model("", done.folder)
     assert ref.template is not None and ref.template.end_tokens == (399,)
-    asked = ref.template.with_kwargs(style="Be brief").render(["Hi"])
+    target = open_target("", None, done.folder, template_kwargs={"style": "Be brief"})
+    asked = target.template.render(["Hi"])
     assert asked == PROMPT.replace("28 November 2026", "26 July 2024")
     (done.folder / "chat_template.jinja").write_text("{{ messages[0]['role'] }}")
     with pytest.raises(UserError, match=r"chat_template\.jinja: its chat template leaves out"):
