@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx import nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -160,7 +161,7 @@ def put_lora(model: nn.Module, options: ModelOptions, seed: int = 0) -> None:
         seed: of the dropout; the matrices are drawn from MLX's random state.
 
     Raises:
-        UserError: there is no module of a name, or DoRA cannot be had on one.
+        UserError: there is no module of a name, or none at all, or DoRA cannot be had on one.
     """
     for module in model.modules():
         # A class of mlx-lm's (recurrent_gemma) leaves out what every module begins with.
@@ -172,6 +173,11 @@ def put_lora(model: nn.Module, options: ModelOptions, seed: int = 0) -> None:
     if dora:
         _check_dora(model, options, parameters.get("keys"))
     linear_to_lora_layers(model, lora_layers(model, options), parameters, use_dora=dora)
+    if not tree_flatten(model.trainable_parameters()):
+        raise UserError(
+            f"--train {options.train}: none of the blocks that train has a module for LoRA, so that "
+            "nothing would be learned; take another student, or more blocks (--lora-layers)"
+        )
     if options.lora_dropout:
         adapted = [module for module in model.modules() if "lora_a" in module]
         for index, module in enumerate(adapted):

@@ -168,6 +168,13 @@ def test_dora_is_refused_where_mlx_lm_has_none() -> None:
 # ------------------------------------------------------------------------------------ dropout
 
 
+def test_a_student_in_which_nothing_would_train_is_refused() -> None:
+    """BitNet's ternary layers take no LoRA: the run would go through and learn nothing."""
+    model = build({**config_of("llama"), "model_type": "bitnet"})
+    with pytest.raises(UserError, match="none of the blocks that train has a module for LoRA"):
+        put_lora(model, ModelOptions(lora_rank=2))
+
+
 def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
     drop = LoraDropout(0.25, seed=3)
     x = mx.ones((200, 200))
