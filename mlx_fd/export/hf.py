@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # The hub's own limit for one file of a model.
 _SHARD_BYTES = 5_000_000_000
-
-
+# Those that are of the base's directory: its form of weights, and files of code that are not here.
+_LEFT_OUT = (*MLX_KEYS, "dtype", "auto_map")
 # Entries of config.json for which mlx-lm and transformers have defaults of their own.
 _SAID = ("num_key_value_heads", "head_dim", "vocab_size")
 
@@ -39,8 +39,7 @@ def _config(
 ) -> dict[str, Any]:
     """config.json with all that mlx-lm and transformers would fill in differently."""
     args: Any = model.args
-    written = {key: value for key, value in config.items() if key not in MLX_KEYS}
-    written.pop("dtype", None)
+    written = {key: value for key, value in config.items() if key not in _LEFT_OUT}
     for name in ("rope_scaling", "rope_parameters"):  # positions of pictures are none of a text's
         if isinstance(written.get(name), dict):
             written[name] = {k: v for k, v in written[name].items() if not k.startswith("mrope_")}

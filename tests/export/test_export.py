@@ -347,8 +347,12 @@ def test_shards(run, base, tmp_path):
         assert np.allclose(np.array(array), expected(run, base)[name], atol=1e-6)
 
 
-def test_generation_config_of_the_base(folder, tmp_path):
+def test_what_is_kept_of_the_bases_settings(folder, tmp_path):
+    """Its sampling and end tokens; not that there is code beside it (Phi), which there is not."""
     model = tiny.make_model_dir(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
+    (model / "config.json").write_text(json.dumps({**config, **code}))
     ends = [399, 397]
     (model / "generation_config.json").write_text(
         json.dumps({"eos_token_id": ends, "temperature": 0.7})
@@ -357,7 +361,7 @@ def test_generation_config_of_the_base(folder, tmp_path):
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written == {"eos_token_id": [399, 397], "temperature": 0.7}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["eos_token_id"] == ends
+    assert config["eos_token_id"] == ends and "auto_map" not in config
     _, tokenizer = mlx_lm.load(str(tmp_path / "out"))
     assert tokenizer.eos_token_ids == set(ends)
 
