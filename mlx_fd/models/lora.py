@@ -175,7 +175,7 @@ def put_lora(model: nn.Module, options: ModelOptions, seed: int = 0) -> None:
     linear_to_lora_layers(model, lora_layers(model, options), parameters, use_dora=dora)
     if not tree_flatten(model.trainable_parameters()):
         raise UserError(
-            f"--train {options.train}: none of the blocks that train has a module for LoRA, so that "
+            f"--train {options.train}: none of the blocks that train has a module for LoRA, so "
             "nothing would be learned; take another student, or more blocks (--lora-layers)"
         )
     if options.lora_dropout:
