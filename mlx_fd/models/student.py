@@ -140,10 +140,15 @@ def adapter_config(student: Student, options: ModelOptions, model_path: Path) ->
     }
 
 
-def save_student(student: Student, options: ModelOptions, model_path: Path, folder: Path) -> None:
-    """Write adapter, adapter config and heads into an existing folder."""
+def save_weights(student: Student, folder: Path) -> None:
+    """Write adapter and heads into an existing folder."""
     mx.save_safetensors(str(folder / ADAPTER_WEIGHTS), adapter_weights(student))
     mx.save_safetensors(str(folder / HEADS), head_weights(student))
+
+
+def save_student(student: Student, options: ModelOptions, model_path: Path, folder: Path) -> None:
+    """Write adapter, adapter config and heads into an existing folder."""
+    save_weights(student, folder)
     config = adapter_config(student, options, model_path)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from mlx_fd.config import ModelOptions
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.judge import ModelRef, locate_model
 from mlx_fd.files import sync_folder
-from mlx_fd.models.student import ADAPTER_WEIGHTS, HEADS, Student, load_student
+from mlx_fd.models.student import Student, load_student, save_weights
 from mlx_fd.runs.plan import Plan
 
 # What the weights are made for; more than what load_student would find.
 _SAME = ("train", "lora_rank", "lora_scale", "lora_layers", "lora_keys", "score_at")
-_PARTS = (ADAPTER_WEIGHTS, HEADS)
 # Of few problems, the share that is held out for the gate.
 _PROBE = 5
 
@@ -122,12 +120,13 @@ def begin(folder: Path, plan: Plan, student: Student) -> None:
     load_student(student, checkpoint)
 
 
-def keep(folder: Path, plan: Plan) -> None:
-    """Copy those weights into a new run: the earlier run may go on, or go."""
-    checkpoint = _earlier(plan).checkpoint
-    assert checkpoint is not None
+def keep(folder: Path, student: Student) -> None:
+    """Write those weights into a new run: the earlier run may go on, or go.
+
+    They are the student's own, and not read again: meanwhile the earlier run's best checkpoint may
+    have become another one.
+    """
     kept = folder / runs.BEGUN
     kept.mkdir(exist_ok=True)
-    for part in _PARTS:
-        shutil.copyfile(checkpoint / part, kept / part)
+    save_weights(student, kept)
     sync_folder(kept)

@@ -28,6 +28,7 @@ from mlx_fd.runs.tracking import Tracking, check_installed
 
 if TYPE_CHECKING:
     from mlx_fd.models.loading import Loaded
+    from mlx_fd.models.student import Student
 
 Report = Callable[[Event], None]
 Stop = Callable[[], bool]
@@ -201,7 +202,7 @@ def open_run(
     limit_memory(plan.memory)
     # The summary names this run's peak, not that of another one in this process.
     mx.reset_peak_memory()
-    run, readme, notes = _opened(folder, plan, report, trackers, redo=redo)
+    run, readme, notes, student = _opened(folder, plan, report, trackers, redo=redo)
     for note in notes:
         report(Note(note))
 
@@ -212,10 +213,10 @@ def open_run(
                 stack.enter_context(runs.locked(folder))
                 with runs.wrap_write_errors(folder):
                     runs.create(folder, to_toml(plan.config), plan.manifest, readme)
-                    if plan.config.models.continue_from:
+                    if student is not None and plan.config.models.continue_from:
                         from mlx_fd.training.continuing import keep
 
-                        keep(folder, plan)
+                        keep(folder, student)
             tracking = stack.enter_context(
                 Tracking(
                     trackers, folder, plan.manifest["options"], lambda text: report(Warned(text))
@@ -252,10 +253,11 @@ def _models_of(config: Config) -> str:
 
 def _opened(
     folder: Path, plan: Plan, report: Report, trackers: Sequence[str], *, redo: bool
-) -> tuple[Run, str, list[str]]:
+) -> tuple[Run, str, list[str], Student | None]:
     """What runs a plan, its models loaded.
 
-    Also what explains the files of its run directory, and what the user should know of the models.
+    Also what explains the files of its run directory, what the user should know of the models, and
+    a loop's student as it begins.
     ``report`` and ``trackers`` are a warm-up's, which is tracked as a run of its own.
     """
     from mlx_fd.training.job import Job
@@ -275,6 +277,7 @@ def _opened(
             lambda report, stop: training.run(job(report, stop), models),
             README,
             _notes(loaded),
+            None,
         )
     from mlx_fd.evaluation.exam import exam_questions
     from mlx_fd.feedback.pair import open_pair
@@ -297,6 +300,7 @@ def _opened(
         lambda report, stop: loop.run(job(report, stop), pair, questions, warm_up=warm_up),
         runs.README,
         _notes([pair.expert, pair.student_lm]),
+        pair.student,
     )
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -10,10 +11,13 @@ import pytest
 
 from mlx_fd import problems, runs
 from mlx_fd.cli import cli
+from mlx_fd.config import Config, override
 from mlx_fd.errors import UserError
+from mlx_fd.models.student import ADAPTER_WEIGHTS, HEADS
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import is_right, read_final
 from mlx_fd.serve.kept import CORRECTION, EXPERT, Kept
+from mlx_fd.training.session import new_plan, open_run
 from support.serving import ask, exchange, post, serving, tiny_run
 
 ASKED = 8
@@ -122,3 +126,18 @@ def test_a_run_that_does_not_fit_is_not_gone_on_with(tmp_path):
         with pytest.raises(UserError, match=says):
             cli(["loop", *options, "--out", str(tmp_path / "new")], standalone_mode=False)
     assert not (tmp_path / "new").exists()
+
+
+def test_an_earlier_run_may_go_on_or_go_while_a_new_one_begins(tmp_path):
+    """What the new run keeps is what it loaded, whatever ``best`` is by then."""
+    first, second = tiny_run(tmp_path / "first", **SMALL), tmp_path / "second"
+    weights = [first / "checkpoints" / "best" / name for name in (ADAPTER_WEIGHTS, HEADS)]
+    wanted = [path.read_bytes() for path in weights]
+    given = {**SMALL, "expert": "tiny", "student": "tiny-student", "problems": "arithmetic"}
+    given |= {"continue_from": str(first), "episodes": 4, "score_at": "prompt"}
+    given |= {"lora_rank": 4, "lora_scale": 3.0}
+    plan = new_plan(second, override(Config(), given, "test"))
+    run = open_run(second, plan, lambda event: None, new=True)
+    shutil.rmtree(first)
+    assert run(lambda: True) is None
+    assert [(second / runs.BEGUN / path.name).read_bytes() for path in weights] == wanted
