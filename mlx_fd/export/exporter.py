@@ -20,7 +20,8 @@ from mlx_fd.export.card import write_card
 from mlx_fd.export.chat import carry_template
 from mlx_fd.export.form import Form, check_form
 from mlx_fd.export.formats import FORMATS
-from mlx_fd.export.source import Source, open_source, write_score_head
+from mlx_fd.export.score_head import score_head
+from mlx_fd.export.source import Source, open_source
 from mlx_fd.export.verify import (
     Agreement,
     Logits,
@@ -35,13 +36,13 @@ from mlx_fd.files import replacing, working_folder
 from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import parse_name
+from mlx_fd.models.score_head import SCORE_HEAD
 from mlx_fd.models.storage import new_directory
 from mlx_fd.runs import MANIFEST, SUMMARY, failed_write
 
 if TYPE_CHECKING:
     from mlx_fd.models.student import Student
     from mlx_fd.problems import Problem
-SCORE_HEAD = "score_head.safetensors"
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done, and their number."""
@@ -128,8 +129,8 @@ def export(
             written = _write(source, live, working, form, progress)
             if source.ref.template is not None:
                 carry_template(source.ref.template, source.ref.model, working)
-            if student is not None and source.ref.scores:
-                write_score_head(source.ref, student.score_at, working / SCORE_HEAD)
+            if (head := score_head(source.ref, live)) is not None:
+                head.write(working / SCORE_HEAD)
         progress("comparing", 0, 2)
         reference = logits_of(live, chat)
         progress("comparing", 1, 2)

@@ -8,7 +8,7 @@ Everything else is fused in float32 and rounded once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -260,11 +260,12 @@ def _check(family: Family, args: Any) -> None:
         raise UserError(f"--format gguf: llama.cpp {differs}; --format mlx keeps it")
 
 
-def _add(writer: gguf.GGUFWriter, family: Family, metadata: dict[str, Any]) -> None:
-    for name, value in metadata.items():
-        key = f"{family.gguf}.{name}"
+def _add(writer: gguf.GGUFWriter, metadata: Mapping[str, Any]) -> None:
+    for key, value in metadata.items():
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
         else:
@@ -350,6 +351,7 @@ def write_file(
     file: Path,
     *,
     kind: str | None = None,
+    further: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
     """Write the whole model, the adapter fused into it.
@@ -360,6 +362,8 @@ def write_file(
         file: the file to write.
         kind: one of ``TYPES``, ``None``: f16. With a quantised type, matrices whose quantised
             numbers fit a block format keep them; norms and biases are float32 always.
+        further: metadata beside all that llama.cpp needs: texts, numbers, and lists of numbers, key
+            by key.
         progress: called with the tensors written, and their number in all.
 
     Raises:
@@ -379,7 +383,9 @@ def write_file(
         tensors.append(_Tensor(name, table.shape, "f32", partial(np.copy, table)))
     writer = gguf.GGUFWriter(file, family.gguf)
     writer.add_name(source.name)
-    _add(writer, family, {**_metadata(family, args, config, sizes), **scaling.metadata})
+    metadata = {**_metadata(family, args, config, sizes), **scaling.metadata}
+    _add(writer, {f"{family.gguf}.{name}": value for name, value in metadata.items()})
+    _add(writer, further or {})
     _add_tokenizer(writer, source, tokenizer, sizes.rows, family.gguf)
     writer.add_file_type(gguf.LlamaFileType[_file_type(kind)])
     if kind not in _UNQUANTIZED:

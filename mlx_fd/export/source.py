@@ -323,19 +323,3 @@ def copy_file(path: Path, folder: Path) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     (folder / path.name).write_bytes(content)
-
-
-def write_score_head(ref: ModelRef, score_at: str, file: Path) -> None:
-    """Write a student's score head: ``weight`` [1, d] and ``bias`` [1], both float32.
-
-    Args:
-        ref: of a student.
-        score_at: where the head reads, kept in the file's metadata.
-        file: the file to write.
-    """
-    import mlx.core as mx
-
-    assert ref.checkpoint is not None
-    heads = read_arrays(ref.checkpoint / HEADS)
-    head = {part: heads[f"score_head.{part}"].astype(mx.float32) for part in ("weight", "bias")}
-    mx.save_safetensors(str(file), head, metadata={"format": "mlx", "score_at": score_at})

@@ -341,7 +341,7 @@ def convert(gguf_path: Path, out_dir: Path) -> None:
     """Write a GGUF file's model as an mlx-lm directory that ``mlx_lm.load`` opens unchanged.
 
     ``out_dir`` appears complete or not at all; where another process has made it meanwhile, that
-    one stays.
+    one stays. A score head in the file is written beside the model, as an export has it.
 
     Args:
         gguf_path: a file of one of the families, or one of the parts of such a file.
@@ -353,6 +353,7 @@ def convert(gguf_path: Path, out_dir: Path) -> None:
     from mlx_fd.models.backend import backend
 
     backend()
+    from mlx_fd.models.score_head import SCORE_HEAD, from_gguf
 
     file = GgufFile(gguf_path)
     family = _family(file)
@@ -366,3 +367,5 @@ def convert(gguf_path: Path, out_dir: Path) -> None:
         if forms := _write_weights(_weights(file, family, config), working):
             config["quantization"] = config["quantization_config"] = _quantization(forms)
         (working / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        if (head := from_gguf(file, config["hidden_size"])) is not None:
+            head.write(working / SCORE_HEAD)

@@ -35,12 +35,15 @@ def check(source: Source, form: Form) -> None:
 def write(source: Source, live: Loaded, folder: Path, form: Form, on_steps: OnSteps) -> Written:
     """Write the file."""
     from mlx_fd.export import gguf_file
+    from mlx_fd.export.score_head import score_head
 
+    head = score_head(source.ref, live)
     return gguf_file.write_file(
         source,
         live.tokenizer,
         folder / gguf_file.file_name(form.gguf_type),
         kind=form.gguf_type,
+        further={} if head is None else head.metadata(),
         progress=on_steps,
     )
 
@@ -84,7 +87,8 @@ def use(source: Source, form: Form) -> str:
 
     name = file_name(form.gguf_type)
     run = f'    llama-cli -m {name} -p "..."      # or: llama-server -m {name}\n'
-    return run + text_alone(source)
+    head = "\nThe score head is in the file, too: `mlx_fd.score_head.*` of its metadata.\n"
+    return run + text_alone(source) + (head if source.ref.scores else "")
 
 
 def score_code(source: Source, form: Form, student: Student) -> str:

@@ -1,0 +1,35 @@
+"""Score an answer with a student that was exported for llama.cpp; nothing of mlx-fd is needed.
+
+    mlx-fd export RUN --format gguf --out student
+    pip install llama-cpp-python gguf
+    python examples/score_gguf.py student/model-f16.gguf PROBLEM ANSWER
+
+The score head is in the file's metadata, and reads llama.cpp's embedding (without pooling) of the
+prompt's last token, or, where it was trained so, of the last but one of the feedback.
+"""
+
+import sys
+
+import gguf
+import llama_cpp
+import numpy as np
+
+file, problem, answer = sys.argv[1:]
+fields = gguf.GGUFReader(file).fields
+head = {key: fields[key].contents() for key in fields if key.startswith("mlx_fd.score_head.")}
+weight, bias, score_at, before, between, after, most = (
+    head[f"mlx_fd.score_head.{name}"]
+    for name in ("weight", "bias", "score_at", "before", "between", "after", "max_tokens")
+)
+llm = llama_cpp.Llama(file, n_ctx=2048, embedding=True, pooling_type=0, verbose=False)  # 0: none
+text = before + problem.strip() + between + answer.strip() + after
+tokens = llm.tokenize(text.encode(), add_bos=False, special=True)
+if score_at != "prompt":  # it reads its own feedback, too
+    for written, token in enumerate(llm.generate([*tokens], temp=0.0, repeat_penalty=1.0), 1):
+        if token == llm.token_eos() or written == int(most):
+            break
+        tokens.append(token)
+llm.reset()
+llm.eval(tokens)
+hidden = np.ctypeslib.as_array(llama_cpp.llama_get_embeddings_ith(llm.ctx, -1), (len(weight),))
+print(f"{np.tanh(weight @ hidden + bias):+.4f}")  # from -1, harmful, to 1, excellent

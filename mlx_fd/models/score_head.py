@@ -1,0 +1,81 @@
+"""A student's score head outside of its run: in a file of its own, and in a GGUF file's metadata.
+
+Beside the weights stands all that whoever reads the head there has to know: where it reads, and the
+text of the chat around a problem and an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_fd.models.gguf_reading import GgufFile
+
+SCORE_HEAD = "score_head.safetensors"
+KEY = "mlx_fd.score_head"
+# What is said beside the weights, all texts.
+ABOUT = ("score_at", "before", "between", "after", "max_tokens")
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreHead:
+    """A linear head on the last hidden state, after the final norm; its tanh is the score.
+
+    Attributes:
+        weight: [1, d], float32.
+        bias: [1], float32.
+        about: of :data:`ABOUT`: ``score_at``, where it reads (``prompt``: at the prompt's last
+            token; ``own``, ``feedback``: where the feedback's last token is predicted);
+            ``before``, ``between`` and ``after``, the text of the prompt around problem and answer,
+            missing where no such three texts make it; ``max_tokens``, the most of a feedback.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    about: Mapping[str, str]
+
+    def write(self, file: Path) -> None:
+        """Write ``weight`` and ``bias`` as safetensors, the rest into their metadata."""
+        arrays = {"weight": mx.array(self.weight), "bias": mx.array(self.bias)}
+        mx.save_safetensors(str(file), arrays, metadata={"format": "mlx", **self.about})
+
+    def metadata(self) -> dict[str, Any]:
+        """GGUF metadata: ``weight`` an array of d numbers, ``bias`` one, texts as they are."""
+        return {
+            f"{KEY}.weight": self.weight[0].tolist(),
+            f"{KEY}.bias": float(self.bias[0]),
+            **{f"{KEY}.{name}": value for name, value in self.about.items()},
+        }
+
+
+def from_gguf(file: GgufFile, width: int) -> ScoreHead | None:
+    """The score head in a GGUF file; ``None`` where it has none.
+
+    Args:
+        file: the file.
+        width: size of the model's hidden states.
+
+    Raises:
+        UserError: it is none of this model, or its numbers are not finite.
+    """
+    values = file.get(f"{KEY}.weight", list)
+    if values is None:
+        return None
+    try:
+        weight = np.array(values, dtype=np.float32)
+    except (TypeError, ValueError):
+        weight = np.array([])
+    bias = np.array([file.need(f"{KEY}.bias", float)], dtype=np.float32)
+    if weight.shape != (width,) or not np.isfinite([*weight, *bias]).all():
+        raise file.bad(
+            f"the metadata entry {KEY}.weight is no head of this model: {width} finite numbers"
+        )
+    about = {name: file.get(f"{KEY}.{name}", str) for name in ABOUT}
+    known = {name: value for name, value in about.items() if value is not None}
+    return ScoreHead(weight[None], bias, known)

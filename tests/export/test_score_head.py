@@ -1,0 +1,119 @@
+"""The score head where mlx-fd is not: in exports, in a GGUF file's metadata, in the examples."""
+
+import runpy
+import sys
+
+import numpy as np
+import pytest
+
+from mlx_fd.models.backend import backend
+from support import ROOT, trained
+
+backend()
+
+import mlx.core as mx  # noqa: E402
+
+from mlx_fd.errors import UserError  # noqa: E402
+from mlx_fd.export.exporter import export  # noqa: E402
+from mlx_fd.export.form import Form  # noqa: E402
+from mlx_fd.feedback.judge import give_feedback  # noqa: E402
+from mlx_fd.models.gguf import convert  # noqa: E402
+from mlx_fd.models.score_head import KEY, ScoreHead  # noqa: E402
+from support.gguf_files import write_gguf  # noqa: E402
+
+PROBLEM = "Leo starts with 47 books. Eva gives Leo 2 books. How many books are left?"
+ANSWER = "Step 1: <<47+2=49>>49\n#### 49"
+
+
+@pytest.fixture(scope="module", params=["prompt", "own"])
+def run(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return trained.make_run(folder / "run", "tiny-student", score_at=request.param)
+
+
+def exported(run, **form):
+    folder = run.parent / form["format"]
+    export(str(run), folder, Form(parity_problems=0, **form), progress=lambda *_: None)
+    return folder
+
+
+def printed(script, monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    capsys.readouterr()
+    runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    return float(capsys.readouterr().out)
+
+
+def wanted(run):
+    score = give_feedback(str(run), PROBLEM, ANSWER, 192).head_score
+    assert abs(score) > 0.01
+    return score
+
+
+def test_in_mlx_lm(run, monkeypatch, capsys):
+    folder = exported(run, format="mlx")
+    score = printed("score_mlx.py", monkeypatch, capsys, folder, f" {PROBLEM}\n", ANSWER)
+    assert score == pytest.approx(wanted(run), abs=3e-4)
+
+
+def test_in_llama_cpp_and_back(run, monkeypatch, capsys):
+    pytest.importorskip("llama_cpp")
+    file = exported(run, format="gguf", gguf_type="f32") / "model-f32.gguf"
+    score = printed("score_gguf.py", monkeypatch, capsys, file, PROBLEM, f"{ANSWER}\n")
+    # llama.cpp keeps keys and values in float16.
+    assert score == pytest.approx(wanted(run), abs=5e-3)
+    # The file that an export has beside the model is what an import writes.
+    convert(file, run.parent / "back")
+    both = [
+        mx.load(str(folder / "score_head.safetensors"), return_metadata=True)
+        for folder in (file.parent, run.parent / "back")
+    ]
+    (ours, about), (back, about_back) = both
+    assert about == about_back
+    assert about["score_at"] in ("prompt", "own")
+    for part in ("weight", "bias"):
+        assert np.array_equal(np.array(ours[part]), np.array(back[part]))
+    heads = mx.load(str(run / "checkpoints" / "best" / "heads.safetensors"))
+    assert np.array_equal(np.array(back["weight"]), np.array(heads["score_head.weight"]))
+    score = printed("score_mlx.py", monkeypatch, capsys, run.parent / "back", PROBLEM, ANSWER)
+    assert score == pytest.approx(wanted(run), abs=3e-4)
+
+
+def given(**change):
+    head = ScoreHead(np.ones((1, 64), np.float32), np.zeros(1, np.float32), {"score_at": "prompt"})
+    values = {**head.metadata(), **{f"{KEY}.{name}": value for name, value in change.items()}}
+    kinds = {list: "array", float: "float32", str: "string", int: "uint32"}
+    return {key: (value, kinds[type(value)]) for key, value in values.items()}
+
+
+def test_a_file_without_a_head_has_none_and_one_with_texts_missing_is_read(tmp_path):
+    write_gguf(tmp_path / "plain.gguf")
+    convert(tmp_path / "plain.gguf", tmp_path / "plain")
+    assert not (tmp_path / "plain" / "score_head.safetensors").exists()
+    write_gguf(tmp_path / "head.gguf", change=given())
+    convert(tmp_path / "head.gguf", tmp_path / "head")
+    arrays, about = mx.load(str(tmp_path / "head" / "score_head.safetensors"), return_metadata=True)
+    assert {name: array.shape for name, array in arrays.items()} == {
+        "weight": (1, 64),
+        "bias": (1,),
+    }
+    assert about == {"format": "mlx", "score_at": "prompt"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"weight": [1.0] * 63}, "is no head of this model: 64 finite numbers"),
+        ({"weight": [1.0] * 63 + [float("nan")]}, "is no head of this model"),
+        ({"weight": ["a"] * 64}, "is no head of this model"),
+        ({"weight": "a"}, f"{KEY}.weight has an unexpected type"),
+        ({"bias": float("inf")}, "is no head of this model"),
+        ({"bias": 1}, f"{KEY}.bias has an unexpected type"),
+        ({"score_at": 3}, f"{KEY}.score_at has an unexpected type"),
+    ],
+)
+def test_a_damaged_head_is_refused_by_its_key(tmp_path, change, says):
+    write_gguf(tmp_path / "m.gguf", change=given(**change))
+    with pytest.raises(UserError, match=says):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
