@@ -6,16 +6,23 @@ Both write the same replies to the same prompts, greedily, side by side in batch
 there are clients: bare in one process with mlx-lm's BatchGenerator, and over HTTP. The rounds
 alternate, so that what else the machine does falls on both. Per round: tokens per second of wall
 time, and per second of CPU time of the process with the models, which another load changes less.
+
+With ``--stream`` bare generation gets its prompts as the server does, each when another text has
+ended, and what first tokens wait for is compared, too: the difference of the medians, in decode
+steps of bare generation.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
+import re
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -26,34 +33,63 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from support import serving
 
+# A stream's first event has no text yet.
+_SAID = re.compile(rb'"content": "[^"]')
 
-def _bare(student: str, prompts: list[str], size: int, most: int, pipe: Any) -> None:
-    """Write the replies once for each message on a pipe; tokens, seconds, CPU seconds."""
-    from mlx_lm.generate import BatchGenerator
 
+def _bare(student: str, prompts: list[str], size: int, most: int, joining: bool, pipe: Any) -> None:
+    """Write the replies once for each message on a pipe.
+
+    Sends tokens, seconds, CPU seconds, the decode steps' median seconds, and what the first tokens
+    waited for; with ``joining`` prompts come one by one, else all at once.
+    """
     from mlx_fd.feedback.judge import open_student
     from mlx_fd.models.generation import messages_prompt
 
     loaded = open_student(student).student_lm
     tokens = [list(messages_prompt(loaded, [("user", prompt)])) for prompt in prompts]
     while pipe.recv():
-        begin, cpu = time.perf_counter(), _cpu()
-        generator = BatchGenerator(
-            loaded.model,
-            stop_tokens=[[end] for end in loaded.tokenizer.eos_token_ids],
-            completion_batch_size=size,
-            prefill_batch_size=min(size, 8),
-            max_tokens=most,
-        )
-        generator.insert(tokens)
-        written = 0
-        while True:
-            read, responses = generator.next()
-            if not read and not responses:
-                break
-            written += len(responses)
-        generator.close()
-        pipe.send((written, time.perf_counter() - begin, _cpu() - cpu))
+        pipe.send(_round(loaded, tokens, size, most, joining))
+
+
+def _round(
+    loaded: Any, tokens: list[list[int]], size: int, most: int, joining: bool
+) -> tuple[int, float, float, float, list[float]]:
+    from mlx_lm.generate import BatchGenerator
+
+    begin, cpu = time.perf_counter(), _cpu()
+    generator = BatchGenerator(
+        loaded.model,
+        stop_tokens=[[end] for end in loaded.tokenizer.eos_token_ids],
+        completion_batch_size=size,
+        prefill_batch_size=min(size, 8),
+        max_tokens=most,
+    )
+    left, written = iter(tokens), 0
+    since: dict[int, float] = {}
+    waits, steps = [], []
+
+    def insert(count: int) -> None:
+        for uid in generator.insert(list(itertools.islice(left, count))):
+            since[uid] = time.perf_counter()
+
+    insert(size if joining else len(tokens))
+    while True:
+        before = time.perf_counter()
+        read, responses = generator.next()
+        if not read and not responses:
+            break
+        if not read:
+            steps.append(time.perf_counter() - before)
+        for one in responses:
+            written += 1
+            if one.uid in since:
+                waits.append(time.perf_counter() - since.pop(one.uid))
+        if joining:
+            insert(sum(one.finish_reason is not None for one in responses))
+    generator.close()
+    took, used = time.perf_counter() - begin, _cpu() - cpu
+    return written, took, used, statistics.median(steps), waits
 
 
 def _cpu() -> float:
@@ -87,11 +123,12 @@ async def _clients(
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
             begin = time.perf_counter()
             writer.write(data)
-            found = b""
+            found, waiting = b"", True
             while chunk := await reader.read(65536):
-                if stream and b'"content": "' not in found and b'"content": "' in found + chunk:
-                    waits.append(time.perf_counter() - begin)
                 found += chunk
+                if stream and waiting and _SAID.search(found):
+                    waits.append(time.perf_counter() - begin)
+                    waiting = False
             writer.close()
             total += int(found.rpartition(b'"completion_tokens": ')[2].partition(b",")[0])
 
@@ -113,15 +150,16 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     bare = context.Process(
-        target=_bare, args=(args.student, prompts, args.clients, args.max_tokens, there)
+        target=_bare,
+        args=(args.student, prompts, args.clients, args.max_tokens, args.stream, there),
     )
     bare.start()
-    ratios = []
+    ratios, later = [], []
     options = ("--batch-size", str(args.clients))
     with serving.serving(Path(tempfile.mkdtemp()), args.student, *options) as server:
         for number in range(args.rounds + 1):
             here.send(True)
-            written, seconds, cpu = here.recv()
+            written, seconds, cpu, step, bare_waits = here.recv()
             begin, before = time.perf_counter(), _cpu_of(server.process.pid)
             served, waits = asyncio.run(
                 _clients(server, prompts, args.clients, args.max_tokens, args.stream)
@@ -137,17 +175,23 @@ def main() -> None:
                 "served": {"tokens": served, "per_second": served / took, "per_cpu": served / used},
                 "ratio": served / took / (written / seconds),
                 "ratio_cpu": served / used / (written / cpu),
-                "first_token_seconds": sorted(waits)[len(waits) // 2] if waits else None,
                 "load": os.getloadavg()[0],
             }
+            if args.stream:
+                two = [statistics.median(found) for found in (bare_waits, waits)]
+                row["first_token_seconds"] = {"bare": two[0], "served": two[1], "step": step}
+                later.append((two[1] - two[0]) / step)
             if number:  # the first warms both up
                 ratios.append((row["ratio"], row["ratio_cpu"]))
-                print(json.dumps(row))
+                print(json.dumps(row), flush=True)
     here.send(False)
     bare.join()
     for name, values in zip(("wall", "CPU"), zip(*ratios, strict=True), strict=True):
         listed = ", ".join(f"{value:.2f}" for value in values)
         print(f"served / bare by {name} time: {listed} (n {len(values)})")
+    if later[1:]:
+        listed = ", ".join(f"{value:+.2f}" for value in later[1:])
+        print(f"first token, served after bare, in decode steps: {listed} (n {len(later) - 1})")
 
 
 if __name__ == "__main__":
