@@ -10,6 +10,7 @@ import click
 
 from mlx_fd.cli.options import Count, Number, PathType, debug_option, json_option, quiet_option
 from mlx_fd.errors import UserError
+from mlx_fd.evaluation.cascade.scores import ANSWER, SCORES
 
 if TYPE_CHECKING:
     from mlx_fd.runs.records import CascadeFile
@@ -25,6 +26,7 @@ Examples:
   mlx-fd cascade calibrate runs/mine --risk 0.1       of what it keeps, at most 10 % wrong
   mlx-fd cascade calibrate runs/mine --accuracy 0.9   of all answers, at least 90 % right
   mlx-fd cascade calibrate runs/mine --cost 0.3       at most 30 % passed on
+  mlx-fd cascade calibrate runs/mine --risk 0.1 --score head
   mlx-fd cascade eval runs/mine                       is it kept on other problems?
   mlx-fd serve --student runs/mine --expert tiny      serves with that threshold
 """,
@@ -48,6 +50,13 @@ Examples:
     type=_SHARE,
     metavar="SHARE",
     help="Promise: of all requests, at most this share is passed on.",
+)
+@click.option(
+    "--score",
+    type=click.Choice(list(SCORES)),
+    help="What the student's answers are scored by: "
+    + "; ".join(f"{score.name}: {score.help}" for score in SCORES.values())
+    + f". For calibrate. [default: {ANSWER.name}]",
 )
 @click.option("--expert", metavar="NAME", help="Who is passed requests. [default: the run's]")
 @click.option(
@@ -74,6 +83,7 @@ def cascade(
     risk: float | None,
     accuracy: float | None,
     cost: float | None,
+    score: str | None,
     expert: str | None,
     problems: str | None,
     split: str,
@@ -84,9 +94,9 @@ def cascade(
 ) -> None:
     """Choose when a student passes requests on to the expert, and see what that brings.
 
-    RUN is a run directory of `mlx-fd loop`. calibrate lets both answer held-out problems and
-    chooses the threshold of the student's score that keeps one promise, --risk, --accuracy or
-    --cost, with 95 % on problems like those; `mlx-fd serve` takes it from the run. eval holds it
+    RUN is a run directory. calibrate lets both answer held-out problems and chooses the threshold
+    of a score of the student's answers that keeps one promise, --risk, --accuracy or --cost, with
+    95 % on problems like those; `mlx-fd serve` takes it from the run. eval holds it
     against other problems, and against the student alone, the expert alone, a lottery and an
     oracle. Both write cascade.json and cascade.svg into RUN. Problems that were answered once are
     not answered again.
@@ -95,13 +105,13 @@ def cascade(
     promises = {kind: value for kind, value in given.items() if value is not None}
     if action == "calibrate" and len(promises) != 1:
         raise click.UsageError("calibrate needs one of --risk, --accuracy and --cost.")
-    if action == "eval" and promises:
-        raise click.UsageError("--risk, --accuracy and --cost are for calibrate.")
+    if action == "eval" and (promises or score is not None):
+        raise click.UsageError("--risk, --accuracy, --cost and --score are for calibrate.")
     from mlx_fd import runs
     from mlx_fd.models.backend import backend
 
     if not runs.is_run(run):
-        raise UserError(f"{run}: this is no run directory; a cascade needs a run of mlx-fd loop")
+        raise UserError(f"{run}: this is no run directory; a cascade needs a run's student")
     backend()
     from rich.console import Console
 
@@ -129,7 +139,7 @@ def cascade(
             found = evaluate(bench, held, calibrated, steps)
         else:
             [(kind, value)] = promises.items()
-            found = calibrate(bench, held, kind, value, steps)
+            found = calibrate(bench, held, SCORES[score or ANSWER.name], kind, value, steps)
     _write(run, found)
     if as_json:
         click.echo(json.dumps(found, indent=2))

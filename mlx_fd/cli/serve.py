@@ -11,6 +11,7 @@ import click
 
 from mlx_fd.cli.options import Count, Number, PathType, debug_option, json_option, quiet_option
 from mlx_fd.errors import UserError
+from mlx_fd.evaluation.cascade.scores import SCORES
 
 if TYPE_CHECKING:
     from mlx_fd.serve.service import Service
@@ -41,15 +42,22 @@ Examples:
 @click.option(
     "--expert",
     metavar="NAME",
-    help="A model that is asked where the student's score of its own answer is too low. "
+    help="A model that is asked where the score of the student's answer is too low. "
     "[default: none; the student answers everything]",
+)
+@click.option(
+    "--score",
+    type=click.Choice(list(SCORES)),
+    help="What that answer is scored by, as for mlx-fd cascade calibrate. [default: as the run was "
+    "calibrated; not calibrated: head, where the student has one, else answer]",
 )
 @click.option(
     "--threshold",
     type=Number(-1, 1),
     metavar="NUMBER",
     help="Least score of the student's answer with which it stands. [default: the run's "
-    "calibrated threshold; not calibrated: 0, above which a score says right]",
+    "calibrated threshold; not calibrated: 0 of a score head, above which it says right; else "
+    "none, and everything is passed on]",
 )
 @click.option(
     "--verbatim",
@@ -147,6 +155,7 @@ Examples:
 def serve(
     student: str,
     expert: str | None,
+    score: str | None,
     threshold: float | None,
     verbatim: bool,
     host: str,
@@ -168,7 +177,7 @@ def serve(
 ) -> None:
     """Serve a student, and an expert behind it, as OpenAI's clients want it.
 
-    The student answers and scores its own answer; where the score is too low, the expert is asked.
+    The student answers, and its answer is scored; where the score is too low, the expert is asked.
     Each reply says who answered and why. Requests are logged as JSON lines on standard error,
     without their texts. Ctrl-C or SIGTERM lets running requests finish; SIGHUP takes the newest
     weights of the run.
@@ -209,6 +218,7 @@ def serve(
         port=port,
         key=key,
         limits=limits,
+        score=score,
         threshold=threshold,
         verbatim=verbatim,
         log_texts=log_texts,
@@ -230,9 +240,12 @@ def serve(
 
 def _said(service: Service, address: str) -> dict[str, Any]:
     """What a user wants to know of a server that has just begun."""
+    from mlx_fd.serve.models import CASCADE
+
     rule = service.rule
     said: dict[str, Any] = {"address": address, "models": list(service.served.names)}
-    if service.served.scores:
+    if CASCADE in service.served.names:
+        said["score"] = rule.score.name
         said["threshold"] = rule.threshold
         said["threshold_by"] = rule.source
     said["api_key"] = "needed" if service.options.key else "none (this machine only)"

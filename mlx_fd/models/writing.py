@@ -253,8 +253,9 @@ def _write_alone(
     for token, rows in drawn_alone(loaded, cache, before, draw, processors):
         written.append(token)
         if options.logprobs:
-            drawn = _logprobs(rows, [token], sampling.temperature or 1.0, loaded.vocab)
-            logprobs += drawn
+            drawn = token_logprobs(rows, [token], sampling.temperature or 1.0, loaded.vocab)
+            value: Any = drawn.item()
+            logprobs.append(value)
         if options.on_token is not None:
             options.on_token(1)
         if token in eos or len(written) == sampling.max_tokens:
@@ -350,14 +351,23 @@ def _keep_logprobs(
 ) -> None:
     """Add the log-probability of each response's token to what is known of its turn."""
     rows = mx.stack([response.logprobs for response in responses])
-    values = _logprobs(rows, [response.token for response in responses], temperature, vocab)
+    tokens = [response.token for response in responses]
+    values: Any = token_logprobs(rows, tokens, temperature, vocab).tolist()
     for response, value in zip(responses, values, strict=True):
         drawn_logprobs.setdefault(response.uid, []).append(value)
 
 
-def _logprobs(rows: mx.array, tokens: Sequence[int], temperature: float, vocab: int) -> list[float]:
-    """Log-probabilities of tokens at a temperature, of rows [n, V] of log-probabilities at 1."""
+def token_logprobs(
+    rows: mx.array, tokens: Sequence[int], temperature: float, vocab: int
+) -> mx.array:
+    """Log-probabilities [n] of tokens at a temperature, float32.
+
+    Args:
+        rows: log-probabilities [n, V] at temperature 1.
+        tokens: one of each row.
+        temperature: above 0.
+        vocab: rows beyond it are padding, and never drawn.
+    """
     rows = rows[:, :vocab].astype(mx.float32) / temperature
     drawn = mx.take_along_axis(rows, mx.array([*tokens])[:, None], axis=-1).squeeze(-1)
-    values: Any = (drawn - mx.logsumexp(rows, axis=-1)).tolist()
-    return [*values]
+    return drawn - mx.logsumexp(rows, axis=-1)

@@ -384,10 +384,14 @@ def _pareto(value: JsonObject) -> Frontier:
 
 def _cascade(value: JsonObject) -> CascadeShown:
     promise, evaluation = value["promise"], value["evaluation"]
-    threshold = known(promise["threshold"])
-    kind, target = text(promise["kind"]), number(promise["target"])
     return {
-        "promised": promised(kind, target, number(promise["level"]), threshold),
+        "promised": promised(
+            text(promise["kind"]),
+            number(promise["target"]),
+            number(promise["level"]),
+            known(promise["threshold"]),
+            text(value["score"]),
+        ),
         "measured": _cascade_measured(evaluation or value["calibration"]),
         "held_out": evaluation is not None,
     }

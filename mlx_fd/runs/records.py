@@ -1446,6 +1446,8 @@ class CascadeFile(TypedDict):
     Attributes:
         format: of this file.
         models: name and digest of student, adapter and expert.
+        score: what the student's answers were scored by: ``answer``, 1 / (1 - log p) of the answer,
+            or ``head``, the score head's.
         promise: what its threshold promises.
         confidence: what scores mean, from the lowest on.
         ids: of the calibration's problems, which no evaluation uses.
@@ -1455,6 +1457,7 @@ class CascadeFile(TypedDict):
 
     format: int
     models: dict[str, dict[str, str]]
+    score: str
     promise: CascadePromiseRow
     confidence: list[CascadeStepRow]
     ids: list[str]

@@ -4,32 +4,62 @@ from __future__ import annotations
 
 import functools
 
+from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cascade.confidence import confidence
 from mlx_fd.evaluation.cascade.file import read, why_other
+from mlx_fd.evaluation.cascade.scores import ANSWER, HEAD, SCORES
+from mlx_fd.feedback.judge import ModelRef
+from mlx_fd.runs.records import CascadeFile
 from mlx_fd.serve.models import Served
 from mlx_fd.serve.rule import Rule
 from mlx_fd.serve.service import Options
+
+
+def calibration_of(options: Options, ref: ModelRef) -> CascadeFile | None:
+    """The calibration of a student's run; ``None`` where there is none.
+
+    Raises:
+        UserError: it is damaged, or of another score than the server is to use.
+    """
+    found = None if ref.run is None else read(ref.run)
+    wanted = options.score
+    if wanted == HEAD.name and not ref.scores:
+        raise UserError("--score head: this student has no trained score head; take --score answer")
+    if found is None or wanted is None or options.threshold is not None:
+        return found
+    if found["score"] != wanted:
+        raise UserError(
+            f"--score {wanted}: {ref.run} was calibrated with --score {found['score']}, and a "
+            "threshold of one score means nothing for another; leave --score out, calibrate "
+            f"again (mlx-fd cascade calibrate --score {wanted}), or name a --threshold"
+        )
+    return found
 
 
 def rule_of(options: Options, served: Served) -> Rule:
     """When the expert is asked: as the options say, else as the run was calibrated.
 
     Raises:
-        UserError: the run's calibration is damaged.
+        UserError: as :func:`calibration_of`.
     """
-    ref, calibrated = served.judge.ref, None
-    if served.scores and ref.run is not None:
-        calibrated = read(ref.run)
+    ref = served.judge.ref
+    calibrated = calibration_of(options, ref)
     if calibrated is None:
-        threshold = 0.0 if options.threshold is None else options.threshold
-        plain = "above 0 it says that an answer is right; not calibrated"
-        return Rule(threshold, None, plain if options.threshold is None else "--threshold")
+        score = SCORES[options.score or (HEAD if served.scores else ANSWER).name]
+        if options.threshold is not None:
+            return Rule(score, options.threshold, None, "--threshold")
+        if score is HEAD:
+            plain = "above 0 it says that an answer is right; not calibrated"
+            return Rule(score, 0.0, None, plain)
+        return Rule(score, None, None, "it is not calibrated, and no --threshold is given")
     steps, promise = calibrated["confidence"], calibrated["promise"]
+    score = SCORES[options.score or calibrated["score"]]
     expert = None if served.expert is None else served.expert.path
     why = why_other(calibrated, ref, expert)
     # What scores meant before says little of a student that has learned on.
-    meaning = None if why else functools.partial(confidence, steps)
+    holds = not why and score.name == calibrated["score"]
+    meaning = functools.partial(confidence, steps) if holds else None
     if options.threshold is not None:
-        return Rule(options.threshold, meaning, "--threshold")
+        return Rule(score, options.threshold, meaning, "--threshold")
     said = f"calibrated, {promise['kind']} {promise['target']:g}"
-    return Rule(promise["threshold"], meaning, f"{said}, but {why}" if why else said)
+    return Rule(score, promise["threshold"], meaning, f"{said}, but {why}" if why else said)

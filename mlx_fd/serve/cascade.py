@@ -1,12 +1,13 @@
-"""Who answers: the student, unless its score of its own answer is too low; then the expert."""
+"""Who answers: the student, unless the score of its answer is too low; then the expert."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from mlx_fd.evaluation.cascade.scores import HEAD, answer_score
 from mlx_fd.models.writing import Sampling
 from mlx_fd.serve.engine import Written
-from mlx_fd.serve.judging import Verdict, judge
+from mlx_fd.serve.judging import judge
 from mlx_fd.serve.lanes import Job
 from mlx_fd.serve.models import CASCADE, EXPERT, STUDENT
 from mlx_fd.serve.prompts import Asked
@@ -15,7 +16,7 @@ from mlx_fd.serve.service import Service
 
 
 async def decide(service: Service, model: str, asked: Asked, job: Callable[..., Job]) -> Decision:
-    """Let the student answer and judge its answer, where the cascade is asked.
+    """Let the student answer, and score its answer, where the cascade is asked.
 
     Args:
         service: models and rule.
@@ -25,18 +26,22 @@ async def decide(service: Service, model: str, asked: Asked, job: Callable[..., 
     """
     if model != CASCADE:
         return Decision(model, f"the request asked for the {model}")
-    writing = service.engine.write(STUDENT, job(asked.prompts[STUDENT], keep=True))
+    rule, prompt = service.rule, asked.prompts[STUDENT]
+    judges = rule.score is HEAD
+    writing = service.engine.write(STUDENT, job(prompt, keep=judges, logprobs=not judges))
     try:
         answer = await writing.written()
     finally:
         writing.drop()
-    verdict = await judge_own(service, asked.prompts[STUDENT], answer)
-    assert verdict.score is not None
-    return decided(service.rule, verdict.score, answer, has_expert=EXPERT in asked.prompts)
+    if judges:
+        score = await _head_score(service, prompt, answer)
+    else:
+        score = answer_score(answer.logprobs, finished=answer.reason == "stop")
+    return decided(rule, score, answer, has_expert=EXPERT in asked.prompts)
 
 
-async def judge_own(service: Service, prompt: tuple[int, ...], answer: Written) -> Verdict:
-    """The student's judgement of the answer that it has just given."""
+async def _head_score(service: Service, prompt: tuple[int, ...], answer: Written) -> float:
+    """The score head's score of the answer that the student has just given."""
     served = service.served
     loaded = served.student
     reply = answer.tokens
@@ -45,4 +50,6 @@ async def judge_own(service: Service, prompt: tuple[int, ...], answer: Written) 
         reply = tuple(loaded.tokenizer.encode(answer.text, add_special_tokens=False))
     request = served.judge.own_request(prompt, reply)
     sampling = Sampling(service.feedback_tokens)
-    return await judge(service, request, sampling, answer.conversation, text=False)
+    verdict = await judge(service, request, sampling, answer.conversation, text=False)
+    assert verdict.score is not None
+    return verdict.score

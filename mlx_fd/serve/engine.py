@@ -20,6 +20,8 @@ from mlx_fd.serve.lanes import Job, Lane, Step, open_lane
 from mlx_fd.serve.text import ReplyText
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from mlx_fd.models.loading import Loaded
     from mlx_fd.serve.models import Served
 
@@ -37,6 +39,7 @@ class Written:
         conversation: the conversation with it; its cache where the job asked to keep it.
         read: tokens of the prompt that had to be read.
         first: seconds until the first token was there, from when the job was given.
+        logprobs: of the tokens at temperature 1, where the job wanted them.
     """
 
     text: str
@@ -45,6 +48,7 @@ class Written:
     conversation: Conversation
     read: int
     first: float
+    logprobs: tuple[float, ...] = ()
 
 
 class Writing:
@@ -110,6 +114,7 @@ class _Running:
         first: seconds to its first token.
         tokens: drawn so far.
         said: pieces of text so far.
+        logprobs: of its tokens, where they are wanted; [1] each.
     """
 
     writing: Writing
@@ -119,6 +124,7 @@ class _Running:
     first: float = 0.0
     tokens: list[int] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    logprobs: list[mx.array] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -356,6 +362,8 @@ class _Work:
         if not one.tokens:
             one.first = time.monotonic() - one.since
         one.tokens.append(step.token)
+        if step.logprob is not None:
+            one.logprobs.append(step.logprob)
         piece = "" if step.ended == "stop" else one.text.add(step.token)
         ended, cache = step.ended, step.cache
         if one.text.stopped and ended is None:
@@ -386,6 +394,7 @@ def _written(one: _Running, reason: str, cache: Any) -> Written:
     if kept is not None:
         # Lazy slices would hold the whole batch's cache of this very step.
         mx.eval([layer.state for layer in kept])
+    logprobs: Any = mx.concatenate(one.logprobs).tolist() if one.logprobs else []
     return Written(
         text="".join(one.said),
         tokens=tuple(one.tokens),
@@ -393,4 +402,5 @@ def _written(one: _Running, reason: str, cache: Any) -> Written:
         conversation=Conversation((*old.tokens, *prompt, *one.tokens), kept),
         read=len(prompt) + (len(old.tokens) if old.cache is None else 0),
         first=one.first,
+        logprobs=tuple(logprobs),
     )

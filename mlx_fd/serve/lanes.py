@@ -14,7 +14,14 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_fd.models.conversation import Cache, Conversation
 from mlx_fd.models.loading import Loaded
-from mlx_fd.models.writing import Draw, Sampling, drawn_alone, logits_processors, read_alone
+from mlx_fd.models.writing import (
+    Draw,
+    Sampling,
+    drawn_alone,
+    logits_processors,
+    read_alone,
+    token_logprobs,
+)
 from mlx_fd.serve.drawing import greedy, seeded
 
 # Prompts that are read together, as mlx-lm has it.
@@ -32,6 +39,7 @@ class Job:
         stops: texts before which it ends.
         keep: whether the model's state after it is wanted.
         streams: whether whoever waits wants the text as it comes.
+        logprobs: whether the log-probabilities of its tokens are wanted.
     """
 
     conversation: Conversation
@@ -40,6 +48,7 @@ class Job:
     stops: tuple[str, ...] = ()
     keep: bool = False
     streams: bool = False
+    logprobs: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,15 @@ class Step:
         token: its id.
         ended: ``"stop"``: the model ended it; ``"length"``: the limit did; ``None``: it goes on.
         cache: the model's state after an ended text's last token.
+        logprob: where it is wanted, the token's log-probability [1] at temperature 1, which the
+            device may still compute: whoever reads it at once waits for the next token, too.
     """
 
     number: int
     token: int
     ended: str | None = None
     cache: Cache | None = None
+    logprob: mx.array | None = None
 
 
 class Lane(Protocol):
@@ -102,6 +114,7 @@ class _BatchLane:
             prefill_batch_size=min(places, _READ_TOGETHER),
         )
         self._left: set[int] = set()
+        self._measured: set[int] = set()
 
     def add(self, job: Job) -> int:
         old, prompt = job.conversation, job.prompt
@@ -115,26 +128,43 @@ class _BatchLane:
             logits_processors=[logits_processors(job.sampling)],
         )
         self._left.add(number)
+        if job.logprobs:
+            self._measured.add(number)
         return int(number)
 
     def drop(self, number: int) -> None:
         if number in self._left:
             self._left.remove(number)
+            self._measured.discard(number)
             self._generator.remove([number])
 
     def step(self) -> list[Step]:
         if not self._left:
             return []
         _, responses = self._generator.next()
+        measured = self._logprobs([one for one in responses if one.uid in self._measured])
         steps = []
         for one in responses:
             if one.finish_reason is not None:
                 self._left.discard(one.uid)
-            steps.append(Step(one.uid, one.token, one.finish_reason, one.prompt_cache))
+                self._measured.discard(one.uid)
+            steps.append(
+                Step(one.uid, one.token, one.finish_reason, one.prompt_cache, measured.get(one.uid))
+            )
         return steps
+
+    def _logprobs(self, responses: list[Any]) -> dict[int, mx.array]:
+        if not responses:
+            return {}
+        rows = mx.stack([one.logprobs for one in responses])
+        tokens = [one.token for one in responses]
+        values = mx.split(token_logprobs(rows, tokens, 1.0, self._loaded.vocab), len(tokens))
+        mx.async_eval(values)  # type: ignore[no-untyped-call]
+        return {one.uid: value for one, value in zip(responses, values, strict=True)}
 
     def close(self) -> None:
         self._left.clear()
+        self._measured.clear()
         self._generator.close()
 
 
@@ -173,7 +203,6 @@ class _AloneLane:
         self._running = None
 
     def _write(self, number: int, job: Job) -> Iterator[Step]:
-
         old, loaded = job.conversation, self._loaded
         cache: Any = copy.deepcopy(old.cache)
         before, start = [*old.tokens, *job.prompt], list(job.prompt)
@@ -182,13 +211,14 @@ class _AloneLane:
         read_alone(loaded, cache, start[:-1])
         draw = _draw(loaded, job.sampling, self._greedy)
         made = drawn_alone(loaded, cache, before, draw, logits_processors(job.sampling))
-        for count, (token, _) in enumerate(made, 1):
+        for count, (token, rows) in enumerate(made, 1):
+            logprob = token_logprobs(rows, [token], 1.0, loaded.vocab) if job.logprobs else None
             stopped = token in loaded.tokenizer.eos_token_ids
             if not stopped and count < job.sampling.max_tokens:
-                yield Step(number, token)
+                yield Step(number, token, logprob=logprob)
                 continue
             if job.keep:
                 read_alone(loaded, cache, [token])
                 mx.eval([layer.state for layer in cache])
-            yield Step(number, token, "stop" if stopped else "length", cache)
+            yield Step(number, token, "stop" if stopped else "length", cache, logprob)
             return

@@ -57,7 +57,7 @@ class Metrics:
         )
         self.scores = Histogram(
             "mlx_fd_score",
-            "Score heads' scores of the student's own answers",
+            "Scores of the student's own answers, by which the expert is asked",
             buckets=_SCORES,
             registry=registry,
         )

@@ -44,9 +44,9 @@ class Served:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What can be asked: the cascade where the student scores its answers."""
+        """What can be asked; no cascade of a plain model that is alone."""
         return (
-            *((CASCADE,) if self.scores else ()),
+            *((CASCADE,) if self.scores or self.expert is not None else ()),
             STUDENT,
             *((EXPERT,) if self.expert is not None else ()),
         )

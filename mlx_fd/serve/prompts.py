@@ -45,7 +45,9 @@ def who_may_answer(served: Served, model: str) -> tuple[str, ...]:
     return (STUDENT, EXPERT) if served.expert is not None else (STUDENT,)
 
 
-def ask_chat(served: Served, request: ChatRequest, limits: Limits, *, verbatim: bool) -> Asked:
+def ask_chat(
+    served: Served, request: ChatRequest, limits: Limits, *, verbatim: bool, judges: bool
+) -> Asked:
     """A chat in tokens.
 
     A student was trained on problems that are asked for in one form ("Solve step by step ..."). So
@@ -56,6 +58,7 @@ def ask_chat(served: Served, request: ChatRequest, limits: Limits, *, verbatim: 
         request: what was asked.
         limits: of the server.
         verbatim: what holds where the request does not say.
+        judges: whether in a cascade the student's score head reads its answer.
 
     Raises:
         ApiError: the models cannot read it.
@@ -75,7 +78,7 @@ def ask_chat(served: Served, request: ChatRequest, limits: Limits, *, verbatim: 
         except UserError as error:
             raise bad(str(error), "messages") from None
     written = request.common.sampling.max_tokens
-    if request.common.model == CASCADE:
+    if request.common.model == CASCADE and judges:
         written += _judging(served)
     return _fitting(served, Asked(prompts, problem), written, limits)
 
@@ -83,7 +86,7 @@ def ask_chat(served: Served, request: ChatRequest, limits: Limits, *, verbatim: 
 def _judging(served: Served) -> int:
     """Tokens after the student's answer, with which it judges that."""
     config = served.judge.ref.config
-    assert config is not None  # a cascade is a run's
+    assert config is not None  # a score head is a run's
     return len(feedback_request(served.student)) + config.generation.max_feedback_tokens
 
 

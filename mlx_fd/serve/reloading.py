@@ -8,13 +8,12 @@ from pathlib import Path
 
 from mlx_fd import runs
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation.cascade.file import read
 from mlx_fd.feedback.judge import locate_model
 from mlx_fd.models.student import ADAPTER_WEIGHTS, load_student
-from mlx_fd.serve.calibration import rule_of
+from mlx_fd.serve.calibration import calibration_of, rule_of
 from mlx_fd.serve.errors import bad
 from mlx_fd.serve.models import Served
-from mlx_fd.serve.service import Service
+from mlx_fd.serve.service import Options, Service
 
 _SAME = ("train", "lora_rank", "lora_scale", "lora_layers", "lora_keys", "score_at", "dequantize")
 
@@ -42,7 +41,8 @@ async def reload(service: Service, student: str | None = None) -> str:
 async def _reload(service: Service, name: str) -> str:
     try:
         async with service.admission.alone():
-            served = await service.engine.exchange(lambda old: renewed(old, name))
+            options = service.options
+            served = await service.engine.exchange(lambda old: renewed(old, name, options))
             rule = rule_of(service.options, served)
     except (UserError, OSError) as error:
         service.metrics.reloads.labels("refused").inc()
@@ -55,11 +55,12 @@ async def _reload(service: Service, name: str) -> str:
     return checkpoint
 
 
-def renewed(old: Served, name: str) -> Served:
+def renewed(old: Served, name: str, options: Options) -> Served:
     """The models with a student's weights out of a checkpoint; on their thread.
 
     Raises:
-        UserError: it is another model, or its files are damaged; nothing is changed then.
+        UserError: it is another model, its files are damaged, or its calibration is of another
+            score; nothing is changed then.
     """
     folder = Path(name).expanduser()
     if not (runs.is_run(folder) or (folder / ADAPTER_WEIGHTS).is_file()):
@@ -78,7 +79,6 @@ def renewed(old: Served, name: str) -> Served:
     digests = {one.template.digest() for one in (ref, before) if one.template is not None}
     if len(digests) > 1 or ref.answer_kind != before.answer_kind:
         raise UserError(f"{name}: its student is asked in another way; restart the server")
-    if ref.run is not None:
-        read(ref.run)  # a damaged calibration is refused before anything is changed
+    calibration_of(options, ref)
     load_student(student, ref.checkpoint)
     return dataclasses.replace(old, judge=dataclasses.replace(old.judge, ref=ref))

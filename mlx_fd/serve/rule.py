@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mlx_fd.evaluation.cascade.scores import Score
 from mlx_fd.serve.models import EXPERT, STUDENT
 
 if TYPE_CHECKING:
@@ -17,12 +18,14 @@ class Rule:
     """When the expert is asked.
 
     Attributes:
-        threshold: of the student's score; at least that much, and its answer stands; ``None``:
-            everything is passed on.
+        score: what the student's answer is scored by.
+        threshold: of that score; at least that much, and the answer stands; ``None``: everything
+            is passed on.
         confidence: the share of right answers at a score; ``None``: not calibrated.
         source: who says so, in words.
     """
 
+    score: Score
     threshold: float | None
     confidence: Callable[[float], float] | None
     source: str
@@ -35,7 +38,8 @@ class Decision:
     Attributes:
         by: ``"student"`` or ``"expert"``.
         reason: in words.
-        score: the student's of its own answer; ``None``: it was not judged.
+        score: of the student's answer; ``None``: it was not scored.
+        scored_by: the name of that score; empty likewise.
         confidence: what that means, where it is calibrated.
         threshold: what it was compared with.
         answer: the student's answer; ``None`` where it was not asked.
@@ -44,6 +48,7 @@ class Decision:
     by: str
     reason: str
     score: float | None = None
+    scored_by: str = ""
     confidence: float | None = None
     threshold: float | None = None
     answer: Written | None = None
@@ -58,6 +63,7 @@ class Decision:
         return {
             "x-mlx-fd-answered-by": self.by,
             "x-mlx-fd-reason": self.reason,
+            **({"x-mlx-fd-scored-by": self.scored_by} if self.scored_by else {}),
             **{f"x-mlx-fd-{name}": f"{v:.4f}" for name, v in numbers.items() if v is not None},
         }
 
@@ -67,6 +73,7 @@ class Decision:
             "answered_by": self.by,
             "reason": self.reason,
             "score": _rounded(self.score),
+            "scored_by": self.scored_by or None,
             "confidence": _rounded(self.confidence),
             "threshold": self.threshold,
         }
@@ -82,12 +89,12 @@ def decided(rule: Rule, score: float, answer: Written, *, has_expert: bool) -> D
     threshold = rule.threshold
     stands = threshold is not None and score >= threshold
     if threshold is None:
-        reason = "no score is high enough, by the calibration"
+        reason = f"no score is high enough: {rule.source}"
     elif stands:
-        reason = f"the student's score {score:.2f} is at least {threshold:.2f}"
+        reason = f"the student's score {score:.4g} is at least {threshold:g}"
     else:
-        reason = f"the student's score {score:.2f} is below {threshold:.2f}"
+        reason = f"the student's score {score:.4g} is below {threshold:g}"
     if not stands and not has_expert:
         reason += ", and there is no expert"
     by = EXPERT if has_expert and not stands else STUDENT
-    return Decision(by, reason, score, confidence, threshold, answer)
+    return Decision(by, reason, score, rule.score.name, confidence, threshold, answer)

@@ -36,7 +36,8 @@ class Options:
         port: likewise; 0: any free one.
         key: what a client must show; ``None``: nothing.
         limits: what clients may take.
-        threshold: below which the expert is asked; ``None``: as the run says.
+        score: what the student's answers are scored by; ``None``: as the run was calibrated.
+        threshold: below which the expert is asked; ``None``: likewise.
         verbatim: whether a single question is sent as it is, without the form of the training.
         log_texts: whether logs have what was asked and answered.
         keep: a file that problems are kept in; ``None``: none are.
@@ -49,6 +50,7 @@ class Options:
     port: int = 8080
     key: str | None = None
     limits: Limits = field(default_factory=Limits)
+    score: str | None = None
     threshold: float | None = None
     verbatim: bool = False
     log_texts: bool = False

@@ -1,7 +1,9 @@
 """The cascade: curves by brute force, promises by simulation, the command as a user calls it."""
 
+import dataclasses
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from mlx_fd.cli import cli
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cascade import choice, confidence, curve, file
 from mlx_fd.evaluation.cascade.outcome import Outcome
+from mlx_fd.evaluation.cascade.scores import ANSWER, HEAD, answer_score
 from mlx_fd.report.page import make_page
 from mlx_fd.report.reading import read_runs
 from mlx_fd.runs.records import EstimateRow
@@ -84,7 +87,7 @@ def test_promises_are_kept_on_other_problems(kind, target):
     whole = drawn(rng, 20_000)
     for _ in range(120):
         places = rng.integers(0, len(whole), 150)
-        promise = choice.choose([whole[k] for k in places], kind, target)
+        promise = choice.choose([whole[k] for k in places], HEAD, kind, target)
         if not promise["kept"] or promise["threshold"] is None:
             continue
         set_ += 1
@@ -110,15 +113,34 @@ def known(kind):
 TRUTH = {kind: known(kind) for kind in choice.PROMISES}
 
 
+def test_thresholds_are_shares_of_a_scores_range():
+    rng = np.random.default_rng(4)
+    heads = drawn(rng, 800)
+    answers = [dataclasses.replace(one, score=(1 + one.score) / 2) for one in heads]
+    for kind, target in (("risk", 0.3), ("accuracy", 0.7), ("cost", 0.5)):
+        head = choice.choose(heads, HEAD, kind, target)
+        answer = choice.choose(answers, ANSWER, kind, target)
+        assert answer["threshold"] == pytest.approx((1 + head["threshold"]) / 2)
+        assert (answer["against"], answer["of"]) == (head["against"], head["of"])
+
+
+def test_an_answer_is_scored_by_its_probability_and_not_where_it_was_cut_off():
+    likely, less = answer_score([-0.1, -0.2], finished=True), answer_score([-2.0], finished=True)
+    assert (likely, less) == (pytest.approx(1 / 1.3), pytest.approx(1 / 3))
+    # Rounding can put a sum above 0.
+    assert answer_score([1e-7], finished=True) == 1
+    assert answer_score([-0.1], finished=False) == 0
+
+
 def test_a_cost_passes_on_as_much_as_it_may_and_an_accuracy_as_little():
     found = drawn(np.random.default_rng(2), 1000)
-    cost = choice.choose(found, "cost", 0.5)
+    cost = choice.choose(found, HEAD, "cost", 0.5)
     assert 0.3 < cost["against"] / cost["of"] < 0.5
-    accuracy = choice.choose(found, "accuracy", 0.75)
-    lower = choice.choose(found, "accuracy", 0.65)
+    accuracy = choice.choose(found, HEAD, "accuracy", 0.75)
+    lower = choice.choose(found, HEAD, "accuracy", 0.65)
     assert lower["threshold"] < accuracy["threshold"]
     assert accuracy["bound"] >= 0.75
-    assert choice.choose(found, "accuracy", 0.99)["kept"] is False
+    assert choice.choose(found, HEAD, "accuracy", 0.99)["kept"] is False
 
 
 def test_scores_mean_what_isotonic_regression_says():
@@ -143,7 +165,7 @@ def run(tmp_path_factory):
     run = tiny_run(folder / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_FD_CACHE", str(folder / "cache"))
-        call("calibrate", run, "--cost", "0.9", "--limit", "32")
+        call("calibrate", run, "--cost", "0.9", "--limit", "32", "--score", "head")
         yield run
 
 
@@ -172,6 +194,22 @@ def test_calibrate_and_eval_write_what_they_measured(run, capsys):
     page = make_page(read_runs([run]))
     assert "When the student passes on" in page
     assert "Accuracy against the share passed on, held out" in page
+
+
+def test_a_calibration_says_what_answers_were_scored_by(run, tmp_path, capsys):
+    assert file.read(run)["score"] == "head"
+    assert "a score (head) of at least" in make_page(read_runs([run]))
+    other = shutil.copytree(run, tmp_path / "other", symlinks=True)
+    call("calibrate", other, "--cost", "0.9", "--limit", "24")
+    assert file.read(other)["score"] == "answer"
+    assert "a score (answer) of at least" in capsys.readouterr().out
+    with pytest.raises(Exception, match="--score are for calibrate"):
+        call("eval", other, "--score", "head")
+    # A file of before, when only heads were known, does not say so.
+    found = {key: value for key, value in file.read(other).items() if key != "score"}
+    file.write(other, {**found, "format": 1})
+    with pytest.raises(UserError, match="is of another version; mlx-fd cascade calibrate"):
+        file.read(other)
 
 
 def test_what_cannot_be_promised_is_said(run, tmp_path):

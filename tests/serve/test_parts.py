@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_fd.models.conversation import Conversation
@@ -56,6 +58,27 @@ def test_one_by_one_writes_what_a_running_batch_does(loaded):
     length = len(jobs(loaded)[0].prompt) + len(many[0])
     assert [layer.offset for layer in cache] == [layer.offset for layer in kept]
     assert {layer.offset for layer in kept} == {length}
+
+
+def test_log_probabilities_are_those_of_a_whole_reading(loaded):
+    wanted = [
+        dataclasses.replace(job, logprobs=place != 1) for place, job in enumerate(jobs(loaded))
+    ]
+    lanes = [open_lane(loaded, 3), open_lane(dataclasses.replace(loaded, batched=False), 3)]
+    for lane in lanes:
+        numbers, found = [lane.add(job) for job in wanted], {}
+        while len([one for one in found.values() if one[-1].ended]) < len(wanted):
+            for step in lane.step():
+                found.setdefault(step.number, []).append(step)
+        assert all(step.logprob is None for step in found[numbers[1]])
+        # The third one is drawn with a penalty, which changes the probabilities.
+        for number, job in ((numbers[0], wanted[0]), (numbers[3], wanted[3])):
+            tokens = [step.token for step in found[number]]
+            logits = loaded.model(mx.array([*job.prompt, *tokens])[None])[0, len(job.prompt) - 1 :]
+            rows = np.array(logits[:-1, : loaded.vocab].astype(mx.float32), dtype=np.float64)
+            truth = rows[range(len(tokens)), tokens] - np.log(np.exp(rows).sum(-1))
+            values = [step.logprob.item() for step in found[number]]
+            assert values == pytest.approx(truth, abs=2e-4)
 
 
 def test_a_text_that_leaves_is_written_no_further(loaded):

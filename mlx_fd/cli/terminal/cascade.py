@@ -43,7 +43,13 @@ def _interval(value: Mapping[str, Any], form: str) -> str:
 def summary(found: CascadeFile) -> str:
     """What was promised, and what came of it on other problems."""
     promise, measured = found["promise"], found["evaluation"]
-    said = promised(promise["kind"], promise["target"], promise["level"], promise["threshold"])
+    said = promised(
+        promise["kind"],
+        promise["target"],
+        promise["level"],
+        promise["threshold"],
+        found["score"],
+    )
     lines = [said]
     shown = measured or found["calibration"]
     against, of = shown["against"], shown["of"]

@@ -1,7 +1,6 @@
 """The threshold that keeps a promise, with the risk control of :mod:`mlx_fd.feedback.risk`.
 
-The thresholds that are tried are fixed beforehand, as shares: a score stands there as
-(1 + score) / 2.
+The thresholds that are tried are fixed beforehand, as shares of a score's range.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from mlx_fd.evaluation.cascade.outcome import Outcome
+from mlx_fd.evaluation.cascade.scores import Score
 from mlx_fd.feedback.risk import LEVEL, THRESHOLDS, set_threshold, upper_bound
 from mlx_fd.runs.records import CascadePromiseRow
 
@@ -21,23 +21,18 @@ PROMISES = {
 }
 
 
-def promised(kind: str, target: float, level: float, threshold: float | None) -> str:
+def promised(kind: str, target: float, level: float, threshold: float | None, score: str) -> str:
     """A promise in words; arguments as in ``cascade.json``."""
     most = "at least" if kind == ACCURACY else "at most"
     stands = (
         "every request is passed on"
         if threshold is None
-        else f"answers with a score of at least {threshold:g} stay the student's"
+        else f"answers with a score ({score}) of at least {threshold:g} stay the student's"
     )
     return f"promise, with {level:.0%}: {PROMISES[kind]} is {most} {target:.1%}; {stands}"
 
 
-def score_of(confidence: float) -> float:
-    """The score that is as confident: from [0, 1] to [-1, 1]."""
-    return 2 * confidence - 1
-
-
-def choose(found: Sequence[Outcome], kind: str, target: float) -> CascadePromiseRow:
+def choose(found: Sequence[Outcome], score: Score, kind: str, target: float) -> CascadePromiseRow:
     """The threshold by which least is passed on, of those that surely keep a promise.
 
     For a cost it is the one by which most is passed on. "Surely" is with probability
@@ -46,6 +41,7 @@ def choose(found: Sequence[Outcome], kind: str, target: float) -> CascadePromise
 
     Args:
         found: what came of the calibration's problems.
+        score: what their scores are.
         kind: ``"risk"``, ``"accuracy"`` or ``"cost"``.
         target: at most this risk or cost, at least this accuracy; in (0, 1).
 
@@ -54,14 +50,14 @@ def choose(found: Sequence[Outcome], kind: str, target: float) -> CascadePromise
         threshold keeps it (then ``kept`` is false).
     """
     if kind == RISK:
-        confidences = [(1 + one.score) / 2 for one in found]
+        confidences = [score.share(one.score) for one in found]
         trust = set_threshold(confidences, [one.student for one in found], target)
-        threshold = None if trust.threshold is None else score_of(trust.threshold)
+        threshold = None if trust.threshold is None else score.of_share(trust.threshold)
         # Who keeps nothing has no wrong answer among what is kept.
         return _row(kind, target, threshold, trust.disagreed, trust.audited, trust.bound, True)
     best: CascadePromiseRow | None = None
     # Strictest first for accuracy, where all is passed on at the start; for cost the other way.
-    tried: list[float | None] = [None, *map(score_of, THRESHOLDS)]
+    tried: list[float | None] = [None, *map(score.of_share, THRESHOLDS)]
     for threshold in tried if kind == ACCURACY else reversed(tried):
         k, n = _against(found, kind, threshold), len(found)
         bound = upper_bound(k, n)

@@ -15,6 +15,8 @@ from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.records import CascadeFile
 
 CASCADE = "cascade.json"
+# 1 was of score heads alone, and did not say so.
+FORMAT = 2
 
 
 def write(run: Path, found: CascadeFile) -> None:
@@ -36,7 +38,7 @@ def read(run: Path) -> CascadeFile | None:
         return None
     except (OSError, ChangedFile) as error:
         raise UserError(f"{path}: {error}; mlx-fd cascade calibrate makes it again") from error
-    if not digested or content.get("format") != 1:
+    if not digested or content.get("format") != FORMAT:
         raise UserError(f"{path}: is of another version; mlx-fd cascade calibrate makes it again")
     return cast(CascadeFile, content)
 

@@ -12,6 +12,7 @@ from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.cascade import choice, confidence, curve, file
 from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.cascade.outcomes import outcomes
+from mlx_fd.evaluation.cascade.scores import SCORES, Score
 from mlx_fd.evaluation.statistics import bootstrap
 from mlx_fd.evaluation.suites import learned_from, source_of
 from mlx_fd.feedback.judge import locate_model
@@ -39,13 +40,14 @@ class Held:
 
 
 def calibrate(
-    bench: Bench, held: Held, kind: str, target: float, on_progress: Progress
+    bench: Bench, held: Held, score: Score, kind: str, target: float, on_progress: Progress
 ) -> CascadeFile:
     """Choose a threshold that keeps a promise.
 
     Args:
         bench: of a run with an expert.
         held: problems that the student did not learn from.
+        score: what its answers are scored by.
         kind: of the promise, as in :func:`mlx_fd.evaluation.cascade.choice.choose`.
         target: likewise.
         on_progress: called with a step, the problems done, and their number.
@@ -54,15 +56,16 @@ def calibrate(
         UserError: no threshold keeps the promise, or there is no cascade.
     """
     found, chosen = _problems(bench, held, ())
-    made = outcomes(bench, chosen, on_progress)
-    promise = choice.choose(made, kind, target)
+    made = outcomes(bench, chosen, score, on_progress)
+    promise = choice.choose(made, score, kind, target)
     if not promise["kept"]:
         raise UserError(_unkept(made, promise))
     return {
-        "format": 1,
+        "format": file.FORMAT,
         "models": {
             name: row for name, row in bench.target.models.items() if name != "chat_template"
         },
+        "score": score.name,
         "promise": promise,
         "confidence": confidence.steps(made),
         "ids": [problem.id for problem in chosen],
@@ -85,7 +88,7 @@ def evaluate(
             f"{target.name}: its calibration does not hold any more: {why}; calibrate again"
         )
     found, chosen = _problems(bench, held, calibrated["ids"])
-    made = outcomes(bench, chosen, on_progress)
+    made = outcomes(bench, chosen, SCORES[calibrated["score"]], on_progress)
     return {**calibrated, "evaluation": _measured(made, found, calibrated["promise"])}
 
 

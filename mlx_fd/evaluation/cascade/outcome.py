@@ -11,7 +11,7 @@ class Outcome:
 
     Attributes:
         id: the problem's.
-        score: the student's score head's, of its own answer, in (-1, 1).
+        score: of the student's answer, as :mod:`mlx_fd.evaluation.cascade.scores` has it.
         student: whether the student's answer is right.
         expert: whether the expert's is.
         student_tokens: that the student wrote.

@@ -1,4 +1,4 @@
-"""What student and expert make of held-out problems, and the student's score of its own answer."""
+"""What student and expert make of held-out problems, and what the student's answers are scored."""
 
 from __future__ import annotations
 
@@ -6,43 +6,58 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mlx_fd.config import GenerationOptions
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.cache import Rows
 from mlx_fd.evaluation.cascade.outcome import Outcome
-from mlx_fd.feedback.episode import Answered, answer
+from mlx_fd.evaluation.cascade.scores import HEAD, Score, answer_score
+from mlx_fd.feedback.episode import generate_step, read_answer
 from mlx_fd.feedback.judge import Judge, locate_model
 from mlx_fd.feedback.pair import Pair
+from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import first_prompt
+from mlx_fd.models.loading import Loaded
+from mlx_fd.models.writing import GenerateOptions, Turn, sampling_for
 from mlx_fd.problems import Problem
-from mlx_fd.problems.kinds import form_of
+from mlx_fd.problems.kinds import form_of, is_right
 from mlx_fd.problems.prompts import answer_prompt
+
+STUDENT, EXPERT = "student", "expert"
 
 
 def outcomes(
-    bench: Bench, problems: Sequence[Problem], on_progress: Callable[[str, int, int], None]
+    bench: Bench,
+    problems: Sequence[Problem],
+    score: Score,
+    on_progress: Callable[[str, int, int], None],
 ) -> list[Outcome]:
-    """Let both answer every problem, greedily, and the student judge its answers.
+    """Let both answer every problem, greedily, and score the student's answers.
 
     Args:
-        bench: of a run of the loop, with an expert; what it generated before is not made again.
+        bench: of a run, with an expert; what it generated before is not made again.
         problems: held out from the training.
+        score: what the student's answers are scored by.
         on_progress: called with a step, the problems done, and their number.
 
     Raises:
-        UserError: the student has no trained score head, or there is no expert.
+        UserError: there is no expert, or no trained head for its score.
     """
     target = bench.target
-    if not target.helps_expert or target.expert is None:
+    if target.expert is None:
         raise UserError(
-            f"{target.name}: a cascade needs a student with a trained score head and an expert; "
-            "name a run of mlx-fd loop"
+            f"{target.name}: a cascade needs an expert to pass on to; add --expert NAME"
         )
-    done: dict[str, list[Rows]] = {"student": [], "expert": []}
+    if score is HEAD and not target.helps_expert:
+        raise UserError(
+            f"{target.name}: --score head needs a trained score head, which a run of mlx-fd loop "
+            "has; take --score answer"
+        )
+    done: dict[str, list[Rows]] = {STUDENT: [], EXPERT: []}
     for who, rows in done.items():
         count = 0
         for _, chunk in bench.batches(problems):
-            rows.append(_rows(bench, who, chunk))
+            rows.append(_rows(bench, who, chunk, score))
             count += len(chunk)
             on_progress(f"the {who} answers", count, len(problems))
     students, experts = ([row for part in parts for row in part] for parts in done.values())
@@ -59,7 +74,7 @@ def outcomes(
     ]
 
 
-def _rows(bench: Bench, who: str, chunk: Sequence[Problem]) -> Rows:
+def _rows(bench: Bench, who: str, chunk: Sequence[Problem], score: Score) -> Rows:
     target = bench.target
     # As the server writes, where a request does not ask for a penalty.
     options = dataclasses.replace(target.config.generation, expert_repetition_penalty=1.0)
@@ -71,31 +86,61 @@ def _rows(bench: Bench, who: str, chunk: Sequence[Problem]) -> Rows:
         "feedback_tokens": options.max_feedback_tokens,
         "filter": options.answer_filter,
         "score_at": target.config.models.score_at,
+        "score": score.name if who == STUDENT else None,
     }
 
     def make(pair: Pair) -> Rows:
-        loaded = pair.student_lm if who == "student" else pair.expert
-        answered = answer(loaded, chunk, options, 0, bench.progress, temperature=0.0, keep=False)
-        rows: Rows = [
-            {"right": one.is_correct, "tokens": one.usage.tokens["answer"]} for one in answered
+        loaded = pair.student_lm if who == STUDENT else pair.expert
+        prompts = [first_prompt(loaded, answer_prompt(p.question, form_of(p))) for p in chunk]
+        turns = _answers(bench, loaded, prompts, options)
+        found = [
+            read_answer(turn, problem, options).final
+            for turn, problem in zip(turns, chunk, strict=True)
         ]
-        if who == "student":
-            scores = _scores(pair, target.name, answered, options.max_feedback_tokens)
-            rows = [{**row, "score": score} for row, score in zip(rows, scores, strict=True)]
-        return rows
+        rows: Rows = [
+            {"right": is_right(final, problem), "tokens": turn.written}
+            for final, problem, turn in zip(found, chunk, turns, strict=True)
+        ]
+        if who == EXPERT:
+            return rows
+        if score is HEAD:
+            scores = _head_scores(pair, target.name, prompts, turns, options.max_feedback_tokens)
+        else:
+            scores = [answer_score(turn.logprobs, finished=turn.finished) for turn in turns]
+        return [{**row, "score": value} for row, value in zip(rows, scores, strict=True)]
 
     uses: Any = who
     return bench.rows(key, len(chunk), [uses], make)
 
 
-def _scores(pair: Pair, name: str, answered: Sequence[Answered], max_tokens: int) -> list[float]:
-    loaded = pair.student_lm
-    judge = Judge(locate_model(name), loaded, pair.student)
-    prompts = [
-        judge.own_request(
-            first_prompt(loaded, answer_prompt(one.problem.question, form_of(one.problem))),
-            one.answer.tokens,
-        )
-        for one in answered
+def _answers(
+    bench: Bench,
+    loaded: Loaded,
+    prompts: Sequence[tuple[int, ...]],
+    options: GenerationOptions,
+) -> list[Turn]:
+    """Greedy answers, with the log-probabilities of their tokens."""
+    turns, _ = generate_step(
+        loaded,
+        "answer",
+        [Conversation()] * len(prompts),
+        prompts,
+        dataclasses.replace(sampling_for(options, "answer", 0), temperature=0.0),
+        bench.progress,
+        GenerateOptions(reuse=not options.sequential, keep=False, logprobs=True),
+    )
+    return turns
+
+
+def _head_scores(
+    pair: Pair,
+    name: str,
+    prompts: Sequence[tuple[int, ...]],
+    turns: Sequence[Turn],
+    max_tokens: int,
+) -> list[float]:
+    judge = Judge(locate_model(name), pair.student_lm, pair.student)
+    requests = [
+        judge.own_request(prompt, turn.tokens) for prompt, turn in zip(prompts, turns, strict=True)
     ]
-    return judge.scores(prompts, max_tokens)
+    return judge.scores(requests, max_tokens)

@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.routing import Route
 
+from mlx_fd.evaluation.cascade.scores import HEAD
 from mlx_fd.serve.exchange import Exchange, Reply, read_json
 from mlx_fd.serve.judging import Verdict, judge
 from mlx_fd.serve.prompts import ask_feedback
@@ -53,9 +54,9 @@ def routes(service: Service) -> list[Route]:
 
 def content_of(service: Service, verdict: Verdict) -> dict[str, Any]:
     """A judgement as a client gets it."""
-    confidence = None
-    if verdict.score is not None and service.rule.confidence is not None:
-        confidence = round(service.rule.confidence(verdict.score), 4)
+    confidence, rule = None, service.rule
+    if verdict.score is not None and rule.score is HEAD and rule.confidence is not None:
+        confidence = round(rule.confidence(verdict.score), 4)
     return {
         "object": "feedback",
         "score": None if verdict.score is None else round(verdict.score, 4),

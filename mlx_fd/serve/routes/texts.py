@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from mlx_fd.errors import UserError
+from mlx_fd.evaluation.cascade.scores import HEAD
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.serve.cascade import decide
@@ -37,7 +38,12 @@ def routes(service: Service) -> list[Route]:
         async def work(reply: Reply) -> None:
             read = chat_request(content, limits, default_tokens)
             ask = functools.partial(
-                ask_chat, service.served, read, limits, verbatim=service.options.verbatim
+                ask_chat,
+                service.served,
+                read,
+                limits,
+                verbatim=service.options.verbatim,
+                judges=service.rule.score is HEAD,
             )
             async with service.admission.enter():
                 asked = await service.aside(ask)
@@ -134,10 +140,10 @@ class _Task:
     texts: dict[str, str]
     question: str = ""
 
-    def job(self, prompt: tuple[int, ...], *, keep: bool = False, streams: bool = False) -> Job:
-        """The job of a prompt."""
+    def job(self, prompt: tuple[int, ...], **wanted: bool) -> Job:
+        """The job of a prompt; ``wanted`` are the switches of :class:`Job`."""
         common = self.common
-        return Job(Conversation(), prompt, common.sampling, common.stops, keep, streams)
+        return Job(Conversation(), prompt, common.sampling, common.stops, **wanted)
 
 
 async def _answer(task: _Task, reply: Reply) -> None:

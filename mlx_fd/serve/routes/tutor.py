@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from mlx_fd.evaluation.cascade.scores import HEAD
 from mlx_fd.feedback.tutoring import (
     Attempt,
     Heard,
@@ -165,7 +166,13 @@ def _prompts(service: Service, asked: Problem) -> Asked:
         _solver(service), Sampling(service.default_tokens), (), stream=False, usage=False
     )
     request = ChatRequest(common, (("user", asked.question),), None)
-    return ask_chat(service.served, request, service.options.limits, verbatim=False)
+    return ask_chat(
+        service.served,
+        request,
+        service.options.limits,
+        verbatim=False,
+        judges=service.rule.score is HEAD,
+    )
 
 
 def _solver(service: Service) -> str:
@@ -176,8 +183,8 @@ async def _solve(service: Service, asked: Problem, prompts: Asked) -> _Own:
     """The answer of the cascade, or of a student that has none, to a learner's problem."""
     model, sampling = _solver(service), Sampling(service.default_tokens)
 
-    def job(prompt: tuple[int, ...], *, keep: bool = False, streams: bool = False) -> Job:
-        return Job(Conversation(), prompt, sampling, (), keep, streams)
+    def job(prompt: tuple[int, ...], **wanted: bool) -> Job:
+        return Job(Conversation(), prompt, sampling, (), **wanted)
 
     decision = await decide(service, model, prompts, job)
     service.metrics.decided(model, decision)

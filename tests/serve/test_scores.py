@@ -1,0 +1,79 @@
+"""What the cascade serves is what was calibrated: the same scores, the same who answers."""
+
+import asyncio
+import dataclasses
+
+import pytest
+
+from mlx_fd import problems
+from mlx_fd.cli import cli
+from mlx_fd.errors import UserError
+from mlx_fd.evaluation import suites
+from mlx_fd.evaluation.cache import Cache
+from mlx_fd.evaluation.cascade import file
+from mlx_fd.evaluation.cascade.outcomes import outcomes
+from mlx_fd.evaluation.cascade.scores import ANSWER, SCORES
+from mlx_fd.evaluation.target import open_target
+from mlx_fd.feedback.judge import locate_model
+from mlx_fd.serve.calibration import calibration_of
+from mlx_fd.serve.service import Options
+from support.serving import ask, serving, tiny_run
+
+LIMIT = 24
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """A run with a calibration, and what came of its problems."""
+    folder = tmp_path_factory.mktemp("scores")
+    run = tiny_run(folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_FD_CACHE", str(folder / "cache"))
+        command = ["cascade", "calibrate", str(run), "--cost", "0.8", "--limit", str(LIMIT)]
+        cli([*command, "--quiet"], standalone_mode=False)
+        target = open_target(str(run), None)
+        cache = Cache(folder / "cache" / "eval")
+        bench = suites.make_bench(target, suites.Options(), cache, lambda step, tokens: None)
+        drawn = problems.load("arithmetic", "test").problems[:LIMIT]
+        made = outcomes(bench, drawn, ANSWER, lambda step, done, count: None)
+        yield run, drawn, made
+
+
+def test_a_server_scores_and_passes_on_as_the_calibration_did(calibrated):
+    run, drawn, made = calibrated
+    threshold = file.read(run)["promise"]["threshold"]
+
+    async def all_of(server):
+        async with server.client() as client:
+            return await asyncio.gather(
+                *(ask(client, one.question, model="cascade") for one in drawn)
+            )
+
+    with serving(run.parent, run, "--expert", "tiny") as server:
+        replies = [reply.mlx_fd for reply in asyncio.run(all_of(server))]
+    for reply, one in zip(replies, made, strict=True):
+        assert reply["score"] == pytest.approx(one.score, abs=2e-4)
+        assert reply["scored_by"] == "answer"
+        assert reply["threshold"] == threshold
+        assert reply["student_tokens"] == one.student_tokens
+        assert reply["answered_by"] == ("expert" if one.score < threshold else "student")
+        assert 0 <= reply["confidence"] <= 1
+    passed_on = sum(reply["answered_by"] == "expert" for reply in replies)
+    assert passed_on == file.read(run)["promise"]["against"]
+    assert 0 < passed_on < LIMIT
+
+
+def test_a_calibration_made_with_another_score_is_refused(calibrated):
+    run, _, _ = calibrated
+    ref, options = locate_model(str(run)), Options(str(run), "tiny")
+    assert calibration_of(options, ref)["score"] == "answer"
+    assert calibration_of(dataclasses.replace(options, score="answer"), ref) is not None
+    other = dataclasses.replace(options, score="head")
+    with pytest.raises(UserError, match="was calibrated with --score answer, and a threshold"):
+        calibration_of(other, ref)
+    # Who names a threshold names what it is of.
+    assert calibration_of(dataclasses.replace(other, threshold=0.1), ref) is not None
+    plain = locate_model("tiny-student")
+    with pytest.raises(UserError, match="no trained score head; take --score answer"):
+        calibration_of(other, plain)
+    assert set(SCORES) == {"answer", "head"}
