@@ -7,18 +7,16 @@ student gives its feedback on each, and solves the problem itself.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-
 from mlx_fd.config import Config, GenerationOptions
 from mlx_fd.errors import UserError
+from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.processbench import f1
-from mlx_fd.evaluation.statistics import Rows, bootstrap, mean, mean_gain
+from mlx_fd.evaluation.statistics import paired_bootstrap
 from mlx_fd.feedback.episode import (
     OnTokens,
     answer,
@@ -176,28 +174,17 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, Befo
     """Two examinations on the same questions, side by side.
 
     Returns:
-        For each measure ``before``, ``after`` and ``change``, each with value, 95 % bootstrap
-        interval (paired for the change) and n.
+        For each measure ``before``, ``after`` and ``change``, each with value, 95 % interval
+        (Wilson's for a share, else the bootstrap's; paired for the change) and n.
     """
 
-    def column(results: Sequence[Result], name: str, only: bool | None = None) -> Rows:
-        return np.array(
-            [
-                float(getattr(r, name)) if only is None or r.wrong == only else math.nan
-                for r in results
-            ]
-        )
+    def column(results: Sequence[Result], name: str, only: bool | None = None) -> list[float]:
+        return [float(getattr(r, name)) for r in results if only is None or r.wrong == only]
 
     def sides(name: str, only: bool | None = None) -> BeforeAfterRow:
-        old, new = column(before, name, only), column(after, name, only)
-        if only is not None:
-            keep = ~np.isnan(old)
-            old, new = old[keep], new[keep]
-        return {
-            "before": bootstrap([old], mean).to_json(),
-            "after": bootstrap([new], mean).to_json(),
-            "change": bootstrap([new, old], mean_gain).to_json(),
-        }
+        return _sides(
+            Measure(name, column(before, name, only)), Measure(name, column(after, name, only))
+        )
 
     wrong = column(before, "wrong")
     old, new = column(before, "found"), column(after, "found")
@@ -207,12 +194,19 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, Befo
         "readable": sides("readable"),
         "first_error_on_wrong": sides("found", only=True),
         "first_error_on_right": sides("found", only=False),
-        "first_error_f1": {
-            "before": bootstrap([old, wrong], f1).to_json(),
-            "after": bootstrap([new, wrong], f1).to_json(),
-            "change": bootstrap([new, old, wrong], lambda a, b, w: f1(a, w) - f1(b, w)).to_json(),
-        },
+        "first_error_f1": _sides(
+            Measure("found", old, f1, (wrong,)), Measure("found", new, f1, (wrong,))
+        ),
         "solved": sides("solved"),
+    }
+
+
+def _sides(before: Measure, after: Measure) -> BeforeAfterRow:
+    change, _ = paired_bootstrap(after.values, before.values, after.statistic, after.shared)
+    return {
+        "before": before.estimate().to_json(),
+        "after": after.estimate().to_json(),
+        "change": change.to_json(),
     }
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_fd.evaluation.statistics import bootstrap, holm, mcnemar, mean, mean_gain, paired_bootstrap
+from mlx_fd.evaluation.statistics import bootstrap, holm, mcnemar, mean, paired_bootstrap
 
 
 def test_interval_of_a_mean_is_the_normal_one():
@@ -21,7 +21,7 @@ def test_interval_of_a_mean_is_the_normal_one():
 
 def test_a_difference_is_paired():
     before = np.random.default_rng(1).normal(0, 10, 200)
-    found = bootstrap([before + 0.5, before], mean_gain)
+    found = bootstrap([before + 0.5, before], lambda a, b: mean(a) - mean(b))
     assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
@@ -113,6 +113,15 @@ def test_p_and_interval_of_a_paired_bootstrap_say_the_same(rows):
     if difference.low > 0 or difference.high < 0:
         assert p < 0.055
     assert paired_bootstrap(a, a)[1] == 1.0
+
+
+def test_few_pairs_that_differ_say_little():
+    """Five that all go one way are as rare as five heads or tails, 2 / 32; six are 2 / 64."""
+    for m, n in ((1, 1), (4, 4), (5, 100), (6, 6), (12, 12)):
+        a = np.r_[np.ones(m), np.zeros(n - m)]
+        difference, p = paired_bootstrap(a, np.zeros(n))
+        assert p >= mcnemar(list(a == 1), [False] * n) == 2.0 ** (1 - m)
+        assert (difference.low > 0) is (m >= 6)
 
 
 def test_paired_bootstrap_of_a_statistic_with_a_shared_column():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mlx_fd.evaluation.statistics import mean_gain, paired_bootstrap
+from mlx_fd.evaluation.statistics import mean, paired_bootstrap
 from support.scripted import script
 
 several_runs = script("several_runs")
@@ -76,7 +76,7 @@ def test_a_runs_error_is_that_of_a_mean_for_a_mean():
     run = several_runs.of_problems([column])
     assert run.value == pytest.approx(column.mean())
     assert run.error == pytest.approx(column.std(ddof=1) / math.sqrt(40))
-    both = several_runs.of_problems([column, column / 2], mean_gain)
+    both = several_runs.of_problems([column, column / 2], lambda a, b: mean(a) - mean(b))
     assert (both.value, both.error) == (pytest.approx(run.value / 2), pytest.approx(run.error / 2))
 
 
