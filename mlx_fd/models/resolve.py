@@ -327,10 +327,18 @@ def _ask_hub(name: str, repo: str) -> Any:
 
 
 def _check_space(repo: str, info: Any) -> None:
+    blobs = _hub_cache() / f"models--{repo.replace('/', '--')}" / "blobs"
+
+    def is_there(file: Any) -> bool:
+        """Whether an earlier download that was broken off had got so far."""
+        name = file.lfs.sha256 if file.lfs else file.blob_id
+        return name is not None and (blobs / name).is_file()
+
     size = sum(
         file.size or 0
         for file in info.siblings or []
         if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in _PATTERNS)
+        and not is_there(file)
     )
     folder = _hub_cache()
     while not folder.exists():

@@ -292,6 +292,8 @@ def test_download_and_then_the_cache(tmp_path: Path, hub: Hub) -> None:
     # Half a snapshot is fetched again, and offline it is no model.
     (answer.path / "model.safetensors").unlink()
     assert "not on this machine" in Answer("good/model", tmp_path, HF_HUB_OFFLINE="1").error
+    # What is there already needs no room again, or a full disk could never get to the end.
+    hub.claimed_size = 10**16
     assert Answer("good/model", tmp_path, HF_ENDPOINT=endpoint).path == answer.path
     assert (answer.path / "model.safetensors").exists()
 
