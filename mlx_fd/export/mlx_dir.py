@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     from mlx import nn
 
 # What mlx-lm and this package write into config.json, and nobody else reads.
@@ -40,17 +42,31 @@ def write_model(
     Args:
         source: what to write.
         folder: an empty folder.
-        dtype: of the weights, and of the scales of quantised ones; ``None``: the base's own.
+        dtype: of the weights, and of the scales of quantised ones, but for those that the model's
+            class keeps as they are (decays, the biases that choose experts); ``None``: the base's
+            own, of each.
         q_bits: quantise to 4 or 8 bits; ``None``: leave the weights dequantised.
         q_group_size: weights that share a scale.
     """
     import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_map_with_path
     from mlx_lm.utils import quantize_model, save_config, save_model
 
     base, config = open_lazily(source.ref.model)
     model = fused(source.ref)
     wanted = getattr(mx, dtype) if dtype else stored_dtype(base)
-    model.set_dtype(wanted)
+    of_base = {name: array.dtype for name, array in tree_flatten(base.parameters())}
+    # As in mlx_lm.convert.
+    is_cast: Callable[[str], bool] = getattr(model, "cast_predicate", lambda _: True)
+
+    def stored(name: str, array: mx.array) -> mx.array:
+        if not mx.issubdtype(array.dtype, mx.floating):
+            return array
+        own = of_base.get(name, wanted)
+        kept = (dtype is None or not is_cast(name)) and mx.issubdtype(own, mx.floating)
+        return array.astype(own if kept else wanted)
+
+    model.update(tree_map_with_path(stored, model.parameters()))
     for key in (*MLX_KEYS, "dtype"):
         config.pop(key, None)
     config["torch_dtype"] = str(wanted).removeprefix("mlx.core.")

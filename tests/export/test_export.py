@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from mlx_fd.cli.app import cli  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
-from mlx_fd.export import gguf_file, hf, verify  # noqa: E402
+from mlx_fd.export import gguf_file, hf, mlx_dir, verify  # noqa: E402
 from mlx_fd.export.bundle_reading import read_bundle  # noqa: E402
 from mlx_fd.export.card import write_card  # noqa: E402
 from mlx_fd.export.exporter import Exported, as_json_value, export  # noqa: E402
@@ -34,6 +34,7 @@ from mlx_fd.export.source import Source, _base_name, open_source  # noqa: E402
 from mlx_fd.export.verify import Agreement  # noqa: E402
 from mlx_fd.feedback.judge import ModelRef, give_feedback, open_student  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402
+from support.architectures import make_architecture  # noqa: E402
 
 SIZES = {"hidden": 64, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate": 96}
 LINEAR = {
@@ -137,6 +138,28 @@ def test_default_types(run, quantized_run, tmp_path):
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert config["torch_dtype"] == str(wanted).removeprefix("mlx.core.")
         assert not {"quantization", "quantization_config", "mlx_fd"} & set(config)
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize(
+    ("arch", "kept"), [("qwen3_5", "A_log"), ("glm4_moe", "e_score_correction_bias")]
+)
+def test_what_its_class_keeps_in_float32_stays_so(tmp_path, arch, kept, dtype):
+    """Decays, and the biases that choose experts: in 16 bits they are others."""
+    model = make_architecture(tmp_path / "model", arch)
+    file = str(model / "model.safetensors")
+    arrays = {
+        name: array if name.endswith(kept) else array.astype(mx.bfloat16)
+        for name, array in mx.load(file).items()
+    }
+    mx.save_safetensors(file, arrays)
+    (tmp_path / "out").mkdir()
+    mlx_dir.write_model(open_source(str(model)), tmp_path / "out", dtype=dtype)
+    written = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    types = {True: set(), False: set()}
+    for name, array in written.items():
+        types[name.endswith(kept)].add(array.dtype)
+    assert types == {True: {mx.float32}, False: {getattr(mx, dtype or "bfloat16")}}
 
 
 def test_logits_are_the_live_students(run, base, tmp_path):
