@@ -30,7 +30,11 @@ from mlx_fd.cli.serve import serve
 from mlx_fd.cli.signals import Stopped, interruptible
 from mlx_fd.cli.tutor import tutor
 from mlx_fd.errors import UserError
+from mlx_fd.models import ranks
 from mlx_fd.text import shown, strip_control_chars
+
+# What several processes do together; all else each would do for itself.
+_IN_SEVERAL_PROCESSES = ("loop", "resume")
 
 
 @click.group(
@@ -44,12 +48,17 @@ Examples:
 """,
 )
 @click.version_option(__version__, prog_name="mlx-fd")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Online Feedback Distillation with MLX.
 
     A large expert solves problems and criticises its own solutions; meanwhile a small student is
     trained to give the same feedback.
     """
+    if ranks.launched() and context.invoked_subcommand not in _IN_SEVERAL_PROCESSES:
+        raise UserError(
+            f"mlx-fd {context.invoked_subcommand} runs in one process: start it without mlx.launch"
+        )
 
 
 for _command in (
@@ -87,6 +96,7 @@ def _run() -> int:
         if "--debug" in sys.argv:
             traceback.print_exc()
         text, status = _message(error)
+        text = text if ranks.first() else f"rank {ranks.rank()}: {text}"
         click.echo(f"error: {strip_control_chars(text)}", err=True)
         return status
     return 0

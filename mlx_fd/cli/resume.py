@@ -60,9 +60,10 @@ def resume(
     """
     check_installed(trackers)
     from mlx_fd.problems import execution
+    from mlx_fd.runs.mirror import own_folder
     from mlx_fd.training.session import resumed_plan
 
     if allowed:
         execution.allow()
-    with resumed_plan(run, redo=redo) as (plan, warnings):
-        run_command(run, plan, warnings, trackers, as_json, quiet, new=False, redo=redo)
+    with own_folder(run, new=False) as own, resumed_plan(own, redo=redo) as (plan, warnings):
+        run_command(own, plan, warnings, trackers, as_json, quiet, new=False, redo=redo)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fd.cli.signals import Stopped, stopping_on_signals
+from mlx_fd.models import ranks
 
 if TYPE_CHECKING:
     from mlx_fd.config import Config
@@ -30,16 +33,18 @@ def begin(
         as_json: print the summary as JSON.
         quiet: warnings and the result only.
     """
+    from mlx_fd.runs.mirror import own_folder
     from mlx_fd.training.session import new_folder, new_plan
 
-    folder = out or new_folder()
-    run_command(folder, new_plan(folder, config), [], trackers, as_json, quiet, new=True)
+    with own_folder(out or new_folder(), new=True) as folder:
+        run_command(folder, new_plan(folder, config), [], trackers, as_json, quiet, new=True)
 
 
 def _stopping(folder: Path) -> str:
+    command = ranks.command("mlx-fd resume")
     return (
         "stopping after this batch; Ctrl-C again stops at once and discards it. To continue: "
-        f"mlx-fd resume {shlex.quote(str(folder))}"
+        f"{command} {shlex.quote(str(folder))}"
     )
 
 
@@ -70,6 +75,9 @@ def run_command(
         Stopped: a signal ended it, and it can go on.
         UserError: something has to be mended first.
     """
+    if not ranks.first():
+        _run_unseen(folder, plan, new=new, redo=redo)
+        return
     from rich.console import Console
 
     from mlx_fd.runs.events import Note
@@ -96,10 +104,34 @@ def run_command(
         result = {"run": str(folder), "done": summary is not None, **(summary or {})}
         click.echo(json.dumps(result, indent=2))
     if summary is None:
-        raise Stopped(folder, "stopped", stopped)
+        # Another rank may have been asked to stop.
+        signals = stopped or [signal.SIGTERM]
+        raise Stopped(folder, "stopped", signals, ranks.command("mlx-fd resume"))
     if not as_json:
         console.print(table(summary))
         click.echo(f"results: {folder}")
+
+
+def _run_unseen(folder: Path, plan: Plan, *, new: bool, redo: bool) -> None:
+    """Run as one of several ranks that is not the first, which shows the run and says how it ends.
+
+    Args:
+        folder: this rank's copy of the run directory.
+        plan: what is run.
+        new: the run begins.
+        redo: as for :func:`run_command`.
+
+    Raises:
+        SystemExit: it was stopped.
+        UserError: something has to be mended first.
+    """
+    from mlx_fd.training.session import open_run
+
+    run = open_run(folder, plan, lambda event: None, new=new, redo=redo)
+    with stopping_on_signals(lambda text: None, "") as stopped:
+        summary = run(lambda: bool(stopped))
+    if summary is None:
+        sys.exit(128 + (stopped or [signal.SIGTERM])[0])
 
 
 def _views(config: Config) -> tuple[Callable[..., Any], Callable[[Any], Any]]:

@@ -27,6 +27,7 @@ from mlx_fd.feedback.episode import (
 )
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.files import write_json
+from mlx_fd.models import ranks
 from mlx_fd.models.generation import said
 from mlx_fd.models.writing import GenerateOptions, Sampling
 from mlx_fd.problems import arithmetic
@@ -69,7 +70,7 @@ def examine(
     on_tokens: OnTokens,
     batch_size: int = 32,
 ) -> list[Result]:
-    """Let the student, as it is now, take an examination; greedily.
+    """Let the student, as it is now, take an examination; greedily. Each rank asks its share.
 
     Args:
         pair: the student, and the tokenizer that it shares with the expert.
@@ -81,6 +82,7 @@ def examine(
     results: list[Result] = []
     loaded = pair.student_lm
     request = feedback_request(loaded)
+    exam = ranks.share(exam)
     for begin in range(0, len(exam), batch_size):
         chunk = exam[begin : begin + batch_size]
         prompts = [
@@ -123,7 +125,7 @@ def examine(
                     solved=bool(solution.is_correct),
                 )
             )
-    return results
+    return [Result(**row) for row in ranks.gather([dataclasses.asdict(one) for one in results])]
 
 
 def save_results(path: Path, results: Sequence[Result], seconds: float) -> None:

@@ -20,6 +20,7 @@ from mlx_fd.feedback.loss_terms import LOSSES, Forwarded
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import Batch, OwnTexts, Sample
 from mlx_fd.losses.divergence import Target, TopK, fused_linear_divergences, one_hot, top_k_gap
+from mlx_fd.models import ranks
 from mlx_fd.models.attention_taps import LOG_ZERO
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.lora import dropping
@@ -209,8 +210,12 @@ def measure(
     vocab: int,
     micro_batch: int,
 ) -> dict[str, float]:
-    """The mean losses on some samples, without learning; a loss nothing is known of is left out."""
-    each = measure_each(student, expert, samples, options, vocab, micro_batch)
+    """The mean losses on some samples, without learning; a loss nothing is known of is left out.
+
+    Each rank measures its share of the samples, which are the same on all ranks.
+    """
+    mine = ranks.share(samples)
+    each = ranks.gather(measure_each(student, expert, mine, options, vocab, micro_batch))
     return mean_losses(each, samples, options)
 
 
@@ -350,12 +355,13 @@ def update(
 
     The total is the sum over losses of ``weights[name]`` times the loss's sum over all samples,
     divided by its valid tokens (samples) in the whole update, so that micro-batches of any size
-    give the same gradient.
+    give the same gradient, and so do any number of ranks, among which the samples are dealt out.
 
     Args:
         pair: the student is changed in place, unless a loss or gradient is not finite.
         optimizer: of :func:`make_optimizer`.
-        samples: at least one; a loss is over the tokens (samples) of all of them.
+        samples: at least one, the same on all ranks; a loss is over the tokens (samples) of all of
+            them.
         weights: the gate's weight times the loss's scale, for each loss.
         losses: which of them, and how.
         training: clipping, micro-batch and checkpointing.
@@ -383,17 +389,25 @@ def update(
     step = nn.value_and_grad(student, weighted)
     gradients: Any = None
     total = 0.0
-    each: list[dict[str, float]] = [{} for _ in samples]
+    mine = ranks.deal([len(one.prompt) + len(one.target) for one in samples])
+    found: list[tuple[int, dict[str, float]]] = []
     done = steps_taken(optimizer)
-    for number, chunk in enumerate(micro_batches(samples, training.micro_batch)):
-        texts = [samples[index] for index in chunk]
-        with dropping(student.model, done, number):
+    for number, chunk in enumerate(
+        micro_batches([samples[index] for index in mine], training.micro_batch)
+    ):
+        texts = [samples[mine[place]] for place in chunk]
+        with dropping(student.model, done, number * ranks.size() + ranks.index()):
             (value, rows), part = step(collate(texts))
         gradients = part if gradients is None else tree_map(mx.add, gradients, part)
         mx.eval(value, rows, gradients)
         total += float(value) / scale
-        for index, losses_then in zip(chunk, means_of(rows, texts), strict=True):
-            each[index] = losses_then
+        found += zip((mine[place] for place in chunk), means_of(rows, texts), strict=True)
+    if gradients is None:
+        gradients = tree_map(mx.zeros_like, student.trainable_parameters())
+    gradients = ranks.add_gradients(gradients)
+    total = ranks.add({"total": total})["total"]
+    by_index = dict(ranks.gather(found))
+    each = [by_index[index] for index in range(len(samples))]
     means = mean_losses(each, samples, losses)
     gradients = tree_map(lambda gradient: gradient / scale, gradients)
     if auxiliary_loss is not None:

@@ -27,6 +27,7 @@ from mlx_fd.losses.head import logit_head
 from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.losses.spans import token_spans
+from mlx_fd.models import ranks
 from mlx_fd.models.attention_taps import log_attention, only
 from mlx_fd.models.backend import backend
 from mlx_fd.models.conversation import Conversation, forward, rewind_to
@@ -171,6 +172,18 @@ class Sample:
             tuple(value.get("expert_target", ())),
             tuple(value.get("own", ())),
         )
+
+
+def gather_samples(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples of all ranks (:mod:`mlx_fd.models.ranks`), rank 0's first."""
+    if ranks.size() == 1:
+        return list(samples)
+    rows = ranks.gather([one.to_json() for one in samples])
+    arrays = ranks.gather_arrays([one.expert.arrays() for one in samples])
+    return [
+        Sample.from_json(row, TeacherOutputs.of(named))
+        for row, named in zip(rows, arrays, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def _ask_again(
     ]
 
 
-def tally(reviewed: Sequence[Reviewed]) -> dict[str, int]:
+def tally(outcomes: Sequence[Outcome | None]) -> dict[str, int]:
     """How many verdicts of a batch had each outcome; those that had one."""
-    counts = Counter(one.outcome for one in reviewed if one.outcome is not None)
+    counts = Counter(one for one in outcomes if one is not None)
     return dict(sorted(counts.items()))

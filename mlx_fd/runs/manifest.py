@@ -18,7 +18,7 @@ from mlx_fd import runs
 from mlx_fd._version import __version__
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
-from mlx_fd.models import fingerprint
+from mlx_fd.models import fingerprint, ranks
 from mlx_fd.models.chat_template import DEFAULT_DATE, ChatTemplate, fitted
 from mlx_fd.models.resolve import why_changed
 from mlx_fd.runs.checked import content_digest
@@ -55,7 +55,7 @@ def manifest_of(
         kind = fingerprint.FORMAT
         return {"name": name, "path": str(path), "sha256": digest, "fingerprint": kind}
 
-    return {
+    made: Manifest = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -74,6 +74,7 @@ def manifest_of(
         "chat_template": _template_row(template),
         "options": flat_options(config),
     }
+    return {**made, "ranks": ranks.processes()} if ranks.processes() > 1 else made
 
 
 def _template_row(template: ChatTemplate) -> ChatTemplateRow:
@@ -223,6 +224,24 @@ def check_same(old: Manifest, new: Manifest, folder: Path) -> list[str]:
                 f"--config {folder / runs.CONFIG} --out ANOTHER"
             )
     return uncertain
+
+
+def check_alike(manifest: Manifest) -> None:
+    """Make sure that all ranks are to make the same run.
+
+    Raises:
+        UserError: a model, the problems, an option or a version is not the same on all.
+    """
+    found = manifest["versions"]
+    numbers = {name: found[name] for name in ("mlx", "mlx-lm", "mlx-fd")}
+    for what, value in (
+        ("the expert is", manifest["expert"]["sha256"]),
+        ("the student is", manifest["student"]["sha256"]),
+        ("the problems are", manifest["problems"]["sha256"]),
+        ("the options are", manifest["options"]),
+        ("the versions of mlx, mlx-lm and mlx-fd are", numbers),
+    ):
+        ranks.check_same(lambda value=value: content_digest(value), what)  # type: ignore[misc]
 
 
 def _why_other(part: Part, old: Manifest, new: Manifest) -> str:

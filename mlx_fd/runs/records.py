@@ -594,6 +594,7 @@ class Manifest(TypedDict):
         shared_vocabulary: tokens that student and expert share; 0: they have different tokenizers.
         chat_template: how chats are written; runs of older versions have none.
         options: every option by name.
+        ranks: how many processes make the run, where it is more than one.
     """
 
     schema_version: int
@@ -607,6 +608,7 @@ class Manifest(TypedDict):
     shared_vocabulary: int
     chat_template: NotRequired[ChatTemplateRow]
     options: dict[str, Any]
+    ranks: NotRequired[int]
 
 
 class ProbeLossesRow(TypedDict):

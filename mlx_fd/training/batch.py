@@ -10,6 +10,9 @@
 
 What this ends in, right final answers, is learned from in the next batch's update. With ``order``
 ``learn-last`` step 4 comes after step 5, learns from those too, and nothing is said again.
+
+Of several ranks (:mod:`mlx_fd.models.ranks`) each has a share of the batch's episodes; what the
+gate reads and what is learned from are all ranks'.
 """
 
 from __future__ import annotations
@@ -47,9 +50,17 @@ from mlx_fd.feedback.episode import (
 )
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.phases import PhaseSchedule, combined, phase_weights
-from mlx_fd.feedback.samples import Sample, read_both, read_text, sample_of, solution_of
+from mlx_fd.feedback.samples import (
+    Sample,
+    gather_samples,
+    read_both,
+    read_text,
+    sample_of,
+    solution_of,
+)
 from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.feedback.verdicts import REASONS, Reviewed, review, tally
+from mlx_fd.models import ranks
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.problems import Problem
 from mlx_fd.runs.events import Event, Step
@@ -133,6 +144,25 @@ class BatchResult:
 
 
 @dataclass(frozen=True)
+class _Reading:
+    """What the gate reads of a sample.
+
+    Attributes:
+        losses: the student's on it.
+        expert_score: in [-1, 1]; ``None`` where it could not be read.
+        student_score: the score head's.
+        nothing_said: whether the expert's feedback ended within its thought.
+        audited: whether the sample counts while the student is frozen.
+    """
+
+    losses: dict[str, float]
+    expert_score: float | None
+    student_score: float | None
+    nothing_said: bool
+    audited: bool
+
+
+@dataclass(frozen=True)
 class _Gated:
     """A problem's feedback after step 3.
 
@@ -154,8 +184,10 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
     on_tokens = learner.on_tokens(number)
 
     def seeds(step: str) -> int:
-        return derive_seed(config.episode.seed, number, step)
+        return derive_seed(config.episode.seed, number, ranks.step_name(step))
 
+    first = number * config.generation.batch_size + ranks.part(len(problems)).start
+    problems = ranks.share(problems)
     # 1. and 2. Nothing but the result keeps the answers' caches.
     options = warmed(config.generation, state.answering)
     judged = _judge(
@@ -177,8 +209,8 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
     gate_state, gated_second = _ask_gate(gate_state, [one.taught for one in second], learner)
     lagging = [index for index, one in gated.items() if one.decision.distil]
     lagging_second = [index for index, one in gated_second.items() if one.decision.distil]
-    feedback = [gated[index].sample for index in lagging]
-    feedback += [gated_second[index].sample for index in lagging_second]
+    feedback = gather_samples([gated[index].sample for index in lagging])
+    feedback += gather_samples([gated_second[index].sample for index in lagging_second])
     weights = loss_weights(gate_state, learner, number)
 
     def merged(judged: Sequence[Judged]) -> list[Finished]:
@@ -207,10 +239,9 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
 
     trusted = [gate.stands_alone(state.gate, one.student.confidence) for one in judged]
     gate_state = gate.set_trust(gate_state, learner.progress(number + 1), config.gate)
-    written = expert_tokens([*judged, *(one.judged for one in second)])
+    written = sum(ranks.gather([expert_tokens([*judged, *(one.judged for one in second)])]))
     state = dataclasses.replace(state, gate=gate_state, spent=state.spent + written)
     state, decision = _after_updates(state, updates, learner)
-    first = number * config.generation.batch_size
     rows = [
         episode_row(
             one,
@@ -223,11 +254,12 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
     for index, one in enumerate(second):
         decided = _gate_row(gated_second.get(index), None, one, False)
         rows[index] = with_second(rows[index], one.judged, decided, one.to_json())
-    learned = len(lagging) + len(lagging_second)
+    learned = sum(ranks.gather([len(lagging) + len(lagging_second)]))
     metrics = _metrics(state, learned, weights, updates, decision, begin, written)
     metrics["answer_temperature"] = options.answer_temperature
-    metrics["expert_verdicts"] = tally([*reviewed, *second])
-    return BatchResult(state, rows, metrics, [*feedback, *solutions])
+    outcomes = ranks.gather([one.outcome for one in (*reviewed, *second)])
+    metrics["expert_verdicts"] = tally(outcomes)
+    return BatchResult(state, ranks.gather(rows), metrics, [*feedback, *solutions])
 
 
 def expert_tokens(judged: Sequence[Judged]) -> int:
@@ -290,7 +322,7 @@ def _second_answers(
 
 def _observe_answers(state: Answering, judged: Sequence[Judged], config: Config) -> Answering:
     scores = [one.expert.feedback.written_score for one in judged if one.expert]
-    return observe(state, scores, config.generation)
+    return observe(state, ranks.gather(scores), config.generation)
 
 
 def _observe_verdicts(state: gate.GateState, judged: Sequence[Judged]) -> gate.GateState:
@@ -298,17 +330,20 @@ def _observe_verdicts(state: gate.GateState, judged: Sequence[Judged]) -> gate.G
 
     What is only learned from is none of it: trust is about the answers that episodes go on with.
     """
-    for one in judged:
-        if one.expert is not None:
-            expert, student = one.expert.feedback.written_score, one.student
-            state = gate.observe_scores(state, student.confidence, student.score, expert)
+    verdicts = [
+        (one.student.confidence, one.student.score, one.expert.feedback.written_score)
+        for one in judged
+        if one.expert is not None
+    ]
+    for confidence, student, expert in ranks.gather(verdicts):
+        state = gate.observe_scores(state, confidence, student, expert)
     return state
 
 
 def _ask_gate(
     state: gate.GateState, judged: Sequence[Judged], learner: Learner
 ) -> tuple[gate.GateState, dict[int, _Gated]]:
-    """Step 3: the gate sees every feedback of the expert, in order.
+    """Step 3: the gate sees every feedback of the expert, in order; those of all ranks.
 
     Args:
         state: before it.
@@ -333,18 +368,36 @@ def _ask_gate(
         if one.expert is not None
     }
     measured = learner.losses(list(samples.values()))
-    gated = {}
-    for (index, sample), losses in zip(samples.items(), measured, strict=True):
-        one, score = judged[index], judged[index].student.head_score
-        assert one.expert is not None
-        if not one.expert.feedback.text and one.expert.feedback.opening:
-            decision = gate.TriggerDecision(False, "the expert's thought has no feedback after it")
-        else:
-            decision = _decide(state, sample, score, losses, config)
-        gated[index] = _Gated(sample, losses, decision)
-        if not state.frozen or _audited(one.problem, config):
-            state = gate.observe_sample(state, losses, config.gate)
-    return state, gated
+    own = [
+        _Reading(
+            losses,
+            sample.expert_score,
+            judged[index].student.head_score,
+            nothing_said=_says_nothing(judged[index]),
+            audited=_audited(judged[index].problem, config),
+        )
+        for (index, sample), losses in zip(samples.items(), measured, strict=True)
+    ]
+    decisions = []
+    for rank, rows in enumerate(ranks.gather([[dataclasses.astuple(one) for one in own]])):
+        for reading in (_Reading(*row) for row in rows):
+            decision = _decide(state, reading, config)
+            if rank == ranks.index():
+                decisions.append(decision)
+            if not state.frozen or reading.audited:
+                state = gate.observe_sample(state, reading.losses, config.gate)
+    return state, {
+        index: _Gated(sample, losses, decision)
+        for (index, sample), losses, decision in zip(
+            samples.items(), measured, decisions, strict=True
+        )
+    }
+
+
+def _says_nothing(judged: Judged) -> bool:
+    """Whether the expert's feedback ended within its thought."""
+    assert judged.expert is not None
+    return bool(not judged.expert.feedback.text and judged.expert.feedback.opening)
 
 
 def _share(problem_id: str, seed: int) -> float:
@@ -352,33 +405,32 @@ def _share(problem_id: str, seed: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _decide(
-    state: gate.GateState,
-    sample: Sample,
-    student_score: float | None,
-    losses: dict[str, float],
-    config: Config,
-) -> gate.TriggerDecision:
+def _decide(state: gate.GateState, reading: _Reading, config: Config) -> gate.TriggerDecision:
     """The gate's decision; a sample that overflowed in the expert is not learned from."""
-    for name, value in losses.items():
+    if reading.nothing_said:
+        return gate.TriggerDecision(False, "the expert's thought has no feedback after it")
+    for name, value in reading.losses.items():
         if not math.isfinite(value):
             return gate.TriggerDecision(False, f"the {name} loss of this sample is not finite")
-    return gate.trigger(state, sample.expert_score, student_score, losses, config.gate)
+    scores = reading.expert_score, reading.student_score
+    return gate.trigger(state, *scores, reading.losses, config.gate)
 
 
 def _solutions(
     finished: Sequence[Finished], lagging: Sequence[int], learner: Learner
 ) -> list[Sample]:
-    """The right final answers to learn from, where the student lagged."""
+    """The right final answers to learn from, where the student lagged; those of all ranks."""
     if not learner.config.losses.learns_solutions:
         return []
-    return [
-        solution_of(
-            learner.pair, one.problem, one.final, learner.config.losses, cache=learner.cache
-        )
-        for one in (finished[index] for index in lagging)
-        if one.is_correct
-    ]
+    return gather_samples(
+        [
+            solution_of(
+                learner.pair, one.problem, one.final, learner.config.losses, cache=learner.cache
+            )
+            for one in (finished[index] for index in lagging)
+            if one.is_correct
+        ]
+    )
 
 
 def _lessons(
@@ -552,7 +604,7 @@ def rehearse_batch(state: RunState, rows: Sequence[SampleRow], learner: Learner)
     weights = loss_weights(state.gate, learner, number)
     updates: list[Update] = []
     if not state.gate.frozen:
-        samples = [sample_again(row, learner.pair, learner.config, learner.cache) for row in rows]
+        samples = samples_again(rows, learner.pair, learner.config, learner.cache)
         scaled = {name: weights[name] * state.scales[name] for name in weights}
         training, seed = learner.config.training, learner.config.episode.seed
         rng = np.random.default_rng(derive_seed(seed, number, "replay"))
@@ -565,8 +617,14 @@ def rehearse_batch(state: RunState, rows: Sequence[SampleRow], learner: Learner)
     return BatchResult(state, [], metrics, [])
 
 
-def sample_again(row: SampleRow, pair: Pair, config: Config, cache: TeacherCache | None) -> Sample:
-    """A sample from its line of ``samples.jsonl``: the expert reads it again."""
+def samples_again(
+    rows: Sequence[SampleRow], pair: Pair, config: Config, cache: TeacherCache | None
+) -> list[Sample]:
+    """Samples from their lines of ``samples.jsonl``: the expert reads them again."""
+    return gather_samples([_again(row, pair, config, cache) for row in ranks.share(rows)])
+
+
+def _again(row: SampleRow, pair: Pair, config: Config, cache: TeacherCache | None) -> Sample:
     prompt, target = tuple(row["prompt"]), tuple(row["target"])
     losses, begin = config.losses, Conversation()
     if pair.shared is None:

@@ -8,6 +8,7 @@ them calls, in this order, :func:`go_back`, :func:`begin_or_restore`, :func:`run
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_unflatten
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_fd import runs
 from mlx_fd.config import Config
@@ -24,8 +26,9 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback import distill, gate
 from mlx_fd.feedback.risk import Trust
 from mlx_fd.files import write_json
+from mlx_fd.models import ranks
 from mlx_fd.models.student import Student, load_student, read_arrays, save_student
-from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
+from mlx_fd.runs.checked import ChangedFile, content_digest, read_checked, with_digest
 from mlx_fd.runs.checkpoints import (
     Checkpoint,
     check_nothing_lost,
@@ -432,12 +435,19 @@ def restore(checkpoint: Checkpoint, student: Student, optimizer: optim.Optimizer
 
 
 def save(run: Run, state: RunState) -> None:
-    """Write a checkpoint.
+    """Write a checkpoint; of several ranks the first does, after all were held against it.
 
     Raises:
         OSError: the folder cannot be written.
+        UserError: two ranks hold other weights, or stand elsewhere.
     """
     config = run.config
+    ranks.check_same(
+        lambda: _digest(run.student, state),
+        f"after batch {state.batch} weights or state are",
+    )
+    if not ranks.first():
+        return
     arrays, entries = run.extra()
 
     def write(to: Path) -> None:
@@ -460,6 +470,15 @@ def save(run: Run, state: RunState) -> None:
         best=state.best_batch,
         keep=config.episode.keep_checkpoints,
     )
+
+
+def _digest(student: Student, state: RunState) -> str:
+    """SHA-256 of a student's trained weights and a run's state."""
+    digest = hashlib.sha256(content_digest(state.to_json()).encode())
+    for name, array in tree_flatten(student.trainable_parameters()):
+        digest.update(name.encode())
+        digest.update(np.array(array.reshape(-1).view(mx.uint8)).tobytes())
+    return digest.hexdigest()
 
 
 def finite(value: float) -> float | None:

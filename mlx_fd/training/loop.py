@@ -44,7 +44,7 @@ from mlx_fd.training.batch import (
     rehearse_batch,
     report_steps,
     run_batch,
-    sample_again,
+    samples_again,
 )
 from mlx_fd.training.checkpoint import (
     Done,
@@ -288,7 +288,7 @@ def _samples_again(
 ) -> list[Sample]:
     """The samples of some lines of a run's ``samples.jsonl``, after a resume."""
     rows = runs.read_samples(folder)
-    return [sample_again(rows[line], pair, config, cache) for line in lines]
+    return samples_again([rows[line] for line in lines], pair, config, cache)
 
 
 def _cache(folder: Path, config: Config, pair: Pair, report: Report) -> TeacherCache | None:

@@ -30,9 +30,16 @@ from mlx_fd.feedback.episode import (
     student_feedback,
 )
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.feedback.samples import Sample, TeacherOutputs, sample_of, solution_of
+from mlx_fd.feedback.samples import (
+    Sample,
+    TeacherOutputs,
+    gather_samples,
+    sample_of,
+    solution_of,
+)
 from mlx_fd.feedback.verdicts import review
 from mlx_fd.files import digest_of, write_json, write_with
+from mlx_fd.models import ranks
 from mlx_fd.models.student import read_arrays
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import are_graded, known
@@ -249,7 +256,7 @@ def make_probe(
     counts = [0] * 6
     graded, verdicts = are_graded(problems), list[_Verdicts]()
     for number, begin in enumerate(range(0, len(problems), size)):
-        chunk = problems[begin : begin + size]
+        chunk = ranks.share(problems[begin : begin + size])
         seeds = _seeds(config.episode.seed, number)
         answered = first_answers(pair, chunk, options, seeds("answer"), on_tokens)
         students = student_feedback(pair, answered, options, seeds("student_feedback"), on_tokens)
@@ -296,19 +303,25 @@ def make_probe(
                 )
             )
         reviewed = review(pair, judged, config.losses.expert_verdicts, options, seeds, on_tokens)
-        for one in reviewed:
-            is_taught = one.taught.expert is not None
-            given = one.taught if is_taught else one.judged
-            samples.append(_without_own(sample_of(pair, given, config.losses)))
-            if not is_taught:
-                left_out.add(len(samples) - 1)
+        given = [one.judged if one.taught.expert is None else one.taught for one in reviewed]
+        are_taught = ranks.gather([one.taught.expert is not None for one in reviewed])
+        left_out.update(
+            place for place, is_taught in enumerate(are_taught, len(samples)) if not is_taught
+        )
+        samples += gather_samples(
+            [_without_own(sample_of(pair, one, config.losses)) for one in given]
+        )
         if config.losses.on_solutions:
-            samples.extend(
-                solution_of(pair, one.problem, one.answer, config.losses)
-                for one in best
-                if one.is_correct
+            samples += gather_samples(
+                [
+                    solution_of(pair, one.problem, one.answer, config.losses)
+                    for one in best
+                    if one.is_correct
+                ]
             )
-        on_problems(begin + len(chunk))
+        on_problems(min(begin + size, len(problems)))
+    verdicts = [_Verdicts(*map(ranks.gather, dataclasses.astuple(one))) for one in verdicts]
+    counts = [sum(of_ranks) for of_ranks in zip(*ranks.gather([counts]), strict=True)]
     seconds = round(time.perf_counter() - begun, 3)
     # With an expert that is wrong on all problems there is nothing better to measure.
     if len(left_out) < len(problems):
@@ -328,7 +341,7 @@ def make_probe(
 
 
 def _seeds(seed: int, number: int) -> Callable[[str], int]:
-    return lambda step: derive_seed(seed, number, f"probe/{step}")
+    return lambda step: derive_seed(seed, number, ranks.step_name(f"probe/{step}"))
 
 
 def save_probe(probe: Probe, folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ from mlx_fd import runs
 from mlx_fd.config import Config, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.files import write_json
+from mlx_fd.models import ranks
 from mlx_fd.models.resolve import parse_name
 from mlx_fd.problems import execution
 from mlx_fd.runs.events import Event, Note, Step, Warned
+from mlx_fd.runs.manifest import check_alike
+from mlx_fd.runs.mirror import own_folder
 from mlx_fd.runs.plan import Plan, check_out, configuration, sample_of_problems
 from mlx_fd.runs.records import SelfSummary, Summary
 from mlx_fd.runs.tracking import Tracking, check_installed
@@ -75,20 +79,52 @@ def new_plan(folder: Path, config: Config) -> Plan:
     from mlx_fd.models.backend import backend
 
     backend()
-    check_out(folder)
-    plan = plan_of(_dated(config))
-    if plan.config.models.continue_from:
-        from mlx_fd.training.continuing import check_continues
+    config = _dated(config)
 
-        check_continues(plan)
+    def planned() -> Plan:
+        check_out(folder)
+        _check_ranks(config)
+        plan = plan_of(config)
+        if plan.config.models.continue_from:
+            from mlx_fd.training.continuing import check_continues
+
+            check_continues(plan)
+        return plan
+
+    plan = ranks.together(planned)
+    check_alike(plan.manifest)
     return plan
+
+
+def _check_ranks(config: Config) -> None:
+    """Make sure that several ranks can make a run, where there are several.
+
+    Raises:
+        UserError: they would each do the whole work, or parts of it are not theirs to divide.
+    """
+    if ranks.processes() == 1:
+        return
+    if config.self_distils:
+        raise UserError(
+            "self-distillation runs in one process: start it without mlx.launch (mlx-fd loop runs "
+            "in several)"
+        )
+    for name, alone in (
+        ("warm_up", bool(config.episode.warm_up)),
+        ("student_context", config.losses.student_context != "none"),
+    ):
+        if alone:
+            raise UserError(
+                f"{name} is for a run in one process: leave it out, or start without mlx.launch"
+            )
 
 
 def _dated(config: Config) -> Config:
     """The configuration with the day on which its run begins: also its templates' tomorrow."""
     if config.models.template_date:
         return config
-    models = dataclasses.replace(config.models, template_date=datetime.date.today().isoformat())
+    today = ranks.from_first(datetime.date.today().isoformat().encode).decode()
+    models = dataclasses.replace(config.models, template_date=today)
     return dataclasses.replace(config, models=models)
 
 
@@ -116,12 +152,17 @@ def resumed_plan(folder: Path, *, redo: bool = False) -> Iterator[tuple[Plan, li
     backend()
     manifest = runs.read_manifest(folder)
     with runs.locked(folder):
-        config = read(folder / runs.CONFIG)
-        if not redo:
-            # Before models are loaded and anything is written.
-            check_nothing_lost(folder, config.episode.checkpoint_every)
-        _check_models(folder, config)
-        plan = plan_of(config)
+
+        def planned() -> Plan:
+            config = read(folder / runs.CONFIG)
+            if not redo:
+                # Before models are loaded and anything is written.
+                check_nothing_lost(folder, config.episode.checkpoint_every)
+            _check_models(folder, config)
+            return plan_of(config)
+
+        plan = ranks.together(planned)
+        check_alike(plan.manifest)
         warnings = check_same(manifest, plan.manifest, folder)
         warnings += changed_options(manifest, plan.manifest)
         if fault := runs.manifest_fault(folder):
@@ -202,7 +243,8 @@ def open_run(
     limit_memory(plan.memory)
     # The summary names this run's peak, not that of another one in this process.
     mx.reset_peak_memory()
-    run, readme, notes, student = _opened(folder, plan, report, trackers, redo=redo)
+    opened = ranks.together(lambda: _opened(folder, plan, report, trackers, redo=redo))
+    run, readme, notes, student = opened
     for note in notes:
         report(Note(note))
 
@@ -228,8 +270,12 @@ def open_run(
                     listener(event)
 
             try:
-                return run(report_and_track, stop)
+                return run(report_and_track, lambda: ranks.any_of(stop()))
+            except ranks.RankLost as error:
+                raise _explain_lost_rank(error, folder) from error
             except RuntimeError as error:
+                if ranks.is_lost(error):
+                    raise _explain_lost_rank(ranks.lost(error), folder) from error
                 raise explain_memory_error(error, folder) from error
 
     return go
@@ -307,6 +353,14 @@ def _opened(
 def _notes(models: Sequence[Loaded]) -> list[str]:
     """What the user should know of some models, once."""
     return list(dict.fromkeys(note for model in models for note in model.notes))
+
+
+def _explain_lost_rank(error: ranks.RankLost, folder: Path) -> UserError:
+    """What the user is told where a run ends because another rank has."""
+    if not ranks.first():
+        return error
+    command = ranks.command(f"mlx-fd resume {shlex.quote(str(folder))}")
+    return UserError(f"{error}. What was saved is whole; go on with: {command}")
 
 
 def explain_memory_error(error: RuntimeError, folder: Path) -> Exception:
@@ -418,9 +472,10 @@ def run_loop(  # noqa: PLR0913
             f"{file}: is of a run of self-distillation, which `mlx-fd self-distill` makes."
         )
     folder = new_folder() if out is None else Path(out).expanduser()
-    plan = new_plan(folder, chosen)
-    run = open_run(folder, plan, _listener(on_event, on_step), trackers=track, new=True)
-    return RunResult(folder, run(stop))
+    with own_folder(folder, new=True) as own:
+        plan = new_plan(own, chosen)
+        run = open_run(own, plan, _listener(on_event, on_step), trackers=track, new=True)
+        return RunResult(folder, run(stop))
 
 
 def resume_run(
@@ -457,6 +512,9 @@ def resume_run(
     redo = redo_from_checkpoint
     if allow_code_execution:
         execution.allow()
-    with resumed_plan(folder, redo=redo) as (plan, uncertain):
-        run = open_run(folder, plan, report, uncertain, track, new=False, redo=redo)
+    with (
+        own_folder(folder, new=False) as own,
+        resumed_plan(own, redo=redo) as (plan, uncertain),
+    ):
+        run = open_run(own, plan, report, uncertain, track, new=False, redo=redo)
         return RunResult(folder, run(stop))

@@ -30,7 +30,7 @@ from mlx_fd.models.generation import followup_prompt, said
 from mlx_fd.problems import parsing, prompts
 from mlx_fd.problems.kinds import read_final
 from mlx_fd.runs.plan import make_plan
-from mlx_fd.training.batch import sample_again
+from mlx_fd.training.batch import samples_again
 from support.loops import assert_same, rows, start
 
 RIGHT, WRONG = "1\nFeedback: Every step is right.", "-0.8\nFeedback: Step 1 is a slip."
@@ -133,10 +133,10 @@ def test_only_contradicted_verdicts_are_left_out(pair, judged, config):
     ]
     assert [one.taught.expert is None for one in checked] == [False, True, True, False, False]
     assert [one.judged for one in checked] == judged
-    assert tally(checked) == {"agrees": 2, "left out": 2, "unknown": 1}
+    assert tally([one.outcome for one in checked]) == {"agrees": 2, "left out": 2, "unknown": 1}
     as_is = reviewed("as-is")
     assert [one.taught for one in as_is] == judged
-    assert tally(as_is) == {"agrees": 2, "kept": 2, "unknown": 1}
+    assert tally([one.outcome for one in as_is]) == {"agrees": 2, "kept": 2, "unknown": 1}
 
 
 def test_an_expert_that_is_asked_again_reads_the_right_answer_and_the_student_does_not(
@@ -204,7 +204,7 @@ def test_the_expert_reads_what_it_wrote_where_it_was_told_and_learning_again_is_
 
     row = sample.to_json()
     assert "matched" not in row
-    same = sample_again(row, pair, config, None)
+    same = samples_again([row], pair, config, None)[0]
     assert dataclasses.replace(same, expert=None) == dataclasses.replace(sample, expert=None)
     assert mx.array_equal(same.expert.targets, sample.expert.targets)
     assert Sample.from_json(plain.to_json(), plain.expert) == plain

@@ -26,7 +26,10 @@ from support import ROOT
 SCRIPT = str(Path(sysconfig.get_path("scripts")) / "mlx-fd")
 SECONDS = 240  # of a busy machine
 # Read by the package when it needs them; others can be read by what it imports.
-_LATE = ("MLX_FD_CACHE", "MLX_FD_KERNELS", "XDG_CACHE_HOME", "HOME", "COLUMNS", "TERM", "PYTEST_")
+_LATE = (
+    *("MLX_FD_CACHE", "MLX_FD_KERNELS", "MLX_RANK", "MLX_HOSTFILE"),
+    *("XDG_CACHE_HOME", "HOME", "COLUMNS", "TERM", "PYTEST_"),
+)
 
 
 @dataclass(frozen=True)

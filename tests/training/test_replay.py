@@ -9,7 +9,7 @@ from mlx_fd import runs
 from mlx_fd.config import TrainingOptions
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.training import replay as replaying
-from mlx_fd.training.batch import sample_again
+from mlx_fd.training.batch import samples_again
 from mlx_fd.training.replay import Memory, Remembered, Replay, choose
 from support.loops import assert_same, rows, start
 from support.pairs import make_dirs, make_plan
@@ -137,7 +137,7 @@ def test_a_run_that_mixes_is_resumed_bit_for_bit(dirs, tmp_path, monkeypatch):
     assert [row["batch"] for row in logged] == [batch for batch in range(4) for _ in range(4)]
     assert [bool(row.get("own")) for row in logged] == [True, True, False, False] * 4
     pair = open_pair(plan)
-    first = sample_again(logged[0], pair, plan.config, None)
-    again = sample_again(logged[0], pair, plan.config, None)
+    first = samples_again(logged[:1], pair, plan.config, None)[0]
+    again = samples_again(logged[:1], pair, plan.config, None)[0]
     for name, array in first.expert.arrays().items():
         assert np.array_equal(array, again.expert.arrays()[name])

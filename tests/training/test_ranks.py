@@ -1,0 +1,137 @@
+"""Several processes that make one run: two ranks with MLX's ring on this machine."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import pytest
+
+from mlx_fd import runs
+from mlx_fd.models import ranks
+from support.launched import killed_after, launch
+from support.loops import WEIGHTS, assert_same, rows
+from support.pairs import make_home
+from support.shell import failed, shell
+
+# Seven problems in batches of three: uneven shares, and of the last batch a rank has nothing.
+LOOP = (
+    *("loop", "--expert", "expert", "--student", "student", "--problems", "problems.jsonl"),
+    *("--episodes", 7, "--batch-size", 3, "--probe-size", 3, "--checkpoint-every", 2),
+    *("--max-answer-tokens", 8, "--max-feedback-tokens", 6, "--max-merge-tokens", 5),
+    *("--lora-rank", 2, "--lora-rate", 1e-2, "--losses", "lm,logit,score,hidden,answer"),
+    # Greedy: ranks draw other numbers than one process does.
+    *("--answers-by", "both", "--expert-temperature", 0, "--student-temperature", 0),
+    *("--answer-temperature", 0, "--max-answer-temperature", 0),
+    *("--replay", 1, "--kd-steps", 2, "--micro-batch", 2),
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    make_home(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(home):
+    assert shell(*LOOP, "--out", "alone", cwd=home).status == 0
+    return home / "alone"
+
+
+@pytest.fixture(scope="module")
+def two(home):
+    done = launch(2, *LOOP, "--out", "two", cwd=home)
+    assert [one.status for one in done] == [0, 0], done
+    # Rank 0 shows the run; the other says nothing.
+    assert "7/7" in done[0].out and not done[1].out
+    return home / "two"
+
+
+def close(one, other, path=""):
+    """Where two rows differ: floats by more than 1e-5, anything else at all."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        names = [name for name in one if not name.endswith("seconds")]
+        return [
+            fault for name in names for fault in close(one[name], other[name], f"{path}.{name}")
+        ]
+    if isinstance(one, list) and len(one) == len(other):
+        return [fault for pair in zip(one, other, strict=True) for fault in close(*pair, path)]
+    if isinstance(one, float) and isinstance(other, float):
+        return [] if abs(one - other) <= 1e-5 * max(1, abs(one)) else [(path, one, other)]
+    return [] if one == other else [(path, one, other)]
+
+
+def test_two_ranks_make_the_run_of_one_process(alone, two):
+    for log in (runs.EPISODES, runs.METRICS, runs.SAMPLES):
+        assert close(rows(alone, log), rows(two, log)) == [], log
+    assert any(row["updates"] for row in rows(two, runs.METRICS))
+    for name in WEIGHTS:
+        one, other = (mx.load(str(run / "checkpoints" / "last" / name)) for run in (alone, two))
+        for key, value in one.items():
+            assert mx.allclose(value, other[key], rtol=0, atol=1e-5), (name, key)
+    probes = [json.loads((run / "probe.json").read_text())["headroom"] for run in (alone, two)]
+    assert probes[0] == probes[1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_loses_nothing(home, two, tmp_path, rank):
+    run = tmp_path / "run"
+    before = {rank: killed_after(run / runs.METRICS, 1)}
+    done = launch(2, *LOOP, "--out", run, cwd=home, before=before)
+    assert done[rank].status == -9
+    other = done[1 - rank]
+    assert other.status == 2 and "another process of this run has ended" in other.flat
+    if rank:
+        assert f"mlx.launch -n 2 mlx-fd resume {run}" in other.flat
+    assert not (run / runs.SUMMARY).exists()
+    done = launch(2, "resume", run, cwd=home)
+    assert [one.status for one in done] == [0, 0], done
+    assert_same(run, two)
+
+
+def test_a_run_goes_on_with_as_many_ranks_as_it_began_with(home, alone, two):
+    done = shell("resume", two, cwd=home)
+    failed(done, "began with 2 processes, and here are 1", "mlx.launch -n 2 mlx-fd resume")
+    first, second = launch(2, "resume", alone, cwd=home)
+    failed(first, "began with 1 process, and here are 2")
+    assert second.status == 2 and not second.err
+
+
+def test_what_only_one_process_can_do_is_refused(home, two):
+    for words in (["eval", two], ["self-distill", "--method", "opsd", "--student", "student"]):
+        for one in launch(2, *words, cwd=home):
+            failed(one, "runs in one process: start it without mlx.launch")
+    first, second = launch(2, *LOOP, "--warm-up", "distil:2", "--out", "warm", cwd=home)
+    failed(first, "warm_up is for a run in one process")
+    assert second.status == 2 and not (home / "warm").exists()
+
+
+def test_machines_with_other_models_are_refused(home, tmp_path):
+    """Folders of one name that hold other weights on two machines."""
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        shutil.copytree(home, folder, ignore=shutil.ignore_patterns("two", "alone", "hosts*"))
+    path = folders[1] / "student" / "model.safetensors"
+    arrays = mx.load(str(path))
+    mx.save_safetensors(str(path), {name: 1.5 * array for name, array in arrays.items()})
+    first, second = launch(2, *LOOP, "--out", "other", cwd=folders)
+    failed(first, "the student is not the same on rank 1 as on rank 0")
+    assert second.status == 2 and not second.err
+    assert not any((folder / "other").exists() for folder in folders)
+
+
+def test_shares_are_whole_and_even():
+    assert ranks.part(5) == range(5) and ranks.share([1, 2, 3]) == [1, 2, 3]
+    assert ranks.deal([3, 1, 2]) == [0, 1, 2]
+    here = ranks._here
+    try:
+        found = []
+        for rank in range(3):
+            ranks._here = ranks._Here(None, rank, 3)
+            found.append((list(ranks.part(7)), ranks.deal([9, 1, 8, 2, 7, 3])))
+        assert [part for part, _ in found] == [[0, 1], [2, 3], [4, 5, 6]]
+        assert [dealt for _, dealt in found] == [[1, 4], [2, 3], [0, 5]]
+    finally:
+        ranks._here = here
