@@ -391,5 +391,7 @@ def test_a_source_says_which_splits_it_has(added):
     added("sums")
     with pytest.raises(UserError, match="sums has no split 'dev', only train, test"):
         problems.load("sums", "dev")
-    with pytest.raises(UserError, match="a source is gsm8k, arithmetic, arithmetic-hard, sums, a file"):
+    with pytest.raises(
+        UserError, match="a source is gsm8k, arithmetic, arithmetic-hard, sums, a file"
+    ):
         problems.load("smus!", "train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shlex
 import signal
@@ -139,7 +140,9 @@ def _views(config: Config) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
     if config.self_distils:
         from mlx_fd.cli.terminal import self_distillation
 
-        return self_distillation.SelfDisplay, self_distillation.summary_table
+        has_context = config.selfdistill.context != "none"
+        table = functools.partial(self_distillation.summary_table, has_context=has_context)
+        return self_distillation.SelfDisplay, table
     from mlx_fd.cli.terminal.run import Display, summary_table
 
     if config.episode.warm_up:

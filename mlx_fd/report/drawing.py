@@ -12,11 +12,11 @@ import altair as alt
 from mlx_fd.report.run import Run
 from mlx_fd.report.tables import Table
 from mlx_fd.report.theme import PAGE, themed
-from mlx_fd.runs.summary import wilson
+from mlx_fd.runs.summary import wilson_over_problems
 
 # Bins of the accuracy curve: a batch alone is too few episodes for an interval worth drawing.
 _BINS = 16
-_Record = TypeVar("_Record")
+_Record = TypeVar("_Record", bound=Mapping[str, object])
 HEIGHT = 220
 # Batches of a curve that can be pointed at, at most.
 _POINTS = 100
@@ -229,10 +229,13 @@ def accuracy_along(
         for chunk in binned(of_run):
             each = max(each, len(chunk))
             for kind, counts in kinds.items():
-                rights = [right for row in chunk if (right := counts(row)) is not None]
-                if not rights:
+                known = [
+                    (str(row["id"]), right) for row in chunk if (right := counts(row)) is not None
+                ]
+                if not known:
                     continue
-                low, high = wilson(sum(rights), len(rights))
+                low, high = wilson_over_problems(known)
+                rights = [right for _, right in known]
                 rows.append(
                     {
                         "run": name,

@@ -18,7 +18,7 @@ from mlx_fd.runs.records import (
     SelfSummary,
     ShareRow,
 )
-from mlx_fd.runs.summary import seconds_of, share_of
+from mlx_fd.runs.summary import seconds_of, share_of, wilson_over_problems
 
 # What the gate watches here: the share of held-out problems that are answered wrong.
 WRONG = "wrong"
@@ -110,6 +110,16 @@ def _held_out(losses: Mapping[str, float], n: int) -> ShareRow:
     return share_of(place < right for place in range(n if WRONG in losses else 0))
 
 
+def _share_of_attempts(rows: Sequence[AttemptRow]) -> ShareRow:
+    rights = [(row["id"], right) for row in rows if (right := row["correct"]) is not None]
+    low, high = wilson_over_problems(rights)
+    return {
+        "right": sum(right for _, right in rights),
+        "n": len(rights),
+        "interval": [round(low, 4), round(high, 4)],
+    }
+
+
 def summarise(
     attempts: Sequence[AttemptRow],
     metrics: Sequence[SelfMetricsRow],
@@ -137,8 +147,8 @@ def summarise(
     clipped = [share for row in metrics for share in row["clipped"]]
     summary: SelfSummary = {
         "attempts": attempts_summary(students_own(attempts)) if attempts else None,
-        "first_half": share_of(row["correct"] for row in own[:half]),
-        "second_half": share_of(row["correct"] for row in own[half:]),
+        "first_half": _share_of_attempts(own[:half]),
+        "second_half": _share_of_attempts(own[half:]),
         "held_out": {
             "before": _held_out(probe_before, probe_size),
             "after": _held_out(probe_after, probe_size),

@@ -25,7 +25,7 @@ _WORRYING_SHARE = 0.2
 _ENOUGH = 8
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
+def wilson(right: float, n: float) -> tuple[float, float]:
     """The 95 % Wilson score interval of a share ``right / n`` (Wilson, 1927); (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
@@ -34,6 +34,28 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def wilson_over_problems(rights: Sequence[tuple[str, bool]]) -> tuple[float, float]:
+    """The 95 % interval of a share of attempts, several of which are at the same problem.
+
+    Such attempts are alike, so the interval is Wilson's for the effective sample size (Kish, 1965;
+    Korn and Graubard, 1998): the number of attempts over the design effect. Where all are right or
+    all wrong it is the number of problems; with one attempt at each, that of attempts.
+
+    Args:
+        rights: of each attempt its problem, and whether it is right.
+    """
+    by_problem: dict[str, list[bool]] = {}
+    for problem, right in rights:
+        by_problem.setdefault(problem, []).append(right)
+    n, count = len(rights), sum(right for _, right in rights)
+    if not 0 < count < n:
+        return wilson(len(by_problem) if count else 0, len(by_problem))
+    share = count / n
+    squares = sum((sum(of) - share * len(of)) ** 2 for of in by_problem.values())
+    size = min(n, n * n * share * (1 - share) / squares) if squares else n
+    return wilson(share * size, size)
 
 
 def share_of(rights: Iterable[bool | None]) -> ShareRow:

@@ -29,8 +29,8 @@ def test_a_run_is_read_and_its_numbers_are_its_rows(tmp_path):
     run = read(reported.write_self_run(tmp_path / "run", attempts))
     assert (run.missing, run.finished) == ([], True)
     totals = cells(self_tables.summary_table([run]))
-    # Wilson's interval of 2 of 6, by the formula.
-    assert totals["attempts right, first half"] == tables.Cell("33.3%", "9.7% to 70.0%, n 6")
+    # Four attempts at one problem are wrong and two at another right: Wilson's of 0.75 of 2.25.
+    assert totals["attempts right, first half"] == tables.Cell("33.3%", "6.2% to 79.2%, n 6")
     assert totals["attempts right, second half"].value == "100.0%"
     assert totals["held-out problems right, before"].note.endswith("n 40")
     assert totals["attempts trained on"].value == "50.0%"

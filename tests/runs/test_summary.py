@@ -1,6 +1,6 @@
 import pytest
 
-from mlx_fd.runs.summary import find_warnings, summarise, wilson
+from mlx_fd.runs.summary import find_warnings, summarise, wilson, wilson_over_problems
 
 
 def row(
@@ -31,6 +31,24 @@ def trust(threshold):
 def test_wilson(right, n, low, high):
     found = wilson(right, n)
     assert found == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "right", "n"),
+    [
+        (["+", "-", "+"], 2, 3),  # one at each problem: as many as attempts
+        (["++++", "----"], 1, 2),  # all of a problem alike: as many as problems
+        (["++++", "++++"], 2, 2),
+        (["----", "----", "----"], 0, 3),
+        (["++--", "++--"], 4, 8),  # no more alike than others
+        (["+++-", "+---"], 4, 8),  # squares 1 and 1: 64 / 4 / 2 = 8
+        (["++++", "+---"], 5 / 8 * 2 / 0.6, 2 / 0.6),  # 1.5 twice squared: 64 * 15/64 / 4.5
+        ([], 0, 0),
+    ],
+)
+def test_attempts_at_one_problem_are_no_problems_of_their_own(attempts, right, n):
+    rights = [(str(at), mark == "+") for at, of in enumerate(attempts) for mark in of]
+    assert wilson_over_problems(rights) == pytest.approx(wilson(right, n))
 
 
 def test_summary_adds_up():

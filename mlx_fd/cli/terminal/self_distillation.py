@@ -95,8 +95,13 @@ class SelfDisplay(Display):
         return self._framed(rows)
 
 
-def summary_table(summary: SelfSummary) -> NamedValues:
-    """A run's totals, printed at its end."""
+def summary_table(summary: SelfSummary, *, has_context: bool) -> NamedValues:
+    """A run's totals, printed at its end.
+
+    Args:
+        summary: of the run.
+        has_context: whether its self-teacher reads one.
+    """
     table = NamedValues("Summary")
 
     def accuracy(value: ShareRow) -> str:
@@ -122,7 +127,7 @@ def summary_table(summary: SelfSummary) -> NamedValues:
     if summary["second_half"]["n"]:
         table.add_row("attempts right, first half", accuracy(summary["first_half"]))
         table.add_row("attempts right, second half", accuracy(summary["second_half"]))
-    if head and head["taught"] and head["right"] is not None:
+    if head and head["taught"] and head["right"] is not None and has_context:
         table.add_row(
             "headroom",
             f"{head['without']} right without the context, {head['with_context']} with it, of "
