@@ -98,10 +98,16 @@ def check_directory(path: Path) -> None:
     """
     check_files(path)
     objects = {name: read_object(path / name) for name in _JSON_OBJECTS if (path / name).exists()}
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Path] = {}
     size = 0
     for file in sorted(path.glob("model*.safetensors")):
-        tensors.update(read_header(file))
+        for name in read_header(file):
+            # mlx-lm reads all of them, in no order, and the last one counts.
+            if (other := tensors.setdefault(name, file)) != file:
+                raise UserError(
+                    f"{file}: has {name}, and so has {other.name}; take away the one that is not "
+                    "this model's, or whose weights the other has, too"
+                )
         size += file.stat().st_size
         if not tensors:
             raise UserError(f"{file}: holds no weights; {AGAIN}")

@@ -47,6 +47,11 @@ _MISSING: dict[str, dict[str, Any]] = {
 _PASSED_OVER: dict[str, dict[str, Any]] = {
     **{name: {"norm_topk_prob": False} for name in ("qwen2_moe", "deepseek", "deepseek_v2")},
     "olmoe": {"clip_qkv": None},
+    "gemma3_text": {
+        **{"final_logit_softcapping": None, "attn_logit_softcapping": None},
+        "use_bidirectional_attention": False,
+    },
+    "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
 }
 # An entry that the weights' names may answer.
 _TIED = "tie_word_embeddings"

@@ -275,6 +275,9 @@ _BAD_CONFIGS: dict[str, dict[str, Any]] = {
     "no text model": {"model_type": "bert"},
 }
 _REFUSED: dict[str, Break] = {
+    "weights twice": lambda p: (p / "model.fp16.safetensors").write_bytes(
+        (p / "model.safetensors").read_bytes()
+    ),
     **{f"a directory for {name}": instead(name, Path.mkdir) for name in _FILES},
     **{f"a FIFO for {name}": instead(name, os.mkfifo) for name in _FILES},
     "a FIFO for generation_config.json": instead("generation_config.json", os.mkfifo),

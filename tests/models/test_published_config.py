@@ -455,6 +455,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "olmoe", "clip_qkv": 8.0},
         "clip_qkv is 8.0, which mlx-lm passes over for olmoe",
     ),
+    "logits that the class does not bound": (
+        {"model_type": "gemma3_text", "final_logit_softcapping": 30.0},
+        "final_logit_softcapping is 30.0, which mlx-lm passes over for gemma3_text",
+    ),
     "no such architecture": ({"model_type": "nonesuch"}, "no architecture 'nonesuch'"),
     "no model_type": ({}, "has no model_type"),
 }
