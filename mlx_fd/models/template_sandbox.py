@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
+from mlx_fd.models.backend import BLAS_VARIABLE
 from mlx_fd.models.directory import blaming
 
 CLOCK = "strftime_now"
@@ -34,7 +35,8 @@ _SECONDS = 5.0
 _MAX_CHARS = 4 << 20
 _MAX_TEMPLATE_CHARS = 1 << 20
 _CHILD_BYTES = 1 << 30
-_BEYOND = 3
+# Exit statuses of the other process: beyond its limits, and any other fault of the template's.
+_BEYOND, _FAULT = 3, 4
 _TOO_MUCH = "takes more time or memory than any template needs"
 # Tests and filters by which a template finds out whether it was given something.
 _ASKS = ("defined", "undefined", "none", "default", "d")
@@ -225,7 +227,8 @@ def _keeps_limits(task: str) -> bool:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "mlx_fd.models.template_sandbox"],
             input=task,
-            env={**os.environ, "PYTHONPATH": search},
+            # A BLAS would take room for a thread on each processor, and nothing is computed here.
+            env={**os.environ, "PYTHONPATH": search, BLAS_VARIABLE: "off"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -234,18 +237,25 @@ def _keeps_limits(task: str) -> bool:
         )
     except subprocess.TimeoutExpired:
         return False
-    # Anything but a signal or its own word is one of the template's other faults.
-    return 0 <= done.returncode != _BEYOND
+    if done.returncode not in (0, _BEYOND, _FAULT) and done.returncode > 0:
+        # Untried it would run here, without limits.
+        raise UserError(
+            f"the process that tries chat templates ended with status {done.returncode}; run "
+            f"{sys.executable} -m mlx_fd.models.template_sandbox < /dev/null to see why"
+        )
+    return done.returncode in (0, _FAULT)
 
 
 def main() -> int:
     """Render the template on standard input within the limits.
 
     Returns:
-        The exit status; :data:`_BEYOND` where they were too narrow.
+        The exit status; :data:`_BEYOND` where they were too narrow, :data:`_FAULT` where the
+        template fails otherwise.
     """
     import resource
 
+    _environment()  # what that needs is no template's
     task = json.load(sys.stdin)
     seconds = math.ceil(task["seconds"])
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
@@ -261,6 +271,8 @@ def main() -> int:
                     return _BEYOND
     except MemoryError:
         return _BEYOND
+    except Exception:  # whatever a template may raise: who renders it tells
+        return _FAULT
     return 0
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from mlx_fd.errors import UserError
+from mlx_fd.models import template_sandbox
 from mlx_fd.models.chat_template import (
     DEFAULT_DATE,
     ChatTemplate,
@@ -25,6 +29,13 @@ from mlx_fd.models.loading import load, open_template
 from mlx_fd.models.pairing import check_pair
 from support import tiny
 
+# As OpenBLAS does on a machine with 128 processors, with a stack for each of them.
+HUNGRY = """
+#include <sys/mman.h>
+__attribute__((constructor)) static void take(void) {
+    mmap(0, 2ul << 30, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+}
+"""
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 CHAT = ("How many?", "It is 8.", "Sure?")
 
@@ -365,3 +376,28 @@ def test_what_a_template_says_of_itself_takes_room_in_the_context(tmp_path: Path
     for context, expected in ((100 + read - 4, [1]), (100 + read + 4, [])):
         file.write_text(json.dumps({**config, "max_position_embeddings": context}))
         assert list(too_long(texts, path, Surroundings("", 100))) == expected
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or shutil.which("gcc") is None, reason="needs gcc"
+)
+def test_a_blas_with_many_threads_does_not_stand_in_for_the_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process had no room to try anything, and its end was taken for a yes."""
+    (tmp_path / "hungry.c").write_text(HUNGRY)
+    library = tmp_path / "hungry.so"
+    subprocess.run(["gcc", "-shared", "-o", library, tmp_path / "hungry.c"], check=True)
+    monkeypatch.setenv("MLX_FD_BLAS", str(library))
+    variables = [{"messages": [{"content": "hi"}]}]
+    template_sandbox.check_limits("{{ messages[0].content * 2 }}", variables, DEFAULT_DATE, "it")
+    with pytest.raises(template_sandbox.TooMuch, match="more time or memory"):
+        template_sandbox.check_limits(
+            "{{ messages[0].content * 3000000000 }}", variables, DEFAULT_DATE, "it"
+        )
+
+
+def test_a_template_is_not_rendered_untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(UserError, match="that tries chat templates ended with status 1"):
+        template_sandbox.check_limits("{{ 'untried' }}", [{}], DEFAULT_DATE, "it")
