@@ -23,12 +23,12 @@ _SHARE = Number(0, 1, min_open=True, max_open=True)
     short_help="Choose when a student passes on to the expert, with a promise.",
     epilog="""\b
 Examples:
-  mlx-fd cascade calibrate runs/mine --risk 0.1       of what it keeps, at most 10 % wrong
-  mlx-fd cascade calibrate runs/mine --accuracy 0.9   of all answers, at least 90 % right
-  mlx-fd cascade calibrate runs/mine --cost 0.3       at most 30 % passed on
+  mlx-fd cascade calibrate runs/mine --risk 0.1       of its own, 10 % wrong
+  mlx-fd cascade calibrate runs/mine --accuracy 0.9   of all, 90 % right
+  mlx-fd cascade calibrate runs/mine --cost 0.3       30 % passed on
   mlx-fd cascade calibrate runs/mine --risk 0.1 --score head
-  mlx-fd cascade eval runs/mine                       is it kept on other problems?
-  mlx-fd serve --student runs/mine --expert tiny      serves with that threshold
+  mlx-fd cascade eval runs/mine                       kept on other problems?
+  mlx-fd serve --student runs/mine --expert tiny      with that threshold
 """,
 )
 @click.argument("action", type=click.Choice(["calibrate", "eval"]))

@@ -24,9 +24,9 @@ from mlx_fd.registry import SOURCES
     short_help="Check that engines reproduce an exported model's outputs.",
     epilog="""\b
 Examples:
-  mlx-fd compare student-gguf                                    every engine available here
+  mlx-fd compare student-gguf                    every engine available here
   mlx-fd compare student student-gguf.tar --engine mlx --engine llama.cpp
-  mlx-fd compare student-hf --engine openai:http://gpu-box:8000  a server: vLLM, SGLang, ...
+  mlx-fd compare student-hf --engine openai:http://gpu-box:8000   a server
   mlx-fd compare student --problems gsm8k --limit 200 --out comparison
 """,
 )

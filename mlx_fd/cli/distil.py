@@ -103,10 +103,11 @@ def _with_options(command: click.Command) -> click.Command:
     epilog="""\b
 Examples:
   mlx-fd distil --expert qwen2.5-7b-4bit --problems gsm8k
-  mlx-fd distil --expert tiny                                       takes minutes
+  mlx-fd distil --expert tiny                                takes minutes
   mlx-fd distil --expert tiny --method gkd --seed 1 --out runs/gkd
   mlx-fd distil --expert tiny --method off-policy --expert-answers all
-  mlx-fd distil --expert qwen3-8b-4bit --on-policy-fraction 0.5 --objective forward
+  mlx-fd distil --expert qwen3-8b-4bit --on-policy-fraction 0.5 \\
+      --objective forward
   mlx-fd distil --config runs/gkd/config.toml --seed 2 --out runs/gkd2
 """,
 )

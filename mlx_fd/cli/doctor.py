@@ -16,7 +16,7 @@ from mlx_fd.cli.options import debug_option, json_option
 Examples:
   mlx-fd doctor
   mlx-fd doctor --json
-  mlx-fd doctor --kernels                       first thing on a new Mac or GPU
+  mlx-fd doctor --kernels                     first thing on a new Mac or GPU
 """,
 )
 @click.option(

@@ -43,11 +43,13 @@ Examples:
   mlx-fd eval runs/20260101-120000
   mlx-fd eval runs/20260101-120000 --baselines
   mlx-fd eval runs/20260101-120000 --suite full --baselines --limit 200 \\
-      --instructions alpaca.json --processbench gsm8k.json --transfer owner/name
+      --instructions alpaca.json --processbench gsm8k.json \\
+      --transfer owner/name
   mlx-fd eval runs/self-distilled --temperature 1
   mlx-fd eval qwen2.5-1.5b-4bit --k 8 --limit 50
   mlx-fd eval runs/20260101-120000 --best-of 8 --forgetting
-  mlx-fd eval runs/20260101-120000 --suite full --processbench gsm8k.json --votes 8
+  mlx-fd eval runs/20260101-120000 --suite full \\
+      --processbench gsm8k.json --votes 8
   mlx-fd eval qwen2.5-1.5b-4bit --expert qwen2.5-7b-4bit --baselines
 """,
 )
@@ -57,7 +59,7 @@ Examples:
     type=click.Choice(["fast", "full"]),
     default="fast",
     show_default=True,
-    help="fast: 100 problems of GSM8K's test split. full: the whole split, out-of-domain "
+    help="fast: 100 problems of the test split. full: the whole split, out-of-domain "
     "arithmetic, and --instructions, --processbench and --transfer.",
 )
 @click.option(

@@ -28,12 +28,12 @@ from mlx_fd.text import strip_control_chars
     short_help="Export a student, or any model, for other tools.",
     epilog="""\b
 Examples:
-  mlx-fd export runs/mine --out student                          for mlx-lm, in the base's dtype
+  mlx-fd export runs/mine --out student                       for mlx-lm
   mlx-fd export runs/mine --q-bits 8 --out student-8bit
-  mlx-fd export runs/mine --format hf --out student-hf           for transformers, vLLM, SGLang
-  mlx-fd export runs/mine --format gguf --out student-gguf       for llama.cpp
-  mlx-fd export runs/mine --format gguf --gguf-type q8_0 --out student-q8 --archive
-  mlx-fd export runs/mine --format hf --adapter --out adapter    for PEFT
+  mlx-fd export runs/mine --format hf --out student-hf        for vLLM, ...
+  mlx-fd export runs/mine --format gguf --out student-gguf    for llama.cpp
+  mlx-fd export runs/mine --format gguf --gguf-type q8_0 --out q8 --archive
+  mlx-fd export runs/mine --format hf --adapter --out peft    for PEFT
   mlx-fd export runs/mine/checkpoints/000100 --adapter --out adapter
   mlx-fd export --model NAME --adapter-path adapters --out fused
 """,

@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     short_help="Score and criticise an answer with a distilled student.",
     epilog="""\b
 Examples:
-  mlx-fd feedback qwen2.5-1.5b-4bit --problem @problem.txt --answer - < answer.txt
-  mlx-fd feedback runs/20260101-120000 --problems answers.jsonl --out judged.jsonl
+  mlx-fd feedback runs/mine --problem @problem.txt --answer - < answer.txt
+  mlx-fd feedback runs/mine --problems answers.jsonl --out judged.jsonl
 \b
-A student of the tiny pair understands only problems and answers as its generator
-writes them (--problems arithmetic); of any others its scores mean nothing:
-  printf 'Step 1: <<8+5=14>>14\\n#### 14' | mlx-fd feedback runs/20260101-120000 --answer - \\
-      --problem "Tom has 8 apples. Tom buys 5 more. How many apples does Tom have now?"
+A student of the tiny pair understands only problems and answers as its
+generator writes them (--problems arithmetic); other scores mean nothing:
+  printf 'Step 1: <<8+5=14>>14\\n#### 14' |
+  mlx-fd feedback runs/mine --answer - --problem \\
+      'Tom has 8 apples. Tom buys 5 more. How many apples does Tom have now?'
 """,
 )
 @model_options("model")

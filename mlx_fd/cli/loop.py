@@ -34,14 +34,16 @@ Examples:
   mlx-fd loop --expert qwen2.5-7b-4bit
   mlx-fd loop --expert llama-3.1-8b-4bit --episodes 1000 --preset 16gb
   mlx-fd loop --preset tiny
-  mlx-fd loop --preset tiny --losses lm,logit,score,answer,reasoning --loss-weights phases
+  mlx-fd loop --preset tiny --loss-weights phases \\
+      --losses lm,logit,score,answer,reasoning
   mlx-fd loop --expert qwen2.5-7b-4bit --teacher-top-k 64 --epochs 3
   mlx-fd loop --expert qwen2.5-7b-4bit --warm-up distil:200
-  mlx-fd loop --expert smollm2-135m --student smollm2-135m:layers=15 --preset quick
+  mlx-fd loop --expert smollm2-135m --student smollm2-135m:layers=15 \\
+      --preset quick
   mlx-fd loop --config runs/mine/config.toml --seed 1 --out runs/seed1
   mlx-fd loop --preset tiny --track tensorboard
-  mlx-fd loop --config runs/always/pareto.toml    stop where mlx-fd pareto recommends
-  mlx-fd loop --problems kept.jsonl --continue runs/mine    go on with its student
+  mlx-fd loop --config runs/always/pareto.toml   as mlx-fd pareto recommends
+  mlx-fd loop --problems kept.jsonl --continue runs/mine
 """,
 )
 @click.option(

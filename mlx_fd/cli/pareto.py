@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     short_help="Choose a stopping threshold from one full-length run.",
     epilog="""\b
 Examples:
-  mlx-fd pareto runs/always                     a run of: mlx-fd loop --gate always
+  mlx-fd pareto runs/always               a run of: mlx-fd loop --gate always
   mlx-fd pareto runs/always --cost teacher_tokens --objectives lm,score
-  mlx-fd pareto runs/always --exam              examine the student at each stop
-  mlx-fd pareto runs/always --sweep             train with each threshold, and compare
+  mlx-fd pareto runs/always --exam        examine the student at each stop
+  mlx-fd pareto runs/always --sweep       train with each threshold to check
 """,
 )
 @click.argument("run", type=PathType())

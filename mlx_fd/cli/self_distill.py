@@ -88,12 +88,13 @@ def _default(name: str) -> str:
     short_help="Train a model on its own outputs given more context.",
     epilog="""\b
 Examples:
-  mlx-fd self-distill --method step-critique --critic truth         on tiny-base, takes minutes
+  mlx-fd self-distill --method step-critique --critic truth   takes minutes
   mlx-fd self-distill --method step-critique --critic tiny
   mlx-fd self-distill --method grpo --episodes 64 --seed 1 --out runs/grpo
   mlx-fd self-distill --context feedback --objective jsd --critic truth
   mlx-fd self-distill --method grpo --track tensorboard
-  mlx-fd self-distill --method step-critique --model qwen2.5-1.5b-4bit --critic qwen2.5-7b-4bit
+  mlx-fd self-distill --method step-critique --model qwen2.5-1.5b-4bit \\
+      --critic qwen2.5-7b-4bit
   mlx-fd self-distill --config runs/grpo/config.toml --seed 2 --out runs/grpo2
 """,
 )

@@ -27,10 +27,12 @@ Examples:
   mlx-fd serve --student runs/20260101-120000
   mlx-fd serve --student runs/20260101-120000 --expert qwen2.5-7b-4bit
   mlx-fd serve --student runs/mine --expert tiny --keep kept.jsonl
-  mlx-fd serve --student runs/mine --expert tiny --host 0.0.0.0 --api-key-file key.txt
+  mlx-fd serve --student runs/mine --expert tiny --host 0.0.0.0 \\
+      --api-key-file key.txt
 \b
-  curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
-      -d '{"model": "cascade", "messages": [{"role": "user", "content": "How much is 2 + 3?"}]}'
+  curl http://127.0.0.1:8080/v1/chat/completions \\
+      -H 'Content-Type: application/json' -d '{"model": "cascade",
+      "messages": [{"role": "user", "content": "How much is 2 + 3?"}]}'
 """,
 )
 @click.option(

@@ -28,11 +28,11 @@ _COLOURS = {"right": "green", "wrong": "red", "open": None, "unsure": None}
     epilog="""\b
 Examples:
   mlx-fd tutor runs/20260101-120000
-  mlx-fd tutor runs/20260101-120000 --problem @problem.txt --attempt @attempt.txt --json
+  mlx-fd tutor runs/mine --problem @problem.txt --attempt @attempt.txt --json
 \b
-In a browser: mlx-fd serve --student runs/20260101-120000, then the address that it says.
-A student of the tiny pair understands only problems as its generator writes them
-(--problems arithmetic), and steps such as 47+2=49.
+In a browser: mlx-fd serve --student runs/mine, then the address that it says.
+A student of the tiny pair understands only problems as its generator writes
+them (--problems arithmetic), and steps such as 47+2=49.
 """,
 )
 @click.argument("student")

@@ -340,12 +340,19 @@ def learned_from(target: Target, source: str, split: str) -> bool:
 def concerns(target: Target, options: Options) -> list[str]:
     """What makes an evaluation worth less than it looks."""
     learned, source = target.config.problems, source_of(target, options.problems)
-    if not learned_from(target, source, options.split):
-        return []
-    return [
-        f"the run learned from these problems ({source}, split {learned.split}): what follows is "
-        "no measure of what it does on others; choose another --split or --problems"
-    ]
+    if learned_from(target, source, options.split):
+        is_file = Path(source).expanduser().exists()
+        of, other = ("", "") if is_file else (f", split {learned.split}", "another --split or ")
+        return [
+            f"the run learned from these problems ({source}{of}): what follows is no measure of "
+            f"what it does on others; choose {other}other --problems"
+        ]
+    if target.run is not None and options.problems is None and learned.problems != source:
+        return [
+            f"the run learned from {learned.problems}, and what follows is on {source}; name "
+            "problems like its own that it has not seen (--problems)"
+        ]
+    return []
 
 
 def _solvers(target: Target, options: Options) -> tuple[str, ...]:

@@ -135,6 +135,7 @@ def test_help_shows_examples_that_work(command, mlx_fd):
     done = mlx_fd(*filter(None, [command]), "--help")
     assert done.status == 0 and done.err == ""
     assert "Examples:" in done.out
+    assert max(map(len, done.out.splitlines())) <= 80
     lines = [re.sub(r"^ +", "", line) for line in re.sub(r"\\\n +", "", done.out).splitlines()]
     examples = [line.split("   ")[0] for line in lines if line.startswith("mlx-fd ")]
     calls = [shlex.split(example.split(" < ")[0])[1:] for example in examples]

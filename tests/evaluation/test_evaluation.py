@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 
 from mlx_fd import cli, runs
 from mlx_fd.cli.terminal.evaluation import print_results
-from mlx_fd.config import GateOptions
+from mlx_fd.config import GateOptions, override
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation import suites
 from mlx_fd.evaluation.baselines import SYSTEMS
@@ -425,12 +425,20 @@ def test_baselines_need_an_expert(tmp_path):
     assert sets[0].systems == ("student", "clear", "cot", "cod", "self-refine", "expert")
 
 
-def test_problems_that_were_learned_from_are_warned_of(run):
+def test_problems_that_were_learned_from_are_warned_of(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     target = open_target(str(run), None)
     assert not suites.concerns(target, suites.Options())
     (said,) = suites.concerns(target, suites.Options(split="train"))
     assert "learned from these problems (arithmetic, split train)" in said
     assert not suites.concerns(open_target("tiny-student", None), suites.Options(split="train"))
+    # A file has one split, and none of its problems are held out for an evaluation.
+    own = dataclasses.replace(target, config=override(target.config, {"problems": "p.csv"}, "test"))
+    (said,) = suites.concerns(own, suites.Options())
+    assert "learned from p.csv, and what follows is on gsm8k; name problems like its own" in said
+    Path("p.csv").write_text("question,answer")
+    (said,) = suites.concerns(own, suites.Options(problems="p.csv"))
+    assert "these problems (p.csv): what follows" in said and "--split" not in said
 
 
 def test_results_lie_in_the_run_or_under_the_models_name(run):
