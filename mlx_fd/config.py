@@ -99,6 +99,11 @@ class ModelOptions:
         "A run of the loop whose student (its best checkpoint) this one goes on with; what is not "
         "given is as there. Empty: LoRA and heads begin anew.",
     )
+    shard_expert: bool = _option(
+        False,
+        "Divide the expert's weights among the processes that mlx.launch started, for an expert "
+        "that one machine cannot hold. Each process then goes through all of a batch.",
+    )
     dequantize: str = _option(
         "auto",
         "Dequantise to float32: auto does so on the CPU backend where memory allows.",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd.config import Config, GenerationOptions, override
+from mlx_fd.models import ranks
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.shared_tokens import SharedTokens, shared_tokens
@@ -115,7 +116,8 @@ def _open(
     from mlx_fd.models.student import make_student
 
     options = config.models
-    expert, base = load_models(*paths, dequantize=options.dequantize)
+    sharded = options.shard_expert and ranks.processes() > 1
+    expert, base = load_models(*paths, dequantize=options.dequantize, sharded=sharded)
     width = projection or expert.view.width
     student = make_student(base.view, width, options, config.episode.seed)
     pair = joined(expert, base, student, vocab, *templates)

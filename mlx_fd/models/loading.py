@@ -453,7 +453,13 @@ def check_weights(path: Path, model: nn.Module) -> None:
             )
 
 
-def load(path: Path, *, dequantize: str = "auto", template: ChatTemplate | None = None) -> Loaded:
+def load(
+    path: Path,
+    *,
+    dequantize: str = "auto",
+    template: ChatTemplate | None = None,
+    sharded: bool = False,
+) -> Loaded:
     """Load an mlx-lm model directory.
 
     On the CPU backend ``"auto"`` makes it float32 (dequantised where half of the free memory is
@@ -464,6 +470,8 @@ def load(path: Path, *, dequantize: str = "auto", template: ChatTemplate | None 
         path: the directory.
         dequantize: ``"never"``: keep quantised and half-precision weights on a CPU, too.
         template: how chats are written for it, that of the run it belongs to; ``None``: its own.
+        sharded: let each rank have its part of the weights (:mod:`mlx_fd.models.sharding`); all of
+            them must then call the model alike.
 
     Returns:
         The model with its weights in memory.
@@ -471,19 +479,23 @@ def load(path: Path, *, dequantize: str = "auto", template: ChatTemplate | None 
     Raises:
         UserError: files are missing or damaged, or mlx-lm does not know the architecture.
     """
-    return _loaded(path, *open_as_loaded(path, dequantize=dequantize), template)
+    opened = open_as_loaded(path, dequantize=dequantize, sharded=sharded)
+    return _loaded(path, *opened, template)
 
 
-def open_as_loaded(path: Path, *, dequantize: str = "auto") -> tuple[nn.Module, dict[str, Any]]:
+def open_as_loaded(
+    path: Path, *, dequantize: str = "auto", sharded: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     """A model as :func:`load` makes it, its weights still on the disk; and its configuration.
 
     Args:
         path: the directory.
         dequantize: as for :func:`load`.
+        sharded: likewise.
 
     Raises:
         UserError: files are missing or damaged, mlx-lm does not know the architecture, or its
-            blocks are not run as distillation needs it.
+            blocks are not run as distillation needs it; or it cannot be divided among the ranks.
     """
     backend()
     from mlx_fd.models.view import check_blocks
@@ -498,6 +510,10 @@ def open_as_loaded(path: Path, *, dequantize: str = "auto") -> tuple[nn.Module, 
         # A 16-bit model that does not fit as float32 is left as it is: slow, but it runs.
         if dense or _is_quantized(model):
             _make_fast(model, dense=dense)
+    if sharded:
+        from mlx_fd.models.sharding import shard
+
+        shard(path, model, config)
     return model, config
 
 
@@ -517,7 +533,7 @@ def _origin(
 
 
 def load_pair(
-    expert_path: Path, student_path: Path, *, dequantize: str = "auto"
+    expert_path: Path, student_path: Path, *, dequantize: str = "auto", sharded: bool = False
 ) -> tuple[Loaded, Loaded]:
     """Load expert and student; equal weights of one origin are one array in memory.
 
@@ -530,6 +546,7 @@ def load_pair(
         expert_path: the expert's directory.
         student_path: the student's directory.
         dequantize: as for ``load``.
+        sharded: let each rank have its part of the expert's weights; none is the student's then.
 
     Returns:
         Expert and student.
@@ -540,9 +557,9 @@ def load_pair(
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-    expert = load(expert_path, dequantize=dequantize)
+    expert = load(expert_path, dequantize=dequantize, sharded=sharded)
     model, config = open_lazily(student_path)
-    name_of = _origin(expert, student_path, config)
+    name_of = None if sharded else _origin(expert, student_path, config)
     if name_of is None:
         return expert, load(student_path, dequantize=dequantize)
     if _wants_float32(dequantize) and expert.dtype == mx.float32:

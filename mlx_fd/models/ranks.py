@@ -39,7 +39,7 @@ class RankLost(UserError):
 
 @dataclass
 class _Here:
-    """This process among the others; changed by :func:`join` and :func:`all_do_all` alone."""
+    """This process among the others; changed by :func:`join` and :func:`share_batches` alone."""
 
     group: Any = None
     rank: int = 0
@@ -85,9 +85,9 @@ def join() -> None:
         _here.group, _here.rank, _here.processes = group, group.rank(), group.size()
 
 
-def all_do_all() -> None:
-    """Let every rank do the whole batch: the expert is one model that is spread over all ranks."""
-    _here.shares = False
+def share_batches(shares: bool) -> None:
+    """Whether each rank does its share of a batch, or every one all: the expert is divided."""
+    _here.shares = shares
 
 
 def rank() -> int:

@@ -17,7 +17,7 @@ from mlx_fd import problems as problem_sets
 from mlx_fd import runs
 from mlx_fd.config import Config, LossOptions, override, preset, read
 from mlx_fd.errors import UserError
-from mlx_fd.models import fingerprint
+from mlx_fd.models import fingerprint, ranks
 from mlx_fd.models.aliases import ALIASES, TINY
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.resolve import default_student, parse_name, resolve
@@ -401,7 +401,8 @@ def check_run_memory(
     from mlx_fd.models.student import prepare
 
     models = config.models
-    opened, _ = open_as_loaded(expert, dequantize=models.dequantize)
+    sharded = models.shard_expert and ranks.processes() > 1
+    opened, _ = open_as_loaded(expert, dequantize=models.dequantize, sharded=sharded)
     trained, settings = open_as_loaded(student, dequantize=models.dequantize)
     for path, model in ((expert, opened), (student, trained)):
         # What config.json has of a wrong kind may show only now.
@@ -409,7 +410,7 @@ def check_run_memory(
             hidden_width(model)
     prepare(trained, models)
     source = (settings.get("mlx_fd") or {}).get("source")
-    shared = student == expert or source == str(expert.resolve())
+    shared = not sharded and (student == expert or source == str(expert.resolve()))
     work = dataclasses.replace(workload(expert, questions, config, template), shared=shared)
     if not learns:
         work = dataclasses.replace(work, micro_batch=0)

@@ -81,6 +81,8 @@ def new_plan(folder: Path, config: Config) -> Plan:
     backend()
     config = _dated(config)
 
+    ranks.share_batches(not config.models.shard_expert)
+
     def planned() -> Plan:
         check_out(folder)
         _check_ranks(config)
@@ -102,8 +104,19 @@ def _check_ranks(config: Config) -> None:
     Raises:
         UserError: they would each do the whole work, or parts of it are not theirs to divide.
     """
+    sharded = config.models.shard_expert
     if ranks.processes() == 1:
+        if sharded:
+            raise UserError(
+                "shard_expert divides the expert among several processes, and this is one: start "
+                "with mlx.launch (docs/several-machines.md)"
+            )
         return
+    if sharded and config.losses.needs_attention:
+        raise UserError(
+            "the attention loss reads all heads of the expert, of which each process has some with "
+            "shard_expert: leave one of the two out"
+        )
     if config.self_distils:
         raise UserError(
             "self-distillation runs in one process: start it without mlx.launch (mlx-fd loop runs "
@@ -155,6 +168,7 @@ def resumed_plan(folder: Path, *, redo: bool = False) -> Iterator[tuple[Plan, li
 
         def planned() -> Plan:
             config = read(folder / runs.CONFIG)
+            ranks.share_batches(not config.models.shard_expert)
             if not redo:
                 # Before models are loaded and anything is written.
                 check_nothing_lost(folder, config.episode.checkpoint_every)
@@ -243,8 +257,13 @@ def open_run(
     limit_memory(plan.memory)
     # The summary names this run's peak, not that of another one in this process.
     mx.reset_peak_memory()
-    opened = ranks.together(lambda: _opened(folder, plan, report, trackers, redo=redo))
-    run, readme, notes, student = opened
+
+    def opened() -> tuple[Run, str, list[str], Student | None]:
+        return _opened(folder, plan, report, trackers, redo=redo)
+
+    # A divided expert is tried on a few tokens, for which the ranks exchange something themselves.
+    sharded = plan.config.models.shard_expert
+    run, readme, notes, student = opened() if sharded else ranks.together(opened)
     for note in notes:
         report(Note(note))
 

@@ -12,11 +12,12 @@ from support.launched import killed_after, launch
 from support.loops import WEIGHTS, assert_same, rows
 from support.pairs import make_home
 from support.shell import failed, shell
+from support.tiny import make_model_dir
 
-# Seven problems in batches of three: uneven shares, and of the last batch a rank has nothing.
+# Four problems in batches of three: uneven shares, and of the last batch a rank has nothing.
 LOOP = (
     *("loop", "--expert", "expert", "--student", "student", "--problems", "problems.jsonl"),
-    *("--episodes", 7, "--batch-size", 3, "--probe-size", 3, "--checkpoint-every", 2),
+    *("--episodes", 4, "--batch-size", 3, "--probe-size", 2, "--checkpoint-every", 2),
     *("--max-answer-tokens", 8, "--max-feedback-tokens", 6, "--max-merge-tokens", 5),
     *("--lora-rank", 2, "--lora-rate", 1e-2, "--losses", "lm,logit,score,hidden,answer"),
     # Greedy: ranks draw other numbers than one process does.
@@ -44,7 +45,7 @@ def two(home):
     done = launch(2, *LOOP, "--out", "two", cwd=home)
     assert [one.status for one in done] == [0, 0], done
     # Rank 0 shows the run; the other says nothing.
-    assert "7/7" in done[0].out and not done[1].out
+    assert "4/4" in done[0].out and not done[1].out
     return home / "two"
 
 
@@ -120,6 +121,31 @@ def test_machines_with_other_models_are_refused(home, tmp_path):
     failed(first, "the student is not the same on rank 1 as on rank 0")
     assert second.status == 2 and not second.err
     assert not any((folder / "other").exists() for folder in folders)
+
+
+def test_an_expert_on_two_ranks_says_what_it_says_whole(home):
+    """Each rank has half of it, and both go through the whole batch, with the same draws."""
+    make_model_dir(home / "wide", hidden=32, intermediate=64, layers=2, seed=3)
+    words = (
+        *("loop", "--expert", "wide", "--student", "student", "--problems", "problems.jsonl"),
+        *("--episodes", 2, "--batch-size", 2, "--probe-size", 1, "--lora-rank", 2),
+        *("--max-answer-tokens", 6, "--max-feedback-tokens", 5, "--max-merge-tokens", 5),
+        *("--answers-by", "expert", "--answer-temperature", 0.7),
+    )
+    whole = shell(*words, "--out", "whole", cwd=home)
+    divided = launch(2, *words, "--shard-expert", "--out", "divided", cwd=home)
+    assert [one.status for one in (whole, *divided)] == [0, 0, 0], (whole, divided)
+    one, other = home / "whole", home / "divided"
+    for log in (runs.EPISODES, runs.METRICS, runs.SAMPLES):
+        assert close(rows(one, log), rows(other, log)) == [], log
+    assert any(row["updates"] for row in rows(other, runs.METRICS))
+
+
+def test_an_expert_that_cannot_be_divided_is_refused(home):
+    first, second = launch(2, *LOOP, "--shard-expert", "--out", "divided-2", cwd=home)
+    failed(first, "num_key_value_heads is 1, which 2 processes cannot divide among them")
+    assert second.status == 2 and not (home / "divided-2").exists()
+    failed(shell(*LOOP, "--shard-expert", cwd=home), "and this is one: start with mlx.launch")
 
 
 def test_shares_are_whole_and_even():
