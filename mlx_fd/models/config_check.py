@@ -7,6 +7,7 @@ the modules that they made are compared with the entries.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,17 @@ def _wrong_positions(model: nn.Module, part: Mapping[str, Any]) -> Iterator[tupl
     ]
     if scaled and ropes and len(plain) == len(ropes) and all(rope.scale == 1 for rope in plain):
         yield "without scaled positions", f"that they are scaled ({rope_kind(scaled[0])})"
+
+    for one in scaled:
+        says = one.get("attention_factor")
+        if not isinstance(says, int | float):
+            continue
+        for factor in {getattr(rope, "mscale", says) for rope in ropes}:
+            if not math.isclose(factor, says, rel_tol=1e-3):
+                yield (
+                    f"that multiplies queries and keys by {factor:.4g}",
+                    f"attention_factor {says}",
+                )
 
     share = next((part[name] for name in PARTIAL_FIELDS if part.get(name) is not None), None)
     share = by_type[0].get("partial_rotary_factor", share) if len(by_type) == 1 else share

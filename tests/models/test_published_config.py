@@ -339,6 +339,15 @@ def test_an_activation_of_the_published_name_is_taken(name: str, act: str) -> No
     assert [key for key, _ in model.named_modules()] == names
 
 
+@pytest.mark.parametrize("factor", [None, 1.1386294361119891])
+def test_the_factor_of_attention_that_yarn_makes_is_taken(factor: float | None) -> None:
+    """As OLMo 3 has it, and others leave it out."""
+    scaling = {**YARN, "attention_factor": factor}
+    entries = {"model_type": "llama", "rope_theta": 1e6, "rope_scaling": scaling}
+    config = as_mlx_lm_reads({**SIZES, **entries}, HERE)
+    check_model(build(config), config, HERE)
+
+
 @pytest.mark.parametrize(
     ("types", "period"), [(["s", "s", "f"] * 2, 3), (["s", "f"] * 3, 2), (["f"] * 6, 1)]
 )
@@ -395,6 +404,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "gptj", "rope_theta": 5e5, "n_head": 4, "n_embd": 64, "n_layer": 2}
         | {"n_positions": 64, "n_inner": 128, "layer_norm_epsilon": 1e-5, "rotary_dim": 8},
         "rotary base 10000.*500000.0",
+    ),
+    "another factor of attention": (
+        {"model_type": "llama", "rope_theta": 1e6, "rope_scaling": {**YARN, "attention_factor": 1}},
+        "multiplies queries and keys by 1.139, .* says attention_factor 1:",
     ),
     "two kinds of positions": (
         {"model_type": "llama", "rope_parameters": BY_TYPE},
