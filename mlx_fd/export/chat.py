@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,8 @@ def template_note(ref: ModelRef, folder: Path) -> str:
         given = json.dumps(template.kwargs)
         lines.append(
             f"Its chats are written with the template's variables `{given}`: give them to "
-            f"`apply_chat_template`, or to mlx-lm with `--chat-template-config '{given}'`."
+            "`apply_chat_template`, or to mlx-lm with "
+            f"`--chat-template-config {shlex.quote(given)}`."
         )
     if CLOCK in template.source:
         lines.append(f"The template prints the date; here it was {template.date}.")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shlex
 
 import pytest
 from tokenizers import AddedToken
 
 from mlx_fd.export.chat import reply_opening, template_note
 from mlx_fd.feedback.judge import ModelRef
+from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.generation import first_prompt
 from mlx_fd.models.loading import load, open_template
 from mlx_fd.models.thinking import ThinkingOptions
@@ -33,3 +36,12 @@ def test_a_student_that_did_not_think_reads_no_open_thought(tmp_path, name):
     thinks = dataclasses.replace(ref, thinking=ThinkingOptions(True, 9))
     assert reply_opening(thinks) == ""
     assert "trained to think" in template_note(thinks, tmp_path)
+
+
+def test_the_variables_can_be_pasted_into_a_shell(tmp_path):
+    source = "{{ style }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    given = {"style": "don't $HOME"}
+    make_model_dir(tmp_path)
+    note = template_note(ModelRef(tmp_path, template=ChatTemplate(source, kwargs=given)), tmp_path)
+    words = shlex.split(note.partition("with `--chat")[2].partition("`.\n")[0])
+    assert json.loads(words[1]) == given
