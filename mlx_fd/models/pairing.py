@@ -54,7 +54,7 @@ class Pairing:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """A model's tokenizer, without its chat template.
+    """A model's tokenizer, without its chat template; it gives all tokens of a text and no more.
 
     Raises:
         UserError: there is no tokenizer.json, or none that can be read.
@@ -67,7 +67,11 @@ def read_tokenizer(path: Path) -> Tokenizer:
     if not file.is_file():  # opening a FIFO would wait for ever
         raise UserError(f"{file}: is not a regular file")
     with blaming(f"{file} cannot be read", AGAIN):
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
+    # Whoever fine-tuned the model may have left theirs on; transformers takes no notice of them.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _vocab_size(path: Path) -> int:

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from mlx_fd.errors import UserError
-from mlx_fd.models.pairing import check_pair
+from mlx_fd.models.pairing import check_pair, read_tokenizer
 from support import tiny
 
 
@@ -181,3 +181,18 @@ def test_smollm2(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> No
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] in vocabulary]
     (other / "tokenizer.json").write_text(json.dumps(content))
     differ(path, other, "'<jupyter_code>' for the expert and 'a new token'")
+
+
+def test_what_a_fine_tuning_left_on_cuts_and_fills_no_text(tmp_path: Path) -> None:
+    """A text that is too long for the model would be counted as short as that."""
+    path = tiny.make_model_dir(tmp_path / "model")
+    text = "How many apples? " * 20
+    wanted = read_tokenizer(path).encode(text).ids
+    assert len(wanted) > 90
+    file = path / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(file))
+    assert len(tokenizer.encode(text).ids) == 64
+    assert read_tokenizer(path).encode(text).ids == wanted
