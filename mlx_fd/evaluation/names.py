@@ -7,6 +7,7 @@ _NAMES = {
     "accuracy_strict": "strict",
     "accuracy_flexible": "flexible",
     "first_accuracy": "first answers right",
+    "token_f1": "token F1",
     "first_error_f1": "F1",
     "first_error_on_wrong": "errors found",
     "first_error_on_right": "right passed",
@@ -32,7 +33,7 @@ _NAMES = {
 }
 # Shown as per cent, their differences in points.
 _SHARES = (
-    *("accuracy", "avg@", "maj@", "pass@", "first_", "processbench_", "readable"),
+    *("accuracy", "avg@", "maj@", "pass@", "first_", "processbench_", "readable", "token_f1"),
     *("agreement", "expert_good", "followed", "cut"),
 )
 

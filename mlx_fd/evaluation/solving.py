@@ -26,6 +26,7 @@ from mlx_fd.models.conversation import Conversation, without_repeated_eos
 from mlx_fd.models.generation import said
 from mlx_fd.problems import Problem, parsing, prompts
 from mlx_fd.problems.kinds import are_graded, form_of, is_right, read_final
+from mlx_fd.problems.kinds.text import token_f1
 from mlx_fd.runs.checked import content_digest
 from mlx_fd.runs.records import ItemRow, OutputRow
 
@@ -62,7 +63,7 @@ class Solving:
         if not self.graded:
             return ("rougeL", "cut", "score")
         votes = (f"maj@{self.samples}", f"pass@{self.samples}") if self.samples > 1 else ()
-        return ("accuracy", "accuracy_strict", "accuracy_flexible", *votes)
+        return ("accuracy", "accuracy_strict", "accuracy_flexible", "token_f1", *votes)
 
     def label(self, system: str) -> str:
         """What a table calls a system."""
@@ -177,6 +178,8 @@ class Solving:
                 Measure("accuracy_strict", mean_of(lambda row: row["strict"])),
                 Measure("accuracy_flexible", mean_of(lambda row: row["flexible"])),
             ]
+        if all(problem.kind == "text" for problem in self.items):
+            measures.append(Measure("token_f1", list(map(_token_f1, self.items, rows))))
         measures.append(Measure("first_accuracy", mean_of(lambda row: row["first_correct"])))
         k = self.samples
         if k > 1:
@@ -192,6 +195,12 @@ class Solving:
             positive = [float(bool(samples[0]["first_correct"])) for samples in rows]
             measures.append(Measure("score_roc_auc", scores, roc_auc, (positive,)))
         return measures
+
+
+def _token_f1(problem: Problem, samples: Sequence[OutputRow]) -> float:
+    """The mean F1 of the words of some replies with the nearest right answer's (SQuAD)."""
+    golds = (problem.answer, *problem.also_right)
+    return float(np.mean([max(token_f1(row["final"] or "", g) for g in golds) for row in samples]))
 
 
 def with_shots(found: Sequence[Problem], shots: str) -> Sequence[Problem]:
