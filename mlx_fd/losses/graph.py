@@ -12,6 +12,7 @@ from functools import partial
 
 import mlx.core as mx
 
+from mlx_fd.models import cpu_math
 from mlx_fd.models.backend import backend
 from mlx_fd.models.logit_transform import LogitTransform
 
@@ -27,13 +28,6 @@ _MIN_VARIANCE = 1e-12
 _MIN_SQUARED_NORM = 1e-12
 # Numbers that are reduced side by side, so that no sum is of many more than 32.
 _BLOCKS = (4096, 256, 16)
-_MANTISSA_BITS = 23
-_EXPONENT_BIAS = 127
-_INTEGERS = 1.5 * 2.0**_MANTISSA_BITS
-_INTEGERS_BITS = (_EXPONENT_BIAS + _MANTISSA_BITS << _MANTISSA_BITS) + (1 << _MANTISSA_BITS - 1)
-# Of 2^f for |f| <= 1/2, within 1e-7 of it: the polynomial of least error that is 1 at 0.
-_EXP2 = (1.0, 0.69314698, 0.24022242, 0.055507337, 0.0096715126, 0.0013264727)
-
 # Of the student's logits [n, V] and what is known of the teacher: values [n], gradient [n, V].
 Rows = Callable[..., tuple[mx.array, mx.array]]
 
@@ -148,23 +142,8 @@ def _in_blocks(reduce: Callable[..., mx.array], rows: mx.array) -> mx.array:
 
 
 def _exp(rows: mx.array) -> mx.array:
-    """Powers of e of numbers that are at most 0, float32.
-
-    MLX's own on a CPU is a call for each number, and most of a divergence's time there. This is
-    2^f times 2^i of the whole and the broken part of x / ln 2, in operations that CPUs do several
-    at a time; exact to 3e-7 of the result, which is at least 1e-38.
-    """
-    if not backend().on_cpu:
-        return mx.exp(rows)
-    power = mx.maximum(rows * (1 / math.log(2)), -126.0)
-    # In this range a float32's last bit is 1: adding it rounds to an integer, kept in the bits.
-    shifted = power + _INTEGERS
-    fraction = power - (shifted - _INTEGERS)
-    result = fraction * _EXP2[-1] + _EXP2[-2]
-    for coefficient in _EXP2[-3::-1]:
-        result = result * fraction + coefficient
-    exponent = shifted.view(mx.int32) - (_INTEGERS_BITS - _EXPONENT_BIAS)
-    return result * (exponent << _MANTISSA_BITS).view(mx.float32)
+    """Powers of e of numbers that are at most 0, float32."""
+    return cpu_math.exp(rows) if backend().on_cpu else mx.exp(rows)
 
 
 def pool(hidden: mx.array, mask: mx.array) -> mx.array:

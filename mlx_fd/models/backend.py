@@ -18,6 +18,9 @@ from mlx_fd.errors import UserError
 
 BLAS_VARIABLE = "MLX_FD_BLAS"
 _SYSTEM_BLAS = ("libopenblas.so.0", "libopenblas.so")
+# Of glibc's malloc.h; a block of 32 MB is the most that it keeps.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BLOCK, _KEPT = 32 * 2**20, 2**30
 _INSTALL_HINT = (
     "MLX has no backend here. Install one of the extras:\n"
     '  pip install "mlx-fd[cpu]"     on Linux without an NVIDIA GPU\n'
@@ -85,6 +88,17 @@ def load_blas() -> tuple[str | None, str]:
     )
 
 
+def _keep_memory() -> None:
+    """Let the C library keep what MLX lets go of; each MLX operation asks for a new array.
+
+    Memory that went back to the system comes again page by page, each filled with 0 first.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BLOCK)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
 @functools.cache
 def backend() -> Backend:
     """Load MLX and say what it runs on.
@@ -110,4 +124,8 @@ def backend() -> Backend:
         device = "cpu"
         # mx.compile needs a C++ compiler at run time here and gains nothing (docs/log.md).
         mx.disable_compile()
+        _keep_memory()
+        from mlx_fd.models import cpu_math
+
+        cpu_math.install()
     return Backend(device, blas, note)

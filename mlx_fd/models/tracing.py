@@ -17,6 +17,8 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_fd.models import cpu_math
+
 # Their result is their first input, seen otherwise.
 _VIEWS = {
     *("Broadcast", "BroadcastAxes", "ExpandDims", "Squeeze", "Slice", "Split", "StopGradient"),
@@ -88,7 +90,8 @@ def trace(model: nn.Module, function: Function, *inputs: mx.array) -> Traced:
     try:
         # MLX cannot describe this copy (of Qwen3.5's states); a sum is one of the same size.
         vars(mx)["contiguous"] = lambda array, *_, **__: array + mx.zeros((), array.dtype)
-        mx.export_function(found.append, flat, *arrays, *inputs)
+        with cpu_math.uninstalled():
+            mx.export_function(found.append, flat, *arrays, *inputs)
     except RuntimeError as error:  # what a device has in place of an operation
         raise ValueError(f"MLX cannot describe this: {error}") from error
     finally:

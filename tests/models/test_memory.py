@@ -97,7 +97,8 @@ def test_a_run_needs_no_more_than_was_said_and_not_much_less(
     job = Job(folder, plan.config, plan.probe, plan.problems, lambda event: None)
     loop.run(job, pair)
     measured = mx.get_peak_memory() - before
-    assert measured <= plan.memory <= 1.5 * measured, plan.memory / measured
+    # The estimate counts all scores of an attention, of which a CPU makes a block at a time.
+    assert measured <= plan.memory <= 1.6 * measured, plan.memory / measured
 
 
 def test_estimate_of_the_main_pair() -> None:
