@@ -28,10 +28,10 @@ from support.pairs import make_home
 
 FILES = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")
 SMALL = {
-    "batch_size": 2,
-    "max_answer_tokens": 6,
-    "max_feedback_tokens": 6,
-    "max_merge_tokens": 5,
+    "batch_size": 1,
+    "max_answer_tokens": 4,
+    "max_feedback_tokens": 4,
+    "max_merge_tokens": 3,
     "probe_size": 2,
     "lora_rank": 4,
     "lora_rate": 2e-2,
@@ -45,7 +45,7 @@ SMALL = {
     "replay": 0.0,
     "lr_schedule": "constant",
 }
-EPISODES = 18
+EPISODES = 8
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def test_a_point_is_what_the_run_had_come_to(always, found):
     for point, stop in zip(found["points"], stops, strict=True):
         done = rows[:stop]
         updates = [update for row in done for update in row["updates"]]
-        written = runs.read_lines(always / runs.EPISODES)[: 2 * len(done)]
+        written = runs.read_lines(always / runs.EPISODES)[: len(done)]
         assert point["cost"] == {
             "expert_tokens": sum(row["tokens"]["expert_feedback"] for row in written),
             "kd_steps": len(updates),
@@ -162,7 +162,7 @@ def test_a_point_is_what_the_run_had_come_to(always, found):
             "seconds": pytest.approx(sum(row["distil_seconds"] for row in done), abs=1e-3),
         }
         assert point["losses"] == done[-1]["probe"]
-        n = 2 * len(done)
+        n = len(done)
         assert point["metrics"] == {"final_accuracy": 0.0}
         low, high = wilson(0, n)
         assert point["estimates"]["final_accuracy"] == {
@@ -249,7 +249,7 @@ def test_a_run_with_the_preset_stops_where_predicted(always, found, tmp_path):
     frozen = [row["frozen"] for row in metrics(run)]
     assert frozen.index(True) + 1 == stop
     assert same(metrics(run)[:stop]) == same(metrics(always)[:stop])
-    episodes = [runs.read_lines(folder / runs.EPISODES)[: 2 * stop] for folder in (run, always)]
+    episodes = [runs.read_lines(folder / runs.EPISODES)[:stop] for folder in (run, always)]
     assert same(episodes[0]) == same(episodes[1])
     one, other = weights(run, stop), weights(always, stop)
     assert one.keys() == other.keys()
@@ -303,7 +303,9 @@ def test_the_student_is_examined_where_its_checkpoint_is(tmp_path):
         "episodes": 7,
         "batch_size": 1,
         "probe_size": 2,
-        "exam_size": 4,
+        "exam_size": 2,
+        "max_answer_tokens": 16,
+        "max_feedback_tokens": 16,
         "max_merge_tokens": 8,
         "losses": "hidden",
         "kd_steps": 2,
@@ -318,15 +320,15 @@ def test_the_student_is_examined_where_its_checkpoint_is(tmp_path):
     found = json.loads(mlx_fd("pareto", run, "--exam", "--json").out)
     assert found["objectives"][-2:] == ["first_error_f1", "solved"]
     last = found["points"][-1]["estimates"]
-    assert [last[name]["n"] for name in ("first_error_f1", "solved")] == [4, 4]
+    assert [last[name]["n"] for name in ("first_error_f1", "solved")] == [2, 2]
     # Chosen by other questions than those that are reported.
     config = read(run / "config.toml")
     chosen, reported = (
         {question.problem.question for question in exam_questions(config, split)}
         for split in (CHOOSING, "test")
     )
-    assert len(chosen) == 4 and not chosen & reported
-    assert exam_questions(config) == truth_of("arithmetic").questions(4, 0, "test")
+    assert len(chosen) == 2 and not chosen & reported
+    assert exam_questions(config) == truth_of("arithmetic").questions(2, 0, "test")
 
     stop = found["points"][0]["stopped_after_batch"]
     assert stop is not None
@@ -359,7 +361,7 @@ def test_runs_that_cannot_be_replayed(home, tmp_path):
         "this run's gate was ema",
         f"mlx-fd loop --config '{gated}/config.toml' --gate always --out '{gated}-always'",
     )
-    refused(make_run(home, tmp_path / "short", episodes=8), "4 probe evaluations are too few", "5")
+    refused(make_run(home, tmp_path / "short", episodes=4), "4 probe evaluations are too few", "5")
     still = {"lora_rate": 0, "score_rate": 0, "projection_rate": 0}
     refused(make_run(home, tmp_path / "flat", **still), "no stop_threshold would have stopped")
 

@@ -13,9 +13,9 @@ from support.tiny import make_model_dir
 
 SMALL = {
     "batch_size": 2,
-    "max_answer_tokens": 8,
-    "max_feedback_tokens": 6,
-    "max_merge_tokens": 5,
+    "max_answer_tokens": 5,
+    "max_feedback_tokens": 4,
+    "max_merge_tokens": 3,
     "probe_size": 2,
     "episodes": 8,
     "checkpoint_every": 2,

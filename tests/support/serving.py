@@ -200,16 +200,17 @@ _FIELDS = (
         "odd",
     ),
 )
+# Connections that are to be closed, or each waits as long as the server keeps one alive.
 _RAW = (
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64),
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    b"GET / HTTP/9.9\r\n\r\n",
+    b"GET / HTTP/9.9\r\nConnection: close\r\n\r\n",
     b"\r\n\r\n\r\n",
     b"GET /v1/models\r\n\r\n",
     b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * 9000 + b"\r\n",
     b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
-    b"POST /v1/feedback HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n"
+    b"POST /v1/feedback HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 3\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n",
     b"POST /v1/feedback HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\nabc\r\n",
     b"BREW /pot HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -63,26 +64,71 @@ def shell(
         before: called in the process before the command; of a module that can be imported by name.
         program: a file that Python runs in the command's place.
     """
-    given, environment = [*map(str, arguments)], {**os.environ, **(env or {})}
+    if before is None and program is None and not _can_fork(env):
+        return installed(*arguments, cwd=cwd, env=env)
+    return launch(*arguments, cwd=cwd, env=env, before=before, program=program).wait()
+
+
+@dataclass(frozen=True)
+class Running:
+    """A command that was begun.
+
+    Attributes:
+        process: its process.
+        folder: what it writes to its standard output and error.
+    """
+
+    process: BaseProcess
+    folder: tempfile.TemporaryDirectory[str]
+
+    def wait(self, seconds: float = SECONDS) -> Done:
+        """What it did, when it is through."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise subprocess.TimeoutExpired(SCRIPT, seconds)
+        out, err = (Path(self.folder.name, name).read_text() for name in ("out", "err"))
+        self.folder.cleanup()
+        return Done(self.process.exitcode, out, err)
+
+
+def launch(
+    *arguments: object,
+    cwd: Path,
+    env: dict[str, str] | None = None,
+    before: Callable[[], object] | None = None,
+    program: Path | None = None,
+) -> Running:
+    """Begin the command in a process of its own, as `shell` does, to be waited for or killed."""
+    _start_forks()
+    folder = tempfile.TemporaryDirectory()
+    outputs = (Path(folder.name, "out"), Path(folder.name, "err"))
+    process = multiprocessing.get_context(_method()).Process(
+        target=_command,
+        args=(
+            (program or SCRIPT, *map(str, arguments)),
+            cwd,
+            {**os.environ, **(env or {})},
+            outputs,
+            before,
+        ),
+    )
+    process.start()
+    return Running(process, folder)
+
+
+def _method() -> str:
     # A GPU's driver outlives no fork.
-    method = "forkserver" if backend().on_cpu else "spawn"
-    started = _start_forks() if method == "forkserver" else dict(os.environ)
+    return "forkserver" if backend().on_cpu else "spawn"
+
+
+def _can_fork(env: dict[str, str] | None) -> bool:
+    """Whether a command with these variables can be a fork."""
+    if _method() == "spawn":
+        return False
+    started, environment = _start_forks(), {**os.environ, **(env or {})}
     changed = {n for n in environment | started if environment.get(n) != started.get(n)}
-    forked = method == "forkserver" and all(name.startswith(_LATE) for name in changed)
-    if not forked and before is None and program is None:
-        return installed(*given, cwd=cwd, env=env)
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        process = multiprocessing.get_context(method).Process(
-            target=_command,
-            args=((program or SCRIPT, *given), cwd, environment, (out, err), before),
-        )
-        process.start()
-        process.join(SECONDS)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired([SCRIPT, *given], SECONDS)
-        return Done(process.exitcode, out.read_text(), err.read_text())
+    return all(name.startswith(_LATE) for name in changed)
 
 
 def installed(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> Done:
@@ -101,7 +147,9 @@ def installed(*arguments: object, cwd: Path, env: dict[str, str] | None = None) 
 
 @functools.cache
 def _start_forks() -> dict[str, str]:
-    """Start the process that commands are forked from; its environment."""
+    """Start the process that commands are forked from, where they are; its environment."""
+    if _method() == "spawn":
+        return dict(os.environ)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["support.imported"])
     search = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with pytest.MonkeyPatch.context() as patch:

@@ -44,7 +44,7 @@ def test_both_answers_are_judged_and_learned_from_and_a_resumed_run_is_the_same(
         "trigger": "always",
         "replay": 0.5,
     }
-    plan = make_plan(*make_dirs(tmp_path), **options, score_at="own", episodes=6)
+    plan = make_plan(*make_dirs(tmp_path, layers=(2, 1)), **options, score_at="own", episodes=6)
     start(tmp_path / "whole", plan)
     for _ in range(2):
         answers = iter([False, True])
@@ -58,6 +58,7 @@ def test_both_answers_are_judged_and_learned_from_and_a_resumed_run_is_the_same(
 
 def test_the_student_answers_beside_the_expert(tmp_path):
     changes = {"answers_by": "both", "episodes": 8, "batch_size": 8, "probe_size": 2}
+    changes["max_merge_tokens"] = 8
     plan = plan_of(override(preset("tiny"), {**changes, "exam_size": 0, "kd_steps": 1}, "test"))
     summary = start(tmp_path / "run", plan)
     found = rows(tmp_path / "run")

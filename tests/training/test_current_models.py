@@ -23,6 +23,7 @@ OPTIONS = {
     "max_merge_tokens": 5,
     "probe_size": 1,
     "checkpoint_every": 1,
+    "kd_steps": 1,
     "lora_rank": 2,
     "lora_rate": 1e-2,
 }

@@ -495,14 +495,14 @@ def test_a_run_of_an_older_version_goes_on_with_a_note(examined, resume, tmp_pat
 
 SELF = {
     **{"student": "tiny-student", "critic": "truth", "seed": 2, "lora_rank": 2, "lora_rate": 1e-2},
-    **{"episodes": 4, "batch_size": 2, "max_answer_tokens": 24, "max_feedback_tokens": 24},
-    **{"probe_size": 2, "checkpoint_every": 1},
+    **{"episodes": 2, "batch_size": 1, "max_answer_tokens": 12, "max_feedback_tokens": 12},
+    **{"probe_size": 2, "checkpoint_every": 1, "kd_steps": 1},
 }
 
 
 @pytest.fixture(scope="module")
 def self_distilled(tmp_path_factory) -> Stopped:
-    """Stopped after its first batch of two; its teacher's weights move."""
+    """Stopped after its first batch of one; its teacher's weights move."""
     folder = tmp_path_factory.mktemp("self")
     config = configured("resd", SELF)
 

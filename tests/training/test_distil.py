@@ -172,7 +172,7 @@ def start(folder, config, stop=lambda: False):
 
 @pytest.mark.parametrize("method", EXPERT_METHODS)
 def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path, method):
-    config = config_of(method)
+    config = config_of(method, episodes=2, batch_size=1)
     whole = start(tmp_path / "whole", config)
     assert whole["headroom"]["expert"] >= 0 and whole["updates"]["steps"] >= 1
     looks = iter([False, True])
@@ -182,7 +182,7 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path, method):
         without_seconds(runs.read_lines(tmp_path / name / runs.ATTEMPTS))
         for name in ("whole", "cut")
     ]
-    assert both[0] == both[1] and len(both[0]) == 4
+    assert both[0] == both[1] and len(both[0]) == 2
     same_adapters(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -279,7 +279,7 @@ def test_what_cannot_be_distilled_is_refused(tmp_path):
 
 def test_the_command(tmp_path):
     mlx_fd = partial(shell, cwd=tmp_path)
-    sizes = ["--episodes", 4, "--batch-size", 2, "--probe-size", 2, "--max-tokens", 24]
+    sizes = ["--episodes", 4, "--batch-size", 2, "--probe-size", 2, "--max-tokens", 12]
     done = mlx_fd("distil", "--expert", "tiny", *sizes, "--out", tmp_path / "run", "--json")
     assert done.status == 0, done.err
     assert "expert tiny, student tiny-student, method on-policy: objective reverse" in done.err

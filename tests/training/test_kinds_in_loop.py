@@ -20,7 +20,8 @@ mlx_fd = partial(shell, cwd=Path("/"))
 
 SIZES = ["--batch-size", 2, "--probe-size", 2, "--seed", 1]
 PROMPTS = ["--answer-kind", "none", "--problems"]
-SHORT = ["--max-answer-tokens", 24, "--max-feedback-tokens", 24, "--max-merge-tokens", 24]
+SHORT = ["--max-answer-tokens", 24, "--max-feedback-tokens", 24, "--max-merge-tokens", 16]
+ONCE = ["--kd-steps", 1]
 
 
 def choice(problem):
@@ -43,7 +44,7 @@ def ungraded(tmp_path_factory):
     rows = map(none, arithmetic.load("train").problems[:6])
     (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = mlx_fd("loop", "--preset", "tiny", "--no-solutions", *PROMPTS, folder / "p.jsonl",
-                  "--episodes", 4, *SIZES, *SHORT, "--out", folder / "run")  # fmt: skip
+                  "--episodes", 4, *SIZES, *SHORT, *ONCE, "--out", folder / "run")  # fmt: skip
     assert done.status == 0, done.err
     return folder / "run", folder / "p.jsonl", done.out
 
@@ -135,7 +136,7 @@ def run(request, tmp_path_factory):
     rows = map(request.param, arithmetic.load("train").problems[:6])
     (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = mlx_fd("loop", "--preset", "tiny", "--problems", folder / "p.jsonl", "--episodes", 4,
-                  "--exam-size", 0, *SIZES, *SHORT, "--out", folder / "run")  # fmt: skip
+                  "--exam-size", 0, *SIZES, *SHORT, *ONCE, "--out", folder / "run")  # fmt: skip
     assert done.status == 0, done.err
     return folder, request.param
 

@@ -1,13 +1,11 @@
 import dataclasses
+import functools
 import json
 import math
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -25,10 +23,10 @@ from mlx_fd.runs.checkpoints import newest_checkpoint
 from mlx_fd.runs.events import BatchDone, Probed, Step, Warned
 from mlx_fd.runs.plan import make_plan as plan_of
 from mlx_fd.training.checkpoint import first_state, with_probe
-from support import ROOT
 from support.draws import ALL
 from support.loops import Killed, assert_same, count_syncs, rows, start
 from support.pairs import SMALL, make_dirs, make_plan
+from support.shell import launch, limit_file_size, shell
 from support.tiny import make_model_dir
 
 
@@ -218,96 +216,64 @@ def test_a_harmed_last_checkpoint_is_passed_over(finished, stopped, harm):
     assert any("not whole" in text for text in warned) == (harm != "half a log line")
 
 
-def test_a_full_disk_ends_in_a_message_and_a_true_resume(finished, tmp_path):
+def test_a_full_disk_ends_in_a_message_and_a_true_resume(dirs, tmp_path):
     """The file-size limit of the process plays the disk that is full."""
-    folder, plan, _, _ = finished
-    code = (
-        "import resource, signal, sys\n"
-        "sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path\n"
-        "from support.pairs import make_plan\n"
-        "from support.loops import start\n"
-        "from mlx_fd.errors import UserError\n"
-        "plan = make_plan(Path(sys.argv[3]), Path(sys.argv[4]))\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[5]),) * 2)\n"
-        "try:\n  start(Path(sys.argv[2]), plan)\n"
-        "except UserError as error:\n  print(error); sys.exit(2)\n"
-    )
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    loop = ("loop", "--expert", dirs[0], "--student", dirs[1], *options, "--out")
+    folder = tmp_path / "whole"
+    assert shell(*loop, folder, cwd=tmp_path).status == 0
     sizes = sorted(path.stat().st_size for path in (folder / "checkpoints" / "last").iterdir())
     log = (folder / runs.EPISODES).stat().st_size
-    for limit in (log // 2, sizes[-1] - 100):
+    for limit in (log - 100, sizes[-1] - 100):
         target = tmp_path / f"full{limit}"
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                code,
-                str(ROOT / "tests"),
-                str(target),
-                str(plan.expert_path),
-                str(plan.student_path),
-                str(limit),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 2, done.stderr
-        assert "cannot be written" in done.stdout and "mlx-fd resume" in done.stdout
-        start(target, plan)
+        full = functools.partial(limit_file_size, limit)
+        done = shell(*loop, target, cwd=tmp_path, before=full)
+        assert done.status == 2, done.flat
+        assert "cannot be written" in done.flat and "mlx-fd resume" in done.flat
+        done = shell("resume", target, cwd=tmp_path)
+        assert done.status == 0, done.flat
         assert_same(folder, target)
 
 
 def test_sigkills_at_random_moments_change_nothing(dirs, tmp_path):
     """The command line, killed and resumed until it is through; bit for bit one whole run."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    options += ["--episodes=24", "--checkpoint-every=3"]
-    mlx_fd = str(Path(sys.executable).with_name("mlx-fd"))
-    loop = [mlx_fd, "loop", "--expert", str(dirs[0]), "--student", str(dirs[1]), *options]
+    options += [f"--episodes={24 if ALL else 12}", "--checkpoint-every=3"]
+    loop = ("loop", "--expert", dirs[0], "--student", dirs[1], *options, "--out")
+    whole, target = tmp_path / "whole", tmp_path / "killed"
 
-    def launch(*command):
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    whole = tmp_path / "whole"
     begin = time.monotonic()
-    process = launch(*loop, "--out", str(whole))
-    while process.poll() is None and not (whole / runs.EPISODES).exists():
-        time.sleep(0.02)
+    running = launch(*loop, whole, cwd=tmp_path)
+    while running.process.exitcode is None and not (whole / runs.EPISODES).exists():
+        time.sleep(0.01)
     until_episodes = time.monotonic() - begin
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
+    done = running.wait()
+    assert done.status == 0, done.flat
     working = time.monotonic() - begin - until_episodes
 
+    def go_on():
+        if runs.is_run(target):
+            return launch("resume", target, cwd=tmp_path)
+        shutil.rmtree(target, ignore_errors=True)
+        return launch(*loop, target, cwd=tmp_path)
+
     draw = random.Random(0)
-    target = tmp_path / "killed"
     kills = 0
     while kills < (4 if ALL else 2):
-        fresh = not runs.is_run(target)
-        if fresh:
-            shutil.rmtree(target, ignore_errors=True)
-        resume = [mlx_fd, "resume", str(target)]
-        process = launch(*([*loop, "--out", str(target)] if fresh else resume))
+        running = go_on()
         # Mostly while episodes are made and checkpoints written, now and then while loading.
-        delay = until_episodes * draw.uniform(0.8, 1.0) + draw.uniform(0, working / 10)
-        try:
-            process.wait(delay)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-        output, _ = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), output
-        kills += process.returncode == -signal.SIGKILL
-        if process.returncode == 0:
+        delay = until_episodes * draw.uniform(0.8, 1.0) + draw.uniform(0, working / 4)
+        running.process.join(delay)
+        running.process.kill()
+        done = running.wait()
+        assert done.status in (0, -signal.SIGKILL), done.flat
+        kills += done.status == -signal.SIGKILL
+        if done.status == 0:
             # Through before its kill: begin another one, as far as it takes.
             assert_same(whole, target)
             shutil.rmtree(target)
-    process = launch(
-        *([mlx_fd, "resume", str(target)] if runs.is_run(target) else [*loop, "--out", str(target)])
-    )
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
+    done = go_on().wait()
+    assert done.status == 0, done.flat
     assert_same(whole, target)
 
 
@@ -503,6 +469,7 @@ def test_the_losses_on_solutions_learn_from_right_answers(tmp_path):
     # Hot enough for the expert to err.
     answers = {"answers_by": "expert", "answer_temperature": 2.0}
     sizes = {"episodes": 8, "batch_size": 4, "probe_size": 8, "exam_size": 0}
+    sizes |= {"max_feedback_tokens": 88, "max_merge_tokens": 16}
     plan = plan_of(override(preset("tiny"), losses | answers | sizes, "test"))
     summary = start(tmp_path / "run", plan)
     found = rows(tmp_path / "run")

@@ -29,7 +29,7 @@ MIXED = {
 
 @pytest.fixture(scope="module")
 def dirs(tmp_path_factory):
-    return make_dirs(tmp_path_factory.mktemp("pair"))
+    return make_dirs(tmp_path_factory.mktemp("pair"), layers=(2, 1))
 
 
 def remembered(*kinds, lags=None):

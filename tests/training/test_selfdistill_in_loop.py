@@ -30,7 +30,7 @@ from support.pairs import logits_of, make_dirs, make_plan
 
 @pytest.fixture(scope="module")
 def dirs(tmp_path_factory):
-    return make_dirs(tmp_path_factory.mktemp("pair"))
+    return make_dirs(tmp_path_factory.mktemp("pair"), layers=(2, 1))
 
 
 def outcome(final, revised, feedback="The first step is wrong."):

@@ -7,10 +7,7 @@ import math
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -36,8 +33,9 @@ from mlx_fd.training.selfdistill.methods import METHODS, configured
 from mlx_fd.training.selfdistill.plan import make_plan, open_models
 from mlx_fd.training.selfdistill.teacher import adapter, adapter_swapped, next_teacher, zero_adapter
 from mlx_fd.training.selfdistill.training import Models, run
+from support.draws import ALL
 from support.pairs import MEASURED, without_seconds
-from support.shell import failed, shell
+from support.shell import failed, launch, shell
 
 SMALL = {
     "episodes": 4,
@@ -221,14 +219,17 @@ KEPT = {
 def test_each_method_trains_and_resumes_exactly(method, tmp_path):
     events = []
     folder, stopped = tmp_path / "whole", tmp_path / "stopped"
-    config = config_of(method, episodes=6, **KEPT.get(method, {}))
+    small = {"episodes": 3, "batch_size": 1, "max_feedback_tokens": 24}
+    # A reward wants answers that end.
+    small["max_answer_tokens"] = 48 if method in ("grpo", "rlcsd") else 24
+    config = config_of(method, **small, **KEPT.get(method, {}))
     plan = make_plan(config)
     models = open_models(plan)
     before = adapter(models.student_lm.model)
     summary = begin(folder, plan, models, events.append)
     found = rows(folder)
     group = config.selfdistill.num_generations
-    assert [row["attempt"] for row in found] == list(range(6 * group))
+    assert [row["attempt"] for row in found] == list(range(3 * group))
     assert summary["updates"]["steps"] >= 1 and summary["updates"]["skipped"] == 0
     after = weights(folder)
     assert any(
@@ -255,45 +256,30 @@ def test_each_method_trains_and_resumes_exactly(method, tmp_path):
 
 def test_kill_9_at_random_moments_changes_nothing(tmp_path):
     """The command line, killed and resumed until it is through."""
-    mlx_fd = str(Path(sys.executable).with_name("mlx-fd"))
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     options = [option.replace("--student=", "--model=") for option in options]
-    begin = [
-        mlx_fd,
-        "self-distill",
-        "--method",
-        "sdpo",
-        *options,
-        "--episodes=8",
-        "--num-generations=2",
-    ]
-
-    def launch(*command):
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
+    options += ["--episodes=6", "--num-generations=2", "--max-answer-tokens=24"]
+    begin = ("self-distill", "--method", "sdpo", *options, "--out")
     whole, target = tmp_path / "whole", tmp_path / "killed"
-    process = launch(*begin, "--out", str(whole))
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
+    done = shell(*begin, whole, cwd=tmp_path)
+    assert done.status == 0, done.flat
+
+    def go_on():
+        return launch(*(("resume",) if runs.is_run(target) else begin), target, cwd=tmp_path)
+
     draw = np.random.default_rng(0)
-    for name in ("headroom.json", runs.ATTEMPTS, runs.ATTEMPTS):
-        command = (mlx_fd, "resume", str(target)) if runs.is_run(target) else begin
+    for name in ("headroom.json", runs.ATTEMPTS, *([runs.ATTEMPTS] if ALL else [])):
         before = log_size(target / name)
-        process = launch(*command, *(() if command is not begin else ("--out", str(target))))
-        while process.poll() is None and log_size(target / name) <= before:
+        running = go_on()
+        while running.process.exitcode is None and log_size(target / name) <= before:
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        output, _ = process.communicate()
-        assert process.returncode == -signal.SIGKILL, output
-    process = launch(
-        *(mlx_fd, "resume", str(target)) if runs.is_run(target) else (*begin, "--out", str(target))
-    )
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    assert "attempts right" in output
+        time.sleep(draw.uniform(0, 0.2))
+        running.process.kill()
+        done = running.wait()
+        assert done.status == -signal.SIGKILL, done.flat
+    done = go_on().wait()
+    assert done.status == 0, done.flat
+    assert "attempts right" in done.flat
     assert_same(whole, target)
 
 
@@ -405,7 +391,7 @@ def test_a_run_is_evaluated_beside_the_model_that_it_was(learned, tmp_path):
     said = {}
     for name, folder in folders.items():
         out = () if name == str(learned) else ("--out", str(folder))
-        options = ("--limit", "6", "--quiet")
+        options = ("--limit", "3", "--quiet")
         done = shell("eval", name, *options, *out, "--cache", tmp_path / "cache", cwd=tmp_path)
         assert done.status == 0, done.err
         for line in (folder / "outputs.jsonl").read_text().splitlines():
@@ -415,7 +401,7 @@ def test_a_run_is_evaluated_beside_the_model_that_it_was(learned, tmp_path):
             assert "Student alone" in done.out and "Base model alone" in done.out
     solved, judged = "arithmetic/test", "arithmetic/first errors"
     ours = said[str(learned), solved, "student"]
-    assert len(ours) == 6 and ours == said[str(adapter), solved, "student"]
+    assert len(ours) == 3 and ours == said[str(adapter), solved, "student"]
     base = said[str(learned), solved, "base"]
     assert base != ours and base == said["tiny-student", solved, "student"]
     assert said[str(learned), judged, "clear"] == said["tiny-student", judged, "student"]
@@ -451,6 +437,7 @@ def test_stopping_is_for_runs_of_the_loop(learned, tmp_path):
 def test_a_run_for_a_script_and_its_refused_resume(tmp_path):
     folder = tmp_path / "run"
     options = ["--episodes=2", "--batch-size=2", "--probe-size=2", "--lora-rank=2"]
+    options += ["--max-answer-tokens=24", "--max-feedback-tokens=16"]
     done = shell(
         *("self-distill", "--context", "feedback", "--objective", "jsd", "--critic", "truth"),
         *(*options, "--json", "--out", folder),

@@ -101,9 +101,9 @@ def test_a_solution_to_learn_from_is_the_final_answer_after_the_bare_question(pa
 def test_the_expert_alone_brings_its_preset(tmp_path):
     """`mlx-fd loop --expert tiny`: other problems than its own would mean nothing to it."""
     out = tmp_path / "run"
-    options = ["--expert", "tiny", "--episodes", "16", "--batch-size", "8", "--exam-size", "8"]
-    options += ["--kd-steps", "4"]
-    done = shell("loop", *options, "--probe-size", "4", "--out", out, cwd=tmp_path)
+    options = ["--expert", "tiny", "--episodes", "8", "--batch-size", "4", "--exam-size", "4"]
+    options += ["--kd-steps", "2"]
+    done = shell("loop", *options, "--probe-size", "2", "--out", out, cwd=tmp_path)
     assert done.status == 0, done.err
     said = done.flat
     summary = json.loads((out / "summary.json").read_text())
@@ -116,12 +116,12 @@ def test_the_expert_alone_brings_its_preset(tmp_path):
         "first_error_f1",
         "solved",
     }
-    assert summary["headroom"]["expert_right"] >= 3
+    assert summary["headroom"]["expert_right"] >= 1
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     distilled = [row for row in rows if row["updates"]]
-    assert distilled and all(len(row["updates"]) == 4 for row in distilled)
-    # The second half of sixteen answers, by both scores.
-    assert [summary["judging"][score]["n"] for score in ("head", "written")] == [8, 8]
+    assert distilled and all(len(row["updates"]) == 2 for row in distilled)
+    # The second half of eight answers, by both scores.
+    assert [summary["judging"][score]["n"] for score in ("head", "written")] == [4, 4]
     for words in (
         "score head as a verdict",
         "first answers right",

@@ -6,6 +6,7 @@ The licence (MIT) is beside the data.
 from __future__ import annotations
 
 import difflib
+import functools
 import gzip
 import hashlib
 import json
@@ -19,6 +20,7 @@ from mlx_fd.problems.sources import ProblemSource, register_source
 SPLITS = ("train", "test")
 
 
+@functools.cache
 def load(split: str) -> ProblemSet:
     """The 7,473 problems of ``train`` or the 1,319 of ``test``.
 
