@@ -361,6 +361,12 @@ class GateOptions:
         low=0,
         high=1,
     )
+    own_solution: bool = _option(
+        True,
+        "The student also solves each problem that it judges: where its solution contradicts its "
+        "verdict, that is trusted last. Costs one answer of the student; without effect where the "
+        "expert is always asked, or where final answers cannot be compared.",
+    )
     audit_fraction: float = _option(
         0.1,
         "Fraction of problems on which the expert gives feedback though the student could judge "

@@ -44,7 +44,7 @@ from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student
 from mlx_fd.models.writing import GenerateOptions, Sampling, Turn, sampling_for
 from mlx_fd.problems import Problem, parsing
-from mlx_fd.problems.kinds import form_of, is_right, read_final
+from mlx_fd.problems.kinds import form_of, is_right, kind_of, read_final, same_final
 from mlx_fd.problems.prompts import (
     FEEDBACK_OPENING,
     Answer,
@@ -65,6 +65,10 @@ from mlx_fd.runs.records import (
     VerdictRow,
     thought_columns,
 )
+
+# What a verdict loses in log-probability where the student's own solution contradicts it: from 2 on
+# such verdicts are the last to be trusted, and more changes nothing.
+CONTRADICTED = 3.0
 
 OnTokens = Callable[[str, int], None]
 """Called with the step's name and how many tokens were just written or learned from."""
@@ -141,12 +145,14 @@ class StudentFeedback:
             has no trained head.
         usage: of the feedback.
         logprob: log-probability of the feedback's tokens, all together, when they were drawn.
+        solves_alike: whether its own solution comes to the answer's final; ``None``: not known.
     """
 
     feedback: Feedback
     head_score: float | None
     usage: Usage = field(default_factory=Usage)
     logprob: float = 0.0
+    solves_alike: bool | None = None
 
     @property
     def score(self) -> float | None:
@@ -154,19 +160,26 @@ class StudentFeedback:
         return self.feedback.written_score if self.head_score is None else self.head_score
 
     @property
-    def confidence(self) -> float | None:
-        """How sure it is of its verdict, in [0, 1]; ``None`` without a score.
+    def verdict(self) -> float | None:
+        """The score whose sign is its verdict: that of its text, which is what stands alone.
 
-        1 / (1 + -log p) of the text that it wrote, and 0 where the score in the text and the head's
-        are different verdicts. Of what costs nothing more, that tells best where it says what the
-        expert says (docs/log.md); a score far from 0 does not.
+        The head's where none can be read.
         """
-        if self.score is None:
-            return None
         written = self.feedback.written_score
-        if written is not None and (written > 0) != (self.score > 0):
-            return 0.0
-        return round(1 / (1 - self.logprob), 6)
+        return self.head_score if written is None else written
+
+    @property
+    def confidence(self) -> float | None:
+        """How sure it is of its verdict, in [0, 1]; ``None`` without one.
+
+        1 / (1 + -log p) of the text that it wrote, which counts as :data:`CONTRADICTED` nats less
+        likely where its own solution says otherwise. That tells best where it says what the expert
+        says (docs/log.md); a score far from 0 does not.
+        """
+        if self.verdict is None:
+            return None
+        contradicted = self.solves_alike not in (None, self.verdict > 0)
+        return round(1 / (1 - self.logprob + CONTRADICTED * contradicted), 6)
 
 
 @dataclass(frozen=True)
@@ -571,6 +584,55 @@ def student_feedback(
     ]
 
 
+def solve_alike(
+    pair: Pair,
+    answered: Sequence[Answered],
+    students: Sequence[StudentFeedback],
+    options: GenerationOptions,
+    seed: int,
+    on_tokens: OnTokens,
+) -> list[StudentFeedback]:
+    """Step 2: the student solves the problems itself, to see whether that bears its verdicts out.
+
+    Args:
+        pair: the models; only the student writes.
+        answered: episodes after step 1.
+        students: the student's feedback on each.
+        options: token limits; its solutions are greedy.
+        seed: without effect, since nothing is drawn.
+        on_tokens: called for every token.
+
+    Returns:
+        Its feedback again; where final answers can be compared it is known whether they are alike.
+    """
+    loaded = pair.student_lm
+    comparable = [
+        index
+        for index, one in enumerate(answered)
+        if one.answer.final is not None and kind_of(one.problem).exclusive
+    ]
+    problems = [answered[index].problem for index in comparable]
+    turns, usages = generate_step(
+        loaded,
+        "student_solution",
+        [Conversation()] * len(problems),
+        [first_prompt(loaded, answer_prompt(p.question, form_of(p))) for p in problems],
+        dataclasses.replace(sampling_for(as_student(options), "answer", seed), temperature=0.0),
+        on_tokens,
+        GenerateOptions(reuse=not options.sequential, keep=False),
+    )
+    found = list(students)
+    for index, turn, usage in zip(comparable, turns, usages, strict=True):
+        one, problem = answered[index], answered[index].problem
+        final = read_answer(turn, problem, options).final
+        found[index] = dataclasses.replace(
+            found[index],
+            solves_alike=same_final(final, one.answer.final, problem),
+            usage=found[index].usage + usage,
+        )
+    return found
+
+
 def expert_feedback(
     pair: Pair,
     answered: Sequence[Answered],
@@ -810,6 +872,7 @@ def _feedback_row(student: StudentFeedback) -> StudentFeedbackRow:
         "text": student.feedback.text,
         "head_score": student.head_score,
         "written_score": student.feedback.written_score,
+        "solves_alike": student.solves_alike,
         "confidence": student.confidence,
     }
 

@@ -339,6 +339,11 @@ def observe_scores(
     return replace(state, running=running)
 
 
+def may_trust(options: GateOptions) -> bool:
+    """Whether the student may come to stand alone; with ``always`` and ``never`` it may not."""
+    return options.gate not in ("always", "never") and options.max_disagreement > 0
+
+
 def set_trust(state: GateState, progress: float, options: GateOptions) -> GateState:
     """Set the threshold on the student's confidence, after a batch.
 
@@ -350,7 +355,7 @@ def set_trust(state: GateState, progress: float, options: GateOptions) -> GateSt
         options: which gate, and its thresholds and decays.
     """
     window = options.audit_window or math.ceil(AUDITS / (options.max_disagreement or 1.0))
-    allowed = 0.0 if options.gate in ("always", "never") else options.max_disagreement
+    allowed = options.max_disagreement if may_trust(options) else 0.0
     running = risk.look(state.running, progress, allowed, window)
     return replace(state, running=running)
 

@@ -294,6 +294,8 @@ def _student_feedback(value: Mapping[str, Any]) -> StudentFeedbackRow:
         "text": text(value["text"]),
         "head_score": number(value["head_score"]),
         "written_score": known(value["written_score"]),
+        # Older runs have neither.
+        "solves_alike": truth_or_none(value.get("solves_alike")),
         "confidence": known(value.get("confidence")),
     }
 

@@ -32,6 +32,7 @@ NONE = "-"
 STEP_NAMES = {
     "answer": "first answer",
     "student_feedback": "student's feedback",
+    "student_solution": "student's own solution",
     "student_feedback_again": "student's feedback after learning",
     "expert_feedback": "expert's feedback",
     "privileged_feedback": "expert's feedback, told the right answer",

@@ -82,9 +82,7 @@ def _verdicts(rows: Sequence[EpisodeRow]) -> VerdictsRow:
     """The models' verdicts on answers of which nobody knows whether they are right."""
     agreed: list[bool | None] = []
     for row in rows:
-        student = row["student_feedback"]
-        score = student["written_score"] if student["head_score"] is None else student["head_score"]
-        good = good_by_expert(row)
+        score, good = student_verdict(row), good_by_expert(row)
         agreed.append(None if good is None or score is None else (score > 0) == good)
     revised = sum(bool(row["revised"]) for row in rows)
     return {
@@ -105,15 +103,16 @@ def _sums(
     return total
 
 
-def student_score(row: EpisodeRow) -> float | None:
-    """The student's score that counts: its head's, else the written one."""
+def student_verdict(row: EpisodeRow) -> float | None:
+    """The score whose sign is the student's verdict: that of its text, else its head's."""
     student = row["student_feedback"]
-    return student["written_score"] if student["head_score"] is None else student["head_score"]
+    written = student["written_score"]
+    return student["head_score"] if written is None else written
 
 
 def agreed(row: EpisodeRow) -> bool | None:
     """Whether both verdicts on an answer were the same; ``None`` where one of them is missing."""
-    expert, score = row["expert_feedback"], student_score(row)
+    expert, score = row["expert_feedback"], student_verdict(row)
     if expert is None or expert["written_score"] is None or score is None:
         return None
     return (expert["written_score"] > 0) == (score > 0)

@@ -44,6 +44,7 @@ from mlx_fd.feedback.episode import (
     judge,
     merge_and_revise,
     said_again,
+    solve_alike,
     student_answers,
     student_feedback,
     with_second,
@@ -283,6 +284,9 @@ def _judge(
     students = student_feedback(
         pair, answered, config.generation, seeds("student_feedback"), on_tokens
     )
+    if gate.may_trust(config.gate) and config.gate.own_solution:
+        seed = seeds("student_solution")
+        students = solve_alike(pair, answered, students, config.generation, seed, on_tokens)
     # Where there is no trust, and for an audit.
     asked = [
         index
@@ -331,7 +335,7 @@ def _observe_verdicts(state: gate.GateState, judged: Sequence[Judged]) -> gate.G
     What is only learned from is none of it: trust is about the answers that episodes go on with.
     """
     verdicts = [
-        (one.student.confidence, one.student.score, one.expert.feedback.written_score)
+        (one.student.confidence, one.student.verdict, one.expert.feedback.written_score)
         for one in judged
         if one.expert is not None
     ]

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from mlx_fd.errors import UserError
 from mlx_fd.problems import Problem, ProblemSet, load
-from mlx_fd.problems.kinds import KINDS, are_graded, form_of, is_right, known, read_final
+from mlx_fd.problems.kinds import (
+    KINDS,
+    are_graded,
+    form_of,
+    is_right,
+    known,
+    read_final,
+    same_final,
+)
 from mlx_fd.problems.kinds.text import normal, token_f1
 from mlx_fd.problems.prompts import answer_prompt, final_prompt, revise_prompt
 from mlx_fd.problems.sources import SOURCES, ProblemSource, register_source
@@ -209,3 +217,11 @@ def test_a_source_has_gold_for_all_its_problems_or_for_none():
             load("mixed", "x")
     finally:
         SOURCES.unregister("mixed")
+
+
+def test_final_answers_are_compared_where_two_different_ones_cannot_both_be_right():
+    assert same_final("B", "B", choice()) is True
+    assert same_final("B", "C", choice()) is False
+    assert same_final(None, "B", choice()) is None and same_final("B", None, choice()) is None
+    assert same_final("Bach", "J. S. Bach", text("Bach")) is None
+    assert {name for name, kind in KINDS.items() if not kind.exclusive} == {"text", "code", "none"}

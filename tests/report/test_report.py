@@ -49,7 +49,7 @@ def test_trust_along_a_run(tmp_path):
     episodes += [reported.alone(n, tokens={"answer": 10}) for n in range(6, 8)]
     for row, score in zip(episodes[4:6], (-0.5, 0.5), strict=True):
         # Audits: the expert says -0.8.
-        row["gate"]["trusted"], row["student_feedback"]["head_score"] = True, score
+        row["gate"]["trusted"], row["student_feedback"]["written_score"] = True, score
     (run,) = read_runs([reported.write_run(tmp_path / "run", episodes)])
     figure = trust_figure(run)
     assert figure is not None

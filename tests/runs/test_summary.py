@@ -55,7 +55,7 @@ def test_summary_adds_up():
     episodes = [
         row(True, True, expert=0.5, student=0.0, trusted=True),
         row(False, True, expert=None),
-        row(False, False, expert=-0.5, student=0.0, written=0.3, trusted=True),
+        row(False, False, expert=-0.5, student=0.9, written=-0.3, trusted=True),
         row(False, True, alone=True, student=0.9),
     ]
     update = {"losses": {}, "total": 1.0, "gradient_norm": 1.0, "skipped": False, "tokens": 70}
@@ -81,7 +81,7 @@ def test_summary_adds_up():
     assert found["accuracy"]["first_answers"]["right"] == 1
     assert found["accuracy"]["final_answers"]["right"] == 3
     assert found["accuracy"]["final_answers"]["n"] == 4
-    assert found["score_gap"] == {"first_half": 0.5, "second_half": 0.5, "n": 2}
+    assert found["score_gap"] == {"first_half": 0.5, "second_half": 1.4, "n": 2}
     assert found["updates"] == {
         "batches": 1,
         "steps": 2,

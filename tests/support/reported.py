@@ -43,6 +43,7 @@ def episode(number: int, **changes: Any) -> dict[str, Any]:
             "text": "Step 1 is right.",
             "head_score": 0.25,
             "written_score": 1.0,
+            "solves_alike": True,
             "confidence": 0.25,
         },
         "gate": {

@@ -1,5 +1,6 @@
 """The embedded pair through the whole loop: what its preset asks for is what happens."""
 
+import dataclasses
 import json
 
 import mlx.core as mx
@@ -7,11 +8,13 @@ import pytest
 
 from mlx_fd.config import Config, override, preset
 from mlx_fd.feedback.episode import (
+    StudentFeedback,
     answer,
     expert_feedback,
     first_answers,
     judge,
     merge_and_revise,
+    solve_alike,
     student_feedback,
 )
 from mlx_fd.feedback.pair import open_pair
@@ -79,6 +82,34 @@ def test_the_score_head_reads_the_end_of_the_feedback(pair, judged, monkeypatch)
         tokens = mx.array([[*one.prompt, *student.feedback.tokens[:-1]]])
         whole = pair.student_lm.view.forward(tokens).final[0, -1]
         assert student.head_score == pytest.approx(pair.student.score(whole).item(), abs=1e-4)
+
+
+def test_its_own_solutions_bear_a_students_verdicts_out_or_contradict_them(pair, config, judged):
+    answered, students = [one.answered for one in judged], [one.student for one in judged]
+    found = solve_alike(pair, answered, students, config.generation, 4, quiet)
+    greedy = dataclasses.replace(config.generation, answer_temperature=0.0)
+    own = answer(pair.student_lm, [one.problem for one in judged], greedy, 5, quiet, keep=False)
+    for before, one, student, solution in zip(students, answered, found, own, strict=True):
+        assert student.solves_alike == (solution.answer.final == one.answer.final)
+        written = student.feedback.written_score
+        contradicted = (written > 0) != student.solves_alike
+        assert student.verdict == written
+        assert student.confidence == pytest.approx(
+            1 / (1 - student.logprob + 3 * contradicted), abs=1e-6
+        )
+        assert (student.confidence < before.confidence) == contradicted
+        assert student.usage.tokens["student_solution"] == len(solution.answer.tokens)
+    assert len({student.solves_alike for student in found}) == 2
+
+
+def test_the_verdict_is_the_heads_only_where_the_text_has_no_score():
+    silent = StudentFeedback(prompts.Feedback("", None), 0.4, logprob=-1.0)
+    assert silent.verdict == 0.4 and silent.confidence == 0.5
+    speaks = dataclasses.replace(silent, feedback=prompts.Feedback("", -0.2))
+    assert speaks.verdict == -0.2 and speaks.confidence == 0.5
+    assert dataclasses.replace(speaks, solves_alike=True).confidence == 0.2
+    nothing = dataclasses.replace(silent, head_score=None)
+    assert nothing.verdict is None and nothing.confidence is None
 
 
 def test_a_solution_to_learn_from_is_the_final_answer_after_the_bare_question(pair, config, judged):

@@ -42,15 +42,18 @@ def loop(
     Where the gate trusts it, its feedback stands alone; the expert is asked for the rest. Nothing
     is audited, because nothing learns.
     """
-    from mlx_fd.feedback.episode import expert_feedback, judge, student_feedback
+    from mlx_fd.feedback.episode import expert_feedback, judge, solve_alike, student_feedback
     from mlx_fd.feedback.gate import stands_alone
 
-    pair, options = setting.pair, setting.generation
+    pair, options, state = setting.pair, setting.generation, setting.state
     students = student_feedback(pair, answered, options, seeds("student_feedback"), on_tokens)
+    if state is not None and state.running.trust.threshold is not None and setting.own_solution:
+        seed = seeds("student_solution")
+        students = solve_alike(pair, answered, students, options, seed, on_tokens)
     asked = [
         index
         for index, student in enumerate(students)
-        if setting.state is None or not stands_alone(setting.state, student.confidence)
+        if state is None or not stands_alone(state, student.confidence)
     ]
     experts = expert_feedback(
         pair, [answered[index] for index in asked], options, seeds("expert_feedback"), on_tokens

@@ -32,6 +32,7 @@ class Setting:
         episode: the target score, and the student's weight in the combined score.
         answered_by: who wrote the answers that a system goes on from.
         state: the gate as the student's training ended; ``None`` where no run trained it.
+        own_solution: whether the student's confidence also comes from its own solution.
     """
 
     pair: Pair
@@ -39,6 +40,7 @@ class Setting:
     episode: EpisodeOptions
     answered_by: Who
     state: GateState | None
+    own_solution: bool = True
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,7 @@ def trial(
     """
     by: dict[str, Who] = dict.fromkeys(usage.tokens, "expert")
     by["answer"] = setting.answered_by
-    if "student_feedback" in by:
-        by["student_feedback"] = "student"
+    by |= {step: "student" for step in ("student_feedback", "student_solution") if step in by}
     return Trial(
         turns={"answer": answer.text, **turns},
         last=last,

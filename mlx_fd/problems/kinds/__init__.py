@@ -30,6 +30,8 @@ class AnswerKind(Entry):
         available: raises :class:`mlx_fd.errors.UserError` where what it needs is not installed or
             not allowed.
         graded: whether there are right answers at all.
+        exclusive: whether of two different final answers one at least is wrong, as of two numbers;
+            of two programs both may be right.
     """
 
     form: Form
@@ -38,6 +40,7 @@ class AnswerKind(Entry):
     gold: Callable[[Any, tuple[str, ...]], str]
     available: Callable[[], None] = lambda: None
     graded: bool = True
+    exclusive: bool = True
 
 
 KINDS: Registry[AnswerKind] = registry.KINDS
@@ -68,6 +71,17 @@ def is_right(final: str | None, problem: Problem) -> bool | None:
     if not kind.graded:
         return None
     return final is not None and kind.same(final, problem)
+
+
+def same_final(one: str | None, other: str | None, problem: Problem) -> bool | None:
+    """Whether two final answers to a problem are one.
+
+    ``None``: one of them could not be read, or answers of this kind differ and are right all the
+    same.
+    """
+    if one is None or other is None or not kind_of(problem).exclusive:
+        return None
+    return one == other
 
 
 def are_graded(problems: Iterable[Problem]) -> bool:

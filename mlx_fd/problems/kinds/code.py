@@ -98,5 +98,6 @@ register_kind(
         same=lambda final, problem: execution.passes(program_of(final, problem)),
         gold=_gold,
         available=execution.check_allowed,
+        exclusive=False,
     )
 )

@@ -16,5 +16,6 @@ register_kind(
         same=lambda final, problem: False,
         gold=lambda answer, choices: "",
         graded=False,
+        exclusive=False,
     )
 )

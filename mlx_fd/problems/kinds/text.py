@@ -70,5 +70,6 @@ register_kind(
         read=_read,
         same=_same,
         gold=_gold,
+        exclusive=False,
     )
 )
