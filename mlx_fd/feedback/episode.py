@@ -66,9 +66,10 @@ from mlx_fd.runs.records import (
     thought_columns,
 )
 
-# What a verdict loses in log-probability where the student's own solution contradicts it: from 2 on
-# such verdicts are the last to be trusted, and more changes nothing.
-CONTRADICTED = 3.0
+# What a verdict loses in log-probability where the student's own solution contradicts it (from 2 on
+# such verdicts are the last to be trusted, and more changes nothing), and for each unit that the
+# score head's score is away from it.
+CONTRADICTED, DOUBTED = 3.0, 2.0
 
 OnTokens = Callable[[str, int], None]
 """Called with the step's name and how many tokens were just written or learned from."""
@@ -173,13 +174,18 @@ class StudentFeedback:
         """How sure it is of its verdict, in [0, 1]; ``None`` without one.
 
         1 / (1 + -log p) of the text that it wrote, which counts as :data:`CONTRADICTED` nats less
-        likely where its own solution says otherwise. That tells best where it says what the expert
-        says (docs/log.md); a score far from 0 does not.
+        likely where its own solution says otherwise, and by up to twice :data:`DOUBTED` less the
+        less its head agrees. Together they tell best where it says what the expert says
+        (docs/log.md).
         """
         if self.verdict is None:
             return None
-        contradicted = self.solves_alike not in (None, self.verdict > 0)
-        return round(1 / (1 - self.logprob + CONTRADICTED * contradicted), 6)
+        doubt = -self.logprob
+        if self.solves_alike not in (None, self.verdict > 0):
+            doubt += CONTRADICTED
+        if self.head_score is not None:
+            doubt += DOUBTED * (1 - (self.head_score if self.verdict > 0 else -self.head_score))
+        return round(1 / (1 + doubt), 6)
 
 
 @dataclass(frozen=True)

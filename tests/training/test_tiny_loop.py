@@ -94,20 +94,21 @@ def test_its_own_solutions_bear_a_students_verdicts_out_or_contradict_them(pair,
         written = student.feedback.written_score
         contradicted = (written > 0) != student.solves_alike
         assert student.verdict == written
-        assert student.confidence == pytest.approx(
-            1 / (1 - student.logprob + 3 * contradicted), abs=1e-6
-        )
+        head = student.head_score if written > 0 else -student.head_score
+        doubt = 3 * contradicted + 2 * (1 - head) - student.logprob
+        assert student.confidence == pytest.approx(1 / (1 + doubt), abs=1e-6)
         assert (student.confidence < before.confidence) == contradicted
         assert student.usage.tokens["student_solution"] == len(solution.answer.tokens)
     assert len({student.solves_alike for student in found}) == 2
 
 
 def test_the_verdict_is_the_heads_only_where_the_text_has_no_score():
-    silent = StudentFeedback(prompts.Feedback("", None), 0.4, logprob=-1.0)
-    assert silent.verdict == 0.4 and silent.confidence == 0.5
+    silent = StudentFeedback(prompts.Feedback("", None), 0.5, logprob=-1.0)
+    assert silent.verdict == 0.5 and silent.confidence == round(1 / 3, 6)
     speaks = dataclasses.replace(silent, feedback=prompts.Feedback("", -0.2))
-    assert speaks.verdict == -0.2 and speaks.confidence == 0.5
-    assert dataclasses.replace(speaks, solves_alike=True).confidence == 0.2
+    assert speaks.verdict == -0.2 and speaks.confidence == 0.2
+    assert dataclasses.replace(speaks, solves_alike=True).confidence == 0.125
+    assert dataclasses.replace(speaks, head_score=None).confidence == 0.5
     nothing = dataclasses.replace(silent, head_score=None)
     assert nothing.verdict is None and nothing.confidence is None
 
