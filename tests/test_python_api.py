@@ -46,7 +46,7 @@ from mlx_fd import (  # noqa: E402
 )
 from mlx_fd.feedback.judge import locate_model  # noqa: E402
 from mlx_fd.feedback.judge_file import Judging, judge_file, judged_columns, partial_of  # noqa: E402
-from mlx_fd.problems import arithmetic  # noqa: E402
+from mlx_fd.problems import arithmetic, load  # noqa: E402
 from mlx_fd.problems.files import load_answers  # noqa: E402
 from mlx_fd.runs.checked import read_checked  # noqa: E402
 from support import ROOT  # noqa: E402
@@ -514,6 +514,16 @@ def test_answers_of_a_table(tmp_path):
     found = load_answers(file)
     assert (found.problems, found.answers) == (("1 + 1?",), ("2, I think",))
     assert found.rows == ({"question": "1 + 1?", "answer": "2, I think", "by": "Ann"},)
+    row = {
+        "passage": "It rains.",
+        "question": "Why?",
+        "choices": ["so", "no"],
+        "answer": "B",
+    }
+    file = tmp_path / "answers.jsonl"
+    file.write_text(json.dumps(row))
+    asked = "It rains.\n\nWhy?\nA. so\nB. no"
+    assert load_answers(file).problems == (asked,) == (load(str(file)).problems[0].question,)
 
 
 # The examples

@@ -77,8 +77,8 @@ class AnswerFile:
 def load_answers(path: Path, reserved: Collection[str] = ()) -> AnswerFile:
     """Answers to judge, of a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file.
 
-    Rows have ``question`` (or ``problem``) and ``answer``, the text that is judged; other columns
-    are kept.
+    Rows have ``question`` (or ``problem``) and ``answer``, the text that is judged, and maybe
+    ``context`` and ``choices``, which are read with the question; other columns are kept.
 
     Args:
         path: the file.

@@ -221,16 +221,12 @@ def reasons_of(bad: Iterable[BadRow]) -> tuple[tuple[str, int], ...]:
 
 def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
     """A row's parts; ``ValueError`` with the reason where it cannot be read."""
-    by_name = {name.strip().lower(): name for name in reversed(list(row))}
+    by_name = _by_name(row)
 
     def column(role: str) -> str | None:
         if role in named:
             return named[role] if named[role] in row else None
-        for name in COLUMNS[role]:
-            original = by_name.get(name)
-            if original is not None and row[original] is not None:
-                return original
-        return None
+        return _column(row, by_name, role)
 
     for name, original in by_name.items():
         if _IMAGE.fullmatch(name) and row[original] not in (None, "", []):
@@ -264,9 +260,7 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
         raise ValueError("no 'question'")
     else:
         question = text_of(row, asked, "question")
-    context = column("context")
-    if context is not None and str(row[context]).strip():
-        question = f"{text_of(row, context, context).strip()}\n\n{question.strip()}"
+    question = _with_context(row, column("context"), question)
     choices, labels = _choices(row, column("choices"), _choice_columns(row, reply))
     identity = column("id")
     number = None if identity is None else row[identity]
@@ -285,6 +279,24 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
         blank=_missing(reply) and bool(_ANSWERS & by_name.keys()),
         tests=tests,
     )
+
+
+def _by_name(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row's columns, by their names in lower case."""
+    return {name.strip().lower(): name for name in reversed(list(row))}
+
+
+def _column(row: Mapping[str, Any], by_name: Mapping[str, str], role: str) -> str | None:
+    """The first column of a role that holds something."""
+    there = (by_name[name] for name in COLUMNS[role] if name in by_name)
+    return next((name for name in there if row[name] is not None), None)
+
+
+def _with_context(row: Mapping[str, Any], context: str | None, question: str) -> str:
+    """A question with what stands before it."""
+    if context is None or not str(row[context]).strip():
+        return question
+    return f"{text_of(row, context, context).strip()}\n\n{question.strip()}"
 
 
 def _value(row: Mapping[str, Any], by_name: Mapping[str, str], name: str) -> Any:
@@ -363,17 +375,26 @@ def text_of(row: Mapping[str, Any], column: str, named: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{named!r} is not UTF-8 text (at character {error.start})") from None
+        raise ValueError(
+            f"{named!r} is not UTF-8 text (at character {error.start}); save the file as UTF-8"
+        ) from None
     return value
 
 
 def question_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
-    """A question and an answer to it that is to be judged; ``ValueError`` where one is missing."""
-    answer = row.get("answer")
+    """A question and an answer to it that is to be judged; ``ValueError`` where one is missing.
+
+    Context and choices stand with the question, as where a student learns from such a row.
+    """
+    by_name, answer = _by_name(row), row.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     asked = "problem" if row.get("question") is None else "question"
-    return text_of(row, asked, "question"), text_of({"answer": answer}, "answer", "answer")
+    question = _with_context(row, _column(row, by_name, "context"), text_of(row, asked, "question"))
+    choices, _ = _choices(row, _column(row, by_name, "choices"), _choice_columns(row, answer))
+    if choices:
+        question = listed(question, choices)
+    return question, text_of({"answer": answer}, "answer", "answer")
 
 
 def _choice_columns(row: Mapping[str, Any], answer: Any) -> list[str]:
@@ -546,7 +567,9 @@ def _problem(row: _Row, kind: str, default_id: str) -> Problem:
     )
     if row.solution is None and not is_right(read_final(problem.solution, problem), problem):
         # An answer alone: models are to see it as replies end.
-        return replace(problem, solution=f"#### {gold}")
+        ended = f"#### {gold}"
+        if is_right(read_final(ended, problem), problem):
+            return replace(problem, solution=ended)
     return problem
 
 
