@@ -162,21 +162,38 @@ def test_the_judge_reads_what_the_student_was_trained_on(run):
     assert answer_prompt(problem.question, form_of(problem)) in asked
 
 
-def test_other_commands_take_them(tmp_path):
-    file = tmp_path / "p.jsonl"
-    problems = map(choice, arithmetic.load("train").problems[:6])
+def test_they_are_evaluated_and_reported(run):
+    folder, made = run
+    few = ["--problems", folder / "p.jsonl", "--limit", 2, "--max-tokens", 24]
+    done = mlx_fd("eval", folder / "run", *few, "--json")
+    assert done.status == 0, done.err
+    (found,) = json.loads(done.out)["sets"]
+    measures = found["systems"][0]["measures"]
+    assert measures["accuracy"]["n"] == 2 and "accuracy_strict" not in measures
+    assert ("token_f1" in measures) is (made is text)
+    outputs = (folder / "run" / "eval" / "fast" / "outputs.jsonl").read_text().splitlines()
+    references = {row["reference"] for row in map(json.loads, outputs)}
+    assert references == ({"B"} if made is choice else {"Ann"})
+    done = mlx_fd("report", folder / "run")
+    assert done.status == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("command", "made"),
+    [(["distil", "--expert", "tiny"], text),
+     (["self-distill", "--method", "grpo", "--model", "tiny-student", "--num-generations", 2],
+      choice)],
+    ids=["distil", "self-distill"],
+)  # fmt: skip
+def test_a_model_that_solves_learns_from_them(command, made, tmp_path):
+    file, out = tmp_path / "p.jsonl", tmp_path / "run"
+    problems = map(made, arithmetic.load("train").problems[:6])
     file.write_text("".join(json.dumps(row) + "\n" for row in problems))
-    few = ["--problems", file, "--episodes", 2, *SIZES, "--max-answer-tokens", 24]
-    distil = tmp_path / "distil"
-    done = mlx_fd("distil", "--expert", "tiny", *few, "--out", distil)
+    done = mlx_fd(*command, "--problems", file, "--episodes", 2, *SIZES,
+                  "--max-answer-tokens", 24, "--out", out)  # fmt: skip
     assert done.status == 0, done.err
-    done = mlx_fd("self-distill", "--method", "grpo", "--model", "tiny-student", *few,
-                  "--num-generations", 2, "--out", tmp_path / "self")  # fmt: skip
-    assert done.status == 0, done.err
-    done = mlx_fd("eval", distil, "--problems", file, "--limit", 2, "--max-tokens", 24)
-    assert done.status == 0, done.err
-    outputs = (distil / "eval" / "fast" / "outputs.jsonl").read_text().splitlines()
-    references = {row.get("reference") for row in map(json.loads, outputs)} - {None}
-    assert references == {"B"}
-    done = mlx_fd("report", distil)
-    assert done.status == 0, done.err
+    rows = [json.loads(line) for line in (out / "attempts.jsonl").read_text().splitlines()]
+    assert {row["reference"] for row in rows} == ({"B"} if made is choice else {"Ann"})
+    for row in rows:
+        assert row["correct"] == (row["final"] in ("B", "ann", "anna"))
+    assert json.loads((out / "summary.json").read_text())["held_out"]["after"]["n"] == 2
