@@ -107,7 +107,9 @@ SELF_SUMMARY = {
 }
 
 
-@pytest.mark.parametrize("table", [summary_table(SUMMARY), self_summary_table(SELF_SUMMARY)])
+@pytest.mark.parametrize(
+    "table", [summary_table(SUMMARY), self_summary_table(SELF_SUMMARY, has_context=True)]
+)
 def test_summaries_keep_numbers_whole(table):
     check(lambda width: rendered(table, width))
 
