@@ -25,7 +25,7 @@ _WORD = r"\b(?i:answer|choice|option)\b"
 _BEGIN, _END = r"[\s:*_`\"'(\[$]{0,12}+", r"([A-Z])(?![A-Za-z0-9'])"
 _SAID = re.compile(rf"{_WORD}(?:\s++is\b|\s*+:){_BEGIN}{_END}")
 # One that is spoken of, be it right or wrong.
-_NAMED = re.compile(rf"{_WORD}{_BEGIN}{_END}")
+_NAMED_LETTER = re.compile(rf"{_WORD}{_BEGIN}{_END}")
 
 
 def listed(question: str, choices: Sequence[str]) -> str:
@@ -73,7 +73,7 @@ def _read(text: str, problem: Problem, how: str) -> str | None:
     said: list[str] = [letter for letter in _SAID.findall(text) if letter in valid]
     if said:
         return said[-1]
-    named: set[str] = {letter for letter in _NAMED.findall(text) if letter in valid}
+    named: set[str] = {letter for letter in _NAMED_LETTER.findall(text) if letter in valid}
     return named.pop() if len(named) == 1 else letter_of(text, problem.choices)
 
 
