@@ -24,12 +24,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_fd.config import EpisodeOptions, GenerationOptions
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.two_tokenizers import to_expert, to_student
-from mlx_fd.models.conversation import Conversation, forward, prefill, without_repeated_eos
+from mlx_fd.models.conversation import Conversation, forward, without_repeated_eos
 from mlx_fd.models.generation import (
     after_thought,
     first_prompt,
@@ -480,21 +478,17 @@ def parsed(turn: Turn) -> Feedback:
 
 @dataclass(frozen=True)
 class Criticism:
-    """A feedback that was written by itself, with the state that score heads read.
+    """A feedback that was written by itself.
 
     Attributes:
         turn: the feedback, with what was thought before it.
         prompt: all tokens before the feedback, the thought among them.
-        hidden: the final hidden state [d] at the prompt's last token.
-        before: the conversation up to that token, which it does not hold.
-        prefilled: tokens that were read for the thought and for the feedback.
+        before: a conversation that the prompt begins with, but for its last token at least.
     """
 
     turn: Turn
     prompt: tuple[int, ...]
-    hidden: mx.array
-    before: Conversation
-    prefilled: int
+    before: Conversation = field(default_factory=Conversation)
 
 
 def criticisms(
@@ -516,25 +510,16 @@ def criticisms(
         with_thought(loaded, prompt, thought.opening if thought else ())
         for prompt, thought in zip(prompts, thoughts, strict=True)
     ]
-    read = [prefill(loaded, Conversation(), prompt, reuse=options.reuse) for prompt in prompts]
     turns = generate(
         replying(loaded),
-        [before for _, before in read],
-        [prompt[-1:] for prompt in prompts],
+        [Conversation()] * len(prompts),
+        prompts,
         sampling,
-        dataclasses.replace(options, keep=False),
+        dataclasses.replace(options, keep=False, states=True),
     )
     return [
-        Criticism(
-            after_thought(turn, thought),
-            prompt,
-            hidden,
-            before,
-            len(prompt) + (thought.prefilled if thought else 0),
-        )
-        for turn, thought, prompt, (hidden, before) in zip(
-            turns, thoughts, prompts, read, strict=True
-        )
+        Criticism(after_thought(turn, thought), prompt)
+        for turn, thought, prompt in zip(turns, thoughts, prompts, strict=True)
     ]
 
 
@@ -547,14 +532,16 @@ def head_score(
 
     Args:
         student: the student.
-        student_lm: its language model.
+        student_lm: its language model, which reads the feedback where the states that it was
+            written from are not known.
         criticism: its feedback.
     """
-    hidden = criticism.hidden
-    if student.scores_at_end:
-        written = [criticism.prompt[-1], *criticism.turn.tokens[:-1]]
-        hidden = forward(student_lm, criticism.before, written).final[0, -1]
-    return float(student.score(hidden))
+    at_end, turn, before = student.scores_at_end, criticism.turn, criticism.before
+    if turn.states:
+        return float(student.score(turn.states[at_end]))
+    text = (*criticism.prompt, *(turn.tokens[:-1] if at_end else ()))
+    seen = forward(student_lm, before, text[len(before.tokens) :])
+    return float(student.score(seen.final[0, -1]))
 
 
 def student_feedback(
@@ -583,7 +570,7 @@ def student_feedback(
         StudentFeedback(
             parsed(one.turn),
             head_score(pair.student, pair.student_lm, one),
-            dataclasses.replace(usage_of(step, one.turn, share), prefilled={step: one.prefilled}),
+            usage_of(step, one.turn, share),
             min(sum(one.turn.logprobs), 0.0),
         )
         for one in written

@@ -29,6 +29,8 @@ _UNSEEN = -64.0
 # Scores that are made at a time, 1 MB.
 _SCORES = 2**18
 _MIN_QUERIES = 16
+# Of fewer numbers than these MLX's own takes less time than twenty operations.
+_FEW = 8192
 
 _FUSED = "scaled_dot_product_attention"
 _fused: Any = mx.fast.scaled_dot_product_attention
@@ -117,14 +119,15 @@ def _logsumexp32_vjp(rows: mx.array, cotangent: mx.array, value: mx.array) -> mx
 
 def sigmoid(a: mx.array, **more: Any) -> mx.array:
     """``mx.sigmoid``."""
-    values: Any = _sigmoid(a, **more) if more or a.dtype != mx.float32 else _sigmoid32(a)
+    own = more or a.dtype != mx.float32 or a.size < _FEW
+    values: Any = _sigmoid(a, **more) if own else _sigmoid32(a)
     made: mx.array = values
     return made
 
 
 def logsumexp(a: mx.array, axis: Any = None, keepdims: bool = False, **more: Any) -> mx.array:
     """``mx.logsumexp``."""
-    if a.dtype != mx.float32 or axis not in (-1, a.ndim - 1) or not a.size or more:
+    if a.dtype != mx.float32 or axis not in (-1, a.ndim - 1) or a.size < _FEW or more:
         other: mx.array = _logsumexp(a, axis=axis, keepdims=keepdims, **more)
         return other
     made: Any = _logsumexp32(a)
@@ -143,7 +146,8 @@ def attention(
     **more: Any,
 ) -> mx.array:
     """``mx.fast.scaled_dot_product_attention``."""
-    if {q.dtype, k.dtype, v.dtype} != {mx.float32} or sinks is not None or more:
+    few = q.size // q.shape[-1] * k.shape[2] < _FEW
+    if few or {q.dtype, k.dtype, v.dtype} != {mx.float32} or sinks is not None or more:
         fused: mx.array = _fused(q, k, v, scale=scale, mask=mask, sinks=sinks, **more)
         return fused
     batch, heads, length, _ = q.shape

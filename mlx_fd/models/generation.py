@@ -255,7 +255,9 @@ def after_thought(turn: Turn, thought: Thought | None) -> Turn:
     # The turn ended within its thought: nothing was said.
     token, logprob = thought.end
     logprobs = (logprob,) if turn.logprobs else ()
-    return dataclasses.replace(turn, text="", tokens=(token,), finished=True, logprobs=logprobs)
+    return dataclasses.replace(
+        turn, text="", tokens=(token,), finished=True, logprobs=logprobs, states=()
+    )
 
 
 def _joined(*thoughts: str) -> str:
@@ -375,7 +377,7 @@ def _thoughts(
         [one.conversation for one in starts],
         [(*head, *thinking.opened_ids) for head, _ in parts],
         dataclasses.replace(sampling, max_tokens=thinking.limit),
-        dataclasses.replace(options, mark=False, logprobs=True),
+        dataclasses.replace(options, mark=False, logprobs=True, states=False),
         frozenset((thinking.end_id,)),
     )
     thoughts = []
@@ -450,6 +452,7 @@ def without_thoughts(loaded: Loaded, thinking: Thinking, turn: Turn) -> Turn:
         tokens=tuple(tokens[k] for k in kept),
         logprobs=tuple(turn.logprobs[k] for k in kept) if turn.logprobs else (),
         thought=_joined(turn.thought, found.thought),
+        states=(),
     )
 
 

@@ -32,6 +32,8 @@ from mlx_fd.models.view import block_attention, block_states
 
 # Bytes that the logits and what is made of them may take at a time in the losses.
 LOGIT_BUDGET = 512 << 20
+# Tokens of whole conversations that are read side by side.
+_READ_AT_ONCE = 8192
 _GIB = 1 << 30
 # Where the attention loss is in use, of each head, text token and key.
 _KEPT_ATTENTION = 4
@@ -212,7 +214,7 @@ class Needs:
         tokens = work.student_tokens
         return {
             "KV caches": batch * (student.written(tokens) + student.exact(tokens) + answered),
-            "activations": self._student_reads,
+            "activations": self._student_reads(min(batch, read_at_once(tokens))),
             "logits": _DRAWN_ARRAYS * batch * self._row,
         }
 
@@ -301,11 +303,15 @@ class Needs:
         return _by_batch(lambda count: read(count).peak, work.batch_size)
 
     @cached_property
-    def _student_reads(self) -> int:
-        # It reads the conversations one by one.
-        conversation = partial(_prefill, self._student, 1)
-        tokens = self._work.student_tokens
-        return trace_by_length(conversation, tokens, grows=self._student_grows).peak
+    def _student_reads(self) -> Callable[[int], int]:
+        work = self._work
+
+        def read(count: int) -> Traced:
+            conversations = partial(_prefill, self._student, count)
+            return trace_by_length(conversations, work.student_tokens, grows=self._student_grows)
+
+        most = min(work.batch_size, read_at_once(work.student_tokens))
+        return _by_batch(lambda count: read(count).peak, most)
 
     @cached_property
     def _expert_text(self) -> int:
@@ -345,6 +351,11 @@ class _Cache:
         step = self.stored(CACHE_STEP + 1) - self.stored(1)
         states = self.stored(1) - step
         return min(self.stored(tokens), states + step * tokens // CACHE_STEP)
+
+
+def read_at_once(tokens: int) -> int:
+    """How many whole conversations of so many tokens are read side by side."""
+    return max(1, _READ_AT_ONCE // tokens)
 
 
 def _by_batch(size_of: Callable[[int], int], asked: int) -> Callable[[int], int]:

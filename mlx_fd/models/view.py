@@ -128,6 +128,14 @@ class View:
             return DenseLogits(self.logits, self.rows)
         return LinearLogits(_at(self.model, self.head_path), self.transform)
 
+    @contextmanager
+    def finals(self) -> Iterator[list[mx.array]]:
+        """Keep the final hidden states [B, T, d] of each call of the model, whoever makes it."""
+        kept: list[mx.array] = []
+        recorder = _Recorder(_at(self.model, self.final_path), kept.append)
+        with _replaced(self.model, {self.final_path: recorder}):
+            yield kept
+
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits [n, rows] of final hidden states [n, d], made by the model's own ``__call__``."""
         return _logits_by_model(self.model, self.final_path, hidden)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_fd.config import GenerationOptions
 from mlx_fd.models.conversation import Cache, Conversation, Mark, can_be_cut_back
 from mlx_fd.models.loading import Loaded
+from mlx_fd.models.memory import read_at_once
 
 Draw = Callable[[mx.array], mx.array]
 """Draws tokens from rows of log-probabilities [n, V]."""
@@ -47,6 +49,9 @@ class Turn:
             (:attr:`mlx_fd.models.thinking.Thinking.closed_ids`): the thought with its marks.
         written: how many tokens the model drew, those of thoughts included.
         closed: whether a thought was closed by force, at its limit.
+        states: where they were asked for, the final hidden states [d] at the prompt's last token
+            and where the last one of ``tokens`` was predicted; empty where what was written was
+            changed after.
     """
 
     text: str
@@ -59,6 +64,7 @@ class Turn:
     opening: tuple[int, ...] = ()
     written: int = 0
     closed: bool = False
+    states: tuple[mx.array, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class GenerateOptions:
         mark: make sure that the turns' conversations can be rewound to all but the last token of
             the prompt.
         logprobs: keep the tokens' log-probabilities.
+        states: keep the hidden states that score heads read.
         on_token: called with the number of tokens written in each step, for progress.
     """
 
@@ -100,6 +107,7 @@ class GenerateOptions:
     keep: bool = True
     mark: bool = False
     logprobs: bool = False
+    states: bool = False
     on_token: Callable[[int], None] | None = None
 
 
@@ -166,13 +174,16 @@ def write(
         sampler=lambda logprobs: draw(logprobs[..., : loaded.vocab]),
         logits_processors=logits_processors(sampling) or None,
         completion_batch_size=len(conversations),
-        prefill_batch_size=len(conversations),
+        prefill_batch_size=min(
+            len(starts), read_at_once(max(map(len, starts))) if options.states else len(starts)
+        ),
     )
     written: dict[int, list[int]] = {}
     finished: dict[int, bool] = {}
     kept: dict[int, Cache] = {}
     drawn_logprobs: dict[int, list[float]] = {}
-    try:
+    states = _States()
+    with closing(generator), _finals(loaded, options) as finals:
         # The generator merges caches into new arrays, so conversations stay as they are.
         uids = generator.insert(
             starts,
@@ -187,6 +198,7 @@ def write(
             and not can_be_cut_back(cache, len(old.tokens) + len(prompt) + sampling.max_tokens)
         }
         while True:
+            finals.clear()
             prompted, responses = generator.next()
             if not prompted and not responses:
                 break
@@ -195,6 +207,8 @@ def write(
                 if part.uid in marks and part.end_of_segment and not part.end_of_prompt:
                     marks[part.uid] = generator.extract_cache([part.uid])[part.uid][0]
                     mx.eval([layer.state for layer in marks[part.uid]])
+            if options.states:
+                states.keep(finals, prompted, responses)
             if not responses:
                 continue
             if options.logprobs:
@@ -209,8 +223,7 @@ def write(
                         kept[response.uid] = response.prompt_cache
             if options.on_token is not None:
                 options.on_token(len(responses))
-    finally:
-        generator.close()
+    mx.eval(states.first, states.last)
     turns = []
     for uid, old, prompt, start in zip(uids, conversations, prompts, starts, strict=True):
         tokens = tuple(written[uid])
@@ -226,9 +239,54 @@ def write(
                 prefilled=len(start),
                 logprobs=tuple(drawn_logprobs.get(uid, ())),
                 written=len(tokens),
+                states=(states.first[uid], states.last[uid]) if options.states else (),
             )
         )
     return turns
+
+
+def _finals(loaded: Loaded, options: GenerateOptions) -> AbstractContextManager[list[mx.array]]:
+    """The model's final hidden states of each call, where they are asked for."""
+    return loaded.view.finals() if options.states else nullcontext([])
+
+
+class _States:
+    """The final hidden states [d] of a batch's conversations, taken while they are written.
+
+    Attributes:
+        first: by uid, at the prompt's last token.
+        last: where the last token was predicted.
+    """
+
+    def __init__(self) -> None:
+        self.first: dict[int, mx.array] = {}
+        self.last: dict[int, mx.array] = {}
+        # The call in which each conversation's next token is predicted, and its row there.
+        self._now: dict[int, tuple[mx.array, int]] = {}
+
+    def keep(
+        self, finals: Sequence[mx.array], prompted: Sequence[Any], responses: Sequence[Any]
+    ) -> None:
+        """Take what a step of the generator made.
+
+        Args:
+            finals: of its calls of the model: the one that reads the tokens which it gives, the one
+                for the last tokens of prompts, and those for other parts of prompts.
+            prompted: what it says of prompts.
+            responses: its tokens, which were predicted in the step before.
+        """
+        for response in responses:
+            if response.finish_reason is not None:
+                final, row = self._now[response.uid]
+                self.last[response.uid] = final[row, -1]
+        reading = [response.uid for response in responses]
+        begun = [part.uid for part in prompted if part.end_of_prompt]
+        calls = [uids for uids in (reading, begun) if uids]
+        for uids, final in zip(calls, finals[: len(calls)], strict=True):
+            self._now.update({uid: (final, row) for row, uid in enumerate(uids)})
+        for uid in begun:
+            final, row = self._now[uid]
+            self.first[uid] = final[row, -1]
 
 
 def _write_alone(
@@ -250,16 +308,18 @@ def _write_alone(
     written: list[int] = []
     logprobs: list[float] = []
     draw, processors = _drawing(loaded, sampling), logits_processors(sampling)
-    for token, rows in drawn_alone(loaded, cache, before, draw, processors):
-        written.append(token)
-        if options.logprobs:
-            drawn = token_logprobs(rows, [token], sampling.temperature or 1.0, loaded.vocab)
-            value: Any = drawn.item()
-            logprobs.append(value)
-        if options.on_token is not None:
-            options.on_token(1)
-        if token in eos or len(written) == sampling.max_tokens:
-            break
+    with _finals(loaded, options) as finals:
+        for token, rows in drawn_alone(loaded, cache, before, draw, processors):
+            written.append(token)
+            if options.logprobs:
+                drawn = token_logprobs(rows, [token], sampling.temperature or 1.0, loaded.vocab)
+                value: Any = drawn.item()
+                logprobs.append(value)
+            if options.on_token is not None:
+                options.on_token(1)
+            if token in eos or len(written) == sampling.max_tokens:
+                break
+            del finals[1:]  # only the first and the last one are wanted
     if options.keep:
         read_alone(loaded, cache, written[-1:])
     finished = written[-1] in eos
@@ -271,6 +331,7 @@ def _write_alone(
         prefilled=len(start),
         logprobs=tuple(logprobs),
         written=len(written),
+        states=(finals[0][0, -1], finals[-1][0, -1]) if finals else (),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from mlx_fd.feedback.episode import Criticism, head_score, parsed
 from mlx_fd.models.conversation import Conversation, prefill, rewind_to
@@ -55,16 +54,16 @@ async def judge(
     student = service.served.judge.student if service.served.scores else None
     behind = student is not None and student.score_at != "prompt"
 
-    def begin(models: Served) -> tuple[Any, Conversation, float | None]:
+    def begin(models: Served) -> tuple[Conversation, float | None]:
         loaded = models.student
         start = Conversation() if read is None else rewind_to(read, prompt)
         if start.cache is None:
             start = Conversation()
         hidden, before = prefill(loaded, start, prompt[len(start.tokens) :])
         score = None if student is None or behind else float(student.score(hidden))
-        return hidden, before, score
+        return before, score
 
-    hidden, before, score = await service.engine.call(begin)
+    before, score = await service.engine.call(begin)
     if not text and not behind:
         return Verdict(score)
     writing = service.engine.write(STUDENT, Job(before, prompt[-1:], sampling))
@@ -78,7 +77,7 @@ async def judge(
         trained = student
 
         def end(models: Served) -> float:
-            criticism = Criticism(said, prompt, hidden, before, len(prompt))
+            criticism = Criticism(said, prompt, before)
             return head_score(trained, models.student, criticism)
 
         score = await service.engine.call(end)

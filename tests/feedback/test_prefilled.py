@@ -3,6 +3,7 @@
 import contextlib
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 
 from mlx_fd.config import GenerationOptions, LossOptions
@@ -27,6 +28,7 @@ from support.architectures import WINDOW, make_architecture
 
 # Keys and values; some of them in a window that is full long before a prompt ends; a recurrence.
 KINDS = ("llama", "llama_sliding", "qwen3_next")
+STEP = "student_feedback"
 GREEDY = {"answer_temperature": 0.0, "student_temperature": 0.0, "expert_temperature": 0.0}
 LIMITS = {"max_answer_tokens": 9, "max_feedback_tokens": 7, "max_merge_tokens": 5}
 PROBLEMS = load_problems("gsm8k", "train").problems[:3]
@@ -107,6 +109,30 @@ def test_replies_and_what_is_read_of_them_are_those_of_reading_everything_again(
         assert all(
             (abs(a - b).max() < 1e-3).item() for a, b in zip(kept.pooled, again.pooled, strict=True)
         )
+
+
+def test_the_states_of_score_heads_are_those_that_the_text_was_written_from(pair):
+    """Three lengths, and turns that end at different steps; against reading all of it again."""
+    loaded = pair.student_lm
+    prompts = [sweep.tokens_of(length, length) for length in (31, 9, 18)]
+    wanted = []
+    for count in (1, 7):
+        for reuse in (True, False):
+            turns = generate(
+                loaded,
+                [Conversation()] * len(prompts),
+                prompts,
+                sampling_for(GenerationOptions(**GREEDY, max_feedback_tokens=count), STEP, 0),
+                GenerateOptions(reuse=reuse, keep=False, states=True),
+            )
+            wanted += [(*one, reuse) for one in zip(prompts, turns, strict=True)]
+    assert {len(turn.tokens) for _, turn, _ in wanted} >= {1, 7}
+    for prompt, turn, _ in wanted:
+        whole = (*prompt, *turn.tokens[:-1])
+        final = loaded.view.forward(mx.array([whole])).final[0]
+        first, last = turn.states
+        assert (abs(first - final[len(prompt) - 1]).max() < 1e-4).item()
+        assert (abs(last - final[-1]).max() < 1e-4).item()
 
 
 def test_a_batch_of_attempts_reads_each_question_once(pair):

@@ -38,7 +38,13 @@ def causal(length, places):
     return np.arange(places - length, places)[:, None] >= np.arange(places)
 
 
-SHAPES = [(2, 4, 4, 70, 70), (1, 6, 2, 33, 50), (3, 4, 1, 1, 40), (40, 8, 8, 45, 45)]
+SHAPES = [
+    (2, 4, 4, 70, 70),
+    (1, 6, 2, 33, 60),
+    (3, 4, 1, 1, 40),
+    (60, 4, 4, 1, 50),
+    (40, 8, 8, 45, 45),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -71,14 +77,14 @@ def test_attention_and_its_gradient(shape, kind):
 
 
 def test_what_a_mask_hides_counts_nothing():
-    q = k = mx.ones((1, 1, 64, 4))
-    v = mx.where(mx.arange(64)[:, None] < 32, 1.0, 1e6) * mx.ones((1, 1, 64, 4))
+    q = k = mx.ones((1, 2, 64, 4))
+    v = mx.where(mx.arange(64)[:, None] < 32, 1.0, 1e6) * mx.ones((1, 2, 64, 4))
     made = cpu_math.attention(q, k, v, scale=1.0, mask="causal")
     np.testing.assert_allclose(np.array(made[..., :32, :]), 1.0, rtol=1e-6)
 
 
 def test_sigmoid_and_its_gradient():
-    x = np.concatenate([RNG.normal(size=500) * 10, [0.0, -200.0, 200.0, -1e30, 1e30]])
+    x = np.concatenate([RNG.normal(size=9000) * 10, [0.0, -200.0, 200.0, -1e30, 1e30]])
     wanted = 1 / (1 + np.exp(-np.clip(x, -700, 700)))
     given = mx.array(x.astype(np.float32))
     np.testing.assert_allclose(np.array(cpu_math.sigmoid(given)), wanted, rtol=2e-6, atol=1e-37)
@@ -87,8 +93,8 @@ def test_sigmoid_and_its_gradient():
 
 
 def test_logsumexp_and_its_gradient():
-    rows = RNG.normal(size=(7, 300)) * 5
-    rows[1, :200] = -np.inf
+    rows = RNG.normal(size=(7, 1300)) * 5
+    rows[1, :900] = -np.inf
     rows[2] = -np.inf
     rows[3, 5] = np.inf
     given = mx.array(rows.astype(np.float32))
