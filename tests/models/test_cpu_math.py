@@ -108,7 +108,7 @@ def test_logsumexp_and_its_gradient():
     kept = cpu_math.logsumexp(given, axis=1, keepdims=True)
     assert mx.array_equal(kept.squeeze(-1), found)
     grad = mx.grad(lambda a: cpu_math.logsumexp(a, axis=-1)[mx.array(finite)].sum())(given)
-    np.testing.assert_allclose(np.array(grad)[finite], softmax64(rows[finite]), atol=1e-6)
+    np.testing.assert_allclose(np.array(grad)[finite], softmax64(rows[finite]), atol=4e-6)
     whole = cpu_math.logsumexp(given[mx.array(finite)])
     assert whole.item() == pytest.approx(np.log(np.exp(rows[finite]).sum()), abs=1e-5)
 
