@@ -12,6 +12,7 @@ from mlx_fd.export.verify import Agreement
 from mlx_fd.models.aliases import SMOLLM2, TINY, TINY_BASE, TINY_STUDENT
 from mlx_fd.models.loading import TEMPLATE_FILE
 from mlx_fd.problems import prompts
+from mlx_fd.problems.kinds import KINDS
 from mlx_fd.registry import FORMATS
 from mlx_fd.runs.labels import EXAM_NAMES
 
@@ -301,10 +302,16 @@ def _score_head(source: Source, form: Form, student: Student) -> str:
     return f"{text}:\n\n```python\n{code}```\n"
 
 
-# Prompts that a student was trained on, so that its head reads what it knows.
-EXAMPLE = f"""\
+def score_example(answer_kind: str) -> str:
+    """Prompts as a student was trained on, so that its head reads what it knows.
+
+    Args:
+        answer_kind: what it was trained to judge, which is asked for in a form of its own.
+    """
+    asked = prompts.answer_prompt("?", KINDS[answer_kind].form).removeprefix("?")
+    return f"""\
 problem, answer = "Tom has 3 apples and buys 5. How many?", "3 + 5 = 9. #### 9"
-turns = [problem + {prompts.answer_prompt("?")[1:]!r}, answer, {prompts.feedback_prompt()!r}]
+turns = [problem + {asked!r}, answer, {prompts.feedback_prompt()!r}]
 chat = [{{"role": ("user", "assistant")[i % 2], "content": text}} for i, text in enumerate(turns)]
 """
 
@@ -342,7 +349,7 @@ def mlx_score_code(source: Source, form: Form, student: Student) -> str:
 import mlx.core as mx, mlx_lm
 model, tokenizer = mlx_lm.load({load})
 head = mx.load("score_head.safetensors")
-{EXAMPLE}\
+{score_example(source.ref.answer_kind)}\
 {own_template}\
 {rendered}\
 ids += tokenizer.encode({prompts.FEEDBACK_OPENING!r}, add_special_tokens=False)

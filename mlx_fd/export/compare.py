@@ -148,7 +148,7 @@ def questions(
         if chosen[0].kind != wanted:
             raise UserError(
                 f"{source}: its answers are of the kind {chosen[0].kind}, but the prompts of "
-                f"{job.folder} ask for the kind {wanted}"
+                f"{job.folder} ask for the kind {wanted}; name --problems of that kind, or none"
             )
         return chosen
 

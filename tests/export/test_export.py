@@ -26,7 +26,7 @@ from mlx_fd.cli.app import cli  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.export import gguf_file, hf, mlx_dir, verify  # noqa: E402
 from mlx_fd.export.bundle_reading import read_bundle  # noqa: E402
-from mlx_fd.export.card import write_card  # noqa: E402
+from mlx_fd.export.card import score_example, write_card  # noqa: E402
 from mlx_fd.export.exporter import Exported, as_json_value, export  # noqa: E402
 from mlx_fd.export.form import DTYPES, Q_BITS, Q_GROUP_SIZES, Form  # noqa: E402
 from mlx_fd.export.formats import FORMATS  # noqa: E402
@@ -34,6 +34,8 @@ from mlx_fd.export.source import Source, _base_name, open_source  # noqa: E402
 from mlx_fd.export.verify import Agreement  # noqa: E402
 from mlx_fd.feedback.judge import ModelRef, give_feedback, open_student  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402
+from mlx_fd.problems.kinds import KINDS  # noqa: E402
+from mlx_fd.problems.prompts import answer_prompt, feedback_prompt  # noqa: E402
 from support.architectures import make_architecture  # noqa: E402
 
 SIZES = {"hidden": 64, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate": 96}
@@ -431,6 +433,16 @@ def test_the_cards_ten_lines_give_the_score(tmp_path, monkeypatch, capsys, score
     wanted = give_feedback(str(run), problem, answer, 192).head_score
     assert score == pytest.approx(wanted, abs=2e-4)
     assert abs(wanted) > 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cards_example_asks_as_in_the_training(kind):
+    names: dict = {}
+    exec(score_example(kind), names)
+    asked = answer_prompt(names["problem"], KINDS[kind].form)
+    assert [turn["content"] for turn in names["chat"]] == [
+        asked, names["answer"], feedback_prompt()
+    ]  # fmt: skip
 
 
 def test_card(run, quantized_run, tmp_path):

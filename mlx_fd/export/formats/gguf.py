@@ -93,7 +93,7 @@ def use(source: Source, form: Form) -> str:
 
 def score_code(source: Source, form: Form, student: Student) -> str:
     """With llama.cpp."""
-    from mlx_fd.export.card import EXAMPLE
+    from mlx_fd.export.card import score_example
     from mlx_fd.export.gguf_file import file_name
 
     written = """\
@@ -111,7 +111,7 @@ from safetensors.numpy import load_file
 llm = llama_cpp.Llama("{file_name(form.gguf_type)}", n_ctx=4096, embedding=True, verbose=False,
                       pooling_type=llama_cpp.LLAMA_POOLING_TYPE_NONE)
 head = load_file("score_head.safetensors")
-{EXAMPLE}\
+{score_example(source.ref.answer_kind)}\
 written = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], "", "")(messages=chat).prompt
 ids = llm.tokenize((written + {prompts.FEEDBACK_OPENING!r}).encode(), special=True)
 {written if student.scores_at_end else ""}\
