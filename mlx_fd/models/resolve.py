@@ -34,7 +34,9 @@ _OPTION = re.compile(r"(.+?):(\w+)=(.*)")
 _LAYERS = re.compile(r"[1-9][0-9]{0,5}")
 _WEIGHTS = re.compile(r"model.*\.safetensors")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB = "https://huggingface.co/"
+# A model's page on the hub, and what of it a browser's address may show.
+_HUB = re.compile(r"https://(?:huggingface|hf)\.co/([^/?#]+/[^/?#]+)([^?#]*)(?:[?#].*)?")
+_MAIN_PAGES = ("", "tree/main", "blob/main", "resolve/main")
 # Of architectures that write text.
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration")
 # The first question to the hub; without a network the answer must not be long in coming.
@@ -73,18 +75,34 @@ def parse_name(name: str) -> ModelName:
     Raises:
         UserError: K is not a positive whole number, or another option than ``layers`` is given.
     """
-    name = name.removeprefix(_HUB)  # pasted from the browser
     match = _OPTION.fullmatch(name)
     if match is None:
         if not name:
             raise UserError("a model's name is empty; give an alias, a hub name or a directory")
-        return ModelName(name, None)
-    base, option, value = match.groups()
+        return ModelName(_repository(name), None)
+    base, option, value = _repository(match[1]), match[2], match[3]
     if option != "layers":
         raise UserError(f"{name}: {option}= is unknown; {base}:layers=K keeps K layers")
     if not _LAYERS.fullmatch(value):
         raise UserError(f"{name}: layers={value} must be a whole number from 1")
     return ModelName(base, int(value))
+
+
+def _repository(name: str) -> str:
+    """The repository of an address that was pasted from the browser; any other name as it is.
+
+    Raises:
+        UserError: it is that of another revision than the latest.
+    """
+    page = _HUB.fullmatch(name)
+    if page is None:
+        return name
+    if "/".join(page[2].strip("/").split("/")[:2]) not in _MAIN_PAGES:
+        raise UserError(
+            f"{name}: is not a model's main page on the hub; give {page[1]} for its latest "
+            "revision, or download another one and give its directory"
+        )
+    return page[1]
 
 
 def default_student(expert: str) -> str:

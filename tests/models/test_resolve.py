@@ -63,6 +63,10 @@ def test_parse_name() -> None:
     assert parse_name("qwen2.5-7b-4bit") == ModelName("qwen2.5-7b-4bit", None)
     assert parse_name("a/b:layers=12") == ModelName("a/b", 12)
     assert parse_name("https://huggingface.co/a/b:layers=12") == ModelName("a/b", 12)
+    for page in ("/", "/tree/main", "/blob/main/config.json", "?library=mlx", "/tree/main?x=1#y"):
+        assert parse_name(f"https://hf.co/a/b.c{page}") == ModelName("a/b.c", None)
+    with pytest.raises(UserError, match="give a/b for its latest revision"):
+        parse_name("https://huggingface.co/a/b/tree/v2:layers=3")
     assert parse_name("/x:y/z") == ModelName("/x:y/z", None)
     for wrong in ("x:layers=0", "x:layers=-1", "x:layers=", "x:layers=1.5", "x:layers=9999999"):
         with pytest.raises(UserError, match="whole number"):
