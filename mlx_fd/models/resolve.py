@@ -73,7 +73,8 @@ def parse_name(name: str) -> ModelName:
     """Split ``NAME:layers=K``.
 
     Raises:
-        UserError: K is not a positive whole number, or another option than ``layers`` is given.
+        UserError: K is not a positive whole number, another option than ``layers`` is given, or an
+            address is of another revision than the latest.
     """
     match = _OPTION.fullmatch(name)
     if match is None:
