@@ -114,6 +114,13 @@ def test_summaries_keep_numbers_whole(table):
     check(lambda width: rendered(table, width))
 
 
+def test_a_run_without_a_context_says_nothing_of_one():
+    shown = [
+        rendered(self_summary_table(SELF_SUMMARY, has_context=has), 200) for has in (True, False)
+    ]
+    assert ["with it, of" in text for text in shown] == [True, False]
+
+
 def evaluation(systems: int = 7) -> dict:
     measures = ("accuracy", "accuracy_strict", "accuracy_flexible", "first_accuracy", "score_error")
     named = [
