@@ -211,6 +211,13 @@ def make_sets(
 
     solved = solving(source, options.split)
     sets: list[Set] = [solved]
+    kind = solved.items[0].kind
+    if target.answer_kind not in (None, kind):
+        warn(
+            f"answers of {solved.name} are read as {kind}, and the run learned from answers of the "
+            f"kind {target.answer_kind}: its student is asked in another form than it knows "
+            "(--answer-kind chooses the kind)"
+        )
     if not solved.graded:
         warn(
             f"{solved.name} has no right answers: nothing here says how many replies are right"

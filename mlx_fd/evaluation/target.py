@@ -61,6 +61,7 @@ class Target:
         template: how chats are written for both.
         models: what ``eval.json`` says of them.
         expert_template: the expert's way to write chats, where the tokenizers differ.
+        answer_kind: of the answers that the run learned from; ``None``: there is no run.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Target:
     template: ChatTemplate
     models: dict[str, dict[str, str]]
     expert_template: ChatTemplate | None = None
+    answer_kind: str | None = None
 
     @property
     def helps_expert(self) -> bool:
@@ -177,6 +179,7 @@ def open_target(
         template=template,
         models=models,
         expert_template=pairing.expert_template,
+        answer_kind=ref.answer_kind if run is not None else None,
     )
 
 

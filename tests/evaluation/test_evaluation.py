@@ -437,6 +437,17 @@ def test_problems_that_were_learned_from_are_warned_of(run, tmp_path, monkeypatc
     assert "these problems (p.csv): what follows" in said and "--split" not in said
 
 
+def test_answers_of_another_kind_than_was_learned_from_are_warned_of(run, tmp_path):
+    path, said = tmp_path / "p.csv", []
+    path.write_text("question,answer\nWho?,Ann\n")
+    target = open_target(str(run), None)
+    suites.make_sets(target, suites.Options(problems=str(path)), said.append)
+    assert "read as text, and the run learned from answers of the kind number" in said[0]
+    said.clear()
+    suites.make_sets(target, suites.Options(limit=1), said.append)
+    assert said == []
+
+
 def test_results_lie_in_the_run_or_under_the_models_name(run):
     best = open_target(str(run), None)
     assert suites.choose_folder(best, suites.Options()) == run / "eval" / "fast"
