@@ -341,7 +341,7 @@ def _ask_hub(name: str, repo: str) -> Any:
     except Exception as error:  # each generation of the library has other classes for no network
         raise UserError(
             f"{shown} is not on this machine and the hub cannot be reached "
-            f"({type(error).__name__}: {error}). {_advice()}"
+            f"({type(error).__name__}: {error}). {_folder_near(name)}{_advice()}"
         ) from error
 
 
@@ -403,7 +403,19 @@ def _from_hub(name: str, repo: str) -> Path:
 
 
 def _did_you_mean(name: str) -> str:
+    if found := _folder_near(name):
+        return found
     close = difflib.get_close_matches(name.lower(), ALIASES, n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(close)}? " if close else ""
+
+
+def _folder_near(name: str) -> str:
+    """A question with the folders whose names are nearest to a path that is not there."""
+    path = Path(name).expanduser()
+    if len(path.parts) < 2 or not path.parent.is_dir():
+        return ""
+    here = [str(path.parent / one.name) for one in path.parent.iterdir() if one.is_dir()]
+    close = difflib.get_close_matches(name, here, n=3, cutoff=0.8)
     return f"Did you mean {' or '.join(close)}? " if close else ""
 
 
@@ -428,7 +440,7 @@ def _base_path(base: str) -> Path:
     if _HUB_NAME.fullmatch(base) and not looks_like_path:
         return _from_hub(base, base)
     if looks_like_path:
-        raise UserError(f"the directory {base} does not exist. {_advice()}")
+        raise UserError(f"the directory {base} does not exist. {_folder_near(base)}{_advice()}")
     raise UserError(
         f"there is no model {base}. {_did_you_mean(base)}Aliases: {', '.join(ALIASES)}. {_advice()}"
     )

@@ -171,6 +171,12 @@ def test_unknown_names_get_a_suggestion() -> None:
         resolve("zzzzzzz")
 
 
+def test_a_run_whose_name_was_mistyped_is_found(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"does not exist\. Did you mean \S+/runs/mine\? On this"):
+        resolve(str(tmp_path / "runs" / "mien"))
+
+
 @pytest.mark.parametrize("offline", [False, True])
 def test_without_a_network_the_answer_is_quick(tmp_path: Path, offline: bool) -> None:
     """A port where nothing listens, and the hub's own switch."""
