@@ -78,8 +78,8 @@ def home(tmp_path_factory) -> Path:
 
 
 SMALL = shlex.split(
-    "--episodes 4 --batch-size 2 --max-answer-tokens 6 --max-feedback-tokens 6 "
-    "--max-merge-tokens 5 "
+    "--episodes 4 --batch-size 2 --max-answer-tokens 4 --max-feedback-tokens 4 "
+    "--max-merge-tokens 3 "
     "--answers-by expert --answer-temperature 0 --score-at prompt --replay 0 "
     "--lr-schedule constant --max-disagreement 0 "
     "--probe-size 2 --lora-rank 2 --checkpoint-every 1 --kd-steps 1"

@@ -116,8 +116,10 @@ def test_of_several_references_each_number_takes_its_best(tiny):
     several = ["sat on a hat", "sat"]  # one is better by precision, the other by recall
     one_by_one = [bertscore(["the cat sat"], [each], encoder).scores[0] for each in several]
     (found,) = bertscore(["the cat sat"], [several], encoder).scores
-    assert found == tuple(max(pair) for pair in zip(*one_by_one, strict=True))
-    assert found not in one_by_one
+    best = tuple(max(pair) for pair in zip(*one_by_one, strict=True))
+    # Beside other texts a text may lie otherwise in memory, and its sums be rounded otherwise.
+    assert found == pytest.approx(best, rel=1e-6)
+    assert best not in one_by_one
 
 
 def test_rescaling(tiny):

@@ -85,20 +85,28 @@ class Model:
 
     def __init__(self, engine, bundle):
         self.engine, self.known = engine, {}
-        self.vocab = bundle.vocab
-        # The server reads what the bundle has, and goes its own way after a divergence.
-        prompts = [prompt.tokens[:8] for prompt in bundle.prompts[:1]]
-        starts = [p.sequence[: len(p.tokens) + i] for p in bundle.prompts for i in range(32)]
-        for start in [*prompts, *starts]:
-            tokens = list(start)
-            for _ in range(33):
-                if tuple(tokens) in self.known:
-                    break
-                row = self.logprobs(tokens)
-                self.known[tuple(tokens)] = row
-                if int(row.argmax()) in bundle.eos:
-                    break
-                tokens.append(int(row.argmax()))
+        self.vocab, self.eos = bundle.vocab, bundle.eos
+        self.write(list(bundle.prompts[0].tokens[:8]))
+        for prompt in bundle.prompts:
+            # It is asked again after each divergence, and reads what the bundle has.
+            begin = len(prompt.tokens)
+            while begin < min(len(prompt.tokens) + 32, len(prompt.sequence)):
+                written = self.write(list(prompt.sequence[:begin]))
+                rest = prompt.sequence[begin:]
+                same = [a == b for a, b in zip(written, rest, strict=False)]
+                begin += (same.index(False) if False in same else len(same)) + 1
+
+    def write(self, tokens):
+        """What it goes on with, of 33 tokens at most."""
+        begin = len(tokens)
+        for _ in range(33):
+            row = self.known.get(tuple(tokens))
+            if row is None:
+                row = self.known[tuple(tokens)] = self.logprobs(tokens)
+            tokens.append(int(row.argmax()))
+            if tokens[-1] in self.eos:
+                break
+        return tokens[begin:]
 
     def logprobs(self, tokens):
         row = self.engine.logits([*tokens, 0], len(tokens) - 1)[0].astype(np.float64)

@@ -23,6 +23,7 @@ from mlx_fd.models.conversation import Conversation, prefill
 from mlx_fd.models.loading import load
 from mlx_fd.runs.events import BatchDone, Warned
 from mlx_fd.runs.manifest import check_same, flat_options
+from support.draws import ALL
 from support.loops import Killed, assert_same, count_syncs, rows, start
 from support.pairs import make_dirs, make_plan
 from support.tiny import make_model_dir
@@ -299,7 +300,7 @@ def test_dying_at_any_flush_of_a_run_with_a_cache_changes_nothing(
     whole, dirs, tmp_path, monkeypatch
 ):
     plan, total = make_plan(*dirs, **EPOCHS), whole[3]
-    for limit in range(3, total, total // 6):
+    for limit in range(3, total, total // (6 if ALL else 3)):
         target = tmp_path / f"died{limit}"
         with monkeypatch.context() as patch, pytest.raises(Killed):
             count_syncs(patch, limit)

@@ -740,7 +740,7 @@ def test_half_batches_add_up():
     expected, expected_slope = mx.value_and_grad(lambda x: loss(x)[0] / loss(x)[1])(hidden)
     parts = [mx.value_and_grad(half)(hidden[r], r) for r in (slice(0, 25), slice(25, 40))]
     assert sum(value.item() for value, _ in parts) == pytest.approx(expected.item(), rel=1e-6)
-    close(np.concatenate([float64(grad) for _, grad in parts]), float64(expected_slope), 1e-6)
+    close(np.concatenate([float64(grad) for _, grad in parts]), float64(expected_slope), 2e-6)
 
 
 def test_under_checkpoint_and_further_up_the_graph():
@@ -753,7 +753,7 @@ def test_under_checkpoint_and_further_up_the_graph():
     expected, expected_slope = mx.value_and_grad(model)(weight, hidden)
     value, grad = mx.value_and_grad(mx.checkpoint(model))(weight, hidden)
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
-    close(grad, float64(expected_slope), 1e-6)
+    close(grad, float64(expected_slope), 2e-6)
     # And this is right: along the gradient the loss changes as the gradient says.
     step = 1e-2 * grad / mx.linalg.norm(grad)
     rise = model(weight + step, hidden) - model(weight - step, hidden)
@@ -777,7 +777,7 @@ def test_under_compile(chunk):
     finally:
         mx.disable_compile()
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
-    close(grad, float64(expected_slope), 1e-6)
+    close(grad, float64(expected_slope), 2e-6)
 
 
 def test_the_gradient_is_made_with_the_value(tmp_path):

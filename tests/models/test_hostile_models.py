@@ -504,42 +504,40 @@ sys.path.insert(0, {tests!r})
 from models.test_hostile_models import use
 from mlx_fd.errors import UserError
 from pathlib import Path
-try:
-    print("WORKS", use(Path(sys.argv[1])) is not None)
-except UserError as error:
-    print("REFUSED", error)
+for path in sys.argv[1:]:
+    try:
+        print("WORKS", use(Path(path)) is not None)
+    except UserError as error:
+        print("REFUSED", error)
 """
-
-
-@pytest.mark.parametrize(
-    ("where", "extra"),
-    [
-        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}}),
-        (
-            "tokenizer_config.json",
-            {
-                "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]},
-                "tokenizer_class": "EvilTokenizer",
-            },
-        ),
-        ("tokenizer_config.json", {"auto_map": ["evil.Tokenizer", "evil.Tokenizer"]}),
-        ("config.json", {"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}),
-        ("config.json", {"auto_map": {"AutoConfig": "evil.Config", "AutoTokenizer": "evil.T"}}),
-        ("config.json", {"model_file": "evil.py"}),
-    ],
+_NAMES_CODE = (
+    ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}}),
+    (
+        "tokenizer_config.json",
+        {
+            "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]},
+            "tokenizer_class": "EvilTokenizer",
+        },
+    ),
+    ("tokenizer_config.json", {"auto_map": ["evil.Tokenizer", "evil.Tokenizer"]}),
+    ("config.json", {"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}),
+    ("config.json", {"auto_map": {"AutoConfig": "evil.Config", "AutoTokenizer": "evil.T"}}),
+    ("config.json", {"model_file": "evil.py"}),
 )
-def test_no_code_of_a_directory_is_run_whatever_is_answered(
-    where: str, extra: dict[str, Any], sound: Path, tmp_path: Path
-) -> None:
-    path = broken(sound, tmp_path, entry(where, **extra))
-    sentinel = tmp_path / "ran"
-    (path / "evil.py").write_text(
-        f"open({str(sentinel)!r}, 'w').close()\n"
-        "from transformers import PretrainedConfig as Config\n"
-        "from transformers import PreTrainedTokenizerFast as Tokenizer\n"
-    )
+
+
+def test_no_code_of_a_directory_is_run_whatever_is_answered(sound: Path, tmp_path: Path) -> None:
+    paths = []
+    for number, (where, extra) in enumerate(_NAMES_CODE):
+        (tmp_path / str(number)).mkdir()
+        paths.append(broken(sound, tmp_path / str(number), entry(where, **extra)))
+        (paths[-1] / "evil.py").write_text(
+            f"open({str(tmp_path / f'ran {number}')!r}, 'w').close()\n"
+            "from transformers import PretrainedConfig as Config\n"
+            "from transformers import PreTrainedTokenizerFast as Tokenizer\n"
+        )
     done = subprocess.run(
-        [sys.executable, "-c", _ASKS_NOTHING.format(tests=str(ROOT / "tests")), str(path)],
+        [sys.executable, "-c", _ASKS_NOTHING.format(tests=str(ROOT / "tests")), *map(str, paths)],
         env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "MLX_FD_CACHE": str(tmp_path / "c")},
         input="y\n" * 1000,
         capture_output=True,
@@ -547,9 +545,8 @@ def test_no_code_of_a_directory_is_run_whatever_is_answered(
         timeout=120,
         check=False,
     )
-    assert not sentinel.exists()
+    assert list(tmp_path.glob("ran *")) == []
     assert done.returncode == 0, done.stderr
+    said = [line.split()[0] for line in done.stdout.splitlines()]
+    assert len([word for word in said if word in ("WORKS", "REFUSED")]) == len(paths)
     assert "[y/N]" not in done.stdout + done.stderr
-    assert done.stdout.startswith(("WORKS", "REFUSED")), done.stdout
-    if done.stdout.startswith("REFUSED"):
-        assert str(path) in done.stdout

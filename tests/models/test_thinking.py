@@ -195,15 +195,19 @@ def test_who_has_no_marks_of_thoughts_cannot_think(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["qwen3_5", "gemma3_text"])
 @pytest.mark.parametrize("name", ["qwen3", "nemotron3"])
-@pytest.mark.parametrize("on", [True, False])
-def test_states_that_cannot_be_cut_back_lose_the_thought_too(tmp_path, architecture, name, on):
+def test_states_that_cannot_be_cut_back_lose_the_thought_too(tmp_path, architecture, name):
     kind, tokenizer = TEMPLATES[name], make_tokenizer()
     tokenizer.add_special_tokens(
         [AddedToken(t, special=True, normalized=False) for t in kind.tokens]
     )
     make_architecture(tmp_path / "m", architecture, vocab_size=402)
     write_tokenizer(tmp_path / "m", tokenizer, chat_template=kind.source)
-    loaded = with_thinking(load(tmp_path / "m"), on=on, limit=6)
+    plain = load(tmp_path / "m")
+    for on in (True, False):
+        loses_the_thought(with_thinking(plain, on=on, limit=6))
+
+
+def loses_the_thought(loaded):
     prompts = [first_prompt(loaded, text) for text in (ASK, "How many apples does Tom have?")]
     none = [Conversation()] * 2
 

@@ -21,8 +21,8 @@ from support.shell import Done, limit_file_size, shell
 from support.trained import make_run
 
 SMALL = shlex.split(
-    "--episodes 18 --batch-size 2 --max-answer-tokens 6 --max-feedback-tokens 6 "
-    "--max-merge-tokens 5 "
+    "--episodes 8 --batch-size 1 --max-answer-tokens 4 --max-feedback-tokens 4 "
+    "--max-merge-tokens 3 "
     "--answers-by expert --answer-temperature 0 --score-at prompt --replay 0 "
     "--lr-schedule constant "
     "--probe-size 2 --lora-rank 4 --lora-rate 2e-2 --projection-rate 2e-2 --ema-decay 0.3 "
@@ -68,7 +68,7 @@ def run(finished, tmp_path) -> Path:
     """A copy of it with a batch more to do."""
     folder = shutil.copytree(finished, tmp_path / "run", symlinks=True)
     config = (folder / runs.CONFIG).read_text()
-    (folder / runs.CONFIG).write_text(config.replace("episodes = 18", "episodes = 20"))
+    (folder / runs.CONFIG).write_text(config.replace("episodes = 8", "episodes = 9"))
     return folder
 
 

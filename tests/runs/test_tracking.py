@@ -141,6 +141,7 @@ def test_a_real_run_is_tracked_and_so_is_what_was_added_to_it(tmp_path, call):
 
     small = {"episodes": 4, "batch-size": 2, "probe-size": 2, "exam-size": 0, "kd-steps": 1}
     small |= {"lr-schedule": "constant", "gate": "always"}
+    small |= {f"max-{name}-tokens": 12 for name in ("answer", "feedback", "merge")}
     options = [text for name, value in small.items() for text in (f"--{name}", value)]
     call("loop", "--preset", "tiny", *options, "--track", "tensorboard", "--out", run)
     config = (run / "config.toml").read_text()
@@ -163,6 +164,7 @@ def test_self_distillation_is_tracked_by_the_same_names(tmp_path, call):
     run = tmp_path / "run"
 
     small = {"episodes": 4, "batch-size": 2, "probe-size": 2, "probe-every": 1, "lora-rank": 2}
+    small |= {"max-answer-tokens": 16, "max-feedback-tokens": 16}
     options = [text for name, value in small.items() for text in (f"--{name}", value)]
     method = ("--method", "step-critique", "--critic", "truth")
     call("self-distill", *method, *options, "--track", "tensorboard", "--out", run)

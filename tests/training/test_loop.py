@@ -184,7 +184,7 @@ def test_dying_at_any_flush_and_resuming_changes_nothing(dirs, tmp_path, monkeyp
         start(folder, plan)
         total = seen()
     assert total > 40
-    for limit in range(1, total, 9):
+    for limit in range(1, total, 9 if ALL else 15):
         target = tmp_path / f"died{limit}"
         with monkeypatch.context() as patch, pytest.raises(Killed):
             count_syncs(patch, limit)

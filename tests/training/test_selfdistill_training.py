@@ -469,9 +469,9 @@ def test_smollm2_trains_on_real_problems(tmp_path):
     easy.write_text("".join(json.dumps(row) + "\n" for row in asked))
     for method, changes in (("opsd-reference", {"num_generations": 1}),):
         given = {
-            **{"student": "smollm2-135m:layers=8", "problems": str(easy)},
+            **{"student": "smollm2-135m:layers=2", "problems": str(easy)},
             **{"episodes": 2, "batch_size": 2},
-            **{"max_answer_tokens": 12, "probe_size": 1, "lora_rank": 4, "temperature": 0.5},
+            **{"max_answer_tokens": 8, "probe_size": 1, "lora_rank": 4, "temperature": 0.5},
             **changes,
         }
         summary = start(tmp_path / method, configured(method, given, preset="quick"))
