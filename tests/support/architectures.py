@@ -246,7 +246,7 @@ ARCHITECTURES: dict[str, Config] = {
     "qwen": _text(kv_channels=16, layer_norm_epsilon=1e-5, no_bias=True, intermediate_size=192),
     "qwen2": _text(tie_word_embeddings=True),
     "qwen2_untied": _text(model_type="qwen2", tie_word_embeddings=False),
-    "qwen2_moe": _text(**_EXPERTS, shared_expert_intermediate_size=32),
+    "qwen2_moe": _text(**{**_EXPERTS, "norm_topk_prob": False}, shared_expert_intermediate_size=32),
     "qwen2_vl": _wrapped("qwen2_vl", _text(model_type="qwen2", tie_word_embeddings=False)),
     "qwen3": _QWEN3,
     "qwen3_moe": _QWEN3_MOE,
@@ -393,9 +393,9 @@ ARCHITECTURES: dict[str, Config] = {
         "num_dense_layers": 1,
         "use_expert_bias": True,
     },
-    "deepseek": _text(**_MOE_ROUTED),
+    "deepseek": _text(**{**_MOE_ROUTED, "norm_topk_prob": False}),
     "deepseek_v2": _text(
-        **_MOE_ROUTED,
+        **{**_MOE_ROUTED, "norm_topk_prob": False},
         **_LATENT,
         topk_method="greedy",
         rope_scaling={
