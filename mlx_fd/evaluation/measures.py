@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mlx_fd.evaluation.processbench import f1, wilson_limits_of_f1
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, mcnemar, mean, paired_bootstrap
 from mlx_fd.runs.records import DifferenceRow
 from mlx_fd.runs.summary import wilson
@@ -38,12 +39,20 @@ class Measure:
         return self.statistic is mean and set(numbers) <= {0.0, 1.0}
 
     def estimate(self) -> Estimate:
-        """Its value with n and interval: Wilson's for a share, else the percentile bootstrap."""
+        """Its value with n and interval: Wilson's for a share, else the percentile bootstrap.
+
+        An F1 whose resamples are all alike, because all were found or none, has the F1 of the
+        Wilson limits of its two shares.
+        """
         columns = np.array([self.values, *self.shared], dtype=np.float64)
         columns = columns[:, ~np.isnan(columns[0])]
         n = columns.shape[1]
         if not self.is_share or not n:
-            return bootstrap(list(columns), self.statistic)
+            found = bootstrap(list(columns), self.statistic)
+            if self.statistic is f1 and found.low == found.high:
+                low, high = wilson_limits_of_f1(*columns)
+                return replace(found, low=low, high=high)
+            return found
         right = int(columns[0].sum())
         return Estimate(right / n, *wilson(right, n), n)
 

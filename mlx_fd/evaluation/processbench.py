@@ -22,6 +22,7 @@ from mlx_fd.evaluation.statistics import (
     mean,
 )
 from mlx_fd.problems.files import json_rows
+from mlx_fd.runs.summary import wilson
 
 ALL_RIGHT = -1
 _FIELDS: dict[str, type] = {
@@ -163,7 +164,22 @@ def f1(hits: Rows, wrong: Rows) -> float:
     Returns:
         In [0, 1]; NaN where there are no wrong, or no right solutions.
     """
-    on_wrong, on_right = mean(hits[wrong == 1]), mean(hits[wrong == 0])
-    if math.isnan(on_wrong + on_right):
+    return _harmonic(mean(hits[wrong == 1]), mean(hits[wrong == 0]))
+
+
+def wilson_limits_of_f1(hits: Rows, wrong: Rows) -> tuple[float, float]:
+    """The harmonic means of the lower and of the upper 95 % Wilson limits of the two shares.
+
+    Args:
+        hits: as for :func:`f1`.
+        wrong: likewise.
+    """
+    sides = (hits[wrong == 1], hits[wrong == 0])
+    low, high = zip(*(wilson(float(side.sum()), len(side)) for side in sides), strict=True)
+    return _harmonic(*low), _harmonic(*high)
+
+
+def _harmonic(one: float, other: float) -> float:
+    if math.isnan(one + other):
         return math.nan
-    return 2 * on_wrong * on_right / (on_wrong + on_right) if on_wrong + on_right else 0.0
+    return 2 * one * other / (one + other) if one + other else 0.0
