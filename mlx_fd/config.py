@@ -467,6 +467,11 @@ class EpisodeOptions:
     probe_every: int = _option(1, "Distilled batches between probe evaluations.", low=1)
     checkpoint_every: int = _option(4, "Batches between checkpoints.", low=1)
     keep_checkpoints: int = _option(3, "Checkpoints to keep besides the best one.", low=2)
+    profile: bool = _option(
+        False,
+        "Count what is read, written and learned from beside the least there could be, and the "
+        "seconds of each part of the work: in the summary, the report and metrics.jsonl.",
+    )
     seed: int = _option(
         0, "Random seed; runs with the same seed are identical.", low=0, high=MAX_SEED
     )

@@ -20,7 +20,7 @@ from mlx_fd.feedback.loss_terms import LOSSES, Forwarded
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import Batch, OwnTexts, Sample
 from mlx_fd.losses.divergence import Target, TopK, fused_linear_divergences, one_hot, top_k_gap
-from mlx_fd.models import ranks
+from mlx_fd.models import metering, ranks
 from mlx_fd.models.attention_taps import LOG_ZERO
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.lora import dropping
@@ -40,6 +40,7 @@ class Update:
         gradient_norm: before clipping.
         skipped: the loss or its gradient was not finite, and nothing was changed.
         tokens: what the student read, padding aside.
+        read: the same with what it read for the score head besides, where that was counted.
         seconds: what it took, where that was measured.
         clipped: share of tokens whose ratio a policy's loss clipped.
         each: the mean losses of each sample before the step, in order.
@@ -53,6 +54,7 @@ class Update:
     seconds: float = 0.0
     clipped: float = 0.0
     each: tuple[dict[str, float], ...] = ()
+    read: int = 0
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -235,6 +237,7 @@ def mean_losses(
     return {name: sums[name] / norms[name] for name in norms if norms[name]}
 
 
+@metering.counted(metering.MEASURING)
 def measure_each(
     student: Student,
     expert: Loaded,
@@ -342,6 +345,7 @@ def set_rates(optimizer: optim.MultiOptimizer, options: TrainingOptions, progres
         part.learning_rate = rate * left
 
 
+@metering.counted(metering.LEARNING)
 def update(
     pair: Pair,
     optimizer: optim.Optimizer,
@@ -397,8 +401,8 @@ def update(
     ):
         texts = [samples[mine[place]] for place in chunk]
         with dropping(student.model, done, number * ranks.size() + ranks.index()):
-            (value, rows), part = step(collate(texts))
-        gradients = part if gradients is None else tree_map(mx.add, gradients, part)
+            (value, rows), added = step(collate(texts))
+        gradients = added if gradients is None else tree_map(mx.add, gradients, added)
         mx.eval(value, rows, gradients)
         total += float(value) / scale
         found += zip((mine[place] for place in chunk), means_of(rows, texts), strict=True)
@@ -418,14 +422,17 @@ def update(
         )
         total += share * means["self"]
     gradient_norm, skipped = take_step(student, optimizer, gradients, total, training)
+    tokens = sum(len(s.prompt) + len(s.target) - 1 for s in samples)
+    own = sum(len(s.own) - 1 for s in samples if s.own and s.expert_score is not None)
     return Update(
         losses=means,
         total=total,
         gradient_norm=gradient_norm,
         skipped=skipped,
-        tokens=sum(len(s.prompt) + len(s.target) - 1 for s in samples),
+        tokens=tokens,
         seconds=time.perf_counter() - begin,
         each=tuple(each),
+        read=tokens + (own if "score" in losses.losses else 0),
     )
 
 

@@ -27,7 +27,7 @@ from mlx_fd.losses.head import logit_head
 from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.losses.spans import token_spans
-from mlx_fd.models import ranks
+from mlx_fd.models import metering, ranks
 from mlx_fd.models.attention_taps import log_attention, only
 from mlx_fd.models.backend import backend
 from mlx_fd.models.conversation import Conversation, forward, rewind_to
@@ -217,6 +217,7 @@ class Batch:
     own: OwnTexts | None  # of the samples with a score; None: of none is it known
 
 
+@metering.counted(metering.READING)
 def read_text(
     pair: Pair,
     before: Conversation,

@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_fd.errors import UserError
+from mlx_fd.models import metering
 from mlx_fd.models.chat_template import check_conversation
 from mlx_fd.models.conversation import Conversation, Mark, can_be_cut_back, prefill, rewind
 from mlx_fd.models.loading import Loaded
@@ -191,13 +192,14 @@ def generate(
     if not conversations:
         return []
     mx.random.seed(sampling.seed)
-    if options.reuse:
-        return _turns(loaded, conversations, prompts, sampling, options)
-    alone = dataclasses.replace(options, keep=False, mark=False)
-    return [
-        _turns(loaded, [Conversation(old.tokens)], [prompt], sampling, alone)[0]
-        for old, prompt in zip(conversations, prompts, strict=True)
-    ]
+    with metering.part(metering.WRITING):
+        if options.reuse:
+            return _turns(loaded, conversations, prompts, sampling, options)
+        alone = dataclasses.replace(options, keep=False, mark=False)
+        return [
+            _turns(loaded, [Conversation(old.tokens)], [prompt], sampling, alone)[0]
+            for old, prompt in zip(conversations, prompts, strict=True)
+        ]
 
 
 def think(

@@ -132,9 +132,15 @@ class View:
     def finals(self) -> Iterator[list[mx.array]]:
         """Keep the final hidden states [B, T, d] of each call of the model, whoever makes it."""
         kept: list[mx.array] = []
-        recorder = _Recorder(_at(self.model, self.final_path), kept.append)
-        with _replaced(self.model, {self.final_path: recorder}):
+        with self.watched(kept.append):
             yield kept
+
+    @contextmanager
+    def watched(self, tell: Callable[[mx.array], None]) -> Iterator[None]:
+        """Tell the final hidden states [B, T, d] of each call of the model, whoever makes it."""
+        recorder = _Recorder(_at(self.model, self.final_path), tell)
+        with _replaced(self.model, {self.final_path: recorder}):
+            yield
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits [n, rows] of final hidden states [n, d], made by the model's own ``__call__``."""

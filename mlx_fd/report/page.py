@@ -162,6 +162,7 @@ def make_page(
 def _loop_parts(runs: Sequence[LoopRun]) -> dict[str, Any]:
     probes = tables.probe_table(runs)
     judged = tables.judging_table(runs)
+    worked = tables.work_table(runs)
     warm_ups = [run.warm_up for run in runs if run.warm_up]
     return {
         "lead": tables.lead,
@@ -170,6 +171,7 @@ def _loop_parts(runs: Sequence[LoopRun]) -> dict[str, Any]:
             tables.summary_table(runs),
             *([probes] if probes else []),
             *([judged] if judged else []),
+            *([worked] if worked else []),
         ],
         "warm_up": self_tables.summary_table(warm_ups) if warm_ups else None,
         "warm_up_figures": [

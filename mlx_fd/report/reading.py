@@ -40,6 +40,7 @@ from mlx_fd.report.run import (
     summary_of,
 )
 from mlx_fd.report.self_reading import SelfRun, is_self_distillation, read_self_run
+from mlx_fd.runs.labels import WORK_NAMES
 from mlx_fd.runs.records import (
     AnswerRow,
     BeforeAfterRow,
@@ -53,6 +54,7 @@ from mlx_fd.runs.records import (
     StudentFeedbackRow,
     Summary,
     VerdictRow,
+    WorkRow,
 )
 from mlx_fd.runs.summary import summarise
 
@@ -242,18 +244,38 @@ class _LoopTotals(KnownTotals):
 def _metric(row: JsonObject) -> MetricsRow:
     # Older runs have neither.
     trust = row.get("trust", {})
-    return {
-        **metric(row),
-        "trust": {
-            "threshold": known(trust.get("threshold")),
-            "coverage": number(trust.get("coverage", 0)),
-            "audited": int(number(trust.get("audited", 0))),
-            "disagreed": int(number(trust.get("disagreed", 0))),
-            "bound": number(trust.get("bound", 1)),
+    found = cast(
+        "MetricsRow",
+        {
+            **metric(row),
+            "trust": {
+                "threshold": known(trust.get("threshold")),
+                "coverage": number(trust.get("coverage", 0)),
+                "audited": int(number(trust.get("audited", 0))),
+                "disagreed": int(number(trust.get("disagreed", 0))),
+                "bound": number(trust.get("bound", 1)),
+            },
+            "expert_tokens": int(number(row.get("expert_tokens", 0))),
+            "expert_verdicts": counts(row.get("expert_verdicts") or {}),
+            "answer_temperature": known(row.get("answer_temperature")),
         },
-        "expert_tokens": int(number(row.get("expert_tokens", 0))),
-        "expert_verdicts": counts(row.get("expert_verdicts") or {}),
-        "answer_temperature": known(row.get("answer_temperature")),
+    )
+    if "work" in row:
+        found["work"] = _work(row["work"])
+    return found
+
+
+def _work(value: Mapping[str, Any]) -> WorkRow:
+    return {
+        "counts": {
+            name: {
+                "done": int(number(value["counts"][name]["done"])),
+                "least": int(number(value["counts"][name]["least"])),
+            }
+            for name in WORK_NAMES
+        },
+        "seconds": numbers(value["seconds"]),
+        "processor_seconds": numbers(value["processor_seconds"]),
     }
 
 

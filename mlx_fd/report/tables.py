@@ -12,7 +12,14 @@ from mlx_fd.evaluation.pareto.names import METRICS, remarks_on
 from mlx_fd.evaluation.reliability import BINS, judging
 from mlx_fd.report.reading import Frontier, LoopRun
 from mlx_fd.report.run import Run
-from mlx_fd.runs.labels import EXAM_NAMES, duration, expert_verdicts_say
+from mlx_fd.runs.labels import (
+    EXAM_NAMES,
+    PART_NAMES,
+    WORK_NAMES,
+    beside_least,
+    duration,
+    expert_verdicts_say,
+)
 from mlx_fd.runs.records import (
     CascadeMeasuredRow,
     EstimateRow,
@@ -442,6 +449,28 @@ def steps_table(runs: Sequence[LoopRun]) -> Table:
     ]
     columns = [f"{run.name}: {kind}" if len(runs) > 1 else kind for run in runs for kind in kinds]
     return table("Tokens and seconds by step", ("", *columns), rows)
+
+
+def work_table(runs: Sequence[LoopRun]) -> Table | None:
+    """What was done beside the least there could have been, where it was counted."""
+    works = [run.totals.get("work") for run in runs]
+    if not any(works):
+        return None
+    rows: list[TableRow] = [
+        (label, *(Cell(beside_least(one["counts"][name])) if one else NONE for one in works))
+        for name, label in WORK_NAMES.items()
+    ]
+    rows += [
+        (
+            f"seconds: {label}",
+            *(Cell(f"{one['seconds'].get(name, 0):,.1f}") if one else NONE for one in works),
+        )
+        for name, label in PART_NAMES.items()
+    ]
+    columns = [run.name for run in runs] if len(runs) > 1 else ["done"]
+    return table(
+        "What the batches did, beside the least there could have been", ("", *columns), rows
+    )
 
 
 def _amounts(totals: Summary, step: str) -> list[Cell]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_fd.runs.records import ExpertVerdictsRow
+from mlx_fd.runs.records import AmountRow, ExpertVerdictsRow
 
 STEP_NAMES = {
     "answer": "expert answers",
@@ -55,3 +55,31 @@ def duration(seconds: float) -> str:
 def number(value: float | None, form: str = ".3g") -> str:
     """A number, or a dash where there is none."""
     return "-" if value is None else format(value, form)
+
+
+WORK_NAMES = {
+    "expert_prompts": "tokens of prompts, expert",
+    "student_prompts": "tokens of prompts, student",
+    "steps": "steps of writing",
+    "written": "places of these steps",
+    "expert_texts": "tokens read by the expert to teach",
+    "measured": "tokens measured before the gate",
+    "learned": "tokens learned from",
+}
+"""What :class:`mlx_fd.runs.records.WorkRow` counts."""
+
+
+def beside_least(amount: AmountRow) -> str:
+    """An amount of work, and how many times the least it is."""
+    done, least = amount["done"], amount["least"]
+    return f"{done:,}, {done / least:.2f} of the least" if least else f"{done:,}"
+
+
+PART_NAMES = {
+    "writing": "writing",
+    "reading": "the expert's reading",
+    "measuring": "losses before",
+    "learning": "updates",
+    "other": "gate, logs and all else",
+}
+"""The parts of the work."""

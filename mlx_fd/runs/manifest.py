@@ -142,6 +142,7 @@ _CHANGEABLE = (
     "grad_checkpoint",
     "checkpoint_every",
     "keep_checkpoints",
+    "profile",
 )
 
 

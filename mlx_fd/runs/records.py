@@ -322,6 +322,36 @@ class BatchMetricsRow(TypedDict):
     seconds: float
 
 
+class AmountRow(TypedDict):
+    """Tokens or steps.
+
+    Attributes:
+        done: how many there were.
+        least: how few there could have been.
+    """
+
+    done: int
+    least: int
+
+
+class WorkRow(TypedDict):
+    """What was done beside the least that there could have been (``profile``).
+
+    Attributes:
+        counts: tokens of prompts that each model read (``expert_prompts``, ``student_prompts``),
+            ``steps`` of writing and their places (``written``), tokens that the expert read of
+            what is learned from (``expert_texts``), that the student's losses were measured on
+            before (``measured``) and that it learned from (``learned``).
+        seconds: by part of the work: ``writing``, ``reading``, ``measuring``, ``learning`` and
+            ``other``.
+        processor_seconds: likewise, of all processors of rank 0's process.
+    """
+
+    counts: Mapping[str, AmountRow]
+    seconds: Mapping[str, float]
+    processor_seconds: Mapping[str, float]
+
+
 @final
 class MetricsRow(BatchMetricsRow):
     """A line of ``metrics.jsonl`` of the loop.
@@ -332,12 +362,14 @@ class MetricsRow(BatchMetricsRow):
         expert_verdicts: how many of the expert's scores had each outcome against the right answers;
             absent in later epochs and in runs of older versions.
         answer_temperature: of this batch's answers; null in a later epoch.
+        work: with ``profile``: what this batch did beside the least; absent in a later epoch.
     """
 
     trust: TrustRow
     expert_tokens: int
     expert_verdicts: NotRequired[Mapping[str, int]]
     answer_temperature: float | None
+    work: NotRequired[WorkRow]
 
 
 class AttemptsRow(TypedDict):
@@ -891,6 +923,7 @@ class Summary(TypedDict):
         top_k: with ``teacher_top_k``: what is left out.
         exam: with an examination: each measure before and after; before is before the warm-up.
         warm_up: with a warm-up: its own totals.
+        work: with ``profile``: what its batches did beside the least there could have been.
         best_checkpoint: name of the checkpoint with the least probe losses.
         peak_memory_bytes: most memory of MLX in any of the run's processes.
     """
@@ -912,6 +945,7 @@ class Summary(TypedDict):
     top_k: NotRequired[TopKRow]
     exam: NotRequired[dict[str, BeforeAfterRow]]
     warm_up: NotRequired[SelfSummary]
+    work: NotRequired[WorkRow]
     best_checkpoint: NotRequired[str]
     peak_memory_bytes: NotRequired[float]
 

@@ -18,6 +18,7 @@ from mlx_fd.runs.records import (
     ShareRow,
     Summary,
     VerdictsRow,
+    WorkRow,
 )
 
 # A share of episodes above this is worth a warning, once there are enough of them.
@@ -237,6 +238,8 @@ def summarise(
             **seconds_of(metrics, seconds or {}),
         },
     }
+    if work := [row["work"] for row in metrics if "work" in row]:
+        summary["work"] = total_work(work)
     if any(row["correct_before"] is None for row in episodes):
         summary["verdicts"] = _verdicts(episodes)
     return summary
@@ -254,6 +257,27 @@ def _expert_verdicts(episodes: Sequence[EpisodeRow]) -> ExpertVerdictsRow:
         "contradicted": contradicted,
         "left_out": left_out,
         "asked_again": counts["asked again"],
+    }
+
+
+def total_work(rows: Sequence[WorkRow]) -> WorkRow:
+    """The sum of several batches' work."""
+
+    def added(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: round(sum(part.get(name, 0) for part in parts), 3) for name in names}
+
+    names = dict.fromkeys(name for row in rows for name in row["counts"])
+    return {
+        "counts": {
+            name: {
+                "done": sum(row["counts"][name]["done"] for row in rows),
+                "least": sum(row["counts"][name]["least"] for row in rows),
+            }
+            for name in names
+        },
+        "seconds": added([row["seconds"] for row in rows]),
+        "processor_seconds": added([row["processor_seconds"] for row in rows]),
     }
 
 

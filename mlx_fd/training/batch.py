@@ -63,6 +63,7 @@ from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.feedback.verdicts import REASONS, Reviewed, review, tally
 from mlx_fd.models import ranks
 from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.metering import metered
 from mlx_fd.problems import Problem
 from mlx_fd.runs.events import Event, Step
 from mlx_fd.runs.records import EpisodeRow, GateRow, MetricsRow, SampleRow
@@ -78,6 +79,7 @@ from mlx_fd.training.checkpoint import (
 from mlx_fd.training.probe import Probe
 from mlx_fd.training.replay import Memory, Replay, choose
 from mlx_fd.training.selfdistill.in_loop import Lessons, lessons, self_distillation_loss
+from mlx_fd.training.work import EXPERT, STUDENT, work_row
 
 Report = Callable[[Event], None]
 
@@ -179,7 +181,19 @@ class _Gated:
 
 
 def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) -> BatchResult:
-    """One batch of episodes: steps 1 to 5."""
+    """One batch of episodes: steps 1 to 5; with ``profile``, what it did beside the least."""
+    if not learner.config.episode.profile:
+        return _run_batch(state, problems, learner)[0]
+    views = {EXPERT: learner.pair.expert.view, STUDENT: learner.pair.student.view}
+    with metered(views) as meter:
+        done, updates = _run_batch(state, problems, learner)
+    done.metrics["work"] = work_row(meter, done.rows, done.samples, updates, learner.config)
+    return done
+
+
+def _run_batch(
+    state: RunState, problems: Sequence[Problem], learner: Learner
+) -> tuple[BatchResult, list[Update]]:
     begin = time.perf_counter()
     pair, config, number = learner.pair, learner.config, state.batch
     on_tokens = learner.on_tokens(number)
@@ -260,7 +274,8 @@ def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) ->
     metrics["answer_temperature"] = options.answer_temperature
     outcomes = ranks.gather([one.outcome for one in (*reviewed, *second)])
     metrics["expert_verdicts"] = tally(outcomes)
-    return BatchResult(state, ranks.gather(rows), metrics, [*feedback, *solutions])
+    done = BatchResult(state, ranks.gather(rows), metrics, [*feedback, *solutions])
+    return done, updates
 
 
 def expert_tokens(judged: Sequence[Judged]) -> int:

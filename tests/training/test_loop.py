@@ -75,6 +75,31 @@ def test_the_steps_run_in_the_order_of_the_text(finished):
     assert summary["tokens"]["student_feedback_again"] > 0
 
 
+def test_a_profiled_run_says_what_it_did_beside_the_least(dirs, tmp_path):
+    options = {"profile": True, "episodes": 2, "gate": "always", "trigger": "always"}
+    found = {}
+    for sequential in (False, True):
+        folder = tmp_path / f"run{sequential}"
+        plan = make_plan(*dirs, sequential=sequential, answer_temperature=0.0, **options)
+        summary = start(folder, plan)
+        (metrics,) = runs.read_lines(folder / runs.METRICS)
+        work = metrics["work"]
+        assert summary["work"]["counts"] == work["counts"]
+        assert [n for n, one in work["counts"].items() if one["done"] < one["least"]] == []
+        written = sum(sum(row["tokens"].values()) for row in rows(folder))
+        assert work["counts"]["written"]["least"] == written
+        learned = sum(update["tokens"] for update in metrics["updates"])
+        assert learned <= work["counts"]["learned"]["least"] <= 2 * learned
+        assert set(work["seconds"]) == {"writing", "reading", "measuring", "learning", "other"}
+        assert sum(work["seconds"].values()) == pytest.approx(metrics["seconds"], abs=0.5)
+        found[sequential] = work["counts"]
+    together, alone = found[False], found[True]
+    # What there is to be read is the same, whoever reads it again and again.
+    for name in ("expert_prompts", "student_prompts", "steps", "written"):
+        assert together[name]["least"] == alone[name]["least"]
+    assert alone["expert_prompts"]["done"] > 2 * together["expert_prompts"]["done"]
+
+
 def test_learning_may_come_last(dirs, tmp_path):
     events = []
     start(tmp_path / "run", make_plan(*dirs, order="learn-last", episodes=2), events.append)

@@ -33,7 +33,16 @@ from mlx_fd.runs.events import (
     WarmedUp,
     Warned,
 )
-from mlx_fd.runs.labels import EXAM_NAMES, STEP_NAMES, duration, expert_verdicts_say, number
+from mlx_fd.runs.labels import (
+    EXAM_NAMES,
+    PART_NAMES,
+    STEP_NAMES,
+    WORK_NAMES,
+    beside_least,
+    duration,
+    expert_verdicts_say,
+    number,
+)
 from mlx_fd.runs.records import (
     CountRow,
     EstimateRow,
@@ -508,6 +517,15 @@ def summary_table(summary: Summary) -> NamedValues:
             f"{_estimate(sides['before'])} -> {_estimate(sides['after'])}, change "
             f"{_estimate(sides['change'], '+')} (n {sides['before']['n']})",
         )
+    if "work" in summary:
+        for name, amount in summary["work"]["counts"].items():
+            table.add_row(WORK_NAMES[name], beside_least(amount))
+        processor = summary["work"]["processor_seconds"]
+        total = sum(processor.values())
+        for name, seconds in summary["work"]["seconds"].items():
+            share = processor[name] / total if total else 0.0
+            message = f"{seconds:,.1f} s, {share:.1%} of the batches' processor time"
+            table.add_row(f"time: {PART_NAMES[name]}", message)
     table.add_row("time", duration(summary["seconds"]["total"]))
     table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB")
     return table
