@@ -6,6 +6,7 @@ import dataclasses
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.generate import BatchGenerator
 
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import first_prompt
@@ -79,6 +80,37 @@ def test_log_probabilities_are_those_of_a_whole_reading(loaded):
             truth = rows[range(len(tokens)), tokens] - np.log(np.exp(rows).sum(-1))
             values = [step.logprob.item() for step in found[number]]
             assert values == pytest.approx(truth, abs=2e-4)
+
+
+@pytest.mark.parametrize("running", [0, 1, 3])
+def test_who_joins_has_a_first_token_after_as_many_steps_as_in_bare_generation(loaded, running):
+    """An engine takes orders between two steps: one more at most, and what the queue takes."""
+    prompts = [first_prompt(loaded, answer_prompt(one)) for one in questions(running + 1)]
+    lane = open_lane(loaded, 8)
+    bare = BatchGenerator(loaded.model, completion_batch_size=8, prefill_batch_size=8)
+
+    def insert(prompt):
+        return bare.insert([list(prompt)], max_tokens=[48])[0]
+
+    def add(prompt):
+        return lane.add(Job(Conversation(), prompt, Sampling(48), logprobs=True))
+
+    def first(number, step):
+        return next(count for count in range(1, 50) if number in step())
+
+    ways = [
+        (insert, lambda: [one.uid for one in bare.next()[1]]),
+        (add, lambda: [one.number for one in lane.step()]),
+    ]
+    steps = []
+    for begin, step in ways:
+        for prompt in prompts[:running]:
+            begin(prompt)
+        for _ in range(5 if running else 0):
+            step()
+        steps.append(first(begin(prompts[-1]), step))
+    bare.close()
+    assert steps[1] == steps[0] < 5
 
 
 def test_a_text_that_leaves_is_written_no_further(loaded):

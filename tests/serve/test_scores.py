@@ -15,7 +15,15 @@ from mlx_fd.evaluation.cascade.outcomes import outcomes
 from mlx_fd.evaluation.cascade.scores import ANSWER, SCORES
 from mlx_fd.evaluation.target import open_target
 from mlx_fd.feedback.judge import locate_model
-from mlx_fd.serve.calibration import calibration_of
+from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.writing import Sampling
+from mlx_fd.serve.calibration import calibration_of, rule_of
+from mlx_fd.serve.engine import Written
+from mlx_fd.serve.limits import Limits
+from mlx_fd.serve.models import open_served
+from mlx_fd.serve.prompts import ask_chat
+from mlx_fd.serve.rule import decided
+from mlx_fd.serve.schema import ChatRequest, Common
 from mlx_fd.serve.service import Options
 from support.serving import ask, serving, tiny_run
 
@@ -77,3 +85,24 @@ def test_a_calibration_made_with_another_score_is_refused(calibrated):
     with pytest.raises(UserError, match="no trained score head; take --score answer"):
         calibration_of(other, plain)
     assert set(SCORES) == {"answer", "head"}
+
+
+def test_a_plain_student_has_a_cascade_where_there_is_an_expert():
+    served = open_served("tiny-student", "tiny")
+    assert served.names == ("cascade", "student", "expert")
+    assert dataclasses.replace(served, expert=None).names == ("student",)
+    options = Options("tiny-student", "tiny")
+    rule = rule_of(options, served)
+    assert (rule.score, rule.threshold) == (ANSWER, None)
+    written = Written("#### 4", (1, 2), "stop", Conversation(), 0, 0.0, (-0.5, -0.5))
+    passed_on = decided(rule, 0.99, written, has_expert=True)
+    assert (passed_on.by, passed_on.scored_by) == ("expert", "answer")
+    assert "it is not calibrated, and no --threshold is given" in passed_on.reason
+    named = rule_of(dataclasses.replace(options, threshold=0.5), served)
+    assert decided(named, 0.5, written, has_expert=True).by == "student"
+    assert decided(named, 0.49, written, has_expert=True).by == "expert"
+    request = ChatRequest(
+        Common("cascade", Sampling(64), (), stream=False, usage=False), (("user", "2 + 2?"),), None
+    )
+    asked = ask_chat(served, request, Limits(), verbatim=False, judges=False)
+    assert set(asked.prompts) == {"student", "expert"}
