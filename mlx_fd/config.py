@@ -361,11 +361,13 @@ class GateOptions:
         low=0,
         high=1,
     )
-    own_solution: bool = _option(
-        True,
-        "The student also solves each problem that it judges: where its solution contradicts its "
-        "verdict, that is trusted last. Costs one answer of the student; without effect where the "
-        "expert is always asked, or where final answers cannot be compared.",
+    own_solutions: int = _option(
+        1,
+        "How often the student also solves each problem that it judges, first greedily: the more "
+        "its solutions contradict its verdict, the less that is trusted. Each costs an answer of "
+        "the student; without effect where the expert is always asked, or where final answers "
+        "cannot be compared.",
+        low=0,
     )
     audit_fraction: float = _option(
         0.1,
@@ -747,6 +749,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lora_rate": 1.5e-3,
         "score_rate": 3e-3,
         "projection_rate": 1e-3,
+        "own_solutions": 3,
         "probe_size": 32,
         "ema_decay": 0.7,
         "exam_size": 200,

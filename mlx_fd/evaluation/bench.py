@@ -133,7 +133,7 @@ class Bench:
             episode=config.episode,
             answered_by=answered_by,
             state=self.target.gate,
-            own_solution=config.gate.own_solution,
+            own_solutions=config.gate.own_solutions,
         )
 
     def rows(

@@ -64,10 +64,10 @@ from mlx_fd.runs.records import (
     thought_columns,
 )
 
-# What a verdict loses in log-probability where the student's own solution contradicts it (from 2 on
-# such verdicts are the last to be trusted, and more changes nothing), and for each unit that the
+# What a verdict loses in log-probability where the student's own solutions contradict it (so much
+# that these verdicts are the last to be trusted; more changes nothing), and for each unit that the
 # score head's score is away from it.
-CONTRADICTED, DOUBTED = 3.0, 2.0
+CONTRADICTED, DOUBTED = 6.0, 2.0
 
 OnTokens = Callable[[str, int], None]
 """Called with the step's name and how many tokens were just written or learned from."""
@@ -144,14 +144,15 @@ class StudentFeedback:
             has no trained head.
         usage: of the feedback.
         logprob: log-probability of the feedback's tokens, all together, when they were drawn.
-        solves_alike: whether its own solution comes to the answer's final; ``None``: not known.
+        solves_alike: the share of its own solutions of the problem that come to the answer's
+            final; ``None``: not known.
     """
 
     feedback: Feedback
     head_score: float | None
     usage: Usage = field(default_factory=Usage)
     logprob: float = 0.0
-    solves_alike: bool | None = None
+    solves_alike: float | None = None
 
     @property
     def score(self) -> float | None:
@@ -171,18 +172,18 @@ class StudentFeedback:
     def confidence(self) -> float | None:
         """How sure it is of its verdict, in [0, 1]; ``None`` without one.
 
-        1 / (1 + -log p) of the text that it wrote, which counts as :data:`CONTRADICTED` nats less
-        likely where its own solution says otherwise, and by up to twice :data:`DOUBTED` less the
-        less its head agrees. Together they tell best where it says what the expert says
-        (docs/log.md).
+        1 / (1 + -log p) of the text that it wrote, which counts as less likely, by
+        :data:`CONTRADICTED` nats where all of its own solutions say otherwise, and by up to twice
+        :data:`DOUBTED` the less its head agrees. Together they tell best where it says what the
+        expert says (docs/log.md).
         """
         if self.verdict is None:
             return None
-        doubt = -self.logprob
-        if self.solves_alike not in (None, self.verdict > 0):
-            doubt += CONTRADICTED
+        doubt, right = -self.logprob, self.verdict > 0
+        if self.solves_alike is not None:
+            doubt += CONTRADICTED * (1 - self.solves_alike if right else self.solves_alike)
         if self.head_score is not None:
-            doubt += DOUBTED * (1 - (self.head_score if self.verdict > 0 else -self.head_score))
+            doubt += DOUBTED * (1 - self.head_score if right else 1 + self.head_score)
         return round(1 / (1 + doubt), 6)
 
 
@@ -582,6 +583,7 @@ def solve_alike(
     answered: Sequence[Answered],
     students: Sequence[StudentFeedback],
     options: GenerationOptions,
+    solutions: int,
     seed: int,
     on_tokens: OnTokens,
 ) -> list[StudentFeedback]:
@@ -591,39 +593,67 @@ def solve_alike(
         pair: the models; only the student writes.
         answered: episodes after step 1.
         students: the student's feedback on each.
-        options: token limits; its solutions are greedy.
-        seed: without effect, since nothing is drawn.
+        options: token limits.
+        solutions: of each problem; the first is greedy, the others are drawn at temperature 1.
+        seed: of the draws.
         on_tokens: called for every token.
 
     Returns:
-        Its feedback again; where final answers can be compared it is known whether they are alike.
+        Its feedback again, with the share of its solutions that come to the answer's final, where
+        final answers can be compared.
     """
-    loaded = pair.student_lm
     comparable = [
         index
         for index, one in enumerate(answered)
         if one.answer.final is not None and kind_of(one.problem).exclusive
     ]
-    problems = [answered[index].problem for index in comparable]
-    turns, usages = generate_step(
-        loaded,
-        "student_solution",
-        [Conversation()] * len(problems),
-        [first_prompt(loaded, answer_prompt(p.question, form_of(p))) for p in problems],
-        dataclasses.replace(sampling_for(as_student(options), "answer", seed), temperature=0.0),
-        on_tokens,
-        GenerateOptions(reuse=not options.sequential, keep=False),
-    )
     found = list(students)
-    for index, turn, usage in zip(comparable, turns, usages, strict=True):
-        one, problem = answered[index], answered[index].problem
-        final = read_answer(turn, problem, options).final
-        found[index] = dataclasses.replace(
-            found[index],
-            solves_alike=same_final(final, one.answer.final, problem),
-            usage=found[index].usage + usage,
+    alike: dict[int, list[bool]] = {index: [] for index in comparable}
+    for count, temperature in ((min(solutions, 1), 0.0), (max(solutions - 1, 0), 1.0)):
+        indices = comparable * count
+        problems = [answered[index].problem for index in indices]
+        sampling = sampling_for(as_student(options), "answer", seed)
+        turns, usages = generate_step(
+            pair.student_lm,
+            "student_solution",
+            [Conversation()] * len(problems),
+            [
+                first_prompt(pair.student_lm, answer_prompt(p.question, form_of(p)))
+                for p in problems
+            ],
+            dataclasses.replace(sampling, temperature=temperature),
+            on_tokens,
+            GenerateOptions(reuse=not options.sequential, keep=False),
         )
-    return found
+        for index, turn, usage in zip(indices, turns, usages, strict=True):
+            one = answered[index]
+            same = same_final(
+                read_answer(turn, one.problem, options).final, one.answer.final, one.problem
+            )
+            alike[index] += [] if same is None else [same]
+            found[index] = dataclasses.replace(
+                found[index], usage=_once_more(found[index].usage, usage)
+            )
+    return [
+        dataclasses.replace(one, solves_alike=sum(of) / len(of))
+        if (of := alike.get(index))
+        else one
+        for index, one in enumerate(found)
+    ]
+
+
+def _once_more(before: Usage, again: Usage) -> Usage:
+    """What a step took that was done again."""
+
+    def sums(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**one, **{step: one.get(step, 0) + value for step, value in other.items()}}
+
+    return dataclasses.replace(
+        before + again,
+        tokens=sums(before.tokens, again.tokens),
+        prefilled=sums(before.prefilled, again.prefilled),
+        seconds=sums(before.seconds, again.seconds),
+    )
 
 
 def expert_feedback(

@@ -317,7 +317,7 @@ def _student_feedback(value: Mapping[str, Any]) -> StudentFeedbackRow:
         "head_score": number(value["head_score"]),
         "written_score": known(value["written_score"]),
         # Older runs have neither.
-        "solves_alike": truth_or_none(value.get("solves_alike")),
+        "solves_alike": known(value.get("solves_alike")),
         "confidence": known(value.get("confidence")),
     }
 

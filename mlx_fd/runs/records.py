@@ -91,15 +91,15 @@ class StudentFeedbackRow(TypedDict):
         text: the paragraph, without its score.
         head_score: its score head's score, in (-1, 1).
         written_score: the score in the text, in [-1, 1]; null where none could be read.
-        solves_alike: whether its own solution comes to the answer's final; null where it gave
-            none, or the two cannot be compared.
+        solves_alike: share of its own solutions that come to the answer's final; null where it
+            gave none, or they cannot be compared.
         confidence: in its verdict, in [0, 1]; null where it has no score.
     """
 
     text: str
     head_score: float | None
     written_score: float | None
-    solves_alike: bool | None
+    solves_alike: float | None
     confidence: float | None
 
 

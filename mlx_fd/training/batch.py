@@ -299,9 +299,16 @@ def _judge(
     students = student_feedback(
         pair, answered, config.generation, seeds("student_feedback"), on_tokens
     )
-    if gate.may_trust(config.gate) and config.gate.own_solution:
-        seed = seeds("student_solution")
-        students = solve_alike(pair, answered, students, config.generation, seed, on_tokens)
+    if gate.may_trust(config.gate):
+        students = solve_alike(
+            pair,
+            answered,
+            students,
+            config.generation,
+            config.gate.own_solutions,
+            seeds("student_solution"),
+            on_tokens,
+        )
     # Where there is no trust, and for an audit.
     asked = [
         index

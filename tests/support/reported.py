@@ -43,7 +43,7 @@ def episode(number: int, **changes: Any) -> dict[str, Any]:
             "text": "Step 1 is right.",
             "head_score": 0.25,
             "written_score": 1.0,
-            "solves_alike": True,
+            "solves_alike": 1.0,
             "confidence": 0.25,
         },
         "gate": {

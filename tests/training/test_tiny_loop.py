@@ -86,20 +86,30 @@ def test_the_score_head_reads_the_end_of_the_feedback(pair, judged, monkeypatch)
 
 def test_its_own_solutions_bear_a_students_verdicts_out_or_contradict_them(pair, config, judged):
     answered, students = [one.answered for one in judged], [one.student for one in judged]
-    found = solve_alike(pair, answered, students, config.generation, 4, quiet)
-    greedy = dataclasses.replace(config.generation, answer_temperature=0.0)
-    own = answer(pair.student_lm, [one.problem for one in judged], greedy, 5, quiet, keep=False)
-    for before, one, student, solution in zip(students, answered, found, own, strict=True):
-        assert student.solves_alike == (solution.answer.final == one.answer.final)
-        written = student.feedback.written_score
-        contradicted = (written > 0) != student.solves_alike
-        assert student.verdict == written
-        head = student.head_score if written > 0 else -student.head_score
-        doubt = 3 * contradicted + 2 * (1 - head) - student.logprob
+    problems = [one.problem for one in judged]
+
+    def finals(of, temperature):
+        how = dataclasses.replace(config.generation, answer_temperature=temperature)
+        found = answer(pair.student_lm, of, how, 4, quiet, keep=False)
+        return [one.answer.final for one in found], [len(one.answer.tokens) for one in found]
+
+    greedy, lengths = finals(problems, 0.0)
+    drawn, more = finals(problems * 2, 1.0)
+    assert solve_alike(pair, answered, students, config.generation, 0, 4, quiet) == students
+    found = solve_alike(pair, answered, students, config.generation, 3, 4, quiet)
+    for place, (before, one, student) in enumerate(zip(students, answered, found, strict=True)):
+        own = [greedy[place], drawn[place], drawn[place + len(problems)]]
+        share = sum(final == one.answer.final for final in own) / 3
+        assert student.solves_alike == share
+        right = student.verdict > 0
+        assert student.verdict == student.feedback.written_score
+        doubt = 6 * (1 - share if right else share) - student.logprob
+        doubt += 2 * (1 - student.head_score if right else 1 + student.head_score)
         assert student.confidence == pytest.approx(1 / (1 + doubt), abs=1e-6)
-        assert (student.confidence < before.confidence) == contradicted
-        assert student.usage.tokens["student_solution"] == len(solution.answer.tokens)
-    assert len({student.solves_alike for student in found}) == 2
+        assert student.confidence <= before.confidence
+        written = lengths[place] + more[place] + more[place + len(problems)]
+        assert student.usage.tokens["student_solution"] == written
+    assert len({student.solves_alike for student in found}) > 2
 
 
 def test_the_verdict_is_the_heads_only_where_the_text_has_no_score():
@@ -107,7 +117,7 @@ def test_the_verdict_is_the_heads_only_where_the_text_has_no_score():
     assert silent.verdict == 0.5 and silent.confidence == round(1 / 3, 6)
     speaks = dataclasses.replace(silent, feedback=prompts.Feedback("", -0.2))
     assert speaks.verdict == -0.2 and speaks.confidence == 0.2
-    assert dataclasses.replace(speaks, solves_alike=True).confidence == 0.125
+    assert dataclasses.replace(speaks, solves_alike=0.5).confidence == 0.125
     assert dataclasses.replace(speaks, head_score=None).confidence == 0.5
     nothing = dataclasses.replace(silent, head_score=None)
     assert nothing.verdict is None and nothing.confidence is None

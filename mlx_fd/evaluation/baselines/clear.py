@@ -47,9 +47,9 @@ def loop(
 
     pair, options, state = setting.pair, setting.generation, setting.state
     students = student_feedback(pair, answered, options, seeds("student_feedback"), on_tokens)
-    if state is not None and state.running.trust.threshold is not None and setting.own_solution:
-        seed = seeds("student_solution")
-        students = solve_alike(pair, answered, students, options, seed, on_tokens)
+    if state is not None and state.running.trust.threshold is not None:
+        number, seed = setting.own_solutions, seeds("student_solution")
+        students = solve_alike(pair, answered, students, options, number, seed, on_tokens)
     asked = [
         index
         for index, student in enumerate(students)

@@ -32,7 +32,7 @@ class Setting:
         episode: the target score, and the student's weight in the combined score.
         answered_by: who wrote the answers that a system goes on from.
         state: the gate as the student's training ended; ``None`` where no run trained it.
-        own_solution: whether the student's confidence also comes from its own solution.
+        own_solutions: how many of its own the student's confidence comes from, too.
     """
 
     pair: Pair
@@ -40,7 +40,7 @@ class Setting:
     episode: EpisodeOptions
     answered_by: Who
     state: GateState | None
-    own_solution: bool = True
+    own_solutions: int = 1
 
 
 @dataclass(frozen=True)
