@@ -74,16 +74,26 @@ ARMS = {name: options for _, arms in GROUPS.values() for name, options in arms.i
 # ---- running ----
 
 
-def run_arm(arm: str, seed: int, runs: Path, extra: Sequence[str]) -> Path:
-    """The run directory of an arm and seed, its run finished."""
+def run_arm(
+    arm: str, seed: int, runs: Path, extra: Sequence[str], options: Sequence[str] | None = None
+) -> Path:
+    """The run directory of an arm and seed, its run finished.
+
+    Args:
+        arm: its name.
+        seed: of the run.
+        runs: where run directories go.
+        extra: further options of ``mlx-fd loop``.
+        options: those of the arm; ``None``: as :data:`ARMS` has them.
+    """
     folder = runs / f"{arm.replace(', ', '-').replace(' ', '-')}-seed{seed}"
     if (folder / "summary.json").exists():
         return folder
     if (folder / "manifest.json").exists():
         command = ["resume", str(folder)]
     else:
-        options = [*ARMS[arm], "--seed", str(seed), *extra]
-        command = ["loop", "--preset", "tiny", *options, "--out", str(folder)]
+        given = [*(ARMS[arm] if options is None else options), "--seed", str(seed), *extra]
+        command = ["loop", "--preset", "tiny", *given, "--out", str(folder)]
     print("$ mlx-fd", *command, flush=True)
     subprocess.run(
         [sys.executable, "-m", "mlx_fd", *command, "--quiet", "--json"],

@@ -1,0 +1,48 @@
+"""The bench of trust: what its rows say, and that its table and its plot are theirs."""
+
+import json
+import math
+from xml.etree import ElementTree
+
+import pytest
+
+from support.scripted import script
+
+bench = script("bench_trust")
+
+
+def row(seed, asked="11111010", agreed="1011-10-", right="11111101"):
+    trusted = "00001111"
+    return {
+        **{"arm": "main", "seed": seed, "seconds": 60.0, "tokens": [10 * int(x) for x in asked]},
+        **{"asked": asked, "trusted": trusted, "agreed": agreed, "right": right},
+        **{"wrong": "1100", "found": ["", "1011"], "solved": ["", "1110"]},
+    }
+
+
+def test_a_row_says_what_was_saved_and_what_came_of_it():
+    one = row(0)
+    assert bench.saved(one) == pytest.approx(2 / 8)
+    assert bench.saved(one, 4) == pytest.approx(2 / 4)
+    # Of the audited ones with both verdicts (the sixth was not asked) one differs.
+    audited = row(0, asked="11111110", agreed="1011110-")
+    assert bench.audits(audited).tolist() == [0.0, 0.0, 1.0]
+    # Alone: one right of one; audited: two right of three.
+    found = bench.cost(row(0, asked="11111110", right="11111011"))
+    assert found.value == pytest.approx(1 - 2 / 3)
+    assert found.error == pytest.approx(math.sqrt(2 / 9 / 2), rel=0.01)
+    # A run without trust has nothing to say of it.
+    assert math.isnan(bench.cost({**one, "trusted": "0" * 8}).value)
+    assert bench.saved({**one, "asked": "1" * 8, "tokens": [10] * 8}) == 0
+
+
+def test_table_and_plot_are_made_of_the_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row(seed)) + "\n" for seed in (0, 1)))
+    lines = bench.table(path).splitlines()
+    cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in lines if "|" in line}
+    assert cells["expert's feedback tokens saved (%)"][1].strip() == "25.0"
+    assert cells["final answers right (%)"][0].strip().startswith("87.5 (")
+    assert cells["problems solved (%)"][2].strip() == "75.0"
+    assert cells["episodes before trust"][1].strip() == "4"
+    ElementTree.fromstring(bench.plot(path))
