@@ -357,7 +357,8 @@ class GateOptions:
     max_disagreement: float = _option(
         0.1,
         "Largest fraction of the verdicts that the student gives alone that may differ from the "
-        "expert's, kept with a probability of 95 %; 0: the expert is always asked.",
+        "expert's, kept with a probability of 95 %; 0: the expert is always asked. Half of it "
+        "takes twice as many audited verdicts.",
         low=0,
         high=1,
     )
@@ -737,16 +738,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "expert": "tiny",
         "problems": "arithmetic",
-        "episodes": 480,
-        "batch_size": 32,
+        "episodes": 1600,
+        "batch_size": 64,
         "max_answer_tokens": 64,
         "max_feedback_tokens": 112,
         "max_merge_tokens": 112,
-        "kd_steps": 20,
+        "kd_steps": 16,
         "step_samples": 32,
-        "replay_size": 1024,
+        "replay_size": 2048,
         "micro_batch": 8,
-        "lora_rate": 1.5e-3,
+        "lora_rate": 3e-3,
         "score_rate": 3e-3,
         "projection_rate": 1e-3,
         "own_solutions": 3,

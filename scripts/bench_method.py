@@ -35,6 +35,8 @@ Row = dict[str, Any]
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE, PLOT = (DOCS / f"bench_method.{kind}" for kind in ("jsonl", "md", "svg"))
+# Those of the preset when the arms were chosen; what an arm says itself comes after them.
+SIZES = ("--episodes", "480", "--batch-size", "32")
 SHORT = ("--gate", "always", "--episodes", "240")
 SEVEN = ("--losses", "lm,hidden,score,logit,answer,reasoning,attention")
 # As the table shows them: what a group is about, the arm that its others are held against, and each
@@ -92,7 +94,8 @@ def run_arm(
     if (folder / "manifest.json").exists():
         command = ["resume", str(folder)]
     else:
-        given = [*(ARMS[arm] if options is None else options), "--seed", str(seed), *extra]
+        given = [*((*SIZES, *ARMS[arm]) if options is None else options)]
+        given += ["--seed", str(seed), *extra]
         command = ["loop", "--preset", "tiny", *given, "--out", str(folder)]
     print("$ mlx-fd", *command, flush=True)
     subprocess.run(

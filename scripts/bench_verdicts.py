@@ -63,6 +63,7 @@ OPTIONS: dict[str, Any] = {
     "replay": 0.0,
     "step_samples": 0,
     "lr_schedule": "constant",
+    "batch_size": 32,
     "kd_steps": 4,
     "lora_rate": 1e-3,
 }
