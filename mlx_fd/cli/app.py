@@ -34,7 +34,7 @@ from mlx_fd.models import ranks
 from mlx_fd.text import shown, strip_control_chars
 
 # What several processes do together; all else each would do for itself.
-_IN_SEVERAL_PROCESSES = ("loop", "resume")
+_IN_SEVERAL_PROCESSES = ("loop", "distil", "self-distill", "resume")
 
 
 @click.group(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mlx_fd.errors import UserError
 from mlx_fd.models import ranks
-from mlx_fd.runs.directory import BEGUN, CHECKPOINTS, read_manifest
+from mlx_fd.runs.directory import BEGUN, CHECKPOINTS, WARM_UP, read_manifest
 
 
 @contextlib.contextmanager
@@ -47,6 +47,16 @@ def own_folder(folder: Path, *, new: bool) -> Iterator[Path]:
         yield copy
 
 
+def copy_from_first(path: Path) -> None:
+    """Put a file that rank 0 has written in the run directory at the same place of all copies."""
+    if ranks.processes() == 1:
+        return
+    content = ranks.from_first(path.read_bytes)
+    if not ranks.first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
 def _check_ranks(folder: Path) -> None:
     """Make sure that a run goes on with as many ranks as it began with; asked on rank 0 alone."""
     if not ranks.first():
@@ -66,6 +76,6 @@ def _packed(folder: Path) -> bytes:
     with tarfile.open(fileobj=packed, mode="w") as archive:
         for path in sorted(folder.iterdir()):
             is_file = path.is_file() and not path.is_symlink()
-            if is_file or path.name in (CHECKPOINTS, BEGUN):
+            if is_file or path.name in (CHECKPOINTS, BEGUN, WARM_UP):
                 archive.add(path, path.name)
     return packed.getvalue()

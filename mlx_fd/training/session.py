@@ -117,19 +117,12 @@ def _check_ranks(config: Config) -> None:
             "the attention loss reads all heads of the expert, of which each process has some with "
             "shard_expert: leave one of the two out"
         )
-    if config.self_distils:
+    if sharded and config.self_distils:
+        raise UserError("shard_expert is for mlx-fd loop: leave it out")
+    if ranks.size() > 1 and config.losses.student_context != "none":
         raise UserError(
-            "self-distillation runs in one process: start it without mlx.launch (mlx-fd loop runs "
-            "in several)"
+            "student_context is for a run in one process: leave it out, or start without mlx.launch"
         )
-    for name, alone in (
-        ("warm_up", bool(config.episode.warm_up)),
-        ("student_context", config.losses.student_context != "none"),
-    ):
-        if alone:
-            raise UserError(
-                f"{name} is for a run in one process: leave it out, or start without mlx.launch"
-            )
 
 
 def _dated(config: Config) -> Config:

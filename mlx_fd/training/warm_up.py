@@ -20,6 +20,7 @@ from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.student import ADAPTER_WEIGHTS, Student, read_trained
 from mlx_fd.runs.events import Event, Note, WarmedUp, Warned
 from mlx_fd.runs.manifest import check_same, flat_options
+from mlx_fd.runs.mirror import copy_from_first
 from mlx_fd.runs.plan import Plan, check_run_memory
 from mlx_fd.runs.records import Manifest, SelfSummary
 from mlx_fd.runs.tracking import Tracking
@@ -162,7 +163,9 @@ def run_warm_up(
     if summary is None:
         return None
     # Also where the warm-up ended in another process.
-    weights = read_trained(place / runs.CHECKPOINTS / "last" / ADAPTER_WEIGHTS)
+    trained = place / runs.CHECKPOINTS / "last" / ADAPTER_WEIGHTS
+    copy_from_first(trained)
+    weights = read_trained(trained)
     pair.student_lm.model.load_weights(list(weights.items()), strict=False)
     mx.eval(pair.student_lm.model.parameters())
     report(WarmedUp(summary))

@@ -101,12 +101,12 @@ def test_a_run_goes_on_with_as_many_ranks_as_it_began_with(home, alone, two):
 
 
 def test_what_only_one_process_can_do_is_refused(home, two):
-    for words in (["eval", two], ["self-distill", "--method", "opsd", "--student", "student"]):
-        for one in launch(2, *words, cwd=home):
-            failed(one, "runs in one process: start it without mlx.launch")
-    first, second = launch(2, *LOOP, "--warm-up", "distil:2", "--out", "warm", cwd=home)
-    failed(first, "warm_up is for a run in one process")
-    assert second.status == 2 and not (home / "warm").exists()
+    for one in launch(2, "eval", two, cwd=home):
+        failed(one, "runs in one process: start it without mlx.launch")
+    own = ("--student-context", "feedback", "--out", "own", "--answers-by", "student")
+    first, second = launch(2, *LOOP, *own, "--order", "learn-last", cwd=home)
+    failed(first, "student_context is for a run in one process")
+    assert second.status == 2 and not (home / "own").exists()
 
 
 def test_machines_with_other_models_are_refused(home, tmp_path):
@@ -121,6 +121,32 @@ def test_machines_with_other_models_are_refused(home, tmp_path):
     failed(first, "the student is not the same on rank 1 as on rank 0")
     assert second.status == 2 and not second.err
     assert not any((folder / "other").exists() for folder in folders)
+
+
+# One token is drawn from one, so that ranks and one process draw the same.
+DISTIL = (
+    *("distil", "--expert", "expert", "--student", "student", "--problems", "problems.jsonl"),
+    *("--episodes", 4, "--batch-size", 3, "--probe-size", 1, "--probe-every", 1, "--top-k", 1),
+    *("--max-answer-tokens", 6, "--lora-rank", 2, "--on-policy-fraction", 0.7),
+)
+
+
+def test_two_ranks_distil_answers_as_one_process_does(home, tmp_path):
+    assert shell(*DISTIL, "--out", "answers", cwd=home).status == 0
+    run = tmp_path / "run"
+    before = {1: killed_after(run / runs.METRICS, 1)}
+    assert launch(2, *DISTIL, "--out", run, cwd=home, before=before)[1].status == -9
+    done = launch(2, "resume", run, cwd=home)
+    assert [one.status for one in done] == [0, 0], done
+    for log in (runs.ATTEMPTS, runs.METRICS):
+        assert close(rows(home / "answers", log), rows(run, log)) == [], log
+    assert all(row["updates"] for row in rows(run, runs.METRICS))
+    one, other = (
+        mx.load(str(folder / "checkpoints" / "last" / "adapters.safetensors"))
+        for folder in (home / "answers", run)
+    )
+    # Adam makes steps of a size of gradients next to zero.
+    assert all(mx.allclose(one[name], other[name], rtol=0, atol=1e-4) for name in one)
 
 
 def test_an_expert_on_two_ranks_says_what_it_says_whole(home):

@@ -36,6 +36,7 @@ from mlx_fd.losses.divergence import (
     teacher_top_k,
     token_log_probabilities,
 )
+from mlx_fd.models import ranks
 from mlx_fd.models.generation import first_prompt, with_thought
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.logit_transform import LogitSource
@@ -93,6 +94,7 @@ class RolloutStats:
         wrong: [K, T], the self-teacher's with wrong hints; ``None``: there are none.
         reference: [T], the base model's, where the loss needs them.
         likely: whether its own likelihood is raised, where that is the objective.
+        own: whether this rank reads it for its gradient; another one's has no ``targets``.
         overlap: [T], of the teacher's :data:`OVERLAP_TOP_K` likeliest tokens the share that are
             among the student's; ``None`` without a teacher.
         reverse_kl: [T], KL(student || teacher) in nats; likewise.
@@ -112,6 +114,7 @@ class RolloutStats:
     likely: bool = False
     overlap: mx.array | None = None
     reverse_kl: mx.array | None = None
+    own: bool = True
 
     @property
     def advantages(self) -> mx.array | None:
@@ -119,6 +122,46 @@ class RolloutStats:
         if self.teacher is None:
             return None
         return objectives.token_advantages(self.teacher, self.now)
+
+
+# What of a text's numbers decides what its tokens count, and is shown.
+_GATHERED = ("old", "now", "entropy", "teacher", "wrong", "reference", "overlap", "reverse_kl")
+
+
+def gather_stats(own: Sequence[RolloutStats]) -> list[RolloutStats]:
+    """Those of all ranks (:mod:`mlx_fd.models.ranks`), rank 0's first.
+
+    What a text is matched to stays with the rank that reads it.
+    """
+    if ranks.size() == 1:
+        return list(own)
+    rows = ranks.gather(
+        [
+            (vars(item.text), item.group, item.reward, item.finished, item.likely, ranks.index())
+            for item in own
+        ]
+    )
+    arrays = ranks.gather_arrays(
+        [
+            {name: array for name in _GATHERED if (array := getattr(item, name)) is not None}
+            for item in own
+        ]
+    )
+    mine = iter(own)
+    return [
+        next(mine)
+        if rank == ranks.index()
+        else RolloutStats(
+            text=Text(**{name: tuple(tokens) for name, tokens in text.items()}),
+            group=group,
+            reward=reward,
+            finished=finished,
+            likely=likely,
+            own=False,
+            **named,
+        )
+        for (text, group, reward, finished, likely, rank), named in zip(rows, arrays, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -263,7 +306,7 @@ def forward_teacher_and_student(
     size: int,
     expert: Expert | None = None,
 ) -> list[RolloutStats]:
-    """Read attempts as the student and as its teacher.
+    """Read attempts as the student and as its teacher; each rank reads its share of the problems.
 
     Args:
         student: the student and its tokenizer; its adapter is on.
@@ -279,8 +322,12 @@ def forward_teacher_and_student(
     """
     model, tokenizer, vocab = student.model, student.tokenizer, student.vocab
     lm = student.view
-    attempts = [attempt for group in groups for attempt in group]
-    numbers = [number for number, group in enumerate(groups) for _ in group]
+    mine = ranks.part(len(groups))
+    views = views_of(groups, views, mine)
+    attempts = [attempt for number in mine for attempt in groups[number]]
+    numbers = [number for number in mine for _ in groups[number]]
+    if not attempts:
+        return gather_stats([])
     texts = [
         text_after(student, view.student, attempt.tokens, attempt.opening)
         for view, attempt in zip(views, attempts, strict=True)
@@ -323,20 +370,30 @@ def forward_teacher_and_student(
         with adapter_swapped(model, zero_adapter(adapter(model))):
             base = token_logprobs(lm.head, read(lm, texts, size), texts, options, vocab)
         reference = [logprobs for logprobs, _ in base]
-    return [
-        RolloutStats(
-            text=text,
-            group=numbers[index],
-            reward=float(bool(attempt.correct)),
-            finished=attempt.tokens[-1] in tokenizer.eos_token_ids,
-            # What another model wrote was not drawn from this one: no ratio is taken of it.
-            old=mx.array(attempt.logprobs) if attempt.own else said[index].now,
-            likely=not attempt.own and views[index].teacher is not None,
-            reference=reference[index],
-            **vars(said[index]),
-        )
-        for index, (text, attempt) in enumerate(zip(texts, attempts, strict=True))
-    ]
+    return gather_stats(
+        [
+            RolloutStats(
+                text=text,
+                group=numbers[index],
+                reward=float(bool(attempt.correct)),
+                finished=attempt.tokens[-1] in tokenizer.eos_token_ids,
+                # What another model wrote was not drawn from this one: no ratio is taken of it.
+                old=mx.array(attempt.logprobs) if attempt.own else said[index].now,
+                likely=not attempt.own and views[index].teacher is not None,
+                reference=reference[index],
+                **vars(said[index]),
+            )
+            for index, (text, attempt) in enumerate(zip(texts, attempts, strict=True))
+        ]
+    )
+
+
+def views_of(
+    groups: Sequence[Sequence[Attempt]], views: Sequence[View], chosen: range
+) -> Sequence[View]:
+    """The views, one for each attempt, of a few groups in a row."""
+    begin = sum(map(len, groups[: chosen.start]))
+    return views[begin : begin + sum(map(len, groups[chosen.start : chosen.stop]))]
 
 
 @dataclass(frozen=True)
@@ -718,7 +775,7 @@ def gradients(
 ) -> tuple[Any, float]:
     """The gradient of the loss by the student's trainable weights, and the divergences' part of it.
 
-    Texts that nothing depends on are not read.
+    Texts that nothing depends on are not read, and of several ranks each reads its own.
     """
     model, lm = student.model, student.view
     scale = loss_scale(model)
@@ -727,7 +784,7 @@ def gradients(
         for item, match, push, teaches in zip(
             stats, weights.matches, weights.pushes, weights.teaches(), strict=True
         )
-        if teaches
+        if teaches and item.own
     ]
 
     def loss(indices: Sequence[int]) -> tuple[mx.array, mx.array]:
@@ -752,6 +809,7 @@ def gradients(
         sums = tree_map(mx.add, sums, grads)
         mx.eval(value, part, sums)
         matched += float(part)
+    sums, matched = ranks.add_gradients(sums), ranks.add({"matched": matched})["matched"]
     return tree_map(lambda gradient: gradient / scale, sums), matched
 
 
@@ -837,6 +895,7 @@ def nearness(
 ) -> dict[int, float]:
     """By group, the mean divergence of student and clean teacher on the teacher's answer."""
     lm = student.view
+    echoes = [item for item in echoes if item.own]
     states = read(lm, [item.text for item in echoes], size)
     divergences = {}
     for item, final in zip(echoes, states, strict=True):
@@ -852,4 +911,4 @@ def nearness(
         head, vocab = lm.head, student.vocab
         _, value = total(final, head, [item], even, options, vocab, differentiable=False)
         divergences[item.group] = float(value)
-    return divergences
+    return dict(ranks.gather(list(divergences.items())))

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_fd.config import Config
 from mlx_fd.feedback.episode import derive_seed
+from mlx_fd.models import ranks
 from mlx_fd.models.conversation import Conversation, prefill
 from mlx_fd.models.generation import first_prompt, generate
 from mlx_fd.models.loading import Loaded
@@ -17,7 +18,13 @@ from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import form_of, is_right, read_final
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.training.selfdistill.contexts import Attempt, View
-from mlx_fd.training.selfdistill.learning import RolloutStats, read, text_after
+from mlx_fd.training.selfdistill.learning import (
+    RolloutStats,
+    gather_stats,
+    read,
+    text_after,
+    views_of,
+)
 from mlx_fd.training.selfdistill.noise import noisy
 from mlx_fd.training.selfdistill.teacher import Weights, adapter_swapped
 
@@ -55,6 +62,8 @@ def sample_rollouts(
 ) -> tuple[list[list[Attempt]], int]:
     """``num_generations`` attempts at each problem; each question is read once for all of its own.
 
+    Each rank makes those at its share of the problems, and has all of them.
+
     Args:
         student: what it writes is drawn as the method says.
         problems: at least one.
@@ -68,7 +77,8 @@ def sample_rollouts(
     """
     options = config.selfdistill
     questions = [as_read(problem, config) for problem in problems]
-    rows = [index for index in range(len(problems)) for _ in range(options.num_generations)]
+    size = options.num_generations
+    rows = [index for index in ranks.part(len(problems)) for _ in range(size)]
     turns: list[Turn] = []
     begun: dict[int, Conversation] = {}
     prefilled = 0
@@ -100,11 +110,34 @@ def sample_rollouts(
             keep,
         )
     attempts = [
-        replace(_attempt(problems[index], questions[index], turn, config), own=own)
-        for index, turn in zip(rows, turns, strict=True)
+        replace(_attempt(problems[place // size], questions[place // size], turn, config), own=own)
+        for place, turn in enumerate(_gather_turns(turns))
     ]
-    size = options.num_generations
-    return [attempts[i : i + size] for i in range(0, len(attempts), size)], prefilled
+    groups = [attempts[i : i + size] for i in range(0, len(attempts), size)]
+    return groups, sum(ranks.gather([prefilled]))
+
+
+def _gather_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns of all ranks, without their caches."""
+    if ranks.size() == 1:
+        return list(turns)
+    rows = [
+        (turn.text, turn.tokens, turn.finished, turn.logprobs, turn.thought, turn.opening)
+        for turn in turns
+    ]
+    return [
+        Turn(
+            text=text,
+            tokens=tuple(tokens),
+            finished=finished,
+            conversation=Conversation(),
+            prefilled=0,
+            logprobs=tuple(logprobs),
+            thought=thought,
+            opening=tuple(opening),
+        )
+        for text, tokens, finished, logprobs, thought, opening in ranks.gather(rows)
+    ]
 
 
 def _attempt(problem: Problem, question: str, turn: Turn, config: Config) -> Attempt:
@@ -156,14 +189,18 @@ def grade_answers(
     It is drawn as attempts are, every time with the same seed, so that two looks differ by the
     model and not by luck.
     """
-    sampling = rollout_sampling(config, derive_seed(config.episode.seed, 0, "held out"))
+    seed = derive_seed(config.episode.seed, 0, ranks.step_name("held out"))
+    sampling = rollout_sampling(config, seed)
+    problems, messages = ranks.share(problems), ranks.share(messages)
     turns = answers_to(
         student, messages, sampling, config.selfdistill.generation_batch_size, on_token
     )
-    return [
-        is_right(read_final(turn.text, problem, config.generation.answer_filter), problem)
-        for turn, problem in zip(turns, problems, strict=True)
-    ]
+    return ranks.gather(
+        [
+            is_right(read_final(turn.text, problem, config.generation.answer_filter), problem)
+            for turn, problem in zip(turns, problems, strict=True)
+        ]
+    )
 
 
 def echoes_of(
@@ -184,10 +221,10 @@ def echoes_of(
         config: sampling, token limit and batch sizes.
         on_token: called with the number of tokens written in each step.
     """
-    firsts, at = [], 0
-    for group in groups:
-        firsts.append(views[at])
-        at += len(group)
+    mine = ranks.part(len(groups))
+    firsts = [views_of(groups, views, range(number, number + 1))[0] for number in mine]
+    if not firsts:
+        return gather_stats([])
     messages = [view.teacher or view.student for view in firsts]
     with adapter_swapped(student.model, teacher):
         turns = answers_to(
@@ -202,16 +239,18 @@ def echoes_of(
             for message, turn in zip(messages, turns, strict=True)
         ]
         states = read(student.view, clean, config.training.micro_batch)
-    return [
-        RolloutStats(
-            text=text_after(student, view.student, turn.tokens, turn.opening),
-            group=number,
-            reward=0.0,
-            finished=turn.finished,
-            old=mx.zeros(len(turn.tokens)),
-            now=mx.zeros(len(turn.tokens)),
-            entropy=mx.zeros(len(turn.tokens)),
-            targets=targets,
-        )
-        for number, (view, turn, targets) in enumerate(zip(firsts, turns, states, strict=True))
-    ]
+    return gather_stats(
+        [
+            RolloutStats(
+                text=text_after(student, view.student, turn.tokens, turn.opening),
+                group=number,
+                reward=0.0,
+                finished=turn.finished,
+                old=mx.zeros(len(turn.tokens)),
+                now=mx.zeros(len(turn.tokens)),
+                entropy=mx.zeros(len(turn.tokens)),
+                targets=targets,
+            )
+            for number, view, turn, targets in zip(mine, firsts, turns, states, strict=True)
+        ]
+    )

@@ -25,6 +25,7 @@ from mlx_fd.feedback import gate
 from mlx_fd.feedback.distill import Update
 from mlx_fd.feedback.episode import derive_seed
 from mlx_fd.files import clear_unfinished, write_json
+from mlx_fd.models import ranks
 from mlx_fd.models.checking import check_recompute
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, read_trained
@@ -411,7 +412,7 @@ def _headroom_says(headroom: Headroom, config: Config) -> str:
 
 
 def _seeds(config: Config, batch: int, what: str) -> Callable[[int], int]:
-    return lambda call: derive_seed(config.episode.seed, batch, f"{what}/{call}")
+    return lambda call: derive_seed(config.episode.seed, batch, ranks.step_name(f"{what}/{call}"))
 
 
 def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom:
@@ -477,7 +478,7 @@ def measure_headroom(learner: _Learner, problems: Sequence[Problem]) -> Headroom
 
 
 def build_views(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: int) -> list[View]:
-    """What the self-teacher reads about each attempt."""
+    """What the self-teacher reads about each attempt; each rank asks about its share of them."""
     config = learner.config
     options = config.selfdistill
     materials = Materials(
@@ -490,8 +491,13 @@ def build_views(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: i
         most_wrong=options.wrong_hints,
         seed=derive_seed(config.episode.seed, batch, "context"),
     )
+    mine = [attempt for group in ranks.share(groups) for attempt in group]
+    made = CONTEXTS[options.context].views(mine, materials)
+    views = [
+        View(student, teacher, tuple(wrong), note)
+        for student, teacher, wrong, note in ranks.gather(list(map(dataclasses.astuple, made)))
+    ]
     attempts = [attempt for group in groups for attempt in group]
-    views = CONTEXTS[options.context].views(attempts, materials)
     if options.self_teacher != EXPERT or options.expert_answers == "all":
         return views
     return [
