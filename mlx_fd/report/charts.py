@@ -313,7 +313,7 @@ def exam_figure(runs: Sequence[LoopRun]) -> Figure | None:
         x=alt.X("low:Q", title=None, axis=alt.Axis(tickCount=6)), x2="high:Q"
     ) + base.mark_point(filled=True, size=70, opacity=1).encode(x="value:Q")
     step = 14 * len(who)
-    says = "Points are the student's results on held-out questions, lines 95 % bootstrap intervals."
+    says = "Points are the student's results on held-out questions, lines 95 % intervals."
     return draw.figure(
         "Examination before and after",
         says,

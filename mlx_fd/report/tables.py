@@ -335,7 +335,7 @@ def exam_table(runs: Sequence[LoopRun]) -> Table | None:
             cells.append(estimate(sides and sides["change"], sign="+"))
         rows.append((EXAM_NAMES.get(name, name), *cells))
     return table(
-        "With 95 % bootstrap intervals over the questions; the change is paired, and bold where "
+        "With 95 % intervals over the questions; the change is paired, and bold where "
         "the interval excludes 0.",
         ("", *columns),
         rows,
