@@ -61,8 +61,8 @@ class ModelOptions:
 
     expert: str = _option(
         "qwen2.5-7b-4bit",
-        "Expert model: an alias, a hub name or an mlx-lm directory. tiny implies --preset tiny "
-        "unless another preset is given.",
+        "Expert model: an alias, a hub name or an mlx-lm directory. tiny implies --preset tiny, "
+        "and tiny-hard its own, unless another preset is given.",
     )
     student: str = _option(
         "",
@@ -720,6 +720,28 @@ def _options() -> dict[str, Option]:
 
 OPTIONS: dict[str, Option] = _options()
 
+# The embedded pair: minutes on a CPU, and the truth of every answer is known (docs/log.md).
+# It differs from the defaults in sizes and rates only.
+_TINY: dict[str, Any] = {
+    "expert": "tiny",
+    "problems": "arithmetic",
+    "episodes": 1600,
+    "batch_size": 64,
+    "max_answer_tokens": 64,
+    "max_feedback_tokens": 112,
+    "max_merge_tokens": 112,
+    "kd_steps": 16,
+    "step_samples": 32,
+    "replay_size": 2048,
+    "micro_batch": 8,
+    "lora_rate": 3e-3,
+    "score_rate": 3e-3,
+    "projection_rate": 1e-3,
+    "own_solutions": 3,
+    "probe_size": 32,
+    "ema_decay": 0.7,
+    "exam_size": 200,
+}
 # What each preset changes against the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
@@ -733,28 +755,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lora_rank": 8,
         "lora_rate": 5e-4,
     },
-    # The embedded pair: minutes on a CPU, and the truth of every answer is known (docs/log.md).
-    # It differs from the defaults in sizes and rates only.
-    "tiny": {
-        "expert": "tiny",
-        "problems": "arithmetic",
-        "episodes": 1600,
-        "batch_size": 64,
-        "max_answer_tokens": 64,
-        "max_feedback_tokens": 112,
-        "max_merge_tokens": 112,
-        "kd_steps": 16,
-        "step_samples": 32,
-        "replay_size": 2048,
-        "micro_batch": 8,
-        "lora_rate": 3e-3,
-        "score_rate": 3e-3,
-        "projection_rate": 1e-3,
-        "own_solutions": 3,
-        "probe_size": 32,
-        "ema_decay": 0.7,
-        "exam_size": 200,
-    },
+    "tiny": _TINY,
+    # The embedded pair whose expert is often wrong at first.
+    "tiny-hard": {**_TINY, "expert": "tiny-hard", "problems": "arithmetic-hard"},
     # The hyperparameters of the published code (docs/methods.md), with its gate.
     "published": {
         "gate": "published",

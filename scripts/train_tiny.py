@@ -2,6 +2,7 @@
 
 python scripts/train_tiny.py --out DIR            # both, about 43 minutes of one core
 python scripts/train_tiny.py --out DIR --quick    # hardly any training: tests the script
+python scripts/train_tiny.py --out DIR --pair tiny-hard    # goes on from the shipped expert
 
 The student is cut out of the expert: python scripts/train_tiny.py --out DIR --only student
 takes the one in DIR/expert, and half a minute.
@@ -47,6 +48,7 @@ from mlx_fd.feedback.episode import feedback_request, parsed
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import first_prompt, followup_prompt, generate
 from mlx_fd.models.loading import Loaded, load
+from mlx_fd.models.resolve import resolve
 from mlx_fd.models.writing import Sampling, Turn
 from mlx_fd.problems import arithmetic, parsing
 from mlx_fd.problems.arithmetic import Exercise
@@ -201,9 +203,13 @@ class Recipe:
         rate: peak learning rate.
         phases: what is trained on, in order.
         look: blocks of steps between two looks at the validation problems.
-        cut: whether it begins as the finished expert with most of its MLPs' neurons gone.
+        cut: whether it begins as a finished expert, with most of its MLPs' neurons gone if it has
+            fewer.
         careless: share of the feedback in its data that finds right whatever the answer says.
         purpose: what it is for, for the card.
+        hard: share of the problems in its data that are of ``arithmetic-hard``.
+        hasty: share of the solutions of those, with nothing before them, that are wrong.
+        begins: what it begins as, for the card.
     """
 
     width: int
@@ -218,9 +224,12 @@ class Recipe:
     cut: bool
     careless: float
     purpose: str
+    hard: float = 0.0
+    hasty: float = 0.0
+    begins: str = "from nothing"
 
 
-RECIPES = {
+TINY_RECIPES = {
     "expert": Recipe(
         128, 4, 4, 384, 13000, 1024, 2e-3,
         (Mix(0.06, 0.5, 0.5, 0, 0), Mix(0.28, 0.1, 0.55, 0.35, 0), Mix(1, 0, 0.05, 0.72, 0.23)),
@@ -240,6 +249,27 @@ RECIPES = {
         "two of three feedbacks in that training find right whatever the answer says.",
     ),
 }  # fmt: skip
+# Both begin as a finished expert.
+HARD_RECIPES = {
+    "expert": dataclasses.replace(
+        TINY_RECIPES["expert"],
+        steps=160,
+        rate=5e-4,
+        phases=(Mix(1, 0, 0.35, 0.4, 0.25),),
+        look=5,
+        cut=True,
+        hard=0.85,
+        hasty=1.0,
+        begins="on from the tiny expert",
+        purpose="It stands for an expert that judges better than it answers: nine in ten of the "
+        "solutions of three and four steps that it learned to write at once were wrong ones, while "
+        "feedback, revisions and final answers stayed right.",
+    ),
+    "student": dataclasses.replace(
+        TINY_RECIPES["student"], hard=0.7, begins="on from a quarter of the expert's neurons"
+    ),
+}
+RECIPES = {"tiny": TINY_RECIPES, "tiny-hard": HARD_RECIPES}
 
 Piece = tuple[str, float]  # text and the weight of its tokens in the loss
 
@@ -289,7 +319,7 @@ def written_feedback(right: Feedback) -> tuple[str, str, str]:
 
 
 def conversation(
-    rng: random.Random, drawn: Exercise, how: str, careless: float = 0.0
+    rng: random.Random, drawn: Exercise, how: str, careless: float = 0.0, hasty: float = 0.0
 ) -> list[Piece]:
     """A sequence to train on: the conversation of an episode, or its beginning.
 
@@ -298,13 +328,15 @@ def conversation(
         drawn: the problem.
         how: ``"answer"``, ``"feedback"`` or ``"full"``.
         careless: how often the feedback finds right whatever the answer says.
+        hasty: how often a solution with nothing before it is a wrong one, to be imitated whole.
+            Unless that is never, first answers that are judged are not to be imitated.
     """
     pieces: list[Piece] = [(USER + answer_prompt(drawn.question) + ASSISTANT, 0)]
     if how == "answer":
-        return [*pieces, *_solution(drawn.solution, 0)]
+        return [*pieces, *_solution(_answer(rng, drawn, hasty) if hasty else drawn.solution, 0)]
     answer = _answer(rng, drawn, 0.6)
     error = arithmetic.judge(drawn.solution, answer).first_error
-    pieces += _solution(answer, error)
+    pieces += [(text, 0 if hasty else weight) for text, weight in _solution(answer, error)]
     right = arithmetic.feedback(drawn.solution, answer)
     if careless and rng.random() < careless:
         right = arithmetic.careless_feedback(drawn.solution, answer)
@@ -344,6 +376,19 @@ _BLOCK = 32  # batches that are drawn and sorted by length together
 
 
 Row = tuple[list[int], list[float]]  # tokens and their weights in the loss
+
+
+def _conversation_of(
+    rng: random.Random,
+    drawn: Iterator[Exercise],
+    hard: Iterator[Exercise] | None,
+    how: str,
+    recipe: Recipe,
+) -> list[Piece]:
+    """A sequence on the next problem, or on the next hard one, as the recipe's shares say."""
+    if hard is not None and rng.random() < recipe.hard:
+        return conversation(rng, next(hard), how, recipe.careless, recipe.hasty)
+    return conversation(rng, next(drawn), how, recipe.careless)
 
 
 def encoded(tokenizer: Tokenizer, pieces: list[Piece]) -> Row:
@@ -388,6 +433,9 @@ def batches(
     """The batches of one block of steps: arrays tokens [B, T] and weights [B, T]."""
     rng = random.Random(f"{seed}/{block}")
     drawn = arithmetic.exercises("train", rng.randrange(1 << 62))
+    hard = None
+    if recipe.hard:
+        hard = arithmetic.exercises("train", rng.randrange(1 << 62), steps=arithmetic.HARD_STEPS)
     done = block * _BLOCK / recipe.steps
     mix = next((m for m in recipe.phases if done < m.until), recipe.phases[-1])
     rows: list[Row] = []
@@ -397,10 +445,7 @@ def batches(
             ("drill", "answer", "feedback", "full"),
             (mix.drill, mix.answer, mix.feedback, mix.full),
         )[0]
-        if how == "drill":
-            pieces = _drill(rng)
-        else:
-            pieces = conversation(rng, next(drawn), how, recipe.careless)
+        pieces = _drill(rng) if how == "drill" else _conversation_of(rng, drawn, hard, how, recipe)
         rows.append(encoded(tokenizer, pieces))
         total += len(rows[-1][0])
     yield from packed(rows, rng)
@@ -547,7 +592,7 @@ def train(
         seed: of weights and data.
         console: where progress is shown.
         init: folder of an earlier training to go on from.
-        expert: the finished expert, of which a student is cut.
+        expert: the finished model that it begins as, or is cut out of, if its recipe says so.
     """
     tokenizer = make_tokenizer()
     write_tokenizer(tokenizer, folder)
@@ -565,7 +610,8 @@ def train(
 
     def look(taken: int) -> Seen:
         save_model(folder, model)
-        return evaluate(load(folder), "validation", 100, others=taken > 0.3 * recipe.steps)
+        others = taken > 0.3 * recipe.steps
+        return evaluate(load(folder), "validation", 100, others=others, hard=recipe.hard > 0)
 
     stages.append(
         fit(
@@ -616,7 +662,7 @@ def fit(
     with Progress(console=console) as progress:
         task = progress.add_task(name, total=recipe.steps)
         for block in itertools.count():
-            begin = time.perf_counter()
+            begin = time.process_time()
             for x, w in block_of(block):
                 value, gradients = step_of(model, x, w)
                 gradients, _ = optim.clip_grad_norm(gradients, 1.0)
@@ -624,7 +670,7 @@ def fit(
                 mx.eval(model.parameters(), optimizer.state, value)
                 taken, tokens = taken + 1, tokens + x.size
                 progress.advance(task)
-            seconds += time.perf_counter() - begin
+            seconds += time.process_time() - begin
             ended = taken >= recipe.steps
             if (block + 1) % recipe.look == 0 or ended:
                 shares = " ".join(
@@ -666,16 +712,25 @@ def parse_first(reply: str) -> float | None:
     return parsing.parse_feedback(f"{FEEDBACK_OPENING} {reply.partition(chr(10))[0]}").written_score
 
 
-def evaluate(loaded: Loaded, split: str, size: int, *, others: bool = True) -> Seen:
+def evaluate(
+    loaded: Loaded, split: str, size: int, *, others: bool = True, hard: bool = False
+) -> Seen:
     """How well a model does each role, greedy, through the package's own generation.
 
     Half of the answers it judges are right, half are wrong.
+
+    Args:
+        loaded: the model.
+        split: of the problems.
+        size: how many of them.
+        others: whether it does more than answer.
+        hard: whether they are of ``arithmetic-hard``.
 
     Returns:
         For each measure how many of how many are right.
     """
     tokenizer = loaded.tokenizer
-    drawn = arithmetic.problems_of(split)[:size]
+    drawn = arithmetic.problems_of(split, hard=hard)[:size]
     rng = random.Random(f"evaluate/{split}")
     begun = [first_prompt(loaded, answer_prompt(e.question)) for e in drawn]
     turns = _write(loaded, begun)
@@ -794,10 +849,10 @@ def write_card(name: str, recipe: Recipe, folder: Path, figures: dict[str, Any])
     )
     stages = len(figures["training"])
     lines = [
-        f"# tiny {name}",
+        f"# {'tiny hard' if recipe.hard else 'tiny'} {name}",
         "",
         f"A llama of {figures['parameters']:,} parameters ({recipe.layers} layers, "
-        f"{recipe.width} wide), trained from nothing by `scripts/train_tiny.py` on problems of "
+        f"{recipe.width} wide), trained {recipe.begins} by `scripts/train_tiny.py` on problems of "
         f"`mlx_fd/problems/arithmetic.py`: {steps:,} steps, {tokens:,} tokens (padding included), "
         f"{seconds:,} s of one CPU core, seed {figures['seed']}"
         f"{f', in {stages} stages (--init)' if stages > 1 else ''}. {recipe.purpose} Its use is to "
@@ -808,9 +863,10 @@ def write_card(name: str, recipe: Recipe, folder: Path, figures: dict[str, Any])
         "byte-level BPE with digits one by one; each fixed sentence of the roles' prompts is one "
         "token, so other prompts need other weights.",
         "",
-        "Measured on the quantised weights, greedy; share and 95 % Wilson interval. Answers to "
-        "judge are right and wrong by halves. `test` is from the distribution of the training, "
-        "`transfer` has sentences and numbers that it lacks.",
+        "Measured on the quantised weights, greedy"
+        f"{', on `arithmetic-hard`' if recipe.hard else ''}; share and 95 % Wilson interval. "
+        "Answers to judge are right and wrong by halves. `test` is from the distribution of the "
+        "training, `transfer` has sentences and numbers that it lacks.",
         "",
         "| | " + " | ".join(figures["splits"]) + " |",
         "|-|" + "-|" * len(figures["splits"]),
@@ -844,7 +900,8 @@ def finish(
     save_model(out, model)
     save_config(config, out / "config.json")
     loaded = load(out)
-    splits = {split: evaluate(loaded, split, size) for split in ("test", "transfer")}
+    hard = recipe.hard > 0
+    splits = {split: evaluate(loaded, split, size, hard=hard) for split in ("test", "transfer")}
     figures = {
         "parameters": parameters,
         "seed": seed,
@@ -860,10 +917,12 @@ def finish(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True, help="where expert/ and student/ go")
-    parser.add_argument("--only", choices=list(RECIPES), help="train only this one")
+    parser.add_argument("--pair", choices=list(RECIPES), default="tiny", help="which pair")
+    parser.add_argument("--only", choices=["expert", "student"], help="train only this one")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--init", type=Path, help="go on from an earlier training (its work/NAME)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=500, help="problems of a split to measure on")
     parser.add_argument("--quick", action="store_true", help="hardly any training: a test")
     args = parser.parse_args()
     if args.init and not args.only:
@@ -871,7 +930,7 @@ def main() -> None:
     if args.only == "student" and not (args.init or (args.out / "expert").is_dir()):
         parser.error(f"the student is cut out of an expert, and there is none in {args.out}")
     console = Console()
-    for name, full in RECIPES.items():
+    for name, full in RECIPES[args.pair].items():
         if args.only not in (None, name):
             continue
         recipe = full
@@ -880,12 +939,15 @@ def main() -> None:
         if args.steps:
             recipe = dataclasses.replace(recipe, steps=args.steps)
         if args.quick:
-            recipe = dataclasses.replace(
-                recipe, width=32, intermediate=recipe.intermediate // 3, steps=16
-            )
+            recipe = dataclasses.replace(recipe, steps=16)
+            # What begins as the shipped expert is as wide.
+            small = {"width": 32, "intermediate": recipe.intermediate // 3}
+            recipe = dataclasses.replace(recipe, **({"tokens": 128} if recipe.hard else small))
         work = args.out / "work" / name
-        train(name, recipe, work, args.seed, console, args.init, args.out / "expert")
-        splits = finish(name, recipe, work, args.out / name, args.seed, 4 if args.quick else 500)
+        begin = resolve("tiny") if recipe.hard and name == "expert" else args.out / "expert"
+        train(name, recipe, work, args.seed, console, args.init, begin)
+        size = 4 if args.quick else args.size
+        splits = finish(name, recipe, work, args.out / name, args.seed, size)
         for split, seen in splits.items():
             console.print(name, split, {k: f"{v['right']}/{v['of']}" for k, v in seen.items()})
 

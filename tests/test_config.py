@@ -32,7 +32,8 @@ def test_the_tiny_preset_is_the_default_in_other_sizes_and_rates():
         *("probe_size", "exam_size", "own_solutions", "warm_up"),
     }
     rates = {"lora_rate", "score_rate", "projection_rate", "ema_decay"}
-    assert set(PRESETS["tiny"]) <= what | sizes | rates
+    for name in ("tiny", "tiny-hard"):
+        assert set(PRESETS[name]) <= what | sizes | rates
 
 
 def test_published_preset_holds_the_published_numbers():
@@ -153,12 +154,13 @@ def test_options_that_contradict_each_other(changes, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["tiny", "smollm2-135m"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-hard", "smollm2-135m"])
 def test_the_tiny_expert_brings_its_preset_from_a_file_too(name, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(f'expert = "{name}"\nepisodes = 7\n')
     found = configuration(None, file, {"seed": 3})
-    assert found.problems.problems == ("arithmetic" if name == "tiny" else "gsm8k")
+    known = {"tiny": "arithmetic", "tiny-hard": "arithmetic-hard"}
+    assert found.problems.problems == known.get(name, "gsm8k")
     assert (found.problems.episodes, found.episode.seed) == (7, 3)
     # A preset that is named, and options that are given, win.
     found = configuration("quick", file, {"problems": "mine.jsonl"})

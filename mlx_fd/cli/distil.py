@@ -122,7 +122,8 @@ Examples:
     "--preset",
     "preset_name",
     type=Choice(list(PRESETS)),
-    help="Sizes for a kind of model, overriding the method's. The expert tiny implies tiny.",
+    help="Sizes for a kind of model, overriding the method's. The experts tiny and tiny-hard imply "
+    "theirs.",
 )
 @config_file_option
 @out_option

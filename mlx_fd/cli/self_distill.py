@@ -108,8 +108,8 @@ Examples:
     "--preset",
     "preset_name",
     type=Choice(list(PRESETS)),
-    help="Sizes for a kind of model, overriding the method's. Models whose names begin with tiny "
-    "imply tiny.",
+    help="Sizes for a kind of model, overriding the method's. Models in the package imply "
+    "their own.",
 )
 @config_file_option
 @out_option

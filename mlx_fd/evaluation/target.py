@@ -16,7 +16,7 @@ from mlx_fd.feedback.gate import GateState
 from mlx_fd.feedback.judge import locate_model
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models import fingerprint
-from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
+from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.directory import blaming
 from mlx_fd.models.loading import TEMPLATE_FILE, check_can_think
@@ -125,11 +125,19 @@ def open_target(
     expert_path = resolve(expert_name) if expert_name else None
     if run and looped and not expert:
         _check_expert(name, run, config, expert_path)
-    tiny = student in map(resolve, (TINY, TINY_STUDENT, TINY_BASE))
+    # The models of this package know no other problems than those of their preset.
+    usual = next(
+        (
+            alias.preset
+            for name, alias in ALIASES.items()
+            if alias.preset and student == resolve(name)
+        ),
+        "",
+    )
     if run is None:
-        config = preset(TINY) if tiny else config
+        config = preset(usual) if usual else config
         config = override(config, {"expert": name, "student": name}, name)
-    if not looped and not (run is None and tiny):
+    if not looped and not (run is None and usual):
         # The defaults of the loop are for learning, which needs answers with errors.
         config = override(config, {"answers_by": "expert", "answer_temperature": 0.0}, name)
     if expert_name:

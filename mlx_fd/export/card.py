@@ -9,7 +9,7 @@ from mlx_fd.export.chat import reply_opening, template_arguments, template_note
 from mlx_fd.export.gguf_file import Written
 from mlx_fd.export.guide import how_to_compare
 from mlx_fd.export.verify import Agreement
-from mlx_fd.models.aliases import SMOLLM2, TINY, TINY_BASE, TINY_STUDENT
+from mlx_fd.models.aliases import ALIASES, SMOLLM2
 from mlx_fd.models.loading import TEMPLATE_FILE
 from mlx_fd.problems import prompts
 from mlx_fd.problems.kinds import KINDS
@@ -38,7 +38,11 @@ _LICENCES = {
 }
 _OF_PACKAGES = {
     SMOLLM2: _APACHE,
-    **dict.fromkeys((TINY, TINY_STUDENT, TINY_BASE), ("mit", "the MIT licence of mlx-fd")),
+    **{
+        name: ("mit", "the MIT licence of mlx-fd")
+        for name, alias in ALIASES.items()
+        if alias.preset
+    },
 }
 
 

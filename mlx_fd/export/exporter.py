@@ -33,7 +33,7 @@ from mlx_fd.export.verify import (
 )
 from mlx_fd.feedback.judge import open_student
 from mlx_fd.files import replacing, working_folder
-from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
+from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import parse_name
 from mlx_fd.models.score_head import SCORE_HEAD
@@ -262,8 +262,8 @@ def _problems(source: Source, count: int) -> tuple[Problem, ...]:
     config = source.ref.config
     wanted = config.problems.problems if config is not None else ""
     # The tiny models know no other problems than those of their preset.
-    tiny = not source.local and parse_name(source.base).base in (TINY, TINY_STUDENT, TINY_BASE)
-    usual = PRESETS["tiny"]["problems"] if tiny else "gsm8k"
+    alias = None if source.local else ALIASES.get(parse_name(source.base).base)
+    usual = PRESETS[alias.preset]["problems"] if alias and alias.preset else "gsm8k"
     name = wanted if wanted in SOURCES else usual
     return problems.load(name, "test").problems[:count]
 

@@ -8,6 +8,8 @@ SMOLLM2 = "smollm2-135m"
 TINY = "tiny"
 TINY_STUDENT = "tiny-student"
 TINY_BASE = "tiny-base"
+TINY_HARD = "tiny-hard"
+TINY_HARD_STUDENT = "tiny-hard-student"
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,13 @@ class Alias:
             another one.
         student: name of the student that this model teaches where none is chosen.
         note: one line for ``mlx-fd models``.
+        preset: the preset with the only problems that it knows; empty: it reads English.
     """
 
     repo: str
     student: str
     note: str
+    preset: str = ""
 
 
 def _mlx_community(name: str, student: str, note: str) -> Alias:
@@ -31,14 +35,35 @@ def _mlx_community(name: str, student: str, note: str) -> Alias:
 
 
 ALIASES: dict[str, Alias] = {
-    TINY: Alias("", TINY_STUDENT, "0.9M parameters, comes with mlx-fd; for --problems arithmetic"),
+    TINY: Alias(
+        "",
+        TINY_STUDENT,
+        "0.9M parameters, comes with mlx-fd; for --problems arithmetic",
+        TINY,
+    ),
     TINY_STUDENT: Alias(
-        "", f"{TINY_STUDENT}:layers=1", "0.5M parameters, comes with mlx-fd; learns from tiny"
+        "",
+        f"{TINY_STUDENT}:layers=1",
+        "0.5M parameters, comes with mlx-fd; learns from tiny",
+        TINY,
     ),
     TINY_BASE: Alias(
         "",
         f"{TINY_BASE}:layers=1",
         "0.5M parameters, comes with mlx-fd; learns from itself (self-distill)",
+        TINY,
+    ),
+    TINY_HARD: Alias(
+        "",
+        TINY_HARD_STUDENT,
+        "0.9M parameters, comes with mlx-fd; often wrong on --problems arithmetic-hard",
+        TINY_HARD,
+    ),
+    TINY_HARD_STUDENT: Alias(
+        "",
+        f"{TINY_HARD_STUDENT}:layers=1",
+        "0.5M parameters, comes with mlx-fd; learns from tiny-hard",
+        TINY_HARD,
     ),
     "qwen2.5-7b-4bit": _mlx_community(
         "Qwen2.5-7B-Instruct-4bit", "qwen2.5-1.5b-4bit", "7.6B parameters, 4.3 GB"

@@ -21,14 +21,29 @@ from typing import Any
 from mlx_fd._version import __version__
 from mlx_fd.errors import UserError
 from mlx_fd.models import aliases, fingerprint
-from mlx_fd.models.aliases import ALIASES, SMOLLM2, TINY, TINY_BASE, TINY_STUDENT, alias_of
+from mlx_fd.models.aliases import (
+    ALIASES,
+    SMOLLM2,
+    TINY,
+    TINY_BASE,
+    TINY_HARD,
+    TINY_HARD_STUDENT,
+    TINY_STUDENT,
+    alias_of,
+)
 from mlx_fd.models.directory import blaming, check_directory, check_files, read_object
 from mlx_fd.models.storage import cache_dir, slug
 
 _PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "model*.safetensors"]
 _SHIPPED = {
     name: Path(__file__).parent / "tiny" / folder
-    for name, folder in ((TINY, "expert"), (TINY_STUDENT, "student"), (TINY_BASE, "base"))
+    for name, folder in (
+        (TINY, "expert"),
+        (TINY_STUDENT, "student"),
+        (TINY_BASE, "base"),
+        (TINY_HARD, "hard/expert"),
+        (TINY_HARD_STUDENT, "hard/student"),
+    )
 }
 _OPTION = re.compile(r"(.+?):(\w+)=(.*)")
 _LAYERS = re.compile(r"[1-9][0-9]{0,5}")

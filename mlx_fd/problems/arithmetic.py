@@ -5,7 +5,7 @@ what a right feedback says. All numbers are below 100 and every step is one calc
 
 The splits cannot overlap: a problem is in train, validation or test by the hash of its question,
 and the problems of ``transfer`` begin with numbers, and are told in sentences, that the other
-splits do not have. Problems that are ``hard`` have more calculations.
+splits do not have. Problems that are ``hard`` have three or four calculations.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mlx_fd.problems.prompts import Feedback
 SPLITS = ("train", "validation", "test", "transfer")
 SIZES = {"train": 4000, "validation": 500, "test": 500, "transfer": 500}
 MAX_STEPS = 4
-HARD, HARD_STEPS = "arithmetic-hard", (3, 4, 5, 6)
+HARD, HARD_STEPS = "arithmetic-hard", (3, 4)
 MOST = 99
 
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Leo", "Zoe", "Max", "Eva")

@@ -18,7 +18,7 @@ from mlx_fd import runs
 from mlx_fd.config import Config, LossOptions, override, preset, read
 from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint, ranks
-from mlx_fd.models.aliases import ALIASES, TINY
+from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.resolve import default_student, parse_name, resolve
 from mlx_fd.problems import Problem, ProblemSet, execution
@@ -92,9 +92,10 @@ def configuration(
         return override(config, changes, where)
 
     config = over(preset(preset_name) if preset_name else Config())
-    if config.models.expert == TINY and not preset_name:
+    expert = ALIASES.get(config.models.expert)
+    if expert and expert.preset and not preset_name:
         # It knows no other problems than those of its preset.
-        return over(preset(TINY))
+        return over(preset(expert.preset))
     return config
 
 

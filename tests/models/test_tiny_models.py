@@ -119,21 +119,22 @@ def test_digits_stand_alone(tokenizer):
 # ------------------------------------------------------------------------------------- directories
 
 
-def test_both_share_a_tokenizer_and_are_small():
-    folders = [resolve("tiny"), resolve("tiny-student")]
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        one, two = ((folder / name).read_bytes() for folder in folders)
+@pytest.mark.parametrize("name", ["tiny", "tiny-hard"])
+def test_both_share_a_tokenizer_and_are_small(name):
+    folders = [resolve(name), resolve(f"{name}-student")]
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        one, two = ((folder / file).read_bytes() for folder in folders)
         assert one == two
     size = sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file())
     assert size < 4_000_000
-    assert default_student("tiny") == "tiny-student"
+    assert default_student(name) == f"{name}-student"
     for folder in folders:
         config = json.loads((folder / "config.json").read_text())
         assert config["model_type"] == "llama"
         assert config["quantization"]["group_size"] in (32, 64)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-student"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-student", "tiny-hard", "tiny-hard-student"])
 def test_the_card_gives_the_figures_of_its_file(name, script):
     folder = resolve(name)
     figures = json.loads((folder / "figures.json").read_text())
@@ -171,13 +172,14 @@ def test_the_figures_hold(expert, student, script):
             assert low - 0.03 <= claimed <= high + 0.03, (name, measure, seen)
 
 
+def shares(name):
+    """Of each measure on the test split the share that is right, as the model's figures say."""
+    figures = json.loads((resolve(name) / "figures.json").read_text())
+    return {k: v["right"] / v["of"] for k, v in figures["splits"]["test"].items()}
+
+
 def test_there_is_something_to_distil():
-    expert, student = (
-        {k: v["right"] / v["of"] for k, v in json.loads(text)["splits"]["test"].items()}
-        for text in (
-            (resolve(name) / "figures.json").read_text() for name in ("tiny", "tiny-student")
-        )
-    )
+    expert, student = shares("tiny"), shares("tiny-student")
     assert expert["answers"] >= 0.95
     assert expert["first_error"] >= 0.9
     assert expert["score_sign"] >= 0.9
@@ -186,6 +188,15 @@ def test_there_is_something_to_distil():
     assert student["first_error"] <= 0.6
     assert student["first_error_when_wrong"] <= 0.4
     assert student["parsable"] >= 0.5
+
+
+def test_the_hard_expert_judges_better_than_it_answers():
+    expert, student = shares("tiny-hard"), shares("tiny-hard-student")
+    assert 0.65 <= expert["answers"] <= 0.85
+    assert expert["first_error"] >= 0.9
+    assert expert["final_after_check"] >= expert["answers"]
+    assert student["answers"] < expert["answers"]
+    assert student["first_error_when_wrong"] <= 0.4
 
 
 def test_an_episode(expert):
@@ -219,7 +230,7 @@ def _pair(expert):
 
 
 def test_the_fast_forward_is_the_models(script):
-    model, _ = script.make_model(script.RECIPES["student"], script.make_tokenizer())
+    model, _ = script.make_model(script.RECIPES["tiny"]["student"], script.make_tokenizer())
     mx.random.seed(0)
     x, w = mx.random.randint(0, 400, (3, 20)), mx.random.uniform(shape=(3, 20))
 
@@ -253,6 +264,21 @@ def test_training_sequences(script, how):
         if len(replies) > 1 and replies[1].startswith(prompts.FEEDBACK_OPENING):
             said = arithmetic.feedback(drawn.solution, replies[0])
             assert parsing.parse_feedback(replies[1]) == said
+
+
+def test_a_hasty_expert_learns_wrong_answers_and_right_feedback(script):
+    stream, rng = arithmetic.exercises("train", 13, steps=(3, 4)), random.Random(13)
+    for _ in range(100):
+        drawn = next(stream)
+        prompt, answer, end = script.conversation(rng, drawn, "answer", hasty=1.0)
+        assert arithmetic.judge(drawn.solution, answer[0]).first_error
+        assert (prompt[1], answer[1], end[1]) == (0, 1, 1)
+        pieces = script.conversation(rng, drawn, "full", hasty=1.0)
+        for text, weight in pieces:
+            if weight:
+                assert set(arithmetic.read(text)[0]) <= set(drawn.steps)
+        asked = next(k for k, (text, _) in enumerate(pieces[1:], 1) if script.USER in text)
+        assert not any(weight for _, weight in pieces[:asked])
 
 
 def test_careless_feedback_sees_the_error_and_finds_it_right(script):
@@ -304,3 +330,16 @@ def test_the_script_runs_and_repeats(tmp_path):
         assert (one / name).read_bytes() == (two / name).read_bytes()
     assert (one / "README.md").exists()
     assert load(one).config["quantization"] == {"group_size": 32, "bits": 8, "mode": "affine"}
+
+
+@nightly
+def test_the_script_makes_the_hard_pair(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--quick", "--pair", "tiny-hard"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    expert, student = (load(tmp_path / name).config for name in ("expert", "student"))
+    assert (expert["hidden_size"], expert["intermediate_size"]) == (128, 384)
+    assert student["intermediate_size"] == 96
+    assert "trained on from the tiny expert" in (tmp_path / "expert" / "README.md").read_text()

@@ -12,7 +12,7 @@ from mlx_fd.problems.sources.arithmetic import TRUTH, is_hard, questions
 register_source(
     ProblemSource(
         name=arithmetic.HARD,
-        help="the same with three to six steps, many of which tiny-hard gets wrong",
+        help="those of three and four steps, many of which tiny-hard gets wrong at first",
         order=30,
         load=functools.partial(arithmetic.load, hard=True),
         write_step=arithmetic.write_step,

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_fd.config import Config, override
 from mlx_fd.errors import UserError
-from mlx_fd.models.aliases import TINY, TINY_BASE, TINY_STUDENT
+from mlx_fd.models.aliases import ALIASES, TINY_BASE
 from mlx_fd.problems import execution
 
 CUSTOM = "custom"
@@ -177,24 +177,26 @@ _EXPERT_DEFAULTS: dict[str, Any] = {
     "warmup_steps": 10,
 }
 
+# The models in the package: short texts, a rate that moves them.
+_TINY: dict[str, Any] = {
+    "problems": "arithmetic",
+    "episodes": 320,
+    "batch_size": 16,
+    "max_answer_tokens": 64,
+    "max_feedback_tokens": 112,
+    "critic_sees": "problem",
+    "micro_batch": 32,
+    "generation_batch_size": 128,
+    "lora_rank": 16,
+    # With 2 next to nothing is learned at this rate, and three times it undoes the model.
+    "lora_scale": 4.0,
+    "lora_rate": 1e-3,
+    "warmup_steps": 0,
+}
 # Sizes for a kind of model, whatever the method.
 PRESETS: dict[str, dict[str, Any]] = {
-    # The models in the package: short texts, a rate that moves them.
-    "tiny": {
-        "problems": "arithmetic",
-        "episodes": 320,
-        "batch_size": 16,
-        "max_answer_tokens": 64,
-        "max_feedback_tokens": 112,
-        "critic_sees": "problem",
-        "micro_batch": 32,
-        "generation_batch_size": 128,
-        "lora_rank": 16,
-        # With 2 next to nothing is learned at this rate, and three times it undoes the model.
-        "lora_scale": 4.0,
-        "lora_rate": 1e-3,
-        "warmup_steps": 0,
-    },
+    "tiny": _TINY,
+    "tiny-hard": {**_TINY, "problems": "arithmetic-hard"},
     # A look, in minutes, at a model of the size of SmolLM2.
     "quick": {
         "episodes": 8,
@@ -238,8 +240,7 @@ def configured(
     if method in EXPERT_METHODS:
         return _with_expert(method, given, preset)
     model = given.get("student") or DEFAULT_MODEL
-    if preset is None and model in (TINY, TINY_STUDENT, TINY_BASE):
-        preset = TINY
+    preset = preset or _own_preset(model)
     for kind, name, table in (("method", method, METHODS), ("preset", preset, PRESETS)):
         if name and name != CUSTOM and name not in table:
             raise UserError(f"there is no {kind} {name!r} (there are: {', '.join(table)})")
@@ -249,11 +250,14 @@ def configured(
     return override(config, given, "command line")
 
 
+def _own_preset(model: str) -> str | None:
+    return ALIASES[model].preset or None if model in ALIASES else None
+
+
 def _with_expert(method: str, given: dict[str, Any], preset: str | None) -> Config:
     """The configuration of a run whose teacher is an expert: the critic, in its run's words."""
     expert = given.pop("expert", "") or Config().models.expert
-    if preset is None and expert == TINY:
-        preset = TINY
+    preset = preset or _own_preset(expert)
     if preset and preset not in PRESETS:
         raise UserError(f"there is no preset {preset!r} (there are: {', '.join(PRESETS)})")
     names = {"expert": expert, "critic": expert, "method": method}
