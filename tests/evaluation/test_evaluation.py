@@ -171,9 +171,10 @@ def test_another_expert_may_be_wider_than_the_runs_own(tmp_path):
 
 
 def test_the_tiny_models_are_asked_what_they_know():
-    for name in ("tiny", "tiny-student", "tiny-base"):
+    for name in ("tiny", "tiny-student", "tiny-base", "tiny-hard", "tiny-hard-student"):
         sets = suites.make_sets(open_target(name, None), suites.Options(limit=1))
-        assert [one.name for one in sets] == ["arithmetic/test", "arithmetic/first errors"]
+        source = "arithmetic-hard" if "hard" in name else "arithmetic"
+        assert [one.name for one in sets] == [f"{source}/test", f"{source}/first errors"]
 
 
 def test_nothing_is_generated_twice(run, done, tmp_path):

@@ -192,15 +192,18 @@ def test_without_a_network_the_answer_is_quick(tmp_path: Path, offline: bool) ->
     assert answer.seconds < 3
 
 
+PACKAGED = "tiny, tiny-student, tiny-base, tiny-hard, tiny-hard-student"
+
+
 @pytest.mark.model
 def test_smollm2_is_offered_and_found(tmp_path: Path) -> None:
     answer = Answer("a/b", tmp_path, HF_HUB_OFFLINE="1")
-    assert "On this machine are: tiny, tiny-student, tiny-base, smollm2-135m." in answer.error
+    assert f"On this machine are: {PACKAGED}, smollm2-135m." in answer.error
     answer = Answer("smollm2-135m:layers=15", tmp_path, HF_HUB_OFFLINE="1")
     config = json.loads((answer.path / "config.json").read_text())
     assert (config["model_type"], config["num_hidden_layers"]) == ("llama", 15)
     again = Answer("a/b", tmp_path, HF_HUB_OFFLINE="1")
-    assert "On this machine are: tiny, tiny-student, tiny-base, smollm2-135m." in again.error
+    assert f"On this machine are: {PACKAGED}, smollm2-135m." in again.error
 
 
 def test_smollm2_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
