@@ -940,9 +940,11 @@ def main() -> None:
             recipe = dataclasses.replace(recipe, steps=args.steps)
         if args.quick:
             recipe = dataclasses.replace(recipe, steps=16)
-            # What begins as the shipped expert is as wide.
-            small = {"width": 32, "intermediate": recipe.intermediate // 3}
-            recipe = dataclasses.replace(recipe, **({"tokens": 128} if recipe.hard else small))
+            if recipe.hard:  # it begins as the shipped expert, and so is as wide
+                recipe = dataclasses.replace(recipe, tokens=128)
+            else:
+                thin = recipe.intermediate // 3
+                recipe = dataclasses.replace(recipe, width=32, intermediate=thin)
         work = args.out / "work" / name
         begin = resolve("tiny") if recipe.hard and name == "expert" else args.out / "expert"
         train(name, recipe, work, args.seed, console, args.init, begin)
