@@ -886,20 +886,20 @@ class Started:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_ends_the_run_after_its_batch(number, status, home, mlx_fd, tmp_path):
     out = tmp_path / "the run"
-    run = Started(home, "--out", out, "--episodes", 12, "--checkpoint-every", 1000)
-    run.wait_for("2/12")
+    run = Started(home, "--out", out, "--episodes", 20, "--checkpoint-every", 1000)
+    run.wait_for("2/20")
     run.process.send_signal(number)
     done = run.end()
     assert done.status == status
     assert done.err == f"stopped; continue with: mlx-fd resume '{out}'\n"
     assert "stopping after this batch" in done.out and "Summary" not in done.out
     batches = len(runs.read_lines(out / runs.METRICS))
-    assert 1 <= batches < 6 and len(episodes(out)) == 2 * batches
+    assert 1 <= batches < 10 and len(episodes(out)) == 2 * batches
     checkpoint, broken = newest_checkpoint(out)
     assert checkpoint.batch == batches and not broken
     done = mlx_fd("resume", out)
     assert done.status == 0 and f"resuming after batch {batches}\n" in done.out
-    assert [row["episode"] for row in episodes(out)] == list(range(12))
+    assert [row["episode"] for row in episodes(out)] == list(range(20))
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -993,7 +993,7 @@ def test_a_closed_terminal_ends_the_run_with_a_checkpoint(home, mlx_fd, tmp_path
     run = subprocess.Popen(
         [
             *(sys.executable, "-c", f"{own}from mlx_fd.cli import main; main()", "loop"),
-            *(*tiny(home), "--out", out, "--episodes", "12", "--checkpoint-every", "99"),
+            *(*tiny(home), "--out", out, "--episodes", "20", "--checkpoint-every", "99"),
         ],
         stdin=slave, stdout=slave, stderr=slave,
         env={**os.environ, "TERM": "xterm"},
@@ -1008,7 +1008,7 @@ def test_a_closed_terminal_ends_the_run_with_a_checkpoint(home, mlx_fd, tmp_path
     assert run.wait(timeout=60) == 128 + signal.SIGHUP
     batches = len(runs.read_lines(out / runs.METRICS))
     checkpoint, broken = newest_checkpoint(out)
-    assert checkpoint.batch == batches < 6 and not broken
+    assert checkpoint.batch == batches < 10 and not broken
     assert mlx_fd("resume", out, "--quiet").status == 0
 
 

@@ -419,8 +419,8 @@ def test_a_run_meets_the_baselines_with_an_expert_that_is_named(learned, tmp_pat
     command = ("eval", str(learned), "--baselines", "--limit", "1", "--out", str(tmp_path / "out"))
     done = shell(*command, cwd=tmp_path)
     assert done.status == 2 and "name one with --expert" in done.err
-    cache = ("--cache", tmp_path / "cache")
-    done = shell(*command, "--expert", "tiny", "--json", *cache, cwd=tmp_path)
+    short = ("--cache", tmp_path / "cache", "--max-tokens", 16)
+    done = shell(*command, "--expert", "tiny", "--json", *short, cwd=tmp_path)
     assert done.status == 0, done.err
     result = json.loads(done.out)
     assert result["models"]["expert"]["name"] == "tiny"
