@@ -107,8 +107,8 @@ def test_where_the_student_is_trusted_is_told_when_it_changes():
     seen = shown(*(BatchDone(2, 6, BATCHES[0].rows, row) for row in (trusted, trusted, metrics(2))))
     said = [line for line in seen.splitlines() if line.startswith("gate: ")]
     assert said == [
-        "gate: the expert is not asked from a confidence of 0.62 on (40% of verdicts); of the last "
-        "81 there 1 differ, with 95 % at most 5.7%",
+        "gate: the expert is not asked from a confidence of 0.62 on (40% of audited verdicts); of "
+        "the last 81 there 1 differ, with 95 % at most 5.7%",
         "gate: the expert is always asked",
     ]
 

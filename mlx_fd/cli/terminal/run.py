@@ -369,7 +369,7 @@ def trust_says(trust: TrustRow) -> str:
         return "the expert is always asked"
     return (
         f"the expert is not asked from a confidence of {trust['threshold']:g} on "
-        f"({trust['coverage']:.0%} of verdicts); of the last {trust['audited']} there "
+        f"({trust['coverage']:.0%} of audited verdicts); of the last {trust['audited']} there "
         f"{trust['disagreed']} differ, with 95 % at most {trust['bound']:.1%}"
     )
 
