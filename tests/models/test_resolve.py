@@ -188,8 +188,8 @@ def test_without_a_network_the_answer_is_quick(tmp_path: Path, offline: bool) ->
     assert "cannot be reached" in answer.error
     assert "give its path" in answer.error
     assert not answer.heavy
-    # 0.3 s when nothing else runs; the tests run beside each other.
-    assert answer.seconds < 3
+    # 0.3 s when nothing else runs; to try again and again would take a minute.
+    assert answer.seconds < 15
 
 
 PACKAGED = "tiny, tiny-student, tiny-base, tiny-hard, tiny-hard-student"
