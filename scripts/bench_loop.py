@@ -32,7 +32,7 @@ Row = dict[str, Any]
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE = DOCS / "bench_loop.jsonl", DOCS / "bench_loop.md"
 PAIRS = {
-    "tiny": ("--preset", "tiny", "--exam-size", "0", "--gate", "always"),
+    "tiny": ("--preset", "tiny", "--exam-size", "0", "--gate", "always", "--batch-size", "32"),
     "smollm2": (
         *("--expert", "smollm2-135m", "--student", "smollm2-135m:layers=15", "--preset", "quick"),
         *("--probe-size", "2", "--gate", "always", "--trigger", "always"),
@@ -41,6 +41,7 @@ PAIRS = {
 SHORT = (
     *("--max-answer-tokens", "16", "--max-feedback-tokens", "16", "--max-merge-tokens", "8"),
     *("--kd-steps", "2", "--step-samples", "8", "--probe-size", "8", "--trigger", "always"),
+    *("--batch-size", "32"),
     # Full before memory is looked at.
     *("--replay-size", "128"),
 )

@@ -192,7 +192,7 @@ def generate(
     if not conversations:
         return []
     mx.random.seed(sampling.seed)
-    with metering.part(metering.WRITING):
+    with metering.part(metering.WRITING), loaded.view.fused():
         if options.reuse:
             return _turns(loaded, conversations, prompts, sampling, options)
         alone = dataclasses.replace(options, keep=False, mark=False)

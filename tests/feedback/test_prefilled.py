@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_fd.config import GenerationOptions, LossOptions
 from mlx_fd.feedback.episode import (
@@ -133,6 +134,28 @@ def test_the_states_of_score_heads_are_those_that_the_text_was_written_from(pair
         first, last = turn.states
         assert (abs(first - final[len(prompt) - 1]).max() < 1e-4).item()
         assert (abs(last - final[-1]).max() < 1e-4).item()
+
+
+def test_a_student_writes_with_lora_within_its_weights(pair):
+    """The texts and states are those of LoRA beside them, and afterwards it is there again."""
+    loaded, model = pair.student_lm, pair.student.model
+    shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
+    drawn = [(name, mx.random.normal(shape) * 0.1) for name, shape in shapes.items()]
+    before = tree_flatten(model.trainable_parameters())
+    model.load_weights(drawn, strict=False)
+    (turn,) = generate(
+        *(loaded, [Conversation()], [sweep.tokens_of(20, 5)]),
+        *(
+            sampling_for(GenerationOptions(**GREEDY, **LIMITS), STEP, 0),
+            GenerateOptions(states=True),
+        ),
+    )
+    assert dict(tree_flatten(model.trainable_parameters())).keys() == shapes.keys()
+    whole = mx.array([(*sweep.tokens_of(20, 5), *turn.tokens[:-1])])
+    final, logits = loaded.view.forward_with_logits(whole)
+    assert (abs(final.final[0, -1] - turn.states[1]).max() < 1e-3).item()
+    assert logits[0, 19:, : loaded.vocab].argmax(axis=-1).tolist() == list(turn.tokens)
+    model.load_weights(before, strict=False)
 
 
 def test_a_batch_of_attempts_reads_each_question_once(pair):
