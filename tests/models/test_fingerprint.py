@@ -37,13 +37,20 @@ def settle() -> None:
     time.sleep(2.2)
 
 
-@pytest.fixture
-def large(tmp_path: Path) -> Path:
-    """A file that is worth a place in the cache, and that nobody has changed for a while."""
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(np.random.default_rng(0).bytes(3 << 20))
+@pytest.fixture(scope="module")
+def settled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files that are worth a place in the cache, and that nobody has changed for a while."""
+    folder = tmp_path_factory.mktemp("settled")
+    (folder / "model.safetensors").write_bytes(np.random.default_rng(0).bytes(3 << 20))
+    (folder / "other.safetensors").write_bytes(bytes(2 << 20))
     settle()
-    return path
+    return folder
+
+
+@pytest.fixture
+def large(settled: Path) -> Path:
+    """The first of them; not to be written to."""
+    return settled / "model.safetensors"
 
 
 def entries(tmp_path: Path) -> list[Path]:
@@ -125,7 +132,9 @@ def test_a_large_file_is_read_once(large: Path, tmp_path: Path) -> None:
     assert done.stdout.split() == [first, "0"]
 
 
-def test_a_change_is_noticed_whatever_the_times_say(large: Path) -> None:
+def test_a_change_is_noticed_whatever_the_times_say(tmp_path: Path, large: Path) -> None:
+    large = Path(shutil.copy(large, tmp_path))
+    settle()
     first = file_hash(large)
     found = large.stat()
     data = bytearray(large.read_bytes())
@@ -154,10 +163,7 @@ def test_a_damaged_entry_is_made_again(harm: str, large: Path, tmp_path: Path) -
     if harm == "digit":
         entry.write_text(text.replace(good, good[:-1] + ("0" if good[-1] != "0" else "1")))
     elif harm == "other":  # sealed, but of another file
-        other = tmp_path / "other.safetensors"
-        other.write_bytes(bytes(2 << 20))
-        settle()
-        file_hash(other)
+        file_hash(large.with_name("other.safetensors"))
         [second] = [one for one in entries(tmp_path) if one != entry]
         shutil.copy(second, entry)
     elif harm == "link":

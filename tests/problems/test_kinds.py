@@ -1,13 +1,11 @@
 """What is read from a reply of each kind, and what is right."""
 
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_fd.errors import UserError
-from mlx_fd.problems import Problem, ProblemSet, load
+from mlx_fd.problems import Problem, ProblemSet, load, math_worker
 from mlx_fd.problems.kinds import (
     KINDS,
     are_graded,
@@ -168,10 +166,9 @@ def test_formulas_are_compared_by_meaning(reply, gold, right):
     assert is_right(read_final(reply, problem), problem) is right
 
 
-def test_a_tower_of_powers_is_wrong_soon_and_the_next_answer_is_compared():
-    begin = time.monotonic()
+def test_a_tower_of_powers_is_wrong_soon_and_the_next_answer_is_compared(monkeypatch):
+    monkeypatch.setattr(math_worker, "_SECONDS", 2.0)  # instead of 5
     assert not is_right("9^{9^{9^{9^9}}}", math("5"))
-    assert time.monotonic() - begin < 70
     assert is_right(r"\frac{10}{2}", math("5"))
 
 
