@@ -30,6 +30,7 @@ from support.trained import make_run
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_FD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fingerprint, "_known", {})
 
 
 def settle() -> None:
