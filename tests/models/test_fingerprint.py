@@ -42,8 +42,12 @@ def settle() -> None:
 def settled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two files that are worth a place in the cache, and that nobody has changed for a while."""
     folder = tmp_path_factory.mktemp("settled")
-    (folder / "model.safetensors").write_bytes(np.random.default_rng(0).bytes(3 << 20))
-    (folder / "other.safetensors").write_bytes(bytes(2 << 20))
+    for name, content in (
+        ("one", np.random.default_rng(0).bytes(3 << 20)),
+        ("other", bytes(2 << 20)),
+    ):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(content)
     settle()
     return folder
 
@@ -51,7 +55,7 @@ def settled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def large(settled: Path) -> Path:
     """The first of them; not to be written to."""
-    return settled / "model.safetensors"
+    return settled / "one" / "model.safetensors"
 
 
 def entries(tmp_path: Path) -> list[Path]:
@@ -156,7 +160,9 @@ def test_a_file_just_written_is_not_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["digit", "cut", "empty", "other", "list", "link", "writable"])
-def test_a_damaged_entry_is_made_again(harm: str, large: Path, tmp_path: Path) -> None:
+def test_a_damaged_entry_is_made_again(
+    harm: str, settled: Path, large: Path, tmp_path: Path
+) -> None:
     good = file_hash(large)
     [entry] = entries(tmp_path)
     text = entry.read_text()
@@ -164,7 +170,7 @@ def test_a_damaged_entry_is_made_again(harm: str, large: Path, tmp_path: Path) -
     if harm == "digit":
         entry.write_text(text.replace(good, good[:-1] + ("0" if good[-1] != "0" else "1")))
     elif harm == "other":  # sealed, but of another file
-        file_hash(large.with_name("other.safetensors"))
+        file_hash(settled / "other" / "model.safetensors")
         [second] = [one for one in entries(tmp_path) if one != entry]
         shutil.copy(second, entry)
     elif harm == "link":
