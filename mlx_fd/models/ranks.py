@@ -27,8 +27,8 @@ Made = TypeVar("Made")
 
 # Bytes of a large message that are sent at once.
 _PIECE = 1 << 26
-# How many processes Open MPI, MPICH and Intel MPI say that they have started.
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# Where mlx.launch (for NCCL), Open MPI, MPICH and Intel MPI say how many processes they started.
+_SIZES = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # What MLX's errors begin with that are of an exchange.
 _EXCHANGES = ("[ring]", "[mpi]", "[nccl]", "[jaccl]")
 
@@ -53,8 +53,8 @@ _here = _Here()
 def launched() -> bool:
     """Whether something like ``mlx.launch`` started this process as one of several."""
     environment = os.environ
-    if any(int(environment.get(name) or 1) > 1 for name in _MPI_SIZES):
-        return True
+    if sizes := [environment[name] for name in _SIZES if environment.get(name)]:
+        return any(size != "1" for size in sizes)
     hosts = environment.get("MLX_HOSTFILE")
     # With -n 1 the file is there, and empty.
     alone = hosts is not None and not Path(hosts).read_text(encoding="utf-8").strip()
@@ -81,8 +81,13 @@ def join() -> None:
             f"the other processes of this run cannot be reached ({error}); see that each address "
             "of the hostfile is this cluster's, and that its port is free"
         ) from error
-    if group.size() > 1:
-        _here.group, _here.rank, _here.processes = group, group.rank(), group.size()
+    if group.size() == 1:
+        # Each of them would do all of the run.
+        raise UserError(
+            "several processes were started, and MLX here has no backend that connects them: see "
+            "that it has the one that was named (mlx.launch --backend), and MPI its library"
+        )
+    _here.group, _here.rank, _here.processes = group, group.rank(), group.size()
 
 
 def share_batches(shares: bool) -> None:
@@ -317,8 +322,8 @@ def _exchange(work: Callable[[], Any]) -> Any:
 
     array = work()
     try:
-        # Told to evaluate, MLX says that a rank is lost; while it converts an array it does not,
-        # and gives one of anything.
+        # mx.eval raises where a rank is lost. Converting the array alone does not, and gives
+        # anything (docs/log.md).
         mx.eval(array)
     except RuntimeError as error:
         raise lost(error) from error

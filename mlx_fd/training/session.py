@@ -119,10 +119,14 @@ def _check_ranks(config: Config) -> None:
         )
     if sharded and config.self_distils:
         raise UserError("shard_expert is for mlx-fd loop: leave it out")
-    if ranks.size() > 1 and config.losses.student_context != "none":
-        raise UserError(
-            "student_context is for a run in one process: leave it out, or start without mlx.launch"
-        )
+    for name, alone in (
+        ("student_context", config.losses.student_context != "none"),
+        ("profile", config.episode.profile),
+    ):
+        if alone and ranks.size() > 1:
+            raise UserError(
+                f"{name} is for a run in one process: leave it out, or start without mlx.launch"
+            )
 
 
 def _dated(config: Config) -> Config:

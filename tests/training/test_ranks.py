@@ -109,6 +109,14 @@ def test_what_only_one_process_can_do_is_refused(home, two):
     assert second.status == 2 and not (home / "own").exists()
 
 
+def test_processes_that_cannot_meet_do_not_each_make_the_run(home):
+    """MPI started them, and MLX finds none of its libraries."""
+    done = shell(*LOOP, "--out", "apart", cwd=home, env={"OMPI_COMM_WORLD_SIZE": "2"})
+    failed(done, "MLX here has no backend that connects them")
+    assert not (home / "apart").exists()
+    assert shell("models", cwd=home, env={"MLX_RANK": "0", "MLX_WORLD_SIZE": "1"}).status == 0
+
+
 def test_machines_with_other_models_are_refused(home, tmp_path):
     """Folders of one name that hold other weights on two machines."""
     folders = [tmp_path / "0", tmp_path / "1"]
@@ -151,11 +159,11 @@ def test_two_ranks_distil_answers_as_one_process_does(home, tmp_path):
 
 def test_an_expert_on_two_ranks_says_what_it_says_whole(home):
     """Each rank has half of it, and both go through the whole batch, with the same draws."""
-    make_model_dir(home / "wide", hidden=32, intermediate=64, layers=2, seed=3)
+    make_model_dir(home / "wide", hidden=32, intermediate=64, layers=1, seed=3)
     words = (
         *("loop", "--expert", "wide", "--student", "student", "--problems", "problems.jsonl"),
         *("--episodes", 2, "--batch-size", 2, "--probe-size", 1, "--lora-rank", 2),
-        *("--max-answer-tokens", 6, "--max-feedback-tokens", 5, "--max-merge-tokens", 5),
+        *("--max-answer-tokens", 4, "--max-feedback-tokens", 4, "--max-merge-tokens", 4),
         *("--answers-by", "expert", "--answer-temperature", 0.7),
     )
     whole = shell(*words, "--out", "whole", cwd=home)
