@@ -245,7 +245,7 @@ def row_of(pair: str, episodes: int) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     """docs/bench_loop.md."""
-    text = ["<!-- made by scripts/bench_loop.py --table -->", ""]
+    text = ["# The least work", "", "Made by `python scripts/bench_loop.py --table`.", ""]
     for row in [row for row in rows if "ours" in row]:
         ours, alone = row["ours"], row["sequential"]
         text += [
