@@ -16,7 +16,7 @@ from rich.text import Text
 
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
-from mlx_fd.models.backend import backend
+from mlx_fd.models.backend import MATH_VARIABLE, backend
 from mlx_fd.models.resolve import local_models
 from mlx_fd.models.storage import cache_dir
 from mlx_fd.runs.manifest import versions
@@ -26,6 +26,11 @@ _MARKS = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]error[
 _BACKEND_PACKAGES = ("mlx-cpu", "mlx-metal", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
 _LITTLE_DISK = 10 * 2**30
 _TRIED = 1 << 16
+_OWN_MATH = (
+    "attention, sigmoid and logsumexp of float32 are mlx-fd's here, in this process: MLX's call a "
+    f"function for each exponential; {MATH_VARIABLE}=off brings them back"
+)
+_MLX_MATH = f"MLX's own: {MATH_VARIABLE}=off"
 
 
 def _row(what: str, state: str, text: str) -> dict[str, str]:
@@ -66,6 +71,7 @@ def checks() -> list[dict[str, str]]:
     if here.on_cpu:
         slow = here.blas is None and sys.platform == "linux"
         rows.append(_row("BLAS", "note" if slow else "good", here.blas_note))
+        rows.append(_row("exponentials", "good", _OWN_MATH if here.cpu_math else _MLX_MATH))
         threads = os.environ.get("OPENBLAS_NUM_THREADS")
         rows.append(
             _row(

@@ -17,6 +17,7 @@ from pathlib import Path
 from mlx_fd.errors import UserError
 
 BLAS_VARIABLE = "MLX_FD_BLAS"
+MATH_VARIABLE = "MLX_FD_CPU_MATH"
 _SYSTEM_BLAS = ("libopenblas.so.0", "libopenblas.so")
 # Of glibc's malloc.h; a block of 32 MB is the most that it keeps.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -37,11 +38,14 @@ class Backend:
         device: ``"metal"``, ``"cuda"`` or ``"cpu"``.
         blas: the BLAS library put before MLX's own, or ``None``.
         blas_note: one line for ``doctor``: what was found, or what would help.
+        cpu_math: whether :mod:`mlx_fd.models.cpu_math` stands in the place of three of MLX's
+            functions.
     """
 
     device: str
     blas: str | None
     blas_note: str
+    cpu_math: bool = False
 
     @property
     def on_cpu(self) -> bool:
@@ -116,6 +120,7 @@ def backend() -> Backend:
         mx.default_device()
     except (ImportError, RuntimeError, OSError) as error:
         raise UserError(f"{_INSTALL_HINT}\n(MLX said: {error})") from error
+    own_math = False
     if mx.metal.is_available():
         device = "metal"
     elif mx.default_device() == mx.Device(mx.gpu):
@@ -125,7 +130,9 @@ def backend() -> Backend:
         # mx.compile needs a C++ compiler at run time here and gains nothing (docs/log.md).
         mx.disable_compile()
         _keep_memory()
-        from mlx_fd.models import cpu_math
+        own_math = os.environ.get(MATH_VARIABLE) != "off"
+        if own_math:
+            from mlx_fd.models import cpu_math
 
-        cpu_math.install()
-    return Backend(device, blas, note)
+            cpu_math.install()
+    return Backend(device, blas, note, own_math)

@@ -66,3 +66,11 @@ def test_no_backend_says_what_to_install(failure, tmp_path):
     for extra in ("mlx-fd[cpu]", "mlx-fd[cuda]", "mlx-fd[cuda12]"):
         assert extra in text
     assert failure.split("'")[1] in text
+
+
+def test_mlxs_own_functions_can_be_kept():
+    code = (
+        "from mlx_fd.models.backend import backend; print(backend().cpu_math); "
+        "import mlx.core as mx; print(mx.fast.scaled_dot_product_attention.__module__)"
+    )
+    assert in_process(code, MLX_FD_CPU_MATH="off").splitlines() == ["False", "mlx.core.fast"]
