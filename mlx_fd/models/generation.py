@@ -22,6 +22,7 @@ from mlx_fd.models.chat_template import check_conversation
 from mlx_fd.models.conversation import Conversation, Mark, can_be_cut_back, prefill, rewind
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.thinking import Thinking, shared_length
+from mlx_fd.models.view import fused
 from mlx_fd.models.writing import DEFAULTS, GenerateOptions, Sampling, Turn, write
 from mlx_fd.problems.thoughts import split
 
@@ -192,7 +193,7 @@ def generate(
     if not conversations:
         return []
     mx.random.seed(sampling.seed)
-    with metering.part(metering.WRITING), loaded.view.fused():
+    with metering.part(metering.WRITING), fused(loaded.model):
         if options.reuse:
             return _turns(loaded, conversations, prompts, sampling, options)
         alone = dataclasses.replace(options, keep=False, mark=False)

@@ -145,27 +145,6 @@ class View:
         with _replaced(self.model, {self.final_path: recorder}):
             yield
 
-    @contextmanager
-    def fused(self) -> Iterator[None]:
-        """LoRA within the weights while this is open, where a copy of them costs little.
-
-        In a small model's step of writing each operation counts: one product in the place of three.
-        Only of float32 weights, which lose nothing by it.
-        """
-        parts = {
-            path: module
-            for path, module in _modules(self.model)
-            if isinstance(module, LoRALinear)
-            and isinstance(module.linear, nn.Linear)
-            and module.linear.weight.dtype == mx.float32
-        }
-        if sum(module.linear.weight.nbytes for module in parts.values()) > _COPIED:
-            parts = {}
-        made = {path: module.fuse() for path, module in parts.items()}
-        mx.eval([module.parameters() for module in made.values()])
-        with _replaced(self.model, made):
-            yield
-
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits [n, rows] of final hidden states [n, d], made by the model's own ``__call__``."""
         return _logits_by_model(self.model, self.final_path, hidden)
@@ -390,6 +369,28 @@ def _put(holder: Any, key: str | int, value: Any) -> None:
         dict.__setitem__(holder, key, value)
     else:
         holder[key] = value
+
+
+@contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """LoRA within the weights while this is open, where a copy of them costs little.
+
+    In a small model's step of writing each operation counts: one product in the place of three.
+    Only of float32 weights, which lose nothing by it.
+    """
+    parts = {
+        path: module
+        for path, module in _modules(model)
+        if isinstance(module, LoRALinear)
+        and isinstance(module.linear, nn.Linear)
+        and module.linear.weight.dtype == mx.float32
+    }
+    if sum(module.linear.weight.nbytes for module in parts.values()) > _COPIED:
+        parts = {}
+    made = {path: module.fuse() for path, module in parts.items()}
+    mx.eval([module.parameters() for module in made.values()])
+    with _replaced(model, made):
+        yield
 
 
 def _modules(part: Any, path: ModulePath = ()) -> Iterator[tuple[ModulePath, nn.Module]]:
