@@ -19,6 +19,7 @@ import mlx.core as mx  # noqa: E402
 from mlx_fd.config import Config, ModelOptions, override, preset  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.feedback.pair import open_pair  # noqa: E402
+from mlx_fd.models import cpu_math  # noqa: E402
 from mlx_fd.models.loading import open_lazily  # noqa: E402
 from mlx_fd.models.memory import (  # noqa: E402
     Needs,
@@ -95,10 +96,11 @@ def test_a_run_needs_no_more_than_was_said_and_not_much_less(
     folder = tmp_path / "run"
     runs.create(folder, "", plan.manifest)
     job = Job(folder, plan.config, plan.probe, plan.problems, lambda event: None)
-    loop.run(job, pair)
+    # The estimate counts all scores of an attention, as MLX makes them.
+    with cpu_math.uninstalled():
+        loop.run(job, pair)
     measured = mx.get_peak_memory() - before
-    # The estimate counts all scores of an attention, of which a CPU makes a block at a time.
-    assert measured <= plan.memory <= 1.6 * measured, plan.memory / measured
+    assert measured <= plan.memory <= 1.5 * measured, plan.memory / measured
 
 
 def test_estimate_of_the_main_pair() -> None:
