@@ -105,9 +105,16 @@ def audits(row: Row) -> NDArray[np.float64]:
 def cost(row: Row) -> RunValue:
     """Final answers right where the student stood alone, less those of audited problems."""
     trusted, asked, right = (marks(row, name) for name in ("trusted", "asked", "right"))
-    alone = of_problems([right[(trusted == 1) & (asked == 0)]])
-    audited = of_problems([right[(trusted == 1) & (asked == 1)]])
+    alone, audited = (_share(right[(trusted == 1) & (asked == value)]) for value in (0, 1))
     return RunValue(alone.value - audited.value, math.hypot(alone.error, audited.error))
+
+
+def _share(right: NDArray[np.float64]) -> RunValue:
+    """A share near 1: where every answer is right the error is not 0 (Agresti and Coull, 1998)."""
+    n = len(right)
+    middle = (right.sum() + 1) / (n + 2)
+    error = math.sqrt(middle * (1 - middle) / (n + 2))
+    return RunValue(float(right.mean()) if n else math.nan, error)
 
 
 MEASURES: dict[str, Callable[[Sequence[Row]], Estimate]] = {

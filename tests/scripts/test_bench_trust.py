@@ -30,7 +30,7 @@ def test_a_row_says_what_was_saved_and_what_came_of_it():
     # Alone: one right of one; audited: two right of three.
     found = bench.cost(row(0, asked="11111110", right="11111011"))
     assert found.value == pytest.approx(1 - 2 / 3)
-    assert found.error == pytest.approx(math.sqrt(2 / 9 / 2), rel=0.01)
+    assert found.error == pytest.approx(math.sqrt(2 / 9 / 3 + 0.24 / 5))
     # A run without trust has nothing to say of it.
     assert math.isnan(bench.cost({**one, "trusted": "0" * 8}).value)
     assert bench.saved({**one, "asked": "1" * 8, "tokens": [10] * 8}) == 0
