@@ -51,7 +51,7 @@ def pair():
 @pytest.fixture(scope="module")
 def answered(pair):
     """The student's answers, some right and some wrong."""
-    answers = answer(pair.student_lm, PROBLEMS, OPTIONS, 0, quiet, keep=False)
+    answers = answer(pair.student_lm, PROBLEMS, OPTIONS, 1, quiet, keep=False)
     assert len({one.is_correct for one in answers}) == 2
     return [
         dataclasses.replace(one, conversation=Conversation(one.conversation.tokens))
