@@ -104,7 +104,7 @@ def test_logsumexp_and_its_gradient():
     finite = [0, 1, 4, 5, 6]
     with np.errstate(divide="ignore"):
         wanted = np.log(np.exp(rows[finite]).sum(axis=-1))
-    np.testing.assert_allclose(np.array(found)[finite], wanted, atol=2e-6)
+    np.testing.assert_allclose(np.array(found)[finite], wanted, rtol=5e-7)
     kept = cpu_math.logsumexp(given, axis=1, keepdims=True)
     assert mx.array_equal(kept.squeeze(-1), found)
     grad = mx.grad(lambda a: cpu_math.logsumexp(a, axis=-1)[mx.array(finite)].sum())(given)
