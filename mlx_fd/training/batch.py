@@ -44,11 +44,11 @@ from mlx_fd.feedback.episode import (
     judge,
     merge_and_revise,
     said_again,
-    solve_alike,
     student_answers,
     student_feedback,
     with_second,
 )
+from mlx_fd.feedback.own_solutions import solve_alike
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.phases import PhaseSchedule, combined, phase_weights
 from mlx_fd.feedback.samples import (

@@ -14,9 +14,9 @@ from mlx_fd.feedback.episode import (
     first_answers,
     judge,
     merge_and_revise,
-    solve_alike,
     student_feedback,
 )
+from mlx_fd.feedback.own_solutions import solve_alike
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import solution_of
 from mlx_fd.models.generation import first_prompt

@@ -42,8 +42,9 @@ def loop(
     Where the gate trusts it, its feedback stands alone; the expert is asked for the rest. Nothing
     is audited, because nothing learns.
     """
-    from mlx_fd.feedback.episode import expert_feedback, judge, solve_alike, student_feedback
+    from mlx_fd.feedback.episode import expert_feedback, judge, student_feedback
     from mlx_fd.feedback.gate import stands_alone
+    from mlx_fd.feedback.own_solutions import solve_alike
 
     pair, options, state = setting.pair, setting.generation, setting.state
     students = student_feedback(pair, answered, options, seeds("student_feedback"), on_tokens)
