@@ -100,6 +100,19 @@ def test_without_gold_an_expert_is_distilled_all_the_same(ungraded, tmp_path):
     assert "none are known" in done.out and "%" not in done.out.split("trained on")[0]
 
 
+def test_without_gold_a_model_learns_from_what_a_critic_says(ungraded, tmp_path):
+    _, file, _ = ungraded
+    method = ["--context", "feedback", "--critic", "tiny", "--model", "tiny-student"]
+    done = mlx_fd("self-distill", *method, *PROMPTS, file, "--episodes", 2, *SIZES, *SHORT[:4],
+                  "--out", tmp_path / "run")  # fmt: skip
+    assert done.status == 0, done.err
+    rows = [json.loads(line) for line in (tmp_path / "run/attempts.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and {row["correct"] for row in rows} == {None}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["attempts"]["right"] is None and summary["updates"]["steps"] == 1
+    assert mlx_fd("report", tmp_path / "run").status == 0
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -178,11 +191,11 @@ def test_they_are_evaluated_and_reported(run):
     assert done.status == 0, done.err
 
 
+@pytest.mark.parametrize("made", [choice, text])
 @pytest.mark.parametrize(
-    ("command", "made"),
-    [(["distil", "--expert", "tiny"], text),
-     (["self-distill", "--method", "grpo", "--model", "tiny-student", "--num-generations", 2],
-      choice)],
+    "command",
+    [["distil", "--expert", "tiny"],
+     ["self-distill", "--method", "grpo", "--model", "tiny-student", "--num-generations", 2]],
     ids=["distil", "self-distill"],
 )  # fmt: skip
 def test_a_model_that_solves_learns_from_them(command, made, tmp_path):
