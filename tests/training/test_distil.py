@@ -26,6 +26,7 @@ from mlx_fd.training.selfdistill.methods import EXPERT_METHODS, configured
 from mlx_fd.training.selfdistill.plan import make_plan, open_models
 from mlx_fd.training.selfdistill.rollouts import sample_rollouts
 from mlx_fd.training.selfdistill.teacher import adapter, first_teacher
+from support.draws import nightly
 from support.pairs import without_seconds
 from support.shell import shell
 
@@ -183,6 +184,27 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path, method):
         for name in ("whole", "cut")
     ]
     assert both[0] == both[1] and len(both[0]) == 2
+    same_adapters(tmp_path / "whole", tmp_path / "cut")
+
+
+@nightly
+@pytest.mark.model
+def test_smollm2_takes_steps_and_goes_on_exactly(tmp_path):
+    """A real vocabulary; layers of one model, so that both split texts alike."""
+    file = tmp_path / "p.jsonl"
+    asked = [{"question": f"What is {a} + {a + 1}?", "answer": f"{2 * a + 1}"} for a in range(1, 5)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    given = {
+        **{"expert": "smollm2-135m:layers=3", "student": "smollm2-135m:layers=2"},
+        **{"problems": str(file), "episodes": 2, "batch_size": 1, "probe_size": 1},
+        **{"max_answer_tokens": 8, "lora_rank": 4, "checkpoint_every": 1},
+    }
+    config = configured("on-policy", given, preset="quick")
+    whole = start(tmp_path / "whole", config)
+    assert whole["updates"]["steps"] == 2 and whole["updates"]["skipped"] == 0
+    looks = iter([False, True])
+    assert start(tmp_path / "cut", config, lambda: next(looks, True)) is None
+    start(tmp_path / "cut", config)
     same_adapters(tmp_path / "whole", tmp_path / "cut")
 
 
