@@ -27,6 +27,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from mlx_fd.runs.labels import WORK_NAMES
+
 Row = dict[str, Any]
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -45,15 +47,6 @@ SHORT = (
     # Full before memory is looked at.
     *("--replay-size", "128"),
 )
-WORK = {
-    "expert_prompts": "tokens of prompts, expert",
-    "student_prompts": "tokens of prompts, student",
-    "steps": "steps of writing",
-    "written": "places of these steps",
-    "expert_texts": "tokens read by the expert to teach",
-    "measured": "tokens measured before the gate",
-    "learned": "tokens learned from",
-}
 
 
 def run_loop(options: Sequence[str], folder: Path) -> None:
@@ -255,7 +248,7 @@ def table(rows: Sequence[Row]) -> str:
             "| | the least | ours | of the least | sequential | of the least |",
             "|---|--:|--:|--:|--:|--:|",
         ]
-        for name, label in WORK.items():
+        for name, label in WORK_NAMES.items():
             done, least = ours["counts"][name]["done"], ours["counts"][name]["least"]
             other = alone["counts"][name]["done"]
             shares = [f"{count / least:.2f}" if least else "-" for count in (done, other)]
