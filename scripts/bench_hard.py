@@ -14,10 +14,7 @@ seed; the table comes from nothing else.
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -26,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from finished_run import finished_run
 from numpy.typing import NDArray
 from several_runs import of_problems, over_runs
 
@@ -67,19 +65,8 @@ PASSED_ON = 0.5
 def trained(seed: int, runs: Path, episodes: int) -> Path:
     """The run directory of a seed, its run finished."""
     folder = runs / f"seed{seed}"
-    if (folder / "summary.json").exists():
-        return folder
     options = ["--preset", PAIR, "--seed", str(seed), "--episodes", str(episodes)]
-    options += [*OPTIONS, "--out", str(folder)]
-    command = ["resume", str(folder)] if (folder / "manifest.json").exists() else ["loop", *options]
-    print("$ mlx-fd", *command, flush=True)
-    subprocess.run(
-        [sys.executable, "-m", "mlx_fd", *command, "--quiet", "--json"],
-        env={"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ,
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
-    return folder
+    return finished_run(folder, [*options, *OPTIONS])
 
 
 def row_of(seed: int, run: Path, size: int) -> Row:

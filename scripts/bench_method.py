@@ -15,9 +15,6 @@ student made of every question; tables and intervals come from nothing else.
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from finished_run import finished_run
 from numpy.typing import NDArray
 from several_runs import of_problems, over_runs
 
@@ -89,22 +87,8 @@ def run_arm(
         options: those of the arm; ``None``: as :data:`ARMS` has them.
     """
     folder = runs / f"{arm.replace(', ', '-').replace(' ', '-')}-seed{seed}"
-    if (folder / "summary.json").exists():
-        return folder
-    if (folder / "manifest.json").exists():
-        command = ["resume", str(folder)]
-    else:
-        given = [*((*SIZES, *ARMS[arm]) if options is None else options)]
-        given += ["--seed", str(seed), *extra]
-        command = ["loop", "--preset", "tiny", *given, "--out", str(folder)]
-    print("$ mlx-fd", *command, flush=True)
-    subprocess.run(
-        [sys.executable, "-m", "mlx_fd", *command, "--quiet", "--json"],
-        env={"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ,
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
-    return folder
+    given = [*((*SIZES, *ARMS[arm]) if options is None else options)]
+    return finished_run(folder, ["--preset", "tiny", *given, "--seed", str(seed), *extra])
 
 
 def row_of(arm: str, seed: int, folder: Path) -> Row:

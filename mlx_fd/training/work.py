@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from mlx_fd.config import Config
 from mlx_fd.feedback.distill import Update
 from mlx_fd.feedback.samples import Sample
-from mlx_fd.models import ranks
 from mlx_fd.models.metering import LEARNING, MEASURING, READING, WRITING, Meter
 from mlx_fd.runs.records import EpisodeRow, WorkRow
 
@@ -32,7 +31,7 @@ def work_row(
 
     Args:
         meter: was open while it was done.
-        rows: of all ranks' episodes.
+        rows: of its episodes; where ranks share a batch there is no profile.
         samples: what there is to learn from since the batch before.
         updates: the batch's.
         config: of the run.
@@ -57,7 +56,6 @@ def work_row(
         "steps": sum(math.ceil(tokens / places) for tokens in written.values()),
         "written": sum(written.values()),
     }
-    done = ranks.add(done)
     least["expert_texts"] = sum(len(sample.target) for sample in samples)
     least["measured"] = 0
     least["learned"] = sum(update.read for update in updates)
