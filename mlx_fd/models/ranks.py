@@ -125,6 +125,20 @@ def group() -> Any:
     return _here.group
 
 
+def stream() -> Any:
+    """The stream on which a model is to write; ``None``: where mlx-lm has its models write.
+
+    The generator has one token more computed than it gives. On a stream of its own that goes on
+    while the next thing is exchanged, and a model that is divided exchanges, too: two streams would
+    read from the same sockets, each what is meant for the other.
+    """
+    if _here.group is None:
+        return None
+    import mlx.core as mx
+
+    return mx.default_stream(mx.default_device())
+
+
 def command(text: str) -> str:
     """A command that is to be run by as many processes as this one."""
     return text if _here.processes == 1 else f"mlx.launch -n {_here.processes} {text}"

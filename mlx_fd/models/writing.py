@@ -18,6 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_fd.config import GenerationOptions
+from mlx_fd.models import ranks
 from mlx_fd.models.conversation import Cache, Conversation, Mark, can_be_cut_back
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.memory import read_at_once
@@ -177,6 +178,7 @@ def write(
         prefill_batch_size=min(
             len(starts), read_at_once(max(map(len, starts))) if options.states else len(starts)
         ),
+        stream=ranks.stream(),
     )
     written: dict[int, list[int]] = {}
     finished: dict[int, bool] = {}

@@ -21,6 +21,7 @@ def launch(
     *arguments: object,
     cwd: Path | Sequence[Path],
     before: Mapping[int, Callable[[], object]] | None = None,
+    program: Path | None = None,
 ) -> list[Done]:
     """Run the command as so many ranks.
 
@@ -29,6 +30,7 @@ def launch(
         *arguments: the command's.
         cwd: the current folder of all, or of each.
         before: what some ranks call before the command.
+        program: a file that Python runs in the command's place.
 
     Returns:
         What became of each rank.
@@ -40,7 +42,7 @@ def launch(
     def one(rank: int) -> Done:
         env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
         act = (before or {}).get(rank, _nothing)
-        return shell(*arguments, cwd=folders[rank], env=env, before=act)
+        return shell(*arguments, cwd=folders[rank], env=env, before=act, program=program)
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(one, range(count)))
