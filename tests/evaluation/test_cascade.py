@@ -8,10 +8,12 @@ import shutil
 import numpy as np
 import pytest
 from scipy.optimize import isotonic_regression
+from scipy.stats import binom
 
 from mlx_fd.cli import cli
+from mlx_fd.cli.terminal.cascade import summary
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation.cascade import choice, confidence, curve, file
+from mlx_fd.evaluation.cascade import choice, confidence, curve, file, keeping
 from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.cascade.scores import ANSWER, HEAD, answer_score
 from mlx_fd.report.page import make_page
@@ -97,6 +99,111 @@ def test_promises_are_kept_on_other_problems(kind, target):
     assert set_ > 40
     # 5 % of 120 and three standard errors.
     assert broken <= 6 + 3 * np.sqrt(120 * 0.05 * 0.95)
+
+
+def most_wrong(n, risk, level):
+    """Of each number of answers up to n, how many may be wrong; -1: none can be kept."""
+    places = np.arange(1, n + 1)
+    below = binom.ppf(level, places, risk)
+    return np.where(binom.cdf(below, places, risk) <= level, below, below - 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "keeps"),
+    [
+        # The worst case: whatever is kept, a hair too much of it is wrong.
+        (lambda u: np.full_like(u, 0.1001), 0.0),
+        # The best 40 % may be kept, and not an answer more.
+        (lambda u: np.where(u < 0.4, 0.1, 0.9), 0.0),
+        (lambda u: 0.4 * u**1.5, 0.2),
+    ],
+)
+@pytest.mark.parametrize("n", [120, 300])
+def test_a_risk_is_broken_in_at_most_five_per_cent_of_calibrations(wrong, keeps, n):
+    rng, risk, draws = np.random.default_rng(n), 0.1, 2000
+    grid = wrong(np.linspace(0, 1, 200_001))
+    true = np.cumsum(grid) / np.arange(1, len(grid) + 1)
+    most = most_wrong(n, risk, keeping.level_of(n, risk))
+    broken, shares = 0, []
+    for _ in range(draws):
+        u = np.sort(rng.random(n))
+        passing = np.flatnonzero(np.cumsum(rng.random(n) < wrong(u)) <= most)
+        share = u[passing[-1]] if len(passing) else 0.0
+        shares.append(share)
+        broken += share > 0 and true[int(share * 200_000)] > risk
+    assert broken / draws <= 0.05 + 2.6 * np.sqrt(0.05 * 0.95 / draws)
+    assert np.mean(shares) >= keeps * (n == 300)
+
+
+def test_the_level_is_the_largest_at_which_a_walk_crosses_in_five_per_cent():
+    """Every path of 14 steps, one by one."""
+    n, risk = 14, 0.35
+    paths = np.array(list(itertools.product((0, 1), repeat=n)))
+    weights = np.prod(np.where(paths, risk, 1 - risk), axis=1)
+    counts = np.cumsum(paths, axis=1)
+
+    def crossing(level):
+        return weights[(counts <= most_wrong(n, risk, level)).any(axis=1)].sum()
+
+    level = keeping.level_of(n, risk)
+    # Between two tails nothing changes; at the next one it does.
+    tails = [binom.cdf(k, m, risk) for m in range(1, n + 1) for k in range(m)]
+    assert crossing(level) <= 0.05 < crossing(min(tail for tail in tails if tail > level) + 1e-9)
+
+
+def test_what_is_kept_is_the_lowest_score_that_passes():
+    # The best 60 without an error, then every other one wrong.
+    scores = np.linspace(1, 0, 200).tolist()
+    right = [place < 60 or place % 2 == 0 for place in range(200)]
+    kept = keeping.keep(scores, right, 0.1)
+    most = most_wrong(200, 0.1, keeping.level_of(200, 0.1))
+    passing = [m for m in range(1, 201) if right[:m].count(False) <= most[m - 1]]
+    assert (kept.of, kept.wrong) == (passing[-1], right[: passing[-1]].count(False))
+    assert kept.threshold == scores[kept.of - 1] and kept.of > 60
+    # Equal scores are kept together, or not at all.
+    assert keeping.keep([0.9] * 60 + [0.5] * 140, right, 0.1).of == 60
+    assert keeping.keep([0.9] * 60, [False] * 60, 0.1) is None
+    assert keeping.keep([], [], 0.1) is None
+
+
+def test_what_would_do_is_said_where_nothing_can_be_kept():
+    scores = np.linspace(1, 0, 100).tolist()
+    right = [place % 15 != 3 for place in range(100)]
+    promise = choice.choose(outcomes_of(scores, right), ANSWER, "risk", 0.1)
+    assert promise["threshold"] is None and promise["kept"]
+    least, needed = promise["least_risk"], promise["problems_needed"]
+    assert keeping.keep(scores, right, least) is not None
+    assert keeping.keep(scores, right, least - 0.01) is None
+    times = needed // 100
+    assert keeping.keep(scores * times, right * times, 0.1) is not None
+    assert keeping.keep(scores * (times - 1), right * (times - 1), 0.1) is None
+    # What is wrong too often stays so.
+    halves = outcomes_of(scores, [place % 2 == 0 for place in range(100)])
+    hopeless = choice.choose(halves, ANSWER, "risk", 0.1)
+    assert hopeless["problems_needed"] is None and hopeless["least_risk"] > 0.5
+
+
+def outcomes_of(scores, right):
+    pairs = enumerate(zip(scores, right, strict=True))
+    return [Outcome(str(k), score, ok, True, 5, 7) for k, (score, ok) in pairs]
+
+
+def test_a_summary_says_what_came_of_a_promise():
+    never = [place % 15 != 3 for place in range(100)]
+    promise = choice.choose(outcomes_of(range(100), never), ANSWER, "risk", 0.1)
+    said = summary(cascade_file(promise, against=0, of=0))
+    assert "every request is passed on" in said and "0 of 0" not in said
+    assert f"--risk {promise['least_risk']:.2f} can be promised on these problems" in said
+    assert f"about {promise['problems_needed']} problems would do" in said
+    kept = choice.choose(outcomes_of(range(100), [True] * 100), ANSWER, "risk", 0.1)
+    assert "0.0% (0 of 40): kept" in summary(cascade_file(kept, against=0, of=40))
+    assert "the student kept no answer" in summary(cascade_file(kept, against=0, of=0))
+
+
+def cascade_file(promise, against, of):
+    area = {"value": 0.0, "low": 0.0, "high": 0.0, "n": 100}
+    measured = {"against": against, "of": of, "n": 100, "above_random": area}
+    return {"promise": promise, "score": "answer", "calibration": measured, "evaluation": measured}
 
 
 def known(kind):

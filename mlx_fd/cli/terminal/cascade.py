@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_fd.cli.terminal.layout import FittingTable
 from mlx_fd.evaluation.cascade.choice import promised
-from mlx_fd.runs.records import CascadeFile, CascadeMeasuredRow
+from mlx_fd.runs.records import CascadeFile, CascadeMeasuredRow, CascadePromiseRow
 
 _NAMES = {
     "student": "the student alone",
@@ -50,17 +50,37 @@ def summary(found: CascadeFile) -> str:
         promise["threshold"],
         found["score"],
     )
-    lines = [said]
     shown = measured or found["calibration"]
-    against, of = shown["against"], shown["of"]
-    accuracy = promise["kind"] == "accuracy"
-    share = (against / of if of else 0.0) if not accuracy else 1 - against / of
+    area = f"area above a lottery, over all shares: {_interval(shown['above_random'], '+.3f')}"
     where = "on other problems" if measured else "on the calibration's own problems"
+    came = _came(promise, shown, where)
+    return "\n".join([said, came, f"{area}, n {shown['n']}"])
+
+
+def _came(promise: CascadePromiseRow, shown: CascadeMeasuredRow, where: str) -> str:
+    """What came of a promise."""
+    against, of = shown["against"], shown["of"]
+    if promise["threshold"] is None and promise["kind"] == "risk":
+        return _nothing_kept(promise)
+    if not of:
+        return f"{where} the student kept no answer, so that none could be wrong"
+    accuracy = promise["kind"] == "accuracy"
+    share = 1 - against / of if accuracy else against / of
     keeps = share >= promise["target"] if accuracy else share <= promise["target"]
     right = of - against if accuracy else against
-    lines.append(f"{where} it was {share:.1%} ({right} of {of}): {'kept' if keeps else 'not kept'}")
-    area = shown["above_random"]
-    lines.append(
-        f"area above a lottery, over all shares: {_interval(area, '+.3f')}, n {shown['n']}"
-    )
-    return "\n".join(lines)
+    return f"{where} it was {share:.1%} ({right} of {of}): {'kept' if keeps else 'not kept'}"
+
+
+def _nothing_kept(promise: CascadePromiseRow) -> str:
+    """Why a student keeps nothing, and what would help."""
+    said = "no threshold surely keeps this promise, so that the student keeps no answer"
+    if "least_risk" not in promise:  # of an older version
+        return said
+    ways = []
+    if (risk := promise["least_risk"]) is not None:
+        ways.append(f"--risk {risk:.2f} can be promised on these problems")
+    if (needed := promise["problems_needed"]) is not None:
+        ways.append(f"about {needed} problems would do (--limit), if others come out like these")
+    else:
+        ways.append("its best-scored answers are wrong too often for more problems to help")
+    return f"{said}: {'; '.join(ways)}"

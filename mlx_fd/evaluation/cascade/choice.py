@@ -1,6 +1,9 @@
-"""The threshold that keeps a promise, with the risk control of :mod:`mlx_fd.feedback.risk`.
+"""The threshold that keeps a promise, with exact binomial tests.
 
-The thresholds that are tried are fixed beforehand, as shares of a score's range.
+For a risk any score of the calibration's answers may become the threshold
+(:mod:`mlx_fd.evaluation.cascade.keeping`). For an accuracy or a cost, of which every problem tells
+something at every threshold, a sequence of thresholds is fixed beforehand, as shares of a score's
+range, and tested until one fails.
 """
 
 from __future__ import annotations
@@ -8,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from mlx_fd.evaluation.cascade import keeping
 from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.cascade.scores import Score
-from mlx_fd.feedback.risk import LEVEL, THRESHOLDS, set_threshold, upper_bound
+from mlx_fd.feedback.risk import LEVEL, THRESHOLDS, upper_bound
 from mlx_fd.runs.records import CascadePromiseRow
 
 RISK, ACCURACY, COST = "risk", "accuracy", "cost"
@@ -50,11 +54,7 @@ def choose(found: Sequence[Outcome], score: Score, kind: str, target: float) -> 
         threshold keeps it (then ``kept`` is false).
     """
     if kind == RISK:
-        confidences = [score.share(one.score) for one in found]
-        trust = set_threshold(confidences, [one.student for one in found], target)
-        threshold = None if trust.threshold is None else score.of_share(trust.threshold)
-        # Who keeps nothing has no wrong answer among what is kept.
-        return _row(kind, target, threshold, trust.disagreed, trust.audited, trust.bound, True)
+        return _least_kept(found, target)
     best: CascadePromiseRow | None = None
     # Strictest first for accuracy, where all is passed on at the start; for cost the other way.
     tried: list[float | None] = [None, *map(score.of_share, THRESHOLDS)]
@@ -68,6 +68,20 @@ def choose(found: Sequence[Outcome], score: Score, kind: str, target: float) -> 
     if best is not None:
         return best
     return _row(kind, target, None, 0, len(found), math.nan, False)
+
+
+def _least_kept(found: Sequence[Outcome], target: float) -> CascadePromiseRow:
+    """The promise of a risk. Who keeps nothing has no wrong answer among what is kept."""
+    scores, right = [one.score for one in found], [one.student for one in found]
+    kept = keeping.keep(scores, right, target)
+    if kept is None:
+        return {
+            **_row(RISK, target, None, 0, 0, math.nan, True),
+            "least_risk": keeping.least_risk(scores, right, target),
+            "problems_needed": keeping.problems_needed(scores, right, target),
+        }
+    bound = upper_bound(kept.wrong, kept.of, 1 - kept.level)
+    return _row(RISK, target, kept.threshold, kept.wrong, kept.of, bound, True)
 
 
 def _against(found: Sequence[Outcome], kind: str, threshold: float | None) -> int:
