@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlx_fd.evaluation.calibration import brier, roc_auc
+from mlx_fd.evaluation.statistics import Estimate, bootstrap
 from mlx_fd.runs.records import CalibrationBinRow, EpisodeRow, JudgingRow, ReliabilityRow
 
 BINS = 10
@@ -50,7 +51,8 @@ def reliability(scores: Sequence[float | None], positive: Sequence[bool]) -> Rel
         positive: whether the expert called it right.
 
     Returns:
-        Brier score, area under the ROC curve, and the calibration curve in bins of equal width.
+        Brier score and area under the ROC curve with 95 % intervals of the bootstrap over the
+        answers, and the calibration curve in bins of equal width.
     """
     known = [(s, ok) for s, ok in zip(scores, positive, strict=True) if s is not None]
     probabilities = np.array([(1 + s) / 2 for s, _ in known])
@@ -67,13 +69,23 @@ def reliability(scores: Sequence[float | None], positive: Sequence[bool]) -> Rel
         for place in range(BINS)
         if (inside := bins == place).any()
     ]
+    columns = (probabilities, right.astype(np.float64))
+    score, area = (bootstrap(columns, statistic) for statistic in (brier, roc_auc))
     return {
         "n": len(known),
-        "brier": _rounded(brier(probabilities, right)) if known else None,
-        "auc": _rounded(roc_auc(probabilities, right)) if known else None,
+        "brier": _rounded(score.value),
+        "brier_interval": _interval(score),
+        "auc": _rounded(area.value),
+        "auc_interval": _interval(area),
         "curve": curve,
     }
 
 
 def _rounded(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 4)
+
+
+def _interval(of: Estimate) -> list[float] | None:
+    """``None`` where the number, or its interval, is not known."""
+    ends = (of.value, of.low, of.high)
+    return None if any(map(math.isnan, ends)) else [round(of.low, 4), round(of.high, 4)]

@@ -136,7 +136,7 @@ def export(
         progress("comparing", 1, 2)
         found = agreement(reference, _logits_again(source, working, folder, form, chat))
         kept = _kept(source, form, chat, reference)
-        warnings = [check_precision(found), _untrained(source)]
+        warnings = [check_precision(found), _untrained(source), _unstopped(written)]
         if kept is not None:
             warnings.append(check_adapter_kept(found, kept))
         if form.parity_problems:
@@ -250,6 +250,16 @@ def _untrained(source: Source) -> str | None:
     return (
         f"checkpoint {checkpoint.name} is the student before its first update: on the probe set "
         "the run made it no better, and this export is the base model"
+    )
+
+
+def _unstopped(written: gguf_file.Written | None) -> str | None:
+    if written is None or not written.unnamed_ends:
+        return None
+    return (
+        "a GGUF file names three tokens that end a turn, and this model has more: llama.cpp may "
+        f"write on after {', '.join(written.unnamed_ends)}; give it as a stop text, too. mlx-fd "
+        "reads all of them"
     )
 
 

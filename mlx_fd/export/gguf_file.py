@@ -31,6 +31,7 @@ from mlx_fd.models.gguf_layout import (
     to_blocks,
     unpack,
 )
+from mlx_fd.models.gguf_tokens import END_TOKENS
 
 if TYPE_CHECKING:
     import gguf
@@ -51,10 +52,12 @@ class Written:
     Attributes:
         kinds: type -> number of matrices of it.
         carried: matrices whose quantised numbers are the base's own.
+        unnamed_ends: tokens that end a turn, of which llama.cpp is not told.
     """
 
     kinds: dict[str, int]
     carried: int
+    unnamed_ends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -274,13 +277,14 @@ def _add(writer: gguf.GGUFWriter, metadata: Mapping[str, Any]) -> None:
 
 def _add_tokenizer(
     writer: gguf.GGUFWriter, source: Source, tokenizer: Any, rows: int, arch: str
-) -> None:
+) -> tuple[str, ...]:
+    """Add the tokenizer; the tokens that end a turn and for which llama.cpp has no name."""
     path = source.ref.model / "tokenizer.json"
     vocabulary = read_vocabulary(path, rows, arch)
     ends = end_tokens(tokenizer)
     if ends is None:
         raise UserError(f"{path}: no token ends a turn, so llama.cpp would never stop")
-    first, *others = ends if isinstance(ends, list) else [ends]
+    ends = ends if isinstance(ends, list) else [ends]
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -289,10 +293,13 @@ def _add_tokenizer(
         writer.add_token_merges(vocabulary.merges)
     if vocabulary.scores is not None:
         writer.add_token_scores(vocabulary.scores)
-    writer.add_eos_token_id(first)
     # llama.cpp ends a turn at any of the three.
-    for add, token in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
+    named = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for add, token in zip(named, ends, strict=False):
         add(token)
+    unnamed = ends[len(named) :]
+    if unnamed:
+        writer.add_array(END_TOKENS, ends)
     for add, token in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
         (writer.add_pad_token_id, tokenizer.pad_token_id),
@@ -307,6 +314,7 @@ def _add_tokenizer(
     template = tokenizer.chat_template
     if template is not None:
         writer.add_chat_template(template)
+    return tuple(vocabulary.tokens[token] for token in unnamed)
 
 
 def file_name(kind: str | None) -> str:
@@ -386,7 +394,7 @@ def write_file(
     metadata = {**_metadata(family, args, config, sizes), **scaling.metadata}
     _add(writer, {f"{family.gguf}.{name}": value for name, value in metadata.items()})
     _add(writer, further or {})
-    _add_tokenizer(writer, source, tokenizer, sizes.rows, family.gguf)
+    unnamed = _add_tokenizer(writer, source, tokenizer, sizes.rows, family.gguf)
     writer.add_file_type(gguf.LlamaFileType[_file_type(kind)])
     if kind not in _UNQUANTIZED:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -404,6 +412,7 @@ def write_file(
     return Written(
         dict(Counter(tensor.kind for tensor in matrices)),
         sum(tensor.carried for tensor in matrices),
+        unnamed,
     )
 
 

@@ -342,7 +342,7 @@ def reader_fingerprint(expert: Loaded) -> dict[str, Any]:
     here, head = backend(), logit_head(expert.view.head, expert.vocab)
     modules = (nn.QuantizedLinear, nn.QuantizedEmbedding)
     return {
-        "backend": [here.device, here.blas, version("mlx")],
+        "backend": [here.device, here.blas, here.cpu_math, version("mlx")],
         "expert": content_hash(expert.path),
         "dtype": str(expert.dtype),
         "quantized": any(isinstance(part, modules) for part in expert.model.modules()),
@@ -499,7 +499,7 @@ def solution_of(
             pair, Conversation(), prompt, solution.tokens, target, options, cache
         )
     text, spans = token_spans(pair.student_lm.tokenizer.decode, target)
-    answer = answer_span(text, number=problem.kind == "number")
+    answer = answer_span(text)
     sample = Sample(
         own,
         target,

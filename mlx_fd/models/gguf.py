@@ -30,7 +30,7 @@ from mlx_fd.models.gguf_layout import (
     tensor_names,
 )
 from mlx_fd.models.gguf_reading import GgufFile
-from mlx_fd.models.gguf_tokens import read_tokens, token_id, write_tokenizer
+from mlx_fd.models.gguf_tokens import end_tokens, read_tokens, token_id, write_tokenizer
 from mlx_fd.models.storage import new_directory
 
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ def _config(file: GgufFile, family: Family, tokens: list[str]) -> dict[str, Any]
         )
     if "head_dim" not in taken and head_dim * heads != hidden:
         raise file.bad(f"{heads} heads of {head_dim} do not make up the width {hidden}")
-    ends = [token_id(file, name, len(tokens)) for name in ("eos", "eot")]
-    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    ends = end_tokens(file, len(tokens))
     name_of = tensor_names(family, options["num_hidden_layers"])
     config: dict[str, Any] = {
         "model_type": family.name,

@@ -67,6 +67,8 @@ PRETOKENIZERS = {
 _NFC = (_QWEN2, _QWEN35)
 # Kinds of tokenizer in `tokenizer.ggml.model`.
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+# All ids that end a turn, where they are more than llama.cpp has names for.
+END_TOKENS = "mlx_fd.end_token_ids"
 # Kinds of token in `tokenizer.ggml.token_type`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -106,6 +108,19 @@ def token_id(file: GgufFile, name: str, count: int) -> int | None:
     if value is not None and not 0 <= value < count:
         raise file.bad(f"the {name} token {value} is outside the vocabulary of {count}")
     return value
+
+
+def end_tokens(file: GgufFile, count: int) -> list[int]:
+    """The ids that end a turn, the tokenizer's own first; of a vocabulary of ``count`` tokens.
+
+    Raises:
+        UserError: one is outside the vocabulary.
+    """
+    named = [token_id(file, name, count) for name in ("eos", "eot", "eom")]
+    listed = file.get(END_TOKENS, list, [])
+    if not all(type(token) is int and 0 <= token < count for token in listed):
+        raise file.bad(f"{END_TOKENS} has what is no token of the vocabulary of {count}")
+    return list(dict.fromkeys(token for token in (*named, *listed) if token is not None))
 
 
 def read_tokens(file: GgufFile, rows: int) -> list[str]:

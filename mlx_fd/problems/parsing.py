@@ -83,7 +83,7 @@ _NUMBER = re.compile(
     (?:
         (?P<whole>\d+)[ ](?P<top>\d+)/(?P<bottom>\d+)(?![\d/])      # 1 1/2
       | (?:
-            (?P<continental>\d{1,3}(?:\.\d{3})+,\d{1,2}|\d+,\d{1,2})(?!,?\d)
+            (?P<continental>\d{1,3}(?:[.\u202f]\d{3})+,\d{1,2}|\d+,\d{1,2})(?!,?\d)
           | (?P<number>(?:\d{1,3}(?:[,'\u202f]\d{3})+(?!\d)
                 |\d{1,2}(?:,\d{2}){1,4},\d{3}(?!\d)       # 1,00,000
                 |\d+)(?:\.\d+)?|(?<!\.)\.\d+)
@@ -141,6 +141,11 @@ _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _PLAIN_DECIMAL = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 _SEPARATOR = re.compile(rf"[,'{_NARROW}]")  # of thousands
+_CONTINENTAL = re.compile(rf"[.{_NARROW}]")  # likewise, beside a decimal comma
+# Thousands with plain spaces between them, or several numbers.
+_SPACED = re.compile(r"(?<![\d.,/^])(?<!\d[ ])[1-9]\d{0,2}(?:[ ]\d{3}(?!\d))++(?![ ]\d)")
+# What one number is followed by: at most one word, no more digits.
+_AT_MOST_A_WORD = re.compile(r"(?:[.,]\d++)?[ ]?(?:[^\s\d/-][^\s\d]*+)?[.\s*)]*+\Z")
 _SPACED_SIGN = re.compile(r"^([-+])\s+(?=[$\d.])")
 _DIGIT = re.compile(r"\d")
 _FULL_STOP = re.compile(r"\.$")
@@ -166,7 +171,12 @@ def _plain_number(text: str) -> str:
     text = text.translate(_PLAIN)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
-    return text
+    return _SPACED.sub(_joined_thousands, text)
+
+
+def _joined_thousands(match: re.Match[str]) -> str:
+    """5 000 is one number, since no second one begins with a 0; 12 500 may be two."""
+    return match[0].replace(" ", _NARROW) if " 0" in match[0] else match[0]
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
@@ -184,7 +194,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
         if abs(power) > _LONGEST_NUMBER:
             return None
         if match["continental"]:
-            digits = match["continental"].replace(".", "").replace(",", ".")
+            digits = _CONTINENTAL.sub("", match["continental"]).replace(",", ".")
         else:
             digits = _SEPARATOR.sub("", match["number"])
         value = Fraction(digits) * Fraction(10) ** power
@@ -237,6 +247,12 @@ def _leading_number(segment: str) -> _Leading:
     while calculation := _CALCULATION.match(line):
         line = line[calculation.end() :]
     line = _SPACED_SIGN.sub(r"\1", line)
+    if spaced := _SPACED.match(line, len(line) - len(line.lstrip("-+$"))):
+        rest = line[spaced.end() :]
+        if _AT_MOST_A_WORD.match(rest):
+            line = line[: spaced.end()].replace(" ", _NARROW) + rest
+        elif rest[:1] != "-" and not rest.lstrip().startswith("/"):
+            return _Leading(None, rest, is_formula=True)  # 3 bottles of 250 ml, or 3,250 of them
     match = _NUMBER.match(line)
     if match is None:
         return _Leading(None, line, line.lstrip("-+ ").startswith(_SIGN))
@@ -277,7 +293,7 @@ def number(text: str) -> Fraction | None:
 
 _GOLD_NUMBER = re.compile(
     r"""\s*+[-+\u2212]?\s?[$\u20ac\u00a3]?\s?
-    (?:\d{1,3}(?:[,'\u202f]\d{2,3})++(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)
+    (?:\d{1,3}(?:[,'\u202f]\d{2,3}|[ ]\d{3}(?!\d|/))++(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)
     (?:[ ]\d++/\d++|\s?/\s?\d++|[eE][-+]?\d++)?\s?(?:\\?%)?
     (?:\s\(?[A-Za-z\u00b0][A-Za-z .]{1,30}+\)?)?\s*+\.?\s*+""",
     re.VERBOSE,
@@ -347,10 +363,11 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
     ``"auto"`` takes the number after the last ``####`` that has one, or the one in a ``\boxed{}``
     behind it; else the one in the last ``\boxed{}``; else the last number of the text, notes below
     it aside. A reply that goes on with the next question has answered before it. It reads thousands
-    separators, currency signs, decimals (a decimal comma only where it can be nothing else),
-    fractions, mixed numbers, scientific notation, LaTeX and the digits of every script; units are
-    ignored. As in GSM8K, ``50%`` is 50. No number is taken out of a formula (``\sqrt{51}``, ``2^k``
-    or ``(2,4)``): a reply that comes to one has none. ``"strict"`` and ``"flexible"`` read what
+    separators (a plain space in ``12 500`` only where nothing but a unit follows), currency signs,
+    decimals (a decimal comma only where it can be nothing else), fractions, mixed numbers,
+    scientific notation, LaTeX and the digits of every script; units are ignored. As in GSM8K,
+    ``50%`` is 50. No number is taken out of a formula (``\sqrt{51}``, ``2^k`` or ``(2,4)``): a
+    reply that comes to one has none. ``"strict"`` and ``"flexible"`` read what
     :func:`lm_eval_answer` extracts.
 
     Args:

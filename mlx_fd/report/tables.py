@@ -358,16 +358,27 @@ def judging_table(runs: Sequence[LoopRun]) -> Table | None:
                 else Cell(NONE)
                 for at in range(BINS)
             ]
-            figures = [Cell(_figures(of["auc"])), Cell(_figures(of["brier"]), f"n {of['n']}")]
+            figures = [
+                Cell(_figures(of["auc"]), _between(of.get("auc_interval"))),
+                Cell(_figures(of["brier"]), f"{_between(of.get('brier_interval'))}, n {of['n']}"),
+            ]
             rows.append((f"{name}{label}", *figures, *cells))
     return table(
         "The student's scores as verdicts, in the second half of the episodes, before it learned "
-        "from each: area under the ROC curve and Brier score against the expert's verdict; and, of "
+        "from each: area under the ROC curve and Brier score against the expert's verdict, with "
+        "95 % intervals over answers; and, of "
         "the answers that a score s gives a probability (1 + s) / 2 of being right, the share that "
         "the expert calls right.",
         ("", "AUC", "Brier", *(f"{at / BINS:.1f} to {(at + 1) / BINS:.1f}" for at in range(BINS))),
         rows,
     )
+
+
+def _between(interval: Sequence[float] | None) -> str:
+    if interval is None:
+        return NONE
+    low, high = interval
+    return f"{_figures(low)} to {_figures(high)}"
 
 
 def probe_table(runs: Sequence[Run]) -> Table | None:

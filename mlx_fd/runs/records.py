@@ -724,13 +724,17 @@ class ReliabilityRow(TypedDict):
     Attributes:
         n: answers that both scored.
         brier: Brier score of (1 + score) / 2; null where there is none.
+        brier_interval: its 95 % interval; not there in runs of older versions.
         auc: area under the ROC curve; null where the expert called all answers the same.
+        auc_interval: likewise.
         curve: the calibration curve, of the bins with answers.
     """
 
     n: int
     brier: float | None
+    brier_interval: NotRequired[list[float] | None]
     auc: float | None
+    auc_interval: NotRequired[list[float] | None]
     curve: list[CalibrationBinRow]
 
 
@@ -1392,6 +1396,10 @@ class CascadePromiseRow(TypedDict):
         of: of how many.
         bound: what the promised share surely does not pass; null where nothing is known.
         kept: whether a threshold keeps it.
+        least_risk: of a risk for which nothing can be kept: the least one, in whole per cent, that
+            these problems allow to promise; null: none.
+        problems_needed: likewise: about how many problems it takes, if others come out as these
+            did; null: more than ten times as many.
     """
 
     kind: str
@@ -1402,6 +1410,8 @@ class CascadePromiseRow(TypedDict):
     of: int
     bound: float | None
     kept: bool
+    least_risk: NotRequired[float | None]
+    problems_needed: NotRequired[int | None]
 
 
 class CascadeStepRow(TypedDict):

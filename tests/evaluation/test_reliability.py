@@ -32,6 +32,9 @@ def test_both_scores_are_held_against_the_experts_verdict_in_the_second_half():
         assert found[name]["n"] == 100
         assert found[name]["auc"] == pytest.approx(sklearn.roc_auc_score(truth, p), abs=1e-4)
         assert found[name]["brier"] == pytest.approx(sklearn.brier_score_loss(truth, p), abs=1e-4)
+        for measure, far in (("auc", 0.2), ("brier", 0.15)):
+            low, high = found[name][f"{measure}_interval"]
+            assert low < found[name][measure] < high and high - low < far
         assert sum(bin["n"] for bin in found[name]["curve"]) == 100
         for bin in found[name]["curve"]:
             inside = (p >= bin["low"]) & (p < bin["high"] + (bin["high"] == 1))
@@ -46,5 +49,19 @@ def test_where_nothing_is_known_nothing_is_said():
     assert one["n"] == 1 and one["auc"] is None and one["brier"] == 0.0
     assert one["curve"] == [{"low": 0.9, "high": 1.0, "n": 1, "probability": 1.0, "right": 1.0}]
     nothing = reliability([None], [False])
-    assert nothing == {"n": 0, "brier": None, "auc": None, "curve": []}
-    assert not math.isnan(nothing["n"])
+    numbers = ("brier", "brier_interval", "auc", "auc_interval")
+    assert nothing == {"n": 0, **dict.fromkeys(numbers), "curve": []}
+    assert one["auc_interval"] is None and one["brier_interval"] == [0.0, 0.0]
+
+
+def test_the_interval_of_an_auc_is_as_wide_as_theory_has_it():
+    rng = np.random.default_rng(1)
+    truth = rng.random(400) < 0.5
+    scores = np.clip(truth * 0.2 + rng.normal(0, 0.3, 400), -1, 1)
+    found = reliability(list(scores), list(truth))
+    # Hanley and McNeil (1982), equation 2.
+    a, p, n = found["auc"], truth.sum(), (~truth).sum()
+    q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
+    variance = (a * (1 - a) + (p - 1) * (q1 - a * a) + (n - 1) * (q2 - a * a)) / (p * n)
+    low, high = found["auc_interval"]
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(variance), rel=0.15)

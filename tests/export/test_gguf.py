@@ -420,6 +420,39 @@ def test_several_end_tokens(tmp_path):
     assert load(tmp_path / "back").tokenizer.eos_token_ids == {397, 399}
 
 
+@pytest.mark.parametrize("count", [3, 5])
+def test_no_token_that_ends_a_turn_is_lost(tmp_path, count):
+    ends = [399, 397, 12, 30, 5][:count]
+    model = tiny.make_model_dir(tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    export(str(model), tmp_path / "out", Form("gguf"), progress=lambda *_: None)
+    convert(next((tmp_path / "out").glob("*.gguf")), tmp_path / "back")
+    assert load(tmp_path / "back").tokenizer.eos_token_ids == {*ends}
+
+
+def test_llama_cpp_is_not_told_of_a_fourth_and_the_user_is(tmp_path):
+    model = tiny.make_model_dir(tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [399, 5, 12, 30]}))
+    done = export(str(model), tmp_path / "out", Form("gguf"), progress=lambda *_: None)
+    tokens = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    [text] = [text for text, number in tokens.items() if number == 30]
+    [warning] = [one for one in done.warnings if "end a turn" in one]
+    assert f"after {text};" in warning
+
+
+def test_a_list_of_end_tokens_outside_the_vocabulary_is_refused(tmp_path):
+    model = tiny.make_model_dir(tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [399, 5, 12, 30]}))
+    write(model, tmp_path / "m.gguf")
+    data = (tmp_path / "m.gguf").read_bytes()
+    listed = b"".join(token.to_bytes(4, "little") for token in (399, 5, 12))
+    assert data.count(listed) == 1
+    bad = data.replace(listed, listed[:8] + (400).to_bytes(4, "little"))
+    (tmp_path / "bad.gguf").write_bytes(bad)
+    with pytest.raises(UserError, match="end_token_ids"):
+        convert(tmp_path / "bad.gguf", tmp_path / "back")
+
+
 @pytest.mark.model
 def test_smollm2s_own_file_comes_back_bit_for_bit(tmp_path_factory, tmp_path):
     """Its embedding is Q8_0 and all else Q4_1: 211 matrices and 61 vectors."""

@@ -19,6 +19,7 @@ from mlx_fd.feedback import samples
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import cache_fingerprint, read_text
 from mlx_fd.feedback.teacher_cache import TeacherCache
+from mlx_fd.models.backend import backend
 from mlx_fd.models.conversation import Conversation, prefill
 from mlx_fd.models.loading import load
 from mlx_fd.runs.events import BatchDone, Warned
@@ -119,6 +120,26 @@ def test_another_expert_or_quantisation_is_another_teacher(tmp_path, pair):
     quantised = teacher(hidden=64, quantize=(4, 32), dtype="float16")
     assert len({json.dumps(t) for t in (known, one, seeded, quantised)}) == 4
     assert quantised["quantized"] and not one["quantized"]
+
+
+def test_outputs_of_other_exponentials_are_other_entries():
+    code = (
+        "import json; from mlx_fd.models.backend import backend; backend();"
+        "from mlx_fd.feedback.samples import reader_fingerprint;"
+        "from mlx_fd.models.loading import load; from mlx_fd.models.resolve import resolve;"
+        "print(json.dumps(reader_fingerprint(load(resolve('tiny-student')))))"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "MLX_FD_CPU_MATH": value},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for value in ("on", "off")
+    ]
+    assert (said[0] != said[1]) is backend().on_cpu
 
 
 @pytest.mark.parametrize("harm", ["cut", "bit", "empty", "foreign", "text", "renamed"])

@@ -156,6 +156,7 @@ def test_no_number_is_pulled_out_of_a_formula(tmp_path, answer):
         ("18", "18"), ("$1,234.50", "2469/2"), ("3/4", "3/4"), ("1 1/2", "3/2"), ("18 eggs", "18"),
         ("9 (apples)", "9"), (r"\frac{270}{7}", "270/7"), ("50%", "50"), ("-0.5", "-1/2"),
         ("1,00,000", "100000"), ("12 sq. cm", "12"), ("5.", "5"),
+        ("5 000", "5000"), ("12 500 eggs", "12500"),
     ],
 )  # fmt: skip
 def test_numbers_as_people_write_them(tmp_path, answer, value):

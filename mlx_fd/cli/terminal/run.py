@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -397,6 +397,12 @@ def _trusted(feedback: ExpertUseRow) -> str:
     )
 
 
+def _within(value: float | None, interval: Sequence[float] | None, form: str) -> str:
+    """A number and its interval, which older runs do not have."""
+    ends = ", ".join(format(end, form) for end in interval or ())
+    return f"{number(value, form)} [{ends}]" if ends else number(value, form)
+
+
 def _of(value: CountRow) -> str:
     return f"{value['count']} of {value['n']}"
 
@@ -467,7 +473,8 @@ def summary_table(summary: Summary) -> NamedValues:
         for name, score in (("score head", judged["head"]), ("written score", judged["written"])):
             table.add_row(
                 f"{name} as a verdict",
-                f"AUC {number(score['auc'], '.2f')}, Brier {number(score['brier'], '.3f')} against "
+                f"AUC {_within(score['auc'], score.get('auc_interval'), '.2f')}, "
+                f"Brier {_within(score['brier'], score.get('brier_interval'), '.3f')} against "
                 f"the expert's, in the second half (n {score['n']})",
             )
     updates = summary["updates"]
