@@ -4,10 +4,11 @@ python scripts/bench_trust.py --runs DIR --seeds 0,1,2     # each run once; goes
 python scripts/bench_trust.py --arms long --runs DIR       # the run of forty minutes
 python scripts/bench_trust.py --table --plot               # docs/bench_trust.*, from the rows alone
 
-Of the problems that need no expert a tenth, drawn by hash, is audited all the same. So the final
-answers of audited problems and of those where the student stood alone are those of two random
-samples of one run, and their difference is what not asking costs. Rows, one for each run, go to
-docs/bench_trust.jsonl.
+What not asking costs is known twice. Of the problems that need no expert a tenth, drawn by hash, is
+audited all the same: their final answers and those where the student stood alone are two random
+samples of one run. And after a run the expert, which no run changes, is asked of every answer that
+it was not asked of (:func:`if_asked`): the same problems, the same first answers and the same
+student's feedback. Rows, one for each run, go to docs/bench_trust.jsonl.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bench_method import AFTER, HEIGHT, LEFT, TOP, WIDTH, Row, column, quality, run_arm, shown
@@ -60,10 +62,90 @@ def row_of(arm: str, seed: int, folder: Path) -> Row:
         "trusted": bits([row["gate"]["trusted"] for row in episodes]),
         "agreed": bits([agreed(row) for row in episodes]),
         "right": bits([row["correct_after"] for row in episodes]),
+        "if_asked": bits(if_asked(folder)),
         "wrong": bits([one["wrong"] for one in exam]),
         "found": ["", bits([one["found"] for one in exam])],
         "solved": ["", bits([one["solved"] for one in exam])],
     }
+
+
+def if_asked(folder: Path) -> list[bool | None]:
+    """Final answers of a run had the expert been asked everywhere; whether they are right.
+
+    Args:
+        folder: the run's, of one whose expert decodes greedily, so that nothing is drawn.
+
+    Returns:
+        For each episode; where the expert was asked, what came of it in the run.
+    """
+    from mlx_fd import runs
+
+    rows = runs.read_episodes(folder)
+    found = [row["correct_after"] for row in rows]
+    asked = [place for place, row in enumerate(rows) if row["expert_feedback"]]
+    alone = [place for place in range(len(rows)) if place not in set(asked)]
+    # As many where it is known what it says, for a check.
+    known = asked[-len(alone) :] if alone else []
+    again = asked_of(folder, [rows[place] for place in (*known, *alone)])
+    for place, one in zip(known, again, strict=False):
+        said = rows[place]["expert_feedback"]
+        if said is None or one.judged.expert.feedback.text != said["text"]:
+            raise SystemExit(f"{folder}: asked again of episode {place} its expert says otherwise")
+    for place, one in zip(alone, again[len(known) :], strict=True):
+        found[place] = one.is_correct
+    return found
+
+
+def asked_of(folder: Path, rows: Sequence[Any]) -> list[Any]:
+    """Episodes of a run with the expert asked of the same first answers, finished.
+
+    Args:
+        folder: the run's.
+        rows: of its ``episodes.jsonl``, for the first answers and the student's feedback.
+    """
+    from mlx_fd import problems
+    from mlx_fd.evaluation.target import Models, open_target
+    from mlx_fd.feedback import episode
+    from mlx_fd.models.backend import backend
+    from mlx_fd.models.conversation import Conversation
+    from mlx_fd.problems.parsing import parse_feedback
+    from mlx_fd.problems.prompts import Answer
+
+    backend()
+    target = open_target(str(folder), None)
+    options = target.config.generation
+    if options.expert_temperature:
+        raise SystemExit(f"{folder}: its expert draws its tokens, which nothing can repeat")
+    pair = Models(target).pair
+    source = target.config.problems
+    by_id = {one.id: one for one in problems.load(source.problems, source.split).problems}
+    end = pair.expert.tokenizer.eos_token_id
+
+    def answered(row: Any) -> episode.Answered:
+        text, final = row["answer"]["text"], row["answer"]["final"]
+        tokens = pair.expert.tokenizer.encode(text, add_special_tokens=False)
+        ended = () if "answer" in row["capped"] else (end,)
+        answer = Answer(text, final, (*tokens, *ended))
+        return episode.Answered(by_id[row["id"]], answer, Conversation(), ())
+
+    def student(row: Any) -> episode.StudentFeedback:
+        said = row["student_feedback"]
+        return episode.StudentFeedback(parse_feedback(said["text"], ()), said["head_score"])
+
+    finished: list[Any] = []
+    for begin in range(0, len(rows), options.batch_size):
+        some = rows[begin : begin + options.batch_size]
+        given = episode.said_by_expert(pair, [answered(row) for row in some])
+        experts = episode.expert_feedback(pair, given, options, 0, _quiet)
+        judged = episode.judge(given, [student(row) for row in some], dict(enumerate(experts)))
+        finished += episode.merge_and_revise(
+            pair, judged, options, target.config.episode, lambda step: 0, _quiet
+        )
+    return finished
+
+
+def _quiet(step: str, tokens: int) -> None:
+    """Nobody watches."""
 
 
 def read_rows(path: Path) -> dict[str, list[Row]]:
@@ -109,6 +191,11 @@ def cost(row: Row) -> RunValue:
     return RunValue(alone.value - audited.value, math.hypot(alone.error, audited.error))
 
 
+def asking(row: Row) -> RunValue:
+    """Final answers right as they are, less those had the expert been asked everywhere."""
+    return of_problems([marks(row, "right") - marks(row, "if_asked")])
+
+
 def _share(right: NDArray[np.float64]) -> RunValue:
     """A share near 1: where every answer is right the error is not 0 (Agresti and Coull, 1998)."""
     n = len(right)
@@ -127,6 +214,9 @@ MEASURES: dict[str, Callable[[Sequence[Row]], Estimate]] = {
     )[0],
     "final answers right (%)": lambda rows: over_runs(
         [of_problems([marks(row, "right")]) for row in rows]
+    )[0],
+    "the same, less had the expert been asked everywhere (points)": lambda rows: over_runs(
+        list(map(asking, rows))
     )[0],
     "the same, alone less audited (points)": lambda rows: over_runs(list(map(cost, rows)))[0],
     "F1 of first errors (%)": quality,

@@ -6,7 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from mlx_fd import runs
 from support.scripted import script
+from support.shell import shell
 
 bench = script("bench_trust")
 
@@ -16,6 +18,7 @@ def row(seed, asked="11111010", agreed="1011-10-", right="11111101"):
     return {
         **{"arm": "main", "seed": seed, "seconds": 60.0, "tokens": [10 * int(x) for x in asked]},
         **{"asked": asked, "trusted": trusted, "agreed": agreed, "right": right},
+        "if_asked": "11111111",
         **{"wrong": "1100", "found": ["", "1011"], "solved": ["", "1110"]},
     }
 
@@ -46,3 +49,21 @@ def test_table_and_plot_are_made_of_the_rows(tmp_path):
     assert cells["problems solved (%)"][2].strip() == "75.0"
     assert cells["episodes before trust"][1].strip() == "4"
     ElementTree.fromstring(bench.plot(path))
+
+
+def test_an_expert_that_is_asked_again_says_what_it_said(tmp_path):
+    sizes = ("--episodes", 3, "--batch-size", 3, "--probe-size", 1, "--kd-steps", 1)
+    run = tmp_path / "run"
+    done = shell(
+        *("loop", "--preset", "tiny", *sizes, "--exam-size", 0, "--own-solutions", 0),
+        *("--order", "learn-last", "--gate", "never", "--out", run),
+        cwd=tmp_path,
+    )
+    assert done.status == 0, done
+    rows = runs.read_episodes(run)
+    again = bench.asked_of(run, rows)
+    for row, one in zip(rows, again, strict=True):
+        assert one.judged.expert.feedback.text == row["expert_feedback"]["text"]
+        assert (one.merged, one.final.text) == (row["merged"], row["final"]["text"])
+    # Nobody was trusted: all is as it was.
+    assert bench.if_asked(run) == [row["correct_after"] for row in rows]
