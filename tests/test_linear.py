@@ -93,6 +93,7 @@ READERS = {
     "lesson": reflection.lesson,
     "noisy": lambda text: noise.noisy(text, "typed", 0.4, 0),
     "answer_span": answer_span,
+    "answer_span of a text": lambda text: answer_span(text, number=False),
     "step_weights": weights,
 }
 

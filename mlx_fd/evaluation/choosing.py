@@ -22,8 +22,8 @@ from mlx_fd.evaluation.bench import Bench, Uses
 from mlx_fd.evaluation.cache import Rows, asked
 from mlx_fd.evaluation.calibration import roc_auc
 from mlx_fd.evaluation.measures import Measure
-from mlx_fd.evaluation.sampling import WARM, best_of, maj_at_k, pass_at_k
-from mlx_fd.evaluation.solving import answered_by, answers_of, first_by, with_shots
+from mlx_fd.evaluation.sampling import WARM, best_of, pass_at_k
+from mlx_fd.evaluation.solving import answered_by, answers_of, first_by, majority, with_shots
 from mlx_fd.feedback.episode import StudentFeedback, student_feedback
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.problems import Problem, prompts
@@ -131,7 +131,7 @@ class Choosing:
     def measures(self, rows: Sequence[Sequence[OutputRow]]) -> list[Measure]:
         """How often a way to pick finds a right answer."""
         right = [sum(bool(row["correct"]) for row in samples) for samples in rows]
-        picked = [_pick(samples[0]["system"], samples) for samples in rows]
+        picked = list(map(_pick, self.items, rows))
         k = self.samples
         found = [
             Measure("accuracy", picked, compared=True),
@@ -166,11 +166,6 @@ SCORES: dict[str, Callable[[StudentFeedback], float | None]] = {
 """What an answer can be picked by, the highest first."""
 
 
-def _by_majority(samples: Sequence[OutputRow]) -> float:
-    right = {row["final"] for row in samples if row["correct"]}
-    return maj_at_k([row["final"] for row in samples], right.__contains__)
-
-
 def _random(samples: Sequence[OutputRow]) -> float:
     return float(np.mean([bool(row["correct"]) for row in samples]))
 
@@ -179,8 +174,9 @@ def _by_score(samples: Sequence[OutputRow]) -> float:
     return best_of([row["score"] for row in samples], [bool(row["correct"]) for row in samples])
 
 
-def _pick(system: str, samples: Sequence[OutputRow]) -> float:
+def _pick(problem: Problem, samples: Sequence[OutputRow]) -> float:
     """The probability that a way to pick finds a right answer."""
+    system = samples[0]["system"]
     if system in SCORES:
         return _by_score(samples)
-    return _by_majority(samples) if system == MAJORITY else _random(samples)
+    return majority(problem, samples) if system == MAJORITY else _random(samples)

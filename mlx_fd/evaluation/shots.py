@@ -10,6 +10,7 @@ from mlx_fd import problems
 from mlx_fd.errors import UserError
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import is_right, read_final
+from mlx_fd.registry import SOURCES
 
 _SPLIT = "train"
 
@@ -30,7 +31,8 @@ def examples(source: str, split: str, count: int, *, kind: str = "auto", columns
     if not count:
         return ""
     parts = (part.strip() for part in split.split("+"))
-    if Path(source).exists() or any(part.startswith(_SPLIT) for part in parts):
+    is_file = source not in SOURCES and Path(source).expanduser().is_file()
+    if is_file or any(part.startswith(_SPLIT) for part in parts):
         raise UserError(
             f"--shots takes its examples from the train split of the problems' source, and of "
             f"{source} all is evaluated; leave --shots out, or choose another --split"

@@ -25,7 +25,7 @@ from mlx_fd.feedback.two_tokenizers import to_expert
 from mlx_fd.models.conversation import Conversation, without_repeated_eos
 from mlx_fd.models.generation import said
 from mlx_fd.problems import Problem, parsing, prompts
-from mlx_fd.problems.kinds import are_graded, form_of, is_right, read_final
+from mlx_fd.problems.kinds import are_graded, form_of, is_right, read_final, votes
 from mlx_fd.problems.kinds.text import token_f1
 from mlx_fd.runs.checked import content_digest
 from mlx_fd.runs.records import ItemRow, OutputRow
@@ -186,7 +186,7 @@ class Solving:
             right = [sum(bool(row["correct"]) for row in samples) for samples in rows]
             measures += [
                 Measure(f"avg@{k}", accuracy),
-                Measure(f"maj@{k}", [_majority(samples) for samples in rows]),
+                Measure(f"maj@{k}", list(map(majority, self.items, rows))),
                 Measure(f"pass@{k}", [pass_at_k(count, k, k) for count in right]),
             ]
         # How well the scores tell right first answers from wrong ones; one answer to each problem.
@@ -226,9 +226,11 @@ def first_by(bench: Bench) -> Who:
     return "student" if bench.target.config.generation.answers_by == "student" else "expert"
 
 
-def _majority(samples: Sequence[OutputRow]) -> float:
-    right = {row["final"] for row in samples if row["correct"]}
-    return maj_at_k([row["final"] for row in samples], right.__contains__)
+def majority(problem: Problem, samples: Sequence[OutputRow]) -> float:
+    """The probability that the vote of some replies to a problem is right."""
+    cast = votes([row["final"] for row in samples], problem)
+    right = {vote for vote, row in zip(cast, samples, strict=True) if row["correct"]}
+    return maj_at_k(cast, right.__contains__)
 
 
 def answers_of(

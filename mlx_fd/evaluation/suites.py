@@ -261,13 +261,29 @@ def make_sets(
             )
         )
     elsewhere = [
-        solving(known.name, known.transfer_split)
-        for known in SOURCES.values()
-        if known.transfer_split
+        (known.name, known.transfer_split) for known in SOURCES.values() if known.transfer_split
     ]
     if options.transfer is not None:
-        elsewhere.append(solving(options.transfer, options.split))
-    return sets + [one for one in elsewhere if one.name != sets[0].name]
+        elsewhere.append((options.transfer, options.split))
+    asked_already = (source, options.split)
+    sets += [solving(*one) for one in dict.fromkeys(elsewhere) if one != asked_already]
+    return _told_apart(sets)
+
+
+def _told_apart(sets: Sequence[Set]) -> list[Set]:
+    """Sets under different names: files in two folders may be called alike."""
+    found: dict[str, Set] = {}
+    for one in sets:
+        name, number = one.name, 1
+        while name in found:
+            number += 1
+            name = f"{one.name} ({number})"
+        # The instructions with a form are not of a file.
+        if isinstance(one, Following):
+            found[name] = one
+        else:
+            found[name] = dataclasses.replace(one, name=name)
+    return list(found.values())
 
 
 def check_problems(options: Options) -> None:
@@ -338,28 +354,44 @@ def source_of(target: Target, named: str | None) -> str:
 
 def learned_from(target: Target, source: str, split: str) -> bool:
     """Whether the run learned from these problems; a file has one split, whatever it is called."""
-    learned, path = target.config.problems, Path(source).expanduser()
-    is_file = path.exists() and path.resolve() == Path(learned.problems).expanduser().resolve()
+    learned = target.config.problems
     same = source == learned.problems and split == learned.split
-    return target.run is not None and (is_file or same)
+    if _is_file(source):
+        path, of_run = (Path(name).expanduser().resolve() for name in (source, learned.problems))
+        same = path == of_run
+    return target.run is not None and same
+
+
+def _is_file(source: str) -> bool:
+    """Whether problems come from a file: a folder may be called as a source or a data set is."""
+    return source not in SOURCES and Path(source).expanduser().is_file()
 
 
 def concerns(target: Target, options: Options) -> list[str]:
     """What makes an evaluation worth less than it looks."""
     learned, source = target.config.problems, source_of(target, options.problems)
-    if learned_from(target, source, options.split):
-        is_file = Path(source).expanduser().exists()
-        of, other = ("", "") if is_file else (f", split {learned.split}", "another --split or ")
-        return [
-            f"the run learned from these problems ({source}{of}): what follows is no measure of "
-            f"what it does on others; choose {other}other --problems"
-        ]
-    if target.run is not None and options.problems is None and learned.problems != source:
-        return [
-            f"the run learned from {learned.problems}, and what follows is on {source}; name "
-            "problems like its own that it has not seen (--problems)"
-        ]
-    return []
+    asked = dict.fromkeys(one for one in (source, options.transfer) if one is not None)
+    found = [
+        _was_learned_from(one, learned.split)
+        for one in asked
+        if learned_from(target, one, options.split)
+    ]
+    if found or target.run is None or options.problems is not None or learned.problems == source:
+        return found
+    return [
+        f"the run learned from {learned.problems}, and what follows is on {source}; name "
+        "problems like its own that it has not seen (--problems)"
+    ]
+
+
+def _was_learned_from(source: str, split: str) -> str:
+    of, other = f", split {split}", "another --split or "
+    if _is_file(source):
+        of = other = ""
+    return (
+        f"the run learned from these problems ({source}{of}): what follows is no measure of "
+        f"what it does on others; choose {other}other problems"
+    )
 
 
 def _solvers(target: Target, options: Options) -> tuple[str, ...]:

@@ -499,7 +499,7 @@ def solution_of(
             pair, Conversation(), prompt, solution.tokens, target, options, cache
         )
     text, spans = token_spans(pair.student_lm.tokenizer.decode, target)
-    answer = answer_span(text)
+    answer = answer_span(text, number=problem.kind == "number")
     sample = Sample(
         own,
         target,

@@ -24,22 +24,27 @@ from collections.abc import Sequence
 from mlx_fd.losses.spans import Span
 
 
-def answer_span(text: str, mark: str = "####") -> Span | None:
-    """The final answer's characters: the last mark that a number follows, to the end of its line.
+def answer_span(text: str, mark: str = "####", *, number: bool = True) -> Span | None:
+    """The final answer's characters: the last mark that an answer follows, to the end of its line.
 
     Args:
         text: a solution, as it was generated (an end-of-turn token on that line belongs to it).
-        mark: what announces the answer, without a digit; the number may stand on the next line.
+        mark: what announces the answer, without a digit.
+        number: whether answers are numbers: a digit must follow the mark then, maybe on the next
+            line. Else anything does that is on the mark's own line.
 
     Returns:
-        The half-open range, mark included; ``None`` where no mark has a number.
+        The half-open range, mark included; ``None`` where no mark has an answer.
     """
     behind = position = len(text)
     while (position := text.rfind(mark, 0, position)) >= 0:
-        # From the next mark on this line has no digit: that was looked at already.
-        rest = text[position + len(mark) : behind].lstrip()
-        if any(map(str.isdigit, rest.partition("\n")[0])):
-            begin = behind - len(rest)
+        # From the next mark on this line has none: that was looked at already.
+        after = text[position + len(mark) : behind]
+        after = after if number else after.partition("\n")[0]
+        rest = after.lstrip()
+        line = rest.partition("\n")[0]
+        if any(map(str.isdigit, line)) if number else line:
+            begin = position + len(mark) + len(after) - len(rest)
             return position, begin + len(text[begin:].partition("\n")[0].rstrip())
         behind = position
     return None

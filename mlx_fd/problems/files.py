@@ -311,7 +311,10 @@ def _json(path: Path, text: str) -> Iterator[SourceRow]:
             value, place = decoder.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", line)
-            yield f"{path}:{line}", f"not JSON ({_json_reason(error)}); the rest is not read"
+            yield (
+                f"{path}:{line}",
+                f"not JSON, and what follows is not read ({_json_reason(error)})",
+            )
             return
         yield f"{path}:{line}", _as_row(value)
 
@@ -347,6 +350,8 @@ def _json_reason(error: Exception) -> str:
 
 
 def _csv(path: Path, text: str, columns: tuple[tuple[str, str], ...]) -> Iterator[SourceRow]:
+    # The module's own limit, 128 KiB, is less than a long context has, and the whole is in memory.
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
     header: list[str] | None = None
     while True:
@@ -356,7 +361,7 @@ def _csv(path: Path, text: str, columns: tuple[tuple[str, str], ...]) -> Iterato
         except StopIteration:
             return
         except csv.Error as error:
-            yield f"{path}:{begin}", f"not CSV ({error}); the rest is not read"
+            yield f"{path}:{begin}", f"not CSV, and what follows is not read ({error})"
             return
         if not cells:
             continue

@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mlx_fd.errors import UserError
+
 _SECONDS = 5.0
 _START_SECONDS = 60.0
 _BYTES = 4 << 30
@@ -31,13 +33,24 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, gold: str, final: str) -> bool | None:
-        """Whether two formulas mean the same; ``None``: that took too long or too much."""
+        """Whether two formulas mean the same; ``None``: that took too long or too much.
+
+        Raises:
+            UserError: no two formulas can be compared, as the process does not begin.
+        """
         if self._process is None or self._process.poll() is not None:
-            self._begin()
-            # It says so when it has imported SymPy, which takes longer than a comparison may.
-            if not self._line(_START_SECONDS):
+            # Twice: what took too long on a busy machine is in its memory then.
+            for _ in range(2):
+                self._begin()
+                # It says so when it has imported SymPy, which takes longer than a comparison may.
+                if self._line(_START_SECONDS):
+                    break
                 self.end()
-                return None
+            else:
+                raise UserError(
+                    "no formulas can be compared, as the process that compares them does not "
+                    "begin: see what `python -m mlx_fd.problems.math_worker` says"
+                )
         process = self._process
         assert process is not None and process.stdin is not None
         try:
@@ -97,6 +110,9 @@ def same(gold: str, final: str) -> bool:
 
     Returns:
         False, too, where that cannot be told in five seconds and four gigabytes.
+
+    Raises:
+        UserError: nothing can be compared on this machine.
     """
     return bool(_worker.ask(gold, final))
 

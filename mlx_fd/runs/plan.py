@@ -109,7 +109,7 @@ def make_plan(config: Config) -> Plan:
     # Problems first: a model may be a download of hours.
     drawn = draw_problems(config)
     _check_gold(config, (*drawn.probe, *drawn.problems))
-    ungraded = _ungraded_note(config, (*drawn.probe, *drawn.problems))
+    gold = _gold_note(config, (*drawn.probe, *drawn.problems))
     expert_path = resolve(config.models.expert)
     student_path = resolve(config.models.student)
 
@@ -148,7 +148,7 @@ def make_plan(config: Config) -> Plan:
         manifest=manifest_of(
             config, expert_path, student_path, drawn.source, vocab, pairing.template
         ),
-        notes=(*pairing.warnings, *notes, *filter(None, (memory.note, ungraded))),
+        notes=(*pairing.warnings, *notes, *filter(None, (memory.note, gold))),
         expert_template=pairing.expert_template,
         memory=memory.total,
         warm_up=drawn.warm_up,
@@ -349,13 +349,20 @@ def _check_gold(config: Config, problems: Sequence[Problem]) -> None:
             )
 
 
-def _ungraded_note(config: Config, problems: Sequence[Problem]) -> str:
-    if not config.losses.solutions or are_graded(problems):
-        return ""
-    return (
-        f"{config.problems.problems} has no right answers (kind none): the student learns from "
-        "feedback, and not from solutions"
-    )
+def _gold_note(config: Config, problems: Sequence[Problem]) -> str:
+    """What is not learned from right answers that one might think is."""
+    losses, source = config.losses, config.problems.problems
+    if losses.solutions and not are_graded(problems):
+        return (
+            f"{source} has no right answers (kind none): the student learns from feedback, and not "
+            "from solutions"
+        )
+    if "answer" in losses.losses and any(problem.kind == "code" for problem in problems):
+        return (
+            f"answers to {source} are programs, without a line '#### ...': the loss answer has "
+            "nothing to learn from them"
+        )
+    return ""
 
 
 def _check_attention(expert: Path, student: Path, losses: LossOptions) -> None:

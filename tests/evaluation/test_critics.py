@@ -1,6 +1,7 @@
 """Critics side by side: best of N, votes on ProcessBench, shots, tokens, forgetting."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,7 +92,9 @@ def test_instructions_differ():
     assert len({item.prompt for item in INSTRUCTIONS}) == len(INSTRUCTIONS)
 
 
-def test_shots_are_solved_problems_of_another_split(tmp_path):
+def test_shots_are_solved_problems_of_another_split(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("arithmetic").mkdir()  # no source of problems
     text = examples("arithmetic", "test", 2)
     train = load("arithmetic", "train").problems
     for problem in train[:2]:

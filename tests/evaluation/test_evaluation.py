@@ -436,6 +436,27 @@ def test_problems_that_were_learned_from_are_warned_of(run, tmp_path, monkeypatc
     Path("p.csv").write_text("question,answer")
     (said,) = suites.concerns(own, suites.Options(problems="p.csv"))
     assert "these problems (p.csv): what follows" in said and "--split" not in said
+    (said,) = suites.concerns(own, suites.Options(problems="gsm8k", transfer="p.csv"))
+    assert "these problems (p.csv): what follows" in said
+    # A folder that is called as a source is not the source.
+    Path("arithmetic").mkdir()
+    assert not suites.concerns(target, suites.Options())
+
+
+def test_sets_of_files_that_are_called_alike_are_told_apart(tmp_path):
+    files = [tmp_path / folder / "test.jsonl" for folder in ("one", "other")]
+    for number, file in enumerate(files):
+        file.parent.mkdir()
+        file.write_text(json.dumps({"question": f"{number} + 1?", "answer": number + 1}))
+    chosen = suites.Options(suite="full", problems=str(files[0]), transfer=str(files[1]), limit=1)
+    sets = suites.make_sets(open_target("tiny-student", None), chosen)
+    asked = {one.name: one.items[0].question for one in sets}
+    assert asked["test/test"] == "0 + 1?" and asked["test/test (2)"] == "1 + 1?"
+    # The same problems are there once.
+    same = dataclasses.replace(chosen, transfer=str(files[0]))
+    assert "test/test (2)" not in {
+        one.name for one in suites.make_sets(open_target("tiny-student", None), same)
+    }
 
 
 def test_answers_of_another_kind_than_was_learned_from_are_warned_of(run, tmp_path):

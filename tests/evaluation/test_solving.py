@@ -39,3 +39,10 @@ def test_texts_have_the_f1_of_their_words_with_the_nearest_right_answer():
     assert found["accuracy"].value == pytest.approx((0.5 + 0.5) / 2)
     choices = [Problem("c", "Which?", "", "B", "choice", ("up", "down"))]
     assert "token_f1" not in measured(choices, [["B"]])
+
+
+def test_one_value_in_several_forms_is_one_vote():
+    """Each form was a vote of its own, and the wrong value with two votes won."""
+    items = [Problem("a", "?", "", "0.5", "math")]
+    found = measured(items, [["0.5", "3", "3", "\\frac{1}{2}", "\\frac{2}{4}"]])
+    assert found["maj@5"].value == 1.0 and found["avg@5"].value == 0.6

@@ -521,6 +521,19 @@ def test_a_solution_knows_its_answer_and_its_steps(pair):
     assert found["attention"] == sum(len(s.target) for s in solutions_of(pair))
 
 
+def test_an_answer_that_is_no_number_is_learned_too(pair):
+    """A choice's letter was none, and its line was a step of the reasoning."""
+    text = "It is red.\n#### B"
+    tokens = tuple(pair.expert.tokenizer.encode(text, add_special_tokens=False))
+    problem = Problem("p", "Which?", "", "B", "choice", ("blue", "red"))
+    found = solution_of(pair, problem, Answer(text, None, tokens), REASONING)
+    decode = pair.expert.tokenizer.decode
+    answer = [token for token, of in zip(found.target, found.answer, strict=True) if of]
+    assert decode(answer).strip() == "#### B"
+    assert sum(found.steps) == pytest.approx(1)
+    assert counts([found], REASONING)["answer"] == 1.0
+
+
 @pytest.mark.parametrize("heads", ["mean", "aligned"])
 @pytest.mark.parametrize("layers", ["all", "last"])
 def test_reasoning_losses_are_their_definitions(pair, heads, layers):

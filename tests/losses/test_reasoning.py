@@ -139,6 +139,26 @@ def test_answer_span_by_hand(text, answer):
     assert answer == (None if span is None else text[slice(*span)])
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("It is red.\n#### B", "#### B"),
+        ("#### Paris, of course \nI hope this helps.", "#### Paris, of course"),
+        ("#### A\nwait\n#### B<|im_end|>", "#### B<|im_end|>"),
+        ("#### B\n####\n 5", "#### B"),
+        ("##### x+y", "#### x+y"),
+        ("no mark: B", None),
+        ("####  \nB", None),
+        ("", None),
+    ],
+)
+def test_answers_that_are_no_numbers(text, answer):
+    span = answer_span(text, number=False)
+    assert answer == (None if span is None else text[slice(*span)])
+    if answer and "<|im_end|>" not in text:
+        assert parsing.after_mark(text) == answer.lstrip("# ")
+
+
 def test_another_mark():
     assert answer_span("Score: 0.5\nFeedback: fine, 3 steps", "Score:") == (0, 10)
 

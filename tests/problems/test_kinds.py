@@ -1,5 +1,8 @@
 """What is read from a reply of each kind, and what is right."""
 
+import shutil
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +17,7 @@ from mlx_fd.problems.kinds import (
     known,
     read_final,
     same_final,
+    votes,
 )
 from mlx_fd.problems.kinds.text import normal, token_f1
 from mlx_fd.problems.prompts import answer_prompt, final_prompt, revise_prompt
@@ -221,4 +225,24 @@ def test_final_answers_are_compared_where_two_different_ones_cannot_both_be_righ
     assert same_final("B", "C", choice()) is False
     assert same_final(None, "B", choice()) is None and same_final("B", None, choice()) is None
     assert same_final("Bach", "J. S. Bach", text("Bach")) is None
+    # One value in two forms is no contradiction; two values are.
+    half = Problem("p", "?", "", "0.5", "math")
+    assert same_final("\\frac{1}{2}", "0.5", half) is True
+    assert same_final("\\frac{1}{3}", "0.5", half) is False
+
+
+def test_a_comparison_that_cannot_begin_is_no_difference(monkeypatch):
+    """All formulas were called different, and a run went on with that."""
+    monkeypatch.setattr(math_worker, "_worker", math_worker._Worker())
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    math_worker.same.cache_clear()
+    with pytest.raises(UserError, match="no formulas can be compared"):
+        is_right("x+1", Problem("p", "?", "", "1+x", "math"))
+
+
+def test_answers_that_are_alike_vote_together():
+    root = Problem("p", "?", "", "2\\sqrt{3}", "math")
+    finals = ["\\sqrt{12}", "7", None, "2\\sqrt{3}", "7.0", "\\sqrt{12}"]
+    assert votes(finals, root) == [finals[0], "7", None, finals[0], "7", finals[0]]
+    assert votes(["1", "2", None, "1"], Problem("p", "?", "", "1")) == ["1", "2", None, "1"]
     assert {name for name, kind in KINDS.items() if not kind.exclusive} == {"text", "code", "none"}

@@ -283,11 +283,28 @@ def test_csv_damage(tmp_path):
     assert "p.csv:3: not CSV" in message(path)
     path.write_text("question,answer\n")
     assert f"{path} has no rows" in message(path)
+    path.write_text(f"question,answer\nq,2\n{'long ' * 50_000},3\nr,4\n")
+    assert [one.answer for one in load(str(path)).problems] == ["2", "3", "4"]
     path.write_text("question,answer,answer\nq,2,3\n")
     assert f"{path}:1: the column 'answer' is there twice" in message(path)
     # Cells without a name, as spreadsheets leave them, are nobody's.
     path.write_text("question,answer,,\nq,2,,\n")
     assert len(load(str(path)).problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.csv", 'question,answer\nq,2\n"is it "so"?",2\nr,3\ns,4\n'),
+        ("p.json", '[{"question": "q", "answer": 2},\n{"question": so},\n{"question": "r"}]'),
+    ],
+)
+def test_it_is_said_that_what_follows_damage_is_not_read(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    found = load(str(path), skip_bad_rows=True)
+    assert len(found.problems) == found.skipped == 1
+    assert "and what follows is not read" in found.notes[0]
 
 
 def test_duplicate_columns_in_json(tmp_path):

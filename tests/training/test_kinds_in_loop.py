@@ -9,7 +9,7 @@ import pytest
 from mlx_fd import open_student
 from mlx_fd.config import override, preset
 from mlx_fd.errors import UserError
-from mlx_fd.problems import arithmetic, load
+from mlx_fd.problems import arithmetic, execution, load
 from mlx_fd.problems.kinds import form_of
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.training.selfdistill.methods import configured
@@ -140,6 +140,18 @@ def test_the_loop_says_that_solutions_need_gold(ungraded):
     assert any("not from solutions" in note for note in plan_of(config).notes)
     quiet = override(config, {"solutions": False}, "test")
     assert not any("solutions" in note for note in plan_of(quiet).notes)
+
+
+def test_the_loop_says_that_programs_have_no_line_for_the_loss_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "_permission", execution._Permission(given=True))
+    file = tmp_path / "p.jsonl"
+    rows = [{"text": f"Add {k}.", "test_list": [f"assert add(1) == {k + 1}"]} for k in range(6)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = {"episodes": 4, "probe_size": 2, "problems": str(file), "exam_size": 0}
+    config = override(preset("tiny"), {**sizes, "losses": ("lm", "answer")}, "test")
+    assert any("the loss answer has nothing to learn" in note for note in plan_of(config).notes)
+    quiet = override(config, {"losses": ("lm",)}, "test")
+    assert not any("loss answer" in note for note in plan_of(quiet).notes)
 
 
 @pytest.fixture(scope="module", params=[choice, text], ids=["choice", "text"])

@@ -6,6 +6,7 @@ that rows, votes and bundles need not know kinds. What cannot be read is ``None`
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ class AnswerKind(Entry):
         graded: whether there are right answers at all.
         exclusive: whether of two different final answers one at least is wrong, as of two numbers;
             of two programs both may be right.
+        alike: whether two final answers are the same one, as two ways to write a formula are; by
+            default they are where their canonical forms are.
     """
 
     form: Form
@@ -41,6 +44,7 @@ class AnswerKind(Entry):
     available: Callable[[], None] = lambda: None
     graded: bool = True
     exclusive: bool = True
+    alike: Callable[[str, str], bool] = operator.eq
 
 
 KINDS: Registry[AnswerKind] = registry.KINDS
@@ -81,7 +85,19 @@ def same_final(one: str | None, other: str | None, problem: Problem) -> bool | N
     """
     if one is None or other is None or not kind_of(problem).exclusive:
         return None
-    return one == other
+    return kind_of(problem).alike(one, other)
+
+
+def votes(finals: Iterable[str | None], problem: Problem) -> list[str | None]:
+    """Final answers to a problem, those that are alike in the form in which the first came."""
+    alike, seen = kind_of(problem).alike, dict[str, str]()
+    found: list[str | None] = []
+    for final in finals:
+        if final is not None and final not in seen:
+            same = (one for one in dict.fromkeys(seen.values()) if alike(one, final))
+            seen[final] = next(same, final)
+        found.append(None if final is None else seen[final])
+    return found
 
 
 def are_graded(problems: Iterable[Problem]) -> bool:

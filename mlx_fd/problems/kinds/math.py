@@ -52,13 +52,17 @@ def _gold(answer: Any, choices: tuple[str, ...]) -> str:
     return gold
 
 
-def _same(final: str, problem: Problem) -> bool:
-    golds = (problem.answer, *problem.also_right)
-    if final in golds:
+def _alike(one: str, other: str) -> bool:
+    if one == other:
         return True
     from mlx_fd.problems.math_worker import same
 
-    return any(same(gold, final) for gold in golds)
+    return same(one, other)
+
+
+def _same(final: str, problem: Problem) -> bool:
+    golds = (problem.answer, *problem.also_right)
+    return final in golds or any(_alike(gold, final) for gold in golds)
 
 
 register_kind(
@@ -71,5 +75,6 @@ register_kind(
         same=_same,
         gold=_gold,
         available=_available,
+        alike=_alike,
     )
 )
