@@ -106,6 +106,11 @@ def test_wrong_files_say_what_is_wrong_and_where(toml, message, tmp_path):
     assert "run.toml" in str(error.value)
 
 
+def test_a_mark_of_the_byte_order_is_no_option(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbfseed = 3\n")
+    assert read(tmp_path / "run.toml").episode.seed == 3
+
+
 def test_missing_file_and_binary_file(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read(tmp_path / "none.toml")

@@ -128,6 +128,12 @@ def test_scripts_that_are_called_are_there():
     assert [name for name in called if not (ROOT / name).is_file()] == []
 
 
+def test_the_site_lists_every_page():
+    """What its strict build asks, without the package that builds it."""
+    listed = re.findall(r"(?m)^ +- (?:[^:\n]+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
 def test_the_site_builds(tmp_path):
     pytest.importorskip("material", reason="the extra docs is not installed")
     done = subprocess.run(

@@ -49,6 +49,7 @@ from mlx_fd.feedback.judge_file import Judging, judge_file, judged_columns, part
 from mlx_fd.problems import arithmetic, load  # noqa: E402
 from mlx_fd.problems.files import load_answers  # noqa: E402
 from mlx_fd.runs.checked import read_checked  # noqa: E402
+from mlx_fd.training.session import new_folder  # noqa: E402
 from support import ROOT  # noqa: E402
 
 WEIGHTS = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")
@@ -655,3 +656,20 @@ def test_a_target_of_another_length_is_refused():
     with pytest.raises(ValueError, match="need its head"):
         target = Target.teacher(model.hidden(TOKENS))
         fused_linear_divergence(model.hidden(TOKENS), model.head, target)
+
+
+def test_two_runs_that_begin_in_one_second_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with new_folder() as one, new_folder() as other:
+        assert one != other and one.is_dir() and other.is_dir()
+        (other / "config.toml").touch()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [other.name]
+    # Of one that could not be begun nothing is left, and what was there stays.
+    with pytest.raises(UserError), new_folder() as third:
+        raise UserError("no such model")
+    assert not third.exists() and other.exists()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with new_folder():
+        pass
+    assert list(Path().iterdir()) == []

@@ -31,6 +31,7 @@ from mlx_fd.cli.signals import Stopped, interruptible
 from mlx_fd.cli.tutor import tutor
 from mlx_fd.errors import UserError
 from mlx_fd.models import ranks
+from mlx_fd.models.device_memory import what_gave_out
 from mlx_fd.text import shown, strip_control_chars
 
 # What several processes do together; all else each would do for itself.
@@ -139,6 +140,12 @@ def _message(error: Exception) -> tuple[str, int]:
         ), 2
     if isinstance(error, RuntimeError) and str(error) == "Could not determine home directory.":
         return "a path begins with ~NAME, and there is no such user's home directory here", 2
+    if isinstance(error, RuntimeError | MemoryError) and (said := what_gave_out(error)) is not None:
+        return (
+            f"a computation was too large ({said}). Memory ran out, or macOS ended a long one "
+            "because a display was on (let it sleep); take a smaller --batch-size, shorter texts, "
+            "or a model in fewer bits"
+        ), 2
     return (
         f"{type(error).__name__}: {error}\nThis is a bug in mlx-fd. Re-run with --debug and open "
         "an issue: https://github.com/mlx-fd/mlx-fd/issues"

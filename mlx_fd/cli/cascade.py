@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -128,7 +129,8 @@ def cascade(
     calibrated = file.read(run)
     if action == "eval" and calibrated is None:
         raise UserError(
-            f"{run}: it has no calibration yet; mlx-fd cascade calibrate {run} --risk 0.1"
+            f"{run}: it has no calibration yet; mlx-fd cascade calibrate {shlex.quote(str(run))} "
+            "--risk 0.1"
         )
     target = open_target(str(run), expert)
     held = Held(problems, split, limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def loop(
         command = "distil" if config.selfdistill.self_teacher == "expert" else "self-distill"
         raise UserError(
             f"{config_file} is of a run of mlx-fd {command}: mlx-fd {command} --config "
-            f"{config_file}"
+            f"{shlex.quote(str(config_file))}"
         )
     begin(out, config, trackers, as_json, quiet)
 

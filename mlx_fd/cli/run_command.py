@@ -37,8 +37,10 @@ def begin(
     from mlx_fd.runs.mirror import own_folder
     from mlx_fd.training.session import new_folder, new_plan
 
-    with own_folder(out or new_folder(), new=True) as folder:
-        run_command(folder, new_plan(folder, config), [], trackers, as_json, quiet, new=True)
+    with contextlib.ExitStack() as stack:
+        folder = out or stack.enter_context(new_folder())
+        own = stack.enter_context(own_folder(folder, new=True))
+        run_command(own, new_plan(own, config), [], trackers, as_json, quiet, new=True)
 
 
 def _stopping(folder: Path) -> str:

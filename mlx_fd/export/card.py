@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from mlx_fd.export.chat import reply_opening, template_arguments, template_note
+from mlx_fd.export.chat import template_note
 from mlx_fd.export.gguf_file import Written
 from mlx_fd.export.guide import how_to_compare
 from mlx_fd.export.verify import Agreement
 from mlx_fd.models.aliases import ALIASES, SMOLLM2
-from mlx_fd.models.loading import TEMPLATE_FILE
-from mlx_fd.problems import prompts
-from mlx_fd.problems.kinds import KINDS
+from mlx_fd.models.score_head import SCORE_HEAD
 from mlx_fd.registry import FORMATS
 from mlx_fd.runs.labels import EXAM_NAMES
 
@@ -75,7 +73,9 @@ def write_card(
         "## Use\n",
         FORMATS[form.format].use(source, form),
         template_note(source.ref, folder),
-        _score_head(source, form, student) if student is not None and source.ref.scores else "",
+        _score_head(source, form, student, folder)
+        if student is not None and source.ref.scores
+        else "",
         "## Is it the same model?\n",
         _same(form, agreement, kept, gguf),
         "## Licence\n",
@@ -294,30 +294,29 @@ def how_to_base(source: Source, base: str, form: str) -> str:
     )
 
 
-def _score_head(source: Source, form: Form, student: Student) -> str:
+def _score_head(source: Source, form: Form, student: Student, folder: Path) -> str:
+    import mlx.core as mx
+
     text = (
         "`score_head.safetensors` is a linear head, `weight` [1, d] and `bias` [1], on the last "
         f"hidden state (after the final norm) {_read_at(student.score_at)}. Its tanh is the "
         "student's score of an answer"
     )
-    code = FORMATS[form.format].score_code(source, form, student)
+    _, about = cast("Any", mx.load(str(folder / SCORE_HEAD), return_metadata=True))
+    # Where a thought comes between, no three texts make the prompt.
+    asks = {"before", "between", "after"} <= about.keys()
+    code = FORMATS[form.format].score_code(source, form, student) if asks else ""
     if not code:
         return f"{text}.\n"
     return f"{text}:\n\n```python\n{code}```\n"
 
 
-def score_example(answer_kind: str) -> str:
-    """Prompts as a student was trained on, so that its head reads what it knows.
-
-    Args:
-        answer_kind: what it was trained to judge, which is asked for in a form of its own.
-    """
-    asked = prompts.answer_prompt("?", KINDS[answer_kind].form).removeprefix("?")
-    return f"""\
+SCORE_EXAMPLE = """\
 problem, answer = "Tom has 3 apples and buys 5. How many?", "3 + 5 = 9. #### 9"
-turns = [problem + {asked!r}, answer, {prompts.feedback_prompt()!r}]
-chat = [{{"role": ("user", "assistant")[i % 2], "content": text}} for i, text in enumerate(turns)]
+text = about["before"] + problem + about["between"] + answer + about["after"]
 """
+"""The prompt that a student was trained on, so that its head reads what it knows: in the texts that
+stand beside the head, whatever the tool makes of a chat template."""
 
 
 def mlx_score_code(source: Source, form: Form, student: Student) -> str:
@@ -329,22 +328,9 @@ def mlx_score_code(source: Source, form: Form, student: Student) -> str:
     if body is None:
         return ""
     load = f'"{named_base(source)}", adapter_path="."' if form.adapter else '"."'
-    template, own_template, further = source.ref.chat, "", ""
-    if template is not None:
-        further = "".join(f", {name}={v!r}" for name, v in template_arguments(template).items())
-        if form.adapter:
-            own_template = (
-                "import pathlib\n"
-                f'if (path := pathlib.Path("{TEMPLATE_FILE}")).exists():\n'
-                "    tokenizer.chat_template = path.read_text()\n"
-            )
-    rendered = f"ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True{further})\n"
-    if opening := reply_opening(source.ref):
-        rendered = rendered.replace(f"True{further}", f"True, tokenize=False{further}")
-        rendered = rendered.replace("ids", "text", 1)
-        rendered += f"ids = tokenizer.encode(text + {opening!r}, add_special_tokens=False)\n"
     written = (
-        "ids += [r.token for r in mlx_lm.stream_generate(model, tokenizer, ids, max_tokens=192)]"
+        'most = int(about["max_tokens"])\n'
+        "ids += [r.token for r in mlx_lm.stream_generate(model, tokenizer, ids, max_tokens=most)]"
         "[:-1]\n"
         if student.scores_at_end
         else ""
@@ -352,11 +338,9 @@ def mlx_score_code(source: Source, form: Form, student: Student) -> str:
     return f"""\
 import mlx.core as mx, mlx_lm
 model, tokenizer = mlx_lm.load({load})
-head = mx.load("score_head.safetensors")
-{score_example(source.ref.answer_kind)}\
-{own_template}\
-{rendered}\
-ids += tokenizer.encode({prompts.FEEDBACK_OPENING!r}, add_special_tokens=False)
+head, about = mx.load("{SCORE_HEAD}", return_metadata=True)
+{SCORE_EXAMPLE}\
+ids = tokenizer.encode(text, add_special_tokens=False)
 {written}\
 hidden = {body}(mx.array([ids]), cache=None)[0, -1].astype(mx.float32)
 print(mx.tanh(head["weight"] @ hidden + head["bias"]).item())  # from -1, harmful, to 1, excellent

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 from mlx_fd.feedback.judge import ModelRef
 from mlx_fd.files import write_json
@@ -104,18 +102,6 @@ def _write(template: ChatTemplate, folder: Path) -> None:
         if ends and (folder / name).exists():
             value = ends[0] if len(ends) == 1 else ends
             write_json(folder / name, {**read_json(folder / name), "eos_token_id": value})
-
-
-def template_arguments(template: ChatTemplate) -> dict[str, Any]:
-    """What ``apply_chat_template`` is given elsewhere, to write what the student read.
-
-    The clock cannot be set there, but templates that ask it take a ``date_string``, too, mostly.
-    """
-    arguments = dict(template.kwargs)
-    if CLOCK in template.source and template.knows("date_string"):
-        day = datetime.date.fromisoformat(template.date)
-        arguments.setdefault("date_string", day.strftime("%d %b %Y"))
-    return arguments
 
 
 def reply_opening(ref: ModelRef) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,9 @@ def _checkpoint(name: str) -> Path | None:
     if runs.is_run(folder):
         folder = folder / runs.CHECKPOINTS / "best"
         if not folder.exists():
-            raise UserError(f"{name}: this run has no checkpoint yet; mlx-fd resume {name}")
+            raise UserError(
+                f"{name}: this run has no checkpoint yet; mlx-fd resume {shlex.quote(name)}"
+            )
     return folder if (folder / ADAPTER_WEIGHTS).is_file() else None
 
 

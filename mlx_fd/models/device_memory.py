@@ -14,6 +14,11 @@ _LARGEST_CACHE = 8 << 30
 _SMALLEST_CACHE = 256 << 20
 # How the devices of MLX call what they can hold.
 _WORKING_SET = "max_recommended_working_set_size"
+# What MLX's errors have in them where memory gave out, or the time that a GPU may take.
+_GAVE_OUT = (
+    *("kIOGPUCommandBuffer", "Command buffer execution failed"),
+    *("allocate", "out of memory"),
+)
 
 
 def _cgroup_free(root: Path) -> int | None:
@@ -66,6 +71,14 @@ def available_memory() -> int:
     if sys.platform == "linux":
         return _linux_available()
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def what_gave_out(error: RuntimeError | MemoryError) -> str | None:
+    """What an error says of memory, or of a GPU's time, that gave out; ``None``: nothing."""
+    if isinstance(error, MemoryError):
+        return "Python had no more memory"
+    text = str(error)
+    return text.splitlines()[0] if any(sign in text for sign in _GAVE_OUT) else None
 
 
 def memory_limits(needed: int, working_set: int) -> tuple[int, int]:

@@ -437,12 +437,19 @@ def check_weights(path: Path, model: nn.Module) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    for name, array in tree_flatten(model.parameters()):
-        if name.endswith(".weight") and mx.issubdtype(array.dtype, mx.signedinteger):
-            raise UserError(
-                f"the model in {path} cannot be loaded: {name} is of {array.dtype}, which is "
-                "neither a weight nor quantised: download or make the model again"
-            )
+    arrays = dict(tree_flatten(model.parameters()))
+    for name, array in arrays.items():
+        if name.endswith(".weight") and mx.issubdtype(array.dtype, mx.integer):
+            # Packed ones have their scales beside them. MLX reads FP8 as the bytes that it is.
+            module = name.removesuffix("weight")
+            if mx.issubdtype(array.dtype, mx.signedinteger) or not (
+                {f"{module}scales", f"{module}weight_scale"} & arrays.keys()
+            ):
+                raise UserError(
+                    f"the model in {path} cannot be loaded: {name} is of {array.dtype}, which is "
+                    "neither a weight nor quantised (FP8 without scales, perhaps): take the model "
+                    "in bfloat16, or an mlx-community conversion"
+                )
         # A sum costs a fraction of looking at each weight; it may overflow, so it does not decide.
         if not mx.issubdtype(array.dtype, mx.floating) or mx.isfinite(array.sum()).item():
             continue

@@ -314,11 +314,11 @@ def _advice() -> str:
 def _cached(repo: str) -> Path | None:
     """A complete snapshot of a repository in the hub's cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         path = Path(snapshot_download(repo, local_files_only=True, allow_patterns=_PATTERNS))
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):  # what no name can be is told by the hub's
         return None
     except Exception as error:
         # Newer releases have a class for half a snapshot, which older ones do not know.

@@ -14,6 +14,8 @@ from mlx_fd.errors import UserError
 from mlx_fd.files import clear_unfinished, share, sync_file, sync_folder, working_folder
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+# Of the 255 bytes that a file system takes, some are for what stands behind it.
+_LONGEST_SLUG = 200
 
 
 def cache_dir() -> Path:
@@ -84,5 +86,5 @@ def new_directory(final: Path, *, shared: bool = True) -> Iterator[Path]:
 
 
 def slug(name: str) -> str:
-    """A name made of letters, digits, dots, dashes and underscores only."""
-    return _UNSAFE.sub("-", name).strip("-.")
+    """A name made of letters, digits, dots, dashes and underscores; of a long one its end."""
+    return _UNSAFE.sub("-", name)[-_LONGEST_SLUG:].strip("-.")

@@ -181,8 +181,7 @@ def check_same(old: Manifest, new: Manifest, folder: Path) -> list[str]:
         if added := sorted(now.keys() - options.keys()):
             raise UserError(
                 f"{folder / runs.MANIFEST}: this run began with an older mlx-fd, which had no "
-                f"{added[0]}. Use that version, or begin a new run where it stopped: mlx-fd loop "
-                f"--continue {folder}"
+                f"{added[0]}. Use that version, or begin a new run{_onwards(folder, options)}"
             )
         changed = {
             name: (value, now.get(name))
@@ -211,9 +210,6 @@ def check_same(old: Manifest, new: Manifest, folder: Path) -> list[str]:
             f"{folder / runs.MANIFEST}: this is not what mlx-fd wrote ({error!r}). Bring the old "
             "file back, or begin a new run."
         ) from error
-    command = "self-distill" if options.get("method") else "loop"
-    if options.get("self_teacher") == "expert":
-        command = "distil"
     for name, (was, is_now) in changed.items():
         if name not in _CHANGEABLE and not (name == "episodes" and whole):
             why = (
@@ -221,10 +217,24 @@ def check_same(old: Manifest, new: Manifest, folder: Path) -> list[str]:
             )
             raise UserError(
                 f"{folder / runs.CONFIG}: {name} was {was!r} when the run began and is {is_now!r} "
-                f"now{why}. Put it back, or begin a new run: mlx-fd {command} "
-                f"--config {folder / runs.CONFIG} --out ANOTHER"
+                f"now{why}. Put it back, or begin a new run: {_anew(folder, options)}"
             )
     return uncertain
+
+
+def _onwards(folder: Path, options: Mapping[str, Any]) -> str:
+    """How a new run takes up what an earlier one has learned; of the loop only."""
+    if options.get("method"):
+        return f": {_anew(folder, options)}"
+    return f" where it stopped: mlx-fd loop --continue {shlex.quote(str(folder))}"
+
+
+def _anew(folder: Path, options: Mapping[str, Any]) -> str:
+    """The command that makes a run's like from its beginning."""
+    command = "self-distill" if options.get("method") else "loop"
+    if options.get("self_teacher") == "expert":
+        command = "distil"
+    return f"mlx-fd {command} --config {shlex.quote(str(folder / runs.CONFIG))} --out ANOTHER"
 
 
 def check_alike(manifest: Manifest) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shlex
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -66,7 +67,8 @@ def _check_ranks(folder: Path) -> None:
         start = f"mlx.launch -n {began} mlx-fd resume" if began > 1 else "mlx-fd resume"
         raise UserError(
             f"{folder}: the run began with {began} process{'es' * (began > 1)}, and here are "
-            f"{here}: its draws and shares depend on their number. Go on with: {start} {folder}"
+            f"{here}: its draws and shares depend on their number. Go on with: {start} "
+            f"{shlex.quote(str(folder))}"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import os
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from mlx_fd.config import Config, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.files import write_json
 from mlx_fd.models import ranks
+from mlx_fd.models.device_memory import what_gave_out
 from mlx_fd.models.resolve import parse_name
 from mlx_fd.problems import execution
 from mlx_fd.runs.events import Event, Note, Step, Warned
@@ -40,14 +42,38 @@ Totals = Summary | SelfSummary
 Run = Callable[[Report, Stop], Totals | None]
 
 
-def new_folder() -> Path:
-    """A run directory of this second that is not there yet."""
+@contextlib.contextmanager
+def new_folder() -> Iterator[Path]:
+    """A run directory of this second, made at once: no other run that begins now takes it.
+
+    It is removed at the end where no run came of it.
+    """
     name = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder, number = Path("runs", name), 1
-    while folder.exists():
+    parent, number = Path("runs"), 1
+    made = [] if parent.exists() else [parent]
+    folder = parent / name
+    while not _claims(folder):
         number += 1
-        folder = Path("runs", f"{name}-{number}")
-    return folder
+        folder = parent / f"{name}-{number}"
+    try:
+        yield folder
+    finally:
+        for empty in (folder, *made):
+            with contextlib.suppress(OSError):
+                empty.rmdir()
+
+
+def _claims(folder: Path) -> bool:
+    """Make a folder, if it is free. Why it cannot be made otherwise, the checks of a run say."""
+    if ranks.launched():  # the first of several processes makes it, once they have met
+        return not folder.exists()
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return not os.path.lexists(folder)
+    except OSError:
+        pass
+    return True
 
 
 def plan_of(config: Config) -> Plan:
@@ -381,15 +407,13 @@ def _explain_lost_rank(error: ranks.RankLost, folder: Path) -> UserError:
 
 def explain_memory_error(error: RuntimeError, folder: Path) -> Exception:
     """What MLX says when the GPU or the memory gives out, with what to do about it."""
-    text = str(error)
-    signs = ("kIOGPUCommandBuffer", "Command buffer execution failed", "allocate")
-    if not any(sign in text for sign in signs):
+    if (said := what_gave_out(error)) is None:
         return error
     return UserError(
-        f"a computation was too large ({text.splitlines()[0]}). Memory ran out, or macOS ended a "
+        f"a computation was too large ({said}). Memory ran out, or macOS ended a "
         "long one because a display was on (let it sleep). Set micro_batch = 1 and "
-        f"grad_checkpoint = true in {folder}/config.toml, then: mlx-fd resume {folder}; or begin "
-        "a new run with a smaller --batch-size."
+        f"grad_checkpoint = true in {folder}/config.toml, then: mlx-fd resume "
+        f"{shlex.quote(str(folder))}; or begin a new run with a smaller --batch-size."
     )
 
 
@@ -487,8 +511,9 @@ def run_loop(  # noqa: PLR0913
         raise UserError(
             f"{file}: is of a run of self-distillation, which `mlx-fd self-distill` makes."
         )
-    folder = new_folder() if out is None else Path(out).expanduser()
-    with own_folder(folder, new=True) as own:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(new_folder()) if out is None else Path(out).expanduser()
+        own = stack.enter_context(own_folder(folder, new=True))
         plan = new_plan(own, chosen)
         run = open_run(own, plan, _listener(on_event, on_step), trackers=track, new=True)
         return RunResult(folder, run(stop))

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from mlx_fd import cli, runs
+from mlx_fd.cli.app import _message
 from mlx_fd.config import OPTIONS, PRESETS, read
 from mlx_fd.files import digest_of, write_json
 from mlx_fd.problems import arithmetic
@@ -1179,6 +1180,28 @@ def test_feedback_of_half_a_run(home, run, mlx_fd, tmp_path):
     failed(mlx_fd("feedback", run, *asked), "heads.safetensors: cannot be read: it is not there")
     shutil.rmtree(run / "checkpoints")
     failed(mlx_fd("feedback", run, *asked), "has no checkpoint yet", "mlx-fd resume")
+    spaced = run.rename(tmp_path / "a run")
+    failed(mlx_fd("feedback", spaced, *asked), f"mlx-fd resume '{spaced}'")
+
+
+def test_memory_that_gives_out_is_no_bug():
+    # As MLX says it on Metal, on a CPU and on CUDA; as Python does.
+    for error in (
+        RuntimeError("[metal::malloc] Attempting to allocate 9 bytes which is greater than 8"),
+        RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008:...)"),
+        RuntimeError("[malloc] Unable to allocate 9 bytes."),
+        RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory"),
+        MemoryError(),
+    ):
+        text, status = _message(error)
+        assert status == 2 and "Memory ran out" in text and "bug" not in text
+    assert "This is a bug" in _message(RuntimeError("[matmul] Last dimension"))[0]
+
+
+def test_a_configuration_of_another_command_names_it(mlx_fd, tmp_path):
+    file = tmp_path / "my run.toml"
+    file.write_text('[selfdistill]\nmethod = "grpo"\n')
+    failed(mlx_fd("loop", "--config", file), f"mlx-fd self-distill --config '{file}'")
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -26,16 +27,22 @@ from mlx_fd.cli.app import cli  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.export import gguf_file, hf, mlx_dir, verify  # noqa: E402
 from mlx_fd.export.bundle_reading import read_bundle  # noqa: E402
-from mlx_fd.export.card import score_example, write_card  # noqa: E402
+from mlx_fd.export.card import SCORE_EXAMPLE, write_card  # noqa: E402
 from mlx_fd.export.exporter import Exported, as_json_value, export  # noqa: E402
 from mlx_fd.export.form import DTYPES, Q_BITS, Q_GROUP_SIZES, Form  # noqa: E402
 from mlx_fd.export.formats import FORMATS  # noqa: E402
+from mlx_fd.export.score_head import score_head  # noqa: E402
 from mlx_fd.export.source import Source, _base_name, open_source  # noqa: E402
 from mlx_fd.export.verify import Agreement  # noqa: E402
 from mlx_fd.feedback.judge import ModelRef, give_feedback, open_student  # noqa: E402
+from mlx_fd.models.generation import chat_text  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402
 from mlx_fd.problems.kinds import KINDS  # noqa: E402
-from mlx_fd.problems.prompts import answer_prompt, feedback_prompt  # noqa: E402
+from mlx_fd.problems.prompts import (  # noqa: E402
+    FEEDBACK_OPENING,
+    answer_prompt,
+    feedback_prompt,
+)
 from support.architectures import make_architecture  # noqa: E402
 
 SIZES = {"hidden": 64, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate": 96}
@@ -415,13 +422,18 @@ def test_a_file_of_the_base_that_cannot_be_read_is_no_failed_write(tmp_path, for
 
 
 @pytest.mark.parametrize(
-    ("score_at", "form"),
-    [("prompt", {}), ("feedback", {}), ("prompt", {"format": "hf", "dtype": "float32"})],
+    ("score_at", "form", "most"),
+    [
+        ("prompt", {}, 192),
+        ("feedback", {}, 192),
+        ("feedback", {}, 6),  # no further than the run's own feedbacks
+        ("prompt", {"format": "hf", "dtype": "float32"}, 192),
+    ],
 )
-def test_the_cards_ten_lines_give_the_score(tmp_path, monkeypatch, capsys, score_at, form):
+def test_the_cards_ten_lines_give_the_score(tmp_path, monkeypatch, capsys, score_at, form, most):
     # Without padding rows, which a random model would write and mlx-fd alone never draws.
     model = tiny.make_model_dir(tmp_path / "model", arch="qwen2", **SIZES)
-    run = trained.make_run(tmp_path / "run", model, score_at=score_at)
+    run = trained.make_run(tmp_path / "run", model, score_at=score_at, max_feedback_tokens=most)
     write(run, tmp_path / "out", **form)
     card = (tmp_path / "out" / "README.md").read_text()
     code = re.search(r"```python\n(import mlx.core.*?)```", card, re.DOTALL)[1]
@@ -430,19 +442,20 @@ def test_the_cards_ten_lines_give_the_score(tmp_path, monkeypatch, capsys, score
     exec(code, {})
     score = float(capsys.readouterr().out)
     problem, answer = "Tom has 3 apples and buys 5. How many?", "3 + 5 = 9. #### 9"
-    wanted = give_feedback(str(run), problem, answer, 192).head_score
+    wanted = give_feedback(str(run), problem, answer, most).head_score
     assert score == pytest.approx(wanted, abs=2e-4)
     assert abs(wanted) > 0.01
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_cards_example_asks_as_in_the_training(kind):
-    names: dict = {}
-    exec(score_example(kind), names)
-    asked = answer_prompt(names["problem"], KINDS[kind].form)
-    assert [turn["content"] for turn in names["chat"]] == [
-        asked, names["answer"], feedback_prompt()
-    ]  # fmt: skip
+def test_the_cards_example_asks_as_in_the_training(run):
+    ref, live = open_source(str(run)).ref, open_student(str(run)).student_lm
+    for kind in KINDS:
+        head = score_head(dataclasses.replace(ref, answer_kind=kind), live)
+        names: dict = {"about": head.about}
+        exec(SCORE_EXAMPLE, names)
+        asked = answer_prompt(names["problem"], KINDS[kind].form)
+        told = chat_text(live, [asked, names["answer"], feedback_prompt()]) + FEEDBACK_OPENING
+        assert names["text"] == told
 
 
 def test_card(run, quantized_run, tmp_path):

@@ -43,6 +43,7 @@ from mlx_fd.models.gguf_tokens import (  # noqa: E402
 from mlx_fd.models.loading import load  # noqa: E402
 from mlx_fd.models.resolve import smollm2_file  # noqa: E402
 from support.draws import draws  # noqa: E402
+from support.thinkers import TEMPLATES  # noqa: E402
 
 SIZES = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 96}
 LLAMA3 = {
@@ -514,10 +515,25 @@ def test_llama_cpp_on_the_tiny_pair(tmp_path, model):
         assert found.mean_kl < kl and found.top1 >= top1, (kind, found)
 
 
-@pytest.mark.parametrize("score_at", ["prompt", "feedback"])
-def test_the_cards_lines_give_the_score_in_llama_cpp(tmp_path, monkeypatch, capsys, score_at):
+def thinker(folder: Path) -> Path:
+    """A model whose template leaves a thought out only where it is told to, and writes its end."""
+    kind, tokenizer = TEMPLATES["qwen3"], tiny.make_tokenizer()
+    tokens = [AddedToken(token, special=True, normalized=False) for token in kind.tokens]
+    tokenizer.add_special_tokens(tokens)
+    ends = kind.source.replace("'<|im_end|>\n'", "eos_token + '\n'")
+    assert ends != kind.source
+    return tiny.make_model_dir(folder, tokenizer=tokenizer, chat_template=ends, **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("score_at", "thinks"), [("prompt", False), ("feedback", False), ("prompt", True)]
+)
+def test_the_cards_lines_give_the_score_in_llama_cpp(
+    tmp_path, monkeypatch, capsys, score_at, thinks
+):
     pytest.importorskip("llama_cpp")
-    run = trained.make_run(tmp_path / "run", "tiny-student", score_at=score_at)
+    model = thinker(tmp_path / "model") if thinks else "tiny-student"
+    run = trained.make_run(tmp_path / "run", model, score_at=score_at)
     form = Form(format="gguf", gguf_type="f32", parity_problems=0)
     export(str(run), tmp_path / "out", form, progress=lambda *_: None)
     card = (tmp_path / "out" / "README.md").read_text()

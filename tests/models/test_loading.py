@@ -7,7 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mlx_fd.models.backend import backend
 from support import tiny
@@ -241,4 +243,22 @@ def test_an_added_token_without_a_row_is_plain_text(tmp_path: Path) -> None:
     content["model"]["vocab"]["zzz"] = rows + 7
     (path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"only {rows} rows of logits"):
+        load(path)
+
+
+def test_fp8_without_scales_is_no_model(tmp_path: Path) -> None:
+    """MLX reads such numbers as the bytes that they are: 0 to 255 in the weights' place."""
+    path = tiny.make_model_dir(tmp_path / "model")
+    file, name = path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    weights = mx.load(str(file))
+    arrays = {key: np.array(value) for key, value in weights.items()}
+    arrays[name] = np.array(mx.to_fp8(weights[name]))
+    save_file(arrays, file)
+    content = file.read_bytes()
+    assert content.count(b'"U8"') == 1
+    # As long as that, for the header's length stands before it.
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].replace(b'"U8"', b'"F8_E4M3"').rstrip()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    with pytest.raises(UserError, match=rf"{name} is of .*uint8, .*FP8 without scales"):
         load(path)

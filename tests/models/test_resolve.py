@@ -380,3 +380,19 @@ def test_new_directory_is_all_or_nothing(tmp_path: Path) -> None:
 @given(st.text())
 def test_slug_is_a_file_name(text: str) -> None:
     assert re.fullmatch(r"([A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?)?", slug(text))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["foo/bar--baz", "foo/bar..baz", "foo/b\u00e4r", "foo/bar.", f"foo/{'x' * 100}", "a/b.git"],
+)
+def test_a_name_that_the_hub_cannot_have_is_no_model(name: str) -> None:
+    with pytest.raises(UserError, match=f"there is no model {re.escape(name)} on the hub"):
+        resolve(name)
+
+
+def test_a_model_under_a_long_path_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_FD_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path.joinpath(*["d" * 100] * 3, "model")
+    cut = resolve(f"{tiny.make_model_dir(folder)}:layers=1")
+    assert re.search(r"d-model-layers1-[0-9a-f]{12}$", cut.name) and len(cut.name) < 255

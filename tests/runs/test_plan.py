@@ -174,6 +174,14 @@ def test_a_run_of_a_version_with_fewer_options_is_not_resumed(tmp_path):
     del old["options"]["replay"], old["options"]["lr_schedule"]
     with pytest.raises(UserError, match=r"older mlx-fd, which had no lr_schedule.*--continue"):
         check_same(old, manifest(), tmp_path)
+    # Only a loop's student is gone on with.
+    for teacher, command in (("base", "self-distill"), ("expert", "distil")):
+        old["options"].update(method="x", self_teacher=teacher)
+        with pytest.raises(UserError, match="had no lr_schedule") as found:
+            check_same(old, manifest(), tmp_path / "my run")
+        assert f"new run: mlx-fd {command} --config '{tmp_path}/my run/config.toml'" in str(
+            found.value
+        )
 
 
 def test_a_run_grows_where_its_last_batch_was_full(tmp_path):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from mlx_fd.errors import UserError
 from mlx_fd.export.formats import ExportFormat, OnSteps, register_format
-from mlx_fd.problems import prompts
 
 if TYPE_CHECKING:
     from mlx_fd.export.form import Form
@@ -93,27 +92,27 @@ def use(source: Source, form: Form) -> str:
 
 def score_code(source: Source, form: Form, student: Student) -> str:
     """With llama.cpp."""
-    from mlx_fd.export.card import score_example
+    from mlx_fd.export.card import SCORE_EXAMPLE
     from mlx_fd.export.gguf_file import file_name
+    from mlx_fd.models.score_head import SCORE_HEAD
 
     written = """\
 reply = []
 for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0):
     reply.append(token)
-    if token == llm.token_eos() or len(reply) == 192:
+    if token == llm.token_eos() or len(reply) == int(about["max_tokens"]):
         break
 ids += reply[:-1]
 """
     return f"""\
 import llama_cpp, numpy as np
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-from safetensors.numpy import load_file
+from safetensors import safe_open
 llm = llama_cpp.Llama("{file_name(form.gguf_type)}", n_ctx=4096, embedding=True, verbose=False,
                       pooling_type=llama_cpp.LLAMA_POOLING_TYPE_NONE)
-head = load_file("score_head.safetensors")
-{score_example(source.ref.answer_kind)}\
-written = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], "", "")(messages=chat).prompt
-ids = llm.tokenize((written + {prompts.FEEDBACK_OPENING!r}).encode(), special=True)
+with safe_open("{SCORE_HEAD}", "np") as file:
+    about, head = file.metadata(), {{name: file.get_tensor(name) for name in ("weight", "bias")}}
+{SCORE_EXAMPLE}\
+ids = llm.tokenize(text.encode(), add_bos=False, special=True)
 {written if student.scores_at_end else ""}\
 llm.reset()
 llm.eval(ids)
