@@ -518,8 +518,9 @@ class Method:
     )
     critic: str = _option(
         "",
-        "Frozen model that writes critiques, feedback and reflections, or truth: the problem "
-        "source's own, where it knows the truth about any answer. Empty: none.",
+        "Frozen model that writes critiques, feedback, reflections and rubrics; self: the "
+        "self-teacher does; truth: the problem source's own, where it knows the truth about any "
+        "answer. Empty: none.",
     )
     critic_sees: str = _option(
         "reference",
@@ -602,6 +603,12 @@ class Method:
         "Standard deviation to divide a group's advantages by: the group's, the batch's, or none "
         "(Dr. GRPO).",
         choices=("group", "batch", "none"),
+    )
+    reward_baseline: str = _option(
+        "group",
+        "What a reward is compared with: the mean of its group, or that of a right attempt; then "
+        "wrong attempts alone count, each with the advantage -1, unscaled.",
+        choices=("group", "right"),
     )
     epsilon: float = _option(0.2, "Clip the policy ratio below at 1 - epsilon.", low=0, high=1)
     epsilon_high: float = _option(0.2, "Clip the policy ratio above at 1 + epsilon_high.", low=0)

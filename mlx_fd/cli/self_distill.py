@@ -35,7 +35,7 @@ _SHARED = (
     *("student_thinking", "expert_thinking", "max_thinking_tokens"),
     *("gate", "ema_decay", "stop_threshold", "plateau_steps", "plateau_gain", "minimum_gain"),
     *("lora_rate", "weight_decay", "max_grad_norm", "kd_steps", "micro_batch", "grad_checkpoint"),
-    *("probe_size", "probe_every", "checkpoint_every", "keep_checkpoints", "seed"),
+    *("epochs", "probe_size", "probe_every", "checkpoint_every", "keep_checkpoints", "seed"),
 )
 
 # Options that mlx-lm has too are spelled its way as well.
@@ -63,6 +63,7 @@ _HELP = {
     "probe_size": "Held-out problems, for the headroom check and the gate.",
     "probe_every": "Batches between probe evaluations.",
     "lora_rate": "Learning rate.",
+    "epochs": "Passes over the problems, each with new attempts.",
 }
 
 

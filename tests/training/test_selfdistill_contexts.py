@@ -188,6 +188,27 @@ def test_contrast_puts_right_and_wrong_hints_into_the_same_words():
     assert alone == [View(prompts.answer_prompt(group[0].question), None)]
 
 
+def test_hints_are_drawn_from_the_others_that_came_to_an_answer():
+    ((wrong, right, other_wrong),) = groups(1)
+    another = attempt(right.problem, f"So it is {right.final}.\n#### {right.final}")
+    lost = attempt(right.problem, "Nothing.")
+    views = CONTEXTS["contrast"].views
+    # As in the published code: no attempt is its own hint, and one without an answer is none.
+    assert [v.teacher for v in views([right, another, lost], Materials())] == [None] * 3
+    assert [v.teacher for v in views([right, wrong], Materials())] == [None] * 2
+    seen = set()
+    for seed in range(20):
+        first, *_, last = views([wrong, other_wrong, right, another, lost], Materials(seed=seed))
+        seen.add(first.teacher)
+        assert len(first.wrong) == 1 and len(last.wrong) == 2
+    assert len(seen) == 2
+    # What stands before it at other problems changes no draw.
+    (before,) = groups(1, seed=3)
+    alone = views([wrong, other_wrong, right, another], Materials())
+    elsewhere = [dataclasses.replace(a, problem=Problem("else", "?", "", "1")) for a in before]
+    assert views([*elsewhere, wrong, other_wrong, right, another], Materials())[3:] == alone
+
+
 # ------------------------------------------------------------------------------------ reflection
 
 

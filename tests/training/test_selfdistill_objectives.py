@@ -111,7 +111,9 @@ def matched(students, teachers, fixed, options, weights):
     return value
 
 
-def group_advantages(rewards, scale):
+def group_advantages(rewards, scale, baseline):
+    if baseline == "right":
+        return np.array([0.0 if reward == 1 else -1.0 for reward in rewards])
     table = np.array(rewards).reshape(2, 2)
     difference = table - table.mean(axis=1, keepdims=True)
     if scale == "group":
@@ -150,7 +152,7 @@ def reference(case, options):
             min(max(r + options.near_bonus * (r > 0) * math.exp(-near[g]), -1), 2)
             for r, g in zip(rewards, GROUPS, strict=True)
         ]
-    of_groups = group_advantages(rewards, options.scale_rewards)
+    of_groups = group_advantages(rewards, options.scale_rewards, options.reward_baseline)
 
     def policy(now):
         advantages = [np.full(n, a) for n, a in zip(LENGTHS, of_groups, strict=True)]
@@ -175,10 +177,13 @@ def reference(case, options):
                 sign = np.sign(of_groups[i])
                 advantages[i] = sign * np.maximum(sign * moved, 0)
                 selected.append(chosen)
-            count = sum(int(row.sum()) for row in selected)
+            # The published code takes attempts without hints of both kinds out of the batch.
+            hinted = [bool(hints) for hints in case.wrong]
+            tokens = sum(n for n, kept in zip(LENGTHS, hinted, strict=True) if kept)
+            count = sum(int(row.sum()) for row, kept in zip(selected, hinted, strict=True) if kept)
             weights = [
-                np.where(row, options.contrast_weight / count, 1 / (tokens - count))
-                for row in selected
+                kept * np.where(row, options.contrast_weight / count, 1 / max(tokens - count, 1))
+                for row, kept in zip(selected, hinted, strict=True)
             ]
         value = 0.0
         for i in range(len(LENGTHS)):
@@ -330,6 +335,8 @@ CASES = [(name, {}) for name in METHODS] + [
     ("grpo", {"kl_coef": 0.1, "loss_type": "grpo", "temperature": 0.8}),
     ("grpo", {"loss_type": "dr_grpo", "scale_rewards": "none", "epsilon_high": 0.28}),
     ("grpo", {"importance_sampling_level": "sequence", "scale_rewards": "batch", "delta": 1.05}),
+    ("grpo", {"reward_baseline": "right"}),
+    ("sdft", {"objective": "reverse"}),
     ("rlcsd", {"contrast_tau": 1.3, "contrast_scale": 0.9, "contrast_clip": 0.5}),
     ("echodistill", {"importance_sampling_level": "token", "temperature": 1.2}),
 ]
@@ -499,6 +506,22 @@ def test_a_contrast_never_turns_an_advantage_round():
     ]  # fmt: skip
     weights = objectives.contrastive_weights(selected[:2], mx.ones((2, 3)), 0.5)
     np.testing.assert_allclose(np.array(weights), [[0.125, 0.125, 0.5]] * 2)
+
+
+def test_attempts_without_hints_of_both_kinds_are_left_out_of_rlcsd():
+    options = configured("rlcsd").selfdistill
+    case = Case(1)
+    _, grads = computed(case, options)
+    assert [bool(grad.any()) for grad in grads] == [True, True, False, False]
+    case.wrong = [[]] * 4
+    _, grads = computed(case, options)
+    assert not any(grad.any() for grad in grads)
+
+
+def test_only_wrong_attempts_count_against_a_right_one():
+    rewards = mx.array([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    found = objectives.group_advantages(rewards, baseline="right").tolist()
+    assert found == [[0, -1, -1], [0, 0, 0], [-1, -1, -1]]
 
 
 def test_rewards_are_shaped_within_their_bounds():

@@ -21,13 +21,15 @@ from mlx_fd.export.exporter import export
 from mlx_fd.export.form import Form
 from mlx_fd.feedback.judge import give_feedback
 from mlx_fd.models.generation import first_prompt
+from mlx_fd.models.loading import load
+from mlx_fd.models.resolve import resolve
 from mlx_fd.models.writing import Sampling
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.events import Note, Warned
 from mlx_fd.runs.logs import log_size
 from mlx_fd.training.job import Job
-from mlx_fd.training.selfdistill import rollouts
-from mlx_fd.training.selfdistill.contexts import CONTEXTS
+from mlx_fd.training.selfdistill import critics, rollouts
+from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials
 from mlx_fd.training.selfdistill.learning import forward_teacher_and_student
 from mlx_fd.training.selfdistill.methods import METHODS, configured
 from mlx_fd.training.selfdistill.plan import make_plan, open_models
@@ -210,7 +212,7 @@ def test_sampling_is_cut_after_the_temperature():
 # What is kept from batch to batch only with other options than a short run has.
 KEPT = {
     "sdpo": {"warmup_steps": 3},
-    "resd": {"kd_steps": 2, "teacher_decay": 0.7},
+    "resd": {"kd_steps": 2, "teacher_decay": 0.7, "critic": "self", "epochs": 2},
     "rlcsd": {"teacher_sync_steps": 2},
 }
 
@@ -228,8 +230,8 @@ def test_each_method_trains_and_resumes_exactly(method, tmp_path):
     before = adapter(models.student_lm.model)
     summary = begin(folder, plan, models, events.append)
     found = rows(folder)
-    group = config.selfdistill.num_generations
-    assert [row["attempt"] for row in found] == list(range(3 * group))
+    attempts = 3 * config.selfdistill.num_generations * config.training.epochs
+    assert [row["attempt"] for row in found] == list(range(attempts))
     assert summary["updates"]["steps"] >= 1 and summary["updates"]["skipped"] == 0
     after = weights(folder)
     assert any(
@@ -296,6 +298,45 @@ def test_the_gate_ends_a_run_and_never_learns_nothing(tmp_path):
     assert any(isinstance(e, Note) and e.text.startswith("the gate ends") for e in events)
 
 
+def test_as_published_the_model_reflects_and_writes_rubrics_itself(tmp_path):
+    for method, written in (("resd", critics.reflections), ("rcsd", critics.rubrics)):
+        assert METHODS[method]["critic"] == "self"
+        config = config_of(method, critic="self", episodes=6, batch_size=6, student="tiny-base")
+        start(tmp_path / method, config)
+        found = [row for row in rows(tmp_path / method) if row["note"]]
+        itself = Materials(
+            critic=load(resolve("tiny-base")),
+            critic_sees=config.selfdistill.critic_sees,
+            critic_tokens=config.generation.max_feedback_tokens,
+        )
+        problems = {problem.id: problem for problem in make_plan(config).problems}
+        about = [
+            problems[row["id"]]
+            if method == "rcsd"
+            else Attempt(problems[row["id"]], row["question"], (), row["text"], None, False)
+            for row in found
+        ]
+        # Before its first update the self-teacher is the model as it was.
+        assert found and [row["note"] for row in found] == written(about, itself)
+
+
+def test_a_solution_is_shown_in_the_passes_after_the_one_that_found_it(tmp_path):
+    small = {"student": "tiny-base", "episodes": 8, "batch_size": 4, "lora_rate": 0.0}
+    start(tmp_path / "run", config_of("resd", critic="self", epochs=3, **small))
+    found = rows(tmp_path / "run")
+    assert [row["id"] for row in found[:8]] == [row["id"] for row in found[8:16]]
+    shown, solved = 0, {}
+    for begin in range(0, 24, 4):
+        batch = found[begin : begin + 4]
+        for row in batch:
+            earlier = solved.get(row["id"])
+            assert (earlier is not None) == ("An earlier solution" in (row["teacher"] or ""))
+            shown += earlier is not None
+            assert earlier is None or earlier in row["teacher"]
+        solved |= {row["id"]: row["text"] for row in batch if row["correct"]}
+    assert shown
+
+
 def test_a_context_that_does_not_help_is_said_before_training(tmp_path):
     """The tiny student never read such a message."""
     events = []
@@ -316,7 +357,7 @@ def test_a_context_that_does_not_help_is_said_before_training(tmp_path):
         ({"critic": ""}, "needs a critic"),
         ({"problems": "gsm8k"}, "truth is known for"),
         ({"gate": "published"}, "for the loop"),
-        ({"epochs": 2}, "set epochs to 1"),
+        ({"objective": "grpo", "reward_baseline": "group"}, "--reward-baseline to right"),
     ],
 )
 def test_what_cannot_work_is_refused(changes, message):

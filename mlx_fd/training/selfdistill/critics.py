@@ -37,6 +37,22 @@ def reflection_request() -> str:
     )
 
 
+def rubric_request(question: str, reference: str) -> str:
+    """What a critic is asked who is to say what makes an answer good, as RCSD's generator is.
+
+    Args:
+        question: the problem's.
+        reference: a reference solution, as the published generator reads it; empty: the problem is
+            all there is.
+    """
+    shown = f"A solution known to be right:\n{quoted(reference)}\n\n" if reference else ""
+    return (
+        f"Problem: {question.strip()}\n\n{shown}"
+        'Write what a good answer has to meet, one criterion a line, each beginning with "- ". '
+        "Copy nothing of a solution and give no number of it."
+    )
+
+
 def _truths(attempts: Sequence[Attempt]) -> list[Truth]:
     """What is known of each attempt's problem."""
     found = []
@@ -184,3 +200,17 @@ def reflections(attempts: Sequence[Attempt], materials: Materials) -> list[str]:
     requests = [followup_prompt(critic, reflection_request())] * len(attempts)
     written_by = _replies(critic, _answered(critic, attempts), requests, materials.critic_tokens)
     return [text for _, text in written_by]
+
+
+def rubrics(problems: Sequence[Problem], materials: Materials) -> list[str]:
+    """Criteria of a good answer to each problem, written by the critic; they may be empty."""
+    critic = _needed(materials)
+    shown = [
+        reference_of(problem, materials) if materials.critic_sees == "reference" else ""
+        for problem in problems
+    ]
+    asked = [
+        first_prompt(critic, rubric_request(problem.question, reference))
+        for problem, reference in zip(problems, shown, strict=True)
+    ]
+    return [text.strip() for _, text in _batched(critic, asked, materials.critic_tokens)]

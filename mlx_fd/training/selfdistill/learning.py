@@ -606,7 +606,9 @@ def _group_advantages(
 ) -> list[float]:
     groups = _by_group(stats)
     table = mx.array([[rewards[index] for index in group] for group in groups])
-    values: Any = objectives.group_advantages(table, options.scale_rewards).tolist()
+    values: Any = objectives.group_advantages(
+        table, options.scale_rewards, options.reward_baseline
+    ).tolist()
     advantages = dict[int, float]()
     for group, row in zip(groups, values, strict=True):
         advantages.update(zip(group, row, strict=True))
@@ -628,6 +630,8 @@ def _policy(
     moved = mx.array(list(advantages))
     weights = objectives.aggregation_weights(mask, options.loss_type, max_tokens)
     if options.objective == "contrastive":
+        # As the published code has it: without hints of both kinds an attempt is left out.
+        mask = mask & mx.array([item.wrong is not None for item in stats])[:, None]
         moved, selected = objectives.modulated(
             moved,
             _contrasts(stats, mask),

@@ -83,10 +83,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "lora_rate": 1e-4,
         "warmup_steps": 10,
     },
-    # arXiv 2601.19897
+    # arXiv 2601.19897; its results are of forward KL, as the first author says (issue 5 of
+    # github.com/idanshen/Self-Distillation), and not of the reverse one of its equation.
     "sdft": {
         "context": "demonstration",
-        "objective": "reverse",
+        "objective": "forward",
         "self_teacher": "ema",
         "teacher_decay": 0.95,
         "lora_rate": 2e-4,
@@ -94,6 +95,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # arXiv 2606.19327
     "rcsd": {
         "context": "rubric",
+        "critic": "self",
         "objective": "forward",
         "support": "teacher",
         "loss_top_k": 20,
@@ -109,6 +111,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # arXiv 2605.12741
     "resd": {
         "context": "reflection",
+        "critic": "self",
         "objective": "reverse",
         "self_teacher": "ema",
         "teacher_decay": 0.9999,

@@ -40,7 +40,7 @@ class Clipping:
     level: str = "token"
 
 
-def group_advantages(rewards: mx.array, scale: str = "group") -> mx.array:
+def group_advantages(rewards: mx.array, scale: str = "group", baseline: str = "group") -> mx.array:
     """Each attempt's reward against its group's (GRPO, arXiv 2402.03300; as TRL computes it).
 
     A_i = (r_i - mean of the group) / (s + 1e-4), s the standard deviation with n - 1.
@@ -49,11 +49,15 @@ def group_advantages(rewards: mx.array, scale: str = "group") -> mx.array:
         rewards: [P, G], of G attempts at each of P problems.
         scale: s is that of the ``"group"``, or of the whole ``"batch"``; ``"none"``: A_i is the
             difference (Dr. GRPO, arXiv 2503.20783).
+        baseline: the ``"group"``'s mean; ``"right"``: A_i = r_i - 1, so -1 for a wrong attempt and
+            0 for a right one, whatever the group (negative reinforcement, arXiv 2506.01347).
 
     Returns:
-        [P, G], float32; 0 in a group of one.
+        [P, G], float32; 0 in a group of one whose mean is the baseline.
     """
     rewards = rewards.astype(mx.float32)
+    if baseline == "right":
+        return rewards - 1
     difference = rewards - rewards.mean(axis=1, keepdims=True)
     if scale == "none":
         return difference

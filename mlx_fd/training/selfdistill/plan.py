@@ -54,12 +54,12 @@ def make_plan(config: Config) -> Plan:
     Raises:
         UserError: a name, file, combination of options or amount of memory that will not do.
     """
-    from mlx_fd.training.selfdistill.training import EXPERT, TRUTH, check_combination
+    from mlx_fd.training.selfdistill.training import EXPERT, NO_MODEL, check_combination
 
     check_combination(config)
     config = with_absolute_names(config)
     options = config.selfdistill
-    if options.critic not in ("", TRUTH):
+    if options.critic not in NO_MODEL:
         critic_name = absolute_model_name(options.critic)
         config = dataclasses.replace(
             config, selfdistill=dataclasses.replace(options, critic=critic_name)
@@ -68,7 +68,7 @@ def make_plan(config: Config) -> Plan:
     drawn = draw_problems(config)
     check_gold(config, (*drawn.probe, *drawn.problems))
     student = resolve(config.models.student)
-    critic = resolve(options.critic) if options.critic not in ("", TRUTH) else None
+    critic = resolve(options.critic) if options.critic not in NO_MODEL else None
     drawn, notes = without_long(
         drawn,
         [path for path in (student, critic) if path],
@@ -158,11 +158,11 @@ def open_models(plan: Plan) -> Any:
     from mlx_fd.feedback.pair import share_tokens
     from mlx_fd.models.loading import load, load_pair, with_thinking
     from mlx_fd.models.student import make_student
-    from mlx_fd.training.selfdistill.training import TRUTH, Models
+    from mlx_fd.training.selfdistill.training import NO_MODEL, Models
 
     options = plan.config.models
     critic = None
-    if plan.config.selfdistill.critic in ("", TRUTH):
+    if plan.config.selfdistill.critic in NO_MODEL:
         base = load(plan.student_path, dequantize=options.dequantize)
     else:
         critic, base = load_pair(plan.expert_path, plan.student_path, dequantize=options.dequantize)

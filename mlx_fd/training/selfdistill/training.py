@@ -11,6 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -76,10 +77,17 @@ from mlx_fd.training.selfdistill.learning import (
 )
 from mlx_fd.training.selfdistill.playbook import Playbook
 from mlx_fd.training.selfdistill.rollouts import as_read, echoes_of, grade_answers, sample_rollouts
-from mlx_fd.training.selfdistill.teacher import Weights, first_teacher, next_teacher
+from mlx_fd.training.selfdistill.teacher import (
+    Weights,
+    adapter_swapped,
+    first_teacher,
+    next_teacher,
+)
 
 TEACHER_WEIGHTS = "teacher.safetensors"
-TRUTH, EXPERT = "truth", "expert"
+TRUTH, SELF, EXPERT = "truth", "self", "expert"
+# What a critic may be that is no model of its own.
+NO_MODEL = ("", TRUTH, SELF)
 # The generator's log-probabilities and a second reading's differ in their last digits only.
 _LOGPROB_TOLERANCE = 0.05
 Report = Callable[[Event], None]
@@ -289,7 +297,7 @@ def run(job: Job, models: Models) -> SelfSummary | None:
     def batch(state: RunState) -> Done:
         epoch, index = divmod(state.batch, batches)
         chunk = problems[index * size : (index + 1) * size]
-        written = runs.read_attempts(folder) if epoch else []
+        written = runs.read_attempts(folder) if epoch and learner.expert is not None else []
         begins = index * size * config.selfdistill.num_generations
         again = [
             row
@@ -482,7 +490,7 @@ def build_views(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: i
     config = learner.config
     options = config.selfdistill
     materials = Materials(
-        critic=learner.models.critic,
+        critic=learner.models.student_lm if options.critic == SELF else learner.models.critic,
         truth=options.critic == TRUTH,
         critic_sees=options.critic_sees,
         critic_tokens=config.generation.max_feedback_tokens,
@@ -492,7 +500,9 @@ def build_views(learner: _Learner, groups: Sequence[Sequence[Attempt]], batch: i
         seed=derive_seed(config.episode.seed, batch, "context"),
     )
     mine = [attempt for group in ranks.share(groups) for attempt in group]
-    made = CONTEXTS[options.context].views(mine, materials)
+    model = learner.models.student_lm.model
+    with adapter_swapped(model, learner.teacher) if options.critic == SELF else nullcontext():
+        made = CONTEXTS[options.context].views(mine, materials)
     views = [
         View(student, teacher, tuple(wrong), note)
         for student, teacher, wrong, note in ranks.gather(list(map(dataclasses.astuple, made)))
@@ -765,7 +775,7 @@ def check_combination(config: Config) -> None:
         UserError: options that contradict each other; the message says which.
     """
     options = config.selfdistill
-    if options.self_teacher == EXPERT and options.critic in ("", TRUTH):
+    if options.self_teacher == EXPERT and options.critic in NO_MODEL:
         raise UserError("a teacher that is an expert needs one: mlx-fd distil --expert NAME")
     if options.self_teacher != EXPERT and options.objective == "likelihood":
         raise UserError("--objective likelihood is for what an expert wrote: mlx-fd distil")
@@ -784,8 +794,6 @@ def check_combination(config: Config) -> None:
             "self-distill compares the student with what it was when it wrote, and dropout makes "
             "it another one; set lora_dropout to 0."
         )
-    if config.training.epochs != 1 and options.self_teacher != EXPERT:
-        raise UserError("self-distill goes through its problems once; set epochs to 1.")
     if config.training.epochs != 1 and config.generation.expert_thinking == "on":
         raise UserError(
             "the expert's thoughts are not kept for a second epoch; set epochs to 1, or "
@@ -793,9 +801,11 @@ def check_combination(config: Config) -> None:
         )
     if config.gate.gate == "published":
         raise UserError("--gate published is for the loop; take always, ema or never.")
-    if options.objective == "grpo" and options.num_generations < 2:
+    alone = options.num_generations < 2 and options.reward_baseline == "group"
+    if options.objective == "grpo" and alone:
         raise UserError(
-            "--objective grpo compares attempts at one problem: set --num-generations to 8."
+            "--objective grpo compares attempts at one problem: set --num-generations to 8 (or "
+            "--reward-baseline to right)."
         )
     context = CONTEXTS[options.context]
     if options.objective == "contrastive" and not context.gives_wrong_hints:

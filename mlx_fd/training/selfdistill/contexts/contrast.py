@@ -29,16 +29,19 @@ def views(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
     found = []
     for place, attempt in enumerate(attempts):
         right = siblings_of(attempts, place, correct=True)
-        wrong = siblings_of(attempts, place, correct=False)
+        # As published, a wrong attempt that comes to no answer is no hint.
+        wrong = [a for a in siblings_of(attempts, place, correct=False) if a.final is not None]
         if not right or not wrong:
             found.append(View(student_prompt(attempt), None))
             continue
-        rng = random.Random(f"contrast/{materials.seed}/{attempt.problem.id}/{place}")
+        # By its place among the attempts at its problem: on several machines the others differ.
+        number = sum(other.problem.id == attempt.problem.id for other in attempts[:place])
+        rng = random.Random(f"contrast/{materials.seed}/{attempt.problem.id}/{number}")
         drawn = rng.sample(wrong, min(materials.most_wrong, len(wrong)))
         found.append(
             View(
                 student_prompt(attempt),
-                hint_message(attempt.problem, right[0].text),
+                hint_message(attempt.problem, rng.choice(right).text),
                 tuple(hint_message(attempt.problem, other.text) for other in drawn),
             )
         )

@@ -57,10 +57,26 @@ def rubric(problem: Problem) -> str:
 
 
 def views(attempts: Sequence[Attempt], materials: Materials) -> list[View]:
-    """Criteria of a good answer, without the answer (RCSD, 2606.19327)."""
+    """Criteria of a good answer, without the answer (RCSD, 2606.19327).
+
+    A critic writes them, once for each problem; an empty text teaches nothing. Without a critic,
+    and where the truth is asked for, they are :func:`rubric`'s.
+    """
+    from mlx_fd.training.selfdistill.critics import rubrics
+
+    problems = {a.problem.id: a.problem for a in attempts}
+    if materials.truth or materials.critic is None:
+        texts = [rubric(problem) for problem in problems.values()]
+    else:
+        texts = rubrics(list(problems.values()), materials)
+    written = dict(zip(problems, texts, strict=True))
     return [
-        View(student_prompt(a), rubric_message(a.problem, text), note=text)
-        for a, text in ((a, rubric(a.problem)) for a in attempts)
+        View(
+            student_prompt(a),
+            rubric_message(a.problem, text) if text else None,
+            note=text,
+        )
+        for a, text in ((a, written[a.problem.id]) for a in attempts)
     ]
 
 
