@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_fd.cli.options import Count, Number, PathType, debug_option, json_option, quiet_option
+from mlx_fd.cli.options import (
+    Count,
+    Number,
+    PathType,
+    debug_option,
+    json_option,
+    quiet_option,
+    thinking_options,
+)
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cascade.scores import SCORES
 
@@ -151,6 +159,12 @@ Examples:
     show_default=True,
     help="Problems that it holds; the oldest go first.",
 )
+@thinking_options
+@click.option(
+    "--expert-thinking",
+    type=click.Choice(("off", "on")),
+    help="Whether the expert thinks. [default: as in the run]",
+)
 @json_option
 @quiet_option
 @debug_option
@@ -173,6 +187,9 @@ def serve(
     log_texts: bool,
     keep: Path | None,
     keep_most: int,
+    thinking: str | None,
+    expert_thinking: str | None,
+    max_thinking_tokens: int | None,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -199,6 +216,7 @@ def serve(
     key = _key(api_key_file)
     check_key(key, host)
     backend()
+    from mlx_fd.serve.models import Thoughts
     from mlx_fd.serve.running import serve as run
     from mlx_fd.serve.service import Options
 
@@ -226,6 +244,7 @@ def serve(
         log_texts=log_texts,
         keep=keep,
         keep_most=keep_most,
+        thoughts=Thoughts(thinking, expert_thinking, max_thinking_tokens),
     )
 
     def on_ready(service: Service, address: str) -> None:

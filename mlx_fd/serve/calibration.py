@@ -55,7 +55,7 @@ def rule_of(options: Options, served: Served) -> Rule:
     steps, promise = calibrated["confidence"], calibrated["promise"]
     score = SCORES[options.score or calibrated["score"]]
     expert = None if served.expert is None else served.expert.path
-    why = why_other(calibrated, ref, expert)
+    why = why_other(calibrated, ref, expert) or _why_otherwise(options, ref)
     # What scores meant before says little of a student that has learned on.
     holds = not why and score.name == calibrated["score"]
     meaning = functools.partial(confidence, steps) if holds else None
@@ -63,3 +63,11 @@ def rule_of(options: Options, served: Served) -> Rule:
         return Rule(score, options.threshold, meaning, "--threshold")
     said = f"calibrated, {promise['kind']} {promise['target']:g}"
     return Rule(score, promise["threshold"], meaning, f"{said}, but {why}" if why else said)
+
+
+def _why_otherwise(options: Options, ref: ModelRef) -> str:
+    """Why models that think otherwise than in the run are not those that were calibrated."""
+    assert ref.config is not None  # it was calibrated: it is a run's
+    known = ref.config.generation
+    changed = any(getattr(known, name) != value for name, value in options.thoughts.changes.items())
+    return "the models think otherwise than in the run" if changed else ""

@@ -13,6 +13,7 @@ from mlx_fd.serve.models import CASCADE, EXPERT, STUDENT
 from mlx_fd.serve.prompts import Asked
 from mlx_fd.serve.rule import Decision, decided
 from mlx_fd.serve.service import Service
+from mlx_fd.serve.speaking import Speaking
 
 
 async def decide(service: Service, model: str, asked: Asked, job: Callable[..., Job]) -> Decision:
@@ -28,7 +29,8 @@ async def decide(service: Service, model: str, asked: Asked, job: Callable[..., 
         return Decision(model, f"the request asked for the {model}")
     rule, prompt = service.rule, asked.prompts[STUDENT]
     judges = rule.score is HEAD
-    writing = service.engine.write(STUDENT, job(prompt, keep=judges, logprobs=not judges))
+    wanted = job(prompt, keep=judges, logprobs=not judges)
+    writing = Speaking(service.engine, service.served, STUDENT, wanted)
     try:
         answer = await writing.written()
     finally:

@@ -40,6 +40,9 @@ class Written:
         read: tokens of the prompt that had to be read.
         first: seconds until the first token was there, from when the job was given.
         logprobs: of the tokens at temperature 1, where the job wanted them.
+        thought: what was thought before, without marks; empty: nothing.
+        opening: as :class:`mlx_fd.models.writing.Turn` has it.
+        thought_tokens: tokens of the thought that the model drew.
     """
 
     text: str
@@ -49,6 +52,14 @@ class Written:
     read: int
     first: float
     logprobs: tuple[float, ...] = ()
+    thought: str = ""
+    opening: tuple[int, ...] = ()
+    thought_tokens: int = 0
+
+    @property
+    def drawn(self) -> int:
+        """Tokens that the model drew, those of the thought included."""
+        return self.thought_tokens + len(self.tokens)
 
 
 class Writing:
@@ -314,7 +325,7 @@ class _Work:
         try:
             if order.who not in self._lanes:
                 self._lanes[order.who] = open_lane(loaded, self._places)
-            text = ReplyText(loaded, order.job.stops)
+            text = ReplyText(loaded, order.job.stops, raw=order.job.raw)
             key = order.who, self._lanes[order.who].add(order.job)
         except Exception as error:
             return error

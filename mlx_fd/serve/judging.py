@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from mlx_fd.feedback.episode import Criticism, head_score, parsed
 from mlx_fd.models.conversation import Conversation, prefill, rewind_to
+from mlx_fd.models.generation import with_thought
 from mlx_fd.models.writing import Sampling, Turn
 from mlx_fd.problems.arithmetic import first_error
 from mlx_fd.serve.lanes import Job
 from mlx_fd.serve.models import STUDENT, Served
 from mlx_fd.serve.service import Service
+from mlx_fd.serve.speaking import Speaking, thinking_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Verdict:
         first_wrong_step: the step that the text names, from 1; 0: it finds every step right;
             ``None``: it does not say so that it can be read.
         finished: whether the student ended the text itself.
+        thought: what it thought before; empty: nothing.
     """
 
     score: float | None
@@ -31,6 +34,7 @@ class Verdict:
     text: str = ""
     first_wrong_step: int | None = None
     finished: bool = True
+    thought: str = ""
 
 
 async def judge(
@@ -52,7 +56,8 @@ async def judge(
             writing.
     """
     student = service.served.judge.student if service.served.scores else None
-    behind = student is not None and student.score_at != "prompt"
+    thinks = thinking_of(service.served, STUDENT) is not None
+    behind = student is not None and (thinks or student.score_at != "prompt")
 
     def begin(models: Served) -> tuple[Conversation, float | None]:
         loaded = models.student
@@ -63,14 +68,18 @@ async def judge(
         score = None if student is None or behind else float(student.score(hidden))
         return before, score
 
-    before, score = await service.engine.call(begin)
+    before, score = Conversation(), None
+    if not thinks:
+        before, score = await service.engine.call(begin)
     if not text and not behind:
         return Verdict(score)
-    writing = service.engine.write(STUDENT, Job(before, prompt[-1:], sampling))
+    job = Job(before, prompt[len(before.tokens) :], sampling)
+    writing = Speaking(service.engine, service.served, STUDENT, job)
     try:
         written = await writing.written()
     finally:
         writing.drop()
+    prompt = with_thought(service.served.student, prompt, written.opening)
     finished = written.reason == "stop"
     said = Turn(written.text.strip(), written.tokens, finished, written.conversation, written.read)
     if student is not None and behind:
@@ -88,4 +97,5 @@ async def judge(
         feedback.text,
         first_error(feedback.text),
         finished,
+        written.thought,
     )

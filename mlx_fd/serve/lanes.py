@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator
+from mlx_lm.generate import BatchGenerator, StopSequences
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_fd.models.conversation import Cache, Conversation
@@ -40,6 +40,8 @@ class Job:
         keep: whether the model's state after it is wanted.
         streams: whether whoever waits wants the text as it comes.
         logprobs: whether the log-probabilities of its tokens are wanted.
+        ends: tokens that end it beside those that end a turn.
+        raw: whether all of it is text, marks of thoughts too.
     """
 
     conversation: Conversation
@@ -49,6 +51,8 @@ class Job:
     keep: bool = False
     streams: bool = False
     logprobs: bool = False
+    ends: frozenset[int] = frozenset()
+    raw: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,6 @@ class _BatchLane:
         self._loaded, self._greedy = loaded, greedy(loaded)
         self._generator = BatchGenerator(
             loaded.model,
-            stop_tokens=[[token] for token in loaded.tokenizer.eos_token_ids],
             sampler=self._greedy,
             completion_batch_size=places,
             prefill_batch_size=min(places, _READ_TOGETHER),
@@ -126,11 +129,17 @@ class _BatchLane:
             all_tokens=[list(old.tokens) if cached else []],
             samplers=[_draw(self._loaded, job.sampling, self._greedy)],
             logits_processors=[logits_processors(job.sampling)],
+            stop_sequences=[self._stops(job)],
         )
         self._left.add(number)
         if job.logprobs:
             self._measured.add(number)
         return int(number)
+
+    def _stops(self, job: Job) -> StopSequences:
+        return StopSequences(
+            [[token] for token in {*self._loaded.tokenizer.eos_token_ids, *job.ends}]
+        )
 
     def drop(self, number: int) -> None:
         if number in self._left:
@@ -213,7 +222,7 @@ class _AloneLane:
         made = drawn_alone(loaded, cache, before, draw, logits_processors(job.sampling))
         for count, (token, rows) in enumerate(made, 1):
             logprob = token_logprobs(rows, [token], 1.0, loaded.vocab) if job.logprobs else None
-            stopped = token in loaded.tokenizer.eos_token_ids
+            stopped = token in loaded.tokenizer.eos_token_ids or token in job.ends
             if not stopped and count < job.sampling.max_tokens:
                 yield Step(number, token, logprob=logprob)
                 continue

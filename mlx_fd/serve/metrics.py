@@ -71,7 +71,7 @@ class Metrics:
     def wrote(self, model: str, written: Written) -> None:
         """Count a text."""
         self.tokens.labels(model, "read").inc(written.read)
-        self.tokens.labels(model, "written").inc(len(written.tokens))
+        self.tokens.labels(model, "written").inc(written.drawn)
         self.first.labels(model).observe(written.first)
 
     def decided(self, asked: str, decision: Decision) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mlx_fd.errors import UserError
+from mlx_fd.models.thinking import ThinkingOptions
 
 if TYPE_CHECKING:
-    from mlx_fd.feedback.judge import Judge
+    from mlx_fd.feedback.judge import Judge, ModelRef
     from mlx_fd.models.loading import Loaded
     from mlx_fd.problems.prompts import Form
 
@@ -59,16 +59,51 @@ class Served:
         return self.expert
 
 
-def open_served(student: str, expert: str | None) -> Served:
+@dataclass(frozen=True)
+class Thoughts:
+    """Who thinks before it writes.
+
+    Attributes:
+        student: ``"on"`` or ``"off"``; ``None``: as in its run, and no plain model does.
+        expert: likewise.
+        limit: the most tokens of a thought; ``None``: as in the run.
+    """
+
+    student: str | None = None
+    expert: str | None = None
+    limit: int | None = None
+
+    def of_student(self, ref: ModelRef) -> ModelRef:
+        """A student that thinks as it shall."""
+        known = ref.thinking
+        on = known.on if self.student is None else self.student == "on"
+        return replace(ref, thinking=ThinkingOptions(on, self.limit or known.limit))
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is other than in the run's configuration."""
+        given = {
+            "student_thinking": self.student,
+            "expert_thinking": self.expert,
+            "max_thinking_tokens": self.limit,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+AS_IN_THE_RUN = Thoughts()
+
+
+def open_served(student: str, expert: str | None, thoughts: Thoughts = AS_IN_THE_RUN) -> Served:
     """Load what is served; to be called on the thread that will run it.
 
     Args:
         student: a run directory (its best checkpoint), one of its checkpoints, or a model's name.
         expert: a model's name; ``None``: the student is alone.
+        thoughts: who thinks.
 
     Raises:
         UserError: nothing of that name, files are missing or damaged, the two do not fit, they need
-            too much memory, or one of them thinks.
+            too much memory, or one that shall think cannot.
     """
     from mlx_fd.evaluation.target import Models, open_target
     from mlx_fd.feedback.episode import feedback_request
@@ -76,24 +111,14 @@ def open_served(student: str, expert: str | None) -> Served:
     from mlx_fd.models.context import context_length
     from mlx_fd.problems.kinds import KINDS
 
-    ref = locate_model(student)
-    if ref.thinking.on:
-        raise UserError(
-            f"{student}: this student was trained to think before its feedback, and the server "
-            "does not serve thoughts; use mlx-fd feedback"
-        )
+    ref = thoughts.of_student(locate_model(student))
     found = None
     if expert is None:
         judge = open_student(ref)
     else:
-        target = open_target(student, expert)
+        target = open_target(student, expert, changes=thoughts.changes)
         pair = Models(target).pair
         found = pair.expert
-        if found.thinking is not None and found.thinking.on:
-            raise UserError(
-                f"{student}: the run's expert thinks before it answers (expert_thinking), and the "
-                "server does not serve thoughts; serve the student without --expert"
-            )
         scoring = pair.student if target.checkpoint is not None else None
         judge = Judge(ref, pair.student_lm, scoring)
     form = KINDS[ref.answer_kind].form if ref.run is not None else None

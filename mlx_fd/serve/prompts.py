@@ -12,6 +12,7 @@ from mlx_fd.serve.errors import ApiError, bad
 from mlx_fd.serve.limits import Limits
 from mlx_fd.serve.models import CASCADE, EXPERT, STUDENT, Served
 from mlx_fd.serve.schema import ChatRequest, CompletionRequest
+from mlx_fd.serve.speaking import thinking_tokens
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,12 @@ class Asked:
     Attributes:
         prompts: all tokens before the reply, of each model that may be asked.
         problem: whether the question was put in the form of the student's training.
+        chat: whether it is a chat, in which a model may think before it replies.
     """
 
     prompts: dict[str, tuple[int, ...]]
     problem: bool = False
+    chat: bool = False
 
 
 def who_may_answer(served: Served, model: str) -> tuple[str, ...]:
@@ -80,7 +83,7 @@ def ask_chat(
     written = request.common.sampling.max_tokens
     if request.common.model == CASCADE and judges:
         written += _judging(served)
-    return _fitting(served, Asked(prompts, problem), written, limits)
+    return _fitting(served, Asked(prompts, problem, chat=True), written, limits)
 
 
 def _judging(served: Served) -> int:
@@ -113,7 +116,7 @@ def ask_feedback(
     """All tokens before the feedback on each (problem, answer); errors as :func:`ask_chat`."""
     found = served.judge.requests(items)
     for prompt in found:
-        _fitting(served, Asked({STUDENT: prompt}), max_tokens, limits)
+        _fitting(served, Asked({STUDENT: prompt}, chat=True), max_tokens, limits)
     return found
 
 
@@ -122,13 +125,15 @@ def _fitting(served: Served, asked: Asked, max_tokens: int, limits: Limits) -> A
     for who, prompt in asked.prompts.items():
         context = served.context[who]
         room = limits.prompt_tokens
+        thought = thinking_tokens(served, who) if asked.chat else 0
         if context is not None:
-            room = min(room, context - max_tokens)
+            room = min(room, context - max_tokens - thought)
         if len(prompt) > room:
+            of_thought = f" and {thought} of a thought" if thought else ""
             raise bad(
-                f"The prompt has {len(prompt)} tokens, and with up to {max_tokens} tokens of reply "
-                f"the {who} reads at most {max(room, 0)} here; shorten it, or take a smaller "
-                "max_tokens.",
+                f"The prompt has {len(prompt)} tokens, and with up to {max_tokens} tokens of reply"
+                f"{of_thought} the {who} reads at most {max(room, 0)} here; shorten it, or take a "
+                "smaller max_tokens.",
                 "messages",
                 code="context_length_exceeded",
             )

@@ -67,8 +67,7 @@ def renewed(old: Served, name: str, options: Options) -> Served:
         # A model's name would be downloaded while nobody is answered.
         raise UserError(f"{name}: only a run of mlx-fd loop can be reloaded")
     ref, before, student = locate_model(name), old.judge.ref, old.judge.student
-    if ref.thinking.on:
-        raise UserError(f"{name}: its student thinks, and the server does not serve thoughts")
+    ref = options.thoughts.of_student(ref)
     if before.config is None or student is None or ref.config is None or ref.checkpoint is None:
         raise UserError(f"{name}: only a run of mlx-fd loop can be reloaded")
     now, then = ref.config.models, before.config.models
@@ -76,6 +75,8 @@ def renewed(old: Served, name: str, options: Options) -> Served:
         raise UserError(f"{name}: its student is another model; restart the server")
     if any(getattr(now, part) != getattr(then, part) for part in _SAME):
         raise UserError(f"{name}: its student has other LoRA; restart the server")
+    if ref.thinking != before.thinking:
+        raise UserError(f"{name}: its student thinks otherwise; restart the server")
     digests = {one.template.digest() for one in (ref, before) if one.template is not None}
     if len(digests) > 1 or ref.answer_kind != before.answer_kind:
         raise UserError(f"{name}: its student is asked in another way; restart the server")

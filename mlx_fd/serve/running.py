@@ -50,7 +50,10 @@ async def _serve(options: Options, on_ready: Callable[[Service, str], None]) -> 
     listening = _listen(options.host, options.port)
     engine = Engine(options.limits.places)
     try:
-        served = await engine.start(functools.partial(open_served, options.student, options.expert))
+        open_models = functools.partial(
+            open_served, options.student, options.expert, options.thoughts
+        )
+        served = await engine.start(open_models)
         service = Service(
             options=options,
             engine=engine,

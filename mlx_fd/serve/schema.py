@@ -367,7 +367,8 @@ def _messages(value: Any) -> tuple[tuple[str, str], ...]:
                 f"{where}.tool_calls",
                 code="unsupported_parameter",
             )
-        for name in ("name", "refusal", "audio", "annotations", "mlx_fd"):  # of earlier replies
+        # Of earlier replies; templates leave out what was thought before them.
+        for name in ("name", "refusal", "audio", "annotations", "mlx_fd", "reasoning_content"):
             fields.take(name)
         text = _content(fields.take("content"), f"{where}.content")
         if _ROLES[role] == "user" and not text.strip():

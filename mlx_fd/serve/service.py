@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mlx_fd.serve.limits import Admission, Limits
+from mlx_fd.serve.models import AS_IN_THE_RUN, Thoughts
 
 if TYPE_CHECKING:
     from mlx_fd.serve.engine import Engine
@@ -42,6 +43,7 @@ class Options:
         log_texts: whether logs have what was asked and answered.
         keep: a file that problems are kept in; ``None``: none are.
         keep_most: problems that it holds.
+        thoughts: who thinks before it writes.
     """
 
     student: str
@@ -56,6 +58,7 @@ class Options:
     log_texts: bool = False
     keep: Path | None = None
     keep_most: int = 1000
+    thoughts: Thoughts = AS_IN_THE_RUN
 
 
 @dataclass

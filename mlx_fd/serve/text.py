@@ -18,17 +18,18 @@ class ReplyText:
     What may yet become a stop text or the mark of a thought is held back until it is known.
     """
 
-    def __init__(self, loaded: Loaded, stops: Sequence[str]):
+    def __init__(self, loaded: Loaded, stops: Sequence[str], *, raw: bool = False):
         """A reply of which nothing is written yet.
 
         Args:
             loaded: who writes.
             stops: texts before which the reply ends, none of them empty.
+            raw: whether no thought is looked for: it is one.
         """
         self._detokenizer = loaded.tokenizer.detokenizer
         edges: list[tuple[str, str | None]] = [(text, None) for text in stops]
         transitions: dict[str, list[tuple[str, str | None]]] = {_SAID: edges}
-        family = loaded.thinking.family if loaded.thinking else None
+        family = loaded.thinking.family if loaded.thinking and not raw else None
         if family is not None:
             edges.append((family.start, _THOUGHT))
             transitions[_THOUGHT] = [(family.end, _SAID)]

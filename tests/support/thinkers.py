@@ -214,3 +214,15 @@ def scripted(
         template=template_of(tokenizer, folder),
     )
     return with_thinking(loaded, on=on, limit=limit)
+
+
+def random_thinkers(folder: Path) -> tuple[Path, Path]:
+    """Directories of an expert and a student with Qwen3's template, and random weights."""
+    kind, tokenizer = TEMPLATES["qwen3"], make_tokenizer()
+    marks = [AddedToken(mark, special=True, normalized=False) for mark in kind.tokens]
+    tokenizer.add_special_tokens(marks)
+    sizes = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 32, "layers": 2}
+    more = {**sizes, "tokenizer": tokenizer, "chat_template": kind.source}
+    return make_model_dir(folder / "expert", **more), make_model_dir(
+        folder / "student", seed=1, **more
+    )

@@ -7,7 +7,6 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from tokenizers import AddedToken
 
 from mlx_fd import open_student, run_loop
 from mlx_fd.cli.app import cli
@@ -19,8 +18,8 @@ from mlx_fd.feedback.samples import sample_of
 from mlx_fd.models.generation import first_prompt, followup_prompt
 from support.loops import assert_same, rows, start
 from support.pairs import SMALL, make_plan
-from support.thinkers import TEMPLATES
-from support.tiny import make_model_dir, make_tokenizer
+from support.thinkers import random_thinkers
+from support.tiny import make_model_dir
 
 ON = {"expert_thinking": "on", "student_thinking": "on", "max_thinking_tokens": 5, "episodes": 4}
 MARKS = ("<think>", "</think>")
@@ -28,15 +27,7 @@ MARKS = ("<think>", "</think>")
 
 @pytest.fixture(scope="module")
 def dirs(tmp_path_factory):
-    """An expert and a student with Qwen3's template."""
-    folder = tmp_path_factory.mktemp("pair")
-    kind, tokenizer = TEMPLATES["qwen3"], make_tokenizer()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in MARKS])
-    sizes = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 32, "layers": 2}
-    more = {**sizes, "tokenizer": tokenizer, "chat_template": kind.source}
-    return make_model_dir(folder / "expert", **more), make_model_dir(
-        folder / "student", seed=1, **more
-    )
+    return random_thinkers(tmp_path_factory.mktemp("pair"))
 
 
 def plan_of(dirs, **changes):

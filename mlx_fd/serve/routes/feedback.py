@@ -65,4 +65,5 @@ def content_of(service: Service, verdict: Verdict) -> dict[str, Any]:
         "first_wrong_step": verdict.first_wrong_step,
         "feedback": verdict.text,
         "finished": verdict.finished,
+        **({"thought": verdict.thought} if verdict.thought else {}),
     }

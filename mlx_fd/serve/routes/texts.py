@@ -17,7 +17,7 @@ from mlx_fd.evaluation.cascade.scores import HEAD
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.serve.cascade import decide
-from mlx_fd.serve.engine import Written
+from mlx_fd.serve.engine import Writing, Written
 from mlx_fd.serve.exchange import Exchange, Reply, read_json
 from mlx_fd.serve.kept import EXPERT as BY_EXPERT
 from mlx_fd.serve.lanes import Job
@@ -26,6 +26,7 @@ from mlx_fd.serve.prompts import Asked, ask_chat, ask_completion
 from mlx_fd.serve.rule import Decision
 from mlx_fd.serve.schema import Common, chat_request, completion_request
 from mlx_fd.serve.service import Service
+from mlx_fd.serve.speaking import Speaking
 
 
 def routes(service: Service) -> list[Route]:
@@ -86,13 +87,15 @@ class _Shape:
         self._id, self._created = prefix + uuid.uuid4().hex, int(time.time())
 
     def whole(
-        self, text: str, reason: str, usage: dict[str, int], ours: dict[str, Any]
+        self, written: Written, usage: dict[str, Any], ours: dict[str, Any]
     ) -> dict[str, Any]:
         """A reply in one."""
-        said: dict[str, Any] = {"text": text}
+        said: dict[str, Any] = {"text": written.text}
         if self._chat:
-            said = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
+            said = {"message": {"role": "assistant", "content": written.text, "refusal": None}}
+            if written.thought:
+                said["message"]["reasoning_content"] = written.thought
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": written.reason}
         return {**self._envelope(self._kind), "choices": [choice], "usage": usage, "mlx_fd": ours}
 
     def first(self, ours: dict[str, Any]) -> str:
@@ -104,11 +107,15 @@ class _Shape:
         """An event with some text."""
         return self._piece({"content": text}, text, None, {})
 
+    def thought(self, text: str) -> str:
+        """An event with some of what is thought before."""
+        return self._piece({"reasoning_content": text}, "", None, {})
+
     def last(self, reason: str) -> str:
         """An event that says why the text ends."""
         return self._piece({}, "", reason, {})
 
-    def usage(self, usage: dict[str, int], ours: dict[str, Any]) -> str:
+    def usage(self, usage: dict[str, Any], ours: dict[str, Any]) -> str:
         """An event that says what it took."""
         found = {"choices": [], "usage": usage, "mlx_fd": ours}
         return json.dumps({**self._envelope(self._chunk), **found})
@@ -140,10 +147,17 @@ class _Task:
     texts: dict[str, str]
     question: str = ""
 
-    def job(self, prompt: tuple[int, ...], **wanted: bool) -> Job:
-        """The job of a prompt; ``wanted`` are the switches of :class:`Job`."""
+    def job(
+        self,
+        prompt: tuple[int, ...],
+        *,
+        keep: bool = False,
+        streams: bool = False,
+        logprobs: bool = False,
+    ) -> Job:
+        """The job of a prompt; its switches as :class:`Job` has them."""
         common = self.common
-        return Job(Conversation(), prompt, common.sampling, common.stops, **wanted)
+        return Job(Conversation(), prompt, common.sampling, common.stops, keep, streams, logprobs)
 
 
 async def _answer(task: _Task, reply: Reply) -> None:
@@ -159,13 +173,21 @@ async def _answer(task: _Task, reply: Reply) -> None:
         await reply.event(task.shape.first(_ours(task, decision, None)))
     if decision.answer is not None and decision.by == STUDENT:
         written = decision.answer
+        if common.stream and written.thought:
+            await reply.event(task.shape.thought(written.thought))
         if common.stream and written.text:
             await reply.event(task.shape.piece(written.text))
     else:
-        writing = service.engine.write(
-            decision.by, task.job(task.asked.prompts[decision.by], streams=common.stream)
+        job = task.job(task.asked.prompts[decision.by], streams=common.stream)
+        writing: Speaking | Writing = (
+            Speaking(service.engine, service.served, decision.by, job)
+            if task.asked.chat
+            else service.engine.write(decision.by, job)
         )
         try:
+            if common.stream and isinstance(writing, Speaking):
+                async for piece in writing.thoughts():
+                    await reply.event(task.shape.thought(piece))
             if common.stream:
                 async for piece in writing.pieces():
                     await reply.event(task.shape.piece(piece))
@@ -179,7 +201,7 @@ async def _answer(task: _Task, reply: Reply) -> None:
     note["fields"] = {"model": common.model, **ours, **usage}
     note["texts"] = {**task.texts, "answer": written.text}
     if not common.stream:
-        await reply.json(task.shape.whole(written.text, written.reason, usage, ours), 200, headers)
+        await reply.json(task.shape.whole(written, usage, ours), 200, headers)
         return
     await reply.event(task.shape.last(written.reason))
     if common.usage:
@@ -206,10 +228,13 @@ async def _keep(task: _Task, decision: Decision, written: Written) -> None:
         task.service.log.write("not_kept", error=str(error))
 
 
-def _usage(task: _Task, decision: Decision, written: Written) -> dict[str, int]:
+def _usage(task: _Task, decision: Decision, written: Written) -> dict[str, Any]:
     """Tokens of the conversation that the client sees."""
-    prompt, reply = len(task.asked.prompts[decision.by]), len(written.tokens)
-    return {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}
+    prompt, reply = len(task.asked.prompts[decision.by]), written.drawn
+    found = {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}
+    if not written.thought_tokens:
+        return found
+    return {**found, "completion_tokens_details": {"reasoning_tokens": written.thought_tokens}}
 
 
 def _ours(task: _Task, decision: Decision, written: Written | None) -> dict[str, Any]:
@@ -219,6 +244,6 @@ def _ours(task: _Task, decision: Decision, written: Written | None) -> dict[str,
         return found
     wrote = {STUDENT: 0, EXPERT: 0}
     if decision.answer is not None:
-        wrote[STUDENT] = len(decision.answer.tokens)
-    wrote[decision.by] = len(written.tokens)
+        wrote[STUDENT] = decision.answer.drawn
+    wrote[decision.by] = written.drawn
     return {**found, "student_tokens": wrote[STUDENT], "expert_tokens": wrote[EXPERT]}

@@ -43,6 +43,7 @@ from mlx_fd.serve.models import CASCADE, STUDENT, Served
 from mlx_fd.serve.prompts import Asked, ask_chat, ask_feedback
 from mlx_fd.serve.schema import ChatRequest, Common, Fields
 from mlx_fd.serve.service import Service
+from mlx_fd.serve.speaking import Speaking
 
 # What a browser may have without a key: nobody's words stand in it.
 PAGES = {
@@ -183,8 +184,8 @@ async def _solve(service: Service, asked: Problem, prompts: Asked) -> _Own:
     """The answer of the cascade, or of a student that has none, to a learner's problem."""
     model, sampling = _solver(service), Sampling(service.default_tokens)
 
-    def job(prompt: tuple[int, ...], **wanted: bool) -> Job:
-        return Job(Conversation(), prompt, sampling, (), **wanted)
+    def job(prompt: tuple[int, ...], *, keep: bool = False, logprobs: bool = False) -> Job:
+        return Job(Conversation(), prompt, sampling, (), keep, logprobs=logprobs)
 
     decision = await decide(service, model, prompts, job)
     service.metrics.decided(model, decision)
@@ -192,7 +193,8 @@ async def _solve(service: Service, asked: Problem, prompts: Asked) -> _Own:
     if written is not None and decision.by != STUDENT:
         service.metrics.wrote(STUDENT, written)
     if written is None or decision.by != STUDENT:
-        writing = service.engine.write(decision.by, job(prompts.prompts[decision.by]))
+        wanted = job(prompts.prompts[decision.by])
+        writing = Speaking(service.engine, service.served, decision.by, wanted)
         try:
             written = await writing.written()
         finally:

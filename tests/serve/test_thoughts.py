@@ -1,0 +1,227 @@
+"""A server's models that think: the thought beside the reply, never in it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from mlx_fd.cli import cli
+from mlx_fd.errors import UserError
+from mlx_fd.evaluation.cascade.scores import ANSWER, answer_score
+from mlx_fd.evaluation.target import Models, open_target
+from mlx_fd.feedback.judge import Judge, ModelRef, locate_model, open_student
+from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.generation import first_prompt, generate
+from mlx_fd.models.loading import with_thinking
+from mlx_fd.models.writing import GenerateOptions, Sampling
+from mlx_fd.problems.prompts import answer_prompt
+from mlx_fd.serve.calibration import rule_of
+from mlx_fd.serve.engine import Engine
+from mlx_fd.serve.errors import ApiError
+from mlx_fd.serve.lanes import Job
+from mlx_fd.serve.limits import Limits
+from mlx_fd.serve.models import Served, Thoughts, open_served
+from mlx_fd.serve.prompts import ask_chat
+from mlx_fd.serve.reloading import renewed
+from mlx_fd.serve.schema import chat_request
+from mlx_fd.serve.service import Options
+from mlx_fd.serve.speaking import Speaking
+from support.serving import ask, serving
+from support.thinkers import TEMPLATES, Line, random_thinkers, scripted
+from support.trained import make_run
+
+ASK = "What is 1 + 2?"
+LINES = {
+    "complete": Line("It is 3.", "Say 7."),
+    "number in it": Line("Score: 0.5\n#### 3", "Score: -1\n#### 8"),
+    "empty": Line("It is 3.", ""),
+    "too long": Line("It is 3.", "Well", ends=False),
+    "all": Line("It is 3.", "Well.", stops=True),
+}
+ON = {"student_thinking": "on", "expert_thinking": "on", "max_thinking_tokens": 5}
+MARKS = ("<think>", "</think>")
+
+
+def served_of(loaded) -> Served:
+    return Served(Judge(ModelRef(loaded.path), loaded, None), None, None, {"student": None})
+
+
+async def spoken(loaded, job):
+    """Pieces of the thought, of the reply, and the whole."""
+    engine = Engine(2)
+    served = await engine.start(lambda: served_of(loaded))
+    try:
+        speaking = Speaking(engine, served, "student", job)
+        thoughts = [piece async for piece in speaking.thoughts()]
+        pieces = [piece async for piece in speaking.pieces()]
+        return thoughts, pieces, await speaking.written()
+    finally:
+        await engine.stop()
+
+
+@pytest.mark.parametrize("kind", LINES)
+@pytest.mark.parametrize("name", sorted(name for name, kind in TEMPLATES.items() if not kind.odd))
+def test_a_server_writes_thought_and_reply_as_a_run_does(tmp_path, name, kind):
+    loaded = scripted(tmp_path, name, {ASK: LINES[kind]}, on=True, limit=20)
+    prompt, sampling = first_prompt(loaded, ASK), Sampling(40)
+    [turn] = generate(loaded, [Conversation()], [prompt], sampling, GenerateOptions(logprobs=True))
+    job = Job(Conversation(), prompt, sampling, streams=True, logprobs=True)
+    thoughts, pieces, written = asyncio.run(spoken(loaded, job))
+    assert (written.text, written.thought) == (turn.text, turn.thought)
+    assert (written.tokens, written.opening) == (turn.tokens, turn.opening)
+    assert written.drawn == turn.written
+    assert written.logprobs == pytest.approx(turn.logprobs, abs=1e-5)
+    assert "".join(thoughts).strip() == turn.thought and "".join(pieces) == turn.text
+    assert written.reason == "stop"
+    if kind == "all":
+        assert not pieces and turn.thought
+
+
+def test_who_shall_not_think_says_nothing_of_it(tmp_path):
+    loaded = scripted(tmp_path, "qwen3", {ASK: LINES["complete"]}, on=False)
+    job = Job(Conversation(), first_prompt(loaded, ASK), Sampling(40), streams=True)
+    thoughts, pieces, written = asyncio.run(spoken(loaded, job))
+    assert (thoughts, "".join(pieces), written.thought) == ([], "It is 3.", "")
+    thinking = with_thinking(loaded, on=True, limit=8)
+    odd = Job(Conversation(), first_prompt(thinking, ASK)[:-2], Sampling(4))
+    with pytest.raises(ApiError, match="no place for a thought"):
+        asyncio.run(spoken(thinking, odd))
+
+
+# --------------------------------------------------------------------------------- the server
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a pair that thinks, with random weights."""
+    folder = tmp_path_factory.mktemp("thoughts")
+    _, student = random_thinkers(folder)
+    given = {"max_answer_tokens": 8, "max_feedback_tokens": 6, "score_at": "own", **ON}
+    return make_run(folder / "run", student, **given)
+
+
+QUESTIONS = ("Tom has 8 apples.", "Ann has 2 pens and buys 3.", "How many?")
+
+
+def test_clients_get_the_thought_beside_the_content(run):
+    pair = Models(open_target(str(run), None)).pair
+    prompts = [first_prompt(pair.expert, answer_prompt(one)) for one in QUESTIONS]
+    turns = {
+        who: generate(
+            loaded,
+            [Conversation()] * 3,
+            prompts,
+            Sampling(8),
+            GenerateOptions(logprobs=True),
+        )
+        for who, loaded in (("student", pair.student_lm), ("expert", pair.expert))
+    }
+    head = open_student(run).judge([("How many?", "#### 3")], max_tokens=6)[0]
+    options = ("--score", "answer", "--threshold", "0.0", "--expert", str(pair.expert.path))
+
+    async def asked(server, **more):
+        async with server.client() as client:
+            return await asyncio.gather(*(ask(client, one, **more) for one in QUESTIONS))
+
+    async def streamed(server, **more):
+        found = {"reasoning_content": "", "content": ""}
+        order = []
+        async with server.client() as client:
+            async for event in await ask(client, QUESTIONS[0], stream=True, **more):
+                delta = event.choices[0].delta.model_dump()
+                for name in found:
+                    if piece := delta.get(name):
+                        found[name] += piece
+                        order.append(name)
+        return found, order
+
+    async def judged(server):
+        async with server.client() as client:
+            body = {"problem": "How many?", "answer": "#### 3", "max_tokens": 6}
+            return json.loads(await client.post("/feedback", body=body, cast_to=str))
+
+    with serving(run.parent, run, *options) as server:
+        replies = {who: asyncio.run(asked(server, model=who)) for who in turns}
+        cascade = asyncio.run(asked(server, model="cascade"))
+        pieces = {who: asyncio.run(streamed(server, model=who)) for who in (*turns, "cascade")}
+        feedback = asyncio.run(judged(server))
+        metrics = server.lines()
+    for who, expected in turns.items():
+        for reply, turn in zip(replies[who], expected, strict=True):
+            message = reply.choices[0].message
+            assert message.reasoning_content == turn.thought
+            assert message.content.strip() == turn.text
+            assert not any(mark in message.content for mark in MARKS)
+            assert reply.usage.completion_tokens == turn.written
+            details = reply.usage.completion_tokens_details
+            assert details.reasoning_tokens == turn.written - len(turn.tokens)
+        first, (found, order) = expected[0], pieces[who]
+        assert found["reasoning_content"].strip() == first.thought
+        assert found["content"].strip() == first.text
+        assert order == sorted(order, reverse=True)  # the thought before the content
+    # It is scored without its thought.
+    for reply, turn in zip(cascade, turns["student"], strict=True):
+        score = answer_score(turn.logprobs, finished=turn.finished)
+        assert reply.mlx_fd["score"] == pytest.approx(score, abs=1e-4)
+        assert reply.choices[0].message.reasoning_content == turn.thought
+    assert pieces["cascade"][0]["reasoning_content"].strip() == turns["student"][0].thought
+    assert feedback["thought"] == head.thought and feedback["feedback"] == head.text
+    assert feedback["score"] == pytest.approx(head.head_score, abs=2e-4)
+    assert all(row.get("status", 200) == 200 for row in metrics)
+
+
+def test_a_head_reads_the_answer_without_its_thought(run):
+    judge = open_student(run)
+    prompts = [first_prompt(judge.student_lm, answer_prompt(one)) for one in QUESTIONS]
+    turns = generate(judge.student_lm, [Conversation()] * 3, prompts, Sampling(8))
+    requests = [
+        judge.own_request(prompt, turn.tokens) for prompt, turn in zip(prompts, turns, strict=True)
+    ]
+    expected = judge.scores(requests, 6)
+
+    async def asked(server):
+        async with server.client() as client:
+            return await asyncio.gather(*(ask(client, q, model="cascade") for q in QUESTIONS))
+
+    with serving(run.parent, run, "--score", "head") as server:
+        replies = asyncio.run(asked(server))
+    assert [reply.mlx_fd["score"] for reply in replies] == pytest.approx(expected, abs=2e-4)
+
+
+def test_options_say_who_thinks(run):
+    assert open_served(str(run), None).student.thinking.on
+    off = open_served(str(run), None, Thoughts(student="off"))
+    assert not off.student.thinking.on
+    short = open_served(str(run), None, Thoughts(limit=3))
+    assert short.student.thinking.limit == 3
+    # New weights are those of a student that thinks alike.
+    options = Options(str(run), thoughts=Thoughts(limit=3))
+    assert renewed(short, str(run), options).student.thinking.limit == 3
+    with pytest.raises(UserError, match="thinks otherwise; restart"):
+        renewed(off, str(run), options)
+    plain = random_thinkers(run.parent / "plain")[1]
+    assert not open_served(str(plain), None).student.thinking.on
+    assert open_served(str(plain), None, Thoughts(student="on")).student.thinking.on
+    with pytest.raises(UserError, match="does not think: neither its chat template"):
+        open_served("tiny-student", None, Thoughts(student="on"))
+
+
+def test_a_calibration_is_of_models_that_think_as_they_did(run):
+    arguments = ["calibrate", str(run), "--cost", "0.9", "--limit", "12", "--quiet"]
+    cli(["cascade", *arguments], standalone_mode=False)
+    served = open_served(str(run), None)
+    assert rule_of(Options(str(run)), served).source == "calibrated, cost 0.9"
+    other = rule_of(Options(str(run), thoughts=Thoughts(student="off")), served)
+    assert "think otherwise than in the run" in other.source and other.confidence is None
+    assert other.score is ANSWER
+
+
+def test_a_thought_has_to_fit_into_the_context(run):
+    served = open_served(str(run), None, Thoughts(limit=4000))
+    body = {"model": "student", "messages": [{"role": "user", "content": "How many?"}]}
+    request = chat_request(body, Limits(), 8)
+    with pytest.raises(ApiError, match="of a thought the student reads at most"):
+        ask_chat(served, request, Limits(), verbatim=False, judges=False)
+    assert locate_model(str(run)).thinking.limit == 5
