@@ -48,7 +48,14 @@ _CODE = (
     "mlx_fd.feedback.episode",
     "mlx_fd.feedback.judge",
     "mlx_fd.feedback.gate",
+    "mlx_fd.feedback.own_solutions",
+    "mlx_fd.feedback.risk",
+    "mlx_fd.feedback.two_tokenizers",
+    "mlx_fd.models.shared_tokens",
+    "mlx_fd.models.student",
     "mlx_fd.evaluation.baselines",
+    # Of each answer it keeps what the student's scores are.
+    "mlx_fd.evaluation.choosing",
 )
 _PACKAGES = ("mlx", "mlx-lm", "transformers")
 

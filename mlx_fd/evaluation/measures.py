@@ -8,10 +8,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mlx_fd.evaluation.calibration import roc_auc, roc_auc_limits
 from mlx_fd.evaluation.processbench import f1, wilson_limits_of_f1
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, mcnemar, mean, paired_bootstrap
 from mlx_fd.runs.records import DifferenceRow
 from mlx_fd.runs.summary import wilson
+
+# Of values whose resamples are all alike.
+_LIMITS: dict[Callable[..., float], Callable[..., tuple[float, float]]] = {
+    f1: wilson_limits_of_f1,
+    roc_auc: roc_auc_limits,
+}
+# A correlation of 1 is a hair less in some resamples.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -41,16 +50,19 @@ class Measure:
     def estimate(self) -> Estimate:
         """Its value with n and interval: Wilson's for a share, else the percentile bootstrap.
 
-        An F1 whose resamples are all alike, because all were found or none, has the F1 of the
-        Wilson limits of its two shares.
+        Resamples that are all alike say nothing of how far a value may be off. Then an F1 has that
+        of the Wilson limits of its two shares, an area under the ROC curve Newcombe's interval, and
+        another statistic than the mean has none.
         """
         columns = np.array([self.values, *self.shared], dtype=np.float64)
         columns = columns[:, ~np.isnan(columns[0])]
         n = columns.shape[1]
         if not self.is_share or not n:
             found = bootstrap(list(columns), self.statistic)
-            if self.statistic is f1 and found.low == found.high:
-                low, high = wilson_limits_of_f1(*columns)
+            alike = found.high - found.low < _ROUNDING
+            if alike and self.statistic is not mean:
+                limits = _LIMITS.get(self.statistic)
+                low, high = limits(*columns) if limits else (math.nan, math.nan)
                 return replace(found, low=low, high=high)
             return found
         right = int(columns[0].sum())
@@ -83,7 +95,7 @@ def compare(first: Measure, second: Measure) -> DifferenceRow:
     """
     difference, p = paired_bootstrap(first.values, second.values, first.statistic, first.shared)
     test = "paired bootstrap"
-    if first.is_share and second.is_share:
+    if first.is_share and second.is_share and difference.n:
         pairs = np.array([first.values, second.values])
         left, right = pairs[:, ~np.isnan(pairs).any(axis=0)]
         test, p = "mcnemar", mcnemar(list(left == 1), list(right == 1))

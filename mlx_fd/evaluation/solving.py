@@ -91,7 +91,9 @@ class Solving:
 
         uses: list[Uses] = [by] if found.begins_with != "first" else ["expert"]
         uses += [found.amateur] if found.amateur else []
-        config = bench.target.config
+        config, alone = bench.target.config, None
+        if system == LOOP and bench.target.threshold is not None:
+            alone = [bench.target.threshold, config.gate.own_solutions]
         key = {
             "system": system,
             "questions": asked(chunk),
@@ -103,7 +105,7 @@ class Solving:
             "score_at": config.models.score_at,
             "target_score": config.episode.target_score,
             "student_weight": config.episode.student_weight,
-            "alone": bench.target.threshold if system == LOOP else None,
+            "alone": alone,
             "seed": [bench.seed, batch, sample],
             **outside_code(system),
         }

@@ -73,12 +73,14 @@ def bootstrap(
 
     Returns:
         The statistic of all rows and the 2.5 and 97.5 percentiles over the resamples that have
-        one; NaN where there are no rows.
+        one; NaN where there are no rows. One row has no interval: its resamples are itself.
     """
     table = [np.asarray(column, dtype=np.float64) for column in columns]
     n = len(table[0])
     if n == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
+    if n == 1:
+        return Estimate(float(statistic(*table)), math.nan, math.nan, 1)
     return percentile_interval(float(statistic(*table)), resample(table, statistic, seed), n)
 
 

@@ -270,7 +270,8 @@ def _answers_of(summary: dict[str, Any]) -> str:
 def _interval(value: dict[str, Any]) -> str:
     if value["value"] is None:
         return "-"
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}] (n = {value['n']})"
+    interval = "" if value["low"] is None else f" [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value['value']:.3f}{interval} (n = {value['n']})"
 
 
 def named_base(source: Source) -> str:

@@ -82,6 +82,8 @@ def visible(piece: str) -> str:
 def _interval(found: Estimate, form: str) -> Cell:
     if math.isnan(found.value):
         return Cell("n/a")
+    if math.isnan(found.low):
+        return Cell(format(found.value, form))
     low, high = format(found.low, form), format(found.high, form)
     return Cell(format(found.value, form), f"{low} to {high}")
 

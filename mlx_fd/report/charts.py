@@ -14,7 +14,7 @@ from mlx_fd.report.drawing import Figure
 from mlx_fd.report.frontier import loss_layers
 from mlx_fd.report.reading import LoopRun
 from mlx_fd.report.run import Run
-from mlx_fd.report.tables import STEP_NAMES, losses_table, measures_of, steps_table
+from mlx_fd.report.tables import STEP_NAMES, amount, losses_table, measures_of, steps_table
 from mlx_fd.report.theme import PAGE
 from mlx_fd.runs.labels import EXAM_NAMES
 from mlx_fd.runs.records import EpisodeRow, ShareRow
@@ -396,7 +396,7 @@ def _pareto_figure(pareto: Mapping[str, Any], cost: str, loss: str) -> Figure:
     says = f"{len(rows)} stopping thresholds, {good} of them on the frontier."
     if best:
         says += (
-            f" Recommended: {best['stop_threshold']:g}, at {best['cost']:,.4g} "
+            f" Recommended: {best['stop_threshold']:g}, at {amount(best['cost'])} "
             f"{cost.replace('_', ' ')} a {loss} loss of {best['loss']:.3g}."
         )
     return draw.figure(

@@ -224,10 +224,10 @@ def accuracy_along(
         kinds: whether a row counts, by what is counted; ``None``: nobody knows, and it is left
             out.
     """
-    rows, each = [], 0
+    rows, sizes = [], set[int]()
     for name, of_run in found.items():
         for chunk in binned(of_run):
-            each = max(each, len(chunk))
+            sizes.add(len(chunk))
             for kind, counts in kinds.items():
                 known = [
                     (str(row["id"]), right) for row in chunk if (right := counts(row)) is not None
@@ -267,12 +267,16 @@ def accuracy_along(
     dashes = dash("answers", list(kinds), [[4, 3], [1, 0]][-len(kinds) :], shown=len(kinds) > 1)
     series = ("run", "answers")
     bands = None if several else band(base, series)
-    under = (
-        "Each point is a sixteenth of its run; pointing at one gives its 95 % Wilson interval. "
-        f"{says}"
-        if several
-        else f"Each point is {each} {one}s; the bands are 95 % Wilson intervals. {says}"
-    )
+    if several:
+        under = (
+            f"Each run in at most {_BINS} points; pointing at one gives its 95 % Wilson interval. "
+            f"{says}"
+        )
+    else:
+        each = max(sizes)
+        size = f"{each} {one}s" if each > 1 else f"one {one}"
+        fewer = ", the last one fewer" if len(sizes) > 1 else ""
+        under = f"Each point is {size}{fewer}; the bands are 95 % Wilson intervals. {says}"
     lines = with_points(base.encode(strokeDash=dashes), series)
     return figure(title, under, layered(bands, lines), rows)
 

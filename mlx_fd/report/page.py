@@ -147,6 +147,7 @@ def make_page(
         facts=packing.script_json(
             {
                 "part": packing.PART,
+                "steps": tables.STEP_NAMES,
                 "runs": [
                     {"name": run.name, "context": run.context, "parts": len(run.parts)}
                     for run in embedded

@@ -45,7 +45,9 @@ STEP_NAMES = {
     "privileged_feedback": "expert's feedback, told the right answer",
     "second_answer": "second answer",
     "second_student_feedback": "student's feedback on it",
+    "second_student_solution": "student's own solution beside it",
     "second_expert_feedback": "expert's feedback on it",
+    "second_privileged_feedback": "expert's feedback on it, told the right answer",
     "merge": "merged feedback",
     "revise": "revision",
     "critique": "self-critique",
@@ -147,6 +149,11 @@ def count(value: float | None) -> str:
     return NONE if value is None else f"{value:,.0f}"
 
 
+def amount(value: float) -> str:
+    """A cost, in digits: no power of ten, and no more decimals than one would read."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4g}"
+
+
 def lead(run: LoopRun) -> str:
     """Who teaches whom, on what."""
     expert, student, problems = (
@@ -178,13 +185,14 @@ def headlines(run: LoopRun) -> list[tuple[str, Cell]]:
             before = estimate(sides["before"], form).value
             after = estimate(sides["after"], form)
             change = points(sides["change"])
+            changed = f"change {change.value}", change.note
             label = (
                 "F1 of judging, before → after"
                 if name == "first_error_f1"
                 else ("problems the student solves, before → after")
             )
             found.append(
-                (label, Cell(f"{before} → {after.value}", f"change {change.value}, {change.note}"))
+                (label, Cell(f"{before} → {after.value}", ", ".join(filter(None, changed))))
             )
     feedback = totals["expert_feedback"]
     found.append(
@@ -450,10 +458,13 @@ def decision_table(run: Run) -> Table | None:
 def steps_table(runs: Sequence[LoopRun]) -> Table:
     """Tokens and seconds by step."""
     kinds = ("generated", "prefilled", "seconds")
-    steps = [step for step in STEP_NAMES if any(step in run.totals["seconds"] for run in runs)]
+    there = dict.fromkeys(step for run in runs for step in run.totals["seconds"])
+    # What has no name here is none the less counted.
+    steps = [step for step in dict.fromkeys((*STEP_NAMES, *there)) if step in there]
+    steps = [step for step in steps if step != "total"]
     rows: list[TableRow] = [
         (
-            STEP_NAMES[step],
+            STEP_NAMES.get(step, step.replace("_", " ")),
             *(cell for run in runs for cell in _amounts(run.totals, step)),
         )
         for step in steps
@@ -514,7 +525,7 @@ def pareto_table(pareto: Frontier) -> Table:
             (
                 Cell(f"{point['stop_threshold']:g}", strong=point["recommended"]),
                 "never" if stopped is None else count(stopped),
-                *(f"{point['cost'][n]:,.6g}" if n in point["cost"] else NONE for n in costs),
+                *(amount(point["cost"][n]) if n in point["cost"] else NONE for n in costs),
                 *(_figures(point["losses"].get(name)) for name in losses),
                 *(estimate(point["metrics"].get(name), ".1%") for name in metrics),
                 ", ".join(remark.full for remark in remarks_on(point, pareto)),
@@ -586,7 +597,7 @@ def costs_table(found: Mapping[str, Any]) -> Table | None:
     if not costs:
         return None
     rows: list[TableRow] = [
-        (system["label"], *(estimate(system["cost"].get(name), ",.4g") for name in costs))
+        (system["label"], *(_cost(system["cost"].get(name)) for name in costs))
         for system in found["systems"]
     ]
     return table(
@@ -594,6 +605,12 @@ def costs_table(found: Mapping[str, Any]) -> Table | None:
         ("", *(name.replace("_", " ") for name in costs)),
         rows,
     )
+
+
+def _cost(value: EstimateRow | None) -> Cell:
+    """A cost, all three numbers in as many digits as the middle one."""
+    large = value is not None and value["value"] is not None and value["value"] >= 1000
+    return estimate(value, ",.0f" if large else ",.4g")
 
 
 def _measure(name: str, value: EstimateRow | None) -> Cell:

@@ -85,4 +85,9 @@ def _says(run: LoopRun) -> str:
             f". Where it need not be asked, {audits['disagreed']} of {audits['n']} audited "
             f"verdicts differ ({share:.1%}, 95 % {low:.1%} to {high:.1%})"
         )
-    return text + (f". At most {allowed * 100:g} % may." if allowed is not None else ".")
+    if not allowed:
+        return f"{text}."
+    return (
+        f"{text}. Of the verdicts that the student gives alone at most {allowed * 100:g} % may "
+        "differ from the expert's."
+    )

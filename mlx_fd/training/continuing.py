@@ -40,7 +40,7 @@ def sizes(given: Mapping[str, Any], probe_size: int) -> dict[str, int]:
         probe_size: of the earlier run.
 
     Raises:
-        UserError: the problems cannot be read, or are fewer than two.
+        UserError: the problems cannot be read, are fewer than two, or would all be held out.
     """
     if given.get("episodes") is not None:
         return {}
@@ -59,6 +59,11 @@ def sizes(given: Mapping[str, Any], probe_size: int) -> dict[str, int]:
             "out"
         )
     probe = given.get("probe_size") or min(probe_size, max(1, count // _PROBE))
+    if probe >= count:
+        raise UserError(
+            f"--probe-size {probe}: {given['problems']} has {count} problems, and one at least is "
+            f"to be learned from; ask for at most {count - 1}"
+        )
     return {"episodes": count - probe, "probe_size": probe}
 
 

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mlx_fd.evaluation.calibration import brier, pearson, pr_auc, roc_auc, spearman
+from mlx_fd.evaluation.calibration import (
+    brier,
+    pearson,
+    pr_auc,
+    roc_auc,
+    roc_auc_limits,
+    spearman,
+)
+from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.statistics import bootstrap
 
 # Few values, so that there are ties.
@@ -100,3 +108,29 @@ def test_they_have_intervals():
     found = bootstrap([positive + rng.normal(size=300), positive], roc_auc)
     truth = 0.5 * math.erfc(-1 / 2)  # P(N(1, 2) > 0)
     assert found.low < truth < found.high and found.n == 300
+
+
+def test_a_perfect_order_of_few_is_no_certainty():
+    """All resamples of a perfect order are perfect: the interval was [1, 1]."""
+    found = Measure("auc", [3.0, 2, 1, 0], roc_auc, ([1.0, 1, 0, 0],)).estimate()
+    assert found.value == found.high == 1.0 and 0.3 < found.low < 0.6
+    # At the limit the observed area is 1.96 standard errors off (Hanley and McNeil's).
+    low, p, n = found.low, 2, 2
+    first, second = low / (2 - low), 2 * low**2 / (1 + low)
+    mean = (p + n) / 2 - 1
+    error = low * (1 - low) + mean * (first - low**2) + mean * (second - low**2)
+    assert 1 - low == pytest.approx(1.959963984540054 * math.sqrt(error / (p * n)))
+    wrong = Measure("auc", [0.0, 1, 2, 3], roc_auc, ([1.0, 1, 0, 0],)).estimate()
+    assert (wrong.low, wrong.high) == pytest.approx((1 - found.high, 1 - found.low))
+    assert math.isnan(Measure("rank", [1.0, 2, 3], spearman, ([1.0, 2, 3],)).estimate().low)
+
+
+@pytest.mark.parametrize(("p", "n", "apart"), [(5, 5, 2.0), (6, 20, 1.0), (30, 30, 0.5)])
+def test_newcombes_interval_holds_the_truth_nearly_always(p, n, apart):
+    rng = np.random.default_rng(0)
+    truth, labels = 0.5 * math.erfc(-apart / 2), np.r_[np.ones(p), np.zeros(n)]
+    held = 0
+    for _ in range(400):
+        low, high = roc_auc_limits(rng.normal(size=p + n) + apart * labels, labels)
+        held += low <= truth <= high
+    assert held / 400 > 0.92

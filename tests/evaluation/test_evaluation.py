@@ -1,5 +1,6 @@
 """Suites of an evaluation: what is cached, what is counted, and that a kill changes nothing."""
 
+import ast
 import dataclasses
 import importlib.util
 import io
@@ -25,6 +26,7 @@ from mlx_fd.config import GateOptions, override
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation import suites
 from mlx_fd.evaluation.baselines import SYSTEMS
+from mlx_fd.evaluation.bench import _CODE
 from mlx_fd.evaluation.cache import Cache
 from mlx_fd.evaluation.encoder import MINILM
 from mlx_fd.evaluation.instructing import read as read_instructions
@@ -200,6 +202,20 @@ def test_a_longer_evaluation_goes_on_from_a_shorter_one(run, done, tmp_path):
     assert len(list(copied.rglob("*.json"))) == before + 5
     loop = [row for row in rows_of(tmp_path / "out") if row["system"] == "loop"]
     assert without_seconds(loop[:4]) == without_seconds(rows_of(folder)[:4])
+
+
+def test_all_code_that_a_systems_outputs_come_from_is_in_their_name():
+    """The student's own solutions, which decide whether the expert is asked, were not."""
+    folder = Path(suites.__file__).parent
+    files = [*(folder / "baselines").glob("*.py"), folder / "solving.py", folder / "choosing.py"]
+    used = {
+        node.module
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("mlx_fd.feedback.")
+    }
+    # Opens models; what these are is in the name by their hashes.
+    assert used - {"mlx_fd.feedback.pair"} <= set(_CODE)
 
 
 _ROWS = '[{"n": 1}, {"n": 0}]'
@@ -410,6 +426,8 @@ def test_shares_get_wilsons_interval_and_mcnemars_test():
     assert (found["test"], found["p"]) == ("mcnemar", 0.5)
     assert found["difference"]["value"] == pytest.approx(0.4)
     assert found["difference"]["n"] == 5
+    nothing = compare(Measure("right", [nan, 1]), Measure("right", [1, nan]))
+    assert nothing["difference"]["n"] == 0 and nothing["p"] is None
     found = compare(Measure("error", [0.1, 0.5]), Measure("error", [0.2, 0.9]))
     assert found["test"] == "paired bootstrap"
     assert found["difference"]["value"] == pytest.approx(-0.25)

@@ -39,6 +39,9 @@ def test_missing_values_and_no_rows():
     found = bootstrap([[1.0, math.nan, 3.0]], mean)
     assert found.value == 2.0 and 1.0 <= found.low <= found.high <= 3.0
     assert math.isnan(bootstrap([[math.nan, math.nan]], mean).low)
+    # One row's resamples are itself, and no interval.
+    one = bootstrap([[2.0]], mean)
+    assert (one.value, one.n) == (2.0, 1) and math.isnan(one.low) and math.isnan(one.high)
     empty = bootstrap([[]], mean)
     assert empty.n == 0 and math.isnan(empty.value)
 

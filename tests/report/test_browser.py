@@ -44,6 +44,7 @@ def pages(tmp_path_factory):
     rows = [reported.episode(n, correct_after=n % 3 > 0) for n in range(120)]
     rows[7]["correct_before"], rows[7]["correct_after"] = True, False
     rows[9]["student_feedback"]["written_score"] = None
+    rows[0]["tokens"] |= {"student_solution": 7, "later_step": 9}
     rows[11]["question"] = "The zebra's question, of which there is one."
     rows += [reported.alone(n, correct_before=True) for n in range(120, 130)]
     metrics = [reported.metric(n, frozen=n == 5) for n in range(6)]
@@ -452,6 +453,14 @@ def test_both_feedbacks_stand_side_by_side_with_their_differences(opened):
     before = page.evaluate(colour)
     page.click("text=mark the words")
     assert page.evaluate(colour) != before
+
+
+def test_what_each_step_took_is_shown_of_all_steps(opened):
+    page = opened("one")
+    cells = page.eval_on_selector_all(
+        "#record tbody th", "heads => heads.map(h => [h.textContent, h.nextSibling.textContent])"
+    )
+    assert ["student's own solution", "7"] in cells and ["later step", "9"] in cells
 
 
 def test_an_episode_can_be_linked_to(opened, pages, browser):

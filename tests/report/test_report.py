@@ -63,7 +63,61 @@ def test_trust_along_a_run(tmp_path):
         "final answers right": [1] * 8,
     }
     assert "not asked in 2 of 8 episodes, which saves about 25.0%" in figure.says
-    assert "1 of 2 audited verdicts differ (50.0%, 95 % 9.4% to 90.5%)" in figure.says
+    assert "1 of 2 audited verdicts differ (50.0%, 95 % 9.4% to 90.5%)." in figure.says
+
+
+@pytest.mark.parametrize(("allowed", "ends"), [
+    (0.05, " at most 5 % may differ from the expert's."),
+    (0.0, "of its feedback tokens."),
+    (None, "of its feedback tokens."),
+])  # fmt: skip
+def test_what_trust_allows_is_said_of_verdicts(tmp_path, allowed, ends):
+    """It was said of the tokens saved where nothing was audited, and of no trust as 0 %."""
+    options = {"max_disagreement": allowed}
+    (run,) = read_runs([reported.write_run(tmp_path / "run", options=options)])
+    assert trust_figure(run).says.endswith(ends)
+
+
+def test_how_many_episodes_a_point_stands_for(tmp_path):
+    def says(name, *sizes):
+        folders = [
+            reported.write_run(tmp_path / name / str(n), [reported.episode(k) for k in range(n)])
+            for n in sizes
+        ]
+        return charts.accuracy_figure(read_runs(folders)).says
+
+    assert says("a", 16).startswith("Each point is one episode; the bands")
+    assert says("b", 32).startswith("Each point is 2 episodes; the bands")
+    assert says("c", 33).startswith("Each point is 3 episodes; the bands")
+    assert says("d", 34).startswith("Each point is 3 episodes, the last one fewer; the bands")
+    # 17 episodes are nine points: none is a sixteenth.
+    assert says("e", 17, 40).startswith("Each run in at most 16 points;")
+
+
+def test_every_step_that_was_taken_is_in_the_tables(tmp_path):
+    row = reported.episode(0)
+    for step in ("student_solution", "second_answer", "second_student_solution", "later step"):
+        for part, value in (("tokens", 7), ("prefilled", 8), ("seconds", 0.5)):
+            row[part][step] = value
+    (run,) = read_runs([reported.write_run(tmp_path / "run", [row])])
+    steps = {found[0].value: found[1].value for found in tables.steps_table([run]).rows}
+    assert steps["student's own solution"] == steps["later step"] == "7"
+    assert steps["student's own solution beside it"] == "7" and "total" not in steps
+    found = re.search('id="facts">(.*?)</script>', make_page([run]))
+    assert found is not None
+    facts = json.loads(found[1])
+    assert facts["steps"]["second_student_solution"] == "student's own solution beside it"
+
+
+def test_costs_are_written_in_digits():
+    cost = {"value": 12345.6, "low": 9876.5, "high": 23456.7, "n": 5}
+    found = {
+        "systems": [{"label": "a", "cost": {"tokens": cost, "seconds": {**cost, "value": 1.5}}}]
+    }
+    (row,) = tables.costs_table(found).rows
+    assert row[1] == tables.Cell("12,346", "9,876 to 23,457, n 5")
+    assert row[2].value == "1.5"
+    assert tables.amount(1234567.8) == "1,234,568" and tables.amount(0.01234567) == "0.01235"
 
 
 def test_intervals_and_what_is_surely_so():

@@ -36,6 +36,8 @@ def table(measured: CascadeMeasuredRow) -> FittingTable:
 def _interval(value: Mapping[str, Any], form: str) -> str:
     if value["value"] is None:
         return "-"
+    if value["low"] is None:
+        return format(value["value"], form)
     low, high = (format(value[side], form) for side in ("low", "high"))
     return f"{value['value']:{form}} ({low} to {high})"
 

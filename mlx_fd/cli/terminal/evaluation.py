@@ -166,6 +166,8 @@ def _estimate(measure: str, value: Mapping[str, Any] | None, n: int) -> str:
         return _NOTHING
     number = _percent if is_share(measure) else _plain
     own = f" of {value['n']}" if value["n"] != n else ""
+    if value["low"] is None:
+        return f"{number(value['value'])}{own}"
     return f"{number(value['value'])} [{number(value['low'])}, {number(value['high'])}]{own}"
 
 

@@ -49,7 +49,7 @@ def _batch(stopped: int | None) -> str:
 
 
 def _estimate(value: Mapping[str, Any] | None) -> str:
-    if value is None:
+    if value is None or value["value"] is None:
         return "-"
     return f"{value['value']:.0%} ({100 * value['low']:.0f}-{100 * value['high']:.0f})"
 

@@ -16,18 +16,6 @@ const FILTERS = {
   learned: ["distilled", (flags) => flags & LEARNED],
   capped: ["cut at the token limit", (flags) => flags & CAPPED],
 };
-const STEPS = {
-  answer: "first answer",
-  student_feedback: "student's feedback",
-  expert_feedback: "expert's feedback",
-  privileged_feedback: "expert's feedback, told the right answer",
-  student_feedback_again: "student's feedback after learning",
-  merge: "merged feedback",
-  revise: "revision",
-  critique: "self-critique",
-  final: "final answer",
-};
-
 const byExpert = (flags) => (flags & GOOD ? "good, by the expert" : flags & POOR ? "not good, by the expert" : "without a verdict");
 const change = (flags) => (flags & UNGRADED ? byExpert(flags) : `${verdict(flags & RIGHT_BEFORE)} → ${verdict(flags & RIGHT_AFTER)}`);
 const grade = (flags) => (flags & (RIGHT_AFTER | GOOD) ? "good" : flags & UNGRADED && !(flags & POOR) ? "" : "bad");
@@ -95,8 +83,10 @@ function feedbacks(row) {
 
 function costs(row) {
   const body = element("tbody");
-  for (const [step, label] of Object.entries(STEPS)) {
+  const steps = new Set([...Object.keys(facts.steps), ...Object.keys(row.tokens), ...Object.keys(row.seconds)]);
+  for (const step of steps) {
     if (!(step in row.tokens) && !(step in row.seconds)) continue;
+    const label = facts.steps[step] ?? step.replaceAll("_", " ");
     const cells = [row.tokens[step], row.prefilled[step], row.seconds[step]];
     body.append(element("tr", {}, element("th", { scope: "row" }, label), ...cells.map((value) => element("td", {}, value === undefined ? "–" : value.toLocaleString("en")))));
   }
