@@ -375,6 +375,14 @@ def _headroom(value: JsonObject) -> HeadroomRow:
             "student": _count(found["verdicts"]["student"]),
             "agreement": _count(found["verdicts"]["agreement"]),
         }
+    if "judged" in found:
+        judged = found["judged"]
+        row["judged"] = {
+            "expert_on_wrong": _count(judged["expert_on_wrong"]),
+            "expert_on_right": _count(judged["expert_on_right"]),
+            "student_on_wrong": _count(judged["student_on_wrong"]),
+            "student_on_right": _count(judged["student_on_right"]),
+        }
     return row
 
 

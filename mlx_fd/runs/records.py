@@ -882,6 +882,23 @@ class HeadroomVerdictsRow(TypedDict):
 
 
 @final
+class HeadroomJudgedRow(TypedDict):
+    """The headroom check's judging, of wrong and of right answers apart.
+
+    Attributes:
+        expert_on_wrong: wrong answers that the expert's score finds (0 or below), of those scored.
+        expert_on_right: right answers that it passes (above 0), likewise.
+        student_on_wrong: wrong answers that the student's written score finds, likewise.
+        student_on_right: right answers that it passes, likewise.
+    """
+
+    expert_on_wrong: CountRow
+    expert_on_right: CountRow
+    student_on_wrong: CountRow
+    student_on_right: CountRow
+
+
+@final
 class HeadroomRow(TypedDict):
     """The headroom check of the loop: counts on the probe problems, before any update.
 
@@ -894,6 +911,8 @@ class HeadroomRow(TypedDict):
         student_judged: answers with a readable written score of the student.
         student_judged_right: those it judged well; null likewise.
         verdicts: in their place, where no right answer is known.
+        judged: where one is, the judged answers that are wrong and that are right, apart; absent in
+            older runs.
     """
 
     problems: int
@@ -904,6 +923,7 @@ class HeadroomRow(TypedDict):
     student_judged: int
     student_judged_right: int | None
     verdicts: NotRequired[HeadroomVerdictsRow]
+    judged: NotRequired[HeadroomJudgedRow]
 
 
 class Summary(TypedDict):

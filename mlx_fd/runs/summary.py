@@ -319,6 +319,14 @@ def find_warnings(episodes: Sequence[EpisodeRow]) -> dict[str, str]:
             f"{capped} of the last {len(episodes)} episodes had an answer cut at the token limit; "
             "raise --max-answer-tokens"
         )
+    spoiled, mended = _changes(episodes)
+    # Of the answers that changed sides, more than half did so for the worse.
+    if spoiled + mended >= _ENOUGH and wilson(spoiled, spoiled + mended)[0] > 0.5:
+        found["spoiled"] = (
+            f"in the last {len(episodes)} episodes revising made {spoiled} right first answers "
+            f"wrong and {mended} wrong ones right: the final answers are worse than the first; "
+            "choose an expert that answers and judges better"
+        )
     read = [score for score in scores if score is not None]
     if len(read) >= _ENOUGH and len(set(read)) == 1:
         found["alike"] = (
@@ -326,3 +334,9 @@ def find_warnings(episodes: Sequence[EpisodeRow]) -> dict[str, str]:
             "and the student's score head can only learn that number"
         )
     return found
+
+
+def _changes(episodes: Sequence[EpisodeRow]) -> tuple[int, int]:
+    """How many right first answers ended as wrong ones, and how many wrong ones as right ones."""
+    changes = Counter((row["correct_before"], row["correct_after"]) for row in episodes)
+    return changes[True, False], changes[False, True]

@@ -44,10 +44,13 @@ from mlx_fd.models.student import read_arrays
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import are_graded, known
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
-from mlx_fd.runs.records import CountRow, HeadroomRow, HeadroomVerdictsRow
+from mlx_fd.runs.records import CountRow, HeadroomJudgedRow, HeadroomRow, HeadroomVerdictsRow
 
 PROBE_ROWS = "probe.json"
 PROBE_ARRAYS = "probe.safetensors"
+# A judge that says the same of every answer judges half of right and wrong ones rightly. The expert
+# is to be better than the student by so much at least: not by luck on a few problems.
+_MIN_BETTER = 0.1
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Headroom:
         student_judged: answers the student scored in its text.
         student_judged_right: those it judged well.
         verdicts: of problems without right answers.
+        judged: the judged answers that are wrong and that are right, apart; ``None`` where no right
+            answer is known, and in runs of older versions.
     """
 
     problems: int
@@ -78,6 +83,7 @@ class Headroom:
     student_judged: int
     student_judged_right: int | None
     verdicts: HeadroomVerdictsRow | None = None
+    judged: HeadroomJudgedRow | None = None
 
     def to_json(self) -> HeadroomRow:
         """For the files that keep it."""
@@ -90,7 +96,11 @@ class Headroom:
             "student_judged": self.student_judged,
             "student_judged_right": self.student_judged_right,
         }
-        return row if self.verdicts is None else {**row, "verdicts": self.verdicts}
+        if self.verdicts is not None:
+            row["verdicts"] = self.verdicts
+        if self.judged is not None:
+            row["judged"] = self.judged
+        return row
 
     def concerns(self) -> list[str]:
         """What the user should know before hours are spent; empty where all is well."""
@@ -109,21 +119,37 @@ class Headroom:
                 f"the expert's score could be read in {self.expert_judged} of {self.problems} "
                 "feedbacks: the score loss has little to learn from"
             )
-        if (
-            self.expert_judged
-            and self.student_judged
-            and self.expert_judged_right is not None
-            and self.student_judged_right is not None
-        ):
-            expert = self.expert_judged_right / self.expert_judged
-            student = self.student_judged_right / self.student_judged
-            if expert <= student:
-                found.append(
-                    f"the expert judges {self.expert_judged_right} of {self.expert_judged} answers "
-                    f"rightly, the student {self.student_judged_right} of {self.student_judged}: "
-                    "its feedback may be no better than the student's"
-                )
+        if self.judged is not None:
+            found += _concerns_of_judging(self.judged)
         return found
+
+
+def _concerns_of_judging(judged: HeadroomJudgedRow) -> list[str]:
+    """Is the expert the better judge, of wrong and of right answers by halves?
+
+    Of all answers together a student that finds every one right would judge as well as many of
+    them are right.
+    """
+    expert = _balanced(judged["expert_on_wrong"], judged["expert_on_right"])
+    student = _balanced(judged["student_on_wrong"], judged["student_on_right"])
+    if expert is None or student is None or expert >= student + _MIN_BETTER:
+        return []
+    return [
+        f"the expert finds {_of(judged['expert_on_wrong'])} wrong answers and passes "
+        f"{_of(judged['expert_on_right'])} right ones, the student "
+        f"{_of(judged['student_on_wrong'])} and {_of(judged['student_on_right'])}: its feedback "
+        "may be hardly better than the student's"
+    ]
+
+
+def _balanced(on_wrong: CountRow, on_right: CountRow) -> float | None:
+    """The mean share judged well, of wrong and of right answers; of one kind where that is all."""
+    shares = [one["count"] / one["n"] for one in (on_wrong, on_right) if one["n"]]
+    return sum(shares) / len(shares) if shares else None
+
+
+def _of(count: CountRow) -> str:
+    return f"{count['count']} of {count['n']}"
 
 
 def _concerns_of_verdicts(verdicts: HeadroomVerdictsRow) -> list[str]:
@@ -171,10 +197,16 @@ class Probe:
         )
 
 
-def _judged(scores: Sequence[float | None], right: Sequence[bool | None]) -> tuple[int, int]:
-    """How many scores could be read, and how many of them are right about the answers."""
-    read = [(s, ok) for s, ok in zip(scores, right, strict=True) if s is not None]
-    return len(read), sum((score > 0) == ok for score, ok in read if ok is not None)
+def _judged(scores: Sequence[float | None], right: Sequence[bool | None]) -> list[int]:
+    """How many scores could be read; and of wrong and of right answers how many were judged, well.
+
+    Returns:
+        Scores read; wrong answers judged, and found; right answers judged, and passed.
+    """
+    read = [(score > 0, ok) for score, ok in zip(scores, right, strict=True) if score is not None]
+    wrong = [not good for good, ok in read if ok is False]
+    passed = [good for good, ok in read if ok]
+    return [len(read), len(wrong), sum(wrong), len(passed), sum(passed)]
 
 
 def _without_own(sample: Sample) -> Sample:
@@ -253,7 +285,7 @@ def make_probe(
     options, size = config.generation, config.generation.batch_size
     samples: list[Sample] = []
     left_out: set[int] = set()
-    counts = [0] * 6
+    counts = [0] * 12
     graded, verdicts = are_graded(problems), list[_Verdicts]()
     for number, begin in enumerate(range(0, len(problems), size)):
         chunk = ranks.share(problems[begin : begin + size])
@@ -326,18 +358,29 @@ def make_probe(
     # With an expert that is wrong on all problems there is nothing better to measure.
     if len(left_out) < len(problems):
         samples = [one for place, one in enumerate(samples) if place not in left_out]
-    best_right, own_right, by_expert, well_by_expert, by_student, well_by_student = counts
+    (best_right, own_right), by_expert, by_student = counts[:2], counts[2:7], counts[7:]
     headroom = Headroom(
         problems=len(problems),
         expert_right=best_right if graded else None,
         student_right=own_right if graded else None,
-        expert_judged=by_expert,
-        expert_judged_right=well_by_expert if graded else None,
-        student_judged=by_student,
-        student_judged_right=well_by_student if graded else None,
+        expert_judged=by_expert[0],
+        expert_judged_right=by_expert[2] + by_expert[4] if graded else None,
+        student_judged=by_student[0],
+        student_judged_right=by_student[2] + by_student[4] if graded else None,
         verdicts=None if graded else _verdicts_row(verdicts),
+        judged=_judged_row(by_expert, by_student) if graded else None,
     )
     return Probe(tuple(samples), headroom, seconds)
+
+
+def _judged_row(expert: Sequence[int], student: Sequence[int]) -> HeadroomJudgedRow:
+    """What :func:`_judged` counted of both."""
+    return {
+        "expert_on_wrong": {"count": expert[2], "n": expert[1]},
+        "expert_on_right": {"count": expert[4], "n": expert[3]},
+        "student_on_wrong": {"count": student[2], "n": student[1]},
+        "student_on_right": {"count": student[4], "n": student[3]},
+    }
 
 
 def _seeds(seed: int, number: int) -> Callable[[str], int]:

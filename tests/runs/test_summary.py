@@ -124,6 +124,20 @@ def test_warnings():
     assert set(find_warnings([row(1, 1, alone=True)] * 8)) == set()
 
 
+def test_a_warning_where_revising_makes_answers_worse():
+    good = [row(True, True, expert=0.1 * n) for n in range(-5, 5)]
+    spoiled, mended = row(True, False, expert=0.3), row(False, True, expert=-0.3)
+    assert find_warnings([*good, *[spoiled] * 7]) == {}  # of seven it may be chance
+    found = find_warnings([*good, *[spoiled] * 9, mended])
+    assert set(found) == {"spoiled"}
+    assert "9 right first answers wrong and 1 wrong ones right" in found["spoiled"]
+    # As many the one way as the other, or a few more.
+    assert find_warnings([*good, *[spoiled] * 12, *[mended] * 8]) == {}
+    assert find_warnings([*good, *[mended] * 9]) == {}
+    # Where no right answer is known, nothing is.
+    assert find_warnings([*good, *[row(None, None, expert=0.3)] * 9]) == {}
+
+
 def test_without_gold_there_are_the_models_verdicts():
     episodes = [
         {**row(None, None, expert=0.5, student=0.2), "revised": "again"},
