@@ -969,9 +969,22 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
         config.selfdistill.self_teacher == "expert" and config.selfdistill.support == "teacher"
     )
     if losses.teacher_cache and not (losses.teacher_top_k or keeps_answers):
+        needed = "teacher_top_k only; set that (16, for instance)"
+        if config.self_distils:
+            needed = "an expert's likeliest tokens only; set support to teacher"
         raise UserError(
-            f"{where}: teacher_cache is used with teacher_top_k only; set that (16, for instance), "
-            "or leave teacher_cache empty."
+            f"{where}: teacher_cache is used with {needed}, or leave teacher_cache empty."
+        )
+    if config.selfdistill.objective == "likelihood" and losses.on_policy_fraction == 1:
+        raise UserError(
+            f"{where}: objective = likelihood learns from the expert's answers alone, and with "
+            "on_policy_fraction = 1 there are none; set on_policy_fraction to 0."
+        )
+    low, high = config.generation.answer_temperature, config.generation.max_answer_temperature
+    if 0 < high < low:
+        raise UserError(
+            f"{where}: max_answer_temperature is {high:g}, below answer_temperature, {low:g}, so "
+            "that it never rises; set it to 0 if that is meant."
         )
     if gate.phase_begin > gate.phase_end:
         raise UserError(

@@ -148,6 +148,15 @@ def test_any_value_is_taken_or_refused_with_its_name(changes):
     [
         ({"teacher_top_k": 8, "standardize_logits": True}, "set teacher_top_k to 0"),
         ({"teacher_cache": "/cache"}, "teacher_cache is used with teacher_top_k only"),
+        (
+            {"teacher_cache": "/cache", "method": "gkd", "self_teacher": "expert"},
+            "an expert's likeliest tokens only; set support to teacher, or",
+        ),
+        (
+            {"objective": "likelihood", "on_policy_fraction": 1.0, "self_teacher": "expert"},
+            "there are none; set on_policy_fraction to 0.",
+        ),
+        ({"max_answer_temperature": 0.5}, "is 0.5, below answer_temperature, 0.7, so that it"),
         ({"phase_begin": 0.8, "phase_end": 0.7}, "phase_begin is 0.8, after phase_end, 0.7"),
         ({"phase_begin": 0.8}, "after phase_end, 0.75"),
         ({"losses": ["answers"]}, 'did you mean "answer"'),
@@ -157,6 +166,17 @@ def test_options_that_contradict_each_other(changes, message):
     with pytest.raises(UserError) as error:
         override(Config(), changes, "test")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lora_rank", "lora_scale", "lora_layers"])
+def test_a_size_of_lora_says_nothing_where_all_weights_train(name, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(override(Config(), {"train": "full"}, "test")))
+    with pytest.raises(UserError, match=f"command line: {name} is of LoRA and DoRA; leave it out"):
+        configuration(None, file, {name: 4})
+    # A file, and a preset, have a value of each.
+    assert configuration("quick", file, {"seed": 3}).models.train == "full"
+    assert configuration(None, file, {"train": "dora", name: 4}).models.train
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-hard", "smollm2-135m"])

@@ -43,6 +43,8 @@ _LOGIT_ARRAYS, _CPU_LOGIT_ARRAYS = 6, 4
 _CACHED_ARRAYS, _CACHED_BYTES = 16, 32 << 20
 # Of what is generated, for each conversation.
 _DRAWN_ARRAYS = 4
+# With so many own solutions of a problem no more is written side by side than feedback is.
+_AS_JUDGED = 2
 # Of what trains: the weight and AdamW's two moments stay; a step has the gradient and the clipped
 # one beside them, and a batch in parts the sum so far.
 _KEPT_OF_TRAINED, _STEP_OF_TRAINED = 2, 2
@@ -76,6 +78,8 @@ class Workload:
         attention: the attention loss is in use.
         head_by_head: it compares head by head, not the means over heads.
         remembered: earlier samples that are kept to learn from again.
+        own_solutions: of each problem that the student judges; all but one are drawn side by side.
+        question_tokens: of the problem alone, which they are written after.
     """
 
     batch_size: int
@@ -91,6 +95,8 @@ class Workload:
     attention: bool = False
     head_by_head: bool = False
     remembered: int = 0
+    own_solutions: int = 0
+    question_tokens: int = 0
 
     @property
     def student_tokens(self) -> int:
@@ -158,6 +164,8 @@ class Needs:
     def at(self, batch: int, micro: int) -> Memory:
         """The estimate for batches of ``batch`` conversations, learned ``micro`` at a time."""
         phases = [self._answering(batch), self._judging(batch)]
+        if self._work.own_solutions > _AS_JUDGED:
+            phases.append(self._solving(batch))
         if self._work.micro_batch:
             phases.append(self._learning(batch, micro))
         most = max(phases, key=lambda parts: sum(parts.values()))
@@ -217,6 +225,26 @@ class Needs:
             "activations": self._student_reads(min(batch, read_at_once(tokens))),
             "logits": _DRAWN_ARRAYS * batch * self._row,
         }
+
+    def _solving(self, batch: int) -> dict[str, int]:
+        """The student's own solutions, while the conversations wait in which it judged."""
+        work, student = self._work, self._student_cache
+        drawn = batch * (work.own_solutions - 1)  # the greedy ones were before
+        waiting = student.exact(work.student_tokens) + self._expert_cache.exact(work.student_tokens)
+        logits = _DRAWN_ARRAYS * drawn * self._row
+        prompts = drawn * work.question_tokens
+        reading = {
+            "KV caches": drawn * student.exact(work.question_tokens) + batch * waiting,
+            "activations": self._student_reads(-(-prompts // work.student_tokens)),
+            "logits": logits,
+        }
+        written = student.written(work.question_tokens + work.max_answer_tokens)
+        writing = {
+            "KV caches": drawn * written + batch * waiting,
+            "activations": 0,
+            "logits": logits,
+        }
+        return max(reading, writing, key=lambda parts: sum(parts.values()))
 
     def _learning(self, batch: int, micro: int) -> dict[str, int]:
         """A distillation step, while the expert's conversations may still be there."""

@@ -67,6 +67,10 @@ class Plan:
     warm_up: tuple[Problem, ...] = ()
 
 
+# Without a meaning where all weights are trained; a file or a preset has them all the same.
+_OF_LORA = ("lora_rank", "lora_scale", "lora_layers")
+
+
 def configuration(
     preset_name: str | None, file: Path | None, given: Mapping[str, Any], where: str
 ) -> Config:
@@ -95,7 +99,11 @@ def configuration(
     expert = ALIASES.get(config.models.expert)
     if expert and expert.preset and not preset_name:
         # It knows no other problems than those of its preset.
-        return over(preset(expert.preset))
+        config = over(preset(expert.preset))
+    if config.models.train == "full" and (idle := [name for name in _OF_LORA if name in changes]):
+        raise UserError(
+            f"{where}: {idle[0]} is of LoRA and DoRA; leave it out, or set train to lora or dora."
+        )
     return config
 
 
@@ -480,6 +488,8 @@ def workload(
         head_by_head=losses.attention_heads == "aligned",
         grad_checkpoint=config.training.grad_checkpoint,
         remembered=min(kept, config.problems.episodes * samples // batch_size),
+        own_solutions=config.gate.own_solutions if config.gate.max_disagreement else 0,
+        question_tokens=tokens(said[:1]),
     )
 
 

@@ -29,8 +29,9 @@ from mlx_fd.models.memory import (  # noqa: E402
     largest_batch,
 )
 from mlx_fd.models.outline import build, cache_bytes, weight_bytes  # noqa: E402
+from mlx_fd.models.resolve import resolve  # noqa: E402
 from mlx_fd.models.student import prepare  # noqa: E402
-from mlx_fd.runs.plan import make_plan  # noqa: E402
+from mlx_fd.runs.plan import make_plan, workload  # noqa: E402
 from mlx_fd.training import loop  # noqa: E402
 from mlx_fd.training.job import Job  # noqa: E402
 from support import FIXTURES  # noqa: E402
@@ -153,6 +154,28 @@ def test_more_work_needs_more_memory(change: dict[str, Any]) -> None:
     expert, student = build(WIDE), student_of(NARROW)
     before = estimate(expert, student, WORK)
     assert estimate(expert, student, dataclasses.replace(WORK, **change)).total > before.total
+
+
+def test_solutions_that_are_drawn_side_by_side_are_counted() -> None:
+    """Of 257 the first is greedy and alone: 256 times as many conversations as are judged."""
+    expert, student = build(WIDE), student_of(NARROW)
+    plain = estimate(expert, student, WORK)
+    for few in (1, 2):
+        assert estimate(expert, student, dataclasses.replace(WORK, own_solutions=few)) == plain
+    many = dataclasses.replace(WORK, own_solutions=257, question_tokens=150)
+    found = estimate(expert, student, many)
+    assert found.total - plain.total > 256 * 8 * cache_bytes(student, 150 + 384)
+    largest = largest_batch(Needs(expert, student, many), many, found.total - 1)
+    assert largest is not None and largest[0] == 7
+
+
+def test_a_run_is_asked_for_its_solutions() -> None:
+    questions = ["How many apples?", "How many apples does Tom have now?"]
+    for disagreement, own in ((0.1, 17), (0.0, 0)):
+        given = {"own_solutions": 17, "max_disagreement": disagreement}
+        work = workload(resolve("tiny"), questions, override(Config(), given, "test"))
+        assert work.own_solutions == own
+        assert 0 < work.question_tokens < work.prompt_tokens
 
 
 def test_recomputed_activations_need_less() -> None:
