@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlx_fd.evaluation.calibration import brier, roc_auc
-from mlx_fd.evaluation.statistics import Estimate, bootstrap
+from mlx_fd.evaluation.measures import Measure
+from mlx_fd.evaluation.statistics import Estimate
 from mlx_fd.runs.records import CalibrationBinRow, EpisodeRow, JudgingRow, ReliabilityRow
 
 BINS = 10
@@ -51,8 +52,9 @@ def reliability(scores: Sequence[float | None], positive: Sequence[bool]) -> Rel
         positive: whether the expert called it right.
 
     Returns:
-        Brier score and area under the ROC curve with 95 % intervals of the bootstrap over the
-        answers, and the calibration curve in bins of equal width.
+        Brier score and area under the ROC curve with 95 % intervals over the answers
+        (:meth:`mlx_fd.evaluation.measures.Measure.estimate`), and the calibration curve in bins of
+        equal width.
     """
     known = [(s, ok) for s, ok in zip(scores, positive, strict=True) if s is not None]
     probabilities = np.array([(1 + s) / 2 for s, _ in known])
@@ -69,8 +71,11 @@ def reliability(scores: Sequence[float | None], positive: Sequence[bool]) -> Rel
         for place in range(BINS)
         if (inside := bins == place).any()
     ]
-    columns = (probabilities, right.astype(np.float64))
-    score, area = (bootstrap(columns, statistic) for statistic in (brier, roc_auc))
+    truth = right.astype(np.float64).tolist()
+    score, area = (
+        Measure(statistic.__name__, probabilities.tolist(), statistic, (truth,)).estimate()
+        for statistic in (brier, roc_auc)
+    )
     return {
         "n": len(known),
         "brier": _rounded(score.value),

@@ -15,7 +15,7 @@ from mlx_fd.runs.checked import read_checked
 
 JsonObject = dict[str, Any]
 _T = TypeVar("_T")
-_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
 def json_file(

@@ -368,7 +368,7 @@ def judging_table(runs: Sequence[LoopRun]) -> Table | None:
             ]
             figures = [
                 Cell(_figures(of["auc"]), _between(of.get("auc_interval"))),
-                Cell(_figures(of["brier"]), f"{_between(of.get('brier_interval'))}, n {of['n']}"),
+                Cell(_figures(of["brier"]), _between(of.get("brier_interval"), f"n {of['n']}")),
             ]
             rows.append((f"{name}{label}", *figures, *cells))
     return table(
@@ -382,11 +382,10 @@ def judging_table(runs: Sequence[LoopRun]) -> Table | None:
     )
 
 
-def _between(interval: Sequence[float] | None) -> str:
-    if interval is None:
-        return NONE
-    low, high = interval
-    return f"{_figures(low)} to {_figures(high)}"
+def _between(interval: Sequence[float] | None, *more: str) -> str:
+    """An interval, where there is one, and what stands beside it."""
+    ends = [" to ".join(map(_figures, interval))] if interval else []
+    return ", ".join((*ends, *more))
 
 
 def probe_table(runs: Sequence[Run]) -> Table | None:

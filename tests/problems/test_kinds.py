@@ -114,6 +114,7 @@ def test_what_is_no_choice_is_refused(answer):
         ("#### B", "A", False),
         ("#### <Paris>", "Paris", True),  # the brackets of the prompt's <answer>
         ("#### The answer is Paris.", "Paris", True),
+        ("#### Question and answer: a guide", "Question and Answer: A Guide", True),
         (r"#### $\text{Paris}$", "Paris", True),
         (r"so \boxed{\text{Paris}}", "Paris", True),
         ("<think>\n#### London\n</think>\n\n#### Paris", "Paris", True),

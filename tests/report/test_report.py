@@ -192,6 +192,13 @@ def test_every_key_of_a_row_may_be_lost(tmp_path):
     make_page([run])
 
 
+def test_a_number_that_no_float_holds_is_left_out(tmp_path):
+    rows = [reported.episode(0), reported.episode(1, score=10**400)]
+    (run,) = read_runs([reported.write_run(tmp_path / "run", rows)])
+    assert len(run.episodes) == 1
+    assert f"1 of 2 lines of {runs.EPISODES} are damaged and left out." in run.missing
+
+
 def test_a_half_written_last_line_is_left_out(tmp_path):
     folder = reported.write_run(tmp_path / "run")
     with (folder / runs.EPISODES).open("a") as file:

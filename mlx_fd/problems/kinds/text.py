@@ -18,7 +18,7 @@ from mlx_fd.problems.thoughts import without_thoughts
 
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 _TEX = re.compile(r"\\(?:boxed|fbox|(?:text|math)(?:bf|rm)?)\{([^{}]*+)\}")
-_LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is\b|:)[ *]*+", re.IGNORECASE)
+_LEAD = re.compile(r"\A(?:the )?(?:final )?answer(?: is\b|:)[ *]*+", re.IGNORECASE)
 MAX_TEXT = 300
 """Characters of an answer; a reply that runs on is none."""
 
