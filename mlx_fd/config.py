@@ -27,6 +27,8 @@ from mlx_fd.text import shown
 
 MAX_COUNT = 2**31 - 1
 """No option that counts something is larger: indices of arrays are 32-bit integers."""
+CONTINUOUS = "continuous"
+"""The ``batching`` in which a problem does not wait for the others of its batch."""
 MAX_SEED = 2**63 - 1
 """The largest integer that every reader of TOML takes."""
 _MAX_FLOAT = 3e38  # float32, in which all that is computed with them is, has nothing larger
@@ -203,6 +205,19 @@ class GenerationOptions:
     )
     sequential: bool = _option(
         False, "One problem at a time, without KV cache reuse (the reference implementation)."
+    )
+    batching: str = _option(
+        "auto",
+        "How a batch's turns are written. lockstep: each step's together, and the next step when "
+        "all are done. continuous: each problem goes on as soon as its own turn ends, beside the "
+        "beginning of the next batch. auto: continuous, but lockstep on the CPU, for several "
+        "processes and with sequential.",
+        choices=("auto", "lockstep", "continuous"),
+    )
+    places: int = _option(
+        0,
+        "Texts that a model writes side by side with batching = continuous; 0: batch_size.",
+        low=0,
     )
 
     @property
@@ -938,6 +953,16 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
         },
     )
     losses, gate, models = config.losses, config.gate, config.models
+    if config.generation.sequential and config.generation.batching == CONTINUOUS:
+        raise UserError(
+            f"{where}: sequential takes one problem at a time, and batching = continuous several: "
+            "leave one of the two out."
+        )
+    if config.generation.places and config.generation.batching == "lockstep":
+        raise UserError(
+            f"{where}: places is for batching = continuous; in lockstep it is batch_size that says "
+            "how many texts are written side by side."
+        )
     if models.train == "full" and (models.lora_keys or models.lora_dropout):
         raise UserError(
             f"{where}: lora_keys and lora_dropout are of LoRA and DoRA; leave them out, or set "

@@ -1,11 +1,12 @@
 """How far the loop is from the least work there is, and whether its memory stays flat.
 
-python scripts/bench_loop.py --pair tiny              # one row: ours, --sequential, and bare mlx-lm
+python scripts/bench_loop.py --pair tiny              # one row: all ways, and bare mlx-lm
 python scripts/bench_loop.py --pair smollm2 --episodes 6
 python scripts/bench_loop.py --memory                 # 2,000 short episodes: resident memory
 python scripts/bench_loop.py --table                  # docs/bench_loop.md, from the rows alone
 
-*Ours* and *sequential* are `mlx-fd loop --profile` on the same problems, in processes of their own.
+*Lockstep*, *continuous* (with as many places as problems in a batch, and with half of them) and
+*sequential* are `mlx-fd loop --profile` on the same problems, in processes of their own.
 *Bare* is what mlx-lm and MLX need for the same lengths with nothing around them:
 `mlx_lm.batch_generate`, turn by turn with the caches of the turns before, and steps of AdamW on
 LoRA with the cross entropy of as many tokens, in micro-batches of the same size. Seconds are those
@@ -40,6 +41,8 @@ PAIRS = {
         *("--probe-size", "2", "--gate", "always", "--trigger", "always"),
     ),
 }
+# Half of a batch.
+HALF = {"tiny": 16, "smollm2": 2}
 SHORT = (
     *("--max-answer-tokens", "16", "--max-feedback-tokens", "16", "--max-merge-tokens", "8"),
     *("--kd-steps", "2", "--step-samples", "8", "--probe-size", "8", "--trigger", "always"),
@@ -225,47 +228,59 @@ def row_of(pair: str, episodes: int) -> Row:
         "episodes": episodes,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "mlx": version("mlx"),
+        "arms": {},
+    }
+    half = f"--places={HALF[pair]}"
+    arms = {
+        "lockstep": ["--lockstep"],
+        "continuous": ["--continuous"],
+        "continuous, half the places": ["--continuous", half],
+        "sequential": ["--sequential"],
     }
     with tempfile.TemporaryDirectory() as folder:
-        options = [*PAIRS[pair], "--episodes", str(episodes), "--profile"]
-        ours, alone = Path(folder, "ours"), Path(folder, "alone")
-        run_loop(options, ours)
-        run_loop([*options, "--sequential"], alone)
-        row["ours"], row["sequential"] = measured(ours), measured(alone)
-        row["bare"] = bare(ours)
+        for number, (name, how) in enumerate(arms.items()):
+            here = Path(folder, str(number))
+            run_loop([*PAIRS[pair], "--episodes", str(episodes), "--profile", *how], here)
+            row["arms"][name] = measured(here)
+        row["bare"] = bare(Path(folder, "0"))
     return row
 
 
 def table(rows: Sequence[Row]) -> str:
     """docs/bench_loop.md."""
     text = ["# The least work", "", "Made by `python scripts/bench_loop.py --table`.", ""]
-    for row in [row for row in rows if "ours" in row]:
-        ours, alone = row["ours"], row["sequential"]
+    for row in [row for row in rows if "arms" in row]:
+        arms = row["arms"]
         text += [
             f"**{row['pair']}**, {row['episodes']} episodes, one seed, {row['date']}, "
-            f"MLX {row['mlx']}, CPU, one BLAS thread:",
+            f"MLX {row['mlx']}, CPU, one BLAS thread; in brackets the multiple of the least that "
+            "there could be with as many places:",
             "",
-            "| | the least | ours | of the least | sequential | of the least |",
-            "|---|--:|--:|--:|--:|--:|",
+            f"| | the least | {' | '.join(arms)} |",
+            f"|---|--:|{'--:|' * len(arms)}",
         ]
         for name, label in WORK_NAMES.items():
-            done, least = ours["counts"][name]["done"], ours["counts"][name]["least"]
-            other = alone["counts"][name]["done"]
-            shares = [f"{count / least:.2f}" if least else "-" for count in (done, other)]
-            text.append(
-                f"| {label} | {least:,} | {done:,} | {shares[0]} | {other:,} | {shares[1]} |"
-            )
-        text += ["", "| processor seconds | bare | ours | sequential |", "|---|--:|--:|--:|"]
-        for name in ours["processor_seconds"]:
-            bare_part = row["bare"].get(name)
-            shown = "-" if bare_part is None else f"{bare_part:.1f}"
-            parts = [arm["processor_seconds"].get(name, 0) for arm in (ours, alone)]
-            text.append(f"| {name} | {shown} | {parts[0]:.1f} | {parts[1]:.1f} |")
-        sums = [sum(arm["processor_seconds"].values()) for arm in (ours, alone)]
+            counts = [arm["counts"][name] for arm in arms.values()]
+            shown = [
+                f"{one['done']:,} ({one['done'] / one['least']:.2f})"
+                if one["least"]
+                else f"{one['done']:,}"
+                for one in counts
+            ]
+            text.append(f"| {label} | {counts[0]['least']:,} | {' | '.join(shown)} |")
         text += [
-            f"| all | {sum(row['bare'].values()):.1f} | {sums[0]:.1f} | {sums[1]:.1f} |",
             "",
+            f"| processor seconds | bare | {' | '.join(arms)} |",
+            f"|---|--:|{'--:|' * len(arms)}",
         ]
+        for name in arms["lockstep"]["processor_seconds"]:
+            bare_part = row["bare"].get(name)
+            parts = ["-" if bare_part is None else f"{bare_part:.1f}"]
+            parts += [f"{arm['processor_seconds'].get(name, 0):.1f}" for arm in arms.values()]
+            text.append(f"| {name} | {' | '.join(parts)} |")
+        sums = [sum(arm["processor_seconds"].values()) for arm in arms.values()]
+        whole = [f"{one:.1f}" for one in (sum(row["bare"].values()), *sums)]
+        text += [f"| all | {' | '.join(whole)} |", ""]
     for row in [row for row in rows if "growth" in row]:
         after = {one[0]: one for one in row["after"]}
         settled = min(done for done in after if done >= 200)

@@ -45,7 +45,7 @@ from mlx_fd import runs
 from mlx_fd.config import Config, to_toml
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
 from mlx_fd.evaluation.statistics import Estimate, holm
-from mlx_fd.feedback.episode import feedback_request, parsed
+from mlx_fd.feedback.criticism import feedback_request, parsed
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import first_prompt, generate
 from mlx_fd.models.loading import Loaded, load

@@ -105,7 +105,8 @@ def asked_of(folder: Path, rows: Sequence[Any]) -> list[Any]:
     """
     from mlx_fd import problems
     from mlx_fd.evaluation.target import Models, open_target
-    from mlx_fd.feedback import episode
+    from mlx_fd.feedback import turns
+    from mlx_fd.feedback.stages import Answered, StudentFeedback
     from mlx_fd.models.backend import backend
     from mlx_fd.models.conversation import Conversation
     from mlx_fd.problems.parsing import parse_feedback
@@ -121,24 +122,24 @@ def asked_of(folder: Path, rows: Sequence[Any]) -> list[Any]:
     by_id = {one.id: one for one in problems.load(source.problems, source.split).problems}
     end = pair.expert.tokenizer.eos_token_id
 
-    def answered(row: Any) -> episode.Answered:
+    def answered(row: Any) -> Answered:
         text, final = row["answer"]["text"], row["answer"]["final"]
         tokens = pair.expert.tokenizer.encode(text, add_special_tokens=False)
         ended = () if "answer" in row["capped"] else (end,)
         answer = Answer(text, final, (*tokens, *ended))
-        return episode.Answered(by_id[row["id"]], answer, Conversation(), ())
+        return Answered(by_id[row["id"]], answer, Conversation(), ())
 
-    def student(row: Any) -> episode.StudentFeedback:
+    def student(row: Any) -> StudentFeedback:
         said = row["student_feedback"]
-        return episode.StudentFeedback(parse_feedback(said["text"], ()), said["head_score"])
+        return StudentFeedback(parse_feedback(said["text"], ()), said["head_score"])
 
     finished: list[Any] = []
     for begin in range(0, len(rows), options.batch_size):
         some = rows[begin : begin + options.batch_size]
-        given = episode.said_by_expert(pair, [answered(row) for row in some])
-        experts = episode.expert_feedback(pair, given, options, 0, _quiet)
-        judged = episode.judge(given, [student(row) for row in some], dict(enumerate(experts)))
-        finished += episode.merge_and_revise(
+        given = turns.said_by_expert(pair, [answered(row) for row in some])
+        experts = turns.expert_feedback(pair, given, options, 0, _quiet)
+        judged = turns.judge(given, [student(row) for row in some], dict(enumerate(experts)))
+        finished += turns.merge_and_revise(
             pair, judged, options, target.config.episode, lambda step: 0, _quiet
         )
     return finished

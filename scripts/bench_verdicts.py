@@ -98,53 +98,47 @@ def made_worse(share: float, seed: int) -> Iterator[None]:
 
     The student's own feedback, which nothing here depends on, is not written.
     """
-    from mlx_fd.feedback import episode, verdicts
+    from mlx_fd.feedback import episode, turns, verdicts
+    from mlx_fd.feedback.criticism import feedback_request
+    from mlx_fd.feedback.stages import StudentFeedback
     from mlx_fd.models.conversation import Conversation, without_repeated_eos
     from mlx_fd.models.generation import said
     from mlx_fd.problems.kinds import form_of
     from mlx_fd.problems.prompts import Feedback, answer_prompt, format_feedback
-    from mlx_fd.training import batch, probe
 
-    honest = episode.expert_feedback
+    honest = turns.write_expert_feedback
 
-    def flipped(pair: Any, one: Any, given: Any) -> Any:
-        if not is_hit(seed, one.problem.id, share):
+    def worse(pair: Any, answered: Any, *rest: Any) -> Any:
+        given = yield from honest(pair, answered, *rest)
+        if not is_hit(seed, answered.problem.id, share):
             return given
-        feedback = contrary(one.problem, one.answer.text, one.is_correct, seed)
+        feedback = contrary(answered.problem, answered.answer.text, answered.is_correct, seed)
         text = format_feedback(feedback).removeprefix("Score:")
         tokenizer = pair.expert.tokenizer
         tokens = tuple(tokenizer.encode(text, add_special_tokens=False))
         tokens += given.feedback.tokens[-1:]  # the token that ends a turn
-        said_so = Conversation((*one.prompt, *tokens))
+        said_so = Conversation((*answered.prompt, *tokens))
         feedback = dataclasses.replace(feedback, tokens=tokens)
         return dataclasses.replace(given, feedback=feedback, conversation=said_so)
 
-    def worse(pair: Any, answered: Any, *rest: Any, **options: Any) -> Any:
-        found = honest(pair, answered, *rest, **options)
-        return [flipped(pair, *both) for both in zip(answered, found, strict=True)]
+    def told(pair: Any, asked: Any, options: Any, step: str) -> Any:
+        problem, tokens = asked.problem, asked.answer.tokens
+        first = f"{answer_prompt(problem.question, form_of(problem))}\n\n#### {problem.answer}"
+        before = Conversation(said(pair.expert, first, tokens))
+        request = without_repeated_eos(before, feedback_request(pair.expert))
+        asked = dataclasses.replace(asked, conversation=before, request=request)
+        given = yield from honest(pair, asked, options, step)
+        return dataclasses.replace(given, prompt=asked.prompt)
 
-    def told(pair: Any, judged: Any, options: Any, seed: int, on_tokens: Any) -> Any:
-        asked = []
-        for one in judged:
-            problem, tokens = one.problem, one.answered.answer.tokens
-            first = f"{answer_prompt(problem.question, form_of(problem))}\n\n#### {problem.answer}"
-            before = Conversation(said(pair.expert, first, tokens))
-            request = without_repeated_eos(before, episode.feedback_request(pair.expert))
-            asked.append(dataclasses.replace(one.answered, conversation=before, request=request))
-        found = honest(pair, asked, options, seed, on_tokens, step=verdicts.STEP)
-        return [
-            dataclasses.replace(given, prompt=one.prompt)
-            for given, one in zip(found, asked, strict=True)
-        ]
-
-    def silent(pair: Any, answered: Any, *rest: Any, **options: Any) -> Any:
-        return [episode.StudentFeedback(Feedback("", None), None) for _ in answered]
+    def silent(pair: Any, answered: Any, *rest: Any) -> Any:
+        return StudentFeedback(Feedback("", None), None)
+        yield
 
     changed = {
-        (batch, "expert_feedback"): worse,
-        (probe, "expert_feedback"): worse,
-        (batch, "student_feedback"): silent,
-        (verdicts, "_ask_again"): told,
+        (turns, "write_expert_feedback"): worse,  # of the probe set
+        (episode, "write_expert_feedback"): worse,
+        (episode, "write_student_feedback"): silent,
+        (verdicts, "write_expert_feedback"): told,
     }
     before = {(module, name): getattr(module, name) for module, name in changed}
     try:

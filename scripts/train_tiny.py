@@ -44,7 +44,7 @@ from rich.console import Console
 from rich.progress import Progress
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlx_fd.feedback.episode import feedback_request, parsed
+from mlx_fd.feedback.criticism import feedback_request, parsed
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import first_prompt, followup_prompt, generate
 from mlx_fd.models.loading import Loaded, load

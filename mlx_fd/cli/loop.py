@@ -21,7 +21,7 @@ from mlx_fd.cli.options import (
     with_configuration,
 )
 from mlx_fd.cli.run_command import begin
-from mlx_fd.config import PRESETS
+from mlx_fd.config import CONTINUOUS, PRESETS
 from mlx_fd.errors import UserError
 from mlx_fd.runs.tracking import check_installed
 
@@ -53,6 +53,20 @@ Examples:
     type=Choice(list(PRESETS)),
     help="A set of options, which other options override.",
 )
+@click.option(
+    "--lockstep",
+    "batching",
+    flag_value="lockstep",
+    default=None,
+    help="The same as --batching lockstep.",
+)
+@click.option(
+    "--continuous",
+    "batching",
+    flag_value=CONTINUOUS,
+    default=None,
+    help="The same as --batching continuous.",
+)
 @config_file_option
 @out_option
 @track_option
@@ -72,8 +86,9 @@ def loop(
     """Distil the expert's feedback into the student while the expert solves problems.
 
     Options on the command line override --config, which overrides --preset. Ctrl-C stops the run
-    after the current batch; a second Ctrl-C stops it at once and discards that batch. Either way
-    `mlx-fd resume` continues the run exactly where it stopped.
+    after the current batch; a second Ctrl-C stops it at once and discards that batch. With
+    continuous batching "batch" means the batches up to the next checkpoint. Either way `mlx-fd
+    resume` continues the run exactly where it stopped.
 
     Exit status: 0 when the run is complete, 2 on invalid input, 130 after Ctrl-C, 143 after
     SIGTERM, 129 after SIGHUP (a closed terminal).

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fd.cli.signals import Stopped, stopping_on_signals
+from mlx_fd.config import CONTINUOUS
 from mlx_fd.models import ranks
 
 if TYPE_CHECKING:
@@ -43,10 +44,13 @@ def begin(
         run_command(own, new_plan(own, config), [], trackers, as_json, quiet, new=True)
 
 
-def _stopping(folder: Path) -> str:
-    command = ranks.command("mlx-fd resume")
+def _stopping(folder: Path, config: Config) -> str:
+    command, when = ranks.command("mlx-fd resume"), "after this batch"
+    what = "it"
+    if config.generation.batching == CONTINUOUS:
+        when, what = "at the next checkpoint", "what was done since the last one"
     return (
-        "stopping after this batch; Ctrl-C again stops at once and discards it. To continue: "
+        f"stopping {when}; Ctrl-C again stops at once and discards {what}. To continue: "
         f"{command} {shlex.quote(str(folder))}"
     )
 
@@ -101,7 +105,7 @@ def run_command(
             # A second Ctrl-C ends the process, panel and all.
             console.show_cursor()
 
-        stopped = stack.enter_context(stopping_on_signals(say, _stopping(folder)))
+        stopped = stack.enter_context(stopping_on_signals(say, _stopping(folder, plan.config)))
         summary = run(lambda: bool(stopped))
     if as_json:
         result = {"run": str(folder), "done": summary is not None, **(summary or {})}

@@ -19,8 +19,8 @@ from mlx_fd.evaluation.calibration import spearman
 from mlx_fd.evaluation.judging import LABELS
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.solving import answered_by, answers_of, first_by
-from mlx_fd.feedback.episode import expert_feedback, student_feedback
 from mlx_fd.feedback.pair import Pair
+from mlx_fd.feedback.turns import expert_feedback, student_feedback
 from mlx_fd.problems import Problem, parsing, prompts
 from mlx_fd.runs.checked import content_digest
 from mlx_fd.runs.records import ItemRow, OutputRow

@@ -18,7 +18,7 @@ from mlx_fd.evaluation.baselines import SYSTEMS, Setting, Trial
 from mlx_fd.evaluation.baselines.trials import Who, trial
 from mlx_fd.evaluation.cache import Cache, Rows
 from mlx_fd.evaluation.target import Models, Target
-from mlx_fd.feedback.episode import OnTokens, derive_seed, generate_step
+from mlx_fd.feedback.asking import OnTokens, derive_seed, generate_step
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.backend import backend
 from mlx_fd.models.conversation import Conversation
@@ -45,7 +45,11 @@ _CODE = (
     "mlx_fd.models.template_sandbox",
     "mlx_fd.models.thinking",
     "mlx_fd.models.writing",
-    "mlx_fd.feedback.episode",
+    "mlx_fd.feedback.asking",
+    "mlx_fd.feedback.criticism",
+    "mlx_fd.feedback.own_solutions",
+    "mlx_fd.feedback.stages",
+    "mlx_fd.feedback.turns",
     "mlx_fd.feedback.judge",
     "mlx_fd.feedback.gate",
     "mlx_fd.feedback.own_solutions",

@@ -24,8 +24,9 @@ from mlx_fd.evaluation.calibration import roc_auc
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.sampling import WARM, best_of, pass_at_k
 from mlx_fd.evaluation.solving import answered_by, answers_of, first_by, majority, with_shots
-from mlx_fd.feedback.episode import StudentFeedback, student_feedback
 from mlx_fd.feedback.pair import Pair
+from mlx_fd.feedback.stages import StudentFeedback
+from mlx_fd.feedback.turns import student_feedback
 from mlx_fd.problems import Problem, prompts
 from mlx_fd.problems.kinds import is_right, read_final
 from mlx_fd.runs.checked import content_digest

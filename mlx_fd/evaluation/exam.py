@@ -17,15 +17,10 @@ from mlx_fd.errors import UserError
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.statistics import paired_bootstrap
-from mlx_fd.feedback.episode import (
-    OnTokens,
-    answer,
-    criticisms,
-    feedback_request,
-    head_score,
-    parsed,
-)
+from mlx_fd.feedback.asking import OnTokens
+from mlx_fd.feedback.criticism import criticisms, feedback_request, head_score, parsed
 from mlx_fd.feedback.pair import Pair
+from mlx_fd.feedback.turns import answer
 from mlx_fd.files import write_json
 from mlx_fd.models import ranks
 from mlx_fd.models.generation import said

@@ -17,15 +17,10 @@ from mlx_fd.evaluation.bench import Bench, Uses, outside_code
 from mlx_fd.evaluation.calibration import brier, pr_auc, roc_auc, spearman
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.processbench import f1
-from mlx_fd.feedback.episode import (
-    Answered,
-    ExpertFeedback,
-    StudentFeedback,
-    expert_feedback,
-    feedback_request,
-    student_feedback,
-)
+from mlx_fd.feedback.criticism import feedback_request
 from mlx_fd.feedback.pair import Pair
+from mlx_fd.feedback.stages import Answered, ExpertFeedback, StudentFeedback
+from mlx_fd.feedback.turns import expert_feedback, student_feedback
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import said
 from mlx_fd.problems import arithmetic, parsing, prompts

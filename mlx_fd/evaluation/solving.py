@@ -19,8 +19,10 @@ from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.sampling import maj_at_k, pass_at_k
 from mlx_fd.evaluation.text import rouge
-from mlx_fd.feedback.episode import Answered, Usage, answer, as_student, feedback_request
+from mlx_fd.feedback.criticism import feedback_request
 from mlx_fd.feedback.pair import Pair
+from mlx_fd.feedback.stages import Answered, Usage
+from mlx_fd.feedback.turns import answer, as_student
 from mlx_fd.feedback.two_tokenizers import to_expert
 from mlx_fd.models.conversation import Conversation, without_repeated_eos
 from mlx_fd.models.generation import said

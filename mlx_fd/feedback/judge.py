@@ -12,7 +12,7 @@ from typing import Any
 from mlx_fd import runs
 from mlx_fd.config import Config, read
 from mlx_fd.errors import UserError
-from mlx_fd.feedback.episode import criticisms, feedback_request, head_score, parsed
+from mlx_fd.feedback.criticism import criticisms, feedback_request, head_score, parsed
 from mlx_fd.models import fingerprint
 from mlx_fd.models.backend import backend
 from mlx_fd.models.chat_template import ChatTemplate, fitted

@@ -7,21 +7,46 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_fd.config import GenerationOptions
-from mlx_fd.feedback.episode import (
-    Answered,
-    OnTokens,
-    StudentFeedback,
-    Usage,
-    as_student,
-    generate_step,
-    read_answer,
-)
+from mlx_fd.feedback.asking import Ask, OnTokens, Turns, ask_in_step, usage_of
 from mlx_fd.feedback.pair import Pair
+from mlx_fd.feedback.stages import Answered, StudentFeedback, Usage
+from mlx_fd.feedback.turns import as_student, read_answer
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import first_prompt
 from mlx_fd.models.writing import GenerateOptions, sampling_for
 from mlx_fd.problems.kinds import form_of, kind_of, same_final
 from mlx_fd.problems.prompts import answer_prompt
+
+STEP = "student_solution"
+
+
+def write_solutions(
+    pair: Pair,
+    answered: Answered,
+    student: StudentFeedback,
+    options: GenerationOptions,
+    solutions: int,
+) -> Turns[StudentFeedback]:
+    """Step 2: the student solves a problem itself, as :func:`solve_alike` has it."""
+    problem, final = answered.problem, answered.answer.final
+    if final is None or not kind_of(problem).exclusive:
+        return student
+    prompt = first_prompt(pair.student_lm, answer_prompt(problem.question, form_of(problem)))
+    sampling = sampling_for(as_student(options), "answer", 0)
+    how = GenerateOptions(reuse=not options.sequential, keep=False)
+    alike: list[bool] = []
+    for count, temperature in ((min(solutions, 1), 0.0), (max(solutions - 1, 0), 1.0)):
+        drawn = dataclasses.replace(sampling, temperature=temperature)
+        ask = Ask(pair.student_lm, STEP, Conversation(), prompt, drawn, how)
+        for reply in (yield (ask,) * count) if count else ():
+            own = read_answer(reply.turn, problem, options).final
+            same = same_final(own, final, problem)
+            alike += [] if same is None else [same]
+            usage = usage_of(STEP, reply.turn, reply.seconds)
+            student = dataclasses.replace(student, usage=_once_more(student.usage, usage))
+    if not alike:
+        return student
+    return dataclasses.replace(student, solves_alike=sum(alike) / len(alike))
 
 
 def solve_alike(
@@ -48,44 +73,11 @@ def solve_alike(
         Its feedback again, with the share of its solutions that come to the answer's final, where
         final answers can be compared.
     """
-    comparable = [
-        index
-        for index, one in enumerate(answered)
-        if one.answer.final is not None and kind_of(one.problem).exclusive
+    works = [
+        write_solutions(pair, one, student, options, solutions)
+        for one, student in zip(answered, students, strict=True)
     ]
-    found = list(students)
-    alike: dict[int, list[bool]] = {index: [] for index in comparable}
-    for count, temperature in ((min(solutions, 1), 0.0), (max(solutions - 1, 0), 1.0)):
-        indices = comparable * count
-        problems = [answered[index].problem for index in indices]
-        sampling = sampling_for(as_student(options), "answer", seed)
-        turns, usages = generate_step(
-            pair.student_lm,
-            "student_solution",
-            [Conversation()] * len(problems),
-            [
-                first_prompt(pair.student_lm, answer_prompt(p.question, form_of(p)))
-                for p in problems
-            ],
-            dataclasses.replace(sampling, temperature=temperature),
-            on_tokens,
-            GenerateOptions(reuse=not options.sequential, keep=False),
-        )
-        for index, turn, usage in zip(indices, turns, usages, strict=True):
-            one = answered[index]
-            same = same_final(
-                read_answer(turn, one.problem, options).final, one.answer.final, one.problem
-            )
-            alike[index] += [] if same is None else [same]
-            found[index] = dataclasses.replace(
-                found[index], usage=_once_more(found[index].usage, usage)
-            )
-    return [
-        dataclasses.replace(one, solves_alike=sum(of) / len(of))
-        if (of := alike.get(index))
-        else one
-        for index, one in enumerate(found)
-    ]
+    return ask_in_step(works, lambda step: seed, on_tokens)
 
 
 def _once_more(before: Usage, again: Usage) -> Usage:

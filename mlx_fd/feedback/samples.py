@@ -15,9 +15,10 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_fd.config import LossOptions
-from mlx_fd.feedback.episode import Judged, student_prompt
 from mlx_fd.feedback.pair import Pair
+from mlx_fd.feedback.stages import Judged
 from mlx_fd.feedback.teacher_cache import TeacherCache
+from mlx_fd.feedback.turns import student_prompt
 from mlx_fd.feedback.two_tokenizers import same_tokens, to_expert, to_student
 from mlx_fd.losses.answer import answer_mask, answer_span
 from mlx_fd.losses.attention import head_mean

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mlx_fd.config import GenerationOptions
-from mlx_fd.feedback.episode import answer
 from mlx_fd.feedback.judge import Judge, ModelRef
+from mlx_fd.feedback.turns import answer
 from mlx_fd.problems import Problem
 from mlx_fd.problems.arithmetic import first_error
 from mlx_fd.problems.kinds import is_right, read_final

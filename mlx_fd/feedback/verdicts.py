@@ -10,19 +10,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from mlx_fd.config import GenerationOptions
-from mlx_fd.feedback.episode import (
-    ExpertFeedback,
-    Judged,
-    OnTokens,
-    expert_feedback,
-    feedback_request,
-)
+from mlx_fd.feedback.asking import OnTokens, Seeds, Turns, ask_in_step
+from mlx_fd.feedback.criticism import feedback_request
 from mlx_fd.feedback.pair import Pair
+from mlx_fd.feedback.stages import ExpertFeedback, Judged
+from mlx_fd.feedback.turns import write_expert_feedback
 from mlx_fd.models.conversation import rewind, without_repeated_eos
 from mlx_fd.problems.prompts import privileged_feedback_prompt
 from mlx_fd.runs.records import ExpertFeedbackRow, VerdictRow
@@ -95,12 +92,27 @@ def says_it_was_told(text: str) -> bool:
     return _TOLD.search(text) is not None
 
 
+def write_review(
+    pair: Pair, judged: Judged, how: str, options: GenerationOptions
+) -> Turns[Reviewed]:
+    """Hold one verdict of the expert against the right answer, as :func:`review` does."""
+    found = _first_look(judged, how)
+    if how != "privileged" or found.outcome != "left out":
+        return found
+    before = rewind(judged.conversation, len(judged.answered.conversation.tokens))
+    request = feedback_request(pair.expert, privileged_feedback_prompt(judged.problem.answer))
+    request = without_repeated_eos(before, request)
+    asked = dataclasses.replace(judged.answered, conversation=before, request=request)
+    again = yield from write_expert_feedback(pair, asked, options, STEP)
+    return _second_look(judged, dataclasses.replace(again, prompt=again.prompt or asked.prompt))
+
+
 def review(
     pair: Pair,
     judged: Sequence[Judged],
     how: str,
     options: GenerationOptions,
-    seeds: Callable[[str], int],
+    seeds: Seeds,
     on_tokens: OnTokens,
 ) -> list[Reviewed]:
     """Hold the expert's verdicts against the right answers, and see to the wrong ones.
@@ -116,14 +128,8 @@ def review(
     Returns:
         One for each, in order.
     """
-    found = [_first_look(one, how) for one in judged]
-    wrong = [index for index, one in enumerate(found) if one.outcome == "left out"]
-    if how != "privileged" or not wrong:
-        return found
-    experts = _ask_again(pair, [judged[index] for index in wrong], options, seeds(STEP), on_tokens)
-    for index, again in zip(wrong, experts, strict=True):
-        found[index] = _second_look(judged[index], again)
-    return found
+    works = [write_review(pair, one, how, options) for one in judged]
+    return ask_in_step(works, seeds, on_tokens)
 
 
 def _first_look(judged: Judged, how: str) -> Reviewed:
@@ -155,27 +161,6 @@ def _second_look(judged: Judged, again: ExpertFeedback) -> Reviewed:
         outcome,
         again,
     )
-
-
-def _ask_again(
-    pair: Pair,
-    judged: Sequence[Judged],
-    options: GenerationOptions,
-    seed: int,
-    on_tokens: OnTokens,
-) -> list[ExpertFeedback]:
-    """The expert's feedback on some answers, with the right ones in sight."""
-    asked = []
-    for one in judged:
-        before = rewind(one.conversation, len(one.answered.conversation.tokens))
-        request = feedback_request(pair.expert, privileged_feedback_prompt(one.problem.answer))
-        request = without_repeated_eos(before, request)
-        asked.append(dataclasses.replace(one.answered, conversation=before, request=request))
-    experts = expert_feedback(pair, asked, options, seed, on_tokens, step=STEP)
-    return [
-        dataclasses.replace(expert, prompt=one.prompt)
-        for expert, one in zip(experts, asked, strict=True)
-    ]
 
 
 def tally(outcomes: Sequence[Outcome | None]) -> dict[str, int]:

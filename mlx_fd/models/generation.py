@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
@@ -21,10 +22,16 @@ from mlx_fd.models import metering
 from mlx_fd.models.chat_template import check_conversation
 from mlx_fd.models.conversation import Conversation, Mark, can_be_cut_back, prefill, rewind
 from mlx_fd.models.loading import Loaded
+from mlx_fd.models.stepping import in_step
 from mlx_fd.models.thinking import Thinking, shared_length
 from mlx_fd.models.view import fused
-from mlx_fd.models.writing import DEFAULTS, GenerateOptions, Sampling, Turn, write
+from mlx_fd.models.writing import DEFAULTS, GenerateOptions, Sampling, Text, Turn, write
 from mlx_fd.problems.thoughts import split
+
+Result = TypeVar("Result")
+
+Writing = Generator[Text, Turn, Result]
+"""What asks for texts, is sent the turns that they became, and ends in something made of them."""
 
 _SENTINEL = "\u241fanswer\u241f"
 
@@ -192,14 +199,15 @@ def generate(
     """
     if not conversations:
         return []
+    pairs = [(old, tuple(prompt)) for old, prompt in zip(conversations, prompts, strict=True)]
     mx.random.seed(sampling.seed)
     with metering.part(metering.WRITING), fused(loaded.model):
         if options.reuse:
-            return _turns(loaded, conversations, prompts, sampling, options)
+            return _together(loaded, [turn(loaded, *pair, sampling, options) for pair in pairs])
         alone = dataclasses.replace(options, keep=False, mark=False)
         return [
-            _turns(loaded, [Conversation(old.tokens)], [prompt], sampling, alone)[0]
-            for old, prompt in zip(conversations, prompts, strict=True)
+            _together(loaded, [turn(loaded, Conversation(old.tokens), prompt, sampling, alone)])[0]
+            for old, prompt in pairs
         ]
 
 
@@ -220,18 +228,32 @@ def think(
     Returns:
         One thought for each prompt, in order; ``None`` where the model does not think.
     """
-    thinking = loaded.thinking
-    if thinking is None or not thinking.on:
+    if loaded.thinking is None or not loaded.thinking.on:
         return [None] * len(prompts)
     mx.random.seed(sampling.seed)
     size = len(prompts) if options.reuse else 1
     found: list[Thought | None] = []
     for begin in range(0, len(prompts), size):
-        starts = [_Start(Conversation(), tuple(one)) for one in prompts[begin : begin + size]]
-        found += _thoughts(
-            loaded, thinking, starts, sampling, dataclasses.replace(options, keep=False)
-        )
+        some = map(tuple, prompts[begin : begin + size])
+        works = [thought_before(loaded, one, sampling, options) for one in some]
+        found += _together(loaded, works)
     return found
+
+
+def thought_before(
+    loaded: Loaded, prompt: tuple[int, ...], sampling: Sampling, options: GenerateOptions
+) -> Writing[Thought | None]:
+    """What :func:`think` does before one reply.
+
+    Yields:
+        The text that is to be written, as :func:`turn` does.
+    """
+    thinking = loaded.thinking
+    if thinking is None or not thinking.on:
+        return None
+    start = _Start(Conversation(), prompt)
+    going_on = dataclasses.replace(options, keep=False)
+    return (yield from _thought(loaded, thinking, start, sampling, going_on))
 
 
 def replying(loaded: Loaded) -> Loaded:
@@ -284,54 +306,47 @@ class _Start:
     base: Conversation | None = None
 
 
-def _turns(
+def turn(
     loaded: Loaded,
-    conversations: Sequence[Conversation],
-    prompts: Sequence[Sequence[int]],
+    conversation: Conversation,
+    prompt: tuple[int, ...],
     sampling: Sampling,
     options: GenerateOptions,
-) -> list[Turn]:
-    """Thoughts, then replies; the conversations have what the template leaves of both."""
+) -> Writing[Turn]:
+    """One turn: a thought, then the reply; the conversation has what the template leaves of both.
+
+    Yields:
+        Each text that the model is to write, to be sent the turn that it became.
+    """
     thinking = loaded.thinking
     if thinking is None:
-        return write(loaded, conversations, prompts, sampling, options)
-    pairs = list(zip(conversations, map(tuple, prompts), strict=True))
-    starts = [_Start(*pair) for pair in pairs]
+        return (yield Text(conversation, prompt, sampling, options))
+    start = _Start(conversation, prompt)
     if options.keep:
-        starts = [_start(loaded, thinking, *pair, sampling) for pair in pairs]
-    ends = frozenset((thinking.turn_end_id,)) - {-1}
-    thoughts: list[Thought | None] = [None] * len(starts)
-    going_on = starts
+        start = _start(loaded, thinking, conversation, prompt, sampling)
+    thought, going_on = None, start
     if thinking.on:
         going_on_from = dataclasses.replace(options, keep=True)
-        found = _thoughts(loaded, thinking, starts, sampling, going_on_from)
-        thoughts = [*found]
-        going_on = [_Start(one.conversation, one.rest) for one in found if one.end is None]
-    written = iter(
-        write(
-            loaded,
-            [start.conversation for start in going_on],
-            [start.prompt for start in going_on],
-            sampling,
-            options,
-            ends,
-        )
-    )
-    turns = []
-    for (old, prompt), start, thought in zip(pairs, starts, thoughts, strict=True):
-        if thought is not None and thought.end is not None:
-            logprobs = (0.0,) if options.logprobs else ()
-            turn = Turn("", (), True, thought.conversation, 0, logprobs)
-        else:
-            turn = next(written)
-        turn = without_thoughts(loaded, thinking, after_thought(turn, thought))
-        turn = dataclasses.replace(turn, prefilled=turn.prefilled + start.prefilled)
-        said = (*old.tokens, *_said(thinking, prompt, turn))
-        conversation = Conversation(said)
-        if options.keep:
-            conversation = _moved(loaded, turn.conversation, said, start.base)
-        turns.append(dataclasses.replace(turn, conversation=conversation))
-    return turns
+        thought = yield from _thought(loaded, thinking, start, sampling, going_on_from)
+        going_on = _Start(thought.conversation, thought.rest)
+    if thought is not None and thought.end is not None:
+        logprobs = (0.0,) if options.logprobs else ()
+        made = Turn("", (), True, thought.conversation, 0, logprobs)
+    else:
+        ends = frozenset((thinking.turn_end_id,)) - {-1}
+        made = yield Text(going_on.conversation, going_on.prompt, sampling, options, ends)
+    made = without_thoughts(loaded, thinking, after_thought(made, thought))
+    made = dataclasses.replace(made, prefilled=made.prefilled + start.prefilled)
+    said = (*conversation.tokens, *_said(thinking, prompt, made))
+    moved = Conversation(said)
+    if options.keep:
+        moved = _moved(loaded, made.conversation, said, start.base)
+    return dataclasses.replace(made, conversation=moved)
+
+
+def _together(loaded: Loaded, works: Sequence[Writing[Result]]) -> list[Result]:
+    """What comes of turns that are written side by side, thoughts with thoughts."""
+    return in_step(works, lambda texts: write(loaded, texts))
 
 
 def _start(
@@ -356,56 +371,46 @@ def _start(
     return _Start(base, rest, len(head) - 1 + (len(old.tokens) if old.cache is None else 0), base)
 
 
-def _thoughts(
+def _thought(
     loaded: Loaded,
     thinking: Thinking,
-    starts: Sequence[_Start],
+    start: _Start,
     sampling: Sampling,
     options: GenerateOptions,
-) -> list[Thought]:
+) -> Writing[Thought]:
     """The first phase: the model thinks until it ends its thought, or to the limit."""
-    whole = [thinking.taken_apart((*one.conversation.tokens, *one.prompt)) for one in starts]
-    parts = [
-        (part[0][len(one.conversation.tokens) :], part[1])
-        for part, one in zip(whole, starts, strict=True)
-        if part is not None
-    ]
-    if len(parts) < len(starts):
+    apart = thinking.taken_apart((*start.conversation.tokens, *start.prompt))
+    if apart is None:
         raise UserError(
             f"{loaded.path}: a prompt ends otherwise than the chat template's prompts do, so that "
             "there is no place for a thought; turn thinking off"
         )
-    turns = write(
-        loaded,
-        [one.conversation for one in starts],
-        [(*head, *thinking.opened_ids) for head, _ in parts],
+    head, begun = apart[0][len(start.conversation.tokens) :], apart[1]
+    made = yield Text(
+        start.conversation,
+        (*head, *thinking.opened_ids),
         dataclasses.replace(sampling, max_tokens=thinking.limit),
         dataclasses.replace(options, mark=False, logprobs=True, states=False),
         frozenset((thinking.end_id,)),
     )
-    thoughts = []
-    for turn, (_, begun) in zip(turns, parts, strict=True):
-        last = turn.tokens[-1]
-        ended = turn.finished and last == thinking.end_id
-        end = None if ended or not turn.finished else (last, turn.logprobs[-1])
-        drawn = turn.tokens[:-1] if end else turn.tokens
-        closing = () if end else thinking.after_ids if ended else thinking.force_ids
-        conversation, rest = turn.conversation, (*closing, *begun)
-        if not rest:  # something has to be read, for the reply's first token to be drawn
-            conversation, rest = rewind(conversation, len(conversation.tokens) - 1), (last,)
-        thoughts.append(
-            Thought(
-                text=turn.text,
-                opening=(*thinking.opened_ids, *drawn, *closing),
-                conversation=conversation,
-                rest=rest,
-                prefilled=turn.prefilled,
-                written=turn.written,
-                closed=not turn.finished,
-                end=end,
-            )
-        )
-    return thoughts
+    last = made.tokens[-1]
+    ended = made.finished and last == thinking.end_id
+    end = None if ended or not made.finished else (last, made.logprobs[-1])
+    drawn = made.tokens[:-1] if end else made.tokens
+    closing = () if end else thinking.after_ids if ended else thinking.force_ids
+    conversation, rest = made.conversation, (*closing, *begun)
+    if not rest:  # something has to be read, for the reply's first token to be drawn
+        conversation, rest = rewind(conversation, len(conversation.tokens) - 1), (last,)
+    return Thought(
+        text=made.text,
+        opening=(*thinking.opened_ids, *drawn, *closing),
+        conversation=conversation,
+        rest=rest,
+        prefilled=made.prefilled,
+        written=made.written,
+        closed=not made.finished,
+        end=end,
+    )
 
 
 def _said(thinking: Thinking, prompt: tuple[int, ...], turn: Turn) -> tuple[int, ...]:

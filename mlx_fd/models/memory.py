@@ -80,6 +80,7 @@ class Workload:
         remembered: earlier samples that are kept to learn from again.
         own_solutions: of each problem that the student judges; all but one are drawn side by side.
         question_tokens: of the problem alone, which they are written after.
+        overlaps: the next batch is begun before the end of one.
     """
 
     batch_size: int
@@ -97,6 +98,7 @@ class Workload:
     remembered: int = 0
     own_solutions: int = 0
     question_tokens: int = 0
+    overlaps: bool = False
 
     @property
     def student_tokens(self) -> int:
@@ -166,6 +168,9 @@ class Needs:
         phases = [self._answering(batch), self._judging(batch)]
         if self._work.own_solutions > _AS_JUDGED:
             phases.append(self._solving(batch))
+        if self._work.overlaps:
+            waiting = batch * self._expert_cache.exact(self._work.student_tokens)
+            phases = [{**parts, "KV caches": parts["KV caches"] + waiting} for parts in phases]
         if self._work.micro_batch:
             phases.append(self._learning(batch, micro))
         most = max(phases, key=lambda parts: sum(parts.values()))

@@ -29,7 +29,7 @@ Draw = Callable[[mx.array], mx.array]
 # mlx-lm's penalty looks at the last 20 tokens; the published ones at all.
 _WHOLE_CONTEXT = 1 << 20
 # Tokens of a prompt that are read at once, as in mlx-lm.
-_PREFILL = 2048
+PREFILL = 2048
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,66 @@ class GenerateOptions:
 DEFAULTS = GenerateOptions()
 
 
+@dataclass(frozen=True)
+class Text:
+    """What a model is to write in one go: a thought, or a reply.
+
+    Attributes:
+        conversation: what was said so far.
+        prompt: what is to be read, at least one token.
+        sampling: how to draw, and the most tokens to write.
+        options: what is kept.
+        ends: tokens that end it beside the model's own.
+    """
+
+    conversation: Conversation
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    options: GenerateOptions
+    ends: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The tokens of a text.
+
+    Attributes:
+        tokens: as they were drawn, at least one.
+        finished: whether the model ended it itself (else the token limit did).
+        cache: the model's state after them, where it was to be kept.
+        mark: its state before the prompt's last token, where ``cache`` cannot be cut back to it.
+        logprobs: of the tokens, where they were asked for.
+        states: where they were asked for, as :class:`Turn` has them.
+    """
+
+    tokens: tuple[int, ...]
+    finished: bool
+    cache: Cache | None = None
+    mark: Cache | None = None
+    logprobs: tuple[float, ...] = ()
+    states: tuple[mx.array, ...] = ()
+
+
+def turn_of(loaded: Loaded, text: Text, drawn: Drawn) -> Turn:
+    """A text that is written, as a turn of its conversation."""
+    old, tokens = text.conversation, drawn.tokens
+    before = (*old.tokens, *text.prompt)
+    return Turn(
+        text=loaded.tokenizer.decode(list(tokens[:-1] if drawn.finished else tokens)).strip(),
+        tokens=tokens,
+        finished=drawn.finished,
+        conversation=Conversation(
+            (*before, *tokens),
+            drawn.cache,
+            None if drawn.mark is None else Mark(len(before) - 1, drawn.mark),
+        ),
+        prefilled=len(text.prompt) + (len(old.tokens) if old.cache is None else 0),
+        logprobs=drawn.logprobs,
+        written=len(tokens),
+        states=drawn.states,
+    )
+
+
 def sampling_for(options: GenerationOptions, step: str, seed: int) -> Sampling:
     """How one step of an episode draws its tokens.
 
@@ -141,26 +201,23 @@ def sampling_for(options: GenerationOptions, step: str, seed: int) -> Sampling:
     return Sampling(limits[step], temperature, penalty, seed)
 
 
-def write(
-    loaded: Loaded,
-    conversations: Sequence[Conversation],
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    options: GenerateOptions,
-    ends: frozenset[int] = frozenset(),
-) -> list[Turn]:
-    """Let the model write until an end-of-turn token, or one of ``ends``."""
-    if not conversations:
+def write(loaded: Loaded, texts: Sequence[Text]) -> list[Turn]:
+    """Let a model write texts side by side, each until an end-of-turn token or one of its ends.
+
+    Args:
+        loaded: who writes.
+        texts: all with the same sampling, options and ends.
+    """
+    if not texts:
         return []
     if not loaded.batched:
-        return [
-            _write_alone(loaded, old, prompt, sampling, options, ends)
-            for old, prompt in zip(conversations, prompts, strict=True)
-        ]
-    eos = {*loaded.tokenizer.eos_token_ids, *ends}
+        return [_write_alone(loaded, text) for text in texts]
+    sampling, options = texts[0].sampling, texts[0].options
+    conversations = [text.conversation for text in texts]
+    eos = {*loaded.tokenizer.eos_token_ids, *texts[0].ends}
     starts = [
-        list(prompt) if old.cache is not None else [*old.tokens, *prompt]
-        for old, prompt in zip(conversations, prompts, strict=True)
+        list(text.prompt) if old.cache is not None else [*old.tokens, *text.prompt]
+        for old, text in zip(conversations, texts, strict=True)
     ]
     cached = [list(old.tokens) if old.cache is not None else [] for old in conversations]
     caches = [
@@ -185,7 +242,7 @@ def write(
     kept: dict[int, Cache] = {}
     drawn_logprobs: dict[int, list[float]] = {}
     states = _States()
-    with closing(generator), _finals(loaded, options) as finals:
+    with closing(generator), finals(loaded, wanted=options.states) as seen:
         # The generator merges caches into new arrays, so conversations stay as they are.
         uids = generator.insert(
             starts,
@@ -195,12 +252,11 @@ def write(
         )
         marks = {
             uid: cache
-            for uid, cache, old, prompt in zip(uids, caches, conversations, prompts, strict=True)
-            if options.mark
-            and not can_be_cut_back(cache, len(old.tokens) + len(prompt) + sampling.max_tokens)
+            for uid, cache, text in zip(uids, caches, texts, strict=True)
+            if needs_mark(text, cache)
         }
         while True:
-            finals.clear()
+            seen.clear()
             prompted, responses = generator.next()
             if not prompted and not responses:
                 break
@@ -210,7 +266,7 @@ def write(
                     marks[part.uid] = generator.extract_cache([part.uid])[part.uid][0]
                     mx.eval([layer.state for layer in marks[part.uid]])
             if options.states:
-                states.keep(finals, prompted, responses)
+                states.keep(seen, prompted, responses)
             if not responses:
                 continue
             if options.logprobs:
@@ -226,30 +282,37 @@ def write(
             if options.on_token is not None:
                 options.on_token(len(responses))
     mx.eval(states.first, states.last)
-    turns = []
-    for uid, old, prompt, start in zip(uids, conversations, prompts, starts, strict=True):
-        tokens = tuple(written[uid])
-        text = tokens[:-1] if finished[uid] else tokens
-        before = (*old.tokens, *prompt)
-        mark = Mark(len(before) - 1, marks[uid]) if uid in marks else None
-        turns.append(
-            Turn(
-                text=loaded.tokenizer.decode(list(text)).strip(),
-                tokens=tokens,
+    return [
+        turn_of(
+            loaded,
+            text,
+            Drawn(
+                tokens=tuple(written[uid]),
                 finished=finished[uid],
-                conversation=Conversation((*before, *tokens), kept.get(uid), mark),
-                prefilled=len(start),
+                cache=kept.get(uid),
+                mark=marks.get(uid),
                 logprobs=tuple(drawn_logprobs.get(uid, ())),
-                written=len(tokens),
                 states=(states.first[uid], states.last[uid]) if options.states else (),
-            )
+            ),
         )
-    return turns
+        for uid, text in zip(uids, texts, strict=True)
+    ]
 
 
-def _finals(loaded: Loaded, options: GenerateOptions) -> AbstractContextManager[list[mx.array]]:
-    """The model's final hidden states of each call, where they are asked for."""
-    return loaded.view.finals() if options.states else nullcontext([])
+def needs_mark(text: Text, cache: Cache) -> bool:
+    """Whether a text's conversation can be rewound only to a copy that is made on the way.
+
+    Args:
+        text: what is to be written.
+        cache: the model's state before it.
+    """
+    before = len(text.conversation.tokens) + len(text.prompt)
+    return text.options.mark and not can_be_cut_back(cache, before + text.sampling.max_tokens)
+
+
+def finals(loaded: Loaded, *, wanted: bool) -> AbstractContextManager[list[mx.array]]:
+    """The model's final hidden states of each call while this is open, where they are wanted."""
+    return loaded.view.finals() if wanted else nullcontext([])
 
 
 class _States:
@@ -291,26 +354,19 @@ class _States:
             self.first[uid] = final[row, -1]
 
 
-def _write_alone(
-    loaded: Loaded,
-    old: Conversation,
-    prompt: Sequence[int],
-    sampling: Sampling,
-    options: GenerateOptions,
-    ends: frozenset[int],
-) -> Turn:
+def _write_alone(loaded: Loaded, text: Text) -> Turn:
     """One turn, for models that mlx-lm's batched generator does not get right."""
-    before = [*old.tokens, *prompt]
+    old, sampling, options = text.conversation, text.sampling, text.options
+    before = [*old.tokens, *text.prompt]
     cache = copy.deepcopy(old.cache) if old.cache is not None else make_prompt_cache(loaded.model)
-    start = [*prompt] if old.cache is not None else before
+    start = [*text.prompt] if old.cache is not None else before
     read_alone(loaded, cache, start[:-1])
-    kept = can_be_cut_back(cache, len(before) + sampling.max_tokens)
-    mark = Mark(len(before) - 1, copy.deepcopy(cache)) if options.mark and not kept else None
-    eos = {*loaded.tokenizer.eos_token_ids, *ends}
+    mark = copy.deepcopy(cache) if needs_mark(text, cache) else None
+    eos = {*loaded.tokenizer.eos_token_ids, *text.ends}
     written: list[int] = []
     logprobs: list[float] = []
     draw, processors = _drawing(loaded, sampling), logits_processors(sampling)
-    with _finals(loaded, options) as finals:
+    with finals(loaded, wanted=options.states) as seen:
         for token, rows in drawn_alone(loaded, cache, before, draw, processors):
             written.append(token)
             if options.logprobs:
@@ -321,26 +377,27 @@ def _write_alone(
                 options.on_token(1)
             if token in eos or len(written) == sampling.max_tokens:
                 break
-            del finals[1:]  # only the first and the last one are wanted
+            del seen[1:]  # only the first and the last one are wanted
     if options.keep:
         read_alone(loaded, cache, written[-1:])
-    finished = written[-1] in eos
-    return Turn(
-        text=loaded.tokenizer.decode(written[:-1] if finished else written).strip(),
-        tokens=tuple(written),
-        finished=finished,
-        conversation=Conversation((*before, *written), cache if options.keep else None, mark),
-        prefilled=len(start),
-        logprobs=tuple(logprobs),
-        written=len(written),
-        states=(finals[0][0, -1], finals[-1][0, -1]) if finals else (),
+    return turn_of(
+        loaded,
+        text,
+        Drawn(
+            tokens=tuple(written),
+            finished=written[-1] in eos,
+            cache=cache if options.keep else None,
+            mark=mark,
+            logprobs=tuple(logprobs),
+            states=(seen[0][0, -1], seen[-1][0, -1]) if seen else (),
+        ),
     )
 
 
 def read_alone(loaded: Loaded, cache: Cache, tokens: Sequence[int]) -> None:
     """Let a model read on, one conversation by itself; ``cache`` then holds the tokens, too."""
-    for begin in range(0, len(tokens), _PREFILL):
-        loaded.model(mx.array([[*tokens[begin : begin + _PREFILL]]]), cache=cache)
+    for begin in range(0, len(tokens), PREFILL):
+        loaded.model(mx.array([[*tokens[begin : begin + PREFILL]]]), cache=cache)
         mx.eval([layer.state for layer in cache])
 
 
@@ -421,16 +478,17 @@ def _keep_logprobs(
 
 
 def token_logprobs(
-    rows: mx.array, tokens: Sequence[int], temperature: float, vocab: int
+    rows: mx.array, tokens: Sequence[int] | mx.array, temperature: float | mx.array, vocab: int
 ) -> mx.array:
     """Log-probabilities [n] of tokens at a temperature, float32.
 
     Args:
         rows: log-probabilities [n, V] at temperature 1.
         tokens: one of each row.
-        temperature: above 0.
+        temperature: above 0; one for all, or one [n, 1] of each.
         vocab: rows beyond it are padding, and never drawn.
     """
     rows = rows[:, :vocab].astype(mx.float32) / temperature
-    drawn = mx.take_along_axis(rows, mx.array([*tokens])[:, None], axis=-1).squeeze(-1)
+    chosen = tokens if isinstance(tokens, mx.array) else mx.array([*tokens])
+    drawn = mx.take_along_axis(rows, chosen[:, None], axis=-1).squeeze(-1)
     return drawn - mx.logsumexp(rows, axis=-1)

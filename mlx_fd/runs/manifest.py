@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from mlx_fd import problems as problem_sets
 from mlx_fd import runs
 from mlx_fd._version import __version__
-from mlx_fd.config import Config
+from mlx_fd.config import CONTINUOUS, Config
 from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint, ranks
 from mlx_fd.models.chat_template import DEFAULT_DATE, ChatTemplate, fitted
@@ -146,6 +146,10 @@ _CHANGEABLE = (
 )
 
 
+# What a run did that began before there were these is what their defaults mean in its files.
+_AS_BEFORE = frozenset(("batching", "places"))
+
+
 def flat_options(config: Config) -> dict[str, Any]:
     """Every option by its name, as JSON has it."""
     sections: dict[str, dict[str, Any]] = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -178,7 +182,7 @@ def check_same(old: Manifest, new: Manifest, folder: Path) -> list[str]:
                 )
         options, now = old["options"], new["options"]
         # What a version did that had not the option yet need not be what its default does.
-        if added := sorted(now.keys() - options.keys()):
+        if added := sorted(now.keys() - options.keys() - _AS_BEFORE):
             raise UserError(
                 f"{folder / runs.MANIFEST}: this run began with an older mlx-fd, which had no "
                 f"{added[0]}. Use that version, or begin a new run{_onwards(folder, options)}"
@@ -188,6 +192,9 @@ def check_same(old: Manifest, new: Manifest, folder: Path) -> list[str]:
             for name, value in options.items()
             if now.get(name) != value
         }
+        # Where a batch and the next one overlap depends on how many there are and where
+        # checkpoints are due.
+        overlaps = options.get("batching") == CONTINUOUS
         # With a last batch that was not full, the next one would leave problems out. With epochs,
         # phases, falling rates or looks of trust, all that was done depends on how many episodes
         # there were to be.
@@ -197,6 +204,7 @@ def check_same(old: Manifest, new: Manifest, folder: Path) -> list[str]:
             and options["loss_weights"] in ("ema", "fixed")
             and options["lr_schedule"] == "constant"
             and (options["gate"] in ("always", "never") or not options["max_disagreement"])
+            and not overlaps
         )
         uncertain = unclear + [
             f"{name} was {value}, is {new[part].get(name)}: the run goes on, but its last digits "
@@ -211,7 +219,8 @@ def check_same(old: Manifest, new: Manifest, folder: Path) -> list[str]:
             "file back, or begin a new run."
         ) from error
     for name, (was, is_now) in changed.items():
-        if name not in _CHANGEABLE and not (name == "episodes" and whole):
+        may_change = name in _CHANGEABLE and not (name == "checkpoint_every" and overlaps)
+        if not may_change and not (name == "episodes" and whole):
             why = (
                 " (what the run did depends on how long it was to be)" if name == "episodes" else ""
             )

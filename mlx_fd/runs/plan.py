@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_fd import problems as problem_sets
 from mlx_fd import runs
-from mlx_fd.config import Config, LossOptions, override, preset, read
+from mlx_fd.config import CONTINUOUS, Config, LossOptions, override, preset, read
 from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint, ranks
 from mlx_fd.models.aliases import ALIASES
@@ -475,6 +475,7 @@ def workload(
     samples = batch_size * (2 if losses.learns_solutions else 1)
     samples += batch_size if options.answers_by == "both" else 0
     kept = config.training.replay_size if config.training.replay else 0
+    continuous, trusts = options.batching == CONTINUOUS, config.gate.max_disagreement > 0
     return Workload(
         batch_size=batch_size,
         micro_batch=min(config.training.micro_batch, samples),
@@ -488,8 +489,10 @@ def workload(
         head_by_head=losses.attention_heads == "aligned",
         grad_checkpoint=config.training.grad_checkpoint,
         remembered=min(kept, config.problems.episodes * samples // batch_size),
-        own_solutions=config.gate.own_solutions if config.gate.max_disagreement else 0,
+        # In continuous batching no more are written side by side than anything else.
+        own_solutions=0 if continuous or not trusts else config.gate.own_solutions,
         question_tokens=tokens(said[:1]),
+        overlaps=continuous and not config.learns_last,
     )
 
 

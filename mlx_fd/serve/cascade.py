@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mlx_fd.evaluation.cascade.scores import HEAD, answer_score
+from mlx_fd.models.lanes import Job
 from mlx_fd.models.writing import Sampling
 from mlx_fd.serve.engine import Written
 from mlx_fd.serve.judging import judge
-from mlx_fd.serve.lanes import Job
 from mlx_fd.serve.models import CASCADE, EXPERT, STUDENT
 from mlx_fd.serve.prompts import Asked
 from mlx_fd.serve.rule import Decision, decided

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlx_fd.models.conversation import Conversation
-from mlx_fd.serve.lanes import Job, Lane, Step, open_lane
+from mlx_fd.models.lanes import Job, Lane, Step, open_lane
 from mlx_fd.serve.text import ReplyText
 
 if TYPE_CHECKING:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_fd.feedback.episode import Criticism, head_score, parsed
+from mlx_fd.feedback.criticism import Criticism, head_score, parsed
 from mlx_fd.models.conversation import Conversation, prefill, rewind_to
 from mlx_fd.models.generation import with_thought
+from mlx_fd.models.lanes import Job
 from mlx_fd.models.writing import Sampling, Turn
 from mlx_fd.problems.arithmetic import first_error
-from mlx_fd.serve.lanes import Job
 from mlx_fd.serve.models import STUDENT, Served
 from mlx_fd.serve.service import Service
 from mlx_fd.serve.speaking import Speaking, thinking_of

@@ -106,7 +106,7 @@ def open_served(student: str, expert: str | None, thoughts: Thoughts = AS_IN_THE
             too much memory, or one that shall think cannot.
     """
     from mlx_fd.evaluation.target import Models, open_target
-    from mlx_fd.feedback.episode import feedback_request
+    from mlx_fd.feedback.criticism import feedback_request
     from mlx_fd.feedback.judge import Judge, locate_model, open_student
     from mlx_fd.models.context import context_length
     from mlx_fd.problems.kinds import KINDS

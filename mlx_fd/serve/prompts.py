@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_fd.errors import UserError
-from mlx_fd.feedback.episode import feedback_request
+from mlx_fd.feedback.criticism import feedback_request
 from mlx_fd.models.generation import messages_prompt
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.serve.errors import ApiError, bad

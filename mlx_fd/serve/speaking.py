@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import AsyncIterator
 
 from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.lanes import Job
 from mlx_fd.models.thinking import Thinking
 from mlx_fd.serve.engine import Engine, Written
 from mlx_fd.serve.errors import bad
-from mlx_fd.serve.lanes import Job
 from mlx_fd.serve.models import Served
 
 

@@ -2,14 +2,17 @@
 
 :func:`run_batch` reads like :mod:`mlx_fd.feedback.episode`:
 
-1. answer                                   :func:`first_answers`
-2. student's and expert's feedback          :func:`_judge`, :func:`~.verdicts.review`
+1. answer                                   :func:`_first_halves`
+2. student's and expert's feedback          likewise
 3. the gate                                 :func:`_ask_gate`
-4. learn; the student's feedback again      :func:`_learn_now`, :func:`_say_again`
-5. merge, revise, criticise, final answer   :func:`merge_and_revise`
+4. learn; the student's feedback again      :func:`_learn_now`, :func:`_second_halves`
+5. merge, revise, criticise, final answer   likewise
 
 What this ends in, right final answers, is learned from in the next batch's update. With ``order``
 ``learn-last`` step 4 comes after step 5, learns from those too, and nothing is said again.
+
+With ``batching`` ``continuous`` each problem goes on as soon as its own turn ends, and steps 4 (its
+end) and 5 go along with steps 1 and 2 of the next batch: between two updates nothing else changes.
 
 Of several ranks (:mod:`mlx_fd.models.ranks`) each has a share of the batch's episodes; what the
 gate reads and what is learned from are all ranks'.
@@ -21,36 +24,24 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_fd.config import Config
+from mlx_fd.config import CONTINUOUS, Config
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import gate
+from mlx_fd.feedback.asking import Group, OnTokens, Seeds, Turns, ask_in_step, derive_seed
+from mlx_fd.feedback.continuous import ask_continuously
 from mlx_fd.feedback.distill import Update, measure_each, set_rates, update
-from mlx_fd.feedback.episode import (
-    Answered,
-    Finished,
-    Judged,
-    OnTokens,
-    derive_seed,
-    episode_row,
-    expert_feedback,
-    first_answers,
-    judge,
-    merge_and_revise,
-    said_again,
-    student_answers,
-    student_feedback,
-    with_second,
-)
-from mlx_fd.feedback.own_solutions import solve_alike
+from mlx_fd.feedback.episode import first_half, second_half
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.phases import PhaseSchedule, combined, phase_weights
+from mlx_fd.feedback.rows import episode_row, with_second
 from mlx_fd.feedback.samples import (
     Sample,
     gather_samples,
@@ -59,8 +50,10 @@ from mlx_fd.feedback.samples import (
     sample_of,
     solution_of,
 )
+from mlx_fd.feedback.stages import Answered, Finished, Judged, StudentFeedback
 from mlx_fd.feedback.teacher_cache import TeacherCache
-from mlx_fd.feedback.verdicts import REASONS, Reviewed, review, tally
+from mlx_fd.feedback.turns import write_first_answer, write_student_answer
+from mlx_fd.feedback.verdicts import REASONS, Reviewed, tally
 from mlx_fd.models import ranks
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.metering import metered
@@ -116,6 +109,13 @@ class Learner:
         """What reports the tokens of a batch's steps."""
         return report_steps(self.report, batch)
 
+    def carry_on(self, groups: Sequence[Group]) -> list[list[Any]]:
+        """What parts of episodes come to, group by group."""
+        options = self.config.generation
+        if options.batching == CONTINUOUS:
+            return ask_continuously(groups, options.places or options.batch_size)
+        return [ask_in_step(one.works, one.seeds, one.on_tokens) for one in groups]
+
     def losses(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
         """The student's losses on each of some samples, as it is now."""
         pair, micro_batch = self.pair, self.config.training.micro_batch
@@ -130,6 +130,19 @@ def report_steps(report: Report, batch: int) -> OnTokens:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """A batch after step 2.
+
+    Attributes:
+        first: its episodes.
+        second: those of the student's answers with ``answers_by`` ``both``, which end here.
+    """
+
+    first: list[Reviewed]
+    second: list[Reviewed]
+
+
+@dataclass(frozen=True)
 class BatchResult:
     """A batch of episodes that is done.
 
@@ -138,12 +151,14 @@ class BatchResult:
         rows: its lines of ``episodes.jsonl``; none in a later epoch.
         metrics: its line of ``metrics.jsonl``.
         samples: what there is to learn from since the batch before, for ``samples.jsonl``.
+        ahead: what is there of the next batch, where that was begun.
     """
 
     state: RunState
     rows: list[EpisodeRow]
     metrics: MetricsRow
     samples: list[Sample]
+    ahead: Begun | None = None
 
 
 @dataclass(frozen=True)
@@ -180,43 +195,57 @@ class _Gated:
     decision: gate.TriggerDecision
 
 
-def run_batch(state: RunState, problems: Sequence[Problem], learner: Learner) -> BatchResult:
-    """One batch of episodes: steps 1 to 5; with ``profile``, what it did beside the least."""
+def overlaps(number: int, config: Config) -> bool:
+    """Whether a batch's end goes along with the beginning of the next one.
+
+    It depends on the batch's number alone: whoever writes beside a text can change the last bit of
+    a sum, and a run that was resumed is to be the one that was not. So nothing overlaps where a
+    checkpoint is due.
+    """
+    continuous = config.generation.batching == CONTINUOUS and not config.learns_last
+    return continuous and (number + 1) % config.episode.checkpoint_every != 0
+
+
+def run_batch(
+    state: RunState,
+    problems: Sequence[Problem],
+    learner: Learner,
+    begun: Begun | None = None,
+    following: Sequence[Problem] = (),
+) -> BatchResult:
+    """One batch of episodes: steps 1 to 5; with ``profile``, what it did beside the least.
+
+    Args:
+        state: where the run stands.
+        problems: the batch's.
+        learner: the run's.
+        begun: what is there of it already.
+        following: problems of the next batch, to be begun beside the end of this one; none: it
+            begins for itself.
+    """
     if not learner.config.episode.profile:
-        return _run_batch(state, problems, learner)[0]
+        return _run_batch(state, problems, learner, begun, following)[0]
     views = {EXPERT: learner.pair.expert.view, STUDENT: learner.pair.student.view}
     with metered(views) as meter:
-        done, updates = _run_batch(state, problems, learner)
+        done, updates = _run_batch(state, problems, learner, begun, following)
     done.metrics["work"] = work_row(meter, done.rows, done.samples, updates, learner.config)
     return done
 
 
 def _run_batch(
-    state: RunState, problems: Sequence[Problem], learner: Learner
+    state: RunState,
+    problems: Sequence[Problem],
+    learner: Learner,
+    begun: Begun | None,
+    following: Sequence[Problem],
 ) -> tuple[BatchResult, list[Update]]:
     begin = time.perf_counter()
-    pair, config, number = learner.pair, learner.config, state.batch
-    on_tokens = learner.on_tokens(number)
-
-    def seeds(step: str) -> int:
-        return derive_seed(config.episode.seed, number, ranks.step_name(step))
-
+    config, before, number = learner.config, state, state.batch
     first = number * config.generation.batch_size + ranks.part(len(problems)).start
-    problems = ranks.share(problems)
-    # 1. and 2. Nothing but the result keeps the answers' caches.
-    options = warmed(config.generation, state.answering)
-    judged = _judge(
-        first_answers(pair, problems, options, seeds("answer"), on_tokens),
-        state.gate,
-        learner,
-        seeds,
-        on_tokens,
-    )
-    reviewed = review(
-        pair, judged, config.losses.expert_verdicts, config.generation, seeds, on_tokens
-    )
+    # 1. and 2.
+    begun = begun or Begun(*learner.carry_on(_first_halves(state, problems, learner)))
+    reviewed, second = begun.first, begun.second
     judged, taught = [one.judged for one in reviewed], [one.taught for one in reviewed]
-    second = _second_answers(state, problems, learner, seeds, on_tokens)
     drawn = [one.judged for one in second] if config.generation.answers_by == "both" else judged
     state = dataclasses.replace(state, answering=_observe_answers(state.answering, drawn, config))
     # 3.
@@ -227,36 +256,32 @@ def _run_batch(
     feedback = gather_samples([gated[index].sample for index in lagging])
     feedback += gather_samples([gated_second[index].sample for index in lagging_second])
     weights = loss_weights(gate_state, learner, number)
-
-    def merged(judged: Sequence[Judged]) -> list[Finished]:
-        return merge_and_revise(pair, judged, config.generation, config.episode, seeds, on_tokens)
-
-    def learn(samples: Sequence[Sample], own: Lessons | None) -> list[Update]:
-        nonlocal state
-        done, replay = _learn_now(state, samples, weights, learner, own)
-        state = dataclasses.replace(state, replay=replay)
-        return done
-
-    # 4. and 5.
-    if config.learns_last:
-        finished = merged(judged)
-        solutions = _solutions(finished, lagging, learner)
-        own = _lessons(finished, taught, lagging, learner)
-        updates = learn([*feedback, *solutions], own)
-    else:
-        updates = learn(feedback, None)
-        # Where the expert was told the right answer, what the student has of it stays out of this.
-        again = [index for index in lagging if updates and reviewed[index].again is None]
-        finished = merged(_say_again(judged, again, learner, seeds, on_tokens))
-        solutions = _solutions(finished, lagging, learner)
-        state = dataclasses.replace(state, replay=_hand_on(state.replay, solutions, learner))
-    after = _measure_learned(gated, lagging if updates else [], learner, number)
-
-    trusted = [gate.stands_alone(state.gate, one.student.confidence) for one in judged]
     gate_state = gate.set_trust(gate_state, learner.progress(number + 1), config.gate)
     written = sum(ranks.gather([expert_tokens([*judged, *(one.judged for one in second)])]))
     state = dataclasses.replace(state, gate=gate_state, spent=state.spent + written)
-    state, decision = _after_updates(state, updates, learner)
+    # 4. and 5.
+    ahead: Begun | None = None
+    if config.learns_last:
+        (finished,) = learner.carry_on([_second_halves(number, judged, (), learner)])
+        solutions = _solutions(finished, lagging, learner)
+        own = _lessons(finished, taught, lagging, learner)
+        state, updates = _learn_now(state, [*feedback, *solutions], weights, learner, own)
+        after = _measure_learned(gated, lagging if updates else [], learner, number)
+        state, decision = _after_updates(state, updates, learner, kept=True)
+    else:
+        state, updates = _learn_now(state, feedback, weights, learner, None)
+        after = _measure_learned(gated, lagging if updates else [], learner, number)
+        state, decision = _after_updates(state, updates, learner, kept=not following)
+        # Where the expert was told the right answer, what the student has of it stays out of this.
+        again = [index for index in lagging if updates and reviewed[index].again is None]
+        groups = [_second_halves(number, judged, again, learner)]
+        groups += _first_halves(state, following, learner) if following else []
+        finished, *next_ones = learner.carry_on(groups)
+        ahead = Begun(*next_ones) if following else None
+        solutions = _solutions(finished, lagging, learner)
+        state = dataclasses.replace(state, replay=_hand_on(state.replay, solutions, learner))
+
+    trusted = [gate.stands_alone(before.gate, one.student.confidence) for one in judged]
     rows = [
         episode_row(
             one,
@@ -271,11 +296,67 @@ def _run_batch(
         rows[index] = with_second(rows[index], one.judged, decided, one.to_json())
     learned = sum(ranks.gather([len(lagging) + len(lagging_second)]))
     metrics = _metrics(state, learned, weights, updates, decision, begin, written)
+    options = warmed(config.generation, before.answering)
     metrics["answer_temperature"] = options.answer_temperature
     outcomes = ranks.gather([one.outcome for one in (*reviewed, *second)])
     metrics["expert_verdicts"] = tally(outcomes)
-    done = BatchResult(state, ranks.gather(rows), metrics, [*feedback, *solutions])
+    done = BatchResult(state, ranks.gather(rows), metrics, [*feedback, *solutions], ahead)
     return done, updates
+
+
+def _seeds(number: int, learner: Learner) -> Seeds:
+    """The seeds of a batch's draws."""
+    seed = learner.config.episode.seed
+    return lambda step: derive_seed(seed, number, ranks.step_name(step))
+
+
+def _first_halves(state: RunState, problems: Sequence[Problem], learner: Learner) -> list[Group]:
+    """Steps 1 and 2 of a batch's episodes; and with ``answers_by`` ``both`` of the student's.
+
+    Args:
+        state: where the run stands before the batch.
+        problems: the batch's.
+        learner: the run's.
+    """
+    pair, config, number = learner.pair, learner.config, state.batch
+    options, problems = warmed(config.generation, state.answering), ranks.share(problems)
+    seeds, on_tokens = _seeds(number, learner), learner.on_tokens(number)
+
+    def needs_expert(answered: Answered, student: StudentFeedback) -> bool:
+        # Where there is no trust, and for an audit.
+        trusted = gate.stands_alone(state.gate, student.confidence)
+        return _audited(answered.problem, config) or not trusted
+
+    def halves(answers: Iterable[Turns[Answered]]) -> list[Turns[Reviewed]]:
+        return [first_half(pair, one, config, needs_expert) for one in answers]
+
+    first = halves(write_first_answer(pair, one, options) for one in problems)
+    second: list[Turns[Reviewed]] = []
+    # The student's own are only there to learn from.
+    if options.answers_by == "both" and not state.gate.frozen:
+        second = halves(write_student_answer(pair, one, options) for one in problems)
+    return [
+        Group(first, seeds, on_tokens),
+        Group(second, lambda step: seeds(f"second {step}"), on_tokens),
+    ]
+
+
+def _second_halves(
+    number: int, judged: Sequence[Judged], again: Collection[int], learner: Learner
+) -> Group:
+    """Steps 4, its end, and 5 of a batch's episodes.
+
+    Args:
+        number: the batch's.
+        judged: its episodes after step 2.
+        again: those on which the student learned and gives its feedback again.
+        learner: the run's.
+    """
+    works = [
+        second_half(learner.pair, one, learner.config, again=index in again)
+        for index, one in enumerate(judged)
+    ]
+    return Group(works, _seeds(number, learner), learner.on_tokens(number))
 
 
 def expert_tokens(judged: Sequence[Judged]) -> int:
@@ -285,65 +366,6 @@ def expert_tokens(judged: Sequence[Judged]) -> int:
 
 def _audited(problem: Problem, config: Config) -> bool:
     return gate.audited(problem.id, config.episode.seed, config.gate)
-
-
-def _judge(
-    answered: Sequence[Answered],
-    state: gate.GateState,
-    learner: Learner,
-    seeds: Callable[[str], int],
-    on_tokens: OnTokens,
-) -> list[Judged]:
-    """Step 2: the student's feedback, then the expert's where the student does not stand alone."""
-    pair, config = learner.pair, learner.config
-    students = student_feedback(
-        pair, answered, config.generation, seeds("student_feedback"), on_tokens
-    )
-    if gate.may_trust(config.gate):
-        students = solve_alike(
-            pair,
-            answered,
-            students,
-            config.generation,
-            config.gate.own_solutions,
-            seeds("student_solution"),
-            on_tokens,
-        )
-    # Where there is no trust, and for an audit.
-    asked = [
-        index
-        for index, (one, student) in enumerate(zip(answered, students, strict=True))
-        if _audited(one.problem, config) or not gate.stands_alone(state, student.confidence)
-    ]
-    experts = expert_feedback(
-        pair,
-        [answered[index] for index in asked],
-        config.generation,
-        seeds("expert_feedback"),
-        on_tokens,
-    )
-    return judge(answered, students, dict(zip(asked, experts, strict=True)))
-
-
-def _second_answers(
-    state: RunState,
-    problems: Sequence[Problem],
-    learner: Learner,
-    seeds: Callable[[str], int],
-    on_tokens: OnTokens,
-) -> list[Reviewed]:
-    """Steps 1 and 2 for the student's answers, with ``answers_by`` ``both``: only to learn from."""
-    pair, config = learner.pair, learner.config
-    options = warmed(config.generation, state.answering)
-    if options.answers_by != "both" or state.gate.frozen:
-        return []
-
-    def second(step: str) -> int:
-        return seeds(f"second {step}")
-
-    answered = student_answers(pair, problems, options, second("answer"), on_tokens)
-    judged = _judge(answered, state.gate, learner, second, on_tokens)
-    return review(pair, judged, config.losses.expert_verdicts, options, second, on_tokens)
 
 
 def _observe_answers(state: Answering, judged: Sequence[Judged], config: Config) -> Answering:
@@ -493,11 +515,11 @@ def _learn_now(
     weights: Mapping[str, float],
     learner: Learner,
     own: Lessons | None,
-) -> tuple[list[Update], Replay]:
-    """Step 4: the batch's optimiser steps, and what is remembered after them.
+) -> tuple[RunState, list[Update]]:
+    """Step 4: the batch's optimiser steps, and the state with what is remembered after them.
 
     Args:
-        state: before the batch.
+        state: before them.
         samples: of this batch; what is fresh in ``state`` is learned from with them, and earlier
             ones are learned from again.
         weights: what each loss counts.
@@ -511,7 +533,10 @@ def _learn_now(
     )
     new = replay.fresh()
     if not samples:
-        return [], replay
+        return dataclasses.replace(state, replay=replay), []
+    if config.generation.batching == CONTINUOUS:
+        # Dropout draws the same numbers whoever wrote before.
+        mx.random.seed(_seeds(number, learner)("distil"))
     rng = np.random.default_rng(derive_seed(config.episode.seed, number, "replay"))
     scaled = {name: weights[name] * state.scales[name] for name in config.losses.losses}
     updates, lags = [], {}
@@ -523,7 +548,7 @@ def _learn_now(
         learner.on_tokens(number)("distil", done.tokens)
     replay = replay.learned(lags, config.training.replay_size if config.training.replay else 0)
     learner.memory.keep(replay)
-    return updates, replay
+    return dataclasses.replace(state, replay=replay), updates
 
 
 def _step(
@@ -553,30 +578,6 @@ def _step(
     )
 
 
-def _say_again(
-    judged: Sequence[Judged],
-    learned: Sequence[int],
-    learner: Learner,
-    seeds: Callable[[str], int],
-    on_tokens: OnTokens,
-) -> list[Judged]:
-    """Step 4, its end: the student's feedback as it is after learning, where it learned."""
-    step = "student_feedback_again"
-    again = student_feedback(
-        learner.pair,
-        [judged[index].answered for index in learned],
-        learner.config.generation,
-        seeds(step),
-        on_tokens,
-        step,
-    )
-    said = dict(zip(learned, again, strict=True))
-    return [
-        one if index not in said else said_again(one, said[index])
-        for index, one in enumerate(judged)
-    ]
-
-
 def _hand_on(replay: Replay, solutions: Sequence[Sample], learner: Learner) -> Replay:
     """What is remembered with solutions that the next update is to learn from."""
     after = replay.added(solutions, fresh=True)
@@ -598,9 +599,16 @@ def _measure_learned(
 
 
 def _after_updates(
-    state: RunState, updates: Sequence[Update], learner: Learner
+    state: RunState, updates: Sequence[Update], learner: Learner, *, kept: bool
 ) -> tuple[RunState, gate.StopDecision | None]:
-    """The state after a batch's updates, with a probe evaluation where one is due."""
+    """The state after a batch's updates, with a probe evaluation where one is due.
+
+    Args:
+        state: before them.
+        updates: the batch's.
+        learner: the run's.
+        kept: whether the student can be kept as it is now, and so be the best one.
+    """
     config = learner.config
     state = dataclasses.replace(
         state,
@@ -615,7 +623,7 @@ def _after_updates(
         state.gate, losses, config.gate, cost=float(state.spent)
     )
     state = dataclasses.replace(state, gate=gate_state, spent=0)
-    return with_probe(state, losses), decision
+    return with_probe(state, losses, kept=kept), decision
 
 
 def rehearse_batch(state: RunState, rows: Sequence[SampleRow], learner: Learner) -> BatchResult:
@@ -638,7 +646,7 @@ def rehearse_batch(state: RunState, rows: Sequence[SampleRow], learner: Learner)
         for step, chosen in enumerate(steps):
             updates.append(_step(learner, [samples[k] for k in chosen], scaled, (number, step)))
             learner.on_tokens(number)("distil", updates[-1].tokens)
-    state, decision = _after_updates(state, updates, learner)
+    state, decision = _after_updates(state, updates, learner, kept=True)
     metrics = _metrics(state, len(rows), weights, updates, decision, begin, 0)
     return BatchResult(state, [], metrics, [])
 

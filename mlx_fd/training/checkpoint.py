@@ -107,8 +107,17 @@ class RunState:
         )
 
 
-def with_probe(state: RunState, losses: dict[str, float]) -> RunState:
-    """The state after a probe evaluation."""
+def with_probe(state: RunState, losses: dict[str, float], *, kept: bool = True) -> RunState:
+    """The state after a probe evaluation.
+
+    Args:
+        state: before it.
+        losses: on the probe set.
+        kept: whether a checkpoint can be written of the student as it is; only then it can be the
+            best one.
+    """
+    if not kept:
+        return dataclasses.replace(state, probe_last=losses)
     known = [name for name in losses if state.probe_first.get(name, 0) > 0]
     if known:
         level = sum(losses[name] / state.probe_first[name] for name in known) / len(known)
@@ -304,6 +313,8 @@ class Done:
         done: problems so far, over all epochs.
         total: problems of the run, over all epochs.
         warnings: what the user should know of by now.
+        ahead: whether the next batch is begun already, which is in no checkpoint: the run can
+            neither be saved nor stopped here.
     """
 
     state: RunState
@@ -313,6 +324,7 @@ class Done:
     done: int
     total: int
     warnings: Sequence[str] = ()
+    ahead: bool = False
 
 
 def begin_or_restore(
@@ -364,9 +376,9 @@ def run_batches(
         with runs.wrap_write_errors(run.records.folder):
             for name, rows in done.logs.items():
                 run.records.append(name, rows)
-            stopping = run.stop()
+            stopping = not done.ahead and run.stop()
             due = state.batch - saved >= run.config.episode.checkpoint_every
-            if due or stopping or state.best_batch != best_before:
+            if not done.ahead and (due or stopping or state.best_batch != best_before):
                 save(run, state)
                 saved = state.batch
         run.report(BatchDone(done.done, done.total, done.rows, done.metrics))

@@ -38,9 +38,11 @@ from mlx_fd.runs.records import (
 )
 from mlx_fd.runs.summary import find_warnings, summarise
 from mlx_fd.training.batch import (
+    Begun,
     Learner,
     Report,
     check_finite,
+    overlaps,
     rehearse_batch,
     report_steps,
     run_batch,
@@ -163,12 +165,16 @@ def run(
     )
     warned: set[str] = set()
     recent: list[EpisodeRow] = []
+    ahead: Begun | None = None
 
     def batch(state: RunState) -> Done:
-        nonlocal recent
+        nonlocal recent, ahead
         epoch, index = divmod(state.batch, batches)
         if epoch == 0:
-            result = run_batch(state, problems[index * size : (index + 1) * size], learner)
+            begin, end = index * size, (index + 1) * size
+            following = problems[end : end + size] if overlaps(state.batch, config) else ()
+            result = run_batch(state, problems[begin:end], learner, ahead, following)
+            ahead = result.ahead
         else:
             again = [row for row in runs.read_samples(folder) if row["batch"] == index]
             result = rehearse_batch(state, again, learner)
@@ -192,6 +198,7 @@ def run(
             done=epoch * len(problems) + min((index + 1) * size, len(problems)),
             total=config.training.epochs * len(problems),
             warnings=list(new.values()),
+            ahead=ahead is not None,
         )
 
     reached = run_batches(this, state, batch, total)

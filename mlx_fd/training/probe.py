@@ -16,19 +16,8 @@ import mlx.core as mx
 
 from mlx_fd.config import Config, GenerationOptions
 from mlx_fd.errors import UserError
+from mlx_fd.feedback.asking import OnTokens, derive_seed
 from mlx_fd.feedback.distill import measure
-from mlx_fd.feedback.episode import (
-    Answered,
-    OnTokens,
-    answer,
-    as_student,
-    derive_seed,
-    expert_feedback,
-    first_answers,
-    judge,
-    said_by_expert,
-    student_feedback,
-)
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import (
     Sample,
@@ -36,6 +25,16 @@ from mlx_fd.feedback.samples import (
     gather_samples,
     sample_of,
     solution_of,
+)
+from mlx_fd.feedback.stages import Answered
+from mlx_fd.feedback.turns import (
+    answer,
+    as_student,
+    expert_feedback,
+    first_answers,
+    judge,
+    said_by_expert,
+    student_feedback,
 )
 from mlx_fd.feedback.verdicts import review
 from mlx_fd.files import digest_of, write_json, write_with

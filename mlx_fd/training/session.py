@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd import runs
-from mlx_fd.config import Config, read, to_toml
+from mlx_fd.config import CONTINUOUS, Config, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.files import write_json
 from mlx_fd.models import ranks
@@ -105,7 +105,7 @@ def new_plan(folder: Path, config: Config) -> Plan:
     from mlx_fd.models.backend import backend
 
     backend()
-    config = _dated(config)
+    config = _settled(config)
 
     ranks.share_batches(not config.models.shard_expert)
 
@@ -131,6 +131,16 @@ def _check_ranks(config: Config) -> None:
         UserError: they would each do the whole work, or parts of it are not theirs to divide.
     """
     sharded = config.models.shard_expert
+    if ranks.processes() > 1 and config.generation.batching == CONTINUOUS:
+        raise UserError(
+            "batching = continuous is for a run in one process: use --batching lockstep, or start "
+            "without mlx.launch"
+        )
+    if config.generation.places and config.generation.batching == "lockstep":
+        raise UserError(
+            "places is for batching = continuous, and auto is lockstep on the CPU, for several "
+            "processes and with sequential: leave places out, or use --batching continuous"
+        )
     if ranks.processes() == 1:
         if sharded:
             raise UserError(
@@ -155,13 +165,23 @@ def _check_ranks(config: Config) -> None:
             )
 
 
-def _dated(config: Config) -> Config:
-    """The configuration with the day on which its run begins: also its templates' tomorrow."""
-    if config.models.template_date:
-        return config
-    today = ranks.from_first(datetime.date.today().isoformat().encode).decode()
-    models = dataclasses.replace(config.models, template_date=today)
-    return dataclasses.replace(config, models=models)
+def _settled(config: Config) -> Config:
+    """The configuration with what is to stay as it is when its run begins.
+
+    That is the day, also its templates' tomorrow, and how turns are written. In the file of a run
+    that began before there was a choice stands ``auto``, and it goes on in lockstep.
+    """
+    from mlx_fd.models.backend import backend
+
+    models, generation = config.models, config.generation
+    if not models.template_date:
+        today = ranks.from_first(datetime.date.today().isoformat().encode).decode()
+        models = dataclasses.replace(models, template_date=today)
+    if generation.batching == "auto" and not config.self_distils:
+        alone = backend().on_cpu or ranks.processes() > 1 or generation.sequential
+        batching = "lockstep" if alone else CONTINUOUS
+        generation = dataclasses.replace(generation, batching=batching)
+    return dataclasses.replace(config, models=models, generation=generation)
 
 
 @contextlib.contextmanager

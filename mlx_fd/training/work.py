@@ -36,7 +36,7 @@ def work_row(
         updates: the batch's.
         config: of the run.
     """
-    places = config.generation.batch_size
+    places = config.generation.places or config.generation.batch_size
     written = {
         of: sum(sum(_of(of, row, config).values()) for row in rows) for of in (EXPERT, STUDENT)
     }

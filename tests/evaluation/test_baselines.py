@@ -9,18 +9,18 @@ import pytest
 from mlx_fd import problems
 from mlx_fd.config import preset
 from mlx_fd.evaluation.baselines import SYSTEMS, Setting
-from mlx_fd.feedback.episode import (
+from mlx_fd.feedback.asking import derive_seed
+from mlx_fd.feedback.gate import initial_state
+from mlx_fd.feedback.pair import open_pair
+from mlx_fd.feedback.risk import RunningTrust, Trust
+from mlx_fd.feedback.turns import (
     answer,
-    derive_seed,
     expert_feedback,
     first_answers,
     judge,
     merge_and_revise,
     student_feedback,
 )
-from mlx_fd.feedback.gate import initial_state
-from mlx_fd.feedback.pair import open_pair
-from mlx_fd.feedback.risk import RunningTrust, Trust
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.loading import open_template
 from mlx_fd.models.resolve import resolve

@@ -8,15 +8,15 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_fd.config import GenerationOptions, LossOptions
-from mlx_fd.feedback.episode import (
+from mlx_fd.feedback.pair import load_pair
+from mlx_fd.feedback.samples import sample_of
+from mlx_fd.feedback.turns import (
     expert_feedback,
     expert_turn,
     first_answers,
     judge,
     student_feedback,
 )
-from mlx_fd.feedback.pair import load_pair
-from mlx_fd.feedback.samples import sample_of
 from mlx_fd.models.conversation import Conversation, prefill
 from mlx_fd.models.generation import first_prompt, followup_prompt, generate
 from mlx_fd.models.writing import GenerateOptions, sampling_for

@@ -11,7 +11,9 @@ from mlx_fd import runs
 from mlx_fd.config import Config, LossOptions, override
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.distill import make_optimizer, measure, update
-from mlx_fd.feedback.episode import (
+from mlx_fd.feedback.pair import open_pair
+from mlx_fd.feedback.samples import sample_of, solution_of
+from mlx_fd.feedback.turns import (
     answer,
     expert_feedback,
     first_answers,
@@ -19,8 +21,6 @@ from mlx_fd.feedback.episode import (
     student_feedback,
     student_prompt,
 )
-from mlx_fd.feedback.pair import open_pair
-from mlx_fd.feedback.samples import sample_of, solution_of
 from mlx_fd.losses.kernel_checks import float64
 from mlx_fd.models.loading import open_template
 from mlx_fd.problems import Problem

@@ -9,15 +9,10 @@ import pytest
 from mlx_fd import runs
 from mlx_fd.config import Config, override, preset
 from mlx_fd.errors import UserError
-from mlx_fd.feedback.episode import (
-    Answered,
-    ExpertFeedback,
-    Judged,
-    StudentFeedback,
-    feedback_request,
-)
+from mlx_fd.feedback.criticism import feedback_request
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import Sample, sample_of
+from mlx_fd.feedback.stages import Answered, ExpertFeedback, Judged, StudentFeedback
 from mlx_fd.feedback.verdicts import (
     _second_look,
     contradicts,

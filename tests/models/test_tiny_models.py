@@ -17,15 +17,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_tokenizer
 
 from mlx_fd.config import EpisodeOptions, GenerationOptions, ModelOptions
-from mlx_fd.feedback.episode import (
-    answer,
-    expert_feedback,
-    feedback_request,
-    judge,
-    merge_and_revise,
-    student_feedback,
-)
+from mlx_fd.feedback.criticism import feedback_request
 from mlx_fd.feedback.pair import Pair
+from mlx_fd.feedback.turns import answer, expert_feedback, judge, merge_and_revise, student_feedback
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.generation import first_prompt, followup_prompt
 from mlx_fd.models.loading import load

@@ -10,6 +10,7 @@ from mlx_lm.generate import BatchGenerator
 
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import first_prompt
+from mlx_fd.models.lanes import Job, open_lane
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.models.thinking import Thinking
@@ -17,7 +18,6 @@ from mlx_fd.models.writing import Sampling
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.problems.thoughts import FAMILIES
 from mlx_fd.serve.errors import ApiError
-from mlx_fd.serve.lanes import Job, open_lane
 from mlx_fd.serve.limits import Admission, Limits, is_loopback, same_key
 from mlx_fd.serve.text import ReplyText
 from support.serving import questions
@@ -83,7 +83,7 @@ def test_log_probabilities_are_those_of_a_whole_reading(loaded):
 
 
 @pytest.mark.parametrize("running", [0, 1, 3])
-def test_who_joins_has_a_first_token_after_as_many_steps_as_in_bare_generation(loaded, running):
+def test_who_joins_has_a_first_token_a_step_sooner_than_in_bare_generation(loaded, running):
     """An engine takes orders between two steps: one more at most, and what the queue takes."""
     prompts = [first_prompt(loaded, answer_prompt(one)) for one in questions(running + 1)]
     lane = open_lane(loaded, 8)
@@ -110,7 +110,7 @@ def test_who_joins_has_a_first_token_after_as_many_steps_as_in_bare_generation(l
             step()
         steps.append(first(begin(prompts[-1]), step))
     bare.close()
-    assert steps[1] == steps[0] < 5
+    assert steps[1] < steps[0] < 5
 
 
 def test_a_text_that_leaves_is_written_no_further(loaded):

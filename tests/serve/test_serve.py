@@ -14,8 +14,8 @@ import pytest
 from mlx_fd.cli import cli
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.target import Models, open_target
-from mlx_fd.feedback.episode import answer
 from mlx_fd.feedback.judge import Judge, locate_model
+from mlx_fd.feedback.turns import answer
 from mlx_fd.problems import Problem
 from support.serving import (
     KEY,

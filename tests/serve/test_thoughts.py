@@ -14,13 +14,13 @@ from mlx_fd.evaluation.target import Models, open_target
 from mlx_fd.feedback.judge import Judge, ModelRef, locate_model, open_student
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import first_prompt, generate
+from mlx_fd.models.lanes import Job
 from mlx_fd.models.loading import with_thinking
 from mlx_fd.models.writing import GenerateOptions, Sampling
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.serve.calibration import rule_of
 from mlx_fd.serve.engine import Engine
 from mlx_fd.serve.errors import ApiError
-from mlx_fd.serve.lanes import Job
 from mlx_fd.serve.limits import Limits
 from mlx_fd.serve.models import Served, Thoughts, open_served
 from mlx_fd.serve.prompts import ask_chat

@@ -8,8 +8,9 @@ backend()
 
 from mlx_fd import problems  # noqa: E402
 from mlx_fd.config import override, preset  # noqa: E402
-from mlx_fd.feedback.episode import derive_seed, first_answers  # noqa: E402
+from mlx_fd.feedback.asking import derive_seed  # noqa: E402
 from mlx_fd.feedback.pair import load_pair  # noqa: E402
+from mlx_fd.feedback.turns import first_answers  # noqa: E402
 from mlx_fd.training.probe import Headroom, load_probe, make_probe, save_probe  # noqa: E402
 
 

@@ -13,8 +13,8 @@ import pytest
 from mlx_fd import runs
 from mlx_fd.config import Config, override, preset
 from mlx_fd.errors import UserError
-from mlx_fd.feedback.episode import combined_score
 from mlx_fd.feedback.pair import open_pair
+from mlx_fd.feedback.stages import combined_score
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import first_prompt, generate
 from mlx_fd.models.writing import GenerateOptions, Sampling

@@ -111,7 +111,7 @@ def test_what_is_remembered_is_bounded_and_survives_json():
 
 def test_a_run_that_mixes_is_resumed_bit_for_bit(dirs, tmp_path, monkeypatch):
     """Stopped after each batch: what is replayed comes again from the log, to the same bits."""
-    monkeypatch.setattr("mlx_fd.feedback.episode.is_right", lambda final, problem: True)
+    monkeypatch.setattr("mlx_fd.feedback.stages.is_right", lambda final, problem: True)
     plan = make_plan(*dirs, **MIXED)
     sizes = []
     kept = replaying.Memory.keep

@@ -11,7 +11,8 @@ from mlx_fd import runs
 from mlx_fd.config import Config, override
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import distill
-from mlx_fd.feedback.episode import (
+from mlx_fd.feedback.pair import open_pair
+from mlx_fd.feedback.stages import (
     Answered,
     ExpertFeedback,
     Finished,
@@ -19,7 +20,6 @@ from mlx_fd.feedback.episode import (
     StudentFeedback,
     Usage,
 )
-from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import first_prompt
 from mlx_fd.problems import Problem, prompts

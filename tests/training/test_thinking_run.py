@@ -12,9 +12,9 @@ from mlx_fd import open_student, run_loop
 from mlx_fd.cli.app import cli
 from mlx_fd.config import Config, override
 from mlx_fd.errors import UserError
-from mlx_fd.feedback.episode import expert_feedback, first_answers, judge, student_feedback
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import sample_of
+from mlx_fd.feedback.turns import expert_feedback, first_answers, judge, student_feedback
 from mlx_fd.models.generation import first_prompt, followup_prompt
 from support.loops import assert_same, rows, start
 from support.pairs import SMALL, make_plan

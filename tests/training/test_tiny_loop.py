@@ -7,8 +7,11 @@ import mlx.core as mx
 import pytest
 
 from mlx_fd.config import Config, override, preset
-from mlx_fd.feedback.episode import (
-    StudentFeedback,
+from mlx_fd.feedback.own_solutions import solve_alike
+from mlx_fd.feedback.pair import open_pair
+from mlx_fd.feedback.samples import solution_of
+from mlx_fd.feedback.stages import StudentFeedback
+from mlx_fd.feedback.turns import (
     answer,
     expert_feedback,
     first_answers,
@@ -16,9 +19,6 @@ from mlx_fd.feedback.episode import (
     merge_and_revise,
     student_feedback,
 )
-from mlx_fd.feedback.own_solutions import solve_alike
-from mlx_fd.feedback.pair import open_pair
-from mlx_fd.feedback.samples import solution_of
 from mlx_fd.models.generation import first_prompt
 from mlx_fd.problems import Problem, prompts
 from mlx_fd.runs.plan import make_plan

@@ -9,7 +9,8 @@ from mlx_fd.evaluation.baselines import BASE, STUDENT, register_system
 from mlx_fd.evaluation.baselines.trials import Seeds, Setting, System, Trial, trial
 
 if TYPE_CHECKING:
-    from mlx_fd.feedback.episode import Answered, OnTokens
+    from mlx_fd.feedback.asking import OnTokens
+    from mlx_fd.feedback.stages import Answered
 
 
 def as_answered(

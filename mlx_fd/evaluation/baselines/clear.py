@@ -10,7 +10,8 @@ from mlx_fd.evaluation.baselines import CLEAR, LOOP, register_system
 from mlx_fd.evaluation.baselines.trials import Seeds, Setting, System, Trial, trial
 
 if TYPE_CHECKING:
-    from mlx_fd.feedback.episode import Answered, Finished, Judged, OnTokens
+    from mlx_fd.feedback.asking import OnTokens
+    from mlx_fd.feedback.stages import Answered, Finished, Judged
 
 
 def clear(
@@ -20,7 +21,7 @@ def clear(
 
     The amateur never learns. It has no score head, so the score that it wrote stands for its own.
     """
-    from mlx_fd.feedback.episode import expert_feedback, judge, student_feedback
+    from mlx_fd.feedback.turns import expert_feedback, judge, student_feedback
 
     pair, options = setting.pair, setting.generation
     students = [
@@ -42,9 +43,9 @@ def loop(
     Where the gate trusts it, its feedback stands alone; the expert is asked for the rest. Nothing
     is audited, because nothing learns.
     """
-    from mlx_fd.feedback.episode import expert_feedback, judge, student_feedback
     from mlx_fd.feedback.gate import stands_alone
     from mlx_fd.feedback.own_solutions import solve_alike
+    from mlx_fd.feedback.turns import expert_feedback, judge, student_feedback
 
     pair, options, state = setting.pair, setting.generation, setting.state
     students = student_feedback(pair, answered, options, seeds("student_feedback"), on_tokens)
@@ -66,7 +67,7 @@ def loop(
 def _finished(
     setting: Setting, judged: Sequence[Judged], seeds: Seeds, on_tokens: OnTokens
 ) -> list[Trial]:
-    from mlx_fd.feedback.episode import merge_and_revise
+    from mlx_fd.feedback.turns import merge_and_revise
 
     finished = merge_and_revise(
         setting.pair, judged, setting.generation, setting.episode, seeds, on_tokens

@@ -17,7 +17,8 @@ from mlx_fd.problems import prompts
 from mlx_fd.problems.kinds import form_of
 
 if TYPE_CHECKING:
-    from mlx_fd.feedback.episode import Answered, OnTokens, Usage
+    from mlx_fd.feedback.asking import OnTokens
+    from mlx_fd.feedback.stages import Answered, Usage
     from mlx_fd.models.conversation import Conversation
     from mlx_fd.models.loading import Loaded
 
@@ -43,7 +44,7 @@ class Criticised:
 
 def feedback_stage(step: str, expert: Loaded, prompt: str = "") -> Stage:
     """A stage that writes a score and feedback; ``prompt`` as for ``feedback_request``."""
-    from mlx_fd.feedback.episode import feedback_request
+    from mlx_fd.feedback.criticism import feedback_request
 
     return Stage(step, feedback_request(expert, prompt), f"{prompts.FEEDBACK_OPENING} ")
 
@@ -79,7 +80,8 @@ def criticise(
     on_tokens: OnTokens,
 ) -> list[Criticised]:
     """Let the expert go through a critic's stages, one turn each."""
-    from mlx_fd.feedback.episode import expert_turn, parsed
+    from mlx_fd.feedback.criticism import parsed
+    from mlx_fd.feedback.turns import expert_turn
     from mlx_fd.models.writing import GenerateOptions, sampling_for
 
     options = setting.generation
@@ -116,7 +118,7 @@ def revise(
     keep: bool = True,
 ) -> list[Criticised]:
     """Let the expert apply the feedback that it has just given."""
-    from mlx_fd.feedback.episode import expert_turn
+    from mlx_fd.feedback.turns import expert_turn
     from mlx_fd.models.generation import followup_prompt
     from mlx_fd.models.writing import GenerateOptions, sampling_for
 

@@ -17,7 +17,8 @@ from mlx_fd.evaluation.baselines.critics import (
 from mlx_fd.evaluation.baselines.trials import Seeds, Setting, System, Trial, trial
 
 if TYPE_CHECKING:
-    from mlx_fd.feedback.episode import Answered, OnTokens
+    from mlx_fd.feedback.asking import OnTokens
+    from mlx_fd.feedback.stages import Answered
 
 ATTEMPTS = 4
 """Feedbacks at most, as in their code for GSM8K."""

@@ -11,9 +11,10 @@ from mlx_fd.registry import Entry
 from mlx_fd.runs.records import ThoughtColumns, TrialRow, thought_columns
 
 if TYPE_CHECKING:
-    from mlx_fd.feedback.episode import Answered, OnTokens, Usage
+    from mlx_fd.feedback.asking import OnTokens
     from mlx_fd.feedback.gate import GateState
     from mlx_fd.feedback.pair import Pair
+    from mlx_fd.feedback.stages import Answered, Usage
     from mlx_fd.models.loading import Loaded
     from mlx_fd.problems.prompts import Answer
 

@@ -12,9 +12,10 @@ from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.cache import Rows
 from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.cascade.scores import HEAD, Score, answer_score
-from mlx_fd.feedback.episode import generate_step, read_answer
+from mlx_fd.feedback.asking import generate_step
 from mlx_fd.feedback.judge import Judge, locate_model
 from mlx_fd.feedback.pair import Pair
+from mlx_fd.feedback.turns import read_answer
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import first_prompt
 from mlx_fd.models.loading import Loaded

@@ -15,12 +15,12 @@ from starlette.routing import Route
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cascade.scores import HEAD
 from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.lanes import Job
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.serve.cascade import decide
 from mlx_fd.serve.engine import Writing, Written
 from mlx_fd.serve.exchange import Exchange, Reply, read_json
 from mlx_fd.serve.kept import EXPERT as BY_EXPERT
-from mlx_fd.serve.lanes import Job
 from mlx_fd.serve.models import EXPERT, STUDENT
 from mlx_fd.serve.prompts import Asked, ask_chat, ask_completion
 from mlx_fd.serve.rule import Decision

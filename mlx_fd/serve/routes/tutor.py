@@ -31,6 +31,7 @@ from mlx_fd.feedback.tutoring import (
     write_step_of,
 )
 from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.lanes import Job
 from mlx_fd.models.writing import Sampling
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import read_final
@@ -38,7 +39,6 @@ from mlx_fd.serve.cascade import decide
 from mlx_fd.serve.errors import bad
 from mlx_fd.serve.exchange import Exchange, Reply, read_json
 from mlx_fd.serve.judging import judge
-from mlx_fd.serve.lanes import Job
 from mlx_fd.serve.models import CASCADE, STUDENT, Served
 from mlx_fd.serve.prompts import Asked, ask_chat, ask_feedback
 from mlx_fd.serve.schema import ChatRequest, Common, Fields

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_fd.config import Config, Method
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.statistics import Estimate, Rows, bootstrap
-from mlx_fd.feedback.episode import derive_seed
+from mlx_fd.feedback.asking import derive_seed
 from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import Problem, prompts
 from mlx_fd.problems.kinds import form_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlx_fd.errors import UserError
-from mlx_fd.feedback.episode import feedback_request
+from mlx_fd.feedback.criticism import feedback_request
 from mlx_fd.models.conversation import Conversation, without_repeated_eos
 from mlx_fd.models.generation import first_prompt, followup_prompt, generate, said
 from mlx_fd.models.loading import Loaded

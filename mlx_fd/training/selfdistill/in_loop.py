@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_fd.config import Method, TrainingOptions
-from mlx_fd.feedback.episode import Finished
+from mlx_fd.feedback.stages import Finished
 from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import prompts
 from mlx_fd.problems.kinds import form_of

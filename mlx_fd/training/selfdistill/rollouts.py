@@ -8,7 +8,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mlx_fd.config import Config
-from mlx_fd.feedback.episode import derive_seed
+from mlx_fd.feedback.asking import derive_seed
 from mlx_fd.models import ranks
 from mlx_fd.models.conversation import Conversation, prefill
 from mlx_fd.models.generation import first_prompt, generate

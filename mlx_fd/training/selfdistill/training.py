@@ -23,8 +23,8 @@ from mlx_fd import runs
 from mlx_fd.config import Config, Method
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import gate
+from mlx_fd.feedback.asking import derive_seed
 from mlx_fd.feedback.distill import Update
-from mlx_fd.feedback.episode import derive_seed
 from mlx_fd.files import clear_unfinished, write_json
 from mlx_fd.models import ranks
 from mlx_fd.models.checking import check_recompute

@@ -24,7 +24,7 @@ from mlx_fd.training.selfdistill.materials import Attempt, Materials, quoted
 from mlx_fd.training.selfdistill.playbook import Playbook
 
 if TYPE_CHECKING:
-    from mlx_fd.feedback.episode import Finished
+    from mlx_fd.feedback.stages import Finished
 
 __all__ = [
     "CONTEXTS",

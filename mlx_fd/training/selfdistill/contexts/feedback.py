@@ -18,7 +18,7 @@ from mlx_fd.training.selfdistill.contexts import (
 )
 
 if TYPE_CHECKING:
-    from mlx_fd.feedback.episode import Finished
+    from mlx_fd.feedback.stages import Finished
 
 
 def feedback_message(problem: Problem, feedback: str) -> str:

@@ -19,7 +19,7 @@ from mlx_fd.training.selfdistill.contexts import (
 )
 
 if TYPE_CHECKING:
-    from mlx_fd.feedback.episode import Finished
+    from mlx_fd.feedback.stages import Finished
 
 
 def critique_message(problem: Problem, rewrite: str) -> str:
