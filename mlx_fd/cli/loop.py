@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,21 @@ from mlx_fd.cli.options import (
     with_configuration,
 )
 from mlx_fd.cli.run_command import begin
-from mlx_fd.config import CONTINUOUS, PRESETS
+from mlx_fd.config import CONTINUOUS, OPTIONS, PRESETS
 from mlx_fd.errors import UserError
 from mlx_fd.runs.tracking import check_installed
+
+
+def _short(batching: str) -> Callable[[Any], Any]:
+    """A flag that stands for one way of batching."""
+    return click.option(
+        f"--{batching}",
+        "batching",
+        flag_value=batching,
+        type=Choice(OPTIONS["batching"].words),
+        default=None,
+        help=f"The same as --batching {batching}.",
+    )
 
 
 @with_configuration
@@ -53,20 +66,8 @@ Examples:
     type=Choice(list(PRESETS)),
     help="A set of options, which other options override.",
 )
-@click.option(
-    "--lockstep",
-    "batching",
-    flag_value="lockstep",
-    default=None,
-    help="The same as --batching lockstep.",
-)
-@click.option(
-    "--continuous",
-    "batching",
-    flag_value=CONTINUOUS,
-    default=None,
-    help="The same as --batching continuous.",
-)
+@_short("lockstep")
+@_short(CONTINUOUS)
 @config_file_option
 @out_option
 @track_option
