@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import glob
 import json
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +94,19 @@ def _float32_bytes(model: nn.Module) -> int:
     return 4 * int(get_total_parameters(model))
 
 
+@contextlib.contextmanager
+def _without_wildcards(path: Path) -> Iterator[Path]:
+    """A directory under a name in which mlx-lm finds its weights: ``[`` is a wildcard there."""
+    if glob.escape(str(path)) == str(path):
+        yield path
+        return
+    # Files that were opened through the link are read on when it is gone.
+    with tempfile.TemporaryDirectory(prefix="mlx-fd-") as scratch:
+        link = Path(scratch, "model")
+        link.symlink_to(path.resolve())
+        yield link
+
+
 def open_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """A model whose weights are still on the disk, and its configuration.
 
@@ -108,9 +124,9 @@ def open_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     check_directory(path)
     # mlx-lm takes the end tokens from generation_config.json, where that has some.
     read = {key: value for key, value in read_config(path).items() if key != "eos_token_id"}
-    with blaming(f"the model in {path} cannot be loaded"):
+    with blaming(f"the model in {path} cannot be loaded"), _without_wildcards(path) as plain:
         model, config = load_model(
-            path, lazy=True, trust_remote_code=False, model_config=copy.deepcopy(read)
+            plain, lazy=True, trust_remote_code=False, model_config=copy.deepcopy(read)
         )
     check_model(model, read, path / CONFIG)
     # It changes what it is given; of that only what it found out about the weights is kept.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import gzip
 import hashlib
 import io
@@ -280,7 +281,11 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
     with tempfile.TemporaryDirectory() as cache, _no_progress_bars(datasets):
         try:
             loaded = datasets.load_dataset(
-                "parquet", data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+                "parquet",
+                data_files=glob.escape(str(path)),  # ``[`` is a wildcard there
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
             )
             listed = [dict(row) for row in loaded]
         except Exception as error:

@@ -262,3 +262,12 @@ def test_fp8_without_scales_is_no_model(tmp_path: Path) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
     with pytest.raises(UserError, match=rf"{name} is of .*uint8, .*FP8 without scales"):
         load(path)
+
+
+@pytest.mark.parametrize("name", ["model [4bit]", "model*", "what?", "mod\u00e8le 1"])
+def test_a_folder_is_opened_whatever_it_is_called(tmp_path: Path, name: str) -> None:
+    path = tiny.make_model_dir(tmp_path / "plain")
+    wanted = load(path).model(mx.array([[3, 5]]))
+    found = load(path.rename(tmp_path / name))
+    assert found.path == tmp_path / name
+    assert mx.array_equal(found.model(mx.array([[3, 5]])), wanted)

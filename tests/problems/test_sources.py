@@ -331,6 +331,13 @@ def test_parquet_damage(tmp_path):
     assert load(str(path), skip_bad_rows=True).skipped == 1
 
 
+@pytest.mark.parametrize("name", ["data [2]", "da*ta", "w\u00e4s ist?"])
+def test_parquet_is_read_wherever_it_lies(tmp_path, name):
+    (tmp_path / name).mkdir()
+    write_parquet(tmp_path / name / "p.parquet", ROWS)
+    assert len(load(str(tmp_path / name / "p.parquet"), "train").problems) == len(ROWS)
+
+
 def test_parquet_is_never_stale(tmp_path):
     path = tmp_path / "p.parquet"
     write_parquet(path, [{"question": "a", "answer": 1}])
