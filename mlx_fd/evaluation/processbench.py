@@ -9,12 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.statistics import (
@@ -135,23 +132,6 @@ def predicted_step(text: str) -> int | None:
 
 
 # ---------------------------------------------------------------------------------------- numbers
-
-
-def columns(predicted: Sequence[int | None], labels: Sequence[int]) -> tuple[Rows, Rows]:
-    """What :func:`f1` takes.
-
-    Args:
-        predicted: what the critic named, ``None`` where it could not be read: not found.
-        labels: the first wrong step, from 0; -1: there is none.
-
-    Returns:
-        1 where the critic is right, and 1 where the solution is wrong.
-
-    Raises:
-        ValueError: they are not equally many.
-    """
-    hits = [named == label for named, label in zip(predicted, labels, strict=True)]
-    return np.array(hits, float), np.array([label != ALL_RIGHT for label in labels], float)
 
 
 def f1(hits: Rows, wrong: Rows) -> float:

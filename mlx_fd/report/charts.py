@@ -196,7 +196,8 @@ def decision_figure(run: LoopRun) -> Figure | None:
         below = 0
         for name in _DECISIONS:
             count = sum(_decision(row) == name for row in chunk)
-            place = {"first": chunk[0]["episode"], "last": chunk[-1]["episode"] + 1}
+            last = chunk[-1]["episode"]
+            place = {"first": chunk[0]["episode"], "last": last, "end": last + 1}
             rows.append(
                 {**place, "decision": name, "episodes": count, "from": below, "to": below + count}
             )
@@ -207,7 +208,7 @@ def decision_figure(run: LoopRun) -> Figure | None:
         .mark_rect(stroke=PAGE.back, strokeWidth=1)
         .encode(
             x=alt.X("first:Q", title="episodes", axis=alt.Axis(grid=False, format="d")),
-            x2="last:Q",
+            x2="end:Q",
             y=alt.Y("from:Q", title=None, axis=alt.Axis(tickCount=min(5, most), format="d")),
             y2="to:Q",
             color=draw.colour("decision", _DECISIONS),
@@ -215,7 +216,7 @@ def decision_figure(run: LoopRun) -> Figure | None:
                 "decision:N",
                 "episodes:Q",
                 alt.Tooltip("first:Q", title="from episode"),
-                alt.Tooltip("last:Q", title="up to"),
+                alt.Tooltip("last:Q", title="to episode"),
             ],
         )
     )

@@ -553,10 +553,9 @@ def evaluation_says(evaluation: Mapping[str, Any]) -> str:
     sentence = [evaluation["target"], evaluation["created"]]
     temperatures = evaluation["temperature"]
     if "first_answers" in temperatures:
-        by = evaluation["answers_by"]
-        sentence.append(
-            f"first answers by the {by} at temperature {temperatures['first_answers']:g}"
-        )
+        # Older evaluations do not say.
+        by = f" by the {evaluation['answers_by']}" if evaluation["answers_by"] else ""
+        sentence.append(f"first answers{by} at temperature {temperatures['first_answers']:g}")
     if "bare" in temperatures:
         sentence.append(f"direct answers at {temperatures['bare']:g}")
     sentence += [f"{key} {evaluation[key]}" for key in ("k", "seed") if evaluation[key] is not None]

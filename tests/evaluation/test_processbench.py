@@ -140,13 +140,19 @@ def test_the_prompt_has_every_step_with_its_index():
 # ---------------------------------------------------------------------------------------- numbers
 
 
+def columns(predicted, labels):
+    """1 where a critic names the label, and 1 where the solution is wrong."""
+    hits = [named == label for named, label in zip(predicted, labels, strict=True)]
+    return np.array(hits, float), np.array([label != -1 for label in labels], float)
+
+
 def f1(predicted, labels):
-    return processbench.f1(*processbench.columns(predicted, labels))
+    return processbench.f1(*columns(predicted, labels))
 
 
 def test_f1_by_hand():
     """Of four wrong solutions three are found, of two right ones one; the unread one counts."""
-    found, wrong = processbench.columns([0, 2, 1, None, -1, 0], [0, 2, 1, 1, -1, -1])
+    found, wrong = columns([0, 2, 1, None, -1, 0], [0, 2, 1, 1, -1, -1])
     assert found.tolist() == [1, 1, 1, 0, 1, 0] and wrong.tolist() == [1, 1, 1, 1, 0, 0]
     assert processbench.f1(found, wrong) == pytest.approx(2 * 0.75 * 0.5 / 1.25)
 
@@ -158,8 +164,8 @@ def test_a_critic_that_says_the_same_of_everything_has_no_f1():
 
 def test_two_critics_are_compared_on_the_same_solutions():
     labels = [0, 1, -1, -1] * 20
-    good, wrong = processbench.columns(labels, labels)
-    bad, _ = processbench.columns([0] * 80, labels)
+    good, wrong = columns(labels, labels)
+    bad, _ = columns([0] * 80, labels)
     difference, p = paired_bootstrap(good, bad, processbench.f1, [wrong])
     assert difference.value == 1.0 and p < 0.01
 
@@ -189,7 +195,7 @@ def test_the_right_feedback_has_an_f1_of_1_and_a_careless_one_of_0():
     def score(feedback):
         said = [feedback(q.problem.solution, q.answer) for q in exam]
         # ProcessBench counts the steps from 0, and -1 is all right.
-        return processbench.columns([arithmetic.first_error(text) - 1 for text in said], labels)
+        return columns([arithmetic.first_error(text) - 1 for text in said], labels)
 
     assert processbench.f1(*score(arithmetic.feedback_text)) == 1.0
     found, wrong = score(lambda *texts: arithmetic.careless_feedback(*texts).text)

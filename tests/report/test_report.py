@@ -109,6 +109,22 @@ def test_every_step_that_was_taken_is_in_the_tables(tmp_path):
     assert facts["steps"]["second_student_solution"] == "student's own solution beside it"
 
 
+def test_a_bar_of_decisions_names_its_last_episode(tmp_path):
+    rows = [reported.episode(n) for n in range(32)]
+    (run,) = read_runs([reported.write_run(tmp_path / "run", rows)])
+    bars = charts.decision_figure(run).specification["datasets"]["rows"]
+    # "Up to 2" was the bar of the episodes 0 and 1, and 2 the first of the next one.
+    assert [bars[0][key] for key in ("first", "last", "end")] == [0, 1, 2]
+
+
+def test_an_older_evaluation_does_not_say_who_answered_first():
+    found = {**reported.evaluation(), "answers_by": None, "text_models": {}}
+    found["temperature"] = {"first_answers": 0.7}
+    assert "first answers at temperature 0.7" in tables.evaluation_says(found)
+    found["answers_by"] = "student"
+    assert "first answers by the student at temperature 0.7" in tables.evaluation_says(found)
+
+
 def test_costs_are_written_in_digits():
     cost = {"value": 12345.6, "low": 9876.5, "high": 23456.7, "n": 5}
     found = {
