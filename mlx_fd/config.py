@@ -211,13 +211,21 @@ class GenerationOptions:
         "How a batch's turns are written. lockstep: each step's together, and the next step when "
         "all are done. continuous: each problem goes on as soon as its own turn ends, beside the "
         "beginning of the next batch. auto: continuous, but lockstep on the CPU, for several "
-        "processes and with sequential.",
+        "processes, and with sequential or speculate.",
         choices=("auto", "lockstep", "continuous"),
     )
     places: int = _option(
         0,
         "Texts that a model writes side by side with batching = continuous; 0: batch_size.",
         low=0,
+    )
+    speculate: int = _option(
+        0,
+        "Tokens that the student proposes at a time of what the expert writes, which the expert "
+        "reads in one step (speculative decoding): the same texts in fewer steps of the expert. "
+        "Needs sequential, or batch_size = 1. 0: none.",
+        low=0,
+        high=64,
     )
 
     @property

@@ -99,6 +99,15 @@ Examples:
     help="Texts that each model writes side by side.",
 )
 @click.option(
+    "--speculate",
+    type=Count(0),
+    default=0,
+    show_default=True,
+    metavar="TOKENS",
+    help="Tokens that the student proposes at a time of what the expert writes, which the expert "
+    "reads in one step: the same texts in fewer steps of it. It then writes one text at a time.",
+)
+@click.option(
     "--queue",
     type=Count(0),
     default=64,
@@ -178,6 +187,7 @@ def serve(
     port: int,
     api_key_file: Path | None,
     places: int,
+    speculate: int,
     queue: int,
     max_tokens: int,
     max_prompt_tokens: int,
@@ -245,6 +255,7 @@ def serve(
         keep=keep,
         keep_most=keep_most,
         thoughts=Thoughts(thinking, expert_thinking, max_thinking_tokens),
+        speculate=speculate,
     )
 
     def on_ready(service: Service, address: str) -> None:

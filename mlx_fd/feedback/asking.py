@@ -210,4 +210,5 @@ def usage_of(step: str, turn: Turn, seconds: float) -> Usage:
         capped=() if turn.finished else (step,),
         thoughts={step: turn.thought} if turn.thought else {},
         closed=(step,) if turn.closed else (),
+        accepted={} if turn.accepted is None else {step: turn.accepted},
     )

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_fd.config import Config, GenerationOptions, override
 from mlx_fd.models import ranks
 from mlx_fd.models.chat_template import ChatTemplate
-from mlx_fd.models.loading import Loaded
+from mlx_fd.models.loading import Draft, Loaded
 from mlx_fd.models.shared_tokens import SharedTokens, shared_tokens
 from mlx_fd.models.student import Student
 from mlx_fd.runs.plan import Plan, with_absolute_names
@@ -120,8 +120,8 @@ def _open(
     expert, base = load_models(*paths, dequantize=options.dequantize, sharded=sharded)
     width = projection or expert.view.width
     student = make_student(base.view, width, options, config.episode.seed)
-    pair = joined(expert, base, student, vocab, *templates)
-    return thinking_as(pair, config.generation)
+    pair = thinking_as(joined(expert, base, student, vocab, *templates), config.generation)
+    return pair if sharded else with_draft(pair, config.generation.speculate)
 
 
 def joined(
@@ -157,6 +157,17 @@ def _with_template(loaded: Loaded, template: ChatTemplate) -> Loaded:
     tokenizer = loaded.tokenizer
     tokenizer.eos_token_ids = tokenizer.eos_token_ids | set(template.end_tokens)
     return dataclasses.replace(loaded, template=template)
+
+
+def with_draft(pair: Pair, tokens: int) -> Pair:
+    """A pair whose student proposes what the expert writes, as it is at that time.
+
+    Args:
+        pair: the models; where they have different tokenizers it stays as it is.
+        tokens: how many are proposed at a time; 0: none.
+    """
+    draft = Draft(pair.student_lm, tokens) if tokens and pair.shared is None else None
+    return dataclasses.replace(pair, expert=dataclasses.replace(pair.expert, draft=draft))
 
 
 def thinking_as(pair: Pair, options: GenerationOptions) -> Pair:

@@ -14,6 +14,7 @@ from mlx_fd.runs.records import (
     GateRow,
     StudentFeedbackRow,
     VerdictRow,
+    accepted_columns,
     thought_columns,
 )
 
@@ -55,6 +56,7 @@ def episode_row(
         "capped": list(usage.capped),
         "seconds": {step: round(value, 3) for step, value in usage.seconds.items()},
         **thought_columns(usage.thoughts, usage.closed),
+        **accepted_columns(usage.accepted),
     }
 
 
@@ -72,6 +74,7 @@ def with_second(
 
     return {
         **row,
+        **accepted_columns({**row.get("accepted", {}), **named(usage.accepted)}),
         "tokens": {**row["tokens"], **named(usage.tokens)},
         "prefilled": {**row["prefilled"], **named(usage.prefilled)},
         "seconds": {

@@ -30,6 +30,7 @@ class Usage:
         capped: steps that ended at the token limit.
         thoughts: what was thought before a step's text, where something was.
         closed: steps whose thought was closed at its limit.
+        accepted: where the writer had a draft, the tokens of a step that this had proposed.
     """
 
     tokens: dict[str, int] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Usage:
     capped: tuple[str, ...] = ()
     thoughts: dict[str, str] = field(default_factory=dict)
     closed: tuple[str, ...] = ()
+    accepted: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: Usage) -> Usage:
         """The steps of both, this one's first; a step is in one of them only."""
@@ -48,6 +50,7 @@ class Usage:
             (*self.capped, *other.capped),
             {**self.thoughts, **other.thoughts},
             (*self.closed, *other.closed),
+            {**self.accepted, **other.accepted},
         )
 
 

@@ -20,6 +20,8 @@ from mlx_fd.models.thinking import shared_length
 from mlx_fd.models.view import Forward
 
 Cache = list[Any]
+PREFILL = 2048
+"""Tokens of a prompt that are read at once, as in mlx-lm."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,13 @@ def prefill(
         _read(loaded, cache, tokens[start:-1])
     before = Conversation(tokens[:-1], copy.deepcopy(cache))
     return _read(loaded, cache, tokens[-1:]), before
+
+
+def read_alone(loaded: Loaded, cache: Cache, tokens: Sequence[int]) -> None:
+    """Let a model read on, one conversation by itself; ``cache`` then holds the tokens, too."""
+    for begin in range(0, len(tokens), PREFILL):
+        loaded.model(mx.array([[*tokens[begin : begin + PREFILL]]]), cache=cache)
+        mx.eval([layer.state for layer in cache])
 
 
 def _read(loaded: Loaded, cache: Cache, tokens: Sequence[int]) -> mx.array:

@@ -15,30 +15,36 @@ def greedy(loaded: Loaded) -> Draw:
     return lambda rows: mx.argmax(allowed(rows), axis=-1)
 
 
-def seeded(loaded: Loaded, sampling: Sampling) -> Draw:
+class Seeded:
     """Tokens drawn with random numbers of their own: one seed gives one text, whoever else writes.
 
     The temperature comes before what is cut off, as in :mod:`mlx_fd.models.writing`.
 
-    Args:
-        loaded: who writes.
-        sampling: its temperature is above 0.
+    Attributes:
+        key: of the next draw.
     """
-    allowed, key = _allowed(loaded), mx.random.key(sampling.seed)
-    top_k = sampling.top_k if sampling.top_k < loaded.vocab else 0
 
-    def draw(rows: mx.array) -> mx.array:
-        nonlocal key
-        key, now = mx.random.split(key)
-        rows = allowed(rows).astype(mx.float32) / sampling.temperature
+    def __init__(self, loaded: Loaded, sampling: Sampling):
+        """Draws of one text.
+
+        Args:
+            loaded: who writes.
+            sampling: its temperature is above 0.
+        """
+        self._allowed, self._sampling = _allowed(loaded), sampling
+        self._top_k = sampling.top_k if sampling.top_k < loaded.vocab else 0
+        self.key = mx.random.key(sampling.seed)
+
+    def __call__(self, rows: mx.array) -> mx.array:
+        """Draw a token [n] from each of some rows of log-probabilities [n, V]."""
+        self.key, now = mx.random.split(self.key)
+        rows = self._allowed(rows).astype(mx.float32) / self._sampling.temperature
         rows = rows - mx.logsumexp(rows, axis=-1, keepdims=True)
-        if sampling.top_p < 1:
-            rows = apply_top_p(rows, sampling.top_p)
-        if top_k:
-            rows = apply_top_k(rows, top_k)
+        if self._sampling.top_p < 1:
+            rows = apply_top_p(rows, self._sampling.top_p)
+        if self._top_k:
+            rows = apply_top_k(rows, self._top_k)
         return mx.random.categorical(rows, key=now)
-
-    return draw
 
 
 def _allowed(loaded: Loaded) -> Draw:

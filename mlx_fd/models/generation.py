@@ -11,6 +11,7 @@ import copy
 import dataclasses
 from bisect import bisect_left
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -50,6 +51,7 @@ class Thought:
         closed: whether it was closed by force, at its limit.
         end: the token that ended the whole turn within the thought, and its log-probability;
             ``None``: the reply can begin.
+        accepted: as :class:`Turn` has it.
     """
 
     text: str
@@ -60,6 +62,7 @@ class Thought:
     written: int
     closed: bool
     end: tuple[int, float] | None
+    accepted: int | None = None
 
 
 def first_prompt(loaded: Loaded, message: str) -> tuple[int, ...]:
@@ -200,8 +203,13 @@ def generate(
     if not conversations:
         return []
     pairs = [(old, tuple(prompt)) for old, prompt in zip(conversations, prompts, strict=True)]
-    mx.random.seed(sampling.seed)
-    with metering.part(metering.WRITING), fused(loaded.model):
+    with ExitStack() as stack:
+        stack.enter_context(metering.part(metering.WRITING))
+        if loaded.draft is not None:
+            stack.enter_context(fused(loaded.draft.loaded.model))
+        # A model's weights are fused into layers that draw random ones first.
+        mx.random.seed(sampling.seed)
+        stack.enter_context(fused(loaded.model))
         if options.reuse:
             return _together(loaded, [turn(loaded, *pair, sampling, options) for pair in pairs])
         alone = dataclasses.replace(options, keep=False, mark=False)
@@ -274,6 +282,7 @@ def after_thought(turn: Turn, thought: Thought | None) -> Turn:
         prefilled=turn.prefilled + thought.prefilled,
         written=turn.written + thought.written,
         closed=thought.closed,
+        accepted=_sum(turn.accepted, thought.accepted),
     )
     if thought.end is None:
         return turn
@@ -283,6 +292,12 @@ def after_thought(turn: Turn, thought: Thought | None) -> Turn:
     return dataclasses.replace(
         turn, text="", tokens=(token,), finished=True, logprobs=logprobs, states=()
     )
+
+
+def _sum(*counts: int | None) -> int | None:
+    """The sum of what there is; ``None`` where there is nothing."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
 
 
 def _joined(*thoughts: str) -> str:
@@ -410,6 +425,7 @@ def _thought(
         written=made.written,
         closed=not made.finished,
         end=end,
+        accepted=made.accepted,
     )
 
 

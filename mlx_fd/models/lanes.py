@@ -18,17 +18,22 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mlx_fd.models import ranks
-from mlx_fd.models.conversation import Cache, Conversation, can_be_cut_back
-from mlx_fd.models.drawing import greedy, seeded
-from mlx_fd.models.loading import Loaded
-from mlx_fd.models.writing import (
+from mlx_fd.models.conversation import (
     PREFILL,
+    Cache,
+    Conversation,
+    can_be_cut_back,
+    read_alone,
+)
+from mlx_fd.models.drawing import Seeded, greedy
+from mlx_fd.models.loading import Loaded
+from mlx_fd.models.speculative import Drawing, can_draft, drawn_with_draft
+from mlx_fd.models.writing import (
     Draw,
     Sampling,
     drawn_alone,
     finals,
     logits_processors,
-    read_alone,
     token_logprobs,
 )
 
@@ -88,6 +93,7 @@ class Step:
             compute: whoever reads it at once waits for the next token, too.
         states: of an ended text, where they are wanted, the final hidden states [d] at the prompt's
             last token and where this token was predicted.
+        accepted: whether the model's draft had proposed it.
     """
 
     number: int
@@ -97,6 +103,7 @@ class Step:
     mark: Cache | None = None
     logprob: mx.array | None = None
     states: tuple[mx.array, ...] = ()
+    accepted: bool = False
 
 
 class Lane(Protocol):
@@ -119,15 +126,16 @@ def open_lane(loaded: Loaded, places: int, together: int = READ_TOGETHER) -> Lan
     """A lane of a model.
 
     Args:
-        loaded: the model.
+        loaded: the model; with a draft it writes one text at a time.
         places: texts that it writes side by side; others wait.
         together: the most prompts that it reads at once.
     """
-    return _BatchLane(loaded, places, together) if loaded.batched else _AloneLane(loaded)
+    alone = not loaded.batched or loaded.draft is not None
+    return _AloneLane(loaded) if alone else _BatchLane(loaded, places, together)
 
 
 def _draw(loaded: Loaded, sampling: Sampling, likeliest: Draw) -> Draw:
-    return seeded(loaded, sampling) if sampling.temperature else likeliest
+    return Seeded(loaded, sampling) if sampling.temperature else likeliest
 
 
 @dataclass
@@ -385,7 +393,7 @@ def _drawn(rows: Sequence[_Row], logprobs: mx.array, likeliest: Draw) -> mx.arra
 
 
 class _AloneLane:
-    """One text after the other, for models that mlx-lm's batched generator does not get right."""
+    """One text after the other: with a draft, or of a model that batches do not get right."""
 
     def __init__(self, loaded: Loaded):
         self._loaded, self._greedy = loaded, greedy(loaded)
@@ -427,16 +435,23 @@ class _AloneLane:
         read_alone(loaded, cache, start[:-1])
         mark = copy.deepcopy(cache) if job.needs_mark(cache) else None
         draw = _draw(loaded, job.sampling, self._greedy)
+        processors = logits_processors(job.sampling)
+        most, ends = job.sampling.max_tokens, job.ends.union(loaded.tokenizer.eos_token_ids)
+        if not job.states and can_draft(loaded, cache, len(before) + most):
+            numbers = draw if isinstance(draw, Seeded) else None
+            drawing = Drawing(draw, most, ends, processors, numbers)
+            made = drawn_with_draft(loaded, cache, before, drawing)
+        else:
+            made = drawn_alone(loaded, cache, before, draw, processors)
         with finals(loaded, wanted=job.states) as seen:
-            made = drawn_alone(loaded, cache, before, draw, logits_processors(job.sampling))
-            for count, (token, rows) in enumerate(made, 1):
+            for count, (token, rows, accepted) in enumerate(made, 1):
                 at, logprob = job.logprobs, None
                 if at:
                     logprob = token_logprobs(rows, [token], at, loaded.vocab)
-                stopped = token in loaded.tokenizer.eos_token_ids or token in job.ends
-                if stopped or count == job.sampling.max_tokens:
+                stopped = token in ends
+                if stopped or count == most:
                     break
-                yield Step(number, token, logprob=logprob)
+                yield Step(number, token, logprob=logprob, accepted=accepted)
                 del seen[1:]  # only the first and the last one are wanted
         if job.keep:
             read_alone(loaded, cache, [token])
@@ -449,4 +464,5 @@ class _AloneLane:
             mark=mark,
             logprob=logprob,
             states=(seen[0][0, -1], seen[-1][0, -1]) if seen else (),
+            accepted=accepted,
         )

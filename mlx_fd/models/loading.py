@@ -57,6 +57,7 @@ class Loaded:
         batched: whether conversations in a batch are written as each one alone would be; else they
             are written one by one.
         thinking: how it thinks before it replies; ``None``: it has no marks of a thought.
+        draft: who proposes its tokens where it writes a text by itself; ``None``: nobody.
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class Loaded:
     template: ChatTemplate
     batched: bool = True
     thinking: Thinking | None = None
+    draft: Draft | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -85,6 +87,19 @@ class Loaded:
                 "hidden states would be others"
             )
         return tuple(found)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A model that proposes another one's tokens.
+
+    Attributes:
+        loaded: the model; it reads the same tokens.
+        tokens: how many it proposes at a time.
+    """
+
+    loaded: Loaded
+    tokens: int
 
 
 def _float32_bytes(model: nn.Module) -> int:

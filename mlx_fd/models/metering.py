@@ -1,7 +1,8 @@
 """How many tokens each model reads and writes, in which part of the work, and what that takes.
 
 Nothing is computed for it: the shapes of a model's calls say it all. A call with one token for each
-conversation is a step of writing; every other one reads.
+conversation is a step of writing, and so is one in which proposed tokens are tried; every other one
+reads.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Meter:
         steps: steps of writing.
         seconds: by part of the work; in :data:`OTHER` all that is none.
         processor: the same of all processors of this process.
+        stepping: whether a call of any length is a step of writing.
     """
 
     read: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -43,6 +45,7 @@ class Meter:
     steps: Counter[tuple[str, str]] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     processor: dict[str, float] = field(default_factory=dict)
+    stepping: bool = False
     _parts: list[str] = field(default_factory=lambda: [OTHER])
     _since: tuple[float, float] = field(
         default_factory=lambda: (time.perf_counter(), time.process_time())
@@ -52,9 +55,9 @@ class Meter:
         """Take note of a call of a model that gave these final hidden states [B, T, d]."""
         rows, length, _ = final.shape
         key = self._parts[-1], model
-        if length == 1:
+        if length == 1 or self.stepping:
             self.steps[key] += 1
-            self.written[key] += rows
+            self.written[key] += rows * length
         else:
             self.read[key] += rows * length
 
@@ -106,6 +109,20 @@ def part(name: str) -> Iterator[None]:
         yield
     finally:
         meter.end()
+
+
+@contextmanager
+def step_of_several() -> Iterator[None]:
+    """A call in here is a step of writing, whatever number of tokens it is of."""
+    meter = _METER.get()
+    if meter is None:
+        yield
+        return
+    meter.stepping = True
+    try:
+        yield
+    finally:
+        meter.stepping = False
 
 
 def counted(name: str) -> Callable[[Function], Function]:

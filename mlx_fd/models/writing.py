@@ -19,17 +19,16 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_fd.config import GenerationOptions
 from mlx_fd.models import ranks
-from mlx_fd.models.conversation import Cache, Conversation, Mark, can_be_cut_back
+from mlx_fd.models.conversation import Cache, Conversation, Mark, can_be_cut_back, read_alone
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.memory import read_at_once
+from mlx_fd.models.speculative import Drawing, SharedNumbers, can_draft, drawn_with_draft
 
 Draw = Callable[[mx.array], mx.array]
 """Draws tokens from rows of log-probabilities [n, V]."""
 
 # mlx-lm's penalty looks at the last 20 tokens; the published ones at all.
 _WHOLE_CONTEXT = 1 << 20
-# Tokens of a prompt that are read at once, as in mlx-lm.
-PREFILL = 2048
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ class Turn:
         states: where they were asked for, the final hidden states [d] at the prompt's last token
             and where the last one of ``tokens`` was predicted; empty where what was written was
             changed after.
+        accepted: how many of the tokens that the model drew its draft had proposed; ``None``: it
+            was written without one.
     """
 
     text: str
@@ -66,6 +67,7 @@ class Turn:
     written: int = 0
     closed: bool = False
     states: tuple[mx.array, ...] = ()
+    accepted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class Drawn:
         mark: its state before the prompt's last token, where ``cache`` cannot be cut back to it.
         logprobs: of the tokens, where they were asked for.
         states: where they were asked for, as :class:`Turn` has them.
+        accepted: likewise.
     """
 
     tokens: tuple[int, ...]
@@ -153,6 +156,7 @@ class Drawn:
     mark: Cache | None = None
     logprobs: tuple[float, ...] = ()
     states: tuple[mx.array, ...] = ()
+    accepted: int | None = None
 
 
 def turn_of(loaded: Loaded, text: Text, drawn: Drawn) -> Turn:
@@ -172,6 +176,7 @@ def turn_of(loaded: Loaded, text: Text, drawn: Drawn) -> Turn:
         logprobs=drawn.logprobs,
         written=len(tokens),
         states=drawn.states,
+        accepted=drawn.accepted,
     )
 
 
@@ -210,7 +215,7 @@ def write(loaded: Loaded, texts: Sequence[Text]) -> list[Turn]:
     """
     if not texts:
         return []
-    if not loaded.batched:
+    if not loaded.batched or _drafted(loaded, texts):
         return [_write_alone(loaded, text) for text in texts]
     sampling, options = texts[0].sampling, texts[0].options
     conversations = [text.conversation for text in texts]
@@ -310,6 +315,20 @@ def needs_mark(text: Text, cache: Cache) -> bool:
     return text.options.mark and not can_be_cut_back(cache, before + text.sampling.max_tokens)
 
 
+def _drafted(loaded: Loaded, texts: Sequence[Text]) -> bool:
+    """Whether it is one text, and a draft proposes its tokens."""
+    if loaded.draft is None or len(texts) > 1 or texts[0].options.states:
+        return False
+    old = texts[0].conversation
+    cache = old.cache if old.cache is not None else make_prompt_cache(loaded.model)
+    return can_draft(loaded, cache, _longest(texts[0]))
+
+
+def _longest(text: Text) -> int:
+    """Tokens of a text's conversation, where it takes all that it may."""
+    return len(text.conversation.tokens) + len(text.prompt) + text.sampling.max_tokens
+
+
 def finals(loaded: Loaded, *, wanted: bool) -> AbstractContextManager[list[mx.array]]:
     """The model's final hidden states of each call while this is open, where they are wanted."""
     return loaded.view.finals() if wanted else nullcontext([])
@@ -355,7 +374,7 @@ class _States:
 
 
 def _write_alone(loaded: Loaded, text: Text) -> Turn:
-    """One turn, for models that mlx-lm's batched generator does not get right."""
+    """One turn by itself: with a draft, or of a model that mlx-lm's batches do not get right."""
     old, sampling, options = text.conversation, text.sampling, text.options
     before = [*old.tokens, *text.prompt]
     cache = copy.deepcopy(old.cache) if old.cache is not None else make_prompt_cache(loaded.model)
@@ -366,9 +385,18 @@ def _write_alone(loaded: Loaded, text: Text) -> Turn:
     written: list[int] = []
     logprobs: list[float] = []
     draw, processors = _drawing(loaded, sampling), logits_processors(sampling)
+    drafted = not options.states and can_draft(loaded, cache, _longest(text))
+    if drafted:
+        numbers = SharedNumbers() if sampling.temperature else None
+        drawing = Drawing(draw, sampling.max_tokens, frozenset(eos), processors, numbers)
+        made = drawn_with_draft(loaded, cache, before, drawing)
+    else:
+        made = drawn_alone(loaded, cache, before, draw, processors)
+    accepted = 0
     with finals(loaded, wanted=options.states) as seen:
-        for token, rows in drawn_alone(loaded, cache, before, draw, processors):
+        for token, rows, proposed in made:
             written.append(token)
+            accepted += proposed
             if options.logprobs:
                 drawn = token_logprobs(rows, [token], sampling.temperature or 1.0, loaded.vocab)
                 value: Any = drawn.item()
@@ -380,6 +408,10 @@ def _write_alone(loaded: Loaded, text: Text) -> Turn:
             del seen[1:]  # only the first and the last one are wanted
     if options.keep:
         read_alone(loaded, cache, written[-1:])
+    if drafted and loaded.batched:
+        # mlx-lm's generator draws one token more than it gives, and so does this: the text that is
+        # written next has the random numbers that it has without a draft.
+        draw(rows[..., : loaded.vocab])
     return turn_of(
         loaded,
         text,
@@ -390,15 +422,9 @@ def _write_alone(loaded: Loaded, text: Text) -> Turn:
             mark=mark,
             logprobs=tuple(logprobs),
             states=(seen[0][0, -1], seen[-1][0, -1]) if seen else (),
+            accepted=accepted if drafted else None,
         ),
     )
-
-
-def read_alone(loaded: Loaded, cache: Cache, tokens: Sequence[int]) -> None:
-    """Let a model read on, one conversation by itself; ``cache`` then holds the tokens, too."""
-    for begin in range(0, len(tokens), PREFILL):
-        loaded.model(mx.array([[*tokens[begin : begin + PREFILL]]]), cache=cache)
-        mx.eval([layer.state for layer in cache])
 
 
 def drawn_alone(
@@ -407,8 +433,10 @@ def drawn_alone(
     before: Sequence[int],
     draw: Draw,
     processors: Sequence[Callable[[mx.array, mx.array], mx.array]],
-) -> Iterator[tuple[int, mx.array]]:
+) -> Iterator[tuple[int, mx.array, bool]]:
     """Tokens of one conversation, for ever, each with the log-probabilities [1, V] it is drawn by.
+
+    No draft had proposed any of them, as the third value says.
 
     Args:
         loaded: who writes.
@@ -426,7 +454,7 @@ def drawn_alone(
         rows = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         token: Any = draw(rows[..., : loaded.vocab]).item()
         tokens.append(token)
-        yield token, rows
+        yield token, rows, False
 
 
 def logits_processors(sampling: Sampling) -> list[Callable[[mx.array, mx.array], mx.array]]:

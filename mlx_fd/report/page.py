@@ -16,6 +16,7 @@ from mlx_fd.report.reading import CascadeShown, LoopRun
 from mlx_fd.report.rendering import GENERATOR, asset, render
 from mlx_fd.report.run import Run
 from mlx_fd.report.self_reading import SelfRun
+from mlx_fd.report.speculation import acceptance_figure
 from mlx_fd.report.trust import trust_figure
 from mlx_fd.runs import failed_write
 
@@ -186,7 +187,7 @@ def _loop_parts(runs: Sequence[LoopRun]) -> dict[str, Any]:
         ],
         "accuracy": _there(charts.accuracy_figure(runs)),
         "exam": _there(charts.exam_figure(runs)),
-        "budget": charts.budget_figures(runs),
+        "budget": [*charts.budget_figures(runs), *_there(acceptance_figure(runs))],
         "pareto": [(run, charts.pareto_figures(run)) for run in runs if run.pareto],
         "cascade": [(run, [_cascade(run.cascade)]) for run in runs if run.cascade],
         "origin": tables.origin_table(runs),

@@ -40,6 +40,7 @@ from mlx_fd.report.run import (
     summary_of,
 )
 from mlx_fd.report.self_reading import SelfRun, is_self_distillation, read_self_run
+from mlx_fd.runs.acceptance import acceptance
 from mlx_fd.runs.labels import WORK_NAMES
 from mlx_fd.runs.records import (
     AnswerRow,
@@ -206,6 +207,8 @@ def _read(folder: Path, name: str) -> LoopRun:
     totals = summarise(episodes, metrics, first, last, headroom)
     if summary:
         totals = cast("Summary", {**totals, **summary, "probe": totals["probe"]})
+    if accepted := acceptance(episodes):
+        totals["acceptance"] = accepted
     if "exam" not in totals and finished:
         missing.append(f"There was no examination: {_why_no_exam(manifest)}.")
     pareto = json_file(folder, _PARETO, _pareto, missing, needed=False)
@@ -325,7 +328,7 @@ def _student_feedback(value: Mapping[str, Any]) -> StudentFeedbackRow:
 def _episode(row: JsonObject) -> EpisodeRow:
     expert, student, decision = row["expert_feedback"], row["student_feedback"], row["gate"]
     again = row.get("student_feedback_again")
-    return {
+    found: EpisodeRow = {
         "episode": int(number(row["episode"])),
         "id": str(row["id"]),
         "question": text(row["question"]),
@@ -356,6 +359,9 @@ def _episode(row: JsonObject) -> EpisodeRow:
         "seconds": numbers(row["seconds"]),
         "capped": [text(step) for step in row["capped"]],
     }
+    if "accepted" in row:
+        found["accepted"] = counts(row["accepted"])
+    return found
 
 
 def _headroom(value: JsonObject) -> HeadroomRow:

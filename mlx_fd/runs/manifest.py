@@ -143,11 +143,12 @@ _CHANGEABLE = (
     "checkpoint_every",
     "keep_checkpoints",
     "profile",
+    "speculate",
 )
 
 
 # What a run did that began before there were these is what their defaults mean in its files.
-_AS_BEFORE = frozenset(("batching", "places"))
+_AS_BEFORE = frozenset(("batching", "places", "speculate"))
 
 
 def flat_options(config: Config) -> dict[str, Any]:

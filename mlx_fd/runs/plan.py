@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_fd import problems as problem_sets
 from mlx_fd import runs
-from mlx_fd.config import CONTINUOUS, Config, LossOptions, override, preset, read
+from mlx_fd.config import (
+    CONTINUOUS,
+    Config,
+    GenerationOptions,
+    LossOptions,
+    override,
+    preset,
+    read,
+)
 from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint, ranks
 from mlx_fd.models.aliases import ALIASES
@@ -114,6 +122,7 @@ def make_plan(config: Config) -> Plan:
         UserError: a name, file, pair of models or amount of memory that will not do.
     """
     config = with_absolute_names(config)
+    _check_alone(config.generation)
     # Problems first: a model may be a download of hours.
     drawn = draw_problems(config)
     _check_gold(config, (*drawn.probe, *drawn.problems))
@@ -125,6 +134,7 @@ def make_plan(config: Config) -> Plan:
 
     from mlx_fd.models.loading import check_can_think
     from mlx_fd.models.pairing import check_pair
+    from mlx_fd.models.speculative import check_draft
 
     options = config.models
     pairing = check_pair(
@@ -135,6 +145,8 @@ def make_plan(config: Config) -> Plan:
     )
     if not pairing.shared_vocab:
         _check_two_tokenizers(config)
+    if config.generation.speculate:
+        check_draft(expert_path, student_path)
     if config.generation.thought_tokens:  # both have the expert's tokens and template
         check_can_think(expert_path, pairing.template)
     drawn, notes = without_long(drawn, (expert_path, student_path), config)
@@ -314,6 +326,24 @@ def check_out(folder: Path) -> None:
         raise UserError(f"{folder}: {there} cannot be written; choose another --out")
 
 
+def _check_alone(options: GenerationOptions) -> None:
+    """Make sure that nothing is asked for that texts written together do not have.
+
+    Raises:
+        UserError: something is.
+    """
+    if options.speculate and options.batching == CONTINUOUS:
+        raise UserError(
+            f"speculate = {options.speculate} is for texts that are written one by one, and "
+            "batching = continuous writes several: use batching = lockstep"
+        )
+    if options.speculate and not options.sequential and options.batch_size > 1:
+        raise UserError(
+            f"speculate = {options.speculate} is for texts that are written one by one, and "
+            f"batch_size is {options.batch_size}: add sequential, or set batch_size to 1"
+        )
+
+
 def _check_two_tokenizers(config: Config) -> None:
     """Make sure that nothing is asked for that compares two models token by token.
 
@@ -324,6 +354,7 @@ def _check_two_tokenizers(config: Config) -> None:
     wanted = {
         "the attention loss": losses.needs_attention,
         "standardize_logits": losses.standardize_logits,
+        "speculate": generation.speculate > 0,
         "expert_thinking": generation.expert_thinking == "on",
         "student_thinking": generation.student_thinking == "on",
         f"student_context = {losses.student_context}": losses.student_context != "none",

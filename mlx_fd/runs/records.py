@@ -217,6 +217,21 @@ def thought_columns(thoughts: Mapping[str, str], closed: Sequence[str]) -> Thoug
     return columns
 
 
+class AcceptedColumns(TypedDict, total=False):
+    """Of texts that were written with a draft (``speculate``); absent where none was.
+
+    Attributes:
+        accepted: tokens that the student had proposed, by step, of those in ``tokens``.
+    """
+
+    accepted: Mapping[str, int]
+
+
+def accepted_columns(accepted: Mapping[str, int]) -> AcceptedColumns:
+    """The column of what a draft proposed."""
+    return {"accepted": accepted} if accepted else {}
+
+
 class SecondRow(TypedDict):
     """With ``answers_by`` ``both``: the student's answer to the problem, judged to learn from.
 
@@ -241,7 +256,7 @@ class SecondRow(TypedDict):
 
 
 @final
-class EpisodeRow(ThoughtColumns):
+class EpisodeRow(ThoughtColumns, AcceptedColumns):
     """A line of ``episodes.jsonl``: one problem.
 
     Attributes:
@@ -363,6 +378,8 @@ class MetricsRow(BatchMetricsRow):
             absent in later epochs and in runs of older versions.
         answer_temperature: of this batch's answers; null in a later epoch.
         work: with ``profile``: what this batch did beside the least; absent in a later epoch.
+        accepted: with ``speculate``: of the tokens that the expert wrote with a draft, those that
+            the student had proposed; absent where there were none.
     """
 
     trust: TrustRow
@@ -370,6 +387,7 @@ class MetricsRow(BatchMetricsRow):
     expert_verdicts: NotRequired[Mapping[str, int]]
     answer_temperature: float | None
     work: NotRequired[WorkRow]
+    accepted: NotRequired[CountRow]
 
 
 class AttemptsRow(TypedDict):
@@ -866,6 +884,22 @@ class CountRow(TypedDict):
     n: int
 
 
+class AcceptanceRow(TypedDict):
+    """Of tokens that the expert wrote with a draft, the share that the student had proposed.
+
+    The intervals are over episodes: the tokens of one are alike.
+
+    Attributes:
+        whole: in all episodes.
+        first_half: in the first half of those in which there were some.
+        second_half: in the second half.
+    """
+
+    whole: EstimateRow
+    first_half: EstimateRow
+    second_half: EstimateRow
+
+
 class HeadroomVerdictsRow(TypedDict):
     """The headroom check without gold: by the models' verdicts (a score above 0: good).
 
@@ -948,6 +982,8 @@ class Summary(TypedDict):
         exam: with an examination: each measure before and after; before is before the warm-up.
         warm_up: with a warm-up: its own totals.
         work: with ``profile``: what its batches did beside the least there could have been.
+        acceptance: with ``speculate``: how much of what the expert wrote the student had proposed,
+            by step, and of all steps in ``all``.
         best_checkpoint: name of the checkpoint with the least probe losses.
         peak_memory_bytes: most memory of MLX in any of the run's processes.
     """
@@ -970,6 +1006,7 @@ class Summary(TypedDict):
     exam: NotRequired[dict[str, BeforeAfterRow]]
     warm_up: NotRequired[SelfSummary]
     work: NotRequired[WorkRow]
+    acceptance: NotRequired[Mapping[str, AcceptanceRow]]
     best_checkpoint: NotRequired[str]
     peak_memory_bytes: NotRequired[float]
 

@@ -50,11 +50,20 @@ def wilson_over_problems(rights: Sequence[tuple[str, bool]]) -> tuple[float, flo
     by_problem: dict[str, list[bool]] = {}
     for problem, right in rights:
         by_problem.setdefault(problem, []).append(right)
-    n, count = len(rights), sum(right for _, right in rights)
+    return wilson_over_clusters([(sum(of), len(of)) for of in by_problem.values()])
+
+
+def wilson_over_clusters(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """The same of a share of anything that comes in clusters.
+
+    Args:
+        counts: of each cluster how many count, and of how many.
+    """
+    count, n = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
     if not 0 < count < n:
-        return wilson(len(by_problem) if count else 0, len(by_problem))
+        return wilson(len(counts) if count else 0, len(counts))
     share = count / n
-    squares = sum((sum(of) - share * len(of)) ** 2 for of in by_problem.values())
+    squares = sum((right - share * size) ** 2 for right, size in counts)
     size = min(n, n * n * share * (1 - share) / squares) if squares else n
     return wilson(share * size, size)
 

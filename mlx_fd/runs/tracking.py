@@ -137,6 +137,8 @@ def values_of(event: Event) -> tuple[int, dict[str, float]] | None:
         last = row["updates"][-1]
         values |= {f"loss/{name}": value for name, value in last["losses"].items()}
         values |= {"update/total": last["total"], "update/gradient_norm": last["gradient_norm"]}
+    if "accepted" in row:
+        values["draft/accepted"] = row["accepted"]["count"] / row["accepted"]["n"]
     if "attempts" in row:
         if row["clipped"]:
             values["update/clipped"] = row["clipped"][-1]

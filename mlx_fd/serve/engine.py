@@ -43,6 +43,7 @@ class Written:
         thought: what was thought before, without marks; empty: nothing.
         opening: as :class:`mlx_fd.models.writing.Turn` has it.
         thought_tokens: tokens of the thought that the model drew.
+        accepted: how many of the tokens the model's draft had proposed.
     """
 
     text: str
@@ -52,6 +53,7 @@ class Written:
     read: int
     first: float
     logprobs: tuple[float, ...] = ()
+    accepted: int = 0
     thought: str = ""
     opening: tuple[int, ...] = ()
     thought_tokens: int = 0
@@ -126,6 +128,7 @@ class _Running:
         tokens: drawn so far.
         said: pieces of text so far.
         logprobs: of its tokens, where they are wanted; [1] each.
+        accepted: tokens so far that the model's draft had proposed.
     """
 
     writing: Writing
@@ -136,6 +139,7 @@ class _Running:
     tokens: list[int] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     logprobs: list[mx.array] = field(default_factory=list)
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -373,6 +377,7 @@ class _Work:
         if not one.tokens:
             one.first = time.monotonic() - one.since
         one.tokens.append(step.token)
+        one.accepted += step.accepted
         if step.logprob is not None:
             one.logprobs.append(step.logprob)
         piece = "" if step.ended == "stop" else one.text.add(step.token)
@@ -414,4 +419,5 @@ def _written(one: _Running, reason: str, cache: Any) -> Written:
         read=len(prompt) + (len(old.tokens) if old.cache is None else 0),
         first=one.first,
         logprobs=tuple(logprobs),
+        accepted=one.accepted,
     )

@@ -47,7 +47,10 @@ class Metrics:
             registry=registry,
         )
         self.tokens = Counter(
-            "mlx_fd_tokens", "Tokens read and written", ("model", "kind"), registry=registry
+            "mlx_fd_tokens",
+            "Tokens read and written, and those written that the draft had proposed (accepted)",
+            ("model", "kind"),
+            registry=registry,
         )
         self.answers = Counter(
             "mlx_fd_answers",
@@ -72,6 +75,8 @@ class Metrics:
         """Count a text."""
         self.tokens.labels(model, "read").inc(written.read)
         self.tokens.labels(model, "written").inc(written.drawn)
+        if written.accepted:
+            self.tokens.labels(model, "accepted").inc(written.accepted)
         self.first.labels(model).observe(written.first)
 
     def decided(self, asked: str, decision: Decision) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_fd.errors import UserError
 from mlx_fd.models.thinking import ThinkingOptions
 
 if TYPE_CHECKING:
@@ -93,31 +94,50 @@ class Thoughts:
 AS_IN_THE_RUN = Thoughts()
 
 
-def open_served(student: str, expert: str | None, thoughts: Thoughts = AS_IN_THE_RUN) -> Served:
+def open_served(
+    student: str,
+    expert: str | None,
+    thoughts: Thoughts = AS_IN_THE_RUN,
+    *,
+    speculate: int = 0,
+) -> Served:
     """Load what is served; to be called on the thread that will run it.
 
     Args:
         student: a run directory (its best checkpoint), one of its checkpoints, or a model's name.
         expert: a model's name; ``None``: the student is alone.
         thoughts: who thinks.
+        speculate: tokens that the student proposes at a time of what the expert writes; 0: none.
 
     Raises:
         UserError: nothing of that name, files are missing or damaged, the two do not fit, they need
-            too much memory, or one that shall think cannot.
+            too much memory, one that shall think cannot, or the student cannot propose what the
+            expert writes.
     """
     from mlx_fd.evaluation.target import Models, open_target
     from mlx_fd.feedback.criticism import feedback_request
     from mlx_fd.feedback.judge import Judge, locate_model, open_student
+    from mlx_fd.feedback.pair import with_draft
     from mlx_fd.models.context import context_length
+    from mlx_fd.models.speculative import check_draft
     from mlx_fd.problems.kinds import KINDS
 
     ref = thoughts.of_student(locate_model(student))
     found = None
     if expert is None:
+        if speculate:
+            raise UserError("--speculate: there is nobody to propose tokens to; add --expert NAME")
         judge = open_student(ref)
     else:
         target = open_target(student, expert, changes=thoughts.changes)
-        pair = Models(target).pair
+        if speculate:
+            if not target.vocab:
+                raise UserError(
+                    "--speculate: expert and student have different tokenizers, so that the "
+                    "student cannot propose the expert's tokens: leave it out"
+                )
+            check_draft(target.expert or target.student, target.student)
+        pair = with_draft(Models(target).pair, speculate)
         found = pair.expert
         scoring = pair.student if target.checkpoint is not None else None
         judge = Judge(ref, pair.student_lm, scoring)

@@ -51,7 +51,11 @@ async def _serve(options: Options, on_ready: Callable[[Service, str], None]) -> 
     engine = Engine(options.limits.places)
     try:
         open_models = functools.partial(
-            open_served, options.student, options.expert, options.thoughts
+            open_served,
+            options.student,
+            options.expert,
+            options.thoughts,
+            speculate=options.speculate,
         )
         served = await engine.start(open_models)
         service = Service(

@@ -44,6 +44,7 @@ class Options:
         keep: a file that problems are kept in; ``None``: none are.
         keep_most: problems that it holds.
         thoughts: who thinks before it writes.
+        speculate: tokens that the student proposes at a time of what the expert writes; 0: none.
     """
 
     student: str
@@ -59,6 +60,7 @@ class Options:
     keep: Path | None = None
     keep_most: int = 1000
     thoughts: Thoughts = AS_IN_THE_RUN
+    speculate: int = 0
 
 
 @dataclass

@@ -112,6 +112,7 @@ class Speaking:
             thought_tokens=len(thought.tokens) - self._ended_within,
             read=reply.read + thought.read,
             first=thought.first,
+            accepted=reply.accepted + (0 if self._ended_within else thought.accepted),
         )
 
     def drop(self) -> None:

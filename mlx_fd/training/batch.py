@@ -58,6 +58,7 @@ from mlx_fd.models import ranks
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.metering import metered
 from mlx_fd.problems import Problem
+from mlx_fd.runs.acceptance import accepted_count
 from mlx_fd.runs.events import Event, Step
 from mlx_fd.runs.records import EpisodeRow, GateRow, MetricsRow, SampleRow
 from mlx_fd.training.answering import Answering, observe, warmed
@@ -300,7 +301,10 @@ def _run_batch(
     metrics["answer_temperature"] = options.answer_temperature
     outcomes = ranks.gather([one.outcome for one in (*reviewed, *second)])
     metrics["expert_verdicts"] = tally(outcomes)
-    done = BatchResult(state, ranks.gather(rows), metrics, [*feedback, *solutions], ahead)
+    rows = ranks.gather(rows)
+    if (accepted := accepted_count(rows))["n"]:
+        metrics["accepted"] = accepted
+    done = BatchResult(state, rows, metrics, [*feedback, *solutions], ahead)
     return done, updates
 
 

@@ -27,6 +27,7 @@ from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.files import clear_unfinished
 from mlx_fd.models.checking import check_attention, check_recompute
 from mlx_fd.problems.sources import Question
+from mlx_fd.runs.acceptance import acceptance
 from mlx_fd.runs.events import Note, Probed, Probing, Started, Warned
 from mlx_fd.runs.records import (
     BeforeAfterRow,
@@ -235,6 +236,8 @@ def run(
             seconds,
         )
         summary["judging"] = judging(runs.read_episodes(folder))
+        if accepted := acceptance(runs.read_episodes(folder)):
+            summary["acceptance"] = accepted
         if top_k is not None:
             summary["top_k"] = top_k
         if compared is not None:

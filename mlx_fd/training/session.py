@@ -139,7 +139,8 @@ def _check_ranks(config: Config) -> None:
     if config.generation.places and config.generation.batching == "lockstep":
         raise UserError(
             "places is for batching = continuous, and auto is lockstep on the CPU, for several "
-            "processes and with sequential: leave places out, or use --batching continuous"
+            "processes, and with sequential or speculate: leave places out, or use --batching "
+            "continuous"
         )
     if ranks.processes() == 1:
         if sharded:
@@ -155,6 +156,11 @@ def _check_ranks(config: Config) -> None:
         )
     if sharded and config.self_distils:
         raise UserError("shard_expert is for mlx-fd loop: leave it out")
+    if sharded and config.generation.speculate:
+        raise UserError(
+            "speculate is for an expert that is in one process, and shard_expert divides it: leave "
+            "one of the two out"
+        )
     for name, alone in (
         ("student_context", config.losses.student_context != "none"),
         ("profile", config.episode.profile),
@@ -179,6 +185,7 @@ def _settled(config: Config) -> Config:
         models = dataclasses.replace(models, template_date=today)
     if generation.batching == "auto" and not config.self_distils:
         alone = backend().on_cpu or ranks.processes() > 1 or generation.sequential
+        alone = alone or generation.speculate > 0
         batching = "lockstep" if alone else CONTINUOUS
         generation = dataclasses.replace(generation, batching=batching)
     return dataclasses.replace(config, models=models, generation=generation)

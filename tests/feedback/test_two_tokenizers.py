@@ -255,6 +255,7 @@ def test_the_student_s_answer_is_the_expert_s_text(dirs, pair):
         ({"losses": ["attention"]}, "the attention loss"),
         ({"standardize_logits": True}, "standardize_logits"),
         ({"expert_thinking": "on"}, "expert_thinking"),
+        ({"speculate": 4, "sequential": True}, "speculate"),
         (
             {"student_context": "feedback", "answers_by": "student"},
             "student_context = feedback",

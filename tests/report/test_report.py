@@ -11,6 +11,7 @@ from mlx_fd.files import write_json
 from mlx_fd.report import charts, packing, tables, theme
 from mlx_fd.report.page import check_out, make_page, write_page
 from mlx_fd.report.reading import read_runs
+from mlx_fd.report.speculation import acceptance_figure, acceptance_table
 from mlx_fd.report.trust import trust_figure
 from mlx_fd.runs.summary import wilson
 from support import ROOT, reported
@@ -134,6 +135,38 @@ def test_costs_are_written_in_digits():
     assert row[1] == tables.Cell("12,346", "9,876 to 23,457, n 5")
     assert row[2].value == "1.5"
     assert tables.amount(1234567.8) == "1,234,568" and tables.amount(0.01234567) == "0.01235"
+
+
+def test_what_a_draft_proposed_is_shown_by_step_and_along_the_run(tmp_path):
+    written = {"student_feedback": 9, "expert_feedback": 20, "merge": 10}
+    episodes = [
+        reported.episode(
+            n, tokens=written, accepted={"expert_feedback": 5 + 2 * n, "merge": 2 + n % 2}
+        )
+        for n in range(4)
+    ]
+    runs = read_runs(
+        [
+            reported.write_run(tmp_path / "drafted", episodes),
+            reported.write_run(tmp_path / "plain", [reported.episode(0)]),
+        ]
+    )
+    rows = acceptance_table(runs).rows
+    by_step = {row[0].value: [cell.value for cell in row[1:]] for row in rows}
+    assert by_step == {
+        "expert's feedback": ["30.0%", "50.0%", "-", "-"],
+        "merged feedback": ["25.0%", "25.0%", "-", "-"],
+        "all of them": ["28.3%", "41.7%", "-", "-"],
+    }
+    figure = acceptance_figure(runs)
+    assert [round(row["value"] * 30) for row in figure.specification["datasets"]["rows"]] == [
+        7,
+        10,
+        11,
+        14,
+    ]
+    assert figure.says.startswith("drafted: 28.3% in the first half of the episodes, 41.7% in the")
+    assert acceptance_table(runs[1:]) is None and acceptance_figure(runs[1:]) is None
 
 
 def test_intervals_and_what_is_surely_so():

@@ -184,6 +184,17 @@ def test_a_run_of_a_version_with_fewer_options_is_not_resumed(tmp_path):
         )
 
 
+def test_a_run_of_a_version_without_drafts_is_resumed(tmp_path):
+    """It had none; and whether there is one changes no text."""
+    old = manifest()
+    del old["options"]["speculate"]
+    assert check_same(old, manifest(), tmp_path) == []
+    assert check_same(old, manifest(speculate=4), tmp_path) == []
+    assert changed_options(old, manifest(speculate=4)) == [
+        "config.toml was changed: speculate was 0, is 4"
+    ]
+
+
 def test_a_run_grows_where_its_last_batch_was_full(tmp_path):
     alike = {"lr_schedule": "constant", "gate": "always"}
     old = manifest(episodes=16, **alike)

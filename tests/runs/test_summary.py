@@ -1,5 +1,6 @@
 import pytest
 
+from mlx_fd.runs.acceptance import acceptance, accepted_count
 from mlx_fd.runs.summary import find_warnings, summarise, wilson, wilson_over_problems
 
 
@@ -49,6 +50,35 @@ def test_wilson(right, n, low, high):
 def test_attempts_at_one_problem_are_no_problems_of_their_own(attempts, right, n):
     rights = [(str(at), mark == "+") for at, of in enumerate(attempts) for mark in of]
     assert wilson_over_problems(rights) == pytest.approx(wilson(right, n))
+
+
+def test_tokens_of_one_episode_are_no_episodes_of_their_own():
+    def episode(accepted, **tokens):
+        return {"tokens": {"student_feedback": 50, **tokens}, "accepted": accepted}
+
+    rows = [
+        episode({"expert_feedback": 5, "merge": 1}, expert_feedback=10, merge=10),
+        episode({"expert_feedback": 5}, expert_feedback=10, merge=10),
+        {"tokens": {"expert_feedback": 99}},  # written together with others
+        episode({"expert_feedback": 9}, expert_feedback=10),
+        episode({"expert_feedback": 7}, expert_feedback=10),
+    ]
+    assert accepted_count(rows) == {"count": 27, "n": 50}
+    found = acceptance(rows)
+    assert list(found) == ["expert_feedback", "merge", "all"]
+    feedback = found["expert_feedback"]
+    assert [feedback[part]["value"] for part in ("whole", "first_half", "second_half")] == [
+        0.65,
+        0.5,
+        0.8,
+    ]
+    assert [feedback[part]["n"] for part in ("whole", "first_half", "second_half")] == [4, 2, 2]
+    # Kish: squares (-1.5)^2, (-1.5)^2, 2.5^2 and 0.5^2 of clusters of ten; 40^2 * 0.2275 / 11.
+    size = 40**2 * 0.65 * 0.35 / 11
+    ends = [feedback["whole"]["low"], feedback["whole"]["high"]]
+    assert ends == pytest.approx(wilson(0.65 * size, size), abs=1e-4)
+    assert found["merge"]["first_half"] == {"value": None, "low": None, "high": None, "n": 0}
+    assert acceptance(rows[2:3]) == {} and accepted_count(rows[2:3])["n"] == 0
 
 
 def test_summary_adds_up():

@@ -11,7 +11,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import first_prompt
 from mlx_fd.models.lanes import Job, open_lane
-from mlx_fd.models.loading import load
+from mlx_fd.models.loading import Draft, load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.models.thinking import Thinking
 from mlx_fd.models.writing import Sampling
@@ -59,6 +59,22 @@ def test_one_by_one_writes_what_a_running_batch_does(loaded):
     length = len(jobs(loaded)[0].prompt) + len(many[0])
     assert [layer.offset for layer in cache] == [layer.offset for layer in kept]
     assert {layer.offset for layer in kept} == {length}
+
+
+def test_with_a_draft_a_lane_writes_the_same(loaded):
+    """One text at a time; who leaves in the middle leaves nothing behind."""
+    expert = dataclasses.replace(load(resolve("tiny")), tokenizer=loaded.tokenizer)
+    drafted = open_lane(dataclasses.replace(expert, draft=Draft(loaded, 4)), 3)
+    wanted = jobs(expert)
+    number = drafted.add(wanted[1])
+    assert sum(len(drafted.step()) for _ in range(3)) == 3
+    drafted.drop(number)
+    (plain, cache), (found, kept) = written(open_lane(expert, 3), wanted), written(drafted, wanted)
+    assert found == plain
+    assert [layer.offset for layer in kept] == [layer.offset for layer in cache]
+    drafted.add(wanted[0])
+    steps = [step for _ in plain[0] for step in drafted.step()]
+    assert 0.5 * len(steps) < sum(step.accepted for step in steps) < len(steps)
 
 
 def test_log_probabilities_are_those_of_a_whole_reading(loaded):

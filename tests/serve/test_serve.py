@@ -17,6 +17,7 @@ from mlx_fd.evaluation.target import Models, open_target
 from mlx_fd.feedback.judge import Judge, locate_model
 from mlx_fd.feedback.turns import answer
 from mlx_fd.problems import Problem
+from mlx_fd.serve.models import open_served
 from support.serving import (
     KEY,
     ask,
@@ -266,6 +267,29 @@ def test_logs_have_no_texts_and_metrics_count(server):
     found = asyncio.run(exchange(server.port, data.encode())).decode()
     assert re.search(r'mlx_fd_answers_total\{asked="cascade",by="\w+"\} [1-9]', found)
     assert re.search(r"mlx_fd_score_count [1-9]", found)
+
+
+def test_with_a_draft_the_expert_says_the_same(run, tmp_path):
+    """Greedy, drawn by lot and cut off; several ask at once, and it writes one text at a time."""
+    asked = questions(3)
+    alike = [{}, {"temperature": 1.5, "seed": 3}, {"max_tokens": 7}]
+    found = []
+    for options in ((), ("--speculate", "4")):
+        with serving(tmp_path, run, "--expert", "tiny", *options) as server:
+            said = [in_parallel(server, asked, model="expert", **more) for more in alike]
+            found.append([asyncio.run(one) for one in said])
+            get = f"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+            data = f"{get}Connection: close\r\n\r\n".encode()
+            metrics = asyncio.run(exchange(server.port, data)).decode()
+        written, accepted = (
+            re.search(rf'mlx_fd_tokens_total{{kind="{kind}",model="expert"}} (\d+)', metrics)
+            for kind in ("written", "accepted")
+        )
+        assert (accepted is not None) == bool(options)
+    assert found[0] == found[1]
+    assert 0.3 < float(accepted[1]) / float(written[1]) < 0.81
+    with pytest.raises(UserError, match="nobody to propose tokens to; add --expert"):
+        open_served(str(run), None, speculate=4)
 
 
 def refuse_web_pages(server):

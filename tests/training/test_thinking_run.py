@@ -72,6 +72,16 @@ def test_one_by_one_without_caches_is_the_same_run(finished, dirs, tmp_path):
             assert one[key] == two[key], key
 
 
+def test_a_draft_proposes_thoughts_too(dirs, tmp_path):
+    for name, tokens in (("plain", 0), ("drafted", 2)):
+        changes = {**ON, "episodes": 2, "sequential": True, "speculate": tokens}
+        start(tmp_path / name, plan_of(dirs, **changes))
+    plain, drafted = rows(tmp_path / "plain"), rows(tmp_path / "drafted")
+    accepted = [row.pop("accepted") for row in drafted]
+    assert drafted == plain
+    assert all("expert_feedback" in one and "student_feedback" not in one for one in accepted)
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
     folder, plan = finished
     stopped, answers = tmp_path / "stopped", iter([False, True])

@@ -21,7 +21,9 @@ from mlx_fd.feedback.turns import (
 )
 from mlx_fd.models.generation import first_prompt
 from mlx_fd.problems import Problem, prompts
+from mlx_fd.runs import read_lines
 from mlx_fd.runs.plan import make_plan
+from support.pairs import without_seconds
 from support.shell import shell
 
 
@@ -138,6 +140,30 @@ def test_a_solution_to_learn_from_is_the_final_answer_after_the_bare_question(pa
         assert sample.expert_score is None
         whole = pair.expert.view.forward(mx.array([[*sample.prompt, *sample.target[:-1]]]))
         assert mx.allclose(sample.expert.targets, whole.final[0, len(begun) - 1 :], atol=1e-4)
+
+
+def test_a_draft_by_the_command_line(tmp_path):
+    """The same rows as without; the terminal and the report say what the student proposed."""
+    options = ["--preset", "tiny", "--episodes", "6", "--batch-size", "3", "--exam-size", "0"]
+    options += ["--kd-steps", "1", "--probe-size", "1", "--sequential"]
+    found = {}
+    for tokens in (0, 4):
+        out = tmp_path / str(tokens)
+        given = ["--speculate", tokens] if tokens else []
+        done = shell("loop", *options, *given, "--out", out, cwd=tmp_path)
+        assert done.status == 0, done.err
+        found[tokens] = without_seconds(read_lines(out / "episodes.jsonl"))
+    accepted = [row.pop("accepted") for row in found[4]]
+    assert found[4] == found[0]
+    # The student of the pair writes what the expert would in most places.
+    assert all(row["expert_feedback"] > 10 for row in accepted)
+    assert "student's proposals" in done.flat
+    assert shell("report", out, "--out", tmp_path / "page.html", cwd=tmp_path).status == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "Tokens of the expert that the student had proposed" in page
+    refused = shell("loop", "--preset", "tiny", "--speculate", "4", "--out", "x", cwd=tmp_path)
+    assert refused.status == 2
+    assert "batch_size is 64: add sequential, or set batch_size to 1" in refused.flat
 
 
 def test_the_expert_alone_brings_its_preset(tmp_path):

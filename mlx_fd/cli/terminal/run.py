@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_fd.cli.terminal.layout import NamedValues
+from mlx_fd.runs.acceptance import ALL
 from mlx_fd.runs.events import (
     BatchDone,
     Event,
@@ -64,6 +65,13 @@ def _estimate(value: EstimateRow, sign: str = "") -> str:
         return "-"
     middle = format(value["value"], f"{sign}.3f")
     return f"{middle} [{number(value['low'], '.3f')}, {number(value['high'], '.3f')}]"
+
+
+def _share(value: EstimateRow) -> str:
+    """A share with its 95 % interval."""
+    if value["value"] is None:
+        return "-"
+    return f"{value['value']:.1%} [{number(value['low'], '.1%')}, {number(value['high'], '.1%')}]"
 
 
 class Display:
@@ -523,6 +531,13 @@ def summary_table(summary: Summary) -> NamedValues:
             f"exam: {EXAM_NAMES[name]}",
             f"{_estimate(sides['before'])} -> {_estimate(sides['after'])}, change "
             f"{_estimate(sides['change'], '+')} (n {sides['before']['n']})",
+        )
+    if "acceptance" in summary:
+        halves = summary["acceptance"][ALL]
+        table.add_row(
+            "student's proposals",
+            f"{_share(halves['first_half'])} of the expert's tokens in the first half, "
+            f"{_share(halves['second_half'])} in the second",
         )
     if "work" in summary:
         for name, amount in summary["work"]["counts"].items():
