@@ -104,7 +104,12 @@ def pareto(
     found["notes"] += notes
     _write(run, found, curve.config)
     if sweep:
-        found["points"] = _swept(run, found, curve.config, quiet)
+        # What was traded off, too: what comes of the sweep is judged by it.
+        asked = ["--cost", cost]
+        asked += ["--objectives", ",".join(objectives)] if objectives else []
+        asked += ["--exam"] if exam else []
+        command = shlex.join(["mlx-fd", "pareto", "--sweep", *asked])
+        found["points"] = _swept(run, found, curve.config, command, quiet)
         _write(run, found, curve.config)
     if as_json:
         click.echo(json.dumps(found, indent=2))
@@ -132,7 +137,9 @@ def _write(run: Path, found: ParetoFile, config: Config) -> None:
         plot(found, run / PLOT)
 
 
-def _swept(run: Path, found: ParetoFile, config: Config, quiet: bool) -> list[ParetoPointRow]:
+def _swept(
+    run: Path, found: ParetoFile, config: Config, command: str, quiet: bool
+) -> list[ParetoPointRow]:
     from rich.console import Console
 
     from mlx_fd.cli.terminal.run import Steps
@@ -151,5 +158,5 @@ def _swept(run: Path, found: ParetoFile, config: Config, quiet: bool) -> list[Pa
     ):
         points = sweep(run, config, found, steps, came)
     if points is None:
-        raise Stopped(run, "stopped", came, "mlx-fd pareto --sweep")
+        raise Stopped(run, "stopped", came, command)
     return points

@@ -257,7 +257,8 @@ def test_a_run_with_the_preset_stops_where_predicted(always, found, tmp_path):
 
 
 def test_a_sweep_tries_every_threshold_and_goes_on_where_it_stopped(copy):
-    command = [sys.executable, "-m", "mlx_fd", "pareto", "--sweep", copy]
+    chosen = ["--cost", "kd_steps", "--objectives", "lm,logit"]
+    command = [sys.executable, "-m", "mlx_fd", "pareto", "--sweep", *chosen, copy]
     begun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first, second = (copy / "sweep" / f"stop-{p['stop_threshold']:g}" for p in _points(copy)[:2])
     deadline = time.monotonic() + 100
@@ -266,7 +267,7 @@ def test_a_sweep_tries_every_threshold_and_goes_on_where_it_stopped(copy):
     begun.send_signal(signal.SIGINT)
     _, err = begun.communicate(timeout=60)
     assert begun.returncode == 130, err
-    assert f"mlx-fd pareto --sweep {copy}" in err
+    assert f"mlx-fd pareto --sweep {' '.join(chosen)} {copy}" in err
     assert (first / "summary.json").exists() and not (second / "summary.json").exists()
     before = (first / "summary.json").stat().st_mtime_ns
 
