@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_fd import __version__
-from mlx_fd.config import Config, read, to_toml
+from mlx_fd.config import Config, override, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.problems import load as load_problems
@@ -193,6 +193,21 @@ def test_a_run_of_a_version_without_drafts_is_resumed(tmp_path):
     assert changed_options(old, manifest(speculate=4)) == [
         "config.toml was changed: speculate was 0, is 4"
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "batch_size is 8: add sequential, or set batch_size to 1"),
+        (
+            {"batch_size": 1, "batching": "continuous"},
+            "batching = continuous writes several: use batching = lockstep",
+        ),
+    ],
+)
+def test_a_draft_is_for_texts_that_are_written_one_by_one(changes, says):
+    with pytest.raises(UserError, match=f"speculate = 4 is for texts .*{says}"):
+        make_plan(override(Config(), {"speculate": 4, **changes}, "test"))
 
 
 def test_a_run_grows_where_its_last_batch_was_full(tmp_path):
