@@ -180,9 +180,8 @@ class _BatchLane:
         self._wired_before = maybe_set_recommended_wired_limit()
         self._count = 0
         self._waiting: deque[_Row] = deque()
-        # Those whose prompts are being read, and what the model has read of them.
-        self._reading: list[_Row] = []
-        self._read: PromptProcessingBatch | None = None
+        # Those whose prompts are being read side by side, and what the model has read of them.
+        self._reading: list[tuple[list[_Row], PromptProcessingBatch]] = []
         # Those that write: the model's state of them, each one's next input [n], and the
         # log-probabilities [n] of these inputs where somebody wants to know.
         self._rows: list[_Row] = []
@@ -209,7 +208,7 @@ class _BatchLane:
 
     def drop(self, number: int) -> None:
         self._waiting = deque(row for row in self._waiting if row.number != number)
-        for row in self._reading:
+        for row in (row for rows, _ in self._reading for row in rows):
             if row.number == number:
                 row.left = 0
         self._keep([place for place, row in enumerate(self._rows) if row.number != number])
@@ -221,7 +220,7 @@ class _BatchLane:
 
     def close(self) -> None:
         self._waiting.clear()
-        self._reading, self._read = [], None
+        self._reading = []
         self._keep([])
         if self._wired_before is not None:
             mx.synchronize(self._stream)
@@ -230,48 +229,43 @@ class _BatchLane:
 
     def _read_on(self) -> None:
         """Read prompts, a part of each, and let those join that are read."""
-        if not self._reading:
-            self._begin_to_read()
-        if self._read is None:
-            return
-        parts = [row.rest[:PREFILL] for row in self._reading]
-        for row in self._reading:
-            del row.rest[:PREFILL]
-        if any(parts):
-            self._read.prompt(parts)
-        if not any(row.rest for row in self._reading):
-            self._join()
+        self._begin_to_read()
+        reading, self._reading = self._reading, []
+        for rows, read in reading:
+            parts = [row.rest[:PREFILL] for row in rows]
+            for row in rows:
+                del row.rest[:PREFILL]
+            if any(parts):
+                read.prompt(parts)
+            if any(row.rest for row in rows):
+                self._reading.append((rows, read))
+            else:
+                self._join(rows, read)
 
     def _begin_to_read(self) -> None:
-        """Take those that wait, as many as have a place; their prompts have as many parts each."""
-        free = min(self._places - len(self._rows), self._together, len(self._waiting))
-        if free <= 0:
-            return
+        """Take those that wait, as many as have a place; together those of about one length."""
+        taken = sum(len(rows) for rows, _ in self._reading)
+        free = min(self._places - len(self._rows), self._together) - taken
+        groups: dict[tuple[int, int], list[_Row]] = {}
+        for _ in range(min(free, len(self._waiting))):
+            row = self._waiting.popleft()
+            count = len(row.rest)
+            # As many parts of each; and what is padded is less than what is read.
+            groups.setdefault((-(-count // PREFILL), count.bit_length()), []).append(row)
+        self._reading += [(rows, self._reader(rows)) for rows in groups.values()]
 
-        def parts(row: _Row) -> int:
-            return -(-len(row.rest) // PREFILL)
-
-        count = parts(self._waiting[0])
-        while self._waiting and len(self._reading) < free and parts(self._waiting[0]) == count:
-            self._reading.append(self._waiting.popleft())
+    def _reader(self, rows: list[_Row]) -> PromptProcessingBatch:
         caches = [
             make_prompt_cache(self._loaded.model) if cache is None else cache
-            for cache in (row.job.conversation.cache for row in self._reading)
+            for cache in (row.job.conversation.cache for row in rows)
         ]
-        for row, cache in zip(self._reading, caches, strict=True):
+        for row, cache in zip(rows, caches, strict=True):
             # Until all is read, what stands there says only that it is wanted.
             row.mark = cache if row.job.needs_mark(cache) else None
-        self._read = PromptProcessingBatch(
-            self._loaded.model,
-            [row.number for row in self._reading],
-            caches,
-            prefill_step_size=PREFILL,
-        )
+        numbers = [row.number for row in rows]
+        return PromptProcessingBatch(self._loaded.model, numbers, caches, prefill_step_size=PREFILL)
 
-    def _join(self) -> None:
-        assert self._read is not None
-        rows, read = self._reading, self._read
-        self._reading, self._read = [], None
+    def _join(self, rows: list[_Row], read: PromptProcessingBatch) -> None:
         for place, row in enumerate(rows):
             if row.mark is not None:
                 row.mark = read.extract_cache(place)
