@@ -1,6 +1,7 @@
 """How far the loop is from the least work there is, and whether its memory stays flat.
 
 python scripts/bench_loop.py --pair tiny              # one row: all ways, and bare mlx-lm
+python scripts/bench_loop.py --pair tiny --episodes 128 --no-sequential
 python scripts/bench_loop.py --pair smollm2 --episodes 6
 python scripts/bench_loop.py --memory                 # 2,000 short episodes: resident memory
 python scripts/bench_loop.py --table                  # docs/bench_loop.md, from the rows alone
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -41,8 +42,9 @@ PAIRS = {
         *("--probe-size", "2", "--gate", "always", "--trigger", "always"),
     ),
 }
-# Half of a batch.
-HALF = {"tiny": 16, "smollm2": 2}
+# Places that are half of a batch, and what that way is called.
+HALVES, HALF = {"tiny": 16, "smollm2": 2}, "continuous, half the places"
+ARMS = ("lockstep", "continuous", HALF, "sequential")
 SHORT = (
     *("--max-answer-tokens", "16", "--max-feedback-tokens", "16", "--max-merge-tokens", "8"),
     *("--kd-steps", "2", "--step-samples", "8", "--probe-size", "8", "--trigger", "always"),
@@ -221,29 +223,31 @@ def memory(episodes: int) -> Row:
 # ---- rows and table ----
 
 
-def row_of(pair: str, episodes: int) -> Row:
-    """All arms of a pair, one after the other."""
-    row: Row = {
+def row_of(pair: str, episodes: int, names: Sequence[str]) -> Row:
+    """Arms of a pair by their names, and bare mlx-lm with the lengths of the first one."""
+    ways = {
+        "lockstep": ["--lockstep"],
+        "continuous": ["--continuous"],
+        HALF: ["--continuous", f"--places={HALVES[pair]}"],
+        "sequential": ["--sequential"],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            options = [*PAIRS[pair], "--episodes", str(episodes), "--profile", *ways[name]]
+            run_loop(options, Path(folder, name))
+        return row_from(pair, episodes, {name: Path(folder, name) for name in names})
+
+
+def row_from(pair: str, episodes: int, folders: Mapping[str, Path]) -> Row:
+    """The row of runs that are done, the lockstep one first."""
+    return {
         "pair": pair,
         "episodes": episodes,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "mlx": version("mlx"),
-        "arms": {},
+        "arms": {name: measured(folder) for name, folder in folders.items()},
+        "bare": bare(next(iter(folders.values()))),
     }
-    half = f"--places={HALF[pair]}"
-    arms = {
-        "lockstep": ["--lockstep"],
-        "continuous": ["--continuous"],
-        "continuous, half the places": ["--continuous", half],
-        "sequential": ["--sequential"],
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        for number, (name, how) in enumerate(arms.items()):
-            here = Path(folder, str(number))
-            run_loop([*PAIRS[pair], "--episodes", str(episodes), "--profile", *how], here)
-            row["arms"][name] = measured(here)
-        row["bare"] = bare(Path(folder, "0"))
-    return row
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -300,12 +304,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pair", choices=PAIRS)
     parser.add_argument("--episodes", type=int)
+    parser.add_argument("--no-sequential", action="store_true", help="leave out the slowest way")
     parser.add_argument("--memory", action="store_true", help="resident memory of a long run")
     parser.add_argument("--table", action="store_true", help="write the table")
     given = parser.parse_args()
     rows = []
     if given.pair:
-        rows.append(row_of(given.pair, given.episodes or 96))
+        arms = ARMS[:-1] if given.no_sequential else ARMS
+        rows.append(row_of(given.pair, given.episodes or 96, arms))
     if given.memory:
         rows.append(
             {
