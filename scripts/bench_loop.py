@@ -283,7 +283,7 @@ def table(rows: Sequence[Row]) -> str:
             parts += [f"{arm['processor_seconds'].get(name, 0):.1f}" for arm in arms.values()]
             text.append(f"| {name} | {' | '.join(parts)} |")
         sums = [sum(arm["processor_seconds"].values()) for arm in arms.values()]
-        whole = [f"{one:.1f}" for one in (sum(row["bare"].values()), *sums)]
+        whole = [f"{one:.1f}" if one else "-" for one in (sum(row["bare"].values()), *sums)]
         text += [f"| all | {' | '.join(whole)} |", ""]
     for row in [row for row in rows if "growth" in row]:
         after = {one[0]: one for one in row["after"]}
