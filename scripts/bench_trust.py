@@ -193,7 +193,12 @@ def cost(row: Row) -> RunValue:
 
 
 def asking(row: Row) -> RunValue:
-    """Final answers right as they are, less those had the expert been asked everywhere."""
+    """Final answers right as they are, less those had the expert been asked everywhere.
+
+    NaN of a row that was made before that was looked at.
+    """
+    if "if_asked" not in row:
+        return RunValue(math.nan, math.nan)
     return of_problems([marks(row, "right") - marks(row, "if_asked")])
 
 
@@ -250,6 +255,8 @@ def table(path: Path) -> str:
             cells.insert(0, shown(measure(rows), form))
             # What no run, or just one, says anything of.
             cells = ["-" if "nan" in cell else cell for cell in cells]
+            if set(cells) == {"-"}:
+                continue
             lines.append(f"| {name} | {' | '.join(cells)} |")
         counts: dict[str, Callable[[Row], str]] = {
             "audited verdicts, of which differ": lambda row: (

@@ -49,6 +49,12 @@ def test_table_and_plot_are_made_of_the_rows(tmp_path):
     assert cells["problems solved (%)"][2].strip() == "75.0"
     assert cells["episodes before trust"][1].strip() == "4"
     ElementTree.fromstring(bench.plot(path))
+    asked = "the same, less had the expert been asked everywhere (points)"
+    assert cells[asked][1].strip() == "-12.5"
+
+
+def test_what_no_row_says_is_no_line_of_the_table():
+    assert bench.table(bench.ROWS) == bench.TABLE.read_text()
 
 
 def test_an_expert_that_is_asked_again_says_what_it_said(tmp_path):
