@@ -1,19 +1,19 @@
-"""A cascade of several runs of the tiny pair: are promises kept, and what does a score save?
+"""A cascade of several runs of a pair: are promises kept, and what does a score save?
 
     python scripts/bench_cascade.py --runs DIR             # trains what is not there, adds rows
-    python scripts/bench_cascade.py --runs DIR --seeds 1   # DIR/s1 alone
+    python scripts/bench_cascade.py --runs DIR --pair tiny-hard --seeds 0 1 2 3 4
     python scripts/bench_cascade.py --table                # docs/bench_cascade.md, from the rows
+    python scripts/bench_cascade.py --procedures           # two ways to promise a risk, on them
 
-Each run is calibrated on the validation split, as `mlx-fd cascade calibrate` does it (`--score
-answer`), and held against the test split, whose problems all runs share. So intervals resample runs
-and problems (500 times, both at once). A run that was stopped counts as it is. Rows go to
-docs/bench_cascade.jsonl, one for each run.
+A run is DIR/s1, DIR/s2, ..; one that was stopped counts as it is. Each is calibrated on the
+validation split, as `mlx-fd cascade calibrate` does it (`--score answer`), and held against the
+test split, whose problems all runs of a pair share. So intervals resample runs and problems (500
+times, both at once). Rows go to docs/bench_cascade.jsonl, one for each run, with what came of both
+splits.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,25 +21,44 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from finished_run import finished_run
 
 from mlx_fd.evaluation.calibration import roc_auc
 from mlx_fd.evaluation.cascade.choice import choose, observed
 from mlx_fd.evaluation.cascade.curve import above_random
+from mlx_fd.evaluation.cascade.keeping import keep
 from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.cascade.scores import ANSWER
 from mlx_fd.evaluation.statistics import Estimate, percentile_interval
+from mlx_fd.feedback.risk import set_threshold
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE = (DOCS / f"bench_cascade.{kind}" for kind in ("jsonl", "md"))
-EPISODES, PROBLEMS = 240, 300
-PROMISES = (("accuracy", 0.85), ("accuracy", 0.9), ("risk", 0.15), ("risk", 0.1), ("cost", 0.3))
+PROBLEMS = 300
+# Of each pair: its problems, and what its expert makes it sensible to promise.
+PAIRS = {
+    "tiny": (
+        "arithmetic",
+        (("accuracy", 0.85), ("accuracy", 0.9), ("risk", 0.15), ("risk", 0.1), ("cost", 0.3)),
+    ),
+    "tiny-hard": (
+        "arithmetic-hard",
+        (("accuracy", 0.6), ("accuracy", 0.65), ("risk", 0.4), ("risk", 0.3), ("cost", 0.5)),
+    ),
+}
+# Of short runs, where none is given; the rest is the preset's.
+OPTIONS = (
+    *("--episodes", "64", "--exam-size", "0", "--probe-size", "8", "--batch-size", "32"),
+    *("--kd-steps", "20", "--lora-rate", "1.5e-3", "--replay-size", "1024"),
+    *("--own-solutions", "0"),
+)
 # As many as a test can wait for.
 RESAMPLES = 500
 Row = dict[str, Any]
 
 
-def make_row(folder: Path, seed: int) -> Row:
-    """A run's calibration and what came of the test split."""
+def answered(folder: Path, pair: str, split: str) -> Row:
+    """What came of some problems, answered by a run's student and its expert."""
     from mlx_fd import problems
     from mlx_fd.evaluation import suites
     from mlx_fd.evaluation.cache import Cache
@@ -48,29 +67,33 @@ def make_row(folder: Path, seed: int) -> Row:
     from mlx_fd.models.backend import backend
 
     backend()
-    target = open_target(str(folder), None)
+    target = open_target(str(folder), pair)
     cache = Cache(folder.parent / "cache")
     bench = suites.make_bench(target, suites.Options(), cache, lambda step, tokens: None)
+    drawn = problems.load(PAIRS[pair][0], split).problems[:PROBLEMS]
+    return as_columns(outcomes(bench, drawn, ANSWER, lambda step, done, count: None))
 
-    def answered(split: str) -> list[Outcome]:
-        drawn = problems.load("arithmetic", split).problems[:PROBLEMS]
-        return outcomes(bench, drawn, ANSWER, lambda step, done, count: None)
 
-    before, held = answered("validation"), answered("test")
+def make_row(folder: Path, pair: str, seed: int) -> Row:
+    """What came of a run's calibration problems, and of others."""
     return {
+        "pair": pair,
         "seed": seed,
         "episodes": len((folder / "episodes.jsonl").read_text().splitlines()),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "mlx": version("mlx"),
-        "calibrated_on": len(before),
-        "student": bits(one.student for one in held),
-        "expert": bits(one.expert for one in held),
-        "expert_tokens": [one.expert_tokens for one in held],
-        "scores": [round(one.score, 5) for one in held],
-        "thresholds": {
-            f"{kind} {share:g}": choose(before, ANSWER, kind, share)["threshold"]
-            for kind, share in PROMISES
-        },
+        "calibration": answered(folder, pair, "validation"),
+        "held_out": answered(folder, pair, "test"),
+    }
+
+
+def as_columns(found: Sequence[Outcome]) -> Row:
+    """Outcomes as a row has them."""
+    return {
+        "student": bits(one.student for one in found),
+        "expert": bits(one.expert for one in found),
+        "expert_tokens": [one.expert_tokens for one in found],
+        "scores": [round(one.score, 5) for one in found],
     }
 
 
@@ -79,12 +102,14 @@ def bits(values: Any) -> str:
     return "".join(str(int(value)) for value in values)
 
 
-def held_out(row: Row) -> list[Outcome]:
-    """What came of a run's test problems."""
-    columns = (row["scores"], row["student"], row["expert"], row["expert_tokens"])
+def outcomes_of(row: Row, what: str) -> list[Outcome]:
+    """What came of a run's problems: ``"calibration"`` or ``"held_out"``."""
+    names = ("scores", "student", "expert", "expert_tokens")
     return [
         Outcome(str(place), score, student == "1", expert == "1", 0, tokens)
-        for place, (score, student, expert, tokens) in enumerate(zip(*columns, strict=True))
+        for place, (score, student, expert, tokens) in enumerate(
+            zip(*(row[what][name] for name in names), strict=True)
+        )
     ]
 
 
@@ -115,9 +140,10 @@ def over_both(
 
 
 def columns(row: Row) -> list[np.ndarray]:
-    """Scores, and whether student and expert are right, of a run."""
-    right = [np.array([float(bit) for bit in row[who]]) for who in ("student", "expert")]
-    return [np.array(row["scores"]), *right]
+    """Of a run's held-out problems: scores, and whether student and expert are right."""
+    found = row["held_out"]
+    right = [np.array([float(bit) for bit in found[who]]) for who in ("student", "expert")]
+    return [np.array(found["scores"]), *right]
 
 
 def shown(value: Estimate, form: str, scale: float = 1) -> str:
@@ -127,9 +153,15 @@ def shown(value: Estimate, form: str, scale: float = 1) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The tables of docs/bench_cascade.md."""
+    """docs/bench_cascade.md."""
+    parts = [(pair, [row for row in rows if row["pair"] == pair]) for pair in PAIRS]
+    return "\n".join(table_of(pair, found) for pair, found in parts if found)
+
+
+def table_of(pair: str, rows: Sequence[Row]) -> str:
+    """A pair's part of it."""
     rows = sorted(rows, key=lambda row: row["seed"])
-    n = len(rows[0]["student"])
+    n, calibrated_on = (len(rows[0][what]["scores"]) for what in ("held_out", "calibration"))
     seeds, episodes = (", ".join(str(row[key]) for row in rows) for key in ("seed", "episodes"))
     student, expert = (
         over_both([[columns(row)[place]] for row in rows], lambda c: float(c.mean()))
@@ -140,8 +172,8 @@ def table(rows: Sequence[Row]) -> str:
     area = over_both(runs, above_random)
     each = ", ".join(f"{100 * above_random(*run):+.1f}" for run in runs)
     lines = [
-        f"Tiny pair, seeds {seeds} after {episodes} episodes; calibrated on "
-        f"{rows[0]['calibrated_on']} problems of the validation split, held against {n} of the "
+        f"Pair `{pair}`, seeds {seeds} after {episodes} episodes; calibrated on "
+        f"{calibrated_on} problems of the validation split, held against {n} of the "
         f"test split. The student alone has {shown(student, '.1f', 100)} % right, the expert alone "
         f"{shown(expert, '.1f', 100)} %. In brackets 95 % intervals that resample runs and "
         "problems.",
@@ -152,21 +184,24 @@ def table(rows: Sequence[Row]) -> str:
         "",
         "| promise | kept | right (%) | passed on (%) | as by lot (%) | expert tokens saved (%) |",
         "|---|---|---|---|---|---|",
-        *(_promise(rows, kind, share) for kind, share in PROMISES),
+        *(_promise(rows, kind, share) for kind, share in PAIRS[pair][1]),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _promise(rows: Sequence[Row], kind: str, target: float) -> str:
-    kept, figures = 0, []
+    kept, unable, figures = 0, 0, []
     for row in rows:
-        threshold, found = row["thresholds"][f"{kind} {target:g}"], held_out(row)
+        found = outcomes_of(row, "held_out")
+        chosen = choose(outcomes_of(row, "calibration"), ANSWER, kind, target)
+        threshold = chosen["threshold"]
+        unable += threshold is None
         against, of = observed(found, kind, threshold)
         share = against / of if of else 0.0
         kept += 1 - share >= target if kind == "accuracy" else share <= target
         passed = np.array([threshold is None or one.score < threshold for one in found])
         _, student, expert = columns(row)
-        tokens = np.array(row["expert_tokens"], dtype=np.float64)
+        tokens = np.array(row["held_out"]["expert_tokens"], dtype=np.float64)
         figures.append([passed.astype(np.float64), student, expert, tokens])
 
     def right(passed: Any, student: Any, expert: Any, tokens: Any) -> float:
@@ -181,7 +216,6 @@ def _promise(rows: Sequence[Row], kind: str, target: float) -> str:
 
     measures = (right, lambda passed, *_: float(passed.mean()), lottery, saved)
     cells = [shown(over_both(figures, one), ".1f", 100) for one in measures]
-    unable = sum(row["thresholds"][f"{kind} {target:g}"] is None for row in rows)
     note = f", {unable} pass everything on" if unable else ""
     return f"| `--{kind} {target:g}` | {kept} of {len(rows)}{note} | " + " | ".join(cells) + " |"
 
@@ -192,25 +226,82 @@ def read_rows() -> list[Row]:
     return [json.loads(line) for line in lines]
 
 
+def procedures(rows: Sequence[Row], splits: int = 100, seed: int = 0) -> str:
+    """A risk promised by all shares at once, and by a fixed sequence of thresholds.
+
+    Of each run's problems, calibration and held-out ones together, half are drawn again and again
+    to calibrate on; the others say what is kept, and how often more of it is wrong than promised,
+    which by chance is more often than in the population.
+    """
+    lines = ["| pair | n | risk | | nothing kept | share kept | more wrong on the rest |"]
+    lines.append("|---|--:|--:|---|--:|--:|--:|")
+    for pair, (_, promises) in PAIRS.items():
+        found = [
+            outcomes_of(row, "calibration") + outcomes_of(row, "held_out")
+            for row in rows
+            if row["pair"] == pair
+        ]
+        for kind, risk in promises if found else ():
+            if kind == "risk":
+                lines += _compared(pair, found, risk, np.random.default_rng(seed), splits)
+    return "\n".join(lines) + "\n"
+
+
+def at_once(part: Sequence[Outcome], risk: float) -> float | None:
+    """The threshold of `mlx-fd cascade calibrate --risk`."""
+    kept = keep([one.score for one in part], [one.student for one in part], risk)
+    return None if kept is None else kept.threshold
+
+
+def _compared(
+    pair: str, runs: Sequence[Sequence[Outcome]], risk: float, rng: Any, splits: int
+) -> list[str]:
+    ways: dict[str, Callable[[Sequence[Outcome]], float | None]] = {
+        "all shares at once": lambda part: at_once(part, risk),
+        "a sequence of thresholds": lambda part: (
+            set_threshold(
+                [one.score for one in part], [one.student for one in part], risk
+            ).threshold
+        ),
+    }
+    figures: dict[str, list[tuple[bool, float, bool]]] = {name: [] for name in ways}
+    for outcomes in runs:
+        for _ in range(splits):
+            order = rng.permutation(len(outcomes))
+            half = len(order) // 2
+            first, rest = ([outcomes[k] for k in part] for part in (order[:half], order[half:]))
+            for name, threshold_of in ways.items():
+                threshold = threshold_of(first)
+                wrong, of = observed(rest, "risk", threshold)
+                figures[name].append((threshold is None, of / len(rest), wrong > risk * of))
+    rows = []
+    for name, found in figures.items():
+        cells = (f"{100 * share:.1f} %" for share in np.mean(found, axis=0))
+        rows.append(f"| `{pair}` | {len(found)} | {risk:g} | {name} | {' | '.join(cells)} |")
+    return rows
+
+
 def main() -> None:
     """Train, calibrate and hold against, or print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--runs", type=Path)
+    parser.add_argument("--pair", choices=list(PAIRS), default="tiny")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--procedures", action="store_true")
     args = parser.parse_args()
     for seed in args.seeds if args.runs else []:
-        if any(row["seed"] == seed for row in read_rows()):
+        if any((row["pair"], row["seed"]) == (args.pair, seed) for row in read_rows()):
             continue
         folder = args.runs / f"s{seed}"
-        if not folder.exists():
-            options = ["--seed", str(seed), "--episodes", str(EPISODES), "--exam-size", "0"]
-            command = [sys.executable, "-m", "mlx_fd", "loop", "--preset", "tiny", "--quiet"]
-            subprocess.run([*command, *options, "--out", str(folder)], check=True)
+        if not (folder / "episodes.jsonl").exists():
+            finished_run(folder, ["--preset", args.pair, "--seed", str(seed), *OPTIONS])
         with ROWS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(make_row(folder, seed)) + "\n")
+            file.write(json.dumps(make_row(folder, args.pair, seed)) + "\n")
     if args.table:
         TABLE.write_text(table(read_rows()), encoding="utf-8")
+    if args.procedures:
+        print(procedures(read_rows()))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from mlx_fd.evaluation.cascade import choice
+from mlx_fd.evaluation.cascade.scores import ANSWER
 from mlx_fd.evaluation.statistics import bootstrap, mean
 from support.scripted import script
 
@@ -12,26 +14,23 @@ def bench():
     return script("bench_cascade")
 
 
-def row(seed, n=120):
+def part(rng, n):
+    scores = rng.uniform(0, 1, n)
+    right = "".join(str(int(rng.random() < 0.3 + 0.7 * score)) for score in scores)
+    tokens = [20 + k % 5 for k in range(n)]
+    columns = {"student": right, "expert": "1" * n, "expert_tokens": tokens}
+    return {**columns, "scores": scores.round(5).tolist()}
+
+
+def row(seed, pair="tiny", n=120):
     """A run whose scores order its answers."""
     rng = np.random.default_rng(seed)
-    scores = rng.uniform(0, 1, n)
-    right = "".join(str(int(rng.random() < 0.3 + 0.65 * score)) for score in scores)
     return {
+        "pair": pair,
         "seed": seed,
         "episodes": 240,
-        "calibrated_on": 500,
-        "student": right,
-        "expert": "1" * n,
-        "expert_tokens": [20 + k % 5 for k in range(n)],
-        "scores": scores.tolist(),
-        "thresholds": {
-            "accuracy 0.85": 0.4,
-            "accuracy 0.9": 0.6,
-            "risk 0.15": 0.9,
-            "risk 0.1": None,
-            "cost 0.3": 0.25,
-        },
+        "calibration": part(rng, 500),
+        "held_out": part(rng, n),
     }
 
 
@@ -51,21 +50,40 @@ def test_an_interval_has_the_spread_of_runs_and_of_problems(bench):
 
 def test_a_table_says_what_is_kept_and_what_a_lottery_needs(bench):
     rows = [row(seed) for seed in (2, 1, 3)]
-    lines = bench.table(rows).splitlines()
-    assert "seeds 1, 2, 3 after 240, 240, 240 episodes" in lines[0]
+    lines = bench.table([*rows, row(4, "tiny-hard")]).splitlines()
+    assert "`tiny`, seeds 1, 2, 3 after 240, 240, 240 episodes" in lines[0]
+    assert [line for line in lines if "`tiny-hard`, seeds 4 after 240" in line]
     assert float(lines[2].partition("passed on, +")[2].split()[0]) > 5
-    [nothing] = [line for line in lines if line.startswith("| `--risk 0.1`")]
-    assert "3 of 3, 3 pass everything on | 100.0 (100.0 to 100.0) | 100.0" in nothing
     [accuracy] = [line for line in lines if line.startswith("| `--accuracy 0.9`")]
     cells = [cell.split()[0] for cell in accuracy.strip("| ").split(" | ")[2:]]
     right, passed, lottery, saved = map(float, cells)
-    truth = [
-        np.mean([(s >= 0.6 and bit == "1") or s < 0.6 for s, bit in zip(*pair, strict=True)])
-        for pair in ((one["scores"], one["student"]) for one in rows)
-    ]
+    truth = []
+    for one in rows:
+        calibration = bench.outcomes_of(one, "calibration")
+        least = choice.choose(calibration, ANSWER, "accuracy", 0.9)["threshold"]
+        pairs = zip(one["held_out"]["scores"], one["held_out"]["student"], strict=True)
+        truth.append(np.mean([score < least or bit == "1" for score, bit in pairs]))
     assert right == pytest.approx(100 * np.mean(truth), abs=0.06)
     assert passed < lottery
     assert saved == pytest.approx(100 - passed, abs=1)
+    [nothing] = [line for line in lines if line.startswith("| `--risk 0.1`")]
+    unable = sum(
+        choice.choose(bench.outcomes_of(one, "calibration"), ANSWER, "risk", 0.1)["threshold"]
+        is None
+        for one in rows
+    )
+    assert (f"{unable} pass everything on" in nothing) == bool(unable)
+
+
+def test_two_procedures_are_compared_on_the_same_halves(bench):
+    lines = bench.procedures([row(1, n=100)], splits=6).splitlines()[2:]
+    assert [line.split(" | ")[2:4] for line in lines] == [
+        ["0.15", "all shares at once"],
+        ["0.15", "a sequence of thresholds"],
+        ["0.1", "all shares at once"],
+        ["0.1", "a sequence of thresholds"],
+    ]
+    assert all("| 6 |" in line for line in lines)
 
 
 def test_the_committed_table_is_of_the_committed_rows(bench):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,8 @@ from mlx_fd.feedback.risk import LEVEL, binomial_tail
 
 # Levels that are tried at once, and how often between the two best of them.
 _LEVELS, _ROUNDS = 24, 3
-# What a promise that cannot be kept is compared with: steps of a risk, times as many problems.
-_STEP, _MOST_TIMES = 0.01, 10
+# Times as many problems, beyond which more of them are no advice.
+_MOST_TIMES = 10
 # Shares of fewer answers say little of other problems.
 _FEWEST = 20
 
@@ -80,6 +81,7 @@ def _ends(scores: Sequence[float], right: Sequence[bool]) -> list[tuple[float, i
     return found
 
 
+@lru_cache(maxsize=1 << 10)
 def level_of(n: int, risk: float) -> float:
     """The level at which each of the first n counts can be tested, so that all keep the promise.
 
@@ -141,10 +143,8 @@ def least_risk(scores: Sequence[float], right: Sequence[bool], above: float) -> 
         right: whether each is right.
         above: a risk that they do not allow.
     """
-    tried = range(int(above / _STEP) + 1, round(1 / _STEP))
-    return next(
-        (step * _STEP for step in tried if keep(scores, right, step * _STEP) is not None), None
-    )
+    per_cent = range(int(above * 100) + 1, 100)
+    return next((k / 100 for k in per_cent if keep(scores, right, k / 100) is not None), None)
 
 
 def problems_needed(scores: Sequence[float], right: Sequence[bool], risk: float) -> int | None:
