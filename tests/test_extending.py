@@ -3,6 +3,7 @@
 Each file is run as its reader would run it, and what it registers does its work on small models.
 """
 
+import dataclasses
 import json
 import re
 import runpy
@@ -349,8 +350,11 @@ def test_a_source_gives_a_run_its_problems_and_its_exam(added, plan):
     assert made.config.problems.problems == "sums"
     exam = exam_questions(made.config)
     assert [question.first_error for question in exam] == [0, 1, 0, 1]
-    results = examine(open_pair(plan), exam, plan.config.generation, lambda *_: None)
+    together: list[int] = []
+    options = dataclasses.replace(plan.config.generation, batch_size=3)
+    results = examine(open_pair(plan), exam, options, lambda step, count: together.append(count))
     assert [result.wrong for result in results] == [False, True, False, True]
+    assert max(together) == 3
 
 
 def test_a_source_that_knows_the_truth_criticises_and_is_judged(added):

@@ -32,6 +32,9 @@ from mlx_fd.problems.sources import Question, truth_of
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.records import BeforeAfterRow, ExamFile, ExamResultRow
 
+# The most questions that are answered together.
+_TOGETHER = 32
+
 
 @dataclass(frozen=True)
 class Result:
@@ -63,18 +66,18 @@ def examine(
     exam: Sequence[Question],
     options: GenerationOptions,
     on_tokens: OnTokens,
-    batch_size: int = 32,
 ) -> list[Result]:
     """Let the student, as it is now, take an examination; greedily. Each rank asks its share.
 
     Args:
         pair: the student, and the tokenizer that it shares with the expert.
         exam: answers with known scores and first errors.
-        options: token limits of feedback and answers.
+        options: token limits of feedback and answers, and the batch's size, which no more
+            questions are answered together than: the memory's estimate is of so many.
         on_tokens: called with a step's name and its new tokens.
-        batch_size: questions that are answered together.
     """
     results: list[Result] = []
+    batch_size = min(_TOGETHER, options.batch_size)
     loaded = pair.student_lm
     request = feedback_request(loaded)
     exam = ranks.share(exam)
