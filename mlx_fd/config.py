@@ -11,6 +11,7 @@ import datetime
 import difflib
 import math
 import re
+import shlex
 import tomllib
 import typing
 import unicodedata
@@ -693,8 +694,15 @@ class Config:
 
     @property
     def self_distils(self) -> bool:
-        """Whether this is a run of ``mlx-fd self-distill``."""
+        """Whether this is a run of ``mlx-fd self-distill`` or ``mlx-fd distil``."""
         return bool(self.selfdistill.method)
+
+    @property
+    def command(self) -> str:
+        """The command that makes such a run: ``loop``, ``distil`` or ``self-distill``."""
+        if not self.self_distils:
+            return "loop"
+        return "distil" if self.selfdistill.self_teacher == "expert" else "self-distill"
 
 
 @dataclass(frozen=True)
@@ -1065,6 +1073,25 @@ def _check_date(text: str, where: str) -> None:
     if not whole:
         raise UserError(
             f"{where}: template_date must be a day such as 2026-11-28, not {shown(text)}."
+        )
+
+
+def check_command(config: Config, command: str, file: Path | None) -> None:
+    """Make sure that a configuration is of the command that it is given to.
+
+    Args:
+        config: as it was read.
+        command: ``loop``, ``distil`` or ``self-distill``.
+        file: where it was read.
+
+    Raises:
+        UserError: it is another command's.
+    """
+    if config.command != command:
+        own = f"mlx-fd {config.command}"
+        raise UserError(
+            f"{file} is of a run of {own}, and not of mlx-fd {command}: {own} --config "
+            f"{shlex.quote(str(file))}"
         )
 
 

@@ -20,7 +20,7 @@ from mlx_fd.cli.options import (
     track_option,
 )
 from mlx_fd.cli.run_command import begin
-from mlx_fd.config import OPTIONS, read
+from mlx_fd.config import OPTIONS, check_command, read
 from mlx_fd.errors import UserError
 from mlx_fd.runs.tracking import check_installed
 from mlx_fd.training.selfdistill.methods import EXPERT_METHODS, PRESETS, configured
@@ -159,8 +159,7 @@ def distil(
         if method or preset_name:
             raise UserError("--config names the method; leave --method and --preset out.")
         before = read(config_file)
-        if before.selfdistill.method not in EXPERT_METHODS:
-            raise UserError(f"{config_file}: is not a configuration of mlx-fd distil.")
+        check_command(before, "distil", config_file)
         if "expert" in changes:
             changes["critic"] = changes["expert"]
         config = configured(given=changes, over=before)

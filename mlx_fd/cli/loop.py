@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,7 @@ from mlx_fd.cli.options import (
     with_configuration,
 )
 from mlx_fd.cli.run_command import begin
-from mlx_fd.config import CONTINUOUS, OPTIONS, PRESETS
-from mlx_fd.errors import UserError
+from mlx_fd.config import CONTINUOUS, OPTIONS, PRESETS, check_command
 from mlx_fd.runs.tracking import check_installed
 
 
@@ -98,12 +96,7 @@ def loop(
     if given.get("continue_from"):
         config_file, given = _continued(config_file, given)
     config = configuration(preset_name, config_file, given)
-    if config.self_distils:
-        command = "distil" if config.selfdistill.self_teacher == "expert" else "self-distill"
-        raise UserError(
-            f"{config_file} is of a run of mlx-fd {command}: mlx-fd {command} --config "
-            f"{shlex.quote(str(config_file))}"
-        )
+    check_command(config, "loop", config_file)
     begin(out, config, trackers, as_json, quiet)
 
 

@@ -20,7 +20,7 @@ from mlx_fd.cli.options import (
     track_option,
 )
 from mlx_fd.cli.run_command import begin
-from mlx_fd.config import OPTIONS, Config, read
+from mlx_fd.config import OPTIONS, Config, check_command, read
 from mlx_fd.errors import UserError
 from mlx_fd.runs.tracking import check_installed
 from mlx_fd.training.selfdistill.methods import CUSTOM, DEFAULT_MODEL, METHODS, PRESETS, configured
@@ -150,10 +150,9 @@ def _configuration(
     if file is not None:
         if method or preset_name:
             raise UserError("--config names the method; leave --method and --preset out.")
-        config = configured(given=changes, over=read(file))
-        if not config.self_distils:
-            raise UserError(f"{file}: is not a self-distillation configuration: it has no method.")
-        return config
+        before = read(file)
+        check_command(before, "self-distill", file)
+        return configured(given=changes, over=before)
     if method is None and not {"context", "objective"} & changes.keys():
         raise UserError(
             f"choose a method: --method with one of {', '.join(METHODS)}; or --context and "

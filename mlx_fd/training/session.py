@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd import runs
-from mlx_fd.config import CONTINUOUS, Config, read, to_toml
+from mlx_fd.config import CONTINUOUS, Config, check_command, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.files import write_json
 from mlx_fd.models import ranks
@@ -534,10 +534,7 @@ def run_loop(  # noqa: PLR0913
     }
     file = None if config is None else Path(config).expanduser()
     chosen = configuration(preset, file, given, "run_loop")
-    if chosen.self_distils:
-        raise UserError(
-            f"{file}: is of a run of self-distillation, which `mlx-fd self-distill` makes."
-        )
+    check_command(chosen, "loop", file)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(new_folder()) if out is None else Path(out).expanduser()
         own = stack.enter_context(own_folder(folder, new=True))

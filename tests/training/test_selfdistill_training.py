@@ -381,12 +381,17 @@ def test_a_frozen_critic_shares_what_it_can(tmp_path):
 def test_the_command_line_says_what_is_wrong(tmp_path):
     (tmp_path / "loop.toml").write_text(to_toml(Config()))
     (tmp_path / "self.toml").write_text(to_toml(config_of("grpo")))
+    (tmp_path / "gkd.toml").write_text(to_toml(configured("gkd", {})))
     for arguments, wanted in (
         (["self-distill"], "choose a method: --method with one of grpo"),
         (["self-distill", "--method", "gppo"], "'gppo' is not one of 'grpo',"),
         (["self-distill", "--objective", "grpo"], "set --num-generations to 8"),
-        (["self-distill", "--config", str(tmp_path / "loop.toml")], "is not a self-distillation"),
-        (["loop", "--config", str(tmp_path / "self.toml")], "mlx-fd self-distill --config"),
+        (["self-distill", "--config", "loop.toml"], "mlx-fd loop --config loop.toml"),
+        (["self-distill", "--config", "gkd.toml"], "mlx-fd distil --config gkd.toml"),
+        (["distil", "--config", "self.toml"], "mlx-fd self-distill --config self.toml"),
+        (["distil", "--config", "loop.toml"], "mlx-fd loop --config loop.toml"),
+        (["loop", "--config", "self.toml"], "mlx-fd self-distill --config self.toml"),
+        (["loop", "--config", "gkd.toml"], "mlx-fd distil --config gkd.toml"),
     ):
         failed(shell(*arguments, cwd=tmp_path), wanted)
     assert not (tmp_path / "runs").exists()

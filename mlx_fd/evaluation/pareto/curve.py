@@ -68,11 +68,10 @@ def read_curve(folder: Path) -> Curve:
     runs.read_manifest(folder)
     config = read(folder / runs.CONFIG)
     if config.self_distils:
-        command = "distil" if config.selfdistill.self_teacher == "expert" else "self-distill"
         raise UserError(
-            f"{folder}: this is a run of mlx-fd {command}, whose gate watches one number, the "
-            "problems answered wrong, and not losses that are traded off; mlx-fd report draws it. "
-            "Stopping thresholds are replayed for runs of mlx-fd loop alone."
+            f"{folder}: this is a run of mlx-fd {config.command}, whose gate watches one number, "
+            "the problems answered wrong, and not losses that are traded off; mlx-fd report draws "
+            "it. Stopping thresholds are replayed for runs of mlx-fd loop alone."
         )
     if config.gate.gate != "always":
         raise UserError(
