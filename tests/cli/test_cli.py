@@ -510,7 +510,7 @@ def test_nobodys_home(mlx_fd):
 def test_help_says_what_options_are_here(mlx_fd):
     text = " ".join(mlx_fd("self-distill", "--help").out.split())
     assert "--model NAME Model to train" in text and "[default: tiny-base]" in text
-    assert "Empty: none. [default: empty]" in text
+    assert "Empty: none. [default: the method's]" in text and "[default: empty]" in text
     assert "default student" not in text and "2147483647" not in text
     assert "student lags" not in text
     for command in ("eval", "advantage", "compare", "loop", "self-distill"):

@@ -144,8 +144,8 @@ def test_a_solution_to_learn_from_is_the_final_answer_after_the_bare_question(pa
 
 def test_a_draft_by_the_command_line(tmp_path):
     """The same rows as without; the terminal and the report say what the student proposed."""
-    options = ["--preset", "tiny", "--episodes", "6", "--batch-size", "3", "--exam-size", "0"]
-    options += ["--kd-steps", "1", "--probe-size", "1", "--sequential"]
+    options = ["--preset", "tiny", "--episodes", "2", "--batch-size", "2", "--exam-size", "0"]
+    options += ["--kd-steps", "1", "--probe-size", "1", "--own-solutions", "0", "--sequential"]
     found = {}
     for tokens in (0, 4):
         out = tmp_path / str(tokens)
