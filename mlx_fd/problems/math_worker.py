@@ -1,7 +1,8 @@
 """Compares formulas in a process of its own, which can be stopped and may not grow.
 
-Reading ``9^{9^{9^9}}`` would take all memory, and no signal interrupts it. So the process has a
-limit of memory and each comparison a deadline; formulas that reach either are called different.
+Reading ``9^{9^{9^9}}`` would take all memory, and no handler of a signal interrupts it. So the
+process has a limit of memory, and each comparison one of processor time, which is the same however
+busy the machine is; formulas that reach either are called different.
 
 Run as a program, this module is that process: a line of JSON in, a line of JSON out.
 """
@@ -21,7 +22,9 @@ from typing import Any
 
 from mlx_fd.errors import UserError
 
-_SECONDS = 5.0
+_SECONDS = 5.0  # of processor time
+# How many times as long, by the clock, is waited for a process that gets no processor.
+_PATIENCE = 24
 _START_SECONDS = 60.0
 _BYTES = 4 << 30
 
@@ -56,7 +59,7 @@ class _Worker:
         try:
             process.stdin.write(json.dumps([gold, final]).encode() + b"\n")
             process.stdin.flush()
-            line = self._line(_SECONDS)
+            line = self._line(_PATIENCE * _SECONDS)
         except BrokenPipeError:
             line = b""
         if not line:
@@ -76,7 +79,7 @@ class _Worker:
         root = str(Path(__file__).parents[2])
         search = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mlx_fd.problems.math_worker"],
+            [sys.executable, "-P", "-m", "mlx_fd.problems.math_worker", str(_SECONDS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -109,7 +112,7 @@ def same(gold: str, final: str) -> bool:
         final: the other; which is which matters to math-verify for inequalities and units.
 
     Returns:
-        False, too, where that cannot be told in five seconds and four gigabytes.
+        False, too, where that cannot be told in five seconds of processor time and four gigabytes.
 
     Raises:
         UserError: nothing can be compared on this machine.
@@ -132,18 +135,23 @@ def _compare(gold: str, final: str) -> bool:
 def main() -> None:
     """Answer lines ``[gold, final]`` with true or false until there are no more."""
     import resource
+    import signal
 
+    seconds = float(sys.argv[1]) if sys.argv[1:] else _SECONDS
     with contextlib.suppress(ValueError, OSError):  # macOS has no limit of memory
         resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
     sys.stdout.write(json.dumps(_compare("1", "1")) + "\n")  # which makes the imports
     sys.stdout.flush()
     for line in sys.stdin:
         gold, final = json.loads(line)
+        # By default this signal ends the process, in the middle of a power too.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             answer = _compare(gold, final)
         except (Exception, MemoryError):
             # Whatever a stranger's formula does to a parser, it is not the right answer.
             answer = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

@@ -1,7 +1,10 @@
 """What is read from a reply of each kind, and what is right."""
 
+import os
 import shutil
+import signal
 import sys
+import threading
 
 import pytest
 from hypothesis import given
@@ -173,8 +176,20 @@ def test_formulas_are_compared_by_meaning(reply, gold, right):
 
 def test_a_tower_of_powers_is_wrong_soon_and_the_next_answer_is_compared(monkeypatch):
     monkeypatch.setattr(math_worker, "_SECONDS", 2.0)  # instead of 5
+    monkeypatch.setattr(math_worker, "_worker", math_worker._Worker())
     assert not is_right("9^{9^{9^{9^9}}}", math("5"))
     assert is_right(r"\frac{10}{2}", math("5"))
+
+
+def test_a_process_that_gets_no_processor_for_a_while_grades_all_the_same(monkeypatch):
+    monkeypatch.setattr(math_worker, "_SECONDS", 1.0)
+    monkeypatch.setattr(math_worker, "_worker", worker := math_worker._Worker())
+    math_worker.same.cache_clear()
+    assert is_right(r"\frac{10}{2}", math("5"))
+    os.kill(worker._process.pid, signal.SIGSTOP)
+    threading.Timer(2, os.kill, (worker._process.pid, signal.SIGCONT)).start()
+    assert is_right(r"\sqrt{12}", math(r"2\sqrt{3}"))
+    worker.end()
 
 
 @given(st.text(max_size=80))
