@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 from several_runs import RunValue, of_problems, over_runs
+from train_tiny import TINY_RECIPES, cut, make_model, make_tokenizer, write_tokenizer
 
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.statistics import Estimate, holm, mean, paired_bootstrap
@@ -70,7 +71,6 @@ _BEFORE: dict[tuple[int, int], Row] = {}
 def pruned(neurons: int, folder: Path) -> Path:
     """The tiny expert with so many neurons in each MLP, in float32; made where it is not there."""
     from mlx_lm.utils import save_config, save_model
-    from train_tiny import TINY_RECIPES, cut, make_model, make_tokenizer, write_tokenizer
 
     from mlx_fd.models.resolve import resolve
 
