@@ -83,7 +83,7 @@ def if_asked(folder: Path) -> list[bool | None]:
     rows = runs.read_episodes(folder)
     found = [row["correct_after"] for row in rows]
     asked = [place for place, row in enumerate(rows) if row["expert_feedback"]]
-    alone = [place for place in range(len(rows)) if place not in set(asked)]
+    alone = [place for place, row in enumerate(rows) if not row["expert_feedback"]]
     # As many where it is known what it says, for a check.
     known = asked[-len(alone) :] if alone else []
     again = asked_of(folder, [rows[place] for place in (*known, *alone)])

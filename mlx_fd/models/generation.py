@@ -409,16 +409,14 @@ def _thought(
         frozenset((thinking.end_id,)),
     )
     last = made.tokens[-1]
-    ended = made.finished and last == thinking.end_id
-    end = None if ended or not made.finished else (last, made.logprobs[-1])
-    drawn = made.tokens[:-1] if end else made.tokens
-    closing = () if end else thinking.after_ids if ended else thinking.force_ids
+    within, opening, closing = thinking.after(made.tokens, finished=made.finished)
+    end = (last, made.logprobs[-1]) if within else None
     conversation, rest = made.conversation, (*closing, *begun)
     if not rest:  # something has to be read, for the reply's first token to be drawn
         conversation, rest = rewind(conversation, len(conversation.tokens) - 1), (last,)
     return Thought(
         text=made.text,
-        opening=(*thinking.opened_ids, *drawn, *closing),
+        opening=opening,
         conversation=conversation,
         rest=rest,
         prefilled=made.prefilled,

@@ -34,6 +34,7 @@ from mlx_fd.models.writing import (
     drawn_alone,
     finals,
     logits_processors,
+    longest,
     token_logprobs,
 )
 
@@ -75,8 +76,8 @@ class Job:
 
     def needs_mark(self, cache: Cache) -> bool:
         """Whether ``mark`` takes a copy on the way; ``cache`` is the model's state before."""
-        before = len(self.conversation.tokens) + len(self.prompt)
-        return self.mark and not can_be_cut_back(cache, before + self.sampling.max_tokens)
+        most = longest(self.conversation, self.prompt, self.sampling)
+        return self.mark and not can_be_cut_back(cache, most)
 
 
 @dataclass(frozen=True)

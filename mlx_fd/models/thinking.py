@@ -105,6 +105,25 @@ class Thinking:
                 return tokens[: place + len(self.anchor)], tokens[place + len(sought) :]
         return None
 
+    def after(
+        self, drawn: Sequence[int], *, finished: bool
+    ) -> tuple[bool, tuple[int, ...], tuple[int, ...]]:
+        """How a reply goes on from a thought.
+
+        Args:
+            drawn: the thought's tokens, as the model drew them.
+            finished: whether the model ended them itself (else the limit did).
+
+        Returns:
+            Whether the model ended its whole turn within the thought, so that nothing is said; the
+            tokens that the reply is written after, in place of ``closed_ids``; and those of them
+            that the model did not draw, which are still to be read.
+        """
+        within = finished and drawn[-1] != self.end_id
+        closing = () if within else self.after_ids if finished else self.force_ids
+        kept = drawn[:-1] if within else drawn
+        return within, (*self.opened_ids, *kept, *closing), closing
+
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many elements two sequences begin with alike."""

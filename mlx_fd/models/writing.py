@@ -258,7 +258,7 @@ def write(loaded: Loaded, texts: Sequence[Text]) -> list[Turn]:
         marks = {
             uid: cache
             for uid, cache, text in zip(uids, caches, texts, strict=True)
-            if needs_mark(text, cache)
+            if options.mark and not can_be_cut_back(cache, _longest(text))
         }
         while True:
             seen.clear()
@@ -304,17 +304,6 @@ def write(loaded: Loaded, texts: Sequence[Text]) -> list[Turn]:
     ]
 
 
-def needs_mark(text: Text, cache: Cache) -> bool:
-    """Whether a text's conversation can be rewound only to a copy that is made on the way.
-
-    Args:
-        text: what is to be written.
-        cache: the model's state before it.
-    """
-    before = len(text.conversation.tokens) + len(text.prompt)
-    return text.options.mark and not can_be_cut_back(cache, before + text.sampling.max_tokens)
-
-
 def _drafted(loaded: Loaded, texts: Sequence[Text]) -> bool:
     """Whether it is one text, and a draft proposes its tokens."""
     if loaded.draft is None or len(texts) > 1 or texts[0].options.states:
@@ -324,9 +313,13 @@ def _drafted(loaded: Loaded, texts: Sequence[Text]) -> bool:
     return can_draft(loaded, cache, _longest(texts[0]))
 
 
+def longest(conversation: Conversation, prompt: Sequence[int], sampling: Sampling) -> int:
+    """Tokens of a conversation after a text that takes all that it may."""
+    return len(conversation.tokens) + len(prompt) + sampling.max_tokens
+
+
 def _longest(text: Text) -> int:
-    """Tokens of a text's conversation, where it takes all that it may."""
-    return len(text.conversation.tokens) + len(text.prompt) + text.sampling.max_tokens
+    return longest(text.conversation, text.prompt, text.sampling)
 
 
 def finals(loaded: Loaded, *, wanted: bool) -> AbstractContextManager[list[mx.array]]:
@@ -380,7 +373,8 @@ def _write_alone(loaded: Loaded, text: Text) -> Turn:
     cache = copy.deepcopy(old.cache) if old.cache is not None else make_prompt_cache(loaded.model)
     start = [*text.prompt] if old.cache is not None else before
     read_alone(loaded, cache, start[:-1])
-    mark = copy.deepcopy(cache) if needs_mark(text, cache) else None
+    marks = options.mark and not can_be_cut_back(cache, _longest(text))
+    mark = copy.deepcopy(cache) if marks else None
     eos = {*loaded.tokenizer.eos_token_ids, *text.ends}
     written: list[int] = []
     logprobs: list[float] = []

@@ -108,7 +108,7 @@ class Speaking:
         return dataclasses.replace(
             reply,
             thought=thought.text.strip(),
-            opening=(*self._thinking.opened_ids, *self._drawn(thought), *self._closing),
+            opening=self._after(thought)[1],
             thought_tokens=len(thought.tokens) - self._ended_within,
             read=reply.read + thought.read,
             first=thought.first,
@@ -122,22 +122,11 @@ class Speaking:
     @property
     def _ended_within(self) -> bool:
         """Whether the model ended its whole turn within the thought: nothing is said."""
-        thought, thinking = self._thought, self._thinking
-        if thought is None or thinking is None:
-            return False
-        return thought.reason == "stop" and thought.tokens[-1] != thinking.end_id
+        return self._thought is not None and self._after(self._thought)[0]
 
-    @property
-    def _closing(self) -> tuple[int, ...]:
-        """Ids between the thought's last token and the reply."""
-        assert self._thinking is not None and self._thought is not None
-        if self._ended_within:
-            return ()
-        ended = self._thought.reason == "stop"
-        return self._thinking.after_ids if ended else self._thinking.force_ids
-
-    def _drawn(self, thought: Written) -> tuple[int, ...]:
-        return thought.tokens[:-1] if self._ended_within else thought.tokens
+    def _after(self, thought: Written) -> tuple[bool, tuple[int, ...], tuple[int, ...]]:
+        assert self._thinking is not None
+        return self._thinking.after(thought.tokens, finished=thought.reason == "stop")
 
     async def _reply(self) -> None:
         """Wait for the thought, and begin the reply behind it."""
@@ -146,7 +135,7 @@ class Speaking:
         self._thought = thought = await self._writing.written()
         if self._ended_within:
             return
-        conversation, rest = thought.conversation, (*self._closing, *self._begun)
+        conversation, rest = thought.conversation, (*self._after(thought)[2], *self._begun)
         if not rest:  # something has to be read, for the reply's first token to be drawn
             tokens = conversation.tokens
             conversation, rest = Conversation(tokens[:-1]), tokens[-1:]
