@@ -14,9 +14,8 @@ from typing import cast
 
 from mlx_fd.config import Config, GenerationOptions
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation.measures import Measure
+from mlx_fd.evaluation.measures import Measure, difference
 from mlx_fd.evaluation.processbench import f1
-from mlx_fd.evaluation.statistics import paired_bootstrap
 from mlx_fd.feedback.asking import OnTokens
 from mlx_fd.feedback.criticism import criticisms, feedback_request, head_score, parsed
 from mlx_fd.feedback.pair import Pair
@@ -202,7 +201,7 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, Befo
 
 
 def _sides(before: Measure, after: Measure) -> BeforeAfterRow:
-    change, _ = paired_bootstrap(after.values, before.values, after.statistic, after.shared)
+    change, _ = difference(after, before)
     return {
         "before": before.estimate().to_json(),
         "after": after.estimate().to_json(),

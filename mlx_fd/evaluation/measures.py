@@ -86,6 +86,24 @@ class Known:
         return self.value
 
 
+def difference(first: Measure, second: Measure) -> tuple[Estimate, float]:
+    """Two systems' difference in a measure: its paired bootstrap.
+
+    Of shares that differ on no problem all resamples are alike. The shares of problems that only
+    one of both gets right are then 0 of n each, and their difference lies between the upper Wilson
+    limit of one and that of the other.
+
+    Returns:
+        ``first - second`` with its interval and the number of pairs, and the two-sided p.
+    """
+    found, p = paired_bootstrap(first.values, second.values, first.statistic, first.shared)
+    alike = found.high - found.low < _ROUNDING
+    if alike and found.value == 0 and first.is_share and second.is_share:
+        _, most = wilson(0, found.n)
+        found = replace(found, low=-most, high=most)
+    return found, p
+
+
 def compare(first: Measure, second: Measure) -> DifferenceRow:
     """The difference of two systems on the same problems.
 
@@ -93,14 +111,14 @@ def compare(first: Measure, second: Measure) -> DifferenceRow:
         ``difference`` (with interval and n), ``test`` (McNemar's exact one for shares, else the
         paired bootstrap) and ``p``.
     """
-    difference, p = paired_bootstrap(first.values, second.values, first.statistic, first.shared)
+    found, p = difference(first, second)
     test = "paired bootstrap"
-    if first.is_share and second.is_share and difference.n:
+    if first.is_share and second.is_share and found.n:
         pairs = np.array([first.values, second.values])
         left, right = pairs[:, ~np.isnan(pairs).any(axis=0)]
         test, p = "mcnemar", mcnemar(list(left == 1), list(right == 1))
     return {
-        "difference": difference.to_json(),
+        "difference": found.to_json(),
         "test": test,
         "p": None if math.isnan(p) else p,
     }

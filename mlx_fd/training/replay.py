@@ -167,8 +167,10 @@ def _odds(old: Sequence[Remembered], options: TrainingOptions) -> Any:
     odds = np.array([max(one.lag, _MIN_LAG) if lagging else 1.0 for one in old])
     if options.replay_balance:
         kinds = np.array([one.kind for one in old])
-        total = odds[kinds != "other"].sum()
-        for kind in ("wrong", "right"):
-            if (of := kinds == kind).any():
-                odds[of] *= total / (2 * odds[of].sum())
+        wrong, right = kinds == "wrong", kinds == "right"
+        # With one of them alone there is nothing to balance, and all others keep their odds.
+        if wrong.any() and right.any():
+            half = odds[wrong | right].sum() / 2
+            for of in (wrong, right):
+                odds[of] *= half / odds[of].sum()
     return odds

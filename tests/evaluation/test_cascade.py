@@ -19,6 +19,7 @@ from mlx_fd.evaluation.cascade.scores import ANSWER, HEAD, answer_score
 from mlx_fd.report.page import make_page
 from mlx_fd.report.reading import read_runs
 from mlx_fd.runs.records import EstimateRow
+from mlx_fd.runs.summary import wilson
 from support.serving import tiny_run
 
 
@@ -80,6 +81,18 @@ def test_equal_scores_are_a_lottery_whatever_their_order():
     assert area == pytest.approx(0, abs=1e-12)
     data = curve.columns(found)
     assert curve.above_random(data["score"], data["student"], data["expert"]) > 0.02
+
+
+@pytest.mark.parametrize(("student", "expert"), [(True, True), (False, False), (True, False)])
+def test_where_all_come_out_alike_an_interval_is_wilsons(student, expert):
+    found = [Outcome(str(k), k / 40, student, expert, 5, 7) for k in range(40)]
+    for threshold, passes in ((0.0, 0), (None, 40)):
+        by = {row["name"]: row["accuracy"] for row in curve.systems(found, threshold)}
+        right = 40 * (expert if passes else student)
+        low, high = wilson(right, 40)
+        for name in ("cascade", "random", "oracle"):
+            expected = {"value": right / 40, "low": low, "high": high, "n": 40}
+            assert by[name] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("kind", "target"), [("risk", 0.3), ("accuracy", 0.7), ("cost", 0.5)])

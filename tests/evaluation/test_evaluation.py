@@ -426,6 +426,11 @@ def test_shares_get_wilsons_interval_and_mcnemars_test():
     assert (found["test"], found["p"]) == ("mcnemar", 0.5)
     assert found["difference"]["value"] == pytest.approx(0.4)
     assert found["difference"]["n"] == 5
+    # Where no pair differs either share of lone successes may be what 0 of 40 allow.
+    same = compare(Measure("right", [1] * 40), Measure("right", [1] * 40))
+    most = wilson(0, 40)[1]
+    assert same["difference"] == pytest.approx({"value": 0, "low": -most, "high": most, "n": 40})
+    assert same["p"] == 1
     nothing = compare(Measure("right", [nan, 1]), Measure("right", [1, nan]))
     assert nothing["difference"]["n"] == 0 and nothing["p"] is None
     found = compare(Measure("error", [0.1, 0.5]), Measure("error", [0.2, 0.9]))

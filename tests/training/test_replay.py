@@ -91,6 +91,16 @@ def test_what_lags_and_what_is_wrong_is_drawn_more_often():
     assert balanced == pytest.approx([12.5 / 30, 12.5 / 30, 5 / 30], abs=0.03)
 
 
+@pytest.mark.parametrize("kind", ["wrong", "right", "other"])
+def test_with_one_kind_alone_there_is_nothing_to_balance(kind):
+    replay = remembered(*[kind] * 6, *["other"] * 6, lags=[0.5] * 6 + [1.0] * 6)
+    plain, balanced = (
+        drawn(replay, [12], steps=200, replay=1.0, replay_balance=balance)
+        for balance in (False, True)
+    )
+    assert balanced == plain
+
+
 def test_what_is_remembered_is_bounded_and_survives_json():
     replay = remembered("wrong", "right", "other")
     replay = dataclasses.replace(

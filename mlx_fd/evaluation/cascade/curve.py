@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.statistics import Rows, bootstrap
 from mlx_fd.runs.records import CascadePointRow, CascadeSystemRow, EstimateRow
+from mlx_fd.runs.summary import wilson
 
 STUDENT, CASCADE, RANDOM, ORACLE, EXPERT = "student", "cascade", "random", "oracle", "expert"
 # Points of a curve that are kept; more cannot be told apart in a picture.
@@ -127,10 +129,23 @@ def systems(found: Sequence[Outcome], threshold: float | None) -> list[CascadeSy
         row(STUDENT, _share(student), 0.0, none),
         row(CASCADE, _share(cascade), share, passed),
         # Of these two only the number of problems passed on is known, not which.
-        row(RANDOM, bootstrap(three, lottery).to_json(), share, every * share),
-        row(ORACLE, bootstrap(three, best).to_json(), share, every * share),
+        row(RANDOM, _accuracy(three, lottery), share, every * share),
+        row(ORACLE, _accuracy(three, best), share, every * share),
         row(EXPERT, _share(expert), 1.0, every),
     ]
+
+
+def _accuracy(columns: Sequence[Rows], statistic: Callable[..., float]) -> EstimateRow:
+    """An accuracy that no single problem has.
+
+    Where its resamples are all alike every problem comes out right, or every one wrong, so that
+    it has Wilson's interval of a share.
+    """
+    found = bootstrap(columns, statistic)
+    if found.low < found.high:
+        return found.to_json()
+    low, high = wilson(found.value * found.n, found.n)
+    return replace(found, low=low, high=high).to_json()
 
 
 def _share(column: Rows) -> EstimateRow:

@@ -13,7 +13,7 @@ from mlx_fd.evaluation.cascade import choice, confidence, curve, file
 from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.cascade.outcomes import outcomes
 from mlx_fd.evaluation.cascade.scores import SCORES, Score
-from mlx_fd.evaluation.statistics import bootstrap
+from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.suites import learned_from, source_of
 from mlx_fd.feedback.judge import locate_model
 from mlx_fd.models.context import fitting
@@ -123,14 +123,15 @@ def _measured(
 ) -> CascadeMeasuredRow:
     data = curve.columns(found)
     against, of = choice.observed(found, promise["kind"], promise["threshold"])
-    three = [data["score"], data["student"], data["expert"]]
+    scores, student, expert = (list(data[name]) for name in ("score", "student", "expert"))
+    area = Measure("above_random", scores, curve.above_random, (student, expert))
     return {
         "problems": f"{problems.name}/{problems.split}",
         "n": len(found),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "against": against,
         "of": of,
-        "above_random": bootstrap(three, curve.above_random).to_json(),
+        "above_random": area.estimate().to_json(),
         "systems": curve.systems(found, promise["threshold"]),
         "curve": curve.curve(found),
     }

@@ -17,7 +17,8 @@ import numpy as np
 
 from mlx_fd.config import Config, Method
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation.statistics import Estimate, Rows, bootstrap
+from mlx_fd.evaluation.measures import Measure
+from mlx_fd.evaluation.statistics import Estimate, Rows
 from mlx_fd.feedback.asking import derive_seed
 from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import Problem, prompts
@@ -243,6 +244,11 @@ def _ratio(above: Rows, below: Rows) -> float:
     return float(above.sum() / below.sum()) if below.sum() else math.nan
 
 
+def _of_problems(above: Rows, below: Rows) -> Estimate:
+    """A ratio of sums; without an interval where all resamples have the same."""
+    return Measure("ratio", list(above), _ratio, (list(below),)).estimate()
+
+
 def summarise(scored: Sequence[Scored], name: str) -> Summary:
     """One context's row of the table; intervals are bootstraps over problems."""
     taught = [item for item in scored if name in item.advantages]
@@ -260,8 +266,8 @@ def summarise(scored: Sequence[Scored], name: str) -> Summary:
         attempts=len(taught),
         wrong=sum(RIGHT not in item.parts for item in taught),
         tokens={part: int(sums[part][0].sum()) for part in PARTS},
-        mean={part: bootstrap([sums[part][1], sums[part][0]], _ratio) for part in PARTS},
-        mass_in=bootstrap([sums[IN][2], wrong[2]], _ratio),
-        tokens_in=bootstrap([sums[IN][0], wrong[0]], _ratio),
-        negative=bootstrap([good[3], good[0]], _ratio),
+        mean={part: _of_problems(sums[part][1], sums[part][0]) for part in PARTS},
+        mass_in=_of_problems(sums[IN][2], wrong[2]),
+        tokens_in=_of_problems(sums[IN][0], wrong[0]),
+        negative=_of_problems(good[3], good[0]),
     )
