@@ -13,15 +13,13 @@ splits.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from finished_run import finished_run
+from rows import Row, add, bits, latest, made, shown
 
 from mlx_fd.evaluation.calibration import roc_auc
 from mlx_fd.evaluation.cascade.choice import choose, observed
@@ -54,7 +52,6 @@ OPTIONS = (
 )
 # As many as a test can wait for.
 RESAMPLES = 500
-Row = dict[str, Any]
 
 
 def answered(folder: Path, pair: str, split: str) -> Row:
@@ -80,8 +77,7 @@ def make_row(folder: Path, pair: str, seed: int) -> Row:
         "pair": pair,
         "seed": seed,
         "episodes": len((folder / "episodes.jsonl").read_text().splitlines()),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "mlx": version("mlx"),
+        **made(),
         "calibration": answered(folder, pair, "validation"),
         "held_out": answered(folder, pair, "test"),
     }
@@ -95,11 +91,6 @@ def as_columns(found: Sequence[Outcome]) -> Row:
         "expert_tokens": [one.expert_tokens for one in found],
         "scores": [round(one.score, 5) for one in found],
     }
-
-
-def bits(values: Any) -> str:
-    """Truth values as a text."""
-    return "".join(str(int(value)) for value in values)
 
 
 def outcomes_of(row: Row, what: str) -> list[Outcome]:
@@ -146,12 +137,6 @@ def columns(row: Row) -> list[np.ndarray]:
     return [np.array(found["scores"]), *right]
 
 
-def shown(value: Estimate, form: str, scale: float = 1) -> str:
-    """A number with its interval."""
-    numbers = [format(scale * one, form) for one in (value.value, value.low, value.high)]
-    return f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
-
-
 def table(rows: Sequence[Row]) -> str:
     """docs/bench_cascade.md."""
     parts = [(pair, [row for row in rows if row["pair"] == pair]) for pair in PAIRS]
@@ -174,12 +159,12 @@ def table_of(pair: str, rows: Sequence[Row]) -> str:
     lines = [
         f"Pair `{pair}`, seeds {seeds} after {episodes} episodes; calibrated on "
         f"{calibrated_on} problems of the validation split, held against {n} of the "
-        f"test split. The student alone has {shown(student, '.1f', 100)} % right, the expert alone "
-        f"{shown(expert, '.1f', 100)} %. In brackets 95 % intervals that resample runs and "
+        f"test split. The student alone has {shown(student, '.1f')} % right, the expert alone "
+        f"{shown(expert, '.1f')} %. In brackets 95 % intervals that resample runs and "
         "problems.",
         "",
-        f"ROC-AUC of right answers {shown(auc, '.3f')}; area above a lottery, over all shares "
-        f"passed on, {shown(area, '+.2f', 100)} points, of each run {each}. *As by lot*: the share "
+        f"ROC-AUC of right answers {shown(auc, '.3f', 1)}; area above a lottery, over all shares "
+        f"passed on, {shown(area, '+.2f')} points, of each run {each}. *As by lot*: the share "
         "that a lottery passes on for the same accuracy.",
         "",
         "| promise | kept | right (%) | passed on (%) | as by lot (%) | expert tokens saved (%) |",
@@ -215,15 +200,14 @@ def _promise(rows: Sequence[Row], kind: str, target: float) -> str:
         return float(1 - (passed * tokens).sum() / tokens.sum())
 
     measures = (right, lambda passed, *_: float(passed.mean()), lottery, saved)
-    cells = [shown(over_both(figures, one), ".1f", 100) for one in measures]
+    cells = [shown(over_both(figures, one), ".1f") for one in measures]
     note = f", {unable} pass everything on" if unable else ""
     return f"| `--{kind} {target:g}` | {kept} of {len(rows)}{note} | " + " | ".join(cells) + " |"
 
 
 def read_rows() -> list[Row]:
     """The rows that are there."""
-    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
-    return [json.loads(line) for line in lines]
+    return [*latest(ROWS, "pair", "seed").values()]
 
 
 def procedures(rows: Sequence[Row], splits: int = 100, seed: int = 0) -> str:
@@ -291,13 +275,12 @@ def main() -> None:
     parser.add_argument("--procedures", action="store_true")
     args = parser.parse_args()
     for seed in args.seeds if args.runs else []:
-        if any((row["pair"], row["seed"]) == (args.pair, seed) for row in read_rows()):
+        if (args.pair, seed) in latest(ROWS, "pair", "seed"):
             continue
         folder = args.runs / f"s{seed}"
         if not (folder / "episodes.jsonl").exists():
             finished_run(folder, ["--preset", args.pair, "--seed", str(seed), *OPTIONS])
-        with ROWS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(make_row(folder, args.pair, seed)) + "\n")
+        add(ROWS, make_row(folder, args.pair, seed))
     if args.table:
         TABLE.write_text(table(read_rows()), encoding="utf-8")
     if args.procedures:

@@ -19,14 +19,12 @@ import sys
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from bench_cascade import OPTIONS, answered, outcomes_of, over_both, shown
+from bench_cascade import OPTIONS, answered, outcomes_of, over_both
 from finished_run import finished_run
+from rows import Row, add, latest, made, shown
 
 from mlx_fd.evaluation.cascade.choice import ACCURACY, choose
 from mlx_fd.evaluation.cascade.outcome import Outcome
@@ -35,7 +33,6 @@ from mlx_fd.evaluation.cascade.scores import ANSWER
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE = (DOCS / f"bench_circle.{kind}" for kind in ("jsonl", "md"))
 PAIR, PROMISE, TRAFFIC, PARALLEL = "tiny", 0.85, 200, 8
-Row = dict[str, Any]
 
 
 # ---- running ----
@@ -51,8 +48,7 @@ def row_of(seed: int, run: Path) -> Row:
     finished_run(following, ["--problems", str(kept), "--continue", str(run), "--exam-size", "0"])
     return {
         "seed": seed,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "mlx": version("mlx"),
+        **made(),
         "episodes": count(run / "episodes.jsonl"),
         "asked": TRAFFIC,
         "kept": count(kept),
@@ -117,8 +113,7 @@ def ask(address: str, question: str) -> None:
 
 def read_rows() -> list[Row]:
     """The rows that are there."""
-    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
-    return sorted((json.loads(line) for line in lines), key=lambda row: row["seed"])
+    return [*latest(ROWS, "seed").values()]
 
 
 def used(found: Sequence[Outcome], threshold: float | None) -> list[np.ndarray]:
@@ -143,7 +138,7 @@ def ways(row: Row) -> dict[str, list[np.ndarray]]:
 
 def mean_of(runs: Sequence[np.ndarray], form: str) -> str:
     """The mean of each run's column, with its interval, in per cent."""
-    return shown(over_both([[one] for one in runs], lambda c: float(c.mean())), form, 100)
+    return shown(over_both([[one] for one in runs], lambda c: float(c.mean())), form)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -182,13 +177,12 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     for seed in args.seeds if args.runs else []:
-        if any(row["seed"] == seed for row in read_rows()):
+        if (seed,) in latest(ROWS, "seed"):
             continue
         folder = args.runs / f"s{seed}"
         if not (folder / "episodes.jsonl").exists():
             finished_run(folder, ["--preset", PAIR, "--seed", str(seed), *OPTIONS])
-        with ROWS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row_of(seed, folder)) + "\n")
+        add(ROWS, row_of(seed, folder))
     if args.table:
         TABLE.write_text(table(read_rows()), encoding="utf-8")
 

@@ -12,23 +12,19 @@ left out. Rows go to docs/bench_distil.jsonl, one for each run; the table comes 
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rows import Row, add, bold, latest, made, of_arms, shown
 from several_runs import of_problems, over_runs
 
 from mlx_fd.evaluation.statistics import Estimate
-
-Row = dict[str, Any]
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE = DOCS / "bench_distil.jsonl", DOCS / "bench_distil.md"
@@ -64,8 +60,7 @@ def run_arm(arm: str, seed: int, seconds: float) -> Row:
         return {
             "arm": arm,
             "seed": seed,
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "mlx": version("mlx"),
+            **made(),
             "lora_rate": plan.config.training.lora_rate,
             "points": _points(arm, plan, folder / "run", seconds),
         }
@@ -183,12 +178,6 @@ def _counts(event: Any) -> dict[str, int]:
 # ---- what the rows say ----
 
 
-def read_rows(path: Path) -> dict[tuple[str, int], Row]:
-    """{(arm, seed): the last row of both}; empty where there is no file yet."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {(row["arm"], row["seed"]): row for row in map(json.loads, lines)}
-
-
 def at(row: Row, budget: str, amount: float) -> NDArray[np.float64]:
     """Each test problem's answer (1: right) at a budget, linearly between the looks around it."""
     points = row["points"]
@@ -200,11 +189,6 @@ def at(row: Row, budget: str, amount: float) -> NDArray[np.float64]:
 def least(rows: Sequence[Row], budget: str) -> float:
     """What every run came to."""
     return float(min(row["points"][-1][budget] for row in rows))
-
-
-def shown(estimate: Estimate) -> str:
-    text = f"{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
-    return f"**{text}**" if estimate.low > 0 or estimate.high < 0 else text
 
 
 def accuracy(rows: Sequence[Row], budget: str, amount: float) -> Estimate:
@@ -224,13 +208,8 @@ def difference(rows: Sequence[Row], others: Sequence[Row], budget: str, amount: 
 
 
 def table(path: Path) -> str:
-    found = read_rows(path)
-    every = list(found.values())
-    arms = {
-        arm: [found[key] for key in sorted(found) if key[0] == arm]
-        for arm in ARMS
-        if any(key[0] == arm for key in found)
-    }
+    arms = of_arms(path, ARMS)
+    every = [row for rows in arms.values() for row in rows]
     budgets = {"generated": least(every, "generated"), "seconds": least(every, "seconds")}
     seeds = sorted({row["seed"] for row in every})
     before = over_runs([of_problems([at(row, "seconds", 0)]) for row in arms[REFERENCE]])[0]
@@ -250,11 +229,9 @@ def table(path: Path) -> str:
         cells = [arm]
         for budget, amount in budgets.items():
             value = accuracy(rows, budget, amount)
-            cells.append(
-                f"{100 * value.value:.1f} ({100 * value.low:.1f} to {100 * value.high:.1f})"
-            )
+            cells.append(shown(value, ".1f"))
             other = difference(rows, arms[REFERENCE], budget, amount)
-            cells.append("" if arm == REFERENCE else shown(other))
+            cells.append("" if arm == REFERENCE else bold(other))
         for name, times, form in (
             ("problems", 1, ".0f"),
             ("updates", 1, ".0f"),
@@ -284,14 +261,13 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the table")
     args = parser.parse_args()
     if args.run:
-        done = read_rows(args.rows)
+        done = latest(args.rows, "arm", "seed")
         # Seed by seed, so that a part of the work is a whole comparison.
         for seed in map(int, args.seeds.split(",")):
             for arm in args.arms.split(","):
                 if (arm, seed) not in done:
                     row = run_arm(arm, seed, args.seconds)
-                    with args.rows.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    add(args.rows, row)
                     last = row["points"][-1]
                     print(arm, seed, last["right"].count("1"), {**last, "right": ""}, flush=True)
     if args.table:

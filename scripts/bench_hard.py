@@ -17,20 +17,17 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from finished_run import finished_run
 from numpy.typing import NDArray
+from rows import Row, add, bits, bold, latest, made
 from several_runs import of_problems, over_runs
 
 from mlx_fd.evaluation.baselines import BASE, LOOP, STUDENT
 from mlx_fd.evaluation.statistics import Estimate, holm, paired_bootstrap
-
-Row = dict[str, Any]
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE = (DOCS / f"bench_hard.{kind}" for kind in ("jsonl", "md"))
@@ -96,8 +93,7 @@ def row_of(seed: int, run: Path, size: int) -> Row:
     summary = json.loads((run / "summary.json").read_text())
     return {
         "seed": seed,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "mlx": version("mlx"),
+        **made(),
         "episodes": summary["episodes"],
         "expert_feedback_tokens": summary["expert_feedback"]["tokens_written"],
         "systems": found,
@@ -128,10 +124,6 @@ def answered(bench: Any, name: str, held: Sequence[Any]) -> Row:
         "student_tokens": written_by("student", trials),
         "seconds": round(time.process_time() - begun, 2),
     }
-
-
-def bits(flags: Any) -> str:
-    return "".join(str(int(bool(flag))) for flag in flags)
 
 
 def written_by(who: str, trials: Sequence[tuple[Any, Any]]) -> int:
@@ -172,13 +164,6 @@ def escalated(bench: Any, held: Sequence[Any], others: Sequence[Any]) -> Row:
 # ---- what the rows say ----
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The last row of each seed; none where there is no file yet."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = {row["seed"]: row for row in map(json.loads, lines)}
-    return [found[seed] for seed in sorted(found)]
-
-
 def column(row: Row, system: str, what: str = "right") -> NDArray[np.float64]:
     """Of each problem whether it is right (1) in the end, or at first."""
     return np.array([float(bit) for bit in row["systems"][system][what]])
@@ -204,15 +189,9 @@ def changed(rows: Sequence[Row], system: str) -> str:
     return f"{mended} of {wrong} | {spoiled} of {right}"
 
 
-def shown(estimate: Estimate) -> str:
-    low, high = 100 * estimate.low, 100 * estimate.high
-    text = f"{100 * estimate.value:+.1f} ({low:+.1f} to {high:+.1f})"
-    return f"**{text}**" if low > 0 or high < 0 else text
-
-
 def table(path: Path) -> str:
     """The rows as a table in Markdown."""
-    rows = read_rows(path)
+    rows = [*latest(path, "seed").values()]
     size = len(column(rows[0], "expert"))
     learned = np.mean([row["expert_feedback_tokens"] for row in rows])
     others = [name for name in SYSTEMS if name != "expert"]
@@ -240,7 +219,7 @@ def table(path: Path) -> str:
         else:
             p = adjusted[name]
             over_problems, _ = paired_bootstrap(pooled(rows, name), pooled(rows, "expert"))
-            cells += [shown(compared[name][0]), shown(over_problems)]
+            cells += [bold(compared[name][0]), bold(over_problems)]
             cells += ["" if np.isnan(p) else f"{p:.3f}"]
         revises = name not in ("expert", STUDENT, BASE)
         cells.append(changed(rows, name) if revises else " | ")
@@ -266,13 +245,12 @@ def main() -> None:
 
         backend()
         args.run.mkdir(parents=True, exist_ok=True)
-        done = {row["seed"] for row in read_rows(args.rows)}
+        done = latest(args.rows, "seed")
         for seed in map(int, args.seeds.split(",")):
-            if seed in done:
+            if (seed,) in done:
                 continue
             row = row_of(seed, trained(seed, args.run, args.episodes), args.size)
-            with args.rows.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            add(args.rows, row)
             right = {name: one["right"].count("1") for name, one in row["systems"].items()}
             print(seed, right, flush=True)
     if args.table:

@@ -23,15 +23,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mlx_fd.runs.labels import WORK_NAMES
+from rows import Row, add, made
 
-Row = dict[str, Any]
+from mlx_fd.runs.labels import WORK_NAMES
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE = DOCS / "bench_loop.jsonl", DOCS / "bench_loop.md"
@@ -243,8 +241,7 @@ def row_from(pair: str, episodes: int, folders: Mapping[str, Path]) -> Row:
     return {
         "pair": pair,
         "episodes": episodes,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "mlx": version("mlx"),
+        **made(),
         "arms": {name: measured(folder) for name, folder in folders.items()},
         "bare": bare(next(iter(folders.values()))),
     }
@@ -315,15 +312,13 @@ def main() -> None:
     if given.memory:
         rows.append(
             {
-                "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-                "mlx": version("mlx"),
+                **made(),
                 **memory(given.episodes or 2000),
             }
         )
     for row in rows:
         print(table([row]))
-        with ROWS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        add(ROWS, row)
     if given.table:
         TABLE.write_text(table(lines(ROWS)), encoding="utf-8")
 

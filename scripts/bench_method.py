@@ -16,20 +16,16 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from finished_run import finished_run
 from numpy.typing import NDArray
+from rows import Row, add, bits, bold, latest, made, of_arms, shown
 from several_runs import of_problems, over_runs
 
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.statistics import Estimate
-
-Row = dict[str, Any]
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, TABLE, PLOT = (DOCS / f"bench_method.{kind}" for kind in ("jsonl", "md", "svg"))
@@ -99,15 +95,14 @@ def row_of(arm: str, seed: int, folder: Path) -> Row:
         for when in ("before", "after")
     )
 
-    def bits(results: Sequence[Row], name: str) -> str:
-        return "".join(str(int(result[name])) for result in results)
+    def of(results: Sequence[Row], name: str) -> str:
+        return bits(result[name] for result in results)
 
     return {
         "arm": arm,
         "seed": seed,
         "options": list(ARMS[arm]),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "mlx": version("mlx"),
+        **made(),
         "episodes": summary["episodes"],
         "updates": summary["updates"]["steps"],
         "tokens": summary["updates"]["tokens"],
@@ -116,31 +111,15 @@ def row_of(arm: str, seed: int, folder: Path) -> Row:
         "frozen_after_batch": summary["updates"]["frozen_after_batch"],
         "right_first": summary["accuracy"]["first_answers"]["right"],
         "right_final": summary["accuracy"]["final_answers"]["right"],
-        "wrong": bits(before, "wrong"),
-        "found": [bits(before, "found"), bits(after, "found")],
-        "solved": [bits(before, "solved"), bits(after, "solved")],
-        "readable": [bits(before, "readable"), bits(after, "readable")],
+        "wrong": of(before, "wrong"),
+        "found": [of(before, "found"), of(after, "found")],
+        "solved": [of(before, "solved"), of(after, "solved")],
+        "readable": [of(before, "readable"), of(after, "readable")],
         "score_error": [[round(result["score_error"], 3) for result in r] for r in (before, after)],
     }
 
 
 # ---- what the rows say ----
-
-
-def read_rows(path: Path) -> dict[tuple[str, int], Row]:
-    """{(arm, seed): the last row of both}; empty where there is no file yet."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {(row["arm"], row["seed"]): row for row in map(json.loads, lines)}
-
-
-def latest(path: Path) -> dict[str, list[Row]]:
-    """{arm: [row of each seed]}, the last row of each arm and seed, in the order of the table."""
-    rows = read_rows(path)
-    return {
-        arm: [rows[key] for key in sorted(rows) if key[0] == arm]
-        for arm in ARMS
-        if any(key[0] == arm for key in rows)
-    }
 
 
 BEFORE, AFTER = 0, 1
@@ -149,18 +128,6 @@ BEFORE, AFTER = 0, 1
 def column(row: Row, name: str, when: int | None = None) -> NDArray[np.float64]:
     """One number for each of a run's questions."""
     return np.array([float(value) for value in (row[name] if when is None else row[name][when])])
-
-
-def shown(estimate: Estimate, form: str = "+.1f", times: float = 100) -> str:
-    return (
-        f"{estimate.value * times:{form}} ({estimate.low * times:{form}} to "
-        f"{estimate.high * times:{form}})"
-    )
-
-
-def bold(estimate: Estimate) -> str:
-    text = shown(estimate)
-    return f"**{text}**" if estimate.low > 0 or estimate.high < 0 else text
 
 
 def quality(rows: Sequence[Row]) -> Estimate:
@@ -199,7 +166,7 @@ def against(rows: Sequence[Row], others: Sequence[Row]) -> Estimate:
 
 
 def table(path: Path) -> str:
-    arms = latest(path)
+    arms = of_arms(path, ARMS)
     some = next(iter(arms.values()))
     lines = [
         f"Tiny pair, seeds {', '.join(str(row['seed']) for row in some)}, "
@@ -271,7 +238,7 @@ def written(labels: Sequence[tuple[float, float, str, str]]) -> list[str]:
 
 def plot(path: Path) -> str:
     """F1 with its interval over the tokens learned from, as SVG."""
-    arms = latest(path)
+    arms = of_arms(path, ARMS)
     most = max(float(np.mean([row["tokens"] for row in rows])) for rows in arms.values())
     top = math.ceil(10 * max(quality(rows).high for rows in arms.values())) / 10
 
@@ -336,14 +303,13 @@ def main() -> None:
     if not (args.runs or args.table or args.plot):
         parser.error("say where the run directories go: --runs DIR (or --table, --plot)")
     if args.runs:
-        done = read_rows(args.rows)
+        done = latest(args.rows, "arm", "seed")
         # Seed by seed, so that a part of the work is a whole comparison.
         for seed in map(int, args.seeds.split(",")):
             for arm in arms:
                 if (arm, seed) not in done:
-                    row = row_of(arm, seed, run_arm(arm, seed, args.runs, extra))
-                    with args.rows.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    folder = run_arm(arm, seed, args.runs, extra)
+                    add(args.rows, row_of(arm, seed, folder))
     for wanted, path, make in ((args.table, TABLE, table), (args.plot, PLOT, plot)):
         if wanted:
             path.write_text(make(args.rows))

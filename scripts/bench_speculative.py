@@ -11,15 +11,13 @@ problem's tokens, so that differences are paired.
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rows import Row, add, latest, made
 from several_runs import of_problems, over_runs
 
 from mlx_fd.evaluation.statistics import Estimate, Rows
@@ -34,7 +32,6 @@ ROWS, TABLE = (DOCS / f"bench_speculative.{kind}" for kind in ("jsonl", "md"))
 PROBLEMS, TOKENS = 50, 4
 KINDS = ("answer", "feedback")
 PLAIN, UNTRAINED, TRAINED = "plain", "untrained", "trained"
-Row = dict[str, Any]
 Prompt = tuple[int, ...]
 _KEPT = ("accepted", "proposed")
 
@@ -66,8 +63,7 @@ def make_row(folder: Path) -> Row:
     row: Row = {
         "seed": seed,
         "episodes": learned,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "mlx": version("mlx"),
+        **made(),
         "device": backend().device,
         "tokens": TOKENS,
     }
@@ -141,13 +137,6 @@ class Written:
             # A step has a place more than it tries.
             self.proposed.append(meter.written[key] - meter.steps[key])
         self.seconds = time.process_time() - begin
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The last row of each seed."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = {row["seed"]: row for row in map(json.loads, lines)}
-    return [rows[seed] for seed in sorted(rows)]
 
 
 # ---- what a row says ----
@@ -227,7 +216,7 @@ def shown(value: Estimate, sign: str) -> str:
 
 def table(path: Path) -> str:
     """The rows as a table in Markdown."""
-    rows = read_rows(path)
+    rows = [*latest(path, "seed").values()]
     same = [
         sum(row[kind][name]["same"] for row in rows for kind in KINDS)
         for name in (UNTRAINED, TRAINED)
@@ -277,8 +266,7 @@ def main() -> None:
     args = parser.parse_args()
     for folder in args.runs:
         row = make_row(folder)
-        with ROWS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add(ROWS, row)
         print(row["seed"], {kind: row[kind][TRAINED]["same"] for kind in KINDS}, flush=True)
     if args.table:
         TABLE.write_text(table(ROWS))

@@ -23,13 +23,12 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rows import Row, add, bits, bold, latest, made
 from scipy import stats
 from several_runs import RunValue, of_problems, over_runs
 from train_tiny import TINY_RECIPES, cut, make_model, make_tokenizer, write_tokenizer
@@ -37,7 +36,6 @@ from train_tiny import TINY_RECIPES, cut, make_model, make_tokenizer, write_toke
 from mlx_fd.evaluation.processbench import f1
 from mlx_fd.evaluation.statistics import Estimate, holm, mean, paired_bootstrap
 
-Row = dict[str, Any]
 Column = NDArray[np.float64]
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -200,8 +198,7 @@ def row_of(neurons: int, seed: int, folder: Path, size: int, episodes: int) -> R
     return {
         "neurons": neurons,
         "seed": seed,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "mlx": version("mlx"),
+        **made(),
         "cpu_seconds": round(time.process_time() - begun, 1),
         "headroom": probed[0].headroom.to_json(),
         "updates": summary["updates"]["steps"],
@@ -218,10 +215,6 @@ def row_of(neurons: int, seed: int, folder: Path, size: int, episodes: int) -> R
     }
 
 
-def bits(flags: Sequence[Any]) -> str:
-    return "".join(str(int(bool(flag))) for flag in flags)
-
-
 def signs(scores: Sequence[float | None]) -> str:
     """Of each score whether it finds an answer good (1) or not (0)."""
     return "".join(UNREADABLE if one is None else str(int(one > 0)) for one in scores)
@@ -235,13 +228,6 @@ MEASURES = {
     "named": "first errors named rightly, or none (%)",
     "agreed": "the same first error as the expert (%)",
 }
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The last row of each expert and seed, the whole expert first."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = {(-row["neurons"], row["seed"]): row for row in map(json.loads, lines)}
-    return [found[key] for key in sorted(found)]
 
 
 def marks(row: Row, name: str, who: str, what: str) -> Column:
@@ -297,12 +283,6 @@ def over_problems(rows: Sequence[Row], name: str, measure: str) -> Estimate:
     after, *shared = columns(rows, name, "after", measure)
     before = columns(rows, name, "before", measure)[0]
     return paired_bootstrap(after, before, statistic(measure), shared)[0]
-
-
-def shown(estimate: Estimate, scale: float = 100, form: str = "+.1f") -> str:
-    low, high = scale * estimate.low, scale * estimate.high
-    text = f"{scale * estimate.value:{form}} ({low:{form}} to {high:{form}})"
-    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 def by_expert(rows: Sequence[Row]) -> dict[int, list[Row]]:
@@ -384,7 +364,7 @@ def rank_correlation(rows: Sequence[Row], predictor: str, name: str, measure: st
 
 def table(path: Path) -> str:
     """The rows as tables in Markdown."""
-    rows = read_rows(path)
+    rows = [*latest(path, "neurons", "seed").values()]
     experts = by_expert(rows)
     size = len(rows[0]["truth"]) // len(SETS)
     seeds = sorted({row["seed"] for row in rows})
@@ -423,8 +403,8 @@ def table(path: Path) -> str:
                     label,
                     "" if measure == "agreed" else f"{100 * expert:.1f}",
                     *(f"{100 * value(of, name, who, measure):.1f}" for who in ("before", "after")),
-                    shown(estimate),
-                    shown(over_problems(of, name, measure)),
+                    bold(estimate),
+                    bold(over_problems(of, name, measure)),
                     "" if np.isnan(p) else f"{p:.3f}",
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
@@ -490,7 +470,7 @@ def headroom_tables(rows: Sequence[Row]) -> list[str]:
             *(("solved", "same"), ("f1", "same"), ("named", "same")),
             *(("solved", "longer"), ("f1", "longer")),
         ):
-            cells.append(shown(rank_correlation(rows, predictor, name, measure), 1, "+.2f"))
+            cells.append(bold(rank_correlation(rows, predictor, name, measure), "+.2f", 1))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -511,14 +491,13 @@ def main() -> None:
 
         backend()
         args.runs.mkdir(parents=True, exist_ok=True)
-        done = {(row["neurons"], row["seed"]) for row in read_rows(args.rows)}
+        done = latest(args.rows, "neurons", "seed")
         for seed in map(int, args.seeds.split(",")):
             for neurons in map(int, args.experts.split(",")):
                 if (neurons, seed) in done:
                     continue
                 row = row_of(neurons, seed, args.runs, args.size, args.episodes)
-                with args.rows.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                add(args.rows, row)
                 print(neurons, seed, row["cpu_seconds"], "s", flush=True)
     if args.table:
         TABLE.write_text(table(args.rows))

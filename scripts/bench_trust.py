@@ -15,14 +15,13 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_method import AFTER, HEIGHT, LEFT, TOP, WIDTH, Row, column, quality, run_arm, shown
+from bench_method import AFTER, HEIGHT, LEFT, TOP, WIDTH, column, quality, run_arm
 from numpy.typing import NDArray
+from rows import Row, add, latest, made, of_arms, shown
 from several_runs import RunValue, of_problems, over_runs
 
 from mlx_fd.evaluation.statistics import Estimate
@@ -54,8 +53,7 @@ def row_of(arm: str, seed: int, folder: Path) -> Row:
         "arm": arm,
         "seed": seed,
         "options": list(ARMS[arm]),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "mlx": version("mlx"),
+        **made(),
         "seconds": summary["seconds"]["total"],
         "tokens": [row["tokens"].get("expert_feedback", 0) for row in episodes],
         "asked": bits([row["expert_feedback"] is not None for row in episodes]),
@@ -149,17 +147,6 @@ def _quiet(step: str, tokens: int) -> None:
     """Nobody watches."""
 
 
-def read_rows(path: Path) -> dict[str, list[Row]]:
-    """{arm: the last row of each seed}."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = {(row["arm"], row["seed"]): row for row in map(json.loads, lines)}
-    return {
-        arm: found
-        for arm in ARMS
-        if (found := [rows[key] for key in sorted(rows) if key[0] == arm])
-    }
-
-
 # ---- what a row says ----
 
 
@@ -239,7 +226,7 @@ def _over(rows: Sequence[Row], value: Callable[[Row], float]) -> Estimate:
 def table(path: Path) -> str:
     """The rows as tables in Markdown, one for each arm."""
     lines: list[str] = []
-    for arm, rows in read_rows(path).items():
+    for arm, rows in of_arms(path, ARMS).items():
         options = " ".join(["--preset tiny", *ARMS[arm]])
         lines += [
             f"**`mlx-fd loop {options}`**: {len(rows[0]['asked'])} episodes, "
@@ -291,7 +278,7 @@ CURVES: dict[str, tuple[str, Callable[[Row, slice], list[float]]]] = {
 
 def plot(path: Path) -> str:
     """Coverage, risk, accuracy and tokens along each arm's runs, all seeds together, as SVG."""
-    arms = read_rows(path)
+    arms = of_arms(path, ARMS)
     width = WIDTH - LEFT - 190
 
     def y(share: float) -> float:
@@ -352,13 +339,12 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="write the plot")
     args = parser.parse_args()
     if args.runs:
-        done = {(arm, row["seed"]) for arm, rows in read_rows(args.rows).items() for row in rows}
+        done = latest(args.rows, "arm", "seed")
         for seed in map(int, args.seeds.split(",")):
             for arm in args.arms.split(","):
                 if (arm, seed) not in done:
-                    row = row_of(arm, seed, run_arm(arm, seed, args.runs, (), ARMS[arm]))
-                    with args.rows.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    folder = run_arm(arm, seed, args.runs, (), ARMS[arm])
+                    add(args.rows, row_of(arm, seed, folder))
     for wanted, path, make in ((args.table, TABLE, table), (args.plot, PLOT, plot)):
         if wanted:
             path.write_text(make(args.rows))

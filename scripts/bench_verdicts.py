@@ -21,18 +21,16 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
-import json
 import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_method import AFTER, Row, against, bold, column, head_error, quality, shown
+from bench_method import AFTER, against, column, head_error, quality
+from rows import Row, add, bits, bold, latest, made, of_arms, shown
 from several_runs import of_problems, over_runs
 
 from mlx_fd.evaluation.statistics import Estimate
@@ -179,32 +177,19 @@ def make_row(arm: str, seed: int, runs_folder: Path) -> Row:
         summary = run(job, pair)
     assert summary is not None
     after = examine(pair, questions, config.generation, lambda step, tokens: None)
-
-    def bits(name: str) -> str:
-        return "".join(str(int(getattr(result, name))) for result in after)
-
     return {
         "arm": arm,
         "seed": seed,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "mlx": version("mlx"),
+        **made(),
         "episodes": summary["episodes"],
         "updates": summary["updates"]["steps"],
         "cpu_seconds": round(time.process_time() - begun, 1),
         "verdicts": summary["expert_verdicts"],
-        "wrong": bits("wrong"),
+        "wrong": bits(result.wrong for result in after),
         # As bench_method's rows have it: before (not asked here) and after.
-        "found": ["", bits("found")],
+        "found": ["", bits(result.found for result in after)],
         "score_error": [[], [round(result.score_error, 3) for result in after]],
     }
-
-
-def read_rows(path: Path) -> dict[str, list[Row]]:
-    """{arm: [the last row of each seed]}, in the order of the table."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = {(row["arm"], row["seed"]): row for row in map(json.loads, lines)}
-    found = {arm: [rows[key] for key in sorted(rows) if key[0] == arm] for arm in ARMS}
-    return {arm: of for arm, of in found.items() if of}
 
 
 def found_among(rows: Sequence[Row], wrong: bool) -> Estimate:
@@ -268,7 +253,7 @@ def differences(arms: dict[str, list[Row]]) -> list[str]:
 
 def table(path: Path) -> str:
     """The rows as a table in Markdown."""
-    arms = read_rows(path)
+    arms = of_arms(path, ARMS)
     some = next(iter(arms.values()))
     lines = [
         f"Tiny pair, seeds {', '.join(str(row['seed']) for row in some)}, {some[0]['episodes']} "
@@ -321,14 +306,13 @@ def main() -> None:
 
         backend()
         options.runs.mkdir(parents=True, exist_ok=True)
-        done = {(arm, row["seed"]) for arm, rows in read_rows(options.rows).items() for row in rows}
+        done = latest(options.rows, "arm", "seed")
         for seed in map(int, options.seeds.split(",")):
             for arm in options.arms.split(";"):
                 if (arm, seed) in done:
                     continue
                 row = make_row(arm, seed, options.runs)
-                with options.rows.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                add(options.rows, row)
                 print(arm, seed, row["cpu_seconds"], "s", flush=True)
     if options.table:
         TABLE.write_text(table(options.rows))

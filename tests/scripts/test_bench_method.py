@@ -50,7 +50,7 @@ def test_the_benchmarks_page_has_the_tables_rows(bench):
 
 
 def test_every_arm_has_three_seeds_of_the_same_examination(bench):
-    arms = bench.latest(bench.ROWS)
+    arms = bench.of_arms(bench.ROWS, bench.ARMS)
     assert set(arms) == set(bench.ARMS)
     for rows in arms.values():
         assert [r["seed"] for r in rows] == [0, 1, 2]
@@ -61,7 +61,7 @@ def test_every_arm_has_three_seeds_of_the_same_examination(bench):
 def test_estimates_by_hand(bench, tmp_path):
     always = [row("always", 0, "1110"), row("always", 1, "1010")]
     gated = [row("gated", 0, "1111"), row("gated", 1, "1111", solved="1100")]
-    arms = bench.latest(write(tmp_path / "rows.jsonl", [*always, *gated]))
+    arms = bench.of_arms(write(tmp_path / "rows.jsonl", [*always, *gated]), bench.ARMS)
     assert list(arms) == ["always", "gated"]
     # Wrong answers are the second and the fourth: found are 1 of 4, then 4 of 4.
     assert bench.change(arms["always"], "found", only_wrong=True).value == pytest.approx(0.25)
@@ -74,14 +74,14 @@ def test_estimates_by_hand(bench, tmp_path):
 
 def test_a_later_row_takes_an_earlier_ones_place(bench, tmp_path):
     rows = [row("always", 0, "0000"), row("always", 0, "1111"), row("gone", 0, "1111")]
-    arms = bench.latest(write(tmp_path / "rows.jsonl", rows))
+    arms = bench.of_arms(write(tmp_path / "rows.jsonl", rows), bench.ARMS)
     assert np.array_equal(bench.column(arms["always"][0], "found", bench.AFTER), np.ones(4))
     assert list(arms) == ["always"]
 
 
 def test_seeds_that_one_arm_lacks_are_left_out_of_a_difference(bench, tmp_path):
     rows = [row("always", 0, "1010"), row("always", 1, "1111"), row("gated", 0, "1111")]
-    arms = bench.latest(write(tmp_path / "rows.jsonl", rows))
+    arms = bench.of_arms(write(tmp_path / "rows.jsonl", rows), bench.ARMS)
     assert bench.against(arms["gated"], arms["always"]).value == pytest.approx(1.0)
 
 
