@@ -24,10 +24,10 @@ import mlx.core as mx
 from mlx_fd.feedback.asking import Ask, Group, Reply
 from mlx_fd.models import metering
 from mlx_fd.models.generation import Writing
-from mlx_fd.models.lanes import Job, Step, open_lane
+from mlx_fd.models.lanes import Job, open_lane
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.view import fused
-from mlx_fd.models.writing import Drawn, Text, Turn, turn_of
+from mlx_fd.models.writing import Drawn, Step, Text, Turn, turn_of
 
 # How many turns a model still has to write of an episode's half from a step on, where it is not 1.
 _TURNS = {"answer": 2, "merge": 4, "revise": 3, "critique": 2}

@@ -6,7 +6,6 @@ writes. Here the last token of a prompt is read in a step of all texts, so that 
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,24 +17,20 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mlx_fd.models import ranks
-from mlx_fd.models.conversation import (
-    PREFILL,
-    Cache,
-    Conversation,
-    can_be_cut_back,
-    read_alone,
-)
+from mlx_fd.models.conversation import PREFILL, Cache, Conversation, can_be_cut_back
 from mlx_fd.models.drawing import Seeded, greedy
 from mlx_fd.models.loading import Loaded
-from mlx_fd.models.speculative import Drawing, can_draft, drawn_with_draft
 from mlx_fd.models.writing import (
     Draw,
+    GenerateOptions,
     Sampling,
-    drawn_alone,
+    Step,
+    Text,
     finals,
     logits_processors,
     longest,
     token_logprobs,
+    written_alone,
 )
 
 READ_TOGETHER = 8
@@ -78,33 +73,6 @@ class Job:
         """Whether ``mark`` takes a copy on the way; ``cache`` is the model's state before."""
         most = longest(self.conversation, self.prompt, self.sampling)
         return self.mark and not can_be_cut_back(cache, most)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token of a text.
-
-    Attributes:
-        number: the text's, as :meth:`Lane.add` gave it.
-        token: its id.
-        ended: ``"stop"``: the model ended it; ``"length"``: the limit did; ``None``: it goes on.
-        cache: the model's state after an ended text's last token, where it is wanted.
-        mark: likewise its state before the prompt's last token.
-        logprob: where it is wanted, the token's log-probability [1], which the device may still
-            compute: whoever reads it at once waits for the next token, too.
-        states: of an ended text, where they are wanted, the final hidden states [d] at the prompt's
-            last token and where this token was predicted.
-        accepted: whether the model's draft had proposed it.
-    """
-
-    number: int
-    token: int
-    ended: str | None = None
-    cache: Cache | None = None
-    mark: Cache | None = None
-    logprob: mx.array | None = None
-    states: tuple[mx.array, ...] = ()
-    accepted: bool = False
 
 
 class Lane(Protocol):
@@ -422,42 +390,8 @@ class _AloneLane:
         self._running = None
 
     def _write(self, number: int, job: Job) -> Iterator[Step]:
-        old, loaded = job.conversation, self._loaded
-        cache: Any = copy.deepcopy(old.cache)
-        before, start = [*old.tokens, *job.prompt], list(job.prompt)
-        if cache is None:
-            cache, start = make_prompt_cache(loaded.model), before
-        read_alone(loaded, cache, start[:-1])
-        mark = copy.deepcopy(cache) if job.needs_mark(cache) else None
-        draw = _draw(loaded, job.sampling, self._greedy)
-        processors = logits_processors(job.sampling)
-        most, ends = job.sampling.max_tokens, job.ends.union(loaded.tokenizer.eos_token_ids)
-        if not job.states and can_draft(loaded, cache, len(before) + most):
-            numbers = draw if isinstance(draw, Seeded) else None
-            drawing = Drawing(draw, most, ends, processors, numbers)
-            made = drawn_with_draft(loaded, cache, before, drawing)
-        else:
-            made = drawn_alone(loaded, cache, before, draw, processors)
-        with finals(loaded, wanted=job.states) as seen:
-            for count, (token, rows, accepted) in enumerate(made, 1):
-                at, logprob = job.logprobs, None
-                if at:
-                    logprob = token_logprobs(rows, [token], at, loaded.vocab)
-                stopped = token in ends
-                if stopped or count == most:
-                    break
-                yield Step(number, token, logprob=logprob, accepted=accepted)
-                del seen[1:]  # only the first and the last one are wanted
-        if job.keep:
-            read_alone(loaded, cache, [token])
-            mx.eval([layer.state for layer in cache])
-        yield Step(
-            number,
-            token,
-            "stop" if stopped else "length",
-            cache=cache if job.keep else None,
-            mark=mark,
-            logprob=logprob,
-            states=(seen[0][0, -1], seen[-1][0, -1]) if seen else (),
-            accepted=accepted,
-        )
+        options = GenerateOptions(keep=job.keep, mark=job.mark, states=job.states)
+        text = Text(job.conversation, job.prompt, job.sampling, options, job.ends)
+        draw = _draw(self._loaded, job.sampling, self._greedy)
+        numbers = draw if isinstance(draw, Seeded) else None
+        return written_alone(self._loaded, text, draw, numbers, job.logprobs, number)

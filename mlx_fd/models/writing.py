@@ -22,7 +22,13 @@ from mlx_fd.models import ranks
 from mlx_fd.models.conversation import Cache, Conversation, Mark, can_be_cut_back, read_alone
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.memory import read_at_once
-from mlx_fd.models.speculative import Drawing, SharedNumbers, can_draft, drawn_with_draft
+from mlx_fd.models.speculative import (
+    Drawing,
+    RandomNumbers,
+    SharedNumbers,
+    can_draft,
+    drawn_with_draft,
+)
 
 Draw = Callable[[mx.array], mx.array]
 """Draws tokens from rows of log-probabilities [n, V]."""
@@ -157,6 +163,33 @@ class Drawn:
     logprobs: tuple[float, ...] = ()
     states: tuple[mx.array, ...] = ()
     accepted: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of a text.
+
+    Attributes:
+        number: the text's, as :meth:`mlx_fd.models.lanes.Lane.add` gave it.
+        token: its id.
+        ended: ``"stop"``: the model ended it; ``"length"``: the limit did; ``None``: it goes on.
+        cache: the model's state after an ended text's last token, where it is wanted.
+        mark: likewise its state before the prompt's last token.
+        logprob: where it is wanted, the token's log-probability [1], which the device may still
+            compute: whoever reads it at once waits for the next token, too.
+        states: of an ended text, where they are wanted, the final hidden states [d] at the prompt's
+            last token and where this token was predicted.
+        accepted: whether the model's draft had proposed it; ``None``: it was drawn without one.
+    """
+
+    number: int
+    token: int
+    ended: str | None = None
+    cache: Cache | None = None
+    mark: Cache | None = None
+    logprob: mx.array | None = None
+    states: tuple[mx.array, ...] = ()
+    accepted: bool | None = None
 
 
 def turn_of(loaded: Loaded, text: Text, drawn: Drawn) -> Turn:
@@ -367,57 +400,92 @@ class _States:
 
 
 def _write_alone(loaded: Loaded, text: Text) -> Turn:
-    """One turn by itself: with a draft, or of a model that mlx-lm's batches do not get right."""
-    old, sampling, options = text.conversation, text.sampling, text.options
-    before = [*old.tokens, *text.prompt]
-    cache = copy.deepcopy(old.cache) if old.cache is not None else make_prompt_cache(loaded.model)
-    start = [*text.prompt] if old.cache is not None else before
-    read_alone(loaded, cache, start[:-1])
-    marks = options.mark and not can_be_cut_back(cache, _longest(text))
-    mark = copy.deepcopy(cache) if marks else None
-    eos = {*loaded.tokenizer.eos_token_ids, *text.ends}
-    written: list[int] = []
-    logprobs: list[float] = []
-    draw, processors = _drawing(loaded, sampling), logits_processors(sampling)
-    drafted = not options.states and can_draft(loaded, cache, _longest(text))
-    if drafted:
-        numbers = SharedNumbers() if sampling.temperature else None
-        drawing = Drawing(draw, sampling.max_tokens, frozenset(eos), processors, numbers)
-        made = drawn_with_draft(loaded, cache, before, drawing)
-    else:
-        made = drawn_alone(loaded, cache, before, draw, processors)
+    """One turn by itself, with MLX's own random numbers."""
+    sampling, options = text.sampling, text.options
+    draw, numbers = _drawing(loaded, sampling), SharedNumbers() if sampling.temperature else None
+    at = (sampling.temperature or 1.0) if options.logprobs else 0.0
+    tokens: list[int] = []
+    logprobs: list[Any] = []
     accepted = 0
-    with finals(loaded, wanted=options.states) as seen:
-        for token, rows, proposed in made:
-            written.append(token)
-            accepted += proposed
-            if options.logprobs:
-                drawn = token_logprobs(rows, [token], sampling.temperature or 1.0, loaded.vocab)
-                value: Any = drawn.item()
-                logprobs.append(value)
-            if options.on_token is not None:
-                options.on_token(1)
-            if token in eos or len(written) == sampling.max_tokens:
-                break
-            del seen[1:]  # only the first and the last one are wanted
-    if options.keep:
-        read_alone(loaded, cache, written[-1:])
-    if drafted and loaded.batched:
+    for step in written_alone(loaded, text, draw, numbers, at):
+        tokens.append(step.token)
+        accepted += bool(step.accepted)
+        if step.logprob is not None:
+            logprobs.append(step.logprob.item())
+        if options.on_token is not None:
+            options.on_token(1)
+    if step.accepted is not None and loaded.batched:
         # mlx-lm's generator draws one token more than it gives, and so does this: the text that is
         # written next has the random numbers that it has without a draft.
-        draw(rows[..., : loaded.vocab])
+        draw(mx.zeros((1, loaded.vocab)))
     return turn_of(
         loaded,
         text,
         Drawn(
-            tokens=tuple(written),
-            finished=written[-1] in eos,
-            cache=cache if options.keep else None,
-            mark=mark,
+            tokens=tuple(tokens),
+            finished=step.ended == "stop",
+            cache=step.cache,
+            mark=step.mark,
             logprobs=tuple(logprobs),
-            states=(seen[0][0, -1], seen[-1][0, -1]) if seen else (),
-            accepted=accepted if drafted else None,
+            states=step.states,
+            accepted=None if step.accepted is None else accepted,
         ),
+    )
+
+
+def written_alone(
+    loaded: Loaded,
+    text: Text,
+    draw: Draw,
+    numbers: RandomNumbers | None,
+    logprobs: float = 0.0,
+    number: int = 0,
+) -> Iterator[Step]:
+    """Write a text by itself: with a draft, or of a model that mlx-lm's batches do not get right.
+
+    Args:
+        loaded: who writes.
+        text: of its options only what is kept at its end.
+        draw: of rows of log-probabilities of the model's vocabulary.
+        numbers: what ``draw`` takes random numbers from; ``None``: it takes none.
+        logprobs: the temperature of the tokens' log-probabilities; 0: they are not wanted.
+        number: the text's, for its steps.
+    """
+    old, most, options = text.conversation, text.sampling.max_tokens, text.options
+    before, read = [*old.tokens, *text.prompt], len(old.tokens)
+    cache = copy.deepcopy(old.cache)
+    if cache is None:
+        cache, read = make_prompt_cache(loaded.model), 0
+    read_alone(loaded, cache, before[read:-1])
+    marks = options.mark and not can_be_cut_back(cache, _longest(text))
+    mark = copy.deepcopy(cache) if marks else None
+    processors = logits_processors(text.sampling)
+    ends = text.ends.union(loaded.tokenizer.eos_token_ids)
+    drafted = not options.states and can_draft(loaded, cache, _longest(text))
+    if drafted:
+        drawing = Drawing(draw, most, ends, processors, numbers)
+        made = drawn_with_draft(loaded, cache, before, drawing)
+    else:
+        made = drawn_alone(loaded, cache, before, draw, processors)
+    with finals(loaded, wanted=options.states) as seen:
+        for count, (token, rows, proposed) in enumerate(made, 1):
+            logprob = token_logprobs(rows, [token], logprobs, loaded.vocab) if logprobs else None
+            accepted = proposed if drafted else None
+            if token in ends or count == most:
+                break
+            yield Step(number, token, logprob=logprob, accepted=accepted)
+            del seen[1:]  # only the first and the last one are wanted
+    if options.keep:
+        read_alone(loaded, cache, [token])
+    yield Step(
+        number,
+        token,
+        "stop" if token in ends else "length",
+        cache if options.keep else None,
+        mark,
+        logprob,
+        (seen[0][0, -1], seen[-1][0, -1]) if seen else (),
+        accepted,
     )
 
 

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlx_fd.models.conversation import Conversation
-from mlx_fd.models.lanes import Job, Lane, Step, open_lane
+from mlx_fd.models.lanes import Job, Lane, open_lane
 from mlx_fd.serve.text import ReplyText
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
     from mlx_fd.models.loading import Loaded
+    from mlx_fd.models.writing import Step
     from mlx_fd.serve.models import Served
 
 T = TypeVar("T")
@@ -377,7 +378,7 @@ class _Work:
         if not one.tokens:
             one.first = time.monotonic() - one.since
         one.tokens.append(step.token)
-        one.accepted += step.accepted
+        one.accepted += bool(step.accepted)
         if step.logprob is not None:
             one.logprobs.append(step.logprob)
         piece = "" if step.ended == "stop" else one.text.add(step.token)
