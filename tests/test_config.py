@@ -172,7 +172,9 @@ def test_options_that_contradict_each_other(changes, message):
 def test_a_size_of_lora_says_nothing_where_all_weights_train(name, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(to_toml(override(Config(), {"train": "full"}, "test")))
-    with pytest.raises(UserError, match=f"command line: {name} is of LoRA and DoRA; leave it out"):
+    with pytest.raises(
+        UserError, match=f"command line: {name} has no effect without train = lora or dora"
+    ):
         configuration(None, file, {name: 4})
     # A file, and a preset, have a value of each.
     assert configuration("quick", file, {"seed": 3}).models.train == "full"

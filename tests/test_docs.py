@@ -14,6 +14,10 @@ import yaml
 
 import mlx_fd
 from mlx_fd.cli.app import cli
+from mlx_fd.config import OPTIONS
+from mlx_fd.runs.plan import configuration
+from mlx_fd.runs.unused import check_used
+from mlx_fd.training.selfdistill.methods import configured
 from support import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -112,8 +116,17 @@ CALLS = [(name, call) for name, page in zip(NAMES, PAGES, strict=True) for call 
 )
 def test_commands_have_the_options_that_they_are_shown_with(page, call):
     _, name, *arguments = call
-    with cli.commands[name].make_context(name, arguments):
-        pass
+    with cli.commands[name].make_context(name, arguments) as context:
+        given = {key: value for key, value in context.params.items() if value is not None}
+    if "config_file" in given or name not in ("loop", "self-distill", "distil"):
+        return
+    # And each option has an effect.
+    preset, changes = given.get("preset_name"), {k: v for k, v in given.items() if k in OPTIONS}
+    if name == "loop":
+        configuration(preset, None, changes, page)
+    else:
+        method = given.get("method", "on-policy" if name == "distil" else "custom")
+        check_used(configured(method, changes, preset=preset), changes, page)
 
 
 def test_scripts_that_are_called_are_there():

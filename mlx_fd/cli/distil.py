@@ -23,6 +23,7 @@ from mlx_fd.cli.run_command import begin
 from mlx_fd.config import OPTIONS, check_command, read
 from mlx_fd.errors import UserError
 from mlx_fd.runs.tracking import check_installed
+from mlx_fd.runs.unused import check_used
 from mlx_fd.training.selfdistill.methods import EXPERT_METHODS, PRESETS, configured
 
 _OPTIONS = (
@@ -163,4 +164,5 @@ def distil(
         if "expert" in changes:
             changes["critic"] = changes["expert"]
         config = configured(given=changes, over=before)
+    check_used(config, changes, "command line")
     begin(out, config, trackers, as_json, quiet)

@@ -249,7 +249,7 @@ def evaluate(
     from mlx_fd.cli.terminal.layout import output_console
     from mlx_fd.evaluation import suites
     from mlx_fd.evaluation.cache import Cache
-    from mlx_fd.evaluation.target import open_target
+    from mlx_fd.evaluation.target import check_thinking, open_target
     from mlx_fd.models.fingerprint import time_note
     from mlx_fd.models.storage import cache_dir
     from mlx_fd.problems import execution
@@ -293,6 +293,7 @@ def evaluate(
     }
     given = {option: value for option, value in changes.items() if value is not None}
     target = open_target(name, expert, adapter_path, given, template_kwargs)
+    check_thinking(target, given)
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
     if (note := time_note()) and not quiet:

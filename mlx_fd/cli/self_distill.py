@@ -23,6 +23,7 @@ from mlx_fd.cli.run_command import begin
 from mlx_fd.config import OPTIONS, Config, check_command, read
 from mlx_fd.errors import UserError
 from mlx_fd.runs.tracking import check_installed
+from mlx_fd.runs.unused import check_used
 from mlx_fd.training.selfdistill.methods import CUSTOM, DEFAULT_MODEL, METHODS, PRESETS, configured
 
 # Options of the loop that have a meaning here, beside all of the method's.
@@ -141,6 +142,7 @@ def self_distill(
     check_installed(trackers)
     changes = {name: value for name, value in given.items() if value is not None}
     config = _configuration(method, preset_name, config_file, changes)
+    check_used(config, changes, "command line")
     begin(out, config, trackers, as_json, quiet)
 
 

@@ -7,6 +7,8 @@ student gives its feedback on each, and solves the problem itself.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from mlx_fd.feedback.criticism import criticisms, feedback_request, head_score, 
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.turns import answer
 from mlx_fd.files import write_json
-from mlx_fd.models import ranks
+from mlx_fd.models import fingerprint, ranks
 from mlx_fd.models.generation import said
 from mlx_fd.models.writing import GenerateOptions, Sampling
 from mlx_fd.problems import arithmetic
@@ -125,21 +127,48 @@ def examine(
     return [Result(**row) for row in ranks.gather([dataclasses.asdict(one) for one in results])]
 
 
-def save_results(path: Path, results: Sequence[Result], seconds: float) -> None:
-    """Keep what the student made of an examination, and how many seconds it took."""
+def exam_digest(exam: Sequence[Question], config: Config, student: Sequence[Path]) -> str:
+    """Which examination it is: its questions, how they are put, and who takes it, as SHA-256.
+
+    Args:
+        exam: the questions.
+        config: of the run: limits of what is written, and the seed of what training begins with.
+        student: the folders of the student's weights.
+    """
+    asked = [[q.problem.question, q.answer, q.first_error, q.score] for q in exam]
+    writing, models = config.generation, config.models
+    thought = writing.max_thinking_tokens if writing.student_thinking == "on" else 0
+    limits = [writing.max_answer_tokens, writing.max_feedback_tokens, thought]
+    read = [writing.answer_filter, writing.student_repetition_penalty]
+    weights = [fingerprint.content_hash(folder) for folder in student]
+    made = [models.train, models.lora_rank, models.score_at, config.episode.seed]
+    whole = json.dumps([asked, limits, read, weights, made])
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def save_results(path: Path, results: Sequence[Result], seconds: float, digest: str) -> None:
+    """Keep what the student made of an examination.
+
+    Args:
+        path: the file.
+        results: one for each question.
+        seconds: what it took.
+        digest: of :func:`exam_digest`.
+    """
     rows = cast(list[ExamResultRow], [dataclasses.asdict(result) for result in results])
-    content: ExamFile = {"seconds": round(seconds, 3), "results": rows}
+    content: ExamFile = {"seconds": round(seconds, 3), "exam_sha256": digest, "results": rows}
     write_json(path, with_digest(content))
 
 
 def load_results(
-    path: Path, exam: Sequence[Question]
+    path: Path, exam: Sequence[Question], digest: str
 ) -> tuple[tuple[list[Result], float], bool] | None:
     """What :func:`save_results` kept.
 
     Args:
         path: the file.
         exam: the questions, which have to be those of the file.
+        digest: of :func:`exam_digest`; a file of an older version has none.
 
     Returns:
         The results and the seconds (0 where an older version did not measure them), and whether a
@@ -164,6 +193,8 @@ def load_results(
         wrong = [question.first_error > 0 for question in exam]
         if not typed or [result.wrong for result in results] != wrong:
             raise ChangedFile("it is not of this examination's questions")
+        if content.get("exam_sha256", digest) != digest:
+            raise ChangedFile("it is of other questions, token limits, or another student or seed")
         return (results, float(content["seconds"])), digested
     except (KeyError, TypeError, AttributeError) as error:
         raise ChangedFile(f"it is not what mlx-fd writes ({error!r})") from error

@@ -210,6 +210,7 @@ def make_sets(
         return tuple(items[index] for index in indices)
 
     solved = solving(source, options.split)
+    _check_expert_has_a_part(target, options, graded=solved.graded)
     sets: list[Set] = [solved]
     kind = solved.items[0].kind
     if target.answer_kind not in (None, kind):
@@ -316,6 +317,25 @@ def _check_options(target: Target, options: Options) -> None:
     if options.forgetting and target.checkpoint is None:
         raise UserError(
             "--forgetting compares a run's student with what it was before the run; name a run"
+        )
+
+
+def _check_expert_has_a_part(target: Target, options: Options, *, graded: bool) -> None:
+    """Refuse an expert that would do nothing, and a word on first answers that nobody goes on from.
+
+    Raises:
+        UserError: the student answers alone.
+    """
+    if target.helps_expert or options.baselines or options.best_of:
+        return
+    if options.answers_by is not None:
+        raise UserError(
+            "--answers-by: nobody goes on from first answers here; add --baselines or --best-of, "
+            "or leave it out"
+        )
+    if target.expert is not None and graded:
+        raise UserError(
+            "--expert: it has no part in this evaluation; add --baselines, or leave it out"
         )
 
 

@@ -219,6 +219,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / ADAPTER_CONFIG)
 
 
+def check_thinking(target: Target, changes: Mapping[str, Any]) -> None:
+    """Refuse words on thoughts that nobody has.
+
+    Args:
+        target: made with the changes.
+        changes: as for :func:`open_target`.
+
+    Raises:
+        UserError: there is no expert that could think, or neither model does.
+    """
+    if changes.get("expert_thinking") == "on" and target.expert is None:
+        raise UserError("--expert-thinking: there is no expert; name one with --expert")
+    if "max_thinking_tokens" in changes and not target.config.generation.thought_tokens:
+        raise UserError("--max-thinking-tokens: nobody thinks; add --thinking on, or leave it out")
+
+
 def _check_expert(name: str, run: Path, config: Config, path: Path | None) -> None:
     assert path is not None
     manifest = runs.read_manifest(run)

@@ -146,6 +146,15 @@ _CONTINENTAL = re.compile(rf"[.{_NARROW}]")  # likewise, beside a decimal comma
 _SPACED = re.compile(r"(?<![\d.,/^])(?<!\d[ ])[1-9]\d{0,2}(?:[ ]\d{3}(?!\d))++(?![ ]\d)")
 # What one number is followed by: at most one word, no more digits.
 _AT_MOST_A_WORD = re.compile(r"(?:[.,]\d++)?[ ]?(?:[^\s\d/-][^\s\d]*+)?[.\s*)]*+\Z")
+# In a sentence: decimals, a unit, and then no word that the number could count (3 250 ml bottles).
+_AT_MOST_A_UNIT = re.compile(
+    r"""(?:[.,]\d++)?+[*_"')$]*+(?:[ ]?[^\s\d/.,;:!?(-][^\s\d.,;:!?(]*+)?
+    (?:[.,;:!?]|[ ]?\(|\s*+\Z|[ ]*+\n
+      |[ ](?:in|on|of|for|from|to|at|by|per|and|or|each|every|total|altogether|an?|the|is|are|was
+        |were|as|than|more|less|left|with|after|before|when|if|so|because|which|that|who|this
+        |now|today|instead|will|would|over|during|since|then|but)\b)""",
+    re.VERBOSE | re.IGNORECASE,
+)
 _SPACED_SIGN = re.compile(r"^([-+])\s+(?=[$\d.])")
 _DIGIT = re.compile(r"\d")
 _FULL_STOP = re.compile(r"\.$")
@@ -363,7 +372,8 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
     ``"auto"`` takes the number after the last ``####`` that has one, or the one in a ``\boxed{}``
     behind it; else the one in the last ``\boxed{}``; else the last number of the text, notes below
     it aside. A reply that goes on with the next question has answered before it. It reads thousands
-    separators (a plain space in ``12 500`` only where nothing but a unit follows), currency signs,
+    separators (a plain space in ``12 500`` only where nothing but a unit follows; in a sentence, a
+    unit and no noun, or it has no number), currency signs,
     decimals (a decimal comma only where it can be nothing else), fractions, mixed numbers,
     scientific notation, LaTeX and the digits of every script; units are ignored. As in GSM8K,
     ``50%`` is 50. No number is taken out of a formula (``\sqrt{51}``, ``2^k`` or ``(2,4)``): a
@@ -398,10 +408,38 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
     for part in (text[: note.start()] if note else "", text):
         plain = _plain_number(part)
         if last := _last(_NUMBER, plain):
-            before, rest = plain[: last.start()], plain[last.end() :]
-            part_of_formula = before.endswith(_SIGN) or _GOES_WITH.match(rest)
-            return None if part_of_formula else _value(last)
+            spaced = _last(_SPACED, plain)
+            if spaced and spaced.start() <= last.start() < spaced.end():
+                return _spaced_value(plain, spaced, last)
+            return _value_in_text(plain, last)
     return None
+
+
+def _value_in_text(plain: str, match: re.Match[str]) -> Fraction | None:
+    """The number of a match of ``_NUMBER``; ``None`` if it is part of a formula."""
+    before, rest = plain[: match.start()], plain[match.end() :]
+    part_of_formula = before.endswith(_SIGN) or _GOES_WITH.match(rest)
+    return None if part_of_formula else _value(match)
+
+
+def _spaced_value(plain: str, spaced: re.Match[str], last: re.Match[str]) -> Fraction | None:
+    """The number in a sentence that ends in groups of three digits: one, the last, or none.
+
+    Args:
+        plain: the text.
+        spaced: the groups.
+        last: the last number of the text, if spaces end a number.
+    """
+    rest = plain[spaced.end() :]
+    if rest[:1] == "-" or rest.lstrip(" ").startswith("/"):
+        return _value_in_text(plain, last)  # 12 100-dollar bills, 12 500/3
+    before = plain[: spaced.start()]
+    if not before.endswith(("$", "$ ")) and not _AT_MOST_A_UNIT.match(rest):
+        return None
+    joined = before + spaced[0].replace(" ", _NARROW) + rest
+    whole = _last(_NUMBER, joined)
+    assert whole is not None
+    return _value_in_text(joined, whole)
 
 
 def _boxed_number(box: str) -> _Leading:

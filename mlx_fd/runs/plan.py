@@ -35,6 +35,7 @@ from mlx_fd.problems.sources import SOURCES
 from mlx_fd.registry import CONTEXTS
 from mlx_fd.runs.manifest import manifest_of
 from mlx_fd.runs.records import Manifest
+from mlx_fd.runs.unused import check_used
 
 if TYPE_CHECKING:
     from mlx_fd.models.chat_template import ChatTemplate
@@ -75,10 +76,6 @@ class Plan:
     warm_up: tuple[Problem, ...] = ()
 
 
-# Without a meaning where all weights are trained; a file or a preset has them all the same.
-_OF_LORA = ("lora_rank", "lora_scale", "lora_layers")
-
-
 def configuration(
     preset_name: str | None, file: Path | None, given: Mapping[str, Any], where: str
 ) -> Config:
@@ -108,10 +105,7 @@ def configuration(
     if expert and expert.preset and not preset_name:
         # It knows no other problems than those of its preset.
         config = over(preset(expert.preset))
-    if config.models.train == "full" and (idle := [name for name in _OF_LORA if name in changes]):
-        raise UserError(
-            f"{where}: {idle[0]} is of LoRA and DoRA; leave it out, or set train to lora or dora."
-        )
+    check_used(config, changes, where)
     return config
 
 

@@ -1140,10 +1140,12 @@ class ExamFile(TypedDict):
     Attributes:
         seconds: what the examination took.
         results: one for each question.
+        exam_sha256: of the questions, the token limits, and who took it; absent in older versions.
     """
 
     seconds: float
     results: list[ExamResultRow]
+    exam_sha256: NotRequired[str]
 
 
 class TrackerRow(TypedDict):

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from mlx_fd import runs
 from mlx_fd.config import Config
-from mlx_fd.evaluation.exam import Result, compare, examine, load_results, save_results
+from mlx_fd.evaluation.exam import Result, compare, exam_digest, examine, load_results, save_results
 from mlx_fd.evaluation.reliability import judging
 from mlx_fd.feedback.distill import make_optimizer, top_k_error
 from mlx_fd.feedback.pair import Pair
@@ -112,7 +112,8 @@ def run(
         check_attention(pair.student.view)
     begun = checkpoint is not None
     # Whatever the checkpoint holds, the student is still untrained here.
-    before = _examined_before(records, config, pair, exam, begun, report)
+    digest = _exam_digest(folder, config, pair, exam)
+    before = _examined_before(records, config, pair, exam, digest, begun, report)
     warmed_up: SelfSummary | None = None
     if warm_up is not None:
         warmed_up = warm_up(stop)
@@ -224,7 +225,7 @@ def run(
         took = time.perf_counter() - examining
         seconds["exam"] = before.seconds + took
         with runs.wrap_write_errors(folder):
-            save_results(folder / runs.EXAM_AFTER, after, took)
+            save_results(folder / runs.EXAM_AFTER, after, took, digest)
         compared = compare(before.results, after)
     with runs.wrap_write_errors(folder):
         summary = summarise(
@@ -255,11 +256,20 @@ class _Examined:
     seconds: float
 
 
+def _exam_digest(folder: Path, config: Config, pair: Pair, exam: Sequence[Question]) -> str:
+    """Which examination the run has; empty: none."""
+    if not exam:
+        return ""
+    begun = folder / runs.BEGUN
+    return exam_digest(exam, config, [pair.student_lm.path, *([begun] if begun.is_dir() else [])])
+
+
 def _examined_before(
     records: Records,
     config: Config,
     pair: Pair,
     exam: Sequence[Question],
+    digest: str,
     begun: bool,
     report: Report,
 ) -> _Examined:
@@ -267,14 +277,14 @@ def _examined_before(
     if not exam:
         return _Examined([], 0.0)
     file = records.folder / runs.EXAM
-    found = kept(records, runs.EXAM, lambda: load_results(file, exam), begun, report)
+    found = kept(records, runs.EXAM, lambda: load_results(file, exam, digest), begun, report)
     if found is not None:
         return _Examined(*found)
     begin = time.perf_counter()
     results = examine(pair, exam, config.generation, report_steps(report, 0))
     seconds = time.perf_counter() - begin
     with runs.wrap_write_errors(records.folder):
-        save_results(file, results, seconds)
+        save_results(file, results, seconds, digest)
     return _Examined(results, seconds)
 
 

@@ -580,6 +580,10 @@ def test_differences_of_shares_are_in_points():
         (["tiny-student", "--problems", "arithmetik"], "did you mean 'arithmetic'"),
         (["tiny-student", "--encoder", "none/such"], "none/such"),
         (["tiny-student", "--out", "/proc/none"], "/proc/none"),
+        (["tiny-student", "--expert", "tiny"], "add --baselines"),
+        (["tiny-student", "--answers-by", "student"], "nobody goes on from first answers"),
+        (["tiny-student", "--expert-thinking", "on"], "there is no expert"),
+        (["tiny-student", "--max-thinking-tokens", "9"], "add --thinking on"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_generated(mlx_fd, tmp_path, arguments, said):

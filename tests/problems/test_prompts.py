@@ -266,6 +266,27 @@ ANSWERS = [
     (r"\boxed{12 500}", "12500"),
     ("He pays 5 000 dollars.", "5000"),
     ("#### 12 500 apples in all", None),
+    ("It costs 12 500 dollars.", "12500"),
+    ("It costs 12\u202f500 dollars.", "12500"),
+    ("It costs 12\u2009500 dollars.", "12500"),
+    ("It costs 12\u00a0500 dollars.", "12500"),
+    ("It costs 12'500 dollars.", "12500"),
+    ("It costs 12\u2019500 dollars.", "12500"),
+    ("It costs 12 500 dollars in all.", "12500"),
+    ("So they need 12 500", "12500"),
+    ("So the cost is **12 500** dollars.", "12500"),
+    ("They drove -12 500.5 km (a year).", "-25001/2"),
+    ("Es kostet 12 500,50 Euro.", "25001/2"),
+    ("It costs $12 500 bills and all", "12500"),
+    ("1 234 567 people of 12 500 came", "12500"),
+    ("Of all 12 500 people came", None),
+    ("It takes 3 250 ml bottles.", None),
+    ("He paid with 12 100-dollar bills", "100"),
+    ("It is 1 500/3 of it", "500/3"),
+    ("Days 1 and 2 500", "2500"),
+    ("It costs 12 5000 dollars", "5000"),
+    ("It costs 12 50 dollars", "50"),
+    ("It costs 1200 500 dollars", "500"),
     ("#### 3 250 ml bottles", None),
     ("#### 12 100-dollar bills", "12"),
     ("#### 5 12", "5"),
@@ -567,13 +588,15 @@ def test_numbers_come_back(digits, places, form):
     value = Fraction(written.replace(",", ""))
     text = {"#": f"#### {written}", "b": rf"\boxed{{{written}}}", " ": f"It is {written} km."}[form]
     assert final_answer(text) == value
+    for separator in " '\u00a0\u2009\u202f\u2019":
+        assert final_answer(text.replace(",", separator)) == value
 
 
 HOSTILE = [
     "#", "{", "}", "[", "7", "7,777", "1 ", "1/", "-", "\n", " ", "####", "#### ", "####\n",
     r"\boxed{", r"\frac{", r"\frac{1}{", "Score", "Score: ", "Score: 1 ", "score is ", "I give ",
     "I give 1", "feedback", "Feedback:", "*", "**", '{"score":', "e1", "1e", ".1", "$", "x10^",
-    "5 000 ", "12 500 ",
+    "5 000 ", "12 500 ", "12 500 km ", "$12 500 is ", " 500",
     "overall ", "the ", ", ", "\u0661", "1 1/", "1,", "'", "<think>", "</think>", "\t\n", "> ",
 ]  # fmt: skip
 

@@ -297,6 +297,10 @@ def test_what_cannot_be_distilled_is_refused(tmp_path):
         make_plan(config_of("on-policy", objective="grpo"))
     with pytest.raises(UserError, match="thoughts are not kept for a second epoch"):
         make_plan(config_of("sft", epochs=2, expert_thinking="on"))
+    with pytest.raises(UserError, match=r"--on-policy-fraction 0\.5 the student would answer"):
+        make_plan(config_of("gkd", objective="likelihood"))
+    # A policy loss learns from the student's own.
+    assert make_plan(config_of("gkd", objective="likelihood", policy_weight=0.5))
     with pytest.raises(UserError, match="likelihood is for what an expert wrote"):
         make_plan(configured("sdft", {"objective": "likelihood", "student": "tiny-student"}))
 

@@ -779,6 +779,13 @@ def check_combination(config: Config) -> None:
         raise UserError("a teacher that is an expert needs one: mlx-fd distil --expert NAME")
     if options.self_teacher != EXPERT and options.objective == "likelihood":
         raise UserError("--objective likelihood is for what an expert wrote: mlx-fd distil")
+    own = config.losses.on_policy_fraction
+    if options.objective == "likelihood" and own and not options.policy_weight:
+        raise UserError(
+            "--objective likelihood learns from the expert's answers alone, and with "
+            f"--on-policy-fraction {own:g} the student would answer that part of the problems for "
+            "nothing: set it to 0."
+        )
     if options.self_teacher == EXPERT and options.objective in ("grpo", "contrastive", "echo"):
         raise UserError(
             f"--objective {options.objective} has no expert; take forward, reverse, jsd, sampled "

@@ -65,6 +65,8 @@ class Context(Entry):
 
     Attributes:
         views: attempts and materials to one view for each attempt.
+        options: those of a run that it is made with (``critic``, ``critic_sees``,
+            ``reference_style``, ``wrong_hints``); the command line refuses the others.
         from_episode: within the loop, what the student reads of an episode as its own teacher;
             ``None`` of an episode: it teaches nothing. ``None``: the loop has no such context.
         needs_siblings: it shows other attempts at the same problem.
@@ -76,6 +78,7 @@ class Context(Entry):
     """
 
     views: Callable[[Sequence[Attempt], Materials], list[View]]
+    options: frozenset[str] = frozenset()
     from_episode: Callable[[Finished], str | None] | None = None
     needs_siblings: bool = False
     needs_critic: bool = False

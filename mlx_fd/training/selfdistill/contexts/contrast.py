@@ -54,6 +54,7 @@ register_context(
         help="a right sibling as hint, and wrong ones in the same words (RLCSD, 2606.11709)",
         order=100,
         views=views,
+        options=frozenset({"wrong_hints"}),
         needs_gold=True,
         needs_siblings=True,
         gives_wrong_hints=True,

@@ -54,6 +54,7 @@ register_context(
         help="feedback on the attempt, in a paragraph",
         order=40,
         views=views,
+        options=frozenset({"critic"}),
         from_episode=from_episode,
     )
 )

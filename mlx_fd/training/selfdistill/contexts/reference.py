@@ -44,6 +44,7 @@ register_context(
         help="the reference solution (OPSD, arXiv 2601.18734)",
         order=20,
         views=views,
+        options=frozenset({"reference_style"}),
         needs_solution=True,
     )
 )

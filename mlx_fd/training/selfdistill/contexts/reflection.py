@@ -110,6 +110,7 @@ register_context(
         "2605.12741)",
         order=80,
         views=views,
+        options=frozenset({"critic", "critic_sees"}),
         needs_gold=True,
         remember=remember,
     )

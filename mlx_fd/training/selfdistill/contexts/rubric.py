@@ -86,6 +86,7 @@ register_context(
         help="criteria of a good answer, without the answer (RCSD, 2606.19327)",
         order=50,
         views=views,
+        options=frozenset({"critic", "critic_sees", "reference_style"}),
         needs_gold=True,
     )
 )

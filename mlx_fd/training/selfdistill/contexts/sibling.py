@@ -49,6 +49,7 @@ register_context(
         help="a sibling attempt that came out right, else feedback (SDPO, 2601.20802)",
         order=70,
         views=views,
+        options=frozenset({"critic"}),
         needs_gold=True,
         needs_siblings=True,
     )

@@ -62,6 +62,7 @@ register_context(
         "(2606.11173)",
         order=30,
         views=views,
+        options=frozenset({"critic", "critic_sees", "reference_style"}),
         needs_gold=True,
         from_episode=from_episode,
         needs_critic=True,
