@@ -126,7 +126,8 @@ def cascade(
     from mlx_fd.evaluation.target import open_target
     from mlx_fd.models.storage import cache_dir
 
-    calibrated = file.read(run)
+    # One that cannot be read is made again.
+    calibrated = file.read(run) if action == "eval" else None
     if action == "eval" and calibrated is None:
         raise UserError(
             f"{run}: it has no calibration yet; mlx-fd cascade calibrate {shlex.quote(str(run))} "
@@ -137,7 +138,7 @@ def cascade(
     cache = Cache(cache_dir() / "eval")
     bench = suites.make_bench(target, suites.Options(), cache, lambda step, tokens: None)
     with Steps(Console(stderr=True), quiet=quiet or as_json) as steps:
-        if calibrated is not None and action == "eval":
+        if calibrated is not None:
             found = evaluate(bench, held, calibrated, steps)
         else:
             [(kind, value)] = promises.items()

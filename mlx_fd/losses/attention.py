@@ -32,14 +32,14 @@ from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.models.attention_taps import LOG_ZERO
 
 
-def attention_matching_loss(
+def attention_matching_rows(
     student_layers: Sequence[mx.array],
     teacher_layers: Sequence[mx.array],
     mask: mx.array,
     *,
     heads: str,
-) -> tuple[mx.array, mx.array]:
-    """Per query, the mean over layers and heads of KL(teacher || student).
+) -> mx.array:
+    """Per sample, the sum over queries of the mean KL(teacher || student) of layers and heads.
 
     Args:
         student_layers: log-attention of each layer, of [B, H_student, Q, K], any float type; keys
@@ -51,27 +51,15 @@ def attention_matching_loss(
         heads: ``"mean"`` or ``"aligned"``.
 
     Returns:
-        The sum over the valid queries and their number, float32.
+        [B], float32.
 
     Raises:
         ValueError: an unknown ``heads``, no layers, or different queries or keys.
     """
-    values = attention_matching_rows(student_layers, teacher_layers, mask, heads=heads)
-    return values.sum(), mask.astype(mx.bool_).astype(mx.float32).sum()
-
-
-def attention_matching_rows(
-    student_layers: Sequence[mx.array],
-    teacher_layers: Sequence[mx.array],
-    mask: mx.array,
-    *,
-    heads: str,
-) -> mx.array:
-    """:func:`attention_matching_loss` sample by sample: [B], float32."""
     if heads not in ("mean", "aligned"):
         raise ValueError(f'heads must be "mean" or "aligned", not {heads!r}')
     if not student_layers or not teacher_layers:
-        raise ValueError("attention_matching_loss needs at least one layer of each model")
+        raise ValueError("attention matching needs at least one layer of each model")
     valid = mask.astype(mx.bool_)
 
     def rows(layer: mx.array) -> mx.array:

@@ -25,12 +25,12 @@ def aligned_layers(n_student: int, n_teacher: int) -> list[int]:
     return [layer * (n_teacher - 1) // steps for layer in range(n_student)]
 
 
-def hidden_alignment_loss(
+def hidden_alignment_rows(
     student_layers: Sequence[mx.array],
     teacher_layers: Sequence[mx.array],
     mask: mx.array,
     projection: Callable[[mx.array], mx.array] | None,
-) -> tuple[mx.array, mx.array]:
+) -> mx.array:
     """Per sample, the mean over layers of 1 - cosine of the pooled hidden states.
 
     The published loss, with the projection before the normalisation, so that it is a cosine.
@@ -45,24 +45,13 @@ def hidden_alignment_loss(
             where the widths are equal.
 
     Returns:
-        The sum over samples with at least one valid position and their number, float32.
+        [B], float32; 0 for a sample without a valid position.
 
     Raises:
         ValueError: there are no layers to align.
     """
-    values = hidden_alignment_rows(student_layers, teacher_layers, mask, projection)
-    return values.sum(), mask.astype(mx.bool_).any(axis=1).astype(mx.float32).sum()
-
-
-def hidden_alignment_rows(
-    student_layers: Sequence[mx.array],
-    teacher_layers: Sequence[mx.array],
-    mask: mx.array,
-    projection: Callable[[mx.array], mx.array] | None,
-) -> mx.array:
-    """:func:`hidden_alignment_loss` sample by sample: [B], float32; 0 without a valid position."""
     if not student_layers or not teacher_layers:
-        raise ValueError("hidden_alignment_loss needs at least one layer of each model")
+        raise ValueError("hidden alignment needs at least one layer of each model")
     picks = aligned_layers(len(student_layers), len(teacher_layers))
     student = mx.concatenate([pool(layer, mask) for layer in student_layers])
     if projection is not None:

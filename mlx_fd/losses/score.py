@@ -5,22 +5,14 @@ from __future__ import annotations
 import mlx.core as mx
 
 
-def score_loss(predicted: mx.array, target: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
-    """Sum of squared errors over the samples with a score.
+def score_rows(predicted: mx.array, target: mx.array, mask: mx.array) -> mx.array:
+    """Squared errors, sample by sample: [B], float32; 0 where the mask is.
 
     Args:
         predicted: [B], the student's scores in (-1, 1), after tanh.
         target: [B], the expert's scores in [-1, 1]; where the mask is 0, anything.
         mask: [B], 1 (true) where the expert's score could be read.
-
-    Returns:
-        The sum and the number of samples with a score, float32.
     """
-    return score_rows(predicted, target, mask).sum(), mask.astype(mx.bool_).astype(mx.float32).sum()
-
-
-def score_rows(predicted: mx.array, target: mx.array, mask: mx.array) -> mx.array:
-    """:func:`score_loss` sample by sample: [B], float32; 0 where the mask is."""
     valid = mask.astype(mx.bool_)
     student = mx.where(valid, predicted, 0).astype(mx.float32)
     teacher = mx.where(valid, target, 0).astype(mx.float32)

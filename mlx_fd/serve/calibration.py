@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cascade.confidence import confidence
@@ -31,7 +32,8 @@ def calibration_of(options: Options, ref: ModelRef) -> CascadeFile | None:
         raise UserError(
             f"--score {wanted}: {ref.run} was calibrated with --score {found['score']}, and a "
             "threshold of one score means nothing for another; leave --score out, calibrate "
-            f"again (mlx-fd cascade calibrate --score {wanted}), or name a --threshold"
+            f"again (mlx-fd cascade calibrate {shlex.quote(str(ref.run))} --score {wanted}, with a "
+            "promise), or name a --threshold"
         )
     return found
 

@@ -384,13 +384,13 @@ def _opened(
 
     if config.self_distils:
         from mlx_fd.training.selfdistill import training
-        from mlx_fd.training.selfdistill.plan import README, open_models
+        from mlx_fd.training.selfdistill.plan import open_models, readme
 
         models = open_models(plan)
         loaded = [models.student_lm, *([models.critic] if models.critic else [])]
         return (
             lambda report, stop: training.run(job(report, stop), models),
-            README,
+            readme(config),
             _notes(loaded),
             None,
         )

@@ -27,7 +27,7 @@ from mlx_fd.runs.tracking import Tracking
 from mlx_fd.training.job import Job
 from mlx_fd.training.selfdistill import training
 from mlx_fd.training.selfdistill.methods import EXPERT_METHODS, configured
-from mlx_fd.training.selfdistill.plan import README, side_by_side
+from mlx_fd.training.selfdistill.plan import readme, side_by_side
 from mlx_fd.training.selfdistill.ungraded import check_gold
 
 DISTIL, _ON_POLICY = "distil", "on-policy"
@@ -142,7 +142,7 @@ def run_warm_up(
                 report(Warned(text))
         else:
             with runs.wrap_write_errors(place):
-                runs.create(place, to_toml(config), manifest, README)
+                runs.create(place, to_toml(config), manifest, readme(config))
         with Tracking(
             trackers, place, manifest["options"], lambda text: report(Warned(text))
         ) as tracking:

@@ -27,7 +27,6 @@ from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import Sample, TeacherOutputs, read_text, solution_of
 from mlx_fd.losses.graph import pool
 from mlx_fd.losses.hidden import aligned_layers
-from mlx_fd.losses.score import score_loss
 from mlx_fd.models.attention_taps import log_attention
 from mlx_fd.models.conversation import Conversation, prefill
 from mlx_fd.models.student import load_student, make_student, save_student
@@ -36,6 +35,7 @@ from mlx_fd.problems.prompts import Answer
 from support import reference_losses as reference
 from support.dense_losses import language_model_loss, logit_loss
 from support.pairs import logits_of, make_dirs, make_plan
+from support.summed_losses import score_loss
 from support.sums import loss_sums
 
 OPTIONS = LossOptions()

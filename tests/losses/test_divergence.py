@@ -24,7 +24,6 @@ from mlx_fd.losses.divergence import (
     top_k_gap,
 )
 from mlx_fd.losses.head import logit_head
-from mlx_fd.losses.hidden import hidden_alignment_loss
 from mlx_fd.losses.kernel_checks import (
     alignment_reference,
     divergence_reference,
@@ -34,6 +33,7 @@ from mlx_fd.losses.kernel_checks import (
 from support.dense_losses import language_model_loss, logit_loss
 from support.loss_numbers import central, numbers
 from support.reference_losses import top_k_divergence_rows
+from support.summed_losses import hidden_alignment_loss
 
 KINDS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.3}
 BETAS = (0.0, 1.0, 0.5, 0.1)

@@ -12,7 +12,6 @@ from mlx import nn
 from mlx_fd.errors import UserError
 from mlx_fd.losses import kernels
 from mlx_fd.losses.divergence import Target, fused_linear_divergence, teacher_top_k
-from mlx_fd.losses.hidden import hidden_alignment_loss
 from mlx_fd.losses.kernel_checks import (
     divergence_reference,
     float64,
@@ -22,6 +21,7 @@ from mlx_fd.models.backend import Backend
 from mlx_fd.models.logit_transform import LinearLogits, LogitTransform
 from support.metal.cases import ROWS, close, hidden, numbers, of_twin
 from support.metal.emulator import Kernel, cuda_text
+from support.summed_losses import hidden_alignment_loss
 
 pytest_plugins = ["support.metal.fixtures"]
 

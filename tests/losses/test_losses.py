@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_fd.losses.hidden import aligned_layers, hidden_alignment_loss, pool
-from mlx_fd.losses.score import score_loss
+from mlx_fd.losses.hidden import aligned_layers, pool
 from support import reference_losses as reference
 from support.dense_losses import language_model_loss, logit_loss
 from support.loss_numbers import (
@@ -24,6 +23,7 @@ from support.loss_numbers import (
     same_gradient,
     some_mask,
 )
+from support.summed_losses import hidden_alignment_loss, score_loss
 
 KLS = ("forward", "reverse", "jsd")
 SHAPES = [(1, 1, 2), (1, 5, 7), (3, 1, 33), (2, 7, 31), (4, 3, 101)]

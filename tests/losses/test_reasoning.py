@@ -13,7 +13,6 @@ from mlx import nn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlx_fd.losses.answer import answer_mask, answer_span
-from mlx_fd.losses.attention import attention_matching_loss
 from mlx_fd.losses.divergence import Target, fused_linear_divergence
 from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.losses.spans import token_spans
@@ -34,6 +33,7 @@ from support.loss_numbers import (
     same_gradient,
     some_mask,
 )
+from support.summed_losses import attention_matching_loss
 from support.tiny import make_model_dir, make_tokenizer
 
 KLS = ("forward", "reverse", "jsd")

@@ -12,13 +12,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_fd.errors import UserError
-from mlx_fd.losses.attention import attention_matching_loss
 from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.models.attention_taps import LOG_ZERO, log_attention, recorded
 from mlx_fd.models.checking import check_attention
 from mlx_fd.models.loading import load
 from mlx_fd.models.view import block_attention
 from support.architectures import WINDOW, make_architecture
+from support.summed_losses import attention_matching_loss
 from support.tiny import make_model_dir
 
 # Norms of queries and keys, windows that the text runs out of, latents, keys of earlier blocks,

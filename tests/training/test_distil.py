@@ -311,6 +311,9 @@ def test_the_command(tmp_path):
     done = mlx_fd("distil", "--expert", "tiny", *sizes, "--out", tmp_path / "run", "--json")
     assert done.status == 0, done.err
     assert "expert tiny, student tiny-student, method on-policy: objective reverse" in done.err
+    readme = (tmp_path / "run" / "README.md").read_text()
+    assert "`mlx-fd distil --config config.toml` repeats" in readme and "`teacher/`" in readme
+    assert "self-" not in readme
     assert set(json.loads(done.out)["headroom"]) >= {"right", "expert"}
     again = mlx_fd(
         "distil", "--config", tmp_path / "run" / "config.toml", "--seed", 1, "--out", tmp_path / "b"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import cast
 
@@ -32,14 +33,15 @@ def read(run: Path) -> CascadeFile | None:
         UserError: it is not what was written.
     """
     path = run / CASCADE
+    again = f"mlx-fd cascade calibrate {shlex.quote(str(run))} with a promise makes it again"
     try:
         content, digested = read_checked(path)
     except FileNotFoundError:
         return None
     except (OSError, ChangedFile) as error:
-        raise UserError(f"{path}: {error}; mlx-fd cascade calibrate makes it again") from error
+        raise UserError(f"{path}: {error}; {again}") from error
     if not digested or content.get("format") != FORMAT:
-        raise UserError(f"{path}: is of another version; mlx-fd cascade calibrate makes it again")
+        raise UserError(f"{path}: is of another version; {again}")
     return cast(CascadeFile, content)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -145,7 +146,7 @@ def preset_toml(frontier: ParetoFile, config: Config) -> str:
     stopped = point["stopped_after_batch"]
     where = f"stops after batch {stopped}" if stopped else "does not stop it"
     return (
-        f"# Recommended by mlx-fd pareto {json.dumps(frontier['run'])[1:-1]}\n"
+        f"# Recommended by mlx-fd pareto {shlex.quote(json.dumps(frontier['run'])[1:-1])}\n"
         f"# With the same seed the gate {where}, after {point['cost']['kd_steps']} steps.\n"
         "# The expert is always asked; with --max-disagreement above 0 it is asked less.\n"
         + to_toml(gated(config, point["stop_threshold"]))

@@ -22,16 +22,14 @@ from mlx_fd.runs.plan import (
 )
 from mlx_fd.training.selfdistill.ungraded import check_gold
 
-README = """\
-# A run of mlx-fd self-distill
+_README = """\
+# A run of mlx-fd {command}
 
 | file | what it is |
 |---|---|
-| `config.toml` | all options; `mlx-fd self-distill --config config.toml` repeats the run |
+| `config.toml` | all options; `mlx-fd {command} --config config.toml` repeats the run |
 | `manifest.json` | versions, seed, models and data with their digests |
-| `attempts.jsonl` | one line per attempt: text, tokens, the self-teacher's context, advantages |
-| `metrics.jsonl` | one line per batch: loss terms, statistics, probe evaluations |
-| `headroom.json` | answers with and without the context before any update |
+{rows}
 | `checkpoints/` | `NNNNNN` by batch; `last` and `best` (on held-out problems) point to them |
 | `summary.json` | the run's totals, written at its end |
 | `cut/` | what `resume` removed: `tail/` after the last stop; everything else by date |
@@ -46,6 +44,22 @@ README = """\
 
 MODEL is the student's, named in `manifest.json`.
 """
+_ROWS = {
+    "self-distill": """\
+| `attempts.jsonl` | one line per attempt: text, tokens, the self-teacher's context, advantages |
+| `metrics.jsonl` | one line per batch: loss terms, statistics, probe evaluations |
+| `headroom.json` | answers with and without the context before any update |""",
+    "distil": """\
+| `attempts.jsonl` | one line per answer: who wrote it, text, tokens, the expert's advantages |
+| `metrics.jsonl` | one line per batch: loss terms, statistics, probe evaluations |
+| `headroom.json` | answers of the student, before any update, and of the expert |
+| `teacher/` | with `support = "teacher"`: the cache of the expert's top k on its own answers |""",
+}
+
+
+def readme(config: Config) -> str:
+    """What the run directory's ``README.md`` says, of ``mlx-fd self-distill`` or ``distil``."""
+    return _README.format(command=config.command, rows=_ROWS[config.command])
 
 
 def make_plan(config: Config) -> Plan:
