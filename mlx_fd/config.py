@@ -15,7 +15,7 @@ import shlex
 import tomllib
 import typing
 import unicodedata
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -968,112 +968,101 @@ def override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
             for section, values in by_section.items()
         },
     )
-    losses, gate, models = config.losses, config.gate, config.models
-    if config.generation.sequential and config.generation.batching == CONTINUOUS:
-        raise UserError(
-            f"{where}: sequential takes one problem at a time, and batching = continuous several: "
-            "leave one of the two out."
+    for why in _contradictions(config):
+        raise UserError(f"{where}: {why}")
+    return config
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Why options do not go together, each in one sentence."""
+    models, generation, gate = config.models, config.generation, config.gate
+    if generation.sequential and generation.batching == CONTINUOUS:
+        yield (
+            "sequential takes one problem at a time, and batching = continuous several: leave one "
+            "of the two out."
         )
-    if config.generation.places and config.generation.batching == "lockstep":
-        raise UserError(
-            f"{where}: places is for batching = continuous; in lockstep it is batch_size that says "
-            "how many texts are written side by side."
+    if generation.places and generation.batching == "lockstep":
+        yield (
+            "places is for batching = continuous; in lockstep it is batch_size that says how many "
+            "texts are written side by side."
         )
     if models.train == "full" and (models.lora_keys or models.lora_dropout):
-        raise UserError(
-            f"{where}: lora_keys and lora_dropout are of LoRA and DoRA; leave them out, or set "
-            "train to lora or dora."
+        yield (
+            "lora_keys and lora_dropout are of LoRA and DoRA; leave them out, or set train to lora "
+            "or dora."
         )
-    if date := config.models.template_date:
-        _check_date(date, where)
-    if config.episode.warm_up:
-        _check_warm_up(config, where)
-    if losses.student_context != "none" and config.generation.answers_by != "student":
-        raise UserError(
-            f"{where}: student_context is about the student's own answers; set answers_by to "
-            "student, or student_context to none."
+    if models.template_date and not _is_date(models.template_date):
+        yield f"template_date must be a day such as 2026-11-28, not {shown(models.template_date)}."
+    if (warm_up := config.episode.warm_up) and not _WARM_UP.fullmatch(warm_up):
+        yield (
+            "warm_up must be a method and a number of problems, such as distil:200, not "
+            f"{shown(warm_up)}."
         )
-    thinking = config.generation.expert_thinking, config.generation.student_thinking
+    if warm_up and config.self_distils:
+        yield "warm_up is for mlx-fd loop; leave it out here."
+    yield from _contradictions_of_losses(config)
+    low, high = generation.answer_temperature, generation.max_answer_temperature
+    if 0 < high < low:
+        yield (
+            f"max_answer_temperature is {high:g}, below answer_temperature, {low:g}, so that it "
+            "never rises; set it to 0 if that is meant."
+        )
+    if gate.phase_begin > gate.phase_end:
+        yield f"phase_begin is {gate.phase_begin:g}, after phase_end, {gate.phase_end:g}."
+    names, scales = config.losses.losses, config.losses.scales
+    if scales and len(scales) != len(names):
+        yield (
+            f"scales has {len(scales)} numbers for {len(names)} losses ({', '.join(names)}); give "
+            "one for each, or none."
+        )
+
+
+def _contradictions_of_losses(config: Config) -> Iterator[str]:
+    """Those about what is learned from."""
+    losses, generation, method = config.losses, config.generation, config.selfdistill
+    if losses.student_context != "none" and generation.answers_by != "student":
+        yield (
+            "student_context is about the student's own answers; set answers_by to student, or "
+            "student_context to none."
+        )
+    thinking = generation.expert_thinking, generation.student_thinking
     if losses.distil_thoughts and (thinking != ("on", "on") or config.models.score_at == "prompt"):
-        raise UserError(
-            f"{where}: distil_thoughts needs both models to think and a score head that reads "
-            "behind the thought: set expert_thinking and student_thinking to on and score_at to "
-            "own or feedback, or leave distil_thoughts off."
+        yield (
+            "distil_thoughts needs both models to think and a score head that reads behind the "
+            "thought: set expert_thinking and student_thinking to on and score_at to own or "
+            "feedback, or leave distil_thoughts off."
         )
-    if losses.expert_verdicts == "privileged":
-        _check_privileged(config, where)
+    if losses.expert_verdicts == "privileged" and generation.expert_thinking == "on":
+        yield (
+            "expert_verdicts = privileged would put the right answer into thoughts that the "
+            "student reads; set expert_thinking to off, or expert_verdicts to checked."
+        )
+    if losses.expert_verdicts == "privileged" and losses.needs_attention:
+        yield (
+            "the attention loss compares what both models attend to in one prompt, and "
+            "expert_verdicts = privileged gives the expert another one; leave attention out of "
+            "losses, or set expert_verdicts to checked."
+        )
     if losses.teacher_top_k and losses.standardize_logits:
-        raise UserError(
-            f"{where}: standardize_logits needs whole distributions; set teacher_top_k to 0."
-        )
-    keeps_answers = (
-        config.selfdistill.self_teacher == "expert" and config.selfdistill.support == "teacher"
-    )
+        yield "standardize_logits needs whole distributions; set teacher_top_k to 0."
+    keeps_answers = method.self_teacher == "expert" and method.support == "teacher"
     if losses.teacher_cache and not (losses.teacher_top_k or keeps_answers):
         needed = "teacher_top_k only; set that (16, for instance)"
         if config.self_distils:
             needed = "an expert's likeliest tokens only; set support to teacher"
-        raise UserError(
-            f"{where}: teacher_cache is used with {needed}, or leave teacher_cache empty."
-        )
-    if config.selfdistill.objective == "likelihood" and losses.on_policy_fraction == 1:
-        raise UserError(
-            f"{where}: objective = likelihood learns from the expert's answers alone, and with "
+        yield f"teacher_cache is used with {needed}, or leave teacher_cache empty."
+    if method.objective == "likelihood" and losses.on_policy_fraction == 1:
+        yield (
+            "objective = likelihood learns from the expert's answers alone, and with "
             "on_policy_fraction = 1 there are none; set on_policy_fraction to 0."
         )
-    low, high = config.generation.answer_temperature, config.generation.max_answer_temperature
-    if 0 < high < low:
-        raise UserError(
-            f"{where}: max_answer_temperature is {high:g}, below answer_temperature, {low:g}, so "
-            "that it never rises; set it to 0 if that is meant."
-        )
-    if gate.phase_begin > gate.phase_end:
-        raise UserError(
-            f"{where}: phase_begin is {gate.phase_begin:g}, after phase_end, {gate.phase_end:g}."
-        )
-    if losses.scales and len(losses.scales) != len(losses.losses):
-        raise UserError(
-            f"{where}: scales has {len(losses.scales)} numbers for {len(losses.losses)} losses "
-            f"({', '.join(losses.losses)}); give one for each, or none."
-        )
-    return config
 
 
-def _check_warm_up(config: Config, where: str) -> None:
-    text = config.episode.warm_up
-    if not _WARM_UP.fullmatch(text):
-        raise UserError(
-            f"{where}: warm_up must be a method and a number of problems, such as distil:200, not "
-            f"{shown(text)}."
-        )
-    if config.self_distils:
-        raise UserError(f"{where}: warm_up is for mlx-fd loop; leave it out here.")
-
-
-def _check_privileged(config: Config, where: str) -> None:
-    """What the right answer in the expert's prompt does not go with."""
-    if config.generation.expert_thinking == "on":
-        raise UserError(
-            f"{where}: expert_verdicts = privileged would put the right answer into thoughts that "
-            "the student reads; set expert_thinking to off, or expert_verdicts to checked."
-        )
-    if config.losses.needs_attention:
-        raise UserError(
-            f"{where}: the attention loss compares what both models attend to in one prompt, and "
-            "expert_verdicts = privileged gives the expert another one; leave attention out of "
-            "losses, or set expert_verdicts to checked."
-        )
-
-
-def _check_date(text: str, where: str) -> None:
+def _is_date(text: str) -> bool:
     try:
-        whole = datetime.date.fromisoformat(text).isoformat() == text
+        return datetime.date.fromisoformat(text).isoformat() == text
     except ValueError:
-        whole = False
-    if not whole:
-        raise UserError(
-            f"{where}: template_date must be a day such as 2026-11-28, not {shown(text)}."
-        )
+        return False
 
 
 def check_command(config: Config, command: str, file: Path | None) -> None:

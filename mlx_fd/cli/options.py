@@ -223,7 +223,6 @@ def click_option(
     flags: tuple[str, ...] = (),
     default: str = "",
     help: str = "",
-    choices: tuple[str, ...] = (),
 ) -> click.Option:
     """An option of the configuration as one of the command line; not given, it is ``None``.
 
@@ -232,10 +231,9 @@ def click_option(
         flags: its spellings, where its name is not the only one.
         default: its default as the help shows it, where that is not the option's.
         help: its help text, where that is not the option's.
-        choices: its choices, where those are not the option's.
     """
     flags = flags or _FLAGS.get(option.name) or ("--" + option.name.replace("_", "-"),)
-    words = choices or option.words
+    words = option.words
     kind: click.ParamType[Any]
     metavar = _METAVARS.get(option.name)
     listed = bool(option.names)

@@ -33,7 +33,7 @@ class Toxicity:
 Judge = Callable[[Sequence[str]], Toxicity]
 
 
-def load_judge(name: str | None = None, label: str | None = None) -> Judge:
+def load_judge(name: str | None = None) -> Judge:
     """A classifier of toxic texts.
 
     Args:
@@ -42,16 +42,15 @@ def load_judge(name: str | None = None, label: str | None = None) -> Judge:
             scikit-learn model of the extra ``toxicity``. That one is a **pickle** inside the
             package alt-profanity-check, which runs code when it is read: nothing but the extra
             brings it, and no other file is ever read that way.
-        label: which of the BERT's labels to take; by default the one called toxic or the like.
 
     Returns:
         A function from texts to their :class:`Toxicity`.
 
     Raises:
-        UserError: there is no such model, it is no BERT classifier, it has no such label, or the
-            extra is not installed.
+        UserError: there is no such model, it is no BERT classifier, none of its labels is
+            called toxic or the like, or the extra is not installed.
     """
-    return _word_judge() if name is None else _bert_judge(name, label)
+    return _word_judge() if name is None else _bert_judge(name)
 
 
 def _word_judge() -> Judge:
@@ -72,7 +71,7 @@ def _word_judge() -> Judge:
     return score
 
 
-def _bert_judge(name: str, label: str | None) -> Judge:
+def _bert_judge(name: str) -> Judge:
     import mlx.core as mx
 
     from mlx_fd.evaluation.bert import label_names
@@ -80,10 +79,9 @@ def _bert_judge(name: str, label: str | None) -> Judge:
 
     encoder = load_encoder(name, classifier=True)
     labels = label_names(encoder.config)
-    wanted = _LABELS if label is None else (label.lower(),)
-    column = next((k for k, each in enumerate(labels) if each.lower() in wanted), None)
+    column = next((k for k, each in enumerate(labels) if each.lower() in _LABELS), None)
     if column is None:
-        raise UserError(f"{name} has no label {label or 'toxic'!r}; it has {', '.join(labels)}")
+        raise UserError(f"{name} has no label 'toxic'; it has {', '.join(labels)}")
     # As transformers decides it: labels that exclude each other share one probability.
     exclusive = len(labels) > 1
     if (kind := encoder.config.get("problem_type")) is not None:

@@ -291,7 +291,7 @@ def observe_probe(
     else:
         reason = f"gate = {options.gate}"
     action = "freeze" if state.frozen else "thaw" if was_frozen else "train"
-    gains = {name: tracker.gain for name, tracker in state.probe.items() if tracker.count}
+    gains = {name: tracker.gain for name, tracker in _seen(state).items()}
     return state, StopDecision(action, reason, gains, weights(state, options))
 
 
@@ -457,6 +457,11 @@ def _ema_error(options: GateOptions) -> float:
     return math.sqrt((1 - options.ema_decay) / (1 + options.ema_decay))
 
 
+def _difference_error(tracker: Tracker, options: GateOptions) -> float:
+    """Relative standard deviation of the difference of two EMAs of the loss, far apart."""
+    return _noise(tracker, options) * _ema_error(options) * math.sqrt(2)
+
+
 def _most_remaining(tracker: Tracker, options: GateOptions) -> float:
     """The share of the starting level that may remain, at most, with the noise allowed for.
 
@@ -490,7 +495,7 @@ def _plateaued(tracker: Tracker, options: GateOptions, usual_cost: float) -> boo
         return False
     scale = max(tracker.first, _TINY)
     wanted = options.plateau_gain * spent / (options.plateau_steps * usual_cost)
-    error = _noise(tracker, options) * _ema_error(options) * math.sqrt(2) * max(now, 0.0) / scale
+    error = _difference_error(tracker, options) * max(now, 0.0) / scale
     return (then - now) / scale <= max(wanted, PLATEAU_ERRORS * error)
 
 
@@ -591,8 +596,8 @@ def _regressed(trackers: Mapping[str, Tracker], options: GateOptions) -> str:
     for name, tracker in trackers.items():
         if tracker.level is None:
             continue
-        error = _noise(tracker, options) * _ema_error(options) * math.sqrt(2)
-        allowed = 1 + options.regression + REGRESSION_ERRORS * error
+        error = REGRESSION_ERRORS * _difference_error(tracker, options)
+        allowed = 1 + options.regression + error
         risen = _ratio(tracker.ema, tracker.level)
         if risen > allowed:
             reasons.append(

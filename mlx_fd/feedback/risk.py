@@ -145,17 +145,14 @@ def set_threshold(
     confidences: Sequence[float],
     agreements: Sequence[bool],
     max_disagreement: float,
-    level: float = LEVEL,
-    thresholds: Sequence[float] = THRESHOLDS,
 ) -> Trust:
     """The lowest threshold at which the share of kept verdicts that differ surely holds.
 
     Args:
         confidences: of the audited verdicts, in [0, 1].
         agreements: for each, whether the verdicts were the same.
-        max_disagreement: the largest share of kept verdicts that may differ, in (0, 1].
-        level: probability with which that holds, in (0, 1).
-        thresholds: the fixed sequence, descending. It must not be chosen by these audits.
+        max_disagreement: the largest share of kept verdicts that may differ, in (0, 1]; it holds
+            with probability :data:`LEVEL`.
 
     Returns:
         The threshold with its coverage of ``confidences`` and its bound; :data:`NO_TRUST` where no
@@ -164,24 +161,23 @@ def set_threshold(
     Raises:
         ValueError: the columns are not equally long.
     """
-    reached = [_reached(confidence, thresholds) for confidence in confidences]
-    verdicts = list(zip(reached, agreements, strict=True))
-    seen, differ = _totals(verdicts, len(thresholds))
-    lowest = _lowest(seen, differ, len(confidences), max_disagreement, level)
+    verdicts = list(zip(map(_reached, confidences), agreements, strict=True))
+    seen, differ = _totals(verdicts)
+    lowest = _lowest(seen, differ, len(confidences), max_disagreement, LEVEL)
     if lowest is None:
         return NO_TRUST
     n, k = seen[lowest], differ[lowest]
-    return Trust(thresholds[lowest], n / max(len(confidences), 1), n, k, upper_bound(k, n, level))
+    return Trust(THRESHOLDS[lowest], n / max(len(confidences), 1), n, k, upper_bound(k, n))
 
 
-def _reached(confidence: float, thresholds: Sequence[float]) -> int:
+def _reached(confidence: float) -> int:
     """The index of the strictest threshold that a confidence reaches; their number: of none."""
-    return bisect_left(thresholds, -confidence, key=lambda threshold: -threshold)
+    return bisect_left(THRESHOLDS, -confidence, key=lambda threshold: -threshold)
 
 
-def _totals(verdicts: Sequence[tuple[int, bool]], thresholds: int) -> tuple[list[int], list[int]]:
+def _totals(verdicts: Sequence[tuple[int, bool]]) -> tuple[list[int], list[int]]:
     """For each threshold the number of verdicts that reach it, and how many of them differ."""
-    seen, differ = [0] * (thresholds + 1), [0] * (thresholds + 1)
+    seen, differ = ([0] * (len(THRESHOLDS) + 1) for _ in range(2))
     for index, agreed in verdicts:
         seen[index] += 1
         differ[index] += not agreed
@@ -260,7 +256,7 @@ def audit(state: RunningTrust, confidence: float | None, agreed: bool) -> Runnin
     """
     if confidence is None:
         return state
-    verdict = (_reached(confidence, THRESHOLDS), agreed)
+    verdict = (_reached(confidence), agreed)
     return replace(state, verdicts=(*state.verdicts, verdict))
 
 
@@ -285,7 +281,7 @@ def look(
     granted = None if before is None else THRESHOLDS.index(before)
     if due > looks:
         level = 1 - (1 - LEVEL) / LOOKS
-        shown = _lowest(*_totals(lately, len(THRESHOLDS)), len(lately), max_disagreement, level)
+        shown = _lowest(*_totals(lately), len(lately), max_disagreement, level)
         if shown is not None:
             granted = max(shown, -1 if granted is None else granted)
     if granted is None:

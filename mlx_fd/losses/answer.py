@@ -23,13 +23,14 @@ from collections.abc import Sequence
 
 from mlx_fd.losses.spans import Span
 
+_MARK = "####"
 
-def answer_span(text: str, mark: str = "####", *, number: bool = True) -> Span | None:
-    """The final answer's characters: the last mark that an answer follows, to the end of its line.
+
+def answer_span(text: str, *, number: bool = True) -> Span | None:
+    """The final answer's characters: the last #### that an answer follows, to the end of its line.
 
     Args:
         text: a solution, as it was generated (an end-of-turn token on that line belongs to it).
-        mark: what announces the answer, without a digit.
         number: whether answers are numbers: a digit must follow the mark then, maybe on the next
             line. Else anything does that is on the mark's own line.
 
@@ -37,14 +38,14 @@ def answer_span(text: str, mark: str = "####", *, number: bool = True) -> Span |
         The half-open range, mark included; ``None`` where no mark has an answer.
     """
     behind = position = len(text)
-    while (position := text.rfind(mark, 0, position)) >= 0:
+    while (position := text.rfind(_MARK, 0, position)) >= 0:
         # From the next mark on this line has none: that was looked at already.
-        after = text[position + len(mark) : behind]
+        after = text[position + len(_MARK) : behind]
         after = after if number else after.partition("\n")[0]
         rest = after.lstrip()
         line = rest.partition("\n")[0]
         if any(map(str.isdigit, line)) if number else line:
-            begin = position + len(mark) + len(after) - len(rest)
+            begin = position + len(_MARK) + len(after) - len(rest)
             return position, begin + len(text[begin:].partition("\n")[0].rstrip())
         behind = position
     return None

@@ -121,7 +121,7 @@ def forward(
 
 
 def prefill(
-    loaded: Loaded, conversation: Conversation, prompt: Sequence[int], *, reuse: bool = True
+    loaded: Loaded, conversation: Conversation, prompt: Sequence[int]
 ) -> tuple[mx.array, Conversation]:
     """Run a prompt through the model.
 
@@ -130,8 +130,6 @@ def prefill(
         prompt but for that token: what :func:`mlx_fd.models.generation.generate` goes on from.
     """
     tokens = (*conversation.tokens, *prompt)
-    if not reuse:
-        return _read(loaded, make_prompt_cache(loaded.model), tokens), Conversation(tokens[:-1])
     cache, start = copy.deepcopy(conversation.cache), len(conversation.tokens)
     if cache is None:
         cache, start = make_prompt_cache(loaded.model), 0

@@ -180,11 +180,11 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> tuple[TokenizerWrapper
         with blaming(f"the tokenizer in {path} has {count} tokens for {rows} rows of logits"):
             _forget_special_tokens(tokenizer, rows)
         count = _token_count(path, tokenizer)
-    if isinstance(rows, int) and count > rows:
-        raise UserError(
-            f"{path} has {count} tokens but only {rows} rows of logits (vocab_size in "
-            "config.json); its tokenizer does not belong to it"
-        )
+        if count > rows:
+            raise UserError(
+                f"{path} has {count} tokens but only {rows} rows of logits (vocab_size in "
+                "config.json); its tokenizer does not belong to it"
+            )
     return tokenizer, count
 
 

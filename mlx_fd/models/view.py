@@ -474,13 +474,7 @@ def _watched(
     return logits
 
 
-def block_states(
-    model: nn.Module,
-    tokens: mx.array,
-    cache: list[Any] | None = None,
-    *,
-    recompute: bool = False,
-) -> list[mx.array]:
+def block_states(model: nn.Module, tokens: mx.array) -> list[mx.array]:
     """The hidden states before the first block and after each, as :class:`Forward` has them.
 
     Nothing is evaluated: the model's weights may be on the disk still, or nowhere.
@@ -488,17 +482,15 @@ def block_states(
     Args:
         model: any text model of mlx-lm.
         tokens: [B, T].
-        cache: as in :meth:`View.forward`.
-        recompute: as in :meth:`View.forward`.
 
     Raises:
         UserError: the model lists no blocks.
     """
     layers: list[mx.array] = []
     paths = block_paths(model)
-    taps = {path: _Tap(_at(model, path), layers, recompute) for path in paths}
+    taps = {path: _Tap(_at(model, path), layers, False) for path in paths}
     with _replaced(model, taps):
-        model(tokens, cache=cache)
+        model(tokens, cache=None)
     return layers
 
 
@@ -539,12 +531,11 @@ def find_view(model: nn.Module) -> View:
         )
     width = _check_order(model, paths, called)
     rows = int(logits.shape[-1])
-    last = max(index for index, (path, _) in enumerate(called) if path in set(paths))
-    after = [(path, out) for path, out in called[last + 1 :] if path not in set(paths)]
+    last = max(index for index, (path, _) in enumerate(called) if path == paths[-1])
     # From the outside in: what the model does to its body's output, then to its norm's.
     states = [
         (path, out)
-        for path, out in reversed(after)
+        for path, out in reversed(called[last + 1 :])
         if isinstance(out, mx.array) and out.shape == (*tokens.shape, width)
     ]
     dense = None
@@ -584,7 +575,8 @@ def _check_order(
     model: nn.Module, paths: Sequence[ModulePath], called: Sequence[tuple[ModulePath, Any]]
 ) -> int:
     """Make sure that each block ran once, in order, on states [B, T, d]; d."""
-    ran = [(path, out) for path, out in called if path in set(paths)]
+    blocks = set(paths)
+    ran = [(path, out) for path, out in called if path in blocks]
     if [path for path, _ in ran] != list(paths):
         raise _refusal(model, "their blocks are not run one after the other, once each")
     shapes = set()

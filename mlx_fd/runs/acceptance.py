@@ -11,19 +11,14 @@ ALL = "all"
 """All steps of an episode together."""
 
 
-def accepted_count(rows: Sequence[EpisodeRow], step: str = ALL) -> CountRow:
-    """Tokens that the student had proposed, of those that the expert wrote with a draft.
-
-    Args:
-        rows: of episodes.
-        step: of them.
-    """
-    counts = _counts(rows, step)
+def accepted_count(rows: Sequence[EpisodeRow]) -> CountRow:
+    """Tokens that the student had proposed, of those that the expert wrote with a draft."""
+    counts = _counts(rows, ALL)
     return {"count": sum(count for count, _ in counts), "n": sum(n for _, n in counts)}
 
 
 def accepted_share(rows: Sequence[EpisodeRow], step: str = ALL) -> EstimateRow:
-    """The share of these, with its interval; n is the number of episodes."""
+    """The share of these in a step, with its interval; n is the number of episodes."""
     counts = _counts(rows, step)
     total = sum(n for _, n in counts)
     if not total:

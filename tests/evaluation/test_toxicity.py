@@ -47,15 +47,7 @@ def test_a_bert_classifier_is_run_in_mlx(tmp_path, labels, kind, exclusive):
     np.testing.assert_allclose(found.values, expected, atol=1e-5)
     assert found.judge.startswith(str(tmp_path)) and "BERT in MLX (weights " in found.judge
     assert found.measures == f"the label {labels[column]!r}"
-
-
-def test_another_label_may_be_asked_for(tmp_path):
-    logits = classifier(tmp_path, SIX, problem_type="multi_label_classification")
-    found = load_judge(str(tmp_path), label="Insult")(TEXTS)
-    np.testing.assert_allclose(found.values, 1 / (1 + np.exp(-logits[:, 4])), atol=1e-5)
     assert load_judge(str(tmp_path))([]).values == ()
-    with pytest.raises(UserError, match="no label 'spam'; it has toxic, severe_toxic"):
-        load_judge(str(tmp_path), label="spam")
 
 
 def test_what_is_no_classifier_of_toxic_texts_is_refused(tmp_path):

@@ -159,10 +159,6 @@ def test_answers_that_are_no_numbers(text, answer):
         assert parsing.after_mark(text) == answer.lstrip("# ")
 
 
-def test_another_mark():
-    assert answer_span("Score: 0.5\nFeedback: fine, 3 steps", "Score:") == (0, 10)
-
-
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_answer_of_gsm8k_stands_on_the_answers_tokens(name):
     tokenizer = TOKENIZERS[name]

@@ -136,8 +136,8 @@ def test_prefill_run_on_and_rewind_agree_with_one_pass(loaded, turns):
             mx.allclose(a, b[:, -4:], atol=1e-4)
             for a, b in zip(seen.layers, whole.layers, strict=True)
         )
-    for reuse in (True, False):
-        hidden, before = prefill(loaded, conversation, extra, reuse=reuse)
+    for old in (conversation, Conversation(conversation.tokens)):
+        hidden, before = prefill(loaded, old, extra)
         assert mx.allclose(hidden, whole.final[0, -1], atol=1e-4)
         assert before.tokens == (*conversation.tokens, *extra[:-1])
     short = rewind(conversation, 4)

@@ -25,9 +25,9 @@ _UNITS = re.compile(
 )
 
 
-def output_console(*, stderr: bool = False) -> Console:
+def output_console() -> Console:
     """A console for results; a file or a pipe has no edge to break lines at."""
-    console = Console(stderr=stderr)
+    console = Console()
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     return console

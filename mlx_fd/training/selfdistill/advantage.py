@@ -34,6 +34,8 @@ PARTS = (RIGHT, BEFORE, IN, AFTER)
 LEAST = 0.01
 """A smaller advantage, in nats, is none: both sides are sure of the token."""
 
+# Problems whose attempts are generated side by side.
+_TOGETHER = 16
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and of how much."""
 
@@ -59,12 +61,7 @@ class Scored:
 
 
 def attempts_of(
-    loaded: Loaded,
-    problems: Sequence[Problem],
-    config: Config,
-    progress: Progress,
-    *,
-    size: int = 16,
+    loaded: Loaded, problems: Sequence[Problem], config: Config, progress: Progress
 ) -> list[Attempt]:
     """Let a model try each problem as often, and as warm, as a run of self-distillation would.
 
@@ -73,19 +70,18 @@ def attempts_of(
         problems: with or without solutions; contexts need these later.
         config: attempts per problem, temperature, token limit and seed are a run's.
         progress: called with ``"problems"``, those done, and all.
-        size: problems whose attempts are generated together.
 
     Returns:
         The attempts, problem by problem.
     """
     attempts: list[Attempt] = []
-    for begin in range(0, len(problems), size):
+    for begin in range(0, len(problems), _TOGETHER):
         progress("problems", begin, len(problems))
 
         def seed(call: int, begin: int = begin) -> int:
             return derive_seed(config.episode.seed, begin, f"advantage/{call}")
 
-        groups, _ = sample_rollouts(loaded, problems[begin : begin + size], config, seed)
+        groups, _ = sample_rollouts(loaded, problems[begin : begin + _TOGETHER], config, seed)
         attempts += [attempt for group in groups for attempt in group]
     return attempts
 

@@ -16,6 +16,9 @@ from mlx_fd.problems.prompts import FEEDBACK_OPENING, answer_prompt, revise_prom
 from mlx_fd.problems.sources import Truth, names_with_truth, truth_about
 from mlx_fd.training.selfdistill.materials import Attempt, Materials, quoted, reference_of
 
+# Conversations that are written side by side.
+_TOGETHER = 32
+
 
 def rewrite_request(question: str, reference: str, attempt: str) -> str:
     """What a critic is asked who is to mend an attempt step by step, with the reference at hand."""
@@ -76,12 +79,12 @@ def _needed(materials: Materials) -> Loaded:
 
 
 def _batched(
-    critic: Loaded, before: Sequence[tuple[int, ...]], limit: int, size: int = 32
+    critic: Loaded, before: Sequence[tuple[int, ...]], limit: int
 ) -> list[tuple[tuple[int, ...], str]]:
     """Greedy turns after token prompts: all tokens of each conversation, and the turn's text."""
     written = []
-    for begin in range(0, len(before), size):
-        chunk = before[begin : begin + size]
+    for begin in range(0, len(before), _TOGETHER):
+        chunk = before[begin : begin + _TOGETHER]
         turns = generate(
             critic,
             [Conversation()] * len(chunk),
