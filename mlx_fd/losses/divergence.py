@@ -9,7 +9,7 @@ the vocabulary's size outlives its chunk (the idea is Liger-Kernel's, arXiv 2410
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -77,18 +77,18 @@ def teacher_top_k(
         over all V either way.
     """
     teacher = logit_head(head, vocab)
-    chunk = chunk_size(len(hidden), vocab, 3 + teacher.extra_arrays + (among is not None))
-    parts: list[tuple[mx.array, ...]] = []
-    for start in range(0, len(hidden), chunk):
-        logits = teacher.logits(hidden[start : start + chunk]).astype(mx.float32) / temperature
+
+    def likeliest(part: slice) -> tuple[mx.array, ...]:
+        logits = teacher.logits(hidden[part]).astype(mx.float32) / temperature
         if among is None:
             values, indices, log_sum_exp = kernels.top_k_rows(logits, min(k, vocab))
         else:
             values, indices, _ = kernels.top_k_rows(logits[:, among], min(k, len(among)))
             log_sum_exp = mx.logsumexp(logits, axis=-1)
-        parts.append((values * temperature, indices, log_sum_exp))
-        mx.eval(parts[-1])
-    return TopK(*(mx.concatenate(list(part)) for part in zip(*parts, strict=True)))
+        return values * temperature, indices, log_sum_exp
+
+    arrays = 3 + teacher.extra_arrays + (among is not None)
+    return TopK(*_part_by_part(likeliest, len(hidden), vocab, arrays))
 
 
 def teacher_at(
@@ -104,15 +104,14 @@ def teacher_at(
         vocab: V, the real tokens that the models share.
     """
     teacher = logit_head(head, vocab)
-    chunk = chunk_size(len(hidden), vocab, 3 + teacher.extra_arrays)
-    parts: list[tuple[mx.array, mx.array]] = []
-    for start in range(0, len(hidden), chunk):
-        part = slice(start, start + chunk)
+
+    def chosen(part: slice) -> tuple[mx.array, mx.array]:
         logits = teacher.logits(hidden[part]).astype(mx.float32)
         values = mx.take_along_axis(logits, tokens[part], axis=-1)
-        parts.append((values, mx.logsumexp(logits / temperature, axis=-1)))
-        mx.eval(parts[-1])
-    values, log_sum_exp = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
+        return values, mx.logsumexp(logits / temperature, axis=-1)
+
+    arrays = 3 + teacher.extra_arrays
+    values, log_sum_exp = _part_by_part(chosen, len(hidden), vocab, arrays)
     return TopK(values, tokens, log_sum_exp)
 
 
@@ -133,18 +132,15 @@ def token_log_probabilities(
         float32; nothing is differentiable.
     """
     student = logit_head(head, vocab)
-    chunk = chunk_size(len(hidden), vocab, 4 + student.extra_arrays)
-    parts: list[tuple[mx.array, mx.array]] = []
-    for start in range(0, len(hidden), chunk):
-        part = slice(start, start + chunk)
+
+    def said(part: slice) -> tuple[mx.array, mx.array]:
         rows = student.logits(hidden[part]).astype(mx.float32) / temperature
         rows = rows - mx.logsumexp(rows, axis=-1, keepdims=True)
         picked = mx.take_along_axis(rows, tokens[part, None], axis=-1).squeeze(-1)
         # A logit of -inf has no probability, and adds nothing.
-        entropy = -(mx.exp(rows) * mx.maximum(rows, _MIN_LOGPROB)).sum(axis=-1)
-        parts.append((picked, entropy))
-        mx.eval(parts[-1])
-    logprobs, entropies = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
+        return picked, -(mx.exp(rows) * mx.maximum(rows, _MIN_LOGPROB)).sum(axis=-1)
+
+    logprobs, entropies = _part_by_part(said, len(hidden), vocab, 4 + student.extra_arrays)
     return mx.stop_gradient(logprobs), mx.stop_gradient(entropies)
 
 
@@ -190,11 +186,9 @@ def compare_distributions(
     """
     heads = [logit_head(head, vocab) for _, head in (student, teacher)]
     hidden = student[0], teacher[0]
-    chunk = chunk_size(len(tokens), vocab, 6 + max(head.extra_arrays for head in heads))
     k = min(k, vocab)
-    parts: list[tuple[mx.array, ...]] = []
-    for start in range(0, len(tokens), chunk):
-        part = slice(start, start + chunk)
+
+    def compared(part: slice) -> tuple[mx.array, ...]:
         found = []
         for states, head in zip(hidden, heads, strict=True):
             logits = head.logits(states[part]).astype(mx.float32) / temperature
@@ -209,18 +203,16 @@ def compare_distributions(
             mx.take_along_axis(rows, tokens[part, None], axis=-1).squeeze(-1)
             for rows in (ours, of_teacher)
         ]
-        parts.append(
-            (
-                picked[0],
-                -(q * plain).sum(axis=-1),
-                picked[1],
-                both.astype(mx.float32).mean(axis=-1),
-                mx.maximum((q * (plain - mx.maximum(of_teacher, _MIN_LOGPROB))).sum(axis=-1), 0),
-            )
+        return (
+            picked[0],
+            -(q * plain).sum(axis=-1),
+            picked[1],
+            both.astype(mx.float32).mean(axis=-1),
+            mx.maximum((q * (plain - mx.maximum(of_teacher, _MIN_LOGPROB))).sum(axis=-1), 0),
         )
-        mx.eval(parts[-1])
-    columns = [mx.concatenate(list(part)) for part in zip(*parts, strict=True)]
-    return Compared(*map(mx.stop_gradient, columns))
+
+    arrays = 6 + max(head.extra_arrays for head in heads)
+    return Compared(*map(mx.stop_gradient, _part_by_part(compared, len(tokens), vocab, arrays)))
 
 
 def top_k_gap(
@@ -261,32 +253,29 @@ def top_k_gap(
         The bound [N], and p_t [N], float32, exact to float32's rounding.
     """
     student = logit_head(student_head, vocab)
-    chunk = chunk_size(len(student_hidden), vocab, 5 + student.extra_arrays)
-    parts: list[tuple[mx.array, mx.array]] = []
-    for start in range(0, len(student_hidden), chunk):
-        part = slice(start, start + chunk)
+
+    def missing(part: slice) -> tuple[mx.array, mx.array]:
         rows = student.logits(student_hidden[part]).astype(mx.float32) / temperature
         chosen = teacher.indices[part]
         log_p = teacher.values[part] / temperature - teacher.log_sum_exp[part][:, None]
         tail = mx.maximum(1 - mx.exp(log_p).sum(axis=-1), 0)
         if chosen.shape[1] == vocab:
-            parts.append((mx.zeros_like(tail), tail))
-        elif kind == "jsd":
-            others = mx.put_along_axis(rows, chosen, mx.array(-math.inf), axis=-1)
+            return mx.zeros_like(tail), tail
+        others = mx.put_along_axis(rows, chosen, mx.array(-math.inf), axis=-1)
+        if kind == "jsd":
             of_student = mx.exp(mx.logsumexp(others, axis=-1) - mx.logsumexp(rows, axis=-1))
             a, b = beta * tail, (1 - beta) * of_student
-            parts.append((_mixed(a, a + b) + _mixed(b, a + b), tail))
-        elif kind == "forward":
-            others = mx.put_along_axis(rows, chosen, mx.array(-math.inf), axis=-1)
+            return _mixed(a, a + b) + _mixed(b, a + b), tail
+        if kind == "forward":
             least = mx.put_along_axis(rows, chosen, mx.array(math.inf), axis=-1).min(axis=-1)
             spread = mx.logsumexp(others, axis=-1) - least
             likeliest = mx.minimum(log_p.min(axis=-1) - mx.log(tail), 0)
             bound = tail * mx.maximum(likeliest + spread, 0)
-            parts.append((mx.where(tail > 0, bound, 0), tail))
-        else:
-            parts.append((mx.full(tail.shape, math.inf), tail))
-        mx.eval(parts[-1])
-    bounds, tails = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
+            return mx.where(tail > 0, bound, 0), tail
+        return mx.full(tail.shape, math.inf), tail
+
+    arrays = 5 + student.extra_arrays
+    bounds, tails = _part_by_part(missing, len(student_hidden), vocab, arrays)
     return temperature**2 * bounds, tails
 
 
@@ -511,6 +500,18 @@ def chunk_size(n: int, vocab: int, arrays: int) -> int:
     """
     most = max(1, LOGIT_BUDGET // (4 * vocab * arrays))
     return math.ceil(n / math.ceil(n / most))
+
+
+def _part_by_part(
+    columns: Callable[[slice], tuple[mx.array, ...]], n: int, vocab: int, arrays: int
+) -> list[mx.array]:
+    """Columns [n, ...] made of as many positions at a time as :func:`chunk_size` says."""
+    chunk = chunk_size(n, vocab, arrays)
+    parts: list[tuple[mx.array, ...]] = []
+    for start in range(0, n, chunk):
+        parts.append(columns(slice(start, start + chunk)))
+        mx.eval(parts[-1])
+    return [mx.concatenate(list(part)) for part in zip(*parts, strict=True)]
 
 
 class _Plan:
