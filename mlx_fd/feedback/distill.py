@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,10 @@ from mlx_fd.models import metering, ranks
 from mlx_fd.models.attention_taps import LOG_ZERO
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.lora import dropping
+from mlx_fd.models.onward import keeping
 from mlx_fd.models.student import Student, parameter_group
+from mlx_fd.models.thinking import shared_length
+from mlx_fd.models.view import merged
 from mlx_fd.runs.records import TopKRow
 
 _FLOAT16_SCALE = 1024.0
@@ -57,8 +61,14 @@ class Update:
     read: int = 0
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples as one batch."""
+def collate(samples: Sequence[Sample], *, goes_on: bool = False) -> Batch:
+    """Samples as one batch.
+
+    Args:
+        samples: at least one.
+        goes_on: whether the student's own feedback is read on from where it begins to differ from
+            the sample's text.
+    """
     length = max(len(s.target) for s in samples)
     tokens, positions = collate_tokens(samples)
     width = tokens.shape[1]
@@ -86,20 +96,28 @@ def collate(samples: Sequence[Sample]) -> Batch:
         expert_attention=_stacked([[attention(a) for a in s.expert.attention] for s in samples]),
         scores=mx.array([s.expert_score or 0.0 for s in samples]),
         score_mask=mx.array([float(s.expert_score is not None) for s in samples]),
-        own=_own_texts(samples),
+        own=_own_texts(samples, goes_on),
     )
 
 
-def _own_texts(samples: Sequence[Sample]) -> OwnTexts | None:
+def _own_texts(samples: Sequence[Sample], goes_on: bool) -> OwnTexts | None:
     rows = [k for k, s in enumerate(samples) if s.own and s.expert_score is not None]
     if not rows:
         return None
-    texts = [samples[row].own[:-1] for row in rows]
+    begun = [_begun(samples[row]) if goes_on else 0 for row in rows]
+    texts = [samples[row].own[length:-1] for row, length in zip(rows, begun, strict=True)]
     return OwnTexts(
         tokens=pad(texts, max(map(len, texts))),
         ends=mx.array([len(text) - 1 for text in texts]),
         rows=mx.array(rows),
+        begun=mx.array(begun) if goes_on else None,
     )
+
+
+def _begun(sample: Sample) -> int:
+    """How many tokens of the student's own feedback are read with the sample's text already."""
+    read = (*sample.prompt, *sample.target[:-1])
+    return min(shared_length(sample.own, read), len(sample.own) - 2)
 
 
 def _stacked(of_samples: Sequence[Sequence[mx.array]]) -> list[mx.array]:
@@ -137,15 +155,18 @@ def loss_rows(
     Returns:
         The total, differentiable; and for each loss its sum over the tokens of each sample, [B].
     """
-    seen = student.view.forward(
-        batch.tokens, recompute=recompute, attention=options.needs_attention
-    )
-    final = mx.take_along_axis(seen.final, batch.positions[..., None], axis=1)
-    made = Forwarded(student, seen, final, batch, options)
-    total, found = _token_losses(made, expert, vocab, factors)
-    for name in options.losses:
-        if (compute := LOSSES[name].compute) is not None:
-            found[name] = compute(made)
+    goes_on = batch.own is not None and batch.own.begun is not None
+    with nullcontext() if recompute else merged(student.model):
+        kept = keeping(student.view) if goes_on else None
+        seen = student.view.forward(
+            batch.tokens, kept, recompute=recompute, attention=options.needs_attention
+        )
+        final = mx.take_along_axis(seen.final, batch.positions[..., None], axis=1)
+        made = Forwarded(student, seen, final, batch, options, kept)
+        total, found = _token_losses(made, expert, vocab, factors)
+        for name in options.losses:
+            if (compute := LOSSES[name].compute) is not None:
+                found[name] = compute(made)
     for name in options.losses:
         if factors is not None and name not in batch.weights:
             total = total + factors[name] * found[name].sum()
@@ -250,7 +271,8 @@ def measure_each(
     found: list[dict[str, float]] = [{} for _ in samples]
     for chunk in micro_batches(samples, micro_batch):
         part = [samples[index] for index in chunk]
-        _, rows = loss_rows(student, expert, collate(part), options, vocab)
+        batch = collate(part, goes_on=student.goes_on)
+        _, rows = loss_rows(student, expert, batch, options, vocab)
         for index, losses in zip(chunk, means_of(rows, part), strict=True):
             found[index] = losses
     return found
@@ -389,6 +411,8 @@ def update(
         )
         return total * scale, rows
 
+    # What is run again for its gradient leaves nothing to go on from.
+    goes_on = student.goes_on and not training.grad_checkpoint
     scale = loss_scale(student.model)
     step = nn.value_and_grad(student, weighted)
     gradients: Any = None
@@ -401,7 +425,7 @@ def update(
     ):
         texts = [samples[mine[place]] for place in chunk]
         with dropping(student.model, done, number * ranks.size() + ranks.index()):
-            (value, rows), added = step(collate(texts))
+            (value, rows), added = step(collate(texts, goes_on=goes_on))
         gradients = added if gradients is None else tree_map(mx.add, gradients, added)
         mx.eval(value, rows, gradients)
         total += float(value) / scale
@@ -423,7 +447,11 @@ def update(
         total += share * means["self"]
     gradient_norm, skipped = take_step(student, optimizer, gradients, total, training)
     tokens = sum(len(s.prompt) + len(s.target) - 1 for s in samples)
-    own = sum(len(s.own) - 1 for s in samples if s.own and s.expert_score is not None)
+    own = sum(
+        len(s.own) - 1 - (_begun(s) if goes_on else 0)
+        for s in samples
+        if s.own and s.expert_score is not None
+    )
     return Update(
         losses=means,
         total=total,

@@ -191,9 +191,10 @@ def gather_samples(samples: Sequence[Sample]) -> list[Sample]:
 class OwnTexts:
     """The student's own feedback in a batch, for the score head: K texts, padded on the right."""
 
-    tokens: mx.array  # [K, S], each without its last token
+    tokens: mx.array  # [K, S], each without its last token, and without what is read already
     ends: mx.array  # [K]: where that is predicted
     rows: mx.array  # [K]: whose they are, among the batch's samples
+    begun: mx.array | None  # [K]: how many tokens are read with the samples; None: none
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mlx_fd.config import ModelOptions
 from mlx_fd.errors import UserError
 from mlx_fd.models.directory import blaming, read_header
 from mlx_fd.models.lora import lora_layers, lora_parameters, put_lora
+from mlx_fd.models.onward import goes_on
 from mlx_fd.models.view import View
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
@@ -31,6 +32,7 @@ class Student(nn.Module):
         score_at: where it reads: ``"prompt"``, at the last token before the feedback, or
             ``"own"`` and ``"feedback"``, where the feedback's last token is predicted; they differ
             in whose feedback it learns on.
+        goes_on: whether its own feedback is read on from a text of the expert's that begins alike.
         projection: linear d -> d_expert of the hidden-alignment loss, without bias. It starts as
             the identity where the widths are equal.
     """
@@ -38,6 +40,7 @@ class Student(nn.Module):
     def __init__(self, view: View, expert_width: int, score_at: str = "prompt"):
         super().__init__()
         self.score_at = score_at
+        self.goes_on = False
         width = view.width
         self.model = view.model
         self.view = view
@@ -106,6 +109,9 @@ def make_student(view: View, expert_width: int, options: ModelOptions, seed: int
     prepare(view.model, options, seed)
     student = Student(view, expert_width, options.score_at)
     mx.eval(student.parameters())
+    # Two texts that begin alike drop different entries.
+    if student.score_at == "own" and not options.lora_dropout:
+        student.goes_on = goes_on(view)
     student.train()
     return student
 

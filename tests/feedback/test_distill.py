@@ -78,11 +78,15 @@ def step(pair, samples, training, weights=WEIGHTS, options=OPTIONS, rate=1.0):
     return done, {name: after[name] - before[name] for name in before}
 
 
-@pytest.mark.parametrize("score_at", ["prompt", "feedback", "own"])
-def test_losses_are_their_definitions_over_whole_sequences(pair, monkeypatch, score_at):
+@pytest.mark.parametrize(
+    ("score_at", "goes_on"),
+    [("prompt", False), ("feedback", False), ("own", False), ("own", True)],
+)
+def test_losses_are_their_definitions_over_whole_sequences(pair, monkeypatch, score_at, goes_on):
     """Each loss recomputed sample by sample in float64 from full forward passes."""
     samples = samples_of(pair)
     monkeypatch.setattr(pair.student, "score_at", score_at)
+    monkeypatch.setattr(pair.student, "goes_on", goes_on)
     monkeypatch.setattr(
         pair.student.score_head, "weight", mx.random.normal(pair.student.score_head.weight.shape)
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from mlx_fd.config import LossOptions
     from mlx_fd.feedback.samples import Batch, Sample
+    from mlx_fd.models.onward import Kept
     from mlx_fd.models.student import Student
     from mlx_fd.models.view import Forward
 
@@ -33,6 +34,7 @@ class Forwarded:
         final: the last one's where the texts' tokens are predicted, [B, T, d].
         batch: the samples, with what the expert made of them.
         options: the losses' options.
+        kept: what its blocks kept of the samples, where other texts go on from there.
     """
 
     student: Student
@@ -40,6 +42,7 @@ class Forwarded:
     final: mx.array
     batch: Batch
     options: LossOptions
+    kept: list[Kept] | None = None
 
     def at_text(self, hidden: mx.array) -> mx.array:
         """Hidden states [B, S, d] where the texts' tokens are predicted, [B, T, d]."""

@@ -41,13 +41,19 @@ def _at_own_end(made: Forwarded) -> mx.array:
     """
     import mlx.core as mx
 
+    from mlx_fd.models.onward import go_on
+
     batch = made.batch
     states = mx.zeros((len(batch.tokens), made.final.shape[-1]), made.final.dtype)
     if batch.own is None:
         return states
-    seen = made.student.view.forward(batch.own.tokens)
-    read = mx.take_along_axis(seen.final, batch.own.ends[:, None, None], axis=1).squeeze(1)
-    return states.at[batch.own.rows].add(mx.stop_gradient(read))
+    own, view = batch.own, made.student.view
+    if made.kept is None or own.begun is None:
+        final = view.forward(own.tokens).final
+    else:
+        final = go_on(view, made.kept, own.rows, own.begun, own.tokens)
+    read = mx.take_along_axis(final, own.ends[:, None, None], axis=1).squeeze(1)
+    return states.at[own.rows].add(mx.stop_gradient(read))
 
 
 def count(samples: Sequence[Sample]) -> float:
