@@ -32,7 +32,7 @@ from mlx_fd.evaluation.instructing import Instructing
 from mlx_fd.evaluation.judging import Judging
 from mlx_fd.evaluation.locating import TOKENS, Locating
 from mlx_fd.evaluation.measures import Known, Measure, compare
-from mlx_fd.evaluation.readers import load_readers
+from mlx_fd.evaluation.readers import Readers, load_readers
 from mlx_fd.evaluation.sampling import WARM
 from mlx_fd.evaluation.shots import examples
 from mlx_fd.evaluation.solving import Solving, first_by, with_shots, without_shots
@@ -125,6 +125,11 @@ class Options:
     forgetting: bool = False
     answers_by: str | None = None
 
+    @property
+    def most_items(self) -> int | None:
+        """Most items of each set; ``None``: all."""
+        return self.limit or (FAST_LIMIT if self.suite == FAST else None)
+
 
 @dataclass(frozen=True)
 class Attempted:
@@ -137,79 +142,25 @@ class Attempted:
 
 
 Report = Callable[[Attempted], None]
+Warn = Callable[[str], None]
+"""Called with a sentence about problems that are left out."""
 
 
-def make_sets(
-    target: Target, options: Options, warn: Callable[[str], None] = lambda text: None
-) -> list[Set]:
+def make_sets(target: Target, options: Options, warn: Warn = lambda text: None) -> list[Set]:
     """The sets of a suite, with the systems that meet them.
 
     Args:
         target: the student, its expert and the run they are of.
         options: the suite, its size and its files.
-        warn: called with a sentence about problems that are left out.
+        warn: told what is left out.
 
     Raises:
         UserError: a file or source that cannot be read, or baselines without an expert.
     """
-    if options.baselines and target.expert is None:
-        raise UserError("--baselines: the baselines need an expert; name one with --expert")
-    if options.suite == FAST:
-        for name in ("transfer", "instructions", "processbench"):
-            if getattr(options, name) is not None:
-                raise UserError(f"--{name} belongs to the full suite; add --suite full")
     _check_options(target, options)
-    limit = options.limit or (FAST_LIMIT if options.suite == FAST else None)
     source = source_of(target, options.problems)
-    solvers, judges = _solvers(target, options), _judges(target, options)
-    both = (STUDENT, "expert") if options.baselines else (STUDENT,)
     readers = load_readers(options.encoder, options.toxicity)
-
-    paths = [path for path in (target.student, target.expert) if path is not None]
-    generation = target.config.generation
-    around = Surroundings("", generation.max_answer_tokens + generation.thought_tokens)
-
-    def solving(source: str, split: str) -> Solving:
-        found = problems.load(
-            source,
-            split,
-            skip_bad_rows=options.skip_bad_rows,
-            kind=options.answer_kind,
-            columns=options.columns,
-        )
-        shots = examples(
-            source, split, options.shots, kind=options.answer_kind, columns=options.columns
-        )
-        for text in found.notes:
-            warn(text)
-        if found.problems[0].kind == "code":
-            warn(execution.isolation_note())
-        skip = options.skip_bad_rows
-        taken = found.problems if skip else found.problems[:limit]
-        read = dataclasses.replace(found, problems=tuple(with_shots(taken, shots)))
-        fits, notes = fitting(read, paths, target.config, skip=skip, option="")
-        for text in notes:
-            warn(text)
-        name = Path(source).stem if found.name == source and "/" in source else found.name
-        return Solving(
-            name=f"{name}/{split}",
-            items=without_shots(fits.problems, shots)[:limit],
-            systems=solvers,
-            samples=options.samples,
-            readers=readers,
-            shots=shots,
-        )
-
-    def short(path: Path, items: Sequence[Any], texts: Sequence[str]) -> tuple[Any, ...]:
-        ids = [item.id for item in items]
-        indices, notes = short_enough(
-            str(path), ids, texts, paths, around, skip=options.skip_bad_rows
-        )
-        for text in notes:
-            warn(text)
-        return tuple(items[index] for index in indices)
-
-    solved = solving(source, options.split)
+    solved = _solving(target, options, readers, source, options.split, warn)
     _check_expert_has_a_part(target, options, graded=solved.graded)
     sets: list[Set] = [solved]
     kind = solved.items[0].kind
@@ -230,45 +181,111 @@ def make_sets(
     if options.best_of:
         sets.append(_choosing(target, options, solved))
     if options.forgetting:
-        sets.append(Following((STUDENT, CLEAR), generation.max_answer_tokens))
+        most = target.config.generation.max_answer_tokens
+        sets.append(Following((STUDENT, CLEAR), most))
     if (truth := truth_of(source)) is not None:
-        asked = truth.questions(len(sets[0].items), _EXAM_SEED, options.split)
-        sets.append(Judging(f"{source}/first errors", asked, judges))
+        asked = truth.questions(len(solved.items), _EXAM_SEED, options.split)
+        sets.append(Judging(f"{source}/first errors", asked, _judges(target, options)))
     if options.suite == FAST:
         return sets
     if options.instructions is not None:
-        asked_for = instructing.read(
-            options.instructions, skip_bad_rows=options.skip_bad_rows, warn=warn
-        )[:limit]
-        asked_for = short(options.instructions, asked_for, [item.prompt for item in asked_for])
-        sets.append(Instructing(options.instructions.stem, asked_for, both, readers))
+        sets.append(_instructing(target, options, options.instructions, readers, warn))
     if options.processbench is not None:
-        items = processbench.read(options.processbench)[:limit]
-        most = options.max_tokens or _reply_tokens(paths)
-        around = Surroundings("", most + generation.thought_tokens)
-        items = short(
-            options.processbench,
-            items,
-            [processbench.critique_prompt(item) for item in items],
-        )
-        sets.append(
-            Locating(
-                name=options.processbench.stem,
-                items=items,
-                systems=both,
-                samples=options.votes,
-                max_tokens=most,
-                temperature=options.temperature,
-            )
-        )
+        sets.append(_locating(target, options, options.processbench, warn))
     elsewhere = [
         (known.name, known.transfer_split) for known in SOURCES.values() if known.transfer_split
     ]
     if options.transfer is not None:
         elsewhere.append((options.transfer, options.split))
     asked_already = (source, options.split)
-    sets += [solving(*one) for one in dict.fromkeys(elsewhere) if one != asked_already]
+    sets += [
+        _solving(target, options, readers, *one, warn)
+        for one in dict.fromkeys(elsewhere)
+        if one != asked_already
+    ]
     return _told_apart(sets)
+
+
+def _solving(
+    target: Target, options: Options, readers: Readers, source: str, split: str, warn: Warn
+) -> Solving:
+    """The problems of a source that fit into the models."""
+    skip = options.skip_bad_rows
+    how = {"kind": options.answer_kind, "columns": options.columns}
+    found = problems.load(source, split, skip_bad_rows=skip, **how)
+    shots = examples(source, split, options.shots, **how)
+    for text in found.notes:
+        warn(text)
+    if found.problems[0].kind == "code":
+        warn(execution.isolation_note())
+    taken = found.problems if skip else found.problems[: options.most_items]
+    read = dataclasses.replace(found, problems=tuple(with_shots(taken, shots)))
+    fits, notes = fitting(read, _paths(target), target.config, skip=skip, option="")
+    for text in notes:
+        warn(text)
+    name = Path(source).stem if found.name == source and "/" in source else found.name
+    return Solving(
+        name=f"{name}/{split}",
+        items=without_shots(fits.problems, shots)[: options.most_items],
+        systems=_solvers(target, options),
+        samples=options.samples,
+        readers=readers,
+        shots=shots,
+    )
+
+
+def _instructing(
+    target: Target, options: Options, file: Path, readers: Readers, warn: Warn
+) -> Instructing:
+    """The instructions of a file."""
+    found = instructing.read(file, skip_bad_rows=options.skip_bad_rows, warn=warn)
+    items = found[: options.most_items]
+    texts, most = [item.prompt for item in items], target.config.generation.max_answer_tokens
+    items = _short_enough(target, options, file, items, texts, most, warn)
+    return Instructing(file.stem, items, _writers(options), readers)
+
+
+def _locating(target: Target, options: Options, file: Path, warn: Warn) -> Locating:
+    """The items of a ProcessBench file."""
+    items = processbench.read(file)[: options.most_items]
+    texts = [processbench.critique_prompt(item) for item in items]
+    most = options.max_tokens or _reply_tokens(_paths(target))
+    return Locating(
+        name=file.stem,
+        items=_short_enough(target, options, file, items, texts, most, warn),
+        systems=_writers(options),
+        samples=options.votes,
+        max_tokens=most,
+        temperature=options.temperature,
+    )
+
+
+def _short_enough(
+    target: Target,
+    options: Options,
+    file: Path,
+    items: Sequence[Any],
+    texts: Sequence[str],
+    most: int,
+    warn: Warn,
+) -> tuple[Any, ...]:
+    """Items that leave room for a reply.
+
+    Args:
+        target: the models.
+        options: whether what is too long is left out, or refused.
+        file: where they are from.
+        items: they.
+        texts: what is asked with each.
+        most: tokens of a reply.
+        warn: told what is left out.
+    """
+    around = Surroundings("", most + target.config.generation.thought_tokens)
+    ids, skip = [item.id for item in items], options.skip_bad_rows
+    indices, notes = short_enough(str(file), ids, texts, _paths(target), around, skip=skip)
+    for text in notes:
+        warn(text)
+    return tuple(items[index] for index in indices)
 
 
 def _told_apart(sets: Sequence[Set]) -> list[Set]:
@@ -306,6 +323,12 @@ def check_problems(options: Options) -> None:
 
 def _check_options(target: Target, options: Options) -> None:
     """Refuse what would be measured on nothing."""
+    if options.baselines and target.expert is None:
+        raise UserError("--baselines: the baselines need an expert; name one with --expert")
+    if options.suite == FAST:
+        for name in ("transfer", "instructions", "processbench"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} belongs to the full suite; add --suite full")
     if options.answers_by == "expert" and target.expert is None:
         raise UserError("--answers-by expert: there is no expert; name one with --expert")
     if options.votes > 1 and options.processbench is None:
@@ -353,6 +376,16 @@ def _choosing(target: Target, options: Options, solved: Solving) -> Choosing:
         samples=options.best_of,
         shots=solved.shots,
     )
+
+
+def _paths(target: Target) -> list[Path]:
+    """The directories of the models."""
+    return [path for path in (target.student, target.expert) if path is not None]
+
+
+def _writers(options: Options) -> tuple[str, ...]:
+    """Who replies where nobody helps."""
+    return (STUDENT, "expert") if options.baselines else (STUDENT,)
 
 
 def _reply_tokens(paths: Sequence[Path]) -> int:

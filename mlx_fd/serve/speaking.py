@@ -51,6 +51,9 @@ class Speaking:
         self._thinking = thinking_of(served, who)
         self._thought: Written | None = None
         self._begun: tuple[int, ...] = ()
+        # Once there is a thought: whether the turn ended within it, so that nothing is said.
+        self._ended_within = False
+        self._opening: tuple[int, ...] = ()
         if self._thinking is None:
             self._writing = engine.write(who, job)
             return
@@ -95,47 +98,39 @@ class Speaking:
     async def written(self) -> Written:
         """The whole, once it is finished; errors as :meth:`thoughts`."""
         await self._reply()
-        thought = self._thought
-        if thought is None or self._thinking is None:
-            return await self._writing.written()
+        reply, thought = await self._writing.written(), self._thought
+        if thought is None:
+            return reply
         if self._ended_within:
-            last = thought.tokens[-1:]
+            last, logprob = thought.tokens[-1:], thought.logprobs[-1:]
             reply = dataclasses.replace(
-                thought, text="", tokens=last, logprobs=thought.logprobs[-1:], read=0
+                thought, text="", tokens=last, logprobs=logprob, read=0, accepted=0
             )
-        else:
-            reply = await self._writing.written()
         return dataclasses.replace(
             reply,
             thought=thought.text.strip(),
-            opening=self._after(thought)[1],
+            opening=self._opening,
             thought_tokens=len(thought.tokens) - self._ended_within,
             read=reply.read + thought.read,
             first=thought.first,
-            accepted=reply.accepted + (0 if self._ended_within else thought.accepted),
+            accepted=reply.accepted + thought.accepted,
         )
 
     def drop(self) -> None:
         """Nobody waits any more."""
         self._writing.drop()
 
-    @property
-    def _ended_within(self) -> bool:
-        """Whether the model ended its whole turn within the thought: nothing is said."""
-        return self._thought is not None and self._after(self._thought)[0]
-
-    def _after(self, thought: Written) -> tuple[bool, tuple[int, ...], tuple[int, ...]]:
-        assert self._thinking is not None
-        return self._thinking.after(thought.tokens, finished=thought.reason == "stop")
-
     async def _reply(self) -> None:
         """Wait for the thought, and begin the reply behind it."""
         if self._thinking is None or self._thought is not None:
             return
         self._thought = thought = await self._writing.written()
+        self._ended_within, self._opening, closing = self._thinking.after(
+            thought.tokens, finished=thought.reason == "stop"
+        )
         if self._ended_within:
             return
-        conversation, rest = thought.conversation, (*self._after(thought)[2], *self._begun)
+        conversation, rest = thought.conversation, (*closing, *self._begun)
         if not rest:  # something has to be read, for the reply's first token to be drawn
             tokens = conversation.tokens
             conversation, rest = Conversation(tokens[:-1]), tokens[-1:]
