@@ -6,6 +6,7 @@ writes. Here the last token of a prompt is read in a step of all texts, so that 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class Job:
         mark: whether the model's state before the prompt's last token is wanted, where that after
             the text could not be cut back to it.
         states: whether the final hidden states that score heads read are wanted.
+        banned: a token that is never drawn; -1: there is none; ``None``: the one that the model
+            has (:attr:`mlx_fd.models.thinking.Thinking.banned_id`).
     """
 
     conversation: Conversation
@@ -68,6 +71,7 @@ class Job:
     raw: bool = False
     mark: bool = False
     states: bool = False
+    banned: int | None = None
 
     def needs_mark(self, cache: Cache) -> bool:
         """Whether ``mark`` takes a copy on the way; ``cache`` is the model's state before."""
@@ -103,8 +107,13 @@ def open_lane(loaded: Loaded, places: int, together: int = READ_TOGETHER) -> Lan
     return _AloneLane(loaded) if alone else _BatchLane(loaded, places, together)
 
 
-def _draw(loaded: Loaded, sampling: Sampling, likeliest: Draw) -> Draw:
-    return Seeded(loaded, sampling) if sampling.temperature else likeliest
+def _draw(loaded: Loaded, job: Job, likeliest: Draw) -> Draw:
+    thinking, banned = loaded.thinking, job.banned
+    if thinking is not None and banned is not None and banned != thinking.banned_id:
+        thinking = dataclasses.replace(thinking, banned_id=banned)
+        loaded = dataclasses.replace(loaded, thinking=thinking)
+        likeliest = greedy(loaded)
+    return Seeded(loaded, job.sampling) if job.sampling.temperature else likeliest
 
 
 @dataclass
@@ -165,7 +174,7 @@ class _BatchLane:
         row = _Row(
             number=self._count,
             job=job,
-            draw=_draw(self._loaded, job.sampling, self._greedy),
+            draw=_draw(self._loaded, job, self._greedy),
             processors=logits_processors(job.sampling),
             rest=[*before, *job.prompt][:-1],
             left=job.sampling.max_tokens,
@@ -392,6 +401,6 @@ class _AloneLane:
     def _write(self, number: int, job: Job) -> Iterator[Step]:
         options = GenerateOptions(keep=job.keep, mark=job.mark, states=job.states)
         text = Text(job.conversation, job.prompt, job.sampling, options, job.ends)
-        draw = _draw(self._loaded, job.sampling, self._greedy)
+        draw = _draw(self._loaded, job, self._greedy)
         numbers = draw if isinstance(draw, Seeded) else None
         return written_alone(self._loaded, text, draw, numbers, job.logprobs, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from mlx_fd.evaluation.cascade.scores import HEAD, answer_score
@@ -30,7 +31,7 @@ async def decide(service: Service, model: str, asked: Asked, job: Callable[..., 
     rule, prompt = service.rule, asked.prompts[STUDENT]
     judges = rule.score is HEAD
     wanted = job(prompt, keep=judges, logprobs=not judges)
-    writing = Speaking(service.engine, service.served, STUDENT, wanted)
+    writing = Speaking(service.engine, asked.thinking[STUDENT], STUDENT, wanted)
     try:
         answer = await writing.written()
     finally:
@@ -39,7 +40,13 @@ async def decide(service: Service, model: str, asked: Asked, job: Callable[..., 
         score = await _head_score(service, prompt, answer)
     else:
         score = answer_score(answer.logprobs, finished=answer.reason == "stop")
-    return decided(rule, score, answer, has_expert=EXPERT in asked.prompts)
+    if asked.thinks_otherwise:
+        rule = dataclasses.replace(rule, confidence=None)
+    decision = decided(rule, score, answer, has_expert=EXPERT in asked.prompts)
+    if not asked.thinks_otherwise:
+        return decision
+    reason = f"{decision.reason}; it was not set for models that think as this request wants it"
+    return dataclasses.replace(decision, reason=reason)
 
 
 async def _head_score(service: Service, prompt: tuple[int, ...], answer: Written) -> float:

@@ -12,7 +12,7 @@ from mlx_fd.models.writing import Sampling, Turn
 from mlx_fd.problems.arithmetic import first_error
 from mlx_fd.serve.models import STUDENT, Served
 from mlx_fd.serve.service import Service
-from mlx_fd.serve.speaking import Speaking, thinking_of
+from mlx_fd.serve.speaking import Speaking
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ async def judge(
             writing.
     """
     student = service.served.judge.student if service.served.scores else None
-    thinks = thinking_of(service.served, STUDENT) is not None
+    thinking = service.served.student.thinking
+    thinks = thinking is not None and thinking.on
     behind = student is not None and (thinks or student.score_at != "prompt")
 
     def begin(models: Served) -> tuple[Conversation, float | None]:
@@ -74,7 +75,7 @@ async def judge(
     if not text and not behind:
         return Verdict(score)
     job = Job(before, prompt[len(before.tokens) :], sampling)
-    writing = Speaking(service.engine, service.served, STUDENT, job)
+    writing = Speaking(service.engine, thinking, STUDENT, job)
     try:
         written = await writing.written()
     finally:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.criticism import feedback_request
 from mlx_fd.models.generation import messages_prompt
+from mlx_fd.models.thinking import Thinking
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.serve.errors import ApiError, bad
 from mlx_fd.serve.limits import Limits
 from mlx_fd.serve.models import CASCADE, EXPERT, STUDENT, Served
 from mlx_fd.serve.schema import ChatRequest, CompletionRequest
 from mlx_fd.serve.speaking import thinking_tokens
+from mlx_fd.serve.switching import switched
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,19 @@ class Asked:
     Attributes:
         prompts: all tokens before the reply, of each model that may be asked.
         problem: whether the question was put in the form of the student's training.
-        chat: whether it is a chat, in which a model may think before it replies.
+        thinking: in a chat, how each of them thinks before it replies; ``None``: it cannot.
+        thinks_otherwise: whether one thinks otherwise than the server has it.
     """
 
     prompts: dict[str, tuple[int, ...]]
     problem: bool = False
-    chat: bool = False
+    thinking: Mapping[str, Thinking | None] = field(default_factory=dict)
+    thinks_otherwise: bool = False
+
+    @property
+    def chat(self) -> bool:
+        """Whether it is a chat, in which a model may think before it replies."""
+        return bool(self.thinking)
 
 
 def who_may_answer(served: Served, model: str) -> tuple[str, ...]:
@@ -74,16 +84,20 @@ def ask_chat(
         end = served.form.end
         if not end or not text.rstrip().endswith(end):
             messages = ((role, answer_prompt(text, served.form)),)
-    prompts = {}
+    prompts, thinking, otherwise = {}, dict[str, Thinking | None](), False
     for who in models:
+        usual = served.model(who)
+        loaded = switched(usual, who, request.switch)
+        thinking[who], asked = loaded.thinking, (loaded.thinking, loaded.template)
+        otherwise = otherwise or asked != (usual.thinking, usual.template)
         try:
-            prompts[who] = messages_prompt(served.model(who), messages)
+            prompts[who] = messages_prompt(loaded, messages)
         except UserError as error:
             raise bad(str(error), "messages") from None
     written = request.common.sampling.max_tokens
     if request.common.model == CASCADE and judges:
         written += _judging(served)
-    return _fitting(served, Asked(prompts, problem, chat=True), written, limits)
+    return _fitting(served, Asked(prompts, problem, thinking, otherwise), written, limits)
 
 
 def _judging(served: Served) -> int:
@@ -116,7 +130,8 @@ def ask_feedback(
     """All tokens before the feedback on each (problem, answer); errors as :func:`ask_chat`."""
     found = served.judge.requests(items)
     for prompt in found:
-        _fitting(served, Asked({STUDENT: prompt}, chat=True), max_tokens, limits)
+        asked = Asked({STUDENT: prompt}, thinking={STUDENT: served.student.thinking})
+        _fitting(served, asked, max_tokens, limits)
     return found
 
 
@@ -125,7 +140,7 @@ def _fitting(served: Served, asked: Asked, max_tokens: int, limits: Limits) -> A
     for who, prompt in asked.prompts.items():
         context = served.context[who]
         room = limits.prompt_tokens
-        thought = thinking_tokens(served, who) if asked.chat else 0
+        thought = thinking_tokens(asked.thinking.get(who))
         if context is not None:
             room = min(room, context - max_tokens - thought)
         if len(prompt) > room:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_fd.config import MAX_SEED
+from mlx_fd.models.chat_template import THINKING_SWITCHES
 from mlx_fd.models.writing import Sampling
 from mlx_fd.serve.errors import ApiError, bad
 from mlx_fd.serve.limits import Limits
@@ -19,6 +20,9 @@ _ROLES = {
     "user": "user",
     "assistant": "assistant",
 }
+KWARGS, EFFORT = "chat_template_kwargs", "reasoning_effort"
+_NO_EFFORT = "none"
+_EFFORTS = (_NO_EFFORT, "minimal", "low", "medium", "high")
 _MOST_STOPS, _LONGEST_STOP = 4, 256
 _MOST_MESSAGES = 1024
 # Fields that change nothing here, with the values that mean so.
@@ -76,6 +80,24 @@ class Common:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """Whether the models shall think before a reply.
+
+    Attributes:
+        on: whether they shall; ``None``: as the server has it.
+        effort: how much, as a template of gpt-oss's kind is told it; empty: it is not said.
+        by_effort: whether ``reasoning_effort`` says so.
+    """
+
+    on: bool | None = None
+    effort: str = ""
+    by_effort: bool = False
+
+
+AS_SERVED = Switch()
+
+
+@dataclass(frozen=True)
 class ChatRequest:
     """``POST /v1/chat/completions``.
 
@@ -83,11 +105,13 @@ class ChatRequest:
         common: what every request says.
         messages: (role, text) of each, the last a user's.
         verbatim: whether a problem is asked in its own words alone; ``None``: as the server does.
+        switch: whether the models think.
     """
 
     common: Common
     messages: tuple[tuple[str, str], ...]
     verbatim: bool | None
+    switch: Switch = AS_SERVED
 
 
 @dataclass(frozen=True)
@@ -247,8 +271,29 @@ def chat_request(content: Any, limits: Limits, default_tokens: int) -> ChatReque
         own = Fields(ours, "mlx_fd")
         verbatim = own.flag("verbatim")
         own.end()
+    switch = _switch(fields)
     fields.end()
-    return ChatRequest(common, messages, verbatim)
+    return ChatRequest(common, messages, verbatim, switch)
+
+
+def _switch(fields: Fields) -> Switch:
+    """What a chat's request says of thinking, in vLLM's way or in OpenAI's."""
+    kwargs, effort = fields.take(KWARGS), fields.take(EFFORT)
+    said = set[bool]()
+    if kwargs is not None:
+        own = Fields(kwargs, KWARGS)
+        said = {flag for name in THINKING_SWITCHES if (flag := own.flag(name)) is not None}
+        own.end()
+    if effort is not None:
+        if effort not in _EFFORTS:
+            raise bad(f"'{EFFORT}' must be one of {', '.join(_EFFORTS)}.", EFFORT)
+        said.add(effort != _NO_EFFORT)
+    if len(said) > 1:
+        raise bad("The request says both that the models think and that they do not.", KWARGS)
+    if not said:
+        return AS_SERVED
+    level = "" if effort in (None, _NO_EFFORT) else effort
+    return Switch(said.pop(), level, by_effort=kwargs is None)
 
 
 def completion_request(content: Any, limits: Limits, default_tokens: int) -> CompletionRequest:

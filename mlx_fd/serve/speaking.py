@@ -14,19 +14,11 @@ from mlx_fd.models.lanes import Job
 from mlx_fd.models.thinking import Thinking
 from mlx_fd.serve.engine import Engine, Written
 from mlx_fd.serve.errors import bad
-from mlx_fd.serve.models import Served
 
 
-def thinking_of(served: Served, who: str) -> Thinking | None:
-    """How a model thinks before its replies; ``None``: it does not."""
-    thinking = served.model(who).thinking
-    return thinking if thinking is not None and thinking.on else None
-
-
-def thinking_tokens(served: Served, who: str) -> int:
-    """The most tokens that a thought takes, with its marks."""
-    thinking = thinking_of(served, who)
-    if thinking is None:
+def thinking_tokens(thinking: Thinking | None) -> int:
+    """The most tokens that a thought takes, with its marks; 0 where none is had."""
+    if thinking is None or not thinking.on:
         return 0
     return thinking.limit + len(thinking.opened_ids) + len(thinking.force_ids)
 
@@ -34,12 +26,12 @@ def thinking_tokens(served: Served, who: str) -> int:
 class Speaking:
     """A reply that is being written: its thought first, where its model thinks."""
 
-    def __init__(self, engine: Engine, served: Served, who: str, job: Job):
+    def __init__(self, engine: Engine, thinking: Thinking | None, who: str, job: Job):
         """Begin to write.
 
         Args:
             engine: the models' thread.
-            served: the models.
+            thinking: how the model thinks, and whether it shall; ``None``: it cannot.
             who: ``"student"`` or ``"expert"``.
             job: the reply's; its prompt is a chat's, as
                 :func:`mlx_fd.models.generation.messages_prompt` gives it.
@@ -47,8 +39,10 @@ class Speaking:
         Raises:
             ApiError: the model thinks, and the prompt has no place for a thought.
         """
+        if thinking is not None:
+            job = dataclasses.replace(job, banned=thinking.banned_id)
         self._engine, self._who, self._job = engine, who, job
-        self._thinking = thinking_of(served, who)
+        self._thinking = thinking if thinking is not None and thinking.on else None
         self._thought: Written | None = None
         self._begun: tuple[int, ...] = ()
         # Once there is a thought: whether the turn ended within it, so that nothing is said.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 
+import openai
 import pytest
 
 from mlx_fd.cli import cli
@@ -25,9 +27,10 @@ from mlx_fd.serve.limits import Limits
 from mlx_fd.serve.models import Served, Thoughts, open_served
 from mlx_fd.serve.prompts import ask_chat
 from mlx_fd.serve.reloading import renewed
-from mlx_fd.serve.schema import chat_request
+from mlx_fd.serve.schema import Switch, chat_request
 from mlx_fd.serve.service import Options
 from mlx_fd.serve.speaking import Speaking
+from mlx_fd.serve.switching import switched
 from support.serving import ask, serving
 from support.thinkers import TEMPLATES, Line, random_thinkers, scripted
 from support.trained import make_run
@@ -48,12 +51,12 @@ def served_of(loaded) -> Served:
     return Served(Judge(ModelRef(loaded.path), loaded, None), None, None, {"student": None})
 
 
-async def spoken(loaded, job):
+async def spoken(loaded, job, thinking=None):
     """Pieces of the thought, of the reply, and the whole."""
     engine = Engine(2)
-    served = await engine.start(lambda: served_of(loaded))
+    await engine.start(lambda: served_of(loaded))
     try:
-        speaking = Speaking(engine, served, "student", job)
+        speaking = Speaking(engine, thinking or loaded.thinking, "student", job)
         thoughts = [piece async for piece in speaking.thoughts()]
         pieces = [piece async for piece in speaking.pieces()]
         return thoughts, pieces, await speaking.written()
@@ -77,6 +80,71 @@ def test_a_server_writes_thought_and_reply_as_a_run_does(tmp_path, name, kind):
     assert written.reason == "stop"
     if kind == "all":
         assert not pieces and turn.thought
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("name", sorted(name for name, kind in TEMPLATES.items() if not kind.odd))
+def test_a_request_turns_thinking_on_and_off(tmp_path, name, on):
+    """Beside others that think as the server has it: as a run whose models think like that."""
+    loaded = scripted(tmp_path, name, {ASK: LINES["complete"]}, on=not on, limit=20)
+    asked = switched(loaded, "student", Switch(on))
+    prompt, sampling = first_prompt(asked, ASK), Sampling(40)
+    [turn] = generate(asked, [Conversation()], [prompt], sampling, GenerateOptions())
+    _, _, written = asyncio.run(
+        spoken(loaded, Job(Conversation(), prompt, sampling), asked.thinking)
+    )
+    assert (written.text, written.thought) == (turn.text, turn.thought)
+    assert bool(written.thought) == on
+
+
+@pytest.mark.parametrize(
+    ("said", "switch"),
+    [
+        ({}, Switch()),
+        ({"chat_template_kwargs": {}}, Switch()),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, Switch(False)),
+        ({"chat_template_kwargs": {"thinking": True}}, Switch(True)),
+        ({"reasoning_effort": "none"}, Switch(False, by_effort=True)),
+        ({"reasoning_effort": "high"}, Switch(True, "high", by_effort=True)),
+    ],
+)
+def test_what_a_request_says_of_thinking(said, switch):
+    body = {"model": "student", "messages": [{"role": "user", "content": "How many?"}], **said}
+    assert chat_request(body, Limits(), 8).switch == switch
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"chat_template_kwargs": {"enable_thinking": "no"}}, "must be true or false"),
+        ({"chat_template_kwargs": {"style": 1}}, "supplied: chat_template_kwargs.style"),
+        ({"chat_template_kwargs": True}, "must be a JSON object"),
+        ({"reasoning_effort": "much"}, "must be one of none, minimal, low"),
+        ({"reasoning_effort": "low", "chat_template_kwargs": {"thinking": False}}, "says both"),
+    ],
+)
+def test_what_a_request_cannot_say_of_thinking(said, message):
+    body = {"model": "student", "messages": [{"role": "user", "content": "How many?"}], **said}
+    with pytest.raises(ApiError, match=message):
+        chat_request(body, Limits(), 8)
+
+
+def test_a_template_that_does_not_understand_the_switch_refuses_it(tmp_path):
+    off = scripted(tmp_path, "qwen3", {ASK: LINES["complete"]}, on=False, limit=20)
+    with pytest.raises(ApiError, match="chat template knows no 'reasoning_effort'"):
+        switched(off, "student", Switch(True, "low", by_effort=True))
+    plain = dataclasses.replace(off, thinking=None)
+    with pytest.raises(ApiError, match="The expert does not think; leave 'chat_template_kwargs'"):
+        switched(plain, "expert", Switch(False))
+    odd = scripted(tmp_path / "odd", "odd", {ASK: LINES["complete"]}, on=False)
+    for on, how in ((True, "on"), (False, "off")):
+        with pytest.raises(ApiError, match=f"does not let a request turn thinking {how}"):
+            switched(odd, "student", Switch(on))
+    # One that knows an effort is told it.
+    source = off.template.source + "{{ reasoning_effort }}"
+    told = dataclasses.replace(off, template=dataclasses.replace(off.template, source=source))
+    told = switched(told, "student", Switch(True, "low", by_effort=True))
+    assert told.template.render([ASK]).endswith("low") and told.thinking.on
 
 
 def test_who_shall_not_think_says_nothing_of_it(tmp_path):
@@ -137,12 +205,21 @@ def test_clients_get_the_thought_beside_the_content(run):
                         order.append(name)
         return found, order
 
+    async def refused(server):
+        async with server.client() as client:
+            with pytest.raises(openai.BadRequestError) as error:
+                await ask(client, QUESTIONS[0], model="student", reasoning_effort="low")
+            return error.value
+
     async def judged(server):
         async with server.client() as client:
             body = {"problem": "How many?", "answer": "#### 3", "max_tokens": 6}
             return json.loads(await client.post("/feedback", body=body, cast_to=str))
 
+    off = {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
     with serving(run.parent, run, *options) as server:
+        silent = asyncio.run(asked(server, model="cascade", **off))
+        low = asyncio.run(refused(server))
         replies = {who: asyncio.run(asked(server, model=who)) for who in turns}
         cascade = asyncio.run(asked(server, model="cascade"))
         pieces = {who: asyncio.run(streamed(server, model=who)) for who in (*turns, "cascade")}
@@ -166,10 +243,15 @@ def test_clients_get_the_thought_beside_the_content(run):
         score = answer_score(turn.logprobs, finished=turn.finished)
         assert reply.mlx_fd["score"] == pytest.approx(score, abs=1e-4)
         assert reply.choices[0].message.reasoning_content == turn.thought
+    for reply in silent:
+        assert "reasoning_content" not in reply.choices[0].message.model_dump()
+        assert "as this request wants it" in reply.mlx_fd["reason"]
+    assert not any("as this request" in reply.mlx_fd["reason"] for reply in cascade)
+    assert low.param == "reasoning_effort" and "knows no 'reasoning_effort'" in low.message
     assert pieces["cascade"][0]["reasoning_content"].strip() == turns["student"][0].thought
     assert feedback["thought"] == head.thought and feedback["feedback"] == head.text
     assert feedback["score"] == pytest.approx(head.head_score, abs=2e-4)
-    assert all(row.get("status", 200) == 200 for row in metrics)
+    assert [row["status"] for row in metrics if row.get("status", 200) != 200] == [400]
 
 
 def test_a_head_reads_the_answer_without_its_thought(run):

@@ -180,7 +180,7 @@ async def _answer(task: _Task, reply: Reply) -> None:
     else:
         job = task.job(task.asked.prompts[decision.by], streams=common.stream)
         writing: Speaking | Writing = (
-            Speaking(service.engine, service.served, decision.by, job)
+            Speaking(service.engine, task.asked.thinking[decision.by], decision.by, job)
             if task.asked.chat
             else service.engine.write(decision.by, job)
         )

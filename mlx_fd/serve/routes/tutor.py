@@ -194,7 +194,8 @@ async def _solve(service: Service, asked: Problem, prompts: Asked) -> _Own:
         service.metrics.wrote(STUDENT, written)
     if written is None or decision.by != STUDENT:
         wanted = job(prompts.prompts[decision.by])
-        writing = Speaking(service.engine, service.served, decision.by, wanted)
+        thinking = prompts.thinking[decision.by]
+        writing = Speaking(service.engine, thinking, decision.by, wanted)
         try:
             written = await writing.written()
         finally:
