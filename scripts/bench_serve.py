@@ -8,8 +8,11 @@ alternate, so that what else the machine does falls on both. Per round: tokens p
 time, and per second of CPU time of the process with the models, which another load changes less.
 
 With ``--stream`` bare generation gets its prompts as the server does, each when another text has
-ended, and what first tokens wait for is compared, too: the difference of the medians, in decode
-steps of bare generation.
+ended, and what first tokens wait for is compared, too: for each request that joins a running batch,
+its wait served less its wait bare, each its median over the rounds, in decode steps of bare
+generation. The median over requests has an interval that resamples them. ``engine`` is the mean
+wait from when the models' thread is given a text to when its first token is there, by ``/metrics``;
+what is left of the mean served wait is HTTP, the prompt's tokens, text held back, and the client.
 """
 
 from __future__ import annotations
@@ -26,13 +29,20 @@ import statistics
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from mlx_fd.evaluation.statistics import bootstrap
 from support import serving
 
+# What the first token of each prompt waited for, in seconds.
+Waits = dict[int, float]
+_FIRST = ("mlx_fd_first_token_seconds_sum", "mlx_fd_first_token_seconds_count")
 # A stream's first event has no text yet.
 _SAID = re.compile(rb'"content": "[^"]')
 
@@ -40,8 +50,8 @@ _SAID = re.compile(rb'"content": "[^"]')
 def _bare(student: str, prompts: list[str], size: int, most: int, joining: bool, pipe: Any) -> None:
     """Write the replies once for each message on a pipe.
 
-    Sends tokens, seconds, CPU seconds, the decode steps' median seconds, and what the first tokens
-    waited for; with ``joining`` prompts come one by one, else all at once.
+    Sends tokens, seconds, CPU seconds, the decode steps' median seconds, and by prompt what the
+    first token waited for; with ``joining`` prompts come one by one, else all at once.
     """
     from mlx_fd.feedback.judge import open_student
     from mlx_fd.models.generation import messages_prompt
@@ -54,7 +64,7 @@ def _bare(student: str, prompts: list[str], size: int, most: int, joining: bool,
 
 def _round(
     loaded: Any, tokens: list[list[int]], size: int, most: int, joining: bool
-) -> tuple[int, float, float, float, list[float]]:
+) -> tuple[int, float, float, float, Waits]:
     from mlx_lm.generate import BatchGenerator
 
     begin, cpu = time.perf_counter(), _cpu()
@@ -65,13 +75,14 @@ def _round(
         prefill_batch_size=min(size, 8),
         max_tokens=most,
     )
-    left, written = iter(tokens), 0
-    since: dict[int, float] = {}
-    waits, steps = [], []
+    left, numbers, written = iter(tokens), itertools.count(), 0
+    since: dict[int, tuple[int, float]] = {}
+    waits: Waits = {}
+    steps = []
 
     def insert(count: int) -> None:
         for uid in generator.insert(list(itertools.islice(left, count))):
-            since[uid] = time.perf_counter()
+            since[uid] = next(numbers), time.perf_counter()
 
     insert(size if joining else len(tokens))
     while True:
@@ -84,7 +95,8 @@ def _round(
         for one in responses:
             written += 1
             if one.uid in since:
-                waits.append(time.perf_counter() - since.pop(one.uid))
+                number, given = since.pop(one.uid)
+                waits[number] = time.perf_counter() - given
         if joining:
             insert(sum(one.finish_reason is not None for one in responses))
     generator.close()
@@ -104,13 +116,14 @@ def _cpu_of(pid: int) -> float:
 
 async def _clients(
     server: serving.Server, prompts: list[str], size: int, most: int, stream: bool
-) -> tuple[int, list[float]]:
+) -> tuple[int, Waits]:
     """As many clients as ``size``, each with one request at a time; tokens, first tokens' waits."""
-    left, waits, total = iter(prompts), [], 0
+    left, total = enumerate(prompts), 0
+    waits: Waits = {}
 
     async def one() -> None:
         nonlocal total
-        for prompt in left:
+        for number, prompt in left:
             body = {
                 "model": "student",
                 "max_tokens": most,
@@ -127,13 +140,24 @@ async def _clients(
             while chunk := await reader.read(65536):
                 found += chunk
                 if stream and waiting and _SAID.search(found):
-                    waits.append(time.perf_counter() - begin)
+                    waits[number] = time.perf_counter() - begin
                     waiting = False
             writer.close()
             total += int(found.rpartition(b'"completion_tokens": ')[2].partition(b",")[0])
 
     await asyncio.gather(*(one() for _ in range(size)))
     return total, waits
+
+
+def _engine_waits(server: serving.Server) -> tuple[float, float]:
+    """Seconds that first tokens have waited for in the models' thread, and of how many texts."""
+    url, key = f"http://127.0.0.1:{server.port}/metrics", f"Bearer {serving.KEY}"
+    asked = urllib.request.Request(url, headers={"Authorization": key})
+    with urllib.request.urlopen(asked, timeout=60) as reply:
+        lines = reply.read().decode().splitlines()
+    found = [dict(line.rsplit(" ", 1) for line in lines if name in line) for name in _FIRST]
+    total, count = (sum(map(float, values.values())) for values in found)
+    return total, count
 
 
 def main() -> None:
@@ -152,16 +176,18 @@ def main() -> None:
     bare = context.Process(
         target=_bare,
         args=(args.student, prompts, args.clients, args.max_tokens, args.stream, there),
+        daemon=True,
     )
     bare.start()
-    ratios, later = [], []
+    ratios, steps, bare_waits, waits = [], [], list[Waits](), list[Waits]()
     options = ("--batch-size", str(args.clients))
     with serving.serving(Path(tempfile.mkdtemp()), args.student, *options) as server:
         for number in range(args.rounds + 1):
             here.send(True)
-            written, seconds, cpu, step, bare_waits = here.recv()
+            written, seconds, cpu, step, bare_wait = here.recv()
+            engine = _engine_waits(server)
             begin, before = time.perf_counter(), _cpu_of(server.process.pid)
-            served, waits = asyncio.run(
+            served, wait = asyncio.run(
                 _clients(server, prompts, args.clients, args.max_tokens, args.stream)
             )
             took, used = time.perf_counter() - begin, _cpu_of(server.process.pid) - before
@@ -178,20 +204,47 @@ def main() -> None:
                 "load": os.getloadavg()[0],
             }
             if args.stream:
-                two = [statistics.median(found) for found in (bare_waits, waits)]
-                row["first_token_seconds"] = {"bare": two[0], "served": two[1], "step": step}
-                later.append((two[1] - two[0]) / step)
+                total, count = map(float.__sub__, _engine_waits(server), engine)
+                row["first_token_mean_seconds"] = {
+                    "bare": statistics.mean(bare_wait.values()),
+                    "served": statistics.mean(wait.values()),
+                    "engine": total / count,
+                    "step": step,
+                }
             if number:  # the first warms both up
                 ratios.append((row["ratio"], row["ratio_cpu"]))
+                steps.append(step)
+                bare_waits.append(bare_wait)
+                waits.append(wait)
                 print(json.dumps(row), flush=True)
     here.send(False)
     bare.join()
     for name, values in zip(("wall", "CPU"), zip(*ratios, strict=True), strict=True):
         listed = ", ".join(f"{value:.2f}" for value in values)
         print(f"served / bare by {name} time: {listed} (n {len(values)})")
-    if later[1:]:
-        listed = ", ".join(f"{value:+.2f}" for value in later[1:])
-        print(f"first token, served after bare, in decode steps: {listed} (n {len(later) - 1})")
+    if args.stream:
+        print(first_tokens(bare_waits, waits, statistics.median(steps), args.clients))
+
+
+def first_tokens(bare: list[Waits], served: list[Waits], step: float, clients: int) -> str:
+    """How much later a served request's first token is than the same one's, written bare.
+
+    Args:
+        bare: of each round.
+        served: likewise.
+        step: a decode step's seconds.
+        clients: so many first requests find no running batch, and do not count.
+    """
+    asked = sorted(set.intersection(*map(set, (*bare, *served))))[clients:]
+
+    def of(rounds: list[Waits]) -> Any:
+        return np.median([[waits[number] for number in asked] for waits in rounds], axis=0)
+
+    found = bootstrap([(of(served) - of(bare)) / step], lambda column: float(np.median(column)))
+    return (
+        f"first token, served after bare: {found.value:+.2f} decode steps of {1000 * step:.1f} ms "
+        f"(95 % {found.low:+.2f} to {found.high:+.2f}, n {found.n} requests, {len(bare)} rounds)"
+    )
 
 
 if __name__ == "__main__":
