@@ -111,7 +111,12 @@ def _needs() -> dict[str, Need]:
     by_names: dict[tuple[str, ...], Need] = {
         ("lora_rank", "lora_scale", "lora_layers"): lora,
         ("replay_size", "replay_by", "replay_balance"): replay,
-        ("max_disagreement", "audit_fraction", "trigger"): _gates("ema", "published"),
+        ("max_disagreement", "audit_fraction"): _gates("ema", "published"),
+        ("trigger",): Need(
+            "gate = ema or published",
+            # To say always twice is no mistake.
+            lambda c: c.gate.gate in ("ema", "published", c.gate.trigger),
+        ),
         ("own_solutions", "audit_window"): trust,
         ("stop_threshold",): _gates("ema"),
         ("plateau_steps", "plateau_gain", "minimum_gain", "regression"): Need(

@@ -16,6 +16,7 @@ LOOP = [
     ({"own_solutions": 2}, {"max_disagreement": 0.0}, {"max_disagreement": 0.1}),
     ({"max_disagreement": 0.2}, {"gate": "always"}, {"gate": "published"}),
     ({"stop_threshold": 0.5}, {"gate": "always"}, {"gate": "ema"}),
+    ({"trigger": "always"}, {"gate": "never"}, {"gate": "always"}),
     ({"plateau_steps": 4}, {"gate": "published"}, {"gate": "always"}),
     ({"score_gap": 0.3}, {"trigger": "always"}, {}),
     ({"ema_decay": 0.5}, {"gate": "never", "loss_weights": "fixed"}, {"gate": "never"}),
