@@ -280,7 +280,7 @@ def _run_batch(
         finished, *next_ones = learner.carry_on(groups)
         ahead = Begun(*next_ones) if following else None
         solutions = _solutions(finished, lagging, learner)
-        state = dataclasses.replace(state, replay=_hand_on(state.replay, solutions, learner))
+        state = dataclasses.replace(state, replay=_added(state.replay, solutions, learner))
 
     trusted = [gate.stands_alone(before.gate, one.student.confidence) for one in judged]
     rows = [
@@ -531,10 +531,7 @@ def _learn_now(
         own: what the student learns from itself.
     """
     config, number = learner.config, state.batch
-    replay = state.replay.added(samples, fresh=True)
-    learner.memory.samples.update(
-        zip(range(state.replay.lines, replay.lines), samples, strict=True)
-    )
+    replay = _added(state.replay, samples, learner)
     new = replay.fresh()
     if not samples:
         return dataclasses.replace(state, replay=replay), []
@@ -582,10 +579,10 @@ def _step(
     )
 
 
-def _hand_on(replay: Replay, solutions: Sequence[Sample], learner: Learner) -> Replay:
-    """What is remembered with solutions that the next update is to learn from."""
-    after = replay.added(solutions, fresh=True)
-    learner.memory.samples.update(zip(range(replay.lines, after.lines), solutions, strict=True))
+def _added(replay: Replay, samples: Sequence[Sample], learner: Learner) -> Replay:
+    """What is remembered with samples that the next update is to learn from."""
+    after = replay.added(samples, fresh=True)
+    learner.memory.samples.update(zip(range(replay.lines, after.lines), samples, strict=True))
     return after
 
 

@@ -26,6 +26,7 @@ from mlx_fd.feedback.samples import Sample, cache_fingerprint
 from mlx_fd.feedback.teacher_cache import TeacherCache
 from mlx_fd.files import clear_unfinished
 from mlx_fd.models.checking import check_attention, check_recompute
+from mlx_fd.problems import Problem
 from mlx_fd.problems.sources import Question
 from mlx_fd.runs.acceptance import acceptance
 from mlx_fd.runs.events import Note, Probed, Probing, Started, Warned
@@ -97,7 +98,7 @@ def run(
         UserError: the run directory cannot be written, or does not fit the run.
     """
     folder, config, report, stop = job.folder, job.config, job.report, job.stop
-    probe_problems, problems = job.probe_problems, job.problems
+    problems = job.problems
     checkpoint, records = go_back(folder, config, report, redo=job.redo)
     size = config.generation.batch_size
     batches = math.ceil(len(problems) / size)
@@ -112,28 +113,14 @@ def run(
         check_attention(pair.student.view)
     begun = checkpoint is not None
     # Whatever the checkpoint holds, the student is still untrained here.
-    digest = _exam_digest(folder, config, pair, exam)
-    before = _examined_before(records, config, pair, exam, digest, begun, report)
+    before = _examined_before(records, config, pair, exam, begun, report)
     warmed_up: SelfSummary | None = None
     if warm_up is not None:
         warmed_up = warm_up(stop)
         if warmed_up is None:
             return None
     # As it is before the loop's first update, likewise.
-    probe = kept(records, PROBE_ROWS, lambda: load_probe(folder), begun, report)
-    if probe is None:
-        held_out = len(probe_problems)
-        report(Note(f"first probe evaluation: {held_out} held-out problems"))
-        report(Probing(0, held_out))
-        probe = make_probe(
-            pair,
-            probe_problems,
-            config,
-            report_steps(report, 0),
-            on_problems=lambda evaluated: report(Probing(evaluated, held_out)),
-        )
-        with runs.wrap_write_errors(folder):
-            save_probe(probe, folder)
+    probe = _probe(records, config, pair, job.probe_problems, begun, report)
     optimizer = make_optimizer(pair.student, config.training)
     this = Run(
         records=records,
@@ -206,9 +193,31 @@ def run(
     reached = run_batches(this, state, batch, total)
     if reached is None:
         return None
+    return _finish(this, reached, learner, exam, before, warmed_up)
+
+
+def _finish(
+    this: Run,
+    state: RunState,
+    learner: Learner,
+    exam: Sequence[Question],
+    before: _Examined,
+    warmed_up: SelfSummary | None,
+) -> Summary:
+    """Look at the probe set for the last time, examine the student again, and write the summary.
+
+    Args:
+        this: the run.
+        state: after its last batch.
+        learner: the run's.
+        exam: what the student is examined on, if anything.
+        before: what came of that before the run.
+        warmed_up: the summary of the warm-up, where there was one.
+    """
+    folder, config, pair, probe = this.records.folder, this.config, learner.pair, learner.probe
     looking = time.perf_counter()
     last = probe.losses(pair, config)
-    state = with_probe(reached, last)
+    state = with_probe(state, last)
     seconds = {"headroom": probe.seconds + time.perf_counter() - looking}
     with runs.wrap_write_errors(folder):
         save(this, state)
@@ -221,23 +230,24 @@ def run(
     compared: dict[str, BeforeAfterRow] | None = None
     if exam:
         examining = time.perf_counter()
-        after = examine(pair, exam, config.generation, report_steps(report, state.batch))
+        after = examine(pair, exam, config.generation, learner.on_tokens(state.batch))
         took = time.perf_counter() - examining
         seconds["exam"] = before.seconds + took
         with runs.wrap_write_errors(folder):
-            save_results(folder / runs.EXAM_AFTER, after, took, digest)
+            save_results(folder / runs.EXAM_AFTER, after, took, before.digest)
         compared = compare(before.results, after)
     with runs.wrap_write_errors(folder):
+        episodes = runs.read_episodes(folder)
         summary = summarise(
-            runs.read_episodes(folder),
+            episodes,
             runs.read_metrics(folder),
             state.probe_first,
             last,
             probe.headroom.to_json(),
             seconds,
         )
-        summary["judging"] = judging(runs.read_episodes(folder))
-        if accepted := acceptance(runs.read_episodes(folder)):
+        summary["judging"] = judging(episodes)
+        if accepted := acceptance(episodes):
             summary["acceptance"] = accepted
         if top_k is not None:
             summary["top_k"] = top_k
@@ -248,20 +258,41 @@ def run(
         return write_summary(this, state, summary)
 
 
+def _probe(
+    records: Records,
+    config: Config,
+    pair: Pair,
+    held_out: Sequence[Problem],
+    begun: bool,
+    report: Report,
+) -> Probe:
+    """The probe set with the untrained student's losses: what is kept of it, or made now."""
+    folder = records.folder
+    probe = kept(records, PROBE_ROWS, lambda: load_probe(folder), begun, report)
+    if probe is not None:
+        return probe
+    size = len(held_out)
+    report(Note(f"first probe evaluation: {size} held-out problems"))
+    report(Probing(0, size))
+    probe = make_probe(
+        pair,
+        held_out,
+        config,
+        report_steps(report, 0),
+        on_problems=lambda evaluated: report(Probing(evaluated, size)),
+    )
+    with runs.wrap_write_errors(folder):
+        save_probe(probe, folder)
+    return probe
+
+
 @dataclass(frozen=True)
 class _Examined:
-    """What the untrained student made of the examination, and the seconds it took."""
+    """What the untrained student made of the examination, the seconds it took, and which it was."""
 
     results: list[Result]
     seconds: float
-
-
-def _exam_digest(folder: Path, config: Config, pair: Pair, exam: Sequence[Question]) -> str:
-    """Which examination the run has; empty: none."""
-    if not exam:
-        return ""
-    begun = folder / runs.BEGUN
-    return exam_digest(exam, config, [pair.student_lm.path, *([begun] if begun.is_dir() else [])])
+    digest: str
 
 
 def _examined_before(
@@ -269,23 +300,24 @@ def _examined_before(
     config: Config,
     pair: Pair,
     exam: Sequence[Question],
-    digest: str,
     begun: bool,
     report: Report,
 ) -> _Examined:
     """The examination before the run, where there is one: what is kept of it, or taken now."""
     if not exam:
-        return _Examined([], 0.0)
+        return _Examined([], 0.0, "")
+    given = records.folder / runs.BEGUN
+    digest = exam_digest(exam, config, [pair.student_lm.path, *([given] if given.is_dir() else [])])
     file = records.folder / runs.EXAM
     found = kept(records, runs.EXAM, lambda: load_results(file, exam, digest), begun, report)
     if found is not None:
-        return _Examined(*found)
+        return _Examined(*found, digest)
     begin = time.perf_counter()
     results = examine(pair, exam, config.generation, report_steps(report, 0))
     seconds = time.perf_counter() - begin
     with runs.wrap_write_errors(records.folder):
         save_results(file, results, seconds, digest)
-    return _Examined(results, seconds)
+    return _Examined(results, seconds, digest)
 
 
 def _first(pair: Pair, probe: Probe, config: Config) -> RunState:
