@@ -10,7 +10,10 @@ time, and per second of CPU time of the process with the models, which another l
 With ``--stream`` bare generation gets its prompts as the server does, each when another text has
 ended, and what first tokens wait for is compared, too: for each request that joins a running batch,
 its wait served less its wait bare, each its median over the rounds, in decode steps of bare
-generation. The median over requests has an interval that resamples them. ``engine`` is the mean
+generation. The median over requests has an interval that resamples them. It is measured twice: by
+the clock, and by the processor seconds of the process with the models, which are what the clock
+would show if nothing else ran (and nothing was sent); a busy machine does not give both ways the
+same share of its cores. ``engine`` is the mean
 wait from when the models' thread is given a text to when its first token is there, by ``/metrics``;
 what is left of the mean served wait is HTTP, the prompt's tokens, text held back, and the client.
 """
@@ -40,8 +43,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from mlx_fd.evaluation.statistics import bootstrap
 from support import serving
 
-# What the first token of each prompt waited for, in seconds.
-Waits = dict[int, float]
+Span = tuple[float, float]
+"""Seconds by the clock, and processor seconds of the process with the models."""
+# What the first token of each prompt waited for.
+Waits = dict[int, Span]
 _FIRST = ("mlx_fd_first_token_seconds_sum", "mlx_fd_first_token_seconds_count")
 # A stream's first event has no text yet.
 _SAID = re.compile(rb'"content": "[^"]')
@@ -50,8 +55,8 @@ _SAID = re.compile(rb'"content": "[^"]')
 def _bare(student: str, prompts: list[str], size: int, most: int, joining: bool, pipe: Any) -> None:
     """Write the replies once for each message on a pipe.
 
-    Sends tokens, seconds, CPU seconds, the decode steps' median seconds, and by prompt what the
-    first token waited for; with ``joining`` prompts come one by one, else all at once.
+    Sends tokens, seconds, CPU seconds, the decode steps' median, and by prompt what the first token
+    waited for; with ``joining`` prompts come one by one, else all at once.
     """
     from mlx_fd.feedback.judge import open_student
     from mlx_fd.models.generation import messages_prompt
@@ -64,7 +69,7 @@ def _bare(student: str, prompts: list[str], size: int, most: int, joining: bool,
 
 def _round(
     loaded: Any, tokens: list[list[int]], size: int, most: int, joining: bool
-) -> tuple[int, float, float, float, Waits]:
+) -> tuple[int, float, float, Span, Waits]:
     from mlx_lm.generate import BatchGenerator
 
     begin, cpu = time.perf_counter(), _cpu()
@@ -76,32 +81,40 @@ def _round(
         max_tokens=most,
     )
     left, numbers, written = iter(tokens), itertools.count(), 0
-    since: dict[int, tuple[int, float]] = {}
+    since: dict[int, tuple[int, Span]] = {}
     waits: Waits = {}
     steps = []
 
+    def now() -> Span:
+        return time.perf_counter(), time.process_time()
+
     def insert(count: int) -> None:
         for uid in generator.insert(list(itertools.islice(left, count))):
-            since[uid] = next(numbers), time.perf_counter()
+            since[uid] = next(numbers), now()
 
     insert(size if joining else len(tokens))
     while True:
-        before = time.perf_counter()
+        before = now()
         read, responses = generator.next()
         if not read and not responses:
             break
         if not read:
-            steps.append(time.perf_counter() - before)
+            steps.append(_between(before, now()))
         for one in responses:
             written += 1
             if one.uid in since:
                 number, given = since.pop(one.uid)
-                waits[number] = time.perf_counter() - given
+                waits[number] = _between(given, now())
         if joining:
             insert(sum(one.finish_reason is not None for one in responses))
     generator.close()
     took, used = time.perf_counter() - begin, _cpu() - cpu
-    return written, took, used, statistics.median(steps), waits
+    clock, processor = (statistics.median(column) for column in zip(*steps, strict=True))
+    return written, took, used, (clock, processor), waits
+
+
+def _between(begin: Span, end: Span) -> Span:
+    return end[0] - begin[0], end[1] - begin[1]
 
 
 def _cpu() -> float:
@@ -110,8 +123,9 @@ def _cpu() -> float:
 
 
 def _cpu_of(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    # Of those threads that are there; finer than the clock ticks of /proc/PID/stat.
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(path.read_text().split()[0]) for path in threads) / 1e9
 
 
 async def _clients(
@@ -134,13 +148,14 @@ async def _clients(
             }
             data = serving.post("/v1/chat/completions", json.dumps(body).encode())
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-            begin = time.perf_counter()
+            begin = time.perf_counter(), _cpu_of(server.process.pid)
             writer.write(data)
             found, waiting = b"", True
             while chunk := await reader.read(65536):
                 found += chunk
                 if stream and waiting and _SAID.search(found):
-                    waits[number] = time.perf_counter() - begin
+                    now = time.perf_counter(), _cpu_of(server.process.pid)
+                    waits[number] = _between(begin, now)
                     waiting = False
             writer.close()
             total += int(found.rpartition(b'"completion_tokens": ')[2].partition(b",")[0])
@@ -179,7 +194,8 @@ def main() -> None:
         daemon=True,
     )
     bare.start()
-    ratios, steps, bare_waits, waits = [], [], list[Waits](), list[Waits]()
+    ratios, steps = [], list[Span]()
+    bare_waits, waits = list[Waits](), list[Waits]()
     options = ("--batch-size", str(args.clients))
     with serving.serving(Path(tempfile.mkdtemp()), args.student, *options) as server:
         for number in range(args.rounds + 1):
@@ -206,10 +222,10 @@ def main() -> None:
             if args.stream:
                 total, count = map(float.__sub__, _engine_waits(server), engine)
                 row["first_token_mean_seconds"] = {
-                    "bare": statistics.mean(bare_wait.values()),
-                    "served": statistics.mean(wait.values()),
+                    "bare": statistics.mean(clock for clock, _ in bare_wait.values()),
+                    "served": statistics.mean(clock for clock, _ in wait.values()),
                     "engine": total / count,
-                    "step": step,
+                    "step": step[0],
                 }
             if number:  # the first warms both up
                 ratios.append((row["ratio"], row["ratio_cpu"]))
@@ -223,10 +239,14 @@ def main() -> None:
         listed = ", ".join(f"{value:.2f}" for value in values)
         print(f"served / bare by {name} time: {listed} (n {len(values)})")
     if args.stream:
-        print(first_tokens(bare_waits, waits, statistics.median(steps), args.clients))
+        for index, by in enumerate(("by the clock", "in processor seconds")):
+            step = statistics.median(span[index] for span in steps)
+            print(by, first_tokens(bare_waits, waits, step, args.clients, index))
 
 
-def first_tokens(bare: list[Waits], served: list[Waits], step: float, clients: int) -> str:
+def first_tokens(
+    bare: list[Waits], served: list[Waits], step: float, clients: int, index: int
+) -> str:
     """How much later a served request's first token is than the same one's, written bare.
 
     Args:
@@ -234,11 +254,13 @@ def first_tokens(bare: list[Waits], served: list[Waits], step: float, clients: i
         served: likewise.
         step: a decode step's seconds.
         clients: so many first requests find no running batch, and do not count.
+        index: of a span's part, the clock's or the processor's; ``step`` is of it, too.
     """
     asked = sorted(set.intersection(*map(set, (*bare, *served))))[clients:]
 
     def of(rounds: list[Waits]) -> Any:
-        return np.median([[waits[number] for number in asked] for waits in rounds], axis=0)
+        rows = [[waits[number][index] for number in asked] for waits in rounds]
+        return np.median(rows, axis=0)
 
     found = bootstrap([(of(served) - of(bare)) / step], lambda column: float(np.median(column)))
     return (
