@@ -47,6 +47,7 @@ from mlx_fd.runs.self_distillation_summary import (
 )
 from mlx_fd.training.checkpoint import (
     Done,
+    Records,
     Run,
     RunState,
     begin_or_restore,
@@ -252,19 +253,7 @@ def run(job: Job, models: Models) -> SelfSummary | None:
         expert=_expert(folder, config, models, report),
     )
     # Whatever the checkpoint holds, the student is still untrained here.
-    measured = kept(
-        records, runs.HEADROOM, lambda: _load_headroom(folder), checkpoint is not None, report
-    )
-    if measured is None:
-        report(Note(f"first probe evaluation: {len(probe_problems)} held-out problems"))
-        begin = time.perf_counter()
-        headroom = measure_headroom(learner, probe_problems)
-        seconds = round(time.perf_counter() - begin, 3)
-        content = {**headroom.to_json(), "seconds": seconds}
-        with runs.wrap_write_errors(folder):
-            write_json(folder / runs.HEADROOM, with_digest(content))
-    else:
-        headroom, seconds = measured
+    headroom, seconds = _headroom(records, learner, probe_problems, checkpoint is not None)
     this = Run(
         records=records,
         config=config,
@@ -275,11 +264,7 @@ def run(job: Job, models: Models) -> SelfSummary | None:
         stop=stop,
         extra=learner.extra,
     )
-    state = begin_or_restore(
-        this,
-        checkpoint,
-        lambda: first_state(config, headroom.losses),
-    )
+    state = begin_or_restore(this, checkpoint, lambda: first_state(config, headroom.losses))
     if checkpoint is not None:
         _restore_teacher(learner, checkpoint)
     if stop():
@@ -298,12 +283,9 @@ def run(job: Job, models: Models) -> SelfSummary | None:
         epoch, index = divmod(state.batch, batches)
         chunk = problems[index * size : (index + 1) * size]
         written = runs.read_attempts(folder) if epoch and learner.expert is not None else []
-        begins = index * size * config.selfdistill.num_generations
-        again = [
-            row
-            for row in written
-            if row.get("by_expert") and begins <= row["attempt"] < begins + size_of(chunk)
-        ]
+        each = config.selfdistill.num_generations
+        attempts = range(index * size * each, (index * size + len(chunk)) * each)
+        again = [row for row in written if row.get("by_expert") and row["attempt"] in attempts]
         state, rows, metrics = _batch(state, chunk, probe_problems, learner, again)
         # What the expert wrote in the first epoch is on the disk already.
         new = [row for row in rows if not (epoch and row.get("by_expert"))]
@@ -315,9 +297,6 @@ def run(job: Job, models: Models) -> SelfSummary | None:
             done=problems_before(state.batch),
             total=epochs * len(problems),
         )
-
-    def size_of(chunk: Sequence[Problem]) -> int:
-        return len(chunk) * config.selfdistill.num_generations
 
     reached = run_batches(this, state, batch, total, ends_frozen=True)
     if reached is None:
@@ -340,6 +319,23 @@ def run(job: Job, models: Models) -> SelfSummary | None:
             {"headroom": seconds},
         )
         return write_summary(this, state, summary)
+
+
+def _headroom(
+    records: Records, learner: _Learner, held_out: Sequence[Problem], begun: bool
+) -> tuple[Headroom, float]:
+    """The check of the untrained student, and its seconds: what is kept of it, or made now."""
+    folder, report = records.folder, learner.report
+    found = kept(records, runs.HEADROOM, lambda: _load_headroom(folder), begun, report)
+    if found is not None:
+        return found
+    report(Note(f"first probe evaluation: {len(held_out)} held-out problems"))
+    begin = time.perf_counter()
+    headroom = measure_headroom(learner, held_out)
+    seconds = round(time.perf_counter() - begin, 3)
+    with runs.wrap_write_errors(folder):
+        write_json(folder / runs.HEADROOM, with_digest({**headroom.to_json(), "seconds": seconds}))
+    return headroom, seconds
 
 
 def _expert(folder: Path, config: Config, models: Models, report: Report) -> Expert | None:
