@@ -164,7 +164,7 @@ def test_self_distillation_is_tracked_by_the_same_names(tmp_path, call):
     run = tmp_path / "run"
 
     small = {"episodes": 4, "batch-size": 2, "probe-size": 2, "probe-every": 1, "lora-rank": 2}
-    small |= {"max-answer-tokens": 16, "max-feedback-tokens": 16}
+    small["max-answer-tokens"] = 16
     options = [text for name, value in small.items() for text in (f"--{name}", value)]
     method = ("--method", "step-critique", "--critic", "truth")
     call("self-distill", *method, *options, "--track", "tensorboard", "--out", run)
