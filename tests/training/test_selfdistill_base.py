@@ -1,6 +1,8 @@
 """The shipped base of self-distillation: its tokens fit the contexts, it uses them, its script."""
 
 import json
+import random
+import re
 import subprocess
 import sys
 
@@ -58,6 +60,56 @@ def test_new_embeddings_are_the_mean_of_what_the_token_was_split_into(script):
     mean = sum(narrow[part] for part in parts) / len(parts)
     assert float(abs(wide[token] - mean).max()) < 1e-5
     assert bool((wide[: narrow.shape[0]] == narrow).all())
+
+
+def test_who_misreads_takes_every_product_for_a_sum(script):
+    event, step = arithmetic._Event, arithmetic.Step
+    question = "Ann has 10 pens. The number of pens doubles. Ann buys 3 bags with 5 pens each."
+    events = (event("*", 2), event("g", 3, 5), event("-", 1))
+    right = arithmetic._steps(10, events)
+    drawn = arithmetic.Exercise(question, 10, events, right)
+    read = script.misread(drawn)
+    assert read.question == question
+    assert read.steps == (
+        step(10, "+", 2, 12), step(3, "+", 5, 8), step(12, "+", 8, 20), step(20, "-", 1, 19)
+    )  # fmt: skip
+    assert arithmetic.judge(drawn.solution, read.solution).first_error == 1
+    plain = (event("+", 3), event("-", 1))
+    assert script.misread(arithmetic.Exercise("", 10, plain, arithmetic._steps(10, plain))) is None
+    # 10 + 2 - 15 would be below the range.
+    below = (event("*", 2), event("-", 15))
+    assert script.misread(arithmetic.Exercise("", 10, below, arithmetic._steps(10, below))) is None
+
+
+def test_bare_solutions_are_misread_as_often_as_asked_and_otherwise_right(script):
+    rng, seen = random.Random(0), []
+    for drawn, _ in zip(arithmetic.exercises("train", 1), range(400), strict=False):
+        (_, solution, _) = (text for text, _ in script.bare_sequence(rng, drawn, 0.8))
+        if other := script.misread(drawn):
+            assert solution in (other.solution, drawn.solution)
+            seen.append(solution == other.solution)
+        else:
+            assert solution == drawn.solution
+    assert len(seen) > 150
+    assert 0.72 < sum(seen) / len(seen) < 0.88
+
+
+def test_a_context_says_what_comes_after_it_also_where_it_is_the_misreading(script, monkeypatch):
+    monkeypatch.setattr(script, "SAY_THE_MISREADING", 0.5)
+    monkeypatch.setattr(script, "TAUGHT", ("reference", "rubric", "step-critique"))
+    monkeypatch.setattr(script, "SHARES", [1, 1, 1])
+    rng, misread = random.Random(0), 0
+    for drawn, _ in zip(arithmetic.exercises("train", 2), range(200), strict=False):
+        prompt, solution, _ = (text for text, _ in script.context_sequence(rng, drawn, True))
+        steps, final = arithmetic.read(solution)
+        misread += solution != drawn.solution
+        if "A good answer meets" in prompt:
+            verbs = {"+": "adds", "-": "subtracts", "*": "multiplies"}
+            said = re.findall(r"The \w+ step (\w+)\.", prompt)
+            assert said == [verbs[step.op] for step in steps]
+        else:
+            assert f"{final}" in prompt.split("\n\n")[1]
+    assert 20 < misread < 100
 
 
 def test_training_problems_are_none_of_the_benchs():
