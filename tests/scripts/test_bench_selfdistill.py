@@ -3,11 +3,9 @@
 import json
 import math
 
-import numpy as np
 import pytest
 
-from mlx_fd.models.loading import load
-from mlx_fd.models.resolve import resolve
+from mlx_fd.models.aliases import TINY_BASE
 from mlx_fd.training.selfdistill.methods import METHODS
 from support import ROOT
 from support.scripted import script
@@ -18,30 +16,18 @@ def bench():
     return script("bench_selfdistill")
 
 
-@pytest.fixture
-def three(bench, monkeypatch):
-    """The bench with three problems a seed."""
-    monkeypatch.setattr(bench, "PROBLEMS", 3)
-    return bench
-
-
-def row(arm, seed, right, chosen=None, tokens=5000):
+def row(arm, seed, greedy, sampled=(4, 4, 4)):
     return {
         "arm": arm,
         "seed": seed,
-        "attempts": 640,
-        "taught": 320,
-        "updates": 40,
-        "tokens": tokens,
-        "right": right,
-        "majority": [1.0, 0.5, 0.0],
-        "judged": "101",
-        "solved": "110",
-        "noisy": {f"{kind} {level}": "100" for kind, level in (("typed", 0.15),
-                                                              ("transcribed", 0.15))},
-        "drift": [0.002, 0.001],
-        **({"chosen_by": chosen} if chosen else {}),
-    }  # fmt: skip
+        "rate": 0.001,
+        "attempts": 320,
+        "taught": 160,
+        "updates": 20,
+        "tokens": 5000,
+        "greedy": greedy,
+        "sampled": list(sampled),
+    }
 
 
 def write(path, rows):
@@ -50,123 +36,116 @@ def write(path, rows):
 
 
 def test_the_table_is_that_of_the_rows_and_on_the_page(bench):
-    text = bench.TABLE.read_text()
-    assert text == bench.table(bench.ROWS)
+    assert bench.TABLE.read_text() == bench.table(bench.ROWS)
     page = (ROOT / "docs" / "benchmarks.md").read_text().splitlines()
     assert set(bench.short(bench.ROWS)) <= set(page)
 
 
-def test_every_arm_is_a_method_and_all_make_as_many_attempts(bench):
-    assert {options["method"] for options in bench.ARMS.values()} == set(METHODS)
+def test_all_rows_are_of_one_base_and_at_what_the_pilot_found_best(bench):
+    rows = bench.read_rows(bench.ROWS)
+    every = [row for seeds in rows.values() for row in seeds.values()]
+    assert len({row["base"] for row in every}) == 1
+    assert bench.best(bench.BASE) == bench.TEMPERATURE
+    for arm, seeds in rows.items():
+        assert len(seeds) >= 5, arm
+        if arm != bench.BASE:
+            assert {row["rate"] for row in seeds.values()} == {bench.best(arm)}, arm
+
+
+def test_all_arms_make_as_many_attempts(bench):
+    assert {options["method"] for options in bench.ARMS.values()} == set(METHODS) - {"echodistill"}
     for arm in bench.ARMS:
-        config = bench.options_of(arm, 3, 2e-4)
-        attempts = config.problems.episodes * config.selfdistill.num_generations
-        assert attempts == bench.ATTEMPTS
-        assert config.generation.batch_size * config.selfdistill.num_generations == bench.BATCH
+        config = bench.options_of(arm, 3, 2e-4, TINY_BASE)
+        rollouts = config.selfdistill.num_generations
+        assert config.problems.episodes * rollouts == bench.ATTEMPTS
+        assert config.generation.batch_size * rollouts == bench.BATCH
         assert (config.training.lora_rate, config.training.kd_steps) == (2e-4, 1)
         assert config.episode.seed == 3
-    critic = bench.options_of("step-critique, tiny as critic", 0, 1e-3).selfdistill
-    assert (critic.context, critic.critic, critic.critic_sees) == (
-        "step-critique",
-        "tiny",
-        "problem",
+        assert config.selfdistill.temperature == bench.TEMPERATURE
+    prose, own = (
+        bench.options_of(arm, 0, 1e-3, TINY_BASE).selfdistill
+        for arm in ("reference, prose", "reference")
     )
-    assert bench.options_of("forward KL, reference", 0, 1e-3).selfdistill.objective == "forward"
+    assert (prose.context, prose.reference_style) == ("reference", "prose")
+    assert (own.context, own.reference_style, own.objective) == ("reference", "solution", "forward")
 
 
-def test_every_row_was_learned_at_the_rate_that_the_pilot_found_best(bench, tmp_path):
+def test_the_best_is_that_of_the_pilots_highest_average(bench, tmp_path):
     rows = [
-        {"arm": "grpo", "rate": rate, "right": right}
-        for rate, right in ((1e-4, [1, 2, 3]), (3e-4, [9, 9, 0]), (1e-3, [2, 2, 2]))
+        {"arm": "grpo", "of": rate, "right": right}
+        for rate, right in ((1e-4, [1, 2, 3]), (3e-4, [8, 8, 0]), (1e-3, [2, 2, 2]))
     ]
     path = write(tmp_path / "pilot.jsonl", rows)
-    assert bench.rate_of("grpo", path) == 3e-4
-    assert bench.piloted(path)["grpo"][1e-4] == pytest.approx(2 / 12)
-    for arm, seeds in bench.read_rows(bench.ROWS).items():
-        if arm != bench.BASE:
-            assert {row["rate"] for row in seeds.values()} == {bench.rate_of(arm)}, arm
-            assert sorted(seeds) == [0, 1, 2]
+    assert bench.best("grpo", path) == 3e-4
+    assert bench.piloted(path)["grpo"][1e-4] == pytest.approx(2 / 8)
 
 
 def test_seeds_have_problems_of_their_own(bench):
-    seen = [{problem.id for problem in bench.problems_of(seed)[1]} for seed in range(3)]
-    assert [len(ids) for ids in seen] == [bench.PROBLEMS] * 3
-    assert not seen[0] & seen[1]
-    assert not seen[1] & seen[2]
+    seen = [{problem.id for problem in bench.problems_of(seed)} for seed in range(5)]
+    assert len(set().union(*seen)) == 5 * bench.PROBLEMS
 
 
-def test_changes_are_paired_over_the_seeds_that_both_have(three, tmp_path):
-    rows = three.read_rows(
-        write(
-            tmp_path / "rows.jsonl",
-            [
-                row("base", 0, [0, 6, 12], chosen=[0, 3, 4]),
-                row("base", 1, [6, 6, 6], chosen=[12, 12, 12]),
-                row("grpo", 0, [0, 0, 0]),
-                row("grpo", 0, [6, 6, 12]),  # the last row of an arm and seed counts
-            ],
-        )
-    )
-    gain, _ = three.change(rows["grpo"], rows["base"], three.average)
-    assert (gain.value, gain.n) == (pytest.approx(1 / 6), 1)
-    rare, _ = three.change(
-        rows["grpo"], rows["base"], three.average, lambda seed: [True, True, False]
-    )
-    assert rare.value == pytest.approx(0.25)
-    assert three.passed(rows["base"][0]) == [0.0, 1.0, 1.0]
-    text = three.table(tmp_path / "rows.jsonl")
-    line = next(x for x in text.splitlines() if x.startswith("| grpo |"))
+def test_changes_are_paired_over_the_seeds_that_both_have(bench, tmp_path):
+    rows = [
+        row("base", 0, [0, 0, 1]),
+        row("base", 1, [0, 1, 1]),
+        row("base", 2, [1, 1, 1]),
+        row("grpo", 0, [0, 0, 0]),
+        row("grpo", 0, [1, 0, 1], sampled=(8, 8, 8)),  # the last row of an arm and seed counts
+        row("grpo", 1, [1, 1, 0], sampled=(4, 4, 4)),
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    read = bench.read_rows(path)
+    gain, _ = bench.change(read["grpo"], read["base"], bench.greedy)
+    assert (gain.value, gain.n) == (pytest.approx((1 / 3 + 0) / 2), 2)
+    line = next(x for x in bench.table(path).splitlines() if x.startswith("| grpo |"))
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[1] == "2"
     assert cells[2].startswith("66.7 (")
     assert cells[3].startswith("+16.7 (")
-    # Of the three problems two were solved at most three times of twelve: 0 -> 6 and 6 -> 6.
-    assert cells[6].startswith("+25.0 (")
-    assert cells[10] == "2.0 / 1.0"
-    assert cells[11:] == ["50%", "40", "5"]
+    # Where the base is wrong: one of two mended, one of one. Where it is right: kept, one of two.
+    assert cells[5].startswith("+75.0 (")
+    assert cells[6].startswith("-25.0 (")
+    assert cells[7].startswith("75.0 (")
+    assert cells[8].startswith("+25.0 (")
+    assert cells[9:] == ["0.001", "50%", "20", "5"]
 
 
-def test_orderings_are_corrected_for_their_number(three, tmp_path):
+def test_comparisons_are_corrected_for_their_number(bench, tmp_path):
     rows = [
-        row("base", 0, [0, 0, 0], chosen=[0, 0, 0]),
-        row("grpo", 0, [1, 1, 1]),
-        row("grpo", 1, [1, 2, 1]),
-        row("step-critique", 0, [12, 11, 12]),
-        row("step-critique", 1, [12, 11, 11]),
-        row("forward KL, reference", 0, [6, 6, 7]),
-        row("forward KL, reference", 1, [7, 7, 7]),
+        row("base", 0, [0, 0, 0]),
+        row("base", 1, [0, 0, 0]),
+        row("step-critique", 0, [1, 1, 1]),
+        row("step-critique", 1, [1, 1, 0]),
+        row("reference", 0, [1, 1, 0]),
+        row("reference", 1, [1, 0, 0]),
     ]
-    found = three.orderings(three.read_rows(write(tmp_path / "rows.jsonl", rows)))
-    assert [item[:2] for item in found] == [
-        ("step-critique", "forward KL, reference"),
-        ("forward KL, reference", "grpo"),
-        ("step-critique", "grpo"),
+    found = bench.comparisons(bench.read_rows(write(tmp_path / "rows.jsonl", rows)))
+    assert list(found) == [
+        ("step-critique", "base"),
+        ("reference", "base"),
+        ("step-critique", "reference"),
     ]
-    assert found[0][3].value == pytest.approx((16 + 13) / 72)
-    # With one degree of freedom t's distribution is Cauchy's. The two differences of the second are
-    # nearer to each other than three problems of each could make sure.
-    spreads = (
-        (16 + 13) / 72 / (3 / 72),
-        (16 + 17) / 72 / (math.sqrt(2) / 72),
-        (32 + 30) / 72 / (2 / 72),
-    )
-    first, second, third = (1 - 2 * math.atan(t) / math.pi for t in spreads)
-    adjusted = [max(first, 2 * second, 3 * third), max(2 * second, 3 * third), 3 * third]
-    assert [item[4] for item in found] == pytest.approx(adjusted)
+    assert [x[0].value for x in found.values()] == pytest.approx([5 / 6, 1 / 2, 1 / 3])
+    # With one degree of freedom t's distribution is Cauchy's. The error of a mean of three of which
+    # one or two are right: variance 2 / 9, over n - 1.
+    one = math.sqrt(2 / 9 / 2)
+    errors = [
+        max((1 - 2 / 3) / 2, one / 2),
+        max((2 / 3 - 1 / 3) / 2, math.hypot(one, one) / 2),
+        max(0, math.hypot(one, one) / 2),
+    ]
+    ps = [
+        1 - 2 * math.atan(value / error) / math.pi
+        for value, error in zip((5 / 6, 1 / 2, 1 / 3), errors, strict=True)
+    ]
+    first, second, third = sorted(ps)
+    adjusted = [3 * first, max(3 * first, 2 * second), max(3 * first, 2 * second, third)]
+    assert [found[pair][1] for pair in found] == pytest.approx(adjusted)
 
 
-def test_numbers_and_operators_are_reasoning(bench):
-    for piece in ("7", "+", "=", "-", "*", "42"):
-        assert bench.is_reasoning(piece)
-    for piece in ("Step 1: <<", ">>", "\n#### ", "<|end|>", "", "a"):
-        assert not bench.is_reasoning(piece)
-
-
-def test_a_model_does_not_drift_from_itself_and_does_from_another(bench):
-    base, other = load(resolve("tiny-base")), load(resolve("tiny-base"))
-    exercises, _ = bench.problems_of(0)
-    assert np.allclose(bench.drift(base, base, exercises[:4]), 0, atol=1e-6)
-    norm = other.model.model.norm
-    norm.weight = norm.weight * 0.5
-    style, reasoning = bench.drift(other, base, exercises[:4])
-    assert style > 0.001
-    assert reasoning > 0.001
+def test_two_arms_that_answer_alike_are_not_told_apart(bench, tmp_path):
+    answers = {0: [1, 0, 1], 1: [1, 1, 0]}
+    rows = [row(a, s, answers[s]) for a in ("base", "step-critique", "reference") for s in (0, 1)]
+    found = bench.comparisons(bench.read_rows(write(tmp_path / "rows.jsonl", rows)))
+    assert [(one.value, p) for one, p in found.values()] == [(0.0, 1.0)] * 3
