@@ -47,7 +47,15 @@ def resample(
     table = [np.asarray(column, dtype=np.float64) for column in columns]
     n = len(table[0])
     drawn = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-    return np.array([statistic(*(column[rows] for column in table)) for rows in drawn])
+    if statistic is mean and not np.isnan(table[0]).any():
+        means: Rows = table[0][drawn].mean(axis=1)
+        return means
+    if n**n >= RESAMPLES:
+        return np.array([statistic(*(column[rows] for column in table)) for rows in drawn])
+    # Of few rows the same samples come again and again.
+    samples, which = np.unique(drawn, axis=0, return_inverse=True)
+    values = [statistic(*(column[rows] for column in table)) for rows in samples]
+    return np.array(values)[which.reshape(-1)]
 
 
 def percentile_interval(value: float, draws: Rows, n: int) -> Estimate:
@@ -125,22 +133,20 @@ def paired_bootstrap(
     if len({len(column) for column in columns}) > 1:
         raise ValueError("a paired test needs the same problems on both sides")
     paired = ~(np.isnan(columns[0]) | np.isnan(columns[1]))
-    columns = [column[paired] for column in columns]
-
-    def difference(one: Rows, other: Rows, *rest: Rows) -> float:
-        return statistic(one, *rest) - statistic(other, *rest)
-
-    n = len(columns[0])
+    one, other, *rest = [column[paired] for column in columns]
+    n = len(one)
     if n == 0:
         return Estimate(math.nan, math.nan, math.nan, 0), math.nan
-    draws = resample(columns, difference, seed)
+    # One seed draws the same rows of both.
+    draws = resample([one, *rest], statistic, seed) - resample([other, *rest], statistic, seed)
     draws = draws[np.isfinite(draws)]
-    estimate = percentile_interval(float(difference(*columns)), draws, n)
+    value = float(statistic(one, *rest) - statistic(other, *rest))
+    estimate = percentile_interval(value, draws, n)
     if not len(draws):
         return estimate, math.nan
     least = min((draws <= 0).sum(), (draws >= 0).sum())
     p = 2 * float(1 + least) / (1 + len(draws))
-    chance = 2.0 ** (1 - int((columns[0] != columns[1]).sum()))
+    chance = 2.0 ** (1 - int((one != other).sum()))
     if chance > _ALPHA:
         low, high = min(estimate.low, 0.0), max(estimate.high, 0.0)
         estimate = replace(estimate, low=low, high=high)

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_fd.evaluation.statistics import bootstrap, holm, mcnemar, mean, paired_bootstrap
+from mlx_fd.evaluation.calibration import brier, roc_auc
+from mlx_fd.evaluation.statistics import (
+    RESAMPLES,
+    bootstrap,
+    holm,
+    mcnemar,
+    mean,
+    paired_bootstrap,
+    resample,
+)
 
 
 def test_interval_of_a_mean_is_the_normal_one():
@@ -50,6 +59,29 @@ def test_the_seed_decides():
     values = list(range(10))
     assert bootstrap([values], mean, seed=1) == bootstrap([values], mean, seed=1)
     assert bootstrap([values], mean, seed=1) != bootstrap([values], mean, seed=2)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 40])
+@pytest.mark.parametrize("missing", [False, True])
+def test_many_samples_at_once_are_those_one_by_one(n, missing):
+    """To the last bit: means of all samples at once, and of few rows each sample once."""
+    rng = np.random.default_rng(n)
+    values, truth = rng.random(n), (rng.random(n) < 0.5).astype(float)
+    if missing:
+        values[rng.integers(n)] = math.nan
+    drawn = np.random.default_rng(3).integers(0, n, (RESAMPLES, n))
+    for columns, statistic in (([values], mean), ([values, truth], roc_auc), ([truth], len)):
+        one_by_one = [statistic(*(column[rows] for column in columns)) for rows in drawn]
+        np.testing.assert_array_equal(resample(columns, statistic, seed=3), one_by_one)
+    if not missing:
+        other = rng.random(n)
+        found, _ = paired_bootstrap(values, other, brier, [truth])
+        both = [values, other, truth]
+        plain = bootstrap(both, lambda a, b, true: brier(a, true) - brier(b, true))
+        assert found.value == plain.value
+        # Of fewer than six pairs the interval holds 0.
+        if n > 5:
+            assert (found.low, found.high) == (plain.low, plain.high)
 
 
 # ------------------------------------------------------------------------------------ paired tests

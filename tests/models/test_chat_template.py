@@ -186,6 +186,15 @@ def test_a_digest_covers_what_decides_and_no_more() -> None:
     assert made(QWEN, date="2026-11-28").digest() == made(QWEN).digest()
 
 
+def test_a_template_that_prints_no_date_is_tried_once_for_all_days() -> None:
+    tried = template_sandbox._keeps_limits.cache_info
+    for source, times in ((QWEN, 0), (LLAMA, 1)):
+        made(source, date="2026-11-27")
+        before = tried().misses
+        made(source, date="2026-11-26")
+        assert tried().misses == before + times
+
+
 def test_variables_are_those_that_the_template_takes() -> None:
     thinking = made(QWEN)
     assert thinking.knows("enable_thinking") and not thinking.knows("content")

@@ -24,7 +24,7 @@ import mlx_lm  # noqa: E402
 from mlx_lm.utils import load_tokenizer  # noqa: E402
 
 from mlx_fd.errors import UserError  # noqa: E402
-from mlx_fd.models import loading  # noqa: E402
+from mlx_fd.models import gguf_reading, loading  # noqa: E402
 from mlx_fd.models.gguf import convert  # noqa: E402
 from mlx_fd.models.resolve import resolve  # noqa: E402
 from support import FIXTURES  # noqa: E402
@@ -277,6 +277,36 @@ def test_positions_are_scaled_where_llama_cpp_scales_them(
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     scaling = {"type": "linear", "factor": factor} if factor else None
     assert config.get("rope_scaling") == scaling
+
+
+@pytest.mark.parametrize("order", gguf.GGUFEndian)
+def test_metadata_are_read_as_the_gguf_package_reads_them(order, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=order)
+    writer.add_string("a.text", "Köln")
+    writer.add_array("a.texts", ["one", "", "Köln", "x" * 300])
+    for name, values in {
+        "a.int32": [-1, 7],
+        "a.float32": [0.1, -2.5],
+        "a.bool": [True, False],
+        "a.one": [7],
+    }.items():
+        writer.add_array(name, values)
+    for kind, value in ((gguf.GGUFValueType.UINT8, 200), (gguf.GGUFValueType.FLOAT64, 1e300)):
+        writer.add_key_value(f"a.{kind.name}", [value], gguf.GGUFValueType.ARRAY, sub_type=kind)
+    writer.add_uint32("a.last", 5)
+    writer.add_tensor("t", np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours, theirs = gguf_reading._read(tmp_path / "m.gguf"), gguf.GGUFReader(tmp_path / "m.gguf")
+    found, wanted = (
+        [(name, field.contents(), field.types) for name, field in reader.fields.items()]
+        for reader in (ours, theirs)
+    )
+    assert found == wanted and len(found) >= 12
+    assert [t.name for t in ours.tensors] == ["t"]
+    np.testing.assert_array_equal(ours.tensors[0].data, theirs.tensors[0].data)
 
 
 def converts_or_refuses(data: bytes, folder: Path, number: int) -> bool:

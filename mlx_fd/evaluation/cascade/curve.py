@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.measures import Measure
-from mlx_fd.evaluation.statistics import Rows, bootstrap
+from mlx_fd.evaluation.statistics import Rows, bootstrap, mean
 from mlx_fd.runs.records import CascadePointRow, CascadeSystemRow, EstimateRow
 from mlx_fd.runs.summary import wilson
 
@@ -108,7 +108,7 @@ def systems(found: Sequence[Outcome], threshold: float | None) -> list[CascadeSy
     cascade = np.where(passed == 1, expert, student)
 
     def row(name: str, accuracy: EstimateRow, share: float, asked: Rows) -> CascadeSystemRow:
-        tokens = bootstrap([asked * data["expert_tokens"]], lambda column: float(column.mean()))
+        tokens = bootstrap([asked * data["expert_tokens"]], mean)
         return {
             "name": name,
             "accuracy": accuracy,
