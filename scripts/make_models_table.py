@@ -87,10 +87,14 @@ def table(rows: Mapping[str, Row]) -> str:
     """The rows as Markdown, between the marks."""
     lines = ["| `model_type` | in mlx-fd | layers keep | exports |", "|---|---|---|---|"]
     # Several of one type differ in what their configurations say; one line where they agree.
-    for row in sorted(set(rows.values()), key=lambda row: (row.model_type.lower(), row.states)):
-        cells = (f"`{row.model_type}`", row.result, row.states, row.formats)
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join([BEGIN, "", *lines, "", END])
+    found = sorted(set(rows.values()), key=lambda row: (row.model_type.lower(), row.states))
+    return "\n".join([BEGIN, "", *lines, *map(line, found), "", END])
+
+
+def line(row: Row) -> str:
+    """A row as Markdown."""
+    cells = (f"`{row.model_type}`", row.result, row.states, row.formats)
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def with_table(page: str, rows: Mapping[str, Row]) -> str:

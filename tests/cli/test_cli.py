@@ -5,18 +5,17 @@ import fcntl
 import json
 import math
 import os
-import pty
 import re
 import select
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import termios
 import time
 import tomllib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +31,17 @@ from mlx_fd.runs.checked import read_checked, with_digest
 from mlx_fd.runs.checkpoints import newest_checkpoint
 from mlx_fd.text import strip_control_chars
 from support import FIXTURES, ROOT
-from support.shell import SCRIPT, Done, failed, limit_file_size, shell
+from support.draws import ALL
+from support.shell import (
+    SCRIPT,
+    Done,
+    Piped,
+    failed,
+    in_terminal,
+    limit_file_size,
+    piped,
+    shell,
+)
 from support.tiny import make_model_dir, make_tokenizer
 from support.trained import make_run
 
@@ -708,8 +717,9 @@ def test_without_a_backend_every_command_says_what_to_install(command, no_mlx, f
     assert done.status != 0 and "Traceback" not in done.err and "a bug in mlx-fd" not in done.err
     assert 'pip install "mlx-fd[cpu]"' in done.flat and '"mlx-fd[cuda]"' in done.flat
     assert "libmlx.so: cannot open shared object" in done.flat
-    done = shell(command, "--help", cwd=tmp_path, env=no_mlx)
-    assert done.status == 0 and "Examples:" in done.out
+    if ALL or command == "loop":
+        done = shell(command, "--help", cwd=tmp_path, env=no_mlx)
+        assert done.status == 0 and "Examples:" in done.out
 
 
 # Exports
@@ -798,30 +808,19 @@ def test_a_log_file_gets_plain_lines(home, tmp_path):
     assert all("ETA" in line for line in batches)
 
 
-def in_terminal(*arguments: str, cwd: Path, **env: str) -> tuple[int, str]:
-    """Run the console script in a pseudo-terminal of 100 columns."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    unset = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "CI")
-    kept = {key: value for key, value in os.environ.items() if key not in unset}
-    process = subprocess.Popen(
-        [SCRIPT, *arguments],
-        cwd=cwd,
-        env={**kept, "TERM": "xterm-256color", **env},
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-    )
-    os.close(slave)
+def shown(*arguments: object, cwd: Path, **env: str) -> tuple[int, str]:
+    """The command's exit status, and what it wrote to a terminal."""
+    process, terminal = in_terminal(*arguments, cwd=cwd, env=env)
     seen = b""
-    while select.select([master], [], [], 120)[0]:
+    while select.select([terminal], [], [], 120)[0]:
         with contextlib.suppress(OSError):
-            if block := os.read(master, 65536):
+            if block := os.read(terminal, 65536):
                 seen += block
                 continue
         break
-    os.close(master)
-    return process.wait(timeout=60), seen.decode()
+    os.close(terminal)
+    process.join(60)
+    return process.exitcode, seen.decode()
 
 
 def plain(seen: str) -> str:
@@ -831,7 +830,7 @@ def plain(seen: str) -> str:
 
 def test_a_terminal_gets_a_live_panel(home, tmp_path):
     arguments = ["loop", *tiny(home), "--out"]
-    status, seen = in_terminal(*arguments, str(tmp_path / "a"), cwd=home)
+    status, seen = shown(*arguments, tmp_path / "a", cwd=home)
     assert status == 0
     for text in ("╭─ mlx-fd loop", "loss (held out)", "gate:", "episodes", "4/4"):
         assert text in plain(seen)
@@ -840,10 +839,10 @@ def test_a_terminal_gets_a_live_panel(home, tmp_path):
     assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h") == 1
     end = seen.partition("\x1b[?25h")[2]
     assert "final answers right" in end and "\x1b[" not in end.partition("results:")[2]
-    status, seen = in_terminal(*arguments, str(tmp_path / "b"), cwd=home, NO_COLOR="1")
+    status, seen = shown(*arguments, tmp_path / "b", cwd=home, NO_COLOR="1")
     assert status == 0 and "╭─ mlx-fd loop" in plain(seen)
     assert not re.search(r"\x1b\[[\d;]*3\d[;m]", seen)
-    status, seen = in_terminal(*arguments, str(tmp_path / "c"), cwd=home, TERM="dumb")
+    status, seen = shown(*arguments, tmp_path / "c", cwd=home, TERM="dumb")
     assert status == 0 and not CONTROL.search(seen.replace("\r\n", "\n"))
     assert "2/4  right" in seen
 
@@ -851,37 +850,28 @@ def test_a_terminal_gets_a_live_panel(home, tmp_path):
 # Stopping
 
 
-class Started:
-    """A run in a process of its own, whose lines can be waited for."""
+def started(home: Path, *arguments: object, before: Callable[[], object] | None = None):
+    """A run in a process of its own."""
+    return piped("loop", *tiny(home), *arguments, cwd=home, before=before)
 
-    def __init__(self, home: Path, *arguments: object):
-        self.process = subprocess.Popen(
-            [SCRIPT, "loop", *tiny(home), *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.seen: list[str] = []
 
-    def wait_for(self, text: str) -> None:
-        for line in self.process.stdout:
-            self.seen.append(line)
-            if text in line:
-                return
-        pytest.fail(f"{text!r} did not come: {self.seen} {self.process.stderr.read()}")
-
-    def end(self) -> Done:
-        out, err = self.process.communicate(timeout=60)
-        return Done(self.process.returncode, "".join(self.seen) + out, err)
+def read_until(text: str, run: Piped) -> str:
+    """What a run writes up to a line with this text."""
+    seen = []
+    for line in run.out:
+        seen.append(line)
+        if text in line:
+            return "".join(seen)
+    return pytest.fail(f"{text!r} did not come: {seen} {run.err.read()}")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_ends_the_run_after_its_batch(number, status, home, mlx_fd, tmp_path):
     out = tmp_path / "the run"
-    run = Started(home, "--out", out, "--episodes", 20, "--checkpoint-every", 1000)
-    run.wait_for("2/20")
-    run.process.send_signal(number)
-    done = run.end()
+    with started(home, "--out", out, "--episodes", 20, "--checkpoint-every", 1000) as run:
+        read_until("2/20", run)
+        run.send(number)
+        done = run.rest()
     assert done.status == status
     assert done.err == f"stopped; continue with: mlx-fd resume '{out}'\n"
     assert "stopping after this batch" in done.out and "Summary" not in done.out
@@ -899,20 +889,20 @@ def test_the_second_signal_ends_the_process_at_once(quiet, home, mlx_fd, tmp_pat
     # The look at the held-out problems takes many seconds with answers of this length.
     out = tmp_path / "out"
     long = ["--max-answer-tokens", 1400, "--probe-size", 8]
-    run = Started(home, "--out", out, *long, *(["--quiet"] if quiet else []))
     hint = f"mlx-fd resume {out}"
-    if quiet:
-        wait_until((out / runs.MANIFEST).exists)
-        run.process.send_signal(signal.SIGINT)
-        assert hint in run.process.stderr.readline()
-    else:
-        run.wait_for("first probe evaluation")
-        run.process.send_signal(signal.SIGINT)
-        run.wait_for("stopping after this batch; Ctrl-C again stops at once")
-        assert hint in run.seen[-1]
-    begin = time.monotonic()
-    run.process.send_signal(signal.SIGINT)
-    done = run.end()
+    with started(home, "--out", out, *long, *(["--quiet"] if quiet else [])) as run:
+        if quiet:
+            wait_until((out / runs.MANIFEST).exists)
+            run.send(signal.SIGINT)
+            assert hint in run.err.readline()
+        else:
+            read_until("first probe evaluation", run)
+            run.send(signal.SIGINT)
+            stopping = read_until("stopping after this batch; Ctrl-C again stops at once", run)
+            assert hint in stopping.splitlines()[-1]
+        begin = time.monotonic()
+        run.send(signal.SIGINT)
+        done = run.rest()
     # As a shell sees it: ended by the signal, status 130.
     assert done.status == -signal.SIGINT and done.err == ""
     assert time.monotonic() - begin < 5
@@ -958,46 +948,38 @@ def test_the_second_signal_ends_the_process_in_a_long_call_into_c(which, call):
     assert time.monotonic() - begin < 2
 
 
+def ignore_signals() -> None:
+    """As nohup and a shell's background do."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def test_signals_that_are_ignored_stay_ignored(home, tmp_path):
-    # As nohup and a shell's background do.
-    code = (
-        "import signal, sys; from mlx_fd.cli import main\n"
-        "for number in (signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)\n"
-        "main()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "loop", *tiny(home), "--out", tmp_path / "out"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if "first probe evaluation" in line:
-            process.send_signal(signal.SIGINT)
-            process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=60) == 0
+    with started(home, "--out", tmp_path / "out", before=ignore_signals) as run:
+        read_until("first probe evaluation", run)
+        run.send(signal.SIGINT)
+        run.send(signal.SIGHUP)
+        assert run.rest().status == 0
     assert (tmp_path / "out" / runs.SUMMARY).exists()
+
+
+def own_terminal() -> None:
+    """The terminal is this process's, and its end the process's."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def test_a_closed_terminal_ends_the_run_with_a_checkpoint(home, mlx_fd, tmp_path):
     out = tmp_path / "out"
-    master, slave = pty.openpty()
-    own = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-    run = subprocess.Popen(
-        [
-            *(sys.executable, "-c", f"{own}from mlx_fd.cli import main; main()", "loop"),
-            *(*tiny(home), "--out", out, "--episodes", "20", "--checkpoint-every", "99"),
-        ],
-        stdin=slave, stdout=slave, stderr=slave,
-        env={**os.environ, "TERM": "xterm"},
-        start_new_session=True,
-    )  # fmt: skip
-    os.close(slave)
+    longer = ("--out", out, "--episodes", 20, "--checkpoint-every", 99)
+    run, terminal = in_terminal("loop", *tiny(home), *longer, cwd=home, before=own_terminal)
     while not (out / runs.METRICS).exists() or not runs.read_lines(out / runs.METRICS):
-        assert run.poll() is None
-        if select.select([master], [], [], 0.02)[0]:
-            os.read(master, 65536)
-    os.close(master)  # SIGHUP, and EIO for whatever is printed
-    assert run.wait(timeout=60) == 128 + signal.SIGHUP
+        assert run.exitcode is None
+        if select.select([terminal], [], [], 0.02)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)  # SIGHUP, and EIO for whatever is printed
+    run.join(60)
+    assert run.exitcode == 128 + signal.SIGHUP
     batches = len(runs.read_lines(out / runs.METRICS))
     checkpoint, broken = newest_checkpoint(out)
     assert checkpoint.batch == batches < 10 and not broken
@@ -1005,11 +987,11 @@ def test_a_closed_terminal_ends_the_run_with_a_checkpoint(home, mlx_fd, tmp_path
 
 
 def test_a_run_goes_on_when_nobody_reads_its_output(home, tmp_path):
-    run = Started(home, "--out", tmp_path / "out", "--episodes", 8)
-    run.wait_for("2/8")
-    run.process.stdout.close()
-    assert run.process.wait(timeout=60) == 0
-    assert run.process.stderr.read() == ""
+    with started(home, "--out", tmp_path / "out", "--episodes", 8) as run:
+        read_until("2/8", run)
+        run.out.close()
+        assert run.wait() == 0
+        assert run.err.read() == ""
     assert (tmp_path / "out" / runs.SUMMARY).exists()
 
 
@@ -1038,12 +1020,10 @@ def test_output_to_a_full_disk_is_an_error(tmp_path):
 
 def test_a_stopped_run_prints_json_too(home, tmp_path):
     out = tmp_path / "out"
-    run = Started(home, "--out", out, "--episodes", 40, "--json")
-    deadline = time.monotonic() + 60
-    while not runs.read_lines(out / runs.METRICS) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    run.process.send_signal(signal.SIGTERM)
-    done = run.end()
+    with started(home, "--out", out, "--episodes", 40, "--json") as run:
+        wait_until(lambda: runs.read_lines(out / runs.METRICS))
+        run.send(signal.SIGTERM)
+        done = run.rest()
     assert done.status == 143
     assert json.loads(done.out) == {"run": str(out), "done": False}
 

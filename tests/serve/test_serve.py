@@ -346,7 +346,8 @@ def test_a_full_server_says_when_to_come_again_and_a_term_lets_it_finish(tmp_pat
         assert set(reasons) <= {"stop", "length"}
         assert last.choices[0].finish_reason == "stop"
         assert -1 < last.mlx_fd["score"] < 1
-        assert server.process.wait(20) == 0
+        server.process.join(20)
+        assert server.process.exitcode == 0
         assert {line["event"] for line in server.lines()} == {"request", "stopping"}
 
 

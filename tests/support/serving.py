@@ -7,17 +7,17 @@ import contextlib
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from openai import AsyncOpenAI
 
 from mlx_fd import problems
+from support.shell import piped
 from support.trained import make_run
 
 KEY = "a-key-that-nobody-guesses"
@@ -46,7 +46,7 @@ class Server:
         log: the file with its standard error.
     """
 
-    process: subprocess.Popen[str]
+    process: BaseProcess
     address: str
     log: Path
 
@@ -78,25 +78,11 @@ class Server:
 def serving(folder: Path, student: Path | str, *options: str, key: str = KEY) -> Iterator[Server]:
     """A server from its start to its end, which is a kill where nobody stopped it."""
     log = folder / f"serve-{time.monotonic_ns()}.log"
-    command = [sys.executable, "-m", "mlx_fd", "serve", "--student", str(student), "--port", "0"]
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [*command, "--json", *options],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, "MLX_FD_API_KEY": key},
-        )
-    assert process.stdout is not None
-    try:
-        said = process.stdout.readline()
+    command = ("serve", "--student", student, "--port", "0", "--json", *options)
+    with piped(*command, cwd=Path.cwd(), env={"MLX_FD_API_KEY": key}, errors=log) as running:
+        said = running.out.readline()
         assert said, log.read_text()
-        yield Server(process, json.loads(said)["address"], log)
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        process.stdout.close()
+        yield Server(running.process, json.loads(said)["address"], log)
 
 
 async def ask(client: AsyncOpenAI, question: str, **options: Any) -> Any:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import functools
 import multiprocessing
 import os
+import pty
 import resource
 import runpy
 import signal
+import struct
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
+import termios
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -83,13 +91,10 @@ class Running:
 
     def wait(self, seconds: float = SECONDS) -> Done:
         """What it did, when it is through."""
-        self.process.join(seconds)
-        if self.process.exitcode is None:
-            self.process.kill()
-            raise subprocess.TimeoutExpired(SCRIPT, seconds)
+        status = _end(self.process, seconds)
         out, err = (Path(self.folder.name, name).read_text() for name in ("out", "err"))
         self.folder.cleanup()
-        return Done(self.process.exitcode, out, err)
+        return Done(status, out, err)
 
 
 def launch(
@@ -100,21 +105,120 @@ def launch(
     program: Path | None = None,
 ) -> Running:
     """Begin the command in a process of its own, as `shell` does, to be waited for or killed."""
-    _start_forks()
     folder = tempfile.TemporaryDirectory()
-    outputs = (Path(folder.name, "out"), Path(folder.name, "err"))
+    line = (str(program or SCRIPT), *map(str, arguments))
+    out, err = (_written(Path(folder.name, name)) for name in ("out", "err"))
+    return Running(_fork(line, cwd, env, (None, out, err), before), folder)
+
+
+@dataclass(frozen=True)
+class Piped:
+    """A command that was begun and can be talked with.
+
+    Attributes:
+        process: its process.
+        out: what it writes to its standard output, until that is closed here.
+        err: to its standard error.
+    """
+
+    process: BaseProcess
+    out: TextIO
+    err: TextIO
+
+    def send(self, number: int) -> None:
+        """Send it a signal, if it is still there."""
+        assert self.process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+    def wait(self, seconds: float = SECONDS) -> int:
+        """Its exit status, when it is through; -2 where signal 2 ended it."""
+        return _end(self.process, seconds)
+
+    def rest(self, seconds: float = SECONDS) -> Done:
+        """What it did, when it is through, and what of its output was not read yet."""
+        with ThreadPoolExecutor(2) as pool:
+            texts = [pool.submit(stream.read) for stream in (self.out, self.err)]
+            status = self.wait(seconds)
+            out, err = (text.result() for text in texts)
+        return Done(status, out, err)
+
+
+@contextlib.contextmanager
+def piped(
+    *arguments: object,
+    cwd: Path,
+    env: dict[str, str] | None = None,
+    before: Callable[[], object] | None = None,
+    errors: Path | None = None,
+) -> Iterator[Piped]:
+    """The command in a process of its own, from its start to its end or to this block's.
+
+    With ``errors`` its standard error goes into that file.
+    """
+    (out, out_end), (err, err_end) = os.pipe(), os.pipe()
+    if errors is not None:
+        os.close(err_end)
+        err_end = _written(errors)
+    with os.fdopen(out) as stdout, os.fdopen(err) as stderr:
+        line = (SCRIPT, *map(str, arguments))
+        process = _fork(line, cwd, env, (None, out_end, err_end), before)
+        try:
+            yield Piped(process, stdout, stderr)
+        finally:
+            process.kill()
+            process.join()
+
+
+def in_terminal(
+    *arguments: object,
+    cwd: Path,
+    env: dict[str, str] | None = None,
+    before: Callable[[], object] | None = None,
+) -> tuple[BaseProcess, int]:
+    """Begin the command in a pseudo-terminal of 100 columns; its process, and the terminal."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    line = (SCRIPT, *map(str, arguments))
+    unset = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "CI")
+    streams = (os.dup(slave), os.dup(slave), slave)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in unset:
+            patch.delenv(name, raising=False)
+        given = {"TERM": "xterm-256color", **(env or {})}
+        return _fork(line, cwd, given, streams, before), master
+
+
+def _fork(
+    line: tuple[str, ...],
+    cwd: Path,
+    env: dict[str, str] | None,
+    streams: tuple[int | None, int | None, int | None],
+    before: Callable[[], object] | None,
+) -> BaseProcess:
+    """Begin the command with these descriptors as its standard streams, and close them here."""
+    _start_forks()
+    # As a connection a descriptor is passed on.
+    sent = [None if stream is None else Connection(stream) for stream in streams]
     process = multiprocessing.get_context(_method()).Process(
-        target=_command,
-        args=(
-            (program or SCRIPT, *map(str, arguments)),
-            cwd,
-            {**os.environ, **(env or {})},
-            outputs,
-            before,
-        ),
+        target=_command, args=(line, cwd, {**os.environ, **(env or {})}, sent, before)
     )
     process.start()
-    return Running(process, folder)
+    for stream in filter(None, sent):
+        stream.close()
+    return process
+
+
+def _written(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+
+
+def _end(process: BaseProcess, seconds: float) -> int:
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        raise subprocess.TimeoutExpired(SCRIPT, seconds)
+    return process.exitcode
 
 
 def _method() -> str:
@@ -166,20 +270,27 @@ def limit_file_size(size: int) -> None:
 
 
 def _command(
-    line: tuple[Path | str, ...],
+    line: tuple[str, ...],
     cwd: Path,
     environment: dict[str, str],
-    outputs: tuple[Path, Path],
+    streams: list[Connection | None],
     before: Callable[[], object] | None,
 ) -> None:
     """Be the installed script, or another program, in a fork."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    for stream, path in zip((sys.stdout, sys.stderr), outputs, strict=True):
-        with path.open("w") as file:
-            os.dup2(file.fileno(), stream.fileno())
-    sys.argv = [*map(str, line)]
+    for number, stream in enumerate(streams):
+        if stream is not None:
+            os.dup2(stream.fileno(), number)
+            stream.close()
+    if streams[0] is not None:
+        sys.stdin = os.fdopen(0, closefd=False)
+    # As Python itself sets them up where it starts.
+    lines = 1 if os.isatty(1) else -1
+    sys.stdout = os.fdopen(1, "w", lines, closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
+    sys.argv = [*line]
     try:
         import support.imported  # noqa: F401  # says why, where the server could not
         from mlx_fd.cli import main
@@ -189,7 +300,7 @@ def _command(
         if line[0] == SCRIPT:
             main()
         else:
-            runpy.run_path(str(line[0]), run_name="__main__")
+            runpy.run_path(line[0], run_name="__main__")
     finally:
         sys.stdout.flush()
         # Multiprocessing ends a fork without them.

@@ -26,7 +26,7 @@ from mlx_fd.training.selfdistill.methods import EXPERT_METHODS, configured
 from mlx_fd.training.selfdistill.plan import make_plan, open_models
 from mlx_fd.training.selfdistill.rollouts import sample_rollouts
 from mlx_fd.training.selfdistill.teacher import adapter, first_teacher
-from support.draws import nightly
+from support.draws import ALL, nightly
 from support.pairs import without_seconds
 from support.shell import shell
 
@@ -35,7 +35,7 @@ SMALL = {
     "episodes": 4,
     "batch_size": 2,
     "max_answer_tokens": 24,
-    "probe_size": 2,
+    "probe_size": 1,
     "probe_every": 2,
     "checkpoint_every": 1,
     "lora_rank": 2,
@@ -176,6 +176,8 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path, method):
     config = config_of(method, episodes=2, batch_size=1)
     whole = start(tmp_path / "whole", config)
     assert whole["headroom"]["expert"] >= 0 and whole["updates"]["steps"] >= 1
+    if not (ALL or method in ("on-policy", "gkd")):
+        return  # these two have the student's answers, and both models'
     looks = iter([False, True])
     assert start(tmp_path / "cut", config, lambda: next(looks, True)) is None
     start(tmp_path / "cut", config)

@@ -44,7 +44,7 @@ def ungraded(tmp_path_factory):
     rows = map(none, arithmetic.load("train").problems[:6])
     (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = mlx_fd("loop", "--preset", "tiny", "--no-solutions", *PROMPTS, folder / "p.jsonl",
-                  "--episodes", 4, *SIZES, *SHORT, *ONCE, "--out", folder / "run")  # fmt: skip
+                  "--episodes", 2, *SIZES, *SHORT, *ONCE, "--out", folder / "run")  # fmt: skip
     assert done.status == 0, done.err
     return folder / "run", folder / "p.jsonl", done.out
 
@@ -57,7 +57,7 @@ def test_without_gold_the_loop_goes_by_the_experts_verdict(ungraded):
     assert {row["correct_after"] for row in rows} == {row["reference"] for row in rows} == {None}
     scores = [row["expert_feedback"]["written_score"] for row in rows]
     assert summary["verdicts"]["first_answers"]["right"] == sum(score > 0 for score in scores)
-    assert summary["verdicts"]["first_answers"]["n"] == len(scores) == 4
+    assert summary["verdicts"]["first_answers"]["n"] == len(scores) == 2
     verdicts = summary["headroom"]["verdicts"]
     assert verdicts["expert"]["n"] == verdicts["student"]["n"] == 2
     assert summary["headroom"]["expert_right"] is None
@@ -160,7 +160,7 @@ def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds")
     rows = map(request.param, arithmetic.load("train").problems[:6])
     (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = mlx_fd("loop", "--preset", "tiny", "--problems", folder / "p.jsonl", "--episodes", 4,
+    done = mlx_fd("loop", "--preset", "tiny", "--problems", folder / "p.jsonl", "--episodes", 2,
                   "--exam-size", 0, *SIZES, *SHORT, *ONCE, "--out", folder / "run")  # fmt: skip
     assert done.status == 0, done.err
     return folder, request.param

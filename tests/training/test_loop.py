@@ -169,8 +169,8 @@ def test_one_seed_is_one_run_and_another_is_another(finished, dirs, tmp_path):
     folder, plan, _, _ = finished
     start(tmp_path / "again", plan)
     assert_same(folder, tmp_path / "again")
-    start(tmp_path / "other", make_plan(*dirs, seed=1))
-    assert rows(tmp_path / "other") != rows(folder)
+    start(tmp_path / "other", make_plan(*dirs, seed=1, episodes=2))
+    assert rows(tmp_path / "other") != rows(folder)[:2]
 
 
 def test_sequential_is_the_same_run_without_batches_and_caches(finished, dirs, tmp_path):
@@ -196,7 +196,7 @@ def test_with_a_draft_it_is_the_same_run_and_the_rows_say_what_was_proposed(
     dirs, tmp_path, one_by_one
 ):
     """Where the expert draws by lot, too: and stopped and resumed it is the same again."""
-    options = {"episodes": 4, "expert_temperature": 0.8, "answer_temperature": 0.8, **one_by_one}
+    options = {"episodes": 3, "expert_temperature": 0.8, "answer_temperature": 0.8, **one_by_one}
     plain, drafted, stopped = (tmp_path / name for name in ("plain", "drafted", "stopped"))
     start(plain, make_plan(*dirs, **options))
     plan = make_plan(*dirs, speculate=3, **options)
@@ -216,7 +216,7 @@ def test_with_a_draft_it_is_the_same_run_and_the_rows_say_what_was_proposed(
     found = summary["acceptance"]["all"]["whole"]
     count = sum(sum(row["accepted"].values()) for row in rows(drafted))
     n = sum(row["tokens"][step] for row in rows(drafted) for step in row["accepted"])
-    assert found["value"] == pytest.approx(count / n, abs=1e-4) and found["n"] == 4
+    assert found["value"] == pytest.approx(count / n, abs=1e-4) and found["n"] == 3
     assert sum(row["accepted"]["count"] for row in metrics) == count
     answers = iter([False, True])
     assert start(stopped, plan, stop=lambda: next(answers)) is None
@@ -246,7 +246,7 @@ def test_dying_at_any_flush_and_resuming_changes_nothing(dirs, tmp_path, monkeyp
         start(folder, plan)
         total = seen()
     assert total > 40
-    for limit in range(1, total, 9 if ALL else 15):
+    for limit in range(1, total, 9 if ALL else 22):
         target = tmp_path / f"died{limit}"
         with monkeypatch.context() as patch, pytest.raises(Killed):
             count_syncs(patch, limit)
@@ -281,7 +281,7 @@ def test_a_harmed_last_checkpoint_is_passed_over(finished, stopped, harm):
 def test_a_full_disk_ends_in_a_message_and_a_true_resume(dirs, tmp_path):
     """The file-size limit of the process plays the disk that is full."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    loop = ("loop", "--expert", dirs[0], "--student", dirs[1], *options, "--out")
+    loop = ("loop", "--expert", dirs[0], "--student", dirs[1], *options, "--episodes=4", "--out")
     folder = tmp_path / "whole"
     assert shell(*loop, folder, cwd=tmp_path).status == 0
     sizes = sorted(path.stat().st_size for path in (folder / "checkpoints" / "last").iterdir())
@@ -300,7 +300,7 @@ def test_a_full_disk_ends_in_a_message_and_a_true_resume(dirs, tmp_path):
 def test_sigkills_at_random_moments_change_nothing(dirs, tmp_path):
     """The command line, killed and resumed until it is through; bit for bit one whole run."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    options += [f"--episodes={24 if ALL else 12}", "--checkpoint-every=3"]
+    options += [f"--episodes={24 if ALL else 10}", "--checkpoint-every=3"]
     loop = ("loop", "--expert", dirs[0], "--student", dirs[1], *options, "--out")
     whole, target = tmp_path / "whole", tmp_path / "killed"
 
@@ -505,9 +505,9 @@ def test_phases_move_the_weight_and_a_resumed_run_moves_it_alike(dirs, tmp_path)
         total = 1 + first + 2 * later
         expected = {"lm": 1, "answer": first, "reasoning": later, "attention": later}
         assert weights_then == pytest.approx({n: v / total for n, v in expected.items()})
-    for _ in range(3):
-        answers = iter([False, True])
-        start(tmp_path / "stopped", plan, stop=lambda answers=answers: next(answers))
+    # Amid the move.
+    answers = iter([False, False, False, True])
+    start(tmp_path / "stopped", plan, stop=lambda: next(answers))
     start(tmp_path / "stopped", plan)
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
@@ -531,7 +531,7 @@ def test_the_losses_on_solutions_learn_from_right_answers(tmp_path):
     # Hot enough for the expert to err.
     answers = {"answers_by": "expert", "answer_temperature": 2.0}
     sizes = {"episodes": 8, "batch_size": 4, "probe_size": 8, "exam_size": 0}
-    sizes |= {"max_feedback_tokens": 88, "max_merge_tokens": 16}
+    sizes |= {"max_feedback_tokens": 32, "max_merge_tokens": 8}
     plan = plan_of(override(preset("tiny"), losses | answers | sizes, "test"))
     summary = start(tmp_path / "run", plan)
     found = rows(tmp_path / "run")

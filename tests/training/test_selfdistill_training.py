@@ -249,6 +249,8 @@ def test_each_method_trains_and_resumes_exactly(method, tmp_path):
     assert any(isinstance(e, Note) and e.text.startswith("headroom on 2") for e in events)
     assert summary["held_out"]["before"]["n"] == 2
     assert (folder / "checkpoints" / "best" / "adapter_config.json").exists()
+    if not (ALL or method in KEPT or method == "grpo"):
+        return  # of the others a checkpoint holds no more
     # Asked once before the first batch, then after each; there is no checkpoint of the first.
     answers = iter([False, True])
     assert begin(stopped, plan, open_models(plan), stop=lambda: next(answers)) is None

@@ -146,6 +146,7 @@ def test_a_draft_by_the_command_line(tmp_path):
     """The same rows as without; the terminal and the report say what the student proposed."""
     options = ["--preset", "tiny", "--episodes", "2", "--batch-size", "2", "--exam-size", "0"]
     options += ["--kd-steps", "1", "--probe-size", "1", "--own-solutions", "0", "--sequential"]
+    options += ["--max-feedback-tokens", "32", "--max-merge-tokens", "16"]
     found = {}
     for tokens in (0, 4):
         out = tmp_path / str(tokens)
