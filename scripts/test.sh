@@ -6,6 +6,8 @@ extras=dev
 . scripts/install.sh
 # One BLAS thread: bit-repeatable, and two test processes do not fight for the cores.
 export OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Bytecode is kept, or each worker would make that of all tests anew, and each process the package's.
+unset PYTHONDONTWRITEBYTECODE
 # Runs flush each file to the disk, thousands of times; where files are in memory that takes no time.
 free=$(df -Pk /dev/shm 2>/dev/null | awk 'END { print $4 }')
 if [ "${free:-0}" -gt 4000000 ]; then

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,6 +24,7 @@ from mlx_fd.problems.sources import truth_of
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.summary import wilson
 from support.pairs import make_home
+from support.shell import Done, piped
 
 FILES = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")
 SMALL = {
@@ -46,13 +46,6 @@ SMALL = {
     "lr_schedule": "constant",
 }
 EPISODES = 8
-
-
-@dataclass(frozen=True)
-class Done:
-    status: int
-    out: str
-    err: str
 
 
 def mlx_fd(*arguments):
@@ -256,18 +249,19 @@ def test_a_run_with_the_preset_stops_where_predicted(always, found, tmp_path):
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def test_a_sweep_tries_every_threshold_and_goes_on_where_it_stopped(copy):
+def test_a_sweep_tries_every_threshold_and_goes_on_where_it_stopped(home, tmp_path):
+    # Each of its runs is a process of its own.
+    copy = make_run(home, tmp_path / "run", episodes=6)
     chosen = ["--cost", "kd_steps", "--objectives", "lm,logit"]
-    command = [sys.executable, "-m", "mlx_fd", "pareto", "--sweep", *chosen, copy]
-    begun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first, second = (copy / "sweep" / f"stop-{p['stop_threshold']:g}" for p in _points(copy)[:2])
-    deadline = time.monotonic() + 100
-    while not metrics(second) and begun.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    begun.send_signal(signal.SIGINT)
-    _, err = begun.communicate(timeout=60)
-    assert begun.returncode == 130, err
-    assert f"mlx-fd pareto --sweep {' '.join(chosen)} {copy}" in err
+    with piped("pareto", "--sweep", *chosen, copy, cwd=tmp_path) as begun:
+        deadline = time.monotonic() + 100
+        while not metrics(second) and begun.process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        begun.send(signal.SIGINT)
+        done = begun.rest()
+    assert done.status == 130, done
+    assert f"mlx-fd pareto --sweep {' '.join(chosen)} {copy}" in done.err
     assert (first / "summary.json").exists() and not (second / "summary.json").exists()
     before = (first / "summary.json").stat().st_mtime_ns
 
@@ -281,7 +275,7 @@ def test_a_sweep_tries_every_threshold_and_goes_on_where_it_stopped(copy):
         assert real["as_predicted"]
         assert real["stopped_after_batch"] == point["stopped_after_batch"]
         assert real["kd_steps"] == point["cost"]["kd_steps"]
-        assert real["final_accuracy"]["n"] == EPISODES
+        assert real["final_accuracy"]["n"] == 6
         options = tomllib.loads((copy / real["run"] / "config.toml").read_text())
         assert options["gate"]["stop_threshold"] == point["stop_threshold"]
     assert "not as predicted" not in mlx_fd("pareto", copy, "--sweep").out

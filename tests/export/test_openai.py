@@ -98,19 +98,13 @@ class Model:
 
     def write(self, tokens):
         """What it goes on with, of 33 tokens at most."""
-        begin = len(tokens)
-        for _ in range(33):
-            row = self.known.get(tuple(tokens))
-            if row is None:
-                row = self.known[tuple(tokens)] = self.logprobs(tokens)
-            tokens.append(int(row.argmax()))
-            if tokens[-1] in self.eos:
-                break
-        return tokens[begin:]
-
-    def logprobs(self, tokens):
-        row = self.engine.logits([*tokens, 0], len(tokens) - 1)[0].astype(np.float64)
-        return row - np.log(np.exp(row).sum())
+        written = list(self.engine.greedy(tokens, 33))
+        logits = self.engine.logits([*tokens, *written], len(tokens) - 1).astype(np.float64)
+        assert logits.argmax(-1).tolist() == written
+        rows = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for place, row in enumerate(rows):
+            self.known[*tokens, *written[:place]] = row
+        return written
 
 
 def like_vllm(model, bundle, encode):

@@ -58,7 +58,7 @@ def test_both_answers_are_judged_and_learned_from_and_a_resumed_run_is_the_same(
 
 def test_the_student_answers_beside_the_expert(tmp_path):
     changes = {"answers_by": "both", "episodes": 8, "batch_size": 8, "probe_size": 2}
-    changes |= {"max_feedback_tokens": 40, "max_merge_tokens": 8}
+    changes["max_merge_tokens"] = 8
     plan = plan_of(override(preset("tiny"), {**changes, "exam_size": 0, "kd_steps": 1}, "test"))
     summary = start(tmp_path / "run", plan)
     found = rows(tmp_path / "run")

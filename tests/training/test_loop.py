@@ -531,7 +531,7 @@ def test_the_losses_on_solutions_learn_from_right_answers(tmp_path):
     # Hot enough for the expert to err.
     answers = {"answers_by": "expert", "answer_temperature": 2.0}
     sizes = {"episodes": 8, "batch_size": 4, "probe_size": 8, "exam_size": 0}
-    sizes |= {"max_feedback_tokens": 32, "max_merge_tokens": 8}
+    sizes |= {"max_feedback_tokens": 88, "max_merge_tokens": 16}
     plan = plan_of(override(preset("tiny"), losses | answers | sizes, "test"))
     summary = start(tmp_path / "run", plan)
     found = rows(tmp_path / "run")
