@@ -67,16 +67,16 @@ def layers(rows: Any, marks: Any, palette: Palette, legend: alt.Legend | None) -
             x=x,
             y=y,
             color=shown,
-            tooltip=[
+            tooltip=draw.tips(
                 "who:N",
                 alt.Tooltip("passed on:Q", format=".1%"),
                 alt.Tooltip("accuracy:Q", format=".1%"),
                 alt.Tooltip("expert tokens:Q", format=".1f"),
-            ],
+            ),
         )
     )
     place = alt.Chart(marks).encode(x=x)
-    rule = place.mark_rule(color=palette.text).encode(y=alt.Y("low:Q"), y2="high:Q")
+    rule = place.mark_rule(color=palette.text).encode(y=alt.Y("low:Q"), y2=alt.Y2("high:Q"))
     point = place.mark_point(filled=True, size=90, opacity=1, color=palette.text).encode(y=y)
     return [lines, rule, point]
 

@@ -62,7 +62,7 @@ def loss_figure(runs: Sequence[Run], loss: str) -> Figure | None:
         if len(runs) > 1
         else draw.colour("on", _LOOKS, shown=len(kinds) > 1),
         strokeDash=draw.dash("on", _LOOKS, [[1, 0], [4, 3]], shown=len(kinds) > 1),
-        tooltip=["run:N", "on:N", "batch:Q", alt.Tooltip("loss:Q", format=".4g")],
+        tooltip=draw.tips("run:N", "on:N", "batch:Q", alt.Tooltip("loss:Q", format=".4g")),
     )
     return draw.figure(
         f"{loss} loss",
@@ -101,7 +101,7 @@ def weight_figure(run: Run) -> Figure | None:
         x=draw.along([run]),
         y=alt.Y("weight:Q", title=None, scale=alt.Scale(domainMin=0)),
         color=draw.colour("loss", names),
-        tooltip=["loss:N", "batch:Q", alt.Tooltip("weight:Q", format=".3f")],
+        tooltip=draw.tips("loss:N", "batch:Q", alt.Tooltip("weight:Q", format=".3f")),
     )
     last = run.metrics[-1]["weights"]
     says = "At the end: " + ", ".join(f"{name} {value:.2f}" for name, value in last.items()) + "."
@@ -135,7 +135,7 @@ def gain_figure(run: Run) -> Figure | None:
         x=draw.along([run]),
         y=alt.Y("gain:Q", title=None, axis=alt.Axis(format="%")),
         color=draw.colour("loss", names),
-        tooltip=["loss:N", "batch:Q", alt.Tooltip("gain:Q", format=".1%")],
+        tooltip=draw.tips("loss:N", "batch:Q", alt.Tooltip("gain:Q", format=".1%")),
     )
     threshold = run.manifest["options"].get("stop_threshold")
     line, above = None, ""
@@ -143,7 +143,10 @@ def gain_figure(run: Run) -> Figure | None:
         line = (
             alt.Chart(draw.inline([{"threshold": threshold}]))
             .mark_rule(color=PAGE.soft)
-            .encode(y="threshold:Q", tooltip=[alt.Tooltip("threshold:Q", title="stop_threshold")])
+            .encode(
+                y=alt.Y("threshold:Q"),
+                tooltip=draw.tips(alt.Tooltip("threshold:Q", title="stop_threshold")),
+            )
         )
         above = f" The line is stop_threshold, {threshold:g}."
     last = ", ".join(
@@ -208,16 +211,16 @@ def decision_figure(run: LoopRun) -> Figure | None:
         .mark_rect(stroke=PAGE.back, strokeWidth=1)
         .encode(
             x=alt.X("first:Q", title="episodes", axis=alt.Axis(grid=False, format="d")),
-            x2="end:Q",
+            x2=alt.X2("end:Q"),
             y=alt.Y("from:Q", title=None, axis=alt.Axis(tickCount=min(5, most), format="d")),
-            y2="to:Q",
+            y2=alt.Y2("to:Q"),
             color=draw.colour("decision", _DECISIONS),
-            tooltip=[
+            tooltip=draw.tips(
                 "decision:N",
                 "episodes:Q",
                 alt.Tooltip("first:Q", title="from episode"),
                 alt.Tooltip("last:Q", title="to episode"),
-            ],
+            ),
         )
     )
     counts = {name: sum(_decision(row) == name for row in run.episodes) for name in _DECISIONS}
@@ -301,18 +304,18 @@ def exam_figure(runs: Sequence[LoopRun]) -> Figure | None:
         y=alt.Y("measure:N", title=None, sort=None, axis=alt.Axis(labelLimit=240, grid=True)),
         yOffset=alt.YOffset("who:N", sort=None),
         color=draw.colour("who", who, beside=measures),
-        tooltip=[
+        tooltip=draw.tips(
             "measure:N",
             "who:N",
             alt.Tooltip("value:Q", format=".3f"),
             alt.Tooltip("low:Q", format=".3f"),
             alt.Tooltip("high:Q", format=".3f"),
             "n:Q",
-        ],
+        ),
     )
     chart = base.mark_rule(strokeWidth=2).encode(
-        x=alt.X("low:Q", title=None, axis=alt.Axis(tickCount=6)), x2="high:Q"
-    ) + base.mark_point(filled=True, size=70, opacity=1).encode(x="value:Q")
+        x=alt.X("low:Q", title=None, axis=alt.Axis(tickCount=6)), x2=alt.X2("high:Q")
+    ) + base.mark_point(filled=True, size=70, opacity=1).encode(x=alt.X("value:Q"))
     step = 14 * len(who)
     says = "Points are the student's results on held-out questions, lines 95 % intervals."
     return draw.figure(
@@ -422,19 +425,21 @@ def system_figure(found: Mapping[str, Any]) -> Figure | None:
     form = ".1%" if share else ".3f"
     base = alt.Chart(draw.ROWS).encode(
         y=alt.Y("system:N", title=None, sort=None, axis=alt.Axis(labelLimit=260)),
-        tooltip=[
+        tooltip=draw.tips(
             "system:N",
             alt.Tooltip("value:Q", format=form),
             alt.Tooltip("low:Q", format=form),
             alt.Tooltip("high:Q", format=form),
             "n:Q",
-        ],
+        ),
     )
     axis = alt.Axis(format="%", tickCount=6) if share else alt.Axis(tickCount=6)
     scale = alt.Scale(domain=[0, 1]) if share else alt.Scale(zero=False)
     chart = base.mark_rule(strokeWidth=2, color=PAGE.series[0]).encode(
-        x=alt.X("low:Q", title=None, axis=axis, scale=scale), x2="high:Q"
-    ) + base.mark_point(filled=True, size=80, opacity=1, color=PAGE.series[0]).encode(x="value:Q")
+        x=alt.X("low:Q", title=None, axis=axis, scale=scale), x2=alt.X2("high:Q")
+    ) + base.mark_point(filled=True, size=80, opacity=1, color=PAGE.series[0]).encode(
+        x=alt.X("value:Q")
+    )
     name = shown_name(measure).removesuffix(", %")
     says = "Points are the systems' values, lines 95 % intervals."
     return draw.figure(

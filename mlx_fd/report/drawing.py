@@ -49,6 +49,21 @@ class Figure:
     wide: bool = False
 
 
+def tips(*fields: str | alt.Tooltip) -> list[alt.Tooltip]:
+    """What is said of a mark that is pointed at.
+
+    Of a string that is no channel yet Altair makes one by comparing all of its classes, which for
+    all strings of a page takes half of its time.
+    """
+    return [alt.Tooltip(field) if isinstance(field, str) else field for field in fields]
+
+
+def pixels(down: int) -> alt.YValue:
+    """A place so many pixels below a chart's top."""
+    place: Callable[..., alt.YValue] = alt.YValue
+    return place(down)
+
+
 def inline(rows: Sequence[Mapping[str, Any]]) -> alt.Data:
     """Rows as a chart's data, in their place: altair's InlineData moves them to the page's top."""
     data: Callable[..., alt.Data] = alt.Data
@@ -66,7 +81,9 @@ def figure(
     wide: bool = False,
 ) -> Figure:
     """A chart with its rows, in the report's look."""
-    specification = themed(chart.properties(width="container"))
+    specification = themed(chart)
+    # Here and not as a property, for which Altair copies all of the chart.
+    specification["width"] = "container"
     specification["datasets"] = {"rows": list(rows), "marks": list(marks)}
     return Figure(title, says, specification, table, wide)
 
@@ -142,15 +159,19 @@ def with_points(base: alt.Chart, series: Sequence[str], every: int = 1) -> Layer
     points = _counted(base, series).mark_point(size=100, filled=True, strokeOpacity=0)
     if every > 1:
         points = points.transform_filter(f"datum.batch % {every} == 0 || {_ALONE}")
-    points = points.encode(opacity=seen.otherwise(alt.value(0))).add_params(hovered)
+    points = points.encode(opacity=alt.OpacityValue(**seen.otherwise(alt.value(0)))).add_params(
+        hovered
+    )
     return alt.layer(base.mark_line(), points)
 
 
 def band(base: alt.Chart, series: Sequence[str]) -> Layered:
     """The intervals around a line, between the fields ``low`` and ``high``; see `with_points`."""
-    between = base.encode(y=alt.Y("low:Q"), y2="high:Q")
+    between = base.encode(y=alt.Y("low:Q"), y2=alt.Y2("high:Q"))
     alone = alt.when(_ALONE).then(alt.value(1)).otherwise(alt.value(0))
-    points = _counted(between, series).mark_rule(strokeWidth=2).encode(opacity=alone)
+    points = (
+        _counted(between, series).mark_rule(strokeWidth=2).encode(opacity=alt.OpacityValue(**alone))
+    )
     return alt.layer(between.mark_area(opacity=0.15), points)
 
 
@@ -188,15 +209,17 @@ def _reason(row: Mapping[str, Any]) -> str:
 
 def rules() -> Layered:
     """The marks, as upright lines."""
-    base = alt.Chart(MARKS).encode(x="batch:Q", tooltip=["run:N", "batch:Q", "what:N", "reason:N"])
+    base = alt.Chart(MARKS).encode(
+        x=alt.X("batch:Q"), tooltip=tips("run:N", "batch:Q", "what:N", "reason:N")
+    )
     rule = base.mark_rule(strokeDash=[2, 3], strokeWidth=1.5, color=PAGE.soft)
     text = base.mark_text(align="left", baseline="top", dx=4, color=PAGE.soft)
-    return alt.layer(rule, text.encode(y=alt.value(0), text="what:N"))
+    return alt.layer(rule, text.encode(y=pixels(0), text=alt.Text("what:N")))
 
 
 def layered(*charts: Any) -> Any:
     """Charts over each other; those that are ``None`` are left out."""
-    return alt.layer(*(chart for chart in charts if chart is not None)).properties(height=HEIGHT)
+    return alt.layer(*(chart for chart in charts if chart is not None), height=HEIGHT)
 
 
 def binned(rows: Sequence[_Record]) -> list[Sequence[_Record]]:
@@ -256,12 +279,12 @@ def accuracy_along(
         color=colour("run", list(found))
         if several
         else colour("answers", list(kinds), shown=len(kinds) > 1),
-        tooltip=[
+        tooltip=tips(
             "run:N",
             "answers:N",
             *(alt.Tooltip(f"{key}:Q", format=".1%") for key in ("right", "low", "high")),
             "n:Q",
-        ],
+        ),
     )
     # Final answers, which come last, are drawn through.
     dashes = dash("answers", list(kinds), [[4, 3], [1, 0]][-len(kinds) :], shown=len(kinds) > 1)
@@ -294,12 +317,12 @@ def bars(runs: Sequence[Run], rows: list[dict[str, Any]], kinds: Sequence[str], 
             color=colour("kind", kinds, shown=len(kinds) > 1, beside=steps)
             if not several or len(kinds) > 1
             else colour("run", [run.name for run in runs], beside=steps),
-            tooltip=[
+            tooltip=tips(
                 "run:N",
                 "step:N",
                 "kind:N",
                 alt.Tooltip("value:Q", format=",.0f", title=unit),
-            ],
+            ),
         )
     )
     if several:

@@ -46,13 +46,13 @@ def loss_layers(rows: alt.NamedData, cost: str) -> list[alt.Chart]:
     points = alt.Chart(rows).encode(
         x=alt.X("cost:Q", title=cost.replace("_", " "), axis=alt.Axis(format="~s", grid=False)),
         y=alt.Y("loss:Q", title=None, scale=alt.Scale(zero=False)),
-        tooltip=[
+        tooltip=draw.tips(
             "stop_threshold:Q",
             "cost:Q",
             alt.Tooltip("loss:Q", format=".4g"),
             "kind:N",
             "product rule:N",
-        ],
+        ),
     )
     colours = alt.Scale(domain=list(KINDS), range=[PAGE.series[0], PAGE.series[1], PAGE.soft])
     return _layers(
@@ -99,7 +99,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     thresholds = (
         alt.Chart(draw.inline([row for row in rows if row["loss"] == names[0]]))
         .mark_text(angle=270, align="left", fontSize=10)
-        .encode(x="cost:Q", y=alt.value(34), text="label:N")
+        .encode(x=alt.X("cost:Q"), y=draw.pixels(34), text=alt.Text("label:N"))
     )
     chart = alt.layer(*drawn, thresholds).properties(
         width=560, height=300, title="What each stop_threshold (above the curves) costs and leaves"

@@ -36,12 +36,12 @@ def held_out_figure(runs: Sequence[SelfRun]) -> Figure | None:
         x=draw.along(runs),
         y=alt.Y("right:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
         color=draw.colour("run", [run.name for run in runs], shown=several),
-        tooltip=[
+        tooltip=draw.tips(
             "run:N",
             "batch:Q",
             *(alt.Tooltip(f"{key}:Q", format=".1%") for key in ("right", "low", "high")),
             "n:Q",
-        ],
+        ),
     )
     series = ("run",)
     says = "; ".join(
@@ -209,7 +209,9 @@ def position_figure(runs: Sequence[SelfRun]) -> Figure | None:
         if several
         else draw.colour("batches", list(quarters.values())),
         strokeDash=draw.dash("batches", list(quarters.values()), [[4, 3], [1, 0]]),
-        tooltip=["run:N", "batches:N", "position:O", alt.Tooltip("KL:Q", format=".4g"), "tokens:Q"],
+        tooltip=draw.tips(
+            "run:N", "batches:N", "position:O", alt.Tooltip("KL:Q", format=".4g"), "tokens:Q"
+        ),
     )
     return draw.figure(
         "Distance to the teacher by position",
@@ -248,7 +250,7 @@ def _by_batch(
         strokeDash=draw.dash(
             "what", list(values), [[1, 0], [4, 3]][: len(values)], shown=len(values) > 1
         ),
-        tooltip=["run:N", "what:N", "batch:Q", alt.Tooltip("value:Q", format=form)],
+        tooltip=draw.tips("run:N", "what:N", "batch:Q", alt.Tooltip("value:Q", format=form)),
     )
     lines = draw.with_points(base, ("run", "what"), draw.every(runs))
     return draw.figure(title, says, draw.layered(lines), rows)

@@ -63,11 +63,11 @@ def acceptance_figure(runs: Sequence[LoopRun]) -> Figure | None:
         x=alt.X("episode:Q", title="episodes", axis=alt.Axis(grid=False, format="d")),
         y=alt.Y("value:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
         color=draw.colour("run", [run.name for run in drafted], shown=len(drafted) > 1),
-        tooltip=[
+        tooltip=draw.tips(
             "run:N",
             *(alt.Tooltip(f"{key}:Q", format=".1%") for key in ("value", "low", "high")),
             alt.Tooltip("n:Q", title="episodes"),
-        ],
+        ),
     )
     halves = [
         f"{draw.whose(run, runs)}{_share(of['first_half'])} in the first half of the episodes, "

@@ -78,7 +78,8 @@ def themed(chart: alt.TopLevelMixin, palette: Palette = PAGE) -> dict[str, Any]:
         "text": {"color": palette.text, "font": _FONT},
         "line": {"strokeWidth": 2},
     }
-    specification: dict[str, Any] = chart.to_dict()
+    # That charts keep to Vega-Lite's schema is tested, and not looked at for each page anew.
+    specification: dict[str, Any] = chart.to_dict(validate=False)
     # Altair writes a size of its own there, for charts that have none.
     specification["config"] = config
     return specification

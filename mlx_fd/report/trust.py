@@ -34,11 +34,11 @@ def trust_figure(run: LoopRun) -> Figure | None:
         x=alt.X("episode:Q", title="episodes", axis=alt.Axis(grid=False, format="d")),
         y=alt.Y("share:Q", title=None, axis=alt.Axis(format="%")),
         color=draw.colour("what", kinds),
-        tooltip=[
+        tooltip=draw.tips(
             "what:N",
             *(alt.Tooltip(f"{key}:Q", format=".1%") for key in ("share", "low", "high")),
             "n:Q",
-        ],
+        ),
     )
     return draw.figure(
         "Trust along the run",

@@ -20,6 +20,7 @@ from mlx_fd.report.page import make_page
 from mlx_fd.report.reading import read_runs
 from mlx_fd.runs.records import EstimateRow
 from mlx_fd.runs.summary import wilson
+from support.pages import check_charts
 from support.serving import tiny_run
 
 
@@ -312,7 +313,7 @@ def test_calibrate_and_eval_write_what_they_measured(run, capsys):
     assert "promise, with 95%" in capsys.readouterr().out
     assert (run / "cascade.svg").read_text().startswith("<svg")
     page = make_page(read_runs([run]))
-    assert "When the student passes on" in page
+    assert "When the student passes on" in page and check_charts(page) >= 1
     assert "Accuracy against the share passed on, held out" in page
 
 

@@ -15,7 +15,7 @@ from mlx_fd.report.speculation import acceptance_figure, acceptance_table
 from mlx_fd.report.trust import trust_figure
 from mlx_fd.runs.summary import wilson
 from support import ROOT, reported
-from support.pages import parsed, run_cli, unpacked
+from support.pages import check_charts, parsed, run_cli, unpacked
 
 
 @pytest.fixture(scope="module")
@@ -396,6 +396,12 @@ def test_results_of_another_shape_are_left_out(tmp_path, name):
     (run,) = read_runs([folder])
     assert run.missing == [f"{name} is damaged, or of another version, and was left out."]
     make_page([run])
+
+
+def test_charts_keep_to_vega_lites_schema(hostile, tmp_path):
+    assert check_charts(hostile) >= 12
+    both = [reported.write_run(tmp_path / name) for name in ("one", "other")]
+    assert check_charts(make_page(read_runs(both))) >= 8
 
 
 def test_nothing_that_was_written_into_a_run_becomes_markup(hostile):

@@ -12,7 +12,7 @@ from mlx_fd.report.page import make_page
 from mlx_fd.report.reading import read_runs
 from mlx_fd.runs.summary import wilson
 from support import reported
-from support.pages import parsed, run_cli, unpacked
+from support.pages import check_charts, parsed, run_cli, unpacked
 
 
 def read(folder):
@@ -107,6 +107,7 @@ def test_health_is_drawn_and_the_experts_answers_are_set_apart(tmp_path):
         ("last quarter", 8, 0.25),
     ]
     assert "1 in the first quarter" in figures["Distance to the teacher"].says
+    assert check_charts(make_page([run])) >= 8
     damaged = [metrics[0] | {"health": {**health(0), "tokens": 0}}, *metrics[1:]]
     run = read(reported.write_self_run(tmp_path / "damaged", attempts, damaged))
     assert len(run.metrics) == 2 and "metrics.jsonl" in run.missing[0]
@@ -236,7 +237,9 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
 
 
 def test_nothing_that_was_written_into_a_run_becomes_markup(tmp_path):
-    page = parsed(make_page([read(reported.hostile_self_run(tmp_path / "a <b>&run"))]))
+    written = make_page([read(reported.hostile_self_run(tmp_path / "a <b>&run"))])
+    assert check_charts(written) >= 8
+    page = parsed(written)
     assert {attributes.get("type") for attributes, _ in page.scripts} == {
         "module",
         "application/json",

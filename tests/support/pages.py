@@ -6,7 +6,9 @@ import html.parser
 import json
 import sys
 
+import altair as alt
 import pytest
+from altair.utils.schemapi import validate_jsonschema
 
 from mlx_fd import cli
 
@@ -39,6 +41,21 @@ def parsed(page):
     parser.feed(page)
     parser.close()
     return parser
+
+
+def check_charts(page):
+    """Make sure that a page's charts keep to Vega-Lite's schema; how many there are."""
+    written = [
+        json.loads("".join(text))
+        for attributes, text in parsed(page).scripts
+        if attributes.get("type") == "application/json"
+    ]
+    charts = [one for one in written if isinstance(one, dict) and "$schema" in one]
+    for chart in charts:
+        # It goes to Vega as it is, with a layout of legends that Vega-Lite's schema has not.
+        del chart["config"]["legend"]["layout"]
+        validate_jsonschema(chart, alt.load_schema())
+    return len(charts)
 
 
 def unpacked(text):

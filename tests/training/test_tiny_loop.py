@@ -23,6 +23,7 @@ from mlx_fd.models.generation import first_prompt
 from mlx_fd.problems import Problem, prompts
 from mlx_fd.runs import read_lines
 from mlx_fd.runs.plan import make_plan
+from support.pages import check_charts
 from support.pairs import without_seconds
 from support.shell import shell
 
@@ -161,6 +162,7 @@ def test_a_draft_by_the_command_line(tmp_path):
     assert "student's proposals" in done.flat
     assert shell("report", out, "--out", tmp_path / "page.html", cwd=tmp_path).status == 0
     page = (tmp_path / "page.html").read_text()
+    assert check_charts(page) >= 5
     assert "Tokens of the expert that the student had proposed" in page
     refused = shell("loop", "--preset", "tiny", "--speculate", "4", "--out", "x", cwd=tmp_path)
     assert refused.status == 2
