@@ -301,15 +301,15 @@ def test_calibrate_and_eval_write_what_they_measured(run, capsys):
     by = {row["name"]: row for row in calibrated["calibration"]["systems"]}
     assert by["cascade"]["passed_on"] <= 0.9
     assert by["expert"]["accuracy"]["value"] > by["student"]["accuracy"]["value"]
-    call("eval", run, "--limit", "16", "--json")
+    call("eval", run, "--limit", "8", "--json")
     found = json.loads(capsys.readouterr().out)
     measured = found["evaluation"]
-    assert measured["n"] == 16
+    assert measured["n"] == 8
     assert found["promise"] == calibrated["promise"]
     [cascade] = [row for row in measured["systems"] if row["name"] == "cascade"]
     assert set(cascade["accuracy"]) == set(EstimateRow.__annotations__)
-    assert measured["against"] == round(cascade["passed_on"] * 16)
-    call("eval", run, "--limit", "16")
+    assert measured["against"] == round(cascade["passed_on"] * 8)
+    call("eval", run, "--limit", "8")
     assert "promise, with 95%" in capsys.readouterr().out
     assert (run / "cascade.svg").read_text().startswith("<svg")
     page = make_page(read_runs([run]))

@@ -792,8 +792,9 @@ def test_the_gradient_is_made_with_the_value(tmp_path):
     assert products(value) == products(value, grad) > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["linear", "4 bits, groups of 64"])
+@pytest.mark.parametrize(
+    ("kind", "form"), [*((kind, "linear") for kind in KINDS), ("forward", "4 bits, groups of 64")]
+)
 def test_only_a_chunk_of_logits_exists_at_a_time(kind, form):
     n, vocab, width = 1024, 16_384, 16
     (ours, _, _), _ = models(vocab, width, "linear", padding=(0, 0))

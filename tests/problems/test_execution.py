@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -11,6 +9,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.problems import Problem, execution, load
 from mlx_fd.problems.kinds import KINDS, is_right, read_final
 from mlx_fd.problems.kinds.code import block_of, program_of
+from support.shell import shell
 
 HUMAN_EVAL = {
     "task_id": "HumanEval/1",
@@ -186,13 +185,10 @@ def test_commands_ask_before_anything_is_loaded(tmp_path):
         ["self-distill", "--method", "grpo", "--model", "owner/is-not-here"],
         ["distil", "--expert", "owner/is-not-here", "--student", "owner/is-not-here"],
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "mlx_fd", *command, "--problems", str(file)],
-            capture_output=True, text=True, check=False, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 2
-        assert "has to be said anew each time" in done.stderr, done.stderr
-        assert "is-not-here" not in done.stderr
+        done = shell(*command, "--problems", file, cwd=tmp_path)
+        assert done.status == 2
+        assert "has to be said anew each time" in done.flat, done
+        assert "is-not-here" not in done.flat
 
 
 def test_each_program_is_what_it_should_be(allowed):

@@ -58,7 +58,7 @@ def test_what_no_row_says_is_no_line_of_the_table():
 
 
 def test_an_expert_that_is_asked_again_says_what_it_said(tmp_path):
-    sizes = ("--episodes", 3, "--batch-size", 3, "--probe-size", 1, "--kd-steps", 1)
+    sizes = ("--episodes", 2, "--batch-size", 2, "--probe-size", 1, "--kd-steps", 1)
     run = tmp_path / "run"
     done = shell(
         *("loop", "--preset", "tiny", *sizes, "--exam-size", 0, "--own-solutions", 0),

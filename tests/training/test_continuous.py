@@ -14,12 +14,13 @@ from mlx_fd.models.backend import backend
 from mlx_fd.runs.events import BatchDone, Step
 from mlx_fd.runs.manifest import check_same
 from mlx_fd.training import session
+from support.draws import ALL
 from support.loops import Killed, assert_same, count_syncs, rows, start
 from support.manifests import manifest
 from support.pairs import SMALL, make_dirs, make_plan
 from support.shell import failed, launch, shell
 
-CONTINUOUS = {"batching": "continuous", "places": 3, "episodes": 10, "checkpoint_every": 2}
+CONTINUOUS = {"batching": "continuous", "places": 3, "episodes": 8, "checkpoint_every": 2}
 # Every text is drawn, and dropout draws, too.
 DRAWN = {"answer_temperature": 1.0, "student_temperature": 0.8, "expert_temperature": 0.6}
 DRAWN |= {"lora_dropout": 0.1, "answers_by": "student"}
@@ -65,7 +66,7 @@ def assert_alike(one, other, at=""):
     ids=lambda options: "-".join(options.values() if len(options) == 1 else options),
 )
 def test_greedy_rows_gate_and_updates_are_those_of_lockstep(options, dirs, tmp_path):
-    options = {**CONTINUOUS, **options, "episodes": 6, "checkpoint_every": 4}
+    options = {**CONTINUOUS, **options, "episodes": 4, "checkpoint_every": 4}
     start(tmp_path / "continuous", make_plan(*dirs, **options))
     options |= {"batching": "lockstep", "places": 0}
     start(tmp_path / "lockstep", make_plan(*dirs, **options))
@@ -90,7 +91,7 @@ def test_the_next_batch_begins_before_the_end_of_one(whole):
         runs.read_lines(whole[0] / runs.EPISODES)
     )
     kept = [path.name for path in (whole[0] / runs.CHECKPOINTS).iterdir() if path.name.isdigit()]
-    assert all(int(name) % 2 == 0 or int(name) == 5 for name in kept)
+    assert all(int(name) % 2 == 0 for name in kept)
 
 
 def test_one_seed_is_one_run_whatever_the_number_of_places(whole, dirs, tmp_path):
@@ -117,7 +118,7 @@ def test_dying_at_any_flush_and_resuming_changes_nothing(whole, tmp_path, monkey
         seen = count_syncs(patch, limit=0)
         start(tmp_path / "counted", plan)
         total = seen()
-    for limit in (total // 3, total // 2, 4 * total // 5):
+    for limit in (total // 3, *([total // 2] if ALL else []), 4 * total // 5):
         target = tmp_path / f"died{limit}"
         with monkeypatch.context() as patch, pytest.raises(Killed):
             count_syncs(patch, limit)

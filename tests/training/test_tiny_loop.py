@@ -172,7 +172,7 @@ def test_a_draft_by_the_command_line(tmp_path):
 def test_the_expert_alone_brings_its_preset(tmp_path):
     """`mlx-fd loop --expert tiny`: other problems than its own would mean nothing to it."""
     out = tmp_path / "run"
-    options = ["--expert", "tiny", "--episodes", "8", "--batch-size", "4", "--exam-size", "4"]
+    options = ["--expert", "tiny", "--episodes", "4", "--batch-size", "2", "--exam-size", "2"]
     options += ["--kd-steps", "2"]
     done = shell("loop", *options, "--probe-size", "2", "--out", out, cwd=tmp_path)
     assert done.status == 0, done.err
@@ -191,8 +191,8 @@ def test_the_expert_alone_brings_its_preset(tmp_path):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     distilled = [row for row in rows if row["updates"]]
     assert distilled and all(len(row["updates"]) == 2 for row in distilled)
-    # The second half of eight answers, by both scores.
-    assert [summary["judging"][score]["n"] for score in ("head", "written")] == [4, 4]
+    # The second half of four answers, by both scores.
+    assert [summary["judging"][score]["n"] for score in ("head", "written")] == [2, 2]
     for words in (
         "score head as a verdict",
         "first answers right",
