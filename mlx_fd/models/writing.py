@@ -291,7 +291,7 @@ def write(loaded: Loaded, texts: Sequence[Text]) -> list[Turn]:
         marks = {
             uid: cache
             for uid, cache, text in zip(uids, caches, texts, strict=True)
-            if options.mark and not can_be_cut_back(cache, _longest(text))
+            if _needs_mark(text, cache)
         }
         while True:
             seen.clear()
@@ -349,6 +349,11 @@ def _drafted(loaded: Loaded, texts: Sequence[Text]) -> bool:
 def longest(conversation: Conversation, prompt: Sequence[int], sampling: Sampling) -> int:
     """Tokens of a conversation after a text that takes all that it may."""
     return len(conversation.tokens) + len(prompt) + sampling.max_tokens
+
+
+def _needs_mark(text: Text, cache: Cache) -> bool:
+    """Whether a text's conversation can be rewound only to a copy that is made on the way."""
+    return text.options.mark and not can_be_cut_back(cache, _longest(text))
 
 
 def _longest(text: Text) -> int:
@@ -457,8 +462,7 @@ def written_alone(
     if cache is None:
         cache, read = make_prompt_cache(loaded.model), 0
     read_alone(loaded, cache, before[read:-1])
-    marks = options.mark and not can_be_cut_back(cache, _longest(text))
-    mark = copy.deepcopy(cache) if marks else None
+    mark = copy.deepcopy(cache) if _needs_mark(text, cache) else None
     processors = logits_processors(text.sampling)
     ends = text.ends.union(loaded.tokenizer.eos_token_ids)
     drafted = not options.states and can_draft(loaded, cache, _longest(text))
