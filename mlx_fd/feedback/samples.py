@@ -344,7 +344,10 @@ def reader_fingerprint(expert: Loaded) -> dict[str, Any]:
     here, head = backend(), logit_head(expert.view.head, expert.vocab)
     modules = (nn.QuantizedLinear, nn.QuantizedEmbedding)
     return {
-        "backend": [here.device, here.blas, here.cpu_math, version("mlx")],
+        "backend": [
+            *(here.device, here.blas, here.blas_kernels, here.cpu_math),
+            version("mlx"),
+        ],
         "expert": content_hash(expert.path),
         "dtype": str(expert.dtype),
         "quantized": any(isinstance(part, modules) for part in expert.model.modules()),

@@ -3,6 +3,9 @@
 On Linux's CPU backend the BLAS inside MLX's wheel is the single-threaded reference one. Where the
 machine has OpenBLAS (or Intel's MKL from its wheel) we load it into the global symbol scope first,
 so that MLX's matrix products bind to it: 20 to 30 times faster in float32. Nothing depends on it.
+
+OpenBLAS has kernels for each kind of CPU and takes its oldest ones, three to six times slower, on a
+CPU that came after it. So it is told which: those for the instructions that the CPU says it has.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +24,13 @@ from mlx_fd.errors import UserError
 BLAS_VARIABLE = "MLX_FD_BLAS"
 MATH_VARIABLE = "MLX_FD_CPU_MATH"
 _SYSTEM_BLAS = ("libopenblas.so.0", "libopenblas.so")
+KERNELS_VARIABLE = "OPENBLAS_CORETYPE"
+# OpenBLAS's kernels, fastest first, and the instructions that they are made of.
+_KERNELS = {
+    "SkylakeX": {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"},
+    "Haswell": {"avx2", "fma"},
+}
+_CPU_INFO = Path("/proc/cpuinfo")
 # Of glibc's malloc.h; a block of 32 MB is the most that it keeps.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BLOCK, _KEPT = 32 * 2**20, 2**30
@@ -38,6 +50,7 @@ class Backend:
         device: ``"metal"``, ``"cuda"`` or ``"cpu"``.
         blas: the BLAS library put before MLX's own, or ``None``.
         blas_note: one line for ``doctor``: what was found, or what would help.
+        blas_kernels: where it is OpenBLAS, for which kind of CPU the kernels are that it took.
         cpu_math: whether :mod:`mlx_fd.models.cpu_math` stands in the place of three of MLX's
             functions.
     """
@@ -45,6 +58,7 @@ class Backend:
     device: str
     blas: str | None
     blas_note: str
+    blas_kernels: str | None = None
     cpu_math: bool = False
 
     @property
@@ -61,35 +75,88 @@ def _blas_candidates() -> list[str]:
     return [*_SYSTEM_BLAS, *wheels]
 
 
-@functools.cache
-def load_blas() -> tuple[str | None, str]:
-    """Put a fast BLAS in front of MLX's own, once per process.
+def kernels_for(cpu_info: str) -> str | None:
+    """Which of OpenBLAS's kernels suit a CPU; ``None``: whatever it takes by itself.
 
-    Returns:
-        The library's name (``None`` where none is used) and one line that says why.
+    Args:
+        cpu_info: what Linux says of the machine's processors; several have the same instructions.
     """
+    flags = next((line for line in cpu_info.splitlines() if line.startswith("flags")), "")
+    has = set(flags.partition(":")[2].split())
+    return next((name for name, needs in _KERNELS.items() if needs <= has), None)
+
+
+@contextmanager
+def _kernels_chosen() -> Iterator[None]:
+    """An OpenBLAS that is loaded meanwhile takes the kernels for this CPU."""
+    try:
+        kernels = kernels_for(_CPU_INFO.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        kernels = None
+    if kernels is None or KERNELS_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[KERNELS_VARIABLE] = kernels
+    try:
+        yield
+    finally:
+        # NumPy's own OpenBLAS is as new as NumPy.
+        del os.environ[KERNELS_VARIABLE]
+
+
+@dataclass(frozen=True)
+class Blas:
+    """The BLAS that was put before MLX's own.
+
+    Attributes:
+        name: the library's; ``None`` where none is used.
+        note: one line that says why.
+        kernels: where it is OpenBLAS, for which kind of CPU the kernels are that it took.
+    """
+
+    name: str | None
+    note: str
+    kernels: str | None = None
+
+
+@functools.cache
+def load_blas() -> Blas:
+    """Put a fast BLAS in front of MLX's own, once per process."""
     if sys.platform != "linux":
-        return None, "not needed: MLX uses Accelerate here"
+        return Blas(None, "not needed: MLX uses Accelerate here")
     if "mlx.core" in sys.modules:
-        return None, "not used: MLX was imported before mlx_fd"
+        return Blas(None, "not used: MLX was imported before mlx_fd")
     for name in _blas_candidates():
         try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            with _kernels_chosen():
+                library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
-        return name, f"{name} (float32 products about 20 times faster than MLX's bundled BLAS)"
+        kernels = _kernels_of(library)
+        with_kernels = f" with its kernels for {kernels}" if kernels else ""
+        gain = "float32 products about 20 times faster than MLX's bundled BLAS"
+        return Blas(name, f"{name}{with_kernels} ({gain})", kernels)
     chosen = os.environ.get(BLAS_VARIABLE)
     if chosen == "off":
-        return None, f"switched off by {BLAS_VARIABLE}=off"
+        return Blas(None, f"switched off by {BLAS_VARIABLE}=off")
     if chosen:
-        return (
-            None,
-            f"{BLAS_VARIABLE}={chosen} cannot be loaded: CPU runs are 20 times slower",
-        )
-    return None, (
+        slower = "CPU runs are 20 times slower"
+        return Blas(None, f"{BLAS_VARIABLE}={chosen} cannot be loaded: {slower}")
+    return Blas(
+        None,
         "none found: CPU runs are about 20 times slower than they need be; "
-        'install Debian\'s libopenblas0-pthread, or pip install "mlx-fd[mkl]"'
+        'install Debian\'s libopenblas0-pthread, or pip install "mlx-fd[mkl]"',
     )
+
+
+def _kernels_of(library: ctypes.CDLL) -> str | None:
+    """What an OpenBLAS calls its kernels; ``None``: it is another library."""
+    name_of = getattr(library, "openblas_get_corename", None)
+    if name_of is None:
+        return None
+    name_of.restype = ctypes.c_char_p
+    name: bytes = name_of()
+    return name.decode("ascii", errors="replace")
 
 
 def _keep_memory() -> None:
@@ -113,7 +180,7 @@ def backend() -> Backend:
     Raises:
         UserError: no MLX backend is installed; the message names the extra to install.
     """
-    blas, note = load_blas()
+    blas = load_blas()
     try:
         import mlx.core as mx
 
@@ -135,4 +202,4 @@ def backend() -> Backend:
             from mlx_fd.models import cpu_math
 
             cpu_math.install()
-    return Backend(device, blas, note, own_math)
+    return Backend(device, blas.name, blas.note, blas.kernels, own_math)

@@ -318,6 +318,7 @@ def backend_settings() -> dict[str, Any]:
     return {
         "device": here.device,
         "blas": here.blas,
+        "blas_kernels": here.blas_kernels,
         "cpu_math": here.cpu_math,
         "threads": os.environ.get("OPENBLAS_NUM_THREADS", f"all {os.cpu_count()}"),
         **{name: os.environ.get(name, "not set") for name in _THREAD_VARIABLES},
