@@ -192,8 +192,10 @@ class Fields:
         return value
 
     def end(self) -> None:
-        """Refuse what was not read."""
+        """Refuse what was not read; of the body itself, not what changes nothing here."""
         for name, value in self._left.items():
+            if self._where:
+                raise self._unknown(name)
             if name in _IGNORED and (value is None or _IGNORED[name](value)):
                 continue
             if value is None and name in _UNSUPPORTED:
@@ -203,11 +205,14 @@ class Fields:
                 raise bad(
                     message[0].upper() + message[1:] + ".", name, code="unsupported_parameter"
                 )
-            raise bad(
-                f"Unrecognized request argument supplied: {self._where}{name:.64}",
-                name[:64],
-                code="unknown_parameter",
-            )
+            raise self._unknown(name)
+
+    def _unknown(self, name: str) -> ApiError:
+        return bad(
+            f"Unrecognized request argument supplied: {self._where}{name:.64}",
+            name[:64],
+            code="unknown_parameter",
+        )
 
 
 def parse_json(body: bytes) -> Any:
@@ -430,14 +435,19 @@ def _content(value: Any, where: str) -> str:
     if not isinstance(value, list):
         return checked_text(value, where, empty=True)
     texts = []
-    for part in value:
+    for place, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") != "text":
             raise bad(
                 f"'{where}': only parts of the type 'text' are supported.",
                 where,
                 code="unsupported_content",
             )
-        texts.append(checked_text(part.get("text"), where, empty=True))
+        fields = Fields(part, f"{where}[{place}]")
+        fields.take("type")
+        # A hint for servers that are paid for each token they read.
+        fields.take("cache_control")
+        texts.append(fields.text("text", empty=True))
+        fields.end()
     return "\n".join(texts)
 
 

@@ -200,6 +200,7 @@ def test_feedback_is_what_the_judge_says(server, judge):
     assert any(one["first_wrong_step"] is not None for one in several["data"])
 
 
+TEXT_PART = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
 TOOL = {"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}
 
 
@@ -219,6 +220,14 @@ TOOL = {"type": "function", "function": {"name": "sum", "parameters": {"type": "
         ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "last message"),
         ({"messages": [{"role": "user", "content": "how " * 3000}]}, 400, "tokens"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "'text'"),
+        # What means nothing beside the messages means something else within one.
+        ({"messages": [{"role": "user", "content": "x", "n": 1}]}, 400, "messages[0].n"),
+        (
+            {"messages": [{"role": "user", "content": [{**TEXT_PART, "detail": "high"}]}]},
+            400,
+            "messages[0].content[0].detail",
+        ),
+        ({"extra_body": {"mlx_fd": {"user": "x"}}}, 400, "mlx_fd.user"),
     ],
 )
 def test_what_is_not_supported_is_refused_clearly(server, change, status, says):
