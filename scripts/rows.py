@@ -4,6 +4,7 @@ A benchmark adds a row for each of its runs; its tables come from nothing else.
 """
 
 import json
+import math
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -51,8 +52,15 @@ def bits(flags: Iterable[Any]) -> str:
 
 
 def shown(estimate: Estimate, form: str = "+.1f", times: float = 100) -> str:
-    """A number, in percent or points if not said otherwise, with its interval."""
+    """A number, in percent or points if not said otherwise, with its interval.
+
+    A share, which has no sign, is within 0 and 100 %, and so is its interval.
+    """
     value, low, high = (times * one for one in (estimate.value, estimate.low, estimate.high))
+    if math.isnan(low):
+        return f"{value:{form}} ({'the same in each run' if estimate.n > 1 else 'one run'})"
+    if times == 100 and not form.startswith("+"):
+        low, high = max(low, 0.0), min(high, 100.0)
     return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 

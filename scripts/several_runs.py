@@ -52,7 +52,8 @@ def over_runs(runs: Sequence[RunValue]) -> tuple[Estimate, float]:
 
     Returns:
         The mean with its interval and the number of runs, and the two-sided p. Both are NaN for
-        fewer than two runs, and p where there is no spread at all.
+        fewer than two runs, and where there is no spread at all: not one problem differs, of which
+        neither says how sure that is.
     """
     counted = [run for run in runs if not math.isnan(run.value)]
     values = np.array([run.value for run in counted])
@@ -62,7 +63,7 @@ def over_runs(runs: Sequence[RunValue]) -> tuple[Estimate, float]:
     centre = float(values.mean())
     error = max(float(stats.sem(values)), math.hypot(*(run.error for run in counted)) / n)
     if error == 0:
-        return Estimate(centre, centre, centre, n), math.nan
+        return Estimate(centre, math.nan, math.nan, n), math.nan
     low, high = stats.t.interval(0.95, n - 1, centre, error)
     p = 2 * stats.t.sf(abs(centre) / error, n - 1)
     return Estimate(centre, float(low), float(high), n), float(p)

@@ -87,10 +87,11 @@ def test_seeds_that_one_arm_lacks_are_left_out_of_a_difference(bench, tmp_path):
 
 def test_table_marks_what_is_sure(bench, tmp_path):
     rows = [row("always", s, "1010") for s in range(8)] + [
-        row("gated", s, "1111") for s in range(8)
+        row("gated", s, "1111" if s % 2 else "1110") for s in range(8)
     ]
     text = bench.table(write(tmp_path / "rows.jsonl", rows))
     (line,) = [line for line in text.splitlines() if line.startswith("| gated |")]
-    assert "| **+100.0 (+100.0 to +100.0)** |" in line and "75.0% |" in line
+    assert "| **+75.0 (+" in line and "75.0% |" in line
     (line,) = [line for line in text.splitlines() if line.startswith("| always |")]
-    assert "| +0.0 (+0.0 to +0.0) |" in line
+    # No spread is no certainty, and never bold.
+    assert "| +0.0 (the same in each run) |" in line

@@ -46,3 +46,13 @@ def test_what_leaves_0_out_is_bold(low, high, text):
 
 def test_truth_values_are_a_digit_each():
     assert rows.bits([True, False, None, 1]) == "1001"
+
+
+def test_a_share_stays_within_its_bounds_and_no_spread_is_no_interval():
+    assert rows.shown(Estimate(0.976, 0.952, 1.004, 5), ".1f") == "97.6 (95.2 to 100.0)"
+    assert rows.shown(Estimate(0.02, -0.01, 0.05, 5), ".1f") == "2.0 (0.0 to 5.0)"
+    assert rows.shown(Estimate(0.9, -0.1, 1.2, 5)) == "+90.0 (-10.0 to +120.0)"
+    assert rows.shown(Estimate(0.9, -0.1, 1.2, 5), ".1f", 1) == "0.9 (-0.1 to 1.2)"
+    for n, says in ((5, "the same in each run"), (1, "one run")):
+        same = Estimate(0.0, float("nan"), float("nan"), n)
+        assert rows.shown(same) == rows.bold(same) == f"+0.0 ({says})"

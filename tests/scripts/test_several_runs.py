@@ -84,5 +84,5 @@ def test_what_has_no_spread_has_no_test():
     alone, p = over_runs([RunValue(0.5, 0.1)])
     assert alone.value == 0.5 and math.isnan(alone.low) and math.isnan(p)
     same, p = over_runs([RunValue(0.0, 0.0)] * 2)
-    assert (same.low, same.high) == (0, 0) and math.isnan(p)
+    assert same.value == 0 and math.isnan(same.low) and math.isnan(same.high) and math.isnan(p)
     assert math.isnan(over_runs([several_runs.of_problems([[]])])[0].value)
