@@ -11,8 +11,8 @@ from mlx_fd.cli.terminal.comparison import print_comparison
 from mlx_fd.cli.terminal.evaluation import print_results
 from mlx_fd.cli.terminal.frontier import table as frontier_table
 from mlx_fd.cli.terminal.layout import FittingTable, NamedValues, output_console, wrapped
-from mlx_fd.cli.terminal.run import summary_table
 from mlx_fd.cli.terminal.self_distillation import summary_table as self_summary_table
+from mlx_fd.cli.terminal.summary import summary_table
 from mlx_fd.evaluation.statistics import Estimate
 from mlx_fd.runs.labels import EXAM_NAMES
 from mlx_fd.training.selfdistill.advantage import PARTS, Summary

@@ -152,7 +152,7 @@ def advantage(
     from mlx_fd import problems as sources
     from mlx_fd.cli.terminal.advantage import notes, table
     from mlx_fd.cli.terminal.layout import output_console
-    from mlx_fd.cli.terminal.run import Steps
+    from mlx_fd.cli.terminal.steps import Steps
     from mlx_fd.config import Config, override
     from mlx_fd.feedback.judge import locate_model, open_student
     from mlx_fd.files import check_way, write_atomic, write_json

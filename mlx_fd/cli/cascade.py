@@ -118,7 +118,7 @@ def cascade(
 
     from mlx_fd.cli.terminal.cascade import summary, table
     from mlx_fd.cli.terminal.layout import output_console
-    from mlx_fd.cli.terminal.run import Steps
+    from mlx_fd.cli.terminal.steps import Steps
     from mlx_fd.evaluation import suites
     from mlx_fd.evaluation.cache import Cache
     from mlx_fd.evaluation.cascade import file

@@ -94,7 +94,7 @@ def compare(
 
     from mlx_fd.cli.terminal.comparison import print_comparison
     from mlx_fd.cli.terminal.layout import output_console
-    from mlx_fd.cli.terminal.run import Steps
+    from mlx_fd.cli.terminal.steps import Steps
     from mlx_fd.export import compare as comparison
     from mlx_fd.report.comparison_page import report_folder, write_report
 

@@ -139,7 +139,7 @@ def export(
     backend()
     from rich.console import Console
 
-    from mlx_fd.cli.terminal.run import Steps
+    from mlx_fd.cli.terminal.steps import Steps
     from mlx_fd.export.exporter import as_json_value
     from mlx_fd.export.exporter import export as write
     from mlx_fd.export.form import Form

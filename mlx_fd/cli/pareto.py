@@ -82,7 +82,7 @@ def pareto(
 
     from mlx_fd.cli.terminal.frontier import summary, table
     from mlx_fd.cli.terminal.layout import output_console
-    from mlx_fd.cli.terminal.run import Steps
+    from mlx_fd.cli.terminal.steps import Steps
     from mlx_fd.evaluation.pareto.choice import PRESET, judge, objectives_of
     from mlx_fd.evaluation.pareto.curve import read_curve
     from mlx_fd.evaluation.pareto.points import points_of
@@ -142,7 +142,7 @@ def _swept(
 ) -> list[ParetoPointRow]:
     from rich.console import Console
 
-    from mlx_fd.cli.terminal.run import Steps
+    from mlx_fd.cli.terminal.steps import Steps
     from mlx_fd.evaluation.pareto.sweep import sweep
 
     console = Console(stderr=True)

@@ -71,7 +71,7 @@ def report(
     """
     from rich.console import Console
 
-    from mlx_fd.cli.terminal.run import Steps
+    from mlx_fd.cli.terminal.steps import Steps
     from mlx_fd.report.page import check_out, make_page, write_page
     from mlx_fd.report.reading import read_runs
     from mlx_fd.runs import is_ours

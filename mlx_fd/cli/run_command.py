@@ -149,7 +149,8 @@ def _views(config: Config) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
         has_context = config.selfdistill.context != "none"
         table = functools.partial(self_distillation.summary_table, has_context=has_context)
         return self_distillation.SelfDisplay, table
-    from mlx_fd.cli.terminal.run import Display, summary_table
+    from mlx_fd.cli.terminal.run import Display
+    from mlx_fd.cli.terminal.summary import summary_table
 
     if config.episode.warm_up:
         from mlx_fd.cli.terminal.warm_up import WarmUpDisplay

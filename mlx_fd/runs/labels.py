@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_fd.runs.records import AmountRow, ExpertVerdictsRow
+from mlx_fd.runs.records import AmountRow, ExpertVerdictsRow, TrustRow
 
 STEP_NAMES = {
     "answer": "expert answers",
@@ -40,6 +40,17 @@ def expert_verdicts_say(verdicts: ExpertVerdictsRow | None) -> str:
     said = ", ".join(f"{count} {fate}" for fate, count in fates.items() if count)
     found = f"{verdicts['contradicted']} of {verdicts['known']}"
     return f"{found}: {said}" if said else found
+
+
+def trust_says(trust: TrustRow) -> str:
+    """Where the student needs no expert, and what that rests on."""
+    if trust["threshold"] is None:
+        return "the expert is always asked"
+    return (
+        f"the expert is not asked from a confidence of {trust['threshold']:g} on "
+        f"({trust['coverage']:.0%} of audited verdicts); of the last {trust['audited']} there "
+        f"{trust['disagreed']} differ, with 95 % at most {trust['bound']:.1%}"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -4,7 +4,8 @@ import re
 import pytest
 from rich.console import Console
 
-from mlx_fd.cli.terminal.run import Display, summary_table
+from mlx_fd.cli.terminal.run import Display
+from mlx_fd.cli.terminal.summary import summary_table
 from mlx_fd.runs.events import BatchDone, Note, Probed, Probing, Started, Step, Warned
 from mlx_fd.runs.labels import duration
 from mlx_fd.runs.summary import summarise

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mlx_fd import resume_run, run_loop, runs
-from mlx_fd.cli.terminal.run import summary_table
+from mlx_fd.cli.terminal.summary import summary_table
 from mlx_fd.cli.terminal.warm_up import WarmUpDisplay
 from mlx_fd.config import Config, override, read, to_toml
 from mlx_fd.errors import UserError

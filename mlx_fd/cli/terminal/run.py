@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -11,18 +11,13 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
 
-from mlx_fd.cli.terminal.layout import NamedValues
-from mlx_fd.runs.acceptance import ALL
 from mlx_fd.runs.events import (
     BatchDone,
     Event,
@@ -35,43 +30,19 @@ from mlx_fd.runs.events import (
     Warned,
 )
 from mlx_fd.runs.labels import (
-    EXAM_NAMES,
-    PART_NAMES,
     STEP_NAMES,
-    WORK_NAMES,
-    beside_least,
     duration,
-    expert_verdicts_say,
     number,
+    trust_says,
 )
 from mlx_fd.runs.records import (
     CountRow,
-    EstimateRow,
-    ExpertUseRow,
     HeadroomRow,
     MetricsRow,
     SelfMetricsRow,
-    ShareRow,
-    Summary,
-    TrustRow,
 )
 from mlx_fd.runs.summary import good_by_expert
 from mlx_fd.text import strip_control_chars
-
-
-def _estimate(value: EstimateRow, sign: str = "") -> str:
-    """A number with its 95 % interval."""
-    if value["value"] is None:
-        return "-"
-    middle = format(value["value"], f"{sign}.3f")
-    return f"{middle} [{number(value['low'], '.3f')}, {number(value['high'], '.3f')}]"
-
-
-def _share(value: EstimateRow) -> str:
-    """A share with its 95 % interval."""
-    if value["value"] is None:
-        return "-"
-    return f"{value['value']:.1%} [{number(value['low'], '.1%')}, {number(value['high'], '.1%')}]"
 
 
 class Display:
@@ -328,87 +299,9 @@ class Display:
         return self._framed(rows)
 
 
-class Steps:
-    """A progress line for work of several steps. Use as a context manager, and call with each.
-
-    Args:
-        console: where to show it; nothing is shown where that is no terminal.
-        quiet: show nothing.
-    """
-
-    def __init__(self, console: Console, *, quiet: bool = False):
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=quiet or not console.is_interactive,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> Steps:
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        self._bar.__exit__(*failure)
-
-    def __call__(self, step: str, done: int, total: int) -> None:
-        """Take the state of a step."""
-        if step not in self._tasks:
-            for task in self._tasks.values():
-                self._bar.update(task, visible=False)
-            self._tasks[step] = self._bar.add_task(strip_control_chars(step))
-        self._bar.update(self._tasks[step], completed=done, total=total)
-
-
 def _mean(values: Iterable[float | None]) -> str:
     known = [value for value in values if value is not None]
     return number(sum(known) / len(known), "+.2f") if known else "-"
-
-
-def trust_says(trust: TrustRow) -> str:
-    """Where the student needs no expert, and what that rests on."""
-    if trust["threshold"] is None:
-        return "the expert is always asked"
-    return (
-        f"the expert is not asked from a confidence of {trust['threshold']:g} on "
-        f"({trust['coverage']:.0%} of audited verdicts); of the last {trust['audited']} there "
-        f"{trust['disagreed']} differ, with 95 % at most {trust['bound']:.1%}"
-    )
-
-
-def _saved(feedback: ExpertUseRow) -> str:
-    def share(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1%}"
-
-    return (
-        f"{share(feedback['share_saved'])}; in the second half "
-        f"{share(feedback['share_saved_second_half'])}"
-    )
-
-
-def _trusted(feedback: ExpertUseRow) -> str:
-    """Where the student needs no expert, and what the audits showed there."""
-    trust, audits = feedback["trust"], feedback["audits"]
-    now = "nowhere" if trust is None else trust_says(trust)
-    if not audits["n"]:
-        return f"at the end {now}"
-    low, high = audits["interval"]
-    return (
-        f"at the end {now}; in the run's {audits['n']} audits {audits['disagreed']} differed "
-        f"({audits['disagreed'] / audits['n']:.1%}, 95 % {low:.1%} to {high:.1%})"
-    )
-
-
-def _within(value: float | None, interval: Sequence[float] | None, form: str) -> str:
-    """A number and its interval, which older runs do not have."""
-    ends = ", ".join(format(end, form) for end in interval or ())
-    return f"{number(value, form)} [{ends}]" if ends else number(value, form)
 
 
 def _of(value: CountRow) -> str:
@@ -432,122 +325,3 @@ def _headroom(counts: HeadroomRow) -> str:
         f"{counts['expert_judged_right']} of {counts['expert_judged']}, student "
         f"{counts['student_judged_right']} of {counts['student_judged']}"
     )
-
-
-def summary_table(summary: Summary) -> NamedValues:
-    """A run's totals, printed at its end."""
-    table = NamedValues("Summary")
-
-    def accuracy(value: ShareRow) -> str:
-        low, high = value["interval"]
-        if not value["n"]:
-            return "-"
-        share = value["right"] / value["n"]
-        return f"{share:.1%} ({value['right']}/{value['n']}, 95 % {low:.1%} to {high:.1%})"
-
-    if warmed_up := summary.get("warm_up"):
-        held_out, found = warmed_up["held_out"], warmed_up.get("health")
-        nearness = (
-            f"; KL(student, expert) {number(found['first']['reverse_kl'])} -> "
-            f"{number(found['last']['reverse_kl'])}"
-            if found
-            else ""
-        )
-        table.add_row(
-            "warm-up",
-            f"held out right {accuracy(held_out['before'])} -> {accuracy(held_out['after'])}; "
-            f"{warmed_up['updates']['steps']} steps{nearness}",
-        )
-    if "verdicts" in summary:
-        verdicts = summary["verdicts"]
-        table.add_row("right answers", "none are known: what follows is by the models' verdicts")
-        table.add_row("first answers good, by the expert", accuracy(verdicts["first_answers"]))
-        table.add_row("student's verdict is the expert's", accuracy(verdicts["agreement"]))
-        table.add_row("answers", f"{verdicts['kept']} kept, {verdicts['revised']} revised")
-    else:
-        table.add_row("first answers right", accuracy(summary["accuracy"]["first_answers"]))
-        table.add_row("final answers right", accuracy(summary["accuracy"]["final_answers"]))
-    for name, before in summary["probe"]["before"].items():
-        after = summary["probe"]["after"].get(name)
-        change = "" if after is None or not before else f" ({after / before - 1:+.1%})"
-        table.add_row(f"{name} loss, held out", f"{before:.4g} -> {number(after, '.4g')}{change}")
-    gap = summary["score_gap"]
-    table.add_row(
-        "score gap, student to expert",
-        f"{number(gap['first_half'])} in the first half, {number(gap['second_half'])} in the "
-        f"second (n {gap['n']})",
-    )
-    if judged := summary.get("judging"):
-        for name, score in (("score head", judged["head"]), ("written score", judged["written"])):
-            table.add_row(
-                f"{name} as a verdict",
-                f"AUC {_within(score['auc'], score.get('auc_interval'), '.2f')}, "
-                f"Brier {_within(score['brier'], score.get('brier_interval'), '.3f')} against "
-                f"the expert's, in the second half (n {score['n']})",
-            )
-    updates = summary["updates"]
-    frozen = updates["frozen_after_batch"]
-    table.add_row(
-        "student",
-        f"{updates['steps']} steps in {updates['batches']} batches, {updates['skipped']} skipped; "
-        + (f"frozen after batch {frozen}" if frozen else "not frozen"),
-    )
-    feedback = summary["expert_feedback"]
-    table.add_row(
-        "expert feedback",
-        f"{feedback['asked']} requested ({feedback['tokens_written']} tokens), "
-        f"{feedback['not_asked']} skipped (about {feedback['tokens_saved']} tokens saved)",
-    )
-    if feedback["not_asked"]:
-        table.add_row("saved, of its tokens", _saved(feedback))
-    table.add_row("trust", _trusted(feedback))
-    if feedback["not_asked"] and "verdicts" not in summary:
-        table.add_row(
-            "right, requested / skipped",
-            f"{accuracy(feedback['accuracy_when_asked'])} / "
-            f"{accuracy(feedback['accuracy_when_not_asked'])}",
-        )
-    if "top_k" in summary:
-        top_k = summary["top_k"]
-        table.add_row(
-            f"expert's top {top_k['k']} tokens",
-            f"omit {top_k['tail_mass']:.2%} of its probability; the logit loss misses "
-            + (
-                "an unknown amount"
-                if top_k["missing_at_most"] is None
-                else f"at most {top_k['missing_at_most']:.3g}"
-            ),
-        )
-    unread = summary["unreadable_scores"]
-    table.add_row(
-        "unreadable scores",
-        f"expert {unread['expert']}, student {unread['student']} of {summary['episodes']}",
-    )
-    if summary.get("expert_verdicts", {}).get("known"):
-        message = expert_verdicts_say(summary["expert_verdicts"])
-        table.add_row("scores contradicted by gold", message)
-    for name, sides in summary.get("exam", {}).items():
-        table.add_row(
-            f"exam: {EXAM_NAMES[name]}",
-            f"{_estimate(sides['before'])} -> {_estimate(sides['after'])}, change "
-            f"{_estimate(sides['change'], '+')} (n {sides['before']['n']})",
-        )
-    if "acceptance" in summary:
-        halves = summary["acceptance"][ALL]
-        table.add_row(
-            "student's proposals",
-            f"{_share(halves['first_half'])} of the expert's tokens in the first half, "
-            f"{_share(halves['second_half'])} in the second",
-        )
-    if "work" in summary:
-        for name, amount in summary["work"]["counts"].items():
-            table.add_row(WORK_NAMES[name], beside_least(amount))
-        processor = summary["work"]["processor_seconds"]
-        total = sum(processor.values())
-        for name, seconds in summary["work"]["seconds"].items():
-            share = processor[name] / total if total else 0.0
-            message = f"{seconds:,.1f} s, {share:.1%} of the batches' processor time"
-            table.add_row(f"time: {PART_NAMES[name]}", message)
-    table.add_row("time", duration(summary["seconds"]["total"]))
-    table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB")
-    return table
