@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_fd.config import Config, GenerationOptions
 from mlx_fd.errors import UserError
-from mlx_fd.feedback.asking import OnTokens, derive_seed
+from mlx_fd.feedback.asking import OnTokens, Seeds, derive_seed
 from mlx_fd.feedback.distill import measure
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import (
@@ -26,7 +26,7 @@ from mlx_fd.feedback.samples import (
     sample_of,
     solution_of,
 )
-from mlx_fd.feedback.stages import Answered
+from mlx_fd.feedback.stages import Answered, Judged
 from mlx_fd.feedback.turns import (
     answer,
     as_student,
@@ -41,7 +41,7 @@ from mlx_fd.files import digest_of, write_json, write_with
 from mlx_fd.models import ranks
 from mlx_fd.models.student import read_arrays
 from mlx_fd.problems import Problem
-from mlx_fd.problems.kinds import are_graded, known
+from mlx_fd.problems.kinds import are_graded
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.records import CountRow, HeadroomJudgedRow, HeadroomRow, HeadroomVerdictsRow
 
@@ -196,18 +196,6 @@ class Probe:
         )
 
 
-def _judged(scores: Sequence[float | None], right: Sequence[bool | None]) -> list[int]:
-    """How many scores could be read; and of wrong and of right answers how many were judged, well.
-
-    Returns:
-        Scores read; wrong answers judged, and found; right answers judged, and passed.
-    """
-    read = [(score > 0, ok) for score, ok in zip(scores, right, strict=True) if score is not None]
-    wrong = [not good for good, ok in read if ok is False]
-    passed = [good for good, ok in read if ok]
-    return [len(read), len(wrong), sum(wrong), len(passed), sum(passed)]
-
-
 def _without_own(sample: Sample) -> Sample:
     """With ``score_at`` ``own`` nothing is known of the score loss here.
 
@@ -230,36 +218,90 @@ def _scores(
 
 
 @dataclass(frozen=True)
-class _Verdicts:
-    """Written scores of a batch's answers, as its problems come; ``None`` could not be read.
+class _Look:
+    """What both models made of one probe problem; scores are written ones, ``None`` unreadable.
 
     Attributes:
-        best: the expert's, of its own answers.
-        own: the expert's, of the student's.
-        expert: the expert's, of the first answers.
-        student: the student's, of the first answers.
+        right: whether its first answer is right; ``None``: nobody knows, here and below.
+        expert: the expert's score of that.
+        student: the student's score of that.
+        best_right: whether the expert's own answer is right.
+        own_right: whether the student's own is.
+        best: the expert's score of its own answer, where nobody knows what is right.
+        own: the expert's score of the student's own, likewise.
     """
 
-    best: list[float | None]
-    own: list[float | None]
-    expert: list[float | None]
-    student: list[float | None]
+    right: bool | None
+    expert: float | None
+    student: float | None
+    best_right: bool | None
+    own_right: bool | None
+    best: float | None = None
+    own: float | None = None
 
 
-def _verdicts_row(batches: Sequence[_Verdicts]) -> HeadroomVerdictsRow:
+def _headroom(looks: Sequence[_Look], *, graded: bool) -> Headroom:
+    """The headroom check; ``graded``: right answers are known."""
+    by_expert = [one.expert for one in looks]
+    by_student = [one.student for one in looks]
+    expert_judged = len(_read(by_expert))
+    student_judged = len(_read(by_student))
+    if not graded:
+        return Headroom(
+            problems=len(looks),
+            expert_right=None,
+            student_right=None,
+            expert_judged=expert_judged,
+            expert_judged_right=None,
+            student_judged=student_judged,
+            student_judged_right=None,
+            verdicts=_verdicts(looks),
+        )
+    judged: HeadroomJudgedRow = {
+        "expert_on_wrong": _judged(looks, by_expert, right=False),
+        "expert_on_right": _judged(looks, by_expert, right=True),
+        "student_on_wrong": _judged(looks, by_student, right=False),
+        "student_on_right": _judged(looks, by_student, right=True),
+    }
+    return Headroom(
+        problems=len(looks),
+        expert_right=sum(bool(one.best_right) for one in looks),
+        student_right=sum(bool(one.own_right) for one in looks),
+        expert_judged=expert_judged,
+        expert_judged_right=sum(
+            judged[kind]["count"] for kind in ("expert_on_wrong", "expert_on_right")
+        ),
+        student_judged=student_judged,
+        student_judged_right=sum(
+            judged[kind]["count"] for kind in ("student_on_wrong", "student_on_right")
+        ),
+        judged=judged,
+    )
+
+
+def _read(scores: Sequence[float | None]) -> list[float]:
+    return [score for score in scores if score is not None]
+
+
+def _judged(looks: Sequence[_Look], scores: Sequence[float | None], *, right: bool) -> CountRow:
+    """Of the first answers that are right (or wrong) and were scored, how many were judged well."""
+    of = [score for one, score in zip(looks, scores, strict=True) if one.right is right]
+    return {"count": sum((score > 0) == right for score in _read(of)), "n": len(_read(of))}
+
+
+def _verdicts(looks: Sequence[_Look]) -> HeadroomVerdictsRow:
     def good(scores: Sequence[float | None]) -> CountRow:
-        read = [score > 0 for score in scores if score is not None]
-        return {"count": sum(read), "n": len(read)}
+        read = _read(scores)
+        return {"count": sum(score > 0 for score in read), "n": len(read)}
 
     both = [
-        (expert > 0) == (student > 0)
-        for one in batches
-        for expert, student in zip(one.expert, one.student, strict=True)
-        if expert is not None and student is not None
+        (one.expert > 0) == (one.student > 0)
+        for one in looks
+        if one.expert is not None and one.student is not None
     ]
     return {
-        "expert": good([score for one in batches for score in one.best]),
-        "student": good([score for one in batches for score in one.own]),
+        "expert": good([one.best for one in looks]),
+        "student": good([one.own for one in looks]),
         "agreement": {"count": sum(both), "n": len(both)},
     }
 
@@ -281,59 +323,20 @@ def make_probe(
         on_problems: called after each batch with the number of problems evaluated so far.
     """
     begun = time.perf_counter()
-    options, size = config.generation, config.generation.batch_size
+    size = config.generation.batch_size
+    looks: list[_Look] = []
     samples: list[Sample] = []
     left_out: set[int] = set()
-    counts = [0] * 12
-    graded, verdicts = are_graded(problems), list[_Verdicts]()
     for number, begin in enumerate(range(0, len(problems), size)):
         chunk = ranks.share(problems[begin : begin + size])
         seeds = _seeds(config.episode.seed, number)
-        answered = first_answers(pair, chunk, options, seeds("answer"), on_tokens)
-        students = student_feedback(pair, answered, options, seeds("student_feedback"), on_tokens)
-        experts = expert_feedback(pair, answered, options, seeds("expert_feedback"), on_tokens)
-        judged = judge(answered, students, dict(enumerate(experts)))
-        answered = [one.answered for one in judged]
-        own = answer(
-            pair.student_lm,
-            chunk,
-            as_student(options),
-            seeds("student_answer"),
-            on_tokens,
-            temperature=options.student_temperature,
-            keep=False,
+        judged, best, found = _look(
+            pair, chunk, config.generation, seeds, on_tokens, graded=are_graded(problems)
         )
-        right = [one.is_correct for one in answered]
-        best = answered
-        if options.answers_by == "student":
-            best = answer(pair.expert, chunk, options, 0, on_tokens, temperature=0.0, keep=False)
-        expert_scores = [one.feedback.written_score for one in experts]
-        student_scores = [one.feedback.written_score for one in students]
-        found = [
-            sum(known(one.is_correct for one in best)),
-            sum(known(one.is_correct for one in own)),
-            *_judged(expert_scores, right),
-            *_judged(student_scores, right),
-        ]
-        counts = [so_far + more for so_far, more in zip(counts, found, strict=True)]
-        if not graded:
-            verdicts.append(
-                _Verdicts(
-                    best=expert_scores
-                    if best is answered
-                    else _scores(pair, best, options, seeds("verdict/expert"), on_tokens),
-                    own=_scores(
-                        pair,
-                        said_by_expert(pair, own),
-                        options,
-                        seeds("verdict/student"),
-                        on_tokens,
-                    ),
-                    expert=expert_scores,
-                    student=student_scores,
-                )
-            )
-        reviewed = review(pair, judged, config.losses.expert_verdicts, options, seeds, on_tokens)
+        looks += [_Look(*row) for row in ranks.gather([dataclasses.astuple(one) for one in found])]
+        reviewed = review(
+            pair, judged, config.losses.expert_verdicts, config.generation, seeds, on_tokens
+        )
         given = [one.judged if one.taught.expert is None else one.taught for one in reviewed]
         are_taught = ranks.gather([one.taught.expert is not None for one in reviewed])
         left_out.update(
@@ -351,38 +354,76 @@ def make_probe(
                 ]
             )
         on_problems(min(begin + size, len(problems)))
-    verdicts = [_Verdicts(*map(ranks.gather, dataclasses.astuple(one))) for one in verdicts]
-    counts = [sum(of_ranks) for of_ranks in zip(*ranks.gather([counts]), strict=True)]
     seconds = round(time.perf_counter() - begun, 3)
     # With an expert that is wrong on all problems there is nothing better to measure.
     if len(left_out) < len(problems):
         samples = [one for place, one in enumerate(samples) if place not in left_out]
-    (best_right, own_right), by_expert, by_student = counts[:2], counts[2:7], counts[7:]
-    headroom = Headroom(
-        problems=len(problems),
-        expert_right=best_right if graded else None,
-        student_right=own_right if graded else None,
-        expert_judged=by_expert[0],
-        expert_judged_right=by_expert[2] + by_expert[4] if graded else None,
-        student_judged=by_student[0],
-        student_judged_right=by_student[2] + by_student[4] if graded else None,
-        verdicts=None if graded else _verdicts_row(verdicts),
-        judged=_judged_row(by_expert, by_student) if graded else None,
-    )
+    headroom = _headroom(looks, graded=are_graded(problems))
     return Probe(tuple(samples), headroom, seconds)
 
 
-def _judged_row(expert: Sequence[int], student: Sequence[int]) -> HeadroomJudgedRow:
-    """What :func:`_judged` counted of both."""
-    return {
-        "expert_on_wrong": {"count": expert[2], "n": expert[1]},
-        "expert_on_right": {"count": expert[4], "n": expert[3]},
-        "student_on_wrong": {"count": student[2], "n": student[1]},
-        "student_on_right": {"count": student[4], "n": student[3]},
-    }
+def _look(
+    pair: Pair,
+    problems: Sequence[Problem],
+    options: GenerationOptions,
+    seeds: Seeds,
+    on_tokens: OnTokens,
+    *,
+    graded: bool,
+) -> tuple[list[Judged], list[Answered], list[_Look]]:
+    """Both models on a batch of probe problems.
+
+    Returns:
+        The first answers with both models' feedback; the expert's own answers; and what came of
+        each problem.
+    """
+    answered = first_answers(pair, problems, options, seeds("answer"), on_tokens)
+    students = student_feedback(pair, answered, options, seeds("student_feedback"), on_tokens)
+    experts = expert_feedback(pair, answered, options, seeds("expert_feedback"), on_tokens)
+    judged = judge(answered, students, dict(enumerate(experts)))
+    own = answer(
+        pair.student_lm,
+        problems,
+        as_student(options),
+        seeds("student_answer"),
+        on_tokens,
+        temperature=options.student_temperature,
+        keep=False,
+    )
+    best = [one.answered for one in judged]
+    if options.answers_by == "student":
+        best = answer(pair.expert, problems, options, 0, on_tokens, temperature=0.0, keep=False)
+    looks = [
+        _Look(
+            right=one.answered.is_correct,
+            expert=expert.feedback.written_score,
+            student=student.feedback.written_score,
+            best_right=its_best.is_correct,
+            own_right=its_own.is_correct,
+        )
+        for one, expert, student, its_best, its_own in zip(
+            judged, experts, students, best, own, strict=True
+        )
+    ]
+    if graded:
+        return judged, best, looks
+
+    def scores(of: Sequence[Answered], step: str) -> list[float | None]:
+        given = expert_feedback(pair, of, options, seeds(f"verdict/{step}"), on_tokens)
+        return [one.feedback.written_score for one in given]
+
+    of_best = [one.expert for one in looks]
+    if options.answers_by == "student":
+        of_best = scores(best, "expert")
+    of_own = scores(said_by_expert(pair, own), "student")
+    looks = [
+        dataclasses.replace(one, best=its_best, own=its_own)
+        for one, its_best, its_own in zip(looks, of_best, of_own, strict=True)
+    ]
+    return judged, best, looks
 
 
-def _seeds(seed: int, number: int) -> Callable[[str], int]:
+def _seeds(seed: int, number: int) -> Seeds:
     return lambda step: derive_seed(seed, number, ranks.step_name(f"probe/{step}"))
 
 
