@@ -46,7 +46,13 @@ from mlx_fd import (  # noqa: E402
     teacher_top_k,
 )
 from mlx_fd.feedback.judge import locate_model  # noqa: E402
-from mlx_fd.feedback.judge_file import Judging, judge_file, judged_columns, partial_of  # noqa: E402
+from mlx_fd.feedback.judge_file import (  # noqa: E402
+    RESERVED,
+    Judging,
+    judge_file,
+    judged_columns,
+    partial_of,
+)
 from mlx_fd.problems import arithmetic, load  # noqa: E402
 from mlx_fd.problems.files import load_answers  # noqa: E402
 from mlx_fd.runs.checked import read_checked  # noqa: E402
@@ -528,6 +534,23 @@ def test_answers_of_a_table(tmp_path):
     file.write_text(json.dumps(row))
     asked = "It rains.\n\nWhy?\nA. so\nB. no"
     assert load_answers(file).problems == (asked,) == (load(str(file)).problems[0].question,)
+
+
+def test_choices_stand_with_every_question_of_a_file_that_letters_answer(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    row = {"question": "Which?", "A": "red", "B": "blue"}
+    rows = [{**row, "answer": answer} for answer in ("It is blue.\n#### B", "A", "no idea")]
+    file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert set(load_answers(file).problems) == {"Which?\nA. red\nB. blue"}
+    variables = [{"question": "a + b?", "a": 3, "b": 5, "answer": str(n)} for n in (8, 9)]
+    file.write_text("".join(json.dumps(one) + "\n" for one in variables))
+    assert set(load_answers(file).problems) == {"a + b?"}
+    file.write_text(json.dumps({"question": "?", "answer": "1", "image": "x.png"}))
+    with pytest.raises(UserError, match="has an image"):
+        load_answers(file)
+    file.write_text(json.dumps({"question": "?", "answer": "1", "thought": "mine"}))
+    with pytest.raises(UserError, match="'thought', which judging would write"):
+        load_answers(file, RESERVED)
 
 
 # The examples

@@ -206,7 +206,7 @@ def _file(
 
     from mlx_fd.feedback.judge import check_lengths, open_student
     from mlx_fd.feedback.judge_file import (
-        COLUMNS,
+        RESERVED,
         Judging,
         check_out_file,
         judge_file,
@@ -214,7 +214,7 @@ def _file(
     )
     from mlx_fd.problems.files import load_answers
 
-    answers = load_answers(file, COLUMNS)
+    answers = load_answers(file, RESERVED)
     check_out_file(out, file, overwrite=options.overwrite)
     ref = model.locate()
     pairs = list(zip(answers.problems, answers.answers, strict=True))

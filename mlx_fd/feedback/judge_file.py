@@ -33,6 +33,8 @@ from mlx_fd.models.student import ADAPTER_WEIGHTS, HEADS
 from mlx_fd.problems.files import AnswerFile
 
 COLUMNS = ("head_score", "written_score", "readable", "feedback")
+RESERVED = (*COLUMNS, "thought")
+"""Names that judging may write, and no row to judge may have."""
 
 
 def judged_columns(judgement: Judgement) -> dict[str, Any]:

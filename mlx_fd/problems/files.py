@@ -17,7 +17,7 @@ import re
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mlx_fd.problems.rows import (
     COLUMNS,
     BadRow,
     Reading,
+    ends_in_letter,
     problems_of,
     question_and_answer,
     reasons_of,
@@ -90,7 +91,12 @@ def load_answers(path: Path, reserved: Collection[str] = ()) -> AnswerFile:
     """
     if not suffixes_of(path):
         raise UserError(f"{path}: a file of answers ends in one of {', '.join(FILE_SUFFIXES)}")
-    rows, sha256 = _rows(path)
+    found, sha256 = _rows(path)
+    rows = list(found)
+    # One letter tells of all rows, as some of what is judged may be no answer at all.
+    by_letter = any(
+        ends_in_letter(row.get("answer")) for _, row in rows if not isinstance(row, str)
+    )
     good: list[tuple[dict[str, Any], str, str]] = []
     bad: list[BadRow] = []
     for where, row in rows:
@@ -101,7 +107,7 @@ def load_answers(path: Path, reserved: Collection[str] = ()) -> AnswerFile:
             if taken:
                 raise ValueError(f"has {', '.join(map(repr, taken))}, which judging would write")
             _check_json(row)
-            good.append((row, *question_and_answer(row)))
+            good.append((row, *question_and_answer(row, by_letter=by_letter)))
         except ValueError as error:
             bad.append(BadRow(where, str(error)))
     if bad:
@@ -287,11 +293,23 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
                 cache_dir=cache,
                 keep_in_memory=True,
             )
-            listed = [dict(row) for row in loaded]
+            listed = [_shortest(dict(row), loaded.features) for row in loaded]
         except Exception as error:
             reason = str(error.__cause__ or error).strip().partition("\n")[0]
             raise UserError(f"{path}: cannot be read as Parquet ({reason})") from error
     yield from ((f"{path}: row {place}", row) for place, row in enumerate(listed))
+
+
+def _shortest(row: dict[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose narrow floats are what they are written as: 0.1, not 0.10000000149011612."""
+    import numpy as np
+
+    narrow = {"float16": np.float16, "float32": np.float32}
+    for name, value in row.items():
+        kind = narrow.get(getattr(features[name], "dtype", ""))
+        if kind is not None and isinstance(value, float):
+            row[name] = float(str(kind(value)))
+    return row
 
 
 def _json(path: Path, text: str) -> Iterator[SourceRow]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,6 +56,11 @@ _ABOUT = frozenset(
 )  # fmt: skip
 # Answers that stand for "there is none".
 _MISSING = frozenset({"", "none", "null", "nan", "n/a"})
+# Of a question that is true or false, or is answered by yes or no.
+_TRUTHS = {"yes": ("true",), "true": ("yes",), "no": ("false",), "false": ("no",)}
+# A list of texts, as Python and NumPy write it.
+_TEXT_LIST = re.compile(r"\[\s*+['\"].*['\"]\s*+,?\s*+\]", re.DOTALL)
+_NO_COMMA = re.compile(r"(?<=[^\s,\[])['\"]\s++['\"](?=[^\s,\]])")
 # From this share of the rows on they are not bad rows among numbers, but another kind.
 _TEXTS, _FORMULAS = 1 / 3, 1 / 10
 _FORMULA = re.compile(
@@ -228,9 +234,7 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
             return named[role] if named[role] in row else None
         return _column(row, by_name, role)
 
-    for name, original in by_name.items():
-        if _IMAGE.fullmatch(name) and row[original] not in (None, "", []):
-            raise ValueError(f"has an image ({original!r}); mlx-fd reads text only")
+    _refuse_images(row, by_name)
     asked, answer, solution = column("question"), column("answer"), column("solution")
     tests = _tests(row, by_name, column("tests"))
     if tests:
@@ -240,6 +244,7 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
     if answer is None and solution is not None:
         # MATH has no other answer than the one in its solution's box.
         reply = row[solution]
+    reply = _answers_of(reply)
     free = answer is not None and answer.strip().lower() in _FREE
     if (
         answer is not None
@@ -261,9 +266,11 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
     else:
         question = text_of(row, asked, "question")
     question = _with_context(row, column("context"), question)
-    choices, labels = _choices(row, column("choices"), _choice_columns(row, reply))
+    choices, labels = _choices(
+        row, column("choices"), _choice_columns(row, by_letter=_is_letter(reply))
+    )
     identity = column("id")
-    number = None if identity is None else row[identity]
+    number = None if identity is None or _empty(row[identity]) else row[identity]
     if isinstance(number, bool | float | list | dict):
         raise ValueError(f"'id' is not text but {type(number).__name__}")
     instance = _value(row, by_name, "instance")
@@ -274,7 +281,7 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
         answer=reply,
         solution=None if solution is None else text_of(row, solution, "solution"),
         # GSM-Symbolic's ids are those of templates, each of which has instances.
-        id="-".join(str(part) for part in (number, instance) if part not in (None, "")),
+        id=_utf8("-".join(str(part) for part in (number, instance) if not _empty(part)), "id"),
         free=free,
         blank=_missing(reply) and bool(_ANSWERS & by_name.keys()),
         tests=tests,
@@ -284,6 +291,17 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
 def _by_name(row: Mapping[str, Any]) -> dict[str, str]:
     """A row's columns, by their names in lower case."""
     return {name.strip().lower(): name for name in reversed(list(row))}
+
+
+def _refuse_images(row: Mapping[str, Any], by_name: Mapping[str, str]) -> None:
+    for name, original in by_name.items():
+        if _IMAGE.fullmatch(name) and not _empty(row[original]):
+            raise ValueError(f"has an image ({original!r}); mlx-fd reads text only")
+
+
+def _empty(value: Any) -> bool:
+    """Whether a cell holds nothing; NaN is what pandas writes there."""
+    return value in (None, "", []) or (isinstance(value, float) and math.isnan(value))
 
 
 def _column(row: Mapping[str, Any], by_name: Mapping[str, str], role: str) -> str | None:
@@ -341,7 +359,7 @@ def _others(row: Mapping[str, Any], named: Mapping[str, str]) -> list[str]:
     found = [named["answer"]] if "answer" in named else [there.get(n) for n in COLUMNS["answer"]]
     answer = next((row.get(name) for name in found if name is not None), None)
     known = {name for names in COLUMNS.values() for name in names} | _ABOUT | _BESIDE
-    known |= {name.strip().lower() for name in _choice_columns(row, answer)}
+    known |= {name.strip().lower() for name in _choice_columns(row, by_letter=_is_letter(answer))}
     # Of several columns for the same thing one is read.
     second = {
         name
@@ -372,41 +390,79 @@ def text_of(row: Mapping[str, Any], column: str, named: str) -> str:
         raise ValueError(f"{named!r} is not text but {type(value).__name__}")
     if not value.strip():
         raise ValueError(f"{named!r} is empty")
+    return _utf8(value, named)
+
+
+def _utf8(text: str, named: str) -> str:
+    """A text that can be written down as it is."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{named!r} is not UTF-8 text (at character {error.start}); save the file as UTF-8"
         ) from None
-    return value
+    return text
 
 
-def question_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
+def ends_in_letter(answer: Any) -> bool:
+    """Whether an answer, or what a whole solution comes to, is a letter by itself."""
+    if not isinstance(answer, str):
+        return False
+    final = parsing.after_mark(answer) or parsing.boxed(answer) or answer
+    return len(letter := final.strip(" *_`().$")) == 1 and letter.isalpha()
+
+
+def question_and_answer(row: Mapping[str, Any], *, by_letter: bool) -> tuple[str, str]:
     """A question and an answer to it that is to be judged; ``ValueError`` where one is missing.
 
     Context and choices stand with the question, as where a student learns from such a row.
+
+    Args:
+        row: its columns.
+        by_letter: columns ``A``, ``B``, ... are choices: letters answer such questions.
     """
     by_name, answer = _by_name(row), row.get("answer")
+    _refuse_images(row, by_name)
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     asked = "problem" if row.get("question") is None else "question"
     question = _with_context(row, _column(row, by_name, "context"), text_of(row, asked, "question"))
-    choices, _ = _choices(row, _column(row, by_name, "choices"), _choice_columns(row, answer))
+    columns = _choice_columns(row, by_letter=by_letter)
+    choices, _ = _choices(row, _column(row, by_name, "choices"), columns)
     if choices:
         question = listed(question, choices)
     return question, text_of({"answer": answer}, "answer", "answer")
 
 
-def _choice_columns(row: Mapping[str, Any], answer: Any) -> list[str]:
-    """The columns that have a choice each: ``option_a``, ... or, where a letter answers, ``A``."""
-    is_letter = isinstance(answer, str) and len(answer.strip()) == 1
-    by_letter: dict[str, str] = {}
+def _choice_columns(row: Mapping[str, Any], *, by_letter: bool) -> list[str]:
+    """The columns that have a choice each: ``option_a``, ... or, ``by_letter``, ``A``, ..."""
+    found: dict[str, str] = {}
     for name, value in row.items():
         match = _CHOICE.fullmatch(name.strip().lower())
-        if match and (match["named"] or is_letter) and value not in (None, ""):
-            by_letter.setdefault(match["letter"].upper(), name)
-    letters = list(itertools.takewhile(by_letter.__contains__, LETTERS))
-    return [by_letter[letter] for letter in letters] if len(letters) > 1 else []
+        if match and (match["named"] or by_letter) and not _empty(value):
+            found.setdefault(match["letter"].upper(), name)
+    letters = list(itertools.takewhile(found.__contains__, LETTERS))
+    return [found[letter] for letter in letters] if len(letters) > 1 else []
+
+
+def _answers_of(reply: Any) -> Any:
+    """An answer, or the list of them that a cell of a spreadsheet has as text."""
+    if not isinstance(reply, str) or not _TEXT_LIST.fullmatch(reply.strip()):
+        return reply
+    try:
+        found = None if _NO_COMMA.search(reply) else ast.literal_eval(reply.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        found = None
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ValueError(
+            "'answer' looks like a list of texts, but cannot be read as one; write "
+            '["Paris", "City of Paris"]'
+        )
+    return found
+
+
+def _is_letter(answer: Any) -> bool:
+    return isinstance(answer, str) and len(answer.strip()) == 1
 
 
 def _listed(text: str, column: str) -> Any:
@@ -434,10 +490,13 @@ def _choices(
         alone: those with one choice each, where there is no such column.
     """
     value = [row[name] for name in alone] if column is None else row[column]
+    labels: Sequence[Any] = LETTERS[: len(alone)] if column is None else ()
     column = column or (alone[0] if alone else "choices")
     if isinstance(value, str) and value.strip():
         value = _listed(value, column)
-    labels: Sequence[Any] = ()
+    if isinstance(value, list) and value and all(_is_labelled(choice) for choice in value):
+        labels = [choice["label"] for choice in value if "label" in choice]
+        value = [choice["text"] for choice in value]
     if isinstance(value, Mapping):
         if set(value) >= {"text", "label"}:  # ARC, CommonsenseQA
             labels, value = value["label"], value["text"]
@@ -445,7 +504,7 @@ def _choices(
             labels, value = list(value), list(value.values())
     if not value:
         return (), ()
-    texts = [str(choice) for choice in value]
+    texts = [_choice_text(choice, column) for choice in value]
     if len(texts) > len(LETTERS) or any(not text.strip() for text in texts):
         raise ValueError(f"{column!r} has an empty choice, or more than {len(LETTERS)}")
     own = [_OWN_LETTER.match(text) for text in texts]
@@ -454,14 +513,26 @@ def _choices(
         texts = [text[match.end() :] for text, match in zip(texts, own, strict=True) if match]
     if labels and len(labels) != len(texts):
         raise ValueError(f"{column!r} has {len(texts)} choices, but {len(labels)} labels")
-    return tuple(texts), tuple(str(label) for label in labels)
+    return tuple(texts), tuple(_choice_text(label, column) for label in labels)
+
+
+def _is_labelled(choice: Any) -> bool:
+    return isinstance(choice, Mapping) and {"text"} <= set(choice) <= {"text", "label"}
+
+
+def _choice_text(choice: Any, column: str) -> str:
+    if not isinstance(choice, str | int | float) or (_empty(choice) and choice != ""):
+        kind = "NaN" if isinstance(choice, float) else type(choice).__name__
+        raise ValueError(f"{column!r} has a choice that is not text but {kind}")
+    return _utf8(str(choice), column)
 
 
 # -------------------------------------------------------------------------------------------- kinds
 
 
 def _missing(answer: Any) -> bool:
-    return answer is None or (isinstance(answer, str) and answer.strip().lower() in _MISSING)
+    text = answer.strip().lower() if isinstance(answer, str) else None
+    return text in _MISSING or (text is None and _empty(answer) and answer != [])
 
 
 def _kind_of(rows: Sequence[_Row]) -> str:
@@ -509,16 +580,25 @@ def _own_kind(row: _Row) -> str:
 
 
 def _check_places(rows: Sequence[_Row]) -> None:
-    """Refuse places that count from 1: those that can be read would mean another choice."""
+    """Refuse places that count from 1, or are no places: they would mean another choice."""
     places = [
-        (row.answer, len(row.choices))
+        (row.answer, [text.strip() for text in row.choices])
         for row in rows
         if row.choices and isinstance(row.answer, int) and not isinstance(row.answer, bool)
     ]
-    if places and all(place > 0 for place, _ in places) and any(a == n for a, n in places):
+    if not places:
+        return
+    if all(place > 0 for place, _ in places) and any(a == len(of) for a, of in places):
         raise UserError(
             "the answers name choices by place, and seem to count from 1: none is 0, and one is as "
             "large as the number of choices; count from 0, or write letters"
+        )
+    as_text = [str(place) in choices for place, choices in places]
+    as_both = [choices[place : place + 1] == [str(place)] for place, choices in places]
+    if all(as_text) and not all(as_both):
+        raise UserError(
+            "each answer is a number and the text of one of its choices; as a number it would mean "
+            'the choice at that place from 0; write letters, or the text itself ("12")'
         )
 
 
@@ -541,16 +621,19 @@ def _problem(row: _Row, kind: str, default_id: str) -> Problem:
             raise ValueError("'answer' is empty")
         answer, *rest = [_checked(part) for part in answer]
         also = tuple(KINDS[kind].gold(other, row.choices) for other in dict.fromkeys(rest))
-    question = row.question
+    question, written = row.question, str(answer)
     if kind == "choice":
         if len(row.choices) < 2:
             raise ValueError("no 'choices'")
-        if str(answer) in row.labels:
-            answer = row.labels.index(str(answer))
+        label = written.strip()
+        if found := [one for one in (label, label.upper()) if one in row.labels]:
+            answer = row.labels.index(found[0])
         question = listed(question, row.choices)
     elif row.choices:
         raise ValueError(f"has choices, but its answers are read as {kind}")
     gold = KINDS[kind].gold(_checked(answer), row.choices)
+    if kind == "text":
+        also = (*also, *_TRUTHS.get(gold.lower(), ()))
     others = tuple(other for other in dict.fromkeys(also) if other != gold)
     if kind == "choice" and others:
         raise ValueError("'answer' names several choices; mlx-fd asks for one")
@@ -558,12 +641,12 @@ def _problem(row: _Row, kind: str, default_id: str) -> Problem:
         id=row.id or default_id,
         question=question,
         # Of a float the shortest text that is this float.
-        solution=str(answer) if row.solution is None else row.solution,
+        solution=written if row.solution is None else row.solution,
         answer=gold,
         kind=kind,
         choices=row.choices,
         also_right=others,
-        published=parsing.gold_part(str(answer)),
+        published=parsing.gold_part(written),
     )
     if row.solution is None and not is_right(read_final(problem.solution, problem), problem):
         # An answer alone: models are to see it as replies end.

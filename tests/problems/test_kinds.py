@@ -74,12 +74,56 @@ def math(answer, *also):
         ("I think that a cat meows.", None),
         ("", None),
         ("#### ", None),
+        ("#### \uff22", "B"),  # a wide B
+        ("#### 'B'", "B"),
+        ("#### (A) and (C)", None),
+        ("#### A) or B)", None),
+        ("#### A, C", None),
+        ("The answer is A dog.", "B"),
+        ("Answer: A dog", "B"),
+        ("The answer is A because of the cat.", "A"),
+        ("So the answer is the bird. It sings.", "C"),
+        ("B is the correct answer.", "B"),
+        ("(C) is the best choice", "C"),
+        ("C is the wrong answer.", None),
+        ("\u7b54\u6848\uff1aB", "B"),
+        ("Die richtige Antwort ist B.", "B"),
+        ("La réponse est : C", "C"),
     ],
 )
 def test_a_choice_is_read_by_letter_or_in_its_words(reply, letter):
     problem = choice()
     assert read_final(reply, problem) == letter
     assert is_right(letter, problem) == (letter == "B")
+
+
+VITAMINS = ("C", "A", "D", "K")
+BLOOD = ("O", "A", "B", "AB")
+
+
+@pytest.mark.parametrize(
+    ("reply", "choices", "letter"),
+    [
+        ("#### A", VITAMINS, "A"),
+        ("#### B", VITAMINS, "B"),
+        (r"\boxed{A}", VITAMINS, "A"),
+        ("The answer is A", VITAMINS, "A"),
+        ("#### B. A", VITAMINS, "B"),
+        ("#### K", VITAMINS, "D"),  # no letter of a choice, so it is the text
+        ("#### B", BLOOD, "B"),
+        ("#### B. A", BLOOD, "B"),
+        ("#### AB", BLOOD, "D"),
+    ],
+)
+def test_a_letter_by_itself_is_the_letter_whatever_the_choices_are(reply, choices, letter):
+    assert read_final(reply, Problem("p", "?", "", letter, "choice", choices)) == letter
+
+
+def test_a_gold_that_is_a_letter_and_another_text_is_refused():
+    with pytest.raises(ValueError, match="the letter B and the text of choice C; write its place"):
+        KINDS["choice"].gold("B", BLOOD)
+    assert KINDS["choice"].gold("AB", BLOOD) == "D"
+    assert KINDS["choice"].gold("A", ("A", "B")) == "A"
 
 
 @pytest.mark.parametrize(

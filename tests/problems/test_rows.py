@@ -206,6 +206,11 @@ def test_a_kind_can_be_chosen(tmp_path):
         ("[1,", r"write \[\"red\", \"blue\"\], or a column for each"),
         (["red", ""], "'choices' has an empty choice"),
         ({"text": ["a", "b"], "label": ["A"]}, "2 choices, but 1 labels"),
+        (["red", None], "'choices' has a choice that is not text but NoneType"),
+        ([["red"], ["blue"]], "'choices' has a choice that is not text but list"),
+        (["red", float("nan")], "'choices' has a choice that is not text but NaN"),
+        ([{"value": "red"}, {"value": "blue"}], "a choice that is not text but dict"),
+        (["caf\udce9", "tea"], "'choices' is not UTF-8 text"),
     ],
 )
 def test_odd_choices_are_refused(tmp_path, choices, reason):
@@ -229,6 +234,79 @@ def test_choices_of_a_table(tmp_path, header, cells):
     (problem,) = found.problems
     assert (problem.kind, problem.answer, found.unread) == ("choice", "B", ())
     assert problem.question == "Which?\nA. red\nB. blue\nC. white"
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"choices": [{"label": "A", "text": "red"}, {"label": "B", "text": "blue"}]}, "B"),
+        ({"choices": [{"text": "red"}, {"text": "blue"}]}, "blue"),
+        ({"option_a": "red", "option_b": "blue", "option_c": float("nan")}, "B"),
+    ],
+)
+def test_choices_as_objects_and_as_pandas_leaves_them(tmp_path, row, answer):
+    (problem,) = only(tmp_path, {"question": "Which?", **row, "answer": answer})
+    assert problem.question == "Which?\nA. red\nB. blue"
+    assert (problem.choices, problem.answer) == (("red", "blue"), "B")
+
+
+@pytest.mark.parametrize("answer", ["A", "a", " A "])
+def test_letters_of_columns_are_letters_whatever_the_choices_are(tmp_path, answer):
+    row = {"question": "Scurvy?", "A": "C", "B": "A", "C": "D", "D": "K", "answer": answer}
+    (problem,) = only(tmp_path, row)
+    assert problem.answer == "A" and is_right(read_final("#### A", problem), problem)
+    assert is_right(read_final(problem.solution, problem), problem)
+
+
+def test_numbers_that_are_choices_texts_are_no_places_where_all_are(tmp_path):
+    rows = [
+        {"question": "1 + 1?", "choices": ["1", "2", "3"], "answer": 2},
+        {"question": "2 - 1?", "choices": [3, 2, 1], "answer": 1},
+    ]
+    with pytest.raises(UserError, match="the text of one of its choices"):
+        only(tmp_path, *rows)
+    # One row among others may be so by chance.
+    assert [one.answer for one in only(tmp_path, {**rows[0], "choices": CHOICES}, rows[0])] == [
+        "C",
+        "C",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        (True, ("#### Yes", "#### True"), ("#### No", "#### False")),
+        ("FALSE", ("#### False", "#### no"), ("#### True", "#### yes")),
+        ("['Paris', 'City of Paris']", ("#### Paris", "#### the City of Paris"), ("#### Rome",)),
+        ('["Paris"]', ("#### Paris",), ("#### Rome",)),
+    ],
+)
+def test_truths_and_lists_that_are_text(tmp_path, answer, right, wrong):
+    (problem,) = only(tmp_path, {"question": "?", "answer": answer})
+    assert problem.kind == "text"
+    assert all(is_right(read_final(reply, problem), problem) for reply in right)
+    assert not any(is_right(read_final(reply, problem), problem) for reply in wrong)
+
+
+def test_a_list_without_commas_is_no_text(tmp_path):
+    # As NumPy writes it; Python would read one text, ParisLyon.
+    with pytest.raises(UserError, match="looks like a list of texts"):
+        only(tmp_path, {"question": "?", "answer": "['Paris' 'Lyon']"})
+
+
+def test_narrow_floats_of_parquet_are_what_they_are_written_as(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"question": ["?", "??"], "answer": pa.array([0.1, 2.0], pa.float32())})
+    pq.write_table(table, tmp_path / "p.parquet")
+    assert [one.answer for one in load(str(tmp_path / "p.parquet")).problems] == ["1/10", "2"]
+
+
+@pytest.mark.parametrize("column", ["id", "option_a"])
+def test_what_is_no_utf8_is_named_with_its_place(tmp_path, column):
+    head = f"question,answer,{column},option_b".encode()
+    (tmp_path / "p.csv").write_bytes(head + b"\nWhich?,tea,caf\xe9,tea\n")
+    with pytest.raises(UserError, match=f"{column}.*is not UTF-8 text"):
+        load(str(tmp_path / "p.csv"))
 
 
 def test_columns_of_letters_are_no_choices_where_no_letter_answers(tmp_path):

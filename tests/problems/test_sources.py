@@ -188,7 +188,7 @@ BAD = [
     ('{"question": "q", "answer": "2 or 3"}', "no final number in 'answer'"),
     ('{"question": "q", "answer": "12\\n#### none"}', "no final number in 'answer'"),
     ('{"question": "q", "answer": true}', "'answer' is not text but bool"),
-    ('{"question": "q", "answer": NaN}', "no final number in 'answer'"),
+    ('{"question": "q", "answer": NaN}', "no 'answer'"),
     ('{"question": "q", "answer": {"a": 2}}', "'answer' is not text but dict"),
     ('{"question": "q", "answer": "2", "solution": 3}', "'solution' is not text but int"),
     ('{"question": "q", "answer": "2", "id": 1.5}', "'id' is not text but float"),

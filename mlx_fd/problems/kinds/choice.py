@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,15 +16,32 @@ from mlx_fd.problems.prompts import Form
 from mlx_fd.problems.thoughts import without_thoughts
 
 LETTERS = string.ascii_uppercase
-# A letter by itself: "B", "(b)", "**B**", "B.", "B) the second", "Answer: B", "option B".
+# All of a text: "B", "(b)", "**B**", "'B'.".
+_BARE = re.compile(r"[\s*_`\"'(\[{<$]*+([A-Za-z])[\s*_`\"')\]}>$.:]*+\Z")
+# A letter and what follows it: "B.", "B) the second", "Answer: B", "option B".
 _LETTER = re.compile(
     r"[\s*_`\"'(\[{<$\\]*+(?:(?:the|correct|final|right|answer|option|choice|is)\b[\s:*_`(]*+){0,6}"
     r"(?:(?:text|math)(?:bf|rm)?\{\(?)?([A-Za-z])(?![A-Za-z0-9'])",
     re.IGNORECASE,
 )
-_WORD = r"\b(?i:answer|choice|option)\b"
-_BEGIN, _END = r"[\s:*_`\"'(\[$]{0,12}+", r"([A-Z])(?![A-Za-z0-9'])"
-_SAID = re.compile(rf"{_WORD}(?:\s++is\b|\s*+:){_BEGIN}{_END}")
+# "(A) and (B)" is no choice of one.
+_ANOTHER = re.compile(
+    r"[\s)\].:*_`]*+(?:and\b|or\b|[,&/])\s*+[(\[*_`]*+([A-Z])(?![A-Za-z0-9'])", re.IGNORECASE
+)
+_WORD = (
+    r"(?:\b(?i:answer|choice|option|antwort|lösung|réponse|respuesta|risposta|resposta)\b"
+    r"|答案|答え|정답)"
+)
+_IS = r"(?:\s++(?i:is|ist|est|es|è|é)\b|\s*+(?:[:是は은]|为))"
+_BEGIN, _END = r"[\s:*_`\"'(\[$]{0,12}+", r"([A-Z])(?![A-Za-z0-9]|'[a-z])"
+_SAID = re.compile(rf"{_WORD}{_IS}{_BEGIN}{_END}")
+# "The answer is blue.": the words of a choice.
+_SAID_WORDS = re.compile(rf"{_WORD}{_IS}{_BEGIN}([^\n]{{1,300}})")
+_SAID_AFTER = re.compile(
+    rf"(?<![A-Za-z0-9]){_END}[)\]*_`\"']{{0,4}}+\s++(?:is|was)\s++(?:(?:the|correct|right|best)\s++)"
+    r"{0,3}(?:answer|choice|option|one)\b"
+)
+_SENTENCE_END = re.compile(r"[.;!?](?:\s|\Z)")
 # One that is spoken of, be it right or wrong.
 _NAMED_LETTER = re.compile(rf"{_WORD}{_BEGIN}{_END}")
 
@@ -46,22 +64,38 @@ def choices_in(question: str) -> tuple[str, ...]:
 
 
 def letter_of(text: str, choices: Sequence[str]) -> str | None:
-    """Which of the choices a short text means, by its letter or in its words."""
+    """Which of the choices a short text means, by its letter or in its words.
+
+    A letter by itself is the letter, even where another choice consists of it: of the vitamins
+    "A. C" and "B. A", ``A`` means the first.
+    """
     valid = LETTERS[: len(choices)]
-    words = normal(text)
-    same = [
-        letter for letter, choice in zip(valid, choices, strict=True) if normal(choice) == words
-    ]
-    if len(same) == 1:
-        return same[0]
+    text = unicodedata.normalize("NFKC", text)
+    if (bare := _BARE.match(text)) and bare[1].upper() in valid:
+        return bare[1].upper()
     match = _LETTER.match(text)
-    if match is None or match[1].upper() not in valid:
+    letter = None if match is None or match[1].upper() not in valid else match[1].upper()
+    rest = "" if match is None else normal(text[match.end() :].strip(" $>})"))
+    if letter is not None and rest and rest == normal(choices[valid.index(letter)]):
+        return letter
+    same = _in_words(text, choices)
+    if same is not None or match is None or letter is None:
+        return same
+    if (another := _ANOTHER.match(text, match.end())) and another[1].upper() in valid:
         return None
     # "A dog" begins with an article, "A. a dog" with a letter: what follows must be the choice.
-    letter, rest = match[1].upper(), normal(text[match.end() :].strip(" $>})"))
     choice = normal(choices[valid.index(letter)])
     fits = not rest or rest == choice or choice.startswith(rest) or rest.startswith(choice)
     return letter if fits or text[match.end() : match.end() + 1] in ".):*" else None
+
+
+def _in_words(text: str, choices: Sequence[str]) -> str | None:
+    """The letter of the one choice that has these words."""
+    words = normal(text)
+    same = [
+        letter for letter, choice in zip(LETTERS, choices, strict=False) if normal(choice) == words
+    ]
+    return same[0] if len(same) == 1 else None
 
 
 def _read(text: str, problem: Problem, how: str) -> str | None:
@@ -69,12 +103,33 @@ def _read(text: str, problem: Problem, how: str) -> str | None:
     for piece in (after_mark(text), boxed(text)):
         if piece is not None and (letter := letter_of(piece, problem.choices)):
             return letter
+    text = unicodedata.normalize("NFKC", text)
     valid = LETTERS[: len(problem.choices)]
-    said: list[str] = [letter for letter in _SAID.findall(text) if letter in valid]
-    if said:
+    if said := _said(text, problem.choices):
         return said[-1]
     named: set[str] = {letter for letter in _NAMED_LETTER.findall(text) if letter in valid}
     return named.pop() if len(named) == 1 else letter_of(text, problem.choices)
+
+
+def _said(text: str, choices: Sequence[str]) -> list[str]:
+    """What a text says that the answer is, in the order in which it says so."""
+    valid = LETTERS[: len(choices)]
+    found = {
+        match.end(): match[1]
+        for pattern in (_SAID, _SAID_AFTER)
+        for match in pattern.finditer(text)
+        if match[1] in valid
+    }
+    for match in _SAID_WORDS.finditer(text):
+        sentence = _SENTENCE_END.split(match[1], maxsplit=1)[0]
+        bare = _BARE.match(sentence)
+        if bare and bare[1].upper() in valid:
+            continue
+        # "The answer is A dog" may name the choice "A dog".
+        if letter := _in_words(sentence, choices):
+            begin = match.start(1) + 1
+            found = {end: said for end, said in found.items() if end != begin} | {begin: letter}
+    return [found[end] for end in sorted(found)]
 
 
 def _gold(answer: Any, choices: tuple[str, ...]) -> str:
@@ -83,7 +138,13 @@ def _gold(answer: Any, choices: tuple[str, ...]) -> str:
         letter = LETTERS[answer] if 0 <= answer < len(choices) else None
     else:
         text = str(answer)
-        letter = letter_of(((after_mark(text) or "") if "####" in text else text).strip(), choices)
+        text = ((after_mark(text) or "") if "####" in text else text).strip()
+        letter = letter_of(text, choices)
+        if letter and (in_words := _in_words(text, choices)) not in (None, letter):
+            raise ValueError(
+                f"'answer' is the letter {letter} and the text of choice {in_words}; write its "
+                "place from 0, or a column for each choice (option_a, option_b, ...)"
+            )
     if letter is None:
         raise ValueError(
             f"'answer' is none of the {len(choices)} choices, by letter, text or, as an integer, "
