@@ -98,6 +98,27 @@ def test_the_program_in_a_reply(reply, code):
     assert block_of(reply) == code
 
 
+SOLUTION = "```python\ndef add(a, b):\n    return a + b\n```\n"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        SOLUTION,
+        f"{SOLUTION}Tests:\n```python\ndef test_add():\n    assert add(1, 1) == 3\n```",
+        "```python\ndef plus(a, b):\n    return a + b\n```\nand\n"
+        "```python\ndef add(a, b):\n    return plus(a, b)\n```",
+        "1. First:\n   ```python\n   def add(a, b):\n       return a + b\n   ```",
+        '```python title="a.py"\ndef add(a, b):\n    return a + b\n```',
+        "```python\ndef add(a, b):\n    return a - b\n```\nNo:\n" + SOLUTION,
+        SOLUTION + "```python\nprint(add(1, 2))\n```",
+    ],
+)
+def test_the_block_that_the_tests_call_is_the_solution(tmp_path, allowed, reply):
+    problem = only(tmp_path, MBPP)
+    assert is_right(read_final(reply, problem), problem)
+
+
 HARMLESS = {
     "does nothing": ("pass", True),
     "imports": ("import collections, heapq, itertools, json, math, random, re, typing", True),

@@ -6,7 +6,9 @@ The shapes are those of HumanEval (arXiv 2107.03374) and MBPP (arXiv 2108.07732)
 from __future__ import annotations
 
 import ast
+import builtins
 import re
+import textwrap
 from typing import Any
 
 from mlx_fd.problems import Problem, execution
@@ -15,31 +17,69 @@ from mlx_fd.problems.prompts import Form
 from mlx_fd.problems.thoughts import without_thoughts
 
 _MARK = "```"
-_LANGUAGE = re.compile(r"[ \t]*+(?:python3?|py)?[ \t]*+\n", re.IGNORECASE)
+# Behind the name a title may stand.
+_LANGUAGE = re.compile(r"[ \t]*+(?:(?:python3?|py)(?:[ \t:{][^\n]*+)?+)?[ \t\r]*+\n", re.IGNORECASE)
 _DEFINES = re.compile(r"^[ \t]*+(?:async[ ]++)?(?:def|class)[ ]", re.MULTILINE)
-_FUNCTION = re.compile(r"^[ \t]*+def[ ]++(\w++)", re.MULTILINE)
+_FUNCTION = re.compile(r"^[ \t]*+(?:async[ ]++)?def[ ]++(\w++)", re.MULTILINE)
+_DEFINED = re.compile(r"^(?:async[ ]++)?(?:def|class)[ ]++(\w++)", re.MULTILINE)
+_BEGINS = re.compile(r"\s*+(?:async[ ]|def[ ]|class[ ]|import[ ]|from[ ]|@)")
+_WORD = re.compile(r"\b[A-Za-z_]\w*+")
 _CHECKED = re.compile(r"^check\((\w{1,80})\)\s*+\Z", re.MULTILINE)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _LONGEST = 20_000  # characters of a program
 
 
-def block_of(text: str) -> str | None:
-    """The program in a reply: its last block that defines something, else its last block.
+def block_of(text: str, wanted: frozenset[str] = frozenset()) -> str | None:
+    """The program in a reply: its last block that defines what is wanted, with its helpers.
 
-    A block that is not closed goes on to the end. Without a block the whole text is taken where it
-    is Python.
+    Where none does, the last block that defines something, else the last one. Helpers are earlier
+    blocks that define a name of which it speaks. A block that is not closed goes on to the end.
+    Without a block the whole text is taken where it is Python.
+
+    Args:
+        text: the reply.
+        wanted: names that the tests call.
     """
     pieces = without_thoughts(text).split(_MARK)
-    blocks = []
-    for piece in pieces[1::2]:
-        language = _LANGUAGE.match(piece)
-        if language is not None:
-            blocks.append(piece[language.end() :])
+    blocks = [
+        _unindented(piece[language.end() :])
+        for piece in pieces[1::2]
+        if (language := _LANGUAGE.match(piece)) is not None
+    ]
     if not blocks:
         whole = pieces[0] if len(pieces) == 1 else ""
         return whole if _DEFINES.search(whole) and _is_python(whole) else None
-    defining = [block for block in blocks if _DEFINES.search(block)]
-    return (defining or blocks)[-1]
+    solving = [at for at, block in enumerate(blocks) if wanted & set(_DEFINED.findall(block))]
+    if not solving:
+        return ([block for block in blocks if _DEFINES.search(block)] or blocks)[-1]
+    solution = blocks[solving[-1]]
+    own = set(_DEFINED.findall(solution))
+    missing = set(_WORD.findall(solution)) - own
+    helpers = [
+        block
+        for block in blocks[: solving[-1]]
+        if (names := set(_DEFINED.findall(block))) & missing and not names & own
+    ]
+    return "\n".join([*helpers, solution])
+
+
+def _unindented(block: str) -> str:
+    """A block without the indentation of a list that it stands in; a body keeps its own."""
+    return textwrap.dedent(block) if _BEGINS.match(block) else block
+
+
+def _called(tests: str) -> frozenset[str]:
+    """The names that tests call, those that are theirs or Python's aside."""
+    tree = ast.parse(tests)
+    own = {one.name for one in ast.walk(tree) if isinstance(one, _DEFINITIONS)}
+    names = {
+        one.func.id
+        for one in ast.walk(tree)
+        if isinstance(one, ast.Call) and isinstance(one.func, ast.Name)
+    }
+    checked = _CHECKED.search(tests)
+    wanted = {checked[1]} if checked else names - own
+    return frozenset(name for name in wanted if not hasattr(builtins, name))
 
 
 def _is_python(text: str) -> bool:
@@ -51,7 +91,7 @@ def _is_python(text: str) -> bool:
 
 
 def _read(text: str, problem: Problem, how: str) -> str | None:
-    block = block_of(text)
+    block = block_of(text, _called(problem.answer))
     if block is None or len(block) > _LONGEST:
         return None
     return block.strip("\n").rstrip() or None
