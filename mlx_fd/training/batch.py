@@ -31,6 +31,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_fd.config import CONTINUOUS, Config
 from mlx_fd.errors import UserError
@@ -57,6 +58,7 @@ from mlx_fd.feedback.verdicts import REASONS, Reviewed, tally
 from mlx_fd.models import ranks
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.metering import metered
+from mlx_fd.models.student import Student
 from mlx_fd.problems import Problem
 from mlx_fd.runs.acceptance import accepted_count
 from mlx_fd.runs.events import Event, Step
@@ -247,6 +249,7 @@ def _run_batch(
     begun = begun or Begun(*learner.carry_on(_first_halves(state, problems, learner)))
     reviewed, second = begun.first, begun.second
     judged, taught = [one.judged for one in reviewed], [one.taught for one in reviewed]
+    _check_feedback([one.judged.student for one in (*reviewed, *second)], number, config)
     drawn = [one.judged for one in second] if config.generation.answers_by == "both" else judged
     state = dataclasses.replace(state, answering=_observe_answers(state.answering, drawn, config))
     # 3.
@@ -281,6 +284,7 @@ def _run_batch(
         ahead = Begun(*next_ones) if following else None
         solutions = _solutions(finished, lagging, learner)
         state = dataclasses.replace(state, replay=_added(state.replay, solutions, learner))
+    _check_feedback([one.judged.student for one in finished], state.batch, config)
 
     trusted = [gate.stands_alone(before.gate, one.student.confidence) for one in judged]
     rows = [
@@ -716,20 +720,54 @@ def _gate_row(
 def check_finite(losses: Mapping[str, float], batch: int, config: Config) -> None:
     """Stop a run whose student is lost, before its state is saved.
 
+    Args:
+        losses: the student's, by name.
+        batch: batches done so far; 0: before any training.
+        config: the run's.
+
     Raises:
         UserError: a loss is not finite.
     """
-    lost = [name for name, value in losses.items() if not math.isfinite(value)]
-    if not lost:
-        return
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise _diverged(f"{name} loss is", batch, config)
+
+
+def check_weights(student: Student, batch: int, config: Config) -> None:
+    """Stop a run whose student could not be read back, before it is saved.
+
+    Args:
+        student: as it is to be saved.
+        batch: batches done so far.
+        config: the run's.
+
+    Raises:
+        UserError: a weight that trains is not finite.
+    """
+    weights = tree_flatten(student.trainable_parameters())
+    if not mx.stack([mx.isfinite(array).all() for _, array in weights]).all().item():
+        raise _diverged("weights are", batch, config)
+
+
+def _check_feedback(given: Sequence[StudentFeedback], batch: int, config: Config) -> None:
+    """Stop a run whose student is lost, before its rows are written; all ranks raise."""
+    numbers = [(one.logprob, one.head_score) for one in given]
+    for logprob, score in ranks.gather(numbers):
+        if not math.isfinite(logprob):
+            raise _diverged("log-probabilities are", batch, config)
+        if score is not None and not math.isfinite(score):
+            raise _diverged("score is", batch, config)
+
+
+def _diverged(what: str, batch: int, config: Config) -> UserError:
     if batch == 0:
-        raise UserError(
-            f"the {lost[0]} loss is not finite before any training: the weights of the expert "
+        return UserError(
+            f"the student's {what} not finite before any training: the weights of the expert "
             "or the student are not whole; fetch or convert them again."
         )
     rates = config.training
-    raise UserError(
-        f"the student diverged in batch {batch}: its {lost[0]} loss is not finite any more. The "
+    return UserError(
+        f"the student diverged in batch {batch}: its {what} not finite any more. The "
         "checkpoints before it are whole. Begin a new run with lower learning rates (--lora-rate "
         f"{rates.lora_rate:g}, --score-rate {rates.score_rate:g}, --projection-rate "
         f"{rates.projection_rate:g} were too high) or a smaller --max-grad-norm."

@@ -286,6 +286,8 @@ class Run:
         stop: asked after each batch; when true, a checkpoint is written and the run ends there.
         extra: gives what else a checkpoint is to hold: arrays by the names of their files, and
             entries of ``state.json``.
+        check: called before a batch's checkpoint is written; raises where the student is not to be
+            kept.
     """
 
     records: Records
@@ -299,6 +301,7 @@ class Run:
         {},
         {},
     )
+    check: Callable[[RunState], None] = lambda state: None
 
 
 @dataclass(frozen=True)
@@ -379,6 +382,7 @@ def run_batches(
             stopping = not done.ahead and run.stop()
             due = state.batch - saved >= run.config.episode.checkpoint_every
             if not done.ahead and (due or stopping or state.best_batch != best_before):
+                run.check(state)
                 save(run, state)
                 saved = state.batch
         run.report(BatchDone(done.done, done.total, done.rows, done.metrics))

@@ -44,6 +44,7 @@ from mlx_fd.training.batch import (
     Learner,
     Report,
     check_finite,
+    check_weights,
     overlaps,
     rehearse_batch,
     report_steps,
@@ -122,6 +123,15 @@ def run(
     # As it is before the loop's first update, likewise.
     probe = _probe(records, config, pair, job.probe_problems, begun, report)
     optimizer = make_optimizer(pair.student, config.training)
+    # Whether the student has learned since it was last measured on the probe set.
+    unseen = False
+
+    def check(state: RunState) -> None:
+        check_weights(pair.student, state.batch, config)
+        if unseen:
+            # Recorded nowhere: the run goes on as without it.
+            check_finite(probe.losses(pair, config), state.batch, config)
+
     this = Run(
         records=records,
         config=config,
@@ -130,6 +140,7 @@ def run(
         optimizer=optimizer,
         report=report,
         stop=stop,
+        check=check,
     )
     state = begin_or_restore(this, checkpoint, lambda: _first(pair, probe, config))
     if stop():
@@ -157,7 +168,7 @@ def run(
     ahead: Begun | None = None
 
     def batch(state: RunState) -> Done:
-        nonlocal recent, ahead
+        nonlocal recent, ahead, unseen
         epoch, index = divmod(state.batch, batches)
         if epoch == 0:
             begin, end = index * size, (index + 1) * size
@@ -167,6 +178,8 @@ def run(
         else:
             again = [row for row in runs.read_samples(folder) if row["batch"] == index]
             result = rehearse_batch(state, again, learner)
+        if result.metrics["updates"]:
+            unseen = result.metrics["probe"] is None
         logs: dict[str, Sequence[Mapping[str, Any]]] = {
             runs.EPISODES: result.rows,
             runs.METRICS: [result.metrics],
@@ -217,6 +230,8 @@ def _finish(
     folder, config, pair, probe = this.records.folder, this.config, learner.pair, learner.probe
     looking = time.perf_counter()
     last = probe.losses(pair, config)
+    check_weights(pair.student, state.batch, config)
+    check_finite(last, state.batch, config)
     state = with_probe(state, last)
     seconds = {"headroom": probe.seconds + time.perf_counter() - looking}
     with runs.wrap_write_errors(folder):

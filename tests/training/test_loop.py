@@ -407,6 +407,55 @@ def test_a_student_that_diverges_ends_the_run_with_a_message(dirs, tmp_path):
     assert newest_checkpoint(tmp_path / "run")[0].batch == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        pytest.param({}, "log-probabilities", id="before a text's row"),
+        pytest.param({"order": "learn-last"}, "loss", id="before a checkpoint"),
+        pytest.param(
+            {"order": "learn-last", "checkpoint_every": 4}, "log-probabilities", id="in a batch"
+        ),
+        pytest.param(
+            {"order": "learn-last", "checkpoint_every": 4, "episodes": 1}, "loss", id="at the end"
+        ),
+    ],
+)
+def test_a_student_that_diverges_between_probe_evaluations(dirs, tmp_path, options, what):
+    plan = make_plan(
+        *dirs,
+        **{"episodes": 3, "checkpoint_every": 1, **options},
+        lora_rate=1e30,
+        max_grad_norm=0.0,
+        batch_size=1,
+        kd_steps=1,
+        probe_every=2,
+        gate="always",
+    )
+    for _ in range(2):  # a resume ends as the run did
+        with pytest.raises(UserError, match=f"diverged in batch 1: its .*{what}.* not finite"):
+            start(tmp_path / "run", plan)
+        assert newest_checkpoint(tmp_path / "run")[0].batch == 0
+
+
+def test_looking_at_the_student_before_each_checkpoint_changes_nothing(dirs, tmp_path):
+    found = []
+    for every in (1, 2):
+        plan = make_plan(
+            *dirs,
+            episodes=4,
+            probe_every=8,
+            checkpoint_every=every,
+            lora_dropout=0.2,
+            gate="always",
+        )
+        start(tmp_path / str(every), plan)
+        found.append(tmp_path / str(every))
+    for name in (runs.EPISODES, runs.METRICS):
+        assert rows(found[0], name) == rows(found[1], name)
+    one, other = map(weights, found)
+    assert all((one[name] == other[name]).all() for name in one)
+
+
 def test_stopping_before_the_first_batch(finished, tmp_path):
     folder, plan, _, _ = finished
     answers = iter([True])
