@@ -88,6 +88,14 @@ class TeacherOutputs:
         top_k = TopK(**{name: arrays[f"top_k.{name}"] for name in names})
         return cls(top_k, layers("pooled"), layers("attention"))
 
+    @property
+    def are_finite(self) -> bool:
+        """Whether all of it is; where a state overflowed in the expert it is not."""
+        targets = self.targets
+        final = targets if isinstance(targets, mx.array) else targets.log_sum_exp
+        found = [mx.isfinite(array).all() for array in (final, *self.pooled, *self.attention)]
+        return bool(mx.stack(found).all().item())
+
     def at(self, matches: Sequence[int | None]) -> TeacherOutputs:
         """The top k of some of the T tokens, for another tokenizer's tokens of the text.
 

@@ -61,7 +61,7 @@ from mlx_fd.models.metering import metered
 from mlx_fd.models.student import Student
 from mlx_fd.problems import Problem
 from mlx_fd.runs.acceptance import accepted_count
-from mlx_fd.runs.events import Event, Step
+from mlx_fd.runs.events import Event, Step, Warned
 from mlx_fd.runs.records import EpisodeRow, GateRow, MetricsRow, SampleRow
 from mlx_fd.training.answering import Answering, observe, warmed
 from mlx_fd.training.checkpoint import (
@@ -478,15 +478,27 @@ def _solutions(
     """The right final answers to learn from, where the student lagged; those of all ranks."""
     if not learner.config.losses.learns_solutions:
         return []
-    return gather_samples(
-        [
-            solution_of(
-                learner.pair, one.problem, one.final, learner.config.losses, cache=learner.cache
-            )
-            for one in (finished[index] for index in lagging)
-            if one.is_correct
-        ]
-    )
+    samples = []
+    for one in (finished[index] for index in lagging):
+        if not one.is_correct:
+            continue
+        sample = solution_of(
+            learner.pair, one.problem, one.final, learner.config.losses, cache=learner.cache
+        )
+        if name := _lost(sample, learner):
+            text = f"the {name} loss on a right solution of {one.problem.id} is not finite"
+            learner.report(Warned(f"{text}: it is not learned from"))
+        else:
+            samples.append(sample)
+    return gather_samples(samples)
+
+
+def _lost(sample: Sample, learner: Learner) -> str | None:
+    """A loss on a sample that overflowed in the expert, which would void every update it is in."""
+    if sample.expert.are_finite:
+        return None
+    (losses,) = learner.losses([sample])
+    return next((name for name, value in losses.items() if not math.isfinite(value)), None)
 
 
 def _lessons(
@@ -549,7 +561,7 @@ def _learn_now(
         done = _step(learner, learner.memory.of(lines), scaled, (number, step), own)
         updates.append(done)
         for line, losses in zip(lines, done.each, strict=True):
-            lags[line] = finite(sum(scaled[name] * value for name, value in losses.items())) or 0.0
+            lags[line] = sum(scaled[name] * value for name, value in losses.items())
         learner.on_tokens(number)("distil", done.tokens)
     replay = replay.learned(lags, config.training.replay_size if config.training.replay else 0)
     learner.memory.keep(replay)

@@ -9,6 +9,7 @@ they come to the same bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -80,10 +81,12 @@ class Replay:
         """After an update: nothing is fresh any more, and only the newest are kept.
 
         Args:
-            lags: the lag of each line that was learned from.
+            lags: the lag of each line that was learned from; one that is not finite is forgotten,
+                since it voids every update that it is in.
             most: how many to keep.
         """
         kept = [replace(one, lag=lags.get(one.line, one.lag), fresh=False) for one in self.kept]
+        kept = [one for one in kept if math.isfinite(one.lag)]
         return replace(self, kept=tuple(kept[len(kept) - min(most, len(kept)) :]))
 
 

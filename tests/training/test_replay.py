@@ -1,15 +1,23 @@
 import collections
 import dataclasses
 import json
+import math
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_fd import runs
 from mlx_fd.config import TrainingOptions
+from mlx_fd.feedback.distill import make_optimizer
 from mlx_fd.feedback.pair import open_pair
+from mlx_fd.feedback.stages import Answered, Finished, Judged, StudentFeedback, Usage
+from mlx_fd.models.conversation import Conversation
+from mlx_fd.problems.prompts import Answer, Feedback
+from mlx_fd.runs.events import Warned
 from mlx_fd.training import replay as replaying
-from mlx_fd.training.batch import samples_again
+from mlx_fd.training.batch import Learner, _solutions, samples_again
+from mlx_fd.training.probe import Headroom, Probe
 from mlx_fd.training.replay import Memory, Remembered, Replay, choose
 from support.loops import assert_same, rows, start
 from support.pairs import make_dirs, make_plan
@@ -117,6 +125,40 @@ def test_what_is_remembered_is_bounded_and_survives_json():
     assert memory.of([7, 2]) == ["seven", "sample 2"]
     memory.keep(after)
     assert memory.samples == {2: "sample 2"}
+
+
+@pytest.mark.parametrize("lag", [math.nan, math.inf])
+def test_what_voided_an_update_is_forgotten(lag):
+    after = remembered("right", "other", "wrong").learned({0: 0.5, 1: lag}, most=3)
+    assert [(one.line, one.lag) for one in after.kept] == [(0, 0.5), (2, 1.0)]
+    assert after.lines == 3
+
+
+@pytest.mark.parametrize(("losses", "kept"), [("lm", 1), ("lm,logit", 0)])
+def test_a_solution_that_overflowed_in_the_expert_is_not_learned_from(dirs, losses, kept):
+    plan = make_plan(*dirs, losses=losses.split(","), solutions=True)
+    pair, events, problem = open_pair(plan), [], plan.problems[0]
+    text = f"#### {problem.answer}"
+    answer = Answer(text, problem.answer, tuple(pair.expert.tokenizer.encode(text)))
+    answered = Answered(problem, answer, Conversation(), ())
+    judged = Judged(answered, StudentFeedback(Feedback("", 1.0), None), None)
+    finished = Finished(judged, 1.0, "", "", "", answer, Usage())
+    learner = Learner(
+        pair=pair,
+        probe=Probe((), Headroom(0, 0, 0, 0, 0, 0, 0)),
+        optimizer=make_optimizer(pair.student, plan.config.training),
+        config=plan.config,
+        report=events.append,
+        batches=1,
+        cache=None,
+        memory=Memory(lambda lines: []),
+    )
+    assert len(_solutions([finished], [0], learner)) == 1 and not events
+    norm = pair.expert.model.model.norm
+    norm.weight = mx.full(norm.weight.shape, math.inf)
+    assert len(_solutions([finished], [0], learner)) == kept
+    assert [type(one) for one in events] == [Warned] * (1 - kept)
+    assert kept or f"the logit loss on a right solution of {problem.id}" in str(events[0])
 
 
 def test_a_run_that_mixes_is_resumed_bit_for_bit(dirs, tmp_path, monkeypatch):
