@@ -10,7 +10,7 @@ from mlx_fd import problems, runs
 from mlx_fd.config import ModelOptions
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.judge import ModelRef, locate_model
-from mlx_fd.files import sync_folder
+from mlx_fd.files import remove, share, sync_file, sync_folder, working_folder
 from mlx_fd.models.student import Student, load_student, save_weights
 from mlx_fd.runs.plan import Plan
 
@@ -109,16 +109,15 @@ def begin(folder: Path, plan: Plan, student: Student) -> None:
     """Put the weights into a student with which its run begins, or began.
 
     Args:
-        folder: the run directory; where it is there, it has them.
+        folder: the run directory; where there is a run in it, it has them.
         plan: the run's.
         student: freshly made.
 
     Raises:
         UserError: they are missing or damaged.
     """
-    kept = folder / runs.BEGUN
-    if kept.is_dir() or runs.is_run(folder):
-        load_student(student, kept)
+    if runs.is_run(folder):
+        load_student(student, folder / runs.BEGUN)
         return
     checkpoint = _earlier(plan).checkpoint
     assert checkpoint is not None
@@ -126,12 +125,23 @@ def begin(folder: Path, plan: Plan, student: Student) -> None:
 
 
 def keep(folder: Path, student: Student) -> None:
-    """Write those weights into a new run: the earlier run may go on, or go.
+    """Write those weights where a run is to be made: the earlier run may go on, or go.
 
     They are the student's own, and not read again: meanwhile the earlier run's best checkpoint may
-    have become another one.
+    have become another one. A kill leaves all of them or none.
+
+    Args:
+        folder: the run directory, locked; there is no run in it yet.
+        student: as it begins.
     """
     kept = folder / runs.BEGUN
-    kept.mkdir(exist_ok=True)
-    save_weights(student, kept)
-    sync_folder(kept)
+    with working_folder(folder) as working:
+        save_weights(student, working)
+        for path in working.iterdir():
+            sync_file(path)
+        sync_folder(working)
+        share(working)
+        # Of a run that was killed before it began.
+        remove(kept)
+        working.rename(kept)
+    sync_folder(folder)

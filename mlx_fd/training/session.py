@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_fd import runs
 from mlx_fd.config import CONTINUOUS, Config, check_command, read, to_toml
 from mlx_fd.errors import UserError
-from mlx_fd.files import write_json
+from mlx_fd.files import remove, write_json
 from mlx_fd.models import ranks
 from mlx_fd.models.device_memory import what_gave_out
 from mlx_fd.models.resolve import parse_name
@@ -323,11 +323,15 @@ def open_run(
                 # Only now: models that cannot be loaded leave no run behind.
                 stack.enter_context(runs.locked(folder))
                 with runs.wrap_write_errors(folder):
-                    runs.create(folder, to_toml(plan.config), plan.manifest, readme)
+                    runs.check_new(folder)
                     if student is not None and plan.config.models.continue_from:
                         from mlx_fd.training.continuing import keep
 
+                        # Before there is a run: it could neither go on without them nor begin.
                         keep(folder, student)
+                    else:
+                        remove(folder / runs.BEGUN)
+                    runs.create(folder, to_toml(plan.config), plan.manifest, readme)
             tracking = stack.enter_context(
                 Tracking(
                     trackers, folder, plan.manifest["options"], lambda text: report(Warned(text))

@@ -1,11 +1,24 @@
-"""How many of a file's problems a run that goes on learns from."""
+"""A run that goes on: how many problems of a file it learns from, and what it begins with."""
 
 import json
 
 import pytest
 
+from mlx_fd import runs
 from mlx_fd.errors import UserError
 from mlx_fd.training.continuing import sizes
+from mlx_fd.training.session import resume_run, run_loop
+from support.loops import Killed, count_syncs
+
+SHORT = {
+    "episodes": 1,
+    "batch_size": 1,
+    "max_answer_tokens": 4,
+    "max_feedback_tokens": 4,
+    "max_merge_tokens": 4,
+    "probe_size": 1,
+    "exam_size": 0,
+}
 
 
 @pytest.fixture
@@ -34,3 +47,50 @@ def test_not_all_can_be_held_out(file, probe):
     """It was said of the episodes, which nobody asked for: at least 1, not -30."""
     with pytest.raises(UserError, match=f"--probe-size {probe}: .* ask for at most 9"):
         sizes({"problems": file, "probe_size": probe}, 32)
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("earlier") / "run"
+    run_loop("tiny", out=folder, **SHORT)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("flushes", "begun", "is_run"),
+    [
+        pytest.param(4, False, False, id="amid the weights"),
+        pytest.param(8, True, False, id="before there is a run"),
+        pytest.param(12, True, True, id="just after"),
+    ],
+)
+def test_a_kill_at_the_beginning_leaves_what_can_be_begun_or_gone_on_with(
+    earlier, flushes, begun, is_run, tmp_path, monkeypatch
+):
+    """A run without the weights that it began with could be neither."""
+    folder, given = tmp_path / "run", {**SHORT, "continue_from": str(earlier)}
+    with monkeypatch.context() as patched:
+        count_syncs(patched, flushes)
+        with pytest.raises(Killed):
+            run_loop("tiny", out=folder, **given)
+    assert ((folder / runs.BEGUN).exists(), runs.is_run(folder)) == (begun, is_run)
+    if is_run:
+        resume_run(folder, stop=lambda: True)
+    else:
+        run_loop("tiny", out=folder, stop=lambda: True, **given)
+    for name in ("adapters.safetensors", "heads.safetensors"):
+        wanted = (earlier / "checkpoints" / "best" / name).read_bytes()
+        for where in (runs.BEGUN, "checkpoints/000000"):
+            assert (folder / where / name).read_bytes() == wanted
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".tmp-")]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_run_of_its_own_keeps_nothing_of_one_that_a_kill_ended(earlier, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        count_syncs(patched, 8)
+        with pytest.raises(Killed):
+            run_loop("tiny", out=tmp_path / "run", **SHORT, continue_from=str(earlier))
+    run_loop("tiny", out=tmp_path / "run", stop=lambda: True, **SHORT)
+    assert not (tmp_path / "run" / runs.BEGUN).exists()
