@@ -33,6 +33,8 @@ CONTINUOUS = "continuous"
 MAX_SEED = 2**63 - 1
 """The largest integer that every reader of TOML takes."""
 _MAX_FLOAT = 3e38  # float32, in which all that is computed with them is, has nothing larger
+# Trust takes 58,000 verdicts there.
+_MIN_DISAGREEMENT = 1e-4
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 16  # of tables in tables
 _WARM_UP = re.compile(r"([a-z][a-z-]*):([1-9][0-9]{0,8})")
@@ -1007,6 +1009,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"max_answer_temperature is {high:g}, below answer_temperature, {low:g}, so that it "
             "never rises; set it to 0 if that is meant."
         )
+    if 0 < gate.max_disagreement < _MIN_DISAGREEMENT:
+        yield (
+            f"max_disagreement is {gate.max_disagreement:g}, which takes more verdicts than a run "
+            f"has; give at least {_MIN_DISAGREEMENT:g}, or 0, and the expert is always asked."
+        )
     if gate.phase_begin > gate.phase_end:
         yield f"phase_begin is {gate.phase_begin:g}, after phase_end, {gate.phase_end:g}."
     names, scales = config.losses.losses, config.losses.scales
@@ -1045,6 +1052,12 @@ def _contradictions_of_losses(config: Config) -> Iterator[str]:
         )
     if losses.teacher_top_k and losses.standardize_logits:
         yield "standardize_logits needs whole distributions; set teacher_top_k to 0."
+    of_experts = losses.losses == ("lm",) and losses.student_context == "none"
+    if of_experts and losses.on_policy_fraction == 1 and not losses.learns_solutions:
+        yield (
+            "the lm loss learns from the expert's texts alone, and with on_policy_fraction = 1 and "
+            "without solutions there are none; set on_policy_fraction below 1, or add a loss."
+        )
     keeps_answers = method.self_teacher == "expert" and method.support == "teacher"
     if losses.teacher_cache and not (losses.teacher_top_k or keeps_answers):
         needed = "teacher_top_k only; set that (16, for instance)"

@@ -153,6 +153,11 @@ def test_any_value_is_taken_or_refused_with_its_name(changes):
             "an expert's likeliest tokens only; set support to teacher, or",
         ),
         (
+            {"losses": ("lm",), "on_policy_fraction": 1.0, "solutions": False},
+            "there are none; set on_policy_fraction below 1, or add a loss",
+        ),
+        ({"max_disagreement": 1e-320}, "give at least 0.0001, or 0"),
+        (
             {"objective": "likelihood", "on_policy_fraction": 1.0, "self_teacher": "expert"},
             "there are none; set on_policy_fraction to 0.",
         ),
@@ -166,6 +171,20 @@ def test_options_that_contradict_each_other(changes, message):
     with pytest.raises(UserError) as error:
         override(Config(), changes, "test")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"losses": ("lm",), "on_policy_fraction": 1.0},
+        {"losses": ("lm",), "on_policy_fraction": 0.9, "solutions": False},
+        {"losses": ("lm", "logit"), "on_policy_fraction": 1.0, "solutions": False},
+        {"max_disagreement": 1e-4},
+        {"max_disagreement": 0.0},
+    ],
+)
+def test_options_that_go_together(changes):
+    assert override(Config(), changes, "test") != Config()
 
 
 @pytest.mark.parametrize("name", ["lora_rank", "lora_scale", "lora_layers"])

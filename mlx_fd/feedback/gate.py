@@ -344,6 +344,15 @@ def may_trust(options: GateOptions) -> bool:
     return options.gate not in ("always", "never") and options.max_disagreement > 0
 
 
+def fewest_verdicts(options: GateOptions) -> int:
+    """The fewest verdicts, all of them the expert's, with which the student may be trusted.
+
+    Args:
+        options: those of a run in which it may be (:func:`may_trust`).
+    """
+    return risk.fewest_audits(options.max_disagreement, risk.LOOK_LEVEL)
+
+
 def set_trust(state: GateState, progress: float, options: GateOptions) -> GateState:
     """Set the threshold on the student's confidence, after a batch.
 

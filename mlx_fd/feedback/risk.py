@@ -214,6 +214,22 @@ def _lowest(
 
 # How often in a run a threshold may be lowered.
 LOOKS = 8
+# Probability with which each of them is right.
+LOOK_LEVEL = 1 - (1 - LEVEL) / LOOKS
+
+
+def last_look(batches: int) -> int:
+    """Batches done at the last look that any batch follows; 0: there is none.
+
+    Args:
+        batches: of the run; a look can be after each of them.
+    """
+    due = [_looks_due(done / batches) for done in range(batches)]
+    return max((done for done in range(1, batches) if due[done] > due[done - 1]), default=0)
+
+
+def _looks_due(progress: float) -> int:
+    return int(progress * LOOKS + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -273,15 +289,14 @@ def look(
         window: the most verdicts that a threshold rests on.
     """
     verdicts, looks, before = _counting(state.verdicts, window), state.looks, state.trust.threshold
-    due = int(progress * LOOKS + 1e-9)
+    due = _looks_due(progress)
     state = replace(state, verdicts=verdicts, looks=max(due, state.looks), trust=NO_TRUST)
     if not max_disagreement:
         return state
     lately = verdicts[-window:]
     granted = None if before is None else THRESHOLDS.index(before)
     if due > looks:
-        level = 1 - (1 - LEVEL) / LOOKS
-        shown = _lowest(*_totals(lately), len(lately), max_disagreement, level)
+        shown = _lowest(*_totals(lately), len(lately), max_disagreement, LOOK_LEVEL)
         if shown is not None:
             granted = max(shown, -1 if granted is None else granted)
     if granted is None:

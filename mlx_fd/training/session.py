@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import math
 import os
 import shlex
 import warnings
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd import runs
-from mlx_fd.config import CONTINUOUS, Config, check_command, read, to_toml
+from mlx_fd.config import CONTINUOUS, Config, GateOptions, check_command, read, to_toml
 from mlx_fd.errors import UserError
+from mlx_fd.feedback import gate, risk
 from mlx_fd.files import remove, write_json
 from mlx_fd.models import ranks
 from mlx_fd.models.device_memory import what_gave_out
@@ -117,11 +119,39 @@ def new_plan(folder: Path, config: Config) -> Plan:
             from mlx_fd.training.continuing import check_continues
 
             check_continues(plan)
-        return plan
+        return plan if config.self_distils else _check_trust(plan)
 
     plan = ranks.together(planned)
     check_alike(plan.manifest)
     return plan
+
+
+def _check_trust(plan: Plan) -> Plan:
+    """A loop's plan with a note where its student can never be trusted, as options ask for.
+
+    At the usual ``max_disagreement`` nothing is said: a run of few episodes is a trial.
+
+    Raises:
+        UserError: it could not in the longest run.
+    """
+    options, size = plan.config.gate, plan.config.generation.batch_size
+    if not gate.may_trust(options):
+        return plan
+    needed, count = gate.fewest_verdicts(options), len(plan.problems)
+    at = f"at max_disagreement {options.max_disagreement:g} trust needs {needed} verdicts"
+    if 0 < options.audit_window < needed:
+        raise UserError(
+            f"audit_window is {options.audit_window}, and {at}: give at least {needed}, or leave "
+            "audit_window out"
+        )
+    seen = risk.last_look(math.ceil(count / size)) * size
+    if seen >= needed or options.max_disagreement >= GateOptions().max_disagreement:
+        return plan
+    note = (
+        f"{at}, and this run has {count} episodes, {seen} of them by the last look that could "
+        "grant it: the expert will always be asked"
+    )
+    return dataclasses.replace(plan, notes=(*plan.notes, note))
 
 
 def _check_ranks(config: Config) -> None:

@@ -13,12 +13,14 @@ import pytest
 
 from mlx_fd.feedback.risk import (
     LEVEL,
+    LOOK_LEVEL,
     NO_TRUST,
     THRESHOLDS,
     RunningTrust,
     audit,
     binomial_tail,
     fewest_audits,
+    last_look,
     look,
     set_threshold,
     upper_bound,
@@ -56,6 +58,27 @@ def test_the_fewest_audits_are_those_that_just_pass() -> None:
     assert set_threshold([0.97] * n, [True] * n, 0.05).threshold == 0.0
     assert set_threshold([0.97] * (n - 1), [True] * (n - 1), 0.05) == NO_TRUST
     assert fewest_audits(1.0) == 0
+
+
+@pytest.mark.parametrize(("bound", "n"), [(0.1, 55), (0.05, 113), (0.02, 286), (0.01, 574)])
+def test_a_look_needs_more_verdicts_than_a_single_threshold(bound: float, n: int) -> None:
+    assert fewest_audits(bound, LOOK_LEVEL) == n
+    for count, granted in ((n - 1, False), (n, True)):
+        state = RunningTrust()
+        for _ in range(count):
+            state = audit(state, 0.97, True)
+        trust = look(state, 0.5, bound, window=n).trust
+        assert (trust.threshold is not None) == granted
+
+
+@pytest.mark.parametrize(("batches", "last"), [(1, 0), (2, 1), (9, 8), (16, 14), (38, 34)])
+def test_the_last_look_is_before_the_last_batch(batches: int, last: int) -> None:
+    state, looks = RunningTrust(), []
+    for done in range(1, batches):
+        after = look(state, done / batches, 0.1, 200)
+        looks += [done] if after.looks > state.looks else []
+        state = after
+    assert last_look(batches) == last == max(looks, default=0)
 
 
 def test_the_threshold_is_the_lowest_of_the_sequence_that_passes() -> None:

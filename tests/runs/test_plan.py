@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import re
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_fd import __version__
-from mlx_fd.config import Config, override, read, to_toml
+from mlx_fd.config import Config, override, preset, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.problems import load as load_problems
@@ -25,6 +26,7 @@ from mlx_fd.runs.plan import (
     sample_of_problems,
     with_absolute_names,
 )
+from mlx_fd.training.session import new_plan
 from support import ROOT
 from support.architectures import make_architecture
 from support.manifests import config, manifest
@@ -208,6 +210,31 @@ def test_a_run_of_a_version_without_drafts_is_resumed(tmp_path):
 def test_a_draft_is_for_texts_that_are_written_one_by_one(changes, says):
     with pytest.raises(UserError, match=f"speculate = 4 is for texts .*{says}"):
         make_plan(override(Config(), {"speculate": 4, **changes}, "test"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"max_disagreement": 0.02}, r"needs 286 verdicts, .* has 304 episodes, 272 of them"),
+        ({"max_disagreement": 0.02, "episodes": 328}, None),
+        ({"max_disagreement": 0.02, "gate": "always"}, None),
+        ({"episodes": 8}, None),
+    ],
+)
+def test_trust_that_no_look_can_grant_is_named(changes, says, tmp_path):
+    options = {"episodes": 304, "batch_size": 8, "exam_size": 0, **changes}
+    notes = new_plan(tmp_path / "run", override(preset("tiny"), options, "test")).notes
+    assert [bool(re.search(says or "verdicts", note)) for note in notes] == [True] * bool(says)
+
+
+@pytest.mark.parametrize("window", [0, 54, 55])
+def test_a_window_below_the_fewest_verdicts_is_refused(window, tmp_path):
+    given = override(preset("tiny"), {"audit_window": window, "exam_size": 0}, "test")
+    with contextlib.ExitStack() as stack:
+        if window == 54:
+            says = "audit_window is 54, .* 0.1 trust needs 55 verdicts: give at least 55"
+            stack.enter_context(pytest.raises(UserError, match=says))
+        new_plan(tmp_path / "run", given)
 
 
 def test_a_run_grows_where_its_last_batch_was_full(tmp_path):
