@@ -194,7 +194,8 @@ class Finished:
 
     Attributes:
         judged: the episode after step 2.
-        score: the combined score, ``None`` where neither model gave one.
+        score: the combined score; ``None`` where the expert's could not be read, or neither model
+            gave one.
         merged: the feedback that the revision follows; empty where none was needed.
         revised: the revised answer's text; empty where the first answer was good enough.
         critique: the expert's critique of its revision; empty likewise.

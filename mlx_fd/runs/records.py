@@ -272,7 +272,8 @@ class EpisodeRow(ThoughtColumns, AcceptedColumns):
         gate: what the gate decided.
         verdict: the expert's score against the right answer; null where it was not asked, absent
             in runs of older versions.
-        score: the combined score of the first answer; null where neither model gave one.
+        score: the combined score of the first answer; null where the expert's could not be read, or
+            neither model gave one.
         merged: the feedback that the revision follows; empty where none was needed.
         revised: the revised answer's text; empty where the first answer stayed.
         critique: the expert's critique of its revision.
@@ -284,7 +285,7 @@ class EpisodeRow(ThoughtColumns, AcceptedColumns):
         capped: steps that ended at the token limit.
         seconds: this problem's share of the batch's time, by step.
         second: with ``answers_by`` ``both``, the student's answer; null else, and where the student
-            is frozen.
+            is frozen. Its steps are in the other columns, each name after ``second_``.
     """
 
     episode: int
