@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mlx_fd.feedback.stages import Finished, Judged, StudentFeedback
@@ -65,16 +65,25 @@ def with_second(
 ) -> EpisodeRow:
     """An episode's row with the student's answer beside the expert's (``answers_by`` ``both``).
 
-    What it took is among the row's tokens and seconds, each step's name after ``second_``.
+    What it took, thought and was cut is in the row's other columns, each step's name after
+    ``second_``.
     """
     usage = judged.usage
 
     def named(values: Mapping[str, Any]) -> dict[str, Any]:
         return {f"second_{step}": value for step, value in values.items()}
 
+    def listed(steps: Iterable[str]) -> list[str]:
+        return [f"second_{step}" for step in steps]
+
     return {
         **row,
         **accepted_columns({**row.get("accepted", {}), **named(usage.accepted)}),
+        **thought_columns(
+            {**row.get("thoughts", {}), **named(usage.thoughts)},
+            [*row.get("closed_thoughts", ()), *listed(usage.closed)],
+        ),
+        "capped": [*row["capped"], *listed(usage.capped)],
         "tokens": {**row["tokens"], **named(usage.tokens)},
         "prefilled": {**row["prefilled"], **named(usage.prefilled)},
         "seconds": {

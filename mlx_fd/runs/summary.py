@@ -322,7 +322,8 @@ def find_warnings(episodes: Sequence[EpisodeRow]) -> dict[str, str]:
             f"{verdicts['contradicted'] - verdicts['left_out']}); choose an expert that judges "
             "better, or see what --expert-verdicts does"
         )
-    capped = sum(bool({"answer", "final"} & set(row["capped"])) for row in episodes)
+    answers = {"answer", "final", "second_answer"}
+    capped = sum(bool(answers & set(row["capped"])) for row in episodes)
     if capped > _WORRYING_SHARE * len(episodes):
         found["capped"] = (
             f"{capped} of the last {len(episodes)} episodes had an answer cut at the token limit; "

@@ -150,6 +150,7 @@ def test_warnings():
     assert set(find_warnings([row(True, True, expert=0.7)] * 8)) == {"alike"}
     good = [row(True, True, expert=0.1 * n) for n in range(8)]
     assert set(find_warnings([*good, *[row(1, 1, capped=["answer"])] * 3])) == {"capped"}
+    assert set(find_warnings([*good, *[row(1, 1, capped=["second_answer"])] * 3])) == {"capped"}
     assert set(find_warnings([*good, *[row(1, 1, capped=["merge"])] * 3])) == set()
     assert set(find_warnings([row(1, 1, alone=True)] * 8)) == set()
 

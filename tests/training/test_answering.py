@@ -2,6 +2,11 @@ import pytest
 
 from mlx_fd import runs
 from mlx_fd.config import GenerationOptions, override, preset
+from mlx_fd.feedback.rows import episode_row, with_second
+from mlx_fd.feedback.stages import Answered, Finished, Judged, StudentFeedback, Usage
+from mlx_fd.models.conversation import Conversation
+from mlx_fd.problems import Problem
+from mlx_fd.problems.prompts import Answer, Feedback
 from mlx_fd.runs.plan import make_plan as plan_of
 from mlx_fd.training import answering
 from mlx_fd.training.answering import Answering, observe, warmed
@@ -54,6 +59,28 @@ def test_both_answers_are_judged_and_learned_from_and_a_resumed_run_is_the_same(
     assert all(row["second"]["gate"]["distilled"] for row in rows(tmp_path / "whole"))
     logged = runs.read_samples(tmp_path / "whole")
     assert [row["batch"] for row in logged] == [batch for batch in range(3) for _ in range(4)]
+
+
+@pytest.mark.parametrize("first_cut", [False, True])
+def test_what_was_cut_and_thought_on_both_answers_is_in_the_row(first_cut):
+    def judged(cut, thought):
+        usage = Usage({"answer": 64}, capped=cut, thoughts=thought, closed=tuple(thought))
+        problem = Problem("p", "q", "s", "1")
+        answered = Answered(problem, Answer("cut", None), Conversation(), (), usage)
+        return Judged(answered, StudentFeedback(Feedback("x", 1.0), 0.5), None)
+
+    first = judged(*((("answer",), {"answer": "hm"}) if first_cut else ((), {})))
+    done = Finished(first, 0.9, "", "", "", first.answered.answer, first.usage)
+    gate = {"distilled": True, "reason": "", "trusted": False}
+    row = episode_row(done, 0, gate, None)
+    found = with_second(row, judged(("answer", "student_feedback"), {"answer": "so"}), gate, None)
+    own = ["answer"] if first_cut else []
+    assert found["capped"] == [*own, "second_answer", "second_student_feedback"]
+    assert found["thoughts"] == {**row.get("thoughts", {}), "second_answer": "so"}
+    assert found["closed_thoughts"] == [*own, "second_answer"]
+    plain = with_second(row, judged((), {}), gate, None)
+    columns = ("capped", "thoughts", "closed_thoughts")
+    assert [plain.get(name) for name in columns] == [row.get(name) for name in columns]
 
 
 def test_the_student_answers_beside_the_expert(tmp_path):
