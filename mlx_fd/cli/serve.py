@@ -159,14 +159,15 @@ Examples:
     type=PathType(),
     metavar="FILE",
     help="Keep problems that the expert had to answer, and corrections, in this .jsonl file, for "
-    "mlx-fd loop --problems FILE --continue RUN. [default: nothing is kept]",
+    "mlx-fd loop --problems FILE --continue RUN. Lines of your own stay. [default: nothing is "
+    "kept]",
 )
 @click.option(
     "--keep-most",
     type=Count(),
     default=1000,
     show_default=True,
-    help="Problems that it holds; the oldest go first.",
+    help="Problems that are kept in it; the oldest of them go first.",
 )
 @thinking_options
 @click.option(
@@ -281,13 +282,25 @@ def _said(service: Service, address: str) -> dict[str, Any]:
         said["threshold"] = rule.threshold
         said["threshold_by"] = rule.source
     said["api_key"] = "needed" if service.options.key else "none (this machine only)"
-    said["kept"] = "nothing"
-    if service.kept is not None:
-        said["kept"] = (
-            f"problems that the expert answers, and corrections, in {service.kept.path} (now "
-            f"{len(service.kept.rows())}, at most {service.options.keep_most})"
-        )
+    said["kept"] = _kept(service)
     return said
+
+
+def _kept(service: Service) -> str:
+    """What is kept, and where: not each server has problems that an expert has to answer."""
+    if service.kept is None:
+        return "nothing"
+    what = "problems that the expert answers, and corrections"
+    if service.served.expert is None:
+        what = "corrections only (there is no expert)"
+    elif service.served.form is None:
+        what = "corrections only (the student is no run, so questions are sent as they are)"
+    elif service.options.verbatim:
+        what = "corrections, and problems that the expert answers where verbatim is false"
+    return (
+        f"{what}, in {service.kept.path} (now {len(service.kept.rows())}, at most "
+        f"{service.options.keep_most})"
+    )
 
 
 def _key(file: Path | None) -> str | None:

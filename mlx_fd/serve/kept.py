@@ -2,7 +2,7 @@
 
 A file of JSON lines that `mlx-fd loop --problems` reads: ``question``, ``answer`` (a solution with
 its final answer), ``id``, ``kept`` (why) and ``time``. It is the user's: it may be read, edited or
-deleted at any time.
+deleted at any time, and may have lines of the user's own, which are left as they are.
 """
 
 from __future__ import annotations
@@ -11,48 +11,58 @@ import datetime
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
-from mlx_fd.files import append_lines, open_to_read, write_atomic
+from mlx_fd.errors import UserError
+from mlx_fd.files import append_lines, open_to_append, open_to_read, replacing
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import read_final
+from mlx_fd.problems.rows import COLUMNS
 
 EXPERT, CORRECTION = "expert", "correction"
 
 
 class Kept:
-    """A file of at most so many problems, the newest; used by one thread at a time."""
+    """A file with at most so many kept problems, the newest; used by one thread at a time."""
 
     def __init__(self, path: Path, most: int, kind: str):
-        """A file that need not be there.
+        """A file that need not be there; it is made, so that what is to be kept can be.
 
         Args:
             path: where it is.
-            most: problems that it holds; the oldest go first.
+            most: problems that are kept in it; the oldest of them go first.
             kind: of the answers, as the student was trained on.
 
         Raises:
-            UserError: there is something else in its place.
+            UserError: it cannot be read and written, or there is something else in its place.
         """
         self.path, self._most, self._kind = path, most, kind
-        self.rows()
+        try:
+            with open_to_append(path):
+                self.rows()
+            # A line is taken out by way of a new file beside this one.
+            allowed = os.access(path.parent, os.W_OK | os.X_OK)
+            why = "" if allowed else "its folder cannot be written"
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+        if why:
+            raise UserError(
+                f"{path}: problems cannot be kept there ({why}); name a file in a folder that "
+                "is there and can be written"
+            )
 
     def rows(self) -> list[dict[str, Any]]:
-        """What is kept, the oldest first; lines that are none are left out."""
+        """What was kept, the oldest first; the user's own lines are left out."""
+        return [row for _, row in self._lines() if _is_kept(row)]
+
+    def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
+        """Each line as it is, and its row; an empty one where it has none."""
         if not self.path.exists():
             return []
         with open_to_read(self.path) as file:
-            lines = file.read().decode("utf-8", "replace").split("\n")
-        found = []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and isinstance(row.get("question"), str):
-                found.append(row)
-        return found
+            return [(line, _row(line)) for line in file]
 
     def final(self, question: str, answer: str) -> str | None:
         """The final answer in a solution; ``None`` where none can be read."""
@@ -62,13 +72,13 @@ class Kept:
         """Keep a problem; whether its answer can be read and it is kept.
 
         A question is kept once; a correction takes the place of what the expert said, and not the
-        other way round.
+        other way round. No line goes that was not kept by a server.
         """
         if self.final(question, answer) is None:
             return False
-        rows, key = self.rows(), " ".join(question.split())
-        same = [row for row in rows if " ".join(row["question"].split()) == key]
-        if why == EXPERT and same:
+        lines, key = self._lines(), _key(question)
+        asked = [_asked(row) for _, row in lines]
+        if why == EXPERT and key in asked:
             return False
         row = {
             "id": "kept-" + hashlib.sha256(key.encode()).hexdigest()[:16],
@@ -77,20 +87,46 @@ class Kept:
             "kept": why,
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        if same or len(rows) >= self._most or not self._is_ended():
-            left = [one for one in rows if one not in same]
-            self._write([*left, row][-self._most :])
-        else:
+        places = [place for place, (_, one) in enumerate(lines) if _is_kept(one)]
+        others = [place for place in places if asked[place] != key]
+        left = others[max(0, len(others) + 1 - self._most) :]
+        is_ended = not lines or lines[-1][0].endswith(b"\n")
+        if is_ended and left == places:
             append_lines(self.path, [row])
+            return True
+        gone = set(places) - set(left)
+        stay = [line for place, (line, _) in enumerate(lines) if place not in gone]
+        self._write(stay, json.dumps(row, ensure_ascii=False).encode())
         return True
 
-    def _is_ended(self) -> bool:
-        """Whether another line can be put behind the last: somebody may have edited the file."""
-        if not self.path.exists() or not self.path.stat().st_size:
-            return True
-        with open_to_read(self.path) as file:
-            file.seek(-1, os.SEEK_END)
-            return bool(file.read(1) == b"\n")
+    def _write(self, lines: list[bytes], new: bytes) -> None:
+        """Put lines, and a new one behind them, in the file's place; who may read it stays."""
+        if lines and not lines[-1].endswith(b"\n"):  # somebody edited the file
+            lines = [*lines, b"\n"]
+        with replacing(self.path) as file:
+            os.fchmod(file.fileno(), stat.S_IMODE(self.path.stat().st_mode))
+            file.writelines([*lines, new, b"\n"])
 
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        write_atomic(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+def _row(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig", "replace"))
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _is_kept(row: dict[str, Any]) -> bool:
+    """Whether a server wrote it, not the user."""
+    return isinstance(row.get("question"), str) and row.get("kept") in (EXPERT, CORRECTION)
+
+
+def _asked(row: dict[str, Any]) -> str | None:
+    """The :func:`_key` of a row's question, under any name that a column of questions has."""
+    found = (row[name] for name in COLUMNS["question"] if isinstance(row.get(name), str))
+    return next((_key(text) for text in found), None)
+
+
+def _key(question: str) -> str:
+    """What questions that differ in their spaces have in common."""
+    return " ".join(question.split())

@@ -117,6 +117,89 @@ def test_a_kept_file_is_bounded_and_the_users_own(tmp_path):
     assert kept.add("Again, 1 and 1?", "#### 2", EXPERT)
 
 
+MINE = '{"question": "A?", "answer": "#### 1"}\r\n\n{"problem": "B?",  "answer": "#### 2",}\n'
+MINE += "# \u2028\n"
+
+
+def row(question, answer, **more):
+    return json.dumps({"question": question, "answer": answer, **more}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "added", "stays", "kept"),
+    [
+        # A file of the user's that is longer than what a server keeps.
+        (MINE * 5, ("New?", "#### 3", EXPERT), MINE * 5, ["New?"]),
+        (MINE.rstrip(), ("New?", "#### 3", EXPERT), MINE.rstrip() + "\n", ["New?"]),
+        # A question of the user's is answered there, under any name that a question may have.
+        (MINE, ("A?", "#### 3", EXPERT), MINE, []),
+        (MINE, ("A?", "#### 3", CORRECTION), MINE, ["A?"]),
+        ('{"problem": "C ?"}\n', ("C  ?", "#### 3", EXPERT), '{"problem": "C ?"}\n', []),
+        # The place of a kept one is taken, and the oldest goes; what is between stays.
+        (
+            row("D?", "#### 1", kept=EXPERT) + MINE + row("E?", "#### 2", kept=EXPERT),
+            ("D?", "#### 3", CORRECTION),
+            MINE + row("E?", "#### 2", kept=EXPERT),
+            ["E?", "D?"],
+        ),
+        (
+            MINE + row("D?", "#### 1", kept=EXPERT) + row("E?", "#### 2", kept=CORRECTION) + MINE,
+            ("New?", "#### 3", EXPERT),
+            MINE + row("E?", "#### 2", kept=CORRECTION) + MINE,
+            ["E?", "New?"],
+        ),
+        # What is kept is what a server says of it, not what a user's own column has.
+        (row("D?", "#### 1", kept=True), ("D?", "#### 3", CORRECTION), None, ["D?"]),
+    ],
+)
+def test_no_line_of_the_users_own_is_changed(tmp_path, before, added, stays, kept):
+    path = tmp_path / "kept.jsonl"
+    path.write_bytes(before.encode())
+    path.chmod(0o640)
+    file = Kept(path, 2, "number")
+    is_new = file.add(*added)
+    assert [one["question"] for one in file.rows()] == kept
+    found = path.read_bytes().decode()
+    stays = before if stays is None else stays
+    assert found.startswith(stays)
+    assert found.count("\n") == stays.count("\n") + is_new
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_that_cannot_be_kept_in_is_refused_at_the_start(tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "there.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    for name, says in (
+        ("nowhere/kept.jsonl", "cannot be kept there .No such file"),
+        ("link.jsonl", "not a regular file"),
+        ("folder.jsonl", "not a regular file"),
+    ):
+        with pytest.raises(UserError, match=says):
+            Kept(tmp_path / name, 3, "number")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--expert", "tiny"), "corrections only (the student is no run"),
+        ((), "corrections only (there is no expert)"),
+    ],
+)
+def test_a_server_says_what_it_keeps_and_what_it_could_not(tmp_path, options, says):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    given = ("--keep", str(folder / "kept.jsonl"), *options)
+    correction = {"problem": "How much is 1 and 1?", "answer": "#### 2"}
+    with serving(tmp_path, "tiny-student", *given) as server:
+        assert server.said["kept"].startswith(says)
+        assert said(server, "/v1/corrections", correction)[0] == 200
+        shutil.rmtree(folder)
+        status, error = said(server, "/v1/corrections", correction)
+        assert (status, error["error"]["code"]) == (503, "not_kept")
+        assert "Whoever runs it finds the reason" in error["error"]["message"]
+        assert [line["error"] for line in server.lines() if line["event"] == "not_kept"]
+
+
 def test_a_run_that_does_not_fit_is_not_gone_on_with(tmp_path):
     other = tiny_run(tmp_path / "other", lora_rank=2)
     for options, says in (

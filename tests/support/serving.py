@@ -44,11 +44,13 @@ class Server:
         process: its process.
         address: where it listens.
         log: the file with its standard error.
+        said: what it said when it began.
     """
 
     process: BaseProcess
     address: str
     log: Path
+    said: dict[str, Any]
 
     @property
     def port(self) -> int:
@@ -80,9 +82,10 @@ def serving(folder: Path, student: Path | str, *options: str, key: str = KEY) ->
     log = folder / f"serve-{time.monotonic_ns()}.log"
     command = ("serve", "--student", student, "--port", "0", "--json", *options)
     with piped(*command, cwd=Path.cwd(), env={"MLX_FD_API_KEY": key}, errors=log) as running:
-        said = running.out.readline()
-        assert said, log.read_text()
-        yield Server(running.process, json.loads(said)["address"], log)
+        line = running.out.readline()
+        assert line, log.read_text()
+        said = json.loads(line)
+        yield Server(running.process, said["address"], log, said)
 
 
 async def ask(client: AsyncOpenAI, question: str, **options: Any) -> Any:

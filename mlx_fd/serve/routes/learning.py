@@ -7,6 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.routing import Route
 
+from mlx_fd.errors import UserError
 from mlx_fd.serve.errors import ApiError, bad
 from mlx_fd.serve.exchange import Exchange, Reply, read_json
 from mlx_fd.serve.kept import CORRECTION, Kept
@@ -28,7 +29,12 @@ def routes(service: Service) -> list[Route]:
             fields.end()
             kept = _file(service)
             async with service.admission.enter():
-                found = await service.aside(lambda: _kept(kept, problem, answer))
+                try:
+                    found = await service.aside(lambda: _kept(kept, problem, answer))
+                except (OSError, UserError) as error:
+                    # Where the file is is nobody's business but the server's.
+                    service.log.write("not_kept", error=str(error))
+                    raise _not_kept() from None
             await reply.json(found)
 
         return Exchange(work, limits.seconds)
@@ -67,6 +73,15 @@ def _file(service: Service) -> Kept:
             code="nothing_is_kept",
         )
     return service.kept
+
+
+def _not_kept() -> ApiError:
+    return ApiError(
+        503,
+        "The correction was not kept: the server cannot write its file. Whoever runs it finds "
+        "the reason in its log.",
+        code="not_kept",
+    )
 
 
 def _kept(kept: Kept, problem: str, answer: str) -> dict[str, Any]:
