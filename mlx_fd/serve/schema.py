@@ -192,13 +192,14 @@ class Fields:
         return value
 
     def end(self) -> None:
-        """Refuse what was not read; of the body itself, not what changes nothing here."""
+        """Refuse what was not read; of the body itself, not what changes nothing here.
+
+        There clients send fields that are not set as null, those that other servers know too.
+        """
         for name, value in self._left.items():
             if self._where:
                 raise self._unknown(name)
-            if name in _IGNORED and (value is None or _IGNORED[name](value)):
-                continue
-            if value is None and name in _UNSUPPORTED:
+            if value is None or (name in _IGNORED and _IGNORED[name](value)):
                 continue
             if name in _UNSUPPORTED or name in _IGNORED:
                 message = _UNSUPPORTED.get(name, f"'{name}' is not supported; leave it out")

@@ -189,14 +189,24 @@ def test_feedback_is_what_the_judge_says(server, judge):
             body = {"items": [{"problem": p, "answer": a} for p, a in items]}
             several = await client.post("/feedback", cast_to=object, body=body)
             single = {"problem": items[0][0], "answer": items[0][1]}
-            return several, await client.post("/feedback", cast_to=object, body=single)
+            # Null is a field that is not set, whether this server knows it or not.
+            bare = {**single, "text": False, "seed": None, "n": None, "verbosity": None}
+            return (
+                several,
+                await client.post("/feedback", cast_to=object, body=single),
+                await client.post("/feedback", cast_to=object, body=bare),
+            )
 
-    several, single = asyncio.run(request())
+    several, single, bare = asyncio.run(request())
     for found, truth in zip(several["data"], truths, strict=True):
         assert found["feedback"] == truth.text
         assert found["written_score"] == truth.written_score
         assert found["score"] == pytest.approx(truth.head_score, abs=1e-3)
     assert {**single, "score": 0} == {**several["data"][0], "score": 0}
+    # The head reads behind the feedback, which is written, but was not asked for.
+    left = {name: value for name, value in single.items() if name != "feedback"}
+    assert {**bare, "score": 0} == {**left, "score": 0}
+    assert bare["score"] == pytest.approx(single["score"], abs=1e-3)
     assert any(one["first_wrong_step"] is not None for one in several["data"])
 
 
@@ -227,7 +237,9 @@ TOOL = {"type": "function", "function": {"name": "sum", "parameters": {"type": "
             400,
             "messages[0].content[0].detail",
         ),
+        ({"messages": [{"role": "user", "content": "x", "n": None}]}, 400, "messages[0].n"),
         ({"extra_body": {"mlx_fd": {"user": "x"}}}, 400, "mlx_fd.user"),
+        ({"extra_body": {"mlx_fd": {"user": None}}}, 400, "mlx_fd.user"),
     ],
 )
 def test_what_is_not_supported_is_refused_clearly(server, change, status, says):

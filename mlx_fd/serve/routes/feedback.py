@@ -38,7 +38,7 @@ def routes(service: Service) -> list[Route]:
                         group.create_task(judge(service, prompt, sampling, text=read.text))
                         for prompt in prompts
                     ]
-            found = [content_of(service, task.result()) for task in tasks]
+            found = [content_of(service, task.result(), text=read.text) for task in tasks]
             note = request.scope["mlx_fd"]
             note["fields"] = {"items": len(found)}
             note["texts"] = {"asked": json.dumps(read.items), "answer": json.dumps(found)}
@@ -52,8 +52,8 @@ def routes(service: Service) -> list[Route]:
     return [Route("/v1/feedback", feedback, methods=["POST"])]
 
 
-def content_of(service: Service, verdict: Verdict) -> dict[str, Any]:
-    """A judgement as a client gets it."""
+def content_of(service: Service, verdict: Verdict, *, text: bool) -> dict[str, Any]:
+    """A judgement as a client gets it, with its ``text`` where that was asked for."""
     confidence, rule = None, service.rule
     if verdict.score is not None and rule.score is HEAD and rule.confidence is not None:
         confidence = round(rule.confidence(verdict.score), 4)
@@ -63,7 +63,7 @@ def content_of(service: Service, verdict: Verdict) -> dict[str, Any]:
         "confidence": confidence,
         "written_score": verdict.written_score,
         "first_wrong_step": verdict.first_wrong_step,
-        "feedback": verdict.text,
+        **({"feedback": verdict.text} if text else {}),
         "finished": verdict.finished,
-        **({"thought": verdict.thought} if verdict.thought else {}),
+        **({"thought": verdict.thought} if text and verdict.thought else {}),
     }
