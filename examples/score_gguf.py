@@ -21,12 +21,17 @@ weight, bias, score_at, before, between, after, most = (
     head[f"mlx_fd.score_head.{name}"]
     for name in ("weight", "bias", "score_at", "before", "between", "after", "max_tokens")
 )
+# A chat's turn often ends with another token than the tokenizer's eos, and there may be many.
+named = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+ends = {fields[name].contents() for name in named if name in fields}
+if "mlx_fd.end_token_ids" in fields:
+    ends.update(fields["mlx_fd.end_token_ids"].contents())
 llm = llama_cpp.Llama(file, n_ctx=2048, embedding=True, pooling_type=0, verbose=False)  # 0: none
 text = before + problem.strip() + between + answer.strip() + after
 tokens = llm.tokenize(text.encode(), add_bos=False, special=True)
 if score_at != "prompt":  # it reads its own feedback, too
     for written, token in enumerate(llm.generate([*tokens], temp=0.0, repeat_penalty=1.0), 1):
-        if token == llm.token_eos() or written == int(most):
+        if token in ends or written == int(most):
             break
         tokens.append(token)
 llm.reset()

@@ -1,6 +1,9 @@
 """The score head where mlx-fd is not: in exports, in a GGUF file's metadata, in the examples."""
 
+import json
+import re
 import runpy
+import shutil
 import sys
 
 import numpy as np
@@ -14,10 +17,12 @@ backend()
 import mlx.core as mx  # noqa: E402
 
 from mlx_fd.errors import UserError  # noqa: E402
+from mlx_fd.export.card import SCORE_EXAMPLE  # noqa: E402
 from mlx_fd.export.exporter import export  # noqa: E402
 from mlx_fd.export.form import Form  # noqa: E402
 from mlx_fd.feedback.judge import give_feedback  # noqa: E402
 from mlx_fd.models.gguf import convert  # noqa: E402
+from mlx_fd.models.resolve import resolve  # noqa: E402
 from mlx_fd.models.score_head import KEY, ScoreHead  # noqa: E402
 from support.gguf_files import write_gguf  # noqa: E402
 
@@ -77,6 +82,32 @@ def test_in_llama_cpp_and_back(run, monkeypatch, capsys):
     assert np.array_equal(np.array(back["weight"]), np.array(heads["score_head.weight"]))
     score = printed("score_mlx.py", monkeypatch, capsys, run.parent / "back", PROBLEM, ANSWER)
     assert score == pytest.approx(wanted(run), abs=3e-4)
+
+
+@pytest.mark.parametrize("ends", [[401, 402], [401, 5, 6, 402]])
+def test_in_llama_cpp_where_a_turn_ends_with_another_token_than_eos(
+    tmp_path, monkeypatch, capsys, ends
+):
+    """The tiny student ends its turns with 402; with four ends GGUF has no name for that one."""
+    pytest.importorskip("llama_cpp")
+    model = shutil.copytree(resolve("tiny-student"), tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|pad|>"}))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    run = trained.make_run(tmp_path / "run", model, score_at="own")
+    file = exported(run, format="gguf", gguf_type="f32") / "model-f32.gguf"
+    score = printed("score_gguf.py", monkeypatch, capsys, file, PROBLEM, ANSWER)
+    assert score == pytest.approx(wanted(run), abs=5e-3)
+    code = re.search(
+        r"```python\n(import llama_cpp.*?)```", (file.parent / "README.md").read_text(), re.DOTALL
+    )[1]
+    names = {}
+    exec(SCORE_EXAMPLE.partition("\n")[0], names)
+    monkeypatch.chdir(file.parent)
+    exec(code, {})
+    score = float(capsys.readouterr().out)
+    found = give_feedback(str(run), names["problem"], names["answer"], 192).head_score
+    assert score == pytest.approx(found, abs=5e-3)
 
 
 def given(**change):

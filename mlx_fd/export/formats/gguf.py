@@ -96,11 +96,12 @@ def score_code(source: Source, form: Form, student: Student) -> str:
     from mlx_fd.export.gguf_file import file_name
     from mlx_fd.models.score_head import SCORE_HEAD
 
-    written = """\
-reply = []
+    # The ids themselves: llama.cpp knows three, and takes others by their text.
+    written = f"""\
+ends, reply = {set(_ends(source))}, []
 for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0):
     reply.append(token)
-    if token == llm.token_eos() or len(reply) == int(about["max_tokens"]):
+    if token in ends or len(reply) == int(about["max_tokens"]):
         break
 ids += reply[:-1]
 """
@@ -119,6 +120,17 @@ llm.eval(ids)
 hidden = np.ctypeslib.as_array(llama_cpp.llama_get_embeddings_ith(llm.ctx, -1), (llm.n_embd(),))
 print(np.tanh(head["weight"] @ hidden + head["bias"]).item())  # from -1, harmful, to 1, excellent
 """
+
+
+def _ends(source: Source) -> tuple[int, ...]:
+    """The tokens that end the model's turns."""
+    from mlx_fd.models.loading import open_tokenizer, read_end_tokens
+
+    template, model = source.ref.template, source.ref.model
+    if template is not None and template.end_tokens:
+        return template.end_tokens
+    tokenizer, _ = open_tokenizer(model, read_end_tokens(model))
+    return tuple(sorted(tokenizer.eos_token_ids))
 
 
 register_format(
