@@ -556,15 +556,21 @@ def test_choices_stand_with_every_question_of_a_file_that_letters_answer(tmp_pat
 # The examples
 
 
-def test_the_script(tiny_run, file, monkeypatch, capsys):
+def test_the_script(tiny_run, file, tmp_path, monkeypatch, capsys):
     rows = [{"question": problem, "answer": answer} for problem, answer in answered(3)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows[0]["question"] += "\u2028"  # ends no row
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     script = ROOT / "examples" / "judge_many.py"
     monkeypatch.setattr(sys, "argv", [str(script), str(tiny_run), str(file)])
     runpy.run_path(str(script), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
-    scores = [float(line.split()[0]) for line in lines if line[0] in "+-"]
+    scores = [float(line.split()[0]) for line in lines if line.startswith(("+", "-"))]
     assert len(scores) == 3 and scores == sorted(scores)
+    # A model without a head whose text has no score.
+    expert, _ = make_dirs(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), str(expert), str(file)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out.count("unreadable  ") == 3
     monkeypatch.setattr(sys, "argv", [str(script), "no-such-run", str(file)])
     with pytest.raises(SystemExit, match="error: there is no model no-such-run"):
         runpy.run_path(str(script), run_name="__main__")

@@ -65,7 +65,10 @@ def loss_layers(rows: alt.NamedData, cost: str) -> list[alt.Chart]:
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
-    """Write a plot: what remains of each loss against the cost, the points marked."""
+    """Write a plot: what remains of each loss against the cost, the points marked.
+
+    Of a loss that is zero at the start nothing can remain, and it is left out.
+    """
     cost = found["objectives"][0]
     first = found["start"]["losses"]
     names = [name for name in found["points"][0]["losses"] if first.get(name, 0) > 0]
@@ -81,7 +84,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
         for name in names
     ]
     # Room above the curves for the thresholds.
-    remaining = alt.Scale(domain=[0, 1.2 * max(row["remaining"] for row in rows)])
+    remaining = alt.Scale(domain=[0, 1.2 * max((row["remaining"] for row in rows), default=1)])
     points = alt.Chart(draw.inline(rows)).encode(
         x=alt.X("cost:Q", title=COSTS[cost], scale=alt.Scale(zero=False)),
         y=alt.Y(
@@ -97,7 +100,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
         points, {"strokeWidth": 1.5}, dominated=True, size=alt.Size("kind:N", scale=sizes)
     )
     thresholds = (
-        alt.Chart(draw.inline([row for row in rows if row["loss"] == names[0]]))
+        alt.Chart(draw.inline([row for row in rows if row["loss"] in names[:1]]))
         .mark_text(angle=270, align="left", fontSize=10)
         .encode(x=alt.X("cost:Q"), y=draw.pixels(34), text=alt.Text("label:N"))
     )

@@ -8,7 +8,7 @@ import pytest
 from mlx_fd import runs
 from mlx_fd.errors import UserError
 from mlx_fd.files import write_json
-from mlx_fd.report import charts, packing, tables, theme
+from mlx_fd.report import charts, frontier, packing, tables, theme
 from mlx_fd.report.page import check_out, make_page, write_page
 from mlx_fd.report.reading import read_runs
 from mlx_fd.report.speculation import acceptance_figure, acceptance_table
@@ -386,6 +386,18 @@ def test_a_pareto_frontier_and_an_evaluation_are_shown(tmp_path):
     page = " ".join(parsed(make_page([run])).text)
     assert "Hypervolume of the frontier: 0.61" in page
     assert "gsm8k/test: n = 100" in page
+
+
+@pytest.mark.parametrize(
+    ("start", "drawn"),
+    [({"lm": 1.0, "logit": 2.0}, 2), ({"lm": 0.0, "logit": 2.0}, 1), ({"lm": 0, "logit": 0}, 0)],
+)
+def test_a_loss_that_starts_at_zero_is_not_in_the_plot(tmp_path, start, drawn):
+    found = {**reported.pareto(tmp_path), "start": {"losses": start}}
+    frontier.plot(found, tmp_path / "pareto.svg")
+    text = (tmp_path / "pareto.svg").read_text()
+    assert text.startswith("<svg") and "held-out loss, of its start" in text
+    assert sum(f">{name}</text>" in text for name in start) == drawn
 
 
 @pytest.mark.parametrize("name", ["pareto.json", "eval/fast/eval.json"])
