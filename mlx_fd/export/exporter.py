@@ -20,6 +20,7 @@ from mlx_fd.export.card import write_card
 from mlx_fd.export.chat import carry_template
 from mlx_fd.export.form import Form, check_form
 from mlx_fd.export.formats import FORMATS
+from mlx_fd.export.peft import transformers_opens_base
 from mlx_fd.export.score_head import score_head
 from mlx_fd.export.source import Source, open_source
 from mlx_fd.export.verify import (
@@ -137,6 +138,7 @@ def export(
         found = agreement(reference, _logits_again(source, working, folder, form, chat))
         kept = _kept(source, form, chat, reference)
         warnings = [check_precision(found), _untrained(source), _unstopped(written)]
+        warnings.append(_unopened(source, form))
         if kept is not None:
             warnings.append(check_adapter_kept(found, kept))
         if form.parity_problems:
@@ -260,6 +262,18 @@ def _unstopped(written: gguf_file.Written | None) -> str | None:
         "a GGUF file names three tokens that end a turn, and this model has more: llama.cpp may "
         f"write on after {', '.join(written.unnamed_ends)}; give it as a stop text, too. mlx-fd "
         "reads all of them"
+    )
+
+
+def _unopened(source: Source, form: Form) -> str | None:
+    """Of an adapter for transformers: its base is not what transformers opens."""
+    named = form.base_model is not None or "base_model" not in FORMATS[form.format].options
+    if named or not form.adapter or transformers_opens_base(source):
+        return None
+    return (
+        f"the adapter's base, {source.base}, has weights that MLX quantised, which transformers "
+        "cannot open: the model card says how to write one that it can; --base-model NAME names "
+        "another"
     )
 
 

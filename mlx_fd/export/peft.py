@@ -18,6 +18,7 @@ from mlx_fd.files import write_json
 from mlx_fd.models.dense import dequantize
 from mlx_fd.models.families import Family
 from mlx_fd.models.loading import open_lazily
+from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import ADAPTER_WEIGHTS, read_arrays
 
 if TYPE_CHECKING:
@@ -116,6 +117,11 @@ def check_source(source: Source) -> None:
         UserError: it has not.
     """
     _adapted(source)
+
+
+def transformers_opens_base(source: Source) -> bool:
+    """Whether the base's own directory is one for transformers: not where MLX quantised it."""
+    return not read_json(source.ref.model / "config.json").get("quantization")
 
 
 def write_adapter(source: Source, folder: Path, *, base_model: str | None = None) -> None:

@@ -268,6 +268,25 @@ def test_adapter_for_mlx_lm(run, base, tmp_path):
     assert mx.array_equal(model(ids), live.model(ids))
 
 
+def test_a_peft_card_names_a_base_that_transformers_opens(run, quantized_run, tmp_path):
+    """MLX's quantised weights are none, whether their repository has a name or not."""
+    done = write(quantized_run, tmp_path / "out", format="hf", adapter=True)
+    [warning] = [one for one in done.warnings if "MLX quantised" in one]
+    assert "--base-model NAME" in warning
+    named = {"base": "me/Model-4bit", "on_hub": True, "local": False}
+    source = dataclasses.replace(open_source(str(quantized_run)), **named)
+    form = Form(format="hf", adapter=True)
+    card = FORMATS["hf"].use(source, form)
+    assert 'from_pretrained("BASE")' in card and 'from_pretrained("me/Model-4bit")' not in card
+    assert "cannot open that one's weights" in card
+    assert "`mlx-fd export me/Model-4bit --format hf --out BASE`" in card
+    card = FORMATS["hf"].use(source, dataclasses.replace(form, base_model="me/Model"))
+    assert 'from_pretrained("me/Model")' in card and "BASE" not in card
+    # Weights that are not quantised are the same elsewhere.
+    card = FORMATS["hf"].use(dataclasses.replace(open_source(str(run)), **named), form)
+    assert 'from_pretrained("me/Model-4bit")' in card and "cannot open" not in card
+
+
 @pytest.mark.parametrize("layers", [0, 2])
 def test_adapter_for_peft(folder, base, tmp_path, layers):
     run = trained.make_run(folder / f"last{layers}", base, lora_layers=layers, lora_rank=5)

@@ -52,6 +52,7 @@ def use(source: Source, form: Form) -> str:
     """With transformers, and PEFT for an adapter."""
     from mlx_fd.export.card import how_to_base, named_base, text_alone
     from mlx_fd.export.hf import mlx_opens
+    from mlx_fd.export.peft import transformers_opens_base
 
     if not form.adapter:
         too = '\n    mlx_lm.generate --model . --prompt "..."      # mlx-lm opens it too\n'
@@ -62,7 +63,8 @@ def use(source: Source, form: Form) -> str:
             'tokenizer = AutoTokenizer.from_pretrained(".")\n'
             "```\n" + (too if mlx_opens(source) else "") + text_alone(source)
         )
-    base = form.base_model or named_base(source)
+    opens = transformers_opens_base(source)
+    base = form.base_model or (named_base(source) if opens else "BASE")
     return (
         "```python\n"
         "from peft import PeftModel\n"
@@ -72,7 +74,9 @@ def use(source: Source, form: Form) -> str:
         'model = PeftModel.from_pretrained(base, ".")\n'
         "```\n\n"
         f"The adapter was trained on `{source.base}`; on weights of another precision it is an "
-        "approximation.\n" + how_to_base(source, base, "hf")
+        "approximation.\n"
+        + ("" if opens else "transformers cannot open that one's weights, which MLX quantised.\n")
+        + how_to_base(source, base, "hf")
     )
 
 
