@@ -10,6 +10,7 @@ not refused are right.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ _STATES = {
     "ChunkedKVCache": "chunk",
     "ArraysCache": "recurrence",
 }
+# Settings of the models that there are, where the small ones have others for the tests to see:
+# whether llama.cpp computes a model is asked with these.
+_PUBLISHED = {"no_rope_layer_interval": 4, "mlp_only_layers": []}
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def row_of(name: str, found: Loaded | UserError, folder: Path) -> Row:
         why = why if directory else own.replace(f" in {folder}", "").partition(": ")[0]
         return Row(model_type, f"refused: {why}", "", "")
     result = "right" if found.batched else "right, one conversation at a time"
-    return Row(model_type, result, _states(found), _formats(model_type))
+    return Row(model_type, result, _states(found), _formats(name, folder))
 
 
 def _states(loaded: Loaded) -> str:
@@ -77,17 +81,38 @@ def _states(loaded: Loaded) -> str:
     return ", ".join(sorted(_STATES.get(kind, kind) for kind in found))
 
 
-def _formats(model_type: str) -> str:
-    from mlx_fd.models.families import FAMILIES
+def _formats(name: str, folder: Path) -> str:
+    config = config_of(name)
+    text = config.get("text_config", config)
+    published = {**text, **{key: _PUBLISHED[key] for key in text.keys() & _PUBLISHED.keys()}}
+    if published == text:
+        return _taken_by(folder)
+    with TemporaryDirectory() as directory:
+        changes = published if text is config else {"text_config": published}
+        return _taken_by(make_architecture(Path(directory), name, **changes))
 
-    return "mlx, hf, gguf" if model_type in FAMILIES else "mlx"
+
+def _taken_by(folder: Path) -> str:
+    """The formats that have a place for the model in a folder."""
+    from mlx_fd.export.form import Form
+    from mlx_fd.export.formats import FORMATS
+    from mlx_fd.export.source import open_source
+
+    source, taken = open_source(str(folder)), []
+    for name, kind in FORMATS.items():
+        with contextlib.suppress(UserError):
+            kind.check(source, Form(format=name))
+            taken.append(name)
+    return ", ".join(taken)
 
 
 def table(rows: Mapping[str, Row]) -> str:
     """The rows as Markdown, between the marks."""
     lines = ["| `model_type` | in mlx-fd | layers keep | exports |", "|---|---|---|---|"]
     # Several of one type differ in what their configurations say; one line where they agree.
-    found = sorted(set(rows.values()), key=lambda row: (row.model_type.lower(), row.states))
+    found = sorted(
+        set(rows.values()), key=lambda row: (row.model_type.lower(), row.states, row.formats)
+    )
     return "\n".join([BEGIN, "", *lines, *map(line, found), "", END])
 
 

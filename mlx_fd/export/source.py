@@ -180,7 +180,8 @@ def language_model(model: nn.Module, model_type: str) -> tuple[nn.Module, str]:
     inner: Any = getattr(model, "language_model", None)
     if model_type in FAMILIES or not hasattr(inner, "args"):
         return model, model_type
-    names = inner.args.model_type, type(inner).__module__.rpartition(".")[2]
+    # Kimi-VL's text model does not say what it is.
+    names = getattr(inner.args, "model_type", ""), type(inner).__module__.rpartition(".")[2]
     return inner, next((name for name in names if name in FAMILIES), model_type)
 
 

@@ -335,7 +335,7 @@ def test_the_whole_export_of_a_multimodal_model(tmp_path, kind):
     assert "alone: it reads texts, and no pictures" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "gemma3n"])
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma3n", "kimi_vl"])
 def test_a_multimodal_model_of_no_family_is_refused(tmp_path, name):
     source = open_source(str(make_architecture(tmp_path / "model", name)))
     for check in (hf.check_source, gguf_file.check_source):

@@ -104,6 +104,21 @@ def test_the_families_of_today_are_right(documented):
     assert named == {"model_type", *(config_of(name)["model_type"] for name in ARCHITECTURES)}
 
 
+@pytest.mark.parametrize(
+    ("row", "formats"),
+    [
+        ("`gemma3` | right | keys and values, window", "mlx, hf, gguf"),
+        ("`qwen3_vl_moe` | right | keys and values", "mlx, hf, gguf"),
+        ("`smollm3` | right | keys and values", "mlx, hf, gguf"),
+        ("`llama` | right | keys and values, window", "mlx"),
+        ("`kimi_vl` | right | keys and values", "mlx"),
+        ("`granitemoehybrid` | right | keys and values, recurrence", "mlx"),
+    ],
+)
+def test_the_table_says_what_published_models_can_be_exported_to(documented, row, formats):
+    assert f"| {row} | {formats} |" in documented[0]
+
+
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in TRIED][::5])
 def test_the_table_of_the_documentation_has_those_that_are_not_tried_today(
     name, documented, tmp_path

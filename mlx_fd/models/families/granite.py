@@ -1,4 +1,4 @@
-"""Granite 3 and the dense Granite 4: a Llama with four scales."""
+"""Granite 3: a Llama with four scales."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from mlx_fd.models.families import Family, Key, register_family
 register_family(
     Family(
         name="granite",
-        help="Granite 3, dense Granite 4",
+        help="Granite 3",
         order=90,
         hf_class="GraniteForCausalLM",
         gguf="granite",
