@@ -11,6 +11,8 @@ from mlx_fd.evaluation import processbench
 from mlx_fd.losses.answer import answer_span
 from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.problems import arithmetic, parsing, prompts
+from mlx_fd.problems.kinds.math import written
+from mlx_fd.problems.kinds.text import compared
 from mlx_fd.training.selfdistill import noise
 from mlx_fd.training.selfdistill.contexts import reflection
 from support import patterns
@@ -68,6 +70,8 @@ UNITS = [
     "\\boxed{", "\\boxed", "\\frac{", "\\frac{1}{", "{", "}", "\\", "0", "1 ", "1.", "1,000", "1e",
     "$-", "%", "- ", "-", "*", "**", "'", "```", "> ", " ", "\t", "\n", "\n ", "\n\n \n", "the ",
     "x = ", "<<", "<<1+", "<<1+1=2>>", "Step 1 should be ", "\u00bd", "</think>", "<think>", "a",
+    "1.234.", "1 million ", "million", "is minus 1 ", "1 h and ", "|-1", "1,000", "\\frac{1}{1}",
+    "a:1,b",
 ]  # fmt: skip
 
 RIGHT = "Step 1: <<1+1=2>>2\n#### 2"
@@ -84,6 +88,9 @@ READERS = {
     "strict": lambda text: parsing.final_answer(text, "strict"),
     "flexible": lambda text: parsing.lm_eval_match(text, text, "flexible"),
     "number": parsing.number,
+    "is_number": parsing.is_number,
+    "compared": compared,
+    "written": written,
     "needs_merge": lambda text: parsing.needs_merge(
         prompts.Feedback(text, None), prompts.Feedback(f"{text}.", None)
     ),

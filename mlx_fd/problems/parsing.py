@@ -83,7 +83,8 @@ _NUMBER = re.compile(
     (?:
         (?P<whole>\d+)[ ](?P<top>\d+)/(?P<bottom>\d+)(?![\d/])      # 1 1/2
       | (?:
-            (?P<continental>\d{1,3}(?:[.\u202f]\d{3})+,\d{1,2}|\d+,\d{1,2})(?!,?\d)
+            (?P<continental>\d{1,3}(?:[.\u202f]\d{3})+,\d{1,2}|\d+,\d{1,2}
+                |\d{1,3}(?:\.\d{3}){2,}+|0,\d++)(?![.,]?\d)            # 1.234.567; 0,125
           | (?P<number>(?:\d{1,3}(?:[,'\u202f]\d{3})+(?!\d)
                 |\d{1,2}(?:,\d{2}){1,4},\d{3}(?!\d)       # 1,00,000
                 |\d+)(?:\.\d+)?|(?<!\.)\.\d+)
@@ -102,8 +103,10 @@ _SIGN = "\ue000"
 _FORMULA = re.compile(
     r"""
     \\(?:sqrt|pi|infty|log|ln|exp|sin|cos|tan|pm|mp|cup|cap|sum|int|binom
+        |overline|bar|dot|lvert|lfloor|lceil|l[et]|leq(?:slant)?|g[et]|geq(?:slant)?|neq?
         |alpha|beta|gamma|delta|theta|lambda|mu|sigma|phi|omega)(?![A-Za-z])
-    | \bsqrt(?=\s?\() | [\u221a\u03c0\u221e\u00b1] | \\\{                      # a root; a set
+    | \bsqrt(?=\s?\() | [\u221a\u03c0\u221e\u00b1\u2264\u2265\u2260] | \\\{    # a root; a set
+    | (?:(?<!\w)|\\left)\|(?=-[\d.]++(?:\\right)?\|)                           # |-3|
     | [(\[]\s*+(?=[-+]?[\d./]++\s*+,(?!\d{3}(?!\d))\s*+(?:[-+]?[\d.]|\\))       # a pair
     | (?<![A-Za-z\\])[a-z]\s?=\s?(?=[-+]?\d{1,3},\s?[-+]?\d{1,2}(?!\d))          # two roots
     | (?<![A-Za-z</\\])[a-z]\s?(?:[<>]=?|\\[lgn]eq?(?![A-Za-z]))(?=\s?[-\d])     # x > 5
@@ -111,7 +114,31 @@ _FORMULA = re.compile(
     """,
     re.VERBOSE,
 )
-_LATEX = (
+# A sign in words; behind anything else it may be an operation.
+_SAID_SIGN = re.compile(
+    r"""(?:(?<=\bis[ ])|(?<=\bbe[ ])|(?<=\bare[ ])|(?<=\bwas[ ])|(?<=\bequals[ ])|(?<=[=:][ ])
+        |(?<=\ba[ ]))(?:minus|negative)\s++(?=\$?[ ]?[\d.])""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_PLAIN_PART = re.compile(r"\s*+([-+]?)([\d.,]++)\s*+")
+_NO_CALCULATION = re.compile(rf"[A-Za-z\\{_SIGN}]")
+_LONG_WORD = re.compile(r"[A-Za-z]{3}")
+
+
+def _fraction(match: re.Match[str]) -> str:
+    """A LaTeX fraction as ``3/4``; the sign of a formula if it has letters in it."""
+    top, bottom = match[1] or match[2] or "", match[3] or match[4] or ""
+    below = _PLAIN_PART.fullmatch(bottom)
+    above = _PLAIN_PART.fullmatch(top)
+    if above and below and below[1]:
+        return ("" if above[1] == below[1] else "-") + f"{above[2]}/{below[2]}"
+    parts = [part.replace("\\$", "").replace("\\%", "") for part in (top, bottom)]
+    # Of words it is a name, of which a number may follow.
+    readable = all(not _NO_CALCULATION.search(part) or _LONG_WORD.search(part) for part in parts)
+    return f"{top}/{bottom}" if readable else _SIGN
+
+
+_LATEX: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (_FORMULA, _SIGN),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\[,!;:]"), ""),
@@ -119,11 +146,14 @@ _LATEX = (
     (re.compile(r"(?<=\d)[ ]*(?=\\[dtc]?frac)"), " "),
     (
         re.compile(r"\\[dtc]?frac[ ]?(?:\{([^{}]*)\}|(\d))[ ]?(?:\{([^{}]*)\}|(\d))"),
-        r"\1\2/\3\4",
+        _fraction,
     ),
+    # What is left has something else than a number in it; of words it is no formula.
+    (re.compile(r"\\[dtc]?frac(?![A-Za-z])(?![ ]?\{[ ]?\\(?:text|mathrm|mbox))"), _SIGN),
     (re.compile(r"\\[A-Za-z]+"), " "),
     (re.compile(r"\\(?=[^A-Za-z\s])|[{}]"), ""),
     (re.compile(r"\$[ ]?([-+])(?=[\d.])"), r"\1$"),
+    (_SAID_SIGN, "-"),
     # Of a unit or a variable: 20 m^2 is twenty of something.
     (re.compile(r"(?<=[A-Za-z])[ ]?\^[ ]?\d"), ""),
 )
@@ -156,6 +186,7 @@ _AT_MOST_A_UNIT = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _SPACED_SIGN = re.compile(r"^([-+])\s+(?=[$\d.])")
+_LEADING_SIGN = re.compile(r"^(?:minus|negative)\s+(?=[$\d.])", re.IGNORECASE)
 _DIGIT = re.compile(r"\d")
 _FULL_STOP = re.compile(r"\.$")
 _MARK = re.compile("#{4,}")
@@ -215,16 +246,68 @@ def _value(match: re.Match[str]) -> Fraction | None:
     return -value if match["sign"] == "-" else value
 
 
+_MAGNITUDES = {
+    "dozen": 12,
+    "hundred": 10**2,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+_MAGNITUDE_WORD = f"(?:{'|'.join(_MAGNITUDES)})"
+# 5 hundred-dollar bills are five bills, and 5 hundred dollar bills may be.
+_OF_EACH = r"(?:-|[ ](?:dollar|pound|euro|mile|year|foot)[ -][A-Za-z])"
+_MAGNITUDE = re.compile(
+    rf"[ {_NARROW}]*+-?({_MAGNITUDE_WORD})s?(?:[ ]({_MAGNITUDE_WORD})s?)?(?![\w\ue000]|{_OF_EACH})",
+    re.IGNORECASE,
+)
+_BEHIND_MAGNITUDE = re.compile(rf"{_MAGNITUDE_WORD}s?,?[ ](?:and[ ])?[$]?\Z", re.IGNORECASE)
 # What makes the number before it a part of something: a power, a variable or thousands behind it.
 _GOES_WITH = re.compile(
-    rf"[ ]?{_SIGN}|[ ]?\^[ ]?(?:[-+]?[\d(]|[a-np-z](?![A-Za-z]))|[xyzknriKMB](?![A-Za-z\d])"
+    rf"""[ ]?\.?{_SIGN}|[ ]?\^[ ]?(?:[-+]?[\d(]|[a-np-z](?![A-Za-z]))
+    |[xyzknriabcefjpquvwKMB](?![A-Za-z\d])|(?!cc)[abcxyz]{{2,3}}(?![A-Za-z\d])
+    |[\u00b2\u00b3\u00b9\u2070-\u207f\u0304\u0305\u0307]|\*\*[-+]?\d
+    # A magnitude of another language, or in short, or of which it is not sure.
+    |[ {_NARROW}]*+(?i:-?{_MAGNITUDE_WORD}s?{_OF_EACH}
+        |(?:mn|mln|mil|mio|mrd|bn|bln|tn|trn|lakhs?|lacs?|crores?|quadrillions?|quintillions?
+           |millionen|milliarden?|milliards?|millones|tausend|hundert|mille
+           |halves|thirds|(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|million)ths
+          )(?![^\W_])
+        |[\u767e\u4e07\u842c\u4ebf\u5104\u5146\u5341\ub9cc\uc5b5\ucc9c\uc870]
+        |\u5343(?![\u514b\u7c73\u74e6]))        # of thousands, not of a kilogram
+    |[ ]?\*?[ ]?(?:pi(?![A-Za-z])|(?:sqrt|log|ln|sin|cos|tan)[ ]?(?:[\d(]|[a-z](?![A-Za-z])))
+    |[ ](?:(?:squared|cubed)(?![ ][A-Za-z])|factorial\b)""",
+    re.VERBOSE,
+)
+_OTHER_THAN_UNIT = (
+    "(?!(?:in|on|of|for|from|at|by|per|each|every|total|is|are|was|were|as|than|more|less|with"
+    r"|after|before|when|if|so|because|since|which|that|over|during|then|but|a|an|the)\b)"
 )
 # And where it should be all there is: an operation, or a second one beside it.
 _GOES_ON_WITH = re.compile(
     rf"""[ ]?(?:[+/\u00d7\u00f7-]|\*(?!\*))[ ]?(?:[\d({_SIGN}]|[a-z](?![A-Za-z]|[ ]+[A-Za-z]))
     |[ ]*+(?:[,;]|or\b|and\b)[ ]*+[-+$]?\d[\d.,/]*+[\s.*$]*+\Z
-    |[ ]?[,;][ ]?[a-z][ ]?=""",
+    |[ ]?[,;][ ]?(?:[a-z][ ]?=|[A-Za-z]\w{{0,15}}+[ ]?=[ ]?[-+$]?\d)
+    |[:'"\u00b0h.]\d|[ ]:[ ]?\d|\.?\([-+\d]|[ ]?(?:\.{{2,9}}+|\u2026)[ ]?\d
+    |![\s*_$)\]]*+(?:\Z|[-+/*])
+    |[ ]?[<>]=?[ ]?(?:[-+\d]|[a-z](?![A-Za-z>]))
+    |[ ](?:and|or|to|through|over|plus|minus|times|divided[ ]by|choose|mod|rem(?:ainder)?)
+      [ ][-+$]?\d
+    |[ ]?[rR][ ]?\d|[ ]to[ ]the[ ](?:power\b|\w{{1,9}}th\b|second\b|third\b|[a-z](?!\w))
+    # 2 hours and 30 minutes, 5 ft 4 in
+    |[ ]?{_OTHER_THAN_UNIT}[^\W\d_]{{1,15}}+\.?[ ](?:and[ ][$]?\d|\d[\d.,/]*+[ ]?(?!x\b)[A-Za-z])
+    |[ ]and[ ]an?[ ]\w{{1,9}}+[ ]{_MAGNITUDE_WORD}""",
     re.VERBOSE,
+)
+_GOES_ON_IN_MAGNITUDE = re.compile(r",?[ ](?:and[ ])?\d")
+# Bounds, and names with a number each, have no one number.
+_BOUND = re.compile(
+    r"""[\s*_`$(\[]*+(?:[<>]=?|=<)\s*+[-+$]*+[\d.](?![^<>\n]*>)
+    |(?!(?:the|my|so|final|answer|ans|result|total|therefore)\b)
+    [^\d\n:=,;]{1,30}+[:=][ ]*+[-+$]*+\d[\d.]*+[^\d\n:=,;]{0,20}+[,;][ ]*+(?:and[ ])?
+    (?!(?:which|so|that|as|since|because|where|check|note)\b)
+    [^\W\d]\w{0,15}+(?:[ ]\w{1,15}+)?[ ]?[:=][ ]*+[-+$]*+\d""",
+    re.VERBOSE | re.IGNORECASE,
 )
 # What a value is of: \mu = 3.5, f(2) = 8.
 _NAMED = re.compile(
@@ -242,7 +325,21 @@ class _Leading(NamedTuple):
     is_formula: bool = False
 
 
+def _scaled(match: re.Match[str], rest: str) -> tuple[Fraction | None, str]:
+    """The number of a match of ``_NUMBER`` times a hundred, a million, ..., and what follows."""
+    value = _value(match)
+    if not (found := _MAGNITUDE.match(rest)):
+        return value, rest
+    rest = rest[found.end() :].lstrip("!")
+    if value is None or _GOES_ON_IN_MAGNITUDE.match(rest):
+        return None, rest  # 2 thousand 5 hundred
+    for word in filter(None, found.groups()):
+        value *= _MAGNITUDES[word.lower()]
+    return value, rest
+
+
 def _is_part(rest: str) -> bool:
+    rest = rest.replace(_NARROW, " ")
     return bool(_GOES_WITH.match(rest) or _GOES_ON_WITH.match(rest))
 
 
@@ -251,11 +348,13 @@ def _leading_number(segment: str) -> _Leading:
     if named := _NAMED.match(segment):
         segment = segment[named.end() :]
     line = _plain_number(segment).strip().partition("\n")[0]
+    if _BOUND.match(line):
+        return _Leading(None, line, is_formula=True)
     if lead := _LEAD.match(line):
         line = line[lead.end() :]
     while calculation := _CALCULATION.match(line):
         line = line[calculation.end() :]
-    line = _SPACED_SIGN.sub(r"\1", line)
+    line = _SPACED_SIGN.sub(r"\1", _LEADING_SIGN.sub("-", line))
     if spaced := _SPACED.match(line, len(line) - len(line.lstrip("-+$"))):
         rest = line[spaced.end() :]
         if _AT_MOST_A_WORD.match(rest):
@@ -265,10 +364,10 @@ def _leading_number(segment: str) -> _Leading:
     match = _NUMBER.match(line)
     if match is None:
         return _Leading(None, line, line.lstrip("-+ ").startswith(_SIGN))
-    rest = line[match.end() :]
+    value, rest = _scaled(match, line[match.end() :])
     if _is_part(rest):
         return _Leading(None, rest, is_formula=True)
-    return _Leading(_value(match), rest)
+    return _Leading(value, rest)
 
 
 def boxed(text: str) -> str | None:
@@ -301,10 +400,12 @@ def number(text: str) -> Fraction | None:
 
 
 _GOLD_NUMBER = re.compile(
-    r"""\s*+[-+\u2212]?\s?[$\u20ac\u00a3]?\s?
-    (?:\d{1,3}(?:[,'\u202f]\d{2,3}|[ ]\d{3}(?!\d|/))++(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)
+    r"""\s*+(?:[-+\u2212]|(?:minus|negative)(?=\s))?\s?[$\u20ac\u00a3]?\s?
+    (?:\d{1,3}(?:\.\d{3})++(?:,\d{1,2}(?!\d)|(?<=\.\d{3}\.\d{3}))|\d++,\d{1,2}(?![\d,])|0,\d++
+      |\d{1,3}(?:[,'\u202f]\d{2,3}|[ ]\d{3}(?!\d|/))++(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)
     (?:[ ]\d++/\d++|\s?/\s?\d++|[eE][-+]?\d++)?\s?(?:\\?%)?
-    (?:\s\(?[A-Za-z\u00b0][A-Za-z .]{1,30}+\)?)?\s*+\.?\s*+""",
+    (?:\s(?!(?:pi|squared|cubed|factorial|and|to|or|over|plus|minus|times)\b)
+      \(?[A-Za-z\u00b0][A-Za-z .]{1,30}+\)?)?\s*+\.?\s*+""",
     re.VERBOSE,
 )
 _LATEX_FRACTION = re.compile(r"\s*+[-+]?\\[dt]?frac(?:\{\d++\}|\d)(?:\{\d++\}|\d)\s*+")
@@ -321,7 +422,8 @@ def gold_part(answer: str) -> str:
 def is_number(text: str) -> bool:
     """Whether a gold answer is one number, maybe with a unit, and nothing else.
 
-    ``18``, ``$1,234.50``, ``3/4`` and ``18 eggs`` are; ``2k``, ``(2,4)`` and a root are not.
+    ``18``, ``$1,234.50``, ``3/4``, ``12,5`` and ``18 eggs`` are; ``2k``, ``12 pi``, ``(2,4)`` and a
+    root are not.
     """
     return bool(_GOLD_NUMBER.fullmatch(text) or _LATEX_FRACTION.fullmatch(text)) and (
         number(text) is not None
@@ -372,13 +474,14 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
     ``"auto"`` takes the number after the last ``####`` that has one, or the one in a ``\boxed{}``
     behind it; else the one in the last ``\boxed{}``; else the last number of the text, notes below
     it aside. A reply that goes on with the next question has answered before it. It reads thousands
-    separators (a plain space in ``12 500`` only where nothing but a unit follows; in a sentence, a
-    unit and no noun, or it has no number), currency signs,
-    decimals (a decimal comma only where it can be nothing else), fractions, mixed numbers,
-    scientific notation, LaTeX and the digits of every script; units are ignored. As in GSM8K,
-    ``50%`` is 50. No number is taken out of a formula (``\sqrt{51}``, ``2^k`` or ``(2,4)``): a
-    reply that comes to one has none. ``"strict"`` and ``"flexible"`` read what
-    :func:`lm_eval_answer` extracts.
+    separators (dots from two groups on; a plain space in ``12 500`` only where nothing but a unit
+    follows; in a sentence, a unit and no noun, or it has no number), currency signs, decimals (a
+    decimal comma only where it can be nothing else), fractions, mixed numbers, scientific notation,
+    LaTeX and the digits of every script; units are ignored. As in GSM8K, ``50%`` is 50.
+    ``5 thousand`` is 5000; ``5 Mio.`` and ``5 lakh`` are not read. No number is taken out of a
+    formula (``\sqrt{51}``, ``2^k`` or ``(2,4)``): a reply that comes to one has none, nor has one
+    whose answer has two numbers (``3:30``, ``2 hours and 30 minutes``). ``"strict"`` and
+    ``"flexible"`` read what :func:`lm_eval_answer` extracts.
 
     Args:
         text: the solution.
@@ -418,8 +521,10 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
 def _value_in_text(plain: str, match: re.Match[str]) -> Fraction | None:
     """The number of a match of ``_NUMBER``; ``None`` if it is part of a formula."""
     before, rest = plain[: match.start()], plain[match.end() :]
-    part_of_formula = before.endswith(_SIGN) or _GOES_WITH.match(rest)
-    return None if part_of_formula else _value(match)
+    if before.endswith(_SIGN) or _GOES_WITH.match(rest) or _BEHIND_MAGNITUDE.search(before[-20:]):
+        return None
+    value, rest = _scaled(match, rest)
+    return None if _GOES_WITH.match(rest) else value
 
 
 def _spaced_value(plain: str, spaced: re.Match[str], last: re.Match[str]) -> Fraction | None:
@@ -451,10 +556,10 @@ def _boxed_number(box: str) -> _Leading:
     first = _NUMBER.search(plain)
     if first is None:
         return _Leading(None, plain, _SIGN in plain)
-    rest = plain[first.end() :]
+    value, rest = _scaled(first, plain[first.end() :])
     if _BEFORE_IT.search(plain[: first.start()]) or _is_part(rest):
         return _Leading(None, rest, is_formula=True)
-    return _Leading(_value(first), rest)
+    return _Leading(value, rest)
 
 
 def _mark_ends(text: str) -> Iterator[int]:

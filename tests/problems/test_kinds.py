@@ -167,6 +167,31 @@ def test_what_is_no_choice_is_refused(answer):
         ("<think>\n#### London\n</think>\n\n#### Paris", "Paris", True),
         (r"<think>\n\boxed{Paris}\n</think>\n\nWho knows?", "Paris", False),
         ("first #### London\nno: #### Paris\nBye.", "Paris", True),
+        # what makes it another number, or another name
+        ("#### 125", "12,5", False),
+        ("#### 12.5", "12,5", True),
+        ("#### 330", "3:30", False),
+        ("#### 3:30.", "3:30", True),
+        ("#### 5", "-5", False),
+        ("#### \u22125", "-5", True),
+        ("#### 15", "1.5", False),
+        ("#### .5", "0.5", True),
+        ("#### 34", "3/4", False),
+        ("#### \u00be", "3/4", True),
+        ("#### 1012", "10-12", False),
+        ("#### 10\u201312", "10-12", True),
+        ("#### 25 million", "2.5 million", False),
+        ("#### 1,234 people", "1234 people", True),
+        ("#### 1.234.567", "1,234,567", True),
+        ("#### 1.234,50", "1234.50", True),
+        ("#### 1,00,000", "100000", True),
+        ("#### C", "C#", False),
+        ("#### **C#**.", "c#", True),
+        ("#### C", "C++", False),
+        ("#### B+", "A+", False),
+        ("#### A", "A+", False),
+        ("#### A-", "A", False),
+        ("#### the U.S.A. (well-known)", "USA wellknown", True),
     ],
 )
 def test_texts_are_compared_as_squad_does(reply, gold, right):
@@ -181,6 +206,8 @@ def test_several_references_are_right():
 
 
 def test_token_f1_by_hand():
+    # as published: of numbers, too, every mark is left out
+    assert token_f1("12.5 m", "12,5 m") == 1
     # two of three words and two of two
     assert token_f1("the big red dog", "red dog") == pytest.approx(2 * 2 / (3 + 2))
     assert token_f1("cat", "dog") == 0 and token_f1("", ".") == 1
@@ -211,6 +238,26 @@ def test_normal_texts_stay_as_they_are(some):
         (r"\boxed{q-p}", "p-q", False),
         (r"#### \text{Evelyn}", r"\text{Evelyn}", True),
         ("It is 51.", "51", False),
+        # without LaTeX
+        ("#### 90\u00b0", r"90^\circ", True),
+        ("#### x\u00b2 + 1", "x^2+1", True),
+        ("#### x**2", "x^2", True),
+        ("#### 2\u221a3", r"2\sqrt{3}", True),
+        ("#### \u221a(x+1)", r"\sqrt{1+x}", True),
+        ("#### (-\u221e,5]", r"(-\infty,5]", True),
+        ("#### (-\u221e,5)", r"(-\infty,5]", False),
+        ("#### pi/2", r"\frac{\pi}{2}", True),
+        ("#### \u03c0r\u00b2", r"\pi r^2", True),
+        (r"#### \varnothing", r"\emptyset", True),
+        ("#### 1/6", r"0.1\overline{6}", True),
+        ("#### 0.16", r"0.1\overline{6}", False),
+        # units and bases
+        ("#### 5 m", r"5\text{ cm}", False),
+        ("#### 5 meters", r"5\text{ m}", True),
+        ("#### 5", r"5\text{ cm}", True),
+        ("#### 101", "101_2", False),
+        ("#### 101_{2}", "101_2", True),
+        ("#### 5_{10}", "5", True),
     ],
 )
 def test_formulas_are_compared_by_meaning(reply, gold, right):

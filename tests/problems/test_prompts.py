@@ -346,6 +346,89 @@ ANSWERS = [
     ("#### <18>", "18"),
     ("The answer is <b>18</b>", "18"),
     (r"With \pi = 3.14 it is 28.26", "1413/50"),
+    # magnitudes
+    ("#### 1.5 million", "1500000"),
+    ("#### 5 thousand dollars", "5000"),
+    ("#### 2 hundred thousand", "200000"),
+    ("#### 3 dozen eggs", "36"),
+    ("#### 1 1/2 dozen", "18"),
+    ("#### $2.5 Billion!", "2500000000"),
+    ("#### 5\u00a0million", "5000000"),
+    (r"\boxed{1.5\text{ million}}", "1500000"),
+    ("It costs 1.5 million dollars.", "1500000"),
+    ("#### 3 million-dollar homes", None),
+    ("#### 5 hundred dollar bills", None),
+    ("#### 2 thousand 5 hundred", None),
+    ("It is 2 thousand 5 hundred.", None),
+    ("#### 3 and a half million", None),
+    ("#### 5 hundredths", None),
+    ("#### 5 bn", None),
+    ("#### 3 Mio.", None),
+    ("#### 2 lakh", None),
+    ("#### 3\u4e07", None),
+    ("It costs 3\u4ebf", None),
+    ("#### 5\u5343\u514b", "5"),
+    ("#### 5 mL", "5"),
+    # signs in words
+    ("#### minus 5", "-5"),
+    ("#### negative $5", "-5"),
+    ("The answer is negative 5.", "-5"),
+    ("He had 12 apples minus 5", "5"),
+    ("#### 8 minus 5", None),
+    # quantities of two parts, ratios and bounds
+    ("#### 3:30", None),
+    ("#### 3 : 4", None),
+    ("#### 2 hours and 30 minutes", None),
+    ("#### 2\u00a0hours 30 minutes", None),
+    ("#### 5'4\"", None),
+    ("#### 3 to 4", None),
+    ("#### 3 remainder 2", None),
+    ("#### 3 R 2", None),
+    ("#### 5 apples and 6 pears", None),
+    ("#### Tom: 5, Ann: 6", None),
+    ("#### Tom = 5, Ann = 6", None),
+    ("#### <5", None),
+    ("#### >=5", None),
+    ("#### \u2265 5", None),
+    (r"#### \geq 5", None),
+    ("#### 5 < x", None),
+    ("#### 1 over 2", None),
+    ("#### => 18", "18"),
+    ("#### Total: $18, which is: 9 * 2", "18"),
+    ("#### Answer: 5, check: 3 + 2 = 5", "5"),
+    ("#### 18 dollars 9 x 2 = 18", "18"),
+    ("#### 18 in 2 days", "18"),
+    ("#### 18 eggs for 3 people", "18"),
+    ("#### 5 apples (2 red and 3 green)", "5"),
+    ("#### 3 m^2", "3"),
+    ("#### 3 m\u00b2", "3"),
+    ("#### 12 (6 * 2)", "12"),
+    ("#### 18. She makes 18.", "18"),
+    # formulas
+    ("#### 2\u00b3", None),
+    ("#### 2**3", None),
+    ("#### 5!", None),
+    ("It is 18!", "18"),
+    ("#### |-3|", None),
+    ("#### 12a", None),
+    ("#### 12ab", None),
+    ("#### 12*pi", None),
+    ("#### 12 pi", None),
+    ("#### 12 squared", None),
+    (r"#### 0.\overline{3}", None),
+    ("#### 0.(3)", None),
+    (r"#### \frac{x}{2}", None),
+    (r"#### \frac{\frac{1}{2}}{2}", None),
+    (r"#### \frac{3}{-4}", "-3/4"),
+    (r"#### \frac{-3}{-4}", "3/4"),
+    (r"#### \frac{3+4}{2} = 3.5", "7/2"),
+    (r"\boxed{\frac{\text{distance}}{\text{time}} = \frac{120}{2} = 60}", "60"),
+    # decimal commas and dots between thousands
+    ("#### 12,5", "25/2"),
+    ("#### 0,125", "1/8"),
+    ("#### 1.234.567", "1234567"),
+    ("It is 1.234.567.", "1234567"),
+    ("#### 1.2.3", None),
     # the last number
     ("Natalia sold 48+24 = <<48+24=72>>72 clips.", "72"),
     ("The answer is 18.", "18"),
@@ -411,10 +494,30 @@ def test_tables_are_as_large_as_promised():
     [("1,234", 1234), ("$18.50", Fraction(37, 2)), ("3/4", Fraction(3, 4)), ("18 eggs", 18),
      (" -5 ", -5), ("50%", 50), ("1 1/2", Fraction(3, 2)), ("2.0", 2), ("", None), ("none", None),
      ("18 or 20", None), ("18\n20", None), ("5 " + "eggs " * 99 + "7", None),
-     ("about to be 7 of 9", None)],
+     ("about to be 7 of 9", None), ("1.5 million", 1_500_000), ("12,5", Fraction(25, 2))],
 )  # fmt: skip
 def test_number_is_one_number(text, expected):
     assert parsing.number(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("18 eggs", "18"), ("1.5 million", "1500000"), ("3 dozen", "36"), ("12,5", "25/2"),
+     ("4 million dollars", "4000000"), ("0,75", "3/4"), ("0,125", "1/8"), ("12,5 kg", "25/2"),
+     ("1.234,50", "2469/2"), ("1.234.567", "1234567"), ("1.234", "617/500"),
+     ("1,234.5", "2469/2"), ("minus 5", "-5"), ("3 orders", "3"), ("2 toys", "2")],
+)  # fmt: skip
+def test_golds_that_are_numbers(text, value):
+    assert parsing.is_number(text) and parsing.number(text) == Fraction(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["12 pi", "4 squared", "7 factorial", "12 and a half", "3 to the fourth", "3 or so", "5 bn",
+     "3 lakh", "3\u4e07", "5 Mio.", "5 hundred-dollar bills", "1,2,3", "(2,4)", "2k", "3:30"],
+)  # fmt: skip
+def test_golds_that_are_no_numbers(text):
+    assert not parsing.is_number(text)
 
 
 # ---------------------------------------------------------------------- lm-evaluation-harness
@@ -508,7 +611,8 @@ PIECES = [
     ">", "#", "$", "%", "/", "10", "100", "5", "0", "1", "-1", "0.5", ".", ",", "-", "\u2212", "+",
     "=", "~", "to", "I'd give", "this a", "we rate", "\n", "\n\n", " ", "\t", "\u202f", "\u00bd",
     "\u0661", "\u096b", "\uff15", "1e9", "e", "\u00d7 10^", "x", "eggs", "because", "</think>",
-    "excellent", "good", "minus", "\u0000", "\ud800", "\U0001d7d8",
+    "excellent", "good", "minus", "million", "dozen", "-", ":", "\\overline", "!", "\u00b2", "pi",
+    "and", " hours", "0,1", "1.234", "\\text{", "\u0000", "\ud800", "\U0001d7d8",
 ]  # fmt: skip
 MODEL_TEXT = st.one_of(
     st.lists(st.sampled_from(PIECES), max_size=14).map("".join),
@@ -597,6 +701,8 @@ HOSTILE = [
     r"\boxed{", r"\frac{", r"\frac{1}{", "Score", "Score: ", "Score: 1 ", "score is ", "I give ",
     "I give 1", "feedback", "Feedback:", "*", "**", '{"score":', "e1", "1e", ".1", "$", "x10^",
     "5 000 ", "12 500 ", "12 500 km ", "$12 500 is ", " 500",
+    "1.234.", "1 million ", "million ", "is minus 1 ", "1 h and ", "|-1", "1.000,", "\\frac{1}{1}",
+    "a:1,b",
     "overall ", "the ", ", ", "\u0661", "1 1/", "1,", "'", "<think>", "</think>", "\t\n", "> ",
 ]  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from fractions import Fraction
 from typing import Any
 
 from mlx_fd.errors import UserError
@@ -21,6 +22,44 @@ from mlx_fd.problems.thoughts import without_thoughts
 _LONGEST = 300  # characters
 _SPACE = re.compile(r"\\[,!;: ]|[ \t\n]|\\left(?![a-z])|\\right(?![a-z])")
 _FRACTION = re.compile(r"\\[dtc]frac(?![a-z])")
+_EXPONENT = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]++")
+_DIGITS = str.maketrans(
+    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "0123456789"
+)
+# What is written without LaTeX, as LaTeX has it.
+_PLAIN = (
+    (re.compile(r"\u221a[ ]?(?:\(([^()]*+)\)|(\d++|[A-Za-z]))"), r"\\sqrt{\1\2}"),
+    (re.compile(r"(?<=[\w)}])\*\*(?=[\w({-])"), "^"),
+    (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])|\u03c0"), r"\\pi"),
+    (re.compile(r"\u00b0"), r"^{\\circ}"),
+    (re.compile(r"\u221e"), r"\\infty"),
+    (re.compile(r"\u222a"), r"\\cup"),
+    (re.compile(r"\u2212"), "-"),
+    (re.compile(r"(?:\\varnothing(?![A-Za-z])|\u2205)"), r"\\emptyset"),
+)
+_BASE = re.compile(r"(\d++)_(?:\{(\d{1,2})\}|(\d))")
+_REPEATING = re.compile(r"(\d{1,9}+)\.(\d{0,9}+)\\overline\{(\d{1,9})\}")
+_UNIT = re.compile(r"(?<=[\d}])\\?(?:(?:text|mathrm|mbox)\{([A-Za-z]++)\.?\}|([A-Za-z]++)\.?)\Z")
+_UNITS = {
+    name: names.split()[0]
+    for names in (
+        "mm millimeter millimeters millimetre millimetres",
+        "cm centimeter centimeters centimetre centimetres",
+        "m meter meters metre metres",
+        "km kilometer kilometers kilometre kilometres",
+        "in inch inches",
+        "ft foot feet",
+        "mi mile miles",
+        "mg milligram milligrams",
+        "g gram grams",
+        "kg kilogram kilograms",
+        "s sec second seconds",
+        "min minute minutes",
+        "h hr hour hours",
+        "day days",
+    )
+    for name in names.split()
+}
 
 
 def _available() -> None:
@@ -34,6 +73,9 @@ def _available() -> None:
 def written(text: str) -> str:
     """A formula without what changes its look alone."""
     text = text.strip().strip("$").removesuffix(".").strip("$")
+    text = _EXPONENT.sub(lambda match: f"^{{{match[0].translate(_DIGITS)}}}", text)
+    for pattern, latex in _PLAIN:
+        text = pattern.sub(latex, text)
     return _FRACTION.sub(r"\\frac", _SPACE.sub("", text))
 
 
@@ -52,12 +94,37 @@ def _gold(answer: Any, choices: tuple[str, ...]) -> str:
     return gold
 
 
+def _unit(text: str) -> str | None:
+    found = _UNIT.search(text[-40:])
+    return _UNITS.get((found[1] or found[2]).lower()) if found else None
+
+
+def _in_base(text: str) -> tuple[str, str] | None:
+    """The digits and the base of ``101_2``; ``None`` where that is ten."""
+    found = _BASE.fullmatch(text)
+    base = found and (found[2] or found[3])
+    return (found[1], base) if found and base and base != "10" else None
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """A decimal that repeats, as a LaTeX fraction."""
+    whole, begin, period = match.groups()
+    value = Fraction(f"{whole}.{begin}0")
+    value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(begin))
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
 def _alike(one: str, other: str) -> bool:
     if one == other:
         return True
     from mlx_fd.problems.math_worker import same
 
-    return same(one, other)
+    # math-verify reads over both.
+    if _in_base(one) != _in_base(other):
+        return False
+    if len({_unit(one), _unit(other)} - {None}) > 1:
+        return False
+    return same(_REPEATING.sub(_repeating, one), _REPEATING.sub(_repeating, other))
 
 
 def _same(final: str, problem: Problem) -> bool:

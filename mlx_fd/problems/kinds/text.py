@@ -1,6 +1,7 @@
 """A name or a few words, compared as SQuAD compares them: letters' case, articles and marks aside.
 
-The normalisation is that of Rajpurkar et al. (arXiv 1606.05250), in every script.
+The normalisation is that of Rajpurkar et al. (arXiv 1606.05250), in every script. What makes a
+number another one (signs, decimal marks, colons, slashes) is kept where answers are compared.
 """
 
 from __future__ import annotations
@@ -19,6 +20,23 @@ from mlx_fd.problems.thoughts import without_thoughts
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 _TEX = re.compile(r"\\(?:boxed|fbox|(?:text|math)(?:bf|rm)?)\{([^{}]*+)\}")
 _LEAD = re.compile(r"\A(?:the )?(?:final )?answer(?: is\b|:)[ *]*+", re.IGNORECASE)
+_ARTICLES = frozenset({"a", "an", "the"})
+_GROUPS = re.compile(
+    r"""(?<![\d.,])(?:\d{1,3}(?:\.\d{3})++(?=,\d{1,2}(?!\d))   # 1.234,50
+      |[1-9]\d{0,2}(?:\.\d{3}){2,}+(?![.,]?\d)
+      |[1-9]\d{0,2}(?:,\d{3})++(?!,?\d)
+      |\d{1,2}(?:,\d{2}(?!\d))++,\d{3}(?!,?\d))""",
+    re.VERBOSE,
+)
+_COMMA = re.compile(r"(?<=\d),(?=\d)")
+_NO_WHOLE = re.compile(r"(?<![^\s(\[$-])\.(?=\d)")  # .5
+# Marks that are no punctuation: of numbers, C#, and grades.
+_KEPT = re.compile(
+    r"""(?<=\d)[.:/-](?=\d)|(?<![^\s(\[$"'*])-(?=[$]?\d)
+    |(?<=\w)\#{1,2}(?![\w\#])|(?<=(?<!\S)[a-f])-(?!\S)""",
+    re.VERBOSE,
+)
+_TWINS = str.maketrans({**dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-"), "\u2044": "/"})
 MAX_TEXT = 300
 """Characters of an answer; a reply that runs on is none."""
 
@@ -33,6 +51,24 @@ def normal(text: str) -> str:
     return " ".join((_ARTICLE.sub(" ", kept).split()) or kept.split())
 
 
+def compared(text: str) -> str:
+    """A text as answers are compared: :func:`normal`, but 12.5 is not 125, and C# is not C.
+
+    Between digits ``.``, ``:``, ``/`` and ``-`` stay, and a comma is a decimal one unless it parts
+    thousands; a sign before a number stays, and ``#`` at the end of a word.
+    """
+    text = unicodedata.normalize("NFKC", text).casefold().translate(_TWINS)
+    text = _GROUPS.sub(lambda match: match[0].replace(",", "").replace(".", ""), text)
+    text = _NO_WHOLE.sub("0.", _COMMA.sub(".", text))
+    places = {place for match in _KEPT.finditer(text) for place in range(*match.span())}
+    words = "".join(
+        char
+        for place, char in enumerate(text)
+        if place in places or unicodedata.category(char)[0] != "P"
+    ).split()
+    return " ".join([word for word in words if word not in _ARTICLES] or words)
+
+
 def token_f1(final: str, gold: str) -> float:
     """F1 of the words that two normalised texts share (SQuAD), in [0, 1]."""
     one, other = normal(final).split(), normal(gold).split()
@@ -45,20 +81,20 @@ def token_f1(final: str, gold: str) -> float:
 def _read(text: str, problem: Problem, how: str) -> str | None:
     for piece in (after_mark(text), boxed(without_thoughts(text))):
         if piece is not None and len(piece) <= MAX_TEXT:
-            return normal(_LEAD.sub("", _TEX.sub(r"\1", piece).strip(" *$<>"))) or None
+            return compared(_LEAD.sub("", _TEX.sub(r"\1", piece).strip(" *$<>"))) or None
     return None
 
 
 def _gold(answer: Any, choices: tuple[str, ...]) -> str:
     text = {True: "yes", False: "no"}[answer] if isinstance(answer, bool) else str(answer)
     final = after_mark(text) if "####" in text else text
-    if final is None or not normal(final):
+    if final is None or not compared(final):
         raise ValueError("'answer' has no word in it")
     return final.strip()
 
 
 def _same(final: str, problem: Problem) -> bool:
-    return final in {normal(gold) for gold in (problem.answer, *problem.also_right)}
+    return final in {compared(gold) for gold in (problem.answer, *problem.also_right)}
 
 
 register_kind(
