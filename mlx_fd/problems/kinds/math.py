@@ -27,7 +27,7 @@ _DIGITS = str.maketrans(
     "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "0123456789"
 )
 # What is written without LaTeX, as LaTeX has it.
-_PLAIN = (
+_AS_LATEX = (
     (re.compile(r"\u221a[ ]?(?:\(([^()]*+)\)|(\d++|[A-Za-z]))"), r"\\sqrt{\1\2}"),
     (re.compile(r"(?<=[\w)}])\*\*(?=[\w({-])"), "^"),
     (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])|\u03c0"), r"\\pi"),
@@ -74,7 +74,7 @@ def written(text: str) -> str:
     """A formula without what changes its look alone."""
     text = text.strip().strip("$").removesuffix(".").strip("$")
     text = _EXPONENT.sub(lambda match: f"^{{{match[0].translate(_DIGITS)}}}", text)
-    for pattern, latex in _PLAIN:
+    for pattern, latex in _AS_LATEX:
         text = pattern.sub(latex, text)
     return _FRACTION.sub(r"\\frac", _SPACE.sub("", text))
 
