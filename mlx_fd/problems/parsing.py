@@ -247,7 +247,6 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 _MAGNITUDES = {
-    "dozen": 12,
     "hundred": 10**2,
     "thousand": 10**3,
     "million": 10**6,
@@ -404,7 +403,7 @@ _GOLD_NUMBER = re.compile(
     (?:\d{1,3}(?:\.\d{3})++(?:,\d{1,2}(?!\d)|(?<=\.\d{3}\.\d{3}))|\d++,\d{1,2}(?![\d,])|0,\d++
       |\d{1,3}(?:[,'\u202f]\d{2,3}|[ ]\d{3}(?!\d|/))++(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)
     (?:[ ]\d++/\d++|\s?/\s?\d++|[eE][-+]?\d++)?\s?(?:\\?%)?
-    (?:\s(?!(?:pi|squared|cubed|factorial|and|to|or|over|plus|minus|times)\b)
+    (?:\s(?!(?:pi|squared|cubed|factorial|dozens?|and|to|or|over|plus|minus|times)\b)
       \(?[A-Za-z\u00b0][A-Za-z .]{1,30}+\)?)?\s*+\.?\s*+""",
     re.VERBOSE,
 )

@@ -119,6 +119,11 @@ def test_a_letter_by_itself_is_the_letter_whatever_the_choices_are(reply, choice
     assert read_final(reply, Problem("p", "?", "", letter, "choice", choices)) == letter
 
 
+def test_choices_that_differ_in_a_mark_of_a_number_are_two():
+    problem = Problem("p", "?", "", "B", "choice", ("15", "1.5"))
+    assert read_final("#### 1.5", problem) == "B" and read_final("#### 15", problem) == "A"
+
+
 def test_a_gold_that_is_a_letter_and_another_text_is_refused():
     with pytest.raises(ValueError, match="the letter B and the text of choice C; write its place"):
         KINDS["choice"].gold("B", BLOOD)
