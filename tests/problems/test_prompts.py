@@ -513,8 +513,9 @@ def test_golds_that_are_numbers(text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["12 pi", "3 dozen", "4 squared", "7 factorial", "12 and a half", "3 to the fourth", "3 or so", "5 bn",
-     "3 lakh", "3\u4e07", "5 Mio.", "5 hundred-dollar bills", "1,2,3", "(2,4)", "2k", "3:30"],
+    ["12 pi", "3 dozen", "4 squared", "7 factorial", "12 and a half", "3 to the fourth", "3 or so",
+     "5 bn", "3 lakh", "3\u4e07", "5 Mio.", "5 hundred-dollar bills", "1,2,3", "(2,4)", "2k",
+     "3:30"],
 )  # fmt: skip
 def test_golds_that_are_no_numbers(text):
     assert not parsing.is_number(text)
