@@ -31,6 +31,8 @@ LOCAL_BASE_FIELDS = ("rope_local_base_freq", "rope_local_theta", "swa_rope_theta
 _PERIOD_FIELDS = ("sliding_window_pattern", "full_attention_interval")
 # Positions are turned as by "default" on text: the three sections of mrope are equal there.
 UNSCALED = ("default", "mrope")
+# Scalings that begin at a length, which mlx-lm looks for in their own entry alone.
+_FROM_A_LENGTH = ("yarn", "llama3")
 # Entries that transformers 5 has under another name, or not at all.
 _SYNONYMS = {
     "num_experts": "num_local_experts",
@@ -188,6 +190,7 @@ def as_mlx_lm_reads(
     _translate_names(part, fields, required)
     _complete(part, file)
     _translate_rope(part, fields, file)
+    _fill_original_length(part)
     _translate_period(part, fields, file)
     missing = [name for name in required if name not in part]
     if missing:
@@ -390,6 +393,21 @@ def _translate_rope(part: dict[str, Any], fields: Sequence[str], file: Path) -> 
         # Some classes ask for the one name, some for the other.
         scaling.setdefault("type", rope_kind(scaling))
         scaling.setdefault("rope_type", rope_kind(scaling))
+
+
+def _fill_original_length(part: dict[str, Any]) -> None:
+    """Say from which length positions are scaled, where a file leaves it to transformers.
+
+    mlx-lm would take 4096 or 8192 for it, transformers takes the model's own length.
+    """
+    name, rope = "original_max_position_embeddings", part.get("rope_parameters") or {}
+    stated = (part.get(name), rope.get(name), part.get("max_position_embeddings"))
+    length = next((one for one in stated if one is not None), None)
+    for one in (part.get("rope_scaling"), rope, *rope.values()):
+        if length is None or not isinstance(one, dict) or rope_kind(one) not in _FROM_A_LENGTH:
+            continue
+        if one.get(name) is None:
+            one[name] = length
 
 
 def _translate_flat(

@@ -6,11 +6,13 @@ them is compared with the modules of the models that come out.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 
@@ -346,6 +348,53 @@ def test_the_factor_of_attention_that_yarn_makes_is_taken(factor: float | None) 
     entries = {"model_type": "llama", "rope_theta": 1e6, "rope_scaling": scaling}
     config = as_mlx_lm_reads({**SIZES, **entries}, HERE)
     check_model(build(config), config, HERE)
+
+
+@pytest.mark.parametrize(
+    ("entries", "original"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 32768),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, 32768),
+        (
+            {
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+                "original_max_position_embeddings": 16384,
+            },
+            16384,
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                }
+            },
+            8192,
+        ),
+    ],
+)
+def test_yarn_begins_at_the_length_that_transformers_takes(
+    entries: dict[str, Any], original: int
+) -> None:
+    """mlx-lm takes 4096 where the entry itself does not say."""
+    sizes = {**SIZES, "model_type": "llama", "rope_theta": 1e6, "max_position_embeddings": 32768}
+    model = build(as_mlx_lm_reads({**sizes, **entries}, HERE))
+    rope = model.layers[0].self_attn.rope
+    config = transformers.LlamaConfig(**{**sizes, **copy.deepcopy(entries)})
+    if "original_max_position_embeddings" not in entries:
+        assert config.rope_parameters["original_max_position_embeddings"] == original
+    # YaRN's paper: what turns 32 times or more in that length stays as it is, what turns once or
+    # less is slowed down whole.
+    dims, base = rope.dims, 1e6
+    plain = base ** (-np.arange(0, dims, 2) / dims)
+    fast, slow = (
+        dims * np.log(original / (turns * 2 * np.pi)) / (2 * np.log(base)) for turns in (32, 1)
+    )
+    first, last = max(np.floor(fast), 0), min(np.ceil(slow), dims - 1)
+    share = np.clip((np.arange(dims // 2) - first) / (last - first), 0, 1)
+    wanted = plain * (1 - share) + plain / 4 * share
+    assert np.allclose(1 / np.array(rope._freqs), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
