@@ -133,7 +133,7 @@ def check_files(path: Path) -> None:
 
     Raises:
         UserError: a FIFO, socket, device, directory or dead link stands for a file, or a file is
-            empty or too large to be what its name says.
+            too large to be what its name says.
     """
     for folder in (path, *(path / name for name in _FOLDERS)):
         if not folder.is_dir():

@@ -45,6 +45,7 @@ _SHIPPED = {
         (TINY_HARD_STUDENT, "hard/student"),
     )
 }
+_ADAPTER = "adapter_config.json"
 _OPTION = re.compile(r"(.+?):(\w+)=(.*)")
 _LAYERS = re.compile(r"[1-9][0-9]{0,5}")
 _WEIGHTS = re.compile(r"model.*\.safetensors")
@@ -159,7 +160,7 @@ def _what_is_missing(path: Path) -> str | None:
     try:
         check_files(path)
         if not (path / "config.json").exists():
-            return "has no config.json"
+            return _adapter_in(path) or "has no config.json"
         config = read_object(path / "config.json")
     except UserError as error:
         return f"is damaged: {error}"
@@ -179,6 +180,18 @@ def _what_is_missing(path: Path) -> str | None:
     if not any((path / name).exists() for name in ("tokenizer.json", "vocab.txt")):
         return "has no tokenizer.json"
     return None
+
+
+def _adapter_in(path: Path) -> str:
+    """What to say of a directory that has an adapter alone; empty: it has none."""
+    if not (path / _ADAPTER).is_file():
+        return ""
+    base = read_object(path / _ADAPTER).get("base_model_name_or_path")
+    model = f"the model {base}" if isinstance(base, str) and base else "its model"
+    return (
+        f"has an adapter alone ({_ADAPTER}); merge it into {model} (mlx_lm.fuse for an "
+        "adapter of mlx-lm's, merge_and_unload for one of PEFT's) and give the directory of that"
+    )
 
 
 def smollm2_file() -> Path:

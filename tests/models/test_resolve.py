@@ -132,6 +132,15 @@ def test_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve(f"{path}:layers=5")
 
 
+@pytest.mark.parametrize(
+    ("config", "model"), [({"base_model_name_or_path": "x/y"}, "the model x/y"), ({}, "its model")]
+)
+def test_an_adapter_is_no_model(tmp_path: Path, config: dict[str, str], model: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"has an adapter alone .*; merge it into {model} \("):
+        resolve(str(tmp_path))
+
+
 def test_incomplete_directories(tmp_path: Path) -> None:
     path = tiny.make_model_dir(tmp_path / "m")
     index = path / "model.safetensors.index.json"
