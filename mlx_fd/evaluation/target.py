@@ -167,6 +167,7 @@ def open_target(
         student,
         kwargs=asked.chat_template_kwargs if its_own else template_kwargs,
         date=asked.template_date,
+        trained=ref.template if its_own else None,
     )
     template = (ref.template if its_own else None) or pairing.template
     models["chat_template"] = {"name": template.owner, "sha256": template.digest()}

@@ -35,6 +35,8 @@ _NAMED_DEFAULT = "default"
 # Texts that a template must write as they are: quotes, markup and line ends are where some do not.
 _ASKED = 'What is 1 + 2,\nif "1 < 2" & so on?'
 _CHAT = (_ASKED, "It is 3.", "Is that right?", "Yes, 1 + 2 = 3.", "And what is 2 + 3?")
+# What nobody says: where it stands in a rendered chat is where the template puts a message.
+_REPLY, _NEXT = "\u241fsaid\u241f", "\u241fnext\u241f"
 # Ways to hand over messages, the usual one first: (content as a list of parts, with a system
 # message that says nothing).
 _FORMS = ((False, False), (True, False), (False, True), (True, True))
@@ -99,6 +101,22 @@ class ChatTemplate:
         return template_sandbox.render(
             self.source, self._variables(said), self.date, where=self.owner
         )
+
+    def render_example(self) -> str:
+        """A chat of three messages, for whoever looks at what the template writes around them.
+
+        Raises:
+            UserError: as for :meth:`render`.
+        """
+        return self.render(_CHAT[:3])
+
+    def after_reply(self) -> str:
+        """What is written between a reply and the user's next message; empty: it is not seen."""
+        try:
+            text = self.render((_ASKED, _REPLY, _NEXT))
+        except UserError:  # as of a template for single turns
+            return ""
+        return text.partition(_REPLY)[2].partition(_NEXT)[0]
 
     def with_kwargs(self, **more: Any) -> ChatTemplate:
         """The template with further variables; of two of one name the later counts."""

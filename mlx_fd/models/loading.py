@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
     from mlx import nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from tokenizers import Tokenizer
 
     from mlx_fd.models.view import View
 
@@ -58,6 +59,7 @@ class Loaded:
             are written one by one.
         thinking: how it thinks before it replies; ``None``: it has no marks of a thought.
         draft: who proposes its tokens where it writes a text by itself; ``None``: nobody.
+        remarks: how it is run otherwise than its files say.
     """
 
     model: nn.Module
@@ -71,11 +73,12 @@ class Loaded:
     batched: bool = True
     thinking: Thinking | None = None
     draft: Draft | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of how it is run."""
-        found = []
+        found = [f"{self.path.name}: {remark}" for remark in self.remarks]
         if not self.batched:
             found.append(
                 f"{self.path.name} is written one conversation at a time, which takes longer: in "
@@ -152,15 +155,15 @@ def open_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 def open_tokenizer(path: Path, config: dict[str, Any]) -> tuple[TokenizerWrapper, int]:
     """A model directory's tokenizer, and how many tokens it has.
 
-    No code that comes with it is run, and nobody is asked.
+    No code that comes with it is run, and nobody is asked. Texts are split as tokenizer.json says.
 
     Args:
         path: the directory.
         config: the model's, of :func:`open_lazily`.
 
     Raises:
-        UserError: it is damaged, needs code of its own, or has tokens for which the model has no
-            weights.
+        UserError: it is damaged, needs code of its own, splits texts otherwise than tokenizer.json
+            says, or has tokens for which the model has no weights.
     """
     from mlx_lm.utils import load_tokenizer
 
@@ -173,19 +176,61 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> tuple[TokenizerWrapper
             {"trust_remote_code": False},
             eos_token_ids=config.get("eos_token_id"),
         )
-        count = _token_count(path, tokenizer)
+        written = _written_tokenizer(path)
+        count = _token_count(path, tokenizer, written)
+    if written is not None:
+        _split_as_written(tokenizer, written, path)
     rows = text_config(config, path / CONFIG).get("vocab_size")
     if isinstance(rows, int) and count > rows:
         # Gemma 3's text models have the token of the others' images, and no row for it.
         with blaming(f"the tokenizer in {path} has {count} tokens for {rows} rows of logits"):
             _forget_special_tokens(tokenizer, rows)
-        count = _token_count(path, tokenizer)
+        count = _token_count(path, tokenizer, written)
         if count > rows:
             raise UserError(
                 f"{path} has {count} tokens but only {rows} rows of logits (vocab_size in "
                 "config.json); its tokenizer does not belong to it"
             )
     return tokenizer, count
+
+
+def _written_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer that tokenizer.json describes; ``None``: there is no such file."""
+    from mlx_fd.models.pairing import read_tokenizer
+
+    return read_tokenizer(path) if (path / "tokenizer.json").is_file() else None
+
+
+def _split_as_written(tokenizer: TokenizerWrapper, written: Tokenizer, path: Path) -> None:
+    """Let a tokenizer split texts as its tokenizer.json says.
+
+    For some classes (GPT2Tokenizer, Qwen2Tokenizer) transformers has rules of its own, which are
+    not those of every model that names the class. That Qwen2's makes NFC of a text stays.
+
+    Raises:
+        UserError: it cannot be told.
+    """
+    from mlx_fd.models.pairing import PLAIN_PROBES
+
+    def differing() -> str | None:
+        for text in PLAIN_PROBES:
+            with blaming(f"the tokenizer of {path} fails on {text!r:.80}"):
+                used = list(tokenizer.encode(text, add_special_tokens=False))
+            if used != written.encode(text, add_special_tokens=False).ids:
+                return text
+        return None
+
+    if differing() is None:
+        return
+    used = getattr(tokenizer._tokenizer, "backend_tokenizer", None)
+    if used is not None:
+        for part in ("model", "normalizer", "pre_tokenizer", "decoder"):
+            setattr(used, part, getattr(written, part))
+    if (text := differing()) is not None:
+        raise UserError(
+            f"the tokenizer in {path} splits {text!r:.80} otherwise than tokenizer.json says; "
+            'write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json'
+        )
 
 
 def _forget_special_tokens(tokenizer: TokenizerWrapper, rows: int) -> None:
@@ -218,6 +263,9 @@ def template_of(
 ) -> ChatTemplate:
     """A model's own chat template, tried; without a source where it has none.
 
+    What its files name as the end of a turn may be the end of a text alone, as in Gemma's GGUF
+    files. The token that its template ends a reply with is an end token, too, then.
+
     Args:
         tokenizer: of :func:`open_tokenizer`.
         path: the model's directory.
@@ -225,8 +273,8 @@ def template_of(
         date: the day that it prints, ``YYYY-MM-DD``; empty: that outside of a run.
 
     Raises:
-        UserError: as :func:`mlx_fd.models.chat_template.fitted`; or mlx-lm writes its chats with
-            code instead of a template.
+        UserError: as :func:`mlx_fd.models.chat_template.fitted`; mlx-lm writes its chats with
+            code instead of a template; or nothing says how a turn ends.
     """
     if tokenizer._chat_template is not None:
         kind = read_json(path / "tokenizer_config.json").get("chat_template_type")
@@ -244,7 +292,34 @@ def template_of(
         end_tokens=tuple(sorted(tokenizer.eos_token_ids)),
         owner=str(path),
     )
-    return fitted(template) if template.source else template
+    if not template.source:
+        return template
+    template = fitted(template)
+    if (end := _unnamed_end(template, tokenizer)) is not None:
+        ends = tuple(sorted({*template.end_tokens, end}))
+        template = dataclasses.replace(template, end_tokens=ends)
+    if not template.end_tokens:
+        raise UserError(
+            f"{path}: nothing says which token ends a turn; write its number as eos_token_id into "
+            f"{path / 'generation_config.json'}"
+        )
+    return template
+
+
+def _unnamed_end(template: ChatTemplate, tokenizer: TokenizerWrapper) -> int | None:
+    """The token that a template ends a reply with, where it writes none of its end tokens there."""
+    text = template.after_reply().lstrip()
+    with blaming(f"the tokenizer of {template.owner} fails on {text!r:.80}"):
+        written = tokenizer.encode(text, add_special_tokens=False)
+    if not written or set(written) & set(template.end_tokens):
+        return None
+    vocab = tokenizer.get_vocab()
+    added = {number: token for token, number in tokenizer.get_added_vocab().items()}
+    family = thinking.family_of(template, vocab)
+    # gpt-oss ends a thought, too, with the token that stands behind a reply in later turns.
+    marks = (family.end, *family.tokens) if family else ()
+    end = int(written[0])
+    return end if end in added and added[end] not in marks else None
 
 
 def adopt(tokenizer: TokenizerWrapper, template: ChatTemplate) -> None:
@@ -320,20 +395,18 @@ def template_beside(adapter: Path, model: Path) -> ChatTemplate | None:
     return fitted(dataclasses.replace(own, source=source, owner=str(file)))
 
 
-def _token_count(path: Path, tokenizer: TokenizerWrapper) -> int:
+def _token_count(path: Path, tokenizer: TokenizerWrapper, written: Tokenizer | None) -> int:
     """Tokens of a model directory: those that its files name, at the ids at which they are used.
 
     tokenizer.json need not have all: transformers adds what the other files have, such as the
     token that ends a turn. It may add one of its own beside them, too, such as ``<unk>``, which no
     text becomes.
     """
-    file, vocab = path / "tokenizer.json", tokenizer.get_vocab()
-    if not file.is_file():
+    vocab = tokenizer.get_vocab()
+    if written is None:
         return int(max(vocab.values())) + 1
-    from tokenizers import Tokenizer
-
     settings = read_json(path / "tokenizer_config.json")
-    named = {*Tokenizer.from_file(str(file)).get_vocab(), *read_json(path / "added_tokens.json")}
+    named = {*written.get_vocab(), *read_json(path / "added_tokens.json")}
     for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
         added = settings.get(key) or {}
         named.update(map(_token_text, added.values() if isinstance(added, dict) else added))
@@ -382,8 +455,14 @@ def _loaded(
     from mlx.utils import tree_flatten
 
     tokenizer, vocab = open_tokenizer(path, config)
+    remarks = []
     if template is None:
         template = template_of(tokenizer, path)
+        for end in sorted(set(template.end_tokens) - tokenizer.eos_token_ids):
+            remarks.append(
+                f"{tokenizer.convert_ids_to_tokens(end)} ends its turns, for its chat template "
+                "writes it behind every reply, though eos_token_id does not name it"
+            )
     adopt(tokenizer, template)
     with blaming(f"the model in {path} cannot be loaded"):
         mx.eval(model.parameters())
@@ -404,6 +483,7 @@ def _loaded(
         vocab=vocab,
         template=template,
         batched=batched,
+        remarks=tuple(remarks),
     )
     return with_thinking(loaded, on=False)
 

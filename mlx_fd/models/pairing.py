@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.models.chat_template import ChatTemplate, check_conversation, fitted
 from mlx_fd.models.directory import AGAIN, CONFIG, blaming, check_files
 from mlx_fd.models.published_config import read_config, text_config
+from mlx_fd.models.thinking import family_of, switched
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -25,8 +27,11 @@ _PROBES = (
     "na\u00efve caf\u00e9 e\u0301 \u00dcn\u00efc\u00f6de \u2014 \u201cquotes\u201d",
     "\u65e5\u672c\u8a9e \u4e2d\u6587 \u0420\u0443\u0441\u0441\u043a\u0438\u0439 \u0663\u0664",
     "\U0001f642\U0001f44d\U0001f3fd x_y = [i**2 for i in range(10)]",
+    "First add 3 and 5.\n\nThen (2+3)\n= 5, of 1234567",
     "<|im_start|>user\nhi<|im_end|>\n#### 42",
 )
+PLAIN_PROBES = tuple(unicodedata.normalize("NFC", text) for text in _PROBES if "<|" not in text)
+"""Those without added tokens, in Unicode's composed form."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Pairing:
             the student.
         warnings: differences that do not stop a run.
         expert_template: with different tokenizers, how chats are written for the expert.
+        difference: with different tokenizers, in what they differ.
     """
 
     shared_vocab: int
@@ -51,6 +57,7 @@ class Pairing:
     template: ChatTemplate
     warnings: tuple[str, ...]
     expert_template: ChatTemplate | None = None
+    difference: str = ""
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -166,25 +173,44 @@ def _other_splits(expert: _Side, student: _Side, shared: int) -> str:
     return ""
 
 
+def _unshared(side: _Side, role: str, template: ChatTemplate, shared: int) -> str:
+    """A token that chats need and only one of the two has; empty where there is none."""
+    if side.count <= shared:
+        return ""
+    ways = (template, switched(template, True), switched(template, False))
+    texts = [way.render_example() for way in ways]
+    family = family_of(template, side.tokenizer.get_vocab())
+    texts += [family.start, family.end, *family.tokens] if family else []
+    needed = {*template.end_tokens, *(number for text in texts for number in side.encode(text))}
+    beyond = sorted(number for number in needed if shared <= number < side.count)
+    if not beyond:
+        return ""
+    token = side.tokenizer.convert_ids_to_tokens(beyond[0])
+    return f"chats of the {role} need token {beyond[0]}, {token!r}, which only the {role} has"
+
+
 def check_pair(
     expert_dir: Path,
     student_dir: Path,
     *,
     kwargs: Mapping[str, Any] | None = None,
     date: str = "",
+    trained: ChatTemplate | None = None,
 ) -> Pairing:
     """Compare two models' tokenizers, chat templates and end tokens.
 
     Tokenizers are compared as they are used, with what transformers makes of all their files.
     Tokens are compared one by one, added ones too, and texts must be split the same way, with
     added tokens in them and without. The widths of the models may differ by padding (Qwen2.5 7B
-    has 152064 rows, 1.5B 151936, for the same 151665 tokens).
+    has 152064 rows, 1.5B 151936, for the same 151665 tokens). One of them may have further tokens,
+    as long as no chat needs them (Qwen3 has four more than Qwen2.5, and its chats need two).
 
     Args:
         expert_dir: the expert's directory.
         student_dir: the student's.
         kwargs: further variables of the chat template; with different tokenizers, of both.
         date: the day that it prints, ``YYYY-MM-DD``; empty: that outside of a run.
+        trained: how chats were written for the student when it was trained; ``None``: it was not.
 
     Returns:
         The sizes of the vocabularies, the chat template of both, and warnings.
@@ -198,7 +224,12 @@ def check_pair(
     check_conversation(expert.template)
     expert_vocab, student_vocab = _vocab_size(expert_dir), _vocab_size(student_dir)
     shared = min(expert.count, student.count)
-    difference = _other_tokens(expert, student, shared) or _other_splits(expert, student, shared)
+    difference = (
+        _other_tokens(expert, student, shared)
+        or _other_splits(expert, student, shared)
+        or _unshared(expert, "expert", expert.template, shared)
+        or (trained and _unshared(student, "student", trained, shared))
+    )
     if difference:
         student_template = fitted(student.template.with_kwargs(**(kwargs or {})))
         check_conversation(student_template)
@@ -209,7 +240,13 @@ def check_pair(
             "family learns from every token"
         )
         return Pairing(
-            0, expert_vocab, student_vocab, student_template, (warning,), expert.template
+            shared_vocab=0,
+            expert_vocab=expert_vocab,
+            student_vocab=student_vocab,
+            template=student_template,
+            warnings=(warning,),
+            expert_template=expert.template,
+            difference=difference,
         )
     warnings = []
     if expert.count != student.count:

@@ -10,6 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from mlx_fd.models.backend import backend
 from support import tiny
@@ -27,8 +36,20 @@ from mlx_fd.models.fingerprint import content_hash  # noqa: E402
 from mlx_fd.models.loading import load, load_pair  # noqa: E402
 from mlx_fd.models.pairing import check_pair  # noqa: E402
 from mlx_fd.models.prune import prune  # noqa: E402
+from support.thinkers import TEMPLATES  # noqa: E402
 
 on_cpu = pytest.mark.skipif(not backend().on_cpu, reason="what the CPU backend does")
+
+
+def name_end(path: Path, eos: str | None) -> None:
+    """Name another token, or none, as the one that ends a turn."""
+    number = tiny.make_tokenizer().token_to_id(eos) if eos else None
+    for name, key, value in (
+        ("config.json", "eos_token_id", number),
+        ("tokenizer_config.json", "eos_token", eos),
+    ):
+        content = json.loads((path / name).read_text())
+        (path / name).write_text(json.dumps({**content, key: value}))
 
 
 def tokens(loaded: loading.Loaded) -> mx.array:
@@ -244,6 +265,99 @@ def test_an_added_token_without_a_row_is_plain_text(tmp_path: Path) -> None:
     (path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"only {rows} rows of logits"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("eos", "template", "ends", "said"),
+    [
+        # As in a GGUF file of Gemma 3: the end of a text alone has an entry.
+        ("<|endoftext|>", tiny.CHAT_TEMPLATE, ("<|endoftext|>", "<|im_end|>"), "<|im_end|> ends"),
+        (None, tiny.CHAT_TEMPLATE, ("<|im_end|>",), "<|im_end|> ends"),
+        ("<|im_end|>", tiny.CHAT_TEMPLATE, ("<|im_end|>",), ""),
+        # The model's own end comes behind a mark, as in Command A.
+        (
+            "<|im_end|>",
+            tiny.CHAT_TEMPLATE.replace("<|im_end|>", "<|im_start|><|im_end|>"),
+            ("<|im_end|>",),
+            "",
+        ),
+        # A reply ends with text, which many others have in them.
+        (
+            "<|endoftext|>",
+            tiny.CHAT_TEMPLATE.replace("<|im_end|>", "###"),
+            ("<|endoftext|>",),
+            "",
+        ),
+    ],
+)
+def test_turns_end_as_the_chat_template_ends_them(
+    tmp_path: Path, eos: str | None, template: str, ends: tuple[str, ...], said: str
+) -> None:
+    path = tiny.make_model_dir(tmp_path / "m", chat_template=template)
+    vocab = tiny.make_tokenizer().get_vocab()
+    name_end(path, eos)
+    loaded = load(path)
+    assert loaded.template.end_tokens == tuple(vocab[end] for end in ends)
+    assert loaded.tokenizer.eos_token_ids == {vocab[end] for end in ends}
+    assert bool(loaded.notes) == bool(said)
+    assert all(said in note for note in loaded.notes)
+
+
+def test_a_thought_of_gpt_oss_does_not_end_its_turn(tmp_path: Path) -> None:
+    """Its template ends earlier replies with the token that ends a thought."""
+    harmony, tokenizer = TEMPLATES["harmony"], tiny.make_tokenizer()
+    tokenizer.add_special_tokens([*harmony.tokens])
+    options = {"tokenizer": tokenizer, "eos": harmony.eos, "chat_template": harmony.source}
+    loaded = load(tiny.make_model_dir(tmp_path / "m", **options))
+    assert loaded.template.end_tokens == (tokenizer.token_to_id("<|return|>"),)
+    assert loaded.notes == ()
+
+
+def test_a_model_whose_turns_never_end_is_refused(tmp_path: Path) -> None:
+    template = tiny.CHAT_TEMPLATE.replace("<|im_end|>", "###")
+    path = tiny.make_model_dir(tmp_path / "m", chat_template=template)
+    name_end(path, None)
+    message = r"nothing says which token ends a turn; write .* eos_token_id into .*generation_con"
+    with pytest.raises(UserError, match=message):
+        load(path)
+    (path / "generation_config.json").write_text('{"eos_token_id": 399}')
+    assert load(path).template.end_tokens == (399,)
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "Qwen2Tokenizer"])
+def test_texts_are_split_as_tokenizer_json_says(tmp_path: Path, kind: str) -> None:
+    """transformers gives these classes splits of its own, whatever the file says."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.decoder = decoders.ByteLevel()
+    # Digits by threes, as in Llama 3; words with the marks after them.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?\p{L}+\p{P}*|\s+"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=297, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["First, add 1234.\n\nThen"] * 9, trainer)
+    tokenizer.add_special_tokens([*tiny.SPECIAL])
+    path = tiny.make_model_dir(tmp_path / "m", tokenizer=tokenizer)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = kind
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = load(path)
+    assert type(loaded.tokenizer._tokenizer).__name__ == kind
+    for text in ("First, add 1234.\n\nThen (2+3)\n", "<|im_start|>user\n12, please<|im_end|>"):
+        wanted = tokenizer.encode(text, add_special_tokens=False).ids
+        assert loaded.tokenizer.encode(text, add_special_tokens=False) == wanted
+        assert loaded.tokenizer.decode(wanted) == text
+
+
+def test_qwen2_makes_nfc_of_a_text_whatever_its_file_says(tmp_path: Path) -> None:
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.normalizer = normalizers.Sequence([])
+    path = tiny.make_model_dir(tmp_path / "m", arch="qwen2", tokenizer=tokenizer)
+    encode = load(path).tokenizer.encode
+    assert encode("caf\u0065\u0301") == encode("caf\u00e9")
 
 
 def test_fp8_without_scales_is_no_model(tmp_path: Path) -> None:

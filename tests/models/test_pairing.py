@@ -12,8 +12,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from mlx_fd.errors import UserError
+from mlx_fd.models.loading import open_template
 from mlx_fd.models.pairing import check_pair, read_tokenizer
 from support import tiny
+from support.thinkers import TEMPLATES
 
 
 def write_config(path: Path, **entries: object) -> None:
@@ -93,6 +95,45 @@ def test_added_tokens_count(tmp_path: Path) -> None:
         assert any("the first 400" in warning for warning in pairing.warnings)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "template", "eos", "named"),
+    [
+        (("<think>", "</think>"), TEMPLATES["qwen3"].source, "<|im_end|>", "400, '<think>'"),
+        # No chat has them, but thoughts would.
+        (("<think>", "</think>"), tiny.CHAT_TEMPLATE, "<|im_end|>", "400, '<think>'"),
+        (("<tool>", "<end>"), tiny.CHAT_TEMPLATE, "<end>", "401, '<end>'"),
+        (
+            ("<end>",),
+            tiny.CHAT_TEMPLATE.replace("<|im_end|>", "<end>"),
+            "<|endoftext|>",
+            "400, '<end>'",
+        ),
+        (("<tool>", "<x>"), tiny.CHAT_TEMPLATE, "<|im_end|>", ""),
+    ],
+)
+def test_one_model_has_tokens_that_chats_need(
+    tmp_path: Path, tokens: tuple[str, ...], template: str, eos: str, named: str
+) -> None:
+    """As Qwen3 has for thoughts and Qwen2.5 has not; and as a fine-tuned Llama has for turns."""
+    more = tiny.make_tokenizer()
+    more.add_special_tokens([AddedToken(token, special=True) for token in tokens])
+    longer = model_files(tmp_path / "longer", more, 512, eos=eos, chat_template=template)
+    write_config(longer, vocab_size=512, eos_token_id=more.token_to_id(eos))
+    # It has no row for what is not its own.
+    plain = model_files(tmp_path / "plain", tiny.make_tokenizer(), 400)
+    trained = open_template(longer)
+    if named:
+        differ(longer, plain, f"chats of the expert need token {named}, which only the expert has")
+        pairing = check_pair(plain, longer, trained=trained)
+        assert f"chats of the student need token {named}" in pairing.difference
+        assert (pairing.shared_vocab, pairing.expert_template) == (0, open_template(plain))
+    else:
+        assert check_pair(longer, plain).shared_vocab == 400
+        assert check_pair(plain, longer, trained=trained).shared_vocab == 400
+    # A student's further tokens are in no chat that its expert writes.
+    assert check_pair(plain, longer).shared_vocab == 400
+
+
 def test_splitting_is_compared(tmp_path: Path) -> None:
     expert = model_files(tmp_path / "e", tiny.make_tokenizer(), 400)
     other = tiny.make_tokenizer()
@@ -139,7 +180,7 @@ def test_end_tokens(tmp_path: Path) -> None:
     base = model_files(tmp_path / "base", tokenizer, 400, eos="<|endoftext|>")
     write_config(base, vocab_size=400, eos_token_id=397)
     (warning,) = check_pair(good, base).warnings
-    assert "[399] for the expert, [397] for the student" in warning
+    assert "[399] for the expert, [397, 399] for the student" in warning
     # generation_config.json counts for more than config.json, as in mlx-lm.
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [399, 397]}))
     (good / "generation_config.json").write_text(json.dumps({"eos_token_id": [397, 399]}))

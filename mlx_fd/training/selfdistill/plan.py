@@ -138,8 +138,9 @@ def _shared(expert: Path, student: Path, config: Config) -> tuple[ChatTemplate, 
     )
     if not pairing.shared_vocab:
         raise UserError(
-            f"{expert} and {student} have different tokenizers, and answers are distilled token by "
-            "token: choose a student with the expert's tokenizer (mlx-fd loop takes both)"
+            f"{expert} and {student} have different tokenizers ({pairing.difference}), and answers "
+            "are distilled token by token: choose a student with the expert's tokenizer (mlx-fd "
+            "loop takes both)"
         )
     return pairing.template, pairing.shared_vocab
 
