@@ -12,7 +12,12 @@ from mlx_fd.errors import UserError
 from mlx_fd.models.directory import CONFIG
 from mlx_fd.models.loading import open_template
 from mlx_fd.models.pairing import read_tokenizer
-from mlx_fd.models.published_config import ignored_window, read_config, text_config
+from mlx_fd.models.published_config import (
+    ignored_window,
+    read_config,
+    short_text_length,
+    text_config,
+)
 from mlx_fd.problems import ProblemSet
 from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 
@@ -25,11 +30,12 @@ _LONG_TEMPLATE = 512
 def context_length(path: Path) -> int | None:
     """Tokens that a model was made to read at most; ``None`` where its config.json does not say.
 
-    No more than the window of its layers, where mlx-lm lets them read beyond it.
+    No more than the window of its layers, where mlx-lm lets them read beyond it; and no more than
+    longrope's factors for short texts are for.
     """
     config, file = read_config(path), path / CONFIG
     length = text_config(config, file).get("max_position_embeddings")
-    limits = (length, ignored_window(config, file))
+    limits = (length, ignored_window(config, file), short_text_length(config))
     return min((one for one in limits if type(one) is int and one > 0), default=None)
 
 

@@ -22,6 +22,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.models.backend import backend
 from mlx_fd.models.directory import AGAIN, CONFIG, blaming, read_header, read_object
 from mlx_fd.models.quantization import check_quantization
+from mlx_fd.models.rope_scaling import for_short_texts, is_for_short_texts
 
 # Names that mlx-lm's classes have for what transformers calls by the first of each.
 BASE_FIELDS = ("rope_theta", "rotary_emb_base", "rope_embedding_base", "rope_freq_constant")
@@ -33,6 +34,7 @@ _PERIOD_FIELDS = ("sliding_window_pattern", "full_attention_interval")
 UNSCALED = ("default", "mrope")
 # Scalings that begin at a length, which mlx-lm looks for in their own entry alone.
 _FROM_A_LENGTH = ("yarn", "llama3")
+_ORIGINAL = "original_max_position_embeddings"
 # Entries that transformers 5 has under another name, or not at all.
 _SYNONYMS = {
     "num_experts": "num_local_experts",
@@ -147,12 +149,33 @@ def ignored_window(config: Mapping[str, Any], file: Path) -> int | None:
     return window if isinstance(made, list) and "sliding_attention" not in made else None
 
 
+def short_text_length(config: Mapping[str, Any]) -> int | None:
+    """The most tokens of a text that longrope's factors for short texts are for.
+
+    Longer texts have others in the published model, and mlx-lm has one set for all.
+
+    Args:
+        config: of :func:`read_config`.
+
+    Returns:
+        Tokens; ``None``: all texts have the same factors.
+    """
+    part = language_part(config)
+    scaling = part.get("rope_scaling")
+    if not isinstance(scaling, dict) or not is_for_short_texts(scaling):
+        return None
+    length = part.get(_ORIGINAL) or scaling.get(_ORIGINAL)
+    return length if type(length) is int else None
+
+
 def as_mlx_lm_reads(
     config: Mapping[str, Any], file: Path, *, has_head: bool | None = None
 ) -> dict[str, Any]:
     """A published configuration in the words that mlx-lm reads.
 
-    Entries are added and none is taken away, so that transformers reads the result as before.
+    Entries are added and none is taken away, so that transformers reads the result as before; but
+    longrope's factors for short texts stand for the long ones, too
+    (:func:`mlx_fd.models.rope_scaling.for_short_texts`).
 
     Args:
         config: what config.json holds.
@@ -191,6 +214,7 @@ def as_mlx_lm_reads(
     _complete(part, file)
     _translate_rope(part, fields, file)
     _fill_original_length(part)
+    _take_short_factors(part)
     _translate_period(part, fields, file)
     missing = [name for name in required if name not in part]
     if missing:
@@ -400,14 +424,25 @@ def _fill_original_length(part: dict[str, Any]) -> None:
 
     mlx-lm would take 4096 or 8192 for it, transformers takes the model's own length.
     """
-    name, rope = "original_max_position_embeddings", part.get("rope_parameters") or {}
-    stated = (part.get(name), rope.get(name), part.get("max_position_embeddings"))
+    rope = part.get("rope_parameters") or {}
+    stated = (part.get(_ORIGINAL), rope.get(_ORIGINAL), part.get("max_position_embeddings"))
     length = next((one for one in stated if one is not None), None)
     for one in (part.get("rope_scaling"), rope, *rope.values()):
         if length is None or not isinstance(one, dict) or rope_kind(one) not in _FROM_A_LENGTH:
             continue
-        if one.get(name) is None:
-            one[name] = length
+        if one.get(_ORIGINAL) is None:
+            one[_ORIGINAL] = length
+
+
+def _take_short_factors(part: dict[str, Any]) -> None:
+    """Let longrope's factors for short texts count, which mlx-lm passes over."""
+    scaling, rope = part.get("rope_scaling"), part.get("rope_parameters")
+    if isinstance(scaling, dict):
+        part["rope_scaling"] = for_short_texts(scaling)
+    if isinstance(rope, dict):
+        made = for_short_texts(rope)
+        # What was in their place is kept once, in rope_scaling.
+        part["rope_parameters"] = {key: made[key] for key in rope}
 
 
 def _translate_flat(
@@ -428,12 +463,11 @@ def _translate_flat(
             _check_equal(f"rope_scaling's {key}", old[key], "rope_parameters'", rope[key], file)
     if rope_kind(rope) in UNSCALED:
         return
-    name = "original_max_position_embeddings"
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if part.get(name) is not None:
-        scaling.setdefault(name, part[name])
-    elif name in fields and name in scaling:
-        part[name] = scaling[name]
+    if part.get(_ORIGINAL) is not None:
+        scaling.setdefault(_ORIGINAL, part[_ORIGINAL])
+    elif _ORIGINAL in fields and _ORIGINAL in scaling:
+        part[_ORIGINAL] = scaling[_ORIGINAL]
     if not old:
         part["rope_scaling"] = scaling
 

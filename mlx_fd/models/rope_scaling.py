@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 FREQS = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 TABLES = frozenset({FREQS, LONG, SHORT})
+# Longrope's entries for long texts, which mlx-lm takes for all texts, and those for short ones.
+_BY_LENGTH = {"long_factor": "short_factor", "long_mscale": "short_mscale"}
+_PUBLISHED = "published_"
 # mlx_lm.models.rope_utils takes these where a model's configuration has none.
 _LLAMA3 = {
     "low_freq_factor": 1.0,
@@ -59,6 +62,36 @@ def long_attention_factor(longest: int, original: int) -> float:
     return math.sqrt(1 + math.log(longest / original) / math.log(original))
 
 
+def is_for_short_texts(scaling: dict[str, Any]) -> bool:
+    """Whether longrope's entries for short texts stand in the place of those for long ones."""
+    return any(_PUBLISHED + long in scaling for long in _BY_LENGTH)
+
+
+def for_short_texts(scaling: dict[str, Any]) -> dict[str, Any]:
+    """A ``rope_scaling`` with which mlx-lm computes what is published for short texts.
+
+    Published models of longrope have factors for texts up to their original length, and others for
+    longer ones. mlx-lm has the others for every text.
+
+    Args:
+        scaling: as it is published; or made here, and then it is the same again.
+
+    Returns:
+        What was in an entry's place is beside it, for :func:`as_published`.
+    """
+    made = dict(scaling)
+    for long, short in _BY_LENGTH.items() if kind_of(scaling) == "longrope" else ():
+        if scaling.get(short) is not None and scaling.get(long) not in (None, scaling[short]):
+            made |= {_PUBLISHED + long: scaling[long], long: scaling[short]}
+    return made
+
+
+def as_published(scaling: dict[str, Any]) -> dict[str, Any]:
+    """The ``rope_scaling`` that :func:`for_short_texts` was given."""
+    own = {key: value for key, value in scaling.items() if not key.startswith(_PUBLISHED)}
+    return {**own, **{key: scaling.get(_PUBLISHED + key, value) for key, value in own.items()}}
+
+
 def for_transformers(family: Family, args: Any) -> dict[str, Any] | None:
     """A ``rope_scaling`` from which transformers computes what mlx-lm does; ``None``: no entry.
 
@@ -85,8 +118,7 @@ def for_transformers(family: Family, args: Any) -> dict[str, Any] | None:
         original = getattr(args, "original_max_position_embeddings", None)
         original = original or scaling["original_max_position_embeddings"]
         factor = long_attention_factor(args.max_position_embeddings, original)
-        # It takes the long factors for every text, and so was a student trained.
-        return {**scaling, "short_factor": scaling["long_factor"], "attention_factor": factor}
+        return {**as_published(scaling), "attention_factor": factor}
     return scaling
 
 
@@ -140,7 +172,8 @@ def to_file(family: Family, args: Any, head_dim: int) -> Scaling:
         original = args.original_max_position_embeddings
         factors = np.asarray(scaling["long_factor"], dtype=np.float32)
         factor = long_attention_factor(args.max_position_embeddings, original)
-        # mlx-lm takes the long factors for every text, so that both tables are these.
+        # llama.cpp chooses a table by the context that it is started with, not by the text; the one
+        # that the student was trained with must count.
         return Scaling(
             {
                 "rope.scaling.type": "longrope",

@@ -397,6 +397,51 @@ def test_yarn_begins_at_the_length_that_transformers_takes(
     assert np.allclose(1 / np.array(rope._freqs), wanted, rtol=1e-5)
 
 
+LONGROPE = {"long_factor": [4.0, 8.0, 16.0, 32.0], "short_factor": [1.0, 1.1, 1.3, 1.7]}
+PHI = {
+    **{**SIZES, "model_type": "phi3", "rope_theta": 1e4, "head_dim": 16},
+    **{"hidden_size": 64, "num_attention_heads": 4, "partial_rotary_factor": 0.5},
+    **{"max_position_embeddings": 131072, "original_max_position_embeddings": 4096},
+}
+
+
+def longrope(x: np.ndarray, factors: list[float]) -> np.ndarray:
+    """Queries or keys [..., L, d] of which the first dimensions are turned (LongRoPE's paper)."""
+    dims, half = 2 * len(factors), len(factors)
+    angles = np.arange(x.shape[-2])[:, None] / (factors * 1e4 ** (np.arange(0, dims, 2) / dims))
+    scale = np.sqrt(1 + np.log(131072 / 4096) / np.log(4096))
+    cos, sin = scale * np.cos(angles), scale * np.sin(angles)
+    one, other, rest = x[..., :half], x[..., half:dims], x[..., dims:]
+    return np.concatenate([one * cos - other * sin, other * cos + one * sin, rest], axis=-1)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"rope_scaling": {"type": "longrope", **LONGROPE}},
+        {"rope_scaling": {"type": "su", **LONGROPE}},
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **LONGROPE}},
+    ],
+)
+def test_longrope_has_the_factors_of_short_texts(tmp_path: Path, entries: dict[str, Any]) -> None:
+    """mlx-lm takes those of long texts always; the published models take them beyond 4096."""
+    config = as_mlx_lm_reads({**PHI, **entries}, HERE)
+    x = np.random.default_rng(0).standard_normal((1, 4, 300, 16)).astype(np.float32)
+    made = np.array(build(config).layers[0].self_attn.rope(mx.array(x)))
+    assert np.abs(made - longrope(x, LONGROPE["short_factor"])).max() < 1e-4
+    assert np.abs(made - longrope(x, LONGROPE["long_factor"])).max() > 0.1
+    # A model that was written with what mlx-lm reads is the same again.
+    assert as_mlx_lm_reads(config, HERE) == config
+    path = write_model(tmp_path / "m", {**PHI, **entries})
+    assert context_length(path) == 4096
+    edit_config(path, **config)
+    assert context_length(path) == 4096
+    same = {**LONGROPE, "long_factor": LONGROPE["short_factor"]}
+    edit_config(path, **{**entries, "rope_scaling": {"type": "longrope", **same}})
+    edit_config(path, rope_parameters=None)
+    assert context_length(path) == 131072
+
+
 @pytest.mark.parametrize(
     ("types", "period"), [(["s", "s", "f"] * 2, 3), (["s", "f"] * 3, 2), (["f"] * 6, 1)]
 )
