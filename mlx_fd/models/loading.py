@@ -28,6 +28,7 @@ from mlx_fd.models.directory import CONFIG, blaming, check_directory, check_file
 from mlx_fd.models.published_config import read_config, text_config
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.thinking import Thinking
+from mlx_fd.models.tokenizer_file import PLAIN_PROBES, read_tokenizer
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -196,8 +197,6 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> tuple[TokenizerWrapper
 
 def _written_tokenizer(path: Path) -> Tokenizer | None:
     """The tokenizer that tokenizer.json describes; ``None``: there is no such file."""
-    from mlx_fd.models.pairing import read_tokenizer
-
     return read_tokenizer(path) if (path / "tokenizer.json").is_file() else None
 
 
@@ -210,7 +209,6 @@ def _split_as_written(tokenizer: TokenizerWrapper, written: Tokenizer, path: Pat
     Raises:
         UserError: it cannot be told.
     """
-    from mlx_fd.models.pairing import PLAIN_PROBES
 
     def differing() -> str | None:
         for text in PLAIN_PROBES:

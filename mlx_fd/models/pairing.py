@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,28 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.models.chat_template import ChatTemplate, check_conversation, fitted
-from mlx_fd.models.directory import AGAIN, CONFIG, blaming, check_files
+from mlx_fd.models.directory import CONFIG, blaming, check_files
 from mlx_fd.models.published_config import read_config, text_config
 from mlx_fd.models.thinking import family_of, switched
+from mlx_fd.models.tokenizer_file import PROBES
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-    from tokenizers import Tokenizer
-
-# Digits, spaces, contractions, accents, several scripts, markup: where splitting rules differ.
-_PROBES = (
-    "Natalia sold clips to 48 of her friends in April.",
-    "12345 + 67.5 = 12412.5, that's 3/4 of 100%",
-    "  two spaces,\ttab\n\n\nthree lines\r\nand more  ",
-    "I'll say they've DON'T we'd",
-    "na\u00efve caf\u00e9 e\u0301 \u00dcn\u00efc\u00f6de \u2014 \u201cquotes\u201d",
-    "\u65e5\u672c\u8a9e \u4e2d\u6587 \u0420\u0443\u0441\u0441\u043a\u0438\u0439 \u0663\u0664",
-    "\U0001f642\U0001f44d\U0001f3fd x_y = [i**2 for i in range(10)]",
-    "First add 3 and 5.\n\nThen (2+3)\n= 5, of 1234567",
-    "<|im_start|>user\nhi<|im_end|>\n#### 42",
-)
-PLAIN_PROBES = tuple(unicodedata.normalize("NFC", text) for text in _PROBES if "<|" not in text)
-"""Those without added tokens, in Unicode's composed form."""
 
 
 @dataclass(frozen=True)
@@ -58,27 +42,6 @@ class Pairing:
     warnings: tuple[str, ...]
     expert_template: ChatTemplate | None = None
     difference: str = ""
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """A model's tokenizer, without its chat template; it gives all tokens of a text and no more.
-
-    Raises:
-        UserError: there is no tokenizer.json, or none that can be read.
-    """
-    from tokenizers import Tokenizer
-
-    file = path / "tokenizer.json"
-    if not file.exists():
-        raise UserError(f"{path} has no tokenizer.json, which is needed to compare tokenizers")
-    if not file.is_file():  # opening a FIFO would wait for ever
-        raise UserError(f"{file}: is not a regular file")
-    with blaming(f"{file} cannot be read", AGAIN):
-        tokenizer = Tokenizer.from_file(str(file))
-    # Whoever fine-tuned the model may have left theirs on; transformers takes no notice of them.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _vocab_size(path: Path) -> int:
@@ -159,13 +122,13 @@ def _other_splits(expert: _Side, student: _Side, shared: int) -> str:
         if expert.tokenizer.get_vocab().get(token, shared) < shared
     )
     around = [f"is {token} it" for token in added]
-    probes = [*_PROBES, "".join(around)]
+    probes = [*PROBES, "".join(around)]
     for probe in probes:
         if expert.encode(probe) == student.encode(probe):
             continue
         # Of hundreds of added tokens, name the one.
         single = (one for one in around if expert.encode(one) != student.encode(one))
-        shown = probe if probe in _PROBES else next(single, probe[:200])
+        shown = probe if probe in PROBES else next(single, probe[:200])
         return (
             f"{shown!r} becomes {expert.tokens(shown)} for the expert and "
             f"{student.tokens(shown)} for the student"
@@ -266,7 +229,7 @@ def check_pair(
             "expert and student have different chat templates; the expert's is used for both, and "
             "the student keeps it"
         )
-    ids = [expert.encode(probe) for probe in _PROBES]
+    ids = [expert.encode(probe) for probe in PROBES]
     if [expert.tokenizer.decode(i) for i in ids] != [student.tokenizer.decode(i) for i in ids]:
         warnings.append(
             "expert and student write the same tokens as different text (spaces, for instance); "

@@ -471,7 +471,7 @@ def workload(
     """
     from mlx_fd.models.context import TEMPLATE_TOKENS
     from mlx_fd.models.memory import Workload
-    from mlx_fd.models.pairing import read_tokenizer
+    from mlx_fd.models.tokenizer_file import read_tokenizer
     from mlx_fd.problems import prompts
 
     tokenizer = read_tokenizer(expert)
