@@ -58,10 +58,14 @@ def carry_template(template: ChatTemplate, base: Path, folder: Path) -> None:
 
 
 def _template_of(folder: Path) -> ChatTemplate:
-    """A directory's own template; its source is what its tokenizer has."""
+    """A directory's own template: the source that its tokenizer has, the ends that its files name.
+
+    Others that its template ends a turn with (:func:`mlx_fd.models.loading.template_of`) are known
+    to mlx-fd alone.
+    """
     tokenizer, _ = open_tokenizer(folder, read_end_tokens(folder))
-    own = template_of(tokenizer, folder)
-    return dataclasses.replace(own, source=tokenizer.chat_template)
+    own, named = template_of(tokenizer, folder), tuple(sorted(tokenizer.eos_token_ids))
+    return dataclasses.replace(own, source=tokenizer.chat_template, end_tokens=named)
 
 
 def _differs(template: ChatTemplate, own: ChatTemplate) -> bool:

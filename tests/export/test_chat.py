@@ -9,7 +9,7 @@ import shlex
 import pytest
 from tokenizers import AddedToken
 
-from mlx_fd.export.chat import reply_opening, template_note
+from mlx_fd.export.chat import carry_template, reply_opening, template_note
 from mlx_fd.feedback.judge import ModelRef
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.generation import first_prompt
@@ -45,3 +45,22 @@ def test_the_variables_can_be_pasted_into_a_shell(tmp_path):
     note = template_note(ModelRef(tmp_path, template=ChatTemplate(source, kwargs=given)), tmp_path)
     words = shlex.split(note.partition("with `--chat")[2].partition("`.\n")[0])
     assert json.loads(words[1]) == given
+
+
+def test_an_end_that_the_template_alone_names_is_written_for_other_tools(tmp_path):
+    path = make_model_dir(tmp_path)
+    vocab = make_tokenizer().get_vocab()
+    for name, key, value in (
+        ("config.json", "eos_token_id", vocab["<|endoftext|>"]),
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+    ):
+        content = json.loads((path / name).read_text())
+        (path / name).write_text(json.dumps({**content, key: value}))
+    template = open_template(path)
+    carry_template(template, path, path)
+    ends = json.loads((path / "config.json").read_text())["eos_token_id"]
+    assert sorted(ends) == sorted((vocab["<|endoftext|>"], vocab["<|im_end|>"]))
+    # What is the same already is left as it is.
+    before = (path / "config.json").stat().st_mtime_ns
+    carry_template(open_template(path), path, path)
+    assert (path / "config.json").stat().st_mtime_ns == before
