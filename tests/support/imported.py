@@ -1,12 +1,16 @@
 """What a command imports, imported once: `support.shell` forks commands from such a process."""
 
 import gc
+import os
 import pkgutil
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest  # noqa: F401  # multiprocessing imports the parent's main module into each fork
+
+# Tokenizers would start threads for a text's parts.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import mlx_fd
 from mlx_fd.models.backend import backend
