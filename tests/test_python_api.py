@@ -131,7 +131,7 @@ def test_type_checkers_see_the_same_names():
 def test_importing_the_package_imports_no_mlx_and_no_command_line():
     code = (
         "import mlx_fd, sys; print(sorted({'mlx', 'numpy', 'click', 'rich'} & set(sys.modules)));"
-        "mlx_fd.Target; from mlx_fd.models.backend import backend; print(backend().blas_note)"
+        "mlx_fd.Target; from mlx_fd.models.backend import backend; print(backend().blas.note)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT

@@ -69,8 +69,8 @@ def checks() -> list[dict[str, str]]:
             )
         )
     if here.on_cpu:
-        slow = here.blas is None and sys.platform == "linux"
-        rows.append(_row("BLAS", "note" if slow else "good", here.blas_note))
+        slow = here.blas.name is None and sys.platform == "linux"
+        rows.append(_row("BLAS", "note" if slow else "good", here.blas.note))
         rows.append(_row("exponentials", "good", _OWN_MATH if here.cpu_math else _MLX_MATH))
         threads = os.environ.get("OPENBLAS_NUM_THREADS")
         rows.append(

@@ -137,8 +137,12 @@ def export(
         progress("comparing", 1, 2)
         found = agreement(reference, _logits_again(source, working, folder, form, chat))
         kept = _kept(source, form, chat, reference)
-        warnings = [check_precision(found), _untrained(source), _unstopped(written)]
-        warnings.append(_unopened(source, form))
+        warnings = [
+            check_precision(found),
+            _untrained(source),
+            _unstopped(written),
+            _unopened(source, form),
+        ]
         if kept is not None:
             warnings.append(check_adapter_kept(found, kept))
         if form.parity_problems:

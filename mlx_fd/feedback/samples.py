@@ -353,7 +353,7 @@ def reader_fingerprint(expert: Loaded) -> dict[str, Any]:
     modules = (nn.QuantizedLinear, nn.QuantizedEmbedding)
     return {
         "backend": [
-            *(here.device, here.blas, here.blas_kernels, here.cpu_math),
+            *(here.device, here.blas.name, here.blas.kernels, here.cpu_math),
             version("mlx"),
         ],
         "expert": content_hash(expert.path),

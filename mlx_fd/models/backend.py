@@ -15,7 +15,7 @@ import functools
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,22 +43,33 @@ _INSTALL_HINT = (
 
 
 @dataclass(frozen=True)
+class Blas:
+    """The BLAS that was put before MLX's own.
+
+    Attributes:
+        name: the library's; ``None`` where none is used.
+        note: one line for ``doctor``: what was found, or what would help.
+        kernels: where it is OpenBLAS, for which kind of CPU the kernels are that it took.
+    """
+
+    name: str | None
+    note: str
+    kernels: str | None = None
+
+
+@dataclass(frozen=True)
 class Backend:
     """What MLX runs on.
 
     Attributes:
         device: ``"metal"``, ``"cuda"`` or ``"cpu"``.
-        blas: the BLAS library put before MLX's own, or ``None``.
-        blas_note: one line for ``doctor``: what was found, or what would help.
-        blas_kernels: where it is OpenBLAS, for which kind of CPU the kernels are that it took.
+        blas: what was put before MLX's own BLAS.
         cpu_math: whether :mod:`mlx_fd.models.cpu_math` stands in the place of three of MLX's
             functions.
     """
 
     device: str
-    blas: str | None
-    blas_note: str
-    blas_kernels: str | None = None
+    blas: Blas
     cpu_math: bool = False
 
     @property
@@ -89,11 +100,11 @@ def kernels_for(cpu_info: str) -> str | None:
 @contextmanager
 def _kernels_chosen() -> Iterator[None]:
     """An OpenBLAS that is loaded meanwhile takes the kernels for this CPU."""
-    try:
-        kernels = kernels_for(_CPU_INFO.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        kernels = None
-    if kernels is None or KERNELS_VARIABLE in os.environ:
+    kernels = None
+    if KERNELS_VARIABLE not in os.environ:
+        with suppress(OSError):
+            kernels = kernels_for(_CPU_INFO.read_text(encoding="utf-8", errors="replace"))
+    if kernels is None:
         yield
         return
     os.environ[KERNELS_VARIABLE] = kernels
@@ -104,21 +115,6 @@ def _kernels_chosen() -> Iterator[None]:
         del os.environ[KERNELS_VARIABLE]
 
 
-@dataclass(frozen=True)
-class Blas:
-    """The BLAS that was put before MLX's own.
-
-    Attributes:
-        name: the library's; ``None`` where none is used.
-        note: one line that says why.
-        kernels: where it is OpenBLAS, for which kind of CPU the kernels are that it took.
-    """
-
-    name: str | None
-    note: str
-    kernels: str | None = None
-
-
 @functools.cache
 def load_blas() -> Blas:
     """Put a fast BLAS in front of MLX's own, once per process."""
@@ -126,12 +122,10 @@ def load_blas() -> Blas:
         return Blas(None, "not needed: MLX uses Accelerate here")
     if "mlx.core" in sys.modules:
         return Blas(None, "not used: MLX was imported before mlx_fd")
-    for name in _blas_candidates():
-        try:
-            with _kernels_chosen():
-                library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-        except OSError:
-            continue
+    with _kernels_chosen():
+        found = _loaded_blas()
+    if found is not None:
+        name, library = found
         kernels = _kernels_of(library)
         with_kernels = f" with its kernels for {kernels}" if kernels else ""
         gain = "float32 products about 20 times faster than MLX's bundled BLAS"
@@ -147,6 +141,14 @@ def load_blas() -> Blas:
         "none found: CPU runs are about 20 times slower than they need be; "
         'install Debian\'s libopenblas0-pthread, or pip install "mlx-fd[mkl]"',
     )
+
+
+def _loaded_blas() -> tuple[str, ctypes.CDLL] | None:
+    """The first of the libraries that there is, loaded for all."""
+    for name in _blas_candidates():
+        with suppress(OSError):
+            return name, ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+    return None
 
 
 def _kernels_of(library: ctypes.CDLL) -> str | None:
@@ -202,4 +204,4 @@ def backend() -> Backend:
             from mlx_fd.models import cpu_math
 
             cpu_math.install()
-    return Backend(device, blas.name, blas.note, blas.kernels, own_math)
+    return Backend(device, blas, own_math)

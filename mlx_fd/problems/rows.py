@@ -531,8 +531,9 @@ def _choice_text(choice: Any, column: str) -> str:
 
 
 def _missing(answer: Any) -> bool:
-    text = answer.strip().lower() if isinstance(answer, str) else None
-    return text in _MISSING or (text is None and _empty(answer) and answer != [])
+    if isinstance(answer, str):
+        return answer.strip().lower() in _MISSING
+    return answer != [] and _empty(answer)
 
 
 def _kind_of(rows: Sequence[_Row]) -> str:

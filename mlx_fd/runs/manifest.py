@@ -317,8 +317,8 @@ def backend_settings() -> dict[str, Any]:
     here = backend()
     return {
         "device": here.device,
-        "blas": here.blas,
-        "blas_kernels": here.blas_kernels,
+        "blas": here.blas.name,
+        "blas_kernels": here.blas.kernels,
         "cpu_math": here.cpu_math,
         "threads": os.environ.get("OPENBLAS_NUM_THREADS", f"all {os.cpu_count()}"),
         **{name: os.environ.get(name, "not set") for name in _THREAD_VARIABLES},

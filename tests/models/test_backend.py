@@ -69,7 +69,7 @@ def test_openblas_takes_the_kernels_of_a_cpu_that_it_does_not_know():
     import mlx_fd.models.backend as module
 
     wanted = kernels_for(module._CPU_INFO.read_text()) if module._CPU_INFO.exists() else None
-    if wanted is None or backend().blas_kernels is None:
+    if wanted is None or backend().blas.kernels is None:
         pytest.skip("no OpenBLAS with kernels for this CPU")
     code = (
         "import os; from mlx_fd.models.backend import load_blas; "
