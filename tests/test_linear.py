@@ -13,6 +13,7 @@ from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.problems import arithmetic, parsing, prompts
 from mlx_fd.problems.kinds.math import written
 from mlx_fd.problems.kinds.text import compared
+from mlx_fd.problems.parsing import feedbacks
 from mlx_fd.training.selfdistill import noise
 from mlx_fd.training.selfdistill.contexts import reflection
 from support import patterns
@@ -132,7 +133,7 @@ def test_a_megabyte_and_a_half_takes_seconds_at_most(unit):
 
 def test_many_labels_and_marks_are_read_as_few_are():
     """Above the limits, of which no text of a model comes near, the first and the last count."""
-    many = 3 * parsing._MAX_LABELS
+    many = 3 * feedbacks._MAX_LABELS
     assert parsing.parse_feedback("Score: 0.5\n" + "Score: x\n" * many).written_score == 0.5
     assert parsing.parse_feedback("Score: x\n" * 5000 + "Score: 0.5\n").written_score == 0.5
     assert parsing.final_answer("#### 1\n" + "#### x\n" * 5000) == 1
