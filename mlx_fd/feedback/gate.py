@@ -299,7 +299,9 @@ def weights(state: GateState, options: GateOptions) -> dict[str, float]:
     """What each loss counts: more where less was gained; sum 1.
 
     Proportional to EMA / first value on the probe set, clipped to [:data:`MIN_REMAINING`,
-    :data:`MAX_REMAINING`]; equal before any observation. The published gate has its own.
+    :data:`MAX_REMAINING`]; equal before any observation. A loss that is never observed there (that
+    of a score head which reads the student's own feedback) counts what the others do on average:
+    else it would come to count nearly everything, while they fall. The published gate has its own.
 
     Args:
         state: before this call; it is left as it is.
@@ -307,10 +309,12 @@ def weights(state: GateState, options: GateOptions) -> dict[str, float]:
     """
     if options.gate == "published":
         return dict(state.published.weights)
-    shares = {
+    seen = {
         name: min(max(tracker.remaining, MIN_REMAINING), MAX_REMAINING)
-        for name, tracker in state.probe.items()
+        for name, tracker in _seen(state).items()
     }
+    unseen = sum(seen.values()) / len(seen) if seen else 1.0
+    shares = {name: seen.get(name, unseen) for name in state.probe}
     total = sum(shares.values())
     return {name: share / total for name, share in shares.items()}
 

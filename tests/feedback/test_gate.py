@@ -290,9 +290,10 @@ def test_weights_by_hand():
     assert gate.weights(state, options) == dict.fromkeys("abcd", 0.25)
     state, _ = gate.observe_probe(state, {"a": 1.0, "b": 1.0, "c": 1.0}, options)
     state, _ = gate.observe_probe(state, {"a": 0.5, "b": 0.001, "c": 9.0}, options)
-    # Remaining shares 0.5, clipped up to 0.05, clipped down to 2, and 1 for what was never seen.
+    # Remaining shares 0.5, clipped up to 0.05, clipped down to 2, and their mean for what was never
+    # seen: as the others fall it must not come to count more and more.
     assert gate.weights(state, options) == pytest.approx(
-        {"a": 0.5 / 3.55, "b": 0.05 / 3.55, "c": 2 / 3.55, "d": 1 / 3.55}
+        {"a": 0.5 / 3.4, "b": 0.05 / 3.4, "c": 2 / 3.4, "d": 0.85 / 3.4}
     )
 
 
