@@ -18,13 +18,12 @@ from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.chat_template import ChatTemplate
-from mlx_fd.models.directory import blaming
+from mlx_fd.models.directory import ADAPTER_CONFIG, blaming
 from mlx_fd.models.loading import TEMPLATE_FILE, check_can_think
 from mlx_fd.models.pairing import check_pair
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     HEADS,
     projection_width,

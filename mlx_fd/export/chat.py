@@ -10,6 +10,7 @@ from pathlib import Path
 from mlx_fd.feedback.judge import ModelRef
 from mlx_fd.files import write_json
 from mlx_fd.models.chat_template import ChatTemplate
+from mlx_fd.models.directory import ADAPTER_CONFIG
 from mlx_fd.models.loading import (
     TEMPLATE_FILE,
     open_tokenizer,
@@ -18,7 +19,6 @@ from mlx_fd.models.loading import (
 )
 from mlx_fd.models.published_config import read_config
 from mlx_fd.models.storage import read_json
-from mlx_fd.models.student import ADAPTER_CONFIG
 from mlx_fd.models.template_sandbox import CLOCK
 from mlx_fd.models.thinking import find
 

@@ -18,8 +18,9 @@ from mlx_fd.export.source import (
     stored_dtype,
 )
 from mlx_fd.files import write_json
+from mlx_fd.models.directory import ADAPTER_CONFIG
 from mlx_fd.models.loading import open_lazily
-from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from mlx_fd.models.student import ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     import mlx.core as mx

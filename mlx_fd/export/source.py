@@ -14,12 +14,13 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback.judge import ModelRef, adapter_base, locate_model
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.dense import dequantize
+from mlx_fd.models.directory import ADAPTER_CONFIG
 from mlx_fd.models.families import FAMILIES, Family
 from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.published_config import language_part
 from mlx_fd.models.resolve import parse_name
 from mlx_fd.models.storage import read_json
-from mlx_fd.models.student import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEADS, read_arrays, read_trained
+from mlx_fd.models.student import ADAPTER_WEIGHTS, HEADS, read_arrays, read_trained
 from mlx_fd.runs.checked import DIGEST, content_digest
 from mlx_fd.runs.records import Manifest
 

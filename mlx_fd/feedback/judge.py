@@ -18,7 +18,7 @@ from mlx_fd.models.backend import backend
 from mlx_fd.models.chat_template import ChatTemplate, fitted
 from mlx_fd.models.context import Surroundings, context_length, too_long
 from mlx_fd.models.conversation import Conversation, prefill, without_repeated_eos
-from mlx_fd.models.directory import blaming
+from mlx_fd.models.directory import ADAPTER_CONFIG, blaming
 from mlx_fd.models.generation import replied, said
 from mlx_fd.models.loading import (
     Loaded,
@@ -31,7 +31,6 @@ from mlx_fd.models.loading import (
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     HEADS,
     Student,

@@ -18,7 +18,7 @@ from typing import Any
 
 from mlx_fd.errors import UserError
 
-CONFIG = "config.json"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 AGAIN = "download or make the model again"
 # What somebody may open, by its name; the rest of a directory is nobody's business.
 _READ = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors")

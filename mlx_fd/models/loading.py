@@ -24,7 +24,7 @@ from mlx_fd.models.chat_template import (
 )
 from mlx_fd.models.dense import dequantize
 from mlx_fd.models.device_memory import available_memory
-from mlx_fd.models.directory import CONFIG, blaming, check_directory, check_files
+from mlx_fd.models.directory import ADAPTER_CONFIG, CONFIG, blaming, check_directory, check_files
 from mlx_fd.models.published_config import read_config, text_config
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.thinking import Thinking
@@ -387,7 +387,7 @@ def template_beside(adapter: Path, model: Path) -> ChatTemplate | None:
     with blaming(f"{file}: cannot be read"):
         source = file.read_text(encoding="utf-8")
     own = template_of(tokenizer, model)
-    ends = read_json(adapter / "adapter_config.json").get("eos_token_id")
+    ends = read_json(adapter / ADAPTER_CONFIG).get("eos_token_id")
     if isinstance(ends, list) and ends and all(type(one) is int for one in ends):
         own = dataclasses.replace(own, end_tokens=tuple(ends))
     return fitted(dataclasses.replace(own, source=source, owner=str(file)))

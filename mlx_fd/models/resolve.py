@@ -31,7 +31,13 @@ from mlx_fd.models.aliases import (
     TINY_STUDENT,
     alias_of,
 )
-from mlx_fd.models.directory import blaming, check_directory, check_files, read_object
+from mlx_fd.models.directory import (
+    ADAPTER_CONFIG,
+    blaming,
+    check_directory,
+    check_files,
+    read_object,
+)
 from mlx_fd.models.storage import cache_dir, slug
 
 _PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "model*.safetensors"]
@@ -45,7 +51,6 @@ _SHIPPED = {
         (TINY_HARD_STUDENT, "hard/student"),
     )
 }
-_ADAPTER = "adapter_config.json"
 _OPTION = re.compile(r"(.+?):(\w+)=(.*)")
 _LAYERS = re.compile(r"[1-9][0-9]{0,5}")
 _WEIGHTS = re.compile(r"model.*\.safetensors")
@@ -184,12 +189,12 @@ def _what_is_missing(path: Path) -> str | None:
 
 def _adapter_in(path: Path) -> str:
     """What to say of a directory that has an adapter alone; empty: it has none."""
-    if not (path / _ADAPTER).is_file():
+    if not (path / ADAPTER_CONFIG).is_file():
         return ""
-    base = read_object(path / _ADAPTER).get("base_model_name_or_path")
+    base = read_object(path / ADAPTER_CONFIG).get("base_model_name_or_path")
     model = f"the model {base}" if isinstance(base, str) and base else "its model"
     return (
-        f"has an adapter alone ({_ADAPTER}); merge it into {model} (mlx_lm.fuse for an "
+        f"has an adapter alone ({ADAPTER_CONFIG}); merge it into {model} (mlx_lm.fuse for an "
         "adapter of mlx-lm's, merge_and_unload for one of PEFT's) and give the directory of that"
     )
 

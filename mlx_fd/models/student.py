@@ -12,13 +12,12 @@ from mlx.utils import tree_flatten
 
 from mlx_fd.config import ModelOptions
 from mlx_fd.errors import UserError
-from mlx_fd.models.directory import blaming, read_header
+from mlx_fd.models.directory import ADAPTER_CONFIG, blaming, read_header
 from mlx_fd.models.lora import lora_layers, lora_parameters, put_lora
 from mlx_fd.models.onward import goes_on
 from mlx_fd.models.view import View
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 HEADS = "heads.safetensors"
 
 

@@ -40,12 +40,13 @@ from mlx_fd.files import (
     write_json,
     write_with,
 )
+from mlx_fd.models.directory import ADAPTER_CONFIG
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.logs import Log, count_lines, log_size
 
 REDO = "--redo-from-checkpoint"
 # Of each such file, the entry that says where the base model is: a user may point it elsewhere.
-_EDITABLE = {"adapter_config.json": "model"}
+_EDITABLE = {ADAPTER_CONFIG: "model"}
 _TAIL = "tail"
 
 
