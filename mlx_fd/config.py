@@ -323,6 +323,11 @@ class LossOptions:
         return any(LOSSES[name].on_solutions for name in self.losses)
 
     @property
+    def trains_head(self) -> bool:
+        """Whether a loss teaches the score head."""
+        return any(LOSSES[name].trains_head for name in self.losses)
+
+    @property
     def needs_attention(self) -> bool:
         """Whether a loss reads the attention of both models."""
         return any(LOSSES[name].needs_attention for name in self.losses)

@@ -120,7 +120,7 @@ def _feedback(
     """A judge's feedback on first answers, out of the cache or made."""
     options, who = bench.target.config.generation, first_by(bench)
     seeds = bench.seeds(batch, 0)
-    by_head = system == "student" and bench.target.helps_expert
+    by_head = system == "student" and bench.target.scores
 
     def make(pair: Pair) -> list[Trial]:
         answered = [answered_by(pair, *both, who) for both in zip(chunk, begun, strict=True)]

@@ -59,6 +59,7 @@ _CODE = (
     "mlx_fd.models.shared_tokens",
     "mlx_fd.models.student",
     "mlx_fd.evaluation.baselines",
+    "mlx_fd.evaluation.solving",
     # Of each answer it keeps what the student's scores are.
     "mlx_fd.evaluation.choosing",
 )

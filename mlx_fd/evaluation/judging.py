@@ -69,7 +69,7 @@ class Judging:
         """One batch of feedback."""
         options = bench.target.config.generation
         seeds = bench.seeds(batch, sample)
-        by_head = system == "student" and bench.target.helps_expert
+        by_head = system == "student" and bench.target.scores
 
         def make(pair: Pair) -> list[Trial]:
             answered = [_answered(pair, question) for question in chunk]

@@ -88,14 +88,19 @@ class Solving:
         seeds = bench.seeds(batch, sample)
 
         def make(pair: Pair) -> list[Trial]:
-            answered = [answered_by(pair, *both, who) for both in zip(chunk, begun, strict=True)]
+            answered = [
+                answered_by(pair, *both, who, options.answer_filter)
+                for both in zip(chunk, begun, strict=True)
+            ]
             return found.run(bench.setting(pair, who), answered, seeds, bench.progress)
 
         uses: list[Uses] = [by] if found.begins_with != "first" else ["expert"]
         uses += [found.amateur] if found.amateur else []
         config, alone = bench.target.config, None
         if system == LOOP and bench.target.threshold is not None:
-            alone = [bench.target.threshold, config.gate.own_solutions]
+            # The finals of its own solutions are compared with the answer's.
+            own = [config.gate.own_solutions, options.answer_filter]
+            alone = [bench.target.threshold, *own]
         key = {
             "system": system,
             "questions": asked(chunk),
@@ -285,11 +290,20 @@ def answers_of(
     return bench.rows(key, len(chunk), [by], make)
 
 
-def answered_by(pair: Pair, problem: Problem, row: dict[str, Any], who: Who) -> Answered:
+def answered_by(
+    pair: Pair, problem: Problem, row: dict[str, Any], who: Who, how: str = "auto"
+) -> Answered:
     """An answered problem, to go on from.
 
     Its keys and values are not kept, so every system reads the answer anew, whoever wrote it and
     whenever: what comes next does not depend on what was in the cache.
+
+    Args:
+        pair: the models.
+        problem: what was asked.
+        row: the answer, of :func:`answers_of`.
+        who: wrote it.
+        how: how a final number is read.
     """
     tokens = tuple(row["tokens"])
     if who == "student":
@@ -299,7 +313,7 @@ def answered_by(pair: Pair, problem: Problem, row: dict[str, Any], who: Who) -> 
     conversation = Conversation(chat)
     return Answered(
         problem,
-        prompts.Answer(row["text"], None, tokens),
+        prompts.Answer(row["text"], read_final(row["text"], problem, how), tokens),
         conversation,
         without_repeated_eos(conversation, feedback_request(pair.expert)),
         Usage(

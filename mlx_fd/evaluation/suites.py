@@ -368,7 +368,7 @@ def _choosing(target: Target, options: Options, solved: Solving) -> Choosing:
         raise UserError(
             f"--best-of: {solved.name} has no right answers, so no pick can be said to be right"
         )
-    by_score = tuple(name for name in SCORES if name != HEAD or target.helps_expert)
+    by_score = tuple(name for name in SCORES if name != HEAD or target.scores)
     return Choosing(
         name=f"{solved.name}, best of {options.best_of}",
         items=solved.items,

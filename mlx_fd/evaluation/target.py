@@ -79,8 +79,13 @@ class Target:
 
     @property
     def helps_expert(self) -> bool:
-        """Whether it learned in the loop: it judges beside an expert, with a score head."""
+        """Whether it learned in the loop: it judges beside an expert."""
         return self.run is not None and not self.config.self_distils
+
+    @property
+    def scores(self) -> bool:
+        """Whether it has a score head that was taught."""
+        return self.helps_expert and self.config.losses.trains_head
 
     @property
     def threshold(self) -> float | None:

@@ -12,7 +12,7 @@ Its rule, unchanged, as a pure state machine (docs/methods.md, variant A); gains
 
 Mended, because they are slips of coding and not of the rule: a sample joined the window twice; the
 window grew without bound after the first call; a loss that was switched off late left vectors of
-two lengths (losses have names here, and a missing one neither passes nor blocks).
+two lengths (losses have names here, and a missing one neither passes nor blocks, and counts 1 / n).
 
 Against a baseline that moves along with it, a loss never gains more than 9.1 % (a tenth of 1.1).
 The freeze looks at the first losses instead, needs 90 % of them, and takes a single lucky value as
@@ -212,9 +212,17 @@ def _softmax_of_rise(losses: Vector, previous: Vector) -> Vector:
 
 
 def _normalised(shares: Vector, lagging: Sequence[str], names: Mapping[str, float]) -> Vector:
-    """The lagging losses' shares scaled to sum 1, nothing for the others; equal where none lags."""
+    """The lagging losses' shares scaled to sum 1, nothing for the others; equal where none lags.
+
+    A loss that was not observed (of solutions, in a feedback) keeps what it has where all count the
+    same, 1 / n: nothing is known of it, and at 0 it would never be learned.
+    """
+    missing = dict.fromkeys((name for name in names if name not in shares), 1 / len(names))
+    left = 1 - sum(missing.values())
     total = sum(shares[name] for name in lagging)
     if total <= 1e-12:
-        chosen: Sequence[str] = lagging or list(names)
-        return {name: 1 / len(chosen) if name in chosen else 0.0 for name in names}
-    return {name: shares[name] / total if name in lagging else 0.0 for name in names}
+        chosen: Sequence[str] = lagging or list(shares)
+        found = dict.fromkeys(chosen, left / len(chosen))
+    else:
+        found = {name: left * shares[name] / total for name in lagging}
+    return {name: missing.get(name, found.get(name, 0.0)) for name in names}

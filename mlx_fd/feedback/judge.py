@@ -73,8 +73,10 @@ class ModelRef:
 
     @property
     def scores(self) -> bool:
-        """Whether a score head was trained: in the loop it is, by self-distillation it is not."""
-        return self.config is not None and not self.config.self_distils
+        """Whether a score head was trained: in the loop, if one of its losses teaches it."""
+        if self.config is None or self.config.self_distils:
+            return False
+        return self.config.losses.trains_head
 
     @property
     def chat(self) -> ChatTemplate | None:
@@ -321,7 +323,7 @@ class Judge:
         return (*said.tokens, *without_repeated_eos(said, request))
 
     def scores(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[float]:
-        """The score head's scores after each prompt, in (-1, 1).
+        """The score head's scores after each prompt, in (-1, 1), of a judge with a trained one.
 
         No feedback is written where the head reads before it.
 
@@ -335,7 +337,8 @@ class Judge:
             states = (prefill(loaded, Conversation(), prompt)[0] for prompt in prompts)
             return [float(student.score(hidden)) for hidden in states]
         written = criticisms(loaded, prompts, Sampling(max_tokens), GenerateOptions())
-        return [head_score(student, loaded, one) for one in written]
+        scores = [head_score(student, loaded, one) for one in written]
+        return [score for score in scores if score is not None]
 
     def _judge_batch(
         self,
@@ -347,9 +350,8 @@ class Judge:
         options = GenerateOptions(on_token=on_token)
         judgements = []
         for one in criticisms(loaded, self.requests(pairs), sampling, options):
-            read, score = parsed(one.turn), None
-            if self.student is not None and self.ref.scores:
-                score = head_score(self.student, loaded, one)
+            read = parsed(one.turn)
+            score = None if self.student is None else head_score(self.student, loaded, one)
             judgements.append(
                 Judgement(read.text, read.written_score, score, one.turn.finished, one.turn.thought)
             )
@@ -421,6 +423,7 @@ def open_student(
     width = projection_width(ref.checkpoint)
     student = make_student(loaded.view, width, options, ref.config.episode.seed)
     load_student(student, ref.checkpoint)
+    student.scores = ref.scores
     student.eval()
     return Judge(ref, dataclasses.replace(loaded, model=student.model), student)
 

@@ -120,6 +120,7 @@ def _open(
     expert, base = load_models(*paths, dequantize=options.dequantize, sharded=sharded)
     width = projection or expert.view.width
     student = make_student(base.view, width, options, config.episode.seed)
+    student.scores = config.losses.trains_head
     pair = thinking_as(joined(expert, base, student, vocab, *templates), config.generation)
     return pair if sharded else with_draft(pair, config.generation.speculate)
 

@@ -90,7 +90,7 @@ class StudentFeedback:
     Attributes:
         feedback: its text, the score written in it, and its tokens.
         head_score: its score head's score in (-1, 1), read where ``score_at`` says; ``None``: it
-            has no trained head.
+            has no head that a loss teaches.
         usage: of the feedback.
         logprob: log-probability of the feedback's tokens, all together, when they were drawn.
         solves_alike: the share of its own solutions of the problem that come to the answer's

@@ -31,6 +31,7 @@ class Student(nn.Module):
         score_at: where it reads: ``"prompt"``, at the last token before the feedback, or
             ``"own"`` and ``"feedback"``, where the feedback's last token is predicted; they differ
             in whose feedback it learns on.
+        scores: whether its head's score says anything: not where no loss teaches the head.
         goes_on: whether its own feedback is read on from a text of the expert's that begins alike.
         projection: linear d -> d_expert of the hidden-alignment loss, without bias. It starts as
             the identity where the widths are equal.
@@ -39,6 +40,7 @@ class Student(nn.Module):
     def __init__(self, view: View, expert_width: int, score_at: str = "prompt"):
         super().__init__()
         self.score_at = score_at
+        self.scores = True
         self.goes_on = False
         width = view.width
         self.model = view.model

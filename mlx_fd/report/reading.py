@@ -317,7 +317,7 @@ def _written(value: Mapping[str, Any]) -> AnswerRow:
 def _student_feedback(value: Mapping[str, Any]) -> StudentFeedbackRow:
     return {
         "text": text(value["text"]),
-        "head_score": number(value["head_score"]),
+        "head_score": known(value["head_score"]),
         "written_score": known(value["written_score"]),
         # Older runs have neither.
         "solves_alike": known(value.get("solves_alike")),

@@ -89,7 +89,7 @@ class StudentFeedbackRow(TypedDict):
 
     Attributes:
         text: the paragraph, without its score.
-        head_score: its score head's score, in (-1, 1).
+        head_score: its score head's score, in (-1, 1); null where no loss teaches the head.
         written_score: the score in the text, in [-1, 1]; null where none could be read.
         solves_alike: share of its own solutions that come to the answer's final; null where it
             gave none, or they cannot be compared.
@@ -777,7 +777,7 @@ class UpdatesRow(TypedDict):
         steps: how many.
         skipped: those that were not finite and changed nothing.
         tokens: tokens read in them.
-        frozen_after_batch: number (from 1) of the first batch after which the gate had stopped;
+        frozen_after_batch: number (from 1) of the batch after which the gate had stopped for good;
             null where it did not.
     """
 

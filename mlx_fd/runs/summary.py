@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -101,6 +102,12 @@ def _verdicts(rows: Sequence[EpisodeRow]) -> VerdictsRow:
         "kept": len(rows) - revised,
         "revised": revised,
     }
+
+
+def _frozen_after(metrics: Sequence[MetricsRow]) -> int | None:
+    """The batch after which the student was frozen to the end; ``None``: it learned to the end."""
+    to_the_end = list(itertools.takewhile(lambda row: row["frozen"], reversed(metrics)))
+    return to_the_end[-1]["batch"] + 1 if to_the_end else None
 
 
 def _sums(
@@ -218,9 +225,7 @@ def summarise(
             "steps": len(updates),
             "skipped": sum(update["skipped"] for update in updates),
             "tokens": sum(update["tokens"] for update in updates),
-            "frozen_after_batch": next(
-                (row["batch"] + 1 for row in metrics if row["frozen"]), None
-            ),
+            "frozen_after_batch": _frozen_after(metrics),
         },
         "expert_feedback": {
             "asked": len(asked),

@@ -70,9 +70,14 @@ def renewed(old: Served, name: str, options: Options) -> Served:
     ref = options.thoughts.of_student(ref)
     if before.config is None or student is None or ref.config is None or ref.checkpoint is None:
         raise UserError(f"{name}: only a run of mlx-fd loop can be reloaded")
+    if ref.config.self_distils:
+        raise UserError(f"{name}: only a run of mlx-fd loop can be reloaded")
     now, then = ref.config.models, before.config.models
-    if ref.model != before.model or not ref.scores:
+    if ref.model != before.model:
         raise UserError(f"{name}: its student is another model; restart the server")
+    if ref.scores != before.scores:
+        which = "has a trained score head" if ref.scores else "has no trained score head"
+        raise UserError(f"{name}: its student {which}, unlike this one's; restart the server")
     if any(getattr(now, part) != getattr(then, part) for part in _SAME):
         raise UserError(f"{name}: its student has other LoRA; restart the server")
     if ref.thinking != before.thinking:

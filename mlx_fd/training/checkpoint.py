@@ -118,19 +118,23 @@ def with_probe(state: RunState, losses: dict[str, float], *, kept: bool = True) 
     """
     if not kept:
         return dataclasses.replace(state, probe_last=losses)
-    known = [name for name in losses if state.probe_first.get(name, 0) > 0]
+    known = [name for name in losses if name in state.probe_first]
+    level = state.best
     if known:
-        level = sum(losses[name] / state.probe_first[name] for name in known) / len(known)
-        better = math.isfinite(level) and level < state.best
-    else:
-        # Nothing tells the batches apart: the newest has learned the most.
-        level, better = state.best, True
+        level = sum(_level(losses[name], state.probe_first[name]) for name in known) / len(known)
+    # Where nothing tells two batches apart, the newer one has learned more.
+    better = not known or (math.isfinite(level) and level <= state.best)
     return dataclasses.replace(
         state,
         probe_last=losses,
         best=level if better else state.best,
         best_batch=state.batch if better else state.best_batch,
     )
+
+
+def _level(loss: float, first: float) -> float:
+    """Where a loss stands, 1 at its first value: what was nothing at first can only rise."""
+    return loss / first if first > 0 else 1 + loss
 
 
 @dataclass(frozen=True)

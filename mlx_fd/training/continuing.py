@@ -100,7 +100,7 @@ def _earlier(plan: Plan) -> ModelRef:
     name = plan.config.models.continue_from
     earlier_config(name)
     ref = locate_model(name)
-    if not ref.scores:
+    if ref.config is None or ref.config.self_distils:
         raise UserError(f"--continue {name}: its student has no score head: it is no loop's run")
     return ref
 

@@ -9,6 +9,7 @@ import pytest
 from mlx_fd import problems
 from mlx_fd.config import preset
 from mlx_fd.evaluation.baselines import SYSTEMS, Setting
+from mlx_fd.evaluation.solving import answered_by
 from mlx_fd.feedback.asking import derive_seed
 from mlx_fd.feedback.gate import initial_state
 from mlx_fd.feedback.pair import open_pair
@@ -128,6 +129,27 @@ def test_a_trusted_student_stands_alone(pair, answered):
     for threshold in (None, 1.0):
         asked = loop(setting_of(pair, threshold=threshold), answered[:1], seeds, quiet)
         assert all("expert_feedback" in t.tokens for t in asked)
+
+
+def test_a_trusted_student_also_solves_what_it_judges_alone(pair, answered):
+    """Its threshold was set by confidences that its own solutions count in."""
+    rows = [
+        {
+            **{"tokens": list(one.answer.tokens), "text": one.answer.text},
+            **{"prefilled": 0, "written": len(one.answer.tokens), "seconds": 0.0},
+            **{"capped": [], "thoughts": {}, "closed": []},
+        }
+        for one in answered
+    ]
+    begun = [
+        answered_by(pair, one.problem, row, "student")
+        for one, row in zip(answered, rows, strict=True)
+    ]
+    assert [one.answer.final for one in begun] == [one.answer.final for one in answered]
+    alone = SYSTEMS["loop"].run(setting_of(pair, threshold=0.0), begun, seeds, quiet)
+    for trial, one in zip(alone, begun, strict=True):
+        assert (trial.tokens.get("student_solution", 0) > 0) is (one.answer.final is not None)
+        assert trial.by.get("student_solution", "student") == "student"
 
 
 def test_clear_takes_the_score_that_its_amateur_wrote(pair, answered, ran):

@@ -612,6 +612,21 @@ def test_published_batch_weights_by_hand():
     assert late.weights == pytest.approx({"a": a / (a + b), "b": b / (a + b), "c": 0.0})
 
 
+def test_published_weights_of_a_loss_that_was_not_observed():
+    """It counts what it does where all count the same: at 0 it would never be learned."""
+    state = gate.initial_state(PUBLISHED, ["a", "b", "of solutions"])
+    for value in (1.0, 0.97, 0.94):
+        state = gate.observe_sample(state, {"a": value, "b": 2.0 * value}, PUBLISHED)
+        found = gate.weights(state, PUBLISHED)
+        assert found["of solutions"] == pytest.approx(1 / 3)
+        assert sum(found.values()) == pytest.approx(1)
+        assert found["a"] > 0
+    state = gate.observe_sample(state, {"a": 0.001, "b": 2.0}, PUBLISHED)  # a passes
+    assert gate.weights(state, PUBLISHED) == pytest.approx(
+        {"a": 0, "b": 2 / 3, "of solutions": 1 / 3}
+    )
+
+
 def test_published_freeze_also_ends_the_round():
     """A new batch's own first losses are its only ones; the mean over batches is what freezes."""
     state = gate_published.initial_state(["a"])

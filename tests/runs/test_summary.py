@@ -108,6 +108,9 @@ def test_summary_adds_up():
         },
     ]
     found = summarise(episodes, metrics, {"lm": 2.0}, {"lm": 1.0}, None)
+    thawed = [metrics[1], {**metrics[0], "batch": 2}]
+    again = summarise(episodes, thawed, {"lm": 2.0}, {"lm": 1.0}, None)
+    assert again["updates"]["frozen_after_batch"] is None  # it learned again, to the end
     assert found["accuracy"]["first_answers"]["right"] == 1
     assert found["accuracy"]["final_answers"]["right"] == 3
     assert found["accuracy"]["final_answers"]["n"] == 4

@@ -158,11 +158,13 @@ def test_the_best_batch_is_the_least_on_the_probe_set_or_the_newest():
     levels = [(5.0, 2.0), (3.0, 1.0), (2.0, 1.5), (1.0, 1.0)]
     looks = [{"lm": lm, "score": score, "answer": 9.0} for lm, score in levels]
     # Relative to the start: 1.125, 0.625, 0.625, 0.375.
-    assert best_batches({"lm": 4.0, "score": 2.0}, looks) == ([0, 2, 2, 4], 0.375)
+    assert best_batches({"lm": 4.0, "score": 2.0}, looks) == ([0, 2, 3, 4], 0.375)
     assert best_batches({"lm": 4.0}, [{"lm": math.inf}, {"lm": 1.0}]) == ([0, 2], 0.25)
     # Where nothing is known of any loss, the last look is as good as any.
     assert best_batches({}, [{}, {}, {"lm": 1.0}]) == ([1, 2, 3], 1.0)
-    assert best_batches({"score": 0.0}, [{"score": 0.5}, {"score": 0.1}]) == ([1, 2], 1.0)
+    # Of what was right at first, none may go wrong: the share of wrong attempts rises, and falls.
+    wrong = [{"wrong": share} for share in (0.0, 0.0, 0.5, 0.25)]
+    assert best_batches({"wrong": 0.0}, wrong) == ([1, 2, 2, 2], 1.0)
 
 
 def test_one_seed_is_one_run_and_another_is_another(finished, dirs, tmp_path):

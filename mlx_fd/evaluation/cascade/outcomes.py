@@ -49,10 +49,10 @@ def outcomes(
         raise UserError(
             f"{target.name}: a cascade needs an expert to pass on to; add --expert NAME"
         )
-    if score is HEAD and not target.helps_expert:
+    if score is HEAD and not target.scores:
         raise UserError(
             f"{target.name}: --score head needs a trained score head, which a run of mlx-fd loop "
-            "has; take --score answer"
+            "with the loss score has; take --score answer"
         )
     done: dict[str, list[Rows]] = {STUDENT: [], EXPERT: []}
     for who, rows in done.items():

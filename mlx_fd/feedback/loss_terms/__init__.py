@@ -63,6 +63,7 @@ class Loss(Entry):
         compute: the loss's sum over each sample of a batch, [B], differentiable by the student.
         on_solutions: it is on solutions only, which are then learned from.
         needs_attention: it reads the attention of both models.
+        trains_head: it teaches the score head; where no loss does, its score says nothing.
         phase: with ``loss_weights`` ``phases`` or ``both``, when it counts most; empty: it counts
             the same throughout.
 
@@ -77,6 +78,7 @@ class Loss(Entry):
     compute: Callable[[Forwarded], mx.array] | None = None
     on_solutions: bool = False
     needs_attention: bool = False
+    trains_head: bool = False
     phase: Literal["correctness", "reasoning", ""] = ""
 
     def __post_init__(self) -> None:

@@ -68,6 +68,7 @@ register_loss(
         order=30,
         compute=compute,
         count=count,
+        trains_head=True,
         phase="correctness",
     )
 )
