@@ -103,11 +103,16 @@ def loop(
 def _continued(config_file: Path | None, given: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """The configuration that a run with ``--continue`` is made from: the earlier run's."""
     from mlx_fd.config import read
-    from mlx_fd.training.continuing import earlier_config, sizes
+    from mlx_fd.training.continuing import asked_kind, earlier_config, sizes
 
     earlier = config_file or earlier_config(given["continue_from"])
+    config = read(earlier)
     # What an earlier run began with is learned already.
     given = {**given, "warm_up": given.get("warm_up") or ""}
+    kind = given.get("answer_kind") or asked_kind(config.problems, given)
+    given = {**given, "answer_kind": kind}
     if given.get("problems") is not None and config_file is None:
-        given = {**given, **sizes(given, read(earlier).episode.probe_size)}
+        # The earlier run's columns are those of its own file.
+        given = {**given, "columns": given.get("columns") or ""}
+        given = {**given, **sizes(given, config.episode.probe_size)}
     return earlier, given

@@ -217,6 +217,11 @@ def problems_of(
     return Read(problems, in_order, kind, unread)
 
 
+def problem_of(row: Mapping[str, Any], kind: str) -> Problem:
+    """The problem of one row whose kind of answers is known; ``ValueError`` with the reason."""
+    return _problem(_parts(row, {}), kind, "")
+
+
 def reasons_of(bad: Iterable[BadRow]) -> tuple[tuple[str, int], ...]:
     """Why rows are bad, each with the number of its rows, the most frequent first."""
     return tuple(Counter(row.kind for row in bad).most_common())

@@ -1,8 +1,9 @@
 """Problems that are kept to be learned from: what the expert had to answer, and corrections.
 
-A file of JSON lines that `mlx-fd loop --problems` reads: ``question``, ``answer`` (a solution with
-its final answer), ``id``, ``kept`` (why) and ``time``. It is the user's: it may be read, edited or
-deleted at any time, and may have lines of the user's own, which are left as they are.
+A file of JSON lines that `mlx-fd loop --problems` reads: ``question``, ``choices`` where there are
+any, ``answer`` (the final one), ``solution`` (the reply), ``id``, ``kept`` (why) and ``time``.
+Earlier versions had the reply in ``answer``. It is the user's: it may be read, edited or deleted at
+any time, and may have lines of the user's own, which are left as they are.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
+from mlx_fd.feedback.tutoring import as_asked
 from mlx_fd.files import append_lines, open_to_append, open_to_read, replacing
-from mlx_fd.problems import Problem
-from mlx_fd.problems.kinds import read_final
-from mlx_fd.problems.rows import COLUMNS
+from mlx_fd.problems.kinds import KINDS, is_right, read_final
+from mlx_fd.problems.kinds.choice import listed
+from mlx_fd.problems.rows import COLUMNS, problem_of
 
 EXPERT, CORRECTION = "expert", "correction"
 
@@ -36,8 +39,10 @@ class Kept:
             kind: of the answers, as the student was trained on.
 
         Raises:
-            UserError: it cannot be read and written, or there is something else in its place.
+            UserError: it cannot be read and written, there is something else in its place, or no
+                loop could learn from such answers.
         """
+        _check_kind(path, kind)
         self.path, self._most, self._kind = path, most, kind
         try:
             with open_to_append(path):
@@ -65,8 +70,26 @@ class Kept:
             return [(line, _row(line)) for line in file]
 
     def final(self, question: str, answer: str) -> str | None:
-        """The final answer in a solution; ``None`` where none can be read."""
-        return read_final(answer, Problem("", question, "", "", kind=self._kind))
+        """The final answer in a solution; ``None`` where none can be read, or no loop reads it."""
+        row = self._row_of(question, answer)
+        return None if row is None else str(row["answer"])
+
+    def _row_of(self, question: str, answer: str) -> dict[str, Any] | None:
+        """The columns by which a loop has the same problem, with the same answer."""
+        asked = as_asked(question, self._kind)
+        final = read_final(answer, asked)
+        if final is None:
+            return None
+        row: dict[str, Any] = {"question": question, "answer": final, "solution": answer}
+        if asked.choices:
+            stem = _stem(question, asked.choices)
+            row = {**row, "question": stem, "choices": list(asked.choices)}
+        try:
+            found = problem_of(row, self._kind)
+        except ValueError:
+            return None
+        same = _key(found.question) == _key(question) and is_right(final, found)
+        return row if same else None
 
     def add(self, question: str, answer: str, why: str) -> bool:
         """Keep a problem; whether its answer can be read and it is kept.
@@ -74,7 +97,8 @@ class Kept:
         A question is kept once; a correction takes the place of what the expert said, and not the
         other way round. No line goes that was not kept by a server.
         """
-        if self.final(question, answer) is None:
+        columns = self._row_of(question, answer)
+        if columns is None:
             return False
         lines, key = self._lines(), _key(question)
         asked = [_asked(row) for _, row in lines]
@@ -82,8 +106,7 @@ class Kept:
             return False
         row = {
             "id": "kept-" + hashlib.sha256(key.encode()).hexdigest()[:16],
-            "question": question,
-            "answer": answer,
+            **columns,
             "kept": why,
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
@@ -108,6 +131,29 @@ class Kept:
             file.writelines([*lines, new, b"\n"])
 
 
+def _check_kind(path: Path, kind: str) -> None:
+    """Refuse answers that say too little to learn from.
+
+    Raises:
+        UserError: they are programs, whose tests no request has, or none of them is right or wrong.
+    """
+    why = ""
+    if kind == "code":
+        why = "the student's answers are programs, and requests come without their tests"
+    elif not KINDS[kind].graded:
+        why = f"the student's answers are of the kind {kind}, of which none can be read as right"
+    if why:
+        raise UserError(
+            f"--keep {path}: {why}, so that no loop could learn from them; leave --keep out"
+        )
+
+
+def _stem(question: str, choices: Sequence[str]) -> str:
+    """A question without the choices below it."""
+    lines = question.rstrip().splitlines()
+    return "\n".join(lines[: len(lines) - len(choices)])
+
+
 def _row(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig", "replace"))
@@ -124,7 +170,12 @@ def _is_kept(row: dict[str, Any]) -> bool:
 def _asked(row: dict[str, Any]) -> str | None:
     """The :func:`_key` of a row's question, under any name that a column of questions has."""
     found = (row[name] for name in COLUMNS["question"] if isinstance(row.get(name), str))
-    return next((_key(text) for text in found), None)
+    text, choices = next(found, None), row.get("choices")
+    if text is None:
+        return None
+    if isinstance(choices, list) and all(isinstance(one, str) for one in choices):
+        text = listed(text, choices)  # one and the same question may be asked of several choices
+    return _key(text)
 
 
 def _key(question: str) -> str:

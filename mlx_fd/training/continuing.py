@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd import problems, runs
-from mlx_fd.config import ModelOptions
+from mlx_fd.config import ModelOptions, ProblemOptions
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.judge import ModelRef, locate_model
 from mlx_fd.files import remove, share, sync_file, sync_folder, working_folder
 from mlx_fd.models.student import Student, load_student, save_weights
+from mlx_fd.registry import SOURCES
 from mlx_fd.runs.plan import Plan
 
 # What the weights are made for; more than what load_student would find.
@@ -30,6 +31,26 @@ def earlier_config(run: str) -> Path:
     if not runs.is_run(folder):
         raise UserError(f"--continue {run}: this is no run directory of mlx-fd loop")
     return folder / runs.CONFIG
+
+
+def asked_kind(options: ProblemOptions, given: Mapping[str, Any]) -> str:
+    """The kind of answers that problems are read with: that of the earlier run's student.
+
+    It is asked in the form of that kind, and rows need not say which it is: years may be texts.
+
+    Args:
+        options: of the configuration that the run is made from.
+        given: the options that were given; the earlier run and maybe ``problems`` among them.
+
+    Raises:
+        UserError: what is gone on with is no run.
+    """
+    source = given.get("problems") or options.problems
+    if options.answer_kind != "auto" or source in SOURCES:
+        return options.answer_kind
+    folder = earlier_config(given["continue_from"]).parent
+    kind: str = runs.read_manifest(folder)["problems"].get("kind", "number")
+    return kind
 
 
 def sizes(given: Mapping[str, Any], probe_size: int) -> dict[str, int]:

@@ -117,6 +117,99 @@ def test_a_kept_file_is_bounded_and_the_users_own(tmp_path):
     assert kept.add("Again, 1 and 1?", "#### 2", EXPERT)
 
 
+CHOICES = "Which is red?\nA. sky\nB. blood"
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept", "golds"),
+    [
+        (
+            "number",
+            [
+                ("How many are left?", "47 + 2 = 49, 49 - 16 = 33. The answer is 33."),
+                ("How many are there?", "First 47 + 2.\n\n**Answer: 49**"),
+                ("How much is a half and 3?", "The answer is \\boxed{3.5}."),
+                ("How many cost that?", "Step 1: <<6*200=1200>>1200\n#### 1,200 eggs"),
+            ],
+            ["33", "49", "7/2", "1200"],
+        ),
+        (
+            "math",
+            [
+                ("Solve x^2 = 3.", "It is \\boxed{\\sqrt{3}}."),
+                ("How much is 1 and 1?", "#### 2"),
+                ("Where?", "#### (1, 2)"),
+            ],
+            [r"\sqrt{3}", "2", "(1,2)"],
+        ),
+        (
+            "text",
+            [(f"When was house {n} built?", f"In 19{n}0.\n#### 19{n}0") for n in range(4)]
+            + [("Which city?", "It is\n#### **Paris**")],
+            ["1900", "1910", "1920", "1930", "paris"],
+        ),
+        (
+            "choice",
+            [
+                (CHOICES, "Blood is red.\n#### B"),
+                # The same words, and other choices: another question.
+                ("Which is red?\nA. ruby\nB. grass\nC. sky", "The answer is A."),
+            ],
+            ["B", "A"],
+        ),
+    ],
+)
+def test_what_is_kept_is_what_a_loop_reads(tmp_path, kind, kept, golds):
+    """Replies were kept as answers: prose was refused or a formula, and years became numbers."""
+    path = tmp_path / "kept.jsonl"
+    file = Kept(path, 10, kind)
+    assert all(file.add(*one, EXPERT) for one in kept)
+    assert not any(file.add(*one, EXPERT) for one in kept)
+    loaded = problems.load(str(path), kind=kind).problems
+    assert [(one.kind, one.question, one.answer, one.solution) for one in loaded] == [
+        (kind, question, gold, reply) for (question, reply), gold in zip(kept, golds, strict=True)
+    ]
+    assert all(is_right(read_final(one.solution, one), one) for one in loaded)
+
+
+@pytest.mark.parametrize(
+    ("kind", "question", "reply"),
+    [
+        ("text", "Which one?", "#### none"),
+        ("choice", "Which is red?", "#### B"),
+        # A loop would list the choices below the rest.
+        ("choice", f"{CHOICES}\nName one.", "#### B"),
+        # B, or the text of C?
+        ("choice", "Which?\nA. C\nB. A\nC. B", "#### B"),
+    ],
+)
+def test_what_no_loop_would_read_is_not_kept(tmp_path, kind, question, reply):
+    file = Kept(tmp_path / "kept.jsonl", 10, kind)
+    assert file.final(question, reply) is None
+    assert not file.add(question, reply, CORRECTION)
+    assert file.rows() == []
+
+
+@pytest.mark.parametrize(("kind", "says"), [("code", "tests"), ("none", "kind none")])
+def test_answers_that_nothing_can_be_learned_from_are_not_kept(tmp_path, kind, says):
+    with pytest.raises(UserError, match=f"^--keep .*{says}.*leave --keep out$"):
+        Kept(tmp_path / "kept.jsonl", 10, kind)
+    assert not (tmp_path / "kept.jsonl").exists()
+
+
+def test_a_file_of_an_earlier_version_is_read_and_appended_to(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    path.write_text(row("How much is 1 and 1?", "It is 2.\n#### 2", kept=EXPERT, id="kept-1"))
+    file = Kept(path, 10, "number")
+    assert not file.add("How much is 1  and 1?", "#### 3", EXPERT)
+    assert file.add("How much is 1 and 3?", "The answer is 4.", EXPERT)
+    loaded = problems.load(str(path)).problems
+    assert [(one.answer, one.solution) for one in loaded] == [
+        ("2", "It is 2.\n#### 2"),
+        ("4", "The answer is 4."),
+    ]
+
+
 MINE = '{"question": "A?", "answer": "#### 1"}\r\n\n{"problem": "B?",  "answer": "#### 2",}\n'
 MINE += "# \u2028\n"
 

@@ -1,14 +1,19 @@
 """A run that goes on: how many problems of a file it learns from, and what it begins with."""
 
+import dataclasses
 import json
 
 import pytest
 
 from mlx_fd import runs
+from mlx_fd.cli import cli
+from mlx_fd.config import ProblemOptions
 from mlx_fd.errors import UserError
-from mlx_fd.training.continuing import sizes
+from mlx_fd.serve.kept import EXPERT, Kept
+from mlx_fd.training.continuing import asked_kind, sizes
 from mlx_fd.training.session import resume_run, run_loop
 from support.loops import Killed, count_syncs
+from support.trained import make_run
 
 SHORT = {
     "episodes": 1,
@@ -47,6 +52,31 @@ def test_not_all_can_be_held_out(file, probe):
     """It was said of the episodes, which nobody asked for: at least 1, not -30."""
     with pytest.raises(UserError, match=f"--probe-size {probe}: .* ask for at most 9"):
         sizes({"problems": file, "probe_size": probe}, 32)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_answers_are_of_the_kind_that_the_student_gives(tmp_path):
+    """Rows with years alone were numbers, to a student that is asked for a few words."""
+    names = ["Ann", "Tom", "Eva", "Leo", "Ida", "Jo"]
+    rows = [{"prompt": f"Who is {n}?", "gold": name} for n, name in enumerate(names)]
+    first, kept = tmp_path / "first.jsonl", tmp_path / "kept.jsonl"
+    first.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = Kept(kept, 10, "text")
+    for n in range(6):
+        assert file.add(f"When was house {n} built?", f"Then.\n#### 19{n}0", EXPERT)
+    given = {"problems": str(first), "columns": "question=prompt,answer=gold", "expert": "tiny"}
+    run = make_run(tmp_path / "run", "tiny-student", **{**SHORT, **given})
+    for changed, source, wanted in (
+        ({}, str(kept), "text"),
+        ({}, "arithmetic", "auto"),
+        ({"answer_kind": "math"}, str(kept), "math"),
+    ):
+        options = dataclasses.replace(ProblemOptions(), **changed)
+        assert asked_kind(options, {"continue_from": str(run), "problems": source}) == wanted
+    short = [f"--{name.replace('_', '-')}={value}" for name, value in SHORT.items()]
+    command = ["loop", "--problems", str(kept), "--continue", str(run), *short]
+    cli([*command, "--out", str(tmp_path / "new"), "--quiet"], standalone_mode=False)
+    assert runs.read_manifest(tmp_path / "new")["problems"]["kind"] == "text"
 
 
 @pytest.fixture(scope="module")

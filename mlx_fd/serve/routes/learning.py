@@ -88,8 +88,9 @@ def _kept(kept: Kept, problem: str, answer: str) -> dict[str, Any]:
     final = kept.final(problem, answer)
     if final is None:
         raise bad(
-            "No final answer can be read in 'answer'; end it as the student does, such as with a "
-            "line '#### 42'.",
+            "No final answer that can be learned from can be read in 'answer'; end it as the "
+            "student does, such as with a line '#### 42', and list choices below the problem, each "
+            "on a line of its own such as 'A. red'.",
             "answer",
         )
     kept.add(problem, answer, CORRECTION)
