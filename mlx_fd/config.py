@@ -779,6 +779,7 @@ _TINY: dict[str, Any] = {
     "step_samples": 32,
     "replay_size": 2048,
     "micro_batch": 8,
+    "lora_rank": 64,
     "lora_rate": 3e-3,
     "score_rate": 3e-3,
     "projection_rate": 1e-3,

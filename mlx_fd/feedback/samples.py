@@ -142,6 +142,14 @@ class Sample:
     expert_target: tuple[int, ...] = ()
     own: tuple[int, ...] = ()
 
+    def without_own(self) -> Sample:
+        """Without what the student said itself, and so without a part in the score loss.
+
+        That is of the student as it was; what it said then it no longer says, and a head that
+        learns on that comes to distrust what it says now.
+        """
+        return replace(self, own=(), expert_score=None) if self.own else self
+
     def to_json(self) -> SampleRow:
         """All but what the expert says."""
         row: SampleRow = {

@@ -40,6 +40,7 @@ from mlx_fd.feedback.asking import Group, OnTokens, Seeds, Turns, ask_in_step, d
 from mlx_fd.feedback.continuous import ask_continuously
 from mlx_fd.feedback.distill import Update, measure_each, set_rates, update
 from mlx_fd.feedback.episode import first_half, second_half
+from mlx_fd.feedback.loss_terms import LOSSES
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.phases import PhaseSchedule, combined, phase_weights
 from mlx_fd.feedback.rows import episode_row, with_second
@@ -556,16 +557,26 @@ def _learn_now(
         mx.random.seed(_seeds(number, learner)("distil"))
     rng = np.random.default_rng(derive_seed(config.episode.seed, number, "replay"))
     scaled = {name: weights[name] * state.scales[name] for name in config.losses.losses}
-    updates, lags = [], {}
+    updates, lags, fresh = [], {}, set(new)
     for step, lines in enumerate(choose(replay, new, config.training, rng)):
-        done = _step(learner, learner.memory.of(lines), scaled, (number, step), own)
+        texts = [
+            sample if line in fresh else sample.without_own()
+            for line, sample in zip(lines, learner.memory.of(lines), strict=True)
+        ]
+        done = _step(learner, texts, scaled, (number, step), own)
         updates.append(done)
-        for line, losses in zip(lines, done.each, strict=True):
-            lags[line] = sum(scaled[name] * value for name, value in losses.items())
+        for line, text, losses in zip(lines, texts, done.each, strict=True):
+            lags[line] = _lag(text, losses, scaled)
         learner.on_tokens(number)("distil", done.tokens)
     replay = replay.learned(lags, config.training.replay_size if config.training.replay else 0)
     learner.memory.keep(replay)
     return dataclasses.replace(state, replay=replay), updates
+
+
+def _lag(sample: Sample, losses: Mapping[str, float], scaled: Mapping[str, float]) -> float:
+    """How far the student lags on what of a sample can be learned from again."""
+    again = [name for name in losses if not (sample.own and LOSSES[name].trains_head)]
+    return sum(scaled[name] * losses[name] for name in again)
 
 
 def _step(
@@ -655,7 +666,8 @@ def rehearse_batch(state: RunState, rows: Sequence[SampleRow], learner: Learner)
     weights = loss_weights(state.gate, learner, number)
     updates: list[Update] = []
     if not state.gate.frozen:
-        samples = samples_again(rows, learner.pair, learner.config, learner.cache)
+        again = samples_again(rows, learner.pair, learner.config, learner.cache)
+        samples = [sample.without_own() for sample in again]
         scaled = {name: weights[name] * state.scales[name] for name in weights}
         training, seed = learner.config.training, learner.config.episode.seed
         rng = np.random.default_rng(derive_seed(seed, number, "replay"))

@@ -196,15 +196,6 @@ class Probe:
         )
 
 
-def _without_own(sample: Sample) -> Sample:
-    """With ``score_at`` ``own`` nothing is known of the score loss here.
-
-    Its text would be what the untrained student said, which the trained one no longer says, and a
-    loss on that rises while everything falls.
-    """
-    return dataclasses.replace(sample, own=(), expert_score=None) if sample.own else sample
-
-
 def _scores(
     pair: Pair,
     answered: Sequence[Answered],
@@ -343,7 +334,7 @@ def make_probe(
             place for place, is_taught in enumerate(are_taught, len(samples)) if not is_taught
         )
         samples += gather_samples(
-            [_without_own(sample_of(pair, one, config.losses)) for one in given]
+            [sample_of(pair, one, config.losses).without_own() for one in given]
         )
         if config.losses.on_solutions:
             samples += gather_samples(

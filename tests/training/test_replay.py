@@ -9,14 +9,14 @@ import pytest
 
 from mlx_fd import runs
 from mlx_fd.config import TrainingOptions
-from mlx_fd.feedback.distill import make_optimizer
+from mlx_fd.feedback.distill import make_optimizer, update
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.stages import Answered, Finished, Judged, StudentFeedback, Usage
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.problems.prompts import Answer, Feedback
 from mlx_fd.runs.events import Warned
 from mlx_fd.training import replay as replaying
-from mlx_fd.training.batch import Learner, _solutions, samples_again
+from mlx_fd.training.batch import Learner, _lag, _solutions, samples_again
 from mlx_fd.training.probe import Headroom, Probe
 from mlx_fd.training.replay import Memory, Remembered, Replay, choose
 from support.loops import assert_same, rows, start
@@ -193,3 +193,34 @@ def test_a_run_that_mixes_is_resumed_bit_for_bit(dirs, tmp_path, monkeypatch):
     again = samples_again(logged[:1], pair, plan.config, None)[0]
     for name, array in first.expert.arrays().items():
         assert np.array_equal(array, again.expert.arrays()[name])
+
+
+def test_the_head_learns_only_on_what_the_student_has_just_said(dirs, tmp_path):
+    plan = make_plan(*dirs, **MIXED)
+    start(tmp_path / "run", plan)
+    pair = open_pair(plan)
+    logged = [row for row in runs.read_samples(tmp_path / "run") if row.get("own")][:2]
+    read = samples_again(logged, pair, plan.config, None)
+    new, old = (dataclasses.replace(s, expert_score=e) for s, e in zip(read, (1, -1), strict=True))
+    weights = dict.fromkeys(plan.config.losses.losses, 1.0)
+    rest = (weights, plan.config.losses, plan.config.training)
+
+    def head_after(*samples):
+        pair = open_pair(plan)
+        optimizer = make_optimizer(pair.student, plan.config.training)
+        done = update(pair, optimizer, samples, *rest)
+        assert not done.skipped
+        return done.each, np.array(pair.student.score_head.weight)
+
+    each, both = head_after(new, old)
+    assert all("score" in losses for losses in each)
+    each, with_earlier = head_after(new, old.without_own())
+    assert ["score" in losses for losses in each] == [True, False]
+    assert old.without_own().target == old.target
+    _, alone = head_after(new)
+    # Adam's first step has the size of the rate, whichever way: the sign tells.
+    assert np.array_equal(np.sign(with_earlier), np.sign(alone))
+    assert not np.array_equal(np.sign(both), np.sign(alone))
+    # How far it lags is about what will be learned again.
+    assert _lag(new, {"lm": 1.0, "score": 5.0}, {"lm": 2.0, "score": 1.0}) == 2.0
+    assert _lag(old.without_own(), {"lm": 1.0}, {"lm": 2.0, "score": 1.0}) == 2.0
