@@ -23,6 +23,7 @@ from mlx_fd.problems.kinds import KINDS, is_right, read_final
 from mlx_fd.problems.kinds.choice import LETTERS, listed
 from mlx_fd.problems.kinds.code import calls_check
 from mlx_fd.problems.kinds.text import MAX_TEXT
+from mlx_fd.problems.thoughts import without_thoughts
 from mlx_fd.text import shown
 
 #: What a column stands for -> the names it is published under, the first of which wins.
@@ -288,7 +289,7 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
         # GSM-Symbolic's ids are those of templates, each of which has instances.
         id=_utf8("-".join(str(part) for part in (number, instance) if not _empty(part)), "id"),
         free=free,
-        blank=_missing(reply) and bool(_ANSWERS & by_name.keys()),
+        blank=_missing(reply) and (solution is not None or bool(_ANSWERS & by_name.keys())),
         tests=tests,
     )
 
@@ -413,7 +414,7 @@ def ends_in_letter(answer: Any) -> bool:
     """Whether an answer, or what a whole solution comes to, is a letter by itself."""
     if not isinstance(answer, str):
         return False
-    final = parsing.after_mark(answer) or parsing.boxed(answer) or answer
+    final = parsing.after_mark(answer) or parsing.gold_part(answer)
     return len(letter := final.strip(" *_`().$")) == 1 and letter.isalpha()
 
 
@@ -537,7 +538,8 @@ def _choice_text(choice: Any, column: str) -> str:
 
 def _missing(answer: Any) -> bool:
     if isinstance(answer, str):
-        return answer.strip().lower() in _MISSING
+        # Of a trace that was cut off within its thought nothing is left.
+        return without_thoughts(answer).strip().lower() in _MISSING
     return answer != [] and _empty(answer)
 
 
@@ -577,7 +579,7 @@ def _own_kind(row: _Row) -> str:
     if parsing.is_number(text):
         return "number"
     # One of many good replies, unless it says itself what it comes to.
-    if row.free and text == whole.strip():
+    if row.free and text == without_thoughts(whole).strip():
         return "none"
     if _FORMULA.search(text):
         return "math"

@@ -384,3 +384,35 @@ def test_lm_eval_compares_the_gold_as_it_is_published(tmp_path, answer):
     gold = f"#### {problem.published}"
     assert parsing.lm_eval_match(f"17 / 2\n#### {problem.published}", gold, "strict")
     assert not parsing.lm_eval_match("#### 17/2", gold, "strict")
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "answer"),
+    [
+        ({"solution": "<think>\n\\boxed{5}?\n</think>\n\nIt is \\boxed{4}."}, "number", "4"),
+        ({"answer": "<think>\n#### 7?\n</think>\n\n#### 5"}, "number", "5"),
+        ({"answer": "<think>\nRome?\n</think>\n\nParis"}, "text", "Paris"),
+        ({"solution": "<think>\n\\boxed{2k}?\n</think>\n\n\\boxed{3k}"}, "math", "3k"),
+        ({"answer": "<think>\n\\boxed{A}?\n</think>\n\nB", "choices": CHOICES}, "choice", "B"),
+        ({"output": "<think>\n\\boxed{5}?\n</think>\n\n\\boxed{4}"}, "number", "4"),
+        # No traces, but they have a box, too.
+        ({"solution": "So it is \\boxed{Paris}."}, "text", "Paris"),
+        ({"answer": "So it is \\boxed{B}.", "choices": CHOICES}, "choice", "B"),
+    ],
+)
+def test_a_gold_is_what_a_trace_says_and_not_what_it_thinks(tmp_path, row, kind, answer):
+    (problem,) = only(tmp_path, {"question": "Which?", **row})
+    assert (problem.kind, problem.answer) == (kind, answer)
+    assert is_right(read_final(problem.solution, problem), problem)
+    text = row.get("solution") or row.get("output")
+    assert text is None or problem.solution == text
+
+
+@pytest.mark.parametrize("column", ["answer", "solution"])
+def test_a_trace_that_is_cut_off_in_its_thought_has_no_gold(tmp_path, column):
+    cut = {"question": "Which?", column: "<think>\nSo \\boxed{3}? Wait"}
+    with pytest.raises(UserError, match=r"p\.jsonl:1: no 'answer'"):
+        only(tmp_path, cut)
+    whole = {"question": "And this?", column: "<think>\n\\boxed{3}?\n</think>\n\n\\boxed{4}"}
+    (problem,) = only(tmp_path, cut, whole, skip_bad_rows=True)
+    assert (problem.kind, problem.answer) == ("number", "4")

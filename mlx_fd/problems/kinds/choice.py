@@ -11,7 +11,7 @@ from typing import Any
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import AnswerKind, register_kind
 from mlx_fd.problems.kinds.text import compared
-from mlx_fd.problems.parsing import after_mark, boxed
+from mlx_fd.problems.parsing import after_mark, boxed, gold_part
 from mlx_fd.problems.prompts import Form
 from mlx_fd.problems.thoughts import without_thoughts
 
@@ -140,7 +140,7 @@ def _gold(answer: Any, choices: tuple[str, ...]) -> str:
         letter = LETTERS[answer] if 0 <= answer < len(choices) else None
     else:
         text = str(answer)
-        text = ((after_mark(text) or "") if "####" in text else text).strip()
+        text = ((after_mark(text) or "") if "####" in text else gold_part(text)).strip()
         letter = letter_of(text, choices)
         if letter and (in_words := _in_words(text, choices)) not in (None, letter):
             raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import AnswerKind, register_kind
-from mlx_fd.problems.parsing import after_mark, boxed
+from mlx_fd.problems.parsing import after_mark, boxed, gold_part
 from mlx_fd.problems.prompts import Form
 from mlx_fd.problems.thoughts import without_thoughts
 
@@ -87,7 +87,7 @@ def _read(text: str, problem: Problem, how: str) -> str | None:
 
 def _gold(answer: Any, choices: tuple[str, ...]) -> str:
     text = {True: "yes", False: "no"}[answer] if isinstance(answer, bool) else str(answer)
-    final = after_mark(text) if "####" in text else text
+    final = after_mark(text) if "####" in text else gold_part(text)
     if final is None or not compared(final):
         raise ValueError("'answer' has no word in it")
     return final.strip()

@@ -351,7 +351,11 @@ _LATEX_FRACTION = re.compile(r"\s*+[-+]?\\[dt]?frac(?:\{\d++\}|\d)(?:\{\d++\}|\d
 
 
 def gold_part(answer: str) -> str:
-    """The final answer in a gold solution: behind ``####``, or in its box; else all of it."""
+    """The final answer in a gold solution: behind ``####``, or in its box; else all of it.
+
+    What it only thinks is none, so of one that ends within a thought nothing is left.
+    """
+    answer = without_thoughts(answer)
     if "####" in answer:
         return answer.rpartition("####")[2].strip()
     box = boxed(answer)
