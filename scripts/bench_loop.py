@@ -2,7 +2,7 @@
 
 python scripts/bench_loop.py --pair tiny              # one row: all ways, and bare mlx-lm
 python scripts/bench_loop.py --pair tiny --episodes 128 --no-sequential
-python scripts/bench_loop.py --pair smollm2 --episodes 6
+python scripts/bench_loop.py --pair smollm2 --episodes 8
 python scripts/bench_loop.py --memory                 # 2,000 short episodes: resident memory
 python scripts/bench_loop.py --table                  # docs/bench_loop.md, from the rows alone
 
@@ -37,11 +37,11 @@ PAIRS = {
     "tiny": ("--preset", "tiny", "--exam-size", "0", "--gate", "always", "--batch-size", "32"),
     "smollm2": (
         *("--expert", "smollm2-135m", "--student", "smollm2-135m:layers=15", "--preset", "quick"),
-        *("--probe-size", "2", "--gate", "always", "--trigger", "always"),
+        *("--batch-size", "8", "--probe-size", "2", "--gate", "always", "--trigger", "always"),
     ),
 }
 # Places that are half of a batch, and what that way is called.
-HALVES, HALF = {"tiny": 16, "smollm2": 2}, "continuous, half the places"
+HALVES, HALF = {"tiny": 16, "smollm2": 4}, "continuous, half the places"
 ARMS = ("lockstep", "continuous", HALF, "sequential")
 SHORT = (
     *("--max-answer-tokens", "16", "--max-feedback-tokens", "16", "--max-merge-tokens", "8"),
