@@ -435,6 +435,37 @@ def test_a_stopped_file_is_gone_on_with(dirs, file, tmp_path):
     assert not partial.exists()
 
 
+def test_what_one_adapter_judged_another_does_not_go_on_with(dirs, file, tmp_path):
+    """Of an adapter that belongs to no run nothing was looked at."""
+    base, refs = str(dirs[1]), []
+    for name, value, scale in (("one", 1.0, 2.0), ("weights", 2.0, 2.0), ("config", 1.0, 3.0)):
+        folder = tmp_path / "ad" / "x" / name
+        folder.mkdir(parents=True)
+        mx.save_safetensors(str(folder / "adapters.safetensors"), {"lora_a": mx.array([value])})
+        config = {"model": base, "lora_parameters": {"rank": 1, "scale": scale}}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        refs.append(locate_model(base, folder))
+    one, *others = refs
+    assert one.adapter is not None
+
+    def stop(done):
+        raise KeyboardInterrupt
+
+    out, answers = tmp_path / "judged.jsonl", load_answers(file)
+    how = Judging(max_tokens=4, batch_size=2)
+
+    def judge(ref, on_progress=stop):
+        return judge_file(lambda: pytest.fail("loaded"), ref, answers, out, how, on_progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        judge(one)
+    for other in (*others, locate_model(base)):
+        with pytest.raises(UserError, match="is of another model"):
+            judge(other)
+    with pytest.raises(KeyboardInterrupt):  # the same one goes on
+        judge(one)
+
+
 def test_rows_of_others_are_left_alone(dirs, file, tmp_path):
     """A file in the place of the rows, a changed row in it, and another process that writes it."""
     ref, out, answers = locate_model(str(dirs[1])), tmp_path / "judged.jsonl", load_answers(file)

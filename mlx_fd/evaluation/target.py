@@ -13,23 +13,21 @@ from mlx_fd import runs
 from mlx_fd.config import Config, override, preset
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.gate import GateState
-from mlx_fd.feedback.judge import locate_model
+from mlx_fd.feedback.judge import adapter_hash, locate_model
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.chat_template import ChatTemplate
-from mlx_fd.models.directory import ADAPTER_CONFIG, blaming
+from mlx_fd.models.directory import blaming
 from mlx_fd.models.loading import TEMPLATE_FILE, check_can_think
 from mlx_fd.models.pairing import check_pair
 from mlx_fd.models.resolve import resolve, why_changed
-from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import (
     ADAPTER_WEIGHTS,
-    HEADS,
     projection_width,
     read_trained,
 )
-from mlx_fd.runs.checked import content_digest, read_checked
+from mlx_fd.runs.checked import read_checked
 from mlx_fd.runs.plan import Plan, check_run_memory
 from mlx_fd.runs.records import Manifest
 
@@ -39,8 +37,6 @@ if TYPE_CHECKING:
 
 # About as long as the longest of GSM8K.
 _LONG_PROBLEM = "How many? " * 100
-# Options of a run that decide, with the weights, what its student says.
-_LORA = ("train", "lora_rank", "lora_scale", "lora_layers", "lora_keys", "score_at")
 
 
 @dataclass(frozen=True)
@@ -203,25 +199,6 @@ def _adapter(name: str) -> Path | None:
         return None
     folder = folder.resolve()
     return None if runs.is_run(folder.parents[1]) else folder
-
-
-def adapter_hash(folder: Path, run: Config) -> str:
-    """A digest of all that an adapter changes about its model, and of the heads beside it.
-
-    Args:
-        folder: the adapter's, a checkpoint for instance.
-        run: the configuration of its run; the defaults where it is of none.
-    """
-    files = [folder / part for part in (ADAPTER_WEIGHTS, HEADS) if (folder / part).exists()]
-    config = _read_config(folder)
-    config.pop("model", None)
-    # A run's student is made as the run's configuration has it, whatever the adapter's says.
-    made = {name: getattr(run.models, name) for name in _LORA}
-    return content_digest([config, made, *map(fingerprint.file_hash, files)])
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / ADAPTER_CONFIG)
 
 
 def check_thinking(target: Target, changes: Mapping[str, Any]) -> None:

@@ -43,8 +43,12 @@ from mlx_fd.models.thinking import NOT_THINKING, ThinkingOptions, switched
 from mlx_fd.models.writing import GenerateOptions, Sampling
 from mlx_fd.problems.kinds import KINDS
 from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
+from mlx_fd.runs.checked import content_digest
 from mlx_fd.runs.checkpoints import check_weights
 from mlx_fd.runs.manifest import trained_template
+
+# Options of a run that decide, with the weights, what its student says.
+_LORA = ("train", "lora_rank", "lora_scale", "lora_layers", "lora_keys", "score_at")
 
 
 @dataclass(frozen=True)
@@ -388,6 +392,21 @@ def check_lengths(
             f"feedback do not fit into the {context_length(model)} of {model}; shorten them, or "
             f"take a smaller {option}"
         )
+
+
+def adapter_hash(folder: Path, run: Config) -> str:
+    """A digest of all that an adapter changes about its model, and of the heads beside it.
+
+    Args:
+        folder: the adapter's, a checkpoint for instance.
+        run: the configuration of its run; the defaults where it is of none.
+    """
+    files = [folder / part for part in (ADAPTER_WEIGHTS, HEADS) if (folder / part).exists()]
+    config = read_json(folder / ADAPTER_CONFIG)
+    config.pop("model", None)
+    # A run's student is made as the run's configuration has it, whatever the adapter's says.
+    made = {name: getattr(run.models, name) for name in _LORA}
+    return content_digest([config, made, *map(fingerprint.file_hash, files)])
 
 
 def open_student(

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd import runs
+from mlx_fd.config import Config
 from mlx_fd.errors import UserError
-from mlx_fd.feedback.judge import Judge, Judgement, ModelRef
+from mlx_fd.feedback.judge import Judge, Judgement, ModelRef, adapter_hash
 from mlx_fd.files import (
     append_lines,
     digest_of,
@@ -152,6 +153,8 @@ def _fingerprint(ref: ModelRef) -> str:
     if ref.checkpoint is not None:
         for name in (ADAPTER_WEIGHTS, HEADS):
             digest.update(digest_of(ref.checkpoint / name).encode())
+    if ref.adapter is not None:
+        digest.update(adapter_hash(ref.adapter, Config()).encode())
     if ref.template is not None:
         digest.update(ref.template.digest().encode())
     return digest.hexdigest()

@@ -8,8 +8,7 @@ from typing import cast
 
 from mlx_fd import runs
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation.target import adapter_hash
-from mlx_fd.feedback.judge import ModelRef
+from mlx_fd.feedback.judge import ModelRef, adapter_hash
 from mlx_fd.files import write_json
 from mlx_fd.models import fingerprint
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
