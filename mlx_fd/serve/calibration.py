@@ -61,10 +61,17 @@ def rule_of(options: Options, served: Served) -> Rule:
     # What scores meant before says little of a student that has learned on.
     holds = not why and score.name == calibrated["score"]
     meaning = functools.partial(confidence, steps) if holds else None
+    assert ref.config is not None  # it was calibrated: it is a run's
+    tokens = ref.config.generation.max_answer_tokens
     if options.threshold is not None:
-        return Rule(score, options.threshold, meaning, "--threshold")
+        return Rule(score, options.threshold, meaning, "--threshold", tokens)
     said = f"calibrated, {promise['kind']} {promise['target']:g}"
-    return Rule(score, promise["threshold"], meaning, f"{said}, but {why}" if why else said)
+    if not why and options.limits.max_tokens < tokens:
+        # What ends in time means what it meant, but more answers are cut off.
+        here = options.limits.max_tokens
+        why = f"on longer replies: up to {tokens} tokens, here --max-tokens {here}"
+    said = f"{said}, but {why}" if why else said
+    return Rule(score, promise["threshold"], meaning, said, tokens)
 
 
 def _why_otherwise(options: Options, ref: ModelRef) -> str:

@@ -12,7 +12,7 @@ from mlx_fd.serve.engine import Written
 from mlx_fd.serve.judging import judge
 from mlx_fd.serve.models import CASCADE, EXPERT, STUDENT
 from mlx_fd.serve.prompts import Asked
-from mlx_fd.serve.rule import Decision, decided
+from mlx_fd.serve.rule import Decision, decided, unmeasured
 from mlx_fd.serve.service import Service
 from mlx_fd.serve.speaking import Speaking
 
@@ -40,13 +40,15 @@ async def decide(service: Service, model: str, asked: Asked, job: Callable[..., 
         score = await _head_score(service, prompt, answer)
     else:
         score = answer_score(answer.logprobs, finished=answer.reason == "stop")
-    if asked.thinks_otherwise:
+    other = "models that think as this request wants it" if asked.thinks_otherwise else ""
+    if not other and rule.confidence is not None:
+        other = unmeasured(rule, wanted.sampling, answer, in_form=asked.problem)
+    if other:
         rule = dataclasses.replace(rule, confidence=None)
     decision = decided(rule, score, answer, has_expert=EXPERT in asked.prompts)
-    if not asked.thinks_otherwise:
+    if not other:
         return decision
-    reason = f"{decision.reason}; it was not set for models that think as this request wants it"
-    return dataclasses.replace(decision, reason=reason)
+    return dataclasses.replace(decision, reason=f"{decision.reason}; it was not set for {other}")
 
 
 async def _head_score(service: Service, prompt: tuple[int, ...], answer: Written) -> float:
@@ -54,8 +56,7 @@ async def _head_score(service: Service, prompt: tuple[int, ...], answer: Written
     served = service.served
     loaded = served.student
     reply = answer.tokens
-    if answer.reason == "stop" and reply[-1] not in loaded.tokenizer.eos_token_ids:
-        # A stop text ended it: what the client sees is judged.
+    if answer.cut:  # what the client sees is judged
         reply = tuple(loaded.tokenizer.encode(answer.text, add_special_tokens=False))
     request = served.judge.own_request(prompt, reply)
     sampling = Sampling(service.feedback_tokens)

@@ -45,6 +45,7 @@ class Written:
         opening: as :class:`mlx_fd.models.writing.Turn` has it.
         thought_tokens: tokens of the thought that the model drew.
         accepted: how many of the tokens the model's draft had proposed.
+        cut: whether a stop text of the client's ended it, and not the model.
     """
 
     text: str
@@ -58,6 +59,7 @@ class Written:
     thought: str = ""
     opening: tuple[int, ...] = ()
     thought_tokens: int = 0
+    cut: bool = False
 
     @property
     def drawn(self) -> int:
@@ -421,4 +423,5 @@ def _written(one: _Running, reason: str, cache: Any) -> Written:
         first=one.first,
         logprobs=tuple(logprobs),
         accepted=one.accepted,
+        cut=one.text.stopped,
     )

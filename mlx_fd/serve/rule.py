@@ -10,6 +10,7 @@ from mlx_fd.evaluation.cascade.scores import Score
 from mlx_fd.serve.models import EXPERT, STUDENT
 
 if TYPE_CHECKING:
+    from mlx_fd.models.writing import Sampling
     from mlx_fd.serve.engine import Written
 
 
@@ -23,12 +24,14 @@ class Rule:
             is passed on.
         confidence: the share of right answers at a score; ``None``: not calibrated.
         source: who says so, in words.
+        max_tokens: at which the answers were cut that it is calibrated on; 0: it is not.
     """
 
     score: Score
     threshold: float | None
     confidence: Callable[[float], float] | None
     source: str
+    max_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,29 @@ class Decision:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
+
+
+def unmeasured(rule: Rule, sampling: Sampling, answer: Written, *, in_form: bool) -> str:
+    """Which answers a calibrated rule was not measured on, where one of them came; else empty.
+
+    It is of likeliest answers to single questions in the form of the training.
+
+    Args:
+        rule: the rule.
+        sampling: how the answer was asked for.
+        answer: the student's.
+        in_form: whether the question was put in that form.
+    """
+    if not in_form:
+        return "questions that are not in the form of the training"
+    if sampling.temperature or sampling.repetition_penalty != 1:
+        return "answers that are drawn at a temperature, or with a repetition penalty"
+    if answer.cut:
+        return "answers that a stop text ends"
+    shorter = answer.reason == "length" and sampling.max_tokens < rule.max_tokens
+    if shorter or len(answer.tokens) > rule.max_tokens:
+        return f"answers that are not cut at {rule.max_tokens} tokens"
+    return ""
 
 
 def decided(rule: Rule, score: float, answer: Written, *, has_expert: bool) -> Decision:

@@ -88,6 +88,28 @@ def test_what_was_passed_on_is_learned_and_passed_on_less(tmp_path, monkeypatch)
     assert right_after >= ASKED // 2
 
 
+def test_an_answer_that_a_stop_text_cut_is_not_kept(tmp_path):
+    """Its first step was kept as the whole solution, with what that comes to as the answer."""
+    run, kept = tiny_run(tmp_path / "run", strength=0.0, **SMALL), tmp_path / "kept.jsonl"
+    question = problems.load("arithmetic", "test").problems[0].question
+    options = ("--expert", "tiny", "--threshold", "0.02", "--keep", str(kept))
+    with serving(tmp_path, run, *options) as server:
+
+        async def replies():
+            async with server.client() as client:
+                cut = await ask(client, question, model="cascade", stop=["\n"])
+                before = kept.read_text()
+                # A stop text that never comes cuts nothing.
+                return cut, before, await ask(client, question, model="cascade", stop=["never"])
+
+        cut, before, whole = asyncio.run(replies())
+    assert cut.mlx_fd["answered_by"] == "expert"
+    assert read_final(cut.choices[0].message.content, Problem("", question, "", "")) is not None
+    assert before == ""
+    [row] = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert row["solution"] == whole.choices[0].message.content
+
+
 def said(server, path, content):
     """Status and content of a reply."""
     found = asyncio.run(exchange(server.port, post(path, json.dumps(content).encode())))

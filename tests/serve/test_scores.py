@@ -22,7 +22,7 @@ from mlx_fd.serve.engine import Written
 from mlx_fd.serve.limits import Limits
 from mlx_fd.serve.models import open_served
 from mlx_fd.serve.prompts import ask_chat
-from mlx_fd.serve.rule import decided
+from mlx_fd.serve.rule import Rule, decided, unmeasured
 from mlx_fd.serve.schema import ChatRequest, Common
 from mlx_fd.serve.service import Options
 from support.serving import ask, serving, tiny_run
@@ -57,8 +57,21 @@ def test_a_server_scores_and_passes_on_as_the_calibration_did(calibrated):
                 *(ask(client, one.question, model="cascade") for one in drawn)
             )
 
+    async def otherwise(server):
+        """The first question, asked in ways that the calibration did not measure."""
+        verbatim, short = {"extra_body": {"mlx_fd": {"verbatim": True}}}, {"max_tokens": 3}
+        given = (verbatim, {"temperature": 1.0, "seed": 1}, {"stop": ["\n"]}, short)
+        async with server.client() as client:
+            return [await ask(client, drawn[0].question, model="cascade", **one) for one in given]
+
     with serving(run.parent, run, "--expert", "tiny") as server:
         replies = [reply.mlx_fd for reply in asyncio.run(all_of(server))]
+        others = [reply.mlx_fd for reply in asyncio.run(otherwise(server))]
+    reasons = ("in the form of the training", "at a temperature", "a stop text", "64 tokens")
+    for other, says in zip(others, reasons, strict=True):
+        assert (other["confidence"], other["threshold"]) == (None, threshold)
+        assert other["score"] is not None
+        assert "; it was not set for " in other["reason"] and says in other["reason"]
     for reply, one in zip(replies, made, strict=True):
         assert reply["score"] == pytest.approx(one.score, abs=2e-4)
         assert reply["scored_by"] == "answer"
@@ -69,6 +82,34 @@ def test_a_server_scores_and_passes_on_as_the_calibration_did(calibrated):
     passed_on = sum(reply["answered_by"] == "expert" for reply in replies)
     assert passed_on == file.read(run)["promise"]["against"]
     assert 0 < passed_on < LIMIT
+
+
+def test_a_reply_has_a_confidence_where_one_was_measured():
+    rule = Rule(ANSWER, 0.5, lambda score: 0.9, "calibrated", 8)
+    whole = Written("#### 4", (1, 2), "stop", Conversation(), 0, 0.0)
+    long = dataclasses.replace(whole, tokens=(1,) * 9)
+    at_its_limit = dataclasses.replace(whole, tokens=(1,) * 8, reason="length")
+    short = dataclasses.replace(whole, reason="length")
+    likeliest = Sampling(8)
+
+    def says(sampling, answer, *, in_form=True):
+        return unmeasured(rule, sampling, answer, in_form=in_form)
+
+    assert says(likeliest, whole) == says(Sampling(2), whole) == says(Sampling(9), whole) == ""
+    assert says(likeliest, at_its_limit) == ""
+    assert says(likeliest, whole, in_form=False)
+    assert says(Sampling(8, temperature=0.1), whole) and says(Sampling(8, 0.0, 1.1), whole)
+    assert says(likeliest, dataclasses.replace(whole, cut=True))
+    assert says(Sampling(2), short) and says(Sampling(9), long)
+
+
+def test_a_start_says_where_the_calibration_is_of_longer_replies(calibrated):
+    run, _, _ = calibrated
+    served, options = open_served(str(run), None), Options(str(run))
+    assert rule_of(options, served).source == "calibrated, cost 0.8"
+    short = rule_of(dataclasses.replace(options, limits=Limits(max_tokens=63)), served)
+    assert short.source.endswith("but on longer replies: up to 64 tokens, here --max-tokens 63")
+    assert short.confidence is not None
 
 
 def test_a_calibration_made_with_another_score_is_refused(calibrated):

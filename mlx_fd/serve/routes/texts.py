@@ -214,7 +214,8 @@ async def _keep(task: _Task, decision: Decision, written: Written) -> None:
     """Keep a problem that the student had to pass on, where anything is kept."""
     kept = task.service.kept
     passed_on = decision.by == EXPERT and decision.answer is not None
-    if kept is None or not passed_on or not task.asked.problem or written.reason != "stop":
+    whole = written.reason == "stop" and not written.cut
+    if kept is None or not passed_on or not task.asked.problem or not whole:
         return
     form = task.service.served.form
     assert form is not None  # it was asked as a problem
