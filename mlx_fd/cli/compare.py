@@ -100,7 +100,8 @@ def compare(
 
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(comparison.opened(path)) for path in exports]
-        jobs = comparison.plan(folders, engines)
+        names = dict(zip(folders, map(str, exports), strict=True))
+        jobs = comparison.plan(folders, engines, names)
         asked = comparison.questions(
             problems,
             limit,

@@ -60,17 +60,34 @@ class Job:
         target: the file, folder or address it opens.
         folder: the export whose bundle it is held against.
         bundle: that bundle.
+        name: what the user calls the export, which may be an archive; empty: as its folder.
     """
 
     engine: str
     target: str
     folder: Path
     bundle: Bundle
+    name: str = ""
+
+    @property
+    def export(self) -> str:
+        """The export, as it may stand in messages and files."""
+        return self.name or str(self.folder)
 
     @property
     def shown(self) -> str:
-        """What it opens, as it may stand in messages and files: an address without its secrets."""
-        return without_secrets(self.target) if self.engine == _ADDRESS else self.target
+        """What it opens, likewise: an address without its secrets."""
+        if self.engine == _ADDRESS:
+            return without_secrets(self.target)
+        return _named(self.target, self.folder, self.export)
+
+
+def _named(text: str, folder: Path, name: str) -> str:
+    """A text that speaks of an export by its name, not by where it is unpacked for a while."""
+    for path in (folder.resolve(), folder):
+        if str(path) != name:
+            text = text.replace(str(path), name)
+    return text
 
 
 def _parsed(engine: str) -> tuple[str, str]:
@@ -104,6 +121,8 @@ def _targets(name: str, address: str, folder: Path) -> list[str]:
 def opened(export: Path) -> Iterator[Path]:
     """An export's folder; that of an archive is unpacked beside it, and removed at the end.
 
+    Errors that come while it is there name the archive.
+
     Raises:
         UserError: there is nothing of that name, or the archive is not safe to open.
     """
@@ -112,7 +131,11 @@ def opened(export: Path) -> Iterator[Path]:
     elif export.is_file():
         clear_unfinished(export.parent)
         with working_folder(export.parent) as scratch:
-            yield open_archive(export, scratch / export.stem)
+            folder = open_archive(export, scratch / export.stem)
+            try:
+                yield folder
+            except UserError as error:
+                raise UserError(_named(str(error), folder, str(export))) from error
     else:
         raise UserError(f"{export}: there is no such directory or archive")
 
@@ -148,19 +171,22 @@ def questions(
         if chosen[0].kind != wanted:
             raise UserError(
                 f"{source}: its answers are of the kind {chosen[0].kind}, but the prompts of "
-                f"{job.folder} ask for the kind {wanted}; name --problems of that kind, or none"
+                f"{job.export} ask for the kind {wanted}; name --problems of that kind, or none"
             )
         return chosen
 
     return asked
 
 
-def plan(folders: Sequence[Path], engines: Sequence[str]) -> list[Job]:
+def plan(
+    folders: Sequence[Path], engines: Sequence[str], names: Mapping[Path, str] | None = None
+) -> list[Job]:
     """Each engine with each export that it can open.
 
     Args:
         folders: exports, each with a parity bundle.
         engines: as the command line names them; none: all that find something to open.
+        names: what folders are called, where that is not their path.
 
     Raises:
         UserError: a bundle is broken, an engine unknown, or there is nothing for it to open.
@@ -168,11 +194,12 @@ def plan(folders: Sequence[Path], engines: Sequence[str]) -> list[Job]:
     named = [_parsed(engine) for engine in engines] or [
         (name, "") for name in ENGINES if name != _ADDRESS
     ]
+    names = names or {}
     bundles = {folder: read_bundle(folder) for folder in dict.fromkeys(folders)}
     jobs = []
     for name, address in named:
         openable = [
-            Job(name, target, folder, bundle)
+            Job(name, target, folder, bundle, names.get(folder, ""))
             for folder, bundle in bundles.items()
             for target in _targets(name, address, folder)
         ]
@@ -239,6 +266,8 @@ def run(
                 process.stdin.close()
             for line in process.stdout:
                 message: dict[str, Any] = json.loads(line)
+                if "failure" in message:
+                    return {"failure": _named(message["failure"], job.folder, job.export)}
                 if "done" not in message:
                     return message
                 progress(label, message["done"], message["total"])
@@ -292,7 +321,7 @@ def judged(job: Job, outcome: Mapping[str, Any], weights: str = "auto") -> Row:
     return {
         "engine": job.engine,
         "target": job.shown,
-        "export": str(job.folder),
+        "export": job.export,
         "weights": kind,
         "tolerance": {"mean_kl": tolerance.mean_kl, "top1": tolerance.top1},
         "parity": not reasons,
@@ -305,7 +334,7 @@ def report(jobs: Sequence[Job], rows: Sequence[Row]) -> dict[str, Any]:
     """Everything, as JSON."""
     from mlx_fd.runs.manifest import versions
 
-    bundles = {str(job.folder): job.bundle for job in jobs}
+    bundles = {job.export: job.bundle for job in jobs}
     return {
         "parity": all(row["parity"] for row in rows),
         "rows": list(rows),

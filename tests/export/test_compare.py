@@ -87,7 +87,12 @@ def test_an_archive_is_opened_and_cleared_away(exports, tmp_path):
     done = shell("compare", "student.tar", "--json", "--limit", 0, cwd=tmp_path)
     assert done.status == 0, done
     found = json.loads(done.out)
-    assert found["rows"][0]["measures"]["accuracy"] is None
+    [row] = found["rows"]
+    assert row["measures"]["accuracy"] is None
+    # Not the folder it was unpacked in, which is gone.
+    assert row["target"] == row["export"] == "student.tar"
+    assert list(found["bundles"]) == ["student.tar"]
+    assert ".tmp-" not in done.out + done.err
     assert [path.name for path in tmp_path.iterdir()] == ["student.tar"]
 
 
@@ -254,6 +259,24 @@ def test_where_the_report_cannot_be_written(exports, tmp_path):
     assert done.status == 2 and "could not be compared" in done.out
     assert "out: the comparison cannot be written there" in done.err
     assert "Traceback" not in done.err and "a bug in mlx-fd" not in done.err
+
+
+def test_what_is_wrong_in_an_archive_names_the_archive(exports, tmp_path):
+    bundle = read_bundle(exports / "mlx")
+    folder = tmp_path / ".tmp-1" / "student"
+    job = Job("llama.cpp", str(folder / "model.gguf"), folder, bundle, "student.tar")
+    outcome = run(job, (), lambda label, done, total: None)
+    row = judged(job, outcome)
+    assert (row["export"], row["target"]) == ("student.tar", "student.tar/model.gguf")
+    [reason] = row["reasons"]
+    assert "student.tar/parity/bundle.json is missing" in reason and ".tmp-1" not in reason
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    with tarfile.open(tmp_path / "bare.tar", "w") as archive:
+        archive.add(config, "student/config.json")
+    done = shell("compare", "bare.tar", cwd=tmp_path)
+    failed(done, "bare.tar/parity/bundle.json is missing")
+    assert ".tmp-" not in done.err
 
 
 def test_an_unsafe_archive_is_refused(tmp_path):
