@@ -406,13 +406,37 @@ def source_of(target: Target, named: str | None) -> str:
 
 
 def learned_from(target: Target, source: str, split: str) -> bool:
-    """Whether the run learned from these problems; a file has one split, whatever it is called."""
+    """Whether the run learned from some of these problems.
+
+    A file has one split, whatever it is called. Slices of one split may have nothing in common:
+    there the questions tell.
+
+    Raises:
+        UserError: they have to be compared, and cannot be loaded.
+    """
     learned = target.config.problems
-    same = source == learned.problems and split == learned.split
+    if target.run is None:
+        return False
     if _is_file(source):
         path, of_run = (Path(name).expanduser().resolve() for name in (source, learned.problems))
-        same = path == of_run
-    return target.run is not None and same
+        return path == of_run
+    if source != learned.problems or split == learned.split:
+        return source == learned.problems
+    parts = [set(problems.split_parts(one)) for one in (split, learned.split)]
+    if not parts[0] & parts[1] and "all" not in parts[0] | parts[1]:
+        return False
+    if "[" not in split + learned.split:
+        return True
+    asked = [
+        {
+            problem.question
+            for problem in problems.load(
+                source, one, skip_bad_rows=True, kind="none", columns=learned.columns
+            ).problems
+        }
+        for one in (split, learned.split)
+    ]
+    return bool(asked[0] & asked[1])
 
 
 def _is_file(source: str) -> bool:

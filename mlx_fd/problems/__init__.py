@@ -14,6 +14,7 @@ from mlx_fd.registry import SOURCES
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PACKED_SUFFIXES = (".gz", ".zst")
+_NO_WORD = re.compile(r"[\W_]+")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -192,18 +193,27 @@ def _accepted() -> str:
     )
 
 
+def split_parts(split: str) -> tuple[str, ...]:
+    """The splits that ``train+Test[:10%]`` adds up, without slices and in lower case."""
+    return tuple(part.partition("[")[0].strip().lower() for part in split.split("+"))
+
+
 def check_split(split: str, train_on_test: bool) -> None:
     """Refuse to train on a test split.
 
     Args:
-        split: as given to :func:`load`; slices and sums (``train+test[:10%]``) are seen through.
+        split: as given to :func:`load`; slices and sums (``train+test[:10%]``) are seen through,
+            and a hub data set's ``all`` has its test split in it.
         train_on_test: the user's explicit permission.
 
     Raises:
         UserError: the split is or contains a test split, and there is no permission.
     """
-    tests = [part for part in split.split("+") if part.strip().lower().startswith("test")]
-    if tests and not train_on_test:
+    of_test = any(
+        part == "all" or any(word.startswith("test") for word in _NO_WORD.split(part))
+        for part in split_parts(split)
+    )
+    if of_test and not train_on_test:
         raise UserError(
             f"split {split!r} would train on test problems, which makes every later evaluation "
             "on them worthless: use --split train, or say --train-on-test if you mean it"

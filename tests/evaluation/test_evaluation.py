@@ -466,6 +466,51 @@ def test_problems_that_were_learned_from_are_warned_of(run, tmp_path, monkeypatc
     assert not suites.concerns(target, suites.Options())
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A data set of the hub with 20 problems to train on and 20 to test, as if it was there."""
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    parts, real = {}, datasets.load_dataset
+    for name, first in (("train", 0), ("test", 20)):
+        rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(first, first + 20)]
+        parts[name] = str(tmp_path / f"{name}.jsonl")
+        Path(parts[name]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def load_dataset(repository, config, *, split, trust_remote_code):
+        return real("json", data_files=parts, split=split, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return "owner/sums"
+
+
+@pytest.mark.parametrize(
+    ("of_run", "split", "learned"),
+    [
+        ("train", "train", True),
+        ("train", "test", False),
+        ("train+test", "test", True),
+        ("Train", "train", True),
+        ("all", "test", True),
+        ("train", "all", True),
+        ("train[:50%]", "train", True),
+        ("train[:50%]", "train[50%:]", False),
+        ("train[:60%]", "train[50%:]", True),
+        ("train+test[:10%]", "test", True),
+    ],
+)
+def test_a_split_that_was_learned_from_is_known_by_any_name(run, hub, of_run, split, learned):
+    target = open_target(str(run), None)
+    config = override(target.config, {"problems": hub, "split": of_run}, "test")
+    target = dataclasses.replace(target, config=config)
+    said = suites.concerns(target, suites.Options(problems=hub, split=split))
+    assert [f"learned from these problems ({hub}, split {of_run})" in one for one in said] == (
+        [True] if learned else []
+    )
+
+
 def test_sets_of_files_that_are_called_alike_are_told_apart(tmp_path):
     files = [tmp_path / folder / "test.jsonl" for folder in ("one", "other")]
     for number, file in enumerate(files):
