@@ -137,16 +137,21 @@ class Solving:
         final = read_final(trial.final, problem, how)
         first = read_final(trial.turns["answer"], problem, how)
         gold = f"#### {problem.published or problem.answer}"
-        # The harness's filters look for numbers.
-        number = problem.kind == "number"
+        # The harness's filters look for numbers, without units.
+        strict, flexible = (
+            parsing.lm_eval_match(trial.final, gold, filter)
+            if problem.kind == "number" and parsing.lm_eval_readable(gold, filter)
+            else None
+            for filter in ("strict", "flexible")
+        )
         return {
             "id": problem.id,
             "question": problem.question,
             "reference": problem.answer,
             "final": final,
             "correct": is_right(final, problem),
-            "strict": parsing.lm_eval_match(trial.final, gold, "strict") if number else None,
-            "flexible": parsing.lm_eval_match(trial.final, gold, "flexible") if number else None,
+            "strict": strict,
+            "flexible": flexible,
             "first_correct": is_right(first, problem),
         }
 
@@ -182,11 +187,14 @@ class Solving:
 
         accuracy = mean_of(lambda row: row["correct"])
         measures = [Measure("accuracy", accuracy, compared=True)]
-        if all(problem.kind == "number" for problem in self.items):
-            measures += [
-                Measure("accuracy_strict", mean_of(lambda row: row["strict"])),
-                Measure("accuracy_flexible", mean_of(lambda row: row["flexible"])),
-            ]
+        by_filter = {
+            "accuracy_strict": [[row.get("strict") for row in samples] for samples in rows],
+            "accuracy_flexible": [[row.get("flexible") for row in samples] for samples in rows],
+        }
+        for name, right_by_filter in by_filter.items():
+            shares = list(map(_known_mean, right_by_filter))
+            if not all(map(math.isnan, shares)):
+                measures.append(Measure(name, shares))
         if all(problem.kind == "text" for problem in self.items):
             measures.append(Measure("token_f1", list(map(_token_f1, self.items, rows))))
         measures.append(Measure("first_accuracy", mean_of(lambda row: row["first_correct"])))
@@ -228,6 +236,11 @@ def without_shots(found: Sequence[Problem], shots: str) -> tuple[Problem, ...]:
 
 def _known(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def _known_mean(right: Sequence[bool | None]) -> float:
+    """The share of a problem's samples that are right; NaN where nothing says so."""
+    return math.nan if None in right else float(np.mean([bool(one) for one in right]))
 
 
 def first_by(bench: Bench) -> Who:

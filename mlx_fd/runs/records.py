@@ -1198,7 +1198,8 @@ class ItemRow(TypedDict):
             is none.
         final: what was read in the final text; null where nothing could be.
         correct: whether that is right; null where nothing is right or wrong.
-        strict: whether lm-evaluation-harness's strict filter finds it right; null likewise.
+        strict: whether lm-evaluation-harness's strict filter finds it right; null likewise, and
+            where no reply can match the gold answer: it is no number, or has a unit, % or a slash.
         flexible: whether its flexible filter does; null likewise.
         first_correct: whether the first answer was right; null likewise.
         deserved: the score that the judged answer deserves.

@@ -2,10 +2,11 @@
 
 import pytest
 
+from mlx_fd.evaluation.baselines import Trial
 from mlx_fd.evaluation.readers import Readers
 from mlx_fd.evaluation.solving import Solving
 from mlx_fd.problems import Problem
-from mlx_fd.problems.kinds import is_right
+from mlx_fd.problems.kinds import KINDS, is_right
 
 
 def measured(items, finals):
@@ -46,3 +47,41 @@ def test_one_value_in_several_forms_is_one_vote():
     items = [Problem("a", "?", "", "0.5", "math")]
     found = measured(items, [["0.5", "3", "3", "\\frac{1}{2}", "\\frac{2}{4}"]])
     assert found["maj@5"].value == 1.0 and found["avg@5"].value == 0.6
+
+
+@pytest.mark.parametrize(
+    ("gold", "reply", "strict", "flexible"),
+    [
+        ("18", "#### 18", True, True),
+        ("18", "#### 17", False, False),
+        ("$1,234.50", "#### 1234.50", True, True),
+        ("-3", "#### -3", True, True),
+        # No reply could match these: "18" is not "18 eggs".
+        ("18 eggs", "#### 18 eggs", None, None),
+        ("50%", "#### 50%", None, None),
+        ("3/4", "#### 3/4", None, None),
+    ],
+)
+def test_the_harness_judges_golds_that_it_can_read(gold, reply, strict, flexible):
+    right = KINDS["number"].gold(gold, ())
+    problem = Problem("a", "How many?", f"#### {gold}", right, published=gold)
+    one = Solving("eggs/test", [problem], ("student",), 1, Readers())
+    row = one.row(problem, Trial({"answer": reply}, "answer", None, {}, {}, {}, {}, ()), "auto")
+    assert (row["strict"], row["flexible"]) == (strict, flexible)
+    assert row["correct"] is (strict is not False)
+
+
+def test_columns_of_the_harness_are_of_the_problems_that_it_can_judge():
+    items = [Problem(str(n), "How many?", "", "18") for n in range(3)]
+    one = Solving("eggs/test", items, ("student",), 1, Readers())
+    row = {"final": "18", "correct": True, "first_correct": True, "score": None}
+    row |= {"turns": {"answer": ""}, "last": "answer"}
+
+    def found(*judged):
+        rows = [[{**row, "strict": right, "flexible": None}] for right in judged]
+        return {measure.name: measure.estimate() for measure in one.measures(rows)}
+
+    strict = found(True, None, False)["accuracy_strict"]
+    assert (strict.value, strict.n) == (0.5, 2)
+    assert "accuracy_flexible" not in found(True, None, False)
+    assert "accuracy_strict" not in found(None, None, None)

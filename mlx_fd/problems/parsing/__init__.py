@@ -14,6 +14,7 @@ from mlx_fd.problems.parsing.answers import (
     is_number,
     lm_eval_answer,
     lm_eval_match,
+    lm_eval_readable,
     number,
 )
 from mlx_fd.problems.parsing.feedbacks import needs_merge, parse_feedback
@@ -26,6 +27,7 @@ __all__ = [
     "is_number",
     "lm_eval_answer",
     "lm_eval_match",
+    "lm_eval_readable",
     "needs_merge",
     "number",
     "parse_feedback",

@@ -411,6 +411,16 @@ def lm_eval_match(text: str, gold_text: str, filter: str) -> bool:
     return _lm_eval_normal(lm_eval_answer(text, filter)) == _lm_eval_normal(gold_text)
 
 
+def lm_eval_readable(gold_text: str, filter: str) -> bool:
+    """Whether a reply can match a gold answer by a filter: not one with a unit, ``%`` or ``/``.
+
+    Args:
+        gold_text: as for :func:`lm_eval_match`.
+        filter: likewise.
+    """
+    return lm_eval_match(f"#### {_lm_eval_normal(gold_text)}", gold_text, filter)
+
+
 def final_answer(text: str, how: str = "auto") -> Fraction | None:
     r"""The number a solution arrives at.
 
