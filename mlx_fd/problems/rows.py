@@ -22,18 +22,20 @@ from mlx_fd.problems import Problem, chats, parsing
 from mlx_fd.problems.kinds import KINDS, is_right, read_final
 from mlx_fd.problems.kinds.choice import LETTERS, listed
 from mlx_fd.problems.kinds.code import calls_check
-from mlx_fd.problems.kinds.text import MAX_TEXT
+from mlx_fd.problems.kinds.text import MAX_TEXT, compared, without_tex
 from mlx_fd.problems.thoughts import without_thoughts
 from mlx_fd.text import shown
 
+# Beside these an "answer" may be how one comes to them.
+_FINAL = ("final_answer", "expected_answer")
 #: What a column stands for -> the names it is published under, the first of which wins.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "question": ("question", "problem", "query", "prompt", "instruction"),
     "context": ("context", "passage", "body", "input"),
     "choices": ("choices", "options"),
     "answer": (
-        "answer", "answerkey", "answers", "answers_spans", "final_answer", "expected_answer",
-        "target", "label", "gold", "output", "response", "completion",
+        *_FINAL, "answer", "answerkey", "answers", "answers_spans", "target", "label", "gold",
+        "output", "response", "completion",
     ),
     "solution": ("solution", "rationale", "explanation", "canonical_solution"),
     "tests": ("test", "test_list", "tests"),
@@ -243,6 +245,9 @@ def _parts(row: Mapping[str, Any], named: Mapping[str, str]) -> _Row:
     _refuse_images(row, by_name)
     asked, answer, solution = column("question"), column("answer"), column("solution")
     tests = _tests(row, by_name, column("tests"))
+    beside = answer is not None or bool(tests or _ANSWERS & by_name.keys())
+    if solution is not None and _blank(row[solution]) and beside:
+        solution = None
     if tests:
         # MBPP as first published.
         asked, solution = asked or by_name.get("text"), solution or by_name.get("code")
@@ -310,10 +315,23 @@ def _empty(value: Any) -> bool:
     return value in (None, "", []) or (isinstance(value, float) and math.isnan(value))
 
 
+def _blank(value: Any) -> bool:
+    """Whether a cell holds nothing, or white space alone."""
+    return _empty(value) or (isinstance(value, str) and not value.strip())
+
+
 def _column(row: Mapping[str, Any], by_name: Mapping[str, str], role: str) -> str | None:
     """The first column of a role that holds something."""
-    there = (by_name[name] for name in COLUMNS[role] if name in by_name)
-    return next((name for name in there if row[name] is not None), None)
+    there = ((name, by_name[name]) for name in COLUMNS[role] if name in by_name)
+    return next(
+        (
+            column
+            for name, column in there
+            # What is blank there may stand in "answer".
+            if row[column] is not None and not (name in _FINAL and _blank(row[column]))
+        ),
+        None,
+    )
 
 
 def _with_context(row: Mapping[str, Any], context: str | None, question: str) -> str:
@@ -360,17 +378,21 @@ def _chat_of(
 def _others(row: Mapping[str, Any], named: Mapping[str, str]) -> list[str]:
     """A row's columns that are not known, and that say something."""
     there = {
-        name.strip().lower(): name for name, value in row.items() if value not in (None, "", [], {})
+        name.strip().lower(): name
+        for name, value in row.items()
+        if not _blank(value) and value != {}
     }
-    found = [named["answer"]] if "answer" in named else [there.get(n) for n in COLUMNS["answer"]]
-    answer = next((row.get(name) for name in found if name is not None), None)
+    by_name = _by_name(row)
+    read = {role: named.get(role) or _column(row, by_name, role) for role in COLUMNS}
+    answer = row.get(read["answer"] or "")
     known = {name for names in COLUMNS.values() for name in names} | _ABOUT | _BESIDE
     known |= {name.strip().lower() for name in _choice_columns(row, by_letter=_is_letter(answer))}
     # Of several columns for the same thing one is read.
     second = {
         name
-        for role in ("question", "context", "choices")
-        for name in [one for one in COLUMNS[role] if one in there][1:]
+        for role in ("question", "context", "choices", "answer", "solution")
+        for name in COLUMNS[role]
+        if there.get(name) != read[role]
     }
     return [name for low, name in there.items() if low not in known or low in second]
 
@@ -381,7 +403,7 @@ def _check_no_answer_is_missed(
     """Refuse to take a file for one of prompts where another column may have the answers."""
     if others and not any(row.free for _, _, row in rows):
         raise UserError(
-            f"{rows[0][0]}: no row has an answer, and columns that are not known are there: "
+            f"{rows[0][0]}: no row has an answer, and columns that are not read are there: "
             f"{', '.join(map(repr, others))[:200]}; name what they are (--columns answer=NAME), "
             "or say that there are no answers (--answer-kind none)"
         )
@@ -656,12 +678,30 @@ def _problem(row: _Row, kind: str, default_id: str) -> Problem:
         also_right=others,
         published=parsing.gold_part(written),
     )
-    if row.solution is None and not is_right(read_final(problem.solution, problem), problem):
-        # An answer alone: models are to see it as replies end.
-        ended = f"#### {gold}"
+    if row.solution is not None:
+        return problem
+    if not _is_alone(written, problem) and is_right(read_final(written, problem), problem):
+        return problem
+    # An answer alone: models are to see it as replies end, a number as it is published.
+    for final in (written.strip(), gold) if kind == "number" else (gold,):
+        ended = f"#### {final}"
         if is_right(read_final(ended, problem), problem):
             return replace(problem, solution=ended)
     return problem
+
+
+def _is_alone(written: str, problem: Problem) -> bool:
+    """Whether a gold answer has nothing before it, and no mark and no box that say what it is."""
+    text = written.strip()
+    if "####" in text or parsing.gold_part(text) != text:
+        return False
+    if problem.kind != "choice":
+        return True
+    # Other kinds have no gold beside more; "B) since it rains" says why.
+    letter = problem.answer
+    choice = problem.choices[LETTERS.index(letter)]
+    names = (letter, choice, f"{letter} {choice}")
+    return compared(without_tex(text)) in {compared(without_tex(name)) for name in names}
 
 
 def _program(row: _Row, default_id: str) -> Problem:

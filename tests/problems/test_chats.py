@@ -108,7 +108,7 @@ def test_more_than_texts_is_refused(tmp_path, row, reason):
 
 def test_answers_in_an_unknown_column_are_not_passed_over(tmp_path):
     row = {"question": "3 + 5?", "result": "8"}
-    with pytest.raises(UserError, match=r"columns that are not known are there: 'result'"):
+    with pytest.raises(UserError, match=r"columns that are not read are there: 'result'"):
         only(tmp_path, row)
     assert only(tmp_path, row, kind="none")[0].kind == "none"
     assert only(tmp_path, row, columns="answer=result")[0].answer == "8"

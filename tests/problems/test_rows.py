@@ -364,9 +364,17 @@ def test_choices_counted_from_one_are_refused_even_with_bad_rows_skipped(tmp_pat
     [
         ({"choices": ["up", "down"], "answer": 1}, "#### B"),
         ({"choices": {"text": ["up", "down"], "label": ["1", "2"]}, "answer": "2"}, "#### B"),
-        ({"choices": ["up", "down"], "answer": "B"}, "B"),
+        ({"choices": ["up", "down"], "answer": "B"}, "#### B"),
+        ({"choices": ["up", "down"], "answer": "down"}, "#### B"),
+        ({"choices": ["up", "down"], "answer": "(b) Down"}, "#### B"),
+        ({"choices": ["up", "down"], "answer": "B) since it falls"}, "B) since it falls"),
+        ({"choices": ["up", "down"], "answer": "So it is #### B"}, "So it is #### B"),
         ({"answer": "Ann"}, "#### Ann"),
-        ({"answer": "48"}, "48"),
+        ({"answer": "48"}, "#### 48"),
+        ({"answer": 0.5}, "#### 0.5"),
+        ({"answer": "18 eggs"}, "#### 18 eggs"),
+        ({"answer": "So \\boxed{48}"}, "So \\boxed{48}"),
+        ({"answer": "#### 48"}, "#### 48"),
     ],
 )
 def test_an_answer_alone_is_a_solution_that_ends_as_replies_do(tmp_path, row, solution):
@@ -416,3 +424,43 @@ def test_a_trace_that_is_cut_off_in_its_thought_has_no_gold(tmp_path, column):
     whole = {"question": "And this?", column: "<think>\n\\boxed{3}?\n</think>\n\n\\boxed{4}"}
     (problem,) = only(tmp_path, cut, whole, skip_bad_rows=True)
     assert (problem.kind, problem.answer) == ("number", "4")
+
+
+@pytest.mark.parametrize("blank", ["", " ", None])
+def test_a_blank_solution_beside_an_answer_is_none(tmp_path, blank):
+    rows = [
+        {"question": "1 + 1?", "answer": "2", "solution": blank},
+        {"question": "2 + 2?", "answer": "4", "solution": "2 + 2 = 4"},
+    ]
+    assert [one.solution for one in only(tmp_path, *rows)] == ["#### 2", "2 + 2 = 4"]
+    path = tmp_path / "p.csv"
+    path.write_text(f"question,answer,solution\n1 + 1?,2,{blank or ''}\n2 + 2?,4,2 + 2 = 4\n")
+    assert [one.solution for one in load(str(path)).problems] == ["#### 2", "2 + 2 = 4"]
+    with pytest.raises(UserError, match="'solution' is empty"):
+        only(tmp_path, {"question": "1 + 1?", "solution": ""})
+
+
+@pytest.mark.parametrize(
+    ("row", "answer", "unread"),
+    [
+        ({"answer": "5", "label": "9"}, "5", ("label",)),
+        ({"answer": None, "label": "9"}, "9", ()),
+        ({"answer": "So she has five.", "final_answer": "5"}, "5", ("answer",)),
+        ({"answer": "5", "final_answer": ""}, "5", ()),
+        ({"answer": "5", "solution": "2 + 3 = 5", "explanation": "why"}, "5", ("explanation",)),
+        ({"answer": "5", "gold": float("nan"), "rationale": "why"}, "5", ()),
+    ],
+)
+def test_of_several_columns_for_one_thing_those_that_are_not_read_are_named(
+    tmp_path, row, answer, unread
+):
+    found = load(written(tmp_path, {"question": "How many?", **row}))
+    assert (found.problems[0].answer, found.unread) == (answer, unread)
+
+
+def test_a_column_that_was_named_is_the_one_that_is_read(tmp_path):
+    row = {"question": "How many?", "answer": "So she has five.", "final_answer": "5"}
+    path = written(tmp_path, {**row, "label": "7"})
+    found = load(path, columns="answer=label,solution=answer")
+    assert (found.problems[0].answer, found.unread) == ("7", ("final_answer",))
+    assert found.problems[0].solution == "So she has five."

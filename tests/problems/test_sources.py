@@ -158,11 +158,11 @@ def test_json_file_of_lines_and_byte_order_mark(tmp_path):
     [
         ({"question": "q", "solution": "s", "answer": "18"}, "18", "s"),
         ({"problem": "q", "solution": "s", "answer": 18}, "18", "s"),
-        ({"problem": "q", "answer": 0.1}, "1/10", "0.1"),
-        ({"question": "q", "answer": "$1,234.50"}, "2469/2", "$1,234.50"),
-        ({"question": "q", "answer": "3/4", "solution": None}, "3/4", "3/4"),
+        ({"problem": "q", "answer": 0.1}, "1/10", "#### 0.1"),
+        ({"question": "q", "answer": "$1,234.50"}, "2469/2", "#### $1,234.50"),
+        ({"question": "q", "answer": "3/4", "solution": None}, "3/4", "#### 3/4"),
         ({"question": "q", "answer": "-2 and so\n#### -2"}, "-2", "-2 and so\n#### -2"),
-        ({"question": "q", "answer": r"\frac{1}{2}"}, "1/2", r"\frac{1}{2}"),
+        ({"question": "q", "answer": r"\frac{1}{2}"}, "1/2", r"#### \frac{1}{2}"),
     ],
 )
 def test_columns(tmp_path, row, answer, solution):
@@ -560,14 +560,18 @@ def test_too_many_episodes_says_how_many_there_are():
         probe_and_train(problem_set(["a", "b"]), 8, 1, 0)
 
 
-@pytest.mark.parametrize("split", ["test", "TEST", " Test", "test[:10%]", "train+test", "testmini"])
+@pytest.mark.parametrize(
+    "split",
+    ["test", "TEST", " Test", "test[:10%]", "train+test", "testmini", "all",
+     "all[:50%]", "challenge_test", "hidden-test[:9]", "train+ALL"],
+)  # fmt: skip
 def test_test_split_needs_permission(split):
     with pytest.raises(UserError, match="--train-on-test"):
         check_split(split, False)
     check_split(split, True)
 
 
-@pytest.mark.parametrize("split", ["train", "validation", "latest", "train[:10%]", ""])
+@pytest.mark.parametrize("split", ["train", "validation", "latest", "train[:10%]", "train_all", ""])
 def test_other_splits_do_not(split):
     check_split(split, False)
 

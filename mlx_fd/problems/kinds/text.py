@@ -18,7 +18,9 @@ from mlx_fd.problems.prompts import Form
 from mlx_fd.problems.thoughts import without_thoughts
 
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
-_TEX = re.compile(r"\\(?:boxed|fbox|(?:text|math)(?:bf|rm)?)\{([^{}]*+)\}")
+_TEX = re.compile(r"\\(?:boxed|fbox|mbox|emph|(?:text|math)(?:bf|it|rm|sf|tt)?)\{([^{}]*+)\}")
+_MAX_NESTED = 3  # a bold text in a box
+_IN_DOLLARS = re.compile(r"\s*+\$([^$]++)\$\s*+")
 _LEAD = re.compile(r"\A(?:the )?(?:final )?answer(?: is\b|:)[ *]*+", re.IGNORECASE)
 _ARTICLES = frozenset({"a", "an", "the"})
 _GROUPS = re.compile(
@@ -69,6 +71,14 @@ def compared(text: str) -> str:
     return " ".join([word for word in words if word not in _ARTICLES] or words)
 
 
+def without_tex(text: str) -> str:
+    r"""A text without the LaTeX around its words: ``$\boxed{\text{blue}}$`` is ``blue``."""
+    for _ in range(_MAX_NESTED):
+        text = _TEX.sub(r"\1", text)
+    formula = _IN_DOLLARS.fullmatch(text)
+    return formula[1] if formula else text
+
+
 def token_f1(final: str, gold: str) -> float:
     """F1 of the words that two normalised texts share (SQuAD), in [0, 1]."""
     one, other = normal(final).split(), normal(gold).split()
@@ -81,14 +91,14 @@ def token_f1(final: str, gold: str) -> float:
 def _read(text: str, problem: Problem, how: str) -> str | None:
     for piece in (after_mark(text), boxed(without_thoughts(text))):
         if piece is not None and len(piece) <= MAX_TEXT:
-            return compared(_LEAD.sub("", _TEX.sub(r"\1", piece).strip(" *$<>"))) or None
+            return compared(_LEAD.sub("", without_tex(piece).strip(" *$<>"))) or None
     return None
 
 
 def _gold(answer: Any, choices: tuple[str, ...]) -> str:
     text = {True: "yes", False: "no"}[answer] if isinstance(answer, bool) else str(answer)
     final = after_mark(text) if "####" in text else gold_part(text)
-    if final is None or not compared(final):
+    if final is None or not compared(final := without_tex(final)):
         raise ValueError("'answer' has no word in it")
     return final.strip()
 
