@@ -58,8 +58,9 @@ class Heard:
 
     Attributes:
         text: the student's feedback.
-        score: how good it finds the attempt, in [-1, 1]: the head's, or the written one of a
-            student without a head; ``None`` where there is none.
+        score: how good it finds the attempt, in [-1, 1]: the one in its text, or the head's where
+            none can be read there; ``None`` where there is none. Its sign is the verdict, as in the
+            loop.
         own_final: what the model that was asked the problem arrives at; ``None``: nothing that
             could be read, or nobody was asked.
         agrees: whether the attempt arrives at the same; ``None`` where one of them is missing.
@@ -226,7 +227,7 @@ def tutor(judge: Judge, problem: str, attempt: Attempt) -> dict[str, Any]:
         judge.student_lm, [asked], options, 0, lambda step, tokens: None, temperature=0, keep=False
     )
     head, written, final = judgement.head_score, judgement.written_score, own.answer.final
-    score = written if head is None else head
+    score = head if written is None else written
     heard = Heard(judgement.text, score, final, agreement(asked, text, final))
     return as_json(problem, attempt, heard, "student")
 

@@ -121,7 +121,7 @@ def routes(service: Service) -> list[Route]:
                     judging = group.create_task(judge(service, prompt, sampling, text=True))
                     solving = group.create_task(own_answer(asked, prompts))
             verdict, own = judging.result(), solving.result()
-            score = verdict.written_score if verdict.score is None else verdict.score
+            score = verdict.score if verdict.written_score is None else verdict.written_score
             agrees = agreement(asked, answer, own.final)
             heard = Heard(verdict.text, score, own.final, agrees)
             found = as_json(problem, attempt, heard, own.by)
