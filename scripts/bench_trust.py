@@ -40,6 +40,7 @@ NOTHING = "-"
 def row_of(arm: str, seed: int, folder: Path) -> Row:
     """A finished run as one row."""
     from mlx_fd import runs
+    from mlx_fd.config import read
     from mlx_fd.runs.summary import agreed
 
     summary = json.loads((folder / "summary.json").read_text())
@@ -54,7 +55,9 @@ def row_of(arm: str, seed: int, folder: Path) -> Row:
         "seed": seed,
         "options": list(ARMS[arm]),
         **made(),
+        "lora_rank": read(folder / "config.toml").models.lora_rank,
         "seconds": summary["seconds"]["total"],
+        "written": [_by_expert(row["tokens"]) for row in episodes],
         "tokens": [row["tokens"].get("expert_feedback", 0) for row in episodes],
         "asked": bits([row["expert_feedback"] is not None for row in episodes]),
         "trusted": bits([row["gate"]["trusted"] for row in episodes]),
@@ -65,6 +68,12 @@ def row_of(arm: str, seed: int, folder: Path) -> Row:
         "found": ["", bits([one["found"] for one in exam])],
         "solved": ["", bits([one["solved"] for one in exam])],
     }
+
+
+def _by_expert(tokens: dict[str, int]) -> int:
+    """What the expert wrote in an episode; the first answer is the student's."""
+    own = [n for step, n in tokens.items() if step == "answer" or step.startswith("student_")]
+    return sum(tokens.values()) - sum(own)
 
 
 def if_asked(folder: Path) -> list[bool | None]:
@@ -219,6 +228,12 @@ MEASURES: dict[str, Callable[[Sequence[Row]], Estimate]] = {
 }
 
 
+def _written(row: Row) -> str:
+    written = np.array(row.get("written", []))
+    halves = np.array_split(written, 2)
+    return ", ".join(f"{half.mean():.0f}" for half in halves) if len(written) else "-"
+
+
 def _over(rows: Sequence[Row], value: Callable[[Row], float]) -> Estimate:
     return over_runs([RunValue(value(row), 0.0) for row in rows])[0]
 
@@ -228,8 +243,11 @@ def table(path: Path) -> str:
     lines: list[str] = []
     for arm, rows in of_arms(path, ARMS).items():
         options = " ".join(["--preset tiny", *ARMS[arm]])
+        # Older rows do not say it.
+        rank = rows[0].get("lora_rank", 16)
         lines += [
-            f"**`mlx-fd loop {options}`**: {len(rows[0]['asked'])} episodes, "
+            f"**`mlx-fd loop {options}`**, {rows[0]['date']}, LoRA of rank {rank}: "
+            f"{len(rows[0]['asked'])} episodes, "
             f"{len(rows[0]['wrong'])} questions at the end, the default gate. The mean over runs "
             "with its 95 % t interval over runs; then each run.",
             "",
@@ -246,6 +264,7 @@ def table(path: Path) -> str:
                 continue
             lines.append(f"| {name} | {' | '.join(cells)} |")
         counts: dict[str, Callable[[Row], str]] = {
+            "expert's tokens a problem, all steps: first half, second": _written,
             "audited verdicts, of which differ": lambda row: (
                 f"{len(audits(row))}, {audits(row).sum():.0f}"
             ),
