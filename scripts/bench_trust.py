@@ -14,7 +14,7 @@ student's feedback. Rows, one for each run, go to docs/bench_trust.jsonl.
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def row_of(arm: str, seed: int, folder: Path) -> Row:
     }
 
 
-def _by_expert(tokens: dict[str, int]) -> int:
+def _by_expert(tokens: Mapping[str, int]) -> int:
     """What the expert wrote in an episode; the first answer is the student's."""
     own = [n for step, n in tokens.items() if step == "answer" or step.startswith("student_")]
     return sum(tokens.values()) - sum(own)
