@@ -29,7 +29,7 @@ def test_the_tiny_preset_is_the_default_in_other_sizes_and_rates():
     sizes = {
         *("episodes", "batch_size", "micro_batch", "kd_steps", "step_samples", "replay_size"),
         *("max_answer_tokens", "max_feedback_tokens", "max_merge_tokens"),
-        *("probe_size", "exam_size", "own_solutions", "warm_up"),
+        *("probe_size", "exam_size", "own_solutions", "warm_up", "lora_rank"),
     }
     rates = {"lora_rate", "score_rate", "projection_rate", "ema_decay"}
     for name in ("tiny", "tiny-hard"):

@@ -16,7 +16,8 @@ bench = script("bench_trust")
 def row(seed, asked="11111010", agreed="1011-10-", right="11111101"):
     trusted = "00001111"
     return {
-        **{"arm": "main", "seed": seed, "seconds": 60.0, "tokens": [10 * int(x) for x in asked]},
+        **{"arm": "main", "seed": seed, "date": "2026-11-30", "seconds": 60.0, "lora_rank": 64},
+        **{"written": [30, 50, 30, 50, 10, 20, 10, 20], "tokens": [10 * int(x) for x in asked]},
         **{"asked": asked, "trusted": trusted, "agreed": agreed, "right": right},
         "if_asked": "11111111",
         **{"wrong": "1100", "found": ["", "1011"], "solved": ["", "1110"]},
@@ -47,6 +48,9 @@ def test_table_and_plot_are_made_of_the_rows(tmp_path):
     assert cells["expert's feedback tokens saved (%)"][1].strip() == "25.0"
     assert cells["final answers right (%)"][0].strip().startswith("87.5 (")
     assert cells["problems solved (%)"][2].strip() == "75.0"
+    written = "expert's tokens a problem, all steps: first half, second"
+    assert cells[written][1].strip() == "40, 15"
+    assert "2026-11-30, LoRA of rank 64" in lines[0]
     assert cells["episodes before trust"][1].strip() == "4"
     ElementTree.fromstring(bench.plot(path))
     asked = "the same, less had the expert been asked everywhere (points)"
