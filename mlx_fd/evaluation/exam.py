@@ -112,7 +112,7 @@ def examine(
         )
         for question, one, solution in zip(chunk, written, solutions, strict=True):
             feedback = parsed(one.turn)
-            score = head_score(pair.student, loaded, one) or 0.0
+            score = head_score(pair.student, loaded, one)
             named = arithmetic.first_error(feedback.text)
             results.append(
                 Result(

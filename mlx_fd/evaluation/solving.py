@@ -99,8 +99,7 @@ class Solving:
         config, alone = bench.target.config, None
         if system == LOOP and bench.target.threshold is not None:
             # The finals of its own solutions are compared with the answer's.
-            own = [config.gate.own_solutions, options.answer_filter]
-            alone = [bench.target.threshold, *own]
+            alone = [bench.target.threshold, config.gate.own_solutions, options.answer_filter]
         key = {
             "system": system,
             "questions": asked(chunk),
@@ -188,13 +187,14 @@ class Solving:
         accuracy = mean_of(lambda row: row["correct"])
         measures = [Measure("accuracy", accuracy, compared=True)]
         by_filter = {
-            "accuracy_strict": [[row.get("strict") for row in samples] for samples in rows],
-            "accuracy_flexible": [[row.get("flexible") for row in samples] for samples in rows],
+            "accuracy_strict": [_known_mean([row.get("strict") for row in of]) for of in rows],
+            "accuracy_flexible": [_known_mean([row.get("flexible") for row in of]) for of in rows],
         }
-        for name, right_by_filter in by_filter.items():
-            shares = list(map(_known_mean, right_by_filter))
-            if not all(map(math.isnan, shares)):
-                measures.append(Measure(name, shares))
+        measures += [
+            Measure(name, shares)
+            for name, shares in by_filter.items()
+            if not all(map(math.isnan, shares))
+        ]
         if all(problem.kind == "text" for problem in self.items):
             measures.append(Measure("token_f1", list(map(_token_f1, self.items, rows))))
         measures.append(Measure("first_accuracy", mean_of(lambda row: row["first_correct"])))

@@ -106,10 +106,8 @@ def head_score(
     student: Student,
     student_lm: Loaded,
     criticism: Criticism,
-) -> float | None:
+) -> float:
     """The score of the student's head on an answer that it gave feedback on.
-
-    ``None`` for a head that nothing teaches.
 
     Args:
         student: the student.
@@ -117,8 +115,6 @@ def head_score(
             written from are not known.
         criticism: its feedback.
     """
-    if not student.scores:
-        return None
     at_end, turn, before = student.scores_at_end, criticism.turn, criticism.before
     if turn.states:
         return float(student.score(turn.states[at_end]))

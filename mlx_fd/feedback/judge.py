@@ -341,8 +341,7 @@ class Judge:
             states = (prefill(loaded, Conversation(), prompt)[0] for prompt in prompts)
             return [float(student.score(hidden)) for hidden in states]
         written = criticisms(loaded, prompts, Sampling(max_tokens), GenerateOptions())
-        scores = [head_score(student, loaded, one) for one in written]
-        return [score for score in scores if score is not None]
+        return [head_score(student, loaded, one) for one in written]
 
     def _judge_batch(
         self,
@@ -354,8 +353,9 @@ class Judge:
         options = GenerateOptions(on_token=on_token)
         judgements = []
         for one in criticisms(loaded, self.requests(pairs), sampling, options):
-            read = parsed(one.turn)
-            score = None if self.student is None else head_score(self.student, loaded, one)
+            read, score = parsed(one.turn), None
+            if self.student is not None and self.ref.scores:
+                score = head_score(self.student, loaded, one)
             judgements.append(
                 Judgement(read.text, read.written_score, score, one.turn.finished, one.turn.thought)
             )
@@ -442,7 +442,6 @@ def open_student(
     width = projection_width(ref.checkpoint)
     student = make_student(loaded.view, width, options, ref.config.episode.seed)
     load_student(student, ref.checkpoint)
-    student.scores = ref.scores
     student.eval()
     return Judge(ref, dataclasses.replace(loaded, model=student.model), student)
 

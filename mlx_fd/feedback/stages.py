@@ -83,6 +83,11 @@ class Answered:
         return is_right(self.answer.final, self.problem)
 
 
+def verdict_score(written: float | None, head: float | None) -> float | None:
+    """The score whose sign is a student's verdict: that of its text, the head's without one."""
+    return head if written is None else written
+
+
 @dataclass(frozen=True)
 class StudentFeedback:
     """What the student says of an answer.
@@ -114,8 +119,7 @@ class StudentFeedback:
 
         The head's where none can be read.
         """
-        written = self.feedback.written_score
-        return self.head_score if written is None else written
+        return verdict_score(self.feedback.written_score, self.head_score)
 
     @property
     def confidence(self) -> float | None:

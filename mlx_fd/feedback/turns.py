@@ -202,10 +202,12 @@ def write_student_feedback(
             alone=True,
         )
     )
-    turn = reply.turn
+    turn, score = reply.turn, None
+    if pair.student.scores:
+        score = head_score(pair.student, pair.student_lm, Criticism(turn, reply.prompt))
     return StudentFeedback(
         parsed(turn),
-        head_score(pair.student, pair.student_lm, Criticism(turn, reply.prompt)),
+        score,
         usage_of(step, turn, reply.seconds),
         min(sum(turn.logprobs), 0.0),
     )

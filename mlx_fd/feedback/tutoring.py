@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from mlx_fd.config import GenerationOptions
 from mlx_fd.feedback.judge import Judge, ModelRef
+from mlx_fd.feedback.stages import verdict_score
 from mlx_fd.feedback.turns import answer
 from mlx_fd.problems import Problem
 from mlx_fd.problems.arithmetic import first_error
@@ -226,8 +227,7 @@ def tutor(judge: Judge, problem: str, attempt: Attempt) -> dict[str, Any]:
     [own] = answer(
         judge.student_lm, [asked], options, 0, lambda step, tokens: None, temperature=0, keep=False
     )
-    head, written, final = judgement.head_score, judgement.written_score, own.answer.final
-    score = head if written is None else written
+    score, final = verdict_score(judgement.written_score, judgement.head_score), own.answer.final
     heard = Heard(judgement.text, score, final, agreement(asked, text, final))
     return as_json(problem, attempt, heard, "student")
 

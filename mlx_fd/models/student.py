@@ -31,7 +31,7 @@ class Student(nn.Module):
         score_at: where it reads: ``"prompt"``, at the last token before the feedback, or
             ``"own"`` and ``"feedback"``, where the feedback's last token is predicted; they differ
             in whose feedback it learns on.
-        scores: whether its head's score says anything: not where no loss teaches the head.
+        scores: whether its head's score counts in the loop: not where no loss teaches the head.
         goes_on: whether its own feedback is read on from a text of the expert's that begins alike.
         projection: linear d -> d_expert of the hidden-alignment loss, without bias. It starts as
             the identity where the widths are equal.

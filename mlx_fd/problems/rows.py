@@ -22,7 +22,7 @@ from mlx_fd.problems import Problem, chats, parsing
 from mlx_fd.problems.kinds import KINDS, is_right, read_final
 from mlx_fd.problems.kinds.choice import LETTERS, listed
 from mlx_fd.problems.kinds.code import calls_check
-from mlx_fd.problems.kinds.text import MAX_TEXT, compared, without_tex
+from mlx_fd.problems.kinds.text import MAX_TEXT, words_of
 from mlx_fd.problems.thoughts import without_thoughts
 from mlx_fd.text import shown
 
@@ -701,7 +701,7 @@ def _is_alone(written: str, problem: Problem) -> bool:
     letter = problem.answer
     choice = problem.choices[LETTERS.index(letter)]
     names = (letter, choice, f"{letter} {choice}")
-    return compared(without_tex(text)) in {compared(without_tex(name)) for name in names}
+    return words_of(text) in set(map(words_of, names))
 
 
 def _program(row: _Row, default_id: str) -> Problem:

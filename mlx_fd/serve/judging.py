@@ -86,7 +86,7 @@ async def judge(
     if student is not None and behind:
         trained = student
 
-        def end(models: Served) -> float | None:
+        def end(models: Served) -> float:
             criticism = Criticism(said, prompt, before)
             return head_score(trained, models.student, criticism)
 

@@ -68,9 +68,13 @@ def renewed(old: Served, name: str, options: Options) -> Served:
         raise UserError(f"{name}: only a run of mlx-fd loop can be reloaded")
     ref, before, student = locate_model(name), old.judge.ref, old.judge.student
     ref = options.thoughts.of_student(ref)
-    if before.config is None or student is None or ref.config is None or ref.checkpoint is None:
-        raise UserError(f"{name}: only a run of mlx-fd loop can be reloaded")
-    if ref.config.self_distils:
+    if (
+        before.config is None
+        or student is None
+        or ref.config is None
+        or ref.config.self_distils
+        or ref.checkpoint is None
+    ):
         raise UserError(f"{name}: only a run of mlx-fd loop can be reloaded")
     now, then = ref.config.models, before.config.models
     if ref.model != before.model:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import AnswerKind, register_kind
-from mlx_fd.problems.kinds.text import compared, without_tex
+from mlx_fd.problems.kinds.text import compared, without_tex, words_of
 from mlx_fd.problems.parsing import after_mark, boxed, gold_part
 from mlx_fd.problems.prompts import Form
 from mlx_fd.problems.thoughts import without_thoughts
@@ -76,7 +76,7 @@ def letter_of(text: str, choices: Sequence[str]) -> str | None:
     match = _LETTER.match(text)
     letter = None if match is None or match[1].upper() not in valid else match[1].upper()
     rest = "" if match is None else compared(text[match.end() :].strip(" $>})"))
-    if letter is not None and rest and rest == compared(without_tex(choices[valid.index(letter)])):
+    if letter is not None and rest and rest == words_of(choices[valid.index(letter)]):
         return letter
     same = _in_words(text, choices)
     if same is not None or match is None or letter is None:
@@ -84,18 +84,18 @@ def letter_of(text: str, choices: Sequence[str]) -> str | None:
     if (another := _ANOTHER.match(text, match.end())) and another[1].upper() in valid:
         return None
     # "A dog" begins with an article, "A. a dog" with a letter: what follows must be the choice.
-    choice = compared(without_tex(choices[valid.index(letter)]))
+    choice = words_of(choices[valid.index(letter)])
     fits = not rest or rest == choice or choice.startswith(rest) or rest.startswith(choice)
     return letter if fits or text[match.end() : match.end() + 1] in ".):*" else None
 
 
 def _in_words(text: str, choices: Sequence[str]) -> str | None:
     """The letter of the one choice that has these words."""
-    words = compared(without_tex(text))
+    words = words_of(text)
     same = [
         letter
         for letter, choice in zip(LETTERS, choices, strict=False)
-        if compared(without_tex(choice)) == words
+        if words_of(choice) == words
     ]
     return same[0] if len(same) == 1 else None
 

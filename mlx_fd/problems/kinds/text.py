@@ -79,6 +79,11 @@ def without_tex(text: str) -> str:
     return formula[1] if formula else text
 
 
+def words_of(text: str) -> str:
+    """A text as :func:`compared` has it, without the LaTeX around its words."""
+    return compared(without_tex(text))
+
+
 def token_f1(final: str, gold: str) -> float:
     """F1 of the words that two normalised texts share (SQuAD), in [0, 1]."""
     one, other = normal(final).split(), normal(gold).split()

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from mlx_fd.evaluation.cascade.scores import HEAD
+from mlx_fd.feedback.stages import verdict_score
 from mlx_fd.feedback.tutoring import (
     Attempt,
     Heard,
@@ -121,7 +122,7 @@ def routes(service: Service) -> list[Route]:
                     judging = group.create_task(judge(service, prompt, sampling, text=True))
                     solving = group.create_task(own_answer(asked, prompts))
             verdict, own = judging.result(), solving.result()
-            score = verdict.score if verdict.written_score is None else verdict.written_score
+            score = verdict_score(verdict.written_score, verdict.score)
             agrees = agreement(asked, answer, own.final)
             heard = Heard(verdict.text, score, own.final, agrees)
             found = as_json(problem, attempt, heard, own.by)
