@@ -350,12 +350,18 @@ def _score(judged: Judged, student_weight: float) -> float | None:
     )
 
 
+def _stays(judged: Judged, score: float | None, episode: EpisodeOptions) -> bool:
+    """Whether an answer is left as it is; what the student alone calls right, as the options say."""
+    sees_enough = judged.expert is not None or not episode.revise_alone
+    return sees_enough and score is not None and score >= episode.target_score
+
+
 def write_final(
     pair: Pair, judged: Judged, options: GenerationOptions, episode: EpisodeOptions
 ) -> Turns[Finished]:
     """Step 5: merge, revise, criticise, final answer, as :func:`merge_and_revise` has it."""
     score = _score(judged, episode.student_weight)
-    if score is not None and score >= episode.target_score:
+    if _stays(judged, score, episode):
         return Finished(judged, score, "", "", "", judged.answered.answer, judged.usage)
     conversation, usage = judged.conversation, judged.usage
     student, expert, form = judged.student, judged.expert, form_of(judged.problem)
@@ -401,7 +407,8 @@ def merge_and_revise(
 ) -> list[Finished]:
     """Step 5: merge, revise, criticise, final answer.
 
-    An answer whose combined score reaches ``target_score`` is left as it is.
+    An answer whose combined score reaches ``target_score`` is left as it is, if the expert judged it
+    or ``revise_alone`` is off.
 
     Args:
         pair: the models; only the expert writes here.

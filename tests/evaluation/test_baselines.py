@@ -131,6 +131,23 @@ def test_a_trusted_student_stands_alone(pair, answered):
         assert all("expert_feedback" in t.tokens for t in asked)
 
 
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("revise_alone", [True, False])
+def test_what_the_student_alone_judged_is_revised_whatever_its_score(
+    pair, answered, asked, revise_alone
+):
+    """-1 is a score that every answer reaches."""
+    episode = dataclasses.replace(CONFIG.episode, target_score=-1.0, revise_alone=revise_alone)
+    setting = dataclasses.replace(
+        setting_of(pair, threshold=1.0 if asked else 0.0), episode=episode
+    )
+    trials = SYSTEMS["loop"].run(setting, answered, seeds, quiet)
+    revises = revise_alone and not asked
+    assert [{"revise", "critique", "final"} <= set(t.tokens) for t in trials] == [revises] * len(
+        answered
+    )
+
+
 def test_a_trusted_student_also_solves_what_it_judges_alone(pair, answered):
     """Its threshold was set by confidences that its own solutions count in."""
     rows = [
