@@ -482,8 +482,8 @@ class EpisodeOptions:
     )
     revise_alone: bool = _option(
         True,
-        "Revise every answer that the student judges alone. Off: those that reach target_score stay "
-        "too, which saves more of the expert's tokens and lets pass what the student overlooks.",
+        "Revise every answer that the student judges alone. Off: those that reach target_score "
+        "stay, too, which saves more of the expert's tokens and lets pass what it overlooks.",
     )
     student_weight: float = _option(
         0.65, "Weight of the student's score; the expert's is 1.", low=0

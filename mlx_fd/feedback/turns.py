@@ -351,7 +351,7 @@ def _score(judged: Judged, student_weight: float) -> float | None:
 
 
 def _stays(judged: Judged, score: float | None, episode: EpisodeOptions) -> bool:
-    """Whether an answer is left as it is; what the student alone calls right, as the options say."""
+    """Whether an answer is left as it is."""
     sees_enough = judged.expert is not None or not episode.revise_alone
     return sees_enough and score is not None and score >= episode.target_score
 
@@ -407,8 +407,8 @@ def merge_and_revise(
 ) -> list[Finished]:
     """Step 5: merge, revise, criticise, final answer.
 
-    An answer whose combined score reaches ``target_score`` is left as it is, if the expert judged it
-    or ``revise_alone`` is off.
+    An answer whose combined score reaches ``target_score`` is left as it is, if the expert judged
+    it or ``revise_alone`` is off.
 
     Args:
         pair: the models; only the expert writes here.

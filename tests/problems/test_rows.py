@@ -128,6 +128,35 @@ def test_one_row_does_not_change_the_kind_of_all(tmp_path):
         only(tmp_path, *rows)
 
 
+@pytest.mark.parametrize("column", ["solution", "answer"])
+@pytest.mark.parametrize(
+    "worked",
+    [
+        "He has 3. He buys 5 more, so 3+5=8 apples in the end. The answer is 8.",
+        "He has 4 apples at first and then he buys 5 more of them, so that x = 9, which is odd",
+    ],
+)
+def test_a_worked_solution_that_marks_no_answer_is_refused(tmp_path, column, worked):
+    rows = [{"problem": f"{n}?", column: worked} for n in range(3)]
+    with pytest.raises(UserError, match="does not say what it comes to"):
+        only(tmp_path, *rows, kind="math")
+    marked = [{**row, column: f"{worked}\n#### \\sqrt{{8}}"} for row in rows]
+    assert {p.answer for p in only(tmp_path, *marked, kind="math")} == {r"\sqrt{8}"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"5 \text{ hours and } 30 \text{ minutes}", "x = 3 or x = -2", "No. There is none.",
+        r"10 \text{ if } n \text{ is even and } 5 \text{ otherwise}", "(a) 3. (b) 4.",
+        "between 2 and 3 inclusive",
+    ],
+)  # fmt: skip
+def test_a_math_answer_may_have_words(tmp_path, answer):
+    (problem,) = only(tmp_path, {"problem": "?", "answer": answer}, kind="math")
+    assert is_right(read_final(f"#### {answer}", problem), problem)
+
+
 def test_a_third_of_formulas_makes_all_of_them_formulas(tmp_path):
     answers = ["12", r"\sqrt{2}", "3", "(1,2)", "7", "8"]
     got = only(tmp_path, *({"problem": f"{a}?", "answer": a} for a in answers))

@@ -20,6 +20,10 @@ from mlx_fd.problems.prompts import Form
 from mlx_fd.problems.thoughts import without_thoughts
 
 _LONGEST = 300  # characters
+# A gold answer is shorter than a solution: so many words, and fewer where there are two sentences.
+_MOST_WORDS, _MOST_WITH_SENTENCES = 12, 6
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}+")
+_NEXT_SENTENCE = re.compile(r"[a-z0-9)}$][.!?]\s++[A-Z]")
 _SPACE = re.compile(r"\\[,!;: ]|[ \t\n]|\\left(?![a-z])|\\right(?![a-z])")
 _FRACTION = re.compile(r"\\[dtc]frac(?![a-z])")
 _EXPONENT = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]++")
@@ -88,7 +92,14 @@ def _read(text: str, problem: Problem, how: str) -> str | None:
 
 
 def _gold(answer: Any, choices: tuple[str, ...]) -> str:
-    gold = written(gold_part(str(answer)))
+    part = gold_part(str(answer))
+    most = _MOST_WITH_SENTENCES if _NEXT_SENTENCE.search(part) else _MOST_WORDS
+    if len(_WORD.findall(part)) > most:
+        raise ValueError(
+            "its solution does not say what it comes to; end it with #### <answer> or "
+            r"\boxed{<answer>}, or give the answer in a column of its own"
+        )
+    gold = written(part)
     if not gold:
         raise ValueError("'answer' is empty")
     return gold
