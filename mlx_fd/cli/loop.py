@@ -114,5 +114,5 @@ def _continued(config_file: Path | None, given: dict[str, Any]) -> tuple[Path, d
     if given.get("problems") is not None and config_file is None:
         # The earlier run's columns are those of its own file.
         given = {**given, "columns": given.get("columns") or ""}
-        given = {**given, **sizes(given, config.episode.probe_size)}
+        given = {**given, **sizes(given, config)}
     return earlier, given

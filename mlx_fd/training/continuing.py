@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd import problems, runs
-from mlx_fd.config import ModelOptions, ProblemOptions
+from mlx_fd.config import Config, ModelOptions, ProblemOptions
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.judge import ModelRef, locate_model
 from mlx_fd.files import remove, share, sync_file, sync_folder, working_folder
@@ -53,22 +53,23 @@ def asked_kind(options: ProblemOptions, given: Mapping[str, Any]) -> str:
     return kind
 
 
-def sizes(given: Mapping[str, Any], probe_size: int) -> dict[str, int]:
+def sizes(given: Mapping[str, Any], earlier: Config) -> dict[str, int]:
     """How many problems of a file are learned from and held out, where the user does not say: all.
 
     Args:
         given: the options that were given; ``problems`` among them.
-        probe_size: of the earlier run.
+        earlier: of the run that is gone on with; its options hold where none is given.
 
     Raises:
         UserError: the problems cannot be read, are fewer than two, or would all be held out.
     """
     if given.get("episodes") is not None:
         return {}
+    skip = given.get("skip_bad_rows")
     found = problems.load(
         given["problems"],
-        given.get("split") or "train",
-        skip_bad_rows=bool(given.get("skip_bad_rows")),
+        given.get("split") or earlier.problems.split,
+        skip_bad_rows=earlier.problems.skip_bad_rows if skip is None else bool(skip),
         kind=given.get("answer_kind") or "auto",
         columns=given.get("columns") or "",
     )
@@ -79,7 +80,8 @@ def sizes(given: Mapping[str, Any], probe_size: int) -> dict[str, int]:
             f"{given['problems']}: it has {count} problem; one more at least is needed, to be held "
             "out"
         )
-    probe = given.get("probe_size") or min(probe_size, max(1, count // _PROBE))
+    most = earlier.episode.probe_size
+    probe = given.get("probe_size") or min(most, max(1, count // _PROBE))
     if probe >= count:
         raise UserError(
             f"--probe-size {probe}: {given['problems']} has {count} problems, and one at least is "

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from mlx_fd import runs
 from mlx_fd.cli import cli
-from mlx_fd.config import ProblemOptions
+from mlx_fd.config import Config, ProblemOptions, override
 from mlx_fd.errors import UserError
 from mlx_fd.serve.kept import EXPERT, Kept
 from mlx_fd.training.continuing import asked_kind, sizes
@@ -24,6 +25,8 @@ SHORT = {
     "probe_size": 1,
     "exam_size": 0,
 }
+
+EARLIER = override(Config(), {"probe_size": 32}, "")
 
 
 @pytest.fixture
@@ -44,14 +47,27 @@ def file(tmp_path):
     ],
 )
 def test_all_are_learned_from_but_a_few_that_are_held_out(file, given, wanted):
-    assert sizes({"problems": file, **given}, 32) == wanted
+    assert sizes({"problems": file, **given}, EARLIER) == wanted
+
+
+def test_rows_are_skipped_where_the_earlier_run_skipped_them(file):
+    """The run itself did; the count before it refused the file."""
+    with Path(file).open("a") as rows:
+        rows.write("not a row\n")
+    given = {"problems": file}
+    skips = override(EARLIER, {"skip_bad_rows": True}, "")
+    assert sizes(given, skips) == {"episodes": 8, "probe_size": 2}
+    with pytest.raises(UserError, match=r"kept\.jsonl:12"):
+        sizes({**given, "skip_bad_rows": False}, skips)
+    with pytest.raises(UserError, match=r"kept\.jsonl:12"):
+        sizes(given, EARLIER)
 
 
 @pytest.mark.parametrize("probe", [10, 40])
 def test_not_all_can_be_held_out(file, probe):
     """It was said of the episodes, which nobody asked for: at least 1, not -30."""
     with pytest.raises(UserError, match=f"--probe-size {probe}: .* ask for at most 9"):
-        sizes({"problems": file, "probe_size": probe}, 32)
+        sizes({"problems": file, "probe_size": probe}, EARLIER)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
