@@ -294,18 +294,17 @@ def look(
     if not max_disagreement:
         return state
     lately = verdicts[-window:]
-    granted = None if before is None else THRESHOLDS.index(before)
+    granted = [] if before is None else [THRESHOLDS.index(before)]
     if due > looks:
         shown = _lowest(*_totals(lately), len(lately), max_disagreement, LOOK_LEVEL)
-        if shown is not None:
-            granted = max(shown, -1 if granted is None else granted)
-    if granted is None:
-        return state
-    n, k = _count(verdicts, granted, window)
-    if not _holds(k, n, max_disagreement, 1 - LEVEL):
-        return state
-    coverage = _count(lately, granted, window)[0] / max(len(lately), 1)
-    return replace(state, trust=Trust(THRESHOLDS[granted], coverage, n, k, upper_bound(k, n)))
+        granted += [] if shown is None else [shown]
+    # The lowest first: where older verdicts speak against it, the one before it may still hold.
+    for place in sorted(granted, reverse=True):
+        n, k = _count(verdicts, place, window)
+        if _holds(k, n, max_disagreement, 1 - LEVEL):
+            coverage = _count(lately, place, window)[0] / max(len(lately), 1)
+            return replace(state, trust=Trust(THRESHOLDS[place], coverage, n, k, upper_bound(k, n)))
+    return state
 
 
 def _count(verdicts: Sequence[tuple[int, bool]], place: int, window: int) -> tuple[int, int]:

@@ -201,3 +201,23 @@ def test_trust_ends_where_a_student_gets_worse() -> None:
     for _ in range(20):
         state = audit(state, 0.9, True)
     assert look(state, 0.25, 0.1, 200).trust.covers(0.9), "it is granted again"
+
+
+def test_a_look_takes_away_no_trust_that_holds() -> None:
+    """The last 200 verdicts show a lower threshold, which older verdicts speak against.
+
+    Nothing was trusted then, although the threshold before held as ever.
+    """
+
+    def audited(state: RunningTrust, *verdicts: tuple[int, float, bool]) -> RunningTrust:
+        for count, confidence, agreed in verdicts:
+            for _ in range(count):
+                state = audit(state, confidence, agreed)
+        return state
+
+    state = look(audited(RunningTrust(), (120, 0.56, True), (80, 0.53, False)), 0.125, 0.1, 200)
+    assert state.trust.threshold == 0.54
+    state = audited(state, (60, 0.95, True), (40, 0.45, True), (100, 0.05, False))
+    between, looked = look(state, 0.2, 0.1, 200), look(state, 0.25, 0.1, 200)
+    assert between.trust.threshold == 0.54 and looked.trust == between.trust
+    assert (looked.trust.audited, looked.trust.disagreed) == (180, 0)
