@@ -1,6 +1,7 @@
 """What a notebook imports from mlx_fd: names, runs, judging, files of answers, the divergence."""
 
 import ast
+import dataclasses
 import functools
 import json
 import re
@@ -433,6 +434,31 @@ def test_a_stopped_file_is_gone_on_with(dirs, file, tmp_path):
     assert found[0]["feedback"] == "kept" and found[3]["feedback"] != "kept"
     assert [json.loads(line) for line in out.read_text().splitlines()] == found
     assert not partial.exists()
+
+
+def test_drawn_feedback_is_another_for_each_batch_and_goes_on_as_it_began(dirs, file, tmp_path):
+    """Each batch drew the same random numbers, and another size of batches was gone on with."""
+    [(problem, answer), *_] = answered(1)
+    file.write_text(f"{json.dumps({'problem': problem, 'answer': answer})}\n" * 5)
+    ref, answers, options = locate_model(str(dirs[1])), load_answers(file), Judging(8, 2, 1.0)
+    whole = judge_file(lambda: open_student(ref), ref, answers, tmp_path / "whole.jsonl", options)
+    assert len({row["feedback"] for row in whole}) == 5
+
+    def stop(done):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "judged.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        judge_file(lambda: open_student(ref), ref, answers, out, options, stop)
+    lines = partial_of(out).read_text().splitlines(keepends=True)
+    partial_of(out).write_text("".join(lines[:4]))  # of the second batch one row is there
+    other = dataclasses.replace(options, batch_size=3)
+    with pytest.raises(UserError, match="--batch-size where tokens are drawn"):
+        judge_file(lambda: open_student(ref), ref, answers, out, other)
+    seen = []
+    found = judge_file(lambda: open_student(ref), ref, answers, out, options, seen.append)
+    assert found == whole and seen[0] == 2
 
 
 def test_what_one_adapter_judged_another_does_not_go_on_with(dirs, file, tmp_path):

@@ -20,6 +20,7 @@ from mlx_fd.evaluation.judging import LABELS
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.solving import answered_by, answers_of, first_by
 from mlx_fd.feedback.pair import Pair
+from mlx_fd.feedback.stages import verdict_score
 from mlx_fd.feedback.turns import expert_feedback, student_feedback
 from mlx_fd.problems import Problem, parsing, prompts
 from mlx_fd.runs.checked import content_digest
@@ -76,7 +77,9 @@ class Agreeing:
         """What ``outputs.jsonl`` says of a feedback beside the feedback itself."""
         expert = parsing.parse_feedback(given.turns["expert_feedback"]).written_score
         good = None if expert is None else expert > 0
-        own = None if given.score is None else given.score > 0
+        said = parsing.parse_feedback(given.turns["student_feedback"]).written_score
+        verdict = verdict_score(said, given.score)
+        own = None if verdict is None else verdict > 0
         return {
             "id": problem.id,
             "question": problem.question,

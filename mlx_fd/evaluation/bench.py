@@ -59,9 +59,16 @@ _CODE = (
     "mlx_fd.models.shared_tokens",
     "mlx_fd.models.student",
     "mlx_fd.evaluation.baselines",
-    "mlx_fd.evaluation.solving",
-    # Of each answer it keeps what the student's scores are.
+    # These say how something is asked, and what of it is kept.
+    "mlx_fd.evaluation.agreeing",
+    "mlx_fd.evaluation.bench",
+    "mlx_fd.evaluation.cascade.outcomes",
     "mlx_fd.evaluation.choosing",
+    "mlx_fd.evaluation.following",
+    "mlx_fd.evaluation.instructing",
+    "mlx_fd.evaluation.judging",
+    "mlx_fd.evaluation.locating",
+    "mlx_fd.evaluation.solving",
 )
 _PACKAGES = ("mlx", "mlx-lm", "transformers")
 

@@ -21,11 +21,11 @@ from mlx_fd.evaluation.processbench import f1
 from mlx_fd.feedback.asking import OnTokens
 from mlx_fd.feedback.criticism import criticisms, feedback_request, head_score, parsed
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.feedback.turns import answer
+from mlx_fd.feedback.turns import answer, as_student
 from mlx_fd.files import write_json
 from mlx_fd.models import fingerprint, ranks
 from mlx_fd.models.generation import said
-from mlx_fd.models.writing import GenerateOptions, Sampling
+from mlx_fd.models.writing import GenerateOptions, sampling_for
 from mlx_fd.problems import arithmetic
 from mlx_fd.problems.kinds import are_graded, form_of
 from mlx_fd.problems.prompts import answer_prompt
@@ -98,13 +98,13 @@ def examine(
         written = criticisms(
             loaded,
             prompts,
-            Sampling(options.max_feedback_tokens),
+            dataclasses.replace(sampling_for(options, "student_feedback", 0), temperature=0.0),
             GenerateOptions(on_token=lambda count: on_tokens("exam", count)),
         )
         solutions = answer(
             pair.student_lm,
             [q.problem for q in chunk],
-            options,
+            as_student(options),
             0,
             on_tokens,
             temperature=0.0,

@@ -90,7 +90,6 @@ def collate(samples: Sequence[Sample], *, goes_on: bool = False) -> Batch:
             for name, loss in LOSSES.items()
             if loss.token_weights is not None
         },
-        counts={name: loss.count(samples) for name, loss in LOSSES.items()},
         expert_expects=concatenate_targets([s.expert.targets for s in samples]),
         expert_pooled=_stacked([s.expert.pooled for s in samples]),
         expert_attention=_stacked([[attention(a) for a in s.expert.attention] for s in samples]),

@@ -12,6 +12,7 @@ from typing import Any
 from mlx_fd import runs
 from mlx_fd.config import Config, read
 from mlx_fd.errors import UserError
+from mlx_fd.feedback.asking import derive_seed
 from mlx_fd.feedback.criticism import criticisms, feedback_request, head_score, parsed
 from mlx_fd.models import fingerprint
 from mlx_fd.models.backend import backend
@@ -33,6 +34,7 @@ from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import (
     ADAPTER_WEIGHTS,
     HEADS,
+    MADE_WITH,
     Student,
     load_student,
     make_student,
@@ -46,9 +48,6 @@ from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 from mlx_fd.runs.checked import content_digest
 from mlx_fd.runs.checkpoints import check_weights
 from mlx_fd.runs.manifest import trained_template
-
-# Options of a run that decide, with the weights, what its student says.
-_LORA = ("train", "lora_rank", "lora_scale", "lora_layers", "lora_keys", "score_at")
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,11 @@ class ModelRef:
         if self.config is None or self.config.self_distils:
             return False
         return self.config.losses.trains_head
+
+    @property
+    def repetition_penalty(self) -> float:
+        """That of its run's student; 1 for a model of no run."""
+        return 1.0 if self.config is None else self.config.generation.student_repetition_penalty
 
     @property
     def chat(self) -> ChatTemplate | None:
@@ -255,6 +259,7 @@ class Judge:
         max_tokens: int = 192,
         batch_size: int = 8,
         temperature: float = 0.0,
+        first: int = 0,
         on_token: Callable[[int], None] | None = None,
     ) -> list[Judgement]:
         """Judge answers to problems, several at a time.
@@ -268,6 +273,8 @@ class Judge:
             max_tokens: most tokens of a criticism.
             batch_size: criticisms that are written side by side.
             temperature: of the sampling; at 0, the default, the likeliest tokens are written.
+            first: place of the first answer among all that are judged; each batch draws by its
+                own.
             on_token: called with the number of tokens written in each step, for progress.
 
         Returns:
@@ -296,7 +303,9 @@ class Judge:
         judgements: list[Judgement] = []
         for start in range(0, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]
-            judgements += self._judge_batch(batch, Sampling(max_tokens, temperature), on_token)
+            seed = derive_seed(0, first + start, "judge")
+            sampling = Sampling(max_tokens, temperature, self.ref.repetition_penalty, seed)
+            judgements += self._judge_batch(batch, sampling, on_token)
         return judgements
 
     def requests(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, ...]]:
@@ -340,7 +349,8 @@ class Judge:
         if student.score_at == "prompt" and not self.ref.thinking.on:
             states = (prefill(loaded, Conversation(), prompt)[0] for prompt in prompts)
             return [float(student.score(hidden)) for hidden in states]
-        written = criticisms(loaded, prompts, Sampling(max_tokens), GenerateOptions())
+        sampling = Sampling(max_tokens, repetition_penalty=self.ref.repetition_penalty)
+        written = criticisms(loaded, prompts, sampling, GenerateOptions())
         return [head_score(student, loaded, one) for one in written]
 
     def _judge_batch(
@@ -405,7 +415,7 @@ def adapter_hash(folder: Path, run: Config) -> str:
     config = read_json(folder / ADAPTER_CONFIG)
     config.pop("model", None)
     # A run's student is made as the run's configuration has it, whatever the adapter's says.
-    made = {name: getattr(run.models, name) for name in _LORA}
+    made = {name: getattr(run.models, name) for name in MADE_WITH}
     return content_digest([config, made, *map(fingerprint.file_hash, files)])
 
 

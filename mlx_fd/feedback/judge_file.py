@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback.judge import Judge, Judgement, ModelRef, adapter_hash
 from mlx_fd.files import (
     append_lines,
-    digest_of,
     lock,
     open_in_place,
     open_to_read,
@@ -30,8 +28,8 @@ from mlx_fd.files import (
     write_atomic,
 )
 from mlx_fd.models.fingerprint import content_hash
-from mlx_fd.models.student import ADAPTER_WEIGHTS, HEADS
 from mlx_fd.problems.files import AnswerFile
+from mlx_fd.runs.checked import content_digest
 
 COLUMNS = ("head_score", "written_score", "readable", "feedback")
 RESERVED = (*COLUMNS, "thought")
@@ -122,16 +120,18 @@ def judge_file(
     if ref.thinking.on:
         header["max_thinking_tokens"] = ref.thinking.limit
     if how.temperature:
-        header["temperature"] = how.temperature
+        # What is drawn depends on where a batch begins.
+        header["temperature"], header["batch_size"] = how.temperature, how.batch_size
     partial = partial_of(out)
     with runs.wrap_write_errors(out, "free some space; the same command goes on."), _held(partial):
-        rows = _continued(partial, header, answers)
+        together = how.batch_size if how.temperature else 1
+        rows = _continued(partial, header, answers, together)
         on_progress(len(rows))
         judging = judge() if len(rows) < len(answers.rows) else None
         while judging is not None and len(rows) < len(answers.rows):
             part = slice(len(rows), len(rows) + how.batch_size)
             pairs = zip(answers.problems[part], answers.answers[part], strict=True)
-            found = judging.judge(pairs, **dataclasses.asdict(how))
+            found = judging.judge(pairs, **dataclasses.asdict(how), first=len(rows))
             new = [
                 {**row, **judged_columns(judgement)}
                 for row, judgement in zip(answers.rows[part], found, strict=True)
@@ -149,15 +149,11 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _fingerprint(ref: ModelRef) -> str:
-    digest = hashlib.sha256(content_hash(ref.model).encode())
-    if ref.checkpoint is not None:
-        for name in (ADAPTER_WEIGHTS, HEADS):
-            digest.update(digest_of(ref.checkpoint / name).encode())
-    if ref.adapter is not None:
-        digest.update(adapter_hash(ref.adapter, Config()).encode())
-    if ref.template is not None:
-        digest.update(ref.template.digest().encode())
-    return digest.hexdigest()
+    run = ref.config or Config()
+    adapter = None if ref.adapter_folder is None else adapter_hash(ref.adapter_folder, run)
+    template = None if ref.template is None else ref.template.digest()
+    asked = [ref.answer_kind, run.models.dequantize]
+    return content_digest([content_hash(ref.model), adapter, template, *asked])
 
 
 @contextlib.contextmanager
@@ -176,8 +172,16 @@ def _held(partial: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _continued(partial: Path, header: dict[str, Any], answers: AnswerFile) -> list[dict[str, Any]]:
+def _continued(
+    partial: Path, header: dict[str, Any], answers: AnswerFile, together: int
+) -> list[dict[str, Any]]:
     """The rows judged so far; from one on that is half there, or of another answer, they are cut.
+
+    Args:
+        partial: where they are.
+        header: its first line.
+        answers: what is judged.
+        together: rows of a batch; of one that is not whole nothing is left.
 
     Raises:
         UserError: they are of another judging, or the file is none of ours.
@@ -191,18 +195,20 @@ def _continued(partial: Path, header: dict[str, Any], answers: AnswerFile) -> li
         return []
     if not content.startswith(first):
         raise UserError(
-            f"{partial} is of another model, another file of answers or another --tokens: finish "
+            f"{partial} is of another model, another file of answers, or other options (--tokens, "
+            "--temperature, --max-thinking-tokens; --batch-size where tokens are drawn): finish "
             "that first, delete it, or choose another --out"
         )
     rows: list[dict[str, Any]] = []
-    size = len(first)
-    for line in content[size:].splitlines(keepends=True)[: len(answers.rows)]:
-        row = _judged_row(line, answers.rows[len(rows)])
+    lines = content[len(first) :].splitlines(keepends=True)[: len(answers.rows)]
+    for line, answer in zip(lines, answers.rows, strict=False):
+        row = _judged_row(line, answer)
         if row is None:
             break
         rows.append(row)
-        size += len(line)
-    truncate(partial, size)
+    if len(rows) < len(answers.rows):
+        del rows[len(rows) // together * together :]
+    truncate(partial, len(first) + sum(map(len, lines[: len(rows)])))
     return rows
 
 

@@ -226,7 +226,6 @@ class Batch:
     rows: mx.array  # [N]: the indices of all tokens among B * T positions
     targets: mx.array  # [N]
     weights: dict[str, mx.array]  # [N]: of a loss on tokens, what each counts
-    counts: dict[str, float]  # what each loss is divided by
     expert_expects: mx.array | TopK  # [N, d_expert], or the top k of N
     expert_pooled: list[mx.array]  # of [B, d_expert]
     expert_attention: list[mx.array]  # of [B, heads, T, S]

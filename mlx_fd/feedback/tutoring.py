@@ -15,7 +15,7 @@ from typing import Any, Literal
 from mlx_fd.config import GenerationOptions
 from mlx_fd.feedback.judge import Judge, ModelRef
 from mlx_fd.feedback.stages import verdict_score
-from mlx_fd.feedback.turns import answer
+from mlx_fd.feedback.turns import answer, as_student
 from mlx_fd.problems import Problem
 from mlx_fd.problems.arithmetic import first_error
 from mlx_fd.problems.kinds import is_right, read_final
@@ -225,7 +225,13 @@ def tutor(judge: Judge, problem: str, attempt: Attempt) -> dict[str, Any]:
     options = GenerationOptions() if judge.ref.config is None else judge.ref.config.generation
     [judgement] = judge.judge([(problem, text)], max_tokens=options.max_feedback_tokens)
     [own] = answer(
-        judge.student_lm, [asked], options, 0, lambda step, tokens: None, temperature=0, keep=False
+        judge.student_lm,
+        [asked],
+        as_student(options),
+        0,
+        lambda step, tokens: None,
+        temperature=0,
+        keep=False,
     )
     score, final = verdict_score(judgement.written_score, judgement.head_score), own.answer.final
     heard = Heard(judgement.text, score, final, agreement(asked, text, final))

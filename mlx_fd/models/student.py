@@ -19,6 +19,8 @@ from mlx_fd.models.view import View
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
 HEADS = "heads.safetensors"
+MADE_WITH = ("train", "lora_rank", "lora_scale", "lora_layers", "lora_keys", "score_at")
+"""Options that decide, with the weights, what a student says."""
 
 
 class Student(nn.Module):

@@ -14,9 +14,9 @@ from mlx_fd.report.drawing import Figure
 from mlx_fd.report.frontier import loss_layers
 from mlx_fd.report.reading import LoopRun
 from mlx_fd.report.run import Run
-from mlx_fd.report.tables import STEP_NAMES, amount, losses_table, measures_of, steps_table
+from mlx_fd.report.tables import amount, losses_table, measures_of, steps_table
 from mlx_fd.report.theme import PAGE
-from mlx_fd.runs.labels import EXAM_NAMES
+from mlx_fd.runs.labels import EXAM_NAMES, STEP_NAMES
 from mlx_fd.runs.records import EpisodeRow, ShareRow
 from mlx_fd.runs.self_distillation_summary import WRONG
 from mlx_fd.runs.summary import good_by_expert

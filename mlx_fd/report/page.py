@@ -19,6 +19,7 @@ from mlx_fd.report.self_reading import SelfRun
 from mlx_fd.report.speculation import acceptance_figure
 from mlx_fd.report.trust import trust_figure
 from mlx_fd.runs import failed_write
+from mlx_fd.runs.labels import STEP_NAMES
 
 _LOOKED_AT = 1000
 
@@ -148,7 +149,7 @@ def make_page(
         facts=packing.script_json(
             {
                 "part": packing.PART,
-                "steps": tables.STEP_NAMES,
+                "steps": STEP_NAMES,
                 "runs": [
                     {"name": run.name, "context": run.context, "parts": len(run.parts)}
                     for run in embedded

@@ -50,8 +50,10 @@ from mlx_fd.runs.records import (
     EpisodeRow,
     EstimateRow,
     ExpertFeedbackRow,
+    GateRow,
     HeadroomRow,
     MetricsRow,
+    SecondRow,
     StudentFeedbackRow,
     Summary,
     VerdictRow,
@@ -325,8 +327,33 @@ def _student_feedback(value: Mapping[str, Any]) -> StudentFeedbackRow:
     }
 
 
+def _gate(decision: Mapping[str, Any]) -> GateRow:
+    return {
+        "distilled": truth(decision["distilled"]),
+        "reason": text(decision["reason"]),
+        "trusted": truth(decision.get("trusted", False)),
+        "losses_before": numbers(decision.get("losses_before") or {}),
+        "losses_after": numbers(decision.get("losses_after") or {}),
+    }
+
+
+def _second(row: JsonObject) -> SecondRow | None:
+    second = row.get("second")
+    if second is None:
+        return None
+    expert = second["expert_feedback"]
+    return {
+        "answer": _written(second["answer"]),
+        "correct": truth_or_none(second["correct"]),
+        "expert_feedback": None if expert is None else _feedback(expert),
+        "student_feedback": _student_feedback(second["student_feedback"]),
+        "gate": _gate(second["gate"]),
+        "verdict": _verdict(second),
+    }
+
+
 def _episode(row: JsonObject) -> EpisodeRow:
-    expert, student, decision = row["expert_feedback"], row["student_feedback"], row["gate"]
+    expert, student = row["expert_feedback"], row["student_feedback"]
     again = row.get("student_feedback_again")
     found: EpisodeRow = {
         "episode": int(number(row["episode"])),
@@ -338,13 +365,7 @@ def _episode(row: JsonObject) -> EpisodeRow:
         "student_feedback": _student_feedback(student),
         # Older runs have none.
         "student_feedback_again": None if again is None else _student_feedback(again),
-        "gate": {
-            "distilled": truth(decision["distilled"]),
-            "reason": text(decision["reason"]),
-            "trusted": truth(decision.get("trusted", False)),
-            "losses_before": numbers(decision.get("losses_before") or {}),
-            "losses_after": numbers(decision.get("losses_after") or {}),
-        },
+        "gate": _gate(row["gate"]),
         "verdict": _verdict(row),
         "score": known(row["score"]),
         "merged": text(row["merged"]),
@@ -353,7 +374,7 @@ def _episode(row: JsonObject) -> EpisodeRow:
         "final": _written(row["final"]),
         "correct_before": truth_or_none(row["correct_before"]),
         "correct_after": truth_or_none(row["correct_after"]),
-        "second": None,  # shown by nothing yet; its tokens are among the row's
+        "second": _second(row),
         "tokens": counts(row["tokens"]),
         "prefilled": counts(row["prefilled"]),
         "seconds": numbers(row["seconds"]),

@@ -10,8 +10,9 @@ import altair as alt
 from mlx_fd.report import drawing as draw
 from mlx_fd.report.drawing import Figure
 from mlx_fd.report.reading import LoopRun
-from mlx_fd.report.tables import NONE, STEP_NAMES, Table, TableRow, estimate, table
+from mlx_fd.report.tables import NONE, Table, TableRow, estimate, table
 from mlx_fd.runs.acceptance import ALL, accepted_share
+from mlx_fd.runs.labels import STEP_NAMES
 from mlx_fd.runs.records import EstimateRow
 
 

@@ -15,6 +15,7 @@ from mlx_fd.report.run import Run
 from mlx_fd.runs.labels import (
     EXAM_NAMES,
     PART_NAMES,
+    STEP_NAMES,
     WORK_NAMES,
     beside_least,
     duration,
@@ -36,27 +37,6 @@ from mlx_fd.runs.records import (
 )
 
 NONE = "-"
-STEP_NAMES = {
-    "answer": "first answer",
-    "student_feedback": "student's feedback",
-    "student_solution": "student's own solution",
-    "student_feedback_again": "student's feedback after learning",
-    "expert_feedback": "expert's feedback",
-    "privileged_feedback": "expert's feedback, told the right answer",
-    "second_answer": "second answer",
-    "second_student_feedback": "student's feedback on it",
-    "second_student_solution": "student's own solution beside it",
-    "second_expert_feedback": "expert's feedback on it",
-    "second_privileged_feedback": "expert's feedback on it, told the right answer",
-    "merge": "merged feedback",
-    "revise": "revision",
-    "critique": "self-critique",
-    "final": "final answer",
-    "distil": "student learns",
-    "headroom": "held-out problems, before and after",
-    "exam": "examinations",
-    "warm_up": "warm-up",
-}
 
 
 TableRow = Sequence["Cell | str"]

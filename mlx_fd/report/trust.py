@@ -11,7 +11,7 @@ from mlx_fd.report import drawing as draw
 from mlx_fd.report.drawing import Figure
 from mlx_fd.report.reading import LoopRun
 from mlx_fd.runs.records import EpisodeRow
-from mlx_fd.runs.summary import agreed, mean_feedback, wilson
+from mlx_fd.runs.summary import agreed, mean_feedback, share_saved, wilson
 
 ALONE, TOKENS, DIFFER, RIGHT = (
     "expert not asked",
@@ -63,11 +63,9 @@ def _points(chunk: Sequence[EpisodeRow], mean: float) -> list[dict[str, Any]]:
         if n:
             low, high = wilson(k, n)
             found.append({**at, "what": what, "share": k / n, "low": low, "high": high, "n": n})
-    if mean:
-        written = sum(row["tokens"].get("expert_feedback", 0) for row in chunk)
-        found.append(
-            {**at, "what": TOKENS, "share": written / (mean * len(chunk)), "n": len(chunk)}
-        )
+    saved = share_saved(chunk, mean)
+    if mean and saved is not None:
+        found.append({**at, "what": TOKENS, "share": 1 - saved, "n": len(chunk)})
     return found
 
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from mlx_fd.runs.records import AmountRow, ExpertVerdictsRow, TrustRow
+from mlx_fd.runs.records import AmountRow, ExpertVerdictsRow, ShareRow, TrustRow
 
 STEP_NAMES = {
-    "answer": "expert answers",
-    "student_feedback": "student gives feedback",
-    "expert_feedback": "expert gives feedback",
-    "privileged_feedback": "expert is told the right answer",
+    "answer": "first answer",
+    "student_feedback": "student's feedback",
+    "student_solution": "student's own solution",
+    "student_feedback_again": "student's feedback after learning",
+    "expert_feedback": "expert's feedback",
+    "privileged_feedback": "expert's feedback, told the right answer",
+    "second_answer": "second answer",
+    "second_student_feedback": "student's feedback on it",
+    "second_student_solution": "student's own solution beside it",
+    "second_expert_feedback": "expert's feedback on it",
+    "second_privileged_feedback": "expert's feedback on it, told the right answer",
+    "merge": "merged feedback",
+    "revise": "revision",
+    "critique": "self-critique",
+    "final": "final answer",
     "distil": "student learns",
-    "merge": "expert merges feedback",
-    "revise": "expert revises",
-    "critique": "expert self-critique",
-    "final": "expert's final answer",
+    "headroom": "held-out problems, before and after",
+    "exam": "examinations",
+    "warm_up": "warm-up",
 }
+"""The steps of an episode, and what else takes time in a run."""
 
 
 EXAM_NAMES = {
@@ -51,6 +62,15 @@ def trust_says(trust: TrustRow) -> str:
         f"({trust['coverage']:.0%} of audited verdicts); of the last {trust['audited']} there "
         f"{trust['disagreed']} differ, with 95 % at most {trust['bound']:.1%}"
     )
+
+
+def share_says(share: ShareRow) -> str:
+    """A share with its counts and its 95 % interval; a dash where it is of nothing."""
+    if not share["n"]:
+        return "-"
+    low, high = share["interval"]
+    value = share["right"] / share["n"]
+    return f"{value:.1%} ({share['right']}/{share['n']}, 95 % {low:.1%} to {high:.1%})"
 
 
 def duration(seconds: float) -> str:

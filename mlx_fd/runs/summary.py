@@ -91,14 +91,10 @@ def good_by_expert(row: EpisodeRow) -> bool | None:
 
 def _verdicts(rows: Sequence[EpisodeRow]) -> VerdictsRow:
     """The models' verdicts on answers of which nobody knows whether they are right."""
-    agreed: list[bool | None] = []
-    for row in rows:
-        score, good = student_verdict(row), good_by_expert(row)
-        agreed.append(None if good is None or score is None else (score > 0) == good)
     revised = sum(bool(row["revised"]) for row in rows)
     return {
         "first_answers": share_of(good_by_expert(row) for row in rows),
-        "agreement": share_of(agreed),
+        "agreement": share_of(map(agreed, rows)),
         "kept": len(rows) - revised,
         "revised": revised,
     }
@@ -147,27 +143,33 @@ def _audits(rows: Sequence[EpisodeRow]) -> AuditsRow:
 
 
 def mean_feedback(rows: Sequence[EpisodeRow]) -> float:
-    """Mean tokens of the expert's feedbacks; 0 where it gave none."""
-    written = [row["tokens"]["expert_feedback"] for row in rows if row["expert_feedback"]]
+    """Mean tokens of the expert's feedback on a first answer; 0 where it gave none."""
+    written = [_feedback_tokens(row, "") for row in rows if row["expert_feedback"]]
     return sum(written) / len(written) if written else 0.0
 
 
-def _share_saved(rows: Sequence[EpisodeRow], mean: float) -> float | None:
+def share_saved(rows: Sequence[EpisodeRow], mean: float) -> float | None:
     """Of the expert's feedback tokens in some episodes, the share that was saved.
 
     A feedback that was not written counts as the run's mean.
     """
     if not rows:
         return None
-    there = sum(map(_feedback_tokens, rows))
+    there = sum(map(_all_feedback, rows))
     alone = sum(row["expert_feedback"] is None for row in rows)
     saved = alone * (mean or 1.0)
     return round(saved / (saved + there), 4) if saved + there else 0.0
 
 
-def _feedback_tokens(row: EpisodeRow) -> int:
+def _all_feedback(row: EpisodeRow) -> int:
     """Tokens of the expert's feedback on an episode's answers."""
-    return sum(row["tokens"].get(f"{of}expert_feedback", 0) for of in ("", "second_"))
+    return _feedback_tokens(row, "") + _feedback_tokens(row, "second_")
+
+
+def _feedback_tokens(row: EpisodeRow, of: str) -> int:
+    """Of one answer's, before the expert was told the right answer and after."""
+    kinds = ("expert_feedback", "privileged_feedback")
+    return sum(row["tokens"].get(of + kind, 0) for kind in kinds)
 
 
 def summarise(
@@ -230,10 +232,10 @@ def summarise(
         "expert_feedback": {
             "asked": len(asked),
             "not_asked": len(alone),
-            "tokens_written": sum(map(_feedback_tokens, episodes)),
+            "tokens_written": sum(map(_all_feedback, episodes)),
             "tokens_saved": round(mean * len(alone)),
-            "share_saved": _share_saved(episodes, mean),
-            "share_saved_second_half": _share_saved(later, mean),
+            "share_saved": share_saved(episodes, mean),
+            "share_saved_second_half": share_saved(later, mean),
             "audits": _audits(asked),
             "trust": metrics[-1]["trust"] if metrics else None,
             "accuracy_when_asked": _accuracy(asked, "correct_after"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from mlx_fd.feedback.criticism import Criticism, head_score, parsed
@@ -50,7 +51,7 @@ async def judge(
     Args:
         service: the models.
         prompt: all tokens before the feedback.
-        sampling: of its text.
+        sampling: of its text; the repetition penalty is that of the student's run.
         read: a conversation that begins alike, whose state is used where it can be.
         text: whether its text is wanted; without it a score that is read before the text costs no
             writing.
@@ -74,6 +75,8 @@ async def judge(
         before, score = await service.engine.call(begin)
     if not text and not behind:
         return Verdict(score)
+    penalty = service.served.judge.ref.repetition_penalty
+    sampling = dataclasses.replace(sampling, repetition_penalty=penalty)
     job = Job(before, prompt[len(before.tokens) :], sampling)
     writing = Speaking(service.engine, thinking, STUDENT, job)
     try:

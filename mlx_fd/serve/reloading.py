@@ -9,13 +9,11 @@ from pathlib import Path
 from mlx_fd import runs
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.judge import locate_model
-from mlx_fd.models.student import ADAPTER_WEIGHTS, load_student
+from mlx_fd.models.student import ADAPTER_WEIGHTS, MADE_WITH, load_student
 from mlx_fd.serve.calibration import calibration_of, rule_of
 from mlx_fd.serve.errors import bad
 from mlx_fd.serve.models import Served
 from mlx_fd.serve.service import Options, Service
-
-_SAME = ("train", "lora_rank", "lora_scale", "lora_layers", "lora_keys", "score_at", "dequantize")
 
 
 async def reload(service: Service, student: str | None = None) -> str:
@@ -82,7 +80,7 @@ def renewed(old: Served, name: str, options: Options) -> Served:
     if ref.scores != before.scores:
         which = "has a trained score head" if ref.scores else "has no trained score head"
         raise UserError(f"{name}: its student {which}, unlike this one's; restart the server")
-    if any(getattr(now, part) != getattr(then, part) for part in _SAME):
+    if any(getattr(now, part) != getattr(then, part) for part in (*MADE_WITH, "dequantize")):
         raise UserError(f"{name}: its student has other LoRA; restart the server")
     if ref.thinking != before.thinking:
         raise UserError(f"{name}: its student thinks otherwise; restart the server")

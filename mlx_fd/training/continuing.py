@@ -11,12 +11,10 @@ from mlx_fd.config import Config, ModelOptions, ProblemOptions
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.judge import ModelRef, locate_model
 from mlx_fd.files import remove, share, sync_file, sync_folder, working_folder
-from mlx_fd.models.student import Student, load_student, save_weights
+from mlx_fd.models.student import MADE_WITH, Student, load_student, save_weights
 from mlx_fd.registry import SOURCES
 from mlx_fd.runs.plan import Plan
 
-# What the weights are made for; more than what load_student would find.
-_SAME = ("train", "lora_rank", "lora_scale", "lora_layers", "lora_keys", "score_at")
 # Of few problems, the share that is held out for the gate.
 _PROBE = 5
 
@@ -101,7 +99,8 @@ def check_continues(plan: Plan) -> None:
     name = options.continue_from
     if ref.model != plan.student_path:
         raise UserError(f"--continue {name}: its student is {ref.model}, not {plan.student_path}")
-    other = [one for one in _SAME if getattr(ref.config.models, one) != getattr(options, one)]
+    # More than what load_student would find.
+    other = [one for one in MADE_WITH if getattr(ref.config.models, one) != getattr(options, one)]
     if other:
         raise UserError(
             f"--continue {name}: its student was made with other options ({_shown(other, ref)}); "

@@ -126,6 +126,7 @@ def test_eta_counts_this_session_only():
     with Display(console) as display:
         display._begin -= 100.0
         display(Probed({}, {}, HEADROOM))
+        display(Started(100, 106))
         display._begin -= 1.0
         display(BatchDone(102, 106, BATCHES[0].rows, metrics(50)))
     assert console.file.getvalue().endswith("ETA 2 s\n")
@@ -150,7 +151,7 @@ def test_panel_of_a_terminal():
     text = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", seen)
     assert "2/6  right" not in text and "loading models" in text
     panel = text.rpartition("mlx-fd loop")[2]
-    assert "4/6" in panel and "expert merges feedback: 12 tokens" in panel
+    assert "4/6" in panel and "merged feedback: 12 tokens" in panel
     assert re.search(r"lm +3 +2 +0\.75", panel) and re.search(r"logit +0\.2 +0\.1 +0\.25", panel)
     assert "right: 2 before, 2 after, of 4" in panel and "gate: frozen" in panel
 
@@ -208,7 +209,7 @@ def on_screen(*steps) -> list[str]:
 
 def test_the_panel_counts_the_headroom_check():
     text = "\n".join(on_screen(Probing(0, 32), Step(0, "answer", 40), Probing(12, 32)))
-    assert "headroom: 12/32" in text and "expert answers: 40 tokens" in text
+    assert "headroom: 12/32" in text and "first answer: 40 tokens" in text
     assert "loading" not in text and "?" not in text
 
 

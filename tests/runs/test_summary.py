@@ -140,6 +140,25 @@ def test_summary_adds_up():
     assert found["seconds"] == {"answer": 2.0, "distil": 0.5, "total": 3}
 
 
+def test_an_expert_that_was_told_the_answer_wrote_for_it_too():
+    """What it says when asked again cost tokens, which the savings left out."""
+    again = row(False, True)
+    again["tokens"]["privileged_feedback"] = 40
+    again["tokens"]["second_privileged_feedback"] = 10
+    metrics = {
+        "updates": [],
+        "frozen": False,
+        "trust": trust(None),
+        "distil_seconds": 0,
+        "seconds": 1,
+    }
+    episodes = [again, row(True, True), row(True, True, alone=True)]
+    feedback = summarise(episodes, [{"batch": 0, **metrics}], {}, {}, None)["expert_feedback"]
+    # Two first answers took 60 and 20 tokens, so that the third would have taken 40.
+    assert (feedback["tokens_written"], feedback["tokens_saved"]) == (90, 40)
+    assert feedback["share_saved"] == round(40 / 130, 4)
+
+
 def test_an_empty_run_can_be_summed_up():
     found = summarise([], [], {}, {}, None)
     assert found["episodes"] == 0

@@ -18,7 +18,7 @@ def loss_sums(
     options: LossOptions,
     vocab: int,
     factors: Mapping[str, float] | None = None,
-) -> tuple[mx.array, dict[str, tuple[mx.array, float]]]:
-    """The total of :func:`mlx_fd.feedback.distill.loss_rows`, and (sum, count) of each loss."""
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """The total of :func:`mlx_fd.feedback.distill.loss_rows`, and the sum of each loss."""
     total, rows = loss_rows(student, expert, batch, options, vocab, factors)
-    return total, {name: (of.sum(), batch.counts[name]) for name, of in rows.items()}
+    return total, {name: of.sum() for name, of in rows.items()}

@@ -7,6 +7,7 @@ from mlx_fd.feedback.stages import Answered, Finished, Judged, StudentFeedback, 
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.problems import Problem
 from mlx_fd.problems.prompts import Answer, Feedback
+from mlx_fd.report.reading import read_runs
 from mlx_fd.runs.plan import make_plan as plan_of
 from mlx_fd.training import answering
 from mlx_fd.training.answering import Answering, observe, warmed
@@ -100,6 +101,10 @@ def test_the_student_answers_beside_the_expert(tmp_path):
         sum(row["tokens"][f"{of}expert_feedback"] for row in found) for of in ("", "second_")
     )
     assert summary["expert_feedback"]["tokens_written"] == once + twice
+    # The report's totals are of both answers, too.
+    assert summary["expert_verdicts"]["known"] == 16
+    [shown] = read_runs([tmp_path / "run"])
+    assert shown.totals["expert_verdicts"] == summary["expert_verdicts"]
     metrics = rows(tmp_path / "run", runs.METRICS)
     assert [row["answer_temperature"] for row in metrics] == [pytest.approx(0.7)]
     # Of each problem two feedbacks are learned from, and the solution.

@@ -9,8 +9,11 @@ import pytest
 from mlx_fd import open_student
 from mlx_fd.config import override, preset
 from mlx_fd.errors import UserError
-from mlx_fd.problems import arithmetic, execution, load
+from mlx_fd.evaluation.agreeing import Agreeing
+from mlx_fd.evaluation.baselines.trials import Trial
+from mlx_fd.problems import Problem, arithmetic, execution, load
 from mlx_fd.problems.kinds import form_of
+from mlx_fd.problems.parsing import parse_feedback
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.training.selfdistill.methods import configured
 from mlx_fd.training.session import plan_of
@@ -79,11 +82,30 @@ def test_without_gold_judging_is_evaluated_by_the_expert(ungraded):
     assert [system["name"] for system in judged["systems"]] == ["student", "clear"]
     for system in judged["systems"]:
         own = [row for row in rows if row["system"] == system["name"]]
-        agreed = [(row["score"] > 0) == (row["expert_score"] > 0) for row in own]
+        said = [parse_feedback(row["turns"]["student_feedback"]).written_score for row in own]
+        scores = [
+            row["score"] if score is None else score for row, score in zip(own, said, strict=True)
+        ]
+        agreed = [
+            (score > 0) == (row["expert_score"] > 0) for row, score in zip(own, scores, strict=True)
+        ]
         found = system["measures"]["agreement"]
         assert (found["value"], found["n"]) == (sum(agreed) / 3, 3)
         gaps = [abs(row["score"] - row["expert_score"]) for row in own]
         assert system["measures"]["score_gap"]["value"] == pytest.approx(sum(gaps) / 3)
+
+
+def test_a_student_agrees_by_the_score_in_its_text():
+    """As in the loop; it was the head's sign, which says less."""
+    turns = {"student_feedback": "Bad.\nFinal score: -0.8", "expert_feedback": "Final score: -1"}
+    given = Trial(turns, "student_feedback", 0.6, {}, {}, {}, {}, ())
+    problem = Problem("1", "Why?", "", "", "none")
+    found = Agreeing("judging", [problem], ("student",)).row(problem, given, "auto")
+    assert (found["final"], found["reference"], found["correct"]) == ("not good", "not good", True)
+    [agreement, *_] = Agreeing("judging", [problem], ("student",)).measures(
+        [[{**found, "score": given.score}]]
+    )
+    assert (agreement.name, agreement.values) == ("agreement", [1.0])
 
 
 def test_without_gold_an_expert_is_distilled_all_the_same(ungraded, tmp_path):

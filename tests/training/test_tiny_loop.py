@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from collections import Counter
 
 import mlx.core as mx
 import pytest
 
 from mlx_fd.config import Config, override, preset
+from mlx_fd.evaluation.exam import exam_questions, examine
 from mlx_fd.feedback.own_solutions import solve_alike
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import solution_of
@@ -71,6 +73,21 @@ def test_the_student_writes_the_first_answers_and_the_expert_judges_them(
         begun = first_prompt(pair.expert, prompts.answer_prompt(one.problem.question))
         tokens = one.answered.answer.tokens
         assert one.answered.prompt[: len(begun) + len(tokens)] == (*begun, *tokens)
+
+
+def test_the_examination_is_of_the_student_as_it_writes_in_the_run(pair, config):
+    """It solved with the expert's repetition penalty, and gave its feedback without any."""
+    exam = exam_questions(config)[:4]
+
+    def taken(**penalties):
+        found = Counter()
+        options = dataclasses.replace(config.generation, **penalties)
+        results = examine(pair, exam, options, lambda step, count: found.update({step: count}))
+        return results, found
+
+    usual = taken()
+    assert taken(expert_repetition_penalty=2.0) == usual
+    assert taken(student_repetition_penalty=2.0) != usual
 
 
 def test_the_score_head_reads_the_end_of_the_feedback(pair, judged, monkeypatch):

@@ -144,8 +144,6 @@ class Display:
         self._begin = time.monotonic()
 
     def _take_batch(self, event: BatchDone) -> None:
-        if self._done_at_begin is None:
-            self._done_at_begin = self._begun_at(event)
         self._last = event
         self._count(event)
         eta = self._eta(event)
@@ -162,9 +160,6 @@ class Display:
         if "trust" in metrics and metrics["trust"]["threshold"] != self._threshold:
             self._threshold = metrics["trust"]["threshold"]
             self._say(f"gate: {trust_says(metrics['trust'])}")
-
-    def _begun_at(self, event: BatchDone) -> int:
-        return event.done - len(event.rows)
 
     def _count(self, event: BatchDone) -> None:
         self._seen += len(event.rows)
@@ -246,9 +241,9 @@ class Display:
 
     def _step_line(self) -> Text:
         elapsed = max(time.monotonic() - self._step_begin, 1e-9)
-        step = self.step_names.get(self._step)
-        if step is None:
+        if not self._step:
             return Text("")
+        step = self.step_names.get(self._step, self._step.replace("_", " "))
         rate = self._step_tokens / elapsed
         return Text(f"{step}: {self._step_tokens} tokens, {rate:.1f} tokens/s")
 

@@ -11,8 +11,8 @@ from mlx_fd.cli.terminal.layout import NamedValues
 from mlx_fd.cli.terminal.run import Display
 from mlx_fd.problems.kinds import known
 from mlx_fd.runs.events import BatchDone, Probed
-from mlx_fd.runs.labels import duration, number
-from mlx_fd.runs.records import SelfSummary, ShareRow
+from mlx_fd.runs.labels import duration, number, share_says
+from mlx_fd.runs.records import SelfSummary
 from mlx_fd.runs.self_distillation_summary import WRONG
 
 _STEPS = {
@@ -45,9 +45,6 @@ class SelfDisplay(Display):
         self._right_before += sum(rights)
         if event.metrics["probe"]:
             self._held_out = 1 - event.metrics["probe"][WRONG]
-
-    def _begun_at(self, event: BatchDone) -> int:
-        return event.done - len({row["id"] for row in event.rows})
 
     def _line(self, event: BatchDone, eta: str) -> str:
         return "  ".join([f"{event.done}/{event.total}", *self._parts(event), f"ETA {eta}"])
@@ -104,13 +101,6 @@ def summary_table(summary: SelfSummary, *, has_context: bool) -> NamedValues:
     """
     table = NamedValues("Summary")
 
-    def accuracy(value: ShareRow) -> str:
-        if not value["n"]:
-            return "-"
-        low, high = value["interval"]
-        share = value["right"] / value["n"]
-        return f"{share:.1%} ({value['right']}/{value['n']}, 95 % {low:.1%} to {high:.1%})"
-
     head, found, updates = summary["headroom"], summary["attempts"], summary["updates"]
     held_out = summary["held_out"]
     if found and found["right"] is None:
@@ -119,14 +109,14 @@ def summary_table(summary: SelfSummary, *, has_context: bool) -> NamedValues:
             "none are known, so it is not known either whether the model gives more of them now",
         )
     else:
-        table.add_row("held out, before", accuracy(held_out["before"]))
-        table.add_row("held out, after", accuracy(held_out["after"]))
+        table.add_row("held out, before", share_says(held_out["before"]))
+        table.add_row("held out, after", share_says(held_out["after"]))
     if written := summary.get("expert_answers"):
         right = "" if written["right"] is None else f"{written['right']} right of "
         table.add_row("expert's answers", f"{right}{written['n']}, {written['taught']} trained on")
     if summary["second_half"]["n"]:
-        table.add_row("attempts right, first half", accuracy(summary["first_half"]))
-        table.add_row("attempts right, second half", accuracy(summary["second_half"]))
+        table.add_row("attempts right, first half", share_says(summary["first_half"]))
+        table.add_row("attempts right, second half", share_says(summary["second_half"]))
     if head and head["taught"] and head["right"] is not None and has_context:
         table.add_row(
             "headroom",

@@ -14,6 +14,7 @@ from mlx_fd.runs.labels import (
     duration,
     expert_verdicts_say,
     number,
+    share_says,
     trust_says,
 )
 from mlx_fd.runs.records import (
@@ -22,7 +23,6 @@ from mlx_fd.runs.records import (
     JudgingRow,
     ScoreGapRow,
     SelfSummary,
-    ShareRow,
     Summary,
     TopKRow,
     UpdatesRow,
@@ -78,7 +78,7 @@ def _warm_up(warmed_up: SelfSummary) -> tuple[str, str]:
     )
     return (
         "warm-up",
-        f"held out right {_accuracy(held_out['before'])} -> {_accuracy(held_out['after'])}; "
+        f"held out right {share_says(held_out['before'])} -> {share_says(held_out['after'])}; "
         f"{warmed_up['updates']['steps']} steps{nearness}",
     )
 
@@ -87,12 +87,12 @@ def _answers(summary: Summary) -> Lines:
     if "verdicts" in summary:
         verdicts = summary["verdicts"]
         yield "right answers", "none are known: what follows is by the models' verdicts"
-        yield "first answers good, by the expert", _accuracy(verdicts["first_answers"])
-        yield "student's verdict is the expert's", _accuracy(verdicts["agreement"])
+        yield "first answers good, by the expert", share_says(verdicts["first_answers"])
+        yield "student's verdict is the expert's", share_says(verdicts["agreement"])
         yield "answers", f"{verdicts['kept']} kept, {verdicts['revised']} revised"
     else:
-        yield "first answers right", _accuracy(summary["accuracy"]["first_answers"])
-        yield "final answers right", _accuracy(summary["accuracy"]["final_answers"])
+        yield "first answers right", share_says(summary["accuracy"]["first_answers"])
+        yield "final answers right", share_says(summary["accuracy"]["final_answers"])
 
 
 def _losses(summary: Summary) -> Lines:
@@ -145,8 +145,8 @@ def _expert(feedback: ExpertUseRow, *, right_known: bool) -> Lines:
     if feedback["not_asked"] and right_known:
         yield (
             "right, requested / skipped",
-            f"{_accuracy(feedback['accuracy_when_asked'])} / "
-            f"{_accuracy(feedback['accuracy_when_not_asked'])}",
+            f"{share_says(feedback['accuracy_when_asked'])} / "
+            f"{share_says(feedback['accuracy_when_not_asked'])}",
         )
 
 
@@ -205,14 +205,6 @@ def _work(work: WorkRow) -> Lines:
             f"time: {PART_NAMES[name]}",
             f"{seconds:,.1f} s, {share:.1%} of the batches' processor time",
         )
-
-
-def _accuracy(value: ShareRow) -> str:
-    low, high = value["interval"]
-    if not value["n"]:
-        return "-"
-    share = value["right"] / value["n"]
-    return f"{share:.1%} ({value['right']}/{value['n']}, 95 % {low:.1%} to {high:.1%})"
 
 
 def _estimate(value: EstimateRow, sign: str = "") -> str:

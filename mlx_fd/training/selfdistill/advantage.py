@@ -31,7 +31,7 @@ from mlx_fd.training.selfdistill.rollouts import sample_rollouts
 RIGHT, BEFORE, IN, AFTER = "right", "before", "in", "after"
 PARTS = (RIGHT, BEFORE, IN, AFTER)
 """Tokens of right attempts; of wrong ones those before, in and after the first wrong step."""
-LEAST = 0.01
+MIN_ADVANTAGE = 0.01
 """A smaller advantage, in nats, is none: both sides are sure of the token."""
 
 # Problems whose attempts are generated side by side.
@@ -88,12 +88,12 @@ def attempts_of(
 
 def pieces_of(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, ...]:
     """The text that each token adds; a character of several tokens is with its last."""
-    pieces, text_so_far = [], ""
+    pieces, scored_texts = [], ""
     for end in range(1, len(tokens) + 1):
         text = tokenizer.decode(list(tokens[:end]))
         whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        pieces.append(whole[len(text_so_far) :])
-        text_so_far = whole if len(whole) > len(text_so_far) else text_so_far
+        pieces.append(whole[len(scored_texts) :])
+        scored_texts = whole if len(whole) > len(scored_texts) else scored_texts
     return tuple(pieces)
 
 
@@ -165,8 +165,8 @@ def score(
         if not texts:  # a context that teaches no attempt
             return []
         states = read(loaded.view, texts, size)
-        text_so_far = token_logprobs(loaded.view.head, states, texts, options, loaded.vocab)
-        return [values.tolist() for values, _ in text_so_far]  # type: ignore[misc]
+        found = token_logprobs(loaded.view.head, states, texts, options, loaded.vocab)
+        return [values.tolist() for values, _ in found]  # type: ignore[misc]
 
     student = logprobs(
         [prompts.answer_prompt(a.question, form_of(a.problem)) for a in attempts], attempts
@@ -210,7 +210,7 @@ class Summary:
         mass_in: share of the sum of abs(A) over wrong attempts that is in the first wrong step.
         tokens_in: share of wrong attempts' tokens that are in it: what an even spread would give.
         negative: share of right tokens (of right attempts, and before the first wrong step) whose
-            advantage is below -:data:`LEAST`.
+            advantage is below -:data:`MIN_ADVANTAGE`.
     """
 
     context: str
@@ -254,7 +254,7 @@ def summarise(scored: Sequence[Scored], name: str) -> Summary:
     for item in taught:
         column = problems.index(item.attempt.problem.id)
         for part, value in zip(item.parts, item.advantages[name], strict=True):
-            sums[part][:, column] += (1, value, abs(value), value < -LEAST)
+            sums[part][:, column] += (1, value, abs(value), value < -MIN_ADVANTAGE)
     wrong = sums[BEFORE] + sums[IN] + sums[AFTER]
     good = sums[RIGHT] + sums[BEFORE]
     return Summary(
