@@ -77,7 +77,8 @@ def served(run: Path, kept: Path, threshold: float | None) -> None:
 
     seen = {json.loads(line)["id"] for line in (run / "episodes.jsonl").open(encoding="utf-8")}
     drawn = [one for one in problems.load("arithmetic", "train").problems if one.id not in seen]
-    command = [sys.executable, "-m", "mlx_fd", "serve", "--student", str(run), "--expert", PAIR]
+    command = [sys.executable, "-P", "-m", "mlx_fd", "serve", "--student", str(run)]
+    command += ["--expert", PAIR]
     # No answer but a certain one has a score of 1.
     limit = "1" if threshold is None else repr(threshold)
     command += ["--score", "answer", "--threshold", limit, "--port", "0", "--json"]

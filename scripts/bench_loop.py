@@ -55,7 +55,7 @@ SHORT = (
 def run_loop(options: Sequence[str], folder: Path) -> None:
     """A run in a process of its own."""
     subprocess.run(
-        [sys.executable, "-m", "mlx_fd", "loop", *options, "--quiet", "--out", str(folder)],
+        [sys.executable, "-P", "-m", "mlx_fd", "loop", *options, "--quiet", "--out", str(folder)],
         env={"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ,
         stdout=subprocess.DEVNULL,
         check=True,

@@ -285,7 +285,8 @@ def measure(name: str) -> dict[str, Any] | None:
             print(f"{name}: needs {estimate / _GIB:.1f} GiB, left out", file=sys.stderr)
             return None
         (folder / "config.toml").write_text(to_toml(config))
-        command = [sys.executable, "-m", "mlx_fd", "loop", "--config", str(folder / "config.toml")]
+        command = [sys.executable, "-P", "-m", "mlx_fd", "loop"]
+        command += ["--config", str(folder / "config.toml")]
         command += ["--out", str(folder / "run"), "--quiet"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)

@@ -22,7 +22,7 @@ def finished_run(folder: Path, options: Sequence[str]) -> Path:
         command = ["loop", *options, "--out", str(folder)]
     print("$ mlx-fd", *command, flush=True)
     subprocess.run(
-        [sys.executable, "-m", "mlx_fd", *command, "--quiet", "--json"],
+        [sys.executable, "-P", "-m", "mlx_fd", *command, "--quiet", "--json"],
         env={"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ,
         stdout=subprocess.DEVNULL,
         check=True,

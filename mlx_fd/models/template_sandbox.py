@@ -244,7 +244,7 @@ def _keeps_limits(task: str) -> bool:
         # Untried it would run here, without limits.
         raise UserError(
             f"the process that tries chat templates ended with status {done.returncode}; run "
-            f"{sys.executable} -m mlx_fd.models.template_sandbox < /dev/null to see why"
+            f"{sys.executable} -P -m mlx_fd.models.template_sandbox < /dev/null to see why"
         )
     return done.returncode in (0, _FAULT)
 

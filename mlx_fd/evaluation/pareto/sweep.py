@@ -113,7 +113,7 @@ def _train(
     with _command(run, config) as command, tempfile.TemporaryFile("w+") as errors:
         # Its own session: a Ctrl-C at the terminal comes to it through us, and once.
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_fd", *command, "--quiet"],
+            [sys.executable, "-P", "-m", "mlx_fd", *command, "--quiet"],
             stdout=subprocess.DEVNULL,
             stderr=errors,
             start_new_session=True,
