@@ -67,7 +67,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a new file that takes a path's place when the block ends without an error.
 
     It is on the disk then. After an error what was there before is untouched.
+
+    Raises:
+        UserError: there is a link, a pipe or a device in the file's place.
     """
+    check_replaceable(path)
     temporary, descriptor = _new_file(path.parent, "")
     file = os.fdopen(descriptor, "wb")
     try:
@@ -81,6 +85,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             file.close()
     sync_folder(path.parent)
+
+
+def check_replaceable(path: Path) -> None:
+    """Make sure that nothing but an ordinary file is lost where a new one takes its place.
+
+    Raises:
+        UserError: there is a link, a pipe, a device or a folder.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise _is_no_file(path)
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -190,8 +205,7 @@ def read_text(path: Path) -> str:
 def _is_no_file(path: Path) -> UserError:
     return UserError(
         f"{path}: this is not a regular file (but a link, a pipe, a device or a folder), and "
-        "mlx-fd "
-        "does not write or read it; move it away"
+        "mlx-fd does not write or read it; move it away"
     )
 
 

@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import functools
 import json
+import math
+import os
 import re
 import runpy
 import shutil
@@ -54,6 +56,7 @@ from mlx_fd.feedback.judge_file import (  # noqa: E402
     judged_columns,
     partial_of,
 )
+from mlx_fd.files import write_atomic  # noqa: E402
 from mlx_fd.problems import arithmetic, load  # noqa: E402
 from mlx_fd.problems.files import load_answers  # noqa: E402
 from mlx_fd.runs.checked import read_checked  # noqa: E402
@@ -346,6 +349,8 @@ def test_a_plain_model_has_no_score_head(dirs):
         (("", "2"), {}, "its problem is empty"),
         (("1 + 1?", "2"), {"batch_size": 0}, "batch_size must be at least 1"),
         (("1 + 1?", "2"), {"max_tokens": 0}, "max_tokens must be at least 1"),
+        (("1 + 1?", "2"), {"temperature": -1.0}, "temperature must be a number from 0 on, not -1"),
+        (("1 + 1?", "2"), {"temperature": math.nan}, "temperature must be .* not nan"),
         (("1 + 1?", "\ud800"), {}, "its answer is not UTF-8 text"),
         (("1 + 1 " * 2000, "2"), {}, "tokens of feedback do not fit into the 2048 of"),
     ):
@@ -398,6 +403,21 @@ def test_a_file_is_judged(tiny_run, file, tmp_path):
     assert out.read_bytes() == content
     assert command(tiny_run, *options, "--overwrite").status == 0
     assert out.read_bytes() == content
+
+
+def test_no_link_and_no_device_is_replaced(tiny_run, file, tmp_path):
+    """As root ``--out /dev/null --overwrite`` made a file of the device."""
+    (tmp_path / "there").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        out = tmp_path / name
+        done = command(tiny_run, "--problems", file, "--out", out, "--overwrite")
+        assert done.status == 2 and "not a regular file" in done.err
+        with pytest.raises(UserError, match="not a regular file"):
+            write_atomic(out, "text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "there").read_text() == "mine"
 
 
 def test_a_stopped_file_is_gone_on_with(dirs, file, tmp_path):

@@ -110,11 +110,18 @@ def compare(
         )
         if out is not None:
             stack.enter_context(report_folder(out))
-        with Steps(Console(stderr=True), quiet=quiet) as steps:
-            rows = [
-                comparison.judged(job, comparison.run(job, asked(job), steps, debug=debug), weights)
-                for job in jobs
-            ]
+        # Of all exports before the first is run.
+        questions = [asked(job) for job in jobs]
+        rows: list[comparison.Row] = []
+        try:
+            with Steps(Console(stderr=True), quiet=quiet) as steps:
+                for job, some in zip(jobs, questions, strict=True):
+                    done = comparison.run(job, some, steps, debug=debug)
+                    rows.append(comparison.judged(job, done, weights))
+        except KeyboardInterrupt:
+            if rows and not as_json:
+                print_comparison(rows, output_console())
+            raise
         found = comparison.report(jobs, rows)
         # First the result, which a report that cannot be written must not cost.
         if as_json:

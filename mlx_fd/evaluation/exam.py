@@ -200,8 +200,15 @@ def load_results(
         raise ChangedFile(f"it is not what mlx-fd writes ({error!r})") from error
 
 
-def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, BeforeAfterRow]:
+def compare(
+    before: Sequence[Result], after: Sequence[Result], *, by_head: bool = True
+) -> dict[str, BeforeAfterRow]:
     """Two examinations on the same questions, side by side.
+
+    Args:
+        before: the first.
+        after: the second.
+        by_head: whether the score head was taught, so that it can be in error.
 
     Returns:
         For each measure ``before``, ``after`` and ``change``, each with value, 95 % interval
@@ -219,7 +226,7 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> dict[str, Befo
     wrong = column(before, "wrong")
     old, new = column(before, "found"), column(after, "found")
     return {
-        "score_error": sides("score_error"),
+        **({"score_error": sides("score_error")} if by_head else {}),
         "written_error": sides("written_error"),
         "readable": sides("readable"),
         "first_error_on_wrong": sides("found", only=True),

@@ -98,11 +98,8 @@ def _checked(archive: tarfile.TarFile, file: Path) -> list[tuple[tarfile.TarInfo
                 "nothing was unpacked"
             )
         parts = member.name.split("/")
-        unsafe = any(
-            part in {"", ".", ".."} or not part.isprintable() or len(part.encode()) > _MAX_NAME
-            for part in parts
-        )
-        if path.is_absolute() or unsafe or "\\" in member.name or not 2 <= len(parts) <= _DEEPEST:
+        safe = all(map(is_plain, parts))
+        if path.is_absolute() or not safe or not 2 <= len(parts) <= _DEEPEST:
             raise UserError(
                 f"{file}: {shown} would be unpacked outside its folder, or is no file of an "
                 "export; nothing was unpacked"
@@ -114,6 +111,20 @@ def _checked(archive: tarfile.TarFile, file: Path) -> list[tuple[tarfile.TarInfo
     if not files:
         raise UserError(f"{file}: is empty")
     return files
+
+
+def is_plain(name: str) -> bool:
+    """Whether a file or a folder of this name is unpacked everywhere, and nowhere else."""
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        return False
+    return (
+        name not in {"", ".", ".."}
+        and name.isprintable()
+        and not {"/", "\\"} & set(name)
+        and length <= _MAX_NAME
+    )
 
 
 def _check_room(members: list[tuple[tarfile.TarInfo, str]], file: Path, folder: Path) -> None:

@@ -140,7 +140,23 @@ def _origin(source: Source, student: Student | None) -> str:
         else f"{'DoRA' if options['train'] == 'dora' else 'LoRA'} of rank {options['lora_rank']} "
         f"and scale {options['lora_scale']:g}"
     )
-    if not source.ref.scores:
+    if options.get("self_teacher") == "expert":
+        rows = {
+            "expert": f"`{_named(options['expert'])}`",
+            "student's base": f"`{source.base}`",
+            "method": f"{options['method']}: the student answers "
+            f"{options['on_policy_fraction']:.0%} of the problems, the expert the others; the "
+            f"objective is {options['objective']}",
+            "problems": _problems(options),
+            "trained": what,
+            **_provenance(source),
+        }
+        return (
+            "A small model that learned from a large one: on answers to problems it learned to "
+            "predict tokens as the expert does. Made by distillation with [mlx-fd]"
+            f"(https://github.com/mlx-fd/mlx-fd).\n\n{_table(rows)}"
+        )
+    if source.self_distils:
         rows = {
             "base": f"`{source.base}`",
             "method": f"{options['method']}: the teacher reads {options['context']}, the objective "
@@ -161,7 +177,9 @@ def _origin(source: Source, student: Student | None) -> str:
         "problems": _problems(options),
         "losses": f"{', '.join(options['losses'])} (KL {options['kl']}, temperature "
         f"{options['loss_temperature']:g})",
-        "trained": f"{what}; score head read {_read_at(student.score_at)}",
+        "trained": f"{what}; score head read {_read_at(student.score_at)}"
+        if source.ref.scores
+        else what,
         "gate": _gate(options["gate"], source.summary),
         **_provenance(source),
     }
@@ -221,7 +239,7 @@ def _results(source: Source) -> str:
         return ""
     if not summary:
         return "The run has not ended, so it has no summary yet.\n"
-    if not source.ref.scores:
+    if source.self_distils:
         before, after = (summary["held_out"][side] for side in ("before", "after"))
         if not after["n"]:
             return (

@@ -168,7 +168,7 @@ def questions(
 
     def asked(job: Job) -> Sequence[Problem | Item]:
         wanted = job.bundle.items[0].kind
-        if chosen[0].kind != wanted:
+        if chosen and chosen[0].kind != wanted:
             raise UserError(
                 f"{source}: its answers are of the kind {chosen[0].kind}, but the prompts of "
                 f"{job.export} ask for the kind {wanted}; name --problems of that kind, or none"

@@ -82,6 +82,12 @@ def check_out(folder: Path, *, with_archive: bool) -> None:
         raise UserError(f"{folder}: is a link or a file; choose another --out")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: there is something in this folder; choose another --out")
+    name = folder.absolute().name
+    if with_archive and not archive.is_plain(name):
+        raise UserError(
+            f"{folder}: a character of this name, or its length, is not for an archive; choose "
+            "another --out"
+        )
     if with_archive and archive_of(folder).exists():
         raise UserError(f"{archive_of(folder)}: is there already; choose another --out")
 

@@ -63,6 +63,11 @@ class Source:
     manifest: Manifest | dict[str, Any]
     summary: dict[str, Any]
 
+    @property
+    def self_distils(self) -> bool:
+        """Whether it is of a run of ``mlx-fd self-distill`` or ``mlx-fd distil``."""
+        return self.ref.config is not None and self.ref.config.self_distils
+
 
 def open_source(
     name: str, adapter: Path | None = None, template_kwargs: Mapping[str, Any] | None = None

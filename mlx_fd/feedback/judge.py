@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -282,12 +283,14 @@ class Judge:
 
         Raises:
             UserError: a problem or an answer is empty, is not UTF-8 text, or is too long for the
-                model; or a limit is below 1.
+                model; or a limit is below 1, or the temperature below 0.
         """
         pairs = list(answers)
         for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
+        if not 0 <= temperature < math.inf:
+            raise UserError(f"temperature must be a number from 0 on, not {temperature}")
         for index, pair in enumerate(pairs):
             for name, text in zip(("problem", "answer"), pair, strict=True):
                 if not text.strip():

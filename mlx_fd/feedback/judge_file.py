@@ -21,6 +21,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback.judge import Judge, Judgement, ModelRef, adapter_hash
 from mlx_fd.files import (
     append_lines,
+    check_replaceable,
     lock,
     open_in_place,
     open_to_read,
@@ -61,13 +62,14 @@ def check_out_file(out: Path, source: Path, *, overwrite: bool) -> None:
     """Make sure that a file can be written, before anything is loaded.
 
     Raises:
-        UserError: it is there already and is not to be overwritten, is the file that is read, or
-            has no folder.
+        UserError: it is there already and is not to be overwritten, is the file that is read, is
+            no ordinary file, or has no folder.
     """
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.parent}; make it first")
     if out.is_dir():
         raise UserError(f"{out} is a folder; name a file in it")
+    check_replaceable(out)
     if not out.exists():
         return
     if out.samefile(source):

@@ -250,7 +250,7 @@ def _finish(
         seconds["exam"] = before.seconds + took
         with runs.wrap_write_errors(folder):
             save_results(folder / runs.EXAM_AFTER, after, took, before.digest)
-        compared = compare(before.results, after)
+        compared = compare(before.results, after, by_head=pair.student.scores)
     with runs.wrap_write_errors(folder):
         episodes = runs.read_episodes(folder)
         summary = summarise(

@@ -741,6 +741,9 @@ def test_export_of_a_run(home, finished, mlx_fd, tmp_path):
     again = mlx_fd("export", finished, "--out", out)
     failed(again, str(out), "something in this folder")
     failed(mlx_fd("export", finished, "--out", tmp_path / "out.tar"), "a link or a file")
+    # An archive with this name at its top was written, and could not be opened.
+    odd = mlx_fd("export", finished, "--out", tmp_path / "ex\u30001", "--archive")
+    failed(odd, "is not for an archive")
 
 
 def test_export_for_a_script(mlx_fd, tmp_path):

@@ -104,6 +104,14 @@ def test_other_problems_and_the_references_where_it_knows_them(exports, tmp_path
     assert found["same_answer"] == 2
 
 
+def test_no_problems_are_asked(exports, tmp_path):
+    """It ended in an internal error."""
+    arguments = ("--problems", "arithmetic", "--limit", 0, "--json", "--quiet")
+    done = shell("compare", exports / "mlx", "--engine", "mlx", *arguments, cwd=tmp_path)
+    assert done.status == 0, done
+    assert json.loads(done.out)["rows"][0]["measures"]["accuracy"] is None
+
+
 # ------------------------------------------------------------------------------------ what is not
 
 

@@ -324,5 +324,12 @@ def test_the_command(tmp_path):
     assert "expert 2, of 2 held-out problems" in again.out
     shown = mlx_fd("report", tmp_path / "run")
     assert shown.status == 0, shown.err
+    exported = mlx_fd("export", tmp_path / "run", "--out", tmp_path / "exported", "--no-parity")
+    assert exported.status == 0, exported.err
+    card = (tmp_path / "exported" / "README.md").read_text()
+    # Its card was that of a model that learned from itself.
+    assert "| expert | `tiny` |" in card and "| student's base | `tiny-student` |" in card
+    assert "on-policy: the student answers 100% of the problems" in card
+    assert "itself" not in card and "critic" not in card
     wrong = mlx_fd("distil", "--expert", "tiny", "--method", "rcsd")
     assert wrong.status == 2 and "not one of 'on-policy', 'gkd'" in wrong.err

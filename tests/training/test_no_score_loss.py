@@ -48,3 +48,15 @@ def test_nobody_takes_the_untaught_head_for_a_judge(run):
     assert done.status == 0, done
     summary = json.loads((run / "summary.json").read_text())
     assert summary["judging"]["head"] is None or summary["judging"]["head"]["n"] == 0
+
+
+def test_its_card_is_that_of_the_loop(run, tmp_path):
+    """It was taken for a model that learned from itself, and the export failed."""
+    done = shell("export", str(run), "--out", "out", "--no-parity", cwd=tmp_path)
+    assert done.status == 0, done
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| expert | `tiny` |" in card and "| losses | lm, logit (KL forward" in card
+    assert "| lm loss, held out |" in card and "exam: problems solved" in card
+    # Of a head that no loss taught an error was shown, before and after.
+    assert "learned from itself" not in card and "score head" not in card
+    assert not (tmp_path / "out" / "score_head.safetensors").exists()
