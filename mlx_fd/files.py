@@ -68,10 +68,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     It is on the disk then. After an error what was there before is untouched.
 
+    A link is replaced, and not followed.
+
     Raises:
-        UserError: there is a link, a pipe or a device in the file's place.
+        UserError: there is a pipe, a device or a folder in the file's place.
     """
-    check_replaceable(path)
+    if not path.is_symlink():
+        check_replaceable(path)
     temporary, descriptor = _new_file(path.parent, "")
     file = os.fdopen(descriptor, "wb")
     try:

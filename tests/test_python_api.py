@@ -414,8 +414,8 @@ def test_no_link_and_no_device_is_replaced(tiny_run, file, tmp_path):
         out = tmp_path / name
         done = command(tiny_run, "--problems", file, "--out", out, "--overwrite")
         assert done.status == 2 and "not a regular file" in done.err
-        with pytest.raises(UserError, match="not a regular file"):
-            write_atomic(out, "text")
+    with pytest.raises(UserError, match="not a regular file"):
+        write_atomic(tmp_path / "pipe", "text")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "pipe").is_fifo()
     assert (tmp_path / "there").read_text() == "mine"
 
