@@ -59,15 +59,14 @@ Examples:
     "--score",
     type=click.Choice(list(SCORES)),
     help="What that answer is scored by, as for mlx-fd cascade calibrate. [default: as the run was "
-    "calibrated; not calibrated: head, where the student has one, else answer]",
+    "calibrated; not calibrated: answer]",
 )
 @click.option(
     "--threshold",
     type=Number(-1, 1),
     metavar="NUMBER",
     help="Least score of the student's answer with which it stands. [default: the run's "
-    "calibrated threshold; not calibrated: 0 of a score head, above which it says right; else "
-    "none, and everything is passed on]",
+    "calibrated threshold; not calibrated: none, and everything is passed on]",
 )
 @click.option(
     "--verbatim",

@@ -47,12 +47,10 @@ def rule_of(options: Options, served: Served) -> Rule:
     ref = served.judge.ref
     calibrated = calibration_of(options, ref)
     if calibrated is None:
-        score = SCORES[options.score or (HEAD if served.scores else ANSWER).name]
+        score = SCORES[options.score or ANSWER.name]
         if options.threshold is not None:
             return Rule(score, options.threshold, None, "--threshold")
-        if score is HEAD:
-            plain = "above 0 it says that an answer is right; not calibrated"
-            return Rule(score, 0.0, None, plain)
+        # What a score means is not known until it is measured.
         return Rule(score, None, None, "it is not calibrated, and no --threshold is given")
     steps, promise = calibrated["confidence"], calibrated["promise"]
     score = SCORES[options.score or calibrated["score"]]

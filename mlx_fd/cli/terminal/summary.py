@@ -140,7 +140,7 @@ def _expert(feedback: ExpertUseRow, *, right_known: bool) -> Lines:
             "-" if share is None else f"{share:.1%}"
             for share in (feedback["share_saved"], feedback["share_saved_second_half"])
         )
-        yield "saved, of its tokens", f"{whole}; in the second half {half}"
+        yield "saved, of its feedback tokens", f"{whole}; in the second half {half}"
     yield "trust", _trusted(feedback)
     if feedback["not_asked"] and right_known:
         yield (
