@@ -1,8 +1,8 @@
 """What trust saves, and what comes of it: whole runs of the loop in its default gate.
 
-python scripts/bench_trust.py --runs DIR --seeds 0,1,2     # each run once; goes on where it stopped
-python scripts/bench_trust.py --arms long --runs DIR       # the run of forty minutes
-python scripts/bench_trust.py --table --plot               # docs/bench_trust.*, from the rows alone
+python scripts/bench_trust.py --runs DIR --seeds 0,1,2      # each once; goes on where it stopped
+python scripts/bench_trust.py --arms long,taught --runs DIR # the runs of forty minutes
+python scripts/bench_trust.py --table --plot                # docs/bench_trust.*, of the rows alone
 
 What not asking costs is known twice. Of the problems that need no expert a tenth, drawn by hash, is
 audited all the same: their final answers and those where the student stood alone are two random
@@ -32,6 +32,7 @@ ROWS, TABLE, PLOT = (DOCS / f"bench_trust.{kind}" for kind in ("jsonl", "md", "s
 ARMS: dict[str, tuple[str, ...]] = {
     "main": (),
     "long": ("--episodes", "3200"),
+    "taught": ("--episodes", "2400", "--kd-steps", "32"),
 }
 # Of an episode, where a row has no number for it.
 NOTHING = "-"
