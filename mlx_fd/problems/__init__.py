@@ -121,7 +121,7 @@ def load(
     Rows have ``question`` (or ``problem``) and ``answer``: a solution that ends in
     ``#### <answer>`` or the answer alone, then with a ``solution`` beside it or without; maybe
     ``choices``, a ``context`` and an ``id``. The names of published data sets are known
-    (:data:`mlx_fd.problems.rows.COLUMNS`).
+    (:data:`mlx_fd.problems.columns.COLUMNS`).
 
     Args:
         source: a name in :data:`mlx_fd.registry.SOURCES`, a path, or ``owner/name`` of a hub data
@@ -142,8 +142,9 @@ def load(
         _check_alike(found)
         return found
     from mlx_fd.problems import files, rows
+    from mlx_fd.problems.columns import parse_columns
 
-    reading = rows.Reading(rows.parse_columns(columns), kind, skip_bad_rows)
+    reading = rows.Reading(parse_columns(columns), kind, skip_bad_rows)
     path = Path(source).expanduser()
     is_file_name = bool(suffixes_of(path))
     if not is_file_name and not path.exists():

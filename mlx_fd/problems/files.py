@@ -24,15 +24,8 @@ from typing import Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.problems import FILE_SUFFIXES, ProblemSet, suffixes_of
-from mlx_fd.problems.rows import (
-    COLUMNS,
-    BadRow,
-    Reading,
-    ends_in_letter,
-    problems_of,
-    question_and_answer,
-    reasons_of,
-)
+from mlx_fd.problems.columns import COLUMNS, ends_in_letter, question_and_answer
+from mlx_fd.problems.rows import BadRow, Reading, problems_of, reasons_of
 from mlx_fd.text import shown
 
 _SHOWN = 10

@@ -20,9 +20,10 @@ from typing import Any
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.tutoring import as_asked
 from mlx_fd.files import append_lines, open_to_append, open_to_read, replacing
+from mlx_fd.problems.columns import COLUMNS
 from mlx_fd.problems.kinds import KINDS, is_right, read_final
 from mlx_fd.problems.kinds.choice import listed
-from mlx_fd.problems.rows import COLUMNS, problem_of
+from mlx_fd.problems.rows import problem_of
 
 EXPERT, CORRECTION = "expert", "correction"
 

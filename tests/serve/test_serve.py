@@ -70,7 +70,9 @@ def threshold(judged):
 @pytest.fixture(scope="module")
 def server(run, threshold):
     options = ("--expert", "tiny", "--max-body", str(MOST_BYTES), "--read-timeout", "1")
-    with serving(run.parent, run, *options, "--score", "head", "--threshold", str(threshold)) as found:
+    with serving(
+        run.parent, run, *options, "--score", "head", "--threshold", str(threshold)
+    ) as found:
         yield found
 
 
