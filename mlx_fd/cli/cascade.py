@@ -115,6 +115,7 @@ def cascade(
         raise UserError(f"{run}: this is no run directory; a cascade needs a run's student")
     backend()
     from rich.console import Console
+    from rich.text import Text
 
     from mlx_fd.cli.terminal.cascade import summary, table
     from mlx_fd.cli.terminal.layout import output_console
@@ -125,6 +126,7 @@ def cascade(
     from mlx_fd.evaluation.cascade.measuring import Held, calibrate, evaluate
     from mlx_fd.evaluation.target import open_target
     from mlx_fd.models.storage import cache_dir
+    from mlx_fd.text import strip_control_chars
 
     # One that cannot be read is made again.
     calibrated = file.read(run) if action == "eval" else None
@@ -137,12 +139,20 @@ def cascade(
     held = Held(problems, split, limit)
     cache = Cache(cache_dir() / "eval")
     bench = suites.make_bench(target, suites.Options(), cache, lambda step, tokens: None)
-    with Steps(Console(stderr=True), quiet=quiet or as_json) as steps:
+    console = Console(stderr=True)
+
+    def warn(text: str) -> None:
+        console.print(
+            Text.assemble(("warning: ", "yellow"), strip_control_chars(text)), soft_wrap=True
+        )
+
+    with Steps(console, quiet=quiet or as_json) as steps:
         if calibrated is not None:
-            found = evaluate(bench, held, calibrated, steps)
+            found = evaluate(bench, held, calibrated, steps, warn)
         else:
             [(kind, value)] = promises.items()
-            found = calibrate(bench, held, SCORES[score or ANSWER.name], kind, value, steps)
+            scored = SCORES[score or ANSWER.name]
+            found = calibrate(bench, held, scored, kind, value, steps, warn)
     _write(run, found)
     if as_json:
         click.echo(json.dumps(found, indent=2))

@@ -21,13 +21,14 @@ import numpy as np
 
 from mlx_fd import problems, runs
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation import instructing, processbench
+from mlx_fd.evaluation import held_out, instructing, processbench
 from mlx_fd.evaluation.agreeing import Agreeing
 from mlx_fd.evaluation.baselines import BASE, CLEAR, LOOP, STUDENT, SYSTEMS
 from mlx_fd.evaluation.bench import Bench
 from mlx_fd.evaluation.cache import Cache
 from mlx_fd.evaluation.choosing import HEAD, MAJORITY, RANDOM, SCORES, Choosing
 from mlx_fd.evaluation.following import Following
+from mlx_fd.evaluation.held_out import source_of
 from mlx_fd.evaluation.instructing import Instructing
 from mlx_fd.evaluation.judging import Judging
 from mlx_fd.evaluation.locating import TOKENS, Locating
@@ -59,7 +60,6 @@ FAST = "fast"
 FAST_LIMIT = 100
 OUTPUTS, RESULTS = "outputs.jsonl", "eval.json"
 _UNFINISHED = ".outputs.jsonl.tmp"
-DEFAULT_SOURCE = "gsm8k"
 # Not a run's own: its seed there is its run's.
 _EXAM_SEED = 1_000_003
 
@@ -394,81 +394,9 @@ def _reply_tokens(paths: Sequence[Path]) -> int:
     return min([TOKENS, *(length // 2 for length in contexts)])
 
 
-def source_of(target: Target, named: str | None) -> str:
-    """Where an evaluation's problems come from.
-
-    Args:
-        target: who is evaluated; one that learned from a source with a name gets that one.
-        named: what the user asked for, if anything.
-    """
-    learned = target.config.problems.problems
-    return named or (learned if learned in SOURCES else DEFAULT_SOURCE)
-
-
-def learned_from(target: Target, source: str, split: str) -> bool:
-    """Whether the run learned from some of these problems.
-
-    A file has one split, whatever it is called. Slices of one split may have nothing in common:
-    there the questions tell.
-
-    Raises:
-        UserError: they have to be compared, and cannot be loaded.
-    """
-    learned = target.config.problems
-    if target.run is None:
-        return False
-    if _is_file(source):
-        path, of_run = (Path(name).expanduser().resolve() for name in (source, learned.problems))
-        return path == of_run
-    if source != learned.problems or split == learned.split:
-        return source == learned.problems
-    parts = [set(problems.split_parts(one)) for one in (split, learned.split)]
-    if not parts[0] & parts[1] and "all" not in parts[0] | parts[1]:
-        return False
-    if "[" not in split + learned.split:
-        return True
-    asked = [
-        {
-            problem.question
-            for problem in problems.load(
-                source, one, skip_bad_rows=True, kind="none", columns=learned.columns
-            ).problems
-        }
-        for one in (split, learned.split)
-    ]
-    return bool(asked[0] & asked[1])
-
-
-def _is_file(source: str) -> bool:
-    """Whether problems come from a file: a folder may be called as a source or a data set is."""
-    return source not in SOURCES and Path(source).expanduser().is_file()
-
-
 def concerns(target: Target, options: Options) -> list[str]:
     """What makes an evaluation worth less than it looks."""
-    learned, source = target.config.problems, source_of(target, options.problems)
-    asked = dict.fromkeys(one for one in (source, options.transfer) if one is not None)
-    found = [
-        _was_learned_from(one, learned.split)
-        for one in asked
-        if learned_from(target, one, options.split)
-    ]
-    if found or target.run is None or options.problems is not None or learned.problems == source:
-        return found
-    return [
-        f"the run learned from {learned.problems}, and what follows is on {source}; name "
-        "problems like its own that it has not seen (--problems)"
-    ]
-
-
-def _was_learned_from(source: str, split: str) -> str:
-    of, other = f", split {split}", "another --split or "
-    if _is_file(source):
-        of = other = ""
-    return (
-        f"the run learned from these problems ({source}{of}): what follows is no measure of "
-        f"what it does on others; choose {other}other problems"
-    )
+    return held_out.concerns(target, options.problems, options.split, options.transfer)
 
 
 def _solvers(target: Target, options: Options) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from mlx_fd.models import fingerprint, ranks
 from mlx_fd.models.chat_template import DEFAULT_DATE, ChatTemplate, fitted
 from mlx_fd.models.resolve import why_changed
 from mlx_fd.runs.checked import content_digest
-from mlx_fd.runs.records import SCHEMA_VERSION, ChatTemplateRow, Manifest, ModelRow
+from mlx_fd.runs.records import SCHEMA_VERSION, ChatTemplateRow, LearnedRow, Manifest, ModelRow
 
 Part = Literal["expert", "student", "problems"]
 _PARTS: tuple[Part, ...] = ("expert", "student", "problems")
@@ -75,6 +75,25 @@ def manifest_of(
         "options": flat_options(config),
     }
     return {**made, "ranks": ranks.processes()} if ranks.processes() > 1 else made
+
+
+def learned_rows(config: Config, manifest: Manifest) -> list[LearnedRow]:
+    """What a run's student learned from, its own problems first, then those of earlier runs.
+
+    Those of its probe and of a warm-up are drawn from the same source.
+
+    Args:
+        config: the run's.
+        manifest: the run's; one of an older version names its own problems alone.
+    """
+    options = config.problems
+    own: LearnedRow = {
+        "name": options.problems,
+        "split": options.split,
+        "columns": options.columns,
+        "sha256": manifest["problems"]["sha256"],
+    }
+    return [own, *(row for row in manifest.get("learned_before", []) if row != own)]
 
 
 def _template_row(template: ChatTemplate) -> ChatTemplateRow:

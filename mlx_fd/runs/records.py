@@ -617,6 +617,22 @@ class ProblemsRow(TypedDict):
     kind: NotRequired[str]
 
 
+class LearnedRow(TypedDict):
+    """Problems that an earlier run's student learned from.
+
+    Attributes:
+        name: of the source; a file's whole path.
+        split: of it.
+        columns: what its columns stand for, where they were named.
+        sha256: of all problems of the source; of a file, of its bytes.
+    """
+
+    name: str
+    split: str
+    columns: str
+    sha256: str
+
+
 class ChatTemplateRow(TypedDict):
     """How chats are written for a run's student, beside the options that say so, too.
 
@@ -648,6 +664,8 @@ class Manifest(TypedDict):
         shared_vocabulary: tokens that student and expert share; 0: they have different tokenizers.
         chat_template: how chats are written; runs of older versions have none.
         options: every option by name.
+        learned_before: with ``--continue``, what the student had learned from: the earlier run's
+            problems, and those of the runs before it; runs of older versions have none.
         ranks: how many processes make the run, where it is more than one.
     """
 
@@ -662,6 +680,7 @@ class Manifest(TypedDict):
     shared_vocabulary: int
     chat_template: NotRequired[ChatTemplateRow]
     options: dict[str, Any]
+    learned_before: NotRequired[list[LearnedRow]]
     ranks: NotRequired[int]
 
 
@@ -1538,6 +1557,8 @@ class CascadeMeasuredRow(TypedDict):
         above_random: area between accuracy and that of a lottery, over all shares passed on.
         systems: at the threshold.
         curve: over all thresholds.
+        left_out: of an evaluation: problems of the source that it leaves out, since the threshold
+            was set on their questions.
     """
 
     problems: str
@@ -1548,6 +1569,7 @@ class CascadeMeasuredRow(TypedDict):
     above_random: EstimateRow
     systems: list[CascadeSystemRow]
     curve: list[CascadePointRow]
+    left_out: NotRequired[int]
 
 
 class CascadeFile(TypedDict):
@@ -1560,7 +1582,9 @@ class CascadeFile(TypedDict):
             or ``head``, the score head's.
         promise: what its threshold promises.
         confidence: what scores mean, from the lowest on.
-        ids: of the calibration's problems, which no evaluation uses.
+        ids: of the calibration's problems.
+        questions: SHA-256 of each question of the calibration, runs of white space as one space: no
+            evaluation uses it, under any id. Absent in calibrations of older versions.
         calibration: on those.
         evaluation: on others; null before ``mlx-fd cascade eval``.
     """
@@ -1571,6 +1595,7 @@ class CascadeFile(TypedDict):
     promise: CascadePromiseRow
     confidence: list[CascadeStepRow]
     ids: list[str]
+    questions: NotRequired[list[str]]
     calibration: CascadeMeasuredRow
     evaluation: CascadeMeasuredRow | None
 
@@ -1662,7 +1687,7 @@ class BundleFile(_BundleDigest):
 
 
 FILES: Mapping[str, tuple[type, ...]] = {
-    "manifest.json": (Manifest, ModelRow, ProblemsRow),
+    "manifest.json": (Manifest, ModelRow, ProblemsRow, LearnedRow),
     "episodes.jsonl": (
         EpisodeRow,
         SecondRow,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback.judge import ModelRef, locate_model
 from mlx_fd.files import remove, share, sync_file, sync_folder, working_folder
 from mlx_fd.models.student import MADE_WITH, Student, load_student, save_weights
+from mlx_fd.problems.questions import question_key
 from mlx_fd.registry import SOURCES
+from mlx_fd.runs.manifest import learned_rows
 from mlx_fd.runs.plan import Plan
 
 # Of few problems, the share that is held out for the gate.
@@ -72,7 +75,7 @@ def sizes(given: Mapping[str, Any], earlier: Config) -> dict[str, int]:
         columns=given.get("columns") or "",
     )
     # One question counts once: a probe's must not come up again.
-    count = len({" ".join(problem.question.split()) for problem in found.problems})
+    count = len({question_key(problem.question) for problem in found.problems})
     if count < 2:
         raise UserError(
             f"{given['problems']}: it has {count} problem; one more at least is needed, to be held "
@@ -88,8 +91,11 @@ def sizes(given: Mapping[str, Any], earlier: Config) -> dict[str, int]:
     return {"episodes": count - probe, "probe_size": probe}
 
 
-def check_continues(plan: Plan) -> None:
+def check_continues(plan: Plan) -> Plan:
     """Make sure that a plan's student can begin with the earlier run's.
+
+    Returns:
+        The plan; its manifest says what the student has learned from already.
 
     Raises:
         UserError: it is another model, has other LoRA, or was asked in another way.
@@ -111,6 +117,9 @@ def check_continues(plan: Plan) -> None:
             f"--continue {name}: its student knows another chat template than this expert's; take "
             f"its expert, {ref.config.models.expert}"
         )
+    assert ref.run is not None
+    before = learned_rows(ref.config, runs.read_manifest(ref.run))
+    return dataclasses.replace(plan, manifest={**plan.manifest, "learned_before": before})
 
 
 def _shown(names: list[str], ref: ModelRef) -> str:

@@ -118,7 +118,7 @@ def new_plan(folder: Path, config: Config) -> Plan:
         if plan.config.models.continue_from:
             from mlx_fd.training.continuing import check_continues
 
-            check_continues(plan)
+            plan = check_continues(plan)
         return plan if config.self_distils else _check_trust(plan)
 
     plan = ranks.together(planned)

@@ -21,7 +21,7 @@ from mlx_fd.report.reading import read_runs
 from mlx_fd.runs.records import EstimateRow
 from mlx_fd.runs.summary import wilson
 from support.pages import check_charts
-from support.serving import tiny_run
+from support.serving import questions, tiny_run
 
 
 def drawn(rng, n, *, levels=None, student=0.6, expert=0.9):
@@ -334,6 +334,116 @@ def test_a_calibration_says_what_answers_were_scored_by(run, tmp_path, capsys):
         call("eval", other)
     call("calibrate", other, "--cost", "0.9", "--limit", "24")
     assert file.read(other)["format"] == 2
+
+
+def written(path, questions, answers, **columns):
+    """A file of problems with ids from 0 on."""
+    rows = [
+        {"id": str(n), "question": question, "answer": answer, **columns}
+        for n, (question, answer) in enumerate(zip(questions, answers, strict=True))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "copied", symlinks=True)
+
+
+def evaluated(run, source, capsys):
+    capsys.readouterr()
+    call("eval", run, "--problems", source, "--json")
+    measured = json.loads(capsys.readouterr().out)["evaluation"]
+    return measured["n"], measured["left_out"]
+
+
+def test_an_evaluation_leaves_out_the_calibrations_questions_whatever_their_ids(
+    copied, tmp_path, capsys
+):
+    asked = questions(32)
+    seen, unseen = asked[:28], asked[28:]
+    calibrated = written(tmp_path / "seen.jsonl", seen, range(28))
+    call("calibrate", copied, "--cost", "0.9", "--problems", str(calibrated))
+    others = written(tmp_path / "others.jsonl", unseen, range(4))
+    assert evaluated(copied, others, capsys) == (4, 0)
+    again = [one.replace(" ", "  ") for one in reversed(seen)]
+    mixed = written(tmp_path / "mixed.jsonl", [*unseen, *again], range(32))
+    assert evaluated(copied, mixed, capsys) == (4, 28)
+    call("eval", copied, "--problems", str(mixed))
+    assert "left out, since the threshold was set on them: 28" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the calibration has used all 28 problems"):
+        call("eval", copied, "--problems", str(calibrated))
+    # A calibration of before knew ids alone, which tell nothing.
+    older = {key: value for key, value in file.read(copied).items() if key != "questions"}
+    file.write(copied, older)
+    with pytest.raises(UserError, match=r"did not record the questions .*; calibrate again"):
+        call("eval", copied)
+    assert file.read(copied)["promise"] == older["promise"]  # which a server goes by
+
+
+def test_only_the_kind_of_answers_that_was_learned_is_calibrated_on(copied, tmp_path, capsys):
+    path = written(tmp_path / "names.jsonl", ["Who?", "And who?"], ["Ann", "Tom"])
+    before = file.read(copied)
+    for action, *promise in (("calibrate", "--cost", "0.9"), ("eval",)):
+        with pytest.raises(UserError, match=r"of the kind text, .* learned .* the kind number"):
+            call(action, copied, *promise, "--problems", str(path))
+    nothing = tmp_path / "nothing.jsonl"
+    nothing.write_text('{"question": "Who?"}\n')
+    with pytest.raises(UserError, match="no right answers are known"):
+        call("eval", copied, "--problems", str(nothing))
+    bad = written(tmp_path / "bad.jsonl", questions(6), [1, 2, 3, 4, 5, "six or so"])
+    with pytest.raises(UserError, match=r"bad\.jsonl:6"):
+        call("eval", copied, "--problems", str(bad))
+    assert file.read(copied) == before
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_answers_are_read_as_the_kind_that_was_learned(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_FD_CACHE", str(tmp_path / "cache"))
+    names = written(tmp_path / "names.jsonl", map("Who is {}?".format, range(8)), ["Ann"] * 8)
+    years = written(tmp_path / "years.jsonl", map("When was {}?".format, range(30)), [1900] * 30)
+    of_text = tiny_run(tmp_path / "text", problems=str(names))
+    call("calibrate", of_text, "--cost", "0.9", "--problems", str(years))
+    assert len(file.read(of_text)["ids"]) == 30
+    with pytest.raises(UserError, match=r"arithmetic: .* kind number, .* name --problems with"):
+        call("calibrate", of_text, "--cost", "0.9", "--problems", "arithmetic")
+    of_none = tiny_run(tmp_path / "none", problems=str(names), answer_kind="none")
+    with pytest.raises(UserError, match=r"without right answers \(kind none\)"):
+        call("calibrate", of_none, "--cost", "0.9", "--problems", str(years))
+
+
+def test_what_there_is_to_know_of_the_problems_is_said(copied, tmp_path, capfd):
+    asked = questions(24)
+    path = written(tmp_path / "noted.jsonl", asked, range(24), mood="good")
+    call("calibrate", copied, "--cost", "0.9", "--problems", str(path))
+    said = " ".join(capfd.readouterr().err.split())
+    assert said == f"warning: columns of {path} that are not read: 'mood'"
+    of_file = tiny_run(tmp_path / "of file", problems=str(path))
+    with pytest.raises(UserError):  # two problems are too few
+        call("calibrate", of_file, "--cost", "0.1", "--limit", "2")
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"the run learned from {path}, and what follows is on gsm8k" in said
+
+
+def test_a_risk_that_cannot_be_promised_leaves_a_calibration_with_a_threshold(copied, capsys):
+    path = copied / file.CASCADE
+    before = path.read_text()
+    with pytest.raises(
+        UserError,
+        match=r"--risk 0\.01: no threshold .* 24 problems: .* stays as it is, with its --cost 0\.9",
+    ):
+        call("calibrate", copied, "--risk", "0.01", "--limit", "24")
+    assert path.read_text() == before
+    # One that promises nothing, or is of another student, is not kept.
+    path.unlink()
+    for _ in range(2):
+        call("calibrate", copied, "--risk", "0.01", "--limit", "24")
+        assert file.read(copied)["promise"]["threshold"] is None
+        assert "the student keeps no answer" in capsys.readouterr().out
+        other = json.loads(before)
+        other["models"]["adapter"]["sha256"] = "0" * 64
+        file.write(copied, other)
 
 
 def test_what_cannot_be_promised_is_said(run, tmp_path):

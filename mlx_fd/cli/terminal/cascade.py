@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_fd.cli.terminal.layout import FittingTable
-from mlx_fd.evaluation.cascade.choice import promised
+from mlx_fd.evaluation.cascade.choice import promised, ways_out
 from mlx_fd.runs.records import CascadeFile, CascadeMeasuredRow, CascadePromiseRow
 
 _NAMES = {
@@ -56,7 +56,10 @@ def summary(found: CascadeFile) -> str:
     area = f"area above a lottery, over all shares: {_interval(shown['above_random'], '+.3f')}"
     where = "on other problems" if measured else "on the calibration's own problems"
     came = _came(promise, shown, where)
-    return "\n".join([said, came, f"{area}, n {shown['n']}"])
+    lines = [said, came, f"{area}, n {shown['n']}"]
+    if left_out := shown.get("left_out"):
+        lines.append(f"problems left out, since the threshold was set on them: {left_out}")
+    return "\n".join(lines)
 
 
 def _came(promise: CascadePromiseRow, shown: CascadeMeasuredRow, where: str) -> str:
@@ -76,13 +79,5 @@ def _came(promise: CascadePromiseRow, shown: CascadeMeasuredRow, where: str) -> 
 def _nothing_kept(promise: CascadePromiseRow) -> str:
     """Why a student keeps nothing, and what would help."""
     said = "no threshold surely keeps this promise, so that the student keeps no answer"
-    if "least_risk" not in promise:  # of an older version
-        return said
-    ways = []
-    if (risk := promise["least_risk"]) is not None:
-        ways.append(f"--risk {risk:.2f} can be promised on these problems")
-    if (needed := promise["problems_needed"]) is not None:
-        ways.append(f"about {needed} problems would do (--limit), if others come out like these")
-    else:
-        ways.append("its best-scored answers are wrong too often for more problems to help")
-    return f"{said}: {'; '.join(ways)}"
+    ways = ways_out(promise)
+    return f"{said}: {ways}" if ways else said

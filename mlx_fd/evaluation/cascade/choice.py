@@ -84,6 +84,20 @@ def _least_kept(found: Sequence[Outcome], target: float) -> CascadePromiseRow:
     return _row(RISK, target, kept.threshold, kept.wrong, kept.of, bound, True)
 
 
+def ways_out(promise: CascadePromiseRow) -> str:
+    """What would help where no threshold keeps a promised risk; empty: nobody computed it."""
+    if "least_risk" not in promise:  # of an older version
+        return ""
+    ways = []
+    if (risk := promise["least_risk"]) is not None:
+        ways.append(f"--risk {risk:.2f} can be promised on these problems")
+    if (needed := promise["problems_needed"]) is not None:
+        ways.append(f"about {needed} problems would do (--limit), if others come out like these")
+    else:
+        ways.append("its best-scored answers are wrong too often for more problems to help")
+    return "; ".join(ways)
+
+
 def _against(found: Sequence[Outcome], kind: str, threshold: float | None) -> int:
     """How many problems count against the promise: wrong in the end, or passed on."""
     passed = [threshold is None or one.score < threshold for one in found]

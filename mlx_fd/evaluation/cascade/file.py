@@ -44,6 +44,23 @@ def read(run: Path) -> CascadeFile | None:
     return cast(CascadeFile, content)
 
 
+def standing(run: Path, ref: ModelRef, expert: Path | None) -> CascadeFile | None:
+    """A run's calibration by which its student keeps answers; ``None`` where none holds.
+
+    Args:
+        run: the run directory.
+        ref: its student.
+        expert: as for :func:`why_other`.
+    """
+    try:
+        found = read(run)
+    except UserError:  # one that cannot be read promises nothing
+        return None
+    if found is None or found["promise"]["threshold"] is None or why_other(found, ref, expert):
+        return None
+    return found
+
+
 def why_other(found: CascadeFile, ref: ModelRef, expert: Path | None) -> str:
     """Why a calibration does not hold for models; empty: it does.
 
