@@ -1116,6 +1116,15 @@ def read(path: Path, config: Config | None = None) -> Config:
     Raises:
         UserError: the file cannot be read or parsed (with the line), or an option is wrong.
     """
+    return override(config or Config(), options_in(path), str(path))
+
+
+def options_in(path: Path) -> dict[str, Any]:
+    """The options that stand in a TOML file: name to value, none of them checked.
+
+    Raises:
+        UserError: the file cannot be read or parsed, or something in it is no option.
+    """
     sections = [item.name for item in fields(Config)]
     changes: dict[str, Any] = {}
     for key, value in _parsed(path).items():
@@ -1142,7 +1151,7 @@ def read(path: Path, config: Config | None = None) -> Config:
                     f"{path}: {shown(name)[1:-1]} is there twice, at the top and in its table."
                 )
             changes[name] = setting
-    return override(config or Config(), changes, str(path))
+    return changes
 
 
 def _parsed(path: Path) -> dict[str, Any]:

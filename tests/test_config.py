@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_fd.cli.options import configuration
 from mlx_fd.config import OPTIONS, PRESETS, Config, override, preset, read, to_toml
 from mlx_fd.errors import UserError
+from mlx_fd.runs.plan import configuration
 from support.draws import draws
 
 
@@ -194,22 +194,22 @@ def test_a_size_of_lora_says_nothing_where_all_weights_train(name, tmp_path):
     with pytest.raises(
         UserError, match=f"command line: {name} has no effect without train = lora or dora"
     ):
-        configuration(None, file, {name: 4})
+        configuration(None, file, {name: 4}, "command line")
     # A file, and a preset, have a value of each.
-    assert configuration("quick", file, {"seed": 3}).models.train == "full"
-    assert configuration(None, file, {"train": "dora", name: 4}).models.train
+    assert configuration("quick", file, {"seed": 3}, "command line").models.train == "full"
+    assert configuration(None, file, {"train": "dora", name: 4}, "command line").models.train
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-hard", "smollm2-135m"])
 def test_the_tiny_expert_brings_its_preset_from_a_file_too(name, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(f'expert = "{name}"\nepisodes = 7\n')
-    found = configuration(None, file, {"seed": 3})
+    found = configuration(None, file, {"seed": 3}, "command line")
     known = {"tiny": "arithmetic", "tiny-hard": "arithmetic-hard"}
     assert found.problems.problems == known.get(name, "gsm8k")
     assert (found.problems.episodes, found.episode.seed) == (7, 3)
     # A preset that is named, and options that are given, win.
-    found = configuration("quick", file, {"problems": "mine.jsonl"})
+    found = configuration("quick", file, {"problems": "mine.jsonl"}, "command line")
     assert found.problems.problems == "mine.jsonl" and found.generation.batch_size == 4
 
 

@@ -12,7 +12,6 @@ from mlx_fd.cli.options import (
     Choice,
     ConfiguredCommand,
     config_file_option,
-    configuration,
     debug_option,
     json_option,
     out_option,
@@ -21,7 +20,7 @@ from mlx_fd.cli.options import (
     with_configuration,
 )
 from mlx_fd.cli.run_command import begin
-from mlx_fd.config import CONTINUOUS, OPTIONS, PRESETS, check_command
+from mlx_fd.config import CONTINUOUS, OPTIONS, PRESETS
 from mlx_fd.runs.tracking import check_installed
 
 
@@ -93,26 +92,7 @@ def loop(
     SIGTERM, 129 after SIGHUP (a closed terminal).
     """
     check_installed(trackers)
-    if given.get("continue_from"):
-        config_file, given = _continued(config_file, given)
-    config = configuration(preset_name, config_file, given)
-    check_command(config, "loop", config_file)
+    from mlx_fd.runs.continued import loop_configuration
+
+    config = loop_configuration(preset_name, config_file, given, "command line")
     begin(out, config, trackers, as_json, quiet)
-
-
-def _continued(config_file: Path | None, given: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The configuration that a run with ``--continue`` is made from: the earlier run's."""
-    from mlx_fd.config import read
-    from mlx_fd.training.continuing import asked_kind, earlier_config, sizes
-
-    earlier = config_file or earlier_config(given["continue_from"])
-    config = read(earlier)
-    # What an earlier run began with is learned already.
-    given = {**given, "warm_up": given.get("warm_up") or ""}
-    kind = given.get("answer_kind") or asked_kind(config.problems, given)
-    given = {**given, "answer_kind": kind}
-    if given.get("problems") is not None and config_file is None:
-        # The earlier run's columns are those of its own file.
-        given = {**given, "columns": given.get("columns") or ""}
-        given = {**given, **sizes(given, config)}
-    return earlier, given

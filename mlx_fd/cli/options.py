@@ -1,4 +1,4 @@
-"""What the commands' options have in common: types, flags, and a run's configuration."""
+"""What the commands' options have in common: types and flags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from mlx_fd.config import MAX_COUNT, MAX_SEED, OPTIONS, Config, Option, Words, names_of
+from mlx_fd.config import MAX_COUNT, MAX_SEED, OPTIONS, Option, Words, names_of
 from mlx_fd.errors import UserError
 from mlx_fd.registry import KINDS
 from mlx_fd.runs.tracking import TRACKERS
@@ -434,13 +434,6 @@ track_option = click.option(
     help="Also log losses, weights, gate and accuracy to this tracker during the run; repeatable.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-
-
-def configuration(preset_name: str | None, file: Path | None, given: dict[str, Any]) -> Config:
-    """Defaults, then the preset, then the file, then what was given on the command line."""
-    from mlx_fd.runs import plan
-
-    return plan.configuration(preset_name, file, given, "command line")
 
 
 def text_of(value: str, option: str) -> str:

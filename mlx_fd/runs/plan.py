@@ -77,7 +77,11 @@ class Plan:
 
 
 def configuration(
-    preset_name: str | None, file: Path | None, given: Mapping[str, Any], where: str
+    preset_name: str | None,
+    file: Path | None,
+    given: Mapping[str, Any],
+    where: str,
+    earlier: Config | None = None,
 ) -> Config:
     """Defaults, then the preset, then the file, then what was given.
 
@@ -86,6 +90,7 @@ def configuration(
         file: a TOML file.
         given: option name to value; ``None`` where it was not given.
         where: named in errors as what gave the options.
+        earlier: what stands in the place of the defaults; no model brings its preset then.
 
     Raises:
         UserError: an unknown preset or option, or a value that will not do.
@@ -100,9 +105,9 @@ def configuration(
             config = read(file, config)
         return override(config, changes, where)
 
-    config = over(preset(preset_name) if preset_name else Config())
+    config = over(preset(preset_name, earlier) if preset_name else earlier or Config())
     expert = ALIASES.get(config.models.expert)
-    if expert and expert.preset and not preset_name:
+    if expert and expert.preset and not preset_name and earlier is None:
         # It knows no other problems than those of its preset.
         config = over(preset(expert.preset))
     check_used(config, changes, where)

@@ -3,92 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from mlx_fd import problems, runs
-from mlx_fd.config import Config, ModelOptions, ProblemOptions
+from mlx_fd import runs
+from mlx_fd.config import ModelOptions
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.judge import ModelRef, locate_model
 from mlx_fd.files import remove, share, sync_file, sync_folder, working_folder
 from mlx_fd.models.student import MADE_WITH, Student, load_student, save_weights
-from mlx_fd.problems.questions import question_key
-from mlx_fd.registry import SOURCES
+from mlx_fd.runs.continued import earlier_config
 from mlx_fd.runs.manifest import learned_rows
 from mlx_fd.runs.plan import Plan
-
-# Of few problems, the share that is held out for the gate.
-_PROBE = 5
-
-
-def earlier_config(run: str) -> Path:
-    """The configuration of the run that is gone on with.
-
-    Raises:
-        UserError: it is no run.
-    """
-    folder = Path(run).expanduser()
-    if not runs.is_run(folder):
-        raise UserError(f"--continue {run}: this is no run directory of mlx-fd loop")
-    return folder / runs.CONFIG
-
-
-def asked_kind(options: ProblemOptions, given: Mapping[str, Any]) -> str:
-    """The kind of answers that problems are read with: that of the earlier run's student.
-
-    It is asked in the form of that kind, and rows need not say which it is: years may be texts.
-
-    Args:
-        options: of the configuration that the run is made from.
-        given: the options that were given; the earlier run and maybe ``problems`` among them.
-
-    Raises:
-        UserError: what is gone on with is no run.
-    """
-    source = given.get("problems") or options.problems
-    if options.answer_kind != "auto" or source in SOURCES:
-        return options.answer_kind
-    folder = earlier_config(given["continue_from"]).parent
-    kind: str = runs.read_manifest(folder)["problems"].get("kind", "number")
-    return kind
-
-
-def sizes(given: Mapping[str, Any], earlier: Config) -> dict[str, int]:
-    """How many problems of a file are learned from and held out, where the user does not say: all.
-
-    Args:
-        given: the options that were given; ``problems`` among them.
-        earlier: of the run that is gone on with; its options hold where none is given.
-
-    Raises:
-        UserError: the problems cannot be read, are fewer than two, or would all be held out.
-    """
-    if given.get("episodes") is not None:
-        return {}
-    skip = given.get("skip_bad_rows")
-    found = problems.load(
-        given["problems"],
-        given.get("split") or earlier.problems.split,
-        skip_bad_rows=earlier.problems.skip_bad_rows if skip is None else bool(skip),
-        kind=given.get("answer_kind") or "auto",
-        columns=given.get("columns") or "",
-    )
-    # One question counts once: a probe's must not come up again.
-    count = len({question_key(problem.question) for problem in found.problems})
-    if count < 2:
-        raise UserError(
-            f"{given['problems']}: it has {count} problem; one more at least is needed, to be held "
-            "out"
-        )
-    most = earlier.episode.probe_size
-    probe = given.get("probe_size") or min(most, max(1, count // _PROBE))
-    if probe >= count:
-        raise UserError(
-            f"--probe-size {probe}: {given['problems']} has {count} problems, and one at least is "
-            f"to be learned from; ask for at most {count - 1}"
-        )
-    return {"episodes": count - probe, "probe_size": probe}
 
 
 def check_continues(plan: Plan) -> Plan:

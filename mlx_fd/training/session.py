@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd import runs
-from mlx_fd.config import CONTINUOUS, Config, GateOptions, check_command, read, to_toml
+from mlx_fd.config import CONTINUOUS, Config, GateOptions, read, to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.feedback import gate, risk
 from mlx_fd.files import remove, write_json
@@ -27,10 +27,11 @@ from mlx_fd.models import ranks
 from mlx_fd.models.device_memory import what_gave_out
 from mlx_fd.models.resolve import parse_name
 from mlx_fd.problems import execution
+from mlx_fd.runs.continued import loop_configuration
 from mlx_fd.runs.events import Event, Note, Step, Warned
 from mlx_fd.runs.manifest import check_alike
 from mlx_fd.runs.mirror import own_folder
-from mlx_fd.runs.plan import Plan, check_out, configuration, sample_of_problems
+from mlx_fd.runs.plan import Plan, check_out, sample_of_problems
 from mlx_fd.runs.records import SelfSummary, Summary
 from mlx_fd.runs.tracking import Tracking, check_installed
 
@@ -562,13 +563,13 @@ def run_loop(  # noqa: PLR0913
     given = {
         "expert": expert,
         "student": student,
-        "problems": None if problems is None else str(problems),
+        "problems": problems,
         "episodes": episodes,
         **options,
     }
+    given = {name: str(one) if isinstance(one, Path) else one for name, one in given.items()}
     file = None if config is None else Path(config).expanduser()
-    chosen = configuration(preset, file, given, "run_loop")
-    check_command(chosen, "loop", file)
+    chosen = loop_configuration(preset, file, given, "run_loop")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(new_folder()) if out is None else Path(out).expanduser()
         own = stack.enter_context(own_folder(folder, new=True))

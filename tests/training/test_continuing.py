@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mlx_fd import runs
 from mlx_fd.cli import cli
-from mlx_fd.config import Config, ProblemOptions, override
+from mlx_fd.config import Config, ProblemOptions, options_in, override
 from mlx_fd.errors import UserError
+from mlx_fd.runs.continued import asked_kind, loop_configuration, sizes
 from mlx_fd.serve.kept import EXPERT, Kept
-from mlx_fd.training.continuing import asked_kind, sizes
 from mlx_fd.training.session import resume_run, run_loop
 from support.loops import Killed, count_syncs
 from support.trained import make_run
@@ -87,8 +88,8 @@ def test_answers_are_of_the_kind_that_the_student_gives(tmp_path):
         ({}, "arithmetic", "auto"),
         ({"answer_kind": "math"}, str(kept), "math"),
     ):
-        options = dataclasses.replace(ProblemOptions(), **changed)
-        assert asked_kind(options, {"continue_from": str(run), "problems": source}) == wanted
+        options = dataclasses.replace(ProblemOptions(problems=source), **changed)
+        assert asked_kind(options, str(run)) == wanted
     short = [f"--{name.replace('_', '-')}={value}" for name, value in SHORT.items()]
     command = ["loop", "--problems", str(kept), "--continue", str(run), *short]
     cli([*command, "--out", str(tmp_path / "new"), "--quiet"], standalone_mode=False)
@@ -98,8 +99,70 @@ def test_answers_are_of_the_kind_that_the_student_gives(tmp_path):
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory):
     folder = tmp_path_factory.mktemp("earlier") / "run"
-    run_loop("tiny", out=folder, **SHORT)
+    run_loop("tiny", out=folder, kd_steps=2, **SHORT)
     return folder
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param({}, id="all of the file"),
+        pytest.param({"expert": "tiny", "episodes": 2, "probe_size": 2, "kd_steps": 3}, id="sizes"),
+    ],
+)
+def test_python_and_a_file_go_on_as_the_command_does(earlier, file, given, tmp_path):
+    """Without the earlier run's options Python had others, or wanted 400 problems of the 7B."""
+    given = {"problems": file, "continue_from": str(earlier), **given}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    cli(["loop", *flags, "--out", str(tmp_path / "cli"), "--quiet"], standalone_mode=False)
+    run_loop(out=tmp_path / "python", stop=lambda: True, **given)
+    lines = [f"{name} = {json.dumps(value)}\n" for name, value in given.items()]
+    (tmp_path / "run.toml").write_text("".join(lines))
+    run_loop(out=tmp_path / "file", stop=lambda: True, config=tmp_path / "run.toml")
+    config, python, of_file = (tmp_path / name / runs.CONFIG for name in ("cli", "python", "file"))
+    assert python.read_text() == of_file.read_text() == config.read_text()
+    wanted = {**SHORT, "kd_steps": 2, "episodes": 9, "answer_kind": "number", **given}
+    found = options_in(config)
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def test_the_pair_brings_no_preset_where_a_run_goes_on(earlier, file):
+    given = {"problems": file, "continue_from": str(earlier)}
+    wanted = loop_configuration(None, None, given, "test")
+    assert loop_configuration(None, None, {**given, "expert": "tiny"}, "test") == wanted
+
+
+def test_a_preset_and_a_file_are_given_too(earlier, tmp_path):
+    """What they say holds, and what they do not say is the earlier run's."""
+    sizes_of = tmp_path / "sizes.toml"
+    sizes_of.write_text("kd_steps = 5\n")
+    given = {"continue_from": str(earlier)}
+    config = loop_configuration("16gb", sizes_of, given, "test")
+    assert (config.generation.batch_size, config.training.kd_steps) == (2, 5)
+    assert (config.problems.episodes, config.models.expert) == (1, "tiny")
+    whole = loop_configuration(None, earlier / runs.CONFIG, given, "test")
+    assert whole == loop_configuration(None, None, given, "test")
+
+
+def test_a_warm_up_is_over_unless_it_is_asked_for(tmp_path, earlier):
+    warm = tmp_path / "warm"
+    shutil.copytree(earlier, warm, symlinks=True)
+    config = (warm / runs.CONFIG).read_text()
+    (warm / runs.CONFIG).write_text(config.replace('warm_up = ""', 'warm_up = "distil:4"'))
+    given = {"continue_from": str(warm)}
+    asked = tmp_path / "asked.toml"
+    asked.write_text(f'continue_from = "{warm}"\nwarm_up = "distil:2"\n')
+    found = [
+        loop_configuration(None, file, said, "test").episode.warm_up
+        for file, said in (
+            (None, given),
+            (warm / runs.CONFIG, given),
+            (None, {**given, "warm_up": "distil:3"}),
+            (asked, {}),
+        )
+    ]
+    assert found == ["", "", "distil:3", "distil:2"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
