@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +19,7 @@ from mlx_fd.cli.options import (
     Number,
     PathType,
     debug_option,
+    given_on_command_line,
     json_option,
     quiet_option,
     skip_bad_rows_option,
@@ -23,8 +27,12 @@ from mlx_fd.cli.options import (
 from mlx_fd.errors import UserError
 from mlx_fd.registry import CONTEXTS
 
+if TYPE_CHECKING:
+    from mlx_fd.config import Config
+
 DEFAULT = ("reference", "step-critique", "feedback", "rubric", "demonstration", "sibling",
            "reflection", "contrast")  # fmt: skip
+JSON, PAGE = "advantage.json", "advantage.html"
 
 
 @click.command(
@@ -111,7 +119,8 @@ Examples:
     "--out",
     type=PathType(),
     metavar="DIR",
-    help="Directory for advantage.html and advantage.json. [default: RUN/advantage, or advantage]",
+    help="Directory for advantage.html and advantage.json. [default: RUN/advantage, or advantage; "
+    "advantage-2 and so on if that has another analysis]",
 )
 @json_option
 @quiet_option
@@ -155,24 +164,49 @@ def advantage(
     from mlx_fd.cli.terminal.steps import Steps
     from mlx_fd.config import Config, override
     from mlx_fd.feedback.judge import locate_model, open_student
-    from mlx_fd.files import check_way, write_atomic, write_json
+    from mlx_fd.files import write_atomic, write_json
     from mlx_fd.models.context import fitting
     from mlx_fd.models.loading import load
     from mlx_fd.models.resolve import resolve
     from mlx_fd.report.advantage_page import page
-    from mlx_fd.runs import failed_write, is_run, read_manifest
-    from mlx_fd.runs.marks import ADVANTAGE, check_free, claimed
+    from mlx_fd.runs import failed_write
+    from mlx_fd.runs.marks import ADVANTAGE, claimed_for_later
     from mlx_fd.training.selfdistill import advantage as analysis
     from mlx_fd.training.selfdistill.contexts import Materials, describe
 
-    folder = out or Path("advantage")
-    run = Path(target).expanduser()
-    if out is None and is_run(run):
-        read_manifest(run)
-        folder = check_way(run, "advantage")
-    check_free(folder, ADVANTAGE)
+    asked = {
+        "target": target,
+        "problems": f"{problems}/{split}",
+        "skip_bad_rows": skip_bad_rows,
+        "limit": limit,
+        "samples": samples,
+        "max_answer_tokens": max_answer_tokens,
+        "temperature": temperature,
+        "critic": critic,
+        "critic_sees": critic_sees,
+        "reference_style": reference_style,
+        "noise": None if noise == "none" else [noise, noise_level],
+        "seed": seed,
+    }
+    folder = _choose_folder(target, out, asked, contexts)
     for name in contexts:
         describe(name)
+    config = override(
+        Config(),
+        {
+            "num_generations": samples,
+            "temperature": temperature,
+            "max_answer_tokens": max_answer_tokens,
+            "critic": critic,
+            "critic_sees": critic_sees,
+            "reference_style": reference_style,
+            "noise": noise,
+            "noise_level": noise_level,
+            "seed": seed,
+        },
+        "command line",
+    )
+    _check_used(config, contexts)
     found = sources.load(problems, split, skip_bad_rows=skip_bad_rows)
     analysis.check_known(found.problems[:limit])
     place = locate_model(target)
@@ -185,18 +219,6 @@ def advantage(
         reference_style=reference_style,
         seed=seed,
     )
-    config = override(
-        Config(),
-        {
-            "num_generations": samples,
-            "temperature": temperature,
-            "max_answer_tokens": max_answer_tokens,
-            "noise": noise,
-            "noise_level": noise_level,
-            "seed": seed,
-        },
-        "command line",
-    )
     fits, left_out = fitting(
         found if skip_bad_rows else replace(found, problems=found.problems[:limit]),
         [place.model],
@@ -207,36 +229,104 @@ def advantage(
     taken = fits.problems[:limit]
     for text in (*found.notes, *left_out):
         click.echo(f"warning: {text}", err=True)
-    loaded = open_student(place).student_lm
-    with Steps(Console(stderr=True), quiet=quiet) as progress:
-        attempts = analysis.attempts_of(loaded, taken, config, progress)
-        scored = analysis.score(
-            loaded, attempts, contexts, materials, progress, temperature=temperature
-        )
-    rows = [analysis.summarise(scored, name) for name in contexts]
-    report = {
-        "target": target,
-        "problems": f"{problems}/{split}",
-        "critic": critic,
-        "temperature": temperature,
-        "noise": None if noise == "none" else [noise, noise_level],
-        "seed": seed,
-        "attempts": len(attempts),
-        "right": sum(bool(attempt.correct) for attempt in attempts),
-        "contexts": [row.to_json() for row in rows],
-    }
+    with claimed_for_later(folder, ADVANTAGE):
+        loaded = open_student(place).student_lm
+        with Steps(Console(stderr=True), quiet=quiet) as progress:
+            attempts = analysis.attempts_of(loaded, taken, config, progress)
+            scored = analysis.score(
+                loaded, attempts, contexts, materials, progress, temperature=temperature
+            )
+        rows = [analysis.summarise(scored, name) for name in contexts]
+        report = {
+            **asked,
+            "attempts": len(attempts),
+            "right": sum(bool(attempt.correct) for attempt in attempts),
+            "contexts": [row.to_json() for row in rows],
+        }
+        # First the result, which files that cannot be written must not cost.
+        if as_json:
+            click.echo(json.dumps(report, indent=2))
+        else:
+            output_console().print(table(rows))
+            for line in notes(rows):
+                click.echo(line)
+        try:
+            write_json(folder / JSON, report)
+            write_atomic(folder / PAGE, page(target, rows, scored))
+        except OSError as error:
+            raise UserError(
+                f"{folder}: the analysis cannot be written there ({failed_write(error)}); choose "
+                "another --out"
+            ) from error
+    if not as_json:
+        click.echo(f"wrote {folder / PAGE}")
+
+
+def _choose_folder(
+    target: str, out: Path | None, asked: Mapping[str, Any], contexts: list[str]
+) -> Path:
+    """Where the analysis goes: never over another one.
+
+    Raises:
+        UserError: there is another one in ``out``, or something that is no analysis of ours.
+    """
+    from mlx_fd.files import check_way
+    from mlx_fd.runs import is_run, read_manifest
+
+    if out is not None:
+        if not _is_free(out, asked, contexts):
+            raise UserError(
+                f"{out / JSON}: there is another analysis, and it was left alone; choose another "
+                "--out"
+            )
+        return out
+    run = Path(target).expanduser()
+    within = is_run(run)
+    if within:
+        read_manifest(run)
+    numbered = (f"advantage-{number}" for number in itertools.count(2))
+    names = itertools.chain(["advantage"], numbered)
+    folders = (check_way(run, name) if within else Path(name) for name in names)
+    return next(folder for folder in folders if _is_free(folder, asked, contexts))
+
+
+def _is_free(folder: Path, asked: Mapping[str, Any], contexts: list[str]) -> bool:
+    """Whether a folder has no analysis yet, or that of the same options.
+
+    Raises:
+        UserError: there is something in it that is no analysis of ours.
+    """
+    from mlx_fd.files import read_text
+    from mlx_fd.runs.marks import ADVANTAGE, check_free
+
+    check_free(folder, ADVANTAGE)
+    file = folder / JSON
+    # A link is nobody's result: it is replaced, and what it leads to is left alone.
+    if file.is_symlink() or not file.exists():
+        return True
     try:
-        with claimed(folder, ADVANTAGE):
-            write_json(folder / "advantage.json", report)
-            write_atomic(folder / "advantage.html", page(target, rows, scored))
-    except OSError as error:
+        saved = json.loads(read_text(file))
+        names = [row["context"] for row in saved["contexts"]]
+        return names == contexts and all(saved[name] == value for name, value in asked.items())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
+        return False  # an older one, or one that was changed
+
+
+def _check_used(config: Config, contexts: list[str]) -> None:
+    """Refuse what was given and has no effect on any of the contexts.
+
+    Raises:
+        UserError: it has none; the message says what it needs.
+    """
+    from mlx_fd.config import override
+    from mlx_fd.runs.unused import check_used_in_any
+
+    options = ("critic", "critic_sees", "reference_style", "noise_level")
+    given = {name: getattr(config.selfdistill, name) for name in given_on_command_line(options)}
+    configs = [override(config, {"context": name}, "command line") for name in contexts]
+    check_used_in_any(configs, given, "command line")
+    if "clean" in contexts and config.selfdistill.noise == "none":
         raise UserError(
-            f"{folder}: cannot be written ({failed_write(error)}); choose another --out"
-        ) from error
-    if as_json:
-        click.echo(json.dumps(report, indent=2))
-        return
-    output_console().print(table(rows))
-    for line in notes(rows):
-        click.echo(line)
-    click.echo(f"wrote {folder / 'advantage.html'}")
+            "--contexts: clean is the question without its noise, and there is none: add --noise, "
+            "or leave clean out"
+        )

@@ -16,6 +16,7 @@ from mlx_fd.cli.options import (
     chat_template_option,
     chosen_model,
     debug_option,
+    given_on_command_line,
     json_option,
     model_options,
     quiet_option,
@@ -123,6 +124,10 @@ def feedback(
         for option, value in (("--problem", problem), ("--answer", answer)):
             if value is None:
                 raise click.UsageError(f"Missing option '{option}'.")
+        if of_files := given_on_command_line(("batch_size", "overwrite")):
+            raise UserError(
+                f"--{of_files[0].replace('_', '-')} has no effect without --problems; leave it out"
+            )
         backend()
         _one(
             named,
@@ -157,6 +162,10 @@ class _Named:
         ref = locate_model(self.name, self.adapter_path, self.template_kwargs)
         limit = self.max_thinking_tokens or ref.thinking.limit
         on = ref.thinking.on if self.thinking is None else self.thinking == "on"
+        if self.max_thinking_tokens and not on:
+            raise UserError(
+                "--max-thinking-tokens: nobody thinks; add --thinking on, or leave it out"
+            )
         return replace(ref, thinking=replace(ref.thinking, on=on, limit=limit))
 
 

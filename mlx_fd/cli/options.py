@@ -129,6 +129,11 @@ class NameList(click.ParamType[list[str]]):
         for name in names:
             if name not in self.choices:
                 self.fail(_not_one_of(name, self.choices), param, ctx)
+            if names.count(name) > 1:
+                self.fail(f"{name!r} is there twice; name it once", param, ctx)
+        if not names:
+            among = ", ".join(map(repr, self.choices))
+            self.fail(f"{value!r} names nothing; name at least one of {among}", param, ctx)
         return names
 
     def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
@@ -434,6 +439,13 @@ track_option = click.option(
     help="Also log losses, weights, gate and accuracy to this tracker during the run; repeatable.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def given_on_command_line(names: Iterable[str]) -> list[str]:
+    """Which of the current command's parameters were given, and are not their defaults."""
+    context = click.get_current_context()
+    by_hand = click.core.ParameterSource.COMMANDLINE
+    return [name for name in names if context.get_parameter_source(name) is by_hand]
 
 
 def text_of(value: str, option: str) -> str:

@@ -41,7 +41,6 @@ Examples:
 @click.option(
     "--objectives",
     type=NameList(lambda: (*LOSSES, *METRICS)),
-    default="",
     help="Losses and metrics to trade off against the cost. [default: all losses; with --exam also "
     "first_error_f1 and solved]",
 )
@@ -64,7 +63,7 @@ Examples:
 def pareto(
     run: Path,
     cost: str,
-    objectives: list[str],
+    objectives: list[str] | None,
     exam: bool,
     sweep: bool,
     as_json: bool,
@@ -99,7 +98,7 @@ def pareto(
 
         with Steps(Console(stderr=True), quiet=quiet) as steps:
             points, notes = examine_points(run, curve, points, steps)
-    names = objectives_of(points, cost, objectives)
+    names = objectives_of(points, cost, objectives or ())
     found = judge(run, curve, points, names)
     found["notes"] += notes
     _write(run, found, curve.config)

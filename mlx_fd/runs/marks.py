@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,25 @@ def claimed(folder: Path, kind: str, advice: str = "choose another --out") -> It
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); {advice}") from error
         clear_unfinished(folder)
+        yield
+
+
+@contextlib.contextmanager
+def claimed_for_later(folder: Path, kind: str) -> Iterator[None]:
+    """:func:`claimed`, where what is written comes after hours of work: it is tried at once.
+
+    Raises:
+        UserError: as there.
+    """
+    with claimed(folder, kind):
+        try:
+            # Permissions do not tell of a file system that is read-only.
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written ({error.strerror}); choose another --out"
+            ) from error
         yield
 
 

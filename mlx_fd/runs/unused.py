@@ -7,7 +7,7 @@ is refused, and what it needs is named.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,11 +208,25 @@ def check_used(config: Config, given: Mapping[str, Any], where: str) -> None:
     Raises:
         UserError: an option has none; the message says what it needs.
     """
+    check_used_in_any([config], given, where)
+
+
+def check_used_in_any(configs: Sequence[Config], given: Mapping[str, Any], where: str) -> None:
+    """:func:`check_used`, where several configurations are gone through one after the other.
+
+    Args:
+        configs: each with what was given; an option needs an effect in one of them only.
+        given: option name to value.
+        where: named in the error as what gave the options.
+
+    Raises:
+        UserError: an option has none; the message says what it needs.
+    """
     found = _needs()
     for name, value in given.items():
         # The one switch that is on by itself is as much of a wish when it is put off.
         is_off = value in _OFF or (not value and OPTIONS[name].default is not True)
-        if name in found and not is_off and not found[name].is_met(config):
+        if name in found and not is_off and not any(map(found[name].is_met, configs)):
             raise UserError(
                 f"{where}: {name} has no effect without {found[name].words}; leave it out."
             )

@@ -1077,6 +1077,19 @@ def test_a_run_can_be_repeated_from_its_configuration(finished, mlx_fd, tmp_path
         assert (out / "checkpoints" / "last" / name).read_bytes() == theirs
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--batch-size", 3), "--batch-size has no effect without --problems"),
+        (("--overwrite",), "--overwrite has no effect without --problems"),
+        (("--max-thinking-tokens", 5), "nobody thinks; add --thinking on"),
+        (("--thinking", "off", "--max-thinking-tokens", 5), "nobody thinks; add --thinking on"),
+    ],
+)
+def test_feedback_takes_no_option_without_effect(options, says, mlx_fd):
+    failed(mlx_fd("feedback", "tiny", "--problem", "1?", "--answer", "1", *options), says)
+
+
 def test_runs_get_a_folder_of_their_own(home, mlx_fd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     short = [*tiny(home), "--episodes", 1, "--quiet"]

@@ -249,6 +249,16 @@ def test_a_run_with_the_preset_stops_where_predicted(always, found, tmp_path):
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize(
+    ("objectives", "says"),
+    [("lm,lm", "'lm' is there twice"), (",", "names nothing"), ("", "names nothing")],
+)
+def test_objectives_are_named_once_and_at_least_one(objectives, says, always):
+    """A loss that was there twice counted twice in the hypervolume, and none meant all."""
+    done = mlx_fd("pareto", always, "--objectives", objectives)
+    assert done.status == 2 and says in done.err, done
+
+
 def test_a_sweep_tries_every_threshold_and_goes_on_where_it_stopped(home, tmp_path):
     # Each of its runs is a process of its own.
     copy = make_run(home, tmp_path / "run", episodes=6)
