@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_fd.errors import UserError
+from mlx_fd.problems.questions import question_key
 from mlx_fd.registry import SOURCES
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -221,11 +222,6 @@ def check_split(split: str, train_on_test: bool) -> None:
         )
 
 
-def _key(problem: Problem) -> str:
-    """What makes two problems the same: the question, however its whitespace is written."""
-    return " ".join(problem.question.split())
-
-
 def probe_and_train(
     problems: ProblemSet, probe_size: int, episodes: int, seed: int, warm_up: int = 0
 ) -> tuple[tuple[Problem, ...], tuple[Problem, ...], tuple[Problem, ...]]:
@@ -255,8 +251,8 @@ def probe_and_train(
     for problem in order:
         if len(probe) == probe_size:
             break
-        probe.setdefault(_key(problem), problem)
-    rest = [problem for problem in order if _key(problem) not in probe]
+        probe.setdefault(question_key(problem.question), problem)
+    rest = [problem for problem in order if question_key(problem.question) not in probe]
     if len(probe) < probe_size or len(rest) < episodes + warm_up:
         most = "a smaller probe (--probe-size)"
         if rest and warm_up:

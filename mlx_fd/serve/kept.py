@@ -23,6 +23,7 @@ from mlx_fd.files import append_lines, open_to_append, open_to_read, replacing
 from mlx_fd.problems.columns import COLUMNS
 from mlx_fd.problems.kinds import KINDS, is_right, read_final
 from mlx_fd.problems.kinds.choice import listed
+from mlx_fd.problems.questions import question_key
 from mlx_fd.problems.rows import problem_of
 
 EXPERT, CORRECTION = "expert", "correction"
@@ -89,7 +90,7 @@ class Kept:
             found = problem_of(row, self._kind)
         except ValueError:
             return None
-        same = _key(found.question) == _key(question) and is_right(final, found)
+        same = question_key(found.question) == question_key(question) and is_right(final, found)
         return row if same else None
 
     def add(self, question: str, answer: str, why: str) -> bool:
@@ -101,7 +102,7 @@ class Kept:
         columns = self._row_of(question, answer)
         if columns is None:
             return False
-        lines, key = self._lines(), _key(question)
+        lines, key = self._lines(), question_key(question)
         asked = [_asked(row) for _, row in lines]
         if why == EXPERT and key in asked:
             return False
@@ -169,16 +170,11 @@ def _is_kept(row: dict[str, Any]) -> bool:
 
 
 def _asked(row: dict[str, Any]) -> str | None:
-    """The :func:`_key` of a row's question, under any name that a column of questions has."""
+    """What tells a row's question, under any name that a column of questions has."""
     found = (row[name] for name in COLUMNS["question"] if isinstance(row.get(name), str))
     text, choices = next(found, None), row.get("choices")
     if text is None:
         return None
     if isinstance(choices, list) and all(isinstance(one, str) for one in choices):
         text = listed(text, choices)  # one and the same question may be asked of several choices
-    return _key(text)
-
-
-def _key(question: str) -> str:
-    """What questions that differ in their spaces have in common."""
-    return " ".join(question.split())
+    return question_key(text)
