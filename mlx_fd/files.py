@@ -71,9 +71,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     A link is replaced, and not followed.
 
     Raises:
-        UserError: there is a pipe, a device or a folder in the file's place.
+        UserError: there is a pipe or a device in the file's place.
     """
-    if not path.is_symlink():
+    if not path.is_symlink() and not path.is_dir():
         check_replaceable(path)
     temporary, descriptor = _new_file(path.parent, "")
     file = os.fdopen(descriptor, "wb")

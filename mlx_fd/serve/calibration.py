@@ -20,12 +20,18 @@ def calibration_of(options: Options, ref: ModelRef) -> CascadeFile | None:
     """The calibration of a student's run; ``None`` where there is none.
 
     Raises:
-        UserError: it is damaged, or of another score than the server is to use.
+        UserError: it is damaged, or of another score than the server is to use; or a threshold is
+            named that may be of either score.
     """
     found = None if ref.run is None else read(ref.run)
     wanted = options.score
     if wanted == HEAD.name and not ref.scores:
         raise UserError("--score head: this student has no trained score head; take --score answer")
+    if found is None and wanted is None and options.threshold is not None and ref.scores:
+        raise UserError(
+            f"--threshold {options.threshold:g}: it is not said of which score; say --score "
+            f"{ANSWER.name} or --score {HEAD.name}, which this student has both"
+        )
     if found is None or wanted is None or options.threshold is not None:
         return found
     if found["score"] != wanted:

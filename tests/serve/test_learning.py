@@ -33,7 +33,8 @@ def test_what_was_passed_on_is_learned_and_passed_on_less(tmp_path, monkeypatch)
     current, kept = tmp_path / "current", tmp_path / "kept.jsonl"
     current.symlink_to(first)
     drawn = problems.load("arithmetic", "test").problems[:ASKED]
-    options = ("--expert", "tiny", "--threshold", "0.02", "--keep", str(kept))
+    rule = ("--score", "head", "--threshold", "0.02")
+    options = ("--expert", "tiny", *rule, "--keep", str(kept))
     with serving(tmp_path, current, *options) as server:
 
         async def replies():
@@ -92,7 +93,8 @@ def test_an_answer_that_a_stop_text_cut_is_not_kept(tmp_path):
     """Its first step was kept as the whole solution, with what that comes to as the answer."""
     run, kept = tiny_run(tmp_path / "run", strength=0.0, **SMALL), tmp_path / "kept.jsonl"
     question = problems.load("arithmetic", "test").problems[0].question
-    options = ("--expert", "tiny", "--threshold", "0.02", "--keep", str(kept))
+    rule = ("--score", "head", "--threshold", "0.02")
+    options = ("--expert", "tiny", *rule, "--keep", str(kept))
     with serving(tmp_path, run, *options) as server:
 
         async def replies():

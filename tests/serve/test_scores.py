@@ -26,6 +26,7 @@ from mlx_fd.serve.rule import Rule, decided, unmeasured
 from mlx_fd.serve.schema import ChatRequest, Common
 from mlx_fd.serve.service import Options
 from support.serving import ask, serving, tiny_run
+from support.trained import make_run
 
 LIMIT = 24
 
@@ -126,6 +127,19 @@ def test_a_calibration_made_with_another_score_is_refused(calibrated):
     with pytest.raises(UserError, match="no trained score head; take --score answer"):
         calibration_of(other, plain)
     assert set(SCORES) == {"answer", "head"}
+
+
+def test_a_threshold_before_a_calibration_says_of_which_score_it_is(tmp_path):
+    """It was the head's, where the student has one; a calibration's default is the answer's."""
+    run = make_run(tmp_path / "run", "tiny-student")
+    ref, options = locate_model(str(run)), Options(str(run), "tiny")
+    assert calibration_of(options, ref) is None
+    assert rule_of(options, open_served(str(run), "tiny")).threshold is None  # all is passed on
+    with pytest.raises(UserError, match="--score answer or --score head"):
+        calibration_of(dataclasses.replace(options, threshold=0.1), ref)
+    named = dataclasses.replace(options, threshold=0.1, score="head")
+    assert calibration_of(named, ref) is None
+    assert rule_of(named, open_served(str(run), "tiny")).threshold == 0.1
 
 
 def test_a_plain_student_has_a_cascade_where_there_is_an_expert():
