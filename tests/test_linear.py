@@ -17,7 +17,7 @@ from mlx_fd.problems.parsing import feedbacks
 from mlx_fd.training.selfdistill import noise
 from mlx_fd.training.selfdistill.contexts import reflection
 from support import patterns
-from support.draws import draws
+from support.draws import by_day, draws
 
 PATTERNS = patterns.compiled(mlx_fd)
 USES = patterns.uses(mlx_fd)
@@ -120,9 +120,10 @@ def test_a_reader_is_linear(name):
         assert growth < 8, (unit, growth)  # four times the length: 4, and quadratic 16
 
 
-@pytest.mark.parametrize(
-    "unit", ["Score: 1 ", "Score: 1/", "score (", "I give ", "Feedback:", "\n", "####", "\\boxed{"]
-)
+LABELS = ("Score: 1 ", "Score: 1/", "score (", "I give ", "Feedback:", "\n", "####", "\\boxed{")
+
+
+@pytest.mark.parametrize("unit", by_day(LABELS, 4))
 def test_a_megabyte_and_a_half_takes_seconds_at_most(unit):
     """It was 27 s: around each label the whole text was copied."""
     text = unit * (1_600_000 // len(unit))

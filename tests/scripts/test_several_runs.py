@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_fd.evaluation.statistics import mean, paired_bootstrap
+from support.draws import nightly
 from support.scripted import script
 
 several_runs = script("several_runs")
@@ -39,6 +40,7 @@ def test_equal_methods_seldom_differ():
     assert 0.01 <= significant / 2000 <= 0.06
 
 
+@nightly
 def test_resampling_problems_alone_errs_more_than_twice_as_often():
     draw = np.random.default_rng(1)
     wrong = {"problems": 0, "runs": 0}

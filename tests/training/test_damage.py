@@ -35,7 +35,7 @@ from mlx_fd.training.probe import PROBE_ROWS
 from mlx_fd.training.selfdistill import plan as self_session
 from mlx_fd.training.selfdistill import training
 from mlx_fd.training.selfdistill.methods import configured
-from support.draws import ALL
+from support.draws import ALL, by_day
 from support.pairs import MEASURED, make_dirs, without_seconds
 
 OPTIONS = {
@@ -279,7 +279,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(("name", "way"), CASES)
+@pytest.mark.parametrize(("name", "way"), by_day(CASES))
 def test_a_damaged_file_of_a_stopped_run(name, way, request, resume, tmp_path):
     one = request.getfixturevalue("examined" if name == runs.EXAM else "stopped")
     folder = copy_of(one.folder, tmp_path / "run")
@@ -537,13 +537,15 @@ def self_distilled(tmp_path_factory) -> Stopped:
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [
-        *((runs.HEADROOM, way) for way in ("digit 10%", "brace", "half", "gone")),
-        *((runs.ATTEMPTS, way) for way in ("digit 50%", "line", "gone")),
-        *((f"checkpoints/000001/{runs.STATE}", way) for way in ("digit 50%", "line")),
-        ("checkpoints/000001/teacher.safetensors", "bit"),
-        ("checkpoints/000001/teacher.safetensors", "gone"),
-    ],
+    by_day(
+        [
+            *((runs.HEADROOM, way) for way in ("digit 10%", "brace", "half", "gone")),
+            *((runs.ATTEMPTS, way) for way in ("digit 50%", "line", "gone")),
+            *((f"checkpoints/000001/{runs.STATE}", way) for way in ("digit 50%", "line")),
+            ("checkpoints/000001/teacher.safetensors", "bit"),
+            ("checkpoints/000001/teacher.safetensors", "gone"),
+        ]
+    ),
 )
 def test_a_damaged_file_of_a_run_of_self_distillation(name, way, self_distilled, resume, tmp_path):
     folder = copy_of(self_distilled.folder, tmp_path / "run")

@@ -26,7 +26,7 @@ from mlx_fd.training.selfdistill.methods import EXPERT_METHODS, configured
 from mlx_fd.training.selfdistill.plan import make_plan, open_models
 from mlx_fd.training.selfdistill.rollouts import sample_rollouts
 from mlx_fd.training.selfdistill.teacher import adapter, first_teacher
-from support.draws import ALL, nightly
+from support.draws import ALL, by_day, nightly
 from support.pairs import without_seconds
 from support.shell import shell
 
@@ -171,7 +171,7 @@ def start(folder, config, stop=lambda: False):
         return training.run(job, open_models(plan))
 
 
-@pytest.mark.parametrize("method", EXPERT_METHODS)
+@pytest.mark.parametrize("method", by_day(EXPERT_METHODS))
 def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path, method):
     config = config_of(method, episodes=2, batch_size=1)
     whole = start(tmp_path / "whole", config)

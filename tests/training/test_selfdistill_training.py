@@ -35,7 +35,7 @@ from mlx_fd.training.selfdistill.methods import METHODS, configured
 from mlx_fd.training.selfdistill.plan import make_plan, open_models
 from mlx_fd.training.selfdistill.teacher import adapter, adapter_swapped, next_teacher, zero_adapter
 from mlx_fd.training.selfdistill.training import Models, run
-from support.draws import ALL
+from support.draws import ALL, by_day
 from support.pairs import MEASURED, without_seconds
 from support.shell import failed, launch, shell
 
@@ -217,7 +217,7 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", by_day(METHODS))
 def test_each_method_trains_and_resumes_exactly(method, tmp_path):
     events = []
     folder, stopped = tmp_path / "whole", tmp_path / "stopped"
