@@ -31,9 +31,13 @@ ROWS, TABLE, PLOT = (DOCS / f"bench_trust.{kind}" for kind in ("jsonl", "md", "s
 # {arm: options beside those of the preset tiny}
 ARMS: dict[str, tuple[str, ...]] = {
     "main": (),
+    # What the student alone calls right stays as it is.
+    "kept": ("--no-revise-alone",),
     "long": ("--episodes", "3200"),
     "taught": ("--episodes", "2400", "--kd-steps", "32"),
 }
+# Of these there is a curve.
+PLOTTED = ("main", "long")
 # Of an episode, where a row has no number for it.
 NOTHING = "-"
 
@@ -298,7 +302,7 @@ CURVES: dict[str, tuple[str, Callable[[Row, slice], list[float]]]] = {
 
 def plot(path: Path) -> str:
     """Coverage, risk, accuracy and tokens along each arm's runs, all seeds together, as SVG."""
-    arms = of_arms(path, ARMS)
+    arms = of_arms(path, PLOTTED)
     width = WIDTH - LEFT - 190
 
     def y(share: float) -> float:
