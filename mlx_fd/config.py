@@ -480,10 +480,11 @@ class EpisodeOptions:
     target_score: float = _option(
         0.9, "Combined score at or above which an answer is not revised.", low=-1, high=1
     )
-    revise_alone: bool = _option(
+    check_alone: bool = _option(
         True,
-        "Revise every answer that the student judges alone. Off: those that reach target_score "
-        "stay, too, which saves more of the expert's tokens and lets pass what it overlooks.",
+        "Have the expert check every answer that the student judges alone: it criticises what the "
+        "student finds right, and revises the rest. Off: those that reach target_score stay "
+        "unseen, which saves more of its tokens and lets pass what the student overlooks.",
     )
     student_weight: float = _option(
         0.65, "Weight of the student's score; the expert's is 1.", low=0

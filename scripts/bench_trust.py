@@ -32,10 +32,12 @@ ROWS, TABLE, PLOT = (DOCS / f"bench_trust.{kind}" for kind in ("jsonl", "md", "s
 ARMS: dict[str, tuple[str, ...]] = {
     "main": (),
     # What the student alone calls right stays as it is.
-    "kept": ("--no-revise-alone",),
+    "kept": ("--no-check-alone",),
     "long": ("--episodes", "3200"),
     "taught": ("--episodes", "2400", "--kd-steps", "32"),
 }
+# Feedbacks of the expert that are compared with those of the run.
+CHECKED = 64
 # Of these there is a curve.
 PLOTTED = ("main", "long")
 # Of an episode, where a row has no number for it.
@@ -96,8 +98,8 @@ def if_asked(folder: Path) -> list[bool | None]:
     found = [row["correct_after"] for row in rows]
     asked = [place for place, row in enumerate(rows) if row["expert_feedback"]]
     alone = [place for place, row in enumerate(rows) if not row["expert_feedback"]]
-    # As many where it is known what it says, for a check.
-    known = asked[-len(alone) :] if alone else []
+    # Some where it is known what it says, for a check.
+    known = asked[-CHECKED:] if alone else []
     again = asked_of(folder, [rows[place] for place in (*known, *alone)])
     for place, one in zip(known, again, strict=False):
         said = rows[place]["expert_feedback"]

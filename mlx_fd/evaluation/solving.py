@@ -110,7 +110,7 @@ class Solving:
             ),
             "score_at": config.models.score_at,
             "target_score": config.episode.target_score,
-            "revise_alone": config.episode.revise_alone,
+            "check_alone": config.episode.check_alone,
             "student_weight": config.episode.student_weight,
             "alone": alone,
             "seed": [bench.seed, batch, sample],

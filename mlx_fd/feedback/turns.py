@@ -352,8 +352,14 @@ def _score(judged: Judged, student_weight: float) -> float | None:
 
 def _stays(judged: Judged, score: float | None, episode: EpisodeOptions) -> bool:
     """Whether an answer is left as it is."""
-    sees_enough = judged.expert is not None or not episode.revise_alone
+    sees_enough = judged.expert is not None or not episode.check_alone
     return sees_enough and score is not None and score >= episode.target_score
+
+
+def _finds_it_right(student: StudentFeedback, episode: EpisodeOptions) -> bool:
+    """Whether the student's text leaves nothing to revise."""
+    written = student.feedback.written_score
+    return written is not None and written >= episode.target_score
 
 
 def write_final(
@@ -378,19 +384,23 @@ def write_final(
         usage = usage + usage_of(step, reply.turn, reply.seconds)
         return reply.turn
 
-    merged = (expert or student).feedback.text
+    merged = revised = ""
     if expert and parsing.needs_merge(expert.feedback, student.feedback):
         merged = (yield from say("merge", merge_prompt(expert.feedback, student.feedback))).text
-    # Where the expert gave feedback it stands in the conversation, and need not be said again.
-    request = "" if expert and expert.feedback.text else student.feedback.text
-    revised = yield from say("revise", revise_prompt(request, form))
+    if expert or not _finds_it_right(student, episode):
+        merged = merged or (expert or student).feedback.text
+        # Where the expert gave feedback it stands in the conversation, and need not be said again.
+        request = "" if expert and expert.feedback.text else student.feedback.text
+        revised = (yield from say("revise", revise_prompt(request, form))).text
+    # Else there is nothing to revise by, and the expert looks at the answer without having read
+    # that it is right, which it would believe.
     critique = yield from say("critique", critique_prompt())
     final = yield from say("final", final_prompt(form))
     return Finished(
         judged,
         score,
         merged,
-        revised.text,
+        revised,
         critique.text,
         read_answer(final, judged.problem, options),
         usage,
@@ -408,7 +418,8 @@ def merge_and_revise(
     """Step 5: merge, revise, criticise, final answer.
 
     An answer whose combined score reaches ``target_score`` is left as it is, if the expert judged
-    it or ``revise_alone`` is off.
+    it or ``check_alone`` is off. One that the student alone judged, and finds right, the expert
+    does not revise but criticises, and then gives its final answer.
 
     Args:
         pair: the models; only the expert writes here.

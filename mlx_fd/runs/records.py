@@ -275,7 +275,8 @@ class EpisodeRow(ThoughtColumns, AcceptedColumns):
         score: the combined score of the first answer; null where the expert's could not be read, or
             neither model gave one.
         merged: the feedback that the revision follows; empty where none was needed.
-        revised: the revised answer's text; empty where the first answer stayed.
+        revised: the revised answer's text; empty where the first answer stayed, or was found right
+            by the student alone and checked by the expert.
         critique: the expert's critique of its revision.
         final: the final answer.
         correct_before: whether the first answer was right; null where no right answer is known.
@@ -715,7 +716,7 @@ class VerdictsRow(TypedDict):
         first_answers: first answers that are good by the expert's verdict, of those with one.
         agreement: the student's verdicts that are the expert's, of the answers with both.
         kept: first answers that were left as they were, since their score reached the target.
-        revised: those that were revised.
+        revised: those that were revised, or checked and finished anew.
     """
 
     first_answers: ShareRow

@@ -91,7 +91,8 @@ def good_by_expert(row: EpisodeRow) -> bool | None:
 
 def _verdicts(rows: Sequence[EpisodeRow]) -> VerdictsRow:
     """The models' verdicts on answers of which nobody knows whether they are right."""
-    revised = sum(bool(row["revised"]) for row in rows)
+    # What the expert checked without revising it may be another answer, too.
+    revised = sum(bool(row["critique"]) for row in rows)
     return {
         "first_answers": share_of(good_by_expert(row) for row in rows),
         "agreement": share_of(map(agreed, rows)),

@@ -117,7 +117,7 @@ def _needs() -> dict[str, Need]:
             # To say always twice is no mistake.
             lambda c: c.gate.gate in ("ema", "published", c.gate.trigger),
         ),
-        ("own_solutions", "audit_window", "revise_alone"): trust,
+        ("own_solutions", "audit_window", "check_alone"): trust,
         ("stop_threshold",): _gates("ema"),
         ("plateau_steps", "plateau_gain", "minimum_gain", "regression"): Need(
             "gate = ema (in the loop: or always, for mlx-fd pareto)", _has_curve

@@ -22,11 +22,13 @@ from mlx_fd.feedback.turns import (
     merge_and_revise,
     student_feedback,
 )
-from mlx_fd.models.conversation import Conversation
+from mlx_fd.models.conversation import Conversation, without_repeated_eos
+from mlx_fd.models.generation import followup_prompt
 from mlx_fd.models.loading import open_template
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import parsing
 from mlx_fd.problems.kinds import is_right, read_final
+from mlx_fd.problems.prompts import critique_prompt
 from mlx_fd.runs.plan import Plan
 
 CONFIG = preset("tiny")
@@ -132,20 +134,38 @@ def test_a_trusted_student_stands_alone(pair, answered):
 
 
 @pytest.mark.parametrize("asked", [True, False])
-@pytest.mark.parametrize("revise_alone", [True, False])
-def test_what_the_student_alone_judged_is_revised_whatever_its_score(
-    pair, answered, asked, revise_alone
+@pytest.mark.parametrize("check_alone", [True, False])
+def test_what_the_student_alone_judged_is_checked_whatever_its_score(
+    pair, answered, asked, check_alone
 ):
-    """-1 is a score that every answer reaches."""
-    episode = dataclasses.replace(CONFIG.episode, target_score=-1.0, revise_alone=revise_alone)
+    """-1 is a score that every answer reaches, and by which every text finds it right."""
+    episode = dataclasses.replace(CONFIG.episode, target_score=-1.0, check_alone=check_alone)
     setting = dataclasses.replace(
         setting_of(pair, threshold=1.0 if asked else 0.0), episode=episode
     )
     trials = SYSTEMS["loop"].run(setting, answered, seeds, quiet)
-    revises = revise_alone and not asked
-    assert [{"revise", "critique", "final"} <= set(t.tokens) for t in trials] == [revises] * len(
-        answered
+    checks = {"critique", "final"} if check_alone and not asked else set()
+    after = {"merge", "revise", "critique", "final"}
+    assert all(after & t.tokens.keys() == checks for t in trials)
+
+
+def test_the_expert_revises_only_what_the_student_alone_does_not_find_right(pair, answered):
+    """What it finds right the expert criticises, without having read that."""
+    run = SYSTEMS["loop"].run
+    right, not_quite = (
+        run(setting_of(pair, threshold=0.0, target=target), answered, seeds, quiet)
+        for target in (0.9, 1.1)
     )
+    assert all("Every step is right." in t.turns["student_feedback"] for t in right)
+    assert not any("revise" in t.tokens for t in right)
+    asks = followup_prompt(pair.expert, critique_prompt())
+    talks = [one.conversation for one in answered]
+    read = [len(talk.tokens) + len(without_repeated_eos(talk, asks)) for talk in talks]
+    assert [t.prefilled["critique"] for t in right] == read
+    assert all("revise" in t.tokens for t in not_quite)
+    # The expert finds errors that the student does not see: some of these answers are wrong.
+    finals = [is_right(read_final(t.final, p), p) for t, p in zip(right, PROBLEMS, strict=True)]
+    assert sum(finals) > sum(one.is_correct for one in answered)
 
 
 def test_a_trusted_student_also_solves_what_it_judges_alone(pair, answered):

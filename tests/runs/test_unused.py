@@ -14,7 +14,7 @@ LOOP = [
     ({"lora_rank": 4}, {"train": "full"}, {"train": "dora"}),
     ({"replay_balance": True}, {"replay": 0.0}, {"replay": 0.5}),
     ({"own_solutions": 2}, {"max_disagreement": 0.0}, {"max_disagreement": 0.1}),
-    ({"revise_alone": False}, {"gate": "always"}, {}),
+    ({"check_alone": False}, {"gate": "always"}, {}),
     ({"max_disagreement": 0.2}, {"gate": "always"}, {"gate": "published"}),
     ({"stop_threshold": 0.5}, {"gate": "always"}, {"gate": "ema"}),
     ({"trigger": "always"}, {"gate": "never"}, {"gate": "always"}),
