@@ -297,7 +297,7 @@ def evaluate(
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
     if (note := time_note()) and not quiet:
-        console.print(note, soft_wrap=True)
+        Console(stderr=True).print(note, soft_wrap=True)
 
     def warn(text: str) -> None:
         console.print(

@@ -195,7 +195,7 @@ def test_reference_page_is_up_to_date():
         ("loop --stop-threshold 2", ["stop_threshold must be at most 1"]),
         ("loop --kl forwrd", ["'--kl'", "'forward', 'reverse', 'jsd'", 'did you mean "forward"?']),
         ("loop --losses lm,logits", ["'--losses'", 'did you mean "logit"?']),
-        ("loop --losses ,", ["losses must be a list with at least one"]),
+        ("loop --losses ,", ["',' names nothing", "name at least one of 'lm'"]),
         ("loop --scales 1,2", ["scales has 2 numbers for 4 losses"]),
         ("loop --scales 1,b", ["'1,b' is not a list of numbers"]),
         ("loop --preset quik", ["'quik' is not one of", 'did you mean "quick"?', *PRESETS]),
