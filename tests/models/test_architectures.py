@@ -96,7 +96,7 @@ def test_right_or_refused(name, documented, tmp_path):
 
 
 def test_the_families_of_today_are_right(documented):
-    assert len(FIRST) >= 45 and len(ARCHITECTURES) >= 100 and len(TRIED) >= 35
+    assert len(FIRST) >= 45 and len(ARCHITECTURES) >= 100 and len(TRIED) >= 30
     assert {config_of(name)["model_type"] for name in ARCHITECTURES if name not in REFUSED} >= (
         FAMILIES
     )
