@@ -115,10 +115,9 @@ def cascade(
         raise UserError(f"{run}: this is no run directory; a cascade needs a run's student")
     backend()
     from rich.console import Console
-    from rich.text import Text
 
     from mlx_fd.cli.terminal.cascade import summary, table
-    from mlx_fd.cli.terminal.layout import output_console
+    from mlx_fd.cli.terminal.layout import output_console, warning
     from mlx_fd.cli.terminal.steps import Steps
     from mlx_fd.evaluation import suites
     from mlx_fd.evaluation.cache import Cache
@@ -126,7 +125,6 @@ def cascade(
     from mlx_fd.evaluation.cascade.measuring import Held, calibrate, evaluate
     from mlx_fd.evaluation.target import open_target
     from mlx_fd.models.storage import cache_dir
-    from mlx_fd.text import strip_control_chars
 
     # One that cannot be read is made again.
     calibrated = file.read(run) if action == "eval" else None
@@ -142,9 +140,7 @@ def cascade(
     console = Console(stderr=True)
 
     def warn(text: str) -> None:
-        console.print(
-            Text.assemble(("warning: ", "yellow"), strip_control_chars(text)), soft_wrap=True
-        )
+        console.print(warning(text), soft_wrap=True)
 
     with Steps(console, quiet=quiet or as_json) as steps:
         if calibrated is not None:

@@ -28,7 +28,6 @@ from mlx_fd.cli.options import (
     thinking_options,
 )
 from mlx_fd.registry import SYSTEMS
-from mlx_fd.text import strip_control_chars
 
 
 def _baselines() -> str:
@@ -243,10 +242,9 @@ def evaluate(
     name = chosen_model(model, model_option, adapter_path)
     backend()
     from rich.console import Console
-    from rich.text import Text
 
     from mlx_fd.cli.terminal.evaluation import EvalDisplay, print_results
-    from mlx_fd.cli.terminal.layout import output_console
+    from mlx_fd.cli.terminal.layout import output_console, warning
     from mlx_fd.evaluation import suites
     from mlx_fd.evaluation.cache import Cache
     from mlx_fd.evaluation.target import check_thinking, open_target
@@ -300,9 +298,7 @@ def evaluate(
         Console(stderr=True).print(note, soft_wrap=True)
 
     def warn(text: str) -> None:
-        console.print(
-            Text.assemble(("warning: ", "yellow"), strip_control_chars(text)), soft_wrap=True
-        )
+        console.print(warning(text), soft_wrap=True)
 
     sets = suites.make_sets(target, options, warn)
     folder = suites.choose_folder(target, options, out)

@@ -92,7 +92,7 @@ def good_by_expert(row: EpisodeRow) -> bool | None:
 def _verdicts(rows: Sequence[EpisodeRow]) -> VerdictsRow:
     """The models' verdicts on answers of which nobody knows whether they are right."""
     # What the expert checked without revising it may be another answer, too.
-    revised = sum(bool(row["critique"]) for row in rows)
+    revised = sum(bool(row["revised"] or row["critique"]) for row in rows)
     return {
         "first_answers": share_of(good_by_expert(row) for row in rows),
         "agreement": share_of(map(agreed, rows)),

@@ -193,11 +193,12 @@ def test_a_warning_where_revising_makes_answers_worse():
 
 def test_without_gold_there_are_the_models_verdicts():
     episodes = [
-        {**row(None, None, expert=0.5, student=0.2), "critique": "right"},
-        {**row(None, None, expert=-0.5, student=0.2), "critique": "a slip"},
-        {**row(None, None, expert=0.0, student=-0.2), "critique": ""},  # 0 is not above 0
-        {**row(None, None, expert=None, student=0.9), "critique": ""},
-        {**row(None, None, alone=True, student=0.9), "critique": ""},
+        {**row(None, None, expert=0.5, student=0.2), "revised": "again", "critique": ""},
+        {**row(None, None, expert=-0.5, student=0.2), "revised": "", "critique": "a slip"},
+        # 0 is not above 0.
+        {**row(None, None, expert=0.0, student=-0.2), "revised": "", "critique": ""},
+        {**row(None, None, expert=None, student=0.9), "revised": "", "critique": ""},
+        {**row(None, None, alone=True, student=0.9), "revised": "", "critique": ""},
     ]
     metrics = []
     found = summarise(episodes, metrics, {}, {}, None)

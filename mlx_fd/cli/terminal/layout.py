@@ -33,6 +33,11 @@ def output_console() -> Console:
     return console
 
 
+def warning(text: str) -> Text:
+    """A warning as a line; what controls a terminal is shown and does nothing."""
+    return Text.assemble(("warning: ", "yellow"), strip_control_chars(text))
+
+
 def wrapped(text: str, width: int) -> str:
     """A text in lines of at most ``width`` characters, numbers whole.
 

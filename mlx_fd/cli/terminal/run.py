@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from mlx_fd.cli.terminal.layout import warning
 from mlx_fd.runs.events import (
     BatchDone,
     Event,
@@ -97,10 +98,7 @@ class Display:
     def __call__(self, event: Event) -> None:
         """Take an event."""
         if isinstance(event, Warned):
-            self._console.print(
-                Text.assemble(("warning: ", "yellow"), strip_control_chars(event.text)),
-                soft_wrap=not self._console.is_terminal,
-            )
+            self._console.print(warning(event.text), soft_wrap=not self._console.is_terminal)
         elif isinstance(event, Note):
             self._say(event.text)
         elif isinstance(event, Step):

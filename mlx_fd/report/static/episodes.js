@@ -37,7 +37,7 @@ function parts(entry, row) {
   if (row.revised) {
     steps.push(...block("Revision", compared(row.answer.text, row.revised, "changed") ?? row.revised, "words that the first answer does not have are marked", cut(row, "revise")));
   }
-  if (row.critique) {
+  if (row.revised || row.critique) {
     steps.push(...block("Self-critique", row.critique, cut(row, "critique")));
     steps.push(...block("Final answer", row.final.text, found(row.final.final, row.correct_after), cut(row, "final")));
   } else {

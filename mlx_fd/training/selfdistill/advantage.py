@@ -88,12 +88,12 @@ def attempts_of(
 
 def pieces_of(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, ...]:
     """The text that each token adds; a character of several tokens is with its last."""
-    pieces, scored_texts = [], ""
+    pieces, text_so_far = [], ""
     for end in range(1, len(tokens) + 1):
         text = tokenizer.decode(list(tokens[:end]))
         whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        pieces.append(whole[len(scored_texts) :])
-        scored_texts = whole if len(whole) > len(scored_texts) else scored_texts
+        pieces.append(whole[len(text_so_far) :])
+        text_so_far = whole if len(whole) > len(text_so_far) else text_so_far
     return tuple(pieces)
 
 
