@@ -482,9 +482,10 @@ class EpisodeOptions:
     )
     check_alone: bool = _option(
         True,
-        "Have the expert check every answer that the student judges alone: it criticises what the "
-        "student finds right, and revises the rest. Off: those that reach target_score stay "
-        "unseen, which saves more of its tokens and lets pass what the student overlooks.",
+        "Have the expert check every answer that the student judges alone. What the student finds "
+        "right it solves itself, and criticises where that comes to another final answer, or it "
+        "gave the answer; the rest it revises. Off: those that reach target_score stay unseen, "
+        "which saves more of its tokens and lets pass what the student overlooks.",
     )
     student_weight: float = _option(
         0.65, "Weight of the student's score; the expert's is 1.", low=0

@@ -34,7 +34,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     # What the student alone calls right stays as it is.
     "kept": ("--no-check-alone",),
     "long": ("--episodes", "3200"),
-    "taught": ("--episodes", "2400", "--kd-steps", "32"),
+    "taught": ("--episodes", "2816", "--kd-steps", "48"),
 }
 # Feedbacks of the expert that are compared with those of the run.
 CHECKED = 64

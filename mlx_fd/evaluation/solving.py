@@ -338,4 +338,5 @@ def answered_by(
             row["thoughts"],
             tuple(row["closed"]),
         ),
+        by_student=who == "student",
     )

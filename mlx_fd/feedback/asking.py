@@ -32,7 +32,7 @@ Seeds = Callable[[str], int]
 # The steps of an episode, in the order in which all that wait go on.
 _STEPS = (
     *("answer", "student_feedback", "student_solution", "expert_feedback", "privileged_feedback"),
-    *("student_feedback_again", "merge", "revise", "critique", "final"),
+    *("student_feedback_again", "expert_solution", "merge", "revise", "critique", "final"),
 )
 _ORDER = {step: place for place, step in enumerate(_STEPS)}
 

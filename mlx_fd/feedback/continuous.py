@@ -30,7 +30,7 @@ from mlx_fd.models.view import fused
 from mlx_fd.models.writing import Drawn, Step, Text, Turn, turn_of
 
 # How many turns a model still has to write of an episode's half from a step on, where it is not 1.
-_TURNS = {"answer": 2, "merge": 4, "revise": 3, "critique": 2}
+_TURNS = {"answer": 2, "expert_solution": 3, "merge": 4, "revise": 3, "critique": 2}
 
 
 def ask_continuously(groups: Sequence[Group], places: int) -> list[list[Any]]:

@@ -12,6 +12,7 @@ from mlx_fd.runs.records import (
     EpisodeRow,
     ExpertFeedbackRow,
     GateRow,
+    SolutionColumns,
     StudentFeedbackRow,
     VerdictRow,
     accepted_columns,
@@ -55,6 +56,7 @@ def episode_row(
         "prefilled": usage.prefilled,
         "capped": list(usage.capped),
         "seconds": {step: round(value, 3) for step, value in usage.seconds.items()},
+        **_solution_columns(finished.solution),
         **thought_columns(usage.thoughts, usage.closed),
         **accepted_columns(usage.accepted),
     }
@@ -99,6 +101,10 @@ def with_second(
             "verdict": verdict,
         },
     }
+
+
+def _solution_columns(solution: Answer | None) -> SolutionColumns:
+    return {"expert_solution": _answer_row(solution)} if solution else {}
 
 
 def _answer_row(given: Answer) -> AnswerRow:

@@ -64,6 +64,8 @@ class Answered:
         conversation: the expert's conversation up to and with that answer.
         request: tokens of the request for feedback, as they follow the answer.
         usage: of the answer.
+        by_student: whether the student gave the answer, which stands in the conversation as if the
+            expert had.
     """
 
     problem: Problem
@@ -71,6 +73,7 @@ class Answered:
     conversation: Conversation
     request: tuple[int, ...]
     usage: Usage = field(default_factory=Usage)
+    by_student: bool = False
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -205,6 +208,8 @@ class Finished:
         critique: the expert's critique of its revision; empty likewise.
         final: the final answer.
         usage: of all steps.
+        solution: the expert's own, by which it checked what the student alone found right; ``None``
+            where it wrote none.
     """
 
     judged: Judged
@@ -214,6 +219,7 @@ class Finished:
     critique: str
     final: Answer
     usage: Usage
+    solution: Answer | None = None
 
     @property
     def problem(self) -> Problem:

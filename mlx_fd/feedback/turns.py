@@ -40,7 +40,7 @@ from mlx_fd.models.generation import first_prompt, followup_prompt, said
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.writing import GenerateOptions, Sampling, Turn, sampling_for
 from mlx_fd.problems import Problem, parsing
-from mlx_fd.problems.kinds import form_of, read_final
+from mlx_fd.problems.kinds import form_of, kind_of, read_final, same_final
 from mlx_fd.problems.prompts import (
     Answer,
     answer_prompt,
@@ -66,21 +66,22 @@ def write_answer(
     *,
     temperature: float | None = None,
     keep: bool = True,
+    step: str = "answer",
 ) -> Turns[Answered]:
-    """Step 1: an answer to a problem, as :func:`answer` gives them."""
+    """Step 1: an answer to a problem, as :func:`answer` gives them; counted as ``step``."""
     sampling = sampling_for(options, "answer", 0)
     if temperature is not None:
         sampling = dataclasses.replace(sampling, temperature=temperature)
     prompt = first_prompt(loaded, answer_prompt(problem.question, form_of(problem)))
     how = GenerateOptions(reuse=not options.sequential, keep=keep)
-    reply = yield from asked(Ask(loaded, "answer", Conversation(), prompt, sampling, how))
+    reply = yield from asked(Ask(loaded, step, Conversation(), prompt, sampling, how))
     before = reply.turn.conversation
     return Answered(
         problem,
         read_answer(reply.turn, problem, options),
         before,
         without_repeated_eos(before, feedback_request(loaded)),
-        usage_of("answer", reply.turn, reply.seconds),
+        usage_of(step, reply.turn, reply.seconds),
     )
 
 
@@ -159,6 +160,7 @@ def said_by_expert(pair: Pair, answered: Sequence[Answered]) -> list[Answered]:
             answer=dataclasses.replace(one.answer, tokens=tokens),
             conversation=before,
             request=without_repeated_eos(before, request),
+            by_student=True,
         )
         for one in answered
         for tokens in (to_expert(pair, one.answer.tokens),)
@@ -362,6 +364,26 @@ def _finds_it_right(student: StudentFeedback, episode: EpisodeOptions) -> bool:
     return written is not None and written >= episode.target_score
 
 
+def _write_solution(
+    pair: Pair, answered: Answered, options: GenerationOptions
+) -> Turns[Answered | None]:
+    """The expert's own solution, where it tells something of an answer; else ``None``.
+
+    It tells nothing where the expert gave the answer itself, or finals of its kind that differ can
+    both be right.
+    """
+    problem = answered.problem
+    comparable = answered.answer.final is not None and kind_of(problem).exclusive
+    if not answered.by_student or not comparable:
+        return None
+    temperature, step = options.expert_temperature, "expert_solution"
+    return (
+        yield from write_answer(
+            pair.expert, problem, options, temperature=temperature, keep=False, step=step
+        )
+    )
+
+
 def write_final(
     pair: Pair, judged: Judged, options: GenerationOptions, episode: EpisodeOptions
 ) -> Turns[Finished]:
@@ -371,6 +393,13 @@ def write_final(
         return Finished(judged, score, "", "", "", judged.answered.answer, judged.usage)
     conversation, usage = judged.conversation, judged.usage
     student, expert, form = judged.student, judged.expert, form_of(judged.problem)
+    found_right = expert is None and _finds_it_right(student, episode)
+    own: Answer | None = None
+    if found_right and (solved := (yield from _write_solution(pair, judged.answered, options))):
+        own, usage = solved.answer, usage + solved.usage
+        first = judged.answered.answer
+        if same_final(own.final, first.final, judged.problem):
+            return Finished(judged, score, "", "", "", first, usage, own)
 
     def say(step: str, message: str) -> Turns[Turn]:
         nonlocal conversation, usage
@@ -387,13 +416,13 @@ def write_final(
     merged = revised = ""
     if expert and parsing.needs_merge(expert.feedback, student.feedback):
         merged = (yield from say("merge", merge_prompt(expert.feedback, student.feedback))).text
-    if expert or not _finds_it_right(student, episode):
+    if not found_right:
         merged = merged or (expert or student).feedback.text
         # Where the expert gave feedback it stands in the conversation, and need not be said again.
         request = "" if expert and expert.feedback.text else student.feedback.text
         revised = (yield from say("revise", revise_prompt(request, form))).text
     # Else there is nothing to revise by, and the expert looks at the answer without having read
-    # that it is right, which it would believe.
+    # that it is right, which it would believe; nor what came of its own solution.
     critique = yield from say("critique", critique_prompt())
     final = yield from say("final", final_prompt(form))
     return Finished(
@@ -404,6 +433,7 @@ def write_final(
         critique.text,
         read_answer(final, judged.problem, options),
         usage,
+        own,
     )
 
 
@@ -418,8 +448,10 @@ def merge_and_revise(
     """Step 5: merge, revise, criticise, final answer.
 
     An answer whose combined score reaches ``target_score`` is left as it is, if the expert judged
-    it or ``check_alone`` is off. One that the student alone judged, and finds right, the expert
-    does not revise but criticises, and then gives its final answer.
+    it or ``check_alone`` is off. What the student alone judged, and finds right, the expert checks:
+    it solves the problem itself, and where that comes to another final answer (or, as
+    :func:`_write_solution` has it, tells nothing) it criticises the answer, and then gives its
+    final one.
 
     Args:
         pair: the models; only the expert writes here.

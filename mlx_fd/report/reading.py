@@ -380,6 +380,8 @@ def _episode(row: JsonObject) -> EpisodeRow:
         "seconds": numbers(row["seconds"]),
         "capped": [text(step) for step in row["capped"]],
     }
+    if "expert_solution" in row:
+        found["expert_solution"] = _written(row["expert_solution"])
     if "accepted" in row:
         found["accepted"] = counts(row["accepted"])
     return found

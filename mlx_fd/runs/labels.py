@@ -16,6 +16,7 @@ STEP_NAMES = {
     "second_student_solution": "student's own solution beside it",
     "second_expert_feedback": "expert's feedback on it",
     "second_privileged_feedback": "expert's feedback on it, told the right answer",
+    "expert_solution": "expert's own solution",
     "merge": "merged feedback",
     "revise": "revision",
     "critique": "self-critique",

@@ -232,6 +232,16 @@ def accepted_columns(accepted: Mapping[str, int]) -> AcceptedColumns:
     return {"accepted": accepted} if accepted else {}
 
 
+class SolutionColumns(TypedDict, total=False):
+    """Of what the student alone found right; absent where the expert solved nothing.
+
+    Attributes:
+        expert_solution: the expert's own, by which it checked the answer.
+    """
+
+    expert_solution: AnswerRow
+
+
 class SecondRow(TypedDict):
     """With ``answers_by`` ``both``: the student's answer to the problem, judged to learn from.
 
@@ -256,7 +266,7 @@ class SecondRow(TypedDict):
 
 
 @final
-class EpisodeRow(ThoughtColumns, AcceptedColumns):
+class EpisodeRow(ThoughtColumns, AcceptedColumns, SolutionColumns):
     """A line of ``episodes.jsonl``: one problem.
 
     Attributes:
@@ -276,8 +286,9 @@ class EpisodeRow(ThoughtColumns, AcceptedColumns):
             neither model gave one.
         merged: the feedback that the revision follows; empty where none was needed.
         revised: the revised answer's text; empty where the first answer stayed, or was found right
-            by the student alone and checked by the expert.
-        critique: the expert's critique of its revision.
+            by the student alone and criticised by the expert.
+        critique: the expert's critique of its revision, or of what the student alone found right;
+            empty where the first answer stayed.
         final: the final answer.
         correct_before: whether the first answer was right; null where no right answer is known.
         correct_after: whether the final answer was right; null likewise.

@@ -330,7 +330,7 @@ def find_warnings(episodes: Sequence[EpisodeRow]) -> dict[str, str]:
             f"{verdicts['contradicted'] - verdicts['left_out']}); choose an expert that judges "
             "better, or see what --expert-verdicts does"
         )
-    answers = {"answer", "final", "second_answer"}
+    answers = {"answer", "expert_solution", "final", "second_answer"}
     capped = sum(bool(answers & set(row["capped"])) for row in episodes)
     if capped > _WORRYING_SHARE * len(episodes):
         found["capped"] = (

@@ -86,8 +86,11 @@ def _expert_prompts(row: EpisodeRow, config: Config) -> int:
     # A prompt's last token is read by the first step of writing.
     if not config.generation.sequential or not steps:
         return sum(read[step] - 1 for step in steps)
-    # The last turn's prompt is the whole conversation.
-    return read[steps[-1]] - sum(wrote[step] for step in steps[:-1]) - len(steps)
+    # Its own solution is by itself; of all else the last turn's prompt is the whole conversation.
+    apart = [step for step in steps if step == "expert_solution"]
+    steps = [step for step in steps if step not in apart]
+    whole = read[steps[-1]] - sum(wrote[step] for step in steps[:-1]) - len(steps) if steps else 0
+    return whole + sum(read[step] - 1 for step in apart)
 
 
 def _student_prompts(row: EpisodeRow, config: Config) -> int:

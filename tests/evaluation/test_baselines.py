@@ -133,39 +133,87 @@ def test_a_trusted_student_stands_alone(pair, answered):
         assert all("expert_feedback" in t.tokens for t in asked)
 
 
+@pytest.fixture(scope="module")
+def of_student(answered):
+    """The same answers, which the student is known to have given."""
+    return [dataclasses.replace(one, by_student=True) for one in answered]
+
+
 @pytest.mark.parametrize("asked", [True, False])
 @pytest.mark.parametrize("check_alone", [True, False])
 def test_what_the_student_alone_judged_is_checked_whatever_its_score(
-    pair, answered, asked, check_alone
+    pair, of_student, asked, check_alone
 ):
     """-1 is a score that every answer reaches, and by which every text finds it right."""
     episode = dataclasses.replace(CONFIG.episode, target_score=-1.0, check_alone=check_alone)
     setting = dataclasses.replace(
         setting_of(pair, threshold=1.0 if asked else 0.0), episode=episode
     )
-    trials = SYSTEMS["loop"].run(setting, answered, seeds, quiet)
-    checks = {"critique", "final"} if check_alone and not asked else set()
-    after = {"merge", "revise", "critique", "final"}
-    assert all(after & t.tokens.keys() == checks for t in trials)
+    trials = SYSTEMS["loop"].run(setting, of_student, seeds, quiet)
+    after = {"expert_solution", "merge", "revise", "critique", "final"}
+    found = [after & t.tokens.keys() for t in trials]
+    if check_alone and not asked:
+        assert all("expert_solution" in steps and "revise" not in steps for steps in found)
+    else:
+        assert found == [set()] * len(PROBLEMS)
 
 
-def test_the_expert_revises_only_what_the_student_alone_does_not_find_right(pair, answered):
-    """What it finds right the expert criticises, without having read that."""
-    run = SYSTEMS["loop"].run
-    right, not_quite = (
-        run(setting_of(pair, threshold=0.0, target=target), answered, seeds, quiet)
-        for target in (0.9, 1.1)
-    )
-    assert all("Every step is right." in t.turns["student_feedback"] for t in right)
-    assert not any("revise" in t.tokens for t in right)
+def test_the_expert_solves_what_the_student_alone_finds_right(pair, of_student):
+    """It leaves what it comes to itself, and criticises the rest, knowing of neither."""
+    trials = SYSTEMS["loop"].run(setting_of(pair, threshold=0.0), of_student, seeds, quiet)
+    options = dataclasses.replace(OPTIONS, answer_temperature=OPTIONS.expert_temperature)
+    own = answer(pair.expert, PROBLEMS, options, 0, quiet, keep=False)
     asks = followup_prompt(pair.expert, critique_prompt())
-    talks = [one.conversation for one in answered]
-    read = [len(talk.tokens) + len(without_repeated_eos(talk, asks)) for talk in talks]
-    assert [t.prefilled["critique"] for t in right] == read
-    assert all("revise" in t.tokens for t in not_quite)
-    # The expert finds errors that the student does not see: some of these answers are wrong.
-    finals = [is_right(read_final(t.final, p), p) for t, p in zip(right, PROBLEMS, strict=True)]
-    assert sum(finals) > sum(one.is_correct for one in answered)
+    alike = []
+    for first, solved, trial in zip(of_student, own, trials, strict=True):
+        assert "Every step is right." in trial.turns["student_feedback"]
+        assert trial.turns["expert_solution"] == solved.answer.text
+        assert trial.by["expert_solution"] == "expert"
+        assert trial.tokens["expert_solution"] == solved.usage.tokens["answer"]
+        assert trial.prefilled["expert_solution"] == solved.usage.prefilled["answer"]
+        alike.append(solved.answer.final == first.answer.final)
+        if alike[-1]:
+            assert trial.final == first.answer.text
+            assert not {"critique", "final"} & trial.tokens.keys()
+        else:
+            talk = first.conversation
+            read = len(talk.tokens) + len(without_repeated_eos(talk, asks))
+            assert trial.prefilled["critique"] == read
+            assert "final" in trial.tokens
+        assert not {"merge", "revise"} & trial.tokens.keys()
+    assert set(alike) == {True, False}
+    # It finds errors that the student does not see: some of these answers are wrong.
+    finals = [is_right(read_final(t.final, p), p) for t, p in zip(trials, PROBLEMS, strict=True)]
+    assert sum(finals) > sum(one.is_correct for one in of_student)
+
+
+def ungraded(one):
+    return dataclasses.replace(one, problem=dataclasses.replace(one.problem, kind="none"))
+
+
+def unread(one):
+    return dataclasses.replace(one, answer=dataclasses.replace(one.answer, final=None))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [lambda one: dataclasses.replace(one, by_student=False), ungraded, unread],
+    ids=["the expert's own answer", "finals that cannot be compared", "no final answer"],
+)
+def test_where_its_own_solution_tells_nothing_the_expert_criticises_at_once(
+    pair, of_student, changed
+):
+    answers = [changed(one) for one in of_student[:2]]
+    trials = SYSTEMS["loop"].run(setting_of(pair, threshold=0.0), answers, seeds, quiet)
+    after = {"expert_solution", "merge", "revise", "critique", "final"}
+    assert [after & t.tokens.keys() for t in trials] == [{"critique", "final"}] * 2
+
+
+def test_the_expert_revises_what_the_student_alone_does_not_find_right(pair, of_student):
+    trials = SYSTEMS["loop"].run(
+        setting_of(pair, threshold=0.0, target=1.1), of_student, seeds, quiet
+    )
+    assert all("revise" in t.tokens and "expert_solution" not in t.tokens for t in trials)
 
 
 def test_a_trusted_student_also_solves_what_it_judges_alone(pair, answered):

@@ -80,6 +80,7 @@ def _trial(setting: Setting, finished: Finished) -> Trial:
     written = {
         "student_feedback": judged.student.feedback.text,
         "expert_feedback": judged.expert.feedback.text if judged.expert else "",
+        "expert_solution": finished.solution.text if finished.solution else "",
         "merge": finished.merged,
         "revise": finished.revised,
         "critique": finished.critique,

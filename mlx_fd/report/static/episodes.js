@@ -33,6 +33,8 @@ function parts(entry, row) {
   if (again) steps.push(...block("Expert's feedback, told the right answer", again.text, `score ${number(again.written_score)}`, row.verdict.outcome, cut(row, "privileged_feedback")));
   const later = row.student_feedback_again;
   if (later) steps.push(...block("Student's feedback after learning", later.text, cut(row, "student_feedback_again")));
+  const own = row.expert_solution;
+  if (own) steps.push(...block("Expert's own solution", own.text, finalAnswer(own.final), cut(row, "expert_solution")));
   if (row.merged) steps.push(...block("Merged feedback", row.merged, cut(row, "merge")));
   if (row.revised) {
     steps.push(...block("Revision", compared(row.answer.text, row.revised, "changed") ?? row.revised, "words that the first answer does not have are marked", cut(row, "revise")));
@@ -41,7 +43,9 @@ function parts(entry, row) {
     steps.push(...block("Self-critique", row.critique, cut(row, "critique")));
     steps.push(...block("Final answer", row.final.text, found(row.final.final, row.correct_after), cut(row, "final")));
   } else {
-    steps.push(element("p", {}, "The combined score reached the target: the first answer stayed as it was."));
+    steps.push(element("p", {}, own
+      ? "The student alone found the first answer right, and the expert came to the same: it stayed as it was."
+      : "The combined score reached the target: the first answer stayed as it was."));
   }
   steps.push(costs(row));
   return steps;
