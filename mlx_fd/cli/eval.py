@@ -247,6 +247,7 @@ def evaluate(
     from mlx_fd.cli.terminal.layout import output_console, warning
     from mlx_fd.evaluation import suites
     from mlx_fd.evaluation.cache import Cache
+    from mlx_fd.evaluation.held_out import concerns
     from mlx_fd.evaluation.target import check_thinking, open_target
     from mlx_fd.models.fingerprint import time_note
     from mlx_fd.models.storage import cache_dir
@@ -302,7 +303,7 @@ def evaluate(
 
     sets = suites.make_sets(target, options, warn)
     folder = suites.choose_folder(target, options, out)
-    for text in suites.concerns(target, options):
+    for text in concerns(target, options.problems, options.split, options.transfer):
         warn(text)
     total = sum(len(one.items) * one.samples * len(one.systems) for one in sets)
     with claimed(folder, EVALUATION), EvalDisplay(console, total, quiet=quiet) as display:

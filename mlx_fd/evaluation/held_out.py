@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_fd import problems, runs
 from mlx_fd.evaluation.target import Target
 from mlx_fd.files import digest_of
+from mlx_fd.problems import Problem
+from mlx_fd.problems.questions import question_digest, question_key
 from mlx_fd.problems.sources import SOURCES
+from mlx_fd.runs.learned import read_questions
 from mlx_fd.runs.manifest import learned_rows
 from mlx_fd.runs.records import LearnedRow
 
@@ -62,7 +66,7 @@ def _in_source(learned: LearnedRow, source: str, split: str) -> bool:
         return True
     asked = [
         {
-            problem.question
+            question_key(problem.question)
             for problem in problems.load(
                 source, one, skip_bad_rows=True, kind="none", columns=learned["columns"]
             ).problems
@@ -70,6 +74,35 @@ def _in_source(learned: LearnedRow, source: str, split: str) -> bool:
         for one in (split, learned["split"])
     ]
     return bool(asked[0] & asked[1])
+
+
+def unlearned(target: Target, found: Sequence[Problem]) -> list[Problem]:
+    """Those of some problems whose questions the run did not learn from, in whatever source."""
+    if target.run is None:
+        return list(found)
+    learned = read_questions(target.run)
+    return [problem for problem in found if question_digest(problem.question) not in learned]
+
+
+def learned_elsewhere(
+    target: Target, source: str, split: str, found: Sequence[Problem]
+) -> list[str]:
+    """What there is to say of problems some of which the run learned from in another source.
+
+    Args:
+        target: who is evaluated.
+        source: theirs.
+        split: of it.
+        found: they.
+    """
+    known = len(found) - len(unlearned(target, found))
+    # Of the source itself all is said.
+    if not known or learned_from(target, source, split):
+        return []
+    return [
+        f"{source} ({split}): the run learned from {known} of these {len(found)} problems in "
+        "another source; on them nothing is measured that holds for others: leave them out"
+    ]
 
 
 def _is_file(source: str) -> bool:

@@ -224,9 +224,12 @@ def _solving(
     for text in notes:
         warn(text)
     name = Path(source).stem if found.name == source and "/" in source else found.name
+    items = without_shots(fits.problems, shots)[: options.most_items]
+    for text in held_out.learned_elsewhere(target, source, split, items):
+        warn(text)
     return Solving(
         name=f"{name}/{split}",
-        items=without_shots(fits.problems, shots)[: options.most_items],
+        items=items,
         systems=_solvers(target, options),
         samples=options.samples,
         readers=readers,
@@ -392,11 +395,6 @@ def _reply_tokens(paths: Sequence[Path]) -> int:
     """Maximum tokens of a reply on a ProcessBench item: half of the shortest context at most."""
     contexts = [length for path in paths if (length := context_length(path)) is not None]
     return min([TOKENS, *(length // 2 for length in contexts)])
-
-
-def concerns(target: Target, options: Options) -> list[str]:
-    """What makes an evaluation worth less than it looks."""
-    return held_out.concerns(target, options.problems, options.split, options.transfer)
 
 
 def _solvers(target: Target, options: Options) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +41,7 @@ from mlx_fd.runs.records import (
 
 CONFIG = "config.toml"
 MANIFEST = "manifest.json"
+QUESTIONS = "questions.txt"
 EPISODES = "episodes.jsonl"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -65,6 +66,7 @@ README = """\
 |---|---|
 | `config.toml` | all options of the run; `mlx-fd loop --config config.toml` repeats it |
 | `manifest.json` | versions, seed, models and data with their digests |
+| `questions.txt` | SHA-256 of each question that the student learns from, in earlier runs too |
 | `episodes.jsonl` | one line per problem: answer, both feedbacks, the gate, the final answer |
 | `metrics.jsonl` | one line per batch: losses, weights, gate decisions, probe evaluations |
 | `samples.jsonl` | the tokens of each training sample |
@@ -156,7 +158,13 @@ def check_schema(folder: Path, manifest: Mapping[str, Any]) -> None:
     )
 
 
-def create(folder: Path, config_toml: str, manifest: Manifest, readme: str = README) -> None:
+def create(
+    folder: Path,
+    config_toml: str,
+    manifest: Manifest,
+    readme: str = README,
+    questions: Iterable[str] = (),
+) -> None:
     """Make a run directory.
 
     Args:
@@ -164,6 +172,7 @@ def create(folder: Path, config_toml: str, manifest: Manifest, readme: str = REA
         config_toml: the configuration.
         manifest: what the run is made of.
         readme: what explains the files.
+        questions: digests of those that the student learns from; none: its logs will tell.
 
     Raises:
         UserError: there is something in it already, or it cannot be written.
@@ -173,6 +182,8 @@ def create(folder: Path, config_toml: str, manifest: Manifest, readme: str = REA
     write_mark(folder, RUN)
     subfolder(folder, CHECKPOINTS)
     write_atomic(folder / "README.md", readme)
+    if lines := "".join(f"{one}\n" for one in sorted(questions)):
+        write_atomic(folder / QUESTIONS, lines)
     write_atomic(folder / CONFIG, config_toml)
     # Last: a folder with a manifest is a run.
     write_json(folder / MANIFEST, with_digest(manifest))

@@ -60,6 +60,7 @@ class Plan:
             ``template`` is the student's alone.
         memory: most bytes that the run needs; 0 where nobody has asked.
         warm_up: the problems of the warm-up, in order; empty: there is none.
+        learned: digests of the questions that the student learned from in earlier runs.
     """
 
     config: Config
@@ -74,6 +75,7 @@ class Plan:
     expert_template: ChatTemplate | None = None
     memory: int = 0
     warm_up: tuple[Problem, ...] = ()
+    learned: frozenset[str] = frozenset()
 
 
 def configuration(

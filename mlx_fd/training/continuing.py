@@ -12,8 +12,10 @@ from mlx_fd.feedback.judge import ModelRef, locate_model
 from mlx_fd.files import remove, share, sync_file, sync_folder, working_folder
 from mlx_fd.models.student import MADE_WITH, Student, load_student, save_weights
 from mlx_fd.runs.continued import earlier_config
+from mlx_fd.runs.learned import read_questions
 from mlx_fd.runs.manifest import learned_rows
 from mlx_fd.runs.plan import Plan
+from mlx_fd.runs.records import Manifest
 
 
 def check_continues(plan: Plan) -> Plan:
@@ -44,7 +46,8 @@ def check_continues(plan: Plan) -> Plan:
         )
     assert ref.run is not None
     before = learned_rows(ref.config, runs.read_manifest(ref.run))
-    return dataclasses.replace(plan, manifest={**plan.manifest, "learned_before": before})
+    manifest: Manifest = {**plan.manifest, "learned_before": before}
+    return dataclasses.replace(plan, manifest=manifest, learned=read_questions(ref.run))
 
 
 def _shown(names: list[str], ref: ModelRef) -> str:

@@ -29,6 +29,7 @@ from mlx_fd.models.resolve import parse_name
 from mlx_fd.problems import execution
 from mlx_fd.runs.continued import loop_configuration
 from mlx_fd.runs.events import Event, Note, Step, Warned
+from mlx_fd.runs.learned import question_digests
 from mlx_fd.runs.manifest import check_alike
 from mlx_fd.runs.mirror import own_folder
 from mlx_fd.runs.plan import Plan, check_out, sample_of_problems
@@ -362,7 +363,8 @@ def open_run(
                         keep(folder, student)
                     else:
                         remove(folder / runs.BEGUN)
-                    runs.create(folder, to_toml(plan.config), plan.manifest, readme)
+                    asked = question_digests(plan)
+                    runs.create(folder, to_toml(plan.config), plan.manifest, readme, asked)
             tracking = stack.enter_context(
                 Tracking(
                     trackers, folder, plan.manifest["options"], lambda text: report(Warned(text))

@@ -19,6 +19,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.student import ADAPTER_WEIGHTS, Student, read_trained
 from mlx_fd.runs.events import Event, Note, WarmedUp, Warned
+from mlx_fd.runs.learned import question_digests
 from mlx_fd.runs.manifest import check_same, flat_options
 from mlx_fd.runs.mirror import copy_from_first
 from mlx_fd.runs.plan import Plan, check_run_memory
@@ -142,7 +143,8 @@ def run_warm_up(
                 report(Warned(text))
         else:
             with runs.wrap_write_errors(place):
-                runs.create(place, to_toml(config), manifest, readme(config))
+                asked = question_digests(plan)
+                runs.create(place, to_toml(config), manifest, readme(config), asked)
         with Tracking(
             trackers, place, manifest["options"], lambda text: report(Warned(text))
         ) as tracking:

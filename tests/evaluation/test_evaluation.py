@@ -30,6 +30,7 @@ from mlx_fd.evaluation.baselines import SYSTEMS
 from mlx_fd.evaluation.bench import _CODE
 from mlx_fd.evaluation.cache import Cache
 from mlx_fd.evaluation.encoder import MINILM
+from mlx_fd.evaluation.held_out import concerns
 from mlx_fd.evaluation.instructing import read as read_instructions
 from mlx_fd.evaluation.measures import Measure, compare
 from mlx_fd.evaluation.processbench import f1
@@ -456,22 +457,22 @@ def test_baselines_need_an_expert(tmp_path):
 def test_problems_that_were_learned_from_are_warned_of(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     target = open_target(str(run), None)
-    assert not suites.concerns(target, suites.Options())
-    (said,) = suites.concerns(target, suites.Options(split="train"))
+    assert not concerns(target, None, "test")
+    (said,) = concerns(target, None, "train")
     assert "learned from these problems (arithmetic, split train)" in said
-    assert not suites.concerns(open_target("tiny-student", None), suites.Options(split="train"))
+    assert not concerns(open_target("tiny-student", None), None, "train")
     # A file has one split, and none of its problems are held out for an evaluation.
     own = dataclasses.replace(target, config=override(target.config, {"problems": "p.csv"}, "test"))
-    (said,) = suites.concerns(own, suites.Options())
+    (said,) = concerns(own, None, "test")
     assert "learned from p.csv, and what follows is on gsm8k; name problems like its own" in said
     Path("p.csv").write_text("question,answer")
-    (said,) = suites.concerns(own, suites.Options(problems="p.csv"))
+    (said,) = concerns(own, "p.csv", "test")
     assert "these problems (p.csv): what follows" in said and "--split" not in said
-    (said,) = suites.concerns(own, suites.Options(problems="gsm8k", transfer="p.csv"))
+    (said,) = concerns(own, "gsm8k", "test", "p.csv")
     assert "these problems (p.csv): what follows" in said
     # A folder that is called as a source is not the source.
     Path("arithmetic").mkdir()
-    assert not suites.concerns(target, suites.Options())
+    assert not concerns(target, None, "test")
 
 
 @pytest.fixture
@@ -513,7 +514,7 @@ def test_a_split_that_was_learned_from_is_known_by_any_name(run, hub, of_run, sp
     target = open_target(str(run), None)
     config = override(target.config, {"problems": hub, "split": of_run}, "test")
     target = dataclasses.replace(target, config=config)
-    said = suites.concerns(target, suites.Options(problems=hub, split=split))
+    said = concerns(target, hub, split)
     assert [f"learned from these problems ({hub}, split {of_run})" in one for one in said] == (
         [True] if learned else []
     )

@@ -8,9 +8,11 @@ import pytest
 from mlx_fd import runs
 from mlx_fd.cli import cli
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation import suites
+from mlx_fd.evaluation import held_out, suites
 from mlx_fd.evaluation.target import open_target
 from mlx_fd.files import digest_of
+from mlx_fd.problems import load
+from mlx_fd.problems.questions import question_digest
 from mlx_fd.runs.checked import DIGEST
 
 SHORT = {
@@ -69,7 +71,7 @@ def test_what_an_earlier_run_learned_from_is_not_held_out(chain, tmp_path):
     target = open_target(str(run), None)
 
     def concerns(source, split="test"):
-        return suites.concerns(target, suites.Options(problems=str(source), split=split))
+        return held_out.concerns(target, str(source), split)
 
     (said,) = concerns("arithmetic", "train")
     assert "learned from these problems (arithmetic, split train)" in said
@@ -80,7 +82,7 @@ def test_what_an_earlier_run_learned_from_is_not_held_out(chain, tmp_path):
     assert not concerns(problems(tmp_path / "other.jsonl", 20))
     # Problems of the earlier run's source are like its own.
     assert suites.source_of(target, None) == "arithmetic"
-    assert not suites.concerns(target, suites.Options())
+    assert not held_out.concerns(target, None, "test")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -104,5 +106,63 @@ def test_a_manifest_of_an_older_version_names_its_own_problems(chain, tmp_path):
     del manifest["learned_before"], manifest[DIGEST]
     (older / runs.MANIFEST).write_text(json.dumps(manifest))
     target = open_target(str(older), None)
-    said = [suites.concerns(target, suites.Options(problems=str(file))) for file in (one, two)]
+    said = [held_out.concerns(target, str(file), "test") for file in (one, two)]
     assert [len(texts) for texts in said] == [0, 1]
+
+
+def mixed(path, *lines):
+    """A file of its own with some questions, however they are spaced."""
+    rows = [{"question": f" {n}  + 1?\n", "answer": n + 1} for n in lines]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_questions_of_other_files_that_were_learned_from_are_counted(chain, tmp_path, capfd):
+    run, _ = chain
+    # Two are of the run before it, one is its own.
+    some = mixed(tmp_path / "some.jsonl", 0, 100, 2, 101, 11)
+    call("eval", run, "--problems", some, "--quiet")
+    said = capfd.readouterr()
+    assert f"{some} (test): the run learned from 3 of these 5 problems in another source" in (
+        " ".join((said.out + said.err).split())
+    )
+    call("eval", run, "--problems", some, "--limit", "2", "--quiet", "--out", tmp_path / "two")
+    said = capfd.readouterr()
+    assert "learned from 1 of these 2 problems" in " ".join((said.out + said.err).split())
+    other = mixed(tmp_path / "other.jsonl", 100, 101)
+    call("eval", run, "--problems", other, "--quiet", "--out", tmp_path / "other")
+    said = capfd.readouterr()
+    assert "learned from" not in said.out + said.err
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_cascade_leaves_them_out(chain, tmp_path, capfd):
+    run, _ = chain
+    some = mixed(tmp_path / "some.jsonl", 0, 100, 2, 101, 11)
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    call("cascade", "calibrate", copy, "--cost", "0.9", "--problems", some)
+    said = capfd.readouterr()
+    text = " ".join((said.out + said.err).split())
+    assert f"{some} (test): 3 of 5 problems are left out, which the run learned from" in text
+    asked = json.loads((copy / "cascade.json").read_text())["questions"]
+    assert asked == [question_digest(f"{n} + 1?") for n in (100, 101)]
+    known = mixed(tmp_path / "known.jsonl", 1, 12)
+    with pytest.raises(UserError, match="the run learned from all 2 problems"):
+        call("cascade", "calibrate", copy, "--cost", "0.9", "--problems", known)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_run_of_an_older_version_knows_the_questions_of_its_logs(chain, tmp_path):
+    run, _ = chain
+    target = open_target(str(run), None)
+    found = load(str(mixed(tmp_path / "some.jsonl", 0, 100, 10, 11, 12)), "test").problems
+    assert held_out.unlearned(target, found) == [found[1]]
+    older = shutil.copytree(run, tmp_path / "older", symlinks=True)
+    (older / runs.QUESTIONS).unlink()
+    target = open_target(str(older), None)
+    logged = {row["question"] for row in runs.read_episodes(run)}
+    assert len(logged) == 2  # the third is the probe's
+    left = held_out.unlearned(target, found)
+    assert left == [one for one in found if one.question.strip().replace("  ", " ") not in logged]
+    assert held_out.unlearned(open_target("tiny-student", None), found) == list(found)

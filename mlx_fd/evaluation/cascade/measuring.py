@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 from collections.abc import Callable, Collection, Sequence
 
 from mlx_fd import problems as sources
@@ -14,14 +13,14 @@ from mlx_fd.evaluation.cascade import choice, confidence, curve, file
 from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.cascade.outcomes import outcomes
 from mlx_fd.evaluation.cascade.scores import SCORES, Score
-from mlx_fd.evaluation.held_out import concerns, learned_from, source_of
+from mlx_fd.evaluation.held_out import concerns, learned_from, source_of, unlearned
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.target import Target
 from mlx_fd.feedback.judge import locate_model
 from mlx_fd.models.context import fitting
 from mlx_fd.problems import Problem, ProblemSet
 from mlx_fd.problems.kinds import KINDS, are_graded
-from mlx_fd.problems.questions import question_key
+from mlx_fd.problems.questions import question_digest
 from mlx_fd.runs.records import CascadeFile, CascadeMeasuredRow, CascadePromiseRow
 
 Progress = Callable[[str, int, int], None]
@@ -84,7 +83,7 @@ def calibrate(
         "promise": promise,
         "confidence": confidence.steps(made),
         "ids": [problem.id for problem in chosen],
-        "questions": [_digest(problem) for problem in chosen],
+        "questions": [question_digest(problem.question) for problem in chosen],
         "calibration": _measured(made, found, promise),
         "evaluation": None,
     }
@@ -130,18 +129,29 @@ def _problems(
     found = _load(target, source, held.split)
     for text in (*found.notes, *concerns(target, held.source, held.split)):
         warn(text)
+    new = unlearned(target, found.problems)
+    if len(new) < len(found.problems):
+        warn(
+            f"{source} ({held.split}): {len(found.problems) - len(new)} of {len(found.problems)} "
+            "problems are left out, which the run learned from elsewhere"
+        )
+    if not new:
+        raise UserError(
+            f"{source} ({held.split}): the run learned from all {len(found.problems)} problems; "
+            "name other --problems"
+        )
     used = set(used)
-    left = tuple(problem for problem in found.problems if _digest(problem) not in used)
-    chosen = left[: held.limit]
+    left = [problem for problem in new if question_digest(problem.question) not in used]
+    chosen = tuple(left[: held.limit])
     if not chosen:
         raise UserError(
-            f"{source} ({held.split}): the calibration has used all {len(found.problems)} "
+            f"{source} ({held.split}): the calibration has used all {len(new)} "
             "problems; calibrate with a smaller --limit, or name other --problems"
         )
     paths = [path for path in (target.student, target.expert) if path is not None]
     part = dataclasses.replace(found, problems=chosen)
     fitting(part, paths, target.config, skip=False, option="")
-    return found, chosen, len(found.problems) - len(left)
+    return found, chosen, len(new) - len(left)
 
 
 def _load(target: Target, source: str, split: str) -> ProblemSet:
@@ -175,12 +185,6 @@ def _load(target: Target, source: str, split: str) -> ProblemSet:
             f"{kind}"
         )
     return found
-
-
-def _digest(problem: Problem) -> str:
-    """What tells a question from others, whatever its id and however its whitespace is written."""
-    key = question_key(problem.question)
-    return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
 
 
 def _check_nothing_is_lost(target: Target, promise: CascadePromiseRow, n: int) -> None:

@@ -29,6 +29,7 @@ _README = """\
 |---|---|
 | `config.toml` | all options; `mlx-fd {command} --config config.toml` repeats the run |
 | `manifest.json` | versions, seed, models and data with their digests |
+| `questions.txt` | SHA-256 of each question that the student learns from |
 {rows}
 | `checkpoints/` | `NNNNNN` by batch; `last` and `best` (on held-out problems) point to them |
 | `summary.json` | the run's totals, written at its end |
