@@ -132,7 +132,7 @@ class ProblemOptions:
 
     problems: str = _option(
         "gsm8k",
-        "Problem source: a name, a .jsonl, .json, .csv or .parquet file, or a hub dataset.",
+        "Problem source: a name, a file (.jsonl, .json, .csv, .tsv, .parquet), or a hub dataset.",
         names=SOURCES,
     )
     split: str = _option("train", "Dataset split to train on.")

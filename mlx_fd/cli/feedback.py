@@ -52,8 +52,8 @@ generator writes them (--problems arithmetic); other scores mean nothing:
     "file",
     type=PathType(),
     metavar="FILE",
-    help="Judge all answers of a .jsonl, .json, .csv or .parquet file instead: rows with question "
-    "(or problem) and answer.",
+    help="Judge all answers of a file instead (.jsonl, .json, .csv, .tsv, .parquet): rows with "
+    "question (or problem) and answer.",
 )
 @click.option(
     "--out",

@@ -13,7 +13,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.problems.questions import question_key
 from mlx_fd.registry import SOURCES
 
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PACKED_SUFFIXES = (".gz", ".zst")
 _NO_WORD = re.compile(r"[\W_]+")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -182,16 +182,16 @@ def suffixes_of(path: Path) -> tuple[str, ...]:
     found = [suffix.lower() for suffix in path.suffixes]
     if found[-1:] and found[-1] in FILE_SUFFIXES:
         return (found[-1],)
-    if len(found) > 1 and found[-1] in PACKED_SUFFIXES and found[-2] in FILE_SUFFIXES[:3]:
+    if len(found) > 1 and found[-1] in PACKED_SUFFIXES and found[-2] in FILE_SUFFIXES[:-1]:
         return (found[-2], found[-1])
     return ()
 
 
 def _accepted() -> str:
     return (
-        f"a source is {', '.join(SOURCES)}, a file ending in .jsonl, .json, .csv (each also with "
-        ".gz or .zst) or .parquet, or a data set of the hub as owner/name (owner/name:config "
-        "where it has several)"
+        f"a source is {', '.join(SOURCES)}, a file ending in {', '.join(FILE_SUFFIXES[:-1])} "
+        "(each also with .gz or .zst) or .parquet, or a data set of the hub as owner/name "
+        "(owner/name:config where it has several)"
     )
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _SAID = {"user": "User", "assistant": "Assistant"}
+# As ShareGPT and its like call them, in "from" and "value".
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 _INSTRUCTIONS = ("system", "developer")
 
 
@@ -17,7 +19,7 @@ def read(messages: Sequence[Any], reply: Any = None) -> tuple[str, str | None]:
     """What a chat asks, and the reply that it has.
 
     Args:
-        messages: of a ``role`` and a ``content`` each.
+        messages: of a ``role`` and a ``content`` each, or of ``from`` and ``value``.
         reply: further messages, of a column of their own; anything else is passed over.
 
     Returns:
@@ -46,12 +48,16 @@ def read(messages: Sequence[Any], reply: Any = None) -> tuple[str, str | None]:
 
 
 def _turn(message: Any) -> tuple[str, str]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+    if not isinstance(message, Mapping):
         raise ValueError("a list that is no chat: its messages are not of 'role' and 'content'")
-    role = message["role"].lower()
+    named, written = ("role", "content") if "role" in message else ("from", "value")
+    role = message.get(named)
+    if not isinstance(role, str):
+        raise ValueError("a list that is no chat: its messages are not of 'role' and 'content'")
+    role = _ROLES.get(role.lower(), role.lower())
     if message.get("tool_calls") or role not in (*_SAID, *_INSTRUCTIONS):
         raise ValueError(f"has a message of a tool ({role!r}); mlx-fd reads text only")
-    return role, _text(message.get("content")).strip()
+    return role, _text(message.get(written)).strip()
 
 
 def _text(content: Any) -> str:

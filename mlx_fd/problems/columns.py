@@ -7,21 +7,24 @@ Names are taken in any case, and as the published data sets have them; chats are
 from __future__ import annotations
 
 import ast
-import itertools
-import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.problems import chats, parsing
-from mlx_fd.problems.kinds.choice import LETTERS, listed
+from mlx_fd.problems.cells import is_blank, is_empty, utf8
+from mlx_fd.problems.choice_columns import choice_columns, choices_of, lettered
+from mlx_fd.problems.kinds.choice import listed
 from mlx_fd.problems.thoughts import without_thoughts
 
 # Beside these an "answer" may be how one comes to them.
-_FINAL = ("final_answer", "expected_answer")
+_FINAL = (
+    *("final_answer", "expected_answer", "correct_answer", "correct answer", "best_answer"),
+    *("best answer", "ground_truth", "gold_answer", "reference_answer"),
+)
 #: What a column stands for -> the names it is published under, the first of which wins.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "question": ("question", "problem", "query", "prompt", "instruction"),
@@ -29,7 +32,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "choices": ("choices", "options"),
     "answer": (
         *_FINAL, "answer", "answerkey", "answers", "answers_spans", "target", "label", "gold",
-        "output", "response", "completion",
+        "correct_option", "correct", "cop", "output", "response", "completion",
     ),
     "solution": ("solution", "rationale", "explanation", "canonical_solution"),
     "tests": ("test", "test_list", "tests"),
@@ -41,6 +44,8 @@ _IMAGE = re.compile(
 # What stands in these is one of many good replies, unless it is a number or says what it comes to.
 _FREE = frozenset({"output", "response", "completion"})
 _ANSWERS = frozenset(COLUMNS["answer"]) - _FREE
+# What stands in these talks of the answer, and of others; it is one where it is marked alone.
+_TALK = frozenset({"rationale", "explanation"})
 # What a row may say beside a question that has no answer.
 _ABOUT = frozenset(
     {
@@ -58,10 +63,11 @@ _TEXT_LIST = re.compile(r"\[\s*+['\"].*['\"]\s*+,?\s*+\]", re.DOTALL)
 _NO_COMMA = re.compile(r"(?<=[^\s,\[])['\"]\s++['\"](?=[^\s,\]])")
 # What is read with other columns.
 _BESIDE = frozenset(
-    {"challenge_test_list", "entry_point", "messages", "test_imports", "test_setup_code"}
-)
-_CHOICE = re.compile(r"(?P<named>(?:option|choice)[ _]?)?(?P<letter>[a-z])")
-_OWN_LETTER = re.compile(r"\s*+\(?([A-Z])[).:]\s*+")
+    {
+        "challenge_test_list", "conversations", "entry_point", "messages", "test_imports",
+        "test_setup_code",
+    }
+)  # fmt: skip
 
 
 def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
@@ -97,31 +103,31 @@ class Parts:
     id: str
     free: bool  # the answer is one of many good ones
     blank: bool  # there is a column for an answer, and nothing in it
+    guessed: bool  # the answer is all of a solution that does not mark it
     tests: str  # of a program
 
 
 def parts_of(row: Mapping[str, Any], named: Mapping[str, str]) -> Parts:
     """A row's parts; ``ValueError`` with the reason where it cannot be read."""
     by_name = _by_name(row)
-
-    def column(role: str) -> str | None:
-        if role in named:
-            return named[role] if named[role] in row else None
-        return _column(row, by_name, role)
-
+    columns = _roles(row, by_name, named)
     _refuse_images(row, by_name)
-    asked, answer, solution = column("question"), column("answer"), column("solution")
-    tests = _tests(row, by_name, column("tests"))
+    asked, answer, solution = columns["question"], columns["answer"], columns["solution"]
+    tests = _tests(row, by_name, columns["tests"])
     beside = answer is not None or bool(tests or _ANSWERS & by_name.keys())
-    if solution is not None and _blank(row[solution]) and beside:
+    if solution is not None and is_blank(row[solution]) and beside:
         solution = None
     if tests:
         # MBPP as first published.
         asked, solution = asked or by_name.get("text"), solution or by_name.get("code")
-    reply = None if answer is None else row[answer]
-    if answer is None and solution is not None:
+    worked = None if solution is None else _solution(row, solution)
+    reply, guessed = None if answer is None else row[answer], False
+    if answer is None and worked is not None and solution is not None:
         # MATH has no other answer than the one in its solution's box.
-        reply = row[solution]
+        marked = "####" in worked or parsing.boxed(worked) is not None
+        if marked or solution.strip().lower() not in _TALK:
+            reply = worked
+            guessed = not (marked or tests or parsing.is_number(parsing.gold_part(worked)))
     reply = _answers_of(reply)
     free = answer is not None and answer.strip().lower() in _FREE
     if (
@@ -143,12 +149,11 @@ def parts_of(row: Mapping[str, Any], named: Mapping[str, str]) -> Parts:
         raise ValueError("no 'question'")
     else:
         question = text_of(row, asked, "question")
-    question = _with_context(row, column("context"), question)
-    choices, labels = _choices(
-        row, column("choices"), _choice_columns(row, by_letter=_is_letter(reply))
-    )
-    identity = column("id")
-    number = None if identity is None or _empty(row[identity]) else row[identity]
+    question = _with_context(row, columns["context"], question)
+    in_one = columns["choices"]
+    choices, labels = choices_of(row, in_one, {} if in_one else choice_columns(row, reply))
+    identity = columns["id"]
+    number = None if identity is None or is_empty(row[identity]) else row[identity]
     if isinstance(number, bool | float | list | dict):
         raise ValueError(f"'id' is not text but {type(number).__name__}")
     instance = _value(row, by_name, "instance")
@@ -157,13 +162,40 @@ def parts_of(row: Mapping[str, Any], named: Mapping[str, str]) -> Parts:
         choices=choices,
         labels=labels,
         answer=reply,
-        solution=None if solution is None else text_of(row, solution, "solution"),
+        solution=worked,
         # GSM-Symbolic's ids are those of templates, each of which has instances.
-        id=_utf8("-".join(str(part) for part in (number, instance) if not _empty(part)), "id"),
+        id=utf8("-".join(str(part) for part in (number, instance) if not is_empty(part)), "id"),
         free=free,
         blank=is_missing(reply) and (solution is not None or bool(_ANSWERS & by_name.keys())),
+        guessed=guessed,
         tests=tests,
     )
+
+
+def _roles(
+    row: Mapping[str, Any], by_name: Mapping[str, str], named: Mapping[str, str]
+) -> dict[str, str | None]:
+    """The column of each role; one that is named for a role is not looked up for another."""
+    found = {
+        role: (named[role] if named[role] in row else None)
+        if role in named
+        else _column(row, {n: c for n, c in by_name.items() if c not in named.values()}, role)
+        for role in COLUMNS
+    }
+    context = found["context"]
+    asks = context is not None and context.strip().lower() == "input" and "context" not in named
+    if asks and found["question"] is None and not _chat(row, by_name):
+        # BIG-Bench Hard has nothing but its input.
+        found["question"], found["context"] = context, None
+    return found
+
+
+def _solution(row: Mapping[str, Any], column: str) -> str:
+    """A worked solution; of several, which OlympiadBench has, the first."""
+    value = row[column]
+    if isinstance(value, list) and value:
+        value = value[0]
+    return text_of({column: value}, column, "solution")
 
 
 def _by_name(row: Mapping[str, Any]) -> dict[str, str]:
@@ -173,18 +205,8 @@ def _by_name(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _refuse_images(row: Mapping[str, Any], by_name: Mapping[str, str]) -> None:
     for name, original in by_name.items():
-        if _IMAGE.fullmatch(name) and not _empty(row[original]):
+        if _IMAGE.fullmatch(name) and not is_empty(row[original]):
             raise ValueError(f"has an image ({original!r}); mlx-fd reads text only")
-
-
-def _empty(value: Any) -> bool:
-    """Whether a cell holds nothing; NaN is what pandas writes there."""
-    return value in (None, "", []) or (isinstance(value, float) and math.isnan(value))
-
-
-def _blank(value: Any) -> bool:
-    """Whether a cell holds nothing, or white space alone."""
-    return _empty(value) or (isinstance(value, str) and not value.strip())
 
 
 def _column(row: Mapping[str, Any], by_name: Mapping[str, str], role: str) -> str | None:
@@ -195,7 +217,10 @@ def _column(row: Mapping[str, Any], by_name: Mapping[str, str], role: str) -> st
             column
             for name, column in there
             # What is blank there may stand in "answer".
-            if row[column] is not None and not (name in _FINAL and _blank(row[column]))
+            if row[column] is not None
+            and not (is_blank(row[column]) and (name in _FINAL or role in ("context", "choices")))
+            # Whether a reply is right is no answer.
+            and not (name == "correct" and isinstance(row[column], bool))
         ),
         None,
     )
@@ -203,7 +228,7 @@ def _column(row: Mapping[str, Any], by_name: Mapping[str, str], role: str) -> st
 
 def _with_context(row: Mapping[str, Any], context: str | None, question: str) -> str:
     """A question with what stands before it."""
-    if context is None or not str(row[context]).strip():
+    if context is None or is_blank(row[context]):
         return question
     return f"{text_of(row, context, context).strip()}\n\n{question.strip()}"
 
@@ -234,12 +259,16 @@ def _chat_of(
     """A row's chat: in its question, or in ``messages`` where it has no answer beside them."""
     if asked is not None and isinstance(row[asked], list):
         return list(row[asked])
-    messages = _value(row, by_name, "messages")
+    messages = _chat(row, by_name)
     if _value(row, by_name, "tools"):
         raise ValueError("has tools; mlx-fd reads text only")
-    if isinstance(messages, list) and messages and (asked is None or reply is None):
-        return messages
-    return None
+    return messages if asked is None or reply is None else None
+
+
+def _chat(row: Mapping[str, Any], by_name: Mapping[str, str]) -> list[Any] | None:
+    """The messages of a row, in a column of their own; ShareGPT calls them conversations."""
+    found = (_value(row, by_name, name) for name in ("messages", "conversations"))
+    return next((one for one in found if isinstance(one, list) and one), None)
 
 
 def others(row: Mapping[str, Any], named: Mapping[str, str]) -> list[str]:
@@ -247,13 +276,14 @@ def others(row: Mapping[str, Any], named: Mapping[str, str]) -> list[str]:
     there = {
         name.strip().lower(): name
         for name, value in row.items()
-        if not _blank(value) and value != {}
+        if not is_blank(value) and value != {}
     }
     by_name = _by_name(row)
-    read = {role: named.get(role) or _column(row, by_name, role) for role in COLUMNS}
-    answer = row.get(read["answer"] or "")
+    read = _roles(row, by_name, named)
     known = {name for names in COLUMNS.values() for name in names} | _ABOUT | _BESIDE
-    known |= {name.strip().lower() for name in _choice_columns(row, by_letter=_is_letter(answer))}
+    if not read["choices"]:
+        alone = choice_columns(row, row.get(read["answer"] or ""))
+        known |= {name.strip().lower() for name in alone.values()}
     # Of several columns for the same thing one is read.
     second = {
         name
@@ -273,18 +303,7 @@ def text_of(row: Mapping[str, Any], column: str, named: str) -> str:
         raise ValueError(f"{named!r} is not text but {type(value).__name__}")
     if not value.strip():
         raise ValueError(f"{named!r} is empty")
-    return _utf8(value, named)
-
-
-def _utf8(text: str, named: str) -> str:
-    """A text that can be written down as it is."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{named!r} is not UTF-8 text (at character {error.start}); save the file as UTF-8"
-        ) from None
-    return text
+    return utf8(value, named)
 
 
 def ends_in_letter(answer: Any) -> bool:
@@ -310,22 +329,12 @@ def question_and_answer(row: Mapping[str, Any], *, by_letter: bool) -> tuple[str
         answer = str(answer)
     asked = "problem" if row.get("question") is None else "question"
     question = _with_context(row, _column(row, by_name, "context"), text_of(row, asked, "question"))
-    columns = _choice_columns(row, by_letter=by_letter)
-    choices, _ = _choices(row, _column(row, by_name, "choices"), columns)
+    in_one = _column(row, by_name, "choices")
+    alone = {} if in_one else choice_columns(row, None) or (lettered(row) if by_letter else {})
+    choices, _ = choices_of(row, in_one, alone)
     if choices:
         question = listed(question, choices)
     return question, text_of({"answer": answer}, "answer", "answer")
-
-
-def _choice_columns(row: Mapping[str, Any], *, by_letter: bool) -> list[str]:
-    """The columns that have a choice each: ``option_a``, ... or, ``by_letter``, ``A``, ..."""
-    found: dict[str, str] = {}
-    for name, value in row.items():
-        match = _CHOICE.fullmatch(name.strip().lower())
-        if match and (match["named"] or by_letter) and not _empty(value):
-            found.setdefault(match["letter"].upper(), name)
-    letters = list(itertools.takewhile(found.__contains__, LETTERS))
-    return [found[letter] for letter in letters] if len(letters) > 1 else []
 
 
 def _answers_of(reply: Any) -> Any:
@@ -344,75 +353,9 @@ def _answers_of(reply: Any) -> Any:
     return found
 
 
-def _is_letter(answer: Any) -> bool:
-    return isinstance(answer, str) and len(answer.strip()) == 1
-
-
-def _listed(text: str, column: str) -> Any:
-    """The choices of a list that is written as text, as CSV has it."""
-    try:
-        found = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        found = None
-    if not isinstance(found, list | tuple | dict):
-        raise ValueError(
-            f'{column!r} is not a list of choices but text; write ["red", "blue"], or a column '
-            "for each (option_a, option_b, ...)"
-        )
-    return found
-
-
-def _choices(
-    row: Mapping[str, Any], column: str | None, alone: Sequence[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The choices of a row, and the labels that its answer may name them by.
-
-    Args:
-        row: its columns.
-        column: the one with all choices.
-        alone: those with one choice each, where there is no such column.
-    """
-    value = [row[name] for name in alone] if column is None else row[column]
-    labels: Sequence[Any] = LETTERS[: len(alone)] if column is None else ()
-    column = column or (alone[0] if alone else "choices")
-    if isinstance(value, str) and value.strip():
-        value = _listed(value, column)
-    if isinstance(value, list) and value and all(_is_labelled(choice) for choice in value):
-        labels = [choice["label"] for choice in value if "label" in choice]
-        value = [choice["text"] for choice in value]
-    if isinstance(value, Mapping):
-        if set(value) >= {"text", "label"}:  # ARC, CommonsenseQA
-            labels, value = value["label"], value["text"]
-        else:
-            labels, value = list(value), list(value.values())
-    if not value:
-        return (), ()
-    texts = [_choice_text(choice, column) for choice in value]
-    if len(texts) > len(LETTERS) or any(not text.strip() for text in texts):
-        raise ValueError(f"{column!r} has an empty choice, or more than {len(LETTERS)}")
-    own = [_OWN_LETTER.match(text) for text in texts]
-    if all(match and match[1] == letter for match, letter in zip(own, LETTERS, strict=False)):
-        # AGIEval writes each choice's letter before it.
-        texts = [text[match.end() :] for text, match in zip(texts, own, strict=True) if match]
-    if labels and len(labels) != len(texts):
-        raise ValueError(f"{column!r} has {len(texts)} choices, but {len(labels)} labels")
-    return tuple(texts), tuple(_choice_text(label, column) for label in labels)
-
-
-def _is_labelled(choice: Any) -> bool:
-    return isinstance(choice, Mapping) and {"text"} <= set(choice) <= {"text", "label"}
-
-
-def _choice_text(choice: Any, column: str) -> str:
-    if not isinstance(choice, str | int | float) or (_empty(choice) and choice != ""):
-        kind = "NaN" if isinstance(choice, float) else type(choice).__name__
-        raise ValueError(f"{column!r} has a choice that is not text but {kind}")
-    return _utf8(str(choice), column)
-
-
 def is_missing(answer: Any) -> bool:
     """Whether an answer says that there is none."""
     if isinstance(answer, str):
         # Of a trace that was cut off within its thought nothing is left.
         return without_thoughts(answer).strip().lower() in _MISSING
-    return answer != [] and _empty(answer)
+    return answer != [] and is_empty(answer)

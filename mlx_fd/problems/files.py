@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import decimal
 import glob
 import gzip
 import hashlib
@@ -32,6 +33,8 @@ _SHOWN = 10
 _MAX_UNPACKED = 4 << 30
 _GAP = re.compile(r"[ \t\r\n,]*")
 _HUB_SECONDS = 5.0
+# Where a file that is one object has its rows.
+_ALL = frozenset({"data", "examples", "instances", "items", "problems", "questions", "rows"})
 _COLUMNS = (
     "columns are question (or problem) and answer, and optionally choices, context, solution and "
     "id; --columns question=NAME,answer=NAME names others, --answer-kind none is without answers"
@@ -42,7 +45,7 @@ SourceRow = tuple[str, "dict[str, Any] | str"]
 
 
 def load_file(path: Path, name: str, split: str, reading: Reading) -> ProblemSet:
-    """Problems of one ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file.
+    """Problems of one file, of those that :data:`mlx_fd.problems.FILE_SUFFIXES` names.
 
     Raises:
         UserError: the file cannot be read, or has bad rows that are not to be skipped.
@@ -70,7 +73,7 @@ class AnswerFile:
 
 
 def load_answers(path: Path, reserved: Collection[str] = ()) -> AnswerFile:
-    """Answers to judge, of a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file.
+    """Answers to judge, of one file, of those that :data:`mlx_fd.problems.FILE_SUFFIXES` names.
 
     Rows have ``question`` (or ``problem``) and ``answer``, the text that is judged, and maybe
     ``context`` and ``choices``, which are read with the question; other columns are kept.
@@ -131,7 +134,7 @@ def _rows(path: Path, columns: tuple[tuple[str, str], ...] = ()) -> tuple[Iterab
         rows: Iterable[SourceRow] = _parquet(path)
     else:
         text = _decoded(path, _unpacked(path, content))
-        rows = _csv(path, text, columns) if suffix == ".csv" else _json(path, text)
+        rows = _csv(path, text, columns) if suffix in (".csv", ".tsv") else _json(path, text)
     return rows, hashlib.sha256(content).hexdigest()
 
 
@@ -299,6 +302,9 @@ def _shortest(row: dict[str, Any], features: Mapping[str, Any]) -> dict[str, Any
 
     narrow = {"float16": np.float16, "float32": np.float32}
     for name, value in row.items():
+        if isinstance(value, decimal.Decimal):
+            row[name] = int(value) if value == value.to_integral_value() else float(value)
+            continue
         kind = narrow.get(getattr(features[name], "dtype", ""))
         if kind is not None and isinstance(value, float):
             row[name] = float(str(kind(value)))
@@ -307,6 +313,9 @@ def _shortest(row: dict[str, Any], features: Mapping[str, Any]) -> dict[str, Any
 
 def _json(path: Path, text: str) -> Iterator[SourceRow]:
     if not text.lstrip().startswith("["):
+        if (whole := _one_object(path, text)) is not None:
+            yield from whole
+            return
         for count, content in enumerate(text.split("\n"), start=1):
             if content.strip():
                 yield f"{path}:{count}", _object(content)
@@ -325,14 +334,40 @@ def _json(path: Path, text: str) -> Iterator[SourceRow]:
             return
         try:
             value, place = decoder.raw_decode(text, place)
+        except _Twice as error:
+            yield f"{path}:{line}", f"not JSON ({_json_reason(error)})"
+            _, place = json.JSONDecoder().raw_decode(text, place)
+            continue
         except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", line)
-            yield (
-                f"{path}:{line}",
-                f"not JSON, and what follows is not read ({_json_reason(error)})",
-            )
+            if "}" in text[getattr(error, "pos", place) :]:
+                # Where the next row begins nobody knows: rows would be lost without a word.
+                raise UserError(
+                    f"{path}:{line}: not JSON, and what follows cannot be read either "
+                    f"({_json_reason(error)}); correct it"
+                ) from None
+            yield f"{path}:{line}", f"not JSON; the file ends in it ({_json_reason(error)})"
             return
         yield f"{path}:{line}", _as_row(value)
+
+
+def _one_object(path: Path, text: str) -> list[SourceRow] | None:
+    """The rows of a file that is one object, or of the list in it; ``None``: it is none."""
+    first, _, rest = text.strip().partition("\n")
+    try:
+        if rest:
+            with contextlib.suppress(ValueError):
+                json.loads(first)
+                return None  # one a line
+        whole = json.loads(text, object_pairs_hook=_pairs)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(whole, dict):
+        return None
+    lists = [value for name, value in whole.items() if name in _ALL and isinstance(value, list)]
+    if len(lists) == 1:
+        return [(f"{path}: row {place}", _as_row(row)) for place, row in enumerate(lists[0])]
+    return [(f"{path}:1", _as_row(whole))]
 
 
 def _object(line: str) -> dict[str, Any] | str:
@@ -348,11 +383,15 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+class _Twice(ValueError):
+    """Two columns of one name."""
+
+
 def _check_distinct(names: Sequence[str]) -> None:
-    """Refuse columns that are there twice; ``ValueError`` with their name."""
+    """Refuse columns that are there twice, by name."""
     twice = next((name for name, count in Counter(names).items() if name and count > 1), None)
     if twice is not None:
-        raise ValueError(f"the column {shown(twice)} is there twice")
+        raise _Twice(f"the column {shown(twice)} is there twice")
 
 
 def _as_row(value: Any) -> dict[str, Any] | str:
@@ -368,7 +407,9 @@ def _json_reason(error: Exception) -> str:
 def _csv(path: Path, text: str, columns: tuple[tuple[str, str], ...]) -> Iterator[SourceRow]:
     # The module's own limit, 128 KiB, is less than a long context has, and the whole is in memory.
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
+    mark = "\t" if suffixes_of(path)[0] == ".tsv" else _delimiter(text)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    lines = len(text.splitlines())
     header: list[str] | None = None
     while True:
         begin = reader.line_num + 1
@@ -377,8 +418,14 @@ def _csv(path: Path, text: str, columns: tuple[tuple[str, str], ...]) -> Iterato
         except StopIteration:
             return
         except csv.Error as error:
-            yield f"{path}:{begin}", f"not CSV, and what follows is not read ({error})"
-            return
+            if reader.line_num > begin and reader.line_num >= lines:
+                # An open quote took all lines to the end.
+                raise UserError(
+                    f"{path}:{begin}: not CSV, and what follows cannot be read either ({error}); "
+                    "correct it"
+                ) from None
+            yield f"{path}:{begin}", f"not CSV ({error})"
+            continue
         if not cells:
             continue
         if header is None:

@@ -118,6 +118,8 @@ def problems_of(
         kind = _kind_of([row for _, _, row in taken])
         if kind == "none":
             _check_no_answer_is_missed(taken, unread)
+        elif "answer" not in named:
+            _check_answers_are_known(taken, unread)
     KINDS[kind].available()
     if kind == "choice":
         _check_places([row for _, _, row in taken])
@@ -159,6 +161,18 @@ def _check_no_answer_is_missed(
             f"{rows[0][0]}: no row has an answer, and columns that are not read are there: "
             f"{', '.join(map(repr, others))[:200]}; name what they are (--columns answer=NAME), "
             "or say that there are no answers (--answer-kind none)"
+        )
+
+
+def _check_answers_are_known(rows: Sequence[tuple[str, int, Parts]], others: Sequence[str]) -> None:
+    """Refuse to take a whole solution for the answer where another column may have it."""
+    where = next((where for where, _, row in rows if row.guessed), None)
+    if others and where is not None:
+        raise UserError(
+            f"{where}: no column has the answer alone, its solution does not mark it (####, "
+            "\\boxed), and columns that are not read are there: "
+            f"{', '.join(map(repr, others))[:200]}; name the answer's (--columns answer=NAME, or "
+            "answer=solution)"
         )
 
 
@@ -209,9 +223,9 @@ def _own_kind(row: Parts) -> str:
 def _check_places(rows: Sequence[Parts]) -> None:
     """Refuse places that count from 1, or are no places: they would mean another choice."""
     places = [
-        (row.answer, [text.strip() for text in row.choices])
+        (place, [text.strip() for text in row.choices])
         for row in rows
-        if row.choices and isinstance(row.answer, int) and not isinstance(row.answer, bool)
+        if row.choices and (place := _place(row)) is not None
     ]
     if not places:
         return
@@ -227,6 +241,15 @@ def _check_places(rows: Sequence[Parts]) -> None:
             "each answer is a number and the text of one of its choices; as a number it would mean "
             'the choice at that place from 0; write letters, or the text itself ("12")'
         )
+
+
+def _place(row: Parts) -> int | None:
+    """The place of a choice that an answer is; CSV has all numbers as texts."""
+    answer = row.answer
+    if isinstance(answer, str) and answer.strip().isdecimal() and answer.isascii():
+        answer = None if answer.strip() in {one.strip() for one in row.choices} else int(answer)
+    whole = isinstance(answer, int) and not isinstance(answer, bool)
+    return answer if whole and str(answer) not in row.labels else None
 
 
 def _problem(row: Parts, kind: str, default_id: str) -> Problem:
@@ -255,6 +278,10 @@ def _problem(row: Parts, kind: str, default_id: str) -> Problem:
         label = written.strip()
         if found := [one for one in (label, label.upper()) if one in row.labels]:
             answer = row.labels.index(found[0])
+        elif (place := _place(replace(row, answer=answer))) is not None:
+            if all(one.isdecimal() for one in row.labels) and row.labels:
+                raise ValueError(f"'answer' is none of the choices {', '.join(row.labels)}")
+            answer = place
         question = listed(question, row.choices)
     elif row.choices:
         raise ValueError(f"has choices, but its answers are read as {kind}")

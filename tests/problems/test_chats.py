@@ -91,7 +91,8 @@ def test_longer_answers_are_not_compared_word_by_word(tmp_path):
         ({"messages": [REPLY]}, "a chat without a message of the user"),
         ({"messages": [USER, USER | {"role": "tool"}]}, r"has a message of a tool \('tool'\)"),
         ({"messages": [USER], "tools": [{"type": "function"}]}, "has tools; mlx-fd reads text"),
-        ({"messages": [{"from": "human", "value": "?"}]}, "not of 'role' and 'content'"),
+        ({"messages": [{"by": "human", "value": "?"}]}, "not of 'role' and 'content'"),
+        ({"messages": ["user"]}, "not of 'role' and 'content'"),
         ({"messages": [{"role": "user", "content": None}]}, "a message is not text but NoneType"),
         ({"messages": [{"role": "user", "content": " "}]}, "the user's last message is empty"),
         (

@@ -1,6 +1,8 @@
 """Data sets as they are published: small made-up files of the same shape."""
 
+import decimal
 import json
+import math
 
 import pytest
 
@@ -493,3 +495,174 @@ def test_a_column_that_was_named_is_the_one_that_is_read(tmp_path):
     found = load(path, columns="answer=label,solution=answer")
     assert (found.problems[0].answer, found.unread) == ("7", ("final_answer",))
     assert found.problems[0].solution == "So she has five."
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "answer"),
+    [
+        pytest.param(
+            {"question": "Which is even?", "options": ["3", "4", "5", "7"], "correct": "B",
+             "explanation": "(A) is odd. (C) and (D) are odd, too. So (B)."},
+            "choice", "B", id="correct",
+        ),
+        pytest.param(
+            {"question": "3 * 4?", "correct_answer": "12", "explanation": "Multiply 3 by 4."},
+            "number", "12", id="correct_answer",
+        ),
+        pytest.param(
+            {"Question": "3 * 4?", "Correct Answer": "12", "Explanation": "Multiply.",
+             "Incorrect Answer 1": "13"},
+            "number", "12", id="GPQA as published",
+        ),
+        pytest.param(
+            {"question": "3 * 4?", "answer": "13", "ground_truth": "12"},
+            "number", "12", id="an answer that was judged",
+        ),
+        pytest.param(
+            {"question": "3 * 4?", "explanation": "It is 12.\n#### 12"},
+            "number", "12", id="an explanation that marks its answer",
+        ),
+        pytest.param(
+            {"question": "Where do they meet?", "solution": ["So $(2,4)$.\n#### (2,4)"],
+             "final_answer": ["$(2,4)$"]},
+            "math", "(2,4)", id="OlympiadBench",
+        ),
+        pytest.param(
+            {"input": "not ( True ) is", "target": "False"},
+            "text", "False", id="BIG-Bench Hard",
+        ),
+    ],
+)  # fmt: skip
+def test_the_answer_is_where_a_column_says_so(tmp_path, row, kind, answer):
+    (problem,) = only(tmp_path, row)
+    assert (problem.kind, problem.answer) == (kind, answer)
+
+
+def test_an_explanation_that_marks_nothing_is_no_answer(tmp_path):
+    row = {"question": "Which?", "explanation": "(A) is odd. So (B).", "key": "B"}
+    with pytest.raises(UserError, match=r"no row has an answer|no 'answer'"):
+        only(tmp_path, row)
+    # Nor is a whole solution, where another column may have it.
+    row = {"question": "Which?", "solution": "Odd ones fall away", "key": "B"}
+    with pytest.raises(UserError, match=r"no column has the answer alone.*'key'.*answer=NAME"):
+        only(tmp_path, row)
+    (problem,) = only(tmp_path, row, columns="answer=key")
+    assert (problem.answer, problem.solution) == ("B", "Odd ones fall away")
+    (problem,) = only(tmp_path, {"question": "Which?", "solution": "the odd one"})
+    assert problem.answer == "the odd one"
+    with pytest.raises(UserError, match=r"no row has an answer|no 'answer'"):
+        only(tmp_path, {"question": "Which?", "answer_text": "a reply", "correct": True})
+
+
+CITIES = ["Rome", "Paris", "Bonn", "Oslo"]
+
+
+@pytest.mark.parametrize(
+    ("names", "answer"),
+    [
+        (["option1", "option2", "option3", "option4"], "2"),
+        (["option_1", "option_2", "option_3", "option_4"], 2),
+        (["choice0", "choice1", "choice2", "choice3"], 1),
+        (["Choice 1", "Choice 2", "Choice 3", "Choice 4"], "Paris"),
+        (["opa", "opb", "opc", "opd"], 1),
+        (["A", "B", "C", "D"], "B"),
+        (["A", "B", "C", "D"], "Paris"),
+        (["A", "B", "C", "D"], 1),
+        (["a", "b", "c", "d"], "Paris"),
+        (["option_a", "option_b", "option_c", "option_d"], "1"),
+    ],
+)
+def test_a_column_for_each_choice(tmp_path, names, answer):
+    row = {"question": "Capital?", **dict(zip(names, CITIES, strict=True)), "answer": answer}
+    (problem,) = only(tmp_path, row)
+    assert (problem.kind, problem.answer) == ("choice", "B")
+    assert problem.question == "Capital?\nA. Rome\nB. Paris\nC. Bonn\nD. Oslo"
+
+
+def test_columns_of_letters_that_cannot_be_choices(tmp_path):
+    letters = dict(zip("ABCD", CITIES, strict=True))
+    with pytest.raises(UserError, match="columns A, B, C, D look like choices, but the answer"):
+        only(tmp_path, {"question": "Capital?", **letters, "answer": "Lyon"})
+    with pytest.raises(UserError, match="none of the choices 1, 2"):
+        only(tmp_path, {"question": "Which?", "option1": "x", "option2": "y", "answer": 0})
+    # The numbers of a sum are no choices.
+    (problem,) = only(tmp_path, {"question": "a + b?", "a": 3, "b": 4, "answer": 7})
+    assert (problem.kind, problem.answer, problem.choices) == ("number", "7", ())
+
+
+def test_places_in_a_spreadsheet_count_from_0(tmp_path):
+    path = tmp_path / "p.csv"
+    listed = json.dumps(CITIES).replace('"', '""')
+
+    def of(*answers):
+        rows = "".join(f'q{n},"{listed}",{answer}\n' for n, answer in enumerate(answers))
+        path.write_text("question,choices,answer\n" + rows)
+        return [problem.answer for problem in load(str(path)).problems]
+
+    assert of(0, 1, 3) == ["A", "B", "D"]
+    with pytest.raises(UserError, match="seem to count from 1"):
+        of(1, 2, 4)
+
+
+@pytest.mark.parametrize("nothing", [math.nan, None, [], "", " "])
+def test_blank_choices_and_context_are_none(tmp_path, nothing):
+    row = {"question": "2+3?", "answer": "5"}
+    (problem,) = only(tmp_path, {**row, "choices": nothing, "context": nothing, "input": nothing})
+    assert (problem.kind, problem.question, problem.answer) == ("number", "2+3?", "5")
+
+
+@pytest.mark.parametrize(
+    "odd", [4, True, {"label": 3, "text": ["a", "b"]}, {"text": 1, "label": []}]
+)
+def test_odd_choices_are_refused_by_line(tmp_path, odd):
+    with pytest.raises(UserError, match=r"p\.jsonl:1: 'options'"):
+        only(tmp_path, {"question": "2+3?", "answer": "5", "options": odd})
+
+
+def test_labels_and_keys_of_choices(tmp_path):
+    # Parquet gives every row the keys of all.
+    (problem,) = only(
+        tmp_path, {"question": "?", "choices": {"A": "x", "B": "y", "C": None}, "answer": "B"}
+    )
+    assert (problem.answer, problem.choices) == ("B", ("x", "y"))
+    labelled = {"text": ["up", "down", "left"], "label": ["1", "2", "3"]}
+    found = only(
+        tmp_path,
+        *({"question": f"{n}?", "choices": labelled, "answer": n} for n in (1, 2, 3)),
+    )
+    assert [problem.answer for problem in found] == ["A", "B", "C"]
+
+
+@pytest.mark.parametrize("column", ["input", "passage"])
+def test_a_column_that_is_named_is_not_read_twice(tmp_path, column):
+    row = {column: "not ( True ) is", "target": "False"}
+    (problem,) = only(tmp_path, row, columns=f"question={column},answer=target")
+    assert problem.question == "not ( True ) is"
+
+
+def test_decimals_of_a_table(tmp_path):
+    import datasets
+
+    path = tmp_path / "p.parquet"
+    prices = [decimal.Decimal("12.50"), decimal.Decimal("3.00")]
+    features = datasets.Features(
+        {"question": datasets.Value("string"), "answer": datasets.Value("decimal128(6, 2)")}
+    )
+    table = datasets.Dataset.from_dict({"question": ["a?", "b?"], "answer": prices}, features)
+    table.to_parquet(path)
+    assert [one.answer for one in load(str(path)).problems] == ["25/2", "3"]
+
+
+def test_conversations_as_sharegpt_has_them(tmp_path):
+    (problem,) = only(
+        tmp_path,
+        {
+            "conversations": [
+                {"from": "system", "value": "Be short."},
+                {"from": "human", "value": "What is 3 + 5?"},
+                {"from": "gpt", "value": "It is 8."},
+            ]
+        },
+    )
+    assert (problem.question, problem.solution) == ("Be short.\n\nWhat is 3 + 5?", "It is 8.")
+    assert problem.kind == "none"

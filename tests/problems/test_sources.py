@@ -293,18 +293,50 @@ def test_csv_damage(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("name", "text", "line"),
     [
-        ("p.csv", 'question,answer\nq,2\n"is it "so"?",2\nr,3\ns,4\n'),
-        ("p.json", '[{"question": "q", "answer": 2},\n{"question": so},\n{"question": "r"}]'),
+        ("p.json", '[{"question": "q", "answer": 2},\n{"question": so},\n{"question": "r"}]', 2),
+        ("p.csv", 'question,answer\nq,2\n"is it so?,2\nr,3\ns,4\n', 3),
     ],
 )
-def test_it_is_said_that_what_follows_damage_is_not_read(tmp_path, name, text):
+def test_rows_after_damage_are_not_lost_as_one_bad_row(tmp_path, name, text, line):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"{name}:{line}: .*what follows cannot be read either"):
+        load(str(path), skip_bad_rows=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "right"),
+    [
+        ("p.csv", 'question,answer\nq,2\n"is it "so"?",2\nr,3\ns,4\n', 3),
+        ("p.csv", 'question,answer\nq,2\nr,3\n"is it', 2),
+        ("p.json", '[{"question": "q", "answer": 2},\n{"question": "is it', 1),
+        ("p.json", '[{"question": "q", "question": "p"},\n{"question": "r", "answer": 3}]', 1),
+    ],
+)
+def test_a_bad_row_is_left_out_and_the_next_one_read(tmp_path, name, text, right):
     path = tmp_path / name
     path.write_text(text)
     found = load(str(path), skip_bad_rows=True)
-    assert len(found.problems) == found.skipped == 1
-    assert "and what follows is not read" in found.notes[0]
+    assert (len(found.problems), found.skipped) == (right, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.json", json.dumps({"version": 2, "data": ROWS}, indent=2)),
+        ("p.jsonl", json.dumps({"examples": ROWS})),
+        ("p.json", json.dumps(ROWS[0], indent=1)),
+        ("p.ndjson", "".join(json.dumps(row) + "\n" for row in ROWS)),
+        ("p.tsv", "question\tanswer\n" + f"one, two; {ROWS[0]['question']}\t5\n"),
+    ],
+)
+def test_other_shapes_of_a_file(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    found = load(str(path)).problems
+    assert ROWS[0]["question"] in found[0].question and found[0].answer
 
 
 def test_duplicate_columns_in_json(tmp_path):
