@@ -7,12 +7,13 @@
 
 A run is DIR/s1, DIR/s2, ..; one that was stopped counts as it is. Each is calibrated on the
 validation split, as `mlx-fd cascade calibrate` does it (`--score answer`), and held against the
-test split, whose problems all runs of a pair share. So intervals resample runs and problems (500
-times, both at once). Rows go to docs/bench_cascade.jsonl, one for each run, with what came of both
-splits.
+test split, whose problems all runs of a pair share; intervals are over both. Rows go to
+docs/bench_cascade.jsonl, one for each run, with what came of both splits. Runs of another length
+than most of the pair are in the rows and not in the table.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 from finished_run import finished_run
 from rows import Row, add, bits, latest, made, shown
+from several_runs import over_runs_and_problems
 
 from mlx_fd.evaluation.calibration import roc_auc
 from mlx_fd.evaluation.cascade.choice import choose, observed
@@ -27,7 +29,7 @@ from mlx_fd.evaluation.cascade.curve import above_random
 from mlx_fd.evaluation.cascade.keeping import keep
 from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.cascade.scores import ANSWER
-from mlx_fd.evaluation.statistics import Estimate, percentile_interval
+from mlx_fd.evaluation.statistics import Estimate
 from mlx_fd.feedback.risk import set_threshold
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -50,8 +52,6 @@ OPTIONS = (
     *("--kd-steps", "20", "--lora-rate", "1.5e-3", "--replay-size", "1024"),
     *("--own-solutions", "0"),
 )
-# As many as a test can wait for.
-RESAMPLES = 500
 
 
 def answered(folder: Path, pair: str, split: str) -> Row:
@@ -104,30 +104,15 @@ def outcomes_of(row: Row, what: str) -> list[Outcome]:
     ]
 
 
-def over_both(
-    runs: Sequence[Sequence[np.ndarray]], statistic: Callable[..., float], seed: int = 0
-) -> Estimate:
-    """The mean of a statistic over runs on the same problems, resampled by runs and problems.
+def over(runs: Sequence[Sequence[np.ndarray]], statistic: Callable[..., float]) -> Estimate:
+    """The mean of a statistic of runs on the same problems, with its interval over both."""
+    return over_runs_and_problems(runs, statistic)[0]
 
-    Args:
-        runs: the columns of each run, a row per problem; problem k is the same in all.
-        statistic: of a run's columns.
-        seed: of the resampling.
-    """
-    rng, n = np.random.default_rng(seed), len(runs[0][0])
 
-    def of(chosen: Any, rows: Any) -> float:
-        found = {k: statistic(*(column[rows] for column in runs[k])) for k in set(chosen)}
-        return float(np.mean([found[k] for k in chosen]))
-
-    draws = np.array(
-        [
-            of(rng.integers(0, len(runs), len(runs)).tolist(), rng.integers(0, n, n))
-            for _ in range(RESAMPLES)
-        ]
-    )
-    every = list(range(len(runs)))
-    return percentile_interval(of(every, np.arange(n)), draws, len(runs))
+def of_one_length(rows: Sequence[Row]) -> list[Row]:
+    """The runs that are as long as most: the mean over others is of nothing that one could draw."""
+    [(usual, _)] = Counter(row["episodes"] for row in rows).most_common(1)
+    return sorted((row for row in rows if row["episodes"] == usual), key=lambda row: row["seed"])
 
 
 def columns(row: Row) -> list[np.ndarray]:
@@ -145,23 +130,22 @@ def table(rows: Sequence[Row]) -> str:
 
 def table_of(pair: str, rows: Sequence[Row]) -> str:
     """A pair's part of it."""
-    rows = sorted(rows, key=lambda row: row["seed"])
+    rows = of_one_length(rows)
     n, calibrated_on = (len(rows[0][what]["scores"]) for what in ("held_out", "calibration"))
-    seeds, episodes = (", ".join(str(row[key]) for row in rows) for key in ("seed", "episodes"))
+    seeds, episodes = ", ".join(str(row["seed"]) for row in rows), rows[0]["episodes"]
     student, expert = (
-        over_both([[columns(row)[place]] for row in rows], lambda c: float(c.mean()))
-        for place in (1, 2)
+        over([[columns(row)[place]] for row in rows], lambda c: float(c.mean())) for place in (1, 2)
     )
     runs = [columns(row) for row in rows]
-    auc = over_both(runs, lambda score, student, expert: roc_auc(score, student))
-    area = over_both(runs, above_random)
+    auc = over(runs, lambda score, student, expert: roc_auc(score, student))
+    area = over(runs, above_random)
     each = ", ".join(f"{100 * above_random(*run):+.1f}" for run in runs)
     lines = [
-        f"Pair `{pair}`, seeds {seeds} after {episodes} episodes; calibrated on "
+        f"Pair `{pair}`, seeds {seeds} after {episodes} episodes each; calibrated on "
         f"{calibrated_on} problems of the validation split, held against {n} of the "
         f"test split. The student alone has {shown(student, '.1f')} % right, the expert alone "
-        f"{shown(expert, '.1f')} %. In brackets 95 % intervals that resample runs and "
-        "problems.",
+        f"{shown(expert, '.1f')} %. In brackets 95 % intervals over runs and problems (Student's "
+        "t).",
         "",
         f"ROC-AUC of right answers {shown(auc, '.3f', 1)}; area above a lottery, over all shares "
         f"passed on, {shown(area, '+.2f')} points, of each run {each}. *As by lot*: the share "
@@ -200,7 +184,7 @@ def _promise(rows: Sequence[Row], kind: str, target: float) -> str:
         return float(1 - (passed * tokens).sum() / tokens.sum())
 
     measures = (right, lambda passed, *_: float(passed.mean()), lottery, saved)
-    cells = [shown(over_both(figures, one), ".1f") for one in measures]
+    cells = [shown(over(figures, one), ".1f") for one in measures]
     note = f", {unable} pass everything on" if unable else ""
     return f"| `--{kind} {target:g}` | {kept} of {len(rows)}{note} | " + " | ".join(cells) + " |"
 

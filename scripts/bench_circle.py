@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from bench_cascade import OPTIONS, answered, outcomes_of, over_both
+from bench_cascade import OPTIONS, answered, of_one_length, outcomes_of, over
 from finished_run import finished_run
 from rows import Row, add, latest, made, shown
 
@@ -139,22 +139,23 @@ def ways(row: Row) -> dict[str, list[np.ndarray]]:
 
 def mean_of(runs: Sequence[np.ndarray], form: str) -> str:
     """The mean of each run's column, with its interval, in per cent."""
-    return shown(over_both([[one] for one in runs], lambda c: float(c.mean())), form)
+    return shown(over([[one] for one in runs], lambda c: float(c.mean())), form)
 
 
 def table(rows: Sequence[Row]) -> str:
     """docs/bench_circle.md."""
-    seeds, episodes, kept, learned = (
-        ", ".join(str(row[key]) for row in rows)
-        for key in ("seed", "episodes", "kept", "learned_from")
+    rows = of_one_length(rows)
+    seeds, kept, learned = (
+        ", ".join(str(row[key]) for row in rows) for key in ("seed", "kept", "learned_from")
     )
-    n = len(rows[0]["before"]["held_out"]["scores"])
+    n, episodes = len(rows[0]["before"]["held_out"]["scores"]), rows[0]["episodes"]
     lines = [
-        f"Pair `{PAIR}`, runs of seeds {seeds} after {episodes} episodes. A server passed on "
+        f"Pair `{PAIR}`, runs of seeds {seeds} after {episodes} episodes each. A server passed on "
         f"{kept} of {rows[0]['asked']} problems (`--accuracy {PROMISE:g}`, calibrated on "
         f"{len(rows[0]['before']['calibration']['scores'])} of the validation split); the student "
         f"learned from {learned} of them. Then {n} problems of the test split, the same for all. "
-        "In brackets 95 % intervals that resample runs and problems; changes are paired by both.",
+        "In brackets 95 % intervals over runs and problems (Student's t); changes are paired by "
+        "both.",
         "",
         "| | passed on (%) | right (%) | the student alone right (%) |",
         "|---|---|---|---|",

@@ -45,6 +45,8 @@ NAMES = {
     ESCALATES: "distilled student, escalates",
     BASE: "student before, alone",
 }
+# What else one would compare.
+BESIDE = ((LOOP, "clear"), (LOOP, "self-refine"), (STUDENT, BASE))
 EPISODES = 64
 # Short runs; what else the preset says may change.
 OPTIONS = (
@@ -227,6 +229,10 @@ def table(path: Path) -> str:
             per_problem = [row["systems"][name][what] / size for row in rows]
             cells.append(format(float(np.mean(per_problem)), form))
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Others side by side, over runs, p without correction:", ""]
+    for name, other in BESIDE:
+        apart, p = against(rows, name, other)
+        lines.append(f"- {NAMES[name]} less {NAMES[other]}: {bold(apart)} points, p {p:.2f}")
     return "\n".join(lines) + "\n"
 
 

@@ -205,6 +205,14 @@ def asking(row: Row) -> RunValue:
     return of_problems([marks(row, "right") - marks(row, "if_asked")])
 
 
+def asking_alone(row: Row) -> RunValue:
+    """The same of the problems that the student alone judged: of others nothing can differ."""
+    if "if_asked" not in row:
+        return RunValue(math.nan, math.nan)
+    apart = marks(row, "right") - marks(row, "if_asked")
+    return of_problems([apart[marks(row, "asked") == 0]])
+
+
 def _share(right: NDArray[np.float64]) -> RunValue:
     """A share near 1: where every answer is right the error is not 0 (Agresti and Coull, 1998)."""
     n = len(right)
@@ -226,6 +234,9 @@ MEASURES: dict[str, Callable[[Sequence[Row]], Estimate]] = {
     )[0],
     "the same, less had the expert been asked everywhere (points)": lambda rows: over_runs(
         list(map(asking, rows))
+    )[0],
+    "the same, of problems that the student alone judged (points)": lambda rows: over_runs(
+        list(map(asking_alone, rows))
     )[0],
     "the same, alone less audited (points)": lambda rows: over_runs(list(map(cost, rows)))[0],
     "F1 of first errors (%)": quality,

@@ -52,6 +52,8 @@ _ABOUT = frozenset(
         "category", "dataset", "difficulty", "idx", "index", "instance", "lang", "language",
         "level", "license", "meta", "metadata", "prompt_id", "seed_task_id", "source", "split",
         "subject", "tags", "task", "topic", "type", "uid", "unique_id", "url",
+        # What mlx-fd serve --keep says of a row.
+        "kept", "time",
         # A row's number as pandas writes it.
         "", "unnamed: 0",
     }

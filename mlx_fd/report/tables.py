@@ -352,9 +352,9 @@ def judging_table(runs: Sequence[LoopRun]) -> Table | None:
             ]
             rows.append((f"{name}{label}", *figures, *cells))
     return table(
-        "The student's scores as verdicts, in the second half of the episodes, before it learned "
-        "from each: area under the ROC curve and Brier score against the expert's verdict, with "
-        "95 % intervals over answers; and, of "
+        "The student's scores as verdicts, in the second half of the answers that the expert "
+        "scored, before it learned from each: area under the ROC curve and Brier score against the "
+        "expert's verdict, with 95 % intervals over answers; and, of "
         "the answers that a score s gives a probability (1 + s) / 2 of being right, the share that "
         "the expert calls right.",
         ("", "AUC", "Brier", *(f"{at / BINS:.1f} to {(at + 1) / BINS:.1f}" for at in range(BINS))),

@@ -50,7 +50,7 @@ def test_what_is_passed_on_counts_as_the_experts(bench):
 def test_a_table_has_each_way_and_how_it_changed(bench):
     rows = [row(seed) for seed in (1, 2, 3)]
     lines = bench.table(rows).splitlines()
-    assert "seeds 1, 2, 3 after 96, 96, 96 episodes" in lines[0]
+    assert "seeds 1, 2, 3 after 96 episodes each" in lines[0]
     assert "passed on 91, 92, 93 of 200" in lines[0]
     cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in lines[4:]}
     before, again = (float(cells[way][0].split()[0]) for way in (bench.WAYS[0], bench.WAYS[2]))

@@ -55,6 +55,11 @@ def test_table_and_plot_are_made_of_the_rows(tmp_path):
     ElementTree.fromstring(bench.plot(path))
     asked = "the same, less had the expert been asked everywhere (points)"
     assert cells[asked][1].strip() == "-12.5"
+    # One of the two that the student alone judged was asked of.
+    alone = "the same, of problems that the student alone judged (points)"
+    assert bench.asking_alone(row(0)).value == 0.0
+    assert bench.asking_alone(row(0, right="11111011")).value == -0.5
+    assert cells[alone][1].strip() == "+0.0"
 
 
 def test_what_no_row_says_is_no_line_of_the_table():

@@ -88,3 +88,35 @@ def test_what_has_no_spread_has_no_test():
     same, p = over_runs([RunValue(0.0, 0.0)] * 2)
     assert same.value == 0 and math.isnan(same.low) and math.isnan(same.high) and math.isnan(p)
     assert math.isnan(over_runs([several_runs.of_problems([[]])])[0].value)
+
+
+def crossed(draw, runs, problems, spread):
+    """Right or not, [runs, problems], on problems that all runs share; their true mean is 0.5."""
+    of_run, of_problem = draw.normal(0, spread, (runs, 1)), draw.normal(0, 1, problems)
+    return (of_run + of_problem + draw.normal(0, 1, (runs, problems)) > 0).astype(float)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+@pytest.mark.parametrize("runs", [4, 5])
+def test_an_interval_over_runs_on_the_same_problems_covers(runs, spread):
+    draw, covered, n = np.random.default_rng(0), 0, 100
+    for _ in range(n):
+        columns = [[one] for one in crossed(draw, runs, 60, spread)]
+        estimate, p = several_runs.over_runs_and_problems(columns)
+        covered += estimate.low <= 0.5 <= estimate.high
+        assert (p < 0.05) == (estimate.low > 0 or estimate.high < 0)
+    # With 95 % one of a hundred times fewer than 90 of 100 would cover.
+    assert covered / n >= 0.9
+
+
+def test_runs_that_are_alike_leave_the_spread_of_their_problems():
+    column = np.random.default_rng(0).random(80)
+    estimate, _ = several_runs.over_runs_and_problems([[column]] * 4)
+    error = column.std(ddof=1) / math.sqrt(80)
+    assert estimate.value == pytest.approx(column.mean())
+    # 3.182446 is Student's t with 3 degrees of freedom at 97.5 %.
+    assert estimate.high - estimate.value == pytest.approx(3.182446 * error, rel=1e-5)
+    one, p = several_runs.over_runs_and_problems([[column]])
+    assert math.isnan(one.low) and math.isnan(p)
+    same, p = several_runs.over_runs_and_problems([[np.ones(5)]] * 3)
+    assert same.value == 1 and math.isnan(same.low) and math.isnan(p)

@@ -105,8 +105,8 @@ def _losses(summary: Summary) -> Lines:
 def _score_gap(gap: ScoreGapRow) -> tuple[str, str]:
     return (
         "score gap, student to expert",
-        f"{number(gap['first_half'])} in the first half, {number(gap['second_half'])} in the "
-        f"second (n {gap['n']})",
+        f"{number(gap['first_half'])} in the first half of the answers that both scored, "
+        f"{number(gap['second_half'])} in the second (n {gap['n']})",
     )
 
 
@@ -116,7 +116,7 @@ def _judging(judged: JudgingRow) -> Lines:
             f"{name} as a verdict",
             f"AUC {_within(score['auc'], score.get('auc_interval'), '.2f')}, "
             f"Brier {_within(score['brier'], score.get('brier_interval'), '.3f')} against "
-            f"the expert's, in the second half (n {score['n']})",
+            f"the expert's, in the second half of the answers that it scored (n {score['n']})",
         )
 
 

@@ -24,7 +24,7 @@ def count(samples: Sequence[Sample]) -> float:
 register_loss(
     Loss(
         name="lm",
-        help="cross-entropy on the tokens of the expert's texts",
+        help="cross-entropy on the tokens of the expert's feedback and of right final answers",
         order=10,
         matches="tokens",
         token_weights=token_weights,
