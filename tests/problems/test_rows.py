@@ -186,6 +186,8 @@ def test_no_number_is_pulled_out_of_a_formula(tmp_path, answer):
         ("9 (apples)", "9"), (r"\frac{270}{7}", "270/7"), ("50%", "50"), ("-0.5", "-1/2"),
         ("1,00,000", "100000"), ("12 sq. cm", "12"), ("5.", "5"),
         ("5 000", "5000"), ("12 500 eggs", "12500"),
+        ("5 \u20ac", "5"), ("12,50 \u20ac", "25/2"), ("\u00a5500", "500"), ("500\u5143", "500"),
+        ("18\u4e2a", "18"), ("5kg", "5"), ("\u00bd", "1/2"), ("3\n#### 5 \u20ac", "5"),
     ],
 )  # fmt: skip
 def test_numbers_as_people_write_them(tmp_path, answer, value):

@@ -99,7 +99,8 @@ _LATEX: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
 )
 _LEAD = re.compile(
     r"""(?:[\s*_`~:=>$\u2248"'(\[]++|[A-Za-z]\w{0,15}+\s*+=
-        |(?:the|my|so|final|answer|ans|result|is|equals|about|approximately|total|therefore)\b)++""",
+        |(?:the|my|so|final|answer|ans|result|is|equals|about|approximately|total|therefore)\b
+    |(?:Rs|USD|EUR|GBP|CHF|INR|CNY|RMB)\b\.?|(?:US|CA|AU|NZ|HK|[ACRS])(?=\$))++""",
     re.VERBOSE | re.IGNORECASE,
 )
 _CALCULATION = re.compile(
@@ -338,16 +339,41 @@ def number(text: str) -> Fraction | None:
     return None if _DIGIT.search(found.rest) else found.value
 
 
-_GOLD_NUMBER = re.compile(
-    r"""\s*+(?:[-+\u2212]|(?:minus|negative)(?=\s))?\s?[$\u20ac\u00a3]?\s?
-    (?:\d{1,3}(?:\.\d{3})++(?:,\d{1,2}(?!\d)|(?<=\.\d{3}\.\d{3}))|\d++,\d{1,2}(?![\d,])|0,\d++
-      |\d{1,3}(?:[,'\u202f]\d{2,3}|[ ]\d{3}(?!\d|/))++(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)
-    (?:[ ]\d++/\d++|\s?/\s?\d++|[eE][-+]?\d++)?\s?(?:\\?%)?
-    (?:\s(?!(?:pi|squared|cubed|factorial|dozens?|and|to|or|over|plus|minus|times)\b)
-      \(?[A-Za-z\u00b0][A-Za-z .]{1,30}+\)?)?\s*+\.?\s*+""",
+# What no gold number has, whatever is read of it in a reply: a set, a power, another command.
+_NO_GOLD_NUMBER = re.compile(
+    r"""\\(?!(?:text|mathrm|mbox|[dtc]?frac|times|cdot|left|right)(?![A-Za-z]))[A-Za-z]
+    |(?<![A-Za-z\d}^])\{|[A-Za-z}][ ]?\^|[\u00b2\u00b3\u00b9\u2070-\u207f]""",
     re.VERBOSE,
 )
-_LATEX_FRACTION = re.compile(r"\s*+[-+]?\\[dt]?frac(?:\{\d++\}|\d)(?:\{\d++\}|\d)\s*+")
+_DEGREES = re.compile(r"\^[ ]?\{?[ ]?\\circ\b[ ]?\}?|\\degree\b")
+_SQUARE_OR_CUBIC = re.compile(
+    r"(?<![A-Za-z\\])((?:[cdkm]?m|in|ft|yd|mi|units?|met(?:er|re)s?|feet|inch(?:es)?)\}?)"
+    r"[ ]?(?:\^[ ]?(?:[23]|\{[23]\})|[\u00b2\u00b3])"
+)
+# Units that may stand at a number without a space; two letters of any other kind are two factors.
+_UNIT_SIGN = r"""(?:[mk]?g|[cdkm]m|m[lL]|kWh?|[kMG]?Hz|[KkMGT]B|k[JN]|kPa|kcal|ft|lbs?|oz|mph|km/?h
+    |min|hrs?|secs?|USD|EUR|GBP|CHF|INR|CNY|RMB|(?:dollar|euro|cent|year|month|week|day|hour|minute
+    |second|degree|met(?:er|re))s?|people)(?![A-Za-z])"""
+# Of several parts, of more or less: a half, tenths, about, at least.
+_CJK_UNIT = (
+    "(?:(?![\u4e00\u4e8c-\u4e94\u516d\u4e03\u516b\u4e5d\u5341\u767e\u4e07\u842c\u4ebf\u5104\u5146\u4e24"
+    "\u534a\u591a\u4f59\u9918\u4ee5\u6210\u5272\u6298])[\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3]){1,8}+"
+)
+_GOLD_NUMBER = re.compile(
+    rf"""\s*+(?:[-+]|(?:minus|negative)(?=\s))?\s?
+    (?:(?:Rs\.?|USD|EUR|GBP|CHF|INR|CNY|RMB)\s?|(?:US|CA|AU|NZ|HK|[ACRS])(?=\$))?\${{0,2}}+\s?
+    (?:\d{{1,3}}(?:\.\d{{3}})++(?:,\d{{1,2}}(?!\d)|(?<=\.\d{{3}}\.\d{{3}}))
+      |\d{{1,3}}(?:[ \u202f]\d{{3}})++,\d{{1,2}}(?!\d)|\d++,\d{{1,2}}(?![\d,])|0,\d++
+      |\d{{1,3}}(?:[,'\u202f]\d{{2,3}}|[ ]\d{{3}}(?!\d|/))++(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)
+    (?:[ ]\d++/\d++|\s?/\s?\d++|[eE][-+]?\d++|[ ]?[*x\u00d7][ ]?10[ ]?\^[ ]?[-+]?\d++)?
+    (?:\s?(?:%|\${{1,2}}+))?
+    (?:\s{{0,3}}+(?:{_UNIT_SIGN}|{_CJK_UNIT}|\u00b0[CF]?)|\s{{1,3}}+[mghslL](?![A-Za-z])
+      |\s{{1,3}}+(?!(?:pi|squared|cubed|factorial|dozens?|and|to|or|over|plus|minus|times)\b)
+      \(?[A-Za-z\u00b0][A-Za-z .]{{1,30}}+\)?)?
+    (?:[ ]?/[ ]?(?:h|hr|hour|s|sec|second|min|minute|day|week|month|year|person|piece|each|kg|g|lb
+      |km|m|mile|ft|cm|l|L))?\s*+\.?\s*+""",
+    re.VERBOSE,
+)
 
 
 def gold_part(answer: str) -> str:
@@ -365,12 +391,13 @@ def gold_part(answer: str) -> str:
 def is_number(text: str) -> bool:
     """Whether a gold answer is one number, maybe with a unit, and nothing else.
 
-    ``18``, ``$1,234.50``, ``3/4``, ``12,5`` and ``18 eggs`` are; ``2k``, ``12 pi``, ``(2,4)`` and a
-    root are not.
+    ``18``, ``$1,234.50``, ``12,50 \u20ac``, ``3/4``, ``12,5``, ``18 eggs`` and ``5kg`` are; ``2k``,
+    ``12 pi``, ``(2,4)`` and a root are not.
     """
-    return bool(_GOLD_NUMBER.fullmatch(text) or _LATEX_FRACTION.fullmatch(text)) and (
-        number(text) is not None
-    )
+    if number(text) is None:
+        return False
+    text = _SQUARE_OR_CUBIC.sub(r"\1", _DEGREES.sub("\u00b0", text))
+    return not _NO_GOLD_NUMBER.search(text) and bool(_GOLD_NUMBER.fullmatch(_plain_number(text)))
 
 
 def lm_eval_answer(text: str, filter: str) -> str:
