@@ -72,7 +72,7 @@ UNITS = [
     "$-", "%", "- ", "-", "*", "**", "'", "```", "> ", " ", "\t", "\n", "\n ", "\n\n \n", "the ",
     "x = ", "<<", "<<1+", "<<1+1=2>>", "Step 1 should be ", "\u00bd", "</think>", "<think>", "a",
     "1.234.", "1 million ", "million", "is minus 1 ", "1 h and ", "|-1", "1,000", "\\frac{1}{1}",
-    "a:1,b",
+    "a:1,b", "<answer>", "</answer>", "<answer>1</answer>", "\nAnswer: 5", "#### Answer\n", "** ",
 ]  # fmt: skip
 
 RIGHT = "Step 1: <<1+1=2>>2\n#### 2"
@@ -90,6 +90,8 @@ READERS = {
     "flexible": lambda text: parsing.lm_eval_match(text, text, "flexible"),
     "number": parsing.number,
     "is_number": parsing.is_number,
+    "final_text": parsing.final_text,
+    "gold_part": parsing.gold_part,
     "compared": compared,
     "written": written,
     "needs_merge": lambda text: parsing.needs_merge(

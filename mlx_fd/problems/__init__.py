@@ -6,7 +6,7 @@ import difflib
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_fd.errors import UserError
@@ -59,6 +59,8 @@ class ProblemSet:
         skipped: rows left out because they could not be read.
         reasons: why, each with the number of its rows, the most frequent first.
         unread: columns that say something, and that nothing was taken from.
+        tried: reference solutions that were run, where answers are programs.
+        failing: ids of problems whose own tests those solutions fail.
     """
 
     name: str
@@ -68,16 +70,24 @@ class ProblemSet:
     skipped: int = 0
     reasons: tuple[tuple[str, int], ...] = ()
     unread: tuple[str, ...] = ()
+    tried: int = 0
+    failing: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to tell the user of rows and columns that were left out."""
+        """What to tell the user of what was left out, and of solutions that fail."""
         found = []
         if self.unread:
             names = ", ".join(map(repr, self.unread))[:200]
             found.append(f"columns of {self.name} that are not read: {names}")
         if self.skipped:
             found.append(skipped_note(self.name, self.reasons))
+        if self.failing:
+            found.append(
+                f"{len(self.failing)} of {self.tried} reference solutions of {self.name} that were "
+                f"tried fail their own tests, so that right answers may be called wrong: "
+                f"{', '.join(self.failing[:5])}"
+            )
         return tuple(found)
 
 
@@ -135,8 +145,9 @@ def load(
             ``question=prompt,answer=gold``.
 
     Raises:
-        UserError: the source is unknown or cannot be read, the split does not exist, or rows are
-            bad; the message names file and line of the first ten.
+        UserError: the source is unknown or cannot be read, the split does not exist, rows are bad
+            (the message names file and line of the first ten), or answers are programs and no
+            reference solution passes its tests.
     """
     if source in SOURCES:
         found: ProblemSet = SOURCES[source].load(split)
@@ -153,7 +164,7 @@ def load(
             near = difflib.get_close_matches(source.lower(), list(SOURCES), cutoff=0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UserError(f"unknown problems {source!r}: {hint}{_accepted()}")
-        return files.load_hub(source, split, reading)
+        return _with_solutions_tried(files.load_hub(source, split, reading))
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, beside, n=1)
@@ -163,7 +174,29 @@ def load(
         raise UserError(f"{source} is a directory: name one file in it; {_accepted()}")
     if not is_file_name:
         raise UserError(f"{source}: cannot tell what is in it; {_accepted()}")
-    return files.load_file(path, source, split, reading)
+    return _with_solutions_tried(files.load_file(path, source, split, reading))
+
+
+def _with_solutions_tried(found: ProblemSet) -> ProblemSet:
+    """Problems, with what became of their reference solutions where these are programs.
+
+    Raises:
+        UserError: all that were tried fail, as where their tests need what is not installed here.
+    """
+    from mlx_fd.problems import execution
+    from mlx_fd.problems.kinds.code import try_solutions
+
+    if found.problems[0].kind != "code":
+        return found
+    tried, failing = try_solutions(found.problems)
+    if failing and len(failing) == tried:
+        raise UserError(
+            f"{found.name}: no reference solution passes the tests of its own problem ({tried} "
+            f"tried, the first is {failing[0]}), so that no answer would be right; are the "
+            f"packages that the tests import installed, and are {execution.SECONDS} seconds and "
+            f"{execution.MEMORY >> 30} GiB enough?"
+        )
+    return replace(found, tried=tried, failing=failing)
 
 
 def _check_alike(found: ProblemSet) -> None:

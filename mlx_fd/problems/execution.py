@@ -40,6 +40,14 @@ _SANDBOX = (
     '(allow file-write* (subpath "{folder}") (literal "/dev/null"))'
     "(deny signal)(allow signal (target self))"
 )
+# Threads are refused as processes are, and NumPy's libraries begin some when they are imported.
+_ONE_THREAD = dict.fromkeys(
+    (
+        *("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"),
+        *("VECLIB_MAXIMUM_THREADS", "NUMEXPR_MAX_THREADS"),
+    ),
+    "1",
+)
 # What a program tries in the trial, and what it could do if it succeeds.
 _TRIAL = """
 import os, resource, socket
@@ -180,7 +188,7 @@ def _run(program: str, wanted: str = "") -> list[str] | None:
             stdout=said,
             stderr=subprocess.DEVNULL,
             cwd=folder,
-            env={"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"},
+            env={"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", **_ONE_THREAD},
             # Whatever it begins is ended with it, and a Ctrl-C is for us alone.
             start_new_session=True,
         )

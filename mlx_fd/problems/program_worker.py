@@ -15,6 +15,7 @@ import resource
 import signal
 import struct
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,11 @@ def main() -> None:
     _limit(job)
     _close_others(answer)
     _stay_alone()
-    names: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__}
-    exec(compile(job.pop("program"), "program", "exec"), names)
-    found = names.get(job["wanted"], [])
+    # Not __main__, so that what a reply has for when it is run by itself is left alone; a module,
+    # so that dataclasses and pickle find what it defines.
+    program = sys.modules["program"] = types.ModuleType("program")
+    exec(compile(job.pop("program"), "program", "exec"), vars(program))
+    found = vars(program).get(job["wanted"], [])
     os.write(answer, json.dumps({"token": job["token"], "found": found}).encode())
     # Not at the mercy of what the program left to be done at the end.
     os._exit(0)

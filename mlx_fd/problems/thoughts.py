@@ -23,6 +23,7 @@ class Family:
         reply: what they write between ``end`` and the reply, where their template does not say.
         starts_reply: a mark that begins the reply; empty: the reply is what no thought holds.
         tokens: the marks' tokens, where its tokenizers have some of their own for them.
+        around: marks before and after the reply, which is read without them and where they miss.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Family:
     reply: str = ""
     starts_reply: str = ""
     tokens: tuple[str, ...] = ()
+    around: tuple[str, ...] = ()
 
     @property
     def marks(self) -> re.Pattern[str]:
@@ -76,6 +78,16 @@ FAMILIES = (
     _tags("seed", "<seed:think>", "</seed:think>"),
     _tags("longcat", "<longcat_think>", "</longcat_think>"),
     _tags("muse", "<|think:start|>", "<|think:end|>"),
+    Family(
+        "openthoughts",  # OpenThinker, Sky-T1
+        "<|begin_of_thought|>",
+        "<|end_of_thought|>",
+        "<|begin_of_thought|>\n\n",
+        "\n\n<|end_of_thought|>",
+        "\n\n<|begin_of_solution|>\n\n",
+        tokens=("<|begin_of_thought|>", "<|end_of_thought|>"),
+        around=("<|begin_of_solution|>", "<|end_of_solution|>"),
+    ),
 )
 """The families whose thoughts are told from their replies."""
 
@@ -83,6 +95,7 @@ _MARKS = {
     family.name: re.compile(
         f"(?P<start>{re.escape(family.start)})|(?P<end>{re.escape(family.end)})"
         + (f"|(?P<reply>{re.escape(family.starts_reply)})" if family.starts_reply else "")
+        + (f"|(?P<around>{'|'.join(map(re.escape, family.around))})" if family.around else "")
     )
     for family in FAMILIES
 }

@@ -33,8 +33,7 @@ class ReplyText:
         if family is not None:
             edges.append((family.start, _THOUGHT))
             transitions[_THOUGHT] = [(family.end, _SAID)]
-            if family.starts_reply:
-                edges.append((family.starts_reply, _SAID))
+            edges += ((mark, _SAID) for mark in (family.starts_reply, *family.around) if mark)
         self._state: Any = TextStateMachine(
             {name: found for name, found in transitions.items() if found}
         ).make_state(_SAID)

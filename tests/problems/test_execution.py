@@ -128,7 +128,14 @@ HARMLESS = {
         True,
     ),
     "a clean environment": (
-        "import os\nassert set(os.environ) <= {'HOME', 'TMPDIR', 'LANG', 'LC_CTYPE'}", True,
+        "import os\nassert {name for name in os.environ if not name.endswith('THREADS')}"
+        " <= {'HOME', 'TMPDIR', 'LANG', 'LC_CTYPE'}",
+        True,
+    ),
+    "is found by what looks for its module": (
+        "from __future__ import annotations\nimport dataclasses, pickle\n@dataclasses.dataclass\n"
+        "class Point:\n    x: int = 1\nassert pickle.loads(pickle.dumps(Point())) == Point()",
+        True,
     ),
     "fails": ("assert 1 + 1 == 3", False),
     "no Python": ("def", False),
@@ -152,6 +159,90 @@ HARMLESS = {
 def test_no_program_does_harm(name, allowed):
     program, passes = HARMLESS[name]
     assert execution.passes(program) is passes
+
+
+@pytest.mark.parametrize("name", ["numpy", "scipy.linalg"])
+def test_what_begins_threads_elsewhere_can_be_imported(monkeypatch, allowed, name):
+    pytest.importorskip(name)
+    # The default, and four times as long by the clock: a busy machine reads it slowly.
+    monkeypatch.setattr(execution, "SECONDS", 8)
+    product = "import numpy as np\nassert (np.ones((300, 300)) @ np.ones((300, 300)) == 300).all()"
+    assert execution.passes(f"import {name}\n{product}")
+
+
+# As EvalPlus has its tests.
+EVAL_PLUS = """
+import numpy as np
+
+def assertion(out, expected, atol):
+    if atol:
+        assert np.allclose(out, expected, rtol=1e-07, atol=atol)
+    else:
+        assert out == expected
+
+def check(candidate):
+    for inputs, expected in zip([[[2, 4]], [[6]]], [3, 3]):
+        assertion(candidate(*inputs), expected, 1e-6)
+"""
+
+
+def test_tests_that_need_numpy_are_passed_by_what_is_right(tmp_path, monkeypatch, allowed):
+    monkeypatch.setattr(execution, "SECONDS", 8)
+    problem = only(tmp_path, {**HUMAN_EVAL, "test": EVAL_PLUS})
+    assert is_right(read_final(problem.solution, problem), problem)
+    assert not is_right(read_final(fenced("def total(xs):\n    return 0"), problem), problem)
+
+
+@pytest.mark.parametrize(
+    "guarded",
+    ["print(add(int(input()), 1))", "import unittest\n    unittest.main()",
+     "import sys\n    sys.exit(0)", "assert False"],
+)  # fmt: skip
+def test_what_a_reply_has_for_when_it_is_run_by_itself_is_left_alone(tmp_path, allowed, guarded):
+    problem = only(tmp_path, MBPP)
+    code = "def add(a, b):\n    return a {} b\n\nif __name__ == '__main__':\n    " + guarded
+    assert is_right(read_final(fenced(code.format("+")), problem), problem)
+    assert not is_right(read_final(fenced(code.format("-")), problem), problem)
+
+
+def test_tests_below_the_same_words_are_run(tmp_path, allowed):
+    tests = (
+        "def check_sum():\n    assert add(1, 2) == 3\n\nif __name__ == '__main__':\n    check_sum()"
+    )
+    problem = only(tmp_path, {"prompt": "Add.", "test": tests, "canonical_solution": MBPP["code"]})
+    assert is_right(read_final(problem.solution, problem), problem)
+    assert not is_right(read_final(fenced("def add(a, b):\n    return a"), problem), problem)
+
+
+def test_what_a_reply_imports_from_the_future_comes_first(tmp_path, allowed):
+    problem = only(tmp_path, HUMAN_EVAL)
+    body = "def total(xs: List[int]) -> int:\n    return sum(half(x) for x in xs)"
+    reply = fenced(f"from __future__ import annotations\n{body}")
+    assert is_right(read_final(reply, problem), problem)
+
+
+def test_reference_solutions_that_fail_are_counted_and_refused_where_all_do(tmp_path, allowed):
+    wrong = {**MBPP, "task_id": 3, "code": "def add(a, b):\n    return a - b"}
+    without = {name: MBPP[name] for name in MBPP if name != "code"} | {"task_id": 4}
+    path = tmp_path / "p.jsonl"
+    for rows, tried, failing in (
+        ([MBPP, wrong, without], 2, ("3",)),
+        ([MBPP], 1, ()),
+        ([without], 0, ()),
+        ([{**MBPP, "task_id": place} for place in range(1000)], 16, ()),
+    ):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = load(str(path))
+        assert (found.tried, found.failing) == (tried, failing)
+        notes = [note for note in found.notes if "reference solutions" in note]
+        assert bool(notes) == bool(failing)
+        if failing:
+            assert notes[0].startswith(f"1 of 2 reference solutions of {path} that were tried fail")
+    path.write_text(json.dumps(wrong))
+    with pytest.raises(
+        UserError, match=r"no reference solution passes .* \(1 tried, the first is 3"
+    ):
+        load(str(path))
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,15 @@ def math(answer, *also):
         ("\u7b54\u6848\uff1aB", "B"),
         ("Die richtige Antwort ist B.", "B"),
         ("La réponse est : C", "C"),
+        # a heading, and what is said below it
+        ("#### Option B\nbarks.\n#### Option C\nsings.\n\nAnswer: B", "B"),
+        ("#### C. the bird\nThis one sings.\n\n**Answer: B**", "B"),
+        ("#### Option C\nsings.\n\nThe correct answer is B.", "B"),
+        ("#### Option C\nsings.\n\n\\boxed{B}", "B"),
+        ("#### Final answer:\n\nB", "B"),
+        ("#### B\n\nOption C sings.", "B"),
+        ("<think>C?</think><answer>B</answer>", "B"),
+        ("<answer>The answer is (B).</answer>\nI chose between A and B.", "B"),
     ],
 )
 def test_a_choice_is_read_by_letter_or_in_its_words(reply, letter):
@@ -145,6 +154,9 @@ def test_a_gold_that_is_a_letter_and_another_text_is_refused():
         ("(A)", ("x", "y"), "A"),
         ("y", ("x", "y"), "B"),
         ("They agree.\n#### B", ("x", "y"), "B"),
+        ("#### B\nThey agree.", ("x", "y"), "B"),
+        ("#### Option A\nfails.\n#### Option B\nfits.\n\nAnswer: B", ("x", "y"), "B"),
+        ("<think>A?</think><answer>B</answer>", ("x", "y"), "B"),
     ],
 )
 def test_gold_choices(answer, choices, letter):
@@ -178,6 +190,20 @@ def test_what_is_no_choice_is_refused(answer):
         ("<think>\n#### London\n</think>\n\n#### Paris", "Paris", True),
         (r"<think>\n\boxed{Paris}\n</think>\n\nWho knows?", "Paris", False),
         ("first #### London\nno: #### Paris\nBye.", "Paris", True),
+        # in Markdown, under a heading, in tags, in a sentence of its own
+        ("#### Step 1: think\nIt is in France.\n\n\\boxed{Paris}", "Paris", True),
+        ("#### Step 1: think\nIt is in France.\n\nAnswer: Paris", "Paris", True),
+        ("#### Final answer\n\n**Paris**\n\nIt is well known.", "Paris", True),
+        ("#### Paris\n\nThe answer is well known.", "Paris", True),
+        ("#### `Paris`", "Paris", True),
+        ("**#### Paris**", "Paris", True),
+        ("#### **Answer:** Paris", "Paris", True),
+        ("<think>Rome?</think>\n<answer>\nParis\n</answer>", "Paris", True),
+        ("<answer>Paris</answer>\nno: #### Rome", "Paris", False),
+        ("It is in France.\n\n**Answer:** Paris", "Paris", True),
+        ("It is in France.\nThe answer is Paris.", "Paris", True),
+        ("Answer: Paris\nor maybe Rome", "Paris", False),
+        ("so \\boxed{Paris}.\n\nQuestion: And Italy?\n\\boxed{Rome}", "Paris", True),
         # what makes it another number, or another name
         ("#### 125", "12,5", False),
         ("#### 12.5", "12,5", True),
@@ -229,6 +255,11 @@ def test_normal_texts_stay_as_they_are(some):
     assert normal(normal(some)) == normal(some)
 
 
+# As MATH spaces it.
+COLUMN = r"\begin{pmatrix} -7 \\ 16 \\ 5 \end{pmatrix}"
+SQUARE = r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"
+
+
 @pytest.mark.parametrize(
     ("reply", "gold", "right"),
     [
@@ -269,6 +300,66 @@ def test_normal_texts_stay_as_they_are(some):
         ("#### 101", "101_2", False),
         ("#### 101_{2}", "101_2", True),
         ("#### 5_{10}", "5", True),
+        # in Markdown, under a heading, in tags, in a sentence of its own
+        ("#### **18**", "18", True),
+        ("**#### 18**", "18", True),
+        ("#### `18`", "18", True),
+        ("#### _18_", "18", True),
+        ('#### "18"', "18", True),
+        ("#### Answer: 18", "18", True),
+        ("#### **Answer:** $18$.", "18", True),
+        (r"#### \[18\]", "18", True),
+        (r"#### **\(18\)**.", "18", True),
+        ("#### 18\u3002", "18", True),
+        ("#### = 18", "18", True),
+        ("#### \u2192 18", "18", True),
+        ("#### **18** eggs", "18", True),
+        ("#### **17**", "18", False),
+        ("#### **(1,2)**", "(1,2)", True),
+        ("**#### $(1,2)$**", "(1,2)", True),
+        ("#### <(1,2)>", "(2,1)", False),
+        ("#### <1,2>", "1,2", False),  # a vector
+        ("#### **3/4**", r"\frac{3}{4}", True),
+        (r"#### x = $2\sqrt{3}$", r"2\sqrt{3}", True),
+        (
+            "#### Step 1: Set up\n#### Step 2: Solve\n\nIt is $\\boxed{2\\sqrt{3}}$.",
+            r"2\sqrt{3}",
+            True,
+        ),
+        ("#### Answer:\n$$2\\sqrt{3}$$", r"2\sqrt{3}", True),
+        ("#### z*", "z", False),
+        (r"<think>\boxed{7}</think><answer>2\sqrt{3}</answer>", r"\sqrt{12}", True),
+        ("It follows.\nThe final answer is: $2\\sqrt{3}$.", r"\sqrt{12}", True),
+        # matrices keep their rows
+        (rf"\boxed{{{COLUMN}}}", COLUMN, True),
+        (rf"\boxed{{{COLUMN.replace(' ', '')}}}", COLUMN, True),
+        (rf"\boxed{{{COLUMN.replace('pmatrix', 'bmatrix')}}}", COLUMN, True),
+        (rf"\boxed{{{COLUMN.replace('5', '6')}}}", COLUMN, False),
+        (r"\boxed{\begin{pmatrix} -7 & 16 & 5 \end{pmatrix}}", COLUMN, False),
+        (r"\boxed{\begin{bmatrix}1&2\\3&4\end{bmatrix}}", SQUARE, True),
+        (r"\boxed{\begin{bmatrix}1&3\\2&4\end{bmatrix}}", SQUARE, False),
+        (r"\boxed{\begin{vmatrix}1&2\\3&4\end{vmatrix}}", SQUARE, False),
+        # numbers as people write them
+        ("#### 3.5", "3 1/2", True),
+        ("#### 31/2", "3 1/2", False),
+        (r"#### 3\frac{1}{2}", "3 1/2", True),
+        ("#### 0.5", "\u00bd", True),
+        ("#### \u00bd", r"\frac{1}{2}", True),
+        ("#### 23", "2 3", False),
+        ("#### 2, 3", "23", False),
+        ("#### 1500", "1.5e3", True),
+        ("#### 0.00005", 0.00005, True),
+        ("#### 0.00006", 0.00005, False),
+        (r"#### 5 \times 10^{-5}", 0.00005, True),
+        ("#### 0.0000004", "0.0000005", False),
+        ("#### 1,234", r"1\,234", True),
+        ("#### 1 234", "1234", True),
+        ("#### 50", r"50\%", True),
+        ("#### 0.5", r"50\%", True),
+        ("#### 3 dollars", r"3\text{ cents}", False),
+        # two numbers, in either order
+        ("#### 5,12", "12,5", True),
+        ("#### 12.5", "12,5", False),
     ],
 )
 def test_formulas_are_compared_by_meaning(reply, gold, right):
@@ -276,18 +367,75 @@ def test_formulas_are_compared_by_meaning(reply, gold, right):
     assert is_right(read_final(reply, problem), problem) is right
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("3 1/2", "7/2"),
+        ("2 3", "2 3"),
+        ("12,5", "12,5"),
+        ("1,234", "1234"),
+        (0.00005, "1/20000"),
+        (r"\dfrac{3}{4}", r"\frac{3}{4}"),
+        (COLUMN, r"\begin{pmatrix}-7\\16\\5\end{pmatrix}"),
+        ("#### Step 1: Isolate\nx = 4 - 1\n#### Step 2: Solve\nso $\\boxed{2k}$.", "2k"),
+        ("So \\boxed{2k}.\n#### Check\nIt holds.", "2k"),
+        ("3+5=8\nAnswer: 8", "8"),
+        ("3+5=8\n#### $2k$\n\nDone.", "2k"),
+        ("#### Final answer\n$2k$", "2k"),
+        ("<think>3*4</think><answer>2k</answer>", "2k"),
+    ],
+)
+def test_gold_formulas(answer, gold):
+    assert KINDS["math"].gold(answer, ()) == gold
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "She has 3 + 5 = 8 apples.",
+        "So 3*4 = 12 eggs",
+        "#### Conclusion\nx is 2k",
+        "Let x = 2k.\nThen y = 3k.",
+    ],
+)
+def test_a_gold_that_is_a_solution_is_no_formula(answer):
+    with pytest.raises(ValueError, match="does not say what it comes to"):
+        KINDS["math"].gold(answer, ())
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("He asks.\nThe answer is Paris.", "Paris."),
+        ("Answer: Paris", "Paris"),
+        ("#### Conclusion\nAnswer: Paris", "Paris"),
+        ("#### Final answer\nParis", "Paris"),
+        ("#### Step 1\nIt is \\boxed{Paris}.", "Paris"),
+        ("<answer> Paris </answer>", "Paris"),
+        ("Paris\n(France)", "Paris\n(France)"),
+    ],
+)
+def test_gold_texts(answer, gold):
+    assert KINDS["text"].gold(answer, ()) == gold
+
+
+def test_a_heading_is_no_gold_text():
+    with pytest.raises(ValueError, match="more below, as a heading has"):
+        KINDS["text"].gold("#### Conclusion\nIt is Paris.", ())
+
+
 def test_a_tower_of_powers_is_wrong_soon_and_the_next_answer_is_compared(monkeypatch):
     monkeypatch.setattr(math_worker, "_SECONDS", 2.0)  # instead of 5
     monkeypatch.setattr(math_worker, "_worker", math_worker._Worker())
     assert not is_right("9^{9^{9^{9^9}}}", math("5"))
-    assert is_right(r"\frac{10}{2}", math("5"))
+    assert is_right(r"\sqrt{25}", math("5"))
 
 
 def test_a_process_that_gets_no_processor_for_a_while_grades_all_the_same(monkeypatch):
     monkeypatch.setattr(math_worker, "_SECONDS", 1.0)
     monkeypatch.setattr(math_worker, "_worker", worker := math_worker._Worker())
     math_worker.same.cache_clear()
-    assert is_right(r"\frac{10}{2}", math("5"))
+    assert is_right(r"\sqrt{25}", math("5"))
     os.kill(worker._process.pid, signal.SIGSTOP)
     threading.Timer(2, os.kill, (worker._process.pid, signal.SIGCONT)).start()
     assert is_right(r"\sqrt{12}", math(r"2\sqrt{3}"))

@@ -440,6 +440,10 @@ ANSWERS = [
     ("3/4 of it", "3/4"),
     ("1 1/2 cups", "3/2"),
     ("1\u00bd cups", "3/2"),
+    ("1 \u00bd cups", "3/2"),
+    ("#### 1\u00a0\u00bd cups", "3/2"),
+    (r"#### \frac{1}{2}3", None),
+    (r"#### \frac123", None),
     ("\u00be", "3/4"),
     ("-3", "-3"),
     ("10-5", "5"),
@@ -466,6 +470,21 @@ ANSWERS = [
     ("<think>It is 72", None),
     ("<think>It is 4.</think>", None),
     ("[THINK]It is 5[/THINK]It is 4.", "4"),
+    ("<|begin_of_thought|>5<|end_of_thought|><|begin_of_solution|>4<|end_of_solution|>", "4"),
+    # under headings
+    ("#### 1. Cost\n3*4=12\n#### 2. Total\n12+6=18\n\n**Answer: 18**", "18"),
+    ("#### 1. Cost\n3*4=12\n#### 2. Total\n\nAnswer: $\\sqrt{18}$", None),
+    ("#### 18\n\nAnswer: as above", "18"),
+    ("#### 18\n\nThe answer is 2 times 9.", "18"),
+    # in tags
+    ("<think>3*4</think><answer>12</answer>", "12"),
+    ("<answer>12</answer> (checked in 2 ways)", "12"),
+    ("#### Step 1: 3*4\n<Answer>\n12 eggs\n</Answer>", "12"),
+    ("<answer>12</answer>\nNo, it is 13.\n#### 13", "13"),
+    ("<answer>12</answer>\n\nQuestion: 2 + 2?\n<answer>4</answer>", "12"),
+    ("I write <answer>...</answer> as asked. It is 12.", "12"),
+    ("<answer>twelve</answer> of 12", None),
+    ("#### Rs. 500 for 3 people", "500"),
     ("<|channel>thought\nIt is 5<channel|>It is 4.", "4"),
     ("...18", "18"),
     # nothing
@@ -505,7 +524,17 @@ def test_number_is_one_number(text, expected):
     [("18 eggs", "18"), ("1.5 million", "1500000"), ("12,5", "25/2"),
      ("4 million dollars", "4000000"), ("0,75", "3/4"), ("0,125", "1/8"), ("12,5 kg", "25/2"),
      ("1.234,50", "2469/2"), ("1.234.567", "1234567"), ("1.234", "617/500"),
-     ("1,234.5", "2469/2"), ("minus 5", "-5"), ("3 orders", "3"), ("2 toys", "2")],
+     ("1,234.5", "2469/2"), ("minus 5", "-5"), ("3 orders", "3"), ("2 toys", "2"),
+     ("5 \u20ac", "5"), ("5\u20ac", "5"), ("12,50 \u20ac", "25/2"), ("\u00a5500", "500"),
+     ("\u20b91,00,000", "100000"), ("-$5", "-5"), ("$-5", "-5"), (r"\$5", "5"), ("$18$", "18"),
+     ("US$5", "5"), ("Rs. 500", "500"), ("CHF 12.50", "25/2"), ("$4.50/hour", "9/2"),
+     ("500\u5143", "500"), ("18\u4e2a", "18"), ("500\u5186", "500"), ("3 \uc2dc\uac04", "3"),
+     ("3\u5343\u514b", "3"), ("5kg", "5"), ("60km/h", "60"), ("12 m/s", "12"), ("5 m", "5"),
+     ("7 m\u00b2", "7"), ("12 cm^2", "12"), (r"12\text{ cm}^2", "12"), (r"18\text{ cm}", "18"),
+     (r"90^\circ", "90"), ("90\u00b0", "90"), ("20 \u00b0C", "20"), ("\u00bd", "1/2"),
+     ("3\u00bd", "7/2"), (r"1\frac{1}{2}", "3/2"), (r"\dfrac12", "1/2"), (r"$\frac{3}{4}$", "3/4"),
+     ("1{,}234", "1234"), ("1 234,5", "2469/2"), ("\uff11\uff12", "12"), (r"50\%", "50"),
+     (r"3 \times 10^{8}", "300000000"), ("1.5 \u00d7 10^-1", "3/20"), ("5e-05", "1/20000")],
 )  # fmt: skip
 def test_golds_that_are_numbers(text, value):
     assert parsing.is_number(text) and parsing.number(text) == Fraction(value)
@@ -515,7 +544,9 @@ def test_golds_that_are_numbers(text, value):
     "text",
     ["12 pi", "3 dozen", "4 squared", "7 factorial", "12 and a half", "3 to the fourth", "3 or so",
      "5 bn", "3 lakh", "3\u4e07", "5 Mio.", "5 hundred-dollar bills", "1,2,3", "(2,4)", "2k",
-     "3:30"],
+     "3:30", "5ab", "5 ab^2", "2xy", "{5}", r"\{5\}", "5 x", "5 x^2", "10^2", r"5\mathbf{i}",
+     r"5\pi", "5m", "3\u5e74\u534a", "18\u591a\u4e2a", "18\u4ee5\u4e0a", "3\u5272",
+     "5\u5206\u4e4b\u4e00", "5cosx", "5 + 3", "x=5", "2024-01-05", "5\u00b2", "5 apples 3"],
 )  # fmt: skip
 def test_golds_that_are_no_numbers(text):
     assert not parsing.is_number(text)

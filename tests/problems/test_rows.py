@@ -10,6 +10,10 @@ from mlx_fd.errors import UserError
 from mlx_fd.problems import load
 from mlx_fd.problems.kinds import is_right, read_final
 
+OPEN_THOUGHTS = (
+    "<|begin_of_thought|>maybe \\boxed{{7}}<|end_of_thought|>\n"
+    "<|begin_of_solution|>{}<|end_of_solution|>"
+)
 CHOICES = ["red", "blue", "green", "white"]
 
 
@@ -188,6 +192,8 @@ def test_no_number_is_pulled_out_of_a_formula(tmp_path, answer):
         ("9 (apples)", "9"), (r"\frac{270}{7}", "270/7"), ("50%", "50"), ("-0.5", "-1/2"),
         ("1,00,000", "100000"), ("12 sq. cm", "12"), ("5.", "5"),
         ("5 000", "5000"), ("12 500 eggs", "12500"),
+        ("5 \u20ac", "5"), ("12,50 \u20ac", "25/2"), ("\u00a5500", "500"), ("500\u5143", "500"),
+        ("18\u4e2a", "18"), ("5kg", "5"), ("\u00bd", "1/2"), ("3\n#### 5 \u20ac", "5"),
     ],
 )  # fmt: skip
 def test_numbers_as_people_write_them(tmp_path, answer, value):
@@ -434,6 +440,19 @@ def test_lm_eval_compares_the_gold_as_it_is_published(tmp_path, answer):
         ({"solution": "<think>\n\\boxed{2k}?\n</think>\n\n\\boxed{3k}"}, "math", "3k"),
         ({"answer": "<think>\n\\boxed{A}?\n</think>\n\nB", "choices": CHOICES}, "choice", "B"),
         ({"output": "<think>\n\\boxed{5}?\n</think>\n\n\\boxed{4}"}, "number", "4"),
+        ({"answer": "<think>3*4</think><answer>12</answer>"}, "number", "12"),
+        ({"answer": "<think>A?</think><answer>B</answer>", "choices": CHOICES}, "choice", "B"),
+        ({"answer": OPEN_THOUGHTS.format("It is \\boxed{8}.")}, "number", "8"),
+        ({"response": OPEN_THOUGHTS.format("It is \\boxed{8}.")}, "number", "8"),
+        # Under headings, and in prose.
+        (
+            {"solution": "#### Step 1: Do\nx = 4 - 1\n\n#### Step 2: Go\nso $\\boxed{3}$."},
+            "number",
+            "3",
+        ),
+        ({"solution": "#### Step 1: Do\n\n#### Step 2: Go\nso $\\boxed{2k}$."}, "math", "2k"),
+        ({"answer": "3+5=8\n#### 8\nDone."}, "number", "8"),
+        ({"answer": "3+5=8\nAnswer: 8"}, "number", "8"),
         # No traces, but they have a box, too.
         ({"solution": "So it is \\boxed{Paris}."}, "text", "Paris"),
         ({"answer": "So it is \\boxed{B}.", "choices": CHOICES}, "choice", "B"),
@@ -445,6 +464,17 @@ def test_a_gold_is_what_a_trace_says_and_not_what_it_thinks(tmp_path, row, kind,
     assert is_right(read_final(problem.solution, problem), problem)
     text = row.get("solution") or row.get("output")
     assert text is None or problem.solution == text
+
+
+def test_what_is_only_thought_is_no_gold_in_any_familys_marks(tmp_path):
+    (problem,) = only(tmp_path, {"question": "?", "response": OPEN_THOUGHTS.format("It's eight.")})
+    assert (problem.kind, problem.answer) == ("none", "")
+
+
+def test_a_heading_is_no_gold(tmp_path):
+    rows = [{"question": f"{n}?", "answer": "#### Conclusion\nIt is clear."} for n in range(3)]
+    with pytest.raises(UserError, match=r"p\.jsonl:1: the last '####' of 'answer' has words"):
+        only(tmp_path, *rows)
 
 
 @pytest.mark.parametrize("column", ["answer", "solution"])

@@ -8,6 +8,11 @@ from mlx_fd.problems.thoughts import FAMILIES, split, without_thoughts
 
 HARMONY = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>"
 
+OPEN_THOUGHTS = (
+    "<|begin_of_thought|>\n\n{}\n\n<|end_of_thought|>\n\n"
+    "<|begin_of_solution|>\n\n{}\n\n<|end_of_solution|>"
+)
+
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_a_familys_thoughts(family):
@@ -36,6 +41,12 @@ def test_a_familys_thoughts(family):
         ("It is 4.<|end|><|start|>assistant<|channel|>analysis<|message|>b", "b", "It is 4."),
         ("<|start|>assistant" + HARMONY.format("a") + "It is 4.", "a", "It is 4."),
         ("<|start|>assistant<|channel|>analysis<|message|>a", "a", ""),
+        (OPEN_THOUGHTS.format("It is 5.", "It is 4."), "It is 5.", "It is 4."),
+        (OPEN_THOUGHTS.format("It is 5.", "It is 4.").partition(">")[2], "It is 5.", "It is 4."),
+        (OPEN_THOUGHTS.format("a", "It is 4.").rpartition("<")[0], "a", "It is 4."),
+        ("<|begin_of_thought|>a<|end_of_thought|>It is 4.", "a", "It is 4."),
+        ("<|begin_of_solution|>It is 4.<|end_of_solution|>", "", "It is 4."),
+        ("<|begin_of_thought|>a", "a", ""),
     ],
 )
 def test_a_texts_thoughts(text, thought, reply):

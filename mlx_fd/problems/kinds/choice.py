@@ -11,9 +11,8 @@ from typing import Any
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import AnswerKind, register_kind
 from mlx_fd.problems.kinds.text import compared, without_tex, words_of
-from mlx_fd.problems.parsing import after_mark, boxed, gold_part
+from mlx_fd.problems.parsing import boxed, final_part, gold_part, marked
 from mlx_fd.problems.prompts import Form
-from mlx_fd.problems.thoughts import without_thoughts
 
 LETTERS = string.ascii_uppercase
 # All of a text: "B", "(b)", "**B**", "'B'.".
@@ -101,16 +100,23 @@ def _in_words(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _read(text: str, problem: Problem, how: str) -> str | None:
-    text = without_thoughts(text)
-    for piece in (after_mark(text), boxed(text)):
-        if piece is not None and (letter := letter_of(piece, problem.choices)):
+    text, choices = final_part(text), problem.choices
+    line, below = marked(text)
+    # "#### Option C" may be a heading, and what is said below it the answer.
+    box, said = boxed(f"{line}\n{below}"), _said(unicodedata.normalize("NFKC", below), choices)
+    if box is not None and (letter := letter_of(box, choices)):
+        return letter
+    if said:
+        return said[-1]
+    for piece in (line, boxed(text)):
+        if piece and (letter := letter_of(piece, choices)):
             return letter
     text = unicodedata.normalize("NFKC", text)
-    valid = LETTERS[: len(problem.choices)]
-    if said := _said(text, problem.choices):
+    valid = LETTERS[: len(choices)]
+    if said := _said(text, choices):
         return said[-1]
     named: set[str] = {letter for letter in _NAMED_LETTER.findall(text) if letter in valid}
-    return named.pop() if len(named) == 1 else letter_of(text, problem.choices)
+    return named.pop() if len(named) == 1 else letter_of(text, choices)
 
 
 def _said(text: str, choices: Sequence[str]) -> list[str]:
@@ -139,8 +145,7 @@ def _gold(answer: Any, choices: tuple[str, ...]) -> str:
     if isinstance(answer, int) and not isinstance(answer, bool):
         letter = LETTERS[answer] if 0 <= answer < len(choices) else None
     else:
-        text = str(answer)
-        text = ((after_mark(text) or "") if "####" in text else gold_part(text)).strip()
+        text = gold_part(str(answer))
         letter = letter_of(text, choices)
         if letter and (in_words := _in_words(text, choices)) not in (None, letter):
             raise ValueError(

@@ -9,10 +9,11 @@ import ast
 import builtins
 import re
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from mlx_fd.problems import Problem, execution
-from mlx_fd.problems.kinds import AnswerKind, register_kind
+from mlx_fd.problems.kinds import AnswerKind, is_right, read_final, register_kind
 from mlx_fd.problems.prompts import Form
 from mlx_fd.problems.thoughts import without_thoughts
 
@@ -25,8 +26,10 @@ _DEFINED = re.compile(r"^(?:async[ ]++)?(?:def|class)[ ]++(\w++)", re.MULTILINE)
 _BEGINS = re.compile(r"\s*+(?:async[ ]|def[ ]|class[ ]|import[ ]|from[ ]|@)")
 _WORD = re.compile(r"\b[A-Za-z_]\w*+")
 _CHECKED = re.compile(r"^check\((\w{1,80})\)\s*+\Z", re.MULTILINE)
+_FUTURE = re.compile(r"^from __future__ import [^\n]*+(?:\n|\Z)", re.MULTILINE)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _LONGEST = 20_000  # characters of a program
+_MOST_TRIED = 16  # reference solutions, each of which may take as long as a reply
 
 
 def block_of(text: str, wanted: frozenset[str] = frozenset()) -> str | None:
@@ -107,7 +110,24 @@ def program_of(final: str, problem: Problem) -> str:
             # What is completed, or the imports and helpers above what is written anew.
             anew = any(found[1] == name for found in _FUNCTION.finditer(final))
             before = head if anew else problem.question
-    return f"{before}\n{final}\n\n{problem.answer}\n"
+    # These come before anything else of a program.
+    futures = "".join(f"{line.strip()}\n" for line in _FUTURE.findall(final))
+    # A reply's own "if __name__ == '__main__'" is not run, the tests' own is.
+    rest = _FUTURE.sub("", final)
+    return f"{futures}{before}\n{rest}\n\n__name__ = '__main__'\n{problem.answer}\n"
+
+
+def try_solutions(problems: Sequence[Problem]) -> tuple[int, tuple[str, ...]]:
+    """Run reference solutions of problems, evenly spread ones where there are many.
+
+    Returns:
+        How many were tried, and the ids of those that fail their own tests.
+    """
+    solved = [problem for problem in problems if problem.solution]
+    count = min(len(solved), _MOST_TRIED)
+    tried = [solved[place * len(solved) // count] for place in range(count)]
+    failing = (one.id for one in tried if not is_right(read_final(one.solution, one), one))
+    return count, tuple(failing)
 
 
 def calls_check(tests: str) -> bool:

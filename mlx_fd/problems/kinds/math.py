@@ -15,16 +15,36 @@ from typing import Any
 from mlx_fd.errors import UserError
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import AnswerKind, register_kind
-from mlx_fd.problems.parsing import after_mark, boxed, gold_part
+from mlx_fd.problems.parsing import final_text, gold_part, is_number, number, without_lead
+from mlx_fd.problems.parsing.characters import PLAIN
 from mlx_fd.problems.prompts import Form
-from mlx_fd.problems.thoughts import without_thoughts
 
 _LONGEST = 300  # characters
 # A gold answer is shorter than a solution: so many words, and fewer where there are two sentences.
 _MOST_WORDS, _MOST_WITH_SENTENCES = 12, 6
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}+")
 _NEXT_SENTENCE = re.compile(r"[a-z0-9)}$][.!?]\s++[A-Z]")
-_SPACE = re.compile(r"\\[,!;: ]|[ \t\n]|\\left(?![a-z])|\\right(?![a-z])")
+# Worked out in words, as in "She has 3 + 5 = 8 apples".
+_WORKED_OUT = re.compile(r"\d\s?[-+*/\u00d7\u00f7]\s?\d[\d\s.,()$+*/\u00d7\u00f7-]{0,40}+=")
+_LONG_WORD = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{3,}+")
+_MOST_AROUND = 4  # layers of Markdown and words
+_AHEAD = re.compile(r"(?:=>|[ =:\u2192\u21d2])++")
+_EMPHASIZED = re.compile(r"\A(\*{1,3}+)([^*]++)\*{1,3}(?![\w({-])")
+_PAIRS = (("\\[", "\\]"), ("\\(", "\\)"), ('"', '"'), ("_", "_"), ("<", ">"))
+_IN_ANGLES = re.compile(r"[,<>]")
+_DOLLAR = re.compile(r"\\?\$")
+# A row of a matrix ends in two backslashes, and the second one is not that of a space.
+_ROW_OR_SPACE = re.compile(r"(\\\\)|\\[,!]|\\[;:]|\\?\s|~")
+_SPACE = re.compile(r"(?<!\d) | (?!\d)")
+_SIDE = re.compile(r"\\(?:left|right)(?![a-z])")
+# One number without a unit: no list of two, no percentage.
+_NUMERAL = re.compile(
+    r"""(?!-?0,)[-+]?(?:[\d.'\u202f /\u00bc-\u00be\u2150-\u215e{}]|,(?=\d{3}(?!\d))|\\[dtc]?frac
+    |(?<=\d)[eE](?=[-+]?\d)[-+]?|[ ]?(?:\\times|\u00d7|\*)[ ]?10[ ]?\^[ ]?\{?[-+]?)++""",
+    re.VERBOSE,
+)
+_SIMPLE = re.compile(r"-?(?:\d++(?:\.\d++|/\d++)?|\\frac\{\d++\}\{\d++\})")
+_COUNTED = re.compile(r"([-+]?\d[\d.,/]*+)\s++([A-Za-z]{4}[A-Za-z .]*+|[A-Za-z]{1,3})")
 _FRACTION = re.compile(r"\\[dtc]frac(?![a-z])")
 _EXPONENT = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]++")
 _DIGITS = str.maketrans(
@@ -38,7 +58,6 @@ _AS_LATEX = (
     (re.compile(r"\u00b0"), r"^{\\circ}"),
     (re.compile(r"\u221e"), r"\\infty"),
     (re.compile(r"\u222a"), r"\\cup"),
-    (re.compile(r"\u2212"), "-"),
     (re.compile(r"(?:\\varnothing(?![A-Za-z])|\u2205)"), r"\\emptyset"),
 )
 _BASE = re.compile(r"(\d++)_(?:\{(\d{1,2})\}|(\d))")
@@ -61,6 +80,11 @@ _UNITS = {
         "min minute minutes",
         "h hr hour hours",
         "day days",
+        "week weeks",
+        "month months",
+        "year years",
+        "cent cents",
+        "dollar dollars",
     )
     for name in names.split()
 }
@@ -74,27 +98,69 @@ def _available() -> None:
         )
 
 
+def _bare(text: str) -> str:
+    """An answer without the Markdown, the words and the delimiters around it."""
+    text = _DOLLAR.sub("", text)
+    for _ in range(_MOST_AROUND):
+        before = text
+        text = _EMPHASIZED.sub(r"\2", without_lead(text.strip("` ")))
+        # One star at the end may be a conjugate's.
+        if text.startswith("*") or text.endswith("**"):
+            text = text.strip("*")
+        if ahead := _AHEAD.match(text):
+            text = text[ahead.end() :]
+        if text.endswith((".", "\u3002", "\uff61")) and not text.endswith(".."):
+            text = text[:-1]
+        for begin, end in _PAIRS:
+            inner = text[len(begin) : -len(end)]
+            # <1,2> is a vector, and <b>5</b> has more than these two.
+            if text == begin + inner + end and (begin != "<" or not _IN_ANGLES.search(inner)):
+                text = inner
+        if text == before:
+            break
+    return text.strip()
+
+
+def _value(text: str) -> Fraction | None:
+    """The value of a text that is one number and nothing else; ``12,5`` may be two."""
+    return number(text) if _NUMERAL.fullmatch(text) and is_number(text) else None
+
+
 def written(text: str) -> str:
-    """A formula without what changes its look alone."""
-    text = text.strip().strip("$").removesuffix(".").strip("$")
+    """A formula without what changes its look alone, and a number in its plain form."""
+    text = _ROW_OR_SPACE.sub(_row_or_space, _SIDE.sub("", text.translate(PLAIN)))
+    text = _bare(" ".join(text.split()))
+    value = _value(text)
+    if value is not None:
+        text = _FRACTION.sub(r"\\frac", text)
+        return text if _SIMPLE.fullmatch(text) else str(value)
+    counted = _COUNTED.fullmatch(text)
+    if counted and is_number(text) and (len(counted[2]) > 3 or counted[2].lower() in _UNITS):
+        text = rf"{counted[1]}\text{{{counted[2]}}}"
     text = _EXPONENT.sub(lambda match: f"^{{{match[0].translate(_DIGITS)}}}", text)
     for pattern, latex in _AS_LATEX:
         text = pattern.sub(latex, text)
     return _FRACTION.sub(r"\\frac", _SPACE.sub("", text))
 
 
+def _row_or_space(match: re.Match[str]) -> str:
+    """The end of a row as it is, a thin space as nothing, any other as one."""
+    return match[1] or ("" if match[0] in ("\\,", "\\!") else " ")
+
+
 def _read(text: str, problem: Problem, how: str) -> str | None:
-    for piece in (after_mark(text), boxed(without_thoughts(text))):
-        if piece is not None and len(piece) <= _LONGEST:
-            inner = boxed(piece)
-            return written(piece if inner is None else inner) or None
-    return None
+    final = final_text(text)
+    if final is None or len(final) > _LONGEST:
+        return None
+    return written(final) or None
 
 
 def _gold(answer: Any, choices: tuple[str, ...]) -> str:
     part = gold_part(str(answer))
     most = _MOST_WITH_SENTENCES if _NEXT_SENTENCE.search(part) else _MOST_WORDS
-    if len(_WORD.findall(part)) > most:
+    worked = _WORKED_OUT.search(part) and _LONG_WORD.search(part)
+    lines = "\n" in part and "\\begin{" not in part
+    if worked or lines or len(_WORD.findall(part)) > most:
         raise ValueError(
             "its solution does not say what it comes to; end it with #### <answer> or "
             r"\boxed{<answer>}, or give the answer in a column of its own"
@@ -128,6 +194,10 @@ def _repeating(match: re.Match[str]) -> str:
 def _alike(one: str, other: str) -> bool:
     if one == other:
         return True
+    values = _value(one), _value(other)
+    if None not in values:
+        # math-verify calls numbers the same that differ in the seventh place.
+        return values[0] == values[1]
     from mlx_fd.problems.math_worker import same
 
     # math-verify reads over both.

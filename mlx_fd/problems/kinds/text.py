@@ -13,15 +13,13 @@ from typing import Any
 
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import AnswerKind, register_kind
-from mlx_fd.problems.parsing import after_mark, boxed, gold_part
+from mlx_fd.problems.parsing import final_text, gold_part, without_lead
 from mlx_fd.problems.prompts import Form
-from mlx_fd.problems.thoughts import without_thoughts
 
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 _TEX = re.compile(r"\\(?:boxed|fbox|mbox|emph|(?:text|math)(?:bf|it|rm|sf|tt)?)\{([^{}]*+)\}")
 _MAX_NESTED = 3  # a bold text in a box
 _IN_DOLLARS = re.compile(r"\s*+\$([^$]++)\$\s*+")
-_LEAD = re.compile(r"\A(?:the )?(?:final )?answer(?: is\b|:)[ *]*+", re.IGNORECASE)
 _ARTICLES = frozenset({"a", "an", "the"})
 _GROUPS = re.compile(
     r"""(?<![\d.,])(?:\d{1,3}(?:\.\d{3})++(?=,\d{1,2}(?!\d))   # 1.234,50
@@ -94,16 +92,21 @@ def token_f1(final: str, gold: str) -> float:
 
 
 def _read(text: str, problem: Problem, how: str) -> str | None:
-    for piece in (after_mark(text), boxed(without_thoughts(text))):
-        if piece is not None and len(piece) <= MAX_TEXT:
-            return compared(_LEAD.sub("", without_tex(piece).strip(" *$<>"))) or None
-    return None
+    final = final_text(text)
+    if final is None or len(final) > MAX_TEXT:
+        return None
+    return compared(without_lead(without_tex(final).strip(" *`$<>"))) or None
 
 
 def _gold(answer: Any, choices: tuple[str, ...]) -> str:
     text = {True: "yes", False: "no"}[answer] if isinstance(answer, bool) else str(answer)
-    final = after_mark(text) if "####" in text else gold_part(text)
-    if final is None or not compared(final := without_tex(final)):
+    final = without_tex(gold_part(text))
+    if "####" in text and "\n" in final:
+        raise ValueError(
+            "the last '####' of 'answer' has words behind it and more below, as a heading has; "
+            "end it with #### <answer>"
+        )
+    if not compared(final):
         raise ValueError("'answer' has no word in it")
     return final.strip()
 

@@ -10,12 +10,16 @@ from mlx_fd.problems.parsing.answers import (
     after_mark,
     boxed,
     final_answer,
+    final_part,
+    final_text,
     gold_part,
     is_number,
     lm_eval_answer,
     lm_eval_match,
     lm_eval_readable,
+    marked,
     number,
+    without_lead,
 )
 from mlx_fd.problems.parsing.feedbacks import needs_merge, parse_feedback
 
@@ -23,12 +27,16 @@ __all__ = [
     "after_mark",
     "boxed",
     "final_answer",
+    "final_part",
+    "final_text",
     "gold_part",
     "is_number",
     "lm_eval_answer",
     "lm_eval_match",
     "lm_eval_readable",
+    "marked",
     "needs_merge",
     "number",
     "parse_feedback",
+    "without_lead",
 ]

@@ -37,7 +37,7 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e\u2189]")
+_VULGAR = re.compile("[ \u00a0\u202f]?([\u00bc-\u00be\u2150-\u215e\u2189])")
 # What no number is read out of stands for it.
 _SIGN = "\ue000"
 _FORMULA = re.compile(
@@ -85,7 +85,7 @@ _LATEX: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
     (re.compile(r"\\(?:times|cdot)(?![A-Za-z])"), "*"),
     (re.compile(r"(?<=\d)[ ]*(?=\\[dtc]?frac)"), " "),
     (
-        re.compile(r"\\[dtc]?frac[ ]?(?:\{([^{}]*)\}|(\d))[ ]?(?:\{([^{}]*)\}|(\d))"),
+        re.compile(r"\\[dtc]?frac[ ]?(?:\{([^{}]*)\}|(\d))[ ]?(?:\{([^{}]*)\}|(\d))(?!\d)"),
         _fraction,
     ),
     # What is left has something else than a number in it; of words it is no formula.
@@ -99,7 +99,8 @@ _LATEX: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
 )
 _LEAD = re.compile(
     r"""(?:[\s*_`~:=>$\u2248"'(\[]++|[A-Za-z]\w{0,15}+\s*+=
-        |(?:the|my|so|final|answer|ans|result|is|equals|about|approximately|total|therefore)\b)++""",
+        |(?:the|my|so|final|answer|ans|result|is|equals|about|approximately|total|therefore)\b
+    |(?:Rs|USD|EUR|GBP|CHF|INR|CNY|RMB)\b\.?|(?:US|CA|AU|NZ|HK|[ACRS])(?=\$))++""",
     re.VERBOSE | re.IGNORECASE,
 )
 _CALCULATION = re.compile(
@@ -130,6 +131,17 @@ _LEADING_SIGN = re.compile(r"^(?:minus|negative)\s+(?=[$\d.])", re.IGNORECASE)
 _DIGIT = re.compile(r"\d")
 _FULL_STOP = re.compile(r"\.$")
 _MARK = re.compile("#{4,}")
+# As DeepSeek-R1-Zero is asked to answer.
+_TAGGED = re.compile(r"<answer>((?:[^<]++|<(?!/?answer>))*+)</answer>", re.IGNORECASE)
+_ANSWER = r"[\s*_`>]*+(?:the\s++)?+(?:final\s++|correct\s++)?+answer[*_]*+"
+# What says that an answer follows, with a colon or without one.
+_LEADS_TO = re.compile(
+    rf"{_ANSWER}(?:\s*+(?:is\s*+)?+(?P<colon>[:=\uff1a])|\s++is\b)[\s*_`]*+", re.IGNORECASE
+)
+_IS_HEADING_OF = re.compile(rf"{_ANSWER}(?:\s++is)?+[\s*_`:\uff1a]*+", re.IGNORECASE)
+_WORD = re.compile(r"\w")
+# A word that is no command of LaTeX: what begins with one may be a heading.
+_WORD_OF_TWO = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2}")
 # Where a reply has answered, and goes on with a problem of its own.
 _NEXT_PROBLEM = re.compile(
     r"\n[ \t*_#>]{0,9}(?:Question|Problem|Q)[ ]?\d{0,4}[*_]{0,3}:", re.IGNORECASE
@@ -147,7 +159,7 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 def _plain_number(text: str) -> str:
     """Plain characters, LaTeX and one-character fractions written out."""
-    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]), text)
+    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[1]), text)
     text = text.translate(PLAIN)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
@@ -338,39 +350,72 @@ def number(text: str) -> Fraction | None:
     return None if _DIGIT.search(found.rest) else found.value
 
 
-_GOLD_NUMBER = re.compile(
-    r"""\s*+(?:[-+\u2212]|(?:minus|negative)(?=\s))?\s?[$\u20ac\u00a3]?\s?
-    (?:\d{1,3}(?:\.\d{3})++(?:,\d{1,2}(?!\d)|(?<=\.\d{3}\.\d{3}))|\d++,\d{1,2}(?![\d,])|0,\d++
-      |\d{1,3}(?:[,'\u202f]\d{2,3}|[ ]\d{3}(?!\d|/))++(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)
-    (?:[ ]\d++/\d++|\s?/\s?\d++|[eE][-+]?\d++)?\s?(?:\\?%)?
-    (?:\s(?!(?:pi|squared|cubed|factorial|dozens?|and|to|or|over|plus|minus|times)\b)
-      \(?[A-Za-z\u00b0][A-Za-z .]{1,30}+\)?)?\s*+\.?\s*+""",
+# What no gold number has, whatever is read of it in a reply: a set, a power, another command.
+_NO_GOLD_NUMBER = re.compile(
+    r"""\\(?!(?:text|mathrm|mbox|[dtc]?frac|times|cdot|left|right)(?![A-Za-z]))[A-Za-z]
+    |(?<![A-Za-z\d}^])\{|[A-Za-z}][ ]?\^|[\u00b2\u00b3\u00b9\u2070-\u207f]""",
     re.VERBOSE,
 )
-_LATEX_FRACTION = re.compile(r"\s*+[-+]?\\[dt]?frac(?:\{\d++\}|\d)(?:\{\d++\}|\d)\s*+")
+_DEGREES = re.compile(r"\^[ ]?\{?[ ]?\\circ\b[ ]?\}?|\\degree\b")
+_SQUARE_OR_CUBIC = re.compile(
+    r"(?<![A-Za-z\\])((?:[cdkm]?m|in|ft|yd|mi|units?|met(?:er|re)s?|feet|inch(?:es)?)\}?)"
+    r"[ ]?(?:\^[ ]?(?:[23]|\{[23]\})|[\u00b2\u00b3])"
+)
+# Units that may stand at a number without a space; two letters of any other kind are two factors.
+_UNIT_SIGN = r"""(?:[mk]?g|[cdkm]m|m[lL]|kWh?|[kMG]?Hz|[KkMGT]B|k[JN]|kPa|kcal|ft|lbs?|oz|mph|km/?h
+    |min|hrs?|secs?|USD|EUR|GBP|CHF|INR|CNY|RMB|(?:dollar|euro|cent|year|month|week|day|hour|minute
+    |second|degree|met(?:er|re))s?|people)(?![A-Za-z])"""
+# Of several parts, of more or less: a half, tenths, about, at least.
+_CJK_UNIT = (
+    "(?:(?![\u4e00\u4e8c-\u4e94\u516d\u4e03\u516b\u4e5d\u5341\u767e\u4e07\u842c\u4ebf\u5104\u5146\u4e24"
+    "\u534a\u591a\u4f59\u9918\u4ee5\u6210\u5272\u6298])[\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3]){1,8}+"
+)
+_GOLD_NUMBER = re.compile(
+    rf"""\s*+(?:[-+]|(?:minus|negative)(?=\s))?\s?
+    (?:(?:Rs\.?|USD|EUR|GBP|CHF|INR|CNY|RMB)\s?|(?:US|CA|AU|NZ|HK|[ACRS])(?=\$))?\${{0,2}}+\s?
+    (?:\d{{1,3}}(?:\.\d{{3}})++(?:,\d{{1,2}}(?!\d)|(?<=\.\d{{3}}\.\d{{3}}))
+      |\d{{1,3}}(?:[ \u202f]\d{{3}})++,\d{{1,2}}(?!\d)|\d++,\d{{1,2}}(?![\d,])|0,\d++
+      |\d{{1,3}}(?:[,'\u202f]\d{{2,3}}|[ ]\d{{3}}(?!\d|/))++(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)
+    (?:[ ]\d++/\d++|\s?/\s?\d++|[eE][-+]?\d++|[ ]?[*x\u00d7][ ]?10[ ]?\^[ ]?[-+]?\d++)?
+    (?:\s?(?:%|\${{1,2}}+))?
+    (?:\s{{0,3}}+(?:{_UNIT_SIGN}|{_CJK_UNIT}|\u00b0[CF]?)|\s{{1,3}}+[mghslL](?![A-Za-z])
+      |\s{{1,3}}+(?!(?:pi|squared|cubed|factorial|dozens?|and|to|or|over|plus|minus|times)\b)
+      \(?[A-Za-z\u00b0][A-Za-z .]{{1,30}}+\)?)?
+    (?:[ ]?/[ ]?(?:h|hr|hour|s|sec|second|min|minute|day|week|month|year|person|piece|each|kg|g|lb
+      |km|m|mile|ft|cm|l|L))?\s*+\.?\s*+""",
+    re.VERBOSE,
+)
 
 
 def gold_part(answer: str) -> str:
-    """The final answer in a gold solution: behind ``####``, or in its box; else all of it.
+    r"""The final answer in a gold solution; all of it where nothing says which part that is.
 
-    What it only thinks is none, so of one that ends within a thought nothing is left.
+    It is in ``<answer>`` tags, in a box behind the last ``####``, or behind that mark; without a
+    mark in the last box, or behind ``Answer:`` or ``The answer is`` on the last line. A mark with
+    words on its line and more below is a heading, and none of an answer. What a solution only
+    thinks is none either, so of one that ends within a thought nothing is left.
     """
-    answer = without_thoughts(answer)
-    if "####" in answer:
-        return answer.rpartition("####")[2].strip()
-    box = boxed(answer)
-    return answer.strip() if box is None else box.strip()
+    answer = _untagged(without_thoughts(answer))
+    _, mark, behind = answer.rpartition("####")
+    line, below = _below_heading(*_first_line(behind))
+    is_heading = below and _WORD_OF_TWO.search(line) and not is_number(line)
+    if mark and not is_heading and boxed(behind) is None:
+        return line
+    if (box := boxed(answer)) is not None:
+        return " ".join(box.split())
+    return _on_last_line(answer) or (behind if mark else answer).strip()
 
 
 def is_number(text: str) -> bool:
     """Whether a gold answer is one number, maybe with a unit, and nothing else.
 
-    ``18``, ``$1,234.50``, ``3/4``, ``12,5`` and ``18 eggs`` are; ``2k``, ``12 pi``, ``(2,4)`` and a
-    root are not.
+    ``18``, ``$1,234.50``, ``12,50 \u20ac``, ``3/4``, ``12,5``, ``18 eggs`` and ``5kg`` are; ``2k``,
+    ``12 pi``, ``(2,4)`` and a root are not.
     """
-    return bool(_GOLD_NUMBER.fullmatch(text) or _LATEX_FRACTION.fullmatch(text)) and (
-        number(text) is not None
-    )
+    if number(text) is None:
+        return False
+    text = _SQUARE_OR_CUBIC.sub(r"\1", _DEGREES.sub("\u00b0", text))
+    return not _NO_GOLD_NUMBER.search(text) and bool(_GOLD_NUMBER.fullmatch(_plain_number(text)))
 
 
 def lm_eval_answer(text: str, filter: str) -> str:
@@ -425,16 +470,17 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
     r"""The number a solution arrives at.
 
     ``"auto"`` takes the number after the last ``####`` that has one, or the one in a ``\boxed{}``
-    behind it; else the one in the last ``\boxed{}``; else the last number of the text, notes below
-    it aside. A reply that goes on with the next question has answered before it. It reads thousands
-    separators (dots from two groups on; a plain space in ``12 500`` only where nothing but a unit
-    follows; in a sentence, a unit and no noun, or it has no number), currency signs, decimals (a
-    decimal comma only where it can be nothing else), fractions, mixed numbers, scientific notation,
-    LaTeX and the digits of every script; units are ignored. As in GSM8K, ``50%`` is 50.
-    ``5 thousand`` is 5000; ``5 Mio.`` and ``5 lakh`` are not read. No number is taken out of a
-    formula (``\sqrt{51}``, ``2^k`` or ``(2,4)``): a reply that comes to one has none, nor has one
-    whose answer has two numbers (``3:30``, ``2 hours and 30 minutes``). ``"strict"`` and
-    ``"flexible"`` read what :func:`lm_eval_answer` extracts.
+    behind it or behind ``Answer:`` on the last line; else the one in the last ``\boxed{}``; else
+    the last number of the text, notes below it aside. Where ``<answer>`` tags stand behind all of
+    these, it looks between them alone. A reply that goes on with the next question has answered
+    before it. It reads thousands separators (dots from two groups on; a plain space in ``12 500``
+    only where nothing but a unit follows; in a sentence, a unit and no noun, or it has no number),
+    currency signs, decimals (a decimal comma only where it can be nothing else), fractions, mixed
+    numbers, scientific notation, LaTeX and the digits of every script; units are ignored. As in
+    GSM8K, ``50%`` is 50. ``5 thousand`` is 5000; ``5 Mio.`` and ``5 lakh`` are not read. No number
+    is taken out of a formula (``\sqrt{51}``, ``2^k`` or ``(2,4)``): a reply that comes to one has
+    none, nor has one whose answer has two numbers (``3:30``, ``2 hours and 30 minutes``).
+    ``"strict"`` and ``"flexible"`` read what :func:`lm_eval_answer` extracts.
 
     Args:
         text: the solution.
@@ -449,17 +495,19 @@ def final_answer(text: str, how: str = "auto") -> Fraction | None:
         found = _FULL_STOP.sub("", found)
         readable = len(found) <= _LONGEST_NUMBER and _PLAIN_DECIMAL.fullmatch(found)
         return Fraction(found) if readable else None
-    text = _until_next_problem(text, _has_number)
-    marked, at = _marked_number(text)
-    # A heading may look like an answer ("#### 2. Money"); what is boxed below it is one.
-    if marked is not None and not _BOX.search(text, at):
-        return marked.value
+    text = _untagged(_until_next_problem(text, _has_number))
+    behind, at = _marked_number(text)
+    # A heading may look like an answer ("#### 2. Money"); what is boxed below it is one, and what
+    # the last line says that the answer is.
+    if behind is not None and not _BOX.search(text, at):
+        said = _leading_number(_on_last_line(text[at:], colon=True)[:120])
+        return said.value if said.value is not None or said.is_formula else behind.value
     if (box := boxed(text)) is not None:
         in_box = _boxed_number(box)
         if in_box.value is not None or in_box.is_formula:
             return in_box.value
-    if marked is not None:
-        return marked.value
+    if behind is not None:
+        return behind.value
     note = _NOTE.search(text)
     for part in (text[: note.start()] if note else "", text):
         plain = _plain_number(part)
@@ -540,14 +588,90 @@ def _until_next_problem(text: str, has_answer: Callable[[str], bool]) -> str:
 
 
 def _has_number(text: str) -> bool:
-    return _marked_number(text)[0] is not None or _BOX.search(text) is not None
+    found = _BOX.search(text) or _TAGGED.search(text)
+    return found is not None or _marked_number(text)[0] is not None
+
+
+def _untagged(text: str) -> str:
+    """What stands in a text's last ``<answer>`` tags, if it marks no answer behind them."""
+    tagged = _last(_TAGGED, text)
+    if tagged is None or not _WORD.search(tagged[1]):
+        return text
+    behind = text[tagged.end() :]
+    return text if _MARK.search(behind) or _BOX.search(behind) else tagged[1]
+
+
+def final_part(text: str) -> str:
+    """The part of a reply that has its final answer: no thought, and no next problem."""
+    return _untagged(_until_next_problem(without_thoughts(text), _has_text))
+
+
+def _has_text(text: str) -> bool:
+    return any(_mark_ends(text)) or bool(_BOX.search(text) or _TAGGED.search(text))
+
+
+def _first_line(text: str) -> tuple[str, str]:
+    """The first line of a text that says something, and what is below it."""
+    line, _, below = text.strip().partition("\n")
+    return line.strip(), below.strip()
+
+
+def _below_heading(line: str, below: str) -> tuple[str, str]:
+    """A line and what is below it, but for a line that says no more than ``Final answer:``."""
+    return _first_line(below) if _IS_HEADING_OF.fullmatch(line) else (line, below)
+
+
+def _last_marked(text: str) -> tuple[str, str]:
+    """The line of the last ``####`` that anything follows on it, and what is below."""
+    for end in _mark_ends(text):
+        stop = text.find("\n", end)
+        stop = len(text) if stop < 0 else stop
+        if line := text[end:stop].strip():
+            return line, text[stop:].strip()
+    return "", text
+
+
+def marked(text: str) -> tuple[str, str]:
+    """The answer that the last ``####`` marks, and what is below it; empty, and all: none does.
+
+    It stands on the mark's line, or below ``#### Final answer`` on the next.
+    """
+    line, below = _last_marked(text)
+    return _below_heading(line, below) if below else (line, below)
+
+
+def without_lead(text: str) -> str:
+    """A text without the words that say that it is an answer: ``**Answer:** 18`` is ``18``."""
+    lead = _LEADS_TO.match(text)
+    return text[lead.end() :] if lead else text
+
+
+def _on_last_line(text: str, *, colon: bool = False) -> str:
+    """What the last line of a text says that the answer is; empty: it says nothing of that."""
+    line = text.rstrip().rpartition("\n")[2]
+    lead = _LEADS_TO.match(line)
+    return "" if lead is None or (colon and not lead["colon"]) else line[lead.end() :].strip(" *_`")
+
+
+def final_text(text: str) -> str | None:
+    r"""What a reply says that its answer is, whatever that is; ``None``: it does not say so.
+
+    It is in ``<answer>`` tags, in a ``\boxed{}`` behind the last ``####``, behind ``Answer:`` on
+    the last line below that mark, or on its line; without a mark it is in the last box, or on the
+    last line behind ``Answer:`` or ``The answer is``.
+    """
+    whole = _until_next_problem(without_thoughts(text), _has_text)
+    text = _untagged(whole)
+    line, below = marked(text)
+    box = boxed(f"{line}\n{below}")
+    if box is None and line:
+        return _on_last_line(below, colon=True) or line
+    if box is not None:
+        return box
+    return _on_last_line(text) or (text.strip() if text != whole else None)
 
 
 def after_mark(text: str) -> str | None:
     """What follows on its line the last ``####`` that anything follows; ``None``: none does."""
     text = _until_next_problem(without_thoughts(text), lambda before: any(_mark_ends(before)))
-    for end in _mark_ends(text):
-        line = text[end:].lstrip(" \t").partition("\n")[0].strip()
-        if line:
-            return line
-    return None
+    return _last_marked(text)[0] or None
