@@ -1,8 +1,10 @@
-"""Characters as models write them, and their twins in ASCII."""
+"""Characters as models write them, their twins in ASCII, and a pattern's last match in them."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections import deque
 
 NARROW = "\u202f"  # what every space that may stand inside a number becomes
 _TWINS = {
@@ -40,3 +42,8 @@ class _Plain(dict[int, str]):
 
 
 PLAIN = _Plain()
+
+
+def last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """The last place where a pattern matches."""
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
