@@ -76,6 +76,8 @@ FAMILIES = (
     _tags("seed", "<seed:think>", "</seed:think>"),
     _tags("longcat", "<longcat_think>", "</longcat_think>"),
     _tags("muse", "<|think:start|>", "<|think:end|>"),
+    _tags("exaone", "<thought>", "</thought>"),  # EXAONE Deep
+    _tags("kimi", "\u25c1think\u25b7", "\u25c1/think\u25b7"),  # Kimi-VL Thinking
 )
 """The families whose thoughts are told from their replies."""
 
