@@ -40,9 +40,15 @@ def _config(
     """config.json with all that mlx-lm and transformers would fill in differently."""
     args: Any = model.args
     written = {key: value for key, value in config.items() if key not in _LEFT_OUT}
-    for name in ("rope_scaling", "rope_parameters"):  # positions of pictures are none of a text's
-        if isinstance(written.get(name), dict):
-            written[name] = {k: v for k, v in written[name].items() if not k.startswith("mrope_")}
+    # Positions of pictures are none of a text's.
+    if kind_of(written.get("rope_scaling")) == "default":
+        written.pop("rope_scaling", None)
+    if isinstance(rope := written.get("rope_parameters"), dict):
+        written["rope_parameters"] = {
+            key: "default" if value == "mrope" else value
+            for key, value in rope.items()
+            if not key.startswith("mrope_")
+        }
     options = (*_SAID, *(key.option for key in (*COMMON, *family.keys)))
     said = {name: getattr(args, name, None) for name in options}
     overrides = {
@@ -121,8 +127,13 @@ def check_source(source: Source) -> None:
     Raises:
         UserError: the model is of no known family, or transformers would compute otherwise.
     """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     model, _, family = open_text(source.ref, "--format hf")
     differs = family.check_hf(model.args)
+    kind = kind_of(getattr(model.args, "rope_scaling", None))
+    if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+        differs = f"has no rotary positions of type {kind}"
     if differs is not None:
         raise UserError(f"--format hf: transformers {differs}; --format mlx keeps it")
 

@@ -39,6 +39,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# Words in the names of a multimodal model's entries that are none of its language model's.
+_NO_TEXT = ("vision", "image", "video", "audio")
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,8 @@ def open_text(ref: ModelRef, what: str) -> tuple[Any, dict[str, Any], Family]:
     model, name = language_model(whole, config["model_type"])
     family = family_of(name, what)
     part = config if model is whole else language_part(config)
+    if model is not whole and part is config:  # Qwen2-VL's has no part for the text alone
+        part = {k: v for k, v in config.items() if not any(word in k for word in _NO_TEXT)}
     return model, {**part, "model_type": family.name}, family
 
 

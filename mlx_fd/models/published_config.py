@@ -22,7 +22,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.models.backend import backend
 from mlx_fd.models.directory import AGAIN, CONFIG, blaming, read_header, read_object
 from mlx_fd.models.quantization import check_quantization, with_quantization_file
-from mlx_fd.models.rope_scaling import for_short_texts, is_for_short_texts
+from mlx_fd.models.rope_scaling import UNSCALED, for_short_texts, is_for_short_texts
 
 # Names that mlx-lm's classes have for what transformers calls by the first of each.
 BASE_FIELDS = ("rope_theta", "rotary_emb_base", "rope_embedding_base", "rope_freq_constant")
@@ -30,8 +30,6 @@ PARTIAL_FIELDS = ("partial_rotary_factor", "rotary_pct")
 # The rotary base of the sliding layers, where a model has two.
 LOCAL_BASE_FIELDS = ("rope_local_base_freq", "rope_local_theta", "swa_rope_theta")
 _PERIOD_FIELDS = ("sliding_window_pattern", "full_attention_interval")
-# Positions are turned as by "default" on text: the three sections of mrope are equal there.
-UNSCALED = ("default", "mrope")
 # Scalings that begin at a length, which mlx-lm looks for in their own entry alone.
 _FROM_A_LENGTH = ("yarn", "llama3")
 _ORIGINAL = "original_max_position_embeddings"
