@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_fd.errors import UserError
 from mlx_fd.export.mlx_dir import MLX_KEYS
 from mlx_fd.export.source import (
+    GENERATION_CONFIG,
     TOKENIZER_FILES,
     Source,
     changed_modules,
@@ -115,7 +116,7 @@ def _blocks(source: Source, family: Family) -> Weights:
 
 
 def _generation_config(source: Source, config: dict[str, Any]) -> dict[str, Any]:
-    if settings := read_json(source.ref.model / "generation_config.json"):
+    if settings := read_json(source.ref.model / GENERATION_CONFIG):
         return {**settings, "eos_token_id": config["eos_token_id"]}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: config[name] for name in names if config.get(name) is not None}
@@ -197,7 +198,7 @@ def write_model(
             "weight_map": dict(sorted(split.tensor_to_filename.items())),
         }
         write_json(folder / "model.safetensors.index.json", index)
-    write_json(folder / "generation_config.json", _generation_config(source, config))
+    write_json(folder / GENERATION_CONFIG, _generation_config(source, config))
     copy_tokenizer(source.ref.model, folder)
 
 
@@ -230,6 +231,6 @@ def read_back(folder: Path, scratch: Path) -> Path:
         if file.suffix == ".safetensors" and file.name.startswith("model"):
             weights = family.from_hf(read_arrays(file))
             mx.save_safetensors(str(out / file.name), weights, metadata={"format": "mlx"})
-        elif file.name in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
+        elif file.name in (*TOKENIZER_FILES, "config.json", GENERATION_CONFIG):
             copy_file(file, out)
     return out
