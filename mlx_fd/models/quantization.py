@@ -140,8 +140,10 @@ def check_quantization(config: Mapping[str, Any], file: Path, reader: str) -> No
     for module, form in _forms(quantization):
         bits, group, mode = form.get("bits"), form.get("group_size"), form.get("mode", "affine")
         try:
-            # MLX divides by what it is given, and a division by zero ends the process.
-            if not (_is_count(bits) and _is_count(group)):
+            # MLX divides by what it is given, and a division by zero ends the process. What the
+            # whole model's form leaves out mlx-lm does not have.
+            counts = _is_count(bits) and _is_count(group)
+            if not counts or (form is quantization and None in (bits, group)):
                 raise ValueError("no count")
             # Of the form alone: nothing is computed.
             mx.quantize(mx.zeros((1, _COLUMNS)), group, bits, mode=mode)

@@ -32,6 +32,8 @@ MX = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
         ({"quantization": {**MX, "bits": 8}}, "as mxfp4 with 8 bits in groups of 32"),
         ({"quantization": {"bits": 7, "group_size": 64}}, "as affine with 7 bits"),
         ({"quantization": {"bits": 4, "group_size": 48}}, "in groups of 48"),
+        ({"quantization": {"bits": 4}}, "in groups of None"),
+        ({"quantization": {}}, "with None bits in groups of None"),
         ({"quantization": {"bits": 4, "group_size": 0}}, "in groups of 0"),
         ({"quantization": {"bits": -1, "group_size": 64}}, "with -1 bits"),
         ({"quantization": {"bits": True, "group_size": 64}}, "with True bits"),
