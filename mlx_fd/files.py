@@ -57,6 +57,15 @@ def write_with(path: Path, write: Callable[[Path], None]) -> str:
     return digest
 
 
+def failed_write(error: OSError | RuntimeError) -> str | None:
+    """Why a write failed, in words; ``None`` where the error is about something else."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # MLX reports a failed write of weights this way, and only this way.
+    said = str(error).lower()
+    return str(error) if "write" in said or "open" in said else None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as readable JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

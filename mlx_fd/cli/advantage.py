@@ -164,12 +164,11 @@ def advantage(
     from mlx_fd.cli.terminal.steps import Steps
     from mlx_fd.config import Config, override
     from mlx_fd.feedback.judge import locate_model, open_student
-    from mlx_fd.files import write_atomic, write_json
+    from mlx_fd.files import failed_write, write_atomic, write_json
     from mlx_fd.models.context import fitting
     from mlx_fd.models.loading import load
     from mlx_fd.models.resolve import resolve
     from mlx_fd.report.advantage_page import page
-    from mlx_fd.runs import failed_write
     from mlx_fd.runs.marks import ADVANTAGE, claimed_for_later
     from mlx_fd.training.selfdistill import advantage as analysis
     from mlx_fd.training.selfdistill.contexts import Materials, describe

@@ -33,13 +33,13 @@ from mlx_fd.export.verify import (
     role_chat,
 )
 from mlx_fd.feedback.judge import open_student
-from mlx_fd.files import replacing, working_folder
+from mlx_fd.files import failed_write, replacing, working_folder
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.loading import Loaded, load
 from mlx_fd.models.resolve import parse_name
 from mlx_fd.models.score_head import SCORE_HEAD
 from mlx_fd.models.storage import new_directory
-from mlx_fd.runs import MANIFEST, SUMMARY, failed_write
+from mlx_fd.runs import MANIFEST, SUMMARY
 
 if TYPE_CHECKING:
     from mlx_fd.models.student import Student

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_fd.errors import UserError
 from mlx_fd.export.mlx_dir import MLX_KEYS
 from mlx_fd.export.source import (
+    GENERATION_CONFIG,
     TOKENIZER_FILES,
     Source,
     changed_modules,
@@ -40,9 +41,15 @@ def _config(
     """config.json with all that mlx-lm and transformers would fill in differently."""
     args: Any = model.args
     written = {key: value for key, value in config.items() if key not in _LEFT_OUT}
-    for name in ("rope_scaling", "rope_parameters"):  # positions of pictures are none of a text's
-        if isinstance(written.get(name), dict):
-            written[name] = {k: v for k, v in written[name].items() if not k.startswith("mrope_")}
+    # Positions of pictures are none of a text's.
+    if kind_of(written.get("rope_scaling")) == "default":
+        written.pop("rope_scaling", None)
+    if isinstance(rope := written.get("rope_parameters"), dict):
+        written["rope_parameters"] = {
+            key: "default" if value == "mrope" else value
+            for key, value in rope.items()
+            if not key.startswith("mrope_")
+        }
     options = (*_SAID, *(key.option for key in (*COMMON, *family.keys)))
     said = {name: getattr(args, name, None) for name in options}
     overrides = {
@@ -109,7 +116,7 @@ def _blocks(source: Source, family: Family) -> Weights:
 
 
 def _generation_config(source: Source, config: dict[str, Any]) -> dict[str, Any]:
-    if settings := read_json(source.ref.model / "generation_config.json"):
+    if settings := read_json(source.ref.model / GENERATION_CONFIG):
         return {**settings, "eos_token_id": config["eos_token_id"]}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: config[name] for name in names if config.get(name) is not None}
@@ -121,8 +128,13 @@ def check_source(source: Source) -> None:
     Raises:
         UserError: the model is of no known family, or transformers would compute otherwise.
     """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     model, _, family = open_text(source.ref, "--format hf")
     differs = family.check_hf(model.args)
+    kind = kind_of(getattr(model.args, "rope_scaling", None))
+    if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+        differs = f"has no rotary positions of type {kind}"
     if differs is not None:
         raise UserError(f"--format hf: transformers {differs}; --format mlx keeps it")
 
@@ -186,7 +198,7 @@ def write_model(
             "weight_map": dict(sorted(split.tensor_to_filename.items())),
         }
         write_json(folder / "model.safetensors.index.json", index)
-    write_json(folder / "generation_config.json", _generation_config(source, config))
+    write_json(folder / GENERATION_CONFIG, _generation_config(source, config))
     copy_tokenizer(source.ref.model, folder)
 
 
@@ -219,6 +231,6 @@ def read_back(folder: Path, scratch: Path) -> Path:
         if file.suffix == ".safetensors" and file.name.startswith("model"):
             weights = family.from_hf(read_arrays(file))
             mx.save_safetensors(str(out / file.name), weights, metadata={"format": "mlx"})
-        elif file.name in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
+        elif file.name in (*TOKENIZER_FILES, "config.json", GENERATION_CONFIG):
             copy_file(file, out)
     return out

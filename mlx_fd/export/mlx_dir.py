@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_fd.export.source import (
+    GENERATION_CONFIG,
     Source,
     adapter_config,
     copy_file,
@@ -78,7 +79,7 @@ def write_model(
     save_model(folder, model, donate_model=True)
     save_config(config, folder / "config.json")
     copy_tokenizer(source.ref.model, folder)
-    copy_file(source.ref.model / "generation_config.json", folder)
+    copy_file(source.ref.model / GENERATION_CONFIG, folder)
 
 
 def write_adapter(source: Source, folder: Path) -> None:

@@ -14,7 +14,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback.judge import ModelRef, adapter_base, locate_model
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.dense import dequantize
-from mlx_fd.models.directory import ADAPTER_CONFIG
+from mlx_fd.models.directory import ADAPTER_CONFIG, check_link
 from mlx_fd.models.families import FAMILIES, Family
 from mlx_fd.models.loading import open_lazily
 from mlx_fd.models.published_config import language_part
@@ -39,6 +39,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# Words in the names of a multimodal model's entries that are none of its language model's.
+_NO_TEXT = ("vision", "image", "video", "audio")
+GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,12 @@ def open_source(
         template_kwargs: further variables of the chat template, beside the run's.
 
     Raises:
-        UserError: nothing of that name, or its files are damaged: a file ends early, or numbers in
-            it are not finite.
+        UserError: nothing of that name, or its files are damaged: a file ends early, numbers in
+            it are not finite, or what would be copied is a link to somewhere else.
     """
     ref = locate_model(name, adapter, template_kwargs)
+    for copied in (*TOKENIZER_FILES, GENERATION_CONFIG):
+        check_link(ref.model / copied)
     for file in sorted(ref.model.glob("model*.safetensors")):
         _check_file(file)
     if ref.adapter is not None:
@@ -207,6 +212,8 @@ def open_text(ref: ModelRef, what: str) -> tuple[Any, dict[str, Any], Family]:
     model, name = language_model(whole, config["model_type"])
     family = family_of(name, what)
     part = config if model is whole else language_part(config)
+    if model is not whole and part is config:  # Qwen2-VL's has no part for the text alone
+        part = {k: v for k, v in config.items() if not any(word in k for word in _NO_TEXT)}
     return model, {**part, "model_type": family.name}, family
 
 

@@ -21,10 +21,10 @@ from mlx_fd.models.published_config import (
     BASE_FIELDS,
     LOCAL_BASE_FIELDS,
     PARTIAL_FIELDS,
-    UNSCALED,
     language_part,
     rope_kind,
 )
+from mlx_fd.models.rope_scaling import UNSCALED
 from mlx_fd.models.view import find_blocks
 
 # Feed-forward layers multiply a gate with something: names of the gate's activation in config.json,

@@ -13,6 +13,7 @@ from mlx_fd.models.directory import CONFIG
 from mlx_fd.models.loading import open_template
 from mlx_fd.models.published_config import (
     ignored_window,
+    language_part,
     read_config,
     short_text_length,
     text_config,
@@ -25,17 +26,24 @@ from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 # names, turn ends. The system prompt of some is longer, and is counted where it may matter.
 TEMPLATE_TOKENS = 64
 _LONG_TEMPLATE = 512
+_LENGTH = "max_position_embeddings"
+# What architectures of other makers call it. GPT-2's table of positions has n_positions rows.
+_SYNONYMS = (
+    *("n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "max_context_length"),
+    *("seq_length", "model_max_length"),
+)
 
 
 def context_length(path: Path) -> int | None:
     """Tokens that a model was made to read at most; ``None`` where its config.json does not say.
 
-    No more than the window of its layers, where mlx-lm lets them read beyond it; and no more than
-    longrope's factors for short texts are for.
+    Where several entries say it, the least counts. No more than the window of its layers, where
+    mlx-lm lets them read beyond it; and no more than longrope's factors for short texts are for.
     """
     config, file = read_config(path), path / CONFIG
-    length = text_config(config, file).get("max_position_embeddings")
-    limits = (length, ignored_window(config, file), short_text_length(config))
+    said = [language_part(config).get(name) for name in _SYNONYMS]
+    length = text_config(config, file).get(_LENGTH)
+    limits = (length, *said, ignored_window(config, file), short_text_length(config))
     return min((one for one in limits if type(one) is int and one > 0), default=None)
 
 

@@ -162,6 +162,34 @@ def _check_file(file: Path) -> None:
         raise UserError(f"{file}: has {info.st_size} bytes, more than {most}; {AGAIN}")
 
 
+def check_link(file: Path) -> None:
+    """Make sure that a file is its directory's own, before it is copied to where others see it.
+
+    The hub's cache is made of links into its own folder ``blobs``.
+
+    Raises:
+        UserError: it is a link that leads elsewhere.
+    """
+    folder, target = file.parent.resolve(), file.resolve()
+    if target.is_relative_to(folder) or _is_of_hub(target, folder):
+        return
+    raise UserError(
+        f"{file}: is a link to {target}, outside of the model's directory, and would be copied; "
+        "put the file itself there, or take the link away"
+    )
+
+
+def _is_of_hub(target: Path, folder: Path) -> bool:
+    """Whether a file is one that the hub's library has fetched into its cache."""
+    from huggingface_hub import constants
+
+    of_folder = folder.parents[1] if folder.parent.name == "snapshots" else None
+    blobs = target.parent
+    return blobs.name == "blobs" and (
+        blobs.parent == of_folder or blobs.parents[1] == Path(constants.HF_HUB_CACHE).resolve()
+    )
+
+
 # --------------------------------------------------------------------------------------------- JSON
 
 

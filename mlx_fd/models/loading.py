@@ -271,8 +271,9 @@ def template_of(
         date: the day that it prints, ``YYYY-MM-DD``; empty: that outside of a run.
 
     Raises:
-        UserError: as :func:`mlx_fd.models.chat_template.fitted`; mlx-lm writes its chats with
-            code instead of a template; or nothing says how a turn ends.
+        UserError: as :func:`mlx_fd.models.chat_template.fitted` and
+            :func:`mlx_fd.models.thinking.check_tail`; mlx-lm writes its chats with code instead of
+            a template; or nothing says how a turn ends.
     """
     if tokenizer._chat_template is not None:
         kind = read_json(path / "tokenizer_config.json").get("chat_template_type")
@@ -293,6 +294,7 @@ def template_of(
     if not template.source:
         return template
     template = fitted(template)
+    thinking.check_tail(template, tokenizer.get_vocab())
     if (end := _unnamed_end(template, tokenizer)) is not None:
         ends = tuple(sorted({*template.end_tokens, end}))
         template = dataclasses.replace(template, end_tokens=ends)

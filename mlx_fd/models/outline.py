@@ -65,7 +65,7 @@ def _packing(config: Mapping[str, Any]) -> dict[str, Any]:
     if quantization := config.get("quantization"):
         return dict(quantization)
     how = config.get("quantization_config") or {}
-    if "bits" in how and "group_size" in how:  # awq, gptq, and what mlx-lm writes
+    if "bits" in how and "group_size" in how:  # awq, and what mlx-lm writes
         return {"group_size": how["group_size"], "bits": how["bits"], "mode": "affine"}
     return dict(_METHODS.get(how.get("quant_method", ""), {}))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from mlx_fd.errors import UserError
-from mlx_fd.models.directory import AGAIN, CONFIG, blaming
+from mlx_fd.models.directory import AGAIN, CONFIG, blaming, check_link
 from mlx_fd.models.published_config import as_mlx_lm_reads, read_config, text_config
 from mlx_fd.models.storage import new_directory
 
@@ -235,6 +235,9 @@ def prune(model_dir: Path, layers: int, out_dir: Path) -> None:
         raise UserError(f"{model_dir}/{CONFIG} lacks {_COUNTS[0]}")
     if not 1 <= layers <= total:
         raise UserError(f"{model_dir} has {total} layers: layers={layers} must be 1 to {total}")
+    copied = [file for file in sorted(model_dir.iterdir()) if file.suffix in _COPIED]
+    for file in copied:
+        check_link(file)
     kept, pruned, holder = _chosen(model_dir, config, layers, total)
     pruned["mlx_fd"] = {"source": str(model_dir.resolve()), "layers": kept}
     new_index = {old: new for new, old in enumerate(kept)}
@@ -261,8 +264,8 @@ def prune(model_dir: Path, layers: int, out_dir: Path) -> None:
             json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1),
             encoding="utf-8",
         )
-        for file in model_dir.iterdir():
-            if file.suffix in _COPIED and not (working / file.name).exists():
+        for file in copied:
+            if not (working / file.name).exists():
                 shutil.copyfile(file, working / file.name)
         text = json.dumps(_encode_tagged_floats(pruned), indent=1)
         (working / CONFIG).write_text(text, encoding="utf-8")

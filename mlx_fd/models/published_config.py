@@ -21,8 +21,8 @@ from typing import Any
 from mlx_fd.errors import UserError
 from mlx_fd.models.backend import backend
 from mlx_fd.models.directory import AGAIN, CONFIG, blaming, read_header, read_object
-from mlx_fd.models.quantization import check_quantization
-from mlx_fd.models.rope_scaling import for_short_texts, is_for_short_texts
+from mlx_fd.models.quantization import check_quantization, with_quantization_file
+from mlx_fd.models.rope_scaling import UNSCALED, for_short_texts, is_for_short_texts
 
 # Names that mlx-lm's classes have for what transformers calls by the first of each.
 BASE_FIELDS = ("rope_theta", "rotary_emb_base", "rope_embedding_base", "rope_freq_constant")
@@ -30,8 +30,6 @@ PARTIAL_FIELDS = ("partial_rotary_factor", "rotary_pct")
 # The rotary base of the sliding layers, where a model has two.
 LOCAL_BASE_FIELDS = ("rope_local_base_freq", "rope_local_theta", "swa_rope_theta")
 _PERIOD_FIELDS = ("sliding_window_pattern", "full_attention_interval")
-# Positions are turned as by "default" on text: the three sections of mrope are equal there.
-UNSCALED = ("default", "mrope")
 # Scalings that begin at a length, which mlx-lm looks for in their own entry alone.
 _FROM_A_LENGTH = ("yarn", "llama3")
 _ORIGINAL = "original_max_position_embeddings"
@@ -76,7 +74,7 @@ def read_config(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or mlx-lm cannot be told what it says.
     """
     file = path / CONFIG
-    config = read_object(file)
+    config = with_quantization_file(read_object(file), path)
     has_head = None
     if config.get(_TIED) is None and language_part(config).get(_TIED) is None:
         shards = sorted(path.glob("model*.safetensors"))
@@ -197,9 +195,9 @@ def as_mlx_lm_reads(
     translated = _decode_tagged_floats(copy.deepcopy(dict(config)))
     if not isinstance(translated.get("model_type"), str):
         raise UserError(f"{file}: has no model_type; {AGAIN}")
-    check_quantization(translated, file)
     translated = _wrapped(translated, file)
     args_class = _text_args(translated, file)
+    check_quantization(translated, file, args_class.__module__.rpartition(".")[2])
     fields = _field_names(args_class)
     part = language_part(translated)
     if part is not translated:

@@ -13,13 +13,14 @@ import hashlib
 import importlib.util
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_fd._version import __version__
 from mlx_fd.errors import UserError
+from mlx_fd.files import failed_write
 from mlx_fd.models import aliases, fingerprint
 from mlx_fd.models.aliases import (
     ALIASES,
@@ -40,7 +41,8 @@ from mlx_fd.models.directory import (
 )
 from mlx_fd.models.storage import cache_dir, slug
 
-_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "model*.safetensors"]
+_SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_PATTERNS = [*_SMALL, "model*.safetensors"]
 _SHIPPED = {
     name: Path(__file__).parent / "tiny" / folder
     for name, folder in (
@@ -160,8 +162,14 @@ def why_changed(name: str, versions: Mapping[str, str]) -> str:
     )
 
 
-def _what_is_missing(path: Path) -> str | None:
-    """Why a directory cannot be loaded, or ``None`` where its files are complete."""
+def _what_is_missing(path: Path, listed: Collection[str] | None = None) -> str | None:
+    """Why a directory cannot be loaded, or ``None`` where its files are complete.
+
+    Args:
+        path: the directory.
+        listed: the files that it will have; ``None``: those that are there.
+    """
+    there = {file.name for file in path.iterdir()} if listed is None else set(listed)
     try:
         check_files(path)
         if not (path / "config.json").exists():
@@ -171,7 +179,7 @@ def _what_is_missing(path: Path) -> str | None:
         return f"is damaged: {error}"
     if not isinstance(config.get("model_type"), str):
         return "has a config.json without model_type"
-    if not any(path.glob("model*.safetensors")):
+    if not any(map(_WEIGHTS.fullmatch, there)):
         return "has no model*.safetensors (mlx_lm.convert makes them from other formats)"
     index = path / "model.safetensors.index.json"
     if index.exists():
@@ -179,10 +187,10 @@ def _what_is_missing(path: Path) -> str | None:
             shards = {str(name) for name in read_object(index)["weight_map"].values()}
         except (UserError, KeyError, AttributeError):
             return f"has an index that cannot be read ({index.name})"
-        if absent := sorted(shard for shard in shards if not (path / shard).exists()):
+        if absent := sorted(shards - there):
             return f"lacks {absent[0]}" + (f" and {len(absent) - 1} more" if absent[1:] else "")
     # BERT's older checkpoints have a bare vocabulary.
-    if not any((path / name).exists() for name in ("tokenizer.json", "vocab.txt")):
+    if not {"tokenizer.json", "vocab.txt"} & there:
         return "has no tokenizer.json"
     return None
 
@@ -246,9 +254,11 @@ def _writing(make: Callable[[], None]) -> None:
     """Run something that writes into the cache, with a message of our own when it cannot."""
     try:
         make()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        if (why := failed_write(error)) is None:
+            raise
         raise UserError(
-            f"the cache {cache_dir()} cannot be written ({error.strerror}): make room or set "
+            f"the cache {cache_dir()} cannot be written ({why}): make room or set "
             "MLX_FD_CACHE to another directory"
         ) from error
 
@@ -298,27 +308,29 @@ def _writes_text(config: Mapping[str, Any], endings: tuple[str, ...]) -> bool:
     return isinstance(names, list) and any(str(name).endswith(endings) for name in names)
 
 
-def _check_config(path: Path) -> None:
-    """Make sure that mlx-lm can open a model, from its config.json alone.
+def _check_small_files(path: Path) -> None:
+    """Make sure that mlx-lm can open a model and chat with it, from all files but the weights.
 
     Raises:
         UserError: it cannot, would make another model of it, or makes one that cannot be distilled.
     """
-    from mlx_fd.models.published_config import as_mlx_lm_reads
-
     check_directory(path)
-    config = read_object(path / "config.json")
-    if _writes_text(config, _GENERATING):  # an encoder is none of mlx-lm's
-        readable = as_mlx_lm_reads(config, path / "config.json")
+    if _writes_text(
+        read_object(path / "config.json"), _GENERATING
+    ):  # an encoder is none of mlx-lm's
         # Only here: MLX is loaded with it.
         from mlx_fd.models.config_check import check_model
         from mlx_fd.models.layer_kinds import build
+        from mlx_fd.models.loading import open_template
+        from mlx_fd.models.published_config import read_config
         from mlx_fd.models.view import check_blocks
 
+        readable = read_config(path)
         with blaming(f"{path / 'config.json'}: mlx-lm makes no model of it"):
             model = build(readable)
             check_blocks(model)
             check_model(model, readable, path / "config.json")
+        open_template(path)
 
 
 def _advice() -> str:
@@ -419,8 +431,11 @@ def _from_hub(name: str, repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        if "config.json" in files:  # what it shows need not cost the weights' download
-            _check_config(Path(snapshot_download(repo, allow_patterns=["config.json"])))
+        # What the other files show need not cost the weights' download.
+        path = Path(snapshot_download(repo, allow_patterns=_SMALL))
+        if missing := _what_is_missing(path, files):
+            raise UserError(f"{repo} {missing}")
+        _check_small_files(path)
         path = Path(snapshot_download(repo, allow_patterns=_PATTERNS))
     except UserError:
         raise

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 FREQS = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 TABLES = frozenset({FREQS, LONG, SHORT})
+# Positions are turned as by "default" on text: the three sections of mrope are equal there.
+UNSCALED = ("default", "mrope")
 # Longrope's entries for long texts, which mlx-lm takes for all texts, and those for short ones.
 _BY_LENGTH = {"long_factor": "short_factor", "long_mscale": "short_mscale"}
 _PUBLISHED = "published_"
@@ -44,9 +46,14 @@ class Scaling:
 
 
 def kind_of(scaling: dict[str, Any] | None) -> str:
-    """The kind of a ``rope_scaling``, which two keys may say, ``"su"`` as longrope."""
+    """The kind of a ``rope_scaling``, which two keys may say; one name for each.
+
+    ``"su"`` is longrope, and what scales nothing on text is the default.
+    """
     scaling = scaling or {}
     kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
+    if kind in UNSCALED:
+        return "default"
     return "longrope" if kind == "su" else kind
 
 

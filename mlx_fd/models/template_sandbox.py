@@ -3,7 +3,8 @@
 Jinja's sandbox keeps a template from files and Python's insides. It does not keep it from running
 for ever, or from writing gigabytes. So every template is rendered first in a process of its own,
 which the system stops at limits that hold inside a single operation too, and later renderings,
-where what is said may lead a template elsewhere, have a deadline that is looked at on each line.
+where what is said may lead a template elsewhere, have a deadline that is looked at on each line,
+and bounds within one (:mod:`mlx_fd.models.template_bounds`).
 
 Run as a program, this module is that process. It renders as the rest of the package does, in the
 environment that transformers gives templates (``apply_chat_template``), but for the clock.
@@ -52,7 +53,8 @@ def render(source: str, variables: Mapping[str, Any], date: str, where: str) -> 
     """Render a template that :func:`check_limits` has tried, within a deadline.
 
     The deadline is looked at on each line of the template, which works in any thread and needs no
-    signal. (A single operation is not interrupted; the other process has tried those.)
+    signal. A single operation is not interrupted: :mod:`mlx_fd.models.template_bounds` keeps it
+    small.
 
     Args:
         source: Jinja's source.
@@ -82,6 +84,8 @@ def render(source: str, variables: Mapping[str, Any], date: str, where: str) -> 
         sys.settrace(trace)
         try:
             return str(template.render({**variables, CLOCK: _clock(date)}))
+        except MemoryError as error:
+            raise TooMuch(f"{where}: its chat template {_TOO_MUCH}; {_ADVICE}") from error
         finally:
             sys.settrace(before)
 
@@ -157,8 +161,9 @@ def _environment() -> Any:
     from jinja2 import TemplateError, nodes
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
+
+    from mlx_fd.models.template_bounds import BoundedEnvironment, bounded
 
     class Generation(Extension):
         tags = {"generation"}  # noqa: RUF012 - Jinja's own way
@@ -206,10 +211,10 @@ def _environment() -> Any:
             sort_keys=sort_keys,
         )
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = bounded("tojson", to_json)
     environment.globals["raise_exception"] = refuse
     environment.globals["namespace"] = namespace
     environment.globals["dict"] = mapping

@@ -16,7 +16,7 @@ from typing import Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.models.chat_template import THINKING_SWITCHES, ChatTemplate
-from mlx_fd.problems.thoughts import FAMILIES, Family
+from mlx_fd.problems.thoughts import FAMILIES, Family, split
 
 # What nobody says: where it stands in a rendered chat is where the template puts a message.
 _ASKED, _SAID = "\u241fasked\u241f", "\u241fsaid\u241f"
@@ -149,11 +149,12 @@ def family_of(template: ChatTemplate, vocab: Any) -> Family | None:
         vocab: its tokens, by text.
     """
     for family in FAMILIES:
-        if family.start in template.source or all(token in vocab for token in family.tokens):
+        if family.start in template.source:
             return family
         if not family.starts_reply and family.end in template.source:
             return family
-    return None
+    # Tokens alone say less: a model may have those of another one that it was made from.
+    return next((one for one in FAMILIES if all(token in vocab for token in one.tokens)), None)
 
 
 @dataclass(frozen=True)
@@ -165,17 +166,47 @@ class _Frame:
     visible: str
 
 
-def _frame(render: Callable[[Sequence[str]], str], family: Family, message: str) -> _Frame | None:
+def _frame(
+    render: Callable[[Sequence[str]], str], family: Family | None, message: str
+) -> _Frame | None:
     """``None`` where the template does not write a first turn as it writes it later."""
     prompt, chat = render([message]), render([message, _SAID, message])
     before, found, _ = chat.partition(_SAID)
     place = prompt.rfind(message) + len(message)
     shared = shared_length(prompt, before)
-    mark = before.find(family.start, place)
+    mark = before.find(family.start, place) if family else -1
     shared = min(shared, mark) if mark >= 0 else shared
     if not found or shared < place or not prompt[:place].endswith(message):
         return None
     return _Frame(prompt[:shared], prompt[shared:], before[shared:])
+
+
+def check_tail(template: ChatTemplate, vocab: Any) -> None:
+    """Make sure that a template puts nothing before a new reply but a thought that is known.
+
+    It is compared with what stands before an earlier reply, where the template writes those.
+
+    Args:
+        template: the model's.
+        vocab: its tokens, by text.
+
+    Raises:
+        UserError: something else stands there, such as a mark that begins thoughts of a new kind:
+            what is thought would count as the reply.
+    """
+    family = family_of(template, vocab)
+    try:
+        frame = _frame(template.render, family, _ASKED)
+    except UserError:  # as of a template for single turns
+        return
+    tail = frame.tail if frame else ""
+    unknown = split(tail, family).reply if family else tail.strip()
+    if unknown:
+        raise UserError(
+            f"{template.owner}: its chat template puts {unknown!r:.80} before a new reply and not "
+            "before an earlier one, and what that begins is not understood (a thought, perhaps, "
+            "which would count as the reply); use another model, or take it out of the template"
+        )
 
 
 def _closed(frame: _Frame, family: Family) -> str:

@@ -88,6 +88,8 @@ FAMILIES = (
         tokens=("<|begin_of_thought|>", "<|end_of_thought|>"),
         around=("<|begin_of_solution|>", "<|end_of_solution|>"),
     ),
+    _tags("exaone", "<thought>", "</thought>"),  # EXAONE Deep
+    _tags("kimi", "\u25c1think\u25b7", "\u25c1/think\u25b7"),  # Kimi-VL Thinking
 )
 """The families whose thoughts are told from their replies."""
 

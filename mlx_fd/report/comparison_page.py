@@ -10,10 +10,9 @@ from typing import Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.export import wording
-from mlx_fd.files import write_atomic, write_json
+from mlx_fd.files import failed_write, write_atomic, write_json
 from mlx_fd.report.rendering import render
 from mlx_fd.report.tables import Cell, Table, TableRow, table
-from mlx_fd.runs import failed_write
 from mlx_fd.runs.marks import COMPARISON, claimed_for_later
 
 _NOTHING = "n/a"

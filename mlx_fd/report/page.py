@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fd.errors import UserError
-from mlx_fd.files import clear_unfinished, open_to_read, write_atomic
+from mlx_fd.files import clear_unfinished, failed_write, open_to_read, write_atomic
 from mlx_fd.report import cascade, charts, packing, self_charts, self_tables, tables
 from mlx_fd.report.drawing import Figure
 from mlx_fd.report.reading import CascadeShown, LoopRun
@@ -18,7 +18,6 @@ from mlx_fd.report.run import Run
 from mlx_fd.report.self_reading import SelfRun
 from mlx_fd.report.speculation import acceptance_figure
 from mlx_fd.report.trust import trust_figure
-from mlx_fd.runs import failed_write
 from mlx_fd.runs.labels import STEP_NAMES
 
 _LOOKED_AT = 1000

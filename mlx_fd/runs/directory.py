@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from mlx_fd.errors import UserError
 from mlx_fd.files import (
+    failed_write,
     open_in_place,
     open_to_read,
     read_text,
@@ -313,15 +314,6 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}).") from error
         yield
-
-
-def failed_write(error: OSError | RuntimeError) -> str | None:
-    """Why a write failed, in words; ``None`` where the error is about something else."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    # MLX reports a failed write of weights this way, and only this way.
-    said = str(error).lower()
-    return str(error) if "write" in said or "open" in said else None
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ def test_a_student_that_did_not_think_reads_no_open_thought(tmp_path, name):
     tokens = tuple(loaded.tokenizer.encode(text, add_special_tokens=False))
     assert tokens == first_prompt(loaded, "Hi")
     note = template_note(ref, tmp_path)
-    assert ("append" in note) == (name in ("r1", "harmony"))
+    assert ("append" in note) == (name in ("r1", "exaone_deep", "harmony"))
     assert ('"enable_thinking": false' in note) == ("enable_thinking" in kind.source)
     thinks = dataclasses.replace(ref, thinking=ThinkingOptions(True, 9))
     assert reply_opening(thinks) == ""

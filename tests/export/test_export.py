@@ -437,6 +437,29 @@ def test_a_file_of_the_base_that_cannot_be_read_is_no_failed_write(tmp_path, for
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("form", ["mlx", "hf", "gguf"])
+def test_a_link_that_leads_out_of_the_model_is_not_copied(tmp_path, form):
+    """What it leads to is somebody's own, and an export is for others."""
+    model = tiny.make_model_dir(tmp_path / "model")
+    (tmp_path / "secret").write_text("mine")
+    (model / "merges.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"merges\.txt: is a link to .*secret, outside of the mod"):
+        write(model, tmp_path / "out", format=form)
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_of_the_hubs_cache_are_copied(tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0", tmp_path / "models--a--b/blobs"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(tiny.make_model_dir(snapshot).iterdir()):
+        file.rename(blobs / str(number))
+        file.symlink_to(f"../../blobs/{number}")
+    write(snapshot, tmp_path / "out")
+    copied = tmp_path / "out" / "tokenizer.json"
+    assert copied.read_bytes() == (snapshot / "tokenizer.json").read_bytes()
+    assert not copied.is_symlink()
+
+
 # The score head and the card
 
 

@@ -274,7 +274,18 @@ def test_experts_of_qwen3_moe_by_themselves(tmp_path):
 
 
 # What a multimodal model writes with -> the family that transformers and llama.cpp have for it.
-WRAPPED = {"gemma3": "gemma3_text", "mistral3": "mistral", "qwen2_vl": "qwen2", "qwen3_vl": "qwen3"}
+WRAPPED = {
+    **{"gemma3": "gemma3_text", "mistral3": "mistral", "qwen3_vl": "qwen3"},
+    **{"qwen2_vl": "qwen2", "qwen2_untied": "qwen2"},
+}
+# As Qwen2.5-VL is published: without a part for the text alone.
+FLAT = {
+    "model_type": "qwen2_5_vl",
+    "rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]},
+    "vision_config": {"depth": 2, "hidden_size": 16, "model_type": "qwen2_5_vl"},
+    **{"vision_start_token_id": 3, "image_token_id": 4},
+    **{"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 28},
+}
 
 
 @pytest.mark.parametrize("name", WRAPPED)
@@ -282,7 +293,7 @@ def test_the_language_model_of_a_multimodal_one(tmp_path, name):
     """By itself, with what was learned: in both formats, read back and run."""
     from transformers import AutoConfig
 
-    model = make_architecture(tmp_path / "model", name)
+    model = make_architecture(tmp_path / "model", name, **(FLAT if name == "qwen2_untied" else {}))
     base = load(model)
     inner = base.model.language_model
     matrix = inner.model.layers[1].self_attn.q_proj
@@ -317,6 +328,8 @@ def test_the_language_model_of_a_multimodal_one(tmp_path, name):
     config, family = AutoConfig.from_pretrained(tmp_path / "hf"), FAMILIES[WRAPPED[name]]
     assert (config.architectures, config.model_type) == ([family.hf_class], family.name)
     assert not any(name.startswith("language_model") for name, _ in hf_tensors(tmp_path / "hf"))
+    written = (tmp_path / "hf" / "config.json").read_text()
+    assert not [word for word in ("mrope", "vision", "image") if word in written]
 
     gguf_file.check_source(source)
     gguf_file.write_file(source, base.tokenizer, tmp_path / "m.gguf", kind="f32")
@@ -325,6 +338,15 @@ def test_the_language_model_of_a_multimodal_one(tmp_path, name):
     # In 8 bits, the matrix that was trained is not the base's.
     written = gguf_file.write_file(source, base.tokenizer, tmp_path / "q.gguf", kind="q8_0")
     assert written.kinds["q8_0"] > 4
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_positions_that_others_do_not_scale_are_refused(tmp_path, form):
+    kind = {"rope_type": "telechat3-yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    model = make_architecture(tmp_path / "model", "llama", rope_scaling=kind)
+    check = {"hf": hf.check_source, "gguf": gguf_file.check_source}[form]
+    with pytest.raises(UserError, match="rotary positions of type telechat3-yarn"):
+        check(open_source(str(model)))
 
 
 def hf_tensors(folder):

@@ -135,6 +135,18 @@ def test_sharded_checkpoints(tmp_path: Path) -> None:
         assert mx.array_equal(array, weights[name.replace("layers.1.", "layers.3.")])
 
 
+def test_a_link_that_leads_out_of_the_model_is_not_copied(tmp_path: Path) -> None:
+    model = tiny.make_model_dir(tmp_path / "m", layers=2)
+    (tmp_path / "secret").write_text("mine")
+    (model / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"notes\.txt: is a link to"):
+        prune(model, 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (model / "notes.txt").unlink()
+    (model / "notes.txt").symlink_to("config.json")
+    prune(model, 1, tmp_path / "out")
+
+
 def test_errors_leave_nothing(tmp_path: Path) -> None:
     source = tiny.make_model_dir(tmp_path / "m", layers=3)
     for layers in (0, 4):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -352,6 +352,50 @@ def test_what_config_json_shows_is_told_before_weights_are_downloaded(
     assert not any("model.safetensors" in request for request in hub.requested)
 
 
+def _base(files: Path) -> None:
+    settings = json.loads((files / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (files / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _quantised(files: Path, **form: object) -> None:
+    config = json.loads((files / "config.json").read_text())
+    (files / "config.json").write_text(json.dumps({**config, "quantization_config": form}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_base, "has no chat template: an Instruct model is needed"),
+        (lambda files: (files / "tokenizer.json").unlink(), "good/model has no tokenizer.json"),
+        (lambda files: (files / "tokenizer.json").write_text("{}"), "the tokenizer in "),
+        (lambda files: (files / "config.json").unlink(), "good/model has no config.json"),
+        (
+            lambda files: (files / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "model-1.safetensors", "b": "model.safetensors"}}'
+            ),
+            "good/model lacks model-1.safetensors",
+        ),
+        (
+            lambda files: (files / "hf_quant_config.json").write_text("{"),
+            "hf_quant_config.json: cannot be read as JSON",
+        ),
+        (lambda files: _quantised(files, quant_method="gptq", bits=4), "quant_method gptq"),
+        (
+            lambda files: _quantised(files, quant_method="fp8", weight_block_size=[128, 128]),
+            "quant_method fp8, weight_block_size [128, 128], which mlx-lm does not read for",
+        ),
+    ],
+)
+def test_what_the_small_files_show_is_told_before_weights_are_downloaded(
+    tmp_path: Path, hub: Hub, change: Callable[[Path], None], message: str
+) -> None:
+    change(hub.files)
+    answer = Answer("good/model", tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}")
+    assert message in answer.error
+    assert not any(request.endswith(".safetensors") for request in hub.requested)
+
+
 def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MLX_FD_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -369,6 +413,22 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     path = tiny.make_model_dir(tmp_path / "m")
     with pytest.raises(UserError, match=r"cannot be written .*MLX_FD_CACHE"):
         resolve(f"{path}:layers=1")
+
+
+def test_a_disk_that_fills_up_while_weights_are_written(tmp_path: Path) -> None:
+    """MLX says so in its own way, which is no fault of this program."""
+    path = tiny.make_model_dir(tmp_path / "m")
+    least = (path / "tokenizer.json").stat().st_size + 1
+    program = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({least}, {least}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program + PROGRAM, f"{path}:layers=1"],
+        env={**os.environ, "MLX_FD_CACHE": str(tmp_path / "own")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert re.search(r"ERROR the cache .* cannot be written .*MLX_FD_CACHE", done.stdout), done
+    assert not list((tmp_path / "own").glob("pruned/*"))
 
 
 def test_new_directory_is_all_or_nothing(tmp_path: Path) -> None:

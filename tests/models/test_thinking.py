@@ -16,7 +16,7 @@ from mlx_fd.models.generation import (
     generate,
     without_thoughts,
 )
-from mlx_fd.models.loading import load, with_thinking
+from mlx_fd.models.loading import load, open_template, with_thinking
 from mlx_fd.models.writing import GenerateOptions, Sampling, Turn
 from support.architectures import make_architecture
 from support.thinkers import TEMPLATES, Line, scripted, tokens_in
@@ -32,6 +32,8 @@ def marked(name, thought):
     loaded_family = {
         "mistral": ("[THINK]", "[/THINK]"),
         "gemma4": ("<|channel>thought\n", "<channel|>"),
+        "exaone_deep": ("<thought>\n", "\n</thought>\n\n"),
+        "kimi_vl": ("\u25c1think\u25b7\n", "\n\u25c1/think\u25b7\n\n"),
         "harmony": (
             "<|end|><|start|>assistant<|channel|>analysis<|message|>",
             "<|end|><|start|>assistant<|channel|>final<|message|>",
@@ -239,3 +241,23 @@ def test_a_template_that_is_not_understood_has_replies_without_thoughts_too(tmp_
     assert (turn.text, turn.thought) == ("It is 3.", "#### 7")
     assert "7" not in loaded.tokenizer.decode(list(turn.tokens))
     assert tokens_in(turn.conversation.cache) == list(turn.conversation.tokens)
+
+
+UNKNOWN = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<ponder>\n' }}{% endif %}"
+OTHERS = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("tokens", [(), ("<think>", "</think>")])
+def test_what_a_template_puts_before_a_new_reply_has_to_be_known(tmp_path, tokens):
+    """Its thought would count as the reply, whatever numbers are in it."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in tokens])
+    source = "{% for m in messages %}" + OTHERS + UNKNOWN
+    make_model_dir(tmp_path / "m", tokenizer=tokenizer, chat_template=source)
+    with pytest.raises(UserError, match=r"puts '<ponder>' before a new reply and not before an"):
+        open_template(tmp_path / "m")
+    # The same before every reply is how this model's turns begin.
+    every = "('<ponder>\\n' if m.role == 'assistant' else '') + m.content"
+    always = source.replace("m.content", every)
+    make_model_dir(tmp_path / "n", tokenizer=tokenizer, chat_template=always)
+    assert open_template(tmp_path / "n").source == always

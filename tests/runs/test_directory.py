@@ -9,7 +9,7 @@ import pytest
 
 from mlx_fd import runs
 from mlx_fd.errors import UserError
-from mlx_fd.files import append_lines, digest_of, write_atomic, write_json
+from mlx_fd.files import append_lines, digest_of, failed_write, write_atomic, write_json
 from mlx_fd.runs import checkpoints
 from mlx_fd.runs.checked import DIGEST
 from mlx_fd.runs.logs import Log, log_size
@@ -353,9 +353,9 @@ def test_only_a_failed_write_counts_as_one(tmp_path):
     arrays = {"a": mx.zeros(1)}
     with pytest.raises(RuntimeError) as unwritten:
         mx.save_safetensors(str(tmp_path / "nowhere" / "a.safetensors"), arrays)
-    assert runs.failed_write(unwritten.value) == str(unwritten.value)
-    assert runs.failed_write(OSError(28, "No space left on device")) == "No space left on device"
-    assert runs.failed_write(RuntimeError("[matmul] shapes do not fit")) is None
+    assert failed_write(unwritten.value) == str(unwritten.value)
+    assert failed_write(OSError(28, "No space left on device")) == "No space left on device"
+    assert failed_write(RuntimeError("[matmul] shapes do not fit")) is None
 
 
 def test_manifest_of_something_else(tmp_path):

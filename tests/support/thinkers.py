@@ -71,6 +71,18 @@ TEMPLATES = {
         ),
         ("<think>", "</think>"),
     ),
+    # Opens a thought whatever it is told; its marks are no one else's.
+    "exaone_deep": Template(
+        "{% for m in messages %}{{ '[|' + m.role + '|]' }}{{ m.content.split('</thought>')[-1] }}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[|assistant|]<thought>\n' }}{% endif %}",
+        ("<thought>", "</thought>", "<think>", "</think>"),
+        family="exaone",
+    ),
+    # Its tokens alone say that it thinks.
+    "kimi_vl": Template(
+        _chatml("{{ m.content }}", ""), ("\u25c1think\u25b7", "\u25c1/think\u25b7"), family="kimi"
+    ),
     # Says nothing of thoughts at all.
     "mistral": Template(
         "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
