@@ -315,9 +315,8 @@ def _check_small_files(path: Path) -> None:
         UserError: it cannot, would make another model of it, or makes one that cannot be distilled.
     """
     check_directory(path)
-    if _writes_text(
-        read_object(path / "config.json"), _GENERATING
-    ):  # an encoder is none of mlx-lm's
+    generates = _writes_text(read_object(path / "config.json"), _GENERATING)
+    if generates:  # an encoder is none of mlx-lm's
         # Only here: MLX is loaded with it.
         from mlx_fd.models.config_check import check_model
         from mlx_fd.models.layer_kinds import build
