@@ -34,7 +34,7 @@ _FORMATTING = ("format", "format_map")
 _TABLE = "translate"  # replaces characters by texts of any length
 # A width in a format, and one that is an argument.
 _WIDE = re.compile(r"%[^%a-zA-Z]*\d{5}|\{[^{}]*\d{5}")
-_WIDTH_GIVEN = re.compile(r"%[^%a-zA-Z]*\*|\{[^{}]*:[^{}]*\{")
+_WIDTH_GIVEN = re.compile(r"%[^%a-zA-Z*]*+\*|\{[^{}:]*+:[^{}]*+\{")
 _LONG_NUMBER = re.compile(r"\d{5}")
 
 

@@ -171,7 +171,7 @@ def test_a_warm_up_is_over_unless_it_is_asked_for(tmp_path, earlier):
     [
         pytest.param(4, False, False, id="amid the weights"),
         pytest.param(8, True, False, id="before there is a run"),
-        pytest.param(12, True, True, id="just after"),
+        pytest.param(14, True, True, id="just after"),
     ],
 )
 def test_a_kill_at_the_beginning_leaves_what_can_be_begun_or_gone_on_with(
