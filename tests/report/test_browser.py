@@ -47,6 +47,7 @@ def pages(tmp_path_factory):
     rows[0]["tokens"] |= {"student_solution": 7, "later_step": 9}
     rows[11]["question"] = "The zebra's question, of which there is one."
     rows += [reported.alone(n, correct_before=True) for n in range(120, 130)]
+    rows[121]["expert_solution"] = {"text": "3 + 4 = 7\n#### 7", "final": "7"}
     metrics = [reported.metric(n, frozen=n == 5) for n in range(6)]
     one = reported.write_run(folder / "one", rows, metrics)
     (one / "eval" / "fast").mkdir(parents=True)
@@ -461,6 +462,17 @@ def test_what_each_step_took_is_shown_of_all_steps(opened):
         "#record tbody th", "heads => heads.map(h => [h.textContent, h.nextSibling.textContent])"
     )
     assert ["student's own solution", "7"] in cells and ["later step", "9"] in cells
+
+
+def test_it_is_said_why_an_answer_stayed(opened, pages, browser):
+    page = opened("one")
+    for number, why in ((120, "combined score reached the target"), (121, "came to the same")):
+        page.goto((pages / "one.html").as_uri() + f"#e-0-{number}")
+        page.reload()
+        wait_title(page, f"Episode {number}")
+        text = page.inner_text("#record")
+        assert why in text
+        assert ("Expert's own solution" in text) == ("3 + 4 = 7" in text) == (number == 121)
 
 
 def test_an_episode_can_be_linked_to(opened, pages, browser):

@@ -28,10 +28,13 @@ def test_a_run_is_read_and_its_numbers_are_its_rows(tmp_path):
     episodes = [*(reported.episode(n) for n in range(6)), *(reported.alone(n) for n in range(6, 8))]
     episodes[0]["correct_after"] = False
     episodes[1]["student_feedback"]["written_score"] = None
+    episodes[6]["expert_solution"] = {"text": "3 + 4 = 7\n#### 7", "final": "7"}
     folder = reported.write_run(tmp_path / "run", episodes)
     (run,) = read_runs([folder])
     assert run.missing == []
     assert run.finished
+    assert run.episodes[6]["expert_solution"] == episodes[6]["expert_solution"]
+    assert "expert_solution" not in run.episodes[7]
     assert run.totals["accuracy"]["final_answers"]["right"] == 7
     assert run.totals["expert_feedback"]["not_asked"] == 2
     assert run.totals["unreadable_scores"] == {"expert": 0, "student": 1}
