@@ -200,17 +200,17 @@ def asking(row: Row) -> RunValue:
 
     NaN of a row that was made before that was looked at.
     """
-    if "if_asked" not in row:
-        return RunValue(math.nan, math.nan)
-    return of_problems([marks(row, "right") - marks(row, "if_asked")])
+    return of_problems([_less_asked(row)])
 
 
 def asking_alone(row: Row) -> RunValue:
     """The same of the problems that the student alone judged: of others nothing can differ."""
-    if "if_asked" not in row:
-        return RunValue(math.nan, math.nan)
-    apart = marks(row, "right") - marks(row, "if_asked")
-    return of_problems([apart[marks(row, "asked") == 0]])
+    return of_problems([_less_asked(row)[marks(row, "asked") == 0]])
+
+
+def _less_asked(row: Row) -> NDArray[np.float64]:
+    right = marks(row, "right")
+    return right - marks(row, "if_asked") if "if_asked" in row else np.full(len(right), math.nan)
 
 
 def _share(right: NDArray[np.float64]) -> RunValue:

@@ -62,7 +62,12 @@ def over_runs(runs: Sequence[RunValue]) -> tuple[Estimate, float]:
         return Estimate(float(values.mean()) if n else math.nan, math.nan, math.nan, n), math.nan
     centre = float(values.mean())
     error = max(float(stats.sem(values)), math.hypot(*(run.error for run in counted)) / n)
-    if error == 0:
+    return _students_t(centre, error, n)
+
+
+def _students_t(centre: float, error: float, n: int) -> tuple[Estimate, float]:
+    """A mean over n runs with its 95 % interval and p, which are NaN where it has no error."""
+    if not error > 0:
         return Estimate(centre, math.nan, math.nan, n), math.nan
     low, high = stats.t.interval(0.95, n - 1, centre, error)
     p = 2 * stats.t.sf(abs(centre) / error, n - 1)
@@ -89,9 +94,4 @@ def over_runs_and_problems(
     values = [float(statistic(*run)) for run in runs]
     problems = of_problems([column for run in runs for column in run], of_all)
     apart, n = float(stats.sem(values)) if len(values) > 1 else math.nan, len(values)
-    error = math.hypot(apart, problems.error)
-    if not error > 0:
-        return Estimate(problems.value, math.nan, math.nan, n), math.nan
-    low, high = stats.t.interval(0.95, n - 1, problems.value, error)
-    p = 2 * stats.t.sf(abs(problems.value) / error, n - 1)
-    return Estimate(problems.value, float(low), float(high), n), float(p)
+    return _students_t(problems.value, math.hypot(apart, problems.error), n)

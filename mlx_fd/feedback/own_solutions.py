@@ -14,7 +14,7 @@ from mlx_fd.feedback.turns import as_student, read_answer
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import first_prompt
 from mlx_fd.models.writing import GenerateOptions, sampling_for
-from mlx_fd.problems.kinds import form_of, kind_of, same_final
+from mlx_fd.problems.kinds import form_of, is_comparable, same_final
 from mlx_fd.problems.prompts import answer_prompt
 
 STEP = "student_solution"
@@ -29,7 +29,7 @@ def write_solutions(
 ) -> Turns[StudentFeedback]:
     """Step 2: the student solves a problem itself, as :func:`solve_alike` has it."""
     problem, final = answered.problem, answered.answer.final
-    if final is None or not kind_of(problem).exclusive:
+    if not is_comparable(final, problem):
         return student
     prompt = first_prompt(pair.student_lm, answer_prompt(problem.question, form_of(problem)))
     sampling = sampling_for(as_student(options), "answer", 0)

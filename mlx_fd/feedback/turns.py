@@ -40,7 +40,7 @@ from mlx_fd.models.generation import first_prompt, followup_prompt, said
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.writing import GenerateOptions, Sampling, Turn, sampling_for
 from mlx_fd.problems import Problem, parsing
-from mlx_fd.problems.kinds import form_of, kind_of, read_final, same_final
+from mlx_fd.problems.kinds import form_of, is_comparable, read_final, same_final
 from mlx_fd.problems.prompts import (
     Answer,
     answer_prompt,
@@ -373,8 +373,7 @@ def _write_solution(
     both be right.
     """
     problem = answered.problem
-    comparable = answered.answer.final is not None and kind_of(problem).exclusive
-    if not answered.by_student or not comparable:
+    if not answered.by_student or not is_comparable(answered.answer.final, problem):
         return None
     temperature, step = options.expert_temperature, "expert_solution"
     return (

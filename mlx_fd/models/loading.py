@@ -294,8 +294,9 @@ def template_of(
     if not template.source:
         return template
     template = fitted(template)
-    thinking.check_tail(template, tokenizer.get_vocab())
-    if (end := _unnamed_end(template, tokenizer)) is not None:
+    vocab = tokenizer.get_vocab()
+    thinking.check_tail(template, vocab)
+    if (end := _unnamed_end(template, tokenizer, vocab)) is not None:
         ends = tuple(sorted({*template.end_tokens, end}))
         template = dataclasses.replace(template, end_tokens=ends)
     if not template.end_tokens:
@@ -306,14 +307,15 @@ def template_of(
     return template
 
 
-def _unnamed_end(template: ChatTemplate, tokenizer: TokenizerWrapper) -> int | None:
+def _unnamed_end(
+    template: ChatTemplate, tokenizer: TokenizerWrapper, vocab: Mapping[str, int]
+) -> int | None:
     """The token that a template ends a reply with, where it writes none of its end tokens there."""
     text = template.after_reply().lstrip()
     with blaming(f"the tokenizer of {template.owner} fails on {text!r:.80}"):
         written = tokenizer.encode(text, add_special_tokens=False)
     if not written or set(written) & set(template.end_tokens):
         return None
-    vocab = tokenizer.get_vocab()
     added = {number: token for token, number in tokenizer.get_added_vocab().items()}
     family = thinking.family_of(template, vocab)
     # gpt-oss ends a thought, too, with the token that stands behind a reply in later turns.

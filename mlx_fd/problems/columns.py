@@ -178,10 +178,11 @@ def _roles(
     row: Mapping[str, Any], by_name: Mapping[str, str], named: Mapping[str, str]
 ) -> dict[str, str | None]:
     """The column of each role; one that is named for a role is not looked up for another."""
+    free = {name: column for name, column in by_name.items() if column not in named.values()}
     found = {
         role: (named[role] if named[role] in row else None)
         if role in named
-        else _column(row, {n: c for n, c in by_name.items() if c not in named.values()}, role)
+        else _column(row, free, role)
         for role in COLUMNS
     }
     context = found["context"]

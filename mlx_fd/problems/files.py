@@ -408,8 +408,8 @@ def _csv(path: Path, text: str, columns: tuple[tuple[str, str], ...]) -> Iterato
     # The module's own limit, 128 KiB, is less than a long context has, and the whole is in memory.
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     mark = "\t" if suffixes_of(path)[0] == ".tsv" else _delimiter(text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
-    lines = len(text.splitlines())
+    stream = io.StringIO(text, newline="")
+    reader = csv.reader(stream, delimiter=mark, strict=True)
     header: list[str] | None = None
     while True:
         begin = reader.line_num + 1
@@ -418,7 +418,7 @@ def _csv(path: Path, text: str, columns: tuple[tuple[str, str], ...]) -> Iterato
         except StopIteration:
             return
         except csv.Error as error:
-            if reader.line_num > begin and reader.line_num >= lines:
+            if reader.line_num > begin and stream.tell() == len(text):
                 # An open quote took all lines to the end.
                 raise UserError(
                     f"{path}:{begin}: not CSV, and what follows cannot be read either ({error}); "

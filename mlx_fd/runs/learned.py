@@ -6,7 +6,6 @@ with. Where a stopped run has not come to a problem it counts all the same: it m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from mlx_fd.files import open_to_read
@@ -36,8 +35,5 @@ def read_questions(folder: Path) -> frozenset[str]:
     if path.exists():
         with open_to_read(path) as file:
             return frozenset(file.read().decode(errors="replace").split())
-    rows: Iterable[str] = (
-        *(row["question"] for row in read_episodes(folder)),
-        *(row["question"] for row in read_attempts(folder)),
-    )
-    return frozenset(map(question_digest, rows))
+    logged = (*read_episodes(folder), *read_attempts(folder))
+    return frozenset(question_digest(row["question"]) for row in logged)

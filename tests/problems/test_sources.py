@@ -297,6 +297,8 @@ def test_csv_damage(tmp_path):
     [
         ("p.json", '[{"question": "q", "answer": 2},\n{"question": so},\n{"question": "r"}]', 2),
         ("p.csv", 'question,answer\nq,2\n"is it so?,2\nr,3\ns,4\n', 3),
+        # A line separator of Unicode ends no row.
+        ("p.csv", 'question,answer\nq\u2028q,2\n"is it so?,2\nr,3\ns,4\n', 3),
     ],
 )
 def test_rows_after_damage_are_not_lost_as_one_bad_row(tmp_path, name, text, line):

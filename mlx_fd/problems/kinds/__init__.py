@@ -77,13 +77,18 @@ def is_right(final: str | None, problem: Problem) -> bool | None:
     return final is not None and kind.same(final, problem)
 
 
+def is_comparable(final: str | None, problem: Problem) -> bool:
+    """Whether a final answer was read, and another one that differs says that it may be wrong."""
+    return final is not None and kind_of(problem).exclusive
+
+
 def same_final(one: str | None, other: str | None, problem: Problem) -> bool | None:
     """Whether two final answers to a problem are one.
 
     ``None``: one of them could not be read, or answers of this kind differ and are right all the
     same.
     """
-    if one is None or other is None or not kind_of(problem).exclusive:
+    if one is None or other is None or not is_comparable(one, problem):
         return None
     return kind_of(problem).alike(one, other)
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import re
 import textwrap
-from collections.abc import Sequence
 from typing import Any
 
 from mlx_fd.problems import Problem, execution
@@ -117,7 +117,8 @@ def program_of(final: str, problem: Problem) -> str:
     return f"{futures}{before}\n{rest}\n\n__name__ = '__main__'\n{problem.answer}\n"
 
 
-def try_solutions(problems: Sequence[Problem]) -> tuple[int, tuple[str, ...]]:
+@functools.lru_cache(maxsize=4)  # a command loads its problems more than once
+def try_solutions(problems: tuple[Problem, ...]) -> tuple[int, tuple[str, ...]]:
     """Run reference solutions of problems, evenly spread ones where there are many.
 
     Returns:
