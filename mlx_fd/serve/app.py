@@ -43,7 +43,7 @@ class _Front:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1003})
             return
-        note: dict[str, Any] = {"status": None, "fields": {}, "texts": {}}
+        note: dict[str, Any] = {"status": None, "error": None, "fields": {}, "texts": {}}
         scope["mlx_fd"] = note
         scope["app"] = self  # then a wrong path or method is an HTTPException
         number, begin = uuid.uuid4().hex, time.monotonic()
@@ -92,7 +92,8 @@ class _Front:
                 answered = ApiError(500, "Something went wrong in the server.", code="internal")
                 await reply.error(answered)
             return "".join(traceback.format_exception(error))[-4000:]
-        return None
+        found: str | None = note["error"]
+        return found
 
     def _check(self, scope: Scope) -> None:
         """Refuse who may not ask.

@@ -36,8 +36,9 @@ async def decide(service: Service, model: str, asked: Asked, job: Callable[..., 
         answer = await writing.written()
     finally:
         writing.drop()
+    judging = 0
     if judges:
-        score = await _head_score(service, prompt, answer)
+        score, judging = await _head_score(service, prompt, answer)
     else:
         score = answer_score(answer.logprobs, finished=answer.reason == "stop")
     other = "models that think as this request wants it" if asked.thinks_otherwise else ""
@@ -46,13 +47,16 @@ async def decide(service: Service, model: str, asked: Asked, job: Callable[..., 
     if other:
         rule = dataclasses.replace(rule, confidence=None)
     decision = decided(rule, score, answer, has_expert=EXPERT in asked.prompts)
+    decision = dataclasses.replace(decision, judging=judging)
     if not other:
         return decision
     return dataclasses.replace(decision, reason=f"{decision.reason}; it was not set for {other}")
 
 
-async def _head_score(service: Service, prompt: tuple[int, ...], answer: Written) -> float:
-    """The score head's score of the answer that the student has just given."""
+async def _head_score(
+    service: Service, prompt: tuple[int, ...], answer: Written
+) -> tuple[float, int]:
+    """The score head's score of the student's own answer, and the tokens written for it."""
     served = service.served
     loaded = served.student
     reply = answer.tokens
@@ -62,4 +66,4 @@ async def _head_score(service: Service, prompt: tuple[int, ...], answer: Written
     sampling = Sampling(service.feedback_tokens)
     verdict = await judge(service, request, sampling, answer.conversation, text=False)
     assert verdict.score is not None
-    return verdict.score
+    return verdict.score, verdict.drawn

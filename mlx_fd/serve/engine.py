@@ -144,6 +144,12 @@ class _Running:
     logprobs: list[mx.array] = field(default_factory=list)
     accepted: int = 0
 
+    @property
+    def read(self) -> int:
+        """Tokens that had to be read before its first one."""
+        old = self.job.conversation
+        return len(self.job.prompt) + (len(old.tokens) if old.cache is None else 0)
+
 
 @dataclass(frozen=True)
 class _Write:
@@ -167,16 +173,21 @@ class _Call:
 _Order = _Write | _Drop | _Call | None
 
 
+OnText = Callable[[str, int, int, int], None]
+"""Called with who wrote a text, and the tokens read, written, and accepted of a draft's."""
+
+
 class Engine:
     """Models on a thread of their own; all methods are of the event loop that started it."""
 
-    def __init__(self, places: int):
+    def __init__(self, places: int, on_text: OnText = lambda who, read, written, accepted: None):
         """An engine that has not started.
 
         Args:
             places: texts that each model writes side by side.
+            on_text: called on the models' thread when a text leaves, finished or not.
         """
-        self._places = places
+        self._places, self._on_text = places, on_text
         self._orders: queue.SimpleQueue[_Order] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -250,7 +261,7 @@ class Engine:
         except BaseException as error:
             self._tell(_fail, opened, error)
             return
-        work = _Work(models, self._places)
+        work = _Work(models, self._places, self._on_text)
         self._tell(_succeed, opened, models)
         going_on = True
         while going_on:
@@ -310,8 +321,8 @@ def _deliver(found: _Found) -> None:
 class _Work:
     """What the thread does: lanes of texts."""
 
-    def __init__(self, models: Served, places: int):
-        self.models, self._places = models, places
+    def __init__(self, models: Served, places: int, on_text: OnText):
+        self.models, self._places, self._on_text = models, places, on_text
         self._lanes: dict[str, Lane] = {}
         self._running: dict[tuple[str, int], _Running] = {}
         self._where: dict[Writing, tuple[str, int]] = {}
@@ -343,7 +354,7 @@ class _Work:
     def drop(self, writing: Writing) -> None:
         key = self._where.pop(writing, None)
         if key is not None:
-            del self._running[key]
+            self._leave(key)
             self._lanes[key[0]].drop(key[1])
 
     def step(self) -> _Found:
@@ -367,9 +378,7 @@ class _Work:
         lost = [key for key in self._running if key[0] == who]
         found: _Found = []
         for key in lost:
-            one = self._running.pop(key)
-            self._where.pop(one.writing, None)
-            found.append((one.writing, error))
+            found.append((self._leave(key).writing, error))
         return found
 
     def _take(self, who: str, step: Step, found: _Found) -> None:
@@ -396,8 +405,17 @@ class _Work:
         piece += one.text.end()
         if piece:
             self._say(one, piece, found)
-        del self._running[key], self._where[one.writing]
+        # Counted before it is told: who has a reply finds its tokens in the metrics.
+        self._leave(key)
         found.append((one.writing, _written(one, "stop" if one.text.stopped else ended, cache)))
+
+    def _leave(self, key: tuple[str, int]) -> _Running:
+        """Take a text out, and count what it took; of one without a token nothing is known."""
+        one = self._running.pop(key)
+        self._where.pop(one.writing, None)
+        if one.tokens:
+            self._on_text(key[0], one.read, len(one.tokens), one.accepted)
+        return one
 
     def _say(self, one: _Running, piece: str, found: _Found) -> None:
         one.said.append(piece)
@@ -419,7 +437,7 @@ def _written(one: _Running, reason: str, cache: Any) -> Written:
         tokens=tuple(one.tokens),
         reason=reason,
         conversation=Conversation((*old.tokens, *prompt, *one.tokens), kept),
-        read=len(prompt) + (len(old.tokens) if old.cache is None else 0),
+        read=one.read,
         first=one.first,
         logprobs=tuple(logprobs),
         accepted=one.accepted,

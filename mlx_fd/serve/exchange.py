@@ -87,26 +87,26 @@ class Exchange:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Work for it."""
-        reply = Reply(send)
-        working = asyncio.ensure_future(self._within(reply))
+        reply, note = Reply(send), scope["mlx_fd"]
+        working = asyncio.ensure_future(self._within(reply, note))
         leaving = asyncio.ensure_future(_gone(receive))
         try:
             await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if working.done():
                 await working
             else:
-                scope["mlx_fd"]["status"] = CLIENT_GONE
+                note["status"] = CLIENT_GONE
         finally:
             for task in (working, leaving):
                 task.cancel()
             await asyncio.gather(working, leaving, return_exceptions=True)
 
-    async def _within(self, reply: Reply) -> None:
+    async def _within(self, reply: Reply, note: dict[str, Any]) -> None:
         try:
             async with asyncio.timeout(self._seconds):
                 await self._work(reply)
         except ApiError as error:
-            await reply.error(error)
+            await _refuse(reply, note, error)
         except TimeoutError:
             late = ApiError(
                 504,
@@ -114,11 +114,18 @@ class Exchange:
                 "here.",
                 code="timeout",
             )
-            await reply.error(late)
+            await _refuse(reply, note, late)
         except Exception:
             # What it was stands in the log, not in the reply.
-            await reply.error(ApiError(500, "Something went wrong in the server.", code="internal"))
+            wrong = ApiError(500, "Something went wrong in the server.", code="internal")
+            await _refuse(reply, note, wrong)
             raise
+
+
+async def _refuse(reply: Reply, note: dict[str, Any], error: ApiError) -> None:
+    """Tell an error, and note it: a stream that breaks off has begun with status 200."""
+    note["status"], note["error"] = error.status, error.code
+    await reply.error(error)
 
 
 async def _gone(receive: Receive) -> None:

@@ -28,6 +28,7 @@ class Verdict:
             ``None``: it does not say so that it can be read.
         finished: whether the student ended the text itself.
         thought: what it thought before; empty: nothing.
+        drawn: tokens that were written for it, those of the thought included.
     """
 
     score: float | None
@@ -36,6 +37,7 @@ class Verdict:
     first_wrong_step: int | None = None
     finished: bool = True
     thought: str = ""
+    drawn: int = 0
 
 
 async def judge(
@@ -68,6 +70,7 @@ async def judge(
             start = Conversation()
         hidden, before = prefill(loaded, start, prompt[len(start.tokens) :])
         score = None if student is None or behind else float(student.score(hidden))
+        service.metrics.took(STUDENT, len(prompt) - len(start.tokens))
         return before, score
 
     before, score = Conversation(), None
@@ -91,6 +94,8 @@ async def judge(
 
         def end(models: Served) -> float:
             criticism = Criticism(said, prompt, before)
+            again = len(said.tokens) - 1 if trained.scores_at_end else 0
+            service.metrics.took(STUDENT, len(prompt) - len(before.tokens) + again)
             return head_score(trained, models.student, criticism)
 
         score = await service.engine.call(end)
@@ -102,4 +107,5 @@ async def judge(
         first_error(feedback.text),
         finished,
         written.thought,
+        written.drawn,
     )

@@ -12,6 +12,7 @@ from prometheus_client import (
 )
 
 from mlx_fd.serve.engine import Written
+from mlx_fd.serve.models import STUDENT
 from mlx_fd.serve.rule import Decision
 
 # When a counter began is of no use here, and doubles the text.
@@ -48,13 +49,14 @@ class Metrics:
         )
         self.tokens = Counter(
             "mlx_fd_tokens",
-            "Tokens read and written, and those written that the draft had proposed (accepted)",
+            "Tokens read and written, feedback and unfinished texts included; accepted: those "
+            "written that the draft had proposed",
             ("model", "kind"),
             registry=registry,
         )
         self.answers = Counter(
             "mlx_fd_answers",
-            "Chats, by who was asked and who answered",
+            "Whole answers, by who was asked and who answered",
             ("asked", "by"),
             registry=registry,
         )
@@ -71,19 +73,25 @@ class Metrics:
             "mlx_fd_reloads", "New weights taken, by outcome", ("outcome",), registry=registry
         )
 
-    def wrote(self, model: str, written: Written) -> None:
-        """Count a text."""
-        self.tokens.labels(model, "read").inc(written.read)
-        self.tokens.labels(model, "written").inc(written.drawn)
-        if written.accepted:
-            self.tokens.labels(model, "accepted").inc(written.accepted)
-        self.first.labels(model).observe(written.first)
+    def took(self, model: str, read: int, written: int = 0, accepted: int = 0) -> None:
+        """Count tokens, from any thread: what a model read and wrote, and its draft proposed."""
+        self.tokens.labels(model, "read").inc(read)
+        self.tokens.labels(model, "written").inc(written)
+        if accepted:
+            self.tokens.labels(model, "accepted").inc(accepted)
 
-    def decided(self, asked: str, decision: Decision) -> None:
-        """Count an answer."""
-        self.answers.labels(asked, decision.by).inc()
+    def decided(self, decision: Decision) -> None:
+        """Count the student's answer in a cascade, and its score."""
+        if decision.answer is not None:
+            self.first.labels(STUDENT).observe(decision.answer.first)
         if decision.score is not None:
             self.scores.observe(decision.score)
+
+    def answered(self, asked: str, decision: Decision, written: Written) -> None:
+        """Count an answer that is whole."""
+        self.answers.labels(asked, decision.by).inc()
+        if written is not decision.answer:
+            self.first.labels(decision.by).observe(written.first)
 
     def exposition(self) -> bytes:
         """All of them in Prometheus' text form."""

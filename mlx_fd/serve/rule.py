@@ -46,6 +46,7 @@ class Decision:
         confidence: what that means, where it is calibrated.
         threshold: what it was compared with.
         answer: the student's answer; ``None`` where it was not asked.
+        judging: tokens of the feedback that the student wrote for its score.
     """
 
     by: str
@@ -55,6 +56,7 @@ class Decision:
     confidence: float | None = None
     threshold: float | None = None
     answer: Written | None = None
+    judging: int = 0
 
     def headers(self) -> dict[str, str]:
         """The headers that say it."""

@@ -48,7 +48,8 @@ def serve(options: Options, on_ready: Callable[[Service, str], None]) -> None:
 
 async def _serve(options: Options, on_ready: Callable[[Service, str], None]) -> None:
     listening = _listen(options.host, options.port)
-    engine = Engine(options.limits.places)
+    metrics = Metrics()
+    engine = Engine(options.limits.places, metrics.took)
     try:
         open_models = functools.partial(
             open_served,
@@ -63,7 +64,7 @@ async def _serve(options: Options, on_ready: Callable[[Service, str], None]) -> 
             engine=engine,
             served=served,
             rule=rule_of(options, served),
-            metrics=Metrics(),
+            metrics=metrics,
             log=Log(texts=options.log_texts),
             admission=Admission(options.limits),
             kept=_kept(options, served),
@@ -73,7 +74,8 @@ async def _serve(options: Options, on_ready: Callable[[Service, str], None]) -> 
         running = asyncio.ensure_future(server.serve(sockets=[listening]))
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
-        on_ready(service, _address(listening))
+        if server.started:
+            on_ready(service, _address(listening))
         with _reloading(service):
             await running
         service.close()
@@ -126,6 +128,8 @@ def _listen(host: str, port: int) -> socket.socket:
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind((host.strip("[]"), port))
+            # Now, not once models are open: until somebody listens two servers can have one port.
+            listening.listen()
         except BaseException:
             listening.close()
             raise

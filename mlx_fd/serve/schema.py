@@ -13,6 +13,7 @@ from mlx_fd.models.chat_template import THINKING_SWITCHES
 from mlx_fd.models.writing import Sampling
 from mlx_fd.serve.errors import ApiError, bad
 from mlx_fd.serve.limits import Limits
+from mlx_fd.serve.models import STUDENT
 
 _ROLES = {
     "system": "system",
@@ -38,6 +39,7 @@ _IGNORED: Mapping[str, Callable[[Any], bool]] = {
     "echo": lambda value: value is False,
     "suffix": lambda value: value == "",
     "logprobs": lambda value: value is False,
+    "top_logprobs": lambda value: value == 0 and value is not False,
     "presence_penalty": lambda value: value == 0 and value is not False,
     "frequency_penalty": lambda value: value == 0 and value is not False,
     "logit_bias": lambda value: value == {},
@@ -55,6 +57,7 @@ _UNSUPPORTED = {
     "tool_choice": "tools are not supported: the models write text only; leave 'tool_choice' out",
     "function_call": "functions are not supported: the models write text only",
     "logprobs": "logprobs are not supported; leave 'logprobs' out",
+    "top_logprobs": "logprobs are not supported; leave 'top_logprobs' out",
     "n": "one request has one reply: n must be 1; send the request again for another",
     "response_format": "only the response_format {'type': 'text'} is supported",
 }
@@ -202,7 +205,9 @@ class Fields:
             if value is None or (name in _IGNORED and _IGNORED[name](value)):
                 continue
             if name in _UNSUPPORTED or name in _IGNORED:
-                message = _UNSUPPORTED.get(name, f"'{name}' is not supported; leave it out")
+                message = _UNSUPPORTED.get(
+                    name, f"this value of '{name}' is not supported; leave it out"
+                )
                 raise bad(
                     message[0].upper() + message[1:] + ".", name, code="unsupported_parameter"
                 )
@@ -220,14 +225,22 @@ def parse_json(body: bytes) -> Any:
     """A request's body.
 
     Raises:
-        ApiError: it is no JSON, or has what JSON has not, such as NaN.
+        ApiError: it is no JSON, has what JSON has not, such as NaN, or a field twice.
     """
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON")
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:  # nobody knows which one is meant
+                raise bad(f"The body has '{name:.64}' twice in one object.", name[:64])
+            found[name] = value
+        return found
+
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=refuse)
+        return json.loads(body.decode("utf-8"), parse_constant=refuse, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
         raise bad(f"The body is not JSON in UTF-8: {reason:.160}.", code="invalid_json") from None
@@ -340,7 +353,8 @@ def feedback_request(content: Any, limits: Limits, default_tokens: int) -> Feedb
     temperature = fields.number("temperature", 0, 2, 0)
     seed = fields.count("seed", 0, MAX_SEED, None)
     text = fields.flag("text")
-    fields.take("model")
+    if fields.take("model") not in (None, STUDENT):
+        raise bad(f"Feedback is the {STUDENT}'s; leave 'model' out.", "model")
     fields.end()
     sampling = Sampling(
         tokens or default_tokens, temperature, seed=_drawn_seed() if seed is None else seed
@@ -352,6 +366,12 @@ def _common(fields: Fields, limits: Limits, default_tokens: int) -> Common:
     model = fields.text("model")
     old = fields.count("max_tokens", 1, limits.max_tokens, None)
     new = fields.count("max_completion_tokens", 1, limits.max_tokens, None)
+    if None not in (old, new) and old != new:
+        raise bad(
+            f"'max_tokens' is {old} and 'max_completion_tokens' is {new}: they mean the same; "
+            "leave one out.",
+            "max_tokens",
+        )
     seed = fields.count("seed", -(2**63), 2**63 - 1, None)
     sampling = Sampling(
         max_tokens=new or old or min(default_tokens, limits.max_tokens),

@@ -1,6 +1,7 @@
 """Parts of the server by themselves: lanes, texts that stop, who may come in."""
 
 import asyncio
+import contextlib
 import dataclasses
 
 import mlx.core as mx
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm.generate import BatchGenerator
 
+from mlx_fd.errors import UserError
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.generation import first_prompt
 from mlx_fd.models.lanes import Job, open_lane
@@ -18,7 +20,9 @@ from mlx_fd.models.writing import Sampling
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.problems.thoughts import FAMILIES
 from mlx_fd.serve.errors import ApiError
+from mlx_fd.serve.exchange import Exchange
 from mlx_fd.serve.limits import Admission, Limits, is_loopback, same_key
+from mlx_fd.serve.running import _listen
 from mlx_fd.serve.text import ReplyText
 from support.serving import questions
 
@@ -221,6 +225,33 @@ def test_who_comes_while_weights_are_taken_waits_and_who_is_in_finishes():
 )
 def test_only_this_machine_is_this_machine(host, own):
     assert is_loopback(host) is own
+
+
+def test_two_servers_have_not_one_port_while_they_open_their_models():
+    with contextlib.closing(_listen("127.0.0.1", 0)) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port}: cannot listen there"):
+            _listen("127.0.0.1", port)
+
+
+def test_a_stream_that_breaks_off_is_noted_as_that():
+    """It began with status 200; what ended it is what the log and the metrics have."""
+    sent, note = [], {"status": None, "error": None}
+
+    async def work(reply):
+        await reply.events({})
+        await reply.event("a")
+        await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    asyncio.run(Exchange(work, 0.01)({"mlx_fd": note}, receive, send))
+    assert (note["status"], note["error"]) == (504, "timeout")
+    assert sent[0]["status"] == 200 and b'"code": "timeout"' in sent[-2]["body"]
 
 
 def test_a_key_is_the_key():

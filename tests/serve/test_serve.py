@@ -1,6 +1,7 @@
 """``mlx-fd serve`` as its clients see it: OpenAI's, many at once, and ill ones."""
 
 import asyncio
+import collections
 import itertools
 import json
 import os
@@ -200,6 +201,9 @@ def test_feedback_is_what_the_judge_says(server, judge):
             )
 
     several, single, bare = asyncio.run(request())
+    wrong = json.dumps({"model": "expert", "problem": asked[0], "answer": "x"}).encode()
+    refused = asyncio.run(exchange(server.port, post("/v1/feedback", wrong)))
+    assert b"Feedback is the student's; leave 'model' out." in refused
     for found, truth in zip(several["data"], truths, strict=True):
         assert found["feedback"] == truth.text
         assert found["written_score"] == truth.written_score
@@ -225,6 +229,9 @@ TOOL = {"type": "function", "function": {"name": "sum", "parameters": {"type": "
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": 100_000}, 400, "max_tokens"),
         ({"n": 2}, 400, "n must be 1"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, 400, "leave one out"),
+        ({"logprobs": False, "top_logprobs": 2}, 400, "leave 'top_logprobs' out"),
+        ({"extra_body": {"user": 5}}, 400, "This value of 'user'"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"stop": ["a"] * 5}, 400, "stop"),
         ({"extra_body": {"colour": "red"}}, 400, "Unrecognized request argument supplied: colour"),
@@ -276,20 +283,79 @@ def test_ill_requests_get_clear_errors_and_leave_nothing_behind(server):
     assert len(asyncio.run(in_parallel(server, asked))) == 3
 
 
-def test_logs_have_no_texts_and_metrics_count(server):
-    [question] = questions(1)
-    asyncio.run(in_parallel(server, [question], model="cascade"))
+def metrics(server):
+    """What ``/metrics`` says: a number for each name with its labels."""
+    get = f"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+    found = asyncio.run(exchange(server.port, f"{get}Connection: close\r\n\r\n".encode())).decode()
+    lines = found.partition("\r\n\r\n")[2].splitlines()
+    rows = [line.rpartition(" ") for line in lines if line and not line.startswith("#")]
+    return collections.Counter({name: float(value) for name, _, value in rows})
+
+
+def wrote(found, who):
+    return found[f'mlx_fd_tokens_total{{kind="written",model="{who}"}}']
+
+
+def answers(found):
+    return sum(value for name, value in found.items() if name.startswith("mlx_fd_answers_total"))
+
+
+def test_logs_have_no_texts_and_metrics_add_up(server):
+    asked, before = questions(2), metrics(server)
+
+    async def all_of():
+        async with server.client() as client:
+            return await asyncio.gather(*(ask(client, one, model="cascade") for one in asked))
+
+    said = [reply.mlx_fd for reply in asyncio.run(all_of())]
     line = server.lines()[-1]
     assert line["path"] == "/v1/chat/completions"
     assert line["answered_by"] in ("student", "expert")
-    assert question not in server.log.read_text()
-    data = (
-        f"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n"
-        "\r\n"
-    )
-    found = asyncio.run(exchange(server.port, data.encode())).decode()
-    assert re.search(r'mlx_fd_answers_total\{asked="cascade",by="\w+"\} [1-9]', found)
-    assert re.search(r"mlx_fd_score_count [1-9]", found)
+    assert asked[0] not in server.log.read_text()
+    after = metrics(server)
+    # With the feedback that the student writes for its score.
+    for who in ("student", "expert"):
+        assert wrote(after, who) - wrote(before, who) == sum(one[f"{who}_tokens"] for one in said)
+    assert min(one["student_tokens"] for one in said) > 64
+    assert answers(after) - answers(before) == 2
+    assert after["mlx_fd_score_count"] - before["mlx_fd_score_count"] == 2
+
+
+def test_what_nobody_waits_for_and_feedback_are_in_the_metrics(server):
+    [question], before = questions(1), metrics(server)
+
+    async def leave():
+        async with server.client() as client:
+            long = {"temperature": 2.0, "seed": 0, "max_tokens": 1000, "stream": True}
+            stream = await ask(client, question, **long)
+            seen = [await anext(stream) for _ in range(8)]
+            await stream.close()
+            return len(seen)
+
+    seen, deadline = asyncio.run(leave()), time.monotonic() + 20
+    while wrote(left := metrics(server), "student") - wrote(before, "student") < seen - 1:
+        assert time.monotonic() < deadline
+    assert answers(left) == answers(before)  # it was not answered
+    gone = next(line for line in reversed(server.lines()) if line["status"] == 499)
+    assert (gone["model"], gone["answered_by"]) == ("student", "student")
+
+    async def judged():
+        async with server.client() as client:
+            body = {"problem": question, "answer": "#### 5", "max_tokens": 5}
+            await client.post("/feedback", cast_to=object, body=body)
+
+    asyncio.run(judged())
+    assert wrote(metrics(server), "student") - wrote(left, "student") == 5
+
+
+def test_a_log_line_says_why_a_request_was_refused(server):
+    """Also where its body could be read, and of a field that stands there twice."""
+    body = b'{"model": "student", "max_tokens": 2, "max_tokens": 3}'
+    found = asyncio.run(exchange(server.port, post("/v1/chat/completions", body)))
+    assert b"'max_tokens' twice" in found
+    asyncio.run(exchange(server.port, post("/v1/chat/completions", b'{"model": "student"}')))
+    errors = [(line["status"], line["error"]) for line in server.lines()[-2:]]
+    assert errors == [(400, "invalid_value"), (400, "missing_required_parameter")]
 
 
 def test_with_a_draft_the_expert_says_the_same(run, tmp_path):
@@ -301,16 +367,11 @@ def test_with_a_draft_the_expert_says_the_same(run, tmp_path):
         with serving(tmp_path, run, "--expert", "tiny", *options) as server:
             said = [in_parallel(server, asked, model="expert", **more) for more in alike]
             found.append([asyncio.run(one) for one in said])
-            get = f"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
-            data = f"{get}Connection: close\r\n\r\n".encode()
-            metrics = asyncio.run(exchange(server.port, data)).decode()
-        written, accepted = (
-            re.search(rf'mlx_fd_tokens_total{{kind="{kind}",model="expert"}} (\d+)', metrics)
-            for kind in ("written", "accepted")
-        )
-        assert (accepted is not None) == bool(options)
+            counted = metrics(server)
+        accepted = counted['mlx_fd_tokens_total{kind="accepted",model="expert"}']
+        assert (accepted > 0) == bool(options)
     assert found[0] == found[1]
-    assert 0.3 < float(accepted[1]) / float(written[1]) < 0.81
+    assert 0.3 < accepted / wrote(counted, "expert") < 0.81
     with pytest.raises(UserError, match="nobody to propose tokens to; add --expert"):
         open_served(str(run), None, speculate=4)
 

@@ -28,10 +28,10 @@ def routes(service: Service) -> list[Route]:
         async def work(reply: Reply) -> None:
             read = feedback_request(content, limits, service.feedback_tokens)
             sampling = read.sampling
-            ask = functools.partial(
-                ask_feedback, service.served, read.items, sampling.max_tokens, limits
-            )
             async with service.admission.enter(len(read.items)):
+                ask = functools.partial(
+                    ask_feedback, service.served, read.items, sampling.max_tokens, limits
+                )
                 prompts = await service.aside(ask)
                 async with asyncio.TaskGroup() as group:
                     tasks = [

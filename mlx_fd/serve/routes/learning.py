@@ -12,7 +12,7 @@ from mlx_fd.serve.errors import ApiError, bad
 from mlx_fd.serve.exchange import Exchange, Reply, read_json
 from mlx_fd.serve.kept import CORRECTION, Kept
 from mlx_fd.serve.reloading import reload
-from mlx_fd.serve.schema import Fields
+from mlx_fd.serve.schema import Fields, checked_text
 from mlx_fd.serve.service import Service
 
 
@@ -44,7 +44,8 @@ def routes(service: Service) -> list[Route]:
 
         async def work(reply: Reply) -> None:
             fields = Fields(content)
-            student = fields.text("student") if "student" in content else None
+            name = fields.take("student")
+            student = None if name is None else checked_text(name, "student")
             fields.end()
             checkpoint = await reload(service, student)
             rule = service.rule

@@ -38,15 +38,16 @@ def routes(service: Service) -> list[Route]:
 
         async def work(reply: Reply) -> None:
             read = chat_request(content, limits, default_tokens)
-            ask = functools.partial(
-                ask_chat,
-                service.served,
-                read,
-                limits,
-                verbatim=service.options.verbatim,
-                judges=service.rule.score is HEAD,
-            )
             async with service.admission.enter():
+                # Within: the models and their rule may be others than when it came.
+                ask = functools.partial(
+                    ask_chat,
+                    service.served,
+                    read,
+                    limits,
+                    verbatim=service.options.verbatim,
+                    judges=service.rule.score is HEAD,
+                )
                 asked = await service.aside(ask)
                 shape = _Shape("chat.completion", "chatcmpl-", read.common.model)
                 texts = {"asked": json.dumps(read.messages)}
@@ -164,10 +165,11 @@ async def _answer(task: _Task, reply: Reply) -> None:
     """Decide who answers, and answer."""
     service, common = task.service, task.common
     decision = await decide(service, common.model, task.asked, task.job)
-    service.metrics.decided(common.model, decision)
+    service.metrics.decided(decision)
     headers = decision.headers()
-    if decision.answer is not None:
-        service.metrics.wrote(STUDENT, decision.answer)
+    note = task.request.scope["mlx_fd"]
+    # Of a reply that breaks off, too, the log says who gave it.
+    note["fields"] = {"model": common.model, **_ours(task, decision, None)}
     if common.stream:
         await reply.events(headers)
         await reply.event(task.shape.first(_ours(task, decision, None)))
@@ -194,10 +196,9 @@ async def _answer(task: _Task, reply: Reply) -> None:
             written = await writing.written()
         finally:
             writing.drop()
-        service.metrics.wrote(decision.by, written)
+    service.metrics.answered(common.model, decision, written)
     await _keep(task, decision, written)
     usage, ours = _usage(task, decision, written), _ours(task, decision, written)
-    note = task.request.scope["mlx_fd"]
     note["fields"] = {"model": common.model, **ours, **usage}
     note["texts"] = {**task.texts, "answer": written.text}
     if not common.stream:
@@ -243,8 +244,9 @@ def _ours(task: _Task, decision: Decision, written: Written | None) -> dict[str,
     found = {**decision.field(), "asked_as": "problem" if task.asked.problem else "verbatim"}
     if written is None:
         return found
-    wrote = {STUDENT: 0, EXPERT: 0}
+    wrote = {STUDENT: decision.judging, EXPERT: 0}
     if decision.answer is not None:
-        wrote[STUDENT] = decision.answer.drawn
-    wrote[decision.by] = written.drawn
+        wrote[STUDENT] += decision.answer.drawn
+    if written is not decision.answer:
+        wrote[decision.by] += written.drawn
     return {**found, "student_tokens": wrote[STUDENT], "expert_tokens": wrote[EXPERT]}

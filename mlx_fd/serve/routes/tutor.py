@@ -108,13 +108,13 @@ def routes(service: Service) -> list[Route]:
 
         async def work(reply: Reply) -> None:
             problem, attempt = _read(content)
-            asked = as_asked(problem, service.served.judge.ref.answer_kind)
-            answer = write_attempt(attempt, write_step_of(service.served.judge.ref))
-            sampling = Sampling(service.feedback_tokens)
-            ask = functools.partial(
-                ask_feedback, service.served, ((problem, answer),), sampling.max_tokens, limits
-            )
             async with service.admission.enter(min(2, limits.most)):
+                asked = as_asked(problem, service.served.judge.ref.answer_kind)
+                answer = write_attempt(attempt, write_step_of(service.served.judge.ref))
+                sampling = Sampling(service.feedback_tokens)
+                ask = functools.partial(
+                    ask_feedback, service.served, ((problem, answer),), sampling.max_tokens, limits
+                )
                 [prompt] = await service.aside(ask)
                 # Before the group, out of which a refusal would come as a group.
                 prompts = await service.aside(functools.partial(_prompts, service, asked))
@@ -189,10 +189,8 @@ async def _solve(service: Service, asked: Problem, prompts: Asked) -> _Own:
         return Job(Conversation(), prompt, sampling, (), keep, logprobs=logprobs)
 
     decision = await decide(service, model, prompts, job)
-    service.metrics.decided(model, decision)
+    service.metrics.decided(decision)
     written = decision.answer
-    if written is not None and decision.by != STUDENT:
-        service.metrics.wrote(STUDENT, written)
     if written is None or decision.by != STUDENT:
         wanted = job(prompts.prompts[decision.by])
         thinking = prompts.thinking[decision.by]
@@ -201,5 +199,5 @@ async def _solve(service: Service, asked: Problem, prompts: Asked) -> _Own:
             written = await writing.written()
         finally:
             writing.drop()
-    service.metrics.wrote(decision.by, written)
+    service.metrics.answered(model, decision, written)
     return _Own(read_final(written.text, asked), decision.by)
