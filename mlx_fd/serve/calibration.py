@@ -21,12 +21,18 @@ def calibration_of(options: Options, ref: ModelRef) -> CascadeFile | None:
 
     Raises:
         UserError: it is damaged, or of another score than the server is to use; or a threshold is
-            named that may be of either score.
+            named that may be of either score, or score or threshold where nothing has them.
     """
     found = None if ref.run is None else read(ref.run)
     wanted = options.score
     if wanted == HEAD.name and not ref.scores:
         raise UserError("--score head: this student has no trained score head; take --score answer")
+    if options.expert is None and not ref.scores and (wanted or options.threshold is not None):
+        option = f"--score {wanted}" if wanted else f"--threshold {options.threshold:g}"
+        raise UserError(
+            f"{option}: the student has no trained score head, and there is no expert to pass "
+            f"requests on to; add --expert NAME, or leave {option.partition(' ')[0]} out"
+        )
     if found is None and wanted is None and options.threshold is not None and ref.scores:
         raise UserError(
             f"--threshold {options.threshold:g}: it is not said of which score; say --score "

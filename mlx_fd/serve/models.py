@@ -127,6 +127,10 @@ def open_served(
     if expert is None:
         if speculate:
             raise UserError("--speculate: there is nobody to propose tokens to; add --expert NAME")
+        if thoughts.expert is not None:
+            raise UserError(
+                f"--expert-thinking {thoughts.expert}: there is no expert; add --expert NAME"
+            )
         judge = open_student(ref)
     else:
         target = open_target(student, expert, changes=thoughts.changes)

@@ -121,6 +121,10 @@ def test_a_calibration_made_with_another_score_is_refused(calibrated):
     other = dataclasses.replace(options, score="head")
     with pytest.raises(UserError, match="was calibrated with --score answer, and a threshold"):
         calibration_of(other, ref)
+    alone = Options("tiny-student")
+    for given in ({"threshold": 0.5}, {"score": "answer"}):
+        with pytest.raises(UserError, match="no expert to pass requests on to; add --expert"):
+            rule_of(dataclasses.replace(alone, **given), open_served("tiny-student", None))
     # Who names a threshold names what it is of.
     assert calibration_of(dataclasses.replace(other, threshold=0.1), ref) is not None
     plain = locate_model("tiny-student")

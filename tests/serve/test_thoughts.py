@@ -288,6 +288,8 @@ def test_options_say_who_thinks(run):
     assert open_served(str(plain), None, Thoughts(student="on")).student.thinking.on
     with pytest.raises(UserError, match="does not think: neither its chat template"):
         open_served("tiny-student", None, Thoughts(student="on"))
+    with pytest.raises(UserError, match="--expert-thinking off: there is no expert"):
+        open_served("tiny-student", None, Thoughts(expert="off"))
 
 
 def test_a_calibration_is_of_models_that_think_as_they_did(run):
