@@ -29,6 +29,8 @@ class Verdict:
         finished: whether the student ended the text itself.
         thought: what it thought before; empty: nothing.
         drawn: tokens that were written for it, those of the thought included.
+        measured: whether the head read what it would read in a calibration: before any text, or
+            behind the likeliest one, cut where that is.
     """
 
     score: float | None
@@ -38,6 +40,7 @@ class Verdict:
     finished: bool = True
     thought: str = ""
     drawn: int = 0
+    measured: bool = True
 
 
 async def judge(
@@ -99,7 +102,8 @@ async def judge(
             return head_score(trained, models.student, criticism)
 
         score = await service.engine.call(end)
-    feedback = parsed(said)
+    feedback, usual = parsed(said), service.feedback_tokens
+    as_long = len(written.tokens) <= usual and (finished or sampling.max_tokens >= usual)
     return Verdict(
         score,
         feedback.written_score,
@@ -108,4 +112,5 @@ async def judge(
         finished,
         written.thought,
         written.drawn,
+        not behind or (as_long and not sampling.temperature),
     )

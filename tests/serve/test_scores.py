@@ -12,20 +12,24 @@ from mlx_fd.evaluation import suites
 from mlx_fd.evaluation.cache import Cache
 from mlx_fd.evaluation.cascade import file
 from mlx_fd.evaluation.cascade.outcomes import outcomes
-from mlx_fd.evaluation.cascade.scores import ANSWER, SCORES
+from mlx_fd.evaluation.cascade.scores import ANSWER, HEAD, SCORES
 from mlx_fd.evaluation.target import open_target
 from mlx_fd.feedback.judge import locate_model
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.writing import Sampling
 from mlx_fd.serve.calibration import calibration_of, rule_of
-from mlx_fd.serve.engine import Written
-from mlx_fd.serve.limits import Limits
+from mlx_fd.serve.engine import Engine, Written
+from mlx_fd.serve.judging import judge
+from mlx_fd.serve.limits import Admission, Limits
+from mlx_fd.serve.logs import Log
+from mlx_fd.serve.metrics import Metrics
 from mlx_fd.serve.models import open_served
 from mlx_fd.serve.prompts import ask_chat
+from mlx_fd.serve.routes.feedback import content_of
 from mlx_fd.serve.rule import Rule, decided, unmeasured
 from mlx_fd.serve.schema import ChatRequest, Common
-from mlx_fd.serve.service import Options
-from support.serving import ask, serving, tiny_run
+from mlx_fd.serve.service import Options, Service
+from support.serving import ask, questions, serving, tiny_run
 from support.trained import make_run
 
 LIMIT = 24
@@ -102,6 +106,28 @@ def test_a_reply_has_a_confidence_where_one_was_measured():
     assert says(Sampling(8, temperature=0.1), whole) and says(Sampling(8, 0.0, 1.1), whole)
     assert says(likeliest, dataclasses.replace(whole, cut=True))
     assert says(Sampling(2), short) and says(Sampling(9), long)
+
+
+def test_a_feedback_has_a_confidence_where_one_was_measured(tmp_path):
+    """The head's score is one of the calibration's where it reads what it read there."""
+    run = tiny_run(tmp_path / "run", score_at="own")
+    [problem] = questions(1)
+    rule = Rule(HEAD, 0.5, lambda score: 0.9, "calibrated", 64)
+
+    async def judged():
+        engine = Engine(2)
+        served = await engine.start(lambda: open_served(str(run), None))
+        parts = (Options(str(run)), engine, served, rule, Metrics(), Log())
+        service = Service(*parts, Admission(Limits()))
+        try:
+            [prompt] = served.judge.requests([(problem, "#### 5")])
+            wanted = [Sampling(112), Sampling(112, 1.0, seed=1), Sampling(3), Sampling(500)]
+            found = [await judge(service, prompt, one, text=True) for one in wanted]
+            return [content_of(service, one, text=True)["confidence"] for one in found]
+        finally:
+            await engine.stop()
+
+    assert asyncio.run(judged()) == [0.9, None, None, 0.9]
 
 
 def test_a_start_says_where_the_calibration_is_of_longer_replies(calibrated):

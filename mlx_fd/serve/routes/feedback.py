@@ -55,7 +55,8 @@ def routes(service: Service) -> list[Route]:
 def content_of(service: Service, verdict: Verdict, *, text: bool) -> dict[str, Any]:
     """A judgement as a client gets it, with its ``text`` where that was asked for."""
     confidence, rule = None, service.rule
-    if verdict.score is not None and rule.score is HEAD and rule.confidence is not None:
+    calibrated = rule.score is HEAD and verdict.measured
+    if verdict.score is not None and calibrated and rule.confidence is not None:
         confidence = round(rule.confidence(verdict.score), 4)
     return {
         "object": "feedback",
