@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -114,7 +115,10 @@ class Exchange:
                 "here.",
                 code="timeout",
             )
-            await _refuse(reply, note, late)
+            # A client that reads nothing cannot be told, and is not waited for without end.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._seconds):
+                    await _refuse(reply, note, late)
         except Exception:
             # What it was stands in the log, not in the reply.
             wrong = ApiError(500, "Something went wrong in the server.", code="internal")
