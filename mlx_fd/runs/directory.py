@@ -379,8 +379,12 @@ def _cannot_write(folder: Path, why: str, advice: str) -> UserError:
     )
 
 
-def check_new(folder: Path) -> None:
+def check_new(folder: Path, advice: str = "choose another --out") -> None:
     """Make sure that a run can be made in a folder: it is empty, or a run was only begun there.
+
+    Args:
+        folder: where.
+        advice: what to do where it cannot.
 
     Raises:
         UserError: there is a run in it, what is left of one, or something else.
@@ -390,10 +394,10 @@ def check_new(folder: Path) -> None:
             f"{folder}: this is already a run; continue with: "
             f"mlx-fd resume {shlex.quote(str(folder))}"
         )
-    check_free(folder, RUN)
+    check_free(folder, RUN, advice)
     if work := _work_in(folder):
         # A new run would go on from it, whatever its options are.
         raise UserError(
             f"{folder}: there is work of an earlier run in it ({work}), but no {_missing(folder)}, "
-            "as in a copy that was cut short: copy all of it again, or choose another --out"
+            f"as in a copy that was cut short: copy all of it again, or {advice}"
         )
