@@ -6,11 +6,18 @@ import re
 import pytest
 from rich.console import Console
 
+from mlx_fd.cli.checks import models_table
 from mlx_fd.cli.terminal.advantage import table as advantage_table
 from mlx_fd.cli.terminal.comparison import print_comparison
 from mlx_fd.cli.terminal.evaluation import print_results
 from mlx_fd.cli.terminal.frontier import table as frontier_table
-from mlx_fd.cli.terminal.layout import FittingTable, NamedValues, output_console, wrapped
+from mlx_fd.cli.terminal.layout import (
+    FittingTable,
+    NamedValues,
+    output_console,
+    print_whole,
+    wrapped,
+)
 from mlx_fd.cli.terminal.self_distillation import summary_table as self_summary_table
 from mlx_fd.cli.terminal.summary import summary_table
 from mlx_fd.evaluation.statistics import Estimate
@@ -232,6 +239,24 @@ def test_words_wrap_and_numbers_do_not():
     lines = wrapped(text, 24).split("\n")
     assert lines == ["change", "+0.550 [0.440, 0.660]", "(n 100), in 3 min 18 s,", "0.5 -> 0.25"]
     assert " ".join(lines) == text
+
+
+@pytest.mark.parametrize("width", [8, 20, 30])
+def test_nothing_is_cut_off_in_a_narrow_terminal(width):
+    """A number that lost its last digits is another number, and looks like one."""
+    for table in (summary_table(SUMMARY), self_summary_table(SELF_SUMMARY, has_context=True)):
+        console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+        print_whole(console, table)
+        text = console.file.getvalue()
+        assert sorted(ATOMS.findall(text)) == sorted(ATOMS.findall(rendered(table, 1000)))
+        assert max(map(len, text.splitlines())) <= 40
+    rows = [{"name": "n" * 20, "student": "s" * 20, "here": True, "note": "a note", "source": ""}]
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    print_whole(console, models_table(rows))
+    for words in (["name", "here", "default", "student", "what"], ["n" * 20, "yes", "s" * 20]):
+        assert any(
+            line.split()[: len(words)] == words for line in console.file.getvalue().split("\n")
+        )
 
 
 def test_text_in_tables_is_not_markup():

@@ -160,7 +160,7 @@ def advantage(
 
     from mlx_fd import problems as sources
     from mlx_fd.cli.terminal.advantage import notes, table
-    from mlx_fd.cli.terminal.layout import output_console
+    from mlx_fd.cli.terminal.layout import output_console, print_whole
     from mlx_fd.cli.terminal.steps import Steps
     from mlx_fd.config import Config, override
     from mlx_fd.feedback.judge import locate_model, open_student
@@ -246,7 +246,7 @@ def advantage(
         if as_json:
             click.echo(json.dumps(report, indent=2))
         else:
-            output_console().print(table(rows))
+            print_whole(output_console(), table(rows))
             for line in notes(rows):
                 click.echo(line)
         try:

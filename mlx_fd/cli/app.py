@@ -139,7 +139,10 @@ def _message(error: Exception) -> tuple[str, int]:
             "UTF-8; rename it"
         ), 2
     if isinstance(error, RuntimeError) and str(error) == "Could not determine home directory.":
-        return "a path begins with ~NAME, and there is no such user's home directory here", 2
+        return (
+            "there is no home directory here: a path begins with ~NAME of nobody, or this user has "
+            "none and HOME is not set; write the path out, or set HOME"
+        ), 2
     if isinstance(error, RuntimeError | MemoryError) and (said := what_gave_out(error)) is not None:
         return (
             f"a computation was too large ({said}). Memory ran out, or macOS ended a long one "

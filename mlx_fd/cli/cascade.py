@@ -117,7 +117,7 @@ def cascade(
     from rich.console import Console
 
     from mlx_fd.cli.terminal.cascade import summary, table
-    from mlx_fd.cli.terminal.layout import output_console, warning
+    from mlx_fd.cli.terminal.layout import output_console, print_whole, warning
     from mlx_fd.cli.terminal.steps import Steps
     from mlx_fd.evaluation import suites
     from mlx_fd.evaluation.cache import Cache
@@ -153,7 +153,7 @@ def cascade(
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    output_console().print(table(found["evaluation"] or found["calibration"]))
+    print_whole(output_console(), table(found["evaluation"] or found["calibration"]))
     click.echo(summary(found))
     if not quiet:
         click.echo(f"results: {run / file.CASCADE}")

@@ -26,6 +26,7 @@ _MARKS = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]error[
 _BACKEND_PACKAGES = ("mlx-cpu", "mlx-metal", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
 _LITTLE_DISK = 10 * 2**30
 _TRIED = 1 << 16
+_MIN_TEXT_WIDTH = 16  # columns
 _OWN_MATH = (
     "attention, sigmoid and logsumexp of float32 are mlx-fd's here, in this process: MLX's call a "
     f"function for each exponential; {MATH_VARIABLE}=off brings them back"
@@ -178,6 +179,8 @@ def _models_row() -> dict[str, str]:
 def checks_table(rows: list[dict[str, Any]]) -> Table:
     """The checks for a terminal."""
     table = Table(box=None, show_header=False, padding=(0, 1))
+    for overflow in ("ellipsis", "ellipsis", "fold"):  # a long path is shown whole
+        table.add_column(overflow=overflow)
     for row in rows:
         # Text: what a pair of brackets holds is no style here ("mlx-fd[cpu]").
         table.add_row(_MARKS[row["state"]], row["what"], Text(strip_control_chars(row["text"])))
@@ -210,7 +213,10 @@ def models_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("name", "here", "default student", "what"):
         # Names are there to be copied: whole, on one line.
-        table.add_column(column, no_wrap=column != "what")
+        if column == "what":
+            table.add_column(column, overflow="fold", min_width=_MIN_TEXT_WIDTH)
+        else:
+            table.add_column(column, no_wrap=True)
     for row in rows:
         what = row["note"] or row["source"]
         student = row["student"]

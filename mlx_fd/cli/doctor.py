@@ -37,6 +37,8 @@ def doctor(of_kernels: bool, as_json: bool, debug: bool) -> None:
     else:
         from rich.console import Console
 
-        Console().print(checks_table(rows))
+        from mlx_fd.cli.terminal.layout import print_whole
+
+        print_whole(Console(), checks_table(rows))
     if any(row["state"] == "bad" for row in rows):
         sys.exit(1)

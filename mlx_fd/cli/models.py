@@ -32,4 +32,6 @@ def models(as_json: bool, debug: bool) -> None:
         return
     from rich.console import Console
 
-    Console().print(models_table(rows))
+    from mlx_fd.cli.terminal.layout import print_whole
+
+    print_whole(Console(), models_table(rows))

@@ -25,7 +25,8 @@ class _Lasting(io.FileIO):
             # A closed terminal cannot be asked whether it is one; a disk that fails is a file.
             gone = (errno.EPIPE,) if stat.S_ISREG(os.fstat(self.fileno()).st_mode) else _GONE
             if error.errno not in gone:
-                raise
+                name = "standard output" if self.fileno() == 1 else "standard error"
+                raise OSError(error.errno, error.strerror, name) from error
         # From here on for all who write there, child processes too.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
@@ -37,8 +38,10 @@ class _Lasting(io.FileIO):
 def lasting_output() -> Iterator[None]:
     """Let everything be printed through files that drop what nobody reads any more.
 
-    A character that a terminal cannot show is replaced: it is no reason to end a run either.
+    A character that a terminal cannot show is replaced: it is no reason to end a run either. A
+    stream that was closed before the start (``>&-``) takes everything and drops it.
     """
+    _open_closed()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(_lasting, before)
     try:
@@ -48,6 +51,20 @@ def lasting_output() -> Iterator[None]:
             with contextlib.suppress(OSError):  # a full disk, which was said already
                 stream.flush()
         sys.stdout, sys.stderr = before
+
+
+def _open_closed() -> None:
+    """Open the standard streams that this process was started without.
+
+    Otherwise the next file that is opened has the number of one, and what a library or a child
+    process prints goes into it.
+    """
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(opened, True)
+    os.close(opened)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _lasting(stream: TextIO) -> TextIO:

@@ -80,7 +80,7 @@ def pareto(
     from rich.console import Console
 
     from mlx_fd.cli.terminal.frontier import summary, table
-    from mlx_fd.cli.terminal.layout import output_console
+    from mlx_fd.cli.terminal.layout import output_console, print_whole
     from mlx_fd.cli.terminal.steps import Steps
     from mlx_fd.evaluation.pareto.choice import PRESET, judge, objectives_of
     from mlx_fd.evaluation.pareto.curve import read_curve
@@ -114,7 +114,7 @@ def pareto(
         click.echo(json.dumps(found, indent=2))
         return
     if not quiet:
-        output_console().print(table(found))
+        print_whole(output_console(), table(found))
     for note in found["notes"]:
         click.echo(f"note: {note}")
     click.echo(summary(found))

@@ -87,6 +87,7 @@ def run_command(
         return
     from rich.console import Console
 
+    from mlx_fd.cli.terminal.layout import print_whole
     from mlx_fd.runs.events import Note
     from mlx_fd.training.session import open_run
 
@@ -115,7 +116,7 @@ def run_command(
         signals = stopped or [signal.SIGTERM]
         raise Stopped(folder, "stopped", signals, ranks.command("mlx-fd resume"))
     if not as_json:
-        console.print(table(summary))
+        print_whole(console, table(summary))
         click.echo(f"results: {folder}")
 
 

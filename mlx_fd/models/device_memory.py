@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_fd.models.backend import backend
@@ -14,6 +15,9 @@ _LARGEST_CACHE = 8 << 30
 _SMALLEST_CACHE = 256 << 20
 # How the devices of MLX call what they can hold.
 _WORKING_SET = "max_recommended_working_set_size"
+# Of a control group: its limit, what is used, and in memory.stat the file cache in that.
+_CGROUP_FILES = ("memory.max", "memory.current", "inactive_file")
+_OLD_CGROUP_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 # What MLX's errors have in them where memory gave out, or the time that a GPU may take.
 _GAVE_OUT = (
     *("kIOGPUCommandBuffer", "Command buffer execution failed"),
@@ -22,28 +26,44 @@ _GAVE_OUT = (
 
 
 def _cgroup_free(root: Path) -> int | None:
-    """Memory that the control group still allows, or ``None`` where it sets no limit."""
-    files = (
-        ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-        (
-            "sys/fs/cgroup/memory",
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            "total_inactive_file",
-        ),
-    )
-    for folder, limit_file, used_file, cache_key in files:
-        try:
-            limit = int((root / folder / limit_file).read_text())
-            used = int((root / folder / used_file).read_text())
-            stat = (root / folder / "memory.stat").read_text()
-        except (OSError, ValueError):
-            # Missing, or "max": no limit of this kind.
-            continue
-        # File cache is given back when memory is needed.
-        cached = dict(line.split() for line in stat.splitlines()).get(cache_key, 0)
-        return max(0, limit - used + int(cached))
-    return None
+    """Memory that the control groups still allow, or ``None`` where none sets a limit."""
+    found = [_free_in(folder, files) for folder, files in _cgroups(root)]
+    return min((free for free in found if free is not None), default=None)
+
+
+def _cgroups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """The control groups that this process is in, with their files: its own and those above it.
+
+    Of a batch system or of systemd each job has one, far below the topmost. In a container the
+    topmost is the container's own, and the path to it is not there.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    paths = {kinds: path for _, kinds, path in (line.split(":", 2) for line in lines)}
+    old = next((path for kinds, path in paths.items() if "memory" in kinds.split(",")), "/")
+    for folder, path, files in (
+        (root / "sys/fs/cgroup", paths.get("", "/"), _CGROUP_FILES),
+        (root / "sys/fs/cgroup/memory", old, _OLD_CGROUP_FILES),
+    ):
+        names = [] if ".." in path.split("/") else [name for name in path.split("/") if name]
+        for depth in range(len(names) + 1):
+            yield folder.joinpath(*names[:depth]), files
+
+
+def _free_in(folder: Path, files: tuple[str, str, str]) -> int | None:
+    limit_file, used_file, cache_key = files
+    try:
+        limit = int((folder / limit_file).read_text())
+        used = int((folder / used_file).read_text())
+        stat = (folder / "memory.stat").read_text()
+    except (OSError, ValueError):
+        # Missing, or "max": no limit of this kind.
+        return None
+    # File cache is given back when memory is needed.
+    cached = dict(line.split() for line in stat.splitlines()).get(cache_key, 0)
+    return max(0, limit - used + int(cached))
 
 
 def _linux_available(root: Path = Path("/")) -> int:

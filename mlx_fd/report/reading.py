@@ -61,7 +61,6 @@ from mlx_fd.runs.records import (
 )
 from mlx_fd.runs.summary import summarise
 
-_PROBE = "probe.json"
 _PARETO, _CASCADE = "pareto.json", "cascade.json"
 
 
@@ -205,7 +204,7 @@ def _read(folder: Path, name: str) -> LoopRun:
     first, last = probes_of(folder, summary, metrics)
     if metrics and not first:
         missing.append("The losses before the first update are not known any more.")
-    headroom = json_file(folder, _PROBE, _headroom, missing, needed=False)
+    headroom = json_file(folder, runs.PROBE, _headroom, missing, needed=False)
     totals = summarise(episodes, metrics, first, last, headroom)
     if summary:
         totals = cast("Summary", {**totals, **summary, "probe": totals["probe"]})

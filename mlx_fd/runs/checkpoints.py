@@ -332,7 +332,7 @@ def roll_back(
     """
     checkpoints = subfolder(folder, runs.CHECKPOINTS)
     check_way(folder, runs.TEACHER)
-    said = []
+    said: list[str] = []
     for name in runs.LOGS:
         if os.path.lexists(folder / name):
             # Now, and not after a batch of work.
@@ -341,6 +341,13 @@ def roll_back(
         if log_size(log.path) > log.size:
             _keep_tail(log, cut.with_name(_TAIL) if ordinary else cut)
             log.cut()
+    for name in ("last", "best"):
+        if (link := checkpoints / name).is_dir() and not link.is_symlink():
+            runs.set_aside(link, cut)
+            said.append(
+                f"{runs.CHECKPOINTS}/{name} was a folder, as in a copy that followed links, and is "
+                f"a link again; the folder is in {runs.CUT}/{cut.name}"
+            )
     batch = checkpoint.batch if checkpoint else -1
     for path in checkpoints.iterdir():
         if path.name.isdigit() and int(path.name) > batch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -25,6 +26,7 @@ from mlx_fd.files import (
     read_text,
     subfolder,
     sync_folder,
+    working_folder,
     write_atomic,
     write_json,
 )
@@ -55,10 +57,14 @@ SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 CUT = "cut"
 WARM_UP = "warm_up"
+PROBE = "probe.json"
 BEGUN = "begun"
 TEACHER = "teacher"
 STATE = "state.json"
+# What a run leaves, and nothing that it writes before its manifest.
+_WORK = (*LOGS, PROBE, HEADROOM, EXAM, EXAM_AFTER, SUMMARY, WARM_UP)
 _LOCK = ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 README = """\
 # A run of mlx-fd
@@ -182,6 +188,7 @@ def create(
     folder.mkdir(parents=True, exist_ok=True)
     write_mark(folder, RUN)
     subfolder(folder, CHECKPOINTS)
+    _check_links(folder)
     write_atomic(folder / "README.md", readme)
     if lines := "".join(f"{one}\n" for one in sorted(questions)):
         write_atomic(folder / QUESTIONS, lines)
@@ -193,6 +200,36 @@ def create(
 def is_run(folder: Path) -> bool:
     """Whether a folder has the files of a run; whether they are ours, :func:`is_ours` says."""
     return (folder / MANIFEST).is_file() and (folder / CONFIG).is_file()
+
+
+def _check_links(folder: Path) -> None:
+    """Make sure that a folder can hold links, before hours of work: the checkpoints have two.
+
+    Raises:
+        UserError: it cannot.
+    """
+    with working_folder(folder) as working:
+        try:
+            (working / "link").symlink_to(CHECKPOINTS)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: no symbolic link can be made there ({error.strerror}), as on a disk in "
+                f"exFAT, and {CHECKPOINTS}/ needs two; choose another --out"
+            ) from error
+
+
+def _missing(folder: Path) -> str:
+    """The names of the files without which a folder is no run."""
+    return " and no ".join(name for name in (MANIFEST, CONFIG) if not (folder / name).is_file())
+
+
+def _work_in(folder: Path) -> str | None:
+    """The name of something that a run made in a folder; ``None`` where none was made there."""
+    left = [name for name in _WORK if os.path.lexists(folder / name)]
+    checkpoints = folder / CHECKPOINTS
+    if checkpoints.is_dir():
+        left += [f"{CHECKPOINTS}/{p.name}" for p in checkpoints.iterdir() if p.name.isdigit()]
+    return left[0] if left else None
 
 
 def is_ours(folder: Path) -> bool:
@@ -222,7 +259,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     if not is_run(folder):
         raise UserError(
-            f"{folder}: this is not a run directory (it has no {MANIFEST}). "
+            f"{folder}: this is not a run directory (it has no {_missing(folder)}). "
             "Name the folder that `mlx-fd loop` or `mlx-fd self-distill` printed when it began."
         )
     try:
@@ -324,12 +361,15 @@ def wrap_write_errors(folder: Path, advice: str = "") -> Iterator[None]:
         folder: what is written.
         advice: what to do; empty where ``folder`` is a run, which can be gone on with.
     """
-    advice = advice or f"free some space, then: mlx-fd resume {shlex.quote(str(folder))}"
     try:
         yield
     except (OSError, RuntimeError) as error:
         if (why := failed_write(error)) is None:
             raise
+        # MLX does not say which error it was.
+        full = not isinstance(error, OSError) or error.errno in _FULL
+        first = "free some space" if full else "when that is mended"
+        advice = advice or f"{first}, then: mlx-fd resume {shlex.quote(str(folder))}"
         raise _cannot_write(folder, why, advice) from error
 
 
@@ -339,15 +379,25 @@ def _cannot_write(folder: Path, why: str, advice: str) -> UserError:
     )
 
 
-def check_new(folder: Path) -> None:
+def check_new(folder: Path, advice: str = "choose another --out") -> None:
     """Make sure that a run can be made in a folder: it is empty, or a run was only begun there.
 
+    Args:
+        folder: where.
+        advice: what to do where it cannot.
+
     Raises:
-        UserError: there is a run in it, or something else.
+        UserError: there is a run in it, what is left of one, or something else.
     """
     if is_run(folder) and is_ours(folder):
         raise UserError(
             f"{folder}: this is already a run; continue with: "
             f"mlx-fd resume {shlex.quote(str(folder))}"
         )
-    check_free(folder, RUN)
+    check_free(folder, RUN, advice)
+    if work := _work_in(folder):
+        # A new run would go on from it, whatever its options are.
+        raise UserError(
+            f"{folder}: there is work of an earlier run in it ({work}), but no {_missing(folder)}, "
+            f"as in a copy that was cut short: copy all of it again, or {advice}"
+        )

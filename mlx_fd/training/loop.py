@@ -67,7 +67,7 @@ from mlx_fd.training.checkpoint import (
     write_summary,
 )
 from mlx_fd.training.job import Job
-from mlx_fd.training.probe import PROBE_ROWS, Probe, load_probe, make_probe, save_probe
+from mlx_fd.training.probe import Probe, load_probe, make_probe, save_probe
 from mlx_fd.training.replay import Memory
 
 # A loss that is next to nothing from the start must not drown the others.
@@ -283,7 +283,7 @@ def _probe(
 ) -> Probe:
     """The probe set with the untrained student's losses: what is kept of it, or made now."""
     folder = records.folder
-    probe = kept(records, PROBE_ROWS, lambda: load_probe(folder), begun, report)
+    probe = kept(records, runs.PROBE, lambda: load_probe(folder), begun, report)
     if probe is not None:
         return probe
     size = len(held_out)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_fd import runs
 from mlx_fd.config import Config, GenerationOptions
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.asking import OnTokens, Seeds, derive_seed
@@ -45,7 +46,6 @@ from mlx_fd.problems.kinds import are_graded
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.records import CountRow, HeadroomJudgedRow, HeadroomRow, HeadroomVerdictsRow
 
-PROBE_ROWS = "probe.json"
 PROBE_ARRAYS = "probe.safetensors"
 # A judge that says the same of every answer judges half of right and wrong ones rightly. The expert
 # is to be better than the student by so much at least: not by luck on a few problems.
@@ -433,7 +433,7 @@ def save_probe(probe: Probe, folder: Path) -> None:
         "seconds": probe.seconds,
         "samples": rows,
     }
-    write_json(folder / PROBE_ROWS, with_digest(content))
+    write_json(folder / runs.PROBE, with_digest(content))
 
 
 def load_probe(folder: Path) -> tuple[Probe, bool] | None:
@@ -446,7 +446,7 @@ def load_probe(folder: Path) -> tuple[Probe, bool] | None:
         ChangedFile: it is not what was written.
     """
     try:
-        content, digested = read_checked(folder / PROBE_ROWS)
+        content, digested = read_checked(folder / runs.PROBE)
     except FileNotFoundError:
         return None
     try:

@@ -1012,13 +1012,35 @@ def test_a_closed_pipe_is_no_error(arguments, tmp_path):
         assert not done.stderr or "nope" in done.stderr, done
 
 
+def test_standard_streams_that_are_closed(tmp_path):
+    """No error; and no file gets the number of one, to hold what a child process prints."""
+    code = (
+        "import subprocess; from pathlib import Path\n"
+        "from mlx_fd.cli.output import lasting_output\n"
+        "with lasting_output(), Path('file').open('w') as file:\n"
+        "  print(file.fileno() > 2, file=file, flush=True)\n"
+        "  subprocess.run(['echo', 'hello'], check=True)\n"
+    )
+    for line, closed in (
+        ([SCRIPT, "--version"], ">&-"),
+        ([sys.executable, "-c", code], "<&- >&- 2>&-"),
+    ):
+        command = f"exec {shlex.join(line)} {closed}"
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "file").read_text() == "True\n"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
 def test_output_to_a_full_disk_is_an_error(tmp_path):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [SCRIPT, "models"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
-    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+    message = "error: standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_a_stopped_run_prints_json_too(home, tmp_path):

@@ -38,6 +38,36 @@ def test_linux_memory_and_control_groups(tmp_path: Path) -> None:
     assert device_memory._linux_available(tmp_path) == GIB * 3 // 2
 
 
+@pytest.mark.parametrize(
+    ("lines", "group", "limits", "free"),
+    [
+        # Of a job of SLURM; and the limit of a group above it.
+        ("0::/slurm/job_7/step", "slurm/job_7/step", {"slurm/job_7/step": 3}, 2),
+        ("0::/slurm/job_7/step", "slurm/job_7/step", {"slurm/job_7": 4, "slurm": 6}, 3),
+        ("4:cpu,memory:/jobs/a:b\n0::/", "memory/jobs/a:b", {"memory/jobs/a:b": 5}, 4),
+        # In a container the path is the host's; the topmost group here is the container's.
+        ("0::/docker/1f", "", {"": 3}, 2),
+        ("0::/../../user", "", {"": 3}, 2),
+        ("0::/session", "session", {}, 8),
+    ],
+)
+def test_the_limit_of_a_group_far_below_counts(
+    lines: str, group: str, limits: dict[str, int], free: int, tmp_path: Path
+) -> None:
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemAvailable:   8388608 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text(f"{lines}\n")
+    top = tmp_path / "sys/fs/cgroup"
+    (top / group).mkdir(parents=True)
+    for name, limit in limits.items():
+        old = name.startswith("memory")
+        files = ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ()
+        for file, size in zip(files or ("memory.max", "memory.current"), (limit, 1), strict=True):
+            (top / name / file).write_text(f"{size * GIB}\n")
+        (top / name / "memory.stat").write_text("anon 5\n")
+    assert device_memory._linux_available(tmp_path) == free * GIB
+
+
 def test_available_memory_is_plausible() -> None:
     assert 1 << 27 < device_memory.available_memory() < 1 << 45
 

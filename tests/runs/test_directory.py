@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -319,6 +321,35 @@ def test_a_run_that_was_only_begun_can_be_made(tmp_path):
     assert runs.is_run(folder)
 
 
+@pytest.mark.parametrize("left", ["checkpoints/000000", "episodes.jsonl", "probe.json", "warm_up"])
+@pytest.mark.parametrize("lost", [runs.MANIFEST, runs.CONFIG])
+def test_a_new_run_does_not_begin_on_the_work_of_another(left, lost, tmp_path):
+    """It would go on from it, whatever its own seed and options are."""
+    run = make_run(tmp_path / "run")
+    (run / left).mkdir(parents=True)
+    (run / lost).unlink()
+    with pytest.raises(UserError) as refused:
+        make_run(run)
+    assert f"an earlier run in it ({left}), but no {lost}, as" in str(refused.value)
+    assert "copy all of it again, or choose another --out" in str(refused.value)
+    with pytest.raises(UserError, match=f"not a run directory .it has no {lost}[)]"):
+        runs.read_manifest(run)
+    (run / left).rmdir()
+    make_run(run)
+
+
+def test_where_no_link_can_be_made_no_run_begins(tmp_path, monkeypatch):
+    def refuse(*given: object, **named: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    with pytest.raises(UserError, match=r"no symbolic link can be made there \(Operation not"):
+        make_run(tmp_path / "run")
+    assert not runs.is_run(tmp_path / "run")
+    monkeypatch.undo()
+    make_run(tmp_path / "run")
+
+
 def test_two_processes_cannot_hold_a_run(tmp_path):
     code = (
         "import sys; from pathlib import Path; from mlx_fd import runs\n"
@@ -347,6 +378,20 @@ def test_a_full_disk_is_explained(tmp_path):
         runs.wrap_write_errors(tmp_path),
     ):
         write_to_a_full_disk()
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free some space, then: mlx-fd resume"),
+        (errno.EDQUOT, "free some space, then: mlx-fd resume"),
+        (errno.EROFS, "when that is mended, then: mlx-fd resume"),
+        (errno.EACCES, "when that is mended, then: mlx-fd resume"),
+    ],
+)
+def test_only_a_full_disk_wants_space(number, advice, tmp_path):
+    with pytest.raises(UserError, match=advice), runs.wrap_write_errors(tmp_path):
+        raise OSError(number, os.strerror(number))
 
 
 def test_only_a_failed_write_counts_as_one(tmp_path):

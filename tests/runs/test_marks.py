@@ -169,6 +169,11 @@ def test_a_sweep_does_not_begin_beside_something_else(run, mlx_fd):
     status, said = mlx_fd("pareto", run, "--sweep", "--quiet")
     assert status == 2 and "move it away" in said
     assert contents(run / "sweep") == {theirs.name: None, f"{theirs.name}/summary.json": b"{}"}
+    # A run's, without what says which run it was: its summary may be that of other options.
+    marks.write_mark(theirs, marks.RUN)
+    status, said = mlx_fd("pareto", run, "--sweep", "--quiet")
+    assert status == 2 and "work of an earlier run in it (summary.json)" in said
+    assert "or move it away" in said
 
 
 def test_a_run_of_an_earlier_version_is_one(run, mlx_fd):

@@ -31,7 +31,6 @@ from mlx_fd.runs.events import Event, Warned
 from mlx_fd.runs.plan import make_plan
 from mlx_fd.training.job import Job
 from mlx_fd.training.loop import run
-from mlx_fd.training.probe import PROBE_ROWS
 from mlx_fd.training.selfdistill import plan as self_session
 from mlx_fd.training.selfdistill import training
 from mlx_fd.training.selfdistill.methods import configured
@@ -164,7 +163,7 @@ def outcome(folder: Path) -> dict[str, object]:
                 found[f"{which}/{path.name}"] = path.read_bytes()
     state = json.loads((folder / runs.CHECKPOINTS / "last" / runs.STATE).read_text())
     found["state"] = {name: value for name, value in state.items() if name not in MEASURED}
-    for name in (runs.SUMMARY, runs.EXAM, runs.EXAM_AFTER, PROBE_ROWS, runs.HEADROOM):
+    for name in (runs.SUMMARY, runs.EXAM, runs.EXAM_AFTER, runs.PROBE, runs.HEADROOM):
         if not (folder / name).exists():
             continue
         value, _ = read_checked(folder / name)
@@ -228,7 +227,7 @@ BINARY = {"bit": flipped, "half": half, "gone": gone}
 BY_DAY = ("digit 50%", "line", "gone", "bit")
 FILES = (
     *(runs.CONFIG, runs.MANIFEST, runs.EPISODES, runs.METRICS, runs.SAMPLES),
-    *(PROBE_ROWS, "probe.safetensors", runs.EXAM, "teacher/*.safetensors"),
+    *(runs.PROBE, "probe.safetensors", runs.EXAM, "teacher/*.safetensors"),
     *(f"checkpoints/000005/{name}" for name in ("state.json", "adapter_config.json")),
     *(f"checkpoints/000005/{name}.safetensors" for name in ("adapters", "heads", "optimizer")),
     *(f"checkpoints/{link}" for link in ("last", "best")),
@@ -390,6 +389,18 @@ def test_run_and_models_may_move(stopped, resume, tmp_path):
     assert {**found, runs.CONFIG: outcome(target)[runs.CONFIG]} == stopped.comes_to
 
 
+def test_a_copy_that_followed_links_goes_on_the_same(stopped, resume, tmp_path):
+    """As `scp -r` makes one: what were links to the last and the best checkpoint are folders."""
+    target = shutil.copytree(stopped.folder, tmp_path / "run")
+    assert not (target / runs.CHECKPOINTS / "last").is_symlink()
+    status, said = resume(target)
+    assert status == 0, said
+    assert all(f"checkpoints/{name} was a folder" in said for name in ("last", "best"))
+    assert outcome(target) == stopped.comes_to
+    [cut] = (path for path in (target / runs.CUT).iterdir() if path.name != "tail")
+    assert sorted(path.name for path in cut.iterdir()) == ["best", "last"]
+
+
 def test_a_run_that_is_made_longer_keeps_its_first_summary(finished, resume, tmp_path):
     """Of one epoch: with more, all that was done depends on how many episodes there are."""
     folder = make_stopped(
@@ -456,7 +467,7 @@ def test_memory_and_seconds_outlive_a_resume(examined, tmp_path):
     seconds = summary["seconds"]
     probe, before, after = (
         read_checked(folder / name)[0]["seconds"]
-        for name in (PROBE_ROWS, runs.EXAM, runs.EXAM_AFTER)
+        for name in (runs.PROBE, runs.EXAM, runs.EXAM_AFTER)
     )
     assert min(probe, before, after) > 0
     assert seconds["exam"] == pytest.approx(before + after, abs=0.06)
@@ -484,15 +495,15 @@ def test_a_run_of_an_older_version_goes_on_with_a_note(examined, resume, tmp_pat
     write_json(folder / runs.MANIFEST, manifest)
     exam, _ = read_checked(folder / runs.EXAM)
     write_json(folder / runs.EXAM, exam["results"])
-    probe, _ = read_checked(folder / PROBE_ROWS)
+    probe, _ = read_checked(folder / runs.PROBE)
     del probe["seconds"]
-    write_json(folder / PROBE_ROWS, probe)
+    write_json(folder / runs.PROBE, probe)
     status, said = resume(folder)
     assert status == 0
     noted = examined.noticed(said)
     assert "manifest.json: its digest is missing" in noted[0]
     assert noted[1].startswith("checkpoint 000005 has ")
-    assert {text.split(" has ")[0] for text in noted[2:]} == {PROBE_ROWS, runs.EXAM}
+    assert {text.split(" has ")[0] for text in noted[2:]} == {runs.PROBE, runs.EXAM}
     assert len(noted) == 4
     # Nor did it say which examination it was.
     expected = copy.deepcopy(examined.comes_to)

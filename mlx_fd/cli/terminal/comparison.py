@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from mlx_fd.cli.terminal.layout import FittingTable
+from mlx_fd.cli.terminal.layout import FittingTable, print_whole
 from mlx_fd.export.wording import _NOTHING, heading, measured, notes, verdict
 from mlx_fd.text import strip_control_chars
 
@@ -26,7 +26,7 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> Non
         for row, lines in zip(rows, texts, strict=True)
     ]
     if labels:
-        console.print(FittingTable(["", *labels], entries, transposed=True))
+        print_whole(console, FittingTable(["", *labels], entries, transposed=True))
     for row in rows:
         style = "green" if row["parity"] else "red"
         name = _text(f"{' '.join(heading(row))}: ", "bold").append_text(_text(verdict(row), style))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mlx_fd.cli.terminal.layout import FittingTable
+from mlx_fd.cli.terminal.layout import FittingTable, print_whole
 from mlx_fd.evaluation.names import is_share, shown_name
 from mlx_fd.evaluation.suites import Attempted
 from mlx_fd.runs.labels import duration
@@ -92,8 +92,8 @@ def print_results(
         console: where to print.
     """
     for found, names in zip(results["sets"], shown, strict=True):
-        console.print(_measures(found, names))
-        console.print(_differences_and_costs(found))
+        print_whole(console, _measures(found, names))
+        print_whole(console, _differences_and_costs(found))
         if cut := _cut(found):
             console.print(Text(strip_control_chars(cut), "yellow"), soft_wrap=True)
     temperatures = results["temperature"]

@@ -17,6 +17,7 @@ from mlx_fd.text import strip_control_chars
 _FILE_WIDTH = 400
 _ANY_WIDTH = 1 << 16
 _MIN_VALUE_WIDTH = 40
+_USUAL_WIDTH = 80
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 # A number with its interval, a bracket of numbers, a change, a number with its unit or its total.
 _UNITS = re.compile(
@@ -31,6 +32,19 @@ def output_console() -> Console:
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     return console
+
+
+def print_whole(console: Console, table: RenderableType) -> None:
+    """Print a table, with nothing of it cut off in a narrow terminal, which then breaks its lines.
+
+    Args:
+        console: where to; from now on it is as wide as the table's longest words, up to 80 columns.
+        table: of columns, :class:`NamedValues` or a :class:`FittingTable`.
+    """
+    anywhere = console.options.update(max_width=_ANY_WIDTH)
+    least = Measurement.get(console, anywhere, table).minimum
+    console.width = max(console.width, min(least, _USUAL_WIDTH))
+    console.print(table)
 
 
 def warning(text: str) -> Text:
@@ -60,6 +74,13 @@ class NamedValues:
     def add_row(self, name: str, value: str) -> None:
         """Add a line."""
         self.rows.append((name, value))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        """The width of the longest name, or number with its interval."""
+        lines = [f" {strip_control_chars(name)}" for name, _ in self.rows]
+        for _, value in self.rows:
+            lines += [f"   {one}" for one in wrapped(strip_control_chars(value), 1).split("\n")]
+        return Measurement(max(map(len, lines), default=0), options.max_width)
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
@@ -103,6 +124,12 @@ class FittingTable:
     title: str = ""
     styles: Mapping[int, str] = field(default_factory=dict)
     transposed: bool = False
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        """The width of the longest name or value of its blocks."""
+        blocks = [block for block in self._blocks() if isinstance(block, NamedValues)]
+        least = [block.__rich_measure__(console, options).minimum for block in blocks]
+        return Measurement(max(least, default=0), options.max_width)
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions

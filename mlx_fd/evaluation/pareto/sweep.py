@@ -22,7 +22,6 @@ from mlx_fd.errors import UserError
 from mlx_fd.evaluation.pareto.choice import gated
 from mlx_fd.files import check_way
 from mlx_fd.runs.checked import ChangedFile, read_checked
-from mlx_fd.runs.marks import RUN, check_free
 from mlx_fd.runs.records import ParetoFile, ParetoPointRow, RealStopRow, Summary
 
 FOLDER = "sweep"
@@ -58,9 +57,9 @@ def sweep(
         name = f"stop-{point['stop_threshold']:.16g}"
         run = check_way(folder, FOLDER, name)
         wanted = gated(config, point["stop_threshold"])
-        if not runs.is_ours(run):
-            check_free(run, RUN, "move it away")
-        elif runs.is_run(run) and read(run / runs.CONFIG) != wanted:
+        if not (runs.is_run(run) and runs.is_ours(run)):
+            runs.check_new(run, "move it away")
+        elif read(run / runs.CONFIG) != wanted:
             raise UserError(f"{run}: the run here has another configuration; move it away.")
         planned.append((point, name, run, wanted))
     done: list[ParetoPointRow] = []
