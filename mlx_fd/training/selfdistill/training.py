@@ -28,6 +28,7 @@ from mlx_fd.feedback.distill import Update
 from mlx_fd.files import clear_unfinished, write_json
 from mlx_fd.models import ranks
 from mlx_fd.models.checking import check_recompute
+from mlx_fd.models.generation import first_prompt
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.student import Student, read_trained
 from mlx_fd.problems import Problem
@@ -42,6 +43,8 @@ from mlx_fd.runs.self_distillation_summary import (
     WRONG,
     attempts_summary,
     expert_answers,
+    find_warnings,
+    held_out_share,
     students_own,
     summarise,
 )
@@ -63,17 +66,21 @@ from mlx_fd.training.checkpoint import (
     with_probe,
     write_summary,
 )
+from mlx_fd.training.diverged import check_weights, diverged
 from mlx_fd.training.job import Job
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View
 from mlx_fd.training.selfdistill.health import health_of
 from mlx_fd.training.selfdistill.learning import (
     Expert,
     RolloutStats,
+    Text,
     TokenWeights,
     expert_cache,
     forward_teacher_and_student,
     learn,
     nearness,
+    read,
+    token_logprobs,
     wants_teacher,
 )
 from mlx_fd.training.selfdistill.playbook import Playbook
@@ -254,6 +261,10 @@ def run(job: Job, models: Models) -> SelfSummary | None:
     )
     # Whatever the checkpoint holds, the student is still untrained here.
     headroom, seconds = _headroom(records, learner, probe_problems, checkpoint is not None)
+
+    def check(state: RunState) -> None:
+        _check_student(learner, probe_problems[0], state.batch)
+
     this = Run(
         records=records,
         config=config,
@@ -263,6 +274,7 @@ def run(job: Job, models: Models) -> SelfSummary | None:
         report=report,
         stop=stop,
         extra=learner.extra,
+        check=check,
     )
     state = begin_or_restore(this, checkpoint, lambda: first_state(config, headroom.losses))
     if checkpoint is not None:
@@ -279,6 +291,21 @@ def run(job: Job, models: Models) -> SelfSummary | None:
 
     report(Started(problems_before(state.batch), epochs * len(problems)))
 
+    # From the first batch on: what is worse than at the beginning is worth a warning.
+    metrics_so_far = list(runs.read_self_metrics(folder))
+    warned = set[str]()
+
+    def new_warnings(state: RunState) -> list[str]:
+        held_out = [
+            held_out_share(losses, len(probe_problems))
+            for losses in (state.probe_first, state.probe_last)
+        ]
+        vocab = models.student_lm.vocab
+        found = find_warnings(metrics_so_far, held_out, config.training.lora_rate, vocab)
+        new = {kind: text for kind, text in found.items() if kind not in warned}
+        warned.update(new)
+        return list(new.values())
+
     def batch(state: RunState) -> Done:
         epoch, index = divmod(state.batch, batches)
         chunk = problems[index * size : (index + 1) * size]
@@ -287,6 +314,7 @@ def run(job: Job, models: Models) -> SelfSummary | None:
         attempts = range(index * size * each, (index * size + len(chunk)) * each)
         again = [row for row in written if row.get("by_expert") and row["attempt"] in attempts]
         state, rows, metrics = _batch(state, chunk, probe_problems, learner, again)
+        metrics_so_far.append(metrics)
         # What the expert wrote in the first epoch is on the disk already.
         new = [row for row in rows if not (epoch and row.get("by_expert"))]
         return Done(
@@ -296,6 +324,7 @@ def run(job: Job, models: Models) -> SelfSummary | None:
             metrics=metrics,
             done=problems_before(state.batch),
             total=epochs * len(problems),
+            warnings=new_warnings(state),
         )
 
     reached = run_batches(this, state, batch, total, ends_frozen=True)
@@ -307,6 +336,9 @@ def run(job: Job, models: Models) -> SelfSummary | None:
     looking = time.perf_counter()
     state = with_probe(state, _probe(learner, probe_problems, state.batch))
     seconds += time.perf_counter() - looking
+    check(state)
+    for text in new_warnings(state):
+        report(Warned(text))
     with runs.wrap_write_errors(folder):
         save(this, state)
         summary = summarise(
@@ -556,7 +588,7 @@ def _batch(
         config.training.micro_batch,
         learner.expert,
     )
-    mx.eval([item.now for item in stats])
+    check_stats(stats, number, config)
     updates, weights = _learn(learner, state, groups, views, stats)
     if (remember := CONTEXTS[config.selfdistill.context].remember) is not None:
         attempts = [attempt for group in groups for attempt in group]
@@ -608,6 +640,61 @@ def _batch(
     if (health := health_of(own or stats)) is not None:
         metrics["health"] = health
     return state, rows, metrics
+
+
+def _check_student(learner: _Learner, problem: Problem, batch: int) -> None:
+    """Stop a run whose student is lost, before it is saved.
+
+    Weights that are finite can be so large that nothing made of them is: it reads a question, too.
+
+    Args:
+        learner: the run's.
+        problem: what it reads.
+        batch: batches done so far.
+
+    Raises:
+        UserError: a weight, or a log-probability, is not finite.
+    """
+    config, student_lm = learner.config, learner.models.student_lm
+    check_weights(learner.models.student, batch, config)
+    prompt = first_prompt(student_lm, answer_prompt(as_read(problem, config), form_of(problem)))
+    text = Text(prompt[:-1], prompt[-1:])
+    ((logprobs, _),) = token_logprobs(
+        student_lm.view.head,
+        read(student_lm.view, [text], 1),
+        [text],
+        config.selfdistill,
+        student_lm.vocab,
+    )
+    if not _all_finite([logprobs]):
+        raise diverged("log-probabilities are", batch, config)
+
+
+def check_stats(stats: Sequence[RolloutStats], batch: int, config: Config) -> None:
+    """Stop a run whose student or teacher is lost, before its rows are written; all ranks raise.
+
+    Args:
+        stats: of a batch's attempts.
+        batch: batches done so far, with the one whose update changed the student.
+        config: the run's.
+
+    Raises:
+        UserError: a log-probability is not finite.
+    """
+    if not _all_finite([item.now for item in stats]):
+        raise diverged("log-probabilities are", batch, config)
+    if _all_finite([item.teacher for item in stats if item.teacher is not None]):
+        return
+    if config.selfdistill.self_teacher in ("base", EXPERT):
+        raise UserError(
+            f"the teacher's log-probabilities are not finite in batch {batch + 1}, though it does "
+            "not train: numbers overflow in it. Take the model in bfloat16, not float16."
+        )
+    raise diverged("teacher's log-probabilities are", batch, config)
+
+
+def _all_finite(arrays: Sequence[mx.array]) -> bool:
+    return not arrays or bool(mx.isfinite(mx.concatenate(list(arrays))).all().item())
 
 
 def _attempts(
@@ -690,6 +777,7 @@ def _learn(
             stats = forward_teacher_and_student(
                 student_lm, learner.teacher, groups, views, options, training.micro_batch, expert
             )
+            check_stats(stats, state.batch + 1, config)
         rise = min(1.0, (done + 1) / options.warmup_steps) if options.warmup_steps else 1.0
         learner.optimizer.learning_rate = training.lora_rate * rise
         near = nearness(student_lm, echoes, options, training.micro_batch) if echoes else None
