@@ -121,7 +121,9 @@ def test_the_truth_is_refused_where_it_is_not_known():
 def test_a_critic_is_asked_for_an_answer_of_the_problems_kind(kind):
     problem = Problem("one", "What is it?", "It is so.", "B", kind=kind)
     request = critics.rewrite_request(problem, problem.solution, "Is it so?")
-    assert request.startswith("Problem: What is it?\n\nA solution known to be right:\nIt is so.\n\n")
+    assert request.startswith(
+        "Problem: What is it?\n\nA solution known to be right:\nIt is so.\n\n"
+    )
     assert request.endswith(f"Write nothing but that solution. {form_of(problem).end}")
 
 

@@ -30,16 +30,14 @@ from mlx_fd.runs.events import Note, Warned
 from mlx_fd.runs.logs import log_size
 from mlx_fd.training.job import Job
 from mlx_fd.training.selfdistill import critics, rollouts
+from mlx_fd.training.selfdistill.batch import Models, check_stats
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials
-from mlx_fd.training.selfdistill.learning import (
-    RolloutStats,
-    Text,
-    forward_teacher_and_student,
-)
 from mlx_fd.training.selfdistill.methods import METHODS, configured
 from mlx_fd.training.selfdistill.plan import make_plan, open_models
+from mlx_fd.training.selfdistill.reading import forward_teacher_and_student
+from mlx_fd.training.selfdistill.rollout_stats import RolloutStats, Text
 from mlx_fd.training.selfdistill.teacher import adapter, adapter_swapped, next_teacher, zero_adapter
-from mlx_fd.training.selfdistill.training import Models, check_stats, run
+from mlx_fd.training.selfdistill.training import run
 from support.draws import ALL, by_day
 from support.pairs import MEASURED, without_seconds
 from support.shell import failed, launch, shell
