@@ -300,7 +300,7 @@ def test_what_cannot_be_distilled_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--on-policy-fraction 0\.5 the student would answer"):
         make_plan(config_of("gkd", objective="likelihood"))
     # A policy loss learns from the student's own.
-    assert make_plan(config_of("gkd", objective="likelihood", policy_weight=0.5))
+    assert make_plan(config_of("gkd", objective="likelihood", policy_weight=0.5, num_generations=2))
     with pytest.raises(UserError, match="likelihood is for what an expert wrote"):
         make_plan(configured("sdft", {"objective": "likelihood", "student": "tiny-student"}))
 

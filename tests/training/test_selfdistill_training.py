@@ -31,6 +31,7 @@ from mlx_fd.runs.logs import log_size
 from mlx_fd.training.job import Job
 from mlx_fd.training.selfdistill import critics, rollouts
 from mlx_fd.training.selfdistill.batch import Models, check_stats
+from mlx_fd.training.selfdistill.combination import check_combination
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials
 from mlx_fd.training.selfdistill.methods import METHODS, configured
 from mlx_fd.training.selfdistill.plan import make_plan, open_models
@@ -404,12 +405,28 @@ def test_a_student_that_is_lost_without_a_nan_is_said(tmp_path):
         ({"critic": ""}, "needs a critic"),
         ({"problems": "gsm8k"}, "truth is known for"),
         ({"gate": "published"}, "for the loop"),
+        ({"policy_weight": 0.9}, "--policy-weight compares attempts at one problem"),
+        ({"context": "none"}, "no more than the student, so that --objective forward has nothing"),
+        ({"context": "none", "objective": "sampled", "self_teacher": "ema"}, "nothing to match"),
+        ({"context": "clean"}, "and --noise is none, so that --objective forward has nothing"),
         ({"objective": "grpo", "reward_baseline": "group"}, "--reward-baseline to right"),
     ],
 )
 def test_what_cannot_work_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         make_plan(config_of("step-critique", **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context": "clean", "noise": "typed"},
+        # The base model holds back what a reward moves.
+        {"context": "none", "policy_weight": 0.9, "num_generations": 2},
+    ],
+)
+def test_what_has_something_to_learn_from_is_not_refused(changes):
+    check_combination(config_of("step-critique", critic="", **changes))
 
 
 def test_a_frozen_critic_shares_what_it_can(tmp_path):

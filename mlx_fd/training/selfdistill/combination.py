@@ -54,10 +54,16 @@ def check_combination(config: Config) -> None:
     if config.gate.gate == "published":
         raise UserError("--gate published is for the loop; take always, ema or never.")
     alone = options.num_generations < 2 and options.reward_baseline == "group"
-    if options.objective == "grpo" and alone:
+    if alone and (options.objective == "grpo" or options.policy_weight):
+        named = "--objective grpo" if options.objective == "grpo" else "--policy-weight"
         raise UserError(
-            "--objective grpo compares attempts at one problem: set --num-generations to 8 (or "
+            f"{named} compares attempts at one problem: set --num-generations to 8 (or "
             "--reward-baseline to right)."
+        )
+    if reason := _reads_the_same(config):
+        raise UserError(
+            f"{reason}, so that --objective {options.objective} has nothing to match: choose "
+            "another --context, or --objective grpo."
         )
     context = CONTEXTS[options.context]
     if options.objective == "contrastive" and not context.gives_wrong_hints:
@@ -77,3 +83,20 @@ def check_combination(config: Config) -> None:
         )
     if options.critic == TRUTH and truth_of(config.problems.problems) is None:
         raise UserError(f"--critic truth is known for --problems {names_with_truth()} only.")
+
+
+def _reads_the_same(config: Config) -> str:
+    """Why the self-teacher reads what the student does, where nothing else is learned from.
+
+    Two equal models that read the same say the same, and stay equal. Empty: it reads more, or there
+    is a reward.
+    """
+    options = config.selfdistill
+    rewarded = options.objective in ("grpo", "contrastive", "echo") or options.policy_weight
+    if options.self_teacher == EXPERT or rewarded:
+        return ""
+    if options.context == "none":
+        return "--context none shows the self-teacher no more than the student"
+    if options.context == "clean" and options.noise == "none":
+        return "--context clean shows the question without its noise, and --noise is none"
+    return ""
