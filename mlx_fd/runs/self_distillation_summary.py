@@ -209,6 +209,12 @@ def find_warnings(
             f"the student has become worse: of {now['n']} held-out problems it answers "
             f"{now['right']} right, {before['right']} before training; {advice}"
         )
+    steps = [update["skipped"] for row in metrics for update in row["updates"]][-ENOUGH:]
+    if len(steps) == ENOUGH and all(steps):
+        found["skipped"] = (
+            f"the last {ENOUGH} optimiser steps were left out, as loss or gradient was not finite: "
+            f"nothing is learned; {advice}"
+        )
     last = _last_attempts(metrics)
     if not last:
         return found

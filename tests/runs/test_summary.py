@@ -221,8 +221,9 @@ def test_without_gold_there_are_the_models_verdicts():
 
 
 def test_what_a_run_of_self_distillation_warns_of():
-    def batch(n=8, entropy=0.5, finished=1.0):
-        return {"attempts": {"n": n, "entropy": entropy, "finished": finished}}
+    def batch(n=8, entropy=0.5, finished=1.0, skipped=(False,)):
+        updates = [{"skipped": one} for one in skipped]
+        return {"attempts": {"n": n, "entropy": entropy, "finished": finished}, "updates": updates}
 
     def found(*metrics, before=(14, 32), now=(14, 32)):
         held_out = [share_of([True] * right + [False] * (n - right)) for right, n in (before, now)]
@@ -244,3 +245,7 @@ def test_what_a_run_of_self_distillation_warns_of():
     assert found(cut) == {"cut": "4 of the last 8 attempts were cut at the token limit; "
                           "raise --max-answer-tokens"}  # fmt: skip
     assert set(found(batch(), cut)) == {"endless"}
+    # A step that is left out now and then is what the check is for.
+    assert found(batch(skipped=[True] * 7)) == {}
+    assert found(batch(skipped=[True] * 7), batch(skipped=[False] + [True] * 7)) == {}
+    assert set(found(batch(skipped=[True] * 7), batch(skipped=[True]))) == {"skipped"}
