@@ -24,6 +24,9 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 GITHUB = "https://github.com/mlx-fd/mlx-fd/"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+SETTING = re.compile(r"`([a-z][a-z_]*)\s=\s[^`=]{1,60}`")
+# What was true then stays there.
+HISTORY = ("CHANGELOG.md", "docs/log.md")
 
 
 def prose(text: str) -> str:
@@ -58,6 +61,12 @@ def missing(target: str, page: Path) -> str | None:
 def test_links_and_pictures_lead_somewhere(page):
     links = LINK.findall(prose(page.read_text(encoding="utf-8")))
     assert [found for link in links if (found := missing(link, page))] == []
+
+
+@pytest.mark.parametrize("page", sorted({*NAMES} - {*HISTORY}))
+def test_settings_are_options(page):
+    named = SETTING.findall((ROOT / page).read_text(encoding="utf-8"))
+    assert sorted({*named} - OPTIONS.keys()) == []
 
 
 def test_links_that_lead_nowhere_are_found():

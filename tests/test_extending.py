@@ -34,8 +34,8 @@ from mlx_fd.problems.kinds import form_of, is_right, read_final
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.registry import KINDS, REGISTRIES, Entry, Registry
 from mlx_fd.runs.plan import make_plan as real_plan
+from mlx_fd.training.selfdistill.combination import check_combination
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, student_prompt
-from mlx_fd.training.selfdistill.training import check_combination
 from support import ROOT
 from support.architectures import make_architecture
 from support.pairs import logits_of, make_dirs, make_plan

@@ -206,6 +206,7 @@ def _self_parts(runs: Sequence[SelfRun]) -> dict[str, Any]:
         "totals": [self_tables.summary_table(runs)],
         "method": self_tables.method_table(runs),
         "by_expert": all(run.has_expert for run in runs),
+        "has_context": any(run.has_context for run in runs),
         "headroom": self_tables.headroom_table(runs),
         "ungraded": any(self_tables.is_ungraded(run) for run in runs),
         "learning": [

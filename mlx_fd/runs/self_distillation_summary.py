@@ -18,10 +18,12 @@ from mlx_fd.runs.records import (
     SelfSummary,
     ShareRow,
 )
-from mlx_fd.runs.summary import seconds_of, share_of, wilson_over_problems
+from mlx_fd.runs.summary import ENOUGH, WORRYING_SHARE, seconds_of, share_of, wilson_over_problems
 
 # What the gate watches here: the share of held-out problems that are answered wrong.
 WRONG = "wrong"
+# Of the entropy of a uniform distribution: no text that says something comes near.
+_UNIFORM = 0.9
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -105,7 +107,13 @@ def attempts_summary(rows: Sequence[AttemptRow]) -> AttemptsRow:
     }
 
 
-def _held_out(losses: Mapping[str, float], n: int) -> ShareRow:
+def held_out_share(losses: Mapping[str, float], n: int) -> ShareRow:
+    """The share of n held-out problems answered right; of none where it is not known.
+
+    Args:
+        losses: the share answered wrong; empty where it is not known.
+        n: how many there are.
+    """
     right = round((1 - losses[WRONG]) * n) if WRONG in losses else 0
     return share_of(place < right for place in range(n if WRONG in losses else 0))
 
@@ -150,8 +158,8 @@ def summarise(
         "first_half": _share_of_attempts(own[:half]),
         "second_half": _share_of_attempts(own[half:]),
         "held_out": {
-            "before": _held_out(probe_before, probe_size),
-            "after": _held_out(probe_after, probe_size),
+            "before": held_out_share(probe_before, probe_size),
+            "after": held_out_share(probe_after, probe_size),
         },
         "probe": {"before": dict(probe_before), "after": dict(probe_after)},
         "headroom": headroom,
@@ -179,3 +187,65 @@ def summarise(
     if (health := health_over(metrics)) is not None:
         summary["health"] = health
     return summary
+
+
+def find_warnings(
+    metrics: Sequence[SelfMetricsRow], held_out: Sequence[ShareRow], rate: float, vocab: int
+) -> dict[str, str]:
+    """What a user should know of the last attempts, by kind of trouble; mostly empty.
+
+    Args:
+        metrics: rows of ``metrics.jsonl``, from the first batch on.
+        held_out: problems answered right before the first update, and last time they were asked.
+        rate: the learning rate.
+        vocab: the tokens that a distribution is over.
+    """
+    found = {}
+    advice = f"begin a new run with a lower learning rate (--lora-rate {rate:g} may be too high)"
+    before, now = held_out
+    # The intervals lie apart, so that a run which looks often is not warned by chance.
+    if now["n"] and now["interval"][1] < before["interval"][0]:
+        found["worse"] = (
+            f"the student has become worse: of {now['n']} held-out problems it answers "
+            f"{now['right']} right, {before['right']} before training; {advice}"
+        )
+    steps = [update["skipped"] for row in metrics for update in row["updates"]][-ENOUGH:]
+    if len(steps) == ENOUGH and all(steps):
+        found["skipped"] = (
+            f"the last {ENOUGH} optimiser steps were left out, as loss or gradient was not finite: "
+            f"nothing is learned; {advice}"
+        )
+    last = _last_attempts(metrics)
+    if not last:
+        return found
+    many = sum(row["n"] for row in last)
+    entropy = _mean([row["entropy"] for row in last])
+    if entropy is not None and entropy > _UNIFORM * math.log(vocab):
+        found["uniform"] = (
+            f"the student writes at random: its distributions have an entropy of {entropy:.2f} "
+            f"nats, and no more than {math.log(vocab):.2f} is possible; {advice}, or with a lower "
+            "--temperature"
+        )
+    cut = round(sum(row["n"] * (1 - (row["finished"] or 0)) for row in last))
+    if cut > WORRYING_SHARE * many:
+        at_first = metrics[0]["attempts"]["finished"] or 0
+        text = f"{cut} of the last {many} attempts were cut at the token limit"
+        if 1 - at_first > WORRYING_SHARE:
+            found["cut"] = f"{text}; raise --max-answer-tokens"
+        else:
+            found["endless"] = (
+                f"{text}, {1 - at_first:.0%} in the first batch: answers no longer end; "
+                f"{advice}, or raise --max-answer-tokens"
+            )
+    return found
+
+
+def _last_attempts(metrics: Sequence[SelfMetricsRow]) -> list[AttemptsRow]:
+    """Statistics of the last batches that have enough attempts together; empty: there are fewer."""
+    last, many = list[AttemptsRow](), 0
+    for row in reversed(metrics):
+        last.append(row["attempts"])
+        many += row["attempts"]["n"]
+        if many >= ENOUGH:
+            return last
+    return []

@@ -23,8 +23,8 @@ from mlx_fd.runs.records import (
 )
 
 # A share of episodes above this is worth a warning, once there are enough of them.
-_WORRYING_SHARE = 0.2
-_ENOUGH = 8
+WORRYING_SHARE = 0.2
+ENOUGH = 8
 
 
 def wilson(right: float, n: float) -> tuple[float, float]:
@@ -306,7 +306,7 @@ def seconds_of(metrics: Sequence[BatchMetricsRow], beside: Mapping[str, float]) 
 
 def find_warnings(episodes: Sequence[EpisodeRow]) -> dict[str, str]:
     """What a user should know of the last episodes, by kind of trouble; mostly empty."""
-    if len(episodes) < _ENOUGH:
+    if len(episodes) < ENOUGH:
         return {}
     found = {}
     asked = [expert for row in episodes if (expert := row["expert_feedback"])]
@@ -317,13 +317,13 @@ def find_warnings(episodes: Sequence[EpisodeRow]) -> dict[str, str]:
     ]
     scores = [expert["written_score"] for expert in asked]
     unread = sum(score is None for score in scores)
-    if asked and unread > _WORRYING_SHARE * len(asked):
+    if asked and unread > WORRYING_SHARE * len(asked):
         found["unreadable"] = (
             f"no score could be read in {unread} of the last {len(asked)} expert feedbacks; "
             "raise --max-feedback-tokens, or choose an expert that follows instructions better"
         )
     verdicts = _expert_verdicts(episodes)
-    if verdicts["contradicted"] > _WORRYING_SHARE * len(asked):
+    if verdicts["contradicted"] > WORRYING_SHARE * len(asked):
         found["contradicted"] = (
             f"the right answer contradicts the expert's score in {verdicts['contradicted']} of its "
             f"last {len(asked)} feedbacks (learned from: "
@@ -332,21 +332,21 @@ def find_warnings(episodes: Sequence[EpisodeRow]) -> dict[str, str]:
         )
     answers = {"answer", "expert_solution", "final", "second_answer"}
     capped = sum(bool(answers & set(row["capped"])) for row in episodes)
-    if capped > _WORRYING_SHARE * len(episodes):
+    if capped > WORRYING_SHARE * len(episodes):
         found["capped"] = (
             f"{capped} of the last {len(episodes)} episodes had an answer cut at the token limit; "
             "raise --max-answer-tokens"
         )
     spoiled, mended = _changes(episodes)
     # Of the answers that changed sides, more than half did so for the worse.
-    if spoiled + mended >= _ENOUGH and wilson(spoiled, spoiled + mended)[0] > 0.5:
+    if spoiled + mended >= ENOUGH and wilson(spoiled, spoiled + mended)[0] > 0.5:
         found["spoiled"] = (
             f"in the last {len(episodes)} episodes revising made {spoiled} right first answers "
             f"wrong and {mended} wrong ones right: the final answers are worse than the first; "
             "choose an expert that answers and judges better"
         )
     read = [score for score in scores if score is not None]
-    if len(read) >= _ENOUGH and len(set(read)) == 1:
+    if len(read) >= ENOUGH and len(set(read)) == 1:
         found["alike"] = (
             f"the expert's last {len(read)} scores are all {read[0]:g}: its scores say nothing, "
             "and the student's score head can only learn that number"

@@ -31,10 +31,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_fd.config import CONTINUOUS, Config
-from mlx_fd.errors import UserError
 from mlx_fd.feedback import gate
 from mlx_fd.feedback.asking import Group, OnTokens, Seeds, Turns, ask_in_step, derive_seed
 from mlx_fd.feedback.continuous import ask_continuously
@@ -59,7 +57,6 @@ from mlx_fd.feedback.verdicts import REASONS, Reviewed, tally
 from mlx_fd.models import ranks
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.metering import metered
-from mlx_fd.models.student import Student
 from mlx_fd.problems import Problem
 from mlx_fd.runs.acceptance import accepted_count
 from mlx_fd.runs.events import Event, Step, Warned
@@ -73,6 +70,7 @@ from mlx_fd.training.checkpoint import (
     update_row,
     with_probe,
 )
+from mlx_fd.training.diverged import check_finite, diverged
 from mlx_fd.training.probe import Probe
 from mlx_fd.training.replay import Memory, Replay, choose
 from mlx_fd.training.selfdistill.in_loop import Lessons, lessons, self_distillation_loss
@@ -741,58 +739,11 @@ def _gate_row(
     }
 
 
-def check_finite(losses: Mapping[str, float], batch: int, config: Config) -> None:
-    """Stop a run whose student is lost, before its state is saved.
-
-    Args:
-        losses: the student's, by name.
-        batch: batches done so far; 0: before any training.
-        config: the run's.
-
-    Raises:
-        UserError: a loss is not finite.
-    """
-    for name, value in losses.items():
-        if not math.isfinite(value):
-            raise _diverged(f"{name} loss is", batch, config)
-
-
-def check_weights(student: Student, batch: int, config: Config) -> None:
-    """Stop a run whose student could not be read back, before it is saved.
-
-    Args:
-        student: as it is to be saved.
-        batch: batches done so far.
-        config: the run's.
-
-    Raises:
-        UserError: a weight that trains is not finite.
-    """
-    weights = tree_flatten(student.trainable_parameters())
-    if not mx.stack([mx.isfinite(array).all() for _, array in weights]).all().item():
-        raise _diverged("weights are", batch, config)
-
-
 def _check_feedback(given: Sequence[StudentFeedback], batch: int, config: Config) -> None:
     """Stop a run whose student is lost, before its rows are written; all ranks raise."""
     numbers = [(one.logprob, one.head_score) for one in given]
     for logprob, score in ranks.gather(numbers):
         if not math.isfinite(logprob):
-            raise _diverged("log-probabilities are", batch, config)
+            raise diverged("log-probabilities are", batch, config)
         if score is not None and not math.isfinite(score):
-            raise _diverged("score is", batch, config)
-
-
-def _diverged(what: str, batch: int, config: Config) -> UserError:
-    if batch == 0:
-        return UserError(
-            f"the student's {what} not finite before any training: the weights of the expert "
-            "or the student are not whole; fetch or convert them again."
-        )
-    rates = config.training
-    return UserError(
-        f"the student diverged in batch {batch}: its {what} not finite any more. The "
-        "checkpoints before it are whole. Begin a new run with lower learning rates (--lora-rate "
-        f"{rates.lora_rate:g}, --score-rate {rates.score_rate:g}, --projection-rate "
-        f"{rates.projection_rate:g} were too high) or a smaller --max-grad-norm."
-    )
+            raise diverged("score is", batch, config)

@@ -43,8 +43,6 @@ from mlx_fd.training.batch import (
     Begun,
     Learner,
     Report,
-    check_finite,
-    check_weights,
     overlaps,
     rehearse_batch,
     report_steps,
@@ -66,6 +64,7 @@ from mlx_fd.training.checkpoint import (
     with_probe,
     write_summary,
 )
+from mlx_fd.training.diverged import check_finite, check_weights
 from mlx_fd.training.job import Job
 from mlx_fd.training.probe import Probe, load_probe, make_probe, save_probe
 from mlx_fd.training.replay import Memory

@@ -27,6 +27,8 @@ from mlx_fd.runs.records import Manifest, SelfSummary
 from mlx_fd.runs.tracking import Tracking
 from mlx_fd.training.job import Job
 from mlx_fd.training.selfdistill import training
+from mlx_fd.training.selfdistill.batch import Models
+from mlx_fd.training.selfdistill.combination import check_combination
 from mlx_fd.training.selfdistill.methods import EXPERT_METHODS, configured
 from mlx_fd.training.selfdistill.plan import readme, side_by_side
 from mlx_fd.training.selfdistill.ungraded import check_gold
@@ -78,7 +80,7 @@ def warm_up_config(config: Config) -> Config:
         ),
         selfdistill=dataclasses.replace(usual.selfdistill, **given),
     )
-    training.check_combination(found)
+    check_combination(found)
     return found
 
 
@@ -136,7 +138,7 @@ def run_warm_up(
     # What a run of its own has in the projection's place. Drawn anew, it is the same at a resume.
     mx.random.seed(config.episode.seed)
     student = Student(pair.student.view, 1, config.models.score_at)
-    models = training.Models(student, pair.student_lm, pair.expert)
+    models = Models(student, pair.student_lm, pair.expert)
     with runs.locked(place):
         if runs.is_run(place):
             for text in check_same(runs.read_manifest(place), manifest, place):

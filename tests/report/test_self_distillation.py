@@ -144,6 +144,17 @@ def test_what_was_not_cut_and_not_measured_has_no_chart(tmp_path):
     assert heads["right with the context, of problems with one"].value == "-"
     assert heads["both right and wrong attempts, of all held-out problems"].value == "12.5%"
     assert "critic" not in self_tables.lead(run)
+    page = " ".join(parsed(make_page([run])).text)
+    assert "attempts at one problem are compared" in page and "self-teacher is" not in page
+
+
+def test_a_page_says_nothing_of_a_comparison_that_was_not_made(tmp_path):
+    said = "were held against its answers without"
+    folder = reported.write_self_run(tmp_path / "run")
+    assert said in " ".join(parsed(make_page([read(folder)])).text)
+    (folder / runs.HEADROOM).unlink()
+    page = " ".join(parsed(make_page([read(folder)])).text)
+    assert "what the model can use." in page and said not in page
 
 
 def test_an_unfinished_run_is_counted_so_far(tmp_path):

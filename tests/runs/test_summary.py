@@ -1,7 +1,14 @@
 import pytest
 
 from mlx_fd.runs.acceptance import acceptance, accepted_count
-from mlx_fd.runs.summary import find_warnings, summarise, wilson, wilson_over_problems
+from mlx_fd.runs.self_distillation_summary import find_warnings as self_warnings
+from mlx_fd.runs.summary import (
+    find_warnings,
+    share_of,
+    summarise,
+    wilson,
+    wilson_over_problems,
+)
 
 
 def row(
@@ -211,3 +218,34 @@ def test_without_gold_there_are_the_models_verdicts():
     assert (found["verdicts"]["agreement"]["right"], found["verdicts"]["agreement"]["n"]) == (2, 3)
     assert (found["verdicts"]["kept"], found["verdicts"]["revised"]) == (3, 2)
     assert "verdicts" not in summarise([row(True, True)], [], {}, {}, None)
+
+
+def test_what_a_run_of_self_distillation_warns_of():
+    def batch(n=8, entropy=0.5, finished=1.0, skipped=(False,)):
+        updates = [{"skipped": one} for one in skipped]
+        return {"attempts": {"n": n, "entropy": entropy, "finished": finished}, "updates": updates}
+
+    def found(*metrics, before=(14, 32), now=(14, 32)):
+        held_out = [share_of([True] * right + [False] * (n - right)) for right, n in (before, now)]
+        return self_warnings(metrics, held_out, 1e-3, 512)
+
+    assert found() == found(batch()) == found(batch(), batch(finished=0.875)) == {}
+    # Wilson: 14 of 32 from 0.282, 5 of 32 to 0.318, 4 of 32 to 0.281.
+    assert found(now=(5, 32)) == found(before=(0, 0), now=(0, 0)) == {}
+    (text,) = found(now=(4, 32)).values()
+    assert "of 32 held-out problems it answers 4 right, 14 before" in text
+    assert "(--lora-rate 0.001 may be too high)" in text
+    # 0.9 ln 512 is 5.61.
+    assert found(batch(entropy=5.6)) == {}
+    assert set(found(batch(), batch(entropy=5.7))) == {"uniform"}
+    # Of fewer than eight attempts it may be chance; those of the batch before count, too.
+    assert found(batch(n=7, entropy=6.0)) == {}
+    assert set(found(batch(n=4, entropy=6.0), batch(n=4, entropy=6.0))) == {"uniform"}
+    cut = batch(finished=0.5)
+    assert found(cut) == {"cut": "4 of the last 8 attempts were cut at the token limit; "
+                          "raise --max-answer-tokens"}  # fmt: skip
+    assert set(found(batch(), cut)) == {"endless"}
+    # A step that is left out now and then is what the check is for.
+    assert found(batch(skipped=[True] * 7)) == {}
+    assert found(batch(skipped=[True] * 7), batch(skipped=[False] + [True] * 7)) == {}
+    assert set(found(batch(skipped=[True] * 7), batch(skipped=[True]))) == {"skipped"}

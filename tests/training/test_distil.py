@@ -15,17 +15,15 @@ from mlx_fd.config import to_toml
 from mlx_fd.errors import UserError
 from mlx_fd.training.job import Job
 from mlx_fd.training.selfdistill import training
+from mlx_fd.training.selfdistill.batch import Learner, build_views
 from mlx_fd.training.selfdistill.health import health_of
-from mlx_fd.training.selfdistill.learning import (
-    Expert,
-    forward_teacher_and_student,
-    gradients,
-    token_weights,
-)
+from mlx_fd.training.selfdistill.learning import gradients
 from mlx_fd.training.selfdistill.methods import EXPERT_METHODS, configured
 from mlx_fd.training.selfdistill.plan import make_plan, open_models
+from mlx_fd.training.selfdistill.reading import Expert, forward_teacher_and_student
 from mlx_fd.training.selfdistill.rollouts import sample_rollouts
 from mlx_fd.training.selfdistill.teacher import adapter, first_teacher
+from mlx_fd.training.selfdistill.token_weights import token_weights
 from support.draws import ALL, by_day, nightly
 from support.pairs import without_seconds
 from support.shell import shell
@@ -68,8 +66,8 @@ def known(opened, config, own=True):
     problems = make_plan(config).problems[:2]
     writer = opened.student_lm if own else opened.critic
     groups, _ = sample_rollouts(writer, problems, config, lambda call: 7, own=own)
-    learner = training._Learner(opened, None, {}, config, lambda event: None)
-    views = training.build_views(learner, groups, 0)
+    learner = Learner(opened, None, {}, config, lambda event: None)
+    views = build_views(learner, groups, 0)
     teacher = first_teacher(opened.student_lm.model, config.selfdistill)
     return groups, forward_teacher_and_student(
         opened.student_lm, teacher, groups, views, config.selfdistill, 4, Expert(opened.critic)
@@ -302,7 +300,7 @@ def test_what_cannot_be_distilled_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--on-policy-fraction 0\.5 the student would answer"):
         make_plan(config_of("gkd", objective="likelihood"))
     # A policy loss learns from the student's own.
-    assert make_plan(config_of("gkd", objective="likelihood", policy_weight=0.5))
+    assert make_plan(config_of("gkd", objective="likelihood", policy_weight=0.5, num_generations=2))
     with pytest.raises(UserError, match="likelihood is for what an expert wrote"):
         make_plan(configured("sdft", {"objective": "likelihood", "student": "tiny-student"}))
 

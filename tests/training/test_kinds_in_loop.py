@@ -141,8 +141,11 @@ def test_without_gold_a_model_learns_from_what_a_critic_says(ungraded, tmp_path)
         ({"method": "grpo"}, "--objective grpo rewards right answers"),
         ({"method": "sdpo"}, "--context sibling says which attempts are right"),
         ({"given": {"context": "feedback"}}, "where there is no --critic"),
-        ({"given": {"policy_weight": 0.1}}, "--policy-weight"),
-        ({"given": {"gate": "ema"}}, "--gate ema"),
+        (
+            {"given": {"policy_weight": 0.1, "num_generations": 2}},
+            "--policy-weight adds a loss that rewards right answers",
+        ),
+        ({"given": {"gate": "ema", "context": "feedback", "critic": "tiny"}}, "--gate ema"),
         ({"method": "opsd-reference"}, "6 of the 6 problems drawn from"),
         ({"method": "sft"}, "--expert-answers all takes all"),
     ],

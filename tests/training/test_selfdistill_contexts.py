@@ -12,8 +12,8 @@ from mlx_fd.errors import UserError
 from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.problems import Problem, arithmetic, prompts
-from mlx_fd.problems.kinds import is_right, read_final
-from mlx_fd.training.selfdistill import contexts
+from mlx_fd.problems.kinds import form_of, is_right, read_final
+from mlx_fd.training.selfdistill import contexts, critics
 from mlx_fd.training.selfdistill.contexts import (
     CONTEXTS,
     Attempt,
@@ -115,6 +115,16 @@ def test_the_truth_is_refused_where_it_is_not_known():
             CONTEXTS[name].views([attempt(problem, "#### 8")], TRUTH)
     with pytest.raises(UserError, match="needs a critic"):
         CONTEXTS["step-critique"].views([attempt(problem, "#### 8")], Materials())
+
+
+@pytest.mark.parametrize("kind", ["number", "choice", "math", "text", "code"])
+def test_a_critic_is_asked_for_an_answer_of_the_problems_kind(kind):
+    problem = Problem("one", "What is it?", "It is so.", "B", kind=kind)
+    request = critics.rewrite_request(problem, problem.solution, "Is it so?")
+    assert request.startswith(
+        "Problem: What is it?\n\nA solution known to be right:\nIt is so.\n\n"
+    )
+    assert request.endswith(f"Write nothing but that solution. {form_of(problem).end}")
 
 
 def test_the_tiny_expert_is_a_critic(fifty):

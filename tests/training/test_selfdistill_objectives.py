@@ -12,17 +12,11 @@ import pytest
 from mlx import nn
 
 from mlx_fd.training.selfdistill import objectives
-from mlx_fd.training.selfdistill.learning import (
-    RolloutStats,
-    Text,
-    TokenWeights,
-    echo_weights,
-    loss_value,
-    teacher_targets,
-    token_weights,
-    total,
-)
+from mlx_fd.training.selfdistill.learning import loss_value, total
 from mlx_fd.training.selfdistill.methods import METHODS, configured
+from mlx_fd.training.selfdistill.reading import teacher_targets
+from mlx_fd.training.selfdistill.rollout_stats import RolloutStats, Text
+from mlx_fd.training.selfdistill.token_weights import TokenWeights, echo_weights, token_weights
 
 V = 3
 LENGTHS = (3, 2, 4, 1)

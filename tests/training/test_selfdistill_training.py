@@ -25,16 +25,20 @@ from mlx_fd.models.loading import load
 from mlx_fd.models.resolve import resolve
 from mlx_fd.models.writing import Sampling
 from mlx_fd.problems.prompts import answer_prompt
+from mlx_fd.runs.checkpoints import newest_checkpoint
 from mlx_fd.runs.events import Note, Warned
 from mlx_fd.runs.logs import log_size
 from mlx_fd.training.job import Job
 from mlx_fd.training.selfdistill import critics, rollouts
+from mlx_fd.training.selfdistill.batch import Models, check_stats
+from mlx_fd.training.selfdistill.combination import check_combination
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials
-from mlx_fd.training.selfdistill.learning import forward_teacher_and_student
 from mlx_fd.training.selfdistill.methods import METHODS, configured
 from mlx_fd.training.selfdistill.plan import make_plan, open_models
+from mlx_fd.training.selfdistill.reading import forward_teacher_and_student
+from mlx_fd.training.selfdistill.rollout_stats import RolloutStats, Text
 from mlx_fd.training.selfdistill.teacher import adapter, adapter_swapped, next_teacher, zero_adapter
-from mlx_fd.training.selfdistill.training import Models, run
+from mlx_fd.training.selfdistill.training import run
 from support.draws import ALL, by_day
 from support.pairs import MEASURED, without_seconds
 from support.shell import failed, launch, shell
@@ -352,6 +356,46 @@ def test_a_context_that_does_not_help_is_said_before_training(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("options", "starts"),
+    [
+        pytest.param({"checkpoint_every": 1}, 1, id="before a checkpoint"),
+        pytest.param({"self_teacher": "ema"}, 1, id="in the next batch"),
+        pytest.param({"kd_steps": 2}, 1, id="in a batch"),
+        # A resume ends as the run did.
+        pytest.param({"episodes": 1}, 2, id="at the end"),
+    ],
+)
+def test_a_student_that_diverges_ends_the_run_with_a_message(tmp_path, options, starts):
+    small = {"episodes": 2, "batch_size": 1, "probe_size": 1, "max_answer_tokens": 8}
+    options = {**small, "checkpoint_every": 4, **options}
+    config = config_of("step-critique", lora_rate=1e30, max_grad_norm=0.0, **options)
+    wanted = r"diverged in batch 1: its .* not finite.* a lower learning rate \(--lora-rate 1e"
+    for _ in range(starts):
+        with pytest.raises(UserError, match=wanted):
+            start(tmp_path / "run", config)
+        assert newest_checkpoint(tmp_path / "run")[0].batch == 0
+
+
+def test_a_teacher_whose_numbers_overflow_is_named():
+    config, numbers = config_of("step-critique"), mx.array([-1.0, -2.0])
+    stats = [RolloutStats(Text((1,), (2, 3)), 0, 0.0, True, *[numbers] * 3, numbers * math.nan)]
+    with pytest.raises(UserError, match=r"teacher's .* not finite in batch 4, though it does"):
+        check_stats(stats, 3, config)
+
+
+def test_a_student_that_is_lost_without_a_nan_is_said(tmp_path):
+    """At such a rate its final states are 0, and every token is as likely as any other."""
+    events = []
+    small = {"episodes": 2, "batch_size": 1, "probe_size": 1, "max_answer_tokens": 8}
+    config = config_of("step-critique", lora_rate=1e9, num_generations=8, **small)
+    start(tmp_path / "run", config, events.append)
+    warned = [event.text for event in events if isinstance(event, Warned)]
+    (found,) = [one for one in warned if "writes at random" in one]
+    assert "an entropy of 6.10 nats, and no more than 6.10" in found
+    assert "(--lora-rate 1e+09 may be too high)" in found
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"train": "full"}, "trains LoRA"),
@@ -361,12 +405,28 @@ def test_a_context_that_does_not_help_is_said_before_training(tmp_path):
         ({"critic": ""}, "needs a critic"),
         ({"problems": "gsm8k"}, "truth is known for"),
         ({"gate": "published"}, "for the loop"),
+        ({"policy_weight": 0.9}, "--policy-weight compares attempts at one problem"),
+        ({"context": "none"}, "no more than the student, so that --objective forward has nothing"),
+        ({"context": "none", "objective": "sampled", "self_teacher": "ema"}, "nothing to match"),
+        ({"context": "clean"}, "and --noise is none, so that --objective forward has nothing"),
         ({"objective": "grpo", "reward_baseline": "group"}, "--reward-baseline to right"),
     ],
 )
 def test_what_cannot_work_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         make_plan(config_of("step-critique", **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context": "clean", "noise": "typed"},
+        # The base model holds back what a reward moves.
+        {"context": "none", "policy_weight": 0.9, "num_generations": 2},
+    ],
+)
+def test_what_has_something_to_learn_from_is_not_refused(changes):
+    check_combination(config_of("step-critique", critic="", **changes))
 
 
 def test_a_frozen_critic_shares_what_it_can(tmp_path):

@@ -25,7 +25,8 @@ from mlx_fd.problems import Problem, prompts
 from mlx_fd.problems.kinds import form_of
 from mlx_fd.problems.sources import names_with_truth, truth_about
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials
-from mlx_fd.training.selfdistill.learning import read, text_after, token_logprobs
+from mlx_fd.training.selfdistill.reading import read, token_logprobs
+from mlx_fd.training.selfdistill.rollout_stats import text_after
 from mlx_fd.training.selfdistill.rollouts import sample_rollouts
 
 RIGHT, BEFORE, IN, AFTER = "right", "before", "in", "after"

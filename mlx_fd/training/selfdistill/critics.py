@@ -20,15 +20,18 @@ from mlx_fd.training.selfdistill.materials import Attempt, Materials, quoted, re
 _TOGETHER = 32
 
 
-def rewrite_request(question: str, reference: str, attempt: str) -> str:
+def rewrite_request(problem: Problem, reference: str, attempt: str) -> str:
     """What a critic is asked who is to mend an attempt step by step, with the reference at hand."""
-    return (
-        f"Problem: {question.strip()}\n\n"
-        f"A solution known to be right:\n{quoted(reference)}\n\n"
-        f"A student's attempt:\n{quoted(attempt)}\n\n"
+    asked = (
         "Write the attempt anew, step by step. Copy each right step word for word. Mend the first "
         "wrong step, and what follows from it, as close to the student's own way as can be. "
-        "Write nothing but that solution. End with a line of its own: #### <number>"
+        "Write nothing but that solution."
+    )
+    return (
+        f"Problem: {problem.question.strip()}\n\n"
+        f"A solution known to be right:\n{quoted(reference)}\n\n"
+        f"A student's attempt:\n{quoted(attempt)}\n\n"
+        + " ".join(filter(None, (asked, form_of(problem).end)))
     )
 
 
@@ -145,12 +148,7 @@ def rewrites(attempts: Sequence[Attempt], materials: Materials) -> list[str]:
     critic = _needed(materials)
     if materials.critic_sees == "reference":
         requests = [
-            rewrite_request(
-                a.problem.question,
-                reference_of(a.problem, materials),
-                a.text,
-            )
-            for a in attempts
+            rewrite_request(a.problem, reference_of(a.problem, materials), a.text) for a in attempts
         ]
         asked = [first_prompt(critic, request) for request in requests]
         written = _batched(critic, asked, materials.critic_tokens)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlx_fd.runs.records import HealthRow, PositionRow
-from mlx_fd.training.selfdistill.learning import OVERLAP_TOP_K, RolloutStats
+from mlx_fd.training.selfdistill.rollout_stats import OVERLAP_TOP_K, RolloutStats
 
 _FIRST_BIN = 8
 

@@ -17,13 +17,10 @@ from mlx_fd.models.loading import Loaded
 from mlx_fd.problems import prompts
 from mlx_fd.problems.kinds import form_of
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, View
-from mlx_fd.training.selfdistill.learning import (
-    forward_teacher_and_student,
-    gradients,
-    loss_value,
-    token_weights,
-)
+from mlx_fd.training.selfdistill.learning import gradients, loss_value
+from mlx_fd.training.selfdistill.reading import forward_teacher_and_student
 from mlx_fd.training.selfdistill.teacher import adapter
+from mlx_fd.training.selfdistill.token_weights import token_weights
 
 # Forward KL to the student as it is, over the whole vocabulary.
 _METHOD = Method(method="loop", objective="forward", self_teacher="current")

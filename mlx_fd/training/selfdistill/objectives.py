@@ -16,6 +16,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+# What matches whole distributions, and what rewards right attempts.
+DIVERGENCES = ("forward", "reverse", "jsd")
+POLICIES = ("grpo", "contrastive", "echo")
 # Against a group whose rewards are all the same (TRL's).
 _MIN_SPREAD = 1e-4
 # Log-ratios beyond are no ratios any more (SDPO's).

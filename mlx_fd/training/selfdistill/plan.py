@@ -20,6 +20,7 @@ from mlx_fd.runs.plan import (
     with_absolute_names,
     without_long,
 )
+from mlx_fd.training.selfdistill.combination import EXPERT, NO_MODEL, check_combination
 from mlx_fd.training.selfdistill.ungraded import check_gold
 
 _README = """\
@@ -69,8 +70,6 @@ def make_plan(config: Config) -> Plan:
     Raises:
         UserError: a name, file, combination of options or amount of memory that will not do.
     """
-    from mlx_fd.training.selfdistill.training import EXPERT, NO_MODEL, check_combination
-
     check_combination(config)
     config = with_absolute_names(config)
     options = config.selfdistill
@@ -169,12 +168,12 @@ def open_models(plan: Plan) -> Any:
     """Load the models of a plan.
 
     Returns:
-        The :class:`mlx_fd.training.selfdistill.training.Models`, the student with fresh LoRA.
+        The :class:`mlx_fd.training.selfdistill.batch.Models`, the student with fresh LoRA.
     """
     from mlx_fd.feedback.pair import share_tokens
     from mlx_fd.models.loading import load, load_pair, with_thinking
     from mlx_fd.models.student import make_student
-    from mlx_fd.training.selfdistill.training import NO_MODEL, Models
+    from mlx_fd.training.selfdistill.batch import Models
 
     options = plan.config.models
     critic = None

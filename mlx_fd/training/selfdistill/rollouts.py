@@ -18,14 +18,9 @@ from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import form_of, is_right, read_final
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.training.selfdistill.contexts import Attempt, View
-from mlx_fd.training.selfdistill.learning import (
-    RolloutStats,
-    gather_stats,
-    read,
-    text_after,
-    views_of,
-)
 from mlx_fd.training.selfdistill.noise import noisy
+from mlx_fd.training.selfdistill.reading import read, views_of
+from mlx_fd.training.selfdistill.rollout_stats import RolloutStats, gather_stats, text_after
 from mlx_fd.training.selfdistill.teacher import Weights, adapter_swapped
 
 OnToken = Callable[[int], None]

@@ -16,6 +16,8 @@ from mlx.utils import tree_flatten
 from mlx_fd.config import Method
 
 Weights = dict[str, mx.array]
+# The file of a checkpoint that holds them.
+TEACHER_WEIGHTS = "teacher.safetensors"
 
 
 def adapter(model: nn.Module) -> Weights:
@@ -70,3 +72,8 @@ def next_teacher(teacher: Weights, model: nn.Module, options: Method, updates: i
     elif options.self_teacher == "snapshot" and updates % options.teacher_sync_steps:
         return teacher
     return student
+
+
+def keeps_teacher(options: Method) -> bool:
+    """Whether the teacher's weights are neither the base model's nor the student's."""
+    return options.self_teacher in ("ema", "snapshot")
