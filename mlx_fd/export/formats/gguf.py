@@ -97,9 +97,18 @@ def score_code(source: Source, form: Form, student: Student) -> str:
     from mlx_fd.models.score_head import SCORE_HEAD
 
     # The ids themselves: llama.cpp knows three, and takes others by their text.
+    penalised = source.ref.repetition_penalty != 1
+    rule = """\
+def penalise(seen, logits):
+    seen, penalty = np.unique(seen), float(about["repetition_penalty"])
+    logits[seen] *= np.where(logits[seen] < 0, penalty, 1 / penalty)
+    return logits
+"""
+    given = "ids, temp=0.0, repeat_penalty=1.0" + ", logits_processor=[penalise]" * penalised
     written = f"""\
+{rule if penalised else ""}\
 ends, reply = {set(_ends(source))}, []
-for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0):
+for token in llm.generate({given}):
     reply.append(token)
     if token in ends or len(reply) == int(about["max_tokens"]):
         break
