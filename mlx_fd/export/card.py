@@ -62,7 +62,7 @@ def write_card(
         form: as what.
         student: the live student, ``None`` for a plain model.
         agreement: what was written against the live model.
-        kept: the live student against its base, where the weights were quantised.
+        kept: the live student against its base, where the weights were rounded.
         gguf: what the GGUF file holds.
         folder: the export.
     """
@@ -452,7 +452,7 @@ def _same(
     if kept is not None:
         text += (
             f"\nThe training moved the model by a mean KL of {kept.mean_kl:.3g}, which is what "
-            "these few bits have to keep.\n"
+            "these bits have to keep.\n"
         )
     if form.parity_problems:
         text += "\n" + how_to_compare(form.format, adapter=form.adapter)

@@ -58,7 +58,7 @@ class Exported:
         folder: the directory.
         files: name -> bytes.
         agreement: of what was written with the live model.
-        kept: of the live student with its base; ``None`` where the weights were not quantised.
+        kept: of the live student with its base; ``None`` where no weight was rounded.
         gguf: what the GGUF file holds.
         warnings: what the user should know.
     """
@@ -280,7 +280,7 @@ def _blaming_what_was_written(final: Path, *gone: Path) -> Iterator[None]:
 
 
 def _kept(source: Source, form: Form, chat: tuple[int, ...], reference: Logits) -> Agreement | None:
-    """The student against its base, where few bits may have lost what lies between them."""
+    """The student against its base, where rounding may have lost what lies between them."""
     if source.ref.adapter_folder is None or not FORMATS[form.format].rounds(form):
         return None
     return agreement(reference, logits_of(load(source.ref.model), chat))

@@ -91,6 +91,13 @@ def quantized_run(folder, quantized) -> Path:
     return trained.make_run(folder / "quantized-run", quantized)
 
 
+@pytest.fixture(scope="module")
+def small_steps(folder) -> Path:
+    """A run that trained all weights of a bfloat16 model, each by a thousandth of its spread."""
+    model = tiny.make_model_dir(folder / "half", dtype="bfloat16", **SIZES)
+    return trained.make_run(folder / "small-steps", model, train="full", strength=0.002)
+
+
 def tensors(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of a directory as float64, read by the safetensors library."""
     found = {}
@@ -225,6 +232,16 @@ def test_bits_that_lose_the_adapter_are_refused(folder, quantized, tmp_path):
     assert list(tmp_path.iterdir()) == []
     done = write(run, tmp_path / "out", dtype="float32")
     assert done.agreement.mean_kl < 1e-9
+
+
+@pytest.mark.parametrize("form", [{}, {"format": "hf"}, {"format": "gguf", "gguf_type": "bf16"}])
+def test_sixteen_bits_that_lose_the_training_are_refused(small_steps, tmp_path, form):
+    """Trained whole at a low rate, weights move by less than bfloat16 tells apart."""
+    with pytest.raises(UserError, match=r"most of what the student learned would .* float32"):
+        write(small_steps, tmp_path / "out", **form)
+    assert list(tmp_path.iterdir()) == []
+    wide = {"gguf_type": "f32"} if "gguf_type" in form else {"dtype": "float32"}
+    assert write(small_steps, tmp_path / "out", **{**form, **wide}).agreement.mean_kl < 1e-9
 
 
 def test_a_student_before_its_first_update(folder, run, quantized, tmp_path):

@@ -160,7 +160,7 @@ register_format(
             "dtype": "for gguf choose --gguf-type f16, bf16 or f32",
             "q_bits": "for gguf choose --gguf-type q8_0, q4_1 or q4_0",
         },
-        rounds=lambda form: form.gguf_type not in (None, "f32", "f16", "bf16"),
+        rounds=lambda form: form.gguf_type != "f32",
         install='pip install "mlx-fd[llama-cpp]"  # on Linux: "mlx-fd[cpu,llama-cpp]"',
         on_a_gpu=_ON_A_GPU,
     )
