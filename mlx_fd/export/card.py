@@ -227,10 +227,10 @@ def _who_answered(options: dict[str, Any]) -> str:
 def _begun_with(options: dict[str, Any]) -> dict[str, str]:
     """What the student had learned before the run's first batch, where that is something."""
     rows = {}
-    if before := options["continue_from"]:
+    if before := options.get("continue_from"):
         run = before.partition(f"/{CHECKPOINTS}/")[0]
         rows["begun with"] = f"the student of the run `{Path(run).name}`"
-    if warm_up := options["warm_up"]:
+    if warm_up := options.get("warm_up"):
         method, _, count = warm_up.partition(":")
         rows["warm-up"] = f"{count} problems, to solve them (`mlx-fd distil`, {method})"
     return rows
