@@ -26,11 +26,22 @@ named = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 ends = {fields[name].contents() for name in named if name in fields}
 if "mlx_fd.end_token_ids" in fields:
     ends.update(fields["mlx_fd.end_token_ids"].contents())
+penalty = float(head.get("mlx_fd.score_head.repetition_penalty", 1))
+
+
+def penalise(seen, logits):
+    """What a student was told of tokens that are there already; llama.cpp's rule spares prompts."""
+    seen = np.unique(seen)
+    logits[seen] *= np.where(logits[seen] < 0, penalty, 1 / penalty)
+    return logits
+
+
 llm = llama_cpp.Llama(file, n_ctx=2048, embedding=True, pooling_type=0, verbose=False)  # 0: none
 text = before + problem.strip() + between + answer.strip() + after
 tokens = llm.tokenize(text.encode(), add_bos=False, special=True)
 if score_at != "prompt":  # it reads its own feedback, too
-    for written, token in enumerate(llm.generate([*tokens], temp=0.0, repeat_penalty=1.0), 1):
+    reply = llm.generate([*tokens], temp=0.0, repeat_penalty=1.0, logits_processor=[penalise])
+    for written, token in enumerate(reply, 1):
         if token in ends or written == int(most):
             break
         tokens.append(token)

@@ -12,6 +12,7 @@ from mlx_fd.export.verify import Agreement
 from mlx_fd.models.aliases import ALIASES, SMOLLM2
 from mlx_fd.models.score_head import SCORE_HEAD
 from mlx_fd.registry import FORMATS
+from mlx_fd.runs import CHECKPOINTS
 from mlx_fd.runs.labels import EXAM_NAMES
 
 if TYPE_CHECKING:
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
     from mlx_fd.export.source import Source
     from mlx_fd.models.student import Student
 
+_UNKNOWN = ("other", "the licence of that model")
 _APACHE = ("apache-2.0", "the Apache License 2.0")
 # Licence of the weights, as the hub writes it, and what it asks for: by the beginnings of names on
 # the hub (sizes and kinds of one series may have others), and by the names of packaged models.
 _LICENCES = {
     "mlx-community/Qwen2.5-3B-": (
         "other",
-        "the Qwen Research License: not for commercial use",
+        "the Qwen Research License (not for commercial use)",
     ),
     "mlx-community/Qwen2.5-0.5B-": _APACHE,
     "mlx-community/Qwen2.5-1.5B-": _APACHE,
@@ -60,11 +62,11 @@ def write_card(
         form: as what.
         student: the live student, ``None`` for a plain model.
         agreement: what was written against the live model.
-        kept: the live student against its base, where the weights were quantised.
+        kept: the live student against its base, where the weights were rounded.
         gguf: what the GGUF file holds.
         folder: the export.
     """
-    licence, licence_text = _licence(source)
+    licence, _ = _licence(source.base, source.local)
     parts = [
         _front_matter(source, form, licence),
         f"# {source.name}\n",
@@ -79,8 +81,7 @@ def write_card(
         "## Is it the same model?\n",
         _same(form, agreement, kept, gguf),
         "## Licence\n",
-        f"The weights are those of `{source.base}`, changed as said above: {licence_text} "
-        "holds for them.\n",
+        licence_note(source),
     ]
     text = "\n".join(part for part in parts if part)
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -99,14 +100,36 @@ def text_alone(source: Source) -> str:
     )
 
 
-def _licence(source: Source) -> tuple[str, str]:
+def _licence(base: str, local: bool) -> tuple[str, str]:
     """The hub's word for a licence, and what to say of it; of a directory nothing is known."""
-    unknown = "other", "the licence of that model"
-    if source.local:
-        return unknown
-    name = source.base.partition(":layers=")[0]
+    if local:
+        return _UNKNOWN
+    name = base.partition(":layers=")[0]
     beginning = next((one for one in _LICENCES if name.startswith(one)), name)
-    return _LICENCES.get(beginning) or _OF_PACKAGES.get(name, unknown)
+    return _LICENCES.get(beginning) or _OF_PACKAGES.get(name, _UNKNOWN)
+
+
+def licence_note(source: Source) -> str:
+    """Which licence holds for the weights, and which may be about what learned from an expert."""
+    from mlx_fd.export.source import base_name
+
+    _, licence = _licence(source.base, source.local)
+    text = (
+        f"The weights are those of `{source.base}`, changed as said above: {licence} holds for them"
+    )
+    options = source.manifest.get("options", {})
+    # A model that teaches itself has no expert beside it.
+    if not options or (source.self_distils and options["self_teacher"] != "expert"):
+        return f"{text}.\n"
+    expert, _, local = base_name(options["expert"])
+    _, experts = _licence(expert, local)
+    models = {name.partition(":layers=")[0] for name in (expert, source.base)}
+    if len(models) == 1 or experts == licence != _UNKNOWN[1]:
+        return f"{text}.\n"
+    return (
+        f"{text}. They learned from what `{expert}` wrote, and {experts} may ask something of "
+        "models that do.\n"
+    )
 
 
 def _front_matter(source: Source, form: Form, licence: str) -> str:
@@ -174,6 +197,7 @@ def _origin(source: Source, student: Student | None) -> str:
     rows = {
         "expert": f"`{_named(options['expert'])}`",
         "student's base": f"`{source.base}`",
+        **_begun_with(options),
         "problems": _problems(options),
         "losses": f"{', '.join(options['losses'])} (KL {options['kl']}, temperature "
         f"{options['loss_temperature']:g})",
@@ -186,9 +210,30 @@ def _origin(source: Source, student: Student | None) -> str:
     return (
         "A small model that gives a large one's feedback: it scores and criticises answers to "
         "problems. Made by Online Feedback Distillation with [mlx-fd]"
-        "(https://github.com/mlx-fd/mlx-fd): the expert solved problems and criticised its "
-        f"solutions, and the student learned from that feedback meanwhile.\n\n{_table(rows)}"
+        f"(https://github.com/mlx-fd/mlx-fd): {_who_answered(options)}, and the student learned "
+        f"from that feedback meanwhile.\n\n{_table(rows)}"
     )
+
+
+def _who_answered(options: dict[str, Any]) -> str:
+    """Whose answers to the problems the feedback is about."""
+    return {
+        "expert": "the expert solved problems and criticised its solutions",
+        "student": "the student answered problems, the expert criticised the answers",
+        "both": "the student and the expert answered problems, the expert criticised the answers",
+    }[options["answers_by"]]
+
+
+def _begun_with(options: dict[str, Any]) -> dict[str, str]:
+    """What the student had learned before the run's first batch, where that is something."""
+    rows = {}
+    if before := options.get("continue_from"):
+        run = before.partition(f"/{CHECKPOINTS}/")[0]
+        rows["begun with"] = f"the student of the run `{Path(run).name}`"
+    if warm_up := options.get("warm_up"):
+        method, _, count = warm_up.partition(":")
+        rows["warm-up"] = f"{count} problems, to solve them (`mlx-fd distil`, {method})"
+    return rows
 
 
 def _named(text: str) -> str:
@@ -251,7 +296,8 @@ def _results(source: Source) -> str:
             f"Held-out problems answered right: {before['right']} of {before['n']} before, "
             f"{after['right']} of {after['n']} after (95 % Wilson intervals "
             f"{before['interval'][0]:.1%} to {before['interval'][1]:.1%}, "
-            f"{after['interval'][0]:.1%} to {after['interval'][1]:.1%}).\n"
+            f"{after['interval'][0]:.1%} to {after['interval'][1]:.1%})."
+            f"{_of_other_weights(source)}\n"
         )
     lines = ["## Measured in the run\n", "| | before | after |", "|---|---|---|"]
     after = summary["probe"]["after"]
@@ -264,9 +310,23 @@ def _results(source: Source) -> str:
     lines += [
         "",
         f"In its {summary['episodes']} episodes {_answers_of(summary)}. Held-out losses are means "
-        "over the run's probe set; brackets are 95 % intervals.\n",
+        "over the run's probe set; brackets are 95 % intervals."
+        f"{_of_other_weights(source)}\n",
     ]
     return "\n".join(lines)
+
+
+def _of_other_weights(source: Source) -> str:
+    """That the run was measured at its end, where the checkpoint is one from before; else empty."""
+    checkpoint = source.ref.checkpoint
+    assert checkpoint is not None
+    last = (checkpoint.parent / "last").resolve()
+    if not last.is_dir() or last.name == checkpoint.name:
+        return ""
+    return (
+        f" What is said of *after* was measured at the run's end, with the weights of checkpoint "
+        f"{last.name}; those here are of checkpoint {checkpoint.name}."
+    )
 
 
 def _answers_of(summary: dict[str, Any]) -> str:
@@ -347,13 +407,21 @@ def mlx_score_code(source: Source, form: Form, student: Student) -> str:
     if body is None:
         return ""
     load = f'"{named_base(source)}", adapter_path="."' if form.adapter else '"."'
-    written = (
-        'most = int(about["max_tokens"])\n'
-        "ids += [r.token for r in mlx_lm.stream_generate(model, tokenizer, ids, max_tokens=most)]"
-        "[:-1]\n"
-        if student.scores_at_end
-        else ""
-    )
+    penalised = source.ref.repetition_penalty != 1
+    rules = """\
+from mlx_lm.sample_utils import make_repetition_penalty
+penalise, read = make_repetition_penalty(float(about["repetition_penalty"]), 1 << 20), mx.array(ids)
+rules = [lambda seen, logits: penalise(mx.concatenate([read, seen]), logits)]
+"""
+    given = "model, tokenizer, ids, max_tokens=most" + ", logits_processors=rules" * penalised
+    written = f"""\
+most = int(about["max_tokens"])
+ids += [r.token for r in mlx_lm.stream_generate({given})][:-1]
+"""
+    if not student.scores_at_end:
+        written = ""
+    elif penalised:
+        written = rules + written
     return f"""\
 import mlx.core as mx, mlx_lm
 model, tokenizer = mlx_lm.load({load})
@@ -384,7 +452,7 @@ def _same(
     if kept is not None:
         text += (
             f"\nThe training moved the model by a mean KL of {kept.mean_kl:.3g}, which is what "
-            "these few bits have to keep.\n"
+            "these bits have to keep.\n"
         )
     if form.parity_problems:
         text += "\n" + how_to_compare(form.format, adapter=form.adapter)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_fd.errors import UserError
+from mlx_fd.errors import NonFiniteWeights, UserError
 from mlx_fd.export import archive, gguf_file
 from mlx_fd.export.bundle import make_bundle, write_bundle
 from mlx_fd.export.card import write_card
@@ -58,7 +58,7 @@ class Exported:
         folder: the directory.
         files: name -> bytes.
         agreement: of what was written with the live model.
-        kept: of the live student with its base; ``None`` where the weights were not quantised.
+        kept: of the live student with its base; ``None`` where no weight was rounded.
         gguf: what the GGUF file holds.
         warnings: what the user should know.
     """
@@ -82,6 +82,11 @@ def check_out(folder: Path, *, with_archive: bool) -> None:
         raise UserError(f"{folder}: is a link or a file; choose another --out")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: there is something in this folder; choose another --out")
+    if folder.is_dir() and folder.samefile(Path.cwd()):
+        # It is replaced by a new one, and a shell that stands in the old one sees nothing of it.
+        raise UserError(
+            f"{folder}: is the folder that you are in; choose one that is not there yet"
+        )
     name = folder.absolute().name
     if with_archive and not archive.is_plain(name):
         raise UserError(
@@ -241,15 +246,41 @@ def _logits_again(
     """Logits of what was written, read back from the disk."""
     chosen = FORMATS[form.format]
     if chosen.convert_back is None:
-        return logits_of(chosen.load_back(source, folder, form), chat)
-    with working_folder(folder.parent) as scratch:
+        with _blaming_what_was_written(final, folder):
+            return logits_of(chosen.load_back(source, folder, form), chat)
+    with (
+        working_folder(folder.parent) as scratch,
+        _blaming_what_was_written(final, folder, scratch),
+    ):
         with _wrap_write_errors(final):
             converted = chosen.convert_back(folder, scratch, form)
         return logits_of(chosen.load_back(source, converted, form), chat)
 
 
+@contextlib.contextmanager
+def _blaming_what_was_written(final: Path, *gone: Path) -> Iterator[None]:
+    """Say what is wrong with what was written, and not where it was: that is gone by then."""
+    try:
+        yield
+    except NonFiniteWeights as error:
+        # Those of the source were looked at, and are.
+        raise UserError(
+            f"{error.name} has numbers that the type it is written in cannot hold, so nothing was "
+            "written; choose another one (--dtype bfloat16 or float32)"
+        ) from error
+    except UserError as error:
+        reason = str(error)
+        for folder in gone:
+            reason = reason.replace(str(folder), str(final))
+        if reason == str(error):
+            raise
+        raise UserError(
+            f"what was written cannot be read back, so nothing of it was left behind: {reason}"
+        ) from error
+
+
 def _kept(source: Source, form: Form, chat: tuple[int, ...], reference: Logits) -> Agreement | None:
-    """The student against its base, where few bits may have lost what lies between them."""
+    """The student against its base, where rounding may have lost what lies between them."""
     if source.ref.adapter_folder is None or not FORMATS[form.format].rounds(form):
         return None
     return agreement(reference, logits_of(load(source.ref.model), chat))

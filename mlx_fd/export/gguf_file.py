@@ -43,6 +43,8 @@ _DEFAULT = "f16"
 # What a matrix becomes whose own numbers are not MXFP4 where that was asked for.
 _BESIDE_MXFP4 = "q8_0"
 _MXFP4_GROUP = 32
+# Numbers in float16 that a block begins with: its scale, of q4_1 its smallest weight, too.
+_SCALES = {"q8_0": 1, "q4_0": 1, "q4_1": 2}
 
 
 @dataclass(frozen=True)
@@ -213,11 +215,24 @@ def _rounded(
     array = reorder(np.array(weights.pop(name)))
     with np.errstate(over="ignore", invalid="ignore"):
         rounded: np.ndarray = quants.quantize(array, _quantization(kind))
-    if kind == "f16" and not np.isfinite(rounded).all():
+    if not _is_finite(rounded, kind):
         raise UserError(
-            f"{name} has numbers that float16 cannot hold; choose --gguf-type bf16 or f32"
+            f"{name} has numbers that {kind} cannot hold; choose --gguf-type bf16 or f32"
         )
     return rounded
+
+
+def _is_finite(rounded: np.ndarray, kind: str) -> bool:
+    """Whether no number of a tensor became infinite in a type whose range is float16's."""
+    if kind == "f16":
+        return bool(np.isfinite(rounded).all())
+    if kind not in _SCALES:
+        return True
+    import gguf
+
+    _, size = gguf.GGML_QUANT_SIZES[_quantization(kind)]
+    scales = np.ascontiguousarray(rounded.reshape(-1, size)[:, : 2 * _SCALES[kind]])
+    return bool(np.isfinite(scales.view(np.float16)).all())
 
 
 def _quantization(kind: str) -> gguf.GGMLQuantizationType:
@@ -280,7 +295,8 @@ def _add_tokenizer(
 ) -> tuple[str, ...]:
     """Add the tokenizer; the tokens that end a turn and for which llama.cpp has no name."""
     path = source.ref.model / "tokenizer.json"
-    vocabulary = read_vocabulary(path, rows, arch)
+    used = {n: one for n, one in tokenizer.added_tokens_decoder.items() if n < rows}
+    vocabulary = read_vocabulary(path, rows, arch, used)
     ends = end_tokens(tokenizer)
     if ends is None:
         raise UserError(f"{path}: no token ends a turn, so llama.cpp would never stop")

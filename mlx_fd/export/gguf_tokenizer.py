@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_fd.errors import UserError
 from mlx_fd.models import gguf_sentencepiece
@@ -22,6 +23,9 @@ from mlx_fd.models.gguf_tokens import (
     is_qwen2,
     pre_tokenizer,
 )
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,17 @@ def _kind(path: Path, tokenizer: dict[str, Any]) -> str:
     )
 
 
-def read_vocabulary(path: Path, rows: int, arch: str) -> Vocabulary:
+def read_vocabulary(
+    path: Path, rows: int, arch: str, used: Mapping[int, AddedToken] | None = None
+) -> Vocabulary:
     """The vocabulary of a ``tokenizer.json``.
 
     Args:
         path: the file.
         rows: rows of the model's embedding; those beyond the tokens get unused ones.
         arch: the model's architecture.
+        used: the added tokens by id as transformers has them, which takes some from files beside;
+            ``None``: those of the file alone.
 
     Raises:
         UserError: it cannot be read, or llama.cpp would tokenise otherwise.
@@ -94,9 +102,15 @@ def read_vocabulary(path: Path, rows: int, arch: str) -> Vocabulary:
             f"{path}: --format gguf writes tokenizers that merge (byte-level BPE, SentencePiece), "
             f"and this one is {model.get('type')}"
         )
+    written = tokenizer.get("added_tokens") or []
+    beside = {**(used or {})}
+    for one in written:
+        beside.pop(one["id"], None)
     # Without a row they are plain text, as open_tokenizer has it (Gemma 3's token for images).
     added = [
-        one for one in tokenizer.get("added_tokens") or [] if one["id"] < rows or not one["special"]
+        one
+        for one in (*written, *(_as_json(*token) for token in beside.items()))
+        if one["id"] < rows or not one["special"]
     ]
     stripping = [
         token["content"]
@@ -124,6 +138,12 @@ def read_vocabulary(path: Path, rows: int, arch: str) -> Vocabulary:
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     tokens, kinds = _filled(named, rows)
     return Vocabulary(BYTE_LEVEL, pre, tokens, kinds, merges=merges)
+
+
+def _as_json(number: int, token: AddedToken) -> dict[str, Any]:
+    """An added token as tokenizer.json has it."""
+    flags = ("content", "special", "lstrip", "rstrip", "single_word")
+    return {"id": number, **{name: getattr(token, name) for name in flags}}
 
 
 def _filled(named: dict[int, tuple[str, int]], rows: int) -> tuple[list[str], list[int]]:

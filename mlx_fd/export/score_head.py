@@ -38,6 +38,8 @@ def score_head(ref: ModelRef, live: Loaded) -> ScoreHead | None:
         "max_tokens": str(ref.config.generation.max_feedback_tokens),
         **_around(ref, live),
     }
+    if ref.repetition_penalty != 1:
+        about["repetition_penalty"] = str(ref.repetition_penalty)
     return ScoreHead(weight, bias, about)
 
 

@@ -93,10 +93,10 @@ def open_source(
         _check_file(file)
     if ref.adapter is not None:
         _check_file(ref.adapter / ADAPTER_WEIGHTS)
-        base, on_hub, local = _base_name(name or adapter_base(ref.adapter))
+        base, on_hub, local = base_name(name or adapter_base(ref.adapter))
         return Source(ref, ref.adapter.name, base, on_hub, local, {}, {})
     if ref.run is None or ref.config is None:
-        base, on_hub, local = _base_name(name)
+        base, on_hub, local = base_name(name)
         return Source(
             ref=ref, name=base, base=base, on_hub=on_hub, local=local, manifest={}, summary={}
         )
@@ -107,7 +107,7 @@ def open_source(
     return Source(
         ref,
         ref.run.name,
-        *_base_name(ref.config.models.student),
+        *base_name(ref.config.models.student),
         runs.read_manifest(ref.run),
         _summary(ref.run / runs.SUMMARY),
     )
@@ -129,7 +129,7 @@ def _summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def _base_name(name: str) -> tuple[str, bool, bool]:
+def base_name(name: str) -> tuple[str, bool, bool]:
     """A model's name without what only this machine knows; is it the hub's, is it a directory's."""
     parsed = parse_name(name)
     path = Path(parsed.base).expanduser()

@@ -26,6 +26,8 @@ _FEEDBACK = "Step 1 should be 3 * 4 = 12, it is 3 * 4 = 12: right."
 # An export that is this share of the way from the student back to its base has lost the adapter.
 _LOST = 0.5
 _WORRYING = 0.1
+# As much comes of sums in another order, in float32.
+_NOISE = 1e-9
 # Above this mean KL another precision is another model.
 _OTHER_MODEL = 0.01
 
@@ -130,7 +132,7 @@ def check_adapter_kept(written: Agreement, base: Agreement) -> str | None:
     Raises:
         UserError: the adapter is lost.
     """
-    if base.mean_kl == 0:
+    if base.mean_kl == 0 or written.mean_kl <= _NOISE:
         return None
     share = written.mean_kl / base.mean_kl
     compared = f"{share:.0%} of that" if share < 1 else f"{share:.3g} times as far"
@@ -141,6 +143,6 @@ def check_adapter_kept(written: Agreement, base: Agreement) -> str | None:
     if share >= _LOST:
         raise UserError(
             f"{message}: most of what the student learned would be lost. Nothing was written. Take "
-            "more bits, or leave the weights dequantised (the default)."
+            "more bits; --dtype float32, or --gguf-type f32, keeps all of it."
         )
-    return message if share >= _WORRYING else None
+    return f"{message}; a wider type keeps more of it" if share >= _WORRYING else None

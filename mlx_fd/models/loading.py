@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_fd.errors import UserError
+from mlx_fd.errors import NonFiniteWeights, UserError
 from mlx_fd.models import thinking
 from mlx_fd.models.backend import backend
 from mlx_fd.models.chat_template import (
@@ -567,9 +567,10 @@ def check_weights(path: Path, model: nn.Module) -> None:
         if not mx.issubdtype(array.dtype, mx.floating) or mx.isfinite(array.sum()).item():
             continue
         if not mx.isfinite(array).all().item():
-            raise UserError(
+            raise NonFiniteWeights(
                 f"the model in {path} cannot be loaded: {name} has numbers that are not finite; "
-                "its weights are damaged: download or make them again"
+                "its weights are damaged: download or make them again",
+                name,
             )
 
 

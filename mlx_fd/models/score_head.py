@@ -20,7 +20,7 @@ from mlx_fd.models.gguf_reading import GgufFile
 SCORE_HEAD = "score_head.safetensors"
 KEY = "mlx_fd.score_head"
 # What is said beside the weights, all texts.
-ABOUT = ("score_at", "before", "between", "after", "max_tokens")
+ABOUT = ("score_at", "before", "between", "after", "max_tokens", "repetition_penalty")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,8 @@ class ScoreHead:
         about: of :data:`ABOUT`: ``score_at``, where it reads (``prompt``: at the prompt's last
             token; ``own``, ``feedback``: where the feedback's last token is predicted);
             ``before``, ``between`` and ``after``, the text of the prompt around problem and answer,
-            missing where no such three texts make it; ``max_tokens``, the most of a feedback.
+            missing where no such three texts make it; ``max_tokens``, the most of a feedback;
+            ``repetition_penalty``, with which it is written, missing where that is 1.
     """
 
     weight: NDArray[np.float32]

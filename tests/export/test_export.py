@@ -27,12 +27,12 @@ from mlx_fd.cli.app import cli  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.export import gguf_file, hf, mlx_dir, verify  # noqa: E402
 from mlx_fd.export.bundle_reading import read_bundle  # noqa: E402
-from mlx_fd.export.card import SCORE_EXAMPLE, write_card  # noqa: E402
+from mlx_fd.export.card import SCORE_EXAMPLE, licence_note, write_card  # noqa: E402
 from mlx_fd.export.exporter import Exported, as_json_value, export  # noqa: E402
 from mlx_fd.export.form import DTYPES, Q_BITS, Q_GROUP_SIZES, Form  # noqa: E402
 from mlx_fd.export.formats import FORMATS  # noqa: E402
 from mlx_fd.export.score_head import score_head  # noqa: E402
-from mlx_fd.export.source import Source, _base_name, open_source  # noqa: E402
+from mlx_fd.export.source import Source, base_name, open_source  # noqa: E402
 from mlx_fd.export.verify import Agreement  # noqa: E402
 from mlx_fd.feedback.judge import ModelRef, give_feedback, open_student  # noqa: E402
 from mlx_fd.models.generation import chat_text  # noqa: E402
@@ -89,6 +89,13 @@ def quantized(folder) -> Path:
 @pytest.fixture(scope="module")
 def quantized_run(folder, quantized) -> Path:
     return trained.make_run(folder / "quantized-run", quantized)
+
+
+@pytest.fixture(scope="module")
+def small_steps(folder) -> Path:
+    """A run that trained all weights of a bfloat16 model, each by a thousandth of its spread."""
+    model = tiny.make_model_dir(folder / "half", dtype="bfloat16", **SIZES)
+    return trained.make_run(folder / "small-steps", model, train="full", strength=0.002)
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
@@ -225,6 +232,16 @@ def test_bits_that_lose_the_adapter_are_refused(folder, quantized, tmp_path):
     assert list(tmp_path.iterdir()) == []
     done = write(run, tmp_path / "out", dtype="float32")
     assert done.agreement.mean_kl < 1e-9
+
+
+@pytest.mark.parametrize("form", [{}, {"format": "hf"}, {"format": "gguf", "gguf_type": "bf16"}])
+def test_sixteen_bits_that_lose_the_training_are_refused(small_steps, tmp_path, form):
+    """Trained whole at a low rate, weights move by less than bfloat16 tells apart."""
+    with pytest.raises(UserError, match=r"most of what the student learned would .* float32"):
+        write(small_steps, tmp_path / "out", **form)
+    assert list(tmp_path.iterdir()) == []
+    wide = {"gguf_type": "f32"} if "gguf_type" in form else {"dtype": "float32"}
+    assert write(small_steps, tmp_path / "out", **{**form, **wide}).agreement.mean_kl < 1e-9
 
 
 def test_a_student_before_its_first_update(folder, run, quantized, tmp_path):
@@ -530,6 +547,45 @@ def test_card(run, quantized_run, tmp_path):
         assert text in card, text
 
 
+def test_the_card_says_whose_answers_were_criticised(run, tmp_path):
+    """And what the student had learned before; not that the expert solved what it did not."""
+    write(run, tmp_path / "out", adapter=True)
+    source, student = open_source(str(run)), open_student(run).student
+    form = Form(adapter=True, parity_problems=0)
+
+    def card(**options) -> str:
+        given = {**source.manifest["options"], **options}
+        known = {name: value for name, value in given.items() if value is not None}
+        changed = dataclasses.replace(source, manifest={**source.manifest, "options": known})
+        write_card(changed, form, student, AGREEMENT, None, None, tmp_path / "out")
+        return (tmp_path / "out" / "README.md").read_text()
+
+    # Older runs had neither option.
+    text = card(warm_up=None, continue_from=None)
+    assert "the expert solved problems and criticised its solutions, and the student lea" in text
+    assert "warm-up" not in text and "begun with" not in text
+    text = card(
+        answers_by="student", warm_up="gkd:320", continue_from="/home/me/r1/checkpoints/best"
+    )
+    assert ": the student answered problems, the expert criticised the answers, and the st" in text
+    assert "| warm-up | 320 problems, to solve them (`mlx-fd distil`, gkd) |" in text
+    assert "| begun with | the student of the run `r1` |" in text and "/home/me" not in text
+    assert ": the student and the expert answered problems, the e" in card(answers_by="both")
+
+
+def test_the_card_says_where_results_are_of_other_weights(folder, base, tmp_path):
+    """The best checkpoint is exported, and a run is measured at its end."""
+    run = trained.make_run(folder / "later", base)
+    (run / "summary.json").write_text(json.dumps(SUMMARY))
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / "000001", checkpoints / "000004")
+    (checkpoints / "last").symlink_to("000004")
+    told = "with the weights of checkpoint 000004; those here are of checkpoint 000001."
+    for name, out in ((run, "best"), (checkpoints / "last", "last")):
+        write(name, tmp_path / out, adapter=True)
+        assert (told in (tmp_path / out / "README.md").read_text()) == (out == "best")
+
+
 @pytest.mark.parametrize(
     ("name", "licence"),
     [
@@ -550,10 +606,31 @@ def test_the_card_claims_no_licence_that_is_not_known(tmp_path, name, licence):
     if name.startswith("DIRECTORY"):
         directory.mkdir()
         name = str(directory)
-    base, on_hub, local = _base_name(name)
+    base, on_hub, local = base_name(name)
     source = Source(ModelRef(tmp_path), base, base, on_hub, local, {}, {})
     write_card(source, Form(parity_problems=0), None, AGREEMENT, None, None, tmp_path)
     assert f"\nlicense: {licence}\n" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("student", "expert", "text"),
+    [
+        ("qwen2.5-0.5b-4bit", "llama-3.1-8b-4bit", "the Llama 3.1 Community License may ask"),
+        ("qwen2.5-0.5b-4bit", "qwen2.5-3b-4bit", "the Qwen Research License (not for commercial"),
+        ("qwen2.5-0.5b-4bit", "owner/large", "`owner/large` wrote, and the licence of that model"),
+        ("owner/small", "owner/large", "`owner/large` wrote, and the licence of that model"),
+        ("qwen2.5-0.5b-4bit", "qwen2.5-7b-4bit", ""),
+        ("owner/large:layers=3", "owner/large", ""),
+    ],
+)
+def test_the_card_names_the_experts_licence_where_it_is_another(run, student, expert, text):
+    """Llama's and Qwen's research licence are about what learns from outputs, too."""
+    found = open_source(str(run))
+    manifest = {**found.manifest, "options": {**found.manifest["options"], "expert": expert}}
+    base, on_hub, local = base_name(student)
+    source = dataclasses.replace(found, base=base, on_hub=on_hub, local=local, manifest=manifest)
+    licence = licence_note(source)
+    assert ("They learned from what" in licence) == bool(text) and text in licence
 
 
 @pytest.mark.parametrize("form", ["mlx", "hf"])
@@ -629,6 +706,39 @@ def test_damaged_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         write(model, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_numbers_that_the_type_cannot_hold(tmp_path):
+    """The weights are not damaged, and the folder that they were read back from is gone."""
+    model = tiny.make_model_dir(tmp_path / "model", vocab_size=416, tie=False, **SIZES)
+    file = str(model / "model.safetensors")
+    arrays = dict(mx.load(file))
+    # Of a token that no text here has: its logits would not tell.
+    arrays["model.embed_tokens.weight"][300] *= 1e8
+    mx.save_safetensors(file, arrays, metadata={"format": "mlx"})
+    for form in ({"format": "hf"}, {}, {"q_bits": 8, "q_group_size": 32}):
+        with pytest.raises(UserError, match=r"the type it is written in cannot hold") as caught:
+            write(model, tmp_path / "out", dtype="float16", **form)
+        assert str(caught.value).startswith("model.embed_tokens.")
+        assert "--dtype bfloat16" in str(caught.value) and ".tmp-" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_cannot_be_read_back_is_not_blamed_on_a_folder_that_is_gone(tmp_path):
+    """llama.cpp's OLMo 2 has no biases, which shows as the file is read back."""
+    model = make_architecture(tmp_path / "model", "olmo2", attention_bias=True)
+    with pytest.raises(UserError, match="what was written cannot be read back") as caught:
+        write(model, tmp_path / "out", format="gguf")
+    assert f"{tmp_path / 'out'}/model-f16.gguf: " in str(caught.value)
+    assert ".tmp-" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_folder_that_one_is_in(run, tmp_path, monkeypatch):
+    """It would be another one under the same name, and the shell's own would stay empty."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is the folder that you are in"):
+        write(run, Path())
 
 
 def _put(file: Path, data: bytes) -> str:

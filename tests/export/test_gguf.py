@@ -228,19 +228,52 @@ def test_only_what_was_trained_is_rounded(tmp_path):
     assert done.carried == 8 and done.kinds == {"q4_1": 15}
 
 
-def test_numbers_that_float16_cannot_hold(tmp_path):
+@pytest.mark.parametrize("kind", [None, "q8_0", "q4_0", "q4_1"])
+def test_numbers_that_float16_cannot_hold(tmp_path, kind):
+    """Of 4 and 8 bits the scales are in float16."""
     model = tiny.make_model_dir(tmp_path / "model", **SIZES)
     arrays = mx.load(str(model / "model.safetensors"))
-    arrays["model.layers.0.mlp.up_proj.weight"] *= 1e6
+    arrays["model.layers.0.mlp.up_proj.weight"] *= 1e9
     mx.save_safetensors(str(model / "model.safetensors"), arrays, metadata={"format": "mlx"})
-    with pytest.raises(UserError, match=r"up_proj\.weight has numbers that float16 cannot hold"):
-        export(
-            str(model),
-            tmp_path / "out",
-            Form(format="gguf", parity_problems=0),
-            progress=lambda *_: None,
-        )
+    name = kind or "f16"
+    with pytest.raises(UserError, match=rf"^model\..*up_proj\.weight has numbers that {name} cann"):
+        write(model, tmp_path / "out.gguf", kind)
+    (tmp_path / "out.gguf").unlink()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_tokens_that_other_files_than_tokenizer_json_name(tmp_path):
+    """transformers takes them from tokenizer_config.json; in the file they are no plain text."""
+    model = tiny.make_model_dir(tmp_path / "model", vocab_size=416, **SIZES)
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    file = model / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings["added_tokens_decoder"] = {
+        "400": {"content": "<think>", "special": False, **flags},
+        "401": {"content": "<|tool|>", "special": True, **flags},
+    }
+    file.write_text(json.dumps(settings))
+    # Of a token in the vocabulary tokenizer.json need not say what it is.
+    file = model / "tokenizer.json"
+    content = json.loads(file.read_text())
+    first, *content["added_tokens"] = content["added_tokens"]
+    content["model"]["vocab"][first["content"]] = first["id"]
+    file.write_text(json.dumps(content))
+    loaded = load(model)
+    out = tmp_path / "out"
+    export(str(model), out, Form(format="gguf", parity_problems=0), progress=lambda *_: None)
+    fields = gguf.GGUFReader(out / "model-f16.gguf").fields
+    tokens, kinds = (
+        fields[f"tokenizer.ggml.{name}"].contents()[397:403] for name in ("tokens", "token_type")
+    )
+    assert tokens == [*tiny.SPECIAL, "<think>", "<|tool|>", "[PAD402]"]
+    assert kinds == [CONTROL] * 3 + [USER_DEFINED, CONTROL, UNUSED]
+    llama_cpp = pytest.importorskip("llama_cpp")
+    engine = llama_cpp.Llama(str(out / "model-f16.gguf"), vocab_only=True, verbose=False)
+    text = "a<think>b<|tool|>"
+    ours = loaded.tokenizer.encode(text, add_special_tokens=False)
+    assert engine.tokenize(text.encode(), add_bos=False, special=True) == ours
+    assert {400, 401} <= set(ours)
 
 
 def test_models_that_llama_cpp_does_not_have(tmp_path):

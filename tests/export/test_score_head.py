@@ -1,5 +1,7 @@
 """The score head where mlx-fd is not: in exports, in a GGUF file's metadata, in the examples."""
 
+import dataclasses
+import importlib.util
 import json
 import re
 import runpy
@@ -20,7 +22,7 @@ from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.export.card import SCORE_EXAMPLE  # noqa: E402
 from mlx_fd.export.exporter import export  # noqa: E402
 from mlx_fd.export.form import Form  # noqa: E402
-from mlx_fd.feedback.judge import give_feedback  # noqa: E402
+from mlx_fd.feedback.judge import give_feedback, locate_model, open_student  # noqa: E402
 from mlx_fd.models.gguf import convert  # noqa: E402
 from mlx_fd.models.resolve import resolve  # noqa: E402
 from mlx_fd.models.score_head import KEY, ScoreHead  # noqa: E402
@@ -59,6 +61,42 @@ def test_in_mlx_lm(run, monkeypatch, capsys):
     folder = exported(run, format="mlx")
     score = printed("score_mlx.py", monkeypatch, capsys, folder, f" {PROBLEM}\n", ANSWER)
     assert score == pytest.approx(wanted(run), abs=3e-4)
+
+
+def test_what_the_students_penalty_made_of_its_feedback(tmp_path, monkeypatch, capsys):
+    """The head reads a feedback that is written with a repetition penalty, prompt included."""
+    run = trained.make_run(
+        tmp_path / "run",
+        "tiny-student",
+        score_at="own",
+        max_feedback_tokens=24,
+        student_repetition_penalty=1.3,
+    )
+    ref = locate_model(str(run))
+    changed = dataclasses.replace(ref.config.generation, student_repetition_penalty=1.0)
+    plain = dataclasses.replace(ref, config=dataclasses.replace(ref.config, generation=changed))
+    problem, answer = "Tom has 3 apples and buys 5. How many?", "3 + 5 = 9. #### 9"
+    score, without = (
+        give_feedback(open_student(one), problem, answer, 24).head_score for one in (ref, plain)
+    )
+    assert abs(score - without) > 0.02
+    folder = exported(run, format="mlx")
+    found = [printed("score_mlx.py", monkeypatch, capsys, folder, problem, answer)]
+    folders = [folder]
+    if importlib.util.find_spec("llama_cpp"):
+        folder = exported(run, format="gguf", gguf_type="f32")
+        file = folder / "model-f32.gguf"
+        found.append(printed("score_gguf.py", monkeypatch, capsys, file, problem, answer))
+        folders.append(folder)
+        convert(file, tmp_path / "back")
+        _, about = mx.load(str(tmp_path / "back" / "score_head.safetensors"), return_metadata=True)
+        assert about["repetition_penalty"] == "1.3"
+    for folder in folders:
+        card = (folder / "README.md").read_text()
+        monkeypatch.chdir(folder)
+        exec(re.search(r"```python\n(import .*?)```", card, re.DOTALL)[1], {})
+        found.append(float(capsys.readouterr().out))
+    assert found == pytest.approx([score] * len(found), abs=5e-3)
 
 
 def test_in_llama_cpp_and_back(run, monkeypatch, capsys):

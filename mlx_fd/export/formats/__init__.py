@@ -62,7 +62,8 @@ class ExportFormat(Entry):
         options: fields of :class:`mlx_fd.export.form.Form` that it takes beside ``format``,
             of adapter, dtype, q_bits, q_group_size, gguf_type and base_model.
         instead: for a field that it does not take, what to do instead.
-        rounds: whether the weights get so few bits that the training could be lost in them.
+        rounds: whether the weights are rounded, to 16 bits or fewer, so that the training could be
+            lost.
         install: the command that installs what ``mlx-fd compare`` needs for it.
         on_a_gpu: how it is compared on a GPU, as Markdown.
     """

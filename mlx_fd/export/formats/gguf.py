@@ -97,9 +97,18 @@ def score_code(source: Source, form: Form, student: Student) -> str:
     from mlx_fd.models.score_head import SCORE_HEAD
 
     # The ids themselves: llama.cpp knows three, and takes others by their text.
+    penalised = source.ref.repetition_penalty != 1
+    rule = """\
+def penalise(seen, logits):
+    seen, penalty = np.unique(seen), float(about["repetition_penalty"])
+    logits[seen] *= np.where(logits[seen] < 0, penalty, 1 / penalty)
+    return logits
+"""
+    given = "ids, temp=0.0, repeat_penalty=1.0" + ", logits_processor=[penalise]" * penalised
     written = f"""\
+{rule if penalised else ""}\
 ends, reply = {set(_ends(source))}, []
-for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0):
+for token in llm.generate({given}):
     reply.append(token)
     if token in ends or len(reply) == int(about["max_tokens"]):
         break
@@ -151,7 +160,7 @@ register_format(
             "dtype": "for gguf choose --gguf-type f16, bf16 or f32",
             "q_bits": "for gguf choose --gguf-type q8_0, q4_1 or q4_0",
         },
-        rounds=lambda form: form.gguf_type not in (None, "f32", "f16", "bf16"),
+        rounds=lambda form: form.gguf_type != "f32",
         install='pip install "mlx-fd[llama-cpp]"  # on Linux: "mlx-fd[cpu,llama-cpp]"',
         on_a_gpu=_ON_A_GPU,
     )

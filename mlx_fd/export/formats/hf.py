@@ -103,5 +103,6 @@ register_format(
         score_code=score_code,
         library=lambda form: "peft" if form.adapter else "transformers",
         options=frozenset({"adapter", "dtype", "base_model"}),
+        rounds=lambda form: not form.adapter and form.dtype != "float32",
     )
 )

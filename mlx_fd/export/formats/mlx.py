@@ -67,6 +67,8 @@ register_format(
         score_code=score_code,
         library=lambda form: "mlx",
         options=frozenset({"adapter", "dtype", "q_bits", "q_group_size"}),
-        rounds=lambda form: form.q_bits is not None,
+        rounds=lambda form: (
+            not form.adapter and not (form.dtype == "float32" and form.q_bits is None)
+        ),
     )
 )
