@@ -128,11 +128,10 @@ def test_dying_at_any_flush_and_resuming_changes_nothing(whole, tmp_path, monkey
         shutil.rmtree(target)
 
 
-def test_a_sigkill_amid_a_batch_changes_nothing(dirs, tmp_path):
+def test_a_sigkill_amid_a_batch_changes_nothing(whole, dirs, tmp_path):
     options = {**SMALL, **CONTINUOUS, **DRAWN}
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     loop = ("loop", "--expert", dirs[0], "--student", dirs[1], *given, "--out")
-    assert shell(*loop, tmp_path / "whole", cwd=tmp_path).status == 0
     target = tmp_path / "killed"
     running = launch(*loop, target, cwd=tmp_path)
     episodes = target / runs.EPISODES
@@ -146,7 +145,7 @@ def test_a_sigkill_amid_a_batch_changes_nothing(dirs, tmp_path):
     # The third batch of two is in the log, and in no checkpoint.
     done = shell("resume", target, cwd=tmp_path)
     assert done.status == 0, done.flat
-    assert_same(tmp_path / "whole", target)
+    assert_same(whole[0], target)
 
 
 def test_a_profile_counts_what_was_done(dirs, tmp_path):
