@@ -100,6 +100,21 @@ def test_every_installation_is_said_first(install):
             assert lines[place - 1].startswith(("installing ", "building ")), line
 
 
+def test_for_the_tests_nothing_is_compiled_or_looked_for_twice(install):
+    """Pip compiled all that it installed, and looked for every package once more for llama.cpp."""
+    _, lines = install(extras="dev")
+    calls = [line for line in lines if line.startswith("> pip install")]
+    assert all("--no-compile" in line for line in calls)
+    assert sum(" -e " in line for line in calls) == 1
+    assert ".venv/wheels/llama_cpp_python-" in calls[-1]
+
+
+def test_a_user_gets_bytecode(install):
+    _, lines = install()
+    calls = [line for line in lines if line.startswith("> pip install")]
+    assert calls and not any("--no-compile" in line for line in calls)
+
+
 @pytest.mark.parametrize("refusal", [{"user": 0, "MLX_FD_NO_APT": "1"}, {"user": 1000}])
 def test_apt_is_left_alone_where_it_is_refused_and_where_nobody_is_root(install, refusal):
     status, lines = install(**refusal)

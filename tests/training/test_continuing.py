@@ -19,7 +19,7 @@ from support.trained import make_run
 
 SHORT = {
     "episodes": 1,
-    "batch_size": 1,
+    "batch_size": 4,
     "max_answer_tokens": 4,
     "max_feedback_tokens": 4,
     "max_merge_tokens": 4,

@@ -33,11 +33,13 @@ def dirs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(dirs, tmp_path_factory):
-    """A run that is not interrupted."""
+    """A run that is not interrupted: its folder, plan, events and number of flushes."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     plan, events = make_plan(*dirs, **CONTINUOUS, **DRAWN), []
-    summary = start(folder, plan, events.append)
-    return folder, plan, summary, events
+    with pytest.MonkeyPatch.context() as patch:
+        flushes = count_syncs(patch, limit=0)
+        start(folder, plan, events.append)
+    return folder, plan, events, flushes()
 
 
 def assert_alike(one, other, at=""):
@@ -77,7 +79,7 @@ def test_greedy_rows_gate_and_updates_are_those_of_lockstep(options, dirs, tmp_p
 
 def test_the_next_batch_begins_before_the_end_of_one(whole):
     """But where a checkpoint is due, and the student learns between two of them."""
-    found, order = whole[3], []
+    found, order = whole[2], []
     for event in found:
         if isinstance(event, BatchDone):
             order.append(f"done {event.done}")
@@ -98,7 +100,9 @@ def test_one_seed_is_one_run_whatever_the_number_of_places(whole, dirs, tmp_path
     folder, plan, _, _ = whole
     start(tmp_path / "again", plan)
     assert_same(folder, tmp_path / "again")
-    start(tmp_path / "one", make_plan(*dirs, **{**CONTINUOUS, "places": 1}, **DRAWN))
+    alone = make_plan(*dirs, **{**CONTINUOUS, "places": 1}, **DRAWN)
+    asked = iter([False, *[True] * 9])
+    assert start(tmp_path / "one", alone, stop=lambda: next(asked)) is None
     for one, other in zip(rows(folder)[:2], rows(tmp_path / "one")[:2], strict=True):
         assert_alike(one, other)
 
@@ -113,11 +117,7 @@ def test_a_stopped_run_ends_at_a_checkpoint_and_goes_on_as_if_it_had_not(whole, 
 
 
 def test_dying_at_any_flush_and_resuming_changes_nothing(whole, tmp_path, monkeypatch):
-    folder, plan, _, _ = whole
-    with monkeypatch.context() as patch:
-        seen = count_syncs(patch, limit=0)
-        start(tmp_path / "counted", plan)
-        total = seen()
+    folder, plan, _, total = whole
     for limit in (total // 3, *([total // 2] if ALL else []), 4 * total // 5):
         target = tmp_path / f"died{limit}"
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -128,11 +128,10 @@ def test_dying_at_any_flush_and_resuming_changes_nothing(whole, tmp_path, monkey
         shutil.rmtree(target)
 
 
-def test_a_sigkill_amid_a_batch_changes_nothing(dirs, tmp_path):
+def test_a_sigkill_amid_a_batch_changes_nothing(whole, dirs, tmp_path):
     options = {**SMALL, **CONTINUOUS, **DRAWN}
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     loop = ("loop", "--expert", dirs[0], "--student", dirs[1], *given, "--out")
-    assert shell(*loop, tmp_path / "whole", cwd=tmp_path).status == 0
     target = tmp_path / "killed"
     running = launch(*loop, target, cwd=tmp_path)
     episodes = target / runs.EPISODES
@@ -146,7 +145,7 @@ def test_a_sigkill_amid_a_batch_changes_nothing(dirs, tmp_path):
     # The third batch of two is in the log, and in no checkpoint.
     done = shell("resume", target, cwd=tmp_path)
     assert done.status == 0, done.flat
-    assert_same(tmp_path / "whole", target)
+    assert_same(whole[0], target)
 
 
 def test_a_profile_counts_what_was_done(dirs, tmp_path):
