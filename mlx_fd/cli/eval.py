@@ -279,20 +279,15 @@ def evaluate(
         shots=shots,
         forgetting=forgetting,
         answers_by=answers_by,
+        thinking=thinking,
+        expert_thinking=expert_thinking,
+        max_thinking_tokens=max_thinking_tokens,
     )
     if allow_code_execution:
         execution.allow()
     suites.check_problems(options)
-    changes = {
-        "answers_by": answers_by,
-        "max_answer_tokens": max_tokens,
-        "student_thinking": thinking,
-        "expert_thinking": expert_thinking,
-        "max_thinking_tokens": max_thinking_tokens,
-    }
-    given = {option: value for option, value in changes.items() if value is not None}
-    target = open_target(name, expert, adapter_path, given, template_kwargs)
-    check_thinking(target, given)
+    target = open_target(name, expert, adapter_path, options.changes, template_kwargs)
+    check_thinking(target, options.changes)
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
     if (note := time_note()) and not quiet:

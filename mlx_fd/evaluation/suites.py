@@ -39,7 +39,14 @@ from mlx_fd.evaluation.shots import examples
 from mlx_fd.evaluation.solving import Solving, first_by, with_shots, without_shots
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.target import Models, Target
-from mlx_fd.files import append_lines, check_way, read_text, write_atomic, write_json
+from mlx_fd.files import (
+    append_lines,
+    check_way,
+    digest_of,
+    read_text,
+    write_atomic,
+    write_json,
+)
 from mlx_fd.models.context import Surroundings, context_length, fitting, short_enough
 from mlx_fd.models.storage import slug
 from mlx_fd.problems import execution
@@ -68,7 +75,9 @@ Set = Solving | Choosing | Agreeing | Judging | Locating | Instructing | Followi
 _NEW = frozenset(
     {"skip_bad_rows", "max_tokens", "columns", "answer_kind"}
     | {"best_of", "votes", "shots", "forgetting", "answers_by"}
+    | {"thinking", "expert_thinking", "max_thinking_tokens"}
 )
+_FILES = ("problems", "transfer", "instructions", "processbench")
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,9 @@ class Options:
         shots: solved problems before each question.
         forgetting: whether the student follows instructions as well as before its run.
         answers_by: who writes the first answers; ``None``: as in the run.
+        thinking: whether the student thinks, ``on`` or ``off``; ``None``: as in the run.
+        expert_thinking: likewise the expert.
+        max_thinking_tokens: maximum tokens per thought; ``None``: the run's.
     """
 
     suite: str = FAST
@@ -124,6 +136,21 @@ class Options:
     shots: int = 0
     forgetting: bool = False
     answers_by: str | None = None
+    thinking: str | None = None
+    expert_thinking: str | None = None
+    max_thinking_tokens: int | None = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Options of the run's configuration that are others here."""
+        given = {
+            "answers_by": self.answers_by,
+            "max_answer_tokens": self.max_tokens,
+            "student_thinking": self.thinking,
+            "expert_thinking": self.expert_thinking,
+            "max_thinking_tokens": self.max_thinking_tokens,
+        }
+        return {option: value for option, value in given.items() if value is not None}
 
     @property
     def most_items(self) -> int | None:
@@ -468,7 +495,14 @@ def _asked(target: Target, options: Options) -> dict[str, Any]:
         if name not in _NEW or value != getattr(Options, name)
     }
     hashes = {name: model["sha256"] for name, model in target.models.items()}
-    return {**chosen, "sha256": hashes}
+    named = {name: getattr(options, name) for name in _FILES}
+    # A file under the same name may be another one by now.
+    files = {
+        name: digest_of(path)
+        for name, one in named.items()
+        if one is not None and one not in SOURCES and (path := Path(one).expanduser()).is_file()
+    }
+    return {**chosen, "sha256": hashes, **({"files": files} if files else {})}
 
 
 def _folder(target: Target, suite: str) -> Path:
@@ -526,6 +560,8 @@ def evaluate(
     """
     advice = "free some space, then run the same command again: it goes on"
     target = bench.target
+    # A file may change while it goes.
+    request = _asked(target, options)
     # Where an evaluation is done, its outputs stay until they are there again.
     outputs = folder / (_UNFINISHED if (folder / RESULTS).exists() else OUTPUTS)
     with runs.wrap_write_errors(folder, advice):
@@ -546,7 +582,7 @@ def evaluate(
         "format": 1,
         "target": target.name,
         "suite": options.suite,
-        "asked": _asked(target, options),
+        "asked": request,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "models": target.models,

@@ -20,6 +20,7 @@ import pytest
 from mlx.utils import tree_flatten
 from rich.console import Console
 from scipy.stats import binomtest
+from tokenizers import AddedToken
 
 from mlx_fd import cli, runs
 from mlx_fd.cli.terminal.evaluation import print_results
@@ -44,7 +45,8 @@ from mlx_fd.runs.summary import wilson
 from support.draws import ALL
 from support.shell import launch
 from support.steps import processbench_items, to_json_lines
-from support.tiny import make_model_dir
+from support.thinkers import TEMPLATES
+from support.tiny import make_model_dir, make_tokenizer
 from support.trained import make_run
 
 # Short texts: what is written matters less here than that it is the same.
@@ -573,6 +575,27 @@ def test_another_evaluation_takes_another_folder(mlx_fd, tmp_path):
     status, _, err = mlx_fd("tiny-student", "--limit", 3, "--out", folder / "fast")
     assert (status, files()[suites.OUTPUTS]) == (2, first[suites.OUTPUTS])
     assert "another evaluation" in err
+
+
+def test_a_file_that_changed_and_another_way_to_think_are_another_evaluation(mlx_fd, tmp_path):
+    """Each took the folder of the one before, whose results were lost."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in TEMPLATES["qwen3"].tokens])
+    more = {"tokenizer": tokenizer, "chat_template": TEMPLATES["qwen3"].source}
+    model = make_model_dir(tmp_path / "m", hidden=16, layers=1, intermediate=32, **more)
+    problems = tmp_path / "p.csv"
+    problems.write_text("question,answer\n1 + 1?,2\n")
+    asked = (model, "--problems", problems, "--max-tokens", 2, "--quiet")
+
+    def folders(*options):
+        assert mlx_fd(*asked, *options)[0] == 0
+        return sorted(path.name for path in next(tmp_path.glob("eval/*")).iterdir())
+
+    assert folders() == ["fast"]
+    thinking = ("--thinking", "on", "--max-thinking-tokens", 2)
+    assert folders(*thinking) == folders() == ["fast", "fast-2"]
+    problems.write_text("question,answer\n1 + 1?,3\n")
+    assert folders() == ["fast", "fast-2", "fast-3"]
 
 
 @pytest.fixture
