@@ -338,6 +338,13 @@ def test_an_adapter_outside_its_run_answers_as_in_it(tmp_path):
             if row["system"] == "student" and "strict" in row
         ]
     assert answers["run"] == answers["adapter"] != answers["base"]
+    # Where no run says what it was before, it is the fixed amateur: another one than its model.
+    made = []
+    for source in (adapter, "tiny-student"):
+        target, cache = open_target(str(source), "tiny"), Cache(tmp_path / "cache")
+        bench = suites.make_bench(target, suites.Options(), cache, lambda *_: None)
+        bench.rows({"a": 1}, 1, ["expert", "untrained"], lambda pair: made.append(pair) or [{}])
+    assert len(made) == 2
     config = json.loads((adapter / "adapter_config.json").read_text())
     del config["model"]
     (adapter / "adapter_config.json").write_text(json.dumps(config))
