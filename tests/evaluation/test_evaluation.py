@@ -449,11 +449,41 @@ def test_shares_get_wilsons_interval_and_mcnemars_test():
     most = wilson(0, 40)[1]
     assert same["difference"] == pytest.approx({"value": 0, "low": -most, "high": most, "n": 40})
     assert same["p"] == 1
+    # Where each is right by one alone.
+    least = wilson(15, 15)[0]
+    apart = compare(Measure("right", [1] * 15), Measure("right", [0] * 15))["difference"]
+    assert apart == pytest.approx({"value": 1, "low": 2 * least - 1, "high": 1, "n": 15})
+    assert 0 < apart["low"] < 0.6 and apart["n"] == 15
+    apart = compare(Measure("right", [0] * 15), Measure("right", [1] * 15))["difference"]
+    assert apart == pytest.approx({"value": -1, "low": -1, "high": 1 - 2 * least, "n": 15})
     nothing = compare(Measure("right", [nan, 1]), Measure("right", [1, nan]))
     assert nothing["difference"]["n"] == 0 and nothing["p"] is None
     found = compare(Measure("error", [0.1, 0.5]), Measure("error", [0.2, 0.9]))
     assert found["test"] == "paired bootstrap"
     assert found["difference"]["value"] == pytest.approx(-0.25)
+
+
+def test_differences_whose_resamples_are_all_alike_are_not_taken_for_certain():
+    """Of shares they were not; of an F1, a mean of several samples and one problem, they were."""
+    most = wilson(0, 40)[1]
+    half = Measure("right", [0.5, 0.25] * 20)
+    around = {"value": 0, "low": -most, "high": most, "n": 40}
+    assert compare(half, half)["difference"] == pytest.approx(around)
+    wrong = ([1.0] * 4 + [0.0] * 4,)
+    ours, none = Measure("f1", [1, 0] * 4, f1, wrong), Measure("f1", [0] * 8, f1, wrong)
+    all_found = Measure("f1", [1] * 8, f1, wrong)
+    for first, second, value in ((ours, ours, 0.0), (all_found, none, 1.0)):
+        assert compare(first, second)["difference"] == {
+            "value": value,
+            "low": None,
+            "high": None,
+            "n": 8,
+        }
+    assert np.isnan(Measure("avg@2", [0.5] * 20).estimate().low)
+    one = compare(Measure("right", [1]), Measure("right", [0]))["difference"]
+    assert one == {"value": 1.0, "low": None, "high": None, "n": 1}
+    off = Measure("error", [2.5, 3.5] * 20), Measure("error", [2.0, 3.0] * 20)
+    assert compare(*off)["difference"] == {"value": 0.5, "low": None, "high": None, "n": 40}
 
 
 def test_baselines_need_an_expert(tmp_path):
