@@ -493,6 +493,15 @@ def test_baselines_need_an_expert(tmp_path):
     assert sets[0].systems == ("student", "clear", "cot", "cod", "self-refine", "expert")
 
 
+def test_what_a_run_learned_from_is_read_once(run, tmp_path):
+    """Of one evaluation the manifest may not be two."""
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    target = open_target(str(copy), None)
+    (copy / runs.MANIFEST).unlink()
+    (said,) = concerns(target, None, "train")
+    assert "learned from these problems (arithmetic, split train)" in said
+
+
 def test_problems_that_were_learned_from_are_warned_of(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     target = open_target(str(run), None)
