@@ -240,7 +240,8 @@ def _solving(
     skip = options.skip_bad_rows
     how = {"kind": options.answer_kind, "columns": options.columns}
     found = problems.load(source, split, skip_bad_rows=skip, **how)
-    shots = examples(source, split, options.shots, **how)
+    questions = [problem.question for problem in found.problems]
+    shots = examples(source, split, options.shots, asked=questions, **how)
     for text in found.notes:
         warn(text)
     if found.problems[0].kind == "code":
@@ -361,6 +362,10 @@ def _check_options(target: Target, options: Options) -> None:
                 raise UserError(f"--{name} belongs to the full suite; add --suite full")
     if options.answers_by == "expert" and target.expert is None:
         raise UserError("--answers-by expert: there is no expert; name one with --expert")
+    later = target.config.generation
+    drawn = options.temperature != 0 or later.expert_temperature or later.student_temperature
+    if options.samples > 1 and not drawn:
+        raise UserError("--k: greedy samples are all alike; leave --temperature 0 out")
     if options.votes > 1 and options.processbench is None:
         raise UserError("--votes is for ProcessBench; name a file with --processbench")
     if options.votes > 1 and options.temperature == 0:
