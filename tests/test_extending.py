@@ -19,7 +19,7 @@ from mlx import nn
 from mlx_fd import problems
 from mlx_fd.config import OPTIONS, Config, LossOptions, TrainingOptions, override
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation import bench, suites
+from mlx_fd.evaluation import bench, running, suites
 from mlx_fd.evaluation.cache import Cache, asked
 from mlx_fd.evaluation.exam import exam_questions, examine
 from mlx_fd.evaluation.target import open_target
@@ -300,7 +300,7 @@ def test_a_baseline_takes_part_in_an_evaluation(added, tmp_path):
     solving, judging = suites.make_sets(target, options)
     assert solving.systems[-1] == judging.systems[-1] == "units-critic"
     assert solving.label("units-critic") == judging.label("units-critic") == "Units critic"
-    made = suites.make_bench(target, options, Cache(tmp_path / "cache"), lambda *_: None)
+    made = running.make_bench(target, options, Cache(tmp_path / "cache"), lambda *_: None)
     trials = solving.attempt(made, "units-critic", 0, 0, solving.items)
     assert [set(trial.turns) >= {"answer", "feedback"} for trial in trials] == [True, True]
     for trial in trials:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation import suites
+from mlx_fd.evaluation import running, suites
 from mlx_fd.evaluation.cache import Cache
 from mlx_fd.evaluation.following import INSTRUCTIONS
 from mlx_fd.evaluation.processbench import f1, predicted_step
@@ -164,8 +164,8 @@ def done(tmp_path_factory):
     )
     target = open_target(str(run), None, changes={"max_answer_tokens": 24})
     sets = [one for one in suites.make_sets(target, options) if "transfer" not in one.name]
-    bench = suites.make_bench(target, options, Cache(folder / "cache"), lambda *_: None)
-    results = suites.evaluate(bench, sets, options, folder / "out", lambda _: None)
+    bench = running.make_bench(target, options, Cache(folder / "cache"), lambda *_: None)
+    results = running.evaluate(bench, sets, options, folder / "out", lambda _: None)
     rows = [json.loads(line) for line in (folder / "out" / "outputs.jsonl").open()]
     return rows, {one["name"]: one for one in results["sets"]}, sets
 

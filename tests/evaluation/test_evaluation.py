@@ -26,7 +26,7 @@ from mlx_fd import cli, runs
 from mlx_fd.cli.terminal.evaluation import print_results
 from mlx_fd.config import GateOptions, override
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation import suites
+from mlx_fd.evaluation import folders, running, suites
 from mlx_fd.evaluation.baselines import SYSTEMS
 from mlx_fd.evaluation.bench import _CODE
 from mlx_fd.evaluation.cache import Cache
@@ -71,12 +71,12 @@ def evaluate(target, folder, cache, *, expert=None, **options):
     chosen = suites.Options(**{"limit": 4, **options})
     opened = open_target(str(target), expert)
     sets = suites.make_sets(opened, chosen)
-    bench = suites.make_bench(opened, chosen, Cache(cache), lambda *_: None)
-    return suites.evaluate(bench, sets, chosen, folder, lambda _: None)
+    bench = running.make_bench(opened, chosen, Cache(cache), lambda *_: None)
+    return running.evaluate(bench, sets, chosen, folder, lambda _: None)
 
 
 def rows_of(folder):
-    return [json.loads(line) for line in (folder / suites.OUTPUTS).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / running.OUTPUTS).read_text().splitlines()]
 
 
 def without_seconds(rows):
@@ -112,7 +112,7 @@ def test_every_system_meets_every_problem_from_the_same_first_answer(done):
 
 def test_results_are_what_the_outputs_add_up_to(done):
     folder, _, results = done
-    assert json.loads((folder / suites.RESULTS).read_text()) == with_digest(results)
+    assert json.loads((folder / folders.RESULTS).read_text()) == with_digest(results)
     rows, found = rows_of(folder), results["sets"][0]
     right = {}
     for system in found["systems"]:
@@ -273,16 +273,16 @@ def test_a_killed_evaluation_goes_on_as_if_it_had_not_been(run, done, tmp_path):
     folder = tmp_path / "out"
     command = ("eval", run, "--baselines", "--limit", 4, "--out", folder, "--quiet")
     begin = partial(launch, *command, "--cache", tmp_path / "cache", cwd=tmp_path)
-    outputs = folder / suites.OUTPUTS
+    outputs = folder / running.OUTPUTS
     for lines in (1, 11, 29) if ALL else (25,):
-        running = begin()
-        while running.process.exitcode is None:
+        going = begin()
+        while going.process.exitcode is None:
             if outputs.exists() and outputs.read_bytes().count(b"\n") >= lines:
-                running.process.kill()
+                going.process.kill()
                 break
             time.sleep(0.002)
-        assert running.wait().status == -signal.SIGKILL
-        assert not (folder / suites.RESULTS).exists()
+        assert going.wait().status == -signal.SIGKILL
+        assert not (folder / folders.RESULTS).exists()
     # A kill may come in the middle of a line.
     os.truncate(outputs, outputs.stat().st_size - 7)
     assert begin().wait().status == 0
@@ -342,7 +342,7 @@ def test_an_adapter_outside_its_run_answers_as_in_it(tmp_path):
     made = []
     for source in (adapter, "tiny-student"):
         target, cache = open_target(str(source), "tiny"), Cache(tmp_path / "cache")
-        bench = suites.make_bench(target, suites.Options(), cache, lambda *_: None)
+        bench = running.make_bench(target, suites.Options(), cache, lambda *_: None)
         bench.rows({"a": 1}, 1, ["expert", "untrained"], lambda pair: made.append(pair) or [{}])
     assert len(made) == 2
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -597,10 +597,10 @@ def test_answers_of_another_kind_than_was_learned_from_are_warned_of(run, tmp_pa
 
 def test_results_lie_in_the_run_or_under_the_models_name(run):
     best = open_target(str(run), None)
-    assert suites.choose_folder(best, suites.Options()) == run / "eval" / "fast"
+    assert folders.choose_folder(best, suites.Options()) == run / "eval" / "fast"
     named = open_target("tiny-student", None)
     full = suites.Options(suite="full")
-    assert suites.choose_folder(named, full) == Path("eval/tiny-student/full")
+    assert folders.choose_folder(named, full) == Path("eval/tiny-student/full")
 
 
 def test_another_evaluation_takes_another_folder(mlx_fd, tmp_path):
@@ -616,10 +616,10 @@ def test_another_evaluation_takes_another_folder(mlx_fd, tmp_path):
     assert len(rows_of(folder / "fast-2")) == 2
     # The same once more is the same place, with the same outputs out of the cache.
     assert mlx_fd("tiny-student", "--limit", 2, "--quiet")[0] == 0
-    assert files()[suites.OUTPUTS] == first[suites.OUTPUTS]
+    assert files()[running.OUTPUTS] == first[running.OUTPUTS]
     assert sorted(path.name for path in folder.iterdir()) == ["fast", "fast-2"]
     status, _, err = mlx_fd("tiny-student", "--limit", 3, "--out", folder / "fast")
-    assert (status, files()[suites.OUTPUTS]) == (2, first[suites.OUTPUTS])
+    assert (status, files()[running.OUTPUTS]) == (2, first[running.OUTPUTS])
     assert "another evaluation" in err
 
 
@@ -665,7 +665,7 @@ def test_a_script_reads_json_and_a_user_a_table_with_n_and_intervals(mlx_fd, tmp
     results = json.loads(out)
     folder = tmp_path / "eval" / "tiny-student" / "fast"
     assert Path(results.pop("folder")) == folder.relative_to(tmp_path)
-    assert with_digest(results) == json.loads((folder / suites.RESULTS).read_text())
+    assert with_digest(results) == json.loads((folder / folders.RESULTS).read_text())
     assert "arithmetic/test: student done, 3" in err
     status, out, err = mlx_fd("tiny-student", "--limit", 3, "--quiet")
     assert (status, err) == (0, "")
