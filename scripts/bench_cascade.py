@@ -57,7 +57,7 @@ OPTIONS = (
 def answered(folder: Path, pair: str, split: str) -> Row:
     """What came of some problems, answered by a run's student and its expert."""
     from mlx_fd import problems
-    from mlx_fd.evaluation import suites
+    from mlx_fd.evaluation import running, suites
     from mlx_fd.evaluation.cache import Cache
     from mlx_fd.evaluation.cascade.outcomes import outcomes
     from mlx_fd.evaluation.target import open_target
@@ -66,7 +66,7 @@ def answered(folder: Path, pair: str, split: str) -> Row:
     backend()
     target = open_target(str(folder), pair)
     cache = Cache(folder.parent / "cache")
-    bench = suites.make_bench(target, suites.Options(), cache, lambda step, tokens: None)
+    bench = running.make_bench(target, suites.Options(), cache, lambda step, tokens: None)
     drawn = problems.load(PAIRS[pair][0], split).problems[:PROBLEMS]
     return as_columns(outcomes(bench, drawn, ANSWER, lambda step, done, count: None))
 

@@ -71,7 +71,7 @@ def trained(seed: int, runs: Path, episodes: int) -> Path:
 def row_of(seed: int, run: Path, size: int) -> Row:
     """What every system makes of a seed's problems."""
     from mlx_fd import problems
-    from mlx_fd.evaluation import suites
+    from mlx_fd.evaluation import running, suites
     from mlx_fd.evaluation.cache import Cache
     from mlx_fd.evaluation.target import open_target
 
@@ -80,7 +80,7 @@ def row_of(seed: int, run: Path, size: int) -> Row:
     cache = Cache(run / "answers")
     # Of a row that was not finished: what is read out of it takes no time.
     shutil.rmtree(cache.folder, ignore_errors=True)
-    bench = suites.make_bench(target, suites.Options(), cache, lambda step, tokens: None)
+    bench = running.make_bench(target, suites.Options(), cache, lambda step, tokens: None)
     source = target.config.problems.problems
     held = problems.load(source, "test").problems[seed * size : (seed + 1) * size]
     found = {name: answered(bench, name, held) for name in SYSTEMS if name != ESCALATES}

@@ -27,7 +27,7 @@ backend()
 import yaml
 
 from mlx_fd import problems
-from mlx_fd.evaluation import suites
+from mlx_fd.evaluation import running, suites
 from mlx_fd.evaluation.cache import Cache
 from mlx_fd.evaluation.target import open_target
 from mlx_fd.models.resolve import resolve
@@ -80,9 +80,9 @@ def ours(model: str, source: str, split: str, limit: int, folder: Path) -> list[
     options = suites.Options(problems=source, split=split, limit=limit)
     target = open_target(model, None)
     sets = suites.make_sets(target, options)[:1]
-    bench = suites.make_bench(target, options, Cache(folder / "cache"), lambda *_: None)
-    suites.evaluate(bench, sets, options, folder, lambda _: None)
-    lines = (folder / suites.OUTPUTS).read_text(encoding="utf-8").splitlines()
+    bench = running.make_bench(target, options, Cache(folder / "cache"), lambda *_: None)
+    running.evaluate(bench, sets, options, folder, lambda _: None)
+    lines = (folder / running.OUTPUTS).read_text(encoding="utf-8").splitlines()
     return [{**row, "text": row["turns"]["answer"]} for row in map(json.loads, lines)]
 
 

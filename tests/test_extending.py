@@ -19,8 +19,8 @@ from mlx import nn
 from mlx_fd import problems
 from mlx_fd.config import OPTIONS, Config, LossOptions, TrainingOptions, override
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation import bench, suites
-from mlx_fd.evaluation.cache import Cache
+from mlx_fd.evaluation import bench, running, suites
+from mlx_fd.evaluation.cache import Cache, asked
 from mlx_fd.evaluation.exam import exam_questions, examine
 from mlx_fd.evaluation.target import open_target
 from mlx_fd.export.exporter import export
@@ -109,6 +109,23 @@ def test_a_kind_of_answers_reads_and_judges(added):
     assert read_final("#### maybe", problem) is None and not is_right(None, problem)
     with pytest.raises(ValueError, match="neither yes nor no"):
         KINDS["yes-no"].gold("perhaps", ())
+
+
+def test_the_cache_knows_how_a_kind_of_answers_is_asked_for_and_read(added):
+    """Answers to the old wording, read as before, came back after the file had changed."""
+    path, keys = added("yes_no"), []
+    problem = Problem("p", "Is it so?", "", "yes", kind="yes-no")
+    for text in ("", "\n# changed\n"):
+        KINDS.unregister("yes-no")
+        path.write_text(path.read_text() + text)
+        runpy.run_path(str(path))
+        keys.append(asked([problem]))
+    assert keys[0] != keys[1] and "End with a line of its own: #### <yes or no>" in keys[0][0]
+    form = dataclasses.replace(KINDS["yes-no"].form, end="Say yes or no.")
+    other = dataclasses.replace(KINDS["yes-no"], form=form)
+    KINDS.unregister("yes-no")
+    KINDS.register(other)
+    assert asked([problem]) != keys[1]
 
 
 def test_reference_lists_every_entry():
@@ -283,7 +300,7 @@ def test_a_baseline_takes_part_in_an_evaluation(added, tmp_path):
     solving, judging = suites.make_sets(target, options)
     assert solving.systems[-1] == judging.systems[-1] == "units-critic"
     assert solving.label("units-critic") == judging.label("units-critic") == "Units critic"
-    made = suites.make_bench(target, options, Cache(tmp_path / "cache"), lambda *_: None)
+    made = running.make_bench(target, options, Cache(tmp_path / "cache"), lambda *_: None)
     trials = solving.attempt(made, "units-critic", 0, 0, solving.items)
     assert [set(trial.turns) >= {"answer", "feedback"} for trial in trials] == [True, True]
     for trial in trials:

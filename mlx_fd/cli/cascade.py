@@ -119,7 +119,7 @@ def cascade(
     from mlx_fd.cli.terminal.cascade import summary, table
     from mlx_fd.cli.terminal.layout import output_console, print_whole, warning
     from mlx_fd.cli.terminal.steps import Steps
-    from mlx_fd.evaluation import suites
+    from mlx_fd.evaluation import running, suites
     from mlx_fd.evaluation.cache import Cache
     from mlx_fd.evaluation.cascade import file
     from mlx_fd.evaluation.cascade.measuring import Held, calibrate, evaluate
@@ -136,7 +136,7 @@ def cascade(
     target = open_target(str(run), expert)
     held = Held(problems, split, limit)
     cache = Cache(cache_dir() / "eval")
-    bench = suites.make_bench(target, suites.Options(), cache, lambda step, tokens: None)
+    bench = running.make_bench(target, suites.Options(), cache, lambda step, tokens: None)
     console = Console(stderr=True)
 
     def warn(text: str) -> None:

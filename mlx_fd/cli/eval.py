@@ -245,7 +245,7 @@ def evaluate(
 
     from mlx_fd.cli.terminal.evaluation import EvalDisplay, print_results
     from mlx_fd.cli.terminal.layout import output_console, warning
-    from mlx_fd.evaluation import suites
+    from mlx_fd.evaluation import folders, running, suites
     from mlx_fd.evaluation.cache import Cache
     from mlx_fd.evaluation.held_out import concerns
     from mlx_fd.evaluation.target import check_thinking, open_target
@@ -279,20 +279,15 @@ def evaluate(
         shots=shots,
         forgetting=forgetting,
         answers_by=answers_by,
+        thinking=thinking,
+        expert_thinking=expert_thinking,
+        max_thinking_tokens=max_thinking_tokens,
     )
     if allow_code_execution:
         execution.allow()
     suites.check_problems(options)
-    changes = {
-        "answers_by": answers_by,
-        "max_answer_tokens": max_tokens,
-        "student_thinking": thinking,
-        "expert_thinking": expert_thinking,
-        "max_thinking_tokens": max_thinking_tokens,
-    }
-    given = {option: value for option, value in changes.items() if value is not None}
-    target = open_target(name, expert, adapter_path, given, template_kwargs)
-    check_thinking(target, given)
+    target = open_target(name, expert, adapter_path, options.changes, template_kwargs)
+    check_thinking(target, options.changes)
     # With --json, standard output belongs to the script that reads it.
     console = Console(stderr=as_json)
     if (note := time_note()) and not quiet:
@@ -302,15 +297,15 @@ def evaluate(
         console.print(warning(text), soft_wrap=True)
 
     sets = suites.make_sets(target, options, warn)
-    folder = suites.choose_folder(target, options, out)
+    folder = folders.choose_folder(target, options, out)
     for text in concerns(target, options.problems, options.split, options.transfer):
         warn(text)
     total = sum(len(one.items) * one.samples * len(one.systems) for one in sets)
     with claimed(folder, EVALUATION), EvalDisplay(console, total, quiet=quiet) as display:
         generated = Cache(cache or cache_dir() / "eval", warn)
-        bench = suites.make_bench(target, options, generated, display.step)
+        bench = running.make_bench(target, options, generated, display.step)
         try:
-            results = suites.evaluate(bench, sets, options, folder, display)
+            results = running.evaluate(bench, sets, options, folder, display)
         except KeyboardInterrupt:
             click.echo("stopped; run the same command again to continue", err=True)
             raise SystemExit(128 + signal.SIGINT) from None

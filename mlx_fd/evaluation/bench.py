@@ -6,8 +6,6 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from mlx_fd.config import GenerationOptions
 from mlx_fd.evaluation.baselines import SYSTEMS, Setting, Trial
 from mlx_fd.evaluation.baselines.trials import Who, trial
-from mlx_fd.evaluation.cache import Cache, Rows
+from mlx_fd.evaluation.cache import Cache, Rows, code_of
 from mlx_fd.evaluation.target import Models, Target
 from mlx_fd.feedback.asking import OnTokens, derive_seed, generate_step
 from mlx_fd.feedback.pair import Pair
@@ -95,19 +93,8 @@ def code_digest() -> str:
 
 def outside_code(system: str) -> dict[str, str]:
     """What a cache key says of a system that is registered from outside; empty for our own."""
-    run = SYSTEMS[system].run
-    own = getattr(run, "__module__", "").partition(".")[0] == __name__.partition(".")[0]
-    return {} if own else {"outside_code": _file_digest(run)}
-
-
-@functools.cache
-def _file_digest(run: Callable[..., Any]) -> str:
-    """A digest of the file that a function is in; one of its own where there is no such file."""
-    try:
-        return hashlib.sha256(Path(inspect.getfile(run)).read_bytes()).hexdigest()
-    except (TypeError, OSError):
-        # In a notebook, say. Nobody can tell later whether it is still the same.
-        return uuid.uuid4().hex
+    digest = code_of(SYSTEMS[system].run)
+    return {"outside_code": digest} if digest else {}
 
 
 @dataclass(frozen=True)
@@ -171,8 +158,11 @@ class Bench:
             uses: whose weights take part.
             make: generates the rows with the two models.
         """
-        models = self.target.models
+        models, template = self.target.models, self.target.expert_template
         parts = [part for one in uses for part in _PARTS[one] if part in models]
+        if self.target.adapter is not None and "untrained" in uses:
+            # No run says what it was before: it is what it is.
+            parts.append("adapter")
         whole = {
             "format": 1,
             "code": code_digest(),
@@ -181,6 +171,7 @@ class Bench:
             "dequantize": self.target.config.models.dequantize,
             "vocab": self.target.vocab,
             "models": {part: models[part]["sha256"] for part in (*parts, "chat_template")},
+            "expert_template": template.digest() if template is not None else None,
             "thinking": {one: _thinking(one, self.target.config.generation) for one in uses},
             **key,
         }

@@ -5,8 +5,13 @@ Each carries the digest of all that is in it.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
+import inspect
 import json
 import sys
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +20,38 @@ from typing import Any
 from mlx_fd import runs
 from mlx_fd.files import clear_unfinished, write_with
 from mlx_fd.problems import Problem
+from mlx_fd.problems.kinds import kind_of
 from mlx_fd.runs.checked import ChangedFile, content_digest, read_checked, with_digest
 
 Rows = list[dict[str, Any]]
 
 
-def asked(problems: Iterable[Problem]) -> list[list[str]]:
-    """What a batch's key holds of its problems: kind of answer and question of each."""
-    return [[problem.kind, problem.question] for problem in problems]
+def asked(problems: Iterable[Problem]) -> list[list[Any]]:
+    """What a batch's key holds of its problems: each one's kind of answer and its question.
+
+    The kind is what it is called, how a reply is asked for, and its code where that is not ours.
+    """
+    return [
+        [problem.kind, *dataclasses.astuple(kind.form), code_of(kind.read), problem.question]
+        for problem in problems
+        for kind in [kind_of(problem)]
+    ]
+
+
+def code_of(function: Callable[..., Any]) -> str:
+    """What a key says of a function that is registered from outside; empty for our own."""
+    own = getattr(function, "__module__", "").partition(".")[0] == __name__.partition(".")[0]
+    return "" if own else _file_digest(function)
+
+
+@functools.cache
+def _file_digest(function: Callable[..., Any]) -> str:
+    """A digest of the file that a function is in; one of its own where there is no such file."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(function)).read_bytes()).hexdigest()
+    except (TypeError, OSError):
+        # In a notebook, say. Nobody can tell later whether it is still the same.
+        return uuid.uuid4().hex
 
 
 def _warn(text: str) -> None:

@@ -23,9 +23,10 @@ Check = Callable[[str], bool]
 NAME = "instructions with a form"
 _LABELS = {STUDENT: "Student", CLEAR: "Student before its run"}
 _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
+_WORD_PART = re.compile(r"[^\W_]+")
 _PLACEHOLDER = re.compile(r"\[[^\[\]\n]+\]")
 _TITLE = re.compile(r"<<[^<>\n]+>>")
-_NUMBERED = re.compile(r"^\d+\. \S", re.MULTILINE)
+_NUMBERED = re.compile(r"^(\d+)\. \S", re.MULTILINE)
 _BULLET = re.compile(r"^\* \S", re.MULTILINE)
 _FENCE = re.compile(r"^```(?:json)?\n|\n```$")
 
@@ -72,19 +73,29 @@ def has_lines(count: int) -> Check:
     return lambda text: len(_lines(text)) == count
 
 
+def _parts(text: str) -> list[str]:
+    """A text's words, those of one with hyphens or apostrophes each by itself, as IFEval's."""
+    return [part for word in words(text) for part in _WORD_PART.findall(word)]
+
+
 def uses(word: str, count: int) -> Check:
     """A word so many times or more."""
-    return lambda text: words(text).count(word) >= count
+    return lambda text: _parts(text).count(word) >= count
 
 
 def avoids(*banned: str) -> Check:
     """Some words, and none of these."""
-    return lambda text: bool(words(text)) and not set(banned) & set(words(text))
+    return lambda text: bool(words(text)) and not set(banned) & set(_parts(text))
 
 
 def begins(start: str) -> Check:
     """Begins with these words, and goes on."""
-    return lambda text: text.strip().startswith(start) and len(text.strip()) > len(start)
+
+    def check(text: str) -> bool:
+        rest = text.strip().removeprefix(start)
+        return text.strip() != rest and bool(words(rest)) and not rest[0].isalnum()
+
+    return check
 
 
 def ends(end: str) -> Check:
@@ -111,8 +122,9 @@ def bullets(count: int) -> Check:
 
 
 def numbered(count: int) -> Check:
-    """Exactly so many lines that begin with a number and a point."""
-    return lambda text: len(_NUMBERED.findall(text)) == count
+    """Exactly so many lines that begin with a number and a point, from 1 on in order."""
+    wanted = [str(number) for number in range(1, count + 1)]
+    return lambda text: _NUMBERED.findall(text) == wanted
 
 
 def placeholders(count: int) -> Check:

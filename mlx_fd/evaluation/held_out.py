@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_fd import problems, runs
+from mlx_fd import problems
 from mlx_fd.evaluation.target import Target
 from mlx_fd.files import digest_of
 from mlx_fd.problems import Problem
@@ -46,9 +46,7 @@ def learned_from(target: Target, source: str, split: str) -> LearnedRow | None:
 
 
 def _learned(target: Target) -> list[LearnedRow]:
-    if target.run is None:
-        return []
-    return learned_rows(target.config, runs.read_manifest(target.run))
+    return [] if target.manifest is None else learned_rows(target.config, target.manifest)
 
 
 def _in_file(learned: LearnedRow, source: str, _split: str) -> bool:

@@ -14,6 +14,7 @@ from mlx_fd.evaluation.baselines import SYSTEMS, Trial
 from mlx_fd.evaluation.baselines.critics import criticise
 from mlx_fd.evaluation.baselines.trials import trial
 from mlx_fd.evaluation.bench import Bench, Uses, outside_code
+from mlx_fd.evaluation.cache import asked
 from mlx_fd.evaluation.calibration import brier, pr_auc, roc_auc, spearman
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.processbench import f1
@@ -118,7 +119,8 @@ class Judging:
             uses = "student" if system == "student" else "untrained"
         key = {
             "judge": "student" if system == "clear" else system,
-            "questions": [[question.problem.question, question.answer] for question in chunk],
+            "questions": asked(question.problem for question in chunk),
+            "answers": [question.answer for question in chunk],
             "generation": dataclasses.asdict(dataclasses.replace(options, answers_by="expert")),
             "score_at": bench.target.config.models.score_at,
             "by_head": by_head,
@@ -181,8 +183,8 @@ def _answered(pair: Pair, question: Question) -> Answered:
     """An answer as if the expert had given it."""
     expert = pair.expert
     reply = tuple(expert.tokenizer.encode(question.answer, add_special_tokens=False))
-    asked = prompts.answer_prompt(question.problem.question, form_of(question.problem))
-    chat = said(expert, asked, reply)
+    prompt = prompts.answer_prompt(question.problem.question, form_of(question.problem))
+    chat = said(expert, prompt, reply)
     return Answered(
         question.problem,
         prompts.Answer(question.answer, None, reply),

@@ -47,20 +47,25 @@ class Measure:
         numbers = [value for value in self.values if not math.isnan(value)]
         return self.statistic is mean and set(numbers) <= {0.0, 1.0}
 
+    @property
+    def is_of_unit(self) -> bool:
+        """Whether it is a mean of values from 0 to 1."""
+        numbers = (value for value in self.values if not math.isnan(value))
+        return self.statistic is mean and all(0 <= value <= 1 for value in numbers)
+
     def estimate(self) -> Estimate:
         """Its value with n and interval: Wilson's for a share, else the percentile bootstrap.
 
         Resamples that are all alike say nothing of how far a value may be off. Then an F1 has that
         of the Wilson limits of its two shares, an area under the ROC curve Newcombe's interval, and
-        another statistic than the mean has none.
+        another statistic has none.
         """
         columns = np.array([self.values, *self.shared], dtype=np.float64)
         columns = columns[:, ~np.isnan(columns[0])]
         n = columns.shape[1]
         if not self.is_share or not n:
             found = bootstrap(list(columns), self.statistic)
-            alike = found.high - found.low < _ROUNDING
-            if alike and self.statistic is not mean:
+            if found.high - found.low < _ROUNDING:
                 limits = _LIMITS.get(self.statistic)
                 low, high = limits(*columns) if limits else (math.nan, math.nan)
                 return replace(found, low=low, high=high)
@@ -89,19 +94,29 @@ class Known:
 def difference(first: Measure, second: Measure) -> tuple[Estimate, float]:
     """Two systems' difference in a measure: its paired bootstrap.
 
-    Of shares that differ on no problem all resamples are alike. The shares of problems that only
-    one of both gets right are then 0 of n each, and their difference lies between the upper Wilson
-    limit of one and that of the other.
+    Resamples that are all alike say nothing of how far a difference may be off. Of values in [0, 1]
+    that differ on no problem, the shares of problems where either is the larger one are 0 of n
+    each, and the difference lies between the upper Wilson limit of one and that of the other. Of
+    shares where each problem is right by one system alone, it is at least twice the lower limit of
+    n of n, less 1. Otherwise there is no interval.
 
     Returns:
         ``first - second`` with its interval and the number of pairs, and the two-sided p.
     """
     found, p = paired_bootstrap(first.values, second.values, first.statistic, first.shared)
-    alike = found.high - found.low < _ROUNDING
-    if alike and found.value == 0 and first.is_share and second.is_share:
-        _, most = wilson(0, found.n)
-        found = replace(found, low=-most, high=most)
-    return found, p
+    none = replace(found, low=math.nan, high=math.nan)
+    if found.n == 1:
+        return none, p
+    if not found.high - found.low < _ROUNDING:
+        return found, p
+    least, most = wilson(found.n, found.n)[0], wilson(0, found.n)[1]
+    if first.is_of_unit and second.is_of_unit and found.value == 0:
+        return replace(found, low=-most, high=most), p
+    if first.is_share and second.is_share:
+        limit = 2 * least - 1
+        low, high = (limit, 1.0) if found.value > 0 else (-1.0, -limit)
+        return replace(found, low=low, high=high), p
+    return none, p
 
 
 def compare(first: Measure, second: Measure) -> DifferenceRow:

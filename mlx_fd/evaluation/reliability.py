@@ -59,7 +59,8 @@ def reliability(scores: Sequence[float | None], positive: Sequence[bool]) -> Rel
     known = [(s, ok) for s, ok in zip(scores, positive, strict=True) if s is not None]
     probabilities = np.array([(1 + s) / 2 for s, _ in known])
     right = np.array([ok for _, ok in known], dtype=bool)
-    bins = np.minimum((probabilities * BINS).astype(int), BINS - 1)
+    # A score of -0.8 is 0.1, of which rounding leaves a hair less.
+    bins = np.minimum(np.round(probabilities * BINS, 9).astype(int), BINS - 1)
     curve: list[CalibrationBinRow] = [
         {
             "low": place / BINS,

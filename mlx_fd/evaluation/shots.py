@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from mlx_fd import problems
 from mlx_fd.errors import UserError
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import is_right, read_final
+from mlx_fd.problems.questions import question_key
 from mlx_fd.registry import SOURCES
 
 _SPLIT = "train"
 
 
-def examples(source: str, split: str, count: int, *, kind: str = "auto", columns: str = "") -> str:
+def examples(
+    source: str,
+    split: str,
+    count: int,
+    *,
+    asked: Collection[str] = (),
+    kind: str = "auto",
+    columns: str = "",
+) -> str:
     """What stands before each question; empty for no examples.
 
     Args:
         source: of the problems, as :func:`mlx_fd.problems.load` takes it.
         split: which of them are asked.
         count: how many examples: the first of the train split whose solution ends in its answer.
+        asked: questions of that other split; one that the train split has, too, is no example.
         kind: of the answers.
         columns: as for a run.
 
@@ -30,15 +40,17 @@ def examples(source: str, split: str, count: int, *, kind: str = "auto", columns
     """
     if not count:
         return ""
-    parts = (part.strip() for part in split.split("+"))
     is_file = source not in SOURCES and Path(source).expanduser().is_file()
-    if is_file or any(part.startswith(_SPLIT) for part in parts):
+    parts = problems.split_parts(split)
+    if is_file or any(part == "all" or part.startswith(_SPLIT) for part in parts):
         raise UserError(
             f"--shots takes its examples from the train split of the problems' source, and of "
             f"{source} all is evaluated; leave --shots out, or choose another --split"
         )
     found = problems.load(source, _SPLIT, kind=kind, columns=columns, skip_bad_rows=True)
-    taken = list(itertools.islice(_solved(found.problems), count))
+    keys = {question_key(question) for question in asked}
+    others = (one for one in found.problems if question_key(one.question) not in keys)
+    taken = list(itertools.islice(_solved(others), count))
     if len(taken) < count:
         raise UserError(
             f"--shots {count}: {source}, split {_SPLIT}, has {len(taken)} solutions that end in "
@@ -48,5 +60,5 @@ def examples(source: str, split: str, count: int, *, kind: str = "auto", columns
     return "\n\n".join([*solved, "Problem: "])
 
 
-def _solved(found: tuple[Problem, ...]) -> Iterator[Problem]:
+def _solved(found: Iterator[Problem]) -> Iterator[Problem]:
     return (one for one in found if one.solution and is_right(read_final(one.solution, one), one))

@@ -1,74 +1,42 @@
-"""Suites: which sets are put before which systems, and the run through all of them.
+"""Suites: which sets are put before which systems.
 
 ``fast`` is one set of problems (and, where the truth about every answer is known, of answers to
-judge); ``full`` adds instructions, ProcessBench and transfer. Every output is a line of
-``outputs.jsonl``; ``eval.json`` has what they add up to.
+judge); ``full`` adds instructions, ProcessBench and transfer.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import itertools
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-
-from mlx_fd import problems, runs
+from mlx_fd import problems
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation import held_out, instructing, processbench
 from mlx_fd.evaluation.agreeing import Agreeing
 from mlx_fd.evaluation.baselines import BASE, CLEAR, LOOP, STUDENT, SYSTEMS
-from mlx_fd.evaluation.bench import Bench
-from mlx_fd.evaluation.cache import Cache
 from mlx_fd.evaluation.choosing import HEAD, MAJORITY, RANDOM, SCORES, Choosing
 from mlx_fd.evaluation.following import Following
 from mlx_fd.evaluation.held_out import source_of
 from mlx_fd.evaluation.instructing import Instructing
 from mlx_fd.evaluation.judging import Judging
 from mlx_fd.evaluation.locating import TOKENS, Locating
-from mlx_fd.evaluation.measures import Known, Measure, compare
 from mlx_fd.evaluation.readers import Readers, load_readers
-from mlx_fd.evaluation.sampling import WARM
 from mlx_fd.evaluation.shots import examples
-from mlx_fd.evaluation.solving import Solving, first_by, with_shots, without_shots
-from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
-from mlx_fd.evaluation.target import Models, Target
-from mlx_fd.files import append_lines, check_way, read_text, write_atomic, write_json
+from mlx_fd.evaluation.solving import Solving, with_shots, without_shots
+from mlx_fd.evaluation.target import Target
 from mlx_fd.models.context import Surroundings, context_length, fitting, short_enough
-from mlx_fd.models.storage import slug
 from mlx_fd.problems import execution
 from mlx_fd.problems.sources import SOURCES, truth_of
-from mlx_fd.runs.checked import with_digest
-from mlx_fd.runs.manifest import versions
-from mlx_fd.runs.marks import EVALUATION, check_free
-from mlx_fd.runs.records import (
-    ComparisonRow,
-    CostsRow,
-    EvaluationFile,
-    EvaluationSetRow,
-    OutputRow,
-    PairRow,
-)
 
 FAST = "fast"
 FAST_LIMIT = 100
-OUTPUTS, RESULTS = "outputs.jsonl", "eval.json"
-_UNFINISHED = ".outputs.jsonl.tmp"
 # Not a run's own: its seed there is its run's.
 _EXAM_SEED = 1_000_003
 
 Set = Solving | Choosing | Agreeing | Judging | Locating | Instructing | Following
-# What older evaluations did not know is in a request only where it is not the default.
-_NEW = frozenset(
-    {"skip_bad_rows", "max_tokens", "columns", "answer_kind"}
-    | {"best_of", "votes", "shots", "forgetting", "answers_by"}
-)
 
 
 @dataclass(frozen=True)
@@ -100,6 +68,9 @@ class Options:
         shots: solved problems before each question.
         forgetting: whether the student follows instructions as well as before its run.
         answers_by: who writes the first answers; ``None``: as in the run.
+        thinking: whether the student thinks, ``on`` or ``off``; ``None``: as in the run.
+        expert_thinking: likewise the expert.
+        max_thinking_tokens: maximum tokens per thought; ``None``: the run's.
     """
 
     suite: str = FAST
@@ -124,6 +95,21 @@ class Options:
     shots: int = 0
     forgetting: bool = False
     answers_by: str | None = None
+    thinking: str | None = None
+    expert_thinking: str | None = None
+    max_thinking_tokens: int | None = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Options of the run's configuration that are others here."""
+        given = {
+            "answers_by": self.answers_by,
+            "max_answer_tokens": self.max_tokens,
+            "student_thinking": self.thinking,
+            "expert_thinking": self.expert_thinking,
+            "max_thinking_tokens": self.max_thinking_tokens,
+        }
+        return {option: value for option, value in given.items() if value is not None}
 
     @property
     def most_items(self) -> int | None:
@@ -131,17 +117,6 @@ class Options:
         return self.limit or (FAST_LIMIT if self.suite == FAST else None)
 
 
-@dataclass(frozen=True)
-class Attempted:
-    """A system is done with so many of a set's items, samples counted."""
-
-    set: str
-    system: str
-    done: int
-    total: int
-
-
-Report = Callable[[Attempted], None]
 Warn = Callable[[str], None]
 """Called with a sentence about problems that are left out."""
 
@@ -213,7 +188,8 @@ def _solving(
     skip = options.skip_bad_rows
     how = {"kind": options.answer_kind, "columns": options.columns}
     found = problems.load(source, split, skip_bad_rows=skip, **how)
-    shots = examples(source, split, options.shots, **how)
+    questions = [problem.question for problem in found.problems]
+    shots = examples(source, split, options.shots, asked=questions, **how)
     for text in found.notes:
         warn(text)
     if found.problems[0].kind == "code":
@@ -334,6 +310,10 @@ def _check_options(target: Target, options: Options) -> None:
                 raise UserError(f"--{name} belongs to the full suite; add --suite full")
     if options.answers_by == "expert" and target.expert is None:
         raise UserError("--answers-by expert: there is no expert; name one with --expert")
+    later = target.config.generation
+    drawn = options.temperature != 0 or later.expert_temperature or later.student_temperature
+    if options.samples > 1 and not drawn:
+        raise UserError("--k: greedy samples are all alike; leave --temperature 0 out")
     if options.votes > 1 and options.processbench is None:
         raise UserError("--votes is for ProcessBench; name a file with --processbench")
     if options.votes > 1 and options.temperature == 0:
@@ -411,269 +391,3 @@ def _judges(target: Target, options: Options) -> tuple[str, ...]:
     # Beside a student that learned from itself stands what it was, as in the set it solves.
     amateur = (CLEAR,) if target.run and (baselines or not target.helps_expert) else ()
     return (STUDENT, *amateur, *baselines)
-
-
-def choose_folder(target: Target, options: Options, out: Path | None = None) -> Path:
-    """Where results go: into the run, else under the model's name in this folder.
-
-    An evaluation that is done stays where it is: another one gets the next number, and the same one
-    asked for again the same folder.
-
-    Args:
-        target: the student, its expert and the run they are of.
-        options: the suite, its size and its files.
-        out: a folder that was named instead.
-
-    Raises:
-        UserError: there is another evaluation in ``out``, or something that is not ours; or the way
-            into the run leads through a link.
-    """
-    request = _asked(target, options)
-    if out is not None:
-        check_free(out, EVALUATION)
-        if not _is_free(out, request):
-            raise UserError(
-                f"{out / RESULTS}: there is another evaluation, and it was left alone; choose "
-                "another --out."
-            )
-        return out
-    folder = _folder(target, options.suite)
-    numbered = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
-    free = next(one for one in itertools.chain([folder], numbered) if _is_free(one, request))
-    if target.run is not None:
-        check_way(target.run, *free.relative_to(target.run).parts)
-    return free
-
-
-def _is_free(folder: Path, request: dict[str, Any]) -> bool:
-    """Whether a folder is new or ours, without a finished evaluation but the one asked for."""
-    try:
-        check_free(folder, EVALUATION)
-    except UserError:
-        return False
-    try:
-        saved = json.loads(read_text(folder / RESULTS))
-    except FileNotFoundError:
-        return True
-    except (OSError, ValueError, UserError):
-        return False
-    return isinstance(saved, dict) and saved.get("asked") == request
-
-
-def _asked(target: Target, options: Options) -> dict[str, Any]:
-    """All that tells an evaluation from another one, as JSON has it."""
-    chosen = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in dataclasses.asdict(options).items()
-        if name not in _NEW or value != getattr(Options, name)
-    }
-    hashes = {name: model["sha256"] for name, model in target.models.items()}
-    return {**chosen, "sha256": hashes}
-
-
-def _folder(target: Target, suite: str) -> Path:
-    if target.run is None:
-        return Path("eval") / slug(target.name) / suite
-    assert target.checkpoint is not None
-    best = (target.run / runs.CHECKPOINTS / "best").resolve()
-    name = suite if target.checkpoint == best else f"{suite}-{target.checkpoint.name}"
-    return target.run / "eval" / name
-
-
-def make_bench(
-    target: Target, options: Options, cache: Cache, progress: Callable[[str, int], None]
-) -> Bench:
-    """What the sets are generated with."""
-    temperatures = options.temperature
-    generation = target.config.generation
-    by_both = generation.answers_by == "both"
-    own = generation.expert_temperature if by_both else generation.answer_temperature
-    first = own if temperatures is None else temperatures
-    bare = 0.0 if temperatures is None else temperatures
-    if options.samples > 1 and temperatures is None:
-        first, bare = first or WARM, WARM
-    return Bench(
-        target=target,
-        models=Models(target),
-        cache=cache,
-        seed=options.seed,
-        samples=options.samples,
-        first_temperature=first,
-        bare_temperature=bare,
-        progress=progress,
-    )
-
-
-def evaluate(
-    bench: Bench, sets: Sequence[Set], options: Options, folder: Path, report: Report
-) -> EvaluationFile:
-    """Put every set before its systems and write the folder, which the caller has claimed.
-
-    After a kill the same call goes on: batches that were done come out of the cache.
-
-    Args:
-        bench: what is generated with.
-        sets: of :func:`make_sets`.
-        options: the suite, its size and its files.
-        folder: gets ``eval.json`` and ``outputs.jsonl``.
-        report: called after each batch.
-
-    Returns:
-        What ``eval.json`` holds.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    advice = "free some space, then run the same command again: it goes on"
-    target = bench.target
-    # Where an evaluation is done, its outputs stay until they are there again.
-    outputs = folder / (_UNFINISHED if (folder / RESULTS).exists() else OUTPUTS)
-    with runs.wrap_write_errors(folder, advice):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(outputs, b"")
-    found = []
-    for one in sets:
-        by_system: dict[str, list[list[OutputRow]]] = {}
-        for system in one.systems:
-            by_system[system] = [[] for _ in one.items]
-            for batch in _batches(bench, one, system, report):
-                with runs.wrap_write_errors(folder, advice):
-                    append_lines(outputs, [row for _, row in batch])
-                for index, row in batch:
-                    by_system[system][index].append(row)
-        found.append(_results(one, by_system))
-    results: EvaluationFile = {
-        "format": 1,
-        "target": target.name,
-        "suite": options.suite,
-        "asked": _asked(target, options),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "models": target.models,
-        "seed": options.seed,
-        "k": options.samples,
-        "temperature": {"first_answers": bench.first_temperature, "bare": bench.bare_temperature},
-        "answers_by": first_by(bench),
-        "stands_alone": target.threshold is not None,
-        "text_models": next((one.readers.about() for one in sets if isinstance(one, Solving)), {}),
-        "sets": found,
-    }
-    with runs.wrap_write_errors(folder, advice):
-        outputs.replace(folder / OUTPUTS)
-        write_json(folder / RESULTS, with_digest(results))
-    return results
-
-
-def _batches(
-    bench: Bench, one: Set, system: str, report: Report
-) -> Iterator[list[tuple[int, OutputRow]]]:
-    """A system's batches of rows, each with its item's place."""
-    size = bench.target.config.generation.batch_size
-    how = bench.target.config.generation.answer_filter
-    items: Sequence[Any] = one.items
-    done, total = 0, len(items) * one.samples
-    for sample in range(one.samples):
-        for batch, chunk in bench.batches(items):
-            trials = one.attempt(bench, system, batch, sample, chunk)
-            yield [
-                (
-                    batch * size + index,
-                    {
-                        "set": one.name,
-                        "system": system,
-                        "sample": sample,
-                        **one.row(item, trial, how),
-                        **trial.to_json(),
-                    },
-                )
-                for index, (item, trial) in enumerate(zip(chunk, trials, strict=True))
-            ]
-            mx.clear_cache()
-            done += len(chunk)
-            report(Attempted(one.name, system, done, total))
-
-
-# ---------------------------------------------------------------------------------------- results
-
-
-def _results(one: Set, by_system: dict[str, list[list[OutputRow]]]) -> EvaluationSetRow:
-    """What the rows of a set add up to."""
-    measures: dict[str, dict[str, Measure | Known]] = {
-        system: {measure.name: measure for measure in [*one.measures(rows), _cut(rows)]}
-        for system, rows in by_system.items()
-    }
-    return {
-        "name": one.name,
-        "n": len(one.items),
-        "systems": [
-            {
-                "name": system,
-                "label": one.label(system),
-                "measures": {
-                    name: measure.estimate().to_json() for name, measure in measures[system].items()
-                },
-                **_costs(rows),
-            }
-            for system, rows in by_system.items()
-        ],
-        "comparisons": _comparisons(measures),
-    }
-
-
-def _cut(rows: Sequence[Sequence[OutputRow]]) -> Measure:
-    """The share of trials in which some text ended at its token limit."""
-    return Measure(
-        "cut", [float(np.mean([bool(row["capped"]) for row in samples])) for samples in rows]
-    )
-
-
-def _comparisons(measures: dict[str, dict[str, Measure | Known]]) -> list[ComparisonRow]:
-    """The first system against each other one; p corrected over all of them."""
-    compared = {
-        system: {
-            name: one for name, one in by_name.items() if isinstance(one, Measure) and one.compared
-        }
-        for system, by_name in measures.items()
-    }
-    ours, *others = compared
-    comparisons: list[PairRow] = [
-        {
-            "measure": name,
-            "system": ours,
-            "against": other,
-            **compare(measure, compared[other][name]),
-        }
-        for name, measure in compared[ours].items()
-        for other in others
-    ]
-    corrected = holm([float("nan") if row["p"] is None else row["p"] for row in comparisons])
-    return [
-        {**row, "p_holm": None if np.isnan(p) else p}
-        for row, p in zip(comparisons, corrected, strict=True)
-    ]
-
-
-def _costs(rows: Sequence[Sequence[OutputRow]]) -> CostsRow:
-    """Tokens and seconds of one attempt, as means over problems; ``cost`` has them bare."""
-
-    def column(of: Callable[[OutputRow], float]) -> Estimate:
-        return bootstrap([[float(np.mean([of(row) for row in samples])) for samples in rows]], mean)
-
-    def written(who: str) -> Callable[[OutputRow], float]:
-        return lambda row: sum(n for step, n in row["tokens"].items() if row["by"][step] == who)
-
-    def read_by_expert(row: OutputRow) -> float:
-        return sum(n for step, n in row["prefilled"].items() if row["by"][step] == "expert")
-
-    costs = {
-        "tokens": column(lambda row: sum(row["tokens"].values())),
-        "expert_tokens": column(written("expert")),
-        "student_tokens": column(written("student")),
-        "prefilled": column(lambda row: sum(row["prefilled"].values())),
-        "expert_prefilled": column(read_by_expert),
-        "seconds": column(lambda row: sum(row["seconds"].values())),
-    }
-    return {
-        "cost": {name: round(estimate.value, 4) for name, estimate in costs.items()},
-        "cost_estimates": {name: estimate.to_json() for name, estimate in costs.items()},
-    }

@@ -57,6 +57,7 @@ class Target:
         models: what ``eval.json`` says of them.
         expert_template: the expert's way to write chats, where the tokenizers differ.
         answer_kind: of the answers that the run learned from; ``None``: there is no run.
+        manifest: the run's; likewise.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Target:
     models: dict[str, dict[str, str]]
     expert_template: ChatTemplate | None = None
     answer_kind: str | None = None
+    manifest: Manifest | None = None
 
     @property
     def helps_expert(self) -> bool:
@@ -123,8 +125,8 @@ def open_target(
     looped = run is not None and not config.self_distils
     expert_name = expert or (config.models.expert if looped else None)
     expert_path = resolve(expert_name) if expert_name else None
-    if run and looped and not expert:
-        _check_expert(name, run, config, expert_path)
+    if ref.manifest and looped and not expert:
+        _check_expert(name, ref.manifest, config, expert_path)
     # The models of this package know no other problems than those of their preset.
     usual = next(
         (
@@ -189,6 +191,7 @@ def open_target(
         models=models,
         expert_template=pairing.expert_template,
         answer_kind=ref.answer_kind if run is not None else None,
+        manifest=ref.manifest,
     )
 
 
@@ -217,9 +220,8 @@ def check_thinking(target: Target, changes: Mapping[str, Any]) -> None:
         raise UserError("--max-thinking-tokens: nobody thinks; add --thinking on, or leave it out")
 
 
-def _check_expert(name: str, run: Path, config: Config, path: Path | None) -> None:
+def _check_expert(name: str, manifest: Manifest, config: Config, path: Path | None) -> None:
     assert path is not None
-    manifest = runs.read_manifest(run)
     if not fingerprint.is_same(manifest.get("expert", {}), path):
         why = why_changed(config.models.expert, manifest.get("versions", {}))
         raise UserError(f"{name}: the expert {path} is not the one of the run: {why}.")

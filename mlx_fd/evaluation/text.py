@@ -6,6 +6,8 @@ The numbers are those of the packages that papers use: rouge-score and sacrebleu
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 References = Sequence[str] | Sequence[Sequence[str]]
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
+_ROUGE_WORD = re.compile(r"[a-zA-Z0-9]")
 _DIGITS = 9
 
 
@@ -52,14 +55,15 @@ def rouge(predictions: Sequence[str], references: References) -> dict[str, list[
     """ROUGE-1, ROUGE-2 and ROUGE-L of each prediction (Lin, 2004), as F1 of precision and recall.
 
     Words are lower-cased runs of a-z and 0-9 reduced to their Porter stem, so there is no ROUGE of
-    other scripts. ROUGE-L takes the longest common subsequence of the whole text.
+    other scripts: a prediction without a reference that has such a word has NaN. ROUGE-L takes the
+    longest common subsequence of the whole text.
 
     Args:
         predictions: the texts.
         references: one or several for each; of several the best F1 counts.
 
     Returns:
-        ``rouge1``, ``rouge2`` and ``rougeL``, each with a value in [0, 1] per prediction.
+        ``rouge1``, ``rouge2`` and ``rougeL``, each with a value in [0, 1] per prediction, or NaN.
 
     Raises:
         ValueError: as for :func:`as_lists`.
@@ -67,11 +71,15 @@ def rouge(predictions: Sequence[str], references: References) -> dict[str, list[
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(ROUGE_TYPES, use_stemmer=True)
+    listed = as_lists(predictions, references)
     scored = [
-        scorer.score_multi(right, text)
-        for text, right in zip(predictions, as_lists(predictions, references), strict=True)
+        scorer.score_multi(right, text) if any(map(_ROUGE_WORD.search, right)) else None
+        for text, right in zip(predictions, listed, strict=True)
     ]
-    return {kind: [float(scores[kind].fmeasure) for scores in scored] for kind in ROUGE_TYPES}
+    return {
+        kind: [math.nan if one is None else float(one[kind].fmeasure) for one in scored]
+        for kind in ROUGE_TYPES
+    }
 
 
 def bleu(predictions: Sequence[str], references: References) -> CorpusScore:
@@ -117,5 +125,7 @@ def _corpus(metric: Metric, predictions: Sequence[str], references: References) 
     signature = str(metric.get_signature())
     report = json.loads(scored.format(width=_DIGITS, signature=signature, is_json=True))
     middle, half = report.get("confidence_mean", 0.0), report.get("confidence_var", 0.0)
+    # Resamples that are all alike, as those of one text, say nothing of how far it may be off.
+    half = half or math.nan
     estimate = Estimate(float(scored.score), middle - half, middle + half, len(predictions))
     return CorpusScore(estimate, signature)

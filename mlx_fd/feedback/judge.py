@@ -6,7 +6,7 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 from mlx_fd.runs.checked import content_digest
 from mlx_fd.runs.checkpoints import check_weights
 from mlx_fd.runs.manifest import trained_template
+from mlx_fd.runs.records import Manifest
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class ModelRef:
         template: how chats are written for it; ``None``: as its directory says.
         thinking: whether it thinks before its feedback.
         answer_kind: of the answers that it was trained to judge.
+        manifest: the run's.
     """
 
     model: Path
@@ -74,6 +76,7 @@ class ModelRef:
     template: ChatTemplate | None = None
     thinking: ThinkingOptions = NOT_THINKING
     answer_kind: str = "number"
+    manifest: Manifest | None = field(default=None, repr=False, compare=False)
 
     @property
     def scores(self) -> bool:
@@ -211,6 +214,7 @@ def _locate(name: str) -> ModelRef:
         template=template,
         thinking=student_thinking(config),
         answer_kind=kind,
+        manifest=manifest,
     )
 
 

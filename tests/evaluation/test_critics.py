@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation import suites
+from mlx_fd.evaluation import running, suites
 from mlx_fd.evaluation.cache import Cache
 from mlx_fd.evaluation.following import INSTRUCTIONS
 from mlx_fd.evaluation.processbench import f1, predicted_step
@@ -88,6 +88,22 @@ def test_each_form_is_told_from_what_has_it_not(item, replies):
     assert not item.follows("")
 
 
+def test_a_form_that_is_only_like_the_one_asked_for_is_none():
+    """Any numbers did for a numbered list; words with a hyphen hid others; a word went on."""
+    checks = {item.prompt: item.follows for item in INSTRUCTIONS}
+
+    def follows(begin, text):
+        (check,) = (check for prompt, check in checks.items() if prompt.startswith(begin))
+        return check(text)
+
+    assert not follows("List the steps of washing", "5. wet\n6. soap\n7. rub\n8. rinse")
+    assert not follows("List the steps of washing", "1. wet\n1. soap\n1. rub\n1. rinse")
+    assert not follows("Describe an apple without", "A deep-red thing.")
+    assert not follows("Describe an apple without", "The fruit's core.")
+    assert follows("Praise a dog.", "A loyal-hearted, loyal dog")
+    assert not follows("Write two sentences about the moon", "Every nightmare is dark. It is far.")
+
+
 def test_instructions_differ():
     assert len({item.prompt for item in INSTRUCTIONS}) == len(INSTRUCTIONS)
 
@@ -102,18 +118,24 @@ def test_shots_are_solved_problems_of_another_split(tmp_path, monkeypatch):
     assert train[2].question not in text
     file = tmp_path / "own.jsonl"
     file.write_text(json.dumps({"question": "1 + 1?", "answer": "2"}) + "\n")
-    for source, split in ((str(file), "test"), ("arithmetic", "train")):
+    # A hub data set's ``all`` has its train split in it.
+    everything = [("owner/name", split) for split in ("all", "Train", "test+train[:5]")]
+    for source, split in ((str(file), "test"), ("arithmetic", "train"), *everything):
         with pytest.raises(UserError, match="all is evaluated"):
             examples(source, split, 1)
     with pytest.raises(UserError, match="has 4000 solutions"):
         examples("arithmetic", "test", 4001)
+    # What is asked is no example, in whatever split it is once more.
+    kept = examples("arithmetic", "test", 1, asked=[f" {train[0].question}\n"])
+    assert train[0].question not in kept and train[1].question in kept
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"votes": 8}, "name a file with --processbench"),
-        ({"best_of": 4, "temperature": 0.0}, "alike"),
+        ({"best_of": 4, "temperature": 0.0}, "--best-of: greedy answers are all alike"),
+        ({"samples": 4, "temperature": 0.0}, "--k: greedy samples are all alike"),
         ({"forgetting": True}, "name a run"),
         ({"answers_by": "expert"}, "name one with --expert"),
     ],
@@ -142,8 +164,8 @@ def done(tmp_path_factory):
     )
     target = open_target(str(run), None, changes={"max_answer_tokens": 24})
     sets = [one for one in suites.make_sets(target, options) if "transfer" not in one.name]
-    bench = suites.make_bench(target, options, Cache(folder / "cache"), lambda *_: None)
-    results = suites.evaluate(bench, sets, options, folder / "out", lambda _: None)
+    bench = running.make_bench(target, options, Cache(folder / "cache"), lambda *_: None)
+    results = running.evaluate(bench, sets, options, folder / "out", lambda _: None)
     rows = [json.loads(line) for line in (folder / "out" / "outputs.jsonl").open()]
     return rows, {one["name"]: one for one in results["sets"]}, sets
 

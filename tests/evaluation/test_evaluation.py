@@ -20,12 +20,13 @@ import pytest
 from mlx.utils import tree_flatten
 from rich.console import Console
 from scipy.stats import binomtest
+from tokenizers import AddedToken
 
 from mlx_fd import cli, runs
 from mlx_fd.cli.terminal.evaluation import print_results
 from mlx_fd.config import GateOptions, override
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation import suites
+from mlx_fd.evaluation import folders, running, suites
 from mlx_fd.evaluation.baselines import SYSTEMS
 from mlx_fd.evaluation.bench import _CODE
 from mlx_fd.evaluation.cache import Cache
@@ -44,7 +45,8 @@ from mlx_fd.runs.summary import wilson
 from support.draws import ALL
 from support.shell import launch
 from support.steps import processbench_items, to_json_lines
-from support.tiny import make_model_dir
+from support.thinkers import TEMPLATES
+from support.tiny import make_model_dir, make_tokenizer
 from support.trained import make_run
 
 # Short texts: what is written matters less here than that it is the same.
@@ -69,12 +71,12 @@ def evaluate(target, folder, cache, *, expert=None, **options):
     chosen = suites.Options(**{"limit": 4, **options})
     opened = open_target(str(target), expert)
     sets = suites.make_sets(opened, chosen)
-    bench = suites.make_bench(opened, chosen, Cache(cache), lambda *_: None)
-    return suites.evaluate(bench, sets, chosen, folder, lambda _: None)
+    bench = running.make_bench(opened, chosen, Cache(cache), lambda *_: None)
+    return running.evaluate(bench, sets, chosen, folder, lambda _: None)
 
 
 def rows_of(folder):
-    return [json.loads(line) for line in (folder / suites.OUTPUTS).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / running.OUTPUTS).read_text().splitlines()]
 
 
 def without_seconds(rows):
@@ -110,7 +112,7 @@ def test_every_system_meets_every_problem_from_the_same_first_answer(done):
 
 def test_results_are_what_the_outputs_add_up_to(done):
     folder, _, results = done
-    assert json.loads((folder / suites.RESULTS).read_text()) == with_digest(results)
+    assert json.loads((folder / folders.RESULTS).read_text()) == with_digest(results)
     rows, found = rows_of(folder), results["sets"][0]
     right = {}
     for system in found["systems"]:
@@ -271,16 +273,16 @@ def test_a_killed_evaluation_goes_on_as_if_it_had_not_been(run, done, tmp_path):
     folder = tmp_path / "out"
     command = ("eval", run, "--baselines", "--limit", 4, "--out", folder, "--quiet")
     begin = partial(launch, *command, "--cache", tmp_path / "cache", cwd=tmp_path)
-    outputs = folder / suites.OUTPUTS
+    outputs = folder / running.OUTPUTS
     for lines in (1, 11, 29) if ALL else (25,):
-        running = begin()
-        while running.process.exitcode is None:
+        going = begin()
+        while going.process.exitcode is None:
             if outputs.exists() and outputs.read_bytes().count(b"\n") >= lines:
-                running.process.kill()
+                going.process.kill()
                 break
             time.sleep(0.002)
-        assert running.wait().status == -signal.SIGKILL
-        assert not (folder / suites.RESULTS).exists()
+        assert going.wait().status == -signal.SIGKILL
+        assert not (folder / folders.RESULTS).exists()
     # A kill may come in the middle of a line.
     os.truncate(outputs, outputs.stat().st_size - 7)
     assert begin().wait().status == 0
@@ -336,6 +338,13 @@ def test_an_adapter_outside_its_run_answers_as_in_it(tmp_path):
             if row["system"] == "student" and "strict" in row
         ]
     assert answers["run"] == answers["adapter"] != answers["base"]
+    # Where no run says what it was before, it is the fixed amateur: another one than its model.
+    made = []
+    for source in (adapter, "tiny-student"):
+        target, cache = open_target(str(source), "tiny"), Cache(tmp_path / "cache")
+        bench = running.make_bench(target, suites.Options(), cache, lambda *_: None)
+        bench.rows({"a": 1}, 1, ["expert", "untrained"], lambda pair: made.append(pair) or [{}])
+    assert len(made) == 2
     config = json.loads((adapter / "adapter_config.json").read_text())
     del config["model"]
     (adapter / "adapter_config.json").write_text(json.dumps(config))
@@ -440,6 +449,13 @@ def test_shares_get_wilsons_interval_and_mcnemars_test():
     most = wilson(0, 40)[1]
     assert same["difference"] == pytest.approx({"value": 0, "low": -most, "high": most, "n": 40})
     assert same["p"] == 1
+    # Where each is right by one alone.
+    least = wilson(15, 15)[0]
+    apart = compare(Measure("right", [1] * 15), Measure("right", [0] * 15))["difference"]
+    assert apart == pytest.approx({"value": 1, "low": 2 * least - 1, "high": 1, "n": 15})
+    assert 0 < apart["low"] < 0.6 and apart["n"] == 15
+    apart = compare(Measure("right", [0] * 15), Measure("right", [1] * 15))["difference"]
+    assert apart == pytest.approx({"value": -1, "low": -1, "high": 1 - 2 * least, "n": 15})
     nothing = compare(Measure("right", [nan, 1]), Measure("right", [1, nan]))
     assert nothing["difference"]["n"] == 0 and nothing["p"] is None
     found = compare(Measure("error", [0.1, 0.5]), Measure("error", [0.2, 0.9]))
@@ -447,11 +463,43 @@ def test_shares_get_wilsons_interval_and_mcnemars_test():
     assert found["difference"]["value"] == pytest.approx(-0.25)
 
 
+def test_differences_whose_resamples_are_all_alike_are_not_taken_for_certain():
+    """Of shares they were not; of an F1, a mean of several samples and one problem, they were."""
+    most = wilson(0, 40)[1]
+    half = Measure("right", [0.5, 0.25] * 20)
+    around = {"value": 0, "low": -most, "high": most, "n": 40}
+    assert compare(half, half)["difference"] == pytest.approx(around)
+    wrong = ([1.0] * 4 + [0.0] * 4,)
+    ours, none = Measure("f1", [1, 0] * 4, f1, wrong), Measure("f1", [0] * 8, f1, wrong)
+    all_found = Measure("f1", [1] * 8, f1, wrong)
+    for first, second, value in ((ours, ours, 0.0), (all_found, none, 1.0)):
+        assert compare(first, second)["difference"] == {
+            "value": value,
+            "low": None,
+            "high": None,
+            "n": 8,
+        }
+    assert np.isnan(Measure("avg@2", [0.5] * 20).estimate().low)
+    one = compare(Measure("right", [1]), Measure("right", [0]))["difference"]
+    assert one == {"value": 1.0, "low": None, "high": None, "n": 1}
+    off = Measure("error", [2.5, 3.5] * 20), Measure("error", [2.0, 3.0] * 20)
+    assert compare(*off)["difference"] == {"value": 0.5, "low": None, "high": None, "n": 40}
+
+
 def test_baselines_need_an_expert(tmp_path):
     with pytest.raises(UserError, match="--expert"):
         suites.make_sets(open_target("tiny-student", None), suites.Options(baselines=True))
     sets = suites.make_sets(open_target("tiny-student", "tiny"), suites.Options(baselines=True))
     assert sets[0].systems == ("student", "clear", "cot", "cod", "self-refine", "expert")
+
+
+def test_what_a_run_learned_from_is_read_once(run, tmp_path):
+    """Of one evaluation the manifest may not be two."""
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    target = open_target(str(copy), None)
+    (copy / runs.MANIFEST).unlink()
+    (said,) = concerns(target, None, "train")
+    assert "learned from these problems (arithmetic, split train)" in said
 
 
 def test_problems_that_were_learned_from_are_warned_of(run, tmp_path, monkeypatch):
@@ -549,10 +597,10 @@ def test_answers_of_another_kind_than_was_learned_from_are_warned_of(run, tmp_pa
 
 def test_results_lie_in_the_run_or_under_the_models_name(run):
     best = open_target(str(run), None)
-    assert suites.choose_folder(best, suites.Options()) == run / "eval" / "fast"
+    assert folders.choose_folder(best, suites.Options()) == run / "eval" / "fast"
     named = open_target("tiny-student", None)
     full = suites.Options(suite="full")
-    assert suites.choose_folder(named, full) == Path("eval/tiny-student/full")
+    assert folders.choose_folder(named, full) == Path("eval/tiny-student/full")
 
 
 def test_another_evaluation_takes_another_folder(mlx_fd, tmp_path):
@@ -568,11 +616,32 @@ def test_another_evaluation_takes_another_folder(mlx_fd, tmp_path):
     assert len(rows_of(folder / "fast-2")) == 2
     # The same once more is the same place, with the same outputs out of the cache.
     assert mlx_fd("tiny-student", "--limit", 2, "--quiet")[0] == 0
-    assert files()[suites.OUTPUTS] == first[suites.OUTPUTS]
+    assert files()[running.OUTPUTS] == first[running.OUTPUTS]
     assert sorted(path.name for path in folder.iterdir()) == ["fast", "fast-2"]
     status, _, err = mlx_fd("tiny-student", "--limit", 3, "--out", folder / "fast")
-    assert (status, files()[suites.OUTPUTS]) == (2, first[suites.OUTPUTS])
+    assert (status, files()[running.OUTPUTS]) == (2, first[running.OUTPUTS])
     assert "another evaluation" in err
+
+
+def test_a_file_that_changed_and_another_way_to_think_are_another_evaluation(mlx_fd, tmp_path):
+    """Each took the folder of the one before, whose results were lost."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in TEMPLATES["qwen3"].tokens])
+    more = {"tokenizer": tokenizer, "chat_template": TEMPLATES["qwen3"].source}
+    model = make_model_dir(tmp_path / "m", hidden=16, layers=1, intermediate=32, **more)
+    problems = tmp_path / "p.csv"
+    problems.write_text("question,answer\n1 + 1?,2\n")
+    asked = (model, "--problems", problems, "--max-tokens", 2, "--quiet")
+
+    def folders(*options):
+        assert mlx_fd(*asked, *options)[0] == 0
+        return sorted(path.name for path in next(tmp_path.glob("eval/*")).iterdir())
+
+    assert folders() == ["fast"]
+    thinking = ("--thinking", "on", "--max-thinking-tokens", 2)
+    assert folders(*thinking) == folders() == ["fast", "fast-2"]
+    problems.write_text("question,answer\n1 + 1?,3\n")
+    assert folders() == ["fast", "fast-2", "fast-3"]
 
 
 @pytest.fixture
@@ -596,7 +665,7 @@ def test_a_script_reads_json_and_a_user_a_table_with_n_and_intervals(mlx_fd, tmp
     results = json.loads(out)
     folder = tmp_path / "eval" / "tiny-student" / "fast"
     assert Path(results.pop("folder")) == folder.relative_to(tmp_path)
-    assert with_digest(results) == json.loads((folder / suites.RESULTS).read_text())
+    assert with_digest(results) == json.loads((folder / folders.RESULTS).read_text())
     assert "arithmetic/test: student done, 3" in err
     status, out, err = mlx_fd("tiny-student", "--limit", 3, "--quiet")
     assert (status, err) == (0, "")

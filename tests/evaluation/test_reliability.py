@@ -28,7 +28,7 @@ def test_both_scores_are_held_against_the_experts_verdict_in_the_second_half():
     found = judging(rows)
     truth = experts[100:] > 0
     for name, scores in (("head", heads[100:]), ("written", written[100:])):
-        p = (1 + scores) / 2
+        p = np.round((1 + scores) / 2, 12)  # of -0.8 a hair less than 0.1
         assert found[name]["n"] == 100
         assert found[name]["auc"] == pytest.approx(sklearn.roc_auc_score(truth, p), abs=1e-4)
         assert found[name]["brier"] == pytest.approx(sklearn.brier_score_loss(truth, p), abs=1e-4)
@@ -48,6 +48,10 @@ def test_where_nothing_is_known_nothing_is_said():
     one = reliability([1.0, None], [True, True])
     assert one["n"] == 1 and one["auc"] is None and one["brier"] == 0.0
     assert one["curve"] == [{"low": 0.9, "high": 1.0, "n": 1, "probability": 1.0, "right": 1.0}]
+    # Scores with one digit, as they are written: 0.1 is of the bin from 0.1 on.
+    places = [round(place / 10, 1) for place in range(10)]
+    curve = reliability([round(2 * p - 1, 1) for p in places], [True] * 10)["curve"]
+    assert [(bin["low"], bin["n"]) for bin in curve] == [(place, 1) for place in places]
     nothing = reliability([None], [False])
     numbers = ("brier", "brier_interval", "auc", "auc_interval")
     assert nothing == {"n": 0, **dict.fromkeys(numbers), "curve": []}

@@ -54,7 +54,22 @@ def test_references_may_be_of_different_number_and_texts_of_any_script():
     assert "nrefs:var" in bleu(PREDICTIONS, uneven).signature
     assert chrf(["четыре яблока"], ["четыре яблока"]).estimate.value == pytest.approx(100)
     nothing = bleu(["", "x"], ["a b", "y"]).estimate
-    assert (nothing.value, nothing.low, nothing.high, nothing.n) == (0, 0, 0, 2)
+    assert (nothing.value, nothing.n) == (0, 2) and math.isnan(nothing.low + nothing.high)
+
+
+def test_what_rouge_cannot_read_has_no_rouge():
+    """Two texts that are the same were none of each other's words."""
+    texts = ["東京は日本の首都です", "Tokyo is its capital"]
+    for values in rouge(texts, texts).values():
+        assert math.isnan(values[0]) and values[1] == 1.0
+    # Of several references one that can be read is enough.
+    assert rouge(["東京"], [["東京", "Tokyo"]])["rougeL"] == [0.0]
+
+
+def test_one_text_has_no_interval():
+    for metric in (bleu, chrf):
+        one = metric(["the cat sat on the mat"], ["the cat sat on the mat"]).estimate
+        assert one.value == pytest.approx(100) and math.isnan(one.low + one.high)
 
 
 @pytest.mark.parametrize("metric", [rouge, bleu, chrf])

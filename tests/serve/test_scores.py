@@ -8,7 +8,7 @@ import pytest
 from mlx_fd import problems
 from mlx_fd.cli import cli
 from mlx_fd.errors import UserError
-from mlx_fd.evaluation import suites
+from mlx_fd.evaluation import running, suites
 from mlx_fd.evaluation.cache import Cache
 from mlx_fd.evaluation.cascade import file
 from mlx_fd.evaluation.cascade.outcomes import outcomes
@@ -46,7 +46,7 @@ def calibrated(tmp_path_factory):
         cli([*command, "--quiet"], standalone_mode=False)
         target = open_target(str(run), None)
         cache = Cache(folder / "cache" / "eval")
-        bench = suites.make_bench(target, suites.Options(), cache, lambda step, tokens: None)
+        bench = running.make_bench(target, suites.Options(), cache, lambda step, tokens: None)
         drawn = problems.load("arithmetic", "test").problems[:LIMIT]
         made = outcomes(bench, drawn, ANSWER, lambda step, done, count: None)
         yield run, drawn, made

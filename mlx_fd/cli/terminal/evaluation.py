@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mlx_fd.cli.terminal.layout import FittingTable, print_whole
 from mlx_fd.evaluation.names import is_share, shown_name
-from mlx_fd.evaluation.suites import Attempted
+from mlx_fd.evaluation.running import Attempted
 from mlx_fd.runs.labels import duration
 from mlx_fd.text import strip_control_chars
 

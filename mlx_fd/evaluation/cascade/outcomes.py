@@ -9,7 +9,7 @@ from typing import Any
 from mlx_fd.config import GenerationOptions
 from mlx_fd.errors import UserError
 from mlx_fd.evaluation.bench import Bench
-from mlx_fd.evaluation.cache import Rows
+from mlx_fd.evaluation.cache import Rows, asked
 from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.cascade.scores import HEAD, Score, answer_score
 from mlx_fd.feedback.asking import generate_step
@@ -81,7 +81,7 @@ def _rows(bench: Bench, who: str, chunk: Sequence[Problem], score: Score) -> Row
     options = dataclasses.replace(target.config.generation, expert_repetition_penalty=1.0)
     key = {
         "cascade": who,
-        "questions": [problem.question for problem in chunk],
+        "questions": asked(chunk),
         "answers": [[p.answer, p.kind, list(p.choices), list(p.also_right)] for p in chunk],
         "max_tokens": options.max_answer_tokens,
         "feedback_tokens": options.max_feedback_tokens,
