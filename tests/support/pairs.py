@@ -8,8 +8,9 @@ from pathlib import Path
 from mlx_fd import problems
 from mlx_fd.config import Config, override
 from mlx_fd.models.loading import open_template
+from mlx_fd.problems import prompts
 from mlx_fd.runs.plan import Plan
-from support.tiny import make_model_dir
+from support.tiny import make_model_dir, make_tokenizer
 
 SMALL = {
     "batch_size": 2,
@@ -33,10 +34,17 @@ SMALL = {
 # What of a checkpoint's state is not the same in two runs that are: seconds are in the logs.
 MEASURED = ("files", "log_bytes", "log_sha256", "peak_memory_bytes", "content_sha256")
 
+# As in the embedded pair's tokenizer: in pieces the prompts are most of what a small pair reads.
+PROMPTS = (
+    *(prompts.answer_prompt(""), prompts.feedback_prompt(), prompts.critique_prompt()),
+    *(prompts.revise_prompt("").partition(". ")[2], prompts.final_prompt()),
+    prompts.merge_prompt(prompts.Feedback("", None), None).rpartition("\n\n")[2],
+)
+
 
 def make_home(folder: Path) -> None:
     """``expert``, ``student`` and ``problems.jsonl``, for the command line."""
-    sizes = {"heads": 2, "kv_heads": 1}
+    sizes = {"heads": 2, "kv_heads": 1, "tokenizer": make_tokenizer(whole=PROMPTS)}
     make_model_dir(folder / "expert", hidden=32, intermediate=64, **sizes)
     make_model_dir(folder / "student", hidden=16, layers=1, intermediate=32, seed=1, **sizes)
     rows = [
@@ -48,8 +56,14 @@ def make_home(folder: Path) -> None:
 
 def make_dirs(folder: Path, layers: tuple[int, int] = (3, 2)) -> tuple[Path, Path]:
     """An expert and a smaller student with the same tokenizer, of so many layers."""
+    tokenizer = make_tokenizer(whole=PROMPTS)
     expert = make_model_dir(
-        folder / "expert", arch="qwen2", hidden=32, layers=layers[0], intermediate=64
+        folder / "expert",
+        arch="qwen2",
+        hidden=32,
+        layers=layers[0],
+        intermediate=64,
+        tokenizer=tokenizer,
     )
     student = make_model_dir(
         folder / "student",
@@ -60,6 +74,7 @@ def make_dirs(folder: Path, layers: tuple[int, int] = (3, 2)) -> tuple[Path, Pat
         kv_heads=1,
         intermediate=32,
         seed=1,
+        tokenizer=tokenizer,
     )
     return expert, student
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,13 @@ _CORPUS = [
 ] * 4
 
 
-def make_tokenizer(vocab_size: int = 400) -> Tokenizer:
-    """A byte-level BPE tokenizer with ChatML tokens at its end, the same on every call."""
+def make_tokenizer(vocab_size: int = 400, whole: Sequence[str] = ()) -> Tokenizer:
+    """A byte-level BPE tokenizer with ChatML tokens at its end, the same on every call.
+
+    Args:
+        vocab_size: tokens in all.
+        whole: texts that are one token each.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -68,11 +74,12 @@ def make_tokenizer(vocab_size: int = 400) -> Tokenizer:
     tokenizer.train_from_iterator(
         _CORPUS,
         trainers.BpeTrainer(
-            vocab_size=vocab_size - len(SPECIAL),
+            vocab_size=vocab_size - len(SPECIAL) - len(whole),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     return tokenizer
 

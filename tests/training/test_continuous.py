@@ -154,7 +154,7 @@ def test_a_profile_counts_what_was_done(dirs, tmp_path):
     counts = summary["work"]["counts"]
     written = sum(sum(row["tokens"].values()) for row in rows(tmp_path / "run"))
     assert counts["written"]["least"] == written <= counts["written"]["done"]
-    assert counts["steps"]["least"] <= counts["steps"]["done"] < 2 * counts["steps"]["least"]
+    assert counts["steps"]["least"] <= counts["steps"]["done"] < written
     for name in ("expert_prompts", "student_prompts", "learned"):
         assert counts[name]["done"] >= counts[name]["least"] > 0
 
